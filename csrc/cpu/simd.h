@@ -1,0 +1,164 @@
+// Vectors for the CPU kernels. One source, compiled once per instruction set: W floats at a time, by the compiler's own
+// vector types, so that the same lines serve SSE2, NEON, AVX2 and AVX-512. Everything is in an anonymous namespace (see
+// kernel.h). Horizontal sums have one fixed order: results repeat bit for bit.
+#pragma once
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+#if defined(SIMD_WIDTH)
+constexpr int W = SIMD_WIDTH;
+#elif defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float f32 __attribute__((vector_size(W * 4)));
+typedef int32_t i32 __attribute__((vector_size(W * 4)));
+typedef uint32_t u32 __attribute__((vector_size(W * 4)));
+typedef uint16_t u16 __attribute__((vector_size(W * 2)));
+
+#define INLINE __attribute__((always_inline)) inline
+
+template <class T>
+INLINE T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+INLINE T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+INLINE f32 splat(float x) { return f32{} + x; }
+INLINE i32 as_int(f32 x) { return (i32)x; }
+INLINE f32 as_float(i32 x) { return (f32)x; }
+INLINE f32 select(i32 mask, f32 yes, f32 no) { return mask ? yes : no; }
+
+// bfloat16 as it lies in memory.
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE f32 load(const float* p) {
+  f32 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE f32 load(const bf16* p) {
+  u16 v;
+  memcpy(&v, p, sizeof v);
+  return (f32)(__builtin_convertvector(v, u32) << 16);
+}
+INLINE void store(float* p, f32 v) { memcpy(p, &v, sizeof v); }
+
+// Round to nearest even, as torch does; a NaN stays a NaN.
+INLINE u16 round_to_bf16(f32 v) {
+  const u32 bits = (u32)v;
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32 quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((v != v) ? quiet : rounded, u16);
+}
+INLINE void store(bf16* p, f32 v) {
+  const u16 bits = round_to_bf16(v);
+  memcpy(p, &bits, sizeof bits);
+}
+
+// The first n < W elements at p; the other lanes hold `fill`.
+template <class T>
+INLINE f32 load_part(const T* p, int n, float fill) {
+  T part[W];
+  float lanes[W];
+  memset(part, 0, sizeof part);
+  memcpy(part, p, n * sizeof(T));
+  store(lanes, load(part));
+  for (int i = n; i < W; ++i) lanes[i] = fill;
+  return load(lanes);
+}
+template <class T>
+INLINE void store_part(T* p, f32 v, int n) {
+  T part[W];
+  store(part, v);
+  memcpy(p, part, n * sizeof(T));
+}
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+INLINE float sum(f32 v) {
+  float lanes[W];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+INLINE float largest(f32 v) {
+  float lanes[W];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = max(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
+INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
+INLINE f32 abs(f32 x) { return as_float(as_int(x) & 0x7fffffff); }
+
+// e^x within 1.2 ulp; 0 below -87.3 (no denormals), inf above 88.7, NaN for NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a minimax polynomial (Cephes' coefficients), scaled by 2^n.
+INLINE f32 exp(f32 x) {
+  const f32 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32 clamped = min(max(x, splat(-87.33654f)), splat(88.72283f));
+  const f32 shifted = clamped * 1.44269504088896341f + magic;
+  const f32 n = shifted - magic;
+  const f32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  f32 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  // 2^n in two halves, so that n = 128 does not overflow before the product does.
+  const i32 whole = as_int(shifted) - as_int(magic), half = whole >> 1;
+  f32 y = p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
+  y = select(x < splat(-87.33654f), splat(0.f), y);
+  y = select(x > splat(88.72283f), splat(__builtin_inff()), y);
+  return select(x != x, x, y);
+}
+
+// ln x within 1 ulp for x > 0, denormals apart; -inf for 0, inf for inf, NaN for x < 0 and NaN (Cephes' coefficients).
+INLINE f32 log(f32 x) {
+  const i32 bits = as_int(x);
+  i32 exponent = ((bits >> 23) & 255) - 126;
+  f32 m = as_float((bits & 0x007fffff) | 0x3f000000);  // in [0.5, 1)
+  const i32 small = m < splat(0.707106781186547524f);
+  exponent = exponent + small;  // true is -1
+  m = select(small, m + m, m) - 1.f;
+  const f32 z = m * m, e = __builtin_convertvector(exponent, f32);
+  f32 p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  f32 y = m * z * p + e * -2.12194440e-4f - z * 0.5f;
+  y = m + y + e * 0.693359375f;
+  y = select(x == splat(0.f), splat(-__builtin_inff()), y);
+  y = select(x == splat(__builtin_inff()), x, y);
+  return select((x < splat(0.f)) | (x != x), splat(__builtin_nanf("")), y);
+}
+
+}  // namespace

@@ -1,0 +1,93 @@
+// What every compiled kernel shares: plain pointers in, and one line to make it callable from Python.
+//
+// A kernel is a function of integers (addresses, sizes), floats and bools; it returns nothing, or an error message
+// (nullptr for success). KERNEL(name) enters it in a table that module.cpp turns into Python functions. This header
+// pulls in no library template on purpose: each file of csrc/cpu is compiled once per instruction set, and the linker
+// would merge such templates into one copy, which might use instructions that the processor lacks.
+#pragma once
+#include <stdint.h>
+
+union Argument {
+  int64_t integer;
+  double real;
+};
+
+struct Kernel {
+  const char* group;      // "generic", "avx2", "avx512" or "cuda"
+  const char* name;       // the name seen from Python
+  const char* signature;  // one letter per argument: i = integer or address, f = float
+  const char* (*call)(const Argument*);
+  Kernel* next;
+};
+
+Kernel*& kernels();  // the table, a linked list
+
+namespace {
+
+template <class T>
+struct Letter {
+  static constexpr char value = 'i';
+  static T get(const Argument& a) { return static_cast<T>(a.integer); }
+};
+template <>
+struct Letter<float> {
+  static constexpr char value = 'f';
+  static float get(const Argument& a) { return static_cast<float>(a.real); }
+};
+template <>
+struct Letter<double> {
+  static constexpr char value = 'f';
+  static double get(const Argument& a) { return a.real; }
+};
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using type = Indices<I...>;
+};
+
+template <class F, F f>
+struct Bind;
+template <class... A, void (*f)(A...)>
+struct Bind<void (*)(A...), f> {
+  static constexpr char signature[] = {Letter<A>::value..., 0};
+  template <int... I>
+  static void spread(const Argument* a, Indices<I...>) {
+    f(Letter<A>::get(a[I])...);
+  }
+  static const char* call(const Argument* a) {
+    spread(a, typename Count<sizeof...(A)>::type());
+    return nullptr;
+  }
+};
+template <class... A, const char* (*f)(A...)>
+struct Bind<const char* (*)(A...), f> {
+  static constexpr char signature[] = {Letter<A>::value..., 0};
+  template <int... I>
+  static const char* spread(const Argument* a, Indices<I...>) {
+    return f(Letter<A>::get(a[I])...);
+  }
+  static const char* call(const Argument* a) { return spread(a, typename Count<sizeof...(A)>::type()); }
+};
+
+struct Entry : Kernel {
+  Entry(const char* name, const char* signature, const char* (*call)(const Argument*))
+      : Kernel{KERNEL_GROUP, name, signature, call, kernels()} {
+    kernels() = this;
+  }
+};
+
+// An address as Python passes it, as a typed pointer. A null address (fake tensor, absent option) stays null.
+template <class T>
+T* ptr(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+#define KERNEL(function)                                                                    \
+  static Entry function##_entry(#function, Bind<decltype(&function), &function>::signature, \
+                                &Bind<decltype(&function), &function>::call);

@@ -1,0 +1,74 @@
+// The table of kernels as a Python module: `_cpu` with one submodule per instruction set, `_cuda` with one, `cuda`.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <string>
+
+#include "kernel.h"
+
+namespace py = pybind11;
+
+Kernel*& kernels() {
+  static Kernel* first = nullptr;
+  return first;
+}
+
+namespace {
+
+constexpr Py_ssize_t max_arguments = 64;
+
+// METH_FASTCALL: a call costs a fraction of a microsecond, whatever the number of arguments.
+PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const auto* kernel = static_cast<const Kernel*>(PyCapsule_GetPointer(self, nullptr));
+  if (count != static_cast<Py_ssize_t>(std::strlen(kernel->signature)) || count > max_arguments)
+    return PyErr_Format(PyExc_TypeError, "%s takes %zu arguments (%s), got %zd", kernel->name,
+                        std::strlen(kernel->signature), kernel->signature, count);
+  Argument slots[max_arguments];
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (kernel->signature[i] == 'f') {
+      slots[i].real = PyFloat_AsDouble(args[i]);
+    } else if (PyLong_Check(args[i])) {
+      // Seeds and addresses may use all 64 bits; a negative number keeps its two's complement.
+      slots[i].integer = static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(args[i]));
+    } else {
+      return PyErr_Format(PyExc_TypeError, "%s: argument %zd must be an int, got %s", kernel->name, i,
+                          Py_TYPE(args[i])->tp_name);
+    }
+  }
+  if (PyErr_Occurred()) return nullptr;
+  const char* error;
+  Py_BEGIN_ALLOW_THREADS error = kernel->call(slots);
+  Py_END_ALLOW_THREADS if (error) return PyErr_Format(PyExc_RuntimeError, "%s: %s", kernel->name, error);
+  Py_RETURN_NONE;
+}
+
+bool runs_here(const char* group) {
+#if defined(__x86_64__)
+  const std::string name = group;
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (name == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#endif
+  return std::strcmp(group, "avx2") != 0 && std::strcmp(group, "avx512") != 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(EXTENSION, m) {
+  py::list groups;  // the groups that this machine can run, slowest first
+  for (const char* group : {"generic", "avx2", "avx512", "cuda"}) {
+    py::module_ part = py::reinterpret_borrow<py::module_>(m);
+    bool any = false;
+    for (const Kernel* kernel = kernels(); kernel; kernel = kernel->next) {
+      if (std::strcmp(kernel->group, group) != 0) continue;
+      if (!any) part = m.def_submodule(group), any = true;
+      auto* method = new PyMethodDef{kernel->name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
+                                     METH_FASTCALL, kernel->signature};
+      py::object self = py::reinterpret_steal<py::object>(PyCapsule_New(const_cast<Kernel*>(kernel), nullptr, nullptr));
+      part.attr(kernel->name) = py::reinterpret_steal<py::object>(PyCFunction_New(method, self.ptr()));
+    }
+    if (any && runs_here(group)) groups.append(group);
+  }
+  m.attr("groups") = groups;
+}

@@ -1,0 +1,247 @@
+"""An op is a plain-torch function. `@op` lets a faster kernel answer for it on a device that has one.
+
+    signature -> schema     body -> reference, and the kernel of last resort     body on fake tensors -> shapes
+
+Who answers on a device is settled once, at import: a compiled kernel (csrc/) before the body. `op.backends` lists what
+can run here, `op.why(device)` says who answers and why nobody better does, `op.backend("reference")` forces one.
+
+    RLHF_FAST_BACKEND=reference    one backend for a whole run
+    RLHF_FAST_ISA=generic|avx2|avx512    the instruction set of the CPU kernels (default: the best that runs here)
+    RLHF_FAST_STRICT=1             an error where the reference would answer in a compiled kernel's place
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("rlhf_fast")
+OPS: dict[str, Op] = {}
+_library = torch.library.Library("rlhf_fast", "FRAGMENT")
+
+
+class Declined(Exception):
+    """Raised by a launcher for inputs that its kernel does not serve (a dtype, mostly): the reference answers."""
+
+
+def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """The kernels that can run here, by backend name, best last; and for each device, why it has none."""
+    found: dict[str, ModuleType] = {}
+    missing: dict[str, str] = {}
+    try:
+        cpu = import_module("rlhf_fast._cpu")
+        wanted = os.environ.get("RLHF_FAST_ISA")
+        if wanted and wanted not in cpu.groups:
+            raise ValueError(f"RLHF_FAST_ISA={wanted} does not run here; this machine has: {', '.join(cpu.groups)}")
+        found |= {f"cpu:{isa}": getattr(cpu, isa) for isa in cpu.groups if not wanted or isa == wanted}
+    except ImportError as error:
+        missing["cpu"] = f"rlhf_fast._cpu is not built ({error}); install with a C++ compiler, or `pip install -e .`"
+    try:
+        cuda = import_module("rlhf_fast._cuda")
+        refusal = cuda.cuda.why_not() if hasattr(cuda.cuda, "why_not") else None
+        if torch.cuda.is_available() and not refusal:
+            found["cuda"] = cuda.cuda
+        else:
+            missing["cuda"] = "rlhf_fast._cuda is built, but no CUDA device is visible to torch"
+    except ImportError as error:
+        missing["cuda"] = f"rlhf_fast._cuda is not built ({error}); nvcc was not found at installation"
+    return found, missing
+
+
+COMPILED, MISSING = _load_compiled()
+_FORCED_BY_ENVIRONMENT = os.environ.get("RLHF_FAST_BACKEND") or None
+_STRICT = os.environ.get("RLHF_FAST_STRICT") == "1"
+_forced: str | None = _FORCED_BY_ENVIRONMENT
+
+
+@contextlib.contextmanager
+def forcing(backend: str | None) -> Iterator[None]:
+    """Every op called inside runs on `backend`; an op without it raises."""
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def lane(x: Tensor) -> int:
+    """What a kernel runs on, its last argument: the number of threads for a CPU tensor, the stream for a CUDA one."""
+    return torch.get_num_threads() if x.device.type == "cpu" else torch.cuda.current_stream(x.device).cuda_stream
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 for statistics; float64 stays, so that a reference on float64 inputs is the truth."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Op:
+    """Call it to run the best kernel for the tensors' device; `.reference` is the definition."""
+
+    def __init__(self, body: Callable, fake: Callable | None = None):
+        functools.update_wrapper(self, body)
+        self.name, self.reference, self.signature = body.__name__, body, inspect.signature(body)
+        self.names = tuple(self.signature.parameters)
+        self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
+        self.tail = tuple(self.defaults.get(name) for name in self.names)
+        self.implementations: dict[str, Callable] = {"reference": body}
+        self.needs: tuple[str, ...] = (self.name,)
+        self.prepare: Callable | None = None
+        self.warned = False
+        self.has_gradient = False
+        _library.define(self.name + torch.library.infer_schema(body, mutates_args=()))
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, functools.partial(self._answer, key.lower()), key)
+        torch.library.register_fake(f"rlhf_fast::{self.name}", fake or body, lib=_library)
+        self.torch_op = self.differentiable = getattr(torch.ops.rlhf_fast, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args, **kwargs):
+        if kwargs or len(args) != len(self.names):
+            args = self._bind(args, kwargs)
+        if self.prepare is not None:
+            args = self.prepare(*args)
+        if _forced == "reference":
+            return self.reference(*args)
+        if (
+            self.has_gradient
+            and torch.is_grad_enabled()
+            and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        ):
+            return self.differentiable(*args)
+        return self.torch_op(*args)
+
+    def _bind(self, args: tuple, kwargs: dict) -> tuple:
+        if len(args) > len(self.names):
+            raise TypeError(f"{self.name} takes {len(self.names)} arguments, got {len(args)}")
+        bound = list(args)
+        for name in self.names[len(args) :]:
+            if name in kwargs:
+                bound.append(kwargs.pop(name))
+            elif name in self.defaults:
+                bound.append(self.defaults[name])
+            else:
+                raise TypeError(f"{self.name} misses the argument {name!r}")
+        if kwargs:
+            raise TypeError(
+                f"{self.name} has no argument {next(iter(kwargs))!r}, or it was given twice; it takes {self.names}"
+            )
+        return tuple(bound)
+
+    def _answer(self, device: str, *args):
+        """Runs inside torch's dispatcher, on real tensors of `device`."""
+        args = args + self.tail[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
+        chosen = _forced or self.chosen(device)
+        if chosen not in self.implementations:
+            raise ValueError(f"{self.name}: no backend {chosen!r} here; there are: {', '.join(self.backends)}")
+        if chosen != "reference":
+            try:
+                return self.implementations[chosen](*args)
+            except Declined as declined:
+                why = str(declined)
+        else:
+            why = self.why(device)
+        if _STRICT and _forced != "reference":
+            raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no compiled kernel answers: {why}")
+        if not self.warned and _forced != "reference":
+            self.warned = True
+            log.warning("%s runs on its plain-torch reference: %s", self.name, why)
+        return self.reference(*args)
+
+    @property
+    def backends(self) -> list[str]:
+        """The backends that can run here, best last: "reference", "cpu:generic", "cpu:avx2", ..., "cuda"."""
+        return list(self.implementations)
+
+    def chosen(self, device: str) -> str:
+        """The backend that answers for tensors of `device`."""
+        return [name for name in self.implementations if name.partition(":")[0] in (device, "reference")][-1]
+
+    def why(self, device: str) -> str:
+        """One line: who answers on `device`, and why nobody better does."""
+        chosen = self.chosen(device)
+        if chosen != "reference":
+            return f"compiled kernel {chosen}"
+        if device in MISSING:
+            return MISSING[device]
+        return f"csrc/{device} has no kernel {', '.join(self.needs)}"
+
+    def backend(self, name: str) -> Callable:
+        """This op, forced to one backend: `gae.backend("cpu:avx2")(...)`. "cpu" means the best instruction set."""
+        name = self.chosen("cpu") if name == "cpu" else name
+        if name not in self.implementations:
+            raise ValueError(f"{self.name}: no backend {name!r} here; there are: {', '.join(self.backends)}")
+
+        def run(*args, **kwargs):
+            with forcing(name):
+                return self(*args, **kwargs)
+
+        return run
+
+    def arguments(self, prepare: Callable) -> Callable:
+        """Register `prepare(*args) -> args`: checks (ValueError naming the op, the rule and what came), normal forms."""
+        self.prepare = prepare
+        return prepare
+
+    def compiled(self, launch: Callable | None = None, *, needs: tuple[str, ...] | None = None):
+        """Register `launch(kernels, *args)`, run where csrc/ has the kernels `needs` (default: one of the op's name)."""
+        if launch is None:
+            return functools.partial(self.compiled, needs=needs)
+        self.needs = needs or self.needs
+        for backend, module in COMPILED.items():
+            if all(hasattr(module, name) for name in self.needs):
+                self.implementations[backend] = functools.partial(launch, module)
+        return launch
+
+    def gradient(self, backward: Callable, *, save: Callable | None = None, forward: Callable | None = None) -> None:
+        """Register the gradient, in torch.autograd.Function's terms.
+
+        `save(ctx, inputs, output)` and `backward(ctx, *grads)`, or, where the forward pass itself makes the gradients,
+        `forward(ctx, *args)` and `backward(ctx, *grads)`. A backend forced in forward stays forced in backward.
+        """
+        self.has_gradient = True
+
+        def run_backward(ctx, *grads):
+            if ctx.backend is None:
+                return backward(ctx, *grads)
+            with forcing(ctx.backend):
+                return backward(ctx, *grads)
+
+        def setup_context(ctx, inputs, output):
+            ctx.backend = _forced
+            save(ctx, inputs, output)
+
+        def run_forward(ctx, *args):
+            ctx.backend = _forced
+            return forward(ctx, *args)
+
+        steps = {"backward": run_backward}
+        if forward is None:
+            steps |= {"forward": self.torch_op, "setup_context": setup_context}
+        else:
+            steps |= {"forward": run_forward}
+        methods = {name: staticmethod(step) for name, step in steps.items()}
+        self.differentiable = type(self.name, (torch.autograd.Function,), methods).apply
+
+    def inputs(self, *, small: list[dict], large: list[dict]):
+        """Register `make(device, dtype, **size) -> args`: tests run it at the small sizes, benches at the large ones."""
+
+        def keep(make: Callable) -> Callable:
+            self.make, self.small, self.large = make, small, large
+            return make
+
+        return keep
+
+
+def op(body: Callable | None = None, *, fake: Callable | None = None):
+    """Make an op of a plain-torch function with a typed signature. `fake` gives the shapes where the body is dear."""
+    return Op(body, fake) if body else functools.partial(Op, fake=fake)

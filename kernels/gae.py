@@ -1,0 +1,84 @@
+"""Generalized advantage estimation: one scan, from the last token of each response to the first."""
+
+import torch
+from rlhf_fast.kernels._op import Declined, lane, op, wide
+from torch import Tensor
+
+
+def _fake(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
+    out = torch.empty(rewards.shape, dtype=wide(rewards).dtype, device=rewards.device)
+    return out, torch.empty_like(out)
+
+
+@op(fake=_fake)
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, (B, T) float32 each, of rewards and values (B, T).
+
+        delta_t = r_t + gamma V_next(t) - V_t        A_t = delta_t + gamma lam A_next(t)        R_t = A_t + V_t
+
+    (Schulman et al. 2016, arXiv 1506.02438, eq. 16.) `mask` (B, T) bool: tokens outside it do not exist: they get 0,
+    and next(t) is the next token inside it (carry-forward, as in verl and NeMo-RL). After the last token V is
+    `bootstrap` (B,), the value of the state that a truncated row stopped in, or 0 for a row that ended.
+    No gradient: advantages are targets.
+    """
+    rewards, values = wide(rewards), wide(values)
+    advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else rewards.new_zeros(rewards.shape[0])
+    next_value = advantage if bootstrap is None else bootstrap.to(advantage.dtype)
+    advantages = []
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(here, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages.append(torch.where(here, advantage, 0))
+    advantages = torch.stack(advantages[::-1], dim=1) if advantages else torch.zeros_like(rewards)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+@gae.arguments
+def _(rewards, values, mask, gamma, lam, bootstrap):
+    if rewards.dim() != 2 or not rewards.shape == values.shape == mask.shape:
+        shapes = [list(x.shape) for x in (rewards, values, mask)]
+        raise ValueError(f"gae: rewards, values and mask must have one shape (B, T), got {shapes}")
+    if bootstrap is not None and bootstrap.shape != rewards.shape[:1]:
+        raise ValueError(f"gae: bootstrap must have shape ({rewards.shape[0]},), got {list(bootstrap.shape)}")
+    return rewards.detach(), values.detach(), mask.bool(), float(gamma), float(lam), bootstrap
+
+
+@gae.compiled
+def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
+    if rewards.dtype == torch.float64:
+        raise Declined("float64 has no compiled kernel")
+    rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
+    bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    kernels.gae(
+        rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), 0 if bootstrap is None else bootstrap.data_ptr(),
+        advantages.data_ptr(), returns.data_ptr(), *rewards.shape, gamma, lam, lane(rewards),
+    )  # fmt: skip
+    return advantages, returns
+
+
+@gae.inputs(
+    small=[
+        {"B": 1, "T": 1},
+        {"B": 3, "T": 17},
+        {"B": 17, "T": 33, "bootstrap": True},
+        {"B": 9, "T": 5, "gaps": False},
+        {"B": 0, "T": 4},
+        {"B": 4, "T": 0},
+    ],
+    large=[{"B": 64, "T": 128}, {"B": 64, "T": 1024}, {"B": 512, "T": 1024}],
+)
+def _(B, T, device, dtype, gaps=True, bootstrap=False):
+    rewards, values = torch.randn(2, B, T, device=device, dtype=dtype)
+    lengths = torch.randint(0, T + 1, (B, 1), device=device)
+    mask = torch.rand(B, T, device=device) > 0.2 if gaps else torch.arange(T, device=device) < lengths
+    return rewards, values, mask, 0.99, 0.95, torch.randn(B, device=device, dtype=dtype) if bootstrap else None

@@ -1,0 +1,165 @@
+"""Compiles csrc/ without torch: csrc/cpu to rlhf_fast._cpu, csrc/cuda to rlhf_fast._cuda where nvcc is found.
+
+RLHF_FAST_CUDA=auto|0|1        1: fail when nvcc is missing; 0: leave CUDA out            (default auto)
+RLHF_FAST_CUDA_ARCHS="80;90+PTX"  compute capabilities; +PTX adds code that later GPUs can translate
+RLHF_FAST_REQUIRE_EXT=1        a missing compiler is an error, not a warning
+CXX, MAX_JOBS                  the C++ compiler; how many compilations run at once
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+ISA_FLAGS = {"generic": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = "-mavx2 -mfma"
+    ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+
+
+def say(sentence: str) -> None:
+    print(f"[rlhf-fast] {sentence}", flush=True)
+
+
+def find_nvcc() -> str | None:
+    wish = os.environ.get("RLHF_FAST_CUDA", "auto")
+    if wish == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes] + [Path("/usr/local/cuda/bin/nvcc")]
+    if on_path := shutil.which("nvcc"):
+        candidates.insert(len(homes), Path(on_path))
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    if wish == "1":
+        raise SystemExit("[rlhf-fast] RLHF_FAST_CUDA=1 but nvcc was not found; set CUDA_HOME to the toolkit's folder")
+    return None
+
+
+def toolkit_libraries(nvcc: str) -> Path:
+    """The folder of libcudart_static.a. `nvcc` on PATH may be a wrapper script, so nvcc itself is asked for its root."""
+    report = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    tops = [line.split("=", 1)[1].strip() for line in report.splitlines() if line.startswith("#$ TOP=")]
+    top = Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        if (top / folder / "libcudart_static.a").is_file():
+            return top / folder
+    raise SystemExit(
+        f"[rlhf-fast] libcudart_static.a was not found below {top}; set RLHF_FAST_CUDA=0 to build without CUDA"
+    )
+
+
+def gencode(archs: str) -> str:
+    flags = []
+    for arch in archs.split(";"):
+        number = arch.removesuffix("+PTX")
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+def has_openmp(cxx: str, folder: Path) -> bool:
+    probe = folder / "openmp.cpp"
+    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    command = [*cxx.split(), "-fopenmp", str(probe), "-o", str(folder / "openmp")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja and runs it: one rule for C++, one for CUDA, one to link."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self.run_ninja(ext.name, Path(self.get_ext_fullpath(ext.name)).resolve())
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("RLHF_FAST_REQUIRE_EXT") == "1":
+                raise
+            say("=" * 80)
+            say(f"{ext.name} COULD NOT BE BUILT: {error}")
+            say("rlhf-fast will run on its plain-torch references, many times slower. `rlhf-fast env` shows it.")
+            say(
+                "Install a C++17 compiler (g++ or clang++) and install again; RLHF_FAST_REQUIRE_EXT=1 makes this an error."
+            )
+            say("=" * 80)
+
+    def run_ninja(self, name: str, target: Path) -> None:
+        import ninja
+        import pybind11
+
+        folder = Path(self.build_temp).resolve() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
+        openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
+        includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} -I{CSRC}"
+        cxxflags = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-unused-function {openmp} {includes}"
+        ldflags = (
+            f"{openmp} -undefined dynamic_lookup"
+            if platform.system() == "Darwin"
+            else f"{openmp} -Wl,--exclude-libs,ALL"
+        )
+        lines = [f"cxx = {cxx}", f"cxxflags = {cxxflags}"]
+        if name.endswith("_cuda"):
+            nvcc = find_nvcc()
+            archs = gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
+            lines += [
+                f"nvcc = {nvcc}",
+                f"nvflags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -cudart static --threads 0 {archs} -I{CSRC}",
+            ]
+            ldflags += f" -L{toolkit_libraries(nvcc)} -lcudart_static -ldl -lrt -lpthread"
+            jobs = [
+                ("cu", source, "cuda", '-DKERNEL_GROUP=\\"cuda\\"') for source in sorted((CSRC / "cuda").glob("*.cu"))
+            ]
+        else:
+            jobs = [
+                ("cxx", source, isa, f'{flags} -DKERNEL_GROUP=\\"{isa}\\"')
+                for isa, flags in ISA_FLAGS.items()
+                for source in sorted((CSRC / "cpu").glob("*.cpp"))
+            ]
+        jobs.append(
+            ("cxx", CSRC / "module.cpp", "module", f'-DEXTENSION={name.rpartition(".")[2]} -DKERNEL_GROUP=\\"\\"')
+        )
+        lines += [
+            f"ldflags = {ldflags}",
+            "rule cxx",
+            "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule cu",
+            "  command = $nvcc -MD -MF $out.d $nvflags $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $ldflags",
+        ]
+        objects = []
+        for rule, source, variant, extra in jobs:
+            objects.append(str(folder / f"{source.stem}.{variant}.o").replace(" ", "$ "))
+            lines += [f"build {objects[-1]}: {rule} {str(source).replace(' ', '$ ')}", f"  extra = {extra}"]
+        out = str(target).replace(" ", "$ ")
+        lines += [f"build {out}: link {' '.join(objects)}", f"default {out}", ""]
+        (folder / "build.ninja").write_text("\n".join(lines))
+        parallel = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        program = shutil.which("ninja") or str(Path(ninja.BIN_DIR) / "ninja")
+        subprocess.check_call([program, *parallel, "-C", str(folder)])
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
+
+
+extensions = [Extension("rlhf_fast._cpu", sources=[])]
+if nvcc := find_nvcc():
+    say(f"CUDA kernels: yes, by {nvcc}")
+    extensions.append(Extension("rlhf_fast._cuda", sources=[]))
+else:
+    say("CUDA kernels: no (nvcc not found, or RLHF_FAST_CUDA=0)")
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -1,0 +1,28 @@
+"""Every test starts from a fresh but printed seed; uninitialised memory of op tests is NaN."""
+
+import os
+import random
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("RLHF_FAST_TEST_SEED") or random.randrange(2**31))
+
+
+def pytest_report_header(config):
+    return f"rlhf-fast: RLHF_FAST_TEST_SEED={SEED} draws the inputs of this run again"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    return SEED
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty returns NaN: an output that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)  # fills new memory too
+    yield
+    torch.use_deterministic_algorithms(False)
