@@ -1,5 +1,23 @@
 """The one exception a user can cause: its text is a sentence that says what is wrong, where, and how to mend it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
 
 class UserError(Exception):
     """Bad input, not a bug: the command line prints the sentence without a traceback and exits with status 2."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turns what a full or forbidden disk raises while `path` is written into a UserError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: could not be written ({error}); free some space or give another folder and start the same"
+            " command again: it goes on from the newest whole checkpoint"
+        ) from error

@@ -1,0 +1,171 @@
+"""Checkpoints: everything comes back bit for bit, and no crash, flipped bit or full disk can pass for a checkpoint."""
+
+import json
+import random
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_fast import checkpoint
+from rlhf_fast.errors import UserError
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def a_state() -> dict:
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    model(torch.randn(2, 5)).sum().backward()
+    optimizer.step()
+    packed = torch.arange(12.0).view(3, 4)
+    return {
+        "model": model.state_dict() | {"tied": model.weight},
+        "optimizer": optimizer.state_dict(),
+        "views": {"whole": packed, "part": packed[1], "turned": packed.T, "none": torch.zeros(0, 4)},
+        "types": [torch.tensor(3), torch.ones(2, dtype=torch.bfloat16), torch.tensor([True]), torch.tensor([2**40])],
+        "position": {"step": 7, "epoch": 0.1, "kl": float("inf"), "nan": float("nan"), "name": "é", "flag": True},
+        "nested": {"a": (1, [2.5, None], {"b": ()})},
+    }
+
+
+def test_every_kind_of_value_comes_back(tmp_path):
+    state = a_state()
+    path = checkpoint.save(tmp_path, 7, state)
+    assert path == checkpoint.latest(tmp_path) and checkpoint.step_of(path) == 7
+    assert same(checkpoint.load(path)["views"], {k: v.contiguous() for k, v in state["views"].items()})
+    assert all(same(checkpoint.load(path)[name], dict(state[name]) if name == "model" else state[name])
+               for name in state)  # fmt: skip
+    files = {file.name for file in path.iterdir()}
+    assert {"manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"} <= files
+    assert "position.safetensors" not in files and not any(name.endswith((".pt", ".pkl")) for name in files)
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    weight = torch.randn(100, 100)
+    path = checkpoint.save(tmp_path, 1, {"model": {"embed": weight, "head": weight}})
+    assert (path / "model.safetensors").stat().st_size < 1.5 * weight.numel() * 4
+
+
+def test_what_needs_pickle_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint.a: a set cannot be stored"):
+        checkpoint.save(tmp_path, 1, {"x": {"a": {1}}})
+    with pytest.raises(ValueError, match="key 'dollar|key '.dollar"):
+        checkpoint.save(tmp_path, 1, {"x": {"$dollar": 1}})
+    assert checkpoint.latest(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_random_states_come_back(tmp_path):
+    def draw():
+        return torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(2).tolist()
+
+    random.gauss(0, 1)
+    path = checkpoint.save(tmp_path, 1, {"random": checkpoint.random_states()})
+    first = draw()
+    assert draw() != first
+    checkpoint.restore_random_states(checkpoint.load(path)["random"])
+    assert draw() == first
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    (tmp_path / "step_3.tmp").mkdir()
+    for step in (2, 9, 10, 100):
+        checkpoint.save(tmp_path, step, {"a": torch.ones(1)}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_100"]
+    assert checkpoint.latest(tmp_path).name == "step_100"
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def spoil_truncated(path):
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:-1])
+
+
+def spoil_bit(path):
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", [
+    spoil_truncated,
+    spoil_bit,
+    lambda path: (path / "manifest.json").unlink(),
+    lambda path: (path / "state.json").unlink(),
+    lambda path: (path / "manifest.json").write_text('{"step": 2'),
+    lambda path: (path / "manifest.json").write_text("[]"),
+    lambda path: (path / "state.json").write_text("{}"),
+], ids=["truncated", "flipped bit", "no manifest", "no state", "torn manifest", "odd manifest", "other state"])  # fmt: skip
+def test_a_spoiled_newest_checkpoint_is_skipped(tmp_path, spoil):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"model": {"w": torch.full((4,), float(step))}})
+    spoil(tmp_path / "step_2")
+    with pytest.warns(UserWarning, match=r"step_2: skipped"):
+        path = checkpoint.latest(tmp_path)
+    assert path.name == "step_1" and checkpoint.load(path)["model"]["w"].tolist() == [1.0] * 4
+    # Coming to that step again replaces the spoiled folder.
+    checkpoint.save(tmp_path, 2, {"model": {"w": torch.full((4,), 2.0)}})
+    assert checkpoint.latest(tmp_path).name == "step_2"
+
+
+def test_an_interrupted_save_leaves_nothing_that_looks_like_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"model": {"w": torch.ones(4)}})
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 2, {"model": {"w": torch.ones(4)}})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
+    """The file-size limit of a child process stands in for a full disk: the write itself fails, half done."""
+    code = f"""
+        import resource, signal, torch
+        from rlhf_fast import checkpoint
+        from rlhf_fast.errors import UserError
+        checkpoint.save({str(tmp_path)!r}, 1, {{"model": {{"w": torch.ones(100)}}}}, keep=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        for state in ({{"model": {{"w": torch.ones(10000)}}}}, {{"text": "x" * 30000}}):
+            try:
+                checkpoint.save({str(tmp_path)!r}, 2, state, keep=1)
+            except UserError as error:
+                print(error)
+    """
+    told = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert told.stdout.count("step_2: could not be written") == 2 and "too large" in told.stdout, told.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+    assert checkpoint.load(checkpoint.latest(tmp_path))["model"]["w"].sum() == 100
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "best"
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "weights").write_text("first")
+    with pytest.raises(RuntimeError), checkpoint.atomic_folder(target) as folder:
+        (folder / "weights").write_text("second")
+        raise RuntimeError
+    assert (target / "weights").read_text() == "first"
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "other").write_text("third")
+    assert [p.name for p in tmp_path.iterdir()] == ["best"] and [p.name for p in target.iterdir()] == ["other"]
+
+
+def test_json_is_written_whole(tmp_path):
+    checkpoint.write_json(tmp_path / "run.json", {"a": [1]})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"a": [1]}
+    with pytest.raises(UserError, match=r"nowhere/run.json: could not be written"):
+        checkpoint.write_json(tmp_path / "nowhere" / "run.json", {})

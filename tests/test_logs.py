@@ -1,0 +1,151 @@
+"""Logs: rows survive a crash exactly once, alarms ring when they should and only then, run.json tells what ran."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from rlhf_fast import logs
+from rlhf_fast.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    every: int = 1
+    samples: int = 2
+    live: bool = True
+    sinks: tuple = ()
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_hold_metrics_phases_and_speed(tmp_path):
+    log = logs.Log(tmp_path, Settings(), "ppo", total=3, headline=("objective/kl",))
+    with log.phase("generate"):
+        pass
+    log.metrics(1, {"objective/kl": torch.tensor(0.5), "episode": 8, "bad": math.inf}, tokens=100)
+    log.metrics(2, {"objective/kl": 0.25}, tokens=50)
+    log.samples(2, [{"response": "é", "score": math.nan}] * 5)
+    log.close()
+    first, second = rows(tmp_path / "metrics.jsonl")
+    assert first["step"] == 1 and first["objective/kl"] == 0.5 and first["episode"] == 8 and first["bad"] is None
+    assert 0 <= first["time/generate"] <= first["time/step"] and "time/generate" not in second
+    assert first["perf/tokens_per_second"] * first["time/step"] == pytest.approx(100)
+    assert rows(tmp_path / "samples.jsonl") == [{"step": 2, "response": "é", "score": None}] * 2
+
+
+def test_rows_are_written_every_so_many_steps_and_at_the_end(tmp_path):
+    log = logs.Log(tmp_path, Settings(every=2), "sft", total=5)
+    for step in range(1, 6):
+        log.metrics(step, {"loss": 1.0}, tokens=10)
+    log.close()
+    written = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in written] == [2, 4, 5]
+    assert written[0]["perf/tokens_per_second"] * written[0]["time/step"] == pytest.approx(20)
+
+
+def test_resuming_drops_later_and_torn_rows(tmp_path):
+    log = logs.Log(tmp_path, Settings(), "sft", total=9)
+    for step in range(1, 6):
+        log.metrics(step, {"loss": step})
+        log.samples(step, [{"text": str(step)}])
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 6, "lo')
+    log = logs.Log(tmp_path, Settings(), "sft", total=9, start=3)
+    for step in range(4, 7):
+        log.metrics(step, {"loss": -step})
+    log.close()
+    written = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in written] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in written] == [1, 2, 3, -4, -5, -6]
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2, 3]
+
+
+def test_plain_lines_without_a_terminal(tmp_path, capsys):
+    log = logs.Log(tmp_path, Settings(), "ppo", total=2, headline=("objective/scores", "absent"))
+    for step in (1, 2):
+        with log.phase("generate"):
+            sum(range(200_000))
+        log.metrics(step, {"objective/scores": 0.125}, tokens=7)
+    log.close()
+    told = capsys.readouterr().err
+    assert re.search(r"ppo 1/2  ETA 0:\d\d:\d\d  scores 0.125  \S+ tok/s  generate \d+%", told), told
+    log = logs.Log(tmp_path, dataclasses.replace(Settings(), live=False), "ppo", total=1)
+    log.metrics(1, {})
+    log.close()
+    assert "ppo" not in capsys.readouterr().err
+
+
+HEALTHY = {
+    "val/ratio_first": 1.0001, "objective/kl": 3.0, "objective/entropy": 2.0,
+    "response/length": 20.0, "response/eos_rate": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"val/ratio_first": 1.05}, "sampling and training disagree"),
+    ({"val/ratio_first": 0.9}, "sampling and training disagree"),
+    ({"objective/kl": 30.0}, "KL runs away"),
+    ({"objective/kl": -30.0}, "KL runs away"),
+    ({"response/eos_rate": 0.0}, "end by themselves"),
+    ({"response/length": 90.0}, "grown from 20 to 90"),
+    ({"objective/entropy": 0.01}, "entropy fell from 2.000 to 0.010"),
+    ({"loss/policy_avg": math.nan}, "loss/policy_avg is nan"),
+])  # fmt: skip
+def test_an_alarm_rings_once_until_its_fault_clears(change, words):
+    alarms = logs.Alarms()
+    assert alarms(HEALTHY) == []
+    sick = HEALTHY | change
+    (text,) = alarms(sick)
+    assert words in text
+    assert alarms(sick) == []
+    assert alarms(HEALTHY) == []
+    assert alarms(sick) == [text]
+
+
+def test_alarms_remember_their_baseline_over_a_resume(tmp_path, capsys):
+    log = logs.Log(tmp_path, Settings(), "ppo", total=3)
+    log.metrics(1, HEALTHY)
+    log.close()
+    log = logs.Log(tmp_path, Settings(), "ppo", total=3, start=1)
+    log.metrics(2, HEALTHY | {"response/length": 90.0})
+    log.close()
+    assert "alarm at step 2" in capsys.readouterr().err
+    assert "grown" in rows(tmp_path / "metrics.jsonl")[1]["alarms"][0]
+
+
+def test_run_json_names_config_versions_and_data(tmp_path):
+    (tmp_path / "data.jsonl").write_text("abc")
+    told = json.loads(json.dumps(logs.describe("sft", Settings(), [tmp_path / "data.jsonl"])))
+    assert told["stage"] == "sft" and told["config"] == {"every": 1, "samples": 2, "live": True, "sinks": []}
+    assert told["versions"]["torch"] == torch.__version__ and "python" in told["versions"]
+    assert told["data"][str(tmp_path / "data.jsonl")].startswith("ba7816bf8f01cfea")
+
+
+def test_sinks_are_named_and_optional(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no sink is called 'wanbd'"):
+        logs.Log(tmp_path, Settings(sinks=("wanbd",)), "ppo", total=1)
+    monkeypatch.setitem(__import__("sys").modules, "trackio", None)
+    with pytest.raises(UserError, match="pip install trackio"):
+        logs.Log(tmp_path, Settings(sinks=("trackio",)), "ppo", total=1)
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    log = logs.Log(tmp_path, Settings(), "ppo", total=1)
+
+    class Full:
+        name = str(tmp_path / "metrics.jsonl")
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    log._metrics.close()
+    monkeypatch.setattr(log, "_metrics", Full())
+    with pytest.raises(UserError, match=r"metrics.jsonl: could not be written .*No space left"):
+        log.metrics(1, {})
