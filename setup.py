@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+OPTIONAL = os.environ.get("RLHF_FAST_REQUIRE_EXT") != "1"
 ISA_FLAGS = {"generic": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = "-mavx2 -mfma"
@@ -45,7 +46,7 @@ def find_nvcc() -> str | None:
 
 
 def toolkit_libraries(nvcc: str) -> Path:
-    """The folder of libcudart_static.a. `nvcc` on PATH may be a wrapper script, so nvcc itself is asked for its root."""
+    """The folder of libcudart_static.a. `nvcc` on PATH may be a wrapper script, so nvcc is asked for its root."""
     report = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     tops = [line.split("=", 1)[1].strip() for line in report.splitlines() if line.startswith("#$ TOP=")]
     top = Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
@@ -74,6 +75,53 @@ def has_openmp(cxx: str, folder: Path) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
+RULES = """
+rule cxx
+  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule cu
+  command = $nvcc -MD -MF $out.d $nvflags $extra -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx -shared $in -o $out $ldflags
+"""
+
+
+def ninja_file(name: str, folder: Path, target: Path) -> str:
+    """The text of build.ninja for one extension: every source of csrc/cpu once per instruction set, or csrc/cuda."""
+    import pybind11
+
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
+    openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
+    warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
+    includes = " ".join(f'-I"{path}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC))
+    ldflags = openmp + (" -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL")
+    lines = [f"cxx = {cxx}", f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}"]
+    if name.endswith("_cuda"):
+        nvcc, archs = find_nvcc(), gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
+        host = "-Xcompiler -fPIC,-fvisibility=hidden"
+        lines += [f"nvcc = {nvcc}", f'nvflags = -O3 -std=c++17 {host} -cudart static --threads 0 {archs} -I"{CSRC}"']
+        ldflags += f' -L"{toolkit_libraries(nvcc)}" -lcudart_static -ldl -lrt -lpthread'
+        jobs = [("cu", source, "cuda", "") for source in sorted((CSRC / "cuda").glob("*.cu"))]
+    else:
+        sources = sorted((CSRC / "cpu").glob("*.cpp"))
+        jobs = [("cxx", source, isa, flags) for isa, flags in ISA_FLAGS.items() for source in sources]
+    jobs.append(("cxx", CSRC / "module.cpp", "module", f"-DEXTENSION={name.rpartition('.')[2]}"))
+    lines += [f"ldflags = {ldflags}", RULES]
+    objects = []
+    for rule, source, group, extra in jobs:
+        objects.append(escaped(folder / f"{source.stem}.{group}.o"))
+        lines += [f"build {objects[-1]}: {rule} {escaped(source)}", f'  extra = {extra} -DKERNEL_GROUP=\\"{group}\\"']
+    lines += [f"build {escaped(target)}: link {' '.join(objects)}", f"default {escaped(target)}", ""]
+    return "\n".join(lines)
+
+
+def escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja and runs it: one rule for C++, one for CUDA, one to link."""
 
@@ -81,73 +129,21 @@ class NinjaBuild(build_ext):
         try:
             self.run_ninja(ext.name, Path(self.get_ext_fullpath(ext.name)).resolve())
         except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("RLHF_FAST_REQUIRE_EXT") == "1":
+            if not OPTIONAL:
                 raise
             say("=" * 80)
             say(f"{ext.name} COULD NOT BE BUILT: {error}")
             say("rlhf-fast will run on its plain-torch references, many times slower. `rlhf-fast env` shows it.")
-            say(
-                "Install a C++17 compiler (g++ or clang++) and install again; RLHF_FAST_REQUIRE_EXT=1 makes this an error."
-            )
+            say("To mend it, install a C++17 compiler (g++ or clang++) and install rlhf-fast again.")
             say("=" * 80)
 
     def run_ninja(self, name: str, target: Path) -> None:
         import ninja
-        import pybind11
 
         folder = Path(self.build_temp).resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
-        openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
-        includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} -I{CSRC}"
-        cxxflags = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-unused-function {openmp} {includes}"
-        ldflags = (
-            f"{openmp} -undefined dynamic_lookup"
-            if platform.system() == "Darwin"
-            else f"{openmp} -Wl,--exclude-libs,ALL"
-        )
-        lines = [f"cxx = {cxx}", f"cxxflags = {cxxflags}"]
-        if name.endswith("_cuda"):
-            nvcc = find_nvcc()
-            archs = gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
-            lines += [
-                f"nvcc = {nvcc}",
-                f"nvflags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -cudart static --threads 0 {archs} -I{CSRC}",
-            ]
-            ldflags += f" -L{toolkit_libraries(nvcc)} -lcudart_static -ldl -lrt -lpthread"
-            jobs = [
-                ("cu", source, "cuda", '-DKERNEL_GROUP=\\"cuda\\"') for source in sorted((CSRC / "cuda").glob("*.cu"))
-            ]
-        else:
-            jobs = [
-                ("cxx", source, isa, f'{flags} -DKERNEL_GROUP=\\"{isa}\\"')
-                for isa, flags in ISA_FLAGS.items()
-                for source in sorted((CSRC / "cpu").glob("*.cpp"))
-            ]
-        jobs.append(
-            ("cxx", CSRC / "module.cpp", "module", f'-DEXTENSION={name.rpartition(".")[2]} -DKERNEL_GROUP=\\"\\"')
-        )
-        lines += [
-            f"ldflags = {ldflags}",
-            "rule cxx",
-            "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule cu",
-            "  command = $nvcc -MD -MF $out.d $nvflags $extra -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            "  command = $cxx -shared $in -o $out $ldflags",
-        ]
-        objects = []
-        for rule, source, variant, extra in jobs:
-            objects.append(str(folder / f"{source.stem}.{variant}.o").replace(" ", "$ "))
-            lines += [f"build {objects[-1]}: {rule} {str(source).replace(' ', '$ ')}", f"  extra = {extra}"]
-        out = str(target).replace(" ", "$ ")
-        lines += [f"build {out}: link {' '.join(objects)}", f"default {out}", ""]
-        (folder / "build.ninja").write_text("\n".join(lines))
+        (folder / "build.ninja").write_text(ninja_file(name, folder, target))
         parallel = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         program = shutil.which("ninja") or str(Path(ninja.BIN_DIR) / "ninja")
         subprocess.check_call([program, *parallel, "-C", str(folder)])
@@ -156,10 +152,10 @@ class NinjaBuild(build_ext):
         return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
 
 
-extensions = [Extension("rlhf_fast._cpu", sources=[])]
+extensions = [Extension("rlhf_fast._cpu", sources=[], optional=OPTIONAL)]
 if nvcc := find_nvcc():
     say(f"CUDA kernels: yes, by {nvcc}")
-    extensions.append(Extension("rlhf_fast._cuda", sources=[]))
+    extensions.append(Extension("rlhf_fast._cuda", sources=[], optional=OPTIONAL))
 else:
     say("CUDA kernels: no (nvcc not found, or RLHF_FAST_CUDA=0)")
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -188,12 +188,12 @@ class Op:
         return run
 
     def arguments(self, prepare: Callable) -> Callable:
-        """Register `prepare(*args) -> args`: checks (ValueError naming the op, the rule and what came), normal forms."""
+        """Register `prepare(*args) -> args`: checks (ValueError: the op, the rule, what came) and normal forms."""
         self.prepare = prepare
         return prepare
 
     def compiled(self, launch: Callable | None = None, *, needs: tuple[str, ...] | None = None):
-        """Register `launch(kernels, *args)`, run where csrc/ has the kernels `needs` (default: one of the op's name)."""
+        """Register `launch(kernels, *args)`, run where csrc/ has the kernels `needs` (by default the op's name)."""
         if launch is None:
             return functools.partial(self.compiled, needs=needs)
         self.needs = needs or self.needs
@@ -233,7 +233,7 @@ class Op:
         self.differentiable = type(self.name, (torch.autograd.Function,), methods).apply
 
     def inputs(self, *, small: list[dict], large: list[dict]):
-        """Register `make(device, dtype, **size) -> args`: tests run it at the small sizes, benches at the large ones."""
+        """Register `make(device, dtype, **size) -> args`: tests run the small sizes, benches the large ones."""
 
         def keep(make: Callable) -> Callable:
             self.make, self.small, self.large = make, small, large

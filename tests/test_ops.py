@@ -59,12 +59,13 @@ def assert_near(ours, plain, truth, what):
             f"{what} {i}: not-finite values"
         )
         error, allowed = (o.double() - t)[finite].abs(), (p.double() - t)[finite].abs().max() if finite.any() else 0
-        slack = (1 if o.dtype == torch.float32 else 2**15) * 2e-6 * (1 + t[finite].abs())
+        # Rounding of the value itself: bfloat16 keeps 8 bits.
+        slack = 2e-6 * (1 + t[finite].abs()) if o.dtype == torch.float32 else 1e-5 + 2**-8 * t[finite].abs()
         worst = (error - slack).max().item() if finite.any() else 0
         assert worst <= allowed, f"{what} {i}: {worst:.3g} from the truth, plain torch {allowed:.3g}"
 
 
-@pytest.mark.parametrize("op, size, device, dtype, backend", cases())
+@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
 def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
     args = detached(op.make(device=device, dtype=dtype, **size))
     with torch.no_grad():
@@ -88,7 +89,7 @@ def gradients(call, args, upstream):
     return torch.autograd.grad(outs, wrt, grads, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize("op, size, device, dtype, backend", cases(gradient=True))
+@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(gradient=True)))
 def test_gradient(op, size, device, dtype, backend, poisoned):
     made = op.make(device=device, dtype=dtype, **size)
     shapes = [o for o in leaves(op.backend(backend)(*detached(made, True))) if o.requires_grad]
@@ -108,13 +109,13 @@ def test_gradient(op, size, device, dtype, backend, poisoned):
     assert_near(ours, plain, truth, "gradient")
 
 
-@pytest.mark.parametrize("op, size, device, dtype, backend", cases(dtypes=[torch.float32], every_backend=False))
+@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32], every_backend=False)))
 def test_contract(op, size, device, dtype, backend):
     args = prepared(op, detached(op.make(device=device, dtype=dtype, **size)))
     torch.library.opcheck(op.torch_op, tuple(args))
 
 
-@pytest.mark.parametrize("op, size, device, dtype, backend", cases(dtypes=[torch.float32], every_backend=False))
+@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32], every_backend=False)))
 def test_compiles_whole(op, size, device, dtype, backend):
     torch._dynamo.reset()
     args = detached(op.make(device=device, dtype=dtype, **size))
@@ -122,7 +123,7 @@ def test_compiles_whole(op, size, device, dtype, backend):
     torch.testing.assert_close(compiled(*args), op(*args), equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op, size, device, dtype, backend", cases(dtypes=[torch.float32]))
+@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
 def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
     args = detached(op.make(device=device, dtype=dtype, **size))
 
