@@ -1,0 +1,68 @@
+"""Weights and tokenizer from a folder or hub name, and a sentence for each way in which they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_fast.config import ModelConfig
+from rlhf_fast.errors import UserError
+
+
+def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.Module:
+    """The transformers module, every weight of it found. `fresh_head` draws a missing score row by `seed`."""
+    if not cfg.path:
+        raise UserError("model: no path given; give a folder or a hub name, for instance --model.path out/sft")
+    if (Path(cfg.path) / "adapter_config.json").is_file():
+        raise UserError(f"{cfg.path}: holds an adapter alone; give the folder with the merged weights above it")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+        scalar = any("SequenceClassification" in name for name in config.architectures or ())
+        if head == "lm" and scalar:
+            raise UserError(f"{cfg.path}: is a reward model, not a language model; give a base or SFT model")
+        kind = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+        if head == "scalar":
+            config.num_labels = 1
+        module, info = kind.from_pretrained(
+            cfg.path, config=config, dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attention,
+            trust_remote_code=cfg.trust_remote_code, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{cfg.path}: cannot be loaded as a {head} model: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = set(info["missing_keys"])
+    untrained = {key for key in missing if key.startswith("score.")}
+    if untrained and not fresh_head:
+        raise UserError(
+            f"{cfg.path}: its scalar head was never trained (no {min(untrained)} in its weights); train a reward model"
+            " first and give that folder"
+        )
+    if missing - untrained:
+        absent = missing - untrained
+        raise UserError(f"{cfg.path}: {len(absent)} weights are missing, for instance {min(absent)}")
+    if untrained:
+        weight = module.score.weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        weight.data.copy_(noise / (weight.shape[1] + 1) ** 0.5)
+    return module
+
+
+def load_tokenizer(cfg: ModelConfig, module: nn.Module):
+    """The tokenizer beside the weights, no larger than the model's vocabulary."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{cfg.path}: has no tokenizer that loads: {reason}") from error
+    vocabulary = module.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
+    return tokenizer
