@@ -1,8 +1,8 @@
 """Every setting of the three stages: one tree of frozen dataclasses is the flags, the YAML file and the saved run.
 
-The defaults are the InstructGPT paper's (arXiv 2203.02155, appendix C, 1.3B model). Four of them are gentler, so that a
-short run is not spoiled: PPO's `select`, `missing_eos`, `sampling.max_new_tokens` and `data.dedupe_prefix`; the preset
-`paper` sets those too. Where the paper is silent the value is lm-human-preferences' (lm-hp) and the line says so.
+The defaults are the InstructGPT paper's (arXiv 2203.02155, appendix C, 1.3B model). Five of PPO's are gentler, so that
+a short run is not spoiled: `select`, `missing_eos`, `whiten`, `sampling.max_new_tokens` and `data.dedupe_prefix`; the
+preset `paper` sets those too. Where the paper is silent the value is lm-human-preferences' (lm-hp); the line says so.
 
 Settings on which RLHF systems silently differ name the systems: "N+" is vwxyzjn/summarize_from_feedback_details,
 "Aligner" is NeMo-Aligner. Not settable, because one answer is right or the others are bugs: the score stands on the
@@ -51,8 +51,6 @@ class _Stage:
     """Of everything random: order of the data, dropout, sampling."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto = cuda where there is one."""
-    resume: bool = True
-    """Go on from the newest whole checkpoint in `out`. False: refuse an `out` that holds a run."""
 
     def ready(self) -> None:
         """Raise UserError if a path that the stage cannot do without is missing."""
