@@ -23,10 +23,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 log = logging.getLogger("rlhf_fast")
 OPS: dict[str, Op] = {}
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
+_DEVICES = ("cpu", "cuda")
 
 
 class Declined(Exception):
@@ -84,6 +86,13 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _traced() -> bool:
+    """True while somebody traces or transforms calls: torch.compile, a dispatch mode (fake tensors), vmap."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Op:
     """Call it to run the best kernel for the tensors' device; `.reference` is the definition."""
 
@@ -94,13 +103,14 @@ class Op:
         self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
         self.tail = tuple(self.defaults.get(name) for name in self.names)
         self.implementations: dict[str, Callable] = {"reference": body}
+        self.best = dict.fromkeys(_DEVICES, "reference")
         self.needs: tuple[str, ...] = (self.name,)
         self.prepare: Callable | None = None
         self.warned = False
         self.has_gradient = False
         _library.define(self.name + torch.library.infer_schema(body, mutates_args=()))
-        for key in ("CPU", "CUDA"):
-            _library.impl(self.name, functools.partial(self._answer, key.lower()), key)
+        for device in _DEVICES:
+            _library.impl(self.name, functools.partial(self._answer, device), device.upper())
         torch.library.register_fake(f"rlhf_fast::{self.name}", fake or body, lib=_library)
         self.torch_op = self.differentiable = getattr(torch.ops.rlhf_fast, self.name).default
         OPS[self.name] = self
@@ -112,13 +122,24 @@ class Op:
             args = self.prepare(*args)
         if _forced == "reference":
             return self.reference(*args)
-        if (
-            self.has_gradient
-            and torch.is_grad_enabled()
-            and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        ):
-            return self.differentiable(*args)
-        return self.torch_op(*args)
+        if self.has_gradient and torch.is_grad_enabled():
+            if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                return self.differentiable(*args)
+        return self.run(*args)
+
+    def run(self, *args):
+        """The chosen kernel on prepared arguments, without gradient. Goes through torch's dispatcher where that matters
+        (tracing, tensor subclasses, other devices); for plain tensors it would double the cost of a small call."""
+        device = None
+        for a in args:
+            kind = type(a)
+            if kind is Tensor or kind is Parameter:
+                device = device or a.device.type
+            elif isinstance(a, Tensor):
+                return self.torch_op(*args)
+        if device not in _DEVICES or _traced():
+            return self.torch_op(*args)
+        return self._answer(device, *args)
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple:
         if len(args) > len(self.names):
@@ -140,7 +161,7 @@ class Op:
     def _answer(self, device: str, *args):
         """Runs inside torch's dispatcher, on real tensors of `device`."""
         args = args + self.tail[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
-        chosen = _forced or self.chosen(device)
+        chosen = _forced or self.best[device]
         if chosen not in self.implementations:
             raise ValueError(f"{self.name}: no backend {chosen!r} here; there are: {', '.join(self.backends)}")
         if chosen != "reference":
@@ -164,7 +185,7 @@ class Op:
 
     def chosen(self, device: str) -> str:
         """The backend that answers for tensors of `device`."""
-        return [name for name in self.implementations if name.partition(":")[0] in (device, "reference")][-1]
+        return self.best.get(device, "reference")
 
     def why(self, device: str) -> str:
         """One line: who answers on `device`, and why nobody better does."""
@@ -200,6 +221,7 @@ class Op:
         for backend, module in COMPILED.items():
             if all(hasattr(module, name) for name in self.needs):
                 self.implementations[backend] = functools.partial(launch, module)
+                self.best[backend.partition(":")[0]] = backend
         return launch
 
     def gradient(self, backward: Callable, *, save: Callable | None = None, forward: Callable | None = None) -> None:
@@ -226,7 +248,7 @@ class Op:
 
         steps = {"backward": run_backward}
         if forward is None:
-            steps |= {"forward": self.torch_op, "setup_context": setup_context}
+            steps |= {"forward": self.run, "setup_context": setup_context}
         else:
             steps |= {"forward": run_forward}
         methods = {name: staticmethod(step) for name, step in steps.items()}

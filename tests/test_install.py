@@ -1,0 +1,93 @@
+"""The package as users get it: sdist, wheel, a machine without a compiler, Hugging Face's `kernels` beside it."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(NEEDED), reason=f"building without the network needs {', '.join(NEEDED)}"),
+    pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a source checkout"),
+]
+
+USE = """
+import sys, torch, kernels
+from pathlib import Path
+import rlhf_fast
+from rlhf_fast import ops
+from rlhf_fast.kernels import _op
+assert kernels.whose == "another package", kernels
+assert Path(rlhf_fast.__file__).is_relative_to(sys.argv[1]), rlhf_fast.__file__
+assert ops.gae.chosen("cpu").startswith("cpu:"), ops.gae.why("cpu")
+one = torch.ones(1, 1)
+print(ops.gae(one, one, one.bool())[1].item())
+"""
+
+
+def run(*command, cwd=None, **environment):
+    env = {**os.environ, "RLHF_FAST_CUDA": "0", **environment}
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout without what was built in it."""
+    copy = tmp_path_factory.mktemp("source") / "a folder with spaces"
+    unwanted = shutil.ignore_patterns(
+        ".git", "build", "dist", "*.so", "*.egg-info", ".venv", "runs", "__pycache__", ".*"
+    )
+    shutil.copytree(ROOT, copy, ignore=unwanted)
+    return copy
+
+
+def wheel_from(place, out, **environment):
+    pip = (sys.executable, "-m", "pip", "wheel", "-v", place, "--no-deps", "--no-build-isolation", "-w", out)
+    return run(*pip, cwd=out, **environment)
+
+
+def test_sdist_then_wheel_then_use_from_elsewhere(source, tmp_path):
+    made = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source)
+    assert made.returncode == 0, made.stderr
+    (sdist,) = tmp_path.glob("rlhf_fast-*.tar.gz")
+    built = wheel_from(sdist, tmp_path, RLHF_FAST_REQUIRE_EXT="1")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "rlhf_fast/kernels/gae.py" in names and any(n.startswith("rlhf_fast/_cpu") for n in names)
+    strangers = {n.split("/")[0] for n in names} - {"rlhf_fast"}
+    assert all(n.endswith(".dist-info") for n in strangers), f"the wheel installs more than rlhf_fast: {strangers}"
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("whose = 'another package'")
+    for place in (tmp_path, source / "tests"):
+        used = run(sys.executable, "-c", USE, site, cwd=place, PYTHONPATH=str(site))
+        assert used.returncode == 0 and used.stdout.strip() == "1.0", used.stdout + used.stderr
+    libraries = run("ldd", *site.glob("rlhf_fast/_cpu*.so")).stdout
+    assert "torch" not in libraries and "c10" not in libraries
+
+
+def test_a_checkout_does_not_hide_another_package_named_kernels(source, tmp_path):
+    other = tmp_path / "kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("whose = 'another package'")
+    used = run(sys.executable, "-c", "import kernels; print(kernels.whose)", cwd=source, PYTHONPATH=str(tmp_path))
+    assert used.stdout.strip() == "another package", used.stdout + used.stderr
+
+
+def test_without_a_compiler_the_install_goes_on_and_says_so(source, tmp_path):
+    built = wheel_from(source, tmp_path, CXX="/bin/false")
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "COULD NOT BE BUILT" in built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not any(n.endswith(".so") for n in zipfile.ZipFile(wheel).namelist())
+    required = wheel_from(source, tmp_path, CXX="/bin/false", RLHF_FAST_REQUIRE_EXT="1")
+    assert required.returncode != 0
