@@ -86,8 +86,9 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the file's name, for instance {completion: answer}. Our names: prompt, completion, messages, chosen,
     rejected, responses, ranks, text, group."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """How a prompt becomes text: the tokenizer's chat template, or as it stands. auto = chat if there is a template."""
+    template: Literal["auto", "chat", "plain", "dialog"] = "auto"
+    """How a prompt becomes text: by the tokenizer's chat template; as it stands; or as HH's "Human: ... Assistant:".
+    auto = chat if the tokenizer has a template, else plain."""
     max_prompt_tokens: int = 1024
     """Rows with a longer prompt are dropped and counted, as in the paper ("longer than 1k tokens filtered")."""
     max_response_tokens: int = 1024
