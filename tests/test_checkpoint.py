@@ -106,7 +106,7 @@ def spoil_bit(path):
     lambda path: (path / "manifest.json").write_text('{"step": 2'),
     lambda path: (path / "manifest.json").write_text("[]"),
     lambda path: (path / "state.json").write_text("{}"),
-], ids=["truncated", "flipped bit", "no manifest", "no state", "torn manifest", "odd manifest", "other state"])  # fmt: skip
+], ids=["truncated", "bit", "no manifest", "no state", "torn manifest", "odd manifest", "other state"])  # fmt: skip
 def test_a_spoiled_newest_checkpoint_is_skipped(tmp_path, spoil):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"model": {"w": torch.full((4,), float(step))}})

@@ -1,0 +1,158 @@
+"""A stage's output folder: what may go on there, where it goes on, and what is kept when it is told to stop.
+
+`out/` becomes an ordinary Hugging Face folder and holds run.json, metrics.jsonl, samples.jsonl and checkpoints/. The
+same command started again goes on from the newest whole checkpoint; with other settings or other data it is refused;
+once finished it says so. SIGTERM and Ctrl-C write a checkpoint at the end of the step and exit with 143 and 130.
+"""
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_fast import checkpoint
+from rlhf_fast.config import PPO, SFT, DataConfig, Reward
+from rlhf_fast.errors import UserError, writing
+from rlhf_fast.logs import Log, describe
+
+RUN = "run.json"
+# What may differ when a run is taken up again: none of it changes the trained weights.
+FREE = ("log.", "out", "resume")
+
+
+class Part(Protocol):
+    """What has a state to be resumed: a learner, a controller, a selection."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> object: ...
+
+
+class RunDir:
+    """One stage's run in `cfg.out`, as a context manager. `data` are the settings whose files it reads.
+
+    finished: nothing is left to do. log: after `begin`.
+    """
+
+    def __init__(self, cfg: SFT | Reward | PPO, *data: DataConfig):
+        cfg.ready()
+        self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
+        self.checkpoints = self.out / "checkpoints"
+        self.finished, self.log, self.total, self.saved = False, None, 0, -1
+        self._signal, self._handlers = 0, {}
+        files = [file for part in data for file in (part.path, part.valid) if Path(file).is_file()]
+        self.told = describe(self.stage, cfg, files)
+        if (self.out / RUN).exists():
+            if not cfg.resume:
+                raise UserError(f"{self.out}: holds a run already; choose another `out`, or set resume to true")
+            self._compare(json.loads((self.out / RUN).read_text()))
+        elif (self.out / "config.json").exists():
+            raise UserError(f"{self.out}: holds a model that no run of ours wrote there; choose another `out`")
+
+    def __enter__(self) -> "RunDir":
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.log:
+            self.log.close()
+
+    def begin(self, total: int, headline: tuple[str, ...], parts: Mapping[str, Part]) -> int:
+        """Opens the log of a run of `total` steps, puts `parts` where the newest checkpoint left them, and returns
+        the number of steps done."""
+        with writing(self.out):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(self.out / RUN, self.told)
+        path, self.total = checkpoint.latest(self.checkpoints), total
+        self.saved = done = checkpoint.step_of(path) if path else 0
+        self.log = Log(self.out, self.cfg.log, self.stage, total, done, headline)
+        if path:
+            state = checkpoint.load(path)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            checkpoint.restore_random_states(state["random"])
+            self.log.say(f"goes on after step {done} of {total} ({path})")
+        return done
+
+    def checkpoint(self, step: int, parts: Mapping[str, Part]) -> None:
+        """Saves `parts` when it is time, at the last step, or when the process was told to stop: then it exits."""
+        every = self.cfg.log.checkpoint_every
+        if (every and step % every == 0) or step == self.total or self._signal:
+            with self.log.phase("save"):
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state["random"] = checkpoint.random_states()
+                checkpoint.save(self.checkpoints, step, state, self.cfg.log.keep)
+                self.saved = step
+        if self._signal:
+            self.log.say(f"stopped by signal {self._signal} after step {step}; the same command goes on from here")
+            raise SystemExit(128 + self._signal)
+
+    def finish(self, write: Callable[[Path], object], summary: Mapping[str, object]) -> None:
+        """Has `write` fill a folder, moves what it wrote into `out`, and marks the run as finished."""
+        folder = self.out / "finished"
+        with writing(self.out):
+            with checkpoint.atomic_folder(folder):
+                write(folder.with_name(folder.name + ".tmp"))
+            for entry in sorted(folder.iterdir()):
+                target = self.out / entry.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                entry.replace(target)
+            folder.rmdir()
+        checkpoint.write_json(self.out / RUN, self.told | {"finished": dict(summary)})
+        self.finished = True
+        self.log.say(f"finished; the model is in {self.out}")
+
+    def _stop(self, number: int, frame: object) -> None:
+        if self._signal:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _compare(self, old: dict) -> None:
+        """Refuses a folder in which something else was run; sees whether it is finished."""
+        if old["stage"] != self.stage:
+            raise UserError(f"{self.out}: holds a run of {old['stage']}, not {self.stage}; choose another `out`")
+        before, now = _flat(old["config"]), _flat(self.told["config"])
+        for key in sorted(before.keys() | now.keys()):
+            if not key.startswith(FREE) and before.get(key) != now.get(key):
+                raise UserError(
+                    f"{self.out}: was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r};"
+                    " set it back or choose another `out`"
+                )
+        for file, digest in self.told["data"].items():
+            if old["data"].get(file, digest) != digest:
+                raise UserError(f"{file}: has changed since {self.out} was started with it; choose another `out`")
+        self.finished = "finished" in old
+
+
+class Best:
+    """The best model so far by a score: its folder is kept beside the checkpoints until the run is finished."""
+
+    def __init__(self, run: RunDir):
+        self.folder, self.score, self.step = run.checkpoints / "best", float("-inf"), 0
+
+    def offer(self, step: int, score: float, save: Callable[[Path], object]) -> None:
+        """Keeps this model if its score is the highest; of equals the first."""
+        if score > self.score:
+            self.score, self.step = score, step
+            with writing(self.folder), checkpoint.atomic_folder(self.folder) as folder:
+                save(folder)
+
+    def state_dict(self) -> dict:
+        return {"score": self.score, "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.score, self.step = state["score"], state["step"]
+
+
+def _flat(tree: object, at: str = "") -> dict[str, object]:
+    """A nested dict as dotted keys."""
+    if not isinstance(tree, dict):
+        return {at: tree}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{at}.{name}" if at else name).items()}
