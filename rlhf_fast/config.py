@@ -51,6 +51,8 @@ class _Stage:
     """Of everything random: order of the data, dropout, sampling."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto = cuda where there is one."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in `out`. False: refuse an `out` that holds a run."""
 
     def ready(self) -> None:
         """Raise UserError if a path that the stage cannot do without is missing."""

@@ -15,7 +15,11 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class Bad(ValueError):
-    """What is wrong with one row and how to mend it, without the place."""
+    """What is wrong with one row and how to mend it, without the place. `sort` is for counting: null, empty, equal."""
+
+    def __init__(self, text: str, sort: str = "other"):
+        super().__init__(text)
+        self.sort = sort
 
 
 def names(row: Mapping[str, Any]) -> str:
@@ -35,11 +39,11 @@ def string(row: Mapping[str, Any], name: str) -> str:
     """A text that says something. Bad for null, another type, blanks, or half a surrogate pair."""
     value = row[name]
     if value is None:
-        raise Bad(f"{name} is null; give a text or remove the row")
+        raise Bad(f"{name} is null; give a text or remove the row", "null")
     if not isinstance(value, str):
         raise Bad(f"{name} must be text, found {typename(value)}")
     if not value.strip():
-        raise Bad(f"{name} is empty; give a text or remove the row")
+        raise Bad(f"{name} is empty; give a text or remove the row", "empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -115,7 +119,7 @@ def common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[M
 def common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The prompt is what both begin with, up to the last "Assistant:" (HH) or else to the end of a word."""
     if chosen == rejected:
-        raise Bad("chosen and rejected are equal, so there is nothing to prefer; remove the row")
+        raise Bad("chosen and rejected are equal, so there is nothing to prefer; remove the row", "equal")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     same = min(len(chosen), len(rejected)) if same is None else same
     answers = [turn.end() for turn in _TURN.finditer(chosen[:same]) if turn[1] == "Assistant"]
@@ -123,7 +127,7 @@ def common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     if cut <= 0 or not chosen[:cut].strip():
         raise Bad('no "prompt" in the row, and chosen and rejected do not begin alike')
     if not chosen[cut:].strip() or not rejected[cut:].strip():
-        raise Bad("one of chosen and rejected is empty behind the prompt they share")
+        raise Bad("one of chosen and rejected is empty behind the prompt they share", "empty")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 

@@ -190,7 +190,7 @@ def _comparison(row: Mapping[str, Any]) -> Example:
     else:
         prompt, chosen, rejected = common_text(string(row, "chosen"), string(row, "rejected"))
     if chosen == rejected:
-        raise Bad("chosen and rejected are equal, so there is nothing to prefer; remove the row")
+        raise Bad("chosen and rejected are equal, so there is nothing to prefer; remove the row", "equal")
     return Example(0, prompt, (chosen, rejected), (0, 1))
 
 
