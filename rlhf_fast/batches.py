@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 RESPONSE_FIELDS = frozenset(
-    "mask logprobs raw_logprobs kept_logprobs entropy old_logprobs ref_logprobs values advantages returns".split()
+    "mask logprobs raw_logprobs kept_logprobs entropy".split()
+    + "old_logprobs ref_logprobs values advantages returns weights".split()
 )
 
 
@@ -158,17 +159,19 @@ class Experience(NamedTuple):
     ref_logprobs: Tensor
     """(B, R) of the reference model."""
     values: Tensor
-    """(B, R) of the value model at collection."""
+    """(B, R) of the value model at collection: slot j holds the value before token j was drawn."""
     advantages: Tensor
     returns: Tensor
+    weights: Tensor
+    """(B, R) float32: what each token counts in the losses; 0 outside `mask`."""
     scores: Tensor
     """(B,) rewards as the reward model or function gave them."""
     finished: Tensor
     uids: Tensor
 
-    def units(self) -> int:
-        """Response tokens that count."""
-        return int(self.mask.sum())
+    def units(self) -> float:
+        """Sum of the weights: response tokens, or responses."""
+        return float(self.weights.double().sum())
 
     def take(self, index: Tensor) -> Experience:
         return take_rows(self, index)

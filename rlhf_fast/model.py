@@ -129,11 +129,13 @@ class Model:
     def hidden(self, tokens: Tensor, lengths: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T, D) of the last layer, after the final norm. `lengths` is not needed: see the module's docstring.
         `positions` (B, T) that start again at 0 inside a row make it several rows that do not see one another."""
+        arguments = {} if positions is None else {"position_ids": positions.to(self.device)}
+        return self.run_decoder(input_ids=tokens.to(self.device), use_cache=False, **arguments).last_hidden_state
+
+    def run_decoder(self, **arguments):
+        """transformers' forward of the decoder, with or without the adapter as this model is."""
         with nullcontext() if self.adapter else self.module.disable_adapter():
-            tokens = tokens.to(self.device)
-            positions = None if positions is None else positions.to(self.device)
-            arguments = {} if positions is None else {"position_ids": positions}
-            return self.decoder(input_ids=tokens, use_cache=False, **arguments).last_hidden_state
+            return self.decoder(**arguments)
 
     def predicting(
         self, tokens: Tensor, first: Tensor, lengths: Tensor, keep: Tensor | None = None, pack: bool = False
@@ -174,14 +176,26 @@ class Model:
         zeros = torch.zeros(shape, device=self.device)
         return zeros.index_put(where, logprobs.float()), zeros.index_put(where, entropy.float())
 
+    def values(self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+        """(B, R) float32: the scalar head before each response token, at the position that predicts it; 0 where there
+        is no token."""
+        hidden, _, where = self.predicting(tokens, prompt_lengths, lengths)
+        zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
+        return zeros.index_put(tuple(i.to(self.device) for i in where), self.score(hidden))
+
     def scores(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, T) float32: the scalar head at every token."""
-        return self._score(self.hidden(tokens, lengths))
+        return self.score(self.hidden(tokens, lengths))
 
     def last_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(B,) float32: the scalar head at the last token of each row."""
         hidden, lengths = self.hidden(tokens, lengths), lengths.to(self.device)
-        return self._score(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
+        return self.score(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """The scalar head on hidden states (..., D): (...) float32."""
+        with nullcontext() if self.adapter else self.module.disable_adapter():
+            return F.linear(hidden.float(), self.head_weight.float())[..., 0] + self.score_bias
 
     def save(self, folder: str | Path) -> None:
         """An ordinary Hugging Face folder that plain transformers loads. With LoRA the adapter is merged into the
@@ -194,10 +208,6 @@ class Model:
             adapters.save(self.module, Path(folder))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
-
-    def _score(self, hidden: Tensor) -> Tensor:
-        with nullcontext() if self.adapter else self.module.disable_adapter():
-            return F.linear(hidden.float(), self.head_weight.float())[..., 0] + self.score_bias
 
     def _score_layer(self) -> nn.Linear:
         return adapters.active(self.base.score)
@@ -212,6 +222,8 @@ class Model:
     @torch.no_grad()
     def _check_causal(self) -> None:
         tokens = self._probe()
+        if not self.hidden(tokens).isfinite().all():
+            raise UserError(f"{self.name}: gives NaN or infinity on any input; its weights are spoiled")
         whole, prefix = self.hidden(tokens)[:, :5], self.hidden(tokens[:, :5])
         if not _same(whole.float(), prefix.float(), self.head_weight):
             raise UserError(f"{self.name}: its tokens see the ones after them; only causal models can be trained here")

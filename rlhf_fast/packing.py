@@ -17,7 +17,7 @@ class Packed(NamedTuple):
 
 
 def pack(tokens: Tensor, lengths: Tensor, capacity: int) -> Packed:
-    """Rows (B, T) of the given lengths into rows of `capacity` tokens, longest first, each where first there is room."""
+    """Rows (B, T) of the given lengths into rows of `capacity` tokens: longest first, each where there is room."""
     free, places = [], [(0, 0)] * len(lengths)
     for row in sorted(range(len(lengths)), key=lambda row: -int(lengths[row])):
         length = int(lengths[row])

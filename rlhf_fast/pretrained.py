@@ -66,3 +66,18 @@ def load_tokenizer(cfg: ModelConfig, module: nn.Module):
     if len(tokenizer) > vocabulary:
         raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
     return tokenizer
+
+
+def check_tokenizers(ours, theirs, name: str) -> None:
+    """UserError unless model `name` with the tokenizer `theirs` can read the tokens that `ours` makes."""
+    own, other = ours.get_vocab(), theirs.get_vocab()
+    if own != other:
+        differing = next(iter(sorted(set(own.items()) ^ set(other.items()))))[0]
+        raise UserError(
+            f"{name}: its tokenizer is not the policy's ({len(other)} tokens against {len(own)}; {differing!r}"
+            " differs); models of one run must come from one base model"
+        )
+    if theirs.chat_template and ours.chat_template != theirs.chat_template:
+        raise UserError(
+            f"{name}: its chat template is not the policy's; it has learned to score another form of prompt"
+        )
