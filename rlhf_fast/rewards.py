@@ -71,8 +71,8 @@ class FunctionReward:
         needed = [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
         if len(needed) not in (1, 2):
             raise UserError(
-                f"{self.name}: a reward function takes a list of texts, or a list of prompts and a list of responses; it"
-                f" takes {len(needed)} arguments"
+                f"{self.name}: a reward function takes a list of texts, or a list of prompts and a list of responses;"
+                f" it takes {len(needed)} arguments"
             )
         self.takes_prompts = len(needed) == 2
 
