@@ -87,6 +87,18 @@ def scan(path: str | Path, kind: str, columns: Mapping[str, str] | None = None) 
             yield number, bad
 
 
+def raw_rows(path: str | Path, count: int) -> Iterator[dict[str, Any]]:
+    """The first rows that are JSON objects, as they stand."""
+    for _, line in _lines(path):
+        try:
+            yield dict(_json(line))
+        except Bad:
+            continue
+        count -= 1
+        if not count:
+            return
+
+
 def read(path: str | Path, kind: str, columns: Mapping[str, str] | None = None, limit: int = 0) -> list[Example]:
     """The first `limit` examples (0 = all). UserError at the first bad row, or if there is none."""
     examples = []
