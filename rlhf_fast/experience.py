@@ -16,7 +16,6 @@ from rlhf_fast import ops
 from rlhf_fast.batches import Experience, Responses, micro_batches
 from rlhf_fast.config import PPO
 from rlhf_fast.model import Model
-from rlhf_fast.rewards import Reward
 
 RATIO_BAND = (0.9, 1.1)
 """Tokens whose probability in the trainer's forward over that in the rollout lies outside are counted."""
@@ -24,7 +23,8 @@ RATIO_BAND = (0.9, 1.1)
 
 @torch.no_grad()
 def collect(
-    responses: Responses, policy: Model, reference: Model, value: Model, reward: Reward, cfg: PPO,
+    responses: Responses, policy: Model, reference: Model, value: Model,
+    reward: Callable[[Responses], Tensor], cfg: PPO,
     kl_coef: float | None = None, bootstrap: bool = False,
 ) -> tuple[Experience, dict[str, float]]:  # fmt: skip
     """Experience of a batch of responses, its advantages whitened if cfg.whiten is "batch", and metrics of the batch.

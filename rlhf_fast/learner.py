@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +19,22 @@ from torch import Tensor
 from rlhf_fast.batches import micro_batches
 from rlhf_fast.config import OptimConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.model import Model
 
-Loss = Callable[[Model, object, float], tuple[Tensor, dict[str, Tensor]]]
 SHOWN = 8
 """Rows that an error names."""
+
+
+class Trainable(Protocol):
+    """What a learner needs of a model."""
+
+    name: str
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]: ...
+
+    def training(self, dropout: float | None) -> AbstractContextManager[None]: ...
+
+
+Loss = Callable[[Trainable, Any, float], tuple[Tensor, dict[str, Tensor]]]
 
 
 def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
@@ -45,7 +57,7 @@ class Learner:
     """
 
     def __init__(
-        self, model: Model, optim: OptimConfig, total_steps: int, *, dropout: float | None = None, ema: float = 0.0
+        self, model: Trainable, optim: OptimConfig, total_steps: int, *, dropout: float | None = None, ema: float = 0.0
     ):
         self.model, self.optim, self.total_steps, self.dropout, self.ema = model, optim, total_steps, dropout, ema
         self.steps = 0
