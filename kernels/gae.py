@@ -2,6 +2,7 @@
 
 import torch
 from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._segments import scan
 from torch import Tensor
 
 
@@ -28,18 +29,7 @@ def gae(
     `bootstrap` (B,), the value of the state that a truncated row stopped in, or 0 for a row that ended.
     No gradient: advantages are targets.
     """
-    rewards, values = wide(rewards), wide(values)
-    advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else rewards.new_zeros(rewards.shape[0])
-    next_value = advantage if bootstrap is None else bootstrap.to(advantage.dtype)
-    advantages = []
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        here = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(here, delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages.append(torch.where(here, advantage, 0))
-    advantages = torch.stack(advantages[::-1], dim=1) if advantages else torch.zeros_like(rewards)
-    return advantages, torch.where(mask, advantages + values, 0)
+    return scan(wide(rewards), wide(values), mask, gamma, lam, bootstrap)
 
 
 @gae.arguments

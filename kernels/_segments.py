@@ -1,0 +1,31 @@
+"""What the ops over rows and segments of tokens share: the scan that defines GAE, and the check of offsets."""
+
+import torch
+from torch import Tensor
+
+
+def scan(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (B, T), one column after the other from the last; kernels/gae.py has the formula."""
+    advantage = rewards.new_zeros(rewards.shape[0])
+    next_value = advantage if bootstrap is None else bootstrap.to(advantage.dtype)
+    advantages = []
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(here, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages.append(torch.where(here, advantage, 0))
+    advantages = torch.stack(advantages[::-1], dim=1) if advantages else torch.zeros_like(rewards)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+def check_offsets(op: str, name: str, offsets: Tensor, N: int) -> None:
+    """ValueError unless `offsets` rise from 0 to N. Only on the CPU: elsewhere the look would wait for the device."""
+    if offsets.device.type != "cpu":
+        return
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        shown = ends if len(ends) < 10 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
+        raise ValueError(f"{op}: {name} must rise from 0 to {N}, the number of rows, got {shown}")

@@ -1,0 +1,75 @@
+"""Generalized advantage estimation over responses that lie end to end, without padding."""
+
+import torch
+from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._segments import check_offsets, scan
+from torch import Tensor
+
+
+def _fake(rewards, values, mask, cu_seqlens, gamma=1.0, lam=0.95, bootstrap=None):
+    out = torch.empty(rewards.shape, dtype=wide(rewards).dtype, device=rewards.device)
+    return out, torch.empty_like(out)
+
+
+@op(fake=_fake)
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, (N,) float32 each, of rewards and values (N,): what `gae` gives, for S responses of which
+    response s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
+
+    `cu_seqlens` (S + 1,) int32 or int64 rises from 0 to N; a response may be empty. `mask` (N,) bool: tokens outside it
+    do not exist. `bootstrap` (S,) is the value after the last token of each response, 0 where it ended. No gradient.
+    """
+    check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
+    starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]
+    longest = int(lengths.max()) if lengths.numel() else 0
+    slots = torch.arange(longest, device=rewards.device)
+    inside, at = slots < lengths, starts + slots
+
+    def pad(x: Tensor) -> Tensor:
+        return x.new_zeros(at.shape).masked_scatter(inside, x)
+
+    padded = scan(pad(wide(rewards)), pad(wide(values)), pad(mask), gamma, lam, bootstrap)
+    return padded[0][inside], padded[1][inside]
+
+
+@gae_packed.arguments
+def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
+    if rewards.dim() != 1 or not rewards.shape == values.shape == mask.shape:
+        shapes = [list(x.shape) for x in (rewards, values, mask)]
+        raise ValueError(f"gae_packed: rewards, values and mask must have one shape (N,), got {shapes}")
+    if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0] or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        came = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise ValueError(f"gae_packed: cu_seqlens must be int32 or int64 of shape (S + 1,), got {came}")
+    if bootstrap is not None and bootstrap.shape[:1] != (cu_seqlens.shape[0] - 1,):
+        raise ValueError(
+            f"gae_packed: bootstrap must have shape ({cu_seqlens.shape[0] - 1},), got {list(bootstrap.shape)}"
+        )
+    return rewards.detach(), values.detach(), mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
+
+
+@gae_packed.inputs(
+    small=[
+        {"lengths": (1,)},
+        {"lengths": (5, 0, 17, 1, 33)},
+        {"lengths": (0, 9, 0, 0), "bootstrap": True, "index": "int32"},
+        {"lengths": (40, 3, 8, 16, 7, 9, 15, 31, 64, 2, 0, 12, 5, 5, 5, 5, 70, 1, 1), "bootstrap": True},
+        {"lengths": (7, 12), "gaps": False},
+        {"lengths": ()},
+        {"lengths": (0, 0)},
+    ],
+    large=[{"lengths": (1024,) * 64}, {"lengths": tuple(range(1, 1024, 8))}, {"lengths": (131072,)}],
+)
+def _(lengths, device, dtype, gaps=True, bootstrap=False, index="int64"):
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(getattr(torch, index))
+    rewards, values = torch.randn(2, sum(lengths), device=device, dtype=dtype)
+    mask = torch.rand(sum(lengths), device=device) > (0.2 if gaps else -1)
+    last = torch.randn(len(lengths), device=device, dtype=dtype) if bootstrap else None
+    return rewards, values, mask, cu_seqlens, 0.99, 0.95, last

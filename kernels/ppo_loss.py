@@ -1,0 +1,319 @@
+"""PPO's clipped losses of policy and value, their gradients and metrics, in one visit of memory."""
+
+import torch
+from rlhf_fast.kernels._op import op, wide
+from torch import Tensor
+
+STATS = (
+    "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",
+    "importance", "importance_capped", "value_weight", "value_clipped", "value", "value_error", "return",
+    "ratio_max", "ratio_min",
+)  # fmt: skip
+IMPORTANCE_MODES = ("truncate", "mask")
+
+
+def _fake(logprobs, old_logprobs, advantages, weights, *rest):
+    loss = torch.empty((), dtype=wide(weights).dtype, device=weights.device)
+    return loss, torch.empty_like(loss), loss.new_empty(len(STATS))
+
+
+@op(fake=_fake)
+def ppo_loss(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
+    weights: Tensor,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    value_weights: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    advantage_shift: Tensor | None = None,
+    advantage_scale: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float = 0.0,
+    value_clip: float = 0.2,
+    log_ratio_clamp: float = 20.0,
+    importance_cap: float = 2.0,
+    importance_mode: str = "truncate",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """policy_loss (), value_loss () and stats (17,), float32, of tokens in any shape, the same for every input.
+
+        ratio = exp(clamp(logprobs - old_logprobs, +-log_ratio_clamp))          A = (advantages - shift) * scale
+        policy_loss = sum weights * max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high))
+        value_loss = sum value_weights * max((V - R)^2, (clamp(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2
+
+    (Schulman et al. 2017, arXiv 1707.06347, eq. 7; the clipped value loss is that of OpenAI's lm-human-preferences.)
+    Both are sums: with weights 1 / (tokens of the whole optimizer batch) they add up over micro-batches. Where a weight
+    is 0 nothing is evaluated: what stands there may be NaN. value_weights=None means weights. Without logprobs,
+    old_logprobs and advantages only the value part is computed, without values only the policy part; the other is 0.
+
+    advantage_shift and advantage_scale, numbers or tensors of one element, whiten the advantages on the fly. dual_clip
+    c > 0 bounds the loss by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729). value_clip, log_ratio_clamp and
+    dual_clip 0 mean off. sampler_logprobs, of the engine that drew the tokens where old_logprobs were computed anew:
+    each policy term is weighted by w = exp(old_logprobs - sampler_logprobs), "truncate": min(w, importance_cap),
+    "mask": dropped where w > importance_cap (truncated importance sampling).
+
+    Gradients by logprobs and values, made in the forward pass, as torch.clamp and torch.maximum have them: it passes at
+    a bound of the clip itself, ties out of the bounds share it by halves; beyond log_ratio_clamp it is 0.
+
+    stats, named in `ppo_loss.stats`: sums over tokens of weight times 1, the indicators that the lower, the upper and
+    the dual clip were active, -log ratio, ratio - 1 - log ratio (both estimate KL(old || new), nats), the ratio, its
+    square, w, w > cap; and of value_weight times 1, the indicator that the clip was active, V, (V - R)^2, R. All of
+    these add up over micro-batches. The last two are the largest and the smallest ratio (-inf and inf without a token):
+    they join by max and min.
+    """
+    policy_loss, value_loss, stats, _, _ = _losses(
+        logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
+        advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
+        importance_mode,
+    )  # fmt: skip
+    return policy_loss, value_loss, stats
+
+
+def _losses(
+    logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
+    shift, scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap, importance_mode,
+):  # fmt: skip
+    """Both losses, stats, and the losses' gradients by logprobs and values (None where the part is absent)."""
+    weights = wide(weights)
+    zero = weights.new_zeros(())
+    policy_loss, policy_stats, policy_slope = zero, zero.new_zeros(10), None
+    extremes = zero.new_tensor([-torch.inf, torch.inf])
+    value_loss, value_stats, value_slope = zero.clone(), zero.new_zeros(5), None
+    if logprobs is not None:
+        policy_loss, policy_stats, extremes, policy_slope = _policy(
+            logprobs, old_logprobs, advantages, weights, sampler_logprobs, shift, scale,
+            clip_low, clip_high, dual_clip, log_ratio_clamp, importance_cap, importance_mode,
+        )  # fmt: skip
+    if values is not None:
+        value_weights = weights if value_weights is None else wide(value_weights)
+        value_loss, value_stats, value_slope = _value(values, old_values, returns, value_weights, value_clip)
+    return policy_loss, value_loss, torch.cat([policy_stats, value_stats, extremes]), policy_slope, value_slope
+
+
+def _where(on: Tensor, x: Tensor) -> Tensor:
+    return torch.where(on, wide(x), 0)
+
+
+def _policy(
+    logprobs, old_logprobs, advantages, weights, sampler_logprobs, shift, scale,
+    clip_low, clip_high, dual_clip, log_ratio_clamp, importance_cap, importance_mode,
+):  # fmt: skip
+    on = weights != 0
+    advantage = wide(advantages)
+    advantage = advantage if shift is None else advantage - wide(shift)
+    advantage = _where(on, advantage if scale is None else advantage * wide(scale))
+    old = _where(on, old_logprobs)
+    raw = _where(on, logprobs) - old
+    bound = log_ratio_clamp if log_ratio_clamp > 0 else torch.inf
+    log_ratio = raw.clamp(-bound, bound)
+    ratio = log_ratio.exp()
+    low, high = 1 - clip_low, 1 + clip_high
+    free, clipped = -advantage * ratio, -advantage * ratio.clamp(low, high)
+    loss = torch.maximum(free, clipped)
+    share = torch.where((free >= clipped) & (raw.abs() <= bound), 1.0, 0.0).to(loss.dtype)
+    dual = torch.zeros_like(on)
+    if dual_clip > 0:
+        limit = torch.where(advantage < 0, -advantage * dual_clip, torch.inf)
+        dual, tie = loss > limit, loss == limit
+        share = torch.where(dual, 0, torch.where(tie, 0.5 * share, share))
+        loss = torch.minimum(loss, limit)
+    importance = torch.ones_like(ratio)
+    capped = torch.zeros_like(on)
+    if sampler_logprobs is not None:
+        importance = (old - _where(on, sampler_logprobs)).exp()
+        capped = importance > importance_cap
+        kept = 0.0 if importance_mode == "mask" else importance_cap
+        importance = torch.where(capped, kept, importance)
+    coefficient = weights * importance
+    total = torch.where(coefficient != 0, coefficient * loss, 0).sum()
+    with torch.no_grad():
+        slope = torch.where(coefficient != 0, coefficient * share * -advantage * ratio, 0)
+        below, above = (free < clipped) & (ratio < low), (free < clipped) & (ratio > high)
+        terms = [torch.ones_like(ratio), below, above, dual, -log_ratio, ratio - 1 - log_ratio, ratio, ratio * ratio]
+        terms += [importance, capped]
+        stats = torch.stack([torch.where(on, weights * term, 0).sum() for term in terms])
+        most, least = torch.where(on, ratio, -torch.inf), torch.where(on, ratio, torch.inf)
+        ends = (
+            [most.amax(), least.amin()]
+            if ratio.numel()
+            else [ratio.new_tensor(-torch.inf), ratio.new_tensor(torch.inf)]
+        )
+    return total, stats, torch.stack(ends), slope
+
+
+def _value(values, old_values, returns, weights, value_clip):
+    on = weights != 0
+    value, target = _where(on, values), _where(on, returns)
+    free = (value - target) ** 2
+    loss, slope, active = free, (value - target).detach(), torch.zeros_like(on)
+    if value_clip > 0:
+        old = _where(on, old_values)
+        bounded = value.clamp(old - value_clip, old + value_clip)
+        clipped = (bounded - target) ** 2
+        inside = (value >= old - value_clip) & (value <= old + value_clip)
+        active = clipped > free
+        outside = torch.where(active, 0, torch.where(clipped == free, 0.5, 1.0)).to(free.dtype)
+        slope = torch.where(inside, 1, outside) * slope
+        loss = torch.maximum(free, clipped)
+    total = torch.where(on, weights * loss, 0).sum() / 2
+    with torch.no_grad():
+        terms = [torch.ones_like(value), active, value, free, target]
+        stats = torch.stack([torch.where(on, weights * term, 0).sum() for term in terms])
+        return total, stats, torch.where(on, weights * slope, 0)
+
+
+ppo_loss.stats = STATS
+
+
+@ppo_loss.arguments
+def _(
+    logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
+    advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
+    importance_mode,
+):  # fmt: skip
+    policy = (logprobs, old_logprobs, advantages)
+    if any(x is None for x in policy) and not all(x is None for x in (*policy, sampler_logprobs)):
+        raise ValueError("ppo_loss: the policy part needs logprobs, old_logprobs and advantages, or none of them")
+    if logprobs is None and values is None:
+        raise ValueError("ppo_loss: there is neither logprobs nor values, nothing to compute")
+    if (
+        (values is None) != (returns is None)
+        or values is None
+        and (old_values is not None or value_weights is not None)
+    ):
+        raise ValueError("ppo_loss: the value part needs values and returns, or none of them")
+    if values is not None and value_clip > 0 and old_values is None:
+        raise ValueError(f"ppo_loss: value_clip={value_clip} needs old_values; value_clip=0 does without")
+    given = (logprobs, old_logprobs, advantages, values, old_values, returns, value_weights, sampler_logprobs)
+    for x in given:
+        if x is not None and x.shape != weights.shape:
+            shapes = [list(x.shape) for x in given if x is not None]
+            raise ValueError(f"ppo_loss: all must have the shape of weights, {list(weights.shape)}, got {shapes}")
+    if importance_mode not in IMPORTANCE_MODES:
+        modes = ", ".join(IMPORTANCE_MODES)
+        raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {importance_mode!r}")
+    shift, scale = _one_element("shift", advantage_shift, weights), _one_element("scale", advantage_scale, weights)
+    weights = weights.float() if weights.dtype == torch.bool else weights
+    if value_weights is not None and value_weights.dtype == torch.bool:
+        value_weights = value_weights.float()
+    return (
+        logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
+        shift, scale, float(clip_low), float(clip_high), float(dual_clip), float(value_clip), float(log_ratio_clamp),
+        float(importance_cap), importance_mode,
+    )  # fmt: skip
+
+
+def _one_element(name: str, x: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if x is None or not isinstance(x, Tensor):
+        return None if x is None else torch.full((), x, dtype=wide(like).dtype, device=like.device)
+    if x.numel() != 1:
+        raise ValueError(f"ppo_loss: advantage_{name} must be a number or one element, got shape {list(x.shape)}")
+    return x.detach().reshape(())
+
+
+def _fake_with_gradients(logprobs, old_logprobs, advantages, weights, values, *rest):
+    *rest, by_logprobs, by_values = rest
+    loss, value_loss, stats = _fake(logprobs, old_logprobs, advantages, weights)
+    nothing = loss.new_empty(0)
+    slopes = [loss.new_empty(weights.shape) if wanted else nothing.clone() for wanted in (by_logprobs, by_values)]
+    return loss, value_loss, stats, *slopes
+
+
+@op(fake=_fake_with_gradients)
+def ppo_loss_with_gradients(
+    logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | None,
+    weights: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    value_weights: Tensor | None,
+    sampler_logprobs: Tensor | None,
+    advantage_shift: Tensor | None,
+    advantage_scale: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    value_clip: float,
+    log_ratio_clamp: float,
+    importance_cap: float,
+    importance_mode: str,
+    by_logprobs: bool,
+    by_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `ppo_loss` gives, then policy_loss's gradient by logprobs and value_loss's by values, float32, in the shape
+    of weights; empty (0,) where not asked for."""
+    policy_loss, value_loss, stats, *slopes = _losses(
+        logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
+        advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
+        importance_mode,
+    )  # fmt: skip
+    wanted = zip(slopes, (by_logprobs, by_values), strict=True)
+    return policy_loss, value_loss, stats, *(slope if by else stats.new_empty(0) for slope, by in wanted)
+
+
+def _forward(ctx, *args):
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    policy_loss, value_loss, stats, *slopes = ppo_loss_with_gradients.run(*args, *wanted)
+    ctx.save_for_backward(*slopes)
+    ctx.dtypes = [x.dtype if by else None for x, by in zip((args[0], args[4]), wanted, strict=True)]
+    losses = (policy_loss, value_loss)
+    ctx.mark_non_differentiable(stats, *(loss for loss, by in zip(losses, wanted, strict=True) if not by))
+    return *losses, stats
+
+
+def _backward(ctx, grad_policy, grad_value, _grad_stats):
+    grads = [
+        None if dtype is None else (grad * slope).to(dtype)
+        for dtype, slope, grad in zip(ctx.dtypes, ctx.saved_tensors, (grad_policy, grad_value), strict=True)
+    ]
+    return grads[0], None, None, None, grads[1], *[None] * 13
+
+
+ppo_loss.gradient(_backward, forward=_forward)
+
+
+def _make(shape, device, dtype, policy=True, value=True, far=False, whiten=False, sampler="", grad=True, **numbers):
+    """far: log-ratios beyond every bound; NaN stands wherever a weight is 0."""
+    kept = torch.rand(shape, device=device) > 0.3
+    weights = torch.rand(shape, device=device) * kept / max(kept.numel(), 1)
+
+    def normal(scale):
+        return (scale * torch.randn(shape, device=device)).masked_fill(~kept, torch.nan).to(dtype)
+
+    given = {"weights": weights.to(dtype)} | numbers
+    if policy:
+        logprobs = -3 * normal(1).abs()
+        old = logprobs + normal(40 if far else 0.3) * (torch.rand(shape, device=device) > 0.2)
+        given |= {"logprobs": logprobs.requires_grad_(grad), "old_logprobs": old, "advantages": normal(1)}
+        if sampler:
+            given |= {"sampler_logprobs": old + normal(0.5), "importance_cap": 1.2, "importance_mode": sampler}
+        if whiten:
+            given |= {f"advantage_{k}": torch.tensor(x, device=device) for k, x in (("shift", 0.3), ("scale", 1.7))}
+    if value:
+        given |= {"values": normal(1).requires_grad_(grad), "old_values": normal(1), "returns": normal(1)}
+        given["value_weights"] = (weights * 2).to(dtype) if policy else None
+    return tuple(given.get(name, ppo_loss.defaults.get(name)) for name in ppo_loss.names)
+
+
+SMALL = [
+    {"shape": (1,)},
+    {"shape": (3, 17), "whiten": True},
+    {"shape": (9, 33), "far": True, "dual_clip": 3.0, "clip_high": 0.28},
+    {"shape": (5, 8), "value": False, "sampler": "truncate"},
+    {"shape": (67,), "value": False, "sampler": "mask", "whiten": True, "log_ratio_clamp": 0.0},
+    {"shape": (2, 3, 7), "policy": False},
+    {"shape": (40,), "policy": False, "value_clip": 0.0},
+    {"shape": (0, 5)},
+]
+ppo_loss.inputs(small=SMALL, large=[{"shape": (64, 128)}, {"shape": (64, 1024)}, {"shape": (512, 1024)}])(_make)
+
+
+@ppo_loss_with_gradients.inputs(small=SMALL[:1] + SMALL[2:6], large=[])
+def _(by_logprobs=True, by_values=True, **size):
+    policy, value = size.get("policy", True), size.get("value", True)
+    return *_make(grad=False, **size), by_logprobs and policy, by_values and value

@@ -1,0 +1,119 @@
+"""The reward model's loss: every ordered pair of a prompt's K ranked responses."""
+
+import torch
+from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._segments import check_offsets
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+STATS = ("pairs", "correct", "margin", "groups", "groups_without_pair")
+
+
+def _fake(scores, group_offsets, ranks, weights=None):
+    loss = torch.empty((), dtype=wide(scores).dtype, device=scores.device)
+    return loss, loss.new_empty(len(STATS))
+
+
+@op(fake=_fake)
+def ranking_loss(
+    scores: Tensor, group_offsets: Tensor, ranks: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss (nats, float32) and stats (5,) of scores (N,) that a reward model gave to the ranked responses of G prompts.
+
+        loss = sum_g weights_g * mean over the pairs i, j of group g with rank_i < rank_j of -log sigmoid(s_i - s_j)
+
+    (InstructGPT, arXiv 2203.02155, eq. 1: all C(K, 2) pairs of a prompt are one batch element.) Group g is rows
+    group_offsets[g] to group_offsets[g + 1]; group_offsets (G + 1,) int32 or int64 rises from 0 to N, K differs from
+    group to group. ranks (N,) integers, smaller is better; equal ranks are a tie, and a tied pair is dropped. A group
+    without a pair (one response, or all tied) gives 0. weights (G,); None means 1 / (number of groups with a pair).
+
+    stats, named in `ranking_loss.stats`, are sums that add up over batches: pairs; correct, the pairs with s_i > s_j;
+    margin, the sum of s_i - s_j over the pairs; groups with a pair; groups without one. Gradient: by scores.
+    """
+    check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
+    loss, stats, _ = _pairs(wide(scores), group_offsets, ranks, weights)
+    return loss, stats
+
+
+def _pairs(scores: Tensor, group_offsets: Tensor, ranks: Tensor, weights: Tensor | None):
+    """Loss, stats and the loss's gradient by scores, over an N x N table of pairs."""
+    N, G = scores.shape[0], group_offsets.shape[0] - 1
+    group = torch.bucketize(torch.arange(N, device=scores.device), group_offsets[1:].long().contiguous(), right=True)
+    pair = (group[:, None] == group) & (ranks[:, None] < ranks)
+    margin = torch.where(pair, scores[:, None] - scores, 0)
+    per_group = scores.new_zeros(G).index_add(0, group, pair.sum(1).to(scores.dtype))
+    has_pair = per_group > 0
+    weights = 1 / has_pair.sum().clamp_min(1) if weights is None else weights.to(scores.dtype)
+    coefficient = torch.where(has_pair, weights / per_group.clamp_min(1), 0)[group][:, None]
+    loss = -torch.where(pair, coefficient * logsigmoid(margin), 0).sum()
+    slope = torch.where(pair, coefficient * torch.sigmoid(-margin), 0).detach()
+    counts = [pair.sum(), (pair & (margin > 0)).sum(), margin.detach().sum(), has_pair.sum(), (~has_pair).sum()]
+    return loss, torch.stack([c.to(scores.dtype) for c in counts]), slope.sum(0) - slope.sum(1)
+
+
+ranking_loss.stats = STATS
+
+
+@ranking_loss.arguments
+def _(scores, group_offsets, ranks, weights):
+    if scores.dim() != 1 or scores.shape != ranks.shape:
+        raise ValueError(
+            f"ranking_loss: scores and ranks must have one shape (N,), got {list(scores.shape)}, {list(ranks.shape)}"
+        )
+    if group_offsets.dim() != 1 or not group_offsets.shape[0] or group_offsets.dtype not in (torch.int32, torch.int64):
+        came = f"{list(group_offsets.shape)} {group_offsets.dtype}"
+        raise ValueError(f"ranking_loss: group_offsets must be int32 or int64 of shape (G + 1,), got {came}")
+    if ranks.is_floating_point() or ranks.dtype == torch.bool:
+        raise ValueError(f"ranking_loss: ranks must be integers, got {ranks.dtype}")
+    if weights is not None and weights.shape[0:] != (group_offsets.shape[0] - 1,):
+        raise ValueError(
+            f"ranking_loss: weights must have shape ({group_offsets.shape[0] - 1},), got {list(weights.shape)}"
+        )
+    return scores, group_offsets, ranks, weights
+
+
+def _fake_with_gradients(scores, group_offsets, ranks, weights=None):
+    return *_fake(scores, group_offsets, ranks), torch.empty_like(scores, dtype=wide(scores).dtype)
+
+
+@op(fake=_fake_with_gradients)
+def ranking_loss_with_gradients(
+    scores: Tensor, group_offsets: Tensor, ranks: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `ranking_loss` gives, and the loss's gradient by scores (N,) float32."""
+    check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
+    return _pairs(wide(scores), group_offsets, ranks, weights)
+
+
+def _forward(ctx, scores, group_offsets, ranks, weights):
+    loss, stats, slope = ranking_loss_with_gradients.run(scores, group_offsets, ranks, weights)
+    ctx.save_for_backward(slope)
+    ctx.dtype = scores.dtype
+    ctx.mark_non_differentiable(stats)
+    return loss, stats
+
+
+def _backward(ctx, grad_loss, _grad_stats):
+    (slope,) = ctx.saved_tensors
+    return (grad_loss * slope).to(ctx.dtype), None, None, None
+
+
+ranking_loss.gradient(_backward, forward=_forward)
+
+
+def _make(sizes, device, dtype, ties=False, weights=False, index="int64", grad=True):
+    offsets = torch.tensor([0, *sizes], device=device).cumsum(0).to(getattr(torch, index))
+    scores = (2 * torch.randn(sum(sizes), device=device, dtype=dtype)).requires_grad_(grad)
+    orders = [torch.randint(3, (k,)) if ties else torch.randperm(k) for k in sizes]
+    ranks = torch.cat([torch.zeros(0, dtype=torch.int64), *orders]).to(device, offsets.dtype)
+    weight = torch.rand(len(sizes), device=device, dtype=dtype) if weights else None
+    return scores, offsets, ranks, weight
+
+
+SMALL = [
+    {"sizes": (2,)},
+    {"sizes": (9, 4, 1, 2, 0, 7), "weights": True},
+    {"sizes": (5, 6, 5, 9, 17, 3, 2, 33), "ties": True, "index": "int32"},
+]
+ranking_loss.inputs(small=[*SMALL, {"sizes": ()}], large=[{"sizes": (9,) * 64}, {"sizes": (2,) * 1024}])(_make)
+ranking_loss_with_gradients.inputs(small=[{**size, "grad": False} for size in SMALL], large=[])(_make)
