@@ -1,6 +1,6 @@
 """The one exception a user can cause: its text is a sentence that says what is wrong, where, and how to mend it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +9,14 @@ from safetensors import SafetensorError
 
 class UserError(Exception):
     """Bad input, not a bug: the command line prints the sentence without a traceback and exits with status 2."""
+
+
+class BadRows(UserError):
+    """Rows of a batch are to blame; `uids` says which, so that whoever read them can name their lines."""
+
+    def __init__(self, message: str, uids: Sequence[int]):
+        super().__init__(message)
+        self.uids = list(uids)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_fast.batches import micro_batches
 from rlhf_fast.config import OptimConfig
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import BadRows, UserError
 
 SHOWN = 8
 """Rows that an error names."""
@@ -144,10 +144,11 @@ class Learner:
                     rows.append(int(uids[0]))
         self.adam.zero_grad(set_to_none=True)
         shown = ", ".join(map(str, sorted(rows)[:SHOWN])) + (" and others" if len(rows) > SHOWN else "")
-        raise UserError(
+        raise BadRows(
             f"optimizer step {self.steps + 1}: loss {result['loss']:g}, gradient norm {result['grad_norm']:g}"
             + (f", from rows {shown}" if rows else ", though from no row alone")
-            + "; the weights are as before this step: look at these rows, or lower the learning rate"
+            + "; the weights are as before this step: look at these rows, or lower the learning rate",
+            sorted(rows),
         )
 
     @contextmanager
@@ -220,6 +221,16 @@ def _combine(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
             total[name] = torch.minimum(total[name], value)
         else:
             total[name] = total[name] + value
+
+
+@torch.no_grad()
+def evaluate(model: Trainable, loss: Loss, batches: Sequence, micro_batch_tokens: int) -> dict[str, float]:
+    """The stats of `loss` over all `batches` together, without a step; nothing if they hold no units."""
+    units, stats = sum(batch.units() for batch in batches), {}
+    for batch in batches if units else ():
+        for _, part in micro_batches(batch, micro_batch_tokens):
+            _combine(stats, loss(model, part, units)[1])
+    return _read(stats) if stats else {}
 
 
 def _read(stats: dict[str, Tensor]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_fast.batches import Responses, micro_batches
 from rlhf_fast.config import ModelConfig
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.model import Model
 from rlhf_fast.pretrained import check_tokenizers
 
@@ -101,7 +101,8 @@ def checked(scores: Sequence[float], uids: Sequence[int], name: str) -> Tensor:
     bad = [i for i, score in enumerate(scores) if not math.isfinite(score)]
     if bad:
         shown = ", ".join(f"{scores[i]} for prompt {uids[i]} (row {i} of the batch)" for i in bad[:SHOWN])
-        raise UserError(f"{name}: returned {shown}; {len(bad)} of {len(uids)} rewards are not finite numbers")
+        what = f"{name}: returned {shown}; {len(bad)} of {len(uids)} rewards are not finite numbers"
+        raise BadRows(what, [uids[i] for i in bad])
     return torch.tensor(scores, dtype=torch.float32)
 
 
