@@ -12,11 +12,11 @@ class UserError(Exception):
 
 
 class BadRows(UserError):
-    """Rows of a batch are to blame; `uids` says which, so that whoever read them can name their lines."""
+    """Rows are to blame: `rows` says which, as (type of the batch, uid), so that who read them can name their lines."""
 
-    def __init__(self, message: str, uids: Sequence[int]):
+    def __init__(self, message: str, rows: Sequence[tuple[str, int]]):
         super().__init__(message)
-        self.uids = list(uids)
+        self.rows = list(rows)
 
 
 @contextmanager

@@ -141,9 +141,9 @@ class Learner:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
                 if not (math.isfinite(float(value)) and math.isfinite(float(norm))):
                     uids = index if batch.uids is None else batch.uids[index]
-                    rows.append(int(uids[0]))
+                    rows.append((type(batch).__name__, int(uids[0])))
         self.adam.zero_grad(set_to_none=True)
-        shown = ", ".join(map(str, sorted(rows)[:SHOWN])) + (" and others" if len(rows) > SHOWN else "")
+        shown = ", ".join(str(uid) for _, uid in sorted(rows)[:SHOWN]) + (" and others" if len(rows) > SHOWN else "")
         raise BadRows(
             f"optimizer step {self.steps + 1}: loss {result['loss']:g}, gradient norm {result['grad_norm']:g}"
             + (f", from rows {shown}" if rows else ", though from no row alone")

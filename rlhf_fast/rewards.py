@@ -102,7 +102,7 @@ def checked(scores: Sequence[float], uids: Sequence[int], name: str) -> Tensor:
     if bad:
         shown = ", ".join(f"{scores[i]} for prompt {uids[i]} (row {i} of the batch)" for i in bad[:SHOWN])
         what = f"{name}: returned {shown}; {len(bad)} of {len(uids)} rewards are not finite numbers"
-        raise BadRows(what, [uids[i] for i in bad])
+        raise BadRows(what, [("Responses", uids[i]) for i in bad])
     return torch.tensor(scores, dtype=torch.float32)
 
 
