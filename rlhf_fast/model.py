@@ -23,7 +23,7 @@ from rlhf_fast import adapters, dropout, ops, packing
 from rlhf_fast.batches import response_mask
 from rlhf_fast.config import ModelConfig
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.pretrained import load_module, load_tokenizer
+from rlhf_fast.pretrained import load_module, load_tokenizer, quiet
 
 Head = Literal["lm", "scalar"]
 SCORE_BIAS = "rlhf_fast_score_bias"
@@ -61,7 +61,8 @@ class Model:
             module.gradient_checkpointing_enable({"use_reentrant": False})
         model = cls(module, load_tokenizer(cfg, module) if tokenizer else None, head, cfg)
         if cfg.lora.rank:
-            model.module = adapters.attach(model.module, cfg.lora, head, seed)
+            with quiet():
+                model.module = adapters.attach(model.module, cfg.lora, head, seed)
             model.module.eval()
         return model
 
@@ -200,7 +201,7 @@ class Model:
     def save(self, folder: str | Path) -> None:
         """An ordinary Hugging Face folder that plain transformers loads. With LoRA the adapter is merged into the
         weights there, and stands alone in `adapter/` beside them."""
-        with writing(folder):
+        with writing(folder), quiet():
             if self.head == "scalar":
                 setattr(self.base.config, SCORE_BIAS, self.score_bias)
             if self.head == "scalar" and self.tokenizer is not None and self.base.config.pad_token_id is None:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast.config import ModelConfig
 from rlhf_fast.errors import UserError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers and peft print neither bars nor warnings: what matters of them is checked and said by us."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.Module:
@@ -19,8 +39,6 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.
         raise UserError("model: no path given; give a folder or a hub name, for instance --model.path out/sft")
     if (Path(cfg.path) / "adapter_config.json").is_file():
         raise UserError(f"{cfg.path}: holds an adapter alone; give the folder with the merged weights above it")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
         scalar = any("SequenceClassification" in name for name in config.architectures or ())
@@ -29,15 +47,14 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.
         kind = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
         if head == "scalar":
             config.num_labels = 1
-        module, info = kind.from_pretrained(
-            cfg.path, config=config, dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attention,
-            trust_remote_code=cfg.trust_remote_code, output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        with quiet():
+            module, info = kind.from_pretrained(
+                cfg.path, config=config, dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attention,
+                trust_remote_code=cfg.trust_remote_code, output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{cfg.path}: cannot be loaded as a {head} model: {reason}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     missing = set(info["missing_keys"])
     untrained = {key for key in missing if key.startswith("score.")}
     if untrained and not fresh_head:
