@@ -229,8 +229,9 @@ class PPO(_Stage):
     """Pretraining texts per response (paper 8)."""
     ema: float = 0.992
     """Decay of the moving average of the policy's weights, per optimizer step (paper C.4); 0 = none."""
-    select: Literal["last", "ema"] = "last"
-    """Which weights `out` gets (paper: ema). A short run's average is still near the start."""
+    select: Literal["last", "ema", "reward"] = "last"
+    """Which weights `out` gets (paper: ema). A short run's average is still near the start. reward: the best mean of
+    score minus KL penalty on the validation prompts."""
     critic_warmup: int = 0
     """First batches in which only the value model learns (verl, OpenRLHF, Aligner have it; the paper none)."""
     target_kl: float = 0.0
@@ -252,7 +253,7 @@ class PPO(_Stage):
         rule = "must be above 0 with missing_eos=subtract: it is the amount taken off"
         need(self, self.missing_eos != "subtract" or self.missing_eos_value > 0, "missing_eos_value", rule)
         if not self.sampling.temperature > 0:
-            raise UserError("PPO: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
+            raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
 
     @property
     def batches(self) -> int:

@@ -181,7 +181,7 @@ class LogConfig:
     samples: int = 4
     """Responses written to samples.jsonl at each such step."""
     validate_every: int = 0
-    """Steps between validations. 0 = once an epoch (sft, reward)."""
+    """Steps (PPO: batches) between validations. 0 = once an epoch. There is one at the end in any case."""
     checkpoint_every: int = 100
     """Steps (PPO: batches) between checkpoints to resume from. 0 = none before the end."""
     keep: int = 2
