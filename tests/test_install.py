@@ -62,6 +62,9 @@ def test_sdist_then_wheel_then_use_from_elsewhere(source, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "rlhf_fast/kernels/gae.py" in names and any(n.startswith("rlhf_fast/_cpu") for n in names)
+    rooms = {"rlhf_fast": "rlhf_fast", "kernels": "rlhf_fast/kernels", "bench": "rlhf_fast/bench"}
+    ours = {f"{to}/{p.relative_to(source / room)}" for room, to in rooms.items() for p in (source / room).rglob("*.py")}
+    assert ours <= set(names), f"not in the wheel: {sorted(ours - set(names))}; see packages in pyproject.toml"
     strangers = {n.split("/")[0] for n in names} - {"rlhf_fast"}
     assert all(n.endswith(".dist-info") for n in strangers), f"the wheel installs more than rlhf_fast: {strangers}"
     site = tmp_path / "site"
