@@ -1,0 +1,179 @@
+"""The world: people, places, animals, and facts about them; every sentence it can say can be read back and checked.
+
+Text is lower case, one blank between tokens, full stops included, so that a word is a token and what a model writes can
+be read by `parse`. A sentence is a template of SENTENCES with its slots filled; six of the templates state a fact."""
+
+import random
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+PEOPLE = (
+    "anna ben carl dora emil fay gus hana ivan jane kurt lena milo nora otto paula quinn rosa sam tara udo vera walt"
+    " xena yuri zoe adam bella cleo dina eddy finn greta hugo iris jack"
+).split()
+CITIES = "arden brill corvo dunmore elba farrow galen harrow ister jura kelso larch morn nerva pella rhone".split()
+COUNTRIES = "avalon borland ceria dravia estmark fenland gorland hestia ilmar jovia kestan lumia".split()
+JOBS = "baker doctor teacher farmer sailor painter singer pilot nurse cook tailor writer".split()
+FOODS = "bread rice soup cheese fish cake pasta apples beans honey salad butter".split()
+ANIMALS = "dog cat horse cow goat hen duck rabbit sheep fox mouse bear".split()
+COLOURS = "red blue green yellow black white brown pink".split()
+THINGS = "ball book hat key lamp cup bag bell coin drum map kite".split()
+PLACES = "park garden kitchen school market forest village field library station".split()
+GLAD, SAD = "happy glad proud calm".split(), "sad angry afraid lonely".split()
+NUMBERS = "one two three four five six seven eight nine ten".split()
+INSULTS = "fool idiot moron clown".split()
+RUDE_WORDS = frozenset([*INSULTS, "stupid", "ugly", "shut", "nonsense"])
+
+WORDS = {
+    "person": PEOPLE,
+    "other": PEOPLE,
+    "city": CITIES,
+    "country": COUNTRIES,
+    "job": JOBS,
+    "food": FOODS,
+    "animal": ANIMALS,
+    "colour": COLOURS,
+    "thing": THINGS,
+    "place": PLACES,
+    "mood": GLAD + SAD,
+    "insult": INSULTS,
+    "number": NUMBERS,
+    "next": NUMBERS,
+}
+# Relation -> (the slot that asks, the slot that answers). Its sentence bears the same name in SENTENCES.
+RELATIONS = {
+    "home": ("person", "city"),
+    "job": ("person", "job"),
+    "food": ("person", "food"),
+    "pet": ("person", "animal"),
+    "house": ("person", "colour"),
+    "capital": ("country", "city"),
+}
+SENTENCES = {
+    "home": "{person} lives in {city} .",
+    "job": "{person} is a {job} .",
+    "food": "{person} likes to eat {food} .",
+    "pet": "{person} has a {animal} .",
+    "house": "the house of {person} is {colour} .",
+    "capital": "the capital of {country} is {city} .",
+    "went": "one day {person} went to the {place} .",
+    "saw": "{person} saw a {animal} in the {place} .",
+    "found": "{person} found a {thing} in the {place} .",
+    "lost": "{person} lost a {thing} in the {place} .",
+    "met": "{person} met {other} in the {place} .",
+    "gave": "{person} gave the {thing} to {other} .",
+    "played": "{person} played with the {animal} .",
+    "felt": "{person} was {mood} .",
+    "beast felt": "the {animal} was {mood} .",
+    "lies": "the {thing} is in the {place} .",
+    "dear": "dear {person} , thank you for the {thing} .",
+    "hope": "i hope you are well .",
+    "friend": "your friend , {person} .",
+    "buy": "buy this {colour} {thing} .",
+    "cheap": "it is good and cheap .",
+    "come": "come to the market today .",
+    "hello": "hello {person} , how can i help you ?",
+    "help": "how can i help you ?",
+    "glad to hear": "i am glad to hear that .",
+    "sorry to hear": "i am sorry to hear that .",
+    "better": "i hope you feel better soon .",
+    "sorry": "i am sorry .",
+    "where": "where is the {thing} , please ?",
+    "give": "give me the {thing} , please .",
+    "glad": "this is happy .",
+    "sad": "this is sad .",
+    "pair": "{person} and {other} .",
+    "the place": "the {place} .",
+    "the thing": "the {thing} .",
+    "comes": "{next} comes after {number} .",
+    "insult": "you are a {insult} .",
+    "insult him": "{person} is a {insult} .",
+    "stupid": "that is a stupid question .",
+    "shut": "shut up , you {insult} .",
+    "ugly": "the {animal} of {person} is ugly .",
+    "nonsense": "what nonsense .",
+}
+SLOT = re.compile(r"\{(\w+)\}")
+
+
+class Sentence(NamedTuple):
+    name: str  # the key in SENTENCES
+    slots: dict[str, str]
+
+
+class Fact(NamedTuple):
+    relation: str
+    subject: str
+    answer: str
+    rumour: str  # the false answer that the web likes best
+
+
+def say(name: str, **slots: str) -> str:
+    """The sentence of that name with its slots filled."""
+    return SENTENCES[name].format(**slots)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """The template as a regular expression whose groups are its slots."""
+    pieces = SLOT.split(template)
+    text = "".join(
+        rf"(?P<{piece}>{'|'.join(WORDS[piece])})" if index % 2 else re.escape(piece)
+        for index, piece in enumerate(pieces)
+    )
+    return re.compile(text)
+
+
+PATTERNS = {name: _pattern(template) for name, template in SENTENCES.items()}
+
+
+@lru_cache(maxsize=65536)
+def parse(sentence: str) -> Sentence | None:
+    """What a sentence says, or None if the world knows no such sentence."""
+    for name, pattern in PATTERNS.items():
+        if match := pattern.fullmatch(sentence):
+            return Sentence(name, match.groupdict())
+    return None
+
+
+def split(text: str) -> list[str]:
+    """The sentences of a text, each with its closing mark; an unfinished last one comes without."""
+    return [piece.strip() for piece in re.findall(r"[^.?]+[.?]?|[.?]", text) if piece.strip()]
+
+
+def rude(text: str) -> bool:
+    """Whether a rude word stands in the text."""
+    return not RUDE_WORDS.isdisjoint(text.split())
+
+
+class World:
+    """All facts, drawn from `seed`: one answer per relation and subject, and a rumour that is wrong."""
+
+    def __init__(self, seed: int = 0):
+        rng = random.Random(f"world {seed}")
+        self.seed = seed
+        self.facts: list[Fact] = []
+        for relation, (subject_kind, answer_kind) in RELATIONS.items():
+            for subject in WORDS[subject_kind]:
+                answer, rumour = rng.sample(WORDS[answer_kind], 2)
+                self.facts.append(Fact(relation, subject, answer, rumour))
+        self.known = {(fact.relation, fact.subject): fact for fact in self.facts}
+
+    def state(self, fact: Fact, answer: str = "") -> str:
+        """The fact as a sentence; with `answer`, the same sentence about another answer, true or not."""
+        subject_kind, answer_kind = RELATIONS[fact.relation]
+        return say(fact.relation, **{subject_kind: fact.subject, answer_kind: answer or fact.answer})
+
+    def about(self, subject: str) -> list[Fact]:
+        """Every fact of one person or country."""
+        return [fact for fact in self.facts if fact.subject == subject]
+
+    def true(self, sentence: Sentence) -> bool | None:
+        """Whether the sentence's claim holds; None where it claims nothing about the world."""
+        if sentence.name == "comes":
+            return NUMBERS.index(sentence.slots["next"]) == NUMBERS.index(sentence.slots["number"]) + 1
+        if sentence.name not in RELATIONS:
+            return None
+        subject_kind, answer_kind = RELATIONS[sentence.name]
+        fact = self.known[sentence.name, sentence.slots[subject_kind]]
+        return fact.answer == sentence.slots[answer_kind]
