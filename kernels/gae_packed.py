@@ -1,7 +1,7 @@
 """Generalized advantage estimation over responses that lie end to end, without padding."""
 
 import torch
-from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._op import Declined, lane, op, wide
 from rlhf_fast.kernels._segments import check_offsets, scan
 from torch import Tensor
 
@@ -53,6 +53,23 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
             f"gae_packed: bootstrap must have shape ({cu_seqlens.shape[0] - 1},), got {list(bootstrap.shape)}"
         )
     return rewards.detach(), values.detach(), mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
+
+
+@gae_packed.compiled
+def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
+    if rewards.dtype == torch.float64:
+        raise Declined("float64 has no compiled kernel")
+    check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
+    rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
+    cu_seqlens = cu_seqlens.long().contiguous()
+    bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    kernels.gae_packed(
+        rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), cu_seqlens.data_ptr(),
+        0 if bootstrap is None else bootstrap.data_ptr(), advantages.data_ptr(), returns.data_ptr(),
+        cu_seqlens.shape[0] - 1, rewards.shape[0], gamma, lam, lane(rewards),
+    )  # fmt: skip
+    return advantages, returns
 
 
 @gae_packed.inputs(

@@ -1,7 +1,7 @@
 """From log-probabilities, values and scores to what PPO learns from, in one visit of memory."""
 
 import torch
-from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._op import Declined, lane, op, wide
 from rlhf_fast.kernels._segments import scan
 from torch import Tensor
 
@@ -94,6 +94,26 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
     tensors = (x.detach() for x in (logprobs, ref_logprobs, values, scores))
     numbers = float(kl_coef), kl_estimator, float(gamma), float(lam), float(score_clip)
     return *tensors, mask.bool(), *numbers, bootstrap
+
+
+@ppo_advantages.compiled
+def _(
+    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
+):  # fmt: skip
+    if logprobs.dtype == torch.float64:
+        raise Declined("float64 has no compiled kernel")
+    given = [x.float().contiguous() for x in (logprobs, ref_logprobs, values, scores)]
+    mask = mask.contiguous()
+    bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
+    B, T = logprobs.shape
+    advantages, returns, stats, kl = (given[0].new_empty(shape) for shape in ((B, T), (B, T), len(STATS), B))
+    moments = torch.empty(B, 6, dtype=torch.float64, device=logprobs.device)
+    kernels.ppo_advantages(
+        *(x.data_ptr() for x in given), mask.data_ptr(), 0 if bootstrap is None else bootstrap.data_ptr(),
+        advantages.data_ptr(), returns.data_ptr(), stats.data_ptr(), kl.data_ptr(), moments.data_ptr(), B, T,
+        kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, lane(logprobs),
+    )  # fmt: skip
+    return advantages, returns, stats, kl
 
 
 @ppo_advantages.inputs(

@@ -280,6 +280,7 @@ ppo_loss.gradient(_backward, forward=_forward)
 def _make(shape, device, dtype, policy=True, value=True, far=False, whiten=False, sampler="", grad=True, **numbers):
     """far: log-ratios beyond every bound; NaN stands wherever a weight is 0."""
     kept = torch.rand(shape, device=device) > 0.3
+    kept.view(-1)[:1] = True
     weights = torch.rand(shape, device=device) * kept / max(kept.numel(), 1)
 
     def normal(scale):
