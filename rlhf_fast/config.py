@@ -63,6 +63,11 @@ class _Stage:
             if not value:
                 raise UserError(f"{self.stage}: {name} is not set; give --{name} PATH, or put it in the YAML file")
 
+    def data_files(self) -> list[str]:
+        """Every data file the stage reads."""
+        parts = [value for value in vars(self).values() if isinstance(value, DataConfig)]
+        return [file for part in parts for file in (part.path, part.valid) if file]
+
 
 @dataclass(frozen=True)
 class SFT(_Stage):

@@ -10,11 +10,12 @@ tutorial     the numbers that tutorials pass on as InstructGPT's. Some are not i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhf_fast.config import STAGES
 from rlhf_fast.errors import UserError
-from rlhf_fast.resolve import Given
+from rlhf_fast.resolve import Given, difference, read_yaml, resolve, section, show, to_yaml
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
@@ -127,3 +128,27 @@ def preset(stage: str, name: str) -> Mapping[str, Given]:
     if name not in PRESETS[stage]:
         raise UserError(f"{stage}: no preset {name!r}; there are default, {', '.join(PRESETS[stage])}")
     return {path: Given(value, f"preset {name}") for path, value in PRESETS[stage][name].items()}
+
+
+def show_config(stage: str, name: str, file: str = "", diff: tuple[str, str] | None = None) -> Iterator[str]:
+    """The lines of `rlhf-fast show-config`: each stage's settings as YAML, or where two presets differ."""
+    for each in STAGES if stage == "all" else (stage,):
+        if diff:
+            left, right = (resolve(STAGES[each], preset(each, side), check=False) for side in diff)
+            rows = [(each, *diff), *((p, show(_listed(a)), show(_listed(b))) for p, a, b in difference(left, right))]
+            widths = [max(len(row[i]) for row in rows) for i in range(3)]
+            for row in rows:
+                yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            if len(rows) == 1:
+                yield "  no difference"
+            yield ""
+            continue
+        layers = [preset(each, name)] + ([section(read_yaml(file), each)] if file else [])
+        text = to_yaml(resolve(STAGES[each], *layers, check=False))
+        if stage == "all":
+            text = f"{each}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
+        yield text.rstrip()
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -72,14 +72,14 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.
     return module
 
 
-def load_tokenizer(cfg: ModelConfig, module: nn.Module):
-    """The tokenizer beside the weights, no larger than the model's vocabulary."""
+def load_tokenizer(cfg: ModelConfig, module: nn.Module | None = None):
+    """The tokenizer beside the weights, no larger than the model's vocabulary if the model is given."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{cfg.path}: has no tokenizer that loads: {reason}") from error
-    vocabulary = module.config.get_text_config().vocab_size
+    vocabulary = module.config.get_text_config().vocab_size if module is not None else len(tokenizer)
     if len(tokenizer) > vocabulary:
         raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
     return tokenizer

@@ -194,6 +194,12 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, seen: dict[str, int]) 
         yield name, Given(loader.construct_object(value, deep=True), f"{file}:{line}")
 
 
+def section(values: Mapping[str, Given], stage: str) -> Mapping[str, Given]:
+    """A stage's own part, if the file is a recipe for several; else the whole."""
+    own = {path.removeprefix(f"{stage}."): item for path, item in values.items() if path.startswith(f"{stage}.")}
+    return own or values
+
+
 def to_yaml(cfg: object) -> str:
     """The whole tree as YAML that `read_yaml` reads back."""
     return yaml.safe_dump(_plain(cfg), sort_keys=False, allow_unicode=True, width=120)

@@ -113,8 +113,9 @@ def read(path: str | Path, kind: str, columns: Mapping[str, str] | None = None, 
     return examples
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    path, number = Path(path), 0
+def must_exist(path: str | Path) -> None:
+    """UserError unless `path` is a file that could hold JSON lines."""
+    path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the JSONL file in it")
     if not path.exists():
@@ -123,6 +124,11 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: there is no such file; {hint}")
     if path.suffix in (".parquet", ".arrow", ".csv", ".tsv", ".xlsx"):
         raise UserError(f"{path}: is {path.suffix[1:]}, not JSON lines; convert it, for instance with pandas' to_json")
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    must_exist(path)
+    path, number = Path(path), 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):  # noqa: B007 (the error below needs the number)
