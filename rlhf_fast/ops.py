@@ -2,14 +2,24 @@
 
 from rlhf_fast.kernels.gae import gae
 from rlhf_fast.kernels.gae_packed import gae_packed
+from rlhf_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from rlhf_fast.kernels.linear_kl import linear_kl
+from rlhf_fast.kernels.linear_logprobs import linear_logprobs
+from rlhf_fast.kernels.linear_ppo_loss import linear_ppo_loss
 from rlhf_fast.kernels.ppo_advantages import ppo_advantages
 from rlhf_fast.kernels.ppo_loss import ppo_loss
 from rlhf_fast.kernels.ranking_loss import ranking_loss
+from rlhf_fast.kernels.token_logprobs import token_logprobs
 
 __all__ = [
     "gae",
     "gae_packed",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_logprobs",
+    "linear_ppo_loss",
     "ppo_advantages",
     "ppo_loss",
     "ranking_loss",
+    "token_logprobs",
 ]

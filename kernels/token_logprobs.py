@@ -1,0 +1,96 @@
+"""Log-probability and entropy of every token of given logits, in one visit of them."""
+
+import torch
+from rlhf_fast.kernels import _head as head
+from rlhf_fast.kernels._op import op, wide
+from torch import Tensor
+
+
+def _fake(logits, targets, *rest):
+    out = torch.empty(targets.shape, dtype=wide(logits[..., :0]).dtype, device=logits.device)
+    return out, torch.empty_like(out)
+
+
+@op(fake=_fake)
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy, nats, float32 in the shape of targets (...), of logits (..., V).
+
+        z = softcap(logits) / temperature, softcap(x) = c tanh(x / c), c = 0 for none      log p = z - logsumexp z
+        entropy = -sum p log p
+
+    targets int64 or int32; -100 is ignored: 0 out, 0 gradient, its logits are not looked at. Logits of -inf are tokens
+    that cannot be drawn. A log-probability is never positive. Both outputs have a gradient. ValueError where shapes
+    differ, or a target is out of range (on CPU).
+    """
+    head.check_targets("token_logprobs", targets, logits.shape[-1])
+    x = wide(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
+    logp = head.scale(x, temperature, softcap).log_softmax(-1)
+    return head.gathered(logp, targets), head.entropy_of(logp, targets)
+
+
+@token_logprobs.arguments
+def _(logits, targets, temperature, softcap):
+    if not logits.dim() or targets.shape != logits.shape[:-1] or not logits.shape[-1]:
+        shapes = f"{list(logits.shape)} and {list(targets.shape)}"
+        raise ValueError(f"token_logprobs: logits must be (..., V) and targets (...), V at least 1, got {shapes}")
+    head.check_scalars("token_logprobs", targets, temperature, softcap)
+    return logits, targets, float(temperature), float(softcap)
+
+
+@op(fake=lambda grad_logprobs, grad_entropy, logits, *rest: torch.empty_like(logits).contiguous())
+def token_logprobs_backward(
+    grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, targets: Tensor, temperature: float, softcap: float
+) -> Tensor:
+    """Gradient of the logits, in their dtype: formed in float32, rounded once."""
+    x = wide(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
+    logp = head.scale(x, temperature, softcap).log_softmax(-1)
+    g, h = wide(grad_logprobs), wide(grad_entropy)
+    dz = head.logits_gradient(logp, targets, g, -g - h * head.entropy_of(logp, targets), -h)
+    return (dz * head.slope(x, temperature, softcap)).to(logits.dtype).contiguous()
+
+
+def _save(ctx, inputs, output):
+    logits, targets, ctx.temperature, ctx.softcap = inputs
+    ctx.save_for_backward(logits, targets)
+
+
+def _backward(ctx, grad_logprobs, grad_entropy):
+    if not ctx.needs_input_grad[0]:
+        return None, None, None, None
+    rest = ctx.temperature, ctx.softcap
+    return token_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *rest), None, None, None
+
+
+token_logprobs.gradient(_backward, save=_save)
+
+
+def _make(shape, V, device, dtype, offset=0.0, spread=3.0, masked=0, ignored=0.2, index=torch.int64, **scalars):
+    """masked: so many columns of -inf. NaN stands in the logits of ignored rows."""
+    logits = torch.randn(*shape, V, device=device) * spread + offset
+    targets = torch.randint(V - masked, shape, device=device, dtype=index)
+    if masked:
+        logits[..., V - masked :] = -torch.inf
+    off = torch.rand(shape, device=device) < ignored
+    off.view(-1)[:1] = False
+    targets, logits = targets.masked_fill(off, head.IGNORED), logits.masked_fill(off[..., None], torch.nan)
+    return logits.to(dtype).requires_grad_(), targets, scalars.get("temperature", 1.0), scalars.get("softcap", 0.0)
+
+
+SMALL = [
+    {"shape": (1,), "V": 2},
+    {"shape": (3, 5), "V": 17, "temperature": 0.7},
+    {"shape": (4,), "V": 1031, "offset": -100.0, "index": torch.int32},
+    {"shape": (4,), "V": 2049, "offset": 60.0, "spread": 30.0, "softcap": 30.0, "temperature": 1.5},
+    {"shape": (5,), "V": 33, "masked": 9, "spread": 20.0},
+    {"shape": (0, 2), "V": 7},
+]
+token_logprobs.inputs(small=SMALL, large=[{"shape": (256,), "V": 32000}, {"shape": (256,), "V": 50257}])(_make)
+
+
+@token_logprobs_backward.inputs(small=SMALL, large=[{"shape": (256,), "V": 32000}])
+def _(device, **size):
+    logits, targets, *scalars = _make(device=device, **size)
+    grads = torch.randn(2, *targets.shape, device=device)
+    return *grads, logits.detach(), targets, *scalars
