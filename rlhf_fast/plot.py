@@ -9,16 +9,16 @@ from pathlib import Path
 from rlhf_fast.errors import UserError, writing
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("reward", ("objective/scores", "objective/rlhf_reward", "eval/scores")),
+    ("reward", ("objective/scores", "objective/rlhf_reward", "valid/scores", "valid/rlhf_reward")),
     ("KL to the reference, nats a response", ("objective/kl",)),
-    ("response length, tokens", ("response/length",)),
-    ("responses that end", ("response/eos_rate",)),
+    ("response length, tokens", ("tokens/length", "valid/length")),
+    ("share of responses that end", ("tokens/eos_rate", "valid/eos_rate")),
     ("clip fraction", ("policy/clipfrac_avg", "val/clipfrac_avg")),
     ("ratio at the first minibatch", ("val/ratio_first",)),
-    ("entropy, nats a token", ("objective/entropy", "policy/entropy_avg")),
-    ("accuracy", ("accuracy", "eval/accuracy", "train/accuracy")),
+    ("entropy, nats a token", ("objective/entropy_token", "policy/entropy_avg")),
+    ("accuracy", ("reward/accuracy", "valid/accuracy", "valid/longer_wins")),
 )
-"""Title, and the metrics that share its axes. Every metric with `loss` in its name is drawn too, one panel a prefix."""
+"""Title, and the metrics that share its axes. Each loss/NAME has a panel too, with valid/NAME."""
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -41,12 +41,9 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 def panels(rows: list[dict]) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
     """(title, metric -> (steps, values)) of what there is to draw; missing and not finite values are left out."""
-    names = {name: None for row in rows for name in row}
-    losses: dict[str, list[str]] = {}
-    for name in names:
-        if "loss" in name:
-            losses.setdefault(name.partition("/")[0], []).append(name)
-    wanted = [*PANELS, *((f"{prefix}: loss" if len(losses) > 1 else "loss", of) for prefix, of in losses.items())]
+    names = dict.fromkeys(name for row in rows for name in row)
+    losses = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
+    wanted = [*PANELS, *((f"loss: {name}", (f"loss/{name}", f"valid/{name}")) for name in losses)]
     drawn = []
     for title, metrics in wanted:
         curves = {}
