@@ -9,6 +9,7 @@ from rlhf_fast.kernels.linear_ppo_loss import linear_ppo_loss
 from rlhf_fast.kernels.ppo_advantages import ppo_advantages
 from rlhf_fast.kernels.ppo_loss import ppo_loss
 from rlhf_fast.kernels.ranking_loss import ranking_loss
+from rlhf_fast.kernels.sample_tokens import sample_tokens
 from rlhf_fast.kernels.token_logprobs import token_logprobs
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "ppo_advantages",
     "ppo_loss",
     "ranking_loss",
+    "sample_tokens",
     "token_logprobs",
 ]
