@@ -239,7 +239,7 @@ def split(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
         return name
 
     for row in rows if fraction else ():
-        first, *others = map(root, row.groups)
+        first, *others = sorted(map(root, row.groups))  # the least name stands for all, whatever the order of the rows
         parent.update(dict.fromkeys(others, first))
     roots = [root(row.groups[0]) for row in rows]
     groups = sorted(set(roots), key=lambda name: hashlib.sha256(name.encode()).digest())

@@ -37,7 +37,7 @@ class Encoder:
         self.special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special += [token for token in tokenizer.all_special_tokens if token not in self.special]
         self.bos = self._bos()
-        self.anchor = self._anchor()
+        self.anchors = self._anchors()
         self.end = [] if not eos else [self._end_token()]
 
     def prompt(self, dialog: Dialog) -> tuple[list[int], str]:
@@ -75,15 +75,17 @@ class Encoder:
         at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
         return ids[:at]
 
-    def _anchor(self) -> str:
+    def _anchors(self) -> tuple[str, ...]:
         """What to put before a response while it is tokenized, for tokenizers that give every text a leading space."""
         apart, after = self._plain("a"), self._plain("\na")
-        return "" if after[len(self._plain("\n")) :] == apart else "\n"
+        return () if after[len(self._plain("\n")) :] == apart else ("\n", ".", "a", "1")
 
     def _continue(self, text: str) -> list[int]:
-        before = self._plain(self.anchor) if self.anchor else []
-        ids = self._plain(self.anchor + text)
-        return ids[len(before) :] if ids[: len(before)] == before else self._plain(text)
+        for anchor in self.anchors:  # one that the tokenizer does not join with what the text begins with
+            before, ids = self._plain(anchor), self._plain(anchor + text)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return self._plain(text)
 
     def _render(self, turns: Sequence[Message], answered: bool = False) -> str:
         try:

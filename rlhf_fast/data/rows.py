@@ -153,7 +153,7 @@ def _siblings(path: Path) -> list[str]:
 
 def _json(line: bytes) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.strip())
     except UnicodeDecodeError as error:
         raise Bad(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from error
     except ValueError as error:
