@@ -57,22 +57,23 @@ class Alarms:
         for name, value in row.items():
             if not math.isfinite(value):
                 yield name, f"{name} is {value}"
-        for name in ("response/length", "objective/entropy"):
+        for name in ("tokens/length", "objective/entropy_token"):
             if name in row:
                 self.first.setdefault(name, row[name])
         ratio = row.get("val/ratio_first", 1.0)
         if abs(ratio - 1) > RATIO_GAP:
             yield "ratio", f"the first minibatch's ratio is {ratio:.4f}, not 1: sampling and training disagree"
-        length = row.get("response/length", math.nan)
-        if abs(row.get("objective/kl", 0.0)) > KL_PER_TOKEN * length:
-            yield "kl", f"KL runs away: {row['objective/kl']:.1f} nats a response of {length:.0f} tokens"
-        if row.get("response/eos_rate", 1.0) < EOS_RATE:
-            yield "eos", f"only {row['response/eos_rate']:.1%} of the responses end by themselves"
-        if length > LENGTH_GROWTH * self.first.get("response/length", math.inf):
-            yield "length", f"responses have grown from {self.first['response/length']:.0f} to {length:.0f} tokens"
-        entropy = row.get("objective/entropy", math.inf)
-        if entropy < ENTROPY_LEFT * self.first.get("objective/entropy", -math.inf):
-            yield "entropy", f"entropy fell from {self.first['objective/entropy']:.3f} to {entropy:.3f} nats a token"
+        length = row.get("tokens/length", math.nan)
+        kl = row.get("objective/kl_token", 0.0)
+        if abs(kl) > KL_PER_TOKEN:
+            yield "kl", f"KL runs away: {kl:.2f} nats a token"
+        if row.get("tokens/eos_rate", 1.0) < EOS_RATE:
+            yield "eos", f"only {row['tokens/eos_rate']:.1%} of the responses end by themselves"
+        if length > LENGTH_GROWTH * self.first.get("tokens/length", math.inf):
+            yield "length", f"responses have grown from {self.first['tokens/length']:.0f} to {length:.0f} tokens"
+        entropy = row.get("objective/entropy_token", math.inf)
+        if entropy < ENTROPY_LEFT * self.first.get("objective/entropy_token", -math.inf):
+            yield "entropy", f"entropy fell from {self.first['objective/entropy_token']:.3f} to {entropy:.3f} nats a token"
 
 
 class Log:
@@ -161,7 +162,8 @@ class Log:
             stream.flush()
 
     def _tell(self, step: int, row: Mapping[str, object], took: float) -> None:
-        shown = [f"{name.rpartition('/')[2]} {row[name]:.4g}" for name in self.headline if name in row]
+        words = {name: name.replace("valid/", "valid ").rpartition("/")[2] for name in self.headline}
+        shown = [f"{words[name]} {row[name]:.4g}" for name in self.headline if name in row]
         shares = [f"{name} {seconds / took:.0%}" for name, seconds in self.seconds.items() if seconds >= 0.01 * took]
         told = "  ".join([*shown, f"{row['perf/tokens_per_second']:.3g} tok/s", *shares])
         if self._live:

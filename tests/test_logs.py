@@ -83,19 +83,19 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
 
 
 HEALTHY = {
-    "val/ratio_first": 1.0001, "objective/kl": 3.0, "objective/entropy": 2.0,
-    "response/length": 20.0, "response/eos_rate": 0.9,
+    "val/ratio_first": 1.0001, "objective/kl_token": 0.1, "objective/entropy_token": 2.0,
+    "tokens/length": 20.0, "tokens/eos_rate": 0.9,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change, words", [
     ({"val/ratio_first": 1.05}, "sampling and training disagree"),
     ({"val/ratio_first": 0.9}, "sampling and training disagree"),
-    ({"objective/kl": 30.0}, "KL runs away"),
-    ({"objective/kl": -30.0}, "KL runs away"),
-    ({"response/eos_rate": 0.0}, "end by themselves"),
-    ({"response/length": 90.0}, "grown from 20 to 90"),
-    ({"objective/entropy": 0.01}, "entropy fell from 2.000 to 0.010"),
+    ({"objective/kl_token": 1.5}, "KL runs away"),
+    ({"objective/kl_token": -1.5}, "KL runs away"),
+    ({"tokens/eos_rate": 0.0}, "end by themselves"),
+    ({"tokens/length": 90.0}, "grown from 20 to 90"),
+    ({"objective/entropy_token": 0.01}, "entropy fell from 2.000 to 0.010"),
     ({"loss/policy_avg": math.nan}, "loss/policy_avg is nan"),
 ])  # fmt: skip
 def test_an_alarm_rings_once_until_its_fault_clears(change, words):
@@ -114,7 +114,7 @@ def test_alarms_remember_their_baseline_over_a_resume(tmp_path, capsys):
     log.metrics(1, HEALTHY)
     log.close()
     log = logs.Log(tmp_path, Settings(), "ppo", total=3, start=1)
-    log.metrics(2, HEALTHY | {"response/length": 90.0})
+    log.metrics(2, HEALTHY | {"tokens/length": 90.0})
     log.close()
     assert "alarm at step 2" in capsys.readouterr().err
     assert "grown" in rows(tmp_path / "metrics.jsonl")[1]["alarms"][0]

@@ -8,19 +8,25 @@ once finished it says so. SIGTERM and Ctrl-C write a checkpoint at the end of th
 import json
 import shutil
 import signal
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from rlhf_fast import checkpoint
 from rlhf_fast.config import PPO, SFT, DataConfig, Reward
-from rlhf_fast.errors import UserError, writing
+from rlhf_fast.errors import BadRows, UserError, writing
 from rlhf_fast.logs import Log, describe
 
-RUN = "run.json"
+RUN, BEST = "run.json", "best"
 # What may differ when a run is taken up again: none of it changes the trained weights.
 FREE = ("log.", "out", "resume")
+
+
+SHOWN = 8
+"""Rows that an error names."""
 
 
 class Part(Protocol):
@@ -42,6 +48,7 @@ class RunDir:
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
         self.finished, self.log, self.total, self.saved = False, None, 0, -1
+        self.device = None if cfg.device == "auto" else cfg.device
         self._signal, self._handlers = 0, {}
         files = [file for part in data for file in (part.path, part.valid) if Path(file).is_file()]
         self.told = describe(self.stage, cfg, files)
@@ -53,6 +60,8 @@ class RunDir:
             raise UserError(f"{self.out}: holds a model that no run of ours wrote there; choose another `out`")
 
     def __enter__(self) -> "RunDir":
+        if self.finished:
+            print(f"{self.stage}: {self.out} is finished already; nothing is done", file=sys.stderr)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -106,8 +115,19 @@ class RunDir:
                 entry.replace(target)
             folder.rmdir()
         checkpoint.write_json(self.out / RUN, self.told | {"finished": dict(summary)})
+        shutil.rmtree(self.checkpoints / BEST, ignore_errors=True)
         self.finished = True
         self.log.say(f"finished; the model is in {self.out}")
+
+    @contextmanager
+    def naming(self, **places: Callable[[int], str]) -> Iterator[None]:
+        """Adds file:line to an error that blames rows. `places`: type of the batch -> (uid -> file:line)."""
+        try:
+            yield
+        except BadRows as error:
+            found = [places[kind](uid) for kind, uid in error.rows if kind in places]
+            shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+            raise UserError(f"{error} ({shown})" if found else str(error)) from error
 
     def _stop(self, number: int, frame: object) -> None:
         if self._signal:
@@ -135,7 +155,13 @@ class Best:
     """The best model so far by a score: its folder is kept beside the checkpoints until the run is finished."""
 
     def __init__(self, run: RunDir):
-        self.folder, self.score, self.step = run.checkpoints / "best", float("-inf"), 0
+        self.folder, self.score, self.step = run.checkpoints / BEST, float("-inf"), 0
+
+    def model(self, step: int, save: Callable[[Path], object]) -> Callable[[Path], object]:
+        """What writes the chosen model into a folder: `save` if the chosen step is this last one."""
+        if self.step in (0, step):
+            return save
+        return lambda folder: shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
     def offer(self, step: int, score: float, save: Callable[[Path], object]) -> None:
         """Keeps this model if its score is the highest; of equals the first."""

@@ -1,0 +1,105 @@
+"""Supervised fine-tuning on demonstrations (InstructGPT C.1), with pretraining text mixed in for PPO's start (C.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from rlhf_fast.config import SFT
+from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
+from rlhf_fast.errors import UserError
+from rlhf_fast.learner import Learner
+from rlhf_fast.losses import pretrain_loss, sft_loss
+from rlhf_fast.model import Model
+from rlhf_fast.rewards import Reward, load_reward
+from rlhf_fast.rollout import Rollout
+from rlhf_fast.stages.run_dir import Best, RunDir
+from rlhf_fast.stages.validation import averages, due, prompts_of, told
+
+HEADLINE = ("loss/sft", "valid/sft", "valid/scores")
+
+
+def run(cfg: SFT) -> None:
+    """Trains cfg.model on cfg.data and writes the chosen weights, an ordinary causal LM folder, to cfg.out."""
+    with RunDir(cfg, cfg.data, cfg.pretrain) as out:
+        if out.finished:
+            return
+        torch.manual_seed(cfg.seed)
+        model = Model.load(cfg.model, seed=cfg.seed, device=out.device)
+        data, texts, reward = read(cfg, model, out)
+        steps = -(-cfg.epochs * len(data.train) // cfg.batch)
+        learner, best = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout), Best(out)
+        parts = {"learner": learner, "best": best}
+        for step in range(out.begin(steps, HEADLINE, parts) + 1, steps + 1):
+            with out.log.phase("learn"), out.naming(Demonstrations=data.train.place, Texts=texts and texts.place):
+                terms = mixture(cfg, data.train, texts, step)
+                stats = learner.step(terms)
+            if due(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
+                with out.log.phase("validate"):
+                    stats |= validate(cfg, model, data.valid, reward, out, step)
+                if cfg.select != "last":
+                    score = stats["valid/scores"] if cfg.select == "reward" else -stats["valid/sft"]
+                    best.offer(step, score, model.save)
+            out.log.metrics(step, stats, tokens=sum(int(batch.lengths.sum()) for _, batch, _ in terms))
+            out.checkpoint(step, parts)
+        out.finish(best.model(steps, model.save), {"step": best.step or steps, "score": best.score})
+
+
+def read(cfg: SFT, model: Model, out: RunDir) -> tuple[Split, Dataset | None, Reward | None]:
+    """Demonstrations, pretraining text if any is mixed in, and the reward model if it selects."""
+    data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
+    if cfg.select != "last" and not len(data.valid):
+        raise UserError(
+            f"sft: select={cfg.select} needs validation rows, and there are none; set data.valid to a file or"
+            " data.valid_fraction above 0, or choose select=last"
+        )
+    texts = reward = None
+    if cfg.pretrain_fraction:
+        texts = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
+    if cfg.select == "reward":
+        budget = cfg.optim.micro_batch_tokens
+        reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=out.device)
+    return data, texts, reward
+
+
+def mixture(cfg: SFT, data: Dataset, texts: Dataset | None, step: int) -> list[tuple]:
+    """The terms of step 1, 2, ...: its demonstrations, and pretraining texts so that they are cfg.pretrain_fraction of
+    its sequences. Every token that carries loss counts alike, whichever of the two it is from."""
+    done = (step - 1) * cfg.batch
+    demonstrations = data.batch(done, min(cfg.batch, cfg.epochs * len(data) - done))
+    if texts is None:
+        return [(partial(sft_loss, pack=cfg.packing), demonstrations, 1.0)]
+    share = cfg.pretrain_fraction / (1 - cfg.pretrain_fraction) * cfg.batch
+    first = round((step - 1) * share)
+    mixed = texts.batch(first, max(round(step * share) - first, 0))
+    units = demonstrations.units() + mixed.units()
+    return [
+        (partial(sft_loss, pack=cfg.packing), demonstrations, demonstrations.units() / units),
+        (partial(pretrain_loss, pack=cfg.packing), mixed, mixed.units() / units),
+    ]
+
+
+def validate(
+    cfg: SFT, model: Model, data: Dataset, reward: Reward | None, out: RunDir, step: int
+) -> Mapping[str, float]:
+    """The validation loss, and with a reward model the mean score of responses to the validation prompts: all of them
+    if it selects, else those for samples.jsonl. The noise is the same at every validation."""
+    if not len(data):
+        return {}
+    stats = averages(model, data, partial(sft_loss, pack=cfg.packing), cfg.optim.micro_batch_tokens)
+    count = 0 if reward else cfg.log.samples
+    if not (reward or count):
+        return stats
+    prompts = prompts_of(data, count)
+    responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
+    columns = {}
+    if reward:
+        with out.naming(Responses=data.place):
+            columns["score"] = reward(responses)
+        stats["valid/scores"] = float(columns["score"].double().mean())
+    stats["valid/length"] = float((responses.lengths - responses.prompt_lengths).double().mean())
+    stats["valid/eos_rate"] = float(responses.finished.double().mean())
+    out.log.samples(step, told(responses, prompts.texts, model.tokenizer, **columns))
+    return stats
