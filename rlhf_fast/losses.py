@@ -1,4 +1,4 @@
-"""What the stages minimise. Each loss is `(model, batch, units) -> (loss, stats)`: a weighted sum over the batch divided
+"""What the stages minimise. Each loss is `(model, batch, units) -> (loss, stats)`: a weighted sum over a batch, divided
 by `units`, the `batch.units()` of the whole optimizer batch, so that parts of a batch add up. So do stats (learner.py).
 
 Only tokens that carry loss go through the output head. Options are keywords; bind them with functools.partial.
@@ -50,25 +50,21 @@ def policy_loss(
     hidden, targets, where = model.predicting(batch.tokens, batch.prompt_lengths, batch.lengths, keep=batch.mask)
     old, advantages = _pick(batch.old_logprobs, where, hidden), _pick(batch.advantages, where, hidden)
     weights = _pick(batch.weights, where, hidden) / units
-    loss, logprobs, entropy, _ = ops.linear_ppo_loss(
+    loss, logprobs, _, sums = ops.linear_ppo_loss(
         hidden, model.head_weight, targets, old, advantages, weights, clip_low=clip_low, clip_high=clip_high,
         dual_clip=dual_clip, entropy_coef=entropy_coef, temperature=temperature, softcap=model.softcap,
         bias=model.head_bias,
     )  # fmt: skip
-    with torch.no_grad():
-        log_ratio = logprobs - old
-        ratio = log_ratio.exp()
-        clipped = ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
-        stats = {
-            "loss/policy_avg": loss,
-            "policy/approxkl_avg": (weights * 0.5 * log_ratio**2).sum(),
-            "policy/clipfrac_avg": (weights * clipped).sum(),
-            "policy/entropy_avg": (weights * entropy).sum(),
-            "val/ratio": (weights * ratio).sum(),
-        }
-        if len(ratio):
-            stats |= {"val/ratio_max": ratio.max(), "val/ratio_min": ratio.min()}
-    return loss, stats
+    sums = dict(zip(ops.linear_ppo_loss.stats, sums, strict=True))
+    return loss, {
+        "loss/policy_avg": loss,
+        "policy/approxkl_avg": (weights * 0.5 * (logprobs.detach() - old) ** 2).sum(),
+        "policy/clipfrac_avg": sums["clipped_low"] + sums["clipped_high"],
+        "policy/entropy_avg": sums["entropy"],
+        "val/ratio": sums["ratio"],
+        "val/ratio_max": sums["ratio_max"],
+        "val/ratio_min": sums["ratio_min"],
+    }
 
 
 def value_loss(model, batch: Experience, units: float, *, value_clip: float = 0.2) -> tuple[Tensor, Stats]:

@@ -1,0 +1,258 @@
+"""The learner: schedule, split invariance, several terms, master copies, moving average, stopping, resuming."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_fast.batches import Demonstrations, Texts, pad_rows
+from rlhf_fast.config import KLConfig, ModelConfig, OptimConfig
+from rlhf_fast.errors import UserError
+from rlhf_fast.kl import KLController
+from rlhf_fast.learner import Learner, learning_rate
+from rlhf_fast.losses import pretrain_loss, sft_loss
+from rlhf_fast.model import Model
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def llama(dtype=torch.float32):
+    torch.manual_seed(11)
+    return Model(LlamaForCausalLM(LlamaConfig(**SMALL)).to(dtype), cfg=ModelConfig("toy"))
+
+
+def optim(**settings):
+    return OptimConfig(**{"lr": 1e-3, "schedule": "constant", "micro_batch_tokens": 1000, **settings})
+
+
+def demonstrations(count=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(3, 13, (count,), generator=generator).tolist()
+    tokens, lengths = pad_rows([torch.randint(3, 61, (size,), generator=generator).tolist() for size in sizes])
+    return Demonstrations(tokens, torch.randint(1, 3, (count,), generator=generator), lengths)
+
+
+def texts(count=4):
+    whole = demonstrations(count, seed=9)
+    return Texts(whole.tokens, whole.lengths)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.trainable().items()}
+
+
+def gradient(learner, *terms):
+    """What reaches the optimizer."""
+    for function, batch, coefficient in terms:
+        list(learner._backward(function, batch, coefficient))
+    found = {name: p.grad.clone() for name, p in learner.masters.items() if p.grad is not None}
+    learner.adam.zero_grad()
+    return found
+
+
+def test_schedule():
+    cfg = OptimConfig(lr=2.0, schedule="constant", warmup_steps=10, warmup_start=0.1)
+    assert learning_rate(cfg, 0, 100) == pytest.approx(0.2)
+    assert learning_rate(cfg, 5, 100) == pytest.approx(1.1)
+    assert [learning_rate(cfg, step, 100) for step in (10, 99)] == [2.0, 2.0]
+    cfg = OptimConfig(lr=2.0, schedule="cosine", final_ratio=0.1)
+    assert learning_rate(cfg, 0, 101) == 2.0
+    assert learning_rate(cfg, 50, 101) == pytest.approx(1.1)
+    assert learning_rate(cfg, 100, 101) == learning_rate(cfg, 500, 101) == pytest.approx(0.2)
+    assert learning_rate(cfg, 0, 1) == 2.0
+
+
+def test_any_split_gives_the_same_loss_and_gradient():
+    """L9, with rows of uneven lengths: one row at a time, a few, all."""
+    batch, found = demonstrations(), []
+    for budget in (1, 20, 40, 10_000):
+        learner = Learner(llama(), optim(micro_batch_tokens=budget), 10)
+        stats = learner.step(sft_loss, batch)
+        learner = Learner(llama(), optim(micro_batch_tokens=budget), 10)
+        found.append((stats, gradient(learner, (sft_loss, batch, 1.0))))
+    whole = found[-1]
+    for stats, gradients in found[:-1]:
+        assert stats.keys() == whole[0].keys()
+        for name, value in stats.items():
+            assert value == pytest.approx(whole[0][name], rel=1e-5), name
+        for name, value in gradients.items():
+            torch.testing.assert_close(value, whole[1][name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_terms_meet_in_one_gradient():
+    """S6: PPO-ptx is g + 27.8 g_pretrain, in one step."""
+    first, second = demonstrations(), texts()
+    learner = Learner(llama(), optim(), 10)
+    both = gradient(learner, (sft_loss, first, 1.0), (pretrain_loss, second, 27.8))
+    one, other = gradient(learner, (sft_loss, first, 1.0)), gradient(learner, (pretrain_loss, second, 1.0))
+    for name in both:
+        torch.testing.assert_close(both[name], one[name] + 27.8 * other[name], rtol=1e-4, atol=1e-5, msg=name)
+    stats = learner.step([(sft_loss, first, 1.0), (pretrain_loss, second, 27.8)])
+    assert stats["loss"] == pytest.approx(stats["loss/sft"] + 27.8 * stats["loss/pretrain"], rel=1e-5)
+    assert learner.steps == 1
+
+
+def test_gradient_is_clipped_as_a_whole():
+    """Adam forgets a constant factor, so the gradient itself is looked at."""
+    learner, seen = Learner(llama(), optim(grad_clip=0.01), 10), {}
+    step = learner.adam.step
+    learner.adam.step = lambda: (seen.update({n: p.grad.clone() for n, p in learner.masters.items()}), step())
+    stats = learner.step(sft_loss, demonstrations())
+    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in seen.values()))
+    assert norm == pytest.approx(0.01, rel=1e-3) and stats["grad_norm"] > 0.1
+
+
+def test_weight_decay_is_for_matrices():
+    learner = Learner(llama(), optim(weight_decay=0.5), 10)
+    decayed = {id(p): group["weight_decay"] for group in learner.adam.param_groups for p in group["params"]}
+    assert {decayed[id(p)] for p in learner.masters.values() if p.dim() > 1} == {0.5}
+    assert {decayed[id(p)] for p in learner.masters.values() if p.dim() <= 1} == {0.0}
+
+
+def test_the_loss_falls():
+    learner, batch = Learner(llama(), optim(lr=3e-3), 30, dropout=0.0), demonstrations()
+    losses = [learner.step(sft_loss, batch)["loss"] for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_no_units_no_step():
+    """A batch without a token that counts changes nothing, and says so by zeros."""
+    model, batch = llama(), demonstrations()
+    learner, before = Learner(model, optim(), 10), weights(model)
+    stats = learner.step(sft_loss, batch._replace(prompt_lengths=batch.lengths))
+    assert stats["loss"] == stats["grad_norm"] == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_stops_and_names_the_rows(where):
+    """The weights, the optimizer and the average stay as they were, bit for bit."""
+    model, batch = llama(), demonstrations()._replace(uids=torch.arange(40, 47))
+    learner = Learner(model, optim(micro_batch_tokens=30), 10, ema=0.9)
+    learner.step(sft_loss, batch)
+    before = {**weights(model), **{f"ema {name}": p.clone() for name, p in learner.average.items()}}
+
+    def spoiled(model, part, units):
+        loss, stats = sft_loss(model, part, units)
+        bad = float("inf") if where == "loss" else 0.0
+        for uid in part.uids.tolist():
+            if uid in (41, 45):
+                root = (loss * 0).sqrt() if where == "gradient" else bad
+                loss = loss + root
+        return loss, stats
+
+    with pytest.raises(UserError, match=r"from rows 41, 45; the weights are as before"):
+        learner.step(spoiled, batch)
+    after = {**weights(model), **{f"ema {name}": p for name, p in learner.average.items()}}
+    assert all(torch.equal(after[name], value) for name, value in before.items()) and learner.steps == 1
+    assert all(p.grad is None for p in learner.masters.values())
+
+
+def test_bfloat16_weights_have_float32_masters():
+    """Four hundred steps, each too small for a bfloat16 weight to notice, move it all the same."""
+    model = llama(torch.bfloat16)
+    learner, before = Learner(model, optim(lr=1e-5), 400), weights(model)
+    learner.step(sft_loss, demonstrations())
+    assert all(torch.equal(p, before[n]) for n, p in model.trainable().items() if "norm" in n)
+    for _ in range(400):
+        learner._update(torch.zeros(()))  # momentum alone: no gradient, the same direction
+        for p in learner.masters.values():
+            p.grad = torch.full_like(p, 1e-3)
+    norm = "model.norm.weight"
+    assert float(learner.masters[norm].mean()) == pytest.approx(1 - 400 * 1e-5, abs=5e-4)
+    assert float(model.trainable()[norm].float().mean()) < 1 - 1e-3
+    assert torch.equal(model.trainable()[norm], learner.masters[norm].bfloat16())
+
+
+def test_bfloat16_gradients_add_up_in_float32():
+    batch, found = demonstrations(), []
+    for budget in (1, 10_000):
+        learner = Learner(llama(torch.bfloat16), optim(micro_batch_tokens=budget), 10)
+        found.append(gradient(learner, (sft_loss, batch, 1.0)))
+    assert all(g.dtype == torch.float32 for g in found[0].values())
+    for name, one in found[0].items():
+        assert float((one - found[1][name]).norm()) < 0.02 * float(found[1][name].norm()) + 1e-6, name
+
+
+def test_float16_is_refused():
+    with pytest.raises(UserError, match="use bfloat16"):
+        Learner(llama(torch.float16), optim(), 10)
+
+
+def test_moving_average_in_closed_form():
+    """S5: after n steps, decay^n w_0 + (1 - decay) sum decay^(n - i) w_i."""
+    model, decay, batch = llama(), 0.992, demonstrations()
+    learner, seen = Learner(model, optim(), 10, ema=decay), [weights(model)]
+    for _ in range(5):
+        learner.step(sft_loss, batch)
+        seen.append(weights(model))
+    for name, average in learner.average.items():
+        truth = decay**5 * seen[0][name].double()
+        truth += (1 - decay) * sum(decay ** (5 - i) * seen[i][name].double() for i in range(1, 6))
+        torch.testing.assert_close(average.double(), truth, rtol=1e-5, atol=1e-7)
+    with learner.averaged():
+        assert all(torch.equal(p, learner.average[name]) for name, p in model.trainable().items())
+    assert all(torch.equal(p, seen[-1][name]) for name, p in model.trainable().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_is_uninterrupted(dtype):
+    """S7 at this level, bit for bit, with dropout: three steps, the state out and into another learner, two steps."""
+    batches = [demonstrations(seed=i) for i in range(5)]
+    learner = Learner(llama(dtype), optim(schedule="cosine"), 5, dropout=0.1, ema=0.9)
+    for batch in batches[:3]:
+        learner.step(sft_loss, batch)
+    state, chance = learner.state_dict(), torch.get_rng_state()
+    state = {key: _copied(value) for key, value in state.items()}
+    for batch in batches[3:]:
+        learner.step(sft_loss, batch)
+    again = Learner(llama(dtype), optim(schedule="cosine"), 5, dropout=0.1, ema=0.9)
+    again.load_state_dict(state)
+    torch.set_rng_state(chance)
+    for batch in batches[3:]:
+        again.step(sft_loss, batch)
+    assert again.steps == 5
+    for ours, theirs in [(learner.params, again.params), (learner.average, again.average)]:
+        assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+def _copied(tree):
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return tree.clone() if isinstance(tree, torch.Tensor) else tree
+
+
+def test_another_models_state_is_refused():
+    learner = Learner(llama(), optim(), 5)
+    state = learner.state_dict()
+    state["weights"] = dict(list(state["weights"].items())[1:])
+    with pytest.raises(UserError, match="weights are of another model"):
+        learner.load_state_dict(state)
+    with pytest.raises(UserError, match="ema are of another model"):
+        Learner(llama(), optim(), 5, ema=0.9).load_state_dict(learner.state_dict())
+
+
+def test_adaptive_kl_by_hand():
+    """S4: lm-human-preferences' controller; the error is clipped to +-0.2, the unit is nats per sequence."""
+    control = KLController(KLConfig(coef=0.15, controller="adaptive", target=6.0, horizon=10_000))
+    control.update(kl_per_sequence=6.6, kl_per_token=0.1, episodes=512)
+    assert control.coef == pytest.approx(0.15 * (1 + 0.1 * 0.0512))
+    control = KLController(KLConfig(coef=0.15, controller="adaptive", target=6.0, horizon=10_000))
+    control.update(60.0, 0.1, 1000)
+    assert control.coef == pytest.approx(0.15 * 1.02)
+    control.update(0.0, 0.0, 1000)
+    assert control.coef == pytest.approx(0.15 * 1.02 * 0.98)
+    other = KLController(KLConfig())
+    other.load_state_dict(control.state_dict())
+    assert other.coef == control.coef
+    by_token = KLConfig(coef=0.1, controller="adaptive", target=0.1, target_unit="token", horizon=1000)
+    by_token = KLController(by_token)
+    by_token.update(6.0, 0.09, 100)
+    assert by_token.coef == pytest.approx(0.1 * 0.99)
+    fixed = KLController(KLConfig(coef=0.02))
+    fixed.update(100.0, 10.0, 512)
+    assert fixed.coef == 0.02
