@@ -1,9 +1,10 @@
 """Generalized advantage estimation: one scan, from the last token of each response to the first."""
 
 import torch
+from torch import Tensor
+
 from rlhf_fast.kernels._op import Declined, lane, op, wide
 from rlhf_fast.kernels._segments import scan
-from torch import Tensor
 
 
 def _fake(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):

@@ -1,9 +1,10 @@
 """Generalized advantage estimation over responses that lie end to end, without padding."""
 
 import torch
+from torch import Tensor
+
 from rlhf_fast.kernels._op import Declined, lane, op, wide
 from rlhf_fast.kernels._segments import check_offsets, scan
-from torch import Tensor
 
 
 def _fake(rewards, values, mask, cu_seqlens, gamma=1.0, lam=0.95, bootstrap=None):

@@ -1,9 +1,10 @@
 """From log-probabilities, values and scores to what PPO learns from, in one visit of memory."""
 
 import torch
+from torch import Tensor
+
 from rlhf_fast.kernels._op import Declined, lane, op, wide
 from rlhf_fast.kernels._segments import scan
-from torch import Tensor
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")

@@ -1,8 +1,9 @@
 """PPO's clipped losses of policy and value, their gradients and metrics, in one visit of memory."""
 
 import torch
-from rlhf_fast.kernels._op import op, wide
 from torch import Tensor
+
+from rlhf_fast.kernels._op import Declined, lane, op, wide
 
 STATS = (
     "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",
@@ -256,6 +257,29 @@ def ppo_loss_with_gradients(
     return policy_loss, value_loss, stats, *(slope if by else stats.new_empty(0) for slope, by in wanted)
 
 
+@ppo_loss.compiled
+def _(kernels, *args):
+    return _launch(kernels, *args, False, False)[:3]
+
+
+@ppo_loss_with_gradients.compiled(needs=("ppo_loss",))
+def _launch(kernels, *args):
+    tensors, numbers, mode, wanted = list(args[:11]), args[11:17], args[17], args[18:]
+    weights = tensors[3]
+    if weights.dtype == torch.float64:
+        raise Declined("float64 has no compiled kernel")
+    if tensors[4] is not None and tensors[7] is None:
+        tensors[7] = weights
+    tensors = [x if x is None else x.float().contiguous() for x in tensors]
+    shapes = [(), (), len(STATS), *(weights.shape if by else 0 for by in wanted)]
+    out = [torch.empty(shape, dtype=torch.float32, device=weights.device) for shape in shapes]
+    kernels.ppo_loss(
+        *(0 if x is None else x.data_ptr() for x in tensors), *(x.data_ptr() for x in out), weights.numel(),
+        *numbers, IMPORTANCE_MODES.index(mode), lane(weights),
+    )  # fmt: skip
+    return tuple(out)
+
+
 def _forward(ctx, *args):
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     policy_loss, value_loss, stats, *slopes = ppo_loss_with_gradients.run(*args, *wanted)
@@ -302,7 +326,7 @@ def _make(shape, device, dtype, policy=True, value=True, far=False, whiten=False
 
 
 SMALL = [
-    {"shape": (1,)},
+    {"shape": (1,), "value_clip": 0.0},
     {"shape": (3, 17), "whiten": True},
     {"shape": (9, 33), "far": True, "dual_clip": 3.0, "clip_high": 0.28},
     {"shape": (5, 8), "value": False, "sampler": "truncate"},

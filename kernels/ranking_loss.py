@@ -1,10 +1,11 @@
 """The reward model's loss: every ordered pair of a prompt's K ranked responses."""
 
 import torch
-from rlhf_fast.kernels._op import op, wide
-from rlhf_fast.kernels._segments import check_offsets
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._segments import check_offsets
 
 STATS = ("pairs", "correct", "margin", "groups", "groups_without_pair")
 
@@ -65,7 +66,7 @@ def _(scores, group_offsets, ranks, weights):
         raise ValueError(f"ranking_loss: group_offsets must be int32 or int64 of shape (G + 1,), got {came}")
     if ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise ValueError(f"ranking_loss: ranks must be integers, got {ranks.dtype}")
-    if weights is not None and weights.shape[0:] != (group_offsets.shape[0] - 1,):
+    if weights is not None and weights.shape != (group_offsets.shape[0] - 1,):
         raise ValueError(
             f"ranking_loss: weights must have shape ({group_offsets.shape[0] - 1},), got {list(weights.shape)}"
         )
@@ -83,6 +84,36 @@ def ranking_loss_with_gradients(
     """What `ranking_loss` gives, and the loss's gradient by scores (N,) float32."""
     check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
     return _pairs(wide(scores), group_offsets, ranks, weights)
+
+
+def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
+    if scores.dtype == torch.float64:
+        raise Declined("float64 has no compiled kernel")
+    check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
+    scores, ranks, group_offsets = (
+        scores.float().contiguous(),
+        ranks.int().contiguous(),
+        group_offsets.long().contiguous(),
+    )
+    weights = weights if weights is None else weights.float().contiguous()
+    G, N = group_offsets.shape[0] - 1, scores.shape[0]
+    loss, stats, slope = scores.new_empty(()), scores.new_empty(len(STATS)), scores.new_empty(N if with_slope else 0)
+    groups = torch.empty(G, 3, dtype=torch.float64, device=scores.device)
+    kernels.ranking_loss(
+        scores.data_ptr(), group_offsets.data_ptr(), ranks.data_ptr(), 0 if weights is None else weights.data_ptr(),
+        groups.data_ptr(), loss.data_ptr(), stats.data_ptr(), slope.data_ptr(), G, N, lane(scores),
+    )  # fmt: skip
+    return loss, stats, slope
+
+
+@ranking_loss.compiled
+def _(kernels, *args):
+    return _launch(kernels, *args, False)[:2]
+
+
+@ranking_loss_with_gradients.compiled(needs=("ranking_loss",))
+def _(kernels, *args):
+    return _launch(kernels, *args, True)
 
 
 def _forward(ctx, scores, group_offsets, ranks, weights):

@@ -53,20 +53,21 @@ INLINE Discount discount(float gamma, float lam) {
   return {gamma, gamma * lam, load(powers)};
 }
 
-// A row of n tokens; `next` is the value after its last one. Reward says what a token earns: tile(t) for W tokens that
-// all exist, one(t) for one that exists; it is asked from right to left.
-template <class Reward>
-INLINE void scan_row(Reward& reward, const float* values, const uint8_t* mask, float* advantages, float* returns,
-                     int64_t n, float next, const Discount& d) {
+// A row of n tokens; `next` is the value after its last one. From right to left, Row is asked what tokens that exist
+// earn, W at a time by tile(t) or one by one(t), and told what came of them.
+template <class Row>
+INLINE void scan_row(Row& row, const float* values, const uint8_t* mask, float* advantages, float* returns, int64_t n,
+                     float next, const Discount& d) {
   f32 carry = splat(0.f), after = splat(next);  // in lane 0: A and V of the next token to the right
   for (int64_t start = (n - 1) / W * W; start >= 0; start -= W) {
     const Flags flags = start + W <= n ? look(mask + start) : some;
     if (flags == all) {
       const f32 v = load(values + start);
-      const f32 delta = (reward.tile(start) + d.gamma * shift<1>(v, after)) - v;
+      const f32 delta = (row.tile(start) + d.gamma * shift<1>(v, after)) - v;
       const f32 a = fold<1>(delta, d.decay) + d.powers * splat(carry[0]);
       store(advantages + start, a);
       store(returns + start, a + v);
+      row.made(a, a + v);
       carry = a, after = v;
     } else if (flags == none) {
       store(advantages + start, splat(0.f));
@@ -74,13 +75,13 @@ INLINE void scan_row(Reward& reward, const float* values, const uint8_t* mask, f
     } else {
       float last = carry[0], value = after[0];
       for (int64_t t = min(start + W, n) - 1; t >= start; --t) {
-        const bool here = mask[t];
-        if (here) {
-          last = ((reward.one(t) + d.gamma * value) - values[t]) + d.decay * last;
-          value = values[t];
-        }
-        advantages[t] = here ? last : 0.f;
-        returns[t] = here ? last + value : 0.f;
+        advantages[t] = returns[t] = 0.f;
+        if (!mask[t]) continue;
+        last = ((row.one(t) + d.gamma * value) - values[t]) + d.decay * last;
+        value = values[t];
+        advantages[t] = last;
+        returns[t] = last + value;
+        row.made(last, last + value);
       }
       carry[0] = last, after[0] = value;
     }
@@ -92,6 +93,8 @@ struct Stored {
   const float* rewards;
   INLINE f32 tile(int64_t t) const { return load(rewards + t); }
   INLINE float one(int64_t t) const { return rewards[t]; }
+  template <class T>
+  INLINE void made(T, T) const {}
 };
 
 }  // namespace

@@ -15,30 +15,33 @@ struct Shaped {
   const float* ref_logprobs;
   float coef;
   float score;  // waits for the last token
-  bool pending;
-  f32 kl_tiles;
-  float kl_ones;
+  bool pending = true;
+  f32 kl = {}, advantages = {}, returns = {};  // sums
+  float kl_ones = 0.f, advantage_ones = 0.f, return_ones = 0.f;
+  int64_t count = 0;
 
   static INLINE f32 estimate(f32 d) {
     if (E == k1) return d;
     if (E == k2) return 0.5f * d * d;
-    if (E == k3) return exp(select(-d > 20.f, splat(20.f), -d)) - 1.f + d;
+    if (E == k3) return exp(select(-d > splat(20.f), splat(20.f), -d)) - 1.f + d;
     return abs(d);
   }
   INLINE f32 tile(int64_t t) {
-    const f32 kl = estimate(load(logprobs + t) - load(ref_logprobs + t));
-    kl_tiles += kl;
-    f32 reward = -coef * kl;
+    const f32 now = estimate(load(logprobs + t) - load(ref_logprobs + t));
+    kl += now;
+    f32 reward = -coef * now;
     if (pending) reward[W - 1] = score + reward[W - 1], pending = false;
     return reward;
   }
   INLINE float one(int64_t t) {
-    const float kl = estimate(splat(logprobs[t] - ref_logprobs[t]))[0];
-    kl_ones += kl;
-    const float reward = pending ? score - coef * kl : -coef * kl;
+    const float now = estimate(splat(logprobs[t] - ref_logprobs[t]))[0];
+    kl_ones += now;
+    const float reward = pending ? score - coef * now : -coef * now;
     pending = false;
     return reward;
   }
+  INLINE void made(f32 a, f32 r) { advantages += a, returns += r, count += W; }
+  INLINE void made(float a, float r) { advantage_ones += a, return_ones += r, ++count; }
 };
 
 // Mean and sum of squared distances from it.
@@ -46,49 +49,27 @@ struct Moments {
   double count, mean, m2;
 };
 
-INLINE i32 load_flags(const uint8_t* p) {
-  typedef uint8_t bytes __attribute__((vector_size(W)));
-  bytes flags;
-  memcpy(&flags, p, W);
-  return __builtin_convertvector(flags, i32) != 0;
-}
-
-INLINE i32 flags_of(const uint8_t* p, int n) {
-  uint8_t part[W] = {};
-  memcpy(part, p, n);
-  return load_flags(part);
-}
-
-INLINE f32 zero_unless(i32 on, f32 x) { return as_float(as_int(x) & on); }
-
-// Moments of a row's two outputs. The first pass finds means, the second the distances; what the rounding of the mean
-// leaves of their plain sum corrects both (two-pass algorithm with correction).
-INLINE void row_moments(const float* x, const float* y, const uint8_t* mask, int64_t n, Moments* mx, Moments* my) {
-  f32 sx = splat(0.f), sy = splat(0.f);
-  i32 kept = {};
-  const int64_t whole = n / W * W;
-  const int rest = n - whole;
-  for (int64_t t = 0; t < whole; t += W) {
-    sx += load(x + t), sy += load(y + t);  // outputs are 0 outside the mask
-    kept -= load_flags(mask + t);
+// Moments of what lies at x inside the mask, whose sum is known, with rounding. What the rounding of the mean leaves of
+// the distances' plain sum corrects both (the two-pass algorithm with correction).
+INLINE Moments moments(const float* x, const uint8_t* mask, int64_t n, int64_t count, float total) {
+  if (!count) return {0, 0, 0};
+  const float center = total / count;
+  f32 apart = splat(0.f), square = splat(0.f);
+  float ones = 0.f, square_ones = 0.f;
+  for (int64_t t = 0; t < n; t += W) {
+    const Flags flags = t + W <= n ? look(mask + t) : some;
+    if (flags == all) {
+      const f32 e = load(x + t) - center;
+      apart += e, square += e * e;
+    } else if (flags == some) {
+      for (int64_t i = t; i < min(t + W, n); ++i) {
+        const float e = mask[i] ? x[i] - center : 0.f;
+        ones += e, square_ones += e * e;
+      }
+    }
   }
-  int64_t count = 0;
-  for (int i = 0; i < W; ++i) count += kept[i];
-  for (int64_t t = whole; t < n; ++t) sx[0] += x[t], sy[0] += y[t], count += mask[t];
-  *mx = *my = Moments{double(count), 0, 0};
-  if (!count) return;
-  const f32 cx = splat(sum(sx) / count), cy = splat(sum(sy) / count);
-  f32 dx = splat(0.f), dy = dx, qx = dx, qy = dx;
-  for (int64_t t = 0; t < whole + (rest ? W : 0); t += W) {
-    const bool full = t < whole;
-    const i32 on = full ? load_flags(mask + t) : flags_of(mask + t, rest);
-    const f32 ex = zero_unless(on, (full ? load(x + t) : load_part(x + t, rest, 0.f)) - cx);
-    const f32 ey = zero_unless(on, (full ? load(y + t) : load_part(y + t, rest, 0.f)) - cy);
-    dx += ex, dy += ey, qx += ex * ex, qy += ey * ey;
-  }
-  const double left_x = double(sum(dx)) / count, left_y = double(sum(dy)) / count;
-  mx->mean = cx[0] + left_x, mx->m2 = double(sum(qx)) - left_x * left_x * count;
-  my->mean = cy[0] + left_y, my->m2 = double(sum(qy)) - left_y * left_y * count;
+  const double left = (double(sum(apart)) + ones) / count;
+  return {double(count), center + left, double(sum(square)) + square_ones - left * left * count};
 }
 
 void join(Moments* a, const Moments& b) {
@@ -117,11 +98,14 @@ void run(const Batch& b, const Discount& d) {
     const int64_t at = row * b.T;
     float score = b.scores[row];
     if (b.clip > 0.f) score = score > b.clip ? b.clip : score < -b.clip ? -b.clip : score;
-    Shaped<E> reward{b.logprobs + at, b.ref_logprobs + at, b.coef, score, true, splat(0.f), 0.f};
-    scan_row(reward, b.values + at, b.mask + at, b.advantages + at, b.returns + at, b.T,
+    Shaped<E> shaped{b.logprobs + at, b.ref_logprobs + at, b.coef, score};
+    scan_row(shaped, b.values + at, b.mask + at, b.advantages + at, b.returns + at, b.T,
              b.bootstrap ? b.bootstrap[row] : 0.f, d);
-    b.kl[row] = sum(reward.kl_tiles) + reward.kl_ones;
-    row_moments(b.advantages + at, b.returns + at, b.mask + at, b.T, &b.rows[row][0], &b.rows[row][1]);
+    b.kl[row] = sum(shaped.kl) + shaped.kl_ones;
+    const float advantages = sum(shaped.advantages) + shaped.advantage_ones;
+    const float returns = sum(shaped.returns) + shaped.return_ones;
+    b.rows[row][0] = moments(b.advantages + at, b.mask + at, b.T, shaped.count, advantages);
+    b.rows[row][1] = moments(b.returns + at, b.mask + at, b.T, shaped.count, returns);
   }
   Moments advantage{0, 0, 0}, ret{0, 0, 0};
   for (int64_t row = 0; row < b.B; ++row) join(&advantage, b.rows[row][0]), join(&ret, b.rows[row][1]);
