@@ -1,0 +1,282 @@
+"""The command line: every command, and every kind of bad input as one sentence with exit status 2 and no traceback."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import toy
+
+from rlhf_fast import __version__, cli, ops
+from rlhf_fast.cli import main
+from rlhf_fast.errors import UserError
+from rlhf_fast.recipe import finished, read_recipe
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder of one's own, and one thread: the models are tiny."""
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+def refused(capsys, *argv) -> str:
+    """What a command says when it must refuse: one line, exit status 2."""
+    assert main(list(map(str, argv))) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("rlhf-fast: error: ") and "Traceback" not in "".join(said)
+    return said[-1].removeprefix("rlhf-fast: error: ")
+
+
+def test_help_is_quick_because_it_imports_little():
+    code = (
+        "import sys; from rlhf_fast.cli import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.strip() == "False"
+    for name in cli.COMMANDS:
+        assert f"  {name} " in run.stdout
+
+
+def test_settings_can_be_shown_without_torch():
+    code = "import sys; from rlhf_fast.cli import main; main(['show-config', 'ppo']); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0 and f"usage: rlhf-fast {name}" in capsys.readouterr().out
+
+
+def test_version_and_unknown_command(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rlhf-fast {__version__}\n"
+    assert refused(capsys, "rewrd") == 'no command "rewrd"; did you mean reward?'
+    assert refused(capsys, "xyz") == 'no command "xyz"; `rlhf-fast --help` lists them'
+
+
+def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
+    code = "import sys; from rlhf_fast.cli import main; sys.exit(main())"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "check", "nowhere.jsonl"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == "rlhf-fast: error: nowhere.jsonl: there is no such file; look at the path\n"
+
+
+def test_interruption_full_disk_and_broken_pipe(monkeypatch, capsys):
+    def raising(error):
+        monkeypatch.setitem(cli.COMMANDS, "env", ("", lambda argv: (_ for _ in ()).throw(error)))
+
+    raising(KeyboardInterrupt())
+    assert main(["env"]) == 130
+    assert "the same command goes on from the newest checkpoint" in capsys.readouterr().err
+    raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"))
+    assert "the disk is full while writing runs/x" in refused(capsys, "env")
+    raising(torch.OutOfMemoryError("much"))
+    assert "lower optim.micro_batch_tokens" in refused(capsys, "env")
+    raising(UserError("a sentence"))
+    assert refused(capsys, "env") == "a sentence"
+    raising(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):  # bugs keep their traceback
+        main(["env"])
+
+
+def test_wrong_settings(capsys, folder):
+    assert refused(capsys, "ppo", "--optim.lrr", "1") == (
+        'ppo: no setting "optim.lrr"; did you mean optim.lr? (--optim.lrr)'
+    )
+    (folder / "c.yaml").write_text("seed: 1\n\nepohcs: 3\n")
+    assert refused(capsys, "sft", "--config", "c.yaml") == 'sft: no setting "epohcs"; did you mean epochs? (c.yaml:3)'
+    assert "sft: model.path is not set" in refused(capsys, "sft")
+    assert "check: " in refused(capsys, "check")
+    assert "generate: " in refused(capsys, "generate", "--prompts", "x")
+
+
+GOOD = {"prompt": "a .", "completion": "a"}
+BAD_ROWS = [
+    ("sft", [GOOD, "{"], ":2: not JSON"),
+    ("sft", [GOOD, {"prompt": "a ."}], ':2: no "completion" in the row; found prompt'),
+    ("sft", [{"instruction": "a", "answer": "b"}], "set columns: {prompt: instruction, completion: answer}"),
+    ("sft", [GOOD, {"prompt": "a .", "completion": None}], ":2: completion is null"),
+    ("sft", [GOOD, GOOD, {"prompt": "a .", "completion": ""}], ":3: completion is empty"),
+    ("sft", [{"prompt": "a ." * 200, "completion": "b"}], "none of the 1 rows is left"),
+    ("sft", [], "the file holds no rows"),
+    ("reward", [{"prompt": "a .", "chosen": "b", "rejected": "b"}], ":1: chosen and rejected are equal"),
+    ("reward", [{"prompt": "a .", "responses": ["a", "b"], "ranks": [0]}], ":1: 2 responses but 1 ranks"),
+    ("reward", [{"prompt": "a .", "responses": ["a", "b"], "ranks": [2, 2]}], ":1: 2 responses, all of one rank"),
+    ("ppo", [{"prompt": "a ."}, {"prompt": 3}], ":2: prompt must be text, found a number"),
+]
+
+
+@pytest.mark.parametrize(("stage", "rows", "sentence"), BAD_ROWS, ids=[case[2][:40] for case in BAD_ROWS])
+def test_bad_rows_stop_a_stage_before_it_writes(capsys, folder, stage, rows, sentence):
+    (folder / "d.jsonl").write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    model = "--policy.path" if stage == "ppo" else "--model.path"
+    reward = ["--reward", "toy:share_of_a"] if stage == "ppo" else []
+    limit = ["--data.max-prompt-tokens", "100"]
+    said = refused(
+        capsys, stage, model, toy.model_at(folder), "--data.path", "d.jsonl", "--out", "run", *reward, *limit
+    )
+    assert sentence in said and said.startswith("d.jsonl")
+    assert not (folder / "run").exists()
+
+
+def test_a_missing_data_file_is_found_before_the_model_is_loaded(capsys, folder):
+    toy.demonstrations(folder / "demos.jsonl")
+    said = refused(capsys, "sft", "--model.path", "no-such-model", "--data.path", "demo.jsonl")
+    assert said == "demo.jsonl: there is no such file; did you mean demos.jsonl?"
+
+
+def test_check_lists_twenty_problems_and_fails(capsys, folder):
+    rows = [GOOD] + [{"prompt": "a .", "completion": None}] * 25
+    path = toy.jsonl(folder / "d.jsonl", rows)
+    assert main(["check", path]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("completion is null" in line for line in lines) == 20 and any("and 5 more" in line for line in lines)
+    assert f"  {path}:2: completion is null; give a text or remove the row" in lines
+    toy.jsonl(folder / "d.jsonl", [GOOD])
+    assert main(["check", path, "--tokenizer", toy.model_at(folder)]) == 0
+    assert "* has a loss (2 of 4)" in capsys.readouterr().out
+    assert main(["check", path, "--as", "comparisons"]) == 2
+    assert main(["check", path, "--as", "prompts"]) == 0
+
+
+def test_show_config(capsys):
+    assert main(["show-config", "--diff", "paper", "tutorial"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["optim.lr", "5e-06", "1.77e-06"] for line in lines)
+    assert main(["show-config", "reward", "--preset", "paper"]) == 0
+    assert "batch: 64" in capsys.readouterr().out.splitlines()
+    assert "no preset 'papr'" in refused(capsys, "show-config", "ppo", "--preset", "papr")
+
+
+def test_env_says_who_answers_for_every_op(capsys):
+    assert main(["env"]) == 0
+    told = capsys.readouterr().out
+    assert f"torch         {torch.__version__.partition('+')[0]}" in told
+    for name in ops.__all__:
+        assert f"  {name} " in told
+
+
+def test_init_writes_a_recipe_that_reads(capsys, folder):
+    assert main(["init"]) == 0
+    assert "exists already" in refused(capsys, "init")
+    for name in ("demonstrations", "rankings", "prompts"):
+        (folder / f"{name}.jsonl").write_text("{}\n")
+    plan = read_recipe("recipe.yaml")
+    assert list(plan.stages) == ["sft", "reward", "ppo"]
+    assert plan.stages["reward"].model.path == plan.stages["ppo"].policy.path == "runs/first/sft"
+    assert plan.stages["ppo"].reward == "runs/first/reward"
+
+
+RECIPE = """
+out: runs/toy
+seed: 1
+sft:
+  model.path: {model}
+  data: {{path: demonstrations.jsonl, valid_fraction: 0.1}}
+  epochs: 2
+  optim.lr: 3e-3
+  sampling.max_new_tokens: 4
+  log.live: false
+reward:
+  data: {{path: rankings.jsonl, valid_fraction: 0.1}}
+  batch: 16
+  optim.lr: 3e-3
+  log.live: false
+ppo:
+  data.path: prompts.jsonl
+  episodes: 32
+  batch: 16
+  minibatch: 8
+  optim.lr: 1e-3
+  sampling.max_new_tokens: 4
+  log.live: false
+"""
+
+
+def test_a_recipe_runs_its_stages_once_and_hands_on_their_folders(capsys, folder):
+    toy.demonstrations(folder / "demonstrations.jsonl", 32)
+    toy.rankings(folder / "rankings.jsonl", 32)
+    toy.prompt_file(folder / "prompts.jsonl", 16)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=toy.model_at(folder)))
+    assert main(["run", "recipe.yaml"]) == 0
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in table] == ["stage", "sft", "reward", "ppo"]
+    assert "GiB" in table[1] and "valid/accuracy" in table[2] and "objective/scores" in table[3]
+    run = json.loads((folder / "runs/toy/ppo/run.json").read_text())
+    assert run["config"]["policy"]["path"] == "runs/toy/sft" and run["config"]["reward"] == "runs/toy/reward"
+    assert run["config"]["seed"] == 1
+
+    written = (folder / "runs/toy/ppo/model.safetensors").stat().st_mtime_ns
+    assert main(["run", "recipe.yaml"]) == 0
+    assert capsys.readouterr().out.count("finished already") == 3
+    assert (folder / "runs/toy/ppo/model.safetensors").stat().st_mtime_ns == written
+
+    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 3"))
+    said = refused(capsys, "run", "recipe.yaml")
+    assert said.startswith("runs/toy/sft: was finished with epochs = 2, the recipe has 3 now")
+    recipe.write_text(recipe.read_text().replace("epochs: 3", "epochs: 2").replace("live: false", "samples: 0"))
+    assert all(finished(cfg) for cfg in read_recipe(recipe).stages.values())  # what only shows may change
+
+    os.rename("runs/toy/sft", "runs/toy/old")  # the later stages' input is no longer there
+    said = refused(capsys, "run", "recipe.yaml")
+    assert said.startswith("runs/toy/reward: was made from another sft run")
+
+    assert main(["plot", "runs/toy/ppo"]) == 0
+    assert (folder / "runs/toy/ppo/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("out: x\n", "holds no stage; give at least one of the sections sft, reward, ppo"),
+        ("sft:\n  epohcs: 3\n", 'sft: no setting "epohcs"; did you mean epochs? (r.yaml:2)'),
+        ("epochs: 3\nsft:\n", 'r.yaml: no setting "epochs" for all stages; there are out, preset, seed, device,'),
+        ("ppo:\n  data.path: p.jsonl\n", "ppo: policy.path is not set"),
+        ("sft:\n", "sft: model.path is not set"),
+        ("preset: papr\nsft:\n", "sft: no preset 'papr'"),
+    ],
+)
+def test_a_wrong_recipe(capsys, folder, text, sentence):
+    (folder / "r.yaml").write_text(text)
+    assert sentence in refused(capsys, "run", "r.yaml")
+
+
+def test_generate_writes_rows_and_the_batch_size_changes_none(capsys, folder):
+    model, prompts = toy.model_at(folder), toy.prompt_file(folder / "p.jsonl", 5)
+    args = ["generate", "--model", model, "--prompts", prompts, "-n", "3", "--max-new-tokens", "5", "--seed", "4"]
+    assert main([*args, "--out", "a.jsonl"]) == 0
+    assert main([*args, "--out", "b.jsonl", "--batch", "2"]) == 0
+    rows, others = toy.rows("a.jsonl"), toy.rows("b.jsonl")
+    assert [row["completion"] for row in rows] == [row["completion"] for row in others]
+    assert [row["prompt"] for row in rows] == [p["prompt"] for p in toy.rows(prompts) for _ in range(3)]
+    assert all(1 <= row["tokens"] <= 5 and row["logprob"] < 0 for row in rows)
+    capsys.readouterr()
+    assert main([*args, "--limit", "1", "--temperature", "0"]) == 0
+    greedy = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    assert len(greedy) == 3 and len(set(greedy)) == 1
+    assert "has only 64 positions" in refused(capsys, *args[:6], "1", "--max-new-tokens", "100")
+
+
+def test_plot_needs_a_run_and_leaves_gaps(capsys, folder):
+    assert "holds no metrics.jsonl" in refused(capsys, "plot", ".")
+    (folder / "metrics.jsonl").write_text("")
+    assert "is empty" in refused(capsys, "plot", ".")
+    rows = [{"step": i, "objective/kl": None if i == 2 else 0.1 * i, "loss/sft": 1.0} for i in range(5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "obj')
+    assert main(["plot", ".", "--out", "x.png"]) == 0
+    assert (folder / "x.png").stat().st_size > 5000
+    (folder / "metrics.jsonl").write_text('{"step": 1, "x": 2}\n')
+    assert "none of the metrics that can be drawn" in refused(capsys, "plot", ".")
