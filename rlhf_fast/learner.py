@@ -139,7 +139,7 @@ class Learner:
                 if value.requires_grad:
                     (value * coefficient).backward()
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
-                if not (math.isfinite(float(value)) and math.isfinite(float(norm))):
+                if not (math.isfinite(float(value.detach())) and math.isfinite(float(norm))):
                     uids = index if batch.uids is None else batch.uids[index]
                     rows.append((type(batch).__name__, int(uids[0])))
         self.adam.zero_grad(set_to_none=True)

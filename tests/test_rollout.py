@@ -219,6 +219,14 @@ def test_what_cannot_be_sampled_is_said():
         Rollout(llama(), sampling(stop=("x",)))
 
 
+def test_a_model_gone_astray_is_said():
+    model = llama()
+    with torch.no_grad():
+        model.module.lm_head.weight[5] = float("nan")
+    with pytest.raises(UserError, match="token 1 of the response to prompt 100: the model gives NaN"):
+        Rollout(model, sampling()).generate(prompts(3, 4))
+
+
 def test_no_prompts_give_no_responses():
     responses = Rollout(llama(), sampling()).generate(prompts())
     assert responses.tokens.shape == (0, 0) and responses.response_ids() == []

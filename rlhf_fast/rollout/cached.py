@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.batches import Prompts, Responses, response_mask
 from rlhf_fast.config import SamplingConfig
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.model import Model
 from rlhf_fast.rollout.stops import Stops
 
@@ -64,8 +64,9 @@ class Rollout:
             for start in range(0, len(order), self.sampling.batch):
                 chunk = order[start : start + self.sampling.batch]
                 which = [rows[row][0] for row in chunk]
-                row_ids = [prompts.ids[rows[row][0]] * samples + rows[row][1] for row in chunk]
-                drawn = self._chunk([prompts.tokens[i] for i in which], which, row_ids, key)
+                uids, numbers = [prompts.ids[i] for i in which], [rows[row][1] for row in chunk]
+                row_ids = [uid * samples + number for uid, number in zip(uids, numbers, strict=True)]
+                drawn = self._chunk([prompts.tokens[i] for i in which], uids, row_ids, key)
                 for place, row in enumerate(chunk):
                     results[row] = (drawn, place)
         finally:
@@ -83,8 +84,8 @@ class Rollout:
                     f" than the model's {limit} positions; lower sampling.max_new_tokens or data.max_prompt_tokens"
                 )
 
-    def _chunk(self, tokens: list[list[int]], which: list[int], row_ids: list[int], key: int) -> Drawn:
-        """One batch of rows to its end. `which` says which rows share a prompt."""
+    def _chunk(self, tokens: list[list[int]], uids: list[int], row_ids: list[int], key: int) -> Drawn:
+        """One batch of rows to its end."""
         cfg, device = self.sampling, self.model.device
         count, limit = len(tokens), cfg.max_new_tokens
         drawn = Drawn(
@@ -93,11 +94,18 @@ class Rollout:
             torch.zeros(count, dtype=torch.int64, device=device),
             torch.zeros(count, dtype=torch.bool, device=device),
         )
-        state = _Decoding(self.model, tokens, which)
+        state = _Decoding(self.model, tokens)
         rows, ids = torch.arange(count, device=device), torch.tensor(row_ids, device=device)
         head = _float32_head(self.model)
         for slot in range(limit):
             token, numbers = self._draw(head(state.last), ids[rows], slot, key)
+            if (token < 0).any():
+                bad = [uids[row] for row in rows[token < 0].tolist()]
+                raise BadRows(
+                    f"token {slot + 1} of the response to prompt {bad[0]}: the model gives NaN or infinity; its weights"
+                    " have gone astray, go back to an earlier checkpoint with a lower learning rate",
+                    [("Responses", uid) for uid in bad],
+                )
             drawn.tokens[rows, slot] = token
             drawn.numbers[:, rows, slot] = numbers
             running = ~drawn.finished[rows]
@@ -134,10 +142,10 @@ class Rollout:
 class _Decoding:
     """Rows in the middle of decoding: the cache, and the last layer's hidden state that predicts each next token."""
 
-    def __init__(self, model: Model, tokens: list[list[int]], which: list[int]):
+    def __init__(self, model: Model, tokens: list[list[int]]):
         self.model = model
-        first = {prompt: place for place, prompt in reversed(list(enumerate(which)))}
-        unique = [tokens[place] for place in first.values()]
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, tokens)))}
+        unique = list(places)
         width = max(map(len, unique))
         ids = torch.zeros(len(unique), width, dtype=torch.int64)
         self.mask = torch.zeros_like(ids)
@@ -146,12 +154,11 @@ class _Decoding:
             self.mask[row, width - len(prompt) :] = 1
         ids, self.mask = ids.to(model.device), self.mask.to(model.device)
         self.takes_positions = "position_ids" in inspect.signature(model.decoder.forward).parameters
-        self.cache, self.padded = None, any(len(prompt) != width for prompt in unique)
+        self.cache = None
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)
         self._forward(ids, positions)
         self.positions = positions[:, -1]
-        places = {prompt: row for row, prompt in enumerate(first)}
-        index = torch.tensor([places[prompt] for prompt in which], device=model.device)
+        index = torch.tensor([places[tuple(prompt)] for prompt in tokens], device=model.device)
         if index.tolist() != list(range(len(unique))):
             self.select(index)
 
