@@ -220,10 +220,11 @@ def table(plan: Plan, notes: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def _result(stage: str, metrics: list[dict]) -> str:
-    """First -> last value of the stage's own metrics, those that were measured."""
+    """First -> last value of the stage's own metrics, of those that were measured."""
     told = []
     for name in RESULTS[stage]:
         values = [row[name] for row in metrics if isinstance(row.get(name), (int, float))]
         if values:
-            told.append(f"{name} {values[0]:.4g} -> {values[-1]:.4g}")
+            begin = f"{values[0]:.4g} -> " if len(values) > 1 else ""
+            told.append(f"{name} {begin}{values[-1]:.4g}")
     return ", ".join(told[:2]) or "-"
