@@ -38,6 +38,8 @@ class Model:
         """Takes a module in memory; raises UserError if its head is not one that the fused ops can stand for."""
         self.module, self.tokenizer, self.head, self.cfg = module, tokenizer, head, cfg or ModelConfig()
         self.adapter = True
+        # it asks for a mask where padding is read; ours is on the right of causal attention
+        self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         dropout.switch_off(self.base)
         self._branches = dropout.ResidualDropout()
         self._packing_checked = False
@@ -58,7 +60,8 @@ class Model:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         module = load_module(cfg, head, fresh_head, seed).to(device)
         if cfg.gradient_checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
+            with quiet():
+                module.gradient_checkpointing_enable({"use_reentrant": False})
         model = cls(module, load_tokenizer(cfg, module) if tokenizer else None, head, cfg)
         if cfg.lora.rank:
             with quiet():
@@ -274,6 +277,10 @@ class Model:
         if not _same(packed, alone, self.head_weight):
             raise UserError(f"{self.name}: packed rows see one another in this architecture; set packing=false")
         self._packing_checked = True
+
+
+def _no_warning(*_) -> None:
+    """Stands in for transformers' warning."""
 
 
 def _same(ours: Tensor, theirs: Tensor, weight: Tensor) -> bool:

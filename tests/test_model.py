@@ -155,6 +155,22 @@ def test_residual_dropout_scales_what_each_branch_adds():
     torch.testing.assert_close(seen["after"][kept], seen["before"][kept] / 0.75)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, rank):
+    if rank:
+        pytest.importorskip("peft")
+    folder, found, batch = toy.model(tmp_path / "base"), [], demonstrations((1, 6), (2, 8), vocabulary=11)
+    for saving in (False, True):
+        cfg = ModelConfig(folder, lora=LoraConfig(rank=rank), gradient_checkpointing=saving)
+        model, runs = Model.load(cfg), []
+        model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        with model.training():  # a layer is entered again for the backward pass
+            found.append(gradients(model, sft_loss(model, batch, batch.units())[0]))
+        assert len(runs) == 1 + saving
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_save_and_load_in_plain_transformers(tmp_path):
     model = Model.load(ModelConfig(toy.model(tmp_path / "base")))
     model.save(tmp_path / "out")
@@ -237,7 +253,7 @@ def test_lora_on_a_scalar_model_trains_the_score_row_too(tmp_path):
 
 
 def test_loading_says_what_is_wrong(tmp_path):
-    for path, words in [("", "no path"), (str(tmp_path / "nothing"), "cannot be loaded")]:
+    for path, words in [("", "no path"), (str(tmp_path / "nothing"), "no such folder")]:
         with pytest.raises(UserError, match=words):
             Model.load(ModelConfig(path))
     folder = toy.model(tmp_path / "base")
