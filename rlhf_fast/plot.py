@@ -81,6 +81,8 @@ def plot(run: str | Path, out: str | Path = "") -> Path:
         axis.tick_params(labelsize=8)
         if len(curves) > 1:
             axis.legend(fontsize=7)
+    for axis in axes.flat[max(len(shown) - columns, 0) : len(shown)]:
+        axis.set_xlabel("step", fontsize=8)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     figure.suptitle(str(run), fontsize=10)

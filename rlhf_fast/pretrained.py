@@ -37,6 +37,7 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.
     """The transformers module, every weight of it found. `fresh_head` draws a missing score row by `seed`."""
     if not cfg.path:
         raise UserError("model: no path given; give a folder or a hub name, for instance --model.path out/sft")
+    must_be_somewhere(cfg.path)
     if (Path(cfg.path) / "adapter_config.json").is_file():
         raise UserError(f"{cfg.path}: holds an adapter alone; give the folder with the merged weights above it")
     try:
@@ -74,6 +75,7 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.
 
 def load_tokenizer(cfg: ModelConfig, module: nn.Module | None = None):
     """The tokenizer beside the weights, no larger than the model's vocabulary if the model is given."""
+    must_be_somewhere(cfg.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -83,6 +85,13 @@ def load_tokenizer(cfg: ModelConfig, module: nn.Module | None = None):
     if len(tokenizer) > vocabulary:
         raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
     return tokenizer
+
+
+def must_be_somewhere(path: str) -> None:
+    """UserError for what is no folder and cannot be a hub name either; asking the hub would take minutes."""
+    hub = path.count("/") == 0 or (path.count("/") == 1 and not Path(path).parent.is_dir())
+    if (path.startswith(("/", ".", "~")) or not hub) and not Path(path).exists():
+        raise UserError(f"{path}: there is no such folder; look at the path, or train that model first")
 
 
 def check_tokenizers(ours, theirs, name: str) -> None:

@@ -189,7 +189,7 @@ class LogConfig:
     live: bool = True
     """One live line on a terminal; plain lines otherwise."""
     sinks: tuple[str, ...] = ()
-    """Further places for the metrics, by name: tensorboard, wandb (extra [log])."""
+    """Further places for the metrics, by name: tensorboard, trackio, wandb (extra [log])."""
 
     def __post_init__(self):
         need_range(self, 1, INF, "every", "keep")

@@ -137,6 +137,14 @@ def test_a_missing_data_file_is_found_before_the_model_is_loaded(capsys, folder)
     assert said == "demo.jsonl: there is no such file; did you mean demos.jsonl?"
 
 
+def test_a_missing_model_folder_is_found_without_asking_the_hub(capsys, folder):
+    path = toy.demonstrations(folder / "demos.jsonl")
+    (folder / "runs").mkdir()
+    for name in ("runs/sft", "./sft", "a/b/c", str(folder / "x")):
+        said = refused(capsys, "sft", "--model.path", name, "--data.path", path)
+        assert said == f"{name}: there is no such folder; look at the path, or train that model first"
+
+
 def test_check_lists_twenty_problems_and_fails(capsys, folder):
     rows = [GOOD] + [{"prompt": "a .", "completion": None}] * 25
     path = toy.jsonl(folder / "d.jsonl", rows)

@@ -34,8 +34,7 @@ class Encoder:
         self.tokenizer, self.template = tokenizer, template
         if template == "auto":
             self.template = "chat" if tokenizer.chat_template else "plain"
-        self.special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special += [token for token in tokenizer.all_special_tokens if token not in self.special]
+        self.special = special_tokens(tokenizer)
         self.bos = self._bos()
         self.anchors = self._anchors()
         self.end = [] if not eos else [self._end_token()]
@@ -75,21 +74,23 @@ class Encoder:
         at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
         return ids[:at]
 
-    def _anchors(self) -> tuple[str, ...]:
-        """What to put before a response while it is tokenized, for tokenizers that give every text a leading space."""
-        apart, after = self._plain("a"), self._plain("\na")
-        return () if after[len(self._plain("\n")) :] == apart else ("\n", ".", "a", "1")
+    def _anchors(self) -> list[tuple[str, list[int]]]:
+        """What to put before a response while it is tokenized, for tokenizers that give every text a leading space;
+        with its tokens."""
+        if self._plain("\na")[len(self._plain("\n")) :] == self._plain("a"):
+            return []
+        return [(anchor, self._plain(anchor)) for anchor in ("\n", ".", "a", "1")]
 
     def _continue(self, text: str) -> list[int]:
-        for anchor in self.anchors:  # one that the tokenizer does not join with what the text begins with
-            before, ids = self._plain(anchor), self._plain(anchor + text)
+        for anchor, before in self.anchors:  # one that the tokenizer does not join with what the text begins with
+            ids = self._plain(anchor + text)
             if ids[: len(before)] == before:
                 return ids[len(before) :]
         return self._plain(text)
 
-    def _render(self, turns: Sequence[Message], answered: bool = False) -> str:
+    def _render(self, turns: Sequence[Message]) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever the template's author raises, mostly jinja2.TemplateError
             raise Bad(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
@@ -104,7 +105,7 @@ class Encoder:
         for contents in ([turn["content"] for turn in turns], [turn["content"].strip() for turn in turns]):
             if _fill(frame, marks, contents) == text:
                 ids: list[int] = []
-                for i, piece in enumerate(self._cut(frame)):
+                for i, piece in enumerate(_cut(frame, self.special)):
                     if i % 2:
                         ids.append(self.tokenizer.convert_tokens_to_ids(piece))
                     elif piece:
@@ -113,31 +114,45 @@ class Encoder:
         spelled = ", ".join(sorted({token for turn in turns for token in self.spelled(turn["content"])}))
         raise Bad(f"the content spells the special token {spelled}, and the chat template changes it; remove it")
 
-    def _cut(self, frame: str) -> list[str]:
-        """text, special token, text, special token, ..., text."""
-        pieces, start = [], 0
-        while True:
-            found = [(frame.find(token, start), -len(token), token) for token in self.special if token]
-            found = [hit for hit in found if hit[0] >= 0]
-            if not found:
-                return [*pieces, frame[start:]]
-            at, _, token = min(found)
-            pieces += [frame[start:at], token]
-            start = at + len(token)
-
     def _end_token(self) -> int:
         """The token that ends a response: what the chat template puts behind one, else the tokenizer's end token."""
-        if self.template == "chat":
-            turns = [{"role": "user", "content": "a"}]
-            asked, answer = self._render(turns), "\ue000"
-            answered = self._render([*turns, {"role": "assistant", "content": answer}], answered=True)
-            if answered.startswith(asked) and answer in answered:
-                pieces = self._cut(answered.rpartition(answer)[2])
-                if len(pieces) > 1:
-                    return self.tokenizer.convert_tokens_to_ids(pieces[1])
-        if self.tokenizer.eos_token_id is None:
+        end = template_end(self.tokenizer) if self.template == "chat" else None
+        end = self.tokenizer.eos_token_id if end is None else end
+        if end is None:
             raise UserError("the tokenizer has no end token (eos_token), so no response can end; set append_eos: false")
-        return self.tokenizer.eos_token_id
+        return end
+
+
+def template_end(tokenizer: Any) -> int | None:
+    """The special token that the tokenizer's chat template puts behind an answer (often not eos_token), if any."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    asked, answer = [{"role": "user", "content": "a"}], "\ue000"
+    try:
+        text = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
+    except Exception:  # a template that does not serve one question and its answer has no end to offer
+        return None
+    behind = _cut(text.rpartition(answer)[2], special_tokens(tokenizer)) if answer in text else []
+    return tokenizer.convert_tokens_to_ids(behind[1]) if len(behind) > 1 else None
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts that a tokenizer reads as special tokens."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*added, *(token for token in tokenizer.all_special_tokens if token not in added)]
+
+
+def _cut(text: str, special: Sequence[str]) -> list[str]:
+    """text, special token, text, special token, ..., text."""
+    pieces, start = [], 0
+    while True:
+        found = [(text.find(token, start), -len(token), token) for token in special if token]
+        found = [hit for hit in found if hit[0] >= 0]
+        if not found:
+            return [*pieces, text[start:]]
+        at, _, token = min(found)
+        pieces += [text[start:at], token]
+        start = at + len(token)
 
 
 def _fill(frame: str, marks: Sequence[str], contents: Sequence[str]) -> str:

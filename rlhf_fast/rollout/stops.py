@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.encode import template_end
 from rlhf_fast.errors import UserError
 from rlhf_fast.model import Model
 
 
 def end_tokens(model: Model) -> list[int]:
-    """The ids that end a response: the generation config's (there may be several) and the tokenizer's."""
+    """The ids that end a response: the generation config's (there may be several), the tokenizer's, and the one that
+    its chat template puts behind an answer."""
     generation = getattr(model.base, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not ids and (own := model.base.config.get_text_config().eos_token_id) is not None:
         ids = own if isinstance(own, list) else [own]
-    tokenizer = getattr(model.tokenizer, "eos_token_id", None)
-    return sorted({*ids, *([] if tokenizer is None else [tokenizer])})
+    own = (getattr(model.tokenizer, "eos_token_id", None), template_end(model.tokenizer))
+    return sorted({*ids, *(token for token in own if token is not None)})
 
 
 class Stops:
