@@ -120,7 +120,7 @@ class Rollout:
                 state.select(left)
                 rows, token = rows[left], token[left]
             state.advance(token)
-        return drawn
+        return Drawn(*(field.cpu() for field in drawn))
 
     def _draw(self, logits: Tensor, row_ids: Tensor, slot: int, key: int) -> tuple[Tensor, Tensor]:
         """A token for each row (B,), and its logprob, raw_logprob, kept_logprob and entropy (4, B)."""
@@ -220,8 +220,8 @@ def _assemble(prompts: Prompts, rows: list[tuple[int, int]], results: list[tuple
     for row, ((i, _), (drawn, place)) in enumerate(zip(rows, results, strict=True)):
         size, start = int(sizes[row]), int(prompt_lengths[row])
         tokens[row, :start] = torch.tensor(prompts.tokens[i])
-        tokens[row, start : start + size] = drawn.tokens[place, :size].cpu()
-        numbers[:, row, :size] = drawn.numbers[:, place, :size].cpu()
+        tokens[row, start : start + size] = drawn.tokens[place, :size]
+        numbers[:, row, :size] = drawn.numbers[:, place, :size]
     return Responses(
         tokens, prompt_lengths, lengths, mask, *numbers,
         finished=torch.tensor([bool(drawn.finished[place]) for drawn, place in results], dtype=torch.bool),
