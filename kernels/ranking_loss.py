@@ -98,10 +98,11 @@ def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
     weights = weights if weights is None else weights.float().contiguous()
     G, N = group_offsets.shape[0] - 1, scores.shape[0]
     loss, stats, slope = scores.new_empty(()), scores.new_empty(len(STATS)), scores.new_empty(N if with_slope else 0)
-    groups = torch.empty(G, 3, dtype=torch.float64, device=scores.device)
+    groups, padded = torch.empty(G, 3, dtype=torch.float64, device=scores.device), scores.new_empty(3, N + 16 * G)
     kernels.ranking_loss(
         scores.data_ptr(), group_offsets.data_ptr(), ranks.data_ptr(), 0 if weights is None else weights.data_ptr(),
-        groups.data_ptr(), loss.data_ptr(), stats.data_ptr(), slope.data_ptr(), G, N, lane(scores),
+        groups.data_ptr(), padded.data_ptr(), loss.data_ptr(), stats.data_ptr(), slope.data_ptr(), G, N, N + 16 * G,
+        lane(scores),
     )  # fmt: skip
     return loss, stats, slope
 

@@ -1,0 +1,242 @@
+"""What no reference can say of gae and gae_packed: numbers by hand, identities, what a gap, pad or thread changes."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels._op import COMPILED
+
+BACKENDS = ops.gae.backends
+CPU_KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
+GAPS = [float("nan"), float("inf"), -float("inf"), 999.0]
+
+
+@pytest.fixture(params=[(b, form) for b in BACKENDS for form in ("padded", "packed")], ids=lambda p: f"{p[0]}-{p[1]}")
+def gae(request):
+    """gae of (B, T) tensors on one backend, computed over rows or, the same numbers, over segments of (B * T,)."""
+    backend, form = request.param
+    device = "cuda" if backend == "cuda" else "cpu"
+    if form == "packed" and backend not in ops.gae_packed.backends:
+        pytest.skip(f"gae_packed has no {backend} kernel")
+
+    def run(rewards, values, mask=None, gamma=1.0, lam=0.95, bootstrap=None):
+        mask = torch.ones(rewards.shape, dtype=torch.bool) if mask is None else mask
+        given = [x.to(device) for x in (rewards, values, mask)]
+        last = bootstrap if bootstrap is None else bootstrap.to(device)
+        if form == "padded":
+            out = ops.gae.backend(backend)(*given, gamma, lam, last)
+        else:
+            ends = torch.arange(rewards.shape[0] + 1, device=device) * rewards.shape[1]
+            out = ops.gae_packed.backend(backend)(*(x.flatten() for x in given), ends, gamma, lam, last)
+        return tuple(x.view(rewards.shape).cpu() for x in out)
+
+    run.backend = backend
+    return run
+
+
+def oracle(rewards, values, mask, gamma, lam, bootstrap):
+    """float64, token by token, straight from the recurrence."""
+    rewards, values, mask = (np.asarray(x, dtype=np.float64) for x in (rewards, values, mask))
+    after, last = np.asarray(bootstrap, dtype=np.float64), np.zeros(len(rewards))
+    advantages = np.zeros_like(rewards)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = mask[:, t] > 0
+        delta = rewards[:, t] + gamma * after - values[:, t]
+        last = np.where(here, delta + gamma * lam * last, last)
+        after = np.where(here, values[:, t], after)
+        advantages[:, t] = np.where(here, last, 0)
+    return torch.from_numpy(advantages), torch.from_numpy(np.where(mask > 0, advantages + values, 0))
+
+
+def assert_close(ours, truth):
+    for o, t in zip(ours, truth, strict=True):
+        assert (o - t).abs().max() <= 1e-5 * max(1.0, t.abs().max())
+
+
+def same_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_three_tokens_by_hand(gae):
+    advantages, returns = gae(torch.tensor([[1.0, 2, 3]]), torch.tensor([[0.5, 1, 1.5]]), gamma=0.5, lam=0.5)
+    # deltas: 1 + .5 - .5, 2 + .75 - 1, 3 - 1.5; decay 1 / 4
+    torch.testing.assert_close(advantages, torch.tensor([[1 + (1.75 + 1.5 / 4) / 4, 1.75 + 1.5 / 4, 1.5]]))
+    torch.testing.assert_close(returns, advantages + torch.tensor([[0.5, 1, 1.5]]))
+
+
+def test_lambda_0_is_the_td_error_and_gamma_0_the_reward_less_the_value(gae):
+    rewards, values = torch.randn(2, 5, 41)
+    nexts = torch.cat([values[:, 1:], torch.zeros(5, 1)], 1)
+    torch.testing.assert_close(gae(rewards, values, gamma=0.5, lam=0.0)[0], rewards + 0.5 * nexts - values)
+    assert torch.equal(gae(rewards, values, gamma=0.0, lam=0.9)[0], rewards - values)
+
+
+def test_gamma_and_lambda_1_are_monte_carlo(gae):
+    rewards, values = torch.randn(2, 4, 75)
+    torch.testing.assert_close(
+        gae(rewards, values, gamma=1.0, lam=1.0)[1], rewards.flip(1).cumsum(1).flip(1), atol=2e-5, rtol=0
+    )
+
+
+def test_advantages_telescope_to_the_td_error(gae):
+    rewards, values = torch.randn(2, 6, 130)
+    advantages = gae(rewards, values, gamma=0.9, lam=0.8)[0]
+    deltas = rewards[:, :-1] + 0.9 * values[:, 1:] - values[:, :-1]
+    torch.testing.assert_close(advantages[:, :-1] - 0.72 * advantages[:, 1:], deltas, atol=1e-5, rtol=1e-5)
+
+
+SHAPES = [(1, 1), (2, 2), (4096, 3), (5, 31), (8, 32), (9, 33), (17, 127), (64, 1024), (4, 1025)]
+LONG = [(2, 4097), (3, 8192), (1, 131072)]
+
+
+@functools.lru_cache
+def problem(B, T, gamma, lam, gaps):
+    draw = torch.Generator().manual_seed(B * 1000003 + T)
+    rewards, values = torch.randn(2, B, T, generator=draw)
+    mask, last = torch.rand(B, T, generator=draw) > gaps, torch.randn(B, generator=draw)
+    return (rewards, values, mask), last, oracle(rewards, values, mask, gamma, lam, last)
+
+
+@pytest.mark.parametrize("gamma, lam, gaps", [(1.0, 0.95, -1), (0.9, 0.5, 0.3), (1.0, 1.0, 0.02)])
+@pytest.mark.parametrize("B, T", SHAPES + LONG)
+def test_against_a_loop_in_float64(gae, B, T, gamma, lam, gaps):
+    if T > 1025 and gae.backend == "reference" or T > 8192 and gaps != -1:
+        pytest.skip("long rows are for the kernels, the longest for one setting")
+    inputs, last, truth = problem(B, T, gamma, lam, gaps)
+    assert_close(gae(*inputs, gamma, lam, last), truth)
+
+
+def holes(T):
+    """Masks of one row each: none, one token, leading, trailing and interior gaps of many lengths."""
+    slots = torch.arange(T)
+    rows = [slots < 0, slots == T // 2, slots == 0, slots == T - 1, slots >= 9, slots < T - 9, slots < T - 16]
+    rows += [(slots < k) | (slots >= k + 17) for k in (1, 8, 15, 20)] + [slots % k > 0 for k in (2, 3, 7)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("T", [1, 7, 16, 61])
+@pytest.mark.parametrize("junk", GAPS)
+def test_nothing_of_a_masked_token_is_read(gae, junk, T):
+    mask = holes(T)
+    rewards, values = torch.randn(2, *mask.shape)
+    clean = gae(rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0), mask)
+    dirty = gae(rewards.masked_fill(~mask, junk), values.masked_fill(~mask, junk), mask)
+    assert same_bits(clean, dirty)
+    assert all(x[~mask].eq(0).all() for x in dirty)
+
+
+def test_a_gap_is_as_if_its_tokens_were_cut_out(gae):
+    mask = holes(61)
+    rewards, values = torch.randn(2, *mask.shape)
+    last = torch.randn(len(mask))
+    advantages, returns = gae(rewards, values, mask, 0.99, 0.95, last)
+    for row, kept in enumerate(mask):
+        alone = gae(rewards[row : row + 1, kept], values[row : row + 1, kept], None, 0.99, 0.95, last[row : row + 1])
+        assert_close((advantages[row : row + 1, kept], returns[row : row + 1, kept]), alone) if kept.any() else None
+
+
+def test_padding_behind_a_row_and_the_other_rows_do_not_change_its_bits(gae):
+    rewards, values = torch.randn(2, 37, 90)
+    mask = torch.arange(90) < torch.randint(0, 91, (37, 1))
+    whole = gae(rewards, values, mask)
+    for row in (0, 5, 36):
+        assert same_bits([x[row : row + 1] for x in whole], gae(*(x[row : row + 1] for x in (rewards, values, mask))))
+        n = int(mask[row].sum())
+        alone = gae(*(x[row : row + 1, :n] for x in (rewards, values, mask)))
+        assert same_bits([x[row : row + 1, :n] for x in whole], alone)
+
+
+def test_a_truncated_row_gains_the_bootstrap_value_once(gae):
+    rewards, values = torch.randn(2, 3, 20)
+    last = torch.tensor([0.0, 2.0, -3.0])
+    truncated = gae(rewards, values, gamma=0.9, bootstrap=last)
+    paid = rewards.clone()
+    paid[:, -1] += 0.9 * last
+    assert_close(truncated, gae(paid, values, gamma=0.9))
+    assert same_bits([x[:1] for x in truncated], [x[:1] for x in gae(rewards, values, gamma=0.9)])
+
+
+@pytest.mark.parametrize("backend", ops.gae_packed.backends)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_packed_is_padded(backend, index):
+    lengths = [5, 0, 33, 1, 0, 64, 17, 0]
+    mask = torch.arange(64) < torch.tensor(lengths)[:, None]
+    rewards, values = torch.randn(2, *mask.shape)
+    last = torch.randn(len(lengths))
+    inside = mask & (torch.rand(mask.shape) > 0.3)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(index)
+    padded = ops.gae.backend(backend)(rewards, values, inside, 1.0, 0.95, last)
+    packed = ops.gae_packed.backend(backend)(rewards[mask], values[mask], inside[mask], ends, 1.0, 0.95, last)
+    assert same_bits([x[mask] for x in padded], packed)
+
+
+@pytest.mark.parametrize("backend", CPU_KERNELS)
+def test_pointers_need_no_alignment_and_inputs_no_order(backend):
+    rewards, values = torch.randn(2, 5, 23)
+    mask = torch.rand(5, 23) > 0.2
+    plain = ops.gae.backend(backend)(rewards, values, mask)
+
+    def shifted(x, by):
+        return torch.cat([x.new_zeros(by), x.flatten()])[by:].view(x.shape)
+
+    def transposed(x):
+        return x.T.contiguous().T
+
+    for move in (lambda x: shifted(x, 1), lambda x: shifted(x, 3), transposed, lambda x: x.flip(1).flip(1)):
+        assert same_bits(plain, ops.gae.backend(backend)(*map(move, (rewards, values, mask))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats_are_widened(gae, dtype):
+    rewards, values = torch.randn(2, 4, 29).to(dtype)
+    short, wide = gae(rewards, values), gae(rewards.float(), values.float())
+    assert short[0].dtype == torch.float32 and same_bits(short, wide)
+
+
+@pytest.mark.parametrize("backend", CPU_KERNELS)
+def test_threads_change_no_bit(backend):
+    args = ops.gae.make(B=67, T=1024, device="cpu", dtype=torch.float32)
+    lengths = torch.randint(0, 2048, (67,)).tolist()
+    packed = ops.gae_packed.make(lengths, device="cpu", dtype=torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append([*ops.gae.backend(backend)(*args), *ops.gae_packed.backend(backend)(*packed)])
+    finally:
+        torch.set_num_threads(threads)
+    assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("backend", CPU_KERNELS)
+def test_offsets_beyond_2_to_the_31(backend):
+    """The kernel is given a segment far behind addresses that are never touched: no such memory exists."""
+    n, start = 100, 2**31 + 5
+    rewards, values = torch.randn(2, n)
+    mask = torch.rand(n) > 0.2
+    out = torch.full((2, n), torch.nan)
+    ends = torch.tensor([start, start + n])
+    far = [x.data_ptr() - start * x.element_size() for x in (rewards, values, mask)]
+    far_out = [out[i].data_ptr() - start * 4 for i in (0, 1)]
+    kernel = COMPILED[backend].gae_packed
+    kernel(*far, ends.data_ptr(), 0, *far_out, 1, start + n, 1.0, 0.95, 1)
+    near = ops.gae_packed.backend(backend)(rewards, values, mask, torch.tensor([0, n]))
+    assert same_bits(tuple(out), near)
+
+
+def test_bad_arguments_name_the_rule():
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"gae: rewards, values and mask must have one shape \(B, T\), got \[\[2, 3\]"):
+        ops.gae(x, x[:, :2], mask)
+    with pytest.raises(ValueError, match=r"gae: bootstrap must have shape \(2,\), got \[3\]"):
+        ops.gae(x, x, mask, bootstrap=torch.zeros(3))
+    flat = x.flatten(), x.flatten(), mask.flatten()
+    for backend in ops.gae_packed.backends:
+        for ends in ([0, 4], [1, 6], [0, 5, 3, 6], [0, 7, 6]):
+            with pytest.raises(ValueError, match="gae_packed: cu_seqlens must rise from 0 to 6"):
+                ops.gae_packed.backend(backend)(*flat, torch.tensor(ends))
+    with pytest.raises(ValueError, match="gae_packed: cu_seqlens must be int32 or int64"):
+        ops.gae_packed(*flat, torch.tensor([0.0, 6.0]))
