@@ -1,0 +1,222 @@
+"""A run that was stopped, however, and started again ends with the very weights of one that was not.
+
+Each attempt is a process of its own, forked from a server that has the imports behind it. Killing is SIGKILL: at a
+chosen fsync (in the middle of a checkpoint or of the last save) and at random moments.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy
+
+from rlhf_fast import checkpoint
+from rlhf_fast.config import LogConfig
+from rlhf_fast.stages import ppo, reward, sft
+
+STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
+LOG = LogConfig(checkpoint_every=2, samples=2, live=False)
+CONFIGS = {
+    "sft": lambda folder, out: toy.sft(folder, out, log=LOG, epochs=3),
+    "reward": lambda folder, out: toy.reward(folder, out, log=LOG, epochs=2),
+    "ppo": lambda folder, out: toy.ppo(folder, out, log=LOG, select="reward"),
+}
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+
+
+def attempt(stage: str, folder: str, out: str, die_at: int) -> None:
+    """What a child does: the stage, with SIGKILL instead of the `die_at`-th fsync (0: none)."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    count, fsync = [0], os.fsync
+
+    def counted(descriptor):
+        count[0] += 1
+        if count[0] == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = counted
+    STAGES[stage].run(CONFIGS[stage](Path(folder), out))
+    Path(folder, "fsyncs").write_text(str(count[0]))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf_fast.stages.ppo", "rlhf_fast.stages.sft", "rlhf_fast.stages.reward", "toy"])
+    return context
+
+
+def child(processes, *arguments):
+    process = processes.Process(target=attempt, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module", params=list(STAGES))
+def uninterrupted(request, processes, tmp_path_factory):
+    """(stage, its folder, seconds it took, fsyncs it made) of a run that nobody disturbed, in `whole`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    CONFIGS[request.param](folder, "whole")  # writes the model and the data
+    process = child(processes, request.param, str(folder), "whole", 0)
+    process.join(120)
+    assert process.exitcode == 0
+    rows = toy.rows(folder / "whole/metrics.jsonl")
+    return request.param, folder, sum(row["time/step"] for row in rows), int((folder / "fsyncs").read_text())
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/model.safetensors")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl but for their times."""
+    rows = toy.rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def check_same(folder: Path, out: str) -> None:
+    assert weights(folder / out) == weights(folder / "whole") and weights(folder / out)
+    assert numbers(folder / out) == numbers(folder / "whole"), "a step is missing, there twice, or another"
+    samples = [(folder / part / "samples.jsonl").read_text() for part in (out, "whole")]
+    assert samples[0] == samples[1]
+    told = [json.loads((folder / part / "run.json").read_text())["finished"] for part in (out, "whole")]
+    assert told[0] == told[1]
+
+
+def test_killed_inside_its_saves(uninterrupted, processes):
+    """Killed again and again, each time at another fsync of the saving: no moment of it is fatal."""
+    stage, folder, _, fsyncs = uninterrupted
+    chance, kills = random.Random(stage), 0
+    while kills < 4:
+        process = child(processes, stage, str(folder), "torn", chance.randrange(1, fsyncs + 1))
+        process.join(120)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    else:
+        process = child(processes, stage, str(folder), "torn", 0)
+        process.join(120)
+    assert process.exitcode == 0 and kills
+    check_same(folder, "torn")
+
+
+def test_killed_at_random_moments(uninterrupted, processes):
+    stage, folder, seconds, _ = uninterrupted
+    chance, kills = random.Random(), 0
+    for limit in [*(1 + seconds * chance.random() for _ in range(2)), 120]:
+        process = child(processes, stage, str(folder), "killed", 0)
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+    assert process.exitcode == 0
+    check_same(folder, "killed")
+
+
+def stopped_after(monkeypatch, stage: str, folder: Path, out: str, steps: int) -> None:
+    """Runs the stage in this process and sends SIGTERM while step `steps` + 1 is on its way."""
+    from rlhf_fast import learner
+
+    monkeypatch.chdir(folder)
+    step, count = learner.Learner.step, [0]
+
+    def counted(self, *arguments):
+        count[0] += 1
+        if count[0] == steps + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.Learner, "step", counted)
+        with pytest.raises(SystemExit) as stop:
+            STAGES[stage].run(CONFIGS[stage](folder, out))
+    assert stop.value.code == 143
+
+
+@pytest.fixture
+def one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch, one_thread):
+    stage, folder, *_ = uninterrupted
+    stopped_after(monkeypatch, stage, folder, "stopped", 4)
+    path = checkpoint.latest(folder / "stopped/checkpoints")
+    assert path is not None and checkpoint.step_of(path) == len(toy.rows(folder / "stopped/metrics.jsonl"))
+    assert "finished" not in json.loads((folder / "stopped/run.json").read_text())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    STAGES[stage].run(CONFIGS[stage](folder, "stopped"))
+    check_same(folder, "stopped")
+
+
+def test_a_half_written_newest_checkpoint_is_skipped(uninterrupted, monkeypatch, one_thread):
+    stage, folder, *_ = uninterrupted
+    stopped_after(monkeypatch, stage, folder, "half", 7)
+    newest = checkpoint.latest(folder / "half/checkpoints")
+    victim = max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=rf"{newest.name}: skipped"):
+        STAGES[stage].run(CONFIGS[stage](folder, "half"))
+    check_same(folder, "half")
+
+
+def test_without_any_checkpoint_it_starts_over(uninterrupted, monkeypatch, one_thread):
+    stage, folder, *_ = uninterrupted
+    stopped_after(monkeypatch, stage, folder, "over", 4)
+    shutil.rmtree(folder / "over/checkpoints")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        STAGES[stage].run(CONFIGS[stage](folder, "over"))
+    check_same(folder, "over")
+
+
+def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch, one_thread):
+    stage, folder, *_ = uninterrupted
+    monkeypatch.chdir(folder)
+    cfg = CONFIGS[stage](folder, "seldom")
+    STAGES[stage].run(replace(cfg, log=replace(LOG, checkpoint_every=0)))
+    assert weights(folder / "seldom") == weights(folder / "whole")
+
+
+def test_a_full_disk_while_saving_loses_nothing(uninterrupted, processes, monkeypatch, one_thread):
+    """The second checkpoint finds no room: one sentence, and the run goes on from the first once there is some."""
+    from rlhf_fast.errors import UserError
+
+    stage, folder, *_ = uninterrupted
+    monkeypatch.chdir(folder)
+    saved, save_file = [0], checkpoint.save_file
+
+    def full(tensors, path):
+        saved[0] += "random" in str(path)
+        if saved[0] == 2:
+            Path(path).write_bytes(b"part")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(UserError, match=r"step_4: could not be written .*No space left on device"):
+            STAGES[stage].run(CONFIGS[stage](folder, "full"))
+    assert checkpoint.latest(folder / "full/checkpoints").name == "step_2"
+    STAGES[stage].run(CONFIGS[stage](folder, "full"))
+    check_same(folder, "full")
