@@ -263,6 +263,11 @@ def _(kernels, *args):
 
 
 @ppo_loss_with_gradients.compiled(needs=("ppo_loss",))
+def _(kernels, *args):
+    *sums, by_logprobs, by_values = _launch(kernels, *args)
+    return *sums, *(sums[2].new_empty(0) if slope is None else slope for slope in (by_logprobs, by_values))
+
+
 def _launch(kernels, *args):
     tensors, numbers, mode, wanted = list(args[:11]), args[11:17], args[17], args[18:]
     weights = tensors[3]
@@ -271,13 +276,14 @@ def _launch(kernels, *args):
     if tensors[4] is not None and tensors[7] is None:
         tensors[7] = weights
     tensors = [x if x is None else x.float().contiguous() for x in tensors]
-    shapes = [(), (), len(STATS), *(weights.shape if by else 0 for by in wanted)]
-    out = [torch.empty(shape, dtype=torch.float32, device=weights.device) for shape in shapes]
+    weights = tensors[3]
+    out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
+    out += [torch.empty_like(weights) if by else None for by in wanted]
     kernels.ppo_loss(
-        *(0 if x is None else x.data_ptr() for x in tensors), *(x.data_ptr() for x in out), weights.numel(),
-        *numbers, IMPORTANCE_MODES.index(mode), lane(weights),
+        *(0 if x is None else x.data_ptr() for x in (*tensors, *out)), weights.numel(), *numbers,
+        IMPORTANCE_MODES.index(mode), lane(weights),
     )  # fmt: skip
-    return tuple(out)
+    return out
 
 
 def _forward(ctx, *args):

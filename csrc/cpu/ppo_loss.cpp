@@ -1,9 +1,9 @@
 // PPO's clipped losses, gradients and metrics in one visit of memory; kernels/ppo_loss.py says what they mean.
 //
-// Per token at most 32 bytes in (two log-probabilities, advantage, weight, two values, return, second weight) and 8 out,
-// against about 90 instructions for W tokens, a third of them sums for the metrics. Lanes of weight 0 are replaced before
-// anything is computed from them. Sums run over chunks that depend on N alone and join in their order, in double: any
-// number of threads gives the same bits.
+// Per token at most 32 bytes in (two log-probabilities, advantage, weight, two values, return, second weight) and 8
+// out, against about 90 instructions for W tokens, a third of them sums for the metrics. Lanes of weight 0 are replaced
+// before anything is computed from them. Sums run over chunks that depend on N alone and join in their order, in
+// double: any number of threads gives the same bits.
 #include "kernel.h"
 #include "simd.h"
 
@@ -85,7 +85,7 @@ INLINE void policy_step(const Options& o, int64_t t, Access at, Lanes& s) {
   const f32 free = cost * ratio, clipped = cost * clamp(ratio, splat(o.low), splat(o.high));
   const i32 worse = clipped > free;
   f32 loss = select(worse, clipped, free);
-  f32 slope = keep(~worse & ~(abs(raw) > splat(o.bound)), free);
+  f32 slope = keep(~worse & (abs(raw) <= splat(o.bound)), free);
   i32 dual = {};
   if (o.dual > 0.f) {
     const f32 limit = select(cost > splat(0.f), cost * o.dual, splat(__builtin_inff()));
@@ -147,19 +147,26 @@ INLINE void value_step(const Options& o, int64_t t, Access at, Lanes& s) {
   s.sum[return_] += w * target;
 }
 
+// Steps are summed by blocks: a lane that took a thousand terms would have lost three bits to rounding.
+template <class Step>
+INLINE void run_steps(int64_t begin, int64_t end, Lanes& total, Step step) {
+  constexpr int64_t block = 32 * W;
+  for (int64_t first = begin; first < end; first += block) {
+    Lanes s = {};
+    s.most = total.most, s.least = total.least;
+    const int64_t stop = min(first + block, end), whole = first + (stop - first) / W * W;
+    for (int64_t t = first; t < whole; t += W) step(t, Whole{}, s);
+    if (whole < stop) step(whole, Part{int(stop - whole)}, s);
+    for (int i = 0; i < sums; ++i) total.sum[i] += s.sum[i];
+    total.most = s.most, total.least = s.least;
+  }
+}
+
 Chunk run_chunk(const Options& o, int64_t begin, int64_t end) {
   Lanes s = {};
   s.most = splat(-__builtin_inff()), s.least = splat(__builtin_inff());
-  const int64_t whole = begin + (end - begin) / W * W;
-  const Part rest{int(end - whole)};
-  if (o.logprobs) {
-    for (int64_t t = begin; t < whole; t += W) policy_step(o, t, Whole{}, s);
-    if (rest.n) policy_step(o, whole, rest, s);
-  }
-  if (o.values) {
-    for (int64_t t = begin; t < whole; t += W) value_step(o, t, Whole{}, s);
-    if (rest.n) value_step(o, whole, rest, s);
-  }
+  if (o.logprobs) run_steps(begin, end, s, [&](int64_t t, auto at, Lanes& to) { policy_step(o, t, at, to); });
+  if (o.values) run_steps(begin, end, s, [&](int64_t t, auto at, Lanes& to) { value_step(o, t, at, to); });
   Chunk c;
   for (int i = 0; i < sums; ++i) c.sum[i] = sum(s.sum[i]);
   c.most = largest(s.most), c.least = -largest(-s.least);

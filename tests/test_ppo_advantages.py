@@ -1,0 +1,166 @@
+"""What no reference can say of ppo_advantages: where the score goes, what KL means, statistics that whiten."""
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+
+BACKENDS = ops.ppo_advantages.backends
+KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
+
+
+@pytest.fixture(params=BACKENDS)
+def advantages(request):
+    device = "cuda" if request.param == "cuda" else "cpu"
+    op = ops.ppo_advantages.backend(request.param)
+
+    def run(*args, **kwargs):
+        args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
+        return tuple(x.cpu() for x in op(*args, **kwargs))
+
+    return run
+
+
+def batch(B=9, T=45):
+    logprobs = -torch.rand(B, T) * 3
+    mask = torch.rand(B, T) > 0.2
+    return logprobs, logprobs + 0.3 * torch.randn(B, T), torch.randn(B, T), torch.randn(B), mask
+
+
+def named(stats):
+    return dict(zip(ops.ppo_advantages.stats, stats.tolist(), strict=True))
+
+
+def test_the_score_stands_at_the_last_token_alone(advantages):
+    """Left, right and interior padding, one token, none; whatever is stored outside the mask."""
+    T = 21
+    slots = torch.arange(T)
+    mask = torch.stack([slots < 5, slots >= 16, slots == 7, slots < 0, slots >= 0, slots % 3 == 1, slots == T - 1])
+    scores = torch.arange(1.0, 8.0)
+    scores[3] = torch.nan  # of the row without a token
+    nothing = torch.zeros(mask.shape).masked_fill(~mask, torch.nan)
+    got, returns, stats, kl = advantages(nothing, nothing, nothing, scores, mask, 0.1, "k1", 0.5, 1.0)
+    later = mask.flip(1).cumsum(1).flip(1)
+    expected = torch.where(mask, scores[:, None] * 0.5 ** (later - 1), 0)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(got, returns) and torch.equal(kl, torch.zeros(7)) and stats.isfinite().all()
+    assert named(stats)["count"] == mask.sum()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_no_kl_where_policy_and_reference_agree(advantages, estimator):
+    logprobs, _, values, scores, mask = batch()
+    args = (values, scores, mask, 0.7, estimator, 1.0, 0.95)
+    with_kl = advantages(logprobs, logprobs, *args)
+    assert torch.equal(with_kl[3], torch.zeros(9))
+    rewards = torch.where(mask & (mask.flip(1).cumsum(1).flip(1) == 1), scores[:, None], 0)
+    plain = ops.gae.backend("reference")(rewards, values, mask, 1.0, 0.95)
+    torch.testing.assert_close(with_kl[:2], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_the_estimators_mean_what_they_say(advantages):
+    """Over all 5 tokens of a categorical, weighted by the policy: k1 and k3 give KL(policy || reference) exactly."""
+    policy, reference = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25])
+    logprobs, ref = policy.log()[:, None], reference.log()[:, None]
+    truth = (policy * (policy.log() - reference.log())).sum()
+    ones = torch.ones(5, 1, dtype=torch.bool)
+    d = (policy.log() - reference.log()).double()
+    forms = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d, "abs": d.abs()}
+    for estimator, form in forms.items():
+        got, _, _, kl = advantages(logprobs, ref, torch.zeros(5, 1), torch.zeros(5), ones, 0.25, estimator)
+        torch.testing.assert_close(kl.double(), form, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(got[:, 0], -0.25 * kl, atol=1e-7, rtol=1e-6)
+        if estimator in ("k1", "k3"):
+            torch.testing.assert_close((policy * kl).sum(), truth)
+
+
+def test_kl_is_summed_over_each_row_and_k3_does_not_overflow(advantages):
+    logprobs, ref, values, scores, mask = batch()
+    kl = advantages(logprobs, ref, values, scores, mask)[3]
+    torch.testing.assert_close(kl, torch.where(mask, logprobs - ref, 0).sum(1), atol=1e-5, rtol=1e-5)
+    far = advantages(logprobs - 200, ref, values, scores, mask, 0.02, "k3")
+    assert all(x.isfinite().all() for x in far)
+
+
+def test_scores_are_clipped(advantages):
+    zero, mask = torch.zeros(4, 1), torch.ones(4, 1, dtype=torch.bool)
+    scores = torch.tensor([-7.0, 7.0, 1.5, -0.5])
+    got = advantages(zero, zero, zero, scores, mask, score_clip=2.0)[0]
+    assert torch.equal(got[:, 0], scores.clamp(-2, 2))
+    assert torch.equal(advantages(zero, zero, zero, scores, mask)[0][:, 0], scores)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_statistics_whiten(advantages, unbiased):
+    *inputs, mask = batch(16, 130)
+    got, returns, stats, _ = advantages(*inputs, mask)
+    s = named(stats)
+    white = (got - s["mean"]) * (s["m2"] / (s["count"] - unbiased)) ** -0.5
+    inside = white[mask].double()
+    assert inside.mean().abs() < 1e-6 and (inside.var(correction=int(unbiased)) - 1).abs() < 1e-5
+    assert got[~mask].eq(0).all() and returns[~mask].eq(0).all()
+    torch.testing.assert_close(s["return_mean"], returns[mask].double().mean().item(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(s["return_m2"], (returns[mask].double().var(correction=0) * mask.sum()).item())
+
+
+def test_no_token_and_one_token(advantages):
+    logprobs, ref, values, scores, mask = batch()
+    stats = advantages(logprobs, ref, values, scores, mask & False)[2]
+    assert torch.equal(stats, torch.zeros(5))
+    one = torch.zeros_like(mask)
+    one[4, 30] = True
+    got, returns, stats, _ = advantages(logprobs, ref, values, scores, one)
+    assert named(stats) == {"count": 1, "mean": got[4, 30], "m2": 0, "return_mean": returns[4, 30], "return_m2": 0}
+
+
+@pytest.mark.parametrize("B, T", [(1, 4096), (64, 64), (3, 1001)])
+def test_a_mean_far_larger_than_the_spread_keeps_the_variance(advantages, B, T):
+    zero, scores = torch.zeros(B, T), torch.zeros(B)
+    values = -(1e4 + torch.randn(B, T))
+    mask = torch.rand(B, T) > 0.1
+    got, _, stats, _ = advantages(zero, zero, values, scores, mask, 0.0, "k1", 0.0, 0.0)
+    truth = got[mask].double()
+    torch.testing.assert_close(named(stats)["mean"], truth.mean().item(), atol=0, rtol=1e-6)
+    torch.testing.assert_close(named(stats)["m2"], ((truth - truth.mean()) ** 2).sum().item(), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_shards_join_to_the_whole(advantages, shards):
+    """By the rule that the docstring gives."""
+    inputs = batch(16, 33)
+    inputs[-1][5] = False
+    whole = named(advantages(*inputs)[2])
+    n, mean, m2 = 0, 0, 0
+    for part in zip(*(x.chunk(shards) for x in inputs), strict=True):
+        s = named(advantages(*part)[2])
+        gap, total = s["mean"] - mean, n + s["count"]
+        m2 += s["m2"] + gap**2 * n * s["count"] / max(total, 1)
+        mean, n = mean + gap * s["count"] / max(total, 1), total
+    torch.testing.assert_close([n, mean, m2], [whole["count"], whole["mean"], whole["m2"]], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_threads_and_other_rows_change_no_bit(backend):
+    args = ops.ppo_advantages.make(67, 700, device="cpu", dtype=torch.float32, bootstrap=True)
+    op, threads, results = ops.ppo_advantages.backend(backend), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(op(*args))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    row = op(*(x[7:8] if isinstance(x, torch.Tensor) else x for x in args))
+    for i in (0, 1, 3):
+        assert torch.equal(row[i], results[0][i][7:8])
+
+
+def test_bad_arguments_name_the_rule():
+    logprobs, ref, values, scores, mask = batch()
+    with pytest.raises(ValueError, match="ppo_advantages: kl_estimator must be one of k1, k2, k3, abs, got 'full'"):
+        ops.ppo_advantages(logprobs, ref, values, scores, mask, kl_estimator="full")
+    with pytest.raises(ValueError, match=r"ppo_advantages: scores must have shape \(9,\), got \[9, 1\]"):
+        ops.ppo_advantages(logprobs, ref, values, scores[:, None], mask)
+    with pytest.raises(ValueError, match="must have one shape"):
+        ops.ppo_advantages(logprobs, ref[1:], values, scores, mask)
