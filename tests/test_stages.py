@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_fast.config import DataConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.stages import ppo, reward, sft
+from rlhf_fast.stages.run_dir import RunDir
 
 
 @pytest.fixture(autouse=True)
@@ -350,6 +351,14 @@ def test_a_folder_goes_on_only_with_its_own_settings_and_data(folder, capsys):
     toy.jsonl(folder / "demonstrations.jsonl", [{"prompt": "a .", "completion": "a"}] * 40)
     with pytest.raises(UserError, match=r"demonstrations.jsonl: has changed since"):
         sft.run(cfg)
+
+
+def test_two_processes_cannot_share_a_folder(folder):
+    cfg = toy.sft(folder)
+    with RunDir(cfg) as one, RunDir(cfg) as two:
+        one.begin(1, (), {})
+        with pytest.raises(UserError, match="sft: another process runs there"):
+            two.begin(1, (), {})
 
 
 def test_a_missing_path_is_named(folder):

@@ -37,7 +37,7 @@ def run(cfg: PPO) -> None:
             return
         torch.manual_seed(cfg.seed)
         roles = load_roles(cfg, out.device)
-        prompts, texts = read(cfg, roles.policy)
+        prompts, texts = read(cfg, roles.policy, out)
         rollout, state = Rollout(roles.policy, cfg.sampling, cfg.seed), start(cfg, roles, out)
         begun = out.begin(cfg.batches, HEADLINE, state._asdict())
         with out.naming(**places(prompts.train, texts)):
@@ -105,7 +105,7 @@ def load_roles(cfg: PPO, device: str | None) -> Roles:
     return Roles(policy, reference, value, reward)
 
 
-def read(cfg: PPO, policy: Model) -> tuple[Split, Dataset | None]:
+def read(cfg: PPO, policy: Model, out: RunDir) -> tuple[Split, Dataset | None]:
     """The prompts, and the pretraining text of PPO-ptx if there is any."""
     context = policy.max_positions
     room = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
@@ -116,6 +116,7 @@ def read(cfg: PPO, policy: Model) -> tuple[Split, Dataset | None]:
             " data.valid_fraction above 0"
         )
     texts = read_texts(cfg.pretrain, policy.tokenizer, cfg.seed, context).train if cfg.pretrain.path else None
+    out.notes += [prompts.train.notes] + ([texts.notes] if texts else [])
     return prompts, texts
 
 

@@ -28,6 +28,7 @@ def run(cfg: Reward) -> None:
         torch.manual_seed(cfg.seed)
         model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=out.device)
         data = read_comparisons(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
+        out.notes.append(data.train.notes)
         demonstrations = read_demonstrated(cfg, model)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps)

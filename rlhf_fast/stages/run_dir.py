@@ -5,7 +5,9 @@ same command started again goes on from the newest whole checkpoint; with other 
 once finished it says so. SIGTERM and Ctrl-C write a checkpoint at the end of the step and exit with 143 and 130.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import sys
@@ -23,8 +25,6 @@ from rlhf_fast.logs import Log, describe
 RUN, BEST = "run.json", "best"
 # What may differ when a run is taken up again: none of it changes the trained weights.
 FREE = ("log.", "out", "resume")
-
-
 SHOWN = 8
 """Rows that an error names."""
 
@@ -40,16 +40,17 @@ class Part(Protocol):
 class RunDir:
     """One stage's run in `cfg.out`, as a context manager. `data` are the settings whose files it reads.
 
-    finished: nothing is left to do. log: after `begin`.
+    finished: nothing is left to do. log: after `begin`. notes: what `begin` says of the data.
     """
 
     def __init__(self, cfg: SFT | Reward | PPO, *data: DataConfig):
         cfg.ready()
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
-        self.finished, self.log, self.total, self.saved = False, None, 0, -1
+        self.finished, self.log, self.total = False, None, 0
+        self.notes: list[str] = []
         self.device = None if cfg.device == "auto" else cfg.device
-        self._signal, self._handlers = 0, {}
+        self._signal, self._handlers, self._lock = 0, {}, None
         files = [file for part in data for file in (part.path, part.valid) if Path(file).is_file()]
         self.told = describe(self.stage, cfg, files)
         if (self.out / RUN).exists():
@@ -62,8 +63,6 @@ class RunDir:
     def __enter__(self) -> "RunDir":
         if self.finished:
             print(f"{self.stage}: {self.out} is finished already; nothing is done", file=sys.stderr)
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -71,16 +70,27 @@ class RunDir:
             signal.signal(number, handler)
         if self.log:
             self.log.close()
+        if self._lock:
+            self._lock.close()
 
     def begin(self, total: int, headline: tuple[str, ...], parts: Mapping[str, Part]) -> int:
         """Opens the log of a run of `total` steps, puts `parts` where the newest checkpoint left them, and returns
         the number of steps done."""
         with writing(self.out):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.checkpoints / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.out}: another process runs there; wait for it or choose another `out`") from error
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         checkpoint.write_json(self.out / RUN, self.told)
         path, self.total = checkpoint.latest(self.checkpoints), total
-        self.saved = done = checkpoint.step_of(path) if path else 0
+        done = checkpoint.step_of(path) if path else 0
         self.log = Log(self.out, self.cfg.log, self.stage, total, done, headline)
+        for note in self.notes:
+            self.log.say(note)
         if path:
             state = checkpoint.load(path)
             for name, part in parts.items():
@@ -97,7 +107,6 @@ class RunDir:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state["random"] = checkpoint.random_states()
                 checkpoint.save(self.checkpoints, step, state, self.cfg.log.keep)
-                self.saved = step
         if self._signal:
             self.log.say(f"stopped by signal {self._signal} after step {step}; the same command goes on from here")
             raise SystemExit(128 + self._signal)
@@ -133,6 +142,7 @@ class RunDir:
         if self._signal:
             raise KeyboardInterrupt
         self._signal = number
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     def _compare(self, old: dict) -> None:
         """Refuses a folder in which something else was run; sees whether it is finished."""

@@ -55,9 +55,11 @@ def read(cfg: SFT, model: Model, out: RunDir) -> tuple[Split, Dataset | None, Re
             f"sft: select={cfg.select} needs validation rows, and there are none; set data.valid to a file or"
             " data.valid_fraction above 0, or choose select=last"
         )
+    out.notes.append(data.train.notes)
     texts = reward = None
     if cfg.pretrain_fraction:
         texts = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
+        out.notes.append(texts.notes)
     if cfg.select == "reward":
         budget = cfg.optim.micro_batch_tokens
         reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=out.device)
