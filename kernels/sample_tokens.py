@@ -12,7 +12,7 @@ form, -log(-log u) with a 24-bit u, cannot exceed 16.6 and draws tokens 18 nats 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._op import Declined, lane, op, wide
 
 _LOW = 0xFFFFFFFF
 
@@ -107,7 +107,7 @@ def sample_tokens(
     valid = largest[:, 0].isfinite()  # amax hands on a NaN
     T = x.new_ones(x.shape[0]) if temperature is None else temperature.double()
     greedy = T == 0
-    for bound, low, high in ((T, 0, 3e38), (top_k, 0, 2**62), (top_p, 1e-30, 1), (min_p, 0, 1)):
+    for bound, low, high in ((T, 0, 1e6), (top_k, 0, 2**62), (top_p, 1e-30, 1), (min_p, 0, 1)):
         if bound is not None:
             valid = valid & (bound >= low) & (bound <= high)
     shifted = x - largest
@@ -158,7 +158,7 @@ def _(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
         raise ValueError(f"sample_tokens: noise must have shape {list(logits.shape)}, got {list(noise.shape)}")
     return (
         logits.detach(),
-        _per_row("temperature", temperature, logits, torch.float32, 1, 0, 3e38, "0 or more"),
+        _per_row("temperature", temperature, logits, torch.float32, 1, 0, 1e6, "between 0 and 1e6"),
         _per_row("top_k", top_k, logits, torch.int64, 0, 0, 2**62, "0 (off) or more"),
         _per_row("top_p", top_p, logits, torch.float32, 1, 1e-30, 1, "above 0 and at most 1"),
         _per_row("min_p", min_p, logits, torch.float32, 0, 0, 1, "between 0 and 1"),
@@ -167,6 +167,22 @@ def _(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
         steps.long(),
         noise if noise is None else noise.float(),
     )
+
+
+@sample_tokens.compiled
+def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
+    if logits.dtype not in (torch.float32, torch.bfloat16) or logits.shape[1] > 2**31 - 2**20:
+        raise Declined(f"no compiled kernel for {logits.dtype} and a vocabulary of {logits.shape[1]}")
+    logits = logits.contiguous()
+    options = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p)]
+    keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]
+    outputs = _fake(logits)
+    kernels.sample_tokens(
+        logits.data_ptr(), logits.dtype == torch.bfloat16, *logits.shape,
+        *(0 if x is None else x.data_ptr() for x in options), seed, *(0 if x is None else x.data_ptr() for x in keys),
+        *(x.data_ptr() for x in outputs), lane(logits),
+    )  # fmt: skip
+    return outputs
 
 
 @sample_tokens.inputs(
