@@ -19,7 +19,7 @@ import pytest
 import toy
 
 from rlhf_fast import checkpoint
-from rlhf_fast.config import LogConfig
+from rlhf_fast.config import LogConfig, LoraConfig, ModelConfig
 from rlhf_fast.stages import ppo, reward, sft
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
@@ -196,6 +196,21 @@ def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch, one_th
     cfg = CONFIGS[stage](folder, "seldom")
     STAGES[stage].run(replace(cfg, log=replace(LOG, checkpoint_every=0)))
     assert weights(folder / "seldom") == weights(folder / "whole")
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch, one_thread):
+    """Master weights are float32 and the adapters alone are trained: both must come back."""
+    pytest.importorskip("peft")
+    model = ModelConfig(toy.model_at(tmp_path), dtype="bfloat16", lora=LoraConfig(rank=2, dropout=0.1))
+    models = {"policy": model, "value": replace(model, path="")} if stage == "ppo" else {"model": model}
+    make = CONFIGS[stage]
+    monkeypatch.setitem(CONFIGS, stage, lambda folder, out: replace(make(folder, out), **models))
+    monkeypatch.chdir(tmp_path)
+    STAGES[stage].run(CONFIGS[stage](tmp_path, "whole"))
+    stopped_after(monkeypatch, stage, tmp_path, "stopped", 3)
+    STAGES[stage].run(CONFIGS[stage](tmp_path, "stopped"))
+    check_same(tmp_path, "stopped")
 
 
 def test_a_full_disk_while_saving_loses_nothing(uninterrupted, processes, monkeypatch, one_thread):

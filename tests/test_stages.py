@@ -14,6 +14,12 @@ from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.run_dir import RunDir
 
 
+TRAJECTORY = (
+    (0.0854167, 0.0, 0.00652534, 0.268851, 2.39816, 1.34546),
+    (0.0854167, 0.0116193, -0.00386406, 0.0787208, 2.40119, 1.25480),
+)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The models are so small that threads only wait for one another."""
@@ -180,7 +186,8 @@ def test_pairs_are_rankings_of_two(folder):
 
 
 def test_ppo_raises_a_callable_reward(folder):
-    cfg = toy.ppo(folder, episodes=30 * 32, batch=32, minibatch=16, pretrain=DataConfig(), inner_epochs=2)
+    cfg = toy.ppo(folder, episodes=20 * 32, batch=32, minibatch=16, pretrain=DataConfig(), inner_epochs=2,
+        data=DataConfig(toy.prompt_file(folder / "prompts.jsonl")), optim=OptimConfig(lr=4e-3, schedule="constant"))
     ppo.run(cfg)
     rows = toy.rows(folder / "ppo/metrics.jsonl")
     first, last = (sum(row["objective/scores"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
@@ -296,6 +303,15 @@ def test_two_runs_are_the_same_to_the_bit(folder):
     for part in ("", "ema/", "value/"):
         one, two = ((folder / out / f"{part}model.safetensors").read_bytes() for out in ("one", "two"))
         assert one == two
+
+
+def test_the_loss_trajectory_is_the_one_on_file(folder):
+    """Two batches of two steps: another number here is another algorithm (or another generator in torch)."""
+    ppo.run(toy.ppo(folder, episodes=2 * 16))
+    names = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "loss/pretrain", "grad_norm")
+    rows = [[row[name] for name in names] for row in toy.rows(folder / "ppo/metrics.jsonl")]
+    assert rows[0] == pytest.approx(TRAJECTORY[0], rel=1e-3, abs=1e-5)
+    assert rows[1] == pytest.approx(TRAJECTORY[1], rel=1e-3, abs=1e-5)
 
 
 # What is refused
