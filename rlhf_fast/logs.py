@@ -123,7 +123,7 @@ class Log:
         self.tokens += tokens
         begun = self.alarms(row)
         for text in begun:
-            self.say(f"[yellow]alarm[/] at step {step}: {text}")
+            self.say(f"alarm at step {step}: {text}", style="yellow")
         if step % self.cfg.every and step != self.total and not begun:
             return
         now = time.perf_counter()
@@ -145,9 +145,9 @@ class Log:
         for _, row in zip(range(self.cfg.samples), rows, strict=False):
             self._write(self._samples, {"step": step, **row})
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str = "") -> None:
         """One line above the live line, or on its own."""
-        self.console.print(f"{self.title}: {text}", soft_wrap=True)
+        self.console.print(f"{self.title}: {text}", style=style, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the live line and closes the files."""
@@ -175,7 +175,7 @@ class Log:
             self._told = now
             left = (now - self._start) / max(step - self._first_step, 1) * (self.total - step)
             clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-            self.console.print(f"{self.title} {step}/{self.total}  ETA {clock}  {told}", soft_wrap=True)
+            self.console.print(f"{self.title} {step}/{self.total}  ETA {clock}  {told}", markup=False, soft_wrap=True)
 
 
 def describe(stage: str, cfg, files: Iterable[str | Path]) -> dict:

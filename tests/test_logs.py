@@ -109,6 +109,13 @@ def test_an_alarm_rings_once_until_its_fault_clears(change, words):
     assert alarms(sick) == [text]
 
 
+def test_brackets_in_what_is_said_are_not_markup(tmp_path, capsys):
+    log = logs.Log(tmp_path, Settings(), "ppo", total=1)
+    log.say("data[1].jsonl: 3 rows [/no]")
+    log.close()
+    assert "ppo: data[1].jsonl: 3 rows [/no]\n" == capsys.readouterr().err
+
+
 def test_alarms_remember_their_baseline_over_a_resume(tmp_path, capsys):
     log = logs.Log(tmp_path, Settings(), "ppo", total=3)
     log.metrics(1, HEALTHY)

@@ -13,7 +13,6 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.run_dir import RunDir
 
-
 TRAJECTORY = (
     (0.0854167, 0.0, 0.00652534, 0.268851, 2.39816, 1.34546),
     (0.0854167, 0.0116193, -0.00386406, 0.0787208, 2.40119, 1.25480),
@@ -205,11 +204,14 @@ def test_ppo_raises_a_callable_reward(folder):
     assert {"prompt", "response", "length", "eos", "score", "kl"} <= sample.keys()
 
 
-def test_ppo_against_a_reward_model_starts_the_critic_from_it(folder):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_ppo_against_a_reward_model_starts_the_critic_from_it(folder, kind):
+    toy.model_at(folder, kind=kind)
     reward.run(toy.reward(folder))
     cfg = toy.ppo(folder, reward=str(folder / "reward"), critic_warmup=6, ema=0.0)
     ppo.run(cfg)
     rows = toy.rows(folder / "ppo/metrics.jsonl")
+    assert rows[-1]["loss/value_avg"] < rows[0]["loss/value_avg"]
     # While only the critic learns, the policy stays where it is.
     same = weights(folder / "model")
     assert all(torch.equal(w, same[name]) for name, w in weights(folder / "ppo").items())
