@@ -3,12 +3,13 @@
     z = softcap(hidden . weight' + bias) / temperature,  softcap(x) = c tanh(x / c)        log p = z - logsumexp z
 
 Every loss of a row's log-probability, entropy and exact KL to a reference has one form of gradient by its z:
-p (a + b log p + c log p_ref) + g 1[target], four numbers a row.
+p (a + b log p + c (log p_ref - log p)) + g 1[target], four numbers a row.
 """
 
 import torch
-from rlhf_fast.kernels._op import wide
 from torch import Tensor
+
+from rlhf_fast.kernels._op import wide
 
 IGNORED = -100
 
@@ -60,12 +61,12 @@ def logits_gradient(
     c: Tensor | None = None,
     ref_logp: Tensor | None = None,
 ) -> Tensor:
-    """p (a + b log p + c log p_ref) + g 1[target] by z, 0 in ignored rows."""
+    """p (a + b log p + c (log p_ref - log p)) + g 1[target] by z, 0 in ignored rows."""
     here = targets != IGNORED
     a, b, g = (x.where(here, 0).to(logp.dtype)[..., None] for x in (a, b, g))
     inner = a + b * finite(logp)
     if c is not None:
-        inner = inner + c.where(here, 0).to(logp.dtype)[..., None] * finite(ref_logp)
+        inner = inner + c.where(here, 0).to(logp.dtype)[..., None] * (finite(ref_logp) - finite(logp))
     return (
         (logp.exp() * inner)
         .masked_fill(~here[..., None], 0)
@@ -174,11 +175,10 @@ def make_head(
     """hidden, weight, targets, bias. NaN stands in the hidden of ignored rows; offset moves every logit."""
     weight = torch.randn(V, D, device=device) / D**0.5
     hidden = 2 * torch.randn(N, D, device=device)
-    if offset:
-        weight[:, 0], hidden[:, 0] = offset / 8, 8.0
     targets = torch.randint(V, (N,), device=device, dtype=index)
     off = (torch.rand(N, device=device) < ignored) & (torch.arange(N, device=device) > 0)
     hidden, targets = hidden.masked_fill(off[:, None], torch.nan), targets.masked_fill(off, IGNORED)
     hidden = hidden.to(dtype).requires_grad_(not frozen_hidden)
     weight = weight.to(dtype).requires_grad_(not frozen_weight)
-    return hidden, weight, targets, torch.randn(V, device=device, dtype=dtype).requires_grad_() if bias else None
+    bias = (offset + torch.randn(V, device=device)).to(dtype).requires_grad_() if bias or offset else None
+    return hidden, weight, targets, bias

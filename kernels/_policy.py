@@ -1,8 +1,9 @@
 """PPO's policy loss of rows whose log-probability and entropy are known, and its slopes by both. Not an op."""
 
 import torch
-from rlhf_fast.kernels._op import wide
 from torch import Tensor
+
+from rlhf_fast.kernels._op import wide
 
 SUMS = (
     "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",

@@ -1,9 +1,11 @@
 """Cross-entropy of a linear head, its gradients made in the forward pass: three products, no kept logits."""
 
 import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import _blocks as blocks
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._op import op, wide
-from torch import Tensor
 
 
 def _fake(hidden, weight, targets, *rest):
@@ -43,6 +45,23 @@ def _(hidden, weight, targets, weights, bias, softcap):
     return hidden, weight, targets, weights if weights is None else weights.detach(), bias, float(softcap)
 
 
+@linear_cross_entropy.compiled(needs=blocks.KERNELS)
+def _(kernels, *args):
+    return _train(kernels, *args, False, False, False)[:2]
+
+
+def _train(kernels, hidden, weight, targets, weights, bias, softcap, *by):
+    of = blocks.Head(kernels, "linear_cross_entropy", hidden, weight, targets, bias, 1.0, softcap)
+    g = of.compact(-head.default_weights(weights, targets).flatten())
+
+    def slopes(results, rows):
+        _, _, largest, log_sum = results
+        return blocks.slopes(largest, log_sum, g[rows], -g[rows])
+
+    results, grads = of.train(slopes, by)
+    return torch.where(g != 0, g * results[0], 0).sum(), of.expand(results[0]), *grads
+
+
 def _fake_with_gradients(hidden, weight, targets, weights, bias, softcap, *by):
     return *_fake(hidden, weight, targets), *head.empty_products(hidden, weight, bias, by)
 
@@ -69,6 +88,9 @@ def linear_cross_entropy_with_gradients(
         dz * head.slope(x, 1.0, softcap), hidden, weight, bias, targets, (by_hidden, by_weight, by_bias)
     )
     return torch.where(g != 0, g * logprobs, 0).sum(), logprobs, *grads
+
+
+linear_cross_entropy_with_gradients.compiled(_train, needs=blocks.KERNELS)
 
 
 def _forward(ctx, *args):

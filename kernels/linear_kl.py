@@ -1,9 +1,11 @@
 """Exact KL divergence between the next-token distributions of a policy and a reference, without keeping logits."""
 
 import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import _blocks as blocks
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._op import op, wide
-from torch import Tensor
 
 
 def _fake(hidden, weight, ref_hidden, ref_weight, targets, *rest):
@@ -50,6 +52,19 @@ def _(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bia
     return hidden, weight, *rest
 
 
+def _heads(kernels, hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
+    scalars = temperature, softcap
+    policy = blocks.Head(kernels, "linear_kl", hidden, weight, targets, bias, *scalars)
+    return policy, blocks.Head(kernels, "linear_kl", ref_hidden, ref_weight, targets, ref_bias, *scalars)
+
+
+@linear_kl.compiled(needs=blocks.KERNELS)
+def _(kernels, *args):
+    of, reference = _heads(kernels, *args)
+    logprobs, entropy, _, _, ref_logprobs, kl, _, _ = of.statistics(reference)
+    return tuple(map(of.expand, (logprobs, ref_logprobs, entropy, kl)))
+
+
 def _fake_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, *rest):
     outputs = _fake(hidden, weight, ref_hidden, ref_weight, targets)
     return *outputs, outputs[0].new_empty(4, *targets.shape)
@@ -81,6 +96,16 @@ def linear_kl_with_statistics(
         kl.masked_fill(targets == head.IGNORED, 0),
         statistics,
     )
+
+
+@linear_kl_with_statistics.compiled(needs=blocks.KERNELS)
+def _(kernels, *args):
+    of, reference = _heads(kernels, *args)
+    logprobs, entropy, largest, log_sum, ref_logprobs, kl, ref_largest, ref_log_sum = map(
+        of.expand, of.statistics(reference)
+    )
+    statistics = torch.stack([largest, log_sum, ref_largest, ref_log_sum])
+    return logprobs, ref_logprobs, entropy, kl, statistics
 
 
 def _fake_backward(
@@ -118,9 +143,20 @@ def linear_kl_backward(
     logp = head.scale(x, temperature, softcap) - largest - log_sum
     ref_logp = ref_z - ref_largest - ref_log_sum
     g, h, k = wide(grad_logprobs), wide(grad_entropy), wide(grad_kl)
-    dz = head.logits_gradient(logp, targets, g, -g - h * entropy - k * kl, k - h, -k, ref_logp)
+    dz = head.logits_gradient(logp, targets, g, -g - h * entropy - k * kl, -h, -k, ref_logp)
     by = by_hidden, by_weight, by_bias
     return head.products(dz * head.slope(x, temperature, softcap), hidden, weight, bias, targets, by)
+
+
+@linear_kl_backward.compiled(needs=blocks.KERNELS)
+def _(kernels, grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, *args):
+    *args, by_hidden, by_weight, by_bias = args
+    of, reference = _heads(kernels, *args)
+    g, h, k, entropy, kl, largest, log_sum, *ref_statistics = (
+        of.compact(x.flatten()) for x in (grad_logprobs, grad_entropy, grad_kl, entropy, kl, *statistics)
+    )
+    slopes = blocks.slopes(largest, log_sum, g, -g - h * entropy - k * kl, -h, -k, *ref_statistics)
+    return of.gradients(slopes, (by_hidden, by_weight, by_bias), reference)
 
 
 def _forward(ctx, *args):

@@ -1,9 +1,11 @@
 """Log-probability and entropy of every token under a linear head, without keeping the logits."""
 
 import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import _blocks as blocks
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._op import op, wide
-from torch import Tensor
 
 
 def _fake(hidden, weight, targets, *rest):
@@ -39,6 +41,13 @@ def _(hidden, weight, targets, bias, temperature, softcap):
     return hidden, weight, targets, bias, float(temperature), float(softcap)
 
 
+@linear_logprobs.compiled(needs=blocks.KERNELS)
+def _(kernels, *args):
+    of = blocks.Head(kernels, "linear_logprobs", *args)
+    logprobs, entropy, _, _ = of.statistics()
+    return of.expand(logprobs), of.expand(entropy)
+
+
 def _fake_with_statistics(hidden, weight, targets, *rest):
     logprobs, entropy = _fake(hidden, weight, targets)
     return logprobs, entropy, logprobs.new_empty(2, *targets.shape)
@@ -53,6 +62,13 @@ def linear_logprobs_with_statistics(
     z = head.scale(head.logits(hidden, weight, bias, targets), temperature, softcap)
     logp = z.log_softmax(-1)
     return head.gathered(logp, targets), head.entropy_of(logp, targets), head.statistics_of(z, targets)
+
+
+@linear_logprobs_with_statistics.compiled(needs=blocks.KERNELS)
+def _(kernels, *args):
+    of = blocks.Head(kernels, "linear_logprobs", *args)
+    logprobs, entropy, largest, log_sum = map(of.expand, of.statistics())
+    return logprobs, entropy, torch.stack([largest, log_sum])
 
 
 def _fake_backward(grad_logprobs, grad_entropy, entropy, statistics, hidden, weight, targets, bias, *rest):
@@ -82,6 +98,17 @@ def linear_logprobs_backward(
     g, h = wide(grad_logprobs), wide(grad_entropy)
     dx = head.logits_gradient(logp, targets, g, -g - h * entropy, -h) * head.slope(x, temperature, softcap)
     return head.products(dx, hidden, weight, bias, targets, (by_hidden, by_weight, by_bias))
+
+
+@linear_logprobs_backward.compiled(needs=blocks.KERNELS)
+def _(kernels, grad_logprobs, grad_entropy, entropy, statistics, *args):
+    *args, by_hidden, by_weight, by_bias = args
+    of = blocks.Head(kernels, "linear_logprobs", *args)
+    g, h, entropy, largest, log_sum = (
+        of.compact(x.flatten()) for x in (grad_logprobs, grad_entropy, entropy, *statistics)
+    )
+    slopes = blocks.slopes(largest, log_sum, g, -g - h * entropy, -h)
+    return of.gradients(slopes, (by_hidden, by_weight, by_bias))
 
 
 def _forward(ctx, hidden, weight, targets, bias, temperature, softcap):

@@ -1,10 +1,12 @@
 """PPO's policy loss from hidden states: log-probability, entropy, clipping and KL, gradients in the forward pass."""
 
 import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import _blocks as blocks
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels import _policy as policy
 from rlhf_fast.kernels._op import op, wide
-from torch import Tensor
 
 
 def _fake(hidden, weight, targets, *rest):
@@ -102,6 +104,37 @@ def _one_element(name: str, x: Tensor | float | None, like: Tensor) -> Tensor | 
     return x.detach().reshape(())
 
 
+@linear_ppo_loss.compiled(needs=blocks.KERNELS)
+def _(kernels, *args):
+    return _train(kernels, *args, False, False, False)[:4]
+
+
+def _train(
+    kernels, hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
+    kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, shift, factor, log_ratio_clamp, *by,
+):  # fmt: skip
+    of = blocks.Head(kernels, "linear_ppo_loss", hidden, weight, targets, bias, temperature, softcap)
+    weights, old_logprobs, advantages, ref_logprobs = (
+        x if x is None else of.compact(x.flatten()) for x in (weights, old_logprobs, advantages, ref_logprobs)
+    )
+
+    def loss_of(results, rows):
+        ref = ref_logprobs if ref_logprobs is None else ref_logprobs[rows]
+        return policy.policy_loss(
+            *results[:2], weights[rows] != 0, weights[rows], old_logprobs[rows], advantages[rows], ref, shift, factor,
+            clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, log_ratio_clamp,
+        )  # fmt: skip
+
+    def slopes(results, rows):
+        _, _, g, h = loss_of(results, rows)
+        _, entropy, largest, log_sum = results
+        return blocks.slopes(largest, log_sum, g, -g - h * entropy, -h)
+
+    results, grads = of.train(slopes, by)
+    loss, stats, _, _ = loss_of(results, slice(None))
+    return loss, of.expand(results[0]), of.expand(results[1]), stats, *grads
+
+
 def _fake_with_gradients(hidden, weight, targets, *rest):
     *rest, by_hidden, by_weight, by_bias = rest
     grads = head.empty_products(hidden, weight, rest[12], (by_hidden, by_weight, by_bias))
@@ -146,6 +179,9 @@ def linear_ppo_loss_with_gradients(
     dz = head.logits_gradient(logp, targets, g, -g - h * entropy, -h)
     dx, by = dz * head.slope(x, temperature, softcap), (by_hidden, by_weight, by_bias)
     return loss, logprobs, entropy, stats, *head.products(dx, hidden, weight, bias, targets, by)
+
+
+linear_ppo_loss_with_gradients.compiled(_train, needs=blocks.KERNELS)
 
 
 def _forward(ctx, *args):

@@ -1,9 +1,10 @@
 """Log-probability and entropy of every token of given logits, in one visit of them."""
 
 import torch
-from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._op import op, wide
 from torch import Tensor
+
+from rlhf_fast.kernels import _head as head
+from rlhf_fast.kernels._op import Declined, lane, op, wide
 
 
 def _fake(logits, targets, *rest):
@@ -39,6 +40,31 @@ def _(logits, targets, temperature, softcap):
     return logits, targets, float(temperature), float(softcap)
 
 
+def _rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (N, V) with their last dimension dense, and N targets."""
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        raise Declined(f"{str(logits.dtype)[6:]} has no compiled kernel")
+    logits = logits.detach()
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous(), targets.contiguous()
+
+
+@token_logprobs.compiled
+def _(kernels, logits, targets, temperature, softcap):
+    rows, targets = _rows(logits, targets)
+    logprobs = torch.empty(targets.shape)
+    entropy = torch.empty(targets.shape)
+    try:
+        kernels.token_logprobs(
+            rows.data_ptr(), rows.dtype == torch.bfloat16, targets.data_ptr(), targets.dtype == torch.int64,
+            logprobs.data_ptr(), entropy.data_ptr(), *rows.shape, rows.stride(0), temperature, softcap, lane(rows),
+        )  # fmt: skip
+    except RuntimeError:
+        head.check_targets("token_logprobs", targets, logits.shape[-1])
+        raise
+    return logprobs, entropy
+
+
 @op(fake=lambda grad_logprobs, grad_entropy, logits, *rest: torch.empty_like(logits).contiguous())
 def token_logprobs_backward(
     grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, targets: Tensor, temperature: float, softcap: float
@@ -49,6 +75,19 @@ def token_logprobs_backward(
     g, h = wide(grad_logprobs), wide(grad_entropy)
     dz = head.logits_gradient(logp, targets, g, -g - h * head.entropy_of(logp, targets), -h)
     return (dz * head.slope(x, temperature, softcap)).to(logits.dtype).contiguous()
+
+
+@token_logprobs_backward.compiled
+def _(kernels, grad_logprobs, grad_entropy, logits, targets, temperature, softcap):
+    rows, targets = _rows(logits, targets)
+    grad_logprobs, grad_entropy = grad_logprobs.float().contiguous(), grad_entropy.float().contiguous()
+    out = torch.empty(logits.shape, dtype=logits.dtype)
+    kernels.token_logprobs_backward(
+        grad_logprobs.data_ptr(), grad_entropy.data_ptr(), rows.data_ptr(), rows.dtype == torch.bfloat16,
+        targets.data_ptr(), targets.dtype == torch.int64, out.data_ptr(), *rows.shape, rows.stride(0),
+        temperature, softcap, lane(rows),
+    )  # fmt: skip
+    return out
 
 
 def _save(ctx, inputs, output):

@@ -5,10 +5,10 @@ The oracle is the op's reference, run in float64, and autograd through it. A new
 
 import pytest
 import torch
-from rlhf_fast.kernels._op import OPS
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rlhf_fast import ops
+from rlhf_fast.kernels._op import OPS
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,8 +59,8 @@ def assert_near(ours, plain, truth, what):
             f"{what} {i}: not-finite values"
         )
         error, allowed = (o.double() - t)[finite].abs(), (p.double() - t)[finite].abs().max() if finite.any() else 0
-        # Rounding of the value itself: bfloat16 keeps 8 bits.
-        slack = 2e-6 * (1 + t[finite].abs()) if o.dtype == torch.float32 else 1e-5 + 2**-8 * t[finite].abs()
+        # Rounding of the value itself: bfloat16 keeps 8 bits, and rounds a gradient made in the forward pass twice.
+        slack = 2e-6 * (1 + t[finite].abs()) if o.dtype == torch.float32 else 1e-5 + 2**-7 * t[finite].abs()
         worst = (error - slack).max().item() if finite.any() else 0
         assert worst <= allowed, f"{what} {i}: {worst:.3g} from the truth, plain torch {allowed:.3g}"
 
