@@ -27,7 +27,8 @@ def slope(x: Tensor, temperature: float, softcap: float) -> Tensor | float:
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Raw logits (..., V) in float32; what stands in an ignored row of hidden, even NaN, is not looked at."""
-    x = wide(hidden).masked_fill((targets == IGNORED)[..., None], 0) @ wide(weight).T
+    with torch.autocast(hidden.device.type, enabled=False):
+        x = wide(hidden).masked_fill((targets == IGNORED)[..., None], 0) @ wide(weight).T
     return x if bias is None else x + wide(bias)
 
 

@@ -1,0 +1,329 @@
+"""The linear head's ops where no reference can say it: orders of products, memory, frozen sides, repeated backward."""
+
+import gc
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels import _blocks as blocks
+from rlhf_fast.kernels._op import COMPILED
+
+BACKENDS = [b for b in ops.linear_logprobs.backends if b in COMPILED or b == "reference"]
+every = pytest.mark.parametrize("backend", BACKENDS)
+compiled = pytest.mark.parametrize("backend", BACKENDS[1:][-1:])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def head(N, D, V, dtype=torch.float32, ignored=0.3):
+    hidden = (2 * torch.randn(N, D)).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,)).masked_fill(torch.rand(N) < ignored, -100)
+    return hidden, weight, targets
+
+
+def double(*tensors):
+    return [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in tensors]
+
+
+def ppo_rows(N):
+    return -5 * torch.rand(N), torch.randn(N), torch.rand(N) / N
+
+
+@compiled
+@DTYPES
+@pytest.mark.parametrize("kept, block", [(1, 1), (1 << 16, 1 << 14), (1 << 30, 1 << 30)])
+def test_orders_and_sizes_of_blocks(backend, dtype, kept, block, monkeypatch):
+    """Chunks of one row, of some rows and of all: the same log-probabilities, dW off by float32 rounding only."""
+    hidden, weight, targets = head(37, 31, 5003, dtype)
+    weights = torch.rand(37)
+    monkeypatch.setattr(blocks, "KEPT_BYTES", kept)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
+    loss, logprobs = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets, weights)
+    loss.backward()
+    wide = double(hidden, weight)
+    truth, true_logprobs = ops.linear_cross_entropy.reference(*wide, targets, weights.double())
+    truth.backward()
+    torch.testing.assert_close(logprobs.double(), true_logprobs, atol=4e-6, rtol=1e-6)
+    for ours, exact in zip((hidden, weight), wide, strict=True):
+        bound = 4e-6 if dtype == torch.float32 else 2**-8 * exact.grad.abs() + 1e-6
+        assert ((ours.grad.double() - exact.grad).abs() <= bound).all()
+
+
+@compiled
+def test_bits_do_not_depend_on_the_blocks_columns_or_the_path(backend, monkeypatch):
+    hidden, weight, targets = head(64, 40, 9001)
+    old, advantages, weights = ppo_rows(64)
+
+    def every_path():
+        scored = ops.linear_logprobs.backend(backend)(hidden.detach(), weight.detach(), targets)
+        trained = ops.linear_logprobs.backend(backend)(hidden, weight, targets)
+        _, *ppo, _ = ops.linear_ppo_loss.backend(backend)(hidden, weight, targets, old, advantages, weights)
+        _, *still, _ = ops.linear_ppo_loss.backend(backend)(
+            hidden.detach(), weight.detach(), targets, old, advantages, weights
+        )
+        _, logprobs = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)
+        return [scored, trained, ppo, still], logprobs
+
+    results, logprobs = every_path()
+    monkeypatch.setattr(blocks, "COLUMNS", 2 * blocks.TILE)
+    others, again = every_path()
+    for logp, entropy in results + others:
+        assert torch.equal(logp, logprobs) and torch.equal(logp, again)
+        assert torch.equal(entropy, results[0][1])
+
+
+@every
+def test_the_first_ratio_is_one(backend):
+    hidden, weight, targets = head(50, 24, 3001)
+    old, _ = ops.linear_logprobs.backend(backend)(hidden.detach(), weight.detach(), targets, temperature=0.7)
+    _, advantages, weights = ppo_rows(50)
+    outputs = ops.linear_ppo_loss.backend(backend)(hidden, weight, targets, old, advantages, weights, temperature=0.7)
+    stats = dict(zip(ops.linear_ppo_loss.stats, outputs[3].tolist(), strict=True))
+    assert stats["ratio_max"] == stats["ratio_min"] == 1
+    assert stats["kl_k1"] == stats["kl_k3"] == stats["clipped_low"] == stats["clipped_high"] == 0
+
+
+@every
+def test_losses_of_parts_add_up(backend):
+    hidden, weight, targets = head(41, 16, 301)
+    old, advantages, weights = ppo_rows(41)
+
+    def run(rows):
+        loss, _, _, stats = ops.linear_ppo_loss.backend(backend)(
+            hidden[rows], weight, targets[rows], old[rows], advantages[rows], weights[rows], old[rows] - 0.1,
+            kl_coef=0.2, entropy_coef=0.1,
+        )  # fmt: skip
+        return loss, stats
+
+    whole, stats = run(slice(None))
+    assert whole.abs() > 1e-3
+    truth = torch.autograd.grad(whole, (hidden, weight))
+    parts = [run(slice(a, b)) for a, b in ((0, 1), (1, 20), (20, 41))]
+    torch.testing.assert_close(sum(p[0] for p in parts), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(sum(p[1][:-2] for p in parts), stats[:-2], atol=1e-5, rtol=1e-5)
+    for part in parts:
+        part[0].backward()
+    torch.testing.assert_close(hidden.grad, truth[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(weight.grad, truth[1], atol=1e-6, rtol=1e-4)
+
+
+def losses(backend, hidden, weight, targets):
+    old, advantages, weights = ppo_rows(len(targets))
+    zeros = torch.zeros_like(hidden.detach())
+    return {
+        "cross_entropy": ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)[0],
+        "ppo": ops.linear_ppo_loss.backend(backend)(hidden, weight, targets, old, advantages, weights)[0],
+        "logprobs": ops.linear_logprobs.backend(backend)(hidden, weight, targets)[0].sum(),
+        "entropy": ops.linear_logprobs.backend(backend)(hidden, weight, targets)[1].sum(),
+        "kl": ops.linear_kl.backend(backend)(hidden, weight, zeros, weight, targets)[3].sum(),
+    }
+
+
+@every
+def test_all_ignored_is_zero_and_still_connected(backend):
+    hidden, weight, _ = head(6, 8, 50)
+    with torch.no_grad():
+        hidden.fill_(torch.nan)
+    for loss in losses(backend, hidden, weight, torch.full((6,), -100)).values():
+        assert loss == 0
+        hidden.grad = weight.grad = None
+        loss.backward()
+        assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@every
+def test_frozen_sides_cost_nothing_and_change_nothing(backend):
+    hidden, weight, targets = head(20, 12, 400)
+    for name in losses(backend, hidden, weight, targets):
+        torch.manual_seed(7)
+        full = torch.autograd.grad(losses(backend, hidden, weight, targets)[name], (hidden, weight))
+        for i in (0, 1):
+            sides = [x.detach().requires_grad_(i == j) for j, x in enumerate((hidden, weight))]
+            torch.manual_seed(7)
+            losses(backend, *sides, targets)[name].backward()
+            assert sides[1 - i].grad is None
+            assert torch.equal(sides[i].grad, full[i])
+
+
+@every
+@DTYPES
+def test_backward_twice_and_scaled(backend, dtype):
+    hidden, weight, targets = head(20, 12, 400, dtype)
+    for loss in losses(backend, hidden, weight, targets).values():
+        first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        second = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        double = torch.autograd.grad((2 * loss).square() / (4 * loss.detach()), (hidden, weight))
+        for a, b, c in zip(first, second, double, strict=True):
+            assert a.abs().max() > 0 and torch.equal(a, b)
+            torch.testing.assert_close(2 * a, c, atol=1e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@every
+def test_tied_embeddings_add_up(backend):
+    _, weight, targets = head(30, 12, 100)
+    tokens = torch.randint(100, (30,))
+
+    def gradient(w, run):
+        return torch.autograd.grad(run(torch.nn.functional.embedding(tokens, w), w), w)[0]
+
+    ours = gradient(weight, lambda x, w: ops.linear_cross_entropy.backend(backend)(x, w, targets)[0])
+    truth = gradient(*double(weight), lambda x, w: torch.nn.functional.cross_entropy(x @ w.T, targets))
+    torch.testing.assert_close(ours.double(), truth, atol=1e-6, rtol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_mixed_dtypes_and_autocast(backend, dtypes):
+    hidden, weight, targets = head(20, 12, 400)
+    hidden, weight = (x.detach().to(d).requires_grad_() for x, d in zip((hidden, weight), dtypes, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, logprobs = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)
+    loss.backward()
+    wide = double(hidden, weight)
+    truth = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets)
+    truth.backward()
+    assert logprobs.dtype == torch.float32 and abs(loss - truth) < 1e-5
+    for x, exact in zip((hidden, weight), wide, strict=True):
+        assert x.grad.dtype == x.dtype
+        assert ((x.grad.double() - exact.grad).abs() <= 2**-8 * exact.grad.abs() + 1e-6).all()
+
+
+@every
+@pytest.mark.parametrize("offset", [-100.0, -35.0, 60.0])
+def test_logits_with_a_large_common_part(backend, offset):
+    """As GPT-2's are: log-probabilities of bfloat16 logits would be off by 0.1."""
+    hidden, weight, targets = (x.detach() for x in head(40, 65, 5003, ignored=0))
+    hidden[:, 0], weight[:, 0] = 10.0, offset / 10
+    hidden[:20] += 3 * weight[targets[:20]] * 65**0.5  # confident
+    truth = (hidden.double() @ weight.double().T).log_softmax(-1)
+    logprobs, entropy = ops.linear_logprobs.backend(backend)(hidden, weight, targets)
+    assert (logprobs <= 0).all()
+    torch.testing.assert_close(logprobs.double(), truth.gather(1, targets[:, None])[:, 0], atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(truth.exp() * truth).sum(-1), atol=1e-3, rtol=1e-6)
+
+
+@every
+def test_exact_kl(backend):
+    hidden, weight, targets = head(20, 12, 400)
+    own = ops.linear_kl.backend(backend)(hidden, weight, hidden.detach(), weight.detach(), targets)
+    assert torch.equal(own[0], own[1]) and own[3].abs().max() < 1e-6
+    (gradient,) = torch.autograd.grad(own[3].sum(), hidden, retain_graph=True)
+    assert gradient.abs().max() < 1e-6
+    bias = torch.zeros(400)
+    bias[3] = -torch.inf
+    run = ops.linear_kl.backend(backend)
+    no_three = run(hidden, weight, hidden, weight, targets, bias=bias)[3]
+    three = run(hidden, weight, hidden, weight, targets, ref_bias=bias)[3]
+    here = targets != -100
+    assert no_three.isfinite().all() and (no_three[here] > 0).all()
+    assert (three[here] == torch.inf).all() and (three[~here] == 0).all()
+
+
+@every
+def test_gradcheck_in_float64(backend):
+    hidden, weight, _ = double(*head(4, 3, 7))
+    targets, bias = torch.tensor([2, -100, 6, 0], dtype=torch.int32), torch.randn(7).double().requires_grad_()
+    old, advantages, weights = (x.double() for x in ppo_rows(4))
+    ref = torch.randn(4, 5).double(), torch.randn(7, 5).double()
+    checks = [
+        lambda x, w, b: ops.linear_logprobs.backend(backend)(x, w, targets, b, 0.7, 3.0),
+        lambda x, w, b: ops.linear_kl.backend(backend)(x, w, *ref, targets, 0.7, 3.0, b)[2:],
+        lambda x, w, b: ops.linear_cross_entropy.backend(backend)(x, w, targets, None, b, 3.0)[0],
+        lambda x, w, b: ops.linear_ppo_loss.backend(backend)(
+            x, w, targets, old, advantages, weights, old - 1, 0.9, 5.0, 0.0, 0.5, "k3", 0.3, 0.7, 3.0, b
+        )[0],
+    ]
+    for check in checks:
+        assert torch.autograd.gradcheck(check, (hidden, weight, bias))
+
+
+@compiled
+def test_compiles_with_its_gradient(backend):
+    hidden, weight, targets = head(20, 12, 400)
+
+    def loss(hidden, weight):
+        logprobs, entropy = ops.linear_logprobs(hidden, weight, targets)
+        return 3 * ops.linear_cross_entropy(hidden, weight, targets)[0] + logprobs.sum() + 0.5 * entropy.sum()
+
+    torch._dynamo.reset()
+    eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(eager, torch.autograd.grad(graph(hidden, weight), (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def peak_bytes(run) -> int:
+    """The most memory that torch held at a time for what `run` allocated, its results included."""
+    run()
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    del kept
+    return most
+
+
+@compiled
+@DTYPES
+def test_memory(backend, dtype, monkeypatch):
+    """Beyond inputs and gradients: the budget of logits and what is of the size of hidden; nothing grows with N V."""
+    monkeypatch.setattr(blocks, "KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 20)
+    V, D = 8192, 48
+    scratch = (1 << 20) + (4096 * D * 8 if dtype == torch.bfloat16 else 0) + 200_000
+    for N in (128, 512):
+        hidden, weight, targets = head(N, D, V, dtype)
+        old, advantages, weights = ppo_rows(N)
+        heads = {
+            "cross_entropy": lambda x, w: ops.linear_cross_entropy.backend(backend)(x, w, targets)[0],  # noqa: B023
+            "ppo": lambda x, w: ops.linear_ppo_loss.backend(backend)(x, w, targets, old, advantages, weights)[0],  # noqa: B023
+            "logprobs": lambda x, w: ops.linear_logprobs.backend(backend)(x, w, targets)[0].sum(),  # noqa: B023
+        }
+        budget = scratch + N * D * hidden.element_size() + 4 * N * (4 * D + 200)
+        for name, run in heads.items():
+            frozen = weight.detach()
+            peak = peak_bytes(lambda: torch.autograd.grad(run(hidden, weight), (hidden, weight)))  # noqa: B023
+            assert peak < budget + weight.nbytes, (name, N, peak)
+            peak = peak_bytes(lambda: torch.autograd.grad(run(hidden, frozen), hidden))  # noqa: B023
+            assert peak < budget, (name, N, peak)
+
+
+@every
+def test_errors_say_what_came(backend):
+    hidden, weight, targets = head(6, 8, 50, ignored=0)
+    run = ops.linear_logprobs.backend(backend)
+    wrong = targets.clone()
+    wrong[4] = 50
+    calls = {
+        r"linear_logprobs: targets must be in \[0, 50\) or -100 \(ignored\), got 50 at 4": lambda: run(
+            hidden, weight, wrong
+        ),
+        r"linear_logprobs: hidden \(..., D\) and weight \(V, D\) must share D.*\[6, 8\] and \[50, 7\]": lambda: run(
+            hidden, weight[:, 1:], targets
+        ),
+        r"linear_logprobs: targets must have hidden's shape": lambda: run(hidden, weight, targets[:3]),
+        r"linear_logprobs: bias must have shape \(50,\), got \[49\]": lambda: run(
+            hidden, weight, targets, torch.zeros(49)
+        ),
+        r"float64 only together, got float64, float32": lambda: run(hidden.double(), weight, targets),
+        r"linear_ppo_loss: kl_coef=0.1 needs ref_logprobs": lambda: ops.linear_ppo_loss(
+            hidden, weight, targets, *ppo_rows(6), kl_coef=0.1
+        ),
+        r"kl_estimator must be one of k1, k2, k3, got 'k4'": lambda: ops.linear_ppo_loss(
+            hidden, weight, targets, *ppo_rows(6), kl_estimator="k4"
+        ),
+        r"advantages must have the shape of targets \[6\], got \[5\]": lambda: ops.linear_ppo_loss(
+            hidden, weight, targets, torch.zeros(6), torch.zeros(5), torch.zeros(6)
+        ),
+        r"linear_kl: weight and ref_weight must have one vocabulary, got 50 and 49 rows": lambda: ops.linear_kl(
+            hidden, weight, hidden, weight[:49], targets
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,156 @@
+"""token_logprobs where no reference can say it: bits, signs, extremes, errors."""
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels._op import COMPILED
+
+BACKENDS = [b for b in ops.token_logprobs.backends if b in COMPILED or b == "reference"]
+compiled = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+every = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def drawn(N, V, **kw):
+    return torch.randn(N, V, **kw) * 4, torch.randint(V, (N,))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(backend, dtype):
+    logits, targets = drawn(33, 2500)
+    logits = logits.to(dtype).requires_grad_()
+    run = ops.token_logprobs.backend(backend)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = run(logits, targets)
+        (gradient,) = torch.autograd.grad(whole[0].sum() + whole[1].sum(), logits)
+        torch.set_num_threads(3)
+        again = run(logits, targets)
+        (gradient_again,) = torch.autograd.grad(again[0].sum() + again[1].sum(), logits)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(gradient, gradient_again)
+    for i in (0, 7, 32):
+        alone = run(logits[i : i + 1], targets[i : i + 1])
+        for a, b, c in zip(alone, whole, again, strict=True):
+            assert a[0] == b[i] == c[i]
+
+
+@every
+@pytest.mark.parametrize("offset", [-640.0, -100.0, 0.0, 60.0, 640.0])
+def test_confident_rows_are_never_more_than_certain(backend, offset):
+    logits, _ = drawn(64, 777)
+    targets = logits.argmax(-1)
+    rows = torch.arange(64)
+    logits[rows, targets] += torch.linspace(0, 100, 64)
+    logits += offset
+    logprobs, entropy = ops.token_logprobs.backend(backend)(logits, targets)
+    truth = logits.double().log_softmax(-1)
+    assert (logprobs <= 0).all()
+    if backend != "reference":
+        assert (entropy >= 0).all()
+    torch.testing.assert_close(logprobs.double(), truth[rows, targets], atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(truth.exp() * truth).sum(-1), atol=5e-6, rtol=2e-6)
+
+
+@compiled
+def test_a_confident_tokens_gradient_does_not_cancel_in_bfloat16(backend):
+    """p - 1 of a token with p = 1 - 2^-12: formed from a p rounded to bfloat16 it would be 0."""
+    logits = torch.zeros(1, 3, dtype=torch.bfloat16)
+    logits[0, 1] = 9.0
+    logits.requires_grad_()
+    ops.token_logprobs.backend(backend)(logits, torch.tensor([1]))[0].sum().backward()
+    exact = 1 - logits.detach().double().softmax(-1)[0, 1]
+    assert exact > 0
+    assert abs(logits.grad[0, 1].double() / exact - 1) < 2**-8
+
+
+@every
+def test_columns_that_are_ruled_out(backend):
+    logits, targets = drawn(5, 3000)
+    logits[:, 100:2900] = -torch.inf
+    targets %= 100
+    logits[4, :2000] = -torch.inf
+    targets[4] = 5  # itself ruled out
+    logits.requires_grad_()
+    logprobs, entropy = ops.token_logprobs.backend(backend)(logits, targets)
+    truth = logits.detach().double().log_softmax(-1)
+    finite = truth.masked_fill(truth == -torch.inf, 0)
+    torch.testing.assert_close(entropy.double(), -(truth.exp() * finite).sum(-1), atol=2e-6, rtol=1e-6)
+    assert logprobs[4] == -torch.inf and logprobs[:4].isfinite().all()
+    (logprobs[:4].sum() + entropy.sum()).backward()
+    assert (logits.grad[:4, 100:2900] == 0).all() and logits.grad.isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("where", [0, 1500, 2999])
+def test_nan_shows(backend, where):
+    logits, targets = drawn(2, 3000)
+    logits[0, where] = torch.nan
+    logits[1] = -torch.inf
+    logprobs, entropy = ops.token_logprobs.backend(backend)(logits, targets)
+    assert logprobs.isnan().all() and entropy.isnan().all()
+
+
+@every
+def test_one_output_alone_has_a_gradient(backend):
+    logits, targets = drawn(3, 50)
+    for i in (0, 1):
+        ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        (ops.token_logprobs.backend(backend)(ours, targets)[i] * torch.arange(3)).sum().backward()
+        (ops.token_logprobs.reference(truth, targets, 1.0, 0.0)[i] * torch.arange(3)).sum().backward()
+        torch.testing.assert_close(ours.grad.double(), truth.grad, atol=2e-6, rtol=1e-5)
+        assert truth.grad.abs().max() > 1e-3
+
+
+@every
+def test_leading_shapes_and_views(backend):
+    base, targets = torch.randn(4, 6, 5, 40), torch.randint(40, (5, 4, 2))
+    view = base.permute(2, 0, 1, 3)[:, :, ::3]
+    logprobs, _ = ops.token_logprobs.backend(backend)(view, targets)
+    expected = view.double().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), expected, atol=2e-6, rtol=1e-6)
+
+
+@every
+def test_gradients_pass_gradcheck_in_float64(backend):
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([2, -100, 6])
+    run = ops.token_logprobs.backend("reference" if backend == "reference" else backend)
+    assert torch.autograd.gradcheck(lambda x: run(x, targets, 0.7, 3.0), logits)
+
+
+@every
+def test_errors_say_what_came(backend):
+    logits, targets = drawn(3, 10)
+    run = ops.token_logprobs.backend(backend)
+    with pytest.raises(ValueError, match=r"token_logprobs: targets must be in \[0, 10\) or -100 .*, got 10 at 1"):
+        run(logits, torch.tensor([1, 10, 2]))
+    with pytest.raises(ValueError, match="got -1 at 0"):
+        run(logits, torch.tensor([-1, 10, 2], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"logits must be \(..., V\) and targets \(...\).*\[3, 10\] and \[2\]"):
+        run(logits, targets[:2])
+    with pytest.raises(ValueError, match="temperature must be positive, got 0.0"):
+        run(logits, targets, 0.0)
+    with pytest.raises(ValueError, match="targets must be int64 or int32, got float32"):
+        run(logits, targets.float())
+
+
+@compiled
+def test_addresses_beyond_two_to_the_thirty_one(backend):
+    """Rows 2^29 floats apart: the fifth starts beyond element 2^31. The memory between them is never touched."""
+    if not hasattr(torch.UntypedStorage, "from_file"):
+        pytest.skip("needs memory mapping")
+    import tempfile
+
+    N, V, stride = 5, 64, 2**29 + 7
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(4 * N * stride)
+        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=4 * N * stride)
+        logits = torch.empty(0).set_(storage, 0, (N, V), (stride, 1))
+        logits.copy_(torch.randn(N, V))
+        targets = torch.randint(V, (N,))
+        far, near = (ops.token_logprobs.backend(backend)(x, targets) for x in (logits, logits.contiguous()))
+        assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
