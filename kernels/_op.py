@@ -48,14 +48,16 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
     except ImportError as error:
         missing["cpu"] = f"rlhf_fast._cpu is not built ({error}); install with a C++ compiler, or `pip install -e .`"
     try:
-        cuda = import_module("rlhf_fast._cuda")
-        refusal = cuda.cuda.why_not() if hasattr(cuda.cuda, "why_not") else None
-        if torch.cuda.is_available() and not refusal:
-            found["cuda"] = cuda.cuda
+        cuda = import_module("rlhf_fast._cuda").cuda
+        cuda.why_not()  # raises where the driver cannot run this build
+        if torch.cuda.is_available():
+            found["cuda"] = cuda
         else:
             missing["cuda"] = "rlhf_fast._cuda is built, but no CUDA device is visible to torch"
     except ImportError as error:
-        missing["cuda"] = f"rlhf_fast._cuda is not built ({error}); nvcc was not found at installation"
+        missing["cuda"] = f"rlhf_fast._cuda is not built ({error}): installed without nvcc, or with RLHF_FAST_CUDA=0"
+    except RuntimeError as error:
+        missing["cuda"] = f"rlhf_fast._cuda is built, but {str(error).partition(': ')[2]}"
     return found, missing
 
 

@@ -1,0 +1,169 @@
+"""gae, ppo_advantages, ppo_loss and ranking_loss beside the loops of torch calls that trainers run today."""
+
+import itertools
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+
+
+def gae_loop(rewards, values, mask, gamma, lam):
+    """One column after the other, masked by carry-forward, as verl and NeMo-RL write it."""
+    after = last = torch.zeros_like(rewards[:, 0])
+    reversed_advantages = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * after - values[:, t]
+        now = delta + gamma * lam * last
+        after = values[:, t] * mask[:, t] + (1 - mask[:, t]) * after
+        last = now * mask[:, t] + (1 - mask[:, t]) * last
+        reversed_advantages.append(last)
+    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def advantages_loop(logprobs, ref_logprobs, values, scores, mask, kl_coef, gamma, lam):
+    """KL per token, score at the last token, the loop, and the mean and variance that whitening needs."""
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rows, ends = torch.arange(len(scores)), mask.sum(1).long() - 1
+    rewards[rows, ends] += scores * (ends >= 0)
+    advantages, returns = gae_loop(rewards, values, mask, gamma, lam)
+    count = mask.sum()
+    mean = (advantages * mask).sum() / count
+    variance = ((advantages - mean) ** 2 * mask).sum() / count
+    return advantages, returns, mean, variance
+
+
+def eager_losses(logprobs, old_logprobs, advantages, mask, values, old_values, returns):
+    """Clipped losses as masked means with the metrics that TRL and verl log: clip fraction, approximate KL, ratio."""
+    count = mask.sum()
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    free, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
+    policy = (torch.max(free, clipped) * mask).sum() / count
+    bounded = values.clamp(old_values - 0.2, old_values + 0.2)
+    value_free, value_clipped = (values - returns) ** 2, (bounded - returns) ** 2
+    value = 0.5 * (torch.max(value_free, value_clipped) * mask).sum() / count
+    with torch.no_grad():
+        metrics = [
+            ((clipped > free).float() * mask).sum() / count, (-log_ratio * mask).sum() / count,
+            (ratio * mask).sum() / count, ((value_clipped > value_free).float() * mask).sum() / count,
+            (values * mask).sum() / count, (value_free * mask).sum() / count, (returns * mask).sum() / count,
+        ]  # fmt: skip
+    return policy, value, metrics
+
+
+def pairwise_losses(scores, sizes):
+    """A loop over prompts, every pair of each by torch.combinations, as Open-Assistant's reward model had it."""
+    losses = []
+    for group in scores.split(sizes):
+        pairs = torch.combinations(torch.arange(len(group)))
+        losses.append(-torch.nn.functional.logsigmoid(group[pairs[:, 0]] - group[pairs[:, 1]]).mean())
+    return torch.stack(losses).mean()
+
+
+def responses(B, T):
+    lengths = torch.randint(T // 2, T + 1, (B, 1))
+    return torch.arange(T) < lengths
+
+
+SIZES = [(64, 128), (64, 1024), (512, 1024)]
+
+
+@pytest.mark.parametrize("B, T", SIZES)
+def test_gae(side_by_side, B, T):
+    rewards, values = torch.randn(2, B, T)
+    mask = responses(B, T)
+    as_float = mask.float()
+
+    def check():
+        ours, loop = ops.gae(rewards, values, mask), gae_loop(rewards, values, as_float, 1.0, 0.95)
+        for a, b in zip(ours, loop, strict=True):
+            torch.testing.assert_close(a[mask], b[mask], atol=5e-5, rtol=1e-4)
+
+    side_by_side(
+        f"gae [{B}, {T}]",
+        lambda: ops.gae(rewards, values, mask),
+        {"loop over tokens": lambda: gae_loop(rewards, values, as_float, 1.0, 0.95)},
+        check=check,
+        bytes=17 * B * T,
+    )
+
+
+@pytest.mark.parametrize("B, T", SIZES)
+def test_ppo_advantages(side_by_side, B, T):
+    logprobs, values = -torch.rand(B, T), torch.randn(B, T)
+    ref_logprobs, scores, mask = logprobs + 0.1 * torch.randn(B, T), torch.randn(B), responses(B, T)
+    as_float = mask.float()
+
+    def ours():
+        return ops.ppo_advantages(logprobs, ref_logprobs, values, scores, mask)
+
+    def loop():
+        return advantages_loop(logprobs, ref_logprobs, values, scores, as_float, 0.02, 1.0, 0.95)
+
+    def check():
+        (advantages, returns, stats, _), (*theirs, mean, variance) = ours(), loop()
+        for a, b in zip((advantages, returns), theirs, strict=True):
+            torch.testing.assert_close(a[mask], b[mask], atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            stats[1:3] / torch.stack([stats[0] / stats[0], stats[0]]), torch.stack([mean, variance])
+        )
+
+    target = 250 if (B, T) == (64, 1024) else None
+    side_by_side(
+        f"ppo_advantages [{B}, {T}]", ours, {"loop over tokens": (loop, target)}, check=check, bytes=21 * B * T
+    )
+
+
+@pytest.mark.parametrize("B, T", SIZES)
+def test_ppo_loss(side_by_side, B, T):
+    mask = responses(B, T)
+    weights = mask / mask.sum()
+    old, advantages, old_values, returns = -torch.rand(B, T), *torch.randn(3, B, T)
+    logprobs = (old + 0.1 * torch.randn(B, T)).requires_grad_()
+    values = (old_values + 0.2 * torch.randn(B, T)).requires_grad_()
+    as_float = mask.float()
+    fixed = old_values, returns
+
+    def ours():
+        policy, value, _ = ops.ppo_loss(logprobs, old, advantages, weights, values, *fixed)
+        return torch.autograd.grad(policy + value, [logprobs, values])
+
+    def eager():
+        policy, value, _ = eager_losses(logprobs, old, advantages, as_float, values, *fixed)
+        return torch.autograd.grad(policy + value, [logprobs, values])
+
+    def check():
+        for a, b in zip(ours(), eager(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-4)
+
+    target = 15 if (B, T) == (64, 1024) else None
+    side_by_side(
+        f"ppo_loss forward+backward [{B}, {T}]",
+        ours,
+        {"eager torch": (eager, target)},
+        check=check,
+        bytes=(28 + 8 + 16) * B * T,  # inputs, slopes, slopes times the upstream gradient
+    )
+
+
+@pytest.mark.parametrize("sizes", [[9] * 64, [4, 9, 6, 2] * 16], ids=["64x9", "ragged"])
+def test_ranking_loss(side_by_side, sizes):
+    scores = torch.randn(sum(sizes), requires_grad=True)
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+    ranks = torch.cat([torch.arange(k) for k in sizes])
+
+    def ours():
+        return torch.autograd.grad(ops.ranking_loss(scores, offsets, ranks)[0], scores)[0]
+
+    def loop():
+        return torch.autograd.grad(pairwise_losses(scores, sizes), scores)[0]
+
+    side_by_side(
+        f"ranking_loss forward+backward {len(sizes)} prompts, {sum(sizes)} responses",
+        ours,
+        {"loop over prompts": loop},
+        check=lambda: torch.testing.assert_close(ours(), loop(), atol=1e-7, rtol=1e-4),
+        flops=60 * sum(k * (k - 1) // 2 for k in sizes),
+    )

@@ -1,0 +1,23 @@
+// Whether the machine's NVIDIA driver can run this build. Asked at import, before anything touches a device: these two
+// calls start no CUDA context, so that a process may still fork.
+#include <cuda_runtime.h>
+#include <stdio.h>
+
+#include "kernel.h"
+
+namespace {
+
+const char* why_not() {
+  static char reason[128];
+  int driver = 0, needed = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "this machine has no NVIDIA driver";
+  cudaRuntimeGetVersion(&needed);
+  if (driver / 1000 >= needed / 1000) return nullptr;  // a driver runs every build of its major version
+  snprintf(reason, sizeof reason, "the NVIDIA driver is too old: it serves CUDA %d.%d, the kernels were built by %d.%d",
+           driver / 1000, driver % 1000 / 10, needed / 1000, needed % 1000 / 10);
+  return reason;
+}
+
+KERNEL(why_not)
+
+}  // namespace
