@@ -63,17 +63,17 @@ class Alarms:
         ratio = row.get("val/ratio_first", 1.0)
         if abs(ratio - 1) > RATIO_GAP:
             yield "ratio", f"the first minibatch's ratio is {ratio:.4f}, not 1: sampling and training disagree"
-        length = row.get("tokens/length", math.nan)
         kl = row.get("objective/kl_token", 0.0)
         if abs(kl) > KL_PER_TOKEN:
             yield "kl", f"KL runs away: {kl:.2f} nats a token"
         if row.get("tokens/eos_rate", 1.0) < EOS_RATE:
             yield "eos", f"only {row['tokens/eos_rate']:.1%} of the responses end by themselves"
-        if length > LENGTH_GROWTH * self.first.get("tokens/length", math.inf):
-            yield "length", f"responses have grown from {self.first['tokens/length']:.0f} to {length:.0f} tokens"
-        entropy = row.get("objective/entropy_token", math.inf)
-        if entropy < ENTROPY_LEFT * self.first.get("objective/entropy_token", -math.inf):
-            yield "entropy", f"entropy fell from {self.first['objective/entropy_token']:.3f} to {entropy:.3f} nats a token"
+        length, before = (found.get("tokens/length", math.nan) for found in (row, self.first))
+        if length > LENGTH_GROWTH * before:
+            yield "length", f"responses have grown from {before:.0f} to {length:.0f} tokens"
+        entropy, before = (found.get("objective/entropy_token", math.nan) for found in (row, self.first))
+        if entropy < ENTROPY_LEFT * before:
+            yield "entropy", f"entropy fell from {before:.3f} to {entropy:.3f} nats a token"
 
 
 class Log:

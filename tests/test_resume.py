@@ -100,7 +100,7 @@ def test_killed_inside_its_saves(uninterrupted, processes):
     """Killed again and again, each time at another fsync of the saving: no moment of it is fatal."""
     stage, folder, _, fsyncs = uninterrupted
     chance, kills = random.Random(stage), 0
-    while kills < 4:
+    while kills < 3:
         process = child(processes, stage, str(folder), "torn", chance.randrange(1, fsyncs + 1))
         process.join(120)
         if process.exitcode == 0:

@@ -192,6 +192,7 @@ def test_ppo_raises_a_callable_reward(folder):
     first, last = (sum(row["objective/scores"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert first < 0.3 and last > 2 * first, (first, last)
     assert all(abs(row["val/ratio_first"] - 1) < 1e-3 for row in rows)
+    assert rows[-1]["loss/value_avg"] < 0.5 * rows[0]["loss/value_avg"]
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["objective/kl"] > 0.1
     assert all(row["episode"] == 32 * row["step"] and row["steps"] == 4 for row in rows)
     names = "objective/rlhf_reward objective/entropy policy/clipfrac_avg policy/approxkl_avg val/ratio val/clipfrac_avg"
@@ -211,7 +212,6 @@ def test_ppo_against_a_reward_model_starts_the_critic_from_it(folder, kind):
     cfg = toy.ppo(folder, reward=str(folder / "reward"), critic_warmup=6, ema=0.0)
     ppo.run(cfg)
     rows = toy.rows(folder / "ppo/metrics.jsonl")
-    assert rows[-1]["loss/value_avg"] < rows[0]["loss/value_avg"]
     # While only the critic learns, the policy stays where it is.
     same = weights(folder / "model")
     assert all(torch.equal(w, same[name]) for name, w in weights(folder / "ppo").items())
