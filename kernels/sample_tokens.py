@@ -98,8 +98,8 @@ def sample_tokens(
     the filters keep (kept_logprobs = logprobs - log_kept_mass); `entropy` at the temperature, before the filters.
     Temperature 0 takes the largest logit, the lowest index among equals. That choice has probability one: logprobs,
     kept_logprobs, log_kept_mass and entropy are 0, raw_logprobs are as ever.
-    A row that has no distribution (a NaN or +inf, no finite logit, parameters out of range) gets token -1 and NaN.
-    No gradient.
+    A row that has no distribution (a NaN or +inf, no finite logit, parameters out of range, temperature above 1e6)
+    gets token -1 and NaN. No gradient.
     """
     V, dtype = logits.shape[1], wide(logits).dtype
     x = logits.double()

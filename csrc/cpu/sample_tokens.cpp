@@ -10,48 +10,16 @@
 // Filters keep a prefix of the order (logit falling, index rising), so each is one cut in it. It is found without a
 // sort: count or weigh what lies above a few thresholds, keep the bracket that holds the cut, and again within it,
 // until few tokens are left to be sorted or all of them are equal.
+#include "filters.h"
 #include "kernel.h"
 #include "philox.h"
 
 namespace {
 
-constexpr int BLOCK = 4 * W;  // tokens visited together: one call of philox, or a few
-constexpr int FEW = 128;      // a bracket of so many tokens is sorted
-constexpr int THRESHOLDS = 4;
 static_assert(BLOCK % (4 * quads_a_step) == 0, "a block holds whole steps of philox");
 
-INLINE bool any(i32 mask) {
-#if defined(__AVX512DQ__) && !defined(SIMD_WIDTH)
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
-#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(SIMD_WIDTH)
-  return _mm256_movemask_epi8((__m256i)mask) != 0;
-#else
-  uint64_t parts[W / 2], all = 0;
-  memcpy(parts, &mask, sizeof parts);
-  for (uint64_t part : parts) all |= part;
-  return all != 0;
-#endif
-}
-
-// The last token that a filter keeps: (logit, index).
-struct Cut {
-  float logit;
-  int32_t index;
-};
-constexpr int32_t all_equal = INT32_MAX;  // as an index: keep every token of that logit
-
-Cut stricter(Cut a, Cut b) {
-  if (a.logit != b.logit) return a.logit > b.logit ? a : b;
-  return a.index < b.index ? a : b;
-}
-
 template <class T>
-struct Row {
-  const T* x;
-  int32_t V;
-  float largest;
-  double temperature;
-  float inverse;  // of the temperature
+struct Row : Logits<T> {
   Stream stream;
   // The best token so far. A token can beat it only if floor(word / 2) < e^z * bar.
   double best;
@@ -59,25 +27,9 @@ struct Row {
   int32_t token;
 };
 
-// The BLOCK logits from `at` on; beyond the row -inf.
-template <class T>
-INLINE void load_block(const Row<T>& row, int32_t at, f32* x) {
-  for (int j = 0; j < 4; ++j, at += W) {
-    const int32_t left = row.V - at;
-    x[j] = left >= W  ? load(row.x + at)
-           : left > 0 ? load_part(row.x + at, left, -__builtin_inff())
-                      : splat(-__builtin_inff());
-  }
-}
-
-template <class T>
-INLINE double score_without_noise(const Row<T>& row, int32_t v) {
-  return ((double)to_float(row.x[v]) - row.largest) / row.temperature;
-}
-
 template <class T>
 __attribute__((noinline)) void try_token(Row<T>& row, int32_t v, double gumbel) {
-  const double score = score_without_noise(row, v) + gumbel;
+  const double score = scaled(row, v) + gumbel;
   if (!(score > row.best)) return;
   row.best = score, row.token = v;
   row.bar = (float)(__builtin_exp(-score) * 0x1p31 * (1 + 1e-4));  // 1e-4: more than the error of the float32 e^z
@@ -103,34 +55,44 @@ INLINE void try_block(Row<T>& row, int32_t at, const f32* p) {
     if (won[i]) try_token(row, at + i, -__builtin_log(-__builtin_log1p(-(words[i] + 0.5) * 0x1p-32)));
 }
 
+// A sum of vectors with the rounding carried along (Kahan): many equal small terms beside one of 1 would else be
+// rounded to its unit, all the same way.
+struct Total {
+  f32 sum = {}, carry = {};
+  INLINE void add(f32 x) {
+    const f32 y = x - carry, next = sum + y;
+    carry = (next - sum) - y;
+    sum = next;
+  }
+  double value() const {
+    double total = 0;
+    for (int i = 0; i < W; ++i) total += (double)sum[i] - carry[i];
+    return total;
+  }
+};
+
 struct Sums {
   double raw, tempered, entropy;  // sum of e^(x - max); of p = e^z; of p z
 };
 
 template <bool tempered, bool draws, class T>
 Sums visit(Row<T>& row) {
-  constexpr int chunk = 32 * BLOCK;  // float32 sums go over so many tokens, float64 sums over the chunks
-  Sums sums = {0, 0, 0};
-  for (int32_t begin = 0; begin < row.V; begin += chunk) {
-    const int32_t end = min((int64_t)begin + chunk, (int64_t)row.V);
-    f32 raw = {}, mass = {}, entropy = {};
-    for (int32_t at = begin; at < end; at += BLOCK) {
-      f32 x[4], p[4];
-      load_block(row, at, x);
-      for (int j = 0; j < 4; ++j) {
-        const f32 shifted = x[j] - row.largest, z = tempered ? shifted * row.inverse : shifted;
-        p[j] = exp(z);
-        mass += p[j];
-        entropy += p[j] * max(z, splat(-100.f));
-        if (tempered) raw += exp(shifted);
-      }
-      if (draws) try_block(row, at, p);
+  Total raw, mass, entropy;
+  for (int32_t at = 0; at < row.V; at += BLOCK) {
+    f32 x[4], p[4], terms[4];
+    load_block(row, at, x);
+    for (int j = 0; j < 4; ++j) {
+      x[j] = x[j] - row.largest;
+      const f32 z = tempered ? x[j] * row.inverse : x[j];
+      p[j] = exp(z);
+      terms[j] = p[j] * max(z, splat(-100.f));
     }
-    sums.tempered += sum(mass);
-    sums.entropy += sum(entropy);
-    sums.raw += sum(tempered ? raw : mass);
+    mass.add((p[0] + p[1]) + (p[2] + p[3]));
+    entropy.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
+    if (tempered) raw.add((exp(x[0]) + exp(x[1])) + (exp(x[2]) + exp(x[3])));
+    if (draws) try_block(row, at, p);
   }
-  return sums;
+  return {tempered ? raw.value() : mass.value(), mass.value(), entropy.value()};
 }
 
 // The mass of the tokens up to the cut, from which one is drawn if asked.
@@ -140,142 +102,17 @@ double visit_kept(Row<T>& row, Cut cut) {
   i32 lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
   for (int32_t at = 0; at < row.V; at += BLOCK) {
-    f32 x[4], p[4], mass = {};
+    f32 x[4], p[4];
     load_block(row, at, x);
     if (!any(max(max(x[0], x[1]), max(x[2], x[3])) >= cut.logit)) continue;
     for (int j = 0; j < 4; ++j) {
       const i32 kept = (x[j] > cut.logit) | ((x[j] == cut.logit) & (lane + (at + j * W) <= cut.index));
       p[j] = select(kept, exp((x[j] - row.largest) * row.inverse), splat(0.f));
-      mass += p[j];
     }
-    total += sum(mass);
+    total += sum((p[0] + p[1]) + (p[2] + p[3]));
     if (draws) try_block(row, at, p);
   }
   return total;
-}
-
-// Floats as integers of the same order.
-int32_t order_key(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-float from_order_key(int32_t key) {
-  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
-// Count and weight of the tokens in [threshold, above), for falling thresholds. Tokens beyond the row, -inf, have no
-// weight; they may be counted where -inf itself is a threshold, which only cut_among_few could notice: it looks again.
-struct Above {
-  int64_t count[THRESHOLDS + 1];
-  double weight[THRESHOLDS + 1];
-};
-
-template <bool by_mass, class T>
-Above weigh(const Row<T>& row, float above, const float* thresholds) {
-  Above found = {};
-  constexpr int n = THRESHOLDS + 1, chunk = 32 * BLOCK;
-  for (int32_t begin = 0; begin < row.V; begin += chunk) {
-    const int32_t end = min((int64_t)begin + chunk, (int64_t)row.V);
-    i32 count[n] = {};
-    f32 weight[n] = {};
-    for (int32_t at = begin; at < end; at += BLOCK) {
-      f32 block[4];
-      load_block(row, at, block);
-      for (const f32& x : block) {
-        const i32 inside = (x >= thresholds[n - 1]) & (x < above);
-        if (!any(inside)) continue;
-        const f32 p = by_mass ? exp((x - row.largest) * row.inverse) : f32{};
-        for (int j = 0; j < n; ++j) {
-          const i32 over = inside & (x >= thresholds[j]);
-          count[j] -= over;
-          if (by_mass) weight[j] += select(over, p, splat(0.f));
-        }
-      }
-    }
-    for (int j = 0; j < n; ++j) {
-      for (int i = 0; i < W; ++i) found.count[j] += count[j][i];
-      found.weight[j] = by_mass ? found.weight[j] + sum(weight[j]) : (double)found.count[j];
-    }
-  }
-  return found;
-}
-
-// Calls visit(v) for the tokens in [low, above), by rising index, until it returns false.
-template <class T, class Visit>
-INLINE void each_between(const Row<T>& row, float low, float above, Visit visit) {
-  for (int32_t at = 0; at < row.V; at += BLOCK) {
-    f32 x[4];
-    i32 inside[4], some = {};
-    load_block(row, at, x);
-    for (int j = 0; j < 4; ++j) inside[j] = (x[j] >= low) & (x[j] < above), some |= inside[j];
-    if (!any(some)) continue;
-    int32_t lanes[BLOCK];
-    memcpy(lanes, inside, sizeof lanes);
-    for (int i = 0; i < BLOCK && at + i < row.V; ++i)
-      if (lanes[i] && !visit(at + i)) return;
-  }
-}
-
-// The first token, in falling order, with which the weight reaches `target`; among the few in [low, above), which
-// `before` weighs.
-template <bool by_mass, class T>
-Cut cut_among_few(const Row<T>& row, float low, float above, double before, double target) {
-  uint64_t order[FEW];  // falling logit, then rising index, as one integer
-  int n = 0;
-  each_between(row, low, above, [&](int32_t v) {
-    const float x = to_float(row.x[v]) + 0.f;  // -0 is 0
-    const uint64_t entry = (uint64_t)(uint32_t)(0x7fffffff - (int64_t)order_key(x)) << 32 | (uint32_t)v;
-    int i = n++;
-    for (; i && order[i - 1] > entry; --i) order[i] = order[i - 1];
-    order[i] = entry;
-    return n < FEW;
-  });
-  Cut cut = {low, all_equal};
-  for (int i = 0; i < n && before < target; ++i) {
-    cut.index = (int32_t)order[i], cut.logit = to_float(row.x[cut.index]);
-    before += by_mass ? __builtin_exp(score_without_noise(row, cut.index)) : 1;
-  }
-  return cut;
-}
-
-// The same where all tokens of the bracket are equal.
-template <bool by_mass, class T>
-Cut cut_among_equals(const Row<T>& row, float low, float above, double before, double target) {
-  Cut cut = {low, all_equal};
-  each_between(row, low, above, [&](int32_t v) {
-    cut.index = v, before += by_mass ? __builtin_exp(score_without_noise(row, v)) : 1;
-    return before < target;
-  });
-  return cut;
-}
-
-template <bool by_mass, class T>
-Cut find_cut(const Row<T>& row, double target) {
-  const int64_t beyond = (int64_t)order_key(row.largest) + 1;
-  int64_t low = order_key(-__builtin_inff()), high = beyond;  // the bracket [low, high)
-  double before = 0;                                          // weight of the tokens above it
-  for (bool first = true;; first = false) {
-    constexpr float depths[THRESHOLDS] = {1.5f, 4.f, 8.f, 14.f};  // nats below the maximum
-    float thresholds[THRESHOLDS + 1];
-    for (int j = 0; j < THRESHOLDS; ++j) {
-      const int64_t key = low + (high - low) * (THRESHOLDS - j) / (THRESHOLDS + 1);
-      thresholds[j] = first ? row.largest - (float)row.temperature * depths[j] : from_order_key((int32_t)key);
-    }
-    thresholds[THRESHOLDS] = from_order_key((int32_t)low);
-    float above = high == beyond ? __builtin_inff() : from_order_key((int32_t)high);
-    const Above found = weigh<by_mass>(row, above, thresholds);
-    int j = 0;
-    while (j < THRESHOLDS && before + found.weight[j] < target) ++j;
-    const int64_t inside = found.count[j] - (j ? found.count[j - 1] : 0);
-    if (j) before += found.weight[j - 1], above = thresholds[j - 1], high = order_key(above);
-    low = order_key(thresholds[j]);
-    if (inside <= FEW) return cut_among_few<by_mass>(row, thresholds[j], above, before, target);
-    if (high - low <= 1) return cut_among_equals<by_mass>(row, thresholds[j], above, before, target);
-  }
 }
 
 struct Filters {
@@ -283,28 +120,15 @@ struct Filters {
   float top_p, min_p;
 };
 
-// The least float that is at least min_p times as probable as the largest logit.
+// `total`: the mass of all tokens.
 template <class T>
-float least_of_min_p(const Row<T>& row, float min_p) {
-  const double bound = __builtin_log((double)min_p);
-  int64_t below = order_key(-__builtin_inff()), low = order_key(row.largest);
-  while (low - below > 1) {
-    const int64_t middle = (low + below) >> 1;
-    const bool kept = ((double)from_order_key((int32_t)middle) - row.largest) / row.temperature >= bound;
-    (kept ? low : below) = middle;
-  }
-  return from_order_key((int32_t)low);
-}
-
-// `mass`: of all tokens.
-template <class T>
-Cut choose_cut(Row<T>& row, const Filters& filters, double mass) {
+Cut choose_cut(Row<T>& row, const Filters& filters, double total) {
   Cut cut = {-__builtin_inff(), all_equal};
-  if (filters.top_k) {
-    cut = find_cut<false>(row, (double)filters.top_k);
-    mass = filters.top_p < 1 ? visit_kept<false>(row, cut) : mass;
+  if (filters.top_k) cut = find_cut<false>(row, (double)filters.top_k, row.V);
+  if (filters.top_p < 1) {
+    const double mass = filters.top_k ? visit_kept<false>(row, cut) : total;
+    cut = stricter(cut, find_cut<true>(row, filters.top_p * mass, total));
   }
-  if (filters.top_p < 1) cut = stricter(cut, find_cut<true>(row, filters.top_p * mass));
   if (filters.min_p > 0) cut = stricter(cut, {least_of_min_p(row, filters.min_p), all_equal});
   return cut;
 }
@@ -357,7 +181,7 @@ void sample_row(const T* logits, int32_t V, int64_t b, const Options& o, const O
   out.logprobs[b] = out.raw_logprobs[b] = out.kept_logprobs[b] = out.log_kept_mass[b] = out.entropy[b] = nan;
   const float temperature = o.temperature ? o.temperature[b] : 1.f;
   Filters filters = {o.top_k ? o.top_k[b] : 0, o.top_p ? o.top_p[b] : 1.f, o.min_p ? o.min_p[b] : 0.f};
-  Row<T> row = {logits + b * V, V, find_largest(logits + b * V, V), temperature, 0, {}, -infinity, infinity, -1};
+  Row<T> row = {{logits + b * V, V, find_largest(logits + b * V, V), temperature, 0}, {}, -infinity, infinity, -1};
   const bool valid = row.largest > -infinity && row.largest < infinity && temperature >= 0 && temperature <= 1e6f &&
                      filters.top_k >= 0 && filters.top_p >= 1e-30f && filters.top_p <= 1 && filters.min_p >= 0 &&
                      filters.min_p <= 1;
@@ -386,7 +210,7 @@ void sample_row(const T* logits, int32_t V, int64_t b, const Options& o, const O
     if (o.noise) draw_injected(row, cut, o.noise + b * V);
   }
   if (row.token < 0) return;
-  const double log_sum = __builtin_log(sums.tempered), logprob = score_without_noise(row, row.token) - log_sum;
+  const double log_sum = __builtin_log(sums.tempered), logprob = scaled(row, row.token) - log_sum;
   out.tokens[b] = row.token;
   out.logprobs[b] = (float)logprob;
   out.raw_logprobs[b] = (float)((double)to_float(row.x[row.token]) - row.largest - __builtin_log(sums.raw));

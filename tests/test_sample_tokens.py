@@ -1,0 +1,349 @@
+"""What no reference can say of sample_tokens: that draws follow their distribution, and depend on their own row alone.
+
+Noise seeds are fixed here, so a statistical test passes or fails for good.
+"""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels.sample_tokens import gumbel_noise, noise_words, philox
+
+sample = ops.sample_tokens
+BACKENDS = sample.backends
+INFINITY = float("inf")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def draw(backend, logits, **options):
+    options.setdefault("seed", 20)
+    options.setdefault("row_ids", torch.arange(logits.shape[0]))
+    options.setdefault("steps", 0)
+    return sample.backend(backend)(logits, **options)
+
+
+def chi_square_z(tokens, probabilities):
+    """How far counts are from their expectation, in standard deviations; rare tokens are counted together."""
+    n = len(tokens)
+    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
+    rare = probabilities * n < 8
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = n * torch.cat([probabilities[~rare], probabilities[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(expected) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    # Wilson and Hilferty: the cube root of chi-square over its freedom is close to normal.
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+
+
+def test_philox_known_answers():
+    """The vectors published with Random123."""
+    for counter, key, answer in [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]:
+        assert tuple(int(word) for word in philox(tuple(torch.tensor([c]) for c in counter), key)) == answer
+
+
+def test_noise_streams_are_uncorrelated():
+    """Between rows, steps, seeds and neighbouring tokens; Pearson's r times sqrt(n) is standard normal."""
+    n = 40_000
+    base = noise_words(5, torch.tensor([3]), torch.tensor([7]), n).double()
+    others = {
+        "row": noise_words(5, torch.tensor([4]), torch.tensor([7]), n),
+        "high row bits": noise_words(5, torch.tensor([3 + 2**32]), torch.tensor([7]), n),
+        "step": noise_words(5, torch.tensor([3]), torch.tensor([8]), n),
+        "seed": noise_words(6, torch.tensor([3]), torch.tensor([7]), n),
+        "high seed bits": noise_words(5 + 2**32, torch.tensor([3]), torch.tensor([7]), n),
+        "next token": base.roll(1, 1),
+        "next quad": base.roll(4, 1),
+    }
+    for name, other in others.items():
+        r = torch.corrcoef(torch.cat([base, other.double()]))[0, 1].item()
+        assert abs(r) * n**0.5 < 4.5, f"{name}: r = {r}"
+    gumbel = gumbel_noise(5, torch.arange(8), torch.zeros(8, dtype=torch.int64), n)
+    assert abs(gumbel.mean() - 0.5772157) < 4.5 * math.pi / math.sqrt(6 * 8 * n)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.1},
+        {},
+        {"temperature": 2.0},
+        {"top_k": 30},
+        {"top_p": 0.9},
+        {"temperature": 0.7, "min_p": 0.02, "top_k": 50, "top_p": 0.97},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(backend, options):
+    """Chi-square over the whole vocabulary, against a softmax in float64 over the tokens that a sort keeps."""
+    V, n = (61, 5000) if backend == "reference" else (499, 10_000)
+    logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(1))
+    tokens, logprobs, _, kept_logprobs = draw(backend, logits.expand(n, V), **options)[:4]
+    scaled = logits.double() / options.get("temperature", 1.0)
+    probabilities = scaled.masked_fill(~sorted_reference(logits, **options), -INFINITY).softmax(-1)
+    assert abs(chi_square_z(tokens, probabilities)) < 4.5
+    torch.testing.assert_close(kept_logprobs, probabilities.log()[tokens].float(), atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs, scaled.log_softmax(-1)[tokens].float(), atol=3e-5, rtol=1e-5)
+
+
+def test_heavy_tail():
+    """One head token and 131071 others 18 nats below: they share 0.2 % of the draws. 24-bit noise gives 0.013 %."""
+    B, V, calls = 64, 2**17, 64
+    logits = torch.full((B, V), -18.0)
+    logits[:, 77] = 0.0
+    hits = sum((draw(BACKENDS[-1], logits, steps=step)[0] != 77).sum().item() for step in range(calls))
+    tail = (V - 1) * math.exp(-18) / (1 + (V - 1) * math.exp(-18))
+    expected = B * calls * tail
+    assert abs(hits - expected) < 2.5 * math.sqrt(expected), f"{hits} draws from the tail, {expected:.1f} are due"
+
+
+def counters_of(words, key):
+    """The counter that philox turns into these four words, for a two-word key: the rounds undone one by one."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = words
+    left, right = pow(0xD2511F53, -1, 2**32), pow(0xCD9E8D57, -1, 2**32)
+    for i in range(9, -1, -1):
+        k0, k1 = (key[0] + i * 0x9E3779B9) & mask, (key[1] + i * 0xBB67AE85) & mask
+        before2, before0 = c1 * right & mask, c3 * left & mask
+        c1, c3 = c0 ^ k0 ^ (before2 * 0xCD9E8D57 >> 32 & mask), c2 ^ k1 ^ (before0 * 0xD2511F53 >> 32 & mask)
+        c0, c2 = before0, before2
+    return c0, c1, c2, c3
+
+
+@pytest.fixture(scope="module")
+def rarest():
+    """Rows, steps and tokens whose words are 0, 1, ...: noise of 22.9, 21.8, ... nats. Philox undone finds them."""
+    V, seed, words = 2**17, 11, [0, 1, 7, 300, 2**32 - 1]
+    row_ids, steps, tokens = [], [], []
+    for word in words:
+        rest = torch.randint(2**32, (3, 2**20), generator=torch.Generator().manual_seed(word))
+        quad, step, low, high = counters_of((torch.full_like(rest[0], word), *rest), (seed, 0))
+        at = int((quad < V // 4).nonzero()[0])
+        row = int(low[at]) | int(high[at]) << 32
+        row_ids.append(row - 2**64 if row >= 2**63 else row)
+        steps.append(int(step[at]))
+        tokens.append(4 * int(quad[at]))
+    return V, seed, words, torch.tensor(row_ids), torch.tensor(steps), torch.tensor(tokens)
+
+
+def test_the_rarest_noise(backend, rarest):
+    """The largest values of the noise decide as they should; no affordable number of draws would meet them."""
+    V, seed, words, row_ids, steps, tokens = rarest
+    rows = range(len(words))
+    noise = gumbel_noise(seed, row_ids, steps, V)
+    for row, token, word in zip(rows, tokens, words, strict=True):
+        assert abs(noise[row, token] + math.log(-math.log1p(-(word + 0.5) / 2**32))) < 1e-9
+    # The rare token just wins against a head token, and just does not.
+    head = (tokens + 1000) % V
+    for margin, expected in (1e-3, tokens), (-1e-3, head):
+        logits = torch.full((len(words), V), -60.0)
+        logits[rows, head] = 0.0
+        logits[rows, tokens] = (noise[rows, head] - noise[rows, tokens] + margin).float()
+        assert torch.equal(draw(backend, logits, seed=seed, row_ids=row_ids, steps=steps)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_those_of_the_reference(backend, dtype):
+    """The same integers and the float64 argmax: equal tokens at every width, with and without ties.
+
+    Inputs are fixed: a token in whose middle the mass passes top-p to seven digits may fall on either side.
+    """
+    torch.manual_seed(5)
+    for V in (1, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 999, 1024, 4097):
+        logits = (2 * torch.randn(5, V)).to(dtype)
+        logits[2] = logits[2].round()
+        logits[3] = 0
+        logits[4] *= 1e4
+        for options in (
+            {},
+            {"temperature": 0.3},
+            {"top_k": 3},
+            {"top_p": 0.7},
+            {"top_k": 40, "top_p": 0.9, "min_p": 0.1},
+        ):
+            ours, truth = draw(backend, logits, **options), draw("reference", logits, **options)
+            assert torch.equal(ours[0], truth[0]), f"V {V}, {options}"
+            torch.testing.assert_close(ours[1:], truth[1:], atol=2e-5, rtol=1e-5)
+
+
+def test_temperature_zero_takes_the_first_largest(backend):
+    logits = torch.randn(4, 203).round()
+    logits[:, [77, 150]] = 9.0
+    tokens, logprobs, raw_logprobs, kept_logprobs, log_kept_mass, entropy = draw(
+        backend, logits, temperature=0.0, top_p=0.5
+    )
+    assert tokens.tolist() == [77] * 4
+    assert not torch.stack([logprobs, kept_logprobs, log_kept_mass, entropy]).any()
+    torch.testing.assert_close(raw_logprobs, logits.log_softmax(-1)[:, 77])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_distribution_are_flagged_and_harm_no_other(backend, dtype):
+    logits = torch.randn(9, 301).to(dtype)
+    good = draw(backend, logits, top_p=torch.full((9,), 0.9))
+    spoilt = logits.clone()
+    spoilt[1], spoilt[3, 300], spoilt[5, 0] = -INFINITY, float("nan"), INFINITY
+    top_p = torch.full((9,), 0.9)
+    top_p[7] = 1.5
+    out = draw(backend, spoilt, top_p=top_p)
+    for ours, before in zip(out, good, strict=True):
+        assert torch.equal(ours[::2][[0, 1, 3, 4]], before[::2][[0, 1, 3, 4]])
+    bad = [1, 3, 5, 7]
+    assert out[0][bad].tolist() == [-1] * 4
+    assert all(x[bad].isnan().all() for x in out[1:])
+
+
+def test_masked_tokens_are_never_drawn(backend):
+    V = 130
+    logits = torch.full((V, V), -INFINITY)
+    logits[range(V), range(V)] = torch.randn(V)
+    tokens, logprobs = draw(backend, logits)[:2]
+    assert tokens.tolist() == list(range(V)) and not logprobs.any()
+    logits = torch.zeros(2000, 70).masked_fill(torch.arange(70) % 3 > 0, -INFINITY)
+    for options in {}, {"top_k": 60}, {"top_p": 0.99}, {"temperature": 50.0}:
+        assert (draw(backend, logits, **options)[0] % 3 == 0).all()
+
+
+def test_filters_that_are_off_change_no_bit(backend):
+    logits = 5 * torch.randn(6, 517)
+    plain = draw(backend, logits)
+    ones = torch.ones(6)
+    for options in {"top_k": 0}, {"top_k": 517}, {"top_p": 1.0}, {"min_p": 0.0}, {
+        "temperature": ones, "top_k": (517 * ones).long(), "top_p": ones, "min_p": 0 * ones,
+    }:  # fmt: skip
+        for a, b in zip(draw(backend, logits, **options), plain, strict=True):
+            assert torch.equal(a, b)
+
+
+def sorted_reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The kept tokens of one row, by a sort in float64 and a walk."""
+    z = [x / temperature for x in logits.double().tolist()]
+    order = sorted(range(len(z)), key=lambda v: (-z[v], v))
+    order = order[: top_k or len(z)]
+    mass = [math.exp(z[v] - z[order[0]]) for v in order]
+    kept, before = [], 0.0
+    for v, m in zip(order, mass, strict=True):
+        if before < top_p * math.fsum(mass) and m >= min_p:
+            kept.append(v)
+        before += m
+    return torch.zeros(len(z), dtype=torch.bool).index_fill(0, torch.tensor(kept), True)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_kept_tokens_are_those_of_a_sort(backend, ties):
+    """Noise that would make each token win in turn shows which ones are kept."""
+    generator = torch.Generator().manual_seed(3)
+    V = 150  # more than one bracket of the threshold search
+    for options in (
+        {"top_k": 1}, {"top_k": 7}, {"top_k": 149}, {"top_p": 0.01}, {"top_p": 0.5}, {"top_p": 0.95}, {"top_p": 0.9999},
+        {"min_p": 0.1}, {"min_p": 1.0}, {"top_k": 20, "top_p": 0.8}, {"top_k": 60, "top_p": 0.9, "min_p": 0.05},
+        {"top_p": 0.9, "temperature": 3.0}, {"top_p": 0.9, "temperature": 0.2, "top_k": 100},
+    ):  # fmt: skip
+        logits = 2 * torch.randn(V, generator=generator)
+        logits = logits.round() if ties else logits
+        tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = draw(
+            backend, logits.expand(V, V), noise=1e6 * torch.eye(V), **options
+        )
+        kept = tokens == torch.arange(V)
+        assert torch.equal(kept, sorted_reference(logits, **options)), f"{options}"
+        assert abs(kept_logprobs[kept].double().exp().sum() - 1) < 1e-5
+        assert abs(logprobs[kept].double().exp().sum().log() - log_kept_mass[0]) < 1e-5
+
+
+def test_flat_and_large_rows_are_cut_by_index(backend):
+    """All tokens equal: the bracket never shrinks, and the lowest indices are kept."""
+    V = 5000
+    for value in 0.0, -0.0, 1e4, -3.5:
+        noise = torch.zeros(2, V)
+        noise[0, 1249], noise[1, 1250] = 9.0, 9.0
+        for options in {"top_k": 1250}, {"top_p": 0.25}:
+            tokens, _, _, kept_logprobs, log_kept_mass, _ = draw(
+                backend, torch.full((2, V), value), noise=noise, **options
+            )
+            assert tokens.tolist() == [1249, 0]
+            torch.testing.assert_close(kept_logprobs, torch.full((2,), -math.log(1250)))
+            torch.testing.assert_close(log_kept_mass, torch.full((2,), math.log(0.25)))
+
+
+def test_many_equal_small_terms_are_all_counted(backend):
+    """Float32 sums round equal small terms beside a large one all the same way: 1e-5 of the mass went missing."""
+    logits = torch.zeros(3, 40_000)
+    logits[:, 0] = 14.0
+    _, logprobs, _, _, _, entropy = draw(backend, logits, noise=torch.eye(3, 40_000)[[0, 0, 0]])
+    exact = -math.log1p(39_999 * math.exp(-14))
+    torch.testing.assert_close(logprobs, torch.full((3,), exact), atol=3e-7, rtol=0)
+    exact_entropy = -exact + 14 * 39_999 * math.exp(-14) * math.exp(exact)
+    torch.testing.assert_close(entropy, torch.full((3,), exact_entropy), atol=3e-6, rtol=0)
+
+
+def test_a_row_depends_on_itself_alone(backend):
+    """Any batch, order, neighbours and number of threads: the same bits."""
+    args = sample.make(B=33, V=770, mixed=True, device="cpu", dtype=torch.float32)
+    whole = sample.backend(backend)(*args)
+    shuffled = torch.randperm(33)
+
+    def rows(index):
+        return sample.backend(backend)(*(a[index] if isinstance(a, torch.Tensor) else a for a in args))
+
+    for part in shuffled, shuffled[:7], torch.tensor([5]):
+        for a, b in zip(rows(part), whole, strict=True):
+            assert torch.equal(a, b[part])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        for a, b in zip(sample.backend(backend)(*args), whole, strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_samples_of_one_prompt_differ(backend):
+    """Equal logits, other row ids, steps or seeds: other tokens. Seeds and ids use all of their 64 bits."""
+    logits = torch.zeros(64, 4096)
+    base = draw(backend, logits)[0]
+    assert len(base.unique()) > 55
+    ids = torch.arange(64)
+    for other in {"steps": 1}, {"seed": 21}, {"seed": 20 + 2**63}, {"row_ids": ids + 2**40}, {"row_ids": ids - 2**63}:
+        assert (draw(backend, logits, **other)[0] == base).sum() < 5
+    assert torch.equal(draw(backend, logits, steps=torch.zeros(64, dtype=torch.int32))[0], base)
+
+
+def test_a_trainer_computes_the_same_logprobs(backend):
+    """The importance ratio is 1 when rollout and trainer share logits, for temperature != 1 and top-p < 1."""
+    logits = 4 * torch.randn(32, 1500)
+    tokens, logprobs, raw_logprobs = draw(backend, logits, temperature=0.6, top_p=0.8)[:3]
+    again, _ = ops.token_logprobs(logits, tokens, temperature=0.6)
+    torch.testing.assert_close((again - logprobs).exp(), torch.ones(32), atol=5e-6, rtol=0)
+    torch.testing.assert_close(raw_logprobs, ops.token_logprobs(logits, tokens)[0], atol=5e-6, rtol=1e-6)
+
+
+def test_bad_arguments_are_named():
+    logits, keys = torch.zeros(3, 5), {"row_ids": torch.arange(3), "steps": 0}
+    for options, message in [
+        ({"temperature": -1.0}, "temperature must be between 0 and 1e6, got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"top_k": -1}, "top_k must be 0 \\(off\\) or more, got -1"),
+        ({"min_p": 2}, "min_p must be between 0 and 1, got 2"),
+        ({"top_p": torch.ones(4)}, r"top_p must be a number or have shape \(3,\), got \[4\]"),
+        ({"noise": torch.zeros(3, 4)}, r"noise must have shape \[3, 5\], got \[3, 4\]"),
+        ({"steps": torch.zeros(2)}, r"row_ids and steps must have shape \(3,\), got \[\[3\], \[2\]\]"),
+        ({"steps": None}, "row_ids and steps must be given"),
+    ]:
+        with pytest.raises(ValueError, match=f"sample_tokens: {message}"):
+            sample(logits, **{**keys, **options})
+    with pytest.raises(ValueError, match="floating point of shape"):
+        sample(torch.zeros(3, 0), **keys)
