@@ -70,17 +70,26 @@ INLINE bool all_zero(f32 x) {
   return any == 0;
 }
 
+// Log-ratios and ratios of one step. A pass of its own: an exponential is one long chain, and only where nothing else
+// stands between them do several steps overlap.
 template <class Access>
-INLINE void policy_step(const Options& o, int64_t t, Access at, Lanes& s) {
+INLINE void ratio_step(const Options& o, int64_t t, Access at, f32& raw, f32& ratio) {
+  const f32 w = at.get(o.weights + t);
+  if (all_zero(w)) return;
+  const i32 on = w != splat(0.f);
+  raw = keep(on, at.get(o.logprobs + t)) - keep(on, at.get(o.old_logprobs + t));
+  ratio = exp(clamp(raw, splat(-o.bound), splat(o.bound)));
+}
+
+template <class Access>
+INLINE void policy_step(const Options& o, int64_t t, Access at, f32 raw, f32 ratio, Lanes& s) {
   const f32 w = at.get(o.weights + t);
   if (all_zero(w)) {
     if (o.logprobs_slope) at.put(o.logprobs_slope + t, splat(0.f));
     return;
   }
   const i32 on = w != splat(0.f);
-  const f32 old = keep(on, at.get(o.old_logprobs + t));
-  const f32 raw = keep(on, at.get(o.logprobs + t)) - old;
-  const f32 log_ratio = clamp(raw, splat(-o.bound), splat(o.bound)), ratio = exp(log_ratio);
+  const f32 log_ratio = clamp(raw, splat(-o.bound), splat(o.bound));
   const f32 cost = -keep(on, (at.get(o.advantages + t) - o.shift) * o.scale);
   const f32 free = cost * ratio, clipped = cost * clamp(ratio, splat(o.low), splat(o.high));
   const i32 worse = clipped > free;
@@ -96,7 +105,7 @@ INLINE void policy_step(const Options& o, int64_t t, Access at, Lanes& s) {
   f32 coefficient = w, trust = splat(1.f);
   i32 capped = {};
   if (o.sampler) {
-    trust = exp(old - keep(on, at.get(o.sampler + t)));
+    trust = exp(keep(on, at.get(o.old_logprobs + t) - at.get(o.sampler + t)));
     capped = trust > splat(o.cap);
     trust = select(capped, splat(o.drop_capped ? 0.f : o.cap), trust);
     coefficient = w * trust;
@@ -148,28 +157,42 @@ INLINE void value_step(const Options& o, int64_t t, Access at, Lanes& s) {
 }
 
 // Steps are summed by blocks: a lane that took a thousand terms would have lost three bits to rounding.
-template <class Step>
-INLINE void run_steps(int64_t begin, int64_t end, Lanes& total, Step step) {
-  constexpr int64_t block = 32 * W;
-  for (int64_t first = begin; first < end; first += block) {
+constexpr int block = 32;
+
+INLINE void policy_block(const Options& o, int64_t begin, int64_t end, Lanes& s) {
+  f32 raw[block], ratio[block];
+  const int64_t whole = begin + (end - begin) / W * W;
+  const Part rest{int(end - whole)};
+  int k = 0;
+  for (int64_t t = begin; t < whole; t += W, ++k) ratio_step(o, t, Whole{}, raw[k], ratio[k]);
+  if (rest.n) ratio_step(o, whole, rest, raw[k], ratio[k]);
+  k = 0;
+  for (int64_t t = begin; t < whole; t += W, ++k) policy_step(o, t, Whole{}, raw[k], ratio[k], s);
+  if (rest.n) policy_step(o, whole, rest, raw[k], ratio[k], s);
+}
+
+INLINE void value_block(const Options& o, int64_t begin, int64_t end, Lanes& s) {
+  const int64_t whole = begin + (end - begin) / W * W;
+  const Part rest{int(end - whole)};
+  for (int64_t t = begin; t < whole; t += W) value_step(o, t, Whole{}, s);
+  if (rest.n) value_step(o, whole, rest, s);
+}
+
+Chunk run_chunk(const Options& given, int64_t begin, int64_t end) {
+  const Options o = given;  // its own copy: what the slopes are stored to cannot be a part of it
+  Lanes total = {};
+  total.most = splat(-__builtin_inff()), total.least = splat(__builtin_inff());
+  for (int64_t t = begin; t < end; t += block * W) {
     Lanes s = {};
     s.most = total.most, s.least = total.least;
-    const int64_t stop = min(first + block, end), whole = first + (stop - first) / W * W;
-    for (int64_t t = first; t < whole; t += W) step(t, Whole{}, s);
-    if (whole < stop) step(whole, Part{int(stop - whole)}, s);
+    if (o.logprobs) policy_block(o, t, min(end, t + block * W), s);
+    if (o.values) value_block(o, t, min(end, t + block * W), s);
     for (int i = 0; i < sums; ++i) total.sum[i] += s.sum[i];
     total.most = s.most, total.least = s.least;
   }
-}
-
-Chunk run_chunk(const Options& o, int64_t begin, int64_t end) {
-  Lanes s = {};
-  s.most = splat(-__builtin_inff()), s.least = splat(__builtin_inff());
-  if (o.logprobs) run_steps(begin, end, s, [&](int64_t t, auto at, Lanes& to) { policy_step(o, t, at, to); });
-  if (o.values) run_steps(begin, end, s, [&](int64_t t, auto at, Lanes& to) { value_step(o, t, at, to); });
   Chunk c;
-  for (int i = 0; i < sums; ++i) c.sum[i] = sum(s.sum[i]);
-  c.most = largest(s.most), c.least = -largest(-s.least);
+  for (int i = 0; i < sums; ++i) c.sum[i] = sum(total.sum[i]);
+  c.most = largest(total.most), c.least = -largest(-total.least);
   return c;
 }
 
