@@ -8,7 +8,7 @@ import torch
 import toy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_fast.config import DataConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig
+from rlhf_fast.config import DataConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig, SamplingConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.run_dir import RunDir
@@ -126,6 +126,20 @@ def test_sft_without_validation_rows_cannot_select(folder):
     cfg = toy.sft(folder, data=DataConfig(toy.demonstrations(folder / "d.jsonl"), valid_fraction=0.0))
     with pytest.raises(UserError, match="select=loss needs validation rows"):
         sft.run(cfg)
+
+
+def test_sft_samples_only_where_the_answer_fits(folder):
+    """A demonstration may fill the model's 64 positions although its prompt leaves no room for a longest answer."""
+    rows = [{"prompt": "a " * n + ".", "completion": "a"} for n in (*range(1, 30), 60)]
+    sampling = SamplingConfig(max_new_tokens=40)
+    for valid, samples in ((rows[10:12] + rows[-1:], 2), (rows[-1:], 0)):
+        data = DataConfig(toy.jsonl(folder / "rows.jsonl", rows[:8]), valid=toy.jsonl(folder / "v.jsonl", valid))
+        cfg = toy.sft(folder, f"sft{samples}", data=data, sampling=sampling, epochs=1, log=LogConfig(live=False))
+        sft.run(cfg)
+        assert len(toy.rows(folder / f"sft{samples}/samples.jsonl")) == samples
+    reward.run(toy.reward(folder))
+    with pytest.raises(UserError, match="no validation prompt leaves room for sampling.max_new_tokens"):
+        sft.run(replace(cfg, out="x", select="reward", select_reward=str(folder / "reward")))
 
 
 # Reward

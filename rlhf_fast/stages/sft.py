@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -61,6 +60,11 @@ def read(cfg: SFT, model: Model, out: RunDir) -> tuple[Split, Dataset | None, Re
         texts = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
         out.notes.append(texts.notes)
     if cfg.select == "reward":
+        if not prompts_of(data.valid, model.max_positions, cfg.sampling.max_new_tokens).ids:
+            raise UserError(
+                f"sft: select=reward: no validation prompt leaves room for sampling.max_new_tokens"
+                f" ({cfg.sampling.max_new_tokens}) in the model's {model.max_positions} positions; lower it"
+            )
         budget = cfg.optim.micro_batch_tokens
         reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=out.device)
     return data, texts, reward
@@ -85,23 +89,25 @@ def mixture(cfg: SFT, data: Dataset, texts: Dataset | None, step: int) -> list[t
 
 def validate(
     cfg: SFT, model: Model, data: Dataset, reward: Reward | None, out: RunDir, step: int
-) -> Mapping[str, float]:
+) -> dict[str, float]:
     """The validation loss, and with a reward model the mean score of responses to the validation prompts: all of them
     if it selects, else those for samples.jsonl. The noise is the same at every validation."""
     if not len(data):
         return {}
     stats = averages(model, data, partial(sft_loss, pack=cfg.packing), cfg.optim.micro_batch_tokens)
-    count = 0 if reward else cfg.log.samples
-    if not (reward or count):
+    prompts = prompts_of(data, model.max_positions, cfg.sampling.max_new_tokens)
+    prompts = prompts if reward else prompts.take(range(min(cfg.log.samples, len(prompts.ids))))
+    if not prompts.ids:
         return stats
-    prompts = prompts_of(data, count)
     responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
     columns = {}
     if reward:
         with out.naming(Responses=data.place):
             columns["score"] = reward(responses)
-        stats["valid/scores"] = float(columns["score"].double().mean())
-    stats["valid/length"] = float((responses.lengths - responses.prompt_lengths).double().mean())
-    stats["valid/eos_rate"] = float(responses.finished.double().mean())
+        stats |= {
+            "valid/scores": float(columns["score"].double().mean()),
+            "valid/length": float((responses.lengths - responses.prompt_lengths).double().mean()),
+            "valid/eos_rate": float(responses.finished.double().mean()),
+        }
     out.log.samples(step, told(responses, prompts.texts, model.tokenizer, **columns))
     return stats

@@ -22,10 +22,11 @@ def averages(model: Model, data: Dataset, loss: Loss, tokens: int) -> dict[str, 
     return {f"valid/{name.partition('/')[2]}": value for name, value in stats.items()}
 
 
-def prompts_of(data: Dataset, count: int = 0) -> Prompts:
-    """The prompts of the first `count` rows (0: all) in the file's order; uids are row numbers."""
-    rows = data.rows[:count] if count else data.rows
-    return Prompts(list(range(len(rows))), [row.prompt for row in rows], [row.text for row in rows])
+def prompts_of(data: Dataset, context: int = 0, answer: int = 0) -> Prompts:
+    """The prompts in the file's order, but for those that leave no room for `answer` tokens in the model's `context`
+    (0: any length); uids are row numbers."""
+    rows = [i for i, row in enumerate(data.rows) if not context or len(row.prompt) + answer <= context]
+    return Prompts(rows, [data.rows[i].prompt for i in rows], [data.rows[i].text for i in rows])
 
 
 def told(responses: Responses, prompts: Sequence[str], tokenizer, **columns: Sequence) -> list[dict]:
