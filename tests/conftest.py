@@ -26,3 +26,19 @@ def poisoned():
     torch.use_deterministic_algorithms(True)  # fills new memory too
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder of one's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -148,16 +148,6 @@ def stopped_after(monkeypatch, stage: str, folder: Path, out: str, steps: int) -
     assert stop.value.code == 143
 
 
-@pytest.fixture
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch, one_thread):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "stopped", 4)

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf_fast.config import PPO, SFT, DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, Reward, SamplingConfig
 
@@ -156,3 +163,14 @@ def ppo(folder: Path, out: str = "ppo", **changes) -> PPO:
 def rows(path: Path) -> list[dict]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Of a causal language model's folder, as plain transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two such folders hold the same model to the bit."""
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in ours.items())
