@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._policy import policy_loss as clipped_loss
 
 STATS = (
     "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",
@@ -80,69 +81,49 @@ def _losses(
     """Both losses, stats, and the losses' gradients by logprobs and values (None where the part is absent)."""
     weights = wide(weights)
     zero = weights.new_zeros(())
-    policy_loss, policy_stats, policy_slope = zero, zero.new_zeros(10), None
-    extremes = zero.new_tensor([-torch.inf, torch.inf])
+    loss, policy_stats, policy_slope = (
+        zero,
+        torch.cat([zero.new_zeros(10), zero.new_tensor([-torch.inf, torch.inf])]),
+        None,
+    )
     value_loss, value_stats, value_slope = zero.clone(), zero.new_zeros(5), None
     if logprobs is not None:
-        policy_loss, policy_stats, extremes, policy_slope = _policy(
-            logprobs, old_logprobs, advantages, weights, sampler_logprobs, shift, scale,
-            clip_low, clip_high, dual_clip, log_ratio_clamp, importance_cap, importance_mode,
-        )  # fmt: skip
+        clips = (clip_low, clip_high, dual_clip, log_ratio_clamp)
+        importance = (sampler_logprobs, importance_cap, importance_mode)
+        given = (wide(logprobs), old_logprobs, advantages, weights, shift, scale)
+        loss, policy_stats, policy_slope = _policy(*given, clips, *importance)
     if values is not None:
         value_weights = weights if value_weights is None else wide(value_weights)
         value_loss, value_stats, value_slope = _value(values, old_values, returns, value_weights, value_clip)
-    return policy_loss, value_loss, torch.cat([policy_stats, value_stats, extremes]), policy_slope, value_slope
+    stats = torch.cat([policy_stats[:10], value_stats, policy_stats[10:]])
+    return loss, value_loss, stats, policy_slope, value_slope
 
 
 def _where(on: Tensor, x: Tensor) -> Tensor:
     return torch.where(on, wide(x), 0)
 
 
-def _policy(
-    logprobs, old_logprobs, advantages, weights, sampler_logprobs, shift, scale,
-    clip_low, clip_high, dual_clip, log_ratio_clamp, importance_cap, importance_mode,
-):  # fmt: skip
+def _policy(logprobs, old_logprobs, advantages, weights, shift, scale, clips, sampler_logprobs, cap, mode):
+    *bounds, clamp = clips
+
+    def losses(on, weights):
+        kl_and_entropy = (0.0, "k1", 0.0)
+        return clipped_loss(
+            logprobs, torch.zeros_like(logprobs), on, weights, old_logprobs, advantages, None, shift, scale, *bounds,
+            *kl_and_entropy, clamp,
+        )  # fmt: skip
+
     on = weights != 0
-    advantage = wide(advantages)
-    advantage = advantage if shift is None else advantage - wide(shift)
-    advantage = _where(on, advantage if scale is None else advantage * wide(scale))
-    old = _where(on, old_logprobs)
-    raw = _where(on, logprobs) - old
-    bound = log_ratio_clamp if log_ratio_clamp > 0 else torch.inf
-    log_ratio = raw.clamp(-bound, bound)
-    ratio = log_ratio.exp()
-    low, high = 1 - clip_low, 1 + clip_high
-    free, clipped = -advantage * ratio, -advantage * ratio.clamp(low, high)
-    loss = torch.maximum(free, clipped)
-    share = torch.where((free >= clipped) & (raw.abs() <= bound), 1.0, 0.0).to(loss.dtype)
-    dual = torch.zeros_like(on)
-    if dual_clip > 0:
-        limit = torch.where(advantage < 0, -advantage * dual_clip, torch.inf)
-        dual, tie = loss > limit, loss == limit
-        share = torch.where(dual, 0, torch.where(tie, 0.5 * share, share))
-        loss = torch.minimum(loss, limit)
-    importance = torch.ones_like(ratio)
-    capped = torch.zeros_like(on)
+    total, stats, slope, _ = losses(on, weights)
+    importance, capped = torch.ones_like(weights), torch.zeros_like(on)
     if sampler_logprobs is not None:
-        importance = (old - _where(on, sampler_logprobs)).exp()
-        capped = importance > importance_cap
-        kept = 0.0 if importance_mode == "mask" else importance_cap
-        importance = torch.where(capped, kept, importance)
-    coefficient = weights * importance
-    total = torch.where(coefficient != 0, coefficient * loss, 0).sum()
-    with torch.no_grad():
-        slope = torch.where(coefficient != 0, coefficient * share * -advantage * ratio, 0)
-        below, above = (free < clipped) & (ratio < low), (free < clipped) & (ratio > high)
-        terms = [torch.ones_like(ratio), below, above, dual, -log_ratio, ratio - 1 - log_ratio, ratio, ratio * ratio]
-        terms += [importance, capped]
-        stats = torch.stack([torch.where(on, weights * term, 0).sum() for term in terms])
-        most, least = torch.where(on, ratio, -torch.inf), torch.where(on, ratio, torch.inf)
-        ends = (
-            [most.amax(), least.amin()]
-            if ratio.numel()
-            else [ratio.new_tensor(-torch.inf), ratio.new_tensor(torch.inf)]
-        )
-    return total, stats, torch.stack(ends), slope
+        importance = (_where(on, old_logprobs) - _where(on, sampler_logprobs)).exp()
+        capped = importance > cap
+        importance = torch.where(capped, 0.0 if mode == "mask" else cap, importance)
+        trusted = weights * importance
+        total, _, slope, _ = losses(trusted != 0, trusted)
+    sums = torch.stack([torch.where(on, weights * x, 0).sum() for x in (importance, capped)])
+    return total, torch.cat([stats[:8], sums, stats[-2:]]), slope
 
 
 def _value(values, old_values, returns, weights, value_clip):
