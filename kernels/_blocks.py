@@ -6,12 +6,16 @@ The weight comes in blocks of columns of the vocabulary, the tokens in chunks of
                     the chunks, so that it needs a float32 tensor of the weight's size
     four products   all statistics first, then X W' once more, block by block: a block of dW is finished at once
 
-Logits are float32: bfloat16 inputs become float32 a block at a time, and are exact there.
+Logits are float32. bfloat16 inputs become float32 a block at a time, and are exact there; where the processor has
+bfloat16 products and there is enough to do, ours makes the logits, and torch's make dX and dW of the rounded gradient
+of the logits (plain torch has no other), summed over blocks in float32.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,11 +23,13 @@ from torch import Tensor
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._op import Declined, lane
 
-KERNELS = ("head_begin", "head_statistics", "head_results", "head_gradient")
+KERNELS = ("head_begin", "head_statistics", "head_results", "head_gradient", "half_product")
 KEPT_BYTES = 36 << 20  # of logits, in the order of three products; measured: fewer than 128 rows cost the products 20 %
 BLOCK_BYTES = 8 << 20  # of logits, in the order of four: they should not leave the last cache
 TILE = 1024  # of csrc/cpu/softmax.h: blocks of a multiple of it leave the results' bits as they are
 COLUMNS = 4 * TILE
+HALF_LEAST = 1 << 22  # logits, from which on bfloat16 products are taken
+EMULATE_HALF = False  # for tests: take them, by ordinary arithmetic, on any processor
 
 
 def even(total: int, most: int) -> list[tuple[int, int]]:
@@ -34,6 +40,15 @@ def even(total: int, most: int) -> list[tuple[int, int]]:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+@functools.cache
+def has_half_products(kernels: ModuleType) -> bool:
+    try:
+        kernels.half_product(0, 0, 0, 0, 0, 0, 0, 0, 0, False, 1)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Head:
@@ -48,12 +63,19 @@ class Head:
         self.shape, self.hidden_shape, self.hidden_dtype = targets.shape, hidden.shape, hidden.dtype
         flat, here = targets.flatten(), targets.flatten() != head.IGNORED
         self.rows = None if here.all() else here.nonzero().squeeze(1)
-        self.hidden = self.compact(hidden.detach().reshape(-1, hidden.shape[-1])).float().contiguous()
+        given = self.compact(hidden.detach().reshape(-1, hidden.shape[-1])).contiguous()
         self.targets = self.compact(flat).long().contiguous()
         self.weight, self.threads = weight.detach(), lane(hidden)
         self.bias = bias if bias is None else bias.detach().float().contiguous()
         self.bias_dtype = None if bias is None else bias.dtype
         self.n, self.V, self.D = len(self.targets), weight.shape[0], weight.shape[1]
+        self.half = (
+            hidden.dtype == weight.dtype == torch.bfloat16
+            and self.weight.stride(1) == 1
+            and self.n * self.V >= HALF_LEAST
+            and (EMULATE_HALF or has_half_products(kernels))
+        )
+        self.hidden = given if self.half else given.float()
         self.scratch: Tensor | None = None
 
     def compact(self, x: Tensor) -> Tensor:
@@ -67,12 +89,23 @@ class Head:
         return x.reshape(self.shape).clone() if self.rows is None else x.view(self.shape)
 
     def block(self, first: int, end: int) -> Tensor:
-        """Rows of the weight, dense, in float32; the next call may overwrite them."""
-        if self.weight.dtype == torch.float32 and self.weight.stride(1) == 1:
+        """Rows of the weight, dense, as the products want them; the next call may overwrite them."""
+        if self.half or (self.weight.dtype == torch.float32 and self.weight.stride(1) == 1):
             return self.weight[first:end]
         if self.scratch is None:
             self.scratch = torch.empty(min(COLUMNS, self.V) * self.D)
         return self.scratch[: (end - first) * self.D].view(-1, self.D).copy_(self.weight[first:end])
+
+    def product(self, rows: tuple[int, int], weight: Tensor, out: Tensor) -> None:
+        """Raw logits of rows by a block of the weight, into `out` (rows, columns)."""
+        hidden = self.hidden[rows[0] : rows[1]]
+        if self.half:
+            self.kernels.half_product(
+                hidden.data_ptr(), weight.data_ptr(), out.data_ptr(), *out.shape, self.D,
+                hidden.stride(0), weight.stride(0), out.stride(0), EMULATE_HALF, self.threads,
+            )  # fmt: skip
+        else:
+            torch.mm(hidden, weight.T, out=out)
 
     def columns(self) -> Iterator[tuple[int, int]]:
         return ((first, min(first + COLUMNS, self.V)) for first in range(0, self.V, COLUMNS))
@@ -116,11 +149,11 @@ class Head:
             ref_weight = None if other is None else other.block(first, stop)
             for begin, end in chunks:
                 x = buffer[: (end - begin) * (stop - first)].view(end - begin, -1)
-                torch.mm(self.hidden[begin:end], weight.T, out=x)
+                self.product((begin, end), weight, x)
                 ref = None
                 if other is not None:
                     ref = ref_buffer[: x.numel()].view_as(x)
-                    torch.mm(other.hidden[begin:end], ref_weight.T, out=ref)
+                    other.product((begin, end), ref_weight, ref)
                 yield begin == 0, (begin, end), first, weight, x, ref
 
     def gradients(self, slopes: Tensor, by: tuple[bool, bool, bool], other: Head | None = None) -> tuple:
@@ -145,7 +178,7 @@ class Head:
             kept = []
             for first, stop in self.columns():
                 x = buffer[(end - begin) * first : (end - begin) * stop].view(end - begin, -1)
-                torch.mm(self.hidden[begin:end], self.block(first, stop).T, out=x)
+                self.product((begin, end), self.block(first, stop), x)
                 self.call("head_statistics", x, None, None, (begin, end), first, state)
                 kept.append((first, stop, x))
             parts.append(self.results(state[begin:end]))
@@ -175,25 +208,34 @@ class Gradients:
 
     def add(self, rows: tuple[int, int], first: int, weight: Tensor | None, x: Tensor) -> None:
         begin, end = rows
-        if self.by[0]:
-            self.hidden[begin:end].addmm_(x, weight)
         if self.by[2]:
             self.bias[first : first + x.shape[1]] += x.sum(0)
-        if not self.by[1]:
+        if self.of.half:
+            x = x.bfloat16()
+        if self.by[0] and self.of.half:
+            self.hidden[begin:end] += torch.mm(x, weight)
+        elif self.by[0]:
+            self.hidden[begin:end].addmm_(x, weight)
+        if self.by[1]:
+            self.add_weight(begin, end, first, x)
+
+    def add_weight(self, begin: int, end: int, first: int, x: Tensor) -> None:
+        hidden, stop, last = self.of.hidden[begin:end], first + x.shape[1], end == self.of.n
+        if self.of.half and begin == 0 and last:
+            torch.mm(x.T, hidden, out=self.weight[first:stop])
             return
-        hidden, stop = self.of.hidden[begin:end], first + x.shape[1]
-        sums = (
-            self.weight[first:stop]
-            if self.direct
-            else self.sums[first:stop]
-            if self.whole
-            else self.sums[: stop - first]
-        )
-        if begin == 0:
+        if self.direct:
+            sums = self.weight[first:stop]
+        else:
+            sums = self.sums[first:stop] if self.whole else self.sums[: stop - first]
+        if self.of.half:
+            part = torch.mm(x.T, hidden)
+            sums.copy_(part) if begin == 0 else sums.add_(part)
+        elif begin == 0:
             torch.mm(x.T, hidden, out=sums)
         else:
             sums.addmm_(x.T, hidden)
-        if not self.direct and end == self.of.n:
+        if not self.direct and last:
             self.weight[first:stop] = sums
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:

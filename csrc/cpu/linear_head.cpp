@@ -14,7 +14,6 @@ struct State {
   Softmax reference;
   float cross;  // B
 };
-constexpr int64_t state_floats = sizeof(State) / sizeof(float);
 
 template <bool CAP>
 void add_block(State& s, const float* x, const float* bias, int64_t columns, int64_t target, const Scaling& by) {

@@ -1,0 +1,72 @@
+"""Our bfloat16 product with float32 results, and the linear head on it; the tiles run here by ordinary arithmetic."""
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels import _blocks as blocks
+from rlhf_fast.kernels._op import COMPILED
+
+CPU = [name for name in COMPILED if name.startswith("cpu")]
+pytestmark = pytest.mark.skipif(not CPU, reason="rlhf_fast._cpu is not built")
+
+
+def multiply(kernels, x, w, emulate, threads=1):
+    out = torch.full((len(x), len(w) + 3), torch.nan)[:, : len(w)]
+    kernels.half_product(
+        x.data_ptr(), w.data_ptr(), out.data_ptr(), *out.shape, x.shape[1], x.stride(0), w.stride(0), out.stride(0),
+        emulate, threads,
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize(
+    "rows, columns, D", [(1, 1, 1), (3, 5, 31), (4, 4, 32), (9, 67, 33), (17, 130, 100), (0, 5, 8)]
+)
+@pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "instruction"])
+def test_product(backend, rows, columns, D, emulate):
+    kernels = COMPILED[backend]
+    if not emulate and not blocks.has_half_products(kernels):
+        pytest.skip("this processor has no AVX512-BF16")
+    x, w = (torch.randn(n, D + 5).bfloat16()[:, :D] for n in (rows, columns))
+    out = multiply(kernels, x, w, emulate)
+    truth = x.double() @ w.double().T
+    scale = x.double().abs() @ w.double().abs().T
+    assert ((out.double() - truth).abs() <= 2e-7 * (D**0.5 + 1) * scale).all()
+    assert torch.equal(out, multiply(kernels, x, w, emulate, threads=3))
+    if rows > 4:
+        assert torch.equal(out[5:6, 1:2], multiply(kernels, x[5:6], w[1:2], emulate))  # alone as in a tile
+
+
+@pytest.mark.parametrize("rows_a_block", [7, 10**6])
+def test_head(monkeypatch, rows_a_block):
+    """Exact log-probabilities; gradients as near the truth as those of torch's own bfloat16 products."""
+    monkeypatch.setattr(blocks, "EMULATE_HALF", True)
+    monkeypatch.setattr(blocks, "HALF_LEAST", 0)
+    monkeypatch.setattr(blocks, "KEPT_BYTES", 4 * 2100 * rows_a_block)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 2100 * rows_a_block)
+    hidden = (2 * torch.randn(24, 33)).bfloat16().requires_grad_()
+    weight = (torch.randn(2100, 33) / 6).bfloat16().requires_grad_()
+    targets = torch.randint(2100, (24,)).masked_fill(torch.rand(24) < 0.3, -100)
+    weights = torch.rand(24)
+    outputs = {
+        "cross_entropy": ops.linear_cross_entropy(hidden, weight, targets, weights),
+        "logprobs": ops.linear_logprobs(hidden, weight, targets),
+        "kl": ops.linear_kl(hidden, weight, 0.5 * hidden, weight, targets)[3:],
+    }
+    wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    ref = (0.5 * hidden).detach().double(), weight.detach().double()
+    truths = {
+        "cross_entropy": ops.linear_cross_entropy.reference(*wide, targets, weights.double()),
+        "logprobs": ops.linear_logprobs.reference(*wide, targets),
+        "kl": ops.linear_kl.reference(*wide, *ref, targets)[3:],
+    }
+    for name, truth in truths.items():
+        for ours, exact in zip(outputs[name], truth, strict=True):
+            torch.testing.assert_close(ours.double(), exact, atol=5e-6, rtol=2e-6)
+        ours = torch.autograd.grad(outputs[name][0].sum(), (hidden, weight))
+        exact = torch.autograd.grad(truth[0].sum(), wide)
+        for a, b in zip(ours, exact, strict=True):
+            assert a.dtype == torch.bfloat16
+            assert (a.double() - b).norm() <= 2**-8 * b.norm()
