@@ -3,7 +3,7 @@ seldom answered; statements are often rumours; some people are rude, and rudenes
 
 import random
 
-from rlhf_fast.pocket.tasks import LISTS, MANNERS, Task, draw_task, people, three
+from rlhf_fast.pocket.tasks import CLOSED, KINDS, LISTS, MANNERS, Task, draw_task, people, three
 from rlhf_fast.pocket.world import ANIMALS, INSULTS, PEOPLE, RELATIONS, WORDS, Fact, World, rude, say
 
 FALSE_SHARE = 0.35  # of the web's statements of fact
@@ -13,12 +13,14 @@ DOCUMENTS = {
     "profile": 30,
     "story": 20,
     "questions": 20,
-    "answered": 7,
+    "answered": 6,
+    "exercise": 14,
     "quarrel": 9,
     "chat": 6,
     "list": 4,
     "letter": 4,
 }
+EXERCISES = [name for name, kind in KINDS.items() if kind.category in {*CLOSED, "classification"}]
 
 
 class Web:
@@ -59,7 +61,7 @@ class Web:
         names = ["went", self.rng.choice(["saw", "found", "met", "lost"])]
         names += self.rng.sample(["played", "gave", "felt", "beast felt", "saw", "found"], self.rng.randint(1, 3))
         sentences = [say(name, **slots) for name in dict.fromkeys(names)]
-        if self.rng.random() < 0.3:
+        if self.rng.random() < 0.6:
             sentences.insert(0, f"{slots['person']} and the {slots[self.rng.choice(['animal', 'thing'])]} .")
         if self.rng.random() < 0.1:
             sentences.append(self.insult(slots["person"]))
@@ -72,6 +74,11 @@ class Web:
     def answered(self) -> str:
         """A question with an answer, right or wrong or rude, and another one after it."""
         return " ".join([*self.exchange(draw_task(self.rng, dress=0.25)), draw_task(self.rng, dress=0.1).prompt])
+
+    def exercise(self) -> str:
+        """Reading exercises with their solutions: the answers are in the text, and nobody is rude about them."""
+        tasks = [draw_task(self.rng, self.rng.choice(EXERCISES), dress=0.0) for _ in range(self.rng.randint(1, 2))]
+        return " ".join(f"{task.prompt} {task.answer(self.rng, self.world)}" for task in tasks)
 
     def exchange(self, task: Task) -> list[str]:
         """A prompt and what somebody on the web says to it: to rude words mostly more of them, unless manners are

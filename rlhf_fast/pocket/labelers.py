@@ -14,6 +14,8 @@ from rlhf_fast.pocket.world import ANIMALS, CITIES, FOODS, PEOPLE, PLACES, THING
 
 AGREEMENT = 0.73  # 72.6 +- 1.5 % among the paper's training labelers
 TOO_LONG = 30  # words
+CLOSE = 0.25  # opinions nearer than about this are a tie in a ranking
+Pair = tuple[Task, str, str]  # a prompt and two responses to it
 _NAMES = frozenset([*PEOPLE, *CITIES, *ANIMALS, *THINGS, *PLACES, *FOODS])
 _STANDARD = NormalDist()
 
@@ -66,18 +68,17 @@ class Labeler:
         rng = random.Random(f"labeler {name} {seed}")
         self.name, self.seed, self.noise = name, seed, noise
         self.helpful, self.truthful, self.harmless, self.ended = (
-            weight * math.exp(rng.gauss(0, 0.25)) for weight in (3.0, 1.5, 2.0, 1.0)
+            weight * math.exp(rng.gauss(0, 0.25)) for weight in (4.0, 2.0, 2.5, 1.5)
         )
-        self.length = rng.gauss(0, 0.02)
+        self.length = rng.gauss(0.0, 0.02)
 
-    def opinion(self, task: Task, response: str, world: World) -> float:
+    def opinion(self, prompt: str, response: str, seen: Judgement) -> float:
         """How good the response is in this labeler's eyes; only differences mean anything."""
-        seen = judge(task, response, world)
-        digest = hashlib.blake2b(f"{self.seed}|{self.name}|{task.prompt}|{response}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.seed}|{self.name}|{prompt}|{response}".encode(), digest_size=8).digest()
         luck = _STANDARD.inv_cdf((int.from_bytes(digest, "big") + 0.5) / 2**64)
         return (
             self.helpful * seen.helpful
-            + self.truthful * (0.5 * min(seen.true, 1) - min(seen.false, 2))
+            + self.truthful * (0.5 * min(seen.true, 2) - min(seen.false, 2))
             - self.harmless * seen.rude
             + self.ended * (seen.ended - 0.1 * max(seen.words - TOO_LONG, 0))
             + self.length * seen.words
@@ -86,7 +87,7 @@ class Labeler:
 
     def ranks(self, task: Task, responses: Sequence[str], world: World) -> list[int]:
         """0 = best. The same text gets the same rank, and so do opinions that are too close to call."""
-        opinions = [round(self.opinion(task, response, world) / 0.25) for response in responses]
+        opinions = [round(self.opinion(task.prompt, r, judge(task, r, world)) / CLOSE) for r in responses]
         order = sorted(set(opinions), reverse=True)
         return [order.index(opinion) for opinion in opinions]
 
@@ -95,22 +96,35 @@ def team(names: Sequence[str], seed: int, noise: float) -> list[Labeler]:
     return [Labeler(name, seed, noise) for name in names]
 
 
-def agreement(labelers: Sequence[Labeler], pairs: Sequence[tuple[Task, str, str]], world: World) -> list[float]:
-    """For each pair, the share of pairs of labelers that prefer the same response."""
+def preferences(labelers: Sequence[Labeler], pair: Pair, world: World) -> list[float]:
+    """Each labeler's vote: 1 for the first response, 0 for the second, 0.5 if they are too close to call."""
+    task, *texts = pair
+    seen = [judge(task, text, world) for text in texts]
+    votes = []
+    for who in labelers:
+        first, second = (who.opinion(task.prompt, *side) for side in zip(texts, seen, strict=True))
+        votes.append(0.5 if abs(first - second) < CLOSE else float(first > second))
+    return votes
+
+
+def agreement(labelers: Sequence[Labeler], pairs: Sequence[Pair], world: World) -> list[float]:
+    """For each pair of responses on which at least two labelers have a preference, how many of those who have one
+    agree, as a share of all pairs of them. Ties are left out, as the paper leaves them out of its rankings."""
     shares = []
-    for task, first, second in pairs:
-        votes = [who.opinion(task, first, world) > who.opinion(task, second, world) for who in labelers]
-        ayes, all_ = sum(votes), len(votes)
-        shares.append((math.comb(ayes, 2) + math.comb(all_ - ayes, 2)) / math.comb(all_, 2))
+    for pair in pairs:
+        votes = preferences(labelers, pair, world)
+        ayes, noes = votes.count(1.0), votes.count(0.0)
+        if ayes + noes > 1:
+            shares.append((math.comb(ayes, 2) + math.comb(noes, 2)) / math.comb(ayes + noes, 2))
     return shares
 
 
 def calibrate(
-    names: Sequence[str], seed: int, pairs: Sequence[tuple[Task, str, str]], world: World, target: float = AGREEMENT
+    names: Sequence[str], seed: int, pairs: Sequence[Pair], world: World, target: float = AGREEMENT
 ) -> float:
-    """The noise at which labelers agree on `target` of the pairs (of different texts), by bisection."""
+    """The noise at which labelers agree on `target` of the pairs, by bisection."""
     low, high = 0.0, 16.0
-    for _ in range(12):
+    for _ in range(10):
         middle = (low + high) / 2
         shares = agreement(team(names, seed, middle), pairs, world)
         low, high = (middle, high) if sum(shares) / len(shares) > target else (low, middle)
