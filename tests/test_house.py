@@ -74,10 +74,17 @@ def test_no_op_imports_another_op():
         assert not (named & ops) - {path.stem}, f"{path.name} imports {named & ops}"
 
 
-def test_every_compiled_source_belongs_to_an_op_of_its_name():
+def test_every_compiled_kernel_is_found_by_its_name():
+    """A source has the stem of its op, or of a family of ops; each kernel in it is called by that name in kernels/."""
+    launchers = "\n".join(p.read_text() for p in (ROOT / "kernels").glob("*.py"))
     ops = {p.stem for p in (ROOT / "kernels").glob("*.py")}
     for path in [*(ROOT / "csrc").glob("cpu/*.cpp"), *(ROOT / "csrc").glob("cuda/*.cu")]:
-        assert path.stem in ops, f"{path.relative_to(ROOT)}: kernels/{path.stem}.py says nothing about it"
+        family = path.stem.partition("_")[0]
+        assert path.stem in ops or any(op.startswith(f"{family}_") for op in ops), path.relative_to(ROOT)
+        names = re.findall(r"^KERNEL\((\w+)\)", path.read_text(), re.M)
+        assert names, f"{path.relative_to(ROOT)} registers no kernel"
+        unused = [name for name in names if not re.search(rf"\b{name}\b", launchers)]
+        assert not unused, f"{path.relative_to(ROOT)}: nothing in kernels/ calls {unused}"
 
 
 def test_no_drawers_and_no_package_named_kernels():
