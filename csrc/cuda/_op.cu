@@ -1,5 +1,5 @@
-// Whether the machine's NVIDIA driver can run this build: kernels/_op.py asks at import, before anything touches a device.
-// These two calls start no CUDA context, so that a process may still fork.
+// Whether the machine's NVIDIA driver can run this build: kernels/_op.py asks at import, before anything touches a
+// device. These two calls start no CUDA context, so that a process may still fork.
 #include <cuda_runtime.h>
 #include <stdio.h>
 
