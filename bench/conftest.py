@@ -156,6 +156,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for line in cells:
         terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if path := config.getoption("save_table"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(markdown(cells, config.stash[MACHINE]))
         terminalreporter.line(f"written to {path}")
 
