@@ -135,7 +135,7 @@ def toy_scores(path):
 
     def score(words, text):
         ids = words(text.replace("</s>", " </s>"), return_tensors="pt").input_ids
-        return float(model(input_ids=ids).logits[0, 0])
+        return float(model(input_ids=ids).logits[0, 0].detach())
 
     return score, words
 
