@@ -141,7 +141,7 @@ def test_shards_join_to_the_whole(advantages, shards):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_threads_and_other_rows_change_no_bit(backend):
-    args = ops.ppo_advantages.make(67, 700, device="cpu", dtype=torch.float32, bootstrap=True)
+    args = ops.ppo_advantages.make(67, 1000, device="cpu", dtype=torch.float32, bootstrap=True)
     op, threads, results = ops.ppo_advantages.backend(backend), torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):

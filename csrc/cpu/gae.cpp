@@ -9,7 +9,7 @@ namespace {
 void gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bootstrap, uintptr_t advantages,
          uintptr_t returns, int64_t B, int64_t T, float gamma, float lam, int threads) {
   const Discount d = discount(gamma, lam);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && B * T > 32768)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && B * T > threaded_tokens)
   for (int64_t row = 0; row < B; ++row) {
     const int64_t at = row * T;
     Stored reward{ptr<const float>(rewards) + at};

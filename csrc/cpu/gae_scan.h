@@ -11,6 +11,9 @@
 
 namespace {
 
+// Up to here one thread takes under 0.1 ms, and waiting for others may take longer where the cores have other work.
+constexpr int64_t threaded_tokens = 65536;
+
 // Lane i gets lane i + D of (x, fill) laid end to end.
 template <int D, int... I>
 INLINE f32 shift_lanes(f32 x, f32 fill, Indices<I...>) {

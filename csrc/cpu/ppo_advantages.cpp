@@ -93,7 +93,7 @@ struct Batch {
 
 template <Estimator E>
 void run(const Batch& b, const Discount& d) {
-#pragma omp parallel for num_threads(b.threads) if (b.threads > 1 && b.B * b.T > 16384)
+#pragma omp parallel for num_threads(b.threads) if (b.threads > 1 && b.B * b.T > threaded_tokens)
   for (int64_t row = 0; row < b.B; ++row) {
     const int64_t at = row * b.T;
     float score = b.scores[row];

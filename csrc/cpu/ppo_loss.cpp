@@ -216,7 +216,7 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   const int64_t share = (N + max_chunks - 1) / max_chunks, size = max(least_chunk, (share + W - 1) / W * W);
   const int64_t chunks = (N + size - 1) / size;
   Chunk part[max_chunks];
-#pragma omp parallel for num_threads(threads) if (threads > 1 && N > 16384)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && N > 32768)
   for (int64_t c = 0; c < chunks; ++c) part[c] = run_chunk(o, c * size, min(N, (c + 1) * size));
 
   double total[sums] = {};
