@@ -85,6 +85,7 @@ template <bool CAP, class T>
 INLINE float scale_tile(const T* x, const float* bias, int n, const Scaling& by, float* z) {
   f32 most = splat(-__builtin_inff());
   int i = 0;
+#pragma GCC unroll 4
   for (; i + W <= n; i += W) {
     const f32 v = scaled<CAP>(raw(x + i, bias ? bias + i : nullptr, W), by);
     store(z + i, v);
@@ -136,7 +137,10 @@ INLINE void add_columns(Softmax& row, const T* x, const float* bias, int64_t col
     if (is_void(row, z, n)) continue;
     const f32 from = splat(row.largest);
     f32 sums = splat(0.f), moments = splat(0.f);
+    const T* const next = x + begin + TILE;  // fetched while the processor computes; the first pass then waits less
+#pragma GCC unroll 2
     for (int i = 0; i < n; i += W) {
+      __builtin_prefetch(next + i);
       const f32 d = at_least_far(load(z + i) - from), e = exp_near(d);
       sums = sums + e;
       moments = moments + d * e;
