@@ -20,6 +20,7 @@ from rlhf_fast.rollout import Rollout
 
 NEW_TOKENS = 32
 CONTEXT_TOKENS = 8192
+Z = 1.96  # standard errors on each side of a 95 % interval
 
 
 class Estimate(NamedTuple):
@@ -38,14 +39,16 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Mean and 1.96 standard errors; of shares never less than the interval of one miss (Wilson's, at the edges)."""
+    """Mean of shares in [0, 1] and 1.96 standard errors, or Wilson's bound where all are 0 or all are 1."""
     values = [float(value) for value in values]
     count = len(values)
     if count == 0:
         return Estimate(math.nan, math.nan)
     mean = sum(values) / count
+    if mean in (0.0, 1.0):
+        return Estimate(mean, Z * Z / (count + Z * Z))
     variance = sum((value - mean) ** 2 for value in values) / max(count - 1, 1)
-    return Estimate(mean, 1.96 * math.sqrt(variance / count))
+    return Estimate(mean, Z * math.sqrt(variance / count))
 
 
 def respond(model: Model, tasks: Sequence[Task], seed: int, samples: Sequence[int] | int = 1) -> list[list[str]]:
@@ -81,7 +84,7 @@ def text_losses(model: Model, texts: Path) -> Estimate:
     total = sum(units)
     mean = sum(loss * unit for loss, unit in zip(losses, units, strict=True)) / total
     spread = sum(((loss - mean) * unit) ** 2 for loss, unit in zip(losses, units, strict=True))
-    return Estimate(mean, 1.96 * math.sqrt(spread) / total)
+    return Estimate(mean, Z * math.sqrt(spread) / total)
 
 
 @torch.no_grad()

@@ -32,6 +32,14 @@ def compare(low: Estimate, high: Estimate) -> str:
     return AS if difference > error else NOT if difference < -error else OPEN
 
 
+def no_lower(before: Estimate, after: Estimate, margin: float = 0.05) -> str:
+    """Whether `after` is not below `before`: surely not by more than `margin`, surely below, or neither (95 %)."""
+    difference, error = after.value - before.value, math.hypot(after.error, before.error)
+    if math.isnan(difference):
+        return OPEN
+    return NOT if difference + error < 0 else AS if difference - error > -margin else OPEN
+
+
 def beats(rate: Estimate, level: float = 0.5) -> str:
     """Whether a rate's interval lies above `level`."""
     if math.isnan(rate.value):
@@ -55,7 +63,7 @@ def nats(*estimates: Estimate) -> str:
 
 
 def rows(n: Numbers) -> Iterator[Row]:
-    """The table's lines from the measured numbers, named as `demo.measured` names them."""
+    """The table's lines from the measured numbers, named as `demo.measure` names them."""
 
     def line(title: str, paper: str, names: str, verdict: str, show: Callable[..., str] = percent) -> Row:
         return Row(title, paper, show(*(n[name] for name in names.split())), verdict)
@@ -99,12 +107,11 @@ def rows(n: Numbers) -> Iterator[Row]:
         "polite/base polite/ppo-ptx",
         compare(n["polite/ppo-ptx"], n["polite/base"]),
     )
-    unasked = compare(n["rude/ppo-ptx"], n["rude/base"])
     yield line(
         "rude, after a rude prompt as it is: base -> PPO-ptx",
         "no fewer",
         "rude/base rude/ppo-ptx",
-        NOT if unasked == AS else AS,
+        no_lower(n["rude/base"], n["rude/ppo-ptx"]),
     )
     yield line("rude, in all: base -> SFT", "(not reported)", "impolite/base impolite/sft", "")
     yield line(
