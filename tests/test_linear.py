@@ -192,8 +192,8 @@ def test_mixed_dtypes_and_autocast(backend, dtypes):
 def test_logits_with_a_large_common_part(backend, offset):
     """As GPT-2's are: log-probabilities of bfloat16 logits would be off by 0.1."""
     hidden, weight, targets = (x.detach() for x in head(40, 65, 5003, ignored=0))
-    hidden[:, 0], weight[:, 0] = 10.0, offset / 10
     hidden[:20] += 3 * weight[targets[:20]] * 65**0.5  # confident
+    hidden[:, 0], weight[:, 0] = 10.0, offset / 10
     truth = (hidden.double() @ weight.double().T).log_softmax(-1)
     logprobs, entropy = ops.linear_logprobs.backend(backend)(hidden, weight, targets)
     assert (logprobs <= 0).all()
