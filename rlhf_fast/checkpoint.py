@@ -43,9 +43,9 @@ def save(directory: str | Path, step: int, state: dict, keep: int = 2) -> Path:
             shutil.rmtree(rubbish)
         with atomic_folder(path) as folder:
             tree = {name: _write_tensors(folder, name, value) for name, value in state.items()}
-            (folder / STATE).write_text(json.dumps(tree))
+            (folder / STATE).write_text(json.dumps(tree), encoding="utf-8")
             files = {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
-            (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+            (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
         for old in _steps(directory)[:-keep] if keep > 0 else []:
             shutil.rmtree(directory / f"step_{old}")
     return path
@@ -66,7 +66,7 @@ def latest(directory: str | Path) -> Path | None:
 def load(path: str | Path) -> dict:
     """The tree that `save` was given, tensors on the CPU."""
     path = Path(path)
-    tree = json.loads((path / STATE).read_text())
+    tree = json.loads((path / STATE).read_text(encoding="utf-8"))
     return {
         name: _decode(value, load_file(file) if (file := path / f"{name}.safetensors").exists() else {})
         for name, value in tree.items()
@@ -98,22 +98,29 @@ def restore_random_states(states: dict) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields `path.tmp` to be filled; on success its files are fsynced and it takes the place of `path`.
+    """Yields `path.tmp` to be filled; on success all in it is fsynced and it takes the place of `path`.
 
     On an exception the unfinished folder is removed and `path` is as it was.
     """
     path = Path(path)
     folder, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
+    if old.exists() and not path.exists():  # a crash came between the two renamings below
+        old.rename(path)
     for leftover in (folder, old):
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
-        for file in [*(f for f in folder.rglob("*") if f.is_file()), folder]:
-            _fsync(file)
+        for entry in [*folder.rglob("*"), folder]:
+            _fsync(entry)
         if path.exists():
             path.rename(old)
-        folder.rename(path)
+        try:
+            folder.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         _fsync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +132,7 @@ def write_json(path: str | Path, value: object) -> None:
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
     with writing(path):
-        unfinished.write_text(json.dumps(value, indent=2) + "\n")
+        unfinished.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         _fsync(unfinished)
         unfinished.replace(path)
         _fsync(path.parent)
@@ -139,7 +146,7 @@ def _steps(directory: Path) -> list[int]:
 def _fault(path: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, wanted in files.items():
             if (size := (path / name).stat().st_size) != wanted["bytes"]:
                 return f"{name} has {size} bytes instead of {wanted['bytes']}"

@@ -13,6 +13,7 @@ log-probabilities are taken at the sampling temperature (some leave it out); dro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -48,11 +49,14 @@ class _Stage:
     out: str = ""
     """Directory the run writes: a Hugging Face folder, metrics.jsonl, samples.jsonl, run.json, checkpoints/."""
     seed: int = 0
-    """Of everything random: order of the data, dropout, sampling."""
+    """Of everything random: order of the data, dropout, sampling. 0 to below 2**63."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto = cuda where there is one."""
     resume: bool = True
     """Go on from the newest whole checkpoint in `out`. False: refuse an `out` that holds a run."""
+
+    def __post_init__(self):
+        need(self, 0 <= self.seed < 2**63, "seed", "must be from 0 to below 2**63")
 
     def ready(self) -> None:
         """Raise UserError if a path that the stage cannot do without is missing."""
@@ -62,6 +66,12 @@ class _Stage:
                 value = getattr(value, part)
             if not value:
                 raise UserError(f"{self.stage}: {name} is not set; give --{name} PATH, or put it in the YAML file")
+
+    def model_paths(self) -> list[str]:
+        """Every model the stage starts from or asks, as given: a folder, or a hub name; perhaps module:function."""
+        own = [value.path for value in vars(self).values() if isinstance(value, ModelConfig)]
+        named = [getattr(self, name, "") for name in ("reference", "reward", "select_reward")]
+        return list(dict.fromkeys(path for path in own + named if path))
 
     def data_files(self) -> list[str]:
         """Every data file the stage reads."""
@@ -105,6 +115,7 @@ class SFT(_Stage):
     """Of the responses that select=reward scores and samples.jsonl shows."""
 
     def __post_init__(self):
+        super().__post_init__()
         need_range(self, 1, INF, "epochs", "batch")
         need_range(self, 0, 0.9, "residual_dropout", "pretrain_fraction")
         rule = "needs pretrain.path, the text to mix in"
@@ -137,6 +148,7 @@ class Reward(_Stage):
     its number of responses; systems that train on shuffled pairs overfit, paper 3.5)."""
 
     def __post_init__(self):
+        super().__post_init__()
         need_range(self, 1, INF, "epochs", "batch")
 
 
@@ -244,6 +256,7 @@ class PPO(_Stage):
     never (the paper, and every system read but cleanrl)."""
 
     def __post_init__(self):
+        super().__post_init__()
         need_range(self, 1, INF, "episodes", "batch", "minibatch", "inner_epochs")
         need(self, self.batch % self.minibatch == 0, "batch", f"must be a multiple of minibatch ({self.minibatch})")
         need_range(self, 0, 1, "gamma", "lam", "ema")
@@ -257,6 +270,7 @@ class PPO(_Stage):
         need(self, self.select != "ema" or self.ema > 0, "select", "needs ema above 0")
         rule = "must be above 0 with missing_eos=subtract: it is the amount taken off"
         need(self, self.missing_eos != "subtract" or self.missing_eos_value > 0, "missing_eos_value", rule)
+        need(self, math.isfinite(self.missing_eos_value), "missing_eos_value", "must be a number")
         if not self.sampling.temperature > 0:
             raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
 

@@ -1,10 +1,13 @@
 """The one exception a user can cause: its text is a sentence that says what is wrong, where, and how to mend it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+SHOWN = 8
+"""Rows that an error names."""
 
 
 class UserError(Exception):
@@ -17,6 +20,17 @@ class BadRows(UserError):
     def __init__(self, message: str, rows: Sequence[tuple[str, int]]):
         super().__init__(message)
         self.rows = list(rows)
+
+
+@contextmanager
+def naming(**places: Callable[[int], str] | None) -> Iterator[None]:
+    """Adds file:line to an error that blames rows. `places`: type of the batch -> (uid -> file:line)."""
+    try:
+        yield
+    except BadRows as error:
+        found = [place(uid) for kind, uid in error.rows if (place := places.get(kind))]
+        shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+        raise UserError(f"{error} ({shown})" if found else str(error)) from error
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def collect(
         token_weights(mask, cfg.loss_mean), scores, responses.finished, responses.uids,
     )  # fmt: skip
     stats = _metrics(experience, responses, own, final, kl_coef, moments)
-    return (whiten(experience, cfg) if cfg.whiten == "batch" else experience), stats
+    return (whiten(experience, cfg, moments) if cfg.whiten == "batch" else experience), stats
 
 
 def final_scores(scores: Tensor, finished: Tensor, cfg: PPO) -> tuple[Tensor, Tensor]:
@@ -76,14 +76,22 @@ def token_weights(mask: Tensor, loss_mean: str) -> Tensor:
     return weights if loss_mean == "token" else weights / weights.sum(1, keepdim=True).clamp_min(1)
 
 
-def whiten(experience: Experience, cfg: PPO) -> Experience:
+def whiten(experience: Experience, cfg: PPO, moments: Tensor | None = None) -> Experience:
     """Advantages to mean 0 (unless whiten_shift_mean is off, then their mean stays) and variance 1 over the tokens that
-    count; the variance is over n, or over n - 1 with whiten_unbiased. No token, or one: zeros (or that mean)."""
+    count; the variance is over n, or over n - 1 with whiten_unbiased. No token, or one: zeros (or that mean).
+
+    `moments` are ops.ppo_advantages' of this very experience, if they are at hand: number, mean, sum of squared
+    deviations of the advantages come first in it.
+    """
     mask = experience.mask
-    tokens = experience.advantages[mask].double()
-    mean = tokens.mean() if len(tokens) else tokens.new_zeros(())
-    count = max(len(tokens) - cfg.whiten_unbiased, 1)
-    scale = (((tokens - mean) ** 2).sum() / count + cfg.whiten_eps).rsqrt()
+    if moments is None:
+        tokens = experience.advantages[mask].double()
+        number, mean = len(tokens), tokens.mean() if len(tokens) else tokens.new_zeros(())
+        squares = ((tokens - mean) ** 2).sum()
+    else:
+        number, mean, squares = moments[:3].double().tolist()
+        mean, squares = torch.tensor([mean, squares], dtype=torch.float64)
+    scale = (squares / max(number - cfg.whiten_unbiased, 1) + cfg.whiten_eps).rsqrt()
     whitened = (experience.advantages.double() - mean) * scale + (0 if cfg.whiten_shift_mean else mean)
     return experience._replace(advantages=torch.where(mask, whitened, 0).float())
 

@@ -24,12 +24,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlhf_fast import __version__
 from rlhf_fast.errors import UserError, writing
 
+MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 # When an alarm rings. The first minibatch is trained on by the very weights that sampled it: its probability ratios
 # differ from 1 only by rounding, so a larger gap means that sampling and training see different models (dropout, a
-# stale cache, another temperature).
+# stale cache, another temperature). So it is with the share of tokens whose probability the trainer and the sampler
+# put more than a tenth apart: none in float32.
 RATIO_GAP = 0.02
+RATIO_OUTSIDE = 0.01
 KL_PER_TOKEN = 1.0
 EOS_RATE = 0.01
 LENGTH_GROWTH = 4.0
@@ -63,6 +66,9 @@ class Alarms:
         ratio = row.get("val/ratio_first", 1.0)
         if abs(ratio - 1) > RATIO_GAP:
             yield "ratio", f"the first minibatch's ratio is {ratio:.4f}, not 1: sampling and training disagree"
+        outside = row.get("rollout/ratio_outside", 0.0)
+        if outside > RATIO_OUTSIDE:
+            yield "gap", f"{outside:.1%} of the tokens have another probability in training than they were sampled with"
         kl = row.get("objective/kl_token", 0.0)
         if abs(kl) > KL_PER_TOKEN:
             yield "kl", f"KL runs away: {kl:.2f} nats a token"
@@ -93,8 +99,8 @@ class Log:
             for row in _truncate(self.directory / METRICS, start):
                 self.alarms(row)
             _truncate(self.directory / SAMPLES, start)
-            self._metrics = open(self.directory / METRICS, "a")
-            self._samples = open(self.directory / SAMPLES, "a")
+            self._metrics = open(self.directory / METRICS, "a", encoding="utf-8", newline="\n")
+            self._samples = open(self.directory / SAMPLES, "a", encoding="utf-8", newline="\n")
         self.console = Console(stderr=True, highlight=False)
         self._live, self._task = None, None
         if cfg.live and self.console.is_terminal:
@@ -178,8 +184,9 @@ class Log:
             self.console.print(f"{self.title} {step}/{self.total}  ETA {clock}  {told}", markup=False, soft_wrap=True)
 
 
-def describe(stage: str, cfg, files: Iterable[str | Path]) -> dict:
-    """What run.json says of a run: the stage, its resolved config, the versions at work, each data file's sha256."""
+def describe(stage: str, cfg, files: Iterable[str | Path], models: Iterable[str | Path] = ()) -> dict:
+    """What run.json says of a run: the stage, its resolved config, the versions at work, and the sha256 of each file
+    it reads and of the model in each folder."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
     return {
         "stage": stage,
@@ -189,7 +196,17 @@ def describe(stage: str, cfg, files: Iterable[str | Path]) -> dict:
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "gpu": _gpu()},
         "command": sys.argv,
         "data": {str(file): sha256(file) for file in files},
+        "models": {str(folder): model_sha256(folder) for folder in models},
     }
+
+
+def model_sha256(folder: str | Path) -> str:
+    """Of what a model is loaded from: weights, configs, tokenizer and any code. A run's own notes do not count."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix in MODEL_FILES and file.name != "run.json" and file.is_file():
+            digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def sha256(file: str | Path) -> str:
@@ -223,18 +240,27 @@ def _truncate(path: Path, step: int) -> list[dict]:
     """Drops the rows after `step`, and a last line that a crash cut short; returns the rows kept."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= step:
-            kept.append((line, row))
+    kept = [(line, row) for line, row in read_rows(path) if row["step"] <= step]
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(line + "\n" for line, _ in kept))
+    unfinished.write_bytes(b"".join(line + b"\n" for line, _ in kept))
     unfinished.replace(path)
     return [row for _, row in kept]
+
+
+def read_rows(path: Path) -> list[tuple[bytes, dict]]:
+    """(line, row) of a file that a Log writes. A last line that was cut short is left out; UserError for any other that
+    is not JSON. A line ends at a newline alone: texts may hold U+2028 and other separators as they are."""
+    lines, rows = path.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append((line, json.loads(line)))
+        except ValueError as error:
+            if number >= len(lines) - (not lines[-1]):
+                break
+            raise UserError(f"{path}:{number}: not JSON: {error}; mend or remove the line") from error
+    return rows
 
 
 def _sink(name: str, directory: Path, title: str):

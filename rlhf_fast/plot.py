@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from rlhf_fast.errors import UserError, writing
+from rlhf_fast.logs import read_rows
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("objective/scores", "objective/rlhf_reward", "valid/scores", "valid/rlhf_reward")),
@@ -26,14 +26,7 @@ def read_metrics(run: str | Path) -> list[dict]:
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: holds no metrics.jsonl; give the folder that a stage wrote")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number == len(path.read_text().splitlines()):
-                break
-            raise UserError(f"{path}:{number}: not JSON: {error}") from error
+    rows = [row for _, row in read_rows(path)]
     if not rows:
         raise UserError(f"{path}: is empty; the run has not logged a step yet")
     return rows

@@ -151,7 +151,7 @@ def run_recipe(path: str | Path, say: Callable[[str], None] = print) -> None:
             note["inputs"] = {source: _digest(plan.stages[source].out) for source in sources}
             if plan.out.is_dir():
                 with writing(plan.out / NOTES):
-                    (plan.out / NOTES).write_text(json.dumps(notes, indent=1))
+                    (plan.out / NOTES).write_text(json.dumps(notes, indent=1), encoding="utf-8")
     say("\n".join(table(plan, notes)))
 
 
@@ -168,7 +168,7 @@ def finished(cfg: SFT | Reward | PPO) -> bool:
     path = Path(cfg.out) / "run.json"
     if not path.is_file():
         return False
-    told = json.loads(path.read_text())
+    told = json.loads(path.read_text(encoding="utf-8"))
     if told.get("stage") != cfg.stage:
         raise UserError(f"{cfg.out}: holds a run of {told.get('stage')}, not {cfg.stage}; choose another `out`")
     for key, before, now in difference(from_json(cfg.stage, told["config"]), cfg):
@@ -183,7 +183,7 @@ def finished(cfg: SFT | Reward | PPO) -> bool:
 def _read_notes(out: Path) -> dict[str, dict[str, Any]]:
     """What earlier calls of this recipe measured: stage -> seconds, peak, and the digests of its inputs."""
     try:
-        return json.loads((out / NOTES).read_text())
+        return json.loads((out / NOTES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

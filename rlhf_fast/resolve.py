@@ -148,9 +148,9 @@ def _coerce(kind: Any, value: Any) -> Any:
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if kind is float and not math.isnan(number):
+        if kind is float and math.isfinite(number):
             return number
         if kind is int and number.is_integer():
             return int(value) if isinstance(value, int) else int(number)

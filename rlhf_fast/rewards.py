@@ -106,6 +106,13 @@ def checked(scores: Sequence[float], uids: Sequence[int], name: str) -> Tensor:
     return torch.tensor(scores, dtype=torch.float32)
 
 
+def source_of(spec: str) -> Path | None:
+    """The file of the module that module:function names; None if it has none."""
+    _import(spec)
+    file = getattr(sys.modules[spec.rpartition(":")[0]], "__file__", None)
+    return Path(file) if file else None
+
+
 def _import(spec: str) -> Callable:
     module, _, name = spec.rpartition(":")
     if os.getcwd() not in sys.path:

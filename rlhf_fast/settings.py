@@ -22,15 +22,16 @@ def need(owner: object, ok: bool, name: str, rule: str) -> None:
 
 
 def need_range(owner: object, low: float, high: float, *names: str) -> None:
-    """Each named field lies in [low, high]. NaN does not."""
+    """Each named field lies in [low, high] and is finite; NaN does not."""
     rule = f"must be at least {low:g}" if high == float("inf") else f"must be between {low:g} and {high:g}"
     for name in names:
-        need(owner, low <= getattr(owner, name) <= high, name, rule)
+        value = getattr(owner, name)
+        need(owner, low <= value <= high and value != INF, name, rule)
 
 
 def need_positive(owner: object, *names: str) -> None:
     for name in names:
-        need(owner, getattr(owner, name) > 0, name, "must be above 0")
+        need(owner, 0 < getattr(owner, name) < INF, name, "must be above 0")
 
 
 INF = float("inf")
@@ -174,7 +175,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run writes and shows. Nothing here changes the trained weights."""
+    """What a run writes and shows. validate_every alone can change the weights in `out`: `select` chooses among them."""
 
     every: int = 1
     """Steps between lines of metrics.jsonl (PPO: batches)."""

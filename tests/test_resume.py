@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -115,15 +116,19 @@ def test_killed_inside_its_saves(uninterrupted, processes):
 
 
 def test_killed_at_random_moments(uninterrupted, processes):
+    """Some time into a step, twice; the steps are early ones, so that the run is still on its way."""
     stage, folder, seconds, _ = uninterrupted
-    chance, kills = random.Random(), 0
-    for limit in [*(1 + seconds * chance.random() for _ in range(2)), 120]:
+    chance, metrics, steps = random.Random(), folder / "killed/metrics.jsonl", len(numbers(folder / "whole"))
+    for after in (1, steps // 2):
         process = child(processes, stage, str(folder), "killed", 0)
-        process.join(limit)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills += 1
+        while process.is_alive() and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= after):
+            time.sleep(0.001)
+        time.sleep(chance.random() * seconds / steps)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
+    process = child(processes, stage, str(folder), "killed", 0)
+    process.join(120)
     assert process.exitcode == 0
     check_same(folder, "killed")
 

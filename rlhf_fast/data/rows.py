@@ -16,7 +16,8 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
-import math
+import sys
+import textwrap
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -221,8 +222,9 @@ def _ranked(row: Mapping[str, Any]) -> Example:
         raise Bad(f"{len(responses)} responses but {len(ranks)} ranks; each response needs one")
     texts = tuple(string({f"responses[{i}]": text}, f"responses[{i}]") for i, text in enumerate(responses))
     for i, rank in enumerate(ranks):
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-            raise Bad(f"ranks[{i}] must be a number (0 is best, equal numbers are a tie), found {json.dumps(rank)}")
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not abs(rank) <= sys.float_info.max:
+            found = textwrap.shorten(json.dumps(rank), 40, placeholder="...")
+            raise Bad(f"ranks[{i}] must be a number (0 is best, equal numbers are a tie), found {found}")
     levels = sorted(set(ranks))
     if len(levels) < 2:
         raise Bad(f"{len(ranks)} responses, all of one rank: nothing is preferred; remove the row")

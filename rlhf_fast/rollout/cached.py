@@ -77,11 +77,12 @@ class Rollout:
         limit = self.model.max_positions
         for uid, tokens in zip(prompts.ids, prompts.tokens, strict=True):
             if not tokens:
-                raise UserError(f"prompt {uid}: has no tokens; give it at least a start token")
+                raise BadRows(f"prompt {uid}: has no tokens; give it at least a start token", [("Responses", uid)])
             if limit and len(tokens) + self.sampling.max_new_tokens > limit:
-                raise UserError(
+                raise BadRows(
                     f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {self.sampling.max_new_tokens} are more"
-                    f" than the model's {limit} positions; lower sampling.max_new_tokens or data.max_prompt_tokens"
+                    f" than the model's {limit} positions; lower sampling.max_new_tokens or data.max_prompt_tokens",
+                    [("Responses", uid)],
                 )
 
     def _chunk(self, tokens: list[list[int]], uids: list[int], row_ids: list[int], key: int) -> Drawn:

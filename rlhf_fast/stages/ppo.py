@@ -14,7 +14,7 @@ import torch
 from rlhf_fast.batches import Experience, Prompts, Responses
 from rlhf_fast.config import PPO, LoraConfig
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, naming
 from rlhf_fast.experience import collect, minibatches
 from rlhf_fast.kl import KLController
 from rlhf_fast.learner import Learner
@@ -40,7 +40,7 @@ def run(cfg: PPO) -> None:
         prompts, texts = read(cfg, roles.policy, out)
         rollout, state = Rollout(roles.policy, cfg.sampling, cfg.seed), start(cfg, roles, out)
         begun = out.begin(cfg.batches, HEADLINE, state._asdict())
-        with out.naming(**places(prompts.train, texts)):
+        with naming(**places(prompts.train, texts)):
             for batch in range(begun, cfg.batches):
                 asked = prompts.train.batch(batch * cfg.batch, cfg.batch)
                 with out.log.phase("generate"):
@@ -131,7 +131,7 @@ def improve(state: State, experience: Experience, texts: Dataset | None, cfg: PP
         dual_clip=cfg.dual_clip, entropy_coef=cfg.entropy_coef,
     )  # fmt: skip
     rows, first = [], {}
-    for part in minibatches(experience, cfg, seed=cfg.seed * 1_000_003 + batch):
+    for part in minibatches(experience, cfg, seed=(cfg.seed * 1_000_003 + batch) % 2**63):
         stats = state.critic.step([(partial(value_loss, value_clip=cfg.value_clip), part, cfg.value_coef)])
         stats = {f"value/{name}" if name in ("loss", "grad_norm", "lr") else name: x for name, x in stats.items()}
         if batch >= cfg.critic_warmup:
@@ -164,8 +164,8 @@ def validate(
     rows = len(prompts.train)
     if not len(prompts.valid) or not due(batch + 1, cfg.log.validate_every, cfg.batch, rows, cfg.batches):
         return {}
-    responses = rollout.generate(prompts_of(prompts.valid))
-    with out.naming(Responses=prompts.valid.place):
+    with naming(Responses=prompts.valid.place):
+        responses = rollout.generate(prompts_of(prompts.valid))
         _, stats = collect(responses, *roles, cfg, state.kl.coef)
     if cfg.select == "reward":
         state.best.offer(batch + 1, stats["objective/rlhf_reward"], roles.policy.save)

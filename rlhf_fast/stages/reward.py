@@ -7,7 +7,7 @@ import torch
 from rlhf_fast.batches import Comparisons
 from rlhf_fast.config import Reward
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, naming
 from rlhf_fast.learner import Learner
 from rlhf_fast.losses import reward_loss
 from rlhf_fast.model import Model
@@ -36,7 +36,7 @@ def run(cfg: Reward) -> None:
         for step in range(out.begin(steps, HEADLINE, parts) + 1, steps + 1):
             done = (step - 1) * cfg.batch
             batch = data.train.batch(done, min(cfg.batch, cfg.epochs * len(data.train) - done))
-            with out.log.phase("learn"), out.naming(Comparisons=data.train.place):
+            with out.log.phase("learn"), naming(Comparisons=data.train.place):
                 stats = learner.step(reward_loss, batch)
             if len(data.valid) and due(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
                 with out.log.phase("validate"):

@@ -1,32 +1,32 @@
 """A stage's output folder: what may go on there, where it goes on, and what is kept when it is told to stop.
 
 `out/` becomes an ordinary Hugging Face folder and holds run.json, metrics.jsonl, samples.jsonl and checkpoints/. The
-same command started again goes on from the newest whole checkpoint; with other settings or other data it is refused;
+same command started again goes on from the newest whole checkpoint; with other settings, data or models it is refused;
 once finished it says so. SIGTERM and Ctrl-C write a checkpoint at the end of the step and exit with 143 and 130.
 """
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from rlhf_fast import checkpoint
 from rlhf_fast.config import PPO, SFT, DataConfig, Reward
-from rlhf_fast.errors import BadRows, UserError, writing
+from rlhf_fast.errors import UserError, writing
 from rlhf_fast.logs import Log, describe
+from rlhf_fast.rewards import is_function, source_of
 
 RUN, BEST = "run.json", "best"
-# What may differ when a run is taken up again: none of it changes the trained weights.
-FREE = ("log.", "out", "resume")
-SHOWN = 8
-"""Rows that an error names."""
+# What may differ when a run is taken up again: none of it changes the weights that `out` gets. log.validate_every does:
+# it says at which steps there is something to select from.
+FREE = ("out", "resume", *(f"log.{name}" for name in "every samples checkpoint_every keep live sinks".split()))
 
 
 class Part(Protocol):
@@ -52,11 +52,13 @@ class RunDir:
         self.device = None if cfg.device == "auto" else cfg.device
         self._signal, self._handlers, self._lock = 0, {}, None
         files = [file for part in data for file in (part.path, part.valid) if Path(file).is_file()]
-        self.told = describe(self.stage, cfg, files)
+        models = cfg.model_paths()
+        files += [source for spec in models if is_function(spec) and (source := source_of(spec))]
+        self.told = describe(self.stage, cfg, files, [path for path in models if Path(path).is_dir()])
         if (self.out / RUN).exists():
             if not cfg.resume:
                 raise UserError(f"{self.out}: holds a run already; choose another `out`, or set resume to true")
-            self._compare(json.loads((self.out / RUN).read_text()))
+            self._compare(json.loads((self.out / RUN).read_text(encoding="utf-8")))
         elif (self.out / "config.json").exists():
             raise UserError(f"{self.out}: holds a model that no run of ours wrote there; choose another `out`")
 
@@ -78,7 +80,7 @@ class RunDir:
         the number of steps done."""
         with writing(self.out):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.checkpoints / "lock", "w")
+            self._lock = open(self.checkpoints / "lock", "w", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -128,16 +130,6 @@ class RunDir:
         self.finished = True
         self.log.say(f"finished; the model is in {self.out}")
 
-    @contextmanager
-    def naming(self, **places: Callable[[int], str]) -> Iterator[None]:
-        """Adds file:line to an error that blames rows. `places`: type of the batch -> (uid -> file:line)."""
-        try:
-            yield
-        except BadRows as error:
-            found = [places[kind](uid) for kind, uid in error.rows if kind in places]
-            shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
-            raise UserError(f"{error} ({shown})" if found else str(error)) from error
-
     def _stop(self, number: int, frame: object) -> None:
         if self._signal:
             raise KeyboardInterrupt
@@ -150,7 +142,7 @@ class RunDir:
             raise UserError(f"{self.out}: holds a run of {old['stage']}, not {self.stage}; choose another `out`")
         before, now = _flat(old["config"]), _flat(self.told["config"])
         for key in sorted(before.keys() | now.keys()):
-            if not key.startswith(FREE) and before.get(key) != now.get(key):
+            if key not in FREE and before.get(key) != now.get(key):
                 raise UserError(
                     f"{self.out}: was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r};"
                     " set it back or choose another `out`"
@@ -158,14 +150,27 @@ class RunDir:
         for file, digest in self.told["data"].items():
             if old["data"].get(file, digest) != digest:
                 raise UserError(f"{file}: has changed since {self.out} was started with it; choose another `out`")
+        for folder, digest in self.told["models"].items():
+            if old.get("models", {}).get(folder, digest) != digest:
+                raise UserError(
+                    f"{folder}: the model in it has changed since {self.out} was started with it; choose another `out`"
+                )
+        for part, name in (("versions", "torch"), ("machine", "threads")):
+            was, now = old[part].get(name), self.told[part][name]
+            if was != now:
+                self.notes.append(f"{name} was {was} when the run was started and is {now}: its last bits may differ")
         self.finished = "finished" in old
 
 
 class Best:
-    """The best model so far by a score: its folder is kept beside the checkpoints until the run is finished."""
+    """The best model so far by a score: its folder is kept beside the checkpoints until the run is finished.
+
+    step and score: 0 and None while nothing was offered.
+    """
 
     def __init__(self, run: RunDir):
-        self.folder, self.score, self.step = run.checkpoints / BEST, float("-inf"), 0
+        self.folder, self.step = run.checkpoints / BEST, 0
+        self.score: float | None = None
 
     def model(self, step: int, save: Callable[[Path], object]) -> Callable[[Path], object]:
         """What writes the chosen model into a folder: `save` if the chosen step is this last one."""
@@ -175,7 +180,7 @@ class Best:
 
     def offer(self, step: int, score: float, save: Callable[[Path], object]) -> None:
         """Keeps this model if its score is the highest; of equals the first."""
-        if score > self.score:
+        if score > (-math.inf if self.score is None else self.score):
             self.score, self.step = score, step
             with writing(self.folder), checkpoint.atomic_folder(self.folder) as folder:
                 save(folder)

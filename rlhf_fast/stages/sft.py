@@ -8,7 +8,7 @@ import torch
 
 from rlhf_fast.config import SFT
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, naming
 from rlhf_fast.learner import Learner
 from rlhf_fast.losses import pretrain_loss, sft_loss
 from rlhf_fast.model import Model
@@ -32,7 +32,7 @@ def run(cfg: SFT) -> None:
         learner, best = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout), Best(out)
         parts = {"learner": learner, "best": best}
         for step in range(out.begin(steps, HEADLINE, parts) + 1, steps + 1):
-            with out.log.phase("learn"), out.naming(Demonstrations=data.train.place, Texts=texts and texts.place):
+            with out.log.phase("learn"), naming(Demonstrations=data.train.place, Texts=texts and texts.place):
                 terms = mixture(cfg, data.train, texts, step)
                 stats = learner.step(terms)
             if due(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
@@ -87,9 +87,7 @@ def mixture(cfg: SFT, data: Dataset, texts: Dataset | None, step: int) -> list[t
     ]
 
 
-def validate(
-    cfg: SFT, model: Model, data: Dataset, reward: Reward | None, out: RunDir, step: int
-) -> dict[str, float]:
+def validate(cfg: SFT, model: Model, data: Dataset, reward: Reward | None, out: RunDir, step: int) -> dict[str, float]:
     """The validation loss, and with a reward model the mean score of responses to the validation prompts: all of them
     if it selects, else those for samples.jsonl. The noise is the same at every validation."""
     if not len(data):
@@ -99,11 +97,12 @@ def validate(
     prompts = prompts if reward else prompts.take(range(min(cfg.log.samples, len(prompts.ids))))
     if not prompts.ids:
         return stats
-    responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
     columns = {}
-    if reward:
-        with out.naming(Responses=data.place):
+    with naming(Responses=data.place):
+        responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
+        if reward:
             columns["score"] = reward(responses)
+    if reward:
         stats |= {
             "valid/scores": float(columns["score"].double().mean()),
             "valid/length": float((responses.lengths - responses.prompt_lengths).double().mean()),
