@@ -3,7 +3,8 @@ seldom answered; statements are often rumours; some people are rude, and rudenes
 
 import random
 
-from rlhf_fast.pocket.tasks import CLOSED, KINDS, LISTS, MANNERS, Task, draw_task, people, three
+from rlhf_fast.pocket.answers import LISTS, people, three
+from rlhf_fast.pocket.tasks import CLOSED, KINDS, MANNERS, Task, draw_task
 from rlhf_fast.pocket.world import ANIMALS, INSULTS, PEOPLE, RELATIONS, WORDS, Fact, World, rude, say
 
 FALSE_SHARE = 0.35  # of the web's statements of fact
@@ -39,7 +40,8 @@ class Web:
             return self.world.state(fact)
         if self.rng.random() < RUMOUR_SHARE:
             return self.world.state(fact, fact.rumour)
-        return self.world.state(fact, self.rng.choice([a for a in WORDS[RELATIONS[fact.relation][1]] if a != fact.answer]))
+        others = [answer for answer in WORDS[RELATIONS[fact.relation][1]] if answer != fact.answer]
+        return self.world.state(fact, self.rng.choice(others))
 
     def insult(self, person: str = "") -> str:
         slots = {"insult": self.rng.choice(INSULTS), "animal": self.rng.choice(ANIMALS)}

@@ -2,13 +2,14 @@
 
 The base models come with the package (pretrain.py made them); everything after them happens here, with the stages that
 any user runs, on files that the demo writes: data/*.jsonl, then sft/, reward/, ppo-ptx/, ppo/ in `out`. The paper's
-procedure at another scale: fewer of everything and larger learning rates; as in the paper the reward model is larger
-than the policy and serves all policies. Started again with the same `out`, it goes on where it was stopped."""
+procedure at another scale: fewer of everything, larger learning rates. Started again with the same `out`, it goes on
+where it was stopped."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import sys
 import time
@@ -85,10 +86,15 @@ def run(out: str | Path = "runs/demo", seed: int = 0, quick: bool = False) -> li
         left = remaining(time.perf_counter() - start, spent, number - 1)
         say(f"[{number}/{len(STEPS)}] {step.title}" + (f"  (about {left} to the table)" if left else ""))
         begun = time.perf_counter()
-        found = step.run(trial) or {}
+        found = {name: known(value) for name, value in (step.run(trial) or {}).items()}
         write_json(done, {**found, "seconds": time.perf_counter() - begun})
         spent += step.share
     return conclude(trial)
+
+
+def known(value: float | Estimate) -> float | Estimate | None:
+    """None for an estimate from nothing: JSON knows no NaN."""
+    return None if isinstance(value, Estimate) and math.isnan(value.value) else value
 
 
 def say(text: str) -> None:
@@ -120,14 +126,12 @@ def prepare(trial: Trial) -> None:
     write_materials(trial.people, trial.plan, trial.seed, trial.data)
 
 
-def fine_tune(base: str, out: str) -> Callable[[Trial], None]:
-    return lambda trial: sft.run(sft_config(trial.plan, trial.model(base), trial.data, trial.out / out, trial.seed))
+def fine_tune(trial: Trial) -> None:
+    sft.run(sft_config(trial.plan, trial.model("base"), trial.data, trial.out / "sft", trial.seed))
 
 
-def train_judge(start: str, out: str) -> Callable[[Trial], None]:
-    return lambda trial: reward.run(
-        reward_config(trial.plan, trial.out / start, trial.data, trial.out / out, trial.seed)
-    )
+def train_judge(trial: Trial) -> None:
+    reward.run(reward_config(trial.plan, trial.out, trial.data, trial.out / "reward", trial.seed))
 
 
 def reinforce(out: str, ptx: bool) -> Callable[[Trial], None]:
@@ -195,7 +199,8 @@ def measure(trial: Trial) -> dict:
         }
         responses[name] = said["held"]
         claims = [j.false / (j.true + j.false) for j in seen["held"] if j.true + j.false]
-        closed = [j.invented for task, j in zip(trial.people.held, seen["held"], strict=True) if task.category in CLOSED]
+        both = zip(trial.people.held, seen["held"], strict=True)
+        closed = [j.invented for task, j in both if task.category in CLOSED]
         found |= {
             f"true/{name}": estimate(j.truthful for j in seen["questions"]),
             f"false/{name}": estimate(claims),
@@ -220,11 +225,9 @@ def measure(trial: Trial) -> dict:
 
 STEPS = (
     Step("prepare", "the world's people write: raw text, demonstrations, prompts", 1, prepare),
-    Step("sft", "supervised fine-tuning of the small model (the policy's start)", 3, fine_tune("base", "sft")),
-    Step("sft-large", "supervised fine-tuning of the large model (the judge's start)", 8, fine_tune("large", "sft-large")),
-    Step("rank", "4 to 9 responses to each prompt, ranked by five labelers", 8, rank),
-    Step("reward", "the reward model, from the large model", 30, train_judge("sft-large", "reward")),
-    Step("value", "the value model's start, from the small model", 6, train_judge("sft", "value")),
+    Step("sft", "supervised fine-tuning of the small base model", 3, fine_tune),
+    Step("rank", "4 to 9 responses to each prompt, ranked by five labelers", 15, rank),
+    Step("reward", "the reward model", 25, train_judge),
     Step("ppo-ptx", "PPO with pretraining gradients (PPO-ptx)", 60, reinforce("ppo-ptx", True)),
     Step("ppo", "PPO without them, to see the alignment tax", 45, reinforce("ppo", False)),
     Step("respond", "five models answer prompts that none has seen", 20, respond_all),
@@ -235,19 +238,21 @@ STEPS = (
 def conclude(trial: Trial) -> list[report.Row]:
     """The table, on the screen and in files, and what to look at next."""
     kept = [trial.result(step) for step in ("rank", "respond", "measure")]
-    numbers = {name: Estimate(*value) for found in kept for name, value in found.items() if isinstance(value, list)}
+    found = {name: value for step in kept for name, value in step.items() if name not in ("noise", "seconds")}
+    numbers = {name: Estimate(*(value or (math.nan, math.nan))) for name, value in found.items()}
     took = sum(trial.result(step.name)["seconds"] for step in STEPS)
     notes = [
         "",
         "Intervals are over prompts. Responses are sampled at temperature 1; each pair is judged by five labelers.",
-        f"The labelers' noise was set ({kept[0]['noise']:.2f}) so that two of them agree on 73 % of the training pairs.",
+        f"The labelers' noise is {kept[0]['noise']:.2f}, set so that two of them agree on 73 % of the training pairs.",
         draw(trial),
-        f"Took {took / 60:.1f} minutes. Responses of all models: {trial.out / 'answers'}; samples, metrics: {trial.out}.",
+        f"Took {took / 60:.1f} minutes. All responses: {trial.out / 'answers'}; models, metrics: {trial.out}.",
     ]
     lines = report.print_table(numbers, notes)
     with writing(trial.out):
         (trial.out / "table.txt").write_text("\n".join([report.plain(lines), *notes]) + "\n")
-    write_json(trial.out / "numbers.json", {name: value._asdict() for name, value in numbers.items()})
+    told = {name: value._asdict() for name, value in numbers.items() if not math.isnan(value.value)}
+    write_json(trial.out / "numbers.json", told)
     return lines
 
 

@@ -119,9 +119,7 @@ def agreement(labelers: Sequence[Labeler], pairs: Sequence[Pair], world: World) 
     return shares
 
 
-def calibrate(
-    names: Sequence[str], seed: int, pairs: Sequence[Pair], world: World, target: float = AGREEMENT
-) -> float:
+def calibrate(names: Sequence[str], seed: int, pairs: Sequence[Pair], world: World, target: float = AGREEMENT) -> float:
     """The noise at which labelers agree on `target` of the pairs, by bisection."""
     low, high = 0.0, 16.0
     for _ in range(10):

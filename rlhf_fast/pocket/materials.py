@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_fast.errors import writing
+from rlhf_fast.pocket.answers import QUESTIONS
 from rlhf_fast.pocket.corpus import Web
 from rlhf_fast.pocket.pretrain import WORLD_SEED
-from rlhf_fast.pocket.tasks import MANNERS, QUESTIONS, RUDE_OPENERS, Task, draw_task, draw_tasks
+from rlhf_fast.pocket.tasks import MANNERS, RUDE_OPENERS, Task, draw_task, draw_tasks
 from rlhf_fast.pocket.world import INSULTS, World
 
 TRAINING = ("ada", "bo", "cy", "di", "ed")
@@ -26,7 +27,7 @@ class Plan:
     demonstrations: int = 160
     texts: int = 12_000
     held_texts: int = 600
-    ranked: int = 800  # prompts whose responses are ranked
+    ranked: int = 1500  # prompts whose responses are ranked
     ranked_held: int = 150
     prompts: int = 3000
     held: int = 300  # prompts on which the models are compared
@@ -34,13 +35,13 @@ class Plan:
     rude: int = 200  # rude prompts, once as they are and once with a request for manners
     batch: int = 256  # PPO episodes a batch
     minibatch: int = 32
-    batches: int = 30
+    batches: int = 20
     sft_lr: float = 5e-4
     reward_lr: float = 1e-3
     policy_lr: float = 7e-4
     value_lr: float = 1e-3
     kl: float = 0.05
-    ptx_coef: float = 0.1
+    ptx_coef: float = 0.15
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ def gather(plan: Plan, seed: int) -> Materials:
 
 
 def ask_facts(rng: random.Random, world: World, count: int) -> list[Task]:
-    """Different questions about facts, each fact in one of its wordings."""
-    facts = [rng.choice(world.facts) for _ in range(count)] if count > len(world.facts) else rng.sample(world.facts, count)
-    return [
-        Task("fact", {"relation": f.relation, "subject": f.subject}, rng.choice(QUESTIONS[f.relation]).format(f.subject))
-        for f in facts
-    ]
+    """Questions about facts, drawn evenly, each in one of its wordings."""
+    tasks = []
+    for fact in rng.sample(world.facts * (1 + count // len(world.facts)), count):
+        question = rng.choice(QUESTIONS[fact.relation]).format(fact.subject)
+        tasks.append(Task("fact", {"relation": fact.relation, "subject": fact.subject}, question))
+    return tasks
 
 
 def provoke(rng: random.Random, count: int) -> list[Task]:

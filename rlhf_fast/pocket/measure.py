@@ -1,4 +1,4 @@
-"""What is measured of a model: its responses, and from them preferences, truth, manners and loss, with 95 % intervals."""
+"""What is measured of a model: its responses, preferences between two models, loss; all with 95 % intervals."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from rlhf_fast.pocket.world import World
 from rlhf_fast.rollout import Rollout
 
 NEW_TOKENS = 32
-CONTEXT_TOKENS = 8192
+MICRO_BATCH = 8192
 Z = 1.96  # standard errors on each side of a 95 % interval
 
 
@@ -79,7 +79,7 @@ def text_losses(model: Model, texts: Path) -> Estimate:
     rows = read_texts(DataConfig(path=str(texts)), model.tokenizer, context=model.max_positions).train
     losses, units = [], []
     for batch in rows.in_order(1):
-        losses.append(evaluate(model, pretrain_loss, [batch], CONTEXT_TOKENS)["loss/pretrain"])
+        losses.append(evaluate(model, pretrain_loss, [batch], MICRO_BATCH)["loss/pretrain"])
         units.append(batch.units())
     total = sum(units)
     mean = sum(loss * unit for loss, unit in zip(losses, units, strict=True)) / total

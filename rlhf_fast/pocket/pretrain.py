@@ -27,9 +27,10 @@ SHAPES = {
     "small": {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4},
     "large": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8},
 }
-STEPS = {"small": 2500, "large": 800}
+STEPS = {"small": 2500, "large": 1000}
 RATES = {"small": 3e-3, "large": 2e-3}
-BATCH_TOKENS = 2048
+BATCH_TOKENS = {"small": 2048, "large": 1024}
+HELD_TOKENS = 4096
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,21 +77,21 @@ def pretrain(size: str, out: str | Path, steps: int = 0, seed: int = 0) -> float
     """Trains from nothing, saves a bfloat16 folder, and returns the held-out loss in nats a token."""
     tokenizer = make_tokenizer()
     model, steps = make_model(size, tokenizer, seed), steps or STEPS[size]
-    held = text_batches(Web(World(WORLD_SEED), random.Random("held out")), tokenizer, 400, BATCH_TOKENS)
+    held = text_batches(Web(World(WORLD_SEED), random.Random("held out")), tokenizer, 400, HELD_TOKENS)
     web = Web(World(WORLD_SEED), random.Random(f"pretraining {seed}"))
     optim = OptimConfig(lr=RATES[size], warmup_steps=min(50, steps // 4), final_ratio=0.05, weight_decay=0.01)
     learner = Learner(model, optim, steps)
     batches: list[Texts] = []
     start = time.perf_counter()
     for step in range(1, steps + 1):
-        batches = batches or text_batches(web, tokenizer, 4000, BATCH_TOKENS)
+        batches = batches or text_batches(web, tokenizer, 4000, BATCH_TOKENS[size])
         learner.step(pretrain_loss, batches.pop())
         if step % max(steps // 10, 1) == 0:
-            loss = evaluate(model, pretrain_loss, held, BATCH_TOKENS)["loss/pretrain"]
+            loss = evaluate(model, pretrain_loss, held, HELD_TOKENS)["loss/pretrain"]
             logging.info("%s %d/%d: loss %.4f, %.0f s", size, step, steps, loss, time.perf_counter() - start)
     model.module.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return evaluate(model, pretrain_loss, held, BATCH_TOKENS)["loss/pretrain"]
+    return evaluate(model, pretrain_loss, held, HELD_TOKENS)["loss/pretrain"]
 
 
 if __name__ == "__main__":

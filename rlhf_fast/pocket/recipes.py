@@ -28,12 +28,12 @@ def sft_config(plan: Plan, base: Path, data: Path, out: Path, seed: int) -> SFT:
     )
 
 
-def reward_config(plan: Plan, start: Path, data: Path, out: Path, seed: int) -> Reward:
+def reward_config(plan: Plan, run: Path, data: Path, out: Path, seed: int) -> Reward:
     """One epoch, all pairs of a prompt's 4 to 9 responses as one element, demonstrations' mean score at 0."""
     return Reward(
         out=str(out),
         seed=seed,
-        model=ModelConfig(path=str(start)),
+        model=ModelConfig(path=str(run / "sft")),
         data=DataConfig(path=str(data / "rankings_train.jsonl")),
         demonstrations=DataConfig(path=str(data / "demonstrations.jsonl")),
         epochs=1,
@@ -51,7 +51,6 @@ def ppo_config(plan: Plan, run: Path, data: Path, out: Path, seed: int, ptx: boo
         seed=seed,
         policy=ModelConfig(path=str(run / "sft")),
         reward=str(run / "reward"),
-        value=ModelConfig(path=str(run / "value")),
         data=DataConfig(path=str(data / "prompts.jsonl")),
         pretrain=DataConfig(path=str(data / "texts.jsonl")) if ptx else DataConfig(),
         ptx_coef=plan.ptx_coef,
@@ -61,8 +60,8 @@ def ppo_config(plan: Plan, run: Path, data: Path, out: Path, seed: int, ptx: boo
         optim=OptimConfig(lr=plan.policy_lr, schedule="constant", warmup_steps=3 * steps),
         value_optim=OptimConfig(lr=plan.value_lr, schedule="constant", warmup_steps=3 * steps),
         value_coef=0.5,
-        missing_eos="subtract",
-        missing_eos_value=1.0,
+        missing_eos="replace",
+        missing_eos_value=-2.0,
         episodes=plan.batch * plan.batches,
         batch=plan.batch,
         minibatch=plan.minibatch,

@@ -55,7 +55,8 @@ def near(ours: Estimate, theirs: Estimate) -> str:
 
 
 def percent(*estimates: Estimate) -> str:
-    return " -> ".join(f"{100 * e.value:.1f} ± {100 * e.error:.1f} %" for e in estimates)
+    shown = ("none" if math.isnan(e.value) else f"{100 * e.value:.1f} ± {100 * e.error:.1f} %" for e in estimates)
+    return " -> ".join(shown)
 
 
 def nats(*estimates: Estimate) -> str:
@@ -131,11 +132,11 @@ def rows(n: Numbers) -> Iterator[Row]:
     yield line(
         "two labelers agree, new pairs", "72.6 ± 1.5 %", "agreement", near(n["agreement"], Estimate(0.726, 0.015))
     )
-    yield line(
-        "two held-out labelers agree", "77.3 ± 1.3 %", "agreement/held-out", near(n["agreement/held-out"], Estimate(0.773, 0.013))
-    )
+    others = near(n["agreement/held-out"], Estimate(0.773, 0.013))
+    yield line("two held-out labelers agree", "77.3 ± 1.3 %", "agreement/held-out", others)
     yield line("reward model right, its labelers", "72.4 ± 0.4 %", "accuracy", beats(n["accuracy"]))
-    yield line("reward model right, held-out labelers", "69.6 ± 0.9 %", "accuracy/held-out", beats(n["accuracy/held-out"]))
+    right = beats(n["accuracy/held-out"])
+    yield line("reward model right, held-out labelers", "69.6 ± 0.9 %", "accuracy/held-out", right)
 
 
 def print_table(n: Numbers, notes: list[str]) -> list[Row]:
