@@ -96,14 +96,20 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
     openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
     warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
-    includes = " ".join(f'-I"{path}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC))
+    warnings += "" if openmp else " -Wno-unused-parameter"  # threads
+    includes = " ".join(
+        f'-I"{dollars(path)}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC)
+    )
     ldflags = openmp + (" -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL")
     lines = [f"cxx = {cxx}", f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}"]
     if name.endswith("_cuda"):
         nvcc, archs = find_nvcc(), gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
         host = "-Xcompiler -fPIC,-fvisibility=hidden"
-        lines += [f"nvcc = {nvcc}", f'nvflags = -O3 -std=c++17 {host} -cudart static --threads 0 {archs} -I"{CSRC}"']
-        ldflags += f' -L"{toolkit_libraries(nvcc)}" -lcudart_static -ldl -lrt -lpthread'
+        lines += [
+            f"nvcc = {nvcc}",
+            f'nvflags = -O3 -std=c++17 {host} -cudart static --threads 0 {archs} -I"{dollars(CSRC)}"',
+        ]
+        ldflags += f' -L"{dollars(toolkit_libraries(nvcc))}" -lcudart_static -ldl -lrt -lpthread'
         jobs = [("cu", source, "cuda", "") for source in sorted((CSRC / "cuda").glob("*.cu"))]
     else:
         sources = sorted((CSRC / "cpu").glob("*.cpp"))
@@ -118,7 +124,13 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
     return "\n".join(lines)
 
 
+def dollars(path: Path | str) -> str:
+    """A path within the double quotes of a command: ninja reads $$ as $, the shell \\$ as $."""
+    return str(path).replace("$", "\\$$")
+
+
 def escaped(path: Path) -> str:
+    """A path as the name of a file in ninja's own lines, which quotes it for the shell."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 

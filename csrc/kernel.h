@@ -1,9 +1,10 @@
 // What every compiled kernel shares: plain pointers in, and one line to make it callable from Python.
 //
 // A kernel is a function of integers (addresses, sizes), floats and bools; it returns nothing, or an error message
-// (nullptr for success). KERNEL(name) enters it in a table that module.cpp turns into Python functions. This header
-// pulls in no library template on purpose: each file of csrc/cpu is compiled once per instruction set, and the linker
-// would merge such templates into one copy, which might use instructions that the processor lacks.
+// (nullptr for success). KERNEL(name) enters it in a table that module.cpp turns into Python functions. The table is
+// data that the linker gathers: a constructor would run, in its file's instruction set, wherever the module is loaded.
+// This header pulls in no library template on purpose: each file of csrc/cpu is compiled once per instruction set, and
+// the linker would merge such templates into one copy, which might use instructions that the processor lacks.
 #pragma once
 #include <stdint.h>
 
@@ -17,10 +18,14 @@ struct Kernel {
   const char* name;       // the name seen from Python
   const char* signature;  // one letter per argument: i = integer or address, f = float
   const char* (*call)(const Argument*);
-  Kernel* next;
 };
 
-Kernel*& kernels();  // the table, a linked list
+// The table: pointers to kernels, in a section of the file that has its name.
+#if defined(__APPLE__)
+#define KERNEL_TABLE "__DATA,rlhf_fast"
+#else
+#define KERNEL_TABLE "rlhf_fast_kernels"
+#endif
 
 namespace {
 
@@ -73,13 +78,6 @@ struct Bind<const char* (*)(A...), f> {
   static const char* call(const Argument* a) { return spread(a, typename Count<sizeof...(A)>::type()); }
 };
 
-struct Entry : Kernel {
-  Entry(const char* name, const char* signature, const char* (*call)(const Argument*))
-      : Kernel{KERNEL_GROUP, name, signature, call, kernels()} {
-    kernels() = this;
-  }
-};
-
 // An address as Python passes it, as a typed pointer. A null address (fake tensor, absent option) stays null.
 template <class T>
 T* ptr(uintptr_t address) {
@@ -88,6 +86,8 @@ T* ptr(uintptr_t address) {
 
 }  // namespace
 
-#define KERNEL(function)                                                                    \
-  static Entry function##_entry(#function, Bind<decltype(&function), &function>::signature, \
-                                &Bind<decltype(&function), &function>::call);
+#define KERNEL(function)                                                                        \
+  static constexpr Kernel function##_kernel = {KERNEL_GROUP, #function,                         \
+                                               Bind<decltype(&function), &function>::signature, \
+                                               &Bind<decltype(&function), &function>::call};    \
+  __attribute__((section(KERNEL_TABLE), used)) static const Kernel* const function##_entry = &function##_kernel;

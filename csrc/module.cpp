@@ -8,10 +8,14 @@
 
 namespace py = pybind11;
 
-Kernel*& kernels() {
-  static Kernel* first = nullptr;
-  return first;
-}
+// The ends of the table, which the linker knows.
+#if defined(__APPLE__)
+extern const Kernel* const first_kernel[] __asm("section$start$__DATA$rlhf_fast");
+extern const Kernel* const last_kernel[] __asm("section$end$__DATA$rlhf_fast");
+#else
+extern const Kernel* const first_kernel[] __asm("__start_rlhf_fast_kernels") __attribute__((visibility("hidden")));
+extern const Kernel* const last_kernel[] __asm("__stop_rlhf_fast_kernels") __attribute__((visibility("hidden")));
+#endif
 
 namespace {
 
@@ -60,7 +64,8 @@ PYBIND11_MODULE(EXTENSION, m) {
   for (const char* group : {"generic", "avx2", "avx512", "cuda"}) {
     py::module_ part = py::reinterpret_borrow<py::module_>(m);
     bool any = false;
-    for (const Kernel* kernel = kernels(); kernel; kernel = kernel->next) {
+    for (const Kernel* const* entry = first_kernel; entry != last_kernel; ++entry) {
+      const Kernel* kernel = *entry;
       if (std::strcmp(kernel->group, group) != 0) continue;
       if (!any) part = m.def_submodule(group), any = true;
       auto* method = new PyMethodDef{kernel->name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),

@@ -79,6 +79,21 @@ def test_objects_export_nothing(tmp_path):
     assert not leaks, leaks
 
 
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump (binutils) is not installed")
+@pytest.mark.skipif(platform.system() != "Linux", reason="names the sections of ELF")
+def test_objects_run_nothing_when_loaded(tmp_path):
+    """A constructor of the AVX2 objects would be an illegal instruction where a machine without AVX loads them."""
+    flags = ["-mavx2", "-mfma"] if X86 else []
+    target = tmp_path / "ranking_loss.o"
+    command = [*COMPILER.split(), "-O0", "-std=c++17", "-fPIC", "-w", *flags, f"-I{CSRC}", '-DKERNEL_GROUP="avx2"']
+    subprocess.run([*command, "-c", CSRC / "cpu" / "ranking_loss.cpp", "-o", target], check=True)
+    headers = subprocess.run(["objdump", "-h", target], check=True, capture_output=True, text=True).stdout
+    sections = [line.split()[1] for line in headers.splitlines() if line.split() and line.split()[0].isdigit()]
+    assert "rlhf_fast_kernels" in sections
+    assert not [s for s in sections if s.startswith((".init_array", ".ctors", ".text.startup"))], sections
+
+
 PROBE = """
 #include "cpu/philox.h"
 #include "cpu/simd.h"

@@ -61,7 +61,6 @@ struct Part {
   INLINE void put(float* p, f32 x) const { store_part(p, x, n); }
 };
 
-INLINE f32 keep(i32 on, f32 x) { return as_float(as_int(x) & on); }
 INLINE f32 clamp(f32 x, f32 low, f32 high) { return select(x < low, low, select(x > high, high, x)); }  // NaN stays
 INLINE bool all_zero(f32 x) {
   uint64_t words[W / 2], any = 0;

@@ -14,8 +14,6 @@ struct Pairs {
 };
 static_assert(sizeof(Pairs) == 24, "kernels/ranking_loss.py gives three doubles a group");
 
-INLINE f32 keep(i32 on, f32 x) { return as_float(as_int(x) & on); }
-
 // Loss and slopes of one group but for its coefficient. The arrays are padded to a multiple of W.
 Pairs run_group(const float* scores, const int32_t* ranks, float* slopes, int64_t K) {
   f32 loss = splat(0.f), correct = loss, margins = loss;

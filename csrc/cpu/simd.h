@@ -38,6 +38,7 @@ INLINE f32 splat(float x) { return f32{} + x; }
 INLINE i32 as_int(f32 x) { return (i32)x; }
 INLINE f32 as_float(i32 x) { return (f32)x; }
 INLINE f32 select(i32 mask, f32 yes, f32 no) { return mask ? yes : no; }
+INLINE f32 keep(i32 mask, f32 x) { return as_float(as_int(x) & mask); }  // x or 0, even where x is NaN
 
 // bfloat16 as it lies in memory.
 struct bf16 {
