@@ -175,7 +175,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run writes and shows. validate_every alone can change the weights in `out`: `select` chooses among them."""
+    """What a run writes and shows. Of these, validate_every alone can change the weights in `out` (see `select`)."""
 
     every: int = 1
     """Steps between lines of metrics.jsonl (PPO: batches)."""

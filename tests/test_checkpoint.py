@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +170,41 @@ def test_json_is_written_whole(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == {"a": [1]}
     with pytest.raises(UserError, match=r"nowhere/run.json: could not be written"):
         checkpoint.write_json(tmp_path / "nowhere" / "run.json", {})
+
+
+def test_a_folder_stays_where_it_is_when_it_cannot_be_replaced(tmp_path, monkeypatch):
+    """The second of two renamings fails: the first is undone. A crash between the two: undone at the next write."""
+    target = tmp_path / "best"
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "weights").write_text("first")
+    rename = Path.rename
+
+    def refused(self, to):
+        if self.name == "best.tmp":
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(OSError, match="Input/output"), checkpoint.atomic_folder(target) as folder:
+            (folder / "weights").write_text("second")
+    assert [p.name for p in tmp_path.iterdir()] == ["best"] and (target / "weights").read_text() == "first"
+    target.rename(tmp_path / "best.old.tmp")
+    with pytest.raises(RuntimeError), checkpoint.atomic_folder(target):
+        raise RuntimeError
+    assert (target / "weights").read_text() == "first"
+
+
+def test_folders_within_are_synced_too(tmp_path, monkeypatch):
+    synced, fsync = [], checkpoint._fsync
+    monkeypatch.setattr(checkpoint, "_fsync", lambda path: (synced.append(path.name), fsync(path)))
+    with checkpoint.atomic_folder(tmp_path / "best") as folder:
+        (folder / "ema").mkdir()
+        (folder / "ema/weights").write_text("x")
+    assert {"ema", "weights", "best.tmp", tmp_path.name} == set(synced)
+
+
+def test_json_has_no_infinity(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        checkpoint.write_json(tmp_path / "run.json", {"score": float("-inf")})
+    assert not (tmp_path / "run.json").exists()

@@ -275,7 +275,11 @@ def test_generate_writes_rows_and_the_batch_size_changes_none(capsys, folder):
     assert main([*args, "--limit", "1", "--temperature", "0"]) == 0
     greedy = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
     assert len(greedy) == 3 and len(set(greedy)) == 1
-    assert "has only 64 positions" in refused(capsys, *args[:6], "1", "--max-new-tokens", "100")
+    for size in ("64", "100"):
+        assert "has only 64 positions" in refused(capsys, *args[:6], "1", "--max-new-tokens", size)
+    toy.jsonl(folder / "p.jsonl", [{"prompt": "a ."}, {"prompt": "a " * 61}])
+    told = refused(capsys, *args)
+    assert "1 of 2 prompts are over the 59 tokens" in told and "p.jsonl:2" in told and "p.jsonl:1" not in told
 
 
 def test_plot_needs_a_run_and_leaves_gaps(capsys, folder):

@@ -87,6 +87,10 @@ BROKEN = [
     (PPO, {"batch": 100}, "ppo: batch must be a multiple of minibatch (64), got 100 (r.yaml:12)"),
     (PPO, {"batch": 3.5}, "ppo: batch must be a whole number, got 3.5 (r.yaml:12)"),
     (PPO, {"seed": True}, "ppo: seed must be a number, got true (r.yaml:12)"),
+    (PPO, {"seed": -1}, "ppo: seed must be from 0 to below 2**63, got -1 (r.yaml:12)"),
+    (SFT, {"seed": 2**63}, "sft: seed must be from 0 to below 2**63"),
+    (Reward, {"seed": 10**400}, "reward: seed must be a whole number"),
+    (PPO, {"value_clip": float("inf")}, "ppo: value_clip must be a number"),
     (PPO, {"dual_clip": 0.5}, "ppo: dual_clip must be 0 (none) or above 1, got 0.5 (r.yaml:12)"),
     (PPO, {"missing_eos": "subtract"}, "ppo: missing_eos_value must be above 0 with missing_eos=subtract"),
     (PPO, {"sampling.temperature": 0}, "ppo: sampling.temperature must be above 0"),
@@ -155,6 +159,10 @@ def test_a_missing_file_and_a_missing_path():
 def test_library_users_get_the_same_rules():
     with pytest.raises(UserError, match=r"OptimConfig: lr must be above 0, got -1"):
         OptimConfig(lr=-1)
+    for wrong in ({"lr": float("inf")}, {"grad_clip": float("inf")}):
+        with pytest.raises(UserError, match=f"OptimConfig: {next(iter(wrong))} must be"):
+            OptimConfig(**wrong)
+    assert SFT(seed=2**63 - 1).seed == 2**63 - 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         PPO().seed = 1
 
@@ -211,3 +219,19 @@ def test_fingerprint_and_difference_see_every_setting():
     assert fingerprint(changed) != fingerprint(cfg)
     assert difference(cfg, changed) == [("sampling.top_p", 1.0, 0.9)]
     assert flatten(cfg).keys() == leaves(PPO).keys()
+
+
+def test_every_setting_is_read_somewhere():
+    """A setting that no code looks at would be a promise without effect."""
+    package = Path(config.__file__).parent
+    used: set[str] = set()
+    for file in package.rglob("*.py"):
+        if file.parent.name == "pocket":
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+                node.body = []  # a rule is no use
+        used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    wanted = {path.rpartition(".")[2] for stage in STAGES.values() for path in leaves(stage)}
+    assert wanted - used == set()

@@ -139,6 +139,7 @@ BAD = [
     ("comparisons", {"prompt": "p", "responses": ["a", "b"], "ranks": [0, "x"]}, "ranks[1] must be a number"),
     ("comparisons", {"prompt": "p", "responses": ["a", "b"], "ranks": [0, True]}, "ranks[1] must be a number"),
     ("comparisons", '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, NaN]}', "ranks[1] must be a number"),
+    ("comparisons", {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 10**400]}, "ranks[1] must be a number"),
     ("comparisons", {"prompt": "p", "responses": "ab", "ranks": [0, 1]}, "responses must be a list, found text"),
     ("comparisons", {"prompt": "p", "responses": ["a", None], "ranks": [0, 1]}, "responses[1] is null"),
     ("comparisons", {"prompt": "p", "responses": ["a", ""], "ranks": [0, 1]}, "responses[1] is empty"),

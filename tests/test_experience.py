@@ -314,3 +314,17 @@ def test_reward_model_must_share_the_tokenizer(tmp_path):
 def test_checked_scores_are_float32():
     scores = checked(torch.tensor([1, 2], dtype=torch.int64), [0, 1], "mine")
     assert scores.dtype == torch.float32 and scores.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("changes", [{}, {"whiten_unbiased": True}, {"whiten_shift_mean": False}], ids=str)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_whitening_by_the_ops_moments_is_whitening_by_ones_own(changes, rows):
+    """The batch's statistics are not taken twice: `collect` whitens by those that came with the advantages."""
+    seed = torch.get_rng_state()
+    raw, _ = collected(rows, whiten="none")
+    torch.set_rng_state(seed)
+    batch, cfg = collected(rows, whiten="batch", **changes)
+    torch.testing.assert_close(batch.advantages, whiten(raw, cfg).advantages, rtol=1e-5, atol=1e-6)
+    number, mean = float(raw.mask.sum()), 3.0
+    given = whiten(raw, settings(whiten_eps=1e-12), torch.tensor([number, mean, 4 * number, 0.0, 0.0]))
+    torch.testing.assert_close(given.advantages[raw.mask], (raw.advantages[raw.mask] - mean) / 2)

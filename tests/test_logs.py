@@ -1,9 +1,11 @@
 """Logs: rows survive a crash exactly once, alarms ring when they should and only then, run.json tells what ran."""
 
+import ast
 import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,13 +86,14 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
 
 HEALTHY = {
     "val/ratio_first": 1.0001, "objective/kl_token": 0.1, "objective/entropy_token": 2.0,
-    "tokens/length": 20.0, "tokens/eos_rate": 0.9,
+    "tokens/length": 20.0, "tokens/eos_rate": 0.9, "rollout/ratio_outside": 0.0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change, words", [
     ({"val/ratio_first": 1.05}, "sampling and training disagree"),
     ({"val/ratio_first": 0.9}, "sampling and training disagree"),
+    ({"rollout/ratio_outside": 0.05}, "5.0% of the tokens have another probability in training"),
     ({"objective/kl_token": 1.5}, "KL runs away"),
     ({"objective/kl_token": -1.5}, "KL runs away"),
     ({"tokens/eos_rate": 0.0}, "end by themselves"),
@@ -156,3 +159,44 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "_metrics", Full())
     with pytest.raises(UserError, match=r"metrics.jsonl: could not be written .*No space left"):
         log.metrics(1, {})
+
+
+def test_only_a_newline_ends_a_row(tmp_path):
+    """A response may hold U+2028, U+0085 or a form feed, and none of them may cost the rows after it."""
+    text = "a\u2028b\u2029c\x85d\x0ce\x1ef"
+    log = logs.Log(tmp_path, Settings(), "ppo", total=4)
+    for step in (1, 2, 3):
+        log.metrics(step, {"loss": step})
+        log.samples(step, [{"response": text}])
+    log.close()
+    logs.Log(tmp_path, Settings(), "ppo", total=4, start=3).close()
+    assert [row["response"] for _, row in logs.read_rows(tmp_path / "samples.jsonl")] == [text] * 3
+    assert [row["step"] for _, row in logs.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_spoiled_row_before_the_last_is_a_sentence(tmp_path):
+    """Only the last line can have been cut short by a crash; the rows after another one are not thrown away."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
+        logs.Log(tmp_path, Settings(), "ppo", total=4, start=3)
+    assert file.read_bytes() == before
+    file.write_text('{"step": 1}\n{"st\n')
+    assert [row for _, row in logs.read_rows(file)] == [{"step": 1}]
+
+
+def test_text_files_do_not_hang_on_the_locale():
+    """Every file that is opened for text says that it is UTF-8."""
+    for file in Path(logs.__file__).parent.rglob("*.py"):
+        if file.parent.name == "pocket":  # its files are plain ASCII, its own
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            opened = isinstance(node.func, ast.Name) and name == "open" and not any("b" in text for text in texts)
+            if opened or name in ("read_text", "write_text"):
+                named = any(keyword.arg == "encoding" for keyword in node.keywords)
+                assert named, f"{file.name}:{node.lineno}: {name} without encoding"

@@ -19,8 +19,16 @@ TRAJECTORY = (
 
 
 def test_ppo_raises_a_callable_reward(folder):
-    cfg = toy.ppo(folder, episodes=20 * 32, batch=32, minibatch=16, pretrain=DataConfig(), inner_epochs=2,
-        data=DataConfig(toy.prompt_file(folder / "prompts.jsonl")), optim=OptimConfig(lr=4e-3, schedule="constant"))
+    cfg = toy.ppo(
+        folder,
+        episodes=20 * 32,
+        batch=32,
+        minibatch=16,
+        pretrain=DataConfig(),
+        inner_epochs=2,
+        data=DataConfig(toy.prompt_file(folder / "prompts.jsonl")),
+        optim=OptimConfig(lr=4e-3, schedule="constant"),
+    )
     ppo.run(cfg)
     rows = toy.rows(folder / "ppo/metrics.jsonl")
     first, last = (sum(row["objective/scores"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
@@ -173,3 +181,8 @@ def test_nan_in_the_reward_names_the_rows(folder, monkeypatch):
         ppo.run(toy.ppo(folder))
     line = int(str(caught.value).rpartition("prompts.jsonl:")[2].rstrip(")").split(",")[0])
     assert toy.rows(folder / "prompts.jsonl")[line - 1]["prompt"].startswith("b")
+
+
+def test_the_largest_seed_runs(folder):
+    ppo.run(toy.ppo(folder, seed=2**63 - 1, episodes=2 * 16))
+    assert len(toy.rows(folder / "ppo/metrics.jsonl")) == 2

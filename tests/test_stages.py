@@ -211,3 +211,72 @@ def test_a_missing_path_is_named(folder):
     with pytest.raises(UserError, match=r"nowhere.jsonl: there is no such file"):
         sft.run(toy.sft(folder, data=DataConfig("nowhere.jsonl", valid_fraction=0.1)))
     assert not (folder / "sft").exists()
+
+
+def test_a_folder_goes_on_only_with_its_own_models(folder, monkeypatch):
+    """Weights count and a run's own notes do not; of a reward function its source does."""
+    from rlhf_fast.stages import ppo
+
+    (folder / "f2_reward.py").write_text("def score(texts):\n    return [0.0] * len(texts)\n")
+    monkeypatch.syspath_prepend(str(folder))
+    cfg = toy.ppo(folder, reward="f2_reward:score", episodes=16)
+    ppo.run(cfg)
+    (folder / "model/run.json").write_text("{}")
+    ppo.run(cfg)
+    (folder / "f2_reward.py").write_text("def score(texts):\n    return [1.0] * len(texts)\n")
+    with pytest.raises(UserError, match=r"f2_reward.py: has changed since"):
+        ppo.run(cfg)
+    (folder / "f2_reward.py").write_text("def score(texts):\n    return [0.0] * len(texts)\n")
+    toy.model(folder / "model", seed=1)
+    with pytest.raises(UserError, match=r"model: the model in it has changed since"):
+        ppo.run(cfg)
+
+
+def test_another_torch_or_number_of_threads_is_told(folder):
+    cfg = toy.sft(folder)
+    with RunDir(cfg) as out:
+        told = out.told
+        out.begin(1, (), {})
+    told["versions"]["torch"], told["machine"]["threads"] = "1.0", 99
+    (folder / "sft/run.json").write_text(json.dumps(told))
+    notes = RunDir(cfg).notes
+    assert len(notes) == 2 and "torch was 1.0" in notes[0] and "threads was 99" in notes[1]
+
+
+def test_the_steps_of_validation_are_part_of_a_run(folder):
+    """They decide which weights there are to select from; how often a line is written does not."""
+    cfg = toy.sft(folder)
+    with RunDir(cfg) as out:
+        out.begin(1, (), {})
+    RunDir(replace(cfg, log=replace(cfg.log, every=7, samples=1, keep=5, checkpoint_every=9)))
+    with pytest.raises(UserError, match="was started with log.validate_every = 0, now it is 3"):
+        RunDir(replace(cfg, log=replace(cfg.log, validate_every=3)))
+
+
+def test_rows_that_validation_blames_are_named_in_their_own_file(folder, monkeypatch):
+    """Of PPO's held-out prompts and of SFT's: uids of validation are rows of the validation file."""
+    from rlhf_fast.errors import BadRows
+    from rlhf_fast.stages import ppo
+
+    generate = ppo.Rollout.generate
+
+    def failing(self, prompts, samples=1, step=None):
+        if step is None:
+            raise BadRows("the model gives NaN", [("Responses", prompts.ids[1])])
+        return generate(self, prompts, samples, step)
+
+    monkeypatch.setattr(ppo.Rollout, "generate", failing)
+    valid = toy.jsonl(folder / "held.jsonl", [{"prompt": text} for text in toy.prompts(4, seed=9)])
+    prompts = DataConfig(toy.prompt_file(folder / "prompts.jsonl"), valid=valid)
+    with pytest.raises(UserError, match=r"gives NaN \(\S*held.jsonl:2\)"):
+        ppo.run(toy.ppo(folder, data=prompts, log=LogConfig(validate_every=1, live=False)))
+    valid = toy.demonstrations(folder / "held_out.jsonl", 8)
+    data = DataConfig(toy.demonstrations(folder / "d.jsonl"), valid=valid)
+    with pytest.raises(UserError, match=r"gives NaN \(\S*held_out.jsonl:2\)"):
+        sft.run(toy.sft(folder, data=data))
+
+
+def test_a_run_that_selects_nothing_has_no_score(folder):
+    sft.run(toy.sft(folder, select="last", epochs=1))
+    told = (folder / "sft/run.json").read_text()
+    assert "Infinity" not in told and json.loads(told)["finished"]["score"] is None
