@@ -171,8 +171,7 @@ def pairs(answers: list[tuple[Task, list[str]]], rng: random.Random) -> list[Pai
 
 
 def respond_all(trial: Trial) -> dict:
-    """Every model's responses to the prompts that nobody trained on, with the same noise for all, and its loss on raw
-    text."""
+    """Every model's responses to the prompts kept apart, with the same noise for all, and its loss on raw text."""
     losses = {}
     for name in MODELS:
         model = load(trial.model(name))
@@ -230,7 +229,7 @@ STEPS = (
     Step("reward", "the reward model", 25, train_judge),
     Step("ppo-ptx", "PPO with pretraining gradients (PPO-ptx)", 60, reinforce("ppo-ptx", True)),
     Step("ppo", "PPO without them, to see the alignment tax", 45, reinforce("ppo", False)),
-    Step("respond", "five models answer prompts that none has seen", 20, respond_all),
+    Step("respond", "five models answer the prompts kept apart", 20, respond_all),
     Step("measure", "the labelers judge", 3, measure),
 )
 

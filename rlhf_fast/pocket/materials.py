@@ -63,12 +63,14 @@ class Materials:
 
 
 def gather(plan: Plan, seed: int) -> Materials:
-    """Draws all prompts; those that models are compared on are drawn first, and nobody trains on them."""
+    """Draws all prompts. Those that models are compared on are drawn first, and are no training prompts: no
+    demonstration, ranking or PPO episode has them. The raw web, being a web, asks some of the same questions."""
     rng = random.Random(f"materials {seed}")
     held = draw_tasks(rng, plan.held)
     ranked_held = draw_tasks(rng, plan.ranked_held)
     questions = ask_facts(rng, World(WORLD_SEED), plan.questions)
-    apart = frozenset(task.prompt for task in [*held, *ranked_held, *questions])
+    rude = provoke(rng, plan.rude)
+    apart = frozenset(task.prompt for task in [*held, *ranked_held, *questions, *rude])
     return Materials(
         World(WORLD_SEED),
         demonstrated=draw_tasks(rng, plan.demonstrations, apart),
@@ -77,7 +79,7 @@ def gather(plan: Plan, seed: int) -> Materials:
         prompts=draw_tasks(rng, plan.prompts, apart),
         held=held,
         questions=questions,
-        rude=provoke(rng, plan.rude),
+        rude=rude,
     )
 
 
@@ -110,12 +112,24 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def documents(web: Web, count: int, apart: frozenset[str]) -> list[str]:
+    """The next documents of the web that are not in `apart`."""
+    found: list[str] = []
+    while len(found) < count:
+        text = web.document()
+        if text not in apart:
+            found.append(text)
+    return found
+
+
 def write_materials(materials: Materials, plan: Plan, seed: int, folder: Path) -> None:
-    """texts.jsonl, held_texts.jsonl, demonstrations.jsonl and prompts.jsonl."""
+    """texts.jsonl, held_texts.jsonl (no document is in both), demonstrations.jsonl and prompts.jsonl."""
     rng = random.Random(f"demonstrators {seed}")
+    held: frozenset[str] = frozenset()
     for name, count in (("held_texts", plan.held_texts), ("texts", plan.texts)):
-        web = Web(materials.world, random.Random(f"{name} {seed}"))
-        write_rows(folder / f"{name}.jsonl", ({"text": web.document()} for _ in range(count)))
+        texts = documents(Web(materials.world, random.Random(f"{name} {seed}")), count, held)
+        write_rows(folder / f"{name}.jsonl", ({"text": text} for text in texts))
+        held = frozenset(texts)
     write_rows(
         folder / "demonstrations.jsonl",
         (
