@@ -12,7 +12,7 @@ from rlhf_fast.pocket import demo, report
 from rlhf_fast.pocket.answers import QUESTIONS
 from rlhf_fast.pocket.corpus import Web
 from rlhf_fast.pocket.labelers import AGREEMENT, agreement, calibrate, judge, team
-from rlhf_fast.pocket.materials import HELD_OUT, TRAINING, Plan, gather
+from rlhf_fast.pocket.materials import HELD_OUT, TRAINING, Plan, gather, read_rows, write_materials
 from rlhf_fast.pocket.measure import Estimate, estimate, load
 from rlhf_fast.pocket.pretrain import SHAPES, make_model, make_tokenizer, pretrain
 from rlhf_fast.pocket.tasks import CATEGORIES, KINDS, Task, draw_task, draw_tasks
@@ -76,7 +76,9 @@ def test_prompts_come_in_the_papers_shares():
 def test_nobody_trains_on_what_models_are_compared_on():
     people = gather(Plan(), 0)
     trained = {task.prompt for tasks in (people.demonstrated, people.ranked, people.prompts) for task in tasks}
-    compared = {task.prompt for tasks in (people.held, people.ranked_held, people.questions) for task in tasks}
+    compared = {
+        task.prompt for tasks in (people.held, people.ranked_held, people.questions, people.rude) for task in tasks
+    }
     assert trained.isdisjoint(compared)
 
 
@@ -188,3 +190,20 @@ def test_demo_without_matplotlib_still_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf_fast.plot.plot", absent)
     trial = demo.Trial(tmp_path, 0, demo.QUICK, gather(demo.QUICK, 0))
     assert demo.draw(trial) == "No curves: plot: matplotlib is not installed"
+
+
+def test_no_text_is_both_held_out_and_trained_on(tmp_path):
+    plan = Plan(texts=3000, held_texts=300, demonstrations=3, ranked=3, prompts=3, held=3, questions=3, rude=3)
+    write_materials(gather(plan, 0), plan, 0, tmp_path)
+    trained, held = (
+        {row["text"] for row in read_rows(tmp_path / name)} for name in ("texts.jsonl", "held_texts.jsonl")
+    )
+    assert len(held) > 250 and not trained & held
+
+
+def test_intervals_and_verdicts_need_evidence():
+    assert estimate([0.0] * 200).error == pytest.approx(0.0188, abs=1e-3)  # Wilson's bound for none of 200
+    assert estimate([1.0]).error > 0.5
+    wide, low, high = Estimate(0.3, 0.2), Estimate(0.3, 0.01), Estimate(0.31, 0.01)
+    assert report.no_lower(wide, wide) == report.OPEN
+    assert report.no_lower(low, high) == report.AS and report.no_lower(Estimate(0.5, 0.01), low) == report.NOT
