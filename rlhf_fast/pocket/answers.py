@@ -76,8 +76,9 @@ def answers(*names: str) -> Callable[[Draw, Slots, World], str]:
 
 def tell_story(rng: Draw, slots: Slots, world: World) -> str:
     """Three or four sentences about the person and the animal (or the thing) of the prompt."""
-    middle = ["saw", "played", "beast felt"] if "animal" in slots["of"] else ["found", "gave", "lost"]
-    if "animal" not in slots["of"]:
+    if slots["of"] == "animal":
+        middle = ["saw", "played", "beast felt"]
+    else:
         middle = ["found", "gave"] if rng.random() < 0.7 else ["lost"]
     slots = {**slots, "mood": slots["mood"] if middle[-1] != "lost" else rng.choice(SAD)}
     first = say("went", **slots)

@@ -67,13 +67,13 @@ class Trial(NamedTuple):
 class Step(NamedTuple):
     name: str
     title: str
-    share: float  # of the whole demo's time, for the ETA
+    share: float  # of the whole time, for the ETA
     run: Callable[[Trial], dict | None]
 
 
 def run(out: str | Path = "runs/demo", seed: int = 0, quick: bool = False) -> list[report.Row]:
     """Runs what is not finished yet below `out`, prints the table and returns its lines; also writes table.txt,
-    numbers.json and, where matplotlib is installed, curves.png of the two PPO runs."""
+    numbers.json and, where matplotlib is installed, the curves of the two PPO runs, ppo-ptx.png and ppo.png."""
     plan = QUICK if quick else Plan()
     trial = Trial(Path(out), seed, plan, gather(plan, seed))
     settle(trial)
@@ -103,7 +103,7 @@ def say(text: str) -> None:
 
 def remaining(elapsed: float, spent: float, done: int) -> str:
     """How long the steps after the first `done` will take, by the speed of those that ran in `elapsed` seconds."""
-    if not spent:
+    if spent < 5:  # too little to go by
         return ""
     left = round(elapsed / spent * sum(step.share for step in STEPS[done:]))
     return f"{left // 60}:{left % 60:02d}"
@@ -224,13 +224,13 @@ def measure(trial: Trial) -> dict:
 
 STEPS = (
     Step("prepare", "the world's people write: raw text, demonstrations, prompts", 1, prepare),
-    Step("sft", "supervised fine-tuning of the small base model", 3, fine_tune),
-    Step("rank", "4 to 9 responses to each prompt, ranked by five labelers", 15, rank),
-    Step("reward", "the reward model", 25, train_judge),
-    Step("ppo-ptx", "PPO with pretraining gradients (PPO-ptx)", 60, reinforce("ppo-ptx", True)),
-    Step("ppo", "PPO without them, to see the alignment tax", 45, reinforce("ppo", False)),
-    Step("respond", "five models answer the prompts kept apart", 20, respond_all),
-    Step("measure", "the labelers judge", 3, measure),
+    Step("sft", "supervised fine-tuning of the small base model", 8, fine_tune),
+    Step("rank", "4 to 9 responses to each prompt, ranked by five labelers", 32, rank),
+    Step("reward", "the reward model", 67, train_judge),
+    Step("ppo-ptx", "PPO with pretraining gradients (PPO-ptx)", 124, reinforce("ppo-ptx", True)),
+    Step("ppo", "PPO without them, to see the alignment tax", 96, reinforce("ppo", False)),
+    Step("respond", "five models answer the prompts kept apart", 40, respond_all),
+    Step("measure", "the labelers judge", 7, measure),
 )
 
 
@@ -241,7 +241,7 @@ def conclude(trial: Trial) -> list[report.Row]:
     numbers = {name: Estimate(*(value or (math.nan, math.nan))) for name, value in found.items()}
     took = sum(trial.result(step.name)["seconds"] for step in STEPS)
     notes = [
-        "",
+        "A quick run: too little of everything for these numbers to mean anything." if trial.plan == QUICK else "",
         "Intervals are over prompts. Responses are sampled at temperature 1; each pair is judged by five labelers.",
         f"The labelers' noise is {kept[0]['noise']:.2f}, set so that two of them agree on 73 % of the training pairs.",
         draw(trial),

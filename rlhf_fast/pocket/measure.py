@@ -75,10 +75,10 @@ def preferred(
 
 
 def text_losses(model: Model, texts: Path) -> Estimate:
-    """Nats a token on held-out raw text; the documents are what is independent."""
+    """Nats a token on held-out raw text; ten documents at a time are what is independent."""
     rows = read_texts(DataConfig(path=str(texts)), model.tokenizer, context=model.max_positions).train
     losses, units = [], []
-    for batch in rows.in_order(1):
+    for batch in rows.in_order(10):
         losses.append(evaluate(model, pretrain_loss, [batch], MICRO_BATCH)["loss/pretrain"])
         units.append(batch.units())
     total = sum(units)

@@ -114,7 +114,8 @@ def rows(n: Numbers) -> Iterator[Row]:
         "rude/base rude/ppo-ptx",
         no_lower(n["rude/base"], n["rude/ppo-ptx"]),
     )
-    yield line("rude, in all: base -> SFT", "(not reported)", "impolite/base impolite/sft", "")
+    everywhere = "impolite/base impolite/sft impolite/ppo-ptx"
+    yield line("rude, to all sorts of prompts: base -> SFT -> PPO-ptx", "(not reported)", everywhere, "")
     yield line(
         "loss on raw text, nats a token: base -> SFT -> PPO (the alignment tax)",
         "tasks get worse: x 0.84",
