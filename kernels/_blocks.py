@@ -42,6 +42,11 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def floats(like: Tensor, *shape: int) -> Tensor:
+    """New float32 memory beside `like`, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 @functools.cache
 def has_half_products(kernels: ModuleType) -> bool:
     try:
@@ -93,7 +98,7 @@ class Head:
         if self.half or (self.weight.dtype == torch.float32 and self.weight.stride(1) == 1):
             return self.weight[first:end]
         if self.scratch is None:
-            self.scratch = torch.empty(min(COLUMNS, self.V) * self.D)
+            self.scratch = floats(self.weight, min(COLUMNS, self.V) * self.D)
         return self.scratch[: (end - first) * self.D].view(-1, self.D).copy_(self.weight[first:end])
 
     def product(self, rows: tuple[int, int], weight: Tensor, out: Tensor) -> None:
@@ -121,29 +126,29 @@ class Head:
         )  # fmt: skip
 
     def state(self) -> Tensor:
-        state = torch.empty(self.n, 9)
+        state = floats(self.hidden, self.n, 9)
         self.kernels.head_begin(state.data_ptr(), self.n)
         return state
 
     def results(self, state: Tensor, reference: bool = False) -> Tensor:
         """(4 or 8, n): log p, entropy, m, log s; of the reference log p, KL, m, log s."""
-        out = torch.empty(8 if reference else 4, len(state))
+        out = floats(state, 8 if reference else 4, len(state))
         self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), reference)
         return out
 
     def statistics(self, other: Head | None = None) -> Tensor:
         """`results` of every row; `other` is the reference's head."""
         state = self.state()
-        for _, rows, first, _, x, ref in self.logits(other):
+        for rows, first, _, x, ref in self.logits(other):
             self.call("head_statistics", x, ref, other, rows, first, state)
         return self.results(state, other is not None)
 
     def logits(self, other: Head | None = None) -> Iterator[tuple]:
-        """Blocks of raw logits, in the order of four products: (is it the first of its columns, (begin, end) of the
-        rows, first column, block of the weight, logits, the reference's logits)."""
+        """Blocks of raw logits, in the order of four products: ((begin, end) of the rows, first column, block of the
+        weight, logits, the reference's logits)."""
         chunks = even(self.n, BLOCK_BYTES // (4 * min(COLUMNS, self.V)))
         size = max((end - begin for begin, end in chunks), default=0) * min(COLUMNS, self.V)
-        buffer, ref_buffer = torch.empty(size), None if other is None else torch.empty(size)
+        buffer, ref_buffer = floats(self.hidden, size), None if other is None else floats(self.hidden, size)
         for first, stop in self.columns():
             weight = self.block(first, stop)
             ref_weight = None if other is None else other.block(first, stop)
@@ -154,12 +159,12 @@ class Head:
                 if other is not None:
                     ref = ref_buffer[: x.numel()].view_as(x)
                     other.product((begin, end), ref_weight, ref)
-                yield begin == 0, (begin, end), first, weight, x, ref
+                yield (begin, end), first, weight, x, ref
 
     def gradients(self, slopes: Tensor, by: tuple[bool, bool, bool], other: Head | None = None) -> tuple:
         """Gradients of hidden, weight and bias by slopes (n, 8): the second half of the order of four products."""
         out = Gradients(self, by, whole=False)
-        for _, rows, first, weight, x, ref in self.logits(other):
+        for rows, first, weight, x, ref in self.logits(other):
             self.call("head_gradient", x, ref, other, rows, first, slopes)
             out.add(rows, first, weight, x)
         return out.finish()
@@ -172,8 +177,8 @@ class Head:
             return results, self.gradients(slopes_of(results, slice(None)), by) if any(by) else Gradients.none(self)
         state, parts, out = self.state(), [], Gradients(self, by, whole=True)
         chunks = even(self.n, most)
-        buffer = torch.empty(max((end - begin for begin, end in chunks), default=0) * self.V)
-        slopes = torch.empty(self.n, 8)
+        buffer = floats(self.hidden, max((end - begin for begin, end in chunks), default=0) * self.V)
+        slopes = floats(self.hidden, self.n, 8)
         for begin, end in chunks:
             kept = []
             for first, stop in self.columns():
@@ -198,13 +203,13 @@ class Gradients:
 
     def __init__(self, of: Head, by: tuple[bool, bool, bool], whole: bool):
         self.of, self.by = of, by
-        self.hidden = torch.zeros(of.n, of.D) if by[0] else None
+        self.hidden = floats(of.hidden, of.n, of.D).zero_() if by[0] else None
         self.direct = of.weight.dtype == torch.float32
-        self.weight = torch.empty(of.V, of.D, dtype=of.weight.dtype) if by[1] else None
+        self.weight = of.weight.new_empty(of.V, of.D) if by[1] else None
         summed = by[1] and not self.direct
-        self.sums = torch.empty(of.V if whole else min(COLUMNS, of.V), of.D) if summed else None
+        self.sums = floats(of.weight, of.V if whole else min(COLUMNS, of.V), of.D) if summed else None
         self.whole = whole
-        self.bias = torch.zeros(of.V) if by[2] else None
+        self.bias = floats(of.weight, of.V).zero_() if by[2] else None
 
     def add(self, rows: tuple[int, int], first: int, weight: Tensor | None, x: Tensor) -> None:
         begin, end = rows
@@ -260,7 +265,7 @@ class Gradients:
 
 def slopes(m: Tensor, log_sum: Tensor, g: Tensor, a: Tensor, b: Tensor | None = None, *reference: Tensor) -> Tensor:
     """(n, 8), what head_gradient reads: m, log s, g, a, b, and c, m, log s of the reference."""
-    out = torch.zeros(len(g), 8)
+    out = floats(g, len(g), 8).zero_()
     for i, x in enumerate((m, log_sum, g, a, b, *reference)):
         if x is not None:
             out[:, i] = x

@@ -6,6 +6,8 @@ Every loss of a row's log-probability, entropy and exact KL to a reference has o
 p (a + b log p + c (log p_ref - log p)) + g 1[target], four numbers a row.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -99,7 +101,7 @@ def default_weights(weights: Tensor | None, targets: Tensor) -> Tensor:
     """Weights of the tokens, float32 (bool becomes 0 and 1); None: one over the number of targets not ignored."""
     here = targets != IGNORED
     if weights is None:
-        return here / here.sum().clamp(min=1)
+        return here.float() / here.sum().clamp(min=1)
     return wide(weights).where(here, 0)
 
 
@@ -118,9 +120,11 @@ def check_head(
     name: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float
 ) -> None:
     """The rules that every op of the linear family has."""
-    if weight.dim() != 2 or not hidden.dim() or hidden.shape[-1] != weight.shape[1] or not weight.shape[0]:
+    if weight.dim() != 2 or not hidden.dim() or hidden.shape[-1] != weight.shape[1] or not weight.numel():
         shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
-        raise ValueError(f"{name}: hidden (..., D) and weight (V, D) must share D, and V be at least 1, got {shapes}")
+        raise ValueError(
+            f"{name}: hidden (..., D) and weight (V, D) must share D, and D and V be at least 1, got {shapes}"
+        )
     if targets.shape != hidden.shape[:-1]:
         shapes = f"{list(targets.shape)} and {list(hidden.shape)}"
         raise ValueError(f"{name}: targets must have hidden's shape without its last dimension, got {shapes}")
@@ -136,10 +140,10 @@ def check_head(
 def check_scalars(name: str, targets: Tensor, temperature: float, softcap: float) -> None:
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}: targets must be int64 or int32, got {str(targets.dtype)[6:]}")
-    if not temperature > 0:
-        raise ValueError(f"{name}: temperature must be positive, got {temperature}")
-    if softcap < 0:
-        raise ValueError(f"{name}: softcap must be positive, or 0 for none, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name}: temperature must be positive and finite, got {temperature}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
 
 
 def check_rows(name: str, targets: Tensor, **rows: Tensor | None) -> None:

@@ -17,6 +17,7 @@ import functools
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
@@ -64,18 +65,25 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
 COMPILED, MISSING = _load_compiled()
 _FORCED_BY_ENVIRONMENT = os.environ.get("RLHF_FAST_BACKEND") or None
 _STRICT = os.environ.get("RLHF_FAST_STRICT") == "1"
-_forced: str | None = _FORCED_BY_ENVIRONMENT
+
+
+class _Choice(threading.local):
+    """The backend that this thread forces; a thread starts with the environment's."""
+
+    forced: str | None = _FORCED_BY_ENVIRONMENT
+
+
+_choice = _Choice()
 
 
 @contextlib.contextmanager
 def forcing(backend: str | None) -> Iterator[None]:
-    """Every op called inside runs on `backend`; an op without it raises."""
-    global _forced
-    before, _forced = _forced, backend
+    """Every op that this thread calls inside runs on `backend`; an op without it raises."""
+    before, _choice.forced = _choice.forced, backend
     try:
         yield
     finally:
-        _forced = before
+        _choice.forced = before
 
 
 def lane(x: Tensor) -> int:
@@ -88,11 +96,30 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def one_width(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All in float64 if one of them is (the kernels decline it): what the reference computes, seen from its inputs."""
+    if any(x is not None and x.dtype == torch.float64 for x in tensors):
+        return tuple(x if x is None else x.double() for x in tensors)
+    return tensors
+
+
 def _traced() -> bool:
     """True while somebody traces or transforms calls: torch.compile, a dispatch mode (fake tensors), vmap."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _once(name: str, backward: Callable, ctx, grads: tuple):
+    """The gradients, such that their own derivative raises. torch's once_differentiable lets it pass, as a zero, where
+    the incoming gradients have no gradient themselves (those of a plain loss)."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return backward(ctx, *grads)
+    with torch.no_grad():
+        out = backward(ctx, *grads)
+    out = out if isinstance(out, tuple) else (out,)
+    refuse = torch._C._functions.DelayedError(f"{name}: the gradient cannot be differentiated again", len(out))
+    return refuse(*(x if x is None else x.detach().requires_grad_() for x in out))
 
 
 class Op:
@@ -112,7 +139,7 @@ class Op:
         self.has_gradient = False
         _library.define(self.name + torch.library.infer_schema(body, mutates_args=()))
         for device in _DEVICES:
-            _library.impl(self.name, functools.partial(self._answer, device), device.upper())
+            _library.impl(self.name, functools.partial(self._dispatched, device), device.upper())
         torch.library.register_fake(f"rlhf_fast::{self.name}", fake or body, lib=_library)
         self.torch_op = self.differentiable = getattr(torch.ops.rlhf_fast, self.name).default
         OPS[self.name] = self
@@ -122,7 +149,7 @@ class Op:
             args = self._bind(args, kwargs)
         if self.prepare is not None:
             args = self.prepare(*args)
-        if _forced == "reference":
+        if _choice.forced == "reference":
             return self.reference(*args)
         if self.has_gradient and torch.is_grad_enabled():
             if any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -136,12 +163,25 @@ class Op:
         for a in args:
             kind = type(a)
             if kind is Tensor or kind is Parameter:
-                device = device or a.device.type
+                if device is None:
+                    device = a.device
+                elif a.device != device:
+                    raise self._scattered(args)
             elif isinstance(a, Tensor):
                 return self.torch_op(*args)
-        if device not in _DEVICES or _traced():
+        if device is None or device.type not in _DEVICES or _traced():
             return self.torch_op(*args)
+        return self._answer(device.type, *args)
+
+    def _dispatched(self, device: str, *args):
+        """What torch's dispatcher calls, on real tensors; it looks at the device of one of them."""
+        if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
+            raise self._scattered(args)
         return self._answer(device, *args)
+
+    def _scattered(self, args: tuple) -> ValueError:
+        came = ", ".join(str(a.device) for a in args if isinstance(a, Tensor))
+        return ValueError(f"{self.name}: all tensors must be on one device, got {came}")
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple:
         if len(args) > len(self.names):
@@ -161,21 +201,25 @@ class Op:
         return tuple(bound)
 
     def _answer(self, device: str, *args):
-        """Runs inside torch's dispatcher, on real tensors of `device`."""
+        """The chosen kernel, on real tensors of one device, of the type `device`."""
         args = args + self.tail[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
-        chosen = _forced or self.best[device]
+        forced = _choice.forced
+        chosen = forced or self.best[device]
         if chosen not in self.implementations:
             raise ValueError(f"{self.name}: no backend {chosen!r} here; there are: {', '.join(self.backends)}")
         if chosen != "reference":
             try:
-                return self.implementations[chosen](*args)
+                if device == "cpu":
+                    return self.implementations[chosen](*args)
+                with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
+                    return self.implementations[chosen](*args)
             except Declined as declined:
                 why = str(declined)
         else:
             why = self.why(device)
-        if _STRICT and _forced != "reference":
+        if _STRICT and forced != "reference":
             raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no compiled kernel answers: {why}")
-        if not self.warned and _forced != "reference":
+        if not self.warned and forced != "reference":
             self.warned = True
             log.warning("%s runs on its plain-torch reference: %s", self.name, why)
         return self.reference(*args)
@@ -231,26 +275,31 @@ class Op:
 
         `save(ctx, inputs, output)` and `backward(ctx, *grads)`, or, where the forward pass itself makes the gradients,
         `forward(ctx, *args)` and `backward(ctx, *grads)`. A backend forced in forward stays forced in backward.
+        Differentiable once: a derivative of the gradient raises, rather than miss what the kernels do not record.
         """
         self.has_gradient = True
+        name = self.name  # torch.compile traces these steps: it finds an op by its name, not in a closure
 
         def run_backward(ctx, *grads):
             if ctx.backend is None:
-                return backward(ctx, *grads)
+                return _once(name, backward, ctx, grads)
             with forcing(ctx.backend):
-                return backward(ctx, *grads)
+                return _once(name, backward, ctx, grads)
 
         def setup_context(ctx, inputs, output):
-            ctx.backend = _forced
+            ctx.backend = _choice.forced
             save(ctx, inputs, output)
 
         def run_forward(ctx, *args):
-            ctx.backend = _forced
+            ctx.backend = _choice.forced
             return forward(ctx, *args)
+
+        def run_plain(*args):
+            return OPS[name].run(*args)
 
         steps = {"backward": run_backward}
         if forward is None:
-            steps |= {"forward": self.run, "setup_context": setup_context}
+            steps |= {"forward": run_plain, "setup_context": setup_context}
         else:
             steps |= {"forward": run_forward}
         methods = {name: staticmethod(step) for name, step in steps.items()}

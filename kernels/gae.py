@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
 from rlhf_fast.kernels._segments import scan
 
 
@@ -40,7 +40,8 @@ def _(rewards, values, mask, gamma, lam, bootstrap):
         raise ValueError(f"gae: rewards, values and mask must have one shape (B, T), got {shapes}")
     if bootstrap is not None and bootstrap.shape != rewards.shape[:1]:
         raise ValueError(f"gae: bootstrap must have shape ({rewards.shape[0]},), got {list(bootstrap.shape)}")
-    return rewards.detach(), values.detach(), mask.bool(), float(gamma), float(lam), bootstrap
+    rewards, values, bootstrap = one_width(rewards.detach(), values.detach(), bootstrap)
+    return rewards, values, mask.bool(), float(gamma), float(lam), bootstrap
 
 
 @gae.compiled

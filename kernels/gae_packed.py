@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
 from rlhf_fast.kernels._segments import check_offsets, scan
 
 
@@ -49,11 +49,12 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0] or cu_seqlens.dtype not in (torch.int32, torch.int64):
         came = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"gae_packed: cu_seqlens must be int32 or int64 of shape (S + 1,), got {came}")
-    if bootstrap is not None and bootstrap.shape[:1] != (cu_seqlens.shape[0] - 1,):
+    if bootstrap is not None and bootstrap.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(
             f"gae_packed: bootstrap must have shape ({cu_seqlens.shape[0] - 1},), got {list(bootstrap.shape)}"
         )
-    return rewards.detach(), values.detach(), mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
+    rewards, values, bootstrap = one_width(rewards.detach(), values.detach(), bootstrap)
+    return rewards, values, mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
 
 
 @gae_packed.compiled

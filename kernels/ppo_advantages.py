@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
 from rlhf_fast.kernels._segments import scan
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
@@ -92,7 +92,8 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
         raise ValueError(
             f"ppo_advantages: kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}"
         )
-    tensors = (x.detach() for x in (logprobs, ref_logprobs, values, scores))
+    tensors = (x if x is None else x.detach() for x in (logprobs, ref_logprobs, values, scores, bootstrap))
+    *tensors, bootstrap = one_width(*tensors)
     numbers = float(kl_coef), kl_estimator, float(gamma), float(lam), float(score_clip)
     return *tensors, mask.bool(), *numbers, bootstrap
 

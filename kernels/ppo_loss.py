@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
 from rlhf_fast.kernels._policy import policy_loss as clipped_loss
 
 STATS = (
@@ -177,14 +177,19 @@ def _(
     if importance_mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
         raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {importance_mode!r}")
-    shift, scale = _one_element("shift", advantage_shift, weights), _one_element("scale", advantage_scale, weights)
     weights = weights.float() if weights.dtype == torch.bool else weights
     if value_weights is not None and value_weights.dtype == torch.bool:
         value_weights = value_weights.float()
+    tensors = one_width(
+        logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs
+    )
+    shift, scale = (
+        _one_element("shift", advantage_shift, tensors[3]),
+        _one_element("scale", advantage_scale, tensors[3]),
+    )
     return (
-        logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
-        shift, scale, float(clip_low), float(clip_high), float(dual_clip), float(value_clip), float(log_ratio_clamp),
-        float(importance_cap), importance_mode,
+        *tensors, shift, scale, float(clip_low), float(clip_high), float(dual_clip), float(value_clip),
+        float(log_ratio_clamp), float(importance_cap), importance_mode,
     )  # fmt: skip
 
 

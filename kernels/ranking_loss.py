@@ -44,7 +44,7 @@ def _pairs(scores: Tensor, group_offsets: Tensor, ranks: Tensor, weights: Tensor
     margin = torch.where(pair, scores[:, None] - scores, 0)
     per_group = scores.new_zeros(G).index_add(0, group, pair.sum(1).to(scores.dtype))
     has_pair = per_group > 0
-    weights = 1 / has_pair.sum().clamp_min(1) if weights is None else weights.to(scores.dtype)
+    weights = 1 / has_pair.sum().clamp_min(1).to(scores.dtype) if weights is None else weights.to(scores.dtype)
     coefficient = torch.where(has_pair, weights / per_group.clamp_min(1), 0)[group][:, None]
     loss = -torch.where(pair, coefficient * logsigmoid(margin), 0).sum()
     slope = torch.where(pair, coefficient * torch.sigmoid(-margin), 0).detach()
@@ -90,11 +90,7 @@ def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
     if scores.dtype == torch.float64:
         raise Declined("float64 has no compiled kernel")
     check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
-    scores, ranks, group_offsets = (
-        scores.float().contiguous(),
-        ranks.int().contiguous(),
-        group_offsets.long().contiguous(),
-    )
+    scores, ranks, group_offsets = scores.float().contiguous(), _int32(ranks), group_offsets.long().contiguous()
     weights = weights if weights is None else weights.float().contiguous()
     G, N = group_offsets.shape[0] - 1, scores.shape[0]
     loss, stats, slope = scores.new_empty(()), scores.new_empty(len(STATS)), scores.new_empty(N if with_slope else 0)
@@ -105,6 +101,14 @@ def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
         lane(scores),
     )  # fmt: skip
     return loss, stats, slope
+
+
+def _int32(ranks: Tensor) -> Tensor:
+    """Ranks in their order, as int32, dense: only the order matters, so numbers that do not fit are renumbered."""
+    narrow = ranks.int()
+    if ranks.dtype != torch.int32 and (narrow != ranks).any():
+        narrow = ranks.unique(return_inverse=True)[1].int()
+    return narrow.contiguous()
 
 
 @ranking_loss.compiled

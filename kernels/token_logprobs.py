@@ -52,8 +52,8 @@ def _rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 @token_logprobs.compiled
 def _(kernels, logits, targets, temperature, softcap):
     rows, targets = _rows(logits, targets)
-    logprobs = torch.empty(targets.shape)
-    entropy = torch.empty(targets.shape)
+    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=rows.device)
+    entropy = torch.empty_like(logprobs)
     try:
         kernels.token_logprobs(
             rows.data_ptr(), rows.dtype == torch.bfloat16, targets.data_ptr(), targets.dtype == torch.int64,
@@ -81,7 +81,7 @@ def token_logprobs_backward(
 def _(kernels, grad_logprobs, grad_entropy, logits, targets, temperature, softcap):
     rows, targets = _rows(logits, targets)
     grad_logprobs, grad_entropy = grad_logprobs.float().contiguous(), grad_entropy.float().contiguous()
-    out = torch.empty(logits.shape, dtype=logits.dtype)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     kernels.token_logprobs_backward(
         grad_logprobs.data_ptr(), grad_entropy.data_ptr(), rows.data_ptr(), rows.dtype == torch.bfloat16,
         targets.data_ptr(), targets.dtype == torch.int64, out.data_ptr(), *rows.shape, rows.stride(0),

@@ -3,12 +3,15 @@
 The oracle is the op's reference, run in float64, and autograd through it. A new op needs no line here.
 """
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._op import OPS
+from rlhf_fast.kernels._op import OPS, forcing
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -121,6 +124,116 @@ def test_compiles_whole(op, size, device, dtype, backend):
     args = detached(op.make(device=device, dtype=dtype, **size))
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*args), op(*args), equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "op, size, device, dtype, backend", list(cases(gradient=True, dtypes=[torch.float32], every_backend=False))
+)
+def test_compiles_whole_with_its_gradient(op, size, device, dtype, backend):
+    torch._dynamo.reset()
+    args = op.make(device=device, dtype=dtype, **size)
+    upstream = [torch.randn_like(o) for o in leaves(op(*detached(args, True))) if o.requires_grad]
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+    ours = gradients(compiled, detached(args, True), upstream)
+    for a, b in zip(ours, gradients(op, detached(args, True), upstream), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
+def test_torchs_defaults_change_nothing(op, size, device, dtype, backend):
+    """Neither torch.set_default_dtype nor a `with torch.device(...)` around the call."""
+    args = op.make(device=device, dtype=dtype, **size)
+    expected = op.backend(backend)(*detached(args, True))
+    upstream = [torch.randn_like(o) for o in leaves(expected) if o.requires_grad]
+    grads = gradients(op.backend(backend), detached(args, True), upstream) if upstream else ()
+    for default in (default_dtype(torch.float64), default_dtype(torch.bfloat16), torch.device("meta")):
+        mine = detached(args, True)
+        with default:
+            out = leaves(op.backend(backend)(*mine))
+            out += (
+                torch.autograd.grad(
+                    [o for o in out if o.requires_grad],
+                    [a for a in leaves(mine) if a.requires_grad],
+                    upstream,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                if upstream
+                else ()
+            )
+        for a, b in zip(out, [*leaves(expected), *grads], strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", [o for o in OPS.values() if o.has_gradient], ids=lambda o: o.name)
+def test_a_second_derivative_raises(op):
+    args = op.make(device="cpu", dtype=torch.float32, **op.small[0])
+    wrt = [a for a in leaves(args) if a.requires_grad]
+    first = next(o for o in leaves(op(*args)) if o.requires_grad)
+    grads = torch.autograd.grad(first.sum(), wrt, create_graph=True, allow_unused=True)
+    loss = sum(g.square().sum() for g in grads if g is not None) + sum(w.sum() for w in wrt)
+    with pytest.raises(RuntimeError, match=f"{op.name}: the gradient cannot be differentiated again"):
+        loss.backward()
+
+
+def test_tensors_of_two_devices_are_refused():
+    rewards, values, mask, *_ = ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="gae: all tensors must be on one device, got cpu, meta, cpu"):
+        ops.gae(rewards, values.to("meta"), mask)
+    with pytest.raises(ValueError, match="gae: all tensors must be on one device, got cpu, meta, cpu"):
+        ops.gae._dispatched("cpu", rewards, values.to("meta"), mask)
+
+
+def test_a_cuda_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def guard(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setitem(ops.gae.implementations, "cuda", lambda *args: entered.append("launch"))
+    monkeypatch.setitem(ops.gae.best, "cuda", "cuda")
+    args = ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)
+    ops.gae._answer("cuda", *args)  # what the dispatcher calls; no machine of the tests has two GPUs
+    assert entered == [args[0].device, "launch"]
+
+
+def test_a_forced_backend_is_this_threads_alone():
+    seen = []
+    args = ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)
+    with forcing("no such backend"):
+        with pytest.raises(ValueError, match="no backend 'no such backend'"):
+            ops.gae(*args)
+        thread = threading.Thread(target=lambda: seen.append(ops.gae(*args)))
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["gae", "gae_packed", "ppo_advantages", "ppo_loss"])
+def test_one_float64_tensor_makes_all_float64(name):
+    """Not a kernel's float32 answer in some cases, by which of the tensors it was."""
+    op = OPS[name]
+    args = detached(op.make(device="cpu", dtype=torch.float32, **op.small[1]))
+    truth = op.reference(*prepared(op, to(args, torch.float64)))
+    floating = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim()]
+    for i in floating:
+        mixed = [a.double() if i == j else a for j, a in enumerate(args)]
+        for ours, exact in zip(leaves(op(*mixed)), leaves(truth), strict=True):
+            assert ours.dtype == torch.float64
+            torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
