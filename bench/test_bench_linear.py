@@ -178,7 +178,7 @@ def test_token_logprobs_backward(side_by_side, dtype):
 
     def check():
         a, b = gradient(ours).float(), gradient(plain).float()
-        assert (a - b).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-2)
+        assert (a - b).abs().max() <= (1e-4 if dtype == torch.float32 else 1e-2) * b.abs().max()
 
     side_by_side(
         f"token_logprobs backward {str(dtype)[6:]} [256, 32000]", lambda: gradient(ours),
