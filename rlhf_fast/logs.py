@@ -164,7 +164,7 @@ class Log:
 
     def _write(self, stream, row: Mapping[str, object]) -> None:
         with writing(stream.name):
-            stream.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
             stream.flush()
 
     def _tell(self, step: int, row: Mapping[str, object], took: float) -> None:
@@ -233,6 +233,8 @@ def _finite(value: object) -> object:
     """The row with NaN and infinities as null: strict JSON has no word for them."""
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

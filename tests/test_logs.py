@@ -32,13 +32,13 @@ def test_rows_hold_metrics_phases_and_speed(tmp_path):
         pass
     log.metrics(1, {"objective/kl": torch.tensor(0.5), "episode": 8, "bad": math.inf}, tokens=100)
     log.metrics(2, {"objective/kl": 0.25}, tokens=50)
-    log.samples(2, [{"response": "é", "score": math.nan}] * 5)
+    log.samples(2, [{"response": "é", "score": math.nan, "scores": [1.0, math.inf]}] * 5)
     log.close()
     first, second = rows(tmp_path / "metrics.jsonl")
     assert first["step"] == 1 and first["objective/kl"] == 0.5 and first["episode"] == 8 and first["bad"] is None
     assert 0 <= first["time/generate"] <= first["time/step"] and "time/generate" not in second
     assert first["perf/tokens_per_second"] * first["time/step"] == pytest.approx(100)
-    assert rows(tmp_path / "samples.jsonl") == [{"step": 2, "response": "é", "score": None}] * 2
+    assert rows(tmp_path / "samples.jsonl") == [{"step": 2, "response": "é", "score": None, "scores": [1.0, None]}] * 2
 
 
 def test_rows_are_written_every_so_many_steps_and_at_the_end(tmp_path):
