@@ -266,3 +266,21 @@ def test_an_unknown_backend_or_argument_is_refused():
         ops.gae(*args[:3], lambda_=0.9)
     with pytest.raises(TypeError, match="gae misses the argument 'mask'"):
         ops.gae(*args[:2])
+
+
+def test_shapes_and_numbers_out_of_bounds_are_refused():
+    for name in ("linear_logprobs", "linear_cross_entropy", "linear_kl", "linear_ppo_loss"):
+        op = OPS[name]
+        args = detached(op.make(device="cpu", dtype=torch.float32, **op.small[1]))
+        given = dict(zip(op.names, args, strict=True))
+        hidden, weight = given["hidden"], given["weight"]
+        with pytest.raises(ValueError, match=f"{name}: .* D and V be at least 1"):
+            op(**given | {"hidden": hidden[:, :0], "weight": weight[:, :0]})
+        for key, rule in ("temperature", "positive and finite"), ("softcap", "positive and finite, or 0"):
+            for bad in (float("nan"), float("inf"), -1.0):
+                if key in given:
+                    with pytest.raises(ValueError, match=f"{name}: {key} must be {rule}.*, got {bad}"):
+                        op(**given | {key: bad})
+    rewards, values, mask, offsets, *_ = ops.gae_packed.make((2, 3), device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"gae_packed: bootstrap must have shape \(2,\), got \[2, 5\]"):
+        ops.gae_packed(rewards, values, mask, offsets, bootstrap=torch.randn(2, 5))

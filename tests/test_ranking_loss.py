@@ -71,6 +71,15 @@ def test_order_within_a_group_does_not_matter(ranking):
     assert stats["pairs"] == same["pairs"] == 34 and stats["correct"] == same["correct"]
 
 
+def test_ranks_beyond_int32_keep_their_order(ranking):
+    scores = torch.randn(5)
+    for ranks in ([0, 2**32, 2**33, 1, 2**32], [-(2**40), 7, 8, -(2**31), 7]):
+        ranks = torch.tensor(ranks)
+        small = ranks.unique(return_inverse=True)[1]
+        (loss, stats), (expected, same) = ranking(scores, [0, 5], ranks), ranking(scores, [0, 5], small)
+        assert loss == expected and stats == same and stats["pairs"] == 9
+
+
 def test_confident_and_hopeless_pairs_stay_exact(ranking):
     for margin in (12.0, 30.0, 300.0, -300.0, 0.0):
         expected = -torch.nn.functional.logsigmoid(torch.tensor(margin).double()).item()
