@@ -86,8 +86,8 @@ T* ptr(uintptr_t address) {
 
 }  // namespace
 
-#define KERNEL(function)                                                                        \
-  static constexpr Kernel function##_kernel = {KERNEL_GROUP, #function,                         \
-                                               Bind<decltype(&function), &function>::signature, \
-                                               &Bind<decltype(&function), &function>::call};    \
-  __attribute__((section(KERNEL_TABLE), used)) static const Kernel* const function##_entry = &function##_kernel;
+#define KERNEL(function)                                                                       \
+  static constexpr Kernel function##_entry = {KERNEL_GROUP, #function,                         \
+                                              Bind<decltype(&function), &function>::signature, \
+                                              &Bind<decltype(&function), &function>::call};    \
+  __attribute__((section(KERNEL_TABLE), used)) static const Kernel* const function##_pointer = &function##_entry;
