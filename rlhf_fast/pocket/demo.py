@@ -61,7 +61,7 @@ class Trial(NamedTuple):
 
     def result(self, step: str) -> dict:
         """What a finished step found out."""
-        return json.loads((self.out / "steps" / f"{step}.json").read_text())
+        return json.loads((self.out / "steps" / f"{step}.json").read_text(encoding="utf-8"))
 
 
 class Step(NamedTuple):
@@ -114,7 +114,7 @@ def settle(trial: Trial) -> None:
     path = trial.out / "demo.json"
     told = {"seed": trial.seed, "plan": dataclasses.asdict(trial.plan)}
     if path.exists():
-        if json.loads(path.read_text()) != told:
+        if json.loads(path.read_text(encoding="utf-8")) != told:
             raise UserError(f"{trial.out}: holds a demo with other settings (demo.json); choose another --out")
         return
     with writing(trial.out):
@@ -249,7 +249,7 @@ def conclude(trial: Trial) -> list[report.Row]:
     ]
     lines = report.print_table(numbers, notes)
     with writing(trial.out):
-        (trial.out / "table.txt").write_text("\n".join([report.plain(lines), *notes]) + "\n")
+        (trial.out / "table.txt").write_text("\n".join([report.plain(lines), *notes]) + "\n", encoding="utf-8")
     told = {name: value._asdict() for name, value in numbers.items() if not math.isnan(value.value)}
     write_json(trial.out / "numbers.json", told)
     return lines

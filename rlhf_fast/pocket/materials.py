@@ -104,12 +104,12 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         unfinished.replace(path)
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def documents(web: Web, count: int, apart: frozenset[str]) -> list[str]:
