@@ -104,7 +104,7 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
     lines = [f"cxx = {cxx}", f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}"]
     if name.endswith("_cuda"):
         nvcc, archs = find_nvcc(), gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
-        host = "-Xcompiler -fPIC,-fvisibility=hidden"
+        host = "-Xcompiler -fPIC,-fvisibility=hidden -diag-suppress 177"  # entries of the kernel table
         lines += [
             f"nvcc = {nvcc}",
             f'nvflags = -O3 -std=c++17 {host} -cudart static --threads 0 {archs} -I"{dollars(CSRC)}"',
