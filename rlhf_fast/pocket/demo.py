@@ -13,9 +13,12 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from rlhf_fast.checkpoint import write_json
 from rlhf_fast.errors import UserError, writing
@@ -77,6 +80,24 @@ def run(out: str | Path = "runs/demo", seed: int = 0, quick: bool = False) -> li
     plan = QUICK if quick else Plan()
     trial = Trial(Path(out), seed, plan, gather(plan, seed))
     settle(trial)
+    with one_thread():
+        carry_out(trial)
+    return conclude(trial)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small are as fast on one thread: more of them mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def carry_out(trial: Trial) -> None:
+    """The steps that are not done, each with what it found in steps/<name>.json."""
     start, spent = time.perf_counter(), 0.0
     for number, step in enumerate(STEPS, 1):
         done = trial.out / "steps" / f"{step.name}.json"
@@ -89,7 +110,6 @@ def run(out: str | Path = "runs/demo", seed: int = 0, quick: bool = False) -> li
         found = {name: known(value) for name, value in (step.run(trial) or {}).items()}
         write_json(done, {**found, "seconds": time.perf_counter() - begun})
         spent += step.share
-    return conclude(trial)
 
 
 def known(value: float | Estimate) -> float | Estimate | None:
