@@ -264,6 +264,8 @@ def conclude(trial: Trial) -> list[report.Row]:
         "A quick run: too little of everything for these numbers to mean anything." if trial.plan == QUICK else "",
         "Intervals are over prompts. Responses are sampled at temperature 1; each pair is judged by five labelers.",
         f"The labelers' noise is {kept[0]['noise']:.2f}, set so that two of them agree on 73 % of the training pairs.",
+        "The 10x larger base model read a fifth of the small one's words; its loss on raw text is"
+        f" {report.nats(numbers['loss/large'])}.",
         draw(trial),
         f"Took {took / 60:.1f} minutes. All responses: {trial.out / 'answers'}; models, metrics: {trial.out}.",
     ]

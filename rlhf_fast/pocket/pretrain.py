@@ -1,7 +1,8 @@
 """Makes the two base models that come with the package: `python -m rlhf_fast.pocket.pretrain small out/small`.
 
 Both learn next-word prediction on the raw web of world 0 (corpus.py), documents drawn afresh all the time, and are
-saved in bfloat16. On 2 cores the small one takes about 3 minutes and the large one about 15."""
+saved in bfloat16. The small one reads 5 million words, in about 4 minutes of one core; the large one only 1 million, in
+about 10, and so ends at a held-out loss of 0.777 nats a word against 0.748."""
 
 import argparse
 import logging
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_fast.batches import Texts, pad_rows
-from rlhf_fast.config import ModelConfig, OptimConfig
+from rlhf_fast.config import OptimConfig
 from rlhf_fast.learner import Learner, evaluate
 from rlhf_fast.losses import pretrain_loss
 from rlhf_fast.model import Model
@@ -73,15 +74,13 @@ def text_batches(web: Web, tokenizer: PreTrainedTokenizerFast, documents: int, t
     return [Texts(*pad_rows(batch)) for batch in batches if batch]
 
 
-def pretrain(size: str, out: str | Path, steps: int = 0, seed: int = 0, start: str = "") -> float:
-    """Trains from nothing or from the folder `start`, at half the rate then; saves a bfloat16 folder, and returns the
-    held-out loss in nats a token."""
+def pretrain(size: str, out: str | Path, steps: int = 0, seed: int = 0) -> float:
+    """Trains from nothing, saves a bfloat16 folder, and returns the held-out loss in nats a token."""
     tokenizer = make_tokenizer()
-    model = Model.load(ModelConfig(path=start)) if start else make_model(size, tokenizer, seed)
-    steps, rate = steps or STEPS[size], RATES[size] / 2 if start else RATES[size]
+    model, steps = make_model(size, tokenizer, seed), steps or STEPS[size]
     held = text_batches(Web(World(WORLD_SEED), random.Random("held out")), tokenizer, 400, HELD_TOKENS)
     web = Web(World(WORLD_SEED), random.Random(f"pretraining {seed}"))
-    optim = OptimConfig(lr=rate, warmup_steps=min(50, steps // 4), final_ratio=0.05, weight_decay=0.01)
+    optim = OptimConfig(lr=RATES[size], warmup_steps=min(50, steps // 4), final_ratio=0.05, weight_decay=0.01)
     learner = Learner(model, optim, steps)
     batches: list[Texts] = []
     start = time.perf_counter()
@@ -103,6 +102,5 @@ if __name__ == "__main__":
     parser.add_argument("out")
     parser.add_argument("--steps", type=int, default=0, help="0 = as many as for the shipped model")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents")
-    parser.add_argument("--start", default="", help="folder to go on from")
     arguments = parser.parse_args()
-    pretrain(arguments.size, arguments.out, arguments.steps, arguments.seed, arguments.start)
+    pretrain(arguments.size, arguments.out, arguments.steps, arguments.seed)
