@@ -249,8 +249,9 @@ def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
 
     with torch.no_grad():
         plain, strided = op.backend(backend)(*args), op.backend(backend)(*tree_map_only(torch.Tensor, stride, args))
-    for a, b in zip(leaves(plain), leaves(strided), strict=True):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    # A kernel reads what it is given in one order; torch's own product may pick another for other strides.
+    bound = {"rtol": 1e-5, "atol": 1e-5} if backend == "reference" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(strided, plain, equal_nan=True, **bound)
 
 
 def test_every_op_is_public():
