@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LIMIT, END, STOP = 0, 1, 2
+"""Why a response is over: max_new_tokens, an end token, a stop text."""
 RESPONSE_FIELDS = frozenset(
     "mask logprobs raw_logprobs kept_logprobs entropy".split()
     + "old_logprobs ref_logprobs values advantages returns weights".split()
@@ -133,10 +135,15 @@ class Responses(NamedTuple):
     """(B, R) after temperature and filters: under the distribution the token was really drawn from."""
     entropy: Tensor
     """(B, R) nats, of the distribution at the sampling temperature before the filters."""
-    finished: Tensor
-    """(B,) bool: ended by an end token or stop text, not by the limit."""
+    reasons: Tensor
+    """(B,) uint8: why it is over: LIMIT, END or STOP."""
     uids: Tensor
     """(B,) uid of the prompt."""
+
+    @property
+    def finished(self) -> Tensor:
+        """(B,) bool: ended by an end token or stop text, not by the limit."""
+        return self.reasons != LIMIT
 
     def take(self, index: Tensor) -> Responses:
         return take_rows(self, index)

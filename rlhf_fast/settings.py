@@ -130,9 +130,12 @@ class SamplingConfig:
     """Texts that end a response like the end token; they stay part of it."""
     batch: int = 64
     """Responses generated at a time. Results do not depend on it."""
+    cache_mb: int = 0
+    """Most MiB that keys and values may take during a rollout; fewer responses run at a time where `batch` of them
+    need more. 0 = what `batch` of them need."""
 
     def __post_init__(self):
-        need_range(self, 0, INF, "temperature", "top_k", "min_new_tokens")
+        need_range(self, 0, INF, "temperature", "top_k", "min_new_tokens", "cache_mb")
         need(self, 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
         need_range(self, 0, 1, "min_p")
         need_range(self, 1, INF, "max_new_tokens", "batch")

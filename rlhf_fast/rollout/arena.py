@@ -139,8 +139,8 @@ def allocate(
         fit = 0 if room is None else room // (longest * unit)
         raise UserError(
             f"rollout: {min(slots, len(rows))} rows of up to {rows[0]} tokens need {-(-pages * unit // MIB)} MiB of"
-            f" keys and values, and {device.type} has {(room or 0) // MIB} MiB left: {fit} rows fit; lower sampling.batch"
-            " or set sampling.cache_mb, or lower sampling.max_new_tokens or data.max_prompt_tokens"
+            f" keys and values, and {device.type} has {(room or 0) // MIB} MiB left: {fit} rows fit; lower"
+            " sampling.batch or set sampling.cache_mb, or lower sampling.max_new_tokens or data.max_prompt_tokens"
         ) from error
 
 
