@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rlhf_fast.batches import END, LIMIT, Responses
 from rlhf_fast.config import DataConfig, ModelConfig
 from rlhf_fast.data import read_prompts
 from rlhf_fast.errors import SHOWN, UserError, naming, writing
 from rlhf_fast.model import Model
 from rlhf_fast.options import GenerateOptions
 from rlhf_fast.rollout import Rollout
+
+AHEAD = 8
+"""Batches of prompts that a rollout is given at once, to fill places that come free; also what is written at a time."""
 
 
 def generate(options: GenerateOptions) -> int:
@@ -41,20 +49,79 @@ def generate(options: GenerateOptions) -> int:
         )
     print(f"generate: {prompts.notes}", file=sys.stderr)
     rollout, written = Rollout(model, options.sampling, options.seed), 0
-    with _target(options.out) as stream:
-        for batch in prompts.in_order(max(options.sampling.batch // options.n, 1)):
+    count = max(AHEAD * options.sampling.batch // options.n, 1)
+    with _target(options.out) as stream, _Meter(len(prompts) * options.n, options.out == "-") as meter:
+        for batch in prompts.in_order(count):
             with naming(Responses=prompts.place):
-                responses = rollout.generate(batch, options.n)
-            texts = model.tokenizer.batch_decode(responses.response_ids(), skip_special_tokens=True)
-            sums = (responses.logprobs * responses.mask).sum(1).tolist()
-            sizes = (responses.lengths - responses.prompt_lengths).tolist()
-            ended = responses.finished.tolist()
-            for i, (text, size, end, logprob) in enumerate(zip(texts, sizes, ended, sums, strict=True)):
-                row = {"prompt": batch.texts[i // options.n], "completion": text, "tokens": size, "finished": end}
-                stream.write(json.dumps(row | {"logprob": logprob}, ensure_ascii=False) + "\n")
+                responses = rollout.generate(batch, options.n, progress=meter)
+            for i, row in enumerate(_rows(model, options, responses)):
+                stream.write(json.dumps({"prompt": batch.texts[i // options.n]} | row, ensure_ascii=False) + "\n")
                 written += 1
             stream.flush()
     return written
+
+
+def _rows(model: Model, options: GenerateOptions, responses: Responses) -> Iterator[dict]:
+    """What is written of each response: its text, tokens, whether and why it ended, log-probability in nats."""
+    ids = responses.response_ids()
+    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    sums = (responses.logprobs * responses.mask).sum(1).tolist()
+    for text, tokens, reason, logprob in zip(texts, ids, responses.reasons.tolist(), sums, strict=True):
+        which = None
+        if reason == END:
+            which = model.tokenizer.convert_ids_to_tokens(tokens[-1])
+        elif reason != LIMIT:
+            said = model.tokenizer.decode(tokens)
+            which = next((stop for stop in options.sampling.stop if stop in said), None)
+        yield {
+            "completion": text, "tokens": len(tokens), "finished": reason != LIMIT,
+            "finish_reason": "length" if reason == LIMIT else "stop", "stop_reason": which, "logprob": logprob,
+        }  # fmt: skip
+
+
+class _Meter:
+    """Responses done and tokens a second, to standard error: a live line on a terminal, else a line now and then."""
+
+    EVERY = 5.0
+    """Seconds between two plain lines."""
+
+    def __init__(self, total: int, to_stdout: bool):
+        self.console, self.total = Console(stderr=True, highlight=False), total
+        self.done, self.tokens, self.start = 0, 0, time.perf_counter()
+        self.told, self.live = self.start, None
+        if self.console.is_terminal and not (to_stdout and sys.stdout.isatty()):
+            columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
+            self.live = Progress(
+                TextColumn("generate"), *columns, console=self.console, redirect_stdout=False, redirect_stderr=False
+            )
+            self.task = self.live.add_task("", total=total, speed="")
+
+    def __enter__(self) -> _Meter:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            self._tell(time.perf_counter())
+            self.live.stop()
+        elif self.done:
+            self._tell(time.perf_counter())
+
+    def __call__(self, tokens: int, ended: int) -> None:
+        self.tokens += tokens
+        self.done += ended
+        now = time.perf_counter()
+        if now - self.told >= (0.1 if self.live else self.EVERY):
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        self.told = now
+        speed = f"{self.tokens / max(now - self.start, 1e-9):.3g} tok/s"
+        if self.live:
+            self.live.update(self.task, completed=self.done, speed=speed)
+        else:
+            self.console.print(f"generate: {self.done}/{self.total}  {speed}", markup=False, soft_wrap=True)
 
 
 @contextmanager

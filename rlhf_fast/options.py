@@ -35,7 +35,8 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Sample responses to prompts. Each line of the output: prompt, completion, tokens, finished, logprob."""
+    """Sample responses to prompts. Each line of the output: prompt, completion, tokens, finished, finish_reason (stop
+    or length), stop_reason (the end token or stop text), logprob."""
 
     model: str
     """Directory or hub name of a language model."""

@@ -271,7 +271,9 @@ def test_generate_writes_rows_and_the_batch_size_changes_none(capsys, folder):
     assert [row["completion"] for row in rows] == [row["completion"] for row in others]
     assert [row["prompt"] for row in rows] == [p["prompt"] for p in toy.rows(prompts) for _ in range(3)]
     assert all(1 <= row["tokens"] <= 5 and row["logprob"] < 0 for row in rows)
-    capsys.readouterr()
+    ends = {(row["finished"], row["finish_reason"], row["stop_reason"]) for row in rows}
+    assert ends <= {(True, "stop", "</s>"), (False, "length", None)}
+    assert "generate: 15/15  " in capsys.readouterr().err
     assert main([*args, "--limit", "1", "--temperature", "0"]) == 0
     greedy = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
     assert len(greedy) == 3 and len(set(greedy)) == 1
