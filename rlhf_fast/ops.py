@@ -6,6 +6,7 @@ from rlhf_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from rlhf_fast.kernels.linear_kl import linear_kl
 from rlhf_fast.kernels.linear_logprobs import linear_logprobs
 from rlhf_fast.kernels.linear_ppo_loss import linear_ppo_loss
+from rlhf_fast.kernels.linear_sample_tokens import linear_sample_tokens
 from rlhf_fast.kernels.ppo_advantages import ppo_advantages
 from rlhf_fast.kernels.ppo_loss import ppo_loss
 from rlhf_fast.kernels.ranking_loss import ranking_loss
@@ -19,6 +20,7 @@ __all__ = [
     "linear_kl",
     "linear_logprobs",
     "linear_ppo_loss",
+    "linear_sample_tokens",
     "ppo_advantages",
     "ppo_loss",
     "ranking_loss",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_fast.kernels._op import COMPILED
-from rlhf_fast.kernels.sample_tokens import noise_words
+from rlhf_fast.kernels._sampling import noise_words
 
 CSRC = Path(__file__).parent.parent / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

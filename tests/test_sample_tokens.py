@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels.sample_tokens import gumbel_noise, noise_words, philox
+from rlhf_fast.kernels._sampling import gumbel_noise, noise_words, philox
 
 sample = ops.sample_tokens
 BACKENDS = sample.backends

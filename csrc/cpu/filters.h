@@ -36,17 +36,17 @@ struct Logits {
   float inverse;  // of the temperature
 };
 
-// The BLOCK logits from `at` on; beyond the row -inf.
+// BLOCK of the n logits, from `at` on; beyond them -inf.
 template <class T>
-INLINE void load_block(const Logits<T>& row, int32_t at, f32* x) {
-  if (row.V - at >= BLOCK) {
-    for (int j = 0; j < 4; ++j) x[j] = load(row.x + at + j * W);
+INLINE void load_block(const T* logits, int32_t n, int32_t at, f32* x) {
+  if (n - at >= BLOCK) {
+    for (int j = 0; j < 4; ++j) x[j] = load(logits + at + j * W);
     return;
   }
   for (int j = 0; j < 4; ++j, at += W) {
-    const int32_t left = row.V - at;
+    const int32_t left = n - at;
     x[j] = splat(-__builtin_inff());
-    if (left > 0) x[j] = left >= W ? load(row.x + at) : load_part(row.x + at, left, -__builtin_inff());
+    if (left > 0) x[j] = left >= W ? load(logits + at) : load_part(logits + at, left, -__builtin_inff());
   }
 }
 
@@ -97,7 +97,7 @@ Above weigh(const Logits<T>& row, float above, const float* thresholds) {
     bool none = true;
     for (int32_t at = begin; at < end; at += BLOCK) {
       f32 block[4];
-      load_block(row, at, block);
+      load_block(row.x, row.V, at, block);
       for (const f32& x : block) {
         const i32 below = x < above;
         if (!any(below & (x >= thresholds[n - 1]))) continue;
@@ -124,7 +124,7 @@ INLINE void each_between(const Logits<T>& row, float low, float above, Visit vis
   for (int32_t at = 0; at < row.V; at += BLOCK) {
     f32 x[4];
     i32 inside[4], some = {};
-    load_block(row, at, x);
+    load_block(row.x, row.V, at, x);
     for (int j = 0; j < 4; ++j) inside[j] = (x[j] >= low) & (x[j] < above), some |= inside[j];
     if (!any(some)) continue;
     int32_t lanes[BLOCK];

@@ -19,6 +19,20 @@ struct EmulatedDot {
   }
 };
 
+#if defined(__AVX512F__) && defined(__x86_64__)
+// By name, not by intrinsic: this file is compiled for AVX-512 without its bfloat16 part, which is asked for at run
+// time.
+struct MachineDot {
+  static INLINE void step(Sums& sums, const Pairs& a, const Pairs& b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+  }
+};
+bool has_dot() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+typedef EmulatedDot MachineDot;
+bool has_dot() { return false; }
+#endif
+
 INLINE void load_pairs(Pairs& to, const uint16_t* from, int64_t n) {
   if (n >= 32) {
     memcpy(&to, from, sizeof to);

@@ -7,20 +7,6 @@
 
 namespace {
 
-#if defined(__AVX512F__) && defined(__x86_64__)
-// By name, not by intrinsic: this file is compiled for AVX-512 without its bfloat16 part, which is asked for at run
-// time.
-struct MachineDot {
-  static INLINE void step(Sums& sums, const Pairs& a, const Pairs& b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
-  }
-};
-bool has_dot() { return __builtin_cpu_supports("avx512bf16"); }
-#else
-typedef EmulatedDot MachineDot;
-bool has_dot() { return false; }
-#endif
-
 // out (rows, columns) = x (rows, D) w (columns, D)', strides in elements. With nothing to do it only says whether it
 // can.
 const char* half_product(uintptr_t x, uintptr_t w, uintptr_t out, int64_t rows, int64_t columns, int64_t D,

@@ -24,19 +24,6 @@ inline Scaling scaling(float temperature, float softcap) {
   return Scaling{1.f / temperature, softcap, softcap > 0.f ? 1.f / softcap : 0.f};
 }
 
-// tanh within 2 ulp: Cephes' polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere.
-INLINE f32 tanh(f32 x) {
-  const f32 a = abs(x), z = x * x;
-  f32 p = splat(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const f32 near = x + x * z * p;
-  const f32 one = splat(1.f), far = one - 2.f / (exp(a + a) + one);
-  return select(a < splat(0.625f), near, select(x < splat(0.f), -far, far));
-}
-
 // -inf becomes FAR, so that its product with its exponential is not NaN; a NaN stays one.
 INLINE f32 at_least_far(f32 x) { return max(splat(FAR), x); }
 

@@ -1,0 +1,234 @@
+// X W' for the few rows of a decoding step: float32 X (rows, in), W (out, in) as torch's Linear holds it or (in, out)
+// as GPT-2's Conv1D does, float32 or bfloat16, into float32. No packing and no copy of W: an optimizer's step is seen.
+//
+// Floor: W once from memory; beyond some 12 rows the 2 rows out in operations at two vectors a cycle.
+//
+// Every result is one chain of fused multiply-adds in a fixed order, whatever the tile, the other rows or the threads:
+// (out, in): lane l sums the elements l, l + W, ... of the two rows, then the lanes are added by halves;
+// (in, out): a result sums its `in` products one after the other.
+// So a token's numbers do not depend on the batch around it. Rows of W pass once through the first-level cache: a panel
+// of them meets all rows of X, which stay in the second level. bfloat16 is widened once a panel.
+#pragma once
+#include "half_product.h"
+#include "simd.h"
+#if defined(__SSE2__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own header, its PR 105593
+#endif
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// A linear layer as the module holds it; rollout/layers.py fills it in.
+struct Matrix {
+  const void* weight;
+  const void* bias;  // (out,) or null, of the weight's type
+  int64_t out, in, stride;
+  int32_t is_bf16, transposed;  // transposed: (in, out)
+};
+
+INLINE f32 fma(f32 a, f32 b, f32 c) {
+#if defined(__AVX512F__) && (!defined(SIMD_WIDTH) || SIMD_WIDTH == 16)
+  return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && (!defined(SIMD_WIDTH) || SIMD_WIDTH == 8)
+  return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Four vectors, each summed over its lanes by halves, as sum() does.
+typedef float f32x4 __attribute__((vector_size(16)));
+INLINE f32x4 sum_four(f32 a, f32 b, f32 c, f32 d) {
+#if defined(__SSE2__)
+  constexpr int parts = W / 4;
+  const f32 all[4] = {a, b, c, d};
+  f32x4 s[4];
+  for (int i = 0; i < 4; ++i) {
+    f32x4 part[parts];
+    memcpy(part, &all[i], sizeof part);
+    for (int half = parts / 2; half; half /= 2)
+      for (int j = 0; j < half; ++j) part[j] += part[j + half];
+    s[i] = part[0];
+  }
+  const __m128 ab = (__m128)_mm_unpacklo_ps((__m128)s[0], (__m128)s[1]),
+               AB = _mm_unpackhi_ps((__m128)s[0], (__m128)s[1]);
+  const __m128 cd = (__m128)_mm_unpacklo_ps((__m128)s[2], (__m128)s[3]),
+               CD = _mm_unpackhi_ps((__m128)s[2], (__m128)s[3]);
+  const __m128 first = _mm_add_ps(ab, AB), second = _mm_add_ps(cd, CD);
+  return (f32x4)_mm_add_ps(_mm_movelh_ps(first, second), _mm_movehl_ps(second, first));
+#else
+  return f32x4{sum(a), sum(b), sum(c), sum(d)};
+#endif
+}
+
+constexpr int TILE_ROWS = W == 16 ? 6 : 3;  // of X: 4 columns by so many rows of sums fill the registers
+constexpr int PANEL = 24 * 1024;            // floats of widened rows of W
+
+// R rows of X by C (4, 8 or 1) rows of W; those AHEAD of them are fetched meanwhile.
+template <int R, int C, int AHEAD, class T>
+INLINE void dot_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t K, float* out,
+                     int64_t out_stride) {
+  f32 sums[R][C] = {};
+  int64_t k = 0;
+  for (; k + W <= K; k += W) {
+    if (AHEAD && k % (int64_t)(64 / sizeof(T)) == 0)
+      for (int c = 0; c < C; ++c) __builtin_prefetch(w + (c + AHEAD) * w_stride + k, 0, 2);
+    f32 a[R];
+    for (int r = 0; r < R; ++r) a[r] = load(x + r * x_stride + k);
+    for (int c = 0; c < C; ++c) {
+      const f32 b = load(w + c * w_stride + k);
+      for (int r = 0; r < R; ++r) sums[r][c] = fma(a[r], b, sums[r][c]);
+    }
+  }
+  if (k < K) {
+    f32 a[R];
+    for (int r = 0; r < R; ++r) a[r] = load_part(x + r * x_stride + k, (int)(K - k), 0.f);
+    for (int c = 0; c < C; ++c) {
+      const f32 b = load_part(w + c * w_stride + k, (int)(K - k), 0.f);
+      for (int r = 0; r < R; ++r) sums[r][c] = fma(a[r], b, sums[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    if (C == 1) out[r * out_stride] = sum(sums[r][0]);
+    for (int c = 0; c + 4 <= C; c += 4) {
+      const f32x4 four = sum_four(sums[r][c], sums[r][c + 1], sums[r][c + 2], sums[r][c + 3]);
+      memcpy(out + r * out_stride + c, &four, sizeof four);
+    }
+  }
+}
+
+// X times `columns` rows of W for all rows of X. AHEAD: 0 where W is in the cache already.
+template <int AHEAD, class T>
+INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
+                        int64_t K, float* out, int64_t out_stride) {
+  int64_t c = 0;
+  if (rows == 1)
+    for (; c + 8 <= columns; c += 8) dot_tile<1, 8, 4 * AHEAD>(x, 0, w + c * w_stride, w_stride, K, out + c, 0);
+  for (; c + 4 <= columns; c += 4) {
+    const T* const four = w + c * w_stride;
+    float* const to = out + c;
+    int64_t r = 0;
+    if (rows >= TILE_ROWS) {
+      dot_tile<TILE_ROWS, 4, AHEAD>(x, x_stride, four, w_stride, K, to, out_stride);
+      r = TILE_ROWS;
+    } else if (rows >= 2) {
+      dot_tile<2, 4, AHEAD>(x, x_stride, four, w_stride, K, to, out_stride);
+      r = 2;
+    }
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+      dot_tile<TILE_ROWS, 4, 0>(x + r * x_stride, x_stride, four, w_stride, K, to + r * out_stride, out_stride);
+    for (; r + 2 <= rows; r += 2)
+      dot_tile<2, 4, 0>(x + r * x_stride, x_stride, four, w_stride, K, to + r * out_stride, out_stride);
+    if (r < rows) dot_tile<1, 4, 0>(x + r * x_stride, x_stride, four, w_stride, K, to + r * out_stride, out_stride);
+  }
+  for (; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      dot_tile<1, 1, 0>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, K, out + r * out_stride + c, 0);
+}
+
+// The same for W (in, out): R rows of X by C vectors of columns, of which `columns` are wanted.
+template <int R, int C, class T>
+INLINE void outer_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns, int64_t K,
+                       float* out, int64_t out_stride) {
+  f32 sums[R][C] = {};
+  const bool whole = columns >= C * W;
+  for (int64_t k = 0; k < K; ++k) {
+    const T* const row = w + k * w_stride;
+    __builtin_prefetch(row + 8 * w_stride, 0, 2);
+    f32 b[C];
+    for (int c = 0; c < C; ++c) {
+      const int64_t left = columns - c * W;
+      b[c] = whole || left >= W ? load(row + c * W) : left > 0 ? load_part(row + c * W, (int)left, 0.f) : splat(0.f);
+    }
+    for (int r = 0; r < R; ++r) {
+      const f32 a = splat(x[r * x_stride + k]);
+      for (int c = 0; c < C; ++c) sums[r][c] = fma(a, b[c], sums[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) {
+      const int64_t left = columns - c * W;
+      if (left >= W)
+        store(out + r * out_stride + c * W, sums[r][c]);
+      else if (left > 0)
+        store_part(out + r * out_stride + c * W, sums[r][c], (int)left);
+    }
+}
+
+template <class T>
+INLINE void outer_columns(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
+                          int64_t K, float* out, int64_t out_stride) {
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6)
+    for (int64_t c = 0; c < columns; c += 2 * W)
+      outer_tile<6, 2>(x + r * x_stride, x_stride, w + c, w_stride, columns - c, K, out + r * out_stride + c,
+                       out_stride);
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += 8 * W)
+      outer_tile<1, 8>(x + r * x_stride, x_stride, w + c, w_stride, columns - c, K, out + r * out_stride + c,
+                       out_stride);
+}
+
+// X, and X rounded to bfloat16 where the processor multiplies that (else null).
+struct Activations {
+  const float* wide;
+  const uint16_t* half;
+  int64_t stride, rows;
+};
+
+// A row of X to bfloat16.
+INLINE void round_row(const float* x, int64_t n, uint16_t* half) {
+  int64_t k = 0;
+  for (; k + W <= n; k += W) store((bf16*)half + k, load(x + k));
+  if (k < n) store_part((bf16*)half + k, load_part(x + k, (int)(n - k), 0.f), (int)(n - k));
+}
+
+// Columns [begin, end) of X W', without the bias; `out` points at column `begin`. `panel`: PANEL floats, or 4 `in`.
+template <class Dot>
+INLINE void multiply(const Activations& x, const Matrix& m, int64_t begin, int64_t end, float* out, int64_t out_stride,
+                     float* panel) {
+  const int64_t columns = end - begin, K = m.in;
+  if (m.transposed) {
+    if (m.is_bf16)
+      outer_columns(x.wide, x.stride, x.rows, (const bf16*)m.weight + begin, m.stride, columns, K, out, out_stride);
+    else
+      outer_columns(x.wide, x.stride, x.rows, (const float*)m.weight + begin, m.stride, columns, K, out, out_stride);
+    return;
+  }
+  if (!m.is_bf16) {
+    const float* const w = (const float*)m.weight + begin * m.stride;
+    dot_columns<4>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
+    return;
+  }
+  const bf16* const w = (const bf16*)m.weight + begin * m.stride;
+  if (x.half) {
+    half_columns<Dot>(x.half, x.stride, &w->bits, m.stride, out, out_stride, x.rows, 0, columns, K);
+    return;
+  }
+  if (x.rows <= TILE_ROWS) {
+    dot_columns<4>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
+    return;
+  }
+  const int64_t most = max<int64_t>(4, PANEL / K / 4 * 4);
+  for (int64_t c = 0; c < columns; c += most) {
+    const int64_t some = min(most, columns - c);
+    for (int64_t i = 0; i < some; ++i) {
+      const bf16* const row = w + (c + i) * m.stride;
+      int64_t k = 0;
+      for (; k + W <= K; k += W) store(panel + i * K + k, load(row + k));
+      for (; k < K; ++k) panel[i * K + k] = to_float(row[k]);
+    }
+    dot_columns<0>(x.wide, x.stride, x.rows, panel, K, some, K, out + c, out_stride);
+  }
+}
+
+// Adds the bias of columns [begin, begin + n) to a row of results.
+INLINE void add_bias(const Matrix& m, int64_t begin, int64_t n, float* row) {
+  if (!m.bias) return;
+  for (int64_t c = 0; c < n; ++c)
+    row[c] += m.is_bf16 ? to_float(((const bf16*)m.bias)[begin + c]) : ((const float*)m.bias)[begin + c];
+}
+
+}  // namespace

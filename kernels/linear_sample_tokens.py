@@ -1,0 +1,160 @@
+"""Draw one token a row from hidden states: the head's product and sample_tokens in one, logits never kept.
+
+The last step of decoding. Without a filter nothing of size B x V is written: a tile of logits is drawn from while it is
+in the cache. kernels/_sampling.py says how the noise is keyed and what a draw is.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import _sampling
+from rlhf_fast.kernels._op import Declined, lane, op, wide
+
+HALF = 1
+"""How bfloat16 is multiplied on the CPU: 1 by the processor's own instruction where it has one, 2 by its emulation
+(tests), 0 always widened to float32."""
+
+
+def _fake(hidden, weight, *options):
+    return _sampling.fake_outputs(hidden.shape[:1], hidden)
+
+
+@op(fake=_fake)
+def linear_sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seed: int = 0,
+    row_ids: Tensor | None = None,
+    steps: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    banned: Tensor | None = None,
+    ban_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One token for each row of `hidden` (B, D) under the head `weight` (V, D); all outputs (B,), nats.
+
+        logits = cap(hidden weight' + bias), cap(x) = softcap tanh(x / softcap) or x where softcap is 0
+        outputs = sample_tokens(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps)
+
+    `bias` is (V,). `hidden` may be float32 beside a bfloat16 `weight`. Logits are float32 from the accumulator on.
+    `banned` (K,) int64 tokens may not be drawn in the rows where `ban_rows` (B,) bool is true: the filters do not see
+    them. logprobs, raw_logprobs and entropy know nothing of the ban, kept_logprobs and log_kept_mass do.
+    A row's numbers on the CPU do not depend on the other rows, bit for bit. No gradient.
+    """
+    logits = wide(hidden) @ wide(weight).to(wide(hidden).dtype).t()
+    logits = logits if bias is None else logits + bias.to(logits.dtype)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    allowed = None
+    if banned is not None:
+        allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, banned, False) | ~ban_rows[:, None]
+    return _sampling.draw(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, None, allowed)
+
+
+@linear_sample_tokens.arguments
+def _(hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows):
+    name = "linear_sample_tokens"
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
+        raise ValueError(
+            f"{name}: hidden must be (B, D) and weight (V > 0, D), got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if not (hidden.is_floating_point() and weight.is_floating_point()) or hidden.device != weight.device:
+        raise ValueError(
+            f"{name}: hidden and weight must be floating point on one device, got {hidden.dtype} on {hidden.device} and"
+            f" {weight.dtype} on {weight.device}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias must have shape ({weight.shape[0]},), got {list(bias.shape)}")
+    if softcap < 0:
+        raise ValueError(f"{name}: softcap must be 0 (off) or more, got {softcap}")
+    if (banned is None) != (ban_rows is None):
+        raise ValueError(f"{name}: banned and ban_rows go together, got only one of them")
+    if banned is not None and (banned.dim() != 1 or ban_rows.shape != hidden.shape[:1]):
+        shapes = [list(banned.shape), list(ban_rows.shape)]
+        raise ValueError(f"{name}: banned must be (K,) and ban_rows ({hidden.shape[0]},), got {shapes}")
+    options = _sampling.options(name, hidden, temperature, top_k, top_p, min_p, seed, row_ids, steps)
+    bias = bias if bias is None else bias.detach()
+    bans = (None, None) if banned is None else (banned.long(), ban_rows.bool())
+    return hidden.detach(), weight.detach(), *options, bias, float(softcap), *bans
+
+
+@lru_cache(maxsize=256)
+def _workspace(kernels, rows: int, V: int, D: int, is_bf16: bool, keeps: bool, half: int, threads: int) -> int:
+    """Bytes that a call needs besides its outputs."""
+    needed = torch.zeros(1, dtype=torch.int64)
+    empty = [0] * 6
+    kernels.linear_sample_tokens(
+        0, False, rows, 0, 0, V, D, D, is_bf16, 0.0, 0, int(keeps), 0, 0, 0, 0, 0, 0, 0, 0, *empty, half, 0,
+        needed.data_ptr(), threads,
+    )  # fmt: skip
+    return int(needed)
+
+
+@linear_sample_tokens.compiled
+def _(kernels, hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows):
+    served = (torch.float32, torch.bfloat16)
+    if hidden.dtype not in served or weight.dtype not in served or weight.shape[0] > 2**31 - 2**20:
+        raise Declined(f"no compiled kernel for {hidden.dtype}, {weight.dtype} and a vocabulary of {weight.shape[0]}")
+    hidden = hidden.contiguous()
+    weight = weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
+    bias = bias if bias is None else bias.to(weight.dtype).contiguous()
+    tensors = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p, row_ids, steps, bias)]
+    bans = [x if x is None else x.contiguous() for x in (banned, ban_rows)]
+    *filters, ids, at, bias_at = (0 if x is None else x.data_ptr() for x in tensors)
+    outputs = _fake(hidden, weight)
+    (B, D), V, is_bf16, threads = hidden.shape, weight.shape[0], weight.dtype == torch.bfloat16, lane(hidden)
+    keeps = any(filters[1:]) or banned is not None
+    size = _workspace(kernels, B, V, D, is_bf16, keeps, HALF, threads)
+    workspace = torch.empty(max(size, 1), dtype=torch.uint8)
+    kernels.linear_sample_tokens(
+        hidden.data_ptr(), hidden.dtype == torch.bfloat16, B, weight.data_ptr(), bias_at, V, D, weight.stride(0),
+        is_bf16, softcap, *filters, seed, ids, at, *_bans(bans), *(x.data_ptr() for x in outputs), HALF,
+        workspace.data_ptr(), 0, threads,
+    )  # fmt: skip
+    return outputs
+
+
+def _bans(bans) -> tuple[int, int, int]:
+    banned, rows = bans
+    return (0, 0, 0) if banned is None else (banned.data_ptr(), len(banned), rows.data_ptr())
+
+
+@linear_sample_tokens.inputs(
+    small=[
+        {"B": 1, "D": 8, "V": 1},
+        {"B": 3, "D": 17, "V": 33},
+        {"B": 5, "D": 32, "V": 2100, "temperature": 0.7},
+        {"B": 70, "D": 9, "V": 131, "top_p": 0.8, "biased": True},
+        {"B": 4, "D": 64, "V": 999, "top_k": 5, "softcap": 3.0},
+        {"B": 13, "D": 24, "V": 1050, "mixed": True, "biased": True, "softcap": 20.0},
+        {"B": 6, "D": 16, "V": 300, "bans": 3},
+        {"B": 6, "D": 16, "V": 300, "bans": 40, "min_p": 0.05, "temperature": 1.5, "mixed": True},
+        {"B": 0, "D": 4, "V": 7},
+    ],
+    large=[{"B": 1, "D": 576, "V": 49152}, {"B": 32, "D": 576, "V": 49152}, {"B": 32, "D": 2048, "V": 128256}],
+)
+def _(
+    B, D, V, device, dtype, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, mixed=False, biased=False, softcap=0.0,
+    bans=0,
+):  # fmt: skip
+    # Values on a coarse grid: every product and sum is exact, so all backends draw from the very same logits.
+    hidden = torch.randint(-4, 5, (B, D), device=device).to(dtype) / 4
+    weight = torch.randint(-4, 5, (V, D), device=device).to(dtype) / 4
+    bias = torch.randint(-8, 9, (V,), device=device).to(dtype) / 4 if biased else None
+    if mixed:
+        temperature = torch.tensor([0.0, 1.0, 0.5, 2.0, 1e-3, 1.0], device=device).repeat(B)[:B]
+        top_k = torch.tensor([0, 3, V, 40, 1, 0, 0], device=device).repeat(B)[:B]
+        top_p = torch.tensor([1.0, 0.9, 0.5, 1e-6, 1.0, 1.0, 1.0], device=device).repeat(B)[:B]
+        min_p = torch.tensor([0.0, 0.02, 1.0, 0.0, 0.0], device=device).repeat(B)[:B]
+    row_ids, steps = torch.randint(-(2**62), 2**62, (2, B), device=device)
+    banned = torch.randperm(V, device=device)[:bans] if bans else None
+    ban_rows = torch.arange(B, device=device) % 3 != 0 if bans else None
+    seed = int(torch.randint(2**62, ()))
+    return (
+        hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps % 2**31, bias, softcap, banned, ban_rows,
+    )  # fmt: skip
