@@ -45,7 +45,8 @@ def responses(sizes=(3, 1, 4), finished=(True, True, False)):
     tokens, lengths = pad_rows(rows)
     mask = response_mask(first, lengths)
     numbers = [torch.where(mask, -torch.rand(mask.shape), 0) for _ in range(4)]
-    return Responses(tokens, first, lengths, mask, *numbers, torch.tensor(finished).byte(), torch.arange(70, 70 + len(sizes)))
+    reasons = torch.tensor(finished, dtype=torch.uint8)
+    return Responses(tokens, first, lengths, mask, *numbers, reasons, torch.arange(70, 70 + len(sizes)))
 
 
 def scores_of(*numbers):

@@ -105,7 +105,7 @@ class AttentionDecoder:
         layers = sorted(survey.layers, key=lambda layer: layer.index)
         if [layer.index for layer in layers] != list(range(config.num_hidden_layers)):
             raise Unsupported(
-                f"{len(layers)} of its {config.num_hidden_layers} layers call transformers' attention interface once"
+                f"its {config.num_hidden_layers} layers make {len(layers)} calls of transformers' attention interface"
             )
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
         for layer, kind in zip(layers, kinds, strict=True):
