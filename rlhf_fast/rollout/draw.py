@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
@@ -20,44 +19,20 @@ class Draw:
 
     def __init__(self, model: Model, cfg: SamplingConfig, ends: list[int], key: int):
         self.model, self.cfg, self.key = model, cfg, key
-        self.ends = torch.tensor(ends, dtype=torch.int64, device=model.device)
-        weight, bias = model.head_weight, model.head_bias
-        # logits are float32 from the accumulator on
-        self.weight = weight if weight.dtype == torch.float32 or weight.device.type == "cuda" else weight.float()
-        self.bias = None if bias is None else bias.float()
+        self.banned = torch.tensor(ends, dtype=torch.int64, device=model.device)
 
     def __call__(self, hidden: Tensor, ids: Tensor, steps: Tensor, slots: np.ndarray) -> Drawn:
         """A token for each row of `hidden` (n, D), unscaled. `ids` and `steps` (n,) int64 key the noise; `slots` are
         the steps on the host."""
-        cfg, logits = self.cfg, self._logits(hidden)
-        ban = slots < cfg.min_new_tokens if cfg.min_new_tokens and len(self.ends) else None
-        banned = ban is not None and ban.any()
-        allowed = logits
-        if banned:
-            rows = torch.from_numpy(ban).to(logits.device)
-            allowed = torch.where(rows[:, None], logits.index_fill(1, self.ends, -torch.inf), logits)
-        token, logprobs, raw, kept, _, entropy = ops.sample_tokens(
-            allowed, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, self.key, ids, steps
-        )
-        if banned:
-            # the trainer's forward pass knows nothing of the ban: what it will say is reported
-            said = token.clamp_min(0)
-            raw = torch.where(rows, ops.token_logprobs(logits, said)[0], raw)
-            if cfg.temperature > 0:
-                free = ops.token_logprobs(logits, said, temperature=cfg.temperature)
-                logprobs, entropy = (torch.where(rows, a, b) for a, b in zip(free, (logprobs, entropy), strict=True))
-        return Drawn(token, logprobs, raw, kept, entropy)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """(n, V) float32, soft-capped."""
-        model, weight = self.model, self.weight
+        cfg, model, ban = self.cfg, self.model, (None, None)
+        if cfg.min_new_tokens and len(self.banned) and slots.min() < cfg.min_new_tokens:
+            ban = self.banned, steps < cfg.min_new_tokens
         hidden = hidden if model.scale == 1 else hidden * model.scale
-        if weight.dtype == torch.float32:
-            out = F.linear(hidden.float(), weight, self.bias)
-        else:
-            out = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-            out = out if self.bias is None else out + self.bias
-        return model.softcap * torch.tanh(out / model.softcap) if model.softcap else out
+        token, logprobs, raw, kept, _, entropy = ops.linear_sample_tokens(
+            hidden, model.head_weight, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, self.key, ids, steps,
+            model.head_bias, model.softcap, *ban,
+        )  # fmt: skip
+        return Drawn(token, logprobs, raw, kept, entropy)
 
 
 def mix(seed: int, step: int) -> int:
