@@ -47,6 +47,18 @@ def active(layer: nn.Module) -> nn.Module:
     return layer.original_module if layer.disable_adapters else layer.modules_to_save[name]
 
 
+def delta(layer: nn.Module) -> torch.Tensor | int | None:
+    """What the active adapters of a wrapped linear layer add to its weight: a tensor of its shape, 0 where none is
+    active, None where an adapter does more than add (DoRA, biases of its own, and kinds not known here)."""
+    if getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False):
+        return 0
+    if not hasattr(layer, "get_delta_weight") or any(getattr(layer, "use_dora", {}).values()):
+        return None
+    if any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in layer.active_adapters):
+        return None
+    return sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters if adapter in layer.lora_A)
+
+
 def save(module: nn.Module, folder: Path) -> None:
     """The whole model to `folder`, adapters merged in the written copy only; the adapter alone to `folder/adapter`."""
     inner = base(module)

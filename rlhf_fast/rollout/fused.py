@@ -1,0 +1,91 @@
+"""The fused decoder: our own forward pass over the module's tensors, for the families of rollout/layers.py.
+
+On the CPU one call of compiled code does all layers of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.model import Model
+from rlhf_fast.rollout import step
+from rlhf_fast.rollout.arena import Arena, KVShape
+from rlhf_fast.rollout.decoder import Packed, Unsupported
+from rlhf_fast.rollout.layers import Parts, read
+from rlhf_fast.rollout.proof import prove
+
+
+class FusedDecoder:
+    """See the head of the file; `make` rather than the constructor."""
+
+    name = "fused"
+
+    def __init__(self, model: Model, parts: Parts):
+        self.model, self.dtype = model, model.head_weight.dtype
+        self.shapes = [KVShape(parts.kv_heads, parts.head_dim, parts.head_dim)] * len(parts.layers)
+        self._parts: Parts | None = None
+        self._step: step.CompiledStep | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def make(cls, model: Model) -> FusedDecoder:
+        """A decoder for `model`, or Unsupported."""
+        if model.device.type != "cpu":
+            raise Unsupported(f"there is no fused step on {model.device.type} yet")
+        if step.kernels() is None:
+            raise Unsupported("rlhf_fast._cpu is not built")
+        parts = read(model)
+        for weight in _weights(parts):
+            if weight.dtype not in step.SERVED or weight.device.type != "cpu" or weight.stride(-1) != 1:
+                raise Unsupported(f"a weight is {weight.dtype} on {weight.device}, not float32 or bfloat16 in rows")
+        decoder, training = cls(model, parts), model.module.training
+        model.module.eval()
+        try:
+            with decoder.ready():
+                prove(model, decoder)
+        finally:
+            model.module.train(training)
+        return decoder
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within the block the weights are where they were at its begin. What the block needs is gone after it."""
+        self._parts = read(self.model)
+        try:
+            yield
+        finally:
+            self._parts = self._step = None
+
+    def hidden(self, arena: Arena, packed: Packed) -> Tensor:
+        """(n, D), see Decoder."""
+        if self._parts is None:
+            raise RuntimeError("FusedDecoder.hidden: only within `with decoder.ready()`")
+        if self._step is None or self._step.arena is not arena:
+            cos, sin = self._angles(arena.width * arena.page)
+            self._step = step.CompiledStep(self._parts, arena, cos, sin, torch.float32)
+        return self._step(packed)
+
+    def _angles(self, positions: int) -> tuple[Tensor | None, Tensor | None]:
+        """cos and sin (positions, r / 2) float32, rounded as the module rounds them."""
+        rotary = self._parts.rotary
+        if rotary is None:
+            return None, None
+        like = torch.empty(0, dtype=self._parts.embedding.dtype, device=self.model.device)
+        cos, sin = rotary(like, torch.arange(positions, device=like.device)[None])
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+def _weights(parts: Parts) -> Iterator[Tensor]:
+    yield parts.embedding
+    for layer in parts.layers:
+        for matrix in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down):
+            if matrix is not None:
+                yield matrix.weight
+        for norm in (layer.before_attention, layer.before_mlp, layer.query, layer.key):
+            if norm is not None:
+                yield norm.weight
