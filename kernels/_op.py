@@ -125,11 +125,12 @@ def _once(name: str, backward: Callable, ctx, grads: tuple):
 class Op:
     """Call it to run the best kernel for the tensors' device; `.reference` is the definition."""
 
-    def __init__(self, body: Callable, fake: Callable | None = None):
+    def __init__(self, body: Callable, fake: Callable | None = None, mutates: tuple[str, ...] = ()):
         functools.update_wrapper(self, body)
         self.name, self.reference, self.signature = body.__name__, body, inspect.signature(body)
         self.names = tuple(self.signature.parameters)
         self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
+        self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         self.tail = tuple(self.defaults.get(name) for name in self.names)
         self.implementations: dict[str, Callable] = {"reference": body}
         self.best = dict.fromkeys(_DEVICES, "reference")
@@ -137,7 +138,7 @@ class Op:
         self.prepare: Callable | None = None
         self.warned = False
         self.has_gradient = False
-        _library.define(self.name + torch.library.infer_schema(body, mutates_args=()))
+        _library.define(self.name + torch.library.infer_schema(body, mutates_args=mutates))
         for device in _DEVICES:
             _library.impl(self.name, functools.partial(self._dispatched, device), device.upper())
         torch.library.register_fake(f"rlhf_fast::{self.name}", fake or body, lib=_library)
@@ -205,6 +206,9 @@ class Op:
         args = args + self.tail[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
         forced = _choice.forced
         chosen = forced or self.best[device]
+        for i in self.mutates:  # a kernel writes behind torch's back
+            if args[i] is not None and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
         if chosen not in self.implementations:
             raise ValueError(f"{self.name}: no backend {chosen!r} here; there are: {', '.join(self.backends)}")
         if chosen != "reference":
@@ -315,6 +319,7 @@ class Op:
         return keep
 
 
-def op(body: Callable | None = None, *, fake: Callable | None = None):
-    """Make an op of a plain-torch function with a typed signature. `fake` gives the shapes where the body is dear."""
-    return Op(body, fake) if body else functools.partial(Op, fake=fake)
+def op(body: Callable | None = None, *, fake: Callable | None = None, mutates: tuple[str, ...] = ()):
+    """Make an op of a plain-torch function with a typed signature. `fake` gives the shapes where the body is dear;
+    `mutates` names the arguments that the body writes in place."""
+    return Op(body, fake, mutates) if body else functools.partial(Op, fake=fake, mutates=mutates)

@@ -1,7 +1,10 @@
 """The ops, ready to call from any trainer. What an op means is said in kernels/<op>.py, and by `help(ops.gae)`."""
 
+from rlhf_fast.kernels.decode_attention import decode_attention
 from rlhf_fast.kernels.gae import gae
 from rlhf_fast.kernels.gae_packed import gae_packed
+from rlhf_fast.kernels.gelu import gelu
+from rlhf_fast.kernels.layer_norm import layer_norm
 from rlhf_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from rlhf_fast.kernels.linear_kl import linear_kl
 from rlhf_fast.kernels.linear_logprobs import linear_logprobs
@@ -10,12 +13,18 @@ from rlhf_fast.kernels.linear_sample_tokens import linear_sample_tokens
 from rlhf_fast.kernels.ppo_advantages import ppo_advantages
 from rlhf_fast.kernels.ppo_loss import ppo_loss
 from rlhf_fast.kernels.ranking_loss import ranking_loss
+from rlhf_fast.kernels.rms_norm import rms_norm
+from rlhf_fast.kernels.rope_store import rope_store
 from rlhf_fast.kernels.sample_tokens import sample_tokens
+from rlhf_fast.kernels.swiglu import swiglu
 from rlhf_fast.kernels.token_logprobs import token_logprobs
 
 __all__ = [
+    "decode_attention",
     "gae",
     "gae_packed",
+    "gelu",
+    "layer_norm",
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprobs",
@@ -24,6 +33,9 @@ __all__ = [
     "ppo_advantages",
     "ppo_loss",
     "ranking_loss",
+    "rms_norm",
+    "rope_store",
     "sample_tokens",
+    "swiglu",
     "token_logprobs",
 ]

@@ -68,16 +68,37 @@ def assert_near(ours, plain, truth, what):
         assert worst <= allowed, f"{what} {i}: {worst:.3g} from the truth, plain torch {allowed:.3g}"
 
 
+def answer(op, call, args):
+    """What `call` returns on a copy of the arguments, and those arguments that it wrote in place."""
+    mine = op._bind(tuple(detached(args, True)), {})
+    return call(*mine), [mine[i] for i in op.mutates]
+
+
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
 def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
     args = detached(op.make(device=device, dtype=dtype, **size))
+
+    def reference(*args):
+        return op.reference(*prepared(op, args))
+
     with torch.no_grad():
-        truth, plain = op.reference(*prepared(op, to(args, torch.float64))), op.reference(*prepared(op, args))
-        ours = op.backend(backend)(*args)
-        again = op.backend(backend)(*args)
+        truth, plain = answer(op, reference, to(args, torch.float64)), answer(op, reference, args)
+        ours, again = answer(op, op.backend(backend), args), answer(op, op.backend(backend), args)
     assert_near(ours, plain, truth, "output")
     for a, b in zip(leaves(ours), leaves(again), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num()), "two calls differ"
+
+
+@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
+def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backend):
+    """And autograd hears of it: the version of a tensor counts what was written into it."""
+    args = op._bind(tuple(detached(op.make(device=device, dtype=dtype, **size))), {})
+    before, versions = detached(args), [a._version for a in leaves(args)]
+    op.backend(backend)(*args)
+    written = {id(args[i]) for i in op.mutates}
+    for a, b, version in zip(leaves(args), leaves(before), versions, strict=True):
+        assert (a._version > version) == (id(a) in written)
+        assert id(a) in written or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def prepared(op, args):
@@ -123,7 +144,8 @@ def test_compiles_whole(op, size, device, dtype, backend):
     torch._dynamo.reset()
     args = detached(op.make(device=device, dtype=dtype, **size))
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*args), op(*args), equal_nan=True, rtol=0, atol=0)
+    ours, eager = answer(op, compiled, args), answer(op, op, args)
+    torch.testing.assert_close(ours, eager, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +270,8 @@ def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
         return view.copy_(t)
 
     with torch.no_grad():
-        plain, strided = op.backend(backend)(*args), op.backend(backend)(*tree_map_only(torch.Tensor, stride, args))
+        plain = answer(op, op.backend(backend), args)
+        strided = answer(op, op.backend(backend), tree_map_only(torch.Tensor, stride, args))
     # A kernel reads what it is given in one order; torch's own product may pick another for other strides.
     bound = {"rtol": 1e-5, "atol": 1e-5} if backend == "reference" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(strided, plain, equal_nan=True, **bound)

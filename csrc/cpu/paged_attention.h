@@ -76,6 +76,15 @@ INLINE void products(const float* q, int64_t q_stride, const KV* const* rows, in
     for (int k = 0; k < K; ++k) out[r][k] = total[r][k];
 }
 
+// Asks for `count` elements of the row of a key that comes AHEAD keys later: rows lie in pages, whose order the
+// processor cannot guess.
+constexpr int AHEAD = 16;
+template <class KV>
+INLINE void fetch(const KV* rows, const int64_t* at, int i, int n, int64_t stride, int64_t count) {
+  const KV* const row = rows + at[min(i + AHEAD, n - 1)] * stride;
+  for (int64_t c = 0; c < count; c += 64 / (int64_t)sizeof(KV)) __builtin_prefetch(row + c);
+}
+
 // Scores of R queries with the n keys at rows at[0..n); the last vector is filled up by repeating the last key.
 template <int R, class KV>
 INLINE void score(const float* q, int64_t q_stride, const KV* k, const int64_t* at, int n, int64_t d, float* scores) {
@@ -84,6 +93,7 @@ INLINE void score(const float* q, int64_t q_stride, const KV* k, const int64_t* 
     f32 partial[R][W];
     const KV* rows[W];
     for (int j = 0; j < W; ++j) rows[j] = k + at[min(i + j, n - 1)] * d;
+    for (int j = 0; j < W; ++j) fetch(k, at, i + j, n, d, d);
     for (int j = 0; j < W; j += K) products<R, K>(q, q_stride, rows + j, d, (f32(*)[W])(&partial[0][j]));
     for (int r = 0; r < R; ++r) store(scores + r * SPLIT + i, sums<W, 1>(partial[r]));
   }
@@ -116,6 +126,7 @@ INLINE void weigh(const float* weights, const KV* v, const int64_t* at, int n, i
   f32 total[R][C] = {};
   for (int i = 0; i < n; ++i) {
     const KV* const row = v + at[i] * dv;
+    fetch(v, at, i, n, dv, C * W);
     for (int c = 0; c < C; ++c) {
       const f32 value = last == W ? load(row + c * W) : load_part(row + c * W, last, 0.f);
       for (int r = 0; r < R; ++r) total[r][c] += weights[r * SPLIT + i] * value;

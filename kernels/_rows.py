@@ -1,0 +1,32 @@
+"""What the ops on rows (..., D) of activations check and ask alike."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.kernels._op import Declined
+
+
+def check(op: str, x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
+    """ValueError unless x is (..., D > 0), the vectors are (D,) or None, and the residual is like x or None."""
+    if not x.dim() or not x.shape[-1] or not x.is_floating_point():
+        raise ValueError(f"{op}: x must be floating point of shape (..., D > 0), got {x.dtype} {list(x.shape)}")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(f"{op}: {name} must have shape ({x.shape[-1]},), got {list(vector.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        came = f"{residual.dtype} {list(residual.shape)}"
+        raise ValueError(f"{op}: residual must have x's dtype and shape, {x.dtype} {list(x.shape)}, got {came}")
+
+
+def serves(*tensors: Tensor | None) -> None:
+    """Declined unless all are float32 or bfloat16: what the compiled kernels read."""
+    for x in tensors:
+        if x is not None and x.dtype not in (torch.float32, torch.bfloat16):
+            raise Declined(f"no compiled kernel for {str(x.dtype)[6:]}")
+
+
+def sizes(x: Tensor) -> tuple[int, int]:
+    """Rows and columns of (..., D)."""
+    return math.prod(x.shape[:-1]), x.shape[-1]

@@ -1,0 +1,49 @@
+"""GELU, exact and by the hyperbolic tangent."""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels._op import lane, op, wide
+
+
+@op(fake=lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), Phi the normal distribution function, in the shape and dtype of x: computed in float32, rounded once.
+
+    (Hendrycks and Gimpel 2016, arXiv 1606.08415.) `approximate="tanh"`: x (1 + tanh(u)) / 2,
+    u = sqrt(2/pi) (x + 0.044715 x^3), what GPT-2 was trained with. ValueError for another word. No gradient: for inference.
+    """
+    return torch.nn.functional.gelu(wide(x), approximate=approximate).to(x.dtype)
+
+
+@gelu.arguments
+def _(x, approximate):
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    if not x.is_floating_point():
+        raise ValueError(f"gelu: x must be floating point, got {x.dtype}")
+    return x.detach(), approximate
+
+
+@gelu.compiled(needs=("gelu_map",))
+def _(kernels, x, approximate):
+    rows.serves(x)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    kernels.gelu_map(x.data_ptr(), x.dtype == torch.bfloat16, y.data_ptr(), x.numel(), approximate == "tanh", lane(x))
+    return y
+
+
+@gelu.inputs(
+    small=[
+        {"shape": ()},
+        {"shape": (3, 17), "spread": 6.0},
+        {"shape": (2, 3, 65), "approximate": "tanh", "spread": 6.0},
+        {"shape": (4, 5000)},
+        {"shape": (0, 5)},
+    ],
+    large=[{"shape": (32, 3072)}, {"shape": (2048, 3072)}],
+)
+def _(shape, device, dtype, approximate="none", spread=1.0):
+    return spread * torch.randn(shape, device=device, dtype=dtype), approximate
