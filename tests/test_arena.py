@@ -34,7 +34,7 @@ def small_pages(monkeypatch):
 @pytest.fixture
 def nan_pages(monkeypatch):
     """Pages that nobody holds are NaN."""
-    take, drop, init = Arena.take, Arena.drop, Arena.__init__
+    drop, init = Arena.drop, Arena.__init__
 
     def poisoned_init(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -49,7 +49,6 @@ def nan_pages(monkeypatch):
 
     monkeypatch.setattr(Arena, "__init__", poisoned_init)
     monkeypatch.setattr(Arena, "drop", poisoned_drop)
-    return take
 
 
 class Spy:

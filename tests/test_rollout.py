@@ -1,102 +1,58 @@
-"""Rollouts: greedy decoding against transformers, log-probabilities against one forward pass, ends, seeds, company."""
+"""Rollouts on every path: greedy decoding, log-probabilities against one forward pass, ends, seeds, company."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from architectures import END, SERVED, V, build, greedy, llama, prompts, sampling
 
-from rlhf_fast.batches import Prompts
-from rlhf_fast.config import ModelConfig, SamplingConfig
+from rlhf_fast import batches
+from rlhf_fast.batches import LIMIT, STOP, Prompts
+from rlhf_fast.config import BadSetting, ModelConfig, SamplingConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model import Model
 from rlhf_fast.rollout import Rollout
+from rlhf_fast.rollout.stops import Stops
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K"
-END = 2
-SMALL = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 1,
-    "eos_token_id": END, "initializer_range": 0.3,
-}  # fmt: skip
-GPT = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
-MODULES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT, bos_token_id=1, eos_token_id=END)),
-    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, sliding_window=4)),
-    "bloom": lambda: BloomForCausalLM(
-        BloomConfig(
-            vocab_size=61,
-            hidden_size=32,
-            n_layer=2,
-            n_head=4,
-            eos_token_id=END,
-            pad_token_id=None,
-            initializer_range=0.3,
-        )  # fmt: skip
-    ),
-}
+PATHS = ["attention", "transformers"]
+FAMILIES = ["llama", "gpt2", "mistral, sliding window", "qwen2", "qwen3", "gemma2, soft caps", "cohere"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def prompts(*lengths, uids=None):
-    tokens = [torch.randint(3, 61, (length,)).tolist() for length in lengths]
-    return Prompts(uids or list(range(100, 100 + len(lengths))), tokens, [""] * len(lengths))
+@pytest.fixture(params=PATHS)
+def path(request):
+    return request.param
 
 
-def llama(**config):
-    return Model(LlamaForCausalLM(LlamaConfig(**{**SMALL, **config})))
-
-
-def sampling(**settings):
-    return SamplingConfig(**{"max_new_tokens": 12, **settings})
-
-
-@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_greedy_is_transformers_generate(make):
-    """Ragged prompts in one batch, each against generate() alone."""
-    model, batch = Model(make()), prompts(1, 7, 3, 12)
-    found = Rollout(model, sampling(temperature=0.0)).generate(batch).response_ids()
-    for tokens, response in zip(batch.tokens, found, strict=True):
-        alone = model.module.generate(torch.tensor([tokens]), do_sample=False, max_new_tokens=12, pad_token_id=0)
-        assert response == alone[0, len(tokens) :].tolist()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_is_transformers_generate(name):
+    """Ragged prompts in one batch, each against generate() alone, over transformers' own cache; test_attention_path.py
+    has the other path."""
+    model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12)
+    found = Rollout(model, sampling(temperature=0.0), path="transformers").generate(batch).response_ids()
+    assert found == [greedy(model.module, tokens) for tokens in batch.tokens]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES}")
-def test_greedy_story_is_the_authors():
+def test_greedy_story_is_the_authors(path):
     model = Model.load(ModelConfig(str(STORIES)))
     golden = (STORIES / "golden_greedy.txt").read_text()
     story = Prompts([0], [[model.tokenizer.bos_token_id]], [""])
-    response = Rollout(model, SamplingConfig(temperature=0.0, max_new_tokens=256)).generate(story).response_ids()[0]
+    settings = SamplingConfig(temperature=0.0, max_new_tokens=256)
+    response = Rollout(model, settings, path=path).generate(story).response_ids()[0]
     text = model.tokenizer.decode(response).strip()
     assert len(response) > 100 and text[:600] == golden.strip()[:600]
 
 
-@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_logprobs_are_those_of_one_forward_pass(make):
+def test_logprobs_are_those_of_one_forward_pass(name, path):
     """The first PPO step's ratio is 1 (W, L10): sampled in company, compared to the training forward."""
-    model = Model(make())
-    responses = Rollout(model, sampling(temperature=0.7, top_k=20)).generate(prompts(1, 7, 3, 12), samples=3)
+    model = Model(SERVED[name]())
+    responses = Rollout(model, sampling(temperature=0.7, top_k=20), path=path).generate(prompts(1, 7, 3, 12), samples=3)
     for temperature, theirs in [(0.7, responses.logprobs), (1.0, responses.raw_logprobs)]:
         ours, entropy = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths, temperature)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
@@ -107,40 +63,49 @@ def test_logprobs_are_those_of_one_forward_pass(make):
 
 
 @torch.no_grad()
-def test_bfloat16_logprobs_are_near_one_forward_pass():
+def test_bfloat16_logprobs_are_near_one_forward_pass(path):
     """Their head is float32 from the accumulator on: the rest is rounding inside the layers, a few 1e-2 nats."""
-    model = Model(MODULES["llama"]().bfloat16())
-    responses = Rollout(model, sampling()).generate(prompts(1, 7, 3, 12), samples=8)
+    model = Model(SERVED["llama"]().bfloat16())
+    responses = Rollout(model, sampling(), path=path).generate(prompts(1, 7, 3, 12), samples=8)
     ours, _ = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths)
     gap = (ours - responses.logprobs)[responses.mask].abs()
     assert gap.mean() < 0.03 and gap.max() < 0.5
     assert responses.logprobs.dtype == torch.float32
 
 
-def test_a_sample_does_not_depend_on_its_company():
+def test_a_sample_does_not_depend_on_its_company(path):
+    """Batch sizes, refills and orders: the same tokens; log-probabilities within what the products round."""
     model, batch = llama(), prompts(2, 9, 5, 3, 6, 11, 4)
-    whole = Rollout(model, sampling(batch=64), seed=5).generate(batch, samples=2)
+    whole = Rollout(model, sampling(batch=64), seed=5, path=path).generate(batch, samples=2)
     rows = whole.response_ids()
     for size in (1, 3, 7):
-        assert Rollout(model, sampling(batch=size), seed=5).generate(batch, samples=2).response_ids() == rows
+        found = Rollout(model, sampling(batch=size), seed=5, path=path).generate(batch, samples=2)
+        assert found.response_ids() == rows
+        torch.testing.assert_close(found.logprobs, whole.logprobs, rtol=0, atol=1e-5)
     order = [4, 0, 6, 2, 1, 5, 3]
-    shuffled = Rollout(model, sampling(), seed=5).generate(batch.take(order), samples=2)
+    shuffled = Rollout(model, sampling(), seed=5, path=path).generate(batch.take(order), samples=2)
     assert shuffled.response_ids() == [rows[2 * i + k] for i in order for k in (0, 1)]
     assert shuffled.uids.tolist() == [batch.ids[i] for i in order for _ in (0, 1)]
     torch.testing.assert_close(shuffled.logprobs[0], whole.logprobs[8, : shuffled.mask.shape[1]], rtol=0, atol=1e-5)
 
 
-def test_seed_step_and_uid_make_the_noise():
+def test_paths_draw_the_same():
+    model, batch = llama(), prompts(2, 9, 5, 3)
+    found = [Rollout(model, sampling(), seed=5, path=path).generate(batch, samples=2) for path in PATHS]
+    assert all(other.response_ids() == found[0].response_ids() for other in found)
+
+
+def test_seed_step_and_uid_make_the_noise(path):
     model, batch = llama(eos_token_id=None), prompts(4, 4)
-    first = Rollout(model, sampling(), seed=1).generate(batch, samples=2)
-    rows = first.response_ids()
+    rows = Rollout(model, sampling(), seed=1, path=path).generate(batch, samples=2).response_ids()
     assert len({tuple(row) for row in rows}) == 4
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    assert Rollout(model, sampling(), seed=1).generate(batch, samples=2).response_ids() == rows
+    assert Rollout(model, sampling(), seed=1, path=path).generate(batch, samples=2).response_ids() == rows
     assert torch.equal(torch.get_rng_state(), state)
     for seed, step, uids in [(2, 0, batch.ids), (1, 1, batch.ids), (1, 0, [7, 8])]:
-        other = Rollout(model, sampling(), seed=seed).generate(batch._replace(ids=uids), samples=2, step=step)
+        rollout = Rollout(model, sampling(), seed=seed, path=path)
+        other = rollout.generate(batch._replace(ids=uids), samples=2, step=step)
         assert all(a != b for a, b in zip(other.response_ids(), rows, strict=True))
 
 
@@ -150,43 +115,58 @@ def always(token: int, **config) -> Model:
     with torch.no_grad():
         model.module.lm_head.weight.zero_()
         model.module.model.norm.weight.zero_()
-        model.module.lm_head.bias = torch.nn.Parameter(torch.zeros(61))
+        model.module.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
         model.module.lm_head.bias[token] = 50.0
     return model
 
 
-def test_ends():
+def test_ends(path):
+    """An end token in the prompt, several end tokens, one that is the padding token too; none is forced at the end."""
     batch = prompts(3, 5)
     batch.tokens[0][1] = END
-    over = Rollout(always(END), sampling()).generate(batch)
+    over = Rollout(always(END), sampling(), path=path).generate(batch)
     assert over.response_ids() == [[END], [END]] and over.finished.all()
+    assert over.reasons.tolist() == [batches.END] * 2 and over.reasons.dtype == torch.uint8
     assert over.lengths.tolist() == [4, 6] and over.mask.shape == (2, 1)
-    never = Rollout(always(9), sampling()).generate(batch)
-    assert never.response_ids() == [[9] * 12] * 2 and not never.finished.any()
+    never = Rollout(always(9), sampling(), path=path).generate(batch)
+    assert never.response_ids() == [[9] * 12] * 2 and not never.finished.any() and not never.reasons.any()
     several = always(9)
     several.module.generation_config.eos_token_id = [7, 9]
-    assert Rollout(several, sampling()).generate(batch).response_ids() == [[9], [9]]
+    assert Rollout(several, sampling(), path=path).generate(batch).response_ids() == [[9], [9]]
     padding = always(END)
     padding.module.config.pad_token_id = END
-    assert Rollout(padding, sampling()).generate(batch).response_ids() == [[END], [END]]
+    assert Rollout(padding, sampling(), path=path).generate(batch).response_ids() == [[END], [END]]
 
 
-def test_end_token_at_the_last_allowed_place_counts():
-    late = Rollout(always(END), sampling(min_new_tokens=2, max_new_tokens=3)).generate(prompts(3))
+def test_end_token_at_the_last_allowed_place_counts(path):
+    late = Rollout(always(END), sampling(min_new_tokens=2, max_new_tokens=3), path=path).generate(prompts(3))
     response = late.response_ids()[0]
-    assert response[2] == END and END not in response[:2] and late.finished.all()
+    assert response[2] == END and END not in response[:2] and late.reasons.tolist() == [batches.END]
 
 
-def test_min_new_tokens_leaves_the_reported_logprobs_alone():
+def test_min_new_tokens_leaves_the_reported_logprobs_alone(path):
     """The trainer's forward knows of no ban, so neither may the log-probabilities; the kept ones do."""
     model = always(END)
     with torch.no_grad():
         model.module.lm_head.bias.zero_()
-    responses = Rollout(model, sampling(min_new_tokens=12)).generate(prompts(3, 6))
-    assert not responses.finished.any()
+    responses = Rollout(model, sampling(min_new_tokens=12), path=path).generate(prompts(3, 6))
+    assert responses.mask.all() and responses.reasons.tolist() == [LIMIT] * 2
     uniform, without_end = -torch.tensor(61.0).log(), -torch.tensor(60.0).log()
     torch.testing.assert_close(responses.logprobs, uniform.expand(2, 12), rtol=0, atol=1e-5)
     torch.testing.assert_close(responses.kept_logprobs, without_end.expand(2, 12), rtol=0, atol=1e-5)
+
+
+def test_min_new_tokens_is_each_rows_own(path):
+    """Two places, rows that start at different times: the ban is on a row's first four tokens, whoever is beside."""
+    model = always(END)
+    with torch.no_grad():
+        model.module.lm_head.bias[END] = 3.0
+    found = Rollout(model, sampling(min_new_tokens=4, batch=2), path=path).generate(prompts(2, 3, 4), samples=10)
+    sizes, kept = found.mask.sum(1), found.kept_logprobs[:, :5]
+    assert len(sizes.unique()) > 1 and (sizes >= 5).all()
+    assert all(END not in row[:4] for row in found.response_ids())
+    assert (kept[:, :4] - found.logprobs[:, :4] > 0.1).all()
+    assert (kept[:, 4] == found.logprobs[:, 4]).all()
 
 
 class Letters:
@@ -198,27 +178,61 @@ class Letters:
         return ["".join(chr(ord("a") + token % 26) for token in row) for row in rows]
 
 
-def test_stop_text_ends_a_response_and_stays_in_it():
+def test_stop_text_ends_a_response_and_stays_in_it(path):
     model = always(27)
     model.tokenizer = Letters()
-    responses = Rollout(model, sampling(stop=("bbb",))).generate(prompts(3, 5))
-    assert responses.response_ids() == [[27] * 3] * 2 and responses.finished.all()
-    assert not Rollout(model, sampling(stop=("bab",))).generate(prompts(3)).finished.any()
+    responses = Rollout(model, sampling(stop=("bbb",)), path=path).generate(prompts(3, 5))
+    assert responses.response_ids() == [[27] * 3] * 2 and responses.reasons.tolist() == [STOP] * 2
+    assert responses.finished.all()
+    assert not Rollout(model, sampling(stop=("bab",)), path=path).generate(prompts(3)).finished.any()
+    late = Rollout(model, sampling(stop=("bb",), min_new_tokens=5), path=path).generate(prompts(3))
+    assert late.response_ids() == [[27] * 5]
 
 
-def test_weights_are_read_in_place_and_the_mode_is_kept():
+def test_stop_texts_are_looked_for_in_each_row_alone():
+    """Rows that come and go; a text over several tokens; an end token before a stop text, and both at once."""
+    model = llama()
+    model.tokenizer = Letters()
+    stops = Stops(model, sampling(stop=("xyz", "cd"), max_new_tokens=6))
+    stops.begin(3)
+    said = {0: [23, 24, 25], 1: [2, 3], 2: [25, 24, 23, 24, 25]}  # xyz; c is the end token; zyxyz
+    ends = {}
+    for slot in range(5):
+        rows = [row for row in said if row not in ends]
+        if not rows:
+            break
+        tokens, rows = (torch.tensor(x).numpy() for x in ([said[row][slot] for row in rows], rows))
+        over = stops(tokens, rows, torch.full((len(rows),), slot + 1).numpy())
+        if over is not None:
+            ends |= {
+                row: (slot + 1, why) for row, gone, why in zip(rows.tolist(), *map(list, over), strict=True) if gone
+            }
+    assert ends == {0: (3, STOP), 1: (1, batches.END), 2: (5, STOP)}
+
+
+def test_progress_is_told(path):
+    told = []
+    rollout = Rollout(llama(), sampling(batch=3), path=path)
+    found = rollout.generate(prompts(2, 9, 5, 3), samples=2, progress=lambda *step: told.append(step))
+    tokens, ended = (sum(part) for part in zip(*told, strict=True))
+    assert tokens == int(found.mask.sum()) and ended == 8 and max(step[0] for step in told) <= 3
+
+
+def test_weights_are_read_in_place_and_the_mode_is_kept(path):
     model, batch = llama(eos_token_id=None), prompts(4)
-    rollout = Rollout(model, sampling(temperature=0.0))
+    rollout = Rollout(model, sampling(temperature=0.0), path=path)
     model.module.train()
     before = rollout.generate(batch).response_ids()
-    assert model.module.training
+    assert model.module.training and rollout.path == path
+    tokens = torch.tensor(batch.tokens)
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=0.3)
+    model.module(tokens).logits.square().mean().backward()
+    optimizer.step()
+    after = rollout.generate(batch)
+    assert after.response_ids() != before
     with torch.no_grad():
-        for p in model.module.parameters():
-            p.mul_(-1)
-    assert rollout.generate(batch).response_ids() != before
-    hidden = model.hidden(torch.tensor(batch.tokens))
-    hidden.sum().backward()
-    assert all(p.grad is not None for name, p in model.module.named_parameters() if "lm_head" not in name)
+        ours, _ = model.logprobs(after.tokens, after.prompt_lengths, after.lengths)
+    torch.testing.assert_close(after.raw_logprobs, ours, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_sampled_is_said():
@@ -228,16 +242,47 @@ def test_what_cannot_be_sampled_is_said():
         Rollout(llama(), sampling()).generate(prompts(60))
     with pytest.raises(UserError, match="stop texts need a tokenizer"):
         Rollout(llama(), sampling(stop=("x",)))
+    for token in (-1, V, 2**40):
+        batch = prompts(2, 3)
+        batch.tokens[1][2] = token
+        with pytest.raises(UserError, match=f"prompt 101: token {token} is not one of the model's 61, 0 to 60; use"):
+            Rollout(llama(), sampling()).generate(batch)
+    with pytest.raises(UserError, match="cache_mb: 1 MiB hold 0 rows: one of 1020 tokens needs"):
+        big = Model(build("Llama", max_position_embeddings=2048, hidden_size=256, num_key_value_heads=4)())
+        Rollout(big, sampling(max_new_tokens=1000, cache_mb=1), path="attention").generate(prompts(21))
 
 
-def test_a_model_gone_astray_is_said():
+@pytest.mark.parametrize(
+    "setting, rule",
+    [
+        ({"temperature": -0.1}, "sampling.temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
+        ({"min_p": 1.5}, "min_p must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"min_new_tokens": 13}, "must be at most max_new_tokens"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"cache_mb": -1}, "cache_mb must be at least 0"),
+    ],
+)
+def test_settings_out_of_range(setting, rule):
+    with pytest.raises(BadSetting) as told:
+        sampling(**setting)
+    assert rule.removeprefix("sampling.") in str(told.value)
+
+
+def test_a_model_gone_astray_is_said(path):
     model = llama()
+    rollout = Rollout(model, sampling(), path=path)
+    assert rollout.path == path
     with torch.no_grad():
         model.module.lm_head.weight[5] = float("nan")
     with pytest.raises(UserError, match="token 1 of the response to prompt 100: the model gives NaN"):
-        Rollout(model, sampling()).generate(prompts(3, 4))
+        rollout.generate(prompts(3, 4))
 
 
-def test_no_prompts_give_no_responses():
-    responses = Rollout(llama(), sampling()).generate(prompts())
+def test_no_prompts_give_no_responses(path):
+    responses = Rollout(llama(), sampling(), path=path).generate(prompts())
     assert responses.tokens.shape == (0, 0) and responses.response_ids() == []
