@@ -191,24 +191,7 @@ class _Call:
         k_cache, v_cache = self.arena.k[layer], self.arena.v[layer]
         k_cache[self.pages, :, self.offsets] = k
         v_cache[self.pages, :, self.offsets] = v
-        return getattr(ops, "decode_attention", _plain)(
-            q, k_cache, v_cache, self.table, self.lengths, self.rows, scale, window, softcap
-        )
-
-
-def _plain(q, k_cache, v_cache, table, lengths, rows, scale, window, softcap):
-    out = q.new_empty(*q.shape[:2], v_cache.shape[3])
-    for n in range(len(q)):
-        end = int(lengths[n])
-        begin = max(0, end - window) if window else 0
-        pages = table[int(rows[n])].long()
-        k = k_cache[pages].transpose(0, 1).flatten(1, 2)[:, begin:end]
-        v = v_cache[pages].transpose(0, 1).flatten(1, 2)[:, begin:end]
-        g = q.shape[1] // k.shape[0]
-        s = torch.einsum("hgd,hkd->hgk", q[n].view(k.shape[0], g, -1), k) * scale
-        s = torch.tanh(s / softcap) * softcap if softcap else s
-        out[n] = torch.einsum("hgk,hkd->hgd", s.softmax(-1), v).flatten(0, 1)
-    return out
+        return ops.decode_attention(q, k_cache, v_cache, self.table, self.lengths, self.rows, scale, window, softcap)
 
 
 def _attend(
