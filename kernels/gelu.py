@@ -12,7 +12,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), Phi the normal distribution function, in the shape and dtype of x: computed in float32, rounded once.
 
     (Hendrycks and Gimpel 2016, arXiv 1606.08415.) `approximate="tanh"`: x (1 + tanh(u)) / 2,
-    u = sqrt(2/pi) (x + 0.044715 x^3), what GPT-2 was trained with. ValueError for another word. No gradient: for inference.
+    u = sqrt(2/pi) (x + 0.044715 x^3), what GPT-2 was trained with. ValueError for another word.
+    No gradient: for inference.
     """
     return torch.nn.functional.gelu(wide(x), approximate=approximate).to(x.dtype)
 

@@ -1,0 +1,176 @@
+"""decode_attention: what no reference can say. A token's bits are its own; nothing that is not its own is read."""
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels._op import OPS
+
+BACKENDS = [b for b in OPS["decode_attention"].backends if b.startswith("cpu")]
+pytestmark = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
+
+
+class Sequences:
+    """Keys and values of some sequences, and the ways to lay them out in pages."""
+
+    def __init__(self, lengths, H=6, Hkv=2, d=64, dv=None, dtype=torch.float32):
+        self.lengths, self.dtype, self.H, dv = lengths, dtype, H, dv or d
+        self.keys = [torch.randn(n, Hkv, d).to(dtype) for n in lengths]
+        self.values = [torch.randn(n, Hkv, dv).to(dtype) for n in lengths]
+        self.q = torch.randn(len(lengths), H, d)
+
+    def paged(self, P, spare=3):
+        """Caches and a block table, pages in a random order; whatever holds no key is NaN."""
+        M = max(1, -(-max(self.lengths) // P))
+        pages = len(self.lengths) * M + spare
+        table = torch.randperm(pages)[: len(self.lengths) * M].view(-1, M).int()
+        caches = []
+        for rows in (self.keys, self.values):
+            cache = torch.full((pages, rows[0].shape[1], P, rows[0].shape[2]), torch.nan, dtype=self.dtype)
+            for mine, own in zip(table, rows, strict=True):
+                for position, row in enumerate(own):
+                    cache[mine[position // P], :, position % P] = row
+            caches.append(cache)
+        return *caches, table
+
+    def expected(self, n, length=None, window=0, softcap=0.0):
+        """Plain attention of query n over its own keys, in float64."""
+        length = self.lengths[n] if length is None else length
+        begin = max(0, length - window) if window else 0
+        repeat = self.H // self.keys[n].shape[1]
+        k, v = (x[n][begin:length].double().repeat_interleave(repeat, 1) for x in (self.keys, self.values))
+        scores = torch.einsum("hd,khd->hk", self.q[n].double(), k) * self.q.shape[2] ** -0.5
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        return torch.einsum("hk,khd->hd", scores.softmax(-1), v)
+
+
+def attention(s, paged, rows=None, backend="cpu", lengths=None, **options):
+    rows = list(range(len(s.lengths))) if rows is None else rows
+    lengths = [s.lengths[n] for n in rows] if lengths is None else lengths
+    tables = torch.tensor(lengths, dtype=torch.int32), torch.tensor(rows, dtype=torch.int32)
+    return ops.decode_attention.backend(backend)(s.q[rows], *paged, *tables, s.q.shape[2] ** -0.5, **options)
+
+
+def assert_right(out, s, rows=None, lengths=None, **options):
+    rows = range(len(s.lengths)) if rows is None else rows
+    for i, n in enumerate(rows):
+        truth = s.expected(n, lengths[i] if lengths else None, **options)
+        torch.testing.assert_close(out[i].double(), truth, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("P", [1, 16, 64])
+def test_lengths_around_the_ends_of_pages_and_splits(backend, dtype, P):
+    lengths = sorted({n for end in (P, 2 * P, 64, 256, 512) for n in (end - 1, end, end + 1) if n})
+    s = Sequences(lengths, dtype=dtype)
+    assert_right(attention(s, s.paged(P), backend=backend), s)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 37])
+def test_grouped_heads_of_every_size(backend, group, d):
+    s = Sequences([1, 50, 259], H=2 * group, Hkv=2, d=d, dv=d if d % 8 else d + 3)
+    assert_right(attention(s, s.paged(16), backend=backend), s)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window, softcap", [(1, 0.0), (5, 2.0), (256, 0.0), (300, 30.0), (10_000, 0.5)])
+def test_window_and_softcap(backend, window, softcap):
+    s = Sequences([3, 255, 256, 257, 600])
+    options = {"window": window, "softcap": softcap}
+    assert_right(attention(s, s.paged(16), backend=backend, **options), s, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_position_of_a_prompt_in_one_call(backend):
+    """As in a prefill: many tokens of one sequence, each with its own length."""
+    s = Sequences([70, 40])
+    rows, lengths = [0] * 70 + [1] * 3, [*range(1, 71), 38, 39, 40]
+    assert_right(attention(s, s.paged(16), rows, backend, lengths), s, rows, lengths)
+
+
+def test_pages_that_the_window_has_passed_need_not_exist():
+    s = Sequences([100, 90])
+    k, v, table = s.paged(16)
+    table[:, 0] = -1
+    assert_right(attention(s, (k, v, table), window=70), s, window=70)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_bits_of_a_token_are_its_own(backend, dtype):
+    """Alone, in company, in another order, in other pages, for any number of threads."""
+    lengths = [1, 17, 256, 700, 1025, 64, 300, 513, 40]
+    s = Sequences(lengths, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([attention(s, s.paged(16), [n], backend) for n in range(len(lengths))])
+        assert_right(alone, s)
+        for threads in (1, 2, 3, 8):  # with 8, single tokens are split among the threads
+            torch.set_num_threads(threads)
+            for P in (1, 16, 64):
+                paged, order = s.paged(P), torch.randperm(len(lengths)).tolist()
+                assert torch.equal(attention(s, paged, order, backend), alone[order])
+                assert torch.equal(attention(s, paged, [4], backend), alone[4:5])
+                assert torch.equal(attention(s, paged, [3, 8], backend), alone[[3, 8]])
+                windowed = attention(s, paged, [4, 3], backend, window=400)
+                torch.set_num_threads(1)
+                assert torch.equal(attention(s, paged, [3], backend, window=400), windowed[1:])
+                torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_or_infinity_of_ones_own_shows_and_stays(backend):
+    s = Sequences([20, 300, 30])
+    k, v, table = s.paged(16)
+    k[table[0, 0], 0, 3] = torch.nan
+    v[table[1, 17], 1, 2] = torch.inf
+    out = attention(s, (k, v, table), backend=backend)
+    assert out[0, :3].isnan().all() and out[0, 3:].isfinite().all()
+    assert out[1, :3].isfinite().all() and (out[1, 3:] == torch.inf).all()
+    assert out[2].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_far_apart(backend):
+    """One key outweighs the rest by more than float32 holds, in each of three splits."""
+    for best in (0, 300, 599):
+        s = Sequences([600], H=1, Hkv=1)
+        s.q *= 100
+        s.keys[0][best] = s.q[0, 0] / 10
+        out = attention(s, s.paged(64), backend=backend)
+        torch.testing.assert_close(out[0], s.values[0][best])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_places_out_of_range_are_refused(backend):
+    s = Sequences([20, 9])
+    k, v, table = s.paged(16)
+    with pytest.raises(ValueError, match="decode_attention: lengths must be from 0 to 32, .* got 9 to 33"):
+        attention(s, (k, v, table), backend=backend, lengths=[33, 9])
+    with pytest.raises(ValueError, match="decode_attention: lengths must be from 0 to 32, .* got -1 to 20"):
+        attention(s, (k, v, table), backend=backend, lengths=[20, -1])
+    with pytest.raises(ValueError, match="decode_attention: pages must be from 0 to 6 .* got"):
+        attention(s, (k, v, torch.where(table == table[0, 1], 7, table)), backend=backend)
+    with pytest.raises(ValueError, match="decode_attention: rows must be from 0 to 0, .* got 0 to 1"):
+        attention(s, (k, v, table[:1]), backend=backend)
+    table[1, 1] = -1  # beyond the nine keys of that row: nobody reads it
+    attention(s, (k, v, table), backend=backend)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    s = Sequences([4])
+    k, v, table = s.paged(2)
+    for bad in ((k[:, :, :, 1:], v, table), (k, v[:, :1], table), (k, v, table[0]), (k[:, :0], v[:, :0], table)):
+        with pytest.raises(ValueError, match="decode_attention: q .* must fit together, H a multiple of Hkv, got"):
+            attention(s, bad)
+    with pytest.raises(ValueError, match="decode_attention: both caches must have one dtype, got"):
+        attention(s, (k, v.half(), table))
+    for option in ({"window": -1}, {"softcap": -1.0}, {"softcap": float("nan")}, {"softcap": float("inf")}):
+        with pytest.raises(ValueError, match="decode_attention: window and softcap must be 0 .* got"):
+            attention(s, (k, v, table), **option)
