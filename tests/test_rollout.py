@@ -17,8 +17,9 @@ from rlhf_fast.rollout.stops import Stops
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K"
-PATHS = ["attention", "transformers"]
-FAMILIES = ["llama", "gpt2", "mistral, sliding window", "qwen2", "qwen3", "gemma2, soft caps", "cohere"]
+PATHS = ["fused", "attention", "transformers"]
+FUSED = ["llama", "gpt2", "mistral, sliding window", "qwen2", "qwen3"]
+FAMILIES = [*FUSED, "gemma2, soft caps", "cohere"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -47,7 +48,9 @@ def test_greedy_story_is_the_authors(path):
     assert len(response) > 100 and text[:600] == golden.strip()[:600]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name, path", [(name, path) for name in FAMILIES for path in PATHS if path != "fused" or name in FUSED]
+)
 @torch.no_grad()
 def test_logprobs_are_those_of_one_forward_pass(name, path):
     """The first PPO step's ratio is 1 (W, L10): sampled in company, compared to the training forward."""
@@ -55,9 +58,9 @@ def test_logprobs_are_those_of_one_forward_pass(name, path):
     responses = Rollout(model, sampling(temperature=0.7, top_k=20), path=path).generate(prompts(1, 7, 3, 12), samples=3)
     for temperature, theirs in [(0.7, responses.logprobs), (1.0, responses.raw_logprobs)]:
         ours, entropy = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths, temperature)
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs, ours, rtol=5e-6, atol=1e-5)
         if temperature == 0.7:
-            torch.testing.assert_close(responses.entropy, entropy, rtol=0, atol=1e-5)
+            torch.testing.assert_close(responses.entropy, entropy, rtol=5e-6, atol=1e-5)
     assert (responses.kept_logprobs >= responses.logprobs - 1e-6).all()
     assert (responses.logprobs[~responses.mask] == 0).all() and (responses.logprobs[responses.mask] < 0).all()
 
@@ -74,19 +77,22 @@ def test_bfloat16_logprobs_are_near_one_forward_pass(path):
 
 
 def test_a_sample_does_not_depend_on_its_company(path):
-    """Batch sizes, refills and orders: the same tokens; log-probabilities within what the products round."""
+    """Batch sizes, refills and orders: the same tokens; log-probabilities too, on the fused path, elsewhere within what
+    the products round."""
     model, batch = llama(), prompts(2, 9, 5, 3, 6, 11, 4)
+    near = {"rtol": 0, "atol": 0} if path == "fused" else {"rtol": 5e-6, "atol": 1e-5}
     whole = Rollout(model, sampling(batch=64), seed=5, path=path).generate(batch, samples=2)
     rows = whole.response_ids()
     for size in (1, 3, 7):
         found = Rollout(model, sampling(batch=size), seed=5, path=path).generate(batch, samples=2)
         assert found.response_ids() == rows
-        torch.testing.assert_close(found.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.logprobs, whole.logprobs, **near)
     order = [4, 0, 6, 2, 1, 5, 3]
     shuffled = Rollout(model, sampling(), seed=5, path=path).generate(batch.take(order), samples=2)
     assert shuffled.response_ids() == [rows[2 * i + k] for i in order for k in (0, 1)]
     assert shuffled.uids.tolist() == [batch.ids[i] for i in order for _ in (0, 1)]
-    torch.testing.assert_close(shuffled.logprobs[0], whole.logprobs[8, : shuffled.mask.shape[1]], rtol=0, atol=1e-5)
+    index = torch.tensor([2 * i + k for i in order for k in (0, 1)])
+    torch.testing.assert_close(shuffled.logprobs, whole.logprobs[index], **near)
 
 
 def test_paths_draw_the_same():
@@ -232,7 +238,7 @@ def test_weights_are_read_in_place_and_the_mode_is_kept(path):
     assert after.response_ids() != before
     with torch.no_grad():
         ours, _ = model.logprobs(after.tokens, after.prompt_lengths, after.lengths)
-    torch.testing.assert_close(after.raw_logprobs, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(after.raw_logprobs, ours, rtol=5e-6, atol=1e-5)
 
 
 def test_what_cannot_be_sampled_is_said():

@@ -66,7 +66,8 @@ class Rollout:
                 cached.run(self.model, draw, self.stops, cfg, record, progress)
             else:
                 arena, self._arena = self._fitting(decoder, record.rows), None
-                Schedule(decoder, arena, draw, self.stops, cfg, record, progress).run()
+                with decoder.ready():
+                    Schedule(decoder, arena, draw, self.stops, cfg, record, progress).run()
                 self._arena = arena if self.keep_arena else None
         finally:
             self.model.module.train(training)

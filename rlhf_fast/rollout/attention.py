@@ -25,6 +25,7 @@ from rlhf_fast import ops
 from rlhf_fast.model import Model
 from rlhf_fast.rollout.arena import Arena, KVShape
 from rlhf_fast.rollout.decoder import Packed, Unsupported
+from rlhf_fast.rollout.proof import prove
 
 NAME = "rlhf_fast"
 CARRIER = "rlhf_fast_call"
@@ -34,7 +35,6 @@ HARMLESS = frozenset(
     " output_hidden_states output_router_logits return_dict layer_idx".split()
 )
 """Keyword arguments that change nothing about causal attention in evaluation mode."""
-PROBE_PAGE = 4
 
 
 class AttentionDecoder:
@@ -61,7 +61,7 @@ class AttentionDecoder:
         model.module.eval()
         try:
             decoder._survey()
-            decoder._check()
+            prove(model, decoder)
         except Unsupported:
             raise
         except Exception as error:  # any architecture's own code may stumble over a forward pass like ours
@@ -71,6 +71,11 @@ class AttentionDecoder:
         finally:
             model.module.train(training)
         return decoder
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """See Decoder; there is nothing to prepare."""
+        yield
 
     def hidden(self, arena: Arena, packed: Packed) -> Tensor:
         """(n, D), see Decoder."""
@@ -120,38 +125,6 @@ class AttentionDecoder:
         self.shapes, self.dtype = [layer.shape for layer in layers], layers[0].dtype
         if any(layer.dtype != self.dtype for layer in layers):
             raise Unsupported("its layers' keys have several dtypes")
-
-    def _check(self) -> None:
-        """Ragged rows, prefilled in two calls, then decoded: every hidden state against the module's own."""
-        model, limit = self.model, min(self.model.max_positions or 12, 12)
-        config = model.base.config.get_text_config()
-        tokens = (torch.arange(3 * limit, device=model.device).view(3, limit) * 7919 + 3) % config.vocab_size
-        if config.pad_token_id is not None:
-            tokens = torch.where(tokens == config.pad_token_id, (tokens + 1) % config.vocab_size, tokens)
-        starts = [limit - 3, 1, limit // 2]
-        device = tokens.device
-        pages = -(-limit // PROBE_PAGE)
-        arena = Arena(self.shapes, self.dtype, device, 3 * pages, 3, pages, PROBE_PAGE)
-        for slot in range(3):
-            arena.seat(slot, arena.take(pages))
-        cut = starts[0] + 1 + starts[2] // 2
-        places = [(slot, position) for slot, start in enumerate(starts) for position in range(start)]
-        calls = [places[:cut], places[cut:]]
-        calls += [[(slot, start + i) for slot, start in enumerate(starts)] for i in range(limit - max(starts))]
-        found = torch.full((3, limit, self.model.head_weight.shape[1]), torch.nan, device=device)
-        for call in calls:
-            slots, positions = torch.tensor(call, device=device).unbind(1)
-            packed = Packed(tokens[slots, positions], positions.int(), slots.int(), arena.block_table)
-            found[slots, positions] = self.hidden(arena, packed).float()
-        for slot, start in enumerate(starts):
-            length = start + limit - max(starts)
-            wanted = model.hidden(tokens[slot : slot + 1, :length])[0].float()
-            gap = (found[slot, :length] - wanted).abs().max()
-            bound = (1e-4 if self.dtype == torch.float32 else 0.05) * wanted.abs().max().clamp_min(1.0)
-            if not gap <= bound:
-                raise Unsupported(
-                    f"its hidden states over our cache are off by {gap:.2g} (of up to {wanted.abs().max():.2g})"
-                )
 
 
 class _Layer(NamedTuple):

@@ -8,8 +8,8 @@ transformers   no decoder: transformers' own cache (rollout/cached.py), for what
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from importlib import import_module
-from importlib.util import find_spec
 from logging import getLogger
 from typing import Literal, NamedTuple, Protocol
 
@@ -54,6 +54,10 @@ class Decoder(Protocol):
     dtype: torch.dtype
     """Of the cache."""
 
+    def ready(self) -> AbstractContextManager[None]:
+        """Around the calls of a rollout: within the block the weights stay where they are."""
+        ...
+
     def hidden(self, arena: Arena, packed: Packed) -> Tensor:
         """(n, D): the last layer after the final norm, not scaled (`Model.scale`). Writes the tokens' keys and values
         to the arena."""
@@ -79,9 +83,7 @@ def choose(model: Model, path: Path = "auto") -> Decoder | None:
 
 
 def _fused(model: Model) -> Decoder:
-    """rollout/fused.py is looked for, not imported: it imports this file."""
-    if find_spec("rlhf_fast.rollout.fused") is None:
-        raise Unsupported("this installation has no fused step")
+    """Imported here, as below: rollout/fused.py imports this file."""
     return import_module("rlhf_fast.rollout.fused").FusedDecoder.make(model)
 
 
