@@ -54,25 +54,27 @@ INLINE f32 sums(const f32* v) {
   }
 }
 
-// The products of R queries and K keys, still to be summed over the lanes.
-template <int R, int K, class KV>
+// The products of R queries and K keys, still to be summed over the lanes; PART: d is not a multiple of W.
+template <int R, int K, bool PART, class KV>
 INLINE void products(const float* q, int64_t q_stride, const KV* const* rows, int64_t d, f32 (*out)[W]) {
   f32 total[R][K] = {};
-  int64_t c = 0;
-  for (; c + W <= d; c += W) {
+  const auto add = [&](int64_t c, auto read) {
     f32 query[R];
-    for (int r = 0; r < R; ++r) query[r] = load(q + r * q_stride + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) query[r] = read(q + r * q_stride + c);
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      const f32 key = load(rows[k] + c);
+      const f32 key = read(rows[k] + c);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) total[r][k] += query[r] * key;
     }
-  }
-  if (c < d)
-    for (int k = 0; k < K; ++k) {
-      const f32 key = load_part(rows[k] + c, (int)(d - c), 0.f);
-      for (int r = 0; r < R; ++r) total[r][k] += load_part(q + r * q_stride + c, (int)(d - c), 0.f) * key;
-    }
+  };
+  int64_t c = 0;
+  for (; c + W <= d; c += W) add(c, [](const auto* p) { return load(p); });
+  if (PART) add(c, [n = (int)(d - c)](const auto* p) { return load_part(p, n, 0.f); });
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) out[r][k] = total[r][k];
 }
 
@@ -86,7 +88,7 @@ INLINE void fetch(const KV* rows, const int64_t* at, int i, int n, int64_t strid
 }
 
 // Scores of R queries with the n keys at rows at[0..n); the last vector is filled up by repeating the last key.
-template <int R, class KV>
+template <int R, bool PART, class KV>
 INLINE void score(const float* q, int64_t q_stride, const KV* k, const int64_t* at, int n, int64_t d, float* scores) {
   constexpr int wish = R == 1 ? 8 : R < 4 ? 4 : 2, K = wish < W ? wish : W;
   for (int i = 0; i < n; i += W) {
@@ -94,7 +96,7 @@ INLINE void score(const float* q, int64_t q_stride, const KV* k, const int64_t* 
     const KV* rows[W];
     for (int j = 0; j < W; ++j) rows[j] = k + at[min(i + j, n - 1)] * d;
     for (int j = 0; j < W; ++j) fetch(k, at, i + j, n, d, d);
-    for (int j = 0; j < W; j += K) products<R, K>(q, q_stride, rows + j, d, (f32(*)[W])(&partial[0][j]));
+    for (int j = 0; j < W; j += K) products<R, K, PART>(q, q_stride, rows + j, d, (f32(*)[W])(&partial[0][j]));
     for (int r = 0; r < R; ++r) store(scores + r * SPLIT + i, sums<W, 1>(partial[r]));
   }
 }
@@ -119,25 +121,29 @@ INLINE Partial exponentials(float* scores, int n, float scale, float softcap) {
   return Partial{from, sum(total)};
 }
 
-// C vectors of the weighted sums of the values, for R queries; the last of them has `last` lanes.
-template <int R, int C, class KV>
+// C vectors of the weighted sums of the values, for R queries; PART: a single one of `last` lanes.
+template <int R, int C, bool PART, class KV>
 INLINE void weigh(const float* weights, const KV* v, const int64_t* at, int n, int64_t dv, int last, float* out,
                   int64_t out_stride) {
   f32 total[R][C] = {};
   for (int i = 0; i < n; ++i) {
     const KV* const row = v + at[i] * dv;
     fetch(v, at, i, n, dv, C * W);
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      const f32 value = last == W ? load(row + c * W) : load_part(row + c * W, last, 0.f);
+      const f32 value = PART ? load_part(row, last, 0.f) : load(row + c * W);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) total[r][c] += weights[r * SPLIT + i] * value;
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      if (last == W)
-        store(out + r * out_stride + c * W, total[r][c]);
+      if (PART)
+        store_part(out + r * out_stride, total[r][c], last);
       else
-        store_part(out + r * out_stride + c * W, total[r][c], last);
+        store(out + r * out_stride + c * W, total[r][c]);
     }
 }
 
@@ -146,12 +152,18 @@ void attend_heads(const float* q, int64_t q_stride, const Keys<KV>& keys, const 
                   float softcap, float* out, int64_t out_stride, Partial* partials) {
   constexpr int C = R == 1 ? 8 : R < 4 ? 4 : 2;
   alignas(64) float scores[R * SPLIT];
-  score<R>(q, q_stride, keys.k, at, n, keys.d, scores);
+  if (keys.d % W)
+    score<R, true>(q, q_stride, keys.k, at, n, keys.d, scores);
+  else
+    score<R, false>(q, q_stride, keys.k, at, n, keys.d, scores);
   for (int r = 0; r < R; ++r) partials[r] = exponentials(scores + r * SPLIT, n, scale, softcap);
+  const auto columns = [&](int64_t c, auto weighed) {
+    weighed(scores, keys.v + c, at, n, keys.dv, (int)(keys.dv - c), out + c, out_stride);
+  };
   int64_t c = 0;
-  for (; c + C * W <= keys.dv; c += C * W) weigh<R, C>(scores, keys.v + c, at, n, keys.dv, W, out + c, out_stride);
-  for (; c + W <= keys.dv; c += W) weigh<R, 1>(scores, keys.v + c, at, n, keys.dv, W, out + c, out_stride);
-  if (c < keys.dv) weigh<R, 1>(scores, keys.v + c, at, n, keys.dv, (int)(keys.dv - c), out + c, out_stride);
+  for (; c + C * W <= keys.dv; c += C * W) columns(c, weigh<R, C, false, KV>);
+  for (; c + W <= keys.dv; c += W) columns(c, weigh<R, 1, false, KV>);
+  if (c < keys.dv) columns(c, weigh<R, 1, true, KV>);
 }
 
 // G query heads with the keys [begin, end) of one split: out (G, dv) are sums of e^(score - largest) * value.

@@ -1,0 +1,145 @@
+"""rms_norm, layer_norm, swiglu, gelu and rope_store: what their references cannot say."""
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels._op import OPS
+
+BACKENDS = [b for b in OPS["rms_norm"].backends if b.startswith("cpu")]
+compiled = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
+
+
+def ulps(ours, truth):
+    """Distance from the float64 truth in units of the last place of float32."""
+    unit = torch.ldexp(torch.ones_like(truth), torch.frexp(truth).exponent - 24)
+    return ((ours.double() - truth).abs() / unit)[truth.abs() > 1e-37]
+
+
+@compiled
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("D", [64, 577, 4096])
+def test_the_bits_of_a_row_are_its_own(backend, D):
+    """Of a norm: alone or among many rows, for any number of threads."""
+    x, w, b = torch.randn(65, D), torch.randn(D), torch.randn(D)
+    before = torch.get_num_threads()
+    try:
+        for call in (lambda r: ops.rms_norm.backend(backend)(r, w), lambda r: ops.layer_norm.backend(backend)(r, w, b)):
+            torch.set_num_threads(1)
+            alone = torch.cat([call(row) for row in x.split(1)])
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(call(x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_norm_is_that_of_the_sum_as_it_was_rounded():
+    """As a model in bfloat16 computes it: the residual stream is rounded before it is read."""
+    x, residual, weight = torch.randn(2, 4, 96).bfloat16(), torch.randn(4, 96).bfloat16(), torch.randn(96)
+    for op, rest in ((ops.rms_norm, {}), (ops.layer_norm, {"bias": torch.randn(96)})):
+        stream = residual.clone()
+        out = op(x[0], weight, residual=stream, **rest)
+        assert torch.equal(stream, residual + x[0])
+        assert torch.equal(out, op(residual + x[0], weight, **rest))
+
+
+def test_a_residual_is_written_through_its_strides():
+    wide, x, weight = torch.randn(4, 2, 33), torch.randn(4, 33), torch.randn(33)
+    before = wide.clone()
+    ops.rms_norm(x, weight, residual=wide[:, 0])
+    torch.testing.assert_close(wide[:, 0], before[:, 0] + x, rtol=0, atol=0)
+    assert torch.equal(wide[:, 1], before[:, 1])
+
+
+def test_a_norm_far_from_zero_keeps_its_variance():
+    x = 3000 + torch.randn(3, 512)
+    truth = torch.nn.functional.layer_norm(x.double(), (512,))
+    torch.testing.assert_close(ops.layer_norm(x, torch.ones(512)).double(), truth, rtol=0, atol=2e-3)
+
+
+@compiled
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activations_in_units_of_the_last_place(backend):
+    x = torch.cat([torch.linspace(-13, 13, 100_001), torch.logspace(-30, 1, 20_000), -torch.logspace(-30, 1, 20_000)])
+    d = x.double()
+    assert ulps(ops.gelu.backend(backend)(x), d * 0.5 * torch.erfc(-d * 0.5**0.5)).max() < 12
+    assert ulps(ops.swiglu.backend(backend)(x, torch.ones_like(x)), d / (1 + (-d).exp())).max() < 4
+    right = d > -0.5
+    u = 2 * (2 / torch.pi) ** 0.5 * (d + 0.044715 * d**3)
+    assert ulps(ops.gelu.backend(backend)(x, "tanh")[right], (d / (1 + (-u).exp()))[right]).max() < 5
+
+
+@compiled
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activations_far_out(backend):
+    x = torch.tensor([-3e38, -1e30, -1e4, -100.0, 100.0, 1e4, 1e30, 3e38, torch.inf, torch.nan])
+    expected = torch.tensor([0.0] * 4 + [100.0, 1e4, 1e30, 3e38, torch.inf, torch.nan])
+    for y in (
+        ops.gelu.backend(backend)(x),
+        ops.gelu.backend(backend)(x, "tanh"),
+        ops.swiglu.backend(backend)(x, torch.ones_like(x)),
+    ):
+        torch.testing.assert_close(y, expected, equal_nan=True, rtol=0, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rope_store_writes_its_places_alone(backend, cache):
+    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make(
+        N=5, H=6, Hkv=2, d=64, P=16, device="cpu", dtype=torch.float32, cache=cache
+    )
+    k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
+    ops.rope_store.backend(backend)(q, k, v, cos, sin, k_cache, v_cache, slots)
+    for held, given in ((k_cache, None), (v_cache, v)):
+        flat = held.transpose(1, 2).flatten(0, 1)  # (places, heads, d)
+        written = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, slots, True)
+        assert flat[~written].isnan().all() and flat[written].isfinite().all()
+        if given is not None:
+            assert torch.equal(flat[slots], given.to(cache))
+
+
+def test_rotations_keep_length_and_depend_on_the_distance_alone():
+    half = 10_000 ** -(torch.arange(16) / 16)
+    q, k, v = torch.randn(1, 1, 32), torch.randn(1, 1, 32), torch.randn(1, 1, 32)
+
+    def rotated(x, position):
+        k_cache, v_cache = torch.zeros(2, 1, 1, 1, 32)
+        angles = (half * position)[None]
+        ops.rope_store(x, k, v, angles.cos(), angles.sin(), k_cache, v_cache, torch.zeros(1))
+        return ops.rope_store(x, k, v, angles.cos(), angles.sin(), k_cache, v_cache, torch.zeros(1)).flatten()
+
+    torch.testing.assert_close(rotated(q, 7).norm(), q.norm())
+    near, far = (rotated(q, at + 3) @ rotated(k, at) for at in (2, 40))
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_slots_out_of_range_are_refused_before_anything_is_written(backend):
+    *args, slots = ops.rope_store.make(N=3, H=1, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
+    before = [cache.clone() for cache in args[5:7]]
+    for bad in (-1, 6):
+        with pytest.raises(ValueError, match="rope_store: slots must be from 0 to 5, .* got"):
+            ops.rope_store.backend(backend)(*args, slots.index_fill(0, torch.tensor(2), bad))
+    assert all(torch.equal(a, b) for a, b in zip(args[5:7], before, strict=True))
+
+
+def test_what_does_not_fit_is_refused():
+    x, w = torch.randn(3, 8), torch.randn(8)
+    for op in (ops.rms_norm, ops.layer_norm):
+        with pytest.raises(ValueError, match=rf"{op.name}: weight must have shape \(8,\), got \[7\]"):
+            op(x, w[1:])
+        with pytest.raises(ValueError, match=f"{op.name}: residual must have x's dtype and shape, .* got"):
+            op(x, w, residual=x.bfloat16())
+        with pytest.raises(ValueError, match=f"{op.name}: x must be floating point of shape .* got"):
+            op(x[:, :0], w[:0])
+    with pytest.raises(ValueError, match="swiglu: gate and up must have one shape .* got"):
+        ops.swiglu(x, x[:2])
+    with pytest.raises(ValueError, match="gelu: approximate must be 'none' or 'tanh', got 'erf'"):
+        ops.gelu(x, "erf")
+    args = ops.rope_store.make(N=3, H=2, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="rope_store: q .* must fit together, got"):
+        ops.rope_store(*args[:3], args[3][:, 1:], *args[4:])
+    with pytest.raises(ValueError, match="rope_store: q, k and v must have one dtype, and both caches one, got"):
+        ops.rope_store(args[0].bfloat16(), *args[1:])
