@@ -1,0 +1,248 @@
+"""The fused decoder: every family with odd shapes against the module's own forward; results that do not depend on the
+company, bit for bit; adapters; what it refuses."""
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import GPT, V, build, greedy, prompts, sampling
+
+from rlhf_fast.config import LoraConfig, ModelConfig
+from rlhf_fast.kernels import linear_sample_tokens
+from rlhf_fast.kernels._op import COMPILED
+from rlhf_fast.model import Model
+from rlhf_fast.rollout import Rollout, layers, step
+from rlhf_fast.rollout.arena import Arena
+from rlhf_fast.rollout.decoder import Packed, Unsupported
+from rlhf_fast.rollout.fused import FusedDecoder
+
+pytestmark = pytest.mark.skipif(step.kernels() is None, reason="no compiled kernels for this processor")
+ROPE = {"rope_theta": 10000.0}
+LLAMA3 = ROPE | {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def heads(q: int, kv: int, d: int) -> dict:
+    return {"num_attention_heads": q, "num_key_value_heads": kv, "head_dim": d}
+
+
+MODELS = {
+    "llama 4/4 heads of 64": build("Llama", **heads(4, 4, 64)),
+    "llama 3/1 heads of 80, tied": build("Llama", hidden_size=33, **heads(3, 1, 80), tie_word_embeddings=True),
+    "llama 8/1 heads of 96, biases": build("Llama", **heads(8, 1, 96), attention_bias=True, mlp_bias=True),
+    "llama 8/2 heads of 128": build("Llama", **heads(8, 2, 128)),
+    "llama 5/1 heads of 10, llama3 rotation": build("Llama", hidden_size=40, **heads(5, 1, 10), rope_parameters=LLAMA3),
+    "llama, yarn": build("Llama", rope_parameters=YARN),
+    "llama, odd widths": build("Llama", hidden_size=39, intermediate_size=51, **heads(3, 3, 6)),
+    "llama, gelu": build("Llama", hidden_act="gelu"),
+    "mistral, window 5": build("Mistral", **heads(4, 2, 12), sliding_window=5),
+    "qwen2, a window in some layers": build("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3 4/2 heads of 80": build("Qwen3", **heads(4, 2, 80)),
+    "smollm3, layers without rotation": build("SmolLM3", num_hidden_layers=4),
+    "gpt2": build("GPT2", GPT),
+    "gpt2, odd widths": build("GPT2", GPT | {"n_embd": 36, "n_head": 3}, n_inner=50, activation_function="gelu"),
+    "gpt2, scaled by layer": build("GPT2", GPT, scale_attn_by_inverse_layer_idx=True),
+    "gpt_neox, a quarter rotated": build("GPTNeoX", rotary_pct=0.25),
+    "gpt_neox, one after the other": build("GPTNeoX", use_parallel_residual=False, hidden_act="gelu_new"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=MODELS)
+def make(request):
+    return MODELS[request.param]
+
+
+def hidden(decoder, rows: list[list[int]], calls: list[list[tuple[int, int]]], page: int = 4) -> list[torch.Tensor]:
+    """The hidden states of each row, computed by the given calls: (row, position) pairs."""
+    width = -(-max(map(len, rows)) // page)
+    arena = Arena(decoder.shapes, decoder.dtype, torch.device("cpu"), len(rows) * width, len(rows), width, page)
+    arena.memory.fill_(torch.nan)
+    order = torch.randperm(len(rows) * width).tolist()
+    for slot in range(len(rows)):
+        arena.seat(slot, [order.pop() for _ in range(width)])
+    found = [torch.full((len(row), decoder.model.head_weight.shape[1]), torch.nan) for row in rows]
+    with torch.no_grad(), decoder.ready():
+        for call in calls:
+            tokens = torch.tensor([rows[row][position] for row, position in call])
+            slots, positions = torch.tensor(call, dtype=torch.int32).unbind(1)
+            packed = Packed(tokens, positions.contiguous(), slots.contiguous(), arena.block_table)
+            for (row, position), state in zip(call, decoder.hidden(arena, packed), strict=True):
+                found[row][position] = state
+    return found
+
+
+def at_once(rows) -> list[list[tuple[int, int]]]:
+    return [[(row, position) for row in range(len(rows)) for position in range(len(rows[row]))]]
+
+
+def one_by_one(rows) -> list[list[tuple[int, int]]]:
+    return [[(row, position)] for row in range(len(rows)) for position in range(len(rows[row]))]
+
+
+def random_rows(*lengths: int) -> list[list[int]]:
+    return [torch.randint(3, V, (length,)).tolist() for length in lengths]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hidden_states_are_as_near_the_truth_as_the_modules(make, dtype):
+    """The truth is the module in float64, from the same weights."""
+    module = make().to(dtype)
+    model, rows = Model(module), random_rows(1, 40, 17)
+    found = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows))).double()
+    wide = make()
+    wide.load_state_dict({name: value.double() for name, value in module.state_dict().items()}, assign=True)
+    exact, theirs = (
+        torch.cat([m.hidden(torch.tensor([row]))[0].double() for row in rows]) for m in (Model(wide), model)
+    )
+    error, allowed = float((found - exact).norm()), float((theirs - exact).norm())
+    assert error <= 2 * allowed, f"off by {error:.3g}, the module's own forward by {allowed:.3g}"
+    assert allowed < 0.1 * exact.norm(), "a test of noise"
+
+
+@pytest.mark.parametrize("name", ["llama 3/1 heads of 80, tied", "qwen3 4/2 heads of 80", "gpt2", "mistral, window 5"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 products"])
+def test_a_tokens_numbers_hang_on_its_own_sequence_alone(name, kind, monkeypatch):
+    """Bit for bit: prefilled at once or token by token, in any company, on any pages, by any number of threads."""
+    if kind == "bfloat16 products":
+        monkeypatch.setattr(linear_sample_tokens, "HALF", 2)
+    model = Model(MODELS[name]().to(torch.float32 if kind == "float32" else torch.bfloat16))
+    decoder, rows, threads = FusedDecoder.make(model), random_rows(30, 1, 9, 64, 5), torch.get_num_threads()
+    first = hidden(decoder, rows, at_once(rows))
+    split = [part for call in at_once(rows) for part in (call[:7], call[7:50], call[50:])]
+    steps = [[(row, t) for row in range(5) if t < len(rows[row])] for t in range(64)]
+    try:
+        for calls, page, count in [(split, 4, 1), (steps, 16, 2), (one_by_one(rows), 1, 1), (at_once(rows), 64, 2)]:
+            torch.set_num_threads(count)
+            for ours, theirs in zip(hidden(decoder, rows, calls, page), first, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        torch.set_num_threads(threads)
+    assert not any(state.isnan().any() for state in first), "the poison of unwritten memory"
+
+
+@pytest.mark.parametrize("name", ["llama 8/1 heads of 96, biases", "gpt2, odd widths"])
+def test_every_instruction_set_computes_the_same(name, monkeypatch):
+    model, rows = Model(MODELS[name]()), random_rows(11, 30)
+    found = {}
+    for backend in [backend for backend in COMPILED if backend.startswith("cpu:")]:
+        monkeypatch.setattr(step, "kernels", lambda backend=backend: COMPILED[backend])
+        found[backend] = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
+    for ours in found.values():
+        torch.testing.assert_close(ours, found["cpu:generic"], rtol=1e-5, atol=1e-5)
+
+
+def test_products_in_bfloat16_are_near(monkeypatch):
+    model, rows = Model(MODELS["llama 8/2 heads of 128"]().bfloat16()), random_rows(20)
+    decoder = FusedDecoder.make(model)
+    wide = hidden(decoder, rows, at_once(rows))[0]
+    monkeypatch.setattr(linear_sample_tokens, "HALF", 2)
+    half = hidden(decoder, rows, at_once(rows))[0]
+    assert not torch.equal(wide, half), "the emulation did not run"
+    assert (wide - half).abs().max() <= 0.02 * wide.abs().max()
+
+
+def test_greedy_is_transformers_generate(make):
+    """Ragged prompts in one batch, each against generate() alone."""
+    model, batch = Model(make()), prompts(1, 7, 3, 12)
+    rollout = Rollout(model, sampling(temperature=0.0), path="fused")
+    assert rollout.generate(batch).response_ids() == [greedy(model.module, tokens) for tokens in batch.tokens]
+    assert rollout.path == "fused"
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"min_new_tokens": 3}], ids=["plain", "top-p", "ban"])
+def test_samples_are_bit_equal_whatever_the_batch(filters):
+    """Batch 1, 7 and 64, shuffled prompts, refilled slots, kept arena, other budget: the same tokens and numbers."""
+    model, batch = Model(MODELS["qwen3 4/2 heads of 80"]()), prompts(*range(1, 18))
+    settings = sampling(**filters)
+    base = Rollout(model, settings, 3, path="fused").generate(batch, samples=4)
+    fields = ("logprobs", "raw_logprobs", "kept_logprobs", "entropy", "lengths", "reasons", "tokens")
+    shuffled = torch.randperm(17).tolist()
+    for size, keep in [(1, False), (7, True), (64, False)]:
+        rollout = Rollout(model, replace(settings, batch=size), 3, path="fused", keep_arena=keep)
+        for _ in range(1 + keep):
+            again = rollout.generate(batch, samples=4)
+            for name in fields:
+                assert torch.equal(getattr(again, name), getattr(base, name)), f"{name} at batch {size}"
+    mixed = Rollout(model, settings, 3, path="fused").generate(batch.take(shuffled), samples=4)
+    places = [4 * shuffled.index(i) + k for i in range(17) for k in range(4)]
+    width = base.mask.shape[1]
+    assert torch.equal(mixed.logprobs[places][:, :width], base.logprobs)
+    assert [mixed.response_ids()[place] for place in places] == base.response_ids()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama 8/2 heads of 128", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_count_without_rounding(name, dtype):
+    """A LoRA's product is added in float32, for the time of the rollout; its reference does without."""
+    pytest.importorskip("peft")
+    from rlhf_fast import adapters
+
+    module = MODELS[name]().to(dtype)
+    plain, rows = Model(module), random_rows(20, 3)
+    before = hidden(FusedDecoder.make(plain), rows, at_once(rows))
+    model = Model(adapters.attach(module, LoraConfig(rank=2), "lm", 0), cfg=ModelConfig())
+    model.module.eval()
+    for parameter in model.trainable().values():
+        torch.nn.init.normal_(parameter, std=0.15)
+    decoder = FusedDecoder.make(model)
+    found = hidden(decoder, rows, at_once(rows))
+    for row, ours, without in zip(rows, found, before, strict=True):
+        theirs = model.hidden(torch.tensor([row]))[0].float()
+        error, change = (ours - theirs).norm() / theirs.norm(), (without - theirs).norm() / theirs.norm()
+        assert error <= (1e-5 if dtype == torch.float32 else 0.03) and change > 10 * error
+    assert decoder._parts is None and decoder._step is None, "the sums of weights outlive the rollout"
+    for ours, theirs in zip(hidden(FusedDecoder.make(model.reference()), rows, at_once(rows)), before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_optimizers_step_and_moved_weights_are_seen():
+    model, rows = Model(MODELS["llama 4/4 heads of 64"]()), random_rows(12)
+    decoder = FusedDecoder.make(model)
+    for change in (lambda p: p.add_(0.05 * torch.randn_like(p)), lambda p: setattr(p, "data", 1.1 * p.data)):
+        with torch.no_grad():
+            for parameter in model.module.parameters():
+                change(parameter)
+            theirs = model.hidden(torch.tensor(rows))[0]
+        ours = hidden(decoder, rows, at_once(rows))[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_wrong_description_is_not_believed(monkeypatch):
+    """The proof at the start: a family whose table is wrong by one number is refused."""
+    right = layers.FAMILIES["LlamaModel"]
+
+    def wrong(decoder, linear):
+        parts = right(decoder, linear)
+        return parts._replace(layers=[layer._replace(scale=layer.scale * 1.2) for layer in parts.layers])
+
+    monkeypatch.setitem(layers.FAMILIES, "LlamaModel", wrong)
+    with pytest.raises(Unsupported, match="hidden states over our cache are off by"):
+        FusedDecoder.make(Model(MODELS["llama 4/4 heads of 64"]()))
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (build("Gemma", head_dim=8), "there is no step for GemmaModel"),
+        (build("Llama", hidden_act="relu"), "its activation is relu"),
+        (
+            build("Llama", rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 2.0}),
+            r"its rotation \(dynamic\) depends on the length",
+        ),
+        (lambda: build("Llama")().half(), "a weight is torch.float16 on cpu"),
+    ],
+)  # fmt: skip
+def test_what_it_refuses(make, reason):
+    with pytest.raises(Unsupported, match=reason):
+        FusedDecoder.make(Model(make()))
+
+
+def test_structures_of_another_build_are_refused():
+    with pytest.raises(RuntimeError, match="describe a decoder differently; install rlhf-fast again"):
+        step.kernels().decode_step(0, 1, ctypes.sizeof(step._Layer), *[0] * 9, 0, 0, 0, 1)
