@@ -239,3 +239,8 @@ def test_memory_is_given_back(path):
     assert keeping._arena is not kept and keeping._arena.free == keeping._arena.pages
     del kept
     assert len(arenas()) == before + 1
+    limited = Rollout(model, sampling(cache_mb=1), path=path, keep_arena=True)
+    many = prompts(*[30] * 40)
+    found = limited.generate(many, samples=3)
+    kept = limited._arena
+    assert same(limited.generate(many, samples=3), found) and limited._arena is kept and kept.pages == 128

@@ -253,6 +253,19 @@ def test_weights_are_read_in_place_and_the_mode_is_kept(path):
     torch.testing.assert_close(after.raw_logprobs, ours, rtol=0, atol=NEAR)
 
 
+@torch.no_grad()
+def test_a_model_may_be_converted_between_rollouts(path):
+    model, batch = llama(eos_token_id=None), prompts(3, 7)
+    rollout = Rollout(model, sampling(temperature=0.0), path=path, keep_arena=True)
+    rollout.generate(batch)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.module.to(dtype)
+        found = rollout.generate(batch)
+        ours, _ = model.logprobs(found.tokens, found.prompt_lengths, found.lengths)
+        near = NEAR if dtype == torch.float32 else 0.5
+        torch.testing.assert_close(found.raw_logprobs, ours, rtol=0, atol=near)
+
+
 def test_what_cannot_be_sampled_is_said():
     with pytest.raises(UserError, match="prompt 102: has no tokens"):
         Rollout(llama(), sampling()).generate(prompts(2, 3, 0))

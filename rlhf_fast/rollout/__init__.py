@@ -13,11 +13,11 @@ from rlhf_fast.config import SamplingConfig
 from rlhf_fast.errors import BadRows
 from rlhf_fast.model import Model
 from rlhf_fast.rollout import cached
-from rlhf_fast.rollout.arena import Arena, allocate
+from rlhf_fast.rollout.arena import Arena, affordable, allocate, page_of
 from rlhf_fast.rollout.decoder import Decoder, Path, choose
 from rlhf_fast.rollout.draw import Draw, mix
 from rlhf_fast.rollout.record import Progress, Record, Rows
-from rlhf_fast.rollout.schedule import Schedule, most_pages, page_of, positions_of
+from rlhf_fast.rollout.schedule import Schedule, most_pages, positions_of
 from rlhf_fast.rollout.stops import Stops
 
 __all__ = ["Rollout"]
@@ -35,7 +35,7 @@ class Rollout:
     ):
         self.model, self.sampling, self.seed, self.keep_arena = model, sampling, seed, keep_arena
         self.stops = Stops(model, sampling)
-        self._wanted, self._chosen, self._decoder = path, False, None
+        self._wanted, self._chosen_for, self._decoder = path, None, None
         self._arena: Arena | None = None
 
     @property
@@ -74,16 +74,20 @@ class Rollout:
         return record.responses()
 
     def _decide(self) -> Decoder | None:
-        if not self._chosen:
-            self._decoder, self._chosen = choose(self.model, self._wanted), True
+        """Chosen once, and again after the model was moved, converted or wrapped."""
+        model = self.model
+        now = (model.module, model.device, model.head_weight.dtype)
+        if self._chosen_for != now:
+            self._decoder, self._chosen_for, self._arena = choose(model, self._wanted), now, None
         return self._decoder
 
     def _fitting(self, decoder: Decoder, rows: Rows) -> Arena:
         """The kept arena if it is large enough, else a new one."""
         cfg, device, kept = self.sampling, self.model.device, self._arena
-        page, positions = page_of(device), sorted(positions_of(rows, self.sampling), reverse=True)
-        slots, pages = min(cfg.batch, len(positions)), most_pages(rows, cfg, page)
-        if kept is not None and kept.slots >= slots and kept.width >= -(-positions[0] // page) and kept.pages >= pages:
+        page, positions = page_of(device), sorted(positions_of(rows, cfg), reverse=True)
+        slots = min(cfg.batch, len(positions))
+        pages = affordable(decoder.shapes, decoder.dtype, page, most_pages(rows, cfg, page), cfg.cache_mb)
+        if kept is not None and kept.slots >= slots and kept.width >= kept.need(positions[0]) and kept.pages >= pages:
             return kept
         self._arena = kept = None
         return allocate(decoder.shapes, decoder.dtype, device, positions, pages, slots, cfg.cache_mb, page)

@@ -16,7 +16,8 @@ import torch
 from rlhf_fast.errors import UserError
 
 PAGE = {"cpu": 32, "cuda": 64}
-"""Positions of a page, by device."""
+"""Positions of a page, by device. On a CPU 32 to 128 read alike, 16 a tenth slower at 1024 positions; the smaller the
+page, the less of a row's last one is empty."""
 ALIGN = 128
 """Bytes: every layer's keys and values start at a multiple of it."""
 MIB = 2**20
@@ -34,6 +35,11 @@ class Overflow(RuntimeError):
     """More pages were asked for than are free; nothing was taken."""
 
 
+def page_of(device: torch.device) -> int:
+    """Positions of a page on `device`."""
+    return PAGE.get(device.type, 64)
+
+
 class Arena:
     """`k[layer]` (pages, heads, P, k_dim) and `v[layer]` (pages, heads, P, v_dim): contiguous views of one tensor.
     `block_table` (slots, width) int32; entries that no sequence has taken are 0."""
@@ -42,7 +48,7 @@ class Arena:
         self, shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device, pages: int, slots: int, width: int,
         page: int = 0,
     ):  # fmt: skip
-        self.shapes, self.dtype, self.page = list(shapes), dtype, page or PAGE.get(device.type, 64)
+        self.shapes, self.dtype, self.page = list(shapes), dtype, page or page_of(device)
         self.pages, self.slots, self.width = pages, slots, width
         sizes = [pages * heads * self.page * dim for heads, *dims in self.shapes for dim in dims]
         unit = ALIGN // dtype.itemsize
@@ -112,6 +118,11 @@ def page_bytes(shapes: Sequence[KVShape], dtype: torch.dtype, page: int) -> int:
     return page * dtype.itemsize * sum(heads * (k_dim + v_dim) for heads, k_dim, v_dim in shapes)
 
 
+def affordable(shapes: Sequence[KVShape], dtype: torch.dtype, page: int, pages: int, cache_mb: int) -> int:
+    """`pages`, or as many as `cache_mb` MiB hold if that is less; 0 MiB is no bound."""
+    return min(pages, cache_mb * MIB // page_bytes(shapes, dtype, page)) if cache_mb else pages
+
+
 def allocate(
     shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device,
     rows: Sequence[int], pages: int, slots: int, cache_mb: int = 0, page: int = 0,
@@ -119,17 +130,15 @@ def allocate(
     """An arena for `slots` rows at a time. `rows`: the most positions of each row that will ever run, longest first;
     `pages`: what `slots` of them need at the most; `cache_mb` caps it. UserError where not one row fits, or where the
     memory is not there: it says how many would fit."""
-    page = page or PAGE.get(device.type, 64)
+    page = page or page_of(device)
     unit, longest = page_bytes(shapes, dtype, page), -(-rows[0] // page)
-    if cache_mb:
-        budget = cache_mb * MIB // unit
-        if budget < longest:
-            raise UserError(
-                f"sampling.cache_mb: {cache_mb} MiB hold 0 rows: one of {rows[0]} tokens needs"
-                f" {-(-longest * unit // MIB)} MiB of keys and values; raise sampling.cache_mb, or lower"
-                " sampling.max_new_tokens or data.max_prompt_tokens"
-            )
-        pages = min(pages, budget)
+    pages = affordable(shapes, dtype, page, pages, cache_mb)
+    if pages < longest:
+        raise UserError(
+            f"sampling.cache_mb: {cache_mb} MiB hold 0 rows: one of {rows[0]} tokens needs"
+            f" {-(-longest * unit // MIB)} MiB of keys and values; raise sampling.cache_mb, or lower"
+            " sampling.max_new_tokens or data.max_prompt_tokens"
+        )
     room = _room(device)
     try:
         if room is not None and pages * unit > room:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import SamplingConfig
-from rlhf_fast.rollout.arena import PAGE, Arena
+from rlhf_fast.rollout.arena import Arena
 from rlhf_fast.rollout.decoder import Decoder, Packed
 from rlhf_fast.rollout.draw import Draw
 from rlhf_fast.rollout.record import Progress, Record, Rows
@@ -53,11 +53,6 @@ def most_pages(rows: Rows, cfg: SamplingConfig, page: int) -> int:
         # the first response brings the prompt's pages along; while others wait, its last page is kept for them
         cost += [whole + (len(group) > 1)] + [whole - own] * (len(group) - 1)
     return sum(sorted(cost, reverse=True)[: cfg.batch])
-
-
-def page_of(device: torch.device) -> int:
-    """Positions of a page on `device`."""
-    return PAGE.get(device.type, 64)
 
 
 class Schedule:
