@@ -38,9 +38,8 @@ struct Tokens {
 template <class KV>
 void by_item(const Tokens& t) {
   const int64_t G = t.G();
-  const int threads = t.threads;
   int next = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(t.threads) if (t.threads > 1)
   {
     int mine;
 #pragma omp atomic capture
@@ -58,8 +57,7 @@ void by_item(const Tokens& t) {
 template <class KV>
 void by_split(const Tokens& t) {
   const int64_t G = t.G(), items = t.N * t.heads;
-  const int threads = t.threads;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(t.threads) if (t.threads > 1)
   for (int64_t task = 0; task < items * t.splits; ++task) {
     const int64_t item = task / t.splits, n = item / t.heads, end = t.end(n);
     const int64_t first = t.begin(n) / SPLIT, from = max(t.begin(n), (first + task % t.splits) * SPLIT);

@@ -14,8 +14,7 @@ struct Rows {
 
 template <class X, class Wt>
 void run(const Rows& r) {
-  const int threads = r.threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && r.N * r.D > 32768)
+#pragma omp parallel for num_threads(r.threads) if (r.threads > 1 && r.N * r.D > 32768)
   for (int64_t row = 0; row < r.N; ++row) {
     const X* x = ptr<const X>(r.x) + row * r.D;
     if (r.residual) {

@@ -14,8 +14,7 @@ struct Tokens {
 
 template <class X, class KV>
 void run(const Tokens& t) {
-  const int threads = t.threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && t.N * t.H * t.d > 32768)
+#pragma omp parallel for num_threads(t.threads) if (t.threads > 1 && t.N * t.H * t.d > 32768)
   for (int64_t n = 0; n < t.N; ++n) {
     const float *const cos = t.cos + n * t.half, *const sin = t.sin + n * t.half;
     const X* const q = ptr<const X>(t.q) + n * t.H * t.d;
