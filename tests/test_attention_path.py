@@ -7,7 +7,7 @@ import pytest
 import torch
 from architectures import REFUSED, SERVED, V, build, greedy, llama, prompts, sampling
 
-from rlhf_fast import adapters
+from rlhf_fast import adapters, ops
 from rlhf_fast.config import LoraConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model import Model
@@ -53,6 +53,7 @@ def test_equals_transformers(make, monkeypatch):
     torch.testing.assert_close(decode.hidden(arena, last), wanted[1, 4:5], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.skipif(ops.decode_attention.chosen("cpu") == "reference", reason="no compiled kernels")
 @pytest.mark.parametrize("make, reason", REFUSED.values(), ids=REFUSED)
 def test_what_it_cannot_serve_falls_back_with_a_reason(make, reason, monkeypatch, caplog):
     """GPT-J and BLOOM never call the interface, StableLM drops the keyword: wrong tokens without any error."""
@@ -73,6 +74,15 @@ def test_what_it_cannot_serve_falls_back_with_a_reason(make, reason, monkeypatch
     monkeypatch.setenv("RLHF_FAST_STRICT", "1")
     with pytest.raises(UserError, match="RLHF_FAST_STRICT=1 and .*ForCausalLM: responses are sampled over"):
         Rollout(model, sampling()).generate(batch)
+
+
+def test_without_a_kernel_it_is_no_choice(monkeypatch, caplog):
+    model = Model(build("Gemma", head_dim=8)())
+    monkeypatch.setattr(decoder, "_told", set())
+    monkeypatch.setitem(ops.decode_attention.best, "cpu", "reference")
+    with caplog.at_level(logging.WARNING, "rlhf_fast"):
+        assert Rollout(model, sampling()).path == "transformers"
+    assert "slower, because decode_attention has no kernel here" in caplog.text
 
 
 def test_wrong_numbers_are_noticed():

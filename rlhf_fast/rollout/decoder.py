@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.model import Model
 from rlhf_fast.rollout.arena import Arena, KVShape
@@ -73,6 +74,8 @@ def choose(model: Model, path: Path = "auto") -> Decoder | None:
         if path not in ("auto", name):
             continue
         try:
+            if path == "auto" and name == "attention":
+                _need_kernel(model.device.type)
             return make(model)
         except Unsupported as reason:
             if path == name:
@@ -89,6 +92,12 @@ def _fused(model: Model) -> Decoder:
 
 def _attention(model: Model) -> Decoder:
     return import_module("rlhf_fast.rollout.attention").AttentionDecoder.make(model)
+
+
+def _need_kernel(device: str) -> None:
+    """The reference of decode_attention is right, but slower than transformers' cache."""
+    if ops.decode_attention.chosen(device) == "reference":
+        raise Unsupported(f"decode_attention has no kernel here: {ops.decode_attention.why(device)}")
 
 
 def _warn(model: Model, reason: str) -> None:
