@@ -86,6 +86,11 @@ def forcing(backend: str | None) -> Iterator[None]:
         _choice.forced = before
 
 
+def forced_backend() -> str | None:
+    """The backend that this thread forces, by `forcing` or RLHF_FAST_BACKEND."""
+    return _choice.forced
+
+
 def lane(x: Tensor) -> int:
     """What a kernel runs on, its last argument: the number of threads for a CPU tensor, the stream for a CUDA one."""
     return torch.get_num_threads() if x.device.type == "cpu" else torch.cuda.current_stream(x.device).cuda_stream

@@ -1,6 +1,7 @@
 """The fused decoder: our own forward pass over the module's tensors, for the families of rollout/layers.py.
 
-On the CPU one call of compiled code does all layers of a step.
+One call of compiled code does all layers of a step (csrc/cpu/decode_step.cpp). Where there is none for the device, the
+same step is a chain of ops (rollout/stepwise.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rlhf_fast.rollout.arena import Arena, KVShape
 from rlhf_fast.rollout.decoder import Packed, Unsupported
 from rlhf_fast.rollout.layers import Parts, read
 from rlhf_fast.rollout.proof import prove
+from rlhf_fast.rollout.stepwise import StepByOps
 
 
 class FusedDecoder:
@@ -28,20 +30,18 @@ class FusedDecoder:
         self.model, self.dtype = model, model.head_weight.dtype
         self.shapes = [KVShape(parts.kv_heads, parts.head_dim, parts.head_dim)] * len(parts.layers)
         self._parts: Parts | None = None
-        self._step: step.CompiledStep | None = None
+        self._step: step.CompiledStep | StepByOps | None = None
 
     @classmethod
     @torch.no_grad()
     def make(cls, model: Model) -> FusedDecoder:
         """A decoder for `model`, or Unsupported."""
-        if model.device.type != "cpu":
-            raise Unsupported(f"there is no fused step on {model.device.type} yet")
-        if step.kernels() is None:
-            raise Unsupported("rlhf_fast._cpu is not built")
         parts = read(model)
         for weight in _weights(parts):
-            if weight.dtype not in step.SERVED or weight.device.type != "cpu" or weight.stride(-1) != 1:
-                raise Unsupported(f"a weight is {weight.dtype} on {weight.device}, not float32 or bfloat16 in rows")
+            if weight.dtype != model.head_weight.dtype and weight.dtype != torch.float32:
+                raise Unsupported(f"a weight is {weight.dtype}, the head {model.head_weight.dtype}")
+            if weight.device != model.device or weight.stride(-1) != 1:
+                raise Unsupported(f"a weight on {weight.device} does not lie in rows on {model.device}")
         decoder, training = cls(model, parts), model.module.training
         model.module.eval()
         try:
@@ -66,7 +66,8 @@ class FusedDecoder:
             raise RuntimeError("FusedDecoder.hidden: only within `with decoder.ready()`")
         if self._step is None or self._step.arena is not arena:
             cos, sin = self._angles(arena.width * arena.page)
-            self._step = step.CompiledStep(self._parts, arena, cos, sin, torch.float32)
+            compiled = self.dtype in step.SERVED and step.kernels(self.model.device) is not None
+            self._step = (step.CompiledStep if compiled else StepByOps)(self._parts, arena, cos, sin)
         return self._step(packed)
 
     def _angles(self, positions: int) -> tuple[Tensor | None, Tensor | None]:

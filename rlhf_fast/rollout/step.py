@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import linear_sample_tokens
-from rlhf_fast.kernels._op import COMPILED, lane
+from rlhf_fast.kernels._op import COMPILED, forced_backend, lane
 from rlhf_fast.rollout.arena import Arena
 from rlhf_fast.rollout.decoder import Packed
 from rlhf_fast.rollout.layers import LinearPart, NormPart, Parts
@@ -43,17 +43,22 @@ class _Decoder(ctypes.Structure):
                 ("embedding_is_bf16", c_int32), ("cache_is_bf16", c_int32)]  # fmt: skip
 
 
-def kernels():
-    """The compiled module that has the step on this machine's best instruction set, or None."""
-    best = [module for name, module in COMPILED.items() if name.startswith("cpu:") and hasattr(module, "decode_step")]
-    return best[-1] if best else None
+def kernels(device: torch.device | None = None):
+    """The compiled module that has the step for `device` (default: the CPU), or None: none is built, or the
+    environment forces the reference."""
+    backend, kind = forced_backend(), "cpu" if device is None else device.type
+    able = [
+        name for name, module in COMPILED.items() if name.partition(":")[0] == kind and hasattr(module, "decode_step")
+    ]
+    able = [name for name in able if backend in (None, name)]
+    return COMPILED[able[-1]] if able else None
 
 
 class CompiledStep:
     """The layers over one arena. Holds every tensor whose address it has handed out."""
 
-    def __init__(self, parts: Parts, arena: Arena, cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype):
-        self.kernels, self.parts, self.arena, self.dtype = kernels(), parts, arena, dtype
+    def __init__(self, parts: Parts, arena: Arena, cos: Tensor | None, sin: Tensor | None):
+        self.kernels, self.parts, self.arena = kernels(arena.memory.device), parts, arena
         self.kept = [cos, sin]
         self.workspace = torch.empty(0, dtype=torch.uint8)
         layers = (_Layer * len(parts.layers))()
@@ -80,13 +85,13 @@ class CompiledStep:
         )  # fmt: skip
 
     def __call__(self, packed: Packed) -> Tensor:
-        """(n, D) in the model's dtype."""
+        """(n, D) float32"""
         count = len(packed.tokens)
         wanted = torch.arange(count) if packed.wanted is None else packed.wanted
         hidden = torch.empty(len(wanted), self.width)
         self._make_room(min(count, 64), packed)
         self._run(packed, count, wanted, hidden, self.workspace.data_ptr(), 0)
-        return hidden.to(self.dtype)
+        return hidden
 
     def _make_room(self, rows: int, packed: Packed) -> None:
         needed = torch.zeros(1, dtype=torch.int64)
