@@ -42,6 +42,7 @@ MACHINE = pytest.StashKey[dict]()
 
 def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=0, help="threads of torch and of our kernels (default: torch's)")
+    parser.addoption("--vllm", metavar="PYTHON", default="", help="an interpreter with vLLM's CPU build (rollout)")
     parser.addoption("--save-table", metavar="PATH", help="write the table of ratios as Markdown")
 
 
@@ -53,11 +54,16 @@ def pytest_configure(config):
         config.option.benchmark_quiet = True  # our table says the same, side by side
 
 
+class Took(float):
+    """What a contestant returns that has timed itself: seconds."""
+
+
 def seconds(call: Callable, calls: int = 1) -> float:
-    """Wall time of one of `calls` calls in a row."""
+    """Wall time of one of `calls` calls in a row, or the median of what they say they took."""
     start = time.perf_counter()
-    for _ in range(calls):
-        call()
+    said = [call() for _ in range(calls)]
+    if isinstance(said[0], Took):
+        return statistics.median(said)
     return (time.perf_counter() - start) / calls
 
 
@@ -67,11 +73,13 @@ def best(call: Callable, rounds: int = 7) -> float:
 
 @pytest.fixture(scope="session")
 def machine(request) -> dict:
-    """What this machine can do: bytes/s of a copy that leaves the caches, FLOP/s of torch's float32 product."""
+    """What this machine can do: bytes/s of a copy that leaves the caches, and of reading alone, FLOP/s of torch's
+    float32 product."""
     source, target = torch.ones(2, 1 << 25)
     a, out = torch.ones(2, 1536, 1536)
     found = {
         "bandwidth": 2 * source.nbytes / best(lambda: target.copy_(source)),
+        "read": source.nbytes / best(source.sum),
         "flops": 2 * 1536**3 / best(lambda: torch.mm(a, a, out=out)),
     }
     request.config.stash[MACHINE] = found
@@ -83,8 +91,9 @@ def side_by_side(request, benchmark, machine):
     """`side_by_side(case, ours, rivals, check=..., bytes=..., flops=...)`: measure, keep a row for the table.
 
     `rivals` maps a name to a callable, or to (callable, target): the least ratio rival's time / our time aimed at.
-    `check()` runs first and asserts that all agree. `bytes` and `flops` are the least one call must move and compute:
-    the floor is the larger of both by this machine's measured rates. `info` is kept beside the numbers.
+    `check()` runs first and asserts that all agree. `bytes` and `flops` are the least one call must move and compute,
+    `reads` the bytes of a call that only reads: the floor is the largest by this machine's measured rates. `rounds`
+    instead of as many as SECONDS allow. `info` is kept beside the numbers.
     """
 
     def compare(
@@ -95,16 +104,20 @@ def side_by_side(request, benchmark, machine):
         check: Callable[[], None],
         bytes: float = 0,
         flops: float = 0,
+        reads: float = 0,
+        rounds: int = 0,
         **info,
     ) -> dict[str, float]:
         check()
         entries = {name: rival if isinstance(rival, tuple) else (rival, None) for name, rival in rivals.items()}
         calls = {}
         for name, call in {"": ours, **{name: rival for name, (rival, _) in entries.items()}}.items():
-            call()
-            calls[name] = max(1, round(ROUND / best(call, 3)))
-        once = seconds(ours, calls[""]) * calls[""]
-        once += sum(seconds(rival, calls[name]) * calls[name] for name, (rival, _) in entries.items())
+            once = seconds(call)
+            calls[name] = 1 if once > 0.5 or rounds else max(1, round(ROUND / best(call, 3)))
+        once = 0.0
+        if not rounds:
+            once = seconds(ours, calls[""]) * calls[""]
+            once += sum(seconds(rival, calls[name]) * calls[name] for name, (rival, _) in entries.items())
         times: dict[str, list[float]] = {name: [] for name in ["", *entries]}
 
         def run_rivals():
@@ -115,9 +128,9 @@ def side_by_side(request, benchmark, machine):
             times[""].append(seconds(ours, calls[""]))
 
         benchmark.group = request.node.path.stem.removeprefix("test_bench_")
-        benchmark.pedantic(run_ours, setup=run_rivals, rounds=max(5, min(50, round(SECONDS / once))))
+        benchmark.pedantic(run_ours, setup=run_rivals, rounds=rounds or max(5, min(50, round(SECONDS / once))))
         mine = statistics.median(times[""])
-        floor = max(bytes / machine["bandwidth"], flops / machine["flops"]) or None
+        floor = max(bytes / machine["bandwidth"], reads / machine["read"], flops / machine["flops"]) or None
         ratios = {}
         for name, (_, target) in entries.items():
             ratios[name] = statistics.median(r / o for r, o in zip(times[name], times[""], strict=True))
@@ -169,7 +182,8 @@ def markdown(cells: list[list[str]], rates: dict) -> str:
     head = [
         f"- processor: {models[0] if models else platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, kernels: {', '.join(COMPILED) or 'reference'}",
-        f"- measured: copy {rates['bandwidth'] / 1e9:.1f} GB/s, float32 product {rates['flops'] / 1e9:.0f} GFLOP/s",
+        f"- measured: copy {rates['bandwidth'] / 1e9:.1f} GB/s, read {rates['read'] / 1e9:.1f} GB/s,"
+        f" float32 product {rates['flops'] / 1e9:.0f} GFLOP/s",
         f"- Python {platform.python_version()}, torch {torch.__version__}, commit {commit}, {time.strftime('%F')}",
         "- ratio: the other's time / ours, median of interleaved rounds",
     ]

@@ -1,0 +1,130 @@
+"""A decoding step of a rollout beside transformers' generate: SmolLM2-135M's shape, random weights, prompts of 64.
+
+    pytest bench -k rollout --threads 2 [--vllm PYTHON]
+
+Times are of one step, from the first token to the last: prompts are read before. Ours returns log-probabilities, the
+others are not asked for any. The floor: every weight and every cached key and value read once a step, or the
+operations of the products. --vllm names an interpreter that has vLLM's CPU build; it answers in a process of its own.
+"""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from rlhf_fast.batches import Prompts
+from rlhf_fast.bench.conftest import Took
+from rlhf_fast.config import SamplingConfig
+from rlhf_fast.model import Model
+from rlhf_fast.rollout import Rollout
+
+PROMPT, NEW, RIVAL_NEW = 64, 128, 48
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100000.0,
+    "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request):
+    torch.manual_seed(0)
+    return Model(LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(request.param))
+
+
+def prompts(batch: int) -> Prompts:
+    tokens = torch.randint(1, SMOLLM2["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
+    return Prompts(list(range(batch)), tokens.tolist(), [""] * batch)
+
+
+def ours(model: Model, batch: Prompts, new: int = NEW, **sampling) -> Took:
+    stamps = []
+    settings = SamplingConfig(max_new_tokens=new, batch=len(batch.ids), **sampling)
+    Rollout(model, settings).generate(batch, progress=lambda *_: stamps.append(time.perf_counter()))
+    return Took((stamps[-1] - stamps[0]) / (len(stamps) - 1))
+
+
+class _Stamps(StoppingCriteria):
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, ids, scores, **_):
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+@torch.no_grad()
+def transformers_generate(model: Model, batch: Prompts, **sampling) -> Took:
+    stamps, ids = _Stamps(), torch.tensor(batch.tokens)
+    model.module.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=RIVAL_NEW, do_sample=True, top_k=0,
+        stopping_criteria=StoppingCriteriaList([stamps]), **sampling,
+    )  # fmt: skip
+    return Took((stamps.times[-1] - stamps.times[0]) / (len(stamps.times) - 1))
+
+
+def floor(model: Model, batch: int) -> dict[str, float]:
+    weights = sum(p.nbytes for p in model.module.parameters())
+    heads, dim, layers = 3, 64, 30
+    cache = 2 * layers * heads * dim * batch * (PROMPT + NEW // 2) * model.head_weight.element_size()
+    return {"reads": weights + cache, "flops": 2 * batch * sum(p.numel() for p in model.module.parameters())}
+
+
+def check(model: Model, batch: Prompts):
+    """Greedy tokens are transformers' own; in bfloat16, where both round, the log-probabilities are near."""
+
+    def run():
+        few = batch.take(range(min(2, len(batch.ids))))
+        settings = SamplingConfig(max_new_tokens=8, temperature=0.0)
+        found = Rollout(model, settings, path="fused").generate(few)
+        if model.head_weight.dtype == torch.float32:
+            ids = torch.tensor(few.tokens)
+            theirs = model.module.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+            assert found.response_ids() == theirs[:, PROMPT:].tolist()
+        bound = 1e-4 if model.head_weight.dtype == torch.float32 else 0.1
+        with torch.no_grad():
+            again, _ = model.logprobs(found.tokens, found.prompt_lengths, found.lengths)
+        torch.testing.assert_close(found.raw_logprobs, again, rtol=0, atol=bound)
+
+    return run
+
+
+def vllm(python: str, folder: Path, model: Model, size: int) -> Took:
+    report = subprocess.run(
+        [python, str(Path(__file__).parent / "vllm_step.py"), str(folder), str(model.head_weight.dtype)[6:], str(size),
+         str(PROMPT), str(RIVAL_NEW), str(torch.get_num_threads())],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return Took(json.loads(report.stdout.splitlines()[-1])["step"])
+
+
+# The least ratio to transformers' generate aimed at: 23 / 49 / 151 ms a step against 10 / 18 / 32 in bfloat16 on the
+# machine the targets are from, which multiplies bfloat16 itself.
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_step(side_by_side, model, size, request, tmp_path):
+    batch, kind = prompts(size), str(model.head_weight.dtype)[6:]
+    rivals = {"transformers generate": lambda: transformers_generate(model, batch)}
+    if python := request.config.getoption("vllm"):
+        model.module.save_pretrained(tmp_path)
+        rivals["vLLM (CPU)"] = lambda: vllm(python, tmp_path, model, size)
+    side_by_side(
+        f"rollout step {kind}, batch {size}", lambda: ours(model, batch), rivals, check=check(model, batch), rounds=3,
+        **floor(model, size),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_step_with_top_p(side_by_side, model, size):
+    batch, kind = prompts(size), str(model.head_weight.dtype)[6:]
+    rivals = {
+        "the same without top-p": (lambda: ours(model, batch, RIVAL_NEW), 1 / 1.15),
+        "transformers generate": lambda: transformers_generate(model, batch, top_p=0.95),
+    }
+    side_by_side(
+        f"rollout step {kind}, batch {size}, top-p 0.95", lambda: ours(model, batch, RIVAL_NEW, top_p=0.95), rivals,
+        check=lambda: None, rounds=3, **floor(model, size),
+    )  # fmt: skip
