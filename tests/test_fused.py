@@ -12,12 +12,12 @@ from rlhf_fast.config import LoraConfig, ModelConfig
 from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._op import COMPILED, forcing
 from rlhf_fast.model import Model
-from rlhf_fast.rollout import Rollout, layers, step
+from rlhf_fast.rollout import Rollout, decode_step, layers
 from rlhf_fast.rollout.arena import Arena
 from rlhf_fast.rollout.decoder import Packed, Unsupported
 from rlhf_fast.rollout.fused import FusedDecoder
 
-pytestmark = pytest.mark.skipif(step.kernels() is None, reason="no compiled kernels for this processor")
+pytestmark = pytest.mark.skipif(decode_step.kernels() is None, reason="no compiled kernels for this processor")
 ROPE = {"rope_theta": 10000.0}
 LLAMA3 = ROPE | {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -130,7 +130,7 @@ def test_every_instruction_set_computes_the_same(name, monkeypatch):
     model, rows = Model(MODELS[name]()), random_rows(11, 30)
     found = {}
     for backend in [backend for backend in COMPILED if backend.startswith("cpu:")]:
-        monkeypatch.setattr(step, "kernels", lambda device=None, backend=backend: COMPILED[backend])
+        monkeypatch.setattr(decode_step, "kernels", lambda device=None, backend=backend: COMPILED[backend])
         found[backend] = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
     for ours in found.values():
         torch.testing.assert_close(ours, found["cpu:generic"], rtol=1e-5, atol=1e-5)
@@ -265,4 +265,4 @@ def test_what_it_refuses(make, reason):
 
 def test_structures_of_another_build_are_refused():
     with pytest.raises(RuntimeError, match="describe a decoder differently; install rlhf-fast again"):
-        step.kernels().decode_step(0, 1, ctypes.sizeof(step._Layer), *[0] * 9, 0, 0, 0, 1)
+        decode_step.kernels().decode_step(0, 1, ctypes.sizeof(decode_step._Layer), *[0] * 9, 0, 0, 0, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.model import Model
-from rlhf_fast.rollout import step
+from rlhf_fast.rollout import decode_step
 from rlhf_fast.rollout.arena import Arena, KVShape
 from rlhf_fast.rollout.decoder import Packed, Unsupported
 from rlhf_fast.rollout.layers import Parts, read
@@ -30,7 +30,7 @@ class FusedDecoder:
         self.model, self.dtype = model, model.head_weight.dtype
         self.shapes = [KVShape(parts.kv_heads, parts.head_dim, parts.head_dim)] * len(parts.layers)
         self._parts: Parts | None = None
-        self._step: step.CompiledStep | StepByOps | None = None
+        self._step: decode_step.CompiledStep | StepByOps | None = None
 
     @classmethod
     @torch.no_grad()
@@ -66,8 +66,8 @@ class FusedDecoder:
             raise RuntimeError("FusedDecoder.hidden: only within `with decoder.ready()`")
         if self._step is None or self._step.arena is not arena:
             cos, sin = self._angles(arena.width * arena.page)
-            compiled = self.dtype in step.SERVED and step.kernels(self.model.device) is not None
-            self._step = (step.CompiledStep if compiled else StepByOps)(self._parts, arena, cos, sin)
+            compiled = self.dtype in decode_step.SERVED and decode_step.kernels(self.model.device) is not None
+            self._step = (decode_step.CompiledStep if compiled else StepByOps)(self._parts, arena, cos, sin)
         return self._step(packed)
 
     def _angles(self, positions: int) -> tuple[Tensor | None, Tensor | None]:

@@ -47,6 +47,8 @@ class LinearPart(NamedTuple):
 
 
 class LayerPart(NamedTuple):
+    """One block: x + out(attention(norm x)), then x + mlp(norm x)."""
+
     before_attention: NormPart
     before_mlp: NormPart
     qkv: tuple[LinearPart, ...]
@@ -66,6 +68,8 @@ class LayerPart(NamedTuple):
 
 
 class Parts(NamedTuple):
+    """A whole decoder, without its head."""
+
     layers: list[LayerPart]
     last: NormPart
     embedding: Tensor
