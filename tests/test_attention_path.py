@@ -108,6 +108,14 @@ def test_unknown_wishes_are_refused():
     model.module.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(Unsupported, match="layer 1 is of the kind chunked_attention"):
         AttentionDecoder.make(model)
+    for setting, reason in [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer 1 does not say how wide its window is"),
+        ({"sliding_window": 8}, "its config has a sliding window that its layers do not ask for"),
+    ]:
+        model = llama()
+        vars(model.module.config).update(setting)
+        with pytest.raises(Unsupported, match=reason):
+            AttentionDecoder.make(model)
     with pytest.raises(UserError, match="there is no path 'fast'"):
         Rollout(llama(), sampling(), path="fast").generate(prompts(3))
 

@@ -112,16 +112,15 @@ class AttentionDecoder:
             raise Unsupported(
                 f"its {config.num_hidden_layers} layers make {len(layers)} calls of transformers' attention interface"
             )
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
-        for layer, kind in zip(layers, kinds, strict=True):
+        kinds = getattr(config, "layer_types", None)
+        for layer, kind in zip(layers, kinds or [], strict=bool(kinds)):
             if kind not in ("full_attention", "sliding_attention"):
                 raise Unsupported(f"layer {layer.index} is of the kind {kind}")
             if kind == "sliding_attention" and not layer.window:
                 raise Unsupported(f"layer {layer.index} does not say how wide its window is")
         windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        if windowed and "sliding_attention" not in kinds and not any(layer.window for layer in layers):
-            if not getattr(config, "layer_types", None):
-                raise Unsupported("its config has a sliding window that its layers do not ask for")
+        if windowed and not kinds and not any(layer.window for layer in layers):
+            raise Unsupported("its config has a sliding window that its layers do not ask for")
         self.shapes, self.dtype = [layer.shape for layer in layers], layers[0].dtype
         if any(layer.dtype != self.dtype for layer in layers):
             raise Unsupported("its layers' keys have several dtypes")
