@@ -66,15 +66,27 @@ INLINE f32x4 sum_four(f32 a, f32 b, f32 c, f32 d) {
 constexpr int TILE_ROWS = W == 16 ? 6 : 3;  // of X: 4 columns by so many rows of sums fill the registers
 constexpr int PANEL = 24 * 1024;            // floats of widened rows of W
 
-// R rows of X by C (4, 8 or 1) rows of W; those AHEAD of them are fetched meanwhile.
-template <int R, int C, int AHEAD, class T>
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+// Calls f(Number<n>()) for the n in 1 .. most.
+template <int most, class F>
+INLINE void with_rows(int64_t n, F f) {
+  if constexpr (most > 1)
+    if (n < most) return with_rows<most - 1>(n, f);
+  f(Number<most>());
+}
+
+// R rows of X by C (4, 8 or 1) rows of W, while FETCH rows of W from `next` on are asked for.
+template <int R, int C, int FETCH, class T>
 INLINE void dot_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t K, float* out,
-                     int64_t out_stride) {
+                     int64_t out_stride, const T* next) {
   f32 sums[R][C] = {};
   int64_t k = 0;
   for (; k + W <= K; k += W) {
-    if (AHEAD && k % (int64_t)(64 / sizeof(T)) == 0)
-      for (int c = 0; c < C; ++c) __builtin_prefetch(w + (c + AHEAD) * w_stride + k, 0, 2);
+    if (FETCH && k % (int64_t)(64 / sizeof(T)) == 0)
+      for (int c = 0; c < FETCH; ++c) __builtin_prefetch(next + c * w_stride + k, 0, 2);
     f32 a[R];
     for (int r = 0; r < R; ++r) a[r] = load(x + r * x_stride + k);
     for (int c = 0; c < C; ++c) {
@@ -99,33 +111,43 @@ INLINE void dot_tile(const float* x, int64_t x_stride, const T* w, int64_t w_str
   }
 }
 
-// X times `columns` rows of W for all rows of X. AHEAD: 0 where W is in the cache already.
-template <int AHEAD, class T>
+// X times `columns` rows of W for all rows of X. Where `fetches`, the next four rows are asked for meanwhile: evenly
+// over the tiles, for a core waits for only so many lines at a time.
+template <bool fetches, class T>
 INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
                         int64_t K, float* out, int64_t out_stride) {
   int64_t c = 0;
   if (rows == 1)
-    for (; c + 8 <= columns; c += 8) dot_tile<1, 8, 4 * AHEAD>(x, 0, w + c * w_stride, w_stride, K, out + c, 0);
-  for (; c + 4 <= columns; c += 4) {
-    const T* const four = w + c * w_stride;
-    float* const to = out + c;
-    int64_t r = 0;
-    if (rows >= TILE_ROWS) {
-      dot_tile<TILE_ROWS, 4, AHEAD>(x, x_stride, four, w_stride, K, to, out_stride);
-      r = TILE_ROWS;
-    } else if (rows >= 2) {
-      dot_tile<2, 4, AHEAD>(x, x_stride, four, w_stride, K, to, out_stride);
-      r = 2;
+    for (; c + 8 <= columns; c += 8) {
+      const T* const eight = w + c * w_stride;
+      dot_tile<1, 8, fetches ? 8 : 0>(x, 0, eight, w_stride, K, out + c, 0, eight + 16 * w_stride);
     }
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-      dot_tile<TILE_ROWS, 4, 0>(x + r * x_stride, x_stride, four, w_stride, K, to + r * out_stride, out_stride);
-    for (; r + 2 <= rows; r += 2)
-      dot_tile<2, 4, 0>(x + r * x_stride, x_stride, four, w_stride, K, to + r * out_stride, out_stride);
-    if (r < rows) dot_tile<1, 4, 0>(x + r * x_stride, x_stride, four, w_stride, K, to + r * out_stride, out_stride);
+  for (; c + 4 <= columns; c += 4) {
+    const T *const four = w + c * w_stride, *next = four + 4 * w_stride;
+    float* const to = out + c;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t left = fetches ? 4 : 0, r = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t share = left ? (left + tiles - t - 1) / (tiles - t) : 0, n = min<int64_t>(TILE_ROWS, rows - r);
+      const float* const from = x + r * x_stride;
+      float* const into = to + r * out_stride;
+      const auto tile = [&](auto R) {
+        constexpr int count = decltype(R)::value;
+        if (share == 0)
+          dot_tile<count, 4, 0>(from, x_stride, four, w_stride, K, into, out_stride, next);
+        else if (share == 1)
+          dot_tile<count, 4, 1>(from, x_stride, four, w_stride, K, into, out_stride, next);
+        else
+          dot_tile<count, 4, 4>(from, x_stride, four, w_stride, K, into, out_stride, next);
+      };
+      with_rows<TILE_ROWS>(n, tile);
+      const int64_t done = share > 1 ? 4 : share;
+      left = max<int64_t>(0, left - done), next += done * w_stride, r += n;
+    }
   }
   for (; c < columns; ++c)
     for (int64_t r = 0; r < rows; ++r)
-      dot_tile<1, 1, 0>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, K, out + r * out_stride + c, 0);
+      dot_tile<1, 1, 0>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, K, out + r * out_stride + c, 0, w);
 }
 
 // The same for W (in, out): R rows of X by C vectors of columns, of which `columns` are wanted.
@@ -199,7 +221,7 @@ INLINE void multiply(const Activations& x, const Matrix& m, int64_t begin, int64
   }
   if (!m.is_bf16) {
     const float* const w = (const float*)m.weight + begin * m.stride;
-    dot_columns<4>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
+    dot_columns<true>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
     return;
   }
   const bf16* const w = (const bf16*)m.weight + begin * m.stride;
@@ -208,7 +230,7 @@ INLINE void multiply(const Activations& x, const Matrix& m, int64_t begin, int64
     return;
   }
   if (x.rows <= TILE_ROWS) {
-    dot_columns<4>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
+    dot_columns<true>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
     return;
   }
   const int64_t most = max<int64_t>(4, PANEL / K / 4 * 4);
@@ -220,7 +242,7 @@ INLINE void multiply(const Activations& x, const Matrix& m, int64_t begin, int64
       for (; k + W <= K; k += W) store(panel + i * K + k, load(row + k));
       for (; k < K; ++k) panel[i * K + k] = to_float(row[k]);
     }
-    dot_columns<0>(x.wide, x.stride, x.rows, panel, K, some, K, out + c, out_stride);
+    dot_columns<false>(x.wide, x.stride, x.rows, panel, K, some, K, out + c, out_stride);
   }
 }
 
