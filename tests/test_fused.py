@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import GPT, V, build, greedy, prompts, sampling
+from peak import peak_bytes
 
 from rlhf_fast.config import LoraConfig, ModelConfig
 from rlhf_fast.kernels import linear_sample_tokens
@@ -232,6 +233,20 @@ def test_an_optimizers_step_and_moved_weights_are_seen():
             theirs = model.hidden(torch.tensor(rows))[0]
         ours = hidden(decoder, rows, at_once(rows))[0]
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}], ids=["plain", "top-p"])
+def test_a_rollout_holds_little_but_weights_and_cache(filters):
+    """Beyond the arena at most 5 % of the weights; with a filter also one row of logits a response."""
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 16384}
+    model, batch = Model(build("Llama", **wide)()), prompts(3, 30, 17, 9, 1, 12, 8, 5)
+    rollout = Rollout(model, sampling(**filters), path="fused", keep_arena=True)
+    rollout.generate(batch)
+    arena = rollout._arena.memory.nbytes
+    rollout._arena = None
+    weights = sum(p.nbytes for p in model.module.parameters())
+    logits = len(batch.ids) * 16384 * 4 if filters else 0
+    assert peak_bytes(lambda: rollout.generate(batch)) <= arena + logits + 0.05 * weights
 
 
 def test_a_wrong_description_is_not_believed(monkeypatch):

@@ -1,29 +1,13 @@
 """What the linear head's ops hold in memory."""
 
-import gc
-
 import pytest
 import torch
+from peak import peak_bytes
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _blocks as blocks
 
 COMPILED = ops.linear_logprobs.backends[1:][-1:]
-
-
-def peak_bytes(run) -> int:
-    """The most memory that torch held at a time for what `run` allocated, its results included."""
-    run()
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = run()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    del kept
-    return most
 
 
 @pytest.mark.parametrize("backend", COMPILED)
