@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -48,6 +49,12 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
         found |= {f"cpu:{isa}": getattr(cpu, isa) for isa in cpu.groups if not wanted or isa == wanted}
     except ImportError as error:
         missing["cpu"] = f"rlhf_fast._cpu is not built ({error}); install with a C++ compiler, or `pip install -e .`"
+        tree = Path(__file__).resolve().parent.parent
+        if (tree / "csrc").is_dir():  # it hides a package that was installed from it
+            missing["cpu"] = (
+                f"the source tree {tree} is imported, not an installed package, and its rlhf_fast._cpu is not built"
+                f" ({error}); leave that folder, or install with `pip install -e .` and a C++ compiler"
+            )
     try:
         cuda = import_module("rlhf_fast._cuda").cuda
         cuda.why_not()  # raises where the driver cannot run this build
@@ -161,6 +168,13 @@ class Op:
             if any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 return self.differentiable(*args)
         return self.run(*args)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Op:
+        """Found on a class an op stays itself. Having this it counts as a routine: help() prints its signature."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}{self.signature}>"
 
     def run(self, *args):
         """The chosen kernel on prepared arguments, without gradient. Goes through torch's dispatcher where that matters

@@ -28,7 +28,7 @@ def gae(
     (Schulman et al. 2016, arXiv 1506.02438, eq. 16.) `mask` (B, T) bool: tokens outside it do not exist: they get 0,
     and next(t) is the next token inside it (carry-forward, as in verl and NeMo-RL). After the last token V is
     `bootstrap` (B,), the value of the state that a truncated row stopped in, or 0 for a row that ended.
-    No gradient: advantages are targets.
+    ValueError where shapes differ. No gradient: advantages are targets.
     """
     return scan(wide(rewards), wide(values), mask, gamma, lam, bootstrap)
 

@@ -26,7 +26,8 @@ def gae_packed(
     response s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
 
     `cu_seqlens` (S + 1,) int32 or int64 rises from 0 to N; a response may be empty. `mask` (N,) bool: tokens outside it
-    do not exist. `bootstrap` (S,) is the value after the last token of each response, 0 where it ended. No gradient.
+    do not exist. `bootstrap` (S,) is the value after the last token of each response, 0 where it ended. ValueError
+    where shapes differ, or cu_seqlens does not rise from 0 to N (on CPU). No gradient.
     """
     check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
     starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]

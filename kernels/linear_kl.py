@@ -32,7 +32,8 @@ def linear_kl(
     hidden (..., D) and weight (V, D) are the policy's, ref_hidden (..., E) and ref_weight (V, E) the reference's.
     Exact, where the usual k1, k2 and k3 estimate it from the drawn token alone. targets as in `linear_logprobs`; -100
     is ignored: 0 out, 0 gradient. Gradients by hidden, weight and bias, of logprobs, entropy and kl; the reference is
-    frozen. A token that only the reference rules out makes kl infinite.
+    frozen. A token that only the reference rules out makes kl infinite. ValueError where shapes or the vocabularies'
+    sizes do not fit, or a target is out of range (on CPU).
     """
     outputs = linear_kl_with_statistics.reference(
         hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias

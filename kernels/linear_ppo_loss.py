@@ -52,7 +52,8 @@ def linear_ppo_loss(
     -100 are ignored: 0 out, 0 gradient, no products. Where a weight is 0 the token has its logprobs and entropy, and
     nothing else is looked at. The gradients of hidden, weight and bias come with the loss, in their dtypes, summed in
     float32; a frozen one costs nothing. logprobs, entropy and stats have none. Where a clip's branches tie the slope is
-    that of torch.clamp and torch.maximum; beyond log_ratio_clamp it is 0.
+    that of torch.clamp and torch.maximum; beyond log_ratio_clamp it is 0. ValueError where shapes do not fit, a target
+    is out of range (on CPU), kl_estimator is another word, or kl_coef is not 0 without ref_logprobs.
 
     stats, named in `linear_ppo_loss.stats`: sums of weight times 1, the indicators that the lower, the upper and the
     dual clip were active, -log ratio, ratio - 1 - log ratio (both estimate KL(old || new), nats), ratio, its square,

@@ -45,7 +45,8 @@ def linear_sample_tokens(
     `bias` is (V,). `hidden` may be float32 beside a bfloat16 `weight`. Logits are float32 from the accumulator on.
     `banned` (K,) int64 tokens may not be drawn in the rows where `ban_rows` (B,) bool is true: the filters do not see
     them. logprobs, raw_logprobs and entropy know nothing of the ban, kept_logprobs and log_kept_mass do.
-    A row's numbers on the CPU do not depend on the other rows, bit for bit. No gradient.
+    A row's numbers on the CPU do not depend on the other rows, bit for bit. No gradient. ValueError where shapes do not
+    fit, a number is out of its range, or row_ids or steps are not given.
     """
     logits = wide(hidden) @ wide(weight).to(wide(hidden).dtype).t()
     logits = logits if bias is None else logits + bias.to(logits.dtype)

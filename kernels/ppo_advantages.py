@@ -61,7 +61,7 @@ def ppo_advantages(
     advantages, and mean and m2 of the returns; all 0 where there is no token. The whitened advantage is
     (A - mean) / sqrt(m2 / count), or over count - 1; 1 - m2 / return_m2 is the variance that the values explain.
     Two parts of a batch join by Chan's rule: m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
-    No gradient: all of these are targets.
+    ValueError where shapes differ, or kl_estimator is another word. No gradient: all of these are targets.
     """
     logprobs, ref_logprobs, values, scores = wide(logprobs), wide(ref_logprobs), wide(values), wide(scores)
     kl = torch.where(mask, token_kl(logprobs, ref_logprobs, kl_estimator), 0)

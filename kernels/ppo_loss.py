@@ -58,7 +58,8 @@ def ppo_loss(
     "mask": dropped where w > importance_cap (truncated importance sampling).
 
     Gradients by logprobs and values, made in the forward pass, as torch.clamp and torch.maximum have them: it passes at
-    a bound of the clip itself, ties out of the bounds share it by halves; beyond log_ratio_clamp it is 0.
+    a bound of the clip itself, ties out of the bounds share it by halves; beyond log_ratio_clamp it is 0. ValueError
+    where shapes differ, a part is given by halves, value_clip has no old_values, or importance_mode is another word.
 
     stats, named in `ppo_loss.stats`: sums over tokens of weight times 1, the indicators that the lower, the upper and
     the dual clip were active, -log ratio, ratio - 1 - log ratio (both estimate KL(old || new), nats), the ratio, its

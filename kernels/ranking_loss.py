@@ -30,6 +30,7 @@ def ranking_loss(
 
     stats, named in `ranking_loss.stats`, are sums that add up over batches: pairs; correct, the pairs with s_i > s_j;
     margin, the sum of s_i - s_j over the pairs; groups with a pair; groups without one. Gradient: by scores.
+    ValueError where shapes differ, ranks are no integers, or group_offsets does not rise from 0 to N (on CPU).
     """
     check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
     loss, stats, _ = _pairs(wide(scores), group_offsets, ranks, weights)

@@ -43,7 +43,8 @@ def sample_tokens(
     Temperature 0 takes the largest logit, the lowest index among equals. That choice has probability one: logprobs,
     kept_logprobs, log_kept_mass and entropy are 0, raw_logprobs are as ever.
     A row that has no distribution (a NaN or +inf, no finite logit, parameters out of range, temperature above 1e6)
-    gets token -1 and NaN. No gradient.
+    gets token -1 and NaN. ValueError where shapes differ, a number is out of its range, or row_ids or steps are not
+    given. No gradient.
     """
     return _sampling.draw(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise)
 

@@ -4,13 +4,19 @@ The oracle is the op's reference, run in float64, and autograd through it. A new
 """
 
 import contextlib
+import inspect
+import pydoc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rlhf_fast import ops
+from rlhf_fast.kernels import _op
 from rlhf_fast.kernels._op import OPS, forcing
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -280,6 +286,33 @@ def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
 def test_every_op_is_public():
     hidden = {name for name in OPS if name.endswith(("_backward", "_with_gradients", "_with_statistics"))}
     assert set(OPS) - hidden == set(ops.__all__)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_help_shows_the_arguments_and_what_is_refused(name):
+    op = getattr(ops, name)
+    told = pydoc.render_doc(op, renderer=pydoc.plaintext)
+    assert f"\n{name}{inspect.signature(op)}\n" in told and inspect.signature(op) == op.signature
+    assert "ValueError" in told and str(op) == f"<op {name}{op.signature}>"
+
+    class Holder:
+        member = op
+
+    assert Holder().member is Holder.member is op  # it does not bind, though functions do
+
+
+def test_a_source_tree_without_kernels_says_that_it_is_imported():
+    """It hides an installed package from whoever stands in it."""
+    code = (
+        "import sys; sys.modules['rlhf_fast._cpu'] = None; from rlhf_fast.kernels import _op; print(_op.MISSING['cpu'])"
+    )
+    root = Path(_op.__file__).parent.parent
+    if not (root / "csrc").is_dir():
+        pytest.skip("not a source checkout")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    assert (
+        said.startswith(f"the source tree {root} is imported, not an installed package") and "leave that folder" in said
+    )
 
 
 def test_an_unknown_backend_or_argument_is_refused():
