@@ -211,7 +211,7 @@ def _init(argv: Sequence[str]) -> int:
     return 0
 
 
-@command("show-config", "every setting of a stage; with --diff what two presets differ in")
+@command("show-config", "every setting of a stage and what it does; with --diff what two presets differ in")
 def _show_config(argv: Sequence[str]) -> int:
     from rlhf_fast.flags import parse
     from rlhf_fast.options import ShowConfigOptions

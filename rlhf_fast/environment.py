@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "matplotlib", "kernels")
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "matplotlib")
 VARIABLES = ("RLHF_FAST_BACKEND", "RLHF_FAST_ISA", "RLHF_FAST_STRICT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -24,6 +24,7 @@ def report() -> Iterator[str]:
     yield f"python        {platform.python_version()}, {platform.platform()}"
     for name in PACKAGES:
         yield f"{name:<13} {_version(name)}"
+    yield f"package `kernels` (Hugging Face's, not ours): {_version('kernels')}"
     yield f"processor     {_processor()}; {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"
     sets = [backend.partition(":")[2] for backend in _op.COMPILED if backend.startswith("cpu:")]
     yield f"cpu kernels   {', '.join(sets) + ' (the last is used)' if sets else _op.MISSING['cpu']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 from collections.abc import Sequence
 from typing import TypeVar
@@ -48,8 +49,20 @@ def parse(kind: type[T], argv: Sequence[str], command: str, **options: object) -
         if not end.code:
             raise
         said = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-        said = [line for line in said[1:] if line] or ["wrong arguments"]
-        raise UserError(f"{command}: {said[0]}; see `rlhf-fast {command} --help`") from end
+        said = [line for line in said[1:] if line.strip("-")] or ["wrong arguments"]
+        hint = _nearest(kind, argv) if "nrecognized" in said[0] else ""
+        raise UserError(f"{command}: {said[0]}; {hint or f'see `rlhf-fast {command} --help`'}") from end
+
+
+def _nearest(kind: type, argv: Sequence[str]) -> str:
+    """What the first flag that `kind` does not have may have been meant to be; of a dotted one its last part counts."""
+    flags = [path.rpartition(".")[2].replace("_", "-") for path in leaves(kind)]
+    for item in argv:
+        name = item.partition("=")[0].removeprefix("--").rpartition(".")[2].replace("_", "-")
+        if item.startswith("--") and (item.partition("=")[0].removeprefix("--").replace("_", "-") not in flags):
+            near = difflib.get_close_matches(name, flags, n=1)
+            return f"did you mean --{near[0]}?" if near else ""
+    return ""
 
 
 def _take(argv: Sequence[str], command: str, *names: str) -> tuple[list[str], dict[str, str]]:

@@ -73,7 +73,8 @@ class Alarms:
         if abs(kl) > KL_PER_TOKEN:
             yield "kl", f"KL runs away: {kl:.2f} nats a token"
         if row.get("tokens/eos_rate", 1.0) < EOS_RATE:
-            yield "eos", f"only {row['tokens/eos_rate']:.1%} of the responses end by themselves"
+            rate = f"only {row['tokens/eos_rate']:.1%} of the responses end by themselves"
+            yield "eos", f"{rate}; raise sampling.max_new_tokens, train the SFT model longer, or see missing_eos"
         length, before = (found.get("tokens/length", math.nan) for found in (row, self.first))
         if length > LENGTH_GROWTH * before:
             yield "length", f"responses have grown from {before:.0f} to {length:.0f} tokens"

@@ -112,7 +112,7 @@ class InitOptions:
 
 @dataclass(frozen=True)
 class ShowConfigOptions:
-    """Print every setting of a stage as YAML, resolved; or what two presets differ in."""
+    """Print every setting of a stage as YAML, resolved, with what it does; or what two presets differ in."""
 
     stage: Positional[Literal["all", "sft", "reward", "ppo"]] = "all"
     """Of which stage."""

@@ -25,7 +25,9 @@ def read_metrics(run: str | Path) -> list[dict]:
     """The rows of a run's metrics.jsonl; a last line that is cut short is left out."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{run}: holds no metrics.jsonl; give the folder that a stage wrote")
+        inside = sorted(str(found.parent) for found in Path(run).glob(f"*/{path.name}"))
+        hint = f"one of {', '.join(inside)}" if inside else "the folder that a stage wrote"
+        raise UserError(f"{run}: holds no {path.name}; give {hint}")
     rows = [row for _, row in read_rows(path)]
     if not rows:
         raise UserError(f"{path}: is empty; the run has not logged a step yet")

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_fast.config import STAGES
 from rlhf_fast.errors import UserError
-from rlhf_fast.resolve import Given, difference, read_yaml, resolve, section, show, to_yaml
+from rlhf_fast.resolve import Given, difference, explained, read_yaml, resolve, section, show
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
@@ -131,7 +131,7 @@ def preset(stage: str, name: str) -> Mapping[str, Given]:
 
 
 def show_config(stage: str, name: str, file: str = "", diff: tuple[str, str] | None = None) -> Iterator[str]:
-    """The lines of `rlhf-fast show-config`: each stage's settings as YAML, or where two presets differ."""
+    """The lines of `rlhf-fast show-config`: each stage's settings as YAML and what they do, or where presets differ."""
     for each in STAGES if stage == "all" else (stage,):
         if diff:
             left, right = (resolve(STAGES[each], preset(each, side), check=False) for side in diff)
@@ -144,10 +144,9 @@ def show_config(stage: str, name: str, file: str = "", diff: tuple[str, str] | N
             yield ""
             continue
         layers = [preset(each, name)] + ([section(read_yaml(file), each)] if file else [])
-        text = to_yaml(resolve(STAGES[each], *layers, check=False))
         if stage == "all":
-            text = f"{each}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
-        yield text.rstrip()
+            yield f"{each}:"
+        yield from explained(resolve(STAGES[each], *layers, check=False), indent="  " if stage == "all" else "")
 
 
 def _listed(value: Any) -> Any:

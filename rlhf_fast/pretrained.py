@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -88,10 +90,24 @@ def load_tokenizer(cfg: ModelConfig, module: nn.Module | None = None):
 
 
 def must_be_somewhere(path: str) -> None:
-    """UserError for what is no folder and cannot be a hub name either; asking the hub would take minutes."""
+    """UserError for what is no folder, and no hub name or none that can be had: one look, where transformers would ask
+    again and again for half a minute."""
+    if Path(path).exists():
+        return
     hub = path.count("/") == 0 or (path.count("/") == 1 and not Path(path).parent.is_dir())
-    if (path.startswith(("/", ".", "~")) or not hub) and not Path(path).exists():
+    if path.startswith(("/", ".", "~")) or not hub:
         raise UserError(f"{path}: there is no such folder; look at the path, or train that model first")
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(path, "config.json"))
+    except EntryNotFoundError:
+        return  # a hub model of another kind: loading it says of which
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{path}: there is no such folder here, and to download it from the hub by that name failed ({reason});"
+            " look at the path, or give a hub name that can be reached"
+        ) from error
 
 
 def check_tokenizers(ours, theirs, name: str) -> None:

@@ -33,6 +33,7 @@ RESULTS = {
 }
 """Metrics that the table shows."""
 
+UNFILLED = "PATH-OR-HUB-NAME"
 TEMPLATE = """\
 # A recipe: `rlhf-fast run {name}` runs its stages in order and skips those that are finished.
 # `rlhf-fast show-config sft` (reward, ppo) lists every setting; `rlhf-fast check FILE` looks at a data file.
@@ -41,13 +42,14 @@ preset: default        # or paper, or tutorial: hyperparameters laid below what 
 seed: 0
 
 sft:                   # learn from demonstrations
-  model.path: PATH-OR-HUB-NAME
+  model.path: {unfilled}
   data:
     path: demonstrations.jsonl     # rows: prompt + completion, or messages, alpaca, sharegpt
     # columns: {{completion: answer}}  # if the file calls them otherwise
     # template: dialog             # how a prompt becomes text: auto, chat, plain, dialog
   epochs: 2
   optim.lr: 1e-5
+  residual_dropout: 0    # the paper's 0.2 is for GPT-3; it wrecks most models that were pretrained without dropout
 
 reward:                # learn from ranked responses; starts from the sft folder
   data.path: rankings.jsonl        # rows: prompt + responses + ranks, or prompt + chosen + rejected
@@ -77,7 +79,7 @@ def write_template(path: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path}: exists already; choose another name")
     with writing(path):
-        path.write_text(TEMPLATE.format(name=path), encoding="utf-8")
+        path.write_text(TEMPLATE.format(name=path, unfilled=UNFILLED), encoding="utf-8")
     return path
 
 
@@ -93,6 +95,12 @@ def read_recipe(path: str | Path) -> Plan:
     for stage, cls in STAGES.items():
         if stage not in sections:
             continue
+        for setting, item in sections[stage].items():
+            if item.value == UNFILLED:
+                raise UserError(
+                    f"{stage}: {setting} is still {UNFILLED}; write the folder or hub name of a language model there"
+                    f" ({item.where})"
+                )
         follows = {"out": Given(str(out / stage), "the recipe")}
         for setting, source in LINKS.get(stage, ()):
             if source in stages:
@@ -171,12 +179,13 @@ def finished(cfg: SFT | Reward | PPO) -> bool:
     told = json.loads(path.read_text(encoding="utf-8"))
     if told.get("stage") != cfg.stage:
         raise UserError(f"{cfg.out}: holds a run of {told.get('stage')}, not {cfg.stage}; choose another `out`")
-    for key, before, now in difference(from_json(cfg.stage, told["config"]), cfg):
-        if not key.startswith(FREE):
-            raise UserError(
-                f"{cfg.out}: was {'finished' if 'finished' in told else 'started'} with {key} = {show(before)}, the"
-                f" recipe has {show(now)} now; set it back, or choose another `out`"
-            )
+    rows = difference(from_json(cfg.stage, told["config"]), cfg)
+    differ = [f"{key} = {show(was)}, the recipe has {show(now)} now" for key, was, now in rows if key not in FREE]
+    if differ:
+        raise UserError(
+            f"{cfg.out}: was {'finished' if 'finished' in told else 'started'} with {'; '.join(differ)}; set"
+            f" {'them' if len(differ) > 1 else 'it'} back, or choose another `out`"
+        )
     return "finished" in told
 
 

@@ -6,12 +6,15 @@ stands in, and the nearest right name: `ppo: no setting "optim.lrr"; did you mea
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
 import json
 import math
+import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +26,8 @@ from rlhf_fast.config import STAGES, BadSetting
 from rlhf_fast.errors import UserError
 
 T = TypeVar("T")
+WIDTH = 120
+"""Of the lines that are written for people."""
 
 
 class Given(NamedTuple):
@@ -43,6 +48,24 @@ def leaves(cls: type) -> Mapping[str, Any]:
             found |= {f"{field.name}.{path}": leaf for path, leaf in leaves(kind).items()}
         else:
             found[field.name] = kind
+    return types.MappingProxyType(found)
+
+
+@functools.cache
+def meanings(cls: type) -> Mapping[str, str]:
+    """Path -> what it does, of every group and setting below the dataclass `cls`: the text that stands under it in the
+    source, which is where tyro has --help from; of a group without one, what its class says of itself."""
+    found, hints = {}, get_type_hints(cls)
+    for owner in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        body = ast.parse(inspect.getsource(owner)).body[0].body
+        for line, below in zip(body, body[1:], strict=False):
+            if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
+                found[line.target.id] = " ".join(ast.literal_eval(below.value).split())
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            found.setdefault(field.name, " ".join(kind.__doc__.split()))
+            found |= {f"{field.name}.{path}": told for path, told in meanings(kind).items()}
     return types.MappingProxyType(found)
 
 
@@ -202,7 +225,26 @@ def section(values: Mapping[str, Given], stage: str) -> Mapping[str, Given]:
 
 def to_yaml(cfg: object) -> str:
     """The whole tree as YAML that `read_yaml` reads back."""
-    return yaml.safe_dump(_plain(cfg), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(_plain(cfg), sort_keys=False, allow_unicode=True, width=WIDTH)
+
+
+def explained(cfg: object, indent: str = "") -> Iterable[str]:
+    """The lines of `to_yaml`, under comments that say what each setting does."""
+    return _explained(cfg, meanings(type(cfg)), "", indent)
+
+
+def _explained(cfg: object, told: Mapping[str, str], prefix: str, indent: str) -> Iterable[str]:
+    for field in dataclasses.fields(cfg):
+        path, value, start = prefix + field.name, getattr(cfg, field.name), f"{indent}# "
+        yield from textwrap.wrap(
+            told.get(path, ""), WIDTH, initial_indent=start, subsequent_indent=start,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        if dataclasses.is_dataclass(value):
+            yield f"{indent}{field.name}:"
+            yield from _explained(value, told, f"{path}.", f"{indent}  ")
+        else:
+            yield from textwrap.indent(to_yaml({field.name: _plain(value)}), indent).splitlines()
 
 
 def to_json(cfg: object) -> dict[str, Any]:

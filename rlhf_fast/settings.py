@@ -189,7 +189,8 @@ class LogConfig:
     checkpoint_every: int = 100
     """Steps (PPO: batches) between checkpoints to resume from. 0 = none before the end."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept while the run lasts, each with the weights, two moments and any averages of every model trained;
+    a finished run needs none and keeps none."""
     live: bool = True
     """One live line on a terminal; plain lines otherwise."""
     sinks: tuple[str, ...] = ()

@@ -100,6 +100,9 @@ def test_wrong_settings(capsys, folder):
     assert "sft: model.path is not set" in refused(capsys, "sft")
     assert "check: " in refused(capsys, "check")
     assert "generate: " in refused(capsys, "generate", "--prompts", "x")
+    for flag, meant in (("--sampling.max-new-tokens", "--max-new-tokens"), ("--tempreature", "--temperature")):
+        said = refused(capsys, "generate", "--model", "m", "--prompts", "x", flag, "3")
+        assert said.startswith("generate: ") and said.endswith(f"did you mean {meant}?")
 
 
 GOOD = {"prompt": "a .", "completion": "a"}
@@ -145,6 +148,21 @@ def test_a_missing_model_folder_is_found_without_asking_the_hub(capsys, folder):
         assert said == f"{name}: there is no such folder; look at the path, or train that model first"
 
 
+@pytest.mark.parametrize("error", [ConnectionError("Name or service not known\nmore"), OSError("no such repository")])
+def test_a_model_that_is_neither_here_nor_on_the_hub(capsys, folder, monkeypatch, error):
+    asked = []
+
+    def look(url, **_):
+        asked.append(url)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", look)
+    path = toy.demonstrations(folder / "demos.jsonl")
+    said = refused(capsys, "sft", "--model.path", "smolm", "--data.path", path)
+    assert said.startswith("smolm: there is no such folder here, and to download it from the hub by that name failed")
+    assert f"({str(error).splitlines()[0]})" in said and len(asked) == 1  # one look, no second try
+
+
 def test_check_lists_twenty_problems_and_fails(capsys, folder):
     rows = [GOOD] + [{"prompt": "a .", "completion": None}] * 25
     path = toy.jsonl(folder / "d.jsonl", rows)
@@ -172,6 +190,7 @@ def test_env_says_who_answers_for_every_op(capsys):
     assert main(["env"]) == 0
     told = capsys.readouterr().out
     assert f"torch         {torch.__version__.partition('+')[0]}" in told
+    assert "package `kernels` (Hugging Face's, not ours): " in told
     for name in ops.__all__:
         assert f"  {name} " in told
 
@@ -179,12 +198,20 @@ def test_env_says_who_answers_for_every_op(capsys):
 def test_init_writes_a_recipe_that_reads(capsys, folder):
     assert main(["init"]) == 0
     assert "exists already" in refused(capsys, "init")
+    said = refused(capsys, "run", "recipe.yaml")
+    line = 1 + (folder / "recipe.yaml").read_text().splitlines().index("  model.path: PATH-OR-HUB-NAME")
+    assert said.startswith(
+        "sft: model.path is still PATH-OR-HUB-NAME; write the folder or hub name of a language model"
+    )
+    assert said.endswith(f"(recipe.yaml:{line})")
+    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace("PATH-OR-HUB-NAME", "m"))
     for name in ("demonstrations", "rankings", "prompts"):
         (folder / f"{name}.jsonl").write_text("{}\n")
     plan = read_recipe("recipe.yaml")
     assert list(plan.stages) == ["sft", "reward", "ppo"]
     assert plan.stages["reward"].model.path == plan.stages["ppo"].policy.path == "runs/first/sft"
     assert plan.stages["ppo"].reward == "runs/first/reward"
+    assert "residual_dropout: 0 " in (folder / "recipe.yaml").read_text()
 
 
 RECIPE = """
@@ -232,16 +259,19 @@ def test_a_recipe_runs_its_stages_once_and_hands_on_their_folders(capsys, folder
     assert capsys.readouterr().out.count("finished already") == 3
     assert (folder / "runs/toy/ppo/model.safetensors").stat().st_mtime_ns == written
 
-    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 3"))
+    recipe.write_text(recipe.read_text().replace("epochs: 2", "batch: 8\n  epochs: 3"))
     said = refused(capsys, "run", "recipe.yaml")
-    assert said.startswith("runs/toy/sft: was finished with epochs = 2, the recipe has 3 now")
-    recipe.write_text(recipe.read_text().replace("epochs: 3", "epochs: 2").replace("live: false", "samples: 0"))
+    assert said.startswith("runs/toy/sft: was finished with epochs = 2, the recipe has 3 now; batch = 32, the recipe")
+    recipe.write_text(
+        recipe.read_text().replace("batch: 8\n  epochs: 3", "epochs: 2").replace("live: false", "samples: 0")
+    )
     assert all(finished(cfg) for cfg in read_recipe(recipe).stages.values())  # what only shows may change
 
     os.rename("runs/toy/sft", "runs/toy/old")  # the later stages' input is no longer there
     said = refused(capsys, "run", "recipe.yaml")
     assert said.startswith("runs/toy/reward: was made from another sft run")
 
+    assert "give one of runs/toy/old, runs/toy/ppo, runs/toy/reward" in refused(capsys, "plot", "runs/toy")
     assert main(["plot", "runs/toy/ppo"]) == 0
     assert (folder / "runs/toy/ppo/curves.png").read_bytes().startswith(b"\x89PNG")
 

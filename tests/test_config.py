@@ -19,8 +19,10 @@ from rlhf_fast.resolve import (
     flatten,
     from_json,
     leaves,
+    meanings,
     read_yaml,
     resolve,
+    section,
     to_json,
     to_yaml,
 )
@@ -167,13 +169,16 @@ def test_library_users_get_the_same_rules():
         PPO().seed = 1
 
 
-def test_the_defaults_are_the_papers_but_for_five():
+def test_the_defaults_are_the_papers_but_for_a_few():
     told = {"select", "missing_eos", "whiten", "sampling.max_new_tokens", "data.dedupe_prefix"}
     assert {path for path, _, _ in difference(PPO(), resolve(PPO, preset("ppo", "paper")))} == told
     for name in told:
         assert f"`{name}`" in config.__doc__
     assert difference(Reward(), resolve(Reward, preset("reward", "paper"))) == []
-    assert [p for p, _, _ in difference(SFT(), resolve(SFT, preset("sft", "paper")))] == ["sampling.max_new_tokens"]
+    gentler = [path for path, _, _ in difference(SFT(), resolve(SFT, preset("sft", "paper")))]
+    assert gentler == ["residual_dropout", "sampling.max_new_tokens"] and SFT().residual_dropout == 0
+    assert all(f"`{name}`" in config.__doc__ for name in gentler)
+    assert PRESETS["sft"]["paper-init"]["residual_dropout"] == PRESETS["sft"]["tutorial"]["residual_dropout"] == 0.2
 
 
 def test_the_papers_numbers():
@@ -210,6 +215,28 @@ def test_shown_settings_can_be_read_back(tmp_path):
     file = tmp_path / "all.yaml"
     file.write_text("\n".join(show_config("ppo", "paper")))
     assert resolve(PPO, read_yaml(file)) == resolve(PPO, preset("ppo", "paper"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_shown_settings_say_what_they_do(stage):
+    lines = list(show_config(stage, "default"))
+    told = meanings(STAGES[stage])
+    assert leaves(STAGES[stage]).keys() <= told.keys() and all(told.values())
+    for path in leaves(STAGES[stage]):
+        *groups, name = path.split(".")
+        indent = "  " * len(groups)
+        at = [i for i, line in enumerate(lines) if line.startswith(f"{indent}{name}:")]
+        assert any(lines[i - 1].startswith(f"{indent}# ") for i in at), path
+    assert max(map(len, lines)) <= 120
+    whole = "\n".join(line.strip("# ") for line in lines).replace("\n", " ")
+    assert told["optim"] in whole and told["log.keep"] in whole
+
+
+def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
+    file = tmp_path / "all.yaml"
+    file.write_text("\n".join(show_config("all", "default")))
+    for stage, cls in STAGES.items():
+        assert resolve(cls, section(read_yaml(file), stage)) == cls()
 
 
 def test_fingerprint_and_difference_see_every_setting():

@@ -96,7 +96,7 @@ HEALTHY = {
     ({"rollout/ratio_outside": 0.05}, "5.0% of the tokens have another probability in training"),
     ({"objective/kl_token": 1.5}, "KL runs away"),
     ({"objective/kl_token": -1.5}, "KL runs away"),
-    ({"tokens/eos_rate": 0.0}, "end by themselves"),
+    ({"tokens/eos_rate": 0.0}, "end by themselves; raise sampling.max_new_tokens"),
     ({"tokens/length": 90.0}, "grown from 20 to 90"),
     ({"objective/entropy_token": 0.01}, "entropy fell from 2.000 to 0.010"),
     ({"loss/policy_avg": math.nan}, "loss/policy_avg is nan"),

@@ -53,7 +53,7 @@ def test_sft_keeps_the_epoch_with_the_best_validation_loss(folder):
     assert best < len(losses["loss"]) - 1, "the test needs a run whose last epoch is not its best"
     assert not toy.same_weights(folder / "loss", folder / "last")
     assert json.loads((folder / "loss/run.json").read_text())["finished"]["score"] == -min(losses["loss"])
-    assert not (folder / "loss/checkpoints/best").exists()
+    assert [entry.name for entry in (folder / "loss/checkpoints").iterdir()] == ["lock"]  # nothing goes on from here
 
 
 def test_sft_mixes_in_pretraining_text_by_its_share(folder):
@@ -184,8 +184,8 @@ def test_a_folder_goes_on_only_with_its_own_settings_and_data(folder, capsys):
     sft.run(replace(cfg, log=LogConfig(every=5)))
     assert "sft is finished already" in capsys.readouterr().err
     assert (folder / "sft/model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"was started with optim.lr = 0.003, now it is 0.1"):
-        sft.run(replace(cfg, optim=OptimConfig(lr=0.1)))
+    with pytest.raises(UserError, match=r"started with batch = 16, now 8; optim.lr = 0.003, now 0.1; set them back"):
+        sft.run(replace(cfg, batch=8, optim=OptimConfig(lr=0.1)))
     with pytest.raises(UserError, match="holds a run of sft, not reward"):
         reward.run(toy.reward(folder, "sft"))
     with pytest.raises(UserError, match="holds a run already"):
@@ -243,13 +243,24 @@ def test_another_torch_or_number_of_threads_is_told(folder):
     assert len(notes) == 2 and "torch was 1.0" in notes[0] and "threads was 99" in notes[1]
 
 
+def test_a_run_that_another_process_finishes_meanwhile_is_not_begun_again(folder):
+    cfg = toy.sft(folder)
+    late = RunDir(cfg)
+    with RunDir(cfg) as out:
+        out.begin(1, (), {})
+        out.checkpoint(1, {})
+        out.finish(lambda to: (to / "config.json").write_text("{}"), {})
+    with late, pytest.raises(UserError, match="another process has finished this run meanwhile"):
+        late.begin(1, (), {})
+
+
 def test_the_steps_of_validation_are_part_of_a_run(folder):
     """They decide which weights there are to select from; how often a line is written does not."""
     cfg = toy.sft(folder)
     with RunDir(cfg) as out:
         out.begin(1, (), {})
     RunDir(replace(cfg, log=replace(cfg.log, every=7, samples=1, keep=5, checkpoint_every=9)))
-    with pytest.raises(UserError, match="was started with log.validate_every = 0, now it is 3"):
+    with pytest.raises(UserError, match="was started with log.validate_every = 0, now 3; set it back"):
         RunDir(replace(cfg, log=replace(cfg.log, validate_every=3)))
 
 

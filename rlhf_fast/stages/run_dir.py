@@ -1,8 +1,9 @@
 """A stage's output folder: what may go on there, where it goes on, and what is kept when it is told to stop.
 
-`out/` becomes an ordinary Hugging Face folder and holds run.json, metrics.jsonl, samples.jsonl and checkpoints/. The
-same command started again goes on from the newest whole checkpoint; with other settings, data or models it is refused;
-once finished it says so. SIGTERM and Ctrl-C write a checkpoint at the end of the step and exit with 143 and 130.
+`out/` becomes an ordinary Hugging Face folder and holds run.json, metrics.jsonl, samples.jsonl and checkpoints/, which
+is emptied at the end. The same command started again goes on from the newest whole checkpoint; with other settings,
+data or models it is refused; once finished it says so. SIGTERM and Ctrl-C write a checkpoint at the end of the step and
+exit with 143 and 130.
 """
 
 import fcntl
@@ -21,6 +22,7 @@ from rlhf_fast import checkpoint
 from rlhf_fast.config import PPO, SFT, DataConfig, Reward
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.logs import Log, describe
+from rlhf_fast.resolve import show
 from rlhf_fast.rewards import is_function, source_of
 
 RUN, BEST = "run.json", "best"
@@ -85,6 +87,8 @@ class RunDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self.out}: another process runs there; wait for it or choose another `out`") from error
+        if (self.out / RUN).exists() and "finished" in json.loads((self.out / RUN).read_text(encoding="utf-8")):
+            raise UserError(f"{self.out}: another process has finished this run meanwhile; nothing is left to do")
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         checkpoint.write_json(self.out / RUN, self.told)
@@ -126,7 +130,8 @@ class RunDir:
                 entry.replace(target)
             folder.rmdir()
         checkpoint.write_json(self.out / RUN, self.told | {"finished": dict(summary)})
-        shutil.rmtree(self.checkpoints / BEST, ignore_errors=True)
+        for folder in (self.checkpoints / BEST, *self.checkpoints.glob("step_*")):  # nothing goes on from here
+            shutil.rmtree(folder, ignore_errors=True)
         self.finished = True
         self.log.say(f"finished; the model is in {self.out}")
 
@@ -134,19 +139,20 @@ class RunDir:
         if self._signal:
             raise KeyboardInterrupt
         self._signal = number
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+        os.write(2, b"\nthe step is being finished and saved, then the run stops; a second Ctrl-C stops it at once\n")
 
     def _compare(self, old: dict) -> None:
         """Refuses a folder in which something else was run; sees whether it is finished."""
         if old["stage"] != self.stage:
             raise UserError(f"{self.out}: holds a run of {old['stage']}, not {self.stage}; choose another `out`")
         before, now = _flat(old["config"]), _flat(self.told["config"])
-        for key in sorted(before.keys() | now.keys()):
-            if key not in FREE and before.get(key) != now.get(key):
-                raise UserError(
-                    f"{self.out}: was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r};"
-                    " set it back or choose another `out`"
-                )
+        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        differ = [f"{key} = {show(before.get(key))}, now {show(now.get(key))}" for key in keys if key not in FREE]
+        if differ:
+            raise UserError(
+                f"{self.out}: was started with {'; '.join(differ)}; set {'them' if len(differ) > 1 else 'it'} back or"
+                " choose another `out`"
+            )
         for file, digest in self.told["data"].items():
             if old["data"].get(file, digest) != digest:
                 raise UserError(f"{file}: has changed since {self.out} was started with it; choose another `out`")
