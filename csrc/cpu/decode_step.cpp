@@ -1,8 +1,8 @@
 // One forward pass of a decoder over N packed tokens, in one call: embedding, layers, final norm. It serves prefill and
 // decode alike; rollout/layers.py says which tensors of which architecture go where.
 //
-// Activations are float32. A layer is a few phases with a barrier between them; within a phase the threads share the
-// columns of a product, or the rows. All keys and values of a block of tokens are written before any of them attends,
+// Activations are float32. A layer is a few phases with a barrier between them; within a phase the threads share blocks
+// of a product's columns, or rows. All keys and values of a block of tokens are written before any of them attends,
 // so tokens of one sequence may stand together. Every number of a token depends on its own sequence alone: products,
 // norms and attention have one order of summation, whatever the other tokens, the blocks and the threads.
 //
@@ -14,9 +14,7 @@
 #include "paged_attention.h"
 #include "product.h"
 #include "rope.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "team.h"
 
 namespace {
 
@@ -68,16 +66,6 @@ struct Scratch {
   int64_t panel, qkv_width, inner_width, attended_width;
 };
 
-struct Team {
-  int me, size;
-};
-
-INLINE void barrier() {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-}
-
 INLINE void normalise(const Norm& norm, const float* x, int64_t D, float* y) {
   const auto apply = [&](auto* w) {
     using T = decltype(w);
@@ -101,31 +89,50 @@ void embed(const Decoder& model, const Tokens& t, int64_t n, float* x) {
     x[i] += element(model.position_embedding, t.positions[n] * model.D + i, is_bf16);
 }
 
-void norm_rows(const Norm& norm, const Scratch& s, int64_t rows, int64_t D, float* out, uint16_t* half, Team team) {
-  for (int64_t r = team.me; r < rows; r += team.size) {
-    normalise(norm, s.x + r * D, D, out + r * D);
-    if (half) round_row(out + r * D, D, half + r * D);
+void norm_row(const Norm& norm, const Scratch& s, int64_t r, int64_t D, float* out, uint16_t* half) {
+  normalise(norm, s.x + r * D, D, out + r * D);
+  if (half) round_row(out + r * D, D, half + r * D);
+}
+
+// Blocks of columns, few enough that their cost is small and many enough that no thread waits long for the others.
+INLINE int64_t block_of(int64_t columns, const Team& team) {
+  return min(BLOCK, max<int64_t>(8, columns / (4 * team.size) / 8 * 8));
+}
+INLINE int64_t blocks_of(int64_t columns, int64_t block) { return (columns + block - 1) / block; }
+
+// to = X W' + b, or to += where `adds`: every row's columns of one block of a matrix.
+template <class Dot>
+void project_block(const Activations& x, const Matrix& m, int64_t begin, int64_t block, float* to, int64_t stride,
+                   bool adds, float* panel) {
+  float tile[ROWS * BLOCK];
+  const int64_t n = min(block, m.out - begin);
+  multiply<Dot>(x, m, begin, begin + n, tile, BLOCK, panel);
+  for (int64_t r = 0; r < x.rows; ++r) {
+    float *const from = tile + r * BLOCK, *const into = to + r * stride + begin;
+    add_bias(m, begin, n, from);
+    for (int64_t c = 0; c < n; ++c) into[c] = adds ? into[c] + from[c] : from[c];
   }
 }
 
-// This thread's columns of a product, in blocks: each(begin, n) for begin within [0, columns).
-template <class Each>
-INLINE void columns_of(int64_t columns, Team team, Each each) {
-  const int64_t units = (columns + 7) / 8;
-  const int64_t first = units * team.me / team.size * 8, last = min(columns, units * (team.me + 1) / team.size * 8);
-  for (int64_t begin = first; begin < last; begin += BLOCK) each(begin, min(BLOCK, last - begin));
+template <class Dot>
+void project(const Activations& x, const Matrix& m, float* to, int64_t stride, float* panel, const Team& team) {
+  const int64_t block = block_of(m.out, team);
+  share(team, blocks_of(m.out, block),
+        [&](int64_t i) { project_block<Dot>(x, m, i * block, block, to, stride, true, panel); });
 }
 
-// to = X W' + b, or to += where `adds`: every row's columns of one matrix, beginning at `to`.
+// One to three matrices, their results side by side.
 template <class Dot>
-void project(const Activations& x, const Matrix& m, float* to, int64_t stride, bool adds, float* panel, Team team) {
-  float tile[ROWS * BLOCK];
-  columns_of(m.out, team, [&](int64_t begin, int64_t n) {
-    multiply<Dot>(x, m, begin, begin + n, tile, BLOCK, panel);
-    for (int64_t r = 0; r < x.rows; ++r) {
-      float *const from = tile + r * BLOCK, *const into = to + r * stride + begin;
-      add_bias(m, begin, n, from);
-      for (int64_t c = 0; c < n; ++c) into[c] = adds ? into[c] + from[c] : from[c];
+void project_qkv(const Layer& layer, const Activations& x, const Scratch& s, float* panel, const Team& team) {
+  const int64_t block = block_of(s.qkv_width, team);
+  int64_t count = 0;
+  for (const Matrix& m : layer.qkv) count += blocks_of(m.out, block);
+  share(team, count, [&](int64_t i) {
+    int64_t at = 0;
+    for (const Matrix& m : layer.qkv) {
+      const int64_t mine = blocks_of(m.out, block);
+      if (i < mine) return project_block<Dot>(x, m, i * block, block, s.qkv + at, s.qkv_width, false, panel);
+      i -= mine, at += m.out;
     }
   });
 }
@@ -135,10 +142,12 @@ INLINE f32 activate(int32_t kind, f32 x) { return kind == 0 ? silu(x) : kind == 
 // inner = act(gate) * up, or act(up).
 template <class Dot>
 void project_inner(const Decoder& model, const Layer& layer, const Activations& x, const Scratch& s, float* panel,
-                   Team team) {
-  float gates[ROWS * BLOCK], ups[ROWS * BLOCK];
-  columns_of(layer.up.out, team, [&](int64_t begin, int64_t n) {
-    const bool gated = layer.gate.out;
+                   const Team& team) {
+  const int64_t block = block_of(layer.up.out, team);
+  const bool gated = layer.gate.out;
+  share(team, blocks_of(layer.up.out, block), [&](int64_t i) {
+    float gates[ROWS * BLOCK], ups[ROWS * BLOCK];
+    const int64_t begin = i * block, n = min(block, layer.up.out - begin);
     if (gated) multiply<Dot>(x, layer.gate, begin, begin + n, gates, BLOCK, panel);
     multiply<Dot>(x, layer.up, begin, begin + n, ups, BLOCK, panel);
     for (int64_t r = 0; r < x.rows; ++r) {
@@ -203,76 +212,70 @@ void attend_row(const Decoder& model, const Layer& layer, const Tokens& t, int64
 
 template <class KV>
 void attention(const Decoder& model, const Layer& layer, const Tokens& t, int64_t first, int64_t rows, const Scratch& s,
-               float* panel, Team team) {
-  for (int64_t r = team.me; r < rows; r += team.size)
-    store_row<KV>(model, layer, t, first + r, s.qkv + r * s.qkv_width);
-  barrier();
-  const int64_t G = model.heads / model.kv_heads, d = model.head_dim;
-  for (int64_t unit = team.me; unit < rows * model.kv_heads; unit += team.size) {
+               float* panel, const Team& team) {
+  share(team, rows, [&](int64_t r) { store_row<KV>(model, layer, t, first + r, s.qkv + r * s.qkv_width); });
+  barrier(team);
+  const int64_t width = model.heads / model.kv_heads * model.head_dim;
+  share(team, rows * model.kv_heads, [&](int64_t unit) {
     const int64_t r = unit / model.kv_heads, h = unit % model.kv_heads;
     float* const out = s.attended + r * s.attended_width;
     attend_row<KV>(model, layer, t, first + r, h, s.qkv + r * s.qkv_width, out, panel);
-    if (s.attended_half) round_row(out + h * G * d, G * d, s.attended_half + r * s.attended_width + h * G * d);
-  }
-  barrier();
+    if (s.attended_half) round_row(out + h * width, width, s.attended_half + r * s.attended_width + h * width);
+  });
+  barrier(team);
 }
 
 // One layer over `rows` tokens from `first` on; every thread of the team calls it.
 template <class Dot>
 void run_layer(const Decoder& model, const Layer& layer, const Tokens& t, int64_t first, int64_t rows, const Scratch& s,
-               float* panel, Team team) {
+               float* panel, const Team& team) {
   const int64_t D = model.D;
-  norm_rows(layer.before_attention, s, rows, D, s.normed, s.normed_half, team);
-  if (model.parallel) norm_rows(layer.before_mlp, s, rows, D, s.second, s.second_half, team);
-  barrier();
-  const Activations normed = {s.normed, s.normed_half, D, rows};
-  int64_t at = 0;
-  for (const Matrix& m : layer.qkv) {
-    if (m.out) project<Dot>(normed, m, s.qkv + at, s.qkv_width, false, panel, team);
-    at += m.out;
-  }
-  barrier();
+  share(team, rows, [&](int64_t r) {
+    norm_row(layer.before_attention, s, r, D, s.normed, s.normed_half);
+    if (model.parallel) norm_row(layer.before_mlp, s, r, D, s.second, s.second_half);
+  });
+  barrier(team);
+  project_qkv<Dot>(layer, {s.normed, s.normed_half, D, rows}, s, panel, team);
+  barrier(team);
   if (model.cache_is_bf16)
     attention<bf16>(model, layer, t, first, rows, s, panel, team);
   else
     attention<float>(model, layer, t, first, rows, s, panel, team);
-  project<Dot>({s.attended, s.attended_half, s.attended_width, rows}, layer.out, s.x, D, true, panel, team);
-  barrier();
+  project<Dot>({s.attended, s.attended_half, s.attended_width, rows}, layer.out, s.x, D, panel, team);
+  barrier(team);
   if (!model.parallel) {
-    norm_rows(layer.before_mlp, s, rows, D, s.second, s.second_half, team);
-    barrier();
+    share(team, rows, [&](int64_t r) { norm_row(layer.before_mlp, s, r, D, s.second, s.second_half); });
+    barrier(team);
   }
   project_inner<Dot>(model, layer, {s.second, s.second_half, D, rows}, s, panel, team);
-  barrier();
-  project<Dot>({s.inner, s.inner_half, s.inner_width, rows}, layer.down, s.x, D, true, panel, team);
-  barrier();
+  barrier(team);
+  project<Dot>({s.inner, s.inner_half, s.inner_width, rows}, layer.down, s.x, D, panel, team);
+  barrier(team);
 }
 
-// The last norm of the wanted tokens among [first, first + rows), which stand in rising order.
-void finish(const Decoder& model, const Tokens& t, int64_t first, int64_t rows, const Scratch& s, Team team) {
-  for (int64_t i = team.me; i < t.wanted_count; i += team.size)
+// The last norm of the wanted tokens among [first, first + rows).
+void finish(const Decoder& model, const Tokens& t, int64_t first, int64_t rows, const Scratch& s, const Team& team) {
+  share(team, t.wanted_count, [&](int64_t i) {
     if (t.wanted[i] >= first && t.wanted[i] < first + rows)
       normalise(model.last, s.x + (t.wanted[i] - first) * model.D, model.D, t.hidden + i * model.D);
+  });
 }
 
 template <class Dot>
 void run(const Decoder& model, const Tokens& t, const Scratch& scratch, bool parallel, int threads) {
+  Shared shared = {};
 #pragma omp parallel num_threads(threads) if (parallel)
   {
-#if defined(_OPENMP)
-    const Team team = {omp_get_thread_num(), omp_get_num_threads()};
-#else
-    const Team team = {0, 1};
-#endif
+    const Team team = join_team(&shared);
     float* const panel = scratch.panels + team.me * scratch.panel;
     for (int64_t first = 0; first < t.N; first += ROWS) {
       const int64_t rows = min(ROWS, t.N - first);
-      for (int64_t r = team.me; r < rows; r += team.size) embed(model, t, first + r, scratch.x + r * model.D);
-      barrier();
+      share(team, rows, [&](int64_t r) { embed(model, t, first + r, scratch.x + r * model.D); });
+      barrier(team);
       for (int64_t l = 0; l < model.layers; ++l)
         run_layer<Dot>(model, model.layer[l], t, first, rows, scratch, panel, team);
       finish(model, t, first, rows, scratch, team);
-      barrier();
+      barrier(team);
     }
   }
 }

@@ -8,9 +8,7 @@
 #include "draw.h"
 #include "kernel.h"
 #include "product.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "team.h"
 
 namespace {
 
@@ -27,8 +25,8 @@ struct Ban {
   const uint8_t* rows;  // which rows it binds
 };
 
-// What the threads share, for up to ROWS rows.
-struct Shared {
+// What the threads work on, for up to ROWS rows.
+struct Work {
   Activations x;
   float* logits;   // (rows, V), or null where no row is kept
   RowSums* tiles;  // (rows, tiles)
@@ -51,17 +49,17 @@ INLINE void finish_logits(const Head& head, int64_t begin, int64_t n, float* x) 
 
 // One tile of columns, for rows first, first + 1, ... of the call.
 template <class Dot>
-void visit_columns(const Head& head, const Shared& shared, const Options& o, const Ban& ban, int64_t first,
-                   int64_t tile, Draw* draws, float* buffer, float* panel) {
+void visit_columns(const Head& head, const Work& work, const Options& o, const Ban& ban, int64_t first, int64_t tile,
+                   Draw* draws, float* buffer, float* panel) {
   const int64_t V = head.matrix.out, begin = tile * DRAW_TILE, end = min(V, begin + DRAW_TILE), n = end - begin;
   for (int64_t c = begin; c < end; c += 64)
-    multiply<Dot>(shared.x, head.matrix, c, min(end, c + 64), buffer + c - begin, DRAW_TILE, panel);
-  for (int64_t r = 0; r < shared.x.rows; ++r) {
+    multiply<Dot>(work.x, head.matrix, c, min(end, c + 64), buffer + c - begin, DRAW_TILE, panel);
+  for (int64_t r = 0; r < work.x.rows; ++r) {
     float* const x = buffer + r * DRAW_TILE;
-    RowSums& sums = shared.tiles[r * tiles_of(V) + tile];
+    RowSums& sums = work.tiles[r * tiles_of(V) + tile];
     finish_logits(head, begin, n, x);
     if (is_kept(o, ban, first + r, V)) {
-      memcpy(shared.logits + r * V + begin, x, n * sizeof(float));
+      memcpy(work.logits + r * V + begin, x, n * sizeof(float));
     } else if (draws[r].temperature == 0) {
       sums = visit_tile<false>(draws[r], x, (int32_t)begin, (int32_t)n);
       if (sums.largest > draws[r].best) {
@@ -75,11 +73,11 @@ void visit_columns(const Head& head, const Shared& shared, const Options& o, con
 }
 
 // The tiles' sums in order; of the threads' draws the best, the lowest index among equals.
-void finish_row(const Head& head, const Shared& shared, const Options& o, const Ban& ban, const Outputs& out, int64_t b,
+void finish_row(const Head& head, const Work& work, const Options& o, const Ban& ban, const Outputs& out, int64_t b,
                 int64_t r, int team) {
   const int32_t V = (int32_t)head.matrix.out;
   if (is_kept(o, ban, b, V)) {
-    float* const x = shared.logits + r * V;
+    float* const x = work.logits + r * V;
     const bool banned = ban.count && ban.rows[b];
     RowSums all = no_sums;
     if (banned && in_range(o, b)) {
@@ -92,14 +90,15 @@ void finish_row(const Head& head, const Shared& shared, const Options& o, const 
     return sample_row(x, V, b, o, (const float*)nullptr, banned ? &all : nullptr, out);
   }
   if (!in_range(o, b)) return refuse(out, b);
-  Draw best = shared.draws[r];
+  Draw best = work.draws[r];
   for (int t = 1; t < team; ++t) {
-    const Draw& other = shared.draws[t * ROWS + r];
-    if (other.token >= 0 && (best.token < 0 || other.best > best.best)) best = other;
+    const Draw& other = work.draws[t * ROWS + r];
+    const bool wins = other.best > best.best || (other.best == best.best && other.token < best.token);
+    if (other.token >= 0 && (best.token < 0 || wins)) best = other;
   }
   RowSums sums = no_sums;
   for (int64_t tile = 0; tile < tiles_of(V); ++tile)
-    add_tile(sums, shared.tiles[r * tiles_of(V) + tile], is_plain(best) ? 1 : best.temperature);
+    add_tile(sums, work.tiles[r * tiles_of(V) + tile], is_plain(best) ? 1 : best.temperature);
   report(out, b, sums, best, 0);
 }
 
@@ -142,33 +141,30 @@ template <class Dot>
 void sample(const Head& head, const void* hidden, bool hidden_is_bf16, int64_t B, const Options& o, const Ban& ban,
             const Outputs& out, const Parts& parts, int threads) {
   const int64_t V = head.matrix.out, D = head.matrix.in, tiles = tiles_of(V);
-  const Shared common = {{}, parts.logits, parts.tiles, parts.draws};
   for (int64_t first = 0; first < B; first += ROWS) {
     const int64_t rows = min(ROWS, B - first);
-    Shared shared = common;
-    shared.x = {parts.wide, parts.half, D, rows};
+    const Work work = {{parts.wide, parts.half, D, rows}, parts.logits, parts.tiles, parts.draws};
+    Shared shared = {};
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows * V * D > 1 << 18)
     {
-#if defined(_OPENMP)
-      const int me = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-      const int me = 0, team = 1;
-#endif
-      for (int64_t r = me; r < rows; r += team) {
+      const Team team = join_team(&shared);
+      share(team, rows, [&](int64_t r) {
         float* const row = parts.wide + r * D;
         const int64_t at = (first + r) * D;
         for (int64_t k = 0; k < D; ++k)
           row[k] = hidden_is_bf16 ? to_float(((const bf16*)hidden)[at + k]) : ((const float*)hidden)[at + k];
         if (parts.half) round_row(row, D, parts.half + r * D);
-      }
-      Draw* const draws = parts.draws + me * ROWS;
+      });
+      Draw* const draws = parts.draws + team.me * ROWS;
       for (int64_t r = 0; r < rows; ++r) draws[r] = start_draw(o, first + r);
-#pragma omp barrier
-      for (int64_t tile = tiles * me / team; tile < tiles * (me + 1) / team; ++tile)
-        visit_columns<Dot>(head, shared, o, ban, first, tile, draws, parts.buffers + me * rows * DRAW_TILE,
-                           parts.panels + me * parts.panel);
-#pragma omp barrier
-      for (int64_t r = me; r < rows; r += team) finish_row(head, shared, o, ban, out, first + r, r, team);
+      barrier(team);
+      share(team, tiles, [&](int64_t tile) {
+        visit_columns<Dot>(head, work, o, ban, first, tile, draws, parts.buffers + team.me * rows * DRAW_TILE,
+                           parts.panels + team.me * parts.panel);
+      });
+      barrier(team);
+      share(team, rows, [&](int64_t r) { finish_row(head, work, o, ban, out, first + r, r, team.size); });
+      barrier(team);
     }
   }
 }
