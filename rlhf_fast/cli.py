@@ -153,7 +153,7 @@ def _generate(argv: Sequence[str]) -> int:
     return 0
 
 
-@command("check", "look at a data file: errors, lengths, duplicates, one row as tokens")
+@command("check", "look at a data file: errors, lengths, duplicates; with --tokenizer DIR one row as tokens")
 def _check(argv: Sequence[str]) -> int:
     from rlhf_fast.flags import parse
     from rlhf_fast.options import CheckOptions

@@ -1,6 +1,7 @@
 """SFT and reward on a toy world: they learn, write what plain transformers reads, and refuse what is wrong."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -252,6 +253,17 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_begun_again(folder
         out.finish(lambda to: (to / "config.json").write_text("{}"), {})
     with late, pytest.raises(UserError, match="another process has finished this run meanwhile"):
         late.begin(1, (), {})
+
+
+def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops(folder, capfd):
+    with RunDir(toy.sft(folder)) as out:
+        out.begin(1, (), {})
+        capfd.readouterr()
+        signal.raise_signal(signal.SIGINT)
+        said = capfd.readouterr().err
+        assert "the step is being finished and saved" in said and "a second Ctrl-C stops it at once" in said
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_the_steps_of_validation_are_part_of_a_run(folder):
