@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
         SFT(
             out=str(folder / "sft"), model=ModelConfig(str(MODEL)), data=demonstrations, pretrain=pretrain,
             pretrain_fraction=0.1, optim=OptimConfig(lr=1e-3), log=LOG, epochs=2, batch=16,
-            sampling=SamplingConfig(max_new_tokens=16),
+            residual_dropout=0.2, sampling=SamplingConfig(max_new_tokens=16),
         )
     )  # fmt: skip
     for out, name, limit in (("reward", "rankings", 0), ("pairs", "preferences", 150)):
