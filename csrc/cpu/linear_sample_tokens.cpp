@@ -145,7 +145,7 @@ void sample(const Head& head, const void* hidden, bool hidden_is_bf16, int64_t B
     const int64_t rows = min(ROWS, B - first);
     const Work work = {{parts.wide, parts.half, D, rows}, parts.logits, parts.tiles, parts.draws};
     Shared shared = {};
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows * V * D > 1 << 18)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * V * (D + 100) > 1 << 22)
     {
       const Team team = join_team(&shared);
       share(team, rows, [&](int64_t r) {
