@@ -16,6 +16,10 @@ HALF = 1
 """How bfloat16 is multiplied on the CPU: 1 by the processor's own instruction where it has one, 2 by its emulation
 (tests), 0 always widened to float32."""
 
+LEAST = 200_000
+"""Nanoseconds of one thread from which on others are called: waiting for them costs some microseconds, and far more on
+a machine that is busy with other things."""
+
 
 def _fake(hidden, weight, *options):
     return _sampling.fake_outputs(hidden.shape[:1], hidden)
@@ -87,10 +91,10 @@ def _(hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bi
 @lru_cache(maxsize=256)
 def _workspace(kernels, rows: int, V: int, D: int, is_bf16: bool, keeps: bool, half: int, threads: int) -> int:
     """Bytes that a call needs besides its outputs."""
-    needed = torch.zeros(1, dtype=torch.int64)
+    needed = torch.zeros(1, dtype=torch.int64, device="cpu")
     empty = [0] * 6
     kernels.linear_sample_tokens(
-        0, False, rows, 0, 0, V, D, D, is_bf16, 0.0, 0, int(keeps), 0, 0, 0, 0, 0, 0, 0, 0, *empty, half, 0,
+        0, False, rows, 0, 0, V, D, D, is_bf16, 0.0, 0, int(keeps), 0, 0, 0, 0, 0, 0, 0, 0, *empty, half, 0, 0,
         needed.data_ptr(), threads,
     )  # fmt: skip
     return int(needed)
@@ -111,10 +115,10 @@ def _(kernels, hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, 
     (B, D), V, is_bf16, threads = hidden.shape, weight.shape[0], weight.dtype == torch.bfloat16, lane(hidden)
     keeps = any(filters[1:]) or banned is not None
     size = _workspace(kernels, B, V, D, is_bf16, keeps, HALF, threads)
-    workspace = torch.empty(max(size, 1), dtype=torch.uint8)
+    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cpu")
     kernels.linear_sample_tokens(
         hidden.data_ptr(), hidden.dtype == torch.bfloat16, B, weight.data_ptr(), bias_at, V, D, weight.stride(0),
-        is_bf16, softcap, *filters, seed, ids, at, *_bans(bans), *(x.data_ptr() for x in outputs), HALF,
+        is_bf16, softcap, *filters, seed, ids, at, *_bans(bans), *(x.data_ptr() for x in outputs), HALF, LEAST,
         workspace.data_ptr(), 0, threads,
     )  # fmt: skip
     return outputs

@@ -10,6 +10,7 @@ from architectures import GPT, V, build, greedy, prompts, sampling
 from peak import peak_bytes
 
 from rlhf_fast.config import LoraConfig, ModelConfig
+from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._op import COMPILED, forcing
 from rlhf_fast.model import Model
@@ -109,6 +110,7 @@ def test_hidden_states_are_as_near_the_truth_as_the_modules(make, dtype):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 products"])
 def test_a_tokens_numbers_hang_on_its_own_sequence_alone(name, kind, monkeypatch):
     """Bit for bit: prefilled at once or token by token, in any company, on any pages, by any number of threads."""
+    monkeypatch.setattr(decode_step, "LEAST", 0)  # threads however little there is to do
     if kind == "bfloat16 products":
         monkeypatch.setattr(linear_sample_tokens, "HALF", 2)
     model = Model(MODELS[name]().to(torch.float32 if kind == "float32" else torch.bfloat16))
@@ -117,7 +119,7 @@ def test_a_tokens_numbers_hang_on_its_own_sequence_alone(name, kind, monkeypatch
     split = [part for call in at_once(rows) for part in (call[:7], call[7:50], call[50:])]
     steps = [[(row, t) for row in range(5) if t < len(rows[row])] for t in range(64)]
     try:
-        for calls, page, count in [(split, 4, 1), (steps, 16, 2), (one_by_one(rows), 1, 1), (at_once(rows), 64, 2)]:
+        for calls, page, count in [(split, 4, 1), (steps, 16, 3), (one_by_one(rows), 1, 1), (at_once(rows), 64, 2)]:
             torch.set_num_threads(count)
             for ours, theirs in zip(hidden(decoder, rows, calls, page), first, strict=True):
                 assert torch.equal(ours, theirs)
@@ -174,6 +176,18 @@ def test_greedy_is_transformers_generate(make):
     rollout = Rollout(model, sampling(temperature=0.0), path="fused")
     assert rollout.generate(batch).response_ids() == [greedy(model.module, tokens) for tokens in batch.tokens]
     assert rollout.path == "fused"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_does_not_matter(dtype):
+    model, batch = Model(build("Llama", hidden_size=256)()), prompts(*range(1, 20))
+    before = Rollout(model, sampling(), path="fused").generate(batch, samples=4)
+    torch.set_default_dtype(dtype)
+    try:
+        again = Rollout(model, sampling(), path="fused").generate(batch, samples=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(before.tokens, again.tokens) and torch.equal(before.logprobs, again.logprobs)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"min_new_tokens": 3}], ids=["plain", "top-p", "ban"])
@@ -262,9 +276,62 @@ def test_a_wrong_description_is_not_believed(monkeypatch):
         FusedDecoder.make(Model(MODELS["llama 4/4 heads of 64"]()))
 
 
+def adapted(*targets: str) -> Model:
+    pytest.importorskip("peft")
+    from rlhf_fast import adapters
+
+    return Model(adapters.attach(build("Llama")(), LoraConfig(rank=2, targets=targets), "lm", 0))
+
+
+def with_parts(change):
+    """A llama changed in place after it was made."""
+
+    def make():
+        module = build("Llama", attention_bias=True)()
+        change(module.model)
+        return module
+
+    return make
+
+
+def widen(decoder):
+    layer = decoder.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(layer, name, torch.nn.Linear(32, 64, bias=False))
+    layer.down_proj = torch.nn.Linear(64, 32, bias=False)
+
+
+def test_an_adapter_on_the_embedding_is_refused():
+    """Its weight shows the rows without the adapter; at the start, where the adapter is zero, nobody would notice."""
+    with pytest.raises(Unsupported, match="its embedding is a "):
+        FusedDecoder.make(adapted("q_proj", "embed_tokens"))
+
+
+def test_weights_that_change_their_dtype_between_rollouts_are_refused():
+    model = Model(build("Llama")())
+    rollout, batch = Rollout(model, sampling(), path="fused"), prompts(3, 5)
+    rollout.generate(batch)
+    model.decoder.layers[0].mlp.double()
+    with pytest.raises(UserError, match="can no longer be decoded, because a weight is torch.float64"):
+        rollout.generate(batch)
+
+
+def test_tokens_and_positions_out_of_range_are_refused():
+    decoder = FusedDecoder.make(Model(build("Llama")()))
+    for rows, message in (([[3, V]], "a token is not one of the embedding's"), ([[-1]], "a token is not one")):
+        with pytest.raises(RuntimeError, match=message):
+            hidden(decoder, rows, at_once(rows))
+    arena = Arena(decoder.shapes, decoder.dtype, torch.device("cpu"), 2, 1, 2, 4)
+    arena.seat(0, arena.take(2))
+    one = torch.tensor([8], dtype=torch.int32)
+    with decoder.ready(), pytest.raises(RuntimeError, match="a position is beyond the block table"):
+        decoder.hidden(arena, Packed(torch.tensor([3]), one, 0 * one, arena.block_table))
+
+
 @pytest.mark.parametrize(
     "make, reason",
     [
+        (with_parts(widen), "its layers differ in width"),
         (build("Gemma", head_dim=8), "there is no step for GemmaModel"),
         (build("Llama", hidden_act="relu"), "its activation is relu"),
         (
@@ -280,4 +347,4 @@ def test_what_it_refuses(make, reason):
 
 def test_structures_of_another_build_are_refused():
     with pytest.raises(RuntimeError, match="describe a decoder differently; install rlhf-fast again"):
-        decode_step.kernels().decode_step(0, 1, ctypes.sizeof(decode_step._Layer), *[0] * 9, 0, 0, 0, 1)
+        decode_step.kernels().decode_step(0, 1, ctypes.sizeof(decode_step._Layer), *[0] * 13, 1)

@@ -40,7 +40,7 @@ struct Layer {
 };
 
 struct Decoder {
-  int64_t layers, D, F, vocabulary, positions, heads, kv_heads, head_dim, page;
+  int64_t layers, D, F, vocabulary, heads, kv_heads, head_dim, page;
   int64_t q_at, k_at, v_at, q_step, kv_step;  // where head h lies in the row of qkv: q_at + h q_step, ...
   const Layer* layer;
   const void *embedding, *position_embedding;  // (vocabulary, D); (positions, D) or null
@@ -304,14 +304,22 @@ Scratch divide(const Decoder& model, int64_t rows, bool halves, int threads, cha
 }
 
 // Sizes are those of the caller's structures. `half` as in linear_sample_tokens. hidden (wanted, D) float32.
+// Threads are called for what takes more than `least` nanoseconds of one.
 // With workspace null it only writes the bytes that it needs to *needed.
 const char* decode_step(uintptr_t decoder, int64_t decoder_size, int64_t layer_size, uintptr_t ids, uintptr_t positions,
                         uintptr_t slots, int64_t N, uintptr_t table, int64_t table_width, uintptr_t wanted,
-                        int64_t wanted_count, uintptr_t hidden, int half, uintptr_t workspace, uintptr_t needed,
-                        int threads) {
+                        int64_t wanted_count, uintptr_t hidden, int half, int64_t least, uintptr_t workspace,
+                        uintptr_t needed, int threads) {
   if (decoder_size != sizeof(Decoder) || layer_size != sizeof(Layer))
     return "rollout/layers.py and csrc/cpu/decode_step.cpp describe a decoder differently; install rlhf-fast again";
   const Decoder& model = *ptr<const Decoder>(decoder);
+  if (workspace)
+    for (int64_t n = 0; n < N; ++n) {
+      if (ptr<const int64_t>(ids)[n] < 0 || ptr<const int64_t>(ids)[n] >= model.vocabulary)
+        return "a token is not one of the embedding's";
+      if (ptr<const int32_t>(positions)[n] < 0 || ptr<const int32_t>(positions)[n] >= table_width * model.page)
+        return "a position is beyond the block table";
+    }
   const bool halves = half == 2 || (half == 1 && has_dot());
   int64_t used = 0;
   const Scratch scratch = divide(model, min(ROWS, N), halves, threads, ptr<char>(workspace), &used);
@@ -331,7 +339,7 @@ const char* decode_step(uintptr_t decoder, int64_t decoder_size, int64_t layer_s
   // Threads pay once a block of tokens takes a millisecond: 25 multiply-adds a nanosecond, or 4 weights read from
   // memory.
   const int64_t weights = model.layers * model.D * (2 * scratch.attended_width + scratch.qkv_width + 3 * model.F);
-  const bool parallel = threads > 1 && weights * min(ROWS, N) / 25 + weights / 4 > 1000000;
+  const bool parallel = threads > 1 && weights * min(ROWS, N) / 25 + weights / 4 > least;
   if (half == 2)
     run<EmulatedDot>(model, t, scratch, parallel, threads);
   else

@@ -139,13 +139,13 @@ Parts divide(Workspace& space, int64_t rows, int64_t D, int64_t V, bool keeps, b
 
 template <class Dot>
 void sample(const Head& head, const void* hidden, bool hidden_is_bf16, int64_t B, const Options& o, const Ban& ban,
-            const Outputs& out, const Parts& parts, int threads) {
+            const Outputs& out, const Parts& parts, int64_t least, int threads) {
   const int64_t V = head.matrix.out, D = head.matrix.in, tiles = tiles_of(V);
   for (int64_t first = 0; first < B; first += ROWS) {
     const int64_t rows = min(ROWS, B - first);
     const Work work = {{parts.wide, parts.half, D, rows}, parts.logits, parts.tiles, parts.draws};
     Shared shared = {};
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows * V * (D + 100) > 1 << 22)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * V * (D + 100) / 25 > least)
     {
       const Team team = join_team(&shared);
       share(team, rows, [&](int64_t r) {
@@ -170,13 +170,15 @@ void sample(const Head& head, const void* hidden, bool hidden_is_bf16, int64_t B
 }
 
 // half: 0 never multiplies in bfloat16, 1 where the processor can, 2 by its emulation.
+// Threads are called for what takes more than about `least` nanoseconds of one.
 // With workspace null it only writes the bytes that it needs to *needed.
 void linear_sample_tokens(uintptr_t hidden, bool hidden_is_bf16, int64_t B, uintptr_t weight, uintptr_t bias, int64_t V,
                           int64_t D, int64_t stride, bool weight_is_bf16, float softcap, uintptr_t temperature,
                           uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, int64_t seed, uintptr_t row_ids,
                           uintptr_t steps, uintptr_t banned, int64_t banned_count, uintptr_t ban_rows, uintptr_t tokens,
                           uintptr_t logprobs, uintptr_t raw_logprobs, uintptr_t kept_logprobs, uintptr_t log_kept_mass,
-                          uintptr_t entropy, int half, uintptr_t workspace, uintptr_t needed, int threads) {
+                          uintptr_t entropy, int half, int64_t least, uintptr_t workspace, uintptr_t needed,
+                          int threads) {
   const Head head = {{ptr<void>(weight), ptr<void>(bias), V, D, stride, weight_is_bf16, 0}, softcap};
   const Options options = {
       ptr<const float>(temperature), ptr<const int64_t>(top_k), ptr<const float>(top_p), ptr<const float>(min_p), seed,
@@ -193,9 +195,9 @@ void linear_sample_tokens(uintptr_t hidden, bool hidden_is_bf16, int64_t B, uint
     return;
   }
   if (half == 2)
-    sample<EmulatedDot>(head, ptr<void>(hidden), hidden_is_bf16, B, options, ban, out, parts, threads);
+    sample<EmulatedDot>(head, ptr<void>(hidden), hidden_is_bf16, B, options, ban, out, parts, least, threads);
   else
-    sample<MachineDot>(head, ptr<void>(hidden), hidden_is_bf16, B, options, ban, out, parts, threads);
+    sample<MachineDot>(head, ptr<void>(hidden), hidden_is_bf16, B, options, ban, out, parts, least, threads);
 }
 
 KERNEL(linear_sample_tokens)

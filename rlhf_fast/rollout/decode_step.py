@@ -16,6 +16,8 @@ from rlhf_fast.rollout.layers import LinearPart, NormPart, Parts
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 SERVED = (torch.float32, torch.bfloat16)
+LEAST = 1_000_000
+"""Nanoseconds of one thread from which on others are called: they wait for one another eight times a layer."""
 
 
 class _Norm(ctypes.Structure):
@@ -36,7 +38,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Decoder(ctypes.Structure):
-    _fields_ = [*((name, c_int64) for name in "layers D F vocabulary positions heads kv_heads head_dim page".split()),
+    _fields_ = [*((name, c_int64) for name in "layers D F vocabulary heads kv_heads head_dim page".split()),
                 *((name, c_int64) for name in "q_at k_at v_at q_step kv_step".split()),
                 ("layer", c_void_p), ("embedding", c_void_p), ("position_embedding", c_void_p), ("cos", c_void_p),
                 ("sin", c_void_p), ("last", _Norm), ("activation", c_int32), ("parallel", c_int32),
@@ -60,7 +62,7 @@ class CompiledStep:
     def __init__(self, parts: Parts, arena: Arena, cos: Tensor | None, sin: Tensor | None):
         self.kernels, self.parts, self.arena = kernels(arena.memory.device), parts, arena
         self.kept = [cos, sin]
-        self.workspace = torch.empty(0, dtype=torch.uint8)
+        self.workspace = torch.empty(0, dtype=torch.uint8, device="cpu")
         layers = (_Layer * len(parts.layers))()
         half = 0 if cos is None else cos.shape[1]
         for i, (into, part) in enumerate(zip(layers, parts.layers, strict=True)):
@@ -77,7 +79,7 @@ class CompiledStep:
         places = (0, d, 2 * d, 3 * d, 3 * d) if parts.interleaved else (0, q, q + kv, d, d)
         self.width = parts.embedding.shape[1]
         self.decoder = _Decoder(
-            len(layers), self.width, parts.layers[0].up.out, len(parts.embedding), arena.width * arena.page,
+            len(layers), self.width, parts.layers[0].up.out, len(parts.embedding),
             parts.heads, parts.kv_heads, d, arena.page, *places, ctypes.addressof(layers),
             self._address(parts.embedding), self._address(parts.positions), self._address(cos), self._address(sin),
             self._norm(parts.last), ACTIVATIONS.index(parts.activation), parts.parallel,
@@ -87,24 +89,24 @@ class CompiledStep:
     def __call__(self, packed: Packed) -> Tensor:
         """(n, D) float32"""
         count = len(packed.tokens)
-        wanted = torch.arange(count) if packed.wanted is None else packed.wanted
-        hidden = torch.empty(len(wanted), self.width)
+        wanted = torch.arange(count, device="cpu") if packed.wanted is None else packed.wanted
+        hidden = torch.empty(len(wanted), self.width, dtype=torch.float32, device="cpu")  # whatever the defaults are
         self._make_room(min(count, 64), packed)
         self._run(packed, count, wanted, hidden, self.workspace.data_ptr(), 0)
         return hidden
 
     def _make_room(self, rows: int, packed: Packed) -> None:
-        needed = torch.zeros(1, dtype=torch.int64)
+        needed = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._run(packed, rows, packed.tokens, packed.tokens, 0, needed.data_ptr())
         if int(needed) > len(self.workspace):
-            self.workspace = torch.empty(int(needed), dtype=torch.uint8)
+            self.workspace = torch.empty(int(needed), dtype=torch.uint8, device="cpu")
 
     def _run(self, packed: Packed, count: int, wanted: Tensor, hidden: Tensor, workspace: int, needed: int) -> None:
         self.kernels.decode_step(
             ctypes.addressof(self.decoder), ctypes.sizeof(_Decoder), ctypes.sizeof(_Layer), packed.tokens.data_ptr(),
             packed.positions.data_ptr(), packed.slots.data_ptr(), count, packed.block_table.data_ptr(),
             packed.block_table.shape[1], wanted.data_ptr(), len(wanted), hidden.data_ptr(), linear_sample_tokens.HALF,
-            workspace, needed, lane(hidden),
+            LEAST, workspace, needed, lane(hidden),
         )  # fmt: skip
 
     def _address(self, tensor: Tensor | None) -> int | None:

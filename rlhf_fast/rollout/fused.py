@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.model import Model
 from rlhf_fast.rollout import decode_step
 from rlhf_fast.rollout.arena import Arena, KVShape
@@ -37,11 +38,6 @@ class FusedDecoder:
     def make(cls, model: Model) -> FusedDecoder:
         """A decoder for `model`, or Unsupported."""
         parts = read(model)
-        for weight in _weights(parts):
-            if weight.dtype != model.head_weight.dtype and weight.dtype != torch.float32:
-                raise Unsupported(f"a weight is {weight.dtype}, the head {model.head_weight.dtype}")
-            if weight.device != model.device or weight.stride(-1) != 1:
-                raise Unsupported(f"a weight on {weight.device} does not lie in rows on {model.device}")
         decoder, training = cls(model, parts), model.module.training
         model.module.eval()
         try:
@@ -54,7 +50,12 @@ class FusedDecoder:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Within the block the weights are where they were at its begin. What the block needs is gone after it."""
-        self._parts = read(self.model)
+        try:
+            self._parts = read(self.model)
+        except Unsupported as reason:  # it was not so when the decoder was made
+            raise UserError(
+                f"{self.model.name}: can no longer be decoded, because {reason}; make a new Rollout"
+            ) from None
         try:
             yield
         finally:
@@ -79,14 +80,3 @@ class FusedDecoder:
         cos, sin = rotary(like, torch.arange(positions, device=like.device)[None])
         half = cos.shape[-1] // 2
         return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
-
-
-def _weights(parts: Parts) -> Iterator[Tensor]:
-    yield parts.embedding
-    for layer in parts.layers:
-        for matrix in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down):
-            if matrix is not None:
-                yield matrix.weight
-        for norm in (layer.before_attention, layer.before_mlp, layer.query, layer.key):
-            if norm is not None:
-                yield norm.weight

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -96,7 +97,42 @@ def read(model: Model) -> Parts:
     kind = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in BY_LENGTH:
         raise Unsupported(f"its rotation ({kind}) depends on the length of the text")
-    return family(decoder, _reader(model.adapter))
+    parts = family(decoder, _reader(model.adapter))
+    _check(parts, model.head_weight)
+    return parts
+
+
+def _check(parts: Parts, head: Tensor) -> None:
+    """What compiled code takes for granted of every tensor whose address it gets."""
+    first, d = parts.layers[0], parts.head_dim
+    widths = {"qkv": (parts.heads + 2 * parts.kv_heads) * d, "out": parts.embedding.shape[1], "up": first.up.out}
+    tables = [parts.embedding] if parts.positions is None else [parts.embedding, parts.positions]
+    norms, weights = [parts.last], list(tables)
+    for layer in parts.layers:
+        found = {"qkv": sum(part.out for part in layer.qkv), "out": layer.out.out, "up": layer.up.out}
+        if found != widths or (layer.gate is not None and layer.gate.out != widths["up"]):
+            raise Unsupported(f"its layers differ in width: {found}, not {widths}")
+        norms += [norm for norm in (layer.before_attention, layer.before_mlp, layer.query, layer.key) if norm]
+        linear = [part for part in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down) if part]
+        weights += [part.weight for part in linear] + [part.bias for part in linear if part.bias is not None]
+    for norm in norms:
+        weights += [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
+        if norm.bias is not None and norm.bias.dtype != norm.weight.dtype:
+            raise Unsupported(f"a norm's weight is {norm.weight.dtype} and its bias {norm.bias.dtype}")
+    if tables[-1].dtype != tables[0].dtype or not all(table.is_contiguous() for table in tables):
+        raise Unsupported("its embeddings have two dtypes or do not lie in rows")
+    if len(parts.embedding) < len(head):
+        raise Unsupported(f"its head has {len(head)} tokens and its embedding {len(parts.embedding)}")
+    for weight in weights:
+        if weight.dtype not in (head.dtype, torch.float32) or weight.device != head.device or weight.stride(-1) != 1:
+            raise Unsupported(f"a weight is {weight.dtype} on {weight.device}, strides {weight.stride()}")
+
+
+def _table(layer: nn.Module) -> Tensor:
+    """An embedding's rows; one with an adapter has others than those that its weight shows."""
+    if type(layer) is not nn.Embedding:
+        raise Unsupported(f"its embedding is a {type(layer).__name__}")
+    return layer.weight.detach()
 
 
 def _reader(adapter: bool) -> Callable[[nn.Module], LinearPart]:
@@ -156,7 +192,7 @@ def _llama(decoder: nn.Module, linear: Callable) -> Parts:
             )
         )
     return Parts(
-        layers, _norm(decoder.norm), decoder.embed_tokens.weight.detach(), None, decoder.rotary_emb,
+        layers, _norm(decoder.norm), _table(decoder.embed_tokens), None, decoder.rotary_emb,
         config.num_attention_heads, config.num_key_value_heads, decoder.layers[0].self_attn.head_dim,
         _activation(config.hidden_act),
     )  # fmt: skip
@@ -181,7 +217,7 @@ def _gpt2(decoder: nn.Module, linear: Callable) -> Parts:
             )
         )
     return Parts(
-        layers, _norm(decoder.ln_f), decoder.wte.weight.detach(), decoder.wpe.weight.detach(), None,
+        layers, _norm(decoder.ln_f), _table(decoder.wte), _table(decoder.wpe), None,
         config.num_attention_heads, config.num_attention_heads, config.hidden_size // config.num_attention_heads,
         _activation(config.activation_function),
     )  # fmt: skip
@@ -203,7 +239,7 @@ def _gpt_neox(decoder: nn.Module, linear: Callable) -> Parts:
             )
         )
     return Parts(
-        layers, _norm(decoder.final_layer_norm), decoder.embed_in.weight.detach(), None, decoder.rotary_emb,
+        layers, _norm(decoder.final_layer_norm), _table(decoder.embed_in), None, decoder.rotary_emb,
         config.num_attention_heads, config.num_attention_heads, config.hidden_size // config.num_attention_heads,
         _activation(config.hidden_act), interleaved=True, parallel=config.use_parallel_residual,
     )  # fmt: skip

@@ -18,6 +18,8 @@ def prove(model: Model, decoder: Decoder) -> None:
     """Ragged rows, prefilled in two calls, then decoded together: Unsupported unless every hidden state is the one
     that the module's own forward gives."""
     limit = min(model.max_positions or LENGTH, LENGTH)
+    if limit < 4:
+        raise Unsupported(f"{limit} positions are too few to try it")
     tokens = _tokens(model, limit)
     starts = [limit - 3, 1, limit // 2]
     pages = -(-limit // PAGE)
@@ -28,7 +30,7 @@ def prove(model: Model, decoder: Decoder) -> None:
     places = [(slot, position) for slot, start in enumerate(starts) for position in range(start)]
     calls = [places[:cut], places[cut:]]
     calls += [[(slot, start + i) for slot, start in enumerate(starts)] for i in range(limit - max(starts))]
-    found = torch.full((3, limit, model.head_weight.shape[1]), torch.nan, device=tokens.device)
+    found = torch.full((3, limit, model.head_weight.shape[1]), torch.nan, dtype=torch.float32, device=tokens.device)
     for call in calls:
         slots, positions = torch.tensor(call, device=tokens.device).unbind(1)
         packed = Packed(tokens[slots, positions], positions.int(), slots.int(), arena.block_table)
@@ -37,7 +39,9 @@ def prove(model: Model, decoder: Decoder) -> None:
         length = start + limit - max(starts)
         wanted = model.hidden(tokens[slot : slot + 1, :length])[0].float()
         gaps = (found[slot, :length] - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-6)
-        if not gaps.max() <= (1e-4 if decoder.dtype == torch.float32 else 0.1):
+        # in half precision a single token may be far off by rounding, most of them not
+        most, usual = (1e-4, 1e-4) if decoder.dtype == torch.float32 else (0.3, 0.1)
+        if not (gaps.max() <= most and gaps.median() <= usual):
             raise Unsupported(f"its hidden states over our cache are off by {gaps.max():.1%}")
 
 

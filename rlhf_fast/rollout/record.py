@@ -92,7 +92,7 @@ class Record:
         lengths = prompt_lengths + torch.from_numpy(self.sizes)
         mask = response_mask(prompt_lengths, lengths)
         tokens = torch.nn.functional.pad(tokens, (0, int(lengths.max()) - tokens.shape[1] if prompts else 0))
-        numbers = torch.zeros(4, *mask.shape)
+        numbers = torch.zeros(4, *mask.shape, dtype=torch.float32)
         if self._drawn:
             rows, slots = (torch.from_numpy(np.concatenate(part)) for part in zip(*self._where, strict=True))
             drawn = Drawn(*(torch.cat(part).cpu() for part in zip(*self._drawn, strict=True)))

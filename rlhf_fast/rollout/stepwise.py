@@ -26,7 +26,7 @@ class StepByOps:
         parts, positions = self.parts, packed.positions.long()
         pages = packed.block_table[packed.slots.long(), positions // self.arena.page].long()
         places = pages * self.arena.page + positions % self.arena.page
-        nothing = torch.empty(len(positions), 0, device=positions.device)
+        nothing = torch.empty(len(positions), 0, dtype=torch.float32, device=positions.device)
         angles = (nothing, nothing) if self.cos is None else (self.cos[positions], self.sin[positions])
         x = parts.embedding[packed.tokens]
         if parts.positions is not None:
