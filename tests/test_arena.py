@@ -240,3 +240,42 @@ def test_memory_is_given_back(path):
     found = limited.generate(many, samples=3)
     kept = limited._arena
     assert same(limited.generate(many, samples=3), found) and limited._arena is kept and kept.pages == 128
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 6, 8])
+def test_the_pages_of_one_row_suffice(length, samples, path, small_pages, nan_pages, monkeypatch):
+    """The least that `allocate` accepts, whether or not the prompt ends its last page, whatever the samples."""
+    model, batch = llama(eos_token_id=None), prompts(3, length, 2)
+    wanted = Rollout(model, sampling(), path=path).generate(batch, samples=samples)
+    monkeypatch.setattr("rlhf_fast.rollout.most_pages", lambda rows, cfg, page: -(-(max(length, 3) + 11) // page))
+    found = Rollout(model, sampling(), path=path).generate(batch, samples=samples)
+    assert found.response_ids() == wanted.response_ids()
+    torch.testing.assert_close(found.logprobs, wanted.logprobs, rtol=0, atol=0 if path == "fused" else 2e-5)
+
+
+def test_a_budget_of_one_row_suffices(path):
+    """4 pages of 256 KiB: a row of 119 positions needs them all, and the second sample finds the first's last page."""
+    shape = {"hidden_size": 512, "num_key_value_heads": 4, "max_position_embeddings": 128, "eos_token_id": None}
+    model, batch = Model(build("Llama", **shape)()), prompts(40)
+    found = Rollout(model, sampling(max_new_tokens=80, cache_mb=1), path=path).generate(batch, samples=2)
+    assert found.mask.sum(1).tolist() == [80, 80]
+
+
+def test_a_schedule_that_cannot_go_on_says_so(path, small_pages):
+    rollout, batch = Rollout(llama(), sampling(), path=path, keep_arena=True), prompts(9)
+    rollout.generate(batch)
+    rollout._arena.take(1)
+    with pytest.raises(RuntimeError, match="no response runs, and the next of 1 has no room in 4 free of 5 pages"):
+        rollout.generate(batch)
+
+
+def test_a_kept_arena_must_be_wide_enough(path, small_pages):
+    """Slots and pages enough for a longer row than its block table has room for."""
+    model, long = llama(eos_token_id=None), prompts(40)
+    rollout = Rollout(model, sampling(), path=path, keep_arena=True)
+    rollout.generate(prompts(*[3] * 9))
+    kept = rollout._arena
+    assert kept.slots >= 1 and kept.pages > kept.need(51) > kept.width
+    assert same(rollout.generate(long), Rollout(model, sampling(), path=path).generate(long))
+    assert rollout._arena is not kept and rollout._arena.width == 13

@@ -89,6 +89,10 @@ class Arena:
                 raise RuntimeError(f"Arena: page {index} is free and cannot be shared")
             self._holders[index] += 1
 
+    def holders(self, index: int) -> int:
+        """How many hold page `index`; 0 = it is free."""
+        return self._holders[index]
+
     def drop(self, pages: Sequence[int]) -> None:
         """One holder less; a page without any is free, and its contents mean nothing from now on."""
         for index in pages:

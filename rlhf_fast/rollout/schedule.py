@@ -1,8 +1,9 @@
 """Which responses run: a queue, slots, and one forward pass a step over exactly the rows that are alive.
 
 Responses wait longest prompt first, those of one prompt together. A prompt is read once, packed with others into calls
-of at most PREFILL tokens; its samples share its full pages and copy the last one. A row that is over leaves the
-next step, gives its pages back, and once an eighth of the slots is empty the queue fills them.
+of at most PREFILL tokens; its samples share its full pages, and copy the last one if another row
+writes on it. A row that is over leaves the next step, gives its pages back, and once an eighth of the slots is empty
+the queue fills them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class _Group:
     left: int
     """Responses that have not started."""
     pages: list[int] = field(default_factory=list)
-    """Those of the prompt, once it is read; held as long as responses are left."""
+    """Those of the prompt, once it is read; held as long as responses are left. One row at a time writes behind the
+    prompt on the last of them."""
     last: Tensor | None = None
     """(D,) the hidden state of the prompt's last token."""
 
@@ -50,8 +52,8 @@ def most_pages(rows: Rows, cfg: SamplingConfig, page: int) -> int:
     cost = []
     for prompt, group in zip(rows.prompts, rows.groups(), strict=True):
         whole, own = -(-(len(prompt) + cfg.max_new_tokens - 1) // page), len(prompt) // page
-        # the first response brings the prompt's pages along; while others wait, its last page is kept for them
-        cost += [whole + (len(group) > 1)] + [whole - own] * (len(group) - 1)
+        # the first response brings the prompt's pages along
+        cost += [whole] + [whole - own] * (len(group) - 1)
     return sum(sorted(cost, reverse=True)[: cfg.batch])
 
 
@@ -82,6 +84,11 @@ class Schedule:
             hidden = [self._decode()] if len(self.rows) else []
             if self.queue and len(self.free_slots) * REFILL >= self.arena.slots:
                 hidden += self._admit()
+            if not hidden:
+                raise RuntimeError(
+                    f"Schedule: no response runs, and the next of {len(self.queue)} has no room in"
+                    f" {self.arena.free} free of {self.arena.pages} pages and {len(self.free_slots)} slots"
+                )
             self._step(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
         if self.arena.free != self.arena.pages:
             raise RuntimeError(f"Schedule: {self.arena.pages - self.arena.free} pages were not given back")
@@ -134,6 +141,8 @@ class Schedule:
             prompt, page = len(group.prompt), arena.page
             count = arena.need(prompt + self.cfg.max_new_tokens - 1)
             shared = group.pages[: prompt // page]
+            if prompt % page and group.pages and arena.holders(group.pages[-1]) == 1:  # the group: no row writes there
+                shared = group.pages
             if count - len(shared) > arena.free:
                 break
             self.queue.popleft()
@@ -143,7 +152,7 @@ class Schedule:
                 group.pages = own[: arena.need(prompt)]
                 arena.hold(group.pages)
                 to_read.append((slot, group))
-            elif prompt % page:
+            elif prompt % page and shared is not group.pages:
                 sources.append(group.pages[-1])
                 targets.append(own[0])
             self.pages[slot] = shared + own
