@@ -317,3 +317,48 @@ def test_a_model_gone_astray_is_said(path):
 def test_no_prompts_give_no_responses(path):
     responses = Rollout(llama(), sampling(), path=path).generate(prompts())
     assert responses.tokens.shape == (0, 0) and responses.response_ids() == []
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 8.0],
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+BY_LENGTH = {
+    "longrope": build("Phi3", rope_parameters=LONGROPE, original_max_position_embeddings=16),
+    "dynamic": build("Llama", rope_parameters=DYNAMIC),
+    "dynamic in some layers": build(
+        "Gemma3", head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": DYNAMIC},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", BY_LENGTH.values(), ids=BY_LENGTH)
+@torch.no_grad()
+def test_a_rotation_by_length_is_served_up_to_where_it_switches(make, caplog, monkeypatch):
+    """A text of 40 tokens goes first, so that whatever the module remembers of it would show."""
+    monkeypatch.setattr("rlhf_fast.rollout.decoder._told", set())
+    model, batch = Model(make()), prompts(4, 1, 3)
+    model.hidden(torch.randint(3, V, (1, 40)))
+    for path in ("fused", "attention"):
+        with pytest.raises(UserError, match="because its rotation .* depends on the length"):
+            Rollout(model, sampling(), path=path).generate(batch)
+    rollout = Rollout(model, sampling())
+    found = rollout.generate(batch, samples=2)
+    assert rollout.path == "transformers" and "depends on the length of the text" in caplog.text
+    for row in range(6):
+        alone = [part[row : row + 1] for part in (found.tokens, found.prompt_lengths, found.lengths)]
+        ours, _ = model.logprobs(*alone)
+        torch.testing.assert_close(found.logprobs[row, : ours.shape[1]], ours[0], rtol=0, atol=NEAR)
+    for path in ("auto", "transformers"):
+        with pytest.raises(UserError, match="prompt 101: 5 tokens and max_new_tokens 12 .* original 16 positions"):
+            Rollout(model, sampling(), path=path).generate(prompts(4, 5))
+
+
+@torch.no_grad()
+def test_a_rotation_by_length_makes_a_token_hang_on_its_company():
+    """Why it is refused: past the original length the same tokens get other numbers."""
+    model, tokens = Model(BY_LENGTH["longrope"]()), torch.randint(3, V, (1, 17))
+    gap = model.hidden(tokens)[:, :16] - model.hidden(tokens[:, :16])
+    assert gap.abs().max() > 0.01

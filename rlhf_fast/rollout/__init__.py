@@ -17,6 +17,7 @@ from rlhf_fast.rollout.arena import Arena, affordable, allocate, page_of
 from rlhf_fast.rollout.decoder import Decoder, Path, choose
 from rlhf_fast.rollout.draw import Draw, mix
 from rlhf_fast.rollout.record import Progress, Record, Rows
+from rlhf_fast.rollout.rotation import by_length
 from rlhf_fast.rollout.schedule import Schedule, most_pages, positions_of
 from rlhf_fast.rollout.stops import Stops
 
@@ -94,6 +95,7 @@ class Rollout:
 
     def _check(self, prompts: Prompts) -> None:
         limit, vocabulary = self.model.max_positions, self.model.base.get_input_embeddings().weight.shape[0]
+        rotation, new = by_length(self.model), self.sampling.max_new_tokens
         for uid, tokens in zip(prompts.ids, prompts.tokens, strict=True):
             blame = [("Responses", uid)]
             if not tokens:
@@ -105,9 +107,17 @@ class Rollout:
                     " the model's own tokenizer",
                     blame,
                 )
-            if limit and len(tokens) + self.sampling.max_new_tokens > limit:
+            if limit and len(tokens) + new > limit:
                 raise BadRows(
-                    f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {self.sampling.max_new_tokens} are more"
-                    f" than the model's {limit} positions; lower sampling.max_new_tokens or data.max_prompt_tokens",
+                    f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {new} are more than the model's {limit}"
+                    " positions; lower sampling.max_new_tokens or data.max_prompt_tokens",
+                    blame,
+                )
+            if rotation and len(tokens) + new > rotation.original:
+                raise BadRows(
+                    f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {new} are more than the model's original"
+                    f" {rotation.original} positions, after which its rotation ({rotation.kind}) depends on the length"
+                    " of the text, and samples on their company; lower sampling.max_new_tokens or"
+                    " data.max_prompt_tokens",
                     blame,
                 )

@@ -20,6 +20,7 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.model import Model
 from rlhf_fast.rollout.arena import Arena, KVShape
+from rlhf_fast.rollout.rotation import by_length
 
 Path = Literal["auto", "fused", "attention", "transformers"]
 log = getLogger("rlhf_fast")
@@ -74,6 +75,8 @@ def choose(model: Model, path: Path = "auto") -> Decoder | None:
         if path not in ("auto", name):
             continue
         try:
+            if rotation := by_length(model):
+                raise Unsupported(f"its rotation ({rotation.kind}) depends on the length of the text")
             if path == "auto" and name == "attention":
                 _need_kernel(model.device.type)
             return make(model)
