@@ -228,6 +228,22 @@ def test_stop_texts_are_looked_for_in_each_row_alone():
     assert ends == {0: (3, STOP), 1: (1, batches.END), 2: (5, STOP)}
 
 
+@pytest.mark.parametrize("stop", ["yz", "xyz", "wxyz", "vwxyz"])
+def test_a_stop_text_completed_before_min_new_tokens_is_no_stop(stop):
+    """However long it is, later tokens do not end the row for it; they do once they complete it anew."""
+    model = llama()
+    model.tokenizer = Letters()
+    for least, over_at in [(5, 5), (6, 11), (9, 11), (11, 11), (12, None)]:
+        stops = Stops(model, sampling(stop=(stop,), min_new_tokens=least, max_new_tokens=20))
+        stops.begin(1)
+        ends = []
+        for size, token in enumerate([21, 22, 23, 24, 25, 0, 21, 22, 23, 24, 25, 0, 1, 1], start=1):  # vwxyzavwxyzabb
+            over = stops(*(torch.tensor([x]).numpy() for x in (token, 0, size)))
+            if over is not None:
+                ends.append((size, int(over[1][0])))
+        assert ends[:1] == ([] if over_at is None else [(over_at, STOP)])
+
+
 def test_progress_is_told(path):
     told = []
     rollout = Rollout(llama(), sampling(batch=3), path=path)
@@ -273,6 +289,12 @@ def test_what_cannot_be_sampled_is_said():
         Rollout(llama(), sampling()).generate(prompts(60))
     with pytest.raises(UserError, match="stop texts need a tokenizer"):
         Rollout(llama(), sampling(stop=("x",)))
+    for samples in (0, -2):
+        with pytest.raises(UserError, match=f"samples must be at least 1, not {samples}"):
+            Rollout(llama(), sampling()).generate(prompts(3), samples=samples)
+    with pytest.raises(UserError, match=f"prompt {2**62}: its uid times 2 samples does not fit 64 bits"):
+        Rollout(llama(), sampling()).generate(prompts(2, 3, uids=[1, 2**62]), samples=2)
+    assert len(Rollout(llama(), sampling()).generate(prompts(2, uids=[2**62 - 1]), samples=2).lengths) == 2
     for token in (-1, V, 2**40):
         batch = prompts(2, 3)
         batch.tokens[1][2] = token
@@ -312,6 +334,17 @@ def test_a_model_gone_astray_is_said(path):
         model.module.lm_head.weight[5] = float("nan")
     with pytest.raises(UserError, match="token 1 of the response to prompt 100: the model gives NaN"):
         rollout.generate(prompts(3, 4))
+
+
+def test_a_ban_of_every_token_is_said():
+    """The weights are not to blame."""
+    for config in ({"vocab_size": 1, "eos_token_id": 0, "bos_token_id": 0}, {"eos_token_id": list(range(V))}):
+        model = llama(**config)
+        size = len(model.head_weight)
+        with pytest.raises(UserError, match=f"min_new_tokens: each of the model's {size} tokens ends a response"):
+            Rollout(model, sampling(min_new_tokens=1))
+        batch = Prompts([1], [[0, 0]], [""])
+        assert Rollout(model, sampling()).generate(batch).mask.sum() == 1
 
 
 def test_no_prompts_give_no_responses(path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.batches import Prompts, Responses, pad_rows, response_mask
-from rlhf_fast.errors import BadRows
+from rlhf_fast.errors import BadRows, UserError
 
 Progress = Callable[[int, int], None]
 """Called after each step with the tokens it drew and the responses that it ended."""
@@ -30,6 +30,16 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Prompts, samples: int) -> Rows:
+        """UserError where there is nothing to draw, or where a response's number does not fit 64 bits."""
+        if samples < 1:
+            raise UserError(f"rollout: samples must be at least 1, not {samples}")
+        wide = [uid for uid in prompts.ids if not -(2**63) <= uid * samples <= 2**63 - samples]
+        if wide:
+            raise BadRows(
+                f"prompt {wide[0]}: its uid times {samples} samples does not fit 64 bits, and the noise of a response"
+                " is named by such a number; give smaller uids",
+                [("Responses", uid) for uid in wide],
+            )
         place = {tokens: i for i, tokens in enumerate(dict.fromkeys(map(tuple, prompts.tokens)))}
         which = [place[tuple(tokens)] for tokens in prompts.tokens for _ in range(samples)]
         uids = [uid for uid in prompts.ids for _ in range(samples)]

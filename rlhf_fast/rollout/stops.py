@@ -1,6 +1,9 @@
-"""When a response is over: at an end token, once its text holds a stop text, or at the limit."""
+"""When a response is over: at an end token, at a token that completes a stop text, or at the limit. Before
+min_new_tokens neither an end token nor a stop text counts, and a stop text completed there does not count later."""
 
 from __future__ import annotations
+
+from os.path import commonprefix
 
 import numpy as np
 
@@ -34,6 +37,11 @@ class Stops:
         self.ends = [token for token in end_tokens(model) if 0 <= token < vocabulary]
         self._is_end = np.zeros(vocabulary, dtype=bool)
         self._is_end[self.ends] = True
+        if cfg.min_new_tokens and self._is_end.all():
+            raise UserError(
+                f"sampling.min_new_tokens: each of the model's {vocabulary} tokens ends a response, so that none is"
+                " left to draw before they are allowed; set it to 0"
+            )
         # a token is at least one byte of text, so that many last tokens hold every stop text that has just ended; one
         # more, because some tokenizers drop the space that a text begins with
         self._tail = max((len(text.encode()) + 1 for text in cfg.stop), default=0)
@@ -49,11 +57,9 @@ class Stops:
         cfg = self.cfg
         ended = self._is_end[tokens]
         full = sizes == cfg.max_new_tokens
-        stopped = self._stopped(tokens, rows) if cfg.stop else None
-        if cfg.min_new_tokens:
-            long = sizes >= cfg.min_new_tokens
-            ended &= long
-            stopped = stopped if stopped is None else stopped & long
+        long = sizes >= cfg.min_new_tokens
+        ended &= long
+        stopped = self._stopped(tokens, rows) & long if cfg.stop else None
         over = ended | full if stopped is None else ended | full | stopped
         if not over.any():
             return None
@@ -63,5 +69,16 @@ class Stops:
     def _stopped(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             self._said[row].append(token)
-        tails = self.tokenizer.batch_decode([self._said[row][-self._tail :] for row in rows.tolist()])
-        return np.array([any(text in tail for text in self.cfg.stop) for tail in tails], dtype=bool)
+        tails = [self._said[row][-self._tail :] for row in rows.tolist()]
+        texts, stops = self.tokenizer.batch_decode(tails), self.cfg.stop
+        if not self.cfg.min_new_tokens:  # else a row would be over already
+            return np.array([any(stop in text for stop in stops) for text in texts], dtype=bool)
+        before = self.tokenizer.batch_decode([tail[:-1] for tail in tails])
+        olds = [len(commonprefix(pair)) for pair in zip(texts, before, strict=True)]
+        return np.array(
+            [
+                any(stop in text[max(old - len(stop) + 1, 0) :] for stop in stops)
+                for text, old in zip(texts, olds, strict=True)
+            ],
+            dtype=bool,
+        )
