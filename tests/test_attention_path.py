@@ -129,15 +129,24 @@ def gradients(model: Model) -> list[torch.Tensor]:
     return [logprobs.detach(), *(p.grad for p in model.module.parameters())]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2, soft caps"])
-def test_training_never_meets_it(name):
+@pytest.mark.parametrize(
+    "name, path",
+    [("llama", "attention"), ("gpt2", "attention"), ("gemma2, soft caps", "attention"), ("llama", "fused"),
+     ("gpt2", "fused"), ("qwen3", "fused")],
+)  # fmt: skip
+def test_training_never_meets_it(name, path):
+    """A training step's log-probabilities and gradients after a rollout are those without, bit for bit."""
     model = Model(SERVED[name]())
     twin = Model(copy.deepcopy(model.module))
     implementation = model.module.config._attn_implementation
     model.module.train()
-    Rollout(model, sampling(), path="attention").generate(prompts(3, 5))
+    rollout = Rollout(model, sampling(), path=path)
+    rollout.generate(prompts(3, 5))
+    assert rollout.path == path and all(p.grad is None and p.requires_grad for p in model.module.parameters())
     assert model.module.training and model.module.config._attn_implementation == implementation
-    assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(twin), strict=True))
+    found, wanted = gradients(model), gradients(twin)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(gradient.any() for gradient in found[1:] if gradient is not None)
 
 
 def test_an_error_leaves_the_module_as_it_was():

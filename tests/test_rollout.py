@@ -17,6 +17,8 @@ from rlhf_fast.rollout.stops import Stops
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K"
+SMOLLM2 = os.environ.get("RLHF_FAST_SMOLLM2", "")
+"""A folder with the weights of SmolLM2-135M."""
 PATHS = ["fused", "attention", "transformers"]
 FUSED = ["llama", "gpt2", "mistral, sliding window", "qwen2", "qwen3"]
 FAMILIES = [*FUSED, "gemma2, soft caps", "cohere"]
@@ -37,6 +39,37 @@ def test_greedy_is_transformers_generate(name):
     model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12)
     found = Rollout(model, sampling(temperature=0.0), path="transformers").generate(batch).response_ids()
     assert found == [greedy(model.module, tokens) for tokens in batch.tokens]
+
+
+def padded_greedy(module, batch: Prompts, count: int) -> list[list[int]]:
+    """transformers' own answers to one batch that is padded on the left, without what follows the end tokens."""
+    width = max(map(len, batch.tokens))
+    ids = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in batch.tokens])
+    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch.tokens])
+    ends = module.generation_config.eos_token_id
+    said = module.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)[:, width:]
+    return [row[: row.index(ends) + 1] if ends in row else row for row in said.tolist()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_is_that_of_a_batch_padded_on_the_left(name):
+    """Ragged prompts in float32, on the fastest path that serves the family."""
+    model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12, 5)
+    rollout = Rollout(model, sampling(temperature=0.0), path="fused" if name in FUSED else "attention")
+    assert rollout.generate(batch).response_ids() == padded_greedy(model.module, batch, 12)
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="RLHF_FAST_SMOLLM2 names no folder with SmolLM2-135M")
+def test_greedy_smollm2_is_transformers_generate():
+    """A real model in float32, each prompt against generate() alone and the batch against one padded on the left."""
+    model = Model.load(ModelConfig(SMOLLM2))
+    texts = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was a small", "2, 4, 6,"]
+    batch = Prompts(list(range(4)), [model.tokenizer(text).input_ids for text in texts], texts)
+    rollout = Rollout(model, sampling(temperature=0.0, max_new_tokens=24))
+    found = rollout.generate(batch).response_ids()
+    assert rollout.path == "fused"
+    assert found == [greedy(model.module, tokens, 24) for tokens in batch.tokens]
+    assert found == padded_greedy(model.module, batch, 24)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES}")
