@@ -334,10 +334,6 @@ def test_tokens_and_positions_out_of_range_are_refused():
         (with_parts(widen), "its layers differ in width"),
         (build("Gemma", head_dim=8), "there is no step for GemmaModel"),
         (build("Llama", hidden_act="relu"), "its activation is relu"),
-        (
-            build("Llama", rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 2.0}),
-            r"its rotation \(dynamic\) depends on the length",
-        ),
     ],
 )  # fmt: skip
 def test_what_it_refuses(make, reason):

@@ -22,8 +22,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 """transformers' names of what the step computes."""
-BY_LENGTH = ("dynamic", "longrope")
-"""Kinds of RoPE whose angles change with the length of the text: keys in a cache would have to turn again."""
 
 
 class NormPart(NamedTuple):
@@ -94,9 +92,6 @@ def read(model: Model) -> Parts:
     family = FAMILIES.get(type(decoder).__name__)
     if family is None or not type(decoder).__module__.startswith("transformers.models."):
         raise Unsupported(f"there is no step for {type(decoder).__name__}")
-    kind = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind in BY_LENGTH:
-        raise Unsupported(f"its rotation ({kind}) depends on the length of the text")
     parts = family(decoder, _reader(model.adapter))
     _check(parts, model.head_weight)
     return parts
