@@ -151,3 +151,16 @@ def test_bad_arguments_name_the_rule():
         ops.ranking_loss(scores, torch.tensor([0, 4]), ranks, torch.ones(2))
     with pytest.raises(ValueError, match=r"ranking_loss: scores and ranks must have one shape \(N,\)"):
         ops.ranking_loss(scores, torch.tensor([0, 4]), ranks[1:])
+
+
+@pytest.mark.parametrize("backend", ops.ranking_loss.backends[1:])
+def test_margins_that_cancel_lose_nothing(backend):
+    """Their sum over the pairs of 64 responses is near 0 beside the sum of their sizes."""
+    worst = 0.0
+    for _ in range(20):
+        scores, ranks = torch.randn(64), torch.randperm(64)
+        stats = ops.ranking_loss.backend(backend)(scores, torch.tensor([0, 64]), ranks)[1]
+        better = ranks[:, None] < ranks
+        exact = (scores[:, None] - scores).double()[better].sum()  # of the margins as float32 has them
+        worst = max(worst, float(abs(stats[2] - exact) / (1 + abs(exact))))
+    assert worst < 1e-6

@@ -16,11 +16,12 @@ static_assert(sizeof(Pairs) == 24, "kernels/ranking_loss.py gives three doubles 
 
 // Loss and slopes of one group but for its coefficient. The arrays are padded to a multiple of W.
 Pairs run_group(const float* scores, const int32_t* ranks, float* slopes, int64_t K) {
-  f32 loss = splat(0.f), correct = loss, margins = loss;
+  f32 correct = splat(0.f);
+  double loss = 0, margins = 0;  // margins of both signs cancel: what float32 would lose is seen
   i32 count = {};
   for (int64_t j = 0; j < K; j += W) store(slopes + j, splat(0.f));
   for (int64_t i = 0; i < K; ++i) {
-    f32 pull = splat(0.f);
+    f32 pull = splat(0.f), row_loss = pull, row_margins = pull;
     for (int64_t j = 0; j < K; j += W) {
       i32 theirs;
       memcpy(&theirs, ranks + j, sizeof theirs);
@@ -31,18 +32,19 @@ Pairs run_group(const float* scores, const int32_t* ranks, float* slopes, int64_
       const i32 lost = gap == splat(0.f), wrong = margin < splat(0.f);
       const f32 tail = select(lost, e, log(u) * (e / select(lost, splat(1.f), gap)));
       const f32 push = keep(pair, select(wrong, splat(1.f), e) / u);  // sigmoid(-m)
-      loss += keep(pair, keep(wrong, -margin) + tail);
+      row_loss += keep(pair, keep(wrong, -margin) + tail);
       correct += keep(pair & (margin > splat(0.f)), splat(1.f));
-      margins += margin;
+      row_margins += margin;
       count -= pair;
       pull += push;
       store(slopes + j, load(slopes + j) + push);
     }
     slopes[i] -= sum(pull);
+    for (int lane = 0; lane < W; ++lane) loss += row_loss[lane], margins += row_margins[lane];
   }
   int64_t pairs = 0;
   for (int lane = 0; lane < W; ++lane) pairs += count[lane];
-  return {sum(loss), sum(correct), sum(margins), pairs};
+  return {(float)loss, sum(correct), (float)margins, pairs};
 }
 
 // `padded` holds 3 rows of `stride` >= N + 16 G floats: scores, ranks and slopes of group g from offsets[g] + 16 g on.
