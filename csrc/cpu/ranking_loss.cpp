@@ -8,6 +8,8 @@
 
 namespace {
 
+typedef double f64 __attribute__((vector_size(W * 8)));
+
 struct Pairs {
   float loss, correct, margin;
   int64_t count;
@@ -17,11 +19,12 @@ static_assert(sizeof(Pairs) == 24, "kernels/ranking_loss.py gives three doubles 
 // Loss and slopes of one group but for its coefficient. The arrays are padded to a multiple of W.
 Pairs run_group(const float* scores, const int32_t* ranks, float* slopes, int64_t K) {
   f32 correct = splat(0.f);
-  double loss = 0, margins = 0;  // margins of both signs cancel: what float32 would lose is seen
+  double loss = 0;
+  f64 margins = {};  // those of both signs cancel: what float32 would lose is seen
   i32 count = {};
   for (int64_t j = 0; j < K; j += W) store(slopes + j, splat(0.f));
   for (int64_t i = 0; i < K; ++i) {
-    f32 pull = splat(0.f), row_loss = pull, row_margins = pull;
+    f32 pull = splat(0.f), row_loss = pull;
     for (int64_t j = 0; j < K; j += W) {
       i32 theirs;
       memcpy(&theirs, ranks + j, sizeof theirs);
@@ -34,17 +37,18 @@ Pairs run_group(const float* scores, const int32_t* ranks, float* slopes, int64_
       const f32 push = keep(pair, select(wrong, splat(1.f), e) / u);  // sigmoid(-m)
       row_loss += keep(pair, keep(wrong, -margin) + tail);
       correct += keep(pair & (margin > splat(0.f)), splat(1.f));
-      row_margins += margin;
+      margins += __builtin_convertvector(margin, f64);
       count -= pair;
       pull += push;
       store(slopes + j, load(slopes + j) + push);
     }
     slopes[i] -= sum(pull);
-    for (int lane = 0; lane < W; ++lane) loss += row_loss[lane], margins += row_margins[lane];
+    for (int lane = 0; lane < W; ++lane) loss += row_loss[lane];
   }
   int64_t pairs = 0;
-  for (int lane = 0; lane < W; ++lane) pairs += count[lane];
-  return {(float)loss, sum(correct), (float)margins, pairs};
+  double margin = 0;
+  for (int lane = 0; lane < W; ++lane) pairs += count[lane], margin += margins[lane];
+  return {(float)loss, sum(correct), (float)margin, pairs};
 }
 
 // `padded` holds 3 rows of `stride` >= N + 16 G floats: scores, ranks and slopes of group g from offsets[g] + 16 g on.
