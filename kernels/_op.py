@@ -2,12 +2,14 @@
 
     signature -> schema     body -> reference, and the kernel of last resort     body on fake tensors -> shapes
 
-Who answers on a device is settled once, at import: a compiled kernel (csrc/) before the body. `op.backends` lists what
-can run here, `op.why(device)` says who answers and why nobody better does, `op.backend("reference")` forces one.
+Who answers on a device is settled once, at import: a compiled kernel (csrc/), then Triton's (kernels/triton/), then the
+body. `op.backends` lists what can run here, `op.why(device)` says who answers and why nobody better does,
+`op.backend("reference")` forces one.
 
     RLHF_FAST_BACKEND=reference    one backend for a whole run
     RLHF_FAST_ISA=generic|avx2|avx512    the instruction set of the CPU kernels (default: the best that runs here)
-    RLHF_FAST_STRICT=1             an error where the reference would answer in a compiled kernel's place
+    RLHF_FAST_STRICT=1             an error where the reference would answer in a kernel's place
+    TRITON_INTERPRET=1             Triton's kernels can be forced on CPU tensors, run by its interpreter: for tests
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +73,24 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
 
 
 COMPILED, MISSING = _load_compiled()
+
+
+def _find_triton() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The devices where Triton's kernels answer by themselves, and those where they can be forced."""
+    if find_spec("triton") is None:
+        MISSING["triton"] = "triton is not installed; `pip install triton` (Linux)"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        MISSING["triton"] = "TRITON_INTERPRET=1: its kernels are interpreted, and answer only where they are forced"
+        return (), _DEVICES
+    elif not torch.cuda.is_available():
+        MISSING["triton"] = "no CUDA device is visible to torch"
+    else:
+        return ("cuda",), ("cuda",)
+    return (), ()
+
+
+TRITON_ANSWERS, TRITON_FORCED = _find_triton()
+_TRITON_FILES = Path(__file__).parent / "triton"
 _FORCED_BY_ENVIRONMENT = os.environ.get("RLHF_FAST_BACKEND") or None
 _STRICT = os.environ.get("RLHF_FAST_STRICT") == "1"
 
@@ -145,7 +166,8 @@ class Op:
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         self.tail = tuple(self.defaults.get(name) for name in self.names)
         self.implementations: dict[str, Callable] = {"reference": body}
-        self.best = dict.fromkeys(_DEVICES, "reference")
+        self.lines = {device: ["reference"] for device in _DEVICES}  # who answers, best first
+        self._find_triton()
         self.needs: tuple[str, ...] = (self.name,)
         self.prepare: Callable | None = None
         self.warned = False
@@ -156,6 +178,15 @@ class Op:
         torch.library.register_fake(f"rlhf_fast::{self.name}", fake or body, lib=_library)
         self.torch_op = self.differentiable = getattr(torch.ops.rlhf_fast, self.name).default
         OPS[self.name] = self
+
+    def _find_triton(self) -> None:
+        """kernels/triton/ has a file by the name of the op's own, with a function by the op's name: import it late."""
+        stem = Path(self.reference.__code__.co_filename).stem
+        if TRITON_FORCED and (_TRITON_FILES / f"{stem}.py").is_file():
+            room = f"rlhf_fast.kernels.triton.{stem}"
+            self.implementations["triton"] = lambda *args: getattr(import_module(room), self.name)(*args)
+            for device in TRITON_ANSWERS:
+                self.lines[device].insert(0, "triton")
 
     def __call__(self, *args, **kwargs):
         if kwargs or len(args) != len(self.names):
@@ -224,46 +255,62 @@ class Op:
         """The chosen kernel, on real tensors of one device, of the type `device`."""
         args = args + self.tail[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
         forced = _choice.forced
-        chosen = forced or self.best[device]
         for i in self.mutates:  # a kernel writes behind torch's back
             if args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
-        if chosen not in self.implementations:
-            raise ValueError(f"{self.name}: no backend {chosen!r} here; there are: {', '.join(self.backends)}")
-        if chosen != "reference":
+        if forced is not None and not self.can_run(forced, device):
+            raise ValueError(
+                f"{self.name}: no backend {forced!r} here for {device} tensors; there are: {', '.join(self.backends)}"
+            )
+        why = None
+        for backend in self.lines[device] if forced is None else (forced,):
+            if backend == "reference":
+                break
             try:
                 if device == "cpu":
-                    return self.implementations[chosen](*args)
+                    return self.implementations[backend](*args)
                 with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
-                    return self.implementations[chosen](*args)
+                    return self.implementations[backend](*args)
             except Declined as declined:
-                why = str(declined)
-        else:
-            why = self.why(device)
+                why = why or str(declined)
+        why = why or self.why(device)
         if _STRICT and forced != "reference":
-            raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no compiled kernel answers: {why}")
+            raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no kernel answers: {why}")
         if not self.warned and forced != "reference":
             self.warned = True
             log.warning("%s runs on its plain-torch reference: %s", self.name, why)
         return self.reference(*args)
 
+    def can_run(self, backend: str, device: str) -> bool:
+        """Whether `backend` can be forced on tensors of `device`."""
+        if backend not in self.implementations:
+            return False
+        home = backend.partition(":")[0]
+        return device in TRITON_FORCED if home == "triton" else home in ("reference", device)
+
     @property
     def backends(self) -> list[str]:
-        """The backends that can run here, best last: "reference", "cpu:generic", "cpu:avx2", ..., "cuda"."""
+        """The backends that can run here, best last: "reference", "triton", "cpu:generic", "cpu:avx2", ..., "cuda"."""
         return list(self.implementations)
 
     def chosen(self, device: str) -> str:
         """The backend that answers for tensors of `device`."""
-        return self.best.get(device, "reference")
+        return self.lines[device][0] if device in self.lines else "reference"
 
     def why(self, device: str) -> str:
         """One line: who answers on `device`, and why nobody better does."""
         chosen = self.chosen(device)
+        if chosen == "triton":
+            return f"Triton; no compiled kernel: {self._why_not_compiled(device)}"
         if chosen != "reference":
             return f"compiled kernel {chosen}"
-        if device in MISSING:
-            return MISSING[device]
-        return f"csrc/{device} has no kernel {', '.join(self.needs)}"
+        why = self._why_not_compiled(device)
+        if device == "cuda" and "triton" in MISSING:
+            why += f"; no Triton: {MISSING['triton']}"
+        return why
+
+    def _why_not_compiled(self, device: str) -> str:
+        return MISSING.get(device) or f"csrc/{device} has no kernel {', '.join(self.needs)}"
 
     def backend(self, name: str) -> Callable:
         """This op, forced to one backend: `gae.backend("cpu:avx2")(...)`. "cpu" means the best instruction set."""
@@ -290,7 +337,10 @@ class Op:
         for backend, module in COMPILED.items():
             if all(hasattr(module, name) for name in self.needs):
                 self.implementations[backend] = functools.partial(launch, module)
-                self.best[backend.partition(":")[0]] = backend
+                line = self.lines[backend.partition(":")[0]]
+                if line[0] in COMPILED:
+                    line.pop(0)
+                line.insert(0, backend)
         return launch
 
     def gradient(self, backward: Callable, *, save: Callable | None = None, forward: Callable | None = None) -> None:

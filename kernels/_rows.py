@@ -30,3 +30,9 @@ def serves(*tensors: Tensor | None) -> None:
 def sizes(x: Tensor) -> tuple[int, int]:
     """Rows and columns of (..., D)."""
     return math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def dense(x: Tensor) -> Tensor:
+    """x (..., D) as (N, D) with dense rows: as it lies where that is possible."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -29,16 +29,10 @@ def _(gate, up):
     return gate.detach(), up.detach()
 
 
-def _strided(x: Tensor) -> Tensor:
-    """(N, F) with dense rows."""
-    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 @swiglu.compiled
 def _(kernels, gate, up):
     rows.serves(gate)
-    a, b, y = _strided(gate), _strided(up), _fake(gate, up)
+    a, b, y = rows.dense(gate), rows.dense(up), _fake(gate, up)
     kernels.swiglu(
         a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.dtype == torch.bfloat16, y.data_ptr(), *a.shape,
         lane(a),

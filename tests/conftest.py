@@ -6,6 +6,9 @@ import random
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels run on the CPU; Triton looks at this when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SEED = int(os.environ.get("RLHF_FAST_TEST_SEED") or random.randrange(2**31))
 
 

@@ -1,0 +1,38 @@
+"""swiglu on a GPU: a program a tile of a row, one read and one write."""
+
+import torch
+import triton
+import triton.language as tl
+
+from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels.triton import launch
+
+
+@triton.jit
+def _kernel(gate, up, out, F, gate_stride, up_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    y = g / (1.0 + tl.exp(-g)) * u
+    tl.store(out + row * F + column, launch.cast(y, out.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate, up):
+    launch.serves(gate)
+    a, b, y = rows.dense(gate), rows.dense(up), torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    (N, F), block = a.shape, launch.block(gate.shape[-1])
+    launch.run(
+        _kernel,
+        (N, triton.cdiv(F, block)),
+        a,
+        b,
+        y,
+        F,
+        a.stride(0),
+        b.stride(0),
+        BLOCK=block,
+        num_warps=launch.warps(block),
+    )
+    return y
