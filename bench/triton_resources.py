@@ -1,0 +1,235 @@
+"""What the Triton kernels take of a GPU, found without one: compiled ahead of time for sm_80 and sm_90.
+
+    python -m rlhf_fast.bench.triton_resources [OP ...] [--save bench/results/triton_resources.md]
+
+Every op's Triton function is called on its `large` inputs, float32 and bfloat16, as fake CUDA tensors; the launches are
+not run but written down, and each is compiled as the launch would have it. The exit status is 1 where a kernel spills,
+needs more shared memory than the chip has or multiplies bfloat16 without tensor cores, and where a launcher waits for
+the device.
+"""
+
+import argparse
+import collections
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("triton_resources: TRITON_INTERPRET=1 is set, which leaves nothing to compile; unset it")
+
+import torch
+import triton
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rlhf_fast import ops  # noqa: F401  registers them
+from rlhf_fast.kernels._op import OPS, Op
+from rlhf_fast.kernels.triton import launch
+
+ARCHITECTURES = {80: 163 << 10, 90: 227 << 10}  # compute capability: shared memory a block can have, bytes
+PROCESSORS = 132  # of an H100, for the rules that look at it
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
+
+
+class Launch(NamedTuple):
+    """A kernel as a launch would compile it."""
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        room = self.kernel.fn.__module__.rpartition(".")[2]
+        return f"{room}.{self.kernel.fn.__name__.lstrip('_')}"
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes: registers a thread, bytes of shared memory, instructions of a kind."""
+
+    registers: int
+    shared: int
+    spills: int
+    wide_loads: int
+    loads: int
+    products: int
+    halves: bool  # it multiplies matrices of 16-bit numbers
+
+
+def described(kernel, args: tuple, options: dict) -> Launch:
+    """The launch as Triton would specialise it: integers of 1 are constants, multiples of 16 and addresses aligned."""
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    given |= {name: options[name] for name in kernel.arg_names if name in options}
+    rest = tuple(sorted((k, v) for k, v in options.items() if k not in kernel.arg_names))
+    types, constants, aligned = [], {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, given.get(parameter.name, parameter.default)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            constants[name], kind = value, "constexpr"
+        elif isinstance(value, torch.Tensor):
+            kind = f"*{TYPES[value.dtype]}"
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                aligned.append(name)
+        elif isinstance(value, bool):
+            kind = "i1"
+        elif isinstance(value, int):
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(name)
+        else:
+            kind = "fp32"
+        types.append((name, kind))
+    return Launch(kernel, tuple(types), tuple(constants.items()), tuple(aligned), rest)
+
+
+def as_if_on_gpu(x: torch.Tensor) -> torch.Tensor:
+    """Under FakeTensorMode, a CUDA tensor of that shape and those strides: nothing is there to compute with, and a
+    launcher that would wait for a result raises."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
+def launches(op: Op, size: dict, dtype: torch.dtype) -> Iterator[Launch]:
+    """The launches of one call of the op's Triton function."""
+    args = op.make(device="cpu", dtype=dtype, **size)
+    args = op.prepare(*op._bind(tuple(args), {})) if op.prepare else op._bind(tuple(args), {})
+    stem = Path(op.reference.__code__.co_filename).stem
+    function = getattr(import_module(f"rlhf_fast.kernels.triton.{stem}"), op.name)
+    seen: list[Launch] = []
+
+    def write_down(kernel, grid, *args, **options):
+        if all(grid):
+            seen.append(described(kernel, args, options))
+
+    before = launch.run, launch.processors
+    launch.run, launch.processors = write_down, lambda x: PROCESSORS
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            function(*tree_map_only(torch.Tensor, as_if_on_gpu, args))
+    finally:
+        launch.run, launch.processors = before
+    return iter(seen)
+
+
+def compiled(of: Launch, capability: int) -> Resources:
+    """Compile for a GPU of that compute capability, and read the result."""
+    names = of.kernel.arg_names
+    source = ASTSource(
+        fn=of.kernel,
+        signature=dict(of.signature),
+        constexprs={(names.index(name),): value for name, value in of.constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in of.aligned},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(of.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True).stdout
+    count = collections.Counter(re.findall(r"\b(STL|LDL|HMMA|HGMMA)\b", code))
+    loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=made.metadata.shared,
+        spills=count["STL"] + count["LDL"],
+        wide_loads=sum(".128" in load for load in loads) + len(re.findall(r"\bUTMALDG", code)),
+        loads=len(loads) + len(re.findall(r"\bUTMALDG", code)),
+        products=count[TENSOR_CORES[capability]],
+        halves=bool(re.search(r"tt\.dot .*: tensor<\d+x\d+xb?f16", made.asm["ttir"])),
+    )
+
+
+def faults(of: Launch, capability: int, has: Resources) -> Iterator[str]:
+    if has.spills:
+        yield f"{has.spills} spills"
+    if has.shared > ARCHITECTURES[capability]:
+        yield f"{has.shared} bytes of shared memory"
+    if has.halves and not has.products:
+        yield f"no {TENSOR_CORES[capability]}"
+
+
+def collect(wanted: list[str]) -> dict[Launch, str]:
+    """Every launch of the ops wanted (all if none is named), each with the first op and dtype that makes it."""
+    found: dict[Launch, str] = {}
+    for op in OPS.values():
+        stem = Path(op.reference.__code__.co_filename).stem
+        if wanted and op.name not in wanted and stem not in wanted:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            for size in op.large or op.small[1:3]:
+                for one in launches(op, size, dtype):
+                    found.setdefault(one, f"{op.name}, {str(dtype)[6:]}")
+    return found
+
+
+_FOUND: list[Launch] = []
+
+
+def _job(task: tuple[int, int]) -> tuple[int, int, Resources | str]:
+    index, capability = task
+    try:
+        return index, capability, compiled(_FOUND[index], capability)
+    except Exception as error:  # shown in the table's place: one kernel's fault hides no other's
+        return index, capability, f"{type(error).__name__}: {str(error)[-300:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("op", nargs="*", help="only these (default: all)")
+    parser.add_argument("--save", type=Path, metavar="PATH", help="write the table as Markdown")
+    options = parser.parse_args()
+    unknown = set(options.op) - {n for o in OPS.values() for n in (o.name, Path(o.reference.__code__.co_filename).stem)}
+    if unknown:
+        parser.error(f"there is no op {', '.join(sorted(unknown))}; there are: {', '.join(sorted(ops.__all__))}")
+    found = collect(options.op)
+    _FOUND.extend(found)
+    tasks = [(i, capability) for i in range(len(_FOUND)) for capability in ARCHITECTURES]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        results = {(i, capability): has for i, capability, has in pool.imap_unordered(_job, tasks)}
+    lines, bad = [HEADER], []
+    for i, of in enumerate(_FOUND):
+        for capability in ARCHITECTURES:
+            has, where = results[i, capability], f"{of.name} ({found[of]}) on sm_{capability}"
+            if isinstance(has, str):
+                bad.append(f"{where}: {has}")
+                continue
+            warps = dict(of.options).get("num_warps", 4)
+            constants = ", ".join(f"{k}={v}" for k, v in of.constants if k.isupper() and v is not None)
+            lines.append(
+                f"| {of.name} | {found[of]} | {constants} | sm_{capability} | {warps} | {has.registers} |"
+                f" {has.shared / 1024:.0f} | {has.spills} | {has.wide_loads} / {has.loads} | {has.products or ''} |"
+            )
+            bad += [f"{where}: {fault}" for fault in faults(of, capability, has)]
+    print("\n".join(lines))
+    if options.save:
+        text = (
+            __doc__.partition("\n")[0] + f"\n\nTriton {triton.__version__}. `{COMMAND}`\n\n" + "\n".join(lines) + "\n"
+        )
+        options.save.write_text(text, encoding="utf-8")
+    for line in bad:
+        print(f"FAULT {line}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+COMMAND = "python -m rlhf_fast.bench.triton_resources --save bench/results/triton_resources.md"
+HEADER = """\
+| kernel | first seen in | constants | for | warps | registers | shared, KiB | spills | 16-byte loads | products |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+if __name__ == "__main__":
+    sys.exit(main())
