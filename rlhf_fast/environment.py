@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "matplotlib")
-VARIABLES = ("RLHF_FAST_BACKEND", "RLHF_FAST_ISA", "RLHF_FAST_STRICT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "RLHF_FAST_BACKEND", "RLHF_FAST_ISA", "RLHF_FAST_STRICT", "TRITON_INTERPRET", "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 
 
 def report() -> Iterator[str]:
@@ -20,16 +23,17 @@ def report() -> Iterator[str]:
     from rlhf_fast import __version__, ops
     from rlhf_fast.kernels import _op
 
-    yield f"rlhf-fast     {__version__} ({Path(__file__).parent})"
-    yield f"python        {platform.python_version()}, {platform.platform()}"
+    yield f"rlhf-fast      {__version__} ({Path(__file__).parent})"
+    yield f"python         {platform.python_version()}, {platform.platform()}"
     for name in PACKAGES:
-        yield f"{name:<13} {_version(name)}"
+        yield f"{name:<14} {_version(name)}"
     yield f"package `kernels` (Hugging Face's, not ours): {_version('kernels')}"
-    yield f"processor     {_processor()}; {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"
+    yield f"processor      {_processor()}; {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"
     sets = [backend.partition(":")[2] for backend in _op.COMPILED if backend.startswith("cpu:")]
-    yield f"cpu kernels   {', '.join(sets) + ' (the last is used)' if sets else _op.MISSING['cpu']}"
-    yield f"cuda kernels  {'built, and a device is there' if 'cuda' in _op.COMPILED else _op.MISSING['cuda']}"
-    yield f"gpu           {', '.join(_gpus()) or 'none that torch sees'}; nvcc {shutil.which('nvcc') or 'not found'}"
+    yield f"cpu kernels    {', '.join(sets) + ' (the last is used)' if sets else _op.MISSING['cpu']}"
+    yield f"cuda kernels   {'built, and a device is there' if 'cuda' in _op.COMPILED else _op.MISSING['cuda']}"
+    yield f"triton kernels {_op.MISSING.get('triton') or 'answers on CUDA devices where no compiled kernel does'}"
+    yield f"gpu            {', '.join(_gpus()) or 'none that torch sees'}; nvcc {shutil.which('nvcc') or 'not found'}"
     for name in VARIABLES:
         if name in os.environ:
             yield f"{name}={os.environ[name]}"
@@ -37,13 +41,13 @@ def report() -> Iterator[str]:
     width = max(map(len, shown)) + 2
     for device in ("cpu", "cuda"):
         yield ""
-        if device in _op.MISSING:
-            yield f"on {device} every op runs on its plain-torch reference: {_op.MISSING[device]}"
+        if all(op.chosen(device) == "reference" for op in map(_op.OPS.get, shown)):
+            yield f"on {device} every op runs on its plain-torch reference: {_op.OPS[shown[0]].why(device)}"
             continue
         yield f"who answers on {device}"
         for op in map(_op.OPS.get, shown):
             backend = op.chosen(device)
-            why = op.why(device) if backend == "reference" else ""
+            why = "" if backend.startswith(device) else op.why(device)
             yield f"  {op.name:<{width}}{backend:<11}  {why}".rstrip()
 
 

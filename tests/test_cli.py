@@ -189,7 +189,7 @@ def test_show_config(capsys):
 def test_env_says_who_answers_for_every_op(capsys):
     assert main(["env"]) == 0
     told = capsys.readouterr().out
-    assert f"torch         {torch.__version__.partition('+')[0]}" in told
+    assert f"torch          {torch.__version__.partition('+')[0]}" in told
     assert "package `kernels` (Hugging Face's, not ours): " in told
     for name in ops.__all__:
         assert f"  {name} " in told
