@@ -36,3 +36,9 @@ def dense(x: Tensor) -> Tensor:
     """x (..., D) as (N, D) with dense rows: as it lies where that is possible."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def write_back(dense: Tensor | None, residual: Tensor | None) -> None:
+    """What a kernel wrote into the dense copy of a strided residual goes where the residual lies."""
+    if dense is not residual:
+        residual.copy_(dense)

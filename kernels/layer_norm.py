@@ -48,8 +48,7 @@ def _(kernels, x, weight, bias, eps, residual):
         weight.dtype == torch.bfloat16, 0 if stream is None else stream.data_ptr(), y.data_ptr(), *rows.sizes(x), eps,
         lane(x),
     )  # fmt: skip
-    if stream is not residual:
-        residual.copy_(stream)
+    rows.write_back(stream, residual)
     return y
 
 

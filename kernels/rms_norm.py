@@ -44,8 +44,7 @@ def _(kernels, x, weight, eps, residual, offset):
         x.data_ptr(), x.dtype == torch.bfloat16, weight.data_ptr(), weight.dtype == torch.bfloat16,
         0 if stream is None else stream.data_ptr(), y.data_ptr(), *rows.sizes(x), eps, offset, lane(x),
     )  # fmt: skip
-    if stream is not residual:
-        residual.copy_(stream)
+    rows.write_back(stream, residual)
     return y
 
 

@@ -2,6 +2,7 @@
 //
 // Every sum runs over the row alone, in one order: four vectors in turn, added pairwise, then the lanes.
 #pragma once
+#include "kernel.h"
 #include "simd.h"
 
 namespace {
@@ -55,6 +56,22 @@ INLINE void add_row(X* residual, const X* x, int64_t D) {
   for (; i + W <= D; i += W) store(residual + i, load(residual + i) + load(x + i));
   const int n = (int)(D - i);
   if (n) store_part(residual + i, load_part(residual + i, n, 0.f) + load_part(x + i, n, 0.f), n);
+}
+
+// norm(row, y) of every row of x, (N, D), to that of out, on several threads. With a residual, x is added to it and the
+// sum is what is normalised.
+template <class X, class F>
+INLINE void norm_rows(uintptr_t x, uintptr_t residual, uintptr_t out, int64_t N, int64_t D, int threads, F norm) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && N * D > 32768)
+  for (int64_t row = 0; row < N; ++row) {
+    const X* from = ptr<const X>(x) + row * D;
+    if (residual) {
+      X* const stream = ptr<X>(residual) + row * D;
+      add_row(stream, from, D);
+      from = stream;
+    }
+    norm(from, ptr<X>(out) + row * D);
+  }
 }
 
 }  // namespace

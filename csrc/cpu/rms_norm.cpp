@@ -14,16 +14,8 @@ struct Rows {
 
 template <class X, class Wt>
 void run(const Rows& r) {
-#pragma omp parallel for num_threads(r.threads) if (r.threads > 1 && r.N * r.D > 32768)
-  for (int64_t row = 0; row < r.N; ++row) {
-    const X* x = ptr<const X>(r.x) + row * r.D;
-    if (r.residual) {
-      X* const stream = ptr<X>(r.residual) + row * r.D;
-      add_row(stream, x, r.D);
-      x = stream;
-    }
-    rms_norm_row(x, ptr<const Wt>(r.weight), r.offset, r.eps, r.D, ptr<X>(r.out) + row * r.D);
-  }
+  norm_rows<X>(r.x, r.residual, r.out, r.N, r.D, r.threads,
+               [&](const X* x, X* y) { rms_norm_row(x, ptr<const Wt>(r.weight), r.offset, r.eps, r.D, y); });
 }
 
 // x, residual (or null) and out: (N, D) of one type; weight (D,).
