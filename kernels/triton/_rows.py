@@ -27,14 +27,21 @@ def _tile(x, residual, x_at, at, inside):
 
 
 @triton.jit
-def _write(y, mean, inverse, residual, weight, bias, out, offset, at, column, inside, across):
+def _factors(weight, bias, offset, column, across):
+    """What a column is multiplied by, and what is added to it then."""
+    scale = tl.load(weight + column, mask=across, other=0.0).to(tl.float32) + offset
+    shift = tl.zeros_like(scale)
+    if bias is not None:
+        shift = tl.load(bias + column, mask=across, other=0.0).to(tl.float32)
+    return scale[None, :], shift[None, :]
+
+
+@triton.jit
+def _write(y, mean, inverse, scale, shift, residual, out, at, inside):
     """The row's numbers y to the stream, and normalised to out."""
     if residual is not None:
         tl.store(residual + at, launch.cast(y, residual.dtype.element_ty), mask=inside)
-    scale = tl.load(weight + column, mask=across, other=0.0).to(tl.float32) + offset
-    y = (y - mean) * inverse * scale[None, :]
-    if bias is not None:
-        y += tl.load(bias + column, mask=across, other=0.0).to(tl.float32)[None, :]
+    y = (y - mean) * inverse * scale + shift
     tl.store(out + at, launch.cast(y, out.dtype.element_ty), mask=inside)
 
 
@@ -49,13 +56,14 @@ def _norm(
     if WHOLE:
         across = columns < D
         inside = (row < N) & across[None, :]
-        y = _tile(x, residual, row * x_stride + columns[None, :], row * D + columns[None, :], inside)
+        at = row * D + columns[None, :]
+        y = _tile(x, residual, row * x_stride + columns[None, :], at, inside)
+        scale, shift = _factors(weight, bias, offset, columns, across)  # on their way while the row is summed
         if CENTERED:
             mean = (tl.sum(y, axis=1) / D)[:, None]
         centered = tl.where(across[None, :], y - mean, 0.0)
         inverse = tl.rsqrt(tl.sum(centered * centered, axis=1) / D + eps)[:, None]
-        at = row * D + columns[None, :]
-        _write(y, mean, inverse, residual, weight, bias, out, offset, at, columns, inside, across)
+        _write(y, mean, inverse, scale, shift, residual, out, at, inside)
     else:
         if CENTERED:
             total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -77,7 +85,8 @@ def _norm(
             inside = (row < N) & (column < D)[None, :]
             at = row * D + column[None, :]
             y = _tile(x, residual, row * x_stride + column[None, :], at, inside)
-            _write(y, mean, inverse, residual, weight, bias, out, offset, at, column, inside, column < D)
+            scale, shift = _factors(weight, bias, offset, column, column < D)
+            _write(y, mean, inverse, scale, shift, residual, out, at, inside)
 
 
 def norm(x, weight, bias, residual, eps, offset, centered):

@@ -1,4 +1,4 @@
-"""swiglu on a GPU: a program a tile of a row, two reads and one write of every element; rows are read where they lie."""
+"""swiglu on a GPU: a program a tile of a row, two reads and one write an element; rows are read where they lie."""
 
 import torch
 import triton
