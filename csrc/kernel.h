@@ -14,7 +14,7 @@ union Argument {
 };
 
 struct Kernel {
-  const char* group;      // "generic", "avx2", "avx512" or "cuda"
+  const char* group;      // "generic", "avx2", "avx512", "cuda" or "simt"
   const char* name;       // the name seen from Python
   const char* signature;  // one letter per argument: i = integer or address, f = float
   const char* (*call)(const Argument*);

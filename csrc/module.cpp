@@ -1,4 +1,5 @@
-// The table of kernels as a Python module: `_cpu` with one submodule per instruction set, `_cuda` with one, `cuda`.
+// The table of kernels as a Python module: `_cpu` with one submodule per instruction set, `_cuda` with one, `cuda`,
+// and for tests `_simt` with one, `simt`.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -61,7 +62,7 @@ bool runs_here(const char* group) {
 
 PYBIND11_MODULE(EXTENSION, m) {
   py::list groups;  // the groups that this machine can run, slowest first
-  for (const char* group : {"generic", "avx2", "avx512", "cuda"}) {
+  for (const char* group : {"generic", "avx2", "avx512", "cuda", "simt"}) {
     py::module_ part = py::reinterpret_borrow<py::module_>(m);
     bool any = false;
     for (const Kernel* const* entry = first_kernel; entry != last_kernel; ++entry) {

@@ -10,6 +10,7 @@ body. `op.backends` lists what can run here, `op.why(device)` says who answers a
     RLHF_FAST_ISA=generic|avx2|avx512    the instruction set of the CPU kernels (default: the best that runs here)
     RLHF_FAST_STRICT=1             an error where the reference would answer in a kernel's place
     TRITON_INTERPRET=1             Triton's kernels can be forced on CPU tensors, run by its interpreter: for tests
+    RLHF_FAST_SIMT=PATH            so can csrc/cuda's, from a module that tests/simt compiles for the CPU
 """
 
 from __future__ import annotations
@@ -22,74 +23,23 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from rlhf_fast.kernels._backends import COMPILED, DEVICES, MISSING, TRITON_ANSWERS, TRITON_FORCED
+
 log = logging.getLogger("rlhf_fast")
 OPS: dict[str, Op] = {}
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
-_DEVICES = ("cpu", "cuda")
 
 
 class Declined(Exception):
     """Raised by a launcher for inputs that its kernel does not serve (a dtype, mostly): the reference answers."""
 
 
-def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """The kernels that can run here, by backend name, best last; and for each device, why it has none."""
-    found: dict[str, ModuleType] = {}
-    missing: dict[str, str] = {}
-    try:
-        cpu = import_module("rlhf_fast._cpu")
-        wanted = os.environ.get("RLHF_FAST_ISA")
-        if wanted and wanted not in cpu.groups:
-            raise ValueError(f"RLHF_FAST_ISA={wanted} does not run here; this machine has: {', '.join(cpu.groups)}")
-        found |= {f"cpu:{isa}": getattr(cpu, isa) for isa in cpu.groups if not wanted or isa == wanted}
-    except ImportError as error:
-        missing["cpu"] = f"rlhf_fast._cpu is not built ({error}); install with a C++ compiler, or `pip install -e .`"
-        tree = Path(__file__).resolve().parent.parent
-        if (tree / "csrc").is_dir():  # it hides a package that was installed from it
-            missing["cpu"] = (
-                f"the source tree {tree} is imported, not an installed package, and its rlhf_fast._cpu is not built"
-                f" ({error}); leave that folder, or install with `pip install -e .` and a C++ compiler"
-            )
-    try:
-        cuda = import_module("rlhf_fast._cuda").cuda
-        cuda.why_not()  # raises where the driver cannot run this build
-        if torch.cuda.is_available():
-            found["cuda"] = cuda
-        else:
-            missing["cuda"] = "rlhf_fast._cuda is built, but no CUDA device is visible to torch"
-    except ImportError as error:
-        missing["cuda"] = f"rlhf_fast._cuda is not built ({error}): installed without nvcc, or with RLHF_FAST_CUDA=0"
-    except RuntimeError as error:
-        missing["cuda"] = f"rlhf_fast._cuda is built, but {str(error).partition(': ')[2]}"
-    return found, missing
-
-
-COMPILED, MISSING = _load_compiled()
-
-
-def _find_triton() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The devices where Triton's kernels answer by themselves, and those where they can be forced."""
-    if find_spec("triton") is None:
-        MISSING["triton"] = "triton is not installed; `pip install triton` (Linux)"
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        MISSING["triton"] = "TRITON_INTERPRET=1: its kernels are interpreted, and answer only where they are forced"
-        return (), _DEVICES
-    elif not torch.cuda.is_available():
-        MISSING["triton"] = "no CUDA device is visible to torch"
-    else:
-        return ("cuda",), ("cuda",)
-    return (), ()
-
-
-TRITON_ANSWERS, TRITON_FORCED = _find_triton()
 _TRITON_FILES = Path(__file__).parent / "triton"
 _FORCED_BY_ENVIRONMENT = os.environ.get("RLHF_FAST_BACKEND") or None
 _STRICT = os.environ.get("RLHF_FAST_STRICT") == "1"
@@ -166,14 +116,14 @@ class Op:
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         self.tail = tuple(self.defaults.get(name) for name in self.names)
         self.implementations: dict[str, Callable] = {"reference": body}
-        self.lines = {device: ["reference"] for device in _DEVICES}  # who answers, best first
+        self.lines = {device: ["reference"] for device in DEVICES}  # who answers, best first
         self._find_triton()
         self.needs: tuple[str, ...] = (self.name,)
         self.prepare: Callable | None = None
         self.warned = False
         self.has_gradient = False
         _library.define(self.name + torch.library.infer_schema(body, mutates_args=mutates))
-        for device in _DEVICES:
+        for device in DEVICES:
             _library.impl(self.name, functools.partial(self._dispatched, device), device.upper())
         torch.library.register_fake(f"rlhf_fast::{self.name}", fake or body, lib=_library)
         self.torch_op = self.differentiable = getattr(torch.ops.rlhf_fast, self.name).default
@@ -220,7 +170,7 @@ class Op:
                     raise self._scattered(args)
             elif isinstance(a, Tensor):
                 return self.torch_op(*args)
-        if device is None or device.type not in _DEVICES or _traced():
+        if device is None or device.type not in DEVICES or _traced():
             return self.torch_op(*args)
         return self._answer(device.type, *args)
 
@@ -286,7 +236,9 @@ class Op:
         if backend not in self.implementations:
             return False
         home = backend.partition(":")[0]
-        return device in TRITON_FORCED if home == "triton" else home in ("reference", device)
+        if home == "triton":
+            return device in TRITON_FORCED
+        return home in ("reference", device) or (home == "simt" and device == "cpu")
 
     @property
     def backends(self) -> list[str]:
@@ -337,7 +289,9 @@ class Op:
         for backend, module in COMPILED.items():
             if all(hasattr(module, name) for name in self.needs):
                 self.implementations[backend] = functools.partial(launch, module)
-                line = self.lines[backend.partition(":")[0]]
+                line = self.lines.get(backend.partition(":")[0])
+                if line is None:  # forced only
+                    continue
                 if line[0] in COMPILED:
                     line.pop(0)
                 line.insert(0, backend)

@@ -2,12 +2,21 @@
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # Triton's kernels run on the CPU; Triton looks at this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "simt"))
+import build as simt  # noqa: E402
+
+if "RLHF_FAST_SIMT" not in os.environ and simt.compiler() and (ROOT / "csrc").is_dir():  # csrc/cuda, run on the CPU
+    os.environ["RLHF_FAST_SIMT"] = str(simt.build(ROOT / "build" / "simt"))
 
 SEED = int(os.environ.get("RLHF_FAST_TEST_SEED") or random.randrange(2**31))
 

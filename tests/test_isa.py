@@ -26,7 +26,8 @@ def backends_under(isa):
     """The exit status and output of a process that lists gae's backends with RLHF_FAST_ISA set."""
     command = [sys.executable, "-c", "from rlhf_fast import ops; print(*ops.gae.backends)"]
     environment = {**os.environ, "RLHF_FAST_ISA": isa}
-    environment.pop("RLHF_FAST_BACKEND", None)
+    for name in ("RLHF_FAST_BACKEND", "RLHF_FAST_SIMT", "TRITON_INTERPRET"):
+        environment.pop(name, None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CSRC.parent)
     return done.returncode, done.stdout + done.stderr
 

@@ -6,9 +6,7 @@
 // it, so that a gap carries the state on. Such maps compose, and a suffix scan by shuffles applies 32 of them in five
 // rounds. A step without gaps knows every next value beforehand: (a, b) with b = delta is enough. Memory is the floor,
 // 17 bytes a token; the next step's loads are under way while this one is scanned.
-#include <cuda_runtime.h>
-
-#include "kernel.h"
+#include "launch.cuh"
 
 namespace {
 
@@ -85,13 +83,11 @@ __global__ void __launch_bounds__(warp* warps_per_block)
 const char* gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bootstrap, uintptr_t advantages,
                 uintptr_t returns, int64_t B, int64_t T, float gamma, float lam, uintptr_t stream) {
   if (B == 0 || T == 0) return nullptr;
-  const int64_t blocks = (B + warps_per_block - 1) / warps_per_block;
-  if (blocks > 0x7fffffff) return "more rows than a grid has blocks";
-  gae_kernel<<<unsigned(blocks), warp * warps_per_block, 0, ptr<CUstream_st>(stream)>>>(
-      ptr<const float>(rewards), ptr<const float>(values), ptr<const uint8_t>(mask), ptr<const float>(bootstrap),
-      ptr<float>(advantages), ptr<float>(returns), B, T, gamma, gamma * lam);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const unsigned blocks = blocks_for(B, warps_per_block);
+  if (!blocks) return "more rows than a grid has blocks";
+  return launch(gae_kernel, blocks, warp * warps_per_block, 0, stream, ptr<const float>(rewards),
+                ptr<const float>(values), ptr<const uint8_t>(mask), ptr<const float>(bootstrap), ptr<float>(advantages),
+                ptr<float>(returns), B, T, gamma, gamma * lam);
 }
 
 KERNEL(gae)

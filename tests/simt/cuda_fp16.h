@@ -1,0 +1,3 @@
+// Stands in for CUDA's cuda_fp16.h where g++ compiles csrc/cuda.
+#pragma once
+#include "simt.h"
