@@ -118,7 +118,7 @@ class Op:
         self.implementations: dict[str, Callable] = {"reference": body}
         self.lines = {device: ["reference"] for device in DEVICES}  # who answers, best first
         self._find_triton()
-        self.needs: tuple[str, ...] = (self.name,)
+        self.needs: dict[str, tuple[str, ...]] = {}  # by device
         self.prepare: Callable | None = None
         self.warned = False
         self.has_gradient = False
@@ -262,7 +262,7 @@ class Op:
         return why
 
     def _why_not_compiled(self, device: str) -> str:
-        return MISSING.get(device) or f"csrc/{device} has no kernel {', '.join(self.needs)}"
+        return MISSING.get(device) or f"csrc/{device} has no kernel {', '.join(self.needs.get(device, (self.name,)))}"
 
     def backend(self, name: str) -> Callable:
         """This op, forced to one backend: `gae.backend("cpu:avx2")(...)`. "cpu" means the best instruction set."""
@@ -281,13 +281,18 @@ class Op:
         self.prepare = prepare
         return prepare
 
-    def compiled(self, launch: Callable | None = None, *, needs: tuple[str, ...] | None = None):
-        """Register `launch(kernels, *args)`, run where csrc/ has the kernels `needs` (by default the op's name)."""
+    def compiled(
+        self, launch: Callable | None = None, *, needs: tuple[str, ...] | None = None, on: tuple[str, ...] = DEVICES
+    ):
+        """Register `launch(kernels, *args)`, run where csrc/ has the kernels `needs` (by default the op's name): for
+        tensors of the devices `on`. csrc/cuda's kernels are run on the CPU by the backend "simt"."""
         if launch is None:
-            return functools.partial(self.compiled, needs=needs)
-        self.needs = needs or self.needs
+            return functools.partial(self.compiled, needs=needs, on=on)
+        needs = needs or (self.name,)
+        self.needs |= dict.fromkeys(on, needs)
         for backend, module in COMPILED.items():
-            if all(hasattr(module, name) for name in self.needs):
+            home = "cuda" if backend == "simt" else backend.partition(":")[0]
+            if home in on and all(hasattr(module, name) for name in needs):
                 self.implementations[backend] = functools.partial(launch, module)
                 line = self.lines.get(backend.partition(":")[0])
                 if line is None:  # forced only
