@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 
 if not torch.cuda.is_available():  # Triton's kernels run on the CPU; Triton looks at this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    import interpreter
+
+    interpreter.hasten()
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "simt"))
