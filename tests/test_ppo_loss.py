@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._op import OPS
+from rlhf_fast.kernels._op import OPS, TRITON_FORCED
 
 BACKENDS = ops.ppo_loss.backends
 KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
@@ -16,7 +16,7 @@ NAN = float("nan")
 @pytest.fixture(params=BACKENDS)
 def ppo(request):
     """ppo_loss of lists or tensors: both losses, stats by name."""
-    device = "cuda" if request.param == "cuda" else "cpu"
+    device = "cpu" if ops.ppo_loss.can_run(request.param, "cpu") else "cuda"
 
     def as_tensor(x):
         return torch.as_tensor(x, device=device) if isinstance(x, (list, torch.Tensor)) else x
@@ -288,6 +288,22 @@ def test_large_batches_keep_their_digits(backend):
         4.5, rel=2e-6
     )
     assert stats[0].item() == pytest.approx(1, rel=2e-6)
+
+
+@pytest.mark.skipif("cpu" not in TRITON_FORCED, reason="Triton's kernels cannot be forced on the CPU here")
+@pytest.mark.parametrize("n", [5 * 512, 4 * 512 + 37])
+def test_a_program_that_walks_several_tiles_leaves_none_out(n, monkeypatch):
+    from rlhf_fast.kernels.triton import ppo_loss
+
+    args = ops.ppo_loss.make((n,), device="cpu", dtype=torch.float32, sampler="truncate")
+    results = []
+    for programs in (ppo_loss.PROGRAMS, 2, 1):
+        monkeypatch.setattr(ppo_loss, "PROGRAMS", programs)
+        policy, value, stats = ops.ppo_loss.backend("triton")(*args)
+        results.append((policy, value, *torch.autograd.grad(policy + value, [args[0], args[4]]), stats))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=2e-6, atol=1e-7)
+        assert all(torch.equal(a, b) for a, b in zip(other[2:4], results[0][2:4], strict=True))
 
 
 def test_bad_arguments_name_the_rule():

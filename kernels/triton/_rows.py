@@ -95,8 +95,8 @@ def norm(x, weight, bias, residual, eps, offset, centered):
     (N, D), y = rows.sizes(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     a, stream = rows.dense(x), residual if residual is None else residual.contiguous()
     whole = D <= WIDEST
-    block = launch.block(D, WIDEST) if whole else 4096
-    together = max(1, 1024 // block)
+    block = launch.block(D, WIDEST if whole else min(WIDEST, 4096))
+    together = max(1, 1024 // block)  # rows a program
     launch.run(
         _norm,
         (triton.cdiv(N, together),),
