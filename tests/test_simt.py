@@ -159,3 +159,24 @@ def test_launches_that_a_gpu_refuses_are_errors(tmp_path):
     for options in ({"shared": "228 << 10"}, {"grid": "dim3(1, 65536)"}, {"grid": "0"}):
         status, said = run(tmp_path, kernel, **options)
         assert status == 3 and said.startswith("simt: "), said
+
+
+@pytest.mark.slow
+def test_every_kernel_is_clean_under_the_sanitizers():
+    """tests/test_ops.py over the same sources with AddressSanitizer and UndefinedBehaviorSanitizer: tensors of torch lie
+    between red zones then, since its allocator is the sanitizer's too."""
+    root = build.CSRC.parent
+    libraries = [
+        subprocess.run([build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    env = os.environ | {
+        "RLHF_FAST_SIMT": str(build.build(root / "build" / "simt", sanitize=True)),
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
+    }
+    tests = ["tests/test_ops.py", "-k", "simt and as_near_the_truth", "-p", "no:cacheprovider", "-rN"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests], capture_output=True, text=True, env=env, cwd=root, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
