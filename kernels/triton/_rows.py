@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm of rows on a GPU, with the residual stream that they read: one kernel.
 
-A row of up to 16384 numbers is held in registers, so that memory is visited once: x, the residual and out, 2 bytes an
+A row of up to 32 KiB is held in registers, so that memory is visited once: x, the residual and out, 2 bytes an
 element each in bfloat16 (and 2 more where the residual is written), and the weight, of the second-level cache. Narrow
 rows share a program, by a rule from D alone: the bits of a row are its own. A wider row is walked tile by tile, once
 for each of its statistics and once more to be written; later walks find it in the caches.
@@ -13,7 +13,7 @@ import triton.language as tl
 from rlhf_fast.kernels import _rows as rows
 from rlhf_fast.kernels.triton import launch
 
-WIDEST = 16384
+WIDEST = 32768  # bytes of a row that are held in registers
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _write(y, mean, inverse, scale, shift, residual, out, at, inside):
 @triton.jit
 def _norm(
     x, residual, weight, bias, out, N, D, x_stride, eps, offset,
-    CENTERED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTERED: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, BLOCK)
@@ -58,11 +58,14 @@ def _norm(
         inside = (row < N) & across[None, :]
         at = row * D + columns[None, :]
         y = _tile(x, residual, row * x_stride + columns[None, :], at, inside)
-        scale, shift = _factors(weight, bias, offset, columns, across)  # on their way while the row is summed
+        if EARLY:  # on their way while the row is summed, where there are registers for them
+            scale, shift = _factors(weight, bias, offset, columns, across)
         if CENTERED:
             mean = (tl.sum(y, axis=1) / D)[:, None]
         centered = tl.where(across[None, :], y - mean, 0.0)
         inverse = tl.rsqrt(tl.sum(centered * centered, axis=1) / D + eps)[:, None]
+        if not EARLY:
+            scale, shift = _factors(weight, bias, offset, columns, across)
         _write(y, mean, inverse, scale, shift, residual, out, at, inside)
     else:
         if CENTERED:
@@ -94,8 +97,9 @@ def norm(x, weight, bias, residual, eps, offset, centered):
     launch.serves(x, weight, bias)
     (N, D), y = rows.sizes(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     a, stream = rows.dense(x), residual if residual is None else residual.contiguous()
-    whole = D <= WIDEST
-    block = launch.block(D, WIDEST if whole else min(WIDEST, 4096))
+    widest = WIDEST // x.element_size()
+    whole = D <= widest
+    block = launch.block(D, widest if whole else min(widest, 4096))
     together = max(1, 1024 // block)  # rows a program
     launch.run(
         _norm,
@@ -112,6 +116,7 @@ def norm(x, weight, bias, residual, eps, offset, centered):
         offset,
         CENTERED=centered,
         WHOLE=whole,
+        EARLY=block <= 8192,
         ROWS=together,
         BLOCK=block,
         num_warps=launch.warps(together * block),

@@ -215,7 +215,9 @@ def _launch(args, by_logprobs, by_values):
         num_warps=LANES // 32,
     )
     block = launch.block(programs)
-    launch.run(_join, (PARTS,), parts, policy_loss, value_loss, stats, programs, BLOCK=block, num_warps=1)
+    launch.run(
+        _join, (PARTS,), parts, policy_loss, value_loss, stats, programs, BLOCK=block, num_warps=launch.warps(block, 8)
+    )
     return policy_loss, value_loss, stats, slopes
 
 

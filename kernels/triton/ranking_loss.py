@@ -40,15 +40,15 @@ def _pair(ours, theirs, our_rank, their_rank, both):
 
 
 @triton.jit
-def _pairs(ranks, start, end, BLOCK: tl.constexpr):
+def _pairs(ranks, K, BLOCK: tl.constexpr):
     """Ordered pairs of a group: what its slopes are divided by."""
     at = tl.arange(0, BLOCK)
     pairs = tl.zeros((BLOCK,), tl.int64)
-    for i in range(start, end, BLOCK):
-        rank = tl.load(ranks + i + at, mask=i + at < end, other=0)
-        for j in range(start, end, BLOCK):
-            other = tl.load(ranks + j + at, mask=j + at < end, other=0)
-            both = (i + at < end)[:, None] & (j + at < end)[None, :]
+    for i in range(0, K, BLOCK):
+        rank = tl.load(ranks + i + at, mask=i + at < K, other=0)
+        for j in range(0, K, BLOCK):
+            other = tl.load(ranks + j + at, mask=j + at < K, other=0)
+            both = (i + at < K)[:, None] & (j + at < K)[None, :]
             pairs += tl.sum((both & (rank[:, None] < other[None, :])).to(tl.int32), axis=1)
     return tl.sum(pairs, axis=0)
 
@@ -56,24 +56,27 @@ def _pairs(ranks, start, end, BLOCK: tl.constexpr):
 @triton.jit
 def _groups(scores, offsets, ranks, weights, slopes, parts, G, BLOCK: tl.constexpr):
     group = tl.program_id(0)
-    start, end = tl.load(offsets + group).to(tl.int64), tl.load(offsets + group + 1).to(tl.int64)
-    pairs = _pairs(ranks, start, end, BLOCK)
+    start = tl.load(offsets + group).to(tl.int64)
+    K = (tl.load(offsets + group + 1) - start).to(tl.int32)
+    scores += start
+    ranks += start
+    pairs = _pairs(ranks, K, BLOCK)
     coefficient = 1.0 / tl.maximum(pairs, 1).to(tl.float32)
     if weights is not None:
         coefficient = tl.where(pairs > 0, tl.load(weights + group).to(tl.float32) * coefficient, 0.0)
     at = tl.arange(0, BLOCK)
     losses, margins = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     correct = tl.zeros((BLOCK,), tl.int64)
-    for i in range(start, end, BLOCK):
+    for i in range(0, K, BLOCK):
         row = i + at
-        ours = tl.load(scores + row, mask=row < end, other=0.0).to(tl.float32)
-        our_rank = tl.load(ranks + row, mask=row < end, other=0)
+        ours = tl.load(scores + row, mask=row < K, other=0.0).to(tl.float32)
+        our_rank = tl.load(ranks + row, mask=row < K, other=0)
         pull = tl.zeros((BLOCK,), tl.float32)
-        for j in range(start, end, BLOCK):
+        for j in range(0, K, BLOCK):
             column = j + at
-            theirs = tl.load(scores + column, mask=column < end, other=0.0).to(tl.float32)
-            their_rank = tl.load(ranks + column, mask=column < end, other=0)
-            both = (row < end)[:, None] & (column < end)[None, :]
+            theirs = tl.load(scores + column, mask=column < K, other=0.0).to(tl.float32)
+            their_rank = tl.load(ranks + column, mask=column < K, other=0)
+            both = (row < K)[:, None] & (column < K)[None, :]
             better, worse, margin, loss, push = _pair(
                 ours[:, None], theirs[None, :], our_rank[:, None], their_rank[None, :], both
             )
@@ -82,7 +85,7 @@ def _groups(scores, offsets, ranks, weights, slopes, parts, G, BLOCK: tl.constex
             margins += tl.sum(tl.where(better, margin, 0.0).to(tl.float64), axis=1)  # of both signs: they cancel
             correct += tl.sum((better & (margin > 0)).to(tl.int32), axis=1)
         if slopes is not None:
-            tl.store(slopes + row, coefficient * pull, mask=row < end)
+            tl.store(slopes + start + row, coefficient * pull, mask=row < K)
     tl.store(parts + LOSS * G + group, tl.sum(losses, axis=0))
     tl.store(parts + PAIRS * G + group, pairs.to(tl.float64))
     tl.store(parts + CORRECT * G + group, tl.sum(correct, axis=0).to(tl.float64))
@@ -138,7 +141,7 @@ def _launch(scores, offsets, ranks, weights, with_slope):
 
     loss, stats, parts = empty(), empty(len(STATS)), empty(4, G, dtype=torch.float64)
     slopes = empty(N) if with_slope else None
-    block = launch.block(triton.cdiv(3 * N, 2 * max(G, 1)), 64)  # most groups in one tile, where their K differ
+    block = launch.block(triton.cdiv(3 * N, 2 * max(G, 1)), 32)  # most groups in one tile, where their K differ
     launch.run(
         _groups,
         (G,),
