@@ -163,7 +163,7 @@ def test_launches_that_a_gpu_refuses_are_errors(tmp_path):
 
 @pytest.mark.slow
 def test_every_kernel_is_clean_under_the_sanitizers():
-    """tests/test_ops.py over the same sources with AddressSanitizer and UndefinedBehaviorSanitizer: tensors of torch lie
+    """tests/test_ops.py over the same sources with AddressSanitizer and UBSan: tensors of torch lie
     between red zones then, since its allocator is the sanitizer's too."""
     root = build.CSRC.parent
     libraries = [
