@@ -162,12 +162,14 @@ def test_float16_is_served_by_ops():
 
 def test_products_in_bfloat16_are_near(monkeypatch):
     model, rows = Model(MODELS["llama 8/2 heads of 128"]().bfloat16()), random_rows(20)
-    decoder = FusedDecoder.make(model)
-    wide = hidden(decoder, rows, at_once(rows))[0]
-    monkeypatch.setattr(linear_sample_tokens, "HALF", 2)
-    half = hidden(decoder, rows, at_once(rows))[0]
+    decoder, found = FusedDecoder.make(model), []
+    for how in (0, 2, 1):  # widened, the instruction emulated, the instruction itself where there is one
+        monkeypatch.setattr(linear_sample_tokens, "HALF", how)
+        found.append(hidden(decoder, rows, at_once(rows))[0])
+    wide, half, given = found
     assert not torch.equal(wide, half), "the emulation did not run"
     assert (wide - half).abs().max() <= 0.02 * wide.abs().max()
+    assert torch.equal(given, half) or torch.equal(given, wide), "the instruction differs from its emulation"
 
 
 def test_greedy_is_transformers_generate(make):
