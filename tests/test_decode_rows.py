@@ -137,6 +137,21 @@ def test_rope_store_writes_its_places_alone(backend, cache):
             assert torch.equal(flat[slots], given.to(cache))
 
 
+@compiled
+@pytest.mark.parametrize("backend", ROPE)
+def test_rope_store_reads_a_projection_and_writes_caches_as_they_lie(backend):
+    """q, k and v side by side in one tensor's rows, the caches side by side in another's."""
+    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make(
+        N=5, H=6, Hkv=2, d=20, P=4, r=12, device="cpu", dtype=torch.float32
+    )
+    call = ops.rope_store.backend(backend)
+    views = torch.cat([q, k, v], 1).split([6, 2, 2], 1)
+    caches = torch.cat([k_cache, v_cache], 3).split([20, 20], 3)
+    out = call(*views, cos, sin, *caches, slots)
+    assert torch.equal(out, call(q, k, v, cos, sin, k_cache, v_cache, slots))
+    assert torch.equal(caches[0], k_cache) and torch.equal(caches[1], v_cache)
+
+
 def test_rotations_keep_length_and_depend_on_the_distance_alone():
     half = 10_000 ** -(torch.arange(16) / 16)
     q, k, v = torch.randn(1, 1, 32), torch.randn(1, 1, 32), torch.randn(1, 1, 32)
