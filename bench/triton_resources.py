@@ -4,8 +4,8 @@
 
 Every op's Triton function is called on its `large` inputs, float32 and bfloat16, as fake CUDA tensors; the launches are
 not run but written down, and each is compiled as the launch would have it. The exit status is 1 where a kernel spills,
-needs more shared memory than the chip has or multiplies bfloat16 without tensor cores, and where a launcher waits for
-the device.
+needs more shared memory than the chip has or multiplies bfloat16 without its best tensor cores (which on sm_90 take no
+fewer than 64 rows), and where a launcher waits for the device.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
+WIDE = 64  # rows from which on sm_90 has an instruction of its own
 
 
 class Launch(NamedTuple):
@@ -69,7 +69,7 @@ class Resources(NamedTuple):
     wide_loads: int
     loads: int
     products: int
-    halves: bool  # it multiplies matrices of 16-bit numbers
+    wants: str  # the instruction for the products of 16-bit numbers that it has, "" without any
 
 
 def described(kernel, args: tuple, options: dict) -> Launch:
@@ -141,6 +141,8 @@ def compiled(of: Launch, capability: int) -> Resources:
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
         code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True).stdout
+    rows = [int(x) for x in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+xb?f16", made.asm["ttir"])]
+    wants = ("HGMMA" if capability >= 90 and max(rows) >= WIDE else "HMMA") if rows else ""
     count = collections.Counter(re.findall(r"\b(STL|LDL|HMMA|HGMMA)\b", code))
     loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
     return Resources(
@@ -149,8 +151,8 @@ def compiled(of: Launch, capability: int) -> Resources:
         spills=count["STL"] + count["LDL"],
         wide_loads=sum(".128" in load for load in loads) + len(re.findall(r"\bUTMALDG", code)),
         loads=len(loads) + len(re.findall(r"\bUTMALDG", code)),
-        products=count[TENSOR_CORES[capability]],
-        halves=bool(re.search(r"tt\.dot .*: tensor<\d+x\d+xb?f16", made.asm["ttir"])),
+        products=count[wants] if wants else count["HMMA"] + count["HGMMA"],
+        wants=wants,
     )
 
 
@@ -159,8 +161,8 @@ def faults(of: Launch, capability: int, has: Resources) -> Iterator[str]:
         yield f"{has.spills} spills"
     if has.shared > ARCHITECTURES[capability]:
         yield f"{has.shared} bytes of shared memory"
-    if has.halves and not has.products:
-        yield f"no {TENSOR_CORES[capability]}"
+    if has.wants and not has.products:
+        yield f"no {has.wants}"
 
 
 def collect(wanted: list[str]) -> dict[Launch, str]:
