@@ -130,6 +130,7 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, 
         {"lengths": (513, 31), "H": 16, "Hkv": 2, "d": 33, "P": 7, "dv": 19, "window": 300, "cache": torch.float32},
         {"lengths": (5, 40), "H": 5, "Hkv": 1, "d": 96, "P": 16, "softcap": 2.0, "window": 8},
         {"lengths": (1, 16, 32) * 3, "H": 2, "Hkv": 2, "d": 128, "P": 16, "spread": 8.0},
+        {"lengths": (3, 70), "H": 20, "Hkv": 1, "d": 16, "P": 64},
         {"lengths": (), "H": 2, "Hkv": 1, "d": 8, "P": 4},
     ],
     large=[

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._op import OPS
+from rlhf_fast.kernels._op import OPS, TRITON_FORCED
 
-BACKENDS = [b for b in OPS["decode_attention"].backends if b.startswith("cpu")]
+BACKENDS = [
+    b for b in OPS["decode_attention"].backends if b.startswith("cpu") or b == "triton" and "cpu" in TRITON_FORCED
+]
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
+triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
 
 
 class Sequences:
@@ -98,7 +101,7 @@ def test_pages_that_the_window_has_passed_need_not_exist():
     assert_right(attention(s, (k, v, table), window=70), s, window=70)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_bits_of_a_token_are_its_own(backend, dtype):
     """Alone, in company, in another order, in other pages, for any number of threads."""
@@ -122,6 +125,40 @@ def test_the_bits_of_a_token_are_its_own(backend, dtype):
                 torch.set_num_threads(threads)
     finally:
         torch.set_num_threads(before)
+
+
+@triton
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [0, 400])
+def test_tritons_bits_hang_neither_on_company_nor_on_who_takes_a_split(number, window, monkeypatch):
+    from rlhf_fast.kernels.triton import decode_attention
+
+    s = Sequences([300, 17, 0, 600], H=4, d=32, dtype=number)
+    s.q = s.q.to(number)
+    shares = decode_attention._parts(4, 4, 2, 32, 3, s.q)
+    assert shares == 3, "not a program a split"
+    alone = torch.cat([attention(s, s.paged(64), [n], "triton", window=window) for n in range(4)])
+    bound = torch.finfo(number).eps
+    for n in (0, 1, 3):
+        torch.testing.assert_close(alone[n].double(), s.expected(n, window=window), rtol=bound, atol=bound)
+    monkeypatch.setattr(decode_attention, "_parts", lambda *sizes: 1)
+    for P in (16, 64):
+        assert torch.equal(attention(s, s.paged(P), [3, 2, 0, 1], "triton", window=window), alone[[3, 2, 0, 1]])
+
+
+@triton
+def test_what_splits_leave_behind_is_bounded():
+    """A step's few tokens are split; thousands of a prompt are not, nor do long tables ask for much memory."""
+    from rlhf_fast.kernels.triton import decode_attention
+
+    q = torch.empty(0)
+    few = 4 * 2  # the interpreter's processors: programs that fill them twice
+    for N in (1, 3, 60, 5000):
+        for splits in (1, 8, 4096):
+            parts = decode_attention._parts(N, 32, 8, 128, splits, q)
+            assert parts in (1, splits)
+            assert parts == 1 or N * 8 < few or 4 * N * 32 * splits * 130 <= decode_attention.SCRATCH
+            assert parts == splits or N * 8 >= few
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
