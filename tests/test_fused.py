@@ -12,7 +12,7 @@ from peak import peak_bytes
 from rlhf_fast.config import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import linear_sample_tokens
-from rlhf_fast.kernels._op import COMPILED, forcing
+from rlhf_fast.kernels._op import COMPILED, OPS, forcing
 from rlhf_fast.model import Model
 from rlhf_fast.rollout import Rollout, decode_step, layers
 from rlhf_fast.rollout.arena import Arena
@@ -150,6 +150,40 @@ def test_the_step_by_ops_is_the_same_step(make, dtype):
         by_ops = torch.cat(hidden(decoder, rows, split))
     assert not torch.equal(by_ops, compiled), "the compiled step answered"
     assert (by_ops - compiled).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * compiled.norm()
+
+
+STEP = [OPS[name] for name in ("rms_norm", "layer_norm", "swiglu", "gelu", "rope_store", "decode_attention")]
+triton = pytest.mark.skipif(
+    not all(op.can_run("triton", "cpu") for op in STEP), reason="Triton's kernels cannot be forced on the CPU here"
+)
+
+
+@triton
+@pytest.mark.parametrize("name", ["qwen3 4/2 heads of 80", "gpt2", "mistral, window 5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_step_by_tritons_ops_is_the_same_step(name, dtype):
+    """What a GPU computes, by an op a launch."""
+    model, rows = Model(MODELS[name]().to(dtype)), random_rows(1, 11)
+    compiled = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
+    with forcing("triton"):
+        decoder = FusedDecoder.make(model)
+        by_ops = torch.cat(hidden(decoder, rows, at_once(rows)))
+    assert not torch.equal(by_ops, compiled), "the compiled step answered"
+    assert (by_ops - compiled).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * compiled.norm()
+
+
+@triton
+def test_a_rollout_on_tritons_ops_draws_the_same_tokens(monkeypatch):
+    sampler = OPS["linear_sample_tokens"]
+    if not sampler.can_run("triton", "cpu"):  # then it runs on its reference
+        monkeypatch.setitem(sampler.implementations, "triton", sampler.reference)
+    batch, cfg = prompts(3, 5), sampling(max_new_tokens=4)
+    model = Model(MODELS["llama 4/4 heads of 64"]())
+    compiled = Rollout(model, cfg, 3, path="fused").generate(batch, samples=2)
+    with forcing("triton"):
+        ours = Rollout(model, cfg, 3, path="fused").generate(batch, samples=2)
+    assert torch.equal(ours.tokens, compiled.tokens)
+    torch.testing.assert_close(ours.logprobs, compiled.logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_float16_is_served_by_ops():
