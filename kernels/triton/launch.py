@@ -1,7 +1,8 @@
 """How the Triton kernels are launched, and the few device functions that they share.
 
-kernels/triton/<op>.py has, by the op's name, the function that answers for it; kernels/_op.py finds it there. Every kernel
-is launched by `run`, so that a tool may look at a launch instead (bench/triton_resources.py compiles what it sees).
+kernels/triton/<op>.py has, by the op's name, the function that answers for it; kernels/_op.py finds it there. Every
+kernel is launched by `run`, so that a tool may look at a launch instead (bench/triton_resources.py compiles what it
+sees).
 
 With TRITON_INTERPRET=1 in the environment before Triton is imported, kernels run on CPU tensors, one program at a time,
 in numpy: for tests. The interpreter multiplies bfloat16 by its bits, does not round when it stores, and knows no
