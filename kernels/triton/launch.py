@@ -43,6 +43,14 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
+def capability(x: Tensor) -> int:
+    """Of x's device, if it is NVIDIA's: 90 for sm_90. 0 elsewhere."""
+    if not x.is_cuda or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def block(columns: int, most: int = 4096) -> int:
     """The size of a row's tile: the least power of two that holds the row, `most` at most, 16 at least."""
     return max(16, min(triton.next_power_of_2(columns), most))
