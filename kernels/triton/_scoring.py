@@ -259,15 +259,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(hidden: Tensor, unit: int, pair: bool, softcap: float) -> Tile:
-    """By what a multiprocessor can hold: 256 columns take Hopper's products, which read both factors from shared
-    memory, and no second head nor a tanh in registers beside them."""
+def tile(hidden: Tensor, unit: int, pair: bool, plain: bool) -> Tile:
+    """By what fits a multiprocessor, no register of an inner loop in memory. 256 columns take Hopper's products, which
+    read both factors from shared memory, and nothing beside them; `plain`: no softcap, nor, with a second head, a bias
+    or a D that steps do not divide."""
     capability = launch.capability(hidden)
-    if hidden.dtype == torch.float32 or unit == 1 or capability < 80:
-        return Tile(64, 64, 32, 4, 2)
-    if 90 <= capability < 120:
-        return Tile(128, 128 if pair or softcap else 256, 64, 8, 3)
-    return Tile(128, 128, 64, 8, 4)
+    if hidden.dtype == torch.float32:
+        return Tile(32, 64, 16, 4, 2) if pair else Tile(64, 64, 32, 4, 2)
+    if unit == 1 or capability < 80:
+        return Tile(64, 32 if pair else 64, 32, 4, 2)
+    if not 90 <= capability < 120:
+        return Tile(64, 128, 32, 8, 5) if pair else Tile(128, 128, 64, 8, 4)
+    if pair:
+        return Tile(128, 128, 64, 8, 3) if plain else Tile(64, 128, 64, 8, 4)
+    return Tile(128, 256 if plain else 128, 64, 8, 3)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -296,19 +301,19 @@ def _run(kernel, heads, targets: Tensor, temperature: float, softcap: float) -> 
     if not N:
         return out
     unit = _unit(*matrices)
-    of = tile(matrices[0], unit, pair, softcap)
+    depths = [x.shape[1] for x in matrices[::2]]
+    bare = all(head[2] is None for head in heads) and all(depth % 64 == 0 for depth in depths)
+    of = tile(matrices[0], unit, pair, not softcap and (bare or not pair))
     row_blocks, tiles = triton.cdiv(N, of.rows), triton.cdiv(V, of.columns)
     each = triton.cdiv(tiles, SPLITS)
     splits, room = triton.cdiv(tiles, each), row_blocks * of.rows
-    bytes_a_block = of.rows * sum(x.shape[1] * x.element_size() for x in matrices[::2])
-    group = min(row_blocks, max(8, SHARED_ROWS // bytes_a_block))
+    group = min(row_blocks, max(8, SHARED_ROWS // (of.rows * sum(depths) * matrices[0].element_size())))
     rows, wanted, places, count = (empty(n, dtype=torch.int32) for n in (room, room, N, 1))
     picked, parts = empty(len(heads), room), empty(splits, 6 if pair else 3, room)
     targets = targets.contiguous()
     launch.run(
         _list, (1,), targets, rows, wanted, places, picked, count, N, room, HEADS=len(heads), BLOCK=LISTED, num_warps=8
     )
-    depths = [x.shape[1] for x in matrices[::2]]
     scale = 1 / (math.log(2) * temperature)
     launch.run(
         kernel,
