@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -104,26 +104,33 @@ def as_if_on_gpu(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
 
-def launches(op: Op, size: dict, dtype: torch.dtype) -> Iterator[Launch]:
-    """The launches of one call of the op's Triton function."""
+def launches(op: Op, size: dict, dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
+    """The launches of one call of the op's Triton function, on a GPU of each compute capability."""
     args = op.make(device="cpu", dtype=dtype, **size)
     args = op.prepare(*op._bind(tuple(args), {})) if op.prepare else op._bind(tuple(args), {})
     stem = Path(op.reference.__code__.co_filename).stem
     function = getattr(import_module(f"rlhf_fast.kernels.triton.{stem}"), op.name)
+    for capability in ARCHITECTURES:
+        for one in recorded(lambda: function(*tree_map_only(torch.Tensor, as_if_on_gpu, args)), capability):
+            yield one, capability
+
+
+def recorded(call: Callable[[], object], capability: int) -> list[Launch]:
+    """The launches that a call on fake CUDA tensors makes, none of them run."""
     seen: list[Launch] = []
 
     def write_down(kernel, grid, *args, **options):
         if all(grid):
             seen.append(described(kernel, args, options))
 
-    before = launch.run, launch.processors
-    launch.run, launch.processors = write_down, lambda x: PROCESSORS
+    before = launch.run, launch.processors, launch.capability
+    launch.run, launch.processors, launch.capability = write_down, lambda x: PROCESSORS, lambda x: capability
     try:
         with FakeTensorMode(), torch.no_grad():
-            function(*tree_map_only(torch.Tensor, as_if_on_gpu, args))
+            call()
     finally:
-        launch.run, launch.processors = before
-    return iter(seen)
+        launch.run, launch.processors, launch.capability = before
+    return seen
 
 
 def compiled(of: Launch, capability: int) -> Resources:
@@ -165,9 +172,9 @@ def faults(of: Launch, capability: int, has: Resources) -> Iterator[str]:
         yield f"no {has.wants}"
 
 
-def collect(wanted: list[str]) -> dict[Launch, str]:
-    """Every launch of the ops wanted (all if none is named), each with the first op and dtype that makes it."""
-    found: dict[Launch, str] = {}
+def collect(wanted: list[str]) -> dict[tuple[Launch, int], str]:
+    """Every launch of the ops wanted (all if none is named) on each GPU, with the first op and dtype that makes it."""
+    found: dict[tuple[Launch, int], str] = {}
     for op in OPS.values():
         stem = Path(op.reference.__code__.co_filename).stem
         if wanted and op.name not in wanted and stem not in wanted:
@@ -179,15 +186,14 @@ def collect(wanted: list[str]) -> dict[Launch, str]:
     return found
 
 
-_FOUND: list[Launch] = []
+_FOUND: list[tuple[Launch, int]] = []
 
 
-def _job(task: tuple[int, int]) -> tuple[int, int, Resources | str]:
-    index, capability = task
+def _job(index: int) -> tuple[int, Resources | str]:
     try:
-        return index, capability, compiled(_FOUND[index], capability)
+        return index, compiled(*_FOUND[index])
     except Exception as error:  # shown in the table's place: one kernel's fault hides no other's
-        return index, capability, f"{type(error).__name__}: {str(error)[-300:]}"
+        return index, f"{type(error).__name__}: {str(error)[-300:]}"
 
 
 def main() -> int:
@@ -200,23 +206,22 @@ def main() -> int:
         parser.error(f"there is no op {', '.join(sorted(unknown))}; there are: {', '.join(sorted(ops.__all__))}")
     found = collect(options.op)
     _FOUND.extend(found)
-    tasks = [(i, capability) for i in range(len(_FOUND)) for capability in ARCHITECTURES]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        results = {(i, capability): has for i, capability, has in pool.imap_unordered(_job, tasks)}
+        results = dict(pool.imap_unordered(_job, range(len(_FOUND))))
     lines, bad = [HEADER], []
-    for i, of in enumerate(_FOUND):
-        for capability in ARCHITECTURES:
-            has, where = results[i, capability], f"{of.name} ({found[of]}) on sm_{capability}"
-            if isinstance(has, str):
-                bad.append(f"{where}: {has}")
-                continue
-            warps = dict(of.options).get("num_warps", 4)
-            constants = ", ".join(f"{k}={v}" for k, v in of.constants if k.isupper() and v is not None)
-            lines.append(
-                f"| {of.name} | {found[of]} | {constants} | sm_{capability} | {warps} | {has.registers} |"
-                f" {has.shared / 1024:.0f} | {has.spills} | {has.wide_loads} / {has.loads} | {has.products or ''} |"
-            )
-            bad += [f"{where}: {fault}" for fault in faults(of, capability, has)]
+    for i, (of, capability) in enumerate(_FOUND):
+        has, first = results[i], found[of, capability]
+        where = f"{of.name} ({first}) on sm_{capability}"
+        if isinstance(has, str):
+            bad.append(f"{where}: {has}")
+            continue
+        warps = dict(of.options).get("num_warps", 4)
+        constants = ", ".join(f"{k}={v}" for k, v in of.constants if k.isupper() and v is not None)
+        lines.append(
+            f"| {of.name} | {first} | {constants} | sm_{capability} | {warps} | {has.registers} |"
+            f" {has.shared / 1024:.0f} | {has.spills} | {has.wide_loads} / {has.loads} | {has.products or ''} |"
+        )
+        bad += [f"{where}: {fault}" for fault in faults(of, capability, has)]
     print("\n".join(lines))
     if options.save:
         text = (
