@@ -276,7 +276,8 @@ def tile(hidden: Tensor, unit: int, pair: bool, plain: bool) -> Tile:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Rows without gaps; a tile's rows lie within 2^31 elements."""
+    return x if x.stride(1) == 1 and x.stride(0) < 1 << 22 else x.contiguous()
 
 
 def _unit(*matrices: Tensor) -> int:

@@ -1,0 +1,308 @@
+"""Scoring by Triton's product with the softmax behind it, against float64; and its tiles as NVIDIA's GPUs take them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlhf_fast.kernels import _head as head
+from rlhf_fast.kernels._backends import TRITON_FORCED
+from rlhf_fast.kernels.linear_kl import linear_kl_with_statistics
+from rlhf_fast.kernels.linear_logprobs import linear_logprobs_with_statistics
+
+pytest.importorskip("triton")
+if not TRITON_FORCED:
+    pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
+
+from rlhf_fast.kernels._op import Declined  # noqa: E402
+from rlhf_fast.kernels.triton import _scoring as scoring  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Several blocks of rows, splits, tiles a split and steps a product at small sizes."""
+    monkeypatch.setattr(scoring, "tile", lambda *rule: scoring.Tile(16, 16, 16, 4, 2))
+    monkeypatch.setattr(scoring, "SPLITS", 3)
+    monkeypatch.setattr(scoring, "SHARED_ROWS", 0)
+    monkeypatch.setattr(scoring, "LISTED", 16)
+
+
+def one(N, D, V, dtype, **options):
+    args = head.make_head(N, D, V, DEVICE, dtype, **options)
+    return [x if x is None else x.detach() for x in args]
+
+
+def pair(N, D, E, V, dtype, apart=1.0, **options):
+    """Arguments of score_pair but temperature and softcap."""
+    hidden, weight, targets, bias = one(N, D, V, dtype, **options)
+    ref_hidden, ref_weight, _, ref_bias = one(N, E, V, dtype, **options)
+    ref_hidden = (apart * ref_hidden.nan_to_num()).masked_fill((targets == -100)[:, None], torch.nan)
+    return hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias
+
+
+def double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def truth_of_one(hidden, weight, targets, bias, temperature, softcap, of=double):
+    args = map(of, (hidden, weight, targets, bias, temperature, softcap))
+    logprobs, entropy, statistics = linear_logprobs_with_statistics.reference(*args)
+    return torch.stack([logprobs, entropy, *statistics])
+
+
+def score_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap):
+    return scoring.score_pair(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias)
+
+
+def truth_of_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap, of=double):
+    args = hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias
+    logprobs, ref_logprobs, entropy, kl, (m, s, ref_m, ref_s) = linear_kl_with_statistics.reference(*map(of, args))
+    return torch.stack([logprobs, entropy, m, s, ref_logprobs, kl, ref_m, ref_s])
+
+
+def assert_near(ours, reference, args):
+    """No further from the truth than plain float32 torch is at its worst, and float32 rounding of the value."""
+    assert ours.dtype == torch.float32
+    truth, plain = reference(*args), reference(*args, of=lambda x: x)
+    finite = truth.isfinite()
+    assert torch.equal(ours.double()[~finite].nan_to_num(), truth[~finite].nan_to_num())
+    error, allowed = ((x.double() - truth).where(finite, 0).abs() for x in (ours, plain))
+    slack = 2e-6 * (1 + truth.where(finite, 0).abs())
+    for i, (row, bound) in enumerate(zip(error - slack, allowed, strict=True)):
+        if len(row):
+            assert row.max() <= bound.max(), f"output {i}: {row.max()} beyond rounding, plain torch {bound.max()}"
+
+
+OPTIONS = [
+    {"N": 37, "D": 24, "V": 131},
+    {"N": 1, "D": 1, "V": 2},
+    {"N": 5, "D": 17, "V": 33, "temperature": 0.7, "bias": True},
+    {"N": 33, "D": 40, "V": 97, "softcap": 5.0, "temperature": 1.5, "bias": True, "index": torch.int32},
+    {"N": 18, "D": 8, "V": 50, "ignored": 0.0, "softcap": 2.0},
+    {"N": 9, "D": 9, "V": 64, "offset": -640.0, "temperature": 0.3},
+    {"N": 0, "D": 8, "V": 5},
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
+def test_one_head(options, dtype, small, poisoned):
+    options = dict(options)
+    scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)
+    args = *one(dtype=dtype, **options), *scalars
+    ours = scoring.score(*args)
+    assert_near(ours, truth_of_one, args)
+    assert torch.equal(ours, scoring.score(*args))
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
+def test_a_policy_and_its_reference(options, dtype, small, poisoned):
+    options = dict(options)
+    scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)
+    args = *pair(E=options["D"] + 8 * (options["N"] % 2), dtype=dtype, **options), *scalars
+    ours = score_pair(*args)
+    assert_near(ours, truth_of_pair, args)
+    assert torch.equal(ours, score_pair(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_the_tiles_of_the_rule(dtype, poisoned):
+    """As they are chosen here, with rows in more than one block."""
+    args = *one(70, 24, 300, dtype, bias=True), 1.0, 0.0
+    assert_near(scoring.score(*args), truth_of_one, args)
+    args = *pair(70, 24, 16, 300, dtype), 1.0, 0.0
+    assert_near(score_pair(*args), truth_of_pair, args)
+
+
+def test_a_pair_of_equals_has_no_divergence(small):
+    hidden, weight, targets, bias = one(21, 24, 131, torch.bfloat16, bias=True)
+    out = score_pair(hidden, weight, hidden, weight, targets, bias, bias, 0.9, 0.0)
+    assert (out[5] == 0).all() and torch.equal(out[0], out[4]) and torch.equal(out[2:4], out[6:8])
+    assert torch.equal(out[:4], scoring.score(hidden, weight, targets, bias, 0.9, 0.0))  # these tiles are the same
+
+
+def test_far_apart(small):
+    args = *pair(20, 24, 24, 131, torch.float32, apart=300.0), 1.0, 0.0
+    truth = truth_of_pair(*args)
+    assert truth[5].max() > 300
+    torch.testing.assert_close(score_pair(*args).double(), truth, atol=1e-4, rtol=2e-6)
+
+
+@pytest.mark.parametrize("ignored", ["all", "none", "a block", "all but the last"])
+def test_ignored_rows(ignored, small, poisoned):
+    hidden, weight, targets, bias = one(53, 24, 131, torch.bfloat16, ignored=0.0)
+    off = torch.zeros(53, dtype=torch.bool, device=DEVICE)
+    off[{"all": slice(None), "none": slice(0), "a block": slice(5, 40), "all but the last": slice(-1)}[ignored]] = True
+    hidden, targets = hidden.masked_fill(off[:, None], torch.nan), targets.masked_fill(off, -100)
+    out = scoring.score(hidden, weight, targets, bias, 1.0, 0.0)
+    assert (out[:, off] == 0).all() and out.isfinite().all()
+    assert_near(out, truth_of_one, (hidden, weight, targets, bias, 1.0, 0.0))
+    both = score_pair(hidden, weight, hidden, weight, targets, bias, bias, 1.0, 0.0)
+    assert (both[:, off] == 0).all() and torch.equal(both[:4], out)
+
+
+def test_ignored_rows_cost_no_product(small, monkeypatch):
+    """A weight that is all NaN shows in every row that is multiplied; no block of rows beyond the count is."""
+    hidden, weight, targets, _ = one(64, 24, 131, torch.float32, ignored=0.0)
+    targets[7:] = -100
+    seen = []
+    run = scoring.launch.run
+
+    def keep(kernel, grid, *args, **options):
+        run(kernel, grid, *args, **options)
+        if kernel is scoring._score:
+            seen.append(args[7].clone())  # parts
+
+    monkeypatch.setattr(scoring.launch, "run", keep)
+    scoring.score(hidden, torch.full_like(weight, torch.nan), targets, None, 1.0, 0.0)
+    (parts,) = seen
+    assert parts[:, 1, :16].isnan().all() and (parts[:, 1, 16:] == 0).all() and parts.shape[2] == 64
+
+
+@DTYPES
+def test_a_row_has_the_same_bits_in_any_batch(dtype, small):
+    args = pair(41, 24, 17, 131, dtype, ignored=0.0, bias=True)
+    hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias = args
+    whole = score_pair(*args, 0.7, 0.0)
+    alone = scoring.score(hidden, weight, targets, bias, 0.7, 0.0)
+    for rows in (slice(0, 1), slice(7, 8), slice(40, 41), slice(3, 30), torch.randperm(41, device=DEVICE)):
+        some = score_pair(hidden[rows], weight, ref_hidden[rows], ref_weight, targets[rows], bias, ref_bias, 0.7, 0.0)
+        assert torch.equal(some, whole[:, rows])
+        assert torch.equal(scoring.score(hidden[rows], weight, targets[rows], bias, 0.7, 0.0), alone[:, rows])
+    odd = torch.arange(41, device=DEVICE) % 3 == 0
+    some = scoring.score(hidden, weight, targets.masked_fill(odd, -100), bias, 0.7, 0.0)
+    assert torch.equal(some[:, ~odd], alone[:, ~odd])
+
+
+@pytest.mark.parametrize("offset", [-640.0, -100.0, 60.0, 640.0])
+def test_confident_rows_are_never_more_than_certain(offset, small):
+    """Logits that are given outright: hidden is a row of the identity."""
+    logits = 4 * torch.randn(32, 90, device=DEVICE)
+    targets = logits.argmax(-1)
+    logits[torch.arange(32), targets] += torch.linspace(0, 100, 32, device=DEVICE)
+    logits += offset
+    out = scoring.score(torch.eye(32, device=DEVICE), logits.T.contiguous(), targets, None, 1.0, 0.0)
+    truth = logits.double().log_softmax(-1)
+    assert (out[0] <= 0).all() and (out[1] >= 0).all() and torch.equal(out[2], logits.amax(-1))
+    picked = truth[torch.arange(32), targets]
+    torch.testing.assert_close(out[0].double(), picked, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(out[1].double(), -(truth.exp() * truth).sum(-1), atol=5e-6, rtol=2e-6)
+
+
+def test_columns_that_are_ruled_out(small):
+    """Tiles, splits and the target itself, by the policy, by the reference or by both."""
+    hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias = pair(
+        20, 24, 16, 150, torch.bfloat16, ignored=0.2, bias=True
+    )
+    bias[20:140] = -torch.inf
+    targets = torch.where(targets >= 0, targets % 20, targets)
+    targets[3] = 30
+    ref_bias[40:60] = -torch.inf
+    args = hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, 0.8, 0.0
+    out = score_pair(*args)
+    assert_near(out, truth_of_pair, args)
+    assert out[0, 3] == -torch.inf and out[1:].isfinite().all()
+    assert torch.equal(out[:4], scoring.score(hidden, weight, targets, bias, 0.8, 0.0))
+    for columns in (slice(5, 6), slice(0, 18), slice(145, 150)):  # what the policy still allows
+        only = ref_bias.clone()
+        only[columns] = -torch.inf
+        args = hidden, weight, ref_hidden, ref_weight, targets, bias, only, 0.8, 0.0
+        out = score_pair(*args)
+        assert (out[5] == torch.where(targets >= 0, torch.inf, 0)).all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("where", [0, 70, 130])
+def test_nan_shows(where, small):
+    hidden, weight, targets, bias = one(6, 24, 131, torch.float32, ignored=0.0, bias=True)
+    bad = bias.clone()
+    bad[where] = torch.nan
+    assert scoring.score(hidden, weight, targets, bad, 1.0, 0.0)[[0, 1, 3]].isnan().all()
+    assert scoring.score(hidden, weight, targets, bias - torch.inf, 1.0, 0.0)[[0, 1, 3]].isnan().all()
+    out = score_pair(hidden, weight, hidden, weight, targets, bias, bad, 1.0, 0.0)
+    assert out[:4].isfinite().all() and out[[4, 5, 7]].isnan().all()
+
+
+def test_strides(small):
+    """Rows apart are read in place; what lies otherwise is gathered first."""
+    hidden, weight, targets, bias = one(20, 24, 131, torch.bfloat16, bias=True)
+    expected = scoring.score(hidden, weight, targets, bias, 1.0, 0.0)
+
+    def apart(x, stride, step):
+        room = torch.full((len(x), stride), torch.nan, dtype=x.dtype, device=DEVICE)
+        return room[:, 3 : 3 + step * x.shape[1] : step].copy_(x)
+
+    for stride, step in ((31, 1), (60, 2)):
+        args = apart(hidden, stride, step), apart(weight, stride, step), targets, bias
+        assert torch.equal(scoring.score(*args, 1.0, 0.0), expected)
+    args = hidden, weight, targets.repeat_interleave(2)[::2], bias.repeat_interleave(2)[::2]
+    assert torch.equal(scoring.score(*args, 1.0, 0.0), expected)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="maps a file to memory")
+@pytest.mark.parametrize("stride", [2**29 + 8, 2**22 - 8])
+def test_addresses_beyond_two_to_the_thirty_one(stride, small, tmp_path):
+    """The memory between the rows is never touched."""
+    V = 5 if stride > 2**25 else 600
+    hidden, weight, targets, _ = one(3, 8, V, torch.bfloat16, ignored=0.0)
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2 * V * stride)
+    storage = torch.UntypedStorage.from_file(str(tmp_path / "sparse"), shared=True, nbytes=2 * V * stride)
+    far = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (V, 8), (stride, 1)).copy_(weight)
+    expected = scoring.score(hidden, weight, targets, None, 1.0, 0.0)
+    assert torch.equal(scoring.score(hidden, far, targets, None, 1.0, 0.0), expected)
+
+
+def test_two_dtypes_are_declined():
+    hidden, weight, targets, _ = one(4, 8, 9, torch.bfloat16)
+    with pytest.raises(Declined, match="two dtypes"):
+        scoring.score(hidden, weight.float(), targets, None, 1.0, 0.0)
+    with pytest.raises(Declined, match="float64"):
+        scoring.score(hidden.double(), weight.double(), targets, None, 1.0, 0.0)
+
+
+COMPILES = """
+import torch
+import rlhf_fast.bench.triton_resources as tool
+from rlhf_fast.kernels.triton import _scoring as scoring
+
+def launches(D, bias, softcap, pair, capability):
+    def call():
+        empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda")
+        head = empty(512, D), empty(50257, D)
+        targets, bias_ = empty(512, dtype=torch.int64), empty(50257) if bias else None
+        if pair:
+            scoring.score_pair(*head, *head, targets, 1.0, softcap, bias_, bias_)
+        else:
+            scoring.score(*head, targets, bias_, 1.0, softcap)
+    return tool.recorded(call, capability)
+
+seen = set()
+for D, bias, softcap in ((768, False, 0.0), (776, True, 0.0), (768, True, 30.0), (77, False, 0.0)):
+    for pair in (False, True):
+        for capability in tool.ARCHITECTURES:
+            for one in launches(D, bias, softcap, pair, capability):
+                if (one, capability) not in seen:
+                    seen.add((one, capability))
+                    has = tool.compiled(one, capability)
+                    faults = [*tool.faults(one, capability, has)]
+                    if has.halves and D % 8 == 0 and not has.wide_loads:
+                        faults.append("no 16-byte loads")
+                    faults = [f"FAULT {fault}" for fault in faults]
+                    print(one.name, D, bias, softcap, capability, has, *faults, sep="; ")
+"""
+
+
+@pytest.mark.slow
+def test_no_tile_spills_and_all_use_tensor_cores(tmp_path):
+    file = tmp_path / "compiles.py"
+    file.write_text(COMPILES)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env)
+    assert said.returncode == 0 and "FAULT" not in said.stdout, said.stdout + said.stderr
+    assert said.stdout.count("_scoring.score;") == said.stdout.count("_scoring.score_pair;") == 8, said.stdout
