@@ -66,13 +66,14 @@ def truth_of_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bia
 
 
 def assert_near(ours, reference, args):
-    """No further from the truth than plain float32 torch is at its worst, and float32 rounding of the value."""
+    """No further from the truth than plain float32 torch is at its worst, and float32 rounding of value and logits."""
     assert ours.dtype == torch.float32
     truth, plain = reference(*args), reference(*args, of=lambda x: x)
     finite = truth.isfinite()
     assert torch.equal(ours.double()[~finite].nan_to_num(), truth[~finite].nan_to_num())
     error, allowed = ((x.double() - truth).where(finite, 0).abs() for x in (ours, plain))
-    slack = 2e-6 * (1 + truth.where(finite, 0).abs())
+    logits = truth[2::4].where(finite[2::4], 0).abs().amax(0)
+    slack = 2e-6 * (1 + truth.where(finite, 0).abs()) + 2**-23 * logits
     for i, (row, bound) in enumerate(zip(error - slack, allowed, strict=True)):
         if len(row):
             assert row.max() <= bound.max(), f"output {i}: {row.max()} beyond rounding, plain torch {bound.max()}"
@@ -202,12 +203,12 @@ def test_columns_that_are_ruled_out(small):
     )
     bias[20:140] = -torch.inf
     targets = torch.where(targets >= 0, targets % 20, targets)
-    targets[3] = 30
+    targets[0] = 30
     ref_bias[40:60] = -torch.inf
     args = hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, 0.8, 0.0
     out = score_pair(*args)
     assert_near(out, truth_of_pair, args)
-    assert out[0, 3] == -torch.inf and out[1:].isfinite().all()
+    assert out[0, 0] == -torch.inf and out[1:].isfinite().all()
     assert torch.equal(out[:4], scoring.score(hidden, weight, targets, bias, 0.8, 0.0))
     for columns in (slice(5, 6), slice(0, 18), slice(145, 150)):  # what the policy still allows
         only = ref_bias.clone()

@@ -200,10 +200,11 @@ def _score_pair(
 
 @triton.jit
 def _results(largest, total, moved, picked, inverse_temperature):
-    """Of all splits: log p, m, log s, and s. NaN shows, and so does a row without a logit above -inf."""
+    """Of all splits: log p, m, log s, and s. NaN shows; a row without a logit above -inf is NaN."""
     total = tl.sum(total * tl.exp2(moved), axis=0)
     log_sum = tl.where(total >= 1.0, tl.maximum(tl.log(total), 0.0), float("nan"))
-    return (picked - largest) * inverse_temperature - log_sum, largest * inverse_temperature, log_sum, total
+    m = tl.where(total == total, largest * inverse_temperature, total)
+    return (picked - largest) * inverse_temperature - log_sum, m, log_sum, total
 
 
 @triton.jit
@@ -286,83 +287,56 @@ def _unit(*matrices: Tensor) -> int:
     return 1 if any(n % 8 for n in sizes) else 8
 
 
-def _run(kernel, heads, targets: Tensor, temperature: float, softcap: float) -> Tensor:
-    """The results of one head, or of the policy's and the reference's: (hidden, weight, bias) each."""
+def _listed(targets: Tensor, room: int, heads: int) -> tuple[Tensor, ...]:
+    """rows, wanted, places, picked and count, as `_list` leaves them."""
+    rows, wanted, places, count = (
+        torch.empty(n, dtype=torch.int32, device=targets.device) for n in (room, room, len(targets), 1)
+    )
+    picked = torch.empty(heads, room, dtype=torch.float32, device=targets.device)
+    launch.run(
+        _list, (1,), targets.contiguous(), rows, wanted, places, picked, count, len(targets), room,
+        HEADS=heads, BLOCK=LISTED, num_warps=8,
+    )  # fmt: skip
+    return rows, wanted, places, picked, count
+
+
+def _split(N: int, V: int, of: Tile, bytes_a_row: int) -> tuple[int, int, int, int, int, int]:
+    """room, row blocks, splits, tiles, tiles a split, and row blocks in a group of programs."""
+    row_blocks, tiles = triton.cdiv(N, of.rows), triton.cdiv(V, of.columns)
+    each = triton.cdiv(tiles, SPLITS)
+    group = min(row_blocks, max(8, SHARED_ROWS // (of.rows * bytes_a_row)))
+    return row_blocks * of.rows, row_blocks, triton.cdiv(tiles, each), tiles, each, group
+
+
+def _run(run, heads: list[tuple], targets: Tensor, temperature: float, softcap: float) -> Tensor:
+    """The results of one head, or of the policy's and the reference's, (hidden, weight, bias) each; `run` launches the
+    kernel of so many heads."""
     heads = [(_dense(x), _dense(w), b if b is None else b.contiguous()) for x, w, b in heads]
     matrices = [x for head in heads for x in head[:2]]
     launch.serves(*matrices, *(head[2] for head in heads))
     if any(x.dtype != matrices[0].dtype for x in matrices):
         raise Declined("no Triton kernel for a product of two dtypes")
-    N, V, pair = len(targets), len(matrices[1]), len(heads) == 2
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=targets.device)
-
-    out = empty(8 if pair else 4, N)
+    N, pair, depths = len(targets), len(heads) == 2, [x.shape[1] for x in matrices[::2]]
+    out = torch.empty(8 if pair else 4, N, dtype=torch.float32, device=targets.device)
     if not N:
         return out
-    unit = _unit(*matrices)
-    depths = [x.shape[1] for x in matrices[::2]]
-    bare = all(head[2] is None for head in heads) and all(depth % 64 == 0 for depth in depths)
+    unit, bare = _unit(*matrices), all(head[2] is None for head in heads) and not any(depth % 64 for depth in depths)
     of = tile(matrices[0], unit, pair, not softcap and (bare or not pair))
-    row_blocks, tiles = triton.cdiv(N, of.rows), triton.cdiv(V, of.columns)
-    each = triton.cdiv(tiles, SPLITS)
-    splits, room = triton.cdiv(tiles, each), row_blocks * of.rows
-    group = min(row_blocks, max(8, SHARED_ROWS // (of.rows * sum(depths) * matrices[0].element_size())))
-    rows, wanted, places, count = (empty(n, dtype=torch.int32) for n in (room, room, N, 1))
-    picked, parts = empty(len(heads), room), empty(splits, 6 if pair else 3, room)
-    targets = targets.contiguous()
+    room, *counts = _split(N, len(matrices[1]), of, sum(depths) * matrices[0].element_size())
+    rows, wanted, places, picked, count = _listed(targets, room, len(heads))
+    splits, scale = counts[1], 1 / (math.log(2) * temperature)
+    parts = torch.empty(splits, 6 if pair else 3, room, dtype=torch.float32, device=targets.device)
+    run(
+        (counts[0] * splits,), *(x for head in heads for x in head), rows, wanted, count, picked, parts,
+        len(matrices[1]), *(n // unit for n in depths), *(x.stride(0) // unit for x in matrices), room, *counts,
+        scale, softcap, 1 / softcap if softcap else 0.0,
+        UNIT=unit, EVEN=not any(n % of.depth for n in depths), CAP=softcap > 0,
+        ROWS=of.rows, COLUMNS=of.columns, DEPTH=of.depth, num_warps=of.warps, num_stages=of.stages,
+    )  # fmt: skip
     launch.run(
-        _list, (1,), targets, rows, wanted, places, picked, count, N, room, HEADS=len(heads), BLOCK=LISTED, num_warps=8
-    )
-    scale = 1 / (math.log(2) * temperature)
-    launch.run(
-        kernel,
-        (row_blocks * splits,),
-        *(x for head in heads for x in head),
-        rows,
-        wanted,
-        count,
-        picked,
-        parts,
-        V,
-        *(depth // unit for depth in depths),
-        *(x.stride(0) // unit for x in matrices),
-        room,
-        row_blocks,
-        splits,
-        tiles,
-        each,
-        group,
-        scale,
-        float(softcap),
-        1 / softcap if softcap else 0.0,
-        UNIT=unit,
-        EVEN=all(depth % of.depth == 0 for depth in depths),
-        CAP=softcap > 0,
-        ROWS=of.rows,
-        COLUMNS=of.columns,
-        DEPTH=of.depth,
-        num_warps=of.warps,
-        num_stages=of.stages,
-    )
-    launch.run(
-        _merge,
-        (triton.cdiv(N, MERGED),),
-        places,
-        picked,
-        parts,
-        out,
-        N,
-        room,
-        splits,
-        scale,
-        1 / temperature,
-        PAIR=pair,
-        SPLITS=max(2, triton.next_power_of_2(splits)),
-        ROWS=MERGED,
-        num_warps=8,
-    )
+        _merge, (triton.cdiv(N, MERGED),), places, picked, parts, out, N, room, splits, scale, 1 / temperature,
+        PAIR=pair, SPLITS=max(2, triton.next_power_of_2(splits)), ROWS=MERGED, num_warps=8,
+    )  # fmt: skip
     return out
 
 
@@ -370,7 +344,11 @@ def score(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float
 ) -> Tensor:
     """(4, N) float32: log p, entropy, m, log s, of hidden (N, D), weight (V, D), targets (N,); 0 where ignored."""
-    return _run(_score, [(hidden, weight, bias)], targets, temperature, softcap)
+
+    def run(grid, *args, **options):
+        launch.run(_score, grid, *args, **options)
+
+    return _run(run, [(hidden, weight, bias)], targets, temperature, softcap)
 
 
 def score_pair(
@@ -385,5 +363,8 @@ def score_pair(
     ref_bias: Tensor | None,
 ) -> Tensor:
     """(8, N) float32: log p, entropy, m, log s, and of the reference log p, KL, m, log s; 0 where ignored."""
-    heads = [(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)]
-    return _run(_score_pair, heads, targets, temperature, softcap)
+
+    def run(grid, *args, **options):
+        launch.run(_score_pair, grid, *args, **options)
+
+    return _run(run, [(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)], targets, temperature, softcap)
