@@ -292,7 +292,7 @@ for D, bias, softcap in ((768, False, 0.0), (776, True, 0.0), (768, True, 30.0),
                     seen.add((one, capability))
                     has = tool.compiled(one, capability)
                     faults = [*tool.faults(one, capability, has)]
-                    if has.halves and D % 8 == 0 and not has.wide_loads:
+                    if has.wants and D % 8 == 0 and not has.wide_loads:
                         faults.append("no 16-byte loads")
                     faults = [f"FAULT {fault}" for fault in faults]
                     print(one.name, D, bias, softcap, capability, has, *faults, sep="; ")
