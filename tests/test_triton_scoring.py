@@ -218,6 +218,19 @@ def test_columns_that_are_ruled_out(small):
         assert (out[5] == torch.where(targets >= 0, torch.inf, 0)).all() and out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("V", [96, 150])  # one and several tiles a split
+def test_what_the_policy_never_draws_the_reference_may_rule_out(V, small):
+    """Though the first tile met holds nothing else: its probability is 0 only beside the others."""
+    args = pair(20, 24, 16, V, torch.bfloat16, ignored=0.2, bias=True)
+    *others, bias, ref_bias = args
+    never = torch.arange(V, device=DEVICE) < 32
+    others[4] = others[4].where(others[4] < 0, others[4] % (V - 32) + 32)
+    policy_only = bias.masked_fill(never, -torch.inf)
+    expected = score_pair(*others, policy_only, ref_bias.masked_fill(never, -torch.inf), 1.0, 0.0)
+    out = score_pair(*others, bias.masked_fill(never, -1000), ref_bias.masked_fill(never, -torch.inf), 1.0, 0.0)
+    assert torch.equal(out, expected) and out.isfinite().all() and out[5].max() > 0.1
+
+
 @pytest.mark.parametrize("where", [0, 70, 130])
 def test_nan_shows(where, small):
     hidden, weight, targets, bias = one(6, 24, 131, torch.float32, ignored=0.0, bias=True)
