@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels.triton import launch
 
-TILE = 1024  # tokens at most
+TILE = 512  # tokens at most
 AHEAD = tl.constexpr(16)  # folds that are read before the first of them is needed
 PROBES = 128  # offsets that a search looks at in one step
 
@@ -71,8 +71,21 @@ def look(mask, at, inside):
 
 
 @triton.jit
-def get(x, at, here, read):
-    return tl.where(here, tl.load(x + at, mask=read, other=0.0).to(tl.float32), 0.0)
+def get(x, at, read):
+    return tl.load(x + at, mask=read, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(advantages, returns, here, advantage, value, start, length, tile):
+    """Both outputs of what `four` gives; the returns."""
+    earned = ()
+    for i in tl.static_range(4):
+        earned = earned + (tl.where(here[i], advantage[i] + value[i], 0.0),)
+    t = columns(tile, value[0].shape[1])
+    at, inside = start[:, None, None] + t, t < length[:, None, None]
+    tl.store(advantages + at, side_by_side(advantage[0], advantage[1], advantage[2], advantage[3]), mask=inside)
+    tl.store(returns + at, side_by_side(earned[0], earned[1], earned[2], earned[3]), mask=inside)
+    return earned
 
 
 @triton.jit
@@ -83,12 +96,20 @@ def _walk(here, reward, value, future, gamma, decay):
     differences between them, that sum is what rounds.
     """
     near, far, advantages = future, tl.zeros_like(future), ()
-    for i in tl.static_range(4):
-        on: tl.constexpr = 3 - i
+    for on in tl.static_range(3, -1, -1):
         advantage = ((reward[on] + near) - value[on]) + far
         near, far = tl.where(here[on], gamma * value[on], near), tl.where(here[on], decay * advantage, far)
         advantages = (tl.where(here[on], advantage, 0.0),) + advantages
     return advantages, near + far
+
+
+@triton.jit
+def _map(here, reward, value, gamma, decay):
+    """What `four` gives, as one map of each lane."""
+    _, total = _walk(here, reward, value, tl.zeros_like(value[0]), gamma, decay)
+    keep = tl.where(here[0], decay, 1.0) * tl.where(here[1], decay, 1.0)
+    keep *= tl.where(here[2], decay, 1.0) * tl.where(here[3], decay, 1.0)
+    return keep, total
 
 
 @triton.jit
@@ -97,13 +118,24 @@ def _then(right_keep, right_sum, left_keep, left_sum):
 
 
 @triton.jit
+def _then_before(
+    right_keep, right_sum, _right_keep_before, _right_sum_before,
+    left_keep, left_sum, left_keep_before, left_sum_before,
+):  # fmt: skip
+    """`_then`, and the same without the leftmost lane: what comes to that lane."""
+    return (
+        left_keep * right_keep,
+        tl.fma(left_keep, right_sum, left_sum),
+        left_keep_before * right_keep,
+        tl.fma(left_keep_before, right_sum, left_sum_before),
+    )
+
+
+@triton.jit
 def folded(here, reward, value, gamma, decay):
-    """What `four` gives, as the maps of all lanes up to each, from the right."""
-    zero = tl.zeros_like(value[0])
-    _, total = _walk(here, reward, value, zero, gamma, decay)
-    keep = tl.where(here[0], decay, 1.0) * tl.where(here[1], decay, 1.0)
-    keep *= tl.where(here[2], decay, 1.0) * tl.where(here[3], decay, 1.0)
-    return tl.associative_scan((keep, total), 1, _then)
+    """The map of a whole tile, (ROWS,) each."""
+    keep, total = tl.associative_scan(_map(here, reward, value, gamma, decay), 1, _then)
+    return at_the_left(keep), at_the_left(total)
 
 
 @triton.jit
@@ -114,15 +146,14 @@ def at_the_left(x):
 
 @triton.jit
 def scanned(here, reward, value, future, gamma, decay):
-    """The advantages of what `four` gives, and what the lanes pass on, from the future (ROWS,) right of the tile."""
-    keep, total = folded(here, reward, value, gamma, decay)
-    lane = tl.arange(0, total.shape[1])[None, :]
-    future = future[:, None]
-    passed = tl.fma(keep, future + tl.zeros_like(total), total)
-    neighbour = tl.maximum(lane - 1, 0) + tl.zeros_like(passed).to(tl.int32)
-    came = tl.where(lane == 0, future, tl.gather(passed, neighbour, 1))
+    """The advantages of what `four` gives, from the future (ROWS,) right of the tile; and what the lanes pass on."""
+    keep, total = _map(here, reward, value, gamma, decay)
+    one, zero = tl.full(keep.shape, 1.0, tl.float32), tl.zeros_like(total)
+    keep, total, keep_before, total_before = tl.associative_scan((keep, total, one, zero), 1, _then_before)
+    future = future[:, None] + zero
+    came = tl.fma(keep_before, future, total_before)
     advantages, _ = _walk(here, reward, value, came, gamma, decay)
-    return advantages, passed
+    return advantages, tl.fma(keep, future, total)
 
 
 @triton.jit
@@ -184,8 +215,4 @@ def shape(x: Tensor, B: int, T: int) -> tuple[int, int, bool]:
     together, full = max(1, 128 // tokens), max(1, TILE // tokens)
     while together < full and 8 * processors * together <= B:
         together *= 2
-    return tokens // 4, together, T > tokens and B < 2 * processors
-
-
-def warps(lanes: int, rows: int = 1) -> int:
-    return max(1, lanes * rows // 32)
+    return tokens // 4, together, T > 4 * tokens and B < 2 * processors

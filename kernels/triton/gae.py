@@ -19,22 +19,15 @@ def _read(rewards, values, mask, start, length, tile, LANES: tl.constexpr):
     inside = (t >= 0) & (t < length[:, None, None])
     at = start[:, None, None] + t
     here, read = scan.look(mask, at, inside)
-    return here, scan.get(rewards, at, here, read), scan.get(values, at, here, read)
+    return here, scan.get(rewards, at, read), scan.get(values, at, read)
 
 
 @triton.jit
-def _write(advantages, returns, here, reward, value, future, start, length, tile, gamma, decay, LANES: tl.constexpr):
+def _write(advantages, returns, here, reward, value, future, start, length, tile, gamma, decay):
     """A tile's outputs, and what its lanes pass on."""
     here, reward, value = scan.four(here), scan.four(reward), scan.four(value)
     made, passed = scan.scanned(here, reward, value, future, gamma, decay)
-    earned = ()
-    for i in tl.static_range(4):
-        earned = earned + (made[i] + value[i],)
-    t = scan.columns(tile, LANES)
-    inside = t < length[:, None, None]
-    at = start[:, None, None] + t
-    tl.store(advantages + at, scan.side_by_side(made[0], made[1], made[2], made[3]), mask=inside)
-    tl.store(returns + at, scan.side_by_side(earned[0], earned[1], earned[2], earned[3]), mask=inside)
+    scan.write(advantages, returns, here, made, value, start, length, tile)
     return passed
 
 
@@ -54,14 +47,12 @@ def _walk(
     last = tl.cdiv(T, 4 * LANES) - 1
     here, reward, value = _read(rewards, values, mask, start, length, last, LANES)
     if WHOLE:
-        _write(advantages, returns, here, reward, value, future, start, length, last, gamma, decay, LANES)
+        _write(advantages, returns, here, reward, value, future, start, length, last, gamma, decay)
     else:
         for i in range(0, last + 1):
             tile = last - i
             ahead = _read(rewards, values, mask, start, length, tile - 1, LANES)
-            passed = _write(
-                advantages, returns, here, reward, value, future, start, length, tile, gamma, decay, LANES
-            )
+            passed = _write(advantages, returns, here, reward, value, future, start, length, tile, gamma, decay)
             future = scan.at_the_left(passed)
             here, reward, value = ahead
 
@@ -80,8 +71,8 @@ def _fold(
         here, reward, value = _read(rewards, values, mask, start + one, length + one, tile, LANES)
         keep, total = scan.folded(scan.four(here), scan.four(reward), scan.four(value), gamma, decay)
         at = folds + tl.program_id(0) + one
-        tl.store(at, scan.at_the_left(keep))
-        tl.store(at + size, scan.at_the_left(total))
+        tl.store(at, keep)
+        tl.store(at + size, total)
 
 
 @triton.jit
@@ -103,11 +94,11 @@ def _apply(
         first = tl.program_id(0).to(tl.int64) - tile
         future = scan.arrived(folds, size, first, tile, tiles, future)
     future += tl.zeros((1,), tl.float32)
-    _write(advantages, returns, here, reward, value, future, start + one, length + one, tile, gamma, decay, LANES)
+    _write(advantages, returns, here, reward, value, future, start + one, length + one, tile, gamma, decay)
 
 
 def split(rewards, values, mask, offsets, S, T, gamma, lam, bootstrap, lanes, size, several):
-    """A program a tile, `size` of them: of rows (S, T), or of the segments between `offsets`; `several` may be in one."""
+    """A program a tile, `size` of them, of rows (S, T) or of the segments between `offsets`; in one are `several`."""
     advantages, returns = (torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
     folds = torch.empty((2, size), dtype=torch.float32, device=rewards.device) if several else None
     numbers = size, S, T, gamma, gamma * lam
@@ -116,7 +107,7 @@ def split(rewards, values, mask, offsets, S, T, gamma, lam, bootstrap, lanes, si
         "PROBES": scan.PROBES,
         "STEPS": scan.steps(S),
         "LANES": lanes,
-        "num_warps": scan.warps(lanes),
+        "num_warps": 1,
     }
     if several:
         launch.run(_fold, (size,), rewards, values, mask, offsets, folds, *numbers, **options)
@@ -153,6 +144,6 @@ def gae(rewards, values, mask, gamma, lam, bootstrap):
         WHOLE=tiles == 1,
         ROWS=rows,
         LANES=lanes,
-        num_warps=scan.warps(lanes, rows),
+        num_warps=1,
     )
     return advantages, returns

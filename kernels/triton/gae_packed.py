@@ -1,11 +1,9 @@
 """gae_packed on a GPU: gae's split form, a program a tile of a segment; _scan.py says how.
 
-Where the segments lie only the device knows, so the launch is for as many tiles as there can be, and a program finds its
-own by a search among the offsets. Its time does not hang on the longest segment. Per token 9 bytes in and 8 out; tiles
-that have a tile of their segment to the left are read twice.
+Where the segments lie only the device knows, so the launch is for as many tiles as there can be, and a program finds
+its own by a search among the offsets. Time does not hang on the longest segment. Per token 9 bytes in and 8 out; all
+tiles of a segment but its first are read twice.
 """
-
-import triton
 
 from rlhf_fast.kernels._segments import check_offsets
 from rlhf_fast.kernels.triton import _scan as scan
