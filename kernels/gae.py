@@ -64,10 +64,17 @@ def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
         {"B": 3, "T": 17},
         {"B": 17, "T": 33, "bootstrap": True},
         {"B": 9, "T": 5, "gaps": False},
+        {"B": 2, "T": 600},
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],
-    large=[{"B": 64, "T": 128}, {"B": 64, "T": 1024}, {"B": 512, "T": 1024}],
+    large=[
+        {"B": 64, "T": 128},
+        {"B": 64, "T": 1024},
+        {"B": 512, "T": 1024},
+        {"B": 512, "T": 1001},
+        {"B": 4, "T": 16384},
+    ],
 )
 def _(B, T, device, dtype, gaps=True, bootstrap=False):
     rewards, values = torch.randn(2, B, T, device=device, dtype=dtype)

@@ -124,11 +124,17 @@ def _(
         {"B": 3, "T": 17, "estimator": "k2", "clip": 0.5},
         {"B": 17, "T": 33, "bootstrap": True, "estimator": "k3"},
         {"B": 9, "T": 5, "gaps": False, "estimator": "abs"},
-        {"B": 2, "T": 300, "gaps": False},
+        {"B": 2, "T": 600, "gaps": False},
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],
-    large=[{"B": 64, "T": 128}, {"B": 64, "T": 1024}, {"B": 512, "T": 1024}],
+    large=[
+        {"B": 64, "T": 128},
+        {"B": 64, "T": 1024},
+        {"B": 512, "T": 1024},
+        {"B": 512, "T": 1001},
+        {"B": 4, "T": 16384},
+    ],
 )
 def _(B, T, device, dtype, gaps=True, bootstrap=False, estimator="k1", clip=0.0):
     values = torch.randn(B, T, device=device, dtype=dtype)

@@ -11,7 +11,7 @@ KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
 
 @pytest.fixture(params=BACKENDS)
 def advantages(request):
-    device = "cuda" if request.param == "cuda" else "cpu"
+    device = "cpu" if ops.ppo_advantages.can_run(request.param, "cpu") else "cuda"
     op = ops.ppo_advantages.backend(request.param)
 
     def run(*args, **kwargs):
@@ -154,6 +154,35 @@ def test_threads_and_other_rows_change_no_bit(backend):
     row = op(*(x[7:8] if isinstance(x, torch.Tensor) else x for x in args))
     for i in (0, 1, 3):
         assert torch.equal(row[i], results[0][i][7:8])
+
+
+@pytest.mark.skipif(not ops.ppo_advantages.can_run("triton", "cpu"), reason="Triton cannot be forced on the CPU here")
+@pytest.mark.parametrize("T, estimator", [(66, "k1"), (100, "k2"), (129, "k3"), (80, "abs")])
+def test_rows_walked_or_split_give_the_same_bits(monkeypatch, T, estimator):
+    """Triton's, in tiles of 16 tokens, as on a GPU of so many processors; NaN wherever there is no token."""
+    from rlhf_fast.kernels.triton import _scan, launch
+
+    monkeypatch.setattr(_scan, "TILE", 16)
+    monkeypatch.setattr(_scan, "AHEAD", type(_scan.AHEAD)(3))
+    *inputs, scores, mask = batch(10, T)
+    mask[3], mask[4, 20:], mask[5, :-3] = False, False, False
+    inputs = [x.masked_fill(~mask, torch.nan) for x in inputs]
+    args = (*inputs, scores, mask, 0.05, estimator, 0.99, 0.95, 1.0, torch.randn(10))
+    op, results = ops.ppo_advantages.backend("triton"), {}
+    for processors in (1, 1000):
+        monkeypatch.setattr(launch, "processors", lambda x, n=processors: n)
+        results[processors] = op(*args)
+    walked, split = results.values()
+    for i in (0, 1, 3):
+        assert torch.equal(walked[i], split[i])
+    truth = ops.ppo_advantages.reference(
+        *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+    )
+    for got, exact in zip((*walked, split[2]), (*truth, truth[2]), strict=True):
+        torch.testing.assert_close(got.double(), exact, atol=2e-5, rtol=2e-6)
+    alone = op(*(x[7:8] if torch.is_tensor(x) else x for x in args))
+    for i in (0, 1, 3):
+        assert torch.equal(alone[i], walked[i][7:8])
 
 
 def test_bad_arguments_name_the_rule():
