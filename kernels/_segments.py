@@ -1,4 +1,5 @@
-"""What the ops over rows and segments of tokens share: the scan that defines GAE, and the check of offsets."""
+"""What the ops over rows and segments of tokens share: the scan that defines GAE, the check of offsets, and how a GPU's
+kernels cut a few long rows."""
 
 import torch
 from torch import Tensor
@@ -29,3 +30,20 @@ def check_offsets(op: str, name: str, offsets: Tensor, N: int) -> None:
     if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
         shown = ends if len(ends) < 10 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
         raise ValueError(f"{op}: {name} must rise from 0 to {N}, the number of rows, got {shown}")
+
+
+ROWS, LONG, PIECES, LEAST = 64, 4096, 512, 1024
+
+
+def pieces(rows: int, tokens: int, longest: int, like: Tensor) -> tuple[int, Tensor | None]:
+    """How many tokens a piece has, a power of two, and memory for a map of each: 0 and None where rows stay whole.
+
+    Up to `ROWS` rows would leave a GPU's processors idle, or wait for the longest of them."""
+    if rows > ROWS or longest <= LONG:
+        return 0, None
+    piece = max(LEAST, 1 << (-(-tokens // PIECES) - 1).bit_length())
+    return piece, torch.empty(-(-tokens // piece) + rows, 2, dtype=torch.float32, device=like.device)
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]

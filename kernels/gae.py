@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
-from rlhf_fast.kernels._segments import scan
+from rlhf_fast.kernels._segments import addresses, pieces, scan
 
 
 def _fake(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
@@ -44,18 +44,29 @@ def _(rewards, values, mask, gamma, lam, bootstrap):
     return rewards, values, mask.bool(), float(gamma), float(lam), bootstrap
 
 
-@gae.compiled
-def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
+def _dense(rewards, values, mask, bootstrap):
+    """As a compiled kernel reads them, then its outputs."""
     if rewards.dtype == torch.float64:
         raise Declined("float64 has no compiled kernel")
     rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
     bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    kernels.gae(
-        rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), 0 if bootstrap is None else bootstrap.data_ptr(),
-        advantages.data_ptr(), returns.data_ptr(), *rewards.shape, gamma, lam, lane(rewards),
-    )  # fmt: skip
-    return advantages, returns
+    return rewards, values, mask, bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
+
+
+@gae.compiled(on=("cpu",))
+def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
+    tensors = _dense(rewards, values, mask, bootstrap)
+    kernels.gae(*addresses(*tensors), *rewards.shape, gamma, lam, lane(rewards))
+    return tensors[-2:]
+
+
+@gae.compiled(on=("cuda",))
+def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
+    tensors = _dense(rewards, values, mask, bootstrap)
+    B, T = rewards.shape
+    piece, folds = pieces(B, B * T, T, rewards)
+    kernels.gae(*addresses(*tensors, folds), piece, B, T, gamma, lam, lane(rewards))
+    return tensors[-2:]
 
 
 @gae.inputs(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
-from rlhf_fast.kernels._segments import check_offsets, scan
+from rlhf_fast.kernels._segments import addresses, check_offsets, pieces, scan
 
 
 def _fake(rewards, values, mask, cu_seqlens, gamma=1.0, lam=0.95, bootstrap=None):
@@ -58,21 +58,30 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     return rewards, values, mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
 
 
-@gae_packed.compiled
-def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
+def _dense(rewards, values, mask, cu_seqlens, bootstrap):
+    """As a compiled kernel reads them, then its outputs."""
     if rewards.dtype == torch.float64:
         raise Declined("float64 has no compiled kernel")
     check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
     rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
     cu_seqlens = cu_seqlens.long().contiguous()
     bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    kernels.gae_packed(
-        rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), cu_seqlens.data_ptr(),
-        0 if bootstrap is None else bootstrap.data_ptr(), advantages.data_ptr(), returns.data_ptr(),
-        cu_seqlens.shape[0] - 1, rewards.shape[0], gamma, lam, lane(rewards),
-    )  # fmt: skip
-    return advantages, returns
+    return rewards, values, mask, cu_seqlens, bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
+
+
+@gae_packed.compiled(on=("cpu",))
+def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
+    tensors, (S, N) = _dense(rewards, values, mask, cu_seqlens, bootstrap), (len(cu_seqlens) - 1, len(rewards))
+    kernels.gae_packed(*addresses(*tensors), S, N, gamma, lam, lane(rewards))
+    return tensors[-2:]
+
+
+@gae_packed.compiled(on=("cuda",))
+def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
+    tensors, (S, N) = _dense(rewards, values, mask, cu_seqlens, bootstrap), (len(cu_seqlens) - 1, len(rewards))
+    piece, folds = pieces(S, N, N, rewards)
+    kernels.gae_packed(*addresses(*tensors, folds), piece, S, N, gamma, lam, lane(rewards))
+    return tensors[-2:]
 
 
 @gae_packed.inputs(
