@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
-from rlhf_fast.kernels._segments import scan
+from rlhf_fast.kernels._segments import addresses, pieces, scan
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -98,24 +98,47 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
     return *tensors, mask.bool(), *numbers, bootstrap
 
 
-@ppo_advantages.compiled
-def _(
-    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
-):  # fmt: skip
+def _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap):
+    """As a compiled kernel reads them, then its outputs."""
     if logprobs.dtype == torch.float64:
         raise Declined("float64 has no compiled kernel")
     given = [x.float().contiguous() for x in (logprobs, ref_logprobs, values, scores)]
-    mask = mask.contiguous()
     bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
     B, T = logprobs.shape
-    advantages, returns, stats, kl = (given[0].new_empty(shape) for shape in ((B, T), (B, T), len(STATS), B))
+    out = (given[0].new_empty(shape) for shape in ((B, T), (B, T), len(STATS), B))
+    return *given, mask.contiguous(), bootstrap, *out
+
+
+@ppo_advantages.compiled(on=("cpu",))
+def _(
+    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
+):  # fmt: skip
+    tensors = _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap)
+    B, T = logprobs.shape
     moments = torch.empty(B, 6, dtype=torch.float64, device=logprobs.device)
     kernels.ppo_advantages(
-        *(x.data_ptr() for x in given), mask.data_ptr(), 0 if bootstrap is None else bootstrap.data_ptr(),
-        advantages.data_ptr(), returns.data_ptr(), stats.data_ptr(), kl.data_ptr(), moments.data_ptr(), B, T,
-        kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, lane(logprobs),
+        *addresses(*tensors, moments), B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip,
+        lane(logprobs),
     )  # fmt: skip
-    return advantages, returns, stats, kl
+    return tensors[-4:]
+
+
+BLOCKS = 2048  # at most: their moments join in a second launch
+
+
+@ppo_advantages.compiled(on=("cuda",))
+def _(
+    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
+):  # fmt: skip
+    tensors = _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap)
+    B, T = logprobs.shape
+    parts = torch.empty(6, BLOCKS, dtype=torch.float64, device=logprobs.device)
+    piece, folds = pieces(B, B * T, T, logprobs)
+    kernels.ppo_advantages(
+        *addresses(*tensors, parts), BLOCKS, *addresses(folds), piece, B, T, kl_coef,
+        KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, lane(logprobs),
+    )  # fmt: skip
+    return tensors[-4:]
 
 
 @ppo_advantages.inputs(

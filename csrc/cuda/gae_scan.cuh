@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(W == 1 ? 4 * lanes : W * lanes)
       source.made(found, here, advantage, ret);
       quad = ahead, bits = bits_ahead, bits_ahead = bits_far;
     }
-    source.template row_done<W>(room, span, noted);
+    source.template row_done<W>(room, r, span, noted);
   }
   source.template done<teams * W>(room, found);
 }
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(most_warps* lanes) fold_kernel(const Rows r, c
   r.folds[span.index] = handed[most_warps - 1];
 }
 
-// A grid that fills any GPU several times over; its blocks walk on over more rows.
+// Enough to fill any GPU several times over; blocks walk on over more rows.
 constexpr int64_t most_blocks = 2048;
 
 struct Plan {
@@ -363,14 +363,14 @@ struct Plan {
 };
 
 // A row's team has a warp for each tile, up to 8: T is the length of a typical row.
-inline Plan plan(const Rows& r, int64_t T) {
+inline Plan plan(const Rows& r, int64_t T, int64_t most = most_blocks) {
   if (r.cut) {  // cut segments have up to this many pieces: some blocks may be left without
     const int64_t pieces = r.offsets ? pieces_of(r, r.T) + r.B : r.B * pieces_of(r, r.T);
     return {most_warps, pieces, blocks_for(pieces, 1)};
   }
   const int warps = T <= 2 * tile ? 1 : T <= 4 * tile ? 4 : most_warps;
   const int64_t blocks = warps == 1 ? (r.B + 3) / 4 : r.B;
-  return {warps, r.B, unsigned(blocks < most_blocks ? blocks : most_blocks)};
+  return {warps, r.B, unsigned(blocks < most ? blocks : most)};
 }
 
 template <int W, class Source>
@@ -410,11 +410,11 @@ struct Stored {
     return bootstrap ? r.gamma * bootstrap[row] : 0.f;
   }
   __device__ __forceinline__ float reward(const Quad<inputs>& q, int i, float&) const { return q.x[1][i]; }
-  __device__ __forceinline__ void made(Found&, unsigned, const float*, const float*) const {}
+  __device__ __forceinline__ void made(Found&, unsigned, const float (&)[each], const float (&)[each]) const {}
   template <int W>
-  __device__ __forceinline__ void row_done(Room&, const Span&, float) const {}
+  __device__ __forceinline__ void row_done(Room&, const Rows&, const Span&, float) const {}
   template <int warps>
-  __device__ __forceinline__ void done(Room&, const Found&) const {}
+  __device__ __forceinline__ void done(Room&, Found&) const {}
 };
 
 }  // namespace
