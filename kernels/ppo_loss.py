@@ -244,33 +244,45 @@ def ppo_loss_with_gradients(
     return policy_loss, value_loss, stats, *(slope if by else stats.new_empty(0) for slope, by in wanted)
 
 
-@ppo_loss.compiled
-def _(kernels, *args):
-    return _launch(kernels, *args, False, False)[:3]
+PER_BLOCK, BLOCKS = 1024, 1024  # tokens that a GPU's block takes at a time, and how many blocks there are at most
 
 
-@ppo_loss_with_gradients.compiled(needs=("ppo_loss",))
-def _(kernels, *args):
-    *sums, by_logprobs, by_values = _launch(kernels, *args)
-    return *sums, *(sums[2].new_empty(0) if slope is None else slope for slope in (by_logprobs, by_values))
-
-
-def _launch(kernels, *args):
-    tensors, numbers, mode, wanted = list(args[:11]), args[11:17], args[17], args[18:]
+def _launch(kernels, device, args, wanted):
+    """Both losses, stats, and the gradients, None where not asked for."""
+    tensors, numbers, mode = list(args[:11]), args[11:17], args[17]
     weights = tensors[3]
     if weights.dtype == torch.float64:
         raise Declined("float64 has no compiled kernel")
     if tensors[4] is not None and tensors[7] is None:
         tensors[7] = weights
     tensors = [x if x is None else x.float().contiguous() for x in tensors]
-    weights = tensors[3]
+    weights, N = tensors[3], tensors[3].numel()
     out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
     out += [torch.empty_like(weights) if by else None for by in wanted]
+    blocks, parts = [], []
+    if device == "cuda":  # and room for what each block sums
+        blocks = [max(1, min(BLOCKS, -(-N // PER_BLOCK)))]
+        parts = [weights.new_empty(len(STATS) + 2, *blocks)]
     kernels.ppo_loss(
-        *(0 if x is None else x.data_ptr() for x in (*tensors, *out)), weights.numel(), *numbers,
+        *(0 if x is None else x.data_ptr() for x in (*tensors, *out, *parts)), *blocks, N, *numbers,
         IMPORTANCE_MODES.index(mode), lane(weights),
     )  # fmt: skip
     return out
+
+
+def _compiled(device):
+    @ppo_loss.compiled(on=(device,))
+    def _(kernels, *args):
+        return _launch(kernels, device, args, (False, False))[:3]
+
+    @ppo_loss_with_gradients.compiled(needs=("ppo_loss",), on=(device,))
+    def _(kernels, *args):
+        *sums, by_logprobs, by_values = _launch(kernels, device, args[:-2], args[-2:])
+        return *sums, *(sums[2].new_empty(0) if slope is None else slope for slope in (by_logprobs, by_values))
+
+
+_compiled("cpu")
+_compiled("cuda")
 
 
 def _forward(ctx, *args):

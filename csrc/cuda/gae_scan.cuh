@@ -267,7 +267,7 @@ __device__ __forceinline__ float enter(const Rows& r, const Span& span, float x)
 // A team of W warps walks spans, tiles right to left; a block has one team, or four of one warp each. The source says
 // what tokens earn, and is told what came of them.
 template <int W, class Source>
-__global__ void __launch_bounds__(W == 1 ? 4 * lanes : W * lanes)
+__global__ void __launch_bounds__(W == most_warps ? W * lanes : 4 * lanes, W == most_warps ? 4 : 8)
     rows_kernel(const Rows r, Source source, const int64_t spans) {
   constexpr int teams = W == 1 ? 4 : 1;
   __shared__ float4 turned[teams * W][lanes];
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(W == 1 ? 4 * lanes : W * lanes)
   __shared__ typename Source::Room room;
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, place = warp % W;
   const float reach = reach_of(r.decay);
-  typename Source::Found found = {};
+  source.begin(room);
   int turn = 0;
   for (int64_t index = int64_t(blockIdx.x) * teams + warp / W; index < spans; index += int64_t(gridDim.x) * teams) {
     const Span span = span_of(r, index);
@@ -315,12 +315,12 @@ __global__ void __launch_bounds__(W == 1 ? 4 * lanes : W * lanes)
       }
       view.store(r.advantages, start, advantage);
       view.store(r.returns, start, ret);
-      source.made(found, here, advantage, ret);
+      source.made(room, here, advantage, ret);
       quad = ahead, bits = bits_ahead, bits_ahead = bits_far;
     }
     source.template row_done<W>(room, r, span, noted);
   }
-  source.template done<teams * W>(room, found);
+  source.template done<teams * W>(room);
 }
 
 // Each piece but a row's first as a map. A warp takes its eighth of a piece, tiles right to left.
@@ -402,7 +402,6 @@ inline int cut_of(int64_t tokens) {
 struct Stored {
   static constexpr int inputs = 2;
   struct Room {};
-  struct Found {};
   const float* input[inputs];  // values, rewards
   const float* bootstrap;
 
@@ -410,11 +409,12 @@ struct Stored {
     return bootstrap ? r.gamma * bootstrap[row] : 0.f;
   }
   __device__ __forceinline__ float reward(const Quad<inputs>& q, int i, float&) const { return q.x[1][i]; }
-  __device__ __forceinline__ void made(Found&, unsigned, const float (&)[each], const float (&)[each]) const {}
+  __device__ __forceinline__ void begin(Room&) const {}
+  __device__ __forceinline__ void made(Room&, unsigned, const float (&)[each], const float (&)[each]) const {}
   template <int W>
   __device__ __forceinline__ void row_done(Room&, const Rows&, const Span&, float) const {}
   template <int warps>
-  __device__ __forceinline__ void done(Room&, Found&) const {}
+  __device__ __forceinline__ void done(Room&) const {}
 };
 
 }  // namespace

@@ -40,15 +40,13 @@ __device__ __forceinline__ void join_lanes(Moments& m) {
   }
 }
 
-// Thread 0 of a block of so many warps gets all of their lanes 0.
+// Thread 0 of a block of so many warps gets what each of them has in `room`.
 template <int warps>
-__device__ __forceinline__ void join_warps(Moments* room, Moments& m) {
-  const int lane = threadIdx.x % lanes;
-  if (lane == 0) room[threadIdx.x / lanes] = m;
+__device__ __forceinline__ Moments join_warps(const Moments* room) {
   __syncthreads();
-  if (threadIdx.x >= lanes) return;
-  m = lane < warps ? room[lane] : Moments{};
-  join_lanes<warps>(m);
+  Moments m = threadIdx.x < warps ? room[threadIdx.x] : Moments{};
+  if (threadIdx.x < lanes) join_lanes<warps>(m);
+  return m;
 }
 
 __device__ __forceinline__ void put(double* parts, int64_t stride, const Moments& m) {
@@ -59,10 +57,9 @@ __device__ __forceinline__ void put(double* parts, int64_t stride, const Moments
 struct Shaped {
   static constexpr int inputs = 3;
   struct Room {
-    Moments moments[most_warps];
+    Moments moments[most_warps];  // of each warp so far: in registers they would be too many
     float kl[most_warps];
   };
-  using Found = Moments;
   const float* input[inputs];  // values, logprobs, ref_logprobs
   const float *scores, *bootstrap;
   float* kl;      // of rows
@@ -84,8 +81,11 @@ struct Shaped {
     noted += now;
     return -coef * now;
   }
+  __device__ __forceinline__ void begin(Room& room) const {
+    if (threadIdx.x % lanes == 0) room.moments[threadIdx.x / lanes] = {};
+  }
   // Distances are taken from one of the tile's own numbers first: then the mean keeps its digits too.
-  __device__ __forceinline__ void made(Found& found, unsigned here, const float (&advantage)[each],
+  __device__ __forceinline__ void made(Room& room, unsigned here, const float (&advantage)[each],
                                        const float (&ret)[each]) const {
     const unsigned some = __ballot_sync(all_lanes, here != 0);
     if (!some) return;
@@ -108,7 +108,7 @@ struct Shaped {
       }
       tile.mean[k] = double(pivot) + apart, tile.m2[k] = warp_reduce<Add>(square);
     }
-    join(found, tile);
+    if (threadIdx.x % lanes == 0) join(room.moments[threadIdx.x / lanes], tile);
   }
   template <int W>
   __device__ __forceinline__ void row_done(Room& room, const Rows& r, const Span& span, float noted) const {
@@ -128,9 +128,9 @@ struct Shaped {
     }
   }
   template <int warps>
-  __device__ __forceinline__ void done(Room& room, Found& found) const {
-    join_warps<warps>(room.moments, found);
-    if (threadIdx.x == 0) put(parts + blockIdx.x, gridDim.x, found);
+  __device__ __forceinline__ void done(Room& room) const {
+    const Moments all = join_warps<warps>(room.moments);
+    if (threadIdx.x == 0) put(parts + blockIdx.x, gridDim.x, all);
   }
 };
 
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(join_warps_count* lanes)
     kl[row] = float(sum);
   }
   join_lanes<lanes>(all);
-  join_warps<join_warps_count>(room, all);
+  if (threadIdx.x % lanes == 0) room[threadIdx.x / lanes] = all;
+  all = join_warps<join_warps_count>(room);
   if (threadIdx.x) return;
   stats[0] = float(all.count), stats[1] = float(all.mean[0]), stats[2] = float(all.m2[0]);
   stats[3] = float(all.mean[1]), stats[4] = float(all.m2[1]);
