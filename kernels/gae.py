@@ -76,6 +76,7 @@ def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
         {"B": 17, "T": 33, "bootstrap": True},
         {"B": 9, "T": 5, "gaps": False},
         {"B": 2, "T": 600},
+        {"B": 2, "T": 300, "gaps": False},
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],

@@ -92,6 +92,7 @@ def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
         {"lengths": (40, 3, 8, 16, 7, 9, 15, 31, 64, 2, 0, 12, 5, 5, 5, 5, 70, 1, 1), "bootstrap": True},
         {"lengths": (7, 12), "gaps": False},
         {"lengths": (3, 1100, 20)},
+        {"lengths": (521, 0, 520), "gaps": False},
         {"lengths": ()},
         {"lengths": (0, 0)},
     ],

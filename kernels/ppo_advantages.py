@@ -148,6 +148,7 @@ def _(
         {"B": 17, "T": 33, "bootstrap": True, "estimator": "k3"},
         {"B": 9, "T": 5, "gaps": False, "estimator": "abs"},
         {"B": 2, "T": 600, "gaps": False},
+        {"B": 3, "T": 521},
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from rlhf_fast import ops
+from rlhf_fast.kernels import _segments
 from rlhf_fast.kernels._op import COMPILED
 
 BACKENDS = ops.gae.backends
 ON_CPU = [name for name in ops.gae_packed.backends if ops.gae.can_run(name, "cpu")]
 CPU_KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = CPU_KERNELS + [name for name in BACKENDS if name == "simt"]
 GAPS = [float("nan"), float("inf"), -float("inf"), 999.0]
 
 
@@ -91,7 +93,7 @@ def test_advantages_telescope_to_the_td_error(gae):
     torch.testing.assert_close(advantages[:, :-1] - 0.72 * advantages[:, 1:], deltas, atol=1e-5, rtol=1e-5)
 
 
-SHAPES = [(1, 1), (2, 2), (4096, 3), (5, 31), (8, 32), (9, 33), (17, 127), (64, 1024), (4, 1025)]
+SHAPES = [(1, 1), (2, 2), (4096, 3), (5, 31), (8, 32), (9, 33), (17, 127), (3, 300), (2, 520), (64, 1024), (4, 1025)]
 LONG = [(2, 4097), (3, 8192), (1, 131072)]
 
 
@@ -178,10 +180,11 @@ def test_packed_is_padded(backend, index):
     assert same_bits([x[mask] for x in padded], packed)
 
 
+@pytest.mark.parametrize("B, T", [(5, 23), (2, 1300)])
 @pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
-def test_pointers_need_no_alignment_and_inputs_no_order(backend):
-    rewards, values = torch.randn(2, 5, 23)
-    mask = torch.rand(5, 23) > 0.2
+def test_pointers_need_no_alignment_and_inputs_no_order(backend, B, T):
+    rewards, values = torch.randn(2, B, T)
+    mask = (torch.rand(B, T) > 0.2) | (torch.arange(T) % 512 < 256)
     plain = ops.gae.backend(backend)(rewards, values, mask)
 
     def shifted(x, by):
@@ -192,6 +195,66 @@ def test_pointers_need_no_alignment_and_inputs_no_order(backend):
 
     for move in (lambda x: shifted(x, 1), lambda x: shifted(x, 3), transposed, lambda x: x.flip(1).flip(1)):
         assert same_bits(plain, ops.gae.backend(backend)(*map(move, (rewards, values, mask))))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_rows_bits_depend_on_its_tokens_alone(backend):
+    """Not on the padding, which decides how many warps take a row, nor on where in memory it starts."""
+    rewards, values = torch.randn(2, 1, 1500)
+    for n in (1, 100, 128, 250, 256, 300, 512, 600, 1024, 1029, 1500):
+        mask = torch.arange(1500)[None] < n
+        mask[0, 40 : 40 + n // 3] = n % 2 == 0  # of a row of odd length a third is missing
+        padded = ops.gae.backend(backend)(rewards, values, mask)
+        alone = ops.gae.backend(backend)(*(x[:, :n] for x in (rewards, values, mask)))
+        assert same_bits([x[:, :n] for x in padded], alone)
+        flat = [torch.cat([x[0, :3], x[0, :n], x[0, :9]]) for x in (rewards, values, mask)]
+        packed = ops.gae_packed.backend(backend)(*flat, torch.tensor([0, 3, n + 3, n + 12]))
+        assert same_bits([x[3 : n + 3] for x in packed], [x[0] for x in alone])
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Rows of more than 1024 tokens are cut into pieces where a GPU's kernels answer."""
+    monkeypatch.setattr(_segments, "LONG", 1024)
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("pieces", [512, 16])
+def test_long_rows_split_over_blocks(cut, pieces, monkeypatch):
+    """Gaps longer than a piece, pieces without a token, ends everywhere; then of 4096 tokens."""
+    monkeypatch.setattr(_segments, "PIECES", pieces)
+    T = 7001
+    slots = torch.arange(T)
+    mask = torch.stack([slots < 0, slots >= 0, slots == 3000, slots % 1024 == 1023, slots % 1024 == 0, slots < 1024])
+    mask = torch.cat([mask, (slots < 900)[None] | (slots > 5200), torch.rand(3, T) > 0.3])
+    rewards, values = torch.randn(2, *mask.shape)
+    last = torch.randn(len(mask))
+    assert _segments.pieces(len(mask), mask.numel(), T, rewards)[0] == {512: 1024, 16: 4096}[pieces]
+    dirty = [x.masked_fill(~mask, torch.nan) for x in (rewards, values)]
+    for rows in (slice(None), slice(1, 4), slice(8, 9)):
+        given = *(x[rows] for x in dirty), mask[rows]
+        ours = ops.gae.backend("simt")(*given, 1.0, 0.95, last[rows])
+        truth = oracle(*(x[rows].nan_to_num() for x in dirty), mask[rows], 1.0, 0.95, last[rows])
+        assert_close(ours, truth)
+        assert all(x[~mask[rows]].eq(0).all() for x in ours)
+        assert same_bits(ours, ops.gae.backend("simt")(*given, 1.0, 0.95, last[rows]))
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize(
+    "lengths", [(5000,), (0, 3, 2049, 0, 1024, 4100, 1, 0), (40,) * 37 + (2500,) + (0, 7, 1025) * 3]
+)
+def test_long_segments_split_over_blocks(cut, lengths):
+    """More segments than a warp has lanes, too, and blocks for which no piece is left."""
+    lengths = torch.tensor(lengths)
+    N, ends = int(lengths.sum()), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    inside = torch.arange(int(lengths.max())) < lengths[:, None]
+    rewards, values, mask = torch.randn(N), torch.randn(N), torch.rand(N) > 0.3
+    last = torch.randn(len(lengths))
+    assert _segments.pieces(len(lengths), N, N, rewards)[0] == 1024
+    ours = ops.gae_packed.backend("simt")(rewards, values, mask, ends, 0.99, 0.95, last)
+    padded = [x.new_zeros(inside.shape).masked_scatter(inside, x) for x in (rewards, values, mask)]
+    assert_close(ours, [x[inside] for x in oracle(*padded, 0.99, 0.95, last)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -216,7 +279,7 @@ def test_threads_change_no_bit(backend):
     assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend", CPU_KERNELS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_offsets_beyond_2_to_the_31(backend):
     """The kernel is given a segment far behind addresses that are never touched: no such memory exists."""
     n, start = 100, 2**31 + 5
@@ -227,7 +290,8 @@ def test_offsets_beyond_2_to_the_31(backend):
     far = [x.data_ptr() - start * x.element_size() for x in (rewards, values, mask)]
     far_out = [out[i].data_ptr() - start * 4 for i in (0, 1)]
     kernel = COMPILED[backend].gae_packed
-    kernel(*far, ends.data_ptr(), 0, *far_out, 1, start + n, 1.0, 0.95, 1)
+    whole = (0, 0) if backend == "simt" else ()
+    kernel(*far, ends.data_ptr(), 0, *far_out, *whole, 1, start + n, 1.0, 0.95, 1)
     near = ops.gae_packed.backend(backend)(rewards, values, mask, torch.tensor([0, n]))
     assert same_bits(tuple(out), near)
 

@@ -1,12 +1,15 @@
 """What no reference can say of ppo_advantages: where the score goes, what KL means, statistics that whiten."""
 
+import importlib
+
 import pytest
 import torch
 
 from rlhf_fast import ops
+from rlhf_fast.kernels import _segments
 
 BACKENDS = ops.ppo_advantages.backends
-KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
+KERNELS = [name for name in BACKENDS if name.startswith("cpu") or name == "simt"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -113,7 +116,7 @@ def test_no_token_and_one_token(advantages):
     assert named(stats) == {"count": 1, "mean": got[4, 30], "m2": 0, "return_mean": returns[4, 30], "return_m2": 0}
 
 
-@pytest.mark.parametrize("B, T", [(1, 4096), (64, 64), (3, 1001)])
+@pytest.mark.parametrize("B, T", [(1, 4096), (64, 64), (3, 1001), (2, 400)])
 def test_a_mean_far_larger_than_the_spread_keeps_the_variance(advantages, B, T):
     zero, scores = torch.zeros(B, T), torch.zeros(B)
     values = -(1e4 + torch.randn(B, T))
@@ -183,6 +186,44 @@ def test_rows_walked_or_split_give_the_same_bits(monkeypatch, T, estimator):
     alone = op(*(x[7:8] if torch.is_tensor(x) else x for x in args))
     for i in (0, 1, 3):
         assert torch.equal(alone[i], walked[i][7:8])
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("T", [37, 300, 1500])
+def test_split_into_few_blocks_or_many_rows_keep_their_bits(T, monkeypatch):
+    """A block walks on over rows; only how their moments join changes."""
+    module = importlib.import_module("rlhf_fast.kernels.ppo_advantages")
+    op, args = ops.ppo_advantages.backend("simt"), ops.ppo_advantages.make(27, T, "cpu", torch.float32, bootstrap=True)
+    many = op(*args)
+    for blocks in (1, 3):
+        monkeypatch.setattr(module, "BLOCKS", blocks)
+        few = op(*args)
+        assert all(torch.equal(few[i], many[i]) for i in (0, 1, 3))
+        torch.testing.assert_close(few[2], many[2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_long_rows_split_over_blocks(estimator, monkeypatch):
+    """The score still stands at the last token, pieces away from the row's end, and moments and kl are the row's."""
+    T = 4500
+    slots = torch.arange(T)
+    mask = torch.stack([slots < 0, slots < 1000, slots == 2000, torch.rand(T) > 0.3, slots >= 3100, slots < 4097])
+    logprobs = -torch.rand(mask.shape) * 3
+    ref, values, scores = logprobs + 0.3 * torch.randn(mask.shape), torch.randn(mask.shape), torch.randn(len(mask))
+    given = [x.masked_fill(~mask, torch.nan) for x in (logprobs, ref, values)]
+    truth = ops.ppo_advantages.reference(
+        *(x.double().nan_to_num() for x in (*given, scores)), mask, 0.05, estimator, 0.99, 0.95, 0.0, None
+    )
+    op = ops.ppo_advantages.backend("simt")
+    for long in (10000, 1024):
+        monkeypatch.setattr(_segments, "LONG", long)
+        assert bool(_segments.pieces(len(mask), mask.numel(), T, scores)[0]) == (long == 1024)
+        ours = op(*given, scores, mask, 0.05, estimator, 0.99, 0.95)
+        for x, t in zip(ours, truth, strict=True):
+            torch.testing.assert_close(x.double(), t, rtol=2e-6, atol=2e-5)
+        again = op(*given, scores, mask, 0.05, estimator, 0.99, 0.95)
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
 def test_bad_arguments_name_the_rule():

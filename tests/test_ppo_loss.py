@@ -1,5 +1,6 @@
 """What no reference can say of ppo_loss: numbers by hand at every bend, what is never read, what adds up."""
 
+import importlib
 import math
 
 import pytest
@@ -288,6 +289,35 @@ def test_large_batches_keep_their_digits(backend):
         4.5, rel=2e-6
     )
     assert stats[0].item() == pytest.approx(1, rel=2e-6)
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("n", [5 * 1024, 4 * 1024 + 37])
+def test_split_into_few_blocks_or_many_nothing_is_left_out(n, monkeypatch):
+    module = importlib.import_module("rlhf_fast.kernels.ppo_loss")
+    args = ops.ppo_loss.make((n,), device="cpu", dtype=torch.float32, sampler="truncate")
+    results = []
+    for blocks in (module.BLOCKS, 2, 1):
+        monkeypatch.setattr(module, "BLOCKS", blocks)
+        policy, value, stats = ops.ppo_loss.backend("simt")(*args)
+        results.append((policy, value, *torch.autograd.grad(policy + value, [args[0], args[4]]), stats))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=2e-6, atol=1e-7)
+        assert all(torch.equal(a, b) for a, b in zip(other[2:4], results[0][2:4], strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS + [name for name in BACKENDS if name == "simt"])
+def test_pointers_need_no_alignment(backend):
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in ops.ppo_loss.make((777,), "cpu", torch.float32)]
+    shifted = [torch.cat([x[:1], x])[1:] if isinstance(x, torch.Tensor) and x.dim() else x for x in args]
+    assert shifted[0].data_ptr() % 16 and not args[0].data_ptr() % 16
+    for inputs in (args, shifted):
+        inputs[0].requires_grad_(), inputs[4].requires_grad_()
+    results = [ops.ppo_loss.backend(backend)(*inputs) for inputs in (args, shifted)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    slopes = [torch.autograd.grad(r[0] + r[1], [x[0], x[4]]) for r, x in zip(results, (args, shifted), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
 
 
 @pytest.mark.skipif("cpu" not in TRITON_FORCED, reason="Triton's kernels cannot be forced on the CPU here")
