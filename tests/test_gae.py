@@ -219,7 +219,7 @@ def cut(monkeypatch):
 
 
 @pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
-@pytest.mark.parametrize("pieces", [512, 16])
+@pytest.mark.parametrize("pieces", [512, 20])
 def test_long_rows_split_over_blocks(cut, pieces, monkeypatch):
     """Gaps longer than a piece, pieces without a token, ends everywhere; then of 4096 tokens."""
     monkeypatch.setattr(_segments, "PIECES", pieces)
@@ -229,7 +229,7 @@ def test_long_rows_split_over_blocks(cut, pieces, monkeypatch):
     mask = torch.cat([mask, (slots < 900)[None] | (slots > 5200), torch.rand(3, T) > 0.3])
     rewards, values = torch.randn(2, *mask.shape)
     last = torch.randn(len(mask))
-    assert _segments.pieces(len(mask), mask.numel(), T, rewards)[0] == {512: 1024, 16: 4096}[pieces]
+    assert _segments.pieces(len(mask), mask.numel(), T, rewards)[0] == {512: 1024, 20: 4096}[pieces]
     dirty = [x.masked_fill(~mask, torch.nan) for x in (rewards, values)]
     for rows in (slice(None), slice(1, 4), slice(8, 9)):
         given = *(x[rows] for x in dirty), mask[rows]
