@@ -244,7 +244,7 @@ def ppo_loss_with_gradients(
     return policy_loss, value_loss, stats, *(slope if by else stats.new_empty(0) for slope, by in wanted)
 
 
-PER_BLOCK, BLOCKS = 1024, 1024  # tokens that a GPU's block takes at a time, and how many blocks there are at most
+PER_BLOCK, FEW, BLOCKS = 1024, 256, 1024  # tokens that a GPU's block takes in a round; blocks of a GPU, and at most
 
 
 def _launch(kernels, device, args, wanted):
@@ -261,7 +261,8 @@ def _launch(kernels, device, args, wanted):
     out += [torch.empty_like(weights) if by else None for by in wanted]
     blocks, parts = [], []
     if device == "cuda":  # and room for what each block sums
-        blocks = [max(1, min(BLOCKS, -(-N // PER_BLOCK)))]
+        rounds = -(-N // PER_BLOCK)
+        blocks = [max(1, min(rounds, BLOCKS, max(FEW, rounds // 2)))]  # once a GPU is full, two rounds and more
         parts = [weights.new_empty(len(STATS) + 2, *blocks)]
     kernels.ppo_loss(
         *(0 if x is None else x.data_ptr() for x in (*tensors, *out, *parts)), *blocks, N, *numbers,

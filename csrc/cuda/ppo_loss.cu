@@ -57,21 +57,31 @@ __device__ __forceinline__ float clamp(float x, float low, float high) {
   return x < low ? low : x > high ? high : x;  // NaN stays
 }
 
-// Four numbers from p + t, as far as N goes; whoever asks for `some` by bits does not look at the others.
-__device__ __forceinline__ Four read(const Options& o, const float* p, int64_t t, unsigned some) {
-  Four f = {};
-  if (o.aligned && t + each <= o.N) {
-    const float4 v = *reinterpret_cast<const float4*>(p + t);
-    f = {{v.x, v.y, v.z, v.w}};
+// Whether four tokens from t on are one access of 16 bytes.
+__device__ __forceinline__ bool whole(const Options& o, int64_t t) { return o.aligned && t + each <= o.N; }
+
+// Four numbers from t on of each p; those without their bit in `some` are not looked at.
+template <int n>
+__device__ __forceinline__ void read(const Options& o, const float* const (&p)[n], int64_t t, unsigned some,
+                                     Four (&f)[n]) {
+  if (whole(o, t)) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const float4 v = *reinterpret_cast<const float4*>(p[k] + t);
+      f[k] = {{v.x, v.y, v.z, v.w}};
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < each; ++i)
-      if (t + i < o.N && some >> i & 1) f.x[i] = p[t + i];
+    for (int k = 0; k < n; ++k) {
+#pragma unroll
+      for (int i = 0; i < each; ++i) f[k].x[i] = t + i < o.N && some >> i & 1 ? p[k][t + i] : 0.f;
+    }
   }
-  return f;
 }
 __device__ __forceinline__ Four weights_at(const Options& o, const float* p, int64_t t) {
-  return t < o.N ? read(o, p, t, ~0u) : Four{};
+  Four f[1] = {};
+  if (t < o.N) read(o, {p}, t, ~0u, f);
+  return f[0];
 }
 __device__ __forceinline__ unsigned bits_of(const Four& w) {
   unsigned on = 0;
@@ -81,7 +91,7 @@ __device__ __forceinline__ unsigned bits_of(const Four& w) {
 }
 __device__ __forceinline__ void write(const Options& o, float* p, int64_t t, const Four& f) {
   if (!p) return;
-  if (o.aligned && t + each <= o.N) {
+  if (whole(o, t)) {
     *reinterpret_cast<float4*>(p + t) = make_float4(f.x[0], f.x[1], f.x[2], f.x[3]);
   } else {
 #pragma unroll
@@ -90,30 +100,26 @@ __device__ __forceinline__ void write(const Options& o, float* p, int64_t t, con
   }
 }
 
+template <bool sampled>
 struct Policy {
   static constexpr int first = weight, last = value_weight, loss = policy_loss_, sums = last - first + 1;
   float sum[sums] = {}, most = -INFINITY, least = INFINITY;
-  static __device__ __forceinline__ const float* weights(const Options& o) { return o.weights; }
 
-  // One token; returns the loss's slope. A token of weight 0 came with zeros.
+  static __device__ __forceinline__ const float* weights(const Options& o) { return o.weights; }
+  static __device__ __forceinline__ float* slopes(const Options& o) { return o.logprobs_slope; }
+
+  // One token; returns the loss's slope. `advantage` is whitened; a token of weight 0 comes with zeros.
   __device__ __forceinline__ float add(const Options& o, bool on, float w, float logprob, float old, float advantage,
                                        float drawn) {
     const float raw = logprob - old, log_ratio = clamp(raw, -o.bound, o.bound), ratio = expf(log_ratio);
-    const float shift = o.shift ? *o.shift : 0.f, scale = o.scale ? *o.scale : 1.f;
-    const float cost = on ? -((advantage - shift) * scale) : 0.f;
-    const float free = cost * ratio, clipped = cost * clamp(ratio, o.low, o.high);
-    const bool worse = clipped > free;
-    float loss = worse ? clipped : free, slope = worse || fabsf(raw) > o.bound ? 0.f : free;
-    bool dual = false;
-    if (o.dual > 0.f) {
-      const float limit = cost > 0.f ? cost * o.dual : INFINITY;
-      dual = loss > limit;
-      slope = dual ? 0.f : loss == limit ? 0.5f * slope : slope;
-      loss = dual ? limit : loss;
-    }
+    const float free = -advantage * ratio, clipped = -advantage * clamp(ratio, o.low, o.high);
+    const float limit = advantage < 0.f ? -advantage * o.dual : INFINITY;
+    const bool worse = clipped > free, dual = (worse ? clipped : free) > limit;
+    const float loss = dual ? limit : worse ? clipped : free;
+    float slope = worse || dual || fabsf(raw) > o.bound ? 0.f : loss == limit ? 0.5f * free : free;
     float coefficient = w;
     bool capped = false;
-    if (o.sampler) {
+    if (sampled) {
       const float trust = expf(old - drawn);
       capped = trust > o.cap;
       coefficient = w * (capped ? o.drop_capped ? 0.f : o.cap : trust);
@@ -134,59 +140,57 @@ struct Policy {
     return counts ? coefficient * slope : 0.f;
   }
 
-  __device__ __forceinline__ void visit(const Options& o, int64_t t, unsigned on, const Four& w) {
-    const Four logprobs = read(o, o.logprobs, t, on), old = read(o, o.old_logprobs, t, on);
-    const Four advantages = read(o, o.advantages, t, on), drawn = o.sampler ? read(o, o.sampler, t, on) : old;
-    Four slope;
+  __device__ __forceinline__ Four visit(const Options& o, int64_t t, unsigned on, const Four& w) {
+    Four f[sampled ? 4 : 3], slope;
+    if constexpr (sampled) {
+      read(o, {o.logprobs, o.old_logprobs, o.advantages, o.sampler}, t, on, f);
+    } else {
+      read(o, {o.logprobs, o.old_logprobs, o.advantages}, t, on, f);
+    }
+    const float shift = o.shift ? *o.shift : 0.f, scale = o.scale ? *o.scale : 1.f;
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       const bool here = on >> i & 1;
-      slope.x[i] = add(o, here, w.x[i], here ? logprobs.x[i] : 0.f, here ? old.x[i] : 0.f, advantages.x[i],
-                       here ? drawn.x[i] : 0.f);
+      const float old = here ? f[1].x[i] : 0.f, advantage = here ? (f[2].x[i] - shift) * scale : 0.f;
+      const float drawn = sampled && here ? f[sampled ? 3 : 1].x[i] : 0.f;
+      slope.x[i] = add(o, here, w.x[i], here ? f[0].x[i] : 0.f, old, advantage, drawn);
     }
-    write(o, o.logprobs_slope, t, slope);
+    return slope;
   }
-  static __device__ __forceinline__ void skip(const Options& o, int64_t t) { write(o, o.logprobs_slope, t, {}); }
 };
 
 struct Value {
   static constexpr int first = value_weight, last = policy_loss_, loss = value_loss_, sums = last - first + 1;
   float sum[sums] = {}, most = 0.f, least = 0.f;
+
   static __device__ __forceinline__ const float* weights(const Options& o) { return o.value_weights; }
+  static __device__ __forceinline__ float* slopes(const Options& o) { return o.values_slope; }
 
   __device__ __forceinline__ float add(const Options& o, float w, float v, float old, float target) {
-    const float error = v - target, free = error * error;
-    float loss = free, slope = error;
-    bool active = false;
-    if (o.value_clip > 0.f) {
-      const float low = old - o.value_clip, high = old + o.value_clip, bounded = clamp(v, low, high) - target;
-      const float clipped = bounded * bounded;
-      const bool within = v >= low && v <= high;
-      active = clipped > free;
-      slope = active ? 0.f : !within && clipped == free ? 0.5f * slope : slope;
-      loss = active ? clipped : free;
-    }
+    const float low = old - o.value_clip, high = old + o.value_clip;
+    const float error = v - target, bounded = clamp(v, low, high) - target;
+    const float free = error * error, clipped = bounded * bounded;
+    const bool within = v >= low && v <= high, active = clipped > free;
+    const float slope = active ? 0.f : !within && clipped == free ? 0.5f * error : error;
     sum[value_weight - first] += w;
     sum[value_clipped - first] += active ? w : 0.f;
     sum[value_ - first] += w * v;
     sum[value_error - first] += w * free;
     sum[return_ - first] += w * target;
-    sum[sums - 1] += w * loss;
+    sum[sums - 1] += w * (active ? clipped : free);
     return w * slope;
   }
 
-  __device__ __forceinline__ void visit(const Options& o, int64_t t, unsigned on, const Four& w) {
-    const Four values = read(o, o.values, t, on), returns = read(o, o.returns, t, on);
-    const Four old = o.value_clip > 0.f ? read(o, o.old_values, t, on) : values;
-    Four slope;
+  __device__ __forceinline__ Four visit(const Options& o, int64_t t, unsigned on, const Four& w) {
+    Four f[3], slope;
+    read(o, {o.values, o.old_values, o.returns}, t, on, f);
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       const bool here = on >> i & 1;
-      slope.x[i] = add(o, w.x[i], here ? values.x[i] : 0.f, here ? old.x[i] : 0.f, here ? returns.x[i] : 0.f);
+      slope.x[i] = add(o, w.x[i], here ? f[0].x[i] : 0.f, here ? f[1].x[i] : 0.f, here ? f[2].x[i] : 0.f);
     }
-    write(o, o.values_slope, t, slope);
+    return slope;
   }
-  static __device__ __forceinline__ void skip(const Options& o, int64_t t) { write(o, o.values_slope, t, {}); }
 };
 
 // The n <= 32 sums of a warp at once: in each round a lane hands over those that the lane across will own. About n + 2
@@ -222,11 +226,9 @@ __device__ __forceinline__ void run(const Options& o, int64_t block, float (*mem
   for (; t < o.N; t += stride) {
     const Four ahead = weights_at(o, weights, t + stride);
     const unsigned on = bits_of(w);
-    if (on) {
-      part.visit(o, t, on, w);
-    } else {
-      Part::skip(o, t);
-    }
+    Four slope = {};
+    if (on) slope = part.visit(o, t, on, w);
+    write(o, Part::slopes(o), t, slope);
     w = ahead;
   }
   const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes;
@@ -249,12 +251,13 @@ __device__ __forceinline__ void run(const Options& o, int64_t block, float (*mem
   }
 }
 
+template <bool sampled>
 __global__ void __launch_bounds__(threads, 4) ppo_loss_kernel(const Options o) {
   __shared__ float memory[warps][numbers];
   const bool both = o.logprobs && o.values;
   const int64_t block = both ? blockIdx.x / 2 : blockIdx.x;
   if (o.logprobs && !(both && blockIdx.x % 2)) {
-    run<Policy>(o, block, memory);
+    run<Policy<sampled>>(o, block, memory);
   } else {
     run<Value>(o, block, memory);
   }
@@ -300,16 +303,19 @@ const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advan
   o.sampler = ptr<const float>(sampler), o.shift = ptr<const float>(shift), o.scale = ptr<const float>(scale);
   o.logprobs_slope = ptr<float>(logprobs_slope), o.values_slope = ptr<float>(values_slope);
   o.parts = ptr<float>(parts), o.N = N, o.blocks = blocks;
-  o.low = 1.f - clip_low, o.high = 1.f + clip_high, o.dual = dual_clip, o.value_clip = value_clip;
+  o.low = 1.f - clip_low, o.high = 1.f + clip_high, o.dual = dual_clip > 0.f ? dual_clip : INFINITY;
   o.bound = log_ratio_clamp > 0.f ? log_ratio_clamp : INFINITY;
   o.cap = cap, o.drop_capped = drop_capped;
+  o.value_clip = value_clip > 0.f ? value_clip : INFINITY;
+  if (!(value_clip > 0.f)) o.old_values = o.values;  // not looked at
   const uintptr_t low_bits = logprobs | old_logprobs | advantages | weights | values | old_values | returns |
                              value_weights | sampler | logprobs_slope | values_slope;
   o.aligned = low_bits % 16 == 0;
   if (N) {
     const unsigned grid = blocks_for(blocks * (logprobs && values ? 2 : 1), 1);
     if (!grid) return "a grid has no such number of blocks";
-    if (const char* error = launch(ppo_loss_kernel, grid, threads, 0, stream, o)) return error;
+    const auto kernel = sampler ? ppo_loss_kernel<true> : ppo_loss_kernel<false>;
+    if (const char* error = launch(kernel, grid, threads, 0, stream, o)) return error;
   } else {
     o.blocks = 0;
   }
