@@ -141,6 +141,19 @@ def test_shuffles_and_votes(tmp_path):
         assert (status, list(map(float, said.split()))) == (0, expected)
 
 
+def test_loads_and_stores_past_caches(tmp_path):
+    kernel = """
+    __global__ void kernel(float* out) {
+      float4* four = reinterpret_cast<float4*>(out) + threadIdx.x;
+      if (threadIdx.x >= 16) return;
+      const float4 before = threadIdx.x % 2 ? __ldcg(four) : __ldcs(four);
+      const float4 v = make_float4(threadIdx.x, before.y, before.z - 1.f, before.w);
+      threadIdx.x % 2 ? __stcg(four, v) : __stcs(four, v);
+    }"""
+    status, said = run(tmp_path, kernel)
+    assert (status, list(map(float, said.split()))) == (0, [x for t in range(16) for x in (t, -1, -2, -1)])
+
+
 @pytest.mark.parametrize("where", ["out[threadIdx.x + 1]", "shared_memory<float>()[threadIdx.x + 1]"])
 def test_a_write_out_of_bounds_is_caught_by_the_sanitizer(tmp_path, where):
     kernel = f"__global__ void kernel(float* out) {{ {where} = 1.f; out[threadIdx.x] = 1.f; }}"

@@ -484,6 +484,10 @@ template <class T>
 void __stcs(T* p, T v) {
   *p = v;
 }
+template <class T>
+void __stcg(T* p, T v) {
+  *p = v;
+}
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
