@@ -136,17 +136,18 @@ struct View {
   __device__ __forceinline__ Quad<Source::inputs> load(int64_t start, unsigned bits) const {
     Quad<Source::inputs> q = {};
     if (!bits) return q;
-    const bool at_once = whole(start);
+    if (whole(start)) {
 #pragma unroll
-    for (int k = 0; k < Source::inputs; ++k) {
-      const float* x = source.input[k] + begin;
-      if (at_once) {
-        const float4 v = *reinterpret_cast<const float4*>(x + at(start, 0));
+      for (int k = 0; k < Source::inputs; ++k) {
+        const float4 v = *reinterpret_cast<const float4*>(source.input[k] + begin + at(start, 0));
         q.x[k][0] = v.x, q.x[k][1] = v.y, q.x[k][2] = v.z, q.x[k][3] = v.w;
-      } else {
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < Source::inputs; ++k) {
 #pragma unroll
         for (int i = 0; i < each; ++i)
-          if (bits >> i & 1) q.x[k][i] = x[at(start, i)];
+          if (bits >> i & 1) q.x[k][i] = source.input[k][begin + at(start, i)];
       }
     }
     return q;
@@ -175,21 +176,18 @@ struct View {
 
   __device__ __forceinline__ void store(float* out, int64_t start, const float (&x)[each]) const {
     out += begin;
-    const float4 v = make_float4(x[0], x[1], x[2], x[3]);
     if (whole(start)) {
-      *reinterpret_cast<float4*>(out + at(start, 0)) = v;
-    } else if (aligned) {
-#pragma unroll
-      for (int i = 0; i < each; ++i)
-        if (at(start, i) < length) out[at(start, i)] = x[i];
-    } else {
-      reinterpret_cast<float4*>(memory)[lane] = v;
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < each; ++i)
-        if (at(start, i) < length) out[at(start, i)] = memory[lanes * i + lane];
+      __stcg(reinterpret_cast<float4*>(out + at(start, 0)), make_float4(x[0], x[1], x[2], x[3]));
+      return;  // by its name: nvcc makes four stores of an assignment here
+    }
+    if (!aligned) {
+      reinterpret_cast<float4*>(memory)[lane] = make_float4(x[0], x[1], x[2], x[3]);
       __syncwarp();
     }
+#pragma unroll
+    for (int i = 0; i < each; ++i)
+      if (at(start, i) < length) out[at(start, i)] = aligned ? x[i] : memory[lanes * i + lane];
+    if (!aligned) __syncwarp();
   }
 };
 
@@ -267,7 +265,7 @@ __device__ __forceinline__ float enter(const Rows& r, const Span& span, float x)
 // A team of W warps walks spans, tiles right to left; a block has one team, or four of one warp each. The source says
 // what tokens earn, and is told what came of them.
 template <int W, class Source>
-__global__ void __launch_bounds__(W == most_warps ? W * lanes : 4 * lanes, W == most_warps ? 4 : 8)
+__global__ void __launch_bounds__(W == most_warps ? W * lanes : 4 * lanes, W == most_warps ? 4 : 7)
     rows_kernel(const Rows r, Source source, const int64_t spans) {
   constexpr int teams = W == 1 ? 4 : 1;
   __shared__ float4 turned[teams * W][lanes];
