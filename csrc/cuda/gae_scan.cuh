@@ -191,12 +191,15 @@ struct View {
   }
 };
 
-// A lane's tokens as maps: A = excess + x, x' = decay x + feed.
+// A lane's tokens as maps: A = excess + x, x' = step x + feed. A token that does not exist has step 1 and feed 0.
 struct Tokens {
   float value[each], excess[each], feed[each];
   unsigned here;
 };
 
+__device__ __forceinline__ float step_of(const Tokens& t, int i, float decay) { return t.here >> i & 1 ? decay : 1.f; }
+
+// What may be NaN outside the mask becomes 0 first, and what 0 earns is 0.
 template <class Source>
 __device__ __forceinline__ Tokens shape(const Source& source, const Rows& r, const Quad<Source::inputs>& q,
                                         unsigned here, float& noted) {
@@ -204,8 +207,11 @@ __device__ __forceinline__ Tokens shape(const Source& source, const Rows& r, con
   t.here = here;
 #pragma unroll
   for (int i = 0; i < each; ++i) {
-    const float value = here >> i & 1 ? q.x[0][i] : 0.f, reward = here >> i & 1 ? source.reward(q, i, noted) : 0.f;
-    t.value[i] = value, t.excess[i] = reward - value, t.feed[i] = fmaf(r.decay, reward, r.rest * value);
+    float x[Source::inputs];
+#pragma unroll
+    for (int k = 0; k < Source::inputs; ++k) x[k] = here >> i & 1 ? q.x[k][i] : 0.f;
+    const float reward = source.reward(x, noted);
+    t.value[i] = x[0], t.excess[i] = reward - x[0], t.feed[i] = fmaf(r.decay, reward, r.rest * x[0]);
   }
   return t;
 }
@@ -225,8 +231,7 @@ __device__ __forceinline__ Affine scan_tile(const Tokens& t, float decay, float 
   const int lane = threadIdx.x % lanes;
   Affine f{1.f, 0.f};
 #pragma unroll
-  for (int i = each - 1; i >= 0; --i)
-    if (t.here >> i & 1) f = {f.a * decay, fmaf(decay, f.b, t.feed[i])};
+  for (int i = each - 1; i >= 0; --i) f = compose({step_of(t, i, decay), t.feed[i]}, f);
   if (__all_sync(all_lanes, t.here == 15)) {
     float power = f.a;
 #pragma unroll
@@ -265,7 +270,7 @@ __device__ __forceinline__ float enter(const Rows& r, const Span& span, float x)
 // A team of W warps walks spans, tiles right to left; a block has one team, or four of one warp each. The source says
 // what tokens earn, and is told what came of them.
 template <int W, class Source>
-__global__ void __launch_bounds__(W == most_warps ? W * lanes : 4 * lanes, W == most_warps ? 4 : 7)
+__global__ void __launch_bounds__(W == most_warps ? W * lanes : 4 * lanes, W == most_warps ? Source::blocks : 7)
     rows_kernel(const Rows r, Source source, const int64_t spans) {
   constexpr int teams = W == 1 ? 4 : 1;
   __shared__ float4 turned[teams * W][lanes];
@@ -309,7 +314,7 @@ __global__ void __launch_bounds__(W == most_warps ? W * lanes : 4 * lanes, W == 
         const bool exists = here >> i & 1;
         advantage[i] = exists ? t.excess[i] + inside : 0.f;
         ret[i] = exists ? advantage[i] + t.value[i] : 0.f;
-        if (exists) inside = fmaf(r.decay, inside, t.feed[i]);
+        inside = apply({step_of(t, i, r.decay), t.feed[i]}, inside);
       }
       view.store(r.advantages, start, advantage);
       view.store(r.returns, start, ret);
@@ -398,7 +403,7 @@ inline int cut_of(int64_t tokens) {
 
 // Rewards as they lie in memory.
 struct Stored {
-  static constexpr int inputs = 2;
+  static constexpr int inputs = 2, blocks = 4;  // blocks of 8 warps that a processor should hold: 64 registers
   struct Room {};
   const float* input[inputs];  // values, rewards
   const float* bootstrap;
@@ -406,7 +411,7 @@ struct Stored {
   __device__ __forceinline__ float last(int64_t row, const Rows& r) const {
     return bootstrap ? r.gamma * bootstrap[row] : 0.f;
   }
-  __device__ __forceinline__ float reward(const Quad<inputs>& q, int i, float&) const { return q.x[1][i]; }
+  __device__ __forceinline__ float reward(const float (&x)[inputs], float&) const { return x[1]; }
   __device__ __forceinline__ void begin(Room&) const {}
   __device__ __forceinline__ void made(Room&, unsigned, const float (&)[each], const float (&)[each]) const {}
   template <int W>

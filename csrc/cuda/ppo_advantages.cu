@@ -18,6 +18,10 @@ struct Moments {
 
 __device__ __forceinline__ void join(Moments& a, const Moments& b) {
   if (!(b.count > 0)) return;
+  if (!(a.count > 0)) {
+    a = b;
+    return;
+  }
   const double count = a.count + b.count, share = float(b.count) / float(count);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -54,8 +58,10 @@ __device__ __forceinline__ void put(double* parts, int64_t stride, const Moments
   parts[3 * stride] = m.mean[1], parts[4 * stride] = m.m2[1];
 }
 
+// `exponential` is k3, which is dear enough for a kernel of its own.
+template <bool exponential>
 struct Shaped {
-  static constexpr int inputs = 3;
+  static constexpr int inputs = 3, blocks = exponential ? 3 : 4;
   struct Room {
     Moments moments[most_warps];  // of each warp so far: in registers they would be too many
     float kl[most_warps];
@@ -72,11 +78,11 @@ struct Shaped {
     if (clip > 0.f) score = score > clip ? clip : score < -clip ? -clip : score;  // NaN stays
     return bootstrap ? fmaf(r.gamma, bootstrap[row], score) : score;
   }
-  __device__ __forceinline__ float reward(const Quad<inputs>& q, int i, float& noted) const {
-    const float d = q.x[1][i] - q.x[2][i];
-    const float now = estimator == k1   ? d
+  __device__ __forceinline__ float reward(const float (&x)[inputs], float& noted) const {
+    const float d = x[1] - x[2];
+    const float now = exponential       ? (expf(-d > 20.f ? 20.f : -d) - 1.f) + d
                       : estimator == k2 ? 0.5f * d * d
-                      : estimator == k3 ? (expf(-d > 20.f ? 20.f : -d) - 1.f) + d
+                      : estimator == k1 ? d
                                         : fabsf(d);
     noted += now;
     return -coef * now;
@@ -84,31 +90,36 @@ struct Shaped {
   __device__ __forceinline__ void begin(Room& room) const {
     if (threadIdx.x % lanes == 0) room.moments[threadIdx.x / lanes] = {};
   }
-  // Distances are taken from one of the tile's own numbers first: then the mean keeps its digits too.
+  // Distances are taken from one of the tile's own numbers: so the mean keeps its digits, and squares lose few.
   __device__ __forceinline__ void made(Room& room, unsigned here, const float (&advantage)[each],
                                        const float (&ret)[each]) const {
     const unsigned some = __ballot_sync(all_lanes, here != 0);
     if (!some) return;
     const float (*x[2])[each] = {&advantage, &ret};
-    const float count = float(__reduce_add_sync(all_lanes, __popc(here)));
-    Moments tile{count, {}, {}};
+    const int count = __reduce_add_sync(all_lanes, __popc(here));
+    float pivot[2], sum[2] = {}, square[2] = {};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      float pivot = 0.f, sum = 0.f, square = 0.f;
+      pivot[k] = 0.f;
 #pragma unroll
-      for (int i = each - 1; i >= 0; --i) pivot = here >> i & 1 ? (*x[k])[i] : pivot;
-      pivot = __shfl_sync(all_lanes, pivot, __ffs(some) - 1);
-#pragma unroll
-      for (int i = 0; i < each; ++i) sum += here >> i & 1 ? (*x[k])[i] - pivot : 0.f;
-      const float apart = warp_reduce<Add>(sum) / count;
+      for (int i = each - 1; i >= 0; --i) pivot[k] = here >> i & 1 ? (*x[k])[i] : pivot[k];
+      pivot[k] = __shfl_sync(all_lanes, pivot[k], __ffs(some) - 1);
 #pragma unroll
       for (int i = 0; i < each; ++i) {
-        const float e = here >> i & 1 ? ((*x[k])[i] - pivot) - apart : 0.f;
-        square = fmaf(e, e, square);
+        const float e = here >> i & 1 ? (*x[k])[i] - pivot[k] : 0.f;
+        sum[k] += e, square[k] = fmaf(e, e, square[k]);
       }
-      tile.mean[k] = double(pivot) + apart, tile.m2[k] = warp_reduce<Add>(square);
+      sum[k] = warp_reduce<Add>(sum[k]), square[k] = warp_reduce<Add>(square[k]);
     }
-    if (threadIdx.x % lanes == 0) join(room.moments[threadIdx.x / lanes], tile);
+    if (threadIdx.x % lanes) return;
+    Moments tile{double(count), {}, {}};
+    const float share = 1.f / float(count);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float apart = sum[k] * share;
+      tile.mean[k] = double(pivot[k]) + apart, tile.m2[k] = fmaxf(fmaf(-sum[k], apart, square[k]), 0.f);
+    }
+    join(room.moments[threadIdx.x / lanes], tile);
   }
   template <int W>
   __device__ __forceinline__ void row_done(Room& room, const Rows& r, const Span& span, float noted) const {
@@ -124,7 +135,7 @@ struct Shaped {
     if (r.cut) {
       parts[5 * int64_t(gridDim.x) + span.index] = noted;
     } else {
-      kl[span.row] = noted;
+      kl[span.index] = noted;  // a row is a span
     }
   }
   template <int warps>
@@ -177,17 +188,20 @@ const char* ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t
                cut_of(piece),
                ptr<Affine>(folds)};
   if (r.cut < 0) return "a piece must have a power of two of tokens, 1024 at least";
-  const Shaped source{{ptr<const float>(values), ptr<const float>(logprobs), ptr<const float>(ref_logprobs)},
-                      ptr<const float>(scores),
-                      ptr<const float>(bootstrap),
-                      ptr<float>(kl),
-                      ptr<double>(parts),
-                      coef,
-                      clip,
-                      estimator};
   const Plan p = plan(r, T, blocks);
   if (p.blocks > blocks) return "there are more blocks than room for their moments";
-  if (const char* error = launch_rows(r, source, p, stream)) return error;
+  auto run = [&](auto source) {
+    source = {{ptr<const float>(values), ptr<const float>(logprobs), ptr<const float>(ref_logprobs)},
+              ptr<const float>(scores),
+              ptr<const float>(bootstrap),
+              ptr<float>(kl),
+              ptr<double>(parts),
+              coef,
+              clip,
+              estimator};
+    return launch_rows(r, source, p, stream);
+  };
+  if (const char* error = estimator == k3 ? run(Shaped<true>{}) : run(Shaped<false>{})) return error;
   return launch(join_kernel, 1, join_warps_count * lanes, 0, stream, ptr<const double>(parts), int64_t(p.blocks),
                 ptr<float>(stats), ptr<float>(kl), B, r.cut ? pieces_of(r, T) : 0);
 }
