@@ -154,6 +154,27 @@ def test_loads_and_stores_past_caches(tmp_path):
     assert (status, list(map(float, said.split()))) == (0, [x for t in range(16) for x in (t, -1, -2, -1)])
 
 
+def test_pairs_of_short_floats_and_shifts_over_two_words(tmp_path):
+    """The first of a pair is the low half, as memory has it; both are rounded to the nearest, ties to even."""
+    kernel = """
+    #include "cuda_bf16.h"
+    #include "cuda_fp16.h"
+    __global__ void kernel(float* out) {
+      const float t = threadIdx.x;
+      const __half2 h = __floats2half2_rn(t + 0.25f, 2049.f);
+      const __nv_bfloat162 b = __floats2bfloat162_rn(t, 257.f);
+      unsigned bits;
+      memcpy(&bits, &b, 4);
+      const bool same = __half22float2(h).x == t + 0.25f && __half22float2(h).y == 2048.f &&
+                        __bfloat162float(b.y) == 256.f && __uint_as_float(bits << 16) == t;
+      const bool shifts = __funnelshift_r(0x11112222u, 0x33334444u, 16) == 0x44441111u &&
+                          __funnelshift_r(0x11112222u, 0x33334444u, 0) == 0x11112222u;
+      out[threadIdx.x] = same && shifts;
+    }"""
+    status, said = run(tmp_path, kernel)
+    assert (status, said.split()) == (0, ["1"] * 64)
+
+
 @pytest.mark.parametrize("where", ["out[threadIdx.x + 1]", "shared_memory<float>()[threadIdx.x + 1]"])
 def test_a_write_out_of_bounds_is_caught_by_the_sanitizer(tmp_path, where):
     kernel = f"__global__ void kernel(float* out) {{ {where} = 1.f; out[threadIdx.x] = 1.f; }}"
