@@ -1,11 +1,14 @@
 """What the ops on rows (..., D) of activations check and ask alike."""
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._op import Declined
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check(op: str, x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
@@ -21,10 +24,20 @@ def check(op: str, x: Tensor, vectors: dict[str, Tensor | None], residual: Tenso
 
 
 def serves(*tensors: Tensor | None) -> None:
-    """Declined unless all are float32 or bfloat16: what the compiled kernels read."""
+    """Declined unless all are float32 or bfloat16: what every compiled kernel reads."""
     for x in tensors:
         if x is not None and x.dtype not in (torch.float32, torch.bfloat16):
             raise Declined(f"no compiled kernel for {str(x.dtype)[6:]}")
+
+
+def codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]:
+    """How csrc/ names the dtypes of these tensors: 0 float32, 1 bfloat16, and 2 float16, which csrc/cuda alone reads.
+    Declined for others. None counts as float32."""
+    known = FLOATS if kernels.__name__.endswith(("cuda", "simt")) else FLOATS[:2]
+    for x in tensors:
+        if x is not None and x.dtype not in known:
+            raise Declined(f"no compiled kernel for {str(x.dtype)[6:]}")
+    return tuple(0 if x is None else known.index(x.dtype) for x in tensors)
 
 
 def sizes(x: Tensor) -> tuple[int, int]:

@@ -29,10 +29,10 @@ def _(x, approximate):
 
 @gelu.compiled(needs=("gelu_map",))
 def _(kernels, x, approximate):
-    rows.serves(x)
+    (code,) = rows.codes(kernels, x)
     x = x.contiguous()
     y = torch.empty_like(x)
-    kernels.gelu_map(x.data_ptr(), x.dtype == torch.bfloat16, y.data_ptr(), x.numel(), approximate == "tanh", lane(x))
+    kernels.gelu_map(x.data_ptr(), code, y.data_ptr(), x.numel(), approximate == "tanh", lane(x))
     return y
 
 

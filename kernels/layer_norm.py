@@ -38,15 +38,14 @@ def _(x, weight, bias, eps, residual):
 
 @layer_norm.compiled
 def _(kernels, x, weight, bias, eps, residual):
-    rows.serves(x, weight, bias)
-    if bias is not None and bias.dtype != weight.dtype:
-        weight, bias = weight.float(), bias.float()
+    code, weight_code, bias_code = rows.codes(kernels, x, weight, bias)
+    if bias is not None and bias_code != weight_code:
+        weight, bias, weight_code = weight.float(), bias.float(), 0
     x, weight, y = x.contiguous(), weight.contiguous(), _fake(x)
     bias, stream = (t if t is None else t.contiguous() for t in (bias, residual))
     kernels.layer_norm(
-        x.data_ptr(), x.dtype == torch.bfloat16, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        weight.dtype == torch.bfloat16, 0 if stream is None else stream.data_ptr(), y.data_ptr(), *rows.sizes(x), eps,
-        lane(x),
+        x.data_ptr(), code, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight_code,
+        0 if stream is None else stream.data_ptr(), y.data_ptr(), *rows.sizes(x), eps, lane(x),
     )  # fmt: skip
     rows.write_back(stream, residual)
     return y

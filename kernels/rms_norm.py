@@ -37,12 +37,12 @@ def _(x, weight, eps, residual, offset):
 
 @rms_norm.compiled
 def _(kernels, x, weight, eps, residual, offset):
-    rows.serves(x, weight)
+    code, weight_code = rows.codes(kernels, x, weight)
     x, weight, y = x.contiguous(), weight.contiguous(), _fake(x)
     stream = residual if residual is None else residual.contiguous()
     kernels.rms_norm(
-        x.data_ptr(), x.dtype == torch.bfloat16, weight.data_ptr(), weight.dtype == torch.bfloat16,
-        0 if stream is None else stream.data_ptr(), y.data_ptr(), *rows.sizes(x), eps, offset, lane(x),
+        x.data_ptr(), code, weight.data_ptr(), weight_code, 0 if stream is None else stream.data_ptr(), y.data_ptr(),
+        *rows.sizes(x), eps, offset, lane(x),
     )  # fmt: skip
     rows.write_back(stream, residual)
     return y

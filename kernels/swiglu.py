@@ -31,11 +31,10 @@ def _(gate, up):
 
 @swiglu.compiled
 def _(kernels, gate, up):
-    rows.serves(gate)
+    (code,) = rows.codes(kernels, gate)
     a, b, y = rows.dense(gate), rows.dense(up), _fake(gate, up)
     kernels.swiglu(
-        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.dtype == torch.bfloat16, y.data_ptr(), *a.shape,
-        lane(a),
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), code, y.data_ptr(), *a.shape, lane(a),
     )  # fmt: skip
     return y
 

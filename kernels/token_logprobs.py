@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels._op import lane, op, wide
+
+FEW_ROWS = 256  # two blocks a processor of an H100
 
 
 def _fake(logits, targets, *rest):
@@ -40,29 +43,47 @@ def _(logits, targets, temperature, softcap):
     return logits, targets, float(temperature), float(softcap)
 
 
-def _rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (N, V) with their last dimension dense, and N targets."""
-    if logits.dtype not in (torch.float32, torch.bfloat16):
-        raise Declined(f"{str(logits.dtype)[6:]} has no compiled kernel")
-    logits = logits.detach()
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous(), targets.contiguous()
+def _prepared(kernels, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """logits (N, V) with their last dimension dense, N targets, and how a kernel is told of both."""
+    (code,) = rows.codes(kernels, logits)
+    x, targets = rows.dense(logits.detach()), targets.contiguous()
+    return x, targets, (x.data_ptr(), code, targets.data_ptr(), targets.dtype == torch.int64)
 
 
-@token_logprobs.compiled
+@token_logprobs.compiled(on=("cpu",))
 def _(kernels, logits, targets, temperature, softcap):
-    rows, targets = _rows(logits, targets)
-    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=rows.device)
+    x, targets, given = _prepared(kernels, logits, targets)
+    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
     entropy = torch.empty_like(logprobs)
     try:
         kernels.token_logprobs(
-            rows.data_ptr(), rows.dtype == torch.bfloat16, targets.data_ptr(), targets.dtype == torch.int64,
-            logprobs.data_ptr(), entropy.data_ptr(), *rows.shape, rows.stride(0), temperature, softcap, lane(rows),
-        )  # fmt: skip
+            *given, logprobs.data_ptr(), entropy.data_ptr(), *x.shape, x.stride(0), temperature, softcap, lane(x)
+        )
     except RuntimeError:
         head.check_targets("token_logprobs", targets, logits.shape[-1])
         raise
     return logprobs, entropy
+
+
+@token_logprobs.compiled(on=("cuda",))
+def _(kernels, logits, targets, temperature, softcap):
+    head.check_targets("token_logprobs", targets, logits.shape[-1])
+    x, targets, given = _prepared(kernels, logits, targets)
+    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
+    entropy, parts = torch.empty_like(logprobs), _parts(x)
+    kernels.token_logprobs(
+        *given, logprobs.data_ptr(), entropy.data_ptr(), 0 if parts is None else parts.data_ptr(), *x.shape,
+        x.stride(0), temperature, softcap, lane(x),
+    )  # fmt: skip
+    return logprobs, entropy
+
+
+def _parts(x: Tensor) -> Tensor | None:
+    """Where the blocks that share a row leave their sums, for long rows too few to fill a GPU with a block each.
+    csrc/cuda/token_logprobs.cu has these numbers too: 2048 words of 16 bytes a part, 256 threads, 3 sums of each."""
+    N, V = x.shape
+    parts = -(-V * x.element_size() // (2048 * 16))
+    return torch.empty(N, parts, 3, 256, dtype=torch.float32, device=x.device) if parts > 1 and N <= FEW_ROWS else None
 
 
 @op(fake=lambda grad_logprobs, grad_entropy, logits, *rest: torch.empty_like(logits).contiguous())
@@ -79,13 +100,12 @@ def token_logprobs_backward(
 
 @token_logprobs_backward.compiled
 def _(kernels, grad_logprobs, grad_entropy, logits, targets, temperature, softcap):
-    rows, targets = _rows(logits, targets)
+    x, targets, given = _prepared(kernels, logits, targets)
     grad_logprobs, grad_entropy = grad_logprobs.float().contiguous(), grad_entropy.float().contiguous()
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     kernels.token_logprobs_backward(
-        grad_logprobs.data_ptr(), grad_entropy.data_ptr(), rows.data_ptr(), rows.dtype == torch.bfloat16,
-        targets.data_ptr(), targets.dtype == torch.int64, out.data_ptr(), *rows.shape, rows.stride(0),
-        temperature, softcap, lane(rows),
+        grad_logprobs.data_ptr(), grad_entropy.data_ptr(), *given, out.data_ptr(), *x.shape, x.stride(0), temperature,
+        softcap, lane(x),
     )  # fmt: skip
     return out
 

@@ -37,6 +37,18 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+// Bytes of shared memory that a block may have on the current device.
+__host__ inline size_t shared_memory_limit() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 48 << 10;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+#else
+  return 227 << 10;
+#endif
+}
+
 // Blocks for `work` items, `each` a block; 0 where they are more than a grid has.
 __host__ inline unsigned blocks_for(int64_t work, int64_t each) {
   const int64_t blocks = (work + each - 1) / each;

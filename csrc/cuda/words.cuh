@@ -1,0 +1,131 @@
+// Rows of float32, bfloat16 or float16 numbers in memory, read 16 bytes at a time wherever they begin; float32 in
+// registers.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <string.h>
+
+#include "launch.cuh"
+
+namespace {
+
+template <class T>
+constexpr int per_word = 16 / sizeof(T);
+
+// One number of a type, and two of them in 4 bytes, the first in the low half.
+template <class T>
+struct Short;
+template <>
+struct Short<__nv_bfloat16> {
+  static __device__ __forceinline__ float2 wide(unsigned bits) {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  }
+  static __device__ __forceinline__ __nv_bfloat162 narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
+};
+template <>
+struct Short<__half> {
+  static __device__ __forceinline__ float2 wide(unsigned bits) {
+    __half2 pair;
+    memcpy(&pair, &bits, 4);
+    return __half22float2(pair);
+  }
+  static __device__ __forceinline__ __half2 narrow(float x, float y) { return __floats2half2_rn(x, y); }
+};
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+
+__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+
+// The numbers of a word, and back, rounded to the nearest.
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& word, float (&x)[per_word<T>]) {
+  const unsigned bits[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(bits[i]);
+    } else {
+      const float2 two = Short<T>::wide(bits[i]);
+      x[2 * i] = two.x, x[2 * i + 1] = two.y;
+    }
+  }
+}
+template <class T>
+__device__ __forceinline__ uint4 packed(const float (&x)[per_word<T>]) {
+  unsigned bits[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      bits[i] = __float_as_uint(x[i]);
+    } else {
+      const auto two = Short<T>::narrow(x[2 * i], x[2 * i + 1]);
+      memcpy(&bits[i], &two, 4);
+    }
+  }
+  return make_uint4(bits[0], bits[1], bits[2], bits[3]);
+}
+
+// The 16 bytes that begin `by` bytes (an even number) after those of `a`; b comes after a.
+__device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int by) {
+  unsigned x[7] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z}, last = b.w;
+  if (by & 8) x[0] = x[2], x[1] = x[3], x[2] = x[4], x[3] = x[5], x[4] = x[6], x[5] = last;
+  if (by & 4) x[0] = x[1], x[1] = x[2], x[2] = x[3], x[3] = x[4], x[4] = x[5];
+  const int bits = by % 4 * 8;
+  return make_uint4(__funnelshift_r(x[0], x[1], bits), __funnelshift_r(x[1], x[2], bits),
+                    __funnelshift_r(x[2], x[3], bits), __funnelshift_r(x[3], x[4], bits));
+}
+
+// Numbers `begin` to `end` after `base`, in words that are counted from `base`, wherever it lies: a word that spans two
+// of memory's is read as these two, of which a neighbour needs the one too, so that the cache has it. Only memory's
+// words that lie within the numbers are read as such.
+template <class T>
+struct Words {
+  static constexpr int per = per_word<T>;
+  const uint4* aligned;  // memory's word that `base` lies in
+  const T* base;
+  int shift, begin, end;  // shift: bytes between the two
+
+  __device__ Words(const T* first, int before, int count) : begin(before), end(before + count) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(first) - before * sizeof(T);
+    base = reinterpret_cast<const T*>(at), shift = static_cast<int>(at & 15);
+    aligned = reinterpret_cast<const uint4*>(at - shift);
+  }
+  __device__ __forceinline__ int count() const { return (end + per - 1) / per; }
+  __device__ __forceinline__ bool inside(int k) const {
+    const int before = shift / static_cast<int>(sizeof(T)), first = k * per - before;
+    return first >= begin && first + (shift ? 2 * per : per) <= end;
+  }
+  // Of a word that is not, one number after the other; 0 stands for those that do not exist.
+  __device__ __forceinline__ uint4 read_edge(int k) const {
+    T x[per];
+#pragma unroll
+    for (int i = 0; i < per; ++i) {
+      const int at = k * per + i;
+      if (at >= begin && at < end)
+        x[i] = base[at];
+      else
+        narrow(0.f, x[i]);
+    }
+    uint4 word;
+    memcpy(&word, x, 16);
+    return word;
+  }
+  __device__ __forceinline__ uint4 read(int k) const {
+    if (!inside(k)) return read_edge(k);
+    return shift ? shifted(aligned[k], aligned[k + 1], shift) : aligned[k];
+  }
+};
+
+// f of a number of the type whose code Python gives: kernels/_rows.py has them.
+template <class F>
+const char* with_type(int code, F f) {
+  if (code == 0) return f(float());
+  if (code == 1) return f(__nv_bfloat16());
+  return f(__half());
+}
+
+}  // namespace
