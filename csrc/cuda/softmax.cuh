@@ -83,9 +83,10 @@ __device__ __forceinline__ Softmax block_joined(Softmax row, float* memory) {
   return warp_joined(row);
 }
 
-// U words' columns join a row's. With EDGE, of word u only the first `here[u]` exist.
-template <int U, bool CAP, bool EDGE, class T>
-__device__ __forceinline__ void add_words(Softmax& row, const uint4 (&words)[U], const int (&here)[U],
+// U words' columns join a row's. What the row does not have is -inf; `here` tells it from a logit where one of -inf
+// counts, since softcap makes it finite: of word u only the first `here - u * apart` exist.
+template <int U, bool CAP, class T>
+__device__ __forceinline__ void add_words(Softmax& row, const uint4 (&words)[U], int here, int apart,
                                           const Scaling& by) {
   constexpr int per = per_word<T>;
   float z[U][per], largest = row.largest;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void add_words(Softmax& row, const uint4 (&words)[U],
 #pragma unroll
     for (int i = 0; i < per; ++i) {
       z[u][i] = scaled<CAP>(z[u][i], by);
-      if (EDGE && i >= here[u]) z[u][i] = -INFINITY;
+      if (CAP && i >= here - u * apart) z[u][i] = -INFINITY;
       largest = fmaxf(largest, z[u][i]);
     }
   }
@@ -124,10 +125,9 @@ __device__ __forceinline__ Softmax statistics(const Words<T>& x, int first, int 
                                               const Scaling& by, uint4* memory = nullptr, int kept = 0) {
   Softmax row = nothing_yet();
   for (; first < last; first += U * threads) {
+    const int own = first + thread;
     uint4 words[U];
-    int here[U];
-    if (x.inside(first) && x.inside(first + U * threads - 1)) {
-      const int own = first + thread;
+    if (x.inside(own) && x.inside(own + (U - 1) * threads)) {
 #pragma unroll
       for (int u = 0; u < U; ++u) words[u] = x.aligned[own + u * threads];
       if (kept) {
@@ -142,16 +142,15 @@ __device__ __forceinline__ Softmax statistics(const Words<T>& x, int first, int 
 #pragma unroll
         for (int u = 0; u < U; ++u) words[u] = shifted(words[u], after[u], x.shift);
       }
-      add_words<U, CAP, false, T>(row, words, here, by);
     } else {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int k = first + u * threads + thread;
-        words[u] = x.read(k), here[u] = x.end - k * per_word<T>;
+        const int k = own + u * threads;
+        words[u] = x.read(k);
         if (k < kept && x.inside(k)) memory[k] = x.aligned[k];
       }
-      add_words<U, CAP, true, T>(row, words, here, by);
     }
+    add_words<U, CAP, T>(row, words, x.end - own * per_word<T>, threads * per_word<T>, by);
   }
   return row;
 }

@@ -52,7 +52,7 @@ __device__ __forceinline__ void write_outputs(const Softmax& row, float target, 
 }
 
 template <class T, bool CAP>
-__global__ void __launch_bounds__(block_threads, 4)
+__global__ void __launch_bounds__(block_threads, CAP ? 3 : 4)
     token_logprobs_kernel(const Logits x, float* logprobs, float* entropy) {
   __shared__ float memory[3 * lanes];
   const int words = words_of<T>(x.V);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(block_threads, 4)
 
 // scratch: (N, parts, 3, block_threads). One block a part; then one a row.
 template <class T, bool CAP>
-__global__ void __launch_bounds__(block_threads, 4) parts_kernel(const Logits x, int parts, float* scratch) {
+__global__ void __launch_bounds__(block_threads, CAP ? 3 : 4) parts_kernel(const Logits x, int parts, float* scratch) {
   const int64_t index = blockIdx.x / parts;
   if (x.target(index) == ignored) return;
   const int words = words_of<T>(x.V), first = int(blockIdx.x % parts) * part;
@@ -104,32 +104,35 @@ __global__ void __launch_bounds__(block_threads)
   if (threadIdx.x == 0) write_outputs(sums, own, logprobs + index, entropy + index);
 }
 
-// One row of gradients by a team of threads. The words are those of `out`; if memory's words of the logits lie alike,
-// the first `kept` of them are in `memory`. From the last to the first: the last were read last.
+// One row of gradients by a team of threads, in the words of `out`. If those of the logits lie alike, the first `kept`
+// of them are in `memory`, but for what `statistics` could not read as such. From the last word to the first: the last
+// were read last.
 template <class T, bool CAP>
 __device__ __forceinline__ void write_row(const T* row, T* out, int V, int64_t target, const Slope& s,
                                           const Scaling& by, int thread, int threads, const uint4* memory, int kept) {
   constexpr int per = per_word<T>;
-  const Words<T> all(row, 0, V);
   const int before = static_cast<int>((reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T));
   const Words<T> x(row, before, V);
+  kept = x.shift ? 0 : min(kept, Words<T>(row, 0, V).whole);
   out -= before, target += before;
-  if (x.shift) kept = 0;
+  const int special = static_cast<int>(target / per);
   const float at_target = logit_gradient<CAP, false>(widened(x.base[target]), 0.f, s.g, s, by);
-  const int count = x.count();
-  for (int k = count - 1 - thread; k >= 0; k -= threads) {
-    float y[per];
-    unpack<T>(k < kept && all.inside(k) ? memory[k] : x.read(k), y);
+  const auto gradients = [&](int k, const uint4& word, float (&y)[per]) {
+    unpack<T>(word, y);
 #pragma unroll
     for (int i = 0; i < per; ++i) y[i] = logit_gradient<CAP, false>(y[i], 0.f, 0.f, s, by);
-    if (target / per == k) {
+    if (k != special) return;
 #pragma unroll
-      for (int i = 0; i < per; ++i)
-        if (target % per == i) y[i] = at_target;
-    }
-    if (k * per >= x.begin && (k + 1) * per <= x.end) {
-      *reinterpret_cast<uint4*>(out + k * per) = packed<T>(y);
+    for (int i = 0; i < per; ++i)
+      if (target % per == i) y[i] = at_target;
+  };
+  for (int k = x.count() - 1 - thread; k >= 0; k -= threads) {
+    float y[per];
+    if (x.inside(k)) {
+      gradients(k, k < kept ? memory[k] : x.read_whole(k), y);
+      __stcs(reinterpret_cast<uint4*>(out) + k, packed<T>(y));  // to be gone first: the logits are read again
     } else {
+      gradients(k, x.read_edge(k), y);
 #pragma unroll
       for (int i = 0; i < per; ++i)
         if (k * per + i >= x.begin && k * per + i < x.end) narrow(y[i], out[k * per + i]);
@@ -224,7 +227,7 @@ const char* launch_backward(const float* grad_logprobs, const float* grad_entrop
                 grad_logprobs, grad_entropy, x, out, kept);
 }
 
-// Threads by the length of a row, so that the blocks whose rows a processor's shared memory holds fill it.
+// Threads by the length of a row: 4 rows of 55 KiB, 2 of 112 or 1 lie in an H100's shared memory, with 1024 threads.
 const char* token_logprobs_backward(uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t logits, int dtype,
                                     uintptr_t targets, bool wide_targets, uintptr_t out, int64_t N, int64_t V,
                                     int64_t stride, float temperature, float softcap, uintptr_t stream) {
@@ -237,8 +240,8 @@ const char* token_logprobs_backward(uintptr_t grad_logprobs, uintptr_t grad_entr
     constexpr bool CAP = decltype(cap)::value;
     const float *gp = ptr<const float>(grad_logprobs), *gh = ptr<const float>(grad_entropy);
     const int words = words_of<T>(x.V);
-    if (words <= 32 << 6) return launch_backward<256, T, CAP>(gp, gh, x, ptr<T>(out), stream);
-    if (words <= 96 << 6) return launch_backward<512, T, CAP>(gp, gh, x, ptr<T>(out), stream);
+    if (words <= 55 << 6) return launch_backward<256, T, CAP>(gp, gh, x, ptr<T>(out), stream);
+    if (words <= 112 << 6) return launch_backward<512, T, CAP>(gp, gh, x, ptr<T>(out), stream);
     return launch_backward<1024, T, CAP>(gp, gh, x, ptr<T>(out), stream);
   });
 }

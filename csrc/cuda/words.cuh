@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math.h>
 #include <string.h>
 
 #include "launch.cuh"
@@ -79,27 +80,32 @@ __device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int by)
                     __funnelshift_r(x[2], x[3], bits), __funnelshift_r(x[3], x[4], bits));
 }
 
-// Numbers `begin` to `end` after `base`, in words that are counted from `base`, wherever it lies: a word that spans two
-// of memory's is read as these two, of which a neighbour needs the one too, so that the cache has it. Only memory's
-// words that lie within the numbers are read as such.
+// `count` numbers from the `begin`th after `base` on, in words that are counted from `base`, wherever it lies: a word
+// that spans two of memory's is read as these two, of which a neighbour needs the one too, so that the cache has it.
+// Only memory's words that lie within the numbers are read as such.
 template <class T>
 struct Words {
   static constexpr int per = per_word<T>;
   const uint4* aligned;  // memory's word that `base` lies in
   const T* base;
-  int shift, begin, end;  // shift: bytes between the two
+  int shift;         // bytes between the two
+  int begin, end;    // the numbers
+  int first, whole;  // words `first` to `whole` are read as such
 
-  __device__ Words(const T* first, int before, int count) : begin(before), end(before + count) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(first) - before * sizeof(T);
-    base = reinterpret_cast<const T*>(at), shift = static_cast<int>(at & 15);
+  __device__ Words(const T* numbers, int before, int count) : begin(before), end(before + count) {
+    // Not by way of an integer: the compiler would no longer know that this is global memory.
+    const char* const at = reinterpret_cast<const char*>(numbers) - before * sizeof(T);
+    base = reinterpret_cast<const T*>(at), shift = static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
     aligned = reinterpret_cast<const uint4*>(at - shift);
+    const int skipped = shift / static_cast<int>(sizeof(T));
+    first = (begin + skipped + per - 1) / per, whole = (end + skipped) / per - (shift ? 1 : 0);
   }
   __device__ __forceinline__ int count() const { return (end + per - 1) / per; }
-  __device__ __forceinline__ bool inside(int k) const {
-    const int before = shift / static_cast<int>(sizeof(T)), first = k * per - before;
-    return first >= begin && first + (shift ? 2 * per : per) <= end;
+  __device__ __forceinline__ bool inside(int k) const { return k >= first && k < whole; }
+  __device__ __forceinline__ uint4 read_whole(int k) const {
+    return shift ? shifted(aligned[k], aligned[k + 1], shift) : aligned[k];
   }
-  // Of a word that is not, one number after the other; 0 stands for those that do not exist.
+  // Of a word that is not, one number after the other; -inf stands for those that do not exist.
   __device__ __forceinline__ uint4 read_edge(int k) const {
     T x[per];
 #pragma unroll
@@ -108,16 +114,13 @@ struct Words {
       if (at >= begin && at < end)
         x[i] = base[at];
       else
-        narrow(0.f, x[i]);
+        narrow(-INFINITY, x[i]);
     }
     uint4 word;
     memcpy(&word, x, 16);
     return word;
   }
-  __device__ __forceinline__ uint4 read(int k) const {
-    if (!inside(k)) return read_edge(k);
-    return shift ? shifted(aligned[k], aligned[k + 1], shift) : aligned[k];
-  }
+  __device__ __forceinline__ uint4 read(int k) const { return inside(k) ? read_whole(k) : read_edge(k); }
 };
 
 // f of a number of the type whose code Python gives: kernels/_rows.py has them.
