@@ -6,7 +6,9 @@ import torch
 from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS, TRITON_FORCED
 
-BACKENDS = [b for b in OPS["rms_norm"].backends if b.startswith("cpu") or b == "triton" and "cpu" in TRITON_FORCED]
+BACKENDS = [
+    b for b in OPS["rms_norm"].backends if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_FORCED
+]
 ROPE = [b for b in BACKENDS if b in OPS["rope_store"].backends]
 compiled = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
 

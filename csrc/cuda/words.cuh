@@ -123,6 +123,57 @@ struct Words {
   __device__ __forceinline__ uint4 read(int k) const { return inside(k) ? read_whole(k) : read_edge(k); }
 };
 
+// COUNT numbers from p on, a multiple of 4, as float32; `whole`: all exist, and p is a multiple of their size, at
+// most 16. Of others the first `here`, the rest 0.
+template <int COUNT, class T>
+__device__ __forceinline__ void read_numbers(const T* p, bool whole, int here, float (&x)[COUNT]) {
+  if (!whole) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) x[i] = i < here ? widened(p[i]) : 0.f;
+  } else if constexpr (COUNT * sizeof(T) >= 16) {
+#pragma unroll
+    for (int j = 0; j < COUNT / per_word<T>; ++j) {
+      float some[per_word<T>];
+      unpack<T>(reinterpret_cast<const uint4*>(p)[j], some);
+#pragma unroll
+      for (int i = 0; i < per_word<T>; ++i) x[j * per_word<T> + i] = some[i];
+    }
+  } else {
+    const uint2 bits = *reinterpret_cast<const uint2*>(p);
+    const float2 low = Short<T>::wide(bits.x), high = Short<T>::wide(bits.y);
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+  }
+}
+template <int COUNT>
+__device__ __forceinline__ void read_numbers(const void* p, int code, int64_t at, bool whole, int here,
+                                             float (&x)[COUNT]) {
+  if (code == 0)
+    read_numbers(static_cast<const float*>(p) + at, whole, here, x);
+  else if (code == 1)
+    read_numbers(static_cast<const __nv_bfloat16*>(p) + at, whole, here, x);
+  else
+    read_numbers(static_cast<const __half*>(p) + at, whole, here, x);
+}
+
+// Of COUNT numbers the first `here`, rounded to p's type; `whole` as above.
+template <int COUNT, class T>
+__device__ __forceinline__ void write_numbers(T* p, bool whole, int here, const float (&x)[COUNT]) {
+  static_assert(COUNT == per_word<T>, "one word");
+  if (whole) {
+    *reinterpret_cast<uint4*>(p) = packed<T>(x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+      if (i < here) narrow(x[i], p[i]);
+  }
+}
+
+// Whether addresses are multiples of 16; a null one is.
+template <class... Addresses>
+__host__ inline bool multiples_of_16(Addresses... addresses) {
+  return ((uintptr_t(addresses) | ...) & 15) == 0;
+}
+
 // f of a number of the type whose code Python gives: kernels/_rows.py has them.
 template <class F>
 const char* with_type(int code, F f) {
