@@ -88,13 +88,10 @@ def ranking_loss_with_gradients(
 
 
 def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
-    if scores.dtype == torch.float64:
-        raise Declined("float64 has no compiled kernel")
     check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
-    scores, ranks, group_offsets = scores.float().contiguous(), _int32(ranks), group_offsets.long().contiguous()
-    weights = weights if weights is None else weights.float().contiguous()
-    G, N = group_offsets.shape[0] - 1, scores.shape[0]
-    loss, stats, slope = scores.new_empty(()), scores.new_empty(len(STATS)), scores.new_empty(N if with_slope else 0)
+    scores, ranks, group_offsets = _float32(scores), _int32(ranks), group_offsets.long().contiguous()
+    weights = weights if weights is None else _float32(weights)
+    G, N, loss, stats, slope = _outputs(scores, group_offsets, with_slope)
     groups, padded = torch.empty(G, 3, dtype=torch.float64, device=scores.device), scores.new_empty(3, N + 16 * G)
     kernels.ranking_loss(
         scores.data_ptr(), group_offsets.data_ptr(), ranks.data_ptr(), 0 if weights is None else weights.data_ptr(),
@@ -102,6 +99,33 @@ def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
         lane(scores),
     )  # fmt: skip
     return loss, stats, slope
+
+
+def _launch_cuda(kernels, scores, group_offsets, ranks, weights, with_slope):
+    check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
+    scores, group_offsets = _float32(scores), group_offsets.contiguous()
+    ranks = ranks.contiguous() if ranks.dtype in (torch.int32, torch.int64) else ranks.long()
+    weights = weights if weights is None else _float32(weights)
+    G, N, loss, stats, slope = _outputs(scores, group_offsets, with_slope)
+    parts = torch.empty(4, G, dtype=torch.float64, device=scores.device)
+    kernels.ranking_loss(
+        scores.data_ptr(), group_offsets.data_ptr(), group_offsets.dtype == torch.int64, ranks.data_ptr(),
+        ranks.dtype == torch.int64, 0 if weights is None else weights.data_ptr(), parts.data_ptr(), loss.data_ptr(),
+        stats.data_ptr(), slope.data_ptr(), G, N, lane(scores),
+    )  # fmt: skip
+    return loss, stats, slope
+
+
+def _float32(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        raise Declined("float64 has no compiled kernel")
+    return x.float().contiguous()
+
+
+def _outputs(scores: Tensor, group_offsets: Tensor, with_slope: bool) -> tuple[int, int, Tensor, Tensor, Tensor]:
+    """G, N, and where loss, stats and slopes go."""
+    G, N = group_offsets.shape[0] - 1, scores.shape[0]
+    return G, N, scores.new_empty(()), scores.new_empty(len(STATS)), scores.new_empty(N if with_slope else 0)
 
 
 def _int32(ranks: Tensor) -> Tensor:
@@ -112,14 +136,24 @@ def _int32(ranks: Tensor) -> Tensor:
     return narrow.contiguous()
 
 
-@ranking_loss.compiled
+@ranking_loss.compiled(on=("cpu",))
 def _(kernels, *args):
     return _launch(kernels, *args, False)[:2]
 
 
-@ranking_loss_with_gradients.compiled(needs=("ranking_loss",))
+@ranking_loss_with_gradients.compiled(needs=("ranking_loss",), on=("cpu",))
 def _(kernels, *args):
     return _launch(kernels, *args, True)
+
+
+@ranking_loss.compiled(on=("cuda",))
+def _(kernels, *args):
+    return _launch_cuda(kernels, *args, False)[:2]
+
+
+@ranking_loss_with_gradients.compiled(needs=("ranking_loss",), on=("cuda",))
+def _(kernels, *args):
+    return _launch_cuda(kernels, *args, True)
 
 
 def _forward(ctx, scores, group_offsets, ranks, weights):
