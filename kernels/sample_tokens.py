@@ -6,6 +6,7 @@ kernels/_sampling.py says how the noise is keyed and what a draw is.
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import _rows as rows
 from rlhf_fast.kernels import _sampling
 from rlhf_fast.kernels._op import Declined, lane, op
 
@@ -61,7 +62,7 @@ def _(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
     return logits.detach(), *options, noise if noise is None else noise.float()
 
 
-@sample_tokens.compiled
+@sample_tokens.compiled(on=("cpu",))
 def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
     if logits.dtype not in (torch.float32, torch.bfloat16) or logits.shape[1] > 2**31 - 2**20:
         raise Declined(f"no compiled kernel for {logits.dtype} and a vocabulary of {logits.shape[1]}")
@@ -73,6 +74,25 @@ def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, n
         logits.data_ptr(), logits.dtype == torch.bfloat16, *logits.shape,
         *(0 if x is None else x.data_ptr() for x in options), seed, *(0 if x is None else x.data_ptr() for x in keys),
         *(x.data_ptr() for x in outputs), lane(logits),
+    )  # fmt: skip
+    return outputs
+
+
+@sample_tokens.compiled(on=("cuda",))
+def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
+    (code,), (B, V) = rows.codes(kernels, logits), logits.shape
+    if V > 2**30:
+        raise Declined(f"no compiled kernel for a vocabulary of {V}")
+    logits = rows.dense(logits)
+    options = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p)]
+    keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]
+    threads = 256 if V > 1024 else 64
+    tiles = -(-V // (16 * threads))
+    parts, outputs = torch.empty(B, tiles, 32, dtype=torch.uint8, device=logits.device), _fake(logits)
+    kernels.sample_tokens(
+        logits.data_ptr(), code, B, V, logits.stride(0), *(0 if x is None else x.data_ptr() for x in options), seed,
+        *(0 if x is None else x.data_ptr() for x in keys), *(x.data_ptr() for x in outputs), threads, tiles,
+        parts.data_ptr(), lane(logits),
     )  # fmt: skip
     return outputs
 
