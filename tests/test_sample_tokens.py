@@ -90,7 +90,7 @@ def test_noise_streams_are_uncorrelated():
 )
 def test_draws_follow_the_distribution(backend, options):
     """Chi-square over the whole vocabulary, against a softmax in float64 over the tokens that a sort keeps."""
-    V, n = (61, 5000) if backend == "reference" else (499, 10_000)
+    V, n = (61, 5000) if backend == "reference" else (61, 2000) if backend == "simt" else (499, 10_000)
     logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(1))
     tokens, logprobs, _, kept_logprobs = draw(backend, logits.expand(n, V), **options)[:4]
     scaled = logits.double() / options.get("temperature", 1.0)
@@ -213,7 +213,7 @@ def test_masked_tokens_are_never_drawn(backend):
     logits[range(V), range(V)] = torch.randn(V)
     tokens, logprobs = draw(backend, logits)[:2]
     assert tokens.tolist() == list(range(V)) and not logprobs.any()
-    logits = torch.zeros(2000, 70).masked_fill(torch.arange(70) % 3 > 0, -INFINITY)
+    logits = torch.zeros(100 if backend == "simt" else 2000, 70).masked_fill(torch.arange(70) % 3 > 0, -INFINITY)
     for options in {}, {"top_k": 60}, {"top_p": 0.99}, {"temperature": 50.0}:
         assert (draw(backend, logits, **options)[0] % 3 == 0).all()
 

@@ -73,7 +73,7 @@ __device__ __forceinline__ uint4 philox(const Request& r, unsigned quad) {
 }
 
 // What a token is drawn by, in float64: x / temperature + gumbel, or the logit itself.
-__device__ __noinline__ double exact_score(const Request& r, float x, int token) {
+__device__ __forceinline__ double exact_score(const Request& r, float x, int token) {
   if (r.greedy) return x;
   const double z = x / r.temperature;
   if (r.noise) return z + r.noise[token];
