@@ -114,9 +114,10 @@ __device__ __forceinline__ void write_row(const T* row, T* out, int V, int64_t t
   const int before = static_cast<int>((reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T));
   const Words<T> x(row, before, V);
   kept = x.shift ? 0 : min(kept, Words<T>(row, 0, V).whole);
+  const bool exists = target >= 0 && target < V;
   out -= before, target += before;
-  const int special = static_cast<int>(target / per);
-  const float at_target = logit_gradient<CAP, false>(widened(x.base[target]), 0.f, s.g, s, by);
+  const int special = exists ? static_cast<int>(target / per) : -1;
+  const float at_target = exists ? logit_gradient<CAP, false>(widened(x.base[target]), 0.f, s.g, s, by) : 0.f;
   const auto gradients = [&](int k, const uint4& word, float (&y)[per]) {
     unpack<T>(word, y);
 #pragma unroll
