@@ -143,6 +143,7 @@ SMALL = [
     {"shape": (4,), "V": 1031, "offset": -100.0, "index": torch.int32},
     {"shape": (4,), "V": 2049, "offset": 60.0, "spread": 30.0, "softcap": 30.0, "temperature": 1.5},
     {"shape": (5,), "V": 33, "masked": 9, "spread": 20.0},
+    {"shape": (2,), "V": 17001},
     {"shape": (0, 2), "V": 7},
 ]
 token_logprobs.inputs(small=SMALL, large=[{"shape": (256,), "V": 32000}, {"shape": (256,), "V": 50257}])(_make)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._op import COMPILED
 
-BACKENDS = [b for b in ops.token_logprobs.backends if b in COMPILED or b == "reference"]
+BACKENDS = [b for b in ops.token_logprobs.backends if ops.token_logprobs.can_run(b, "cpu")]
 compiled = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 every = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -140,12 +139,13 @@ def test_errors_say_what_came(backend):
 
 @compiled
 def test_addresses_beyond_two_to_the_thirty_one(backend):
-    """Rows 2^29 floats apart: the fifth starts beyond element 2^31. The memory between them is never touched."""
+    """Rows 2^29 floats apart: the fifth starts beyond element 2^31. The memory between them is never touched, but for
+    what is left of the last 32 bytes of a row."""
     if not hasattr(torch.UntypedStorage, "from_file"):
         pytest.skip("needs memory mapping")
     import tempfile
 
-    N, V, stride = 5, 64, 2**29 + 7
+    N, V, stride = 5, 64, 2**29 + 8
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(4 * N * stride)
         storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=4 * N * stride)
@@ -154,3 +154,46 @@ def test_addresses_beyond_two_to_the_thirty_one(backend):
         targets = torch.randint(V, (N,))
         far, near = (ops.token_logprobs.backend(backend)(x, targets) for x in (logits, logits.contiguous()))
         assert torch.equal(far[0], near[0]) and torch.equal(far[1], near[1])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_depend_neither_on_the_number_of_rows_nor_on_who_walks_them(dtype, monkeypatch):
+    """Segments of a row, each its own program or one after another in one; rows start at any address."""
+    from rlhf_fast.kernels.triton import _logits, _softmax
+
+    monkeypatch.setattr(_softmax, "SEGMENT", 2)
+    logits, targets = drawn(7, 2501)
+    logits, targets = logits.to(dtype), targets.masked_fill(torch.arange(7) == 3, -100)
+    logits[5, 100:2400] = -torch.inf
+    run = ops.token_logprobs.backend("triton")
+
+    def answers(programs):
+        monkeypatch.setattr(_logits, "A_PROCESSOR", programs)
+        x = logits.clone().requires_grad_()
+        outputs = run(x, targets, 0.7, 30.0)
+        return *outputs, torch.autograd.grad(2 * outputs[0].sum() - outputs[1].sum(), x)[0]
+
+    split, whole = answers(100), answers(1)
+    for a, b in zip(split, whole, strict=True):
+        assert torch.equal(a, b) and a.abs().max() > 0
+    monkeypatch.setattr(_logits, "A_PROCESSOR", 100)
+    alone = run(logits[2:3], targets[2:3], 0.7, 30.0)
+    assert alone[0] == whole[0][2] and alone[1] == whole[1][2]
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 5, 21, 1203])
+def test_rows_that_start_anywhere(V, dtype):
+    """A part of something wider: the gradient's rows start elsewhere than the logits'."""
+    wide = torch.randn(6, V + 11).to(dtype)
+    targets = torch.randint(V, (6,))
+    run = ops.token_logprobs.backend("triton")
+    for first in (0, 1, 6):
+        view = wide[:, first : first + V].detach().requires_grad_()
+        plain = view.detach().clone().requires_grad_()
+        ours, truth = run(view, targets), ops.token_logprobs.backend("reference")(plain, targets)
+        grads = [torch.autograd.grad(a[0].sum() + 2 * a[1].sum(), x)[0] for a, x in ((ours, view), (truth, plain))]
+        for a, b in zip((*ours, grads[0]), (*truth, grads[1]), strict=True):
+            torch.testing.assert_close(a, b, atol=4e-6 if a.dtype == torch.float32 else 1e-2, rtol=1e-5)
