@@ -1,7 +1,7 @@
 """The softmax of a row of logits: its statistics in one walk over the row, and its gradient in another. Not an op.
 
     z = cap(x + bias) / temperature      m = max z   s = sum e^(z-m)   A = sum (z-m) e^(z-m)
-    log p(t) = (z_t - m) - log s   entropy = log s - A / s      both of the sign that they must have, whatever is rounded
+    log p(t) = (z_t - m) - log s   entropy = log s - A / s      both of the sign that they must have
 
 and beside the row z2 of a reference, B = sum (z2-m2) e^(z-m): KL = (A / s - log s) - (B / s - log s2).
 
@@ -234,9 +234,9 @@ def write_gradient(
     """The gradient of a row x to the row y, its tiles from `end` down to `first`; zeros, and nothing is read, if not
     live.
 
-    ALIGNED: x and y are our own rows, of whole groups. BARRIER: y is the upper half of x's own memory, in 16-bit numbers
-    (`half_of`). Tile t of y lies over columns of x from tile t on, all of which this walk has passed, but other warps
-    perhaps have not: each waits, once it has read its part of the tile, until all have.
+    ALIGNED: x and y are our own rows, of whole groups. BARRIER: y is the upper half of x's own memory, in 16-bit
+    numbers (`half_of`). Tile t of y lies over columns of x from tile t on, all of which this walk has passed, but other
+    warps perhaps have not: each waits, once it has read its part of the tile, until all have.
     """
     if ALIGNED:
         _walk(
