@@ -159,9 +159,9 @@ def _join(parts, loss, stats, programs, kl_coef, entropy_coef, BLOCK: tl.constex
         tl.store(loss, total.to(tl.float32))
 
 
-def sums(of, logprobs, entropy, rows, bounds, coefficients, estimator):
+def sums(targets, logprobs, entropy, rows, bounds, coefficients, estimator):
     """The loss () and stats (13,). rows: weights, old log-probabilities, advantages, the reference's, shift, scale."""
-    N, targets = of.N, of.targets
+    N = targets.numel()
     programs = max(1, min(PROGRAMS, triton.cdiv(N, TILE)))
     parts, loss, stats = (
         torch.empty(shape, dtype=torch.float32, device=targets.device)
