@@ -47,13 +47,14 @@ def _copy(x, targets, out, D, row_stride, column_stride, begin, BLOCK: tl.conste
 
 @triton.jit
 def _column_sums(y, sums, rows, V, stride, factor, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What a chunk adds to the gradient of the bias."""
+    """What a chunk adds to the gradient of the bias; y's rows have memory for the columns beyond V."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None] * stride + column[None, :]
-        total += tl.load(y + at, mask=(row < rows)[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
+        part = tl.load(y + at, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
+        total += tl.where((column < V)[None, :], part, 0.0)
     added = factor * tl.sum(total, axis=0)
     if not FIRST:
         added += tl.load(sums + column, mask=column < V, other=0.0)
@@ -74,6 +75,14 @@ def _can(what: str, device: torch.device) -> bool:
     return True
 
 
+def _multiply_widely(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, of 16-bit numbers in float32."""
+    if out.device.type == "cpu":
+        torch.mm(a.float(), b.float(), out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0, add: bool = False) -> None:
     """out = a @ b * factor (+ out): from its float32 accumulator straight into `out`, of a's dtype or float32."""
     if a.dtype == out.dtype:
@@ -81,25 +90,24 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0, add: bool =
             torch.addmm(out, a, b, beta=1 if add else 0, alpha=factor, out=out)
         else:
             torch.mm(a, b, out=out)
-    elif out.device.type == "cpu":
-        multiply(a.float(), b.float(), out, factor, add)
-    elif add and _can("add", out.device):
-        torch.addmm(out, a, b, alpha=factor, out_dtype=torch.float32, out=out)
-    elif add:
-        step = max(1, PART_BYTES // (4 * out.shape[1]))
-        for mine, to in zip(a.split(step), out.split(step), strict=True):
-            part = torch.empty(to.shape, dtype=torch.float32, device=out.device)
-            torch.mm(mine, b, out_dtype=torch.float32, out=part)
-            to.add_(part, alpha=factor)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif not add:
+        _multiply_widely(a, b, out)
         if factor != 1:
             out.mul_(factor)
+    elif _can("add", out.device):
+        torch.addmm(out, a, b, alpha=factor, out_dtype=torch.float32, out=out)
+    else:
+        step = max(1, PART_BYTES // (4 * out.shape[1]))
+        for some, sums in zip(a.split(step), out.split(step), strict=True):
+            part = torch.empty(sums.shape, dtype=torch.float32, device=out.device)
+            _multiply_widely(some, b, part)
+            sums.add_(part, alpha=factor)
 
 
 def even(total: int, most: int) -> list[tuple[int, int]]:
     """[0, total) in the fewest parts of `most`, nearly of one size, a multiple of GRAIN where that is no more."""
-    parts, grain = triton.cdiv(total, most), min(GRAIN, most)
+    grain = min(GRAIN, most)
+    parts = triton.cdiv(total, most // grain * grain)
     size = triton.cdiv(triton.cdiv(total, max(parts, 1)), grain) * grain
     return [(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1))]
 

@@ -285,7 +285,7 @@ def statistics(of: Logits, results: Results, loss: Loss | None = None, y: Tensor
         *loss.bounds,
         *loss.coefficients,
         gain,
-        LOSS=loss.kind,
+        LOSS=loss.kind.value,
         DUAL=loss.bounds[2] > 0,
         ESTIMATOR=loss.estimator,
         BARRIER=direct is not None and direct.dtype != of.x.dtype,
