@@ -87,7 +87,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0, add: bool =
     """out = a @ b * factor (+ out): from its float32 accumulator straight into `out`, of a's dtype or float32."""
     if a.dtype == out.dtype:
         if add or factor != 1:
-            torch.addmm(out, a, b, beta=1 if add else 0, alpha=factor, out=out)
+            out.addmm_(a, b, beta=1 if add else 0, alpha=factor)
         else:
             torch.mm(a, b, out=out)
     elif not add:

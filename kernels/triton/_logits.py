@@ -181,13 +181,17 @@ class Logits(NamedTuple):
         return 1 / self.temperature, self.softcap, 1 / self.softcap if self.softcap else 0.0
 
     @property
+    def segments(self) -> int:
+        return softmax.segments(self.V, self.ref is not None)
+
+    @property
     def whole(self) -> bool:
         """Whether a program takes a row, not a segment of it."""
-        return softmax.segments(self.V) == 1 or len(self.x) >= A_PROCESSOR * launch.processors(self.x)
+        return self.segments == 1 or len(self.x) >= A_PROCESSOR * launch.processors(self.x)
 
     @property
     def constants(self) -> dict:
-        return {"CAP": self.softcap > 0, "ALIGNED": self.aligned, **softmax.geometry(self.V)}
+        return {"CAP": self.softcap > 0, "ALIGNED": self.aligned, **softmax.geometry(self.V, self.ref is not None)}
 
 
 class Results(NamedTuple):
@@ -240,7 +244,7 @@ def statistics(of: Logits, results: Results, loss: Loss | None = None, y: Tensor
     rows, N = len(of.x), of.targets.numel()
     parts = slopes = None
     if not of.whole:
-        many = softmax.segments(of.V)
+        many = of.segments
         parts = torch.empty((many, 6, rows), dtype=torch.float32, device=of.x.device)
         launch.run(
             _parts,
@@ -298,7 +302,7 @@ def statistics(of: Logits, results: Results, loss: Loss | None = None, y: Tensor
 
 def gradient(of: Logits, known: Results, slopes: tuple[Tensor, Tensor, Tensor | None], y: Tensor, gain: float = 1.0):
     """The gradient of the raw logits, times `gain`, by the slopes of log p, entropy and KL, of known statistics."""
-    segments = 1 if of.whole else softmax.segments(of.V)
+    segments = 1 if of.whole else of.segments
     launch.run(
         _gradient,
         (len(of.x) * segments,),

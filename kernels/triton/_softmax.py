@@ -28,15 +28,21 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite
 FAR = tl.constexpr(-1e30)  # e^FAR is 0, and FAR times that 0 is 0, where it is NaN for -inf
 
 
-def geometry(V: int) -> dict:
-    """Tiles and warps, from the size of the vocabulary alone."""
+def geometry(V: int, reference: bool = False) -> dict:
+    """Tiles and warps, from the size of the vocabulary alone; two rows at once take registers for two."""
     unroll, lanes = (2, 256) if V > 4096 else (2, 64) if V > 512 else (1, 32)
-    return {"UNROLL": unroll, "LANES": lanes, "EACH": EACH, "num_warps": lanes // 32, "enable_fp_fusion": False}
+    return {
+        "UNROLL": 1 if reference else unroll,
+        "LANES": lanes,
+        "EACH": EACH,
+        "num_warps": lanes // 32,
+        "enable_fp_fusion": False,
+    }
 
 
-def segments(V: int) -> int:
+def segments(V: int, reference: bool = False) -> int:
     """How many segments a row may have, wherever it starts."""
-    at = geometry(V)
+    at = geometry(V, reference)
     return triton.cdiv(V + EACH - 1, SEGMENT * at["UNROLL"] * at["LANES"] * EACH)
 
 
