@@ -55,8 +55,19 @@ def truth_of_one(hidden, weight, targets, bias, temperature, softcap, of=double)
     return torch.stack([logprobs, entropy, *statistics])
 
 
+def score(hidden, weight, targets, bias, temperature, softcap):
+    out = torch.full((4, len(targets)), torch.nan, device=targets.device)
+    scoring.score(hidden, weight, targets, bias, temperature, softcap, out.unbind())
+    return out
+
+
 def score_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap):
-    return scoring.score_pair(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias)
+    out, heads = (
+        torch.full((8, len(targets)), torch.nan, device=targets.device),
+        (hidden, weight, ref_hidden, ref_weight),
+    )
+    scoring.score_pair(*heads, targets, temperature, softcap, bias, ref_bias, out.unbind())
+    return out
 
 
 def truth_of_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap, of=double):
@@ -96,9 +107,9 @@ def test_one_head(options, dtype, small, poisoned):
     options = dict(options)
     scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)
     args = *one(dtype=dtype, **options), *scalars
-    ours = scoring.score(*args)
+    ours = score(*args)
     assert_near(ours, truth_of_one, args)
-    assert torch.equal(ours, scoring.score(*args))
+    assert torch.equal(ours, score(*args))
 
 
 @DTYPES
@@ -116,7 +127,7 @@ def test_a_policy_and_its_reference(options, dtype, small, poisoned):
 def test_the_tiles_of_the_rule(dtype, poisoned):
     """As they are chosen here, with rows in more than one block."""
     args = *one(70, 24, 300, dtype, bias=True), 1.0, 0.0
-    assert_near(scoring.score(*args), truth_of_one, args)
+    assert_near(score(*args), truth_of_one, args)
     args = *pair(70, 24, 16, 300, dtype), 1.0, 0.0
     assert_near(score_pair(*args), truth_of_pair, args)
 
@@ -125,7 +136,7 @@ def test_a_pair_of_equals_has_no_divergence(small):
     hidden, weight, targets, bias = one(21, 24, 131, torch.bfloat16, bias=True)
     out = score_pair(hidden, weight, hidden, weight, targets, bias, bias, 0.9, 0.0)
     assert (out[5] == 0).all() and torch.equal(out[0], out[4]) and torch.equal(out[2:4], out[6:8])
-    assert torch.equal(out[:4], scoring.score(hidden, weight, targets, bias, 0.9, 0.0))  # these tiles are the same
+    assert torch.equal(out[:4], score(hidden, weight, targets, bias, 0.9, 0.0))  # these tiles are the same
 
 
 def test_far_apart(small):
@@ -141,7 +152,7 @@ def test_ignored_rows(ignored, small, poisoned):
     off = torch.zeros(53, dtype=torch.bool, device=DEVICE)
     off[{"all": slice(None), "none": slice(0), "a block": slice(5, 40), "all but the last": slice(-1)}[ignored]] = True
     hidden, targets = hidden.masked_fill(off[:, None], torch.nan), targets.masked_fill(off, -100)
-    out = scoring.score(hidden, weight, targets, bias, 1.0, 0.0)
+    out = score(hidden, weight, targets, bias, 1.0, 0.0)
     assert (out[:, off] == 0).all() and out.isfinite().all()
     assert_near(out, truth_of_one, (hidden, weight, targets, bias, 1.0, 0.0))
     both = score_pair(hidden, weight, hidden, weight, targets, bias, bias, 1.0, 0.0)
@@ -161,7 +172,7 @@ def test_ignored_rows_cost_no_product(small, monkeypatch):
             seen.append(args[7].clone())  # parts
 
     monkeypatch.setattr(scoring.launch, "run", keep)
-    scoring.score(hidden, torch.full_like(weight, torch.nan), targets, None, 1.0, 0.0)
+    score(hidden, torch.full_like(weight, torch.nan), targets, None, 1.0, 0.0)
     (parts,) = seen
     assert parts[:, 1, :16].isnan().all() and (parts[:, 1, 16:] == 0).all() and parts.shape[2] == 64
 
@@ -171,13 +182,13 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, small):
     args = pair(41, 24, 17, 131, dtype, ignored=0.0, bias=True)
     hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias = args
     whole = score_pair(*args, 0.7, 0.0)
-    alone = scoring.score(hidden, weight, targets, bias, 0.7, 0.0)
+    alone = score(hidden, weight, targets, bias, 0.7, 0.0)
     for rows in (slice(0, 1), slice(7, 8), slice(40, 41), slice(3, 30), torch.randperm(41, device=DEVICE)):
         some = score_pair(hidden[rows], weight, ref_hidden[rows], ref_weight, targets[rows], bias, ref_bias, 0.7, 0.0)
         assert torch.equal(some, whole[:, rows])
-        assert torch.equal(scoring.score(hidden[rows], weight, targets[rows], bias, 0.7, 0.0), alone[:, rows])
+        assert torch.equal(score(hidden[rows], weight, targets[rows], bias, 0.7, 0.0), alone[:, rows])
     odd = torch.arange(41, device=DEVICE) % 3 == 0
-    some = scoring.score(hidden, weight, targets.masked_fill(odd, -100), bias, 0.7, 0.0)
+    some = score(hidden, weight, targets.masked_fill(odd, -100), bias, 0.7, 0.0)
     assert torch.equal(some[:, ~odd], alone[:, ~odd])
 
 
@@ -188,7 +199,7 @@ def test_confident_rows_are_never_more_than_certain(offset, small):
     targets = logits.argmax(-1)
     logits[torch.arange(32), targets] += torch.linspace(0, 100, 32, device=DEVICE)
     logits += offset
-    out = scoring.score(torch.eye(32, device=DEVICE), logits.T.contiguous(), targets, None, 1.0, 0.0)
+    out = score(torch.eye(32, device=DEVICE), logits.T.contiguous(), targets, None, 1.0, 0.0)
     truth = logits.double().log_softmax(-1)
     assert (out[0] <= 0).all() and (out[1] >= 0).all() and torch.equal(out[2], logits.amax(-1))
     picked = truth[torch.arange(32), targets]
@@ -209,7 +220,7 @@ def test_columns_that_are_ruled_out(small):
     out = score_pair(*args)
     assert_near(out, truth_of_pair, args)
     assert out[0, 0] == -torch.inf and out[1:].isfinite().all()
-    assert torch.equal(out[:4], scoring.score(hidden, weight, targets, bias, 0.8, 0.0))
+    assert torch.equal(out[:4], score(hidden, weight, targets, bias, 0.8, 0.0))
     for columns in (slice(5, 6), slice(0, 18), slice(145, 150)):  # what the policy still allows
         only = ref_bias.clone()
         only[columns] = -torch.inf
@@ -236,8 +247,8 @@ def test_nan_shows(where, small):
     hidden, weight, targets, bias = one(6, 24, 131, torch.float32, ignored=0.0, bias=True)
     bad = bias.clone()
     bad[where] = torch.nan
-    assert scoring.score(hidden, weight, targets, bad, 1.0, 0.0)[[0, 1, 3]].isnan().all()
-    assert scoring.score(hidden, weight, targets, bias - torch.inf, 1.0, 0.0)[[0, 1, 3]].isnan().all()
+    assert score(hidden, weight, targets, bad, 1.0, 0.0)[[0, 1, 3]].isnan().all()
+    assert score(hidden, weight, targets, bias - torch.inf, 1.0, 0.0)[[0, 1, 3]].isnan().all()
     out = score_pair(hidden, weight, hidden, weight, targets, bias, bad, 1.0, 0.0)
     assert out[:4].isfinite().all() and out[[4, 5, 7]].isnan().all()
 
@@ -245,7 +256,7 @@ def test_nan_shows(where, small):
 def test_strides(small):
     """Rows apart are read in place; what lies otherwise is gathered first."""
     hidden, weight, targets, bias = one(20, 24, 131, torch.bfloat16, bias=True)
-    expected = scoring.score(hidden, weight, targets, bias, 1.0, 0.0)
+    expected = score(hidden, weight, targets, bias, 1.0, 0.0)
 
     def apart(x, stride, step):
         room = torch.full((len(x), stride), torch.nan, dtype=x.dtype, device=DEVICE)
@@ -253,9 +264,9 @@ def test_strides(small):
 
     for stride, step in ((31, 1), (60, 2)):
         args = apart(hidden, stride, step), apart(weight, stride, step), targets, bias
-        assert torch.equal(scoring.score(*args, 1.0, 0.0), expected)
+        assert torch.equal(score(*args, 1.0, 0.0), expected)
     args = hidden, weight, targets.repeat_interleave(2)[::2], bias.repeat_interleave(2)[::2]
-    assert torch.equal(scoring.score(*args, 1.0, 0.0), expected)
+    assert torch.equal(score(*args, 1.0, 0.0), expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="maps a file to memory")
@@ -268,16 +279,16 @@ def test_addresses_beyond_two_to_the_thirty_one(stride, small, tmp_path):
         file.truncate(2 * V * stride)
     storage = torch.UntypedStorage.from_file(str(tmp_path / "sparse"), shared=True, nbytes=2 * V * stride)
     far = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (V, 8), (stride, 1)).copy_(weight)
-    expected = scoring.score(hidden, weight, targets, None, 1.0, 0.0)
-    assert torch.equal(scoring.score(hidden, far, targets, None, 1.0, 0.0), expected)
+    expected = score(hidden, weight, targets, None, 1.0, 0.0)
+    assert torch.equal(score(hidden, far, targets, None, 1.0, 0.0), expected)
 
 
 def test_two_dtypes_are_declined():
     hidden, weight, targets, _ = one(4, 8, 9, torch.bfloat16)
     with pytest.raises(Declined, match="two dtypes"):
-        scoring.score(hidden, weight.float(), targets, None, 1.0, 0.0)
+        score(hidden, weight.float(), targets, None, 1.0, 0.0)
     with pytest.raises(Declined, match="float64"):
-        scoring.score(hidden.double(), weight.double(), targets, None, 1.0, 0.0)
+        score(hidden.double(), weight.double(), targets, None, 1.0, 0.0)
 
 
 COMPILES = """
@@ -293,7 +304,7 @@ def launches(D, bias, softcap, pair, capability):
         if pair:
             scoring.score_pair(*head, *head, targets, 1.0, softcap, bias_, bias_)
         else:
-            scoring.score(*head, targets, bias_, 1.0, softcap)
+            score(*head, targets, bias_, 1.0, softcap)
     return tool.recorded(call, capability)
 
 seen = set()

@@ -209,7 +209,8 @@ def _results(largest, total, moved, picked, inverse_temperature):
 
 @triton.jit
 def _merge(
-    places, picked, parts, out, N, ROOM, splits, scale, inverse_temperature,
+    places, picked, parts, logprobs, entropy, m_out, log_sum_out, ref_logprobs, kl_out, ref_m_out, ref_log_sum_out,
+    N, ROOM, splits, scale, inverse_temperature,
     PAIR: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -227,12 +228,11 @@ def _merge(
     z = tl.load(picked + place, mask=listed, other=0.0)
     log_p, m, log_sum, whole = _results(top, total, moved, z, inverse_temperature)
     mean = LN2 * tl.sum((moment + moved * total) * tl.exp2(moved), axis=0) / whole
-    to = out + row
     inside_out = row < N
-    tl.store(to, tl.where(listed, log_p, 0.0), mask=inside_out)
-    tl.store(to + N, tl.where(listed, log_sum - mean, 0.0), mask=inside_out)
-    tl.store(to + 2 * N, tl.where(listed, m, 0.0), mask=inside_out)
-    tl.store(to + 3 * N, tl.where(listed, log_sum, 0.0), mask=inside_out)
+    tl.store(logprobs + row, tl.where(listed, log_p, 0.0), mask=inside_out)
+    tl.store(entropy + row, tl.where(listed, log_sum - mean, 0.0), mask=inside_out)
+    tl.store(m_out + row, tl.where(listed, m, 0.0), mask=inside_out)
+    tl.store(log_sum_out + row, tl.where(listed, log_sum, 0.0), mask=inside_out)
     if PAIR:
         ref_largest = tl.load(part + 3 * ROOM, mask=inside, other=float("-inf"))
         ref_total = tl.load(part + 4 * ROOM, mask=inside, other=0.0)
@@ -244,10 +244,10 @@ def _merge(
         factor = tl.exp2(moved)
         cross = tl.where(total * factor > 0, (cross + (moved - ref_moved) * total) * factor, 0.0)
         kl = LN2 * tl.sum(cross, axis=0) / whole - (log_sum - ref_log_sum)
-        tl.store(to + 4 * N, tl.where(listed, ref_log_p, 0.0), mask=inside_out)
-        tl.store(to + 5 * N, tl.where(listed, kl, 0.0), mask=inside_out)
-        tl.store(to + 6 * N, tl.where(listed, ref_m, 0.0), mask=inside_out)
-        tl.store(to + 7 * N, tl.where(listed, ref_log_sum, 0.0), mask=inside_out)
+        tl.store(ref_logprobs + row, tl.where(listed, ref_log_p, 0.0), mask=inside_out)
+        tl.store(kl_out + row, tl.where(listed, kl, 0.0), mask=inside_out)
+        tl.store(ref_m_out + row, tl.where(listed, ref_m, 0.0), mask=inside_out)
+        tl.store(ref_log_sum_out + row, tl.where(listed, ref_log_sum, 0.0), mask=inside_out)
 
 
 class Tile(NamedTuple):
@@ -308,18 +308,17 @@ def _split(N: int, V: int, of: Tile, bytes_a_row: int) -> tuple[int, int, int, i
     return row_blocks * of.rows, row_blocks, triton.cdiv(tiles, each), tiles, each, group
 
 
-def _run(run, heads: list[tuple], targets: Tensor, temperature: float, softcap: float) -> Tensor:
-    """The results of one head, or of the policy's and the reference's, (hidden, weight, bias) each; `run` launches the
-    kernel of so many heads."""
+def _run(run, heads: list[tuple], targets: Tensor, temperature: float, softcap: float, out: tuple[Tensor, ...]) -> None:
+    """The results of one head, or of the policy's and the reference's, (hidden, weight, bias) each, to the rows of
+    `out`; `run` launches the kernel of so many heads."""
     heads = [(_dense(x), _dense(w), b if b is None else b.contiguous()) for x, w, b in heads]
     matrices = [x for head in heads for x in head[:2]]
     launch.serves(*matrices, *(head[2] for head in heads))
     if any(x.dtype != matrices[0].dtype for x in matrices):
         raise Declined("no Triton kernel for a product of two dtypes")
     N, pair, depths = len(targets), len(heads) == 2, [x.shape[1] for x in matrices[::2]]
-    out = torch.empty(8 if pair else 4, N, dtype=torch.float32, device=targets.device)
     if not N:
-        return out
+        return
     unit, bare = _unit(*matrices), all(head[2] is None for head in heads) and not any(depth % 64 for depth in depths)
     of = tile(matrices[0], unit, pair, not softcap and (bare or not pair))
     room, *counts = _split(N, len(matrices[1]), of, sum(depths) * matrices[0].element_size())
@@ -334,21 +333,23 @@ def _run(run, heads: list[tuple], targets: Tensor, temperature: float, softcap: 
         ROWS=of.rows, COLUMNS=of.columns, DEPTH=of.depth, num_warps=of.warps, num_stages=of.stages,
     )  # fmt: skip
     launch.run(
-        _merge, (triton.cdiv(N, MERGED),), places, picked, parts, out, N, room, splits, scale, 1 / temperature,
-        PAIR=pair, SPLITS=max(2, triton.next_power_of_2(splits)), ROWS=MERGED, num_warps=8,
+        _merge, (triton.cdiv(N, MERGED),), places, picked, parts, *out, *(None,) * (8 - len(out)), N, room, splits,
+        scale, 1 / temperature, PAIR=pair, SPLITS=max(2, triton.next_power_of_2(splits)), ROWS=MERGED,
+        num_warps=8,
     )  # fmt: skip
-    return out
 
 
 def score(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float
-) -> Tensor:
-    """(4, N) float32: log p, entropy, m, log s, of hidden (N, D), weight (V, D), targets (N,); 0 where ignored."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float,
+    out: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    """log p, entropy, m and log s, of hidden (N, D), weight (V, D), targets (N,), to out, (N,) float32 each; 0 where
+    ignored."""
 
     def run(grid, *args, **options):
         launch.run(_score, grid, *args, **options)
 
-    return _run(run, [(hidden, weight, bias)], targets, temperature, softcap)
+    _run(run, [(hidden, weight, bias)], targets, temperature, softcap, out)
 
 
 def score_pair(
@@ -361,10 +362,13 @@ def score_pair(
     softcap: float,
     bias: Tensor | None,
     ref_bias: Tensor | None,
-) -> Tensor:
-    """(8, N) float32: log p, entropy, m, log s, and of the reference log p, KL, m, log s; 0 where ignored."""
+    out: tuple[Tensor, ...],
+) -> None:
+    """log p, entropy, m, log s, and of the reference log p, KL, m, log s, to out, (N,) float32 each; 0 where
+    ignored."""
 
     def run(grid, *args, **options):
         launch.run(_score_pair, grid, *args, **options)
 
-    return _run(run, [(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)], targets, temperature, softcap)
+    heads = [(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)]
+    _run(run, heads, targets, temperature, softcap, out)
