@@ -3,8 +3,8 @@
 //
 // Per token 13 bytes in (two log-probabilities, value, mask) and 8 out, in two launches: the second joins the moments
 // of the first one's blocks. A few long rows are read twice, in three. A warp takes the moments of a tile while it is
-// in registers: squared distances from a mean that is known keep their digits where the mean is large beside the
-// spread. Tiles, warps and blocks join by Chan's rule, in double, in an order that the shapes alone decide.
+// in registers, by distances from one of the tile's own numbers: they keep their digits where the mean is large beside
+// the spread. Tiles, warps and blocks join by Chan's rule, in double, in an order that the shapes alone decide.
 #include "gae_scan.cuh"
 
 namespace {
