@@ -8,10 +8,11 @@ so a token maps one number to one number, F -> keep F + sum: keep = gamma lambda
 identity, which carries F over a gap. A row starts with F = gamma bootstrap (and, in ppo_advantages, its score). Two
 floats a map are scanned whether or not there are gaps; no value is read twice to be somebody's next.
 
-A lane has 4 tokens, which it reads at once. It folds them to a map in registers, one associative scan joins the lanes,
-and it walks its 4 tokens again with the future that came. Lane 0 stands at a tile's right end. Tiles start at multiples
-of their size from the row's start, and tokens behind the row's end are identities: what a row gives is its own tokens'
-doing, whatever else is in the batch and however long the longest row is.
+A program is one warp, so that nothing waits at a barrier. A lane has 4 tokens, which it reads at once. It folds them
+to a map in registers, one associative scan joins the lanes, and it walks its 4 tokens again with the future that came.
+Lane 0 stands at a tile's right end. Tiles start at multiples of their size from the row's start, and tokens behind the
+row's end are identities: what a row gives is its own tokens' doing, whatever else is in the batch and however long the
+longest row is.
 
 Rows are walked from right to left, tile by tile. Too few of them to fill the GPU are split instead: one launch folds
 all tiles but a row's first, and in the next one every program joins the folds right of its tile, in the order in which

@@ -98,7 +98,8 @@ def _apply(
 
 
 def split(rewards, values, mask, offsets, S, T, gamma, lam, bootstrap, lanes, size, several):
-    """A program a tile, `size` of them, of rows (S, T) or of the segments between `offsets`; in one are `several`."""
+    """A program a tile, `size` of them, of rows (S, T) or of the segments between `offsets`. `several`: one may have
+    more tiles than one."""
     advantages, returns = (torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
     folds = torch.empty((2, size), dtype=torch.float32, device=rewards.device) if several else None
     numbers = size, S, T, gamma, gamma * lam

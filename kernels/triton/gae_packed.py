@@ -1,7 +1,7 @@
 """gae_packed on a GPU: gae's split form, a program a tile of a segment; _scan.py says how.
 
 Where the segments lie only the device knows, so the launch is for as many tiles as there can be, and a program finds
-its own by a search among the offsets. Time does not hang on the longest segment. Per token 9 bytes in and 8 out; all
+its own by a search among the offsets: the tiles of a long segment run side by side. Per token 9 bytes in and 8 out; all
 tiles of a segment but its first are read twice.
 """
 
