@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _rows as rows
-from rlhf_fast.kernels._op import lane, op
+from rlhf_fast.kernels._op import Declined, lane, op
+
+SPLIT = 256  # keys, as csrc/ has it too
+BLOCKS = 32  # for each multiprocessor: more than ten times what it holds at once
+SCRATCH = 64 << 20  # bytes of the splits' states, where blocks are many enough to do without
 
 
 def _fake(q, k_cache, v_cache, *rest):
@@ -97,7 +101,7 @@ def _(q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
     return *(x.detach() for x in (q, k_cache, v_cache)), *tables, float(scale), int(window), float(softcap)
 
 
-@decode_attention.compiled
+@decode_attention.compiled(on=("cpu",))
 def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
     rows.serves(q, k_cache)
     k_cache, v_cache, block_table, lengths, slots = (
@@ -107,7 +111,7 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, 
     (N, H, d), (pages, heads, P, dv), (S, M) = q.shape, v_cache.shape, block_table.shape
     out = torch.empty(N, H, dv, dtype=torch.float32, device=q.device)
     # With few tokens, threads share the splits of one, and each split needs a place of its own.
-    splits = (int(lengths.max()) + 255) // 256 if 0 < N * heads < 4 * threads else 1
+    splits = -(-int(lengths.max()) // SPLIT) if 0 < N * heads < 4 * threads else 1
     places = N * heads * splits if splits > 1 else threads
     scratch = torch.empty(places, H // heads * (dv + 4), dtype=torch.float32, device=q.device)
     try:
@@ -120,6 +124,39 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, 
         _check_tables(k_cache, block_table, lengths, slots, window)
         raise
     return out.to(q.dtype)
+
+
+@decode_attention.compiled(on=("cuda",))
+def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
+    codes = rows.codes(kernels, q, k_cache)
+    (N, H, d), (pages, heads, P, dv), M = q.shape, v_cache.shape, block_table.shape[1]
+    if not d or max(d, dv) > 256 or max(pages * heads * P, 2 * M * P) >= 1 << 31:
+        raise Declined(f"no compiled kernel for heads of {d} and {dv} (up to 256), or caches of 2^31 rows")
+    _check_tables(k_cache, block_table, lengths, slots, window)
+    q = q if q.stride(2) == 1 else q.contiguous()
+    k_cache, v_cache, block_table, lengths, slots = (
+        x.contiguous() for x in (k_cache, v_cache, block_table, lengths, slots)
+    )
+    splits = -(-min(M * P, window + SPLIT - 1 if window else M * P) // SPLIT)
+    parts = _parts(N, H, heads, dv, splits, q)
+    kept = N * H * splits if parts > 1 else 0
+    states, sums = (torch.empty(kept, x, dtype=torch.float32, device=q.device) for x in (2, -(-dv // 4) * 4))
+    out = torch.empty(N, H, dv, dtype=q.dtype, device=q.device)
+    kernels.decode_attention(
+        q.data_ptr(), codes[0], *q.stride()[:2], k_cache.data_ptr(), v_cache.data_ptr(), codes[1],
+        block_table.data_ptr(), lengths.data_ptr(), slots.data_ptr(), out.data_ptr(), states.data_ptr(),
+        sums.data_ptr(), N, H, heads, d, dv, P, M, parts, splits, scale, window, softcap, lane(q),
+    )  # fmt: skip
+    return out
+
+
+def _parts(N: int, H: int, heads: int, dv: int, splits: int, x: Tensor) -> int:
+    """Blocks that share the splits of a token and key head: as many as fill the GPU and end together, from shapes."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # for tests
+    blocks = max(N * heads, 1)
+    if blocks >= 2 * processors and 4 * N * H * splits * (dv + 2) > SCRATCH:
+        return 1
+    return max(1, min(splits, BLOCKS * processors // blocks))
 
 
 @decode_attention.inputs(
