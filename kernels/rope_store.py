@@ -65,7 +65,7 @@ def _(q, k, v, cos, sin, k_cache, v_cache, slots):
     return *(x.detach() for x in (q, k, v, cos, sin, k_cache, v_cache)), slots.long()
 
 
-@rope_store.compiled
+@rope_store.compiled(on=("cpu",))
 def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
     rows.serves(q, k_cache, cos, sin)
     cos, sin = cos.float(), sin.float()
@@ -82,9 +82,27 @@ def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
     except RuntimeError:
         _check_slots(slots, k_cache)
         raise
-    for cache, held in ((k_cache, k_held), (v_cache, v_held)):
-        if held is not cache:
-            cache.copy_(held)
+    rows.write_back(k_held, k_cache)
+    rows.write_back(v_held, v_cache)
+    return out
+
+
+@rope_store.compiled(on=("cuda",))
+def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
+    code, cos_code, sin_code, cache_code = rows.codes(kernels, q, cos, sin, k_cache)
+    _check_slots(slots, k_cache)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
+    k_held, v_held = k_cache.contiguous(), v_cache.contiguous()
+    (N, H, d), (pages, kv_heads, P, dv) = q.shape, v_cache.shape
+    out = torch.empty(N, H, d, dtype=q.dtype, device=q.device)
+    kernels.rope_store(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), code, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        cos.data_ptr(), cos_code, sin.data_ptr(), sin_code, k_held.data_ptr(), v_held.data_ptr(), cache_code,
+        slots.data_ptr(), out.data_ptr(), N, H, kv_heads, d, dv, cos.shape[1], pages, P, lane(q),
+    )  # fmt: skip
+    rows.write_back(k_held, k_cache)
+    rows.write_back(v_held, v_cache)
     return out
 
 
