@@ -7,7 +7,9 @@ from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS, TRITON_FORCED
 
 BACKENDS = [
-    b for b in OPS["decode_attention"].backends if b.startswith("cpu") or b == "triton" and "cpu" in TRITON_FORCED
+    b
+    for b in OPS["decode_attention"].backends
+    if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_FORCED
 ]
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
 triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
@@ -101,7 +103,7 @@ def test_pages_that_the_window_has_passed_need_not_exist():
     assert_right(attention(s, (k, v, table), window=70), s, window=70)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_bits_of_a_token_are_its_own(backend, dtype):
     """Alone, in company, in another order, in other pages, for any number of threads."""
