@@ -173,6 +173,14 @@ def scaled(ctx, grad_loss: Tensor, with_gradients) -> list[Tensor | None]:
     return [grad if wanted else None for grad, wanted in zip(grads, ctx.by, strict=True)]
 
 
+def cost(gradient: bool, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Bytes and operations that a head cannot do without: one product, and one for each gradient."""
+    wanted = [x for x in (hidden, weight) if gradient and x.requires_grad]
+    rows = int((targets != IGNORED).sum())
+    moved = sum(x.nbytes for x in (hidden, weight, *wanted))
+    return moved, (1 + len(wanted)) * 2.0 * rows * weight.numel()
+
+
 def make_head(
     N, D, V, device, dtype, bias=False, ignored=0.3, offset=0.0, index=torch.int64,
     frozen_weight=False, frozen_hidden=False,

@@ -122,6 +122,7 @@ class Op:
         self.prepare: Callable | None = None
         self.warned = False
         self.has_gradient = False
+        self.count: Callable | None = None
         _library.define(self.name + torch.library.infer_schema(body, mutates_args=mutates))
         for device in DEVICES:
             _library.impl(self.name, functools.partial(self._dispatched, device), device.upper())
@@ -336,6 +337,12 @@ class Op:
             steps |= {"forward": run_forward}
         methods = {name: staticmethod(step) for name, step in steps.items()}
         self.differentiable = type(self.name, (torch.autograd.Function,), methods).apply
+
+    def cost(self, count: Callable) -> Callable:
+        """Register `count(gradient, *args) -> (bytes, flops)`: the least that a call on prepared arguments, with its
+        gradients or without, must move and compute, where that is not each tensor once. Benches measure by it."""
+        self.count = count
+        return count
 
     def inputs(self, *, small: list[dict], large: list[dict]):
         """Register `make(device, dtype, **size) -> args`: tests run the small sizes, benches the large ones."""

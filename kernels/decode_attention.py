@@ -159,6 +159,15 @@ def _parts(N: int, H: int, heads: int, dv: int, splits: int, x: Tensor) -> int:
     return max(1, min(splits, BLOCKS * processors // blocks))
 
 
+@decode_attention.cost
+def _(gradient, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
+    """Keys and values that are read, not the whole cache."""
+    (_, H, d), (_, heads, _, dv) = q.shape, v_cache.shape
+    places = int((lengths.clamp(max=window) if window else lengths).sum())
+    moved = places * heads * (d + dv) * k_cache.element_size() + q.nbytes * (d + dv) // d
+    return moved, 2.0 * places * H * (d + dv)
+
+
 @decode_attention.inputs(
     small=[
         {"lengths": (1,), "H": 1, "Hkv": 1, "d": 1, "P": 1},

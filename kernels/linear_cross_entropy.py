@@ -120,6 +120,11 @@ SMALL = [
 ]
 
 
+@linear_cross_entropy.cost
+def _(gradient, hidden, weight, targets, *rest):
+    return head.cost(gradient, hidden, weight, targets)
+
+
 @linear_cross_entropy.inputs(small=SMALL, large=[{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}])
 def _make(N, D, V, device, dtype, softcap=0.0, weighted=False, **options):
     """weighted: NaN stands in the weights of ignored rows."""

@@ -188,6 +188,13 @@ SMALL = [
 ]
 
 
+@linear_kl.cost
+def _(gradient, hidden, weight, ref_hidden, ref_weight, targets, *rest):
+    moved, computed = head.cost(gradient, hidden, weight, targets)
+    ref_moved, ref_computed = head.cost(False, ref_hidden, ref_weight, targets)
+    return moved + ref_moved, computed + ref_computed
+
+
 @linear_kl.inputs(small=SMALL, large=[{"N": 512, "D": 768, "E": 768, "V": 50257}])
 def _make(
     N, D, E, V, device, dtype, bias=False, ignored=0.3, index=torch.int64, temperature=1.0, softcap=0.0,

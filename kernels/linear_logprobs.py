@@ -144,6 +144,11 @@ SMALL = [
 LARGE = [{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
 
 
+@linear_logprobs.cost
+def _(gradient, hidden, weight, targets, *rest):
+    return head.cost(gradient, hidden, weight, targets)
+
+
 @linear_logprobs.inputs(small=SMALL, large=LARGE)
 def _make(N, D, V, device, dtype, temperature=1.0, softcap=0.0, **options):
     return *head.make_head(N, D, V, device, dtype, **options), temperature, softcap

@@ -211,6 +211,11 @@ SMALL = [
 ]
 
 
+@linear_ppo_loss.cost
+def _(gradient, hidden, weight, targets, *rest):
+    return head.cost(gradient, hidden, weight, targets)
+
+
 @linear_ppo_loss.inputs(small=SMALL, large=[{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}])
 def _make(N, D, V, device, dtype, far=False, whiten=False, reference=False, **options):
     """far: log-ratios beyond every bound. NaN stands wherever a target is ignored or a weight 0."""

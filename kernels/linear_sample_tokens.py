@@ -129,6 +129,11 @@ def _bans(bans) -> tuple[int, int, int]:
     return (0, 0, 0) if banned is None else (banned.data_ptr(), len(banned), rows.data_ptr())
 
 
+@linear_sample_tokens.cost
+def _(gradient, hidden, weight, *rest):
+    return hidden.nbytes + weight.nbytes, 2.0 * hidden.shape[0] * weight.numel()
+
+
 @linear_sample_tokens.inputs(
     small=[
         {"B": 1, "D": 8, "V": 1},

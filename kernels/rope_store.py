@@ -106,6 +106,13 @@ def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
     return out
 
 
+@rope_store.cost
+def _(gradient, q, k, v, cos, sin, k_cache, v_cache, slots):
+    """Of the caches only the new tokens' places, which are written."""
+    moved = 2 * q.nbytes + k.nbytes + v.nbytes + cos.nbytes + sin.nbytes + slots.nbytes
+    return moved + k.numel() * k_cache.element_size() + v.numel() * v_cache.element_size(), 0.0
+
+
 @rope_store.inputs(
     small=[
         {"N": 1, "H": 1, "Hkv": 1, "d": 2, "P": 1},

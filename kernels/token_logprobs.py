@@ -125,6 +125,14 @@ def _backward(ctx, grad_logprobs, grad_entropy):
 token_logprobs.gradient(_backward, save=_save)
 
 
+@token_logprobs.cost
+def _(gradient, logits, targets, *rest):
+    """The gradient's pass begins after the other has ended: it reads the logits once more, and writes as much."""
+    read = int((targets != head.IGNORED).sum()) * logits.shape[-1] * logits.element_size()
+    outputs = targets.nbytes + 8 * targets.numel()
+    return 2 * read + logits.nbytes + 2 * outputs if gradient else read + outputs, 0.0
+
+
 def _make(shape, V, device, dtype, offset=0.0, spread=3.0, masked=0, ignored=0.2, index=torch.int64, **scalars):
     """masked: so many columns of -inf. NaN stands in the logits of ignored rows."""
     logits = torch.randn(*shape, V, device=device) * spread + offset
