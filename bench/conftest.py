@@ -4,12 +4,11 @@
 
 Machines are noisy, so rivals take turns: each round runs every contestant once, a ratio is taken within its round, and
 the median over the rounds is printed. Before that, `check` asserts that the contestants agree. A missed target is
-printed, never an error. pytest-benchmark keeps our times (`--benchmark-json` writes them, ratios in extra_info).
+printed, never an error. pytest-benchmark keeps our times (`--benchmark-json` writes them, ratios in extra_info);
+`pytest bench -k ops` (test_bench_ops.py: every op, on a CPU or a GPU) does without that plugin.
 """
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rlhf_fast.kernels._op import COMPILED
-
-SECONDS = 1.5  # spent on the rounds of one comparison
-ROUND = 2e-3  # a round of one contestant lasts at least this long
+from rlhf_fast import ops  # noqa: F401  registers them
+from rlhf_fast.bench import report
+from rlhf_fast.bench.timing import CLOCKS, ROUND, SECONDS, best, seconds
+from rlhf_fast.kernels._op import COMPILED, OPS
 
 
 class Row(NamedTuple):
@@ -36,35 +35,54 @@ class Row(NamedTuple):
     target: float | None
 
 
+class OpsReport:
+    """What test_bench_ops.py found: rows for its table, what was left out, the machine."""
+
+    def __init__(self):
+        self.start, self.rows, self.notes, self.facts = time.monotonic(), [], [], {}
+
+    def markdown(self) -> str:
+        return report.op_markdown(self.facts, self.rows, self.notes)
+
+
 ROWS = pytest.StashKey[list]()
 MACHINE = pytest.StashKey[dict]()
+BY_OP = pytest.StashKey[OpsReport]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=0, help="threads of torch and of our kernels (default: torch's)")
     parser.addoption("--vllm", metavar="PYTHON", default="", help="an interpreter with vLLM's CPU build (rollout)")
-    parser.addoption("--save-table", metavar="PATH", help="write the table of ratios as Markdown")
+    parser.addoption("--save-table", metavar="PATH", help="write the table as Markdown; of -k ops, JSON beside it")
+    group = parser.getgroup("-k ops")
+    group.addoption("--device", choices=tuple(CLOCKS), default="cpu")
+    group.addoption("--op", action="append", default=[], help="only this op (more than once: these)")
+    group.addoption("--dtype", default="", help="float32,bfloat16,float16 (default: float32, on a GPU bfloat16)")
+    group.addoption(
+        "--small", action="store_true", help="the tests' small inputs: whether the bench runs, not how fast"
+    )
+    group.addoption("--seconds", type=float, default=SECONDS, help="spent on the rounds of a case")
+    group.addoption(
+        "--compile-seconds", type=float, default=60, help="torch.compile's limit for a case; 0: leave it out"
+    )
+    group.addoption("--deadline", type=float, default=0, help="seconds after which no other case is begun")
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[BY_OP] = [], OpsReport()
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    if unknown := set(config.getoption("op")) - set(OPS):
+        raise pytest.UsageError(f"--op: there is no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
     if config.getoption("threads"):
         torch.set_num_threads(config.getoption("threads"))
     if config.getoption("verbose") <= 0:
         config.option.benchmark_quiet = True  # our table says the same, side by side
 
 
-def seconds(call: Callable, calls: int = 1) -> float:
-    """Wall time of one of `calls` calls in a row; where they time themselves and return it, a float, its median."""
-    start = time.perf_counter()
-    said = [call() for _ in range(calls)]
-    if isinstance(said[0], float):
-        return statistics.median(said)
-    return (time.perf_counter() - start) / calls
-
-
-def best(call: Callable, rounds: int = 7) -> float:
-    return min(seconds(call) for _ in range(rounds))
+@pytest.fixture(scope="session")
+def ops_report(request) -> OpsReport:
+    return request.config.stash[BY_OP]
 
 
 @pytest.fixture(scope="session")
@@ -142,46 +160,44 @@ def side_by_side(request, benchmark, machine):
     return compare
 
 
-def duration(s: float) -> str:
-    return f"{s * 1e6:.1f} us" if s < 1e-3 else f"{s * 1e3:.2f} ms" if s < 1 else f"{s:.2f} s"
-
-
 def table(rows: list[Row]) -> list[list[str]]:
     cells = [["op and size", "ours", "of the floor", "beside", "ratio", "target"]]
     for row in rows:
         target = "" if row.target is None else f"{row.target:.3g}x" + (" missed" if row.ratio < row.target else "")
         floor = "" if row.floor is None else f"{100 * row.floor:.0f} %"
-        cells.append([row.case, duration(row.ours), floor, row.rival, f"{row.ratio:.2f}x", target])
+        cells.append([row.case, report.duration(row.ours), floor, row.rival, f"{row.ratio:.2f}x", target])
     return cells
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
-        return
-    cells = table(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    terminalreporter.section("side by side (ratio: the other's time / ours; the target is the least ratio aimed at)")
-    for line in cells:
-        terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if path := config.getoption("save_table"):
+    rows, by_op, written = config.stash[ROWS], config.stash[BY_OP], []
+    if rows:
+        cells = table(rows)
+        terminalreporter.section(
+            "side by side (ratio: the other's time / ours; the target is the least ratio aimed at)"
+        )
+        for line in report.aligned(cells):
+            terminalreporter.line(line)
+        written.append(markdown(cells, config.stash[MACHINE]))
+    if by_op.rows or by_op.notes:
+        terminalreporter.section("ops (ratio: the other's time / ours)")
+        for line in [*report.aligned(report.op_cells(by_op.rows)), *by_op.notes]:
+            terminalreporter.line(line)
+        written.append(by_op.markdown())
+    path = config.getoption("save_table")
+    if path and written:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(markdown(cells, config.stash[MACHINE]))
+        Path(path).write_text("\n".join(written), encoding="utf-8")
         terminalreporter.line(f"written to {path}")
 
 
 def markdown(cells: list[list[str]], rates: dict) -> str:
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    facts = report.machine("cpu", rates["bandwidth"])
     head = [
-        f"- processor: {models[0] if models else platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, kernels: {', '.join(COMPILED) or 'reference'}",
+        f"- processor: {facts['device']}, {facts['threads']} threads, kernels: {facts['kernels']}",
         f"- measured: copy {rates['bandwidth'] / 1e9:.1f} GB/s, read {rates['read'] / 1e9:.1f} GB/s,"
         f" float32 product {rates['flops'] / 1e9:.0f} GFLOP/s",
-        f"- Python {platform.python_version()}, torch {torch.__version__}, commit {commit}, {time.strftime('%F')}",
+        f"- Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}",
         "- ratio: the other's time / ours, median of interleaved rounds",
     ]
-    lines = [f"| {' | '.join(line)} |" for line in cells]
-    return "\n".join([*head, "", lines[0], "|---" * len(cells[0]) + "|", *lines[1:], ""])
+    return "\n".join([*head, "", report.markdown_table(cells)])

@@ -1,0 +1,58 @@
+"""What the ops aim at on a data-centre GPU: sizes of real training, made on the device, and how fast they should be.
+
+A target is printed as met or missed, never asserted. Shares are of the measured copy bandwidth, or of the bare matrix
+products; an op's least bytes are its own business (Op.cost).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+HALF = (torch.bfloat16,)
+BOTH = (torch.float32, torch.bfloat16)
+
+
+class Target(NamedTuple):
+    """A size, and a goal. `of`: "seconds" of a call, "device" seconds of it, or least "share" of the floor."""
+
+    op: str
+    size: dict
+    gradient: bool = False
+    of: str = ""
+    goal: float = 0.0
+    cuda: float = 0.0  # for the compiled kernel, where it is another
+    dtypes: tuple = HALF
+    chunk: int = 0  # rows that the reference takes at a time, where all at once would not fit
+
+    def goal_of(self, backend: str) -> float:
+        return self.cuda or self.goal if backend == "cuda" else self.goal
+
+    def met(self, backend: str, row: dict) -> bool | None:
+        """None: there is no goal, or no such number."""
+        found = row[{"seconds": "seconds", "device": "device_seconds", "share": "share"}.get(self.of, "seconds")]
+        if not self.of or found is None:
+            return None
+        return found >= self.goal_of(backend) if self.of == "share" else found <= self.goal_of(backend)
+
+    def __str__(self) -> str:
+        goals = [self.goal] + [self.cuda] * bool(self.cuda)
+        shown = [f"{100 * g:.0f} %" if self.of == "share" else f"{g * 1e6:.4g} us" for g in goals]
+        return " / CUDA ".join(shown) + (" on the device" if self.of == "device" else "")
+
+
+WIDE, SMALL = {"N": 8192, "D": 4096, "V": 151936}, {"N": 8192, "D": 768, "V": 50257}
+TARGETS = [
+    Target("linear_cross_entropy", WIDE, True, "seconds", 48e-3, chunk=2048),
+    Target("linear_cross_entropy", SMALL, True, "seconds", 4.5e-3, chunk=2048),
+    Target("linear_ppo_loss", WIDE, True, "seconds", 48e-3, chunk=2048),
+    Target("linear_ppo_loss", SMALL, True, "seconds", 4.5e-3, chunk=2048),
+    Target("token_logprobs", {"shape": (8192,), "V": 151936}, False, "seconds", 1e-3, chunk=2048),
+    Target("token_logprobs", {"shape": (8192,), "V": 151936}, True, chunk=2048),
+    Target("ppo_advantages", {"B": 8192, "T": 2048}, False, "share", 0.70, 0.75, BOTH),
+    Target("ppo_advantages", {"B": 512, "T": 1024}, False, "device", 12e-6, 8e-6, BOTH),
+    Target("ppo_loss", {"shape": (512, 1024)}, True, "device", 12e-6, 8e-6, BOTH),
+    Target("ppo_loss", {"shape": (8192, 2048)}, True, dtypes=BOTH),
+    Target("sample_tokens", {"B": 256, "V": 128256, "top_p": 0.9}, False, "share", 1 / 3),
+    Target("sample_tokens", {"B": 256, "V": 128256}),
+    Target("decode_attention", {"lengths": (2048,) * 64, "H": 32, "Hkv": 8, "d": 128, "P": 64}, False, "share", 0.8),
+]

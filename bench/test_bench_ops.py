@@ -1,0 +1,53 @@
+"""Every op at its `large` inputs, and on a GPU at the sizes of bench/targets.py: our kernels beside what there is.
+
+    pytest bench -k ops [--device cuda] [--op NAME] [--save-table PATH]
+
+Before an op is timed its kernels must agree with the reference; one that does not fails its test. `--compile-seconds 0`
+leaves torch.compile out, which takes most of the time.
+"""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast.bench import report
+from rlhf_fast.bench.bout import Case, cases
+from rlhf_fast.bench.contest import measure
+from rlhf_fast.bench.timing import CLOCKS
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    dtypes = option("dtype") or ("float32" if option("device") == "cpu" else "bfloat16")
+    found = cases(option("device"), option("op"), [getattr(torch, d) for d in dtypes.split(",")], option("small"))
+    metafunc.parametrize("case", list(found), ids=str)
+
+
+@pytest.fixture(scope="session")
+def clock(request):
+    return CLOCKS[request.config.getoption("device")]()
+
+
+@pytest.fixture(scope="session")
+def bandwidth(clock, ops_report):
+    found = clock.bandwidth()
+    ops_report.facts = report.machine(clock.name, found)
+    return found
+
+
+def test_op(case: Case, clock, bandwidth, ops_report, request):
+    option = request.config.getoption
+    if option("deadline") and time.monotonic() - ops_report.start > option("deadline"):
+        ops_report.notes.append(f"{case}: not measured: --deadline {option('deadline'):.0f} is over")
+        pytest.skip("the deadline is over")
+    try:
+        found = measure(case, clock, bandwidth, seconds=option("seconds"), compile_seconds=option("compile_seconds"))
+    finally:
+        clock.forget()
+    ops_report.rows.extend(found.rows)
+    ops_report.notes.extend([*found.notes, *found.faults])
+    if option("save_table"):  # now: a run may be cut short
+        report.save_ops(Path(option("save_table")), ops_report.facts, ops_report.rows, ops_report.notes)
+    assert not found.faults, found.faults
