@@ -106,9 +106,9 @@ def admitted(bout: Bout, device: str, compile_seconds: float, result: Result) ->
     """The contestants that run and are right, ready to be timed: our kernels first. Why others are not, in `result`."""
     case, op, contestants = bout.case, bout.op, {}
 
-    def admit(name: str, call: Callable, args: tuple, tolerance: float, to: list[str]) -> None:
+    def admit(name: str, call: Callable, args: tuple, tolerance: float, to: list[str], first=False) -> None:
         try:
-            wrong = bout.wrong(bout.once(call, args), tolerance)
+            wrong = bout.wrong(bout.once(call, args), tolerance, first)
             if not wrong:
                 contestants[name] = bout.timed(call, args)
                 return
@@ -130,7 +130,7 @@ def admitted(bout: Bout, device: str, compile_seconds: float, result: Result) ->
         with contextlib.suppress(TimeIsUp), alarm(compile_seconds):
             admit("torch.compile", torch.compile(op.reference, dynamic=False), bout.args, tolerance, result.notes)
     for rival in rivals_of(op.name, device, bout.args):
-        admit(rival.name, rival.call, bout.args, max(tolerance, rival.tolerance), result.notes)
+        admit(rival.name, rival.call, bout.args, max(tolerance, rival.tolerance), result.notes, True)
     return contestants
 
 

@@ -1,0 +1,187 @@
+"""The bench of the ops: what it times is right, what is wrong it refuses, and its table can be read by a program."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf_fast import ops
+from rlhf_fast.bench import contest, report
+from rlhf_fast.bench.bout import Bout, Case, cases, label
+from rlhf_fast.bench.rivals import Rival
+from rlhf_fast.bench.targets import TARGETS, Target
+from rlhf_fast.bench.timing import Cpu
+from rlhf_fast.kernels._op import OPS, Declined
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = {"N": 6, "D": 8, "V": 33}
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Put a function in the place of an op's kernel on the CPU."""
+
+    def put(op, call):
+        monkeypatch.setitem(op.implementations, "cpu:test", call)
+        monkeypatch.setitem(op.lines, "cpu", ["cpu:test", "reference"])
+
+    return put
+
+
+def measured(op, size, gradient=False):
+    case = Case(op, size, torch.float32, gradient)
+    return contest.measure(case, Cpu(), 1e10, seconds=0.01, compile_seconds=0)
+
+
+def bench(*arguments):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RLHF_FAST_SIMT")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "bench"), "-k", "ops", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+@pytest.mark.skipif(ops.gae.chosen("cpu") == "reference", reason="no compiled kernels")
+@pytest.mark.skipif(not (ROOT / "bench" / "conftest.py").is_file(), reason="not a source checkout")
+def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
+    path = tmp_path / "made" / "table.md"
+    said = bench(
+        "--op", "gae", "--small", "--seconds", "0.01", "--compile-seconds", "0",
+        "--save-table", str(path), "-p", "no:benchmark",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stdout + said.stderr
+    found = json.loads(path.with_suffix(".json").read_text())
+    rows = [row for row in found["rows"] if row["size"] == "B 3, T 17" and row["op"] == "gae"]
+    assert len(rows) == 1 and rows[0]["ratios"].keys() == {"reference"} and rows[0]["seconds"] > 0
+    assert rows[0]["bytes"] == 17 * 3 * 17 and rows[0]["others"]["reference"]["seconds"] > 0
+    assert found["machine"]["torch"] == torch.__version__ and found["machine"]["copy_bytes_per_second"] > 1e8
+    assert "gae B 3, T 17 float32" in said.stdout
+    assert path.read_text().count("\n| ") == len(found["rows"]) + 1
+
+
+def test_an_unknown_op_and_a_missing_gpu_are_one_sentence():
+    if not (ROOT / "bench" / "conftest.py").is_file():
+        pytest.skip("not a source checkout")
+    said = bench("--op", "no_such_op")
+    assert said.returncode == 4 and "--op: there is no op no_such_op; there are: " in said.stderr
+    if not torch.cuda.is_available():
+        said = bench("--device", "cuda")
+        assert said.returncode == 4 and "--device cuda: torch sees no CUDA device" in said.stderr
+
+
+def test_a_wrong_kernel_is_refused_before_it_is_timed(kernel, monkeypatch):
+    def wrong(*args):
+        advantages, returns = ops.gae.reference(*args)
+        return advantages, returns + 1e-2
+
+    monkeypatch.setattr(Cpu, "timer", lambda *_: pytest.fail("it was timed"))
+    kernel(ops.gae, wrong)
+    found = measured(ops.gae, {"B": 3, "T": 17})
+    assert not found.rows and len(found.faults) == 1
+    assert "gae B 3, T 17 float32 forward: cpu:test not timed: output 1 is 0.0" in found.faults[0]
+
+
+def test_a_wrong_gradient_or_argument_written_is_refused(kernel):
+    def no_gradient(grad_logprobs, grad_entropy, logits, *rest):
+        return torch.zeros_like(logits)
+
+    kernel(ops.token_logprobs, ops.token_logprobs.reference)
+    kernel(OPS["token_logprobs_backward"], no_gradient)
+    size = {"shape": (4,), "V": 9}
+    assert measured(ops.token_logprobs, size).rows
+    assert "output 2 is 1 of its size" in measured(ops.token_logprobs, size, gradient=True).faults[0]
+
+    kernel(ops.rms_norm, lambda x, weight, eps, residual, offset: ops.rms_norm.reference(x + residual, weight, eps))
+    assert "output 1 is" in measured(ops.rms_norm, {"shape": (4, 9), "residual": True}).faults[0]
+
+
+def test_a_kernel_that_declines_is_no_fault_and_the_reference_not_timed_in_its_place(kernel):
+    def declines(*args):
+        raise Declined("not today")
+
+    kernel(ops.gae, declines)
+    found = measured(ops.gae, {"B": 3, "T": 17})
+    assert not found.rows and not found.faults
+    assert "no kernel answers: not today" in found.notes[0] and "no kernel to time" in found.notes[1]
+
+
+def shrunk(value):
+    if isinstance(value, tuple):
+        return tuple(min(v, 7) for v in value[:5])
+    return min(value, 8) if isinstance(value, int) else value
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.op} {label(t.size)} {t.gradient}")
+def test_targets_can_be_made_and_their_reference_in_chunks_is_the_reference(target):
+    """A chunk takes two rows; the last may be shorter."""
+    op, size = OPS[target.op], {name: shrunk(value) for name, value in target.size.items()}
+    if "N" in size:
+        size["N"] = 5
+    few = target._replace(chunk=2 if target.chunk else 0)
+    bout = Bout(Case(op, size, torch.float32, target.gradient, few), "cpu")
+    found = bout.once(op.reference, bout.args)
+    assert not bout.wrong(found, 1e-5)
+    assert len(found) == len(bout.expected) and bout.expected[0] is not None
+    if target.gradient:
+        assert all(x is not None for x in bout.expected[-len(bout.wrt) :])
+    wrong = [x + 0.01 * x.abs().max() if x.is_floating_point() else x for x in found]
+    assert bout.wrong(wrong, 1e-3)
+
+
+def test_on_a_gpu_the_targets_come_first_and_large_inputs_follow():
+    found = list(cases("cuda", ["ppo_loss"], [torch.bfloat16]))
+    assert [case.size for case in found[:4:2]] == [t.size for t in TARGETS if t.op == "ppo_loss"]
+    assert [case.dtype for case in found[:2]] == [torch.float32, torch.bfloat16]
+    assert [case.size for case in found[4::2]] == ops.ppo_loss.large
+    everything = {case.op.name for case in cases("cpu", [], [torch.float32])}
+    assert everything == {op.name for op in OPS.values() if op.large}
+
+
+def test_a_target_is_met_or_missed_by_the_number_it_names():
+    row = {"seconds": 2e-3, "device_seconds": 1e-3, "share": 0.72}
+    assert Target("x", {}, of="share", goal=0.7, cuda=0.75).met("triton", row) is True
+    assert Target("x", {}, of="share", goal=0.7, cuda=0.75).met("cuda", row) is False
+    assert Target("x", {}, of="seconds", goal=1.5e-3).met("triton", row) is False
+    assert Target("x", {}, of="device", goal=1.5e-3).met("triton", row) is True
+    assert Target("x", {}, of="device", goal=1.5e-3).met("triton", row | {"device_seconds": None}) is None
+    assert Target("x", {}).met("triton", row) is None
+    assert str(Target("x", {}, of="device", goal=12e-6, cuda=8e-6)) == "12 us / CUDA 8 us on the device"
+
+
+def test_rivals_and_bare_products_stand_beside_a_head(monkeypatch):
+    def torchs(hidden, weight, targets, *rest):
+        return F.cross_entropy(hidden @ weight.T, targets)
+
+    rivals = [
+        Rival("torch's", "torch", "linear_cross_entropy", torchs, 1e-4),
+        Rival("a wrong one", "torch", "linear_cross_entropy", lambda *a: 2 * torchs(*a), 0.1),
+    ]
+    monkeypatch.setattr(contest, "rivals_of", lambda *_: rivals)
+    op = ops.linear_cross_entropy
+    if op.chosen("cpu") == "reference":
+        pytest.skip("no compiled kernels")
+    found = measured(op, HEAD, gradient=True)
+    (row,) = found.rows
+    assert row["pass"] == "forward+backward"
+    assert row["ratios"].keys() == {"reference", "torch's", "bare products"} and row["flops"] == 6.0 * 6 * 8 * 33
+    assert row["floor_seconds"] >= row["others"]["bare products"]["seconds"] * 0.99
+    assert "a wrong one not timed: output 0 is" in found.notes[0] and not found.faults
+    assert "torch's" in "".join(report.op_cells(found.rows)[1])
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.count], ids=lambda op: op.name)
+def test_what_an_op_cannot_do_without_is_no_more_than_its_tensors(op):
+    """Each no more than three times: read, read again for the gradient, which is written."""
+    for size in op.small:
+        args = op._bind(tuple(op.make(device="cpu", dtype=torch.float32, **size)), {})
+        args = op.prepare(*args)
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        outputs = op.reference(*args)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        (moved, flops), with_gradient = op.count(False, *args), op.count(True, *args)
+        assert 0 <= moved <= sum(x.nbytes for x in [*tensors, *outputs]) and flops >= 0
+        assert moved <= with_gradient[0] <= 3 * moved + sum(x.nbytes for x in tensors)
+        assert with_gradient[1] <= 3 * flops
