@@ -4,8 +4,12 @@
 
 Every op's Triton function is called on its `large` inputs, float32 and bfloat16, as fake CUDA tensors; the launches are
 not run but written down, and each is compiled as the launch would have it. The exit status is 1 where a kernel spills,
-needs more shared memory than the chip has or multiplies bfloat16 without its best tensor cores (which on sm_90 take no
-fewer than 64 rows), and where a launcher waits for the device.
+needs more shared memory than the chip has, multiplies bfloat16 without its best tensor cores (which on sm_90 take no
+fewer than 64 rows) or reads aligned rows without 16-byte loads, and where a launcher waits for the device.
+
+A kernel should have 16-byte loads where Triton, from what it knows of addresses and strides, gives each thread 16 bytes
+or more of a tile in a row: then it is a mask that splits them. `large` inputs have sizes that need not; an op without
+any is compiled at small ones, of which none is asked for.
 """
 
 import argparse
@@ -37,6 +41,7 @@ from rlhf_fast.kernels.triton import launch
 
 ARCHITECTURES = {80: 163 << 10, 90: 227 << 10}  # compute capability: shared memory a block can have, bytes
 PROCESSORS = 132  # of an H100, for the rules that look at it
+KERNELS = Path(launch.__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
@@ -70,6 +75,7 @@ class Resources(NamedTuple):
     loads: int
     products: int
     wants: str  # the instruction for the products of 16-bit numbers that it has, "" without any
+    aligned: int  # loads of a tile of which each thread has 16 bytes or more in a row
 
 
 def described(kernel, args: tuple, options: dict) -> Launch:
@@ -133,6 +139,18 @@ def recorded(call: Callable[[], object], capability: int) -> list[Launch]:
     return seen
 
 
+def aligned_loads(ttgir: str) -> int:
+    """Loads whose layout gives a thread at least 16 bytes in a row."""
+    layouts = {
+        name: max(map(int, sizes.split(",")))
+        for name, sizes in re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir)
+    }
+    loads = re.findall(
+        r"(?:tt\.load|ttg\.async_copy_global_to_local) .*?: tensor<[\dx]+!tt\.ptr<[a-z]+(\d+)>, (#\w+)>", ttgir
+    )
+    return sum(layouts.get(layout, 0) * max(int(bits), 8) >= 128 for bits, layout in loads)
+
+
 def compiled(of: Launch, capability: int) -> Resources:
     """Compile for a GPU of that compute capability, and read the result."""
     names = of.kernel.arg_names
@@ -160,29 +178,32 @@ def compiled(of: Launch, capability: int) -> Resources:
         loads=len(loads) + len(re.findall(r"\bUTMALDG", code)),
         products=count[wants] if wants else count["HMMA"] + count["HGMMA"],
         wants=wants,
+        aligned=aligned_loads(made.asm["ttgir"]),
     )
 
 
-def faults(of: Launch, capability: int, has: Resources) -> Iterator[str]:
+def faults(of: Launch, capability: int, has: Resources, small: bool = False) -> Iterator[str]:
     if has.spills:
         yield f"{has.spills} spills"
     if has.shared > ARCHITECTURES[capability]:
         yield f"{has.shared} bytes of shared memory"
     if has.wants and not has.products:
         yield f"no {has.wants}"
+    if has.aligned and not has.wide_loads and not small:
+        yield f"none of {has.aligned} loads of aligned rows has 16 bytes"
 
 
 def collect(wanted: list[str]) -> dict[tuple[Launch, int], str]:
     """Every launch of the ops wanted (all if none is named) on each GPU, with the first op and dtype that makes it."""
     found: dict[tuple[Launch, int], str] = {}
-    for op in OPS.values():
+    for op in sorted(OPS.values(), key=lambda op: not op.large):
         stem = Path(op.reference.__code__.co_filename).stem
-        if wanted and op.name not in wanted and stem not in wanted:
+        if wanted and op.name not in wanted and stem not in wanted or not (KERNELS / f"{stem}.py").is_file():
             continue
         for dtype in (torch.float32, torch.bfloat16):
             for size in op.large or op.small[1:3]:
                 for one in launches(op, size, dtype):
-                    found.setdefault(one, f"{op.name}, {str(dtype)[6:]}")
+                    found.setdefault(one, f"{op.name}, {str(dtype)[6:]}" + ("" if op.large else SMALL))
     return found
 
 
@@ -221,7 +242,7 @@ def main() -> int:
             f"| {of.name} | {first} | {constants} | sm_{capability} | {warps} | {has.registers} |"
             f" {has.shared / 1024:.0f} | {has.spills} | {has.wide_loads} / {has.loads} | {has.products or ''} |"
         )
-        bad += [f"{where}: {fault}" for fault in faults(of, capability, has)]
+        bad += [f"{where}: {fault}" for fault in faults(of, capability, has, first.endswith(SMALL))]
     print("\n".join(lines))
     if options.save:
         text = (
@@ -233,6 +254,7 @@ def main() -> int:
     return 1 if bad else 0
 
 
+SMALL = ", small"
 COMMAND = "python -m rlhf_fast.bench.triton_resources --save bench/results/triton_resources.md"
 HEADER = """\
 | kernel | first seen in | constants | for | warps | registers | shared, KiB | spills | 16-byte loads | products |

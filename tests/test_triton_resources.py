@@ -18,6 +18,12 @@ def measure(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+def run(code, file):
+    file.write_text(code)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env)
+
+
 def kernels(path):
     """The kernels that a file launches, by the tool's names."""
     return {f"{path.stem}.{name.lstrip('_')}" for name in re.findall(r"launch\.run\(\s*(\w+)", path.read_text())}
@@ -60,11 +66,64 @@ print(*[f for sm in (80, 90) for f in tool.faults(one, sm, tool.compiled(one, sm
 
 
 def test_a_kernel_that_spills_is_seen(tmp_path):
-    file = tmp_path / "spills.py"
-    file.write_text(SPILLS)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    said = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env)
+    said = run(SPILLS, tmp_path / "spills.py")
     assert len(re.findall(r"^\d+ spills$", said.stdout, re.M)) == 2, said.stdout + said.stderr
+
+
+NARROW = """
+import rlhf_fast.bench.triton_resources as tool
+import triton, triton.language as tl, torch
+
+@triton.jit
+def twice(x, out, N, D, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = (at < D - N) if N > 1 else (at < D)
+    tl.store(out + row * D + at, 2 * tl.load(x + row * D + at, mask=inside), mask=inside)
+
+x = torch.empty(8, 4096)
+for rows, columns in (1, 4096), (3, 4096), (1, 4095):  # a mask that ends at a multiple of 16, or not; odd rows
+    one = tool.described(twice, (x, x, rows, columns), {"BLOCK": 4096, "num_warps": 8})
+    print([f for sm in (80, 90) for f in tool.faults(one, sm, tool.compiled(one, sm))])
+"""
+
+
+def test_a_mask_that_splits_the_loads_of_aligned_rows_is_seen(tmp_path):
+    said = run(NARROW, tmp_path / "narrow.py")
+    fault = "none of 1 loads of aligned rows has 16 bytes"
+    assert said.stdout.splitlines() == ["[]", str([fault, fault]), "[]"], said.stdout + said.stderr
+
+
+WAITS = """
+import rlhf_fast.bench.triton_resources as tool
+import torch
+from rlhf_fast import ops
+from rlhf_fast.kernels.triton import swiglu as room
+
+def item(gate, up):
+    return gate * up.sum().item()
+
+def branch(gate, up):
+    return gate if up.any() else up
+
+def rows(gate, up):
+    return gate[up.sum(-1) > 0]
+
+def numbers(gate, up):
+    return gate * up.tolist()[0][0]
+
+for waits in (item, branch, rows, numbers):
+    room.swiglu = waits
+    try:
+        list(tool.launches(ops.swiglu, {"shape": (32, 64)}, torch.float32))
+    except Exception as error:
+        print(waits.__name__, type(error).__name__)
+"""
+
+
+def test_a_launcher_that_waits_for_the_device_is_seen(tmp_path):
+    said = run(WAITS, tmp_path / "waits.py")
+    assert [line.split()[0] for line in said.stdout.splitlines()] == ["item", "branch", "rows", "numbers"], said
+    assert said.stdout.count("DataDependentOutputException") == 3, said
 
 
 def test_an_unknown_op_and_the_interpreter_are_refused():
