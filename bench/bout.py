@@ -3,6 +3,7 @@
 The reference in float32 is what all must agree with, outputs, gradients and what is written in place.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -84,7 +85,6 @@ class Bout:
         self.raw = self.op._bind(tuple(self.op.make(device=device, dtype=case.dtype, **size)), {})
         self.args = self.op.prepare(*self.raw) if self.op.prepare else self.raw
         self.wrt = [i for i, a in enumerate(self.args) if isinstance(a, torch.Tensor) and a.requires_grad]
-        self.expected = self._expected()
 
     def run(self, call: Callable, args: tuple, upstream: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """One call: its outputs, then, where the case has them, the gradients of the outputs' sum."""
@@ -111,7 +111,8 @@ class Bout:
             mine[i] = mine[i] if mine[i] is None else mine[i].clone()
         return self.run(call, tuple(mine)) + tensors([mine[i] for i in self.op.mutates])
 
-    def _expected(self) -> list[torch.Tensor | None]:
+    @functools.cached_property
+    def expected(self) -> list[torch.Tensor | None]:
         """What the reference gives for the arguments in float32, a chunk of rows at a time where the target says so:
         rows are joined then, losses and gradients of the weights added, and sums of another kind (None) left out."""
         step, args = self.case.target.chunk, self.args

@@ -102,9 +102,9 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:160]}"
 
 
-def admitted(bout: Bout, device: str, compile_seconds: float, result: Result) -> dict[str, Callable]:
+def admitted(bout: Bout, clock: Cpu | Gpu, compile_seconds: float, result: Result) -> dict[str, Callable]:
     """The contestants that run and are right, ready to be timed: our kernels first. Why others are not, in `result`."""
-    case, op, contestants = bout.case, bout.op, {}
+    case, op, device, contestants = bout.case, bout.op, clock.name, {}
 
     def admit(name: str, call: Callable, args: tuple, tolerance: float, to: list[str], first=False) -> None:
         try:
@@ -116,6 +116,7 @@ def admitted(bout: Bout, device: str, compile_seconds: float, result: Result) ->
             declined = "no kernel answers" in str(error) or f"no backend {name!r}" in str(error)
             wrong, to = reason(error), result.notes if declined else to
         to.append(f"{case}: {name} not timed: {wrong}")
+        clock.forget()
 
     tolerance = TOLERANCE[case.dtype]
     with strict():
@@ -156,7 +157,7 @@ def measure(case: Case, clock: Cpu | Gpu, bandwidth: float, *, seconds: float, c
     bytes/s, or by a head's bare matrix products."""
     result = Result([], [], [])
     bout = Bout(case, clock.name)
-    contestants = admitted(bout, clock.name, compile_seconds, result)
+    contestants = admitted(bout, clock, compile_seconds, result)
     if not contestants:
         return result
     peaks = {name: clock.peak(call) for name, call in contestants.items()}

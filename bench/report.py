@@ -1,8 +1,13 @@
-"""What a bench says: the machine it ran on, tables on the terminal, as Markdown and as JSON."""
+"""What a bench says: the machine it ran on, tables on the terminal, as Markdown and as JSON.
+
+python -m rlhf_fast.bench.report FILE.json    the ops of a run in few columns
+"""
 
 import json
+import os
 import platform
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +42,9 @@ def said(*command: str) -> str:
 
 
 def commit() -> str:
+    """RLHF_FAST_COMMIT says it where there is no repository."""
+    if named := os.environ.get("RLHF_FAST_COMMIT"):
+        return named
     return said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10")
 
 
@@ -130,3 +138,17 @@ def save_ops(path: Path, facts: dict, rows: list[dict], notes: list[str]) -> Non
     path.with_suffix(".json").write_text(
         json.dumps({"machine": facts, "rows": rows, "notes": notes}, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def main() -> int:
+    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    few = ("op and size", "pass", "by", "a call", "on the device", "of the floor", "reference", "target")
+    header, *lines = op_cells(found["rows"])
+    kept = [header.index(name) for name in few]
+    print("\n".join(aligned([[line[i] for i in kept] for line in [header, *lines]])))
+    print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

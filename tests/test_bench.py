@@ -72,6 +72,36 @@ def test_an_unknown_op_and_a_missing_gpu_are_one_sentence():
         assert said.returncode == 4 and "--device cuda: torch sees no CUDA device" in said.stderr
 
 
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *"float("*) exec "$REAL" "$@" ;;
+  -c*) printf 'fake-gpu 90 .none.so\\n0\\n' ;;
+  *pip*) exit 1 ;;
+  *test_ops*) echo "one test failed"; exit 1 ;;
+  *) echo "ran: $*" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not (ROOT / "bench" / "gpu.sh").is_file(), reason="not a source checkout")
+def test_the_command_for_a_gpu(tmp_path):
+    """Without one it says so; with one, here a pretence, the benches run though a test has failed."""
+    script, env = str(ROOT / "bench" / "gpu.sh"), os.environ | {"OUT": str(tmp_path)}
+    if not torch.cuda.is_available():
+        said = subprocess.run([script], capture_output=True, text=True, env=env | {"PYTHON": sys.executable})
+        assert said.returncode == 2 and not said.stdout and "sees no CUDA device" in said.stderr, said
+        assert said.stderr.count("\n") == 1
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    env |= {"PYTHON": str(python), "REAL": sys.executable}
+    said = subprocess.run([script, "all"], capture_output=True, text=True, env=env)
+    log = (tmp_path / "fake-gpu.log").read_text()
+    assert said.returncode == 1 and "tests: ops on CUDA tensors: FAILED (1)" in said.stdout, said
+    assert "setup.py build_ext --inplace" in log and "bench -k ops --device cuda" in log
+    assert "bench: ops: well" in said.stdout.splitlines()[-1]
+
+
 def test_a_wrong_kernel_is_refused_before_it_is_timed(kernel, monkeypatch):
     def wrong(*args):
         advantages, returns = ops.gae.reference(*args)

@@ -1,4 +1,4 @@
-"""No CUDA kernel spills, as the compiled binary shows it; and a spill would be seen."""
+"""No CUDA kernel spills, as the compiled binary shows it, and a spill would be seen; nvcc has nothing to warn of."""
 
 import re
 import shutil
@@ -64,6 +64,17 @@ def test_a_spill_is_seen_and_a_clean_kernel_is_not_taken_for_one(tmp_path):
     assert re.fullmatch(r"FAULT planted\.greedy<96> for sm_80: \d+ spills\n", said.stderr), said.stderr
     (wide,) = [line.split() for line in said.stdout.splitlines() if line.startswith("planted.wide ")]
     assert wide[1] == "sm_80" and wide[3:] == ["1024", "0", "/", "0", "1", "/", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_nvcc_warns_of_nothing(source, tmp_path):
+    """Its front end alone, which takes seconds; setup.py suppresses the same."""
+    flags = "-std=c++17 -arch=sm_80 -cuda -diag-suppress 177 -Werror all-warnings".split()
+    command = ["nvcc", *flags, f"-I{ROOT / 'csrc'}", '-DKERNEL_GROUP="cuda"', str(source), "-o", str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0 and not said.stderr, said.stderr
 
 
 def test_a_file_that_is_not_there_or_has_no_kernel_is_one_sentence(tmp_path):
