@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rlhf_fast import ops  # noqa: F401  registers them
+from rlhf_fast.bench import sass
 from rlhf_fast.kernels._op import OPS, Op
 from rlhf_fast.kernels.triton import launch
 
@@ -168,14 +169,14 @@ def compiled(of: Launch, capability: int) -> Resources:
         code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True).stdout
     rows = [int(x) for x in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+xb?f16", made.asm["ttir"])]
     wants = ("HGMMA" if capability >= 90 and max(rows) >= WIDE else "HMMA") if rows else ""
-    count = collections.Counter(re.findall(r"\b(STL|LDL|HMMA|HGMMA)\b", code))
-    loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
+    count = collections.Counter(re.findall(r"\b(HMMA|HGMMA)\b", code))
+    wide_loads, loads = sass.loads(code)
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=made.metadata.shared,
-        spills=count["STL"] + count["LDL"],
-        wide_loads=sum(".128" in load for load in loads) + len(re.findall(r"\bUTMALDG", code)),
-        loads=len(loads) + len(re.findall(r"\bUTMALDG", code)),
+        spills=sum(sass.spills(code)),
+        wide_loads=wide_loads,
+        loads=loads,
         products=count[wants] if wants else count["HMMA"] + count["HGMMA"],
         wants=wants,
         aligned=aligned_loads(made.asm["ttgir"]),
