@@ -1,6 +1,7 @@
 """What is measured of an op: its cases, the arguments of one, and whether an answer to it is right.
 
-The reference in float32 is what all must agree with, outputs, gradients and what is written in place.
+The reference, which computes in float32 whatever the dtype, is what all must agree with: outputs, gradients and what is
+written in place.
 """
 
 import functools
@@ -14,6 +15,8 @@ from rlhf_fast import ops  # noqa: F401  registers them
 from rlhf_fast.bench.targets import TARGETS, Target
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._op import OPS, Op
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest value, and of the norm
 
 
 class Case(NamedTuple):
@@ -64,17 +67,6 @@ def tensors(x) -> list[torch.Tensor]:
     return [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
 
 
-def widened(args: tuple) -> tuple:
-    """The arguments in float32, the same of them asking for a gradient."""
-
-    def wide(x):
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            return x
-        return x.detach().float().requires_grad_(x.requires_grad)
-
-    return tuple(map(wide, args))
-
-
 class Bout:
     """A case with its arguments made: what a contestant runs, and what must come out."""
 
@@ -113,21 +105,22 @@ class Bout:
 
     @functools.cached_property
     def expected(self) -> list[torch.Tensor | None]:
-        """What the reference gives for the arguments in float32, a chunk of rows at a time where the target says so:
-        rows are joined then, losses and gradients of the weights added, and sums of another kind (None) left out."""
+        """What the reference gives, a chunk of rows at a time where the target says so: rows are joined then, losses
+        and gradients of the weights added, and sums of another kind (None) left out."""
         step, args = self.case.target.chunk, self.args
         if not step:
-            return self.once(self.op.reference, widened(args))
+            return self.once(self.op.reference, args)
         given = dict(zip(self.op.names, args, strict=True))
         if "weights" in given:  # of the whole, not of a chunk
             given["weights"] = head.default_weights(given["weights"], given["targets"])
         rows, found = len(args[0]), []
         for first in range(0, rows, step):
-            part = (
-                a[first : first + step] if isinstance(a, torch.Tensor) and a.shape[:1] == (rows,) else a
+            part = tuple(
+                a[first : first + step].detach().requires_grad_(a.requires_grad)
+                if isinstance(a, torch.Tensor) and a.shape[:1] == (rows,) else a
                 for a in given.values()
             )  # fmt: skip
-            found.append(self.once(self.op.reference, widened(tuple(part))))
+            found.append(self.once(self.op.reference, part))
         joined, gradients = [], len(found[0]) - len(self.wrt) * self.case.gradient
         for i, parts in enumerate(zip(*found, strict=True)):
             if parts[0].shape[:1] == (step,):
@@ -152,12 +145,13 @@ class Bout:
                 if not torch.equal(ours, truth):
                     return f"output {i} differs in {int((ours != truth).sum())} of {truth.numel()}"
                 continue
-            ours, finite = ours.float(), truth.isfinite()
+            bound = max(tolerance, TOLERANCE[ours.dtype])  # a cache may be of another dtype than the case
+            ours, truth, finite = ours.float(), truth.float(), truth.isfinite()
             if not torch.equal(ours.nan_to_num(0).where(~finite, 0), truth.nan_to_num(0).where(~finite, 0)):
                 return f"output {i} has other values that are not finite"
             error, size = (ours - truth).where(finite, 0), truth.where(finite, 0)
             for measure in (torch.linalg.vector_norm, lambda x: x.abs().max() if x.numel() else x.sum()):
                 off, whole = measure(error).item(), measure(size).item()
-                if not off <= tolerance * whole + 1e-6:
+                if not off <= bound * whole + 1e-6:
                     return f"output {i} is {off / max(whole, 1e-30):.2g} of its size from the reference"
         return ""

@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from rlhf_fast.bench.bout import Bout, Case, label, tensors
+from rlhf_fast.bench.bout import TOLERANCE, Bout, Case, label, tensors
 from rlhf_fast.bench.rivals import rivals_of
 from rlhf_fast.bench.timing import CAPTURED, Cpu, Gpu, interleaved
 from rlhf_fast.kernels import _op
 from rlhf_fast.kernels._op import Op
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest value, and of the norm
 BARE = "bare products"
 
 
@@ -32,7 +31,7 @@ class Result(NamedTuple):
 def bare_products(op: Op, args: tuple, gradient: bool) -> tuple[Callable, float] | None:
     """A head's matrix products by torch.mm, into memory that is there, with nothing around; and their operations."""
     given = dict(zip(op.names, args, strict=True))
-    if not {"hidden", "weight"} <= set(given):
+    if not {"hidden", "weight"} <= set(given) or not given["hidden"].numel():
         return None
     heads = [(given["hidden"].detach().flatten(0, -2), given["weight"].detach())]
     wanted = [gradient and given[name].requires_grad for name in ("hidden", "weight")]

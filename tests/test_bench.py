@@ -138,6 +138,16 @@ def test_a_kernel_that_declines_is_no_fault_and_the_reference_not_timed_in_its_p
     assert "no kernel answers: not today" in found.notes[0] and "no kernel to time" in found.notes[1]
 
 
+@pytest.mark.skipif(ops.gae.chosen("cpu") == "reference", reason="no compiled kernels")
+@pytest.mark.parametrize("name", list(OPS))
+def test_every_op_can_be_measured_and_its_kernel_is_right(name):
+    result = contest.Result([], [], [])
+    for case in cases("cpu", [name], [torch.float32, torch.bfloat16], small=True):
+        contestants = contest.admitted(Bout(case, "cpu"), Cpu(), 0, result)
+        assert list(contestants) == [OPS[name].chosen("cpu"), "reference"], result
+    assert not result.faults and not result.notes
+
+
 def shrunk(value):
     if isinstance(value, tuple):
         return tuple(min(v, 7) for v in value[:5])
