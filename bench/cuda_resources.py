@@ -72,7 +72,7 @@ def readable(names: list[str]) -> list[str]:
     for mangled, name in zip(names, plain, strict=False):
         file = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", mangled)
         name = re.sub(r"\((anonymous namespace)\)::|^void ", "", name)
-        name = re.sub(r"\((?!\w+\)).*$", "", name)  # the parameters; (int)4 in a template stays
+        name = re.sub(r"\((?:[^()]|\([^()]*\))*\)$", "", name)  # the parameters; (int)4 in a template stays
         found.append(f"{file[1]}.{name}" if file else name)
     return found
 

@@ -42,7 +42,9 @@ template <int n> __global__ void __launch_bounds__(1024) greedy(const float* x, 
     for (int i = 0; i < n; ++i) held[i] = held[(i + 7) % n] * held[i] + x[i];
   for (int i = 0; i < n; ++i) out[i * 1024 + threadIdx.x] = held[i];
 }
-__global__ void wide(const float4* x, float4* out) {
+struct Numbers { float4* out; };
+__global__ void wide(Numbers numbers, const float4* x) {
+  float4* out = numbers.out;
   __shared__ float4 held[64];
   held[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
