@@ -12,7 +12,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-FLAGS = "-std=c++17 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unused-function".split()
+WARNINGS = "-Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas".split()
+FLAGS = [*"-std=c++17 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off".split(), *WARNINGS]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
 
 
