@@ -106,26 +106,25 @@ __global__ void __launch_bounds__(block_threads)
 
 // One row of gradients by a team of threads, in the words of `out`. If those of the logits lie alike, the first `kept`
 // of them are in `memory`, but for what `statistics` could not read as such. From the last word to the first: the last
-// were read last.
+// were read last. A target below 0 is none.
 template <class T, bool CAP>
-__device__ __forceinline__ void write_row(const T* row, T* out, int V, int64_t target, const Slope& s,
-                                          const Scaling& by, int thread, int threads, const uint4* memory, int kept) {
+__device__ __forceinline__ void write_row(const T* row, T* out, int V, int target, const Slope& s, const Scaling& by,
+                                          int thread, int threads, const uint4* memory, int kept) {
   constexpr int per = per_word<T>;
   const int before = static_cast<int>((reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T));
   const Words<T> x(row, before, V);
   kept = x.shift ? 0 : min(kept, Words<T>(row, 0, V).whole);
-  const bool exists = target >= 0 && target < V;
-  out -= before, target += before;
-  const int special = exists ? static_cast<int>(target / per) : -1;
-  const float at_target = exists ? logit_gradient<CAP, false>(widened(x.base[target]), 0.f, s.g, s, by) : 0.f;
+  out -= before;
+  const int special = target < 0 ? -1 : target + before;
+  const float at_target = special < 0 ? 0.f : logit_gradient<CAP, false>(widened(x.base[special]), 0.f, s.g, s, by);
   const auto gradients = [&](int k, const uint4& word, float (&y)[per]) {
     unpack<T>(word, y);
 #pragma unroll
     for (int i = 0; i < per; ++i) y[i] = logit_gradient<CAP, false>(y[i], 0.f, 0.f, s, by);
-    if (k != special) return;
+    if (special < k * per || special >= (k + 1) * per) return;
 #pragma unroll
     for (int i = 0; i < per; ++i)
-      if (target % per == i) y[i] = at_target;
+      if (special - k * per == i) y[i] = at_target;
   };
   for (int k = x.count() - 1 - thread; k >= 0; k -= threads) {
     float y[per];
@@ -166,9 +165,9 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   const int64_t index = by_warp ? int64_t(blockIdx.x) * (THREADS / lanes) + threadIdx.x / lanes : blockIdx.x;
   if (index >= x.N) return;
   const int thread = by_warp ? threadIdx.x % lanes : threadIdx.x, threads = by_warp ? lanes : THREADS;
-  const int64_t target = x.target(index);
-  out += index * x.V;
-  if (target == ignored) return write_zeros(out, x.V, thread, threads);
+  const int64_t given = x.target(index);
+  if (given == ignored) return write_zeros(out + index * x.V, x.V, thread, threads);
+  const int target = given >= 0 && given < x.V ? static_cast<int>(given) : -1;
   uint4* const memory = shared_memory<uint4>();
   const T* const row = x.row<T>(index);
   const Words<T> all(row, 0, x.V);
@@ -177,7 +176,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   const float log_sum = logf(sums.sum), g = grad_logprobs[index], h = grad_entropy[index];
   const float entropy = log_sum - sums.moment / sums.sum;
   const Slope slope{sums.largest, log_sum, g, -g - h * entropy, -h, 0.f, 0.f, 0.f};
-  write_row<T, CAP>(row, out, x.V, target, slope, x.by, thread, threads, memory, kept);
+  write_row<T, CAP>(row, out + index * x.V, x.V, target, slope, x.by, thread, threads, memory, kept);
 }
 
 template <class F>
