@@ -39,9 +39,12 @@ def check_near_reference(args):
     return check
 
 
+PLAIN = [size for size in ops.sample_tokens.large if size.keys() == {"B", "V"}]
+
+
 # (least ratio aimed at, options); the floor: logits read once; about 40 operations a token (Philox 18, exp 16, sums).
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("size", ops.sample_tokens.large, ids=lambda size: f"{size['B']}x{size['V']}")
+@pytest.mark.parametrize("size", PLAIN, ids=lambda size: f"{size['B']}x{size['V']}")
 def test_unfiltered(side_by_side, size, dtype):
     args = ops.sample_tokens.make(device="cpu", dtype=dtype, **size)
     target = 5 if size == {"B": 64, "V": 50257} and dtype == torch.float32 else None

@@ -147,7 +147,13 @@ def _(gradient, hidden, weight, *rest):
         {"B": 6, "D": 16, "V": 300, "bans": 40, "min_p": 0.05, "temperature": 1.5, "mixed": True},
         {"B": 0, "D": 4, "V": 7},
     ],
-    large=[{"B": 1, "D": 576, "V": 49152}, {"B": 32, "D": 576, "V": 49152}, {"B": 32, "D": 2048, "V": 128256}],
+    large=[
+        {"B": 1, "D": 576, "V": 49152},
+        {"B": 32, "D": 576, "V": 49152},
+        {"B": 32, "D": 2048, "V": 128256},
+        {"B": 32, "D": 576, "V": 49152, "temperature": 0.7, "biased": True, "softcap": 20.0, "bans": 3},
+        {"B": 32, "D": 576, "V": 49152, "top_p": 0.9, "biased": True, "softcap": 20.0, "bans": 3},
+    ],
 )
 def _(
     B, D, V, device, dtype, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, mixed=False, biased=False, softcap=0.0,

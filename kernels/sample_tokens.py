@@ -109,7 +109,12 @@ def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, n
         {"B": 7, "V": 40, "injected": True, "top_k": 20},
         {"B": 0, "V": 7},
     ],
-    large=[{"B": 1, "V": 50257}, {"B": 64, "V": 50257}, {"B": 64, "V": 151936}],
+    large=[
+        {"B": 1, "V": 50257},
+        {"B": 64, "V": 50257},
+        {"B": 64, "V": 151936},
+        {"B": 64, "V": 151936, "temperature": 0.7, "top_k": 1000, "top_p": 0.9, "min_p": 0.01},
+    ],
 )
 def _(B, V, device, dtype, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, mixed=False, injected=False):
     logits = 3 * torch.randn(B, V, device=device, dtype=dtype)
