@@ -224,6 +224,13 @@ class Op:
                     return self.implementations[backend](*args)
             except Declined as declined:
                 why = why or str(declined)
+            except RuntimeError as error:
+                if forced is not None or "no kernel image" not in str(error):
+                    raise
+                why = (
+                    why
+                    or f"csrc/cuda was not compiled for this GPU ({error}); set RLHF_FAST_CUDA_ARCHS and install again"
+                )
         why = why or self.why(device)
         if _STRICT and forced != "reference":
             raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no kernel answers: {why}")

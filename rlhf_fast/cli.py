@@ -221,3 +221,7 @@ def _show_config(argv: Sequence[str]) -> int:
 
     print("\n".join(show_config(options.stage, options.preset, options.config, options.diff)))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

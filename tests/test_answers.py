@@ -77,6 +77,20 @@ def test_what_one_kernel_declines_the_next_answers(monkeypatch, caplog):
         ops.gae._answer("cpu", *gae_inputs())
 
 
+def test_a_gpu_that_the_kernels_were_not_compiled_for_is_served_by_the_next(monkeypatch, caplog):
+    def fails(*args):
+        raise RuntimeError("gae: no kernel image is available for execution on the device")
+
+    monkeypatch.setitem(ops.gae.implementations, "cpu:first", fails)
+    monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "reference"])
+    monkeypatch.setattr(ops.gae, "warned", False)
+    with caplog.at_level(logging.WARNING, "rlhf_fast"):
+        ops.gae._answer("cpu", *gae_inputs())
+    assert "csrc/cuda was not compiled for this GPU" in caplog.text and "RLHF_FAST_CUDA_ARCHS" in caplog.text
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        ops.gae.backend("cpu:first")(*gae_inputs())
+
+
 def test_a_backend_of_another_device_is_refused(monkeypatch):
     monkeypatch.setitem(ops.gae.implementations, "cuda", lambda *args: pytest.fail("CPU addresses on a GPU"))
     with pytest.raises(ValueError, match="gae: no backend 'cuda' here for cpu tensors; there are: reference"):

@@ -132,6 +132,17 @@ def test_bits_do_not_depend_on_the_path(chunks, monkeypatch):
     assert found[0][0].isfinite().all() and (found[0][0] < 0).any()
 
 
+def test_large_gradients_in_float16_do_not_overflow():
+    """As a loss scaler sends them."""
+    hidden, weight, bias, targets = make(4, 16, 33, torch.float16, ignored=0)
+    up = torch.full((4,), 1000.0)
+    ours = torch.autograd.grad(triton("linear_logprobs")(hidden, weight, targets, bias)[0], (hidden, weight, bias), up)
+    wide = double(hidden, weight, bias)
+    theirs = torch.autograd.grad(exact("linear_logprobs")(*wide[:2], targets, wide[2])[0], wide, up.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() <= 2**-8 * b.norm()
+
+
 def test_small_gradients_in_float16_do_not_vanish():
     """A weight of 1e-6 times a probability of 1e-3: below float16's least number, and yet there is a gradient."""
     hidden, weight, _, _ = make(16, 24, 1000, torch.float16, ignored=0)

@@ -234,3 +234,11 @@ def test_bad_arguments_name_the_rule():
         ops.ppo_advantages(logprobs, ref, values, scores[:, None], mask)
     with pytest.raises(ValueError, match="must have one shape"):
         ops.ppo_advantages(logprobs, ref[1:], values, scores, mask)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if ops.ppo_advantages.can_run(b, "cpu")])
+def test_a_nan_of_a_token_shows_in_the_statistics(backend):
+    given = torch.zeros(3, 1, 3)
+    given[2, 0, 0] = torch.nan
+    stats = ops.ppo_advantages.backend(backend)(*given, torch.zeros(1), torch.ones(1, 3, dtype=torch.bool))[2]
+    assert stats[0] == 3 and stats[1].isnan() and stats[2].isnan()

@@ -277,6 +277,35 @@ def test_kept_tokens_are_those_of_a_sort(backend, ties):
         assert abs(logprobs[kept].double().exp().sum().log() - log_kept_mass[0]) < 1e-5
 
 
+@pytest.mark.parametrize("masked", [0, 500])
+def test_a_cut_at_the_very_end_of_the_mass_keeps_a_distribution(backend, masked):
+    """The target may pass, by rounding, all that a second look at the tokens finds."""
+    V = 700
+    logits = 3 * torch.randn(few(backend, 12, 2), V, generator=torch.Generator().manual_seed(4))
+    logits[:, V - masked :] = -INFINITY
+    for below in (2**-24, 2**-23, 1e-6):
+        tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = draw(backend, logits, top_p=1 - below, temperature=0.7)
+        assert ((tokens >= 0) & (tokens < V - masked)).all()
+        torch.testing.assert_close(kept_logprobs, logprobs, atol=1e-5, rtol=1e-5)
+        assert (log_kept_mass.abs() < 1e-5).all()
+
+
+def test_the_least_floats_are_told_apart_and_the_search_ends(backend):
+    """Below -0 comes the largest negative number that there is."""
+    logits = torch.full((1, 300), -1e-45)
+    logits[0, 7] = 1.0
+    assert (logits[0, 0] < 0) and draw(backend, logits, top_k=1)[0].item() == 7
+    noise = torch.zeros(1, 300)
+    noise[0, 1], noise[0, 2] = 8.0, 9.0
+    assert draw(backend, logits, top_k=3, noise=noise)[0].item() == 1  # of equals the first: 7, 0, 1
+
+
+def test_injected_noise_draws_what_no_keyed_noise_would(backend):
+    logits, noise = torch.zeros(1, 8), torch.full((1, 8), -INFINITY)
+    logits[0, 3], noise[0, 3] = -100.0, 0.0
+    assert draw(backend, logits, noise=noise)[0].item() == 3
+
+
 def test_flat_and_large_rows_are_cut_by_index(backend):
     """All tokens equal: the bracket never shrinks, and the lowest indices are kept."""
     V = 5000

@@ -9,14 +9,14 @@ namespace {
 
 constexpr int thresholds = 8, most_warps = 16, most_threads = most_warps * lanes;
 
-// Floats as integers of the same order.
+// Floats as integers of the same order, one for each value: -0 is 0.
 __device__ __forceinline__ int64_t order_key(float x) {
-  const int bits = __float_as_int(x + 0.f);  // -0 is 0
-  return bits ^ ((bits >> 31) & 0x7fffffff);
+  const int bits = __float_as_int(x);
+  return bits < 0 ? -static_cast<int64_t>(bits & 0x7fffffff) : bits;
 }
 __device__ __forceinline__ float from_order_key(int64_t key) {
-  const int bits = static_cast<int>(key);
-  return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff));
+  return key < 0 ? __uint_as_float(0x80000000u | static_cast<unsigned>(-key))
+                 : __uint_as_float(static_cast<unsigned>(key));
 }
 
 // The last token that is kept.
@@ -128,8 +128,7 @@ __device__ __forceinline__ Cut cut_among_few(const Row<T>& row, float low, float
     const Cut mine{memory.logit[me], memory.token[me]};
     int rank = 0;
     for (int i = 0; i < few; ++i)
-      rank += i != me && mine.keeps(mine.logit, mine.token) &&
-              (memory.logit[i] > mine.logit || (memory.logit[i] == mine.logit && memory.token[i] < mine.token));
+      rank += memory.logit[i] > mine.logit || (memory.logit[i] == mine.logit && memory.token[i] < mine.token);
     memory.sorted_logit[rank] = mine.logit, memory.sorted_token[rank] = mine.token;
     memory.sorted_mass[rank] = MASS ? row.mass(mine.logit) : 1.;
   }
@@ -182,12 +181,13 @@ __device__ __forceinline__ Cut find_cut(const Row<T>& row, double target, CutMem
   double before = 0;
   for (int visit = 0;; ++visit) {
     const float bottom = from_order_key(low), above = high == beyond ? INFINITY : from_order_key(high);
+    if (inside <= 0) return {above, all_equal};  // the target was the weight above, but for rounding
     if (inside <= static_cast<int>(blockDim.x)) return cut_among_few<MASS>(row, bottom, above, before, target, memory);
     if (high - low <= 1) return cut_among_equals<MASS>(row, bottom, before, target, memory);
     float at[thresholds];
 #pragma unroll
     for (int j = 0; j < thresholds; ++j) at[j] = threshold(row, visit, low, high, j);
-    weigh<MASS>(row, [&](int, float x, int j) { return x >= at[j] && x < above; }, memory);
+    weigh<MASS>(row, [&](int v, float x, int j) { return x >= at[j] && x < above && v < row.words.end; }, memory);
     int less = 0;  // tokens above the lower bound of the new bracket
     double weight = 0;
     bool found = false;

@@ -3,6 +3,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <mutex>
+
 #include "kernel.h"
 
 namespace {
@@ -12,7 +14,11 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t stream,
                    Arguments... arguments) {
 #if defined(__CUDACC__)
+  static std::mutex
+      sizing;  // another thread may launch the kernel with less: the limit is the kernel's, not the call's
+  std::unique_lock<std::mutex> lock(sizing, std::defer_lock);
   if (shared_bytes > (48u << 10)) {
+    lock.lock();
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);

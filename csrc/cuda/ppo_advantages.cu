@@ -117,7 +117,8 @@ struct Shaped {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float apart = sum[k] * share;
-      tile.mean[k] = double(pivot[k]) + apart, tile.m2[k] = fmaxf(fmaf(-sum[k], apart, square[k]), 0.f);
+      const float m2 = fmaf(-sum[k], apart, square[k]);
+      tile.mean[k] = double(pivot[k]) + apart, tile.m2[k] = m2 < 0.f ? 0.f : m2;  // NaN stays
     }
     join(room.moments[threadIdx.x / lanes], tile);
   }

@@ -19,8 +19,10 @@ struct Part {
   int token;
 };
 
-// e^-z of a kept token around the largest logit: infinite below -87, where none can win.
-__device__ __forceinline__ float wait_scale(float x, float top, float inverse) { return __expf((top - x) * inverse); }
+// e^-z of a kept token around the largest logit; infinite where a token has no chance.
+__device__ __forceinline__ float wait_scale(float x, float top, float inverse) {
+  return x == -INFINITY ? INFINITY : fminf(__expf((top - x) * inverse), 3e38f);
+}
 
 template <class T, bool DRAWS>
 __global__ void __launch_bounds__(threads_of_tile)

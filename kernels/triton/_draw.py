@@ -56,7 +56,7 @@ def waiting(u, rest):
 @triton.jit
 def words(seed, row_id, step, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The integers behind the noise, (ROWS, COLUMNS) of the tokens from `first` on, a multiple of 4."""
-    key = tl.to_tensor(seed).to(tl.uint64)
+    key = tl.core.to_tensor(seed).to(tl.uint64)
     k0, k1 = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
     a = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
     b, c, d = step.to(tl.uint32)[:, None], row_id.to(tl.uint32)[:, None], (row_id >> 32).to(tl.uint32)[:, None]
@@ -184,8 +184,8 @@ def best_of(part, tokens, stride, top, inverse, tiles, BLOCK: tl.constexpr, TOP:
         here, index = tl.max(score, axis=0, return_indices=True)
         better = here > best
         best = tl.where(better, here, best)
-        token = tl.where(better, tl.load(tokens + start + index), token)
-        logit = tl.where(better, tl.load(part + LOGIT * stride + start + index), logit)
+        token = tl.where(better, tl.load(tokens + start + index, mask=better, other=-1), token)
+        logit = tl.where(better, tl.load(part + LOGIT * stride + start + index, mask=better, other=0.0), logit)
     return best, token, logit
 
 

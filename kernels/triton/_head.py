@@ -32,7 +32,7 @@ LEAST = 1024  # rows, whatever they take: below, reading W and dW again for each
 GRAIN = 128  # rows; the products' own tiles
 SCORED = 2048  # the largest D (of a pair, both together) whose statistics alone are made by a product of our own
 PART_BYTES = 16 << 20  # of dW, where a chunk's part needs a place of its own: it should not leave the caches
-GAIN_HALF = 1024.0  # float16 gradients of logits are kept multiplied by it: from 6e-11 on they are not 0
+GAIN_HALF = 1024.0  # float16 gradients of a loss's logits are kept multiplied by it: from 6e-11 on they are not 0
 
 
 @triton.jit
@@ -236,6 +236,7 @@ def gradients(
     """Gradients of hidden, weight and bias by the slopes of rows whose statistics are known."""
     chunks = of.chunks(1 if other is None else 2)
     buffer, ref = of.buffer(chunks), None if other is None else other.buffer(chunks)
+    of.gain = 1.0  # the caller's slopes may be of any size
     out = Gradients(of, by, chunks)
     for begin, end in chunks if any(by) else ():
         logits = of.logits(begin, end, buffer, other, ref)
