@@ -39,7 +39,20 @@ def _parts(
     tiles = tl.where(here, tl.cdiv(V + skew, UNROLL * LANES * EACH), 0)
     first = segment * SEGMENT
     sums = softmax.segment_statistics(
-        base, ref, bias, ref_bias, skew, V, first, tl.minimum(first + SEGMENT, tiles), by, CAP, UNROLL, LANES, EACH
+        base,
+        ref,
+        bias,
+        ref_bias,
+        skew,
+        V,
+        first,
+        tl.minimum(first + SEGMENT, tiles),
+        by,
+        ALIGNED,
+        CAP,
+        UNROLL,
+        LANES,
+        EACH,
     )
     part = parts + segment * 6 * rows + row
     for i in tl.static_range(6 if ref is not None else 3):
@@ -76,8 +89,8 @@ def _rows(
     if parts is None:
         for first in range(0, tiles, SEGMENT):
             more = softmax.segment_statistics(
-                base, ref, bias, ref_bias, skew, V, first, tl.minimum(first + SEGMENT, tiles), by, CAP, UNROLL, LANES,
-                EACH,
+                base, ref, bias, ref_bias, skew, V, first, tl.minimum(first + SEGMENT, tiles), by, ALIGNED, CAP, UNROLL,
+                LANES, EACH,
             )  # fmt: skip
             sums = softmax.joined(sums, more, REF)
     else:
@@ -117,11 +130,12 @@ def _rows(
             tl.store(slopes + row, by_logprob)
             tl.store(slopes + N + row, by_entropy)
         if y is not None:
+            column = tl.where(known, target, -1).to(tl.int32)
             live = here & ((by_logprob != 0) | (by_entropy != 0))
             each = (gain * by_logprob, -gain * (by_logprob + by_entropy * h), -gain * by_entropy, 0.0)
             softmax.write_gradient(
                 x_row, None, y + local * y_stride, bias, None, V, 0, tl.cdiv(V + skew, UNROLL * LANES * EACH),
-                target, live, (m, log_sum, 0.0, 0.0), each, by, ALIGNED, BARRIER, CAP, UNROLL, LANES, EACH,
+                column, live, (m, log_sum, 0.0, 0.0), each, by, ALIGNED, BARRIER, CAP, UNROLL, LANES, EACH,
             )  # fmt: skip
 
 
@@ -140,7 +154,7 @@ def _gradient(
     x += local * x_stride
     _, skew = softmax.rounded_down(x, ALIGNED, EACH)
     target = tl.load(targets + row).to(tl.int64)
-    here = target != softmax.IGNORED
+    here, column = target != softmax.IGNORED, tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     g = tl.load(grad_logprobs + row, mask=here, other=0.0).to(tl.float32)
     h = tl.load(grad_entropy + row, mask=here, other=0.0).to(tl.float32)
     live, inner = (g != 0) | (h != 0), g + h * tl.load(entropy + row, mask=here, other=0.0)
@@ -155,7 +169,7 @@ def _gradient(
     if SEGMENT != 0:
         end = tl.minimum(first + SEGMENT, last)
     softmax.write_gradient(
-        x, ref, y + local * y_stride, bias, ref_bias, V, first, end, target, here & live, of + known,
+        x, ref, y + local * y_stride, bias, ref_bias, V, first, end, column, here & live, of + known,
         (gain * g, -gain * inner, -gain * h, -gain * k), (inverse_temperature, softcap, inverse_softcap),
         ALIGNED, BARRIER, CAP, UNROLL, LANES, EACH,
     )  # fmt: skip
@@ -181,8 +195,12 @@ class Logits(NamedTuple):
         return 1 / self.temperature, self.softcap, 1 / self.softcap if self.softcap else 0.0
 
     @property
+    def half(self) -> bool:
+        return self.ref is not None or self.softcap > 0
+
+    @property
     def segments(self) -> int:
-        return softmax.segments(self.V, self.ref is not None)
+        return softmax.segments(self.V, self.half)
 
     @property
     def whole(self) -> bool:
@@ -191,7 +209,7 @@ class Logits(NamedTuple):
 
     @property
     def constants(self) -> dict:
-        return {"CAP": self.softcap > 0, "ALIGNED": self.aligned, **softmax.geometry(self.V, self.ref is not None)}
+        return {"CAP": self.softcap > 0, "ALIGNED": self.aligned, **softmax.geometry(self.V, self.half)}
 
 
 class Results(NamedTuple):

@@ -28,11 +28,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite
 FAR = tl.constexpr(-1e30)  # e^FAR is 0, and FAR times that 0 is 0, where it is NaN for -inf
 
 
-def geometry(V: int, reference: bool = False) -> dict:
-    """Tiles and warps, from the size of the vocabulary alone; two rows at once take registers for two."""
-    unroll, lanes = (2, 256) if V > 4096 else (2, 64) if V > 512 else (1, 32)
+def geometry(V: int, half: bool = False) -> dict:
+    """Tiles and warps, from the size of the vocabulary alone; half as much at once where each number takes more
+    registers: a second row's, or those of tanh."""
+    unroll, lanes = (2, 256) if V > 4096 else (2, 128) if V > 512 else (1, 32)
     return {
-        "UNROLL": 1 if reference else unroll,
+        "UNROLL": 1 if half else unroll,
         "LANES": lanes,
         "EACH": EACH,
         "num_warps": lanes // 32,
@@ -40,9 +41,9 @@ def geometry(V: int, reference: bool = False) -> dict:
     }
 
 
-def segments(V: int, reference: bool = False) -> int:
+def segments(V: int, half: bool = False) -> int:
     """How many segments a row may have, wherever it starts."""
-    at = geometry(V, reference)
+    at = geometry(V, half)
     return triton.cdiv(V + EACH - 1, SEGMENT * at["UNROLL"] * at["LANES"] * EACH)
 
 
@@ -57,25 +58,28 @@ def rounded_down(row, ALIGNED: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
-def _groups(tile, UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
-    unroll, lane = tl.arange(0, UNROLL), tl.arange(0, LANES)
-    return tile * (UNROLL * LANES * EACH) + (unroll[:, None] * LANES + lane[None, :])[:, :, None] * EACH
+def grid(UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Where the groups of the first tile start, and the numbers of a group."""
+    group = (tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * EACH
+    return group[:, :, None], tl.arange(0, EACH)[None, None, :]
 
 
 @triton.jit
-def places(tile, skew, V, UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
-    """Of a tile: where its numbers stand behind the rounded address, which groups have any of the row, which numbers
-    are of the row."""
-    first = _groups(tile, UNROLL, LANES, EACH)
-    at = first + tl.arange(0, EACH)[None, None, :]
-    return at, (first + EACH > skew) & (first < skew + V), (at >= skew) & (at < skew + V)
+def some_of(first, skew, V, ALIGNED: tl.constexpr, EACH: tl.constexpr):
+    """Which groups have any of the row; `first` is where they start, behind the rounded address."""
+    some = first < skew + V
+    if not ALIGNED:
+        some = some & (first > skew - EACH)
+    return some
 
 
 @triton.jit
-def whole(tile, skew, V, UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
-    """Which groups of a tile are of the row alone."""
-    first = _groups(tile, UNROLL, LANES, EACH)
-    return (first >= skew) & (first + EACH <= skew + V)
+def inside_of(at, skew, V, ALIGNED: tl.constexpr):
+    """Which numbers are of the row."""
+    inside = at < skew + V
+    if not ALIGNED:
+        inside = inside & (at >= skew)
+    return inside
 
 
 @triton.jit
@@ -150,14 +154,17 @@ def loaded(part, stride, REF: tl.constexpr):
 @triton.jit
 def segment_statistics(
     x, ref, bias, ref_bias, skew, V, first, end, by,
-    CAP: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
+    ALIGNED: tl.constexpr, CAP: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """(m, s, A, m2, s2, B) of the tiles from `first` to `end`; the last three only where there is a reference. A NaN
     shows in s."""
     zero = tl.zeros((LANES,), tl.float32)
     m, s, a, m2, s2, b = zero + LOWEST, zero, zero, zero + LOWEST, zero, zero
+    groups, each = grid(UNROLL, LANES, EACH)
     for tile in range(first, end):
-        at, some, inside = places(tile, skew, V, UNROLL, LANES, EACH)
+        group = tile * (UNROLL * LANES * EACH) + groups
+        at = group + each
+        some, inside = some_of(group, skew, V, ALIGNED, EACH), inside_of(at, skew, V, ALIGNED)
         z = tl.where(inside, scaled(raw(x, bias, at, some), by, CAP), float("-inf"))
         most = tl.maximum(m, tl.max(tl.max(z, axis=2), axis=0))
         shift, factor = moved(m, most)
@@ -215,17 +222,18 @@ def _walk(
     EACH: tl.constexpr,
 ):  # fmt: skip
     """The gradient by the tiles from `end` down to `first`: the groups that are whole, or, if ALIGNED, all of them."""
+    groups, each = grid(UNROLL, LANES, EACH)
     for i in range(first, end):
-        tile = first + (end - 1 - i)
-        at, some, _ = places(tile, skew, V, UNROLL, LANES, EACH)
+        group = (first + (end - 1 - i)) * (UNROLL * LANES * EACH) + groups
+        at, some = group + each, some_of(group, skew, V, ALIGNED, EACH)
         given = raw(x, bias, at, some & live)
         reference = given
         if ref is not None:
             reference = raw(ref, ref_bias, at, some & live)
-        d = slope(given, reference, at - skew == target, of, slopes, by, CAP, ref is not None)
+        d = slope(given, reference, at == skew + target, of, slopes, by, CAP, ref is not None)
         d = launch.cast(tl.where(live, d, 0.0), y.dtype.element_ty)
         if not ALIGNED:
-            some = whole(tile, skew, V, UNROLL, LANES, EACH)
+            some = (group >= skew) & (group + EACH <= skew + V)
         if BARRIER:
             tl.debug_barrier()
         tl.store(y + at, d, mask=some)
@@ -262,7 +270,7 @@ def write_gradient(
                 at = group + tl.arange(0, EACH)[None, :]
                 part = (at >= skew) & (at < skew + V) & ((group < skew) | (group + EACH > skew + V))
                 given = raw(x, bias, at - skew, part & live)
-                d = slope(given, given, at - skew == target, of, slopes, by, CAP, False)
+                d = slope(given, given, at == skew + target, of, slopes, by, CAP, False)
                 tl.store(y + (at - skew), launch.cast(tl.where(live, d, 0.0), y.dtype.element_ty), mask=part)
         else:  # number by number
             times: tl.constexpr = UNROLL * EACH
