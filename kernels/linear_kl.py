@@ -222,7 +222,7 @@ def _(**size):
     return _detached(_make(**size))
 
 
-@linear_kl_backward.inputs(small=SMALL[1:5], large=[])
+@linear_kl_backward.inputs(small=SMALL[1:5], large=[{"N": 1024, "D": 256, "E": 256, "V": 8192}])
 def _(device, **size):
     args = _detached(_make(device=device, **size))
     _, _, entropy, kl, statistics = linear_kl_with_statistics.reference(*args)

@@ -247,7 +247,7 @@ def _make(N, D, V, device, dtype, far=False, whiten=False, reference=False, **op
     return tuple(args.get(name, linear_ppo_loss.defaults.get(name)) for name in linear_ppo_loss.names)
 
 
-@linear_ppo_loss_with_gradients.inputs(small=SMALL[1:4], large=[])
+@linear_ppo_loss_with_gradients.inputs(small=SMALL[1:4], large=[{"N": 1024, "D": 256, "V": 8192}])
 def _(**size):
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(**size))
     return *args, True, True, args[15] is not None

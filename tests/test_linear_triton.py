@@ -30,6 +30,7 @@ def chunks(monkeypatch):
     def set_sizes(rows, programs=4):
         monkeypatch.setattr(_head, "LEAST", rows)
         monkeypatch.setattr(_head, "BYTES", 1)
+        monkeypatch.setattr(_head, "HALF_LEAST", 0)
         monkeypatch.setattr(_head, "PART_BYTES", 1 << 14)
         monkeypatch.setattr(_softmax, "SEGMENT", 1)
         monkeypatch.setattr(_logits, "A_PROCESSOR", programs)
@@ -132,8 +133,9 @@ def test_bits_do_not_depend_on_the_path(chunks, monkeypatch):
     assert found[0][0].isfinite().all() and (found[0][0] < 0).any()
 
 
-def test_large_gradients_in_float16_do_not_overflow():
+def test_large_gradients_in_float16_do_not_overflow(chunks):
     """As a loss scaler sends them."""
+    chunks(4)
     hidden, weight, bias, targets = make(4, 16, 33, torch.float16, ignored=0)
     up = torch.full((4,), 1000.0)
     ours = torch.autograd.grad(triton("linear_logprobs")(hidden, weight, targets, bias)[0], (hidden, weight, bias), up)
@@ -143,8 +145,9 @@ def test_large_gradients_in_float16_do_not_overflow():
         assert (a.double() - b).norm() <= 2**-8 * b.norm()
 
 
-def test_small_gradients_in_float16_do_not_vanish():
+def test_small_gradients_in_float16_do_not_vanish(chunks):
     """A weight of 1e-6 times a probability of 1e-3: below float16's least number, and yet there is a gradient."""
+    chunks(16)
     hidden, weight, _, _ = make(16, 24, 1000, torch.float16, ignored=0)
     targets, weights = torch.randint(1000, (16,)), torch.full((16,), 1e-6)
     (ours,) = torch.autograd.grad(1000 * triton("linear_cross_entropy")(hidden, weight, targets, weights)[0], weight)

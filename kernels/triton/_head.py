@@ -3,7 +3,7 @@ them; for statistics alone, up to some D, a product of our own (`scored`). Not a
 
 A chunk's float32 logits X W' go to one buffer, straight from the product's accumulator. With a loss whose slopes follow
 from the row's own statistics, a kernel makes those, the slopes and the gradient of the logits in one go, the gradient
-in the products' dtype, in the memory of the logits (_softmax.py says how). Then dX and dW: three products; dW adds up
+in the inputs' dtype, in the memory of the logits (_softmax.py says how). Then dX and dW: three products; dW adds up
 over the chunks in float32. Without a gradient nothing but the statistics are made.
 
 Bytes a logit, bfloat16: 4 written by X W', 4 read for the statistics and 4 (of the caches, where they still have them)
@@ -32,6 +32,7 @@ LEAST = 1024  # rows, whatever they take: below, reading W and dW again for each
 GRAIN = 128  # rows; the products' own tiles
 SCORED = 2048  # the largest D (of a pair, both together) whose statistics alone are made by a product of our own
 PART_BYTES = 16 << 20  # of dW, where a chunk's part needs a place of its own: it should not leave the caches
+HALF_LEAST = 1 << 26  # multiplications from which on dX and dW are products of 16-bit numbers; fewer take no time
 GAIN_HALF = 1024.0  # float16 gradients of a loss's logits are kept multiplied by it: from 6e-11 on they are not 0
 
 
@@ -132,8 +133,9 @@ class Head:
         self.targets = targets.contiguous()
         self.scalars = temperature, softcap
         self.stride = triton.cdiv(self.V, 64) * 64
-        self.gain = GAIN_HALF if self.dtype == torch.float16 else 1.0
-        self.copies: Tensor | None = None
+        self.slope_dtype = self.dtype if self.N * self.V * self.D >= HALF_LEAST else torch.float32
+        self.gain = GAIN_HALF if self.slope_dtype == torch.float16 else 1.0
+        self.copies: dict[torch.dtype, Tensor] = {}
 
     def chunks(self, buffers: int = 1) -> list[tuple[int, int]]:
         return even(self.N, max(LEAST, BYTES // (4 * self.stride * buffers)))
@@ -142,30 +144,30 @@ class Head:
         """Where the logits of one chunk go after the other."""
         return floats(self.weight, max((end - begin for begin, end in chunks), default=0), self.stride)
 
-    def copied(self, begin: int, end: int) -> Tensor:
-        """Rows of hidden for the products, zeros where they are ignored; the next chunk overwrites them."""
-        if self.copies is None:  # no chunk is larger than the first
-            self.copies = torch.empty((end - begin, self.D), dtype=self.dtype, device=self.hidden.device)
+    def copied(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Rows of hidden for a product, zeros where they are ignored; the next chunk overwrites them."""
+        if dtype not in self.copies:  # no chunk is larger than the first
+            self.copies[dtype] = torch.empty((end - begin, self.D), dtype=dtype, device=self.hidden.device)
         block = launch.block(self.D, 2048)
         launch.run(
             _copy,
             (end - begin,),
             self.hidden,
             self.targets,
-            self.copies,
+            self.copies[dtype],
             self.D,
             *self.hidden.stride(),
             begin,
             BLOCK=block,
             num_warps=launch.warps(block, 8),
         )
-        return self.copies.narrow(0, 0, end - begin)
+        return self.copies[dtype].narrow(0, 0, end - begin)
 
     def logits(self, begin: int, end: int, buffer: Tensor, other: "Head | None" = None, ref: Tensor | None = None):
         """The raw logits of a chunk, without the bias, in `buffer`; beside a reference's, in `ref`."""
         x = buffer.narrow(0, 0, end - begin)
         direct = self.hidden.dtype == self.dtype and 1 in self.hidden.stride()
-        hidden = self.hidden.narrow(0, begin, end - begin) if direct else self.copied(begin, end)
+        hidden = self.hidden.narrow(0, begin, end - begin) if direct else self.copied(begin, end, self.dtype)
         multiply(hidden, self.weight.t(), x.narrow(1, 0, self.V))
         ref = None if other is None else other.logits(begin, end, ref).x
         ref_bias = None if other is None else other.bias
@@ -173,9 +175,9 @@ class Head:
 
     def gradient_memory(self, of: rows.Logits) -> Tensor:
         """Where the gradient of those logits goes: their own memory, unless programs share a row of another dtype."""
-        if self.dtype == torch.float32:
+        if self.slope_dtype == torch.float32:
             return of.x
-        return rows.half_of(of.x, self.dtype) if of.whole else torch.empty_like(of.x, dtype=self.dtype)
+        return rows.half_of(of.x, self.slope_dtype) if of.whole else torch.empty_like(of.x, dtype=self.slope_dtype)
 
 
 def scored(of: Head, other: Head | None = None) -> bool:
@@ -254,22 +256,19 @@ class Gradients:
             return torch.empty(x.shape, dtype=dtype, device=x.device)
 
         self.of = of
-        one = len(chunks) == 1 and of.weight_dtype == of.dtype
-        self.hidden = empty(of.hidden, of.hidden.dtype) if by[0] else None
-        self.weight = empty(of.weight, of.dtype if one else torch.float32) if by[1] else None
+        one = len(chunks) == 1 and of.weight_dtype == of.slope_dtype
+        self.by_weight = of.weight.to(of.slope_dtype) if by[0] else None
+        self.hidden = empty(of.hidden, of.slope_dtype) if by[0] else None
+        self.weight = empty(of.weight, of.slope_dtype if one else torch.float32) if by[1] else None
         self.bias = empty(of.bias, torch.float32) if by[2] else None
 
     def add(self, begin: int, end: int, y: Tensor) -> None:
         """y: gradient of the chunk's logits, times `gain`."""
         of = self.of
         if self.hidden is not None:
-            out = self.hidden.narrow(0, begin, end - begin)
-            part = out if out.dtype == y.dtype else torch.empty(out.shape, dtype=y.dtype, device=y.device)
-            multiply(y, of.weight, part, 1 / of.gain)
-            if part is not out:
-                out.copy_(part)
+            multiply(y, self.by_weight, self.hidden.narrow(0, begin, end - begin), 1 / of.gain)
         if self.weight is not None:
-            multiply(y.t(), of.copied(begin, end), self.weight, 1 / of.gain, add=begin > 0)
+            multiply(y.t(), of.copied(begin, end, of.slope_dtype), self.weight, 1 / of.gain, add=begin > 0)
         if self.bias is not None:
             launch.run(
                 _column_sums,
@@ -294,7 +293,7 @@ class Gradients:
                 if x is not None:
                     x.zero_()
         return (
-            nothing(0) if self.hidden is None else self.hidden.view(of.given.shape),
+            nothing(0) if self.hidden is None else self.hidden.to(of.hidden.dtype).view(of.given.shape),
             nothing(0) if self.weight is None else self.weight.to(of.weight_dtype),
             nothing(0) if self.bias is None else self.bias.to(of.bias_dtype),
         )
