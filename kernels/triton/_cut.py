@@ -160,21 +160,21 @@ def _aim(
 
 @triton.jit
 def _list(
-    row_of, V, low, high, top, inverse, list_logits, list_tokens, capacity, SHIFT: tl.constexpr, TILE: tl.constexpr
-):
-    """List the tokens of [low, high) by rising index. How many there are, their mass, how many at or above high, and
-    the mass of those."""
-    count, zero = tl.full((), 0, tl.int32), tl.zeros((TILE,), tl.float32)
-    mass, over_count, over_mass = zero, zero, zero
+    row_of, V, low, high, top, inverse, by_rank, list_logits, list_tokens, capacity, SHIFT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """List the tokens of [low, high) by rising index. How many there are, what they weigh, what those at or above high
+    weigh: their number, or their mass."""
+    count, within_weight = tl.full((), 0, tl.int32), tl.zeros((TILE,), tl.float32)
+    over_weight = within_weight
     for start in range(0, V, TILE):
         at = start + tl.arange(0, TILE)
         x = _read(*row_of, at, at < V)
         key = _key(x, SHIFT)
         over, within = key >= high, (key >= low) & (key < high) & (at < V)
-        p = tl.exp((x - top) * inverse)
-        mass += tl.where(within, p, 0.0)
-        over_mass += tl.where(over, p, 0.0)
-        over_count += over.to(tl.float32)
+        weight = tl.where(by_rank, 1.0, tl.exp((x - top) * inverse))
+        within_weight += tl.where(within, weight, 0.0)
+        over_weight += tl.where(over, weight, 0.0)
         here = tl.sum(within.to(tl.int32), axis=0)
         if here > 0:
             place = count + tl.cumsum(within.to(tl.int32), 0) - 1
@@ -182,8 +182,7 @@ def _list(
             tl.store(list_logits + place, x, mask=kept)
             tl.store(list_tokens + place, at, mask=kept)
         count += here
-    sums = (tl.sum(mass, axis=0), tl.sum(over_count, axis=0), tl.sum(over_mass, axis=0))
-    return count, sums[0].to(tl.float64), sums[1].to(tl.float64), sums[2].to(tl.float64)
+    return count, tl.sum(within_weight, axis=0).to(tl.float64), tl.sum(over_weight, axis=0).to(tl.float64)
 
 
 @triton.jit
@@ -233,12 +232,12 @@ def _cut(
             list_tokens += row * capacity
             near, far = _aim(row_of, V, step, top, inverse, k, p, by_rank, total, SHIFT, SAMPLE, CHUNK)
             far = tl.where(by_rank & by_mass, high, tl.minimum(far, high))
-            count, mass, over, over_mass = _list(
-                row_of, n, near, far, top, inverse, list_logits, list_tokens, capacity, SHIFT, TILE
+            tile: tl.constexpr = TILE if SHIFT == 0 else 2 * TILE  # 16 bytes a thread
+            count, within, above = _list(
+                row_of, n, near, far, top, inverse, by_rank, list_logits, list_tokens, capacity, SHIFT, tile
             )
             tl.debug_barrier()  # threads read what others have listed
             target = tl.where(by_rank, k.to(tl.float64), p.to(tl.float64) * total)
-            above, within = tl.where(by_rank, over, over_mass), tl.where(by_rank, count.to(tl.float64), mass)
             listed = (n > 0) & (count <= capacity) & (above < target) & (above + within >= target)
             n, before = tl.where(listed, count, n), tl.where(listed, above, before)
             low, high = tl.where(listed, near, low), tl.where(listed, far, high)

@@ -70,24 +70,24 @@ def words(seed, row_id, step, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def race(z, greedy, word, FEW: tl.constexpr):
-    """Of each row of z the best score z + gumbel, and its column, the lowest among equals.
+def race(x, base, inverse, greedy, word, FEW: tl.constexpr):
+    """Of each row of x the best score z + gumbel, z = (x - base) inverse, and its column, the lowest among equals.
 
     Token v waits w e^-z, w = -log1p(-u), and the first one wins. FEW: as w is hardly more than u, u e^-z mostly says
     which one that is; the logarithms are taken only where it does not."""
-    scale, u = tl.exp(-z), share(word)
+    below, u = (base[:, None] - x) * inverse[:, None], share(word)
+    scale = tl.exp(below)
     least, by_u, crowded = tl.full(greedy.shape, 0.0, tl.float32), tl.where(greedy, 1.0, 1.0), True
+    wait = u
     if FEW:
-        wait = tl.where(greedy[:, None], -z, u * scale)
+        wait = tl.where(greedy[:, None], below, u * scale)
         least = tl.min(wait, axis=1)
         first = tl.max(tl.where(wait == least[:, None], u, 0.0), axis=1)
         by_u = tl.where(greedy, 1.0, waiting(first, 1.0 - first) / first)
         others = tl.sum((wait <= (least * by_u * 1.00001)[:, None]).to(tl.int32), axis=1) - 1
         crowded = tl.max(others + (first > 0.5).to(tl.int32), axis=0) > 0
-    else:
-        wait = u
     if crowded:
-        wait = tl.where(greedy[:, None], -z, waiting(u, share(word ^ 0xFFFFFFFF)) * scale)
+        wait = tl.where(greedy[:, None], below, waiting(u, share(word ^ 0xFFFFFFFF)) * scale)
         least, by_u = tl.min(wait, axis=1), tl.where(greedy, 1.0, 1.0)
     return tl.where(greedy, -least, -tl.log(least * by_u)), first_column(wait, least)
 
@@ -101,34 +101,35 @@ def first_column(x, value):
 
 @triton.jit
 def masses(x, inverse):
-    """The largest of each row of x, z and p = e^z around it, and the sum of p."""
+    """The largest of each row of x, what to measure from (it, or 0 if it is -inf), z and p = e^z, and the sum of p."""
     largest = tl.max(x, axis=1)
-    d = x - tl.where(largest == float("-inf"), 0.0, largest)[:, None]
-    z = d * inverse[:, None]
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    z = (x - base[:, None]) * inverse[:, None]
     p = tl.exp(z)
-    return largest, d, z, p, tl.sum(p, axis=1)
+    return largest, base, z, p, tl.sum(p, axis=1)
 
 
 @triton.jit
 def put_statistics(part, stride, x, inverse, on, TEMPERED: tl.constexpr):
-    """Of a tile of all tokens. A NaN or +inf shows in RAW."""
-    largest, d, z, p, mass = masses(x, inverse)
+    """Of a tile of all tokens; returns what z is measured from. A NaN or +inf shows in RAW."""
+    largest, base, z, p, mass = masses(x, inverse)
     raw = mass
     if TEMPERED:
-        raw = tl.sum(tl.exp(d), axis=1)
+        raw = tl.sum(tl.exp(x - base[:, None]), axis=1)
     tl.store(part + LARGEST * stride, largest, mask=on)
     tl.store(part + RAW * stride, raw, mask=on)
     tl.store(part + MASS * stride, mass, mask=on)
     tl.store(part + MOMENT * stride, tl.sum(p * tl.maximum(z, FAR), axis=1), mask=on)
+    return base
 
 
 @triton.jit
 def put_masses(part, stride, x, inverse, on):
-    """Of a tile of the tokens that may be drawn; others are -inf."""
-    largest, _, z, _, mass = masses(x, inverse)
+    """Of a tile of the tokens that may be drawn, others are -inf; returns what z is measured from."""
+    largest, base, _, _, mass = masses(x, inverse)
     tl.store(part + TOP * stride, largest, mask=on)
     tl.store(part + KEPT * stride, mass, mask=on)
-    return z
+    return base
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """linear_sample_tokens on a GPU: the head's product and the draw in one; without a filter no logit reaches memory.
 
 A program multiplies a block of rows by a tile of the weight's rows, on tensor cores, copies of both tiles ahead of it,
-and leaves of the tile's logits, straight from the float32 accumulator, their sums and their draw: 36 bytes a row and
-tile. `_draw.py` joins the tiles. Programs that run together share their tile of the weight, so that memory reads it
-once: V D numbers, the floor of a decode step.
+and leaves of the tile's logits, straight from the float32 accumulator, their sums and their draw: 28 bytes a row and
+tile, 36 with a ban. `_draw.py` joins the tiles. Programs that run together share their tile of the weight, so that
+memory reads it once: V D numbers, the floor of a decode step.
 
 Filters look at a row more than once: then the product writes the logits, in float32, of as many rows at a time as
 BYTES hold, and sample_tokens' kernels draw from them. Blocks and tiles do not follow from the number of rows: a row has
@@ -93,12 +93,12 @@ def _draws(
     on, known = row < B, tl.minimum(row, B - 1)
     inverse, greedy = draw.tempering(temperature, known, on)
     part = parts + row.to(tl.int64) * tiles + tile
-    draw.put_statistics(part, stride, x, inverse, on, temperature is not None)
+    base = draw.put_statistics(part, stride, x, inverse, on, temperature is not None)
     if banned is not None:
         x = cut.without_banned(x, banned, ban_rows, known, column, column < V)
-    z = draw.put_masses(part, stride, x, inverse, on)
+        base = draw.put_masses(part, stride, x, inverse, on)
     word = draw.words(seed, tl.load(row_ids + known), tl.load(steps + known), tile * COLUMNS, ROWS, COLUMNS)
-    score, place = draw.race(z, greedy, word, False)
+    score, place = draw.race(x, base, inverse, greedy, word, False)
     logit = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == place[:, None], x, 0.0), axis=1)
     draw.put_draw(part, tokens + row.to(tl.int64) * tiles + tile, stride, score, tile * COLUMNS + place, logit, on)
 
@@ -142,14 +142,14 @@ def linear_sample_tokens(
     most = max(1, min(B, BYTES // (4 * stride)))
     buffer = torch.empty(most, stride, dtype=torch.float32, device=hidden.device)
     for begin in range(0, B, most):
-        some = slice(begin, min(begin + most, B))
-        n, logits = some.stop - begin, buffer[: some.stop - begin, :V]
-        blocks = triton.cdiv(n, shared["ROWS"])
+        n = min(most, B - begin)
+        rows, options, keys, outs = (
+            [x if x is None else x.narrow(0, begin, n) for x in some]
+            for some in ((hidden,), (temperature, *filters), (row_ids, steps, ban_rows), outputs)
+        )
+        logits, blocks = buffer.narrow(0, 0, n).narrow(1, 0, V), triton.cdiv(n, shared["ROWS"])
         launch.run(
-            _logits, (blocks * tiles,), hidden[some], weight, bias, logits, n, V, D, *strides, stride, blocks, *caps,
-            **shared,
+            _logits, (blocks * tiles,), *rows, weight, bias, logits, n, V, D, *strides, stride, blocks, *caps, **shared,
         )  # fmt: skip
-        options = [x if x is None else x[some] for x in (temperature, *filters)]
-        keys = row_ids[some], steps[some], None, banned, ban_rows if ban_rows is None else ban_rows[some]
-        sample(logits, *options, seed, *keys, out=tuple(x[some] for x in outputs))
+        sample(logits, *options, seed, *keys[:2], None, banned, keys[2], tuple(outs))
     return outputs

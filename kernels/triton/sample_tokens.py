@@ -38,24 +38,25 @@ def _visit(
     at = row[:, None] * row_stride + column[None, :]
     x = tl.load(logits + at, mask=inside[None, :], other=float("-inf")).to(tl.float32)
     if STATISTICS:
-        draw.put_statistics(part, stride, x, inverse, on, temperature is not None)
+        base = draw.put_statistics(part, stride, x, inverse, on, temperature is not None)
     if banned is not None:
         x = cut.without_banned(x, banned, ban_rows, row, column, inside)
     if cut_logits is not None:
         after = (x < last[:, None]) | ((x == last[:, None]) & (column[None, :] > tl.load(cut_tokens + row)[:, None]))
         x = tl.where(after, float("-inf"), x)
-    if DRAWS or banned is not None:
-        z = draw.put_masses(part, stride, x, inverse, on)
+    if cut_logits is not None or banned is not None:
+        base = draw.put_masses(part, stride, x, inverse, on)
     some = True
     if cut_logits is not None:
         some = tl.max(tl.max(x, axis=1), axis=0) > float("-inf")
     if DRAWS and some:
         if noise is None:
             word = draw.words(seed, tl.load(row_ids + row), tl.load(steps + row), first, 1, TILE)
-            score, place = draw.race(z, greedy, word, True)
+            score, place = draw.race(x, base, inverse, greedy, word, True)
         else:
             at = row[:, None] * noise_stride + column[None, :]
-            scores = z + tl.where(greedy, 0.0, tl.load(noise + at, mask=inside[None, :], other=0.0))
+            gumbel = tl.load(noise + at, mask=inside[None, :], other=0.0)
+            scores = (x - base[:, None]) * inverse[:, None] + tl.where(greedy, 0.0, gumbel)
             score = tl.max(scores, axis=1)
             place = draw.first_column(scores, score)
         place += first
