@@ -159,7 +159,7 @@ def _(device, **size):
     return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(device=device, **size))
 
 
-@linear_logprobs_backward.inputs(small=SMALL[1:5], large=[{"N": 1024, "D": 256, "V": 8192}])
+@linear_logprobs_backward.inputs(small=SMALL[1:5], large=[{"N": 1024, "D": 256, "V": 8192, "bias": True}])
 def _(device, **size):
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in _make(device=device, **size)]
     _, entropy, statistics = linear_logprobs_with_statistics.reference(*args)
