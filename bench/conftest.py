@@ -74,6 +74,8 @@ def pytest_configure(config):
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
     if unknown := set(config.getoption("op")) - set(OPS):
         raise pytest.UsageError(f"--op: there is no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("-n: a bench has the machine to itself; run it in one process, without -n")
     if config.getoption("threads"):
         torch.set_num_threads(config.getoption("threads"))
     if config.getoption("verbose") <= 0:

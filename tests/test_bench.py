@@ -1,5 +1,6 @@
 """The bench of the ops: what it times is right, what is wrong it refuses, and its table can be read by a program."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -39,7 +40,7 @@ def measured(op, size, gradient=False):
 
 
 def bench(*arguments):
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RLHF_FAST_SIMT")}
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RLHF_FAST_SIMT", "PYTEST_ADDOPTS")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "bench"), "-k", "ops", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
 
@@ -67,6 +68,9 @@ def test_an_unknown_op_and_a_missing_gpu_are_one_sentence():
         pytest.skip("not a source checkout")
     said = bench("--op", "no_such_op")
     assert said.returncode == 4 and "--op: there is no op no_such_op; there are: " in said.stderr
+    if importlib.util.find_spec("xdist"):
+        said = bench("-n", "2")
+        assert said.returncode == 4 and "-n: a bench has the machine to itself" in said.stderr
     if not torch.cuda.is_available():
         said = bench("--device", "cuda")
         assert said.returncode == 4 and "--device cuda: torch sees no CUDA device" in said.stderr
