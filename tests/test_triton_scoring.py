@@ -301,10 +301,11 @@ def launches(D, bias, softcap, pair, capability):
         empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda")
         head = empty(512, D), empty(50257, D)
         targets, bias_ = empty(512, dtype=torch.int64), empty(50257) if bias else None
+        out = empty(8 if pair else 4, 512, dtype=torch.float32).unbind()
         if pair:
-            scoring.score_pair(*head, *head, targets, 1.0, softcap, bias_, bias_)
+            scoring.score_pair(*head, *head, targets, 1.0, softcap, bias_, bias_, out)
         else:
-            score(*head, targets, bias_, 1.0, softcap)
+            scoring.score(*head, targets, bias_, 1.0, softcap, out)
     return tool.recorded(call, capability)
 
 seen = set()

@@ -122,6 +122,21 @@ def _pick(x, wanted, picked, place, first, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _tile(
+    hidden, row_at, weight, bias, weight_stride, wanted, picked, place, tile, V, D, largest, total, scale, softcap,
+    inverse_softcap, UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """z of a tile around the largest so far, in powers of 2; the largest, and how far it moved."""
+    first = tile * COLUMNS
+    acc = _product(hidden, row_at, weight, weight_stride, first, V, D, UNIT, EVEN, ROWS, COLUMNS, DEPTH)
+    x = _raw(acc, bias, first, V, softcap, inverse_softcap, CAP, COLUMNS)
+    _pick(x, wanted, picked, place, first, COLUMNS)
+    largest, base, moved = _moved(x, largest, total, scale)
+    return (x - base[:, None]) * scale, largest, moved
+
+
+@triton.jit
 def _score(
     hidden, weight, bias, rows, wanted, count, picked, parts, V, D, hidden_stride, weight_stride,
     ROOM, row_blocks, splits, tiles, each, group, scale, softcap, inverse_softcap,
@@ -135,14 +150,12 @@ def _score(
     total = tl.zeros((ROWS,), tl.float32)
     moment = total
     for tile in range(first_tile, end):
-        first = tile * COLUMNS
-        acc = _product(hidden, row_at, weight, weight_stride, first, V, D, UNIT, EVEN, ROWS, COLUMNS, DEPTH)
-        x = _raw(acc, bias, first, V, softcap, inverse_softcap, CAP, COLUMNS)
-        _pick(x, wanted, picked, place, first, COLUMNS)
-        largest, base, moved = _moved(x, largest, total, scale)
+        d, largest, moved = _tile(
+            hidden, row_at, weight, bias, weight_stride, wanted, picked, place, tile, V, D, largest, total,
+            scale, softcap, inverse_softcap, UNIT, EVEN, CAP, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
         moved = tl.maximum(moved, FAR)
         factor = tl.exp2(moved)
-        d = (x - base[:, None]) * scale
         e = tl.exp2(d)
         moment = (moment + moved * total) * factor + tl.sum(tl.maximum(d, FAR) * e, axis=1)
         total = total * factor + tl.sum(e, axis=1)
@@ -168,22 +181,18 @@ def _score_pair(
     total = tl.zeros((ROWS,), tl.float32)
     moment, cross, ref_largest, ref_total = total, total, largest, total
     for tile in range(first_tile, end):
-        first = tile * COLUMNS
-        acc = _product(
-            ref_hidden, ref_row_at, ref_weight, ref_weight_stride, first, V, E, UNIT, EVEN, ROWS, COLUMNS, DEPTH
-        )
-        y = _raw(acc, ref_bias, first, V, softcap, inverse_softcap, CAP, COLUMNS)
-        _pick(y, wanted, picked + ROOM, place, first, COLUMNS)
-        ref_largest, ref_base, ref_moved = _moved(y, ref_largest, ref_total, scale)
-        y = (y - ref_base[:, None]) * scale
+        y, ref_largest, ref_moved = _tile(
+            ref_hidden, ref_row_at, ref_weight, ref_bias, ref_weight_stride, wanted, picked + ROOM, place,
+            tile, V, E, ref_largest, ref_total, scale, softcap, inverse_softcap, UNIT, EVEN, CAP, ROWS,
+            COLUMNS, DEPTH,
+        )  # fmt: skip
         ref_total = ref_total * tl.exp2(ref_moved) + tl.sum(tl.exp2(y), axis=1)
-        acc = _product(hidden, row_at, weight, weight_stride, first, V, D, UNIT, EVEN, ROWS, COLUMNS, DEPTH)
-        x = _raw(acc, bias, first, V, softcap, inverse_softcap, CAP, COLUMNS)
-        _pick(x, wanted, picked, place, first, COLUMNS)
-        largest, base, moved = _moved(x, largest, total, scale)
+        d, largest, moved = _tile(
+            hidden, row_at, weight, bias, weight_stride, wanted, picked, place, tile, V, D, largest, total,
+            scale, softcap, inverse_softcap, UNIT, EVEN, CAP, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
         moved = tl.maximum(moved, FAR)
         factor = tl.exp2(moved)
-        d = (x - base[:, None]) * scale
         e = tl.exp2(d)
         cross = tl.where(total * factor > 0, (cross + (moved - ref_moved) * total) * factor, 0.0)
         cross += tl.sum(tl.where(e > 0, (d - y) * e, 0.0), axis=1)
