@@ -133,7 +133,7 @@ def _make(N, D, V, device, dtype, softcap=0.0, weighted=False, **options):
     return hidden, weight, targets, weights, bias, softcap
 
 
-@linear_cross_entropy_with_gradients.inputs(small=SMALL[1:4], large=[{"N": 1024, "D": 256, "V": 8192}])
+@linear_cross_entropy_with_gradients.inputs(small=SMALL[1:4], large=[{"N": 1024, "D": 256, "V": 8192, "bias": True}])
 def _(**size):
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(**size))
     return *args, True, True, args[4] is not None

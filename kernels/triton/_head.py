@@ -134,7 +134,6 @@ class Head:
         self.scalars = temperature, softcap
         self.stride = triton.cdiv(self.V, 64) * 64
         self.slope_dtype = self.dtype if self.N * self.V * self.D >= HALF_LEAST else torch.float32
-        self.gain = GAIN_HALF if self.slope_dtype == torch.float16 else 1.0
         self.copies: dict[torch.dtype, Tensor] = {}
 
     def chunks(self, buffers: int = 1) -> list[tuple[int, int]]:
@@ -222,11 +221,12 @@ def train(of: Head, loss: rows.Loss, by: tuple[bool, bool, bool]) -> tuple[rows.
     if not any(by):
         return statistics(of), head.empty_products(of.given, of.weight, of.bias, by)
     results, chunks = rows.Results.empty(of.targets), of.chunks()
-    buffer, out = of.buffer(chunks), Gradients(of, by, chunks)
+    gain = GAIN_HALF if of.slope_dtype == torch.float16 else 1.0
+    buffer, out = of.buffer(chunks), Gradients(of, by, chunks, gain)
     for begin, end in chunks:
         logits = of.logits(begin, end, buffer)
         y = of.gradient_memory(logits)
-        rows.statistics(logits, results, loss, y, of.gain)
+        rows.statistics(logits, results, loss, y, gain)
         out.add(begin, end, y.narrow(1, 0, of.V))
     return results, out.finish()
 
@@ -235,27 +235,28 @@ def gradients(
     of: Head, known: rows.Results, slopes: tuple[Tensor, Tensor, Tensor | None], by: tuple[bool, bool, bool],
     other: Head | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias by the slopes of rows whose statistics are known."""
+    """Gradients of hidden, weight and bias by the slopes of rows whose statistics are known, slopes of any size."""
     chunks = of.chunks(1 if other is None else 2)
     buffer, ref = of.buffer(chunks), None if other is None else other.buffer(chunks)
-    of.gain = 1.0  # the caller's slopes may be of any size
     out = Gradients(of, by, chunks)
     for begin, end in chunks if any(by) else ():
         logits = of.logits(begin, end, buffer, other, ref)
         y = of.gradient_memory(logits)
-        rows.gradient(logits, known, slopes, y, of.gain)
+        rows.gradient(logits, known, slopes, y)
         out.add(begin, end, y.narrow(1, 0, of.V))
     return out.finish()
 
 
 class Gradients:
-    """Of hidden, weight and bias, as the chunks bring them; one that is not asked for costs nothing."""
+    """Of hidden, weight and bias, as the chunks bring them; one that is not asked for costs nothing.
 
-    def __init__(self, of: Head, by: tuple[bool, bool, bool], chunks: list[tuple[int, int]]):
+    gain: what the gradients of the logits come multiplied by."""
+
+    def __init__(self, of: Head, by: tuple[bool, bool, bool], chunks: list[tuple[int, int]], gain: float = 1.0):
         def empty(x: Tensor, dtype: torch.dtype) -> Tensor:
             return torch.empty(x.shape, dtype=dtype, device=x.device)
 
-        self.of = of
+        self.of, self.factor = of, 1 / gain
         one = len(chunks) == 1 and of.weight_dtype == of.slope_dtype
         self.by_weight = of.weight.to(of.slope_dtype) if by[0] else None
         self.hidden = empty(of.hidden, of.slope_dtype) if by[0] else None
@@ -266,9 +267,9 @@ class Gradients:
         """y: gradient of the chunk's logits, times `gain`."""
         of = self.of
         if self.hidden is not None:
-            multiply(y, self.by_weight, self.hidden.narrow(0, begin, end - begin), 1 / of.gain)
+            multiply(y, self.by_weight, self.hidden.narrow(0, begin, end - begin), self.factor)
         if self.weight is not None:
-            multiply(y.t(), of.copied(begin, end, of.slope_dtype), self.weight, 1 / of.gain, add=begin > 0)
+            multiply(y.t(), of.copied(begin, end, of.slope_dtype), self.weight, self.factor, add=begin > 0)
         if self.bias is not None:
             launch.run(
                 _column_sums,
@@ -278,7 +279,7 @@ class Gradients:
                 end - begin,
                 of.V,
                 y.stride(0),
-                1 / of.gain,
+                self.factor,
                 FIRST=begin == 0,
                 ROWS=64,
                 COLUMNS=64,

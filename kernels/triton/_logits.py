@@ -196,7 +196,7 @@ class Logits(NamedTuple):
 
     @property
     def half(self) -> bool:
-        return self.ref is not None or self.softcap > 0
+        return self.ref is not None or self.bias is not None or self.softcap > 0
 
     @property
     def segments(self) -> int:

@@ -30,7 +30,7 @@ FAR = tl.constexpr(-1e30)  # e^FAR is 0, and FAR times that 0 is 0, where it is 
 
 def geometry(V: int, half: bool = False) -> dict:
     """Tiles and warps, from the size of the vocabulary alone; half as much at once where each number takes more
-    registers: a second row's, or those of tanh."""
+    registers: a second row's or a bias', or those of tanh."""
     unroll, lanes = (2, 256) if V > 4096 else (2, 128) if V > 512 else (1, 32)
     return {
         "UNROLL": 1 if half else unroll,
