@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._op import Declined, lane
+from rlhf_fast.kernels._op import Declined, addresses, lane
 
 KERNELS = ("head_begin", "head_statistics", "head_results", "head_gradient", "half_product")
 KEPT_BYTES = 36 << 20  # of logits, in the order of three products; measured: fewer than 128 rows cost the products 20 %
@@ -36,10 +36,6 @@ def even(total: int, most: int) -> list[tuple[int, int]]:
     """[0, total) in the fewest parts of at most `most`, of nearly one size."""
     parts = -(-total // max(most, 1))
     return [(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def floats(like: Tensor, *shape: int) -> Tensor:
@@ -121,7 +117,7 @@ class Head:
         bias = None if self.bias is None else self.bias[first:]
         ref_bias = None if other is None or other.bias is None else other.bias[first:]
         getattr(self.kernels, kernel)(
-            x.data_ptr(), address(bias), address(ref), address(ref_bias), self.targets[begin:].data_ptr(),
+            *addresses(x, bias, ref, ref_bias, self.targets[begin:]),
             table[begin:].data_ptr(), end - begin, x.shape[1], x.stride(0), first, *self.scalars, self.threads,
         )  # fmt: skip
 

@@ -74,6 +74,11 @@ def lane(x: Tensor) -> int:
     return torch.get_num_threads() if x.device.type == "cpu" else torch.cuda.current_stream(x.device).cuda_stream
 
 
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Of what a compiled kernel reads and writes; 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
 def wide(x: Tensor) -> Tensor:
     """float32 for statistics; float64 stays, so that a reference on float64 inputs is the truth."""
     return x if x.dtype == torch.float64 else x.float()

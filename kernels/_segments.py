@@ -43,7 +43,3 @@ def pieces(rows: int, tokens: int, longest: int, like: Tensor) -> tuple[int, Ten
         return 0, None
     piece = max(LEAST, 1 << (-(-tokens // PIECES) - 1).bit_length())
     return piece, torch.empty(-(-tokens // piece) + rows, 2, dtype=torch.float32, device=like.device)
-
-
-def addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined, lane, one_width, op, wide
+from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
 from rlhf_fast.kernels._policy import policy_loss as clipped_loss
 
 STATS = (
@@ -265,7 +265,7 @@ def _launch(kernels, device, args, wanted):
         blocks = [max(1, min(rounds, BLOCKS, max(FEW, rounds // 2)))]  # once a GPU is full, two rounds and more
         parts = [weights.new_empty(len(STATS) + 2, *blocks)]
     kernels.ppo_loss(
-        *(0 if x is None else x.data_ptr() for x in (*tensors, *out, *parts)), *blocks, N, *numbers,
+        *addresses(*tensors, *out, *parts), *blocks, N, *numbers,
         IMPORTANCE_MODES.index(mode), lane(weights),
     )  # fmt: skip
     return out

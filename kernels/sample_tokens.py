@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels import _rows as rows
 from rlhf_fast.kernels import _sampling
-from rlhf_fast.kernels._op import Declined, lane, op
+from rlhf_fast.kernels._op import Declined, addresses, lane, op
 
 
 def _fake(logits, *options):
@@ -71,9 +71,8 @@ def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, n
     keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]
     outputs = _fake(logits)
     kernels.sample_tokens(
-        logits.data_ptr(), logits.dtype == torch.bfloat16, *logits.shape,
-        *(0 if x is None else x.data_ptr() for x in options), seed, *(0 if x is None else x.data_ptr() for x in keys),
-        *(x.data_ptr() for x in outputs), lane(logits),
+        logits.data_ptr(), logits.dtype == torch.bfloat16, *logits.shape, *addresses(*options), seed,
+        *addresses(*keys, *outputs), lane(logits),
     )  # fmt: skip
     return outputs
 
@@ -90,9 +89,8 @@ def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, n
     tiles = -(-V // (16 * threads))
     parts, outputs = torch.empty(B, tiles, 32, dtype=torch.uint8, device=logits.device), _fake(logits)
     kernels.sample_tokens(
-        logits.data_ptr(), code, B, V, logits.stride(0), *(0 if x is None else x.data_ptr() for x in options), seed,
-        *(0 if x is None else x.data_ptr() for x in keys), *(x.data_ptr() for x in outputs), threads, tiles,
-        parts.data_ptr(), lane(logits),
+        logits.data_ptr(), code, B, V, logits.stride(0), *addresses(*options), seed, *addresses(*keys, *outputs),
+        threads, tiles, parts.data_ptr(), lane(logits),
     )  # fmt: skip
     return outputs
 

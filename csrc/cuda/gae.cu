@@ -10,19 +10,8 @@ const char* gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t b
                 uintptr_t returns, uintptr_t folds, int64_t piece, int64_t B, int64_t T, float gamma, float lam,
                 uintptr_t stream) {
   if (T == 0) return nullptr;
-  const float decay = gamma * lam;
-  const Rows r{ptr<const uint8_t>(mask),
-               nullptr,
-               ptr<float>(advantages),
-               ptr<float>(returns),
-               B,
-               T,
-               gamma,
-               decay,
-               gamma - decay,
-               cut_of(piece),
-               ptr<Affine>(folds)};
-  if (r.cut < 0) return "a piece must have a power of two of tokens, 1024 at least";
+  const Rows r = rows_of(mask, 0, advantages, returns, folds, piece, B, T, gamma, lam);
+  if (r.cut < 0) return no_piece;
   const Stored source{{ptr<const float>(values), ptr<const float>(rewards)}, ptr<const float>(bootstrap)};
   return launch_rows(r, source, plan(r, T), stream);
 }

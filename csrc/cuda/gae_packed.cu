@@ -9,19 +9,8 @@ const char* gae_packed(uintptr_t rewards, uintptr_t values, uintptr_t mask, uint
                        uintptr_t advantages, uintptr_t returns, uintptr_t folds, int64_t piece, int64_t S, int64_t N,
                        float gamma, float lam, uintptr_t stream) {
   if (S == 0 || N == 0) return nullptr;
-  const float decay = gamma * lam;
-  const Rows r{ptr<const uint8_t>(mask),
-               ptr<const int64_t>(offsets),
-               ptr<float>(advantages),
-               ptr<float>(returns),
-               S,
-               N,
-               gamma,
-               decay,
-               gamma - decay,
-               cut_of(piece),
-               ptr<Affine>(folds)};
-  if (r.cut < 0) return "a piece must have a power of two of tokens, 1024 at least";
+  const Rows r = rows_of(mask, offsets, advantages, returns, folds, piece, S, N, gamma, lam);
+  if (r.cut < 0) return no_piece;
   const Stored source{{ptr<const float>(values), ptr<const float>(rewards)}, ptr<const float>(bootstrap)};
   return launch_rows(r, source, plan(r, N / S), stream);
 }

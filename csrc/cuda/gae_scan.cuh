@@ -401,6 +401,25 @@ inline int cut_of(int64_t tokens) {
   return -1;
 }
 
+// What a launcher is told of the rows; `offsets` 0 where all have T tokens.
+inline Rows rows_of(uintptr_t mask, uintptr_t offsets, uintptr_t advantages, uintptr_t returns, uintptr_t folds,
+                    int64_t piece, int64_t B, int64_t T, float gamma, float lam) {
+  const float decay = gamma * lam;
+  return {ptr<const uint8_t>(mask),
+          ptr<const int64_t>(offsets),
+          ptr<float>(advantages),
+          ptr<float>(returns),
+          B,
+          T,
+          gamma,
+          decay,
+          gamma - decay,
+          cut_of(piece),
+          ptr<Affine>(folds)};
+}
+
+constexpr const char* no_piece = "a piece must have a power of two of tokens, 1024 at least";
+
 // Rewards as they lie in memory.
 struct Stored {
   static constexpr int inputs = 2, blocks = 4;  // blocks of 8 warps that a processor should hold: 64 registers

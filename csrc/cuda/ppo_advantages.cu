@@ -176,19 +176,8 @@ const char* ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t
                            uintptr_t stats, uintptr_t kl, uintptr_t parts, int64_t blocks, uintptr_t folds,
                            int64_t piece, int64_t B, int64_t T, float coef, int estimator, float gamma, float lam,
                            float clip, uintptr_t stream) {
-  const float decay = gamma * lam;
-  const Rows r{ptr<const uint8_t>(mask),
-               nullptr,
-               ptr<float>(advantages),
-               ptr<float>(returns),
-               B,
-               T,
-               gamma,
-               decay,
-               gamma - decay,
-               cut_of(piece),
-               ptr<Affine>(folds)};
-  if (r.cut < 0) return "a piece must have a power of two of tokens, 1024 at least";
+  const Rows r = rows_of(mask, 0, advantages, returns, folds, piece, B, T, gamma, lam);
+  if (r.cut < 0) return no_piece;
   const Plan p = plan(r, T, blocks);
   if (p.blocks > blocks) return "there are more blocks than room for their moments";
   auto run = [&](auto source) {

@@ -18,6 +18,7 @@ struct Part {
   float largest, raw, mass, moment, logit;
   int token;
 };
+static_assert(sizeof(Part) == 32, "kernels/sample_tokens.py gives the memory");
 
 // e^-z of a kept token around the largest logit; infinite where a token has no chance.
 __device__ __forceinline__ float wait_scale(float x, float top, float inverse) {
