@@ -15,7 +15,12 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 what=${1:-all} python=${PYTHON:-python3} out=${OUT:-bench/results}
-case $what in all | test | sanitize | bench) ;; *)
+case $what in all | test | sanitize | bench) ;;
+-h | --help)
+  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' bench/gpu.sh
+  exit 0
+  ;;
+*)
   echo "bench/gpu.sh: all, test, sanitize or bench, not '$what'" >&2
   exit 2
   ;;

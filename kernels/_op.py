@@ -150,6 +150,8 @@ class Op:
         if self.prepare is not None:
             args = self.prepare(*args)
         if _choice.forced == "reference":
+            if not self.has_gradient:
+                return self._plain(*args)
             return self.reference(*args)
         if self.has_gradient and torch.is_grad_enabled():
             if any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -215,9 +217,7 @@ class Op:
             if args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         if forced is not None and not self.can_run(forced, device):
-            raise ValueError(
-                f"{self.name}: no backend {forced!r} here for {device} tensors; there are: {', '.join(self.backends)}"
-            )
+            raise ValueError(self._no(forced, f" for {device} tensors"))
         why = None
         for backend in self.lines[device] if forced is None else (forced,):
             if backend == "reference":
@@ -232,17 +232,26 @@ class Op:
             except RuntimeError as error:
                 if forced is not None or "no kernel image" not in str(error):
                     raise
-                why = (
-                    why
-                    or f"csrc/cuda was not compiled for this GPU ({error}); set RLHF_FAST_CUDA_ARCHS and install again"
-                )
+                tried = f"csrc/cuda was not compiled for this GPU ({error}); set RLHF_FAST_CUDA_ARCHS and install again"
+                self.lines[device] = [other for other in self.lines[device] if other != backend]
+                MISSING[device], why = tried, why or tried
         why = why or self.why(device)
         if _STRICT and forced != "reference":
             raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no kernel answers: {why}")
         if not self.warned and forced != "reference":
             self.warned = True
             log.warning("%s runs on its plain-torch reference: %s", self.name, why)
+        return self._plain(*args)
+
+    @torch.no_grad()
+    def _plain(self, *args):
+        """The reference without gradient, as every other backend has none."""
         return self.reference(*args)
+
+    def _no(self, backend: str, where: str = "") -> str:
+        why = MISSING.get(backend.partition(":")[0])
+        there = f"{self.name}: no backend {backend!r} here{where}; there are: {', '.join(self.backends)}"
+        return f"{there} ({backend}: {why})" if why else there
 
     def can_run(self, backend: str, device: str) -> bool:
         """Whether `backend` can be forced on tensors of `device`."""
@@ -281,7 +290,7 @@ class Op:
         """This op, forced to one backend: `gae.backend("cpu:avx2")(...)`. "cpu" means the best instruction set."""
         name = self.chosen("cpu") if name == "cpu" else name
         if name not in self.implementations:
-            raise ValueError(f"{self.name}: no backend {name!r} here; there are: {', '.join(self.backends)}")
+            raise ValueError(self._no(name))
 
         def run(*args, **kwargs):
             with forcing(name):

@@ -27,10 +27,10 @@ def linear_cross_entropy(
         loss = -sum weights * log p(target), log p as `linear_logprobs` defines it
 
     weights, in the shape of targets, belong to the caller: with 1 / (tokens of the whole optimizer batch) the losses of
-    micro-batches add up. None means 1 / (targets not ignored) of this call. targets of -100 are ignored: 0 out, 0
-    gradient, no products. Gradients of hidden, weight and bias come with the loss, in their dtypes, summed in float32;
-    a frozen one costs nothing. logprobs has no gradient (for that, `linear_logprobs`), nor have weights. ValueError
-    where shapes do not fit, or a target is out of range (on CPU).
+    micro-batches add up. None means 1 / (targets not ignored) of this call. targets of -100 are ignored, as in
+    `linear_logprobs`. Gradients of hidden, weight and bias come with the loss, in their dtypes, summed in float32; a
+    frozen one costs nothing. logprobs has no gradient (for that, `linear_logprobs`), nor have weights. ValueError where
+    shapes do not fit, or a target is out of range (on CPU).
     """
     head.check_targets("linear_cross_entropy", targets, weight.shape[0])
     logp = head.scale(head.logits(hidden, weight, bias, targets), 1.0, softcap).log_softmax(-1)

@@ -28,9 +28,10 @@ def linear_logprobs(
         log p = z - logsumexp z        entropy = -sum p log p
 
     The logits are float32 whatever the inputs, and only a block of them exists at a time. targets int64 or int32; -100
-    is ignored: 0 out, 0 gradient, no products, its hidden is not looked at. Gradients of hidden, weight and bias, in
-    their dtypes, summed in float32; a frozen one costs nothing. ValueError where shapes do not fit, or a target is out
-    of range (on CPU).
+    is ignored: 0 out, 0 gradient, its hidden is not looked at. Such a row costs a CPU no products; on a GPU the
+    library multiplies every row, unless 16-bit ones of at most 2048 are scored without a gradient: index them away
+    first where they are many. Gradients of hidden, weight and bias, in their dtypes, summed in float32; a frozen one
+    costs nothing. ValueError where shapes do not fit, or a target is out of range (on CPU).
     """
     return linear_logprobs_with_statistics.reference(hidden, weight, targets, bias, temperature, softcap)[:2]
 

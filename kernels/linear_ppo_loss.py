@@ -49,8 +49,8 @@ def linear_ppo_loss(
     arXiv 1912.09729). advantage_shift and advantage_scale, numbers or tensors of one element, whiten on the fly.
 
     The loss is a sum: with weights 1 / (tokens of the whole optimizer batch) it adds up over micro-batches. targets of
-    -100 are ignored: 0 out, 0 gradient, no products. Where a weight is 0 the token has its logprobs and entropy, and
-    nothing else is looked at. The gradients of hidden, weight and bias come with the loss, in their dtypes, summed in
+    -100 are ignored, as in `linear_logprobs`. Where a weight is 0 the token has its logprobs and entropy, and nothing
+    else is looked at. The gradients of hidden, weight and bias come with the loss, in their dtypes, summed in
     float32; a frozen one costs nothing. logprobs, entropy and stats have none. Where a clip's branches tie the slope is
     that of torch.clamp and torch.maximum; beyond log_ratio_clamp it is 0. ValueError where shapes do not fit, a target
     is out of range (on CPU), kl_estimator is another word, or kl_coef is not 0 without ref_logprobs.

@@ -38,6 +38,9 @@ def report() -> Iterator[str]:
         if name in os.environ:
             yield f"{name}={os.environ[name]}"
     shown = sorted(_op.OPS.keys() & set(ops.__all__))  # the others are parts of these
+    if forced := _op.forced_backend():
+        without = [name for name in shown if forced not in _op.OPS[name].backends]
+        yield f"{forced} is forced for every op" + (f"; without it, and an error: {', '.join(without)}" * bool(without))
     width = max(map(len, shown)) + 2
     for device in ("cpu", "cuda"):
         yield ""

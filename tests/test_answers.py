@@ -10,7 +10,7 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _op
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._op import MISSING, Declined
 
 NOT_INSTALLED = "triton is not installed; `pip install triton` (Linux)"
 ON_A_GPU = """
@@ -51,6 +51,15 @@ def test_without_a_gpu_triton_says_why_it_does_not_answer():
     assert said.startswith(NOT_INSTALLED)
 
 
+def test_a_forced_backend_that_is_not_here_is_told_of():
+    report = "from rlhf_fast import environment; print(*environment.report(), sep='\\n')"
+    said = run(report, RLHF_FAST_BACKEND="cuda", CUDA_VISIBLE_DEVICES="")
+    assert "cuda is forced for every op; without it, and an error: decode_attention, gae, " in said
+    assert "reference is forced for every op\n" in run(report, RLHF_FAST_BACKEND="reference")
+    with pytest.raises(ValueError, match="gae: no backend 'nonsense' here; there are: reference, "):
+        ops.gae.backend("nonsense")
+
+
 def gae_inputs():
     return ops.gae._bind(tuple(ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)), {})
 
@@ -84,11 +93,27 @@ def test_a_gpu_that_the_kernels_were_not_compiled_for_is_served_by_the_next(monk
     monkeypatch.setitem(ops.gae.implementations, "cpu:first", fails)
     monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "reference"])
     monkeypatch.setattr(ops.gae, "warned", False)
+    monkeypatch.setitem(MISSING, "cpu", "")
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         ops.gae._answer("cpu", *gae_inputs())
     assert "csrc/cuda was not compiled for this GPU" in caplog.text and "RLHF_FAST_CUDA_ARCHS" in caplog.text
+    assert ops.gae.chosen("cpu") == "reference" and "was not compiled" in ops.gae.why("cpu")  # and not tried again
     with pytest.raises(RuntimeError, match="no kernel image"):
         ops.gae.backend("cpu:first")(*gae_inputs())
+
+
+def test_ops_without_a_registered_gradient_have_none_on_any_backend():
+    """The reference alone would else pass one on that vanishes where a kernel answers."""
+    for name in ("gae", "ppo_advantages"):
+        op = getattr(ops, name)
+        args = op.make(**op.small[0], device="cpu", dtype=torch.float32)
+        args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        assert not op.has_gradient
+        for backend in op.backends:
+            assert not any(x.requires_grad for x in op.backend(backend)(*args)), (name, backend)
+        doubles = [a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                   for a in args]  # fmt: skip
+        assert not any(x.requires_grad for x in op(*doubles)), name  # the kernels decline these
 
 
 def test_a_backend_of_another_device_is_refused(monkeypatch):

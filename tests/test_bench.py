@@ -95,6 +95,8 @@ def test_the_command_for_a_gpu(tmp_path):
         said = subprocess.run([script], capture_output=True, text=True, env=env | {"PYTHON": sys.executable})
         assert said.returncode == 2 and not said.stdout and "sees no CUDA device" in said.stderr, said
         assert said.stderr.count("\n") == 1
+    said = subprocess.run([script, "--help"], capture_output=True, text=True, env=env)
+    assert said.returncode == 0 and said.stdout.startswith("Build, test and bench") and "PYTHON" in said.stdout, said
     python = tmp_path / "python"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)

@@ -186,7 +186,10 @@ def test_a_nan_that_counts_is_not_hidden(ppo):
     weights = torch.ones(20)
     for field in range(3):
         fields = [bad if i == field else good for i in range(3)]
-        assert ppo(*fields, weights, dual_clip=3.0)[0].isnan()
+        loss, _, stats = ppo(*fields, weights, dual_clip=3.0)
+        assert loss.isnan()
+        if field < 2:
+            assert all(math.isnan(stats[name]) for name in ("ratio", "ratio_max", "ratio_min")), stats
         assert ppo(None, None, None, weights, *fields)[1].isnan() or field == 1
     logprobs = good.clone().requires_grad_()
     assert torch.autograd.grad(ppo(logprobs, good, bad, weights)[0], logprobs)[0][13].isnan()

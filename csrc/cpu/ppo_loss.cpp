@@ -224,6 +224,7 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
     for (int i = 0; i < sums; ++i) total[i] += part[c].sum[i];
     most = max(most, part[c].most), least = min(least, part[c].least);
   }
+  if (total[ratio_] != total[ratio_]) most = least = float(total[ratio_]);  // max and min pass a NaN over
   float* out = ptr<float>(stats);
   for (int i = 0; i < stats_summed; ++i) out[i] = float(total[i]);
   out[stats_summed] = most, out[stats_summed + 1] = least;

@@ -272,10 +272,14 @@ __global__ void __launch_bounds__(numbers* lanes)
   const int64_t blocks = (of_value ? o.values : o.logprobs) ? o.blocks : 0;
   if (number >= sums) {
     const float sign = number == ratio_most ? 1.f : -1.f;
-    float most = -INFINITY;
-    for (int64_t i = lane; i < blocks; i += lanes) most = fmaxf(most, sign * parts[i]);
-    most = warp_reduce<Largest>(most);
-    if (lane == 0) stats[stats_summed + number - sums] = sign * most;
+    float most = -INFINITY, ratios = 0.f;
+    for (int64_t i = lane; i < blocks; i += lanes) {
+      most = fmaxf(most, sign * parts[i]);
+      ratios += o.parts[ratio_ * o.blocks + i];
+    }
+    most = warp_reduce<Largest>(most), ratios = warp_reduce<Add>(ratios);
+    if (lane == 0)
+      stats[stats_summed + number - sums] = ratios == ratios ? sign * most : ratios;  // fmaxf passes a NaN over
     return;
   }
   double sum = 0;

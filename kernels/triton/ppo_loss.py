@@ -17,6 +17,7 @@ from rlhf_fast.kernels.triton import launch
 LANES, EACH, PROGRAMS = 128, 4, 1024
 SUMMED = tl.constexpr(len(STATS) - 2)  # behind them: both losses, the largest and the smallest ratio
 PARTS = len(STATS) + 2
+RATIO = tl.constexpr(STATS.index("ratio"))
 
 
 @triton.jit
@@ -166,10 +167,12 @@ def _join(parts, policy_loss, value_loss, stats, programs, BLOCK: tl.constexpr):
     """One program for each of the sums, and for the largest and the smallest ratio."""
     i, at = tl.program_id(0), tl.arange(0, BLOCK)
     x = tl.load(parts + i * programs + at, mask=at < programs, other=0.0)
-    if i == SUMMED + 2:
-        tl.store(stats + SUMMED, tl.max(tl.where(at < programs, x, float("-inf")), axis=0))
-    elif i == SUMMED + 3:
-        tl.store(stats + SUMMED + 1, tl.min(tl.where(at < programs, x, float("inf")), axis=0))
+    if i >= SUMMED + 2:
+        ratios = tl.sum(tl.load(parts + RATIO * programs + at, mask=at < programs, other=0.0), axis=0)
+        end = tl.max(tl.where(at < programs, x, float("-inf")), axis=0)
+        if i == SUMMED + 3:
+            end = tl.min(tl.where(at < programs, x, float("inf")), axis=0)
+        tl.store(stats + i - 2, tl.where(ratios == ratios, end, ratios))  # max and min pass a NaN over
     else:
         total = tl.sum(x.to(tl.float64), axis=0)
         tl.store(stats + i, total.to(tl.float32), mask=i < SUMMED)

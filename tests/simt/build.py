@@ -37,6 +37,8 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     jobs = [(source, ["-x", "c++", '-DKERNEL_GROUP="simt"']) for source in sorted((CSRC / "cuda").glob("*.cu"))]
     jobs = [job for job in jobs if not job[0].stem.startswith("_")]  # what asks for a driver
     jobs.append((CSRC / "module.cpp", ["-DEXTENSION=_simt"]))
+    if not (folder / f"_simt{suffix}.so").exists():
+        print("compiling csrc/cuda for the CPU (tests/simt): a minute, once", file=sys.stderr, flush=True)
 
     def compiled(job) -> Path:
         source, extra = job
