@@ -1,6 +1,6 @@
 """What the compiled CUDA kernels take of a GPU, read off rlhf_fast/_cuda*.so without one.
 
-    python -m rlhf_fast.bench.cuda_resources [FILE] [--save bench/results/cuda_resources.md]
+    python -m rlhf_fast.bench.cuda_resources [OP ...] [--save bench/results/cuda_resources.md]
 
 Registers a thread, static shared memory of a block (the dynamic part is the launch's), spills and 16-byte loads of
 every kernel and architecture in the binary. The exit status is 1 where a kernel spills.
@@ -31,6 +31,10 @@ class Kernel(NamedTuple):
     spills: tuple[int, int]
     wide_loads: int
     loads: int
+
+    @property
+    def op(self) -> str:
+        return self.name.partition(".")[0]
 
     @property
     def fault(self) -> str:
@@ -91,17 +95,22 @@ def kernels(path: Path, tool: str) -> list[Kernel]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, default=binary(), help="default: the package's own")
+    parser.add_argument("op", nargs="*", help="only these (default: all)")
+    parser.add_argument("--file", type=Path, default=binary(), help="default: the package's own")
     parser.add_argument("--save", type=Path, metavar="PATH", help="write the table as Markdown")
     options = parser.parse_args()
     tool = sass.cuobjdump()
     if options.file is None or not options.file.is_file():
-        parser.error("rlhf_fast._cuda is not built: install with nvcc, or name a file")
+        parser.error("rlhf_fast._cuda is not built: install with nvcc, or name a file by --file")
     if tool is None:
         parser.error("cuobjdump was not found, neither CUDA's nor Triton's")
     found = kernels(options.file, tool)
     if not found:
         parser.error(f"{options.file} has no kernel in it")
+    there = sorted({kernel.op for kernel in found})
+    if unknown := set(options.op) - set(there):
+        parser.error(f"{options.file} has no kernel of {', '.join(sorted(unknown))}; it has: {', '.join(there)}")
+    found = [kernel for kernel in found if kernel.op in options.op or not options.op]
     cells = [HEADER, *(kernel.cells for kernel in found)]
     print("\n".join(report.aligned(cells)))
     if options.save:

@@ -94,7 +94,8 @@ build() {
 tests() { # seconds for test_ops.py and test_cuda_graphs.py, and which of their tests
   local parallel=()
   ((workers)) && parallel=(-n "$workers")
-  step "tests: no spill in the binary" 30 "$python" -m pytest -p no:cacheprovider tests/test_cuda_resources.py
+  step "tests: no spill in the binary" 60 "$python" -m pytest -p no:cacheprovider \
+    tests/test_cuda_resources.py::test_no_kernel_spills
   step "tests: ops on CUDA tensors" "$1" "$python" -m pytest -p no:cacheprovider "${parallel[@]}" --maxfail=20 \
     tests/test_ops.py tests/test_cuda_graphs.py -k "$2"
   local run

@@ -61,11 +61,14 @@ def test_a_spill_is_seen_and_a_clean_kernel_is_not_taken_for_one(tmp_path):
     source, made = tmp_path / "planted.cu", tmp_path / "planted.fatbin"
     source.write_text(KERNELS)
     subprocess.run(["nvcc", "-arch=sm_80", "-fatbin", str(source), "-o", str(made)], check=True)
-    said = measure(made)
+    said = measure("--file", made)
     assert said.returncode == 1
     assert re.fullmatch(r"FAULT planted\.greedy<96> for sm_80: \d+ spills\n", said.stderr), said.stderr
     (wide,) = [line.split() for line in said.stdout.splitlines() if line.startswith("planted.wide ")]
     assert wide[1] == "sm_80" and wide[3:] == ["1024", "0", "/", "0", "1", "/", "1"]
+    assert measure("--file", made, "planted").stdout == said.stdout
+    said = measure("--file", made, "gae")
+    assert said.returncode == 2 and "planted.fatbin has no kernel of gae; it has: planted" in said.stderr
 
 
 @pytest.mark.slow
@@ -80,5 +83,5 @@ def test_nvcc_warns_of_nothing(source, tmp_path):
 
 
 def test_a_file_that_is_not_there_or_has_no_kernel_is_one_sentence(tmp_path):
-    said = measure(tmp_path / "nothing.so")
+    said = measure("--file", tmp_path / "nothing.so")
     assert said.returncode == 2 and "rlhf_fast._cuda is not built: install with nvcc, or name a file" in said.stderr
