@@ -20,7 +20,7 @@ __device__ __forceinline__ float exp2_near(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return exp2f(x);
+  return ex2_approx(x);
 #endif
 }
 __device__ __forceinline__ float exp_near(float x) { return exp2_near(__fmul_rn(x, log2_e)); }
