@@ -28,6 +28,7 @@ def test_no_kernel_spills(tmp_path):
     compiled = {(row[0].removeprefix("| ").partition(".")[0], row[1]) for row in rows[1:]}
     archs = {arch for _, arch in compiled}
     assert archs and all(int(row[2]) > 0 for row in rows[1:])
+    assert max(int(row[3]) for row in rows[1:]) <= 16 << 10, "csrc/cuda/launch.cuh counts on 16 KiB of static memory"
     launching = [p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu") if "__global__" in p.read_text()]
     missing = {(stem, arch) for stem in launching for arch in archs} - compiled
     assert not missing, f"not in the binary: {sorted(missing)}; build it again"

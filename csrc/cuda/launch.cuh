@@ -3,25 +3,39 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include <mutex>
-
 #include "kernel.h"
 
 namespace {
+
+// Bytes of shared memory that a block may have on the current device.
+__host__ inline size_t shared_memory_limit() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 48 << 10;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+#else
+  return 227 << 10;
+#endif
+}
 
 // nullptr, or what is wrong with the launch: it becomes a Python exception. Nothing waits for the kernel to end.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t stream,
                    Arguments... arguments) {
 #if defined(__CUDACC__)
-  static std::mutex
-      sizing;  // another thread may launch the kernel with less: the limit is the kernel's, not the call's
-  std::unique_lock<std::mutex> lock(sizing, std::defer_lock);
-  if (shared_bytes > (48u << 10)) {
-    lock.lock();
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  // Beyond 48 KiB, static memory included (16 KiB at most: tests/test_cuda_resources.py), a kernel must be allowed to.
+  // What is allowed is the kernel's, not the launch's: always all there is, so that threads do not undo one another's.
+  if (shared_bytes > (32u << 10)) {
+    cudaFuncAttributes own;
+    cudaError_t error = cudaFuncGetAttributes(&own, kernel);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_memory_limit() - own.sharedSizeBytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would tell of it
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<grid, block, shared_bytes, ptr<CUstream_st>(stream)>>>(Parameters(arguments)...);
   const cudaError_t error = cudaGetLastError();
@@ -40,18 +54,6 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(block_memory);
 #else
   return reinterpret_cast<T*>(simt::state.shared.data());
-#endif
-}
-
-// Bytes of shared memory that a block may have on the current device.
-__host__ inline size_t shared_memory_limit() {
-#if defined(__CUDACC__)
-  int device = 0, bytes = 48 << 10;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-#else
-  return 227 << 10;
 #endif
 }
 

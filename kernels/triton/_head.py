@@ -24,6 +24,7 @@ from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._blocks import floats
 from rlhf_fast.kernels.triton import _logits as rows
 from rlhf_fast.kernels.triton import _scoring as scoring
+from rlhf_fast.kernels.triton import _softmax as softmax
 from rlhf_fast.kernels.triton import launch
 
 IGNORED = tl.constexpr(head.IGNORED)
@@ -136,6 +137,15 @@ class Head:
         self.slope_dtype = self.dtype if self.N * self.V * self.D >= HALF_LEAST else torch.float32
         self.copies: dict[torch.dtype, Tensor] = {}
 
+    @functools.cached_property
+    def grouped_bias(self) -> Tensor | None:
+        """The bias, in memory of whole groups, as which it is read."""
+        if self.bias is None or self.V % softmax.EACH == 0:
+            return self.bias
+        whole = self.bias.new_empty(triton.cdiv(self.V, softmax.EACH) * softmax.EACH)
+        whole.narrow(0, 0, self.V).copy_(self.bias)
+        return whole
+
     def chunks(self, buffers: int = 1) -> list[tuple[int, int]]:
         return even(self.N, max(LEAST, BYTES // (4 * self.stride * buffers)))
 
@@ -169,8 +179,8 @@ class Head:
         hidden = self.hidden.narrow(0, begin, end - begin) if direct else self.copied(begin, end, self.dtype)
         multiply(hidden, self.weight.t(), x.narrow(1, 0, self.V))
         ref = None if other is None else other.logits(begin, end, ref).x
-        ref_bias = None if other is None else other.bias
-        return rows.Logits(x, self.V, self.targets, *self.scalars, self.bias, ref, ref_bias, begin)
+        ref_bias = None if other is None else other.grouped_bias
+        return rows.Logits(x, self.V, self.targets, *self.scalars, self.grouped_bias, ref, ref_bias, begin)
 
     def gradient_memory(self, of: rows.Logits) -> Tensor:
         """Where the gradient of those logits goes: their own memory, unless programs share a row of another dtype."""

@@ -177,7 +177,8 @@ def _gradient(
 
 class Logits(NamedTuple):
     """Rows of raw logits, and what is known of them: rows from `begin` on of all N. ref: a reference's logits, in rows
-    as far apart. `aligned`: our own rows, which start at 32 bytes and may be read and written a little beyond V."""
+    as far apart. `aligned`: our own rows, which start at 32 bytes and may be read and written a little beyond V, as the
+    biases may be read."""
 
     x: Tensor
     V: int

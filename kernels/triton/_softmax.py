@@ -84,7 +84,7 @@ def inside_of(at, skew, V, ALIGNED: tl.constexpr):
 
 @triton.jit
 def raw(x, bias, at, some):
-    """Logits in float32, the bias added. With a bias rows start at a group."""
+    """Logits in float32, the bias added. With a bias rows start at a group, and it ends with one."""
     y = tl.load(x + at, mask=some, other=0.0).to(tl.float32)
     if bias is not None:
         y += tl.load(bias + at, mask=some, other=0.0).to(tl.float32)

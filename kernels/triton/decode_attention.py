@@ -162,7 +162,7 @@ def _sizes(group, P, d, dv, number, held):
     """Query heads of a program, keys of a tile, warps, stages. All that bits hang on comes from the model alone."""
     widest = launch.block(max(d, dv))
     tile = max(16, min(64, ROOM // (4 * widest * number.itemsize)))
-    heads, warps, stages = 16, 4, STAGES if P % tile == 0 else STAGES + 2
+    heads, warps, stages = 16, 4, launch.stages(3 if P % tile == 0 else 5)
     if number == torch.float32:
         heads, warps = min(triton.next_power_of_2(group), max(1, min(8, 1024 // widest))), 8
         tile = max(16, min(tile, PRODUCTS // (heads * widest)))
@@ -251,4 +251,3 @@ def decode_attention(q, k_cache, v_cache, block_table, lengths, slots, scale, wi
 
 
 NUMBERS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-STAGES = 2 if torch.version.hip else 3

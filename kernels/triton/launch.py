@@ -45,10 +45,18 @@ def processors(x: Tensor) -> int:
 
 def capability(x: Tensor) -> int:
     """Of x's device, if it is NVIDIA's: 90 for sm_90. 0 elsewhere."""
-    if not x.is_cuda or torch.version.hip:
+    if not x.is_cuda or AMD:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
+
+
+AMD = bool(torch.version.hip)
+
+
+def stages(many: int) -> int:
+    """Tiles of a product that are under way at a time; two where a block has 64 KiB of shared memory, on AMD's."""
+    return min(many, 2) if AMD else many
 
 
 def block(columns: int, most: int = 4096) -> int:

@@ -108,9 +108,10 @@ def _shared(hidden, weight, softcap) -> dict:
     D = hidden.shape[1]
     wide = hidden.dtype != weight.dtype or hidden.dtype == torch.float32
     depth = min(16 if wide else DEPTH, max(16, triton.next_power_of_2(D)))
+    warps, stages = (4, 2) if wide else (8, launch.stages(4))
     return {
         "CAP": softcap > 0, "WIDE": wide, "EVEN": D % depth == 0, "ROWS": FEW_ROWS if wide else ROWS,
-        "COLUMNS": COLUMNS, "DEPTH": depth, "num_warps": 4 if wide else 8, "num_stages": 2 if wide else 4,
+        "COLUMNS": COLUMNS, "DEPTH": depth, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
