@@ -131,3 +131,41 @@ def test_an_unknown_op_and_the_interpreter_are_refused():
     assert said.returncode == 2 and "there is no op no_such_op; there are:" in said.stderr
     said = measure("swiglu", TRITON_INTERPRET="1")
     assert said.returncode == 1 and "TRITON_INTERPRET=1 is set" in said.stderr
+
+
+ON_AMD = """
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import rlhf_fast.bench.triton_resources as tool
+from rlhf_fast import ops
+from rlhf_fast.kernels._op import OPS
+from rlhf_fast.kernels.triton import launch
+
+launch.AMD, tool.ARCHITECTURES, seen = True, {0: 64 << 10}, set()
+for op in OPS.values():
+    for dtype in (torch.bfloat16, torch.float32):
+        for size in op.large + op.small[1:2] + op.small[4:6]:
+            for one, _ in tool.launches(op, size, dtype):
+                if (one.name, dtype, one.options) in seen and one.name != "decode_attention.attend":
+                    continue
+                seen.add((one.name, dtype, one.options))
+                place = {name: (i,) for i, name in enumerate(one.kernel.arg_names)}
+                source = ASTSource(
+                    fn=one.kernel, signature=dict(one.signature),
+                    constexprs={place[name]: value for name, value in one.constants},
+                    attrs={place[name]: [["tt.divisibility", 16]] for name in one.aligned},
+                )
+                made = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=dict(one.options))
+                print("FAULT" * (made.metadata.shared > 64 << 10), one.name, dtype, size, made.metadata.shared)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_amd_gpu_and_fit_its_shared_memory(tmp_path):
+    said = run(ON_AMD, tmp_path / "amd.py")
+    assert said.returncode == 0 and "FAULT" not in said.stdout, said.stdout[-2000:] + said.stderr[-2000:]
+    compiled = {line.split()[0] for line in said.stdout.splitlines()}
+    written = set().union(*map(kernels, (ROOT / "kernels" / "triton").glob("*.py")))
+    assert compiled >= written, sorted(written - compiled)

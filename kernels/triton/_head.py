@@ -142,9 +142,7 @@ class Head:
         """The bias, in memory of whole groups, as which it is read."""
         if self.bias is None or self.V % softmax.EACH == 0:
             return self.bias
-        whole = self.bias.new_empty(triton.cdiv(self.V, softmax.EACH) * softmax.EACH)
-        whole.narrow(0, 0, self.V).copy_(self.bias)
-        return whole
+        return torch.nn.functional.pad(self.bias, (0, -self.V % softmax.EACH))
 
     def chunks(self, buffers: int = 1) -> list[tuple[int, int]]:
         return even(self.N, max(LEAST, BYTES // (4 * self.stride * buffers)))
