@@ -29,6 +29,13 @@ def test_the_rows_are_read_as_what_they_stand_for(tmp_path):
         assert report.kind == kind and not report.errors and len(report.examples) == len(text.splitlines())
 
 
+def test_the_op_that_is_called_learns():
+    found = {}
+    exec(next(block for block in blocks("python") if "ops.linear_ppo_loss(" in block), found)
+    assert found["loss"].isfinite() and found["weight"].grad.any()
+    assert found["hidden"].grad.any(1).float().mean() > 0.5  # a clipped token has none
+
+
 @pytest.mark.parametrize("source", blocks("python") if README.is_file() else [])
 def test_python_has_its_imports(source):
     tree = ast.parse(source)
