@@ -1,6 +1,7 @@
 """The fused decoder: every family with odd shapes against the module's own forward; results that do not depend on the
 company, bit for bit; adapters; what it refuses."""
 
+import copy
 import ctypes
 from dataclasses import replace
 
@@ -261,13 +262,15 @@ def test_adapters_count_without_rounding(name, dtype):
     model = Model(adapters.attach(module, LoraConfig(rank=2), "lm", 0), cfg=ModelConfig())
     model.module.eval()
     for parameter in model.trainable().values():
-        torch.nn.init.normal_(parameter, std=0.15)
+        torch.nn.init.normal_(parameter, std=0.1)
     decoder = FusedDecoder.make(model)
     found = hidden(decoder, rows, at_once(rows))
+    exact = copy.deepcopy(model)  # in bfloat16 the model itself is off by up to 4 %
+    exact.module.float()
     for row, ours, without in zip(rows, found, before, strict=True):
-        theirs = model.hidden(torch.tensor([row]))[0].float()
+        theirs = exact.hidden(torch.tensor([row]))[0]
         error, change = (ours - theirs).norm() / theirs.norm(), (without - theirs).norm() / theirs.norm()
-        assert error <= (1e-5 if dtype == torch.float32 else 0.08) and change > 10 * error
+        assert error <= (1e-5 if dtype == torch.float32 else 0.02) and change > 10 * error
     assert decoder._parts is None and decoder._step is None, "the sums of weights outlive the rollout"
     for ours, theirs in zip(hidden(FusedDecoder.make(model.reference()), rows, at_once(rows)), before, strict=True):
         assert torch.equal(ours, theirs)
