@@ -152,8 +152,8 @@ def aligned_loads(ttgir: str) -> int:
     return sum(layouts.get(layout, 0) * max(int(bits), 8) >= 128 for bits, layout in loads)
 
 
-def compiled(of: Launch, capability: int) -> Resources:
-    """Compile for a GPU of that compute capability, and read the result."""
+def translated(of: Launch, target: GPUTarget):
+    """What Triton makes of a launch for that GPU."""
     names = of.kernel.arg_names
     source = ASTSource(
         fn=of.kernel,
@@ -161,7 +161,12 @@ def compiled(of: Launch, capability: int) -> Resources:
         constexprs={(names.index(name),): value for name, value in of.constants},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in of.aligned},
     )
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(of.options))
+    return triton.compile(source, target=target, options=dict(of.options))
+
+
+def compiled(of: Launch, capability: int) -> Resources:
+    """Compile for a GPU of that compute capability, and read the result."""
+    made = translated(of, GPUTarget("cuda", capability, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()

@@ -150,9 +150,7 @@ class Op:
         if self.prepare is not None:
             args = self.prepare(*args)
         if _choice.forced == "reference":
-            if not self.has_gradient:
-                return self._plain(*args)
-            return self.reference(*args)
+            return self.reference(*args) if self.has_gradient else self._plain(*args)
         if self.has_gradient and torch.is_grad_enabled():
             if any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 return self.differentiable(*args)
@@ -217,7 +215,7 @@ class Op:
             if args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         if forced is not None and not self.can_run(forced, device):
-            raise ValueError(self._no(forced, f" for {device} tensors"))
+            raise ValueError(self._not_here(forced, f" for {device} tensors"))
         why = None
         for backend in self.lines[device] if forced is None else (forced,):
             if backend == "reference":
@@ -248,7 +246,8 @@ class Op:
         """The reference without gradient, as every other backend has none."""
         return self.reference(*args)
 
-    def _no(self, backend: str, where: str = "") -> str:
+    def _not_here(self, backend: str, where: str = "") -> str:
+        """The sentence for a backend that cannot be forced."""
         why = MISSING.get(backend.partition(":")[0])
         there = f"{self.name}: no backend {backend!r} here{where}; there are: {', '.join(self.backends)}"
         return f"{there} ({backend}: {why})" if why else there
@@ -290,7 +289,7 @@ class Op:
         """This op, forced to one backend: `gae.backend("cpu:avx2")(...)`. "cpu" means the best instruction set."""
         name = self.chosen("cpu") if name == "cpu" else name
         if name not in self.implementations:
-            raise ValueError(self._no(name))
+            raise ValueError(self._not_here(name))
 
         def run(*args, **kwargs):
             with forcing(name):

@@ -40,7 +40,8 @@ def report() -> Iterator[str]:
     shown = sorted(_op.OPS.keys() & set(ops.__all__))  # the others are parts of these
     if forced := _op.forced_backend():
         without = [name for name in shown if forced not in _op.OPS[name].backends]
-        yield f"{forced} is forced for every op" + (f"; without it, and an error: {', '.join(without)}" * bool(without))
+        rest = f"; without it, and an error: {', '.join(without)}" if without else ""
+        yield f"{forced} is forced for every op{rest}"
     width = max(map(len, shown)) + 2
     for device in ("cpu", "cuda"):
         yield ""

@@ -135,9 +135,7 @@ def test_an_unknown_op_and_the_interpreter_are_refused():
 
 ON_AMD = """
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 import rlhf_fast.bench.triton_resources as tool
 from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS
@@ -151,14 +149,8 @@ for op in OPS.values():
                 if (one.name, dtype, one.options) in seen and one.name != "decode_attention.attend":
                     continue
                 seen.add((one.name, dtype, one.options))
-                place = {name: (i,) for i, name in enumerate(one.kernel.arg_names)}
-                source = ASTSource(
-                    fn=one.kernel, signature=dict(one.signature),
-                    constexprs={place[name]: value for name, value in one.constants},
-                    attrs={place[name]: [["tt.divisibility", 16]] for name in one.aligned},
-                )
-                made = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=dict(one.options))
-                print("FAULT" * (made.metadata.shared > 64 << 10), one.name, dtype, size, made.metadata.shared)
+                shared = tool.translated(one, GPUTarget("hip", "gfx942", 64)).metadata.shared
+                print("FAULT" * (shared > 64 << 10), one.name, dtype, size, shared)
 """
 
 

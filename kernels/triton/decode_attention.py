@@ -162,13 +162,13 @@ def _sizes(group, P, d, dv, number, held):
     """Query heads of a program, keys of a tile, warps, stages. All that bits hang on comes from the model alone."""
     widest = launch.block(max(d, dv))
     tile = max(16, min(64, ROOM // (4 * widest * number.itemsize)))
-    heads, warps, stages = 16, 4, launch.stages(3 if P % tile == 0 or number == torch.float32 else 5)
+    heads, warps, stages = 16, 4, 3 if P % tile == 0 else 5
     if number == torch.float32:
-        heads, warps = min(triton.next_power_of_2(group), max(1, min(8, 1024 // widest))), 8
+        heads, warps, stages = min(triton.next_power_of_2(group), max(1, min(8, 1024 // widest))), 8, 3
         tile = max(16, min(tile, PRODUCTS // (heads * widest)))
     if d * held.itemsize % 16 or dv * held.itemsize % 16:  # single numbers are read, each by an address of its own
         tile, stages = 16, 1
-    return heads, tile, warps, stages
+    return heads, tile, warps, launch.stages(stages)
 
 
 def _parts(N, H, kv_heads, dv, splits, x):

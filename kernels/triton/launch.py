@@ -19,6 +19,7 @@ from rlhf_fast.kernels._op import Declined
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+AMD = bool(torch.version.hip)
 
 
 def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
@@ -49,9 +50,6 @@ def capability(x: Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
-
-
-AMD = bool(torch.version.hip)
 
 
 def stages(many: int) -> int:

@@ -37,7 +37,8 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     jobs = [(source, ["-x", "c++", '-DKERNEL_GROUP="simt"']) for source in sorted((CSRC / "cuda").glob("*.cu"))]
     jobs = [job for job in jobs if not job[0].stem.startswith("_")]  # what asks for a driver
     jobs.append((CSRC / "module.cpp", ["-DEXTENSION=_simt"]))
-    if not (folder / f"_simt{suffix}.so").exists():
+    module = folder / f"_simt{suffix}.so"
+    if not module.exists():
         print("compiling csrc/cuda for the CPU (tests/simt): a minute, once", file=sys.stderr, flush=True)
 
     def compiled(job) -> Path:
@@ -49,7 +50,6 @@ def build(folder: Path, sanitize: bool = False) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, jobs))
-    module = folder / f"_simt{suffix}.so"
     if not module.exists() or module.stat().st_mtime < max(path.stat().st_mtime for path in objects):
         fresh = module.with_suffix(".new")
         run([compiler(), "-shared", *flags, *map(str, objects), "-o", str(fresh)])

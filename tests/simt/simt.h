@@ -489,29 +489,10 @@ void __stcg(T* p, T v) {
   *p = v;
 }
 
-// Hardware's fast functions are wrong by a little: so are these, by 1 or 2 units in the last place, of which and to
-// which side the result's bits decide. e^0 is 1 there too.
-inline float off_by_a_little(float y) {
-  if (y == 0.f || y == 1.f || !std::isfinite(y)) return y;
-  unsigned u;
-  std::memcpy(&u, &y, 4);
-  const int by[4] = {-2, -1, 1, 2};
-  u += by[u * 2654435761u >> 30];
-  std::memcpy(&y, &u, 4);
-  return y;
-}
-inline float ex2_approx(float x) {
-  const float y = std::exp2(x);
-  return y < 1.17549435e-38f ? 0.f : off_by_a_little(y);
-}
-inline float __expf(float x) { return off_by_a_little(std::exp2(x * 1.44269504f)); }
-inline float __logf(float x) { return off_by_a_little(std::log(x)); }
-inline float __fdividef(float a, float b) { return off_by_a_little(a / b); }
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float rsqrtf(float x) { return off_by_a_little(1.f / std::sqrt(x)); }
 inline unsigned __float_as_uint(float x) {
   unsigned u;
   std::memcpy(&u, &x, 4);
@@ -527,6 +508,22 @@ inline float __uint_as_float(unsigned u) {
   std::memcpy(&x, &u, 4);
   return x;
 }
+// Hardware's fast functions are wrong by a little: so are these, by 1 or 2 units in the last place, of which and to
+// which side the result's bits decide. e^0 is 1 there too.
+inline float off_by_a_little(float y) {
+  if (y == 0.f || y == 1.f || !std::isfinite(y)) return y;
+  const int by[4] = {-2, -1, 1, 2};
+  const unsigned u = __float_as_uint(y);
+  return __uint_as_float(u + by[u * 2654435761u >> 30]);
+}
+inline float ex2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.f : off_by_a_little(y);
+}
+inline float __expf(float x) { return off_by_a_little(std::exp2(x * 1.44269504f)); }
+inline float __logf(float x) { return off_by_a_little(std::log(x)); }
+inline float __fdividef(float a, float b) { return off_by_a_little(a / b); }
+inline float rsqrtf(float x) { return off_by_a_little(1.f / std::sqrt(x)); }
 inline float __int_as_float(int u) {
   float x;
   std::memcpy(&x, &u, 4);
