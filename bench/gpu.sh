@@ -101,7 +101,7 @@ tests() { # seconds for test_ops.py and test_cuda_graphs.py, and which of their 
   local run
   for run in 1 2; do # shellcheck disable=SC2016
     step "tests: every op, strict, run $run" 60 env RLHF_FAST_STRICT=1 bash -c \
-      '"$0" -m rlhf_fast.bench.fingerprints --device cuda >"$1"; status=$?; grep FAULT "$1"; exit $status' \
+      '"$0" -m rlhf_fast.bench.checks.output_hashes --device cuda >"$1"; status=$?; grep FAULT "$1"; exit $status' \
       "$python" "$out/$gpu-run$run.txt"
   done
   step "tests: the same bits in two runs" 10 diff "$out/$gpu-run1.txt" "$out/$gpu-run2.txt" &&
@@ -118,7 +118,7 @@ sanitize() { # seconds for each tool and backend
     for tool in memcheck racecheck; do # torch's cache would hide a read beyond a tensor's end
       step "sanitize: $tool, $backend" "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-        "$python" -m rlhf_fast.bench.fingerprints --device cuda --backend "$backend" --small --sizes 3
+        "$python" -m rlhf_fast.bench.checks.output_hashes --device cuda --backend "$backend" --small --sizes 3
     done
   done
 }

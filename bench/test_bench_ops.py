@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rlhf_fast.bench import report
-from rlhf_fast.bench.bout import Case, cases
-from rlhf_fast.bench.contest import measure
+from rlhf_fast.bench.compare import measure
+from rlhf_fast.bench.problem import Case, cases
 from rlhf_fast.bench.timing import CLOCKS
 
 

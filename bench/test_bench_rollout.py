@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from rlhf_fast.batches import Prompts
-from rlhf_fast.config import SamplingConfig
-from rlhf_fast.model import Model
-from rlhf_fast.rollout import Rollout
+from rlhf_fast.config.fields import SamplingConfig
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.rollout import Rollout
 
 PROMPT, NEW, RIVAL_NEW = 64, 128, 48
 BATCHES = (1, 8, 32)

@@ -7,7 +7,7 @@ the pages, or the number of threads. The keys are read in splits of 256, merged 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels import _row_ops as rows
 from rlhf_fast.kernels._op import Declined, lane, op
 
 SPLIT = 256  # keys, as csrc/ has it too

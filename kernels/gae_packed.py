@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels._gae import check_offsets, pieces, scan
 from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
-from rlhf_fast.kernels._segments import check_offsets, pieces, scan
 
 
 def _fake(rewards, values, mask, cu_seqlens, gamma=1.0, lam=0.95, bootstrap=None):

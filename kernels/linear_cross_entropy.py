@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _blocks as blocks
+from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._op import op, wide
 

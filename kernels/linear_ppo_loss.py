@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _blocks as blocks
+from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels import _policy as policy
+from rlhf_fast.kernels import _ppo as policy
 from rlhf_fast.kernels._op import op, wide
 
 

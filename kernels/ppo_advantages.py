@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels._gae import pieces, scan
 from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
-from rlhf_fast.kernels._segments import pieces, scan
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
-from rlhf_fast.kernels._policy import policy_loss as clipped_loss
+from rlhf_fast.kernels._ppo import policy_loss as clipped_loss
 
 STATS = (
     "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_fast.kernels._gae import check_offsets
 from rlhf_fast.kernels._op import Declined, lane, op, wide
-from rlhf_fast.kernels._segments import check_offsets
 
 STATS = ("pairs", "correct", "margin", "groups", "groups_without_pair")
 

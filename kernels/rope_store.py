@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels import _row_ops as rows
 from rlhf_fast.kernels._op import lane, op, wide
 
 

@@ -6,7 +6,7 @@ kernels/_sampling.py says how the noise is keyed and what a draw is.
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels import _row_ops as rows
 from rlhf_fast.kernels import _sampling
 from rlhf_fast.kernels._op import Declined, addresses, lane, op
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels import _row_ops as rows
 from rlhf_fast.kernels._op import lane, op, wide
 
 FEW_ROWS = 256  # two blocks a processor of an H100

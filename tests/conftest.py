@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "simt")]
+
 if not torch.cuda.is_available():  # Triton's kernels run on the CPU; Triton looks at this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
@@ -16,8 +19,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 
     interpreter.hasten()
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "simt"))
 import build as simt  # noqa: E402
 
 if "RLHF_FAST_SIMT" not in os.environ and simt.compiler() and (ROOT / "csrc").is_dir():  # csrc/cuda, run on the CPU

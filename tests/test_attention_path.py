@@ -7,14 +7,15 @@ import pytest
 import torch
 from architectures import REFUSED, SERVED, V, build, greedy, llama, prompts, sampling
 
-from rlhf_fast import adapters, ops
-from rlhf_fast.config import LoraConfig
+from rlhf_fast import ops
+from rlhf_fast.config.fields import LoraConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.model import Model
-from rlhf_fast.rollout import Rollout, decoder
-from rlhf_fast.rollout.arena import PAGE, Arena
+from rlhf_fast.model import lora
+from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.attention import AttentionDecoder
 from rlhf_fast.rollout.decoder import Packed, Unsupported
+from rlhf_fast.rollout.kv_cache import PAGE, Arena
+from rlhf_fast.rollout.rollout import Rollout, decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,7 +172,7 @@ def test_an_error_leaves_the_module_as_it_was():
 def test_adapters_are_seen_and_their_absence_too():
     pytest.importorskip("peft")
     model = llama(eos_token_id=None)
-    model.module = adapters.attach(model.module, LoraConfig(rank=2, alpha=4), "lm", 0)
+    model.module = lora.attach(model.module, LoraConfig(rank=2, alpha=4), "lm", 0)
     for name, p in model.module.named_parameters():
         if "lora_B" in name:
             p.normal_()

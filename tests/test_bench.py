@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_fast import ops
-from rlhf_fast.bench import contest, report
-from rlhf_fast.bench.bout import Bout, Case, cases, label
-from rlhf_fast.bench.rivals import Rival
+from rlhf_fast.bench import compare, report
+from rlhf_fast.bench.baselines import Rival
+from rlhf_fast.bench.problem import Bout, Case, cases, label
 from rlhf_fast.bench.targets import TARGETS, Target
 from rlhf_fast.bench.timing import Cpu
 from rlhf_fast.kernels._op import OPS, Declined
@@ -36,7 +36,7 @@ def kernel(monkeypatch):
 
 def measured(op, size, gradient=False):
     case = Case(op, size, torch.float32, gradient)
-    return contest.measure(case, Cpu(), 1e10, seconds=0.01, compile_seconds=0)
+    return compare.measure(case, Cpu(), 1e10, seconds=0.01, compile_seconds=0)
 
 
 def bench(*arguments):
@@ -147,9 +147,9 @@ def test_a_kernel_that_declines_is_no_fault_and_the_reference_not_timed_in_its_p
 @pytest.mark.skipif(ops.gae.chosen("cpu") == "reference", reason="no compiled kernels")
 @pytest.mark.parametrize("name", list(OPS))
 def test_every_op_can_be_measured_and_its_kernel_is_right(name):
-    result = contest.Result([], [], [])
+    result = compare.Result([], [], [])
     for case in cases("cpu", [name], [torch.float32, torch.bfloat16], small=True):
-        contestants = contest.admitted(Bout(case, "cpu"), Cpu(), 0, result)
+        contestants = compare.admitted(Bout(case, "cpu"), Cpu(), 0, result)
         assert list(contestants) == [OPS[name].chosen("cpu"), "reference"], result
     assert not result.faults and not result.notes
 
@@ -205,7 +205,7 @@ def test_rivals_and_bare_products_stand_beside_a_head(monkeypatch):
         Rival("torch's", "torch", "linear_cross_entropy", torchs, 1e-4),
         Rival("a wrong one", "torch", "linear_cross_entropy", lambda *a: 2 * torchs(*a), 0.1),
     ]
-    monkeypatch.setattr(contest, "rivals_of", lambda *_: rivals)
+    monkeypatch.setattr(compare, "rivals_of", lambda *_: rivals)
     op = ops.linear_cross_entropy
     if op.chosen("cpu") == "reference":
         pytest.skip("no compiled kernels")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_fast import checkpoint
 from rlhf_fast.errors import UserError
+from rlhf_fast.run import checkpoint
 
 
 def same(a, b) -> bool:
@@ -136,7 +136,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
     """The file-size limit of a child process stands in for a full disk: the write itself fails, half done."""
     code = f"""
         import resource, signal, torch
-        from rlhf_fast import checkpoint
+        from rlhf_fast.run import checkpoint
         from rlhf_fast.errors import UserError
         checkpoint.save({str(tmp_path)!r}, 1, {{"model": {{"w": torch.ones(100)}}}}, keep=1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

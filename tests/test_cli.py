@@ -10,10 +10,10 @@ import pytest
 import torch
 import toy
 
-from rlhf_fast import __version__, cli, ops
-from rlhf_fast.cli import main
+from rlhf_fast import __version__, ops
+from rlhf_fast.cli.main import COMMANDS, main
 from rlhf_fast.errors import UserError
-from rlhf_fast.recipe import finished, read_recipe
+from rlhf_fast.stages.recipe import finished, read_recipe
 
 
 @pytest.fixture
@@ -35,22 +35,23 @@ def refused(capsys, *argv) -> str:
 
 
 def test_help_is_quick_because_it_imports_little():
-    code = (
-        "import sys; from rlhf_fast.cli import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
-    )
+    code = "import sys; from rlhf_fast.cli.main import main; main(['--help']); "
+    code += "print('torch' in sys.modules, file=sys.stderr)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.strip() == "False"
-    for name in cli.COMMANDS:
+    for name in COMMANDS:
         assert f"  {name} " in run.stdout
 
 
 def test_settings_can_be_shown_without_torch():
-    code = "import sys; from rlhf_fast.cli import main; main(['show-config', 'ppo']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from rlhf_fast.cli.main import main; main(['show-config', 'ppo']); print('torch' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
@@ -65,7 +66,7 @@ def test_version_and_unknown_command(capsys):
 
 
 def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
-    code = "import sys; from rlhf_fast.cli import main; sys.exit(main())"
+    code = "import sys; from rlhf_fast.cli.main import main; sys.exit(main())"
     run = subprocess.run(
         [sys.executable, "-c", code, "check", "nowhere.jsonl"], capture_output=True, text=True, cwd=tmp_path
     )
@@ -75,7 +76,7 @@ def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
 
 def test_interruption_full_disk_and_broken_pipe(monkeypatch, capsys):
     def raising(error):
-        monkeypatch.setitem(cli.COMMANDS, "env", ("", lambda argv: (_ for _ in ()).throw(error)))
+        monkeypatch.setitem(COMMANDS, "env", ("", lambda argv: (_ for _ in ()).throw(error)))
 
     raising(KeyboardInterrupt())
     assert main(["env"]) == 130

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast import config, settings
-from rlhf_fast.config import PPO, SFT, STAGES, OptimConfig, Reward
-from rlhf_fast.errors import UserError
-from rlhf_fast.flags import stage_config
-from rlhf_fast.presets import PRESETS, preset, show_config
-from rlhf_fast.resolve import (
+import rlhf_fast
+from rlhf_fast.config import fields, stages
+from rlhf_fast.config.fields import OptimConfig
+from rlhf_fast.config.flags import stage_config
+from rlhf_fast.config.presets import PRESETS, preset, show_config
+from rlhf_fast.config.resolve import (
     Given,
     difference,
     fingerprint,
@@ -26,13 +26,15 @@ from rlhf_fast.resolve import (
     to_json,
     to_yaml,
 )
+from rlhf_fast.config.stages import PPO, SFT, STAGES, Reward
+from rlhf_fast.errors import UserError
 
 
 def given(values: dict, where: str = "r.yaml:12") -> dict:
     return {path: Given(value, where) for path, value in values.items()}
 
 
-@pytest.mark.parametrize("module", [config, settings])
+@pytest.mark.parametrize("module", [fields, stages])
 def test_every_setting_says_what_it_does(module):
     tree = ast.parse(Path(module.__file__).read_text())
     for cls in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
@@ -173,11 +175,11 @@ def test_the_defaults_are_the_papers_but_for_a_few():
     told = {"select", "missing_eos", "whiten", "sampling.max_new_tokens", "data.dedupe_prefix"}
     assert {path for path, _, _ in difference(PPO(), resolve(PPO, preset("ppo", "paper")))} == told
     for name in told:
-        assert f"`{name}`" in config.__doc__
+        assert f"`{name}`" in stages.__doc__
     assert difference(Reward(), resolve(Reward, preset("reward", "paper"))) == []
     gentler = [path for path, _, _ in difference(SFT(), resolve(SFT, preset("sft", "paper")))]
     assert gentler == ["residual_dropout", "sampling.max_new_tokens"] and SFT().residual_dropout == 0
-    assert all(f"`{name}`" in config.__doc__ for name in gentler)
+    assert all(f"`{name}`" in stages.__doc__ for name in gentler)
     assert PRESETS["sft"]["paper-init"]["residual_dropout"] == PRESETS["sft"]["tutorial"]["residual_dropout"] == 0.2
 
 
@@ -250,10 +252,10 @@ def test_fingerprint_and_difference_see_every_setting():
 
 def test_every_setting_is_read_somewhere():
     """A setting that no code looks at would be a promise without effect."""
-    package = Path(config.__file__).parent
+    package = Path(rlhf_fast.__file__).parent
     used: set[str] = set()
     for file in package.rglob("*.py"):
-        if file.parent.name == "pocket":
+        if file.parent.name == "demo":
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.bench import cuda_resources as tool
-from rlhf_fast.bench import sass
+from rlhf_fast.bench.checks import cuda_resources as tool
+from rlhf_fast.bench.checks import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sass.cuobjdump() is None, reason="no cuobjdump, neither CUDA's nor Triton's")
 
 
 def measure(*arguments):
-    command = [sys.executable, "-m", "rlhf_fast.bench.cuda_resources", *map(str, arguments)]
+    command = [sys.executable, "-m", "rlhf_fast.bench.checks.cuda_resources", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_fast.config import DataConfig
+from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data import Encoder, read_comparisons, read_demonstrations, read_prompts, read_texts
 from rlhf_fast.data.check import check
 from rlhf_fast.data.encode import template_end

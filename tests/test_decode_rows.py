@@ -72,12 +72,12 @@ def test_a_norm_far_from_zero_keeps_its_variance(backend):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("op", [ops.rms_norm, ops.layer_norm], ids=lambda op: op.name)
 def test_rows_too_wide_for_one_tile_are_walked(op, monkeypatch):
-    from rlhf_fast.kernels.triton import _rows
+    from rlhf_fast.kernels.triton import _norm
 
     x, residual, weight = torch.randn(3, 577), torch.randn(3, 577), torch.randn(577)
     whole, walked = residual.clone(), residual.clone()
     expected = op.backend("triton")(5 + x, weight, residual=whole)
-    monkeypatch.setattr(_rows, "WIDEST", 256)
+    monkeypatch.setattr(_norm, "WIDEST", 256)
     torch.testing.assert_close(op.backend("triton")(5 + x, weight, residual=walked), expected)
     assert torch.equal(walked, whole)
 

@@ -7,12 +7,13 @@ import torch
 import toy
 
 from rlhf_fast.batches import Prompts, Responses, cat, pad_rows, response_mask
-from rlhf_fast.config import PPO, KLConfig, ModelConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.fields import KLConfig, ModelConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.stages import PPO
 from rlhf_fast.errors import UserError
-from rlhf_fast.experience import collect, final_scores, minibatches, token_weights, whiten
-from rlhf_fast.model import Model
-from rlhf_fast.rewards import FunctionReward, checked, is_function, load_reward
-from rlhf_fast.rollout import Rollout
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.training.experience import collect, final_scores, minibatches, token_weights, whiten
+from rlhf_fast.training.rewards import FunctionReward, checked, is_function, load_reward
 
 END = 2
 

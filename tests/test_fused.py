@@ -10,17 +10,18 @@ import torch
 from architectures import GPT, V, build, greedy, prompts, sampling
 from peak import peak_bytes
 
-from rlhf_fast.config import LoraConfig, ModelConfig
+from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._op import COMPILED, OPS, forcing
-from rlhf_fast.model import Model
-from rlhf_fast.rollout import Rollout, decode_step, layers
-from rlhf_fast.rollout.arena import Arena
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout import architectures, compiled_step
 from rlhf_fast.rollout.decoder import Packed, Unsupported
 from rlhf_fast.rollout.fused import FusedDecoder
+from rlhf_fast.rollout.kv_cache import Arena
+from rlhf_fast.rollout.rollout import Rollout
 
-pytestmark = pytest.mark.skipif(decode_step.kernels() is None, reason="no compiled kernels for this processor")
+pytestmark = pytest.mark.skipif(compiled_step.kernels() is None, reason="no compiled kernels for this processor")
 ROPE = {"rope_theta": 10000.0}
 LLAMA3 = ROPE | {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -111,7 +112,7 @@ def test_hidden_states_are_as_near_the_truth_as_the_modules(make, dtype):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 products"])
 def test_a_tokens_numbers_hang_on_its_own_sequence_alone(name, kind, monkeypatch):
     """Bit for bit: prefilled at once or token by token, in any company, on any pages, by any number of threads."""
-    monkeypatch.setattr(decode_step, "LEAST", 0)  # threads however little there is to do
+    monkeypatch.setattr(compiled_step, "LEAST", 0)  # threads however little there is to do
     if kind == "bfloat16 products":
         monkeypatch.setattr(linear_sample_tokens, "HALF", 2)
     model = Model(MODELS[name]().to(torch.float32 if kind == "float32" else torch.bfloat16))
@@ -134,7 +135,7 @@ def test_every_instruction_set_computes_the_same(name, monkeypatch):
     model, rows = Model(MODELS[name]()), random_rows(11, 30)
     found = {}
     for backend in [backend for backend in COMPILED if backend.startswith("cpu:")]:
-        monkeypatch.setattr(decode_step, "kernels", lambda device=None, backend=backend: COMPILED[backend])
+        monkeypatch.setattr(compiled_step, "kernels", lambda device=None, backend=backend: COMPILED[backend])
         found[backend] = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
     for ours in found.values():
         torch.testing.assert_close(ours, found["cpu:generic"], rtol=1e-5, atol=1e-5)
@@ -254,12 +255,12 @@ def test_samples_are_bit_equal_whatever_the_batch(filters):
 def test_adapters_count_without_rounding(name, dtype):
     """A LoRA's product is added in float32, for the time of the rollout; its reference does without."""
     pytest.importorskip("peft")
-    from rlhf_fast import adapters
+    from rlhf_fast.model import lora
 
     module = MODELS[name]().to(dtype)
     plain, rows = Model(module), random_rows(20, 3)
     before = hidden(FusedDecoder.make(plain), rows, at_once(rows))
-    model = Model(adapters.attach(module, LoraConfig(rank=2), "lm", 0), cfg=ModelConfig())
+    model = Model(lora.attach(module, LoraConfig(rank=2), "lm", 0), cfg=ModelConfig())
     model.module.eval()
     for parameter in model.trainable().values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -304,22 +305,22 @@ def test_a_rollout_holds_little_but_weights_and_cache(filters):
 
 def test_a_wrong_description_is_not_believed(monkeypatch):
     """The proof at the start: a family whose table is wrong by one number is refused."""
-    right = layers.FAMILIES["LlamaModel"]
+    right = architectures.FAMILIES["LlamaModel"]
 
     def wrong(decoder, linear):
         parts = right(decoder, linear)
         return parts._replace(layers=[layer._replace(scale=layer.scale * 1.2) for layer in parts.layers])
 
-    monkeypatch.setitem(layers.FAMILIES, "LlamaModel", wrong)
+    monkeypatch.setitem(architectures.FAMILIES, "LlamaModel", wrong)
     with pytest.raises(Unsupported, match="hidden states over our cache are off by"):
         FusedDecoder.make(Model(MODELS["llama 4/4 heads of 64"]()))
 
 
 def adapted(*targets: str) -> Model:
     pytest.importorskip("peft")
-    from rlhf_fast import adapters
+    from rlhf_fast.model import lora
 
-    return Model(adapters.attach(build("Llama")(), LoraConfig(rank=2, targets=targets), "lm", 0))
+    return Model(lora.attach(build("Llama")(), LoraConfig(rank=2, targets=targets), "lm", 0))
 
 
 def with_parts(change):
@@ -382,4 +383,4 @@ def test_what_it_refuses(make, reason):
 
 def test_structures_of_another_build_are_refused():
     with pytest.raises(RuntimeError, match="describe a decoder differently; install rlhf-fast again"):
-        decode_step.kernels().decode_step(0, 1, ctypes.sizeof(decode_step._Layer), *[0] * 13, 1)
+        compiled_step.kernels().decode_step(0, 1, ctypes.sizeof(compiled_step._Layer), *[0] * 13, 1)

@@ -9,54 +9,86 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a source checkout")
 
-# From the roof down; a module imports only from floors below its own (same floor: only inside one package).
+# From the top down; a room imports only from floors below its own. The front door (`__init__.py`) stands above all.
 FLOORS = [
     {"cli"},
-    {"bench", "pocket", "recipe", "environment", "generate"},
-    {"plot", "memory", "flags", "options"},
+    {"demo"},
     {"stages"},
-    {"experience", "rollout", "checkpoint", "rewards"},
-    {"model", "data", "losses", "learner", "logs", "kl"},
-    {"adapters", "dropout", "packing", "pretrained"},
-    {"presets"},
-    {"resolve"},
-    {"config", "batches"},
-    {"settings"},
-    {"ops"},
+    {"run"},
+    {"rollout", "training"},
+    {"model", "data"},
+    {"config"},
+    {"ops", "batches", "errors"},
     {"kernels"},
 ]
+MOST_ENTRIES = 16
 
 
-def python_files():
-    return [p for p in sorted((ROOT / "rlhf_fast").rglob("*.py")) if "__pycache__" not in p.parts]
+def package_files() -> dict[str, Path]:
+    """Dotted name -> file, of every module of rlhf_fast/."""
+    files = {}
+    for path in sorted((ROOT / "rlhf_fast").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT / "rlhf_fast").with_suffix("").parts[0]
+FILES = package_files()
 
 
-def imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def imports(path: Path) -> set[str]:
+    """Modules of rlhf_fast/ and names in them that a file imports: at its head, inside functions, by import_module."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [f"{node.module}.{a.name}" for a in node.names]
-        rooms |= {n.split(".")[1] for n in names if n.startswith("rlhf_fast.")}
-    return rooms
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: write the whole name of the module"
+            names |= {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            names |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return {name for name in names if name.startswith("rlhf_fast.")}
 
 
-def floor(name: str) -> int | None:
-    return next((i for i, rooms in enumerate(FLOORS) if name in rooms), None)
+def imported_files(path: Path) -> set[str]:
+    """The modules of rlhf_fast/ among them, by their dotted names."""
+    return {name if name in FILES else name.rpartition(".")[0] for name in imports(path)} & FILES.keys()
 
 
-@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_downwards(path):
-    here = room(path)
-    if here in ("__init__", "errors", "__main__"):
-        return
-    assert floor(here) is not None, f"{path.name}: give the room {here!r} a floor in {Path(__file__).name}"
-    for other in imported_rooms(path) - {here, "errors", "__version__"}:
-        assert floor(other) is not None and floor(other) > floor(here), f"{here} must not import {other}"
+def floor(room: str) -> int:
+    found = [i for i, rooms in enumerate(FLOORS) if room in rooms]
+    assert found, f"give the room {room!r} a floor in {Path(__file__).name}"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "rlhf_fast"])
+def test_imports_run_downwards(name):
+    here = name.split(".")[1]
+    for other in {module.split(".")[1] for module in imports(FILES[name])} - {here, "__version__"}:
+        assert floor(other) > floor(here), f"{name} must not import {other}"
+
+
+def test_no_circles_between_files():
+    graph = {name: imported_files(path) for name, path in FILES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"a circle: {' -> '.join([*trail[trail.index(name) :], name])}"
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    assert len(done) > 50
+
+
+def test_the_package_can_be_taken_in_at_a_glance():
+    built = {"__pycache__", "__init__.py", "py.typed"}
+    entries = {path.name for path in (ROOT / "rlhf_fast").iterdir() if path.suffix not in (".so", ".pyd")} - built
+    assert {name.removesuffix(".py") for name in entries} == set().union(*FLOORS) - {"kernels"}
+    assert len(entries) <= MOST_ENTRIES
 
 
 def test_stages_do_not_import_one_another():
@@ -77,8 +109,9 @@ def test_no_op_imports_another_op():
 def test_every_compiled_kernel_is_found_by_its_name():
     """A source has the stem of its op, or of a family of ops, or of the rollout's step; each kernel in it is called by
     that name there."""
-    callers = [*(ROOT / "kernels").glob("*.py"), ROOT / "rlhf_fast" / "rollout" / "decode_step.py"]
-    launchers, ops = "\n".join(p.read_text() for p in callers), {p.stem for p in callers}
+    callers = [*(ROOT / "kernels").glob("*.py"), ROOT / "rlhf_fast" / "rollout" / "compiled_step.py"]
+    launchers = "\n".join(p.read_text() for p in callers)
+    ops = {p.stem for p in callers} | {"driver", "decode_step"}  # what is asked at import, and a rollout's whole step
     for path in [*(ROOT / "csrc").glob("cpu/*.cpp"), *(ROOT / "csrc").glob("cuda/*.cu")]:
         family = path.stem.partition("_")[0]
         assert path.stem in ops or any(op.startswith(f"{family}_") for op in ops), path.relative_to(ROOT)
@@ -103,7 +136,7 @@ def test_kernels_use_no_library_templates():
         assert all(h.endswith(".h") for h in headers), f"{path}: {headers}"
 
 
-@pytest.mark.parametrize("path", [*python_files(), *sorted((ROOT / "kernels").glob("*.py"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*FILES.values(), *sorted((ROOT / "kernels").glob("*.py"))], ids=lambda p: p.name)
 def test_files_stay_readable(path):
     lines = len(path.read_text().splitlines())
     assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines: look for the second thing that it does"
@@ -111,7 +144,7 @@ def test_files_stay_readable(path):
 
 def test_public_functions_say_what_they_mean():
     silent = []
-    for path in [*python_files(), *(ROOT / "kernels").glob("*.py")]:
+    for path in [*FILES.values(), *(ROOT / "kernels").glob("*.py")]:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree) is not None or not tree.body, f"{path.relative_to(ROOT)} has no docstring"
         for node in tree.body:

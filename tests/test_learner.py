@@ -7,12 +7,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fast.batches import Demonstrations, Texts, pad_rows
-from rlhf_fast.config import KLConfig, ModelConfig, OptimConfig
+from rlhf_fast.config.fields import KLConfig, ModelConfig, OptimConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.kl import KLController
-from rlhf_fast.learner import Learner, learning_rate
-from rlhf_fast.losses import pretrain_loss, sft_loss
-from rlhf_fast.model import Model
+from rlhf_fast.model.model import Model
+from rlhf_fast.training.kl import KLController
+from rlhf_fast.training.learner import Learner, learning_rate
+from rlhf_fast.training.losses import pretrain_loss, sft_loss
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _blocks as blocks
+from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels._op import COMPILED
 
 BACKENDS = [b for b in ops.linear_logprobs.backends if ops.linear_logprobs.can_run(b, "cpu")]

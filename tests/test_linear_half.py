@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _blocks as blocks
+from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels._op import COMPILED
 
 CPU = [name for name in COMPILED if name.startswith("cpu")]

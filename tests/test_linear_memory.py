@@ -5,7 +5,7 @@ import torch
 from peak import peak_bytes
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _blocks as blocks
+from rlhf_fast.kernels import _cpu_head as blocks
 
 COMPILED = ops.linear_logprobs.backends[1:][-1:]
 

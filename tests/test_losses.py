@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf_fast import ops
 from rlhf_fast.batches import Comparisons, Experience, micro_batches, pad_rows, response_mask
-from rlhf_fast.config import PPO
-from rlhf_fast.experience import token_weights, whiten
-from rlhf_fast.losses import policy_loss, reward_loss, value_loss
-from rlhf_fast.model import Model
+from rlhf_fast.config.stages import PPO
+from rlhf_fast.model.model import Model
+from rlhf_fast.training.experience import token_weights, whiten
+from rlhf_fast.training.losses import policy_loss, reward_loss, value_loss
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from rlhf_fast.batches import Demonstrations, pad_rows
-from rlhf_fast.config import LoraConfig, ModelConfig
+from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.losses import sft_loss
-from rlhf_fast.model import Model
+from rlhf_fast.model.model import Model
+from rlhf_fast.training.losses import sft_loss
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -7,7 +7,7 @@ import torch
 import toy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_fast.config import DataConfig, LoraConfig, ModelConfig, OptimConfig
+from rlhf_fast.config.fields import DataConfig, LoraConfig, ModelConfig, OptimConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.stages import ppo, reward, sft
 
@@ -65,8 +65,8 @@ def test_ppo_against_a_reward_model_starts_the_critic_from_it(folder, kind):
 def test_ptx_is_one_gradient_with_ppos(folder):
     """The step's gradient is PPO's plus coefficient times the texts'."""
     from rlhf_fast.batches import Texts
-    from rlhf_fast.learner import Learner
-    from rlhf_fast.losses import pretrain_loss
+    from rlhf_fast.training.learner import Learner
+    from rlhf_fast.training.losses import pretrain_loss
 
     cfg = toy.ppo(folder, episodes=16)
     model = ppo.Model.load(cfg.policy)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _segments
+from rlhf_fast.kernels import _gae
 
 BACKENDS = ops.ppo_advantages.backends
 KERNELS = [name for name in BACKENDS if name.startswith("cpu") or name == "simt"]
@@ -217,8 +217,8 @@ def test_long_rows_split_over_blocks(estimator, monkeypatch):
     )
     op = ops.ppo_advantages.backend("simt")
     for long in (10000, 1024):
-        monkeypatch.setattr(_segments, "LONG", long)
-        assert bool(_segments.pieces(len(mask), mask.numel(), T, scores)[0]) == (long == 1024)
+        monkeypatch.setattr(_gae, "LONG", long)
+        assert bool(_gae.pieces(len(mask), mask.numel(), T, scores)[0]) == (long == 1024)
         ours = op(*given, scores, mask, 0.05, estimator, 0.99, 0.95)
         for x, t in zip(ours, truth, strict=True):
             torch.testing.assert_close(x.double(), t, rtol=2e-6, atol=2e-5)

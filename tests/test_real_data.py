@@ -11,7 +11,8 @@ import torch
 import toy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_fast.config import PPO, SFT, DataConfig, LogConfig, ModelConfig, OptimConfig, Reward, SamplingConfig
+from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.stages import PPO, SFT, Reward
 from rlhf_fast.stages import ppo, reward, sft
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

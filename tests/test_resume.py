@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import toy
 
-from rlhf_fast import checkpoint
-from rlhf_fast.config import LogConfig, LoraConfig, ModelConfig
+from rlhf_fast.config.fields import LogConfig, LoraConfig, ModelConfig
+from rlhf_fast.run import checkpoint
 from rlhf_fast.stages import ppo, reward, sft
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
@@ -135,7 +135,7 @@ def test_killed_at_random_moments(uninterrupted, processes):
 
 def stopped_after(monkeypatch, stage: str, folder: Path, out: str, steps: int) -> None:
     """Runs the stage in this process and sends SIGTERM while step `steps` + 1 is on its way."""
-    from rlhf_fast import learner
+    from rlhf_fast.training import learner
 
     monkeypatch.chdir(folder)
     step, count = learner.Learner.step, [0]

@@ -9,11 +9,11 @@ from architectures import END, SERVED, V, build, greedy, llama, prompts, samplin
 
 from rlhf_fast import batches
 from rlhf_fast.batches import LIMIT, STOP, Prompts
-from rlhf_fast.config import BadSetting, ModelConfig, SamplingConfig
+from rlhf_fast.config.fields import BadSetting, ModelConfig, SamplingConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.model import Model
-from rlhf_fast.rollout import Rollout
-from rlhf_fast.rollout.stops import Stops
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.rollout.stop_criteria import Stops
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K"
@@ -404,7 +404,7 @@ BY_LENGTH = {
 @torch.no_grad()
 def test_a_rotation_by_length_is_served_up_to_where_it_switches(make, caplog, monkeypatch):
     """A text of 40 tokens goes first, so that whatever the module remembers of it would show."""
-    monkeypatch.setattr("rlhf_fast.rollout.decoder._told", set())
+    monkeypatch.setattr("rlhf_fast.rollout.choose._told", set())
     model, batch = Model(make()), prompts(4, 1, 3)
     model.hidden(torch.randint(3, V, (1, 40)))
     for path in ("fused", "attention"):

@@ -8,10 +8,10 @@ import pytest
 import toy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_fast.config import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.folder import RunDir
 from rlhf_fast.stages import reward, sft
-from rlhf_fast.stages.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,7 +143,7 @@ def toy_scores(path):
 
 def test_the_bias_puts_demonstrations_at_zero_and_keeps_the_ranking(folder):
     from rlhf_fast.data import read_demonstrations
-    from rlhf_fast.model import Model
+    from rlhf_fast.model.model import Model
 
     cfg = toy.reward(folder)
     reward.run(cfg)

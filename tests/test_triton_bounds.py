@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.bench.bout import Bout, Case
-from rlhf_fast.bench.fingerprints import SECTOR
+from rlhf_fast.bench.checks.output_hashes import SECTOR
+from rlhf_fast.bench.problem import Bout, Case
 from rlhf_fast.kernels._op import OPS
 
 pytest.importorskip("triton")

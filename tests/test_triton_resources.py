@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(*arguments, **environment):
-    command = [sys.executable, "-m", "rlhf_fast.bench.triton_resources", *arguments]
+    command = [sys.executable, "-m", "rlhf_fast.bench.checks.triton_resources", *arguments]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
@@ -46,7 +46,7 @@ def test_no_kernel_spills_and_products_use_tensor_cores(tmp_path):
 
 SPILLS = """
 import sys
-import rlhf_fast.bench.triton_resources as tool
+import rlhf_fast.bench.checks.triton_resources as tool
 import triton, triton.language as tl, torch
 
 @triton.jit
@@ -71,7 +71,7 @@ def test_a_kernel_that_spills_is_seen(tmp_path):
 
 
 NARROW = """
-import rlhf_fast.bench.triton_resources as tool
+import rlhf_fast.bench.checks.triton_resources as tool
 import triton, triton.language as tl, torch
 
 @triton.jit
@@ -94,7 +94,7 @@ def test_a_mask_that_splits_the_loads_of_aligned_rows_is_seen(tmp_path):
 
 
 WAITS = """
-import rlhf_fast.bench.triton_resources as tool
+import rlhf_fast.bench.checks.triton_resources as tool
 import torch
 from rlhf_fast import ops
 from rlhf_fast.kernels.triton import swiglu as room
@@ -136,7 +136,7 @@ def test_an_unknown_op_and_the_interpreter_are_refused():
 ON_AMD = """
 import torch
 from triton.backends.compiler import GPUTarget
-import rlhf_fast.bench.triton_resources as tool
+import rlhf_fast.bench.checks.triton_resources as tool
 from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS
 from rlhf_fast.kernels.triton import launch

@@ -293,7 +293,7 @@ def test_two_dtypes_are_declined():
 
 COMPILES = """
 import torch
-import rlhf_fast.bench.triton_resources as tool
+import rlhf_fast.bench.checks.triton_resources as tool
 from rlhf_fast.kernels.triton import _scoring as scoring
 
 def launches(D, bias, softcap, pair, capability):

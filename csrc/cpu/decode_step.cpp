@@ -1,5 +1,5 @@
 // One forward pass of a decoder over N packed tokens, in one call: embedding, layers, final norm. It serves prefill and
-// decode alike; rollout/layers.py says which tensors of which architecture go where.
+// decode alike; rollout/architectures.py says which tensors of which architecture go where.
 //
 // Activations are float32. A layer is a few phases with a barrier between them; within a phase the threads share blocks
 // of a product's columns, or rows. All keys and values of a block of tokens are written before any of them attends,
@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t ROWS = 64;   // tokens that pass through the layers together
 constexpr int64_t BLOCK = 64;  // columns of a product that a thread computes at a time
 
-// These three mirror the ctypes structures of rollout/layers.py.
+// These three mirror the ctypes structures of rollout/compiled_step.py.
 struct Norm {
   const void* weight;  // null: there is no norm here
   const void* bias;
@@ -311,7 +311,7 @@ const char* decode_step(uintptr_t decoder, int64_t decoder_size, int64_t layer_s
                         int64_t wanted_count, uintptr_t hidden, int half, int64_t least, uintptr_t workspace,
                         uintptr_t needed, int threads) {
   if (decoder_size != sizeof(Decoder) || layer_size != sizeof(Layer))
-    return "rollout/layers.py and csrc/cpu/decode_step.cpp describe a decoder differently; install rlhf-fast again";
+    return "rollout/compiled_step.py and csrc/cpu/decode_step.cpp describe a decoder differently; install rlhf-fast again";
   const Decoder& model = *ptr<const Decoder>(decoder);
   if (workspace)
     for (int64_t n = 0; n < N; ++n) {

@@ -1,11 +1,11 @@
 // Draws a token from each row of hidden states: the head's product and the draw in one; kernels/linear_sample_tokens.py
-// says what it means, product.h and draw.h how the two halves are done.
+// says what it means, product.h and sample.h how the two halves are done.
 //
 // A thread takes its columns of the head in tiles: up to ROWS rows of logits of one tile lie in the second-level cache
 // when they are visited, and are forgotten. A row of logits is kept only where a filter or a ban must see it whole.
 //
 // Floor: the head once from memory, or its 2 B V D operations; the draw adds some 50 operations a logit.
-#include "draw.h"
+#include "sample.h"
 #include "kernel.h"
 #include "product.h"
 #include "team.h"

@@ -20,7 +20,7 @@
 
 namespace {
 
-// A linear layer as the module holds it; rollout/layers.py fills it in.
+// A linear layer as the module holds it; rollout/compiled_step.py fills it in.
 struct Matrix {
   const void* weight;
   const void* bias;  // (out,) or null, of the weight's type

@@ -1,8 +1,8 @@
-// Draws a token a row; kernels/sample_tokens.py says what it means, draw.h how it is done.
+// Draws a token a row; kernels/sample_tokens.py says what it means, sample.h how it is done.
 //
 // Floor per token: one read from memory; about 16 operations for e^z (32 where the temperature is not 1), 18 for
 // Philox.
-#include "draw.h"
+#include "sample.h"
 #include "kernel.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // GELU on NVIDIA GPUs; kernels/gelu.py says what it means. Floor: one read and one write of memory, of 16 bytes a
 // thread.
 #include "activation.cuh"
-#include "words.cuh"
+#include "vec.cuh"
 
 namespace {
 

@@ -6,7 +6,7 @@
 // again. Which numbers a thread adds up, and in which order, depends on D and the dtype alone.
 #pragma once
 #include "reduce.cuh"
-#include "words.cuh"
+#include "vec.cuh"
 
 namespace {
 

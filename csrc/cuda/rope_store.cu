@@ -5,7 +5,7 @@
 // a part that is rotated eight and the eight that they are paired with: 16 bytes of a 16-bit type at once, twice 16 of
 // float32. Where rows cannot be cut into eights it takes one number, or one pair. The threads of a token read the same
 // cosines and sines, out of the first-level cache. A slot that is no place of the caches writes nothing.
-#include "words.cuh"
+#include "vec.cuh"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Draws a token a row, on NVIDIA GPUs; kernels/sample_tokens.py says what it means, draw.cuh and cut.cuh how it is
+// Draws a token a row, on NVIDIA GPUs; kernels/sample_tokens.py says what it means, sample.cuh and filters.cuh how it is
 // done.
 //
 // Memory is the floor: one read of the logits. Without a filter a block takes a tile of a row, which it keeps in
@@ -6,7 +6,7 @@
 // a row then joins the tiles in their order, in float64. With a filter the tiles are summed only; a block a row then
 // looks at the row some 3 to 5 times more, mostly in the second-level cache, to find the cut, and once to draw.
 // How a row is cut into tiles depends on V alone: its bits are its own.
-#include "cut.cuh"
+#include "filters.cuh"
 
 namespace {
 

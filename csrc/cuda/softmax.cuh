@@ -6,7 +6,7 @@
 #include <math.h>
 
 #include "reduce.cuh"
-#include "words.cuh"
+#include "vec.cuh"
 
 namespace {
 

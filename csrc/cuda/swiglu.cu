@@ -1,7 +1,7 @@
 // silu(gate) * up on NVIDIA GPUs; kernels/swiglu.py says what it means. Floor: two reads and a write of memory, each of
 // 16 bytes a thread where all rows are whole words, else of one number.
 #include "activation.cuh"
-#include "words.cuh"
+#include "vec.cuh"
 
 namespace {
 

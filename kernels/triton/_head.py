@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._blocks import floats
+from rlhf_fast.kernels._cpu_head import floats
 from rlhf_fast.kernels.triton import _logits as rows
 from rlhf_fast.kernels.triton import _scoring as scoring
 from rlhf_fast.kernels.triton import _softmax as softmax

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels.triton import _policy as policy
+from rlhf_fast.kernels.triton import _ppo as policy
 from rlhf_fast.kernels.triton import _softmax as softmax
 from rlhf_fast.kernels.triton import launch
 

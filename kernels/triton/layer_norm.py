@@ -1,6 +1,6 @@
 """layer_norm on a GPU: kernels/triton/_rows.py has the kernel."""
 
-from rlhf_fast.kernels.triton._rows import norm
+from rlhf_fast.kernels.triton._norm import norm
 
 
 def layer_norm(x, weight, bias, eps, residual):

@@ -4,7 +4,7 @@ loss and the metrics are summed over the rows at the end (_policy.py)."""
 
 from rlhf_fast.kernels.triton import _head as head
 from rlhf_fast.kernels.triton import _logits as rows
-from rlhf_fast.kernels.triton import _policy as policy
+from rlhf_fast.kernels.triton import _ppo as policy
 
 
 def _train(

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from rlhf_fast.kernels._op import Declined
 from rlhf_fast.kernels._sampling import fake_outputs
-from rlhf_fast.kernels.triton import _cut as cut
-from rlhf_fast.kernels.triton import _draw as draw
+from rlhf_fast.kernels.triton import _filters as cut
+from rlhf_fast.kernels.triton import _gumbel as draw
 from rlhf_fast.kernels.triton import launch
 from rlhf_fast.kernels.triton.sample_tokens import sample
 

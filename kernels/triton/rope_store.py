@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels import _rows as rows
+from rlhf_fast.kernels import _row_ops as rows
 from rlhf_fast.kernels.rope_store import _check_slots
 from rlhf_fast.kernels.triton import launch
 

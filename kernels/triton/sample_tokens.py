@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._op import Declined
-from rlhf_fast.kernels.triton import _cut as cut
-from rlhf_fast.kernels.triton import _draw as draw
+from rlhf_fast.kernels.triton import _filters as cut
+from rlhf_fast.kernels.triton import _gumbel as draw
 from rlhf_fast.kernels.triton import launch
 
 TILE = 2048  # tokens a program

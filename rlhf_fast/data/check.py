@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.config import DataConfig
+from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.datasets import Row, opening, shorten, too_long
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import Bad

@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_rows
-from rlhf_fast.config import DataConfig
+from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import Bad, Dialog
 from rlhf_fast.data.rows import Example, read

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from rlhf_fast import ops
-from rlhf_fast.model import Model
-from rlhf_fast.rollout.arena import Arena, KVShape
+from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.decoder import Packed, Unsupported
-from rlhf_fast.rollout.proof import prove
+from rlhf_fast.rollout.kv_cache import Arena, KVShape
+from rlhf_fast.rollout.verify import prove
 
 NAME = "rlhf_fast"
 CARRIER = "rlhf_fast_call"

@@ -1,7 +1,7 @@
-"""The fused decoder: our own forward pass over the module's tensors, for the families of rollout/layers.py.
+"""The fused decoder: our own forward pass over the module's tensors, for the families of rollout/architectures.py.
 
 One call of compiled code does all layers of a step (csrc/cpu/decode_step.cpp). Where there is none for the device, the
-same step is a chain of ops (rollout/stepwise.py).
+same step is a chain of ops (rollout/op_step.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.model import Model
-from rlhf_fast.rollout import decode_step
-from rlhf_fast.rollout.arena import Arena, KVShape
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout import compiled_step
+from rlhf_fast.rollout.architectures import Parts, read
 from rlhf_fast.rollout.decoder import Packed, Unsupported
-from rlhf_fast.rollout.layers import Parts, read
-from rlhf_fast.rollout.proof import prove
-from rlhf_fast.rollout.stepwise import StepByOps
+from rlhf_fast.rollout.kv_cache import Arena, KVShape
+from rlhf_fast.rollout.op_step import StepByOps
+from rlhf_fast.rollout.verify import prove
 
 
 class FusedDecoder:
@@ -31,7 +31,7 @@ class FusedDecoder:
         self.model, self.dtype = model, model.head_weight.dtype
         self.shapes = [KVShape(parts.kv_heads, parts.head_dim, parts.head_dim)] * len(parts.layers)
         self._parts: Parts | None = None
-        self._step: decode_step.CompiledStep | StepByOps | None = None
+        self._step: compiled_step.CompiledStep | StepByOps | None = None
 
     @classmethod
     @torch.no_grad()
@@ -67,8 +67,8 @@ class FusedDecoder:
             raise RuntimeError("FusedDecoder.hidden: only within `with decoder.ready()`")
         if self._step is None or self._step.arena is not arena:
             cos, sin = self._angles(arena.width * arena.page)
-            compiled = self.dtype in decode_step.SERVED and decode_step.kernels(self.model.device) is not None
-            self._step = (decode_step.CompiledStep if compiled else StepByOps)(self._parts, arena, cos, sin)
+            compiled = self.dtype in compiled_step.SERVED and compiled_step.kernels(self.model.device) is not None
+            self._step = (compiled_step.CompiledStep if compiled else StepByOps)(self._parts, arena, cos, sin)
         return self._step(packed)
 
     def _angles(self, positions: int) -> tuple[Tensor | None, Tensor | None]:

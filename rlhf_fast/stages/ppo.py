@@ -12,19 +12,20 @@ from typing import NamedTuple
 import torch
 
 from rlhf_fast.batches import Experience, Prompts, Responses
-from rlhf_fast.config import PPO, LoraConfig
+from rlhf_fast.config.fields import LoraConfig
+from rlhf_fast.config.stages import PPO
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
 from rlhf_fast.errors import UserError, naming
-from rlhf_fast.experience import collect, minibatches
-from rlhf_fast.kl import KLController
-from rlhf_fast.learner import Learner
-from rlhf_fast.losses import policy_loss, pretrain_loss, value_loss
-from rlhf_fast.model import Model
-from rlhf_fast.pretrained import check_tokenizers
-from rlhf_fast.rewards import Reward, is_function, load_reward
-from rlhf_fast.rollout import Rollout
-from rlhf_fast.stages.run_dir import Best, RunDir
+from rlhf_fast.model.model import Model
+from rlhf_fast.model.pretrained import check_tokenizers
+from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.folder import Best, RunDir
 from rlhf_fast.stages.validation import due, prompts_of, told
+from rlhf_fast.training.experience import collect, minibatches
+from rlhf_fast.training.kl import KLController
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.losses import policy_loss, pretrain_loss, value_loss
+from rlhf_fast.training.rewards import Reward, is_function, load_reward
 
 HEADLINE = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 

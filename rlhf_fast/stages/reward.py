@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast.batches import Comparisons
-from rlhf_fast.config import Reward
+from rlhf_fast.config.stages import Reward
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
 from rlhf_fast.errors import UserError, naming
-from rlhf_fast.learner import Learner
-from rlhf_fast.losses import reward_loss
-from rlhf_fast.model import Model
-from rlhf_fast.stages.run_dir import RunDir
+from rlhf_fast.model.model import Model
+from rlhf_fast.run.folder import RunDir
 from rlhf_fast.stages.validation import averages, due
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.losses import reward_loss
 
 HEADLINE = ("loss/reward", "reward/accuracy", "valid/accuracy")
 

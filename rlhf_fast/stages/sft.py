@@ -6,16 +6,16 @@ from functools import partial
 
 import torch
 
-from rlhf_fast.config import SFT
+from rlhf_fast.config.stages import SFT
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
 from rlhf_fast.errors import UserError, naming
-from rlhf_fast.learner import Learner
-from rlhf_fast.losses import pretrain_loss, sft_loss
-from rlhf_fast.model import Model
-from rlhf_fast.rewards import Reward, load_reward
-from rlhf_fast.rollout import Rollout
-from rlhf_fast.stages.run_dir import Best, RunDir
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.folder import Best, RunDir
 from rlhf_fast.stages.validation import averages, due, prompts_of, told
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.losses import pretrain_loss, sft_loss
+from rlhf_fast.training.rewards import Reward, load_reward
 
 HEADLINE = ("loss/sft", "valid/sft", "valid/scores")
 

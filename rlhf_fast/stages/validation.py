@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.data import Dataset
-from rlhf_fast.learner import Loss, evaluate
-from rlhf_fast.model import Model
+from rlhf_fast.model.model import Model
+from rlhf_fast.training.learner import Loss, evaluate
 
 
 def due(step: int, every: int, batch: int, rows: int, total: int) -> bool:

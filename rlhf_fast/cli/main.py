@@ -1,0 +1,227 @@
+"""The command `rlhf-fast`. Each command imports what it needs when it is called: --help answers at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from rlhf_fast import __version__
+from rlhf_fast.errors import UserError
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {}
+
+
+def command(name: str, summary: str) -> Callable:
+    """Registers a function (arguments) -> exit status."""
+
+    def register(run: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+        COMMANDS[name] = (summary, run)
+        return run
+
+    return register
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 for bad input or settings, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("rlhf-fast: stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `rlhf-fast ... | head`: nobody reads on, and the flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        return _fail(f"the disk is full{where}; free some space and start the same command again: it goes on")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail("out of GPU memory; lower optim.micro_batch_tokens and sampling.batch, which change no result")
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] in ("--version", "version"):
+        print(f"rlhf-fast {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`rlhf-fast --help` lists them"
+        raise UserError(f'no command "{argv[0]}"; {hint}')
+    return COMMANDS[argv[0]][1](argv[1:])
+
+
+def _fail(sentence: str) -> int:
+    print(f"rlhf-fast: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, (summary, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlhf-fast COMMAND [options]        rlhf-fast COMMAND --help        rlhf-fast --version",
+            "",
+            "Supervised fine-tuning, reward modelling and PPO as in InstructGPT, on fused kernels.",
+            "",
+            *lines,
+            "",
+            "start with: rlhf-fast demo",
+        ]
+    )
+
+
+@command("demo", "the whole experiment on a small generated world, in about 5 minutes on 2 cores, no download")
+def _demo(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import DemoOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(DemoOptions, argv, "demo")
+    from rlhf_fast.demo.run import run
+
+    run(out=options.out, seed=options.seed, quick=options.quick)
+    return 0
+
+
+def _stage(name: str, argv: Sequence[str]) -> int:
+    from rlhf_fast.config.flags import stage_config
+    from rlhf_fast.config.stages import STAGES
+
+    cfg = stage_config(STAGES[name], argv)
+    cfg.ready()
+    from rlhf_fast.data.rows import must_exist
+    from rlhf_fast.stages import ppo, reward, sft
+
+    for file in cfg.data_files():  # before a model is loaded for minutes
+        must_exist(file)
+    {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[name](cfg)
+    return 0
+
+
+@command("sft", "fine-tune a language model on demonstrations")
+def _sft(argv: Sequence[str]) -> int:
+    return _stage("sft", argv)
+
+
+@command("reward", "train a reward model on ranked responses")
+def _reward(argv: Sequence[str]) -> int:
+    return _stage("reward", argv)
+
+
+@command("ppo", "train a policy against a reward, held to a reference")
+def _ppo(argv: Sequence[str]) -> int:
+    return _stage("ppo", argv)
+
+
+@command("run", "all stages of a recipe.yaml in order; finished ones are skipped")
+def _run(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import RunOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(RunOptions, argv, "run")
+    from rlhf_fast.stages.recipe import run_recipe
+
+    run_recipe(options.recipe)
+    return 0
+
+
+@command("generate", "sample responses to a file of prompts")
+def _generate(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import GenerateOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(GenerateOptions, argv, "generate")
+    from rlhf_fast.cli.generate import generate
+
+    written = generate(options)
+    print(f"generate: {written} responses", file=sys.stderr)
+    return 0
+
+
+@command("check", "look at a data file: errors, lengths, duplicates; with --tokenizer DIR one row as tokens")
+def _check(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import CheckOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(CheckOptions, argv, "check")
+    from rlhf_fast.config.fields import DataConfig, ModelConfig
+    from rlhf_fast.data.check import check
+
+    cfg = DataConfig(
+        path=options.file, columns=options.columns, template=options.template, limit=options.limit,
+        max_prompt_tokens=options.max_prompt_tokens, max_response_tokens=options.max_response_tokens,
+    )  # fmt: skip
+    tokenizer = None
+    if options.tokenizer:
+        from rlhf_fast.model.pretrained import load_tokenizer
+
+        tokenizer = load_tokenizer(ModelConfig(path=options.tokenizer))
+    return 2 if check(cfg, "" if options.kind == "auto" else options.kind, tokenizer) else 0
+
+
+@command("env", "versions, machine, and which backend answers for each op, and why")
+def _env(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import EnvOptions
+    from rlhf_fast.config.flags import parse
+
+    parse(EnvOptions, argv, "env")
+    from rlhf_fast.cli.env import report
+
+    print("\n".join(report()))
+    return 0
+
+
+@command("plot", "a run's curves as a PNG")
+def _plot(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import PlotOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(PlotOptions, argv, "plot")
+    from rlhf_fast.run.plot import plot
+
+    print(plot(options.run, options.out))
+    return 0
+
+
+@command("init", "write a commented recipe.yaml")
+def _init(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import InitOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(InitOptions, argv, "init")
+    from rlhf_fast.stages.recipe import write_template
+
+    path = write_template(options.path)
+    print(f"{path}: written; fill in the paths, then `rlhf-fast run {path}`")
+    return 0
+
+
+@command("show-config", "every setting of a stage and what it does; with --diff what two presets differ in")
+def _show_config(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import ShowConfigOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(ShowConfigOptions, argv, "show-config")
+    from rlhf_fast.config.presets import show_config
+
+    print("\n".join(show_config(options.stage, options.preset, options.config, options.diff)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

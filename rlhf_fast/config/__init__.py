@@ -1,0 +1,1 @@
+"""Every setting: its fields, the stages' trees, presets, YAML and flags."""

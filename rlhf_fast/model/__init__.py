@@ -1,0 +1,1 @@
+"""Models of transformers behind a fused head: loading, LoRA, dropout, packing of rows."""

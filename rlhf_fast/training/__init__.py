@@ -1,0 +1,1 @@
+"""What the stages train with: losses, the learner, rewards, the KL controller, PPO's experience."""

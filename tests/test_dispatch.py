@@ -1,0 +1,123 @@
+"""Who answers for an op: a compiled kernel, then Triton's, then the reference, and never silently the last."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels import _op
+from rlhf_fast.kernels._op import MISSING, Declined
+
+NOT_INSTALLED = "triton is not installed; `pip install triton` (Linux)"
+ON_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+from rlhf_fast.cli import env
+from rlhf_fast import ops
+from rlhf_fast.kernels import _op
+print(*(op.name for op in _op.OPS.values() if op.chosen("cuda") not in ("cuda", "triton")), "end")
+print(*(op.name for op in _op.OPS.values() if op.lines["cuda"][-1] != "reference"), "end")
+torch.cuda.device_count = lambda: 0
+print(*env.report(), sep="\\n")
+"""
+
+
+def run(code, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RLHF_FAST_BACKEND")} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+
+
+def test_every_op_has_a_kernel_on_a_gpu():
+    pytest.importorskip("triton")
+    without, no_reference, *report = run(ON_A_GPU).splitlines()
+    assert without == no_reference == "end", f"plain torch would answer on a GPU for: {without}"
+    listed = report[report.index("who answers on cuda") + 1 :]
+    answers = dict(line.split()[:2] for line in listed)
+    assert answers.keys() == set(ops.__all__) and set(answers.values()) <= {"cuda", "triton"}
+    assert any("Triton; no compiled kernel: " in line for line in listed)
+
+
+def test_without_a_gpu_triton_says_why_it_does_not_answer():
+    said = run("from rlhf_fast.kernels import _op; print(_op.MISSING['triton'])", CUDA_VISIBLE_DEVICES="")
+    assert said.strip() in (
+        "no CUDA device is visible to torch",
+        "triton is not installed; `pip install triton` (Linux)",
+    )
+    hidden = "import sys; sys.modules['triton'] = None; import importlib.util as u; u.find_spec = lambda n: None\n"
+    said = run(hidden + "from rlhf_fast.kernels import _op; print(_op.MISSING['triton'], _op.OPS)")
+    assert said.startswith(NOT_INSTALLED)
+
+
+def test_a_forced_backend_that_is_not_here_is_told_of():
+    report = "from rlhf_fast.cli import env; print(*env.report(), sep='\\n')"
+    said = run(report, RLHF_FAST_BACKEND="cuda", CUDA_VISIBLE_DEVICES="")
+    assert "cuda is forced for every op; without it, and an error: decode_attention, gae, " in said
+    assert "reference is forced for every op\n" in run(report, RLHF_FAST_BACKEND="reference")
+    with pytest.raises(ValueError, match="gae: no backend 'nonsense' here; there are: reference, "):
+        ops.gae.backend("nonsense")
+
+
+def gae_inputs():
+    return ops.gae._bind(tuple(ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)), {})
+
+
+def test_what_one_kernel_declines_the_next_answers(monkeypatch, caplog):
+    asked = []
+
+    def declines(*args):
+        asked.append("first")
+        raise Declined("not this dtype")
+
+    monkeypatch.setitem(ops.gae.implementations, "cpu:first", declines)
+    monkeypatch.setitem(ops.gae.implementations, "cpu:second", lambda *args: asked.append("second"))
+    monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "cpu:second", "reference"])
+    monkeypatch.setattr(ops.gae, "warned", False)
+    with caplog.at_level(logging.WARNING, "rlhf_fast"):
+        ops.gae._answer("cpu", *gae_inputs())
+        assert asked == ["first", "second"] and not caplog.messages
+        monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "reference"])
+        ops.gae._answer("cpu", *gae_inputs())
+    assert caplog.messages == ["gae runs on its plain-torch reference: not this dtype"]
+    monkeypatch.setattr(_op, "_STRICT", True)
+    with pytest.raises(RuntimeError, match="gae: RLHF_FAST_STRICT=1 and no kernel answers: not this dtype"):
+        ops.gae._answer("cpu", *gae_inputs())
+
+
+def test_a_gpu_that_the_kernels_were_not_compiled_for_is_served_by_the_next(monkeypatch, caplog):
+    def fails(*args):
+        raise RuntimeError("gae: no kernel image is available for execution on the device")
+
+    monkeypatch.setitem(ops.gae.implementations, "cpu:first", fails)
+    monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "reference"])
+    monkeypatch.setattr(ops.gae, "warned", False)
+    monkeypatch.setitem(MISSING, "cpu", "")
+    with caplog.at_level(logging.WARNING, "rlhf_fast"):
+        ops.gae._answer("cpu", *gae_inputs())
+    assert "csrc/cuda was not compiled for this GPU" in caplog.text and "RLHF_FAST_CUDA_ARCHS" in caplog.text
+    assert ops.gae.chosen("cpu") == "reference" and "was not compiled" in ops.gae.why("cpu")  # and not tried again
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        ops.gae.backend("cpu:first")(*gae_inputs())
+
+
+def test_ops_without_a_registered_gradient_have_none_on_any_backend():
+    """The reference alone would else pass one on that vanishes where a kernel answers."""
+    for name in ("gae", "ppo_advantages"):
+        op = getattr(ops, name)
+        args = op.make(**op.small[0], device="cpu", dtype=torch.float32)
+        args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        assert not op.has_gradient
+        for backend in op.backends:
+            assert not any(x.requires_grad for x in op.backend(backend)(*args)), (name, backend)
+        doubles = [a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                   for a in args]  # fmt: skip
+        assert not any(x.requires_grad for x in op(*doubles)), name  # the kernels decline these
+
+
+def test_a_backend_of_another_device_is_refused(monkeypatch):
+    monkeypatch.setitem(ops.gae.implementations, "cuda", lambda *args: pytest.fail("CPU addresses on a GPU"))
+    with pytest.raises(ValueError, match="gae: no backend 'cuda' here for cpu tensors; there are: reference"):
+        ops.gae.backend("cuda")(*gae_inputs())
