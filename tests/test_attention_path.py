@@ -12,10 +12,11 @@ from rlhf_fast.config.fields import LoraConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model import lora
 from rlhf_fast.model.model import Model
+from rlhf_fast.rollout import choose
 from rlhf_fast.rollout.attention import AttentionDecoder
 from rlhf_fast.rollout.decoder import Packed, Unsupported
 from rlhf_fast.rollout.kv_cache import PAGE, Arena
-from rlhf_fast.rollout.rollout import Rollout, decoder
+from rlhf_fast.rollout.rollout import Rollout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +61,7 @@ def test_what_it_cannot_serve_falls_back_with_a_reason(make, reason, monkeypatch
     """GPT-J and BLOOM never call the interface, StableLM drops the keyword: wrong tokens without any error."""
     model, batch = Model(make()), prompts(1, 7, 3)
     name = model.module.config._attn_implementation
-    monkeypatch.setattr(decoder, "_told", set())
+    monkeypatch.setattr(choose, "_told", set())
     rollout = Rollout(model, sampling(temperature=0.0))
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         found = rollout.generate(batch).response_ids()
@@ -79,7 +80,7 @@ def test_what_it_cannot_serve_falls_back_with_a_reason(make, reason, monkeypatch
 
 def test_without_a_kernel_it_is_no_choice(monkeypatch, caplog):
     model = Model(build("Gemma", head_dim=8)())
-    monkeypatch.setattr(decoder, "_told", set())
+    monkeypatch.setattr(choose, "_told", set())
     monkeypatch.setitem(ops.decode_attention.lines, "cpu", ["reference"])
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         assert Rollout(model, sampling()).path == "transformers"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_fast.cli.main import main
+from rlhf_fast.cli.main import COMMANDS
 from rlhf_fast.config.resolve import leaves
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
@@ -53,7 +53,7 @@ def test_python_has_its_imports(source):
 
 def test_commands_flags_and_settings_exist():
     commands = re.findall(r"^rlhf-fast (\S+)(.*)$", "\n".join(blocks("sh")), re.M)
-    assert {name for name, _ in commands} <= main.COMMANDS.keys() and len(commands) > 8
+    assert {name for name, _ in commands} <= COMMANDS.keys() and len(commands) > 8
     for name, rest in commands:
         for flag in re.findall(r"--([\w.-]+)", rest.partition("#")[0]) if name in STAGES else []:
             assert flag.replace("-", "_") in leaves(STAGES[name]), flag
