@@ -23,7 +23,7 @@ class BadRows(UserError):
 
 
 @contextmanager
-def naming(**places: Callable[[int], str] | None) -> Iterator[None]:
+def locating_rows(**places: Callable[[int], str] | None) -> Iterator[None]:
     """Adds file:line to an error that blames rows. `places`: type of the batch -> (uid -> file:line)."""
     try:
         yield

@@ -13,25 +13,25 @@ from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.presets import PRESETS, preset, show_config
 from rlhf_fast.config.resolve import (
-    Given,
+    Setting,
     difference,
     fingerprint,
     flatten,
     from_json,
-    leaves,
-    meanings,
     read_yaml,
     resolve,
     section,
+    setting_docs,
+    setting_types,
     to_json,
     to_yaml,
 )
-from rlhf_fast.config.stages import PPO, SFT, STAGES, Reward
+from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.errors import UserError
 
 
 def given(values: dict, where: str = "r.yaml:12") -> dict:
-    return {path: Given(value, where) for path, value in values.items()}
+    return {path: Setting(value, where) for path, value in values.items()}
 
 
 @pytest.mark.parametrize("module", [fields, stages])
@@ -59,53 +59,54 @@ def test_yaml_and_json_give_the_same_settings_back(stage, name, tmp_path):
 def test_the_later_layer_wins(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim:\n  lr: 1e-5\nseed: 3\nkl.coef: 0.5\n")
-    cfg = stage_config(PPO, ["--preset", "tutorial", f"--config={file}", "--seed", "4", "--no-resume"])
+    cfg = stage_config(PPOConfig, ["--preset", "tutorial", f"--config={file}", "--seed", "4", "--no-resume"])
     assert (cfg.inner_epochs, cfg.optim.lr, cfg.kl.coef, cfg.seed, cfg.resume) == (4, 1e-5, 0.5, 4, False)
-    assert cfg.optim.warmup_steps == PPO().optim.warmup_steps  # a group's other settings keep the stage's defaults
+    # The group's other settings keep the stage's defaults.
+    assert cfg.optim.warmup_steps == PPOConfig().optim.warmup_steps
 
 
 def test_a_recipe_serves_as_the_config_of_one_stage(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("out: runs/x\nppo:\n  reward: somewhere\n  seed: 5\nreward:\n  seed: 6\n")
-    assert stage_config(PPO, ["--config", str(file)]).reward == "somewhere"
-    assert stage_config(Reward, ["--config", str(file)]).seed == 6
+    assert stage_config(PPOConfig, ["--config", str(file)]).reward == "somewhere"
+    assert stage_config(RewardConfig, ["--config", str(file)]).seed == 6
 
 
 def test_flags_of_every_shape():
     args = "--optim.betas 0.8 0.9 --data.columns prompt q completion a --sampling.stop x y --missing-eos replace"
-    cfg = stage_config(PPO, [*args.split(), "--missing-eos-value", "-2.5", "--data.no-append-eos"])
+    cfg = stage_config(PPOConfig, [*args.split(), "--missing-eos-value", "-2.5", "--data.no-append-eos"])
     assert cfg.optim.betas == (0.8, 0.9) and cfg.data.columns == {"prompt": "q", "completion": "a"}
     assert cfg.sampling.stop == ("x", "y") and cfg.missing_eos_value == -2.5 and not cfg.data.append_eos
 
 
 BROKEN = [
-    (PPO, {"optim.lrr": 1}, 'ppo: no setting "optim.lrr"; did you mean optim.lr? (r.yaml:12)'),
-    (PPO, {"lr": 1}, 'ppo: no setting "lr"; did you mean optim.lr? (r.yaml:12)'),
-    (SFT, {"packng": 1}, 'sft: no setting "packng"; did you mean packing? (r.yaml:12)'),
-    (SFT, {"zzz": 1}, 'sft: no setting "zzz"; `rlhf-fast show-config sft` lists them (r.yaml:12)'),
-    (PPO, {"optim": 1}, 'ppo: "optim" takes no value; it is a group, of optim.lr, optim.betas,'),
-    (PPO, {"value_optim.lr": -1}, "ppo: value_optim.lr must be above 0, got -1.0 (r.yaml:12)"),
-    (PPO, {"optim.lr": float("nan")}, "ppo: optim.lr must be a number"),
-    (PPO, {"optim.lr": "fast"}, "ppo: optim.lr must be a number, got fast (r.yaml:12)"),
-    (PPO, {"kl.controller": "adaptve"}, "must be one of fixed, adaptive (did you mean adaptive?), got adaptve"),
-    (PPO, {"batch": 100}, "ppo: batch must be a multiple of minibatch (64), got 100 (r.yaml:12)"),
-    (PPO, {"batch": 3.5}, "ppo: batch must be a whole number, got 3.5 (r.yaml:12)"),
-    (PPO, {"seed": True}, "ppo: seed must be a number, got true (r.yaml:12)"),
-    (PPO, {"seed": -1}, "ppo: seed must be from 0 to below 2**63, got -1 (r.yaml:12)"),
-    (SFT, {"seed": 2**63}, "sft: seed must be from 0 to below 2**63"),
-    (Reward, {"seed": 10**400}, "reward: seed must be a whole number"),
-    (PPO, {"value_clip": float("inf")}, "ppo: value_clip must be a number"),
-    (PPO, {"dual_clip": 0.5}, "ppo: dual_clip must be 0 (none) or above 1, got 0.5 (r.yaml:12)"),
-    (PPO, {"missing_eos": "subtract"}, "ppo: missing_eos_value must be above 0 with missing_eos=subtract"),
-    (PPO, {"sampling.temperature": 0}, "ppo: sampling.temperature must be above 0"),
-    (PPO, {"sampling.min_new_tokens": 500}, "must be at most max_new_tokens (128), got 500"),
-    (PPO, {"sampling.stop": "x"}, "ppo: sampling.stop must be a list, got x (r.yaml:12)"),
-    (PPO, {"optim.betas": [0.9]}, "ppo: optim.betas must be a list of 2, got [0.9] (r.yaml:12)"),
-    (PPO, {"data.columns": 3}, "ppo: data.columns must be a map such as {completion: answer}, got 3 (r.yaml:12)"),
-    (SFT, {"pretrain_fraction": 0.1}, "sft: pretrain_fraction needs pretrain.path, the text to mix in, got 0.1"),
-    (SFT, {"select": "reward"}, "sft: select needs select_reward, the reward model's directory"),
-    (SFT, {"packing": "yes"}, "sft: packing must be true or false, got yes (r.yaml:12)"),
-    (Reward, {"model.dtype": "fp8"}, "reward: model.dtype must be one of float32, bfloat16, float16"),
+    (PPOConfig, {"optim.lrr": 1}, 'ppo: no setting "optim.lrr"; did you mean optim.lr? (r.yaml:12)'),
+    (PPOConfig, {"lr": 1}, 'ppo: no setting "lr"; did you mean optim.lr? (r.yaml:12)'),
+    (SFTConfig, {"packng": 1}, 'sft: no setting "packng"; did you mean packing? (r.yaml:12)'),
+    (SFTConfig, {"zzz": 1}, 'sft: no setting "zzz"; `rlhf-fast show-config sft` lists them (r.yaml:12)'),
+    (PPOConfig, {"optim": 1}, 'ppo: "optim" takes no value; it is a group, of optim.lr, optim.betas,'),
+    (PPOConfig, {"value_optim.lr": -1}, "ppo: value_optim.lr must be above 0, got -1.0 (r.yaml:12)"),
+    (PPOConfig, {"optim.lr": float("nan")}, "ppo: optim.lr must be a number"),
+    (PPOConfig, {"optim.lr": "fast"}, "ppo: optim.lr must be a number, got fast (r.yaml:12)"),
+    (PPOConfig, {"kl.controller": "adaptve"}, "must be one of fixed, adaptive (did you mean adaptive?), got adaptve"),
+    (PPOConfig, {"batch": 100}, "ppo: batch must be a multiple of minibatch (64), got 100 (r.yaml:12)"),
+    (PPOConfig, {"batch": 3.5}, "ppo: batch must be a whole number, got 3.5 (r.yaml:12)"),
+    (PPOConfig, {"seed": True}, "ppo: seed must be a number, got true (r.yaml:12)"),
+    (PPOConfig, {"seed": -1}, "ppo: seed must be from 0 to below 2**63, got -1 (r.yaml:12)"),
+    (SFTConfig, {"seed": 2**63}, "sft: seed must be from 0 to below 2**63"),
+    (RewardConfig, {"seed": 10**400}, "reward: seed must be a whole number"),
+    (PPOConfig, {"value_clip": float("inf")}, "ppo: value_clip must be a number"),
+    (PPOConfig, {"dual_clip": 0.5}, "ppo: dual_clip must be 0 (none) or above 1, got 0.5 (r.yaml:12)"),
+    (PPOConfig, {"missing_eos": "subtract"}, "ppo: missing_eos_value must be above 0 with missing_eos=subtract"),
+    (PPOConfig, {"sampling.temperature": 0}, "ppo: sampling.temperature must be above 0"),
+    (PPOConfig, {"sampling.min_new_tokens": 500}, "must be at most max_new_tokens (128), got 500"),
+    (PPOConfig, {"sampling.stop": "x"}, "ppo: sampling.stop must be a list, got x (r.yaml:12)"),
+    (PPOConfig, {"optim.betas": [0.9]}, "ppo: optim.betas must be a list of 2, got [0.9] (r.yaml:12)"),
+    (PPOConfig, {"data.columns": 3}, "ppo: data.columns must be a map such as {completion: answer}, got 3 (r.yaml:12)"),
+    (SFTConfig, {"pretrain_fraction": 0.1}, "sft: pretrain_fraction needs pretrain.path, the text to mix in, got 0.1"),
+    (SFTConfig, {"select": "reward"}, "sft: select needs select_reward, the reward model's directory"),
+    (SFTConfig, {"packing": "yes"}, "sft: packing must be true or false, got yes (r.yaml:12)"),
+    (RewardConfig, {"model.dtype": "fp8"}, "reward: model.dtype must be one of float32, bfloat16, float16"),
 ]
 
 
@@ -131,7 +132,7 @@ def test_a_wrong_setting_is_named_with_its_place(cls, values, sentence):
 )
 def test_a_wrong_flag_is_named(flags, sentence):
     with pytest.raises(UserError) as error:
-        stage_config(PPO, flags.split())
+        stage_config(PPOConfig, flags.split())
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -149,7 +150,7 @@ def test_a_wrong_file_is_answered_with_its_line(tmp_path, text, sentence):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as error:
-        resolve(PPO, read_yaml(file))
+        resolve(PPOConfig, read_yaml(file))
     assert sentence.format(file=file) in str(error.value)
 
 
@@ -157,7 +158,7 @@ def test_a_missing_file_and_a_missing_path():
     with pytest.raises(UserError, match=r"nowhere.yaml: cannot be read: No such file"):
         read_yaml("nowhere.yaml")
     with pytest.raises(UserError, match=r"ppo: policy.path is not set; give --policy.path PATH"):
-        PPO().ready()
+        PPOConfig().ready()
 
 
 def test_library_users_get_the_same_rules():
@@ -166,42 +167,42 @@ def test_library_users_get_the_same_rules():
     for wrong in ({"lr": float("inf")}, {"grad_clip": float("inf")}):
         with pytest.raises(UserError, match=f"OptimConfig: {next(iter(wrong))} must be"):
             OptimConfig(**wrong)
-    assert SFT(seed=2**63 - 1).seed == 2**63 - 1
+    assert SFTConfig(seed=2**63 - 1).seed == 2**63 - 1
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PPO().seed = 1
+        PPOConfig().seed = 1
 
 
 def test_the_defaults_are_the_papers_but_for_a_few():
     told = {"select", "missing_eos", "whiten", "sampling.max_new_tokens", "data.dedupe_prefix"}
-    assert {path for path, _, _ in difference(PPO(), resolve(PPO, preset("ppo", "paper")))} == told
+    assert {path for path, _, _ in difference(PPOConfig(), resolve(PPOConfig, preset("ppo", "paper")))} == told
     for name in told:
         assert f"`{name}`" in stages.__doc__
-    assert difference(Reward(), resolve(Reward, preset("reward", "paper"))) == []
-    gentler = [path for path, _, _ in difference(SFT(), resolve(SFT, preset("sft", "paper")))]
-    assert gentler == ["residual_dropout", "sampling.max_new_tokens"] and SFT().residual_dropout == 0
+    assert difference(RewardConfig(), resolve(RewardConfig, preset("reward", "paper"))) == []
+    gentler = [path for path, _, _ in difference(SFTConfig(), resolve(SFTConfig, preset("sft", "paper")))]
+    assert gentler == ["residual_dropout", "sampling.max_new_tokens"] and SFTConfig().residual_dropout == 0
     assert all(f"`{name}`" in stages.__doc__ for name in gentler)
     assert PRESETS["sft"]["paper-init"]["residual_dropout"] == PRESETS["sft"]["tutorial"]["residual_dropout"] == 0.2
 
 
 def test_the_papers_numbers():
     """arXiv 2203.02155, appendix C."""
-    cfg = resolve(PPO, preset("ppo", "paper"))
+    cfg = resolve(PPOConfig, preset("ppo", "paper"))
     assert (cfg.episodes, cfg.batch, cfg.minibatch, cfg.inner_epochs, cfg.steps) == (256_000, 512, 64, 1, 4000)
     assert (cfg.kl.coef, cfg.clip_low, cfg.clip_high, cfg.gamma, cfg.ema) == (0.02, 0.2, 0.2, 1.0, 0.992)
     assert (cfg.ptx_coef, cfg.ptx_ratio, cfg.value_optim.lr) == (27.8, 8, 9e-6)
     assert (cfg.optim.schedule, cfg.optim.warmup_start, cfg.optim.betas) == ("constant", 0.1, (0.9, 0.95))
     assert cfg.optim.warmup_steps == 10 * cfg.batch // cfg.minibatch  # ten batches
-    sft = resolve(SFT, preset("sft", "paper"))
+    sft = resolve(SFTConfig, preset("sft", "paper"))
     assert (sft.epochs, sft.batch, sft.optim.lr, sft.residual_dropout) == (16, 32, 9.65e-6, 0.2)
     assert (sft.optim.schedule, sft.optim.final_ratio, sft.optim.warmup_steps) == ("cosine", 0.1, 0)
-    init = resolve(SFT, preset("sft", "paper-init"), check=False)
+    init = resolve(SFTConfig, preset("sft", "paper-init"), check=False)
     assert (init.epochs, init.pretrain_fraction, init.optim.lr) == (2, 0.1, 5e-6)
-    reward = resolve(Reward, preset("reward", "paper"))
+    reward = resolve(RewardConfig, preset("reward", "paper"))
     assert (reward.epochs, reward.batch, reward.optim.lr) == (1, 64, 9e-6)
 
 
 def test_the_tutorials_numbers_and_what_they_change():
-    cfg = resolve(PPO, preset("ppo", "tutorial"))
+    cfg = resolve(PPOConfig, preset("ppo", "tutorial"))
     assert (cfg.optim.lr, cfg.inner_epochs, cfg.value_coef, cfg.batch, cfg.kl.coef) == (1.77e-6, 4, 1.0, 512, 0.02)
     told = "\n".join(show_config("ppo", "", diff=("paper", "tutorial")))
     assert "inner_epochs" in told and "1.77e-06" in told and "kl.coef" not in told
@@ -210,21 +211,21 @@ def test_the_tutorials_numbers_and_what_they_change():
 def test_presets_name_only_settings_that_exist():
     for stage, named in PRESETS.items():
         for values in named.values():
-            assert values.keys() <= leaves(STAGES[stage]).keys()
+            assert values.keys() <= setting_types(STAGES[stage]).keys()
 
 
 def test_shown_settings_can_be_read_back(tmp_path):
     file = tmp_path / "all.yaml"
     file.write_text("\n".join(show_config("ppo", "paper")))
-    assert resolve(PPO, read_yaml(file)) == resolve(PPO, preset("ppo", "paper"))
+    assert resolve(PPOConfig, read_yaml(file)) == resolve(PPOConfig, preset("ppo", "paper"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_shown_settings_say_what_they_do(stage):
     lines = list(show_config(stage, "default"))
-    told = meanings(STAGES[stage])
-    assert leaves(STAGES[stage]).keys() <= told.keys() and all(told.values())
-    for path in leaves(STAGES[stage]):
+    told = setting_docs(STAGES[stage])
+    assert setting_types(STAGES[stage]).keys() <= told.keys() and all(told.values())
+    for path in setting_types(STAGES[stage]):
         *groups, name = path.split(".")
         indent = "  " * len(groups)
         at = [i for i, line in enumerate(lines) if line.startswith(f"{indent}{name}:")]
@@ -242,12 +243,12 @@ def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
 
 
 def test_fingerprint_and_difference_see_every_setting():
-    cfg = PPO()
-    assert fingerprint(cfg) == fingerprint(PPO()) and difference(cfg, PPO()) == []
-    changed = resolve(PPO, given({"sampling.top_p": 0.9}))
+    cfg = PPOConfig()
+    assert fingerprint(cfg) == fingerprint(PPOConfig()) and difference(cfg, PPOConfig()) == []
+    changed = resolve(PPOConfig, given({"sampling.top_p": 0.9}))
     assert fingerprint(changed) != fingerprint(cfg)
     assert difference(cfg, changed) == [("sampling.top_p", 1.0, 0.9)]
-    assert flatten(cfg).keys() == leaves(PPO).keys()
+    assert flatten(cfg).keys() == setting_types(PPOConfig).keys()
 
 
 def test_every_setting_is_read_somewhere():
@@ -262,5 +263,5 @@ def test_every_setting_is_read_somewhere():
             if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
                 node.body = []  # a rule is no use
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    wanted = {path.rpartition(".")[2] for stage in STAGES.values() for path in leaves(stage)}
+    wanted = {path.rpartition(".")[2] for stage in STAGES.values() for path in setting_types(stage)}
     assert wanted - used == set()

@@ -316,7 +316,7 @@ def test_demonstration_batches_learn_the_response_and_its_end(tmp_path):
         ids = batch.tokens[i, batch.prompt_lengths[i] : batch.lengths[i]].tolist()
         assert tokenizer.decode(ids) == f"It is {uid}.<|end|>"
         assert tokenizer.decode(batch.tokens[i, : batch.prompt_lengths[i]]) == f"What is {uid}?"
-        assert not batch.tokens[i, batch.lengths[i] :].any() and data.place(uid).endswith(f"d.jsonl:{uid + 1}")
+        assert not batch.tokens[i, batch.lengths[i] :].any() and data.location(uid).endswith(f"d.jsonl:{uid + 1}")
     assert sum(len(part.lengths) for part in data.in_order(6)) == 20
     no_end = read_demonstrations(DataConfig(demonstrations(tmp_path), append_eos=False), tokenizer).train
     assert tokenizer.eos_token_id not in no_end.batch(0, 7).tokens
@@ -402,7 +402,7 @@ def test_a_file_of_its_own_for_validation(tmp_path):
     path = demonstrations(tmp_path)
     valid = write(tmp_path / "v.jsonl", [{"prompt": "Why?", "completion": "So."}])
     both = read_demonstrations(DataConfig(path, valid=valid, valid_fraction=0.5), byte_level())
-    assert (len(both.train), len(both.valid), both.valid.place(0)) == (20, 1, f"{valid}:1")
+    assert (len(both.train), len(both.valid), both.valid.location(0)) == (20, 1, f"{valid}:1")
 
 
 def test_check_reports_what_it_finds(tmp_path):

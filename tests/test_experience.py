@@ -8,7 +8,7 @@ import toy
 
 from rlhf_fast.batches import Prompts, Responses, cat, pad_rows, response_mask
 from rlhf_fast.config.fields import KLConfig, ModelConfig, OptimConfig, SamplingConfig
-from rlhf_fast.config.stages import PPO
+from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
@@ -55,7 +55,7 @@ def scores_of(*numbers):
 
 
 def settings(**changes):
-    return replace(PPO(kl=KLConfig(coef=0.1), lam=1.0, whiten="none", batch=4, minibatch=2), **changes)
+    return replace(PPOConfig(kl=KLConfig(coef=0.1), lam=1.0, whiten="none", batch=4, minibatch=2), **changes)
 
 
 def zeros(batch):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf_fast import ops
 from rlhf_fast.batches import Comparisons, Experience, micro_batches, pad_rows, response_mask
-from rlhf_fast.config.stages import PPO
+from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.training.experience import token_weights, whiten
 from rlhf_fast.training.losses import policy_loss, reward_loss, value_loss
@@ -159,7 +159,7 @@ def test_a_left_out_row_is_as_if_it_were_not_there():
 def test_lazy_whitening_is_eager_whitening():
     """L11: ppo_loss with a shift and a scale against advantages whitened beforehand."""
     batch = experience()
-    eager = whiten(batch, PPO())
+    eager = whiten(batch, PPOConfig())
     tokens = batch.advantages[batch.mask].double()
     scale = (tokens.var(correction=0) + 1e-8).rsqrt()
     new = batch.old_logprobs + 0.1 * torch.randn_like(batch.old_logprobs)

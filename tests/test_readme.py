@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlhf_fast.cli.main import COMMANDS
-from rlhf_fast.config.resolve import leaves
+from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
 
@@ -56,9 +56,9 @@ def test_commands_flags_and_settings_exist():
     assert {name for name, _ in commands} <= COMMANDS.keys() and len(commands) > 8
     for name, rest in commands:
         for flag in re.findall(r"--([\w.-]+)", rest.partition("#")[0]) if name in STAGES else []:
-            assert flag.replace("-", "_") in leaves(STAGES[name]), flag
+            assert flag.replace("-", "_") in setting_types(STAGES[name]), flag
     (recipe,) = blocks("yaml")
     for stage, settings in yaml.safe_load(recipe).items():
         for name, value in settings.items() if stage in STAGES else ():
             inside = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
-            assert set(inside) <= leaves(STAGES[stage]).keys()
+            assert set(inside) <= setting_types(STAGES[stage]).keys()

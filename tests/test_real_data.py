@@ -12,7 +12,7 @@ import toy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
-from rlhf_fast.config.stages import PPO, SFT, Reward
+from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.stages import ppo, reward, sft
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
     demonstrations = DataConfig(str(DATA / "demonstrations.jsonl"), limit=400, valid_fraction=0.05, **SHORT)
     pretrain = DataConfig(str(DATA / "pretrain.jsonl"), limit=60, **SHORT)
     sft.run(
-        SFT(
+        SFTConfig(
             out=str(folder / "sft"), model=ModelConfig(str(MODEL)), data=demonstrations, pretrain=pretrain,
             pretrain_fraction=0.1, optim=OptimConfig(lr=1e-3), log=LOG, epochs=2, batch=16,
             residual_dropout=0.2, sampling=SamplingConfig(max_new_tokens=16),
@@ -42,14 +42,14 @@ def runs(tmp_path_factory):
             str(DATA / f"{name}.jsonl"), limit=limit, valid_fraction=0.1, max_prompt_tokens=128, max_response_tokens=144
         )
         reward.run(
-            Reward(
+            RewardConfig(
                 out=str(folder / out), model=ModelConfig(str(folder / "sft")), data=rows, demonstrations=demonstrations,
                 optim=OptimConfig(lr=1e-3), log=LOG, epochs=3, batch=4,
             )
         )  # fmt: skip
     schedule = {"schedule": "constant", "warmup_steps": 2}
     ppo.run(
-        PPO(
+        PPOConfig(
             out=str(folder / "ppo"), policy=ModelConfig(str(folder / "sft")), reward=str(folder / "reward"),
             data=DataConfig(str(DATA / "prompts.jsonl"), max_prompt_tokens=64), pretrain=pretrain, ptx_ratio=2,
             optim=OptimConfig(lr=1e-4, **schedule), value_optim=OptimConfig(lr=5e-4, **schedule), inner_epochs=2,

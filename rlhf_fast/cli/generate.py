@@ -16,7 +16,7 @@ from rlhf_fast.batches import END, LIMIT, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import read_prompts
-from rlhf_fast.errors import SHOWN, UserError, naming, writing
+from rlhf_fast.errors import SHOWN, UserError, locating_rows, writing
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 
@@ -39,7 +39,7 @@ def generate(options: GenerateOptions) -> int:
         max_prompt_tokens=sys.maxsize,
     )  # fmt: skip
     prompts = read_prompts(cfg, model.tokenizer).train
-    long = [row.place for row in prompts.rows if room and len(row.prompt) > room]
+    long = [row.location for row in prompts.rows if room and len(row.prompt) > room]
     if long:
         shown = ", ".join(long[:SHOWN]) + (", ..." if len(long) > SHOWN else "")
         raise UserError(
@@ -52,7 +52,7 @@ def generate(options: GenerateOptions) -> int:
     count = max(AHEAD * options.sampling.batch // options.n, 1)
     with _target(options.out) as stream, _Meter(len(prompts) * options.n, options.out == "-") as meter:
         for batch in prompts.in_order(count):
-            with naming(Responses=prompts.place):
+            with locating_rows(Responses=prompts.location):
                 responses = rollout.generate(batch, options.n, progress=meter)
             for i, row in enumerate(_rows(model, options, responses)):
                 stream.write(json.dumps({"prompt": batch.texts[i // options.n]} | row, ensure_ascii=False) + "\n")

@@ -12,20 +12,20 @@ import tyro
 
 from rlhf_fast.config.fields import BadSetting
 from rlhf_fast.config.presets import PRESETS, preset
-from rlhf_fast.config.resolve import Given, coerce, leaves, read_yaml, resolve, reword, section, unknown
-from rlhf_fast.config.stages import PPO, SFT, Reward
+from rlhf_fast.config.resolve import Setting, coerce, read_yaml, resolve, reword, section, setting_types, unknown
+from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError
 
 T = TypeVar("T")
 
 
-def stage_config(cls: type[SFT] | type[Reward] | type[PPO], argv: Sequence[str]) -> SFT | Reward | PPO:
+def stage_config(cls: type[StageConfig], argv: Sequence[str]) -> StageConfig:
     """The stage's settings: defaults, then --preset, then --config, then flags."""
     rest, chosen = _take(argv, cls.stage, "--preset", "--config")
     layers = [preset(cls.stage, chosen["--preset"])]
     if chosen["--config"]:
         layers.append(section(read_yaml(chosen["--config"]), cls.stage))
-    given: dict[str, Given] = {path: item for layer in layers for path, item in layer.items()}
+    given: dict[str, Setting] = {path: item for layer in layers for path, item in layer.items()}
     given |= _scan(cls, rest)
     about = (
         f"{cls.__doc__} Also: --preset {{default,{','.join(PRESETS[cls.stage])}}}, and --config FILE, a YAML file with"
@@ -35,7 +35,7 @@ def stage_config(cls: type[SFT] | type[Reward] | type[PPO], argv: Sequence[str])
     try:
         return parse(cls, rest, cls.stage, default=base, description=about)
     except BadSetting as error:
-        paths = [path for path in leaves(cls) if path.rpartition(".")[2] == error.name]
+        paths = [path for path in setting_types(cls) if path.rpartition(".")[2] == error.name]
         path = next((path for path in paths if path in given), paths[0])
         raise reword(cls, error, path, given) from error
 
@@ -57,7 +57,7 @@ def parse(kind: type[T], argv: Sequence[str], command: str, **options: object) -
 
 def _nearest(kind: type, argv: Sequence[str]) -> str:
     """What the first flag that `kind` does not have may have been meant to be; of a dotted one its last part counts."""
-    flags = [path.rpartition(".")[2].replace("_", "-") for path in leaves(kind)]
+    flags = [path.rpartition(".")[2].replace("_", "-") for path in setting_types(kind)]
     for item in argv:
         name = item.partition("=")[0].removeprefix("--").rpartition(".")[2].replace("_", "-")
         if item.startswith("--") and (item.partition("=")[0].removeprefix("--").replace("_", "-") not in flags):
@@ -81,7 +81,7 @@ def _take(argv: Sequence[str], command: str, *names: str) -> tuple[list[str], di
     return rest, found
 
 
-def _scan(cls: type, argv: Sequence[str]) -> dict[str, Given]:
+def _scan(cls: type, argv: Sequence[str]) -> dict[str, Setting]:
     """The flags among the arguments, by path. UserError for one that is no setting or whose one value is wrong."""
     given = {}
     for i, item in enumerate(argv):
@@ -89,14 +89,14 @@ def _scan(cls: type, argv: Sequence[str]) -> dict[str, Given]:
             continue
         name, equals, value = item[2:].partition("=")
         path = name.replace("-", "_")
-        if path not in leaves(cls):
+        if path not in setting_types(cls):
             head, _, tail = path.rpartition(".")
             positive = f"{head}.{tail.removeprefix('no_')}".lstrip(".")
-            if not tail.startswith("no_") or leaves(cls).get(positive) is not bool:
+            if not tail.startswith("no_") or setting_types(cls).get(positive) is not bool:
                 raise unknown(cls, path, f"--{name}")
             path = positive
         following = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-        given[path] = Given(following, f"--{name}")
-        if leaves(cls)[path] in (int, float) or str(leaves(cls)[path]).startswith("typing.Literal"):
+        given[path] = Setting(following, f"--{name}")
+        if setting_types(cls)[path] in (int, float) or str(setting_types(cls)[path]).startswith("typing.Literal"):
             coerce(cls, path, given[path])
     return given

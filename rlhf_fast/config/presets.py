@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlhf_fast.config.resolve import Given, difference, explained, read_yaml, resolve, section, show
+from rlhf_fast.config.resolve import Setting, difference, explained, read_yaml, resolve, section, show
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.errors import UserError
 
@@ -121,13 +121,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def preset(stage: str, name: str) -> Mapping[str, Given]:
+def preset(stage: str, name: str) -> Mapping[str, Setting]:
     """The layer `name` of a stage; "" and "default" are empty."""
     if name in ("", "default"):
         return {}
     if name not in PRESETS[stage]:
         raise UserError(f"{stage}: no preset {name!r}; there are default, {', '.join(PRESETS[stage])}")
-    return {path: Given(value, f"preset {name}") for path, value in PRESETS[stage][name].items()}
+    return {path: Setting(value, f"preset {name}") for path, value in PRESETS[stage][name].items()}
 
 
 def show_config(stage: str, name: str, file: str = "", diff: tuple[str, str] | None = None) -> Iterator[str]:

@@ -31,29 +31,29 @@ WIDTH = 120
 """Of the lines that are written for people."""
 
 
-class Given(NamedTuple):
+class Setting(NamedTuple):
     """A value and who gave it: `recipe.yaml:12`, `preset paper`, `--optim.lr`."""
 
     value: object
-    where: str
+    origin: str
 
 
 @functools.cache
-def leaves(cls: type) -> Mapping[str, Any]:
+def setting_types(cls: type) -> Mapping[str, Any]:
     """Path -> type of every setting below the dataclass `cls`."""
     found = {}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
-            found |= {f"{field.name}.{path}": leaf for path, leaf in leaves(kind).items()}
+            found |= {f"{field.name}.{path}": leaf for path, leaf in setting_types(kind).items()}
         else:
             found[field.name] = kind
     return types.MappingProxyType(found)
 
 
 @functools.cache
-def meanings(cls: type) -> Mapping[str, str]:
+def setting_docs(cls: type) -> Mapping[str, str]:
     """Path -> what it does, of every group and setting below the dataclass `cls`: the text that stands under it in the
     source, which is where tyro has --help from; of a group without one, what its class says of itself."""
     found, hints = {}, get_type_hints(cls)
@@ -66,34 +66,34 @@ def meanings(cls: type) -> Mapping[str, str]:
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
             found.setdefault(field.name, " ".join(kind.__doc__.split()))
-            found |= {f"{field.name}.{path}": told for path, told in meanings(kind).items()}
+            found |= {f"{field.name}.{path}": told for path, told in setting_docs(kind).items()}
     return types.MappingProxyType(found)
 
 
 def flatten(cfg: object) -> dict[str, Any]:
     """Path -> value of every setting of a tree."""
-    return {path: functools.reduce(getattr, path.split("."), cfg) for path in leaves(type(cfg))}
+    return {path: functools.reduce(getattr, path.split("."), cfg) for path in setting_types(type(cfg))}
 
 
-def resolve(cls: type[T], *layers: Mapping[str, Given], check: bool = True) -> T:
+def resolve(cls: type[T], *layers: Mapping[str, Setting], check: bool = True) -> T:
     """The tree of `cls` with the layers' values over the defaults; later layers win. UserError if a value is wrong.
 
     check=False leaves out the rules (not the types): for a tree that flags still have to complete.
     """
-    given: dict[str, Given] = {}
+    given: dict[str, Setting] = {}
     for layer in layers:
         for path, item in layer.items():
-            given[path] = Given(coerce(cls, path, item), item.where)
+            given[path] = Setting(coerce(cls, path, item), item.origin)
     return _construct(cls, cls, given, "", check)
 
 
-def _construct(root: type, cls: type, given: Mapping[str, Given], prefix: str, check: bool) -> Any:
+def _construct(root: type, cls: type, given: Mapping[str, Setting], prefix: str, check: bool) -> Any:
     hints, values = get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         path, kind = prefix + field.name, hints[field.name]
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         if dataclasses.is_dataclass(kind):
-            inner = {f"{path}.{p}": Given(value, "the default") for p, value in flatten(default).items()}
+            inner = {f"{path}.{p}": Setting(value, "the default") for p, value in flatten(default).items()}
             values[field.name] = _construct(root, kind, inner | dict(given), path + ".", check)
         else:
             values[field.name] = given[path].value if path in given else default
@@ -108,9 +108,9 @@ def _construct(root: type, cls: type, given: Mapping[str, Given], prefix: str, c
     return tree
 
 
-def reword(root: type, error: BadSetting, path: str, given: Mapping[str, Given]) -> UserError:
+def reword(root: type, error: BadSetting, path: str, given: Mapping[str, Setting]) -> UserError:
     """The broken rule with the setting's whole path and the place it came from."""
-    where = f" ({given[path].where})" if path in given and given[path].where != "the default" else ""
+    where = f" ({given[path].origin})" if path in given and given[path].origin != "the default" else ""
     return UserError(f"{stage_name(root)}: {path} {error.rule}, got {show(error.value)}{where}")
 
 
@@ -123,28 +123,28 @@ def show(value: object) -> str:
     return json.dumps(value) if not isinstance(value, str) or not value or set(value) & set(" :#'\"") else value
 
 
-def unknown(cls: type, path: str, where: str) -> UserError:
+def unknown(cls: type, path: str, origin: str) -> UserError:
     """The sentence for a name that is no setting."""
-    names = list(leaves(cls))
+    names = list(setting_types(cls))
     near = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
     if not near:  # `--lr` for optim.lr: the last part alone
         near = [name for name in names if name.rpartition(".")[2] == path.rpartition(".")[2]][:1]
     inside = [name for name in names if name.startswith(path + ".")]
     if inside:
         hint = f"it is a group, of {', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}"
-        return UserError(f'{stage_name(cls)}: "{path}" takes no value; {hint} ({where})')
+        return UserError(f'{stage_name(cls)}: "{path}" takes no value; {hint} ({origin})')
     hint = f"did you mean {near[0]}?" if near else f"`rlhf-fast show-config {stage_name(cls)}` lists them"
-    return UserError(f'{stage_name(cls)}: no setting "{path}"; {hint} ({where})')
+    return UserError(f'{stage_name(cls)}: no setting "{path}"; {hint} ({origin})')
 
 
-def coerce(cls: type, path: str, given: Given) -> Any:
+def coerce(cls: type, path: str, given: Setting) -> Any:
     """The value in its setting's type, or a UserError. Text is read as YAML reads it, and 1e-5 is a number."""
-    if path not in leaves(cls):
-        raise unknown(cls, path, given.where)
+    if path not in setting_types(cls):
+        raise unknown(cls, path, given.origin)
     try:
-        return _coerce(leaves(cls)[path], given.value)
+        return _coerce(setting_types(cls)[path], given.value)
     except ValueError as error:
-        raise UserError(f"{stage_name(cls)}: {path} {error}, got {show(given.value)} ({given.where})") from error
+        raise UserError(f"{stage_name(cls)}: {path} {error}, got {show(given.value)} ({given.origin})") from error
 
 
 def _coerce(kind: Any, value: Any) -> Any:
@@ -186,7 +186,7 @@ def _coerce(kind: Any, value: Any) -> Any:
     raise ValueError(f"must be {'text' if kind is str else 'a number'}")
 
 
-def read_yaml(path: str | Path) -> dict[str, Given]:
+def read_yaml(path: str | Path) -> dict[str, Setting]:
     """Path -> value and line, of every setting in a YAML file. Groups may nest or be dotted; keys are not checked."""
     try:
         with open(path, encoding="utf-8") as stream:
@@ -204,7 +204,7 @@ def read_yaml(path: str | Path) -> dict[str, Given]:
     return dict(_walk(root, "", str(path), {}))
 
 
-def _walk(node: yaml.MappingNode, prefix: str, file: str, seen: dict[str, int]) -> Iterable[tuple[str, Given]]:
+def _walk(node: yaml.MappingNode, prefix: str, file: str, seen: dict[str, int]) -> Iterable[tuple[str, Setting]]:
     loader = yaml.SafeLoader("")
     for key, value in node.value:
         name, line = prefix + str(key.value), key.start_mark.line + 1
@@ -215,10 +215,10 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, seen: dict[str, int]) 
         if name in seen:
             raise UserError(f"{file}:{line}: {name} is set twice, first in line {seen[name]}")
         seen[name] = line
-        yield name, Given(loader.construct_object(value, deep=True), f"{file}:{line}")
+        yield name, Setting(loader.construct_object(value, deep=True), f"{file}:{line}")
 
 
-def section(values: Mapping[str, Given], stage: str) -> Mapping[str, Given]:
+def section(values: Mapping[str, Setting], stage: str) -> Mapping[str, Setting]:
     """A stage's own part, if the file is a recipe for several; else the whole."""
     own = {path.removeprefix(f"{stage}."): item for path, item in values.items() if path.startswith(f"{stage}.")}
     return own or values
@@ -231,7 +231,7 @@ def to_yaml(cfg: object) -> str:
 
 def explained(cfg: object, indent: str = "") -> Iterable[str]:
     """The lines of `to_yaml`, under comments that say what each setting does."""
-    return _explained(cfg, meanings(type(cfg)), "", indent)
+    return _explained(cfg, setting_docs(type(cfg)), "", indent)
 
 
 def _explained(cfg: object, told: Mapping[str, str], prefix: str, indent: str) -> Iterable[str]:
@@ -256,14 +256,14 @@ def to_json(cfg: object) -> dict[str, Any]:
 def from_json(stage: str, tree: Mapping[str, Any]) -> Any:
     """The settings that `to_json` (run.json's `config`) wrote."""
     cls = STAGES[stage]
-    flat: dict[str, Given] = {}
+    flat: dict[str, Setting] = {}
 
     def walk(inner: Mapping[str, Any], prefix: str) -> None:
         for name, value in inner.items():
-            if isinstance(value, Mapping) and prefix + name not in leaves(cls):
+            if isinstance(value, Mapping) and prefix + name not in setting_types(cls):
                 walk(value, f"{prefix}{name}.")
             else:
-                flat[prefix + name] = Given(value, "run.json")
+                flat[prefix + name] = Setting(value, "run.json")
 
     walk(tree, "")
     return resolve(cls, flat)

@@ -35,8 +35,8 @@ from rlhf_fast.config.fields import (
 from rlhf_fast.errors import UserError
 
 __all__ = [
-    "PPO", "SFT", "STAGES", "BadSetting", "DataConfig", "KLConfig", "LogConfig", "LoraConfig", "ModelConfig",
-    "OptimConfig", "Reward", "SamplingConfig",
+    "STAGES", "BadSetting", "DataConfig", "KLConfig", "LogConfig", "LoraConfig", "ModelConfig", "OptimConfig",
+    "PPOConfig", "RewardConfig", "SFTConfig", "SamplingConfig",
 ]  # fmt: skip
 
 
@@ -81,7 +81,7 @@ class _Stage:
 
 
 @dataclass(frozen=True)
-class SFT(_Stage):
+class SFTConfig(_Stage):
     """Supervised fine-tuning on demonstrations (paper C.1)."""
 
     stage: ClassVar[str] = "sft"
@@ -127,7 +127,7 @@ class SFT(_Stage):
 
 
 @dataclass(frozen=True)
-class Reward(_Stage):
+class RewardConfig(_Stage):
     """A reward model from ranked responses (paper C.2)."""
 
     stage: ClassVar[str] = "reward"
@@ -155,7 +155,7 @@ class Reward(_Stage):
 
 
 @dataclass(frozen=True)
-class PPO(_Stage):
+class PPOConfig(_Stage):
     """Reinforcement learning against a reward with a KL penalty (paper C.3, C.4), with or without PPO-ptx."""
 
     stage: ClassVar[str] = "ppo"
@@ -287,4 +287,6 @@ class PPO(_Stage):
         return self.batches * self.inner_epochs * (self.batch // self.minibatch)
 
 
-STAGES: dict[str, type[SFT] | type[Reward] | type[PPO]] = {"sft": SFT, "reward": Reward, "ppo": PPO}
+StageConfig = SFTConfig | RewardConfig | PPOConfig
+
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}

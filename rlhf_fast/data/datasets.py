@@ -27,7 +27,7 @@ B = TypeVar("B", Demonstrations, Comparisons, Prompts, Texts)
 class Row(NamedTuple):
     """One example as tokens. A text is a response without prompt, a prompt has no responses."""
 
-    place: str
+    location: str
     """file:line"""
     prompt: list[int]
     text: str
@@ -76,9 +76,9 @@ class Dataset(Generic[B]):
             index = list(range(start, min(start + size, len(self.rows))))
             yield self.join([self.rows[i] for i in index], index)
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """file:line of a row, for messages."""
-        return self.rows[row].place
+        return self.rows[row].location
 
 
 class Split(NamedTuple, Generic[B]):
@@ -160,17 +160,17 @@ def encode(
     """Rows, and how many examples were left out for which reason."""
     rows, dropped, prefixes = [], Counter(), set()
     for example in examples:
-        place = f"{path}:{example.line}"
+        location = f"{path}:{example.line}"
         try:
             prompt, text = encoder.prompt(example.prompt) if kind != "texts" else ([], "")
         except Bad as bad:
-            raise UserError(f"{place}: {bad}") from bad
+            raise UserError(f"{location}: {bad}") from bad
         if kind == "texts":
-            whole = Row(place, [], "", (encoder.text(example.responses[0]),), (), _groups(example))
+            whole = Row(location, [], "", (encoder.text(example.responses[0]),), (), _groups(example))
             rows += _pieces(whole, cfg.max_response_tokens, context)
             continue
         responses = tuple(encoder.response(r) for r in example.responses)
-        row, short = shorten(Row(place, prompt, text, responses, example.ranks, _groups(example)), cfg, context)
+        row, short = shorten(Row(location, prompt, text, responses, example.ranks, _groups(example)), cfg, context)
         if short:
             dropped["responses that are too long, of prompts that keep others"] += short
         why = too_long(row, cfg, context)

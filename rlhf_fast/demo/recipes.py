@@ -4,16 +4,16 @@ a KL coefficient and a weight of the pretraining gradient that suit 10 to 20 wor
 from pathlib import Path
 
 from rlhf_fast.config.fields import DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
-from rlhf_fast.config.stages import PPO, SFT, Reward
+from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.demo.materials import Plan
 from rlhf_fast.demo.measure import NEW_TOKENS
 
 LOG = LogConfig(checkpoint_every=10, keep=1, live=True)
 
 
-def sft_config(plan: Plan, base: Path, data: Path, out: Path, seed: int) -> SFT:
+def sft_config(plan: Plan, base: Path, data: Path, out: Path, seed: int) -> SFTConfig:
     """Two epochs with a tenth of pretraining text, as the model that the paper's PPO starts from and is held to."""
-    return SFT(
+    return SFTConfig(
         out=str(out),
         seed=seed,
         model=ModelConfig(path=str(base)),
@@ -29,9 +29,9 @@ def sft_config(plan: Plan, base: Path, data: Path, out: Path, seed: int) -> SFT:
     )
 
 
-def reward_config(plan: Plan, run: Path, data: Path, out: Path, seed: int) -> Reward:
+def reward_config(plan: Plan, run: Path, data: Path, out: Path, seed: int) -> RewardConfig:
     """One epoch, all pairs of a prompt's 4 to 9 responses as one element, demonstrations' mean score at 0."""
-    return Reward(
+    return RewardConfig(
         out=str(out),
         seed=seed,
         model=ModelConfig(path=str(run / "sft")),
@@ -44,10 +44,10 @@ def reward_config(plan: Plan, run: Path, data: Path, out: Path, seed: int) -> Re
     )
 
 
-def ppo_config(plan: Plan, run: Path, data: Path, out: Path, seed: int, ptx: bool) -> PPO:
+def ppo_config(plan: Plan, run: Path, data: Path, out: Path, seed: int, ptx: bool) -> PPOConfig:
     """One inner epoch over each batch, constant learning rate after a warm-up, KL to the SFT model."""
     steps = plan.batch // plan.minibatch
-    return PPO(
+    return PPOConfig(
         out=str(out),
         seed=seed,
         policy=ModelConfig(path=str(run / "sft")),

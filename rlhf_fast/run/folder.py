@@ -20,7 +20,7 @@ from typing import Protocol
 
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.resolve import show
-from rlhf_fast.config.stages import PPO, SFT, Reward
+from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.logs import Log, describe
@@ -46,7 +46,7 @@ class RunDir:
     finished: nothing is left to do. log: after `begin`. notes: what `begin` says of the data.
     """
 
-    def __init__(self, cfg: SFT | Reward | PPO, *data: DataConfig):
+    def __init__(self, cfg: StageConfig, *data: DataConfig):
         cfg.ready()
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"

@@ -13,9 +13,9 @@ import torch
 
 from rlhf_fast.batches import Experience, Prompts, Responses
 from rlhf_fast.config.fields import LoraConfig
-from rlhf_fast.config.stages import PPO
+from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
-from rlhf_fast.errors import UserError, naming
+from rlhf_fast.errors import UserError, locating_rows
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.rollout.rollout import Rollout
@@ -30,7 +30,7 @@ from rlhf_fast.training.rewards import Reward, is_function, load_reward
 HEADLINE = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 
 
-def run(cfg: PPO) -> None:
+def run(cfg: PPOConfig) -> None:
     """Trains cfg.policy on the prompts of cfg.data. cfg.out gets the chosen weights, an ordinary causal LM folder, and
     beside them `ema/` (the moving average) and `value/` (the value model)."""
     with RunDir(cfg, cfg.data, cfg.pretrain) as out:
@@ -41,7 +41,7 @@ def run(cfg: PPO) -> None:
         prompts, texts = read(cfg, roles.policy, out)
         rollout, state = Rollout(roles.policy, cfg.sampling, cfg.seed), start(cfg, roles, out)
         begun = out.begin(cfg.batches, HEADLINE, state._asdict())
-        with naming(**places(prompts.train, texts)):
+        with locating_rows(**places(prompts.train, texts)):
             for batch in range(begun, cfg.batches):
                 asked = prompts.train.batch(batch * cfg.batch, cfg.batch)
                 with out.log.phase("generate"):
@@ -76,13 +76,13 @@ class State(NamedTuple):
     best: Best
 
 
-def start(cfg: PPO, roles: Roles, out: RunDir) -> State:
+def start(cfg: PPOConfig, roles: Roles, out: RunDir) -> State:
     """Before the first batch."""
     policy = Learner(roles.policy, cfg.optim, cfg.steps, ema=cfg.ema)
     return State(policy, Learner(roles.value, cfg.value_optim, cfg.steps), KLController(cfg.kl), Best(out))
 
 
-def load_roles(cfg: PPO, device: str | None) -> Roles:
+def load_roles(cfg: PPOConfig, device: str | None) -> Roles:
     """The four, refused with a sentence where their tokenizers differ or a scalar head was never trained.
 
     Only where the reward is a function and no value model is given, the value model is the policy's start with a fresh
@@ -106,7 +106,7 @@ def load_roles(cfg: PPO, device: str | None) -> Roles:
     return Roles(policy, reference, value, reward)
 
 
-def read(cfg: PPO, policy: Model, out: RunDir) -> tuple[Split, Dataset | None]:
+def read(cfg: PPOConfig, policy: Model, out: RunDir) -> tuple[Split, Dataset | None]:
     """The prompts, and the pretraining text of PPO-ptx if there is any."""
     context = policy.max_positions
     room = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
@@ -121,7 +121,9 @@ def read(cfg: PPO, policy: Model, out: RunDir) -> tuple[Split, Dataset | None]:
     return prompts, texts
 
 
-def improve(state: State, experience: Experience, texts: Dataset | None, cfg: PPO, batch: int) -> dict[str, float]:
+def improve(
+    state: State, experience: Experience, texts: Dataset | None, cfg: PPOConfig, batch: int
+) -> dict[str, float]:
     """cfg.inner_epochs passes over a batch, a step of both optimizers a minibatch.
 
     With `texts` the policy's gradient is PPO's plus cfg.ptx_coef times that of cfg.ptx_ratio pretraining texts for each
@@ -159,13 +161,13 @@ def averaged(rows: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def validate(
-    rollout: Rollout, roles: Roles, state: State, prompts: Split, cfg: PPO, batch: int, out: RunDir
+    rollout: Rollout, roles: Roles, state: State, prompts: Split, cfg: PPOConfig, batch: int, out: RunDir
 ) -> dict[str, float]:
     """When it is time: reward, score and KL on the held-out prompts, with the same noise each time."""
     rows = len(prompts.train)
     if not len(prompts.valid) or not due(batch + 1, cfg.log.validate_every, cfg.batch, rows, cfg.batches):
         return {}
-    with naming(Responses=prompts.valid.place):
+    with locating_rows(Responses=prompts.valid.location):
         responses = rollout.generate(prompts_of(prompts.valid))
         _, stats = collect(responses, *roles, cfg, state.kl.coef)
     if cfg.select == "reward":
@@ -178,14 +180,14 @@ def places(prompts: Dataset, texts: Dataset | None) -> dict:
     """How a row that an error blames is found in its file."""
 
     def prompt(uid: int) -> str:
-        return prompts.place(prompts.row_at(uid))
+        return prompts.location(prompts.row_at(uid))
 
-    return {"Responses": prompt, "Experience": prompt, "Texts": texts.place if texts else None}
+    return {"Responses": prompt, "Experience": prompt, "Texts": texts.location if texts else None}
 
 
 def record(
     out: RunDir, step: int, responses: Responses, experience: Experience, asked: Prompts, roles: Roles,
-    stats: dict[str, float], cfg: PPO,
+    stats: dict[str, float], cfg: PPOConfig,
 ) -> None:  # fmt: skip
     """One row of metrics, a few of samples."""
     out.log.metrics(step, {"episode": step * cfg.batch} | stats, tokens=int(responses.mask.sum()))
@@ -196,7 +198,7 @@ def record(
         out.log.samples(step, told(responses.take(few), asked.texts[: len(few)], roles.policy.tokenizer, **columns))
 
 
-def write(cfg: PPO, state: State, folder: Path) -> None:
+def write(cfg: PPOConfig, state: State, folder: Path) -> None:
     """The chosen weights into `folder`, the moving average and the value model below it."""
     model = state.policy.model
     if cfg.ema:

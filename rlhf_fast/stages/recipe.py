@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast.config.presets import preset
-from rlhf_fast.config.resolve import Given, difference, from_json, read_yaml, resolve, show
-from rlhf_fast.config.stages import PPO, SFT, STAGES, Reward
+from rlhf_fast.config.resolve import Setting, difference, from_json, read_yaml, resolve, show
+from rlhf_fast.config.stages import STAGES, StageConfig
 from rlhf_fast.data.rows import must_exist
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.memory import peak_memory, reset_peak
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     """A recipe read: where it writes, and the settings of its stages in order."""
 
     out: Path
-    stages: dict[str, SFT | Reward | PPO]
+    stages: dict[str, StageConfig]
 
 
 def write_template(path: str | Path) -> Path:
@@ -91,7 +91,7 @@ def read_recipe(path: str | Path) -> Plan:
         raise UserError(f"{path}: holds no stage; give at least one of the sections {', '.join(STAGES)}")
     out = Path(str(shared["out"].value) if "out" in shared else "runs/first")
     chosen = str(shared["preset"].value or "") if "preset" in shared else ""
-    stages: dict[str, SFT | Reward | PPO] = {}
+    stages: dict[str, StageConfig] = {}
     for stage, cls in STAGES.items():
         if stage not in sections:
             continue
@@ -99,12 +99,12 @@ def read_recipe(path: str | Path) -> Plan:
             if item.value == UNFILLED:
                 raise UserError(
                     f"{stage}: {setting} is still {UNFILLED}; write the folder or hub name of a language model there"
-                    f" ({item.where})"
+                    f" ({item.origin})"
                 )
-        follows = {"out": Given(str(out / stage), "the recipe")}
+        follows = {"out": Setting(str(out / stage), "the recipe")}
         for setting, source in LINKS.get(stage, ()):
             if source in stages:
-                follows[setting] = Given(stages[source].out, f"the {source} stage")
+                follows[setting] = Setting(stages[source].out, f"the {source} stage")
         common = {name: shared[name] for name in ("seed", "device") if name in shared}
         stages[stage] = resolve(cls, preset(stage, chosen), follows, common, sections[stage])
         stages[stage].ready()
@@ -113,9 +113,11 @@ def read_recipe(path: str | Path) -> Plan:
     return Plan(out, stages)
 
 
-def _sections(path: str | Path, values: Mapping[str, Given]) -> tuple[dict[str, Given], dict[str, dict[str, Given]]]:
-    shared: dict[str, Given] = {}
-    sections: dict[str, dict[str, Given]] = {}
+def _sections(
+    path: str | Path, values: Mapping[str, Setting]
+) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
+    shared: dict[str, Setting] = {}
+    sections: dict[str, dict[str, Setting]] = {}
     for name, item in values.items():
         stage, dot, rest = name.partition(".")
         if stage in STAGES and (dot or item.value is None):
@@ -126,7 +128,7 @@ def _sections(path: str | Path, values: Mapping[str, Given]) -> tuple[dict[str, 
             shared[name] = item
         else:
             known = ", ".join([*SHARED, *STAGES])
-            raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({item.where})')
+            raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({item.origin})')
     return shared, sections
 
 
@@ -169,7 +171,7 @@ def _stage_function(stage: str) -> Callable[[Any], object]:
     return {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[stage]
 
 
-def finished(cfg: SFT | Reward | PPO) -> bool:
+def finished(cfg: StageConfig) -> bool:
     """Whether `out` holds this stage, finished. UserError if it was run there with other settings."""
     from rlhf_fast.run.folder import FREE
 

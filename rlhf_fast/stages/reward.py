@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast.batches import Comparisons
-from rlhf_fast.config.stages import Reward
+from rlhf_fast.config.stages import RewardConfig
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
-from rlhf_fast.errors import UserError, naming
+from rlhf_fast.errors import UserError, locating_rows
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.folder import RunDir
 from rlhf_fast.stages.validation import averages, due
@@ -17,7 +17,7 @@ from rlhf_fast.training.losses import reward_loss
 HEADLINE = ("loss/reward", "reward/accuracy", "valid/accuracy")
 
 
-def run(cfg: Reward) -> None:
+def run(cfg: RewardConfig) -> None:
     """Trains a scalar head and cfg.model's decoder on cfg.data; writes AutoModelForSequenceClassification to cfg.out.
 
     The head starts as a row of N(0, 1 / (D + 1)) (Stiennon et al. 2020), the decoder as cfg.model's.
@@ -36,7 +36,7 @@ def run(cfg: Reward) -> None:
         for step in range(out.begin(steps, HEADLINE, parts) + 1, steps + 1):
             done = (step - 1) * cfg.batch
             batch = data.train.batch(done, min(cfg.batch, cfg.epochs * len(data.train) - done))
-            with out.log.phase("learn"), naming(Comparisons=data.train.place):
+            with out.log.phase("learn"), locating_rows(Comparisons=data.train.location):
                 stats = learner.step(reward_loss, batch)
             if len(data.valid) and due(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
                 with out.log.phase("validate"):
@@ -50,7 +50,7 @@ def run(cfg: Reward) -> None:
         out.finish(model.save, {"bias": model.score_bias})
 
 
-def read_demonstrated(cfg: Reward, model: Model) -> Dataset | None:
+def read_demonstrated(cfg: RewardConfig, model: Model) -> Dataset | None:
     """The demonstrations whose mean score becomes 0."""
     if not cfg.demonstrations.path:
         return None

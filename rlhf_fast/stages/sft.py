@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from rlhf_fast.config.stages import SFT
+from rlhf_fast.config.stages import SFTConfig
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
-from rlhf_fast.errors import UserError, naming
+from rlhf_fast.errors import UserError, locating_rows
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import Best, RunDir
@@ -20,7 +20,7 @@ from rlhf_fast.training.rewards import Reward, load_reward
 HEADLINE = ("loss/sft", "valid/sft", "valid/scores")
 
 
-def run(cfg: SFT) -> None:
+def run(cfg: SFTConfig) -> None:
     """Trains cfg.model on cfg.data and writes the chosen weights, an ordinary causal LM folder, to cfg.out."""
     with RunDir(cfg, cfg.data, cfg.pretrain) as out:
         if out.finished:
@@ -32,7 +32,10 @@ def run(cfg: SFT) -> None:
         learner, best = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout), Best(out)
         parts = {"learner": learner, "best": best}
         for step in range(out.begin(steps, HEADLINE, parts) + 1, steps + 1):
-            with out.log.phase("learn"), naming(Demonstrations=data.train.place, Texts=texts and texts.place):
+            with (
+                out.log.phase("learn"),
+                locating_rows(Demonstrations=data.train.location, Texts=texts and texts.location),
+            ):
                 terms = mixture(cfg, data.train, texts, step)
                 stats = learner.step(terms)
             if due(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
@@ -46,7 +49,7 @@ def run(cfg: SFT) -> None:
         out.finish(best.model(steps, model.save), {"step": best.step or steps, "score": best.score})
 
 
-def read(cfg: SFT, model: Model, out: RunDir) -> tuple[Split, Dataset | None, Reward | None]:
+def read(cfg: SFTConfig, model: Model, out: RunDir) -> tuple[Split, Dataset | None, Reward | None]:
     """Demonstrations, pretraining text if any is mixed in, and the reward model if it selects."""
     data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
     if cfg.select != "last" and not len(data.valid):
@@ -70,7 +73,7 @@ def read(cfg: SFT, model: Model, out: RunDir) -> tuple[Split, Dataset | None, Re
     return data, texts, reward
 
 
-def mixture(cfg: SFT, data: Dataset, texts: Dataset | None, step: int) -> list[tuple]:
+def mixture(cfg: SFTConfig, data: Dataset, texts: Dataset | None, step: int) -> list[tuple]:
     """The terms of step 1, 2, ...: its demonstrations, and pretraining texts so that they are cfg.pretrain_fraction of
     its sequences. Every token that carries loss counts alike, whichever of the two it is from."""
     done = (step - 1) * cfg.batch
@@ -87,7 +90,9 @@ def mixture(cfg: SFT, data: Dataset, texts: Dataset | None, step: int) -> list[t
     ]
 
 
-def validate(cfg: SFT, model: Model, data: Dataset, reward: Reward | None, out: RunDir, step: int) -> dict[str, float]:
+def validate(
+    cfg: SFTConfig, model: Model, data: Dataset, reward: Reward | None, out: RunDir, step: int
+) -> dict[str, float]:
     """The validation loss, and with a reward model the mean score of responses to the validation prompts: all of them
     if it selects, else those for samples.jsonl. The noise is the same at every validation."""
     if not len(data):
@@ -98,7 +103,7 @@ def validate(cfg: SFT, model: Model, data: Dataset, reward: Reward | None, out: 
     if not prompts.ids:
         return stats
     columns = {}
-    with naming(Responses=data.place):
+    with locating_rows(Responses=data.location):
         responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
         if reward:
             columns["score"] = reward(responses)

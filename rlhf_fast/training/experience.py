@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.batches import Experience, Responses, micro_batches
-from rlhf_fast.config.stages import PPO
+from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
 
 RATIO_BAND = (0.9, 1.1)
@@ -24,7 +24,7 @@ RATIO_BAND = (0.9, 1.1)
 @torch.no_grad()
 def collect(
     responses: Responses, policy: Model, reference: Model, value: Model,
-    reward: Callable[[Responses], Tensor], cfg: PPO,
+    reward: Callable[[Responses], Tensor], cfg: PPOConfig,
     kl_coef: float | None = None, bootstrap: bool = False,
 ) -> tuple[Experience, dict[str, float]]:  # fmt: skip
     """Experience of a batch of responses, its advantages whitened if cfg.whiten is "batch", and metrics of the batch.
@@ -56,7 +56,7 @@ def collect(
     return (whiten(experience, cfg, moments) if cfg.whiten == "batch" else experience), stats
 
 
-def final_scores(scores: Tensor, finished: Tensor, cfg: PPO) -> tuple[Tensor, Tensor]:
+def final_scores(scores: Tensor, finished: Tensor, cfg: PPOConfig) -> tuple[Tensor, Tensor]:
     """(B,) scores after scale, clip and the rule for missing end tokens, and (B,) bool: rows the losses keep."""
     final = scores * cfg.score_scale
     final = final.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else final
@@ -76,7 +76,7 @@ def token_weights(mask: Tensor, loss_mean: str) -> Tensor:
     return weights if loss_mean == "token" else weights / weights.sum(1, keepdim=True).clamp_min(1)
 
 
-def whiten(experience: Experience, cfg: PPO, moments: Tensor | None = None) -> Experience:
+def whiten(experience: Experience, cfg: PPOConfig, moments: Tensor | None = None) -> Experience:
     """Advantages to mean 0 (unless whiten_shift_mean is off, then their mean stays) and variance 1 over the tokens that
     count; the variance is over n, or over n - 1 with whiten_unbiased. No token, or one: zeros (or that mean).
 
@@ -96,7 +96,7 @@ def whiten(experience: Experience, cfg: PPO, moments: Tensor | None = None) -> E
     return experience._replace(advantages=torch.where(mask, whitened, 0).float())
 
 
-def minibatches(experience: Experience, cfg: PPO, seed: int) -> Iterator[Experience]:
+def minibatches(experience: Experience, cfg: PPOConfig, seed: int) -> Iterator[Experience]:
     """cfg.inner_epochs passes over the rows that count, each in a new order drawn by `seed`, cfg.minibatch a time."""
     generator = torch.Generator().manual_seed(seed)
     rows = experience.mask.any(1).nonzero()[:, 0]

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlhf_fast.config.fields import DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
-from rlhf_fast.config.stages import PPO, SFT, Reward
+from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig
 
 LETTERS = "abcdefgh"
 
@@ -98,10 +98,10 @@ def model_at(folder: Path, **options) -> str:
     return str(folder / "model") if (folder / "model").exists() else model(folder / "model", **options)
 
 
-def sft(folder: Path, out: str = "sft", **changes) -> SFT:
+def sft(folder: Path, out: str = "sft", **changes) -> SFTConfig:
     """Settings of a run of about 15 steps, every part of the stage in use."""
     return replace(
-        SFT(
+        SFTConfig(
             out=str(folder / out),
             model=ModelConfig(model_at(folder)),
             data=DataConfig(demonstrations(folder / "demonstrations.jsonl"), valid_fraction=0.1),
@@ -118,10 +118,10 @@ def sft(folder: Path, out: str = "sft", **changes) -> SFT:
     )
 
 
-def reward(folder: Path, out: str = "reward", **changes) -> Reward:
+def reward(folder: Path, out: str = "reward", **changes) -> RewardConfig:
     """Settings of a run of about 16 steps."""
     return replace(
-        Reward(
+        RewardConfig(
             out=str(folder / out),
             model=ModelConfig(model_at(folder)),
             data=DataConfig(rankings(folder / "rankings.jsonl", 96), valid_fraction=0.1),
@@ -135,11 +135,11 @@ def reward(folder: Path, out: str = "reward", **changes) -> Reward:
     )
 
 
-def ppo(folder: Path, out: str = "ppo", **changes) -> PPO:
+def ppo(folder: Path, out: str = "ppo", **changes) -> PPOConfig:
     """Settings of a run of 6 batches of 2 optimizer steps each, with PPO-ptx and the adaptive KL controller."""
     schedule = {"schedule": "constant", "warmup_steps": 4}
     return replace(
-        PPO(
+        PPOConfig(
             out=str(folder / out),
             policy=ModelConfig(model_at(folder)),
             reward="toy:share_of_a",
