@@ -311,7 +311,8 @@ const char* decode_step(uintptr_t decoder, int64_t decoder_size, int64_t layer_s
                         int64_t wanted_count, uintptr_t hidden, int half, int64_t least, uintptr_t workspace,
                         uintptr_t needed, int threads) {
   if (decoder_size != sizeof(Decoder) || layer_size != sizeof(Layer))
-    return "rollout/compiled_step.py and csrc/cpu/decode_step.cpp describe a decoder differently; install rlhf-fast again";
+    return "rollout/compiled_step.py and csrc/cpu/decode_step.cpp describe a decoder differently; install rlhf-fast "
+           "again";
   const Decoder& model = *ptr<const Decoder>(decoder);
   if (workspace)
     for (int64_t n = 0; n < N; ++n) {

@@ -5,9 +5,9 @@
 // when they are visited, and are forgotten. A row of logits is kept only where a filter or a ban must see it whole.
 //
 // Floor: the head once from memory, or its 2 B V D operations; the draw adds some 50 operations a logit.
-#include "sample.h"
 #include "kernel.h"
 #include "product.h"
+#include "sample.h"
 #include "team.h"
 
 namespace {

@@ -2,8 +2,8 @@
 //
 // Floor per token: one read from memory; about 16 operations for e^z (32 where the temperature is not 1), 18 for
 // Philox.
-#include "sample.h"
 #include "kernel.h"
+#include "sample.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
-// Draws a token a row, on NVIDIA GPUs; kernels/sample_tokens.py says what it means, sample.cuh and filters.cuh how it is
-// done.
+// Draws a token a row, on NVIDIA GPUs; kernels/sample_tokens.py says what it means, sample.cuh and filters.cuh how it
+// is done.
 //
 // Memory is the floor: one read of the logits. Without a filter a block takes a tile of a row, which it keeps in
 // registers between the tile's largest logit, its sums and its draw (some 50 operations a token, no logarithm); a warp
