@@ -125,7 +125,7 @@ def test_unknown_wishes_are_refused():
 def gradients(model: Model) -> list[torch.Tensor]:
     model.module.zero_grad()
     tokens = torch.arange(20).view(2, 10) % V
-    with model.training():
+    with model.train_mode():
         logprobs, _ = model.logprobs(tokens, torch.tensor([3, 4]), torch.tensor([10, 8]))
         logprobs.sum().backward()
     return [logprobs.detach(), *(p.grad for p in model.module.parameters())]

@@ -133,9 +133,9 @@ def test_sft_loss_counts_completion_tokens_only():
 def test_dropout_is_off_but_inside_training(kind):
     model, batch = Model(MODULES[kind]()), demonstrations((1, 9))
     still = model.hidden(batch.tokens)
-    with model.training():
+    with model.train_mode():
         assert torch.equal(model.hidden(batch.tokens), still)
-    with model.training(dropout=0.5):
+    with model.train_mode(dropout=0.5):
         dropped = model.hidden(batch.tokens)
         assert not torch.allclose(dropped, still, atol=1e-3)
         assert not torch.equal(model.hidden(batch.tokens), dropped)
@@ -147,7 +147,7 @@ def test_residual_dropout_scales_what_each_branch_adds():
     model, seen = Model(MODULES["llama"]()), {}
     branch = model.decoder.layers[0].mlp
     branch.register_forward_hook(lambda _, __, output: seen.update(before=output.detach()))
-    with model.training(dropout=0.25):
+    with model.train_mode(dropout=0.25):
         branch.register_forward_hook(lambda _, __, output: seen.update(after=output.detach()))
         model.hidden(torch.randint(3, 61, (16, 32)))
     kept = seen["after"] != 0
@@ -164,7 +164,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, rank):
         cfg = ModelConfig(folder, lora=LoraConfig(rank=rank), gradient_checkpointing=saving)
         model, runs = Model.load(cfg), []
         model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
-        with model.training():  # a layer is entered again for the backward pass
+        with model.train_mode():  # a layer is entered again for the backward pass
             found.append(gradients(model, sft_loss(model, batch, batch.units())[0]))
         assert len(runs) == 1 + saving
     for name, gradient in found[0].items():
@@ -189,7 +189,7 @@ def test_scalar_head(tmp_path, kind):
     model.score_bias = 1.25
     tokens, lengths = pad_rows([[3, 4, 5, 6, 7], [3, 4], [8, 9, 3]])
     last = model.last_scores(tokens, lengths)
-    every = model.scores(tokens)
+    every = model.token_scores(tokens)
     torch.testing.assert_close(last, torch.stack([every[0, 4], every[1, 1], every[2, 2]]))
     values = model.values(tokens, torch.tensor([2, 1, 3]), lengths)
     torch.testing.assert_close(values[0], every[0, 1:4])

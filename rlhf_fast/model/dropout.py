@@ -1,22 +1,25 @@
-"""Dropout under our control: off everywhere, and on where the InstructGPT paper has it: on what attention and MLP add
-to the residual stream. Llama-like architectures have no such dropout of their own, so all get it by the same hook."""
+"""Residual dropout, and no other: InstructGPT drops what attention and MLP add to the residual stream.
+
+Llama-like architectures have no such dropout of their own, so every architecture gets it by the same forward hook.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from rlhf_fast.errors import UserError
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn")
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn")
 
 
-def switch_off(module: nn.Module) -> None:
-    """Sets every dropout probability inside to 0: layers, and the numbers that attention functions are called with."""
+def disable_dropout(module: nn.Module) -> None:
+    """Set every dropout probability to 0: in Dropout layers, and in attributes that attention functions read."""
     for part in module.modules():
         for name, value in vars(part).items():
             if isinstance(value, float) and (isinstance(part, nn.Dropout) or "drop" in name):
@@ -24,23 +27,24 @@ def switch_off(module: nn.Module) -> None:
 
 
 class ResidualDropout:
-    """Hooks on the attention and MLP of every layer, placed at the first use."""
+    """Dropout hooks on the attention and MLP of every layer, registered at the first use."""
 
     def __init__(self):
-        self.p, self._placed = 0.0, False
+        self.p = 0.0
+        self._registered = False
 
     @contextmanager
-    def on(self, decoder: nn.Module, p: float) -> Iterator[None]:
-        """Drops with probability p within the block, where the layers are in training mode."""
-        if p and not self._placed:
+    def enabled(self, decoder: nn.Module, p: float) -> Iterator[None]:
+        """Drop with probability p within the block, in layers that are in training mode."""
+        if p and not self._registered:
             for branch in residual_branches(decoder):
                 branch.register_forward_hook(self._drop)
-            self._placed = True
-        before, self.p = self.p, p
+            self._registered = True
+        previous, self.p = self.p, p
         try:
             yield
         finally:
-            self.p = before
+            self.p = previous
 
     def _drop(self, branch: nn.Module, _, output):
         if not (self.p and branch.training):
@@ -50,16 +54,18 @@ class ResidualDropout:
         return F.dropout(output, self.p)
 
 
-def residual_branches(decoder: nn.Module) -> list[nn.Module]:
-    """The attention and MLP modules of all layers; UserError where an architecture does not show them."""
-    count = decoder.config.get_text_config().num_hidden_layers
-    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    branches = []
+def residual_branches(decoder: Any) -> list[nn.Module]:
+    """Return the attention and MLP modules of all layers. UserError if an architecture has none under known names."""
+    num_layers = decoder.config.get_text_config().num_hidden_layers
+    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    branches: list[nn.Module] = []
     for layer in stacks[0] if stacks else ():
-        found = [[getattr(layer, name) for name in names if hasattr(layer, name)] for names in (ATTENTION, MLP)]
+        found = [
+            [getattr(layer, name) for name in names if hasattr(layer, name)] for names in (ATTENTION_NAMES, MLP_NAMES)
+        ]
         if all(found):
             branches += [found[0][0], found[1][0]]
-    if not branches or len(branches) != 2 * count:
+    if not branches or len(branches) != 2 * num_layers:
         raise UserError(
             f"{type(decoder).__name__}: where its attention and MLP join the residual stream is not known here; set"
             " residual_dropout=0"

@@ -1,5 +1,8 @@
-"""Several short rows end to end in one, so that a forward pass computes no padding. Positions start again at 0 with
-each row, from which transformers builds a block-diagonal causal mask: rows do not see one another."""
+"""Packing: several short rows in one, so that a forward pass computes little padding.
+
+Positions start again at 0 with each row. From them transformers builds a block-diagonal causal mask, so that packed
+rows do not see one another.
+"""
 
 from typing import NamedTuple
 
@@ -8,28 +11,32 @@ from torch import Tensor
 
 
 class Packed(NamedTuple):
+    """P packed rows of C tokens that hold the B rows of a batch."""
+
     tokens: Tensor
     """(P, C)"""
     positions: Tensor
     """(P, C)"""
     starts: Tensor
-    """(B,) where each row begins in tokens.flatten()."""
+    """(B,) index of each row's first token in tokens.flatten()."""
 
 
 def pack(tokens: Tensor, lengths: Tensor, capacity: int) -> Packed:
-    """Rows (B, T) of the given lengths into rows of `capacity` tokens: longest first, each where there is room."""
-    free, places = [], [(0, 0)] * len(lengths)
+    """Pack rows (B, T) of the given lengths into rows of `capacity` tokens, by first-fit decreasing."""
+    free: list[int] = []  # unused tokens of each packed row
+    assigned = [(0, 0)] * len(lengths)  # packed row and offset of each row
     for row in sorted(range(len(lengths)), key=lambda row: -int(lengths[row])):
         length = int(lengths[row])
-        target = next((i for i, room in enumerate(free) if room >= length), len(free))
+        target = next((i for i, unused in enumerate(free) if unused >= length), len(free))
         if target == len(free):
             free.append(capacity)
-        places[row] = (target, capacity - free[target])
+        assigned[row] = (target, capacity - free[target])
         free[target] -= length
     packed = torch.zeros(len(free), capacity, dtype=tokens.dtype)
     positions = torch.zeros(len(free), capacity, dtype=torch.int64)
-    for row, (target, start) in enumerate(places):
+    for row, (target, start) in enumerate(assigned):
         length = int(lengths[row])
         packed[target, start : start + length] = tokens[row, :length]
         positions[target, start : start + length] = torch.arange(length)
-    return Packed(packed, positions, torch.tensor([i * capacity + start for i, start in places], dtype=torch.int64))
+    starts = torch.tensor([target * capacity + start for target, start in assigned], dtype=torch.int64)
+    return Packed(packed, positions, starts)

@@ -1,4 +1,4 @@
-"""Weights and tokenizer from a folder or hub name, and a sentence for each way in which they do not fit."""
+"""Load weights and tokenizer from a folder or hub name, with a UserError for each way in which they do not fit."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
@@ -21,7 +27,7 @@ from rlhf_fast.errors import UserError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and peft print neither bars nor warnings: what matters of them is checked and said by us."""
+    """Silence the progress bars and warnings of transformers and peft. We check what matters ourselves."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -35,11 +41,12 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.Module:
-    """The transformers module, every weight of it found. `fresh_head` draws a missing score row by `seed`."""
+def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int, device: torch.device) -> PreTrainedModel:
+    """Return the transformers module on `device`. UserError if a weight is missing; with `fresh_head`, a missing score
+    row is drawn with `seed` instead."""
     if not cfg.path:
         raise UserError("model: no path given; give a folder or a hub name, for instance --model.path out/sft")
-    must_be_somewhere(cfg.path)
+    check_path(cfg.path)
     if (Path(cfg.path) / "adapter_config.json").is_file():
         raise UserError(f"{cfg.path}: holds an adapter alone; give the folder with the merged weights above it")
     try:
@@ -47,17 +54,20 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.
         scalar = any("SequenceClassification" in name for name in config.architectures or ())
         if head == "lm" and scalar:
             raise UserError(f"{cfg.path}: is a reward model, not a language model; give a base or SFT model")
-        kind = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+        auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
         if head == "scalar":
             config.num_labels = 1
         with quiet():
-            module, info = kind.from_pretrained(
-                cfg.path, config=config, dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attention,
-                trust_remote_code=cfg.trust_remote_code, output_loading_info=True,
-            )  # fmt: skip
+            module, info = auto.from_pretrained(
+                cfg.path,
+                config=config,
+                dtype=getattr(torch, cfg.dtype),
+                attn_implementation=cfg.attention,
+                trust_remote_code=cfg.trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{cfg.path}: cannot be loaded as a {head} model: {reason}") from error
+        raise UserError(f"{cfg.path}: cannot be loaded as a {head} model: {_first_line(error)}") from error
     missing = set(info["missing_keys"])
     untrained = {key for key in missing if key.startswith("score.")}
     if untrained and not fresh_head:
@@ -72,26 +82,25 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int) -> nn.
         weight = module.score.weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         weight.data.copy_(noise / (weight.shape[1] + 1) ** 0.5)
-    return module
+    return module.to(device)
 
 
-def load_tokenizer(cfg: ModelConfig, module: nn.Module | None = None):
-    """The tokenizer beside the weights, no larger than the model's vocabulary if the model is given."""
-    must_be_somewhere(cfg.path)
+def load_tokenizer(cfg: ModelConfig, module: PreTrainedModel | None = None):
+    """Return the tokenizer in the folder. UserError if it has more tokens than the vocabulary of `module`."""
+    check_path(cfg.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{cfg.path}: has no tokenizer that loads: {reason}") from error
+        raise UserError(f"{cfg.path}: has no tokenizer that loads: {_first_line(error)}") from error
     vocabulary = module.config.get_text_config().vocab_size if module is not None else len(tokenizer)
     if len(tokenizer) > vocabulary:
         raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
     return tokenizer
 
 
-def must_be_somewhere(path: str) -> None:
-    """UserError for what is no folder, and no hub name or none that can be had: one look, where transformers would ask
-    again and again for half a minute."""
+def check_path(path: str) -> None:
+    """Raise UserError if `path` is neither a folder nor a hub name that can be downloaded. This asks the hub once;
+    transformers would retry for half a minute."""
     if Path(path).exists():
         return
     hub = path.count("/") == 0 or (path.count("/") == 1 and not Path(path).parent.is_dir())
@@ -101,9 +110,9 @@ def must_be_somewhere(path: str) -> None:
         if not isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(path, "config.json"))
     except EntryNotFoundError:
-        return  # a hub model of another kind: loading it says of which
-    except Exception as error:  # of whichever HTTP library the hub's client uses
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        return  # a hub model without config.json: loading it raises an error that says more
+    except Exception as error:  # the hub's client may raise errors of several HTTP libraries
+        reason = _first_line(error).rstrip(".")
         raise UserError(
             f"{path}: there is no such folder here, and to download it from the hub by that name failed ({reason});"
             " look at the path, or give a hub name that can be reached"
@@ -111,7 +120,7 @@ def must_be_somewhere(path: str) -> None:
 
 
 def check_tokenizers(ours, theirs, name: str) -> None:
-    """UserError unless model `name` with the tokenizer `theirs` can read the tokens that `ours` makes."""
+    """Raise UserError unless model `name`, whose tokenizer is `theirs`, understands the tokens of `ours`."""
     own, other = ours.get_vocab(), theirs.get_vocab()
     if own != other:
         differing = next(iter(sorted(set(own.items()) ^ set(other.items()))))[0]
@@ -123,3 +132,7 @@ def check_tokenizers(ours, theirs, name: str) -> None:
         raise UserError(
             f"{name}: its chat template is not the policy's; it has learned to score another form of prompt"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

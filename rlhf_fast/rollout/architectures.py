@@ -92,7 +92,7 @@ def read(model: Model) -> Parts:
     family = FAMILIES.get(type(decoder).__name__)
     if family is None or not type(decoder).__module__.startswith("transformers.models."):
         raise Unsupported(f"there is no step for {type(decoder).__name__}")
-    parts = family(decoder, _reader(model.adapter))
+    parts = family(decoder, _reader(model.adapter_enabled))
     _check(parts, model.head_weight)
     return parts
 
@@ -137,7 +137,7 @@ def _reader(adapter: bool) -> Callable[[nn.Module], LinearPart]:
             raise Unsupported(f"it has a {type(plain).__name__} where a linear layer is expected")
         weight = plain.weight
         if plain is not layer and adapter:
-            delta = lora.delta(layer)
+            delta = lora.weight_delta(layer)
             if delta is None:
                 raise Unsupported(f"its adapter {type(layer).__name__} is more than a sum of weights")
             weight = weight if isinstance(delta, int) else weight.detach().float() + delta.float()

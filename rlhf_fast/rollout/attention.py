@@ -104,7 +104,7 @@ class AttentionDecoder:
 
     def _survey(self) -> None:
         """The layers' shapes, and whether each asks for no more than the attention here does."""
-        config, survey = self.model.base.config.get_text_config(), _Survey([])
+        config, survey = self.model.text_config, _Survey([])
         two = torch.arange(2, device=self.model.device)
         self._forward(survey, two + 1, two)
         layers = sorted(survey.layers, key=lambda layer: layer.index)

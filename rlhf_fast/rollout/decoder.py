@@ -52,6 +52,6 @@ class Decoder(Protocol):
         ...
 
     def hidden(self, arena: Arena, packed: Packed) -> Tensor:
-        """(n, D): the last layer after the final norm, not scaled (`Model.scale`). Writes the tokens' keys and values
-        to the arena."""
+        """Return the last layer's hidden states (n, D) after the final norm, not multiplied by `Model.logit_scale`.
+        Writes the tokens' keys and values to the arena."""
         ...

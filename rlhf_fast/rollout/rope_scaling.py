@@ -23,7 +23,7 @@ class ByLength(NamedTuple):
 
 def by_length(model: Model) -> ByLength | None:
     """The one of `model` that switches first; None if none does. Layers of several kinds have several."""
-    config = model.base.config.get_text_config()
+    config = model.text_config
     parameters = getattr(config, "rope_parameters", None) or {}
     found = []
     for part in (parameters, *parameters.values()):

@@ -27,7 +27,7 @@ class Draw:
         cfg, model, ban = self.cfg, self.model, (None, None)
         if cfg.min_new_tokens and len(self.banned) and slots.min() < cfg.min_new_tokens:
             ban = self.banned, steps < cfg.min_new_tokens
-        hidden = hidden if model.scale == 1 else hidden * model.scale
+        hidden = hidden if model.logit_scale == 1 else hidden * model.logit_scale
         token, logprobs, raw, kept, _, entropy = ops.linear_sample_tokens(
             hidden, model.head_weight, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, self.key, ids, steps,
             model.head_bias, model.softcap, *ban,

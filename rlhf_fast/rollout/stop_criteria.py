@@ -20,7 +20,7 @@ def end_tokens(model: Model) -> list[int]:
     generation = getattr(model.base, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not ids and (own := model.base.config.get_text_config().eos_token_id) is not None:
+    if not ids and (own := model.text_config.eos_token_id) is not None:
         ids = own if isinstance(own, list) else [own]
     own = (getattr(model.tokenizer, "eos_token_id", None), template_end(model.tokenizer))
     return sorted({*ids, *(token for token in own if token is not None)})

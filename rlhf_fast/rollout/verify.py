@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.decoder import Decoder, Packed, Unsupported
@@ -20,7 +19,7 @@ def prove(model: Model, decoder: Decoder) -> None:
     limit = min(model.max_positions or LENGTH, LENGTH)
     if limit < 4:
         raise Unsupported(f"{limit} positions are too few to try it")
-    tokens = _tokens(model, limit)
+    tokens = model.probe_tokens(3, limit)
     starts = [limit - 3, 1, limit // 2]
     pages = -(-limit // PAGE)
     arena = Arena(decoder.shapes, decoder.dtype, tokens.device, 3 * pages, 3, pages, PAGE)
@@ -43,12 +42,3 @@ def prove(model: Model, decoder: Decoder) -> None:
         most, usual = (1e-4, 1e-4) if decoder.dtype == torch.float32 else (0.3, 0.1)
         if not (gaps.max() <= most and gaps.median() <= usual):
             raise Unsupported(f"its hidden states over our cache are off by {gaps.max():.1%}")
-
-
-def _tokens(model: Model, limit: int) -> Tensor:
-    """(3, limit), none of them padding, without touching the random state."""
-    config = model.base.config.get_text_config()
-    tokens = (torch.arange(3 * limit, device=model.device).view(3, limit) * 7919 + 3) % config.vocab_size
-    if config.pad_token_id is None:
-        return tokens
-    return torch.where(tokens == config.pad_token_id, (tokens + 1) % config.vocab_size, tokens)

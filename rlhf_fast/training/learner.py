@@ -31,7 +31,7 @@ class Trainable(Protocol):
 
     def trainable(self) -> dict[str, torch.nn.Parameter]: ...
 
-    def training(self, dropout: float | None) -> AbstractContextManager[None]: ...
+    def train_mode(self, dropout: float | None) -> AbstractContextManager[None]: ...
 
 
 Loss = Callable[[Trainable, Any, float], tuple[Tensor, dict[str, Tensor]]]
@@ -83,7 +83,7 @@ class Learner:
         terms = [(loss, batch, 1.0)] if batch is not None else list(loss)
         self.adam.zero_grad(set_to_none=True)
         losses, stats = [], {}
-        with self.model.training(self.dropout):
+        with self.model.train_mode(self.dropout):
             for function, whole, coefficient in terms:
                 for value, part_stats in self._backward(function, whole, coefficient):
                     losses.append(value)

@@ -47,7 +47,9 @@ def policy_loss(
     dual_clip: float = 0.0, entropy_coef: float = 0.0,
 ) -> tuple[Tensor, Stats]:  # fmt: skip
     """PPO's clipped objective, negated, minus entropy_coef times the entropy; `temperature` is the rollout's."""
-    hidden, targets, where = model.predicting(batch.tokens, batch.prompt_lengths, batch.lengths, keep=batch.mask)
+    hidden, targets, where = model.hidden_and_targets(
+        batch.tokens, batch.prompt_lengths, batch.lengths, keep=batch.mask
+    )
     old, advantages = _pick(batch.old_logprobs, where, hidden), _pick(batch.advantages, where, hidden)
     weights = _pick(batch.weights, where, hidden) / units
     loss, logprobs, _, sums = ops.linear_ppo_loss(
@@ -69,8 +71,8 @@ def policy_loss(
 
 def value_loss(model, batch: Experience, units: float, *, value_clip: float = 0.2) -> tuple[Tensor, Stats]:
     """Half the larger of the squared errors of the value and of the value clipped to value_clip around the old one."""
-    hidden, _, where = model.predicting(batch.tokens, batch.prompt_lengths, batch.lengths, keep=batch.mask)
-    values, weights = model.score(hidden), _pick(batch.weights, where, hidden) / units
+    hidden, _, where = model.hidden_and_targets(batch.tokens, batch.prompt_lengths, batch.lengths, keep=batch.mask)
+    values, weights = model.score_hidden(hidden), _pick(batch.weights, where, hidden) / units
     old, returns = _pick(batch.values, where, hidden), _pick(batch.returns, where, hidden)
     _, loss, sums = ops.ppo_loss(None, None, None, weights, values, old, returns, value_clip=value_clip)
     sums = dict(zip(ops.ppo_loss.stats, sums, strict=True))
@@ -83,7 +85,7 @@ def value_loss(model, batch: Experience, units: float, *, value_clip: float = 0.
 
 
 def _cross_entropy(model, tokens: Tensor, first: Tensor, lengths: Tensor, units: float, pack: bool) -> Tensor:
-    hidden, targets, _ = model.predicting(tokens, first, lengths, pack=pack)
+    hidden, targets, _ = model.hidden_and_targets(tokens, first, lengths, pack=pack)
     weights = torch.full((len(targets),), 1 / units, device=hidden.device)
     loss, _ = ops.linear_cross_entropy(
         hidden, model.head_weight, targets, weights, bias=model.head_bias, softcap=model.softcap
