@@ -14,7 +14,7 @@ import torch
 from rlhf_fast.bench.baselines import rivals_of
 from rlhf_fast.bench.problem import TOLERANCE, Bout, Case, label, tensors
 from rlhf_fast.bench.timing import CAPTURED, Cpu, Gpu, interleaved
-from rlhf_fast.kernels import _op
+from rlhf_fast.kernels._backends import strict
 from rlhf_fast.kernels._op import Op
 
 BARE = "bare products"
@@ -80,16 +80,6 @@ def alarm(limit: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@contextlib.contextmanager
-def strict() -> Iterator[None]:
-    """An error where the reference would answer in a kernel's place."""
-    before, _op._STRICT = _op._STRICT, True
-    try:
-        yield
-    finally:
-        _op._STRICT = before
-
-
 def kernels_of(op: Op, device: str) -> list[str]:
     """The backends to time: on a CPU the best compiled one, on a GPU all."""
     names = [op.chosen("cpu")] if device == "cpu" else [b for b in op.backends if op.can_run(b, device)]
@@ -136,8 +126,8 @@ def admitted(bout: Bout, clock: Cpu | Gpu, compile_seconds: float, result: Resul
 
 def least(bout: Bout, outputs: list[torch.Tensor]) -> tuple[float, float]:
     """Bytes and operations that a call cannot do without: by default every tensor that comes or goes, once."""
-    if bout.op.count:
-        return bout.op.count(bout.case.gradient, *bout.args)
+    if bout.op.cost_function:
+        return bout.op.cost_function(bout.case.gradient, *bout.args)
     written = [bout.args[i] for i in bout.op.mutates]
     return float(sum(x.nbytes for x in tensors([*bout.args, *written, *outputs]))), 0.0
 

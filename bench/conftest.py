@@ -20,7 +20,8 @@ import torch
 from rlhf_fast import ops  # noqa: F401  registers them
 from rlhf_fast.bench import report
 from rlhf_fast.bench.timing import CLOCKS, ROUND, SECONDS, best, seconds
-from rlhf_fast.kernels._op import COMPILED, OPS
+from rlhf_fast.kernels._backends import COMPILED
+from rlhf_fast.kernels._op import OPS
 
 
 class Row(NamedTuple):

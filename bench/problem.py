@@ -57,7 +57,7 @@ def cases(device: str, wanted: list[str], dtypes: list[torch.dtype], small: bool
             for dtype in target.dtypes:
                 yield Case(OPS[target.op], target.size, dtype, target.gradient, target)
     for op in OPS.values():
-        for size in (op.small if small else op.large) if not wanted or op.name in wanted else []:
+        for size in (op.small_sizes if small else op.large_sizes) if not wanted or op.name in wanted else []:
             for dtype in dtypes:
                 for gradient in [False] + [True] * op.has_gradient:
                     yield Case(op, size, dtype, gradient)
@@ -74,8 +74,8 @@ class Bout:
         self.case, self.op = case, case.op
         # No row is ignored: other libraries and the bare products do not skip them, and NaN stands in them.
         size = case.size | ({"ignored": 0.0} if "targets" in self.op.names else {})
-        self.raw = self.op._bind(tuple(self.op.make(device=device, dtype=case.dtype, **size)), {})
-        self.args = self.op.prepare(*self.raw) if self.op.prepare else self.raw
+        self.raw = self.op.bind(*self.op.make_inputs(device=device, dtype=case.dtype, **size))
+        self.args = self.op.normalized(*self.raw)
         self.wrt = [i for i, a in enumerate(self.args) if isinstance(a, torch.Tensor) and a.requires_grad]
 
     def run(self, call: Callable, args: tuple, upstream: list[torch.Tensor] | None = None) -> list[torch.Tensor]:

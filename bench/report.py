@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast.kernels._op import COMPILED
+from rlhf_fast.kernels._backends import COMPILED
 
 PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy")
 

@@ -84,7 +84,7 @@ def test_gelu(side_by_side, N, approximate):
 
 @pytest.mark.parametrize("N", ROWS)
 def test_rope_store(side_by_side, N):
-    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make(
+    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
         N=N, H=9, Hkv=3, d=64, P=64, device="cpu", dtype=torch.float32
     )
     page, place = slots // 64, slots % 64
@@ -114,7 +114,7 @@ def test_rope_store(side_by_side, N):
 @pytest.mark.parametrize("context", [128, 1024])
 def test_decode_attention(side_by_side, context, dtype):
     B, H, heads, d = 32, 9, 3, 64
-    args = ops.decode_attention.make(
+    args = ops.decode_attention.make_inputs(
         lengths=(context,) * B, H=H, Hkv=heads, d=d, P=64, device="cpu", dtype=dtype, cache=dtype
     )
     q, k_cache, v_cache, table, _, rows, scale, *_ = args

@@ -32,21 +32,24 @@ def topk_then_multinomial(logits, top_k):
 def check_near_reference(args):
     def check():
         args_few = [a[:4] if isinstance(a, torch.Tensor) else a for a in args]
-        ours, truth = ops.sample_tokens(*args_few), ops.sample_tokens.reference(*ops.sample_tokens.prepare(*args_few))
+        ours, truth = (
+            ops.sample_tokens(*args_few),
+            ops.sample_tokens.reference(*ops.sample_tokens.normalized(*args_few)),
+        )
         assert torch.equal(ours[0], truth[0])
         torch.testing.assert_close(ours[1:], truth[1:], atol=2e-5, rtol=1e-5)
 
     return check
 
 
-PLAIN = [size for size in ops.sample_tokens.large if size.keys() == {"B", "V"}]
+PLAIN = [size for size in ops.sample_tokens.large_sizes if size.keys() == {"B", "V"}]
 
 
 # (least ratio aimed at, options); the floor: logits read once; about 40 operations a token (Philox 18, exp 16, sums).
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", PLAIN, ids=lambda size: f"{size['B']}x{size['V']}")
 def test_unfiltered(side_by_side, size, dtype):
-    args = ops.sample_tokens.make(device="cpu", dtype=dtype, **size)
+    args = ops.sample_tokens.make_inputs(device="cpu", dtype=dtype, **size)
     target = 5 if size == {"B": 64, "V": 50257} and dtype == torch.float32 else None
     side_by_side(
         f"sample_tokens {list(size.values())} {str(dtype)[6:]}",
@@ -73,7 +76,7 @@ FILTERS = {
 @pytest.mark.parametrize("filters", FILTERS)
 def test_filtered(side_by_side, filters):
     options, rival, name, target = FILTERS[filters]
-    args = ops.sample_tokens.make(device="cpu", dtype=torch.float32, B=64, V=50257, **options)
+    args = ops.sample_tokens.make_inputs(device="cpu", dtype=torch.float32, B=64, V=50257, **options)
     side_by_side(
         f"sample_tokens [64, 50257] {filters}",
         lambda: ops.sample_tokens(*args),

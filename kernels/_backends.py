@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -50,21 +53,64 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
     return found, missing
 
 
-COMPILED, MISSING = _load_compiled()
+COMPILED, WHY_MISSING = _load_compiled()
 
 
 def _find_triton() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The devices where Triton's kernels answer by themselves, and those where they can be forced."""
     if find_spec("triton") is None:
-        MISSING["triton"] = "triton is not installed; `pip install triton` (Linux)"
+        WHY_MISSING["triton"] = "triton is not installed; `pip install triton` (Linux)"
     elif os.environ.get("TRITON_INTERPRET") == "1":
-        MISSING["triton"] = "TRITON_INTERPRET=1: its kernels are interpreted, and answer only where they are forced"
+        WHY_MISSING["triton"] = "TRITON_INTERPRET=1: its kernels are interpreted, and answer only where they are forced"
         return (), DEVICES
     elif not torch.cuda.is_available():
-        MISSING["triton"] = "no CUDA device is visible to torch"
+        WHY_MISSING["triton"] = "no CUDA device is visible to torch"
     else:
         return ("cuda",), ("cuda",)
     return (), ()
 
 
-TRITON_ANSWERS, TRITON_FORCED = _find_triton()
+TRITON_DEFAULT_DEVICES, TRITON_DEVICES = _find_triton()
+
+
+class _Forced(threading.local):
+    """The backend that this thread forces; every thread starts with the environment's."""
+
+    backend: str | None = os.environ.get("RLHF_FAST_BACKEND") or None
+
+
+_forced = _Forced()
+_strict = os.environ.get("RLHF_FAST_STRICT") == "1"
+
+
+@contextlib.contextmanager
+def forcing(backend: str | None) -> Iterator[None]:
+    """Within the block, every op that this thread calls runs on `backend`; an op without that backend raises."""
+    before = _forced.backend
+    _forced.backend = backend
+    try:
+        yield
+    finally:
+        _forced.backend = before
+
+
+def forced_backend() -> str | None:
+    """Return the backend that this thread forces, by `forcing` or RLHF_FAST_BACKEND."""
+    return _forced.backend
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Within the block, in every thread, an op raises where its reference would run in a kernel's place."""
+    global _strict
+    before = _strict
+    _strict = True
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def is_strict() -> bool:
+    """Return True within `strict`, or everywhere under RLHF_FAST_STRICT=1."""
+    return _strict

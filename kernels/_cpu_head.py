@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._op import Declined, addresses, lane
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
 
 KERNELS = ("head_begin", "head_statistics", "head_results", "head_gradient", "half_product")
 KEPT_BYTES = 36 << 20  # of logits, in the order of three products; measured: fewer than 128 rows cost the products 20 %
@@ -58,7 +58,7 @@ class Head:
     def __init__(self, kernels, name, hidden, weight, targets, bias=None, temperature=1.0, softcap=0.0):
         for x in (hidden, weight):
             if x.dtype not in (torch.float32, torch.bfloat16):
-                raise Declined(f"{str(x.dtype)[6:]} has no compiled kernel")
+                raise Unsupported(f"{str(x.dtype)[6:]} has no compiled kernel")
         head.check_targets(name, targets, weight.shape[0])
         self.kernels, self.scalars = kernels, (temperature, softcap)
         self.shape, self.hidden_shape, self.hidden_dtype = targets.shape, hidden.shape, hidden.dtype
@@ -66,7 +66,7 @@ class Head:
         self.rows = None if here.all() else here.nonzero().squeeze(1)
         given = self.compact(hidden.detach().reshape(-1, hidden.shape[-1])).contiguous()
         self.targets = self.compact(flat).long().contiguous()
-        self.weight, self.threads = weight.detach(), lane(hidden)
+        self.weight, self.threads = weight.detach(), stream_or_threads(hidden)
         self.bias = bias if bias is None else bias.detach().float().contiguous()
         self.bias_dtype = None if bias is None else bias.dtype
         self.n, self.V, self.D = len(self.targets), weight.shape[0], weight.shape[1]
@@ -117,7 +117,7 @@ class Head:
         bias = None if self.bias is None else self.bias[first:]
         ref_bias = None if other is None or other.bias is None else other.bias[first:]
         getattr(self.kernels, kernel)(
-            *addresses(x, bias, ref, ref_bias, self.targets[begin:]),
+            *data_ptrs(x, bias, ref, ref_bias, self.targets[begin:]),
             table[begin:].data_ptr(), end - begin, x.shape[1], x.stride(0), first, *self.scalars, self.threads,
         )  # fmt: skip
 

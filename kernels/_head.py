@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import wide
+from rlhf_fast.kernels._tensors import upcast
 
 IGNORED = -100
 
@@ -30,8 +30,8 @@ def slope(x: Tensor, temperature: float, softcap: float) -> Tensor | float:
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Raw logits (..., V) in float32; what stands in an ignored row of hidden, even NaN, is not looked at."""
     with torch.autocast(hidden.device.type, enabled=False):
-        x = wide(hidden).masked_fill((targets == IGNORED)[..., None], 0) @ wide(weight).T
-    return x if bias is None else x + wide(bias)
+        x = upcast(hidden).masked_fill((targets == IGNORED)[..., None], 0) @ upcast(weight).T
+    return x if bias is None else x + upcast(bias)
 
 
 def gathered(logp: Tensor, targets: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ def products(
     dx: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, by: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, from the gradient of the raw logits; empty where not asked for."""
-    hidden_rows = wide(hidden).masked_fill((targets == IGNORED)[..., None], 0).flatten(0, -2)
+    hidden_rows = upcast(hidden).masked_fill((targets == IGNORED)[..., None], 0).flatten(0, -2)
     rows, nothing = dx.flatten(0, -2), hidden.new_empty(0)
-    d_hidden = (dx @ wide(weight)).to(hidden.dtype) if by[0] else nothing
+    d_hidden = (dx @ upcast(weight)).to(hidden.dtype) if by[0] else nothing
     d_weight = (rows.T @ hidden_rows).to(weight.dtype) if by[1] else nothing.clone()
     d_bias = rows.sum(0).to(bias.dtype) if by[2] else nothing.clone()
     return d_hidden, d_weight, d_bias
@@ -102,7 +102,7 @@ def default_weights(weights: Tensor | None, targets: Tensor) -> Tensor:
     here = targets != IGNORED
     if weights is None:
         return here.float() / here.sum().clamp(min=1)
-    return wide(weights).where(here, 0)
+    return upcast(weights).where(here, 0)
 
 
 def check_targets(name: str, targets: Tensor, V: int) -> None:

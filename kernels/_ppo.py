@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import wide
+from rlhf_fast.kernels._tensors import upcast
 
 SUMS = (
     "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",
@@ -37,11 +37,11 @@ def policy_loss(
     """
 
     def of(x: Tensor) -> Tensor:
-        return torch.where(on, wide(x).to(logprobs.dtype), 0)
+        return torch.where(on, upcast(x).to(logprobs.dtype), 0)
 
-    weights, advantage = of(weights), wide(advantages)
-    advantage = advantage if shift is None else advantage - wide(shift)
-    advantage = of(advantage if scale is None else advantage * wide(scale))
+    weights, advantage = of(weights), upcast(advantages)
+    advantage = advantage if shift is None else advantage - upcast(shift)
+    advantage = of(advantage if scale is None else advantage * upcast(scale))
     bound = log_ratio_clamp if log_ratio_clamp > 0 else torch.inf
     raw = of(logprobs) - of(old_logprobs)
     log_ratio = raw.clamp(-bound, bound)

@@ -12,7 +12,7 @@ form, -log(-log u) with a 24-bit u, cannot exceed 16.6 and draws tokens 18 nats 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import wide
+from rlhf_fast.kernels._tensors import upcast
 
 OUTPUTS = ("tokens", "logprobs", "raw_logprobs", "kept_logprobs", "log_kept_mass", "entropy")
 _LOW = 0xFFFFFFFF
@@ -68,7 +68,7 @@ def _kept(x: Tensor, z: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_
 def fake_outputs(rows: torch.Size, logits: Tensor) -> tuple[Tensor, ...]:
     """Empty outputs of `rows`, as wide as statistics of `logits` are."""
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    return (tokens, *(torch.empty(rows, dtype=wide(logits).dtype, device=logits.device) for _ in OUTPUTS[1:]))
+    return (tokens, *(torch.empty(rows, dtype=upcast(logits).dtype, device=logits.device) for _ in OUTPUTS[1:]))
 
 
 def draw(
@@ -85,7 +85,7 @@ def draw(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The six outputs of sample_tokens. `allowed` (B, V) bool: the tokens that the filters see; all others have no
     chance, but stay in logprobs, raw_logprobs and entropy."""
-    V, dtype = logits.shape[1], wide(logits).dtype
+    V, dtype = logits.shape[1], upcast(logits).dtype
     every = logits.double()
     x = every if allowed is None else every.masked_fill(~allowed & ~(every == float("inf")), float("-inf"))
     largest, most = x.amax(-1, keepdim=True), every.amax(-1, keepdim=True)

@@ -7,8 +7,8 @@ the pages, or the number of threads. The keys are read in splits of 256, merged 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _row_ops as rows
-from rlhf_fast.kernels._op import Declined, lane, op
+from rlhf_fast.kernels._launch import Unsupported, dtype_codes, require_dtypes, stream_or_threads
+from rlhf_fast.kernels._op import op
 
 SPLIT = 256  # keys, as csrc/ has it too
 BLOCKS = 32  # for each multiprocessor: more than ten times what it holds at once
@@ -78,7 +78,7 @@ def decode_attention(
     return out.to(q.dtype)
 
 
-@decode_attention.arguments
+@decode_attention.normalize
 def _(q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
     inputs = q, k_cache, v_cache, block_table, lengths, rows
     fits = [x.dim() for x in inputs] == [3, 4, 4, 2, 1, 1]
@@ -101,13 +101,13 @@ def _(q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
     return *(x.detach() for x in (q, k_cache, v_cache)), *tables, float(scale), int(window), float(softcap)
 
 
-@decode_attention.compiled(on=("cpu",))
+@decode_attention.compiled(devices=("cpu",))
 def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
-    rows.serves(q, k_cache)
+    require_dtypes(q, k_cache)
     k_cache, v_cache, block_table, lengths, slots = (
         x.contiguous() for x in (k_cache, v_cache, block_table, lengths, slots)
     )
-    query, threads = q.float().contiguous(), lane(q)
+    query, threads = q.float().contiguous(), stream_or_threads(q)
     (N, H, d), (pages, heads, P, dv), (S, M) = q.shape, v_cache.shape, block_table.shape
     out = torch.empty(N, H, dv, dtype=torch.float32, device=q.device)
     # With few tokens, threads share the splits of one, and each split needs a place of its own.
@@ -126,12 +126,12 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, 
     return out.to(q.dtype)
 
 
-@decode_attention.compiled(on=("cuda",))
+@decode_attention.compiled(devices=("cuda",))
 def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
-    codes = rows.codes(kernels, q, k_cache)
+    codes = dtype_codes(kernels, q, k_cache)
     (N, H, d), (pages, heads, P, dv), M = q.shape, v_cache.shape, block_table.shape[1]
     if not d or max(d, dv) > 256 or max(pages * heads * P, 2 * M * P) >= 1 << 31:
-        raise Declined(f"no compiled kernel for heads of {d} and {dv} (up to 256), or caches of 2^31 rows")
+        raise Unsupported(f"no compiled kernel for heads of {d} and {dv} (up to 256), or caches of 2^31 rows")
     _check_tables(k_cache, block_table, lengths, slots, window)
     q = q if q.stride(2) == 1 else q.contiguous()
     k_cache, v_cache, block_table, lengths, slots = (
@@ -145,7 +145,7 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, 
     kernels.decode_attention(
         q.data_ptr(), codes[0], *q.stride()[:2], k_cache.data_ptr(), v_cache.data_ptr(), codes[1],
         block_table.data_ptr(), lengths.data_ptr(), slots.data_ptr(), out.data_ptr(), states.data_ptr(),
-        sums.data_ptr(), N, H, heads, d, dv, P, M, parts, splits, scale, window, softcap, lane(q),
+        sums.data_ptr(), N, H, heads, d, dv, P, M, parts, splits, scale, window, softcap, stream_or_threads(q),
     )  # fmt: skip
     return out
 
@@ -169,7 +169,7 @@ def _(gradient, q, k_cache, v_cache, block_table, lengths, slots, scale, window,
 
 
 @decode_attention.inputs(
-    small=[
+    small_sizes=[
         {"lengths": (1,), "H": 1, "Hkv": 1, "d": 1, "P": 1},
         {"lengths": (17, 3, 64), "H": 6, "Hkv": 2, "d": 64, "P": 16},
         {"lengths": (300, 255, 257, 0), "H": 4, "Hkv": 1, "d": 80, "P": 64, "cache": torch.bfloat16},
@@ -179,7 +179,7 @@ def _(gradient, q, k_cache, v_cache, block_table, lengths, slots, scale, window,
         {"lengths": (3, 70), "H": 20, "Hkv": 1, "d": 16, "P": 64},
         {"lengths": (), "H": 2, "Hkv": 1, "d": 8, "P": 4},
     ],
-    large=[
+    large_sizes=[
         {"lengths": (128,) * 32, "H": 9, "Hkv": 3, "d": 64, "P": 64},
         {"lengths": (1024,) * 32, "H": 9, "Hkv": 3, "d": 64, "P": 64},
     ],

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._gae import pieces, scan
-from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import promote_to_float64, upcast
 
 
 def _fake(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
-    out = torch.empty(rewards.shape, dtype=wide(rewards).dtype, device=rewards.device)
+    out = torch.empty(rewards.shape, dtype=upcast(rewards).dtype, device=rewards.device)
     return out, torch.empty_like(out)
 
 
@@ -30,47 +32,47 @@ def gae(
     `bootstrap` (B,), the value of the state that a truncated row stopped in, or 0 for a row that ended.
     ValueError where shapes differ. No gradient: advantages are targets.
     """
-    return scan(wide(rewards), wide(values), mask, gamma, lam, bootstrap)
+    return scan(upcast(rewards), upcast(values), mask, gamma, lam, bootstrap)
 
 
-@gae.arguments
+@gae.normalize
 def _(rewards, values, mask, gamma, lam, bootstrap):
     if rewards.dim() != 2 or not rewards.shape == values.shape == mask.shape:
         shapes = [list(x.shape) for x in (rewards, values, mask)]
         raise ValueError(f"gae: rewards, values and mask must have one shape (B, T), got {shapes}")
     if bootstrap is not None and bootstrap.shape != rewards.shape[:1]:
         raise ValueError(f"gae: bootstrap must have shape ({rewards.shape[0]},), got {list(bootstrap.shape)}")
-    rewards, values, bootstrap = one_width(rewards.detach(), values.detach(), bootstrap)
+    rewards, values, bootstrap = promote_to_float64(rewards.detach(), values.detach(), bootstrap)
     return rewards, values, mask.bool(), float(gamma), float(lam), bootstrap
 
 
 def _dense(rewards, values, mask, bootstrap):
     """As a compiled kernel reads them, then its outputs."""
     if rewards.dtype == torch.float64:
-        raise Declined("float64 has no compiled kernel")
+        raise Unsupported("float64 has no compiled kernel")
     rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
     bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
     return rewards, values, mask, bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
 
 
-@gae.compiled(on=("cpu",))
+@gae.compiled(devices=("cpu",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
     tensors = _dense(rewards, values, mask, bootstrap)
-    kernels.gae(*addresses(*tensors), *rewards.shape, gamma, lam, lane(rewards))
+    kernels.gae(*data_ptrs(*tensors), *rewards.shape, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
-@gae.compiled(on=("cuda",))
+@gae.compiled(devices=("cuda",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
     tensors = _dense(rewards, values, mask, bootstrap)
     B, T = rewards.shape
     piece, folds = pieces(B, B * T, T, rewards)
-    kernels.gae(*addresses(*tensors, folds), piece, B, T, gamma, lam, lane(rewards))
+    kernels.gae(*data_ptrs(*tensors, folds), piece, B, T, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
 @gae.inputs(
-    small=[
+    small_sizes=[
         {"B": 1, "T": 1},
         {"B": 3, "T": 17},
         {"B": 17, "T": 33, "bootstrap": True},
@@ -80,7 +82,7 @@ def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],
-    large=[
+    large_sizes=[
         {"B": 64, "T": 128},
         {"B": 64, "T": 1024},
         {"B": 512, "T": 1024},

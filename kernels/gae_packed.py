@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._gae import check_offsets, pieces, scan
-from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import promote_to_float64, upcast
 
 
 def _fake(rewards, values, mask, cu_seqlens, gamma=1.0, lam=0.95, bootstrap=None):
-    out = torch.empty(rewards.shape, dtype=wide(rewards).dtype, device=rewards.device)
+    out = torch.empty(rewards.shape, dtype=upcast(rewards).dtype, device=rewards.device)
     return out, torch.empty_like(out)
 
 
@@ -38,11 +40,11 @@ def gae_packed(
     def pad(x: Tensor) -> Tensor:
         return x.new_zeros(at.shape).masked_scatter(inside, x)
 
-    padded = scan(pad(wide(rewards)), pad(wide(values)), pad(mask), gamma, lam, bootstrap)
+    padded = scan(pad(upcast(rewards)), pad(upcast(values)), pad(mask), gamma, lam, bootstrap)
     return padded[0][inside], padded[1][inside]
 
 
-@gae_packed.arguments
+@gae_packed.normalize
 def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     if rewards.dim() != 1 or not rewards.shape == values.shape == mask.shape:
         shapes = [list(x.shape) for x in (rewards, values, mask)]
@@ -54,14 +56,14 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
         raise ValueError(
             f"gae_packed: bootstrap must have shape ({cu_seqlens.shape[0] - 1},), got {list(bootstrap.shape)}"
         )
-    rewards, values, bootstrap = one_width(rewards.detach(), values.detach(), bootstrap)
+    rewards, values, bootstrap = promote_to_float64(rewards.detach(), values.detach(), bootstrap)
     return rewards, values, mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
 
 
 def _dense(rewards, values, mask, cu_seqlens, bootstrap):
     """As a compiled kernel reads them, then its outputs."""
     if rewards.dtype == torch.float64:
-        raise Declined("float64 has no compiled kernel")
+        raise Unsupported("float64 has no compiled kernel")
     check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
     rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
     cu_seqlens = cu_seqlens.long().contiguous()
@@ -69,23 +71,23 @@ def _dense(rewards, values, mask, cu_seqlens, bootstrap):
     return rewards, values, mask, cu_seqlens, bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
 
 
-@gae_packed.compiled(on=("cpu",))
+@gae_packed.compiled(devices=("cpu",))
 def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     tensors, (S, N) = _dense(rewards, values, mask, cu_seqlens, bootstrap), (len(cu_seqlens) - 1, len(rewards))
-    kernels.gae_packed(*addresses(*tensors), S, N, gamma, lam, lane(rewards))
+    kernels.gae_packed(*data_ptrs(*tensors), S, N, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
-@gae_packed.compiled(on=("cuda",))
+@gae_packed.compiled(devices=("cuda",))
 def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     tensors, (S, N) = _dense(rewards, values, mask, cu_seqlens, bootstrap), (len(cu_seqlens) - 1, len(rewards))
     piece, folds = pieces(S, N, N, rewards)
-    kernels.gae_packed(*addresses(*tensors, folds), piece, S, N, gamma, lam, lane(rewards))
+    kernels.gae_packed(*data_ptrs(*tensors, folds), piece, S, N, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
 @gae_packed.inputs(
-    small=[
+    small_sizes=[
         {"lengths": (1,)},
         {"lengths": (5, 0, 17, 1, 33)},
         {"lengths": (0, 9, 0, 0), "bootstrap": True, "index": "int32"},
@@ -96,7 +98,7 @@ def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
         {"lengths": ()},
         {"lengths": (0, 0)},
     ],
-    large=[{"lengths": (1024,) * 64}, {"lengths": tuple(range(1, 1024, 8))}, {"lengths": (131072,)}],
+    large_sizes=[{"lengths": (1024,) * 64}, {"lengths": tuple(range(1, 1024, 8))}, {"lengths": (131072,)}],
 )
 def _(lengths, device, dtype, gaps=True, bootstrap=False, index="int64"):
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(getattr(torch, index))

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _row_ops as rows
-from rlhf_fast.kernels._op import lane, op, wide
+from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import upcast
 
 
 @op(fake=lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device))
@@ -15,10 +16,10 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     u = sqrt(2/pi) (x + 0.044715 x^3), what GPT-2 was trained with. ValueError for another word.
     No gradient: for inference.
     """
-    return torch.nn.functional.gelu(wide(x), approximate=approximate).to(x.dtype)
+    return torch.nn.functional.gelu(upcast(x), approximate=approximate).to(x.dtype)
 
 
-@gelu.arguments
+@gelu.normalize
 def _(x, approximate):
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
@@ -27,24 +28,24 @@ def _(x, approximate):
     return x.detach(), approximate
 
 
-@gelu.compiled(needs=("gelu_map",))
+@gelu.compiled(required_symbols=("gelu_map",))
 def _(kernels, x, approximate):
-    (code,) = rows.codes(kernels, x)
+    (code,) = dtype_codes(kernels, x)
     x = x.contiguous()
     y = torch.empty_like(x)
-    kernels.gelu_map(x.data_ptr(), code, y.data_ptr(), x.numel(), approximate == "tanh", lane(x))
+    kernels.gelu_map(x.data_ptr(), code, y.data_ptr(), x.numel(), approximate == "tanh", stream_or_threads(x))
     return y
 
 
 @gelu.inputs(
-    small=[
+    small_sizes=[
         {"shape": ()},
         {"shape": (3, 17), "spread": 6.0},
         {"shape": (2, 3, 65), "approximate": "tanh", "spread": 6.0},
         {"shape": (4, 5000)},
         {"shape": (0, 5)},
     ],
-    large=[{"shape": (32, 3072)}, {"shape": (2048, 3072)}],
+    large_sizes=[{"shape": (32, 3072)}, {"shape": (2048, 3072)}],
 )
 def _(shape, device, dtype, approximate="none", spread=1.0):
     return spread * torch.randn(shape, device=device, dtype=dtype), approximate

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import upcast
 
 
 def _fake(hidden, weight, targets, *rest):
-    logprobs = torch.empty(targets.shape, dtype=wide(hidden[..., :0]).dtype, device=hidden.device)
+    logprobs = torch.empty(targets.shape, dtype=upcast(hidden[..., :0]).dtype, device=hidden.device)
     return logprobs.new_empty(()), logprobs
 
 
@@ -39,14 +40,14 @@ def linear_cross_entropy(
     return -torch.where(weights != 0, weights * logprobs, 0).sum(), logprobs.detach()
 
 
-@linear_cross_entropy.arguments
+@linear_cross_entropy.normalize
 def _(hidden, weight, targets, weights, bias, softcap):
     head.check_head("linear_cross_entropy", hidden, weight, targets, bias, 1.0, softcap)
     head.check_rows("linear_cross_entropy", targets, weights=weights)
     return hidden, weight, targets, weights if weights is None else weights.detach(), bias, float(softcap)
 
 
-@linear_cross_entropy.compiled(needs=blocks.KERNELS)
+@linear_cross_entropy.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, *args):
     return _train(kernels, *args, False, False, False)[:2]
 
@@ -91,7 +92,7 @@ def linear_cross_entropy_with_gradients(
     return torch.where(g != 0, g * logprobs, 0).sum(), logprobs, *grads
 
 
-linear_cross_entropy_with_gradients.compiled(_train, needs=blocks.KERNELS)
+linear_cross_entropy_with_gradients.compiled(_train, required_symbols=blocks.KERNELS)
 
 
 def _forward(ctx, *args):
@@ -125,7 +126,9 @@ def _(gradient, hidden, weight, targets, *rest):
     return head.cost(gradient, hidden, weight, targets)
 
 
-@linear_cross_entropy.inputs(small=SMALL, large=[{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}])
+@linear_cross_entropy.inputs(
+    small_sizes=SMALL, large_sizes=[{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
+)
 def _make(N, D, V, device, dtype, softcap=0.0, weighted=False, **options):
     """weighted: NaN stands in the weights of ignored rows."""
     hidden, weight, targets, bias = head.make_head(N, D, V, device, dtype, **options)
@@ -133,7 +136,9 @@ def _make(N, D, V, device, dtype, softcap=0.0, weighted=False, **options):
     return hidden, weight, targets, weights, bias, softcap
 
 
-@linear_cross_entropy_with_gradients.inputs(small=SMALL[1:4], large=[{"N": 1024, "D": 256, "V": 8192, "bias": True}])
+@linear_cross_entropy_with_gradients.inputs(
+    small_sizes=SMALL[1:4], large_sizes=[{"N": 1024, "D": 256, "V": 8192, "bias": True}]
+)
 def _(**size):
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(**size))
     return *args, True, True, args[4] is not None

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import upcast
 
 
 def _fake(hidden, weight, ref_hidden, ref_weight, targets, *rest):
-    out = torch.empty(targets.shape, dtype=wide(hidden[..., :0]).dtype, device=hidden.device)
+    out = torch.empty(targets.shape, dtype=upcast(hidden[..., :0]).dtype, device=hidden.device)
     return out, torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
 
 
@@ -41,7 +42,7 @@ def linear_kl(
     return outputs[:4]
 
 
-@linear_kl.arguments
+@linear_kl.normalize
 def _(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
     head.check_head("linear_kl", hidden, weight, targets, bias, temperature, softcap)
     head.check_head("linear_kl (reference)", ref_hidden, ref_weight, targets, ref_bias, temperature, softcap)
@@ -59,7 +60,7 @@ def _heads(kernels, hidden, weight, ref_hidden, ref_weight, targets, temperature
     return policy, blocks.Head(kernels, "linear_kl", ref_hidden, ref_weight, targets, ref_bias, *scalars)
 
 
-@linear_kl.compiled(needs=blocks.KERNELS)
+@linear_kl.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, *args):
     of, reference = _heads(kernels, *args)
     logprobs, entropy, _, _, ref_logprobs, kl, _, _ = of.statistics(reference)
@@ -99,7 +100,7 @@ def linear_kl_with_statistics(
     )
 
 
-@linear_kl_with_statistics.compiled(needs=blocks.KERNELS)
+@linear_kl_with_statistics.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, *args):
     of, reference = _heads(kernels, *args)
     logprobs, entropy, largest, log_sum, ref_logprobs, kl, ref_largest, ref_log_sum = map(
@@ -140,16 +141,16 @@ def linear_kl_backward(
     """Gradients of hidden, weight and bias, each (0,) where not asked for; both logits are computed once more."""
     x = head.logits(hidden, weight, bias, targets)
     ref_z = head.scale(head.logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
-    largest, log_sum, ref_largest, ref_log_sum = wide(statistics)[..., None]
+    largest, log_sum, ref_largest, ref_log_sum = upcast(statistics)[..., None]
     logp = head.scale(x, temperature, softcap) - largest - log_sum
     ref_logp = ref_z - ref_largest - ref_log_sum
-    g, h, k = wide(grad_logprobs), wide(grad_entropy), wide(grad_kl)
+    g, h, k = upcast(grad_logprobs), upcast(grad_entropy), upcast(grad_kl)
     dz = head.logits_gradient(logp, targets, g, -g - h * entropy - k * kl, -h, -k, ref_logp)
     by = by_hidden, by_weight, by_bias
     return head.products(dz * head.slope(x, temperature, softcap), hidden, weight, bias, targets, by)
 
 
-@linear_kl_backward.compiled(needs=blocks.KERNELS)
+@linear_kl_backward.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, *args):
     *args, by_hidden, by_weight, by_bias = args
     of, reference = _heads(kernels, *args)
@@ -195,7 +196,7 @@ def _(gradient, hidden, weight, ref_hidden, ref_weight, targets, *rest):
     return moved + ref_moved, computed + ref_computed
 
 
-@linear_kl.inputs(small=SMALL, large=[{"N": 512, "D": 768, "E": 768, "V": 50257}])
+@linear_kl.inputs(small_sizes=SMALL, large_sizes=[{"N": 512, "D": 768, "E": 768, "V": 50257}])
 def _make(
     N, D, E, V, device, dtype, bias=False, ignored=0.3, index=torch.int64, temperature=1.0, softcap=0.0,
     frozen_weight=False,
@@ -217,12 +218,12 @@ def _detached(args):
     return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
 
 
-@linear_kl_with_statistics.inputs(small=SMALL[1:4], large=[])
+@linear_kl_with_statistics.inputs(small_sizes=SMALL[1:4], large_sizes=[])
 def _(**size):
     return _detached(_make(**size))
 
 
-@linear_kl_backward.inputs(small=SMALL[1:5], large=[{"N": 1024, "D": 256, "E": 256, "V": 8192}])
+@linear_kl_backward.inputs(small_sizes=SMALL[1:5], large_sizes=[{"N": 1024, "D": 256, "E": 256, "V": 8192}])
 def _(device, **size):
     args = _detached(_make(device=device, **size))
     _, _, entropy, kl, statistics = linear_kl_with_statistics.reference(*args)

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import upcast
 
 
 def _fake(hidden, weight, targets, *rest):
-    out = torch.empty(targets.shape, dtype=wide(hidden[..., :0]).dtype, device=hidden.device)
+    out = torch.empty(targets.shape, dtype=upcast(hidden[..., :0]).dtype, device=hidden.device)
     return out, torch.empty_like(out)
 
 
@@ -36,13 +37,13 @@ def linear_logprobs(
     return linear_logprobs_with_statistics.reference(hidden, weight, targets, bias, temperature, softcap)[:2]
 
 
-@linear_logprobs.arguments
+@linear_logprobs.normalize
 def _(hidden, weight, targets, bias, temperature, softcap):
     head.check_head("linear_logprobs", hidden, weight, targets, bias, temperature, softcap)
     return hidden, weight, targets, bias, float(temperature), float(softcap)
 
 
-@linear_logprobs.compiled(needs=blocks.KERNELS)
+@linear_logprobs.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, *args):
     of = blocks.Head(kernels, "linear_logprobs", *args)
     logprobs, entropy, _, _ = of.statistics()
@@ -65,7 +66,7 @@ def linear_logprobs_with_statistics(
     return head.gathered(logp, targets), head.entropy_of(logp, targets), head.statistics_of(z, targets)
 
 
-@linear_logprobs_with_statistics.compiled(needs=blocks.KERNELS)
+@linear_logprobs_with_statistics.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, *args):
     of = blocks.Head(kernels, "linear_logprobs", *args)
     logprobs, entropy, largest, log_sum = map(of.expand, of.statistics())
@@ -94,14 +95,14 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each (0,) where not asked for; the logits are computed once more."""
     x = head.logits(hidden, weight, bias, targets)
-    largest, log_sum = wide(statistics)[..., None]
+    largest, log_sum = upcast(statistics)[..., None]
     logp = head.scale(x, temperature, softcap) - largest - log_sum
-    g, h = wide(grad_logprobs), wide(grad_entropy)
+    g, h = upcast(grad_logprobs), upcast(grad_entropy)
     dx = head.logits_gradient(logp, targets, g, -g - h * entropy, -h) * head.slope(x, temperature, softcap)
     return head.products(dx, hidden, weight, bias, targets, (by_hidden, by_weight, by_bias))
 
 
-@linear_logprobs_backward.compiled(needs=blocks.KERNELS)
+@linear_logprobs_backward.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, grad_logprobs, grad_entropy, entropy, statistics, *args):
     *args, by_hidden, by_weight, by_bias = args
     of = blocks.Head(kernels, "linear_logprobs", *args)
@@ -150,17 +151,17 @@ def _(gradient, hidden, weight, targets, *rest):
     return head.cost(gradient, hidden, weight, targets)
 
 
-@linear_logprobs.inputs(small=SMALL, large=LARGE)
+@linear_logprobs.inputs(small_sizes=SMALL, large_sizes=LARGE)
 def _make(N, D, V, device, dtype, temperature=1.0, softcap=0.0, **options):
     return *head.make_head(N, D, V, device, dtype, **options), temperature, softcap
 
 
-@linear_logprobs_with_statistics.inputs(small=SMALL[1:4], large=[])
+@linear_logprobs_with_statistics.inputs(small_sizes=SMALL[1:4], large_sizes=[])
 def _(device, **size):
     return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(device=device, **size))
 
 
-@linear_logprobs_backward.inputs(small=SMALL[1:5], large=[{"N": 1024, "D": 256, "V": 8192, "bias": True}])
+@linear_logprobs_backward.inputs(small_sizes=SMALL[1:5], large_sizes=[{"N": 1024, "D": 256, "V": 8192, "bias": True}])
 def _(device, **size):
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in _make(device=device, **size)]
     _, entropy, statistics = linear_logprobs_with_statistics.reference(*args)

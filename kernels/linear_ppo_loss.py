@@ -6,11 +6,12 @@ from torch import Tensor
 from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels import _ppo as policy
-from rlhf_fast.kernels._op import op, wide
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import upcast
 
 
 def _fake(hidden, weight, targets, *rest):
-    logprobs = torch.empty(targets.shape, dtype=wide(hidden[..., :0]).dtype, device=hidden.device)
+    logprobs = torch.empty(targets.shape, dtype=upcast(hidden[..., :0]).dtype, device=hidden.device)
     return logprobs.new_empty(()), logprobs, torch.empty_like(logprobs), logprobs.new_empty(len(policy.STATS))
 
 
@@ -74,7 +75,7 @@ def linear_ppo_loss(
 linear_ppo_loss.stats = policy.STATS
 
 
-@linear_ppo_loss.arguments
+@linear_ppo_loss.normalize
 def _(
     hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip, kl_coef,
     kl_estimator, entropy_coef, temperature, softcap, bias, advantage_shift, advantage_scale, log_ratio_clamp,
@@ -99,13 +100,13 @@ def _(
 
 def _one_element(name: str, x: Tensor | float | None, like: Tensor) -> Tensor | None:
     if x is None or not isinstance(x, Tensor):
-        return None if x is None else torch.full((), x, dtype=wide(like[..., :0]).dtype, device=like.device)
+        return None if x is None else torch.full((), x, dtype=upcast(like[..., :0]).dtype, device=like.device)
     if x.numel() != 1:
         raise ValueError(f"linear_ppo_loss: {name} must be a number or one element, got shape {list(x.shape)}")
     return x.detach().reshape(())
 
 
-@linear_ppo_loss.compiled(needs=blocks.KERNELS)
+@linear_ppo_loss.compiled(required_symbols=blocks.KERNELS)
 def _(kernels, *args):
     return _train(kernels, *args, False, False, False)[:4]
 
@@ -182,7 +183,7 @@ def linear_ppo_loss_with_gradients(
     return loss, logprobs, entropy, stats, *head.products(dx, hidden, weight, bias, targets, by)
 
 
-linear_ppo_loss_with_gradients.compiled(_train, needs=blocks.KERNELS)
+linear_ppo_loss_with_gradients.compiled(_train, required_symbols=blocks.KERNELS)
 
 
 def _forward(ctx, *args):
@@ -216,7 +217,9 @@ def _(gradient, hidden, weight, targets, *rest):
     return head.cost(gradient, hidden, weight, targets)
 
 
-@linear_ppo_loss.inputs(small=SMALL, large=[{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}])
+@linear_ppo_loss.inputs(
+    small_sizes=SMALL, large_sizes=[{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
+)
 def _make(N, D, V, device, dtype, far=False, whiten=False, reference=False, **options):
     """far: log-ratios beyond every bound. NaN stands wherever a target is ignored or a weight 0."""
     scalars = {name: options.pop(name) for name in list(options) if name in linear_ppo_loss.defaults and name != "bias"}
@@ -247,7 +250,7 @@ def _make(N, D, V, device, dtype, far=False, whiten=False, reference=False, **op
     return tuple(args.get(name, linear_ppo_loss.defaults.get(name)) for name in linear_ppo_loss.names)
 
 
-@linear_ppo_loss_with_gradients.inputs(small=SMALL[1:4], large=[{"N": 1024, "D": 256, "V": 8192}])
+@linear_ppo_loss_with_gradients.inputs(small_sizes=SMALL[1:4], large_sizes=[{"N": 1024, "D": 256, "V": 8192}])
 def _(**size):
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(**size))
     return *args, True, True, args[15] is not None

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _sampling
-from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._launch import Unsupported, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import upcast
 
 HALF = 1
 """How bfloat16 is multiplied on the CPU: 1 by the processor's own instruction where it has one, 2 by its emulation
@@ -52,7 +54,7 @@ def linear_sample_tokens(
     A row's numbers on the CPU do not depend on the other rows, bit for bit. No gradient. ValueError where shapes do not
     fit, a number is out of its range, or row_ids or steps are not given.
     """
-    logits = wide(hidden) @ wide(weight).to(wide(hidden).dtype).t()
+    logits = upcast(hidden) @ upcast(weight).to(upcast(hidden).dtype).t()
     logits = logits if bias is None else logits + bias.to(logits.dtype)
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     allowed = None
@@ -61,7 +63,7 @@ def linear_sample_tokens(
     return _sampling.draw(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, None, allowed)
 
 
-@linear_sample_tokens.arguments
+@linear_sample_tokens.normalize
 def _(hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows):
     name = "linear_sample_tokens"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
@@ -104,7 +106,9 @@ def _workspace(kernels, rows: int, V: int, D: int, is_bf16: bool, keeps: bool, h
 def _(kernels, hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows):
     served = (torch.float32, torch.bfloat16)
     if hidden.dtype not in served or weight.dtype not in served or weight.shape[0] > 2**31 - 2**20:
-        raise Declined(f"no compiled kernel for {hidden.dtype}, {weight.dtype} and a vocabulary of {weight.shape[0]}")
+        raise Unsupported(
+            f"no compiled kernel for {hidden.dtype}, {weight.dtype} and a vocabulary of {weight.shape[0]}"
+        )
     hidden = hidden.contiguous()
     weight = weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
     bias = bias if bias is None else bias.to(weight.dtype).contiguous()
@@ -112,7 +116,12 @@ def _(kernels, hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, 
     bans = [x if x is None else x.contiguous() for x in (banned, ban_rows)]
     *filters, ids, at, bias_at = (0 if x is None else x.data_ptr() for x in tensors)
     outputs = _fake(hidden, weight)
-    (B, D), V, is_bf16, threads = hidden.shape, weight.shape[0], weight.dtype == torch.bfloat16, lane(hidden)
+    (B, D), V, is_bf16, threads = (
+        hidden.shape,
+        weight.shape[0],
+        weight.dtype == torch.bfloat16,
+        stream_or_threads(hidden),
+    )
     keeps = any(filters[1:]) or banned is not None
     size = _workspace(kernels, B, V, D, is_bf16, keeps, HALF, threads)
     workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cpu")
@@ -135,7 +144,7 @@ def _(gradient, hidden, weight, *rest):
 
 
 @linear_sample_tokens.inputs(
-    small=[
+    small_sizes=[
         {"B": 1, "D": 8, "V": 1},
         {"B": 3, "D": 17, "V": 33},
         {"B": 5, "D": 32, "V": 2100, "temperature": 0.7},
@@ -147,7 +156,7 @@ def _(gradient, hidden, weight, *rest):
         {"B": 6, "D": 16, "V": 300, "bans": 40, "min_p": 0.05, "temperature": 1.5, "mixed": True},
         {"B": 0, "D": 4, "V": 7},
     ],
-    large=[
+    large_sizes=[
         {"B": 1, "D": 576, "V": 49152},
         {"B": 32, "D": 576, "V": 49152},
         {"B": 32, "D": 2048, "V": 128256},

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._gae import pieces, scan
-from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import promote_to_float64, upcast
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
 def _fake(logprobs, ref_logprobs, values, scores, mask, *rest):
-    out = torch.empty(logprobs.shape, dtype=wide(logprobs).dtype, device=logprobs.device)
+    out = torch.empty(logprobs.shape, dtype=upcast(logprobs).dtype, device=logprobs.device)
     return out, torch.empty_like(out), out.new_empty(len(STATS)), out.new_empty(out.shape[0])
 
 
@@ -63,7 +65,7 @@ def ppo_advantages(
     Two parts of a batch join by Chan's rule: m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
     ValueError where shapes differ, or kl_estimator is another word. No gradient: all of these are targets.
     """
-    logprobs, ref_logprobs, values, scores = wide(logprobs), wide(ref_logprobs), wide(values), wide(scores)
+    logprobs, ref_logprobs, values, scores = upcast(logprobs), upcast(ref_logprobs), upcast(values), upcast(scores)
     kl = torch.where(mask, token_kl(logprobs, ref_logprobs, kl_estimator), 0)
     scores = scores.clamp(-score_clip, score_clip) if score_clip > 0 else scores
     later = mask.flip(1).cumsum(1).flip(1)
@@ -78,7 +80,7 @@ def ppo_advantages(
 ppo_advantages.stats = STATS
 
 
-@ppo_advantages.arguments
+@ppo_advantages.normalize
 def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap):
     shapes = [list(x.shape) for x in (logprobs, ref_logprobs, values, mask)]
     if logprobs.dim() != 2 or any(shape != shapes[0] for shape in shapes):
@@ -93,7 +95,7 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
             f"ppo_advantages: kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}"
         )
     tensors = (x if x is None else x.detach() for x in (logprobs, ref_logprobs, values, scores, bootstrap))
-    *tensors, bootstrap = one_width(*tensors)
+    *tensors, bootstrap = promote_to_float64(*tensors)
     numbers = float(kl_coef), kl_estimator, float(gamma), float(lam), float(score_clip)
     return *tensors, mask.bool(), *numbers, bootstrap
 
@@ -101,7 +103,7 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
 def _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap):
     """As a compiled kernel reads them, then its outputs."""
     if logprobs.dtype == torch.float64:
-        raise Declined("float64 has no compiled kernel")
+        raise Unsupported("float64 has no compiled kernel")
     given = [x.float().contiguous() for x in (logprobs, ref_logprobs, values, scores)]
     bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
     B, T = logprobs.shape
@@ -109,7 +111,7 @@ def _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap):
     return *given, mask.contiguous(), bootstrap, *out
 
 
-@ppo_advantages.compiled(on=("cpu",))
+@ppo_advantages.compiled(devices=("cpu",))
 def _(
     kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
 ):  # fmt: skip
@@ -117,8 +119,8 @@ def _(
     B, T = logprobs.shape
     moments = torch.empty(B, 6, dtype=torch.float64, device=logprobs.device)
     kernels.ppo_advantages(
-        *addresses(*tensors, moments), B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip,
-        lane(logprobs),
+        *data_ptrs(*tensors, moments), B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip,
+        stream_or_threads(logprobs),
     )  # fmt: skip
     return tensors[-4:]
 
@@ -126,7 +128,7 @@ def _(
 BLOCKS = 2048  # at most: their moments join in a second launch
 
 
-@ppo_advantages.compiled(on=("cuda",))
+@ppo_advantages.compiled(devices=("cuda",))
 def _(
     kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
 ):  # fmt: skip
@@ -135,14 +137,14 @@ def _(
     parts = torch.empty(6, BLOCKS, dtype=torch.float64, device=logprobs.device)
     piece, folds = pieces(B, B * T, T, logprobs)
     kernels.ppo_advantages(
-        *addresses(*tensors, parts), BLOCKS, *addresses(folds), piece, B, T, kl_coef,
-        KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, lane(logprobs),
+        *data_ptrs(*tensors, parts), BLOCKS, *data_ptrs(folds), piece, B, T, kl_coef,
+        KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, stream_or_threads(logprobs),
     )  # fmt: skip
     return tensors[-4:]
 
 
 @ppo_advantages.inputs(
-    small=[
+    small_sizes=[
         {"B": 1, "T": 1},
         {"B": 3, "T": 17, "estimator": "k2", "clip": 0.5},
         {"B": 17, "T": 33, "bootstrap": True, "estimator": "k3"},
@@ -152,7 +154,7 @@ def _(
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],
-    large=[
+    large_sizes=[
         {"B": 64, "T": 128},
         {"B": 64, "T": 1024},
         {"B": 512, "T": 1024},

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined, addresses, lane, one_width, op, wide
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._ppo import policy_loss as clipped_loss
+from rlhf_fast.kernels._tensors import promote_to_float64, upcast
 
 STATS = (
     "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",
@@ -15,7 +17,7 @@ IMPORTANCE_MODES = ("truncate", "mask")
 
 
 def _fake(logprobs, old_logprobs, advantages, weights, *rest):
-    loss = torch.empty((), dtype=wide(weights).dtype, device=weights.device)
+    loss = torch.empty((), dtype=upcast(weights).dtype, device=weights.device)
     return loss, torch.empty_like(loss), loss.new_empty(len(STATS))
 
 
@@ -80,7 +82,7 @@ def _losses(
     shift, scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap, importance_mode,
 ):  # fmt: skip
     """Both losses, stats, and the losses' gradients by logprobs and values (None where the part is absent)."""
-    weights = wide(weights)
+    weights = upcast(weights)
     zero = weights.new_zeros(())
     loss, policy_stats, policy_slope = (
         zero,
@@ -91,17 +93,17 @@ def _losses(
     if logprobs is not None:
         clips = (clip_low, clip_high, dual_clip, log_ratio_clamp)
         importance = (sampler_logprobs, importance_cap, importance_mode)
-        given = (wide(logprobs), old_logprobs, advantages, weights, shift, scale)
+        given = (upcast(logprobs), old_logprobs, advantages, weights, shift, scale)
         loss, policy_stats, policy_slope = _policy(*given, clips, *importance)
     if values is not None:
-        value_weights = weights if value_weights is None else wide(value_weights)
+        value_weights = weights if value_weights is None else upcast(value_weights)
         value_loss, value_stats, value_slope = _value(values, old_values, returns, value_weights, value_clip)
     stats = torch.cat([policy_stats[:10], value_stats, policy_stats[10:]])
     return loss, value_loss, stats, policy_slope, value_slope
 
 
 def _where(on: Tensor, x: Tensor) -> Tensor:
-    return torch.where(on, wide(x), 0)
+    return torch.where(on, upcast(x), 0)
 
 
 def _policy(logprobs, old_logprobs, advantages, weights, shift, scale, clips, sampler_logprobs, cap, mode):
@@ -151,7 +153,7 @@ def _value(values, old_values, returns, weights, value_clip):
 ppo_loss.stats = STATS
 
 
-@ppo_loss.arguments
+@ppo_loss.normalize
 def _(
     logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
     advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
@@ -181,7 +183,7 @@ def _(
     weights = weights.float() if weights.dtype == torch.bool else weights
     if value_weights is not None and value_weights.dtype == torch.bool:
         value_weights = value_weights.float()
-    tensors = one_width(
+    tensors = promote_to_float64(
         logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs
     )
     shift, scale = (
@@ -196,7 +198,7 @@ def _(
 
 def _one_element(name: str, x: Tensor | float | None, like: Tensor) -> Tensor | None:
     if x is None or not isinstance(x, Tensor):
-        return None if x is None else torch.full((), x, dtype=wide(like).dtype, device=like.device)
+        return None if x is None else torch.full((), x, dtype=upcast(like).dtype, device=like.device)
     if x.numel() != 1:
         raise ValueError(f"ppo_loss: advantage_{name} must be a number or one element, got shape {list(x.shape)}")
     return x.detach().reshape(())
@@ -252,7 +254,7 @@ def _launch(kernels, device, args, wanted):
     tensors, numbers, mode = list(args[:11]), args[11:17], args[17]
     weights = tensors[3]
     if weights.dtype == torch.float64:
-        raise Declined("float64 has no compiled kernel")
+        raise Unsupported("float64 has no compiled kernel")
     if tensors[4] is not None and tensors[7] is None:
         tensors[7] = weights
     tensors = [x if x is None else x.float().contiguous() for x in tensors]
@@ -265,18 +267,18 @@ def _launch(kernels, device, args, wanted):
         blocks = [max(1, min(rounds, BLOCKS, max(FEW, rounds // 2)))]  # once a GPU is full, two rounds and more
         parts = [weights.new_empty(len(STATS) + 2, *blocks)]
     kernels.ppo_loss(
-        *addresses(*tensors, *out, *parts), *blocks, N, *numbers,
-        IMPORTANCE_MODES.index(mode), lane(weights),
+        *data_ptrs(*tensors, *out, *parts), *blocks, N, *numbers,
+        IMPORTANCE_MODES.index(mode), stream_or_threads(weights),
     )  # fmt: skip
     return out
 
 
 def _compiled(device):
-    @ppo_loss.compiled(on=(device,))
+    @ppo_loss.compiled(devices=(device,))
     def _(kernels, *args):
         return _launch(kernels, device, args, (False, False))[:3]
 
-    @ppo_loss_with_gradients.compiled(needs=("ppo_loss",), on=(device,))
+    @ppo_loss_with_gradients.compiled(required_symbols=("ppo_loss",), devices=(device,))
     def _(kernels, *args):
         *sums, by_logprobs, by_values = _launch(kernels, device, args[:-2], args[-2:])
         return *sums, *(sums[2].new_empty(0) if slope is None else slope for slope in (by_logprobs, by_values))
@@ -341,10 +343,12 @@ SMALL = [
     {"shape": (40,), "policy": False, "value_clip": 0.0},
     {"shape": (0, 5)},
 ]
-ppo_loss.inputs(small=SMALL, large=[{"shape": (64, 128)}, {"shape": (64, 1024)}, {"shape": (512, 1024)}])(_make)
+ppo_loss.inputs(small_sizes=SMALL, large_sizes=[{"shape": (64, 128)}, {"shape": (64, 1024)}, {"shape": (512, 1024)}])(
+    _make
+)
 
 
-@ppo_loss_with_gradients.inputs(small=SMALL[:1] + SMALL[2:6], large=[])
+@ppo_loss_with_gradients.inputs(small_sizes=SMALL[:1] + SMALL[2:6], large_sizes=[])
 def _(by_logprobs=True, by_values=True, **size):
     policy, value = size.get("policy", True), size.get("value", True)
     return *_make(grad=False, **size), by_logprobs and policy, by_values and value

@@ -5,13 +5,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_fast.kernels._gae import check_offsets
-from rlhf_fast.kernels._op import Declined, lane, op, wide
+from rlhf_fast.kernels._launch import Unsupported, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import upcast
 
 STATS = ("pairs", "correct", "margin", "groups", "groups_without_pair")
 
 
 def _fake(scores, group_offsets, ranks, weights=None):
-    loss = torch.empty((), dtype=wide(scores).dtype, device=scores.device)
+    loss = torch.empty((), dtype=upcast(scores).dtype, device=scores.device)
     return loss, loss.new_empty(len(STATS))
 
 
@@ -33,7 +35,7 @@ def ranking_loss(
     ValueError where shapes differ, ranks are no integers, or group_offsets does not rise from 0 to N (on CPU).
     """
     check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
-    loss, stats, _ = _pairs(wide(scores), group_offsets, ranks, weights)
+    loss, stats, _ = _pairs(upcast(scores), group_offsets, ranks, weights)
     return loss, stats
 
 
@@ -56,7 +58,7 @@ def _pairs(scores: Tensor, group_offsets: Tensor, ranks: Tensor, weights: Tensor
 ranking_loss.stats = STATS
 
 
-@ranking_loss.arguments
+@ranking_loss.normalize
 def _(scores, group_offsets, ranks, weights):
     if scores.dim() != 1 or scores.shape != ranks.shape:
         raise ValueError(
@@ -75,7 +77,7 @@ def _(scores, group_offsets, ranks, weights):
 
 
 def _fake_with_gradients(scores, group_offsets, ranks, weights=None):
-    return *_fake(scores, group_offsets, ranks), torch.empty_like(scores, dtype=wide(scores).dtype)
+    return *_fake(scores, group_offsets, ranks), torch.empty_like(scores, dtype=upcast(scores).dtype)
 
 
 @op(fake=_fake_with_gradients)
@@ -84,7 +86,7 @@ def ranking_loss_with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `ranking_loss` gives, and the loss's gradient by scores (N,) float32."""
     check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
-    return _pairs(wide(scores), group_offsets, ranks, weights)
+    return _pairs(upcast(scores), group_offsets, ranks, weights)
 
 
 def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
@@ -96,7 +98,7 @@ def _launch(kernels, scores, group_offsets, ranks, weights, with_slope):
     kernels.ranking_loss(
         scores.data_ptr(), group_offsets.data_ptr(), ranks.data_ptr(), 0 if weights is None else weights.data_ptr(),
         groups.data_ptr(), padded.data_ptr(), loss.data_ptr(), stats.data_ptr(), slope.data_ptr(), G, N, N + 16 * G,
-        lane(scores),
+        stream_or_threads(scores),
     )  # fmt: skip
     return loss, stats, slope
 
@@ -111,14 +113,14 @@ def _launch_cuda(kernels, scores, group_offsets, ranks, weights, with_slope):
     kernels.ranking_loss(
         scores.data_ptr(), group_offsets.data_ptr(), group_offsets.dtype == torch.int64, ranks.data_ptr(),
         ranks.dtype == torch.int64, 0 if weights is None else weights.data_ptr(), parts.data_ptr(), loss.data_ptr(),
-        stats.data_ptr(), slope.data_ptr(), G, N, lane(scores),
+        stats.data_ptr(), slope.data_ptr(), G, N, stream_or_threads(scores),
     )  # fmt: skip
     return loss, stats, slope
 
 
 def _float32(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
-        raise Declined("float64 has no compiled kernel")
+        raise Unsupported("float64 has no compiled kernel")
     return x.float().contiguous()
 
 
@@ -136,22 +138,22 @@ def _int32(ranks: Tensor) -> Tensor:
     return narrow.contiguous()
 
 
-@ranking_loss.compiled(on=("cpu",))
+@ranking_loss.compiled(devices=("cpu",))
 def _(kernels, *args):
     return _launch(kernels, *args, False)[:2]
 
 
-@ranking_loss_with_gradients.compiled(needs=("ranking_loss",), on=("cpu",))
+@ranking_loss_with_gradients.compiled(required_symbols=("ranking_loss",), devices=("cpu",))
 def _(kernels, *args):
     return _launch(kernels, *args, True)
 
 
-@ranking_loss.compiled(on=("cuda",))
+@ranking_loss.compiled(devices=("cuda",))
 def _(kernels, *args):
     return _launch_cuda(kernels, *args, False)[:2]
 
 
-@ranking_loss_with_gradients.compiled(needs=("ranking_loss",), on=("cuda",))
+@ranking_loss_with_gradients.compiled(required_symbols=("ranking_loss",), devices=("cuda",))
 def _(kernels, *args):
     return _launch_cuda(kernels, *args, True)
 
@@ -186,5 +188,7 @@ SMALL = [
     {"sizes": (9, 4, 1, 2, 0, 7), "weights": True},
     {"sizes": (5, 6, 5, 9, 17, 3, 2, 33), "ties": True, "index": "int32"},
 ]
-ranking_loss.inputs(small=[*SMALL, {"sizes": ()}], large=[{"sizes": (9,) * 64}, {"sizes": (2,) * 1024}])(_make)
-ranking_loss_with_gradients.inputs(small=[{**size, "grad": False} for size in SMALL], large=[])(_make)
+ranking_loss.inputs(small_sizes=[*SMALL, {"sizes": ()}], large_sizes=[{"sizes": (9,) * 64}, {"sizes": (2,) * 1024}])(
+    _make
+)
+ranking_loss_with_gradients.inputs(small_sizes=[{**size, "grad": False} for size in SMALL], large_sizes=[])(_make)

@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _row_ops as rows
-from rlhf_fast.kernels._op import lane, op, wide
+from rlhf_fast.kernels._launch import dtype_codes, require_dtypes, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import copy_back, upcast
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (N, heads, d) with its first r dimensions rotated, in float32 or wider; cos and sin (N, r/2)."""
     half = cos.shape[1]
-    a, b, rest = wide(x).split([half, half, x.shape[2] - 2 * half], dim=2)
-    cos, sin = wide(cos)[:, None], wide(sin)[:, None]
+    a, b, rest = upcast(x).split([half, half, x.shape[2] - 2 * half], dim=2)
+    cos, sin = upcast(cos)[:, None], upcast(sin)[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=2)
 
 
@@ -44,7 +45,7 @@ def rope_store(
     return _rotated(q, cos, sin).to(q.dtype)
 
 
-@rope_store.arguments
+@rope_store.normalize
 def _(q, k, v, cos, sin, k_cache, v_cache, slots):
     shapes = [list(x.shape) for x in (q, k, v, cos, sin, k_cache, v_cache, slots)]
     fits = [x.dim() for x in (q, k, v, cos, sin, k_cache, v_cache, slots)] == [3, 3, 3, 2, 2, 4, 4, 1]
@@ -65,9 +66,9 @@ def _(q, k, v, cos, sin, k_cache, v_cache, slots):
     return *(x.detach() for x in (q, k, v, cos, sin, k_cache, v_cache)), slots.long()
 
 
-@rope_store.compiled(on=("cpu",))
+@rope_store.compiled(devices=("cpu",))
 def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
-    rows.serves(q, k_cache, cos, sin)
+    require_dtypes(q, k_cache, cos, sin)
     cos, sin = cos.float(), sin.float()
     q, k, v, cos, sin, slots = (x.contiguous() for x in (q, k, v, cos, sin, slots))
     k_held, v_held, out = k_cache.contiguous(), v_cache.contiguous(), torch.empty_like(q)
@@ -77,19 +78,19 @@ def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
         kernels.rope_store(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), half, cos.data_ptr(), sin.data_ptr(), k_held.data_ptr(),
             v_held.data_ptr(), k_held.dtype == torch.bfloat16, slots.data_ptr(), out.data_ptr(), *q.shape[:2], kv_heads,
-            d, v.shape[2], cos.shape[1], pages, P, lane(q),
+            d, v.shape[2], cos.shape[1], pages, P, stream_or_threads(q),
         )  # fmt: skip
     except RuntimeError:
         _check_slots(slots, k_cache)
         raise
-    rows.write_back(k_held, k_cache)
-    rows.write_back(v_held, v_cache)
+    copy_back(k_held, k_cache)
+    copy_back(v_held, v_cache)
     return out
 
 
-@rope_store.compiled(on=("cuda",))
+@rope_store.compiled(devices=("cuda",))
 def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
-    code, cos_code, sin_code, cache_code = rows.codes(kernels, q, cos, sin, k_cache)
+    code, cos_code, sin_code, cache_code = dtype_codes(kernels, q, cos, sin, k_cache)
     _check_slots(slots, k_cache)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
@@ -99,10 +100,10 @@ def _(kernels, q, k, v, cos, sin, k_cache, v_cache, slots):
     kernels.rope_store(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), code, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         cos.data_ptr(), cos_code, sin.data_ptr(), sin_code, k_held.data_ptr(), v_held.data_ptr(), cache_code,
-        slots.data_ptr(), out.data_ptr(), N, H, kv_heads, d, dv, cos.shape[1], pages, P, lane(q),
+        slots.data_ptr(), out.data_ptr(), N, H, kv_heads, d, dv, cos.shape[1], pages, P, stream_or_threads(q),
     )  # fmt: skip
-    rows.write_back(k_held, k_cache)
-    rows.write_back(v_held, v_cache)
+    copy_back(k_held, k_cache)
+    copy_back(v_held, v_cache)
     return out
 
 
@@ -114,7 +115,7 @@ def _(gradient, q, k, v, cos, sin, k_cache, v_cache, slots):
 
 
 @rope_store.inputs(
-    small=[
+    small_sizes=[
         {"N": 1, "H": 1, "Hkv": 1, "d": 2, "P": 1},
         {"N": 5, "H": 6, "Hkv": 2, "d": 64, "P": 16},
         {"N": 7, "H": 3, "Hkv": 3, "d": 80, "P": 4, "r": 20, "cache": torch.bfloat16},
@@ -122,7 +123,7 @@ def _(gradient, q, k, v, cos, sin, k_cache, v_cache, slots):
         {"N": 4, "H": 2, "Hkv": 2, "d": 9, "P": 2, "r": 0},
         {"N": 0, "H": 2, "Hkv": 1, "d": 8, "P": 4},
     ],
-    large=[{"N": 32, "H": 9, "Hkv": 3, "d": 64, "P": 64}, {"N": 2048, "H": 9, "Hkv": 3, "d": 64, "P": 64}],
+    large_sizes=[{"N": 32, "H": 9, "Hkv": 3, "d": 64, "P": 64}, {"N": 2048, "H": 9, "Hkv": 3, "d": 64, "P": 64}],
 )
 def _(N, H, Hkv, d, P, device, dtype, r=None, dv=None, cache=None):
     r, dv, cache, pages = d if r is None else r, dv or d, cache or dtype, N // P + 2

@@ -6,9 +6,10 @@ kernels/_sampling.py says how the noise is keyed and what a draw is.
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _row_ops as rows
 from rlhf_fast.kernels import _sampling
-from rlhf_fast.kernels._op import Declined, addresses, lane, op
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, dtype_codes, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import as_matrix
 
 
 def _fake(logits, *options):
@@ -50,7 +51,7 @@ def sample_tokens(
     return _sampling.draw(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise)
 
 
-@sample_tokens.arguments
+@sample_tokens.normalize
 def _(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
     if logits.dim() != 2 or not logits.shape[1] or not logits.is_floating_point():
         raise ValueError(
@@ -62,41 +63,41 @@ def _(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
     return logits.detach(), *options, noise if noise is None else noise.float()
 
 
-@sample_tokens.compiled(on=("cpu",))
+@sample_tokens.compiled(devices=("cpu",))
 def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
     if logits.dtype not in (torch.float32, torch.bfloat16) or logits.shape[1] > 2**31 - 2**20:
-        raise Declined(f"no compiled kernel for {logits.dtype} and a vocabulary of {logits.shape[1]}")
+        raise Unsupported(f"no compiled kernel for {logits.dtype} and a vocabulary of {logits.shape[1]}")
     logits = logits.contiguous()
     options = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p)]
     keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]
     outputs = _fake(logits)
     kernels.sample_tokens(
-        logits.data_ptr(), logits.dtype == torch.bfloat16, *logits.shape, *addresses(*options), seed,
-        *addresses(*keys, *outputs), lane(logits),
+        logits.data_ptr(), logits.dtype == torch.bfloat16, *logits.shape, *data_ptrs(*options), seed,
+        *data_ptrs(*keys, *outputs), stream_or_threads(logits),
     )  # fmt: skip
     return outputs
 
 
-@sample_tokens.compiled(on=("cuda",))
+@sample_tokens.compiled(devices=("cuda",))
 def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
-    (code,), (B, V) = rows.codes(kernels, logits), logits.shape
+    (code,), (B, V) = dtype_codes(kernels, logits), logits.shape
     if V > 2**30:
-        raise Declined(f"no compiled kernel for a vocabulary of {V}")
-    logits = rows.dense(logits)
+        raise Unsupported(f"no compiled kernel for a vocabulary of {V}")
+    logits = as_matrix(logits)
     options = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p)]
     keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]
     threads = 256 if V > 1024 else 64
     tiles = -(-V // (16 * threads))
     parts, outputs = torch.empty(B, tiles, 32, dtype=torch.uint8, device=logits.device), _fake(logits)
     kernels.sample_tokens(
-        logits.data_ptr(), code, B, V, logits.stride(0), *addresses(*options), seed, *addresses(*keys, *outputs),
-        threads, tiles, parts.data_ptr(), lane(logits),
+        logits.data_ptr(), code, B, V, logits.stride(0), *data_ptrs(*options), seed, *data_ptrs(*keys, *outputs),
+        threads, tiles, parts.data_ptr(), stream_or_threads(logits),
     )  # fmt: skip
     return outputs
 
 
 @sample_tokens.inputs(
-    small=[
+    small_sizes=[
         {"B": 1, "V": 1},
         {"B": 3, "V": 17},
         {"B": 5, "V": 1000, "temperature": 0.7},
@@ -107,7 +108,7 @@ def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, n
         {"B": 7, "V": 40, "injected": True, "top_k": 20},
         {"B": 0, "V": 7},
     ],
-    large=[
+    large_sizes=[
         {"B": 1, "V": 50257},
         {"B": 64, "V": 50257},
         {"B": 64, "V": 151936},

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _row_ops as rows
-from rlhf_fast.kernels._op import lane, op, wide
+from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import as_matrix, upcast
 
 
 def _fake(gate, up):
@@ -18,10 +19,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     (Shazeer 2020, arXiv 2002.05202.) Computed in float32, rounded once. Rows may be strided: the halves of one product
     are read where they lie. ValueError where shapes or dtypes differ. No gradient: for inference.
     """
-    return (torch.nn.functional.silu(wide(gate)) * wide(up)).to(gate.dtype)
+    return (torch.nn.functional.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
 
 
-@swiglu.arguments
+@swiglu.normalize
 def _(gate, up):
     if gate.shape != up.shape or gate.dtype != up.dtype or not gate.dim() or not gate.is_floating_point():
         came = f"{gate.dtype} {list(gate.shape)} and {up.dtype} {list(up.shape)}"
@@ -31,22 +32,22 @@ def _(gate, up):
 
 @swiglu.compiled
 def _(kernels, gate, up):
-    (code,) = rows.codes(kernels, gate)
-    a, b, y = rows.dense(gate), rows.dense(up), _fake(gate, up)
+    (code,) = dtype_codes(kernels, gate)
+    a, b, y = as_matrix(gate), as_matrix(up), _fake(gate, up)
     kernels.swiglu(
-        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), code, y.data_ptr(), *a.shape, lane(a),
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), code, y.data_ptr(), *a.shape, stream_or_threads(a),
     )  # fmt: skip
     return y
 
 
 @swiglu.inputs(
-    small=[
+    small_sizes=[
         {"shape": (1, 1)},
         {"shape": (3, 17), "spread": 40.0},
         {"shape": (2, 3, 64), "halves": True},
         {"shape": (0, 5)},
     ],
-    large=[{"shape": (32, 1536)}, {"shape": (2048, 1536)}],
+    large_sizes=[{"shape": (32, 1536)}, {"shape": (2048, 1536)}],
 )
 def _(shape, device, dtype, spread=3.0, halves=False):
     both = spread * torch.randn(*shape[:-1], 2 * shape[-1], device=device, dtype=dtype)

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels import _row_ops as rows
-from rlhf_fast.kernels._op import lane, op, wide
+from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
+from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import as_matrix, upcast
 
 FEW_ROWS = 256  # two blocks a processor of an H100
 
 
 def _fake(logits, targets, *rest):
-    out = torch.empty(targets.shape, dtype=wide(logits[..., :0]).dtype, device=logits.device)
+    out = torch.empty(targets.shape, dtype=upcast(logits[..., :0]).dtype, device=logits.device)
     return out, torch.empty_like(out)
 
 
@@ -29,12 +30,12 @@ def token_logprobs(
     differ, or a target is out of range (on CPU).
     """
     head.check_targets("token_logprobs", targets, logits.shape[-1])
-    x = wide(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
+    x = upcast(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
     logp = head.scale(x, temperature, softcap).log_softmax(-1)
     return head.gathered(logp, targets), head.entropy_of(logp, targets)
 
 
-@token_logprobs.arguments
+@token_logprobs.normalize
 def _(logits, targets, temperature, softcap):
     if not logits.dim() or targets.shape != logits.shape[:-1] or not logits.shape[-1]:
         shapes = f"{list(logits.shape)} and {list(targets.shape)}"
@@ -45,19 +46,26 @@ def _(logits, targets, temperature, softcap):
 
 def _prepared(kernels, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple]:
     """logits (N, V) with their last dimension dense, N targets, and how a kernel is told of both."""
-    (code,) = rows.codes(kernels, logits)
-    x, targets = rows.dense(logits.detach()), targets.contiguous()
+    (code,) = dtype_codes(kernels, logits)
+    x, targets = as_matrix(logits.detach()), targets.contiguous()
     return x, targets, (x.data_ptr(), code, targets.data_ptr(), targets.dtype == torch.int64)
 
 
-@token_logprobs.compiled(on=("cpu",))
+@token_logprobs.compiled(devices=("cpu",))
 def _(kernels, logits, targets, temperature, softcap):
     x, targets, given = _prepared(kernels, logits, targets)
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
     entropy = torch.empty_like(logprobs)
     try:
         kernels.token_logprobs(
-            *given, logprobs.data_ptr(), entropy.data_ptr(), *x.shape, x.stride(0), temperature, softcap, lane(x)
+            *given,
+            logprobs.data_ptr(),
+            entropy.data_ptr(),
+            *x.shape,
+            x.stride(0),
+            temperature,
+            softcap,
+            stream_or_threads(x),
         )
     except RuntimeError:
         head.check_targets("token_logprobs", targets, logits.shape[-1])
@@ -65,7 +73,7 @@ def _(kernels, logits, targets, temperature, softcap):
     return logprobs, entropy
 
 
-@token_logprobs.compiled(on=("cuda",))
+@token_logprobs.compiled(devices=("cuda",))
 def _(kernels, logits, targets, temperature, softcap):
     head.check_targets("token_logprobs", targets, logits.shape[-1])
     x, targets, given = _prepared(kernels, logits, targets)
@@ -73,7 +81,7 @@ def _(kernels, logits, targets, temperature, softcap):
     entropy, parts = torch.empty_like(logprobs), _parts(x)
     kernels.token_logprobs(
         *given, logprobs.data_ptr(), entropy.data_ptr(), 0 if parts is None else parts.data_ptr(), *x.shape,
-        x.stride(0), temperature, softcap, lane(x),
+        x.stride(0), temperature, softcap, stream_or_threads(x),
     )  # fmt: skip
     return logprobs, entropy
 
@@ -91,9 +99,9 @@ def token_logprobs_backward(
     grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, targets: Tensor, temperature: float, softcap: float
 ) -> Tensor:
     """Gradient of the logits, in their dtype: formed in float32, rounded once."""
-    x = wide(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
+    x = upcast(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
     logp = head.scale(x, temperature, softcap).log_softmax(-1)
-    g, h = wide(grad_logprobs), wide(grad_entropy)
+    g, h = upcast(grad_logprobs), upcast(grad_entropy)
     dz = head.logits_gradient(logp, targets, g, -g - h * head.entropy_of(logp, targets), -h)
     return (dz * head.slope(x, temperature, softcap)).to(logits.dtype).contiguous()
 
@@ -105,12 +113,12 @@ def _(kernels, grad_logprobs, grad_entropy, logits, targets, temperature, softca
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     kernels.token_logprobs_backward(
         grad_logprobs.data_ptr(), grad_entropy.data_ptr(), *given, out.data_ptr(), *x.shape, x.stride(0), temperature,
-        softcap, lane(x),
+        softcap, stream_or_threads(x),
     )  # fmt: skip
     return out
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     logits, targets, ctx.temperature, ctx.softcap = inputs
     ctx.save_for_backward(logits, targets)
 
@@ -122,7 +130,7 @@ def _backward(ctx, grad_logprobs, grad_entropy):
     return token_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *rest), None, None, None
 
 
-token_logprobs.gradient(_backward, save=_save)
+token_logprobs.gradient(_backward, setup_context=_setup_context)
 
 
 @token_logprobs.cost
@@ -154,10 +162,12 @@ SMALL = [
     {"shape": (2,), "V": 17001},
     {"shape": (0, 2), "V": 7},
 ]
-token_logprobs.inputs(small=SMALL, large=[{"shape": (256,), "V": 32000}, {"shape": (256,), "V": 50257}])(_make)
+token_logprobs.inputs(small_sizes=SMALL, large_sizes=[{"shape": (256,), "V": 32000}, {"shape": (256,), "V": 50257}])(
+    _make
+)
 
 
-@token_logprobs_backward.inputs(small=SMALL, large=[{"shape": (256,), "V": 32000}])
+@token_logprobs_backward.inputs(small_sizes=SMALL, large_sizes=[{"shape": (256,), "V": 32000}])
 def _(device, **size):
     logits, targets, *scalars = _make(device=device, **size)
     grads = torch.randn(2, *targets.shape, device=device)

@@ -81,7 +81,7 @@ def test_what_it_cannot_serve_falls_back_with_a_reason(make, reason, monkeypatch
 def test_without_a_kernel_it_is_no_choice(monkeypatch, caplog):
     model = Model(build("Gemma", head_dim=8)())
     monkeypatch.setattr(choose, "_told", set())
-    monkeypatch.setitem(ops.decode_attention.lines, "cpu", ["reference"])
+    monkeypatch.setitem(ops.decode_attention.preference, "cpu", ["reference"])
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         assert Rollout(model, sampling()).path == "transformers"
     assert "slower, because decode_attention has no kernel here" in caplog.text

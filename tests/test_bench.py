@@ -17,7 +17,8 @@ from rlhf_fast.bench.baselines import Rival
 from rlhf_fast.bench.problem import Bout, Case, cases, label
 from rlhf_fast.bench.targets import TARGETS, Target
 from rlhf_fast.bench.timing import Cpu
-from rlhf_fast.kernels._op import OPS, Declined
+from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = {"N": 6, "D": 8, "V": 33}
@@ -29,7 +30,7 @@ def kernel(monkeypatch):
 
     def put(op, call):
         monkeypatch.setitem(op.implementations, "cpu:test", call)
-        monkeypatch.setitem(op.lines, "cpu", ["cpu:test", "reference"])
+        monkeypatch.setitem(op.preference, "cpu", ["cpu:test", "reference"])
 
     return put
 
@@ -136,7 +137,7 @@ def test_a_wrong_gradient_or_argument_written_is_refused(kernel):
 
 def test_a_kernel_that_declines_is_no_fault_and_the_reference_not_timed_in_its_place(kernel):
     def declines(*args):
-        raise Declined("not today")
+        raise Unsupported("not today")
 
     kernel(ops.gae, declines)
     found = measured(ops.gae, {"B": 3, "T": 17})
@@ -181,9 +182,9 @@ def test_on_a_gpu_the_targets_come_first_and_large_inputs_follow():
     found = list(cases("cuda", ["ppo_loss"], [torch.bfloat16]))
     assert [case.size for case in found[:4:2]] == [t.size for t in TARGETS if t.op == "ppo_loss"]
     assert [case.dtype for case in found[:2]] == [torch.float32, torch.bfloat16]
-    assert [case.size for case in found[4::2]] == ops.ppo_loss.large
+    assert [case.size for case in found[4::2]] == ops.ppo_loss.large_sizes
     everything = {case.op.name for case in cases("cpu", [], [torch.float32])}
-    assert everything == {op.name for op in OPS.values() if op.large}
+    assert everything == {op.name for op in OPS.values() if op.large_sizes}
 
 
 def test_a_target_is_met_or_missed_by_the_number_it_names():
@@ -218,16 +219,15 @@ def test_rivals_and_bare_products_stand_beside_a_head(monkeypatch):
     assert "torch's" in "".join(report.op_cells(found.rows)[1])
 
 
-@pytest.mark.parametrize("op", [op for op in OPS.values() if op.count], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.cost_function], ids=lambda op: op.name)
 def test_what_an_op_cannot_do_without_is_no_more_than_its_tensors(op):
     """Each no more than three times: read, read again for the gradient, which is written."""
-    for size in op.small:
-        args = op._bind(tuple(op.make(device="cpu", dtype=torch.float32, **size)), {})
-        args = op.prepare(*args)
+    for size in op.small_sizes:
+        args = op.normalized(*op.make_inputs(device="cpu", dtype=torch.float32, **size))
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         outputs = op.reference(*args)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        (moved, flops), with_gradient = op.count(False, *args), op.count(True, *args)
+        (moved, flops), with_gradient = op.cost_function(False, *args), op.cost_function(True, *args)
         assert 0 <= moved <= sum(x.nbytes for x in [*tensors, *outputs]) and flops >= 0
         assert moved <= with_gradient[0] <= 3 * moved + sum(x.nbytes for x in tensors)
         assert with_gradient[1] <= 3 * flops

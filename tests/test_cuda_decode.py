@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from test_decode_attention import Sequences
-from test_ops import answer, assert_near, detached, prepared, to
+from test_ops import answer, assert_near, detached, to
 
 from rlhf_fast.kernels._op import OPS
 
@@ -22,7 +22,7 @@ def attention(s, paged, rows, backend, device, **options):
     tables = [torch.tensor(x, dtype=torch.int32) for x in ([s.lengths[n] for n in rows], rows)]
     args = [x.to(device) for x in (s.q[rows], *paged, *tables)]
     op = OPS["decode_attention"]
-    return op.implementations[backend](*op.prepare(*op._bind((*args, s.q.shape[2] ** -0.5), options))).cpu()
+    return op.implementations[backend](*op.normalized(*args, s.q.shape[2] ** -0.5, **options)).cpu()
 
 
 def assert_right(out, s, rows, **options):
@@ -90,14 +90,14 @@ def test_shares_come_from_shapes_and_what_they_leave_behind_is_bounded(backend, 
 @pytest.mark.parametrize("name", ["decode_attention", "rope_store"])
 def test_float16_is_served(backend, device, name):
     op = OPS[name]
-    for size in op.small:
-        args = detached(op.make(device=device, dtype=torch.float16, **size))
+    for size in op.small_sizes:
+        args = detached(op.make_inputs(device=device, dtype=torch.float16, **size))
 
         def reference(*given):
-            return op.reference(*prepared(op, given))
+            return op.reference(*op.normalized(*given))
 
         def ours(*given):
-            return op.implementations[backend](*prepared(op, given))
+            return op.implementations[backend](*op.normalized(*given))
 
         truth, plain = answer(op, reference, to(args, torch.float64)), answer(op, reference, args)
         assert_near(answer(op, ours, args), plain, truth, name)
@@ -110,11 +110,11 @@ def test_float16_is_served(backend, device, name):
 def test_rope_store_by_eights_gives_the_bits_that_it_gives_one_by_one(backend, device, given, held, r):
     """Of every dtype into caches of every other: rows that lie apart by an odd number are read number by number."""
     op = OPS["rope_store"]
-    args = op.make(N=3, H=3, Hkv=2, d=64, dv=40, P=4, r=r, device=device, dtype=given, cache=held)
+    args = op.make_inputs(N=3, H=3, Hkv=2, d=64, dv=40, P=4, r=r, device=device, dtype=given, cache=held)
     args = [*args[:3], args[3].to(given), args[4].to(held), *args[5:]]
     eights, ones = detached(args), detached(args)
     ones[0] = torch.cat([ones[0], ones[0][:, :, :1]], 2)[:, :, :-1]
-    outs = [op.implementations[backend](*prepared(op, mine)) for mine in (eights, ones)]
+    outs = [op.implementations[backend](*op.normalized(*mine)) for mine in (eights, ones)]
     for one, other in ((outs), (eights[5], ones[5]), (eights[6], ones[6])):
         assert torch.equal(one, other)
     truth = detached(args)
@@ -131,7 +131,7 @@ def test_a_slot_that_is_no_place_writes_nothing(backend, device, monkeypatch):
     """On a GPU nobody looks at the slots beforehand."""
     monkeypatch.setattr(import_module("rlhf_fast.kernels.rope_store"), "_check_slots", lambda *given: None)
     op = OPS["rope_store"]
-    *args, slots = op.make(N=2, H=1, Hkv=1, d=8, P=2, device=device, dtype=torch.float32)
+    *args, slots = op.make_inputs(N=2, H=1, Hkv=1, d=8, P=2, device=device, dtype=torch.float32)
     before = [cache.clone() for cache in args[5:7]]
     places = before[0].shape[0] * 2
     op.implementations[backend](*args, torch.tensor([-1, places], device=device))

@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from rlhf_fast import ops  # noqa: F401  registers them
-from rlhf_fast.kernels import _op
+from rlhf_fast.kernels import _backends
 from rlhf_fast.kernels._op import OPS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured")
@@ -18,7 +18,7 @@ def cases():
     for op in OPS.values():
         for backend in [b for b in ("triton", "cuda") if torch.cuda.is_available() and op.can_run(b, "cuda")]:
             for gradient in [False] + [True] * op.has_gradient:
-                for size in op.small:
+                for size in op.small_sizes:
                     name = f"{op.name}-{'-'.join(f'{k}{v}' for k, v in size.items())}-{backend}-{gradient}"
                     yield pytest.param(op, size, backend, gradient, id=name)
 
@@ -72,8 +72,8 @@ def captured(call):
 
 @pytest.mark.parametrize("op, size, backend, gradient", list(cases()))
 def test_a_replayed_graph_gives_what_a_call_gives(op, size, backend, gradient, monkeypatch):
-    monkeypatch.setattr(_op, "_STRICT", True)
-    first, second = (op._bind(tuple(op.make(device="cuda", dtype=torch.float32, **size)), {}) for _ in range(2))
+    monkeypatch.setattr(_backends, "_strict", True)
+    first, second = (op.bind(*op.make_inputs(device="cuda", dtype=torch.float32, **size)) for _ in range(2))
     if not any(isinstance(a, torch.Tensor) and a.numel() for a in first):
         pytest.skip("nothing to compute")
     fixed = [a if isinstance(a, torch.Tensor) else b for a, b in zip(second, first, strict=True)]

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_ops import answer, assert_near, detached, prepared, to
+from test_ops import answer, assert_near, detached, to
 from test_simt import build, run
 
 from rlhf_fast.kernels import _head as head
@@ -156,13 +156,13 @@ def test_activations_have_the_same_bits_wherever_they_lie(backend, device, dtype
 @pytest.mark.parametrize("name", [*NAMES, "swiglu", "gelu"])
 def test_float16_is_served(backend, device, name):
     op = OPS[name]
-    for size in op.small:
-        args = detached(op.make(device=device, dtype=torch.float16, **size))
+    for size in op.small_sizes:
+        args = detached(op.make_inputs(device=device, dtype=torch.float16, **size))
 
         def reference(*given):
-            return op.reference(*prepared(op, given))
+            return op.reference(*op.normalized(*given))
 
         with torch.no_grad():
             truth, plain = answer(op, reference, to(args, torch.float64)), answer(op, reference, args)
-            ours = answer(op, op.implementations[backend], op._bind(args, {}))
+            ours = answer(op, op.implementations[backend], op.bind(*args))
         assert_near(ours, plain, truth, name)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._op import OPS, TRITON_FORCED
+from rlhf_fast.kernels._backends import TRITON_DEVICES
+from rlhf_fast.kernels._op import OPS
 
 BACKENDS = [
     b
     for b in OPS["decode_attention"].backends
-    if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_FORCED
+    if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_DEVICES
 ]
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
 triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")

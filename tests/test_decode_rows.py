@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._op import OPS, TRITON_FORCED
+from rlhf_fast.kernels._backends import TRITON_DEVICES
+from rlhf_fast.kernels._op import OPS
 
 BACKENDS = [
-    b for b in OPS["rms_norm"].backends if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_FORCED
+    b for b in OPS["rms_norm"].backends if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_DEVICES
 ]
 ROPE = [b for b in BACKENDS if b in OPS["rope_store"].backends]
 compiled = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
@@ -127,7 +128,7 @@ def test_activations_far_out(backend):
 @pytest.mark.parametrize("backend", ROPE)
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_rope_store_writes_its_places_alone(backend, cache):
-    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make(
+    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
         N=5, H=6, Hkv=2, d=64, P=16, device="cpu", dtype=torch.float32, cache=cache
     )
     k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
@@ -144,7 +145,7 @@ def test_rope_store_writes_its_places_alone(backend, cache):
 @pytest.mark.parametrize("backend", ROPE)
 def test_rope_store_reads_a_projection_and_writes_caches_as_they_lie(backend):
     """q, k and v side by side in one tensor's rows, the caches side by side in another's."""
-    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make(
+    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
         N=5, H=6, Hkv=2, d=20, P=4, r=12, device="cpu", dtype=torch.float32
     )
     call = ops.rope_store.backend(backend)
@@ -172,7 +173,7 @@ def test_rotations_keep_length_and_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize("backend", [*ROPE, "reference"])
 def test_slots_out_of_range_are_refused_before_anything_is_written(backend):
-    *args, slots = ops.rope_store.make(N=3, H=1, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
+    *args, slots = ops.rope_store.make_inputs(N=3, H=1, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
     before = [cache.clone() for cache in args[5:7]]
     for bad in (-1, 6):
         with pytest.raises(ValueError, match="rope_store: slots must be from 0 to 5, .* got"):
@@ -193,7 +194,7 @@ def test_what_does_not_fit_is_refused():
         ops.swiglu(x, x[:2])
     with pytest.raises(ValueError, match="gelu: approximate must be 'none' or 'tanh', got 'erf'"):
         ops.gelu(x, "erf")
-    args = ops.rope_store.make(N=3, H=2, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
+    args = ops.rope_store.make_inputs(N=3, H=2, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="rope_store: q .* must fit together, got"):
         ops.rope_store(*args[:3], args[3][:, 1:], *args[4:])
     with pytest.raises(ValueError, match="rope_store: q, k and v must have one dtype, and both caches one, got"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _op
-from rlhf_fast.kernels._op import MISSING, Declined
+from rlhf_fast.kernels._backends import WHY_MISSING, strict
+from rlhf_fast.kernels._launch import Unsupported
 
 NOT_INSTALLED = "triton is not installed; `pip install triton` (Linux)"
 ON_A_GPU = """
@@ -20,7 +20,7 @@ from rlhf_fast.cli import env
 from rlhf_fast import ops
 from rlhf_fast.kernels import _op
 print(*(op.name for op in _op.OPS.values() if op.chosen("cuda") not in ("cuda", "triton")), "end")
-print(*(op.name for op in _op.OPS.values() if op.lines["cuda"][-1] != "reference"), "end")
+print(*(op.name for op in _op.OPS.values() if op.preference["cuda"][-1] != "reference"), "end")
 torch.cuda.device_count = lambda: 0
 print(*env.report(), sep="\\n")
 """
@@ -42,13 +42,14 @@ def test_every_op_has_a_kernel_on_a_gpu():
 
 
 def test_without_a_gpu_triton_says_why_it_does_not_answer():
-    said = run("from rlhf_fast.kernels import _op; print(_op.MISSING['triton'])", CUDA_VISIBLE_DEVICES="")
+    code = "from rlhf_fast.kernels import _backends; print(_backends.WHY_MISSING['triton'])"
+    said = run(code, CUDA_VISIBLE_DEVICES="")
     assert said.strip() in (
         "no CUDA device is visible to torch",
         "triton is not installed; `pip install triton` (Linux)",
     )
     hidden = "import sys; sys.modules['triton'] = None; import importlib.util as u; u.find_spec = lambda n: None\n"
-    said = run(hidden + "from rlhf_fast.kernels import _op; print(_op.MISSING['triton'], _op.OPS)")
+    said = run(hidden + code)
     assert said.startswith(NOT_INSTALLED)
 
 
@@ -62,7 +63,7 @@ def test_a_forced_backend_that_is_not_here_is_told_of():
 
 
 def gae_inputs():
-    return ops.gae._bind(tuple(ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)), {})
+    return ops.gae.bind(*ops.gae.make_inputs(B=2, T=3, device="cpu", dtype=torch.float32))
 
 
 def test_what_one_kernel_declines_the_next_answers(monkeypatch, caplog):
@@ -70,21 +71,20 @@ def test_what_one_kernel_declines_the_next_answers(monkeypatch, caplog):
 
     def declines(*args):
         asked.append("first")
-        raise Declined("not this dtype")
+        raise Unsupported("not this dtype")
 
     monkeypatch.setitem(ops.gae.implementations, "cpu:first", declines)
     monkeypatch.setitem(ops.gae.implementations, "cpu:second", lambda *args: asked.append("second"))
-    monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "cpu:second", "reference"])
-    monkeypatch.setattr(ops.gae, "warned", False)
+    monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:first", "cpu:second", "reference"])
+    monkeypatch.setattr(ops.gae, "has_warned", False)
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
-        ops.gae._answer("cpu", *gae_inputs())
+        ops.gae._run_kernel("cpu", *gae_inputs())
         assert asked == ["first", "second"] and not caplog.messages
-        monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "reference"])
-        ops.gae._answer("cpu", *gae_inputs())
+        monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:first", "reference"])
+        ops.gae._run_kernel("cpu", *gae_inputs())
     assert caplog.messages == ["gae runs on its plain-torch reference: not this dtype"]
-    monkeypatch.setattr(_op, "_STRICT", True)
-    with pytest.raises(RuntimeError, match="gae: RLHF_FAST_STRICT=1 and no kernel answers: not this dtype"):
-        ops.gae._answer("cpu", *gae_inputs())
+    with strict(), pytest.raises(RuntimeError, match="gae: RLHF_FAST_STRICT=1 and no kernel answers: not this dtype"):
+        ops.gae._run_kernel("cpu", *gae_inputs())
 
 
 def test_a_gpu_that_the_kernels_were_not_compiled_for_is_served_by_the_next(monkeypatch, caplog):
@@ -92,11 +92,11 @@ def test_a_gpu_that_the_kernels_were_not_compiled_for_is_served_by_the_next(monk
         raise RuntimeError("gae: no kernel image is available for execution on the device")
 
     monkeypatch.setitem(ops.gae.implementations, "cpu:first", fails)
-    monkeypatch.setitem(ops.gae.lines, "cpu", ["cpu:first", "reference"])
-    monkeypatch.setattr(ops.gae, "warned", False)
-    monkeypatch.setitem(MISSING, "cpu", "")
+    monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:first", "reference"])
+    monkeypatch.setattr(ops.gae, "has_warned", False)
+    monkeypatch.setitem(WHY_MISSING, "cpu", "")
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
-        ops.gae._answer("cpu", *gae_inputs())
+        ops.gae._run_kernel("cpu", *gae_inputs())
     assert "csrc/cuda was not compiled for this GPU" in caplog.text and "RLHF_FAST_CUDA_ARCHS" in caplog.text
     assert ops.gae.chosen("cpu") == "reference" and "was not compiled" in ops.gae.why("cpu")  # and not tried again
     with pytest.raises(RuntimeError, match="no kernel image"):
@@ -107,7 +107,7 @@ def test_ops_without_a_registered_gradient_have_none_on_any_backend():
     """The reference alone would else pass one on that vanishes where a kernel answers."""
     for name in ("gae", "ppo_advantages"):
         op = getattr(ops, name)
-        args = op.make(**op.small[0], device="cpu", dtype=torch.float32)
+        args = op.make_inputs(**op.small_sizes[0], device="cpu", dtype=torch.float32)
         args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         assert not op.has_gradient
         for backend in op.backends:

@@ -13,7 +13,8 @@ from peak import peak_bytes
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import linear_sample_tokens
-from rlhf_fast.kernels._op import COMPILED, OPS, forcing
+from rlhf_fast.kernels._backends import COMPILED, forcing
+from rlhf_fast.kernels._op import OPS
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import architectures, compiled_step
 from rlhf_fast.rollout.decoder import Packed, Unsupported

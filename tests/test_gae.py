@@ -9,7 +9,7 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _gae
-from rlhf_fast.kernels._op import COMPILED
+from rlhf_fast.kernels._backends import COMPILED
 
 BACKENDS = ops.gae.backends
 ON_CPU = [name for name in ops.gae_packed.backends if ops.gae.can_run(name, "cpu")]
@@ -266,9 +266,9 @@ def test_short_floats_are_widened(gae, dtype):
 
 @pytest.mark.parametrize("backend", CPU_KERNELS)
 def test_threads_change_no_bit(backend):
-    args = ops.gae.make(B=67, T=1031, device="cpu", dtype=torch.float32)
+    args = ops.gae.make_inputs(B=67, T=1031, device="cpu", dtype=torch.float32)
     lengths = torch.randint(1000, 2048, (67,)).tolist()
-    packed = ops.gae_packed.make(lengths, device="cpu", dtype=torch.float32)
+    packed = ops.gae_packed.make_inputs(lengths, device="cpu", dtype=torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -337,8 +337,8 @@ def test_rows_walked_split_or_packed_give_the_same_bits(tiles, T, junk):
 def test_packed_segments_of_any_lengths_find_their_tiles(tiles):
     """Among them empty ones, at both ends and in runs, and one far longer than the others."""
     for lengths in ([0, 0, 16, 0, 200, 1, 15, 17, 0], [1] * 40, [0] * 30 + [33], [33] + [0] * 30, [64, 64]):
-        args = ops.gae_packed.make(lengths, device="cpu", dtype=torch.float32, bootstrap=True)
-        truth = ops.gae_packed.reference(*ops.gae_packed.prepare(*args))
+        args = ops.gae_packed.make_inputs(lengths, device="cpu", dtype=torch.float32, bootstrap=True)
+        truth = ops.gae_packed.reference(*ops.gae_packed.normalized(*args))
         assert_close(ops.gae_packed.backend("triton")(*args), truth)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast.kernels._op import COMPILED
+from rlhf_fast.kernels._backends import COMPILED
 from rlhf_fast.kernels._sampling import noise_words
 
 CSRC = Path(__file__).parent.parent / "csrc"

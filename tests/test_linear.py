@@ -5,7 +5,7 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _cpu_head as blocks
-from rlhf_fast.kernels._op import COMPILED
+from rlhf_fast.kernels._backends import COMPILED
 
 BACKENDS = [b for b in ops.linear_logprobs.backends if ops.linear_logprobs.can_run(b, "cpu")]
 every = pytest.mark.parametrize("backend", BACKENDS)

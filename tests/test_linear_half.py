@@ -5,7 +5,7 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _cpu_head as blocks
-from rlhf_fast.kernels._op import COMPILED
+from rlhf_fast.kernels._backends import COMPILED
 
 CPU = [name for name in COMPILED if name.startswith("cpu")]
 pytestmark = pytest.mark.skipif(not CPU, reason="rlhf_fast._cpu is not built")

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _op
-from rlhf_fast.kernels._op import OPS, forcing
+from rlhf_fast.kernels._backends import forcing
+from rlhf_fast.kernels._op import OPS
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,7 +32,7 @@ def cases(*, gradient=False, dtypes=DTYPES, every_backend=True):
             backends = [b for b in o.backends if o.can_run(b, device)]
             for backend in backends if every_backend else backends[-1:]:
                 for dtype in dtypes:
-                    for size in o.small:
+                    for size in o.small_sizes:
                         label = "-".join(f"{k}{v}" for k, v in size.items())
                         name = f"{o.name}-{label}-{backend}-{str(dtype)[6:]}"
                         yield pytest.param(o, size, device, dtype, backend, id=name)
@@ -76,16 +77,16 @@ def assert_near(ours, plain, truth, what):
 
 def answer(op, call, args):
     """What `call` returns on a copy of the arguments, and those arguments that it wrote in place."""
-    mine = op._bind(tuple(detached(args, True)), {})
+    mine = op.bind(*detached(args, True))
     return call(*mine), [mine[i] for i in op.mutates]
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
 def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
-    args = detached(op.make(device=device, dtype=dtype, **size))
+    args = detached(op.make_inputs(device=device, dtype=dtype, **size))
 
     def reference(*args):
-        return op.reference(*prepared(op, args))
+        return op.reference(*op.normalized(*args))
 
     with torch.no_grad():
         truth, plain = answer(op, reference, to(args, torch.float64)), answer(op, reference, args)
@@ -98,17 +99,13 @@ def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
 def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backend):
     """And autograd hears of it: the version of a tensor counts what was written into it."""
-    args = op._bind(tuple(detached(op.make(device=device, dtype=dtype, **size))), {})
+    args = op.bind(*detached(op.make_inputs(device=device, dtype=dtype, **size)))
     before, versions = detached(args), [a._version for a in leaves(args)]
     op.backend(backend)(*args)
     written = {id(args[i]) for i in op.mutates}
     for a, b, version in zip(leaves(args), leaves(before), versions, strict=True):
         assert (a._version > version) == (id(a) in written)
         assert id(a) in written or torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def prepared(op, args):
-    return op.prepare(*op._bind(tuple(args), {})) if op.prepare else args
 
 
 def gradients(call, args, upstream):
@@ -121,12 +118,12 @@ def gradients(call, args, upstream):
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(gradient=True)))
 def test_gradient(op, size, device, dtype, backend, poisoned):
-    made = op.make(device=device, dtype=dtype, **size)
+    made = op.make_inputs(device=device, dtype=dtype, **size)
     shapes = [o for o in leaves(op.backend(backend)(*detached(made, True))) if o.requires_grad]
     upstream = [torch.randn(o.shape, dtype=torch.float64, device=device) for o in shapes]
 
     def reference(*args):
-        return op.reference(*prepared(op, args))
+        return op.reference(*op.normalized(*args))
 
     wide = detached(to(made, torch.float64))
     flags = [t.requires_grad for t in leaves(made)]
@@ -141,14 +138,14 @@ def test_gradient(op, size, device, dtype, backend, poisoned):
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32], every_backend=False)))
 def test_contract(op, size, device, dtype, backend):
-    args = prepared(op, detached(op.make(device=device, dtype=dtype, **size)))
+    args = op.normalized(*detached(op.make_inputs(device=device, dtype=dtype, **size)))
     torch.library.opcheck(op.torch_op, tuple(args))
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32], every_backend=False)))
 def test_compiles_whole(op, size, device, dtype, backend):
     torch._dynamo.reset()
-    args = detached(op.make(device=device, dtype=dtype, **size))
+    args = detached(op.make_inputs(device=device, dtype=dtype, **size))
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
     ours, eager = answer(op, compiled, args), answer(op, op, args)
     torch.testing.assert_close(ours, eager, equal_nan=True, rtol=0, atol=0)
@@ -159,7 +156,7 @@ def test_compiles_whole(op, size, device, dtype, backend):
 )
 def test_compiles_whole_with_its_gradient(op, size, device, dtype, backend):
     torch._dynamo.reset()
-    args = op.make(device=device, dtype=dtype, **size)
+    args = op.make_inputs(device=device, dtype=dtype, **size)
     upstream = [torch.randn_like(o) for o in leaves(op(*detached(args, True))) if o.requires_grad]
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
     ours = gradients(compiled, detached(args, True), upstream)
@@ -180,7 +177,7 @@ def default_dtype(dtype):
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
 def test_torchs_defaults_change_nothing(op, size, device, dtype, backend):
     """Neither torch.set_default_dtype nor a `with torch.device(...)` around the call."""
-    args = op.make(device=device, dtype=dtype, **size)
+    args = op.make_inputs(device=device, dtype=dtype, **size)
     expected = op.backend(backend)(*detached(args, True))
     upstream = [torch.randn_like(o) for o in leaves(expected) if o.requires_grad]
     grads = gradients(op.backend(backend), detached(args, True), upstream) if upstream else ()
@@ -205,7 +202,7 @@ def test_torchs_defaults_change_nothing(op, size, device, dtype, backend):
 
 @pytest.mark.parametrize("op", [o for o in OPS.values() if o.has_gradient], ids=lambda o: o.name)
 def test_a_second_derivative_raises(op):
-    args = op.make(device="cpu", dtype=torch.float32, **op.small[0])
+    args = op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[0])
     wrt = [a for a in leaves(args) if a.requires_grad]
     first = next(o for o in leaves(op(*args)) if o.requires_grad)
     grads = torch.autograd.grad(first.sum(), wrt, create_graph=True, allow_unused=True)
@@ -215,11 +212,11 @@ def test_a_second_derivative_raises(op):
 
 
 def test_tensors_of_two_devices_are_refused():
-    rewards, values, mask, *_ = ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)
+    rewards, values, mask, *_ = ops.gae.make_inputs(B=2, T=3, device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="gae: all tensors must be on one device, got cpu, meta, cpu"):
         ops.gae(rewards, values.to("meta"), mask)
     with pytest.raises(ValueError, match="gae: all tensors must be on one device, got cpu, meta, cpu"):
-        ops.gae._dispatched("cpu", rewards, values.to("meta"), mask)
+        ops.gae._run_dispatched("cpu", rewards, values.to("meta"), mask)
 
 
 def test_a_cuda_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
@@ -232,15 +229,15 @@ def test_a_cuda_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setitem(ops.gae.implementations, "cuda", lambda *args: entered.append("launch"))
-    monkeypatch.setitem(ops.gae.lines, "cuda", ["cuda", "reference"])
-    args = ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)
-    ops.gae._answer("cuda", *args)  # what the dispatcher calls; no machine of the tests has two GPUs
+    monkeypatch.setitem(ops.gae.preference, "cuda", ["cuda", "reference"])
+    args = ops.gae.make_inputs(B=2, T=3, device="cpu", dtype=torch.float32)
+    ops.gae._run_kernel("cuda", *args)  # what the dispatcher calls; no machine of the tests has two GPUs
     assert entered == [args[0].device, "launch"]
 
 
 def test_a_forced_backend_is_this_threads_alone():
     seen = []
-    args = ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)
+    args = ops.gae.make_inputs(B=2, T=3, device="cpu", dtype=torch.float32)
     with forcing("no such backend"):
         with pytest.raises(ValueError, match="no backend 'no such backend'"):
             ops.gae(*args)
@@ -254,8 +251,8 @@ def test_a_forced_backend_is_this_threads_alone():
 def test_one_float64_tensor_makes_all_float64(name):
     """Not a kernel's float32 answer in some cases, by which of the tensors it was."""
     op = OPS[name]
-    args = detached(op.make(device="cpu", dtype=torch.float32, **op.small[1]))
-    truth = op.reference(*prepared(op, to(args, torch.float64)))
+    args = detached(op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[1]))
+    truth = op.reference(*op.normalized(*to(args, torch.float64)))
     floating = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim()]
     for i in floating:
         mixed = [a.double() if i == j else a for j, a in enumerate(args)]
@@ -266,7 +263,7 @@ def test_one_float64_tensor_makes_all_float64(name):
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
 def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
-    args = detached(op.make(device=device, dtype=dtype, **size))
+    args = detached(op.make_inputs(device=device, dtype=dtype, **size))
 
     def stride(t):
         if not t.dim():
@@ -305,7 +302,8 @@ def test_help_shows_the_arguments_and_what_is_refused(name):
 def test_a_source_tree_without_kernels_says_that_it_is_imported():
     """It hides an installed package from whoever stands in it."""
     code = (
-        "import sys; sys.modules['rlhf_fast._cpu'] = None; from rlhf_fast.kernels import _op; print(_op.MISSING['cpu'])"
+        "import sys; sys.modules['rlhf_fast._cpu'] = None\n"
+        "from rlhf_fast.kernels._backends import WHY_MISSING; print(WHY_MISSING['cpu'])"
     )
     root = Path(_op.__file__).parent.parent
     if not (root / "csrc").is_dir():
@@ -317,7 +315,7 @@ def test_a_source_tree_without_kernels_says_that_it_is_imported():
 
 
 def test_an_unknown_backend_or_argument_is_refused():
-    args = ops.gae.make(B=2, T=3, device="cpu", dtype=torch.float32)
+    args = ops.gae.make_inputs(B=2, T=3, device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="gae: no backend 'tpu' here; there are: reference"):
         ops.gae.backend("tpu")
     with pytest.raises(TypeError, match="gae has no argument 'lambda_'"):
@@ -329,7 +327,7 @@ def test_an_unknown_backend_or_argument_is_refused():
 def test_shapes_and_numbers_out_of_bounds_are_refused():
     for name in ("linear_logprobs", "linear_cross_entropy", "linear_kl", "linear_ppo_loss"):
         op = OPS[name]
-        args = detached(op.make(device="cpu", dtype=torch.float32, **op.small[1]))
+        args = detached(op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[1]))
         given = dict(zip(op.names, args, strict=True))
         hidden, weight = given["hidden"], given["weight"]
         with pytest.raises(ValueError, match=f"{name}: .* D and V be at least 1"):
@@ -339,6 +337,6 @@ def test_shapes_and_numbers_out_of_bounds_are_refused():
                 if key in given:
                     with pytest.raises(ValueError, match=f"{name}: {key} must be {rule}.*, got {bad}"):
                         op(**given | {key: bad})
-    rewards, values, mask, offsets, *_ = ops.gae_packed.make((2, 3), device="cpu", dtype=torch.float32)
+    rewards, values, mask, offsets, *_ = ops.gae_packed.make_inputs((2, 3), device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match=r"gae_packed: bootstrap must have shape \(2,\), got \[2, 5\]"):
         ops.gae_packed(rewards, values, mask, offsets, bootstrap=torch.randn(2, 5))

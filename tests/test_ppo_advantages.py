@@ -144,7 +144,7 @@ def test_shards_join_to_the_whole(advantages, shards):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_threads_and_other_rows_change_no_bit(backend):
-    args = ops.ppo_advantages.make(67, 1000, device="cpu", dtype=torch.float32, bootstrap=True)
+    args = ops.ppo_advantages.make_inputs(67, 1000, device="cpu", dtype=torch.float32, bootstrap=True)
     op, threads, results = ops.ppo_advantages.backend(backend), torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -193,7 +193,10 @@ def test_rows_walked_or_split_give_the_same_bits(monkeypatch, T, estimator):
 def test_split_into_few_blocks_or_many_rows_keep_their_bits(T, monkeypatch):
     """A block walks on over rows; only how their moments join changes."""
     module = importlib.import_module("rlhf_fast.kernels.ppo_advantages")
-    op, args = ops.ppo_advantages.backend("simt"), ops.ppo_advantages.make(27, T, "cpu", torch.float32, bootstrap=True)
+    op, args = (
+        ops.ppo_advantages.backend("simt"),
+        ops.ppo_advantages.make_inputs(27, T, "cpu", torch.float32, bootstrap=True),
+    )
     many = op(*args)
     for blocks in (1, 3):
         monkeypatch.setattr(module, "BLOCKS", blocks)

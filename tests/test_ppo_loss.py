@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels._op import OPS, TRITON_FORCED
+from rlhf_fast.kernels._backends import TRITON_DEVICES
+from rlhf_fast.kernels._op import OPS
 
 BACKENDS = ops.ppo_loss.backends
 KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
@@ -50,7 +51,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gradcheck_in_float64(options):
-    given = ops.ppo_loss.make((4, 5), device="cpu", dtype=torch.float64, **options)
+    given = ops.ppo_loss.make_inputs((4, 5), device="cpu", dtype=torch.float64, **options)
     given = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in given]
     wrt = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
     weights = given[3] if given[7] is None else given[7]
@@ -268,7 +269,7 @@ def test_without_gradient_no_gradient_is_made(ppo, monkeypatch):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_threads_change_no_bit(backend):
-    args = ops.ppo_loss.make((61, 1031), device="cpu", dtype=torch.float32)
+    args = ops.ppo_loss.make_inputs((61, 1031), device="cpu", dtype=torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -298,7 +299,7 @@ def test_large_batches_keep_their_digits(backend):
 @pytest.mark.parametrize("n", [5 * 1024, 4 * 1024 + 37])
 def test_split_into_few_blocks_or_many_nothing_is_left_out(n, monkeypatch):
     module = importlib.import_module("rlhf_fast.kernels.ppo_loss")
-    args = ops.ppo_loss.make((n,), device="cpu", dtype=torch.float32, sampler="truncate")
+    args = ops.ppo_loss.make_inputs((n,), device="cpu", dtype=torch.float32, sampler="truncate")
     results = []
     for blocks in (module.BLOCKS, 2, 1):
         monkeypatch.setattr(module, "BLOCKS", blocks)
@@ -311,7 +312,9 @@ def test_split_into_few_blocks_or_many_nothing_is_left_out(n, monkeypatch):
 
 @pytest.mark.parametrize("backend", KERNELS + [name for name in BACKENDS if name == "simt"])
 def test_pointers_need_no_alignment(backend):
-    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in ops.ppo_loss.make((777,), "cpu", torch.float32)]
+    args = [
+        x.detach() if isinstance(x, torch.Tensor) else x for x in ops.ppo_loss.make_inputs((777,), "cpu", torch.float32)
+    ]
     shifted = [torch.cat([x[:1], x])[1:] if isinstance(x, torch.Tensor) and x.dim() else x for x in args]
     assert shifted[0].data_ptr() % 16 and not args[0].data_ptr() % 16
     for inputs in (args, shifted):
@@ -323,12 +326,12 @@ def test_pointers_need_no_alignment(backend):
     assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
 
 
-@pytest.mark.skipif("cpu" not in TRITON_FORCED, reason="Triton's kernels cannot be forced on the CPU here")
+@pytest.mark.skipif("cpu" not in TRITON_DEVICES, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("n", [5 * 512, 4 * 512 + 37])
 def test_a_program_that_walks_several_tiles_leaves_none_out(n, monkeypatch):
     from rlhf_fast.kernels.triton import ppo_loss
 
-    args = ops.ppo_loss.make((n,), device="cpu", dtype=torch.float32, sampler="truncate")
+    args = ops.ppo_loss.make_inputs((n,), device="cpu", dtype=torch.float32, sampler="truncate")
     results = []
     for programs in (ppo_loss.PROGRAMS, 2, 1):
         monkeypatch.setattr(ppo_loss, "PROGRAMS", programs)

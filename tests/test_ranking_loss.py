@@ -128,7 +128,7 @@ def test_upstream_gradient_and_second_use(ranking):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_threads_change_no_bit(backend):
-    args = ops.ranking_loss.make([9, 4, 2, 7] * 100, device="cpu", dtype=torch.float32, ties=True)
+    args = ops.ranking_loss.make_inputs([9, 4, 2, 7] * 100, device="cpu", dtype=torch.float32, ties=True)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):

@@ -335,7 +335,7 @@ def test_many_equal_small_terms_are_all_counted(backend):
 def test_a_row_depends_on_itself_alone(backend):
     """Any batch, order, neighbours and number of threads: the same bits."""
     B = few(backend, 33, 11)
-    args = sample.make(B=B, V=770, mixed=True, device="cpu", dtype=torch.float32)
+    args = sample.make_inputs(B=B, V=770, mixed=True, device="cpu", dtype=torch.float32)
     whole = sample.backend(backend)(*args)
     shuffled = torch.randperm(B)
 
@@ -400,7 +400,7 @@ def test_rows_of_many_tiles(small_tiles, dtype):
 def test_options_of_many_tiles_by_row(small_tiles):
     """Rows that are filtered, plain, greedy and refused, each on its own."""
     torch.manual_seed(4)
-    args = list(sample.make(B=12, V=1030, mixed=True, device="cpu", dtype=torch.float32))
+    args = list(sample.make_inputs(B=12, V=1030, mixed=True, device="cpu", dtype=torch.float32))
     args[0][7, 1029] = float("nan")
     args[3][9] = 1.5
     ours, truth = sample.backend("triton")(*args), sample.backend("reference")(*args)

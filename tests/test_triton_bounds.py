@@ -66,7 +66,7 @@ class Watch:
 @pytest.mark.parametrize("op", HERE, ids=lambda op: op.name)
 def test_nothing_outside_the_tensors_is_touched(op, dtype, monkeypatch):
     watch = Watch(monkeypatch, SECTOR if op.name in BY_SECTORS else 1)
-    for size in op.small[:3]:
+    for size in op.small_sizes[:3]:
         bout = Bout(Case(op, size, dtype, op.has_gradient), "cpu")
         bout.once(op.backend("triton"), bout.raw)
     assert watch.seen and not watch.outside, watch.outside[:5]

@@ -144,7 +144,7 @@ from rlhf_fast.kernels.triton import launch
 launch.AMD, tool.ARCHITECTURES, seen = True, {0: 64 << 10}, set()
 for op in OPS.values():
     for dtype in (torch.bfloat16, torch.float32):
-        for size in op.large + op.small[1:2] + op.small[4:6]:
+        for size in op.large_sizes + op.small_sizes[1:2] + op.small_sizes[4:6]:
             for one, _ in tool.launches(op, size, dtype):
                 if (one.name, dtype, one.options) in seen and one.name != "decode_attention.attend":
                     continue

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._backends import TRITON_FORCED
+from rlhf_fast.kernels._backends import TRITON_DEVICES
 from rlhf_fast.kernels.linear_kl import linear_kl_with_statistics
 from rlhf_fast.kernels.linear_logprobs import linear_logprobs_with_statistics
 
 pytest.importorskip("triton")
-if not TRITON_FORCED:
+if not TRITON_DEVICES:
     pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 
-from rlhf_fast.kernels._op import Declined  # noqa: E402
+from rlhf_fast.kernels._launch import Unsupported  # noqa: E402
 from rlhf_fast.kernels.triton import _scoring as scoring  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -285,9 +285,9 @@ def test_addresses_beyond_two_to_the_thirty_one(stride, small, tmp_path):
 
 def test_two_dtypes_are_declined():
     hidden, weight, targets, _ = one(4, 8, 9, torch.bfloat16)
-    with pytest.raises(Declined, match="two dtypes"):
+    with pytest.raises(Unsupported, match="two dtypes"):
         score(hidden, weight.float(), targets, None, 1.0, 0.0)
-    with pytest.raises(Declined, match="float64"):
+    with pytest.raises(Unsupported, match="float64"):
         score(hidden.double(), weight.double(), targets, None, 1.0, 0.0)
 
 

@@ -70,7 +70,7 @@ def main() -> int:
         backends = [b for b in options.backend if op.can_run(b, options.device)]
         if (options.op and op.name not in options.op) or (options.backend and not backends):
             continue
-        sizes = (op.small if options.small else op.large + op.small)[: options.sizes or None]
+        sizes = (op.small_sizes if options.small else op.large_sizes + op.small_sizes)[: options.sizes or None]
         lines, faults = answers(op, options.device, backends, sizes)
         print("\n".join([*lines, *faults]), flush=True)
         bad += len(faults)

@@ -113,8 +113,8 @@ def as_if_on_gpu(x: torch.Tensor) -> torch.Tensor:
 
 def launches(op: Op, size: dict, dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
     """The launches of one call of the op's Triton function, on a GPU of each compute capability."""
-    args = op.make(device="cpu", dtype=dtype, **size)
-    args = op.prepare(*op._bind(tuple(args), {})) if op.prepare else op._bind(tuple(args), {})
+    args = op.make_inputs(device="cpu", dtype=dtype, **size)
+    args = op.normalized(*args)
     stem = Path(op.reference.__code__.co_filename).stem
     function = getattr(import_module(f"rlhf_fast.kernels.triton.{stem}"), op.name)
     for capability in ARCHITECTURES:
@@ -202,14 +202,14 @@ def faults(of: Launch, capability: int, has: Resources, small: bool = False) -> 
 def collect(wanted: list[str]) -> dict[tuple[Launch, int], str]:
     """Every launch of the ops wanted (all if none is named) on each GPU, with the first op and dtype that makes it."""
     found: dict[tuple[Launch, int], str] = {}
-    for op in sorted(OPS.values(), key=lambda op: not op.large):
+    for op in sorted(OPS.values(), key=lambda op: not op.large_sizes):
         stem = Path(op.reference.__code__.co_filename).stem
         if wanted and op.name not in wanted and stem not in wanted or not (KERNELS / f"{stem}.py").is_file():
             continue
         for dtype in (torch.float32, torch.bfloat16):
-            for size in op.large or op.small[1:3]:
+            for size in op.large_sizes or op.small_sizes[1:3]:
                 for one in launches(op, size, dtype):
-                    found.setdefault(one, f"{op.name}, {str(dtype)[6:]}" + ("" if op.large else SMALL))
+                    found.setdefault(one, f"{op.name}, {str(dtype)[6:]}" + ("" if op.large_sizes else SMALL))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels import _row_ops as rows
+from rlhf_fast.kernels._tensors import as_matrix, copy_back, matrix_shape
 from rlhf_fast.kernels.triton import launch
 
 WIDEST = 32768  # bytes of a row that are held in registers
@@ -95,8 +95,8 @@ def _norm(
 def norm(x, weight, bias, residual, eps, offset, centered):
     """The rows of x, to which the residual was added in place, normalised; `centered` is LayerNorm."""
     launch.serves(x, weight, bias)
-    (N, D), y = rows.sizes(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    a, stream = rows.dense(x), residual if residual is None else residual.contiguous()
+    (N, D), y = matrix_shape(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    a, stream = as_matrix(x), residual if residual is None else residual.contiguous()
     widest = WIDEST // x.element_size()
     whole = D <= widest
     block = launch.block(D, widest if whole else min(widest, 4096))
@@ -121,5 +121,5 @@ def norm(x, weight, bias, residual, eps, offset, centered):
         BLOCK=block,
         num_warps=launch.warps(together * block),
     )
-    rows.write_back(stream, residual)
+    copy_back(stream, residual)
     return y

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels.triton import launch
 
 SPLITS = 128  # of the vocabulary, at most
@@ -324,7 +324,7 @@ def _run(run, heads: list[tuple], targets: Tensor, temperature: float, softcap: 
     matrices = [x for head in heads for x in head[:2]]
     launch.serves(*matrices, *(head[2] for head in heads))
     if any(x.dtype != matrices[0].dtype for x in matrices):
-        raise Declined("no Triton kernel for a product of two dtypes")
+        raise Unsupported("no Triton kernel for a product of two dtypes")
     N, pair, depths = len(targets), len(heads) == 2, [x.shape[1] for x in matrices[::2]]
     if not N:
         return

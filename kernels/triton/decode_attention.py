@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels.decode_attention import _check_tables
 from rlhf_fast.kernels.triton import launch
 
@@ -181,7 +181,7 @@ def decode_attention(q, k_cache, v_cache, block_table, lengths, slots, scale, wi
     launch.serves(q, k_cache)
     (N, H, d), (_, kv_heads, P, dv), M = q.shape, v_cache.shape, block_table.shape[1]
     if max(d, dv) > WIDEST:
-        raise Declined(f"no Triton kernel for heads wider than {WIDEST}, got {max(d, dv)}")
+        raise Unsupported(f"no Triton kernel for heads wider than {WIDEST}, got {max(d, dv)}")
     _check_tables(k_cache, block_table, lengths, slots, window)
     number = k_cache.dtype if q.dtype == k_cache.dtype else torch.float32
     block, block_v = launch.block(d), launch.block(dv)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._launch import Unsupported
 
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -32,10 +32,10 @@ def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
 
 def serves(*tensors: Tensor | None) -> None:
-    """Declined unless all are float32, bfloat16 or float16."""
+    """Raise Unsupported unless all are float32, bfloat16 or float16."""
     for x in tensors:
         if x is not None and x.dtype not in FLOATS:
-            raise Declined(f"no Triton kernel for {str(x.dtype)[6:]}")
+            raise Unsupported(f"no Triton kernel for {str(x.dtype)[6:]}")
 
 
 def processors(x: Tensor) -> int:

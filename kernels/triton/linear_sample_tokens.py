@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._sampling import fake_outputs
 from rlhf_fast.kernels.triton import _filters as cut
 from rlhf_fast.kernels.triton import _gumbel as draw
@@ -121,7 +121,7 @@ def linear_sample_tokens(
     launch.serves(hidden, weight, bias)
     (B, D), V = hidden.shape, weight.shape[0]
     if V > 2**31 - 2**20:
-        raise Declined(f"no Triton kernel for a vocabulary of {V}")
+        raise Unsupported(f"no Triton kernel for a vocabulary of {V}")
     hidden, weight = (x if x.stride(1) == 1 or D == 1 else x.contiguous() for x in (hidden, weight))
     filters = [x if x is None else x.contiguous() for x in (top_k, top_p, min_p)]
     temperature, row_ids, steps, bias, ban_rows = (

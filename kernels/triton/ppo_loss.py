@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels.ppo_loss import IMPORTANCE_MODES, STATS
 from rlhf_fast.kernels.triton import launch
 
@@ -184,7 +184,7 @@ def _launch(args, by_logprobs, by_values):
     """Both losses, stats, and the gradients, None where not asked for."""
     *tensors, low, high, dual, clip, bound, cap, mode = args
     if tensors[3].dtype == torch.float64:
-        raise Declined("no Triton kernel for float64")
+        raise Unsupported("no Triton kernel for float64")
     if tensors[4] is not None and tensors[7] is None:
         tensors[7] = tensors[3]
     tensors = [x if x is None else x.contiguous() for x in tensors]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from rlhf_fast.kernels._gae import check_offsets
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels.ranking_loss import STATS
 from rlhf_fast.kernels.triton import launch
 
@@ -130,7 +130,7 @@ def _join(parts, weights, slopes, loss, stats, G, N, GROUPS: tl.constexpr, ROWS:
 
 def _launch(scores, offsets, ranks, weights, with_slope):
     if scores.dtype == torch.float64:
-        raise Declined("no Triton kernel for float64")
+        raise Unsupported("no Triton kernel for float64")
     check_offsets("ranking_loss", "group_offsets", offsets, scores.shape[0])
     scores, offsets, ranks = scores.contiguous(), offsets.contiguous(), ranks.contiguous()
     weights = weights if weights is None else weights.contiguous()

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels import _row_ops as rows
+from rlhf_fast.kernels._tensors import copy_back
 from rlhf_fast.kernels.rope_store import _check_slots
 from rlhf_fast.kernels.triton import launch
 
@@ -96,6 +96,6 @@ def rope_store(q, k, v, cos, sin, k_cache, v_cache, slots):
         ROWS=together,
         num_warps=launch.warps(TILE, 8),
     )
-    rows.write_back(k_held, k_cache)
-    rows.write_back(v_held, v_cache)
+    copy_back(k_held, k_cache)
+    copy_back(v_held, v_cache)
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels._op import Declined
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels.triton import _filters as cut
 from rlhf_fast.kernels.triton import _gumbel as draw
 from rlhf_fast.kernels.triton import launch
@@ -107,7 +107,7 @@ def sample(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise
 def sample_tokens(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
     launch.serves(logits)
     if logits.shape[1] > 2**31 - 2**20:
-        raise Declined(f"no Triton kernel for a vocabulary of {logits.shape[1]}")
+        raise Unsupported(f"no Triton kernel for a vocabulary of {logits.shape[1]}")
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     options = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p)]
     keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]

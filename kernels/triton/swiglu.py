@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels import _row_ops as rows
+from rlhf_fast.kernels._tensors import as_matrix
 from rlhf_fast.kernels.triton import launch
 
 
@@ -21,7 +21,7 @@ def _kernel(gate, up, out, F, gate_stride, up_stride, BLOCK: tl.constexpr):
 
 def swiglu(gate, up):
     launch.serves(gate)
-    a, b, y = rows.dense(gate), rows.dense(up), torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    a, b, y = as_matrix(gate), as_matrix(up), torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     (N, F), block = a.shape, launch.block(gate.shape[-1], 1024)
     launch.run(
         _kernel,

@@ -21,7 +21,8 @@ def report() -> Iterator[str]:
     import torch
 
     from rlhf_fast import __version__, ops
-    from rlhf_fast.kernels import _op
+    from rlhf_fast.kernels._backends import COMPILED, WHY_MISSING, forced_backend
+    from rlhf_fast.kernels._op import OPS
 
     yield f"rlhf-fast      {__version__} ({Path(__file__).parent})"
     yield f"python         {platform.python_version()}, {platform.platform()}"
@@ -29,27 +30,27 @@ def report() -> Iterator[str]:
         yield f"{name:<14} {_version(name)}"
     yield f"package `kernels` (Hugging Face's, not ours): {_version('kernels')}"
     yield f"processor      {_processor()}; {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"
-    sets = [backend.partition(":")[2] for backend in _op.COMPILED if backend.startswith("cpu:")]
-    yield f"cpu kernels    {', '.join(sets) + ' (the last is used)' if sets else _op.MISSING['cpu']}"
-    yield f"cuda kernels   {'built, and a device is there' if 'cuda' in _op.COMPILED else _op.MISSING['cuda']}"
-    yield f"triton kernels {_op.MISSING.get('triton') or 'answers on CUDA devices where no compiled kernel does'}"
+    sets = [backend.partition(":")[2] for backend in COMPILED if backend.startswith("cpu:")]
+    yield f"cpu kernels    {', '.join(sets) + ' (the last is used)' if sets else WHY_MISSING['cpu']}"
+    yield f"cuda kernels   {'built, and a device is there' if 'cuda' in COMPILED else WHY_MISSING['cuda']}"
+    yield f"triton kernels {WHY_MISSING.get('triton') or 'answers on CUDA devices where no compiled kernel does'}"
     yield f"gpu            {', '.join(_gpus()) or 'none that torch sees'}; nvcc {shutil.which('nvcc') or 'not found'}"
     for name in VARIABLES:
         if name in os.environ:
             yield f"{name}={os.environ[name]}"
-    shown = sorted(_op.OPS.keys() & set(ops.__all__))  # the others are parts of these
-    if forced := _op.forced_backend():
-        without = [name for name in shown if forced not in _op.OPS[name].backends]
+    shown = sorted(OPS.keys() & set(ops.__all__))  # the others are parts of these
+    if forced := forced_backend():
+        without = [name for name in shown if forced not in OPS[name].backends]
         rest = f"; without it, and an error: {', '.join(without)}" if without else ""
         yield f"{forced} is forced for every op{rest}"
     width = max(map(len, shown)) + 2
     for device in ("cpu", "cuda"):
         yield ""
-        if all(op.chosen(device) == "reference" for op in map(_op.OPS.get, shown)):
-            yield f"on {device} every op runs on its plain-torch reference: {_op.OPS[shown[0]].why(device)}"
+        if all(op.chosen(device) == "reference" for op in map(OPS.get, shown)):
+            yield f"on {device} every op runs on its plain-torch reference: {OPS[shown[0]].why(device)}"
             continue
         yield f"who answers on {device}"
-        for op in map(_op.OPS.get, shown):
+        for op in map(OPS.get, shown):
             backend = op.chosen(device)
             why = "" if backend.startswith(device) else op.why(device)
             yield f"  {op.name:<{width}}{backend:<11}  {why}".rstrip()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import linear_sample_tokens
-from rlhf_fast.kernels._op import COMPILED, forced_backend, lane
+from rlhf_fast.kernels._backends import COMPILED, forced_backend
+from rlhf_fast.kernels._launch import stream_or_threads
 from rlhf_fast.rollout.architectures import LinearPart, NormPart, Parts
 from rlhf_fast.rollout.decoder import Packed
 from rlhf_fast.rollout.kv_cache import Arena
@@ -106,7 +107,7 @@ class CompiledStep:
             ctypes.addressof(self.decoder), ctypes.sizeof(_Decoder), ctypes.sizeof(_Layer), packed.tokens.data_ptr(),
             packed.positions.data_ptr(), packed.slots.data_ptr(), count, packed.block_table.data_ptr(),
             packed.block_table.shape[1], wanted.data_ptr(), len(wanted), hidden.data_ptr(), linear_sample_tokens.HALF,
-            LEAST, workspace, needed, lane(hidden),
+            LEAST, workspace, needed, stream_or_threads(hidden),
         )  # fmt: skip
 
     def _address(self, tensor: Tensor | None) -> int | None:

@@ -1,0 +1,41 @@
+"""Shared by the launchers of compiled kernels: the stream or threads, pointers, dtype codes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # csrc/ numbers the dtypes in this order
+
+
+class Unsupported(Exception):
+    """A launcher raises it for inputs that its kernel does not serve, mostly a dtype. The next backend then runs."""
+
+
+def stream_or_threads(x: Tensor) -> int:
+    """Return a kernel's last argument: the number of threads for a CPU tensor, the current stream for a CUDA tensor."""
+    return torch.get_num_threads() if x.device.type == "cpu" else torch.cuda.current_stream(x.device).cuda_stream
+
+
+def data_ptrs(*tensors: Tensor | None) -> list[int]:
+    """Return the tensors' data pointers, and 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def dtype_codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]:
+    """Return csrc's number of each tensor's dtype: 0 float32, 1 bfloat16, 2 float16 (csrc/cuda only). None counts as
+    float32. Raise Unsupported for any other dtype."""
+    served = FLOATS if kernels.__name__.endswith(("cuda", "simt")) else FLOATS[:2]
+    for x in tensors:
+        if x is not None and x.dtype not in served:
+            raise Unsupported(f"no compiled kernel for {str(x.dtype)[6:]}")
+    return tuple(0 if x is None else served.index(x.dtype) for x in tensors)
+
+
+def require_dtypes(*tensors: Tensor | None) -> None:
+    """Raise Unsupported unless all tensors are float32 or bfloat16, the dtypes that every compiled kernel reads."""
+    for x in tensors:
+        if x is not None and x.dtype not in (torch.float32, torch.bfloat16):
+            raise Unsupported(f"no compiled kernel for {str(x.dtype)[6:]}")

@@ -1,0 +1,38 @@
+"""Conversions of tensors that op bodies, normalizers and launchers share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is if it is float64: on float64 inputs a reference computes in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def promote_to_float64(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Convert all tensors to float64 if one of them is. Kernels do not serve float64, so the reference then runs."""
+    if any(x is not None and x.dtype == torch.float64 for x in tensors):
+        return tuple(x if x is None else x.double() for x in tensors)
+    return tensors
+
+
+def matrix_shape(x: Tensor) -> tuple[int, int]:
+    """Return (N, D), the numbers of rows and columns of x (..., D)."""
+    return math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """Return x (..., D) as (N, D) with contiguous rows. It is a view of x where strides allow."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def copy_back(copy: Tensor | None, original: Tensor | None) -> None:
+    """Copy into `original` what a kernel wrote to `copy`, a contiguous copy of it or the same tensor."""
+    if original is not None and copy is not original:
+        original.copy_(copy)
