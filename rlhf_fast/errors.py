@@ -1,4 +1,6 @@
-"""The one exception a user can cause: its text is a sentence that says what is wrong, where, and how to mend it."""
+"""UserError, the one exception that users can cause. Its text says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 SHOWN = 8
-"""Rows that an error names."""
+"""Number of rows that an error names."""
 
 
 class UserError(Exception):
@@ -15,27 +17,31 @@ class UserError(Exception):
 
 
 class BadRows(UserError):
-    """Rows are to blame: `rows` says which, as (type of the batch, uid), so that who read them can name their lines."""
+    """Rows of the data cause the error. `rows` are pairs (type of the batch, uid), which `locating_rows` looks up."""
 
     def __init__(self, message: str, rows: Sequence[tuple[str, int]]):
         super().__init__(message)
         self.rows = list(rows)
 
 
+def listed(items: Sequence[str], shown: int = SHOWN) -> str:
+    """Join the first `shown` items with commas; ", ..." stands for the rest."""
+    return ", ".join(items[:shown]) + (", ..." if len(items) > shown else "")
+
+
 @contextmanager
-def locating_rows(**places: Callable[[int], str] | None) -> Iterator[None]:
-    """Adds file:line to an error that blames rows. `places`: type of the batch -> (uid -> file:line)."""
+def locating_rows(**locations: Callable[[int], str] | None) -> Iterator[None]:
+    """Add file:line to a BadRows error. `locations` has for each type of batch a function from uid to file:line."""
     try:
         yield
     except BadRows as error:
-        found = [place(uid) for kind, uid in error.rows if (place := places.get(kind))]
-        shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
-        raise UserError(f"{error} ({shown})" if found else str(error)) from error
+        found = [location(uid) for kind, uid in error.rows if (location := locations.get(kind))]
+        raise UserError(f"{error} ({listed(found)})" if found else str(error)) from error
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns what a full or forbidden disk raises while `path` is written into a UserError that names it."""
+    """Turn the errors of a full or read-only disk into a UserError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

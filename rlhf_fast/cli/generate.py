@@ -16,7 +16,7 @@ from rlhf_fast.batches import END, LIMIT, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import read_prompts
-from rlhf_fast.errors import SHOWN, UserError, locating_rows, writing
+from rlhf_fast.errors import UserError, listed, locating_rows, writing
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 
@@ -41,11 +41,10 @@ def generate(options: GenerateOptions) -> int:
     prompts = read_prompts(cfg, model.tokenizer).train
     long = [row.location for row in prompts.rows if room and len(row.prompt) > room]
     if long:
-        shown = ", ".join(long[:SHOWN]) + (", ..." if len(long) > SHOWN else "")
         raise UserError(
             f"generate: {len(long)} of {len(prompts)} prompts are over the {room} tokens that max_new_tokens"
             f" {options.sampling.max_new_tokens} leaves of {model.max_positions} positions; give a smaller"
-            f" --max-new-tokens or remove them ({shown})"
+            f" --max-new-tokens or remove them ({listed(long)})"
         )
     print(f"generate: {prompts.notes}", file=sys.stderr)
     rollout, written = Rollout(model, options.sampling, options.seed), 0

@@ -24,7 +24,7 @@ import yaml
 
 from rlhf_fast.config.fields import BadSetting
 from rlhf_fast.config.stages import STAGES
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, listed
 
 T = TypeVar("T")
 WIDTH = 120
@@ -131,7 +131,7 @@ def unknown(cls: type, path: str, origin: str) -> UserError:
         near = [name for name in names if name.rpartition(".")[2] == path.rpartition(".")[2]][:1]
     inside = [name for name in names if name.startswith(path + ".")]
     if inside:
-        hint = f"it is a group, of {', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}"
+        hint = f"it is a group, of {listed(inside, 4)}"
         return UserError(f'{stage_name(cls)}: "{path}" takes no value; {hint} ({origin})')
     hint = f"did you mean {near[0]}?" if near else f"`rlhf-fast show-config {stage_name(cls)}` lists them"
     return UserError(f'{stage_name(cls)}: no setting "{path}"; {hint} ({origin})')

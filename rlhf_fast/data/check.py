@@ -14,7 +14,7 @@ from rlhf_fast.data.datasets import Row, opening, shorten, too_long
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import Bad
 from rlhf_fast.data.rows import EXPECTED, KINDS, Example, raw_rows, scan
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, listed
 
 SHOWN_PROBLEMS = 20
 SHOWN_TOKENS = 48
@@ -107,7 +107,7 @@ def _say_repeats(report: Report, say: Callable[[str], None]) -> None:
         if first.setdefault(key, example.line) != example.line:
             again.append(f"{example.line} = {first[key]}")
         prompts[key[0]] += 1
-    lines = f" (lines {', '.join(again[:5])}{', ...' if len(again) > 5 else ''})" if again else ""
+    lines = f" (lines {listed(again, 5)})" if again else ""
     say(f"  duplicate rows: {len(again)}{lines}")
     if report.kind != "texts":
         say(f"  different prompts: {len(prompts)}")
@@ -150,8 +150,7 @@ def _say_tokens(cfg: DataConfig, report: Report, tokenizer: Any, say: Callable[[
         say(f"  left out in training: {count} {why}")
     if spelled:
         found = ", ".join(f"{token} {count} times" for token, count in spelled.items())
-        where = ", ".join(lines[:5]) + (", ..." if len(lines) > 5 else "")
-        say(f"  special tokens spelled out in the text (they stay text): {found}, lines {where}")
+        say(f"  special tokens spelled out in the text (they stay text): {found}, lines {listed(lines, 5)}")
     if rows:
         _say_row(report.examples[0].line, rows[0], tokenizer, say)
     return refused
