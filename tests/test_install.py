@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
+MISSING = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(NEEDED), reason=f"building without the network needs {', '.join(NEEDED)}"),
+    pytest.mark.skipif(bool(MISSING), reason=f"building without the network needs {', '.join(MISSING)}"),
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a source checkout"),
 ]
 
@@ -22,7 +22,7 @@ USE = """
 import sys, torch, kernels
 from pathlib import Path
 import rlhf_fast
-from rlhf_fast import ops
+from rlhf_fast import PPOConfig, ops
 from rlhf_fast.kernels import _op
 assert kernels.whose == "another package", kernels
 assert Path(rlhf_fast.__file__).is_relative_to(sys.argv[1]), rlhf_fast.__file__
@@ -39,7 +39,7 @@ def run(*command, cwd=None, **environment):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the checkout without what was built in it."""
+    """A copy of the checkout without build products."""
     copy = tmp_path_factory.mktemp("source") / "a folder with spaces"
     unwanted = shutil.ignore_patterns(
         ".git", "build", "dist", "*.so", "*.egg-info", ".venv", "runs", "__pycache__", ".*"
@@ -48,8 +48,8 @@ def source(tmp_path_factory):
     return copy
 
 
-def wheel_from(place, out, **environment):
-    pip = (sys.executable, "-m", "pip", "wheel", "-v", place, "--no-deps", "--no-build-isolation", "-w", out)
+def build_wheel(source, out, **environment):
+    pip = (sys.executable, "-m", "pip", "wheel", "-v", source, "--no-deps", "--no-build-isolation", "-w", out)
     return run(*pip, cwd=out, **environment)
 
 
@@ -57,22 +57,25 @@ def test_sdist_then_wheel_then_use_from_elsewhere(source, tmp_path):
     made = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source)
     assert made.returncode == 0, made.stderr
     (sdist,) = tmp_path.glob("rlhf_fast-*.tar.gz")
-    built = wheel_from(sdist, tmp_path, RLHF_FAST_REQUIRE_EXT="1")
+    built = build_wheel(sdist, tmp_path, RLHF_FAST_REQUIRE_EXT="1")
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "rlhf_fast/kernels/gae.py" in names and any(n.startswith("rlhf_fast/_cpu") for n in names)
-    rooms = {"rlhf_fast": "rlhf_fast", "kernels": "rlhf_fast/kernels", "bench": "rlhf_fast/bench"}
-    ours = {f"{to}/{p.relative_to(source / room)}" for room, to in rooms.items() for p in (source / room).rglob("*.py")}
-    assert ours <= set(names), f"not in the wheel: {sorted(ours - set(names))}; see packages in pyproject.toml"
-    strangers = {n.split("/")[0] for n in names} - {"rlhf_fast"}
-    assert all(n.endswith(".dist-info") for n in strangers), f"the wheel installs more than rlhf_fast: {strangers}"
+    assert {"rlhf_fast/kernels/gae.py", "rlhf_fast/py.typed"} <= set(names)
+    assert any(name.startswith("rlhf_fast/_cpu") for name in names)
+    expected = set()
+    for folder, target in (("rlhf_fast", "rlhf_fast"), ("kernels", "rlhf_fast/kernels"), ("bench", "rlhf_fast/bench")):
+        expected |= {f"{target}/{path.relative_to(source / folder)}" for path in (source / folder).rglob("*.py")}
+    missing = expected - set(names)
+    assert not missing, f"not in the wheel: {sorted(missing)}; see packages in pyproject.toml"
+    others = {name.split("/")[0] for name in names} - {"rlhf_fast"}
+    assert all(name.endswith(".dist-info") for name in others), f"the wheel installs more than rlhf_fast: {others}"
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text("whose = 'another package'")
-    for place in (tmp_path, source / "tests"):
-        used = run(sys.executable, "-c", USE, site, cwd=place, PYTHONPATH=str(site))
+    for folder in (tmp_path, source / "tests"):
+        used = run(sys.executable, "-c", USE, site, cwd=folder, PYTHONPATH=str(site))
         assert used.returncode == 0 and used.stdout.strip() == "1.0", used.stdout + used.stderr
     libraries = [line.split()[0] for line in run("ldd", *site.glob("rlhf_fast/_cpu*.so")).stdout.splitlines()]
     assert any(name.startswith("libc.so") for name in libraries), libraries
@@ -88,10 +91,10 @@ def test_a_checkout_does_not_hide_another_package_named_kernels(source, tmp_path
 
 
 def test_without_a_compiler_the_install_goes_on_and_says_so(source, tmp_path):
-    built = wheel_from(source, tmp_path, CXX="/bin/false", RLHF_FAST_REQUIRE_EXT="0")
+    built = build_wheel(source, tmp_path, CXX="/bin/false", RLHF_FAST_REQUIRE_EXT="0")
     assert built.returncode == 0, built.stdout + built.stderr
     assert "COULD NOT BE BUILT" in built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert not any(n.endswith(".so") for n in zipfile.ZipFile(wheel).namelist())
-    required = wheel_from(source, tmp_path, CXX="/bin/false", RLHF_FAST_REQUIRE_EXT="1")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+    required = build_wheel(source, tmp_path, CXX="/bin/false", RLHF_FAST_REQUIRE_EXT="1")
     assert required.returncode != 0
