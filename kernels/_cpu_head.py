@@ -1,14 +1,15 @@
-"""A linear head on the CPU: torch's matrix products on blocks of logits, our row kernels between them. Not an op.
+"""A linear head on the CPU: torch's matrix products make blocks of logits, our row kernels reduce them. Not an op.
 
-The weight comes in blocks of columns of the vocabulary, the tokens in chunks of rows. Two orders:
+Logits are float32. They come in blocks of some rows (tokens) and some columns (vocabulary), in one of two orders:
 
-    three products  a chunk's logits are kept until their statistics are known: X W', then dX and dW, which adds up over
-                    the chunks, so that it needs a float32 tensor of the weight's size
-    four products   all statistics first, then X W' once more, block by block: a block of dW is finished at once
+    three products  One chunk of rows after the other: X W' for the statistics; its logits are kept, then dX and dW. The
+                    sum over the chunks needs a float32 tensor of the weight's size.
+    four products   First pass: X W' for the statistics. Second pass: X W' again, one vocabulary block at a time, so
+                    that a block of dW is complete before the next one begins.
 
-Logits are float32. bfloat16 inputs become float32 a block at a time, and are exact there; where the processor has
-bfloat16 products and there is enough to do, ours makes the logits, and torch's make dX and dW of the rounded gradient
-of the logits (plain torch has no other), summed over blocks in float32.
+bfloat16 inputs become float32 a block at a time, and are exact there. Where the processor multiplies bfloat16 and there
+is enough to do, our product makes the logits instead. torch's then makes dX and dW from the gradient of the logits
+rounded to bfloat16 (torch has no mixed product), summed over blocks in float32.
 """
 
 from __future__ import annotations
@@ -16,35 +17,36 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._head import IGNORE_INDEX, NeedsGrad
+from rlhf_fast.kernels._head_checks import check_targets
+from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
+from rlhf_fast.kernels._tensors import empty_float32
 
 KERNELS = ("head_begin", "head_statistics", "head_results", "head_gradient", "half_product")
-KEPT_BYTES = 36 << 20  # of logits, in the order of three products; measured: fewer than 128 rows cost the products 20 %
-BLOCK_BYTES = 8 << 20  # of logits, in the order of four: they should not leave the last cache
-TILE = 1024  # of csrc/cpu/softmax.h: blocks of a multiple of it leave the results' bits as they are
-COLUMNS = 4 * TILE
-HALF_LEAST = 1 << 22  # logits, from which on bfloat16 products are taken
-EMULATE_HALF = False  # for tests: take them, by ordinary arithmetic, on any processor
+LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, the products are 20 % slower
+LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
+TILE = (
+    1024  # columns that csrc/cpu/softmax.h reduces at a time: blocks of a multiple of it do not change a result's bits
+)
+VOCAB_BLOCK = 4 * TILE
+MIN_BF16_LOGITS = 1 << 22  # below, bfloat16 inputs are multiplied in float32
+EMULATE_BF16 = False  # for tests: bfloat16 products by ordinary arithmetic, on any processor
 
 
-def even(total: int, most: int) -> list[tuple[int, int]]:
-    """[0, total) in the fewest parts of at most `most`, of nearly one size."""
-    parts = -(-total // max(most, 1))
+def split_evenly(total: int, max_size: int) -> list[tuple[int, int]]:
+    """Split [0, total) into the fewest parts of at most max_size, of nearly one size."""
+    parts = -(-total // max(max_size, 1))
     return [(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
 
 
-def floats(like: Tensor, *shape: int) -> Tensor:
-    """New float32 memory beside `like`, whatever torch's default dtype and device are."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
 @functools.cache
-def has_half_products(kernels: ModuleType) -> bool:
+def has_bf16_product(kernels: ModuleType) -> bool:
+    """Return whether this processor multiplies bfloat16."""
     try:
         kernels.half_product(0, 0, 0, 0, 0, 0, 0, 0, 0, False, 1)
     except RuntimeError:
@@ -52,217 +54,283 @@ def has_half_products(kernels: ModuleType) -> bool:
     return True
 
 
-class Head:
-    """The rows of `hidden` whose targets are not ignored, and the weight they meet."""
+class LogitBlock(NamedTuple):
+    """Raw logits of the valid rows [begin, end), for the columns from `first` on."""
 
-    def __init__(self, kernels, name, hidden, weight, targets, bias=None, temperature=1.0, softcap=0.0):
-        for x in (hidden, weight):
-            if x.dtype not in (torch.float32, torch.bfloat16):
-                raise Unsupported(f"{str(x.dtype)[6:]} has no compiled kernel")
-        head.check_targets(name, targets, weight.shape[0])
-        self.kernels, self.scalars = kernels, (temperature, softcap)
-        self.shape, self.hidden_shape, self.hidden_dtype = targets.shape, hidden.shape, hidden.dtype
-        flat, here = targets.flatten(), targets.flatten() != head.IGNORED
-        self.rows = None if here.all() else here.nonzero().squeeze(1)
-        given = self.compact(hidden.detach().reshape(-1, hidden.shape[-1])).contiguous()
-        self.targets = self.compact(flat).long().contiguous()
-        self.weight, self.threads = weight.detach(), stream_or_threads(hidden)
-        self.bias = bias if bias is None else bias.detach().float().contiguous()
+    begin: int
+    end: int
+    first: int
+    logits: Tensor  # (end - begin, columns); head_gradient overwrites them with their gradient
+    weight: Tensor | None  # (columns, D)
+    ref_logits: Tensor | None = None  # those of a reference, of the same shape
+
+
+class CpuHead:
+    """The valid rows of `hidden`, whose targets are not ignored, and the weight they are multiplied by."""
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        name: str,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        temperature: float = 1.0,
+        softcap: float = 0.0,
+    ):
+        require_dtypes(hidden, weight)
+        check_targets(name, targets, weight.shape[0])
+        self.kernels = kernels
+        self.scalars = (temperature, softcap)
+        self.shape = targets.shape
+        self.hidden_shape, self.hidden_dtype = hidden.shape, hidden.dtype
+        valid = targets.flatten() != IGNORE_INDEX
+        self.valid_rows = None if valid.all() else valid.nonzero().squeeze(1)
+        self.targets = self.gather_valid(targets.flatten()).long().contiguous()
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach().float().contiguous()
         self.bias_dtype = None if bias is None else bias.dtype
-        self.n, self.V, self.D = len(self.targets), weight.shape[0], weight.shape[1]
-        self.half = (
+        self.threads = stream_or_threads(hidden)
+        self.N = len(self.targets)
+        self.V, self.D = weight.shape
+        self.use_bf16 = (
             hidden.dtype == weight.dtype == torch.bfloat16
             and self.weight.stride(1) == 1
-            and self.n * self.V >= HALF_LEAST
-            and (EMULATE_HALF or has_half_products(kernels))
+            and self.N * self.V >= MIN_BF16_LOGITS
+            and (EMULATE_BF16 or has_bf16_product(kernels))
         )
-        self.hidden = given if self.half else given.float()
-        self.scratch: Tensor | None = None
+        rows = self.gather_valid(hidden.detach().reshape(-1, hidden.shape[-1])).contiguous()
+        self.hidden = rows if self.use_bf16 else rows.float()
+        self.weight_buffer: Tensor | None = None
 
-    def compact(self, x: Tensor) -> Tensor:
-        """The rows of flat x that are not ignored."""
-        return x if self.rows is None else x.index_select(0, self.rows)
+    def gather_valid(self, x: Tensor) -> Tensor:
+        """Return the valid rows of flat x."""
+        return x if self.valid_rows is None else x.index_select(0, self.valid_rows)
 
-    def expand(self, x: Tensor) -> Tensor:
-        """(n,) in the shape of targets, 0 where they are ignored."""
-        if self.rows is not None:
-            x = x.new_zeros(self.shape.numel()).index_copy_(0, self.rows, x)
-        return x.reshape(self.shape).clone() if self.rows is None else x.view(self.shape)
+    def scatter_valid(self, x: Tensor) -> Tensor:
+        """Return x (N,) of the valid rows in the shape of targets, 0 in ignored rows."""
+        if self.valid_rows is None:
+            return x.reshape(self.shape).clone()
+        return x.new_zeros(self.shape.numel()).index_copy_(0, self.valid_rows, x).view(self.shape)
 
-    def block(self, first: int, end: int) -> Tensor:
-        """Rows of the weight, dense, as the products want them; the next call may overwrite them."""
-        if self.half or (self.weight.dtype == torch.float32 and self.weight.stride(1) == 1):
-            return self.weight[first:end]
-        if self.scratch is None:
-            self.scratch = floats(self.weight, min(COLUMNS, self.V) * self.D)
-        return self.scratch[: (end - first) * self.D].view(-1, self.D).copy_(self.weight[first:end])
+    def vocab_blocks(self) -> Iterator[tuple[int, int]]:
+        return ((first, min(first + VOCAB_BLOCK, self.V)) for first in range(0, self.V, VOCAB_BLOCK))
 
-    def product(self, rows: tuple[int, int], weight: Tensor, out: Tensor) -> None:
-        """Raw logits of rows by a block of the weight, into `out` (rows, columns)."""
-        hidden = self.hidden[rows[0] : rows[1]]
-        if self.half:
-            self.kernels.half_product(
-                hidden.data_ptr(), weight.data_ptr(), out.data_ptr(), *out.shape, self.D,
-                hidden.stride(0), weight.stride(0), out.stride(0), EMULATE_HALF, self.threads,
-            )  # fmt: skip
-        else:
-            torch.mm(hidden, weight.T, out=out)
+    def weight_block(self, first: int, stop: int) -> Tensor:
+        """Return rows of the weight, dense and in the dtype of the products. The next call may overwrite them."""
+        if self.use_bf16 or (self.weight.dtype == torch.float32 and self.weight.stride(1) == 1):
+            return self.weight[first:stop]
+        if self.weight_buffer is None:
+            self.weight_buffer = empty_float32(self.weight, min(VOCAB_BLOCK, self.V) * self.D)
+        return self.weight_buffer[: (stop - first) * self.D].view(-1, self.D).copy_(self.weight[first:stop])
 
-    def columns(self) -> Iterator[tuple[int, int]]:
-        return ((first, min(first + COLUMNS, self.V)) for first in range(0, self.V, COLUMNS))
-
-    def call(self, kernel: str, x: Tensor, ref: Tensor | None, other: Head | None, rows, first: int, table: Tensor):
-        """A row kernel on a block: x and ref (rows, columns), `table` with a row of numbers for each token."""
-        begin, end = rows
-        bias = None if self.bias is None else self.bias[first:]
-        ref_bias = None if other is None or other.bias is None else other.bias[first:]
-        getattr(self.kernels, kernel)(
-            *data_ptrs(x, bias, ref, ref_bias, self.targets[begin:]),
-            table[begin:].data_ptr(), end - begin, x.shape[1], x.stride(0), first, *self.scalars, self.threads,
+    def multiply(self, begin: int, end: int, weight: Tensor, out: Tensor) -> Tensor:
+        """Write the raw logits of rows [begin, end) for a block of the weight to `out` (rows, columns)."""
+        hidden = self.hidden[begin:end]
+        if not self.use_bf16:
+            return torch.mm(hidden, weight.T, out=out)
+        self.kernels.half_product(
+            *data_ptrs(hidden, weight, out), *out.shape, self.D, hidden.stride(0), weight.stride(0), out.stride(0),
+            EMULATE_BF16, self.threads,
         )  # fmt: skip
-
-    def state(self) -> Tensor:
-        state = floats(self.hidden, self.n, 9)
-        self.kernels.head_begin(state.data_ptr(), self.n)
-        return state
-
-    def results(self, state: Tensor, reference: bool = False) -> Tensor:
-        """(4 or 8, n): log p, entropy, m, log s; of the reference log p, KL, m, log s."""
-        out = floats(state, 8 if reference else 4, len(state))
-        self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), reference)
         return out
 
-    def statistics(self, other: Head | None = None) -> Tensor:
-        """`results` of every row; `other` is the reference's head."""
-        state = self.state()
-        for rows, first, _, x, ref in self.logits(other):
-            self.call("head_statistics", x, ref, other, rows, first, state)
-        return self.results(state, other is not None)
-
-    def logits(self, other: Head | None = None) -> Iterator[tuple]:
-        """Blocks of raw logits, in the order of four products: ((begin, end) of the rows, first column, block of the
-        weight, logits, the reference's logits)."""
-        chunks = even(self.n, BLOCK_BYTES // (4 * min(COLUMNS, self.V)))
-        size = max((end - begin for begin, end in chunks), default=0) * min(COLUMNS, self.V)
-        buffer, ref_buffer = floats(self.hidden, size), None if other is None else floats(self.hidden, size)
-        for first, stop in self.columns():
-            weight = self.block(first, stop)
-            ref_weight = None if other is None else other.block(first, stop)
+    def logit_blocks(self, reference: CpuHead | None = None) -> Iterator[LogitBlock]:
+        """Yield all raw logits in the order of four products, beside those of a reference's head."""
+        chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(VOCAB_BLOCK, self.V)))
+        size = max((end - begin for begin, end in chunks), default=0) * min(VOCAB_BLOCK, self.V)
+        buffer = empty_float32(self.hidden, size)
+        ref_buffer = empty_float32(self.hidden, size if reference else 0)
+        for first, stop in self.vocab_blocks():
+            weight = self.weight_block(first, stop)
+            ref_weight = reference.weight_block(first, stop) if reference else None
             for begin, end in chunks:
-                x = buffer[: (end - begin) * (stop - first)].view(end - begin, -1)
-                self.product((begin, end), weight, x)
-                ref = None
-                if other is not None:
-                    ref = ref_buffer[: x.numel()].view_as(x)
-                    other.product((begin, end), ref_weight, ref)
-                yield (begin, end), first, weight, x, ref
+                shape = (end - begin, stop - first)
+                count = shape[0] * shape[1]
+                logits = self.multiply(begin, end, weight, buffer[:count].view(shape))
+                ref_logits = None
+                if reference is not None and ref_weight is not None:
+                    ref_logits = reference.multiply(begin, end, ref_weight, ref_buffer[:count].view(shape))
+                yield LogitBlock(begin, end, first, logits, weight, ref_logits)
 
-    def gradients(self, slopes: Tensor, by: tuple[bool, bool, bool], other: Head | None = None) -> tuple:
-        """Gradients of hidden, weight and bias by slopes (n, 8): the second half of the order of four products."""
-        out = Gradients(self, by, whole=False)
-        for rows, first, weight, x, ref in self.logits(other):
-            self.call("head_gradient", x, ref, other, rows, first, slopes)
-            out.add(rows, first, weight, x)
+    def run_kernel(self, kernel: str, block: LogitBlock, table: Tensor, reference: CpuHead | None = None) -> None:
+        """Run a row kernel on a block of logits. `table` holds some numbers for each of the N rows."""
+        bias = None if self.bias is None else self.bias[block.first :]
+        ref_bias = None if reference is None or reference.bias is None else reference.bias[block.first :]
+        getattr(self.kernels, kernel)(
+            *data_ptrs(block.logits, bias, block.ref_logits, ref_bias, self.targets[block.begin :]),
+            table[block.begin :].data_ptr(), *block.logits.shape, block.logits.stride(0), block.first, *self.scalars,
+            self.threads,
+        )  # fmt: skip
+
+    def new_state(self) -> Tensor:
+        """Return (N, 9), the running statistics of rows of which no logit has been seen."""
+        state = empty_float32(self.hidden, self.N, 9)
+        self.kernels.head_begin(state.data_ptr(), self.N)
+        return state
+
+    def results(self, state: Tensor, with_reference: bool = False) -> Tensor:
+        """Return (4, n): log p, entropy, m, log s. With a reference (8, n): also its log p, the KL, its m and log s.
+
+        m is the largest z of a row, s the sum of exp(z - m).
+        """
+        out = empty_float32(state, 8 if with_reference else 4, len(state))
+        self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), with_reference)
+        return out
+
+    def statistics(self, reference: CpuHead | None = None) -> Tensor:
+        """Return the `results` of every row, beside a reference's head."""
+        state = self.new_state()
+        for block in self.logit_blocks(reference):
+            self.run_kernel("head_statistics", block, state, reference)
+        return self.results(state, reference is not None)
+
+    def grads(self, coefficients: Tensor, needs_grad: NeedsGrad, reference: CpuHead | None = None):
+        """Return the gradients of hidden, weight and bias: the second pass of the order of four products.
+
+        coefficients (N, 8) come from `pack_row_coefficients`.
+        """
+        out = GradAccumulator(self, needs_grad, whole_weight=False)
+        for block in self.logit_blocks(reference):
+            self.run_kernel("head_gradient", block, coefficients, reference)
+            out.add(block)
         return out.finish()
 
-    def train(self, slopes_of: Callable[[Tensor, slice], Tensor], by: tuple[bool, bool, bool]) -> tuple[Tensor, tuple]:
-        """`results` and the gradients of a loss whose slopes follow from the results: slopes_of(results, rows)."""
-        most = max(KEPT_BYTES // (4 * self.V), 1)
-        if not any(by) or (self.n > most and by[1] and not self.accumulates()):
+    def results_and_grads(
+        self, coefficients_of: Callable[[Tensor, slice], Tensor], needs_grad: NeedsGrad
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Return the `results` of every row and the gradients of a loss of them.
+
+        coefficients_of(results, rows) returns the coefficients of some rows, given their results.
+        """
+        if not any(needs_grad):
+            return self.statistics(), self.no_grads()
+        max_rows = max(LOGITS_BYTES_3_GEMM // (4 * self.V), 1)
+        if self.N > max_rows and needs_grad[1] and not self.can_sum_weight_grad():
             results = self.statistics()
-            return results, self.gradients(slopes_of(results, slice(None)), by) if any(by) else Gradients.none(self)
-        state, parts, out = self.state(), [], Gradients(self, by, whole=True)
-        chunks = even(self.n, most)
-        buffer = floats(self.hidden, max((end - begin for begin, end in chunks), default=0) * self.V)
-        slopes = floats(self.hidden, self.n, 8)
+            return results, self.grads(coefficients_of(results, slice(None)), needs_grad)
+        return self._three_products(split_evenly(self.N, max_rows), coefficients_of, needs_grad)
+
+    def _three_products(self, chunks, coefficients_of, needs_grad):
+        buffer = empty_float32(self.hidden, max((end - begin for begin, end in chunks), default=0) * self.V)
+        state = self.new_state()
+        coefficients = empty_float32(self.hidden, self.N, 8)
+        results = []
+        out = GradAccumulator(self, needs_grad, whole_weight=True)
         for begin, end in chunks:
-            kept = []
-            for first, stop in self.columns():
-                x = buffer[(end - begin) * first : (end - begin) * stop].view(end - begin, -1)
-                self.product((begin, end), self.block(first, stop), x)
-                self.call("head_statistics", x, None, None, (begin, end), first, state)
-                kept.append((first, stop, x))
-            parts.append(self.results(state[begin:end]))
-            slopes[begin:end] = slopes_of(parts[-1], slice(begin, end))
-            for first, stop, x in reversed(kept):  # the last are still in the cache
-                self.call("head_gradient", x, None, None, (begin, end), first, slopes)
-                out.add((begin, end), first, self.block(first, stop) if by[0] else None, x)
-        return torch.cat(parts, 1) if parts else self.results(state), out.finish()
+            blocks = []
+            for first, stop in self.vocab_blocks():
+                weight = self.weight_block(first, stop)
+                logits = buffer[(end - begin) * first : (end - begin) * stop].view(end - begin, -1)
+                blocks.append(LogitBlock(begin, end, first, self.multiply(begin, end, weight, logits), None))
+                self.run_kernel("head_statistics", blocks[-1], state)
+            results.append(self.results(state[begin:end]))
+            coefficients[begin:end] = coefficients_of(results[-1], slice(begin, end))
+            for block in reversed(blocks):  # the last ones are still in the cache
+                self.run_kernel("head_gradient", block, coefficients)
+                if needs_grad[0]:
+                    block = block._replace(weight=self.weight_block(block.first, block.first + block.logits.shape[1]))
+                out.add(block)
+        return torch.cat(results, 1) if results else self.results(state), out.finish()
 
-    def accumulates(self) -> bool:
-        """Whether dW may add up over chunks: it is float32 itself, or its float32 sum is small."""
-        return self.weight.dtype == torch.float32 or 4 * self.V * self.D <= KEPT_BYTES
+    def can_sum_weight_grad(self) -> bool:
+        """Return whether dW may be summed over chunks: it is float32 itself, or its float32 sum is small."""
+        return self.weight.dtype == torch.float32 or 4 * self.V * self.D <= LOGITS_BYTES_3_GEMM
+
+    def no_grads(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight.new_empty(0), self.weight.new_empty(0), self.weight.new_empty(0)
 
 
-class Gradients:
-    """Where the gradients of a head add up, in float32: each block of rows and columns comes once."""
+class GradAccumulator:
+    """The gradients of a head, summed in float32 over blocks of logits.
 
-    def __init__(self, of: Head, by: tuple[bool, bool, bool], whole: bool):
-        self.of, self.by = of, by
-        self.hidden = floats(of.hidden, of.n, of.D).zero_() if by[0] else None
-        self.direct = of.weight.dtype == torch.float32
-        self.weight = of.weight.new_empty(of.V, of.D) if by[1] else None
-        summed = by[1] and not self.direct
-        self.sums = floats(of.weight, of.V if whole else min(COLUMNS, of.V), of.D) if summed else None
-        self.whole = whole
-        self.bias = floats(of.weight, of.V).zero_() if by[2] else None
+    whole_weight: chunks of rows are the outer loop, so that all of dW is incomplete until the last of them.
+    """
 
-    def add(self, rows: tuple[int, int], first: int, weight: Tensor | None, x: Tensor) -> None:
-        begin, end = rows
-        if self.by[2]:
-            self.bias[first : first + x.shape[1]] += x.sum(0)
-        if self.of.half:
+    def __init__(self, head: CpuHead, needs_grad: NeedsGrad, whole_weight: bool):
+        self.head = head
+        self.needs_grad = needs_grad
+        self.whole_weight = whole_weight
+        self.hidden = empty_float32(head.hidden, *((head.N, head.D) if needs_grad[0] else (0,))).zero_()
+        self.weight = head.weight.new_empty((head.V, head.D) if needs_grad[1] else 0)
+        self.bias = empty_float32(head.weight, head.V if needs_grad[2] else 0).zero_()
+        self.weight_sums: Tensor | None = None  # None: dW is float32 and its own sum
+        if needs_grad[1] and head.weight.dtype != torch.float32:
+            rows = head.V if whole_weight else min(VOCAB_BLOCK, head.V)
+            self.weight_sums = empty_float32(head.weight, rows, head.D)
+
+    def add(self, block: LogitBlock) -> None:
+        """Add what a block contributes, whose logits have been overwritten with their gradient."""
+        x = block.logits
+        if self.needs_grad[2]:
+            self.bias[block.first : block.first + x.shape[1]] += x.sum(0)
+        if self.head.use_bf16:
             x = x.bfloat16()
-        if self.by[0] and self.of.half:
-            self.hidden[begin:end] += torch.mm(x, weight)
-        elif self.by[0]:
-            self.hidden[begin:end].addmm_(x, weight)
-        if self.by[1]:
-            self.add_weight(begin, end, first, x)
+        if self.needs_grad[0] and block.weight is not None:
+            rows = self.hidden[block.begin : block.end]
+            if self.head.use_bf16:
+                rows += torch.mm(x, block.weight)
+            else:
+                rows.addmm_(x, block.weight)
+        if self.needs_grad[1]:
+            self._add_weight(block, x)
 
-    def add_weight(self, begin: int, end: int, first: int, x: Tensor) -> None:
-        hidden, stop, last = self.of.hidden[begin:end], first + x.shape[1], end == self.of.n
-        if self.of.half and begin == 0 and last:
-            torch.mm(x.T, hidden, out=self.weight[first:stop])
+    def _add_weight(self, block: LogitBlock, x: Tensor) -> None:
+        hidden = self.head.hidden[block.begin : block.end]
+        is_first = block.begin == 0
+        is_last = block.end == self.head.N
+        grad = self.weight[block.first : block.first + x.shape[1]]
+        if self.head.use_bf16 and is_first and is_last:
+            torch.mm(x.T, hidden, out=grad)
             return
-        if self.direct:
-            sums = self.weight[first:stop]
-        else:
-            sums = self.sums[first:stop] if self.whole else self.sums[: stop - first]
-        if self.of.half:
-            part = torch.mm(x.T, hidden)
-            sums.copy_(part) if begin == 0 else sums.add_(part)
-        elif begin == 0:
+        sums = grad
+        if self.weight_sums is not None:
+            offset = block.first if self.whole_weight else 0
+            sums = self.weight_sums[offset : offset + x.shape[1]]
+        if self.head.use_bf16:
+            product = torch.mm(x.T, hidden)
+            if is_first:
+                sums.copy_(product)
+            else:
+                sums.add_(product)
+        elif is_first:
             torch.mm(x.T, hidden, out=sums)
         else:
             sums.addmm_(x.T, hidden)
-        if not self.direct and last:
-            self.weight[first:stop] = sums
+        if self.weight_sums is not None and is_last:
+            grad.copy_(sums)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of hidden, weight and bias in their dtypes and shapes, (0,) where not asked for."""
-        of, (d_hidden, d_weight, d_bias) = self.of, Gradients.none(self.of)
-        if self.by[0]:
-            d_hidden = self.hidden.to(of.hidden_dtype)
-            if of.rows is not None:
-                whole = d_hidden.new_zeros(of.shape.numel(), of.D)
-                d_hidden = whole.index_copy_(0, of.rows, d_hidden)
-            d_hidden = d_hidden.view(of.hidden_shape)
-        if self.by[1]:
-            d_weight = self.weight if of.n else self.weight.zero_()
-        if self.by[2]:
-            d_bias = self.bias.to(of.bias_dtype)
+        """Return the gradients of hidden, weight and bias in their dtypes and shapes, (0,) where not needed."""
+        head = self.head
+        d_hidden, d_weight, d_bias = head.no_grads()
+        if self.needs_grad[0]:
+            d_hidden = self.hidden.to(head.hidden_dtype)
+            if head.valid_rows is not None:
+                full = d_hidden.new_zeros(head.shape.numel(), head.D)
+                d_hidden = full.index_copy_(0, head.valid_rows, d_hidden)
+            d_hidden = d_hidden.view(head.hidden_shape)
+        if self.needs_grad[1]:
+            d_weight = self.weight if head.N else self.weight.zero_()
+        if self.needs_grad[2]:
+            d_bias = self.bias.to(head.bias_dtype)
         return d_hidden, d_weight, d_bias
 
-    @staticmethod
-    def none(of: Head) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(of.weight.new_empty(0) for _ in range(3))
 
-
-def slopes(m: Tensor, log_sum: Tensor, g: Tensor, a: Tensor, b: Tensor | None = None, *reference: Tensor) -> Tensor:
-    """(n, 8), what head_gradient reads: m, log s, g, a, b, and c, m, log s of the reference."""
-    out = floats(g, len(g), 8).zero_()
-    for i, x in enumerate((m, log_sum, g, a, b, *reference)):
+def pack_row_coefficients(
+    m: Tensor,
+    log_s: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    ref_m: Tensor | None = None,
+    ref_log_s: Tensor | None = None,
+) -> Tensor:
+    """Return (N, 8) float32, the columns that head_gradient reads: _head.py says what g, a, b and c are."""
+    out = empty_float32(g, len(g), 8).zero_()
+    for i, x in enumerate((m, log_s, g, a, b, c, ref_m, ref_log_s)):
         if x is not None:
             out[:, i] = x
     return out

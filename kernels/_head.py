@@ -1,61 +1,62 @@
-"""The mathematics that the ops of a language model's head share, in plain torch. Nothing here is an op.
+"""The mathematics of a language model's head, shared by its ops, in plain torch. Not an op.
 
     z = softcap(hidden . weight' + bias) / temperature,  softcap(x) = c tanh(x / c)        log p = z - logsumexp z
 
-Every loss of a row's log-probability, entropy and exact KL to a reference has one form of gradient by its z:
-p (a + b log p + c (log p_ref - log p)) + g 1[target], four numbers a row.
+The gradient with respect to z of every loss of a row's log-probability, entropy and exact KL to a reference has the
+form p (a + b log p + c (log p_ref - log p)) + g 1[target], with four numbers a, b, c and g for each row.
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._tensors import upcast
+from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 
-IGNORED = -100
+IGNORE_INDEX = -100
+"""The target of rows that do not count."""
 
 
-def scale(x: Tensor, temperature: float, softcap: float) -> Tensor:
-    """z of raw logits x."""
+def raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Return hidden . weight' + bias (..., V) in float32. Ignored rows of hidden may hold anything, even NaN."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        x = upcast(hidden).masked_fill((targets == IGNORE_INDEX)[..., None], 0) @ upcast(weight).T
+    return x if bias is None else x + upcast(bias)
+
+
+def scale_logits(x: Tensor, temperature: float, softcap: float) -> Tensor:
+    """Return z of raw logits x."""
     x = softcap * torch.tanh(x / softcap) if softcap else x
     return x / temperature if temperature != 1 else x
 
 
-def slope(x: Tensor, temperature: float, softcap: float) -> Tensor | float:
-    """dz/dx of raw logits x."""
+def scale_logits_grad(x: Tensor, temperature: float, softcap: float) -> Tensor | float:
+    """Return dz/dx of raw logits x."""
     return (1 - torch.tanh(x / softcap) ** 2 if softcap else 1.0) / temperature
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Raw logits (..., V) in float32; what stands in an ignored row of hidden, even NaN, is not looked at."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        x = upcast(hidden).masked_fill((targets == IGNORED)[..., None], 0) @ upcast(weight).T
-    return x if bias is None else x + upcast(bias)
+def gather_targets(logp: Tensor, targets: Tensor) -> Tensor:
+    """Return log p of the targets, 0 in ignored rows."""
+    valid = targets != IGNORE_INDEX
+    return logp.gather(-1, targets.where(valid, 0)[..., None].long()).squeeze(-1).masked_fill(~valid, 0)
 
 
-def gathered(logp: Tensor, targets: Tensor) -> Tensor:
-    """log p of the targets, 0 where they are ignored."""
-    here = targets != IGNORED
-    return logp.gather(-1, targets.where(here, 0)[..., None].long()).squeeze(-1).masked_fill(~here, 0)
+def entropy(logp: Tensor, targets: Tensor) -> Tensor:
+    """Return -sum p log p in nats, 0 in ignored rows; a token of probability 0 adds 0."""
+    return -(logp.exp() * zero_where_minus_inf(logp)).sum(-1).masked_fill(targets == IGNORE_INDEX, 0)
 
 
-def entropy_of(logp: Tensor, targets: Tensor) -> Tensor:
-    """-sum p log p, nats; a token of probability 0 adds 0."""
-    return -(logp.exp() * finite(logp)).sum(-1).masked_fill(targets == IGNORED, 0)
-
-
-def finite(logp: Tensor) -> Tensor:
+def zero_where_minus_inf(logp: Tensor) -> Tensor:
     return logp.masked_fill(logp == -torch.inf, 0)
 
 
-def statistics_of(z: Tensor, targets: Tensor) -> Tensor:
-    """(2, ...) float32: largest z, log of the sum of exp(z - largest); 0 in ignored rows."""
+def row_statistics(z: Tensor, targets: Tensor) -> Tensor:
+    """Return (2, ...) float32: the largest z and log sum exp(z - largest), 0 in ignored rows."""
     largest = z.amax(-1)
-    return torch.stack([largest, (z - largest[..., None]).logsumexp(-1)]).masked_fill(targets == IGNORED, 0)
+    return torch.stack([largest, (z - largest[..., None]).logsumexp(-1)]).masked_fill(targets == IGNORE_INDEX, 0)
 
 
-def logits_gradient(
+def logits_grad(
     logp: Tensor,
     targets: Tensor,
     g: Tensor,
@@ -64,134 +65,90 @@ def logits_gradient(
     c: Tensor | None = None,
     ref_logp: Tensor | None = None,
 ) -> Tensor:
-    """p (a + b log p + c (log p_ref - log p)) + g 1[target] by z, 0 in ignored rows."""
-    here = targets != IGNORED
-    a, b, g = (x.where(here, 0).to(logp.dtype)[..., None] for x in (a, b, g))
-    inner = a + b * finite(logp)
-    if c is not None:
-        inner = inner + c.where(here, 0).to(logp.dtype)[..., None] * (finite(ref_logp) - finite(logp))
-    return (
-        (logp.exp() * inner)
-        .masked_fill(~here[..., None], 0)
-        .scatter_add(-1, targets.where(here, 0)[..., None].long(), g)
-    )
+    """Return p (a + b log p + c (log p_ref - log p)) + g 1[target], the gradient with respect to z; 0 in ignored rows.
+
+    g, a, b and c hold one number for each row.
+    """
+    valid = targets != IGNORE_INDEX
+    a, b, g = (x.where(valid, 0).to(logp.dtype)[..., None] for x in (a, b, g))
+    inner = a + b * zero_where_minus_inf(logp)
+    if c is not None and ref_logp is not None:
+        difference = zero_where_minus_inf(ref_logp) - zero_where_minus_inf(logp)
+        inner = inner + c.where(valid, 0).to(logp.dtype)[..., None] * difference
+    grad = (logp.exp() * inner).masked_fill(~valid[..., None], 0)
+    return grad.scatter_add(-1, targets.where(valid, 0)[..., None].long(), g)
 
 
-def products(
-    dx: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, by: tuple[bool, bool, bool]
+NeedsGrad = tuple[bool, bool, bool]
+"""Whether hidden, weight and bias need a gradient."""
+
+
+def input_grads(
+    raw_grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs_grad: NeedsGrad,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, from the gradient of the raw logits; empty where not asked for."""
-    hidden_rows = upcast(hidden).masked_fill((targets == IGNORED)[..., None], 0).flatten(0, -2)
-    rows, nothing = dx.flatten(0, -2), hidden.new_empty(0)
-    d_hidden = (dx @ upcast(weight)).to(hidden.dtype) if by[0] else nothing
-    d_weight = (rows.T @ hidden_rows).to(weight.dtype) if by[1] else nothing.clone()
-    d_bias = rows.sum(0).to(bias.dtype) if by[2] else nothing.clone()
+    """Return the gradients of hidden, weight and bias, given that of the raw logits; (0,) where not needed."""
+    rows = raw_grad.flatten(0, -2)
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) for _ in range(3))
+    if needs_grad[0]:
+        d_hidden = (raw_grad @ upcast(weight)).to(hidden.dtype)
+    if needs_grad[1]:
+        hidden_rows = upcast(hidden).masked_fill((targets == IGNORE_INDEX)[..., None], 0).flatten(0, -2)
+        d_weight = (rows.T @ hidden_rows).to(weight.dtype)
+    if needs_grad[2] and bias is not None:
+        d_bias = rows.sum(0).to(bias.dtype)
     return d_hidden, d_weight, d_bias
 
 
-def empty_products(hidden: Tensor, weight: Tensor, bias: Tensor | None, by: tuple[bool, bool, bool]):
-    """Where those gradients go: new memory, (0,) for what is not asked for."""
-    return tuple(
-        x.new_empty(x.shape) if wanted else hidden.new_empty(0)
-        for x, wanted in zip((hidden, weight, bias), by, strict=True)
+def empty_input_grads(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: NeedsGrad
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return new memory for the gradients of hidden, weight and bias; (0,) where not needed."""
+    d_hidden, d_weight, d_bias = (
+        x.new_empty(x.shape) if needed and x is not None else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias), needs_grad, strict=True)
     )
+    return d_hidden, d_weight, d_bias
+
+
+def drop_unneeded(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+    """Return None for the gradients that are not needed, as autograd wants it."""
+    return [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)]
 
 
 def default_weights(weights: Tensor | None, targets: Tensor) -> Tensor:
-    """Weights of the tokens, float32 (bool becomes 0 and 1); None: one over the number of targets not ignored."""
-    here = targets != IGNORED
+    """Return the tokens' weights in float32, 0 in ignored rows; None stands for 1 / (number of valid targets)."""
+    valid = targets != IGNORE_INDEX
     if weights is None:
-        return here.float() / here.sum().clamp(min=1)
-    return upcast(weights).where(here, 0)
+        return valid.float() / valid.sum().clamp(min=1)
+    return upcast(weights).where(valid, 0)
 
 
-def check_targets(name: str, targets: Tensor, V: int) -> None:
-    """Targets in [0, V) or ignored. On CPU only: on a GPU the check would wait for the device."""
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= V)
-        if wrong.any():
-            at = int(wrong.flatten().int().argmax())
-            raise ValueError(
-                f"{name}: targets must be in [0, {V}) or {IGNORED} (ignored), got {int(targets.flatten()[at])} at {at}"
-            )
-
-
-def check_head(
-    name: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float
-) -> None:
-    """The rules that every op of the linear family has."""
-    if weight.dim() != 2 or not hidden.dim() or hidden.shape[-1] != weight.shape[1] or not weight.numel():
-        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
-        raise ValueError(
-            f"{name}: hidden (..., D) and weight (V, D) must share D, and D and V be at least 1, got {shapes}"
-        )
-    if targets.shape != hidden.shape[:-1]:
-        shapes = f"{list(targets.shape)} and {list(hidden.shape)}"
-        raise ValueError(f"{name}: targets must have hidden's shape without its last dimension, got {shapes}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: bias must have shape ({weight.shape[0]},), got {list(bias.shape)}")
-    check_scalars(name, targets, temperature, softcap)
-    floats = [x for x in (hidden, weight, bias) if x is not None]
-    if not all(x.is_floating_point() for x in floats) or len({x.dtype == torch.float64 for x in floats}) > 1:
-        dtypes = ", ".join(str(x.dtype)[6:] for x in floats)
-        raise ValueError(f"{name}: hidden, weight and bias must be floating point, float64 only together, got {dtypes}")
-
-
-def check_scalars(name: str, targets: Tensor, temperature: float, softcap: float) -> None:
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: targets must be int64 or int32, got {str(targets.dtype)[6:]}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: temperature must be positive and finite, got {temperature}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
-
-
-def check_rows(name: str, targets: Tensor, **rows: Tensor | None) -> None:
-    """Tensors with one number a token."""
-    for key, x in rows.items():
-        if x is not None and x.shape != targets.shape:
-            raise ValueError(f"{name}: {key} must have the shape of targets {list(targets.shape)}, got {list(x.shape)}")
-
-
-def keep(ctx, grads: list[Tensor], by: list[bool], args: tuple) -> None:
-    """For a loss that makes its gradients in the forward pass: keep them, and what a second backward pass needs."""
-    ctx.grads, ctx.by, ctx.order = grads, by, [isinstance(x, Tensor) for x in args]
+def save_grads(ctx, grads: list[Tensor], needs_grad: list[bool], args: tuple) -> None:
+    """Keep the gradients that the forward pass made, and the op's arguments for a second backward pass."""
+    ctx.grads, ctx.needs_grad = grads, needs_grad
+    ctx.is_tensor = [isinstance(x, Tensor) for x in args]
     ctx.save_for_backward(*(x for x in args if isinstance(x, Tensor)))
     ctx.others = [x for x in args if not isinstance(x, Tensor)]
 
 
-def scaled(ctx, grad_loss: Tensor, with_gradients) -> list[Tensor | None]:
-    """Those gradients times grad_loss. They are given away, not copied: a second backward pass computes them again."""
+def scale_grads(ctx, grad_loss: Tensor, with_gradients) -> list[Tensor | None]:
+    """Scale the saved gradients by grad_loss in place and hand them over; a second backward pass recomputes them."""
     grads, ctx.grads = ctx.grads, None
     if grads is None:
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        args = [next(tensors if is_tensor else others) for is_tensor in ctx.order]
-        grads = list(with_gradients(*args, *ctx.by)[-3:])
+        args = [next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor]
+        grads = list(with_gradients(*args, *ctx.needs_grad)[-3:])
     on_cpu = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
     if not (on_cpu and grad_loss.item() == 1):
         grads = [grad.mul_(grad_loss) for grad in grads]
-    return [grad if wanted else None for grad, wanted in zip(grads, ctx.by, strict=True)]
+    return drop_unneeded(grads, ctx.needs_grad)
 
 
-def cost(gradient: bool, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Bytes and operations that a head cannot do without: one product, and one for each gradient."""
-    wanted = [x for x in (hidden, weight) if gradient and x.requires_grad]
-    rows = int((targets != IGNORED).sum())
-    moved = sum(x.nbytes for x in (hidden, weight, *wanted))
-    return moved, (1 + len(wanted)) * 2.0 * rows * weight.numel()
-
-
-def make_head(
-    N, D, V, device, dtype, bias=False, ignored=0.3, offset=0.0, index=torch.int64,
-    frozen_weight=False, frozen_hidden=False,
-):  # fmt: skip
-    """hidden, weight, targets, bias. NaN stands in the hidden of ignored rows; offset moves every logit."""
-    weight = torch.randn(V, D, device=device) / D**0.5
-    hidden = 2 * torch.randn(N, D, device=device)
-    targets = torch.randint(V, (N,), device=device, dtype=index)
-    off = (torch.rand(N, device=device) < ignored) & (torch.arange(N, device=device) > 0)
-    hidden, targets = hidden.masked_fill(off[:, None], torch.nan), targets.masked_fill(off, IGNORED)
-    hidden = hidden.to(dtype).requires_grad_(not frozen_hidden)
-    weight = weight.to(dtype).requires_grad_(not frozen_weight)
-    bias = (offset + torch.randn(V, device=device)).to(dtype).requires_grad_() if bias or offset else None
-    return hidden, weight, targets, bias
+def empty_rows(hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return new memory for one statistic of each row."""
+    return hidden.new_empty(targets.shape, dtype=upcast_dtype(hidden))

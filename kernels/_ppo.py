@@ -1,77 +1,291 @@
-"""PPO's policy loss of rows whose log-probability and entropy are known, and its slopes by both. Not an op."""
+"""The mathematics of PPO's losses, in plain torch: policy, KL and value, with their gradients. Not an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._tensors import upcast
-
-SUMS = (
-    "weight", "clipped_low", "clipped_high", "clipped_dual", "kl_k1", "kl_k3", "ratio", "ratio_square",
-    "policy_loss", "ref_kl", "entropy",
-)  # fmt: skip
-STATS = (*SUMS, "ratio_max", "ratio_min")
-ESTIMATORS = ("k1", "k2", "k3")
+from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 
 
-def reference_kl(difference: Tensor, estimator: str, bound: float) -> tuple[Tensor, Tensor]:
-    """Estimates of KL(policy || reference) from log p - log p_ref of the drawn token, and their slopes by log p."""
+class Clip(NamedTuple):
+    """Bounds of PPO's losses; 0 turns `dual`, `value` and `log_ratio` off."""
+
+    low: float  # the ratio is clipped from below at 1 - low
+    high: float  # and from above at 1 + high
+    dual: float  # the loss is at most -A * dual where A < 0
+    value: float  # values are clipped to old_values +- value
+    log_ratio: float  # log-ratios are clamped to +- log_ratio, without a gradient beyond
+
+    @property
+    def max_log_ratio(self) -> float:
+        return self.log_ratio if self.log_ratio > 0 else torch.inf
+
+
+class KL(NamedTuple):
+    """The KL term of a loss: coef * kl_estimate(..., estimator)."""
+
+    coef: float
+    estimator: str
+
+
+class Whitening(NamedTuple):
+    """Tensors () or None: A = (advantages - shift) * scale."""
+
+    shift: Tensor | None
+    scale: Tensor | None
+
+    @classmethod
+    def normalize(cls, op: str, shift: Tensor | float | None, scale: Tensor | float | None, like: Tensor) -> Whitening:
+        """Convert an op's arguments advantage_shift and advantage_scale, numbers or tensors of one element."""
+        return cls(
+            _one_element(f"{op}: advantage_shift", shift, like), _one_element(f"{op}: advantage_scale", scale, like)
+        )
+
+    def apply(self, advantages: Tensor) -> Tensor:
+        advantages = upcast(advantages)
+        if self.shift is not None:
+            advantages = advantages - upcast(self.shift)
+        return advantages if self.scale is None else advantages * upcast(self.scale)
+
+
+def _one_element(name: str, x: Tensor | float | None, like: Tensor) -> Tensor | None:
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        return torch.full((), x, dtype=upcast_dtype(like), device=like.device)
+    if x.numel() != 1:
+        raise ValueError(f"{name} must be a number or one element, got shape {list(x.shape)}")
+    return x.detach().reshape(())
+
+
+class PolicyRows(NamedTuple):
+    """Tensors with one number for each token, besides its log-probability and entropy."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    ref_logprobs: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PolicyRows:
+        return PolicyRows(*(None if x is None else function(x) for x in self))
+
+
+class PolicyStats(NamedTuple):
+    """Statistics of `policy_loss`. The docstring of linear_ppo_loss defines them."""
+
+    weight: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    clipped_dual: Tensor
+    kl_k1: Tensor
+    kl_k3: Tensor
+    ratio: Tensor
+    ratio_square: Tensor
+    policy_loss: Tensor
+    ref_kl: Tensor
+    entropy: Tensor
+    ratio_max: Tensor
+    ratio_min: Tensor
+
+
+STATS = PolicyStats._fields
+SUMS = STATS[:-2]
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+LOSS_ESTIMATORS = KL_ESTIMATORS[:3]
+MAX_EXPONENT = 20.0
+
+
+def kl_estimate(difference: Tensor, estimator: str, clamp: float | None = None) -> Tensor:
+    """Return an estimate of KL(policy || reference) in nats from d = log p - log p_ref of the sampled token.
+
+        k1: d        k2: d^2 / 2        k3: exp(-d) - 1 + d        abs: |d|
+
+    (Schulman 2020, joschu.net/blog/kl-approx.html.) k3 needs a bound: `clamp` limits d to [-clamp, clamp] in both of
+    its terms; with None, -d is limited to MAX_EXPONENT in the exponential alone.
+    """
     if estimator == "k1":
-        return difference, torch.ones_like(difference)
+        return difference
     if estimator == "k2":
-        return difference**2 / 2, difference.detach()
-    inverse = -difference
-    clamped = inverse.clamp(-bound, bound)
-    inside = inverse.abs() <= bound
-    return clamped.exp() - 1 - clamped, torch.where(inside, 1 - clamped.exp(), 0).detach()
+        return difference**2 / 2
+    if estimator == "abs":
+        return difference.abs()
+    if clamp is None:
+        return (-difference).clamp(max=MAX_EXPONENT).exp() - 1 + difference
+    negated = (-difference).clamp(-clamp, clamp)
+    return negated.exp() - 1 - negated
+
+
+def kl_grad(difference: Tensor, estimator: str, clamp: float) -> Tensor:
+    """Return the derivative of `kl_estimate` with respect to log p, for the estimators of a loss: k1, k2 and k3."""
+    difference = difference.detach()
+    if estimator == "k1":
+        return torch.ones_like(difference)
+    if estimator == "k2":
+        return difference
+    inside = difference.abs() <= clamp
+    return torch.where(inside, 1 - (-difference).clamp(-clamp, clamp).exp(), 0)
+
+
+class Surrogate(NamedTuple):
+    """PPO's clipped term of each token (N,), its derivative with respect to log p, and its parts for statistics."""
+
+    loss: Tensor
+    grad: Tensor
+    log_ratio: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    clipped_dual: Tensor
+
+
+def surrogate(unclipped_log_ratio: Tensor, advantage: Tensor, clip: Clip) -> Surrogate:
+    """Return max(-A ratio, -A clamp(ratio, 1 - low, 1 + high)), bounded by -A dual where A < 0.
+
+    The gradient is that of torch.clamp, torch.maximum and torch.minimum: at a clip bound it is kept; at a tie with the
+    dual clip it is halved. Beyond clip.log_ratio it is 0.
+    """
+    log_ratio = unclipped_log_ratio.clamp(-clip.max_log_ratio, clip.max_log_ratio)
+    ratio = log_ratio.exp()
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip.low, 1 + clip.high)
+    loss = torch.maximum(unclipped, clipped)
+    pass_through = (unclipped >= clipped).to(ratio.dtype)
+    clipped_dual = torch.zeros_like(ratio, dtype=torch.bool)
+    if clip.dual > 0:
+        dual_bound = torch.where(advantage < 0, -advantage * clip.dual, torch.inf)
+        clipped_dual = loss > dual_bound
+        pass_through = torch.where(loss == dual_bound, pass_through / 2, pass_through)
+        pass_through = torch.where(clipped_dual, 0, pass_through)
+        loss = torch.minimum(loss, dual_bound)
+    grad = torch.where(unclipped_log_ratio.abs() <= clip.max_log_ratio, pass_through, 0) * -advantage * ratio
+    is_clipped = unclipped < clipped
+    clipped_low = is_clipped & (ratio < 1 - clip.low)
+    clipped_high = is_clipped & (ratio > 1 + clip.high)
+    return Surrogate(loss, grad, log_ratio, ratio, clipped_low, clipped_high, clipped_dual)
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor  # ()
+    stats: PolicyStats  # each ()
+    logprob_grad: Tensor  # of the loss by each log-probability (N,)
+    entropy_grad: Tensor  # and by each entropy (N,)
 
 
 def policy_loss(
-    logprobs: Tensor, entropy: Tensor, on: Tensor, weights: Tensor, old_logprobs: Tensor, advantages: Tensor,
-    ref_logprobs: Tensor | None, shift: Tensor | None, scale: Tensor | None, clip_low: float, clip_high: float,
-    dual_clip: float, kl_coef: float, kl_estimator: str, entropy_coef: float, log_ratio_clamp: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss (), stats (13,), and the slopes of the loss by logprobs and by entropy.
+    logprobs: Tensor,
+    entropy: Tensor,
+    valid: Tensor,
+    rows: PolicyRows,
+    whitening: Whitening,
+    clip: Clip,
+    kl: KL,
+    entropy_coef: float,
+) -> PolicyLoss:
+    """Return sum weights * (surrogate + kl.coef * kl - entropy_coef * entropy) over the `valid` tokens, and its parts.
 
-    Only rows in `on` are evaluated. The slope passes at a bound of the clip itself, a tie with the dual clip halves it,
-    as torch.clamp, torch.maximum and torch.minimum have it; beyond log_ratio_clamp it is 0.
+    Tokens that are not valid are not evaluated: they may hold anything, even NaN.
     """
 
-    def of(x: Tensor) -> Tensor:
-        return torch.where(on, upcast(x).to(logprobs.dtype), 0)
+    dtype = logprobs.dtype
 
-    weights, advantage = of(weights), upcast(advantages)
-    advantage = advantage if shift is None else advantage - upcast(shift)
-    advantage = of(advantage if scale is None else advantage * upcast(scale))
-    bound = log_ratio_clamp if log_ratio_clamp > 0 else torch.inf
-    raw = of(logprobs) - of(old_logprobs)
-    log_ratio = raw.clamp(-bound, bound)
-    ratio = log_ratio.exp()
-    free, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
-    terms = torch.maximum(free, clipped)
-    share = (free >= clipped).to(ratio.dtype)
-    dual = torch.zeros_like(on)
-    if dual_clip > 0:
-        limit = torch.where(advantage < 0, -advantage * dual_clip, torch.inf)
-        dual, share = terms > limit, torch.where(terms > limit, 0, torch.where(terms == limit, share / 2, share))
-        terms = torch.minimum(terms, limit)
-    slope = torch.where(raw.abs() <= bound, share, 0) * -advantage * ratio
-    total, divergence = (weights * terms).sum(), torch.zeros_like(ratio)
-    surrogate = total.detach()
-    if ref_logprobs is not None:
-        divergence, steepness = reference_kl(of(logprobs) - of(ref_logprobs), kl_estimator, bound)
-        if kl_coef:
-            total = total + kl_coef * (weights * divergence).sum()
-            slope = slope + kl_coef * steepness
+    def where_valid(x: Tensor) -> Tensor:
+        return torch.where(valid, upcast(x).to(dtype), 0)
+
+    weights = where_valid(rows.weights)
+    logprobs = where_valid(logprobs)
+    entropy = where_valid(entropy)
+    advantage = where_valid(whitening.apply(rows.advantages))
+    terms = surrogate(logprobs - where_valid(rows.old_logprobs), advantage, clip)
+    loss = (weights * terms.loss).sum()
+    surrogate_loss = loss.detach()
+    grad = terms.grad
+    ref_kl = torch.zeros_like(terms.ratio)
+    if rows.ref_logprobs is not None:
+        difference = logprobs - where_valid(rows.ref_logprobs)
+        ref_kl = kl_estimate(difference, kl.estimator, clip.max_log_ratio)
+        if kl.coef:
+            loss = loss + kl.coef * (weights * ref_kl).sum()
+            grad = grad + kl.coef * kl_grad(difference, kl.estimator, clip.max_log_ratio)
     if entropy_coef:
-        total = total - entropy_coef * (weights * of(entropy)).sum()
+        loss = loss - entropy_coef * (weights * entropy).sum()
     with torch.no_grad():
-        below, above = (free < clipped) & (ratio < 1 - clip_low), (free < clipped) & (ratio > 1 + clip_high)
-        sums = [on, below, above, dual, -log_ratio, ratio - 1 - log_ratio, ratio, ratio**2]
-        sums = [(weights * x).sum() for x in sums] + [surrogate]
-        sums += [(weights * x).sum() for x in (divergence, of(entropy))]
-        most, least = torch.where(on, ratio, -torch.inf), torch.where(on, ratio, torch.inf)
-        most, least = (
-            torch.cat([x.flatten(), x.new_full((1,), end)]) for x, end in ((most, -torch.inf), (least, torch.inf))
+        infinity = terms.ratio.new_full((1,), torch.inf)
+        ratio_max = torch.cat([torch.where(valid, terms.ratio, -torch.inf).flatten(), -infinity]).amax()
+        ratio_min = torch.cat([torch.where(valid, terms.ratio, torch.inf).flatten(), infinity]).amin()
+        stats = PolicyStats(
+            weight=(weights * valid).sum(),
+            clipped_low=(weights * terms.clipped_low).sum(),
+            clipped_high=(weights * terms.clipped_high).sum(),
+            clipped_dual=(weights * terms.clipped_dual).sum(),
+            kl_k1=(weights * -terms.log_ratio).sum(),
+            kl_k3=(weights * (terms.ratio - 1 - terms.log_ratio)).sum(),
+            ratio=(weights * terms.ratio).sum(),
+            ratio_square=(weights * terms.ratio**2).sum(),
+            policy_loss=surrogate_loss,
+            ref_kl=(weights * ref_kl).sum(),
+            entropy=(weights * entropy).sum(),
+            ratio_max=ratio_max,
+            ratio_min=ratio_min,
         )
-        sums += [most.amax(), least.amin()]
-        return total, torch.stack(sums), (weights * slope).detach(), -entropy_coef * weights
+        return PolicyLoss(loss, stats, (weights * grad).detach(), -entropy_coef * weights)
+
+
+class ValueStats(NamedTuple):
+    """Statistics of `value_loss`. The docstring of ppo_loss defines them."""
+
+    value_weight: Tensor
+    value_clipped: Tensor
+    value: Tensor
+    value_error: Tensor
+    return_: Tensor
+
+
+class ValueLoss(NamedTuple):
+    loss: Tensor  # ()
+    stats: ValueStats  # each ()
+    value_grad: Tensor  # of the loss by each value (N,)
+
+
+def where_valid(valid: Tensor, x: Tensor) -> Tensor:
+    """Return x in at least float32, and 0 where it is not valid."""
+    return torch.where(valid, upcast(x), 0)
+
+
+def value_loss(values: Tensor, old_values: Tensor | None, returns: Tensor, weights: Tensor, clip: Clip) -> ValueLoss:
+    """Return sum weights * max((V - R)^2, (clamp(V, V_old - clip.value, V_old + clip.value) - R)^2) / 2, and its parts.
+
+    At a bound of the clip the gradient is that of the unclipped term; where both terms tie beyond it, half of it.
+    """
+    valid = weights != 0
+    value, target = where_valid(valid, values), where_valid(valid, returns)
+    unclipped = (value - target) ** 2
+    loss = unclipped
+    grad = (value - target).detach()
+    is_clipped = torch.zeros_like(valid)
+    if clip.value > 0 and old_values is not None:
+        old_value = where_valid(valid, old_values)
+        low, high = old_value - clip.value, old_value + clip.value
+        clipped = (value.clamp(low, high) - target) ** 2
+        is_clipped = clipped > unclipped
+        pass_through = torch.where(clipped == unclipped, 0.5, 1.0).to(value.dtype)
+        pass_through = torch.where(is_clipped, 0, pass_through)
+        inside = (value >= low) & (value <= high)
+        grad = torch.where(inside, 1, pass_through) * grad
+        loss = torch.maximum(unclipped, clipped)
+
+    def total(term: Tensor) -> Tensor:
+        return torch.where(valid, weights * term, 0).sum()
+
+    with torch.no_grad():
+        stats = ValueStats(
+            value_weight=total(torch.ones_like(value)),
+            value_clipped=total(is_clipped),
+            value=total(value),
+            value_error=total(unclipped),
+            return_=total(target),
+        )
+    return ValueLoss(total(loss) / 2, stats, torch.where(valid, weights * grad, 0).detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,11 +14,36 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def upcast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of upcast(x)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def promote_to_float64(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Convert all tensors to float64 if one of them is. Kernels do not serve float64, so the reference then runs."""
     if any(x is not None and x.dtype == torch.float64 for x in tensors):
         return tuple(x if x is None else x.double() for x in tensors)
     return tensors
+
+
+def detached(args: Iterable) -> tuple:
+    """Return args with every tensor detached."""
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return dense tensors, and None for None."""
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+def contiguous_float32(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return dense float32 tensors, and None for None."""
+    return [x if x is None else x.float().contiguous() for x in tensors]
+
+
+def empty_float32(like: Tensor, *shape: int) -> Tensor:
+    """Return new float32 memory on the device of `like`, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def matrix_shape(x: Tensor) -> tuple[int, int]:

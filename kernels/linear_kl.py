@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
+from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_coefficients
+from rlhf_fast.kernels._head_checks import check_head, check_targets
+from rlhf_fast.kernels._head_inputs import cost
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import upcast
+from rlhf_fast.kernels._tensors import detached, upcast
 
 
-def _fake(hidden, weight, ref_hidden, ref_weight, targets, *rest):
-    out = torch.empty(targets.shape, dtype=upcast(hidden[..., :0]).dtype, device=hidden.device)
-    return out, torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
+def _fake(hidden, _weight, _ref_hidden, _ref_weight, targets, *_options):
+    return tuple(head.empty_rows(hidden, targets) for _ in range(4))
 
 
 @op(fake=_fake)
@@ -26,15 +27,19 @@ def linear_kl(
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, ref_logprobs, entropy and kl = KL(policy || reference), nats, float32 in the shape of targets (...).
+    """Return logprobs, ref_logprobs, entropy and kl = KL(policy || reference), nats, float32 in the shape of targets.
 
-        kl = sum over the vocabulary of p (log p - log p_ref), of p and p_ref as `linear_logprobs` defines them
+        kl = sum over the vocabulary of p (log p - log p_ref), p and p_ref as `linear_logprobs` defines them
 
-    hidden (..., D) and weight (V, D) are the policy's, ref_hidden (..., E) and ref_weight (V, E) the reference's.
-    Exact, where the usual k1, k2 and k3 estimate it from the drawn token alone. targets as in `linear_logprobs`; -100
-    is ignored: 0 out, 0 gradient. Gradients by hidden, weight and bias, of logprobs, entropy and kl; the reference is
-    frozen. A token that only the reference rules out makes kl infinite. ValueError where shapes or the vocabularies'
-    sizes do not fit, or a target is out of range (on CPU).
+    The value is exact; k1, k2 and k3 estimate it from the sampled token alone. It is infinite where the reference gives
+    probability 0 to a token that the policy may sample.
+
+    hidden (..., D), weight (V, D), bias (V,): the policy's.
+    ref_hidden (..., E), ref_weight (V, E), ref_bias (V,): the reference's.
+    targets (...): as in `linear_logprobs`. Rows of target -100 are ignored: their outputs and gradients are 0.
+
+    Gradients: of logprobs, entropy and kl with respect to hidden, weight and bias; the reference is frozen.
+    Raises ValueError where shapes or vocabulary sizes do not fit, or a target is out of range (on CPU only).
     """
     outputs = linear_kl_with_statistics.reference(
         hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias
@@ -44,30 +49,28 @@ def linear_kl(
 
 @linear_kl.normalize
 def _(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
-    head.check_head("linear_kl", hidden, weight, targets, bias, temperature, softcap)
-    head.check_head("linear_kl (reference)", ref_hidden, ref_weight, targets, ref_bias, temperature, softcap)
+    check_head("linear_kl", hidden, weight, targets, bias, temperature, softcap)
+    check_head("linear_kl (reference)", ref_hidden, ref_weight, targets, ref_bias, temperature, softcap)
     if weight.shape[0] != ref_weight.shape[0]:
         sizes = f"{weight.shape[0]} and {ref_weight.shape[0]}"
         raise ValueError(f"linear_kl: weight and ref_weight must have one vocabulary, got {sizes} rows")
-    ref_bias = ref_bias if ref_bias is None else ref_bias.detach()
-    rest = ref_hidden.detach(), ref_weight.detach(), targets, float(temperature), float(softcap), bias, ref_bias
-    return hidden, weight, *rest
+    ref_hidden, ref_weight, ref_bias = detached((ref_hidden, ref_weight, ref_bias))
+    return hidden, weight, ref_hidden, ref_weight, targets, float(temperature), float(softcap), bias, ref_bias
 
 
-def _heads(kernels, hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
-    scalars = temperature, softcap
-    policy = blocks.Head(kernels, "linear_kl", hidden, weight, targets, bias, *scalars)
-    return policy, blocks.Head(kernels, "linear_kl", ref_hidden, ref_weight, targets, ref_bias, *scalars)
+def _cpu_heads(kernels, hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
+    policy = CpuHead(kernels, "linear_kl", hidden, weight, targets, bias, temperature, softcap)
+    return policy, CpuHead(kernels, "linear_kl", ref_hidden, ref_weight, targets, ref_bias, temperature, softcap)
 
 
-@linear_kl.compiled(required_symbols=blocks.KERNELS)
+@linear_kl.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
-    of, reference = _heads(kernels, *args)
-    logprobs, entropy, _, _, ref_logprobs, kl, _, _ = of.statistics(reference)
-    return tuple(map(of.expand, (logprobs, ref_logprobs, entropy, kl)))
+    policy, reference = _cpu_heads(kernels, *args)
+    logprobs, entropy, _, _, ref_logprobs, kl, _, _ = policy.statistics(reference)
+    return tuple(map(policy.scatter_valid, (logprobs, ref_logprobs, entropy, kl)))
 
 
-def _fake_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, *rest):
+def _fake_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, *_options):
     outputs = _fake(hidden, weight, ref_hidden, ref_weight, targets)
     return *outputs, outputs[0].new_empty(4, *targets.shape)
 
@@ -84,37 +87,33 @@ def linear_kl_with_statistics(
     bias: Tensor | None,
     ref_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `linear_kl` gives, and what its backward pass needs: largest z and log sum exp(z - largest), of both."""
-    head.check_targets("linear_kl", targets, weight.shape[0])
-    z = head.scale(head.logits(hidden, weight, bias, targets), temperature, softcap)
-    ref_z = head.scale(head.logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
+    """Return the outputs of `linear_kl` and (4, ...) for its gradient: the largest z and log sum exp(z - it), of the
+    policy and of the reference."""
+    check_targets("linear_kl", targets, weight.shape[0])
+    z = head.scale_logits(head.raw_logits(hidden, weight, bias, targets), temperature, softcap)
+    ref_z = head.scale_logits(head.raw_logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
     logp, ref_logp = z.log_softmax(-1), ref_z.log_softmax(-1)
-    kl = (logp.exp() * (head.finite(logp) - ref_logp.masked_fill(logp == -torch.inf, 0))).sum(-1)
-    statistics = torch.cat([head.statistics_of(z, targets), head.statistics_of(ref_z, targets)])
+    kl = (logp.exp() * (head.zero_where_minus_inf(logp) - ref_logp.masked_fill(logp == -torch.inf, 0))).sum(-1)
     return (
-        head.gathered(logp, targets),
-        head.gathered(ref_logp, targets),
-        head.entropy_of(logp, targets),
-        kl.masked_fill(targets == head.IGNORED, 0),
-        statistics,
+        head.gather_targets(logp, targets),
+        head.gather_targets(ref_logp, targets),
+        head.entropy(logp, targets),
+        kl.masked_fill(targets == head.IGNORE_INDEX, 0),
+        torch.cat([head.row_statistics(z, targets), head.row_statistics(ref_z, targets)]),
     )
 
 
-@linear_kl_with_statistics.compiled(required_symbols=blocks.KERNELS)
+@linear_kl_with_statistics.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
-    of, reference = _heads(kernels, *args)
-    logprobs, entropy, largest, log_sum, ref_logprobs, kl, ref_largest, ref_log_sum = map(
-        of.expand, of.statistics(reference)
-    )
-    statistics = torch.stack([largest, log_sum, ref_largest, ref_log_sum])
-    return logprobs, ref_logprobs, entropy, kl, statistics
+    policy, reference = _cpu_heads(kernels, *args)
+    rows = map(policy.scatter_valid, policy.statistics(reference))
+    logprobs, entropy, m, log_s, ref_logprobs, kl, ref_m, ref_log_s = rows
+    return logprobs, ref_logprobs, entropy, kl, torch.stack([m, log_s, ref_m, ref_log_s])
 
 
-def _fake_backward(
-    grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, hidden, weight, ref_hidden, ref_weight, targets,
-    temperature, softcap, bias, ref_bias, *by,
-):  # fmt: skip
-    return head.empty_products(hidden, weight, bias, by)
+def _fake_backward(*args):
+    hidden, weight, bias = args[6], args[7], args[13]
+    return head.empty_input_grads(hidden, weight, bias, args[-3:])
 
 
 @op(fake=_fake_backward)
@@ -134,36 +133,36 @@ def linear_kl_backward(
     softcap: float,
     bias: Tensor | None,
     ref_bias: Tensor | None,
-    by_hidden: bool,
-    by_weight: bool,
-    by_bias: bool,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
+    bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, each (0,) where not asked for; both logits are computed once more."""
-    x = head.logits(hidden, weight, bias, targets)
-    ref_z = head.scale(head.logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
-    largest, log_sum, ref_largest, ref_log_sum = upcast(statistics)[..., None]
-    logp = head.scale(x, temperature, softcap) - largest - log_sum
-    ref_logp = ref_z - ref_largest - ref_log_sum
+    """Return the gradients of hidden, weight and bias, (0,) where not needed. Both logits are computed again."""
+    x = head.raw_logits(hidden, weight, bias, targets)
+    ref_z = head.scale_logits(head.raw_logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
+    m, log_s, ref_m, ref_log_s = upcast(statistics)[..., None]
+    logp = head.scale_logits(x, temperature, softcap) - m - log_s
+    ref_logp = ref_z - ref_m - ref_log_s
     g, h, k = upcast(grad_logprobs), upcast(grad_entropy), upcast(grad_kl)
-    dz = head.logits_gradient(logp, targets, g, -g - h * entropy - k * kl, -h, -k, ref_logp)
-    by = by_hidden, by_weight, by_bias
-    return head.products(dz * head.slope(x, temperature, softcap), hidden, weight, bias, targets, by)
+    z_grad = head.logits_grad(logp, targets, g, -g - h * entropy - k * kl, -h, -k, ref_logp)
+    raw_grad = z_grad * head.scale_logits_grad(x, temperature, softcap)
+    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
+    return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 
 
-@linear_kl_backward.compiled(required_symbols=blocks.KERNELS)
+@linear_kl_backward.compiled(required_symbols=KERNELS)
 def _(kernels, grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, *args):
-    *args, by_hidden, by_weight, by_bias = args
-    of, reference = _heads(kernels, *args)
-    g, h, k, entropy, kl, largest, log_sum, *ref_statistics = (
-        of.compact(x.flatten()) for x in (grad_logprobs, grad_entropy, grad_kl, entropy, kl, *statistics)
+    policy, reference = _cpu_heads(kernels, *args[:-3])
+    g, h, k, entropy, kl, m, log_s, ref_m, ref_log_s = (
+        policy.gather_valid(x.flatten()) for x in (grad_logprobs, grad_entropy, grad_kl, entropy, kl, *statistics)
     )
-    slopes = blocks.slopes(largest, log_sum, g, -g - h * entropy - k * kl, -h, -k, *ref_statistics)
-    return of.gradients(slopes, (by_hidden, by_weight, by_bias), reference)
+    coefficients = pack_row_coefficients(m, log_s, g, -g - h * entropy - k * kl, -h, -k, ref_m, ref_log_s)
+    return policy.grads(coefficients, args[-3:], reference)
 
 
 def _forward(ctx, *args):
     logprobs, ref_logprobs, entropy, kl, statistics = linear_kl_with_statistics.torch_op(*args)
-    ctx.save_for_backward(entropy, kl, statistics, *(x for x in args if not isinstance(x, float)))
+    ctx.save_for_backward(entropy, kl, statistics, *args[:5], *args[7:])
     ctx.scalars = args[5:7]
     ctx.mark_non_differentiable(ref_logprobs)
     return logprobs, ref_logprobs, entropy, kl
@@ -171,9 +170,11 @@ def _forward(ctx, *args):
 
 def _backward(ctx, grad_logprobs, _grad_ref_logprobs, grad_entropy, grad_kl):
     *saved, bias, ref_bias = ctx.saved_tensors
-    by = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
-    grads = linear_kl_backward.torch_op(grad_logprobs, grad_entropy, grad_kl, *saved, *ctx.scalars, bias, ref_bias, *by)
-    d_hidden, d_weight, d_bias = (grad if wanted else None for grad, wanted in zip(grads, by, strict=True))
+    needs_grad = [ctx.needs_input_grad[i] for i in (0, 1, 7)]
+    grads = linear_kl_backward.torch_op(
+        grad_logprobs, grad_entropy, grad_kl, *saved, *ctx.scalars, bias, ref_bias, *needs_grad
+    )
+    d_hidden, d_weight, d_bias = head.drop_unneeded(grads, needs_grad)
     return d_hidden, d_weight, None, None, None, None, None, d_bias, None
 
 
@@ -190,42 +191,47 @@ SMALL = [
 
 
 @linear_kl.cost
-def _(gradient, hidden, weight, ref_hidden, ref_weight, targets, *rest):
-    moved, computed = head.cost(gradient, hidden, weight, targets)
-    ref_moved, ref_computed = head.cost(False, ref_hidden, ref_weight, targets)
+def _(gradient, hidden, weight, ref_hidden, ref_weight, targets, *_options):
+    moved, computed = cost(gradient, hidden, weight, targets)
+    ref_moved, ref_computed = cost(False, ref_hidden, ref_weight, targets)
     return moved + ref_moved, computed + ref_computed
 
 
 @linear_kl.inputs(small_sizes=SMALL, large_sizes=[{"N": 512, "D": 768, "E": 768, "V": 50257}])
-def _make(
+def _make_inputs(
     N, D, E, V, device, dtype, bias=False, ignored=0.3, index=torch.int64, temperature=1.0, softcap=0.0,
     frozen_weight=False,
 ):  # fmt: skip
-    """NaN stands in the hidden of ignored rows."""
+    """hidden and ref_hidden are NaN in ignored rows."""
     targets = torch.randint(V, (N,), device=device, dtype=index)
-    off = (torch.rand(N, device=device) < ignored) & (torch.arange(N, device=device) > 0)
-    hidden, ref_hidden = (2 * torch.randn(N, n, device=device).masked_fill(off[:, None], torch.nan) for n in (D, E))
-    weight, ref_weight = (torch.randn(V, n, device=device) / n**0.5 for n in (D, E))
-    bias, ref_bias = torch.randn(2, V, device=device, dtype=dtype) if bias else (None, None)
+    is_ignored = (torch.rand(N, device=device) < ignored) & (torch.arange(N, device=device) > 0)
+    targets = targets.masked_fill(is_ignored, head.IGNORE_INDEX)
+    hidden, ref_hidden = (
+        2 * torch.randn(N, n, device=device).masked_fill(is_ignored[:, None], torch.nan).to(dtype) for n in (D, E)
+    )
+    weight, ref_weight = ((torch.randn(V, n, device=device) / n**0.5).to(dtype) for n in (D, E))
+    bias, ref_bias = map(torch.clone, torch.randn(2, V, device=device, dtype=dtype)) if bias else (None, None)
     return (
-        hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not frozen_weight), ref_hidden.to(dtype),
-        ref_weight.to(dtype), targets.masked_fill(off, head.IGNORED), temperature, softcap,
-        bias if bias is None else bias.detach().requires_grad_(), ref_bias,
-    )  # fmt: skip
-
-
-def _detached(args):
-    return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
+        hidden.requires_grad_(),
+        weight.requires_grad_(not frozen_weight),
+        ref_hidden,
+        ref_weight,
+        targets,
+        temperature,
+        softcap,
+        bias if bias is None else bias.requires_grad_(),
+        ref_bias,
+    )
 
 
 @linear_kl_with_statistics.inputs(small_sizes=SMALL[1:4], large_sizes=[])
 def _(**size):
-    return _detached(_make(**size))
+    return detached(_make_inputs(**size))
 
 
 @linear_kl_backward.inputs(small_sizes=SMALL[1:5], large_sizes=[{"N": 1024, "D": 256, "E": 256, "V": 8192}])
 def _(device, **size):
-    args = _detached(_make(device=device, **size))
+    args = detached(_make_inputs(device=device, **size))
     _, _, entropy, kl, statistics = linear_kl_with_statistics.reference(*args)
     grads = torch.randn(3, *entropy.shape, device=device)
     return *grads, entropy, kl, statistics, *args, True, not size.get("frozen_weight"), args[7] is not None

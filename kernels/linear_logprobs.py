@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
+from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_coefficients
+from rlhf_fast.kernels._head_checks import check_head, check_targets
+from rlhf_fast.kernels._head_inputs import cost, random_head_inputs
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import upcast
+from rlhf_fast.kernels._tensors import detached, upcast
 
 
-def _fake(hidden, weight, targets, *rest):
-    out = torch.empty(targets.shape, dtype=upcast(hidden[..., :0]).dtype, device=hidden.device)
-    return out, torch.empty_like(out)
+def _fake(hidden, _weight, targets, *_options):
+    return head.empty_rows(hidden, targets), head.empty_rows(hidden, targets)
 
 
 @op(fake=_fake)
@@ -23,34 +24,37 @@ def linear_logprobs(
     temperature: float = 1.0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy, nats, float32, of targets (...), from hidden (..., D), weight (V, D), bias (V,).
+    """Return log p(target) and the entropy of each row, in nats, float32 in the shape of targets (...).
 
         z = softcap(hidden . weight' + bias) / temperature, softcap(x) = c tanh(x / c), c = 0 for none
         log p = z - logsumexp z        entropy = -sum p log p
 
-    The logits are float32 whatever the inputs, and only a block of them exists at a time. targets int64 or int32; -100
-    is ignored: 0 out, 0 gradient, its hidden is not looked at. Such a row costs a CPU no products; on a GPU the
-    library multiplies every row, unless 16-bit ones of at most 2048 are scored without a gradient: index them away
-    first where they are many. Gradients of hidden, weight and bias, in their dtypes, summed in float32; a frozen one
-    costs nothing. ValueError where shapes do not fit, or a target is out of range (on CPU).
+    hidden (..., D), weight (V, D), bias (V,): floating point; the logits are float32 whatever their dtype. Only a block
+        of logits exists at a time.
+    targets (...): int64 or int32. Rows of target -100 are ignored: their outputs and gradients are 0, their hidden is
+        not read. On a CPU they take no products. On a GPU the library multiplies them too, unless 16-bit rows of at
+        most 2048 numbers are scored without a gradient: where many are ignored, index them away first.
+
+    Gradients: of hidden, weight and bias, in their dtypes, summed in float32. A frozen tensor costs nothing.
+    Raises ValueError where shapes do not fit, or a target is out of range (on CPU only).
     """
     return linear_logprobs_with_statistics.reference(hidden, weight, targets, bias, temperature, softcap)[:2]
 
 
 @linear_logprobs.normalize
 def _(hidden, weight, targets, bias, temperature, softcap):
-    head.check_head("linear_logprobs", hidden, weight, targets, bias, temperature, softcap)
+    check_head("linear_logprobs", hidden, weight, targets, bias, temperature, softcap)
     return hidden, weight, targets, bias, float(temperature), float(softcap)
 
 
-@linear_logprobs.compiled(required_symbols=blocks.KERNELS)
+@linear_logprobs.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
-    of = blocks.Head(kernels, "linear_logprobs", *args)
-    logprobs, entropy, _, _ = of.statistics()
-    return of.expand(logprobs), of.expand(entropy)
+    cpu_head = CpuHead(kernels, "linear_logprobs", *args)
+    logprobs, entropy, _, _ = cpu_head.statistics()
+    return cpu_head.scatter_valid(logprobs), cpu_head.scatter_valid(entropy)
 
 
-def _fake_with_statistics(hidden, weight, targets, *rest):
+def _fake_with_statistics(hidden, weight, targets, *_options):
     logprobs, entropy = _fake(hidden, weight, targets)
     return logprobs, entropy, logprobs.new_empty(2, *targets.shape)
 
@@ -59,22 +63,22 @@ def _fake_with_statistics(hidden, weight, targets, *rest):
 def linear_logprobs_with_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `linear_logprobs` gives, and what its backward pass needs: the largest z, log sum exp(z - largest)."""
-    head.check_targets("linear_logprobs", targets, weight.shape[0])
-    z = head.scale(head.logits(hidden, weight, bias, targets), temperature, softcap)
+    """Return the outputs of `linear_logprobs` and (2, ...) for its gradient: the largest z and log sum exp(z - it)."""
+    check_targets("linear_logprobs", targets, weight.shape[0])
+    z = head.scale_logits(head.raw_logits(hidden, weight, bias, targets), temperature, softcap)
     logp = z.log_softmax(-1)
-    return head.gathered(logp, targets), head.entropy_of(logp, targets), head.statistics_of(z, targets)
+    return head.gather_targets(logp, targets), head.entropy(logp, targets), head.row_statistics(z, targets)
 
 
-@linear_logprobs_with_statistics.compiled(required_symbols=blocks.KERNELS)
+@linear_logprobs_with_statistics.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
-    of = blocks.Head(kernels, "linear_logprobs", *args)
-    logprobs, entropy, largest, log_sum = map(of.expand, of.statistics())
-    return logprobs, entropy, torch.stack([largest, log_sum])
+    cpu_head = CpuHead(kernels, "linear_logprobs", *args)
+    logprobs, entropy, m, log_s = map(cpu_head.scatter_valid, cpu_head.statistics())
+    return logprobs, entropy, torch.stack([m, log_s])
 
 
-def _fake_backward(grad_logprobs, grad_entropy, entropy, statistics, hidden, weight, targets, bias, *rest):
-    return head.empty_products(hidden, weight, bias, rest[2:])
+def _fake_backward(_grad_logprobs, _grad_entropy, _entropy, _statistics, hidden, weight, _targets, bias, *options):
+    return head.empty_input_grads(hidden, weight, bias, options[2:])
 
 
 @op(fake=_fake_backward)
@@ -89,46 +93,43 @@ def linear_logprobs_backward(
     bias: Tensor | None,
     temperature: float,
     softcap: float,
-    by_hidden: bool,
-    by_weight: bool,
-    by_bias: bool,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
+    bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, each (0,) where not asked for; the logits are computed once more."""
-    x = head.logits(hidden, weight, bias, targets)
-    largest, log_sum = upcast(statistics)[..., None]
-    logp = head.scale(x, temperature, softcap) - largest - log_sum
+    """Return the gradients of hidden, weight and bias, (0,) where not needed. The logits are computed again."""
+    x = head.raw_logits(hidden, weight, bias, targets)
+    m, log_s = upcast(statistics)[..., None]
+    logp = head.scale_logits(x, temperature, softcap) - m - log_s
     g, h = upcast(grad_logprobs), upcast(grad_entropy)
-    dx = head.logits_gradient(logp, targets, g, -g - h * entropy, -h) * head.slope(x, temperature, softcap)
-    return head.products(dx, hidden, weight, bias, targets, (by_hidden, by_weight, by_bias))
+    z_grad = head.logits_grad(logp, targets, g, -g - h * entropy, -h)
+    raw_grad = z_grad * head.scale_logits_grad(x, temperature, softcap)
+    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
+    return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 
 
-@linear_logprobs_backward.compiled(required_symbols=blocks.KERNELS)
+@linear_logprobs_backward.compiled(required_symbols=KERNELS)
 def _(kernels, grad_logprobs, grad_entropy, entropy, statistics, *args):
-    *args, by_hidden, by_weight, by_bias = args
-    of = blocks.Head(kernels, "linear_logprobs", *args)
-    g, h, entropy, largest, log_sum = (
-        of.compact(x.flatten()) for x in (grad_logprobs, grad_entropy, entropy, *statistics)
+    cpu_head = CpuHead(kernels, "linear_logprobs", *args[:-3])
+    g, h, entropy, m, log_s = (
+        cpu_head.gather_valid(x.flatten()) for x in (grad_logprobs, grad_entropy, entropy, *statistics)
     )
-    slopes = blocks.slopes(largest, log_sum, g, -g - h * entropy, -h)
-    return of.gradients(slopes, (by_hidden, by_weight, by_bias))
+    return cpu_head.grads(pack_row_coefficients(m, log_s, g, -g - h * entropy, -h), args[-3:])
 
 
-def _forward(ctx, hidden, weight, targets, bias, temperature, softcap):
-    logprobs, entropy, statistics = linear_logprobs_with_statistics.torch_op(
-        hidden, weight, targets, bias, temperature, softcap
-    )
-    ctx.save_for_backward(hidden, weight, targets, bias, entropy, statistics)
-    ctx.scalars = temperature, softcap
+def _forward(ctx, *args):
+    logprobs, entropy, statistics = linear_logprobs_with_statistics.torch_op(*args)
+    ctx.save_for_backward(entropy, statistics, *args[:4])
+    ctx.scalars = args[4:]
     return logprobs, entropy
 
 
 def _backward(ctx, grad_logprobs, grad_entropy):
-    hidden, weight, targets, bias, entropy, statistics = ctx.saved_tensors
-    by = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    needs_grad = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = linear_logprobs_backward.torch_op(
-        grad_logprobs, grad_entropy, entropy, statistics, hidden, weight, targets, bias, *ctx.scalars, *by
+        grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.scalars, *needs_grad
     )
-    d_hidden, d_weight, d_bias = (grad if wanted else None for grad, wanted in zip(grads, by, strict=True))
+    d_hidden, d_weight, d_bias = head.drop_unneeded(grads, needs_grad)
     return d_hidden, d_weight, None, d_bias, None, None
 
 
@@ -144,26 +145,22 @@ SMALL = [
     {"N": 0, "D": 4, "V": 5},
 ]
 LARGE = [{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
-
-
-@linear_logprobs.cost
-def _(gradient, hidden, weight, targets, *rest):
-    return head.cost(gradient, hidden, weight, targets)
+linear_logprobs.cost(cost)
 
 
 @linear_logprobs.inputs(small_sizes=SMALL, large_sizes=LARGE)
-def _make(N, D, V, device, dtype, temperature=1.0, softcap=0.0, **options):
-    return *head.make_head(N, D, V, device, dtype, **options), temperature, softcap
+def _make_inputs(N, D, V, device, dtype, temperature=1.0, softcap=0.0, **options):
+    return *random_head_inputs(N, D, V, device, dtype, **options), temperature, softcap
 
 
 @linear_logprobs_with_statistics.inputs(small_sizes=SMALL[1:4], large_sizes=[])
-def _(device, **size):
-    return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(device=device, **size))
+def _(**size):
+    return detached(_make_inputs(**size))
 
 
 @linear_logprobs_backward.inputs(small_sizes=SMALL[1:5], large_sizes=[{"N": 1024, "D": 256, "V": 8192, "bias": True}])
 def _(device, **size):
-    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in _make(device=device, **size)]
+    args = detached(_make_inputs(device=device, **size))
     _, entropy, statistics = linear_logprobs_with_statistics.reference(*args)
     grads = torch.randn(2, *entropy.shape, device=device)
     return *grads, entropy, statistics, *args, True, not size.get("frozen_weight"), args[3] is not None

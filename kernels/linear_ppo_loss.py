@@ -1,18 +1,31 @@
 """PPO's policy loss from hidden states: log-probability, entropy, clipping and KL, gradients in the forward pass."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _cpu_head as blocks
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels import _ppo as policy
+from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_coefficients
+from rlhf_fast.kernels._head_checks import check_head, check_rows, check_targets
+from rlhf_fast.kernels._head_inputs import cost, random_head_inputs
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import upcast
+from rlhf_fast.kernels._ppo import (
+    KL,
+    LOSS_ESTIMATORS,
+    STATS,
+    Clip,
+    PolicyLoss,
+    PolicyRows,
+    Whitening,
+    policy_loss,
+)
+from rlhf_fast.kernels._tensors import detached
 
 
-def _fake(hidden, weight, targets, *rest):
-    logprobs = torch.empty(targets.shape, dtype=upcast(hidden[..., :0]).dtype, device=hidden.device)
-    return logprobs.new_empty(()), logprobs, torch.empty_like(logprobs), logprobs.new_empty(len(policy.STATS))
+def _fake(hidden, _weight, targets, *_options):
+    logprobs = head.empty_rows(hidden, targets)
+    return logprobs.new_empty(()), logprobs, torch.empty_like(logprobs), logprobs.new_empty(len(STATS))
 
 
 @op(fake=_fake)
@@ -37,110 +50,155 @@ def linear_ppo_loss(
     advantage_scale: Tensor | None = None,
     log_ratio_clamp: float = 20.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (), logprobs and entropy of targets (...), stats (13,), float32, from hidden (..., D), weight (V, D).
+    """Return the loss (), logprobs and entropy of each row (...), and stats (13,), all float32.
 
         ratio = exp(clamp(logprobs - old_logprobs, +-log_ratio_clamp))          A = (advantages - shift) * scale
         loss = sum weights * (max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high))
                               + kl_coef * kl - entropy_coef * entropy)
 
-    with logprobs and entropy as `linear_logprobs` defines them (Schulman et al. 2017, arXiv 1707.06347, eq. 7). kl
-    estimates KL(policy || reference) from d = logprobs - ref_logprobs: "k1" d, "k2" d^2 / 2, "k3" exp(-d) - 1 + d, -d
-    clamped like the log-ratio (Schulman 2020, joschu.net/blog/kl-approx.html). As a loss, k2 has the exact KL's
-    gradient in expectation, k1 none. dual_clip c > 0 bounds the first term by -A c where A < 0 (Ye et al. 2020,
-    arXiv 1912.09729). advantage_shift and advantage_scale, numbers or tensors of one element, whiten on the fly.
+    (Schulman et al. 2017, arXiv 1707.06347, eq. 7.)
 
-    The loss is a sum: with weights 1 / (tokens of the whole optimizer batch) it adds up over micro-batches. targets of
-    -100 are ignored, as in `linear_logprobs`. Where a weight is 0 the token has its logprobs and entropy, and nothing
-    else is looked at. The gradients of hidden, weight and bias come with the loss, in their dtypes, summed in
-    float32; a frozen one costs nothing. logprobs, entropy and stats have none. Where a clip's branches tie the slope is
-    that of torch.clamp and torch.maximum; beyond log_ratio_clamp it is 0. ValueError where shapes do not fit, a target
-    is out of range (on CPU), kl_estimator is another word, or kl_coef is not 0 without ref_logprobs.
+    hidden (..., D), weight (V, D), bias (V,), targets (...), temperature, softcap: as in `linear_logprobs`, which
+        defines logprobs and entropy. Rows of target -100 are ignored.
+    old_logprobs, advantages, ref_logprobs (...): not read where the target is ignored or the weight 0.
+    weights (...): with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up.
+    dual_clip: c > 0 bounds the clipped term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729).
+    kl_estimator: of KL(policy || reference), from d = logprobs - ref_logprobs: "k1" d, "k2" d^2 / 2, "k3"
+        exp(-d) - 1 + d with d clamped like the log-ratio (Schulman 2020, joschu.net/blog/kl-approx.html). As a loss,
+        k2 has the exact KL's gradient in expectation; k1 has none.
+    advantage_shift, advantage_scale: numbers or tensors of one element, to whiten the advantages.
+    log_ratio_clamp: 0 turns it off.
 
-    stats, named in `linear_ppo_loss.stats`: sums of weight times 1, the indicators that the lower, the upper and the
-    dual clip were active, -log ratio, ratio - 1 - log ratio (both estimate KL(old || new), nats), ratio, its square,
-    the clipped term, kl (0 without ref_logprobs) and entropy; they add up over micro-batches. The last two, the largest
-    and the smallest ratio (-inf and inf without a token), join by max and min.
+    Gradients: of the loss with respect to hidden, weight and bias, in their dtypes, summed in float32. A frozen tensor
+    costs nothing. At a clip bound and at a tie with the dual clip the gradient is that of torch.clamp and
+    torch.maximum; beyond log_ratio_clamp it is 0. logprobs, entropy and stats have none.
+    Raises ValueError where shapes do not fit, a target is out of range (on CPU only), kl_estimator is unknown, or
+    kl_coef is not 0 without ref_logprobs.
+
+    stats, named in `linear_ppo_loss.stats`, are sums over rows of weight * x that add up over micro-batches, with x:
+        weight: 1
+        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0
+        kl_k1, kl_k3: -log ratio and ratio - 1 - log ratio, two estimates of KL(old || new)
+        ratio, ratio_square: ratio and its square
+        policy_loss: the clipped term
+        ref_kl: kl, 0 without ref_logprobs
+        entropy: entropy
+    and two extremes, to be joined by max and min:
+        ratio_max, ratio_min: the largest and the smallest ratio; -inf and inf without a token
     """
-    head.check_targets("linear_ppo_loss", targets, weight.shape[0])
-    logp = head.scale(head.logits(hidden, weight, bias, targets), temperature, softcap).log_softmax(-1)
-    logprobs, entropy = head.gathered(logp, targets), head.entropy_of(logp, targets)
-    on = (targets != head.IGNORED) & (weights != 0)
-    loss, stats, _, _ = policy.policy_loss(
-        logprobs, entropy, on, weights, old_logprobs, advantages, ref_logprobs, advantage_shift, advantage_scale,
-        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, log_ratio_clamp,
+    x = Inputs.bundle(
+        hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
+        kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, advantage_shift, advantage_scale,
+        log_ratio_clamp,
     )  # fmt: skip
-    return loss, logprobs.detach(), entropy.detach(), stats
+    _, _, logprobs, entropy, loss = _reference(x)
+    return loss.loss, logprobs.detach(), entropy.detach(), torch.stack(loss.stats)
 
 
-linear_ppo_loss.stats = policy.STATS
+linear_ppo_loss.stats = STATS
+
+
+class Inputs(NamedTuple):
+    """The arguments of `linear_ppo_loss`, bundled."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    rows: PolicyRows
+    whitening: Whitening
+    clip: Clip
+    kl: KL
+    entropy_coef: float
+    temperature: float
+    softcap: float
+
+    @classmethod
+    def bundle(
+        cls, hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
+        kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, shift, scale, log_ratio_clamp,
+    ) -> "Inputs":  # fmt: skip
+        rows = PolicyRows(old_logprobs, advantages, weights, ref_logprobs)
+        clip = Clip(clip_low, clip_high, dual_clip, 0.0, log_ratio_clamp)
+        whitening, kl = Whitening(shift, scale), KL(kl_coef, kl_estimator)
+        return cls(hidden, weight, targets, bias, rows, whitening, clip, kl, entropy_coef, temperature, softcap)
+
+    def flat(self) -> tuple:
+        """Return the arguments in the op's order."""
+        clip = self.clip
+        return (
+            self.hidden, self.weight, self.targets, *self.rows, clip.low, clip.high, clip.dual, *self.kl,
+            self.entropy_coef, self.temperature, self.softcap, self.bias, *self.whitening, clip.log_ratio,
+        )  # fmt: skip
+
+    def loss(self, logprobs: Tensor, entropy: Tensor, valid: Tensor) -> PolicyLoss:
+        return policy_loss(logprobs, entropy, valid, self.rows, self.whitening, self.clip, self.kl, self.entropy_coef)
 
 
 @linear_ppo_loss.normalize
-def _(
-    hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip, kl_coef,
-    kl_estimator, entropy_coef, temperature, softcap, bias, advantage_shift, advantage_scale, log_ratio_clamp,
-):  # fmt: skip
-    head.check_head("linear_ppo_loss", hidden, weight, targets, bias, temperature, softcap)
-    rows = {"old_logprobs": old_logprobs, "advantages": advantages, "weights": weights, "ref_logprobs": ref_logprobs}
-    head.check_rows("linear_ppo_loss", targets, **rows)
-    if kl_estimator not in policy.ESTIMATORS:
-        names = ", ".join(policy.ESTIMATORS)
-        raise ValueError(f"linear_ppo_loss: kl_estimator must be one of {names}, got {kl_estimator!r}")
-    if kl_coef and ref_logprobs is None:
-        raise ValueError(f"linear_ppo_loss: kl_coef={kl_coef} needs ref_logprobs")
-    old_logprobs, advantages, weights, ref_logprobs = (x if x is None else x.detach() for x in rows.values())
-    shift = _one_element("advantage_shift", advantage_shift, hidden)
-    factor = _one_element("advantage_scale", advantage_scale, hidden)
-    return (
-        hidden, weight, targets, old_logprobs, advantages, weights.float() if weights.dtype == torch.bool else weights,
-        ref_logprobs, float(clip_low), float(clip_high), float(dual_clip), float(kl_coef), kl_estimator,
-        float(entropy_coef), float(temperature), float(softcap), bias, shift, factor, float(log_ratio_clamp),
-    )  # fmt: skip
+def _(*args):
+    x = Inputs.bundle(*args)
+    check_head("linear_ppo_loss", x.hidden, x.weight, x.targets, x.bias, x.temperature, x.softcap)
+    check_rows("linear_ppo_loss", x.targets, **x.rows._asdict())
+    if x.kl.estimator not in LOSS_ESTIMATORS:
+        names = ", ".join(LOSS_ESTIMATORS)
+        raise ValueError(f"linear_ppo_loss: kl_estimator must be one of {names}, got {x.kl.estimator!r}")
+    if x.kl.coef and x.rows.ref_logprobs is None:
+        raise ValueError(f"linear_ppo_loss: kl_coef={x.kl.coef} needs ref_logprobs")
+    rows = x.rows.map(Tensor.detach)
+    if rows.weights.dtype == torch.bool:
+        rows = rows._replace(weights=rows.weights.float())
+    return x._replace(
+        rows=rows,
+        whitening=Whitening.normalize("linear_ppo_loss", *x.whitening, x.hidden),
+        clip=Clip(*map(float, x.clip)),
+        kl=KL(float(x.kl.coef), x.kl.estimator),
+        entropy_coef=float(x.entropy_coef),
+        temperature=float(x.temperature),
+        softcap=float(x.softcap),
+    ).flat()
 
 
-def _one_element(name: str, x: Tensor | float | None, like: Tensor) -> Tensor | None:
-    if x is None or not isinstance(x, Tensor):
-        return None if x is None else torch.full((), x, dtype=upcast(like[..., :0]).dtype, device=like.device)
-    if x.numel() != 1:
-        raise ValueError(f"linear_ppo_loss: {name} must be a number or one element, got shape {list(x.shape)}")
-    return x.detach().reshape(())
+def _reference(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, PolicyLoss]:
+    """Return the raw logits, log p of all tokens, logprobs and entropy of the targets, and the loss."""
+    check_targets("linear_ppo_loss", x.targets, x.weight.shape[0])
+    raw_logits = head.raw_logits(x.hidden, x.weight, x.bias, x.targets)
+    logp = head.scale_logits(raw_logits, x.temperature, x.softcap).log_softmax(-1)
+    logprobs, entropy = head.gather_targets(logp, x.targets), head.entropy(logp, x.targets)
+    valid = (x.targets != head.IGNORE_INDEX) & (x.rows.weights != 0)
+    return raw_logits, logp, logprobs, entropy, x.loss(logprobs, entropy, valid)
 
 
-@linear_ppo_loss.compiled(required_symbols=blocks.KERNELS)
+@linear_ppo_loss.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
-    return _train(kernels, *args, False, False, False)[:4]
+    return _launch(kernels, *args, False, False, False)[:4]
 
 
-def _train(
-    kernels, hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
-    kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, shift, factor, log_ratio_clamp, *by,
-):  # fmt: skip
-    of = blocks.Head(kernels, "linear_ppo_loss", hidden, weight, targets, bias, temperature, softcap)
-    weights, old_logprobs, advantages, ref_logprobs = (
-        x if x is None else of.compact(x.flatten()) for x in (weights, old_logprobs, advantages, ref_logprobs)
-    )
+def _launch(kernels, *args):
+    x = Inputs.bundle(*args[:-3])
+    cpu_head = CpuHead(kernels, "linear_ppo_loss", x.hidden, x.weight, x.targets, x.bias, x.temperature, x.softcap)
+    rows = x.rows.map(lambda values: cpu_head.gather_valid(values.flatten()))
 
-    def loss_of(results, rows):
-        ref = ref_logprobs if ref_logprobs is None else ref_logprobs[rows]
-        return policy.policy_loss(
-            *results[:2], weights[rows] != 0, weights[rows], old_logprobs[rows], advantages[rows], ref, shift, factor,
-            clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, log_ratio_clamp,
-        )  # fmt: skip
+    def loss_of(results, chunk):
+        chunk_rows = rows.map(lambda values: values[chunk])
+        return x._replace(rows=chunk_rows).loss(*results[:2], chunk_rows.weights != 0)
 
-    def slopes(results, rows):
-        _, _, g, h = loss_of(results, rows)
-        _, entropy, largest, log_sum = results
-        return blocks.slopes(largest, log_sum, g, -g - h * entropy, -h)
+    def coefficients_of(results, chunk):
+        loss = loss_of(results, chunk)
+        _, entropy, m, log_s = results
+        g, h = loss.logprob_grad, loss.entropy_grad
+        return pack_row_coefficients(m, log_s, g, -g - h * entropy, -h)
 
-    results, grads = of.train(slopes, by)
-    loss, stats, _, _ = loss_of(results, slice(None))
-    return loss, of.expand(results[0]), of.expand(results[1]), stats, *grads
+    results, grads = cpu_head.results_and_grads(coefficients_of, args[-3:])
+    loss = loss_of(results, slice(None))
+    logprobs, entropy = map(cpu_head.scatter_valid, results[:2])
+    return loss.loss, logprobs, entropy, torch.stack(loss.stats), *grads
 
 
-def _fake_with_gradients(hidden, weight, targets, *rest):
-    *rest, by_hidden, by_weight, by_bias = rest
-    grads = head.empty_products(hidden, weight, rest[12], (by_hidden, by_weight, by_bias))
-    return *_fake(hidden, weight, targets), *grads
+def _fake_with_gradients(hidden, weight, targets, *options):
+    *_, bias, _shift, _scale, _clamp, hidden_needs_grad, weight_needs_grad, bias_needs_grad = options
+    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
+    return *_fake(hidden, weight, targets), *head.empty_input_grads(hidden, weight, bias, needs_grad)
 
 
 @op(fake=_fake_with_gradients)
@@ -164,42 +222,44 @@ def linear_ppo_loss_with_gradients(
     advantage_shift: Tensor | None,
     advantage_scale: Tensor | None,
     log_ratio_clamp: float,
-    by_hidden: bool,
-    by_weight: bool,
-    by_bias: bool,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
+    bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `linear_ppo_loss` gives, then the loss's gradients by hidden, weight and bias, (0,) where not asked for."""
-    head.check_targets("linear_ppo_loss", targets, weight.shape[0])
-    x = head.logits(hidden, weight, bias, targets)
-    logp = head.scale(x, temperature, softcap).log_softmax(-1)
-    logprobs, entropy = head.gathered(logp, targets), head.entropy_of(logp, targets)
-    on = (targets != head.IGNORED) & (weights != 0)
-    loss, stats, g, h = policy.policy_loss(
-        logprobs, entropy, on, weights, old_logprobs, advantages, ref_logprobs, advantage_shift, advantage_scale,
-        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, log_ratio_clamp,
+    """Return the outputs of `linear_ppo_loss` and the loss's gradients of hidden, weight and bias, (0,) where not
+    needed."""
+    x = Inputs.bundle(
+        hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
+        kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, advantage_shift, advantage_scale,
+        log_ratio_clamp,
     )  # fmt: skip
-    dz = head.logits_gradient(logp, targets, g, -g - h * entropy, -h)
-    dx, by = dz * head.slope(x, temperature, softcap), (by_hidden, by_weight, by_bias)
-    return loss, logprobs, entropy, stats, *head.products(dx, hidden, weight, bias, targets, by)
+    raw_logits, logp, logprobs, entropy, loss = _reference(x)
+    g, h = loss.logprob_grad, loss.entropy_grad
+    z_grad = head.logits_grad(logp, targets, g, -g - h * entropy, -h)
+    raw_grad = z_grad * head.scale_logits_grad(raw_logits, temperature, softcap)
+    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
+    grads = head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
+    return loss.loss, logprobs, entropy, torch.stack(loss.stats), *grads
 
 
-linear_ppo_loss_with_gradients.compiled(_train, required_symbols=blocks.KERNELS)
+linear_ppo_loss_with_gradients.compiled(_launch, required_symbols=KERNELS)
 
 
 def _forward(ctx, *args):
-    by = [ctx.needs_input_grad[i] for i in (0, 1, 15)]
-    loss, logprobs, entropy, stats, *grads = linear_ppo_loss_with_gradients.torch_op(*args, *by)
-    head.keep(ctx, grads, by, args)
+    needs_grad = [ctx.needs_input_grad[i] for i in (0, 1, 15)]
+    loss, logprobs, entropy, stats, *grads = linear_ppo_loss_with_gradients.torch_op(*args, *needs_grad)
+    head.save_grads(ctx, grads, needs_grad, args)
     ctx.mark_non_differentiable(logprobs, entropy, stats)
     return loss, logprobs, entropy, stats
 
 
 def _backward(ctx, grad_loss, *_):
-    d_hidden, d_weight, d_bias = head.scaled(ctx, grad_loss, linear_ppo_loss_with_gradients.torch_op)
+    d_hidden, d_weight, d_bias = head.scale_grads(ctx, grad_loss, linear_ppo_loss_with_gradients.torch_op)
     return d_hidden, d_weight, *[None] * 13, d_bias, None, None, None
 
 
 linear_ppo_loss.gradient(_backward, forward=_forward)
+linear_ppo_loss.cost(cost)
 
 ALL = {"bias": True, "reference": True, "kl_coef": 0.3, "entropy_coef": 0.1, "temperature": 0.8, "softcap": 6.0}
 SMALL = [
@@ -210,47 +270,43 @@ SMALL = [
     {"N": 9, "D": 8, "V": 50, **ALL, "kl_estimator": "k3", "frozen_weight": True},
     {"N": 0, "D": 4, "V": 5},
 ]
+LARGE = [{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
 
 
-@linear_ppo_loss.cost
-def _(gradient, hidden, weight, targets, *rest):
-    return head.cost(gradient, hidden, weight, targets)
-
-
-@linear_ppo_loss.inputs(
-    small_sizes=SMALL, large_sizes=[{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
-)
-def _make(N, D, V, device, dtype, far=False, whiten=False, reference=False, **options):
-    """far: log-ratios beyond every bound. NaN stands wherever a target is ignored or a weight 0."""
+@linear_ppo_loss.inputs(small_sizes=SMALL, large_sizes=LARGE)
+def _make_inputs(N, D, V, device, dtype, far=False, whiten=False, reference=False, **options):
+    """far: log-ratios beyond every bound. Rows are NaN where the target is ignored or the weight 0."""
     scalars = {name: options.pop(name) for name in list(options) if name in linear_ppo_loss.defaults and name != "bias"}
-    hidden, weight, targets, bias = head.make_head(N, D, V, device, dtype, **options)
-    off = (torch.rand(N, device=device) < 0.2) & (torch.arange(N, device=device) > 0)
-    weights = (torch.rand(N, device=device) + 0.1).masked_fill(off, 0) / max(N, 1)
-    off = (targets == head.IGNORED) | (weights == 0)
-
-    def rows(values):
-        return values.masked_fill(off, torch.nan)
-
+    hidden, weight, targets, bias = random_head_inputs(N, D, V, device, dtype, **options)
+    has_no_weight = (torch.rand(N, device=device) < 0.2) & (torch.arange(N, device=device) > 0)
+    weights = (torch.rand(N, device=device) + 0.1).masked_fill(has_no_weight, 0) / max(N, 1)
+    invalid = (targets == head.IGNORE_INDEX) | (weights == 0)
     with torch.no_grad():
-        logp = head.scale(
-            head.logits(hidden, weight, bias, targets), scalars.get("temperature", 1.0), scalars.get("softcap", 0.0)
-        ).log_softmax(-1)
-        old = head.gathered(logp, targets) + (40 if far else 0.5) * (2 * torch.rand(N, device=device) - 1)
-        ref = head.gathered(logp, targets) + 0.5 * torch.randn(N, device=device)
-    args = {
-        "hidden": hidden, "weight": weight, "targets": targets, "old_logprobs": rows(old),
-        "advantages": rows(torch.randn(N, device=device)), "weights": weights, "bias": bias, **scalars,
-        "ref_logprobs": rows(ref) if reference else None,
-    }  # fmt: skip
+        raw_logits = head.raw_logits(hidden, weight, bias, targets)
+        z = head.scale_logits(raw_logits, scalars.get("temperature", 1.0), scalars.get("softcap", 0.0))
+        logprobs = head.gather_targets(z.log_softmax(-1), targets)
+    old_logprobs = logprobs + (40 if far else 0.5) * (2 * torch.rand(N, device=device) - 1)
+    ref_logprobs = logprobs + 0.5 * torch.randn(N, device=device)
+    advantages = torch.randn(N, device=device)
+    given = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "old_logprobs": old_logprobs.masked_fill(invalid, torch.nan),
+        "advantages": advantages.masked_fill(invalid, torch.nan),
+        "weights": weights,
+        "bias": bias,
+        **scalars,
+    }
+    if reference:
+        given["ref_logprobs"] = ref_logprobs.masked_fill(invalid, torch.nan)
     if whiten:
-        args |= {
-            "advantage_shift": torch.tensor(0.3, device=device),
-            "advantage_scale": torch.tensor(1.7, device=device),
-        }
-    return tuple(args.get(name, linear_ppo_loss.defaults.get(name)) for name in linear_ppo_loss.names)
+        given["advantage_shift"] = torch.tensor(0.3, device=device)
+        given["advantage_scale"] = torch.tensor(1.7, device=device)
+    return tuple(given.get(name, linear_ppo_loss.defaults.get(name)) for name in linear_ppo_loss.names)
 
 
 @linear_ppo_loss_with_gradients.inputs(small_sizes=SMALL[1:4], large_sizes=[{"N": 1024, "D": 256, "V": 8192}])
 def _(**size):
-    args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in _make(**size))
+    args = detached(_make_inputs(**size))
     return *args, True, True, args[15] is not None

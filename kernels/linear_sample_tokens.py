@@ -1,7 +1,7 @@
-"""Draw one token a row from hidden states: the head's product and sample_tokens in one, logits never kept.
+"""Sample one token for each row of hidden states: a linear head's product and sample_tokens in one, for decoding.
 
-The last step of decoding. Without a filter nothing of size B x V is written: a tile of logits is drawn from while it is
-in the cache. kernels/_sampling.py says how the noise is keyed and what a draw is.
+Without a filter nothing of size B x V is written: a tile of logits is sampled from while it is in the cache.
+kernels/_sampling.py defines the noise, the filters and the choice.
 """
 
 from functools import lru_cache
@@ -9,22 +9,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _sampling
-from rlhf_fast.kernels._launch import Unsupported, stream_or_threads
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import upcast
+from rlhf_fast.kernels._sampling import SamplingOptions, empty_outputs, normalize_options, sample_reference
+from rlhf_fast.kernels._tensors import contiguous, upcast
 
-HALF = 1
-"""How bfloat16 is multiplied on the CPU: 1 by the processor's own instruction where it has one, 2 by its emulation
-(tests), 0 always widened to float32."""
+BF16_DOT = 1
+"""How the CPU multiplies bfloat16: 1 by the processor's instruction where it has one, 2 by emulating it (for tests),
+0 in float32."""
 
-LEAST = 200_000
-"""Nanoseconds of one thread from which on others are called: waiting for them costs some microseconds, and far more on
-a machine that is busy with other things."""
+MIN_NANOSECONDS_TO_THREAD = 200_000
+"""Work of one thread from which on others are called. Waiting for them takes some microseconds, and far more on a
+machine that is busy with other things."""
 
 
-def _fake(hidden, weight, *options):
-    return _sampling.fake_outputs(hidden.shape[:1], hidden)
+def _fake(hidden, _weight, *_options):
+    return empty_outputs(hidden.shape[:1], hidden)
 
 
 @op(fake=_fake)
@@ -43,16 +43,20 @@ def linear_sample_tokens(
     banned: Tensor | None = None,
     ban_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One token for each row of `hidden` (B, D) under the head `weight` (V, D); all outputs (B,), nats.
+    """Sample one token for each row of `hidden` (B, D) under the head `weight` (V, D); all outputs (B,), nats.
 
         logits = cap(hidden weight' + bias), cap(x) = softcap tanh(x / softcap) or x where softcap is 0
         outputs = sample_tokens(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps)
 
-    `bias` is (V,). `hidden` may be float32 beside a bfloat16 `weight`. Logits are float32 from the accumulator on.
-    `banned` (K,) int64 tokens may not be drawn in the rows where `ban_rows` (B,) bool is true: the filters do not see
-    them. logprobs, raw_logprobs and entropy know nothing of the ban, kept_logprobs and log_kept_mass do.
-    A row's numbers on the CPU do not depend on the other rows, bit for bit. No gradient. ValueError where shapes do not
-    fit, a number is out of its range, or row_ids or steps are not given.
+    hidden, weight: `hidden` may be float32 beside a bfloat16 `weight`. Logits are float32.
+    bias: (V,).
+    banned (K,) int64, ban_rows (B,) bool: these tokens are not sampled in the rows where ban_rows is true, and the
+        filters do not see them. logprobs, raw_logprobs and entropy ignore the ban; kept_logprobs and log_kept_mass
+        include it.
+
+    On the CPU a row's outputs do not depend on the other rows, bit for bit.
+    Gradients: none.
+    Raises ValueError where shapes do not fit, a number is out of range, or row_ids or steps are missing.
     """
     logits = upcast(hidden) @ upcast(weight).to(upcast(hidden).dtype).t()
     logits = logits if bias is None else logits + bias.to(logits.dtype)
@@ -60,11 +64,21 @@ def linear_sample_tokens(
     allowed = None
     if banned is not None:
         allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, banned, False) | ~ban_rows[:, None]
-    return _sampling.draw(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, None, allowed)
+    options = SamplingOptions(temperature, top_k, top_p, min_p, seed, row_ids, steps)
+    return sample_reference(logits, options, allowed=allowed)
 
 
 @linear_sample_tokens.normalize
-def _(hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows):
+def _(hidden, weight, *args):
+    *options, bias, softcap, banned, ban_rows = args
+    _check(hidden, weight, bias, softcap, banned, ban_rows)
+    options = normalize_options("linear_sample_tokens", hidden, *options)
+    bias = bias if bias is None else bias.detach()
+    bans = (None, None) if banned is None else (banned.long(), ban_rows.bool())
+    return hidden.detach(), weight.detach(), *options, bias, float(softcap), *bans
+
+
+def _check(hidden, weight, bias, softcap, banned, ban_rows) -> None:
     name = "linear_sample_tokens"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
         raise ValueError(
@@ -84,62 +98,52 @@ def _(hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bi
     if banned is not None and (banned.dim() != 1 or ban_rows.shape != hidden.shape[:1]):
         shapes = [list(banned.shape), list(ban_rows.shape)]
         raise ValueError(f"{name}: banned must be (K,) and ban_rows ({hidden.shape[0]},), got {shapes}")
-    options = _sampling.options(name, hidden, temperature, top_k, top_p, min_p, seed, row_ids, steps)
-    bias = bias if bias is None else bias.detach()
-    bans = (None, None) if banned is None else (banned.long(), ban_rows.bool())
-    return hidden.detach(), weight.detach(), *options, bias, float(softcap), *bans
 
 
 @lru_cache(maxsize=256)
-def _workspace(kernels, rows: int, V: int, D: int, is_bf16: bool, keeps: bool, half: int, threads: int) -> int:
-    """Bytes that a call needs besides its outputs."""
+def _workspace_bytes(
+    kernels, rows: int, V: int, D: int, is_bf16: bool, keeps_logits: bool, bf16_dot: int, threads: int
+) -> int:
+    """Return the bytes of memory that a call needs besides its outputs."""
     needed = torch.zeros(1, dtype=torch.int64, device="cpu")
-    empty = [0] * 6
+    outputs = [0] * 6
     kernels.linear_sample_tokens(
-        0, False, rows, 0, 0, V, D, D, is_bf16, 0.0, 0, int(keeps), 0, 0, 0, 0, 0, 0, 0, 0, *empty, half, 0, 0,
-        needed.data_ptr(), threads,
+        0, False, rows, 0, 0, V, D, D, is_bf16, 0.0, 0, int(keeps_logits), 0, 0, 0, 0, 0, 0, 0, 0, *outputs, bf16_dot,
+        0, 0, needed.data_ptr(), threads,
     )  # fmt: skip
     return int(needed)
 
 
 @linear_sample_tokens.compiled
-def _(kernels, hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows):
-    served = (torch.float32, torch.bfloat16)
-    if hidden.dtype not in served or weight.dtype not in served or weight.shape[0] > 2**31 - 2**20:
-        raise Unsupported(
-            f"no compiled kernel for {hidden.dtype}, {weight.dtype} and a vocabulary of {weight.shape[0]}"
-        )
+def _(kernels, hidden, weight, *args):
+    *options, seed, row_ids, steps, bias, softcap, banned, ban_rows = args
+    V, D = weight.shape
+    require_dtypes(hidden, weight)
+    if V > 2**31 - 2**20:
+        raise Unsupported(f"no compiled kernel for a vocabulary of {V}")
     hidden = hidden.contiguous()
-    weight = weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
+    weight = weight if weight.stride(1) == 1 or D == 1 else weight.contiguous()
     bias = bias if bias is None else bias.to(weight.dtype).contiguous()
-    tensors = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p, row_ids, steps, bias)]
-    bans = [x if x is None else x.contiguous() for x in (banned, ban_rows)]
-    *filters, ids, at, bias_at = (0 if x is None else x.data_ptr() for x in tensors)
-    outputs = _fake(hidden, weight)
-    (B, D), V, is_bf16, threads = (
-        hidden.shape,
-        weight.shape[0],
-        weight.dtype == torch.bfloat16,
-        stream_or_threads(hidden),
-    )
-    keeps = any(filters[1:]) or banned is not None
-    size = _workspace(kernels, B, V, D, is_bf16, keeps, HALF, threads)
+    options = contiguous(*options)
+    keys_and_bans = contiguous(row_ids, steps, banned, ban_rows)
+    row_ids_ptr, steps_ptr, banned_ptr, ban_rows_ptr = data_ptrs(*keys_and_bans)
+    num_banned = 0 if banned is None else len(banned)
+    is_bf16 = weight.dtype == torch.bfloat16
+    keeps_logits = banned is not None or any(x is not None for x in options[1:])
+    threads = stream_or_threads(hidden)
+    size = _workspace_bytes(kernels, len(hidden), V, D, is_bf16, keeps_logits, BF16_DOT, threads)
     workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cpu")
+    outputs = _fake(hidden, weight)
     kernels.linear_sample_tokens(
-        hidden.data_ptr(), hidden.dtype == torch.bfloat16, B, weight.data_ptr(), bias_at, V, D, weight.stride(0),
-        is_bf16, softcap, *filters, seed, ids, at, *_bans(bans), *(x.data_ptr() for x in outputs), HALF, LEAST,
-        workspace.data_ptr(), 0, threads,
+        hidden.data_ptr(), hidden.dtype == torch.bfloat16, len(hidden), weight.data_ptr(), *data_ptrs(bias), V, D,
+        weight.stride(0), is_bf16, softcap, *data_ptrs(*options), seed, row_ids_ptr, steps_ptr, banned_ptr, num_banned,
+        ban_rows_ptr, *data_ptrs(*outputs), BF16_DOT, MIN_NANOSECONDS_TO_THREAD, workspace.data_ptr(), 0, threads,
     )  # fmt: skip
     return outputs
 
 
-def _bans(bans) -> tuple[int, int, int]:
-    banned, rows = bans
-    return (0, 0, 0) if banned is None else (banned.data_ptr(), len(banned), rows.data_ptr())
-
-
 @linear_sample_tokens.cost
-def _(gradient, hidden, weight, *rest):
+def _(_gradient, hidden, weight, *_options):
     return hidden.nbytes + weight.nbytes, 2.0 * hidden.shape[0] * weight.numel()
 
 
@@ -168,7 +172,7 @@ def _(
     B, D, V, device, dtype, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, mixed=False, biased=False, softcap=0.0,
     bans=0,
 ):  # fmt: skip
-    # Values on a coarse grid: every product and sum is exact, so all backends draw from the very same logits.
+    # Values on a coarse grid: every product and sum is exact, so all backends sample from the very same logits.
     hidden = torch.randint(-4, 5, (B, D), device=device).to(dtype) / 4
     weight = torch.randint(-4, 5, (V, D), device=device).to(dtype) / 4
     bias = torch.randint(-8, 9, (V,), device=device).to(dtype) / 4 if biased else None
@@ -180,7 +184,5 @@ def _(
     row_ids, steps = torch.randint(-(2**62), 2**62, (2, B), device=device)
     banned = torch.randperm(V, device=device)[:bans] if bans else None
     ban_rows = torch.arange(B, device=device) % 3 != 0 if bans else None
-    seed = int(torch.randint(2**62, ()))
-    return (
-        hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps % 2**31, bias, softcap, banned, ban_rows,
-    )  # fmt: skip
+    options = temperature, top_k, top_p, min_p, int(torch.randint(2**62, ())), row_ids, steps % 2**31
+    return hidden, weight, *options, bias, softcap, banned, ban_rows

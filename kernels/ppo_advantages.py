@@ -6,27 +6,15 @@ from torch import Tensor
 from rlhf_fast.kernels._gae import pieces, scan
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
 from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._ppo import KL_ESTIMATORS, kl_estimate
 from rlhf_fast.kernels._tensors import promote_to_float64, upcast
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
 def _fake(logprobs, ref_logprobs, values, scores, mask, *rest):
     out = torch.empty(logprobs.shape, dtype=upcast(logprobs).dtype, device=logprobs.device)
     return out, torch.empty_like(out), out.new_empty(len(STATS)), out.new_empty(out.shape[0])
-
-
-def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """An estimate of KL(policy || reference), nats, from the one sampled token (Schulman 2020, joschu.net/blog)."""
-    d = logprobs - ref_logprobs
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return 0.5 * d * d
-    if estimator == "k3":
-        return (-d).clamp(max=20.0).exp() - 1 + d
-    return d.abs()
 
 
 def moments(x: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +54,9 @@ def ppo_advantages(
     ValueError where shapes differ, or kl_estimator is another word. No gradient: all of these are targets.
     """
     logprobs, ref_logprobs, values, scores = upcast(logprobs), upcast(ref_logprobs), upcast(values), upcast(scores)
-    kl = torch.where(mask, token_kl(logprobs, ref_logprobs, kl_estimator), 0)
+    kl = torch.where(
+        mask, kl_estimate(logprobs - ref_logprobs, kl_estimator), 0
+    )  # no clamp: k3's exponent is at most 20
     scores = scores.clamp(-score_clip, score_clip) if score_clip > 0 else scores
     later = mask.flip(1).cumsum(1).flip(1)
     is_last = mask & (later == 1)

@@ -1,19 +1,16 @@
-"""Draw one token a row, and say how probable it was: raw, at the temperature, and after the filters.
-
-kernels/_sampling.py says how the noise is keyed and what a draw is.
-"""
+"""Sample one token for each row of logits. kernels/_sampling.py defines the noise, the filters and the choice."""
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import _sampling
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import as_matrix
+from rlhf_fast.kernels._sampling import SamplingOptions, empty_outputs, normalize_options, sample_reference
+from rlhf_fast.kernels._tensors import as_matrix, contiguous
 
 
-def _fake(logits, *options):
-    return _sampling.fake_outputs(logits.shape[:1], logits)
+def _fake(logits, *_options):
+    return empty_outputs(logits.shape[:1], logits)
 
 
 @op(fake=_fake)
@@ -28,49 +25,57 @@ def sample_tokens(
     steps: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One token for each row of `logits` (B, V), with its log-probabilities in nats; all outputs (B,).
+    """Sample one token for each row of `logits` (B, V), and return it with its log-probabilities in nats, all (B,).
 
         z = logits / temperature        token = argmax over kept v of z_v + gumbel(seed, row id, step, v)
 
-    `temperature`, `top_k`, `top_p` and `min_p` are numbers or tensors (B,); 1, 0, 1 and 0 (or None) switch them off.
-    Filters apply in that order: the `top_k` largest logits; of those the fewest largest whose mass reaches `top_p` of
-    theirs; of those the ones at least `min_p` times as probable as the most probable token. Equal logits rank by
-    index, lowest first, so that exactly `top_k` tokens are kept.
-    `row_ids` (B,) int64 names each sample for good (say, prompt * samples + sample), `steps` (B,) or an int counts its
-    tokens; required. `noise` (B, V) replaces the keyed noise by the caller's Gumbel values.
+    temperature, top_k, top_p, min_p: numbers or tensors (B,). 1, 0, 1 and 0 (or None) turn them off. The filters apply
+        in this order, and equal logits rank by index, lowest first:
+        top_k keeps the top_k largest logits;
+        top_p keeps of those the fewest largest whose mass reaches top_p of theirs;
+        min_p keeps of those the ones at least min_p times as probable as the most probable token.
+    temperature 0: takes the largest logit, the lowest index among equals. That choice has probability one: logprobs,
+        kept_logprobs, log_kept_mass and entropy are 0; raw_logprobs is as with any temperature.
+    row_ids (B,) int64: names each sample, say prompt * samples + sample; required.
+    steps (B,) or an int: counts the tokens of each sample; required.
+    noise (B, V): Gumbel values that replace the keyed noise.
 
-    Returns tokens int64, then float32: `logprobs` at the temperature, before the filters: what a trainer computes
-    again; `raw_logprobs` at temperature 1; `kept_logprobs` after the filters; `log_kept_mass`, the log of the mass that
-    the filters keep (kept_logprobs = logprobs - log_kept_mass); `entropy` at the temperature, before the filters.
-    Temperature 0 takes the largest logit, the lowest index among equals. That choice has probability one: logprobs,
-    kept_logprobs, log_kept_mass and entropy are 0, raw_logprobs are as ever.
-    A row that has no distribution (a NaN or +inf, no finite logit, parameters out of range, temperature above 1e6)
-    gets token -1 and NaN. ValueError where shapes differ, a number is out of its range, or row_ids or steps are not
-    given. No gradient.
+    Returns, the first int64, the others float32:
+        tokens: -1, and NaN in the other outputs, for a row without a distribution: a NaN or +inf, no finite logit, an
+            option out of range, a temperature above 1e6
+        logprobs: at the temperature, before the filters, as a trainer computes it again
+        raw_logprobs: at temperature 1, before the filters
+        kept_logprobs: at the temperature, after the filters: logprobs - log_kept_mass
+        log_kept_mass: the log of the probability that the filters keep
+        entropy: at the temperature, before the filters
+
+    Gradients: none.
+    Raises ValueError where shapes differ, a number is out of range, or row_ids or steps are missing.
     """
-    return _sampling.draw(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise)
+    options = SamplingOptions(temperature, top_k, top_p, min_p, seed, row_ids, steps)
+    return sample_reference(logits, options, noise)
 
 
 @sample_tokens.normalize
-def _(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
+def _(logits, *args):
+    *options, noise = args
     if logits.dim() != 2 or not logits.shape[1] or not logits.is_floating_point():
         raise ValueError(
             f"sample_tokens: logits must be floating point of shape (B, V > 0), got {logits.dtype} {list(logits.shape)}"
         )
     if noise is not None and noise.shape != logits.shape:
         raise ValueError(f"sample_tokens: noise must have shape {list(logits.shape)}, got {list(noise.shape)}")
-    options = _sampling.options("sample_tokens", logits, temperature, top_k, top_p, min_p, seed, row_ids, steps)
+    options = normalize_options("sample_tokens", logits, *options)
     return logits.detach(), *options, noise if noise is None else noise.float()
 
 
 @sample_tokens.compiled(devices=("cpu",))
-def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
+def _(kernels, logits, *args):
     if logits.dtype not in (torch.float32, torch.bfloat16) or logits.shape[1] > 2**31 - 2**20:
         raise Unsupported(f"no compiled kernel for {logits.dtype} and a vocabulary of {logits.shape[1]}")
-    logits = logits.contiguous()
-    options = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p)]
-    keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]
-    outputs = _fake(logits)
+    logits, outputs = logits.contiguous(), _fake(logits)
+    *options, seed, row_ids, steps, noise = args
+    options, keys = contiguous(*options), contiguous(row_ids, steps, noise)
     kernels.sample_tokens(
         logits.data_ptr(), logits.dtype == torch.bfloat16, *logits.shape, *data_ptrs(*options), seed,
         *data_ptrs(*keys, *outputs), stream_or_threads(logits),
@@ -79,19 +84,20 @@ def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, n
 
 
 @sample_tokens.compiled(devices=("cuda",))
-def _(kernels, logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
-    (code,), (B, V) = dtype_codes(kernels, logits), logits.shape
+def _(kernels, logits, *args):
+    (code,) = dtype_codes(kernels, logits)
+    B, V = logits.shape
     if V > 2**30:
         raise Unsupported(f"no compiled kernel for a vocabulary of {V}")
-    logits = as_matrix(logits)
-    options = [x if x is None else x.contiguous() for x in (temperature, top_k, top_p, min_p)]
-    keys = [x if x is None else x.contiguous() for x in (row_ids, steps, noise)]
+    logits, outputs = as_matrix(logits), _fake(logits)
+    *options, seed, row_ids, steps, noise = args
+    options, keys = contiguous(*options), contiguous(row_ids, steps, noise)
     threads = 256 if V > 1024 else 64
     tiles = -(-V // (16 * threads))
-    parts, outputs = torch.empty(B, tiles, 32, dtype=torch.uint8, device=logits.device), _fake(logits)
+    tile_results = torch.empty(B, tiles, 32, dtype=torch.uint8, device=logits.device)
     kernels.sample_tokens(
         logits.data_ptr(), code, B, V, logits.stride(0), *data_ptrs(*options), seed, *data_ptrs(*keys, *outputs),
-        threads, tiles, parts.data_ptr(), stream_or_threads(logits),
+        threads, tiles, tile_results.data_ptr(), stream_or_threads(logits),
     )  # fmt: skip
     return outputs
 

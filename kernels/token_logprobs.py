@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
+from rlhf_fast.kernels import _head_checks as head_checks
 from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._tensors import as_matrix, upcast
@@ -29,10 +30,10 @@ def token_logprobs(
     that cannot be drawn. A log-probability is never positive. Both outputs have a gradient. ValueError where shapes
     differ, or a target is out of range (on CPU).
     """
-    head.check_targets("token_logprobs", targets, logits.shape[-1])
-    x = upcast(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
-    logp = head.scale(x, temperature, softcap).log_softmax(-1)
-    return head.gathered(logp, targets), head.entropy_of(logp, targets)
+    head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
+    x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
+    logp = head.scale_logits(x, temperature, softcap).log_softmax(-1)
+    return head.gather_targets(logp, targets), head.entropy(logp, targets)
 
 
 @token_logprobs.normalize
@@ -40,7 +41,7 @@ def _(logits, targets, temperature, softcap):
     if not logits.dim() or targets.shape != logits.shape[:-1] or not logits.shape[-1]:
         shapes = f"{list(logits.shape)} and {list(targets.shape)}"
         raise ValueError(f"token_logprobs: logits must be (..., V) and targets (...), V at least 1, got {shapes}")
-    head.check_scalars("token_logprobs", targets, temperature, softcap)
+    head_checks.check_scalars("token_logprobs", targets, temperature, softcap)
     return logits, targets, float(temperature), float(softcap)
 
 
@@ -68,14 +69,14 @@ def _(kernels, logits, targets, temperature, softcap):
             stream_or_threads(x),
         )
     except RuntimeError:
-        head.check_targets("token_logprobs", targets, logits.shape[-1])
+        head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
         raise
     return logprobs, entropy
 
 
 @token_logprobs.compiled(devices=("cuda",))
 def _(kernels, logits, targets, temperature, softcap):
-    head.check_targets("token_logprobs", targets, logits.shape[-1])
+    head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
     x, targets, given = _prepared(kernels, logits, targets)
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
     entropy, parts = torch.empty_like(logprobs), _parts(x)
@@ -99,11 +100,11 @@ def token_logprobs_backward(
     grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, targets: Tensor, temperature: float, softcap: float
 ) -> Tensor:
     """Gradient of the logits, in their dtype: formed in float32, rounded once."""
-    x = upcast(logits).masked_fill((targets == head.IGNORED)[..., None], 0)
-    logp = head.scale(x, temperature, softcap).log_softmax(-1)
+    x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
+    logp = head.scale_logits(x, temperature, softcap).log_softmax(-1)
     g, h = upcast(grad_logprobs), upcast(grad_entropy)
-    dz = head.logits_gradient(logp, targets, g, -g - h * head.entropy_of(logp, targets), -h)
-    return (dz * head.slope(x, temperature, softcap)).to(logits.dtype).contiguous()
+    dz = head.logits_grad(logp, targets, g, -g - h * head.entropy(logp, targets), -h)
+    return (dz * head.scale_logits_grad(x, temperature, softcap)).to(logits.dtype).contiguous()
 
 
 @token_logprobs_backward.compiled
@@ -136,7 +137,7 @@ token_logprobs.gradient(_backward, setup_context=_setup_context)
 @token_logprobs.cost
 def _(gradient, logits, targets, *rest):
     """The gradient's pass begins after the other has ended: it reads the logits once more, and writes as much."""
-    read = int((targets != head.IGNORED).sum()) * logits.shape[-1] * logits.element_size()
+    read = int((targets != head.IGNORE_INDEX).sum()) * logits.shape[-1] * logits.element_size()
     outputs = targets.nbytes + 8 * targets.numel()
     return 2 * read + logits.nbytes + 2 * outputs if gradient else read + outputs, 0.0
 
@@ -149,7 +150,7 @@ def _make(shape, V, device, dtype, offset=0.0, spread=3.0, masked=0, ignored=0.2
         logits[..., V - masked :] = -torch.inf
     off = torch.rand(shape, device=device) < ignored
     off.view(-1)[:1] = False
-    targets, logits = targets.masked_fill(off, head.IGNORED), logits.masked_fill(off[..., None], torch.nan)
+    targets, logits = targets.masked_fill(off, head.IGNORE_INDEX), logits.masked_fill(off[..., None], torch.nan)
     return logits.to(dtype).requires_grad_(), targets, scalars.get("temperature", 1.0), scalars.get("softcap", 0.0)
 
 

@@ -51,7 +51,7 @@ def test_a_row_of_logits_has_the_same_bits_wherever_it_begins(backend, device, d
 def test_blocks_that_share_a_row_give_the_bits_of_one_block(backend, device, dtype, V, monkeypatch):
     logits = (4 * torch.randn(3, V, device=device)).to(dtype)
     logits[1, :16384] = -torch.inf  # nothing in its first part
-    targets = torch.tensor([7, V - 1, head.IGNORED], device=device)
+    targets = torch.tensor([7, V - 1, head.IGNORE_INDEX], device=device)
     op = OPS["token_logprobs"]
     shared = op.backend(backend)(logits, targets)
     monkeypatch.setattr(import_module("rlhf_fast.kernels.token_logprobs"), "FEW_ROWS", 0)
@@ -67,7 +67,7 @@ def test_blocks_that_share_a_row_give_the_bits_of_one_block(backend, device, dty
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 def test_gradients_of_rows_that_shared_memory_holds_and_does_not_hold(backend, device, dtype, V, softcap):
     logits = (4 * torch.randn(3, V, device=device)).to(dtype)
-    targets = torch.tensor([V - 3, head.IGNORED, 1], device=device)
+    targets = torch.tensor([V - 3, head.IGNORE_INDEX, 1], device=device)
     logits[1] = torch.nan
     op, grads = OPS["token_logprobs_backward"], torch.randn(2, 3, device=device)
     ours = op.backend(backend)(*grads, logits, targets, 0.7, softcap)
@@ -106,9 +106,9 @@ def test_the_gradient_by_four_numbers_a_row(tmp_path):
     assert status == 0, said
     i = torch.arange(64, dtype=torch.float64)
     x, ref = 9 * i.sin(), (7 * i.cos()).masked_fill(i == 40, -torch.inf)
-    logp, ref_logp = (head.scale(v, 0.7, 20.0).log_softmax(-1) for v in (x, ref))
+    logp, ref_logp = (head.scale_logits(v, 0.7, 20.0).log_softmax(-1) for v in (x, ref))
     g, a, b, c = torch.tensor([-1.5, 0.25, 0.5, -0.75], dtype=torch.float64)
-    exact = head.logits_gradient(logp, torch.tensor(5), g, a, b, c, ref_logp) * head.slope(x, 0.7, 20.0)
+    exact = head.logits_grad(logp, torch.tensor(5), g, a, b, c, ref_logp) * head.scale_logits_grad(x, 0.7, 20.0)
     ours = torch.tensor([float(number) for number in said.split()], dtype=torch.float64)
     torch.testing.assert_close(ours, exact, atol=1e-6, rtol=1e-5)
 

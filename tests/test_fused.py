@@ -115,7 +115,7 @@ def test_a_tokens_numbers_hang_on_its_own_sequence_alone(name, kind, monkeypatch
     """Bit for bit: prefilled at once or token by token, in any company, on any pages, by any number of threads."""
     monkeypatch.setattr(compiled_step, "LEAST", 0)  # threads however little there is to do
     if kind == "bfloat16 products":
-        monkeypatch.setattr(linear_sample_tokens, "HALF", 2)
+        monkeypatch.setattr(linear_sample_tokens, "BF16_DOT", 2)
     model = Model(MODELS[name]().to(torch.float32 if kind == "float32" else torch.bfloat16))
     decoder, rows, threads = FusedDecoder.make(model), random_rows(30, 1, 9, 64, 5), torch.get_num_threads()
     first = hidden(decoder, rows, at_once(rows))
@@ -201,7 +201,7 @@ def test_products_in_bfloat16_are_near(monkeypatch):
     model, rows = Model(MODELS["llama 8/2 heads of 128"]().bfloat16()), random_rows(20)
     decoder, found = FusedDecoder.make(model), []
     for how in (0, 2, 1):  # widened, the instruction emulated, the instruction itself where there is one
-        monkeypatch.setattr(linear_sample_tokens, "HALF", how)
+        monkeypatch.setattr(linear_sample_tokens, "BF16_DOT", how)
         found.append(hidden(decoder, rows, at_once(rows))[0])
     wide, half, given = found
     assert not torch.equal(wide, half), "the emulation did not run"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _cpu_head as blocks
+from rlhf_fast.kernels import _cpu_head as cpu_head
 from rlhf_fast.kernels._backends import COMPILED
 
 BACKENDS = [b for b in ops.linear_logprobs.backends if ops.linear_logprobs.can_run(b, "cpu")]
@@ -36,8 +36,8 @@ def test_orders_and_sizes_of_blocks(backend, dtype, kept, block, monkeypatch):
     """Chunks of one row, of some rows and of all: the same log-probabilities, dW off by float32 rounding only."""
     hidden, weight, targets = head(37, 31, 5003, dtype)
     weights = torch.rand(37)
-    monkeypatch.setattr(blocks, "KEPT_BYTES", kept)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", kept)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", block)
     loss, logprobs = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets, weights)
     loss.backward()
     wide = double(hidden, weight)
@@ -65,7 +65,7 @@ def test_bits_do_not_depend_on_the_blocks_columns_or_the_path(backend, monkeypat
         return [scored, trained, ppo, still], logprobs
 
     results, logprobs = every_path()
-    monkeypatch.setattr(blocks, "COLUMNS", 2 * blocks.TILE)
+    monkeypatch.setattr(cpu_head, "VOCAB_BLOCK", 2 * cpu_head.TILE)
     others, again = every_path()
     for logp, entropy in results + others:
         assert torch.equal(logp, logprobs) and torch.equal(logp, again)

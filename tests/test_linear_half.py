@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _cpu_head as blocks
+from rlhf_fast.kernels import _cpu_head as cpu_head
 from rlhf_fast.kernels._backends import COMPILED
 
 CPU = [name for name in COMPILED if name.startswith("cpu")]
@@ -27,7 +27,7 @@ def multiply(kernels, x, w, emulate, threads=1):
 @pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "instruction"])
 def test_product(backend, rows, columns, D, emulate):
     kernels = COMPILED[backend]
-    if not emulate and not blocks.has_half_products(kernels):
+    if not emulate and not cpu_head.has_bf16_product(kernels):
         pytest.skip("this processor has no AVX512-BF16")
     x, w = (torch.randn(n, D + 5).bfloat16()[:, :D] for n in (rows, columns))
     out = multiply(kernels, x, w, emulate)
@@ -42,10 +42,10 @@ def test_product(backend, rows, columns, D, emulate):
 @pytest.mark.parametrize("rows_a_block", [7, 10**6])
 def test_head(monkeypatch, rows_a_block):
     """Exact log-probabilities; gradients as near the truth as those of torch's own bfloat16 products."""
-    monkeypatch.setattr(blocks, "EMULATE_HALF", True)
-    monkeypatch.setattr(blocks, "HALF_LEAST", 0)
-    monkeypatch.setattr(blocks, "KEPT_BYTES", 4 * 2100 * rows_a_block)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 2100 * rows_a_block)
+    monkeypatch.setattr(cpu_head, "EMULATE_BF16", True)
+    monkeypatch.setattr(cpu_head, "MIN_BF16_LOGITS", 0)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 4 * 2100 * rows_a_block)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 4 * 2100 * rows_a_block)
     hidden = (2 * torch.randn(24, 33)).bfloat16().requires_grad_()
     weight = (torch.randn(2100, 33) / 6).bfloat16().requires_grad_()
     targets = torch.randint(2100, (24,)).masked_fill(torch.rand(24) < 0.3, -100)

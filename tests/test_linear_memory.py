@@ -5,7 +5,7 @@ import torch
 from peak import peak_bytes
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _cpu_head as blocks
+from rlhf_fast.kernels import _cpu_head as cpu_head
 
 COMPILED = ops.linear_logprobs.backends[1:][-1:]
 
@@ -14,8 +14,8 @@ COMPILED = ops.linear_logprobs.backends[1:][-1:]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory(backend, dtype, monkeypatch):
     """Beyond inputs and gradients: the budget of logits and what is of the size of hidden; nothing grows with N V."""
-    monkeypatch.setattr(blocks, "KEPT_BYTES", 1 << 20)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 1 << 20)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 1 << 20)
     V, D = 8192, 48
     scratch = (1 << 20) + (4096 * D * 8 if dtype == torch.bfloat16 else 0) + 200_000
     for N in (128, 512):

@@ -44,7 +44,7 @@ def draw(backend, hidden, weight, rows=None, **options):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_p": 0.9}], ids=str)
 def test_bits_do_not_depend_on_threads_or_other_rows(backend, tile, options, dtype, threads, monkeypatch):
     """Every thread draws from its own tiles: the best of all of them counts."""
-    monkeypatch.setattr(home, "LEAST", 0)
+    monkeypatch.setattr(home, "MIN_NANOSECONDS_TO_THREAD", 0)
     B = 15 if backend == "triton" and "top_p" in options else 70
     hidden, weight = torch.randn(B, 24).to(dtype), torch.randn(5 * tile + 17, 24).to(dtype)
     threads(1)
@@ -61,7 +61,7 @@ def test_bits_do_not_depend_on_threads_or_other_rows(backend, tile, options, dty
 
 
 def test_the_lowest_of_equal_logits_wins_across_tiles(backend, tile, threads, monkeypatch):
-    monkeypatch.setattr(home, "LEAST", 0)
+    monkeypatch.setattr(home, "MIN_NANOSECONDS_TO_THREAD", 0)
     for V in (tile, tile + 1, 2 * tile + 52, 4 * tile):
         weight = torch.zeros(V, 8)
         equal = sorted({5, V - 1, min(V - 2, tile + tile // 2), V // 2})

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels._backends import TRITON_DEVICES
+from rlhf_fast.kernels._head_inputs import random_head_inputs
 from rlhf_fast.kernels.linear_kl import linear_kl_with_statistics
 from rlhf_fast.kernels.linear_logprobs import linear_logprobs_with_statistics
 
@@ -33,7 +33,7 @@ def small(monkeypatch):
 
 
 def one(N, D, V, dtype, **options):
-    args = head.make_head(N, D, V, DEVICE, dtype, **options)
+    args = random_head_inputs(N, D, V, DEVICE, dtype, **options)
     return [x if x is None else x.detach() for x in args]
 
 

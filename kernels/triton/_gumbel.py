@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels._sampling import fake_outputs
+from rlhf_fast.kernels._sampling import empty_outputs
 from rlhf_fast.kernels.triton import launch
 
 FIELDS = 8
@@ -256,7 +256,7 @@ def finish(parts, tile_tokens, ban_rows, temperature, top_k, top_p, min_p, V: in
     """The six outputs; `some`: TOP and KEPT are there, not every token could be drawn."""
     B, tiles = tile_tokens.shape
     if outputs is None:
-        outputs = fake_outputs(tile_tokens.shape[:1], parts)
+        outputs = empty_outputs(tile_tokens.shape[:1], parts)
     block = launch.block(tiles, 1024)
     launch.run(
         _finish,

@@ -21,13 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._cpu_head import floats
+from rlhf_fast.kernels._head_checks import check_targets
+from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import _logits as rows
 from rlhf_fast.kernels.triton import _scoring as scoring
 from rlhf_fast.kernels.triton import _softmax as softmax
 from rlhf_fast.kernels.triton import launch
 
-IGNORED = tl.constexpr(head.IGNORED)
+IGNORED = tl.constexpr(head.IGNORE_INDEX)
 BYTES = 1 << 30  # of logits in a chunk, but
 LEAST = 1024  # rows, whatever they take: below, reading W and dW again for each chunk costs as much as the products
 GRAIN = 128  # rows; the products' own tiles
@@ -122,7 +123,7 @@ class Head:
     def __init__(self, name, hidden, weight, targets, bias=None, temperature=1.0, softcap=0.0):
         launch.serves(hidden, weight, bias)
         (self.V, self.D), self.N = weight.shape, targets.numel()
-        head.check_targets(name, targets, self.V)
+        check_targets(name, targets, self.V)
         self.dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
         if self.dtype != torch.float32 and hidden.device.type != "cpu" and not _can("multiply", hidden.device):
             self.dtype = torch.float32
@@ -149,7 +150,7 @@ class Head:
 
     def buffer(self, chunks: list[tuple[int, int]]) -> Tensor:
         """Where the logits of one chunk go after the other."""
-        return floats(self.weight, max((end - begin for begin, end in chunks), default=0), self.stride)
+        return empty_float32(self.weight, max((end - begin for begin, end in chunks), default=0), self.stride)
 
     def copied(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows of hidden for a product, zeros where they are ignored; the next chunk overwrites them."""
@@ -227,7 +228,7 @@ def statistics(of: Head, other: Head | None = None) -> rows.Results:
 def train(of: Head, loss: rows.Loss, by: tuple[bool, bool, bool]) -> tuple[rows.Results, tuple[Tensor, Tensor, Tensor]]:
     """Results of every row, and the gradients of hidden, weight and bias by a loss that follows from them."""
     if not any(by):
-        return statistics(of), head.empty_products(of.given, of.weight, of.bias, by)
+        return statistics(of), head.empty_input_grads(of.given, of.weight, of.bias, by)
     results, chunks = rows.Results.empty(of.targets), of.chunks()
     gain = GAIN_HALF if of.slope_dtype == torch.float16 else 1.0
     buffer, out = of.buffer(chunks), Gradients(of, by, chunks, gain)

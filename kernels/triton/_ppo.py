@@ -14,7 +14,7 @@ from rlhf_fast.kernels import _ppo as policy
 from rlhf_fast.kernels.triton import launch
 
 TILE, PROGRAMS = 512, 1024
-IGNORED = tl.constexpr(head.IGNORED)
+IGNORED = tl.constexpr(head.IGNORE_INDEX)
 SUMS = tl.constexpr(len(policy.SUMS))
 SURROGATE, DIVERGENCE, ENTROPY = (
     tl.constexpr(policy.SUMS.index(name)) for name in ("policy_loss", "ref_kl", "entropy")

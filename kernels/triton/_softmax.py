@@ -23,7 +23,7 @@ from rlhf_fast.kernels.triton import launch
 
 EACH = 8
 SEGMENT = 4  # tiles
-IGNORED = tl.constexpr(head.IGNORED)
+IGNORED = tl.constexpr(head.IGNORE_INDEX)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite, so that no difference is NaN
 FAR = tl.constexpr(-1e30)  # e^FAR is 0, and FAR times that 0 is 0, where it is NaN for -inf
 

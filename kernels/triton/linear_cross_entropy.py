@@ -10,7 +10,7 @@ from rlhf_fast.kernels.triton import _head as head
 from rlhf_fast.kernels.triton import _logits as rows
 from rlhf_fast.kernels.triton import launch
 
-IGNORED = tl.constexpr(_head.IGNORED)
+IGNORED = tl.constexpr(_head.IGNORE_INDEX)
 TILE, PROGRAMS = 1024, 1024
 
 
@@ -40,7 +40,7 @@ def _join(parts, loss, programs, BLOCK: tl.constexpr):
 def _train(hidden, weight, targets, weights, bias, softcap, *by):
     of = head.Head("linear_cross_entropy", hidden, weight, targets, bias, 1.0, softcap)
     weights = weights if weights is None else weights.contiguous()
-    count = (of.targets != _head.IGNORED).sum() if weights is None else None
+    count = (of.targets != _head.IGNORE_INDEX).sum() if weights is None else None
     results, grads = head.train(of, rows.Loss(rows.LIKELIHOOD, weights=weights, count=count), by)
     programs = max(1, min(PROGRAMS, triton.cdiv(of.N, TILE)))
     parts, loss = (torch.empty(n, dtype=torch.float32, device=hidden.device) for n in ((programs,), ()))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from rlhf_fast.kernels._launch import Unsupported
-from rlhf_fast.kernels._sampling import fake_outputs
+from rlhf_fast.kernels._sampling import empty_outputs
 from rlhf_fast.kernels.triton import _filters as cut
 from rlhf_fast.kernels.triton import _gumbel as draw
 from rlhf_fast.kernels.triton import launch
@@ -139,7 +139,7 @@ def linear_sample_tokens(
             tokens, seed, B, V, D, *strides, parts.stride(0), blocks, tiles, *caps, **shared,
         )  # fmt: skip
         return draw.finish(parts, tokens, ban_rows, temperature, *filters, V, banned is not None)
-    outputs, stride = fake_outputs(hidden.shape[:1], hidden), triton.cdiv(V, 64) * 64
+    outputs, stride = empty_outputs(hidden.shape[:1], hidden), triton.cdiv(V, 64) * 64
     most = max(1, min(B, BYTES // (4 * stride)))
     buffer = torch.empty(most, stride, dtype=torch.float32, device=hidden.device)
     for begin in range(0, B, most):

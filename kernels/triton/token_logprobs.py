@@ -8,14 +8,14 @@ part of something wider. _softmax.py has the mathematics, _logits.py the kernels
 
 import torch
 
-from rlhf_fast.kernels import _head as head
+from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels.triton import _logits as rows
 from rlhf_fast.kernels.triton import launch
 
 
 def _logits(logits, targets, temperature, softcap) -> rows.Logits:
     launch.serves(logits)
-    head.check_targets("token_logprobs", targets, logits.shape[-1])
+    check_targets("token_logprobs", targets, logits.shape[-1])
     V = logits.shape[-1]
     x = logits.detach().reshape(-1, V)
     x = x if x.stride(1) == 1 or V == 1 else x.contiguous()

@@ -106,8 +106,8 @@ class CompiledStep:
         self.kernels.decode_step(
             ctypes.addressof(self.decoder), ctypes.sizeof(_Decoder), ctypes.sizeof(_Layer), packed.tokens.data_ptr(),
             packed.positions.data_ptr(), packed.slots.data_ptr(), count, packed.block_table.data_ptr(),
-            packed.block_table.shape[1], wanted.data_ptr(), len(wanted), hidden.data_ptr(), linear_sample_tokens.HALF,
-            LEAST, workspace, needed, stream_or_threads(hidden),
+            packed.block_table.shape[1], wanted.data_ptr(), len(wanted), hidden.data_ptr(),
+            linear_sample_tokens.BF16_DOT, LEAST, workspace, needed, stream_or_threads(hidden),
         )  # fmt: skip
 
     def _address(self, tensor: Tensor | None) -> int | None:
