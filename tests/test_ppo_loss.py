@@ -301,8 +301,8 @@ def test_split_into_few_blocks_or_many_nothing_is_left_out(n, monkeypatch):
     module = importlib.import_module("rlhf_fast.kernels.ppo_loss")
     args = ops.ppo_loss.make_inputs((n,), device="cpu", dtype=torch.float32, sampler="truncate")
     results = []
-    for blocks in (module.BLOCKS, 2, 1):
-        monkeypatch.setattr(module, "BLOCKS", blocks)
+    for blocks in (module.MAX_BLOCKS, 2, 1):
+        monkeypatch.setattr(module, "MAX_BLOCKS", blocks)
         policy, value, stats = ops.ppo_loss.backend("simt")(*args)
         results.append((policy, value, *torch.autograd.grad(policy + value, [args[0], args[4]]), stats))
     for other in results[1:]:
