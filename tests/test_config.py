@@ -8,30 +8,30 @@ from pathlib import Path
 import pytest
 
 import rlhf_fast
+from rlhf_fast.cli.show_config import show_config
 from rlhf_fast.config import fields, stages
 from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.config.flags import stage_config
-from rlhf_fast.config.presets import PRESETS, preset, show_config
+from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import (
     Setting,
     difference,
-    fingerprint,
     flatten,
     from_json,
     read_yaml,
     resolve,
-    section,
     setting_docs,
     setting_types,
-    to_json,
+    stage_section,
+    to_plain,
     to_yaml,
 )
 from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.errors import UserError
 
 
-def given(values: dict, where: str = "r.yaml:12") -> dict:
-    return {path: Setting(value, where) for path, value in values.items()}
+def settings(values: dict, origin: str = "r.yaml:12") -> dict:
+    return {path: Setting(value, origin) for path, value in values.items()}
 
 
 @pytest.mark.parametrize("module", [fields, stages])
@@ -42,18 +42,18 @@ def test_every_setting_says_what_it_does(module):
             if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
                 continue
             group = ast.unparse(field.annotation).endswith("Config")
-            told = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            assert told or group or field.target.id == "out", f"{cls.name}.{field.target.id}"
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert documented or group or field.target.id == "out", f"{cls.name}.{field.target.id}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["default", "paper", "tutorial"])
 def test_yaml_and_json_give_the_same_settings_back(stage, name, tmp_path):
-    cfg = resolve(STAGES[stage], preset(stage, name), given({"data.columns": {"prompt": "q: #1"}, "seed": 7}))
+    cfg = resolve(STAGES[stage], preset(stage, name), settings({"data.columns": {"prompt": "q: #1"}, "seed": 7}))
     (tmp_path / "c.yaml").write_text(to_yaml(cfg))
     assert resolve(STAGES[stage], read_yaml(tmp_path / "c.yaml")) == cfg
-    assert from_json(stage, json.loads(json.dumps(to_json(cfg)))) == cfg
-    assert json.loads(json.dumps(dataclasses.asdict(cfg))) == json.loads(json.dumps(to_json(cfg)))
+    assert from_json(stage, json.loads(json.dumps(to_plain(cfg)))) == cfg
+    assert json.loads(json.dumps(dataclasses.asdict(cfg))) == json.loads(json.dumps(to_plain(cfg)))
 
 
 def test_the_later_layer_wins(tmp_path):
@@ -113,7 +113,7 @@ BROKEN = [
 @pytest.mark.parametrize(("cls", "values", "sentence"), BROKEN, ids=[next(iter(values)) for _, values, _ in BROKEN])
 def test_a_wrong_setting_is_named_with_its_place(cls, values, sentence):
     with pytest.raises(UserError) as error:
-        resolve(cls, given(values))
+        resolve(cls, settings(values))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -173,9 +173,9 @@ def test_library_users_get_the_same_rules():
 
 
 def test_the_defaults_are_the_papers_but_for_a_few():
-    told = {"select", "missing_eos", "whiten", "sampling.max_new_tokens", "data.dedupe_prefix"}
-    assert {path for path, _, _ in difference(PPOConfig(), resolve(PPOConfig, preset("ppo", "paper")))} == told
-    for name in told:
+    differing = {"select", "missing_eos", "whiten", "sampling.max_new_tokens", "data.dedupe_prefix"}
+    assert {path for path, _, _ in difference(PPOConfig(), resolve(PPOConfig, preset("ppo", "paper")))} == differing
+    for name in differing:
         assert f"`{name}`" in stages.__doc__
     assert difference(RewardConfig(), resolve(RewardConfig, preset("reward", "paper"))) == []
     gentler = [path for path, _, _ in difference(SFTConfig(), resolve(SFTConfig, preset("sft", "paper")))]
@@ -204,8 +204,8 @@ def test_the_papers_numbers():
 def test_the_tutorials_numbers_and_what_they_change():
     cfg = resolve(PPOConfig, preset("ppo", "tutorial"))
     assert (cfg.optim.lr, cfg.inner_epochs, cfg.value_coef, cfg.batch, cfg.kl.coef) == (1.77e-6, 4, 1.0, 512, 0.02)
-    told = "\n".join(show_config("ppo", "", diff=("paper", "tutorial")))
-    assert "inner_epochs" in told and "1.77e-06" in told and "kl.coef" not in told
+    shown = "\n".join(show_config("ppo", "", diff=("paper", "tutorial")))
+    assert "inner_epochs" in shown and "1.77e-06" in shown and "kl.coef" not in shown
 
 
 def test_presets_name_only_settings_that_exist():
@@ -223,8 +223,8 @@ def test_shown_settings_can_be_read_back(tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_shown_settings_say_what_they_do(stage):
     lines = list(show_config(stage, "default"))
-    told = setting_docs(STAGES[stage])
-    assert setting_types(STAGES[stage]).keys() <= told.keys() and all(told.values())
+    docs = setting_docs(STAGES[stage])
+    assert setting_types(STAGES[stage]).keys() <= docs.keys() and all(docs.values())
     for path in setting_types(STAGES[stage]):
         *groups, name = path.split(".")
         indent = "  " * len(groups)
@@ -232,21 +232,20 @@ def test_shown_settings_say_what_they_do(stage):
         assert any(lines[i - 1].startswith(f"{indent}# ") for i in at), path
     assert max(map(len, lines)) <= 120
     whole = "\n".join(line.strip("# ") for line in lines).replace("\n", " ")
-    assert told["optim"] in whole and told["log.keep"] in whole
+    assert docs["optim"] in whole and docs["log.keep"] in whole
 
 
 def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
     file = tmp_path / "all.yaml"
     file.write_text("\n".join(show_config("all", "default")))
     for stage, cls in STAGES.items():
-        assert resolve(cls, section(read_yaml(file), stage)) == cls()
+        assert resolve(cls, stage_section(read_yaml(file), stage)) == cls()
 
 
-def test_fingerprint_and_difference_see_every_setting():
+def test_difference_sees_every_setting():
     cfg = PPOConfig()
-    assert fingerprint(cfg) == fingerprint(PPOConfig()) and difference(cfg, PPOConfig()) == []
-    changed = resolve(PPOConfig, given({"sampling.top_p": 0.9}))
-    assert fingerprint(changed) != fingerprint(cfg)
+    assert difference(cfg, PPOConfig()) == []
+    changed = resolve(PPOConfig, settings({"sampling.top_p": 0.9}))
     assert difference(cfg, changed) == [("sampling.top_p", 1.0, 0.9)]
     assert flatten(cfg).keys() == setting_types(PPOConfig).keys()
 

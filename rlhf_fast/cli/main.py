@@ -217,7 +217,7 @@ def _show_config(argv: Sequence[str]) -> int:
     from rlhf_fast.config.flags import parse
 
     options = parse(ShowConfigOptions, argv, "show-config")
-    from rlhf_fast.config.presets import show_config
+    from rlhf_fast.cli.show_config import show_config
 
     print("\n".join(show_config(options.stage, options.preset, options.config, options.diff)))
     return 0

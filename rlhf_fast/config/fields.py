@@ -1,7 +1,8 @@
-"""The parts that the stages' settings (config.py) are made of; each field says what it does and who does otherwise."""
+"""Groups of settings that the stages share. `--help` and `show-config` print the text below each field."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,51 +10,48 @@ from rlhf_fast.errors import UserError
 
 
 class BadSetting(UserError):
-    """A setting whose value breaks its rule. `name` is the field, so that a reader of files can add path and line."""
+    """A setting that breaks its rule. `name` is the field; resolve.py adds the whole path and the value's origin."""
 
     def __init__(self, owner: object, name: str, rule: str):
         self.name, self.rule, self.value = name, rule, getattr(owner, name)
         super().__init__(f"{type(owner).__name__}: {name} {rule}, got {self.value!r}")
 
 
-def need(owner: object, ok: bool, name: str, rule: str) -> None:
-    if not ok:
+def require(owner: object, condition: bool, name: str, rule: str) -> None:
+    if not condition:
         raise BadSetting(owner, name, rule)
 
 
-def need_range(owner: object, low: float, high: float, *names: str) -> None:
-    """Each named field lies in [low, high] and is finite; NaN does not."""
-    rule = f"must be at least {low:g}" if high == float("inf") else f"must be between {low:g} and {high:g}"
+def require_range(owner: object, low: float, high: float, *names: str) -> None:
+    """Raise BadSetting unless each named field is finite and in [low, high]."""
+    rule = f"must be at least {low:g}" if high == math.inf else f"must be between {low:g} and {high:g}"
     for name in names:
         value = getattr(owner, name)
-        need(owner, low <= value <= high and value != INF, name, rule)
+        require(owner, low <= value <= high and value != math.inf, name, rule)
 
 
-def need_positive(owner: object, *names: str) -> None:
+def require_positive(owner: object, *names: str) -> None:
     for name in names:
-        need(owner, 0 < getattr(owner, name) < INF, name, "must be above 0")
-
-
-INF = float("inf")
+        require(owner, 0 < getattr(owner, name) < math.inf, name, "must be above 0")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters by `peft` (extra [lora]); without them the whole model is trained."""
+    """Low-rank adapters by `peft` (extra [lora]). Without them the whole model is trained."""
 
     rank: int = 0
     """Rank of the adapters. 0 = no LoRA."""
     alpha: float = 16.0
-    """Adapters are scaled by alpha / rank."""
+    """The adapters' output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Dropout before the adapters (sft and reward only; PPO keeps it off)."""
+    """Dropout probability before the adapters (sft and reward only; PPO keeps it off)."""
     targets: tuple[str, ...] = ()
-    """Names of the layers that get adapters, as peft's target_modules. Empty = every linear layer of the decoder."""
+    """Names of the layers that get adapters, as in peft's target_modules. Empty = every linear layer of the decoder."""
 
-    def __post_init__(self):
-        need_range(self, 0, INF, "rank")
-        need_positive(self, "alpha")
-        need_range(self, 0, 0.99, "dropout")
+    def __post_init__(self) -> None:
+        require_range(self, 0, math.inf, "rank")
+        require_positive(self, "alpha")
+        require_range(self, 0, 0.99, "dropout")
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,9 @@ class ModelConfig:
     path: str = ""
     """Directory or hub name."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights and activations. Log-probabilities, losses and their statistics are float32 always."""
+    """Dtype of weights and activations. Log-probabilities, losses and their statistics are always float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attn_implementation."""
+    """Attention implementation, as in transformers' attn_implementation."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
     trust_remote_code: bool = False
@@ -81,66 +79,66 @@ class DataConfig:
     path: str = ""
     """The file."""
     valid: str = ""
-    """A file for validation; replaces `valid_fraction`."""
+    """A file for validation. It replaces `valid_fraction`."""
     valid_fraction: float = 0.0
-    """Share of the prompts (whole groups, no prompt on both sides) held out for validation."""
+    """Share of the prompts held out for validation: whole groups, and no prompt on both sides."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the file's name, for instance {completion: answer}. Our names: prompt, completion, messages, chosen,
-    rejected, responses, ranks, text, group."""
+    """Map from our column names to those of the file, for instance {completion: answer}. Our names: prompt, completion,
+    messages, chosen, rejected, responses, ranks, text, group."""
     template: Literal["auto", "chat", "plain", "dialog"] = "auto"
-    """How a prompt becomes text: by the tokenizer's chat template; as it stands; or as HH's "Human: ... Assistant:".
-    auto = chat if the tokenizer has a template, else plain."""
+    """Format of prompts. chat: the tokenizer's chat template. plain: the text unchanged. dialog: HH's "Human: ...
+    Assistant:". auto: chat if the tokenizer has a template, else plain."""
     max_prompt_tokens: int = 1024
-    """Rows with a longer prompt are dropped and counted, as in the paper ("longer than 1k tokens filtered")."""
+    """Rows with a longer prompt are dropped and counted (the paper: "longer than 1k tokens filtered")."""
     max_response_tokens: int = 1024
-    """Rows with a longer response are dropped and counted. For `text` rows: tokens per piece of a document."""
+    """Rows with a longer response are dropped and counted. `text` rows are split into chunks of this many tokens."""
     limit: int = 0
     """Read only this many rows. 0 = all."""
     append_eos: bool = True
     """End every response and text with the end token. Without it a policy never learns to stop."""
     dedupe_prefix: int = 0
-    """Prompts only: drop a prompt that shares its first so many characters with an earlier one (the paper: "a long
-    common prefix", length not stated). 0 = keep all."""
+    """Drop a prompt whose first so many characters are those of an earlier prompt (prompts only). The paper drops "a
+    long common prefix" without a length. 0 = keep all."""
 
-    def __post_init__(self):
-        need_range(self, 0, 0.9, "valid_fraction")
-        need_range(self, 1, INF, "max_prompt_tokens", "max_response_tokens")
-        need_range(self, 0, INF, "limit", "dedupe_prefix")
+    def __post_init__(self) -> None:
+        require_range(self, 0, 0.9, "valid_fraction")
+        require_range(self, 1, math.inf, "max_prompt_tokens", "max_response_tokens")
+        require_range(self, 0, math.inf, "limit", "dedupe_prefix")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are drawn. Filters apply in the order temperature, top-k, top-p, min-p."""
+    """Sampling of responses. Filters apply in the order temperature, top-k, top-p, min-p."""
 
     temperature: float = 1.0
-    """The paper's rollouts: 1. 0 = greedy (not for PPO). PPO's log-probabilities are taken at this temperature, as in
-    TRL and lm-hp; systems that use temperature 1 there optimise another policy than the one that was sampled."""
+    """Sampling temperature (paper: 1). 0 = greedy (not for PPO). PPO takes log-probabilities at this temperature, as
+    TRL and lm-hp do; systems that take them at temperature 1 optimise another policy than the one that was sampled."""
     top_k: int = 0
     """Keep the k likeliest tokens. 0 = all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens with this probability. 1 = all. PPO's log-probabilities stay those before the
-    filters."""
+    """Keep the smallest set of tokens with at least this total probability. 1 = all. PPO's log-probabilities are those
+    before the filters."""
     min_p: float = 0.0
-    """Keep tokens at least this likely relative to the likeliest. 0 = all."""
+    """Keep tokens with at least this probability relative to the likeliest token's. 0 = all."""
     max_new_tokens: int = 128
-    """Longest response, the end token included (paper: 1024)."""
+    """Longest response in tokens, the end token included (paper: 1024)."""
     min_new_tokens: int = 0
-    """The end token cannot be drawn before so many tokens."""
+    """The end token is not sampled before this many tokens."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response like the end token; they stay part of it."""
+    """Texts that end a response as the end token does. They stay part of it."""
     batch: int = 64
     """Responses generated at a time. Results do not depend on it."""
     cache_mb: int = 0
-    """Most MiB that keys and values may take during a rollout; fewer responses run at a time where `batch` of them
-    need more. 0 = what `batch` of them need."""
+    """Largest size in MiB of the KV cache during a rollout. If `batch` responses need more, fewer run at a time.
+    0 = as much as `batch` responses need."""
 
-    def __post_init__(self):
-        need_range(self, 0, INF, "temperature", "top_k", "min_new_tokens", "cache_mb")
-        need(self, 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
-        need_range(self, 0, 1, "min_p")
-        need_range(self, 1, INF, "max_new_tokens", "batch")
+    def __post_init__(self) -> None:
+        require_range(self, 0, math.inf, "temperature", "top_k", "min_new_tokens", "cache_mb")
+        require(self, 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
+        require_range(self, 0, 1, "min_p")
+        require_range(self, 1, math.inf, "max_new_tokens", "batch")
         rule = f"must be at most max_new_tokens ({self.max_new_tokens})"
-        need(self, self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", rule)
+        require(self, self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", rule)
 
 
 @dataclass(frozen=True)
@@ -158,67 +156,68 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest norm of the whole gradient (GPT-3's; the paper does not state one). 0 = no clipping."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up."""
+    """Learning rate after the warm-up."""
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up. In PPO a batch is batch / minibatch * inner_epochs steps."""
+    """Optimizer steps of linear warm-up. In PPO a batch has batch / minibatch * inner_epochs steps."""
     warmup_start: float = 0.1
-    """Learning rate of the first step as a share of the peak."""
+    """Learning rate of the first step, as a share of the peak."""
     final_ratio: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate at the end of the cosine, as a share of the peak."""
     micro_batch_tokens: int = 8192
-    """Tokens per forward pass, padding included: memory, not results (up to rounding)."""
+    """Tokens per forward pass, padding included. It limits memory and does not change results (up to rounding)."""
 
-    def __post_init__(self):
-        need_positive(self, "lr", "eps")
-        need(self, all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers from 0 to below 1")
-        need_range(self, 0, INF, "weight_decay", "grad_clip", "warmup_steps")
-        need_range(self, 0, 1, "warmup_start", "final_ratio")
-        need_range(self, 1, INF, "micro_batch_tokens")
+    def __post_init__(self) -> None:
+        require_positive(self, "lr", "eps")
+        require(self, all(0 <= beta < 1 for beta in self.betas), "betas", "must be two numbers from 0 to below 1")
+        require_range(self, 0, math.inf, "weight_decay", "grad_clip", "warmup_steps")
+        require_range(self, 0, 1, "warmup_start", "final_ratio")
+        require_range(self, 1, math.inf, "micro_batch_tokens")
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run writes and shows. Of these, validate_every alone can change the weights in `out` (see `select`)."""
+    """Files that a run writes and lines that it prints. Only validate_every can change the weights in `out` (see
+    `select`)."""
 
     every: int = 1
-    """Steps between lines of metrics.jsonl (PPO: batches)."""
+    """Steps between rows of metrics.jsonl (PPO: batches)."""
     samples: int = 4
     """Responses written to samples.jsonl at each such step."""
     validate_every: int = 0
-    """Steps (PPO: batches) between validations. 0 = once an epoch. There is one at the end in any case."""
+    """Steps (PPO: batches) between validations. 0 = once an epoch. The last step always validates."""
     checkpoint_every: int = 100
     """Steps (PPO: batches) between checkpoints to resume from. 0 = none before the end."""
     keep: int = 2
-    """Checkpoints kept while the run lasts, each with the weights, two moments and any averages of every model trained;
-    a finished run needs none and keeps none."""
+    """Checkpoints kept during the run. Each holds the weights, two moments and any averages of every trained model. A
+    finished run keeps none."""
     live: bool = True
-    """One live line on a terminal; plain lines otherwise."""
+    """Show progress: one live line on a terminal, plain lines elsewhere."""
     sinks: tuple[str, ...] = ()
-    """Further places for the metrics, by name: tensorboard, trackio, wandb (extra [log])."""
+    """Other loggers that get the metrics: tensorboard, trackio, wandb (extra [log])."""
 
-    def __post_init__(self):
-        need_range(self, 1, INF, "every", "keep")
-        need_range(self, 0, INF, "samples", "validate_every", "checkpoint_every")
+    def __post_init__(self) -> None:
+        require_range(self, 1, math.inf, "every", "keep")
+        require_range(self, 0, math.inf, "samples", "validate_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
 class KLConfig:
-    """The penalty for leaving the reference model, taken off the reward of every token."""
+    """The penalty on the KL divergence from the reference model, subtracted from every token's reward."""
 
     coef: float = 0.02
     """Beta (paper C.4: 0.02; lm-hp 0.15, TRL and N+ 0.05). With the adaptive controller, its start."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Of log pi - log ref at the sampled token. k1 (paper, lm-hp, TRL) is unbiased; k2 = k1^2 / 2;
+    """Estimator of log pi - log ref at the sampled token. k1 (paper, lm-hp, TRL) is unbiased; k2 = k1^2 / 2;
     k3 = exp(-k1) - 1 + k1."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """fixed (paper), or lm-hp's proportional controller, which moves coef until the KL meets the target."""
     target: float = 6.0
-    """Nats the adaptive controller steers to, in `target_unit`."""
+    """KL in nats that the adaptive controller aims at, per `target_unit`."""
     target_unit: Literal["sequence", "token"] = "sequence"
-    """lm-hp sums the KL over the response (target 6); verl feeds the mean per token (target 0.1)."""
+    """sequence: the KL summed over a response (lm-hp; target 6). token: the mean KL per token (verl; target 0.1)."""
     horizon: int = 10000
-    """Episodes over which the controller corrects; larger is slower."""
+    """Episodes over which the controller corrects. A larger horizon is slower."""
 
-    def __post_init__(self):
-        need_range(self, 0, INF, "coef")
-        need_positive(self, "target", "horizon")
+    def __post_init__(self) -> None:
+        require_range(self, 0, math.inf, "coef")
+        require_positive(self, "target", "horizon")

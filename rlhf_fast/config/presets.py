@@ -1,20 +1,20 @@
-"""Named sets of hyperparameters, laid between the defaults and the file: `--preset paper`.
+"""Presets: named hyperparameters between the defaults and the file, `--preset paper`.
 
-paper        InstructGPT (arXiv 2203.02155), 1.3B model, appendix C. What it does not state is lm-human-preferences'
-             (lm-hp) or, where said so, ours.
-paper-init   sft only: the separate model that PPO starts from and is held to (C.3), with pretraining text mixed in.
-tutorial     the numbers that tutorials pass on as InstructGPT's. Some are not in the paper: lr 1.77e-6 lies below the
+paper        InstructGPT (arXiv 2203.02155), 1.3B model, appendix C. A value that the paper does not state is
+             lm-human-preferences' (lm-hp) unless its comment says otherwise.
+paper-init   sft only: the separate model that PPO starts from and uses as its reference (C.3), trained with
+             pretraining text mixed in.
+tutorial     the numbers that tutorials attribute to InstructGPT. Some are not in the paper: lr 1.77e-6 is below the
              range it scanned, 4 PPO epochs are its predecessors', the value coefficient is not stated, and 256k are
              episodes, not prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from rlhf_fast.config.resolve import Setting, difference, explained, read_yaml, resolve, section, show
-from rlhf_fast.config.stages import STAGES
+from rlhf_fast.config.resolve import Setting
 from rlhf_fast.errors import UserError
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -31,8 +31,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "data.max_prompt_tokens": 1024,
             "data.max_response_tokens": 1024,
             "sampling.max_new_tokens": 1024,
-            # By the reward model's score: `select: reward` with `select_reward`. It stays off here, because the reward
-            # model is trained from this stage's result.
+            # The paper selects by the reward model's score: `select: reward` with `select_reward`. That is off here,
+            # because the reward model is trained from this stage's result.
             "select": "loss",
         },
         "paper-init": {
@@ -74,7 +74,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch": 512,
             "minibatch": 64,
             "inner_epochs": 1,
-            "optim.lr": 5e-6,  # not stated: ours, in the scanned range and below the 8.05e-6 that diverged without ptx
+            # Not stated: our choice in the scanned range, below the 8.05e-6 that diverged without ptx.
+            "optim.lr": 5e-6,
             "optim.betas": (0.9, 0.95),
             "optim.schedule": "constant",
             "optim.warmup_steps": 80,
@@ -87,7 +88,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "sampling.temperature": 1.0,
             "sampling.max_new_tokens": 1024,
             "data.max_prompt_tokens": 1024,
-            "data.dedupe_prefix": 200,  # "a long common prefix": the length is ours
+            "data.dedupe_prefix": 200,  # "a long common prefix": the length is our choice
             "kl.coef": 0.02,
             "kl.estimator": "k1",
             "kl.controller": "fixed",
@@ -122,32 +123,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def preset(stage: str, name: str) -> Mapping[str, Setting]:
-    """The layer `name` of a stage; "" and "default" are empty."""
+    """Return the settings of a stage's preset. "" and "default" have none."""
     if name in ("", "default"):
         return {}
     if name not in PRESETS[stage]:
         raise UserError(f"{stage}: no preset {name!r}; there are default, {', '.join(PRESETS[stage])}")
     return {path: Setting(value, f"preset {name}") for path, value in PRESETS[stage][name].items()}
-
-
-def show_config(stage: str, name: str, file: str = "", diff: tuple[str, str] | None = None) -> Iterator[str]:
-    """The lines of `rlhf-fast show-config`: each stage's settings as YAML and what they do, or where presets differ."""
-    for each in STAGES if stage == "all" else (stage,):
-        if diff:
-            left, right = (resolve(STAGES[each], preset(each, side), check=False) for side in diff)
-            rows = [(each, *diff), *((p, show(_listed(a)), show(_listed(b))) for p, a, b in difference(left, right))]
-            widths = [max(len(row[i]) for row in rows) for i in range(3)]
-            for row in rows:
-                yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            if len(rows) == 1:
-                yield "  no difference"
-            yield ""
-            continue
-        layers = [preset(each, name)] + ([section(read_yaml(file), each)] if file else [])
-        if stage == "all":
-            yield f"{each}:"
-        yield from explained(resolve(STAGES[each], *layers, check=False), indent="  " if stage == "all" else "")
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

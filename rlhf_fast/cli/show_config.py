@@ -1,0 +1,35 @@
+"""`rlhf-fast show-config`: every setting of a stage as YAML with its meaning, or the difference between two presets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf_fast.config.presets import preset
+from rlhf_fast.config.resolve import difference, read_yaml, resolve, show, stage_section, to_commented_yaml, to_plain
+from rlhf_fast.config.stages import STAGES
+from rlhf_fast.run.terminal import aligned
+
+
+def show_config(stage: str, name: str, file: str = "", diff: tuple[str, str] | None = None) -> Iterator[str]:
+    """Yield the lines to print for one stage or "all". `name` is a preset, `file` a YAML file with settings over it."""
+    for each in STAGES if stage == "all" else (stage,):
+        if diff:
+            yield from _preset_difference(each, *diff)
+            continue
+        layers = [preset(each, name)]
+        if file:
+            layers.append(stage_section(read_yaml(file), each))
+        if stage == "all":
+            yield f"{each}:"
+        cfg = resolve(STAGES[each], *layers, check=False)
+        yield from to_commented_yaml(cfg, indent="  " if stage == "all" else "")
+
+
+def _preset_difference(stage: str, left: str, right: str) -> Iterator[str]:
+    """Yield a table of the settings in which two presets of a stage differ, and an empty line."""
+    a, b = (resolve(STAGES[stage], preset(stage, name), check=False) for name in (left, right))
+    rows = [(path, show(to_plain(was)), show(to_plain(now))) for path, was, now in difference(a, b)]
+    yield from aligned([(stage, left, right), *rows])
+    if not rows:
+        yield "  no difference"
+    yield ""
