@@ -114,6 +114,12 @@ class Prompts(NamedTuple):
     tokens: list[list[int]]
     texts: list[str]
 
+    @classmethod
+    def from_texts(cls, tokenizer, texts: Sequence[str]) -> Prompts:
+        """Encode `texts` as the tokenizer does by default, special tokens included. Their uids are 0, 1, ..."""
+        tokens = tokenizer(list(texts))["input_ids"] if texts else []  # transformers fails on an empty list
+        return cls(list(range(len(texts))), tokens, list(texts))
+
     def take(self, index: Sequence[int]) -> Prompts:
         return Prompts(*([field[i] for i in index] for field in self))
 
@@ -152,6 +158,10 @@ class Responses(NamedTuple):
         """The responses alone, as token lists."""
         spans = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
         return [row[a:b].tolist() for row, (a, b) in zip(self.tokens, spans, strict=True)]
+
+    def texts(self, tokenizer) -> list[str]:
+        """Return the responses as texts, without special tokens."""
+        return tokenizer.batch_decode(self.response_ids(), skip_special_tokens=True)
 
 
 class Experience(NamedTuple):

@@ -1,5 +1,5 @@
 """The fused decoder: every family with odd shapes against the module's own forward; results that do not depend on the
-company, bit for bit; adapters; what it refuses."""
+batch, bit for bit; adapters; refused models."""
 
 import copy
 import ctypes
@@ -14,15 +14,16 @@ from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._backends import COMPILED, forcing
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._op import OPS
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import architectures, compiled_step
-from rlhf_fast.rollout.decoder import Packed, Unsupported
+from rlhf_fast.rollout import architectures, compiled_step, fused
+from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.fused import FusedDecoder
-from rlhf_fast.rollout.kv_cache import Arena
+from rlhf_fast.rollout.kv_cache import PagedKVCache
 from rlhf_fast.rollout.rollout import Rollout
 
-pytestmark = pytest.mark.skipif(compiled_step.kernels() is None, reason="no compiled kernels for this processor")
+pytestmark = pytest.mark.skipif(compiled_step.find_kernels() is None, reason="no compiled kernels for this processor")
 ROPE = {"rope_theta": 10000.0}
 LLAMA3 = ROPE | {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -62,20 +63,20 @@ def make(request):
 
 
 def hidden(decoder, rows: list[list[int]], calls: list[list[tuple[int, int]]], page: int = 4) -> list[torch.Tensor]:
-    """The hidden states of each row, computed by the given calls: (row, position) pairs."""
-    width = -(-max(map(len, rows)) // page)
-    arena = Arena(decoder.shapes, decoder.dtype, torch.device("cpu"), len(rows) * width, len(rows), width, page)
-    arena.memory.fill_(torch.nan)
-    order = torch.randperm(len(rows) * width).tolist()
+    """Return the hidden states of each row, computed by the given calls of (row, position) pairs."""
+    pages = -(-max(map(len, rows)) // page)
+    cache = PagedKVCache(decoder.shapes, decoder.dtype, torch.device("cpu"), len(rows) * pages, len(rows), pages, page)
+    cache.memory.fill_(torch.nan)
+    order = torch.randperm(len(rows) * pages).tolist()
     for slot in range(len(rows)):
-        arena.seat(slot, [order.pop() for _ in range(width)])
+        cache.assign(slot, [order.pop() for _ in range(pages)])
     found = [torch.full((len(row), decoder.model.head_weight.shape[1]), torch.nan) for row in rows]
-    with torch.no_grad(), decoder.ready():
+    with torch.no_grad(), decoder.session():
         for call in calls:
             tokens = torch.tensor([rows[row][position] for row, position in call])
             slots, positions = torch.tensor(call, dtype=torch.int32).unbind(1)
-            packed = Packed(tokens, positions.contiguous(), slots.contiguous(), arena.block_table)
-            for (row, position), state in zip(call, decoder.hidden(arena, packed), strict=True):
+            batch = TokenBatch(tokens, positions.contiguous(), slots.contiguous(), cache.block_table)
+            for (row, position), state in zip(call, decoder.hidden(cache, batch), strict=True):
                 found[row][position] = state
     return found
 
@@ -94,26 +95,26 @@ def random_rows(*lengths: int) -> list[list[int]]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_hidden_states_are_as_near_the_truth_as_the_modules(make, dtype):
-    """The truth is the module in float64, from the same weights."""
+def test_hidden_states_are_as_accurate_as_the_modules(make, dtype):
+    """Errors are against the module in float64, with the same weights."""
     module = make().to(dtype)
     model, rows = Model(module), random_rows(1, 40, 17)
     found = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows))).double()
-    wide = make()
-    wide.load_state_dict({name: value.double() for name, value in module.state_dict().items()}, assign=True)
+    double = make()
+    double.load_state_dict({name: value.double() for name, value in module.state_dict().items()}, assign=True)
     exact, theirs = (
-        torch.cat([m.hidden(torch.tensor([row]))[0].double() for row in rows]) for m in (Model(wide), model)
+        torch.cat([m.hidden(torch.tensor([row]))[0].double() for row in rows]) for m in (Model(double), model)
     )
     error, allowed = float((found - exact).norm()), float((theirs - exact).norm())
     assert error <= 2 * allowed, f"off by {error:.3g}, the module's own forward by {allowed:.3g}"
-    assert allowed < 0.1 * exact.norm(), "a test of noise"
+    assert allowed < 0.1 * exact.norm(), "the module itself is too inaccurate for this test"
 
 
 @pytest.mark.parametrize("name", ["llama 3/1 heads of 80, tied", "qwen3 4/2 heads of 80", "gpt2", "mistral, window 5"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 products"])
-def test_a_tokens_numbers_hang_on_its_own_sequence_alone(name, kind, monkeypatch):
-    """Bit for bit: prefilled at once or token by token, in any company, on any pages, by any number of threads."""
-    monkeypatch.setattr(compiled_step, "LEAST", 0)  # threads however little there is to do
+def test_hidden_states_do_not_depend_on_the_batch(name, kind, monkeypatch):
+    """Bit for bit: prefilled at once or token by token, in any batch, on any pages, with any number of threads."""
+    monkeypatch.setattr(compiled_step, "MIN_NANOSECONDS_TO_THREAD", 0)  # always use threads
     if kind == "bfloat16 products":
         monkeypatch.setattr(linear_sample_tokens, "BF16_DOT", 2)
     model = Model(MODELS[name]().to(torch.float32 if kind == "float32" else torch.bfloat16))
@@ -128,31 +129,31 @@ def test_a_tokens_numbers_hang_on_its_own_sequence_alone(name, kind, monkeypatch
                 assert torch.equal(ours, theirs)
     finally:
         torch.set_num_threads(threads)
-    assert not any(state.isnan().any() for state in first), "the poison of unwritten memory"
+    assert not any(state.isnan().any() for state in first), "unwritten memory was read"
 
 
 @pytest.mark.parametrize("name", ["llama 8/1 heads of 96, biases", "gpt2, odd widths"])
-def test_every_instruction_set_computes_the_same(name, monkeypatch):
+def test_all_instruction_sets_agree(name, monkeypatch):
     model, rows = Model(MODELS[name]()), random_rows(11, 30)
     found = {}
     for backend in [backend for backend in COMPILED if backend.startswith("cpu:")]:
-        monkeypatch.setattr(compiled_step, "kernels", lambda device=None, backend=backend: COMPILED[backend])
+        monkeypatch.setattr(fused, "find_kernels", lambda _, backend=backend: COMPILED[backend])
         found[backend] = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
     for ours in found.values():
         torch.testing.assert_close(ours, found["cpu:generic"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_step_by_ops_is_the_same_step(make, dtype):
-    """What serves devices without a compiled step, each op on its reference and on its kernel."""
+def test_the_op_step_is_the_compiled_step(make, dtype):
+    """The op step runs on devices without a compiled one; here each op runs its reference."""
     model, rows = Model(make().to(dtype)), random_rows(1, 40, 17)
     compiled = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
     split = [part for call in at_once(rows) for part in (call[:7], call[7:])]
     with forcing("reference"):
         decoder = FusedDecoder.make(model)
-        by_ops = torch.cat(hidden(decoder, rows, split))
-    assert not torch.equal(by_ops, compiled), "the compiled step answered"
-    assert (by_ops - compiled).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * compiled.norm()
+        op_step = torch.cat(hidden(decoder, rows, split))
+    assert not torch.equal(op_step, compiled), "the compiled step ran"
+    assert (op_step - compiled).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * compiled.norm()
 
 
 STEP = [OPS[name] for name in ("rms_norm", "layer_norm", "swiglu", "gelu", "rope_store", "decode_attention")]
@@ -164,21 +165,21 @@ triton = pytest.mark.skipif(
 @triton
 @pytest.mark.parametrize("name", ["qwen3 4/2 heads of 80", "gpt2", "mistral, window 5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_step_by_tritons_ops_is_the_same_step(name, dtype):
-    """What a GPU computes, by an op a launch."""
+def test_the_op_step_on_triton_is_the_compiled_step(name, dtype):
+    """The step as a GPU runs it, one launch an op."""
     model, rows = Model(MODELS[name]().to(dtype)), random_rows(1, 11)
     compiled = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
     with forcing("triton"):
         decoder = FusedDecoder.make(model)
-        by_ops = torch.cat(hidden(decoder, rows, at_once(rows)))
-    assert not torch.equal(by_ops, compiled), "the compiled step answered"
-    assert (by_ops - compiled).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * compiled.norm()
+        op_step = torch.cat(hidden(decoder, rows, at_once(rows)))
+    assert not torch.equal(op_step, compiled), "the compiled step ran"
+    assert (op_step - compiled).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * compiled.norm()
 
 
 @triton
-def test_a_rollout_on_tritons_ops_draws_the_same_tokens(monkeypatch):
+def test_a_rollout_on_triton_samples_the_same_tokens(monkeypatch):
     sampler = OPS["linear_sample_tokens"]
-    if not sampler.can_run("triton", "cpu"):  # then it runs on its reference
+    if not sampler.can_run("triton", "cpu"):  # the sampler then runs its reference
         monkeypatch.setitem(sampler.implementations, "triton", sampler.reference)
     batch, cfg = prompts(3, 5), sampling(max_new_tokens=4)
     model = Model(MODELS["llama 4/4 heads of 64"]())
@@ -189,7 +190,7 @@ def test_a_rollout_on_tritons_ops_draws_the_same_tokens(monkeypatch):
     torch.testing.assert_close(ours.logprobs, compiled.logprobs, rtol=1e-4, atol=1e-4)
 
 
-def test_float16_is_served_by_ops():
+def test_float16_runs_the_op_step():
     model, rows = Model(build("Llama")().half()), random_rows(9)
     found = hidden(FusedDecoder.make(model), rows, at_once(rows))[0]
     with torch.no_grad():
@@ -197,20 +198,20 @@ def test_float16_is_served_by_ops():
     assert (found - theirs).norm() <= 0.01 * theirs.norm()
 
 
-def test_products_in_bfloat16_are_near(monkeypatch):
+def test_products_in_bfloat16_are_accurate(monkeypatch):
     model, rows = Model(MODELS["llama 8/2 heads of 128"]().bfloat16()), random_rows(20)
     decoder, found = FusedDecoder.make(model), []
-    for how in (0, 2, 1):  # widened, the instruction emulated, the instruction itself where there is one
+    for how in (0, 2, 1):  # upcast to float32; emulated instruction; the processor's instruction if it has one
         monkeypatch.setattr(linear_sample_tokens, "BF16_DOT", how)
         found.append(hidden(decoder, rows, at_once(rows))[0])
-    wide, half, given = found
-    assert not torch.equal(wide, half), "the emulation did not run"
-    assert (wide - half).abs().max() <= 0.02 * wide.abs().max()
-    assert torch.equal(given, half) or torch.equal(given, wide), "the instruction differs from its emulation"
+    upcast, emulated, native = found
+    assert not torch.equal(upcast, emulated), "the emulation did not run"
+    assert (upcast - emulated).abs().max() <= 0.02 * upcast.abs().max()
+    assert torch.equal(native, emulated) or torch.equal(native, upcast), "the instruction differs from its emulation"
 
 
 def test_greedy_is_transformers_generate(make):
-    """Ragged prompts in one batch, each against generate() alone."""
+    """Prompts of different lengths in one batch, each against generate() alone."""
     model, batch = Model(make()), prompts(1, 7, 3, 12)
     rollout = Rollout(model, sampling(temperature=0.0), path="fused")
     assert rollout.generate(batch).response_ids() == [greedy(model.module, tokens) for tokens in batch.tokens]
@@ -230,31 +231,30 @@ def test_torchs_default_dtype_does_not_matter(dtype):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}, {"min_new_tokens": 3}], ids=["plain", "top-p", "ban"])
-def test_samples_are_bit_equal_whatever_the_batch(filters):
-    """Batch 1, 7 and 64, shuffled prompts, refilled slots, kept arena, other budget: the same tokens and numbers."""
+def test_samples_do_not_depend_on_the_batch(filters):
+    """Bit for bit: batch 1, 7 and 64, shuffled prompts, refilled slots, a kept cache."""
     model, batch = Model(MODELS["qwen3 4/2 heads of 80"]()), prompts(*range(1, 18))
     settings = sampling(**filters)
     base = Rollout(model, settings, 3, path="fused").generate(batch, samples=4)
     fields = ("logprobs", "raw_logprobs", "kept_logprobs", "entropy", "lengths", "reasons", "tokens")
     shuffled = torch.randperm(17).tolist()
     for size, keep in [(1, False), (7, True), (64, False)]:
-        rollout = Rollout(model, replace(settings, batch=size), 3, path="fused", keep_arena=keep)
+        rollout = Rollout(model, replace(settings, batch=size), 3, path="fused", keep_cache=keep)
         for _ in range(1 + keep):
             again = rollout.generate(batch, samples=4)
             for name in fields:
                 assert torch.equal(getattr(again, name), getattr(base, name)), f"{name} at batch {size}"
     mixed = Rollout(model, settings, 3, path="fused").generate(batch.take(shuffled), samples=4)
-    places = [4 * shuffled.index(i) + k for i in range(17) for k in range(4)]
-    width = base.mask.shape[1]
-    assert torch.equal(mixed.logprobs[places][:, :width], base.logprobs)
-    assert [mixed.response_ids()[place] for place in places] == base.response_ids()
+    rows = [4 * shuffled.index(i) + k for i in range(17) for k in range(4)]
+    assert torch.equal(mixed.logprobs[rows][:, : base.mask.shape[1]], base.logprobs)
+    assert [mixed.response_ids()[row] for row in rows] == base.response_ids()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama 8/2 heads of 128", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapters_count_without_rounding(name, dtype):
-    """A LoRA's product is added in float32, for the time of the rollout; its reference does without."""
+def test_adapters_are_added_in_float32(name, dtype):
+    """A LoRA's product is added in float32, and freed after the rollout; the reference model has none."""
     pytest.importorskip("peft")
     from rlhf_fast.model import lora
 
@@ -273,12 +273,14 @@ def test_adapters_count_without_rounding(name, dtype):
         theirs = exact.hidden(torch.tensor([row]))[0]
         error, change = (ours - theirs).norm() / theirs.norm(), (without - theirs).norm() / theirs.norm()
         assert error <= (1e-5 if dtype == torch.float32 else 0.02) and change > 10 * error
-    assert decoder._parts is None and decoder._step is None, "the sums of weights outlive the rollout"
+    assert decoder._weights is None and decoder._step is None, (
+        "the sums of weights are still in memory after the rollout"
+    )
     for ours, theirs in zip(hidden(FusedDecoder.make(model.reference()), rows, at_once(rows)), before, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_an_optimizers_step_and_moved_weights_are_seen():
+def test_updated_and_moved_weights_are_used():
     model, rows = Model(MODELS["llama 4/4 heads of 64"]()), random_rows(12)
     decoder = FusedDecoder.make(model)
     for change in (lambda p: p.add_(0.05 * torch.randn_like(p)), lambda p: setattr(p, "data", 1.1 * p.data)):
@@ -291,26 +293,26 @@ def test_an_optimizers_step_and_moved_weights_are_seen():
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}], ids=["plain", "top-p"])
-def test_a_rollout_holds_little_but_weights_and_cache(filters):
-    """Beyond the arena at most 5 % of the weights; with a filter also one row of logits a response."""
-    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 16384}
-    model, batch = Model(build("Llama", **wide)()), prompts(3, 30, 17, 9, 1, 12, 8, 5)
-    rollout = Rollout(model, sampling(**filters), path="fused", keep_arena=True)
+def test_peak_memory_is_little_more_than_weights_and_cache(filters):
+    """The rest is at most 5 % of the weights, and with a filter also one row of logits a response."""
+    large = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 16384}
+    model, batch = Model(build("Llama", **large)()), prompts(3, 30, 17, 9, 1, 12, 8, 5)
+    rollout = Rollout(model, sampling(**filters), path="fused", keep_cache=True)
     rollout.generate(batch)
-    arena = rollout._arena.memory.nbytes
-    rollout._arena = None
+    cache = rollout._cache.memory.nbytes
+    rollout._cache = None
     weights = sum(p.nbytes for p in model.module.parameters())
     logits = len(batch.ids) * 16384 * 4 if filters else 0
-    assert peak_bytes(lambda: rollout.generate(batch)) <= arena + logits + 0.05 * weights
+    assert peak_bytes(lambda: rollout.generate(batch)) <= cache + logits + 0.05 * weights
 
 
-def test_a_wrong_description_is_not_believed(monkeypatch):
-    """The proof at the start: a family whose table is wrong by one number is refused."""
+def test_a_wrong_family_table_is_refused(monkeypatch):
+    """verify_decoder refuses a family whose function reads one number wrong."""
     right = architectures.FAMILIES["LlamaModel"]
 
     def wrong(decoder, linear):
-        parts = right(decoder, linear)
-        return parts._replace(layers=[layer._replace(scale=layer.scale * 1.2) for layer in parts.layers])
+        weights = right(decoder, linear)
+        return weights._replace(layers=[layer._replace(scale=layer.scale * 1.2) for layer in weights.layers])
 
     monkeypatch.setitem(architectures.FAMILIES, "LlamaModel", wrong)
     with pytest.raises(Unsupported, match="hidden states over our cache are off by"):
@@ -324,8 +326,8 @@ def adapted(*targets: str) -> Model:
     return Model(lora.attach(build("Llama")(), LoraConfig(rank=2, targets=targets), "lm", 0))
 
 
-def with_parts(change):
-    """A llama changed in place after it was made."""
+def changed_llama(change):
+    """Return a function that makes a llama and changes it in place."""
 
     def make():
         module = build("Llama", attention_bias=True)()
@@ -343,7 +345,7 @@ def widen(decoder):
 
 
 def test_an_adapter_on_the_embedding_is_refused():
-    """Its weight shows the rows without the adapter; at the start, where the adapter is zero, nobody would notice."""
+    """Its weight is without the adapter. A new adapter adds 0, so that comparing hidden states would not notice."""
     with pytest.raises(Unsupported, match="its embedding is a "):
         FusedDecoder.make(adapted("q_proj", "embed_tokens"))
 
@@ -353,7 +355,7 @@ def test_weights_that_change_their_dtype_between_rollouts_are_refused():
     rollout, batch = Rollout(model, sampling(), path="fused"), prompts(3, 5)
     rollout.generate(batch)
     model.decoder.layers[0].mlp.double()
-    with pytest.raises(UserError, match="can no longer be decoded, because a weight is torch.float64"):
+    with pytest.raises(UserError, match=r"can no longer be decoded, because a weight is torch\.float64"):
         rollout.generate(batch)
 
 
@@ -362,26 +364,26 @@ def test_tokens_and_positions_out_of_range_are_refused():
     for rows, message in (([[3, V]], "a token is not one of the embedding's"), ([[-1]], "a token is not one")):
         with pytest.raises(RuntimeError, match=message):
             hidden(decoder, rows, at_once(rows))
-    arena = Arena(decoder.shapes, decoder.dtype, torch.device("cpu"), 2, 1, 2, 4)
-    arena.seat(0, arena.take(2))
+    cache = PagedKVCache(decoder.shapes, decoder.dtype, torch.device("cpu"), 2, 1, 2, 4)
+    cache.assign(0, cache.allocate(2))
     one = torch.tensor([8], dtype=torch.int32)
-    with decoder.ready(), pytest.raises(RuntimeError, match="a position is beyond the block table"):
-        decoder.hidden(arena, Packed(torch.tensor([3]), one, 0 * one, arena.block_table))
+    with decoder.session(), pytest.raises(RuntimeError, match="a position is beyond the block table"):
+        decoder.hidden(cache, TokenBatch(torch.tensor([3]), one, 0 * one, cache.block_table))
 
 
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (with_parts(widen), "its layers differ in width"),
+        (changed_llama(widen), "its layers differ in width"),
         (build("Gemma", head_dim=8), "there is no step for GemmaModel"),
         (build("Llama", hidden_act="relu"), "its activation is relu"),
     ],
 )  # fmt: skip
-def test_what_it_refuses(make, reason):
+def test_unsupported_models_are_refused(make, reason):
     with pytest.raises(Unsupported, match=reason):
         FusedDecoder.make(Model(make()))
 
 
 def test_structures_of_another_build_are_refused():
     with pytest.raises(RuntimeError, match="describe a decoder differently; install rlhf-fast again"):
-        compiled_step.kernels().decode_step(0, 1, ctypes.sizeof(compiled_step._Layer), *[0] * 13, 1)
+        compiled_step.find_kernels().decode_step(0, 1, ctypes.sizeof(compiled_step._Layer), *[0] * 13, 1)

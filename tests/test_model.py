@@ -1,4 +1,4 @@
-"""The model: our head against the module's own logits, packing, dropout, LoRA, scalar heads, saving and refusing."""
+"""The model: our head against the module's own logits, packing, dropout, LoRA, scalar heads, saving, errors."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ MODULES = {
 
 
 def demonstrations(*shapes, vocabulary=61):
-    """Rows of random tokens, each (prompt length, length)."""
+    """Return rows of random tokens, one for each (prompt length, length)."""
     tokens, lengths = pad_rows([torch.randint(3, vocabulary, (length,)).tolist() for _, length in shapes])
     return Demonstrations(tokens, torch.tensor([first for first, _ in shapes]), lengths)
 
@@ -100,7 +100,7 @@ def test_a_model_that_sees_the_future_is_refused():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2 (soft cap)"])
 def test_packed_rows_do_not_see_one_another(kind):
-    """S10: the same loss and gradient as one row at a time."""
+    """The loss and gradients are those of one row at a time."""
     model = Model(MODULES[kind]())
     batch = demonstrations((1, 9), (4, 5), (3, 12), (2, 2), (1, 3))
     packed, _ = sft_loss(model, batch, batch.units(), pack=True)
@@ -113,7 +113,7 @@ def test_packed_rows_do_not_see_one_another(kind):
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_packing_is_refused_where_positions_do_not_part_rows():
+def test_packing_is_refused_where_packed_rows_see_one_another():
     config = FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
     model, batch = Model(FalconForCausalLM(config)), demonstrations((1, 4), (1, 5))
     with pytest.raises(UserError, match="packing=false"):
@@ -124,26 +124,26 @@ def test_sft_loss_counts_completion_tokens_only():
     model, batch = Model(MODULES["llama"]()), demonstrations((3, 7), (2, 4))
     loss, _ = sft_loss(model, batch, batch.units())
     truth = model.module(input_ids=batch.tokens).logits.log_softmax(-1)
-    wanted = [truth[0, t - 1, batch.tokens[0, t]] for t in range(3, 7)]
-    wanted += [truth[1, t - 1, batch.tokens[1, t]] for t in range(2, 4)]
-    torch.testing.assert_close(loss, -torch.stack(wanted).mean(), rtol=1e-5, atol=1e-6)
+    expected = [truth[0, t - 1, batch.tokens[0, t]] for t in range(3, 7)]
+    expected += [truth[1, t - 1, batch.tokens[1, t]] for t in range(2, 4)]
+    torch.testing.assert_close(loss, -torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_dropout_is_off_but_inside_training(kind):
+def test_dropout_is_off_outside_of_train_mode(kind):
     model, batch = Model(MODULES[kind]()), demonstrations((1, 9))
-    still = model.hidden(batch.tokens)
+    expected = model.hidden(batch.tokens)
     with model.train_mode():
-        assert torch.equal(model.hidden(batch.tokens), still)
+        assert torch.equal(model.hidden(batch.tokens), expected)
     with model.train_mode(dropout=0.5):
         dropped = model.hidden(batch.tokens)
-        assert not torch.allclose(dropped, still, atol=1e-3)
+        assert not torch.allclose(dropped, expected, atol=1e-3)
         assert not torch.equal(model.hidden(batch.tokens), dropped)
-    assert torch.equal(model.hidden(batch.tokens), still) and not model.module.training
+    assert torch.equal(model.hidden(batch.tokens), expected) and not model.module.training
 
 
 def test_residual_dropout_scales_what_each_branch_adds():
-    """Kept entries are multiplied by 1 / (1 - p), about p of them are 0, and nothing else is touched."""
+    """A fraction p of the entries is 0, and the others are multiplied by 1 / (1 - p)."""
     model, seen = Model(MODULES["llama"]()), {}
     branch = model.decoder.layers[0].mlp
     branch.register_forward_hook(lambda _, __, output: seen.update(before=output.detach()))
@@ -160,13 +160,13 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, rank):
     if rank:
         pytest.importorskip("peft")
     folder, found, batch = toy.model(tmp_path / "base"), [], demonstrations((1, 6), (2, 8), vocabulary=11)
-    for saving in (False, True):
-        cfg = ModelConfig(folder, lora=LoraConfig(rank=rank), gradient_checkpointing=saving)
+    for checkpointing in (False, True):
+        cfg = ModelConfig(folder, lora=LoraConfig(rank=rank), gradient_checkpointing=checkpointing)
         model, runs = Model.load(cfg), []
         model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
-        with model.train_mode():  # a layer is entered again for the backward pass
+        with model.train_mode():  # with checkpointing a layer runs again in the backward pass
             found.append(gradients(model, sft_loss(model, batch, batch.units())[0]))
-        assert len(runs) == 1 + saving
+        assert len(runs) == 1 + checkpointing
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -252,7 +252,7 @@ def test_lora_on_a_scalar_model_trains_the_score_row_too(tmp_path):
     torch.testing.assert_close(again.last_scores(tokens, lengths), scores, rtol=1e-4, atol=1e-5)
 
 
-def test_loading_says_what_is_wrong(tmp_path):
+def test_errors_of_loading(tmp_path):
     for path, words in [("", "no path"), (str(tmp_path / "nothing"), "no such folder")]:
         with pytest.raises(UserError, match=words):
             Model.load(ModelConfig(path))
@@ -266,14 +266,14 @@ def test_loading_says_what_is_wrong(tmp_path):
         Model.load(ModelConfig(folder))
 
 
-def test_spoiled_weights_are_refused(tmp_path):
+def test_weights_that_are_not_finite_are_refused():
     module = MODULES["llama"]()
     module.model.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match="NaN or infinity"):
         Model(module)
 
 
-def test_a_token_with_nothing_before_it_cannot_be_predicted():
+def test_the_first_token_of_a_row_cannot_be_predicted():
     model, batch = Model(MODULES["llama"]()), demonstrations((0, 3))
     with pytest.raises(ValueError, match="at least 1"):
         model.logprobs(*batch[:3])

@@ -1,10 +1,12 @@
-"""Rollouts on every path: greedy decoding, log-probabilities against one forward pass, ends, seeds, company."""
+"""Rollouts on every path: greedy decoding, log-probabilities against one forward pass, stop criteria, seeds, texts."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import toy
 from architectures import END, SERVED, V, build, greedy, llama, prompts, sampling
 
 from rlhf_fast import batches
@@ -13,7 +15,7 @@ from rlhf_fast.config.fields import BadSetting, ModelConfig, SamplingConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.rollout.stop_criteria import Stops
+from rlhf_fast.rollout.stop_criteria import StopCriteria
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 STORIES = DATA / "models" / "stories260K"
@@ -22,8 +24,8 @@ SMOLLM2 = os.environ.get("RLHF_FAST_SMOLLM2", "")
 PATHS = ["fused", "attention", "transformers"]
 FUSED = ["llama", "gpt2", "mistral, sliding window", "qwen2", "qwen3"]
 FAMILIES = [*FUSED, "gemma2, soft caps", "cohere"]
-NEAR = 4e-5
-"""Nats, in float32: models as sharp as these (weights of 0.3) round by up to 2e-5; a trained one stays within 1e-5."""
+TOLERANCE = 4e-5
+"""Nats, in float32: these models have large weights (0.3) and round by up to 2e-5; a trained one stays within 1e-5."""
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -34,26 +36,26 @@ def path(request):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_transformers_generate(name):
-    """Ragged prompts in one batch, each against generate() alone, over transformers' own cache; test_attention_path.py
-    has the other path."""
+    """Prompts of different lengths in one batch, each against generate() alone, over transformers' own cache. The other
+    paths are in test_fused.py and test_attention_path.py."""
     model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12)
     found = Rollout(model, sampling(temperature=0.0), path="transformers").generate(batch).response_ids()
     assert found == [greedy(model.module, tokens) for tokens in batch.tokens]
 
 
 def padded_greedy(module, batch: Prompts, count: int) -> list[list[int]]:
-    """transformers' own answers to one batch that is padded on the left, without what follows the end tokens."""
+    """Return transformers' own responses to a batch that is padded on the left, up to their end tokens."""
     width = max(map(len, batch.tokens))
     ids = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in batch.tokens])
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch.tokens])
     ends = module.generation_config.eos_token_id
-    said = module.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)[:, width:]
-    return [row[: row.index(ends) + 1] if ends in row else row for row in said.tolist()]
+    rows = module.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)[:, width:]
+    return [row[: row.index(ends) + 1] if ends in row else row for row in rows.tolist()]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_that_of_a_batch_padded_on_the_left(name):
-    """Ragged prompts in float32, on the fastest path that serves the family."""
+    """Prompts of different lengths in float32, on the fastest path that serves the family."""
     model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12, 5)
     rollout = Rollout(model, sampling(temperature=0.0), path="fused" if name in FUSED else "attention")
     assert rollout.generate(batch).response_ids() == padded_greedy(model.module, batch, 12)
@@ -64,16 +66,16 @@ def test_greedy_smollm2_is_transformers_generate():
     """A real model in float32, each prompt against generate() alone and the batch against one padded on the left."""
     model = Model.load(ModelConfig(SMOLLM2))
     texts = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was a small", "2, 4, 6,"]
-    batch = Prompts(list(range(4)), [model.tokenizer(text).input_ids for text in texts], texts)
+    batch = Prompts.from_texts(model.tokenizer, texts)
     rollout = Rollout(model, sampling(temperature=0.0, max_new_tokens=24))
-    found = rollout.generate(batch).response_ids()
+    found = rollout.generate(texts).response_ids()
     assert rollout.path == "fused"
     assert found == [greedy(model.module, tokens, 24) for tokens in batch.tokens]
     assert found == padded_greedy(model.module, batch, 24)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES}")
-def test_greedy_story_is_the_authors(path):
+def test_greedy_story_is_that_of_the_models_author(path):
     model = Model.load(ModelConfig(str(STORIES)))
     golden = (STORIES / "golden_greedy.txt").read_text()
     story = Prompts([0], [[model.tokenizer.bos_token_id]], [""])
@@ -88,14 +90,14 @@ def test_greedy_story_is_the_authors(path):
 )
 @torch.no_grad()
 def test_logprobs_are_those_of_one_forward_pass(name, path):
-    """The first PPO step's ratio is 1 (W, L10): sampled in company, compared to the training forward."""
+    """The ratio of the first PPO step is 1: sampled in a batch, compared with the training forward."""
     model = Model(SERVED[name]())
     responses = Rollout(model, sampling(temperature=0.7, top_k=20), path=path).generate(prompts(1, 7, 3, 12), samples=3)
     for temperature, theirs in [(0.7, responses.logprobs), (1.0, responses.raw_logprobs)]:
         ours, entropy = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths, temperature)
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=NEAR)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=TOLERANCE)
         if temperature == 0.7:
-            torch.testing.assert_close(responses.entropy, entropy, rtol=0, atol=NEAR)
+            torch.testing.assert_close(responses.entropy, entropy, rtol=0, atol=TOLERANCE)
     assert (responses.kept_logprobs >= responses.logprobs - 1e-6).all()
     assert (responses.logprobs[~responses.mask] == 0).all() and (responses.logprobs[responses.mask] < 0).all()
 
@@ -112,7 +114,7 @@ def test_a_trained_models_logprobs_are_those_of_one_forward_pass(path):
 
 @torch.no_grad()
 def test_bfloat16_logprobs_are_near_one_forward_pass(path):
-    """Their head is float32 from the accumulator on: the rest is rounding inside the layers, a few 1e-2 nats."""
+    """The head is float32 from the accumulator on, so only the layers round, by a few 1e-2 nats."""
     model = Model(SERVED["llama"]().bfloat16())
     responses = Rollout(model, sampling(), path=path).generate(prompts(1, 7, 3, 12), samples=8)
     ours, _ = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths)
@@ -121,11 +123,11 @@ def test_bfloat16_logprobs_are_near_one_forward_pass(path):
     assert responses.logprobs.dtype == torch.float32
 
 
-def test_a_sample_does_not_depend_on_its_company(path):
-    """Batch sizes, refills and orders: the same tokens; log-probabilities too, on the fused path, elsewhere within what
-    the products round."""
+def test_a_sample_does_not_depend_on_its_batch(path):
+    """Batch sizes, refills and orders give the same tokens. Log-probabilities are the same on the fused path, and agree
+    up to rounding on the others."""
     model, batch = llama(), prompts(2, 9, 5, 3, 6, 11, 4)
-    near = {"rtol": 0, "atol": 0} if path == "fused" else {"rtol": 0, "atol": NEAR}
+    near = {"rtol": 0, "atol": 0} if path == "fused" else {"rtol": 0, "atol": TOLERANCE}
     whole = Rollout(model, sampling(batch=64), seed=5, path=path).generate(batch, samples=2)
     rows = whole.response_ids()
     for size in (1, 3, 7):
@@ -140,13 +142,13 @@ def test_a_sample_does_not_depend_on_its_company(path):
     torch.testing.assert_close(shuffled.logprobs, whole.logprobs[index], **near)
 
 
-def test_paths_draw_the_same():
+def test_all_paths_sample_the_same_tokens():
     model, batch = llama(), prompts(2, 9, 5, 3)
     found = [Rollout(model, sampling(), seed=5, path=path).generate(batch, samples=2) for path in PATHS]
     assert all(other.response_ids() == found[0].response_ids() for other in found)
 
 
-def test_seed_step_and_uid_make_the_noise(path):
+def test_the_noise_depends_on_seed_step_and_uid(path):
     model, batch = llama(eos_token_id=None), prompts(4, 4)
     rows = Rollout(model, sampling(), seed=1, path=path).generate(batch, samples=2).response_ids()
     assert len({tuple(row) for row in rows}) == 4
@@ -161,7 +163,7 @@ def test_seed_step_and_uid_make_the_noise(path):
 
 
 def always(token: int, **config) -> Model:
-    """A model that says `token` whatever it reads."""
+    """Return a model that samples `token` after any text."""
     model = llama(**config)
     with torch.no_grad():
         model.module.lm_head.weight.zero_()
@@ -171,8 +173,8 @@ def always(token: int, **config) -> Model:
     return model
 
 
-def test_ends(path):
-    """An end token in the prompt, several end tokens, one that is the padding token too; none is forced at the end."""
+def test_end_tokens(path):
+    """An end token in the prompt, several end tokens, one that is the padding token too; none is added at the limit."""
     batch = prompts(3, 5)
     batch.tokens[0][1] = END
     over = Rollout(always(END), sampling(), path=path).generate(batch)
@@ -189,14 +191,14 @@ def test_ends(path):
     assert Rollout(padding, sampling(), path=path).generate(batch).response_ids() == [[END], [END]]
 
 
-def test_end_token_at_the_last_allowed_place_counts(path):
+def test_an_end_token_as_the_last_allowed_token_counts(path):
     late = Rollout(always(END), sampling(min_new_tokens=2, max_new_tokens=3), path=path).generate(prompts(3))
     response = late.response_ids()[0]
     assert response[2] == END and END not in response[:2] and late.reasons.tolist() == [batches.END]
 
 
 def test_min_new_tokens_leaves_the_reported_logprobs_alone(path):
-    """The trainer's forward knows of no ban, so neither may the log-probabilities; the kept ones do."""
+    """The trainer's forward has no ban, so the log-probabilities have none either; only the kept ones do."""
     model = always(END)
     with torch.no_grad():
         model.module.lm_head.bias.zero_()
@@ -208,7 +210,7 @@ def test_min_new_tokens_leaves_the_reported_logprobs_alone(path):
 
 
 def test_min_new_tokens_is_each_rows_own(path):
-    """Two places, rows that start at different times: the ban is on a row's first four tokens, whoever is beside."""
+    """Two slots, and rows that start at different times: only the first four tokens of each row are banned."""
     model = always(END)
     with torch.no_grad():
         model.module.lm_head.bias[END] = 3.0
@@ -221,7 +223,7 @@ def test_min_new_tokens_is_each_rows_own(path):
 
 
 class Letters:
-    """A tokenizer whose token i is one letter."""
+    """A tokenizer whose tokens are single letters."""
 
     eos_token_id = END
 
@@ -241,51 +243,89 @@ def test_stop_text_ends_a_response_and_stays_in_it(path):
 
 
 def test_stop_texts_are_looked_for_in_each_row_alone():
-    """Rows that come and go; a text over several tokens; an end token before a stop text, and both at once."""
+    """Rows that start and finish; a text over several tokens; an end token before a stop text, and both at once."""
     model = llama()
     model.tokenizer = Letters()
-    stops = Stops(model, sampling(stop=("xyz", "cd"), max_new_tokens=6))
-    stops.begin(3)
-    said = {0: [23, 24, 25], 1: [2, 3], 2: [25, 24, 23, 24, 25]}  # xyz; c is the end token; zyxyz
+    criteria = StopCriteria(model, sampling(stop=("xyz", "cd"), max_new_tokens=6))
+    criteria.reset(3)
+    generated = {0: [23, 24, 25], 1: [2, 3], 2: [25, 24, 23, 24, 25]}  # xyz; c is the end token; zyxyz
     ends = {}
-    for slot in range(5):
-        rows = [row for row in said if row not in ends]
+    for step in range(5):
+        rows = [row for row in generated if row not in ends]
         if not rows:
             break
-        tokens, rows = (torch.tensor(x).numpy() for x in ([said[row][slot] for row in rows], rows))
-        over = stops(tokens, rows, torch.full((len(rows),), slot + 1).numpy())
-        if over is not None:
-            ends |= {
-                row: (slot + 1, why) for row, gone, why in zip(rows.tolist(), *map(list, over), strict=True) if gone
-            }
+        tokens = np.array([generated[row][step] for row in rows])
+        stop = criteria(tokens, np.array(rows), np.full(len(rows), step + 1))
+        if stop is not None:
+            ends |= {row: (step + 1, reason) for row, finished, reason in zip(rows, *stop, strict=True) if finished}
     assert ends == {0: (3, STOP), 1: (1, batches.END), 2: (5, STOP)}
 
 
 @pytest.mark.parametrize("stop", ["yz", "xyz", "wxyz", "vwxyz"])
 def test_a_stop_text_completed_before_min_new_tokens_is_no_stop(stop):
-    """However long it is, later tokens do not end the row for it; they do once they complete it anew."""
+    """Later tokens end the row only if they complete the stop text again."""
     model = llama()
     model.tokenizer = Letters()
-    for least, over_at in [(5, 5), (6, 11), (9, 11), (11, 11), (12, None)]:
-        stops = Stops(model, sampling(stop=(stop,), min_new_tokens=least, max_new_tokens=20))
-        stops.begin(1)
+    for min_new_tokens, end in [(5, 5), (6, 11), (9, 11), (11, 11), (12, None)]:
+        criteria = StopCriteria(model, sampling(stop=(stop,), min_new_tokens=min_new_tokens, max_new_tokens=20))
+        criteria.reset(1)
         ends = []
-        for size, token in enumerate([21, 22, 23, 24, 25, 0, 21, 22, 23, 24, 25, 0, 1, 1], start=1):  # vwxyzavwxyzabb
-            over = stops(*(torch.tensor([x]).numpy() for x in (token, 0, size)))
-            if over is not None:
-                ends.append((size, int(over[1][0])))
-        assert ends[:1] == ([] if over_at is None else [(over_at, STOP)])
+        for length, token in enumerate([21, 22, 23, 24, 25, 0, 21, 22, 23, 24, 25, 0, 1, 1], start=1):  # vwxyzavwxyzabb
+            result = criteria(np.array([token]), np.array([0]), np.array([length]))
+            if result is not None:
+                ends.append((length, int(result[1][0])))
+        assert ends[:1] == ([] if end is None else [(end, STOP)])
 
 
-def test_progress_is_told(path):
-    told = []
+def test_progress_is_called_after_each_step(path):
+    steps = []
     rollout = Rollout(llama(), sampling(batch=3), path=path)
-    found = rollout.generate(prompts(2, 9, 5, 3), samples=2, progress=lambda *step: told.append(step))
-    tokens, ended = (sum(part) for part in zip(*told, strict=True))
-    assert tokens == int(found.mask.sum()) and ended == 8 and max(step[0] for step in told) <= 3
+    found = rollout.generate(prompts(2, 9, 5, 3), samples=2, progress=lambda *step: steps.append(step))
+    tokens, finished = (sum(part) for part in zip(*steps, strict=True))
+    assert tokens == int(found.mask.sum()) and finished == 8 and max(step[0] for step in steps) <= 3
 
 
-def test_weights_are_read_in_place_and_the_mode_is_kept(path):
+@pytest.fixture(scope="module")
+def toy_model(tmp_path_factory) -> Model:
+    return Model.load(ModelConfig(toy.model(tmp_path_factory.mktemp("toy"))))
+
+
+def test_prompts_may_be_texts(toy_model):
+    """They are encoded as the tokenizer does it by default, with uids 0, 1, ..."""
+    tokenizer, texts = toy_model.tokenizer, ["a b c", "d"]
+    batch = Prompts.from_texts(tokenizer, texts)
+    assert batch == Prompts([0, 1], tokenizer(texts)["input_ids"], texts)
+    rollout = Rollout(toy_model, sampling(), seed=3)
+    found, expected = rollout.generate(texts, samples=2), rollout.generate(batch, samples=2)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert rollout.generate(tuple(texts)).uids.tolist() == [0, 1]
+    assert rollout.generate([]).response_ids() == []
+
+
+def test_responses_as_texts_have_no_special_tokens(toy_model):
+    tokenizer = toy_model.tokenizer
+    tokens, lengths = batches.pad_rows([[3, 4, 5, tokenizer.eos_token_id], [3, 6]])
+    prompt_lengths = torch.tensor([1, 1])
+    mask = batches.response_mask(prompt_lengths, lengths)
+    zeros = torch.zeros(mask.shape)
+    found = batches.Responses(
+        tokens, prompt_lengths, lengths, mask, zeros, zeros, zeros, zeros,
+        reasons=torch.zeros(2, dtype=torch.uint8), uids=torch.arange(2),
+    )  # fmt: skip
+    assert found.texts(tokenizer) == [tokenizer.decode([4, 5]), tokenizer.decode([6])]
+
+
+def test_texts_without_a_tokenizer_are_an_error():
+    with pytest.raises(UserError, match="LlamaForCausalLM has no tokenizer, which prompts given as texts need; give"):
+        Rollout(llama(), sampling()).generate(["a b"])
+
+
+def test_one_text_is_not_a_list_of_texts(toy_model):
+    with pytest.raises(UserError, match="prompts is one text; give a list of texts"):
+        Rollout(toy_model, sampling()).generate("a b")
+
+
+def test_updated_weights_are_used_and_the_training_mode_is_kept(path):
     model, batch = llama(eos_token_id=None), prompts(4)
     rollout = Rollout(model, sampling(temperature=0.0), path=path)
     model.module.train()
@@ -299,23 +339,23 @@ def test_weights_are_read_in_place_and_the_mode_is_kept(path):
     assert after.response_ids() != before
     with torch.no_grad():
         ours, _ = model.logprobs(after.tokens, after.prompt_lengths, after.lengths)
-    torch.testing.assert_close(after.raw_logprobs, ours, rtol=0, atol=NEAR)
+    torch.testing.assert_close(after.raw_logprobs, ours, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
 def test_a_model_may_be_converted_between_rollouts(path):
     model, batch = llama(eos_token_id=None), prompts(3, 7)
-    rollout = Rollout(model, sampling(temperature=0.0), path=path, keep_arena=True)
+    rollout = Rollout(model, sampling(temperature=0.0), path=path, keep_cache=True)
     rollout.generate(batch)
     for dtype in (torch.bfloat16, torch.float32):
         model.module.to(dtype)
         found = rollout.generate(batch)
         ours, _ = model.logprobs(found.tokens, found.prompt_lengths, found.lengths)
-        near = NEAR if dtype == torch.float32 else 0.5
+        near = TOLERANCE if dtype == torch.float32 else 0.5
         torch.testing.assert_close(found.raw_logprobs, ours, rtol=0, atol=near)
 
 
-def test_what_cannot_be_sampled_is_said():
+def test_prompts_that_cannot_be_sampled_are_an_error():
     with pytest.raises(UserError, match="prompt 102: has no tokens"):
         Rollout(llama(), sampling()).generate(prompts(2, 3, 0))
     with pytest.raises(UserError, match="prompt 100: 60 tokens and max_new_tokens 12 are more than the model's 64"):
@@ -354,12 +394,12 @@ def test_what_cannot_be_sampled_is_said():
     ],
 )
 def test_settings_out_of_range(setting, rule):
-    with pytest.raises(BadSetting) as told:
+    with pytest.raises(BadSetting) as error:
         sampling(**setting)
-    assert rule.removeprefix("sampling.") in str(told.value)
+    assert rule.removeprefix("sampling.") in str(error.value)
 
 
-def test_a_model_gone_astray_is_said(path):
+def test_logits_that_are_not_finite_are_an_error(path):
     model = llama()
     rollout = Rollout(model, sampling(), path=path)
     assert rollout.path == path
@@ -369,8 +409,8 @@ def test_a_model_gone_astray_is_said(path):
         rollout.generate(prompts(3, 4))
 
 
-def test_a_ban_of_every_token_is_said():
-    """The weights are not to blame."""
+def test_a_ban_of_every_token_is_an_error():
+    """The error is about the setting, not about the weights."""
     for config in ({"vocab_size": 1, "eos_token_id": 0, "bos_token_id": 0}, {"eos_token_id": list(range(V))}):
         model = llama(**config)
         size = len(model.head_weight)
@@ -390,7 +430,7 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-BY_LENGTH = {
+LENGTH_DEPENDENT = {
     "longrope": build("Phi3", rope_parameters=LONGROPE, original_max_position_embeddings=16),
     "dynamic": build("Llama", rope_parameters=DYNAMIC),
     "dynamic in some layers": build(
@@ -400,15 +440,15 @@ BY_LENGTH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", BY_LENGTH.values(), ids=BY_LENGTH)
+@pytest.mark.parametrize("make", LENGTH_DEPENDENT.values(), ids=LENGTH_DEPENDENT)
 @torch.no_grad()
-def test_a_rotation_by_length_is_served_up_to_where_it_switches(make, caplog, monkeypatch):
-    """A text of 40 tokens goes first, so that whatever the module remembers of it would show."""
-    monkeypatch.setattr("rlhf_fast.rollout.choose._told", set())
+def test_length_dependent_rope_is_served_up_to_its_original_length(make, caplog, monkeypatch):
+    """A text of 40 tokens goes first: state that the module keeps of it would change the samples."""
+    monkeypatch.setattr("rlhf_fast.rollout.choose._warned", set())
     model, batch = Model(make()), prompts(4, 1, 3)
     model.hidden(torch.randint(3, V, (1, 40)))
     for path in ("fused", "attention"):
-        with pytest.raises(UserError, match="because its rotation .* depends on the length"):
+        with pytest.raises(UserError, match=r"because its rotation .* depends on the length"):
             Rollout(model, sampling(), path=path).generate(batch)
     rollout = Rollout(model, sampling())
     found = rollout.generate(batch, samples=2)
@@ -416,15 +456,15 @@ def test_a_rotation_by_length_is_served_up_to_where_it_switches(make, caplog, mo
     for row in range(6):
         alone = [part[row : row + 1] for part in (found.tokens, found.prompt_lengths, found.lengths)]
         ours, _ = model.logprobs(*alone)
-        torch.testing.assert_close(found.logprobs[row, : ours.shape[1]], ours[0], rtol=0, atol=NEAR)
+        torch.testing.assert_close(found.logprobs[row, : ours.shape[1]], ours[0], rtol=0, atol=TOLERANCE)
     for path in ("auto", "transformers"):
-        with pytest.raises(UserError, match="prompt 101: 5 tokens and max_new_tokens 12 .* original 16 positions"):
+        with pytest.raises(UserError, match=r"prompt 101: 5 tokens and max_new_tokens 12 .* original 16 positions"):
             Rollout(model, sampling(), path=path).generate(prompts(4, 5))
 
 
 @torch.no_grad()
-def test_a_rotation_by_length_makes_a_token_hang_on_its_company():
-    """Why it is refused: past the original length the same tokens get other numbers."""
-    model, tokens = Model(BY_LENGTH["longrope"]()), torch.randint(3, V, (1, 17))
+def test_length_dependent_rope_makes_a_token_depend_on_its_batch():
+    """The reason to refuse it: past the original length the same tokens get other hidden states."""
+    model, tokens = Model(LENGTH_DEPENDENT["longrope"]()), torch.randint(3, V, (1, 17))
     gap = model.hidden(tokens)[:, :16] - model.hidden(tokens[:, :16])
     assert gap.abs().max() > 0.01

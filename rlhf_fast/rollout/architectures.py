@@ -1,30 +1,34 @@
-"""Where an architecture keeps the tensors of a decoding step: one short function a family.
+"""The weights of a decoder, by architecture: one short function a family says where transformers keeps them.
 
-`read(model)` gives them as they are now, without a copy. Only adapters cost memory: the weight that an active LoRA
-changes is a float32 sum of the two, so that nothing is rounded that training does not round.
+`read_weights(model)` returns the module's own tensors, without a copy. Only adapters cost memory: a weight that an
+active LoRA changes is returned as a float32 sum, because training does not round that sum either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout.decoder import Unsupported
 
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu",
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-}  # fmt: skip
-"""transformers' names of what the step computes."""
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+"""transformers' name of an activation -> the step's name of it."""
 
 
-class NormPart(NamedTuple):
+class NormWeights(NamedTuple):
     """LayerNorm if `centered`, else RMSNorm."""
 
     weight: Tensor
@@ -33,129 +37,168 @@ class NormPart(NamedTuple):
     centered: bool
 
 
-class LinearPart(NamedTuple):
-    """x weight' + bias; `transposed`: weight is (in, out), as GPT-2's Conv1D keeps it."""
+class LinearWeights(NamedTuple):
+    """x weight' + bias. If `transposed`, weight is (in, out), as in GPT-2's Conv1D."""
 
     weight: Tensor
     bias: Tensor | None
     transposed: bool
 
     @property
-    def out(self) -> int:
+    def out_features(self) -> int:
         return self.weight.shape[1 if self.transposed else 0]
 
 
-class LayerPart(NamedTuple):
-    """One block: x + out(attention(norm x)), then x + mlp(norm x)."""
+class LayerWeights(NamedTuple):
+    """One layer: x + out(attention(norm(x))), then x + mlp(norm(x))."""
 
-    before_attention: NormPart
-    before_mlp: NormPart
-    qkv: tuple[LinearPart, ...]
-    """One to three, their results side by side."""
-    out: LinearPart
-    gate: LinearPart | None
-    """None: down(act(up(x))), else down(act(gate(x)) * up(x))."""
-    up: LinearPart
-    down: LinearPart
+    attention_norm: NormWeights
+    mlp_norm: NormWeights
+    qkv: tuple[LinearWeights, ...]
+    """One to three projections, whose outputs are concatenated."""
+    out: LinearWeights
+    gate: LinearWeights | None
+    """None: the MLP is down(act(up(x))), else down(act(gate(x)) * up(x))."""
+    up: LinearWeights
+    down: LinearWeights
     scale: float
+    """Factor on the attention scores."""
     window: int = 0
-    """Positions that a token sees, its own included; 0 = all."""
-    rotates: bool = True
-    query: NormPart | None = None
-    """Over each head, before the rotation; `key` likewise."""
-    key: NormPart | None = None
+    """Positions that a token sees, itself included; 0 = all."""
+    uses_rope: bool = True
+    q_norm: NormWeights | None = None
+    """Norm over each head before RoPE, as `k_norm`."""
+    k_norm: NormWeights | None = None
 
 
-class Parts(NamedTuple):
-    """A whole decoder, without its head."""
+class DecoderWeights(NamedTuple):
+    """A decoder without its head."""
 
-    layers: list[LayerPart]
-    last: NormPart
+    layers: list[LayerWeights]
+    final_norm: NormWeights
     embedding: Tensor
-    positions: Tensor | None
+    position_embedding: Tensor | None
     """Learned positions (T, D)."""
     rotary: nn.Module | None
-    """transformers' own: (x, positions) -> cos, sin."""
-    heads: int
-    kv_heads: int
+    """transformers' own module: (x, positions) -> cos, sin."""
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     activation: str
-    interleaved: bool = False
-    """The row of qkv is (q, k, v) of head 0, of head 1, ...; else all q, then all k, then all v."""
-    parallel: bool = False
-    """Attention and MLP read the same input, and both are added to it."""
+    interleaved_qkv: bool = False
+    """A row of qkv holds (q, k, v) of head 0, then of head 1, ...; else all q, then all k, then all v."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same input, and both outputs are added to it."""
 
 
-def read(model: Model) -> Parts:
-    """The tensors of `model`, or Unsupported."""
+class RopeTable(NamedTuple):
+    """cos and sin of the RoPE angles, (positions, r / 2) float32, where r dimensions of each head are rotated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+ReadLinear = Callable[[Any], LinearWeights]
+
+
+def read_weights(model: Model) -> DecoderWeights:
+    """Return the weights of `model`. Unsupported if its architecture or their layout is not known."""
     decoder = model.decoder
     family = FAMILIES.get(type(decoder).__name__)
     if family is None or not type(decoder).__module__.startswith("transformers.models."):
         raise Unsupported(f"there is no step for {type(decoder).__name__}")
-    parts = family(decoder, _reader(model.adapter_enabled))
-    _check(parts, model.head_weight)
-    return parts
+    weights = family(decoder, _linear_reader(model.adapter_enabled))
+    _check_shapes(weights, model.head_weight)
+    _check_layout(weights, model.head_weight)
+    return weights
 
 
-def _check(parts: Parts, head: Tensor) -> None:
-    """What compiled code takes for granted of every tensor whose address it gets."""
-    first, d = parts.layers[0], parts.head_dim
-    widths = {"qkv": (parts.heads + 2 * parts.kv_heads) * d, "out": parts.embedding.shape[1], "up": first.up.out}
-    tables = [parts.embedding] if parts.positions is None else [parts.embedding, parts.positions]
-    norms, weights = [parts.last], list(tables)
-    for layer in parts.layers:
-        found = {"qkv": sum(part.out for part in layer.qkv), "out": layer.out.out, "up": layer.up.out}
-        if found != widths or (layer.gate is not None and layer.gate.out != widths["up"]):
-            raise Unsupported(f"its layers differ in width: {found}, not {widths}")
-        norms += [norm for norm in (layer.before_attention, layer.before_mlp, layer.query, layer.key) if norm]
-        linear = [part for part in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down) if part]
-        weights += [part.weight for part in linear] + [part.bias for part in linear if part.bias is not None]
+def rope_table(weights: DecoderWeights, num_positions: int) -> RopeTable | None:
+    """Return the RoPE table of the first positions, rounded as the module rounds it; None without RoPE."""
+    if weights.rotary is None:
+        return None
+    like = torch.empty(0, dtype=weights.embedding.dtype, device=weights.embedding.device)
+    cos, sin = weights.rotary(like, torch.arange(num_positions, device=like.device)[None])
+    half = cos.shape[-1] // 2  # transformers repeats the angles in the second half
+    return RopeTable(cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous())
+
+
+def _check_shapes(weights: DecoderWeights, head: Tensor) -> None:
+    """Raise Unsupported unless all layers have the widths of the first, and the embedding has the head's tokens."""
+    expected = {
+        "qkv": (weights.num_heads + 2 * weights.num_kv_heads) * weights.head_dim,
+        "out": weights.embedding.shape[1],
+        "up": weights.layers[0].up.out_features,
+    }
+    for layer in weights.layers:
+        found = {
+            "qkv": sum(linear.out_features for linear in layer.qkv),
+            "out": layer.out.out_features,
+            "up": layer.up.out_features,
+        }
+        if found != expected or (layer.gate is not None and layer.gate.out_features != expected["up"]):
+            raise Unsupported(f"its layers differ in width: {found}, not {expected}")
+    if len(weights.embedding) < len(head):
+        raise Unsupported(f"its head has {len(head)} tokens and its embedding {len(weights.embedding)}")
+
+
+def _check_layout(weights: DecoderWeights, head: Tensor) -> None:
+    """Check the layout that compiled code assumes: dtype, device, contiguous last dimension."""
+    embeddings = [weights.embedding]
+    if weights.position_embedding is not None:
+        embeddings.append(weights.position_embedding)
+    norms = [weights.final_norm]
+    linears: list[LinearWeights] = []
+    for layer in weights.layers:
+        norms += [norm for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if norm]
+        linears += [linear for linear in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down) if linear]
     for norm in norms:
-        weights += [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
         if norm.bias is not None and norm.bias.dtype != norm.weight.dtype:
             raise Unsupported(f"a norm's weight is {norm.weight.dtype} and its bias {norm.bias.dtype}")
-    if tables[-1].dtype != tables[0].dtype or not all(table.is_contiguous() for table in tables):
-        raise Unsupported("its embeddings have two dtypes or do not lie in rows")
-    if len(parts.embedding) < len(head):
-        raise Unsupported(f"its head has {len(head)} tokens and its embedding {len(parts.embedding)}")
-    for weight in weights:
-        if weight.dtype not in (head.dtype, torch.float32) or weight.device != head.device or weight.stride(-1) != 1:
-            raise Unsupported(f"a weight is {weight.dtype} on {weight.device}, strides {weight.stride()}")
+    if embeddings[-1].dtype != embeddings[0].dtype or not all(x.is_contiguous() for x in embeddings):
+        raise Unsupported("its embeddings have two dtypes or are not contiguous")
+    tensors = [*embeddings, *(part.weight for part in linears), *(norm.weight for norm in norms)]
+    biases = [*(part.bias for part in linears), *(norm.bias for norm in norms)]
+    for tensor in (*tensors, *(bias for bias in biases if bias is not None)):
+        if tensor.dtype not in (head.dtype, torch.float32) or tensor.device != head.device or tensor.stride(-1) != 1:
+            raise Unsupported(f"a weight is {tensor.dtype} on {tensor.device}, strides {tensor.stride()}")
 
 
-def _table(layer: nn.Module) -> Tensor:
-    """An embedding's rows; one with an adapter has others than those that its weight shows."""
-    if type(layer) is not nn.Embedding:
+def _embedding(layer: nn.Module) -> Tensor:
+    if type(layer) is not nn.Embedding:  # one with an adapter has other rows than its weight
         raise Unsupported(f"its embedding is a {type(layer).__name__}")
     return layer.weight.detach()
 
 
-def _reader(adapter: bool) -> Callable[[nn.Module], LinearPart]:
-    def linear(layer: nn.Module) -> LinearPart:
-        plain = getattr(layer, "base_layer", layer)
-        if type(plain) not in (nn.Linear, Conv1D):
-            raise Unsupported(f"it has a {type(plain).__name__} where a linear layer is expected")
-        weight = plain.weight
-        if plain is not layer and adapter:
+def _linear_reader(adapter_enabled: bool) -> ReadLinear:
+    """Return the function that reads a linear layer, with its adapter's product added if `adapter_enabled`."""
+
+    def read_linear(layer: Any) -> LinearWeights:
+        base = getattr(layer, "base_layer", layer)
+        if type(base) not in (nn.Linear, Conv1D):
+            raise Unsupported(f"it has a {type(base).__name__} where a linear layer is expected")
+        weight = base.weight
+        if base is not layer and adapter_enabled:
             delta = lora.weight_delta(layer)
             if delta is None:
                 raise Unsupported(f"its adapter {type(layer).__name__} is more than a sum of weights")
-            weight = weight if isinstance(delta, int) else weight.detach().float() + delta.float()
-        return LinearPart(weight.detach(), _data(plain.bias), isinstance(plain, Conv1D))
+            if isinstance(delta, Tensor):
+                weight = weight.detach().float() + delta.float()
+        return LinearWeights(weight.detach(), _detach(base.bias), isinstance(base, Conv1D))
 
-    return linear
+    return read_linear
 
 
-def _data(parameter: Tensor | None) -> Tensor | None:
+def _detach(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.detach()
 
 
-def _norm(layer: nn.Module) -> NormPart:
+def _norm(layer: Any) -> NormWeights:
     if isinstance(layer, nn.LayerNorm):
-        return NormPart(layer.weight.detach(), _data(layer.bias), layer.eps, centered=True)
+        return NormWeights(layer.weight.detach(), _detach(layer.bias), layer.eps, centered=True)
     if not type(layer).__name__.endswith("RMSNorm"):
         raise Unsupported(f"it has a {type(layer).__name__} where a norm is expected")
-    return NormPart(layer.weight.detach(), None, layer.variance_epsilon, centered=False)
+    return NormWeights(layer.weight.detach(), None, layer.variance_epsilon, centered=False)
 
 
 def _activation(name: str) -> str:
@@ -164,83 +207,109 @@ def _activation(name: str) -> str:
     return ACTIVATIONS[name]
 
 
-def _llama(decoder: nn.Module, linear: Callable) -> Parts:
-    """Llama, Mistral, Qwen2, Qwen3, SmolLM3."""
-    config, layers = decoder.config, []
+def _llama(decoder: Any, linear: ReadLinear) -> DecoderWeights:
+    """Read Llama, Mistral, Qwen2, Qwen3 or SmolLM3."""
+    config = decoder.config
+    model_window = config.sliding_window if type(decoder).__name__ == "MistralModel" else None
+    layers = []
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        everywhere = config.sliding_window if type(decoder).__name__ == "MistralModel" else None
-        layers.append(
-            LayerPart(
-                before_attention=_norm(layer.input_layernorm),
-                before_mlp=_norm(layer.post_attention_layernorm),
-                qkv=(linear(attention.q_proj), linear(attention.k_proj), linear(attention.v_proj)),
-                out=linear(attention.o_proj),
-                gate=linear(mlp.gate_proj),
-                up=linear(mlp.up_proj),
-                down=linear(mlp.down_proj),
-                scale=attention.scaling,
-                window=int(getattr(attention, "sliding_window", None) or everywhere or 0),
-                rotates=bool(getattr(attention, "use_rope", True)),
-                query=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-                key=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            )
+        weights = LayerWeights(
+            attention_norm=_norm(layer.input_layernorm),
+            mlp_norm=_norm(layer.post_attention_layernorm),
+            qkv=(linear(attention.q_proj), linear(attention.k_proj), linear(attention.v_proj)),
+            out=linear(attention.o_proj),
+            gate=linear(mlp.gate_proj),
+            up=linear(mlp.up_proj),
+            down=linear(mlp.down_proj),
+            scale=attention.scaling,
+            window=int(getattr(attention, "sliding_window", None) or model_window or 0),
+            uses_rope=bool(getattr(attention, "use_rope", True)),
+            q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         )
-    return Parts(
-        layers, _norm(decoder.norm), _table(decoder.embed_tokens), None, decoder.rotary_emb,
-        config.num_attention_heads, config.num_key_value_heads, decoder.layers[0].self_attn.head_dim,
-        _activation(config.hidden_act),
-    )  # fmt: skip
+        layers.append(weights)
+    return DecoderWeights(
+        layers=layers,
+        final_norm=_norm(decoder.norm),
+        embedding=_embedding(decoder.embed_tokens),
+        position_embedding=None,
+        rotary=decoder.rotary_emb,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=decoder.layers[0].self_attn.head_dim,
+        activation=_activation(config.hidden_act),
+    )
 
 
-def _gpt2(decoder: nn.Module, linear: Callable) -> Parts:
-    config, layers = decoder.config, []
+def _gpt2(decoder: Any, linear: ReadLinear) -> DecoderWeights:
+    config = decoder.config
     if config.add_cross_attention:
         raise Unsupported("it attends to an encoder")
-    for layer in decoder.h:
-        layers.append(
-            LayerPart(
-                before_attention=_norm(layer.ln_1),
-                before_mlp=_norm(layer.ln_2),
-                qkv=(linear(layer.attn.c_attn),),
-                out=linear(layer.attn.c_proj),
-                gate=None,
-                up=linear(layer.mlp.c_fc),
-                down=linear(layer.mlp.c_proj),
-                scale=layer.attn.scaling,
-                rotates=False,
-            )
+    layers = [
+        LayerWeights(
+            attention_norm=_norm(layer.ln_1),
+            mlp_norm=_norm(layer.ln_2),
+            qkv=(linear(layer.attn.c_attn),),
+            out=linear(layer.attn.c_proj),
+            gate=None,
+            up=linear(layer.mlp.c_fc),
+            down=linear(layer.mlp.c_proj),
+            scale=layer.attn.scaling,
+            uses_rope=False,
         )
-    return Parts(
-        layers, _norm(decoder.ln_f), _table(decoder.wte), _table(decoder.wpe), None,
-        config.num_attention_heads, config.num_attention_heads, config.hidden_size // config.num_attention_heads,
-        _activation(config.activation_function),
-    )  # fmt: skip
+        for layer in decoder.h
+    ]
+    return DecoderWeights(
+        layers=layers,
+        final_norm=_norm(decoder.ln_f),
+        embedding=_embedding(decoder.wte),
+        position_embedding=_embedding(decoder.wpe),
+        rotary=None,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        activation=_activation(config.activation_function),
+    )
 
 
-def _gpt_neox(decoder: nn.Module, linear: Callable) -> Parts:
-    config, layers = decoder.config, []
-    for layer in decoder.layers:
-        layers.append(
-            LayerPart(
-                before_attention=_norm(layer.input_layernorm),
-                before_mlp=_norm(layer.post_attention_layernorm),
-                qkv=(linear(layer.attention.query_key_value),),
-                out=linear(layer.attention.dense),
-                gate=None,
-                up=linear(layer.mlp.dense_h_to_4h),
-                down=linear(layer.mlp.dense_4h_to_h),
-                scale=layer.attention.scaling,
-            )
+def _gpt_neox(decoder: Any, linear: ReadLinear) -> DecoderWeights:
+    config = decoder.config
+    layers = [
+        LayerWeights(
+            attention_norm=_norm(layer.input_layernorm),
+            mlp_norm=_norm(layer.post_attention_layernorm),
+            qkv=(linear(layer.attention.query_key_value),),
+            out=linear(layer.attention.dense),
+            gate=None,
+            up=linear(layer.mlp.dense_h_to_4h),
+            down=linear(layer.mlp.dense_4h_to_h),
+            scale=layer.attention.scaling,
         )
-    return Parts(
-        layers, _norm(decoder.final_layer_norm), _table(decoder.embed_in), None, decoder.rotary_emb,
-        config.num_attention_heads, config.num_attention_heads, config.hidden_size // config.num_attention_heads,
-        _activation(config.hidden_act), interleaved=True, parallel=config.use_parallel_residual,
-    )  # fmt: skip
+        for layer in decoder.layers
+    ]
+    return DecoderWeights(
+        layers=layers,
+        final_norm=_norm(decoder.final_layer_norm),
+        embedding=_embedding(decoder.embed_in),
+        position_embedding=None,
+        rotary=decoder.rotary_emb,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        activation=_activation(config.hidden_act),
+        interleaved_qkv=True,
+        parallel_residual=config.use_parallel_residual,
+    )
 
 
-FAMILIES: dict[str, Callable[[nn.Module, Callable], Parts]] = {
-    "LlamaModel": _llama, "MistralModel": _llama, "Qwen2Model": _llama, "Qwen3Model": _llama, "SmolLM3Model": _llama,
-    "GPT2Model": _gpt2, "GPTNeoXModel": _gpt_neox,
-}  # fmt: skip
+FAMILIES: dict[str, Callable[[Any, ReadLinear], DecoderWeights]] = {
+    "LlamaModel": _llama,
+    "MistralModel": _llama,
+    "Qwen2Model": _llama,
+    "Qwen3Model": _llama,
+    "SmolLM3Model": _llama,
+    "GPT2Model": _gpt2,
+    "GPTNeoXModel": _gpt_neox,
+}
+"""Class of transformers' decoder -> the function that reads its weights."""

@@ -1,55 +1,57 @@
-"""The choice between the ways to decode: the fastest that serves a model."""
+"""The choice of a decode path: the fastest that serves a model."""
 
 from __future__ import annotations
 
 import os
 from logging import getLogger
+from typing import get_args
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.attention import AttentionDecoder
-from rlhf_fast.rollout.decoder import Decoder, Path, Unsupported
+from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.fused import FusedDecoder
-from rlhf_fast.rollout.rope_scaling import by_length
+from rlhf_fast.rollout.rope_scaling import length_dependent_rope
 
 log = getLogger("rlhf_fast")
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
-def choose(model: Model, path: Path = "auto") -> Decoder | None:
-    """The fastest decoder that serves `model`, or None: transformers' own cache. `path` insists on one, and raises
-    UserError where it cannot."""
-    if path not in Path.__args__:
-        raise UserError(f"rollout: there is no path {path!r}; there are: {', '.join(Path.__args__)}")
+def choose_decoder(model: Model, path: DecodePath = "auto") -> Decoder | None:
+    """Return the fastest decoder that serves `model`, or None for transformers' own cache. A `path` other than "auto"
+    is the only one tried; UserError if it cannot serve the model."""
+    if path not in get_args(DecodePath):
+        raise UserError(f"rollout: there is no path {path!r}; there are: {', '.join(get_args(DecodePath))}")
     for name, make in (("fused", FusedDecoder.make), ("attention", AttentionDecoder.make)):
         if path not in ("auto", name):
             continue
         try:
-            if rotation := by_length(model):
-                raise Unsupported(f"its rotation ({rotation.kind}) depends on the length of the text")
+            if rope := length_dependent_rope(model):
+                raise Unsupported(f"its rotation ({rope.kind}) depends on the length of the text")
             if path == "auto" and name == "attention":
-                _need_kernel(model.device.type)
+                _require_kernel(model.device.type)
             return make(model)
         except Unsupported as reason:
             if path == name:
                 raise UserError(f"{model.name}: path {name!r} cannot decode it, because {reason}") from reason
             if name == "attention":
-                _warn(model, str(reason))
+                _warn_fallback(model, str(reason))
     return None
 
 
-def _need_kernel(device: str) -> None:
-    """The reference of decode_attention is right, but slower than transformers' cache."""
+def _require_kernel(device: str) -> None:
+    """Raise Unsupported if decode_attention would run its reference, which is slower than transformers' cache."""
     if ops.decode_attention.chosen(device) == "reference":
         raise Unsupported(f"decode_attention has no kernel here: {ops.decode_attention.why(device)}")
 
 
-def _warn(model: Model, reason: str) -> None:
-    """Nobody falls back in silence: once a reason, or an error under RLHF_FAST_STRICT=1."""
+def _warn_fallback(model: Model, reason: str) -> None:
+    """Warn once for each reason, or raise UserError under RLHF_FAST_STRICT=1."""
     text = f"{model.name}: responses are sampled over transformers' own cache, slower, because {reason}"
     if os.environ.get("RLHF_FAST_STRICT") == "1":
         raise UserError(f"RLHF_FAST_STRICT=1 and {text}")
-    if text not in _told:
-        _told.add(text)
+    if text not in _warned:
+        _warned.add(text)
         log.warning(text)

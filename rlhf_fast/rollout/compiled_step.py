@@ -1,9 +1,10 @@
-"""A decoding step as one call of compiled code: csrc/cpu/decode_step.cpp. The structures here mirror those there."""
+"""A forward step as one call of compiled code, csrc/cpu/decode_step.cpp, whose structures are mirrored here."""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,123 +12,234 @@ from torch import Tensor
 from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._backends import COMPILED, forced_backend
 from rlhf_fast.kernels._launch import stream_or_threads
-from rlhf_fast.rollout.architectures import LinearPart, NormPart, Parts
-from rlhf_fast.rollout.decoder import Packed
-from rlhf_fast.rollout.kv_cache import Arena
+from rlhf_fast.rollout.architectures import DecoderWeights, LayerWeights, LinearWeights, NormWeights, RopeTable
+from rlhf_fast.rollout.decoder import TokenBatch
+from rlhf_fast.rollout.kv_cache import PagedKVCache
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-SERVED = (torch.float32, torch.bfloat16)
-LEAST = 1_000_000
-"""Nanoseconds of one thread from which on others are called: they wait for one another eight times a layer."""
+"""In the order of the compiled step's numbers."""
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+TOKEN_BLOCK = 64
+"""Tokens that pass through the layers together."""
+MIN_NANOSECONDS_TO_THREAD = 1_000_000
+"""A step that takes one thread less than this runs on one thread: threads wait for one another eight times a layer."""
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("is_bf16", c_int32), ("centered", c_int32),
-                ("eps", c_float), ("padding", c_float)]  # fmt: skip
+    _fields_ = [
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("is_bf16", c_int32),
+        ("centered", c_int32),
+        ("eps", c_float),
+        ("padding", c_float),
+    ]
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("out", c_int64), ("inner", c_int64), ("stride", c_int64),
-                ("is_bf16", c_int32), ("transposed", c_int32)]  # fmt: skip
+    _fields_ = [
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_int64),
+        ("inner", c_int64),
+        ("stride", c_int64),
+        ("is_bf16", c_int32),
+        ("transposed", c_int32),
+    ]
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [("before_attention", _Norm), ("before_mlp", _Norm), ("query", _Norm), ("key", _Norm),
-                ("qkv", _Matrix * 3), ("out", _Matrix), ("gate", _Matrix), ("up", _Matrix), ("down", _Matrix),
-                ("k_cache", c_void_p), ("v_cache", c_void_p), ("window", c_int64), ("rotary", c_int32),
-                ("scale", c_float)]  # fmt: skip
+    _fields_ = [
+        ("attention_norm", _Norm),
+        ("mlp_norm", _Norm),
+        ("q_norm", _Norm),
+        ("k_norm", _Norm),
+        ("qkv", _Matrix * 3),
+        ("out", _Matrix),
+        ("gate", _Matrix),
+        ("up", _Matrix),
+        ("down", _Matrix),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+        ("window", c_int64),
+        ("rotary_dim", c_int32),
+        ("scale", c_float),
+    ]
 
 
 class _Decoder(ctypes.Structure):
-    _fields_ = [*((name, c_int64) for name in "layers D F vocabulary heads kv_heads head_dim page".split()),
-                *((name, c_int64) for name in "q_at k_at v_at q_step kv_step".split()),
-                ("layer", c_void_p), ("embedding", c_void_p), ("position_embedding", c_void_p), ("cos", c_void_p),
-                ("sin", c_void_p), ("last", _Norm), ("activation", c_int32), ("parallel", c_int32),
-                ("embedding_is_bf16", c_int32), ("cache_is_bf16", c_int32)]  # fmt: skip
-
-
-def kernels(device: torch.device | None = None):
-    """The compiled module that has the step for `device` (default: the CPU), or None: none is built, or the
-    environment forces the reference."""
-    backend, kind = forced_backend(), "cpu" if device is None else device.type
-    able = [
-        name for name, module in COMPILED.items() if name.partition(":")[0] == kind and hasattr(module, "decode_step")
+    _fields_ = [
+        ("num_layers", c_int64),
+        ("hidden_size", c_int64),
+        ("mlp_size", c_int64),
+        ("vocab_size", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("page_size", c_int64),
+        # head h of q is at q_offset + h * q_stride of a row of qkv, and so on
+        ("q_offset", c_int64),
+        ("k_offset", c_int64),
+        ("v_offset", c_int64),
+        ("q_stride", c_int64),
+        ("kv_stride", c_int64),
+        ("layers", c_void_p),
+        ("embedding", c_void_p),
+        ("position_embedding", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("final_norm", _Norm),
+        ("activation", c_int32),
+        ("parallel_residual", c_int32),
+        ("embedding_is_bf16", c_int32),
+        ("cache_is_bf16", c_int32),
     ]
-    able = [name for name in able if backend in (None, name)]
+
+
+def find_kernels(device: torch.device | None = None) -> Any:
+    """Return the compiled module that has the step for `device` (default: the CPU). None if none is built, or if the
+    reference is forced."""
+    forced, device_type = forced_backend(), "cpu" if device is None else device.type
+    able = [
+        name
+        for name, module in COMPILED.items()
+        if name.partition(":")[0] == device_type and hasattr(module, "decode_step") and forced in (None, name)
+    ]
     return COMPILED[able[-1]] if able else None
 
 
 class CompiledStep:
-    """The layers over one arena. Holds every tensor whose address it has handed out."""
+    """The forward step over one cache. It keeps a reference to every tensor whose address it stores."""
 
-    def __init__(self, parts: Parts, arena: Arena, cos: Tensor | None, sin: Tensor | None):
-        self.kernels, self.parts, self.arena = kernels(arena.memory.device), parts, arena
-        self.kept = [cos, sin]
+    def __init__(self, kernels: Any, weights: DecoderWeights, cache: PagedKVCache, rope: RopeTable | None):
+        self.kernels = kernels
+        self.cache = cache
+        self.hidden_size = weights.embedding.shape[1]
         self.workspace = torch.empty(0, dtype=torch.uint8, device="cpu")
-        layers = (_Layer * len(parts.layers))()
-        half = 0 if cos is None else cos.shape[1]
-        for i, (into, part) in enumerate(zip(layers, parts.layers, strict=True)):
-            into.before_attention, into.before_mlp = self._norm(part.before_attention), self._norm(part.before_mlp)
-            into.query, into.key = self._norm(part.query), self._norm(part.key)
-            for j, matrix in enumerate(part.qkv):
-                into.qkv[j] = self._matrix(matrix)
-            into.out, into.gate = self._matrix(part.out), self._matrix(part.gate)
-            into.up, into.down = self._matrix(part.up), self._matrix(part.down)
-            into.k_cache, into.v_cache = arena.k[i].data_ptr(), arena.v[i].data_ptr()
-            into.window, into.scale, into.rotary = part.window, part.scale, 2 * half if part.rotates else 0
-        self.layers = layers
-        q, kv, d = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim, parts.head_dim
-        places = (0, d, 2 * d, 3 * d, 3 * d) if parts.interleaved else (0, q, q + kv, d, d)
-        self.width = parts.embedding.shape[1]
+        self._workspace_bytes: dict[tuple[int, ...], int] = {}
+        self._kept: list[Tensor] = []
+        rotary_dim = 0 if rope is None else 2 * rope.cos.shape[1]
+        self.layers = (_Layer * len(weights.layers))()
+        for i, layer in enumerate(weights.layers):
+            self._fill_layer(self.layers[i], layer, cache.k[i], cache.v[i], rotary_dim if layer.uses_rope else 0)
+        d = weights.head_dim
+        q_size, kv_size = weights.num_heads * d, weights.num_kv_heads * d
         self.decoder = _Decoder(
-            len(layers), self.width, parts.layers[0].up.out, len(parts.embedding),
-            parts.heads, parts.kv_heads, d, arena.page, *places, ctypes.addressof(layers),
-            self._address(parts.embedding), self._address(parts.positions), self._address(cos), self._address(sin),
-            self._norm(parts.last), ACTIVATIONS.index(parts.activation), parts.parallel,
-            parts.embedding.dtype == torch.bfloat16, arena.dtype == torch.bfloat16,
-        )  # fmt: skip
+            num_layers=len(weights.layers),
+            hidden_size=self.hidden_size,
+            mlp_size=weights.layers[0].up.out_features,
+            vocab_size=len(weights.embedding),
+            num_heads=weights.num_heads,
+            num_kv_heads=weights.num_kv_heads,
+            head_dim=d,
+            page_size=cache.page_size,
+            q_offset=0,
+            k_offset=d if weights.interleaved_qkv else q_size,
+            v_offset=2 * d if weights.interleaved_qkv else q_size + kv_size,
+            q_stride=3 * d if weights.interleaved_qkv else d,
+            kv_stride=3 * d if weights.interleaved_qkv else d,
+            layers=ctypes.addressof(self.layers),
+            embedding=self._data_ptr(weights.embedding),
+            position_embedding=self._data_ptr(weights.position_embedding),
+            cos=None if rope is None else self._data_ptr(rope.cos),
+            sin=None if rope is None else self._data_ptr(rope.sin),
+            final_norm=self._norm(weights.final_norm),
+            activation=ACTIVATIONS.index(weights.activation),
+            parallel_residual=weights.parallel_residual,
+            embedding_is_bf16=weights.embedding.dtype == torch.bfloat16,
+            cache_is_bf16=cache.dtype == torch.bfloat16,
+        )
 
-    def __call__(self, packed: Packed) -> Tensor:
-        """(n, D) float32"""
-        count = len(packed.tokens)
-        wanted = torch.arange(count, device="cpu") if packed.wanted is None else packed.wanted
-        hidden = torch.empty(len(wanted), self.width, dtype=torch.float32, device="cpu")  # whatever the defaults are
-        self._make_room(min(count, 64), packed)
-        self._run(packed, count, wanted, hidden, self.workspace.data_ptr(), 0)
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        """Return the hidden states (n, D) float32."""
+        indices = batch.logits_indices
+        if indices is None:
+            indices = torch.arange(len(batch.tokens), device="cpu")
+        # dtype and device are given, whatever torch's defaults are
+        hidden = torch.empty(len(indices), self.hidden_size, dtype=torch.float32, device="cpu")
+        self._reserve_workspace(batch)
+        self._run(batch, len(batch.tokens), indices, hidden, self.workspace.data_ptr(), 0)
         return hidden
 
-    def _make_room(self, rows: int, packed: Packed) -> None:
-        needed = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._run(packed, rows, packed.tokens, packed.tokens, 0, needed.data_ptr())
-        if int(needed) > len(self.workspace):
-            self.workspace = torch.empty(int(needed), dtype=torch.uint8, device="cpu")
+    def _reserve_workspace(self, batch: TokenBatch) -> None:
+        """Make the workspace large enough for the batch. Its size is queried once for each key."""
+        rows = min(len(batch.tokens), TOKEN_BLOCK)
+        key = (rows, torch.get_num_threads(), linear_sample_tokens.BF16_DOT)
+        if key not in self._workspace_bytes:
+            required = torch.zeros(1, dtype=torch.int64, device="cpu")
+            self._run(batch, rows, batch.tokens, batch.tokens, 0, required.data_ptr())
+            self._workspace_bytes[key] = int(required)
+        if self._workspace_bytes[key] > len(self.workspace):
+            self.workspace = torch.empty(self._workspace_bytes[key], dtype=torch.uint8, device="cpu")
 
-    def _run(self, packed: Packed, count: int, wanted: Tensor, hidden: Tensor, workspace: int, needed: int) -> None:
+    def _run(
+        self, batch: TokenBatch, num_tokens: int, indices: Tensor, hidden: Tensor, workspace: int, required: int
+    ) -> None:
+        """Run the step. If the address `workspace` is 0, only write the workspace's bytes to address `required`."""
         self.kernels.decode_step(
-            ctypes.addressof(self.decoder), ctypes.sizeof(_Decoder), ctypes.sizeof(_Layer), packed.tokens.data_ptr(),
-            packed.positions.data_ptr(), packed.slots.data_ptr(), count, packed.block_table.data_ptr(),
-            packed.block_table.shape[1], wanted.data_ptr(), len(wanted), hidden.data_ptr(),
-            linear_sample_tokens.BF16_DOT, LEAST, workspace, needed, stream_or_threads(hidden),
-        )  # fmt: skip
+            ctypes.addressof(self.decoder),
+            ctypes.sizeof(_Decoder),
+            ctypes.sizeof(_Layer),
+            batch.tokens.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.slots.data_ptr(),
+            num_tokens,
+            batch.block_table.data_ptr(),
+            batch.block_table.shape[1],
+            indices.data_ptr(),
+            len(indices),
+            hidden.data_ptr(),
+            linear_sample_tokens.BF16_DOT,
+            MIN_NANOSECONDS_TO_THREAD,
+            workspace,
+            required,
+            stream_or_threads(hidden),
+        )
 
-    def _address(self, tensor: Tensor | None) -> int | None:
+    def _fill_layer(self, target: _Layer, layer: LayerWeights, k_cache: Tensor, v_cache: Tensor, rotary_dim: int):
+        target.attention_norm = self._norm(layer.attention_norm)
+        target.mlp_norm = self._norm(layer.mlp_norm)
+        target.q_norm = self._norm(layer.q_norm)
+        target.k_norm = self._norm(layer.k_norm)
+        for i, linear in enumerate(layer.qkv):
+            target.qkv[i] = self._matrix(linear)
+        target.out = self._matrix(layer.out)
+        target.gate = self._matrix(layer.gate)
+        target.up = self._matrix(layer.up)
+        target.down = self._matrix(layer.down)
+        target.k_cache = k_cache.data_ptr()
+        target.v_cache = v_cache.data_ptr()
+        target.window = layer.window
+        target.rotary_dim = rotary_dim
+        target.scale = layer.scale
+
+    def _data_ptr(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        self.kept.append(tensor)
+        self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _norm(self, part: NormPart | None) -> _Norm:
-        if part is None:
+    def _norm(self, norm: NormWeights | None) -> _Norm:
+        if norm is None:
             return _Norm()
-        half = part.weight.dtype == torch.bfloat16
-        return _Norm(self._address(part.weight), self._address(part.bias), half, part.centered, part.eps, 0.0)
+        return _Norm(
+            weight=self._data_ptr(norm.weight),
+            bias=self._data_ptr(norm.bias),
+            is_bf16=norm.weight.dtype == torch.bfloat16,
+            centered=norm.centered,
+            eps=norm.eps,
+        )
 
-    def _matrix(self, part: LinearPart | None) -> _Matrix:
-        if part is None:
+    def _matrix(self, linear: LinearWeights | None) -> _Matrix:
+        if linear is None:
             return _Matrix()
-        bias = None if part.bias is None else part.bias.to(part.weight.dtype)
-        inner = part.weight.shape[0 if part.transposed else 1]
+        bias = None if linear.bias is None else linear.bias.to(linear.weight.dtype)
         return _Matrix(
-            self._address(part.weight), self._address(bias), part.out, inner, part.weight.stride(0),
-            part.weight.dtype == torch.bfloat16, part.transposed,
-        )  # fmt: skip
+            weight=self._data_ptr(linear.weight),
+            bias=self._data_ptr(bias),
+            out=linear.out_features,
+            inner=linear.weight.shape[0 if linear.transposed else 1],
+            stride=linear.weight.stride(0),
+            is_bf16=linear.weight.dtype == torch.bfloat16,
+            transposed=linear.transposed,
+        )

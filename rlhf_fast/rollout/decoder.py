@@ -1,8 +1,10 @@
-"""What a decoder is: one forward function that serves prefill and decode, N packed tokens over an Arena.
+"""The interface of a decoder: one forward function, for prefill and decode, on a batch of tokens over a PagedKVCache.
 
-fused          our own step over the module's tensors, for the families it knows
-attention      the module's own forward, with our attention in the place of transformers'
-transformers   no decoder: transformers' own cache (rollout/hf_cache.py), for whatever is left
+fused          our own step on the module's tensors, for the families it knows
+attention      the module's own forward, with our attention in place of transformers'
+transformers   no decoder, but transformers' own cache (rollout/hf_cache.py), for every other model
+
+A decoder's `make` raises Unsupported for a model that it cannot serve; the text is the reason and follows "because".
 """
 
 from __future__ import annotations
@@ -13,45 +15,44 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_fast.rollout.kv_cache import Arena, KVShape
+from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
 
-Path = Literal["auto", "fused", "attention", "transformers"]
-
-
-class Unsupported(Exception):
-    """A decoder cannot serve a model; the text is the reason, to follow "because"."""
+DecodePath = Literal["auto", "fused", "attention", "transformers"]
 
 
-class Packed(NamedTuple):
-    """N tokens of one call. Those of one sequence stand together, in rising position, and whatever precedes them in
-    their sequence is in the arena already. Decoding: one token a sequence."""
+class TokenBatch(NamedTuple):
+    """N tokens of one call, of one or more sequences.
+
+    Tokens of one sequence are adjacent, with rising positions, and their predecessors are in the cache already. When
+    decoding there is one token of each sequence.
+    """
 
     tokens: Tensor
     """(N,) int64"""
     positions: Tensor
-    """(N,) int32: place in the own sequence, from 0."""
+    """(N,) int32: position in the sequence, from 0."""
     slots: Tensor
     """(N,) int32: the sequence's row of the block table."""
     block_table: Tensor
-    """(S, M) int32: [s, m] is the page of positions m * P to m * P + P - 1 of slot s."""
-    wanted: Tensor | None = None
-    """(n,) int64: the tokens whose hidden states come back. None = all."""
+    """(num_slots, max_pages_per_slot) int32: [s, m] is the page of positions m * P to m * P + P - 1 of slot s."""
+    logits_indices: Tensor | None = None
+    """(n,) int64: the tokens whose hidden states are returned, because logits are computed from them. None = all."""
 
 
 class Decoder(Protocol):
-    """Reads the model's weights where they are, at each call: an optimizer's step between two calls is seen."""
+    """A forward pass over the model's own weights: it sees every optimizer step."""
 
     name: str
     shapes: list[KVShape]
-    """Of each layer's cache."""
+    """Shape of each layer's keys and values."""
     dtype: torch.dtype
-    """Of the cache."""
+    """Dtype of the cache."""
 
-    def ready(self) -> AbstractContextManager[None]:
-        """Around the calls of a rollout: within the block the weights stay where they are."""
+    def session(self) -> AbstractContextManager[None]:
+        """Return the context in which `hidden` is called. The weights must not move or change within it."""
         ...
 
-    def hidden(self, arena: Arena, packed: Packed) -> Tensor:
-        """Return the last layer's hidden states (n, D) after the final norm, not multiplied by `Model.logit_scale`.
-        Writes the tokens' keys and values to the arena."""
+    def hidden(self, cache: PagedKVCache, batch: TokenBatch) -> Tensor:
+        """Write the keys and values of the batch to the cache, and return the last layer's hidden states (n, D) after
+        the final norm, not multiplied by `Model.logit_scale`."""
         ...

@@ -1,7 +1,7 @@
 """The fused decoder: our own forward pass over the module's tensors, for the families of rollout/architectures.py.
 
-One call of compiled code does all layers of a step (csrc/cpu/decode_step.cpp). Where there is none for the device, the
-same step is a chain of ops (rollout/op_step.py).
+One call of compiled code runs all layers (csrc/cpu/decode_step.cpp). On a device without it, the same step is a
+sequence of ops (rollout/op_step.py).
 """
 
 from __future__ import annotations
@@ -13,70 +13,73 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import compiled_step
-from rlhf_fast.rollout.architectures import Parts, read
-from rlhf_fast.rollout.decoder import Packed, Unsupported
-from rlhf_fast.rollout.kv_cache import Arena, KVShape
-from rlhf_fast.rollout.op_step import StepByOps
-from rlhf_fast.rollout.verify import prove
+from rlhf_fast.rollout.architectures import DecoderWeights, read_weights, rope_table
+from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, CompiledStep, find_kernels
+from rlhf_fast.rollout.decoder import TokenBatch
+from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
+from rlhf_fast.rollout.op_step import OpStep
+from rlhf_fast.rollout.verify import verify_decoder
 
 
 class FusedDecoder:
-    """See the head of the file; `make` rather than the constructor."""
+    """A Decoder that runs our own step. Create it by `make`."""
 
     name = "fused"
 
-    def __init__(self, model: Model, parts: Parts):
-        self.model, self.dtype = model, model.head_weight.dtype
-        self.shapes = [KVShape(parts.kv_heads, parts.head_dim, parts.head_dim)] * len(parts.layers)
-        self._parts: Parts | None = None
-        self._step: compiled_step.CompiledStep | StepByOps | None = None
+    def __init__(self, model: Model, weights: DecoderWeights):
+        self.model = model
+        self.dtype = model.head_weight.dtype
+        self.shapes = [KVShape(weights.num_kv_heads, weights.head_dim, weights.head_dim)] * len(weights.layers)
+        self._weights: DecoderWeights | None = None
+        self._step: CompiledStep | OpStep | None = None
 
     @classmethod
     @torch.no_grad()
     def make(cls, model: Model) -> FusedDecoder:
-        """A decoder for `model`, or Unsupported."""
-        parts = read(model)
-        decoder, training = cls(model, parts), model.module.training
+        """Return a decoder for `model`, compared with its own forward. Unsupported if there is none."""
+        weights = read_weights(model)
+        decoder, training = cls(model, weights), model.module.training
         model.module.eval()
         try:
-            with decoder.ready():
-                prove(model, decoder)
+            with decoder._use(weights):
+                verify_decoder(model, decoder)
         finally:
             model.module.train(training)
         return decoder
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Within the block the weights are where they were at its begin. What the block needs is gone after it."""
+    def session(self) -> Iterator[None]:
+        """Read the weights' addresses, and use them within the block; see Decoder."""
         try:
-            self._parts = read(self.model)
-        except Unsupported as reason:  # it was not so when the decoder was made
+            weights = read_weights(self.model)
+        except Unsupported as reason:  # the model was changed after `make`
             raise UserError(
                 f"{self.model.name}: can no longer be decoded, because {reason}; make a new Rollout"
             ) from None
+        with self._use(weights):
+            yield
+
+    @contextmanager
+    def _use(self, weights: DecoderWeights) -> Iterator[None]:
+        self._weights = weights
         try:
             yield
         finally:
-            self._parts = self._step = None
+            self._weights = self._step = None
 
-    def hidden(self, arena: Arena, packed: Packed) -> Tensor:
-        """(n, D), see Decoder."""
-        if self._parts is None:
-            raise RuntimeError("FusedDecoder.hidden: only within `with decoder.ready()`")
-        if self._step is None or self._step.arena is not arena:
-            cos, sin = self._angles(arena.width * arena.page)
-            compiled = self.dtype in compiled_step.SERVED and compiled_step.kernels(self.model.device) is not None
-            self._step = (compiled_step.CompiledStep if compiled else StepByOps)(self._parts, arena, cos, sin)
-        return self._step(packed)
+    def hidden(self, cache: PagedKVCache, batch: TokenBatch) -> Tensor:
+        """Return the hidden states (n, D); see Decoder."""
+        if self._weights is None:
+            raise RuntimeError("FusedDecoder.hidden: only within `with decoder.session()`")
+        if self._step is None or self._step.cache is not cache:
+            self._step = self._make_step(self._weights, cache)
+        return self._step(batch)
 
-    def _angles(self, positions: int) -> tuple[Tensor | None, Tensor | None]:
-        """cos and sin (positions, r / 2) float32, rounded as the module rounds them."""
-        rotary = self._parts.rotary
-        if rotary is None:
-            return None, None
-        like = torch.empty(0, dtype=self._parts.embedding.dtype, device=self.model.device)
-        cos, sin = rotary(like, torch.arange(positions, device=like.device)[None])
-        half = cos.shape[-1] // 2
-        return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+    def _make_step(self, weights: DecoderWeights, cache: PagedKVCache) -> CompiledStep | OpStep:
+        rope = rope_table(weights, cache.max_pages_per_slot * cache.page_size)
+        kernels = find_kernels(self.model.device)
+        if kernels is None or self.dtype not in SUPPORTED_DTYPES:
+            return OpStep(weights, cache, rope)
+        return CompiledStep(kernels, weights, cache, rope)

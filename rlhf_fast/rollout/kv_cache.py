@@ -1,8 +1,8 @@
-"""Paged memory for keys and values: one allocation, cut into pages of P positions that sequences take and give back.
+"""Paged KV cache, as in vLLM: one allocation, divided into pages of P positions, which sequences allocate and release.
 
-A sequence's page m holds its positions m * P to m * P + P - 1, in all layers. Which page that is stands in the block
-table, one row a slot. The samples of a prompt share its full pages, so pages count who holds them; a page that nobody
-holds goes back to the free list. A row takes all the pages it may ever need when it starts: nothing runs out later.
+Page m of a sequence holds its positions m * P to m * P + P - 1, in all layers. Row s of the block table lists the pages
+of the sequence in slot s. Samples of one prompt share its full pages, so pages are reference-counted; a page whose
+count falls to 0 is free again. A sequence gets all the pages it may need when it starts, so none is preempted later.
 """
 
 from __future__ import annotations
@@ -15,150 +15,174 @@ import torch
 
 from rlhf_fast.errors import UserError
 
-PAGE = {"cpu": 32, "cuda": 64}
-"""Positions of a page, by device. On a CPU 32 to 128 read alike, 16 a tenth slower at 1024 positions; the smaller the
-page, the less of a row's last one is empty."""
-ALIGN = 128
-"""Bytes: every layer's keys and values start at a multiple of it."""
+PAGE_SIZE = {"cpu": 32, "cuda": 64}
+"""Positions of a page, by device. On a CPU 32 to 128 take the same time, and 16 a tenth longer at 1024 positions. With
+smaller pages less of a sequence's last page is unused."""
+ALIGNMENT = 128
+"""Bytes: the keys and values of each layer start at a multiple of this."""
 MIB = 2**20
 
 
 class KVShape(NamedTuple):
-    """Of one layer's cache."""
+    """Shape of one layer's keys and values."""
 
-    heads: int
+    num_heads: int
     k_dim: int
     v_dim: int
 
 
-class Overflow(RuntimeError):
-    """More pages were asked for than are free; nothing was taken."""
+class OutOfPages(RuntimeError):
+    """More pages were requested than are free; none was allocated."""
 
 
-def page_of(device: torch.device) -> int:
-    """Positions of a page on `device`."""
-    return PAGE.get(device.type, 64)
+def page_size_for(device: torch.device) -> int:
+    return PAGE_SIZE.get(device.type, 64)
 
 
-class Arena:
-    """`k[layer]` (pages, heads, P, k_dim) and `v[layer]` (pages, heads, P, v_dim): contiguous views of one tensor.
-    `block_table` (slots, width) int32; entries that no sequence has taken are 0."""
+class PagedKVCache:
+    """Keys and values of all layers, as contiguous views of one tensor, and the table of their pages.
+
+    k[layer], v[layer]: (num_pages, num_heads, P, k_dim) and (num_pages, num_heads, P, v_dim).
+    block_table: (num_slots, max_pages_per_slot) int32; 0 where no page is assigned.
+    """
 
     def __init__(
-        self, shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device, pages: int, slots: int, width: int,
-        page: int = 0,
-    ):  # fmt: skip
-        self.shapes, self.dtype, self.page = list(shapes), dtype, page or page_of(device)
-        self.pages, self.slots, self.width = pages, slots, width
-        sizes = [pages * heads * self.page * dim for heads, *dims in self.shapes for dim in dims]
-        unit = ALIGN // dtype.itemsize
-        spans = [-(-size // unit) * unit for size in sizes]
-        self.memory = torch.empty(sum(spans), dtype=dtype, device=device)
-        blocks = [block[:size] for block, size in zip(self.memory.split(spans), sizes, strict=True)]
-        views = iter(blocks)
+        self,
+        shapes: Sequence[KVShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        num_pages: int,
+        num_slots: int,
+        max_pages_per_slot: int,
+        page_size: int = 0,
+    ):
+        self.shapes = list(shapes)
+        self.dtype = dtype
+        self.page_size = page_size or page_size_for(device)
+        self.num_pages = num_pages
+        self.num_slots = num_slots
+        self.max_pages_per_slot = max_pages_per_slot
+        sizes = [num_pages * heads * self.page_size * dim for heads, *dims in self.shapes for dim in dims]
+        unit = ALIGNMENT // dtype.itemsize
+        padded_sizes = [-(-size // unit) * unit for size in sizes]
+        self.memory = torch.empty(sum(padded_sizes), dtype=dtype, device=device)
+        parts = self.memory.split(padded_sizes)
+        views = iter([part[:size] for part, size in zip(parts, sizes, strict=True)])
         self.k, self.v = [], []
         for heads, k_dim, v_dim in self.shapes:
-            self.k.append(next(views).view(pages, heads, self.page, k_dim))
-            self.v.append(next(views).view(pages, heads, self.page, v_dim))
-        self.block_table = torch.zeros(slots, width, dtype=torch.int32, device=device)
-        self._free = list(range(pages - 1, -1, -1))
-        self._holders = [0] * pages
+            self.k.append(next(views).view(num_pages, heads, self.page_size, k_dim))
+            self.v.append(next(views).view(num_pages, heads, self.page_size, v_dim))
+        self.block_table = torch.zeros(num_slots, max_pages_per_slot, dtype=torch.int32, device=device)
+        self._free_pages = list(range(num_pages - 1, -1, -1))
+        self._refcounts = [0] * num_pages
 
     @property
-    def free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
+    def num_free_pages(self) -> int:
+        return len(self._free_pages)
 
-    def need(self, positions: int) -> int:
-        """Pages that so many positions take."""
-        return -(-positions // self.page)
+    def pages_for(self, num_positions: int) -> int:
+        """Return the number of pages that hold `num_positions`."""
+        return -(-num_positions // self.page_size)
 
-    def take(self, count: int) -> list[int]:
-        """So many free pages, held once each."""
-        if count > len(self._free):
-            raise Overflow(f"Arena: {count} pages asked for, {len(self._free)} of {self.pages} are free")
-        taken = [self._free.pop() for _ in range(count)]
-        for index in taken:
-            self._holders[index] = 1
-        return taken
+    def allocate(self, count: int) -> list[int]:
+        """Return `count` free pages, each with a reference count of 1."""
+        if count > len(self._free_pages):
+            raise OutOfPages(
+                f"PagedKVCache: {count} pages requested, {len(self._free_pages)} of {self.num_pages} are free"
+            )
+        pages = [self._free_pages.pop() for _ in range(count)]
+        for page in pages:
+            self._refcounts[page] = 1
+        return pages
 
-    def hold(self, pages: Sequence[int]) -> None:
-        """One more holder for each of `pages`, which somebody holds already."""
-        for index in pages:
-            if not self._holders[index]:
-                raise RuntimeError(f"Arena: page {index} is free and cannot be shared")
-            self._holders[index] += 1
+    def incref(self, pages: Sequence[int]) -> None:
+        """Add a reference to each of `pages`, which must be allocated."""
+        for page in pages:
+            if not self._refcounts[page]:
+                raise RuntimeError(f"PagedKVCache: page {page} is free and cannot be shared")
+            self._refcounts[page] += 1
 
-    def holders(self, index: int) -> int:
-        """How many hold page `index`; 0 = it is free."""
-        return self._holders[index]
+    def refcount(self, page: int) -> int:
+        """Return the number of references to `page`; 0 = it is free."""
+        return self._refcounts[page]
 
-    def drop(self, pages: Sequence[int]) -> None:
-        """One holder less; a page without any is free, and its contents mean nothing from now on."""
-        for index in pages:
-            if not self._holders[index]:
-                raise RuntimeError(f"Arena: page {index} is free already")
-            self._holders[index] -= 1
-            if not self._holders[index]:
-                self._free.append(index)
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop a reference to each of `pages`. A page without references is free."""
+        for page in pages:
+            if not self._refcounts[page]:
+                raise RuntimeError(f"PagedKVCache: page {page} is free already")
+            self._refcounts[page] -= 1
+            if not self._refcounts[page]:
+                self._free_pages.append(page)
 
-    def seat(self, slot: int, pages: Sequence[int]) -> None:
-        """The sequence in `slot` lives on `pages` from now on."""
-        row = torch.zeros(self.width, dtype=torch.int32)
+    def assign(self, slot: int, pages: Sequence[int]) -> None:
+        """Write `pages` to the block table's row of `slot`."""
+        row = torch.zeros(self.max_pages_per_slot, dtype=torch.int32)
         row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
         self.block_table[slot] = row.to(self.block_table.device)
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Page sources[i] of every layer to targets[i]."""
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy page sources[i] of every layer to targets[i]."""
         if not sources:
             return
         source, target = (torch.tensor(pages, device=self.memory.device) for pages in (sources, targets))
-        for block in (*self.k, *self.v):
-            block.index_copy_(0, target, block.index_select(0, source))
+        for view in (*self.k, *self.v):
+            view.index_copy_(0, target, view.index_select(0, source))
 
 
-def page_bytes(shapes: Sequence[KVShape], dtype: torch.dtype, page: int) -> int:
-    """Bytes of one page over all layers."""
-    return page * dtype.itemsize * sum(heads * (k_dim + v_dim) for heads, k_dim, v_dim in shapes)
+def page_bytes(shapes: Sequence[KVShape], dtype: torch.dtype, page_size: int) -> int:
+    """Return the bytes of one page over all layers."""
+    return page_size * dtype.itemsize * sum(heads * (k_dim + v_dim) for heads, k_dim, v_dim in shapes)
 
 
-def affordable(shapes: Sequence[KVShape], dtype: torch.dtype, page: int, pages: int, cache_mb: int) -> int:
-    """`pages`, or as many as `cache_mb` MiB hold if that is less; 0 MiB is no bound."""
-    return min(pages, cache_mb * MIB // page_bytes(shapes, dtype, page)) if cache_mb else pages
+def cap_pages(num_pages: int, bytes_per_page: int, cache_mb: int) -> int:
+    """Return `num_pages`, or the number that fits in `cache_mb` MiB if that is less; 0 MiB is no cap."""
+    return min(num_pages, cache_mb * MIB // bytes_per_page) if cache_mb else num_pages
 
 
-def allocate(
-    shapes: Sequence[KVShape], dtype: torch.dtype, device: torch.device,
-    rows: Sequence[int], pages: int, slots: int, cache_mb: int = 0, page: int = 0,
-) -> Arena:  # fmt: skip
-    """An arena for `slots` rows at a time. `rows`: the most positions of each row that will ever run, longest first;
-    `pages`: what `slots` of them need at the most; `cache_mb` caps it. UserError where not one row fits, or where the
-    memory is not there: it says how many would fit."""
-    page = page or page_of(device)
-    unit, longest = page_bytes(shapes, dtype, page), -(-rows[0] // page)
-    pages = affordable(shapes, dtype, page, pages, cache_mb)
-    if pages < longest:
+def create_cache(
+    shapes: Sequence[KVShape],
+    dtype: torch.dtype,
+    device: torch.device,
+    lengths: Sequence[int],
+    num_pages: int,
+    num_slots: int,
+    cache_mb: int = 0,
+    page_size: int = 0,
+) -> PagedKVCache:
+    """Return a cache for `num_slots` sequences at a time.
+
+    lengths: the most positions of each sequence, longest first.
+    num_pages: what any `num_slots` of the sequences need; `cache_mb` MiB cap it, 0 is no cap.
+    UserError if the longest sequence does not fit, or if the memory is not available; it says how many would fit.
+    """
+    page_size = page_size or page_size_for(device)
+    unit = page_bytes(shapes, dtype, page_size)
+    longest = -(-lengths[0] // page_size)
+    num_pages = cap_pages(num_pages, unit, cache_mb)
+    if num_pages < longest:
         raise UserError(
-            f"sampling.cache_mb: {cache_mb} MiB hold 0 rows: one of {rows[0]} tokens needs"
+            f"sampling.cache_mb: {cache_mb} MiB hold 0 rows: one of {lengths[0]} tokens needs"
             f" {-(-longest * unit // MIB)} MiB of keys and values; raise sampling.cache_mb, or lower"
             " sampling.max_new_tokens or data.max_prompt_tokens"
         )
-    room = _room(device)
+    available = available_bytes(device)
     try:
-        if room is not None and pages * unit > room:
+        if available is not None and num_pages * unit > available:
             raise MemoryError
-        return Arena(shapes, dtype, device, pages, slots, longest, page)
+        return PagedKVCache(shapes, dtype, device, num_pages, num_slots, longest, page_size)
     except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
-        fit = 0 if room is None else room // (longest * unit)
+        fit = 0 if available is None else available // (longest * unit)
         raise UserError(
-            f"rollout: {min(slots, len(rows))} rows of up to {rows[0]} tokens need {-(-pages * unit // MIB)} MiB of"
-            f" keys and values, and {device.type} has {(room or 0) // MIB} MiB left: {fit} rows fit; lower"
-            " sampling.batch or set sampling.cache_mb, or lower sampling.max_new_tokens or data.max_prompt_tokens"
+            f"rollout: {min(num_slots, len(lengths))} rows of up to {lengths[0]} tokens need"
+            f" {-(-num_pages * unit // MIB)} MiB of keys and values, and {device.type} has"
+            f" {(available or 0) // MIB} MiB left: {fit} rows fit; lower sampling.batch or set sampling.cache_mb, or"
+            " lower sampling.max_new_tokens or data.max_prompt_tokens"
         ) from error
 
 
-def _room(device: torch.device) -> int | None:
-    """Bytes that can still be taken on `device`; None where the system does not say."""
+def available_bytes(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on `device`, or None if the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

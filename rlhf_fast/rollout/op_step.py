@@ -1,6 +1,6 @@
-"""A decoding step as a chain of ops, about ten a layer: the same step as csrc/cpu/decode_step.cpp, on any device.
+"""A forward step as a sequence of ops, about ten a layer, for devices without a compiled step.
 
-It answers where there is no compiled step. Activations have the model's dtype, as in its own forward.
+It computes what csrc/cpu/decode_step.cpp computes. Activations have the model's dtype, as in the model's own forward.
 """
 
 from __future__ import annotations
@@ -10,85 +10,98 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.rollout.architectures import LayerPart, LinearPart, NormPart, Parts
-from rlhf_fast.rollout.decoder import Packed
-from rlhf_fast.rollout.kv_cache import Arena
+from rlhf_fast.rollout.architectures import DecoderWeights, LayerWeights, LinearWeights, NormWeights, RopeTable
+from rlhf_fast.rollout.decoder import TokenBatch
+from rlhf_fast.rollout.kv_cache import PagedKVCache
 
 
-class StepByOps:
-    """The layers over one arena; cos and sin (positions, r / 2) float32, or None."""
+class OpStep:
+    """The forward step over one cache; `rope` is None for a model without RoPE."""
 
-    def __init__(self, parts: Parts, arena: Arena, cos: Tensor | None, sin: Tensor | None):
-        self.parts, self.arena, self.cos, self.sin = parts, arena, cos, sin
+    def __init__(self, weights: DecoderWeights, cache: PagedKVCache, rope: RopeTable | None):
+        self.weights = weights
+        self.cache = cache
+        self.rope = rope
 
-    def __call__(self, packed: Packed) -> Tensor:
-        """(n, D)"""
-        parts, positions = self.parts, packed.positions.long()
-        pages = packed.block_table[packed.slots.long(), positions // self.arena.page].long()
-        places = pages * self.arena.page + positions % self.arena.page
-        nothing = torch.empty(len(positions), 0, dtype=torch.float32, device=positions.device)
-        angles = (nothing, nothing) if self.cos is None else (self.cos[positions], self.sin[positions])
-        x = parts.embedding[packed.tokens]
-        if parts.positions is not None:
-            x = x + parts.positions[positions]
-        for index, layer in enumerate(parts.layers):
-            turn = angles if layer.rotates else (nothing, nothing)
-            x = self._layer(index, layer, x, packed, places, turn)
-        return _norm(parts.last, x if packed.wanted is None else x[packed.wanted])
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        """Return the hidden states (n, D)."""
+        weights, positions, page_size = self.weights, batch.positions.long(), self.cache.page_size
+        pages = batch.block_table[batch.slots.long(), positions // page_size].long()
+        cache_positions = pages * page_size + positions % page_size
+        no_angles = torch.empty(len(positions), 0, dtype=torch.float32, device=positions.device)
+        no_rope = RopeTable(no_angles, no_angles)
+        rope = no_rope if self.rope is None else RopeTable(self.rope.cos[positions], self.rope.sin[positions])
+        x = weights.embedding[batch.tokens]
+        if weights.position_embedding is not None:
+            x = x + weights.position_embedding[positions]
+        for index, layer in enumerate(weights.layers):
+            x = self._layer(index, layer, x, batch, cache_positions, rope if layer.uses_rope else no_rope)
+        if batch.logits_indices is not None:
+            x = x[batch.logits_indices]
+        return _norm(weights.final_norm, x)
 
     def _layer(
-        self, index: int, layer: LayerPart, x: Tensor, packed: Packed, places: Tensor, angles: tuple[Tensor, Tensor]
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: Tensor,
+        batch: TokenBatch,
+        cache_positions: Tensor,
+        rope: RopeTable,
     ) -> Tensor:
-        q, k, v = self._split(_norm(layer.before_attention, x), layer)
-        k_cache, v_cache = self.arena.k[index], self.arena.v[index]
-        q = ops.rope_store(q, k, v, *angles, k_cache, v_cache, places)
+        q, k, v = self._qkv(_norm(layer.attention_norm, x), layer)
+        k_cache, v_cache = self.cache.k[index], self.cache.v[index]
+        q = ops.rope_store(q, k, v, *rope, k_cache, v_cache, cache_positions)
         attended = ops.decode_attention(
-            q, k_cache, v_cache, packed.block_table, packed.positions + 1, packed.slots, layer.scale, layer.window
+            q, k_cache, v_cache, batch.block_table, batch.positions + 1, batch.slots, layer.scale, layer.window
         )
         out = _linear(layer.out, attended.flatten(1))
-        if self.parts.parallel:
-            return x + out + self._mlp(layer, _norm(layer.before_mlp, x))
-        y = _norm(layer.before_mlp, out, residual=x)  # adds `out` to x
-        return x + self._mlp(layer, y)
+        if self.weights.parallel_residual:
+            return x + out + self._mlp(layer, _norm(layer.mlp_norm, x))
+        normed = _norm(layer.mlp_norm, out, residual=x)  # this adds `out` to x in place
+        return x + self._mlp(layer, normed)
 
-    def _split(self, y: Tensor, layer: LayerPart) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, H, d), (N, Hkv, d) twice."""
-        parts, d = self.parts, self.parts.head_dim
-        outs = [_linear(matrix, y) for matrix in layer.qkv]
-        if parts.interleaved:
-            q, k, v = outs[0].view(len(y), parts.heads, 3, d).unbind(2)
-        elif len(outs) == 1:
-            q, k, v = outs[0].view(len(y), -1, d).split([parts.heads, parts.kv_heads, parts.kv_heads], 1)
+    def _qkv(self, x: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (N, num_heads, d), and k and v (N, num_kv_heads, d)."""
+        weights, d = self.weights, self.weights.head_dim
+        outputs = [_linear(linear, x) for linear in layer.qkv]
+        if weights.interleaved_qkv:
+            q, k, v = outputs[0].view(len(x), weights.num_heads, 3, d).unbind(2)
+        elif len(outputs) == 1:
+            sizes = [weights.num_heads, weights.num_kv_heads, weights.num_kv_heads]
+            q, k, v = outputs[0].view(len(x), -1, d).split(sizes, 1)
         else:
-            q, k, v = (out.view(len(y), -1, d) for out in outs)
-        q = q if layer.query is None else _norm(layer.query, q)
-        k = k if layer.key is None else _norm(layer.key, k)
+            q, k, v = (output.view(len(x), -1, d) for output in outputs)
+        if layer.q_norm is not None:
+            q = _norm(layer.q_norm, q)
+        if layer.k_norm is not None:
+            k = _norm(layer.k_norm, k)
         return q, k, v
 
-    def _mlp(self, layer: LayerPart, y: Tensor) -> Tensor:
-        up = _linear(layer.up, y)
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        up = _linear(layer.up, x)
         if layer.gate is None:
             return _linear(layer.down, self._activate(up))
-        gate = _linear(layer.gate, y)
-        inner = ops.swiglu(gate, up) if self.parts.activation == "silu" else self._activate(gate) * up
+        gate = _linear(layer.gate, x)
+        inner = ops.swiglu(gate, up) if self.weights.activation == "silu" else self._activate(gate) * up
         return _linear(layer.down, inner)
 
     def _activate(self, x: Tensor) -> Tensor:
-        if self.parts.activation == "silu":
+        if self.weights.activation == "silu":
             return F.silu(x)
-        return ops.gelu(x, "tanh" if self.parts.activation == "gelu_tanh" else "none")
+        return ops.gelu(x, "tanh" if self.weights.activation == "gelu_tanh" else "none")
 
 
-def _linear(part: LinearPart, x: Tensor) -> Tensor:
-    """A float32 sum of weight and adapter beside half-precision activations is multiplied in float32."""
-    weight = part.weight.t() if part.transposed else part.weight
-    bias = None if part.bias is None else part.bias.to(weight.dtype)
+def _linear(linear: LinearWeights, x: Tensor) -> Tensor:
+    """Multiply in the dtype of the weight: a weight with an adapter is float32 also where x is half precision."""
+    weight = linear.weight.t() if linear.transposed else linear.weight
+    bias = None if linear.bias is None else linear.bias.to(weight.dtype)
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
-def _norm(part: NormPart, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _norm(norm: NormWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:
     shape = x.shape
     x = x.reshape(-1, shape[-1])
-    if part.centered:
-        return ops.layer_norm(x, part.weight, part.bias, part.eps, residual).view(shape)
-    return ops.rms_norm(x, part.weight, part.eps, residual).view(shape)
+    if norm.centered:
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, residual).view(shape)
+    return ops.rms_norm(x, norm.weight, norm.eps, residual).view(shape)

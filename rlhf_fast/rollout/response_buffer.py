@@ -1,4 +1,4 @@
-"""What a rollout is asked for, and what it has drawn."""
+"""The requests of a rollout, and the buffer that collects its sampled tokens."""
 
 from __future__ import annotations
 
@@ -12,50 +12,54 @@ from torch import Tensor
 from rlhf_fast.batches import Prompts, Responses, pad_rows, response_mask
 from rlhf_fast.errors import BadRows, UserError
 
-Progress = Callable[[int, int], None]
-"""Called after each step with the tokens it drew and the responses that it ended."""
+ProgressCallback = Callable[[int, int], None]
+"""Called after each step with the number of tokens sampled and the number of responses finished in it."""
 
 
-class Rows(NamedTuple):
-    """The B responses to draw, `samples` to each prompt, those of one prompt next to each other."""
+class Requests(NamedTuple):
+    """B requested responses, `samples` for each prompt, those of one prompt next to each other."""
 
     prompts: list[list[int]]
-    """Different prompts: equal ones under several uids are read once."""
-    which: list[int]
+    """Distinct prompts: equal ones under several uids are prefilled once."""
+    prompt_index: list[int]
     """(B,) the prompt of each response."""
     uids: list[int]
-    """(B,)"""
-    ids: np.ndarray
-    """(B,) int64: names the noise of each response."""
+    """(B,) uid of the prompt."""
+    row_ids: np.ndarray
+    """(B,) int64: key of each response's sampling noise."""
 
     @classmethod
-    def of(cls, prompts: Prompts, samples: int) -> Rows:
-        """UserError where there is nothing to draw, or where a response's number does not fit 64 bits."""
+    def from_prompts(cls, prompts: Prompts, samples: int) -> Requests:
+        """Return `samples` requests for each prompt. UserError if `samples` < 1 or a key does not fit in 64 bits."""
         if samples < 1:
             raise UserError(f"rollout: samples must be at least 1, not {samples}")
-        wide = [uid for uid in prompts.ids if not -(2**63) <= uid * samples <= 2**63 - samples]
-        if wide:
+        too_large = [uid for uid in prompts.ids if not -(2**63) <= uid * samples <= 2**63 - samples]
+        if too_large:
             raise BadRows(
-                f"prompt {wide[0]}: its uid times {samples} samples does not fit 64 bits, and the noise of a response"
-                " is named by such a number; give smaller uids",
-                [("Responses", uid) for uid in wide],
+                f"prompt {too_large[0]}: its uid times {samples} samples does not fit 64 bits, and the noise of a"
+                " response is named by such a number; give smaller uids",
+                [("Responses", uid) for uid in too_large],
             )
-        place = {tokens: i for i, tokens in enumerate(dict.fromkeys(map(tuple, prompts.tokens)))}
-        which = [place[tuple(tokens)] for tokens in prompts.tokens for _ in range(samples)]
+        distinct = {tokens: i for i, tokens in enumerate(dict.fromkeys(map(tuple, prompts.tokens)))}
+        prompt_index = [distinct[tuple(tokens)] for tokens in prompts.tokens for _ in range(samples)]
         uids = [uid for uid in prompts.ids for _ in range(samples)]
-        ids = np.array([uid * samples + k for uid in prompts.ids for k in range(samples)], dtype=np.int64)
-        return cls([list(tokens) for tokens in place], which, uids, ids)
+        row_ids = np.array([uid * samples + k for uid in prompts.ids for k in range(samples)], dtype=np.int64)
+        return cls([list(tokens) for tokens in distinct], prompt_index, uids, row_ids)
 
-    def groups(self) -> list[list[int]]:
-        """The responses to each of `prompts`."""
-        groups: list[list[int]] = [[] for _ in self.prompts]
-        for row, prompt in enumerate(self.which):
-            groups[prompt].append(row)
-        return groups
+    @property
+    def num_responses(self) -> int:
+        return len(self.prompt_index)
+
+    def rows_by_prompt(self) -> list[list[int]]:
+        """Return the responses of each distinct prompt."""
+        rows: list[list[int]] = [[] for _ in self.prompts]
+        for row, prompt in enumerate(self.prompt_index):
+            rows[prompt].append(row)
+        return rows
 
 
-class Drawn(NamedTuple):
-    """One token of each of n rows; all (n,), all but `token` float32 nats."""
+class TokenSample(NamedTuple):
+    """One sampled token for each of n rows. All fields are (n,), all but `token` float32 nats."""
 
     token: Tensor
     logprobs: Tensor
@@ -64,51 +68,61 @@ class Drawn(NamedTuple):
     entropy: Tensor
 
 
-class Record:
-    """Every draw of a rollout, in the order of drawing, put into rows at the end."""
+class ResponseBuffer:
+    """All tokens of a rollout, stored in the order of sampling and sorted into rows at the end."""
 
-    def __init__(self, rows: Rows):
-        self.rows = rows
-        self.sizes = np.zeros(len(rows.which), dtype=np.int64)
-        self.reasons = np.zeros(len(rows.which), dtype=np.uint8)
-        self._where: list[tuple[np.ndarray, np.ndarray]] = []
-        self._drawn: list[Drawn] = []
+    def __init__(self, requests: Requests):
+        self.requests = requests
+        self.lengths = np.zeros(requests.num_responses, dtype=np.int64)
+        self.reasons = np.zeros(requests.num_responses, dtype=np.uint8)
+        self._indices: list[tuple[np.ndarray, np.ndarray]] = []
+        self._samples: list[TokenSample] = []
 
-    def add(self, rows: np.ndarray, slots: np.ndarray, drawn: Drawn) -> np.ndarray:
-        """Token `slots` (n,) of responses `rows` (n,); none of the three may change later. Returns the tokens on the
-        host. BadRows where a model that has gone astray gave no token."""
-        tokens = drawn.token.cpu().numpy()
+    def add(self, rows: np.ndarray, steps: np.ndarray, sample: TokenSample) -> np.ndarray:
+        """Store token number `steps` (n,) of responses `rows` (n,). The arguments are not copied and must not change.
+        Return the tokens on the host. BadRows if a model's logits are not finite, for then there is no token."""
+        tokens = sample.token.cpu().numpy()
         if tokens.min() < 0:
-            bad = (tokens < 0).nonzero()[0]
-            bad = bad[rows[bad].argsort()]
-            uids = [self.rows.uids[row] for row in rows[bad].tolist()]
+            invalid = (tokens < 0).nonzero()[0]
+            invalid = invalid[rows[invalid].argsort()]
+            uids = [self.requests.uids[row] for row in rows[invalid].tolist()]
             raise BadRows(
-                f"token {slots[bad[0]] + 1} of the response to prompt {uids[0]}: the model gives NaN or infinity; its"
-                " weights have gone astray, go back to an earlier checkpoint with a lower learning rate",
+                f"token {steps[invalid[0]] + 1} of the response to prompt {uids[0]}: the model gives NaN or infinity;"
+                " its weights have gone astray, go back to an earlier checkpoint with a lower learning rate",
                 [("Responses", uid) for uid in uids],
             )
-        self._where.append((rows, slots))
-        self._drawn.append(drawn)
+        self._indices.append((rows, steps))
+        self._samples.append(sample)
         return tokens
 
-    def end(self, rows: np.ndarray, sizes: np.ndarray, reasons: np.ndarray) -> None:
-        """Responses `rows` (n,) are over after `sizes` tokens."""
-        self.sizes[rows], self.reasons[rows] = sizes, reasons
+    def finish(self, rows: np.ndarray, lengths: np.ndarray, reasons: np.ndarray) -> None:
+        """Mark responses `rows` (n,) as finished after `lengths` tokens."""
+        self.lengths[rows] = lengths
+        self.reasons[rows] = reasons
 
-    def responses(self) -> Responses:
-        """One right-padded batch on the CPU."""
-        prompts = [self.rows.prompts[i] for i in self.rows.which]
+    def to_responses(self) -> Responses:
+        """Return all responses as one right-padded batch on the CPU."""
+        prompts = [self.requests.prompts[i] for i in self.requests.prompt_index]
         tokens, prompt_lengths = pad_rows(prompts)
-        lengths = prompt_lengths + torch.from_numpy(self.sizes)
+        lengths = prompt_lengths + torch.from_numpy(self.lengths)
         mask = response_mask(prompt_lengths, lengths)
         tokens = torch.nn.functional.pad(tokens, (0, int(lengths.max()) - tokens.shape[1] if prompts else 0))
-        numbers = torch.zeros(4, *mask.shape, dtype=torch.float32)
-        if self._drawn:
-            rows, slots = (torch.from_numpy(np.concatenate(part)) for part in zip(*self._where, strict=True))
-            drawn = Drawn(*(torch.cat(part).cpu() for part in zip(*self._drawn, strict=True)))
-            tokens[rows, prompt_lengths[rows] + slots] = drawn.token
-            numbers[:, rows, slots] = torch.stack(drawn[1:])
-        uids = torch.tensor(self.rows.uids, dtype=torch.int64)
+        statistics = torch.zeros(4, *mask.shape, dtype=torch.float32)
+        if self._samples:
+            rows, steps = (torch.from_numpy(np.concatenate(part)) for part in zip(*self._indices, strict=True))
+            sample = TokenSample(*(torch.cat(part).cpu() for part in zip(*self._samples, strict=True)))
+            tokens[rows, prompt_lengths[rows] + steps] = sample.token
+            statistics[:, rows, steps] = torch.stack(sample[1:])
+        logprobs, raw_logprobs, kept_logprobs, entropy = statistics
         return Responses(
-            tokens, prompt_lengths, lengths, mask, *numbers, reasons=torch.from_numpy(self.reasons), uids=uids
+            tokens=tokens,
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            mask=mask,
+            logprobs=logprobs,
+            raw_logprobs=raw_logprobs,
+            kept_logprobs=kept_logprobs,
+            entropy=entropy,
+            reasons=torch.from_numpy(self.reasons),
+            uids=torch.tensor(self.requests.uids, dtype=torch.int64),
         )

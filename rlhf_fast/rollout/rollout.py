@@ -1,124 +1,175 @@
-"""Sampling responses: `Rollout(model, sampling, seed).generate(prompts) -> Responses`.
+"""Sampling of responses: `Rollout(model, sampling, seed).generate(prompts) -> Responses`.
 
-The training model's own weights are read where they are. What a sample is depends on (seed, step, uid, its number)
-alone: noise is keyed by these, and no row's place, neighbours or schedule enter it.
+A rollout reads the training model's own weights; it makes no copy. The sampling noise depends only on (seed, step, uid,
+sample number, token number), not on the batch or on the order in which responses are scheduled.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.config.fields import SamplingConfig
-from rlhf_fast.errors import BadRows
+from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import hf_cache
-from rlhf_fast.rollout.choose import choose
-from rlhf_fast.rollout.decoder import Decoder, Path
-from rlhf_fast.rollout.kv_cache import Arena, affordable, allocate, page_of
-from rlhf_fast.rollout.response_buffer import Progress, Record, Rows
-from rlhf_fast.rollout.rope_scaling import by_length
-from rlhf_fast.rollout.sampler import Draw, mix
-from rlhf_fast.rollout.scheduler import Schedule, most_pages, positions_of
-from rlhf_fast.rollout.stop_criteria import Stops
+from rlhf_fast.rollout.choose import choose_decoder
+from rlhf_fast.rollout.decoder import DecodePath, Decoder
+from rlhf_fast.rollout.kv_cache import PagedKVCache, cap_pages, create_cache, page_bytes, page_size_for
+from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
+from rlhf_fast.rollout.rope_scaling import length_dependent_rope
+from rlhf_fast.rollout.sampler import Sampler, rollout_key
+from rlhf_fast.rollout.scheduler import Scheduler, cache_lengths, pages_needed
+from rlhf_fast.rollout.stop_criteria import StopCriteria
 
 __all__ = ["Rollout"]
 
 
 class Rollout:
-    """Samples from `model` as it is at the call: a learner's step between two calls is seen.
+    """Samples from `model` with the weights it has at the call, so it sees every optimizer step.
 
-    `path` insists on a way to decode (see rollout/decoder.py); "auto" takes the fastest that serves the model. The
-    memory of keys and values is given back after each call, unless `keep_arena`.
+    path: how to decode (see rollout/decoder.py); "auto" takes the fastest that serves the model.
+    keep_cache: keep the memory of keys and values for the next call; otherwise each call frees it.
     """
 
     def __init__(
-        self, model: Model, sampling: SamplingConfig, seed: int = 0, *, keep_arena: bool = False, path: Path = "auto"
+        self,
+        model: Model,
+        sampling: SamplingConfig,
+        seed: int = 0,
+        *,
+        keep_cache: bool = False,
+        path: DecodePath = "auto",
     ):
-        self.model, self.sampling, self.seed, self.keep_arena = model, sampling, seed, keep_arena
-        self.stops = Stops(model, sampling)
-        self._wanted, self._chosen_for, self._decoder = path, None, None
-        self._arena: Arena | None = None
+        self.model = model
+        self.sampling = sampling
+        self.seed = seed
+        self.keep_cache = keep_cache
+        self.stop_criteria = StopCriteria(model, sampling)
+        self._requested_path: DecodePath = path
+        self._decoder: Decoder | None = None
+        self._decoder_key: tuple | None = None
+        self._cache: PagedKVCache | None = None
 
     @property
     def path(self) -> str:
-        """Who decodes: fused, attention or transformers. Settled at the first use."""
-        decoder = self._decide()
+        """The decode path: fused, attention or transformers. It is chosen at the first use."""
+        decoder = self._get_decoder()
         return "transformers" if decoder is None else decoder.name
 
     @torch.no_grad()
     def generate(
-        self, prompts: Prompts, samples: int = 1, step: int = 0, progress: Progress | None = None
+        self,
+        prompts: Prompts | Sequence[str],
+        samples: int = 1,
+        step: int = 0,
+        progress: ProgressCallback | None = None,
     ) -> Responses:
-        """`samples` responses to each prompt, those of one prompt next to each other, prompts in the given order.
+        """Return `samples` responses for each prompt, those of one prompt next to each other, in the prompts' order.
 
-        The same seed, `step` and uids give the same noise: to draw anew from a prompt, pass another `step` (PPO passes
-        the number of its batch). Nothing of torch's random state is used, and the model's mode is left as it was.
-        `progress(tokens, ended)` is called after each step with the tokens it drew and the responses that it ended.
+        prompts: Prompts, or texts, which the model's tokenizer encodes and whose uids are 0, 1, ...
+        step: the same seed, step and uids give the same noise; another step gives new samples. PPO passes the number
+            of its batch.
+        progress: called after each step with the number of tokens sampled and of responses finished in it.
+
+        torch's random state is not used, and the model's training mode is kept. UserError for prompts that the model
+        cannot answer.
         """
+        if not isinstance(prompts, Prompts):
+            prompts = self._encode(prompts)
         self._check(prompts)
-        record = Record(Rows.of(prompts, samples))
-        if not record.rows.which:
-            return record.responses()
-        decoder, cfg, training = self._decide(), self.sampling, self.model.module.training
-        draw = Draw(self.model, cfg, self.stops.ends, mix(self.seed, step))
+        buffer = ResponseBuffer(Requests.from_prompts(prompts, samples))
+        if not buffer.requests.num_responses:
+            return buffer.to_responses()
+        decoder = self._get_decoder()
+        sampler = Sampler(self.model, self.sampling, self.stop_criteria.end_tokens, rollout_key(self.seed, step))
+        training = self.model.module.training
         self.model.module.eval()
         try:
             if decoder is None:
-                hf_cache.run(self.model, draw, self.stops, cfg, record, progress)
+                hf_cache.generate(self.model, sampler, self.stop_criteria, self.sampling, buffer, progress)
             else:
-                arena, self._arena = self._fitting(decoder, record.rows), None
-                with decoder.ready():
-                    Schedule(decoder, arena, draw, self.stops, cfg, record, progress).run()
-                self._arena = arena if self.keep_arena else None
+                cache = self._get_cache(decoder, buffer.requests)
+                self._cache = None
+                with decoder.session():
+                    Scheduler(decoder, cache, sampler, self.stop_criteria, self.sampling, buffer, progress).run()
+                self._cache = cache if self.keep_cache else None
         finally:
             self.model.module.train(training)
-        return record.responses()
+        return buffer.to_responses()
 
-    def _decide(self) -> Decoder | None:
-        """Chosen once, and again after the model was moved, converted or wrapped."""
+    def _get_decoder(self) -> Decoder | None:
+        """Return the decoder. It is chosen at the first call, and again after the model is moved, converted or wrapped;
+        the kept cache is then dropped."""
         model = self.model
-        now = (model.module, model.device, model.head_weight.dtype)
-        if self._chosen_for != now:
-            self._decoder, self._chosen_for, self._arena = choose(model, self._wanted), now, None
+        key = (model.module, model.device, model.head_weight.dtype)
+        if self._decoder_key != key:
+            self._decoder = choose_decoder(model, self._requested_path)
+            self._decoder_key = key
+            self._cache = None
         return self._decoder
 
-    def _fitting(self, decoder: Decoder, rows: Rows) -> Arena:
-        """The kept arena if it is large enough, else a new one."""
-        cfg, device, kept = self.sampling, self.model.device, self._arena
-        page, positions = page_of(device), sorted(positions_of(rows, cfg), reverse=True)
-        slots = min(cfg.batch, len(positions))
-        pages = affordable(decoder.shapes, decoder.dtype, page, most_pages(rows, cfg, page), cfg.cache_mb)
-        if kept is not None and kept.slots >= slots and kept.width >= kept.need(positions[0]) and kept.pages >= pages:
+    def _get_cache(self, decoder: Decoder, requests: Requests) -> PagedKVCache:
+        """Return the kept cache if it is large enough, else a new one."""
+        cfg, device, kept = self.sampling, self.model.device, self._cache
+        page_size = page_size_for(device)
+        lengths = sorted(cache_lengths(requests, cfg), reverse=True)
+        num_slots = min(cfg.batch, len(lengths))
+        unit = page_bytes(decoder.shapes, decoder.dtype, page_size)
+        num_pages = cap_pages(pages_needed(requests, cfg, page_size), unit, cfg.cache_mb)
+        if (
+            kept is not None
+            and kept.num_slots >= num_slots
+            and kept.num_pages >= num_pages
+            and kept.max_pages_per_slot >= kept.pages_for(lengths[0])
+        ):
             return kept
-        self._arena = kept = None
-        return allocate(decoder.shapes, decoder.dtype, device, positions, pages, slots, cfg.cache_mb, page)
+        self._cache = kept = None  # free the old cache before the new one is allocated
+        return create_cache(
+            decoder.shapes, decoder.dtype, device, lengths, num_pages, num_slots, cfg.cache_mb, page_size
+        )
+
+    def _encode(self, texts: Sequence[str]) -> Prompts:
+        if isinstance(texts, str):
+            raise UserError("rollout: prompts is one text; give a list of texts")
+        if self.model.tokenizer is None:
+            raise UserError(
+                f"rollout: {self.model.name} has no tokenizer, which prompts given as texts need; give Prompts with"
+                " token ids"
+            )
+        return Prompts.from_texts(self.model.tokenizer, texts)
 
     def _check(self, prompts: Prompts) -> None:
-        limit, vocabulary = self.model.max_positions, self.model.base.get_input_embeddings().weight.shape[0]
-        rotation, new = by_length(self.model), self.sampling.max_new_tokens
+        """Raise BadRows for a prompt that is empty, too long, or has a token that the model does not know."""
+        limit = self.model.max_positions
+        embedding: Any = self.model.base.get_input_embeddings()
+        vocab_size = embedding.weight.shape[0]
+        rope, max_new_tokens = length_dependent_rope(self.model), self.sampling.max_new_tokens
         for uid, tokens in zip(prompts.ids, prompts.tokens, strict=True):
-            blame = [("Responses", uid)]
+            rows = [("Responses", uid)]
             if not tokens:
-                raise BadRows(f"prompt {uid}: has no tokens; give it at least a start token", blame)
-            if min(tokens) < 0 or max(tokens) >= vocabulary:
-                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+                raise BadRows(f"prompt {uid}: has no tokens; give it at least a start token", rows)
+            if min(tokens) < 0 or max(tokens) >= vocab_size:
+                unknown = next(token for token in tokens if not 0 <= token < vocab_size)
                 raise BadRows(
-                    f"prompt {uid}: token {wrong} is not one of the model's {vocabulary}, 0 to {vocabulary - 1}; use"
+                    f"prompt {uid}: token {unknown} is not one of the model's {vocab_size}, 0 to {vocab_size - 1}; use"
                     " the model's own tokenizer",
-                    blame,
+                    rows,
                 )
-            if limit and len(tokens) + new > limit:
+            if limit and len(tokens) + max_new_tokens > limit:
                 raise BadRows(
-                    f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {new} are more than the model's {limit}"
-                    " positions; lower sampling.max_new_tokens or data.max_prompt_tokens",
-                    blame,
+                    f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {max_new_tokens} are more than the model's"
+                    f" {limit} positions; lower sampling.max_new_tokens or data.max_prompt_tokens",
+                    rows,
                 )
-            if rotation and len(tokens) + new > rotation.original:
+            if rope and len(tokens) + max_new_tokens > rope.original_positions:
                 raise BadRows(
-                    f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {new} are more than the model's original"
-                    f" {rotation.original} positions, after which its rotation ({rotation.kind}) depends on the length"
-                    " of the text, and samples on their company; lower sampling.max_new_tokens or"
+                    f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {max_new_tokens} are more than the model's"
+                    f" original {rope.original_positions} positions, after which its rotation ({rope.kind}) depends on"
+                    " the length of the text, and samples on the batch; lower sampling.max_new_tokens or"
                     " data.max_prompt_tokens",
-                    blame,
+                    rows,
                 )

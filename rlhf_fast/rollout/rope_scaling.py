@@ -1,7 +1,7 @@
-"""Rotations of keys and queries that change with the length of the text.
+"""Rotary embeddings that depend on the length of the text (dynamic and long RoPE).
 
-transformers turns every token of a call by angles that the longest row of the call decides. Past the original length
-keys in a cache would have to turn again, and a sample would hang on its company; below it nothing switches.
+For these, transformers picks the angles from the longest row of a call. Past the original context length, cached keys
+would need new angles, and a sample would depend on its batch. Below that length the angles are fixed.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from typing import NamedTuple
 
 from rlhf_fast.model.model import Model
 
-BY_LENGTH = ("dynamic", "longrope")
-"""transformers' names of them."""
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""transformers' names of these `rope_type`s."""
 
 
-class ByLength(NamedTuple):
-    """A rotation that is the same for all texts of up to `original` positions."""
+class LengthDependentRope(NamedTuple):
+    """A rotary embedding whose angles are fixed in texts of up to `original_positions`."""
 
     kind: str
-    original: int
+    original_positions: int
 
 
-def by_length(model: Model) -> ByLength | None:
-    """The one of `model` that switches first; None if none does. Layers of several kinds have several."""
-    config = model.text_config
-    parameters = getattr(config, "rope_parameters", None) or {}
+def length_dependent_rope(model: Model) -> LengthDependentRope | None:
+    """Return the length-dependent rotary embedding of `model`, or None. If kinds of layers have several, return the one
+    with the fewest original positions."""
+    parameters = getattr(model.text_config, "rope_parameters", None) or {}
     found = []
     for part in (parameters, *parameters.values()):
         kind = part.get("rope_type") if isinstance(part, dict) else None
-        if kind in BY_LENGTH:
+        if kind in LENGTH_DEPENDENT:
             limits = (part.get("original_max_position_embeddings"), model.max_positions)
-            found.append(ByLength(kind, min(limit for limit in limits if limit)))
-    return min(found, key=lambda rotation: rotation.original, default=None)
+            found.append(LengthDependentRope(kind, min(limit for limit in limits if limit)))
+    return min(found, key=lambda rope: rope.original_positions, default=None)

@@ -1,4 +1,4 @@
-"""From hidden states to tokens: the head and the sampler."""
+"""Sampling of tokens from hidden states, and the keys of the sampling noise."""
 
 from __future__ import annotations
 
@@ -9,34 +9,49 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout.response_buffer import Drawn
+from rlhf_fast.rollout.response_buffer import TokenSample
 
 MASK64 = 2**64 - 1
 
 
-class Draw:
-    """Draws for the rows of one rollout, whose noise `key` names; `ends` cannot be drawn before min_new_tokens."""
+class Sampler:
+    """Samples the tokens of one rollout with noise from `key`. `end_tokens` are banned before min_new_tokens."""
 
-    def __init__(self, model: Model, cfg: SamplingConfig, ends: list[int], key: int):
-        self.model, self.cfg, self.key = model, cfg, key
-        self.banned = torch.tensor(ends, dtype=torch.int64, device=model.device)
+    def __init__(self, model: Model, cfg: SamplingConfig, end_tokens: list[int], key: int):
+        self.model = model
+        self.cfg = cfg
+        self.key = key
+        self.banned = torch.tensor(end_tokens, dtype=torch.int64, device=model.device)
 
-    def __call__(self, hidden: Tensor, ids: Tensor, steps: Tensor, slots: np.ndarray) -> Drawn:
-        """A token for each row of `hidden` (n, D), unscaled. `ids` and `steps` (n,) int64 key the noise; `slots` are
-        the steps on the host."""
-        cfg, model, ban = self.cfg, self.model, (None, None)
-        if cfg.min_new_tokens and len(self.banned) and slots.min() < cfg.min_new_tokens:
-            ban = self.banned, steps < cfg.min_new_tokens
-        hidden = hidden if model.logit_scale == 1 else hidden * model.logit_scale
-        token, logprobs, raw, kept, _, entropy = ops.linear_sample_tokens(
-            hidden, model.head_weight, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, self.key, ids, steps,
-            model.head_bias, model.softcap, *ban,
-        )  # fmt: skip
-        return Drawn(token, logprobs, raw, kept, entropy)
+    def __call__(self, hidden: Tensor, row_ids: Tensor, steps: Tensor, host_steps: np.ndarray) -> TokenSample:
+        """Return a token for each row of `hidden` (n, D), which is not multiplied by the logit scale yet.
+        `row_ids` and `steps` (n,) int64 key the noise; `host_steps` is a copy of `steps` on the host."""
+        cfg, model = self.cfg, self.model
+        banned, ban_rows = None, None
+        if cfg.min_new_tokens and len(self.banned) and host_steps.min() < cfg.min_new_tokens:
+            banned, ban_rows = self.banned, steps < cfg.min_new_tokens
+        if model.logit_scale != 1:
+            hidden = hidden * model.logit_scale
+        token, logprobs, raw_logprobs, kept_logprobs, _, entropy = ops.linear_sample_tokens(
+            hidden,
+            model.head_weight,
+            cfg.temperature,
+            cfg.top_k,
+            cfg.top_p,
+            cfg.min_p,
+            seed=self.key,
+            row_ids=row_ids,
+            steps=steps,
+            bias=model.head_bias,
+            softcap=model.softcap,
+            banned=banned,
+            ban_rows=ban_rows,
+        )
+        return TokenSample(token, logprobs, raw_logprobs, kept_logprobs, entropy)
 
 
-def mix(seed: int, step: int) -> int:
-    """One non-negative 63-bit key of a run's seed and a step, spread by splitmix64's finalizer."""
+def rollout_key(seed: int, step: int) -> int:
+    """Return a non-negative 63-bit key for a run's seed and a step, mixed by splitmix64's finalizer."""
     x = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64

@@ -1,195 +1,284 @@
-"""Which responses run: a queue, slots, and one forward pass a step over exactly the rows that are alive.
+"""Continuous batching over a PagedKVCache: one forward pass a step, over exactly the responses that are running.
 
-Responses wait longest prompt first, those of one prompt together. A prompt is read once, packed with others into calls
-of at most PREFILL tokens; its samples share its full pages, and copy the last one if another row
-writes on it. A row that is over leaves the next step, gives its pages back, and once an eighth of the slots is empty
-the queue fills them.
+Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, in calls of at
+most PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages and leaves the
+batch; once 1 / REFILL of the slots are free, waiting requests are admitted.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import SamplingConfig
-from rlhf_fast.rollout.decoder import Decoder, Packed
-from rlhf_fast.rollout.kv_cache import Arena
-from rlhf_fast.rollout.response_buffer import Progress, Record, Rows
-from rlhf_fast.rollout.sampler import Draw
-from rlhf_fast.rollout.stop_criteria import Stops
+from rlhf_fast.rollout.decoder import Decoder, TokenBatch
+from rlhf_fast.rollout.kv_cache import PagedKVCache
+from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
+from rlhf_fast.rollout.sampler import Sampler
+from rlhf_fast.rollout.stop_criteria import StopCriteria
 
-PREFILL = 2048
-"""Prompt tokens of one forward pass."""
+PREFILL_TOKENS = 2048
+"""Prompt tokens of one forward pass at most."""
 REFILL = 8
-"""The queue is asked once this part of the slots is empty."""
+"""Requests are admitted when at least 1 / REFILL of the slots are free."""
 
 
 @dataclass
 class _Group:
-    """The responses to one prompt."""
+    """The requests for one prompt."""
 
     prompt: list[int]
-    left: int
-    """Responses that have not started."""
+    num_waiting: int
     pages: list[int] = field(default_factory=list)
-    """Those of the prompt, once it is read; held as long as responses are left. One row at a time writes behind the
-    prompt on the last of them."""
-    last: Tensor | None = None
-    """(D,) the hidden state of the prompt's last token."""
+    """The prompt's pages, from prefill until all its responses have started. Only one response at a time may append to
+    the last page if it is partly filled."""
+    last_hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(D,) the hidden state of the prompt's last token, after prefill."""
 
 
-def positions_of(rows: Rows, cfg: SamplingConfig) -> list[int]:
-    """The cache positions that each response needs at the most: its last token is never read."""
-    return [len(rows.prompts[i]) + cfg.max_new_tokens - 1 for i in rows.which]
+class _Admitted(NamedTuple):
+    """A response that starts in this step."""
+
+    row: int
+    slot: int
+    group: _Group
+    needs_prefill: bool
+    page_copy: tuple[int, int] | None
+    """Source and target if the prompt's last page must be copied."""
 
 
-def most_pages(rows: Rows, cfg: SamplingConfig, page: int) -> int:
-    """Pages that `cfg.batch` responses at a time can hold, whichever they are."""
+class _Running(NamedTuple):
+    """The n running responses; all (n,)."""
+
+    rows: np.ndarray
+    """int64: index of the response."""
+    steps: np.ndarray
+    """int64: number of tokens sampled."""
+    positions: np.ndarray
+    """int32: position of the newest token."""
+    slots: np.ndarray
+    """int32: row of the block table."""
+
+    def select(self, keep: np.ndarray) -> _Running:
+        return _Running(*(part[keep] for part in self))
+
+
+class _DeviceState(NamedTuple):
+    """What the device needs of the running responses; all (n,)."""
+
+    row_ids: Tensor
+    steps: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
+def cache_lengths(requests: Requests, cfg: SamplingConfig) -> list[int]:
+    """Return the most cache positions that each response needs. Its last token is never run through the model."""
+    return [len(requests.prompts[i]) + cfg.max_new_tokens - 1 for i in requests.prompt_index]
+
+
+def pages_needed(requests: Requests, cfg: SamplingConfig, page_size: int) -> int:
+    """Return the most pages that any `cfg.batch` responses need at a time."""
     cost = []
-    for prompt, group in zip(rows.prompts, rows.groups(), strict=True):
-        whole, own = -(-(len(prompt) + cfg.max_new_tokens - 1) // page), len(prompt) // page
-        # the first response brings the prompt's pages along
-        cost += [whole] + [whole - own] * (len(group) - 1)
+    for prompt, rows in zip(requests.prompts, requests.rows_by_prompt(), strict=True):
+        total = -(-(len(prompt) + cfg.max_new_tokens - 1) // page_size)
+        shared = len(prompt) // page_size
+        # the first response also allocates the pages that the others share
+        cost += [total] + [total - shared] * (len(rows) - 1)
     return sum(sorted(cost, reverse=True)[: cfg.batch])
 
 
-class Schedule:
-    """One rollout of `rows` into `record`."""
+class Scheduler:
+    """Runs the requests of `buffer`, and stores their tokens in it."""
 
     def __init__(
-        self, decoder: Decoder, arena: Arena, draw: Draw, stops: Stops, cfg: SamplingConfig, record: Record,
-        progress: Progress | None = None,
-    ):  # fmt: skip
-        self.decoder, self.arena, self.draw, self.stops, self.cfg = decoder, arena, draw, stops, cfg
-        self.record, self.progress, self.ids = record, progress, record.rows.ids
-        rows, self.device = record.rows, arena.memory.device
-        members = rows.groups()
-        order = sorted(range(len(members)), key=lambda i: -len(rows.prompts[i]))
-        groups = [_Group(prompt, len(group)) for prompt, group in zip(rows.prompts, members, strict=True)]
-        self.queue = deque((row, groups[i]) for i in order for row in members[i])
-        self.free_slots = list(range(arena.slots - 1, -1, -1))
+        self,
+        decoder: Decoder,
+        cache: PagedKVCache,
+        sampler: Sampler,
+        stop_criteria: StopCriteria,
+        cfg: SamplingConfig,
+        buffer: ResponseBuffer,
+        progress: ProgressCallback | None = None,
+    ):
+        self.decoder = decoder
+        self.cache = cache
+        self.sampler = sampler
+        self.stop_criteria = stop_criteria
+        self.cfg = cfg
+        self.buffer = buffer
+        self.progress = progress
+        self.device = cache.memory.device
+        self.waiting = _waiting_queue(buffer.requests)
+        self.free_slots = list(range(cache.num_slots - 1, -1, -1))
         self.pages: dict[int, list[int]] = {}
-        """Of each occupied slot."""
-        self._set(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
+        """The pages of each occupied slot."""
         self.tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
+        """(n,) the newest token of each running response."""
+        empty = np.zeros(0, np.int64)
+        self._set_running(_Running(empty, empty, empty.astype(np.int32), empty.astype(np.int32)))
 
     def run(self) -> None:
-        """Every response to its end; afterwards nobody holds a page."""
-        self.stops.begin(len(self.ids))
-        while len(self.rows) or self.queue:
-            hidden = [self._decode()] if len(self.rows) else []
-            if self.queue and len(self.free_slots) * REFILL >= self.arena.slots:
-                hidden += self._admit()
+        """Generate all responses. Afterwards all pages are free."""
+        self.stop_criteria.reset(self.buffer.requests.num_responses)
+        while self.waiting or self.num_running:
+            hidden = []
+            # decode
+            if self.num_running:
+                hidden.append(self._decode())
+            # prefill
+            if admitted := self._admit():
+                hidden.append(self._prefill(admitted))
             if not hidden:
-                raise RuntimeError(
-                    f"Schedule: no response runs, and the next of {len(self.queue)} has no room in"
-                    f" {self.arena.free} free of {self.arena.pages} pages and {len(self.free_slots)} slots"
-                )
-            self._step(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
-        if self.arena.free != self.arena.pages:
-            raise RuntimeError(f"Schedule: {self.arena.pages - self.arena.free} pages were not given back")
+                raise RuntimeError(self._stuck_message())
+            # sample
+            tokens = self._sample(torch.cat(hidden))
+            num_finished = self._retire_finished(tokens)
+            if self.progress is not None:
+                self.progress(len(tokens), num_finished)
+        if self.cache.num_free_pages != self.cache.num_pages:
+            raise RuntimeError(f"Scheduler: {self.cache.num_pages - self.cache.num_free_pages} pages were not released")
 
-    def _set(self, rows: np.ndarray, steps: np.ndarray, positions: np.ndarray, slots: np.ndarray) -> None:
-        """The n rows that are alive: which responses, tokens drawn, positions of the newest token, slots; and what of
-        it the device needs."""
-        self.rows, self.steps, self.positions, self.slots = rows, steps, positions, slots
-        self.on_device = [torch.tensor(x, device=self.device) for x in (self.ids[rows], steps, positions, slots)]
+    @property
+    def num_running(self) -> int:
+        return len(self.running.rows)
+
+    def _stuck_message(self) -> str:
+        return (
+            f"Scheduler: no response runs, and the next of {len(self.waiting)} does not fit in"
+            f" {self.cache.num_free_pages} free of {self.cache.num_pages} pages and {len(self.free_slots)} slots"
+        )
+
+    def _set_running(self, running: _Running) -> None:
+        """Set the running responses, on the host and on the device."""
+        self.running = running
+        row_ids = self.buffer.requests.row_ids[running.rows]
+        self.on_device = _DeviceState(*(torch.tensor(part, device=self.device) for part in (row_ids, *running[1:])))
 
     def _decode(self) -> Tensor:
-        _, _, positions, slots = self.on_device
-        return self.decoder.hidden(self.arena, Packed(self.tokens, positions, slots, self.arena.block_table))
+        """Run the newest token of each running response. Return the hidden states (n, D)."""
+        state = self.on_device
+        batch = TokenBatch(self.tokens, state.positions, state.slots, self.cache.block_table)
+        return self.decoder.hidden(self.cache, batch)
 
-    def _step(self, hidden: Tensor) -> None:
-        """A token for each row that is alive."""
-        ids, steps, positions, _ = self.on_device
-        slots = self.steps.copy()
-        drawn = self.draw(hidden, ids, steps, slots)
-        tokens = self.record.add(self.rows, slots, drawn)
-        self.tokens = drawn.token
-        self.steps += 1
-        self.positions += 1
-        over = self.stops(tokens, self.rows, self.steps)
-        if over is None:
-            steps += 1
-            positions += 1
-        else:
-            self._leave(*over)
-        if self.progress is not None:
-            self.progress(len(tokens), 0 if over is None else int(over[0].sum()))
-
-    def _leave(self, over: np.ndarray, reasons: np.ndarray) -> None:
-        """Rows `over` (n,) bool are done."""
-        self.record.end(self.rows[over], self.steps[over], reasons[over])
-        for slot in self.slots[over].tolist():
-            self.arena.drop(self.pages.pop(slot))
-            self.free_slots.append(slot)
-        stay = ~over
-        self.tokens = self.tokens[torch.from_numpy(stay).to(self.device)]
-        self._set(self.rows[stay], self.steps[stay], self.positions[stay], self.slots[stay])
-
-    def _admit(self) -> list[Tensor]:
-        """Starts responses while there are slots and pages: reads their prompts and appends the rows. Their last
-        hidden states (n, D), as a list of one; an empty list if none has room."""
-        arena, started, to_read = self.arena, [], []
-        sources, targets = [], []
-        while self.queue and self.free_slots:
-            row, group = self.queue[0]
-            prompt, page = len(group.prompt), arena.page
-            count = arena.need(prompt + self.cfg.max_new_tokens - 1)
-            shared = group.pages[: prompt // page]
-            if prompt % page and group.pages and arena.holders(group.pages[-1]) == 1:  # the group: no row writes there
-                shared = group.pages
-            if count - len(shared) > arena.free:
+    def _admit(self) -> list[_Admitted]:
+        """Start waiting requests as long as there are free slots and pages."""
+        admitted: list[_Admitted] = []
+        if len(self.free_slots) * REFILL < self.cache.num_slots:
+            return admitted
+        while self.waiting and self.free_slots:
+            row, group = self.waiting[0]
+            shared, num_new = self._next_pages(group)
+            if num_new > self.cache.num_free_pages:
                 break
-            self.queue.popleft()
-            slot, own = self.free_slots.pop(), arena.take(count - len(shared))
-            arena.hold(shared)
-            if not group.pages:
-                group.pages = own[: arena.need(prompt)]
-                arena.hold(group.pages)
-                to_read.append((slot, group))
-            elif prompt % page and shared is not group.pages:
-                sources.append(group.pages[-1])
-                targets.append(own[0])
-            self.pages[slot] = shared + own
-            arena.seat(slot, self.pages[slot])
-            group.left -= 1
-            started.append((row, slot, group))
-        self._read(to_read)
-        arena.copy(sources, targets)
-        if not started:
-            return []
-        hidden = torch.stack([group.last for _, _, group in started])
-        for group in {id(group): group for _, _, group in started}.values():
-            if not group.left:
-                arena.drop(group.pages)
-                group.last = None
-        rows, slots = (np.array([entry[i] for entry in started]) for i in (0, 1))
-        lengths = np.array([len(group.prompt) for _, _, group in started], dtype=np.int32)
-        self._set(
-            np.concatenate([self.rows, rows]), np.concatenate([self.steps, np.zeros_like(rows)]),
-            np.concatenate([self.positions, lengths - 1]), np.concatenate([self.slots, slots.astype(np.int32)]),
-        )  # fmt: skip
-        return [hidden]
+            self.waiting.popleft()
+            admitted.append(self._start(row, group, shared, num_new))
+        return admitted
 
-    def _read(self, prompts: list[tuple[int, _Group]]) -> None:
-        """Puts the prompts into the arena, each in its slot, and notes their last hidden states."""
+    def _next_pages(self, group: _Group) -> tuple[list[int], int]:
+        """Return the prompt's pages that the group's next response shares, and how many new pages it needs.
+
+        Full pages are always shared. The last, partly filled page is shared if only the group holds it, for then no
+        running response writes to it.
+        """
+        shared = group.pages[: len(group.prompt) // self.cache.page_size]
+        if len(shared) < len(group.pages) and self.cache.refcount(group.pages[-1]) == 1:
+            shared = group.pages
+        total = self.cache.pages_for(len(group.prompt) + self.cfg.max_new_tokens - 1)
+        return shared, total - len(shared)
+
+    def _start(self, row: int, group: _Group, shared: list[int], num_new: int) -> _Admitted:
+        """Give response `row` a slot, the `shared` pages and `num_new` new ones."""
+        slot = self.free_slots.pop()
+        new = self.cache.allocate(num_new)
+        self.cache.incref(shared)
+        needs_prefill = not group.pages
+        page_copy = None
+        if needs_prefill:
+            group.pages = new[: self.cache.pages_for(len(group.prompt))]
+            self.cache.incref(group.pages)
+        elif len(shared) < len(group.pages):
+            page_copy = (group.pages[-1], new[0])
+        self.pages[slot] = shared + new
+        self.cache.assign(slot, self.pages[slot])
+        group.num_waiting -= 1
+        return _Admitted(row, slot, group, needs_prefill, page_copy)
+
+    def _prefill(self, admitted: list[_Admitted]) -> Tensor:
+        """Run the prompts that are new, and append the admitted responses to the running ones. Return the hidden
+        states (n, D) of their prompts' last tokens."""
+        self._run_prompts([(a.slot, a.group) for a in admitted if a.needs_prefill])
+        copies = [a.page_copy for a in admitted if a.page_copy is not None]
+        self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
+        hidden = torch.stack([a.group.last_hidden for a in admitted])
+        for group in {id(a.group): a.group for a in admitted}.values():
+            if not group.num_waiting:
+                self.cache.release(group.pages)
+        started = _Running(
+            rows=np.array([a.row for a in admitted], dtype=np.int64),
+            steps=np.zeros(len(admitted), dtype=np.int64),
+            positions=np.array([len(a.group.prompt) - 1 for a in admitted], dtype=np.int32),
+            slots=np.array([a.slot for a in admitted], dtype=np.int32),
+        )
+        self._set_running(_Running(*(np.concatenate(parts) for parts in zip(self.running, started, strict=True))))
+        return hidden
+
+    def _run_prompts(self, prompts: list[tuple[int, _Group]]) -> None:
+        """Run the prompts, each in its slot, and keep the hidden states of their last tokens."""
         if not prompts:
             return
-        sizes = np.array([len(group.prompt) for _, group in prompts])
+        lengths = np.array([len(group.prompt) for _, group in prompts])
+        ends = lengths.cumsum() - 1
         tokens = torch.tensor([token for _, group in prompts for token in group.prompt], device=self.device)
-        positions = torch.from_numpy(np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]))
-        slots = torch.from_numpy(np.repeat(np.array([slot for slot, _ in prompts], dtype=np.int32), sizes))
-        positions, slots, ends = positions.to(self.device), slots.to(self.device), sizes.cumsum() - 1
-        last = []
-        for start in range(0, len(tokens), PREFILL):
-            stop = start + PREFILL
-            wanted = torch.from_numpy(ends[(ends >= start) & (ends < stop)] - start).to(self.device)
-            part = Packed(tokens[start:stop], positions[start:stop], slots[start:stop], self.arena.block_table, wanted)
-            last.append(self.decoder.hidden(self.arena, part))
-        for (_, group), hidden in zip(prompts, torch.cat(last), strict=True):
-            group.last = hidden
+        positions = torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]))
+        slots = torch.from_numpy(np.repeat(np.array([slot for slot, _ in prompts], dtype=np.int32), lengths))
+        positions, slots = positions.to(self.device), slots.to(self.device)
+        last_hidden = []
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            part = slice(start, start + PREFILL_TOKENS)
+            last = torch.from_numpy(ends[(ends >= part.start) & (ends < part.stop)] - start).to(self.device)
+            batch = TokenBatch(tokens[part], positions[part], slots[part], self.cache.block_table, last)
+            last_hidden.append(self.decoder.hidden(self.cache, batch))
+        for (_, group), hidden in zip(prompts, torch.cat(last_hidden), strict=True):
+            group.last_hidden = hidden
+
+    def _sample(self, hidden: Tensor) -> np.ndarray:
+        """Sample a token for each running response. Return them (n,) on the host."""
+        steps = self.running.steps.copy()
+        sample = self.sampler(hidden, self.on_device.row_ids, self.on_device.steps, steps)
+        tokens = self.buffer.add(self.running.rows, steps, sample)
+        self.tokens = sample.token
+        for counter in (self.running.steps, self.running.positions, self.on_device.steps, self.on_device.positions):
+            counter += 1
+        return tokens
+
+    def _retire_finished(self, tokens: np.ndarray) -> int:
+        """Remove the responses that the newest `tokens` (n,) finish, and release their pages. Return their number."""
+        stop = self.stop_criteria(tokens, self.running.rows, self.running.steps)
+        if stop is None:
+            return 0
+        finished, reasons = stop
+        gone = self.running.select(finished)
+        self.buffer.finish(gone.rows, gone.steps, reasons[finished])
+        for slot in gone.slots.tolist():
+            self.cache.release(self.pages.pop(slot))
+            self.free_slots.append(slot)
+        self.tokens = self.tokens[torch.from_numpy(~finished).to(self.device)]
+        self._set_running(self.running.select(~finished))
+        return len(gone.rows)
+
+
+def _waiting_queue(requests: Requests) -> deque[tuple[int, _Group]]:
+    """Return (response, group) of all requests, longest prompt first."""
+    rows_by_prompt = requests.rows_by_prompt()
+    order = sorted(range(len(requests.prompts)), key=lambda i: -len(requests.prompts[i]))
+    queue: deque[tuple[int, _Group]] = deque()
+    for i in order:
+        group = _Group(requests.prompts[i], num_waiting=len(rows_by_prompt[i]))
+        queue.extend((row, group) for row in rows_by_prompt[i])
+    return queue

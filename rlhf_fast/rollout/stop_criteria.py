@@ -1,9 +1,9 @@
-"""When a response is over: at an end token, at a token that completes a stop text, or at the limit. Before
-min_new_tokens neither an end token nor a stop text counts, and a stop text completed there does not count later."""
+"""Stop criteria of a response: an end token, a token that completes a stop text, or max_new_tokens.
+
+Before min_new_tokens neither an end token nor a stop text counts, and a stop text completed there does not count later.
+"""
 
 from __future__ import annotations
-
-from os.path import commonprefix
 
 import numpy as np
 
@@ -14,71 +14,79 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 
 
-def end_tokens(model: Model) -> list[int]:
-    """The ids that end a response: the generation config's (there may be several), the tokenizer's, and the one that
-    its chat template puts behind an answer."""
+def end_token_ids(model: Model) -> list[int]:
+    """Return the tokens that end a response: those of the generation config or else of the model config, the
+    tokenizer's, and the one that the chat template writes after an answer."""
     generation = getattr(model.base, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not ids and (own := model.text_config.eos_token_id) is not None:
-        ids = own if isinstance(own, list) else [own]
-    own = (getattr(model.tokenizer, "eos_token_id", None), template_end(model.tokenizer))
-    return sorted({*ids, *(token for token in own if token is not None)})
+    ids = _as_list(getattr(generation, "eos_token_id", None)) or _as_list(model.text_config.eos_token_id)
+    tokenizer_ids = (getattr(model.tokenizer, "eos_token_id", None), template_end(model.tokenizer))
+    return sorted({*ids, *(token for token in tokenizer_ids if token is not None)})
 
 
-class Stops:
-    """Called with each new token of the rows that run. Prompts are never looked at."""
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+class StopCriteria:
+    """Called with the newest token of each running response. Prompts are not searched."""
 
     def __init__(self, model: Model, cfg: SamplingConfig):
         if cfg.stop and model.tokenizer is None:
             raise UserError("sampling.stop: stop texts need a tokenizer; leave it empty")
-        self.cfg, self.tokenizer = cfg, model.tokenizer
-        vocabulary = model.head_weight.shape[0]
-        self.ends = [token for token in end_tokens(model) if 0 <= token < vocabulary]
-        self._is_end = np.zeros(vocabulary, dtype=bool)
-        self._is_end[self.ends] = True
-        if cfg.min_new_tokens and self._is_end.all():
+        self.cfg = cfg
+        self.tokenizer = model.tokenizer
+        vocab_size = model.head_weight.shape[0]
+        self.end_tokens = [token for token in end_token_ids(model) if 0 <= token < vocab_size]
+        self._is_end_token = np.zeros(vocab_size, dtype=bool)
+        self._is_end_token[self.end_tokens] = True
+        if cfg.min_new_tokens and self._is_end_token.all():
             raise UserError(
-                f"sampling.min_new_tokens: each of the model's {vocabulary} tokens ends a response, so that none is"
+                f"sampling.min_new_tokens: each of the model's {vocab_size} tokens ends a response, so that none is"
                 " left to draw before they are allowed; set it to 0"
             )
-        # a token is at least one byte of text, so that many last tokens hold every stop text that has just ended; one
-        # more, because some tokenizers drop the space that a text begins with
-        self._tail = max((len(text.encode()) + 1 for text in cfg.stop), default=0)
-        self._said: list[list[int]] = []
+        # a stop text of n bytes spans at most n tokens; one more, because some tokenizers drop a leading space
+        self._tail_length = max((len(text.encode()) + 1 for text in cfg.stop), default=0)
+        self._generated: list[list[int]] = []
 
-    def begin(self, rows: int) -> None:
-        """Forget the responses of an earlier rollout; `rows` new ones follow."""
-        self._said = [[] for _ in range(rows)] if self.cfg.stop else []
+    def reset(self, num_responses: int) -> None:
+        """Forget earlier responses, and start `num_responses` new ones."""
+        self._generated = [[] for _ in range(num_responses)] if self.cfg.stop else []
 
-    def __call__(self, tokens: np.ndarray, rows: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """`tokens` (n,) are the newest of responses `rows` (n,), which hold `sizes` (n,) now. None: all go on.
-        Else (n,) bool, who is over, and (n,) uint8, why."""
+    def __call__(
+        self, tokens: np.ndarray, rows: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Append `tokens` (n,) to responses `rows` (n,), whose lengths are then `lengths` (n,). Return None if all go
+        on, else which are finished (n,) bool and their reasons (n,) uint8."""
         cfg = self.cfg
-        ended = self._is_end[tokens]
-        full = sizes == cfg.max_new_tokens
-        long = sizes >= cfg.min_new_tokens
-        ended &= long
-        stopped = self._stopped(tokens, rows) & long if cfg.stop else None
-        over = ended | full if stopped is None else ended | full | stopped
-        if not over.any():
+        long_enough = lengths >= cfg.min_new_tokens
+        ended = self._is_end_token[tokens] & long_enough
+        stopped = np.zeros_like(ended)
+        if cfg.stop:
+            stopped = self._has_stop_text(tokens, rows) & long_enough
+        finished = ended | stopped | (lengths == cfg.max_new_tokens)
+        if not finished.any():
             return None
-        reasons = np.where(ended, END, LIMIT if stopped is None else np.where(stopped, STOP, LIMIT))
-        return over, reasons.astype(np.uint8)
+        reasons = np.where(ended, END, np.where(stopped, STOP, LIMIT))
+        return finished, reasons.astype(np.uint8)
 
-    def _stopped(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _has_stop_text(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: whether the newest token completes a stop text."""
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            self._said[row].append(token)
-        tails = [self._said[row][-self._tail :] for row in rows.tolist()]
+            self._generated[row].append(token)
+        tails = [self._generated[row][-self._tail_length :] for row in rows.tolist()]
         texts, stops = self.tokenizer.batch_decode(tails), self.cfg.stop
-        if not self.cfg.min_new_tokens:  # else a row would be over already
+        if not self.cfg.min_new_tokens:
+            # an earlier stop text would have ended the response already, so any found here is new
             return np.array([any(stop in text for stop in stops) for text in texts], dtype=bool)
-        before = self.tokenizer.batch_decode([tail[:-1] for tail in tails])
-        olds = [len(commonprefix(pair)) for pair in zip(texts, before, strict=True)]
-        return np.array(
-            [
-                any(stop in text[max(old - len(stop) + 1, 0) :] for stop in stops)
-                for text, old in zip(texts, olds, strict=True)
-            ],
-            dtype=bool,
-        )
+        previous_texts = self.tokenizer.batch_decode([tail[:-1] for tail in tails])
+        found = []
+        for text, previous in zip(texts, previous_texts, strict=True):
+            old = _common_prefix_length(text, previous)
+            found.append(any(stop in text[max(old - len(stop) + 1, 0) :] for stop in stops))
+        return np.array(found, dtype=bool)
+
+
+def _common_prefix_length(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,44 +1,51 @@
-"""Whether a decoder computes what its model computes: tried once, before anything is sampled with it."""
+"""Comparison of a decoder with its model's own forward, once, before anything is sampled with it."""
 
 from __future__ import annotations
 
 import torch
 
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout.decoder import Decoder, Packed, Unsupported
-from rlhf_fast.rollout.kv_cache import Arena
+from rlhf_fast.rollout.decoder import Decoder, TokenBatch
+from rlhf_fast.rollout.kv_cache import PagedKVCache
 
-PAGE = 4
-LENGTH = 12
+PAGE_SIZE = 4
+MAX_LENGTH = 12
+ROWS = 3
 
 
 @torch.no_grad()
-def prove(model: Model, decoder: Decoder) -> None:
-    """Ragged rows, prefilled in two calls, then decoded together: Unsupported unless every hidden state is the one
-    that the module's own forward gives."""
-    limit = min(model.max_positions or LENGTH, LENGTH)
-    if limit < 4:
-        raise Unsupported(f"{limit} positions are too few to try it")
-    tokens = model.probe_tokens(3, limit)
-    starts = [limit - 3, 1, limit // 2]
-    pages = -(-limit // PAGE)
-    arena = Arena(decoder.shapes, decoder.dtype, tokens.device, 3 * pages, 3, pages, PAGE)
-    for slot in range(3):
-        arena.seat(slot, arena.take(pages))
-    cut = starts[0] + 1 + starts[2] // 2
-    places = [(slot, position) for slot, start in enumerate(starts) for position in range(start)]
-    calls = [places[:cut], places[cut:]]
-    calls += [[(slot, start + i) for slot, start in enumerate(starts)] for i in range(limit - max(starts))]
-    found = torch.full((3, limit, model.head_weight.shape[1]), torch.nan, dtype=torch.float32, device=tokens.device)
-    for call in calls:
+def verify_decoder(model: Model, decoder: Decoder) -> None:
+    """Run rows of different lengths, prefilled in two calls and then decoded together. Raise Unsupported unless all
+    hidden states agree with the module's own forward."""
+    length = min(model.max_positions or MAX_LENGTH, MAX_LENGTH)
+    if length < 4:
+        raise Unsupported(f"{length} positions are too few to try it")
+    tokens = model.probe_tokens(ROWS, length)
+    prompt_lengths = [length - 3, 1, length // 2]
+    num_steps = length - max(prompt_lengths)
+    pages = -(-length // PAGE_SIZE)
+    cache = PagedKVCache(decoder.shapes, decoder.dtype, tokens.device, ROWS * pages, ROWS, pages, PAGE_SIZE)
+    for slot in range(ROWS):
+        cache.assign(slot, cache.allocate(pages))
+    found = torch.full((ROWS, length, model.head_weight.shape[1]), torch.nan, dtype=torch.float32, device=tokens.device)
+    for call in _calls(prompt_lengths, num_steps):
         slots, positions = torch.tensor(call, device=tokens.device).unbind(1)
-        packed = Packed(tokens[slots, positions], positions.int(), slots.int(), arena.block_table)
-        found[slots, positions] = decoder.hidden(arena, packed).float()
-    for slot, start in enumerate(starts):
-        length = start + limit - max(starts)
-        wanted = model.hidden(tokens[slot : slot + 1, :length])[0].float()
-        gaps = (found[slot, :length] - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-6)
-        # in half precision a single token may be far off by rounding, most of them not
-        most, usual = (1e-4, 1e-4) if decoder.dtype == torch.float32 else (0.3, 0.1)
-        if not (gaps.max() <= most and gaps.median() <= usual):
-            raise Unsupported(f"its hidden states over our cache are off by {gaps.max():.1%}")
+        batch = TokenBatch(tokens[slots, positions], positions.int(), slots.int(), cache.block_table)
+        found[slots, positions] = decoder.hidden(cache, batch).float()
+    for slot, prompt_length in enumerate(prompt_lengths):
+        end = prompt_length + num_steps
+        expected = model.hidden(tokens[slot : slot + 1, :end])[0].float()
+        errors = (found[slot, :end] - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+        # in half precision rounding may change a single token much, but not most of them
+        max_error, median_error = (1e-4, 1e-4) if decoder.dtype == torch.float32 else (0.3, 0.1)
+        if not (errors.max() <= max_error and errors.median() <= median_error):
+            raise Unsupported(f"its hidden states over our cache are off by {errors.max():.1%}")
+
+
+def _calls(prompt_lengths: list[int], num_steps: int) -> list[list[tuple[int, int]]]:
+    """Return the (slot, position) pairs of each call: two prefills, then `num_steps` decodes."""
+    prefill = [(slot, position) for slot, length in enumerate(prompt_lengths) for position in range(length)]
+    split = prompt_lengths[0] + 1 + prompt_lengths[2] // 2
+    decode = [[(slot, length + step) for slot, length in enumerate(prompt_lengths)] for step in range(num_steps)]
+    return [prefill[:split], prefill[split:], *decode]

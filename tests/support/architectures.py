@@ -20,7 +20,7 @@ GPT = {
 
 
 def build(name: str, shape: dict = SMALL, **changes):
-    """A function that makes the module: `name` is transformers' prefix of Config and ForCausalLM."""
+    """Return a function that makes the module. `name` is transformers' prefix of Config and ForCausalLM."""
 
     def make():
         kind = getattr(t, f"{name}ForCausalLM", None) or getattr(t, f"{name}LMHeadModel")
@@ -60,7 +60,7 @@ SERVED = {
     "exaone4, sliding window": build("Exaone4", sliding_window=4),
     "persimmon": build("Persimmon"),
 }
-"""What the attention decoder must serve."""
+"""Models that the attention decoder must serve."""
 REFUSED = {
     "stablelm": (build("StableLm"), "its layers drop keyword arguments on the way to the attention"),
     "gptj": (build("GPTJ", GPT, rotary_dim=4), "make 0 calls of transformers' attention interface"),
@@ -72,11 +72,11 @@ REFUSED = {
     "diffllama": (build("DiffLlama"), "its 2 layers make 4 calls"),
     "minimax": (build("MiniMax"), "its 2 layers make 1 calls"),
 }
-"""What it must not, and the reason."""
+"""Models that it must refuse, and the reason."""
 
 
 def prompts(*lengths: int, uids: list[int] | None = None) -> Prompts:
-    """Random prompts without special tokens; uids from 100."""
+    """Return random prompts without special tokens, with uids from 100."""
     tokens = [torch.randint(3, V, (length,)).tolist() for length in lengths]
     return Prompts(uids or list(range(100, 100 + len(lengths))), tokens, [""] * len(lengths))
 
@@ -90,6 +90,6 @@ def sampling(**settings) -> SamplingConfig:
 
 
 def greedy(module, tokens: list[int], count: int = 12) -> list[int]:
-    """transformers' own answer to one prompt."""
+    """Return transformers' own greedy response to one prompt."""
     ids = torch.tensor([tokens])
     return module.generate(ids, do_sample=False, max_new_tokens=count, pad_token_id=0)[0, len(tokens) :].tolist()
