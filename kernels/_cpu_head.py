@@ -236,7 +236,8 @@ class CpuHead:
 
     def can_sum_weight_grad(self) -> bool:
         """Return whether dW may be summed over chunks: it is float32 itself, or its float32 sum is small."""
-        return self.weight.dtype == torch.float32 or 4 * self.V * self.D <= LOGITS_BYTES_3_GEMM
+        sum_bytes = 4 * self.V * self.D
+        return self.weight.dtype == torch.float32 or sum_bytes <= LOGITS_BYTES_3_GEMM
 
     def no_grads(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight.new_empty(0), self.weight.new_empty(0), self.weight.new_empty(0)

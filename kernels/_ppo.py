@@ -71,7 +71,8 @@ class PolicyRows(NamedTuple):
     ref_logprobs: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PolicyRows:
-        return PolicyRows(*(None if x is None else function(x) for x in self))
+        ref_logprobs = None if self.ref_logprobs is None else function(self.ref_logprobs)
+        return PolicyRows(function(self.old_logprobs), function(self.advantages), function(self.weights), ref_logprobs)
 
 
 class PolicyStats(NamedTuple):

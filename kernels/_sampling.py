@@ -62,8 +62,9 @@ def normalize_options(
         shapes = [list(row_ids.shape), list(steps.shape)]
         raise ValueError(f"{op}: row_ids and steps must have shape ({logits.shape[0]},), got {shapes}")
     values = zip(_RANGES, (temperature, top_k, top_p, min_p), strict=True)
-    tensors = (_per_row(op, name, value, logits) for name, value in values)
-    return SamplingOptions(*tensors, (seed + 2**63) % 2**64 - 2**63, row_ids.long(), steps.long())
+    temperature, top_k, top_p, min_p = (_per_row(op, name, value, logits) for name, value in values)
+    seed = (seed + 2**63) % 2**64 - 2**63
+    return SamplingOptions(temperature, top_k, top_p, min_p, seed, row_ids.long(), steps.long())
 
 
 def _per_row(op: str, name: str, value: Tensor | float | None, logits: Tensor) -> Tensor | None:

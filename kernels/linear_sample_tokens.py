@@ -62,8 +62,9 @@ def linear_sample_tokens(
     logits = logits if bias is None else logits + bias.to(logits.dtype)
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     allowed = None
-    if banned is not None:
+    if banned is not None and ban_rows is not None:
         allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, banned, False) | ~ban_rows[:, None]
+    assert row_ids is not None and steps is not None  # the normalizer has checked it
     options = SamplingOptions(temperature, top_k, top_p, min_p, seed, row_ids, steps)
     return sample_reference(logits, options, allowed=allowed)
 

@@ -52,6 +52,7 @@ def sample_tokens(
     Gradients: none.
     Raises ValueError where shapes differ, a number is out of range, or row_ids or steps are missing.
     """
+    assert row_ids is not None and steps is not None  # the normalizer has checked it
     options = SamplingOptions(temperature, top_k, top_p, min_p, seed, row_ids, steps)
     return sample_reference(logits, options, noise)
 

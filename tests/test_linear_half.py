@@ -1,4 +1,4 @@
-"""Our bfloat16 product with float32 results, and the linear head on it; the tiles run here by ordinary arithmetic."""
+"""Our bfloat16 product with float32 results, and the linear head on it, by the processor's instruction and emulated."""
 
 import pytest
 import torch
@@ -39,13 +39,13 @@ def test_product(backend, rows, columns, D, emulate):
         assert torch.equal(out[5:6, 1:2], multiply(kernels, x[5:6], w[1:2], emulate))  # alone as in a tile
 
 
-@pytest.mark.parametrize("rows_a_block", [7, 10**6])
-def test_head(monkeypatch, rows_a_block):
-    """Exact log-probabilities; gradients as near the truth as those of torch's own bfloat16 products."""
+@pytest.mark.parametrize("rows_per_block", [7, 10**6])
+def test_head(monkeypatch, rows_per_block):
+    """Log-probabilities are exact, gradients as accurate as those of torch's own bfloat16 products."""
     monkeypatch.setattr(cpu_head, "EMULATE_BF16", True)
     monkeypatch.setattr(cpu_head, "MIN_BF16_LOGITS", 0)
-    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 4 * 2100 * rows_a_block)
-    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 4 * 2100 * rows_a_block)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 4 * 2100 * rows_per_block)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 4 * 2100 * rows_per_block)
     hidden = (2 * torch.randn(24, 33)).bfloat16().requires_grad_()
     weight = (torch.randn(2100, 33) / 6).bfloat16().requires_grad_()
     targets = torch.randint(2100, (24,)).masked_fill(torch.rand(24) < 0.3, -100)
@@ -55,18 +55,18 @@ def test_head(monkeypatch, rows_a_block):
         "logprobs": ops.linear_logprobs(hidden, weight, targets),
         "kl": ops.linear_kl(hidden, weight, 0.5 * hidden, weight, targets)[3:],
     }
-    wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    float64_inputs = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     ref = (0.5 * hidden).detach().double(), weight.detach().double()
     truths = {
-        "cross_entropy": ops.linear_cross_entropy.reference(*wide, targets, weights.double()),
-        "logprobs": ops.linear_logprobs.reference(*wide, targets),
-        "kl": ops.linear_kl.reference(*wide, *ref, targets)[3:],
+        "cross_entropy": ops.linear_cross_entropy.reference(*float64_inputs, targets, weights.double()),
+        "logprobs": ops.linear_logprobs.reference(*float64_inputs, targets),
+        "kl": ops.linear_kl.reference(*float64_inputs, *ref, targets)[3:],
     }
     for name, truth in truths.items():
-        for ours, exact in zip(outputs[name], truth, strict=True):
-            torch.testing.assert_close(ours.double(), exact, atol=5e-6, rtol=2e-6)
-        ours = torch.autograd.grad(outputs[name][0].sum(), (hidden, weight))
-        exact = torch.autograd.grad(truth[0].sum(), wide)
-        for a, b in zip(ours, exact, strict=True):
+        for results, exact in zip(outputs[name], truth, strict=True):
+            torch.testing.assert_close(results.double(), exact, atol=5e-6, rtol=2e-6)
+        results = torch.autograd.grad(outputs[name][0].sum(), (hidden, weight))
+        exact = torch.autograd.grad(truth[0].sum(), float64_inputs)
+        for a, b in zip(results, exact, strict=True):
             assert a.dtype == torch.bfloat16
             assert (a.double() - b).norm() <= 2**-8 * b.norm()

@@ -1,4 +1,4 @@
-"""What the linear head's ops hold in memory."""
+"""The peak memory of the linear head's ops."""
 
 import pytest
 import torch
@@ -10,26 +10,31 @@ from rlhf_fast.kernels import _cpu_head as cpu_head
 COMPILED = ops.linear_logprobs.backends[1:][-1:]
 
 
+def gradient_peak(run, *inputs):
+    """Return the peak memory of a loss's forward and backward pass."""
+    return peak_bytes(lambda: torch.autograd.grad(run(*inputs), [x for x in inputs if x.requires_grad]))
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory(backend, dtype, monkeypatch):
-    """Beyond inputs and gradients: the budget of logits and what is of the size of hidden; nothing grows with N V."""
+    """Beyond inputs and gradients only the logits' budget and tensors of hidden's size are allocated."""
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 1 << 20)
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 1 << 20)
     V, D = 8192, 48
-    scratch = (1 << 20) + (4096 * D * 8 if dtype == torch.bfloat16 else 0) + 200_000
+    fixed_bytes = (1 << 20) + (4096 * D * 8 if dtype == torch.bfloat16 else 0) + 200_000
+
+    def cross_entropy(hidden, weight):
+        return ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)[0]
+
+    def logprobs(hidden, weight):
+        return ops.linear_logprobs.backend(backend)(hidden, weight, targets)[0].sum()
+
     for N in (128, 512):
         hidden = torch.randn(N, D).to(dtype).requires_grad_()
         weight = (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_()
         targets = torch.randint(V, (N,))
-        heads = {
-            "cross_entropy": lambda x, w: ops.linear_cross_entropy.backend(backend)(x, w, targets)[0],  # noqa: B023
-            "logprobs": lambda x, w: ops.linear_logprobs.backend(backend)(x, w, targets)[0].sum(),  # noqa: B023
-        }
-        budget = scratch + N * D * hidden.element_size() + 4 * N * (4 * D + 200)
-        for name, run in heads.items():
-            frozen = weight.detach()
-            peak = peak_bytes(lambda: torch.autograd.grad(run(hidden, weight), (hidden, weight)))  # noqa: B023
-            assert peak < budget + weight.nbytes, (name, N, peak)
-            peak = peak_bytes(lambda: torch.autograd.grad(run(hidden, frozen), hidden))  # noqa: B023
-            assert peak < budget, (name, N, peak)
+        budget = fixed_bytes + N * D * hidden.element_size() + 4 * N * (4 * D + 200)
+        for run in (cross_entropy, logprobs):
+            assert gradient_peak(run, hidden, weight) < budget + weight.nbytes, (run.__name__, N)
+            assert gradient_peak(run, hidden, weight.detach()) < budget, (run.__name__, N)

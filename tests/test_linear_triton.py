@@ -1,5 +1,4 @@
-"""The linear head's Triton kernels where a small size of an op does not reach: several chunks, rows in segments, who
-has the memory, bits."""
+"""The linear head's Triton kernels beyond the ops' small sizes: several chunks, rows in segments, memory, bits."""
 
 import gc
 
@@ -25,7 +24,7 @@ def exact(name):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Chunks of some rows, of which `programs` for a processor are walked whole."""
+    """Return a function that sets the rows of a chunk, and up to how many programs for each SM a row is read whole."""
 
     def set_sizes(rows, programs=4):
         monkeypatch.setattr(_head, "LEAST", rows)
@@ -38,32 +37,32 @@ def chunks(monkeypatch):
     return set_sizes
 
 
-def make(N, D, V, dtype=torch.float32, ignored=0.3):
-    """hidden with NaN where a target is ignored, weight, bias, targets."""
-    off = torch.rand(N) < ignored
-    hidden = (2 * torch.randn(N, D)).masked_fill(off[:, None], torch.nan)
-    given = hidden, torch.randn(V, D) / D**0.5, torch.randn(V)
-    return *(x.to(dtype).requires_grad_() for x in given), torch.randint(V, (N,)).masked_fill(off, -100)
+def random_head(N, D, V, dtype=torch.float32, ignored=0.3):
+    """Return hidden with NaN in ignored rows, weight, bias and targets."""
+    is_ignored = torch.rand(N) < ignored
+    hidden = (2 * torch.randn(N, D)).masked_fill(is_ignored[:, None], torch.nan)
+    floats = hidden, torch.randn(V, D) / D**0.5, torch.randn(V)
+    return *(x.to(dtype).requires_grad_() for x in floats), torch.randint(V, (N,)).masked_fill(is_ignored, -100)
 
 
-def double(*tensors):
+def to_float64(*tensors):
     return [x.detach().double().requires_grad_() for x in tensors]
 
 
 def calls(targets, ref):
-    """Of each op its loss, and everything that it returns, from hidden, weight and bias."""
+    """Return for each op two functions: one calls it with hidden, weight and bias, one makes a loss of its outputs."""
     N = len(targets)
     old, advantages, weights = -5 * torch.rand(N), torch.randn(N), torch.rand(N) / N
-    up = torch.randn(3, N)
+    upstream = torch.randn(3, N)
 
-    def wide(x, like):
+    def in_dtype_of(x, like):
         return x.double() if like.dtype == torch.float64 and x.is_floating_point() else x
 
     def run(name, *args, **options):
-        return lambda call, x, w, b: call(name)(x, w, *(wide(a, x) for a in args), bias=b, **options)
+        return lambda call, x, w, b: call(name)(x, w, *(in_dtype_of(a, x) for a in args), bias=b, **options)
 
     def weighted(outputs):
-        return sum((u * o).sum() for u, o in zip(up, outputs, strict=False))
+        return sum((u * o).sum() for u, o in zip(upstream, outputs, strict=False))
 
     options = {"temperature": 0.7, "softcap": 20.0}
     ppo = {"kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 3.0}
@@ -90,29 +89,29 @@ def calls(targets, ref):
     ids=["split-float32", "split-bfloat16", "whole and split-bfloat16", "one-split-float16", "one-whole-float32"],
 )
 def test_chunks(chunks, dtype, rows, programs):
-    """Chunks of some rows and of all, rows walked whole and in segments: near the truth, gradients and all."""
-    hidden, weight, bias, targets = make(34, 31, 4500, dtype)
+    """Outputs and gradients are exact up to rounding, for any chunks and for rows read whole or in segments."""
+    hidden, weight, bias, targets = random_head(34, 31, 4500, dtype)
     chunks(rows, programs)
     for name, (run, loss) in calls(targets, (torch.randn(34, 6), torch.randn(4500, 6) / 3)).items():
-        wide = double(hidden, weight, bias)
-        outputs, truth = run(triton, hidden, weight, bias), run(exact, *wide)
+        float64_inputs = to_float64(hidden, weight, bias)
+        outputs, truth = run(triton, hidden, weight, bias), run(exact, *float64_inputs)
         for ours, theirs in zip(outputs, truth, strict=True):
             torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=2e-5)
         ours = torch.autograd.grad(loss(outputs), (hidden, weight, bias))
-        theirs = torch.autograd.grad(loss(truth), wide)
+        theirs = torch.autograd.grad(loss(truth), float64_inputs)
         for a, b in zip(ours, theirs, strict=True):
             assert b.norm() > 0 and a.isfinite().all()
             assert (a.double() - b).norm() <= {4: 1e-5, 2: 2**-7}[dtype.itemsize] * b.norm(), name
 
 
 def test_bits_do_not_depend_on_the_path(chunks, monkeypatch):
-    """Scored or trained, by which loss, rows walked whole or in segments: the first ratio is one, and exactly, where
-    the library's products make the statistics too; else within rounding."""
-    hidden, weight, bias, targets = make(24, 24, 4500, torch.bfloat16)
+    """Log-probabilities have the same bits with and without a gradient, in each op, for rows read whole or in segments,
+    where the library's products make the statistics. Where our product makes them they agree up to rounding."""
+    hidden, weight, bias, targets = random_head(24, 24, 4500, torch.bfloat16)
     ours = triton("linear_logprobs")(hidden, weight, targets, bias)
     monkeypatch.setattr(_head, "SCORED", 0)
     theirs = triton("linear_logprobs")(hidden, weight, targets, bias)
-    assert not torch.equal(ours[0], theirs[0]), "one way for both"
+    assert not torch.equal(ours[0], theirs[0]), "both took the same path"
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=2e-6)
     old, advantages, weights = torch.zeros(24), torch.randn(24), torch.rand(24)
     found = []
@@ -134,52 +133,63 @@ def test_bits_do_not_depend_on_the_path(chunks, monkeypatch):
 
 
 def test_large_gradients_in_float16_do_not_overflow(chunks):
-    """As a loss scaler sends them."""
+    """A loss scaler makes such gradients."""
     chunks(4)
-    hidden, weight, bias, targets = make(4, 16, 33, torch.float16, ignored=0)
-    up = torch.full((4,), 1000.0)
-    ours = torch.autograd.grad(triton("linear_logprobs")(hidden, weight, targets, bias)[0], (hidden, weight, bias), up)
-    wide = double(hidden, weight, bias)
-    theirs = torch.autograd.grad(exact("linear_logprobs")(*wide[:2], targets, wide[2])[0], wide, up.double())
+    hidden, weight, bias, targets = random_head(4, 16, 33, torch.float16, ignored=0)
+    upstream = torch.full((4,), 1000.0)
+    ours = torch.autograd.grad(
+        triton("linear_logprobs")(hidden, weight, targets, bias)[0], (hidden, weight, bias), upstream
+    )
+    float64_inputs = to_float64(hidden, weight, bias)
+    theirs = torch.autograd.grad(
+        exact("linear_logprobs")(*float64_inputs[:2], targets, float64_inputs[2])[0], float64_inputs, upstream.double()
+    )
     for a, b in zip(ours, theirs, strict=True):
         assert (a.double() - b).norm() <= 2**-8 * b.norm()
 
 
 def test_small_gradients_in_float16_do_not_vanish(chunks):
-    """A weight of 1e-6 times a probability of 1e-3: below float16's least number, and yet there is a gradient."""
+    """A weight of 1e-6 times a probability of 1e-3 is below float16's smallest number, and yet there is a gradient."""
     chunks(16)
-    hidden, weight, _, _ = make(16, 24, 1000, torch.float16, ignored=0)
+    hidden, weight, _, _ = random_head(16, 24, 1000, torch.float16, ignored=0)
     targets, weights = torch.randint(1000, (16,)), torch.full((16,), 1e-6)
     (ours,) = torch.autograd.grad(1000 * triton("linear_cross_entropy")(hidden, weight, targets, weights)[0], weight)
-    wide = double(hidden, weight)
-    (truth,) = torch.autograd.grad(1000 * exact("linear_cross_entropy")(*wide, targets, weights.double())[0], wide[1])
+    float64_inputs = to_float64(hidden, weight)
+    (truth,) = torch.autograd.grad(
+        1000 * exact("linear_cross_entropy")(*float64_inputs, targets, weights.double())[0], float64_inputs[1]
+    )
     assert (ours.double() - truth).norm() <= 0.1 * truth.norm()
 
 
+def gradient_peak(run, *inputs):
+    """Return the peak memory of a loss's forward and backward pass."""
+    return peak_bytes(lambda: torch.autograd.grad(run(*inputs), [x for x in inputs if x.requires_grad]))
+
+
 def test_memory(chunks, monkeypatch):
-    """Beyond inputs and gradients: a chunk's logits and its copy of hidden; nothing grows with N V."""
+    """Beyond inputs and gradients only a chunk's logits and its copy of hidden are allocated, nothing of size N V."""
     V, D, rows, run_kernel = 8192, 16, 6, launch.run
 
-    def run_and_forget(*args, **options):
+    def run_and_collect(*args, **options):
         run_kernel(*args, **options)
-        gc.collect(0)  # the interpreter's own frames hold what they were given
+        gc.collect(0)  # the interpreter's frames keep references to the arguments
 
-    monkeypatch.setattr(launch, "run", run_and_forget)
+    monkeypatch.setattr(launch, "run", run_and_collect)
     chunks(rows, 1)
+
+    def cross_entropy(hidden, weight):
+        return triton("linear_cross_entropy")(hidden, weight, targets)[0]
+
+    def logprobs(hidden, weight):
+        return triton("linear_logprobs")(hidden, weight, targets)[0].sum()
+
     for N in (6, 30):
         hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         targets = torch.randint(V, (N,))
         budget = 4 * rows * (V + D) + 4 * N * (2 * D + 30) + 20_000
-        runs = {
-            "linear_cross_entropy": lambda x, w: triton("linear_cross_entropy")(x, w, targets)[0],  # noqa: B023
-            "linear_logprobs": lambda x, w: triton("linear_logprobs")(x, w, targets)[0].sum(),  # noqa: B023
-        }
-        for name, run in runs.items():
-            peak = peak_bytes(lambda: torch.autograd.grad(run(hidden, weight), (hidden, weight)))  # noqa: B023
-            assert peak < budget + weight.nbytes, (name, N, peak)
-            frozen = weight.detach()
-            peak = peak_bytes(lambda: torch.autograd.grad(run(hidden, frozen), hidden))  # noqa: B023
-            assert peak < budget, (name, N, peak)
+        for run in (cross_entropy, logprobs):
+            assert gradient_peak(run, hidden, weight) < budget + weight.nbytes, (run.__name__, N)
+            assert gradient_peak(run, hidden, weight.detach()) < budget, (run.__name__, N)
 
 
 def test_chunks_come_from_a_budget_and_a_floor():

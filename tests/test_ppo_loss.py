@@ -1,4 +1,4 @@
-"""What no reference can say of ppo_loss: numbers by hand at every bend, what is never read, what adds up."""
+"""ppo_loss beyond its reference: values by hand at every clip, tokens that are never read, sums over micro-batches."""
 
 import importlib
 import math
@@ -17,7 +17,7 @@ NAN = float("nan")
 
 @pytest.fixture(params=BACKENDS)
 def ppo(request):
-    """ppo_loss of lists or tensors: both losses, stats by name."""
+    """Return ppo_loss for lists or tensors: both losses, and stats by name."""
     device = "cpu" if ops.ppo_loss.can_run(request.param, "cpu") else "cuda"
 
     def as_tensor(x):
@@ -32,7 +32,7 @@ def ppo(request):
 
 
 def one_token(ppo, log_ratio, advantage, **options):
-    """Loss, its slope by logprobs and stats of one token whose old log-probability is 0."""
+    """Return the loss, its gradient by logprobs and stats of one token whose old log-probability is 0."""
     logprobs = torch.tensor([float(log_ratio)], requires_grad=True)
     loss, _, stats = ppo(logprobs, [0.0], [float(advantage)], [1.0], **options)
     return loss.item(), torch.autograd.grad(loss, logprobs)[0].item(), stats
@@ -51,18 +51,18 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gradcheck_in_float64(options):
-    given = ops.ppo_loss.make_inputs((4, 5), device="cpu", dtype=torch.float64, **options)
-    given = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in given]
-    wrt = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
-    weights = given[3] if given[7] is None else given[7]
+    args = ops.ppo_loss.make_inputs((4, 5), device="cpu", dtype=torch.float64, **options)
+    args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in args]
+    wrt = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    weights, value_weights = args[3], args[3] if args[7] is None else args[7]
     for x in wrt:  # gradcheck moves every element, also those of weight 0
-        x.data[(given[3] if x is given[0] else weights) == 0] = 0.5
+        x.data[(weights if x is args[0] else value_weights) == 0] = 0.5
 
     def losses(*moved):
-        args = list(given)
+        moved_args = list(args)
         for x, new in zip(wrt, moved, strict=True):
-            args[next(i for i, y in enumerate(given) if y is x)] = new
-        return tuple(x for x in ops.ppo_loss(*args)[:2] if x.requires_grad)
+            moved_args[next(i for i, y in enumerate(args) if y is x)] = new
+        return tuple(x for x in ops.ppo_loss(*moved_args)[:2] if x.requires_grad)
 
     assert torch.autograd.gradcheck(losses, wrt, eps=1e-7, atol=1e-6)
 
@@ -70,30 +70,30 @@ def test_gradcheck_in_float64(options):
 @pytest.mark.parametrize("advantage", [2.0, -2.0, 0.0])
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.79, 0.81, 1.19, 1.21, 1.5])
 def test_the_clip_by_hand(ppo, ratio, advantage):
-    loss, slope, stats = one_token(ppo, math.log(ratio), advantage)
+    loss, grad, stats = one_token(ppo, math.log(ratio), advantage)
     low, high = ratio < 0.8 and advantage < 0, ratio > 1.2 and advantage > 0
-    clipped = 0.8 if low else 1.2 if high else ratio
+    clipped = min(ratio, 1.2) if advantage > 0 else max(ratio, 0.8)
     assert loss == pytest.approx(-advantage * clipped, rel=1e-5)
-    assert slope == pytest.approx(0 if low or high else -advantage * ratio, rel=1e-5)
+    assert grad == pytest.approx(0 if low or high else -advantage * ratio, rel=1e-5)
     assert (stats["clipped_low"], stats["clipped_high"], stats["clipped_dual"]) == (low, high, 0)
     assert stats["ratio"] == stats["ratio_max"] == stats["ratio_min"] == pytest.approx(ratio, rel=1e-5)
     assert stats["kl_k1"] == pytest.approx(-math.log(ratio), rel=1e-5, abs=1e-6)
     assert stats["kl_k3"] == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-4, abs=1e-6)
 
 
-def test_a_ratio_at_the_bound_still_learns(ppo):
-    """Ratio 1 against a clip of width 0, the one bound that is met exactly: as torch.clamp, the slope passes."""
+def test_a_ratio_at_the_bound_has_a_gradient(ppo):
+    """With ratio 1 and a clip of width 0 the bound is reached exactly. As with torch.clamp the gradient is kept."""
     for advantage in (1.5, -1.5):
-        loss, slope, stats = one_token(ppo, 0.0, advantage, clip_low=0.0, clip_high=0.0)
-        assert (loss, slope) == (-advantage, -advantage)
+        loss, grad, stats = one_token(ppo, 0.0, advantage, clip_low=0.0, clip_high=0.0)
+        assert (loss, grad) == (-advantage, -advantage)
         assert stats["clipped_low"] == stats["clipped_high"] == 0
 
 
 @pytest.mark.parametrize("log_ratio", [25.0, -25.0, 100.0, -100.0, float("inf")])
-def test_far_log_ratios_are_clamped_and_learn_nothing(ppo, log_ratio):
+def test_log_ratios_beyond_the_clamp_have_no_gradient(ppo, log_ratio):
     for advantage in (1.0, -1.0):
-        loss, slope, stats = one_token(ppo, log_ratio, advantage)
-        assert slope == 0 and math.isfinite(loss)
+        loss, grad, stats = one_token(ppo, log_ratio, advantage)
+        assert grad == 0 and math.isfinite(loss)
         assert stats["ratio"] == pytest.approx(math.exp(math.copysign(20, log_ratio)), rel=1e-5)
     loss, _, _ = one_token(ppo, 2.5, -1.0, log_ratio_clamp=2.0)
     assert loss == pytest.approx(math.exp(2), rel=1e-5)
@@ -101,18 +101,18 @@ def test_far_log_ratios_are_clamped_and_learn_nothing(ppo, log_ratio):
 
 def test_dual_clip_and_clip_high(ppo):
     for ratio, bounded in ((2.0, False), (5.0, True)):
-        loss, slope, stats = one_token(ppo, math.log(ratio), -2.0, dual_clip=3.0)
+        loss, grad, stats = one_token(ppo, math.log(ratio), -2.0, dual_clip=3.0)
         assert loss == pytest.approx(6 if bounded else 4, rel=1e-5) and stats["clipped_dual"] == bounded
-        assert slope == pytest.approx(0 if bounded else 4, rel=1e-5)
+        assert grad == pytest.approx(0 if bounded else 4, rel=1e-5)
     assert one_token(ppo, math.log(5.0), 2.0, dual_clip=3.0)[0] == pytest.approx(-2.4, rel=1e-5)
-    assert one_token(ppo, 0.0, -2.0, dual_clip=1.0)[1] == 1  # the tie at ratio = c: half the slope
+    assert one_token(ppo, 0.0, -2.0, dual_clip=1.0)[1] == 1  # the tie at ratio = c: half the gradient
     assert one_token(ppo, math.log(1.25), 1.0, clip_high=0.28)[1] == pytest.approx(-1.25, rel=1e-5)
     assert one_token(ppo, math.log(1.25), 1.0, clip_low=0.28)[1] == 0
     assert one_token(ppo, math.log(0.75), -1.0, clip_low=0.28)[1] == pytest.approx(0.75, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "value, old, target, clip, loss, slope, active",
+    "value, old, target, clip, loss, grad, is_clipped",
     [
         (0.5, 0.0, 1.0, 0.0, 0.125, -0.5, 0),  # off
         (0.25, 0.125, 1.0, 0.25, 0.28125, -0.75, 0),  # inside
@@ -122,44 +122,44 @@ def test_dual_clip_and_clip_high(ppo):
         (0.5, 0.0, 0.375, 0.25, 0.0078125, 0.0625, 0),  # tie: half
     ],
 )
-def test_the_value_clip_by_hand(ppo, value, old, target, clip, loss, slope, active):
+def test_the_value_clip_by_hand(ppo, value, old, target, clip, loss, grad, is_clipped):
     values = torch.tensor([value], requires_grad=True)
     policy_loss, value_loss, stats = ppo(None, None, None, [1.0], values, [old], [target], value_clip=clip)
     assert policy_loss == 0 and value_loss == loss
-    assert torch.autograd.grad(value_loss, values)[0].item() == slope
-    assert stats["value_clipped"] == active and stats["value_error"] == (value - target) ** 2
+    assert torch.autograd.grad(value_loss, values)[0].item() == grad
+    assert stats["value_clipped"] == is_clipped and stats["value_error"] == (value - target) ** 2
     assert (stats["value"], stats["return"], stats["value_weight"], stats["weight"]) == (value, target, 1, 0)
 
 
 def test_importance_weights(ppo):
-    """Ratio 1, advantage 1, sampler off by factors of 1/2, 2 and 8, cap 4."""
+    """Ratio 1, advantage 1, importance weights 1/2, 2 and 8, cap 4."""
     logprobs = torch.zeros(3, requires_grad=True)
     sampler = [math.log(2), -math.log(2), -math.log(8)]
     for mode, last in (("truncate", 4.0), ("mask", 0.0)):
         options = {"sampler_logprobs": sampler, "importance_cap": 4.0, "importance_mode": mode}
         loss, _, stats = ppo(logprobs, [0.0] * 3, [1.0] * 3, [1.0] * 3, **options)
-        slope = torch.autograd.grad(loss, logprobs)[0]
-        torch.testing.assert_close(slope, torch.tensor([-0.5, -2.0, -last]))
+        grad = torch.autograd.grad(loss, logprobs)[0]
+        torch.testing.assert_close(grad, torch.tensor([-0.5, -2.0, -last]))
         assert loss.item() == pytest.approx(-2.5 - last, rel=1e-6)
         assert stats["importance"] == pytest.approx(2.5 + last) and stats["importance_capped"] == 1
         assert stats["weight"] == stats["ratio"] == 3
 
 
-@pytest.mark.parametrize("junk", [NAN, float("inf"), -float("inf"), 1e38])
-def test_nothing_is_read_where_the_weight_is_0(ppo, junk):
+@pytest.mark.parametrize("fill", [NAN, float("inf"), -float("inf"), 1e38])
+def test_nothing_is_read_where_the_weight_is_0(ppo, fill):
     n = 67
-    kept = torch.rand(n) > 0.4
+    valid = torch.rand(n) > 0.4
     fields = torch.randn(7, n)
-    weights = torch.rand(n) * kept
+    weights = torch.rand(n) * valid
     results = []
-    for filled in (fields.masked_fill(~kept, 0), fields.masked_fill(~kept, junk)):
+    for filled in (fields.masked_fill(~valid, 0), fields.masked_fill(~valid, fill)):
         logprobs, old, advantages, values, old_values, returns, sampler = filled
         logprobs, values = logprobs.clone().requires_grad_(), values.clone().requires_grad_()
         out = ppo(logprobs, old, advantages, weights, values, old_values, returns, sampler_logprobs=sampler)
         results.append((*out[:2], *torch.autograd.grad(out[0] + out[1], [logprobs, values]), out[2]))
     assert all(torch.equal(a, b) for a, b in zip(results[0][:4], results[1][:4], strict=True))
     assert results[0][4] == results[1][4]
-    assert results[0][2][~kept].eq(0).all() and results[0][3][~kept].eq(0).all()
+    assert results[0][2][~valid].eq(0).all() and results[0][3][~valid].eq(0).all()
 
 
 def test_minus_infinity_as_old_logprob(ppo):
@@ -172,16 +172,16 @@ def test_minus_infinity_as_old_logprob(ppo):
 
 
 def test_an_all_masked_batch_is_zero_and_not_nan(ppo):
-    junk = torch.full((3, 11), NAN)
-    logprobs, values = junk.clone().requires_grad_(), junk.clone().requires_grad_()
-    policy, value, stats = ppo(logprobs, junk, junk, torch.zeros(3, 11), values, junk, junk)
+    nans = torch.full((3, 11), NAN)
+    logprobs, values = nans.clone().requires_grad_(), nans.clone().requires_grad_()
+    policy, value, stats = ppo(logprobs, nans, nans, torch.zeros(3, 11), values, nans, nans)
     assert policy == 0 and value == 0
     assert all(g.eq(0).all() for g in torch.autograd.grad(policy + value, [logprobs, values]))
     assert (stats.pop("ratio_max"), stats.pop("ratio_min")) == (-math.inf, math.inf)
     assert set(stats.values()) == {0}
 
 
-def test_a_nan_that_counts_is_not_hidden(ppo):
+def test_a_nan_in_a_valid_token_reaches_the_outputs(ppo):
     good, bad = torch.zeros(20), torch.zeros(20)
     bad[13] = NAN
     weights = torch.ones(20)
@@ -199,12 +199,12 @@ def test_a_nan_that_counts_is_not_hidden(ppo):
 def test_the_first_minibatch_has_ratio_1(ppo):
     logprobs = -torch.rand(4, 30)
     weights = torch.rand(4, 30) / 60
-    loss, _, stats = ppo(logprobs, logprobs, torch.randn(4, 30), weights)
+    _, _, stats = ppo(logprobs, logprobs, torch.randn(4, 30), weights)
     assert stats["ratio_max"] == stats["ratio_min"] == 1 and stats["kl_k1"] == stats["kl_k3"] == 0
     assert stats["clipped_low"] == stats["clipped_high"] == 0 and stats["ratio"] == stats["weight"]
 
 
-def problem(shape=(8, 37)):
+def random_args(shape=(8, 37)):
     weights = torch.rand(shape) * (torch.arange(shape[-1]) < torch.randint(1, shape[-1], (shape[0], 1)))
     old = -torch.rand(shape) * 3
     logprobs = (old + 0.3 * torch.randn(shape)).requires_grad_()
@@ -214,11 +214,11 @@ def problem(shape=(8, 37)):
 
 
 def test_micro_batches_add_up(ppo):
-    args = problem()
+    args = random_args()
     policy, value, stats = ppo(*args)
     whole = torch.autograd.grad(policy + 0.5 * value, [args[0], args[4]])
-    for cuts in ([8], [1] * 8, [3, 5], [2, 5, 1]):
-        parts = [ppo(*rows) for rows in zip(*(x.split(cuts) for x in args), strict=True)]
+    for sizes in ([8], [1] * 8, [3, 5], [2, 5, 1]):
+        parts = [ppo(*rows) for rows in zip(*(x.split(sizes) for x in args), strict=True)]
         torch.testing.assert_close(sum(p[0] for p in parts), policy, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(sum(p[1] for p in parts), value, atol=1e-6, rtol=1e-5)
         split = torch.autograd.grad(sum(p[0] + 0.5 * p[1] for p in parts), [args[0], args[4]])
@@ -231,37 +231,37 @@ def test_micro_batches_add_up(ppo):
 
 
 def test_whitening_on_the_fly_is_whitening_before(ppo):
-    logprobs, old, advantages, weights, *_ = problem()
-    inside = advantages[weights > 0]
-    shift, scale = inside.mean(), inside.std().reciprocal()
+    logprobs, old, advantages, weights, *_ = random_args()
+    valid_advantages = advantages[weights > 0]
+    shift, scale = valid_advantages.mean(), valid_advantages.std().reciprocal()
     before = ppo(logprobs, old, (advantages - shift) * scale, weights)[0]
-    for given in ((shift, scale), (shift.view(1), scale.view(1, 1)), (shift.item(), scale.item())):
-        lazy = ppo(logprobs, old, advantages, weights, advantage_shift=given[0], advantage_scale=given[1])[0]
-        torch.testing.assert_close(lazy, before, atol=1e-7, rtol=1e-6)
+    for options in ((shift, scale), (shift.view(1), scale.view(1, 1)), (shift.item(), scale.item())):
+        on_the_fly = ppo(logprobs, old, advantages, weights, advantage_shift=options[0], advantage_scale=options[1])[0]
+        torch.testing.assert_close(on_the_fly, before, atol=1e-7, rtol=1e-6)
     assert before != ppo(logprobs, old, advantages, weights)[0]
 
 
 def test_upstream_gradients_and_second_use(ppo):
-    args = problem()
+    args = random_args()
     policy, value, _ = ppo(*args)
-    by_logprobs = torch.autograd.grad(policy, args[0], retain_graph=True)[0]
-    by_values = torch.autograd.grad(value, args[4], retain_graph=True)[0]
-    assert by_logprobs.abs().max() > 0 and by_values.abs().max() > 0
+    logprob_grad = torch.autograd.grad(policy, args[0], retain_graph=True)[0]
+    value_grad = torch.autograd.grad(value, args[4], retain_graph=True)[0]
+    assert logprob_grad.abs().max() > 0 and value_grad.abs().max() > 0
     for scale in (1.0, -3.0, 27.8):
         both = torch.autograd.grad(scale * policy + 2 * scale * value, [args[0], args[4]], retain_graph=True)
-        torch.testing.assert_close(both, (scale * by_logprobs, 2 * scale * by_values))
-    assert torch.equal(torch.autograd.grad(policy, args[0])[0], by_logprobs)
+        torch.testing.assert_close(both, (scale * logprob_grad, 2 * scale * value_grad))
+    assert torch.equal(torch.autograd.grad(policy, args[0])[0], logprob_grad)
     alone = ppo(*(x.detach() for x in args[:4]), *args[4:])
-    assert not alone[0].requires_grad and torch.equal(torch.autograd.grad(alone[1], args[4])[0], by_values)
+    assert not alone[0].requires_grad and torch.equal(torch.autograd.grad(alone[1], args[4])[0], value_grad)
 
 
 def test_without_gradient_no_gradient_is_made(ppo, monkeypatch):
-    args = problem()
+    args = random_args()
 
-    def refuse(*_):
-        raise AssertionError("gradients were made for nobody")
+    def fail(*_):
+        raise AssertionError("gradients were computed though not needed")
 
-    monkeypatch.setattr(OPS["ppo_loss_with_gradients"], "run", refuse)
+    monkeypatch.setattr(OPS["ppo_loss_with_gradients"], "run", fail)
     with torch.no_grad():
         ppo(*args)
     ppo(*(x.detach() for x in args))
@@ -284,7 +284,7 @@ def test_threads_change_no_bit(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_large_batches_keep_their_digits(backend):
-    """More chunks than the kernel keeps apart, each longer than the least."""
+    """With more tokens than 256 chunks of 4096, chunks get longer."""
     n = 256 * 4096 + 12345
     old, logprobs, values = torch.zeros(n), torch.full((n,), 0.1), torch.full((n,), 0.1)
     args = logprobs, old, torch.full((n,), -0.1), torch.full((n,), 1 / n), values, old, torch.full((n,), 3.1)
@@ -322,8 +322,8 @@ def test_pointers_need_no_alignment(backend):
     results = [ops.ppo_loss.backend(backend)(*inputs) for inputs in (args, shifted)]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-    slopes = [torch.autograd.grad(r[0] + r[1], [x[0], x[4]]) for r, x in zip(results, (args, shifted), strict=True)]
-    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
+    grads = [torch.autograd.grad(r[0] + r[1], [x[0], x[4]]) for r, x in zip(results, (args, shifted), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.skipif("cpu" not in TRITON_DEVICES, reason="Triton's kernels cannot be forced on the CPU here")

@@ -1,6 +1,6 @@
-"""What no reference can say of sample_tokens: that draws follow their distribution, and depend on their own row alone.
+"""sample_tokens beyond its reference: samples follow their distribution and depend only on their own row.
 
-Noise seeds are fixed here, so a statistical test passes or fails for good.
+Noise seeds are fixed, so a statistical test always gives the same result.
 """
 
 import math
@@ -12,8 +12,8 @@ import torch
 from rlhf_fast import ops
 from rlhf_fast.kernels._sampling import gumbel_noise, noise_words, philox
 
-sample = ops.sample_tokens
-BACKENDS = sample.backends
+sample_tokens = ops.sample_tokens
+BACKENDS = sample_tokens.backends
 INFINITY = float("inf")
 
 
@@ -22,20 +22,20 @@ def backend(request):
     return request.param
 
 
-def few(backend, many, less):
-    """`less` for Triton's interpreter, which takes some hundredths of a second a row."""
-    return less if backend == "triton" else many
+def choose(backend, many, few):
+    """Return `few` for Triton's interpreter, which takes some hundredths of a second for each row."""
+    return few if backend == "triton" else many
 
 
-def draw(backend, logits, **options):
+def sample(backend, logits, **options):
     options.setdefault("seed", 20)
     options.setdefault("row_ids", torch.arange(logits.shape[0]))
     options.setdefault("steps", 0)
-    return sample.backend(backend)(logits, **options)
+    return sample_tokens.backend(backend)(logits, **options)
 
 
 def chi_square_z(tokens, probabilities):
-    """How far counts are from their expectation, in standard deviations; rare tokens are counted together."""
+    """Return how many standard deviations counts are off their expectation. Rare tokens are counted together."""
     n = len(tokens)
     counts = torch.bincount(tokens, minlength=len(probabilities)).double()
     rare = probabilities * n < 8
@@ -63,7 +63,7 @@ def test_philox_known_answers():
 
 
 def test_noise_streams_are_uncorrelated():
-    """Between rows, steps, seeds and neighbouring tokens; Pearson's r times sqrt(n) is standard normal."""
+    """Rows, steps, seeds and neighbouring tokens are compared. Pearson's r times sqrt(n) is standard normal."""
     n = 40_000
     base = noise_words(5, torch.tensor([3]), torch.tensor([7]), n).double()
     others = {
@@ -94,13 +94,13 @@ def test_noise_streams_are_uncorrelated():
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution(backend, options):
-    """Chi-square over the whole vocabulary, against a softmax in float64 over the tokens that a sort keeps."""
+def test_samples_follow_the_distribution(backend, options):
+    """The expectation is a float64 softmax over the tokens that a sort keeps."""
     if backend == "triton" and options not in ({}, {"temperature": 2.0}):
-        pytest.skip("that it draws the reference's tokens is tested below")
+        pytest.skip("a test below compares its tokens with the reference's")
     V, n = {"reference": (61, 5000), "triton": (37, 200), "simt": (61, 2000)}.get(backend, (499, 10_000))
     logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs, _, kept_logprobs = draw(backend, logits.expand(n, V), **options)[:4]
+    tokens, logprobs, _, kept_logprobs = sample(backend, logits.expand(n, V), **options)[:4]
     scaled = logits.double() / options.get("temperature", 1.0)
     probabilities = scaled.masked_fill(~sorted_reference(logits, **options), -INFINITY).softmax(-1)
     assert abs(chi_square_z(tokens, probabilities)) < 4.5
@@ -109,18 +109,18 @@ def test_draws_follow_the_distribution(backend, options):
 
 
 def test_heavy_tail():
-    """One head token and 131071 others 18 nats below: they share 0.2 % of the draws. 24-bit noise gives 0.013 %."""
+    """131071 tokens 18 nats below the best one get 0.2 % of the samples. 24-bit noise would give them 0.013 %."""
     B, V, calls = 64, 2**17, 64
     logits = torch.full((B, V), -18.0)
     logits[:, 77] = 0.0
-    hits = sum((draw(sample.chosen("cpu"), logits, steps=step)[0] != 77).sum().item() for step in range(calls))
+    hits = sum((sample(sample_tokens.chosen("cpu"), logits, steps=step)[0] != 77).sum().item() for step in range(calls))
     tail = (V - 1) * math.exp(-18) / (1 + (V - 1) * math.exp(-18))
     expected = B * calls * tail
-    assert abs(hits - expected) < 2.5 * math.sqrt(expected), f"{hits} draws from the tail, {expected:.1f} are due"
+    assert abs(hits - expected) < 2.5 * math.sqrt(expected), f"{hits} samples from the tail, expected {expected:.1f}"
 
 
 def counters_of(words, key):
-    """The counter that philox turns into these four words, for a two-word key: the rounds undone one by one."""
+    """Invert philox: return the counter that gives these four words with a two-word key."""
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = words
     left, right = pow(0xD2511F53, -1, 2**32), pow(0xCD9E8D57, -1, 2**32)
@@ -134,7 +134,7 @@ def counters_of(words, key):
 
 @pytest.fixture(scope="module")
 def rarest():
-    """Rows, steps and tokens whose words are 0, 1, ...: noise of 22.9, 21.8, ... nats. Philox undone finds them."""
+    """Return rows, steps and tokens whose words are 0, 1, ... (noise of 22.9, 21.8, ... nats), by inverting Philox."""
     V, seed, words = 2**17, 11, [0, 1, 7, 300, 2**32 - 1]
     row_ids, steps, tokens = [], [], []
     for word in words:
@@ -149,7 +149,7 @@ def rarest():
 
 
 def test_the_rarest_noise(backend, rarest, monkeypatch):
-    """The largest values of the noise decide as they should; no affordable number of draws would meet them."""
+    """The largest noise values decide as they should. Random samples would almost never contain them."""
     if backend == "triton":
         monkeypatch.setattr(import_module("rlhf_fast.kernels.triton.sample_tokens"), "TILE", 2**14)
     V, seed, words, row_ids, steps, tokens = rarest
@@ -163,18 +163,18 @@ def test_the_rarest_noise(backend, rarest, monkeypatch):
         logits = torch.full((len(words), V), -60.0)
         logits[rows, head] = 0.0
         logits[rows, tokens] = (noise[rows, head] - noise[rows, tokens] + margin).float()
-        assert torch.equal(draw(backend, logits, seed=seed, row_ids=row_ids, steps=steps)[0], expected)
+        assert torch.equal(sample(backend, logits, seed=seed, row_ids=row_ids, steps=steps)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_are_those_of_the_reference(backend, dtype):
-    """The same integers and the float64 argmax: equal tokens at every width, with and without ties.
+    """Tokens are equal at every vocabulary size, with and without ties: the noise is the same integers.
 
-    Inputs are fixed: a token in whose middle the mass passes top-p to seven digits may fall on either side.
+    Inputs are fixed, because a token at which the mass equals top-p to seven digits may be kept or not.
     """
     torch.manual_seed(5)
     sizes = (1, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 999, 1024, 4097)
-    for V in few(backend, sizes, (1, 999, 1024, 4097)):
+    for V in choose(backend, sizes, (1, 999, 1024, 4097)):
         logits = (2 * torch.randn(5, V)).to(dtype)
         logits[2] = logits[2].round()
         logits[3] = 0
@@ -186,7 +186,7 @@ def test_tokens_are_those_of_the_reference(backend, dtype):
             {"top_p": 0.7},
             {"top_k": 40, "top_p": 0.9, "min_p": 0.1},
         ):
-            ours, truth = draw(backend, logits, **options), draw("reference", logits, **options)
+            ours, truth = sample(backend, logits, **options), sample("reference", logits, **options)
             assert torch.equal(ours[0], truth[0]), f"V {V}, {options}"
             torch.testing.assert_close(ours[1:], truth[1:], atol=2e-5, rtol=1e-5)
 
@@ -194,7 +194,7 @@ def test_tokens_are_those_of_the_reference(backend, dtype):
 def test_temperature_zero_takes_the_first_largest(backend):
     logits = torch.randn(4, 203).round()
     logits[:, [77, 150]] = 9.0
-    tokens, logprobs, raw_logprobs, kept_logprobs, log_kept_mass, entropy = draw(
+    tokens, logprobs, raw_logprobs, kept_logprobs, log_kept_mass, entropy = sample(
         backend, logits, temperature=0.0, top_p=0.5
     )
     assert tokens.tolist() == [77] * 4
@@ -203,14 +203,14 @@ def test_temperature_zero_takes_the_first_largest(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_without_a_distribution_are_flagged_and_harm_no_other(backend, dtype):
+def test_rows_without_a_distribution_are_marked_and_change_no_other_row(backend, dtype):
     logits = torch.randn(9, 301).to(dtype)
-    good = draw(backend, logits, top_p=torch.full((9,), 0.9))
-    spoilt = logits.clone()
-    spoilt[1], spoilt[3, 300], spoilt[5, 0] = -INFINITY, float("nan"), INFINITY
+    good = sample(backend, logits, top_p=torch.full((9,), 0.9))
+    invalid = logits.clone()
+    invalid[1], invalid[3, 300], invalid[5, 0] = -INFINITY, float("nan"), INFINITY
     top_p = torch.full((9,), 0.9)
     top_p[7] = 1.5
-    out = draw(backend, spoilt, top_p=top_p)
+    out = sample(backend, invalid, top_p=top_p)
     for ours, before in zip(out, good, strict=True):
         assert torch.equal(ours[::2][[0, 1, 3, 4]], before[::2][[0, 1, 3, 4]])
     bad = [1, 3, 5, 7]
@@ -218,31 +218,31 @@ def test_rows_without_a_distribution_are_flagged_and_harm_no_other(backend, dtyp
     assert all(x[bad].isnan().all() for x in out[1:])
 
 
-def test_masked_tokens_are_never_drawn(backend):
-    V = few(backend, 130, 20)
+def test_masked_tokens_are_never_sampled(backend):
+    V = choose(backend, 130, 20)
     logits = torch.full((V, V), -INFINITY)
     logits[range(V), range(V)] = torch.randn(V)
-    tokens, logprobs = draw(backend, logits)[:2]
+    tokens, logprobs = sample(backend, logits)[:2]
     assert tokens.tolist() == list(range(V)) and not logprobs.any()
-    rows = few(backend, 100 if backend == "simt" else 2000, 12)
+    rows = choose(backend, 100 if backend == "simt" else 2000, 12)
     logits = torch.zeros(rows, 70).masked_fill(torch.arange(70) % 3 > 0, -INFINITY)
     for options in {}, {"top_k": 60}, {"top_p": 0.99}, {"temperature": 50.0}:
-        assert (draw(backend, logits, **options)[0] % 3 == 0).all()
+        assert (sample(backend, logits, **options)[0] % 3 == 0).all()
 
 
 def test_filters_that_are_off_change_no_bit(backend):
     logits = 5 * torch.randn(6, 517)
-    plain = draw(backend, logits)
+    plain = sample(backend, logits)
     ones = torch.ones(6)
     for options in {"top_k": 0}, {"top_k": 517}, {"top_p": 1.0}, {"min_p": 0.0}, {
         "temperature": ones, "top_k": (517 * ones).long(), "top_p": ones, "min_p": 0 * ones,
     }:  # fmt: skip
-        for a, b in zip(draw(backend, logits, **options), plain, strict=True):
+        for a, b in zip(sample(backend, logits, **options), plain, strict=True):
             assert torch.equal(a, b)
 
 
 def sorted_reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The kept tokens of one row, by a sort in float64 and a walk."""
+    """Return the mask of the tokens kept in one row, by a sort in float64."""
     z = [x / temperature for x in logits.double().tolist()]
     order = sorted(range(len(z)), key=lambda v: (-z[v], v))
     order = order[: top_k or len(z)]
@@ -257,18 +257,18 @@ def sorted_reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_kept_tokens_are_those_of_a_sort(backend, ties):
-    """Noise that would make each token win in turn shows which ones are kept."""
+    """Row v has noise with which token v wins if it is kept."""
     generator = torch.Generator().manual_seed(3)
-    V = few(backend, 150, 25)  # more than one bracket of the threshold search
+    V = choose(backend, 150, 25)  # more than one bracket of the threshold search
     cases = (
         {"top_k": 1}, {"top_k": 7}, {"top_k": 149}, {"top_p": 0.01}, {"top_p": 0.5}, {"top_p": 0.95}, {"top_p": 0.9999},
         {"min_p": 0.1}, {"min_p": 1.0}, {"top_k": 20, "top_p": 0.8}, {"top_k": 60, "top_p": 0.9, "min_p": 0.05},
         {"top_p": 0.9, "temperature": 3.0}, {"top_p": 0.9, "temperature": 0.2, "top_k": 100},
     )  # fmt: skip
-    for options in few(backend, cases, [case for case in cases if case.get("top_k", 0) < V][1::2]):
+    for options in choose(backend, cases, [case for case in cases if case.get("top_k", 0) < V][1::2]):
         logits = 2 * torch.randn(V, generator=generator)
         logits = logits.round() if ties else logits
-        tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = draw(
+        tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = sample(
             backend, logits.expand(V, V), noise=1e6 * torch.eye(V), **options
         )
         kept = tokens == torch.arange(V)
@@ -278,42 +278,42 @@ def test_kept_tokens_are_those_of_a_sort(backend, ties):
 
 
 @pytest.mark.parametrize("masked", [0, 500])
-def test_a_cut_at_the_very_end_of_the_mass_keeps_a_distribution(backend, masked):
-    """The target may pass, by rounding, all that a second look at the tokens finds."""
+def test_a_top_p_just_below_1_keeps_a_distribution(backend, masked):
+    """By rounding, the target mass may exceed the sum of all tokens' masses."""
     V = 700
-    logits = 3 * torch.randn(few(backend, 12, 2), V, generator=torch.Generator().manual_seed(4))
+    logits = 3 * torch.randn(choose(backend, 12, 2), V, generator=torch.Generator().manual_seed(4))
     logits[:, V - masked :] = -INFINITY
     for below in (2**-24, 2**-23, 1e-6):
-        tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = draw(backend, logits, top_p=1 - below, temperature=0.7)
+        tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = sample(backend, logits, top_p=1 - below, temperature=0.7)
         assert ((tokens >= 0) & (tokens < V - masked)).all()
         torch.testing.assert_close(kept_logprobs, logprobs, atol=1e-5, rtol=1e-5)
         assert (log_kept_mass.abs() < 1e-5).all()
 
 
-def test_the_least_floats_are_told_apart_and_the_search_ends(backend):
-    """Below -0 comes the largest negative number that there is."""
+def test_the_smallest_floats_are_distinguished(backend):
+    """The threshold search must separate -0 from the negative number next to it, and end."""
     logits = torch.full((1, 300), -1e-45)
     logits[0, 7] = 1.0
-    assert (logits[0, 0] < 0) and draw(backend, logits, top_k=1)[0].item() == 7
+    assert (logits[0, 0] < 0) and sample(backend, logits, top_k=1)[0].item() == 7
     noise = torch.zeros(1, 300)
     noise[0, 1], noise[0, 2] = 8.0, 9.0
-    assert draw(backend, logits, top_k=3, noise=noise)[0].item() == 1  # of equals the first: 7, 0, 1
+    assert sample(backend, logits, top_k=3, noise=noise)[0].item() == 1  # kept are 7, 0, 1: the first of equal ones
 
 
-def test_injected_noise_draws_what_no_keyed_noise_would(backend):
+def test_the_callers_noise_replaces_the_keyed_noise(backend):
     logits, noise = torch.zeros(1, 8), torch.full((1, 8), -INFINITY)
     logits[0, 3], noise[0, 3] = -100.0, 0.0
-    assert draw(backend, logits, noise=noise)[0].item() == 3
+    assert sample(backend, logits, noise=noise)[0].item() == 3
 
 
-def test_flat_and_large_rows_are_cut_by_index(backend):
-    """All tokens equal: the bracket never shrinks, and the lowest indices are kept."""
+def test_in_flat_rows_the_filters_keep_the_lowest_indices(backend):
+    """All tokens are equal, so the bracket of the threshold search never shrinks."""
     V = 5000
     for value in 0.0, -0.0, 1e4, -3.5:
         noise = torch.zeros(2, V)
         noise[0, 1249], noise[1, 1250] = 9.0, 9.0
         for options in {"top_k": 1250}, {"top_p": 0.25}:
-            tokens, _, _, kept_logprobs, log_kept_mass, _ = draw(
+            tokens, _, _, kept_logprobs, log_kept_mass, _ = sample(
                 backend, torch.full((2, V), value), noise=noise, **options
             )
             assert tokens.tolist() == [1249, 0]
@@ -322,25 +322,25 @@ def test_flat_and_large_rows_are_cut_by_index(backend):
 
 
 def test_many_equal_small_terms_are_all_counted(backend):
-    """Float32 sums round equal small terms beside a large one all the same way: 1e-5 of the mass went missing."""
+    """A float32 sum rounds equal small terms beside a large one in one direction, and would lose 1e-5 of the mass."""
     logits = torch.zeros(3, 40_000)
     logits[:, 0] = 14.0
-    _, logprobs, _, _, _, entropy = draw(backend, logits, noise=torch.eye(3, 40_000)[[0, 0, 0]])
+    _, logprobs, _, _, _, entropy = sample(backend, logits, noise=torch.eye(3, 40_000)[[0, 0, 0]])
     exact = -math.log1p(39_999 * math.exp(-14))
     torch.testing.assert_close(logprobs, torch.full((3,), exact), atol=3e-7, rtol=0)
     exact_entropy = -exact + 14 * 39_999 * math.exp(-14) * math.exp(exact)
     torch.testing.assert_close(entropy, torch.full((3,), exact_entropy), atol=3e-6, rtol=0)
 
 
-def test_a_row_depends_on_itself_alone(backend):
-    """Any batch, order, neighbours and number of threads: the same bits."""
-    B = few(backend, 33, 11)
-    args = sample.make_inputs(B=B, V=770, mixed=True, device="cpu", dtype=torch.float32)
-    whole = sample.backend(backend)(*args)
+def test_a_row_depends_only_on_itself(backend):
+    """Bits are the same for any batch, order, other rows and number of threads."""
+    B = choose(backend, 33, 11)
+    args = sample_tokens.make_inputs(B=B, V=770, mixed=True, device="cpu", dtype=torch.float32)
+    whole = sample_tokens.backend(backend)(*args)
     shuffled = torch.randperm(B)
 
     def rows(index):
-        return sample.backend(backend)(*(a[index] if isinstance(a, torch.Tensor) else a for a in args))
+        return sample_tokens.backend(backend)(*(a[index] if isinstance(a, torch.Tensor) else a for a in args))
 
     for part in shuffled, shuffled[:7], torch.tensor([5]):
         for a, b in zip(rows(part), whole, strict=True):
@@ -348,36 +348,37 @@ def test_a_row_depends_on_itself_alone(backend):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        for a, b in zip(sample.backend(backend)(*args), whole, strict=True):
+        for a, b in zip(sample_tokens.backend(backend)(*args), whole, strict=True):
             assert torch.equal(a, b)
     finally:
         torch.set_num_threads(threads)
 
 
 def test_samples_of_one_prompt_differ(backend):
-    """Equal logits, other row ids, steps or seeds: other tokens. Seeds and ids use all of their 64 bits."""
-    B = few(backend, 64, 16)
-    logits = torch.zeros(B, few(backend, 4096, 2048))
-    base = draw(backend, logits)[0]
+    """With equal logits, other row ids, steps or seeds give other tokens. Seeds and ids use all of their 64 bits."""
+    B = choose(backend, 64, 16)
+    logits = torch.zeros(B, choose(backend, 4096, 2048))
+    base = sample(backend, logits)[0]
     assert len(base.unique()) > 0.85 * B
     ids = torch.arange(B)
     for other in {"steps": 1}, {"seed": 21}, {"seed": 20 + 2**63}, {"row_ids": ids + 2**40}, {"row_ids": ids - 2**63}:
-        assert (draw(backend, logits, **other)[0] == base).sum() < 5
-    assert torch.equal(draw(backend, logits, steps=torch.zeros(B, dtype=torch.int32))[0], base)
+        assert (sample(backend, logits, **other)[0] == base).sum() < 5
+    assert torch.equal(sample(backend, logits, steps=torch.zeros(B, dtype=torch.int32))[0], base)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Of Triton's kernels: rows of many tiles, and a sample far smaller than a row."""
+    """Set small tiles in Triton's kernels, so that rows have many, and a sample far smaller than a row."""
     home = pytest.importorskip("rlhf_fast.kernels.triton.sample_tokens")
     for module, name, value in (home, "TILE", 256), (home.cut, "SAMPLE", 256), (home.cut, "TILE", 512):
         monkeypatch.setattr(module, name, value)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_many_tiles(small_tiles, dtype):
-    """Flat, peaked, tied, masked and sorted rows, and one whose sample misleads: its every token looks far below."""
+def test_rows_of_many_tiles(dtype):
+    """Rows are flat, peaked, tied, masked and sorted; in one all tokens of the sample are far below the others."""
     torch.manual_seed(2)
     V = 1029
     logits = torch.randn(7, V) * torch.tensor([0.01, 1.0, 3.0, 10.0, 3.0, 2.0, 1.0])[:, None]
@@ -391,22 +392,23 @@ def test_rows_of_many_tiles(small_tiles, dtype):
         {"temperature": 0.8}, {"top_p": 0.9}, {"top_k": 700}, {"top_p": 0.6, "temperature": 1.5, "min_p": 0.01},
         {"top_k": 30, "top_p": 0.8},
     ):  # fmt: skip
-        ours, truth = draw("triton", logits, **options), draw("reference", logits, **options)
+        ours, truth = sample("triton", logits, **options), sample("reference", logits, **options)
         assert torch.equal(ours[0], truth[0]), f"{options}"
         torch.testing.assert_close(ours[1:], truth[1:], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
-def test_options_of_many_tiles_by_row(small_tiles):
-    """Rows that are filtered, plain, greedy and refused, each on its own."""
+@pytest.mark.usefixtures("small_tiles")
+def test_options_of_many_tiles_by_row():
+    """Filtered, unfiltered, greedy and invalid rows are in one batch."""
     torch.manual_seed(4)
-    args = list(sample.make_inputs(B=12, V=1030, mixed=True, device="cpu", dtype=torch.float32))
+    args = list(sample_tokens.make_inputs(B=12, V=1030, mixed=True, device="cpu", dtype=torch.float32))
     args[0][7, 1029] = float("nan")
     args[3][9] = 1.5
-    ours, truth = sample.backend("triton")(*args), sample.backend("reference")(*args)
+    ours, truth = sample_tokens.backend("triton")(*args), sample_tokens.backend("reference")(*args)
     assert torch.equal(ours[0], truth[0]) and ours[0][[7, 9]].tolist() == [-1, -1]
     torch.testing.assert_close(ours[1:], truth[1:], atol=2e-5, rtol=1e-5, equal_nan=True)
-    alone = sample.backend("triton")(*(a[3:4] if isinstance(a, torch.Tensor) else a for a in args))
+    alone = sample_tokens.backend("triton")(*(a[3:4] if isinstance(a, torch.Tensor) else a for a in args))
     for a, b in zip(alone, ours, strict=True):
         assert torch.equal(a, b[3:4])
 
@@ -414,7 +416,7 @@ def test_options_of_many_tiles_by_row(small_tiles):
 def test_a_trainer_computes_the_same_logprobs(backend):
     """The importance ratio is 1 when rollout and trainer share logits, for temperature != 1 and top-p < 1."""
     logits = 4 * torch.randn(32, 1500)
-    tokens, logprobs, raw_logprobs = draw(backend, logits, temperature=0.6, top_p=0.8)[:3]
+    tokens, logprobs, raw_logprobs = sample(backend, logits, temperature=0.6, top_p=0.8)[:3]
     again, _ = ops.token_logprobs(logits, tokens, temperature=0.6)
     torch.testing.assert_close((again - logprobs).exp(), torch.ones(32), atol=5e-6, rtol=0)
     torch.testing.assert_close(raw_logprobs, ops.token_logprobs(logits, tokens)[0], atol=5e-6, rtol=1e-6)
@@ -433,6 +435,6 @@ def test_bad_arguments_are_named():
         ({"steps": None}, "row_ids and steps must be given"),
     ]:
         with pytest.raises(ValueError, match=f"sample_tokens: {message}"):
-            sample(logits, **{**keys, **options})
+            sample_tokens(logits, **{**keys, **options})
     with pytest.raises(ValueError, match="floating point of shape"):
-        sample(torch.zeros(3, 0), **keys)
+        sample_tokens(torch.zeros(3, 0), **keys)
