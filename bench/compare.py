@@ -1,6 +1,7 @@
-"""An op's kernels beside its reference, torch's compiler and other libraries: first whether they are right, then time.
+"""The measurement of an op's kernels beside its reference, torch.compile and other libraries.
 
-A contestant that is wrong is not timed, nor is a kernel that leaves the call to the reference.
+A provider is verified first and timed after: one that is wrong is not timed, nor is a kernel that falls back to the
+reference.
 """
 
 import contextlib
@@ -11,65 +12,84 @@ from typing import NamedTuple
 
 import torch
 
-from rlhf_fast.bench.baselines import rivals_of
-from rlhf_fast.bench.problem import TOLERANCE, Bout, Case, label, tensors
-from rlhf_fast.bench.timing import CAPTURED, Cpu, Gpu, interleaved
+from rlhf_fast.bench.baselines import baselines_of
+from rlhf_fast.bench.problem import TOLERANCE, Case, Problem, label, tensors
+from rlhf_fast.bench.timing import MAX_CAPTURED, Cpu, Gpu, has_bf16_products, interleaved, median_ratios
 from rlhf_fast.kernels._backends import strict
 from rlhf_fast.kernels._op import Op
 
 BARE = "bare products"
+Clock = Cpu | Gpu
 
 
 class Result(NamedTuple):
-    """Rows for the table; what was left out, and why; kernels that are wrong."""
+    """Rows for the table, notes on what is left out and why, and faults: kernels that are wrong."""
 
     rows: list[dict]
     notes: list[str]
     faults: list[str]
 
 
-def bare_products(op: Op, args: tuple, gradient: bool) -> tuple[Callable, float] | None:
-    """A head's matrix products by torch.mm, into memory that is there, with nothing around; and their operations."""
-    given = dict(zip(op.names, args, strict=True))
-    if not {"hidden", "weight"} <= set(given) or not given["hidden"].numel():
-        return None
-    heads = [(given["hidden"].detach().flatten(0, -2), given["weight"].detach())]
-    wanted = [gradient and given[name].requires_grad for name in ("hidden", "weight")]
-    if "ref_hidden" in given:
-        heads.append((given["ref_hidden"].flatten(0, -2), given["ref_weight"]))
+class BareProducts(NamedTuple):
+    """A linear head's matrix products by torch.mm into existing memory, with nothing around them."""
+
+    run: Callable[[], None]
+    flops: float
+
+
+def bare_products(heads: list[tuple], hidden_grad: bool, weight_grad: bool, vocab_block: int = 0) -> BareProducts:
+    """Return the products of `heads`, pairs (hidden, weight) of which the last are references, and their flops.
+
+    `hidden_grad` and `weight_grad` add the products of the first head's gradients. The logits are whole, or made in
+    blocks of `vocab_block` columns.
+    """
+    heads = [(hidden.detach().flatten(0, -2), weight.detach()) for hidden, weight in heads]
     (hidden, weight), on_cpu = heads[0], heads[0][0].device.type == "cpu"
-    if hidden.dtype != weight.dtype or (on_cpu and hidden.dtype != torch.float32 and not _half_products()):
+    if hidden.dtype != weight.dtype or (on_cpu and hidden.dtype != torch.float32 and not has_bf16_products()):
         heads = [(x.float(), w.float()) for x, w in heads]
         hidden, weight = heads[0]
-    logits = hidden.new_empty(len(hidden), len(weight))
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight) if wanted[1] else None
+    (N, _), V = hidden.shape, len(weight)
+    logits = hidden.new_empty(N * V)
+    logit_grads = logits.view(N, V)  # the values do not matter
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight) if weight_grad else None
+    step = vocab_block or V
 
     def run():
         for x, w in reversed(heads):
-            torch.mm(x, w.T, out=logits)
-        if wanted[0]:
-            torch.mm(logits, weight, out=d_hidden)
-        if wanted[1]:
-            torch.mm(logits.T, hidden, out=d_weight)
+            for first in range(0, V, step):
+                last = min(first + step, V)
+                torch.mm(x, w[first:last].T, out=logits[first * N : last * N].view(N, -1))
+        if hidden_grad:
+            torch.mm(logit_grads, weight, out=d_hidden)
+        if weight_grad:
+            torch.mm(logit_grads.T, hidden, out=d_weight)
 
-    flops = 2.0 * len(hidden) * (sum(w.numel() for _, w in heads) + sum(wanted) * weight.numel())
-    return run, flops
-
-
-def _half_products() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    products = sum(w.numel() for _, w in heads) + (hidden_grad + weight_grad) * weight.numel()
+    return BareProducts(run, 2.0 * N * products)
 
 
-class TimeIsUp(BaseException):
-    """Not an Exception: what compiles must not take it for a fault of its own."""
+def bare_products_of(problem: Problem) -> BareProducts | None:
+    """Return the bare products of an op on a linear head; None for the other ops."""
+    given = dict(zip(problem.op.names, problem.args, strict=True))
+    if not {"hidden", "weight"} <= set(given) or not given["hidden"].numel():
+        return None
+    heads = [(given["hidden"], given["weight"])]
+    if "ref_hidden" in given:
+        heads.append((given["ref_hidden"], given["ref_weight"]))
+    wanted = [problem.case.gradient and given[name].requires_grad for name in ("hidden", "weight")]
+    return bare_products(heads, *wanted)
+
+
+class TimeLimitExceeded(BaseException):
+    """Raised by `time_limit`. It is no Exception, so that a compiler does not catch it as a fault of its own."""
 
 
 @contextlib.contextmanager
-def alarm(limit: float) -> Iterator[None]:
-    """TimeIsUp after so many seconds, in the main thread."""
+def time_limit(limit: float) -> Iterator[None]:
+    """Raise TimeLimitExceeded in the main thread after `limit` seconds."""
 
     def ring(*_):
-        raise TimeIsUp(f"more than {limit:.0f} s")
+        raise TimeLimitExceeded(f"more than {limit:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, limit)
@@ -81,104 +101,121 @@ def alarm(limit: float) -> Iterator[None]:
 
 
 def kernels_of(op: Op, device: str) -> list[str]:
-    """The backends to time: on a CPU the best compiled one, on a GPU all."""
+    """Return the backends to time: on a CPU the best compiled one, on a GPU all."""
     names = [op.chosen("cpu")] if device == "cpu" else [b for b in op.backends if op.can_run(b, device)]
     return [name for name in names if name != "reference"]
 
 
-def reason(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first[:160]}"
+def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {message[:160]}"
 
 
-def admitted(bout: Bout, clock: Cpu | Gpu, compile_seconds: float, result: Result) -> dict[str, Callable]:
-    """The contestants that run and are right, ready to be timed: our kernels first. Why others are not, in `result`."""
-    case, op, device, contestants = bout.case, bout.op, clock.name, {}
+def verified(problem: Problem, clock: Clock, compile_seconds: float, result: Result) -> dict[str, Callable]:
+    """Return the providers that run and are right, ready to be timed, our kernels first.
 
-    def admit(name: str, call: Callable, args: tuple, tolerance: float, to: list[str], first=False) -> None:
+    `result` gets a note or a fault for each of the others.
+    """
+    case, op, device = problem.case, problem.op, clock.name
+    providers: dict[str, Callable] = {}
+
+    def verify(
+        name: str, call: Callable, args: tuple, tolerance: float, to: list[str], first_output: bool = False
+    ) -> None:
         try:
-            wrong = bout.wrong(bout.once(call, args), tolerance, first)
-            if not wrong:
-                contestants[name] = bout.timed(call, args)
+            error = problem.error(problem.run_once(call, args), tolerance, first_output)
+            if not error:
+                providers[name] = problem.timed(call, args)
                 return
-        except (Exception, TimeIsUp) as error:  # one contestant's fault hides no other's
-            declined = "no kernel answers" in str(error) or f"no backend {name!r}" in str(error)
-            wrong, to = reason(error), result.notes if declined else to
-        to.append(f"{case}: {name} not timed: {wrong}")
-        clock.forget()
+        except (Exception, TimeLimitExceeded) as raised:  # one provider's fault hides no other's
+            unsupported = "no kernel answers" in str(raised) or f"no backend {name!r}" in str(raised)
+            error, to = first_line(raised), result.notes if unsupported else to
+        to.append(f"{case}: {name} not timed: {error}")
+        clock.empty_cache()
 
     tolerance = TOLERANCE[case.dtype]
     with strict():
         for name in kernels_of(op, device):
-            admit(name, op if name == op.chosen(device) else op.backend(name), bout.raw, tolerance, result.faults)
-    if not contestants:
+            call = op if name == op.chosen(device) else op.backend(name)
+            verify(name, call, problem.raw, tolerance, result.faults)
+    if not providers:
         result.notes.append(f"{case}: no kernel to time")
         return {}
-    admit("reference", op.reference, bout.args, tolerance, result.notes)
+    verify("reference", op.reference, problem.args, tolerance, result.notes)
     if compile_seconds:
         torch._dynamo.reset()
-        with contextlib.suppress(TimeIsUp), alarm(compile_seconds):
-            admit("torch.compile", torch.compile(op.reference, dynamic=False), bout.args, tolerance, result.notes)
-    for rival in rivals_of(op.name, device, bout.args):
-        admit(rival.name, rival.call, bout.args, max(tolerance, rival.tolerance), result.notes, True)
-    return contestants
+        with contextlib.suppress(TimeLimitExceeded), time_limit(compile_seconds):
+            compiled = torch.compile(op.reference, dynamic=False)
+            verify("torch.compile", compiled, problem.args, tolerance, result.notes)
+    for baseline in baselines_of(op.name, device, problem.args):
+        bound = max(tolerance, baseline.tolerance)
+        verify(baseline.name, baseline.call, problem.args, bound, result.notes, first_output=True)
+    return providers
 
 
-def least(bout: Bout, outputs: list[torch.Tensor]) -> tuple[float, float]:
-    """Bytes and operations that a call cannot do without: by default every tensor that comes or goes, once."""
-    if bout.op.cost_function:
-        return bout.op.cost_function(bout.case.gradient, *bout.args)
-    written = [bout.args[i] for i in bout.op.mutates]
-    return float(sum(x.nbytes for x in tensors([*bout.args, *written, *outputs]))), 0.0
+def min_bytes_and_flops(problem: Problem, outputs: list[torch.Tensor]) -> tuple[float, float]:
+    """Return the bytes and operations that a call needs: the op's own count, or every tensor read or written once."""
+    if problem.op.cost_function:
+        return problem.op.cost_function(problem.case.gradient, *problem.args)
+    written = [problem.args[i] for i in problem.op.mutates]
+    return float(sum(x.nbytes for x in tensors([*problem.args, *written, *outputs]))), 0.0
 
 
-def timings(contestants: dict[str, Callable], clock: Cpu | Gpu, budget: float) -> tuple[dict, dict]:
-    """Seconds of each, a list by rounds: of calls, and of the device alone where a call is short."""
-    times = interleaved({name: clock.timer(call) for name, call in contestants.items()}, budget)
-    short = {name: call for name, call in contestants.items() if statistics.median(times[name]) < CAPTURED}
-    replays = {name: clock.replay(call) for name, call in short.items()}
-    replays = {name: timer for name, timer in replays.items() if timer}
-    return times, interleaved(replays, budget / 3) if replays else {}
+def timings(providers: dict[str, Callable], clock: Clock, budget: float) -> tuple[dict, dict]:
+    """Return seconds by rounds for each provider: of whole calls, and of the device alone where calls are short."""
+    times = interleaved({name: clock.timer(call) for name, call in providers.items()}, budget)
+    short = {name: call for name, call in providers.items() if statistics.median(times[name]) < MAX_CAPTURED}
+    graphs = {name: clock.graph_timer(call) for name, call in short.items()}
+    graphs = {name: timer for name, timer in graphs.items() if timer}
+    return times, interleaved(graphs, budget / 3) if graphs else {}
 
 
-def measure(case: Case, clock: Cpu | Gpu, bandwidth: float, *, seconds: float, compile_seconds: float) -> Result:
-    """One row for each of our kernels. `seconds` are spent on the rounds; the floor is by a copy's `bandwidth`,
-    bytes/s, or by a head's bare matrix products."""
+def measure(case: Case, clock: Clock, bandwidth: float, *, seconds: float, compile_seconds: float) -> Result:
+    """Return one row for each of our kernels.
+
+    `seconds` is the budget for the rounds. The floor is the least bytes over a copy's `bandwidth` in bytes/s, or a
+    head's bare matrix products.
+    """
     result = Result([], [], [])
-    bout = Bout(case, clock.name)
-    contestants = admitted(bout, clock, compile_seconds, result)
-    if not contestants:
+    problem = Problem(case, clock.name)
+    providers = verified(problem, clock, compile_seconds, result)
+    if not providers:
         return result
-    peaks = {name: clock.peak(call) for name, call in contestants.items()}
-    moved, flops = least(bout, next(iter(contestants.values()))())
-    bare = bare_products(case.op, bout.args, case.gradient)
+    peaks = {name: clock.peak_bytes(call) for name, call in providers.items()}
+    moved, flops = min_bytes_and_flops(problem, next(iter(providers.values()))())
+    bare = bare_products_of(problem)
     if bare:
-        contestants[BARE] = bare[0]
-    times, replayed = timings(contestants, clock, seconds)
-    others = {
+        providers[BARE] = bare.run
+    times, device_times = timings(providers, clock, seconds)
+    numbers = {
         name: {
             "seconds": statistics.median(taken),
-            "device_seconds": statistics.median(replayed[name]) if name in replayed else None,
+            "device_seconds": statistics.median(device_times[name]) if name in device_times else None,
             "peak_bytes": peaks.get(name),
         }
         for name, taken in times.items()
     }
-    floor = max(moved / bandwidth, flops * others[BARE]["seconds"] / bare[1] if bare else 0.0)
-    for name in [name for name in kernels_of(case.op, clock.name) if name in contestants]:
-        own = others[name]
-        best = own["device_seconds"] or own["seconds"]
+    floor = moved / bandwidth
+    if bare:
+        floor = max(floor, flops * numbers[BARE]["seconds"] / bare.flops)
+    for name in [name for name in kernels_of(case.op, clock.name) if name in providers]:
+        own = numbers[name]
+        fastest = own["device_seconds"] or own["seconds"]
+        compared = {other: ratio for other, ratio in median_ratios(times, name).items() if not _is_kernel(other, case)}
         row = {
-            "op": case.op.name, "size": label(case.size), "dtype": str(case.dtype)[6:], "pass": case.visit,
-            "backend": name, **own, "bytes": moved, "flops": flops, "floor_seconds": floor, "share": floor / best,
-            "rate": f"{flops / best / 1e12:.3g} TFLOP/s" if bare else f"{moved / best / 1e9:.3g} GB/s",
-            "ratios": {
-                other: statistics.median(a / b for a, b in zip(taken, times[name], strict=True))
-                for other, taken in times.items() if other not in case.op.backends or other == "reference"
-            },
-            "others": {other: numbers for other, numbers in others.items() if other != name},
+            "op": case.op.name, "size": label(case.size), "dtype": str(case.dtype)[6:], "pass": case.direction,
+            "backend": name, **own, "bytes": moved, "flops": flops, "floor_seconds": floor, "share": floor / fastest,
+            "rate": f"{flops / fastest / 1e12:.3g} TFLOP/s" if bare else f"{moved / fastest / 1e9:.3g} GB/s",
+            "ratios": compared,
+            "others": {other: found for other, found in numbers.items() if other != name},
             "checked": f"all rows, {case.target.chunk} at a time" if case.target.chunk else "whole",
         }  # fmt: skip
         row["target"] = str(case.target) if case.target.of else None
         row["met"] = case.target.met(name, row)
         result.rows.append(row)
     return result
+
+
+def _is_kernel(provider: str, case: Case) -> bool:
+    return provider in case.op.backends and provider != "reference"

@@ -1,11 +1,11 @@
-"""`pytest bench`: our ops beside what one uses today, on this machine, as ratios.
+"""`pytest bench`: our ops beside what people use today, on this machine, as ratios.
 
     pytest bench -k sampling --threads 2 --save-table bench/results/<machine>.md
 
-Machines are noisy, so rivals take turns: each round runs every contestant once, a ratio is taken within its round, and
-the median over the rounds is printed. Before that, `check` asserts that the contestants agree. A missed target is
+Machines are noisy, so the providers take turns: each round runs every provider once, a ratio is taken within its round,
+and the median over the rounds is printed. Before that, `check` asserts that the providers agree. A missed target is
 printed, never an error. pytest-benchmark keeps our times (`--benchmark-json` writes them, ratios in extra_info);
-`pytest bench -k ops` (test_bench_ops.py: every op, on a CPU or a GPU) does without that plugin.
+`pytest bench -k ops` (test_bench_ops.py: every op, on a CPU or a GPU) works without that plugin.
 """
 
 import statistics
@@ -19,25 +19,27 @@ import torch
 
 from rlhf_fast import ops  # noqa: F401  registers them
 from rlhf_fast.bench import report
-from rlhf_fast.bench.timing import CLOCKS, ROUND, SECONDS, best, seconds
+from rlhf_fast.bench.timing import CLOCKS, SECONDS, Cpu, interleaved, median_ratios
 from rlhf_fast.kernels._backends import COMPILED
 from rlhf_fast.kernels._op import OPS
 
+OURS = "ours"
+
 
 class Row(NamedTuple):
-    """One comparison: what was measured, seconds a call, share of the floor, the rival, ratio and its target."""
+    """One comparison: the case, our seconds a call, our share of the floor, the baseline, its ratio and the target."""
 
     group: str
     case: str
-    ours: float
-    floor: float | None
-    rival: str
+    seconds: float
+    share: float | None
+    baseline: str
     ratio: float
     target: float | None
 
 
 class OpsReport:
-    """What test_bench_ops.py found: rows for its table, what was left out, the machine."""
+    """Results of test_bench_ops.py: rows for its table, notes on what is left out, facts about the machine."""
 
     def __init__(self):
         self.start, self.rows, self.notes, self.facts = time.monotonic(), [], [], {}
@@ -62,11 +64,11 @@ def pytest_addoption(parser):
     group.addoption(
         "--small", action="store_true", help="the tests' small inputs: whether the bench runs, not how fast"
     )
-    group.addoption("--seconds", type=float, default=SECONDS, help="spent on the rounds of a case")
+    group.addoption("--seconds", type=float, default=SECONDS, help="budget for the rounds of a case")
     group.addoption(
         "--compile-seconds", type=float, default=60, help="torch.compile's limit for a case; 0: leave it out"
     )
-    group.addoption("--deadline", type=float, default=0, help="seconds after which no other case is begun")
+    group.addoption("--deadline", type=float, default=0, help="seconds after which no other case is started")
 
 
 def pytest_configure(config):
@@ -80,7 +82,7 @@ def pytest_configure(config):
     if config.getoption("threads"):
         torch.set_num_threads(config.getoption("threads"))
     if config.getoption("verbose") <= 0:
-        config.option.benchmark_quiet = True  # our table says the same, side by side
+        config.option.benchmark_quiet = True  # our table has the same numbers, side by side
 
 
 @pytest.fixture(scope="session")
@@ -90,33 +92,28 @@ def ops_report(request) -> OpsReport:
 
 @pytest.fixture(scope="session")
 def machine(request) -> dict:
-    """What this machine can do: bytes/s of a copy that leaves the caches, and of reading alone, FLOP/s of torch's
-    float32 product."""
-    source, target = torch.ones(2, 1 << 25)
-    a, out = torch.ones(2, 1536, 1536)
-    found = {
-        "bandwidth": 2 * source.nbytes / best(lambda: target.copy_(source)),
-        "read": source.nbytes / best(source.sum),
-        "flops": 2 * 1536**3 / best(lambda: torch.mm(a, a, out=out)),
-    }
-    request.config.stash[MACHINE] = found
-    return found
+    """Rates of this machine: bytes/s of a copy and of reading, beyond the caches, and FLOP/s of torch's product."""
+    clock = Cpu()
+    rates = {"copy": clock.copy_bandwidth(), "read": clock.read_bandwidth(), "flops": clock.product_rate()}
+    request.config.stash[MACHINE] = rates
+    return rates
 
 
 @pytest.fixture
-def side_by_side(request, benchmark, machine):
-    """`side_by_side(case, ours, rivals, check=..., bytes=..., flops=...)`: measure, keep a row for the table.
+def compare(request, benchmark, machine):
+    """Measure ours beside baselines and keep a row for the table.
 
-    `rivals` maps a name to a callable, or to (callable, target): the least ratio rival's time / our time aimed at.
-    `check()` runs first and asserts that all agree. `bytes` and `flops` are the least one call must move and compute,
-    `reads` the bytes of a call that only reads: the floor is the largest by this machine's measured rates. `rounds`
-    instead of as many as SECONDS allow. `info` is kept beside the numbers.
+    `compare(case, ours, baselines, check=..., bytes=..., flops=...)` returns each baseline's ratio. `baselines` maps a
+    name to a callable, or to (callable, target): the smallest ratio baseline's time / our time that is aimed at.
+    `check()` runs first and asserts that all agree. `bytes` and `flops` are what one call must move and compute at
+    least, `reads` the bytes of a call that only reads: the floor is the largest of these by this machine's measured
+    rates. `rounds` replaces as many rounds as SECONDS allow. `info` is kept beside the numbers.
     """
 
-    def compare(
+    def run(
         case: str,
         ours: Callable,
-        rivals: dict[str, Callable | tuple[Callable, float]],
+        baselines: dict[str, Callable | tuple[Callable, float | None]],
         *,
         check: Callable[[], None],
         bytes: float = 0,
@@ -126,49 +123,39 @@ def side_by_side(request, benchmark, machine):
         **info,
     ) -> dict[str, float]:
         check()
-        entries = {name: rival if isinstance(rival, tuple) else (rival, None) for name, rival in rivals.items()}
-        calls = {}
-        for name, call in {"": ours, **{name: rival for name, (rival, _) in entries.items()}}.items():
-            once = seconds(call)
-            calls[name] = 1 if once > 0.5 or rounds else max(1, round(ROUND / best(call, 3)))
-        once = 0.0
-        if not rounds:
-            once = seconds(ours, calls[""]) * calls[""]
-            once += sum(seconds(rival, calls[name]) * calls[name] for name, (rival, _) in entries.items())
-        times: dict[str, list[float]] = {name: [] for name in ["", *entries]}
-
-        def run_rivals():
-            for name, (rival, _) in entries.items():
-                times[name].append(seconds(rival, calls[name]))
-
-        def run_ours():
-            times[""].append(seconds(ours, calls[""]))
-
+        targets = {name: entry[1] if isinstance(entry, tuple) else None for name, entry in baselines.items()}
+        calls = {name: entry[0] if isinstance(entry, tuple) else entry for name, entry in baselines.items()}
+        timers = {name: Cpu().timer(call, 1 if rounds else 0) for name, call in {**calls, OURS: ours}.items()}
         benchmark.group = request.node.path.stem.removeprefix("test_bench_")
-        benchmark.pedantic(run_ours, setup=run_rivals, rounds=rounds or max(5, min(50, round(SECONDS / once))))
-        mine = statistics.median(times[""])
-        floor = max(bytes / machine["bandwidth"], reads / machine["read"], flops / machine["flops"]) or None
-        ratios = {}
-        for name, (_, target) in entries.items():
-            ratios[name] = statistics.median(r / o for r, o in zip(times[name], times[""], strict=True))
-            row = Row(benchmark.group, case, mine, floor and floor / mine, name, ratios[name], target)
+
+        def repeat(last: Callable, others: Callable, rounds: int) -> None:
+            benchmark.pedantic(last, setup=others, rounds=rounds)
+
+        times = interleaved(timers, SECONDS, rounds, repeat)
+        seconds, ratios = statistics.median(times[OURS]), median_ratios(times, OURS)
+        floor = max(bytes / machine["copy"], reads / machine["read"], flops / machine["flops"]) or None
+        for name, ratio in ratios.items():
+            row = Row(benchmark.group, case, seconds, floor and floor / seconds, name, ratio, targets[name])
             request.config.stash[ROWS].append(row)
         isa = next((name for name in reversed(COMPILED) if name.startswith("cpu")), "reference")
         benchmark.extra_info.update(
-            case=case, calls_per_round=calls[""], seconds=mine, ratios=ratios, bytes=bytes, flops=flops, floor=floor,
+            case=case, seconds=seconds, ratios=ratios, bytes=bytes, flops=flops, floor=floor,
             threads=torch.get_num_threads(), isa=isa, **info,
         )  # fmt: skip
         return ratios
 
-    return compare
+    return run
 
 
 def table(rows: list[Row]) -> list[list[str]]:
-    cells = [["op and size", "ours", "of the floor", "beside", "ratio", "target"]]
+    """Return the cells of the rows' table, its header first."""
+    cells = [["op and size", "ours", "of the floor", "baseline", "ratio", "target"]]
     for row in rows:
-        target = "" if row.target is None else f"{row.target:.3g}x" + (" missed" if row.ratio < row.target else "")
-        floor = "" if row.floor is None else f"{100 * row.floor:.0f} %"
-        cells.append([row.case, report.duration(row.ours), floor, row.rival, f"{row.ratio:.2f}x", target])
+        target = ""
+        if row.target is not None:
+            target = f"{row.target:.3g}x" + (" missed" if row.ratio < row.target else "")
+        share = "" if row.share is None else f"{100 * row.share:.0f} %"
+        cells.append([row.case, report.duration(row.seconds), share, row.baseline, f"{row.ratio:.2f}x", target])
     return cells
 
 
@@ -177,7 +164,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if rows:
         cells = table(rows)
         terminalreporter.section(
-            "side by side (ratio: the other's time / ours; the target is the least ratio aimed at)"
+            "side by side (ratio: the baseline's time / ours; the target is the smallest ratio aimed at)"
         )
         for line in report.aligned(cells):
             terminalreporter.line(line)
@@ -195,12 +182,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def markdown(cells: list[list[str]], rates: dict) -> str:
-    facts = report.machine("cpu", rates["bandwidth"])
+    """Return the table under the facts about the machine."""
+    facts = report.machine("cpu", rates["copy"])
     head = [
         f"- processor: {facts['device']}, {facts['threads']} threads, kernels: {facts['kernels']}",
         f"- measured: copy {rates['bandwidth'] / 1e9:.1f} GB/s, read {rates['read'] / 1e9:.1f} GB/s,"
         f" float32 product {rates['flops'] / 1e9:.0f} GFLOP/s",
         f"- Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}",
-        "- ratio: the other's time / ours, median of interleaved rounds",
+        "- ratio: the baseline's time / ours, median of interleaved rounds",
     ]
     return "\n".join([*head, "", report.markdown_table(cells)])

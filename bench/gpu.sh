@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build, test and bench the GPU kernels on a machine with an NVIDIA GPU: one command, no network, under 10 minutes.
 #
-#   bench/gpu.sh [all|test|sanitize|bench]        (default: all; the build comes first and is skipped where it is fresh)
+#   bench/gpu.sh [all|test|sanitize|bench]        (default: all; the build comes first and is skipped where it is up to date)
 #
 # test      test_ops.py on CUDA tensors by Triton and CUDA, capture in CUDA graphs, no spills, a strict run of every op,
 #           twice: the same bits
@@ -28,7 +28,7 @@ esac
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 RLHF_FAST_SIMT=
 unset TRITON_INTERPRET RLHF_FAST_BACKEND
 
-# One start of Python: whether there is a GPU, its name, its compute capability, the suffix of extensions, xdist.
+# One start of Python prints the GPU's name, its compute capability, the suffix of extensions, and the test workers.
 probe='
 import importlib.util, re, sys, sysconfig
 for needed in ("torch", "triton", "transformers", "pytest"):
@@ -41,20 +41,20 @@ name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-
 print(name, "%d%d" % torch.cuda.get_device_capability(), sysconfig.get_config_var("EXT_SUFFIX"))
 print(8 if importlib.util.find_spec("xdist") else 0)
 '
-said=$("$python" -c "$probe") || exit 2
-{ read -r gpu capability suffix; read -r workers; } <<<"$said"
+found=$("$python" -c "$probe") || exit 2
+{ read -r gpu capability suffix; read -r workers; } <<<"$found"
 
 mkdir -p "$out" || exit 2
-log=$out/$gpu.log summary=() failed=0 begun=$SECONDS
+log=$out/$gpu.log summary=() failed=0 started=$SECONDS
 whole=$("$python" -c "print(round(60 * float('${MINUTES:-9.5}')))") || exit 2
 : >"$log"
 
 # step NAME LIMIT COMMAND...: run it, its output to the log, no longer than LIMIT seconds or what is left of the whole.
 step() {
-  local name=$1 limit=$2 start=$SECONDS left=$((whole - SECONDS + begun)) status=0
+  local name=$1 limit=$2 start=$SECONDS left=$((whole - SECONDS + started)) status=0
   shift 2
   if ((left < 15)); then
-    summary+=("$name: not begun, the time is over") failed=1
+    summary+=("$name: not started, the time is over") failed=1
     return 1
   fi
   ((limit < left)) || limit=$left
@@ -62,12 +62,12 @@ step() {
   timeout -s INT -k 10 "$limit" "$@" >"$log.step" 2>&1 || status=$? # pytest ends with its summary then
   cat "$log.step" >>"$log"
   if ((status == 0)); then
-    summary+=("$name: well, $((SECONDS - start)) s")
+    summary+=("$name: ok, $((SECONDS - start)) s")
     return 0
   fi
   failed=1
   if ((status == 124 || status == 137)); then
-    summary+=("$name: CUT OFF after $((SECONDS - start)) s")
+    summary+=("$name: INTERRUPTED after $((SECONDS - start)) s")
   else
     summary+=("$name: FAILED ($status), $((SECONDS - start)) s")
   fi
@@ -78,7 +78,7 @@ step() {
 build() {
   local made=rlhf_fast/_cuda$suffix
   if [[ -f $made && -z $(find csrc setup.py -newer "$made" -print -quit) ]]; then
-    summary+=("build: fresh")
+    summary+=("build: up to date")
     return
   fi
   export RLHF_FAST_CUDA=1 RLHF_FAST_REQUIRE_EXT=1
@@ -124,7 +124,7 @@ sanitize() { # seconds for each tool and backend
 }
 
 bench() { # torch.compile's seconds for a case
-  local left=$((whole - SECONDS + begun - 30))
+  local left=$((whole - SECONDS + started - 30))
   step "bench: ops" "$((left + 25))" "$python" -m pytest -p no:cacheprovider bench -k ops --device cuda \
     --seconds 0.7 --compile-seconds "$1" --deadline "$((left > 20 ? left - 20 : 1))" --save-table "$out/$gpu.md"
 }

@@ -1,6 +1,6 @@
-"""What a bench says: the machine it ran on, tables on the terminal, as Markdown and as JSON.
+"""Tables of a bench: the machine it ran on, rows for the terminal, as Markdown and as JSON.
 
-python -m rlhf_fast.bench.report FILE.json    the ops of a run in few columns
+python -m rlhf_fast.bench.report FILE.json    print the ops of a run in few columns
 """
 
 import json
@@ -19,21 +19,24 @@ from rlhf_fast.kernels._backends import COMPILED
 PACKAGES = ("triton", "transformers", "liger-kernel", "cut-cross-entropy")
 
 
-def duration(s: float | None) -> str:
-    if s is None:
+def duration(seconds: float | None) -> str:
+    """Return a time with its unit; an empty string for None."""
+    if seconds is None:
         return ""
-    return f"{s * 1e6:.1f} us" if s < 1e-3 else f"{s * 1e3:.2f} ms" if s < 1 else f"{s:.2f} s"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} us"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def said(*command: str) -> str:
-    """The first line that a program prints, or "unknown"."""
+def output_of(*command: str) -> str:
+    """Return the first line that a program prints, or "unknown"."""
     try:
         lines = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
     except OSError:
@@ -42,10 +45,10 @@ def said(*command: str) -> str:
 
 
 def commit() -> str:
-    """RLHF_FAST_COMMIT says it where there is no repository."""
+    """Return the commit; RLHF_FAST_COMMIT names it where there is no repository."""
     if named := os.environ.get("RLHF_FAST_COMMIT"):
         return named
-    return said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10")
+    return output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10")
 
 
 def installed(package: str) -> str | None:
@@ -56,12 +59,12 @@ def installed(package: str) -> str | None:
 
 
 def machine(device: str, bandwidth: float) -> dict:
-    """Where the numbers come from."""
+    """Return the facts about the machine that the numbers depend on."""
     facts = {"device": processor(), "threads": torch.get_num_threads()}
     if device == "cuda":
         facts = {
             "device": torch.cuda.get_device_name(),
-            "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": torch.version.cuda,
             "processor": processor(),
         }
@@ -77,7 +80,7 @@ def machine(device: str, bandwidth: float) -> dict:
 
 
 def aligned(cells: list[list[str]]) -> list[str]:
-    """Lines of a table for the terminal."""
+    """Return the lines of a table for the terminal."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
 
@@ -88,34 +91,29 @@ def markdown_table(cells: list[list[str]]) -> str:
 
 
 def op_cells(rows: list[dict]) -> list[list[str]]:
-    """The ops' rows as a table. A ratio is the other's time over ours."""
+    """Return the ops' rows as a table. A ratio is the other's time over ours."""
     cells = [
         [
-            "op and size",
-            "pass",
-            "by",
-            "a call",
-            "on the device",
-            "rate",
-            "of the floor",
-            "peak, reference's",
-            "reference",
+            "op and size", "pass", "backend", "a call", "on the device", "rate", "of the floor", "peak, reference's",
+            "reference", "torch.compile", "others", "target",
         ]
-        + ["torch.compile", "others", "target"]
-    ]
+    ]  # fmt: skip
     for row in rows:
         ratios = {name: f"{ratio:.2f}x" for name, ratio in row["ratios"].items()}
-        known = [ratios.pop(name, "") for name in ("reference", "torch.compile")]
-        peaks = [row["peak_bytes"]] + [
-            row["others"][name]["peak_bytes"] for name in ["reference"] if name in row["others"]
-        ]
+        named = [ratios.pop(name, "") for name in ("reference", "torch.compile")]
+        peaks = [row["peak_bytes"]]
+        if "reference" in row["others"]:
+            peaks.append(row["others"]["reference"]["peak_bytes"])
         verdict = {True: " met", False: " missed", None: ""}[row["met"]]
+        others = ", ".join(f"{name} {ratio}" for name, ratio in ratios.items())
         cells.append(
-            [f"{row['op']} {row['size']} {row['dtype']}", row["pass"], row["backend"], duration(row["seconds"])]
-            + [duration(row["device_seconds"]), row["rate"], f"{100 * row['share']:.0f} %"]
-            + [" / ".join(f"{peak / 1e6:.1f}" for peak in peaks) + " MB", *known]
-            + [", ".join(f"{name} {ratio}" for name, ratio in ratios.items()), (row["target"] or "") + verdict]
-        )
+            [
+                f"{row['op']} {row['size']} {row['dtype']}", row["pass"], row["backend"], duration(row["seconds"]),
+                duration(row["device_seconds"]), row["rate"], f"{100 * row['share']:.0f} %",
+                " / ".join(f"{peak / 1e6:.1f}" for peak in peaks) + " MB", *named, others,
+                (row["target"] or "") + verdict,
+            ]
+        )  # fmt: skip
     return cells
 
 
@@ -123,8 +121,8 @@ def op_markdown(facts: dict, rows: list[dict], notes: list[str]) -> str:
     head = [f"- {name}: {value}" for name, value in facts.items() if name != "copy_bytes_per_second"]
     head += [
         f"- measured copy, bytes read and written: {facts['copy_bytes_per_second'] / 1e9:.1f} GB/s",
-        "- of the floor: least bytes over that copy, or a head's bare matrix products, over the time on the device, or"
-        " of a call where it is longer than 2 ms",
+        "- of the floor: the fewest bytes over that copy, or a head's bare matrix products, over the time on the device"
+        " (of a whole call where it is longer than 2 ms)",
         "- ratios: the other's time / ours, median of interleaved rounds",
     ]
     left = ["", "Left out:", "", *(f"- {note}" for note in notes), ""] if notes else []
@@ -132,7 +130,7 @@ def op_markdown(facts: dict, rows: list[dict], notes: list[str]) -> str:
 
 
 def save_ops(path: Path, facts: dict, rows: list[dict], notes: list[str]) -> None:
-    """Markdown, and every number beside it as JSON."""
+    """Write the table as Markdown, and every number beside it as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(op_markdown(facts, rows, notes), encoding="utf-8")
     path.with_suffix(".json").write_text(
@@ -142,7 +140,7 @@ def save_ops(path: Path, facts: dict, rows: list[dict], notes: list[str]) -> Non
 
 def main() -> int:
     found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    few = ("op and size", "pass", "by", "a call", "on the device", "of the floor", "reference", "target")
+    few = ("op and size", "pass", "backend", "a call", "on the device", "of the floor", "reference", "target")
     header, *lines = op_cells(found["rows"])
     kept = [header.index(name) for name in few]
     print("\n".join(aligned([[line[i] for i in kept] for line in [header, *lines]])))

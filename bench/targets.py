@@ -1,19 +1,19 @@
-"""What the ops aim at on a data-centre GPU: sizes of real training, made on the device, and how fast they should be.
+"""Targets of the ops on a data-centre GPU: sizes of real training, and how fast they should be.
 
-A target is printed as met or missed, never asserted. Shares are of the measured copy bandwidth, or of the bare matrix
-products; an op's least bytes are its own business (Op.cost).
+A target is printed as met or missed, never asserted. A share is of the measured copy bandwidth, or of the bare matrix
+products' rate; the op itself says how many bytes it must move (`op.cost`).
 """
 
 from typing import NamedTuple
 
 import torch
 
-HALF = (torch.bfloat16,)
+BF16 = (torch.bfloat16,)
 BOTH = (torch.float32, torch.bfloat16)
 
 
 class Target(NamedTuple):
-    """A size, and a goal. `of`: "seconds" of a call, "device" seconds of it, or least "share" of the floor."""
+    """A size and its goal: most "seconds" of a call, most "device" seconds of it, or smallest "share" of the floor."""
 
     op: str
     size: dict
@@ -21,31 +21,33 @@ class Target(NamedTuple):
     of: str = ""
     goal: float = 0.0
     cuda: float = 0.0  # for the compiled kernel, where it is another
-    dtypes: tuple = HALF
+    dtypes: tuple = BF16
     chunk: int = 0  # rows that the reference takes at a time, where all at once would not fit
 
     def goal_of(self, backend: str) -> float:
+        """Return the goal of one backend."""
         return self.cuda or self.goal if backend == "cuda" else self.goal
 
     def met(self, backend: str, row: dict) -> bool | None:
-        """None: there is no goal, or no such number."""
-        found = row[{"seconds": "seconds", "device": "device_seconds", "share": "share"}.get(self.of, "seconds")]
-        if not self.of or found is None:
+        """Return whether the row meets the goal; None without a goal or without such a number."""
+        columns = {"seconds": "seconds", "device": "device_seconds", "share": "share"}
+        found = row[columns[self.of]] if self.of else None
+        if found is None:
             return None
         return found >= self.goal_of(backend) if self.of == "share" else found <= self.goal_of(backend)
 
     def __str__(self) -> str:
-        goals = [self.goal] + [self.cuda] * bool(self.cuda)
+        goals = [self.goal, self.cuda] if self.cuda else [self.goal]
         shown = [f"{100 * g:.0f} %" if self.of == "share" else f"{g * 1e6:.4g} us" for g in goals]
         return " / CUDA ".join(shown) + (" on the device" if self.of == "device" else "")
 
 
-WIDE, SMALL = {"N": 8192, "D": 4096, "V": 151936}, {"N": 8192, "D": 768, "V": 50257}
+LARGE_HEAD, SMALL_HEAD = {"N": 8192, "D": 4096, "V": 151936}, {"N": 8192, "D": 768, "V": 50257}
 TARGETS = [
-    Target("linear_cross_entropy", WIDE, True, "seconds", 48e-3, chunk=2048),
-    Target("linear_cross_entropy", SMALL, True, "seconds", 4.5e-3, chunk=2048),
-    Target("linear_ppo_loss", WIDE, True, "seconds", 48e-3, chunk=2048),
-    Target("linear_ppo_loss", SMALL, True, "seconds", 4.5e-3, chunk=2048),
+    Target("linear_cross_entropy", LARGE_HEAD, True, "seconds", 48e-3, chunk=2048),
+    Target("linear_cross_entropy", SMALL_HEAD, True, "seconds", 4.5e-3, chunk=2048),
+    Target("linear_ppo_loss", LARGE_HEAD, True, "seconds", 48e-3, chunk=2048),
+    Target("linear_ppo_loss", SMALL_HEAD, True, "seconds", 4.5e-3, chunk=2048),
     Target("token_logprobs", {"shape": (8192,), "V": 151936}, False, "seconds", 1e-3, chunk=2048),
     Target("token_logprobs", {"shape": (8192,), "V": 151936}, True, chunk=2048),
     Target("ppo_advantages", {"B": 8192, "T": 2048}, False, "share", 0.70, 0.75, BOTH),

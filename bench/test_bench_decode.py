@@ -16,7 +16,7 @@ def near(ours, theirs):
 
 
 @pytest.mark.parametrize("N", ROWS)
-def test_rms_norm(side_by_side, N):
+def test_rms_norm(compare, N):
     x, residual, weight = 1e-3 * torch.randn(N, D), torch.randn(N, D), torch.randn(D)
 
     def ours():
@@ -33,12 +33,12 @@ def test_rms_norm(side_by_side, N):
         plain = F.rms_norm(residual + x, (D,), weight, 1e-6)
         near([ours()], [plain])
 
-    rivals = {"add_ + F.rms_norm": torch_ops, "transformers' RMSNorm": llama}
-    side_by_side(f"residual + rms_norm [{N}, {D}]", ours, rivals, check=check, bytes=16 * N * D)
+    baselines = {"add_ + F.rms_norm": torch_ops, "transformers' RMSNorm": llama}
+    compare(f"residual + rms_norm [{N}, {D}]", ours, baselines, check=check, bytes=16 * N * D)
 
 
 @pytest.mark.parametrize("N", ROWS)
-def test_layer_norm(side_by_side, N):
+def test_layer_norm(compare, N):
     x, residual, weight, bias = 1e-3 * torch.randn(N, D), torch.randn(N, D), torch.randn(D), torch.randn(D)
 
     def ours():
@@ -48,7 +48,7 @@ def test_layer_norm(side_by_side, N):
         plain = F.layer_norm(residual + x, (D,), weight, bias, 1e-5)
         near([ours()], [plain])
 
-    side_by_side(
+    compare(
         f"residual + layer_norm [{N}, {D}]",
         ours,
         {"add_ + F.layer_norm": lambda: F.layer_norm(residual.add_(x), (D,), weight, bias, 1e-5)},
@@ -58,9 +58,9 @@ def test_layer_norm(side_by_side, N):
 
 
 @pytest.mark.parametrize("N", ROWS)
-def test_swiglu(side_by_side, N):
+def test_swiglu(compare, N):
     gate, up = torch.randn(2, N, MLP)
-    side_by_side(
+    compare(
         f"swiglu [{N}, {MLP}]",
         lambda: ops.swiglu(gate, up),
         {"F.silu(gate) * up": lambda: F.silu(gate) * up},
@@ -71,9 +71,9 @@ def test_swiglu(side_by_side, N):
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("N", ROWS)
-def test_gelu(side_by_side, N, approximate):
+def test_gelu(compare, N, approximate):
     x = torch.randn(N, 2 * MLP)
-    side_by_side(
+    compare(
         f"gelu {approximate} [{N}, {2 * MLP}]",
         lambda: ops.gelu(x, approximate),
         {"F.gelu": lambda: F.gelu(x, approximate=approximate)},
@@ -83,11 +83,11 @@ def test_gelu(side_by_side, N, approximate):
 
 
 @pytest.mark.parametrize("N", ROWS)
-def test_rope_store(side_by_side, N):
+def test_rope_store(compare, N):
     q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
         N=N, H=9, Hkv=3, d=64, P=64, device="cpu", dtype=torch.float32
     )
-    page, place = slots // 64, slots % 64
+    page, offset = slots // 64, slots % 64
     cos2, sin2 = torch.cat([cos, cos], -1)[:, None], torch.cat([sin, sin], -1)[:, None]
 
     def ours():
@@ -98,28 +98,28 @@ def test_rope_store(side_by_side, N):
         return x * cos2 + torch.cat([-b, a], -1) * sin2
 
     def torch_ops():
-        k_cache[page, :, place] = rotated(k)
-        v_cache[page, :, place] = v
+        k_cache[page, :, offset] = rotated(k)
+        v_cache[page, :, offset] = v
         return rotated(q), k_cache, v_cache
 
     def check():
         mine = [x.clone() for x in ours()]
         near(mine, torch_ops())
 
-    rivals = {"rotate_half + index_put": torch_ops}
-    side_by_side(f"rope_store [{N}, 9 + 3, 64]", ours, rivals, check=check, bytes=4 * N * 64 * (18 + 12))
+    baselines = {"rotate_half + index_put": torch_ops}
+    compare(f"rope_store [{N}, 9 + 3, 64]", ours, baselines, check=check, bytes=4 * N * 64 * (18 + 12))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("context", [128, 1024])
-def test_decode_attention(side_by_side, context, dtype):
+def test_decode_attention(compare, context, dtype):
     B, H, heads, d = 32, 9, 3, 64
     args = ops.decode_attention.make_inputs(
         lengths=(context,) * B, H=H, Hkv=heads, d=d, P=64, device="cpu", dtype=dtype, cache=dtype
     )
     q, k_cache, v_cache, table, _, rows, scale, *_ = args
     pages = table[rows.long()][:, : context // 64].long()
-    # The rivals find each sequence's keys in one piece: they are spared the pages.
+    # The baselines get each sequence's keys contiguous, without pages.
     k, v = (x[pages].transpose(1, 2).reshape(B, heads, context, d) for x in (k_cache, v_cache))
     grouped = q.view(B, heads, H // heads, d)
 
@@ -133,11 +133,11 @@ def test_decode_attention(side_by_side, context, dtype):
         return F.scaled_dot_product_attention(grouped, k, v, scale=scale)
 
     def check():
-        for rival in (sdpa, sdpa_grouped):
+        for baseline in (sdpa, sdpa_grouped):
             tolerance = 3e-5 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(ours(), rival().view(B, H, d), atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(ours(), baseline().view(B, H, d), atol=tolerance, rtol=tolerance)
 
-    side_by_side(
+    compare(
         f"decode_attention [{B}, {H} / {heads}, {d}] context {context} {str(dtype)[6:]}",
         ours,
         {"SDPA, enable_gqa": sdpa, "SDPA, groups as rows": sdpa_grouped},

@@ -1,18 +1,16 @@
 """The linear head's ops beside plain torch, torch's own fused loss and the three bare matrix products."""
 
-import gc
-
 import pytest
 import torch
 
 from rlhf_fast import ops
+from rlhf_fast.bench.compare import bare_products
+from rlhf_fast.bench.timing import Cpu, has_bf16_products
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SIZES = pytest.mark.parametrize("N, D, V", [(512, 768, 50257), (2048, 256, 8192)])
 BARE_TARGET = {torch.float32: 1 / 1.15, torch.bfloat16: 1 / 1.5}
-COLUMNS = 4096
-# Where a processor has no bfloat16 products, torch's take minutes: the rivals then compute in float32.
-HALF_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+VOCAB_BLOCK = 4096
 
 
 def head(N, D, V, dtype):
@@ -22,14 +20,14 @@ def head(N, D, V, dtype):
 
 
 def product(hidden, weight):
-    """Plain torch's logits, float32 after the product."""
-    if hidden.dtype == torch.bfloat16 and not HALF_PRODUCTS:
+    """Return plain torch's logits, float32 after the product."""
+    if hidden.dtype == torch.bfloat16 and not has_bf16_products():
         hidden, weight = hidden.float(), weight.float()
     return (hidden @ weight.T).float()
 
 
 def training(loss, hidden, weight):
-    """Forward and backward, into fresh gradients."""
+    """Return a forward and backward pass into fresh gradients."""
 
     def run():
         hidden.grad = weight.grad = None
@@ -38,53 +36,18 @@ def training(loss, hidden, weight):
     return run
 
 
-def bare_products(hidden, weight):
-    """logits, dX and dW by torch.mm into memory that is there: logits whole, or in blocks of columns."""
-    hidden, weight = hidden.detach(), weight.detach()
-    if hidden.dtype == torch.bfloat16 and not HALF_PRODUCTS:
-        hidden, weight = hidden.float(), weight.float()
-    (N, D), V, dtype = hidden.shape, weight.shape[0], hidden.dtype
-    logits, slopes, d_hidden, d_weight = (torch.randn(shape).to(dtype) for shape in ((N * V,), (N, V), (N, D), (V, D)))
-
-    def gradients():
-        torch.mm(slopes, weight, out=d_hidden)
-        torch.mm(slopes.T, hidden, out=d_weight)
-
-    def whole():
-        torch.mm(hidden, weight.T, out=logits.view(N, V))
-        gradients()
-
-    def blocks():
-        for first in range(0, V, COLUMNS):
-            last = min(first + COLUMNS, V)
-            torch.mm(hidden, weight[first:last].T, out=logits[first * N : last * N].view(N, -1))
-        gradients()
-
-    return {"bare mm": whole, "bare mm, blocks": blocks}
-
-
-def peak(run, *inputs) -> int:
-    """The most bytes that torch held at a time for what `run` allocated, the inputs' gradients apart."""
-    for x in inputs:
-        x.grad = None
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most - sum(x.nbytes for x in inputs)
-
-
 def peaks(ours, eager, hidden, weight) -> str:
-    ours, eager = (peak(run, hidden, weight) for run in (ours, eager))
+    """Return the peak memory of both passes, without the inputs' gradients."""
+    found = []
+    for run in (ours, eager):
+        hidden.grad = weight.grad = None
+        found.append(Cpu().peak_bytes(run) - hidden.nbytes - weight.nbytes)
+    ours, eager = found
     return f"peak {ours / 1e6:.0f} MB of eager's {eager / 1e6:.0f} ({eager / max(ours, 1):.1f}x less)"
 
 
 def agree(ours, eager, hidden, weight, dtype):
-    """The gradients differ by rounding only. In bfloat16 plain torch rounds its logits, ours does not."""
+    """Assert that the gradients differ by rounding only. In bfloat16 plain torch rounds its logits, ours does not."""
     found = []
     for run in (ours, eager):
         run()
@@ -94,36 +57,39 @@ def agree(ours, eager, hidden, weight, dtype):
         assert (mine - theirs).abs().max() <= scale * (1e-4 if dtype == torch.float32 else 0.05)
 
 
-def compare(side_by_side, name, ours, eager, hidden, weight, others=()):
+def compare_head(compare, name, ours, eager, hidden, weight, others=()):
     (N, D), V, dtype = hidden.shape, weight.shape[0], hidden.dtype
     ours, eager = training(ours, hidden, weight), training(eager, hidden, weight)
-    label = " float32" if dtype == torch.bfloat16 and not HALF_PRODUCTS else ""
-    bare = {key + label: (call, BARE_TARGET[dtype]) for key, call in bare_products(hidden, weight).items()}
-    rivals = {"eager": eager, **bare, **{key: training(loss, hidden, weight) for key, loss in dict(others).items()}}
+    label = " float32" if dtype == torch.bfloat16 and not has_bf16_products() else ""
+    baselines = {"eager": eager}
+    for key, block in (("bare mm", 0), ("bare mm, blocks", VOCAB_BLOCK)):
+        bare = bare_products([(hidden, weight)], hidden_grad=True, weight_grad=True, vocab_block=block)
+        baselines[key + label] = (bare.run, BARE_TARGET[dtype])
+    baselines |= {key: training(loss, hidden, weight) for key, loss in dict(others).items()}
     memory = peaks(ours, eager, hidden, weight)
-    side_by_side(
-        f"{name} {str(dtype)[6:]} [{N}, {D}] x {V}: {memory}", ours, rivals,
+    compare(
+        f"{name} {str(dtype)[6:]} [{N}, {D}] x {V}: {memory}", ours, baselines,
         check=lambda: agree(ours, eager, hidden, weight, dtype), flops=6 * N * D * V, memory=memory,
     )  # fmt: skip
 
 
 @SIZES
 @DTYPES
-def test_linear_cross_entropy(side_by_side, N, D, V, dtype):
+def test_linear_cross_entropy(compare, N, D, V, dtype):
     hidden, weight, targets = head(N, D, V, dtype)
     others = {}
     if hasattr(torch.nn.functional, "linear_cross_entropy") and N * V < 1 << 25 and dtype == torch.float32:
         fused = torch.nn.functional.linear_cross_entropy
         others["F.linear_cross_entropy"] = lambda x, w: fused(x, w, targets)
-    compare(
-        side_by_side, "linear_cross_entropy", lambda x, w: ops.linear_cross_entropy(x, w, targets)[0],
+    compare_head(
+        compare, "linear_cross_entropy", lambda x, w: ops.linear_cross_entropy(x, w, targets)[0],
         lambda x, w: torch.nn.functional.cross_entropy(product(x, w), targets), hidden, weight, others,
     )  # fmt: skip
 
 
 @SIZES
 @DTYPES
-def test_linear_ppo_loss(side_by_side, N, D, V, dtype):
+def test_linear_ppo_loss(compare, N, D, V, dtype):
     hidden, weight, targets = head(N, D, V, dtype)
     with torch.no_grad():
         old = ops.linear_logprobs(hidden, weight, targets)[0] + 0.1 * torch.randn(N)
@@ -139,12 +105,12 @@ def test_linear_ppo_loss(side_by_side, N, D, V, dtype):
     def ours(x, w):
         return ops.linear_ppo_loss(x, w, targets, old, advantages, weights, entropy_coef=0.01)[0]
 
-    compare(side_by_side, "linear_ppo_loss", ours, eager, hidden, weight)
+    compare_head(compare, "linear_ppo_loss", ours, eager, hidden, weight)
 
 
 @DTYPES
 @pytest.mark.parametrize("N, V", [(256, 32000), (256, 50257)])
-def test_token_logprobs(side_by_side, N, V, dtype):
+def test_token_logprobs(compare, N, V, dtype):
     logits, targets = (3 * torch.randn(N, V)).to(dtype), torch.randint(V, (N,))
 
     def plain():
@@ -159,7 +125,7 @@ def test_token_logprobs(side_by_side, N, V, dtype):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
     target = 3.0 if (V, dtype) == (32000, torch.float32) else None
-    side_by_side(
+    compare(
         f"token_logprobs {str(dtype)[6:]} [{N}, {V}]", lambda: ops.token_logprobs(logits, targets),
         {"log_softmax + gather": (plain, target) if target else plain, "and entropy": plain_and_entropy},
         check=check, bytes=logits.nbytes,
@@ -167,7 +133,7 @@ def test_token_logprobs(side_by_side, N, V, dtype):
 
 
 @DTYPES
-def test_token_logprobs_backward(side_by_side, dtype):
+def test_token_logprobs_backward(compare, dtype):
     logits, targets = (3 * torch.randn(256, 32000)).to(dtype).requires_grad_(), torch.randint(32000, (256,))
     ours = ops.token_logprobs(logits, targets)
     logp = torch.log_softmax(logits.float(), -1)
@@ -180,13 +146,13 @@ def test_token_logprobs_backward(side_by_side, dtype):
         a, b = gradient(ours).float(), gradient(plain).float()
         assert (a - b).abs().max() <= (1e-4 if dtype == torch.float32 else 1e-2) * b.abs().max()
 
-    side_by_side(
+    compare(
         f"token_logprobs backward {str(dtype)[6:]} [256, 32000]", lambda: gradient(ours),
         {"log_softmax + gather + entropy": lambda: gradient(plain)}, check=check, bytes=2 * logits.nbytes,
     )  # fmt: skip
 
 
-def test_linear_logprobs_scoring(side_by_side):
+def test_linear_logprobs_scoring(compare):
     hidden, weight, targets = (x.detach() for x in head(512, 768, 50257, torch.float32))
 
     def plain():
@@ -195,7 +161,7 @@ def test_linear_logprobs_scoring(side_by_side):
     def check():
         torch.testing.assert_close(ops.linear_logprobs(hidden, weight, targets)[0], plain(), atol=1e-5, rtol=1e-5)
 
-    side_by_side(
+    compare(
         "linear_logprobs scoring float32 [512, 768] x 50257", lambda: ops.linear_logprobs(hidden, weight, targets),
         {"eager": plain, "bare mm": lambda: hidden @ weight.T}, check=check, flops=2 * 512 * 768 * 50257,
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Every op at its `large` inputs, and on a GPU at the sizes of bench/targets.py: our kernels beside what there is.
+"""Every op at its large sizes, and on a GPU at the sizes of bench/targets.py: our kernels beside the alternatives.
 
     pytest bench -k ops [--device cuda] [--op NAME] [--save-table PATH]
 
-Before an op is timed its kernels must agree with the reference; one that does not fails its test. `--compile-seconds 0`
-leaves torch.compile out, which takes most of the time.
+An op's kernels must agree with the reference before they are timed; one that does not fails its test.
+`--compile-seconds 0` leaves torch.compile out, which takes most of the time.
 """
 
 import time
@@ -32,7 +32,7 @@ def clock(request):
 
 @pytest.fixture(scope="session")
 def bandwidth(clock, ops_report):
-    found = clock.bandwidth()
+    found = clock.copy_bandwidth()
     ops_report.facts = report.machine(clock.name, found)
     return found
 
@@ -45,9 +45,9 @@ def test_op(case: Case, clock, bandwidth, ops_report, request):
     try:
         found = measure(case, clock, bandwidth, seconds=option("seconds"), compile_seconds=option("compile_seconds"))
     finally:
-        clock.forget()
+        clock.empty_cache()
     ops_report.rows.extend(found.rows)
     ops_report.notes.extend([*found.notes, *found.faults])
-    if option("save_table"):  # now: a run may be cut short
+    if option("save_table"):  # after each case: a run may be interrupted
         report.save_ops(Path(option("save_table")), ops_report.facts, ops_report.rows, ops_report.notes)
     assert not found.faults, found.faults

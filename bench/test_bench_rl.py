@@ -9,21 +9,21 @@ from rlhf_fast import ops
 
 
 def gae_loop(rewards, values, mask, gamma, lam):
-    """One column after the other, masked by carry-forward, as verl and NeMo-RL write it."""
-    after = last = torch.zeros_like(rewards[:, 0])
+    """Compute GAE one column after the other, masked by carry-forward, as verl and NeMo-RL write it."""
+    next_value = last = torch.zeros_like(rewards[:, 0])
     reversed_advantages = []
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * after - values[:, t]
-        now = delta + gamma * lam * last
-        after = values[:, t] * mask[:, t] + (1 - mask[:, t]) * after
-        last = now * mask[:, t] + (1 - mask[:, t]) * last
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * last
+        next_value = values[:, t] * mask[:, t] + (1 - mask[:, t]) * next_value
+        last = advantage * mask[:, t] + (1 - mask[:, t]) * last
         reversed_advantages.append(last)
     advantages = torch.stack(reversed_advantages[::-1], dim=1)
     return advantages, advantages + values
 
 
 def advantages_loop(logprobs, ref_logprobs, values, scores, mask, kl_coef, gamma, lam):
-    """KL per token, score at the last token, the loop, and the mean and variance that whitening needs."""
+    """Compute KL per token, the score at the last token, the loop, and the mean and variance for whitening."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     rows, ends = torch.arange(len(scores)), mask.sum(1).long() - 1
     rewards[rows, ends] += scores * (ends >= 0)
@@ -35,26 +35,26 @@ def advantages_loop(logprobs, ref_logprobs, values, scores, mask, kl_coef, gamma
 
 
 def eager_losses(logprobs, old_logprobs, advantages, mask, values, old_values, returns):
-    """Clipped losses as masked means with the metrics that TRL and verl log: clip fraction, approximate KL, ratio."""
+    """Compute clipped losses as masked means with the metrics that TRL and verl log: clip fraction, KL, ratio."""
     count = mask.sum()
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     ratio = log_ratio.exp()
-    free, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
-    policy = (torch.max(free, clipped) * mask).sum() / count
-    bounded = values.clamp(old_values - 0.2, old_values + 0.2)
-    value_free, value_clipped = (values - returns) ** 2, (bounded - returns) ** 2
-    value = 0.5 * (torch.max(value_free, value_clipped) * mask).sum() / count
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
+    policy = (torch.max(unclipped, clipped) * mask).sum() / count
+    clipped_values = values.clamp(old_values - 0.2, old_values + 0.2)
+    value_unclipped, value_clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
+    value = 0.5 * (torch.max(value_unclipped, value_clipped) * mask).sum() / count
     with torch.no_grad():
         metrics = [
-            ((clipped > free).float() * mask).sum() / count, (-log_ratio * mask).sum() / count,
-            (ratio * mask).sum() / count, ((value_clipped > value_free).float() * mask).sum() / count,
-            (values * mask).sum() / count, (value_free * mask).sum() / count, (returns * mask).sum() / count,
+            ((clipped > unclipped).float() * mask).sum() / count, (-log_ratio * mask).sum() / count,
+            (ratio * mask).sum() / count, ((value_clipped > value_unclipped).float() * mask).sum() / count,
+            (values * mask).sum() / count, (value_unclipped * mask).sum() / count, (returns * mask).sum() / count,
         ]  # fmt: skip
     return policy, value, metrics
 
 
 def pairwise_losses(scores, sizes):
-    """A loop over prompts, every pair of each by torch.combinations, as Open-Assistant's reward model had it."""
+    """Loop over prompts, every pair of each by torch.combinations, as Open-Assistant's reward model did."""
     losses = []
     for group in scores.split(sizes):
         pairs = torch.combinations(torch.arange(len(group)))
@@ -71,7 +71,7 @@ SIZES = [(64, 128), (64, 1024), (512, 1024)]
 
 
 @pytest.mark.parametrize("B, T", SIZES)
-def test_gae(side_by_side, B, T):
+def test_gae(compare, B, T):
     rewards, values = torch.randn(2, B, T)
     mask = responses(B, T)
     as_float = mask.float()
@@ -81,7 +81,7 @@ def test_gae(side_by_side, B, T):
         for a, b in zip(ours, loop, strict=True):
             torch.testing.assert_close(a[mask], b[mask], atol=5e-5, rtol=1e-4)
 
-    side_by_side(
+    compare(
         f"gae [{B}, {T}]",
         lambda: ops.gae(rewards, values, mask),
         {"loop over tokens": lambda: gae_loop(rewards, values, as_float, 1.0, 0.95)},
@@ -91,7 +91,7 @@ def test_gae(side_by_side, B, T):
 
 
 @pytest.mark.parametrize("B, T", SIZES)
-def test_ppo_advantages(side_by_side, B, T):
+def test_ppo_advantages(compare, B, T):
     logprobs, values = -torch.rand(B, T), torch.randn(B, T)
     ref_logprobs, scores, mask = logprobs + 0.1 * torch.randn(B, T), torch.randn(B), responses(B, T)
     as_float = mask.float()
@@ -111,13 +111,11 @@ def test_ppo_advantages(side_by_side, B, T):
         )
 
     target = 250 if (B, T) == (64, 1024) else None
-    side_by_side(
-        f"ppo_advantages [{B}, {T}]", ours, {"loop over tokens": (loop, target)}, check=check, bytes=21 * B * T
-    )
+    compare(f"ppo_advantages [{B}, {T}]", ours, {"loop over tokens": (loop, target)}, check=check, bytes=21 * B * T)
 
 
 @pytest.mark.parametrize("B, T", SIZES)
-def test_ppo_loss(side_by_side, B, T):
+def test_ppo_loss(compare, B, T):
     mask = responses(B, T)
     weights = mask / mask.sum()
     old, advantages, old_values, returns = -torch.rand(B, T), *torch.randn(3, B, T)
@@ -139,17 +137,17 @@ def test_ppo_loss(side_by_side, B, T):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-4)
 
     target = 15 if (B, T) == (64, 1024) else None
-    side_by_side(
+    compare(
         f"ppo_loss forward+backward [{B}, {T}]",
         ours,
         {"eager torch": (eager, target)},
         check=check,
-        bytes=(28 + 8 + 16) * B * T,  # inputs, slopes, slopes times the upstream gradient
+        bytes=(28 + 8 + 16) * B * T,  # inputs, gradients, gradients times the upstream gradient
     )
 
 
 @pytest.mark.parametrize("sizes", [[9] * 64, [4, 9, 6, 2] * 16], ids=["64x9", "ragged"])
-def test_ranking_loss(side_by_side, sizes):
+def test_ranking_loss(compare, sizes):
     scores = torch.randn(sum(sizes), requires_grad=True)
     offsets = torch.tensor([0, *itertools.accumulate(sizes)])
     ranks = torch.cat([torch.arange(k) for k in sizes])
@@ -160,7 +158,7 @@ def test_ranking_loss(side_by_side, sizes):
     def loop():
         return torch.autograd.grad(pairwise_losses(scores, sizes), scores)[0]
 
-    side_by_side(
+    compare(
         f"ranking_loss forward+backward {len(sizes)} prompts, {sum(sizes)} responses",
         ours,
         {"loop over prompts": loop},

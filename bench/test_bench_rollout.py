@@ -1,10 +1,10 @@
-"""A decoding step of a rollout beside transformers' generate: SmolLM2-135M's shape, random weights, prompts of 64.
+"""A decode step of a rollout beside transformers' generate: SmolLM2-135M's shape, random weights, prompts of 64 tokens.
 
     pytest bench -k rollout --threads 2 [--vllm PYTHON]
 
-Times are of one step, from the first token to the last: prompts are read before. Ours returns log-probabilities, the
-others are not asked for any. The floor: every weight and every cached key and value read once a step, or the
-operations of the products. --vllm names an interpreter that has vLLM's CPU build; it answers in a process of its own.
+Times are of one decode step; prefill is not counted. Ours returns log-probabilities, the others return none. The floor
+is every weight and every cached key and value read once a step, or the operations of the products. `--vllm` names an
+interpreter that has vLLM's CPU build, which runs in a process of its own.
 """
 
 import json
@@ -21,7 +21,7 @@ from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 
-PROMPT, NEW, RIVAL_NEW = 64, 128, 48
+PROMPT, NEW, BASELINE_NEW = 64, 128, 48
 BATCHES = (1, 8, 32)
 ROUNDS = 2  # of some seconds each, after one to warm up
 SMOLLM2 = {
@@ -43,6 +43,7 @@ def prompts(batch: int) -> Prompts:
 
 
 def ours(model: Model, batch: Prompts, new: int = NEW, **sampling) -> float:
+    """Return seconds of one of our decode steps."""
     stamps = []
     settings = SamplingConfig(max_new_tokens=new, batch=len(batch.ids), **sampling)
     Rollout(model, settings).generate(batch, progress=lambda *_: stamps.append(time.perf_counter()))
@@ -60,15 +61,17 @@ class _Stamps(StoppingCriteria):
 
 @torch.no_grad()
 def transformers_generate(model: Model, batch: Prompts, **sampling) -> float:
+    """Return seconds of one decode step of transformers' generate."""
     stamps, ids = _Stamps(), torch.tensor(batch.tokens)
     model.module.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=RIVAL_NEW, do_sample=True, top_k=0,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=BASELINE_NEW, do_sample=True, top_k=0,
         stopping_criteria=StoppingCriteriaList([stamps]), **sampling,
     )  # fmt: skip
     return (stamps.times[-1] - stamps.times[0]) / (len(stamps.times) - 1)
 
 
 def floor(model: Model, batch: int) -> dict[str, float]:
+    """Return the bytes that a step reads and the operations of its products."""
     weights = sum(p.nbytes for p in model.module.parameters())
     heads, dim, layers = 3, 64, 30
     cache = 2 * layers * heads * dim * batch * (PROMPT + NEW // 2) * model.head_weight.element_size()
@@ -76,7 +79,7 @@ def floor(model: Model, batch: int) -> dict[str, float]:
 
 
 def check(model: Model, batch: Prompts):
-    """Greedy tokens are transformers' own; in bfloat16, where both round, the log-probabilities are near."""
+    """Return a check: greedy tokens equal transformers', and log-probabilities are near where bfloat16 rounds both."""
 
     def run():
         few = batch.take(range(min(2, len(batch.ids))))
@@ -96,14 +99,14 @@ def check(model: Model, batch: Prompts):
 
 @pytest.fixture(scope="module")
 def vllm(model, request, tmp_path_factory) -> dict[str, float]:
-    """Seconds of vLLM's step by batch size, or nothing; its start takes minutes, so that it runs once a dtype."""
+    """Return seconds of vLLM's step by batch size, or nothing; it starts in minutes, so it runs once a dtype."""
     python, folder = request.config.getoption("vllm"), tmp_path_factory.mktemp("vllm")
     if not python:
         return {}
     model.module.save_pretrained(folder)
     report = subprocess.run(
         [python, str(Path(__file__).parent / "vllm_step.py"), str(folder), str(model.head_weight.dtype)[6:],
-         ",".join(map(str, BATCHES)), str(PROMPT), str(RIVAL_NEW), str(torch.get_num_threads())],
+         ",".join(map(str, BATCHES)), str(PROMPT), str(BASELINE_NEW), str(torch.get_num_threads())],
         capture_output=True, text=True,
     )  # fmt: skip
     assert report.returncode == 0, report.stderr[-2000:]
@@ -111,26 +114,26 @@ def vllm(model, request, tmp_path_factory) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("size", BATCHES)
-def test_step(side_by_side, model, vllm, size):
+def test_step(compare, model, vllm, size):
     batch, kind = prompts(size), str(model.head_weight.dtype)[6:]
-    rivals = {"transformers generate": lambda: transformers_generate(model, batch)}
+    baselines = {"transformers generate": lambda: transformers_generate(model, batch)}
     if str(size) in vllm:
-        rivals["vLLM (CPU), not interleaved"] = lambda: vllm[str(size)]
-    side_by_side(
-        f"rollout step {kind}, batch {size}", lambda: ours(model, batch), rivals, check=check(model, batch),
+        baselines["vLLM (CPU), not interleaved"] = lambda: vllm[str(size)]
+    compare(
+        f"rollout step {kind}, batch {size}", lambda: ours(model, batch), baselines, check=check(model, batch),
         rounds=ROUNDS, **floor(model, size),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [8, 32])
-def test_step_with_top_p(side_by_side, model, size):
+def test_step_with_top_p(compare, model, size):
     batch, kind = prompts(size), str(model.head_weight.dtype)[6:]
-    rivals = {
-        "the same without top-p": (lambda: ours(model, batch, RIVAL_NEW), 1 / 1.15),
+    baselines = {
+        "the same without top-p": (lambda: ours(model, batch, BASELINE_NEW), 1 / 1.15),
     }
     if size == 8:
-        rivals["transformers generate"] = lambda: transformers_generate(model, batch, top_p=0.95)
-    side_by_side(
-        f"rollout step {kind}, batch {size}, top-p 0.95", lambda: ours(model, batch, RIVAL_NEW, top_p=0.95), rivals,
-        check=lambda: None, rounds=ROUNDS, **floor(model, size),
+        baselines["transformers generate"] = lambda: transformers_generate(model, batch, top_p=0.95)
+    compare(
+        f"rollout step {kind}, batch {size}, top-p 0.95", lambda: ours(model, batch, BASELINE_NEW, top_p=0.95),
+        baselines, check=lambda: None, rounds=ROUNDS, **floor(model, size),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from rlhf_fast import ops
 
 
 def multinomial(logits):
-    """A token and its log-probability, the least a rollout asks for."""
+    """Sample a token and its log-probability, which is what a rollout needs at least."""
     logprobs = logits.float().log_softmax(-1)
     tokens = torch.multinomial(logprobs.exp(), 1)
     return tokens, logprobs.gather(1, tokens)
@@ -18,9 +18,9 @@ def multinomial_token_only(logits):
 
 
 def sorted_top_p(logits, top_p):
-    """Top-p as transformers does it, then the draw and its log-probability."""
-    falling, order = logits.float().sort(descending=False)
-    removed = falling.softmax(-1).cumsum(-1) <= 1 - top_p
+    """Apply top-p as transformers does, then sample a token and its log-probability."""
+    ascending, order = logits.float().sort(descending=False)
+    removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     removed[..., -1:] = False
     return multinomial(logits.float().masked_fill(removed.scatter(1, order, removed), float("-inf")))
 
@@ -45,13 +45,13 @@ def check_near_reference(args):
 PLAIN = [size for size in ops.sample_tokens.large_sizes if size.keys() == {"B", "V"}]
 
 
-# (least ratio aimed at, options); the floor: logits read once; about 40 operations a token (Philox 18, exp 16, sums).
+# Floor: logits read once, and about 40 operations a token (Philox 18, exp 16, sums).
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", PLAIN, ids=lambda size: f"{size['B']}x{size['V']}")
-def test_unfiltered(side_by_side, size, dtype):
+def test_unfiltered(compare, size, dtype):
     args = ops.sample_tokens.make_inputs(device="cpu", dtype=dtype, **size)
     target = 5 if size == {"B": 64, "V": 50257} and dtype == torch.float32 else None
-    side_by_side(
+    compare(
         f"sample_tokens {list(size.values())} {str(dtype)[6:]}",
         lambda: ops.sample_tokens(*args),
         {
@@ -74,13 +74,13 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-def test_filtered(side_by_side, filters):
-    options, rival, name, target = FILTERS[filters]
+def test_filtered(compare, filters):
+    options, baseline, name, target = FILTERS[filters]
     args = ops.sample_tokens.make_inputs(device="cpu", dtype=torch.float32, B=64, V=50257, **options)
-    side_by_side(
+    compare(
         f"sample_tokens [64, 50257] {filters}",
         lambda: ops.sample_tokens(*args),
-        {name: (lambda: rival(args[0]), target)},
+        {name: (lambda: baseline(args[0]), target)},
         check=check_near_reference(args),
         bytes=args[0].nbytes,
         flops=30 * args[0].numel(),

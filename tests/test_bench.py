@@ -1,4 +1,4 @@
-"""The bench of the ops: what it times is right, what is wrong it refuses, and its table can be read by a program."""
+"""The bench of the ops times only what is right, refuses what is wrong, and writes a table for programs too."""
 
 import importlib.util
 import json
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from rlhf_fast import ops
 from rlhf_fast.bench import compare, report
-from rlhf_fast.bench.baselines import Rival
-from rlhf_fast.bench.problem import Bout, Case, cases, label
+from rlhf_fast.bench.baselines import Baseline
+from rlhf_fast.bench.problem import Case, Problem, cases, label
 from rlhf_fast.bench.targets import TARGETS, Target
 from rlhf_fast.bench.timing import Cpu
 from rlhf_fast.kernels._launch import Unsupported
@@ -26,7 +26,7 @@ HEAD = {"N": 6, "D": 8, "V": 33}
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Put a function in the place of an op's kernel on the CPU."""
+    """Return a function that replaces an op's kernel on the CPU."""
 
     def put(op, call):
         monkeypatch.setitem(op.implementations, "cpu:test", call)
@@ -50,31 +50,31 @@ def bench(*arguments):
 @pytest.mark.skipif(not (ROOT / "bench" / "conftest.py").is_file(), reason="not a source checkout")
 def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     path = tmp_path / "made" / "table.md"
-    said = bench(
+    done = bench(
         "--op", "gae", "--small", "--seconds", "0.01", "--compile-seconds", "0",
         "--save-table", str(path), "-p", "no:benchmark",
     )  # fmt: skip
-    assert said.returncode == 0, said.stdout + said.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.with_suffix(".json").read_text())
     rows = [row for row in found["rows"] if row["size"] == "B 3, T 17" and row["op"] == "gae"]
     assert len(rows) == 1 and rows[0]["ratios"].keys() == {"reference"} and rows[0]["seconds"] > 0
     assert rows[0]["bytes"] == 17 * 3 * 17 and rows[0]["others"]["reference"]["seconds"] > 0
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["copy_bytes_per_second"] > 1e8
-    assert "gae B 3, T 17 float32" in said.stdout
+    assert "gae B 3, T 17 float32" in done.stdout
     assert path.read_text().count("\n| ") == len(found["rows"]) + 1
 
 
 def test_an_unknown_op_and_a_missing_gpu_are_one_sentence():
     if not (ROOT / "bench" / "conftest.py").is_file():
         pytest.skip("not a source checkout")
-    said = bench("--op", "no_such_op")
-    assert said.returncode == 4 and "--op: there is no op no_such_op; there are: " in said.stderr
+    done = bench("--op", "no_such_op")
+    assert done.returncode == 4 and "--op: there is no op no_such_op; there are: " in done.stderr
     if importlib.util.find_spec("xdist"):
-        said = bench("-n", "2")
-        assert said.returncode == 4 and "-n: a bench has the machine to itself" in said.stderr
+        done = bench("-n", "2")
+        assert done.returncode == 4 and "-n: a bench has the machine to itself" in done.stderr
     if not torch.cuda.is_available():
-        said = bench("--device", "cuda")
-        assert said.returncode == 4 and "--device cuda: torch sees no CUDA device" in said.stderr
+        done = bench("--device", "cuda")
+        assert done.returncode == 4 and "--device cuda: torch sees no CUDA device" in done.stderr
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -89,24 +89,24 @@ esac
 
 
 @pytest.mark.skipif(not (ROOT / "bench" / "gpu.sh").is_file(), reason="not a source checkout")
-def test_the_command_for_a_gpu(tmp_path):
-    """Without one it says so; with one, here a pretence, the benches run though a test has failed."""
+def test_gpu_sh(tmp_path):
+    """Without a GPU gpu.sh prints one sentence; with one (faked here) the benches run although a test has failed."""
     script, env = str(ROOT / "bench" / "gpu.sh"), os.environ | {"OUT": str(tmp_path)}
     if not torch.cuda.is_available():
-        said = subprocess.run([script], capture_output=True, text=True, env=env | {"PYTHON": sys.executable})
-        assert said.returncode == 2 and not said.stdout and "sees no CUDA device" in said.stderr, said
-        assert said.stderr.count("\n") == 1
-    said = subprocess.run([script, "--help"], capture_output=True, text=True, env=env)
-    assert said.returncode == 0 and said.stdout.startswith("Build, test and bench") and "PYTHON" in said.stdout, said
+        done = subprocess.run([script], capture_output=True, text=True, env=env | {"PYTHON": sys.executable})
+        assert done.returncode == 2 and not done.stdout and "sees no CUDA device" in done.stderr, done
+        assert done.stderr.count("\n") == 1
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stdout.startswith("Build, test and bench") and "PYTHON" in done.stdout, done
     python = tmp_path / "python"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
     env |= {"PYTHON": str(python), "REAL": sys.executable}
-    said = subprocess.run([script, "all"], capture_output=True, text=True, env=env)
+    done = subprocess.run([script, "all"], capture_output=True, text=True, env=env)
     log = (tmp_path / "fake-gpu.log").read_text()
-    assert said.returncode == 1 and "tests: ops on CUDA tensors: FAILED (1)" in said.stdout, said
+    assert done.returncode == 1 and "tests: ops on CUDA tensors: FAILED (1)" in done.stdout, done
     assert "setup.py build_ext --inplace" in log and "bench -k ops --device cuda" in log
-    assert "bench: ops: well" in said.stdout.splitlines()[-1]
+    assert "bench: ops: ok" in done.stdout.splitlines()[-1]
 
 
 def test_a_wrong_kernel_is_refused_before_it_is_timed(kernel, monkeypatch):
@@ -135,11 +135,11 @@ def test_a_wrong_gradient_or_argument_written_is_refused(kernel):
     assert "output 1 is" in measured(ops.rms_norm, {"shape": (4, 9), "residual": True}).faults[0]
 
 
-def test_a_kernel_that_declines_is_no_fault_and_the_reference_not_timed_in_its_place(kernel):
-    def declines(*args):
+def test_an_unsupported_call_is_no_fault_and_the_reference_is_not_timed_in_its_place(kernel):
+    def unsupported(*args):
         raise Unsupported("not today")
 
-    kernel(ops.gae, declines)
+    kernel(ops.gae, unsupported)
     found = measured(ops.gae, {"B": 3, "T": 17})
     assert not found.rows and not found.faults
     assert "no kernel answers: not today" in found.notes[0] and "no kernel to time" in found.notes[1]
@@ -150,8 +150,8 @@ def test_a_kernel_that_declines_is_no_fault_and_the_reference_not_timed_in_its_p
 def test_every_op_can_be_measured_and_its_kernel_is_right(name):
     result = compare.Result([], [], [])
     for case in cases("cpu", [name], [torch.float32, torch.bfloat16], small=True):
-        contestants = compare.admitted(Bout(case, "cpu"), Cpu(), 0, result)
-        assert list(contestants) == [OPS[name].chosen("cpu"), "reference"], result
+        providers = compare.verified(Problem(case, "cpu"), Cpu(), 0, result)
+        assert list(providers) == [OPS[name].chosen("cpu"), "reference"], result
     assert not result.faults and not result.notes
 
 
@@ -168,14 +168,14 @@ def test_targets_can_be_made_and_their_reference_in_chunks_is_the_reference(targ
     if "N" in size:
         size["N"] = 5
     few = target._replace(chunk=2 if target.chunk else 0)
-    bout = Bout(Case(op, size, torch.float32, target.gradient, few), "cpu")
-    found = bout.once(op.reference, bout.args)
-    assert not bout.wrong(found, 1e-5)
-    assert len(found) == len(bout.expected) and bout.expected[0] is not None
+    problem = Problem(Case(op, size, torch.float32, target.gradient, few), "cpu")
+    found = problem.run_once(op.reference, problem.args)
+    assert not problem.error(found, 1e-5)
+    assert len(found) == len(problem.expected) and problem.expected[0] is not None
     if target.gradient:
-        assert all(x is not None for x in bout.expected[-len(bout.wrt) :])
+        assert all(x is not None for x in problem.expected[-len(problem.wrt) :])
     wrong = [x + 0.01 * x.abs().max() if x.is_floating_point() else x for x in found]
-    assert bout.wrong(wrong, 1e-3)
+    assert problem.error(wrong, 1e-3)
 
 
 def test_on_a_gpu_the_targets_come_first_and_large_inputs_follow():
@@ -198,15 +198,15 @@ def test_a_target_is_met_or_missed_by_the_number_it_names():
     assert str(Target("x", {}, of="device", goal=12e-6, cuda=8e-6)) == "12 us / CUDA 8 us on the device"
 
 
-def test_rivals_and_bare_products_stand_beside_a_head(monkeypatch):
+def test_baselines_and_bare_products_stand_beside_a_head(monkeypatch):
     def torchs(hidden, weight, targets, *rest):
         return F.cross_entropy(hidden @ weight.T, targets)
 
-    rivals = [
-        Rival("torch's", "torch", "linear_cross_entropy", torchs, 1e-4),
-        Rival("a wrong one", "torch", "linear_cross_entropy", lambda *a: 2 * torchs(*a), 0.1),
+    baselines = [
+        Baseline("torch's", "torch", "linear_cross_entropy", torchs, 1e-4),
+        Baseline("a wrong one", "torch", "linear_cross_entropy", lambda *a: 2 * torchs(*a), 0.1),
     ]
-    monkeypatch.setattr(compare, "rivals_of", lambda *_: rivals)
+    monkeypatch.setattr(compare, "baselines_of", lambda *_: baselines)
     op = ops.linear_cross_entropy
     if op.chosen("cpu") == "reference":
         pytest.skip("no compiled kernels")
@@ -220,8 +220,8 @@ def test_rivals_and_bare_products_stand_beside_a_head(monkeypatch):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.cost_function], ids=lambda op: op.name)
-def test_what_an_op_cannot_do_without_is_no_more_than_its_tensors(op):
-    """Each no more than three times: read, read again for the gradient, which is written."""
+def test_the_cost_of_an_op_is_at_most_its_tensors(op):
+    """Each tensor counts at most three times: read, read again for the gradient, which is written."""
     for size in op.small_sizes:
         args = op.normalized(*op.make_inputs(device="cpu", dtype=torch.float32, **size))
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
