@@ -71,6 +71,11 @@ def pytest_addoption(parser):
     group.addoption("--deadline", type=float, default=0, help="seconds after which no other case is started")
 
 
+def pytest_xdist_auto_num_workers():
+    """Return 0: a bench has the machine to itself, whatever pyproject.toml's `-n auto` says."""
+    return 0
+
+
 def pytest_configure(config):
     config.stash[ROWS], config.stash[BY_OP] = [], OpsReport()
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
