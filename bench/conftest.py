@@ -191,7 +191,7 @@ def markdown(cells: list[list[str]], rates: dict) -> str:
     facts = report.machine("cpu", rates["copy"])
     head = [
         f"- processor: {facts['device']}, {facts['threads']} threads, kernels: {facts['kernels']}",
-        f"- measured: copy {rates['bandwidth'] / 1e9:.1f} GB/s, read {rates['read'] / 1e9:.1f} GB/s,"
+        f"- measured: copy {rates['copy'] / 1e9:.1f} GB/s, read {rates['read'] / 1e9:.1f} GB/s,"
         f" float32 product {rates['flops'] / 1e9:.0f} GFLOP/s",
         f"- Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}",
         "- ratio: the baseline's time / ours, median of interleaved rounds",
