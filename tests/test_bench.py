@@ -40,10 +40,11 @@ def measured(op, size, gradient=False):
     return compare.measure(case, Cpu(), 1e10, seconds=0.01, compile_seconds=0)
 
 
-def bench(*arguments):
+def bench(*arguments, select="ops", only=""):
+    """Run `pytest bench -k SELECT` in a process of its own, or one of its files."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RLHF_FAST_SIMT", "PYTEST_ADDOPTS")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "bench"), "-k", "ops", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "bench" / only), "-k", select]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, cwd=ROOT)
 
 
 @pytest.mark.skipif(ops.gae.chosen("cpu") == "reference", reason="no compiled kernels")
@@ -62,6 +63,15 @@ def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["copy_bytes_per_second"] > 1e8
     assert "gae B 3, T 17 float32" in done.stdout
     assert path.read_text().count("\n| ") == len(found["rows"]) + 1
+
+
+@pytest.mark.skipif(not (ROOT / "bench" / "conftest.py").is_file(), reason="not a source checkout")
+def test_a_side_by_side_bench_prints_and_writes_its_table(tmp_path):
+    done = bench("--save-table", str(tmp_path / "table.md"), select="swiglu", only="test_bench_decode.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "baseline" in done.stdout and "F.silu(gate) * up" in done.stdout
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("\n| ") == 1 + 2 and "measured: copy" in table
 
 
 def test_an_unknown_op_and_a_missing_gpu_are_one_sentence():
