@@ -6,7 +6,7 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.bench.checks.output_hashes import SECTOR
-from rlhf_fast.bench.problem import Bout, Case
+from rlhf_fast.bench.problem import Case, Problem
 from rlhf_fast.kernels._op import OPS
 
 pytest.importorskip("triton")
@@ -67,8 +67,8 @@ class Watch:
 def test_nothing_outside_the_tensors_is_touched(op, dtype, monkeypatch):
     watch = Watch(monkeypatch, SECTOR if op.name in BY_SECTORS else 1)
     for size in op.small_sizes[:3]:
-        bout = Bout(Case(op, size, dtype, op.has_gradient), "cpu")
-        bout.once(op.backend("triton"), bout.raw)
+        problem = Problem(Case(op, size, dtype, op.has_gradient), "cpu")
+        problem.run_once(op.backend("triton"), problem.raw)
     assert watch.seen and not watch.outside, watch.outside[:5]
 
 
