@@ -159,7 +159,7 @@ class _Call(Protocol):
 
 
 class _LayerInfo(NamedTuple):
-    """What one call of the attention shows of its layer."""
+    """A layer's number, cache shape, dtype and window, read from a call of its attention."""
 
     layer_idx: int
     shape: KVShape

@@ -53,7 +53,7 @@ class _Admitted(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """The n running responses; all (n,)."""
+    """State of the n running responses on the host; all (n,)."""
 
     rows: np.ndarray
     """int64: index of the response."""
@@ -69,7 +69,7 @@ class _Running(NamedTuple):
 
 
 class _DeviceState(NamedTuple):
-    """What the device needs of the running responses; all (n,)."""
+    """State of the running responses on the device; all (n,)."""
 
     row_ids: Tensor
     steps: Tensor
