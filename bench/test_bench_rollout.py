@@ -45,7 +45,7 @@ def prompts(batch: int) -> Prompts:
 def ours(model: Model, batch: Prompts, new: int = NEW, **sampling) -> float:
     """Return seconds of one of our decode steps."""
     stamps = []
-    settings = SamplingConfig(max_new_tokens=new, batch=len(batch.ids), **sampling)
+    settings = SamplingConfig(max_new_tokens=new, batch=len(batch.uids), **sampling)
     Rollout(model, settings).generate(batch, progress=lambda *_: stamps.append(time.perf_counter()))
     return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
@@ -82,7 +82,7 @@ def check(model: Model, batch: Prompts):
     """Return a check: greedy tokens equal transformers', and log-probabilities are near where bfloat16 rounds both."""
 
     def run():
-        few = batch.take(range(min(2, len(batch.ids))))
+        few = batch.take(range(min(2, len(batch.uids))))
         settings = SamplingConfig(max_new_tokens=8, temperature=0.0)
         found = Rollout(model, settings, path="fused").generate(few)
         if model.head_weight.dtype == torch.float32:

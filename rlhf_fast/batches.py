@@ -1,60 +1,74 @@
-"""What the stages hand to one another: named tuples of tensors, and how they are cut, joined and counted.
+"""The batches that the stages pass to one another: named tuples of tensors, on the CPU; a model moves what it needs.
 
-Shapes: B rows, T tokens of the longest row, R tokens of the longest response, N rows of G groups. A row is prompt then
-response, padded on the RIGHT with zeros that nobody reads: lengths say what is real, never the value of a token.
-Response-aligned fields are (B, R): slot j belongs to the token at prompt_length + j, whose log-probability is predicted
-at position prompt_length + j - 1. Batches live on the CPU; the model moves what it needs.
+Shapes:
+    B  rows; a row is a prompt, then a response
+    T  tokens of the longest row
+    R  tokens of the longest response
+    N  rows of G groups (Comparisons)
 
-Every batch that a loss takes has `units()`, how many things its loss is averaged over (tokens, prompts), and
-`take(index)`, some of its units; `micro_batches` cuts by a budget of tokens.
+A row is padded on the RIGHT with zeros. Only `lengths` says which tokens are real, never the value of a token. In
+(B, R) fields slot j belongs to the response token at position prompt_length + j, whose log-probability is predicted at
+position prompt_length + j - 1.
+
+A loss takes a batch with `num_items()`, the number of things its loss is averaged over (tokens, prompts), and
+`take(index)`, a part of it. `micro_batches` splits a batch by a budget of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 LIMIT, END, STOP = 0, 1, 2
-"""Why a response is over: max_new_tokens, an end token, a stop text."""
+"""Why a response ended: max_new_tokens, an end token, a stop text."""
 RESPONSE_FIELDS = frozenset(
     "mask logprobs raw_logprobs kept_logprobs entropy".split()
     + "old_logprobs ref_logprobs values advantages returns weights".split()
 )
+"""Fields of shape (B, R)."""
 
 
-def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token lists -> tokens (B, T) int64, right-padded with 0, and lengths (B,) int64."""
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    tokens = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-    return tokens, lengths
+class Splittable(Protocol):
+    """A batch that `micro_batches` can split."""
+
+    @property
+    def lengths(self) -> Tensor: ...
+
+    def take(self, index: Tensor) -> Self: ...
 
 
-def response_mask(prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-    """(B, R) bool: which response slots hold a token. R is the longest response."""
-    sizes = lengths - prompt_lengths
-    slots = torch.arange(int(sizes.max()) if len(sizes) else 0, device=sizes.device)
-    return slots < sizes[:, None]
+class Batch(Splittable, Protocol):
+    """A batch that a loss can take."""
+
+    @property
+    def uids(self) -> Tensor | None: ...
+
+    def num_items(self) -> float: ...
 
 
 class Demonstrations(NamedTuple):
     """Prompts with the response to learn: the loss is on tokens prompt_length <= t < length."""
 
     tokens: Tensor
+    """(B, T)"""
     prompt_lengths: Tensor
+    """(B,)"""
     lengths: Tensor
+    """(B,) of prompt and response."""
     uids: Tensor | None = None
-    """(B,) which row of the data each is, for messages."""
+    """(B,) the row of the data set, for messages."""
 
-    def units(self) -> int:
-        """Response tokens."""
+    def num_items(self) -> int:
+        """Return the number of response tokens."""
         return int((self.lengths - self.prompt_lengths).sum())
 
-    def take(self, index: Tensor) -> Demonstrations:
+    def take(self, index: Tensor | Sequence[int]) -> Demonstrations:
         return take_rows(self, index)
 
 
@@ -62,39 +76,46 @@ class Texts(NamedTuple):
     """Pretraining text: the loss is on every token but the first."""
 
     tokens: Tensor
+    """(B, T)"""
     lengths: Tensor
+    """(B,)"""
     uids: Tensor | None = None
+    """(B,) the row of the data set, for messages."""
 
-    def units(self) -> int:
-        """Tokens that have one before them."""
+    def num_items(self) -> int:
+        """Return the number of tokens that have one before them."""
         return int((self.lengths - 1).clamp_min(0).sum())
 
-    def take(self, index: Tensor) -> Texts:
+    def take(self, index: Tensor | Sequence[int]) -> Texts:
         return take_rows(self, index)
 
 
 class Comparisons(NamedTuple):
-    """Ranked responses. Group g, the responses to one prompt, is rows group_offsets[g] to group_offsets[g + 1]; how
-    many may differ from group to group. ranks (N,): 0 is the best, equal ranks are a tie."""
+    """Ranked responses. Group g holds the responses to one prompt: rows group_offsets[g] to group_offsets[g + 1]."""
 
     tokens: Tensor
+    """(N, T)"""
     prompt_lengths: Tensor
+    """(N,)"""
     lengths: Tensor
+    """(N,)"""
     group_offsets: Tensor
+    """(G + 1,)"""
     ranks: Tensor
+    """(N,) 0 is the best; equal ranks are a tie."""
     uids: Tensor | None = None
-    """(G,) which row of the data each group is."""
+    """(G,) the row of the data set, for messages."""
 
-    def units(self) -> int:
-        """Prompts whose responses are not all tied: the others say nothing and do not thin the mean."""
+    def num_items(self) -> int:
+        """Return the number of prompts that have a pair. Prompts whose responses are all tied are not counted."""
         offsets = self.group_offsets.tolist()
-        return sum(len(self.ranks[a:b].unique()) > 1 for a, b in zip(offsets, offsets[1:], strict=False))
+        return sum(len(self.ranks[start:end].unique()) > 1 for start, end in zip(offsets, offsets[1:], strict=False))
 
     def take(self, index: Tensor) -> Comparisons:
-        """Whole groups, in the order of `index` (g,)."""
+        """Return whole groups, in the order of `index` (g,)."""
         sizes = self.group_offsets.diff()[index]
-        rows = [torch.arange(self.group_offsets[g], self.group_offsets[g + 1]) for g in index.tolist()]
-        rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        parts = [torch.arange(self.group_offsets[g], self.group_offsets[g + 1]) for g in index.tolist()]
+        rows = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
         lengths = self.lengths[rows]
         return Comparisons(
             tokens=self.tokens[rows, : int(lengths.max()) if len(rows) else 0],
@@ -107,10 +128,10 @@ class Comparisons(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What to answer. A uid names a prompt for the whole run: the noise of its samples hangs on it alone."""
+    """Prompts to answer."""
 
-    ids: list[int]
-    """The uids."""
+    uids: list[int]
+    """A prompt's number in the whole run. With the seed it decides the noise of the prompt's samples."""
     tokens: list[list[int]]
     texts: list[str]
 
@@ -125,39 +146,41 @@ class Prompts(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """Sampled responses, and what the sampler knew of each token. An end token is part of its response."""
+    """Sampled responses, and what the sampler knows of each token. An end token is part of its response."""
 
     tokens: Tensor
     """(B, T) prompt and response."""
     prompt_lengths: Tensor
+    """(B,)"""
     lengths: Tensor
+    """(B,) of prompt and response."""
     mask: Tensor
     """(B, R) bool: slots that hold a token."""
     logprobs: Tensor
-    """(B, R) nats, at the sampling temperature, before the filters: what the trainer's own forward would say."""
+    """(B, R) nats, at the sampling temperature, before the filters: comparable with the trainer's forward pass."""
     raw_logprobs: Tensor
-    """(B, R) at temperature 1."""
+    """(B, R) nats, at temperature 1."""
     kept_logprobs: Tensor
-    """(B, R) after temperature and filters: under the distribution the token was really drawn from."""
+    """(B, R) nats, after temperature and filters: under the distribution that the token was drawn from."""
     entropy: Tensor
-    """(B, R) nats, of the distribution at the sampling temperature before the filters."""
-    reasons: Tensor
-    """(B,) uint8: why it is over: LIMIT, END or STOP."""
+    """(B, R) nats, of the distribution at the sampling temperature, before the filters."""
+    finish_reasons: Tensor
+    """(B,) uint8: LIMIT, END or STOP."""
     uids: Tensor
-    """(B,) uid of the prompt."""
+    """(B,) of the prompt."""
 
     @property
     def finished(self) -> Tensor:
         """(B,) bool: ended by an end token or stop text, not by the limit."""
-        return self.reasons != LIMIT
+        return self.finish_reasons != LIMIT
 
-    def take(self, index: Tensor) -> Responses:
+    def take(self, index: Tensor | Sequence[int]) -> Responses:
         return take_rows(self, index)
 
     def response_ids(self) -> list[list[int]]:
-        """The responses alone, as token lists."""
+        """Return the tokens of each response, without its prompt."""
         spans = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
-        return [row[a:b].tolist() for row, (a, b) in zip(self.tokens, spans, strict=True)]
+        return [row[start:end].tolist() for row, (start, end) in zip(self.tokens, spans, strict=True)]
 
     def texts(self, tokenizer) -> list[str]:
         """Return the responses as texts, without special tokens."""
@@ -165,53 +188,83 @@ class Responses(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """Responses with everything that PPO's losses read. `mask` is False at tokens that are to be left out of them."""
+    """Responses with everything that PPO's losses read."""
 
     tokens: Tensor
+    """(B, T) prompt and response."""
     prompt_lengths: Tensor
+    """(B,)"""
     lengths: Tensor
+    """(B,) of prompt and response."""
     mask: Tensor
+    """(B, R) bool: valid tokens; the losses leave the others out."""
     old_logprobs: Tensor
-    """(B, R) of the policy that sampled."""
+    """(B, R) nats, of the policy that sampled."""
     ref_logprobs: Tensor
-    """(B, R) of the reference model."""
+    """(B, R) nats, of the reference model."""
     values: Tensor
-    """(B, R) of the value model at collection: slot j holds the value before token j was drawn."""
+    """(B, R) of the value model at collection: slot j holds the value before token j is sampled."""
     advantages: Tensor
+    """(B, R)"""
     returns: Tensor
+    """(B, R)"""
     weights: Tensor
-    """(B, R) float32: what each token counts in the losses; 0 outside `mask`."""
+    """(B, R) float32: each token's weight in the losses; 0 outside `mask`."""
     scores: Tensor
-    """(B,) rewards as the reward model or function gave them."""
+    """(B,) rewards as the reward function returned them."""
     finished: Tensor
+    """(B,) bool: ended by an end token or stop text."""
     uids: Tensor
+    """(B,) of the prompt."""
 
-    def units(self) -> float:
-        """Sum of the weights: response tokens, or responses."""
+    def num_items(self) -> float:
+        """Return the sum of the weights: the number of response tokens, or of responses."""
         return float(self.weights.double().sum())
 
-    def take(self, index: Tensor) -> Experience:
+    def take(self, index: Tensor | Sequence[int]) -> Experience:
         return take_rows(self, index)
 
 
-def take_rows(batch, index: Tensor):
-    """Rows `index` of a batch whose every field starts with B, its padding cut to the longest row that is left."""
+S = TypeVar("S", bound=Splittable)
+RowWise = TypeVar("RowWise", Demonstrations, Texts, Responses, Experience)
+"""The batches whose every field starts with B."""
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Turn token lists into tokens (B, T) int64, padded on the right with 0, and lengths (B,) int64."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    tokens = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return tokens, lengths
+
+
+def response_mask(prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+    """Return (B, R) bool: the response slots that hold a token."""
+    sizes = lengths - prompt_lengths
+    slots = torch.arange(int(sizes.max()) if len(sizes) else 0, device=sizes.device)
+    return slots < sizes[:, None]
+
+
+def take_rows(batch: RowWise, index: Tensor | Sequence[int]) -> RowWise:
+    """Return rows `index` of a batch, its padding cut to the longest row among them."""
     index = torch.as_tensor(index, dtype=torch.int64)
     lengths = batch.lengths[index]
-    longest = int(lengths.max()) if len(index) else 0
-    response = int((lengths - batch.prompt_lengths[index]).max()) if len(index) and "mask" in batch._fields else 0
-    cut = {"tokens": longest, **dict.fromkeys(RESPONSE_FIELDS, response)}
-    fields = {}
+    widths = {"tokens": int(lengths.max()) if len(index) else 0}
+    if isinstance(batch, (Responses, Experience)):
+        longest = int((lengths - batch.prompt_lengths[index]).max()) if len(index) else 0
+        widths.update(dict.fromkeys(RESPONSE_FIELDS, longest))
+    fields: dict[str, Any] = {}
     for name, value in zip(batch._fields, batch, strict=True):
         if value is not None:
-            value = value[index]
-            fields[name] = value[:, : cut[name]] if name in cut else value
+            rows = value[index]
+            fields[name] = rows[:, : widths[name]] if name in widths else rows
     return type(batch)(**fields)
 
 
-def cat(batches: Sequence):
-    """One batch of several of the same row-wise type, padded to the longest row."""
-    fields = {}
+def cat(batches: Sequence[RowWise]) -> RowWise:
+    """Join batches of one type, padded to the longest row."""
+    fields: dict[str, Any] = {}
     for name, parts in zip(batches[0]._fields, zip(*batches, strict=True), strict=True):
         if any(part is None for part in parts):
             continue
@@ -222,23 +275,29 @@ def cat(batches: Sequence):
     return type(batches[0])(**fields)
 
 
-def micro_batches(batch, tokens: int) -> Iterator[tuple[Tensor, object]]:
-    """(index, part) for parts of at most `tokens` tokens, padding included, longest rows first; a unit longer than that
-    comes alone. A unit is a row, of Comparisons a group. Every unit is in exactly one part."""
+def micro_batches(batch: S, tokens: int) -> Iterator[tuple[Tensor, S]]:
+    """Yield (index, part) with at most `tokens` tokens in each part, padding included, the longest rows first.
+
+    A part is made of whole rows, or of whole groups of Comparisons. One that is longer than the budget is a part of its
+    own.
+    """
     if isinstance(batch, Comparisons):
         offsets = batch.group_offsets.tolist()
         spans = list(zip(offsets, offsets[1:], strict=False))
-        longest = [int(batch.lengths[a:b].max()) if b > a else 0 for a, b in spans]
-        counts = [b - a for a, b in spans]
+        longest = [int(batch.lengths[start:end].max()) if end > start else 0 for start, end in spans]
+        num_rows = [end - start for start, end in spans]
     else:
         longest = batch.lengths.tolist()
-        counts = [1] * len(longest)
-    part, rows, width = [], 0, 0
-    for unit in sorted(range(len(counts)), key=lambda unit: -longest[unit]):
-        if part and (rows + counts[unit]) * max(width, longest[unit]) > tokens:
+        num_rows = [1] * len(longest)
+    part: list[int] = []
+    rows = width = 0
+    for i in sorted(range(len(num_rows)), key=lambda i: -longest[i]):
+        if part and (rows + num_rows[i]) * max(width, longest[i]) > tokens:
             yield torch.tensor(part), batch.take(torch.tensor(part))
-            part, rows, width = [], 0, 0
-        part.append(unit)
-        rows, width = rows + counts[unit], max(width, longest[unit])
+            part = []
+            rows = width = 0
+        part.append(i)
+        rows += num_rows[i]
+        width = max(width, longest[i])
     if part:
         yield torch.tensor(part), batch.take(torch.tensor(part))

@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back bit for bit, and no crash, flipped bit or full disk can pass for a checkpoint."""
+"""Checkpoints: every value is restored bit for bit, and no crash, flipped bit or full disk fakes one."""
 
 import json
 import random
@@ -16,6 +16,7 @@ from rlhf_fast.run import checkpoint
 
 
 def same(a, b) -> bool:
+    """Return whether two trees have the same structure, types and bits."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -34,23 +35,25 @@ def a_state() -> dict:
     return {
         "model": model.state_dict() | {"tied": model.weight},
         "optimizer": optimizer.state_dict(),
-        "views": {"whole": packed, "part": packed[1], "turned": packed.T, "none": torch.zeros(0, 4)},
+        "views": {"whole": packed, "part": packed[1], "transposed": packed.T, "none": torch.zeros(0, 4)},
         "types": [torch.tensor(3), torch.ones(2, dtype=torch.bfloat16), torch.tensor([True]), torch.tensor([2**40])],
         "position": {"step": 7, "epoch": 0.1, "kl": float("inf"), "nan": float("nan"), "name": "é", "flag": True},
         "nested": {"a": (1, [2.5, None], {"b": ()})},
     }
 
 
-def test_every_kind_of_value_comes_back(tmp_path):
+def test_every_kind_of_value_is_restored(tmp_path):
     state = a_state()
     path = checkpoint.save(tmp_path, 7, state)
-    assert path == checkpoint.latest(tmp_path) and checkpoint.step_of(path) == 7
-    assert same(checkpoint.load(path)["views"], {k: v.contiguous() for k, v in state["views"].items()})
-    assert all(same(checkpoint.load(path)[name], dict(state[name]) if name == "model" else state[name])
-               for name in state)  # fmt: skip
+    assert path == checkpoint.latest(tmp_path)
+    assert checkpoint.step_of(path) == 7
+    loaded = checkpoint.load(path)
+    for name, value in state.items():
+        assert same(loaded[name], dict(value) if name == "model" else value), name
     files = {file.name for file in path.iterdir()}
     assert {"manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"} <= files
-    assert "position.safetensors" not in files and not any(name.endswith((".pt", ".pkl")) for name in files)
+    assert "position.safetensors" not in files
+    assert not any(name.endswith((".pt", ".pkl")) for name in files)
 
 
 def test_tied_weights_are_stored_once(tmp_path):
@@ -67,7 +70,7 @@ def test_what_needs_pickle_is_refused(tmp_path):
     assert checkpoint.latest(tmp_path) is None and not list(tmp_path.iterdir())
 
 
-def test_random_states_come_back(tmp_path):
+def test_random_states_are_restored(tmp_path):
     def draw():
         return torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(2).tolist()
 
@@ -88,52 +91,52 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
-def spoil_truncated(path):
+def truncate(path):
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[:-1])
 
 
-def spoil_bit(path):
+def flip_bit(path):
     data = bytearray((path / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (path / "model.safetensors").write_bytes(data)
 
 
-@pytest.mark.parametrize("spoil", [
-    spoil_truncated,
-    spoil_bit,
+@pytest.mark.parametrize("damage", [
+    truncate,
+    flip_bit,
     lambda path: (path / "manifest.json").unlink(),
     lambda path: (path / "state.json").unlink(),
     lambda path: (path / "manifest.json").write_text('{"step": 2'),
     lambda path: (path / "manifest.json").write_text("[]"),
     lambda path: (path / "state.json").write_text("{}"),
 ], ids=["truncated", "bit", "no manifest", "no state", "torn manifest", "odd manifest", "other state"])  # fmt: skip
-def test_a_spoiled_newest_checkpoint_is_skipped(tmp_path, spoil):
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, damage):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"model": {"w": torch.full((4,), float(step))}})
-    spoil(tmp_path / "step_2")
+    damage(tmp_path / "step_2")
     with pytest.warns(UserWarning, match=r"step_2: skipped"):
         path = checkpoint.latest(tmp_path)
     assert path.name == "step_1" and checkpoint.load(path)["model"]["w"].tolist() == [1.0] * 4
-    # Coming to that step again replaces the spoiled folder.
+    # The next checkpoint of that step replaces the damaged folder.
     checkpoint.save(tmp_path, 2, {"model": {"w": torch.full((4,), 2.0)}})
     assert checkpoint.latest(tmp_path).name == "step_2"
 
 
-def test_an_interrupted_save_leaves_nothing_that_looks_like_one(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, {"model": {"w": torch.ones(4)}})
 
     def killed(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_fsync", killed)
+    monkeypatch.setattr(checkpoint, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 2, {"model": {"w": torch.ones(4)}})
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
-    """The file-size limit of a child process stands in for a full disk: the write itself fails, half done."""
+    """The file-size limit of a child process simulates a full disk: the write itself fails, half done."""
     code = f"""
         import resource, signal, torch
         from rlhf_fast.run import checkpoint
@@ -146,8 +149,9 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
             except UserError as error:
                 print(error)
     """
-    told = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert told.stdout.count("step_2: could not be written") == 2 and "too large" in told.stdout, told.stderr
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert run.stdout.count("step_2: could not be written") == 2, run.stderr
+    assert "too large" in run.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
     assert checkpoint.load(checkpoint.latest(tmp_path))["model"]["w"].sum() == 100
 
@@ -162,7 +166,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert (target / "weights").read_text() == "first"
     with checkpoint.atomic_folder(target) as folder:
         (folder / "other").write_text("third")
-    assert [p.name for p in tmp_path.iterdir()] == ["best"] and [p.name for p in target.iterdir()] == ["other"]
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    assert [p.name for p in target.iterdir()] == ["other"]
 
 
 def test_json_is_written_whole(tmp_path):
@@ -173,7 +178,7 @@ def test_json_is_written_whole(tmp_path):
 
 
 def test_a_folder_stays_where_it_is_when_it_cannot_be_replaced(tmp_path, monkeypatch):
-    """The second of two renamings fails: the first is undone. A crash between the two: undone at the next write."""
+    """If the second of two renames fails, the first is undone. After a crash between them, the next write undoes it."""
     target = tmp_path / "best"
     with checkpoint.atomic_folder(target) as folder:
         (folder / "weights").write_text("first")
@@ -188,16 +193,17 @@ def test_a_folder_stays_where_it_is_when_it_cannot_be_replaced(tmp_path, monkeyp
         patch.setattr(Path, "rename", refused)
         with pytest.raises(OSError, match="Input/output"), checkpoint.atomic_folder(target) as folder:
             (folder / "weights").write_text("second")
-    assert [p.name for p in tmp_path.iterdir()] == ["best"] and (target / "weights").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    assert (target / "weights").read_text() == "first"
     target.rename(tmp_path / "best.old.tmp")
     with pytest.raises(RuntimeError), checkpoint.atomic_folder(target):
         raise RuntimeError
     assert (target / "weights").read_text() == "first"
 
 
-def test_folders_within_are_synced_too(tmp_path, monkeypatch):
-    synced, fsync = [], checkpoint._fsync
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: (synced.append(path.name), fsync(path)))
+def test_folders_inside_are_synced_too(tmp_path, monkeypatch):
+    synced, fsync = [], checkpoint.fsync
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: (synced.append(path.name), fsync(path)))
     with checkpoint.atomic_folder(tmp_path / "best") as folder:
         (folder / "ema").mkdir()
         (folder / "ema/weights").write_text("x")

@@ -367,7 +367,7 @@ def test_prompts_keep_their_position_and_drop_long_common_beginnings(tmp_path):
     assert sorted(row.text for row in data) == ["other", "same", "same long beginning A"]
     assert "1 begin like an earlier prompt" in data.notes
     prompts = data.batch(2, 5)
-    assert prompts.ids == [2, 3, 4, 5, 6] and prompts.texts == [data[data.row_at(i)].text for i in range(2, 7)]
+    assert prompts.uids == [2, 3, 4, 5, 6] and prompts.texts == [data[data.row_at(i)].text for i in range(2, 7)]
     assert len(read_prompts(DataConfig(path), byte_level()).train) == 4
 
 
@@ -380,7 +380,7 @@ def test_texts_come_in_pieces_that_make_the_document(tmp_path):
     whole = tokenizer.decode([i for row in data for i in row.responses[0]])
     assert whole == "".join(text + "<|end|>" for text in documents)
     batch = data.batch(0, 3)
-    assert batch.units() == int(batch.lengths.sum()) - 3
+    assert batch.num_items() == int(batch.lengths.sum()) - 3
 
 
 def test_no_prompt_and_no_group_is_on_both_sides(tmp_path):

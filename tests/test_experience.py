@@ -1,4 +1,4 @@
-"""Experience by hand: where the score stands, rules for missing ends, whitening, the gap to the rollout, rewards."""
+"""Experience by hand: rewards, rules for missing end tokens, whitening, the gap to the rollout; reward functions."""
 
 from dataclasses import replace
 
@@ -13,34 +13,35 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.training.experience import collect, final_scores, minibatches, token_weights, whiten
-from rlhf_fast.training.rewards import FunctionReward, checked, is_function, load_reward
+from rlhf_fast.training.rewards import PythonReward, check_scores, is_function, load_reward
 
 END = 2
 
 
-class Fixed:
-    """A model that knows its numbers by heart: (B, R) log-probabilities or values, whatever the weights would say."""
+class FixedModel:
+    """A model that returns given numbers: (B, R) log-probabilities or values, and (B,) scores of the last token."""
 
     def __init__(self, numbers, last=None):
         self.numbers, self.last = numbers, last
 
-    def rows(self, tokens, lengths):
-        """Rows are told apart by their first token."""
-        return tokens[:, 0] - 10
-
     def logprobs(self, tokens, prompt_lengths, lengths, temperature=1.0):
         width = int((lengths - prompt_lengths).max())
-        return self.numbers[self.rows(tokens, lengths), :width] / temperature, None
+        return self.numbers[row_numbers(tokens), :width] / temperature, None
 
     def values(self, tokens, prompt_lengths, lengths):
         return self.logprobs(tokens, prompt_lengths, lengths)[0]
 
     def last_scores(self, tokens, lengths):
-        return self.last[self.rows(tokens, lengths)]
+        return self.last[row_numbers(tokens)]
+
+
+def row_numbers(tokens):
+    """Return the row numbers that `responses` writes into the first tokens."""
+    return tokens[:, 0] - 10
 
 
 def responses(sizes=(3, 1, 4), finished=(True, True, False)):
-    """Rows that begin with token 10 + row, prompts of 2, 3, 4 ... tokens; the log-probabilities are made up."""
+    """Return responses whose rows begin with token 10 + row, with prompts of 2, 3, 4 ... tokens and random numbers."""
     first = torch.arange(len(sizes)) + 2
     rows = [[10 + i] + [5] * (1 + i) + [6] * (size - 1) + [END if finished[i] else 6] for i, size in enumerate(sizes)]
     tokens, lengths = pad_rows(rows)
@@ -51,7 +52,8 @@ def responses(sizes=(3, 1, 4), finished=(True, True, False)):
 
 
 def scores_of(*numbers):
-    return lambda responses: torch.tensor([numbers[i] for i in (responses.tokens[:, 0] - 10).tolist()])
+    """Return a reward function with a fixed score for each row."""
+    return lambda responses: torch.tensor(numbers)[row_numbers(responses.tokens)]
 
 
 def settings(**changes):
@@ -62,12 +64,21 @@ def zeros(batch):
     return torch.zeros(batch.mask.shape)
 
 
-def test_score_stands_on_the_last_response_token():
-    """R1, R2: an end at the first place, in the middle, and none at all; lambda = gamma = 1 makes returns sums."""
+def random_numbers(batch):
+    """Return (B, R) random numbers, 0 outside the mask."""
+    return torch.where(batch.mask, torch.randn(batch.mask.shape), 0)
+
+
+def test_the_score_is_added_at_the_last_response_token():
+    """The reward of a token is -kl_coef * KL, at the last token plus the score (InstructGPT, equation 2).
+
+    One response has a single token, one ends early, one has no end token. With lambda = gamma = 1 returns are sums.
+    """
     batch = responses()
-    value = Fixed(torch.where(batch.mask, torch.randn(batch.mask.shape), 0))
+    value = FixedModel(random_numbers(batch))
     ref = torch.where(batch.mask, batch.logprobs + 0.3, 0)
-    experience, stats = collect(batch, Fixed(batch.logprobs), Fixed(ref), value, scores_of(1.0, -2.0, 3.0), settings())
+    policy, reference = FixedModel(batch.logprobs), FixedModel(ref)
+    experience, stats = collect(batch, policy, reference, value, scores_of(1.0, -2.0, 3.0), settings())
     kl = batch.logprobs - ref
     for row, (size, score) in enumerate([(3, 1.0), (1, -2.0), (4, 3.0)]):
         rewards = -0.1 * kl[row, :size]
@@ -79,21 +90,22 @@ def test_score_stands_on_the_last_response_token():
     assert stats["objective/kl"] == pytest.approx(-0.3 * 8 / 3, rel=1e-5)
     assert stats["objective/kl_token"] == pytest.approx(-0.3, rel=1e-5)
     assert stats["objective/scores"] == pytest.approx(2 / 3, rel=1e-5)
-    assert stats["tokens/eos_rate"] == pytest.approx(2 / 3) and stats["tokens/length"] == pytest.approx(8 / 3)
+    assert stats["tokens/eos_rate"] == pytest.approx(2 / 3)
+    assert stats["tokens/length"] == pytest.approx(8 / 3)
 
 
-def test_no_kl_where_policy_is_reference():
-    """R5: the reward is the score alone, whatever the coefficient."""
+def test_the_kl_is_0_if_the_policy_is_the_reference():
+    """The reward is then the score alone, whatever the coefficient."""
     batch = responses()
-    same = Fixed(batch.logprobs)
+    same = FixedModel(batch.logprobs)
     reward = scores_of(1.0, 2.0, 3.0)
-    experience, stats = collect(batch, same, same, Fixed(zeros(batch)), reward, settings(), kl_coef=100.0)
+    experience, stats = collect(batch, same, same, FixedModel(zeros(batch)), reward, settings(), kl_coef=100.0)
     assert stats["objective/kl"] == 0
     assert torch.equal(experience.returns, torch.tensor([1.0, 2.0, 3.0])[:, None] * batch.mask)
 
 
 @pytest.mark.parametrize(
-    "rule, value, wanted",
+    "rule, value, expected",
     [
         ("keep", -1.0, [1, 2, 3]),
         ("replace", -1.0, [1, 2, -1]),
@@ -101,46 +113,66 @@ def test_no_kl_where_policy_is_reference():
         ("drop", -1.0, [1, 2, None]),
     ],
 )
-def test_missing_end(rule, value, wanted):
-    """R3: row 2 has no end token."""
+def test_missing_eos(rule, value, expected):
+    """Row 2 has no end token."""
     batch = responses()
-    same, cfg = Fixed(batch.logprobs), settings(missing_eos=rule, missing_eos_value=value)
-    experience, _ = collect(batch, same, same, Fixed(zeros(batch)), scores_of(1.0, 2.0, 3.0), cfg)
-    for row, score in enumerate(wanted):
+    same, cfg = FixedModel(batch.logprobs), settings(missing_eos=rule, missing_eos_value=value)
+    experience, _ = collect(batch, same, same, FixedModel(zeros(batch)), scores_of(1.0, 2.0, 3.0), cfg)
+    for row, score in enumerate(expected):
         if score is None:
-            assert not experience.mask[row].any() and (experience.weights[row] == 0).all()
+            assert not experience.mask[row].any()
+            assert (experience.weights[row] == 0).all()
             assert (experience.advantages[row] == 0).all()
         else:
             assert experience.mask[row].sum() == batch.mask[row].sum()
             assert (experience.returns[row][batch.mask[row]] == score).all()
-    assert experience.units() == (4 if rule == "drop" else 8)
+    assert experience.num_items() == (4 if rule == "drop" else 8)
     assert experience.scores.tolist() == [1, 2, 3]
 
 
-def test_scale_then_clip_then_rule():
-    """R4"""
+def test_scores_are_scaled_then_clipped_then_changed_by_missing_eos():
     cfg = settings(score_scale=2.0, score_clip=3.0, missing_eos="subtract", missing_eos_value=1.0)
-    final, kept = final_scores(torch.tensor([1.0, -4.0, 5.0]), torch.tensor([True, True, False]), cfg)
-    assert final.tolist() == [2, -3, 2] and kept.all()
+    final, in_loss = final_scores(torch.tensor([1.0, -4.0, 5.0]), torch.tensor([True, True, False]), cfg)
+    assert final.tolist() == [2, -3, 2]
+    assert in_loss.all()
 
 
-def test_bootstrap_is_for_rows_without_end():
-    """The value after the last token enters once, and only where the row was cut."""
+def test_bootstrap_truncated_adds_the_value_after_the_last_token():
+    """It is the future of row 2 only, which has no end token: return = score + value."""
     batch = responses()
-    same, value = Fixed(batch.logprobs), Fixed(zeros(batch), last=torch.tensor([100.0, 200.0, 10.0]))
-    experience, _ = collect(batch, same, same, value, scores_of(1.0, 2.0, 3.0), settings(), bootstrap=True)
+    policy = FixedModel(batch.logprobs)
+    value = FixedModel(zeros(batch), last=torch.tensor([100.0, 200.0, 10.0]))
+    cfg = settings(bootstrap_truncated=True)
+    experience, _ = collect(batch, policy, policy, value, scores_of(1.0, 2.0, 3.0), cfg)
     assert [float(row[0]) for row in experience.returns] == [1, 2, 13]
+
+
+def test_bootstrap_truncated_changes_the_advantages_of_truncated_rows_only():
+    batch = responses((3, 1, 4, 2), (True, False, False, True))
+    policy, value = (
+        FixedModel(batch.logprobs),
+        FixedModel(random_numbers(batch), last=torch.tensor([1.0, 2.0, 3.0, 4.0])),
+    )
+    reward = scores_of(1.0, 2.0, 3.0, 4.0)
+    off, on = (
+        collect(batch, policy, policy, value, reward, settings(bootstrap_truncated=setting, lam=0.9))[0]
+        for setting in (False, True)
+    )
+    for row, finished in enumerate(batch.finished.tolist()):
+        valid = batch.mask[row]
+        assert torch.equal(on.advantages[row], off.advantages[row]) == finished
+        assert finished or (on.advantages[row] > off.advantages[row])[valid].all()
 
 
 def test_old_logprobs_and_the_gap():
     batch = responses((3, 1, 4), (True, True, True))
-    gap = torch.where(batch.mask, 0.0, 0.0)
+    gap = zeros(batch)
     gap[2, 3] = 0.2
-    own = Fixed(batch.logprobs + gap)
-    for source, wanted in [("rollout", batch.logprobs), ("recompute", own.numbers)]:
+    policy = FixedModel(batch.logprobs + gap)
+    for source, expected in [("rollout", batch.logprobs), ("recompute", policy.numbers)]:
         cfg = settings(old_logprobs=source)
-        experience, stats = collect(batch, own, own, Fixed(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
-        torch.testing.assert_close(experience.old_logprobs, wanted)
+        experience, stats = collect(batch, policy, policy, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
+        torch.testing.assert_close(experience.old_logprobs, expected)
         assert stats["rollout/gap_mean"] == pytest.approx(0.2 / 8, rel=1e-4)
         assert stats["rollout/gap_p99"] == pytest.approx(0.2, rel=1e-4)
         assert stats["rollout/ratio_outside"] == pytest.approx(1 / 8)
@@ -148,33 +180,33 @@ def test_old_logprobs_and_the_gap():
 
 def test_logprobs_are_taken_at_the_sampling_temperature():
     batch = responses()
-    own = Fixed(batch.logprobs)
+    policy = FixedModel(batch.logprobs)
     cfg = settings(old_logprobs="recompute", sampling=SamplingConfig(temperature=0.5))
-    experience, _ = collect(batch, own, own, Fixed(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
+    experience, _ = collect(batch, policy, policy, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
     torch.testing.assert_close(experience.old_logprobs, batch.logprobs / 0.5)
 
 
-def test_parts_do_not_change_experience():
+def test_micro_batches_do_not_change_the_experience():
     batch = responses((3, 1, 4, 2), (True, True, False, True))
-    models = [Fixed(torch.where(batch.mask, torch.randn(batch.mask.shape), 0)) for _ in range(3)]
-    reward, found = scores_of(1.0, 2.0, 3.0, 4.0), []
-    for budget in (1, 9, 1000):
-        found.append(collect(batch, *models, reward, settings(optim=OptimConfig(micro_batch_tokens=budget)))[0])
+    models = [FixedModel(random_numbers(batch)) for _ in range(3)]
+    reward = scores_of(1.0, 2.0, 3.0, 4.0)
+    budgets = [OptimConfig(micro_batch_tokens=tokens) for tokens in (1, 9, 1000)]
+    found = [collect(batch, *models, reward, settings(optim=optim))[0] for optim in budgets]
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def collected(rows=6, **changes):
+    """Return the experience of responses with 1, 2, ... tokens, and its settings."""
     batch = responses(tuple(range(1, rows + 1)), (True,) * rows)
-    numbers = [torch.where(batch.mask, torch.randn(batch.mask.shape), 0) for _ in range(2)]
-    scores = scores_of(*torch.randn(rows).tolist())
+    reference, value = FixedModel(random_numbers(batch)), FixedModel(random_numbers(batch))
+    reward = scores_of(*torch.randn(rows).tolist())
     cfg = settings(**changes)
-    return collect(batch, Fixed(batch.logprobs), Fixed(numbers[0]), Fixed(numbers[1]), scores, cfg)[0], cfg
+    return collect(batch, FixedModel(batch.logprobs), reference, value, reward, cfg)[0], cfg
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_whitening(unbiased):
-    """W1, W4, W6"""
+def test_whitened_advantages_have_mean_0_and_variance_1(unbiased):
     raw, _ = collected()
     white = whiten(raw, settings(whiten_unbiased=unbiased))
     tokens = white.advantages[raw.mask].double()
@@ -186,11 +218,11 @@ def test_whitening(unbiased):
     torch.testing.assert_close(unmoved.advantages[raw.mask], white.advantages[raw.mask] + mean, rtol=1e-5, atol=1e-5)
 
 
-def test_whitening_of_none_one_and_far_away():
-    """W2: zeros, no NaN. W3: mean 1e4, deviation 1."""
+def test_whitening_of_no_token_of_one_token_and_of_a_large_mean():
+    """No token or one gives zeros, not NaN. A mean of 1e4 costs no precision."""
     raw, cfg = collected()
-    nothing = whiten(raw._replace(mask=torch.zeros_like(raw.mask)), cfg)
-    assert (nothing.advantages == 0).all()
+    empty = whiten(raw._replace(mask=torch.zeros_like(raw.mask)), cfg)
+    assert (empty.advantages == 0).all()
     one = torch.zeros_like(raw.mask)
     one[3, 1] = True
     for unbiased in (False, True):
@@ -198,15 +230,16 @@ def test_whitening_of_none_one_and_far_away():
     mask = torch.ones(40, 50, dtype=torch.bool)
     far = raw._replace(mask=mask, advantages=1e4 + torch.randn(40, 50))
     tokens = whiten(far, cfg).advantages.double()
-    assert abs(float(tokens.mean())) < 1e-4 and float(tokens.std(correction=0)) == pytest.approx(1, rel=1e-3)
+    assert abs(float(tokens.mean())) < 1e-4
+    assert float(tokens.std(correction=0)) == pytest.approx(1, rel=1e-3)
 
 
 def test_scope_of_whitening():
-    """ "batch" whitens all rows together, "minibatch" those of one step, "none" nothing."""
-    seed = torch.get_rng_state()
+    """With "batch" all rows are whitened together, with "minibatch" those of one step, with "none" nothing."""
+    rng_state = torch.get_rng_state()
     found = {}
     for scope in ("batch", "minibatch", "none"):
-        torch.set_rng_state(seed)
+        torch.set_rng_state(rng_state)
         experience, cfg = collected(whiten=scope)
         found[scope] = experience, list(minibatches(experience, cfg, seed=1))
     raw = found["none"][0]
@@ -219,7 +252,7 @@ def test_scope_of_whitening():
 
 
 def test_minibatches():
-    """Every row once an epoch, in an order that the seed makes; rows that do not count never come."""
+    """Every row comes once an epoch, in an order that depends on the seed; masked rows are left out."""
     experience, cfg = collected(inner_epochs=2)
     experience = experience._replace(mask=experience.mask & (torch.arange(6) != 3)[:, None])
     parts = list(minibatches(experience, cfg, seed=4))
@@ -239,7 +272,7 @@ def test_token_weights():
     assert token_weights(mask, "sequence").tolist() == [[0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]]
 
 
-class Words:
+class NumberTokenizer:
     """A tokenizer whose tokens are numbers; 2 is special."""
 
     def batch_decode(self, rows, skip_special_tokens=False):
@@ -247,20 +280,19 @@ class Words:
 
 
 def test_reward_functions_get_texts():
-    batch, seen = responses((3, 1), (True, False)), {}
+    batch, calls = responses((3, 1), (True, False)), []
 
-    def whole(texts):
-        seen["whole"] = texts
+    def score_texts(texts):
+        calls.append(texts)
         return [len(text) for text in texts]
 
-    def two(prompts, answers, *, scale=1):
-        seen["two"] = (prompts, answers)
+    def score_answers(prompts, answers, *, scale=1):
+        calls.append((prompts, answers))
         return torch.tensor([0.5, 1.5])
 
-    assert FunctionReward(whole, Words())(batch).tolist() == [8, 8]
-    assert seen["whole"] == ["10 5 6 6", "11 5 5 6"]
-    assert FunctionReward(two, Words())(batch).tolist() == [0.5, 1.5]
-    assert seen["two"] == (["10 5", "11 5 5"], ["6 6", "6"])
+    assert PythonReward(score_texts, NumberTokenizer())(batch).tolist() == [8, 8]
+    assert PythonReward(score_answers, NumberTokenizer())(batch).tolist() == [0.5, 1.5]
+    assert calls == [["10 5 6 6", "11 5 5 6"], (["10 5", "11 5 5"], ["6 6", "6"])]
 
 
 @pytest.mark.parametrize(
@@ -275,13 +307,13 @@ def test_reward_functions_get_texts():
 )
 def test_a_bad_reward_names_the_rows(returned, words):
     with pytest.raises(UserError, match=words):
-        FunctionReward(lambda texts: returned, Words(), "mine")(responses())
+        PythonReward(lambda texts: returned, NumberTokenizer(), "mine")(responses())
 
 
 def test_reward_by_name(tmp_path, monkeypatch):
     (tmp_path / "scores_for_test.py").write_text("def length(texts):\n    return [len(t) for t in texts]\nsize = 3\n")
     monkeypatch.chdir(tmp_path)
-    reward = load_reward("scores_for_test:length", Words())
+    reward = load_reward("scores_for_test:length", NumberTokenizer())
     assert reward(responses((1,), (False,))).tolist() == [6]
     for spec, words in [
         ("scores_for_test:width", "cannot be imported"),
@@ -289,10 +321,11 @@ def test_reward_by_name(tmp_path, monkeypatch):
         ("scores_for_test:size", "not a function"),
     ]:
         with pytest.raises(UserError, match=words):
-            load_reward(spec, Words())
+            load_reward(spec, NumberTokenizer())
     with pytest.raises(UserError, match="takes 3 arguments"):
-        FunctionReward(lambda a, b, c: a, Words())
-    assert not is_function(str(tmp_path)) and is_function("a.b:c")
+        PythonReward(lambda a, b, c: a, NumberTokenizer())
+    assert is_function("a.b:c")
+    assert not is_function(str(tmp_path))
 
 
 def test_reward_model_must_share_the_tokenizer(tmp_path):
@@ -313,20 +346,21 @@ def test_reward_model_must_share_the_tokenizer(tmp_path):
         load_reward(str(tmp_path / "reward"), policy.tokenizer)
 
 
-def test_checked_scores_are_float32():
-    scores = checked(torch.tensor([1, 2], dtype=torch.int64), [0, 1], "mine")
-    assert scores.dtype == torch.float32 and scores.tolist() == [1, 2]
+def test_scores_are_float32():
+    scores = check_scores(torch.tensor([1, 2], dtype=torch.int64), [0, 1], "mine")
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("changes", [{}, {"whiten_unbiased": True}, {"whiten_shift_mean": False}], ids=str)
 @pytest.mark.parametrize("rows", [1, 6])
-def test_whitening_by_the_ops_moments_is_whitening_by_ones_own(changes, rows):
-    """The batch's statistics are not taken twice: `collect` whitens by those that came with the advantages."""
-    seed = torch.get_rng_state()
+def test_whitening_by_the_ops_moments_equals_whitening_by_computed_ones(changes, rows):
+    """`collect` does not compute the batch's moments again: ops.ppo_advantages returns them."""
+    rng_state = torch.get_rng_state()
     raw, _ = collected(rows, whiten="none")
-    torch.set_rng_state(seed)
+    torch.set_rng_state(rng_state)
     batch, cfg = collected(rows, whiten="batch", **changes)
     torch.testing.assert_close(batch.advantages, whiten(raw, cfg).advantages, rtol=1e-5, atol=1e-6)
-    number, mean = float(raw.mask.sum()), 3.0
-    given = whiten(raw, settings(whiten_eps=1e-12), torch.tensor([number, mean, 4 * number, 0.0, 0.0]))
-    torch.testing.assert_close(given.advantages[raw.mask], (raw.advantages[raw.mask] - mean) / 2)
+    count, mean = float(raw.mask.sum()), 3.0
+    whitened = whiten(raw, settings(whiten_eps=1e-12), torch.tensor([count, mean, 4 * count, 0.0, 0.0]))
+    torch.testing.assert_close(whitened.advantages[raw.mask], (raw.advantages[raw.mask] - mean) / 2)

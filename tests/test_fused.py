@@ -302,7 +302,7 @@ def test_peak_memory_is_little_more_than_weights_and_cache(filters):
     cache = rollout._cache.memory.nbytes
     rollout._cache = None
     weights = sum(p.nbytes for p in model.module.parameters())
-    logits = len(batch.ids) * 16384 * 4 if filters else 0
+    logits = len(batch.uids) * 16384 * 4 if filters else 0
     assert peak_bytes(lambda: rollout.generate(batch)) <= cache + logits + 0.05 * weights
 
 

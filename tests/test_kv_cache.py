@@ -203,7 +203,7 @@ def test_shared_pages_change_no_sample(length, path):
     model, batch = llama(eos_token_id=None), prompts(length, uids=[5])
     shared = Rollout(model, sampling(batch=1), path=path).generate(batch, samples=3)
     for k in range(3):
-        alone = Rollout(model, sampling(batch=1), path=path).generate(batch._replace(ids=[15 + k]))
+        alone = Rollout(model, sampling(batch=1), path=path).generate(batch._replace(uids=[15 + k]))
         assert equal(alone[:-1], shared.take([k])[:-1])
     assert len({tuple(row) for row in shared.response_ids()}) == 3
 

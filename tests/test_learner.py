@@ -1,28 +1,24 @@
-"""The learner: schedule, split invariance, several terms, master copies, moving average, stopping, resuming."""
+"""The Learner: schedule, micro-batches, several terms, master copies, moving average, bad rows, resuming."""
 
+import copy
 import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import VOCABULARY, assert_same_gradients, policy
 
 from rlhf_fast.batches import Demonstrations, Texts, pad_rows
-from rlhf_fast.config.fields import KLConfig, ModelConfig, OptimConfig
+from rlhf_fast.config.fields import KLConfig, OptimConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.model.model import Model
 from rlhf_fast.training.kl import KLController
 from rlhf_fast.training.learner import Learner, learning_rate
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
 
-SMALL = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
-
 
 def llama(dtype=torch.float32):
+    """Return the same policy at every call."""
     torch.manual_seed(11)
-    return Model(LlamaForCausalLM(LlamaConfig(**SMALL)).to(dtype), cfg=ModelConfig("toy"))
+    return policy(dtype)
 
 
 def optim(**settings):
@@ -32,7 +28,7 @@ def optim(**settings):
 def demonstrations(count=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(3, 13, (count,), generator=generator).tolist()
-    tokens, lengths = pad_rows([torch.randint(3, 61, (size,), generator=generator).tolist() for size in sizes])
+    tokens, lengths = pad_rows([torch.randint(3, VOCABULARY, (size,), generator=generator).tolist() for size in sizes])
     return Demonstrations(tokens, torch.randint(1, 3, (count,), generator=generator), lengths)
 
 
@@ -43,15 +39,6 @@ def texts(count=4):
 
 def weights(model):
     return {name: p.detach().clone() for name, p in model.trainable().items()}
-
-
-def gradient(learner, *terms):
-    """What reaches the optimizer."""
-    for function, batch, coefficient in terms:
-        list(learner._backward(function, batch, coefficient))
-    found = {name: p.grad.clone() for name, p in learner.masters.items() if p.grad is not None}
-    learner.adam.zero_grad()
-    return found
 
 
 def test_schedule():
@@ -66,44 +53,40 @@ def test_schedule():
     assert learning_rate(cfg, 0, 1) == 2.0
 
 
-def test_any_split_gives_the_same_loss_and_gradient():
-    """L9, with rows of uneven lengths: one row at a time, a few, all."""
+def test_any_micro_batches_give_the_same_loss_and_gradient():
+    """Rows of different lengths: one row at a time, a few, all."""
     batch, found = demonstrations(), []
     for budget in (1, 20, 40, 10_000):
         learner = Learner(llama(), optim(micro_batch_tokens=budget), 10)
-        stats = learner.step(sft_loss, batch)
+        stats = learner.step([(sft_loss, batch, 1.0)])
         learner = Learner(llama(), optim(micro_batch_tokens=budget), 10)
-        found.append((stats, gradient(learner, (sft_loss, batch, 1.0))))
-    whole = found[-1]
-    for stats, gradients in found[:-1]:
-        assert stats.keys() == whole[0].keys()
-        for name, value in stats.items():
-            assert value == pytest.approx(whole[0][name], rel=1e-5), name
-        for name, value in gradients.items():
-            torch.testing.assert_close(value, whole[1][name], rtol=1e-4, atol=1e-7, msg=name)
+        found.append((stats, learner.gradient([(sft_loss, batch, 1.0)])))
+    whole_stats, whole_gradient = found[-1]
+    for stats, gradient in found[:-1]:
+        assert stats == pytest.approx(whole_stats, rel=1e-5)
+        assert_same_gradients(gradient, whole_gradient, atol=1e-7)
 
 
-def test_terms_meet_in_one_gradient():
-    """S6: PPO-ptx is g + 27.8 g_pretrain, in one step."""
-    first, second = demonstrations(), texts()
+def test_the_gradients_of_several_terms_add_up_in_one_step():
+    """The gradient of PPO-ptx is g + 27.8 g_pretrain (InstructGPT C.4)."""
+    terms = [(sft_loss, demonstrations(), 1.0), (pretrain_loss, texts(), 27.8)]
     learner = Learner(llama(), optim(), 10)
-    both = gradient(learner, (sft_loss, first, 1.0), (pretrain_loss, second, 27.8))
-    one, other = gradient(learner, (sft_loss, first, 1.0)), gradient(learner, (pretrain_loss, second, 1.0))
-    for name in both:
-        torch.testing.assert_close(both[name], one[name] + 27.8 * other[name], rtol=1e-4, atol=1e-5, msg=name)
-    stats = learner.step([(sft_loss, first, 1.0), (pretrain_loss, second, 27.8)])
+    parts = [learner.gradient([(loss, batch, 1.0)]) for loss, batch, _ in terms]
+    expected = {name: g + 27.8 * parts[1][name] for name, g in parts[0].items()}
+    assert_same_gradients(learner.gradient(terms), expected, atol=1e-5)
+    stats = learner.step(terms)
     assert stats["loss"] == pytest.approx(stats["loss/sft"] + 27.8 * stats["loss/pretrain"], rel=1e-5)
     assert learner.steps == 1
 
 
-def test_gradient_is_clipped_as_a_whole():
-    """Adam forgets a constant factor, so the gradient itself is looked at."""
-    learner, seen = Learner(llama(), optim(grad_clip=0.01), 10), {}
-    step = learner.adam.step
-    learner.adam.step = lambda: (seen.update({n: p.grad.clone() for n, p in learner.masters.items()}), step())
-    stats = learner.step(sft_loss, demonstrations())
-    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in seen.values()))
-    assert norm == pytest.approx(0.01, rel=1e-3) and stats["grad_norm"] > 0.1
+def test_the_whole_gradient_is_clipped(monkeypatch):
+    """Adam's step does not show a constant factor, so the test reads the gradient that Adam receives."""
+    learner, seen = Learner(llama(), optim(grad_clip=0.01), 10), []
+    monkeypatch.setattr(learner.adam, "step", lambda: seen.extend(p.grad.clone() for p in learner.masters.values()))
+    stats = learner.step([(sft_loss, demonstrations(), 1.0)])
+    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in seen))
+    assert norm == pytest.approx(0.01, rel=1e-3)
+    assert stats["grad_norm"] > 0.1
 
 
 def test_weight_decay_is_for_matrices():
@@ -115,51 +98,49 @@ def test_weight_decay_is_for_matrices():
 
 def test_the_loss_falls():
     learner, batch = Learner(llama(), optim(lr=3e-3), 30, dropout=0.0), demonstrations()
-    losses = [learner.step(sft_loss, batch)["loss"] for _ in range(30)]
+    losses = [learner.step([(sft_loss, batch, 1.0)])["loss"] for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_no_units_no_step():
-    """A batch without a token that counts changes nothing, and says so by zeros."""
+def test_a_batch_without_items_changes_nothing():
     model, batch = llama(), demonstrations()
     learner, before = Learner(model, optim(), 10), weights(model)
-    stats = learner.step(sft_loss, batch._replace(prompt_lengths=batch.lengths))
+    stats = learner.step([(sft_loss, batch._replace(prompt_lengths=batch.lengths), 1.0)])
     assert stats["loss"] == stats["grad_norm"] == 0.0
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_not_finite_stops_and_names_the_rows(where):
-    """The weights, the optimizer and the average stay as they were, bit for bit."""
+def test_a_non_finite_loss_or_gradient_names_the_rows(where):
+    """The weights and the average stay as they were, bit for bit."""
     model, batch = llama(), demonstrations()._replace(uids=torch.arange(40, 47))
     learner = Learner(model, optim(micro_batch_tokens=30), 10, ema=0.9)
-    learner.step(sft_loss, batch)
+    learner.step([(sft_loss, batch, 1.0)])
     before = {**weights(model), **{f"ema {name}": p.clone() for name, p in learner.average.items()}}
 
-    def spoiled(model, part, units):
-        loss, stats = sft_loss(model, part, units)
-        bad = float("inf") if where == "loss" else 0.0
+    def damaged_loss(model, part, num_items):
+        loss, stats = sft_loss(model, part, num_items)
         for uid in part.uids.tolist():
             if uid in (41, 45):
-                root = (loss * 0).sqrt() if where == "gradient" else bad
-                loss = loss + root
+                loss = loss + (math.inf if where == "loss" else (loss * 0).sqrt())
         return loss, stats
 
     with pytest.raises(UserError, match=r"from rows 41, 45; the weights are as before"):
-        learner.step(spoiled, batch)
+        learner.step([(damaged_loss, batch, 1.0)])
     after = {**weights(model), **{f"ema {name}": p for name, p in learner.average.items()}}
-    assert all(torch.equal(after[name], value) for name, value in before.items()) and learner.steps == 1
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert learner.steps == 1
     assert all(p.grad is None for p in learner.masters.values())
 
 
 def test_bfloat16_weights_have_float32_masters():
-    """Four hundred steps, each too small for a bfloat16 weight to notice, move it all the same."""
+    """Each of 400 steps is too small to change a bfloat16 weight; together they do."""
     model = llama(torch.bfloat16)
     learner, before = Learner(model, optim(lr=1e-5), 400), weights(model)
-    learner.step(sft_loss, demonstrations())
+    learner.step([(sft_loss, demonstrations(), 1.0)])
     assert all(torch.equal(p, before[n]) for n, p in model.trainable().items() if "norm" in n)
     for _ in range(400):
-        learner._update(torch.zeros(()))  # momentum alone: no gradient, the same direction
+        learner.apply_gradient(torch.zeros(()))  # momentum alone: no gradient, the same direction
         for p in learner.masters.values():
             p.grad = torch.full_like(p, 1e-3)
     norm = "model.norm.weight"
@@ -172,7 +153,7 @@ def test_bfloat16_gradients_add_up_in_float32():
     batch, found = demonstrations(), []
     for budget in (1, 10_000):
         learner = Learner(llama(torch.bfloat16), optim(micro_batch_tokens=budget), 10)
-        found.append(gradient(learner, (sft_loss, batch, 1.0)))
+        found.append(learner.gradient([(sft_loss, batch, 1.0)]))
     assert all(g.dtype == torch.float32 for g in found[0].values())
     for name, one in found[0].items():
         assert float((one - found[1][name]).norm()) < 0.02 * float(found[1][name].norm()) + 1e-6, name
@@ -184,11 +165,11 @@ def test_float16_is_refused():
 
 
 def test_moving_average_in_closed_form():
-    """S5: after n steps, decay^n w_0 + (1 - decay) sum decay^(n - i) w_i."""
+    """After n steps it is decay^n w_0 + (1 - decay) sum decay^(n - i) w_i."""
     model, decay, batch = llama(), 0.992, demonstrations()
     learner, seen = Learner(model, optim(), 10, ema=decay), [weights(model)]
     for _ in range(5):
-        learner.step(sft_loss, batch)
+        learner.step([(sft_loss, batch, 1.0)])
         seen.append(weights(model))
     for name, average in learner.average.items():
         truth = decay**5 * seen[0][name].double()
@@ -200,30 +181,23 @@ def test_moving_average_in_closed_form():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resumed_is_uninterrupted(dtype):
-    """S7 at this level, bit for bit, with dropout: three steps, the state out and into another learner, two steps."""
+def test_a_resumed_learner_is_the_uninterrupted_one(dtype):
+    """To the bit, with dropout: three steps, then the state is loaded into another Learner, then two steps."""
     batches = [demonstrations(seed=i) for i in range(5)]
     learner = Learner(llama(dtype), optim(schedule="cosine"), 5, dropout=0.1, ema=0.9)
     for batch in batches[:3]:
-        learner.step(sft_loss, batch)
-    state, chance = learner.state_dict(), torch.get_rng_state()
-    state = {key: _copied(value) for key, value in state.items()}
+        learner.step([(sft_loss, batch, 1.0)])
+    state, rng_state = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
     for batch in batches[3:]:
-        learner.step(sft_loss, batch)
+        learner.step([(sft_loss, batch, 1.0)])
     again = Learner(llama(dtype), optim(schedule="cosine"), 5, dropout=0.1, ema=0.9)
     again.load_state_dict(state)
-    torch.set_rng_state(chance)
+    torch.set_rng_state(rng_state)
     for batch in batches[3:]:
-        again.step(sft_loss, batch)
+        again.step([(sft_loss, batch, 1.0)])
     assert again.steps == 5
     for ours, theirs in [(learner.params, again.params), (learner.average, again.average)]:
         assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
-
-
-def _copied(tree):
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return tree.clone() if isinstance(tree, torch.Tensor) else tree
 
 
 def test_another_models_state_is_refused():
@@ -237,7 +211,7 @@ def test_another_models_state_is_refused():
 
 
 def test_adaptive_kl_by_hand():
-    """S4: lm-human-preferences' controller; the error is clipped to +-0.2, the unit is nats per sequence."""
+    """lm-human-preferences' controller: the error is clipped to +-0.2, the unit is nats per sequence."""
     control = KLController(KLConfig(coef=0.15, controller="adaptive", target=6.0, horizon=10_000))
     control.update(kl_per_sequence=6.6, kl_per_token=0.1, episodes=512)
     assert control.coef == pytest.approx(0.15 * (1 + 0.1 * 0.0512))

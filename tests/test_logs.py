@@ -1,84 +1,80 @@
-"""Logs: rows survive a crash exactly once, alarms ring when they should and only then, run.json tells what ran."""
+"""Logs: rows survive a crash exactly once, an alarm is raised when it should be and only then, run.json is complete."""
 
 import ast
-import dataclasses
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import toy
 
+from rlhf_fast.config.fields import LogConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.run import logs
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    every: int = 1
-    samples: int = 2
-    live: bool = True
-    sinks: tuple = ()
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from rlhf_fast.run.alarms import Alarms
+from rlhf_fast.run.info import run_info
 
 
 def test_rows_hold_metrics_phases_and_speed(tmp_path):
-    log = logs.Log(tmp_path, Settings(), "ppo", total=3, headline=("objective/kl",))
+    log = logs.Log(tmp_path, LogConfig(samples=2), "ppo", total=3, headline=("objective/kl",))
     with log.phase("generate"):
         pass
     log.metrics(1, {"objective/kl": torch.tensor(0.5), "episode": 8, "bad": math.inf}, tokens=100)
     log.metrics(2, {"objective/kl": 0.25}, tokens=50)
     log.samples(2, [{"response": "é", "score": math.nan, "scores": [1.0, math.inf]}] * 5)
     log.close()
-    first, second = rows(tmp_path / "metrics.jsonl")
-    assert first["step"] == 1 and first["objective/kl"] == 0.5 and first["episode"] == 8 and first["bad"] is None
-    assert 0 <= first["time/generate"] <= first["time/step"] and "time/generate" not in second
+    first, second = toy.rows(tmp_path / "metrics.jsonl")
+    expected = {"step": 1, "objective/kl": 0.5, "episode": 8, "bad": None}
+    assert {name: first[name] for name in expected} == expected
+    assert 0 <= first["time/generate"] <= first["time/step"]
+    assert "time/generate" not in second
     assert first["perf/tokens_per_second"] * first["time/step"] == pytest.approx(100)
-    assert rows(tmp_path / "samples.jsonl") == [{"step": 2, "response": "é", "score": None, "scores": [1.0, None]}] * 2
+    assert (
+        toy.rows(tmp_path / "samples.jsonl") == [{"step": 2, "response": "é", "score": None, "scores": [1.0, None]}] * 2
+    )
 
 
 def test_rows_are_written_every_so_many_steps_and_at_the_end(tmp_path):
-    log = logs.Log(tmp_path, Settings(every=2), "sft", total=5)
+    log = logs.Log(tmp_path, LogConfig(every=2), "sft", total=5)
     for step in range(1, 6):
         log.metrics(step, {"loss": 1.0}, tokens=10)
     log.close()
-    written = rows(tmp_path / "metrics.jsonl")
+    written = toy.rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in written] == [2, 4, 5]
     assert written[0]["perf/tokens_per_second"] * written[0]["time/step"] == pytest.approx(20)
 
 
 def test_resuming_drops_later_and_torn_rows(tmp_path):
-    log = logs.Log(tmp_path, Settings(), "sft", total=9)
+    log = logs.Log(tmp_path, LogConfig(), "sft", total=9)
     for step in range(1, 6):
         log.metrics(step, {"loss": step})
         log.samples(step, [{"text": str(step)}])
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 6, "lo')
-    log = logs.Log(tmp_path, Settings(), "sft", total=9, start=3)
+    log = logs.Log(tmp_path, LogConfig(), "sft", total=9, start=3)
     for step in range(4, 7):
         log.metrics(step, {"loss": -step})
     log.close()
-    written = rows(tmp_path / "metrics.jsonl")
+    written = toy.rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in written] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in written] == [1, 2, 3, -4, -5, -6]
-    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in toy.rows(tmp_path / "samples.jsonl")] == [1, 2, 3]
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capsys):
-    log = logs.Log(tmp_path, Settings(), "ppo", total=2, headline=("objective/scores", "absent"))
+    log = logs.Log(tmp_path, LogConfig(), "ppo", total=2, headline=("objective/scores", "absent"))
     for step in (1, 2):
         with log.phase("generate"):
             sum(range(200_000))
         log.metrics(step, {"objective/scores": 0.125}, tokens=7)
     log.close()
-    told = capsys.readouterr().err
-    assert re.search(r"ppo 1/2  ETA 0:\d\d:\d\d  scores 0.125  \S+ tok/s  generate \d+%", told), told
-    log = logs.Log(tmp_path, dataclasses.replace(Settings(), live=False), "ppo", total=1)
+    printed = capsys.readouterr().err
+    assert re.search(r"ppo 1/2  ETA 0:\d\d:\d\d  scores 0.125  \S+ tok/s  generate \d+%", printed), printed
+    log = logs.Log(tmp_path, LogConfig(live=False), "ppo", total=1)
     log.metrics(1, {})
     log.close()
     assert "ppo" not in capsys.readouterr().err
@@ -101,53 +97,56 @@ HEALTHY = {
     ({"objective/entropy_token": 0.01}, "entropy fell from 2.000 to 0.010"),
     ({"loss/policy_avg": math.nan}, "loss/policy_avg is nan"),
 ])  # fmt: skip
-def test_an_alarm_rings_once_until_its_fault_clears(change, words):
-    alarms = logs.Alarms()
+def test_an_alarm_is_raised_once_until_its_fault_clears(change, words):
+    alarms = Alarms()
     assert alarms(HEALTHY) == []
-    sick = HEALTHY | change
-    (text,) = alarms(sick)
+    faulty = HEALTHY | change
+    (text,) = alarms(faulty)
     assert words in text
-    assert alarms(sick) == []
+    assert alarms(faulty) == []
     assert alarms(HEALTHY) == []
-    assert alarms(sick) == [text]
+    assert alarms(faulty) == [text]
 
 
-def test_brackets_in_what_is_said_are_not_markup(tmp_path, capsys):
-    log = logs.Log(tmp_path, Settings(), "ppo", total=1)
-    log.say("data[1].jsonl: 3 rows [/no]")
+def test_brackets_in_a_message_are_not_markup(tmp_path, capsys):
+    log = logs.Log(tmp_path, LogConfig(), "ppo", total=1)
+    log.message("data[1].jsonl: 3 rows [/no]")
     log.close()
     assert "ppo: data[1].jsonl: 3 rows [/no]\n" == capsys.readouterr().err
 
 
-def test_alarms_remember_their_baseline_over_a_resume(tmp_path, capsys):
-    log = logs.Log(tmp_path, Settings(), "ppo", total=3)
+def test_alarms_keep_their_baseline_over_a_resume(tmp_path, capsys):
+    log = logs.Log(tmp_path, LogConfig(), "ppo", total=3)
     log.metrics(1, HEALTHY)
     log.close()
-    log = logs.Log(tmp_path, Settings(), "ppo", total=3, start=1)
+    log = logs.Log(tmp_path, LogConfig(), "ppo", total=3, start=1)
     log.metrics(2, HEALTHY | {"tokens/length": 90.0})
     log.close()
     assert "alarm at step 2" in capsys.readouterr().err
-    assert "grown" in rows(tmp_path / "metrics.jsonl")[1]["alarms"][0]
+    assert "grown" in toy.rows(tmp_path / "metrics.jsonl")[1]["alarms"][0]
 
 
 def test_run_json_names_config_versions_and_data(tmp_path):
     (tmp_path / "data.jsonl").write_text("abc")
-    told = json.loads(json.dumps(logs.describe("sft", Settings(), [tmp_path / "data.jsonl"])))
-    assert told["stage"] == "sft" and told["config"] == {"every": 1, "samples": 2, "live": True, "sinks": []}
-    assert told["versions"]["torch"] == torch.__version__ and "python" in told["versions"]
-    assert told["data"][str(tmp_path / "data.jsonl")].startswith("ba7816bf8f01cfea")
+    info = json.loads(json.dumps(run_info("sft", LogConfig(), [tmp_path / "data.jsonl"])))
+    assert info["stage"] == "sft"
+    assert info["config"]["every"] == 1
+    assert info["config"]["sinks"] == []
+    assert info["versions"]["torch"] == torch.__version__
+    assert "python" in info["versions"]
+    assert info["data"][str(tmp_path / "data.jsonl")].startswith("ba7816bf8f01cfea")
 
 
 def test_sinks_are_named_and_optional(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no sink is called 'wanbd'"):
-        logs.Log(tmp_path, Settings(sinks=("wanbd",)), "ppo", total=1)
-    monkeypatch.setitem(__import__("sys").modules, "trackio", None)
+        logs.Log(tmp_path, LogConfig(sinks=("wanbd",)), "ppo", total=1)
+    monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="pip install trackio"):
-        logs.Log(tmp_path, Settings(sinks=("trackio",)), "ppo", total=1)
+        logs.Log(tmp_path, LogConfig(sinks=("trackio",)), "ppo", total=1)
 
 
 def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
-    log = logs.Log(tmp_path, Settings(), "ppo", total=1)
+    log = logs.Log(tmp_path, LogConfig(), "ppo", total=1)
 
     class Full:
         name = str(tmp_path / "metrics.jsonl")
@@ -162,41 +161,47 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_only_a_newline_ends_a_row(tmp_path):
-    """A response may hold U+2028, U+0085 or a form feed, and none of them may cost the rows after it."""
+    """A response may contain U+2028, U+0085 or a form feed; the rows after it must survive."""
     text = "a\u2028b\u2029c\x85d\x0ce\x1ef"
-    log = logs.Log(tmp_path, Settings(), "ppo", total=4)
+    log = logs.Log(tmp_path, LogConfig(), "ppo", total=4)
     for step in (1, 2, 3):
         log.metrics(step, {"loss": step})
         log.samples(step, [{"response": text}])
     log.close()
-    logs.Log(tmp_path, Settings(), "ppo", total=4, start=3).close()
+    logs.Log(tmp_path, LogConfig(), "ppo", total=4, start=3).close()
     assert [row["response"] for _, row in logs.read_rows(tmp_path / "samples.jsonl")] == [text] * 3
     assert [row["step"] for _, row in logs.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_spoiled_row_before_the_last_is_a_sentence(tmp_path):
-    """Only the last line can have been cut short by a crash; the rows after another one are not thrown away."""
+def test_a_damaged_row_before_the_last_is_a_sentence(tmp_path):
+    """A crash can cut only the last line short. For any other line the rows after it are not thrown away."""
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     before = file.read_bytes()
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON"):
-        logs.Log(tmp_path, Settings(), "ppo", total=4, start=3)
+        logs.Log(tmp_path, LogConfig(), "ppo", total=4, start=3)
     assert file.read_bytes() == before
     file.write_text('{"step": 1}\n{"st\n')
     assert [row for _, row in logs.read_rows(file)] == [{"step": 1}]
 
 
-def test_text_files_do_not_hang_on_the_locale():
-    """Every file that is opened for text says that it is UTF-8."""
+def test_text_files_do_not_depend_on_the_locale():
+    """Every file that is opened for text is opened as UTF-8."""
+    missing = []
     for file in Path(logs.__file__).parents[1].rglob("*.py"):
-        if file.parent.name == "demo":  # its files are plain ASCII, its own
+        if file.parent.name == "demo":  # it reads and writes its own ASCII files only
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            opened = isinstance(node.func, ast.Name) and name == "open" and not any("b" in text for text in texts)
-            if opened or name in ("read_text", "write_text"):
-                named = any(keyword.arg == "encoding" for keyword in node.keywords)
-                assert named, f"{file.name}:{node.lineno}: {name} without encoding"
+            if isinstance(node, ast.Call) and opens_text(node):
+                if not any(keyword.arg == "encoding" for keyword in node.keywords):
+                    missing.append(f"{file.name}:{node.lineno}: {ast.unparse(node.func)} without encoding")
+    assert not missing
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Return whether a call is open(...) or path.open(...) in text mode, read_text or write_text."""
+    function = ast.unparse(call.func)
+    name = function.rpartition(".")[2]
+    modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    opened = name == "open" and function not in ("os.open", "gzip.open") and not any("b" in mode for mode in modes)
+    return opened or name in ("read_text", "write_text")

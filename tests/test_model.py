@@ -103,9 +103,9 @@ def test_packed_rows_do_not_see_one_another(kind):
     """The loss and gradients are those of one row at a time."""
     model = Model(MODULES[kind]())
     batch = demonstrations((1, 9), (4, 5), (3, 12), (2, 2), (1, 3))
-    packed, _ = sft_loss(model, batch, batch.units(), pack=True)
+    packed, _ = sft_loss(model, batch, batch.num_items(), pack=True)
     packed_gradients = gradients(model, packed)
-    alone = sum(sft_loss(model, batch.take([row]), batch.units())[0] for row in range(5))
+    alone = sum(sft_loss(model, batch.take([row]), batch.num_items())[0] for row in range(5))
     alone_gradients = gradients(model, alone)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
     assert packed_gradients.keys() == alone_gradients.keys()
@@ -117,12 +117,12 @@ def test_packing_is_refused_where_packed_rows_see_one_another():
     config = FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
     model, batch = Model(FalconForCausalLM(config)), demonstrations((1, 4), (1, 5))
     with pytest.raises(UserError, match="packing=false"):
-        sft_loss(model, batch, batch.units(), pack=True)
+        sft_loss(model, batch, batch.num_items(), pack=True)
 
 
 def test_sft_loss_counts_completion_tokens_only():
     model, batch = Model(MODULES["llama"]()), demonstrations((3, 7), (2, 4))
-    loss, _ = sft_loss(model, batch, batch.units())
+    loss, _ = sft_loss(model, batch, batch.num_items())
     truth = model.module(input_ids=batch.tokens).logits.log_softmax(-1)
     expected = [truth[0, t - 1, batch.tokens[0, t]] for t in range(3, 7)]
     expected += [truth[1, t - 1, batch.tokens[1, t]] for t in range(2, 4)]
@@ -165,7 +165,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, rank):
         model, runs = Model.load(cfg), []
         model.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         with model.train_mode():  # with checkpointing a layer runs again in the backward pass
-            found.append(gradients(model, sft_loss(model, batch, batch.units())[0]))
+            found.append(gradients(model, sft_loss(model, batch, batch.num_items())[0]))
         assert len(runs) == 1 + checkpointing
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)

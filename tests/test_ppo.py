@@ -1,9 +1,8 @@
-"""PPO on a toy world: it learns, every switch runs, plain transformers reads its files, and wrong input is refused."""
+"""PPO on the toy task: it learns, every setting runs, plain transformers reads its files, wrong input is refused."""
 
 import json
 
 import pytest
-import torch
 import toy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -32,15 +31,23 @@ def test_ppo_raises_a_callable_reward(folder):
     ppo.run(cfg)
     rows = toy.rows(folder / "ppo/metrics.jsonl")
     first, last = (sum(row["objective/scores"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
-    assert first < 0.3 and last > 2 * first, (first, last)
+    assert first < 0.3
+    assert last > 2 * first
     assert all(abs(row["val/ratio_first"] - 1) < 1e-5 for row in rows)
     assert rows[-1]["loss/value_avg"] < 0.5 * rows[0]["loss/value_avg"]
-    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["objective/kl"] > 0.1
-    assert all(row["episode"] == 32 * row["step"] and row["steps"] == 4 for row in rows)
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["objective/kl"] > 0.1
+
+
+def test_ppo_writes_metrics_samples_and_folders_that_transformers_reads(folder):
+    ppo.run(toy.ppo(folder, inner_epochs=2))
+    rows = toy.rows(folder / "ppo/metrics.jsonl")
+    assert [row["episode"] for row in rows] == [16 * row["step"] for row in rows]
+    assert {row["steps"] for row in rows} == {4}
     names = "objective/rlhf_reward objective/entropy policy/clipfrac_avg policy/approxkl_avg val/ratio val/clipfrac_avg"
     assert {*names.split(), "loss/policy_avg", "loss/value_avg", "value/lr", "lr"} <= rows[0].keys()
-    for part in ("ppo", "ppo/ema"):
-        assert AutoTokenizer.from_pretrained(folder / part)("a .").input_ids == [3, 2]
+    for name in ("ppo", "ppo/ema"):
+        assert AutoTokenizer.from_pretrained(folder / name)("a .").input_ids == [3, 2]
     for one, other in (("ppo", "ppo/ema"), ("ppo/ema", "model"), ("ppo", "model")):
         assert not toy.same_weights(folder / one, folder / other)
     assert AutoModelForSequenceClassification.from_pretrained(folder / "ppo/value").config.num_labels == 1
@@ -49,46 +56,27 @@ def test_ppo_raises_a_callable_reward(folder):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_ppo_against_a_reward_model_starts_the_critic_from_it(folder, kind):
+def test_the_value_model_starts_from_the_reward_model_and_learns_alone_at_first(folder, kind):
     toy.model_at(folder, kind=kind)
     reward.run(toy.reward(folder))
     cfg = toy.ppo(folder, reward=str(folder / "reward"), critic_warmup=6, ema=0.0)
     ppo.run(cfg)
     rows = toy.rows(folder / "ppo/metrics.jsonl")
-    # While only the critic learns, the policy stays where it is.
     assert toy.same_weights(folder / "model", folder / "ppo")
-    assert "loss/policy_avg" not in rows[-1] and "loss/value_avg" in rows[-1]
-    judge, critic = ((folder / part / "model.safetensors").read_bytes() for part in ("reward", "ppo/value"))
-    assert judge != critic and not (folder / "ppo/ema").exists()
+    assert "loss/policy_avg" not in rows[-1]
+    assert "loss/value_avg" in rows[-1]
+    reward_file, value_file = (folder / name / "model.safetensors" for name in ("reward", "ppo/value"))
+    assert reward_file.read_bytes() != value_file.read_bytes()
+    assert not (folder / "ppo/ema").exists()
 
 
-def test_ptx_is_one_gradient_with_ppos(folder):
-    """The step's gradient is PPO's plus coefficient times the texts'."""
-    from rlhf_fast.batches import Texts
-    from rlhf_fast.training.learner import Learner
-    from rlhf_fast.training.losses import pretrain_loss
-
+def test_ppo_ptx_adds_the_pretraining_gradient_to_the_same_step(folder):
+    """test_learner.py holds the sum of the gradients; here the stage's own step is asked for both terms."""
     cfg = toy.ppo(folder, episodes=16)
-    model = ppo.Model.load(cfg.policy)
-    texts = Texts(torch.randint(3, 9, (5, 12)), torch.tensor([12, 11, 5, 12, 2]))
-    other = Texts(torch.randint(3, 9, (3, 9)), torch.tensor([9, 8, 9]))
-
-    def gradient(terms):
-        learner = Learner(model, OptimConfig(lr=1e-3), 10)
-        for term in terms:
-            list(learner._backward(*term))
-        return {name: p.grad.clone() for name, p in learner.params.items()}
-
-    def cleared(*terms):
-        model.module.zero_grad()
-        return gradient(terms)
-
-    one, two = cleared((pretrain_loss, texts, 1.0)), cleared((pretrain_loss, other, 1.0))
-    both = cleared((pretrain_loss, texts, 1.0), (pretrain_loss, other, 27.8))
-    for name in both:
-        torch.testing.assert_close(both[name], one[name] + 27.8 * two[name], rtol=1e-4, atol=1e-5)
     ppo.run(cfg)
-    assert "loss/pretrain" in toy.rows(folder / "ppo/metrics.jsonl")[0]
+    (row,) = toy.rows(folder / "ppo/metrics.jsonl")
+    assert row["steps"] == 2
+    assert row["loss"] == pytest.approx(row["loss/policy_avg"] + cfg.ptx_coef * row["loss/pretrain"], rel=1e-4)
 
 
 @pytest.mark.parametrize("changes", [
@@ -98,24 +86,36 @@ def test_ptx_is_one_gradient_with_ppos(folder):
     {"whiten": "minibatch", "whiten_shift_mean": False},
     {"whiten": "none", "loss_mean": "sequence", "dual_clip": 3.0, "entropy_coef": 0.01},
     {"old_logprobs": "recompute", "score_clip": 0.5, "score_scale": 2.0},
-    {"target_kl": 1e-9, "inner_epochs": 3},
-    {"select": "ema"},
-    {"select": "reward"},
+    {"bootstrap_truncated": True},
 ], ids=str)  # fmt: skip
-def test_ppos_switches_run_to_the_end(folder, changes):
-    cfg = toy.ppo(folder, **changes)
-    ppo.run(cfg)
+def test_each_setting_runs_to_the_end(folder, changes):
+    ppo.run(toy.ppo(folder, **changes))
     rows = toy.rows(folder / "ppo/metrics.jsonl")
-    assert len(rows) == 6 and all(isinstance(row["objective/kl"], float) for row in rows)
-    if "target_kl" in changes:
-        assert all(row["steps"] == 2 for row in rows[1:]), "the first step has ratio 1, the second ends the batch"
-    if changes.get("select") == "ema":
-        assert (folder / "ppo/last").exists()
-        assert (folder / "ppo/model.safetensors").read_bytes() == (folder / "ppo/ema/model.safetensors").read_bytes()
-    if changes.get("select") == "reward":
-        best = max(row["valid/rlhf_reward"] for row in rows if "valid/rlhf_reward" in row)
-        best_step = next(row["step"] for row in rows if row.get("valid/rlhf_reward") == best)
-        assert json.loads((folder / "ppo/run.json").read_text())["finished"]["step"] == best_step
+    assert len(rows) == 6
+    assert all(isinstance(row["objective/kl"], float) for row in rows)
+
+
+def test_target_kl_ends_a_batch_early(folder):
+    ppo.run(toy.ppo(folder, target_kl=1e-9, inner_epochs=3))
+    rows = toy.rows(folder / "ppo/metrics.jsonl")
+    assert {row["steps"] for row in rows[1:]} == {2}, "the first step has ratio 1, the second ends the batch"
+
+
+def test_select_ema_writes_the_average_and_keeps_the_last_weights(folder):
+    ppo.run(toy.ppo(folder, select="ema"))
+    assert (folder / "ppo/last").exists()
+    assert (folder / "ppo/model.safetensors").read_bytes() == (folder / "ppo/ema/model.safetensors").read_bytes()
+
+
+def test_select_reward_writes_the_best_validated_weights(folder):
+    ppo.run(toy.ppo(folder, select="reward"))
+    rewards = {
+        row["step"]: row["valid/rlhf_reward"]
+        for row in toy.rows(folder / "ppo/metrics.jsonl")
+        if "valid/rlhf_reward" in row
+    }
+    finished = json.loads((folder / "ppo/run.json").read_text())["finished"]
+    assert finished["step"] == max(rewards, key=rewards.get)
 
 
 def test_the_adaptive_controller_moves_the_coefficient_and_the_metrics_show_it(folder):
@@ -130,27 +130,23 @@ def test_the_adaptive_controller_moves_the_coefficient_and_the_metrics_show_it(f
 def test_a_policy_with_lora_is_its_own_reference(folder):
     pytest.importorskip("peft")
     policy = ModelConfig(toy.model_at(folder), lora=LoraConfig(rank=4))
-    roles = ppo.load_roles(toy.ppo(folder, policy=policy), None)
-    assert roles.reference.module is roles.policy.module
+    models = ppo.load_models(toy.ppo(folder, policy=policy), None)
+    assert models.reference.module is models.policy.module
     ppo.run(toy.ppo(folder, policy=policy))
     assert not toy.same_weights(folder / "ppo", folder / "model")
     assert (folder / "ppo/adapter").is_dir()
 
 
 def test_two_runs_are_the_same_to_the_bit(folder):
-    runs = []
     for out in ("one", "two"):
         ppo.run(toy.ppo(folder, out))
-        rows = toy.rows(folder / out / "metrics.jsonl")
-        runs.append([{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows])
-    assert runs[0] == runs[1]
-    for part in ("", "ema/", "value/"):
-        one, two = ((folder / out / f"{part}model.safetensors").read_bytes() for out in ("one", "two"))
-        assert one == two
+    assert toy.metrics(folder / "one") == toy.metrics(folder / "two")
+    for file in ("model.safetensors", "ema/model.safetensors", "value/model.safetensors"):
+        assert (folder / "one" / file).read_bytes() == (folder / "two" / file).read_bytes()
 
 
-def test_the_loss_trajectory_is_the_one_on_file(folder):
-    """Two batches of two steps: another number here is another algorithm (or another generator in torch)."""
+def test_the_loss_trajectory_is_the_recorded_one(folder):
+    """Two batches of two steps: other numbers mean another algorithm, or another generator in torch."""
     ppo.run(toy.ppo(folder, episodes=2 * 16))
     names = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "loss/pretrain", "grad_norm")
     rows = [[row[name] for name in names] for row in toy.rows(folder / "ppo/metrics.jsonl")]

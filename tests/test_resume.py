@@ -1,7 +1,7 @@
-"""A run that was stopped, however, and started again ends with the very weights of one that was not.
+"""A run that is stopped, in whatever way, and resumed ends with the same weights, to the bit, as an uninterrupted one.
 
-Each attempt is a process of its own, forked from a server that has the imports behind it. Killing is SIGKILL: at a
-chosen fsync (in the middle of a checkpoint or of the last save) and at random moments.
+Each attempt is a process of its own, forked from a server that has done the imports. SIGKILL comes at a chosen fsync,
+in the middle of a checkpoint or of the last save, and at random moments.
 """
 
 import json
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 
 
 def attempt(stage: str, folder: str, out: str, die_at: int) -> None:
-    """What a child does: the stage, with SIGKILL instead of the `die_at`-th fsync (0: none)."""
+    """Run the stage in a child process, with SIGKILL instead of the `die_at`-th fsync (0: none)."""
     import torch
 
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def child(processes, *arguments):
 
 @pytest.fixture(scope="module", params=list(STAGES))
 def uninterrupted(request, processes, tmp_path_factory):
-    """(stage, its folder, seconds it took, fsyncs it made) of a run that nobody disturbed, in `whole`."""
+    """Return (stage, its folder, seconds it took, fsyncs it made) of an uninterrupted run, in `whole`."""
     folder = tmp_path_factory.mktemp(request.param)
     CONFIGS[request.param](folder, "whole")  # writes the model and the data
     process = child(processes, request.param, str(folder), "whole", 0)
@@ -78,31 +78,29 @@ def uninterrupted(request, processes, tmp_path_factory):
 
 
 def weights(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every weight file."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*/model.safetensors")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def numbers(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl but for their times."""
-    rows = toy.rows(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
-
-
-def check_same(folder: Path, out: str) -> None:
-    assert weights(folder / out) == weights(folder / "whole") and weights(folder / out)
-    assert numbers(folder / out) == numbers(folder / "whole"), "a step is missing, there twice, or another"
-    samples = [(folder / part / "samples.jsonl").read_text() for part in (out, "whole")]
-    assert samples[0] == samples[1]
-    told = [json.loads((folder / part / "run.json").read_text())["finished"] for part in (out, "whole")]
-    assert told[0] == told[1]
+def assert_same_run(folder: Path, out: str) -> None:
+    """Compare a resumed run with the uninterrupted one."""
+    resumed, whole = folder / out, folder / "whole"
+    assert weights(resumed)
+    assert weights(resumed) == weights(whole)
+    assert toy.metrics(resumed) == toy.metrics(whole), "a step is missing, written twice, or different"
+    assert (resumed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    finished = [json.loads((run / "run.json").read_text())["finished"] for run in (resumed, whole)]
+    assert finished[0] == finished[1]
 
 
 def test_killed_inside_its_saves(uninterrupted, processes):
-    """Killed again and again, each time at another fsync of the saving: no moment of it is fatal."""
+    """Killed up to three times, each time at another fsync of the saving: none of them spoils the run."""
     stage, folder, _, fsyncs = uninterrupted
-    chance, kills = random.Random(stage), 0
+    rng = random.Random(stage)
+    kills = 0
     while kills < 3:
-        process = child(processes, stage, str(folder), "torn", chance.randrange(1, fsyncs + 1))
+        process = child(processes, stage, str(folder), "torn", rng.randrange(1, fsyncs + 1))
         process.join(120)
         if process.exitcode == 0:
             break
@@ -112,29 +110,30 @@ def test_killed_inside_its_saves(uninterrupted, processes):
         process = child(processes, stage, str(folder), "torn", 0)
         process.join(120)
     assert process.exitcode == 0 and kills
-    check_same(folder, "torn")
+    assert_same_run(folder, "torn")
 
 
 def test_killed_at_random_moments(uninterrupted, processes):
-    """Some time into a step, twice; the steps are early ones, so that the run is still on its way."""
+    """Killed twice, some time into an early step, so that the run is not over yet."""
     stage, folder, seconds, _ = uninterrupted
-    chance, metrics, steps = random.Random(), folder / "killed/metrics.jsonl", len(numbers(folder / "whole"))
+    rng = random.Random()
+    metrics, steps = folder / "killed/metrics.jsonl", len(toy.metrics(folder / "whole"))
     for after in (1, steps // 2):
         process = child(processes, stage, str(folder), "killed", 0)
         while process.is_alive() and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= after):
             time.sleep(0.001)
-        time.sleep(chance.random() * seconds / steps)
+        time.sleep(rng.random() * seconds / steps)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
     process = child(processes, stage, str(folder), "killed", 0)
     process.join(120)
     assert process.exitcode == 0
-    check_same(folder, "killed")
+    assert_same_run(folder, "killed")
 
 
 def stopped_after(monkeypatch, stage: str, folder: Path, out: str, steps: int) -> None:
-    """Runs the stage in this process and sends SIGTERM while step `steps` + 1 is on its way."""
+    """Run the stage in this process and send SIGTERM during step `steps` + 1."""
     from rlhf_fast.training import learner
 
     monkeypatch.chdir(folder)
@@ -161,10 +160,10 @@ def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch, one_thread
     assert "finished" not in json.loads((folder / "stopped/run.json").read_text())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     STAGES[stage].run(CONFIGS[stage](folder, "stopped"))
-    check_same(folder, "stopped")
+    assert_same_run(folder, "stopped")
 
 
-def test_a_half_written_newest_checkpoint_is_skipped(uninterrupted, monkeypatch, one_thread):
+def test_a_torn_newest_checkpoint_is_skipped(uninterrupted, monkeypatch, one_thread):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "half", 7)
     newest = checkpoint.latest(folder / "half/checkpoints")
@@ -172,7 +171,7 @@ def test_a_half_written_newest_checkpoint_is_skipped(uninterrupted, monkeypatch,
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=rf"{newest.name}: skipped"):
         STAGES[stage].run(CONFIGS[stage](folder, "half"))
-    check_same(folder, "half")
+    assert_same_run(folder, "half")
 
 
 def test_without_any_checkpoint_it_starts_over(uninterrupted, monkeypatch, one_thread):
@@ -182,7 +181,7 @@ def test_without_any_checkpoint_it_starts_over(uninterrupted, monkeypatch, one_t
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         STAGES[stage].run(CONFIGS[stage](folder, "over"))
-    check_same(folder, "over")
+    assert_same_run(folder, "over")
 
 
 def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch, one_thread):
@@ -195,7 +194,7 @@ def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch, one_th
 
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch, one_thread):
-    """Master weights are float32 and the adapters alone are trained: both must come back."""
+    """The float32 master weights and the adapters, which alone are trained, are restored."""
     pytest.importorskip("peft")
     model = ModelConfig(toy.model_at(tmp_path), dtype="bfloat16", lora=LoraConfig(rank=2, dropout=0.1))
     models = {"policy": model, "value": replace(model, path="")} if stage == "ppo" else {"model": model}
@@ -205,11 +204,11 @@ def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch, one_thread
     STAGES[stage].run(CONFIGS[stage](tmp_path, "whole"))
     stopped_after(monkeypatch, stage, tmp_path, "stopped", 3)
     STAGES[stage].run(CONFIGS[stage](tmp_path, "stopped"))
-    check_same(tmp_path, "stopped")
+    assert_same_run(tmp_path, "stopped")
 
 
 def test_a_full_disk_while_saving_loses_nothing(uninterrupted, processes, monkeypatch, one_thread):
-    """The second checkpoint finds no room: one sentence, and the run goes on from the first once there is some."""
+    """The second checkpoint cannot be written: one sentence, and the run resumes from the first once there is room."""
     from rlhf_fast.errors import UserError
 
     stage, folder, *_ = uninterrupted
@@ -229,4 +228,4 @@ def test_a_full_disk_while_saving_loses_nothing(uninterrupted, processes, monkey
             STAGES[stage].run(CONFIGS[stage](folder, "full"))
     assert checkpoint.latest(folder / "full/checkpoints").name == "step_2"
     STAGES[stage].run(CONFIGS[stage](folder, "full"))
-    check_same(folder, "full")
+    assert_same_run(folder, "full")

@@ -137,7 +137,7 @@ def test_a_sample_does_not_depend_on_its_batch(path):
     order = [4, 0, 6, 2, 1, 5, 3]
     shuffled = Rollout(model, sampling(), seed=5, path=path).generate(batch.take(order), samples=2)
     assert shuffled.response_ids() == [rows[2 * i + k] for i in order for k in (0, 1)]
-    assert shuffled.uids.tolist() == [batch.ids[i] for i in order for _ in (0, 1)]
+    assert shuffled.uids.tolist() == [batch.uids[i] for i in order for _ in (0, 1)]
     index = torch.tensor([2 * i + k for i in order for k in (0, 1)])
     torch.testing.assert_close(shuffled.logprobs, whole.logprobs[index], **near)
 
@@ -156,9 +156,9 @@ def test_the_noise_depends_on_seed_step_and_uid(path):
     state = torch.get_rng_state()
     assert Rollout(model, sampling(), seed=1, path=path).generate(batch, samples=2).response_ids() == rows
     assert torch.equal(torch.get_rng_state(), state)
-    for seed, step, uids in [(2, 0, batch.ids), (1, 1, batch.ids), (1, 0, [7, 8])]:
+    for seed, step, uids in [(2, 0, batch.uids), (1, 1, batch.uids), (1, 0, [7, 8])]:
         rollout = Rollout(model, sampling(), seed=seed, path=path)
-        other = rollout.generate(batch._replace(ids=uids), samples=2, step=step)
+        other = rollout.generate(batch._replace(uids=uids), samples=2, step=step)
         assert all(a != b for a, b in zip(other.response_ids(), rows, strict=True))
 
 
@@ -179,10 +179,10 @@ def test_end_tokens(path):
     batch.tokens[0][1] = END
     over = Rollout(always(END), sampling(), path=path).generate(batch)
     assert over.response_ids() == [[END], [END]] and over.finished.all()
-    assert over.reasons.tolist() == [batches.END] * 2 and over.reasons.dtype == torch.uint8
+    assert over.finish_reasons.tolist() == [batches.END] * 2 and over.finish_reasons.dtype == torch.uint8
     assert over.lengths.tolist() == [4, 6] and over.mask.shape == (2, 1)
     never = Rollout(always(9), sampling(), path=path).generate(batch)
-    assert never.response_ids() == [[9] * 12] * 2 and not never.finished.any() and not never.reasons.any()
+    assert never.response_ids() == [[9] * 12] * 2 and not never.finished.any() and not never.finish_reasons.any()
     several = always(9)
     several.module.generation_config.eos_token_id = [7, 9]
     assert Rollout(several, sampling(), path=path).generate(batch).response_ids() == [[9], [9]]
@@ -194,7 +194,7 @@ def test_end_tokens(path):
 def test_an_end_token_as_the_last_allowed_token_counts(path):
     late = Rollout(always(END), sampling(min_new_tokens=2, max_new_tokens=3), path=path).generate(prompts(3))
     response = late.response_ids()[0]
-    assert response[2] == END and END not in response[:2] and late.reasons.tolist() == [batches.END]
+    assert response[2] == END and END not in response[:2] and late.finish_reasons.tolist() == [batches.END]
 
 
 def test_min_new_tokens_leaves_the_reported_logprobs_alone(path):
@@ -203,7 +203,7 @@ def test_min_new_tokens_leaves_the_reported_logprobs_alone(path):
     with torch.no_grad():
         model.module.lm_head.bias.zero_()
     responses = Rollout(model, sampling(min_new_tokens=12), path=path).generate(prompts(3, 6))
-    assert responses.mask.all() and responses.reasons.tolist() == [LIMIT] * 2
+    assert responses.mask.all() and responses.finish_reasons.tolist() == [LIMIT] * 2
     uniform, without_end = -torch.tensor(61.0).log(), -torch.tensor(60.0).log()
     torch.testing.assert_close(responses.logprobs, uniform.expand(2, 12), rtol=0, atol=1e-5)
     torch.testing.assert_close(responses.kept_logprobs, without_end.expand(2, 12), rtol=0, atol=1e-5)
@@ -235,7 +235,7 @@ def test_stop_text_ends_a_response_and_stays_in_it(path):
     model = always(27)
     model.tokenizer = Letters()
     responses = Rollout(model, sampling(stop=("bbb",)), path=path).generate(prompts(3, 5))
-    assert responses.response_ids() == [[27] * 3] * 2 and responses.reasons.tolist() == [STOP] * 2
+    assert responses.response_ids() == [[27] * 3] * 2 and responses.finish_reasons.tolist() == [STOP] * 2
     assert responses.finished.all()
     assert not Rollout(model, sampling(stop=("bab",)), path=path).generate(prompts(3)).finished.any()
     late = Rollout(model, sampling(stop=("bb",), min_new_tokens=5), path=path).generate(prompts(3))

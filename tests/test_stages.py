@@ -1,6 +1,7 @@
-"""SFT and reward on a toy world: they learn, write what plain transformers reads, and refuse what is wrong."""
+"""SFT and reward on the toy task: they learn, write what plain transformers reads, and refuse what is wrong."""
 
 import json
+import random
 import signal
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.run.folder import RunDir
+from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.stages import reward, sft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,26 +28,29 @@ def test_sft_learns_the_demonstrations(folder, kind):
     rows = toy.rows(folder / "sft/metrics.jsonl")
     assert rows[-1]["loss/sft"] < 0.5 * rows[0]["loss/sft"]
     valid = [row["valid/sft"] for row in rows if "valid/sft" in row]
-    assert len(valid) == 10 and valid[-1] < valid[0]
-    told = json.loads((folder / "sft/run.json").read_text())
-    assert told["config"]["optim"]["lr"] == 1e-2 and told["finished"]["score"] == pytest.approx(-min(valid))
+    assert len(valid) == 10
+    assert valid[-1] < valid[0]
+    info = json.loads((folder / "sft/run.json").read_text())
+    assert info["config"]["optim"]["lr"] == 1e-2
+    assert info["finished"]["score"] == pytest.approx(-min(valid))
     model, words = AutoModelForCausalLM.from_pretrained(folder / "sft"), AutoTokenizer.from_pretrained(folder / "sft")
     assert words("a b .").input_ids == toy.tokenizer()("a b .").input_ids
     generated = model.generate(**words("a a .", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert len(generated[0]) > 3
     samples = toy.rows(folder / "sft/samples.jsonl")
-    assert {"prompt", "response", "length", "eos", "step"} <= samples[0].keys() and len(samples) == 20
+    assert {"prompt", "response", "length", "eos", "step"} <= samples[0].keys()
+    assert len(samples) == 20
 
 
 def test_sft_keeps_the_epoch_with_the_best_validation_loss(folder):
-    """There is nothing to learn in random answers but by heart: `loss` writes an earlier model than `last`."""
-    chance = toy.random.Random(0)
-    noise = [{"prompt": text, "completion": " ".join(chance.choices("abcdefgh", k=4))} for text in toy.prompts(40)]
-    data, steep = DataConfig(toy.jsonl(folder / "noise.jsonl", noise), valid_fraction=0.2), OptimConfig(lr=0.01)
+    """Random answers can only be memorised, so the validation loss rises and `loss` writes an earlier model."""
+    rng = random.Random(0)
+    noise = [{"prompt": text, "completion": " ".join(rng.choices("abcdefgh", k=4))} for text in toy.prompts(40)]
+    data = DataConfig(toy.jsonl(folder / "noise.jsonl", noise), valid_fraction=0.2)
+    optim = OptimConfig(lr=0.01)
     losses = {}
     for select in ("loss", "last"):
-        cfg = toy.sft(folder, select, data=data, select=select, optim=steep, epochs=10, pretrain_fraction=0.0)
-        sft.run(cfg)
+        sft.run(toy.sft(folder, select, data=data, select=select, optim=optim, epochs=10, pretrain_fraction=0.0))
         rows = toy.rows(folder / select / "metrics.jsonl")
         losses[select] = [row["valid/sft"] for row in rows if "valid/sft" in row]
     assert losses["loss"] == losses["last"]
@@ -54,7 +58,7 @@ def test_sft_keeps_the_epoch_with_the_best_validation_loss(folder):
     assert best < len(losses["loss"]) - 1, "the test needs a run whose last epoch is not its best"
     assert not toy.same_weights(folder / "loss", folder / "last")
     assert json.loads((folder / "loss/run.json").read_text())["finished"]["score"] == -min(losses["loss"])
-    assert [entry.name for entry in (folder / "loss/checkpoints").iterdir()] == ["lock"]  # nothing goes on from here
+    assert [entry.name for entry in (folder / "loss/checkpoints").iterdir()] == ["lock"]
 
 
 def test_sft_mixes_in_pretraining_text_by_its_share(folder):
@@ -64,7 +68,9 @@ def test_sft_mixes_in_pretraining_text_by_its_share(folder):
     assert all("loss/pretrain" in row for row in rows)
     assert rows[-1]["loss/pretrain"] < rows[0]["loss/pretrain"]
 
-    class Counted:
+    class Recorder:
+        """Records the batches that are taken from a data set."""
+
         def __init__(self, data):
             self.data, self.taken = data, []
 
@@ -76,10 +82,10 @@ def test_sft_mixes_in_pretraining_text_by_its_share(folder):
             return len(self.data)
 
     model = sft.Model.load(cfg.model)
-    demonstrations = Counted(sft.read_demonstrations(cfg.data, model.tokenizer).train)
-    texts = Counted(sft.read_texts(cfg.pretrain, model.tokenizer).train)
-    weights = [sum(c for _, _, c in sft.mixture(cfg, demonstrations, texts, step)) for step in range(1, 9)]
-    assert weights == pytest.approx([1.0] * 8)
+    demonstrations = Recorder(sft.read_demonstrations(cfg.data, model.tokenizer).train)
+    texts = Recorder(sft.read_texts(cfg.pretrain, model.tokenizer).train)
+    steps = [sft.step_terms(cfg, demonstrations, texts, step) for step in range(1, 9)]
+    assert [sum(coefficient for _, _, coefficient in terms) for terms in steps] == pytest.approx([1.0] * 8)
     # 20 % of the sequences: 2 texts to 8 demonstrations, each text once.
     assert texts.taken == [(2 * step, 2) for step in range(8)]
     assert demonstrations.taken == [(8 * step, 8) for step in range(8)]
@@ -101,8 +107,8 @@ def test_sft_without_validation_rows_cannot_select(folder):
         sft.run(cfg)
 
 
-def test_sft_samples_only_where_the_answer_fits(folder):
-    """A demonstration may fill the model's 64 positions although its prompt leaves no room for a longest answer."""
+def test_sft_samples_only_prompts_that_leave_room_for_the_longest_response(folder):
+    """A demonstration may fit in the model's 64 positions although its prompt plus max_new_tokens does not."""
     rows = [{"prompt": "a " * n + ".", "completion": "a"} for n in (*range(1, 30), 60)]
     sampling = SamplingConfig(max_new_tokens=40)
     for valid, samples in ((rows[10:12] + rows[-1:], 2), (rows[-1:], 0)):
@@ -122,23 +128,20 @@ def test_reward_learns_ragged_rankings(folder):
     cfg = toy.reward(folder)
     reward.run(cfg)
     rows = toy.rows(folder / "reward/metrics.jsonl")
-    assert len(rows) == -(-3 * 86 // 16) and rows[-1]["valid/accuracy"] > 0.9 > rows[0]["reward/accuracy"]
+    assert len(rows) == -(-3 * 86 // 16)
+    assert rows[-1]["valid/accuracy"] > 0.9 > rows[0]["reward/accuracy"]
     assert 0 < rows[-1]["valid/longer_wins"] < 1
-    model, words = toy_scores(folder / "reward")
-    good, bad = model(words, "a b . a a a</s>"), model(words, "a b . c d e</s>")
+    good, bad = score_texts(folder / "reward", ["a b . a a a </s>", "a b . c d e </s>"])
     assert good > bad
     sample = toy.rows(folder / "reward/samples.jsonl")[0]
     assert len(sample["responses"]) == len(sample["ranks"]) == len(sample["scores"])
 
 
-def toy_scores(path):
+def score_texts(path, texts):
+    """Return the scores of texts by plain transformers, one at a time."""
     model, words = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-
-    def score(words, text):
-        ids = words(text.replace("</s>", " </s>"), return_tensors="pt").input_ids
-        return float(model(input_ids=ids).logits[0, 0].detach())
-
-    return score, words
+    ids = [words(text, return_tensors="pt").input_ids for text in texts]
+    return [float(model(input_ids=row).logits[0, 0].detach()) for row in ids]
 
 
 def test_the_bias_puts_demonstrations_at_zero_and_keeps_the_ranking(folder):
@@ -158,9 +161,9 @@ def test_the_bias_puts_demonstrations_at_zero_and_keeps_the_ranking(folder):
 
 
 def test_pairs_are_rankings_of_two(folder):
-    chance = toy.random.Random(5)
+    rng = random.Random(5)
     pairs = [
-        {"prompt": text, "chosen": f"a a {chance.choice('bcd')}", "rejected": f"{chance.choice('bcd')} c a"}
+        {"prompt": text, "chosen": f"a a {rng.choice('bcd')}", "rejected": f"{rng.choice('bcd')} c a"}
         for text in toy.prompts(64)
     ]
     cfg = toy.reward(folder, data=DataConfig(toy.jsonl(folder / "pairs.jsonl", pairs), valid_fraction=0.1))
@@ -168,7 +171,7 @@ def test_pairs_are_rankings_of_two(folder):
     assert toy.rows(folder / "reward/metrics.jsonl")[-1]["valid/accuracy"] > 0.9
 
 
-# What is refused
+# Bad input and folders
 
 
 def test_nan_in_training_stops_with_step_and_rows(folder):
@@ -177,7 +180,7 @@ def test_nan_in_training_stops_with_step_and_rows(folder):
         sft.run(cfg)
 
 
-def test_a_folder_goes_on_only_with_its_own_settings_and_data(folder, capsys):
+def test_a_run_resumes_only_with_its_own_settings_and_data(folder, capsys):
     cfg = toy.sft(folder)
     sft.run(cfg)
     assert "finished" in capsys.readouterr().err
@@ -200,7 +203,7 @@ def test_a_folder_goes_on_only_with_its_own_settings_and_data(folder, capsys):
 
 def test_two_processes_cannot_share_a_folder(folder):
     cfg = toy.sft(folder)
-    with RunDir(cfg) as one, RunDir(cfg) as two:
+    with RunFolder(cfg) as one, RunFolder(cfg) as two:
         one.begin(1, (), {})
         with pytest.raises(UserError, match="sft: another process runs there"):
             two.begin(1, (), {})
@@ -214,8 +217,8 @@ def test_a_missing_path_is_named(folder):
     assert not (folder / "sft").exists()
 
 
-def test_a_folder_goes_on_only_with_its_own_models(folder, monkeypatch):
-    """Weights count and a run's own notes do not; of a reward function its source does."""
+def test_a_run_resumes_only_with_its_own_models(folder, monkeypatch):
+    """The weights and the source of a reward function must be unchanged; a run.json in a model's folder may change."""
     from rlhf_fast.stages import ppo
 
     (folder / "f2_reward.py").write_text("def score(texts):\n    return [0.0] * len(texts)\n")
@@ -233,51 +236,54 @@ def test_a_folder_goes_on_only_with_its_own_models(folder, monkeypatch):
         ppo.run(cfg)
 
 
-def test_another_torch_or_number_of_threads_is_told(folder):
+def test_another_torch_or_number_of_threads_gives_a_note(folder):
     cfg = toy.sft(folder)
-    with RunDir(cfg) as out:
-        told = out.told
-        out.begin(1, (), {})
-    told["versions"]["torch"], told["machine"]["threads"] = "1.0", 99
-    (folder / "sft/run.json").write_text(json.dumps(told))
-    notes = RunDir(cfg).notes
-    assert len(notes) == 2 and "torch was 1.0" in notes[0] and "threads was 99" in notes[1]
+    with RunFolder(cfg) as run:
+        run.begin(1, (), {})
+    manifest = json.loads((folder / "sft/run.json").read_text())
+    manifest["versions"]["torch"] = "1.0"
+    manifest["machine"]["threads"] = 99
+    (folder / "sft/run.json").write_text(json.dumps(manifest))
+    torch_note, threads_note = RunFolder(cfg).notes
+    assert "torch was 1.0" in torch_note
+    assert "threads was 99" in threads_note
 
 
-def test_a_run_that_another_process_finishes_meanwhile_is_not_begun_again(folder):
+def test_a_run_that_another_process_finishes_meanwhile_is_not_started_again(folder):
     cfg = toy.sft(folder)
-    late = RunDir(cfg)
-    with RunDir(cfg) as out:
-        out.begin(1, (), {})
-        out.checkpoint(1, {})
-        out.finish(lambda to: (to / "config.json").write_text("{}"), {})
+    late = RunFolder(cfg)
+    with RunFolder(cfg) as run:
+        run.begin(1, (), {})
+        run.checkpoint(1, {})
+        run.finish(lambda path: (path / "config.json").write_text("{}"), {})
     with late, pytest.raises(UserError, match="another process has finished this run meanwhile"):
         late.begin(1, (), {})
 
 
-def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops(folder, capfd):
-    with RunDir(toy.sft(folder)) as out:
-        out.begin(1, (), {})
+def test_the_first_ctrl_c_prints_a_line_at_once_and_the_second_stops(folder, capfd):
+    with RunFolder(toy.sft(folder)) as run:
+        run.begin(1, (), {})
         capfd.readouterr()
         signal.raise_signal(signal.SIGINT)
-        said = capfd.readouterr().err
-        assert "the step is being finished and saved" in said and "a second Ctrl-C stops it at once" in said
+        printed = capfd.readouterr().err
+        assert "the step is being finished and saved" in printed
+        assert "a second Ctrl-C stops it at once" in printed
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_the_steps_of_validation_are_part_of_a_run(folder):
-    """They decide which weights there are to select from; how often a line is written does not."""
+def test_validate_every_may_not_differ_on_resume(folder):
+    """It decides which weights there are to select from; how often a line is written does not."""
     cfg = toy.sft(folder)
-    with RunDir(cfg) as out:
-        out.begin(1, (), {})
-    RunDir(replace(cfg, log=replace(cfg.log, every=7, samples=1, keep=5, checkpoint_every=9)))
+    with RunFolder(cfg) as run:
+        run.begin(1, (), {})
+    RunFolder(replace(cfg, log=replace(cfg.log, every=7, samples=1, keep=5, checkpoint_every=9)))
     with pytest.raises(UserError, match="was started with log.validate_every = 0, now 3; set it back"):
-        RunDir(replace(cfg, log=replace(cfg.log, validate_every=3)))
+        RunFolder(replace(cfg, log=replace(cfg.log, validate_every=3)))
 
 
-def test_rows_that_validation_blames_are_named_in_their_own_file(folder, monkeypatch):
-    """Of PPO's held-out prompts and of SFT's: uids of validation are rows of the validation file."""
+def test_rows_that_fail_in_validation_are_located_in_the_validation_file(folder, monkeypatch):
+    """PPO's held-out prompts, then SFT's: uids of validation are rows of the validation file."""
     from rlhf_fast.errors import BadRows
     from rlhf_fast.stages import ppo
 
@@ -285,7 +291,7 @@ def test_rows_that_validation_blames_are_named_in_their_own_file(folder, monkeyp
 
     def failing(self, prompts, samples=1, step=None):
         if step is None:
-            raise BadRows("the model gives NaN", [("Responses", prompts.ids[1])])
+            raise BadRows("the model gives NaN", [("Responses", prompts.uids[1])])
         return generate(self, prompts, samples, step)
 
     monkeypatch.setattr(ppo.Rollout, "generate", failing)
@@ -301,5 +307,6 @@ def test_rows_that_validation_blames_are_named_in_their_own_file(folder, monkeyp
 
 def test_a_run_that_selects_nothing_has_no_score(folder):
     sft.run(toy.sft(folder, select="last", epochs=1))
-    told = (folder / "sft/run.json").read_text()
-    assert "Infinity" not in told and json.loads(told)["finished"]["score"] is None
+    text = (folder / "sft/run.json").read_text()
+    assert "Infinity" not in text
+    assert json.loads(text)["finished"]["score"] is None

@@ -65,7 +65,7 @@ def _rows(model: Model, options: GenerateOptions, responses: Responses) -> Itera
     ids = responses.response_ids()
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
     sums = (responses.logprobs * responses.mask).sum(1).tolist()
-    for text, tokens, reason, logprob in zip(texts, ids, responses.reasons.tolist(), sums, strict=True):
+    for text, tokens, reason, logprob in zip(texts, ids, responses.finish_reasons.tolist(), sums, strict=True):
         which = None
         if reason == END:
             which = model.tokenizer.convert_ids_to_tokens(tokens[-1])

@@ -233,6 +233,9 @@ class PPOConfig(_Stage):
     subtract: the score minus that value (TRL). drop: the response is left out of the losses (Aligner)."""
     missing_eos_value: float = -1.0
     """replace: the score. subtract: the amount to subtract, which must be above 0."""
+    bootstrap_truncated: bool = False
+    """Give a response without end token the value after its last token as its future instead of 0 (AReaL does; the
+    paper and the others do not)."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """Log-probabilities in the ratio's denominator. rollout: the sampler's, the policy that really acted. recompute: a
     forward pass of the trainer (TRL, verl, OpenRLHF), which hides the gap between the two. The gap is always logged."""

@@ -80,7 +80,7 @@ def text_losses(model: Model, texts: Path) -> Estimate:
     losses, units = [], []
     for batch in rows.in_order(10):
         losses.append(evaluate(model, pretrain_loss, [batch], MICRO_BATCH)["loss/pretrain"])
-        units.append(batch.units())
+        units.append(batch.num_items())
     total = sum(units)
     mean = sum(loss * unit for loss, unit in zip(losses, units, strict=True)) / total
     spread = sum(((loss - mean) * unit) ** 2 for loss, unit in zip(losses, units, strict=True))

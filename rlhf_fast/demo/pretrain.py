@@ -86,7 +86,7 @@ def pretrain(size: str, out: str | Path, steps: int = 0, seed: int = 0) -> float
     start = time.perf_counter()
     for step in range(1, steps + 1):
         batches = batches or text_batches(web, tokenizer, 4000, BATCH_TOKENS[size])
-        learner.step(pretrain_loss, batches.pop())
+        learner.step([(pretrain_loss, batches.pop(), 1.0)])
         if step % max(steps // 10, 1) == 0:
             loss = evaluate(model, pretrain_loss, held, HELD_TOKENS)["loss/pretrain"]
             logging.info("%s %d/%d: loss %.4f, %.0f s", size, step, steps, loss, time.perf_counter() - start)

@@ -33,7 +33,7 @@ class Requests(NamedTuple):
         """Return `samples` requests for each prompt. UserError if `samples` < 1 or a key does not fit in 64 bits."""
         if samples < 1:
             raise UserError(f"rollout: samples must be at least 1, not {samples}")
-        too_large = [uid for uid in prompts.ids if not -(2**63) <= uid * samples <= 2**63 - samples]
+        too_large = [uid for uid in prompts.uids if not -(2**63) <= uid * samples <= 2**63 - samples]
         if too_large:
             raise BadRows(
                 f"prompt {too_large[0]}: its uid times {samples} samples does not fit 64 bits, and the noise of a"
@@ -42,8 +42,8 @@ class Requests(NamedTuple):
             )
         distinct = {tokens: i for i, tokens in enumerate(dict.fromkeys(map(tuple, prompts.tokens)))}
         prompt_index = [distinct[tuple(tokens)] for tokens in prompts.tokens for _ in range(samples)]
-        uids = [uid for uid in prompts.ids for _ in range(samples)]
-        row_ids = np.array([uid * samples + k for uid in prompts.ids for k in range(samples)], dtype=np.int64)
+        uids = [uid for uid in prompts.uids for _ in range(samples)]
+        row_ids = np.array([uid * samples + k for uid in prompts.uids for k in range(samples)], dtype=np.int64)
         return cls([list(tokens) for tokens in distinct], prompt_index, uids, row_ids)
 
     @property
@@ -123,6 +123,6 @@ class ResponseBuffer:
             raw_logprobs=raw_logprobs,
             kept_logprobs=kept_logprobs,
             entropy=entropy,
-            reasons=torch.from_numpy(self.reasons),
+            finish_reasons=torch.from_numpy(self.reasons),
             uids=torch.tensor(self.requests.uids, dtype=torch.int64),
         )

@@ -148,7 +148,7 @@ class Rollout:
         embedding: Any = self.model.base.get_input_embeddings()
         vocab_size = embedding.weight.shape[0]
         rope, max_new_tokens = length_dependent_rope(self.model), self.sampling.max_new_tokens
-        for uid, tokens in zip(prompts.ids, prompts.tokens, strict=True):
+        for uid, tokens in zip(prompts.uids, prompts.tokens, strict=True):
             rows = [("Responses", uid)]
             if not tokens:
                 raise BadRows(f"prompt {uid}: has no tokens; give it at least a start token", rows)

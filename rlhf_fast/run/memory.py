@@ -1,4 +1,4 @@
-"""The most memory a stretch of work has held: the process's on a CPU, the allocator's on a GPU."""
+"""Peak memory between two calls: of the process on a CPU, of torch's allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def reset_peak() -> None:
-    """Starts a new stretch, where the system can: Linux forgets its high-water mark when asked to."""
+def reset_peak_memory() -> None:
+    """Start a new measurement. Linux resets its high-water mark on request; other systems cannot."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -21,7 +21,7 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes. On a system that cannot start a new stretch, since the process began."""
+    """Return bytes since the last reset, or since the process began where the system has no reset."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())

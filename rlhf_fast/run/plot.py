@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.run.logs import read_rows
+from rlhf_fast.run.logs import METRICS, read_metrics
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("objective/scores", "objective/rlhf_reward", "valid/scores", "valid/rlhf_reward")),
@@ -18,46 +18,37 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("entropy, nats a token", ("objective/entropy_token", "policy/entropy_avg")),
     ("accuracy", ("reward/accuracy", "valid/accuracy", "valid/longer_wins")),
 )
-"""Title, and the metrics that share its axes. Each loss/NAME has a panel too, with valid/NAME."""
+"""(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME."""
 
 
-def read_metrics(run: str | Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a last line that is cut short is left out."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        inside = sorted(str(found.parent) for found in Path(run).glob(f"*/{path.name}"))
-        hint = f"one of {', '.join(inside)}" if inside else "the folder that a stage wrote"
-        raise UserError(f"{run}: holds no {path.name}; give {hint}")
-    rows = [row for _, row in read_rows(path)]
-    if not rows:
-        raise UserError(f"{path}: is empty; the run has not logged a step yet")
-    return rows
+Curves = dict[str, tuple[list[float], list[float]]]
+"""Metric -> (steps, values)."""
 
 
-def panels(rows: list[dict]) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
-    """(title, metric -> (steps, values)) of what there is to draw; missing and not finite values are left out."""
+def panels(rows: list[dict]) -> list[tuple[str, Curves]]:
+    """Return (title, curves) of every panel that has a finite value to draw."""
     names = dict.fromkeys(name for row in rows for name in row)
     losses = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
-    wanted = [*PANELS, *((f"loss: {name}", (f"loss/{name}", f"valid/{name}")) for name in losses)]
-    drawn = []
-    for title, metrics in wanted:
-        curves = {}
+    candidates = [*PANELS, *((f"loss: {name}", (f"loss/{name}", f"valid/{name}")) for name in losses)]
+    found = []
+    for title, metrics in candidates:
+        curves: Curves = {}
         for metric in metrics:
-            points = [(row["step"], row[metric]) for row in rows if _finite(row.get(metric))]
+            points = [(row["step"], row[metric]) for row in rows if _is_finite_number(row.get(metric))]
             if points:
                 steps, values = zip(*points, strict=True)
                 curves[metric] = (list(steps), list(values))
         if curves:
-            drawn.append((title, curves))
-    return drawn
+            found.append((title, curves))
+    return found
 
 
 def plot(run: str | Path, out: str | Path = "") -> Path:
-    """Draws a run's curves and returns the PNG's path (`curves.png` in the run's folder unless given)."""
+    """Draw a run's curves and return the path of the PNG; by default `curves.png` in the run's folder."""
     rows = read_metrics(run)
     shown = panels(rows)
     if not shown:
-        raise UserError(f"{run}: metrics.jsonl has none of the metrics that can be drawn")
+        raise UserError(f"{run}: {METRICS} has none of the metrics that can be drawn")
     try:
         import matplotlib
     except ImportError as error:
@@ -65,9 +56,9 @@ def plot(run: str | Path, out: str | Path = "") -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 2.9 * lines), squeeze=False)
+    num_columns = min(3, len(shown))
+    num_rows = -(-len(shown) // num_columns)
+    figure, axes = pyplot.subplots(num_rows, num_columns, figsize=(4.2 * num_columns, 2.9 * num_rows), squeeze=False)
     for axis, (title, curves) in zip(axes.flat, shown, strict=False):
         for metric, (steps, values) in curves.items():
             axis.plot(steps, values, label=metric, linewidth=1.2, marker="." if len(steps) < 3 else None)
@@ -76,7 +67,7 @@ def plot(run: str | Path, out: str | Path = "") -> Path:
         axis.tick_params(labelsize=8)
         if len(curves) > 1:
             axis.legend(fontsize=7)
-    for axis in axes.flat[max(len(shown) - columns, 0) : len(shown)]:
+    for axis in axes.flat[max(len(shown) - num_columns, 0) : len(shown)]:
         axis.set_xlabel("step", fontsize=8)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
@@ -89,5 +80,5 @@ def plot(run: str | Path, out: str | Path = "") -> Path:
     return target
 
 
-def _finite(value: object) -> bool:
+def _is_finite_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

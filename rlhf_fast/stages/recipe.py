@@ -1,8 +1,8 @@
-"""`rlhf-fast run recipe.yaml`: the stages one after another, each finding what the one before it made.
+"""`rlhf-fast run recipe.yaml`: runs the stages in order, each from the folders of the earlier ones.
 
-A recipe holds `out`, `preset`, `seed` and `device` for all, and a section for each stage that is to run. What is not
-said follows: a stage writes to out/<stage>, the reward model and the policy start from the sft directory, and PPO's
-reward is the reward directory. A finished stage is skipped; one whose settings have changed since is refused.
+A recipe holds `out`, `preset`, `seed` and `device` for all stages, and a section for each stage that is to run. By
+default a stage writes to out/<stage>, the reward model and the policy start from the sft folder, and PPO's reward is
+the reward folder. A finished stage is skipped; a stage whose settings have changed since is refused.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ from typing import Any, NamedTuple
 
 from rlhf_fast.config.presets import preset
 from rlhf_fast.config.resolve import Setting, difference, from_json, read_yaml, resolve, show
-from rlhf_fast.config.stages import STAGES, StageConfig
+from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.rows import must_exist
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.run.memory import peak_memory, reset_peak
-from rlhf_fast.run.plot import read_metrics
+from rlhf_fast.run.logs import format_duration, read_metrics
+from rlhf_fast.run.memory import peak_memory, reset_peak_memory
+
+StageConfig = SFTConfig | RewardConfig | PPOConfig
 
 SHARED = ("out", "preset", "seed", "device")
-NOTES = "recipe.json"
-LINKS = {"reward": (("model.path", "sft"),), "ppo": (("policy.path", "sft"), ("reward", "reward"))}
-"""Stage -> the setting that is another stage's directory, and which stage's."""
-RESULTS = {
+MEASUREMENTS = "recipe.json"
+UPSTREAM = {"reward": (("model.path", "sft"),), "ppo": (("policy.path", "sft"), ("reward", "reward"))}
+"""Stage -> (setting that is an earlier stage's folder, that stage)."""
+SUMMARY_METRICS = {
     "sft": ("valid/sft", "loss/sft"),
     "reward": ("valid/accuracy", "reward/accuracy"),
     "ppo": ("objective/scores", "objective/kl"),
 }
-"""Metrics that the table shows."""
+"""Metrics in the table at the end."""
 
 UNFILLED = "PATH-OR-HUB-NAME"
 TEMPLATE = """\
 # A recipe: `rlhf-fast run {name}` runs its stages in order and skips those that are finished.
 # `rlhf-fast show-config sft` (reward, ppo) lists every setting; `rlhf-fast check FILE` looks at a data file.
 out: runs/first        # each stage writes to a folder in here
-preset: default        # or paper, or tutorial: hyperparameters laid below what stands in this file
+preset: default        # or paper, or tutorial: hyperparameters under the settings in this file
 seed: 0
 
 sft:                   # learn from demonstrations
@@ -66,15 +68,15 @@ ppo:                   # policy from the sft folder, reward from the reward fold
 """
 
 
-class Plan(NamedTuple):
-    """A recipe read: where it writes, and the settings of its stages in order."""
+class Recipe(NamedTuple):
+    """A recipe's output folder, and the settings of its stages in order."""
 
     out: Path
     stages: dict[str, StageConfig]
 
 
 def write_template(path: str | Path) -> Path:
-    """Writes a commented recipe; never over a file that is there."""
+    """Write a commented recipe; raise UserError if the file exists."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{path}: exists already; choose another name")
@@ -83,159 +85,177 @@ def write_template(path: str | Path) -> Path:
     return path
 
 
-def read_recipe(path: str | Path) -> Plan:
-    """The recipe's stages, everything resolved, every needed path named, every data file there."""
-    values = read_yaml(path)
-    shared, sections = _sections(path, values)
+def read_recipe(path: str | Path) -> Recipe:
+    """Read and resolve a recipe; check that every required path is set and every data file exists."""
+    shared, sections = _split_sections(path, read_yaml(path))
     if not sections:
         raise UserError(f"{path}: holds no stage; give at least one of the sections {', '.join(STAGES)}")
     out = Path(str(shared["out"].value) if "out" in shared else "runs/first")
-    chosen = str(shared["preset"].value or "") if "preset" in shared else ""
+    preset_name = str(shared["preset"].value or "") if "preset" in shared else ""
+    common = {name: shared[name] for name in ("seed", "device") if name in shared}
     stages: dict[str, StageConfig] = {}
     for stage, cls in STAGES.items():
         if stage not in sections:
             continue
-        for setting, item in sections[stage].items():
-            if item.value == UNFILLED:
+        for name, setting in sections[stage].items():
+            if setting.value == UNFILLED:
                 raise UserError(
-                    f"{stage}: {setting} is still {UNFILLED}; write the folder or hub name of a language model there"
-                    f" ({item.origin})"
+                    f"{stage}: {name} is still {UNFILLED}; write the folder or hub name of a language model there"
+                    f" ({setting.origin})"
                 )
-        follows = {"out": Setting(str(out / stage), "the recipe")}
-        for setting, source in LINKS.get(stage, ()):
+        defaults = {"out": Setting(str(out / stage), "the recipe")}
+        for name, source in UPSTREAM.get(stage, ()):
             if source in stages:
-                follows[setting] = Setting(stages[source].out, f"the {source} stage")
-        common = {name: shared[name] for name in ("seed", "device") if name in shared}
-        stages[stage] = resolve(cls, preset(stage, chosen), follows, common, sections[stage])
-        stages[stage].ready()
-        for file in stages[stage].data_files():
+                defaults[name] = Setting(stages[source].out, f"the {source} stage")
+        cfg = resolve(cls, preset(stage, preset_name), defaults, common, sections[stage])
+        cfg.ready()
+        for file in cfg.data_files():
             must_exist(file)
-    return Plan(out, stages)
+        stages[stage] = cfg
+    return Recipe(out, stages)
 
 
-def _sections(
+def _split_sections(
     path: str | Path, values: Mapping[str, Setting]
 ) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
+    """Split the settings into those for all stages and those of each stage."""
     shared: dict[str, Setting] = {}
     sections: dict[str, dict[str, Setting]] = {}
-    for name, item in values.items():
+    for name, setting in values.items():
         stage, dot, rest = name.partition(".")
-        if stage in STAGES and (dot or item.value is None):
-            sections.setdefault(stage, {})
+        if stage in STAGES and (dot or setting.value is None):
+            section = sections.setdefault(stage, {})
             if dot:
-                sections[stage][rest] = item
+                section[rest] = setting
         elif name in SHARED:
-            shared[name] = item
+            shared[name] = setting
         else:
             known = ", ".join([*SHARED, *STAGES])
-            raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({item.origin})')
+            raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({setting.origin})')
     return shared, sections
 
 
-def run_recipe(path: str | Path, say: Callable[[str], None] = print) -> None:
-    """Runs what is not finished, in order, and prints the table."""
-    plan = read_recipe(path)
-    done = {stage: finished(cfg) for stage, cfg in plan.stages.items()}
-    notes = _read_notes(plan.out)
-    for stage in plan.stages:
-        sources = [source for _, source in LINKS.get(stage, ()) if source in plan.stages]
-        stale = [s for s in sources if done[stage] and not (done[s] and _same_input(notes, stage, s, plan))]
-        if stale:
-            raise UserError(
-                f"{plan.stages[stage].out}: was made from another {stale[0]} run than the one the recipe has now;"
-                " move it away to run the stage again, or choose another `out`"
-            )
-    for stage, cfg in plan.stages.items():
+def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> None:
+    """Run the stages that are not finished, in order, and print the table."""
+    recipe = read_recipe(path)
+    done = {stage: finished(cfg) for stage, cfg in recipe.stages.items()}
+    measurements = _read_measurements(recipe.out)
+    for stage, cfg in recipe.stages.items():
+        for source in _sources(stage, recipe) if done[stage] else ():
+            if not (done[source] and _is_same_input(measurements, stage, source, recipe)):
+                raise UserError(
+                    f"{cfg.out}: was made from another {source} run than the one the recipe has now;"
+                    " move it away to run the stage again, or choose another `out`"
+                )
+    for stage, cfg in recipe.stages.items():
         if done[stage]:
-            say(f"{stage}: finished already, in {cfg.out}")
-            continue
-        started = time.perf_counter()
-        reset_peak()
-        try:
-            _stage_function(stage)(cfg)
-        finally:
-            note = notes.setdefault(stage, {})
-            note["seconds"] = note.get("seconds", 0.0) + time.perf_counter() - started
-            note["peak"] = max(note.get("peak", 0), peak_memory())
-            sources = [source for _, source in LINKS.get(stage, ()) if source in plan.stages]
-            note["inputs"] = {source: _digest(plan.stages[source].out) for source in sources}
-            if plan.out.is_dir():
-                with writing(plan.out / NOTES):
-                    (plan.out / NOTES).write_text(json.dumps(notes, indent=1), encoding="utf-8")
-    say("\n".join(table(plan, notes)))
+            echo(f"{stage}: finished already, in {cfg.out}")
+        else:
+            _run_measured(stage, recipe, measurements)
+    echo("\n".join(table(recipe, measurements)))
 
 
-def _stage_function(stage: str) -> Callable[[Any], object]:
+def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, Any]]) -> None:
+    """Run a stage; add its time, its peak memory and the digests of its inputs to recipe.json even if it fails."""
+    start = time.perf_counter()
+    reset_peak_memory()
+    try:
+        run_stage(recipe.stages[stage])
+    finally:
+        measured = measurements.setdefault(stage, {})
+        measured["seconds"] = measured.get("seconds", 0.0) + time.perf_counter() - start
+        measured["peak"] = max(measured.get("peak", 0), peak_memory())
+        measured["inputs"] = {source: _digest(recipe.stages[source].out) for source in _sources(stage, recipe)}
+        if recipe.out.is_dir():
+            file = recipe.out / MEASUREMENTS
+            with writing(file):
+                file.write_text(json.dumps(measurements, indent=1), encoding="utf-8")
+
+
+def run_stage(cfg: StageConfig) -> None:
+    """Run one stage. The stages are imported here, so that a faulty recipe is refused before torch is loaded."""
     from rlhf_fast.stages import ppo, reward, sft
 
-    return {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[stage]
+    if isinstance(cfg, SFTConfig):
+        sft.run(cfg)
+    elif isinstance(cfg, RewardConfig):
+        reward.run(cfg)
+    else:
+        ppo.run(cfg)
 
 
 def finished(cfg: StageConfig) -> bool:
-    """Whether `out` holds this stage, finished. UserError if it was run there with other settings."""
-    from rlhf_fast.run.folder import FREE
+    """Return whether `out` holds this stage, finished; raise UserError if it was run there with other settings."""
+    from rlhf_fast.run.folder import MAY_DIFFER_ON_RESUME
 
     path = Path(cfg.out) / "run.json"
     if not path.is_file():
         return False
-    told = json.loads(path.read_text(encoding="utf-8"))
-    if told.get("stage") != cfg.stage:
-        raise UserError(f"{cfg.out}: holds a run of {told.get('stage')}, not {cfg.stage}; choose another `out`")
-    rows = difference(from_json(cfg.stage, told["config"]), cfg)
-    differ = [f"{key} = {show(was)}, the recipe has {show(now)} now" for key, was, now in rows if key not in FREE]
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved.get("stage") != cfg.stage:
+        raise UserError(f"{cfg.out}: holds a run of {saved.get('stage')}, not {cfg.stage}; choose another `out`")
+    differ = [
+        f"{name} = {show(was)}, the recipe has {show(now)} now"
+        for name, was, now in difference(from_json(cfg.stage, saved["config"]), cfg)
+        if name not in MAY_DIFFER_ON_RESUME
+    ]
     if differ:
         raise UserError(
-            f"{cfg.out}: was {'finished' if 'finished' in told else 'started'} with {'; '.join(differ)}; set"
+            f"{cfg.out}: was {'finished' if 'finished' in saved else 'started'} with {'; '.join(differ)}; set"
             f" {'them' if len(differ) > 1 else 'it'} back, or choose another `out`"
         )
-    return "finished" in told
+    return "finished" in saved
 
 
-def _read_notes(out: Path) -> dict[str, dict[str, Any]]:
-    """What earlier calls of this recipe measured: stage -> seconds, peak, and the digests of its inputs."""
+def _sources(stage: str, recipe: Recipe) -> list[str]:
+    """Return the earlier stages of the recipe whose folders the stage reads."""
+    return [source for _, source in UPSTREAM.get(stage, ()) if source in recipe.stages]
+
+
+def _read_measurements(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what earlier runs of this recipe measured: stage -> seconds, peak (bytes), inputs (stage -> digest)."""
     try:
-        return json.loads((out / NOTES).read_text(encoding="utf-8"))
+        return json.loads((out / MEASUREMENTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _same_input(notes: Mapping[str, dict], stage: str, source: str, plan: Plan) -> bool:
-    """Whether `stage` was made from the `source` run that is there now (a stage run by hand is believed)."""
-    digest = notes.get(stage, {}).get("inputs", {}).get(source)
-    return digest is None or digest == _digest(plan.stages[source].out)
+def _is_same_input(measurements: Mapping[str, dict[str, Any]], stage: str, source: str, recipe: Recipe) -> bool:
+    """Return whether `stage` read the `source` run that is there now. A stage run by hand has no record: True."""
+    digest = measurements.get(stage, {}).get("inputs", {}).get(source)
+    return digest is None or digest == _digest(recipe.stages[source].out)
 
 
 def _digest(folder: str) -> str:
-    """Of the names, sizes and times of a stage's weights: another one when the stage was run anew."""
+    """Return a digest of the names, sizes and times of a stage's weights, which differs once the stage is run again."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
-def table(plan: Plan, notes: Mapping[str, dict[str, Any]]) -> list[str]:
-    """One line a stage: time, tokens a second, peak memory, the numbers that say how it went."""
+def table(recipe: Recipe, measurements: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return one line a stage: time, tokens per second, peak memory, first and last value of its metrics."""
     rows = [("stage", "time", "tokens/s", "peak memory", "result", "folder")]
-    for stage, cfg in plan.stages.items():
+    for stage, cfg in recipe.stages.items():
         metrics = read_metrics(cfg.out)
-        note = notes.get(stage, {})
-        seconds = note.get("seconds") or sum(row.get("time/step", 0.0) for row in metrics)
-        busy = sum(row.get("time/step", 0.0) for row in metrics)
+        measured = measurements.get(stage, {})
+        logged = sum(row.get("time/step", 0.0) for row in metrics)
         tokens = sum(row.get("perf/tokens_per_second", 0.0) * row.get("time/step", 0.0) for row in metrics)
-        peak = f"{note['peak'] / 2**30:.2f} GiB" if note.get("peak") else "-"
-        clock = f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-        speed = f"{tokens / busy:.0f}" if busy else "-"
-        rows.append((stage, clock, speed, peak, _result(stage, metrics), cfg.out))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        duration = format_duration(measured.get("seconds") or logged)
+        speed = f"{tokens / logged:.0f}" if logged else "-"
+        peak = f"{measured['peak'] / 2**30:.2f} GiB" if measured.get("peak") else "-"
+        rows.append((stage, duration, speed, peak, _summary(stage, metrics), cfg.out))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _result(stage: str, metrics: list[dict]) -> str:
-    """First -> last value of the stage's own metrics, of those that were measured."""
-    told = []
-    for name in RESULTS[stage]:
+def _summary(stage: str, metrics: list[dict[str, Any]]) -> str:
+    """Return "first -> last" of the stage's summary metrics that were measured."""
+    found = []
+    for name in SUMMARY_METRICS[stage]:
         values = [row[name] for row in metrics if isinstance(row.get(name), (int, float))]
         if values:
-            begin = f"{values[0]:.4g} -> " if len(values) > 1 else ""
-            told.append(f"{name} {begin}{values[-1]:.4g}")
-    return ", ".join(told[:2]) or "-"
+            first = f"{values[0]:.4g} -> " if len(values) > 1 else ""
+            found.append(f"{name} {first}{values[-1]:.4g}")
+    return ", ".join(found) or "-"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+from typing import Any
+
 import torch
 
 from rlhf_fast.batches import Comparisons
@@ -9,8 +12,8 @@ from rlhf_fast.config.stages import RewardConfig
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
 from rlhf_fast.errors import UserError, locating_rows
 from rlhf_fast.model.model import Model
-from rlhf_fast.run.folder import RunDir
-from rlhf_fast.stages.validation import averages, due
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.stages.validation import should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
 
@@ -18,73 +21,80 @@ HEADLINE = ("loss/reward", "reward/accuracy", "valid/accuracy")
 
 
 def run(cfg: RewardConfig) -> None:
-    """Trains a scalar head and cfg.model's decoder on cfg.data; writes AutoModelForSequenceClassification to cfg.out.
+    """Train cfg.model with a scalar head on cfg.data; write AutoModelForSequenceClassification to cfg.out.
 
     The head starts as a row of N(0, 1 / (D + 1)) (Stiennon et al. 2020), the decoder as cfg.model's.
     """
-    with RunDir(cfg, cfg.data, cfg.demonstrations) as out:
-        if out.finished:
+    with RunFolder(cfg, cfg.data, cfg.demonstrations) as folder:
+        if folder.finished:
             return
         torch.manual_seed(cfg.seed)
-        model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=out.device)
+        model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=folder.device)
         data = read_comparisons(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
-        out.notes.append(data.train.notes)
-        demonstrations = read_demonstrated(cfg, model)
+        folder.notes.append(data.train.notes)
+        demonstrations = load_demonstrations(cfg, model)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps)
-        parts = {"learner": learner}
-        for step in range(out.begin(steps, HEADLINE, parts) + 1, steps + 1):
+        state = {"learner": learner}
+        log = folder.begin(steps, HEADLINE, state)
+        for step in range(log.start + 1, steps + 1):
             done = (step - 1) * cfg.batch
             batch = data.train.batch(done, min(cfg.batch, cfg.epochs * len(data.train) - done))
-            with out.log.phase("learn"), locating_rows(Comparisons=data.train.location):
-                stats = learner.step(reward_loss, batch)
-            if len(data.valid) and due(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
-                with out.log.phase("validate"):
-                    stats |= averages(model, data.valid, reward_loss, cfg.optim.micro_batch_tokens)
+            with log.phase("learn"), locating_rows(Comparisons=data.train.location):
+                stats = learner.step([(reward_loss, batch, 1.0)])
+            if len(data.valid) and should_validate(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
+                with log.phase("validate"):
+                    stats |= validation_metrics(model, data.valid, reward_loss, cfg.optim.micro_batch_tokens)
                     stats["valid/longer_wins"] = longer_wins(data.valid)
-                out.log.samples(step, scored(model, data.valid, cfg.log.samples))
-            out.log.metrics(step, stats, tokens=int(batch.lengths.sum()))
-            out.checkpoint(step, parts)
+                log.samples(step, scored_rows(model, data.valid, cfg.log.samples))
+            log.metrics(step, stats, tokens=int(batch.lengths.sum()))
+            folder.checkpoint(step, state)
         if demonstrations is not None:
             model.score_bias -= mean_score(model, demonstrations)
-        out.finish(model.save, {"bias": model.score_bias})
+        folder.finish(model.save, {"bias": model.score_bias})
 
 
-def read_demonstrated(cfg: RewardConfig, model: Model) -> Dataset | None:
-    """The demonstrations whose mean score becomes 0."""
+def load_demonstrations(cfg: RewardConfig, model: Model) -> Dataset | None:
+    """Return the demonstrations whose mean score the bias puts at 0, or None if cfg names none."""
     if not cfg.demonstrations.path:
         return None
-    found = read_demonstrations(cfg.demonstrations, model.tokenizer, cfg.seed, model.max_positions).train
-    if not len(found):
+    demonstrations = read_demonstrations(cfg.demonstrations, model.tokenizer, cfg.seed, model.max_positions).train
+    if not len(demonstrations):
         raise UserError(f"{cfg.demonstrations.path}: holds no demonstration that fits, so no mean score can be taken")
-    return found
+    return demonstrations
 
 
 @torch.no_grad()
 def mean_score(model: Model, demonstrations: Dataset) -> float:
-    """Of the responses in `demonstrations`, under the model as it is."""
+    """Return the mean score of the demonstrated responses under the model as it is."""
     scores = [model.last_scores(batch.tokens, batch.lengths).double() for batch in demonstrations.in_order(32)]
     return float(torch.cat(scores).mean())
 
 
 def longer_wins(data: Dataset[Comparisons]) -> float:
-    """The accuracy of preferring the longer response: what a reward model must beat to have read anything. Of responses
-    of one length, half."""
+    """Return the accuracy of always preferring the longer response, which a reward model should beat.
+
+    A pair of equal length counts as half right.
+    """
     right = pairs = 0.0
     for batch in data.in_order(256):
-        sizes, offsets = (batch.lengths - batch.prompt_lengths).tolist(), batch.group_offsets.tolist()
+        sizes = (batch.lengths - batch.prompt_lengths).tolist()
+        offsets = batch.group_offsets.tolist()
         for start, end in zip(offsets, offsets[1:], strict=False):
-            for i in range(start, end):
-                for j in range(start, end):
-                    if batch.ranks[i] < batch.ranks[j]:
-                        pairs += 1
-                        right += 1.0 if sizes[i] > sizes[j] else 0.5 if sizes[i] == sizes[j] else 0.0
+            for better, worse in permutations(range(start, end), 2):
+                if batch.ranks[better] >= batch.ranks[worse]:
+                    continue
+                pairs += 1
+                if sizes[better] == sizes[worse]:
+                    right += 0.5
+                else:
+                    right += sizes[better] > sizes[worse]
     return right / pairs if pairs else 0.0
 
 
 @torch.no_grad()
-def scored(model: Model, data: Dataset[Comparisons], count: int) -> list[dict]:
-    """The first `count` held-out prompts with their responses, ranks and scores, for samples.jsonl."""
+def scored_rows(model: Model, data: Dataset[Comparisons], count: int) -> list[dict[str, Any]]:
+    """Return rows for samples.jsonl: the first `count` held-out prompts with their responses, ranks and scores."""
     rows = data.rows[:count]
     if not rows:
         return []
@@ -95,7 +105,7 @@ def scored(model: Model, data: Dataset[Comparisons], count: int) -> list[dict]:
             "prompt": row.text,
             "responses": model.tokenizer.batch_decode(list(row.responses), skip_special_tokens=True),
             "ranks": list(row.ranks),
-            "scores": [float(score) for score in own],
+            "scores": [float(score) for score in group_scores],
         }
-        for row, own in zip(rows, scores, strict=True)
+        for row, group_scores in zip(rows, scores, strict=True)
     ]

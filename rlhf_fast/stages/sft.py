@@ -11,96 +11,103 @@ from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
 from rlhf_fast.errors import UserError, locating_rows
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.run.folder import Best, RunDir
-from rlhf_fast.stages.validation import averages, due, prompts_of, told
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.run.folder import BestModel, RunFolder
+from rlhf_fast.run.logs import Log
+from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
+from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
-from rlhf_fast.training.rewards import Reward, load_reward
+from rlhf_fast.training.rewards import RewardFunction, load_reward
 
 HEADLINE = ("loss/sft", "valid/sft", "valid/scores")
 
 
 def run(cfg: SFTConfig) -> None:
-    """Trains cfg.model on cfg.data and writes the chosen weights, an ordinary causal LM folder, to cfg.out."""
-    with RunDir(cfg, cfg.data, cfg.pretrain) as out:
-        if out.finished:
+    """Train cfg.model on cfg.data and write the chosen weights, an ordinary causal LM folder, to cfg.out."""
+    with RunFolder(cfg, cfg.data, cfg.pretrain) as folder:
+        if folder.finished:
             return
         torch.manual_seed(cfg.seed)
-        model = Model.load(cfg.model, seed=cfg.seed, device=out.device)
-        data, texts, reward = read(cfg, model, out)
+        model = Model.load(cfg.model, seed=cfg.seed, device=folder.device)
+        data, texts, reward = load_data(cfg, model, folder)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
-        learner, best = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout), Best(out)
-        parts = {"learner": learner, "best": best}
-        for step in range(out.begin(steps, HEADLINE, parts) + 1, steps + 1):
-            with (
-                out.log.phase("learn"),
-                locating_rows(Demonstrations=data.train.location, Texts=texts and texts.location),
-            ):
-                terms = mixture(cfg, data.train, texts, step)
+        learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
+        best = BestModel(folder)
+        state = {"learner": learner, "best": best}
+        row_locators = {"Demonstrations": data.train.location, "Texts": texts.location if texts else None}
+        log = folder.begin(steps, HEADLINE, state)
+        for step in range(log.start + 1, steps + 1):
+            with log.phase("learn"), locating_rows(**row_locators):
+                terms = step_terms(cfg, data.train, texts, step)
                 stats = learner.step(terms)
-            if due(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
-                with out.log.phase("validate"):
-                    stats |= validate(cfg, model, data.valid, reward, out, step)
+            if should_validate(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
+                with log.phase("validate"):
+                    stats |= validate(cfg, model, data.valid, reward, log, step)
                 if cfg.select != "last":
                     score = stats["valid/scores"] if cfg.select == "reward" else -stats["valid/sft"]
-                    best.offer(step, score, model.save)
-            out.log.metrics(step, stats, tokens=sum(int(batch.lengths.sum()) for _, batch, _ in terms))
-            out.checkpoint(step, parts)
-        out.finish(best.model(steps, model.save), {"step": best.step or steps, "score": best.score})
+                    best.update(step, score, model.save)
+            log.metrics(step, stats, tokens=sum(int(batch.lengths.sum()) for _, batch, _ in terms))
+            folder.checkpoint(step, state)
+        folder.finish(best.writer(steps, model.save), {"step": best.step or steps, "score": best.score})
 
 
-def read(cfg: SFTConfig, model: Model, out: RunDir) -> tuple[Split, Dataset | None, Reward | None]:
-    """Demonstrations, pretraining text if any is mixed in, and the reward model if it selects."""
+def load_data(cfg: SFTConfig, model: Model, folder: RunFolder) -> tuple[Split, Dataset | None, RewardFunction | None]:
+    """Return the demonstrations, the pretraining text if any is mixed in, and the reward model if it selects."""
     data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
     if cfg.select != "last" and not len(data.valid):
         raise UserError(
             f"sft: select={cfg.select} needs validation rows, and there are none; set data.valid to a file or"
             " data.valid_fraction above 0, or choose select=last"
         )
-    out.notes.append(data.train.notes)
+    folder.notes.append(data.train.notes)
     texts = reward = None
     if cfg.pretrain_fraction:
         texts = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
-        out.notes.append(texts.notes)
+        folder.notes.append(texts.notes)
     if cfg.select == "reward":
-        if not prompts_of(data.valid, model.max_positions, cfg.sampling.max_new_tokens).ids:
+        if not validation_prompts(data.valid, model.max_positions, cfg.sampling.max_new_tokens).uids:
             raise UserError(
                 f"sft: select=reward: no validation prompt leaves room for sampling.max_new_tokens"
                 f" ({cfg.sampling.max_new_tokens}) in the model's {model.max_positions} positions; lower it"
             )
         budget = cfg.optim.micro_batch_tokens
-        reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=out.device)
+        reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=folder.device)
     return data, texts, reward
 
 
-def mixture(cfg: SFTConfig, data: Dataset, texts: Dataset | None, step: int) -> list[tuple]:
-    """The terms of step 1, 2, ...: its demonstrations, and pretraining texts so that they are cfg.pretrain_fraction of
-    its sequences. Every token that carries loss counts alike, whichever of the two it is from."""
+def step_terms(cfg: SFTConfig, data: Dataset, texts: Dataset | None, step: int) -> list[Term]:
+    """Return the loss terms of step 1, 2, ...: its demonstrations, and pretraining texts if they are mixed in.
+
+    Texts are cfg.pretrain_fraction of all sequences. Every token with loss weighs the same in either of the two terms.
+    """
     done = (step - 1) * cfg.batch
     demonstrations = data.batch(done, min(cfg.batch, cfg.epochs * len(data) - done))
     if texts is None:
         return [(partial(sft_loss, pack=cfg.packing), demonstrations, 1.0)]
-    share = cfg.pretrain_fraction / (1 - cfg.pretrain_fraction) * cfg.batch
-    first = round((step - 1) * share)
-    mixed = texts.batch(first, max(round(step * share) - first, 0))
-    units = demonstrations.units() + mixed.units()
+    texts_per_step = cfg.pretrain_fraction / (1 - cfg.pretrain_fraction) * cfg.batch
+    first = round((step - 1) * texts_per_step)
+    text_batch = texts.batch(first, max(round(step * texts_per_step) - first, 0))
+    num_items = demonstrations.num_items() + text_batch.num_items()
     return [
-        (partial(sft_loss, pack=cfg.packing), demonstrations, demonstrations.units() / units),
-        (partial(pretrain_loss, pack=cfg.packing), mixed, mixed.units() / units),
+        (partial(sft_loss, pack=cfg.packing), demonstrations, demonstrations.num_items() / num_items),
+        (partial(pretrain_loss, pack=cfg.packing), text_batch, text_batch.num_items() / num_items),
     ]
 
 
 def validate(
-    cfg: SFTConfig, model: Model, data: Dataset, reward: Reward | None, out: RunDir, step: int
+    cfg: SFTConfig, model: Model, data: Dataset, reward: RewardFunction | None, log: Log, step: int
 ) -> dict[str, float]:
-    """The validation loss, and with a reward model the mean score of responses to the validation prompts: all of them
-    if it selects, else those for samples.jsonl. The noise is the same at every validation."""
+    """Return the validation loss, and with a reward model the mean score of responses to the validation prompts.
+
+    A reward model scores responses to all validation prompts; without one, only the prompts for samples.jsonl are
+    answered. The sampling noise is the same at every validation.
+    """
     if not len(data):
         return {}
-    stats = averages(model, data, partial(sft_loss, pack=cfg.packing), cfg.optim.micro_batch_tokens)
-    prompts = prompts_of(data, model.max_positions, cfg.sampling.max_new_tokens)
-    prompts = prompts if reward else prompts.take(range(min(cfg.log.samples, len(prompts.ids))))
-    if not prompts.ids:
+    stats = validation_metrics(model, data, partial(sft_loss, pack=cfg.packing), cfg.optim.micro_batch_tokens)
+    prompts = validation_prompts(data, model.max_positions, cfg.sampling.max_new_tokens)
+    if not reward:
+        prompts = prompts.take(range(min(cfg.log.samples, len(prompts.uids))))
+    if not prompts.uids:
         return stats
     columns = {}
     with locating_rows(Responses=data.location):
@@ -113,5 +120,5 @@ def validate(
             "valid/length": float((responses.lengths - responses.prompt_lengths).double().mean()),
             "valid/eos_rate": float(responses.finished.double().mean()),
         }
-    out.log.samples(step, told(responses, prompts.texts, model.tokenizer, **columns))
+    log.samples(step, sample_rows(responses, prompts.texts, model.tokenizer, **columns))
     return stats

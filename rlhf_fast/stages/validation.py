@@ -1,8 +1,9 @@
-"""What a stage measures on held-out rows, and when."""
+"""When a stage validates, and what it measures on held-out rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.data import Dataset
@@ -10,32 +11,42 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.training.learner import Loss, evaluate
 
 
-def due(step: int, every: int, batch: int, rows: int, total: int) -> bool:
-    """Whether to validate after `step` batches: every so many, or (0) once an epoch of `rows`; always at the end."""
-    epochs = step * batch // rows - (step - 1) * batch // rows
-    return step == total or (step % every == 0 if every else epochs > 0)
+def should_validate(step: int, every: int, batch: int, rows: int, total: int) -> bool:
+    """Return whether to validate after step 1, 2, ..., `total`.
+
+    every: steps between validations; 0 = once an epoch of `rows`, at `batch` rows a step. The last step validates.
+    """
+    if step == total:
+        return True
+    if every:
+        return step % every == 0
+    return step * batch // rows > (step - 1) * batch // rows
 
 
-def averages(model: Model, data: Dataset, loss: Loss, tokens: int) -> dict[str, float]:
-    """The stats of `loss` over every row of `data`, `tokens` at a time, named valid/..."""
-    stats = evaluate(model, loss, list(data.in_order(256)), tokens)
+def validation_metrics(model: Model, data: Dataset, loss: Loss, micro_batch_tokens: int) -> dict[str, float]:
+    """Return the stats of `loss` over every row of `data`, under the names valid/..."""
+    stats = evaluate(model, loss, list(data.in_order(256)), micro_batch_tokens)
     return {f"valid/{name.partition('/')[2]}": value for name, value in stats.items()}
 
 
-def prompts_of(data: Dataset, context: int = 0, answer: int = 0) -> Prompts:
-    """The prompts in the file's order, but for those that leave no room for `answer` tokens in the model's `context`
-    (0: any length); uids are row numbers."""
-    rows = [i for i, row in enumerate(data.rows) if not context or len(row.prompt) + answer <= context]
+def validation_prompts(data: Dataset, context: int = 0, max_new_tokens: int = 0) -> Prompts:
+    """Return the prompts in the file's order, their row numbers as uids.
+
+    Prompts that leave no room for max_new_tokens in the model's `context` are left out; 0 = any length.
+    """
+    rows = [i for i, row in enumerate(data.rows) if not context or len(row.prompt) + max_new_tokens <= context]
     return Prompts(rows, [data.rows[i].prompt for i in rows], [data.rows[i].text for i in rows])
 
 
-def told(responses: Responses, prompts: Sequence[str], tokenizer, **columns: Sequence) -> list[dict]:
-    """One row for samples.jsonl of each response: its prompt, text, length and end, and further columns."""
+def sample_rows(
+    responses: Responses, prompts: Sequence[str], tokenizer: Any, **columns: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Return a row for samples.jsonl of each response: prompt, text, length, whether it ended, and `columns`."""
     texts = tokenizer.batch_decode(responses.response_ids(), skip_special_tokens=True)
     lengths = (responses.lengths - responses.prompt_lengths).tolist()
-    rows = zip(prompts, texts, lengths, responses.finished.tolist(), strict=True)
-    return [
-        {"prompt": prompt, "response": text, "length": length, "eos": eos}
-        | {name: float(values[i]) for name, values in columns.items()}
-        for i, (prompt, text, length, eos) in enumerate(rows)
-    ]
+    finished = responses.finished.tolist()
+    rows = []
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        row = {"prompt": prompt, "response": text, "length": lengths[i], "eos": finished[i]}
+        rows.append(row | {name: float(values[i]) for name, values in columns.items()})
+    return rows

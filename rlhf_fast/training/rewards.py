@@ -1,6 +1,6 @@
-"""What a response is worth: a reward model's folder, or any Python function.
+"""Reward functions: a reward model's folder, or any Python function.
 
-A reward is a callable `(Responses) -> (B,)` float32 scores. `load_reward("out/reward", ...)` reads a model;
+A reward function is a callable `(Responses) -> (B,)` float32 scores. `load_reward("out/reward", ...)` loads a model;
 `load_reward("my_module:my_function", ...)` imports a function, which takes either a list of texts (prompt and response
 together) or two lists, prompts and responses, and returns one number for each.
 """
@@ -9,45 +9,51 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.batches import Responses, micro_batches
 from rlhf_fast.config.fields import ModelConfig
-from rlhf_fast.errors import BadRows, UserError
+from rlhf_fast.errors import BadRows, UserError, listed
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 
-Reward = Callable[[Responses], Tensor]
-SHOWN = 8
-"""Rows that an error names."""
+RewardFunction = Callable[[Responses], Tensor]
 
 
 def load_reward(
-    spec: str, tokenizer, cfg: ModelConfig | None = None, *, micro_batch_tokens: int = 8192, device=None
-) -> Reward:
-    """The reward that `spec` names. `tokenizer` is the policy's; `cfg` says how to load a model, its path aside."""
+    spec: str,
+    tokenizer: Any,
+    cfg: ModelConfig | None = None,
+    *,
+    micro_batch_tokens: int = 8192,
+    device: str | torch.device | None = None,
+) -> RewardFunction:
+    """Return the reward function that `spec` names.
+
+    tokenizer: the policy's. cfg: how to load a model; its path is ignored.
+    """
     if is_function(spec):
-        return FunctionReward(_import(spec), tokenizer, spec)
-    fields = {**vars(cfg or ModelConfig()), "path": spec}
-    model = Model.load(ModelConfig(**fields), head="scalar", device=device)
+        return PythonReward(_import_function(spec), tokenizer, spec)
+    model = Model.load(replace(cfg or ModelConfig(), path=spec), head="scalar", device=device)
     check_tokenizers(tokenizer, model.tokenizer, spec)
     return ModelReward(model, micro_batch_tokens)
 
 
 def is_function(spec: str) -> bool:
-    """Whether `spec` is module:function rather than a folder or hub name."""
+    """Return True for module:function, False for a folder or hub name."""
     return ":" in spec and not Path(spec).exists()
 
 
 class ModelReward:
-    """The score of a scalar model at the last token of each response."""
+    """Scores a response by a model with a scalar head, at the last token."""
 
     def __init__(self, model: Model, micro_batch_tokens: int = 8192):
         self.model, self.micro_batch_tokens = model, micro_batch_tokens
@@ -57,66 +63,67 @@ class ModelReward:
         scores = torch.zeros(len(responses.lengths))
         for index, part in micro_batches(responses, self.micro_batch_tokens):
             scores[index] = self.model.last_scores(part.tokens, part.lengths).cpu()
-        return checked(scores.tolist(), responses.uids.tolist(), self.model.name)
+        return check_scores(scores.tolist(), responses.uids.tolist(), self.model.name)
 
 
-class FunctionReward:
-    """A function of texts, decoded by the policy's tokenizer without special tokens."""
+class PythonReward:
+    """Scores a response by a function of texts, decoded by the policy's tokenizer without special tokens."""
 
-    def __init__(self, function: Callable, tokenizer, name: str = ""):
+    def __init__(self, function: Callable[..., Any], tokenizer: Any, name: str = ""):
         self.function, self.tokenizer = function, tokenizer
         self.name = name or getattr(function, "__name__", "reward")
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(function).parameters.values()
-        needed = [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
-        if len(needed) not in (1, 2):
+        required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+        if len(required) not in (1, 2):
             raise UserError(
                 f"{self.name}: a reward function takes a list of texts, or a list of prompts and a list of responses;"
-                f" it takes {len(needed)} arguments"
+                f" it takes {len(required)} arguments"
             )
-        self.takes_prompts = len(needed) == 2
+        self.takes_prompts = len(required) == 2
 
     def __call__(self, responses: Responses) -> Tensor:
-        answers = self._decode(responses.response_ids())
-        spans = zip(responses.tokens, responses.prompt_lengths.tolist(), responses.lengths.tolist(), strict=True)
         if self.takes_prompts:
-            prompts = self._decode([row[:start].tolist() for row, start, _ in spans])
-            scores = self.function(prompts, answers)
+            spans = zip(responses.tokens, responses.prompt_lengths.tolist(), strict=True)
+            prompts = self._decode([row[:length].tolist() for row, length in spans])
+            scores = self.function(prompts, self._decode(responses.response_ids()))
         else:
-            scores = self.function(self._decode([row[:end].tolist() for row, _, end in spans]))
-        return checked(scores, responses.uids.tolist(), self.name)
+            spans = zip(responses.tokens, responses.lengths.tolist(), strict=True)
+            scores = self.function(self._decode([row[:length].tolist() for row, length in spans]))
+        return check_scores(scores, responses.uids.tolist(), self.name)
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def checked(scores: Sequence[float], uids: Sequence[int], name: str) -> Tensor:
-    """(B,) float32 of one finite number for each row; UserError naming the rows otherwise."""
+def check_scores(scores: Sequence[Any], uids: Sequence[int], name: str) -> Tensor:
+    """Return one finite number for each row as (B,) float32; raise UserError naming the rows otherwise."""
     try:
-        scores = [float(score) for score in scores]
+        numbers = [float(score) for score in scores]
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: a reward must return one number for each response ({error})") from error
-    if len(scores) != len(uids):
-        raise UserError(f"{name}: returned {len(scores)} rewards for {len(uids)} responses")
-    bad = [i for i, score in enumerate(scores) if not math.isfinite(score)]
+    if len(numbers) != len(uids):
+        raise UserError(f"{name}: returned {len(numbers)} rewards for {len(uids)} responses")
+    bad = [i for i, number in enumerate(numbers) if not math.isfinite(number)]
     if bad:
-        shown = ", ".join(f"{scores[i]} for prompt {uids[i]} (row {i} of the batch)" for i in bad[:SHOWN])
+        shown = listed([f"{numbers[i]} for prompt {uids[i]} (row {i} of the batch)" for i in bad])
         what = f"{name}: returned {shown}; {len(bad)} of {len(uids)} rewards are not finite numbers"
         raise BadRows(what, [("Responses", uids[i]) for i in bad])
-    return torch.tensor(scores, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
-def source_of(spec: str) -> Path | None:
-    """The file of the module that module:function names; None if it has none."""
-    _import(spec)
+def source_file(spec: str) -> Path | None:
+    """Return the file of the module in module:function, or None if it has none."""
+    _import_function(spec)
     file = getattr(sys.modules[spec.rpartition(":")[0]], "__file__", None)
     return Path(file) if file else None
 
 
-def _import(spec: str) -> Callable:
+def _import_function(spec: str) -> Callable[..., Any]:
     module, _, name = spec.rpartition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""A world small enough to learn in seconds: words of one letter, models of a few thousand weights, and their data.
+"""A task that is learned in seconds: words of one letter, models of a few thousand weights, and their data.
 
-The demonstrated answer repeats the prompt's letters ("a b c ." -> "a b c"); rankings and rewards like the letter "a".
+The demonstrated answer repeats the prompt's letters ("a b c ." -> "a b c"); rankings and rewards prefer the letter "a".
 """
 
 import json
@@ -26,7 +26,7 @@ LETTERS = "abcdefgh"
 
 
 def tokenizer(letters: str = LETTERS):
-    """One token a letter, `.`, an unknown and an end token; no padding token."""
+    """Return a tokenizer with one token a letter, `.`, an unknown and an end token, and no padding token."""
     vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", ".", *letters])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -34,7 +34,7 @@ def tokenizer(letters: str = LETTERS):
 
 
 def model(folder: Path, kind: str = "llama", seed: int = 0, letters: str = LETTERS) -> str:
-    """Writes a random model with its tokenizer; returns the folder's name."""
+    """Write a random model with its tokenizer; return the folder's name."""
     words = tokenizer(letters)
     size = {"vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 1}
     torch.manual_seed(seed)
@@ -54,10 +54,11 @@ def jsonl(path: Path, rows: list[dict]) -> str:
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:
-    """Different prompts of two to four letters and a full stop."""
-    chance, found = random.Random(seed), {}
+    """Return `count` different prompts of two to four letters and a full stop."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
     while len(found) < count:
-        found[" ".join(chance.choices(LETTERS, k=chance.randint(2, 4))) + " ."] = None
+        found[" ".join(rng.choices(LETTERS, k=rng.randint(2, 4))) + " ."] = None
     return list(found)
 
 
@@ -65,12 +66,13 @@ def demonstrations(path: Path, count: int = 64) -> str:
     return jsonl(path, [{"prompt": text, "completion": text.removesuffix(" .")} for text in prompts(count)])
 
 
-def rankings(path: Path, count: int = 48, least: int = 2, most: int = 5) -> str:
-    """Ragged rankings by the number of a's, equal numbers tied."""
-    chance, rows = random.Random(1), []
+def rankings(path: Path, count: int = 48) -> str:
+    """Write rankings of up to 5 responses by their number of a's; equal numbers are tied."""
+    rng = random.Random(1)
+    rows = []
     for text in prompts(2 * count):
-        drawn = (" ".join(chance.choices("aa" + LETTERS, k=chance.randint(2, 5))) for _ in range(20))
-        answers = list(dict.fromkeys(drawn))[: chance.randint(least, most)]
+        sampled = (" ".join(rng.choices("aa" + LETTERS, k=rng.randint(2, 5))) for _ in range(20))
+        answers = list(dict.fromkeys(sampled))[: rng.randint(2, 5)]
         order = sorted({-answer.count("a") for answer in answers})
         if len(order) < 2:
             continue
@@ -79,8 +81,8 @@ def rankings(path: Path, count: int = 48, least: int = 2, most: int = 5) -> str:
 
 
 def texts(path: Path, count: int = 40) -> str:
-    chance = random.Random(2)
-    return jsonl(path, [{"text": " ".join(chance.choices(LETTERS + ".", k=30))} for _ in range(count)])
+    rng = random.Random(2)
+    return jsonl(path, [{"text": " ".join(rng.choices(LETTERS + ".", k=30))} for _ in range(count)])
 
 
 def prompt_file(path: Path, count: int = 40) -> str:
@@ -88,18 +90,18 @@ def prompt_file(path: Path, count: int = 40) -> str:
 
 
 def share_of_a(texts: list[str]) -> list[float]:
-    """A reward: how much of the answer is the letter a."""
+    """Return a reward for each text: the share of the answer's words that are the letter a."""
     answers = [text.partition(".")[2].split() for text in texts]
     return [sum(word == "a" for word in answer) / max(len(answer), 1) for answer in answers]
 
 
 def model_at(folder: Path, **options) -> str:
-    """The folder's random model, written on first use."""
+    """Return the folder's random model, written on first use."""
     return str(folder / "model") if (folder / "model").exists() else model(folder / "model", **options)
 
 
 def sft(folder: Path, out: str = "sft", **changes) -> SFTConfig:
-    """Settings of a run of about 15 steps, every part of the stage in use."""
+    """Return settings of a run of about 15 steps with every part of the stage in use."""
     return replace(
         SFTConfig(
             out=str(folder / out),
@@ -119,7 +121,7 @@ def sft(folder: Path, out: str = "sft", **changes) -> SFTConfig:
 
 
 def reward(folder: Path, out: str = "reward", **changes) -> RewardConfig:
-    """Settings of a run of about 16 steps."""
+    """Return settings of a run of about 16 steps."""
     return replace(
         RewardConfig(
             out=str(folder / out),
@@ -136,7 +138,7 @@ def reward(folder: Path, out: str = "reward", **changes) -> RewardConfig:
 
 
 def ppo(folder: Path, out: str = "ppo", **changes) -> PPOConfig:
-    """Settings of a run of 6 batches of 2 optimizer steps each, with PPO-ptx and the adaptive KL controller."""
+    """Return settings of a run of 6 batches of 2 optimizer steps each, with PPO-ptx and the adaptive KL controller."""
     schedule = {"schedule": "constant", "warmup_steps": 4}
     return replace(
         PPOConfig(
@@ -162,16 +164,24 @@ def ppo(folder: Path, out: str = "ppo", **changes) -> PPOConfig:
 
 
 def rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file."""
+    """Return the rows of a JSONL file."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def metrics(run: Path) -> list[dict]:
+    """Return the rows of a run's metrics.jsonl without their times, which differ between equal runs."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
+        for row in rows(run / "metrics.jsonl")
+    ]
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Of a causal language model's folder, as plain transformers reads it."""
+    """Return the weights of a causal language model's folder, as plain transformers reads it."""
     return AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two such folders hold the same model to the bit."""
+    """Return whether two such folders hold the same model to the bit."""
     ours, theirs = weights(one), weights(other)
     return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in ours.items())
