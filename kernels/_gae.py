@@ -22,16 +22,6 @@ def scan(
     return advantages, torch.where(mask, advantages + values, 0)
 
 
-def check_offsets(op: str, name: str, offsets: Tensor, N: int) -> None:
-    """ValueError unless `offsets` rise from 0 to N. Only on the CPU: elsewhere the look would wait for the device."""
-    if offsets.device.type != "cpu":
-        return
-    ends = offsets.tolist()
-    if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
-        shown = ends if len(ends) < 10 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
-        raise ValueError(f"{op}: {name} must rise from 0 to {N}, the number of rows, got {shown}")
-
-
 ROWS, LONG, PIECES, LEAST = 64, 4096, 512, 1024
 
 

@@ -1,4 +1,4 @@
-"""Shared by the launchers of compiled kernels: the stream or threads, pointers, dtype codes."""
+"""Shared by the launchers of compiled kernels: the stream or threads, pointers, dtypes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def dtype_codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]
         if x is not None and x.dtype not in served:
             raise Unsupported(f"no compiled kernel for {str(x.dtype)[6:]}")
     return tuple(0 if x is None else served.index(x.dtype) for x in tensors)
+
+
+def refuse_float64(*tensors: Tensor | None) -> None:
+    """Raise Unsupported if one of the tensors is float64, which only references serve."""
+    if any(x is not None and x.dtype == torch.float64 for x in tensors):
+        raise Unsupported("float64 has no compiled kernel")
 
 
 def require_dtypes(*tensors: Tensor | None) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from rlhf_fast.kernels._autograd import autograd_function
 from rlhf_fast.kernels._backends import (
     COMPILED,
     DEVICES,
@@ -52,18 +53,6 @@ def _is_tracing() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> Any:
-    """Return `backward(ctx, *grads)`, made such that differentiating it raises. torch's once_differentiable would
-    silently return a zero second derivative when `grads` do not require grad, as those of a plain loss."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return backward(ctx, *grads)
-    with torch.no_grad():
-        out = backward(ctx, *grads)
-    out = out if isinstance(out, tuple) else (out,)
-    raise_later = torch._C._functions.DelayedError(f"{name}: the gradient cannot be differentiated again", len(out))
-    return raise_later(*(x if x is None else x.detach().requires_grad_() for x in out))
-
-
 class Op:
     """Call an op to run the best kernel for its tensors' device; `.reference` is its definition in plain torch."""
 
@@ -82,6 +71,7 @@ class Op:
     make_inputs: Callable[..., tuple]  # registered by `inputs`, with two lists of its keyword arguments:
     small_sizes: list[dict]
     large_sizes: list[dict]
+    stats: tuple[str, ...]  # the names of the op's statistics, if it returns any
     has_gradient: bool
     has_warned: bool
     torch_op: Callable  # torch.ops.rlhf_fast.<name>
@@ -101,6 +91,7 @@ class Op:
         self.required_symbols = {}
         self.normalizer = None
         self.cost_function = None
+        self.stats = ()
         self.has_gradient = False
         self.has_warned = False
         self._register_triton()
@@ -335,36 +326,41 @@ class Op:
         """Register the gradient, in torch.autograd.Function's terms.
 
         Give `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`; or, where the forward pass itself
-        computes the gradients, `forward(ctx, *args)` and `backward(ctx, *grads)`. A backend forced in the forward pass
-        is forced in the backward pass too. A second derivative raises: the kernels do not record one.
+        computes the gradients, `forward(ctx, *args)` and `backward(ctx, *grads)`. A second derivative raises: the
+        kernels do not record one.
         """
-        self.has_gradient = True
-        name = self.name  # torch.compile traces these functions and must find the op by name, not in a closure
+        name = self.name
 
-        def run_backward(ctx, *grads):
-            if ctx.backend is None:
-                return _first_order_only(name, backward, ctx, grads)
-            with forcing(ctx.backend):
-                return _first_order_only(name, backward, ctx, grads)
-
-        def run_setup_context(ctx, inputs, output):
-            ctx.backend = forced_backend()
-            setup_context(ctx, inputs, output)
-
-        def run_forward(ctx, *args):
-            ctx.backend = forced_backend()
-            return forward(ctx, *args)
-
-        def run_op(*args):
+        def run(*args):
             return OPS[name].run(*args)
 
-        functions = {"backward": run_backward}
-        if forward is None:
-            functions |= {"forward": run_op, "setup_context": run_setup_context}
-        else:
-            functions |= {"forward": run_forward}
-        methods = {name: staticmethod(function) for name, function in functions.items()}
-        self.differentiable = type(self.name, (torch.autograd.Function,), methods).apply
+        self.has_gradient = True
+        self.differentiable = autograd_function(name, run, backward, setup_context, forward)
+
+    def variant(
+        self,
+        *,
+        outputs: int,
+        tensors: tuple[str, ...] = (),
+        flags: tuple[str, ...] = (),
+        fake: Callable | None = None,
+    ) -> Callable[[Callable], Op]:
+        """Return a decorator that makes another op, which this op's forward or backward pass runs.
+
+        Its parameters are the Tensors `tensors`, then this op's parameters without their defaults, then the bools
+        `flags`. It returns `outputs` tensors. The decorated function has its name and takes the arguments by position.
+        """
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=Tensor) for name in tensors]
+        parameters += [p.replace(default=p.empty) for p in self.signature.parameters.values()]
+        parameters += [inspect.Parameter(name, kind, annotation=bool) for name in flags]
+        signature = inspect.Signature(parameters, return_annotation=tuple[(Tensor,) * outputs])
+
+        def register(body: Callable) -> Op:
+            vars(body)["__signature__"] = signature
+            return Op(body, fake)
+
+        return register
 
     def cost(self, cost_function: Callable) -> Callable:
         """Register `cost_function(gradient, *args) -> (bytes, flops)`: the least that a call on normalized arguments

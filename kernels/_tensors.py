@@ -1,4 +1,4 @@
-"""Conversions of tensors that op bodies, normalizers and launchers share."""
+"""Conversions and checks of tensors that op bodies, normalizers and launchers share."""
 
 from __future__ import annotations
 
@@ -62,3 +62,13 @@ def copy_back(copy: Tensor | None, original: Tensor | None) -> None:
     """Copy into `original` what a kernel wrote to `copy`, a contiguous copy of it or the same tensor."""
     if original is not None and copy is not original:
         original.copy_(copy)
+
+
+def check_offsets(op: str, name: str, offsets: Tensor, N: int) -> None:
+    """Raise ValueError unless `offsets` rise from 0 to N. On a GPU nothing is checked: it would wait for the device."""
+    if offsets.device.type != "cpu":
+        return
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        shown = ends if len(ends) < 10 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
+        raise ValueError(f"{op}: {name} must rise from 0 to {N}, the number of rows, got {shown}")

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import check_offsets, pieces, scan
+from rlhf_fast.kernels._gae import pieces, scan
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import promote_to_float64, upcast
+from rlhf_fast.kernels._tensors import check_offsets, promote_to_float64, upcast
 
 
 def _fake(rewards, values, mask, cu_seqlens, gamma=1.0, lam=0.95, bootstrap=None):

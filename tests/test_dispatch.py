@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
+from rlhf_fast.kernels import _op
 from rlhf_fast.kernels._backends import WHY_MISSING, strict
 from rlhf_fast.kernels._launch import Unsupported
 
@@ -18,6 +19,7 @@ import torch
 torch.cuda.is_available = lambda: True
 from rlhf_fast.cli import env
 from rlhf_fast import ops
+from rlhf_fast.kernels import _op
 from rlhf_fast.kernels import _op
 print(*(op.name for op in _op.OPS.values() if op.chosen("cuda") not in ("cuda", "triton")), "end")
 print(*(op.name for op in _op.OPS.values() if op.preference["cuda"][-1] != "reference"), "end")
@@ -121,3 +123,20 @@ def test_a_backend_of_another_device_is_refused(monkeypatch):
     monkeypatch.setitem(ops.gae.implementations, "cuda", lambda *args: pytest.fail("CPU addresses on a GPU"))
     with pytest.raises(ValueError, match="gae: no backend 'cuda' here for cpu tensors; there are: reference"):
         ops.gae.backend("cuda")(*gae_inputs())
+
+
+def test_a_variant_has_the_ops_parameters_between_its_own(monkeypatch):
+    monkeypatch.setattr(_op, "OPS", dict(_op.OPS))
+
+    @ops.gae.variant(outputs=2, tensors=("grad_advantages",), flags=("needs_grad",))
+    def gae_variant_of_this_test(grad_advantages, *args):
+        return grad_advantages.clone(), args[0].clone()
+
+    assert str(gae_variant_of_this_test.torch_op._schema) == (
+        "rlhf_fast::gae_variant_of_this_test(Tensor grad_advantages, Tensor rewards, Tensor values, Tensor mask,"
+        " float gamma, float lam, Tensor? bootstrap, bool needs_grad) -> (Tensor, Tensor)"
+    )
+    x = torch.ones(2, 3)
+    assert torch.equal(gae_variant_of_this_test(x, x, x, x.bool(), 1.0, 1.0, None, needs_grad=True)[0], x)
+    with pytest.raises(TypeError, match="gae_variant_of_this_test misses the argument 'gamma'"):
+        gae_variant_of_this_test(x, x, x, x.bool())

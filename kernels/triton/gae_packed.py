@@ -5,7 +5,7 @@ its own by a search among the offsets: the tiles of a long segment run side by s
 tiles of a segment but its first are read twice.
 """
 
-from rlhf_fast.kernels._gae import check_offsets
+from rlhf_fast.kernels._tensors import check_offsets
 from rlhf_fast.kernels.triton import _scan as scan
 from rlhf_fast.kernels.triton import launch
 from rlhf_fast.kernels.triton.gae import split

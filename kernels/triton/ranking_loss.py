@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels._gae import check_offsets
 from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._tensors import check_offsets
 from rlhf_fast.kernels.ranking_loss import STATS
 from rlhf_fast.kernels.triton import launch
 

@@ -1,0 +1,54 @@
+"""The gradient of an op, as a torch.autograd.Function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlhf_fast.kernels._backends import forced_backend, forcing
+
+
+def autograd_function(
+    name: str, run: Callable, backward: Callable, setup_context: Callable | None, forward: Callable | None
+) -> Callable:
+    """Return an op's call with its gradient; `Op.gradient` says what the functions are. `run` is the call without one.
+
+    A backend forced in the forward pass is forced in the backward pass too. torch.compile traces these functions: they
+    keep no Op in a closure.
+    """
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.backend is None:
+            return _first_order_only(name, backward, ctx, grads)
+        with forcing(ctx.backend):
+            return _first_order_only(name, backward, ctx, grads)
+
+    def run_setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.backend = forced_backend()
+        setup_context(ctx, inputs, output)
+
+    def run_forward(ctx: Any, *args: Any) -> Any:
+        ctx.backend = forced_backend()
+        return forward(ctx, *args)
+
+    functions = {"backward": run_backward}
+    if forward is None:
+        functions |= {"forward": run, "setup_context": run_setup_context}
+    else:
+        functions |= {"forward": run_forward}
+    methods = {name: staticmethod(function) for name, function in functions.items()}
+    return type(name, (torch.autograd.Function,), methods).apply
+
+
+def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> Any:
+    """Return `backward(ctx, *grads)`, made such that differentiating it raises. torch's once_differentiable would
+    silently return a zero second derivative when `grads` do not require grad, as those of a plain loss."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return backward(ctx, *grads)
+    with torch.no_grad():
+        out = backward(ctx, *grads)
+    out = out if isinstance(out, tuple) else (out,)
+    raise_later = torch._C._functions.DelayedError(f"{name}: the gradient cannot be differentiated again", len(out))
+    return raise_later(*(x if x is None else x.detach().requires_grad_() for x in out))
