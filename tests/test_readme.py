@@ -1,32 +1,128 @@
-"""What the README shows can be done: its rows are read, its Python has every import, commands and settings exist."""
+"""README and docs/ show what works: their commands run, their rows are read, their Python has its imports."""
 
 import ast
 import builtins
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import toy
 import yaml
 
-from rlhf_fast.cli.main import COMMANDS
+from rlhf_fast.cli.main import COMMANDS, main
 from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-pytestmark = pytest.mark.skipif(not README.is_file(), reason="not a source checkout")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="not a source checkout")
+
+# Appended to what a page shows, so that it takes seconds: the pages show real sizes.
+SMALL = {
+    "sft": "--epochs 1 --batch 4 --data.template plain --sampling.max-new-tokens 4",
+    "reward": "--epochs 1 --batch 4 --data.template plain --demonstrations.template plain",
+    "ppo": "--episodes 8 --batch 4 --minibatch 4 --inner-epochs 1 --ptx-ratio 1 --data.template plain"
+    " --sampling.max-new-tokens 4 --pretrain.max-response-tokens 8 --log.samples 1",
+    "generate": "--max-new-tokens 4 --template plain",
+}
+SMALL_RECIPE = {
+    "sft": {"epochs": 1, "batch": 4, "data.template": "plain", "sampling.max_new_tokens": 4},
+    "reward": {"epochs": 1, "batch": 4, "data.template": "plain", "demonstrations.template": "plain"},
+    "ppo": {"episodes": 8, "batch": 4, "minibatch": 4, "data.template": "plain", "sampling.max_new_tokens": 4},
+}
+# Not run here: they install, or another test runs them whole.
+ELSEWHERE = {
+    "pip": "test_install.py installs the package",
+    "pre-commit": "ruff and clang-format are what .ci/run checks",
+    ".ci/run": "runs these tests",
+    "rlhf-fast demo": "test_demo.py",
+    "python -m zipfile": "Python's own",
+    "python setup.py": "test_install.py builds the extensions",
+    "python examples/": "test_examples.py",
+    "rlhf-fast run examples/smollm2.yaml": "test_examples.py resolves it",
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+def blocks(language: str, *pages: Path) -> list[str]:
+    """The fenced blocks of one language, in all pages or in those named."""
+    found = []
+    for page in pages or PAGES:
+        found += re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return found
 
 
-def test_the_rows_are_read_as_what_they_stand_for(tmp_path):
-    shown = blocks("json")
-    for text, kind in zip(shown, ("demonstrations", "comparisons", "prompts"), strict=True):
+def commands(page: Path) -> list[str]:
+    """Each command of the page's sh blocks, without comments and leading variables, split at `&&`."""
+    lines = [line.partition("  #")[0].strip() for block in blocks("sh", page) for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [re.sub(r"^([A-Z_]+=\S+ )+", "", part) for part in parts if part]
+
+
+def is_elsewhere(command: str) -> bool:
+    return any(command.startswith(start) for start in ELSEWHERE)
+
+
+def small_recipe(text: str, model: str) -> str:
+    """A recipe as `init` writes it, filled in, with few and short steps."""
+    recipe = yaml.safe_load(text)
+    for stage, settings in SMALL_RECIPE.items():
+        recipe[stage] |= settings
+    recipe["sft"]["model.path"] = model
+    return yaml.safe_dump(recipe)
+
+
+@pytest.fixture
+def workplace(folder, one_thread):
+    """A folder with the data files that the pages name and a tiny model."""
+    rows = blocks("json", ROOT / "docs" / "data.md")
+    for name, text in zip(("demonstrations", "rankings", "prompts", "texts"), rows, strict=True):
+        (folder / f"{name}.jsonl").write_text(text * 1, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_run(page, workplace, capsys):
+    """`rlhf-fast` commands run in the page's order, with small sizes; the others are tried as far as is quick."""
+    model = toy.model(workplace / "MODEL", letters="abcdefghijklmnopqrstuvwxyz")
+    shown = [command for command in commands(page) if not is_elsewhere(command)]
+    for command in shown:
+        words = shlex.split(command)
+        if words[0] == "rlhf-fast":
+            name, argv = words[1], words[2:]
+            if name == "run":  # after `init`
+                recipe = Path(argv[0])
+                recipe.write_text(small_recipe(recipe.read_text(encoding="utf-8"), model), encoding="utf-8")
+            assert main([name, *argv, *SMALL.get(name, "").split()]) == 0, f"{command}\n{capsys.readouterr().err}"
+        elif words[0] == "pytest":
+            quick = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words[1:]]
+            done = subprocess.run(quick, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        else:
+            assert words[:2] == ["python", "-m"], f"{page.name}: no test runs `{command}`"
+            done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            for flag in (word for word in words if word.startswith("--")):
+                assert flag in done.stdout, f"{command}: {words[2]} has no {flag}"
+
+
+def test_every_exception_is_needed():
+    """A command that no page shows any more needs no entry in ELSEWHERE."""
+    shown = [command for page in PAGES for command in commands(page)]
+    assert all(any(command.startswith(start) for command in shown) for start in ELSEWHERE)
+    assert sum(not is_elsewhere(command) for command in shown) > 15
+
+
+def test_the_rows_are_read_as_what_they_are(tmp_path):
+    kinds = ("demonstrations", "comparisons", "prompts", "texts")
+    for text, kind in zip(blocks("json"), kinds, strict=True):
         (tmp_path / "rows.jsonl").write_text(text)
         report = examine(tmp_path / "rows.jsonl")
-        assert report.kind == kind and not report.errors and len(report.examples) == len(text.splitlines())
+        assert report.kind == kind and not report.errors
+        assert len(report.examples) == len(text.splitlines())
 
 
 def test_the_op_that_is_called_learns():
@@ -36,7 +132,28 @@ def test_the_op_that_is_called_learns():
     assert found["hidden"].grad.any(1).float().mean() > 0.5  # a clipped token has none
 
 
-@pytest.mark.parametrize("source", blocks("python") if README.is_file() else [])
+@pytest.mark.parametrize("page", ["README.md", "docs/rollouts.md"])
+def test_the_rollouts_run(page, workplace, capsys):
+    toy.model(workplace / "runs" / "first" / "sft")
+    toy.model(workplace / "runs" / "sft")
+    source = next(block for block in blocks("python", ROOT / page) if "Rollout(" in block)
+    found = {}
+    exec(source.replace("max_new_tokens=64", "max_new_tokens=4"), found)
+    assert len(found["responses"].lengths) == 8 and capsys.readouterr().out
+
+
+def test_the_stage_that_is_run_from_python(workplace):
+    toy.model(workplace / "runs" / "sft")
+    source = next(block for block in blocks("python", ROOT / "docs" / "running.md") if "ppo.run(" in block)
+    small = "reward='toy:share_of_a', episodes=4, batch=4, minibatch=4, data=prompts"
+    source = source.replace('reward="runs/rm", data=prompts', small)
+    source = source.replace('path="prompts.jsonl"', 'path="prompts.jsonl", template="plain"')
+    exec(source.replace("PPOConfig(", "PPOConfig(sampling=SamplingConfig(max_new_tokens=4), "),
+         {"SamplingConfig": __import__("rlhf_fast").SamplingConfig})  # fmt: skip
+    assert (workplace / "runs" / "from-python" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("source", blocks("python"))
 def test_python_has_its_imports(source):
     tree = ast.parse(source)
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
@@ -44,21 +161,44 @@ def test_python_has_its_imports(source):
     known |= {argument.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for argument in node.args}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            exec(compile(ast.Module([node], []), str(README), "exec"), {})
+            exec(compile(ast.Module([node], []), "a page", "exec"), {})
             known |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.FunctionDef):
             known.add(node.name)
     assert {node.id for node in names} <= known
 
 
-def test_commands_flags_and_settings_exist():
-    commands = re.findall(r"^rlhf-fast (\S+)(.*)$", "\n".join(blocks("sh")), re.M)
-    assert {name for name, _ in commands} <= COMMANDS.keys() and len(commands) > 8
-    for name, rest in commands:
-        for flag in re.findall(r"--([\w.-]+)", rest.partition("#")[0]) if name in STAGES else []:
-            assert flag.replace("-", "_") in setting_types(STAGES[name]), flag
-    (recipe,) = blocks("yaml")
-    for stage, settings in yaml.safe_load(recipe).items():
-        for name, value in settings.items() if stage in STAGES else ():
-            inside = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
-            assert set(inside) <= setting_types(STAGES[stage]).keys()
+def test_flags_are_settings():
+    for page in PAGES:
+        for command in commands(page):
+            name, *words = command.removeprefix("rlhf-fast ").split()
+            if command.startswith("rlhf-fast ") and name in STAGES:
+                flags = [word.removeprefix("--") for word in words if word.startswith("--")]
+                unknown = [flag for flag in flags if flag.replace("-", "_") not in setting_types(STAGES[name])]
+                assert not unknown, f"{page.name}: {command}: {unknown}"
+            elif command.startswith("rlhf-fast "):
+                assert name in COMMANDS, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    outside_blocks = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    for path in re.findall(r"`((?:rlhf_fast|kernels|csrc|tests|bench|examples|docs)/[\w./-]+)`", outside_blocks):
+        if "twice" not in path:
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_map_is_the_tree():
+    """docs/architecture.md lists every package and module of rlhf_fast/ and every folder at the top."""
+    (text, *_) = re.findall(r"^```\n(kernels/.*?)^```", (ROOT / "docs" / "architecture.md").read_text(), re.M | re.S)
+    for path in sorted((ROOT / "rlhf_fast").iterdir()):
+        if path.is_dir() and [*path.glob("*.py")]:
+            (line,) = [line for line in text.splitlines() if line.startswith(f"  {path.name}/ ")]
+            assert line, path
+        elif path.suffix == ".py":
+            assert f"  {path.name} " in text, path
+    for name in ("kernels/", "csrc/", "rlhf_fast/", "tests/", "bench/", "docs/", "examples/"):
+        assert re.search(rf"^(docs/ )?{name}", text, re.M), name
