@@ -1,4 +1,9 @@
-"""Every test starts from a fresh but printed seed; uninitialised memory of op tests is NaN."""
+"""Shared by all tests: a fresh but printed seed, NaN in uninitialised memory, worker processes, and two sizes.
+
+`pytest` runs the quick tests in one process a core, `pytest -m slow` the rest. A cross product marked
+`exhaustive(keep, by)` is sampled: of the cases with the same values of the parameters `by`, the seed draws `keep` for
+the quick run, and the others are slow.
+"""
 
 import os
 import random
@@ -6,8 +11,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-import torch
+# Workers inherit both. One thread each: more would only wait for one another.
+os.environ.setdefault("RLHF_FAST_TEST_SEED", str(random.randrange(2**31)))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "simt")]
@@ -24,11 +34,32 @@ import build as simt  # noqa: E402
 if "RLHF_FAST_SIMT" not in os.environ and simt.compiler() and (ROOT / "csrc").is_dir():  # csrc/cuda, run on the CPU
     os.environ["RLHF_FAST_SIMT"] = str(simt.build(ROOT / "build" / "simt"))
 
-SEED = int(os.environ.get("RLHF_FAST_TEST_SEED") or random.randrange(2**31))
+SEED = int(os.environ["RLHF_FAST_TEST_SEED"])
 
 
-def pytest_report_header(config):
+def pytest_report_header():
     return f"rlhf-fast: RLHF_FAST_TEST_SEED={SEED} draws the inputs of this run again"
+
+
+def pytest_xdist_auto_num_workers():
+    """Return the usable cores; xdist itself counts those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
+def pytest_collection_modifyitems(items):
+    groups: dict[tuple, list[pytest.Item]] = {}
+    for item in items:
+        if mark := item.get_closest_marker("exhaustive"):
+            values = [item.callspec.params[name] for name in mark.kwargs.get("by", ())]
+            key = (item.function, mark.args[0], *(getattr(value, "name", repr(value)) for value in values))
+            groups.setdefault(key, []).append(item)
+    for (function, keep, *names), members in groups.items():
+        draw = random.Random(f"{SEED} {function.__qualname__} {names}")
+        kept = draw.sample(members, min(keep, len(members)))
+        for item in members:
+            if item not in kept:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
