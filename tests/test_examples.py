@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import toy
 
-from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.stages.recipe import read_recipe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -30,7 +29,7 @@ def test_a_reward_function_of_ones_own_is_learned(folder, one_thread):
     import custom_reward
 
     custom_reward.main("runs/polite", batches=6)
-    scores = [row["objective/scores"] for row in read_metrics("runs/polite")]
+    scores = [row["objective/scores"] for row in toy.rows(folder / "runs" / "polite" / "metrics.jsonl")]
     assert len(scores) == 6 and scores[-1] > scores[0]
     assert (folder / "runs" / "polite" / "model.safetensors").is_file()
 

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import os
 import re
 import shlex
 import subprocess
@@ -39,12 +40,16 @@ ELSEWHERE = {
     "pip": "test_install.py installs the package",
     "pre-commit": "ruff and clang-format are what .ci/run checks",
     ".ci/run": "runs these tests",
+    "pytest$": "runs these tests",
+    "pytest -m slow$": "runs the others",
     "rlhf-fast demo": "test_demo.py",
     "python -m zipfile": "Python's own",
     "python setup.py": "test_install.py builds the extensions",
     "python examples/": "test_examples.py",
     "rlhf-fast run examples/smollm2.yaml": "test_examples.py resolves it",
 }
+# As a user has it: these tests themselves run under Triton's interpreter.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
 
 
 def blocks(language: str, *pages: Path) -> list[str]:
@@ -63,7 +68,7 @@ def commands(page: Path) -> list[str]:
 
 
 def is_elsewhere(command: str) -> bool:
-    return any(command.startswith(start) for start in ELSEWHERE)
+    return any(f"{command}$".startswith(start) for start in ELSEWHERE)
 
 
 def small_recipe(text: str, model: str) -> str:
@@ -98,12 +103,14 @@ def test_the_commands_run(page, workplace, capsys):
                 recipe.write_text(small_recipe(recipe.read_text(encoding="utf-8"), model), encoding="utf-8")
             assert main([name, *argv, *SMALL.get(name, "").split()]) == 0, f"{command}\n{capsys.readouterr().err}"
         elif words[0] == "pytest":
-            quick = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words[1:]]
-            done = subprocess.run(quick, cwd=ROOT, capture_output=True, text=True)
+            quick = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", *words[1:]]
+            done = subprocess.run(quick, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         else:
             assert words[:2] == ["python", "-m"], f"{page.name}: no test runs `{command}`"
-            done = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, env=ENVIRONMENT
+            )
             assert done.returncode == 0, done.stderr
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in done.stdout, f"{command}: {words[2]} has no {flag}"
@@ -112,7 +119,7 @@ def test_the_commands_run(page, workplace, capsys):
 def test_every_exception_is_needed():
     """A command that no page shows any more needs no entry in ELSEWHERE."""
     shown = [command for page in PAGES for command in commands(page)]
-    assert all(any(command.startswith(start) for command in shown) for start in ELSEWHERE)
+    assert all(any(f"{command}$".startswith(start) for command in shown) for start in ELSEWHERE)
     assert sum(not is_elsewhere(command) for command in shown) > 15
 
 
