@@ -81,6 +81,7 @@ def logits_grad(
 
 NeedsGrad = tuple[bool, bool, bool]
 """Whether hidden, weight and bias need a gradient."""
+NEEDS_GRAD = ("hidden_needs_grad", "weight_needs_grad", "bias_needs_grad")
 
 
 def input_grads(

@@ -74,18 +74,8 @@ def _fake_with_gradients(hidden, weight, targets, _weights, bias, _softcap, *nee
     return *_fake(hidden, weight, targets), *head.empty_input_grads(hidden, weight, bias, needs_grad)
 
 
-@op(fake=_fake_with_gradients)
-def linear_cross_entropy_with_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    bias: Tensor | None,
-    softcap: float,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@linear_cross_entropy.variant(outputs=5, flags=head.NEEDS_GRAD, fake=_fake_with_gradients)
+def linear_cross_entropy_with_gradients(hidden, weight, targets, weights, bias, softcap, *needs_grad):
     """Return the outputs of `linear_cross_entropy` and the loss's gradients of hidden, weight and bias, (0,) where not
     needed."""
     check_targets("linear_cross_entropy", targets, weight.shape[0])
@@ -94,7 +84,6 @@ def linear_cross_entropy_with_gradients(
     logprobs, g = head.gather_targets(logp, targets), -head.default_weights(weights, targets)
     z_grad = head.logits_grad(logp, targets, g, -g, torch.zeros_like(g))
     raw_grad = z_grad * head.scale_logits_grad(x, 1.0, softcap)
-    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
     grads = head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
     return torch.where(g != 0, g * logprobs, 0).sum(), logprobs, *grads
 

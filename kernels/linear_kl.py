@@ -75,18 +75,8 @@ def _fake_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, *_opt
     return *outputs, outputs[0].new_empty(4, *targets.shape)
 
 
-@op(fake=_fake_with_statistics)
-def linear_kl_with_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float,
-    bias: Tensor | None,
-    ref_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@linear_kl.variant(outputs=5, fake=_fake_with_statistics)
+def linear_kl_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
     """Return the outputs of `linear_kl` and (4, ...) for its gradient: the largest z and log sum exp(z - it), of the
     policy and of the reference."""
     check_targets("linear_kl", targets, weight.shape[0])
@@ -116,27 +106,16 @@ def _fake_backward(*args):
     return head.empty_input_grads(hidden, weight, bias, args[-3:])
 
 
-@op(fake=_fake_backward)
+@linear_kl.variant(
+    outputs=3,
+    tensors=("grad_logprobs", "grad_entropy", "grad_kl", "entropy", "kl", "statistics"),
+    flags=head.NEEDS_GRAD,
+    fake=_fake_backward,
+)
 def linear_kl_backward(
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    grad_kl: Tensor,
-    entropy: Tensor,
-    kl: Tensor,
-    statistics: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float,
-    bias: Tensor | None,
-    ref_bias: Tensor | None,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, hidden, weight, ref_hidden, ref_weight, targets,
+    temperature, softcap, bias, ref_bias, *needs_grad,
+):  # fmt: skip
     """Return the gradients of hidden, weight and bias, (0,) where not needed. Both logits are computed again."""
     x = head.raw_logits(hidden, weight, bias, targets)
     ref_z = head.scale_logits(head.raw_logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
@@ -146,7 +125,6 @@ def linear_kl_backward(
     g, h, k = upcast(grad_logprobs), upcast(grad_entropy), upcast(grad_kl)
     z_grad = head.logits_grad(logp, targets, g, -g - h * entropy - k * kl, -h, -k, ref_logp)
     raw_grad = z_grad * head.scale_logits_grad(x, temperature, softcap)
-    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
     return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 
 

@@ -59,10 +59,8 @@ def _fake_with_statistics(hidden, weight, targets, *_options):
     return logprobs, entropy, logprobs.new_empty(2, *targets.shape)
 
 
-@op(fake=_fake_with_statistics)
-def linear_logprobs_with_statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@linear_logprobs.variant(outputs=3, fake=_fake_with_statistics)
+def linear_logprobs_with_statistics(hidden, weight, targets, bias, temperature, softcap):
     """Return the outputs of `linear_logprobs` and (2, ...) for its gradient: the largest z and log sum exp(z - it)."""
     check_targets("linear_logprobs", targets, weight.shape[0])
     z = head.scale_logits(head.raw_logits(hidden, weight, bias, targets), temperature, softcap)
@@ -81,22 +79,15 @@ def _fake_backward(_grad_logprobs, _grad_entropy, _entropy, _statistics, hidden,
     return head.empty_input_grads(hidden, weight, bias, options[2:])
 
 
-@op(fake=_fake_backward)
+@linear_logprobs.variant(
+    outputs=3,
+    tensors=("grad_logprobs", "grad_entropy", "entropy", "statistics"),
+    flags=head.NEEDS_GRAD,
+    fake=_fake_backward,
+)
 def linear_logprobs_backward(
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    entropy: Tensor,
-    statistics: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_logprobs, grad_entropy, entropy, statistics, hidden, weight, targets, bias, temperature, softcap, *needs_grad
+):
     """Return the gradients of hidden, weight and bias, (0,) where not needed. The logits are computed again."""
     x = head.raw_logits(hidden, weight, bias, targets)
     m, log_s = upcast(statistics)[..., None]
@@ -104,7 +95,6 @@ def linear_logprobs_backward(
     g, h = upcast(grad_logprobs), upcast(grad_entropy)
     z_grad = head.logits_grad(logp, targets, g, -g - h * entropy, -h)
     raw_grad = z_grad * head.scale_logits_grad(x, temperature, softcap)
-    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
     return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 
 

@@ -195,50 +195,21 @@ def _launch(kernels, *args):
     return loss.loss, logprobs, entropy, torch.stack(loss.stats), *grads
 
 
-def _fake_with_gradients(hidden, weight, targets, *options):
-    *_, bias, _shift, _scale, _clamp, hidden_needs_grad, weight_needs_grad, bias_needs_grad = options
-    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
-    return *_fake(hidden, weight, targets), *head.empty_input_grads(hidden, weight, bias, needs_grad)
+def _fake_with_gradients(*args):
+    x = Inputs.bundle(*args[:-3])
+    return *_fake(*args), *head.empty_input_grads(x.hidden, x.weight, x.bias, args[-3:])
 
 
-@op(fake=_fake_with_gradients)
-def linear_ppo_loss_with_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_logprobs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    temperature: float,
-    softcap: float,
-    bias: Tensor | None,
-    advantage_shift: Tensor | None,
-    advantage_scale: Tensor | None,
-    log_ratio_clamp: float,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@linear_ppo_loss.variant(outputs=7, flags=head.NEEDS_GRAD, fake=_fake_with_gradients)
+def linear_ppo_loss_with_gradients(*args):
     """Return the outputs of `linear_ppo_loss` and the loss's gradients of hidden, weight and bias, (0,) where not
     needed."""
-    x = Inputs.bundle(
-        hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
-        kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, advantage_shift, advantage_scale,
-        log_ratio_clamp,
-    )  # fmt: skip
+    x = Inputs.bundle(*args[:-3])
     raw_logits, logp, logprobs, entropy, loss = _reference(x)
     g, h = loss.logprob_grad, loss.entropy_grad
-    z_grad = head.logits_grad(logp, targets, g, -g - h * entropy, -h)
-    raw_grad = z_grad * head.scale_logits_grad(raw_logits, temperature, softcap)
-    needs_grad = hidden_needs_grad, weight_needs_grad, bias_needs_grad
-    grads = head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
+    z_grad = head.logits_grad(logp, x.targets, g, -g - h * entropy, -h)
+    raw_grad = z_grad * head.scale_logits_grad(raw_logits, x.temperature, x.softcap)
+    grads = head.input_grads(raw_grad, x.hidden, x.weight, x.bias, x.targets, args[-3:])
     return loss.loss, logprobs, entropy, torch.stack(loss.stats), *grads
 
 

@@ -140,7 +140,7 @@ class Inputs(NamedTuple):
     importance: Importance
 
     @classmethod
-    def bundle(cls, args: tuple) -> "Inputs":
+    def bundle(cls, args):
         return cls(*args[:9], Whitening(*args[9:11]), Clip(*args[11:16]), Importance(*args[16:]))
 
 
@@ -160,7 +160,7 @@ def _losses(x: Inputs) -> _Losses:
         policy, importance_stats = _policy_loss(x)
         losses = losses._replace(policy=policy.loss, logprob_grad=policy.logprob_grad)
         stats |= importance_stats
-    if x.values is not None:
+    if x.values is not None and x.returns is not None:
         value_weights = upcast(x.weights if x.value_weights is None else x.value_weights)
         value = value_loss(x.values, x.old_values, x.returns, value_weights, x.clip)
         losses = losses._replace(value=value.loss, value_grad=value.value_grad)
@@ -217,8 +217,9 @@ def _check(x: Inputs) -> None:
         raise ValueError("ppo_loss: the value part needs values and returns, or none of them")
     if x.values is not None and x.clip.value > 0 and x.old_values is None:
         raise ValueError(f"ppo_loss: value_clip={x.clip.value} needs old_values; value_clip=0 does without")
-    shapes = [list(t.shape) for t in x._replace(weights=None)[:9] if t is not None]
-    if any(shape != list(x.weights.shape) for shape in shapes):
+    others = [t for t in (*x[:3], *x[4:9]) if t is not None]
+    if any(t.shape != x.weights.shape for t in others):
+        shapes = [list(t.shape) for t in others]
         raise ValueError(f"ppo_loss: all must have the shape of weights, {list(x.weights.shape)}, got {shapes}")
     if x.importance.mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
@@ -231,37 +232,12 @@ def _fake_with_gradients(logprobs, old_logprobs, advantages, weights, *options):
     return loss, value_loss, stats, *(loss.new_empty(shape) for shape in shapes)
 
 
-@op(fake=_fake_with_gradients)
-def ppo_loss_with_gradients(
-    logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    advantages: Tensor | None,
-    weights: Tensor,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    value_weights: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    advantage_shift: Tensor | None,
-    advantage_scale: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    value_clip: float,
-    log_ratio_clamp: float,
-    importance_cap: float,
-    importance_mode: str,
-    logprobs_need_grad: bool,
-    values_need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@ppo_loss.variant(outputs=5, flags=("logprobs_need_grad", "values_need_grad"), fake=_fake_with_gradients)
+def ppo_loss_with_gradients(*args):
     """Return the outputs of `ppo_loss`, policy_loss's gradient by logprobs and value_loss's by values, float32 in the
     shape of weights; (0,) where not needed."""
-    x = Inputs(
-        logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
-        Whitening(advantage_shift, advantage_scale),
-        Clip(clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp),
-        Importance(importance_cap, importance_mode),
-    )  # fmt: skip
+    *args, logprobs_need_grad, values_need_grad = args
+    x = Inputs.bundle(args)
     losses = _losses(x)
     logprob_grad = losses.logprob_grad if logprobs_need_grad else None
     value_grad = losses.value_grad if values_need_grad else None
