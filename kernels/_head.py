@@ -16,6 +16,15 @@ from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 IGNORE_INDEX = -100
 """The target of rows that do not count."""
 
+NeedsGrad = tuple[bool, bool, bool]
+"""Whether hidden, weight and bias need a gradient."""
+NEEDS_GRAD = ("hidden_needs_grad", "weight_needs_grad", "bias_needs_grad")
+
+
+def empty_rows(hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return new memory for one statistic of each row."""
+    return hidden.new_empty(targets.shape, dtype=upcast_dtype(hidden))
+
 
 def raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Return hidden . weight' + bias (..., V) in float32. Ignored rows of hidden may hold anything, even NaN."""
@@ -77,11 +86,6 @@ def logits_grad(
         inner = inner + c.where(valid, 0).to(logp.dtype)[..., None] * difference
     grad = (logp.exp() * inner).masked_fill(~valid[..., None], 0)
     return grad.scatter_add(-1, targets.where(valid, 0)[..., None].long(), g)
-
-
-NeedsGrad = tuple[bool, bool, bool]
-"""Whether hidden, weight and bias need a gradient."""
-NEEDS_GRAD = ("hidden_needs_grad", "weight_needs_grad", "bias_needs_grad")
 
 
 def input_grads(
@@ -148,8 +152,3 @@ def scale_grads(ctx, grad_loss: Tensor, with_gradients) -> list[Tensor | None]:
     if not (on_cpu and grad_loss.item() == 1):
         grads = [grad.mul_(grad_loss) for grad in grads]
     return drop_unneeded(grads, ctx.needs_grad)
-
-
-def empty_rows(hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return new memory for one statistic of each row."""
-    return hidden.new_empty(targets.shape, dtype=upcast_dtype(hidden))

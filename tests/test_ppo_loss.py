@@ -9,6 +9,8 @@ import torch
 from rlhf_fast import ops
 from rlhf_fast.kernels._backends import TRITON_DEVICES
 from rlhf_fast.kernels._op import OPS
+from rlhf_fast.kernels._ppo import kl_estimate, kl_grad
+from rlhf_fast.kernels.ppo_loss import PPOStats
 
 BACKENDS = ops.ppo_loss.backends
 KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
@@ -340,6 +342,42 @@ def test_a_program_that_walks_several_tiles_leaves_none_out(n, monkeypatch):
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=2e-6, atol=1e-7)
         assert all(torch.equal(a, b) for a, b in zip(other[2:4], results[0][2:4], strict=True))
+
+
+def test_stats_have_names():
+    args = ops.ppo_loss.make_inputs((40,), device="cpu", dtype=torch.float32)
+    stats = ops.ppo_loss(*args)[2]
+    by_name = dict(zip(ops.ppo_loss.stats, stats, strict=True))
+    assert PPOStats(*stats).ratio_max == by_name["ratio_max"] and PPOStats(*stats).return_ == by_name["return"]
+
+
+def test_kl_estimates_by_hand():
+    d = torch.tensor([0.0, 0.5, -2.0])
+    for estimator, values in (
+        ("k1", [0.0, 0.5, -2.0]),
+        ("k2", [0.0, 0.125, 2.0]),
+        ("k3", [0.0, math.exp(-0.5) - 0.5, math.exp(2.0) - 3.0]),
+        ("abs", [0.0, 0.5, 2.0]),
+    ):
+        for clamp in (None, 20.0):
+            torch.testing.assert_close(kl_estimate(d, estimator, clamp), torch.tensor(values))
+
+
+def test_k3_is_bounded_in_one_of_two_ways():
+    """A loss clamps d in both terms; the rewards of ppo_advantages bound the exponent alone."""
+    d = torch.tensor([-30.0, 5.0], dtype=torch.float64)
+    exact = torch.tensor([math.exp(20) - 1 - 30, math.exp(-5) - 1 + 5], dtype=torch.float64)
+    torch.testing.assert_close(kl_estimate(d, "k3"), exact, rtol=1e-14, atol=0)
+    clamped = torch.tensor([math.exp(3) - 1 - 3, math.exp(-3) - 1 + 3], dtype=torch.float64)
+    torch.testing.assert_close(kl_estimate(d, "k3", 3.0), clamped, rtol=1e-14, atol=0)
+    assert kl_grad(d, "k3", 3.0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_gradients_are_autograds(estimator):
+    d = torch.tensor([-4.0, -1.0, 0.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(kl_estimate(d, estimator, 2.0).sum(), d)
+    torch.testing.assert_close(kl_grad(d, estimator, 2.0), grad)
 
 
 def test_bad_arguments_name_the_rule():
