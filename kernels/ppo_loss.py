@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._ppo import KL, Clip, PolicyLoss, PolicyRows, Whitening, policy_loss, value_loss, where_valid
 from rlhf_fast.kernels._tensors import contiguous_float32, promote_to_float64, upcast, upcast_dtype
@@ -255,8 +255,7 @@ FULL_GPU_BLOCKS = 256  # from here on each block gets two rounds and more
 def _launch(kernels, device, args, needs_grad):
     """Return both losses, stats and both gradients, None where not needed."""
     x = Inputs.bundle(args)
-    if x.weights.dtype == torch.float64:
-        raise Unsupported("float64 has no compiled kernel")
+    refuse_float64(x.weights)
     if x.values is not None and x.value_weights is None:
         x = x._replace(value_weights=x.weights)
     tensors = contiguous_float32(*x[:9], *x.whitening)
