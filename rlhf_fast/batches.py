@@ -17,6 +17,7 @@ A loss takes a batch with `num_items()`, the number of things its loss is averag
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 LIMIT, END, STOP = 0, 1, 2
 """Why a response ended: max_new_tokens, an end token, a stop text."""
 RESPONSE_FIELDS = frozenset(
-    "mask logprobs raw_logprobs kept_logprobs entropy".split()
-    + "old_logprobs ref_logprobs values advantages returns weights".split()
+    {
+        *("mask", "logprobs", "raw_logprobs", "kept_logprobs", "entropy", "old_logprobs"),
+        *("ref_logprobs", "values", "advantages", "returns", "weights"),
+    }
 )
 """Fields of shape (B, R)."""
 
@@ -109,12 +112,13 @@ class Comparisons(NamedTuple):
     def num_items(self) -> int:
         """Return the number of prompts that have a pair. Prompts whose responses are all tied are not counted."""
         offsets = self.group_offsets.tolist()
-        return sum(len(self.ranks[start:end].unique()) > 1 for start, end in zip(offsets, offsets[1:], strict=False))
+        return sum(len(self.ranks[start:end].unique()) > 1 for start, end in pairwise(offsets))
 
     def take(self, index: Tensor) -> Comparisons:
         """Return whole groups, in the order of `index` (g,)."""
         sizes = self.group_offsets.diff()[index]
-        parts = [torch.arange(self.group_offsets[g], self.group_offsets[g + 1]) for g in index.tolist()]
+        offsets = self.group_offsets.tolist()
+        parts = [torch.arange(offsets[g], offsets[g + 1]) for g in index.tolist()]
         rows = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
         lengths = self.lengths[rows]
         return Comparisons(
@@ -136,13 +140,17 @@ class Prompts(NamedTuple):
     texts: list[str]
 
     @classmethod
-    def from_texts(cls, tokenizer, texts: Sequence[str]) -> Prompts:
+    def from_texts(cls, tokenizer: Any, texts: Sequence[str]) -> Prompts:
         """Encode `texts` as the tokenizer does by default, special tokens included. Their uids are 0, 1, ..."""
         tokens = tokenizer(list(texts))["input_ids"] if texts else []  # transformers fails on an empty list
         return cls(list(range(len(texts))), tokens, list(texts))
 
     def take(self, index: Sequence[int]) -> Prompts:
-        return Prompts(*([field[i] for i in index] for field in self))
+        return Prompts(
+            uids=[self.uids[i] for i in index],
+            tokens=[self.tokens[i] for i in index],
+            texts=[self.texts[i] for i in index],
+        )
 
 
 class Responses(NamedTuple):
@@ -182,7 +190,7 @@ class Responses(NamedTuple):
         spans = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
         return [row[start:end].tolist() for row, (start, end) in zip(self.tokens, spans, strict=True)]
 
-    def texts(self, tokenizer) -> list[str]:
+    def texts(self, tokenizer: Any) -> list[str]:
         """Return the responses as texts, without special tokens."""
         return tokenizer.batch_decode(self.response_ids(), skip_special_tokens=True)
 
@@ -265,13 +273,14 @@ def take_rows(batch: RowWise, index: Tensor | Sequence[int]) -> RowWise:
 def cat(batches: Sequence[RowWise]) -> RowWise:
     """Join batches of one type, padded to the longest row."""
     fields: dict[str, Any] = {}
-    for name, parts in zip(batches[0]._fields, zip(*batches, strict=True), strict=True):
+    for name in batches[0]._fields:
+        parts = [getattr(batch, name) for batch in batches]
         if any(part is None for part in parts):
             continue
         if parts[0].dim() > 1:
             width = max(part.shape[1] for part in parts)
             parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
-        fields[name] = torch.cat(list(parts))
+        fields[name] = torch.cat(parts)
     return type(batches[0])(**fields)
 
 
@@ -283,7 +292,7 @@ def micro_batches(batch: S, tokens: int) -> Iterator[tuple[Tensor, S]]:
     """
     if isinstance(batch, Comparisons):
         offsets = batch.group_offsets.tolist()
-        spans = list(zip(offsets, offsets[1:], strict=False))
+        spans = list(pairwise(offsets))
         longest = [int(batch.lengths[start:end].max()) if end > start else 0 for start, end in spans]
         num_rows = [end - start for start, end in spans]
     else:

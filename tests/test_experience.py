@@ -31,7 +31,7 @@ class FixedModel:
     def values(self, tokens, prompt_lengths, lengths):
         return self.logprobs(tokens, prompt_lengths, lengths)[0]
 
-    def last_scores(self, tokens, lengths):
+    def last_scores(self, tokens, _lengths):
         return self.last[row_numbers(tokens)]
 
 
@@ -275,7 +275,8 @@ def test_token_weights():
 class NumberTokenizer:
     """A tokenizer whose tokens are numbers; 2 is special."""
 
-    def batch_decode(self, rows, skip_special_tokens=False):
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
         return [" ".join(str(token) for token in row if token != END) for row in rows]
 
 
@@ -286,7 +287,7 @@ def test_reward_functions_get_texts():
         calls.append(texts)
         return [len(text) for text in texts]
 
-    def score_answers(prompts, answers, *, scale=1):
+    def score_answers(prompts, answers, *, _scale=1):
         calls.append((prompts, answers))
         return torch.tensor([0.5, 1.5])
 
@@ -307,7 +308,7 @@ def test_reward_functions_get_texts():
 )
 def test_a_bad_reward_names_the_rows(returned, words):
     with pytest.raises(UserError, match=words):
-        PythonReward(lambda texts: returned, NumberTokenizer(), "mine")(responses())
+        PythonReward(lambda _texts: returned, NumberTokenizer(), "mine")(responses())
 
 
 def test_reward_by_name(tmp_path, monkeypatch):
@@ -323,7 +324,7 @@ def test_reward_by_name(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=words):
             load_reward(spec, NumberTokenizer())
     with pytest.raises(UserError, match="takes 3 arguments"):
-        PythonReward(lambda a, b, c: a, NumberTokenizer())
+        PythonReward(lambda a, b, c: (a, b, c), NumberTokenizer())
     assert is_function("a.b:c")
     assert not is_function(str(tmp_path))
 

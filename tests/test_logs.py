@@ -53,7 +53,7 @@ def test_resuming_drops_later_and_torn_rows(tmp_path):
         log.metrics(step, {"loss": step})
         log.samples(step, [{"text": str(step)}])
     log.close()
-    with open(tmp_path / "metrics.jsonl", "a") as stream:
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')
     log = logs.Log(tmp_path, LogConfig(), "sft", total=9, start=3)
     for step in range(4, 7):
@@ -112,7 +112,7 @@ def test_brackets_in_a_message_are_not_markup(tmp_path, capsys):
     log = logs.Log(tmp_path, LogConfig(), "ppo", total=1)
     log.message("data[1].jsonl: 3 rows [/no]")
     log.close()
-    assert "ppo: data[1].jsonl: 3 rows [/no]\n" == capsys.readouterr().err
+    assert capsys.readouterr().err == "ppo: data[1].jsonl: 3 rows [/no]\n"
 
 
 def test_alarms_keep_their_baseline_over_a_resume(tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
     class Full:
         name = str(tmp_path / "metrics.jsonl")
 
-        def write(self, text):
+        def write(self, _text):
             raise OSError(28, "No space left on device")
 
     log._metrics.close()
@@ -187,18 +187,21 @@ def test_a_damaged_row_before_the_last_is_a_sentence(tmp_path):
 
 def test_text_files_do_not_depend_on_the_locale():
     """Every file that is opened for text is opened as UTF-8."""
-    missing = []
-    for file in Path(logs.__file__).parents[1].rglob("*.py"):
-        if file.parent.name == "demo":  # it reads and writes its own ASCII files only
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and opens_text(node):
-                if not any(keyword.arg == "encoding" for keyword in node.keywords):
-                    missing.append(f"{file.name}:{node.lineno}: {ast.unparse(node.func)} without encoding")
+    files = [
+        file
+        for file in Path(logs.__file__).parents[1].rglob("*.py")
+        if file.parent.name != "demo"  # it reads and writes its own ASCII files only
+    ]
+    missing = [
+        f"{file.name}:{node.lineno}: {ast.unparse(node.func)} without encoding"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and opens_text(node) and "encoding" not in {k.arg for k in node.keywords}
+    ]
     assert not missing
 
 
-def opens_text(call: ast.Call) -> bool:
+def opens_text(call):
     """Return whether a call is open(...) or path.open(...) in text mode, read_text or write_text."""
     function = ast.unparse(call.func)
     name = function.rpartition(".")[2]

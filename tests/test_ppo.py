@@ -1,5 +1,6 @@
 """PPO on the toy task: it learns, every setting runs, plain transformers reads its files, wrong input is refused."""
 
+import itertools
 import json
 
 import pytest
@@ -122,7 +123,7 @@ def test_the_adaptive_controller_moves_the_coefficient_and_the_metrics_show_it(f
     ppo.run(toy.ppo(folder))
     rows = toy.rows(folder / "ppo/metrics.jsonl")
     assert rows[0]["objective/kl_coef"] == 0.05
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         error = min(max(before["objective/kl"] / 0.5 - 1, -0.2), 0.2)
         assert after["objective/kl_coef"] == pytest.approx(before["objective/kl_coef"] * (1 + error * 16 / 200))
 

@@ -30,7 +30,7 @@ CONFIGS = {
     "reward": lambda folder, out: toy.reward(folder, out, log=LOG, epochs=2),
     "ppo": lambda folder, out: toy.ppo(folder, out, log=LOG, select="reward"),
 }
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL"), pytest.mark.usefixtures("one_thread")]
 
 
 def attempt(stage: str, folder: str, out: str, die_at: int) -> None:
@@ -152,7 +152,7 @@ def stopped_after(monkeypatch, stage: str, folder: Path, out: str, steps: int) -
     assert stop.value.code == 143
 
 
-def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch, one_thread):
+def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "stopped", 4)
     path = checkpoint.latest(folder / "stopped/checkpoints")
@@ -163,7 +163,7 @@ def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch, one_thread
     assert_same_run(folder, "stopped")
 
 
-def test_a_torn_newest_checkpoint_is_skipped(uninterrupted, monkeypatch, one_thread):
+def test_a_torn_newest_checkpoint_is_skipped(uninterrupted, monkeypatch):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "half", 7)
     newest = checkpoint.latest(folder / "half/checkpoints")
@@ -174,7 +174,7 @@ def test_a_torn_newest_checkpoint_is_skipped(uninterrupted, monkeypatch, one_thr
     assert_same_run(folder, "half")
 
 
-def test_without_any_checkpoint_it_starts_over(uninterrupted, monkeypatch, one_thread):
+def test_without_any_checkpoint_it_starts_over(uninterrupted, monkeypatch):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "over", 4)
     shutil.rmtree(folder / "over/checkpoints")
@@ -184,7 +184,7 @@ def test_without_any_checkpoint_it_starts_over(uninterrupted, monkeypatch, one_t
     assert_same_run(folder, "over")
 
 
-def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch, one_thread):
+def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch):
     stage, folder, *_ = uninterrupted
     monkeypatch.chdir(folder)
     cfg = CONFIGS[stage](folder, "seldom")
@@ -193,7 +193,7 @@ def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch, one_th
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch, one_thread):
+def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch):
     """The float32 master weights and the adapters, which alone are trained, are restored."""
     pytest.importorskip("peft")
     model = ModelConfig(toy.model_at(tmp_path), dtype="bfloat16", lora=LoraConfig(rank=2, dropout=0.1))
@@ -207,7 +207,7 @@ def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch, one_thread
     assert_same_run(tmp_path, "stopped")
 
 
-def test_a_full_disk_while_saving_loses_nothing(uninterrupted, processes, monkeypatch, one_thread):
+def test_a_full_disk_while_saving_loses_nothing(uninterrupted, monkeypatch):
     """The second checkpoint cannot be written: one sentence, and the run resumes from the first once there is room."""
     from rlhf_fast.errors import UserError
 

@@ -310,7 +310,7 @@ def test_responses_as_texts_have_no_special_tokens(toy_model):
     zeros = torch.zeros(mask.shape)
     found = batches.Responses(
         tokens, prompt_lengths, lengths, mask, zeros, zeros, zeros, zeros,
-        reasons=torch.zeros(2, dtype=torch.uint8), uids=torch.arange(2),
+        finish_reasons=torch.zeros(2, dtype=torch.uint8), uids=torch.arange(2),
     )  # fmt: skip
     assert found.texts(tokenizer) == [tokenizer.decode([4, 5]), tokenizer.decode([6])]
 

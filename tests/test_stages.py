@@ -117,7 +117,7 @@ def test_sft_samples_only_prompts_that_leave_room_for_the_longest_response(folde
         sft.run(cfg)
         assert len(toy.rows(folder / f"sft{samples}/samples.jsonl")) == samples
     reward.run(toy.reward(folder))
-    with pytest.raises(UserError, match="no validation prompt leaves room for sampling.max_new_tokens"):
+    with pytest.raises(UserError, match=r"no validation prompt leaves room for sampling\.max_new_tokens"):
         sft.run(replace(cfg, out="x", select="reward", select_reward=str(folder / "reward")))
 
 
@@ -210,7 +210,7 @@ def test_two_processes_cannot_share_a_folder(folder):
 
 
 def test_a_missing_path_is_named(folder):
-    with pytest.raises(UserError, match="data.path is not set"):
+    with pytest.raises(UserError, match=r"data\.path is not set"):
         sft.run(toy.sft(folder, data=DataConfig()))
     with pytest.raises(UserError, match=r"nowhere.jsonl: there is no such file"):
         sft.run(toy.sft(folder, data=DataConfig("nowhere.jsonl", valid_fraction=0.1)))
@@ -278,7 +278,7 @@ def test_validate_every_may_not_differ_on_resume(folder):
     with RunFolder(cfg) as run:
         run.begin(1, (), {})
     RunFolder(replace(cfg, log=replace(cfg.log, every=7, samples=1, keep=5, checkpoint_every=9)))
-    with pytest.raises(UserError, match="was started with log.validate_every = 0, now 3; set it back"):
+    with pytest.raises(UserError, match=r"was started with log\.validate_every = 0, now 3; set it back"):
         RunFolder(replace(cfg, log=replace(cfg.log, validate_every=3)))
 
 

@@ -105,11 +105,11 @@ def _stage(name: str, argv: Sequence[str]) -> int:
     cfg = stage_config(STAGES[name], argv)
     cfg.ready()
     from rlhf_fast.data.rows import must_exist
-    from rlhf_fast.stages import ppo, reward, sft
+    from rlhf_fast.stages.recipe import run_stage
 
     for file in cfg.data_files():  # before a model is loaded for minutes
         must_exist(file)
-    {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[name](cfg)
+    run_stage(cfg)
     return 0
 
 

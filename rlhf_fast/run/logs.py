@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlhf_fast.config.fields import LogConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.alarms import Alarms
+from rlhf_fast.run.terminal import clock
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -139,15 +140,8 @@ class Log:
         if self.cfg.live and (now - self._last_printed >= 1 or step == self.total):
             self._last_printed = now
             remaining = (now - self._started) / max(step - self.start, 1) * (self.total - step)
-            line = f"{self.title} {step}/{self.total}  ETA {format_duration(remaining)}  {summary}"
+            line = f"{self.title} {step}/{self.total}  ETA {clock(remaining)}  {summary}"
             self.console.print(line, markup=False, soft_wrap=True)
-
-
-def format_duration(seconds: float) -> str:
-    """Return h:mm:ss."""
-    minutes, second = divmod(int(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}"
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -216,8 +210,7 @@ def _make_sink(name: str, directory: Path, title: str) -> Sink:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(directory / "tensorboard"))
-            return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+            return _tensorboard_sink(SummaryWriter(str(directory / "tensorboard")))
         if name == "wandb":
             import wandb as tracker
         elif name == "trackio":
@@ -228,3 +221,11 @@ def _make_sink(name: str, directory: Path, title: str) -> Sink:
         raise UserError(f"log.sinks: {name} is not installed; run `pip install {name}`") from error
     tracker.init(project="rlhf-fast", name=f"{title} {directory}")
     return lambda step, values: tracker.log(values, step=step)
+
+
+def _tensorboard_sink(writer: Any) -> Sink:
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return write

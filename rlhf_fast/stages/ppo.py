@@ -239,7 +239,7 @@ def log_step(
     cfg: PPOConfig,
 ) -> None:
     """Write one row of metrics and a few of samples after step 1, 2, ..."""
-    log.metrics(step, {"episode": step * cfg.batch} | stats, tokens=int(responses.mask.sum()))
+    log.metrics(step, {"episode": step * cfg.batch, **stats}, tokens=int(responses.mask.sum()))
     if step % cfg.log.every == 0:
         count = min(cfg.log.samples, len(responses.lengths))
         kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)

@@ -19,8 +19,9 @@ from rlhf_fast.config.resolve import Setting, difference, from_json, read_yaml, 
 from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.rows import must_exist
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.run.logs import format_duration, read_metrics
+from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.run.memory import peak_memory, reset_peak_memory
+from rlhf_fast.run.terminal import aligned, clock
 
 StageConfig = SFTConfig | RewardConfig | PPOConfig
 
@@ -92,7 +93,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise UserError(f"{path}: holds no stage; give at least one of the sections {', '.join(STAGES)}")
     out = Path(str(shared["out"].value) if "out" in shared else "runs/first")
     preset_name = str(shared["preset"].value or "") if "preset" in shared else ""
-    common = {name: shared[name] for name in ("seed", "device") if name in shared}
+    common: dict[str, Setting] = {name: shared[name] for name in ("seed", "device") if name in shared}
     stages: dict[str, StageConfig] = {}
     for stage, cls in STAGES.items():
         if stage not in sections:
@@ -242,12 +243,11 @@ def table(recipe: Recipe, measurements: Mapping[str, dict[str, Any]]) -> list[st
         measured = measurements.get(stage, {})
         logged = sum(row.get("time/step", 0.0) for row in metrics)
         tokens = sum(row.get("perf/tokens_per_second", 0.0) * row.get("time/step", 0.0) for row in metrics)
-        duration = format_duration(measured.get("seconds") or logged)
+        duration = clock(measured.get("seconds") or logged)
         speed = f"{tokens / logged:.0f}" if logged else "-"
         peak = f"{measured['peak'] / 2**30:.2f} GiB" if measured.get("peak") else "-"
         rows.append((stage, duration, speed, peak, _summary(stage, metrics), cfg.out))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def _summary(stage: str, metrics: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def longer_wins(data: Dataset[Comparisons]) -> float:
     for batch in data.in_order(256):
         sizes = (batch.lengths - batch.prompt_lengths).tolist()
         offsets = batch.group_offsets.tolist()
-        for start, end in zip(offsets, offsets[1:], strict=False):
+        for start, end in pairwise(offsets):
             for better, worse in permutations(range(start, end), 2):
                 if batch.ranks[better] >= batch.ranks[worse]:
                     continue

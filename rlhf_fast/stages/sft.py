@@ -11,7 +11,7 @@ from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
 from rlhf_fast.errors import UserError, locating_rows
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.run.folder import BestModel, RunFolder
+from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
@@ -32,7 +32,7 @@ def run(cfg: SFTConfig) -> None:
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
         best = BestModel(folder)
-        state = {"learner": learner, "best": best}
+        state: dict[str, Stateful] = {"learner": learner, "best": best}
         row_locators = {"Demonstrations": data.train.location, "Texts": texts.location if texts else None}
         log = folder.begin(steps, HEADLINE, state)
         for step in range(log.start + 1, steps + 1):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.data import Dataset
 from rlhf_fast.model.model import Model
@@ -39,10 +41,10 @@ def validation_prompts(data: Dataset, context: int = 0, max_new_tokens: int = 0)
 
 
 def sample_rows(
-    responses: Responses, prompts: Sequence[str], tokenizer: Any, **columns: Sequence[float]
+    responses: Responses, prompts: Sequence[str], tokenizer: Any, **columns: Tensor
 ) -> list[dict[str, Any]]:
     """Return a row for samples.jsonl of each response: prompt, text, length, whether it ended, and `columns`."""
-    texts = tokenizer.batch_decode(responses.response_ids(), skip_special_tokens=True)
+    texts = responses.texts(tokenizer)
     lengths = (responses.lengths - responses.prompt_lengths).tolist()
     finished = responses.finished.tolist()
     rows = []

@@ -186,7 +186,7 @@ def _metrics(
     outside = (ratio < RATIO_BAND[0]) | (ratio > RATIO_BAND[1])
     kl = torch.where(mask, experience.old_logprobs - experience.ref_logprobs, 0).double().sum(1)
     error_m2, return_m2 = float(moments[2]), float(moments[4])
-    stats = {
+    stats: dict[str, float | Tensor] = {
         "objective/kl": kl.mean(),
         "objective/kl_token": kl.sum() / num_tokens,
         "objective/entropy": torch.where(mask, -responses.logprobs, 0).double().sum(1).mean(),
