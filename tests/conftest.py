@@ -11,7 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# Workers inherit both. One thread each: more would only wait for one another.
+# Workers inherit both. More threads than one in each would only wait for one another.
 os.environ.setdefault("RLHF_FAST_TEST_SEED", str(random.randrange(2**31)))
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,12 +22,12 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "simt")]
 
-if not torch.cuda.is_available():  # Triton's kernels run on the CPU; Triton looks at this when it is imported
+if not torch.cuda.is_available():  # Triton's kernels run on the CPU; Triton reads this at import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     import interpreter
 
-    interpreter.hasten()
+    interpreter.speed_up()
 
 import build as simt  # noqa: E402
 
@@ -71,15 +71,15 @@ def seed():
 
 @pytest.fixture
 def poisoned():
-    """torch.empty returns NaN: an output that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True)  # fills new memory too
+    """Fill new memory with NaN, which shows the outputs that a kernel forgets to write."""
+    torch.use_deterministic_algorithms(True)  # this also fills new memory
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def one_thread():
-    """For models so small that threads only wait for one another."""
+    """Run on one thread: models are so small that threads would only wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,6 +88,6 @@ def one_thread():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder of one's own."""
+    """Return an empty folder, which is the working directory during the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -12,7 +12,7 @@ from rlhf_fast import ops
 from rlhf_fast.batches import Comparisons, Experience, micro_batches, pad_rows, response_mask
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.training.experience import token_weights, whiten
-from rlhf_fast.training.losses import policy_loss, reward_loss, value_loss
+from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss, reward_loss
 
 
 def experience(model=None, rows=5, loss_mean="token"):
@@ -47,7 +47,7 @@ def test_policy_loss_by_plain_torch(loss_mean, dual):
     model = policy()
     batch = experience(model, loss_mean=loss_mean)
     options = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": dual, "entropy_coef": 0.01, "temperature": 0.8}
-    loss, stats = policy_loss(model, batch, batch.num_items(), **options)
+    loss, stats = ppo_policy_loss(model, batch, batch.num_items(), **options)
     ours = gradients(model, loss)
     logprobs, entropy = model.logprobs(*batch[:3], temperature=0.8)
     ratio = (logprobs - batch.old_logprobs).exp()
@@ -75,7 +75,7 @@ def test_the_first_step_has_ratio_1():
     model = policy()
     batch = experience(model)
     logprobs = model.logprobs(*batch[:3])[0].detach()
-    _, stats = policy_loss(model, batch._replace(old_logprobs=logprobs), batch.num_items())
+    _, stats = ppo_policy_loss(model, batch._replace(old_logprobs=logprobs), batch.num_items())
     assert float(stats["val/ratio"]) == pytest.approx(1, abs=1e-5)
     assert float(stats["val/ratio_max"]) == pytest.approx(1, abs=1e-4)
     assert float(stats["policy/clipfrac_avg"]) == 0
@@ -85,7 +85,7 @@ def test_the_first_step_has_ratio_1():
 def test_value_loss_by_hand():
     model = scorer()
     batch = experience()
-    loss, stats = value_loss(model, batch, batch.num_items(), value_clip=0.2)
+    loss, stats = ppo_value_loss(model, batch, batch.num_items(), value_clip=0.2)
     ours = gradients(model, loss)
     values = model.values(*batch[:3])
     clipped = batch.values + (values - batch.values).clamp(-0.2, 0.2)
@@ -96,7 +96,7 @@ def test_value_loss_by_hand():
     assert float(stats["val/mean"]) == pytest.approx(float(values.detach()[batch.mask].mean()), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("make, loss", [(policy, policy_loss), (scorer, value_loss)], ids=["policy", "value"])
+@pytest.mark.parametrize("make, loss", [(policy, ppo_policy_loss), (scorer, ppo_value_loss)], ids=["policy", "value"])
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])
 def test_any_micro_batches_give_the_same_loss_and_gradient(make, loss, loss_mean):
     """One row of the batch is masked."""
@@ -114,7 +114,7 @@ def test_any_micro_batches_give_the_same_loss_and_gradient(make, loss, loss_mean
         assert_same_gradients(gradient, found[-1][1])
 
 
-@pytest.mark.parametrize("make, loss", [(policy, policy_loss), (scorer, value_loss)], ids=["policy", "value"])
+@pytest.mark.parametrize("make, loss", [(policy, ppo_policy_loss), (scorer, ppo_value_loss)], ids=["policy", "value"])
 def test_a_masked_batch_gives_0(make, loss):
     """Masked tokens may hold NaN."""
     model = make()
@@ -134,8 +134,8 @@ def test_a_masked_row_changes_nothing():
     mask = batch.mask & (torch.arange(5) != 2)[:, None]
     masked = batch._replace(mask=mask, weights=token_weights(mask, "token"))
     without = batch.take([0, 1, 3, 4])
-    one, _ = policy_loss(model, masked, masked.num_items())
-    other, _ = policy_loss(model, without, without.num_items())
+    one, _ = ppo_policy_loss(model, masked, masked.num_items())
+    other, _ = ppo_policy_loss(model, without, without.num_items())
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients(model, one), gradients(model, other))
 

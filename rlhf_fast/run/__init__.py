@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, checkpoints, logs, curves, and how much memory it took."""
+"""A run's output: its folder, checkpoints, logs, curves and peak memory, and text for a terminal."""

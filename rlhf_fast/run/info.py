@@ -1,4 +1,4 @@
-"""What run.json records: settings, versions, machine, and checksums of the data files and models that a run reads."""
+"""The contents of run.json: settings, versions, machine, checksums of the data files and models that a run reads."""
 
 from __future__ import annotations
 

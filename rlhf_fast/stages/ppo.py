@@ -28,7 +28,7 @@ from rlhf_fast.stages.validation import sample_rows, should_validate, validation
 from rlhf_fast.training.experience import collect, minibatches
 from rlhf_fast.training.kl import KLController
 from rlhf_fast.training.learner import Learner, Term
-from rlhf_fast.training.losses import policy_loss, pretrain_loss, value_loss
+from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss, pretrain_loss
 from rlhf_fast.training.rewards import RewardFunction, is_function, load_reward
 
 HEADLINE = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
@@ -153,7 +153,7 @@ def ppo_update(
     response, accumulated into one step.
     """
     loss = partial(
-        policy_loss,
+        ppo_policy_loss,
         temperature=cfg.sampling.temperature,
         clip_low=cfg.clip_low,
         clip_high=cfg.clip_high,
@@ -180,7 +180,7 @@ def ppo_update(
 
 def _value_update(learner: Learner, minibatch: Experience, cfg: PPOConfig) -> dict[str, float]:
     """Take one step of the value model; its loss, grad_norm and lr are renamed value/..."""
-    stats = learner.step([(partial(value_loss, value_clip=cfg.value_clip), minibatch, cfg.value_coef)])
+    stats = learner.step([(partial(ppo_value_loss, value_clip=cfg.value_clip), minibatch, cfg.value_coef)])
     return {f"value/{name}" if name in ("loss", "grad_norm", "lr") else name: x for name, x in stats.items()}
 
 

@@ -1,1 +1,1 @@
-"""What the stages train with: losses, the learner, rewards, the KL controller, PPO's experience."""
+"""The parts of training: losses, the Learner, reward functions, the KL controller, PPO's experience."""

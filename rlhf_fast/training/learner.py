@@ -22,7 +22,7 @@ from rlhf_fast.errors import BadRows, UserError, listed
 
 
 class Trainable(Protocol):
-    """What a Learner needs of a model."""
+    """A model that a Learner can train."""
 
     @property
     def name(self) -> str: ...

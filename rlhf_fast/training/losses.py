@@ -50,7 +50,7 @@ def reward_loss(model: Model, batch: Comparisons, num_items: float) -> tuple[Ten
     }
 
 
-def policy_loss(
+def ppo_policy_loss(
     model: Model,
     batch: Experience,
     num_items: float,
@@ -95,7 +95,9 @@ def policy_loss(
     }
 
 
-def value_loss(model: Model, batch: Experience, num_items: float, *, value_clip: float = 0.2) -> tuple[Tensor, Stats]:
+def ppo_value_loss(
+    model: Model, batch: Experience, num_items: float, *, value_clip: float = 0.2
+) -> tuple[Tensor, Stats]:
     """Return half the larger of two squared errors: of the value, and of the value clipped to old +- value_clip."""
     hidden, _, where = model.hidden_and_targets(batch.tokens, batch.prompt_lengths, batch.lengths, keep=batch.mask)
     values = model.score_hidden(hidden)

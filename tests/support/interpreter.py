@@ -1,8 +1,8 @@
-"""Triton's interpreter made faster: for tests.
+"""Triton's interpreter made faster, for tests.
 
-At every call of a device function it looks through the whole of triton.language for what is still to be replaced by
-numpy; after a launch's first call from a module there is nothing left, so that call's search is the only one kept.
-And it scans one number after the other, with a call for each; here a scan is done by doubling, as a GPU does it.
+At every call of a device function the interpreter searches triton.language for functions that numpy must replace. After
+the first call from a module in a launch there are none left, so only that call searches here. The interpreter also
+scans one number after the other, with a call for each; here a scan is done by doubling, as a GPU does it.
 """
 
 import functools
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def hasten() -> None:
+def speed_up() -> None:
     search, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     seen: set[str] = set()
 

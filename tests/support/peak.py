@@ -1,9 +1,9 @@
-"""How much memory a stretch of work holds at a time."""
+"""Peak memory of a function on the CPU."""
 
 from rlhf_fast.bench.timing import Cpu
 
 
 def peak_bytes(run) -> int:
-    """The most memory that torch held at a time for what a second `run` allocated, its results included."""
+    """Return the peak of torch's allocations during a second call of `run`, its results included."""
     run()
     return Cpu().peak(run)
