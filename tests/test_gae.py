@@ -305,10 +305,10 @@ def tiles(monkeypatch):
 
     monkeypatch.setattr(_scan, "TILE", 16)
     monkeypatch.setattr(_scan, "PROBES", 4)
-    monkeypatch.setattr(_scan, "AHEAD", type(_scan.AHEAD)(3))
+    monkeypatch.setattr(_scan, "MAPS_AT_ONCE", type(_scan.MAPS_AT_ONCE)(3))
 
     def on(processors):
-        monkeypatch.setattr(launch, "processors", lambda x: processors)
+        monkeypatch.setattr(launch, "num_sms", lambda x: processors)
 
     return on
 

@@ -27,12 +27,12 @@ def chunks(monkeypatch):
     """Return a function that sets the rows of a chunk, and up to how many programs for each SM a row is read whole."""
 
     def set_sizes(rows, programs=4):
-        monkeypatch.setattr(_head, "LEAST", rows)
-        monkeypatch.setattr(_head, "BYTES", 1)
-        monkeypatch.setattr(_head, "HALF_LEAST", 0)
+        monkeypatch.setattr(_head, "MIN_CHUNK_ROWS", rows)
+        monkeypatch.setattr(_head, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(_head, "MIN_16_BIT_WORK", 0)
         monkeypatch.setattr(_head, "PART_BYTES", 1 << 14)
         monkeypatch.setattr(_softmax, "SEGMENT", 1)
-        monkeypatch.setattr(_logits, "A_PROCESSOR", programs)
+        monkeypatch.setattr(_logits, "ROWS_PER_SM", programs)
 
     return set_sizes
 
@@ -109,7 +109,7 @@ def test_bits_do_not_depend_on_the_path(chunks, monkeypatch):
     where the library's products make the statistics. Where our product makes them they agree up to rounding."""
     hidden, weight, bias, targets = random_head(24, 24, 4500, torch.bfloat16)
     ours = triton("linear_logprobs")(hidden, weight, targets, bias)
-    monkeypatch.setattr(_head, "SCORED", 0)
+    monkeypatch.setattr(_head, "MAX_SCORED_DEPTH", 0)
     theirs = triton("linear_logprobs")(hidden, weight, targets, bias)
     assert not torch.equal(ours[0], theirs[0]), "both took the same path"
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=2e-6)
@@ -194,7 +194,7 @@ def test_memory(chunks, monkeypatch):
 
 def test_chunks_come_from_a_budget_and_a_floor():
     def sizes(N, V):
-        head = _head.Head("", torch.empty(N, 1), torch.empty(V, 1), torch.zeros(N, dtype=torch.long))
+        head = _head.GpuHead("", torch.empty(N, 1), torch.empty(V, 1), torch.zeros(N, dtype=torch.long))
         return [end - begin for begin, end in head.chunks()]
 
     assert sizes(0, 10) == [] and sizes(5, 10) == [5]

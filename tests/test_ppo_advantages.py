@@ -166,14 +166,14 @@ def test_rows_walked_or_split_give_the_same_bits(monkeypatch, T, estimator):
     from rlhf_fast.kernels.triton import _scan, launch
 
     monkeypatch.setattr(_scan, "TILE", 16)
-    monkeypatch.setattr(_scan, "AHEAD", type(_scan.AHEAD)(3))
+    monkeypatch.setattr(_scan, "MAPS_AT_ONCE", type(_scan.MAPS_AT_ONCE)(3))
     *inputs, scores, mask = batch(10, T)
     mask[3], mask[4, 20:], mask[5, :-3] = False, False, False
     inputs = [x.masked_fill(~mask, torch.nan) for x in inputs]
     args = (*inputs, scores, mask, 0.05, estimator, 0.99, 0.95, 1.0, torch.randn(10))
     op, results = ops.ppo_advantages.backend("triton"), {}
     for processors in (1, 1000):
-        monkeypatch.setattr(launch, "processors", lambda x, n=processors: n)
+        monkeypatch.setattr(launch, "num_sms", lambda x, n=processors: n)
         results[processors] = op(*args)
     walked, split = results.values()
     for i in (0, 1, 3):

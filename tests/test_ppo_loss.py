@@ -335,8 +335,8 @@ def test_a_program_that_walks_several_tiles_leaves_none_out(n, monkeypatch):
 
     args = ops.ppo_loss.make_inputs((n,), device="cpu", dtype=torch.float32, sampler="truncate")
     results = []
-    for programs in (ppo_loss.PROGRAMS, 2, 1):
-        monkeypatch.setattr(ppo_loss, "PROGRAMS", programs)
+    for programs in (ppo_loss.MAX_PROGRAMS, 2, 1):
+        monkeypatch.setattr(ppo_loss, "MAX_PROGRAMS", programs)
         policy, value, stats = ops.ppo_loss.backend("triton")(*args)
         results.append((policy, value, *torch.autograd.grad(policy + value, [args[0], args[4]]), stats))
     for other in results[1:]:

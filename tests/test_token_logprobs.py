@@ -169,7 +169,7 @@ def test_bits_depend_neither_on_the_number_of_rows_nor_on_who_walks_them(dtype, 
     run = ops.token_logprobs.backend("triton")
 
     def answers(programs):
-        monkeypatch.setattr(_logits, "A_PROCESSOR", programs)
+        monkeypatch.setattr(_logits, "ROWS_PER_SM", programs)
         x = logits.clone().requires_grad_()
         outputs = run(x, targets, 0.7, 30.0)
         return *outputs, torch.autograd.grad(2 * outputs[0].sum() - outputs[1].sum(), x)[0]
@@ -177,7 +177,7 @@ def test_bits_depend_neither_on_the_number_of_rows_nor_on_who_walks_them(dtype, 
     split, whole = answers(100), answers(1)
     for a, b in zip(split, whole, strict=True):
         assert torch.equal(a, b) and a.abs().max() > 0
-    monkeypatch.setattr(_logits, "A_PROCESSOR", 100)
+    monkeypatch.setattr(_logits, "ROWS_PER_SM", 100)
     alone = run(logits[2:3], targets[2:3], 0.7, 30.0)
     assert alone[0] == whole[0][2] and alone[1] == whole[1][2]
 

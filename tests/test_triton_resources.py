@@ -12,34 +12,37 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(*arguments, **environment):
-    command = [sys.executable, "-m", "rlhf_fast.bench.checks.triton_resources", *arguments]
+def run_without_interpreter(*command, **environment):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
 
 
-def run(code, file):
+def run_tool(*arguments, **environment):
+    return run_without_interpreter("-m", "rlhf_fast.bench.checks.triton_resources", *arguments, **environment)
+
+
+def run_code(code, file):
     file.write_text(code)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env)
+    return run_without_interpreter(file)
 
 
-def kernels(path):
-    """The kernels that a file launches, by the tool's names."""
-    return {f"{path.stem}.{name.lstrip('_')}" for name in re.findall(r"launch\.run\(\s*(\w+)", path.read_text())}
+def kernel_names():
+    """Return the kernels of kernels/triton/, by the tool's names. By the naming law a kernel's name ends so."""
+    names = set()
+    for path in (ROOT / "kernels" / "triton").glob("*.py"):
+        names |= {f"{path.stem}.{name}" for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)}
+    assert len(names) > 20
+    return names
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "kernels" / "triton").is_dir(), reason="not a source checkout")
 def test_no_kernel_spills_and_products_use_tensor_cores(tmp_path):
-    said = measure("--save", str(tmp_path / "table.md"))
-    assert said.returncode == 0, said.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.stdout.splitlines()[2:]]
+    result = run_tool("--save", tmp_path / "table.md")
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:]]
     compiled = {(row[0], row[3]) for row in rows}
-    files = sorted((ROOT / "kernels" / "triton").glob("*.py"))
-    written = set().union(*map(kernels, files))
-    assert written, "no kernel found"
-    missing = {(name, sm) for name in written for sm in ("sm_80", "sm_90")} - compiled
+    missing = {(name, sm) for name in kernel_names() for sm in ("sm_80", "sm_90")} - compiled
     assert not missing, f"launched by no op's large inputs: {sorted(missing)}"
     assert (tmp_path / "table.md").read_text().count("\n| ") == len(rows) + 1
 
@@ -60,14 +63,14 @@ def greedy(x, out, D, BLOCK: tl.constexpr):
     tl.store(out + at, a + b + c)
 
 x = torch.empty(64, 8192)
-one = tool.described(greedy, (x, x, 4096), {"BLOCK": 4096, "num_warps": 1})
-print(*[f for sm in (80, 90) for f in tool.faults(one, sm, tool.compiled(one, sm))], sep="\\n")
+launch = tool.describe_launch(greedy, (x, x, 4096), {"BLOCK": 4096, "num_warps": 1})
+print(*[fault for arch in (80, 90) for fault in tool.find_faults(arch, tool.measure(launch, arch))], sep="\\n")
 """
 
 
 def test_a_kernel_that_spills_is_seen(tmp_path):
-    said = run(SPILLS, tmp_path / "spills.py")
-    assert len(re.findall(r"^\d+ spills$", said.stdout, re.M)) == 2, said.stdout + said.stderr
+    result = run_code(SPILLS, tmp_path / "spills.py")
+    assert len(re.findall(r"^\d+ spills$", result.stdout, re.M)) == 2, result.stdout + result.stderr
 
 
 NARROW = """
@@ -82,22 +85,22 @@ def twice(x, out, N, D, BLOCK: tl.constexpr):
 
 x = torch.empty(8, 4096)
 for rows, columns in (1, 4096), (3, 4096), (1, 4095):  # a mask that ends at a multiple of 16, or not; odd rows
-    one = tool.described(twice, (x, x, rows, columns), {"BLOCK": 4096, "num_warps": 8})
-    print([f for sm in (80, 90) for f in tool.faults(one, sm, tool.compiled(one, sm))])
+    launch = tool.describe_launch(twice, (x, x, rows, columns), {"BLOCK": 4096, "num_warps": 8})
+    print([fault for arch in (80, 90) for fault in tool.find_faults(arch, tool.measure(launch, arch))])
 """
 
 
 def test_a_mask_that_splits_the_loads_of_aligned_rows_is_seen(tmp_path):
-    said = run(NARROW, tmp_path / "narrow.py")
+    result = run_code(NARROW, tmp_path / "narrow.py")
     fault = "none of 1 loads of aligned rows has 16 bytes"
-    assert said.stdout.splitlines() == ["[]", str([fault, fault]), "[]"], said.stdout + said.stderr
+    assert result.stdout.splitlines() == ["[]", str([fault, fault]), "[]"], result.stdout + result.stderr
 
 
 WAITS = """
 import rlhf_fast.bench.checks.triton_resources as tool
 import torch
 from rlhf_fast import ops
-from rlhf_fast.kernels.triton import swiglu as room
+from rlhf_fast.kernels.triton import swiglu as module
 
 def item(gate, up):
     return gate * up.sum().item()
@@ -112,25 +115,25 @@ def numbers(gate, up):
     return gate * up.tolist()[0][0]
 
 for waits in (item, branch, rows, numbers):
-    room.swiglu = waits
+    module.swiglu = waits
     try:
-        list(tool.launches(ops.swiglu, {"shape": (32, 64)}, torch.float32))
+        list(tool.op_launches(ops.swiglu, {"shape": (32, 64)}, torch.float32))
     except Exception as error:
         print(waits.__name__, type(error).__name__)
 """
 
 
 def test_a_launcher_that_waits_for_the_device_is_seen(tmp_path):
-    said = run(WAITS, tmp_path / "waits.py")
-    assert [line.split()[0] for line in said.stdout.splitlines()] == ["item", "branch", "rows", "numbers"], said
-    assert said.stdout.count("DataDependentOutputException") == 3, said
+    result = run_code(WAITS, tmp_path / "waits.py")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["item", "branch", "rows", "numbers"], result
+    assert result.stdout.count("DataDependentOutputException") == 3, result
 
 
 def test_an_unknown_op_and_the_interpreter_are_refused():
-    said = measure("no_such_op")
-    assert said.returncode == 2 and "there is no op no_such_op; there are:" in said.stderr
-    said = measure("swiglu", TRITON_INTERPRET="1")
-    assert said.returncode == 1 and "TRITON_INTERPRET=1 is set" in said.stderr
+    result = run_tool("no_such_op")
+    assert result.returncode == 2 and "there is no op no_such_op; there are:" in result.stderr
+    result = run_tool("swiglu", TRITON_INTERPRET="1")
+    assert result.returncode == 1 and "TRITON_INTERPRET=1 is set" in result.stderr
 
 
 ON_AMD = """
@@ -141,23 +144,25 @@ from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS
 from rlhf_fast.kernels.triton import launch
 
-launch.AMD, tool.ARCHITECTURES, seen = True, {0: 64 << 10}, set()
+launch.AMD = True
+tool.SHARED_MEMORY = {0: 64 << 10}
+seen = set()
 for op in OPS.values():
     for dtype in (torch.bfloat16, torch.float32):
         for size in op.large_sizes + op.small_sizes[1:2] + op.small_sizes[4:6]:
-            for one, _ in tool.launches(op, size, dtype):
-                if (one.name, dtype, one.options) in seen and one.name != "decode_attention.attend":
+            for found, _ in tool.op_launches(op, size, dtype):
+                key = found.name, dtype, found.options
+                if key in seen and found.name != "decode_attention.decode_attention_kernel":
                     continue
-                seen.add((one.name, dtype, one.options))
-                shared = tool.translated(one, GPUTarget("hip", "gfx942", 64)).metadata.shared
-                print("FAULT" * (shared > 64 << 10), one.name, dtype, size, shared)
+                seen.add(key)
+                shared = tool.compile_launch(found, GPUTarget("hip", "gfx942", 64)).metadata.shared
+                print("FAULT" * (shared > 64 << 10), found.name, dtype, size, shared)
 """
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_an_amd_gpu_and_fit_its_shared_memory(tmp_path):
-    said = run(ON_AMD, tmp_path / "amd.py")
-    assert said.returncode == 0 and "FAULT" not in said.stdout, said.stdout[-2000:] + said.stderr[-2000:]
-    compiled = {line.split()[0] for line in said.stdout.splitlines()}
-    written = set().union(*map(kernels, (ROOT / "kernels" / "triton").glob("*.py")))
-    assert compiled >= written, sorted(written - compiled)
+    result = run_code(ON_AMD, tmp_path / "amd.py")
+    assert result.returncode == 0 and "FAULT" not in result.stdout, result.stdout[-2000:] + result.stderr[-2000:]
+    compiled = {line.split()[0] for line in result.stdout.splitlines()}
+    assert compiled >= kernel_names(), sorted(kernel_names() - compiled)

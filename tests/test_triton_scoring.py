@@ -1,4 +1,4 @@
-"""Scoring by Triton's product with the softmax behind it, against float64; and its tiles as NVIDIA's GPUs take them."""
+"""Scoring by Triton's fused product and softmax, compared with float64. Its tiles compile for NVIDIA GPUs."""
 
 import os
 import subprocess
@@ -25,23 +25,23 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 @pytest.fixture
 def small(monkeypatch):
-    """Several blocks of rows, splits, tiles a split and steps a product at small sizes."""
-    monkeypatch.setattr(scoring, "tile", lambda *rule: scoring.Tile(16, 16, 16, 4, 2))
-    monkeypatch.setattr(scoring, "SPLITS", 3)
-    monkeypatch.setattr(scoring, "SHARED_ROWS", 0)
-    monkeypatch.setattr(scoring, "LISTED", 16)
+    """Small sizes have several blocks of rows, splits, tiles per split and steps per product."""
+    monkeypatch.setattr(scoring, "choose_tile", lambda *_: scoring.Tile(16, 16, 16, 4, 2))
+    monkeypatch.setattr(scoring, "MAX_SPLITS", 3)
+    monkeypatch.setattr(scoring, "GROUP_BYTES", 0)
+    monkeypatch.setattr(scoring, "LIST_BLOCK", 16)
 
 
-def one(N, D, V, dtype, **options):
+def one_head(N, D, V, dtype, **options):
     args = random_head_inputs(N, D, V, DEVICE, dtype, **options)
     return [x if x is None else x.detach() for x in args]
 
 
-def pair(N, D, E, V, dtype, apart=1.0, **options):
-    """Arguments of score_pair but temperature and softcap."""
-    hidden, weight, targets, bias = one(N, D, V, dtype, **options)
-    ref_hidden, ref_weight, _, ref_bias = one(N, E, V, dtype, **options)
-    ref_hidden = (apart * ref_hidden.nan_to_num()).masked_fill((targets == -100)[:, None], torch.nan)
+def two_heads(N, D, E, V, dtype, ref_scale=1.0, **options):
+    """Return the arguments of score_pair without temperature and softcap."""
+    hidden, weight, targets, bias = one_head(N, D, V, dtype, **options)
+    ref_hidden, ref_weight, _, ref_bias = one_head(N, E, V, dtype, **options)
+    ref_hidden = (ref_scale * ref_hidden.nan_to_num()).masked_fill((targets == -100)[:, None], torch.nan)
     return hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias
 
 
@@ -49,37 +49,37 @@ def double(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def truth_of_one(hidden, weight, targets, bias, temperature, softcap, of=double):
-    args = map(of, (hidden, weight, targets, bias, temperature, softcap))
+def float64_score(hidden, weight, targets, bias, temperature, softcap, convert=double):
+    args = map(convert, (hidden, weight, targets, bias, temperature, softcap))
     logprobs, entropy, statistics = linear_logprobs_with_statistics.reference(*args)
     return torch.stack([logprobs, entropy, *statistics])
 
 
 def score(hidden, weight, targets, bias, temperature, softcap):
     out = torch.full((4, len(targets)), torch.nan, device=targets.device)
-    scoring.score(hidden, weight, targets, bias, temperature, softcap, out.unbind())
+    scoring.score(hidden, weight, targets, bias, temperature, softcap, scoring.Outputs(*out.unbind()))
     return out
 
 
 def score_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap):
-    out, heads = (
-        torch.full((8, len(targets)), torch.nan, device=targets.device),
-        (hidden, weight, ref_hidden, ref_weight),
-    )
-    scoring.score_pair(*heads, targets, temperature, softcap, bias, ref_bias, out.unbind())
+    out = torch.full((8, len(targets)), torch.nan, device=targets.device)
+    heads = (hidden, weight, ref_hidden, ref_weight)
+    scoring.score_pair(*heads, targets, temperature, softcap, bias, ref_bias, scoring.Outputs(*out.unbind()))
     return out
 
 
-def truth_of_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap, of=double):
+def float64_score_pair(
+    hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap, convert=double
+):
     args = hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias
-    logprobs, ref_logprobs, entropy, kl, (m, s, ref_m, ref_s) = linear_kl_with_statistics.reference(*map(of, args))
+    logprobs, ref_logprobs, entropy, kl, (m, s, ref_m, ref_s) = linear_kl_with_statistics.reference(*map(convert, args))
     return torch.stack([logprobs, entropy, m, s, ref_logprobs, kl, ref_m, ref_s])
 
 
 def assert_near(ours, reference, args):
-    """No further from the truth than plain float32 torch is at its worst, and float32 rounding of value and logits."""
+    """Allow the largest error of plain float32 torch, plus float32 rounding of the value and of the logits."""
     assert ours.dtype == torch.float32
-    truth, plain = reference(*args), reference(*args, of=lambda x: x)
+    truth, plain = reference(*args), reference(*args, convert=lambda x: x)
     finite = truth.isfinite()
     assert torch.equal(ours.double()[~finite].nan_to_num(), truth[~finite].nan_to_num())
     error, allowed = ((x.double() - truth).where(finite, 0).abs() for x in (ours, plain))
@@ -103,12 +103,12 @@ OPTIONS = [
 
 @DTYPES
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
-def test_one_head(options, dtype, small, poisoned):
+def test_a_head_alone(options, dtype, small, poisoned):
     options = dict(options)
     scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)
-    args = *one(dtype=dtype, **options), *scalars
+    args = *one_head(dtype=dtype, **options), *scalars
     ours = score(*args)
-    assert_near(ours, truth_of_one, args)
+    assert_near(ours, float64_score, args)
     assert torch.equal(ours, score(*args))
 
 
@@ -117,59 +117,60 @@ def test_one_head(options, dtype, small, poisoned):
 def test_a_policy_and_its_reference(options, dtype, small, poisoned):
     options = dict(options)
     scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)
-    args = *pair(E=options["D"] + 8 * (options["N"] % 2), dtype=dtype, **options), *scalars
+    args = *two_heads(E=options["D"] + 8 * (options["N"] % 2), dtype=dtype, **options), *scalars
     ours = score_pair(*args)
-    assert_near(ours, truth_of_pair, args)
+    assert_near(ours, float64_score_pair, args)
     assert torch.equal(ours, score_pair(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_the_tiles_of_the_rule(dtype, poisoned):
-    """As they are chosen here, with rows in more than one block."""
-    args = *one(70, 24, 300, dtype, bias=True), 1.0, 0.0
-    assert_near(score(*args), truth_of_one, args)
-    args = *pair(70, 24, 16, 300, dtype), 1.0, 0.0
-    assert_near(score_pair(*args), truth_of_pair, args)
+def test_tiles_as_chosen(dtype, poisoned):
+    """Rows are in more than one block."""
+    args = *one_head(70, 24, 300, dtype, bias=True), 1.0, 0.0
+    assert_near(score(*args), float64_score, args)
+    args = *two_heads(70, 24, 16, 300, dtype), 1.0, 0.0
+    assert_near(score_pair(*args), float64_score_pair, args)
 
 
 def test_a_pair_of_equals_has_no_divergence(small):
-    hidden, weight, targets, bias = one(21, 24, 131, torch.bfloat16, bias=True)
+    hidden, weight, targets, bias = one_head(21, 24, 131, torch.bfloat16, bias=True)
     out = score_pair(hidden, weight, hidden, weight, targets, bias, bias, 0.9, 0.0)
     assert (out[5] == 0).all() and torch.equal(out[0], out[4]) and torch.equal(out[2:4], out[6:8])
     assert torch.equal(out[:4], score(hidden, weight, targets, bias, 0.9, 0.0))  # these tiles are the same
 
 
 def test_far_apart(small):
-    args = *pair(20, 24, 24, 131, torch.float32, apart=300.0), 1.0, 0.0
-    truth = truth_of_pair(*args)
+    args = *two_heads(20, 24, 24, 131, torch.float32, ref_scale=300.0), 1.0, 0.0
+    truth = float64_score_pair(*args)
     assert truth[5].max() > 300
     torch.testing.assert_close(score_pair(*args).double(), truth, atol=1e-4, rtol=2e-6)
 
 
 @pytest.mark.parametrize("ignored", ["all", "none", "a block", "all but the last"])
 def test_ignored_rows(ignored, small, poisoned):
-    hidden, weight, targets, bias = one(53, 24, 131, torch.bfloat16, ignored=0.0)
+    hidden, weight, targets, bias = one_head(53, 24, 131, torch.bfloat16, ignored=0.0)
     off = torch.zeros(53, dtype=torch.bool, device=DEVICE)
     off[{"all": slice(None), "none": slice(0), "a block": slice(5, 40), "all but the last": slice(-1)}[ignored]] = True
     hidden, targets = hidden.masked_fill(off[:, None], torch.nan), targets.masked_fill(off, -100)
     out = score(hidden, weight, targets, bias, 1.0, 0.0)
     assert (out[:, off] == 0).all() and out.isfinite().all()
-    assert_near(out, truth_of_one, (hidden, weight, targets, bias, 1.0, 0.0))
+    assert_near(out, float64_score, (hidden, weight, targets, bias, 1.0, 0.0))
     both = score_pair(hidden, weight, hidden, weight, targets, bias, bias, 1.0, 0.0)
     assert (both[:, off] == 0).all() and torch.equal(both[:4], out)
 
 
 def test_ignored_rows_cost_no_product(small, monkeypatch):
-    """A weight that is all NaN shows in every row that is multiplied; no block of rows beyond the count is."""
-    hidden, weight, targets, _ = one(64, 24, 131, torch.float32, ignored=0.0)
+    """With a weight of NaN every row that is multiplied is NaN. Blocks behind the last valid row are not."""
+    hidden, weight, targets, _ = one_head(64, 24, 131, torch.float32, ignored=0.0)
     targets[7:] = -100
     seen = []
     run = scoring.launch.run
 
-    def keep(kernel, grid, *args, **options):
-        run(kernel, grid, *args, **options)
-        if kernel is scoring._score:
-            seen.append(args[7].clone())  # parts
+    def keep(kernel, grid, *args, **meta):
+        run(kernel, grid, *args, **meta)
+        if kernel is scoring.score_kernel:
+            _, _, parts, *_ = args
+            seen.append(parts.clone())
 
     monkeypatch.setattr(scoring.launch, "run", keep)
     score(hidden, torch.full_like(weight, torch.nan), targets, None, 1.0, 0.0)
@@ -179,7 +180,7 @@ def test_ignored_rows_cost_no_product(small, monkeypatch):
 
 @DTYPES
 def test_a_row_has_the_same_bits_in_any_batch(dtype, small):
-    args = pair(41, 24, 17, 131, dtype, ignored=0.0, bias=True)
+    args = two_heads(41, 24, 17, 131, dtype, ignored=0.0, bias=True)
     hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias = args
     whole = score_pair(*args, 0.7, 0.0)
     alone = score(hidden, weight, targets, bias, 0.7, 0.0)
@@ -194,7 +195,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, small):
 
 @pytest.mark.parametrize("offset", [-640.0, -100.0, 60.0, 640.0])
 def test_confident_rows_are_never_more_than_certain(offset, small):
-    """Logits that are given outright: hidden is a row of the identity."""
+    """hidden is the identity, so weight has the logits."""
     logits = 4 * torch.randn(32, 90, device=DEVICE)
     targets = logits.argmax(-1)
     logits[torch.arange(32), targets] += torch.linspace(0, 100, 32, device=DEVICE)
@@ -209,7 +210,7 @@ def test_confident_rows_are_never_more_than_certain(offset, small):
 
 def test_columns_that_are_ruled_out(small):
     """Tiles, splits and the target itself, by the policy, by the reference or by both."""
-    hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias = pair(
+    hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias = two_heads(
         20, 24, 16, 150, torch.bfloat16, ignored=0.2, bias=True
     )
     bias[20:140] = -torch.inf
@@ -218,7 +219,7 @@ def test_columns_that_are_ruled_out(small):
     ref_bias[40:60] = -torch.inf
     args = hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, 0.8, 0.0
     out = score_pair(*args)
-    assert_near(out, truth_of_pair, args)
+    assert_near(out, float64_score_pair, args)
     assert out[0, 0] == -torch.inf and out[1:].isfinite().all()
     assert torch.equal(out[:4], score(hidden, weight, targets, bias, 0.8, 0.0))
     for columns in (slice(5, 6), slice(0, 18), slice(145, 150)):  # what the policy still allows
@@ -230,9 +231,9 @@ def test_columns_that_are_ruled_out(small):
 
 
 @pytest.mark.parametrize("V", [96, 150])  # one and several tiles a split
-def test_what_the_policy_never_draws_the_reference_may_rule_out(V, small):
-    """Though the first tile met holds nothing else: its probability is 0 only beside the others."""
-    args = pair(20, 24, 16, V, torch.bfloat16, ignored=0.2, bias=True)
+def test_the_reference_may_rule_out_a_token_that_the_policy_never_samples(V, small):
+    """Also if the first tile holds only such tokens: their probability is 0 only relative to the other tiles."""
+    args = two_heads(20, 24, 16, V, torch.bfloat16, ignored=0.2, bias=True)
     *others, bias, ref_bias = args
     never = torch.arange(V, device=DEVICE) < 32
     others[4] = others[4].where(others[4] < 0, others[4] % (V - 32) + 32)
@@ -244,7 +245,7 @@ def test_what_the_policy_never_draws_the_reference_may_rule_out(V, small):
 
 @pytest.mark.parametrize("where", [0, 70, 130])
 def test_nan_shows(where, small):
-    hidden, weight, targets, bias = one(6, 24, 131, torch.float32, ignored=0.0, bias=True)
+    hidden, weight, targets, bias = one_head(6, 24, 131, torch.float32, ignored=0.0, bias=True)
     bad = bias.clone()
     bad[where] = torch.nan
     assert score(hidden, weight, targets, bad, 1.0, 0.0)[[0, 1, 3]].isnan().all()
@@ -254,16 +255,16 @@ def test_nan_shows(where, small):
 
 
 def test_strides(small):
-    """Rows apart are read in place; what lies otherwise is gathered first."""
-    hidden, weight, targets, bias = one(20, 24, 131, torch.bfloat16, bias=True)
+    """Rows with gaps between them are read in place; other strides are copied first."""
+    hidden, weight, targets, bias = one_head(20, 24, 131, torch.bfloat16, bias=True)
     expected = score(hidden, weight, targets, bias, 1.0, 0.0)
 
-    def apart(x, stride, step):
-        room = torch.full((len(x), stride), torch.nan, dtype=x.dtype, device=DEVICE)
-        return room[:, 3 : 3 + step * x.shape[1] : step].copy_(x)
+    def strided(x, stride, step):
+        memory = torch.full((len(x), stride), torch.nan, dtype=x.dtype, device=DEVICE)
+        return memory[:, 3 : 3 + step * x.shape[1] : step].copy_(x)
 
     for stride, step in ((31, 1), (60, 2)):
-        args = apart(hidden, stride, step), apart(weight, stride, step), targets, bias
+        args = strided(hidden, stride, step), strided(weight, stride, step), targets, bias
         assert torch.equal(score(*args, 1.0, 0.0), expected)
     args = hidden, weight, targets.repeat_interleave(2)[::2], bias.repeat_interleave(2)[::2]
     assert torch.equal(score(*args, 1.0, 0.0), expected)
@@ -274,7 +275,7 @@ def test_strides(small):
 def test_addresses_beyond_two_to_the_thirty_one(stride, small, tmp_path):
     """The memory between the rows is never touched."""
     V = 5 if stride > 2**25 else 600
-    hidden, weight, targets, _ = one(3, 8, V, torch.bfloat16, ignored=0.0)
+    hidden, weight, targets, _ = one_head(3, 8, V, torch.bfloat16, ignored=0.0)
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(2 * V * stride)
     storage = torch.UntypedStorage.from_file(str(tmp_path / "sparse"), shared=True, nbytes=2 * V * stride)
@@ -283,8 +284,8 @@ def test_addresses_beyond_two_to_the_thirty_one(stride, small, tmp_path):
     assert torch.equal(score(hidden, far, targets, None, 1.0, 0.0), expected)
 
 
-def test_two_dtypes_are_declined():
-    hidden, weight, targets, _ = one(4, 8, 9, torch.bfloat16)
+def test_two_dtypes_and_float64_are_unsupported():
+    hidden, weight, targets, _ = one_head(4, 8, 9, torch.bfloat16)
     with pytest.raises(Unsupported, match="two dtypes"):
         score(hidden, weight.float(), targets, None, 1.0, 0.0)
     with pytest.raises(Unsupported, match="float64"):
@@ -292,35 +293,39 @@ def test_two_dtypes_are_declined():
 
 
 COMPILES = """
+import itertools
 import torch
 import rlhf_fast.bench.checks.triton_resources as tool
 from rlhf_fast.kernels.triton import _scoring as scoring
 
-def launches(D, bias, softcap, pair, capability):
+def record(D, has_bias, softcap, is_pair, arch):
     def call():
-        empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda")
+        def empty(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
         head = empty(512, D), empty(50257, D)
-        targets, bias_ = empty(512, dtype=torch.int64), empty(50257) if bias else None
-        out = empty(8 if pair else 4, 512, dtype=torch.float32).unbind()
-        if pair:
-            scoring.score_pair(*head, *head, targets, 1.0, softcap, bias_, bias_, out)
+        targets = empty(512, dtype=torch.int64)
+        bias = empty(50257) if has_bias else None
+        out = scoring.Outputs(*empty(8 if is_pair else 4, 512, dtype=torch.float32).unbind())
+        if is_pair:
+            scoring.score_pair(*head, *head, targets, 1.0, softcap, bias, bias, out)
         else:
-            scoring.score(*head, targets, bias_, 1.0, softcap, out)
-    return tool.recorded(call, capability)
+            scoring.score(*head, targets, bias, 1.0, softcap, out)
+    return tool.record_launches(call, arch)
 
 seen = set()
-for D, bias, softcap in ((768, False, 0.0), (776, True, 0.0), (768, True, 30.0), (77, False, 0.0)):
-    for pair in (False, True):
-        for capability in tool.ARCHITECTURES:
-            for one in launches(D, bias, softcap, pair, capability):
-                if (one, capability) not in seen:
-                    seen.add((one, capability))
-                    has = tool.compiled(one, capability)
-                    faults = [*tool.faults(one, capability, has)]
-                    if has.wants and D % 8 == 0 and not has.wide_loads:
-                        faults.append("no 16-byte loads")
-                    faults = [f"FAULT {fault}" for fault in faults]
-                    print(one.name, D, bias, softcap, capability, has, *faults, sep="; ")
+cases = (768, False, 0.0), (776, True, 0.0), (768, True, 30.0), (77, False, 0.0)
+for (D, has_bias, softcap), is_pair, arch in itertools.product(cases, (False, True), tool.SHARED_MEMORY):
+    for launch in record(D, has_bias, softcap, is_pair, arch):
+        if (launch, arch) in seen:
+            continue
+        seen.add((launch, arch))
+        used = tool.measure(launch, arch)
+        faults = [*tool.find_faults(arch, used)]
+        if used.product_instruction and D % 8 == 0 and not used.wide_loads:
+            faults.append("no 16-byte loads")
+        faults = [f"FAULT {fault}" for fault in faults]
+        print(launch.name, D, has_bias, softcap, arch, used, *faults, sep="; ")
 """
 
 
@@ -329,6 +334,7 @@ def test_no_tile_spills_and_all_use_tensor_cores(tmp_path):
     file = tmp_path / "compiles.py"
     file.write_text(COMPILES)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    said = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env)
-    assert said.returncode == 0 and "FAULT" not in said.stdout, said.stdout + said.stderr
-    assert said.stdout.count("_scoring.score;") == said.stdout.count("_scoring.score_pair;") == 8, said.stdout
+    result = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and "FAULT" not in result.stdout, result.stdout + result.stderr
+    for kernel in ("score_kernel", "score_pair_kernel"):
+        assert result.stdout.count(f"_scoring.{kernel};") == 8, result.stdout

@@ -2,14 +2,17 @@
 
     python -m rlhf_fast.bench.checks.triton_resources [OP ...] [--save bench/results/triton_resources.md]
 
-Every op's Triton function is called on its `large` inputs, float32 and bfloat16, as fake CUDA tensors; the launches are
-not run but written down, and each is compiled as the launch would have it. The exit status is 1 where a kernel spills,
-needs more shared memory than the chip has, multiplies bfloat16 without its best tensor cores (which on sm_90 take no
-fewer than 64 rows) or reads aligned rows without 16-byte loads, and where a launcher waits for the device.
+Every op's Triton launcher is called on its `large_sizes`, in float32 and bfloat16, with fake CUDA tensors. The launches
+are recorded instead of run, and each is compiled as Triton would compile it. The exit status is 1 where
 
-A kernel should have 16-byte loads where Triton, from what it knows of addresses and strides, gives each thread 16 bytes
-or more of a tile in a row: then it is a mask that splits them. `large` inputs have sizes that need not; an op without
-any is compiled at small ones, of which none is asked for.
+- a kernel spills registers or needs more shared memory than the GPU has,
+- a kernel multiplies bfloat16 without the GPU's best tensor-core instruction (on sm_90 that takes at least 64 rows),
+- a kernel loads aligned rows without 16-byte loads,
+- a launcher waits for the device.
+
+A kernel should have 16-byte loads where Triton, from the alignment of addresses and strides, gives each thread at least
+16 consecutive bytes of a tile: if it has none, a mask splits them. An op without `large_sizes` is compiled at small
+ones, which are too small for such loads.
 """
 
 import argparse
@@ -40,34 +43,42 @@ from rlhf_fast.bench.checks import sass
 from rlhf_fast.kernels._op import OPS, Op
 from rlhf_fast.kernels.triton import launch
 
-ARCHITECTURES = {80: 163 << 10, 90: 227 << 10}  # compute capability: shared memory a block can have, bytes
-PROCESSORS = 132  # of an H100, for the rules that look at it
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # compute capability: bytes that a block can have
+NUM_SMS = 132  # of an H100, for launchers that depend on it
 KERNELS = Path(launch.__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-WIDE = 64  # rows from which on sm_90 has an instruction of its own
+MIN_HGMMA_ROWS = 64  # rows of a product that sm_90's own instruction takes
+
+ArgumentPath = tuple[int, ...]
 
 
 class Launch(NamedTuple):
-    """A kernel as a launch would compile it."""
+    """A kernel as a launch would compile it. Paths are those of triton.compiler.ASTSource: the index of a parameter,
+    then the indices of fields within it."""
 
     kernel: object
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    aligned: tuple[str, ...]
+    signature: tuple[tuple[str, object], ...]  # parameter -> its type, or a tuple of the types of its fields
+    constants: tuple[tuple[ArgumentPath, object], ...]
+    aligned: tuple[ArgumentPath, ...]  # pointers and integers that are multiples of 16
     options: tuple[tuple[str, int], ...]
 
     @property
     def name(self) -> str:
-        room = self.kernel.fn.__module__.rpartition(".")[2]
-        return f"{room}.{self.kernel.fn.__name__.lstrip('_')}"
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+
+    @property
+    def constexprs(self) -> dict[str, object]:
+        """The tl.constexpr parameters that are not None."""
+        names = {(i,): p.name for i, p in enumerate(self.kernel.params) if p.is_constexpr}
+        return {names[path]: value for path, value in self.constants if path in names and value is not None}
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: registers a thread, bytes of shared memory, instructions of a kind."""
+    """What a compiled kernel takes: registers per thread, bytes of shared memory, instructions of a kind."""
 
     registers: int
     shared: int
@@ -75,73 +86,85 @@ class Resources(NamedTuple):
     wide_loads: int
     loads: int
     products: int
-    wants: str  # the instruction for the products of 16-bit numbers that it has, "" without any
-    aligned: int  # loads of a tile of which each thread has 16 bytes or more in a row
+    product_instruction: str  # expected for the products of 16-bit numbers that the kernel has, "" without any
+    aligned_loads: int  # loads of a tile in which each thread has 16 consecutive bytes or more
 
 
-def described(kernel, args: tuple, options: dict) -> Launch:
-    """The launch as Triton would specialise it: integers of 1 are constants, multiples of 16 and addresses aligned."""
+def describe_launch(kernel, args: tuple, meta: dict) -> Launch:
+    """Return the launch as Triton specialises it: None and integers of 1 are constants, and pointers and integers that
+    are multiples of 16 are known to be. Fields of a NamedTuple are specialised as parameters are."""
     given = dict(zip(kernel.arg_names, args, strict=False))
-    given |= {name: options[name] for name in kernel.arg_names if name in options}
-    rest = tuple(sorted((k, v) for k, v in options.items() if k not in kernel.arg_names))
-    types, constants, aligned = [], {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, given.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            constants[name], kind = value, "constexpr"
-        elif isinstance(value, torch.Tensor):
-            kind = f"*{TYPES[value.dtype]}"
+    given |= {name: meta[name] for name in kernel.arg_names if name in meta}
+    options = tuple(sorted((k, v) for k, v in meta.items() if k not in kernel.arg_names))
+    constants, aligned = [], []
+
+    def specialize(value, path: ArgumentPath, is_constexpr: bool, is_specialized: bool):
+        if is_constexpr or value is None or (is_specialized and type(value) is int and value == 1):
+            constants.append((path, value))
+            return "constexpr"
+        if isinstance(value, tuple):
+            types = [specialize(x, (*path, i), False, True) for i, x in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
-                aligned.append(name)
-        elif isinstance(value, bool):
-            kind = "i1"
-        elif isinstance(value, int):
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                aligned.append(name)
-        else:
-            kind = "fp32"
-        types.append((name, kind))
-    return Launch(kernel, tuple(types), tuple(constants.items()), tuple(aligned), rest)
+                aligned.append(path)
+            return f"*{TYPES[value.dtype]}"
+        if isinstance(value, bool):
+            return "i1"
+        if isinstance(value, int):
+            if value % 16 == 0 and is_specialized:
+                aligned.append(path)
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+    signature = []
+    for i, parameter in enumerate(kernel.params):
+        value = given.get(parameter.name, parameter.default)
+        kind = specialize(value, (i,), parameter.is_constexpr, not parameter.do_not_specialize)
+        signature.append((parameter.name, kind))
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
 def as_if_on_gpu(x: torch.Tensor) -> torch.Tensor:
-    """Under FakeTensorMode, a CUDA tensor of that shape and those strides: nothing is there to compute with, and a
-    launcher that would wait for a result raises."""
+    """Return a fake CUDA tensor of x's shape and strides. A launcher that reads a value of it raises."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
 
-def launches(op: Op, size: dict, dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
-    """The launches of one call of the op's Triton function, on a GPU of each compute capability."""
-    args = op.make_inputs(device="cpu", dtype=dtype, **size)
-    args = op.normalized(*args)
-    stem = Path(op.reference.__code__.co_filename).stem
-    function = getattr(import_module(f"rlhf_fast.kernels.triton.{stem}"), op.name)
-    for capability in ARCHITECTURES:
-        for one in recorded(lambda: function(*tree_map_only(torch.Tensor, as_if_on_gpu, args)), capability):
-            yield one, capability
+def op_launches(op: Op, size: dict, dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
+    """Yield the launches of one call of the op's Triton launcher, for a GPU of each compute capability."""
+    args = op.normalized(*op.make_inputs(device="cpu", dtype=dtype, **size))
+    module = import_module(f"rlhf_fast.kernels.triton.{file_stem(op)}")
+    launcher = getattr(module, op.name)
+    for arch in SHARED_MEMORY:
+        for found in record_launches(lambda: launcher(*tree_map_only(torch.Tensor, as_if_on_gpu, args)), arch):
+            yield found, arch
 
 
-def recorded(call: Callable[[], object], capability: int) -> list[Launch]:
-    """The launches that a call on fake CUDA tensors makes, none of them run."""
-    seen: list[Launch] = []
+def file_stem(op: Op) -> str:
+    """Return the name of the op's file, which kernels/ and kernels/triton/ share."""
+    return Path(op.reference.__code__.co_filename).stem
 
-    def write_down(kernel, grid, *args, **options):
+
+def record_launches(call: Callable[[], object], arch: int) -> list[Launch]:
+    """Return the launches that a call on fake CUDA tensors makes. None of them is run."""
+    recorded: list[Launch] = []
+
+    def record(kernel, grid, *args, **meta):
         if all(grid):
-            seen.append(described(kernel, args, options))
+            recorded.append(describe_launch(kernel, args, meta))
 
-    before = launch.run, launch.processors, launch.capability
-    launch.run, launch.processors, launch.capability = write_down, lambda x: PROCESSORS, lambda x: capability
+    before = launch.run, launch.num_sms, launch.sm_arch
+    launch.run, launch.num_sms, launch.sm_arch = record, lambda _: NUM_SMS, lambda _: arch
     try:
         with FakeTensorMode(), torch.no_grad():
             call()
     finally:
-        launch.run, launch.processors, launch.capability = before
-    return seen
+        launch.run, launch.num_sms, launch.sm_arch = before
+    return recorded
 
 
-def aligned_loads(ttgir: str) -> int:
-    """Loads whose layout gives a thread at least 16 bytes in a row."""
+def count_aligned_loads(ttgir: str) -> int:
+    """Return the number of loads whose layout gives a thread at least 16 consecutive bytes."""
     layouts = {
         name: max(map(int, sizes.split(",")))
         for name, sizes in re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir)
@@ -152,112 +175,119 @@ def aligned_loads(ttgir: str) -> int:
     return sum(layouts.get(layout, 0) * max(int(bits), 8) >= 128 for bits, layout in loads)
 
 
-def translated(of: Launch, target: GPUTarget):
-    """What Triton makes of a launch for that GPU."""
-    names = of.kernel.arg_names
+def compile_launch(found: Launch, target: GPUTarget):
+    """Return Triton's compiled kernel of a launch."""
     source = ASTSource(
-        fn=of.kernel,
-        signature=dict(of.signature),
-        constexprs={(names.index(name),): value for name, value in of.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in of.aligned},
+        fn=found.kernel,
+        signature=dict(found.signature),
+        constexprs=dict(found.constants),
+        attrs={path: [["tt.divisibility", 16]] for path in found.aligned},
     )
-    return triton.compile(source, target=target, options=dict(of.options))
+    return triton.compile(source, target=target, options=dict(found.options))
 
 
-def compiled(of: Launch, capability: int) -> Resources:
-    """Compile for a GPU of that compute capability, and read the result."""
-    made = translated(of, GPUTarget("cuda", capability, 32))
+def measure(found: Launch, arch: int) -> Resources:
+    """Compile a launch for an NVIDIA GPU of that compute capability and return the kernel's resources."""
+    compiled = compile_launch(found, GPUTarget("cuda", arch, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
         code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True).stdout
-    rows = [int(x) for x in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+xb?f16", made.asm["ttir"])]
-    wants = ("HGMMA" if capability >= 90 and max(rows) >= WIDE else "HMMA") if rows else ""
+    rows = [int(x) for x in re.findall(r"tt\.dot .*: tensor<(\d+)x\d+xb?f16", compiled.asm["ttir"])]
+    instruction = ""
+    if rows:
+        instruction = "HGMMA" if arch >= 90 and max(rows) >= MIN_HGMMA_ROWS else "HMMA"
     count = collections.Counter(re.findall(r"\b(HMMA|HGMMA)\b", code))
     wide_loads, loads = sass.loads(code)
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        shared=made.metadata.shared,
+        shared=compiled.metadata.shared,
         spills=sum(sass.spills(code)),
         wide_loads=wide_loads,
         loads=loads,
-        products=count[wants] if wants else count["HMMA"] + count["HGMMA"],
-        wants=wants,
-        aligned=aligned_loads(made.asm["ttgir"]),
+        products=count[instruction] if instruction else count.total(),
+        product_instruction=instruction,
+        aligned_loads=count_aligned_loads(compiled.asm["ttgir"]),
     )
 
 
-def faults(of: Launch, capability: int, has: Resources, small: bool = False) -> Iterator[str]:
-    if has.spills:
-        yield f"{has.spills} spills"
-    if has.shared > ARCHITECTURES[capability]:
-        yield f"{has.shared} bytes of shared memory"
-    if has.wants and not has.products:
-        yield f"no {has.wants}"
-    if has.aligned and not has.wide_loads and not small:
-        yield f"none of {has.aligned} loads of aligned rows has 16 bytes"
+def find_faults(arch: int, used: Resources, is_small: bool = False) -> Iterator[str]:
+    """Yield what is wrong with a kernel. is_small: it was compiled at small sizes."""
+    if used.spills:
+        yield f"{used.spills} spills"
+    if used.shared > SHARED_MEMORY[arch]:
+        yield f"{used.shared} bytes of shared memory"
+    if used.product_instruction and not used.products:
+        yield f"no {used.product_instruction}"
+    if used.aligned_loads and not used.wide_loads and not is_small:
+        yield f"none of {used.aligned_loads} loads of aligned rows has 16 bytes"
 
 
-def collect(wanted: list[str]) -> dict[tuple[Launch, int], str]:
-    """Every launch of the ops wanted (all if none is named) on each GPU, with the first op and dtype that makes it."""
+def collect(names: list[str]) -> dict[tuple[Launch, int], str]:
+    """Return the launches of the ops named, or of all, on each GPU, with the first op and dtype that makes each."""
     found: dict[tuple[Launch, int], str] = {}
     for op in sorted(OPS.values(), key=lambda op: not op.large_sizes):
-        stem = Path(op.reference.__code__.co_filename).stem
-        if wanted and op.name not in wanted and stem not in wanted or not (KERNELS / f"{stem}.py").is_file():
+        stem = file_stem(op)
+        is_wanted = not names or op.name in names or stem in names
+        if not is_wanted or not (KERNELS / f"{stem}.py").is_file():
             continue
         for dtype in (torch.float32, torch.bfloat16):
             for size in op.large_sizes or op.small_sizes[1:3]:
-                for one in launches(op, size, dtype):
-                    found.setdefault(one, f"{op.name}, {str(dtype)[6:]}" + ("" if op.large_sizes else SMALL))
+                for launch_and_arch in op_launches(op, size, dtype):
+                    first = f"{op.name}, {str(dtype)[6:]}" + ("" if op.large_sizes else SMALL)
+                    found.setdefault(launch_and_arch, first)
     return found
 
 
-_FOUND: list[tuple[Launch, int]] = []
+_LAUNCHES: list[tuple[Launch, int]] = []  # of the worker processes, which are forked with it
 
 
-def _job(index: int) -> tuple[int, Resources | str]:
+def _measure_one(index: int) -> tuple[int, Resources | str]:
     try:
-        return index, compiled(*_FOUND[index])
-    except Exception as error:  # shown in the table's place: one kernel's fault hides no other's
+        return index, measure(*_LAUNCHES[index])
+    except Exception as error:  # reported as that kernel's fault, so that the others are still measured
         return index, f"{type(error).__name__}: {str(error)[-300:]}"
 
 
+def table_row(found: Launch, arch: int, first: str, used: Resources) -> str:
+    num_warps = dict(found.options).get("num_warps", 4)
+    constants = ", ".join(f"{name}={value}" for name, value in found.constexprs.items())
+    return (
+        f"| {found.name} | {first} | {constants} | sm_{arch} | {num_warps} | {used.registers} |"
+        f" {used.shared / 1024:.0f} | {used.spills} | {used.wide_loads} / {used.loads} | {used.products or ''} |"
+    )
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    title = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("op", nargs="*", help="only these (default: all)")
     parser.add_argument("--save", type=Path, metavar="PATH", help="write the table as Markdown")
     options = parser.parse_args()
-    unknown = set(options.op) - {n for o in OPS.values() for n in (o.name, Path(o.reference.__code__.co_filename).stem)}
+    unknown = set(options.op) - {name for op in OPS.values() for name in (op.name, file_stem(op))}
     if unknown:
         parser.error(f"there is no op {', '.join(sorted(unknown))}; there are: {', '.join(sorted(ops.__all__))}")
     found = collect(options.op)
-    _FOUND.extend(found)
+    _LAUNCHES.extend(found)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        results = dict(pool.imap_unordered(_job, range(len(_FOUND))))
-    lines, bad = [HEADER], []
-    for i, (of, capability) in enumerate(_FOUND):
-        has, first = results[i], found[of, capability]
-        where = f"{of.name} ({first}) on sm_{capability}"
-        if isinstance(has, str):
-            bad.append(f"{where}: {has}")
+        results = dict(pool.imap_unordered(_measure_one, range(len(_LAUNCHES))))
+    lines, faults = [HEADER], []
+    for i, (one, arch) in enumerate(_LAUNCHES):
+        used, first = results[i], found[one, arch]
+        kernel = f"{one.name} ({first}) on sm_{arch}"
+        if isinstance(used, str):
+            faults.append(f"{kernel}: {used}")
             continue
-        warps = dict(of.options).get("num_warps", 4)
-        constants = ", ".join(f"{k}={v}" for k, v in of.constants if k.isupper() and v is not None)
-        lines.append(
-            f"| {of.name} | {first} | {constants} | sm_{capability} | {warps} | {has.registers} |"
-            f" {has.shared / 1024:.0f} | {has.spills} | {has.wide_loads} / {has.loads} | {has.products or ''} |"
-        )
-        bad += [f"{where}: {fault}" for fault in faults(of, capability, has, first.endswith(SMALL))]
-    print("\n".join(lines))
+        lines.append(table_row(one, arch, first, used))
+        faults += [f"{kernel}: {fault}" for fault in find_faults(arch, used, first.endswith(SMALL))]
+    table = "\n".join(lines)
+    print(table)
     if options.save:
-        text = (
-            __doc__.partition("\n")[0] + f"\n\nTriton {triton.__version__}. `{COMMAND}`\n\n" + "\n".join(lines) + "\n"
-        )
-        options.save.write_text(text, encoding="utf-8")
-    for line in bad:
-        print(f"FAULT {line}", file=sys.stderr)
-    return 1 if bad else 0
+        options.save.write_text(f"{title}\n\nTriton {triton.__version__}. `{COMMAND}`\n\n{table}\n", encoding="utf-8")
+    for fault in faults:
+        print(f"FAULT {fault}", file=sys.stderr)
+    return 1 if faults else 0
 
 
 SMALL = ", small"

@@ -277,7 +277,7 @@ def cuts(logits, temperature, top_k, top_p, min_p, banned, ban_rows, parts) -> t
     lists = [torch.empty((B, capacity), dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)]
     lists = lists if aimed else (None, None)
     found = [torch.empty((B,), dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)]
-    tiles, tile = parts.shape[2], launch.block(V, TILE)
+    tiles, tile = parts.shape[2], launch.block_size(V, TILE)
     launch.run(
         _cut,
         (B,),
@@ -304,7 +304,7 @@ def cuts(logits, temperature, top_k, top_p, min_p, banned, ban_rows, parts) -> t
         CHUNK=CHUNK,
         TILE=tile,
         THRESHOLDS=THRESHOLDS,
-        BLOCK=launch.block(tiles, 1024),
-        num_warps=launch.warps(tile, 4),
+        BLOCK=launch.block_size(tiles, 1024),
+        num_warps=launch.num_warps_for(tile, 4),
     )
     return found[0], found[1]

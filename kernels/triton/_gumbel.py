@@ -257,7 +257,7 @@ def finish(parts, tile_tokens, ban_rows, temperature, top_k, top_p, min_p, V: in
     B, tiles = tile_tokens.shape
     if outputs is None:
         outputs = empty_outputs(tile_tokens.shape[:1], parts)
-    block = launch.block(tiles, 1024)
+    block = launch.block_size(tiles, 1024)
     launch.run(
         _finish,
         (B,),
@@ -275,6 +275,6 @@ def finish(parts, tile_tokens, ban_rows, temperature, top_k, top_p, min_p, V: in
         SOME=some,
         TOP=(TOP if some else LARGEST).value,
         BLOCK=block,
-        num_warps=launch.warps(block, 4),
+        num_warps=launch.num_warps_for(block, 4),
     )
     return outputs

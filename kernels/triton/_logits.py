@@ -1,11 +1,18 @@
-"""Rows of logits on a GPU, given ones or a chunk of a head's own: what the ops of both launch. Not an op.
+"""Rows of logits on a GPU, given ones or a chunk of a head's own: statistics and gradients. Not an op.
 
-Many rows: a program a row. It walks the row once for the statistics, knows then what the loss's slopes are, and walks
-it once more, from the end, where the caches still have it, to write the gradient. Few rows (fewer than fill the GPU):
-a program for each segment of a row, in `_parts`; `_rows` then joins the segments, and `_gradient` writes the gradient
-of each. Both ways give the same bits. An ignored row is never read.
+token_logprobs and the linear ops launch these kernels:
 
-Bytes a logit: its statistics read it once, its gradient reads it and is written once.
+    many rows    | row 0 |           one program per row (`row_kernel`). It walks the row once for the statistics, which
+                 | row 1 |           give the gradients of the loss, and once more, from the end, where the caches still
+                   ...               have the row, to store the gradient of the logits.
+
+    few rows     | seg 0 | seg 1 | ... | row 0    one program per segment (`segment_kernel`), then one per row that
+                 | seg 0 | seg 1 | ... | row 1    merges them (`row_kernel`), then one per segment for the gradient
+                                                  of the logits (`gradient_kernel`).
+
+Both give the same bits. An ignored row is never read. _softmax.py has the mathematics and the picture of a tile.
+
+Floor: the statistics read each logit once; its gradient reads and writes it once.
 """
 
 from typing import NamedTuple
@@ -15,170 +22,295 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels.triton import _ppo as policy
+from rlhf_fast.kernels._tensors import empty_float32
+from rlhf_fast.kernels.triton import _ppo as ppo
 from rlhf_fast.kernels.triton import _softmax as softmax
 from rlhf_fast.kernels.triton import launch
 
-A_PROCESSOR = 4  # programs of whole rows that should be there for each
-NONE, GIVEN, LIKELIHOOD, POLICY = (tl.constexpr(i) for i in range(4))
+ROWS_PER_SM = 4  # rows for each SM from which on one program takes a whole row
+LOSS_NONE, LOSS_GIVEN, LOSS_CROSS_ENTROPY, LOSS_PPO = (tl.constexpr(i) for i in range(4))
+
+
+class RowInputs(NamedTuple):
+    """The rows of a chunk: `num_rows` of all N rows, from `first` on."""
+
+    x: Tensor  # raw logits without the bias
+    bias: Tensor | None
+    ref: Tensor | None  # raw logits of a reference, with x's stride
+    ref_bias: Tensor | None
+    targets: Tensor
+    V: int
+    stride: int
+    first: int
+    num_rows: int
+    N: int
+
+
+class Statistics(NamedTuple):
+    """Results of N rows, float32. normalizers: (2, N), or (4, N) with a reference: m and log s of each."""
+
+    logprobs: Tensor | None
+    entropy: Tensor
+    normalizers: Tensor | None
+    ref_logprobs: Tensor | None
+    kl: Tensor | None
+
+    @staticmethod
+    def empty(targets: Tensor, has_ref: bool = False) -> "Statistics":
+        def floats(*leading):
+            return empty_float32(targets, *leading, *targets.shape)
+
+        ref = (floats(), floats()) if has_ref else (None, None)
+        return Statistics(floats(), floats(), floats(4 if has_ref else 2), *ref)
+
+
+class RowGrads(NamedTuple):
+    """Gradients of a loss with respect to rows' log p, entropy and KL, of N rows each."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor | None = None
+
+
+class CrossEntropy(NamedTuple):
+    """The loss -sum weights log p; without weights they are 1 / num_valid, a tensor of one element."""
+
+    weights: Tensor | None
+    num_valid: Tensor | None
+
+
+class PolicyLoss(NamedTuple):
+    """PPO's loss of a row."""
+
+    tokens: ppo.Tokens
+    clip: ppo.ClipBounds
+    kl_coef: float
+    entropy_coef: float
+
+
+class Loss(NamedTuple):
+    """A loss whose gradients with respect to a row's log p and entropy follow from its statistics, or are given."""
+
+    kind: tl.constexpr = LOSS_NONE
+    inputs: RowGrads | CrossEntropy | PolicyLoss | None = None
+    is_dual: bool = False
+    estimator: str = "k1"
+
+    @staticmethod
+    def of_grads(logprobs: Tensor, entropy: Tensor) -> "Loss":
+        return Loss(LOSS_GIVEN, RowGrads(logprobs, entropy))
+
+    @staticmethod
+    def cross_entropy(weights: Tensor | None, num_valid: Tensor | None) -> "Loss":
+        return Loss(LOSS_CROSS_ENTROPY, CrossEntropy(weights, num_valid))
+
+    @staticmethod
+    def ppo(tokens: ppo.Tokens, clip: ppo.ClipBounds, kl_coef: float, kl_estimator: str, entropy_coef: float) -> "Loss":
+        return Loss(LOSS_PPO, PolicyLoss(tokens, clip, kl_coef, entropy_coef), clip.dual > 0, kl_estimator)
 
 
 @triton.jit
-def _parts(
-    x, ref, bias, ref_bias, targets, parts, V, x_stride, begin, rows, inverse_temperature, softcap, inverse_softcap,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
-    EACH: tl.constexpr,
+def locate_row(rows, local):
+    """Return the `softmax.Row` of row number `local` of the chunk."""
+    ref = rows.ref
+    if rows.ref is not None:
+        ref = rows.ref + local * rows.stride
+    return softmax.Row(rows.x + local * rows.stride, rows.bias, ref, rows.ref_bias)
+
+
+@triton.jit
+def segment_kernel(
+    rows, parts, scaling,
+    SEGMENT: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """parts (segments, 6, rows): the sums of every segment."""
-    row, segment = (tl.program_id(0) % rows).to(tl.int64), tl.program_id(0) // rows
-    by = (inverse_temperature, softcap, inverse_softcap)
-    if ref is not None:
-        ref += row * x_stride
-    base, skew = softmax.rounded_down(x + row * x_stride, ALIGNED, EACH)
-    here = tl.load(targets + begin + row) != softmax.IGNORED
-    tiles = tl.where(here, tl.cdiv(V + skew, UNROLL * LANES * EACH), 0)
+    """Store the state of the program's segment in parts (segments, 6, num_rows)."""
+    local = (tl.program_id(0) % rows.num_rows).to(tl.int64)
+    segment = tl.program_id(0) // rows.num_rows
+    row = locate_row(rows, local)
+    base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
+    valid = tl.load(rows.targets + rows.first + local) != launch.IGNORE_INDEX
+    tiles = tl.where(valid, tl.cdiv(rows.V + misalignment, UNROLL * LANES * VEC), 0)
     first = segment * SEGMENT
-    sums = softmax.segment_statistics(
-        base,
-        ref,
-        bias,
-        ref_bias,
-        skew,
-        V,
-        first,
-        tl.minimum(first + SEGMENT, tiles),
-        by,
-        ALIGNED,
-        CAP,
-        UNROLL,
-        LANES,
-        EACH,
+    end = tl.minimum(first + SEGMENT, tiles)
+    aligned_row = softmax.Row(base, row.bias, row.ref, row.ref_bias)
+    state = softmax.segment_state(
+        aligned_row, misalignment, rows.V, first, end, scaling, CAP, ALIGNED, UNROLL, LANES, VEC
     )
-    part = parts + segment * 6 * rows + row
-    for i in tl.static_range(6 if ref is not None else 3):
-        tl.store(part + i * rows, sums[i])
+    part = parts + segment * 6 * rows.num_rows + local
+    for i in tl.static_range(6 if rows.ref is not None else 3):
+        tl.store(part + i * rows.num_rows, state[i])
 
 
 @triton.jit
-def _rows(
-    x, ref, y, bias, ref_bias, targets, parts, logprobs, entropy, statistics, ref_logprobs, kl, slopes,
-    grad_logprobs, grad_entropy, weights, count, old_logprobs, advantages, drawn_logprobs, shift, factor,
-    V, x_stride, y_stride, begin, rows, N, inverse_temperature, softcap, inverse_softcap,
-    low, high, dual_clip, bound, kl_coef, entropy_coef, gain,
-    LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, CAP: tl.constexpr, ALIGNED: tl.constexpr,
-    BARRIER: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
+def merge_segments(parts, local, num_rows, segments, REF: tl.constexpr):
+    """Return the state of a row from those of its segments."""
+    state = softmax.empty_state()
+    for segment in range(0, segments):
+        part = softmax.load_state(parts + segment * 6 * num_rows + local, num_rows, REF)
+        state = softmax.merge(state, part, REF)
+    return state
+
+
+@triton.jit
+def walk_row(
+    row, misalignment, V, tiles, scaling,
+    SEGMENT: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The results of a row, its statistics made here or joined from `parts`, its gradient, and its slopes."""
-    local = tl.program_id(0).to(tl.int64)
-    row = begin + local
-    by = (inverse_temperature, softcap, inverse_softcap)
-    REF: tl.constexpr = ref is not None
+    """Return the state of a row, segment by segment."""
+    state = softmax.empty_state()
+    for first in range(0, tiles, SEGMENT):
+        end = tl.minimum(first + SEGMENT, tiles)
+        part = softmax.segment_state(row, misalignment, V, first, end, scaling, CAP, ALIGNED, UNROLL, LANES, VEC)
+        state = softmax.merge(state, part, row.ref is not None)
+    return state
+
+
+@triton.jit
+def store_statistics(out, row, N, state, z, z2, valid, REF: tl.constexpr):
+    """Store the statistics of a row with state `state` and target logits z and z2. Return log p, entropy, log s."""
+    mean = state.a / state.s
+    log_s = tl.log(state.s)
+    log_s2 = tl.log(state.s2)
+    logp = (z - state.m) - log_s
+    entropy = log_s - mean
+    if out.logprobs is not None:
+        tl.store(out.logprobs + row, tl.where(valid, logp, 0.0))
+        tl.store(out.entropy + row, tl.where(valid, entropy, 0.0))
+    if out.normalizers is not None:
+        tl.store(out.normalizers + row, tl.where(valid, state.m, 0.0))
+        tl.store(out.normalizers + N + row, tl.where(valid, log_s, 0.0))
     if REF:
-        ref += local * x_stride
-    x_row = x + local * x_stride
-    base, skew = softmax.rounded_down(x_row, ALIGNED, EACH)
-    target = tl.load(targets + row).to(tl.int64)
-    here = target != softmax.IGNORED
-    tiles = tl.where(here, tl.cdiv(V + skew, UNROLL * LANES * EACH), 0)
-    known = (target >= 0) & (target < V)
-    z = softmax.scaled(softmax.raw_one(x_row, bias, target, known), by, CAP)  # before the gradient may lie over it
+        kl = (mean - state.b / state.s) - (log_s - log_s2)
+        tl.store(out.ref_logprobs + row, tl.where(valid, (z2 - state.m2) - log_s2, 0.0))
+        tl.store(out.kl + row, tl.where(valid, kl, 0.0))
+        if out.normalizers is not None:
+            tl.store(out.normalizers + 2 * N + row, tl.where(valid, state.m2, 0.0))
+            tl.store(out.normalizers + 3 * N + row, tl.where(valid, log_s2, 0.0))
+    return logp, entropy, log_s
+
+
+@triton.jit
+def loss_grads(loss, row, logp, LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr):
+    """Return the gradients of the loss with respect to a row's log p and entropy."""
+    logprob_grad = 0.0
+    entropy_grad = 0.0
+    if LOSS == LOSS_GIVEN:
+        logprob_grad = tl.load(loss.logprobs + row).to(tl.float32)
+        entropy_grad = tl.load(loss.entropy + row).to(tl.float32)
+    elif LOSS == LOSS_PPO:
+        logprob_grad, entropy_grad = ppo.row_grads(
+            row, logp, loss.tokens, loss.clip, loss.kl_coef, loss.entropy_coef, DUAL, ESTIMATOR
+        )
+    elif loss.weights is None:
+        logprob_grad = -1.0 / tl.load(loss.num_valid).to(tl.float32)
+    else:
+        logprob_grad = -tl.load(loss.weights + row).to(tl.float32)
+    return logprob_grad, entropy_grad
+
+
+@triton.jit
+def row_kernel(
+    rows, parts, out, loss, grads, y, y_stride, scaling, gain,
+    LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, BARRIER: tl.constexpr, SEGMENT: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Store a row's statistics, made by a walk or merged from `parts`; with a loss also its gradients with respect to
+    log p and entropy in grads (2, N), and `gain` times the gradient of the logits in y."""
+    REF: tl.constexpr = rows.ref is not None
+    V = rows.V
+    local = tl.program_id(0).to(tl.int64)
+    index = rows.first + local
+    row = locate_row(rows, local)
+    base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
+    target = tl.load(rows.targets + index).to(tl.int64)
+    valid = target != launch.IGNORE_INDEX
+    all_tiles = tl.cdiv(V + misalignment, UNROLL * LANES * VEC)
+    tiles = tl.where(valid, all_tiles, 0)
+    in_vocab = (target >= 0) & (target < V)
+    # The target's logit is loaded before the gradient may overwrite it.
+    z = softmax.apply_softcap_temperature(softmax.load_logit(row.x, row.bias, target, in_vocab), scaling, CAP)
     z2 = z
     if REF:
-        z2 = softmax.scaled(softmax.raw_one(ref, ref_bias, target, known), by, CAP)
-    sums = softmax.nothing_yet()
+        ref_logit = softmax.load_logit(row.ref, row.ref_bias, target, in_vocab)
+        z2 = softmax.apply_softcap_temperature(ref_logit, scaling, CAP)
     if parts is None:
-        for first in range(0, tiles, SEGMENT):
-            more = softmax.segment_statistics(
-                base, ref, bias, ref_bias, skew, V, first, tl.minimum(first + SEGMENT, tiles), by, ALIGNED, CAP, UNROLL,
-                LANES, EACH,
-            )  # fmt: skip
-            sums = softmax.joined(sums, more, REF)
+        aligned_row = softmax.Row(base, row.bias, row.ref, row.ref_bias)
+        state = walk_row(aligned_row, misalignment, V, tiles, scaling, SEGMENT, CAP, ALIGNED, UNROLL, LANES, VEC)
     else:
-        for segment in range(0, tl.cdiv(tiles, SEGMENT)):
-            more = softmax.loaded(parts + segment * 6 * rows + local, rows, REF)
-            sums = softmax.joined(sums, more, REF)
-    m, m2, mean = sums[0], sums[3], sums[2] / sums[1]
-    log_sum, log_sum2 = tl.log(sums[1]), tl.log(sums[4])
-    logp, h = (z - m) - log_sum, log_sum - mean
-    if logprobs is not None:
-        tl.store(logprobs + row, tl.where(here, logp, 0.0))
-        tl.store(entropy + row, tl.where(here, h, 0.0))
-    if statistics is not None:
-        tl.store(statistics + row, tl.where(here, m, 0.0))
-        tl.store(statistics + N + row, tl.where(here, log_sum, 0.0))
-    if REF:
-        tl.store(ref_logprobs + row, tl.where(here, (z2 - m2) - log_sum2, 0.0))
-        tl.store(kl + row, tl.where(here, (mean - sums[5] / sums[1]) - (log_sum - log_sum2), 0.0))
-        if statistics is not None:
-            tl.store(statistics + 2 * N + row, tl.where(here, m2, 0.0))
-            tl.store(statistics + 3 * N + row, tl.where(here, log_sum2, 0.0))
-    if LOSS != NONE:
-        by_logprob, by_entropy = 0.0, 0.0
-        if LOSS == GIVEN:
-            by_logprob = tl.load(grad_logprobs + row).to(tl.float32)
-            by_entropy = tl.load(grad_entropy + row).to(tl.float32)
-        elif LOSS == POLICY:
-            by_logprob, by_entropy = policy.row_slopes(
-                row, logp, weights, old_logprobs, advantages, drawn_logprobs, shift, factor,
-                (low, high, dual_clip, bound), kl_coef, entropy_coef, DUAL, ESTIMATOR,
-            )  # fmt: skip
-        elif weights is None:
-            by_logprob = -1.0 / tl.load(count).to(tl.float32)
-        else:
-            by_logprob = -tl.load(weights + row).to(tl.float32)
-        if slopes is not None:
-            tl.store(slopes + row, by_logprob)
-            tl.store(slopes + N + row, by_entropy)
+        state = merge_segments(parts, local, rows.num_rows, tl.cdiv(tiles, SEGMENT), REF)
+    logp, entropy, log_s = store_statistics(out, index, rows.N, state, z, z2, valid, REF)
+    if LOSS != LOSS_NONE:
+        logprob_grad, entropy_grad = loss_grads(loss, index, logp, LOSS, DUAL, ESTIMATOR)
+        if grads is not None:
+            tl.store(grads + index, logprob_grad)
+            tl.store(grads + rows.N + index, entropy_grad)
         if y is not None:
-            column = tl.where(known, target, -1).to(tl.int32)
-            live = here & ((by_logprob != 0) | (by_entropy != 0))
-            each = (gain * by_logprob, -gain * (by_logprob + by_entropy * h), -gain * by_entropy, 0.0)
-            softmax.write_gradient(
-                x_row, None, y + local * y_stride, bias, None, V, 0, tl.cdiv(V + skew, UNROLL * LANES * EACH),
-                column, live, (m, log_sum, 0.0, 0.0), each, by, ALIGNED, BARRIER, CAP, UNROLL, LANES, EACH,
+            column = tl.where(in_vocab, target, -1).to(tl.int32)
+            has_grad = valid & ((logprob_grad != 0) | (entropy_grad != 0))
+            coefficients = softmax.Coefficients(
+                gain * logprob_grad, -gain * (logprob_grad + entropy_grad * entropy), -gain * entropy_grad, 0.0
+            )
+            policy_row = softmax.Row(row.x, row.bias, None, None)
+            normalizer = softmax.Normalizer(state.m, log_s, 0.0, 0.0)
+            softmax.store_gradient(
+                policy_row, y + local * y_stride, V, 0, all_tiles, column, has_grad, normalizer, coefficients, scaling,
+                BARRIER, CAP, ALIGNED, UNROLL, LANES, VEC,
             )  # fmt: skip
 
 
 @triton.jit
-def _gradient(
-    x, ref, y, bias, ref_bias, targets, entropy, kl, statistics, grad_logprobs, grad_entropy, grad_kl,
-    V, x_stride, y_stride, begin, rows, N, inverse_temperature, softcap, inverse_softcap, gain,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, BARRIER: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr,
-    LANES: tl.constexpr, EACH: tl.constexpr,
+def gradient_kernel(
+    rows, known, grads, y, y_stride, scaling, gain,
+    BARRIER: tl.constexpr, SEGMENT: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Of a row whose statistics are known: the gradient of SEGMENT tiles, or of the whole row where that is 0."""
-    local, segment = (tl.program_id(0) % rows).to(tl.int64), tl.program_id(0) // rows
-    row = begin + local
-    if ref is not None:
-        ref += local * x_stride
-    x += local * x_stride
-    _, skew = softmax.rounded_down(x, ALIGNED, EACH)
-    target = tl.load(targets + row).to(tl.int64)
-    here, column = target != softmax.IGNORED, tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-    g = tl.load(grad_logprobs + row, mask=here, other=0.0).to(tl.float32)
-    h = tl.load(grad_entropy + row, mask=here, other=0.0).to(tl.float32)
-    live, inner = (g != 0) | (h != 0), g + h * tl.load(entropy + row, mask=here, other=0.0)
-    of = (tl.load(statistics + row), tl.load(statistics + N + row))
-    k, known = 0.0, (0.0, 0.0)
-    if ref is not None:
-        k = tl.load(grad_kl + row, mask=here, other=0.0).to(tl.float32)
-        live, inner = live | (k != 0), inner + k * tl.load(kl + row, mask=here, other=0.0)
-        known = (tl.load(statistics + 2 * N + row), tl.load(statistics + 3 * N + row))
-    last = tl.cdiv(V + skew, UNROLL * LANES * EACH)
-    first, end = segment * SEGMENT, last
+    """Store `gain` times the gradient of the logits of SEGMENT tiles, or of the whole row where SEGMENT is 0, of a row
+    with known statistics. grads: `RowGrads`."""
+    V = rows.V
+    N = rows.N
+    local = (tl.program_id(0) % rows.num_rows).to(tl.int64)
+    segment = tl.program_id(0) // rows.num_rows
+    index = rows.first + local
+    row = locate_row(rows, local)
+    _, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
+    target = tl.load(rows.targets + index).to(tl.int64)
+    valid = target != launch.IGNORE_INDEX
+    column = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+    logprob_grad = tl.load(grads.logprobs + index, mask=valid, other=0.0).to(tl.float32)
+    entropy_grad = tl.load(grads.entropy + index, mask=valid, other=0.0).to(tl.float32)
+    has_grad = (logprob_grad != 0) | (entropy_grad != 0)
+    inner = logprob_grad + entropy_grad * tl.load(known.entropy + index, mask=valid, other=0.0)
+    m = tl.load(known.normalizers + index)
+    log_s = tl.load(known.normalizers + N + index)
+    m2 = 0.0
+    log_s2 = 0.0
+    kl_grad = 0.0
+    if rows.ref is not None:
+        kl_grad = tl.load(grads.kl + index, mask=valid, other=0.0).to(tl.float32)
+        has_grad = has_grad | (kl_grad != 0)
+        inner = inner + kl_grad * tl.load(known.kl + index, mask=valid, other=0.0)
+        m2 = tl.load(known.normalizers + 2 * N + index)
+        log_s2 = tl.load(known.normalizers + 3 * N + index)
+    normalizer = softmax.Normalizer(m, log_s, m2, log_s2)
+    coefficients = softmax.Coefficients(gain * logprob_grad, -gain * inner, -gain * entropy_grad, -gain * kl_grad)
+    tiles = tl.cdiv(V + misalignment, UNROLL * LANES * VEC)
+    first = segment * SEGMENT
+    end = tiles
     if SEGMENT != 0:
-        end = tl.minimum(first + SEGMENT, last)
-    softmax.write_gradient(
-        x, ref, y + local * y_stride, bias, ref_bias, V, first, end, column, here & live, of + known,
-        (gain * g, -gain * inner, -gain * h, -gain * k), (inverse_temperature, softcap, inverse_softcap),
-        ALIGNED, BARRIER, CAP, UNROLL, LANES, EACH,
+        end = tl.minimum(first + SEGMENT, tiles)
+    softmax.store_gradient(
+        row, y + local * y_stride, V, first, end, column, valid & has_grad, normalizer, coefficients, scaling,
+        BARRIER, CAP, ALIGNED, UNROLL, LANES, VEC,
     )  # fmt: skip
 
 
 class Logits(NamedTuple):
-    """Rows of raw logits, and what is known of them: rows from `begin` on of all N. ref: a reference's logits, in rows
-    as far apart. `aligned`: our own rows, which start at 32 bytes and may be read and written a little beyond V, as the
-    biases may be read."""
+    """Rows of raw logits: those from `first` on of all N rows, which `targets` has.
+
+    aligned: rows are our own. They start at 32 bytes and may be read and written a little beyond V, and the biases may
+    be read so."""
 
     x: Tensor
     V: int
@@ -188,162 +320,83 @@ class Logits(NamedTuple):
     bias: Tensor | None = None
     ref: Tensor | None = None
     ref_bias: Tensor | None = None
-    begin: int = 0
+    first: int = 0
     aligned: bool = True
 
     @property
-    def scaling(self) -> tuple[float, float, float]:
-        return 1 / self.temperature, self.softcap, 1 / self.softcap if self.softcap else 0.0
+    def inputs(self) -> RowInputs:
+        sizes = (self.V, self.x.stride(0), self.first, len(self.x), self.targets.numel())
+        return RowInputs(self.x, self.bias, self.ref, self.ref_bias, self.targets, *sizes)
 
     @property
-    def half(self) -> bool:
+    def scaling(self) -> softmax.Scaling:
+        return softmax.Scaling.of(self.temperature, self.softcap)
+
+    @property
+    def is_register_heavy(self) -> bool:
         return self.ref is not None or self.bias is not None or self.softcap > 0
 
     @property
-    def segments(self) -> int:
-        return softmax.segments(self.V, self.half)
+    def num_segments(self) -> int:
+        return softmax.num_segments(self.V, self.is_register_heavy)
 
     @property
-    def whole(self) -> bool:
-        """Whether a program takes a row, not a segment of it."""
-        return self.segments == 1 or len(self.x) >= A_PROCESSOR * launch.processors(self.x)
+    def is_walked_whole(self) -> bool:
+        """True if one program takes a whole row, not a segment of it."""
+        return self.num_segments == 1 or len(self.x) >= ROWS_PER_SM * launch.num_sms(self.x)
 
     @property
-    def constants(self) -> dict:
-        return {"CAP": self.softcap > 0, "ALIGNED": self.aligned, **softmax.geometry(self.V, self.half)}
+    def meta(self) -> dict:
+        tile = softmax.tile_meta(self.V, self.is_register_heavy)
+        return {"CAP": self.softcap > 0, "ALIGNED": self.aligned, **tile}
 
 
-class Results(NamedTuple):
-    """What is known of N rows, float32: statistics are (2, N), or (4, N) with a reference: m, log s, of both."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    statistics: Tensor
-    ref_logprobs: Tensor | None
-    kl: Tensor | None
-
-    @staticmethod
-    def empty(targets: Tensor, reference: bool = False) -> "Results":
-        def floats(*shape):
-            return torch.empty((*shape, *targets.shape), dtype=torch.float32, device=targets.device)
-
-        rest = (floats(), floats()) if reference else (None, None)
-        return Results(floats(), floats(), floats(4 if reference else 2), *rest)
-
-
-class Loss(NamedTuple):
-    """What a row's slopes by its log-probability and its entropy follow from. kind: GIVEN, their gradients; LIKELIHOOD,
-    minus weights, or minus one over `count`; POLICY, PPO's."""
-
-    kind: tl.constexpr
-    grad_logprobs: Tensor | None = None
-    grad_entropy: Tensor | None = None
-    weights: Tensor | None = None
-    count: Tensor | None = None
-    old_logprobs: Tensor | None = None
-    advantages: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    shift: Tensor | None = None
-    scale: Tensor | None = None
-    bounds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    coefficients: tuple[float, float] = (0.0, 0.0)
-    estimator: str = "k1"
-
-
-def half_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The upper half of the memory of each float32 row of x, as a row of 16-bit numbers."""
+def upper_half(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the upper half of the memory of each float32 row of x, as a row in a 16-bit dtype."""
     return x.view(dtype).narrow(1, x.shape[1], x.shape[1])
 
 
-def statistics(of: Logits, results: Results, loss: Loss | None = None, y: Tensor | None = None, gain: float = 1.0):
-    """Results of the rows and, with a loss, the gradient of the raw logits in y (rows, at least V), times `gain`.
+def compute_statistics(logits: Logits, out: Statistics, loss: Loss | None = None, y: Tensor | None = None, gain=1.0):
+    """Compute the statistics of the rows and, with a loss, `gain` times the gradient of the raw logits.
 
-    y may be x, or `half_of` x where of.whole."""
-    loss = loss or Loss(NONE)
-    rows, N = len(of.x), of.targets.numel()
-    parts = slopes = None
-    if not of.whole:
-        many = of.segments
-        parts = torch.empty((many, 6, rows), dtype=torch.float32, device=of.x.device)
-        launch.run(
-            _parts,
-            (rows * many,),
-            of.x,
-            of.ref,
-            of.bias,
-            of.ref_bias,
-            of.targets,
-            parts,
-            of.V,
-            of.x.stride(0),
-            of.begin,
-            rows,
-            *of.scaling,
-            SEGMENT=softmax.SEGMENT,
-            **of.constants,
-        )
+    y (rows, at least V) receives the gradient. It may be logits.x, or its `upper_half` if rows are walked whole."""
+    loss = loss or Loss()
+    rows = logits.inputs
+    parts = grads = None
+    if not logits.is_walked_whole:
+        segments = logits.num_segments
+        parts = empty_float32(rows.x, segments, 6, rows.num_rows)
+        meta = {"SEGMENT": softmax.SEGMENT, **logits.meta}
+        launch.run(segment_kernel, (rows.num_rows * segments,), rows, parts, logits.scaling, **meta)
         if y is not None:
-            slopes = torch.empty((2, N), dtype=torch.float32, device=of.x.device)
-    direct = y if of.whole else None
-    launch.run(
-        _rows,
-        (rows,),
-        of.x,
-        of.ref,
-        direct,
-        of.bias,
-        of.ref_bias,
-        of.targets,
-        parts,
-        *results,
-        slopes,
-        *loss[1:10],
-        of.V,
-        of.x.stride(0),
-        0 if direct is None else direct.stride(0),
-        of.begin,
-        rows,
-        N,
-        *of.scaling,
-        *loss.bounds,
-        *loss.coefficients,
-        gain,
-        LOSS=loss.kind.value,
-        DUAL=loss.bounds[2] > 0,
-        ESTIMATOR=loss.estimator,
-        BARRIER=direct is not None and direct.dtype != of.x.dtype,
-        SEGMENT=softmax.SEGMENT,
-        **of.constants | ({} if of.whole else {"num_warps": 1}),
-    )
-    if slopes is not None:
-        gradient(of, results, (*slopes.unbind(), None), y, gain)
+            grads = empty_float32(rows.x, 2, rows.N)
+    row_y = y if logits.is_walked_whole else None
+    y_stride = 0 if row_y is None else row_y.stride(0)
+    meta = {
+        "LOSS": loss.kind.value,
+        "DUAL": loss.is_dual,
+        "ESTIMATOR": loss.estimator,
+        "BARRIER": row_y is not None and row_y.dtype != rows.x.dtype,
+        "SEGMENT": softmax.SEGMENT,
+        **logits.meta,
+    }
+    if not logits.is_walked_whole:
+        meta["num_warps"] = 1
+    outputs = (out, loss.inputs, grads, row_y, y_stride)
+    launch.run(row_kernel, (rows.num_rows,), rows, parts, *outputs, logits.scaling, gain, **meta)
+    if grads is not None:
+        compute_gradient(logits, out, RowGrads(*grads.unbind()), y, gain)
 
 
-def gradient(of: Logits, known: Results, slopes: tuple[Tensor, Tensor, Tensor | None], y: Tensor, gain: float = 1.0):
-    """The gradient of the raw logits, times `gain`, by the slopes of log p, entropy and KL, of known statistics."""
-    segments = 1 if of.whole else of.segments
-    launch.run(
-        _gradient,
-        (len(of.x) * segments,),
-        of.x,
-        of.ref,
-        y,
-        of.bias,
-        of.ref_bias,
-        of.targets,
-        known.entropy,
-        known.kl,
-        known.statistics,
-        *slopes,
-        of.V,
-        of.x.stride(0),
-        y.stride(0),
-        of.begin,
-        len(of.x),
-        of.targets.numel(),
-        *of.scaling,
-        gain,
-        BARRIER=of.aligned and y.dtype != of.x.dtype and of.whole,
-        SEGMENT=0 if of.whole else softmax.SEGMENT,
-        **of.constants,
-    )
+def compute_gradient(logits: Logits, known: Statistics, grads: RowGrads, y: Tensor, gain: float = 1.0):
+    """Store `gain` times the gradient of the raw logits of rows with known statistics in y (rows, at least V)."""
+    rows = logits.inputs
+    is_whole = logits.is_walked_whole
+    segments = 1 if is_whole else logits.num_segments
+    meta = {
+        "BARRIER": logits.aligned and y.dtype != rows.x.dtype and is_whole,
+        "SEGMENT": 0 if is_whole else softmax.SEGMENT,
+        **logits.meta,
+    }
+    grid = (rows.num_rows * segments,)
+    launch.run(gradient_kernel, grid, rows, known, grads, y, y.stride(0), logits.scaling, gain, **meta)

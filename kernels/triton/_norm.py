@@ -94,12 +94,12 @@ def _norm(
 
 def norm(x, weight, bias, residual, eps, offset, centered):
     """The rows of x, to which the residual was added in place, normalised; `centered` is LayerNorm."""
-    launch.serves(x, weight, bias)
+    launch.require_dtypes(x, weight, bias)
     (N, D), y = matrix_shape(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     a, stream = as_matrix(x), residual if residual is None else residual.contiguous()
     widest = WIDEST // x.element_size()
-    whole = D <= widest
-    block = launch.block(D, widest if whole else min(widest, 4096))
+    whole = widest >= D
+    block = launch.block_size(D, widest if whole else min(widest, 4096))
     together = max(1, 1024 // block)  # rows a program
     launch.run(
         _norm,
@@ -119,7 +119,7 @@ def norm(x, weight, bias, residual, eps, offset, centered):
         EARLY=block <= 8192,
         ROWS=together,
         BLOCK=block,
-        num_warps=launch.warps(together * block),
+        num_warps=launch.num_warps_for(together * block),
     )
     copy_back(stream, residual)
     return y

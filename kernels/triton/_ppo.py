@@ -1,197 +1,252 @@
-"""PPO's policy loss of a row on a GPU: its slopes, in the kernel that has just made the row's statistics, and the sums
-over all rows, in two small launches at the end. kernels/_policy.py has the definition. Not an op.
+"""PPO's policy loss on a GPU: device functions for one token, and the sums over all tokens. Not an op.
 
-The sums read at most 40 bytes a token. Each of up to 1024 programs walks tiles of 512 tokens; the programs' sums join
-in double, in their order: the same bits from run to run.
+kernels/_ppo.py has the definition. ppo_loss.py, _logits.py and ppo_advantages.py use the device functions.
+
+`loss_and_stats` serves linear_ppo_loss, whose row kernel has made the gradients: two small launches, which read at most
+40 bytes per token. Each of up to 1024 programs walks tiles of 512 tokens,
+
+    tokens     | tile 0 | tile 1 | tile 2 | tile 3 | ...        program p has the tiles p, p + programs, ...
+
+and the second launch adds the programs' sums in float64, in their order: the same bits from run to run.
 """
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels import _ppo as policy
+from rlhf_fast.kernels import _ppo as ppo
+from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import launch
 
-TILE, PROGRAMS = 512, 1024
-IGNORED = tl.constexpr(head.IGNORE_INDEX)
-SUMS = tl.constexpr(len(policy.SUMS))
-SURROGATE, DIVERGENCE, ENTROPY = (
-    tl.constexpr(policy.SUMS.index(name)) for name in ("policy_loss", "ref_kl", "entropy")
-)
+TILE = 512  # tokens
+MAX_PROGRAMS = 1024
+NUM_SUMS = tl.constexpr(len(ppo.SUMS))
+POLICY_LOSS, REF_KL, ENTROPY = (tl.constexpr(ppo.SUMS.index(name)) for name in ("policy_loss", "ref_kl", "entropy"))
 
 
-@triton.jit
-def _clamp(x, low, high):
-    return tl.where(x < low, low, tl.where(x > high, high, x))  # NaN stays
+class ClipBounds(NamedTuple):
+    """Bounds of the clipped surrogate."""
 
+    ratio_low: float  # 1 - clip_low
+    ratio_high: float  # 1 + clip_high
+    dual: float  # 0 for none
+    log_ratio: float  # infinite for none
 
-@triton.jit
-def number(x, at, on):
-    """In float32, and read only where the token counts."""
-    return tl.load(x + at, mask=on, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def advantage_of(advantages, shift, factor, at, on):
-    """The advantages, whitened on the fly."""
-    y = number(advantages, at, on)
-    if shift is not None:
-        y -= tl.load(shift).to(tl.float32)
-    if factor is not None:
-        y *= tl.load(factor).to(tl.float32)
-    return tl.where(on, y, 0.0)
-
-
-@triton.jit
-def surrogate(logp, old, advantage, bounds, DUAL: tl.constexpr):
-    """The clipped term, its slope by log p, which of the clips is active, the log-ratio and the ratio.
-
-    bounds: 1 - clip_low, 1 + clip_high, dual_clip, log_ratio_clamp."""
-    difference = logp - old
-    log_ratio = _clamp(difference, -bounds[3], bounds[3])
-    ratio = tl.exp(log_ratio)
-    free, clipped = -advantage * ratio, -advantage * _clamp(ratio, bounds[0], bounds[1])
-    worse = clipped > free
-    term = tl.where(worse, clipped, free)
-    slope = tl.where(worse | (tl.abs(difference) > bounds[3]), 0.0, free)
-    dual = worse & ~worse
-    if DUAL:
-        limit = tl.where(advantage < 0, -advantage * bounds[2], float("inf"))
-        dual = term > limit
-        slope = tl.where(dual, 0.0, tl.where(term == limit, 0.5 * slope, slope))
-        term = tl.where(dual, limit, term)
-    below, above = worse & (ratio < bounds[0]), worse & (ratio > bounds[1])
-    return term, slope, below, above, dual, log_ratio, ratio
-
-
-@triton.jit
-def divergence(difference, bound, ESTIMATOR: tl.constexpr):
-    """The estimate of KL(policy || reference) and its slope by log p."""
-    if ESTIMATOR == "k1":
-        kl, slope = difference, difference * 0.0 + 1.0
-    elif ESTIMATOR == "k2":
-        kl, slope = 0.5 * difference * difference, difference
-    else:
-        inverse = _clamp(-difference, -bound, bound)
-        e = tl.exp(inverse)
-        kl, slope = e - 1.0 - inverse, tl.where(tl.abs(difference) <= bound, 1.0 - e, 0.0)
-    return kl, slope
-
-
-@triton.jit
-def row_slopes(
-    row, logp, weights, old_logprobs, advantages, ref_logprobs, shift, factor, bounds, kl_coef, entropy_coef,
-    DUAL: tl.constexpr, ESTIMATOR: tl.constexpr,
-):  # fmt: skip
-    """The loss's slopes by log p and by entropy, of one row."""
-    w = tl.load(weights + row).to(tl.float32)
-    on = w != 0
-    advantage = advantage_of(advantages, shift, factor, row, on)
-    slope = surrogate(logp, number(old_logprobs, row, on), advantage, bounds, DUAL)[1]
-    if ref_logprobs is not None:
-        slope += kl_coef * divergence(logp - number(ref_logprobs, row, on), bounds[3], ESTIMATOR)[1]
-    return tl.where(on, w * slope, 0.0), -entropy_coef * w
-
-
-@triton.jit
-def _sums(
-    targets, logprobs, entropy, weights, old_logprobs, advantages, ref_logprobs, shift, factor, parts, N, low, high,
-    dual_clip, bound, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    zero = tl.zeros((TILE,), tl.float32)
-    sums = (zero,) * 11
-    most, least = zero - float("inf"), zero + float("inf")
-    bounds = (low, high, dual_clip, bound)
-    for start in range(tl.program_id(0).to(tl.int64) * TILE, N, tl.num_programs(0) * TILE):
-        at = start + tl.arange(0, TILE)
-        here = tl.load(targets + at, mask=at < N, other=IGNORED) != IGNORED
-        w = number(weights, at, here)
-        on = w != 0
-        logp = number(logprobs, at, on)
-        term, _, below, above, dual, log_ratio, ratio = surrogate(
-            logp, number(old_logprobs, at, on), advantage_of(advantages, shift, factor, at, on), bounds, DUAL
+    @staticmethod
+    def of(clip_low: float, clip_high: float, dual_clip: float, log_ratio_clamp: float) -> "ClipBounds":
+        return ClipBounds(
+            1.0 - clip_low, 1.0 + clip_high, dual_clip, log_ratio_clamp if log_ratio_clamp > 0 else float("inf")
         )
-        kl = zero
-        if ref_logprobs is not None:
-            kl = divergence(logp - number(ref_logprobs, at, on), bound, ESTIMATOR)[0]
-        terms = (
-            w, tl.where(below, w, 0.0), tl.where(above, w, 0.0), tl.where(dual, w, 0.0), -w * log_ratio,
-            w * (ratio - 1.0 - log_ratio), w * ratio, w * (ratio * ratio), w * term, w * kl,
-            w * number(entropy, at, on),
-        )  # fmt: skip
-        added = ()
-        for i in tl.static_range(SUMS):
-            added = added + (sums[i] + terms[i],)
-        sums = added
-        most = tl.maximum(most, tl.where(on, ratio, float("-inf")))
-        least = tl.minimum(least, tl.where(on, ratio, float("inf")))
-    part, stride = parts + tl.program_id(0), tl.num_programs(0)
-    for i in tl.static_range(SUMS):
-        tl.store(part + i * stride, tl.sum(sums[i], axis=0))
-    tl.store(part + SUMS * stride, tl.max(most, axis=0))
-    tl.store(part + (SUMS + 1) * stride, tl.min(least, axis=0))
+
+
+class Tokens(NamedTuple):
+    """Inputs of the policy loss with one element per token, and two that are one number for all, or None."""
+
+    weights: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    advantage_shift: Tensor | None
+    advantage_scale: Tensor | None
+
+
+class Surrogate(NamedTuple):
+    """The clipped surrogate of a token: the term of the loss, its gradient, and what the statistics count."""
+
+    loss: Tensor
+    logprob_grad: Tensor
+    is_clipped_low: Tensor
+    is_clipped_high: Tensor
+    is_clipped_dual: Tensor
+    log_ratio: Tensor
+    ratio: Tensor
 
 
 @triton.jit
-def _part(parts, i, programs, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    return tl.sum(tl.load(parts + i * programs + at, mask=at < programs, other=0.0).to(tl.float64), axis=0)
+def load_valid(x, index, valid):
+    """Return x in float32; tokens that are not valid are not read and are 0."""
+    return tl.load(x + index, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _join(parts, loss, stats, programs, kl_coef, entropy_coef, BLOCK: tl.constexpr):
-    """One program for each of the sums, for the largest and the smallest ratio, and for the loss."""
-    i, at = tl.program_id(0), tl.arange(0, BLOCK)
-    x = tl.load(parts + tl.minimum(i, SUMS + 1) * programs + at, mask=at < programs, other=0.0)
-    if i < SUMS:
-        tl.store(stats + i, tl.sum(x.to(tl.float64), axis=0).to(tl.float32))
-    elif i == SUMS:
-        tl.store(stats + i, tl.max(tl.where(at < programs, x, float("-inf")), axis=0))
-    elif i == SUMS + 1:
-        tl.store(stats + i, tl.min(tl.where(at < programs, x, float("inf")), axis=0))
+def load_advantage(tokens, index, valid):
+    """Return (advantage - shift) * scale, 0 for tokens that are not valid."""
+    advantage = load_valid(tokens.advantages, index, valid)
+    if tokens.advantage_shift is not None:
+        advantage -= tl.load(tokens.advantage_shift).to(tl.float32)
+    if tokens.advantage_scale is not None:
+        advantage *= tl.load(tokens.advantage_scale).to(tl.float32)
+    return tl.where(valid, advantage, 0.0)
+
+
+@triton.jit
+def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
+    """Return the `Surrogate` of a token."""
+    unclipped_log_ratio = logprob - old_logprob
+    log_ratio = launch.clamp(unclipped_log_ratio, -clip.log_ratio, clip.log_ratio)
+    ratio = tl.exp(log_ratio)
+    unclipped = -advantage * ratio
+    clipped = -advantage * launch.clamp(ratio, clip.ratio_low, clip.ratio_high)
+    is_clipped = clipped > unclipped
+    loss = tl.where(is_clipped, clipped, unclipped)
+    logprob_grad = tl.where(is_clipped | (tl.abs(unclipped_log_ratio) > clip.log_ratio), 0.0, unclipped)
+    dual_bound = float("inf")
+    if DUAL:
+        dual_bound = tl.where(advantage < 0, -advantage * clip.dual, float("inf"))
+    is_clipped_dual = loss > dual_bound
+    if DUAL:
+        logprob_grad = tl.where(loss == dual_bound, 0.5 * logprob_grad, logprob_grad)
+        logprob_grad = tl.where(is_clipped_dual, 0.0, logprob_grad)
+        loss = tl.where(is_clipped_dual, dual_bound, loss)
+    is_clipped_low = is_clipped & (ratio < clip.ratio_low)
+    is_clipped_high = is_clipped & (ratio > clip.ratio_high)
+    return Surrogate(loss, logprob_grad, is_clipped_low, is_clipped_high, is_clipped_dual, log_ratio, ratio)
+
+
+@triton.jit
+def kl_estimate(log_ratio, max_exponent, ESTIMATOR: tl.constexpr):
+    """Return the estimate of KL(policy || reference) from log p - log p_ref of the sampled token.
+
+    k1: d; k2: d^2 / 2; k3: e^-d - 1 + d, where the exponent is at most max_exponent; abs: |d|."""
+    if ESTIMATOR == "k1":
+        kl = log_ratio
+    elif ESTIMATOR == "k2":
+        kl = 0.5 * log_ratio * log_ratio
+    elif ESTIMATOR == "k3":
+        kl = tl.exp(tl.where(log_ratio < -max_exponent, max_exponent, -log_ratio)) - 1.0 + log_ratio
     else:
-        total = _part(parts, SURROGATE, programs, BLOCK)
+        kl = tl.abs(log_ratio)
+    return kl
+
+
+@triton.jit
+def ref_kl(log_ratio, clip, ESTIMATOR: tl.constexpr):
+    """Return the KL estimate of the policy loss; k3's log-ratio is clamped."""
+    if ESTIMATOR == "k3":
+        log_ratio = launch.clamp(log_ratio, -clip.log_ratio, clip.log_ratio)
+    return kl_estimate(log_ratio, clip.log_ratio, ESTIMATOR)
+
+
+@triton.jit
+def ref_kl_grad(log_ratio, clip, ESTIMATOR: tl.constexpr):
+    """Return the gradient of `ref_kl` with respect to log p."""
+    if ESTIMATOR == "k1":
+        grad = log_ratio * 0.0 + 1.0
+    elif ESTIMATOR == "k2":
+        grad = log_ratio
+    else:
+        e = tl.exp(-launch.clamp(log_ratio, -clip.log_ratio, clip.log_ratio))
+        grad = tl.where(tl.abs(log_ratio) <= clip.log_ratio, 1.0 - e, 0.0)
+    return grad
+
+
+@triton.jit
+def row_grads(
+    row, logprob, tokens, clip, kl_coef, entropy_coef, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr
+):  # fmt: skip
+    """Return the gradients of the loss with respect to log p and to the entropy of one row."""
+    weight = tl.load(tokens.weights + row).to(tl.float32)
+    valid = weight != 0
+    advantage = load_advantage(tokens, row, valid)
+    grad = surrogate(logprob, load_valid(tokens.old_logprobs, row, valid), advantage, clip, DUAL).logprob_grad
+    if tokens.ref_logprobs is not None:
+        log_ratio = logprob - load_valid(tokens.ref_logprobs, row, valid)
+        grad += kl_coef * ref_kl_grad(log_ratio, clip, ESTIMATOR)
+    return tl.where(valid, weight * grad, 0.0), -entropy_coef * weight
+
+
+@triton.jit
+def ppo_sums_kernel(
+    targets, logprobs, entropy, tokens, clip, parts, N,
+    DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """parts (len(STATS), programs): the sums of ppo.SUMS, the largest and the smallest ratio, by program."""
+    zero = tl.zeros((TILE,), tl.float32)
+    sums = (zero,) * NUM_SUMS
+    ratio_max = zero - float("inf")
+    ratio_min = zero + float("inf")
+    for start in range(tl.program_id(0).to(tl.int64) * TILE, N, tl.num_programs(0) * TILE):
+        index = start + tl.arange(0, TILE)
+        counts = tl.load(targets + index, mask=index < N, other=launch.IGNORE_INDEX) != launch.IGNORE_INDEX
+        w = load_valid(tokens.weights, index, counts)
+        valid = w != 0
+        logprob = load_valid(logprobs, index, valid)
+        old_logprob = load_valid(tokens.old_logprobs, index, valid)
+        terms = surrogate(logprob, old_logprob, load_advantage(tokens, index, valid), clip, DUAL)
+        kl = zero
+        if tokens.ref_logprobs is not None:
+            kl = ref_kl(logprob - load_valid(tokens.ref_logprobs, index, valid), clip, ESTIMATOR)
+        added = (
+            w,
+            tl.where(terms.is_clipped_low, w, 0.0),
+            tl.where(terms.is_clipped_high, w, 0.0),
+            tl.where(terms.is_clipped_dual, w, 0.0),
+            -w * terms.log_ratio,
+            w * (terms.ratio - 1.0 - terms.log_ratio),
+            w * terms.ratio,
+            w * (terms.ratio * terms.ratio),
+            w * terms.loss,
+            w * kl,
+            w * load_valid(entropy, index, valid),
+        )
+        new_sums = ()
+        for i in tl.static_range(NUM_SUMS):
+            new_sums = new_sums + (sums[i] + added[i],)
+        sums = new_sums
+        ratio_max = tl.maximum(ratio_max, tl.where(valid, terms.ratio, float("-inf")))
+        ratio_min = tl.minimum(ratio_min, tl.where(valid, terms.ratio, float("inf")))
+    part = parts + tl.program_id(0)
+    stride = tl.num_programs(0)
+    for i in tl.static_range(NUM_SUMS):
+        tl.store(part + i * stride, tl.sum(sums[i], axis=0))
+    tl.store(part + NUM_SUMS * stride, tl.max(ratio_max, axis=0))
+    tl.store(part + (NUM_SUMS + 1) * stride, tl.min(ratio_min, axis=0))
+
+
+@triton.jit
+def sum_part(parts, i, programs, BLOCK: tl.constexpr):
+    """Return the sum number i over all programs, in float64."""
+    index = tl.arange(0, BLOCK)
+    return tl.sum(tl.load(parts + i * programs + index, mask=index < programs, other=0.0).to(tl.float64), axis=0)
+
+
+@triton.jit
+def ppo_merge_kernel(parts, loss, stats, programs, kl_coef, entropy_coef, BLOCK: tl.constexpr):
+    """Merge the programs' parts: one program for each sum, for the largest and the smallest ratio, and for the loss."""
+    i = tl.program_id(0)
+    index = tl.arange(0, BLOCK)
+    x = tl.load(parts + tl.minimum(i, NUM_SUMS + 1) * programs + index, mask=index < programs, other=0.0)
+    if i < NUM_SUMS:
+        tl.store(stats + i, tl.sum(x.to(tl.float64), axis=0).to(tl.float32))
+    elif i == NUM_SUMS:
+        tl.store(stats + i, tl.max(tl.where(index < programs, x, float("-inf")), axis=0))
+    elif i == NUM_SUMS + 1:
+        tl.store(stats + i, tl.min(tl.where(index < programs, x, float("inf")), axis=0))
+    else:
+        total = sum_part(parts, POLICY_LOSS, programs, BLOCK)
         if kl_coef != 0:
-            total += kl_coef * _part(parts, DIVERGENCE, programs, BLOCK)
+            total += kl_coef * sum_part(parts, REF_KL, programs, BLOCK)
         if entropy_coef != 0:
-            total -= entropy_coef * _part(parts, ENTROPY, programs, BLOCK)
+            total -= entropy_coef * sum_part(parts, ENTROPY, programs, BLOCK)
         tl.store(loss, total.to(tl.float32))
 
 
-def sums(targets, logprobs, entropy, rows, bounds, coefficients, estimator):
-    """The loss () and stats (13,). rows: weights, old log-probabilities, advantages, the reference's, shift, scale."""
+def loss_and_stats(
+    targets: Tensor, logprobs: Tensor, entropy: Tensor, tokens: Tokens, clip: ClipBounds,
+    kl_coef: float, kl_estimator: str, entropy_coef: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the loss () and the statistics (len(STATS),), float32, of rows with known log-probability and entropy."""
     N = targets.numel()
-    programs = max(1, min(PROGRAMS, triton.cdiv(N, TILE)))
-    parts, loss, stats = (
-        torch.empty(shape, dtype=torch.float32, device=targets.device)
-        for shape in ((len(policy.STATS), programs), (), (len(policy.STATS),))
-    )
-    launch.run(
-        _sums,
-        (programs,),
-        targets,
-        logprobs,
-        entropy,
-        *rows,
-        parts,
-        N,
-        *bounds,
-        DUAL=bounds[2] > 0,
-        ESTIMATOR=estimator,
-        TILE=TILE,
-        num_warps=4,
-    )
-    block = launch.block(programs)
-    launch.run(
-        _join,
-        (len(policy.STATS) + 1,),
-        parts,
-        loss,
-        stats,
-        programs,
-        *coefficients,
-        BLOCK=block,
-        num_warps=launch.warps(block, 8),
-    )
+    programs = max(1, min(MAX_PROGRAMS, triton.cdiv(N, TILE)))
+    parts = empty_float32(targets, len(ppo.STATS), programs)
+    loss = empty_float32(targets)
+    stats = empty_float32(targets, len(ppo.STATS))
+    meta = {"DUAL": clip.dual > 0, "ESTIMATOR": kl_estimator, "TILE": TILE, "num_warps": 4}
+    launch.run(ppo_sums_kernel, (programs,), targets, logprobs, entropy, tokens, clip, parts, N, **meta)
+    block = launch.block_size(programs)
+    meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 8)}
+    grid = (len(ppo.STATS) + 1,)
+    launch.run(ppo_merge_kernel, grid, parts, loss, stats, programs, kl_coef, entropy_coef, **meta)
     return loss, stats

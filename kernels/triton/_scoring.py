@@ -1,20 +1,26 @@
-"""A linear head scored on a GPU, without gradient: the logits never reach memory.
-
-A program takes a block of rows and a split of the vocabulary, and walks the split's tiles of columns: a matrix product
-over D on tensor cores, its tiles of hidden and weight copied ahead; then, from the float32 accumulators, the rows'
-online sums, which stay in registers. A split leaves 12 bytes a row (24 with a reference); a second kernel merges them.
+"""A linear head scored on a GPU, without gradient: the logits never reach memory. Not an op.
 
     x = softcap(hidden . weight' + bias)    z = x / temperature    m = the largest z
     s = sum exp(z - m)    A = sum (z - m) exp(z - m)    C = sum ((z - m) - (z_ref - m_ref)) exp(z - m)
-    log p = (z - m) - log s        entropy = log s - A / s        KL = C / s - (log s - log s_ref)
+    log p = (z - m) - log s    entropy = log s - A / s    KL = C / s - (log s - log s_ref)
 
-Floor: 2 N D V operations, one visit of hidden and weight. There are at most 128 splits: up to 3 KiB a row are written
-and read, where float32 logits would be 8 V bytes. Programs that run together share their tiles of the weight, and a
-group of rows that the second-level cache holds.
+A program takes a block of rows and a split of the vocabulary, and walks the split's tiles of columns:
 
-Ignored rows cost no product: one program lists the others first. Their count stays on the device; programs of blocks
-beyond it find nothing to do. Tiles and splits follow from D, V, dtypes and device, never from the number of rows: a
-row has the same bits in any batch.
+                      | split 0         | split 1         | ...
+    block of rows 0   | tile tile tile  | tile tile tile  |         one program per block and split
+    block of rows 1   | tile tile tile  | tile tile tile  |
+
+For each tile it multiplies over D on tensor cores, while the next parts of hidden and weight are loaded, and updates
+the rows' online sums from the float32 accumulators; the sums stay in registers. A split leaves 12 bytes per row (24
+with a reference), and a second kernel merges the splits in their order.
+
+Floor: 2 N D V operations and one read of hidden and weight. With at most 128 splits, up to 3 KiB per row are written
+and read, where float32 logits would take 8 V bytes. Programs that run at the same time share their tiles of the weight
+and a group of rows, which fit the L2 cache.
+
+Ignored rows cost no product: a first kernel lists the valid ones. Their number stays on the device, and programs of
+blocks beyond it have nothing to do. Tiles and splits depend on D, V, dtypes and device, never on the number of rows, so
+a row has the same bits in any batch.
 """
 
 import math
@@ -26,339 +32,418 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import launch
 
-SPLITS = 128  # of the vocabulary, at most
-SHARED_ROWS = 16 << 20  # bytes of hidden that programs share through the second-level cache
-LISTED, MERGED = 2048, 16  # rows that a step of the list takes, and a program of the merger
-IGNORED = tl.constexpr(-100)
+MAX_SPLITS = 128  # of the vocabulary
+GROUP_BYTES = 16 << 20  # of hidden that programs share through the L2 cache
+LIST_BLOCK = 2048  # rows of a step of `list_valid_kernel`
+MERGE_ROWS = 16  # rows of a program of `merge_splits_kernel`
 LN2 = tl.constexpr(math.log(2.0))
-FAR = tl.constexpr(-1000.0)  # 2^FAR is 0
+
+
+class Operands(NamedTuple):
+    """Operands of a head's product. D and strides are in units of UNIT elements."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    D: int
+    hidden_stride: int
+    weight_stride: int
+
+
+class ValidRows(NamedTuple):
+    """The rows whose target is not ignored, in order: `count` of them, in memory for all rows rounded up to blocks."""
+
+    rows: Tensor  # the row at each place, 0 behind the last valid row
+    targets: Tensor  # its target, -1 behind the last valid row
+    places: Tensor  # the place of each row, or -1
+    target_logits: Tensor  # (heads, capacity): NaN until a tile has the target
+    count: Tensor
+    capacity: int
+
+
+class Grid(NamedTuple):
+    """How the programs share the rows and the vocabulary."""
+
+    row_blocks: int
+    splits: int
+    tiles: int
+    tiles_per_split: int
+    blocks_per_group: int
+
+
+class Scaling(NamedTuple):
+    """How raw logits become z, in powers of 2."""
+
+    exp2_factor: float  # 1 / (ln 2 temperature)
+    softcap: float
+    inverse_softcap: float
+
+
+class Outputs(NamedTuple):
+    """Results (N,) float32; the last four are the reference's, and the KL, or None."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    m: Tensor
+    log_s: Tensor
+    ref_logprobs: Tensor | None = None
+    kl: Tensor | None = None
+    ref_m: Tensor | None = None
+    ref_log_s: Tensor | None = None
 
 
 @triton.jit
-def _list(targets, rows, wanted, places, picked, count, N, ROOM, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """rows, wanted: those not ignored and their targets, filled up to ROOM; places: where a row stands there, or -1."""
+def list_valid_kernel(targets, valid_rows, N, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Fill `valid_rows`, in one program."""
+    capacity = valid_rows.capacity
     total = 0
     for start in range(0, N, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        target = tl.load(targets + at, mask=at < N, other=IGNORED)
-        here = target != IGNORED
-        place = total + tl.cumsum(here.to(tl.int32), 0) - 1
-        tl.store(places + at, tl.where(here, place, -1), mask=at < N)
-        tl.store(rows + place, at, mask=here)
-        tl.store(wanted + place, target.to(tl.int32), mask=here)
-        total += tl.sum(here.to(tl.int32), 0)
-    tl.store(count, total)
-    for start in range(0, ROOM, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        for head in tl.static_range(HEADS):  # a target that no column has shows
-            tl.store(picked + head * ROOM + at, tl.full((BLOCK,), float("nan"), tl.float32), mask=at < ROOM)
-        tl.store(rows + at, 0, mask=(at >= total) & (at < ROOM))
-        tl.store(wanted + at, -1, mask=(at >= total) & (at < ROOM))
+        row = start + tl.arange(0, BLOCK)
+        target = tl.load(targets + row, mask=row < N, other=launch.IGNORE_INDEX)
+        valid = target != launch.IGNORE_INDEX
+        place = total + tl.cumsum(valid.to(tl.int32), 0) - 1
+        tl.store(valid_rows.places + row, tl.where(valid, place, -1), mask=row < N)
+        tl.store(valid_rows.rows + place, row, mask=valid)
+        tl.store(valid_rows.targets + place, target.to(tl.int32), mask=valid)
+        total += tl.sum(valid.to(tl.int32), 0)
+    tl.store(valid_rows.count, total)
+    for start in range(0, capacity, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        for head in tl.static_range(HEADS):  # NaN stays, and shows, where no column is the target
+            nan = tl.full((BLOCK,), float("nan"), tl.float32)
+            tl.store(valid_rows.target_logits + head * capacity + place, nan, mask=place < capacity)
+        is_behind = (place >= total) & (place < capacity)
+        tl.store(valid_rows.rows + place, 0, mask=is_behind)
+        tl.store(valid_rows.targets + place, -1, mask=is_behind)
 
 
 @triton.jit
-def _block(count, row_blocks, splits, tiles, each, group, ROWS: tl.constexpr):
-    """This program's first row, its split, and its tiles [first, end): none where no rows are left."""
+def locate_block(count, grid, ROWS: tl.constexpr):
+    """Return the program's first row, its split, and its tiles [first, end), of which a block beyond the rows has none.
+
+    Programs that run at the same time have the same group of row blocks."""
     program = tl.program_id(0)
-    around, place = program // (group * splits), program % (group * splits)
-    size = tl.minimum(row_blocks - around * group, group)
-    row, split = (around * group + place % size) * ROWS, place // size
-    first = split * each
-    end = tl.minimum(first + each, tiles)
+    group = program // (grid.blocks_per_group * grid.splits)
+    within = program % (grid.blocks_per_group * grid.splits)
+    size = tl.minimum(grid.row_blocks - group * grid.blocks_per_group, grid.blocks_per_group)
+    row = (group * grid.blocks_per_group + within % size) * ROWS
+    split = within // size
+    first = split * grid.tiles_per_split
+    end = tl.minimum(first + grid.tiles_per_split, grid.tiles)
     return row, split, first, tl.where(row < tl.load(count), end, first)
 
 
 @triton.jit
-def _product(
-    hidden, row_at, weight, stride, first, V, D,
+def multiply(
+    operands, row_offset, first, V,
     UNIT: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """hidden's rows at `row_at` by the weight's rows from `first` on, the last in place of those beyond: float32."""
+    """Return the float32 product of hidden's rows at `row_offset` with weight's rows from `first` on. The last row of
+    weight takes the place of rows beyond it."""
+    D = operands.D * UNIT
+    stride = operands.weight_stride * UNIT
     k = tl.arange(0, DEPTH)
     column = tl.minimum(tl.arange(0, COLUMNS), V - 1 - first)
-    weight += first.to(tl.int64) * (stride * UNIT)
-    a_at, b_at = row_at[:, None] + k[None, :], column[None, :] * (stride * UNIT) + k[:, None]
+    weight = operands.weight + first.to(tl.int64) * stride
+    a_offset = row_offset[:, None] + k[None, :]
+    b_offset = column[None, :] * stride + k[:, None]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, D * UNIT, DEPTH):
+    for start in range(0, D, DEPTH):
         if EVEN:
-            a, b = tl.load(hidden + start + a_at), tl.load(weight + start + b_at)
+            a = tl.load(operands.hidden + start + a_offset)
+            b = tl.load(weight + start + b_offset)
         else:
-            inside = k < D * UNIT - start
-            a = tl.load(hidden + start + a_at, mask=inside[None, :], other=0.0)
-            b = tl.load(weight + start + b_at, mask=inside[:, None], other=0.0)
+            inside = k < D - start
+            a = tl.load(operands.hidden + start + a_offset, mask=inside[None, :], other=0.0)
+            b = tl.load(weight + start + b_offset, mask=inside[:, None], other=0.0)
         acc = launch.dot(a, b, acc)
     return acc
 
 
 @triton.jit
-def _raw(acc, bias, first, V, softcap, inverse_softcap, CAP: tl.constexpr, COLUMNS: tl.constexpr):
-    """x of a tile; -inf in columns beyond the vocabulary."""
+def finish_logits(acc, bias, first, V, scaling, CAP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return x of a tile from its product; -inf in columns beyond the vocabulary."""
     column = first + tl.arange(0, COLUMNS)
     inside = column < V
     if bias is not None:
         acc += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAP:
-        acc = softcap * launch.tanh(acc * inverse_softcap)
+        acc = scaling.softcap * launch.tanh(acc * scaling.inverse_softcap)
     return acc + tl.where(inside, 0.0, float("-inf"))[None, :]
 
 
 @triton.jit
-def _moved(x, largest, total, scale):
-    """The largest x so far, what to measure from (0 if that is -inf), and how far that moved, in powers of 2."""
-    top = tl.maximum(largest, tl.max(x, axis=1))
-    base = tl.where(top > float("-inf"), top, 0.0)
-    return top, base, tl.where(total > 0, (largest - top) * scale, 0.0)
+def update_max(x, largest, total, exp2_factor):
+    """Return the largest x so far, the value to subtract (it, or 0 if it is -inf), and how far the maximum moved, as a
+    power of 2."""
+    new_largest = tl.maximum(largest, tl.max(x, axis=1))
+    base = tl.where(new_largest > float("-inf"), new_largest, 0.0)
+    return new_largest, base, tl.where(total > 0, (largest - new_largest) * exp2_factor, 0.0)
 
 
 @triton.jit
-def _pick(x, wanted, picked, place, first, COLUMNS: tl.constexpr):
-    """Write x of the target where this tile has it; no other tile does."""
-    target = tl.load(wanted + place) - first
-    here = tl.arange(0, COLUMNS)[None, :] == target[:, None]
-    found = tl.max(tl.where(here, x, float("-inf")), axis=1)
-    tl.store(picked + place, found, mask=(target >= 0) & (target < COLUMNS))
+def store_target_logit(x, targets, target_logits, place, first, COLUMNS: tl.constexpr):
+    """Store x of each row's target if this tile has it. No other tile does."""
+    target = tl.load(targets + place) - first
+    is_target = tl.arange(0, COLUMNS)[None, :] == target[:, None]
+    logit = tl.max(tl.where(is_target, x, float("-inf")), axis=1)
+    tl.store(target_logits + place, logit, mask=(target >= 0) & (target < COLUMNS))
 
 
 @triton.jit
-def _tile(
-    hidden, row_at, weight, bias, weight_stride, wanted, picked, place, tile, V, D, largest, total, scale, softcap,
-    inverse_softcap, UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """z of a tile around the largest so far, in powers of 2; the largest, and how far it moved."""
-    first = tile * COLUMNS
-    acc = _product(hidden, row_at, weight, weight_stride, first, V, D, UNIT, EVEN, ROWS, COLUMNS, DEPTH)
-    x = _raw(acc, bias, first, V, softcap, inverse_softcap, CAP, COLUMNS)
-    _pick(x, wanted, picked, place, first, COLUMNS)
-    largest, base, moved = _moved(x, largest, total, scale)
-    return (x - base[:, None]) * scale, largest, moved
-
-
-@triton.jit
-def _score(
-    hidden, weight, bias, rows, wanted, count, picked, parts, V, D, hidden_stride, weight_stride,
-    ROOM, row_blocks, splits, tiles, each, group, scale, softcap, inverse_softcap,
+def score_tile(
+    operands, row_offset, targets, target_logits, place, tile, V, largest, total, scaling,
     UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    first_row, split, first_tile, end = _block(count, row_blocks, splits, tiles, each, group, ROWS)
+    """Return z of a tile minus the largest so far, in powers of 2, that largest x, and how far it moved."""
+    first = tile * COLUMNS
+    acc = multiply(operands, row_offset, first, V, UNIT, EVEN, ROWS, COLUMNS, DEPTH)
+    x = finish_logits(acc, operands.bias, first, V, scaling, CAP, COLUMNS)
+    store_target_logit(x, targets, target_logits, place, first, COLUMNS)
+    largest, base, shift = update_max(x, largest, total, scaling.exp2_factor)
+    return (x - base[:, None]) * scaling.exp2_factor, largest, shift
+
+
+@triton.jit
+def score_kernel(
+    operands, valid_rows, parts, V, grid, scaling,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """parts (splits, 3, capacity): the largest x, s and A of the program's rows in its split, in powers of 2."""
+    capacity = valid_rows.capacity
+    first_row, split, first_tile, end = locate_block(valid_rows.count, grid, ROWS)
     place = first_row + tl.arange(0, ROWS)
-    row_at = tl.load(rows + place).to(tl.int64) * (hidden_stride * UNIT)
+    row_offset = tl.load(valid_rows.rows + place).to(tl.int64) * (operands.hidden_stride * UNIT)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     moment = total
     for tile in range(first_tile, end):
-        d, largest, moved = _tile(
-            hidden, row_at, weight, bias, weight_stride, wanted, picked, place, tile, V, D, largest, total,
-            scale, softcap, inverse_softcap, UNIT, EVEN, CAP, ROWS, COLUMNS, DEPTH,
+        d, largest, shift = score_tile(
+            operands, row_offset, valid_rows.targets, valid_rows.target_logits, place, tile, V, largest, total, scaling,
+            UNIT, EVEN, CAP, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        moved = tl.maximum(moved, FAR)
-        factor = tl.exp2(moved)
+        shift = tl.maximum(shift, launch.MIN_EXPONENT)
+        factor = tl.exp2(shift)
         e = tl.exp2(d)
-        moment = (moment + moved * total) * factor + tl.sum(tl.maximum(d, FAR) * e, axis=1)
+        moment = (moment + shift * total) * factor + tl.sum(tl.maximum(d, launch.MIN_EXPONENT) * e, axis=1)
         total = total * factor + tl.sum(e, axis=1)
-    part = parts + split.to(tl.int64) * 3 * ROOM + place
+    part = parts + split.to(tl.int64) * 3 * capacity + place
     tl.store(part, largest)
-    tl.store(part + ROOM, total)
-    tl.store(part + 2 * ROOM, moment)
+    tl.store(part + capacity, total)
+    tl.store(part + 2 * capacity, moment)
 
 
 @triton.jit
-def _score_pair(
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, wanted, count, picked, parts, V, D, E,
-    hidden_stride, weight_stride, ref_hidden_stride, ref_weight_stride,
-    ROOM, row_blocks, splits, tiles, each, group, scale, softcap, inverse_softcap,
+def score_pair_kernel(
+    operands, ref_operands, valid_rows, parts, V, grid, scaling,
     UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    first_row, split, first_tile, end = _block(count, row_blocks, splits, tiles, each, group, ROWS)
+    """parts (splits, 6, capacity): the three of `score_kernel`, the reference's largest x and s, and C."""
+    capacity = valid_rows.capacity
+    first_row, split, first_tile, end = locate_block(valid_rows.count, grid, ROWS)
     place = first_row + tl.arange(0, ROWS)
-    row = tl.load(rows + place).to(tl.int64)
-    row_at, ref_row_at = row * (hidden_stride * UNIT), row * (ref_hidden_stride * UNIT)
+    row = tl.load(valid_rows.rows + place).to(tl.int64)
+    row_offset = row * (operands.hidden_stride * UNIT)
+    ref_row_offset = row * (ref_operands.hidden_stride * UNIT)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    moment, cross, ref_largest, ref_total = total, total, largest, total
+    moment, cross = total, total
+    ref_largest, ref_total = largest, total
     for tile in range(first_tile, end):
-        y, ref_largest, ref_moved = _tile(
-            ref_hidden, ref_row_at, ref_weight, ref_bias, ref_weight_stride, wanted, picked + ROOM, place,
-            tile, V, E, ref_largest, ref_total, scale, softcap, inverse_softcap, UNIT, EVEN, CAP, ROWS,
-            COLUMNS, DEPTH,
+        ref_d, ref_largest, ref_shift = score_tile(
+            ref_operands, ref_row_offset, valid_rows.targets, valid_rows.target_logits + capacity, place, tile, V,
+            ref_largest, ref_total, scaling, UNIT, EVEN, CAP, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        ref_total = ref_total * tl.exp2(ref_moved) + tl.sum(tl.exp2(y), axis=1)
-        d, largest, moved = _tile(
-            hidden, row_at, weight, bias, weight_stride, wanted, picked, place, tile, V, D, largest, total,
-            scale, softcap, inverse_softcap, UNIT, EVEN, CAP, ROWS, COLUMNS, DEPTH,
+        ref_total = ref_total * tl.exp2(ref_shift) + tl.sum(tl.exp2(ref_d), axis=1)
+        d, largest, shift = score_tile(
+            operands, row_offset, valid_rows.targets, valid_rows.target_logits, place, tile, V, largest, total, scaling,
+            UNIT, EVEN, CAP, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        moved = tl.maximum(moved, FAR)
-        factor = tl.exp2(moved)
+        shift = tl.maximum(shift, launch.MIN_EXPONENT)
+        factor = tl.exp2(shift)
         e = tl.exp2(d)
-        cross = tl.where(total * factor > 0, (cross + (moved - ref_moved) * total) * factor, 0.0)
-        cross += tl.sum(tl.where(e > 0, (d - y) * e, 0.0), axis=1)
-        moment = (moment + moved * total) * factor + tl.sum(tl.maximum(d, FAR) * e, axis=1)
+        cross = tl.where(total * factor > 0, (cross + (shift - ref_shift) * total) * factor, 0.0)
+        cross += tl.sum(tl.where(e > 0, (d - ref_d) * e, 0.0), axis=1)
+        moment = (moment + shift * total) * factor + tl.sum(tl.maximum(d, launch.MIN_EXPONENT) * e, axis=1)
         total = total * factor + tl.sum(e, axis=1)
-    part = parts + split.to(tl.int64) * 6 * ROOM + place
+    part = parts + split.to(tl.int64) * 6 * capacity + place
     tl.store(part, largest)
-    tl.store(part + ROOM, total)
-    tl.store(part + 2 * ROOM, moment)
-    tl.store(part + 3 * ROOM, ref_largest)
-    tl.store(part + 4 * ROOM, ref_total)
-    tl.store(part + 5 * ROOM, cross)
+    tl.store(part + capacity, total)
+    tl.store(part + 2 * capacity, moment)
+    tl.store(part + 3 * capacity, ref_largest)
+    tl.store(part + 4 * capacity, ref_total)
+    tl.store(part + 5 * capacity, cross)
 
 
 @triton.jit
-def _results(largest, total, moved, picked, inverse_temperature):
-    """Of all splits: log p, m, log s, and s. NaN shows; a row without a logit above -inf is NaN."""
-    total = tl.sum(total * tl.exp2(moved), axis=0)
-    log_sum = tl.where(total >= 1.0, tl.maximum(tl.log(total), 0.0), float("nan"))
+def merge_sums(largest, total, shift, target_logit, inverse_temperature):
+    """Return log p, m, log s and s of all splits. NaN logits show; a row without a logit above -inf is NaN."""
+    total = tl.sum(total * tl.exp2(shift), axis=0)
+    log_s = tl.where(total >= 1.0, tl.maximum(tl.log(total), 0.0), float("nan"))
     m = tl.where(total == total, largest * inverse_temperature, total)
-    return (picked - largest) * inverse_temperature - log_sum, m, log_sum, total
+    return (target_logit - largest) * inverse_temperature - log_s, m, log_s, total
 
 
 @triton.jit
-def _merge(
-    places, picked, parts, logprobs, entropy, m_out, log_sum_out, ref_logprobs, kl_out, ref_m_out, ref_log_sum_out,
-    N, ROOM, splits, scale, inverse_temperature,
+def merge_splits_kernel(
+    valid_rows, parts, out, N, splits, exp2_factor, inverse_temperature,
     PAIR: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Store the results of ROWS rows; 0 for ignored ones."""
+    capacity = valid_rows.capacity
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = tl.load(places + row, mask=row < N, other=-1)
-    listed = place >= 0
+    exists = row < N
+    place = tl.load(valid_rows.places + row, mask=exists, other=-1)
+    valid = place >= 0
     fields: tl.constexpr = 6 if PAIR else 3
     split = tl.arange(0, SPLITS)[:, None]
-    inside = (split < splits) & listed[None, :]
-    part = parts + split.to(tl.int64) * fields * ROOM + place[None, :]
-    largest = tl.load(part, mask=inside, other=float("-inf"))
-    total = tl.load(part + ROOM, mask=inside, other=0.0)
-    moment = tl.load(part + 2 * ROOM, mask=inside, other=0.0)
-    top = tl.max(largest, axis=0)
-    moved = tl.where(total > 0, tl.maximum((largest - top[None, :]) * scale, FAR), 0.0)
-    z = tl.load(picked + place, mask=listed, other=0.0)
-    log_p, m, log_sum, whole = _results(top, total, moved, z, inverse_temperature)
-    mean = LN2 * tl.sum((moment + moved * total) * tl.exp2(moved), axis=0) / whole
-    inside_out = row < N
-    tl.store(logprobs + row, tl.where(listed, log_p, 0.0), mask=inside_out)
-    tl.store(entropy + row, tl.where(listed, log_sum - mean, 0.0), mask=inside_out)
-    tl.store(m_out + row, tl.where(listed, m, 0.0), mask=inside_out)
-    tl.store(log_sum_out + row, tl.where(listed, log_sum, 0.0), mask=inside_out)
+    inside = (split < splits) & valid[None, :]
+    part = parts + split.to(tl.int64) * fields * capacity + place[None, :]
+    split_largest = tl.load(part, mask=inside, other=float("-inf"))
+    split_total = tl.load(part + capacity, mask=inside, other=0.0)
+    split_moment = tl.load(part + 2 * capacity, mask=inside, other=0.0)
+    largest = tl.max(split_largest, axis=0)
+    shift = tl.maximum((split_largest - largest[None, :]) * exp2_factor, launch.MIN_EXPONENT)
+    shift = tl.where(split_total > 0, shift, 0.0)
+    logit = tl.load(valid_rows.target_logits + place, mask=valid, other=0.0)
+    logp, m, log_s, total = merge_sums(largest, split_total, shift, logit, inverse_temperature)
+    mean = LN2 * tl.sum((split_moment + shift * split_total) * tl.exp2(shift), axis=0) / total
+    tl.store(out.logprobs + row, tl.where(valid, logp, 0.0), mask=exists)
+    tl.store(out.entropy + row, tl.where(valid, log_s - mean, 0.0), mask=exists)
+    tl.store(out.m + row, tl.where(valid, m, 0.0), mask=exists)
+    tl.store(out.log_s + row, tl.where(valid, log_s, 0.0), mask=exists)
     if PAIR:
-        ref_largest = tl.load(part + 3 * ROOM, mask=inside, other=float("-inf"))
-        ref_total = tl.load(part + 4 * ROOM, mask=inside, other=0.0)
-        cross = tl.load(part + 5 * ROOM, mask=inside, other=0.0)
-        ref_top = tl.max(ref_largest, axis=0)
-        ref_moved = tl.where(ref_total > 0, (ref_largest - ref_top[None, :]) * scale, 0.0)
-        ref_z = tl.load(picked + ROOM + place, mask=listed, other=0.0)
-        ref_log_p, ref_m, ref_log_sum, _ = _results(ref_top, ref_total, ref_moved, ref_z, inverse_temperature)
-        factor = tl.exp2(moved)
-        cross = tl.where(total * factor > 0, (cross + (moved - ref_moved) * total) * factor, 0.0)
-        kl = LN2 * tl.sum(cross, axis=0) / whole - (log_sum - ref_log_sum)
-        tl.store(ref_logprobs + row, tl.where(listed, ref_log_p, 0.0), mask=inside_out)
-        tl.store(kl_out + row, tl.where(listed, kl, 0.0), mask=inside_out)
-        tl.store(ref_m_out + row, tl.where(listed, ref_m, 0.0), mask=inside_out)
-        tl.store(ref_log_sum_out + row, tl.where(listed, ref_log_sum, 0.0), mask=inside_out)
+        split_ref_largest = tl.load(part + 3 * capacity, mask=inside, other=float("-inf"))
+        split_ref_total = tl.load(part + 4 * capacity, mask=inside, other=0.0)
+        cross = tl.load(part + 5 * capacity, mask=inside, other=0.0)
+        ref_largest = tl.max(split_ref_largest, axis=0)
+        ref_shift = (split_ref_largest - ref_largest[None, :]) * exp2_factor
+        ref_shift = tl.where(split_ref_total > 0, ref_shift, 0.0)
+        ref_logit = tl.load(valid_rows.target_logits + capacity + place, mask=valid, other=0.0)
+        ref_logp, ref_m, ref_log_s, _ = merge_sums(
+            ref_largest, split_ref_total, ref_shift, ref_logit, inverse_temperature
+        )
+        factor = tl.exp2(shift)
+        cross = tl.where(split_total * factor > 0, (cross + (shift - ref_shift) * split_total) * factor, 0.0)
+        kl = LN2 * tl.sum(cross, axis=0) / total - (log_s - ref_log_s)
+        tl.store(out.ref_logprobs + row, tl.where(valid, ref_logp, 0.0), mask=exists)
+        tl.store(out.kl + row, tl.where(valid, kl, 0.0), mask=exists)
+        tl.store(out.ref_m + row, tl.where(valid, ref_m, 0.0), mask=exists)
+        tl.store(out.ref_log_s + row, tl.where(valid, ref_log_s, 0.0), mask=exists)
 
 
 class Tile(NamedTuple):
-    """What a program multiplies at a time."""
+    """Shape of a product, and how a program runs it."""
 
     rows: int
     columns: int
     depth: int
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
 
 
-def tile(hidden: Tensor, unit: int, pair: bool, plain: bool) -> Tile:
-    """By what fits a multiprocessor, no register of an inner loop in memory. 256 columns take Hopper's products, which
-    read both factors from shared memory, and nothing beside them; `plain`: no softcap, nor, with a second head, a bias
-    or a D that steps do not divide."""
-    capability = launch.capability(hidden)
+def choose_tile(hidden: Tensor, unit: int, is_pair: bool, is_plain: bool) -> Tile:
+    """Return the largest tile that fits an SM without a spill in the inner loop.
+
+    256 columns suit Hopper's products, which read both operands from shared memory, but leave no registers for more.
+    is_plain: there is no softcap and, for a pair, no bias and no D that DEPTH does not divide."""
+    arch = launch.sm_arch(hidden)
     if hidden.dtype == torch.float32:
-        return Tile(32, 64, 16, 4, 2) if pair else Tile(64, 64, 32, 4, 2)
-    if unit == 1 or capability < 80:
-        return Tile(64, 32 if pair else 64, 32, 4, 2)
-    if not 90 <= capability < 120:
-        return Tile(64, 128, 32, 8, 5) if pair else Tile(128, 128, 64, 8, 4)
-    if pair:
-        return Tile(128, 128, 64, 8, 3) if plain else Tile(64, 128, 64, 8, 4)
-    return Tile(128, 256 if plain else 128, 64, 8, 3)
+        return Tile(32, 64, 16, 4, 2) if is_pair else Tile(64, 64, 32, 4, 2)
+    if unit == 1 or arch < 80:
+        return Tile(64, 32 if is_pair else 64, 32, 4, 2)
+    if not 90 <= arch < 120:
+        return Tile(64, 128, 32, 8, 5) if is_pair else Tile(128, 128, 64, 8, 4)
+    if is_pair:
+        return Tile(128, 128, 64, 8, 3) if is_plain else Tile(64, 128, 64, 8, 4)
+    return Tile(128, 256 if is_plain else 128, 64, 8, 3)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Rows without gaps; a tile's rows lie within 2^31 elements."""
+def with_dense_rows(x: Tensor) -> Tensor:
+    """Return x with rows without gaps. A tile's rows must lie within 2^31 elements."""
     return x if x.stride(1) == 1 and x.stride(0) < 1 << 22 else x.contiguous()
 
 
-def _unit(*matrices: Tensor) -> int:
-    """8 where sizes and strides are multiples of 8 elements, so that rows are read 16 bytes at a time; else 1."""
+def vector_unit(*matrices: Tensor) -> int:
+    """Return 8 if sizes, strides and offsets are multiples of 8 elements, so that rows are read 16 bytes at a time,
+    otherwise 1."""
     sizes = [n for x in matrices for n in (x.shape[1], x.stride(0), x.storage_offset())]
     return 1 if any(n % 8 for n in sizes) else 8
 
 
-def _listed(targets: Tensor, room: int, heads: int) -> tuple[Tensor, ...]:
-    """rows, wanted, places, picked and count, as `_list` leaves them."""
-    rows, wanted, places, count = (
-        torch.empty(n, dtype=torch.int32, device=targets.device) for n in (room, room, len(targets), 1)
+def list_valid(targets: Tensor, capacity: int, num_heads: int) -> ValidRows:
+    """Return the rows whose target is not ignored."""
+    rows, valid_targets, places, count = (
+        torch.empty(n, dtype=torch.int32, device=targets.device) for n in (capacity, capacity, len(targets), 1)
     )
-    picked = torch.empty(heads, room, dtype=torch.float32, device=targets.device)
-    launch.run(
-        _list, (1,), targets.contiguous(), rows, wanted, places, picked, count, len(targets), room,
-        HEADS=heads, BLOCK=LISTED, num_warps=8,
-    )  # fmt: skip
-    return rows, wanted, places, picked, count
+    target_logits = empty_float32(targets, num_heads, capacity)
+    valid_rows = ValidRows(rows, valid_targets, places, target_logits, count, capacity)
+    meta = {"HEADS": num_heads, "BLOCK": LIST_BLOCK, "num_warps": 8}
+    launch.run(list_valid_kernel, (1,), targets.contiguous(), valid_rows, len(targets), **meta)
+    return valid_rows
 
 
-def _split(N: int, V: int, of: Tile, bytes_a_row: int) -> tuple[int, int, int, int, int, int]:
-    """room, row blocks, splits, tiles, tiles a split, and row blocks in a group of programs."""
-    row_blocks, tiles = triton.cdiv(N, of.rows), triton.cdiv(V, of.columns)
-    each = triton.cdiv(tiles, SPLITS)
-    group = min(row_blocks, max(8, SHARED_ROWS // (of.rows * bytes_a_row)))
-    return row_blocks * of.rows, row_blocks, triton.cdiv(tiles, each), tiles, each, group
+def make_grid(N: int, V: int, tile: Tile, bytes_per_row: int) -> Grid:
+    row_blocks = triton.cdiv(N, tile.rows)
+    tiles = triton.cdiv(V, tile.columns)
+    tiles_per_split = triton.cdiv(tiles, MAX_SPLITS)
+    blocks_per_group = min(row_blocks, max(8, GROUP_BYTES // (tile.rows * bytes_per_row)))
+    return Grid(row_blocks, triton.cdiv(tiles, tiles_per_split), tiles, tiles_per_split, blocks_per_group)
 
 
-def _run(run, heads: list[tuple], targets: Tensor, temperature: float, softcap: float, out: tuple[Tensor, ...]) -> None:
-    """The results of one head, or of the policy's and the reference's, (hidden, weight, bias) each, to the rows of
-    `out`; `run` launches the kernel of so many heads."""
-    heads = [(_dense(x), _dense(w), b if b is None else b.contiguous()) for x, w, b in heads]
+def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float, softcap: float, out: Outputs) -> None:
+    """Score one head by `score_kernel`, or the policy's and the reference's by `score_pair_kernel`.
+
+    heads: (hidden (N, D), weight (V, D), bias or None) each."""
+    heads = [(with_dense_rows(x), with_dense_rows(w), b if b is None else b.contiguous()) for x, w, b in heads]
     matrices = [x for head in heads for x in head[:2]]
-    launch.serves(*matrices, *(head[2] for head in heads))
-    if any(x.dtype != matrices[0].dtype for x in matrices):
+    hidden, weight = matrices[:2]
+    launch.require_dtypes(*matrices, *(head[2] for head in heads))
+    if any(x.dtype != hidden.dtype for x in matrices):
         raise Unsupported("no Triton kernel for a product of two dtypes")
-    N, pair, depths = len(targets), len(heads) == 2, [x.shape[1] for x in matrices[::2]]
+    N = len(targets)
     if not N:
         return
-    unit, bare = _unit(*matrices), all(head[2] is None for head in heads) and not any(depth % 64 for depth in depths)
-    of = tile(matrices[0], unit, pair, not softcap and (bare or not pair))
-    room, *counts = _split(N, len(matrices[1]), of, sum(depths) * matrices[0].element_size())
-    rows, wanted, places, picked, count = _listed(targets, room, len(heads))
-    splits, scale = counts[1], 1 / (math.log(2) * temperature)
-    parts = torch.empty(splits, 6 if pair else 3, room, dtype=torch.float32, device=targets.device)
-    run(
-        (counts[0] * splits,), *(x for head in heads for x in head), rows, wanted, count, picked, parts,
-        len(matrices[1]), *(n // unit for n in depths), *(x.stride(0) // unit for x in matrices), room, *counts,
-        scale, softcap, 1 / softcap if softcap else 0.0,
-        UNIT=unit, EVEN=not any(n % of.depth for n in depths), CAP=softcap > 0,
-        ROWS=of.rows, COLUMNS=of.columns, DEPTH=of.depth, num_warps=of.warps, num_stages=of.stages,
-    )  # fmt: skip
-    launch.run(
-        _merge, (triton.cdiv(N, MERGED),), places, picked, parts, *out, *(None,) * (8 - len(out)), N, room, splits,
-        scale, 1 / temperature, PAIR=pair, SPLITS=max(2, triton.next_power_of_2(splits)), ROWS=MERGED,
-        num_warps=8,
-    )  # fmt: skip
+    is_pair = len(heads) == 2
+    depths = [x.shape[1] for x in matrices[::2]]
+    unit = vector_unit(*matrices)
+    has_bias = any(head[2] is not None for head in heads)
+    is_plain = not softcap and not (is_pair and (has_bias or any(depth % 64 for depth in depths)))
+    tile = choose_tile(hidden, unit, is_pair, is_plain)
+    grid = make_grid(N, len(weight), tile, sum(depths) * hidden.element_size())
+    valid_rows = list_valid(targets, grid.row_blocks * tile.rows, len(heads))
+    operands = [Operands(x, w, b, x.shape[1] // unit, x.stride(0) // unit, w.stride(0) // unit) for x, w, b in heads]
+    parts = empty_float32(targets, grid.splits, 6 if is_pair else 3, valid_rows.capacity)
+    scaling = Scaling(1 / (math.log(2) * temperature), softcap, 1 / softcap if softcap else 0.0)
+    meta = {
+        "UNIT": unit,
+        "EVEN": not any(depth % tile.depth for depth in depths),
+        "CAP": softcap > 0,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    num_programs = grid.row_blocks * grid.splits
+    launch.run(kernel, (num_programs,), *operands, valid_rows, parts, len(weight), grid, scaling, **meta)
+    options = (N, grid.splits, scaling.exp2_factor, 1 / temperature)
+    meta = {"PAIR": is_pair, "SPLITS": max(2, triton.next_power_of_2(grid.splits)), "ROWS": MERGE_ROWS, "num_warps": 8}
+    launch.run(merge_splits_kernel, (triton.cdiv(N, MERGE_ROWS),), valid_rows, parts, out, *options, **meta)
 
 
 def score(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float,
-    out: tuple[Tensor, ...],
+    out: Outputs,
 ) -> None:  # fmt: skip
-    """log p, entropy, m and log s, of hidden (N, D), weight (V, D), targets (N,), to out, (N,) float32 each; 0 where
-    ignored."""
-
-    def run(grid, *args, **options):
-        launch.run(_score, grid, *args, **options)
-
-    _run(run, [(hidden, weight, bias)], targets, temperature, softcap, out)
+    """Store log p, entropy, m and log s of hidden (N, D), weight (V, D) and targets (N,) in `out`; 0 for ignored."""
+    run_kernels(score_kernel, [(hidden, weight, bias)], targets, temperature, softcap, out)
 
 
 def score_pair(
@@ -371,13 +456,8 @@ def score_pair(
     softcap: float,
     bias: Tensor | None,
     ref_bias: Tensor | None,
-    out: tuple[Tensor, ...],
+    out: Outputs,
 ) -> None:
-    """log p, entropy, m, log s, and of the reference log p, KL, m, log s, to out, (N,) float32 each; 0 where
-    ignored."""
-
-    def run(grid, *args, **options):
-        launch.run(_score_pair, grid, *args, **options)
-
+    """Store in `out` what `score` stores, the same of the reference, and the KL; 0 for ignored rows."""
     heads = [(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)]
-    _run(run, heads, targets, temperature, softcap, out)
+    run_kernels(score_pair_kernel, heads, targets, temperature, softcap, out)

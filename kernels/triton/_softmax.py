@@ -1,280 +1,379 @@
-"""The softmax of a row of logits: its statistics in one walk over the row, and its gradient in another. Not an op.
+"""The softmax of a row of logits on a GPU: its statistics in one walk over the row, its gradient in another. Not an op.
 
-    z = cap(x + bias) / temperature      m = max z   s = sum e^(z-m)   A = sum (z-m) e^(z-m)
-    log p(t) = (z_t - m) - log s   entropy = log s - A / s      both of the sign that they must have
+    z = softcap(x + bias) / temperature    m = max z    s = sum e^(z-m)    A = sum (z-m) e^(z-m)
+    log p(t) = (z_t - m) - log s    entropy = log s - A / s
 
-and beside the row z2 of a reference, B = sum (z2-m2) e^(z-m): KL = (A / s - log s) - (B / s - log s2).
+With z2, m2 and s2 of a reference's logits and B = sum (z2-m2) e^(z-m): KL = (A / s - log s) - (B / s - log s2).
+Signs are exact: log p <= 0, entropy >= 0.
 
-A tile is UNROLL x LANES x EACH numbers: EACH neighbours are a group, which a thread reads at once. A lane keeps its own
-sums over its groups, so that nothing is exchanged between threads until a segment of SEGMENT tiles is done. Segments
-join in their order: one program may walk them all, or each may have its own; the bits are the same. Where rows start
-at any address (50257 bfloat16 numbers apart, say), a tile starts at the row's address rounded down to a group: a group
-is read whole if any of it counts, which leaves no 32 bytes that a row has a part in. So of one row the bits hang on its
-values, on V, and, in logits that others have laid out, on its address within those 32 bytes.
+A tile is UNROLL x LANES x VEC elements. VEC consecutive ones are a group, which a thread loads at once:
 
-Products and sums are not contracted (`options`): another kernel around these functions gives the same bits.
+    row      |.......|================================================|...|        = elements of the row
+    groups   |  0  |  1  |  2  | ...                              | last  |        aligned to VEC elements
+              misalignment: elements of group 0 before the row
+
+Rows may start at any address, for instance 50257 bfloat16 elements apart. The first group starts at the row's address
+rounded down. We load a whole 32-byte group if any element of it belongs to the row. A row's result therefore depends on
+its values, on V, and, for logits that the caller provides, on its address modulo 32 bytes.
+
+A lane keeps its own sums over its groups, so threads exchange nothing until a segment of SEGMENT tiles is done.
+Segments are merged in order. One program may walk all of them, or each may have its own: the bits are the same.
+
+Products and sums are not contracted to FMAs (`enable_fp_fusion` in `tile_meta`), so that another kernel around these
+functions gives the same bits.
+
+Constants come last in every signature, in the order CAP, ALIGNED, UNROLL, LANES, VEC. CAP: there is a softcap.
+ALIGNED: rows are our own; they start at 32 bytes and have memory of whole groups.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels.triton import launch
 
-EACH = 8
+VEC = 8
 SEGMENT = 4  # tiles
-IGNORED = tl.constexpr(head.IGNORE_INDEX)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite, so that no difference is NaN
-FAR = tl.constexpr(-1e30)  # e^FAR is 0, and FAR times that 0 is 0, where it is NaN for -inf
+MIN_FLOAT = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite, so that no difference is NaN
 
 
-def geometry(V: int, half: bool = False) -> dict:
-    """Tiles and warps, from the size of the vocabulary alone; half as much at once where each number takes more
-    registers: a second row's or a bias', or those of tanh."""
-    unroll, lanes = (2, 256) if V > 4096 else (2, 128) if V > 512 else (1, 32)
-    return {
-        "UNROLL": 1 if half else unroll,
-        "LANES": lanes,
-        "EACH": EACH,
-        "num_warps": lanes // 32,
-        "enable_fp_fusion": False,
-    }
+class Scaling(NamedTuple):
+    """How raw logits become z."""
+
+    inverse_temperature: float
+    softcap: float
+    inverse_softcap: float
+
+    @staticmethod
+    def of(temperature: float, softcap: float) -> "Scaling":
+        return Scaling(1 / temperature, softcap, 1 / softcap if softcap else 0.0)
 
 
-def segments(V: int, half: bool = False) -> int:
-    """How many segments a row may have, wherever it starts."""
-    at = geometry(V, half)
-    return triton.cdiv(V + EACH - 1, SEGMENT * at["UNROLL"] * at["LANES"] * EACH)
+class Row(NamedTuple):
+    """Pointers to a row's raw logits, to a bias, and to the same of a reference; all but x may be None."""
+
+    x: Tensor
+    bias: Tensor | None
+    ref: Tensor | None
+    ref_bias: Tensor | None
+
+
+class State(NamedTuple):
+    """The sums m, s, A and m2, s2, B of a part of a row. Without a reference the last three are not used."""
+
+    m: Tensor
+    s: Tensor
+    a: Tensor
+    m2: Tensor
+    s2: Tensor
+    b: Tensor
+
+
+class Normalizer(NamedTuple):
+    """m and log s of a whole row, and of the reference's row."""
+
+    m: Tensor
+    log_s: Tensor
+    m2: Tensor
+    log_s2: Tensor
+
+
+class Coefficients(NamedTuple):
+    """Coefficients of the gradient with respect to z: p (a + b log p + c (log p_ref - log p)) + g 1[target]."""
+
+    g: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+
+def tile_meta(V: int, is_register_heavy: bool = False) -> dict:
+    """Return the constants of a tile and its warps, which depend only on V.
+
+    is_register_heavy: each element takes more registers, for a reference, a bias or a softcap's tanh; the tile is then
+    half as large."""
+    if V > 4096:
+        unroll, lanes = 2, 256
+    elif V > 512:
+        unroll, lanes = 2, 128
+    else:
+        unroll, lanes = 1, 32
+    if is_register_heavy:
+        unroll = 1
+    return {"UNROLL": unroll, "LANES": lanes, "VEC": VEC, "num_warps": lanes // 32, "enable_fp_fusion": False}
+
+
+def num_segments(V: int, is_register_heavy: bool = False) -> int:
+    """Return the number of segments of a row at the worst alignment."""
+    meta = tile_meta(V, is_register_heavy)
+    return triton.cdiv(V + VEC - 1, SEGMENT * meta["UNROLL"] * meta["LANES"] * VEC)
 
 
 @triton.jit
-def rounded_down(row, ALIGNED: tl.constexpr, EACH: tl.constexpr):
-    """The address of the group in which the row starts, and how many numbers of it stand before the row."""
+def align_down(row, ALIGNED: tl.constexpr, VEC: tl.constexpr):
+    """Return the address of the row's first group, and the number of its elements that are before the row."""
     size: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    skew = 0
+    misalignment = 0
     if not ALIGNED:
-        skew = ((row.to(tl.int64) & (EACH * size - 1)) // size).to(tl.int32)
-    return tl.multiple_of(row - skew, 16), skew
+        misalignment = ((row.to(tl.int64) & (VEC * size - 1)) // size).to(tl.int32)
+    return tl.multiple_of(row - misalignment, 16), misalignment
 
 
 @triton.jit
-def grid(UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
-    """Where the groups of the first tile start, and the numbers of a group."""
-    group = (tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * EACH
-    return group[:, :, None], tl.arange(0, EACH)[None, None, :]
+def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Return the offsets of the groups of the first tile (UNROLL, LANES, 1), and of the elements of a group."""
+    group = (tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * VEC
+    return group[:, :, None], tl.arange(0, VEC)[None, None, :]
 
 
 @triton.jit
-def some_of(first, skew, V, ALIGNED: tl.constexpr, EACH: tl.constexpr):
-    """Which groups have any of the row; `first` is where they start, behind the rounded address."""
-    some = first < skew + V
+def group_mask(group, misalignment, V, ALIGNED: tl.constexpr, VEC: tl.constexpr):
+    """Return which groups, given by their offsets, have any element of the row."""
+    mask = group < misalignment + V
     if not ALIGNED:
-        some = some & (first > skew - EACH)
-    return some
+        mask = mask & (group > misalignment - VEC)
+    return mask
 
 
 @triton.jit
-def inside_of(at, skew, V, ALIGNED: tl.constexpr):
-    """Which numbers are of the row."""
-    inside = at < skew + V
+def element_mask(index, misalignment, V, ALIGNED: tl.constexpr):
+    """Return which elements belong to the row."""
+    mask = index < misalignment + V
     if not ALIGNED:
-        inside = inside & (at >= skew)
-    return inside
+        mask = mask & (index >= misalignment)
+    return mask
 
 
 @triton.jit
-def raw(x, bias, at, some):
-    """Logits in float32, the bias added. With a bias rows start at a group, and it ends with one."""
-    y = tl.load(x + at, mask=some, other=0.0).to(tl.float32)
+def load_logits(x, bias, index, mask):
+    """Return x + bias in float32. With a bias the rows are our own, and it has memory of whole groups."""
+    y = tl.load(x + index, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
-        y += tl.load(bias + at, mask=some, other=0.0).to(tl.float32)
+        y += tl.load(bias + index, mask=mask, other=0.0).to(tl.float32)
     return y
 
 
 @triton.jit
-def raw_one(x, bias, column, known):
-    """The logit of one column; NaN where there is no such column."""
-    y = tl.load(x + column, mask=known, other=float("nan")).to(tl.float32)
+def load_logit(x, bias, column, exists):
+    """Return x + bias of one column in float32; NaN if the column does not exist."""
+    y = tl.load(x + column, mask=exists, other=float("nan")).to(tl.float32)
     if bias is not None:
-        y += tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+        y += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)
     return y
 
 
 @triton.jit
-def scaled(x, by, CAP: tl.constexpr):
-    """z of raw logits; by: 1 / temperature, softcap, 1 / softcap."""
+def apply_softcap_temperature(x, scaling, CAP: tl.constexpr):
+    """Return z of raw logits."""
     if CAP:
-        x = by[1] * launch.tanh(x * by[2])
-    return x * by[0]
+        x = scaling.softcap * launch.tanh(x * scaling.inverse_softcap)
+    return x * scaling.inverse_temperature
 
 
 @triton.jit
-def moved(before, after):
-    """What sums around one maximum are shifted and multiplied by, around a larger one."""
-    shift = tl.maximum(before - after, FAR)
+def rescale(old_max, new_max):
+    """Return the shift and the factor that move sums around old_max to a larger new_max."""
+    shift = tl.maximum(old_max - new_max, launch.MIN_EXPONENT)
     return shift, tl.exp(shift)
 
 
 @triton.jit
-def joined(one, other, REF: tl.constexpr):
-    """The sums (m, s, A, m2, s2, B) of two parts of a row."""
-    m = tl.maximum(one[0], other[0])
-    shift, factor = moved(one[0], m)
-    shift1, factor1 = moved(other[0], m)
-    s = factor * one[1] + factor1 * other[1]
-    a = factor * (one[2] + shift * one[1]) + factor1 * (other[2] + shift1 * other[1])
-    m2, s2, b = one[3], one[4], one[5]
+def merge(x, y, REF: tl.constexpr):
+    """Return the `State` of two parts of a row. REF: there is a reference."""
+    m = tl.maximum(x.m, y.m)
+    x_shift, x_factor = rescale(x.m, m)
+    y_shift, y_factor = rescale(y.m, m)
+    s = x_factor * x.s + y_factor * y.s
+    a = x_factor * (x.a + x_shift * x.s) + y_factor * (y.a + y_shift * y.s)
+    m2, s2, b = x.m2, x.s2, x.b
     if REF:
-        m2 = tl.maximum(one[3], other[3])
-        shift, grown = moved(one[3], m2)
-        shift1, grown1 = moved(other[3], m2)
-        s2 = grown * one[4] + grown1 * other[4]
-        b = tl.where(factor > 0, factor * (one[5] + shift * one[1]), 0.0)  # one whose factor is 0 may be infinite
-        b += tl.where(factor1 > 0, factor1 * (other[5] + shift1 * other[1]), 0.0)
-    return m, s, a, m2, s2, b
+        m2 = tl.maximum(x.m2, y.m2)
+        x_shift2, x_factor2 = rescale(x.m2, m2)
+        y_shift2, y_factor2 = rescale(y.m2, m2)
+        s2 = x_factor2 * x.s2 + y_factor2 * y.s2
+        # A part whose factor is 0 may have an infinite b.
+        b = tl.where(x_factor > 0, x_factor * (x.b + x_shift2 * x.s), 0.0)
+        b += tl.where(y_factor > 0, y_factor * (y.b + y_shift2 * y.s), 0.0)
+    return State(m, s, a, m2, s2, b)
 
 
 @triton.jit
-def nothing_yet():
+def empty_state():
+    """Return the `State` of no element."""
     zero = tl.full((), 0.0, tl.float32)
-    return zero + LOWEST, zero, zero, zero + LOWEST, zero, zero
+    return State(zero + MIN_FLOAT, zero, zero, zero + MIN_FLOAT, zero, zero)
 
 
 @triton.jit
-def loaded(part, stride, REF: tl.constexpr):
-    """A segment's sums."""
-    sums = (tl.load(part), tl.load(part + stride), tl.load(part + 2 * stride))
+def load_state(part, stride, REF: tl.constexpr):
+    """Return the `State` of a segment from memory."""
+    m = tl.load(part)
+    s = tl.load(part + stride)
+    a = tl.load(part + 2 * stride)
+    m2, s2, b = m, s, a
     if REF:
-        sums += (tl.load(part + 3 * stride), tl.load(part + 4 * stride), tl.load(part + 5 * stride))
-    else:
-        sums += (sums[0], sums[1], sums[2])  # nobody looks at them
-    return sums
+        m2 = tl.load(part + 3 * stride)
+        s2 = tl.load(part + 4 * stride)
+        b = tl.load(part + 5 * stride)
+    return State(m, s, a, m2, s2, b)
 
 
 @triton.jit
-def segment_statistics(
-    x, ref, bias, ref_bias, skew, V, first, end, by,
-    ALIGNED: tl.constexpr, CAP: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
+def segment_state(
+    row, misalignment, V, first, end, scaling,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, A, m2, s2, B) of the tiles from `first` to `end`; the last three only where there is a reference. A NaN
-    shows in s."""
+    """Return the `State` of the tiles [first, end) of a row, with row.x rounded down. NaN logits show in s."""
     zero = tl.zeros((LANES,), tl.float32)
-    m, s, a, m2, s2, b = zero + LOWEST, zero, zero, zero + LOWEST, zero, zero
-    groups, each = grid(UNROLL, LANES, EACH)
+    m, s, a = zero + MIN_FLOAT, zero, zero
+    m2, s2, b = zero + MIN_FLOAT, zero, zero
+    groups, elements = tile_offsets(UNROLL, LANES, VEC)
     for tile in range(first, end):
-        group = tile * (UNROLL * LANES * EACH) + groups
-        at = group + each
-        some, inside = some_of(group, skew, V, ALIGNED, EACH), inside_of(at, skew, V, ALIGNED)
-        z = tl.where(inside, scaled(raw(x, bias, at, some), by, CAP), float("-inf"))
-        most = tl.maximum(m, tl.max(tl.max(z, axis=2), axis=0))
-        shift, factor = moved(m, most)
-        d = z - most[None, :, None]
+        group = tile * (UNROLL * LANES * VEC) + groups
+        index = group + elements
+        loaded = group_mask(group, misalignment, V, ALIGNED, VEC)
+        inside = element_mask(index, misalignment, V, ALIGNED)
+        z = apply_softcap_temperature(load_logits(row.x, row.bias, index, loaded), scaling, CAP)
+        z = tl.where(inside, z, float("-inf"))
+        new_m = tl.maximum(m, tl.max(tl.max(z, axis=2), axis=0))
+        shift, factor = rescale(m, new_m)
+        d = z - new_m[None, :, None]
         e = tl.exp(d)
-        if ref is not None:
-            z2 = tl.where(inside, scaled(raw(ref, ref_bias, at, some), by, CAP), float("-inf"))
-            most2 = tl.maximum(m2, tl.max(tl.max(z2, axis=2), axis=0))
-            shift2, factor2 = moved(m2, most2)
-            d2 = z2 - most2[None, :, None]
+        if row.ref is not None:
+            z2 = apply_softcap_temperature(load_logits(row.ref, row.ref_bias, index, loaded), scaling, CAP)
+            z2 = tl.where(inside, z2, float("-inf"))
+            new_m2 = tl.maximum(m2, tl.max(tl.max(z2, axis=2), axis=0))
+            shift2, factor2 = rescale(m2, new_m2)
+            d2 = z2 - new_m2[None, :, None]
             b = tl.where(factor > 0, factor * (b + shift2 * s), 0.0)
             b += tl.sum(tl.sum(tl.where(e == 0, 0.0, d2 * e), axis=2), axis=0)
             s2 = factor2 * s2 + tl.sum(tl.sum(tl.exp(d2), axis=2), axis=0)
-            m2 = most2
-        a = factor * (a + shift * s) + tl.sum(tl.sum(tl.maximum(d, FAR) * e, axis=2), axis=0)
+            m2 = new_m2
+        a = factor * (a + shift * s) + tl.sum(tl.sum(tl.maximum(d, launch.MIN_EXPONENT) * e, axis=2), axis=0)
         s = factor * s + tl.sum(tl.sum(e, axis=2), axis=0)
-        m = most
-    largest = tl.max(m, axis=0)
-    shift, factor = moved(m, largest)
-    largest2, total2, cross = largest, largest, largest
-    if ref is not None:
-        largest2 = tl.max(m2, axis=0)
-        shift2, factor2 = moved(m2, largest2)
-        total2 = tl.sum(factor2 * s2, axis=0)
-        cross = tl.sum(tl.where(factor > 0, factor * (b + shift2 * s), 0.0), axis=0)
-    return largest, tl.sum(factor * s, axis=0), tl.sum(factor * (a + shift * s), axis=0), largest2, total2, cross
+        m = new_m
+    return reduce_lanes(State(m, s, a, m2, s2, b), row.ref is not None)
 
 
 @triton.jit
-def slope(x, ref, target, of, slopes, by, CAP: tl.constexpr, REF: tl.constexpr):
-    """The gradient of raw logits x: (p (a + b log p + c (log p_ref - log p)) + g where target) dz/dx.
-
-    of: m, log s, and m, log s of the reference. slopes: g, a, b, c."""
-    chain = by[0]
-    if CAP:
-        t = launch.tanh(x * by[2])
-        chain = (1.0 - t * t) * by[0]
-        z = by[1] * t * by[0]
-    else:
-        z = x * by[0]
-    logp = (z - of[0]) - of[1]
-    p = tl.exp(logp)
-    logp = tl.maximum(logp, FAR)
-    inner = slopes[1] + slopes[2] * logp
+def reduce_lanes(lanes, REF: tl.constexpr):
+    """Return the `State` of all lanes together."""
+    m = tl.max(lanes.m, axis=0)
+    shift, factor = rescale(lanes.m, m)
+    m2, s2, b = m, m, m
     if REF:
-        ref_logp = (scaled(ref, by, CAP) - of[2]) - of[3]
-        inner += slopes[3] * (tl.where(ref_logp == float("-inf"), 0.0, ref_logp) - logp)
-    return (tl.where(p == 0, 0.0, p * inner) + tl.where(target, slopes[0], 0.0)) * chain
+        m2 = tl.max(lanes.m2, axis=0)
+        shift2, factor2 = rescale(lanes.m2, m2)
+        s2 = tl.sum(factor2 * lanes.s2, axis=0)
+        b = tl.sum(tl.where(factor > 0, factor * (lanes.b + shift2 * lanes.s), 0.0), axis=0)
+    s = tl.sum(factor * lanes.s, axis=0)
+    a = tl.sum(factor * (lanes.a + shift * lanes.s), axis=0)
+    return State(m, s, a, m2, s2, b)
 
 
 @triton.jit
-def _walk(
-    x, ref, y, bias, ref_bias, skew, V, first, end, target, live, of, slopes, by,
-    ALIGNED: tl.constexpr, BARRIER: tl.constexpr, CAP: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
-    EACH: tl.constexpr,
+def logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP: tl.constexpr, REF: tl.constexpr):
+    """Return the gradient with respect to raw logits x: that of `Coefficients` times dz/dx."""
+    dz_dx = scaling.inverse_temperature
+    if CAP:
+        t = launch.tanh(x * scaling.inverse_softcap)
+        dz_dx = (1.0 - t * t) * scaling.inverse_temperature
+        z = scaling.softcap * t * scaling.inverse_temperature
+    else:
+        z = x * scaling.inverse_temperature
+    logp = (z - normalizer.m) - normalizer.log_s
+    p = tl.exp(logp)
+    logp = tl.maximum(logp, launch.MIN_EXPONENT)
+    inner = coefficients.a + coefficients.b * logp
+    if REF:
+        ref_logp = (apply_softcap_temperature(ref, scaling, CAP) - normalizer.m2) - normalizer.log_s2
+        inner += coefficients.c * (tl.where(ref_logp == float("-inf"), 0.0, ref_logp) - logp)
+    return (tl.where(p == 0, 0.0, p * inner) + tl.where(is_target, coefficients.g, 0.0)) * dz_dx
+
+
+@triton.jit
+def store_gradient_tiles(
+    row, y, misalignment, V, first, end, target, valid, normalizer, coefficients, scaling,
+    BARRIER: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient by the tiles from `end` down to `first`: the groups that are whole, or, if ALIGNED, all of them."""
-    groups, each = grid(UNROLL, LANES, EACH)
+    """Store the gradient of the tiles [first, end), from the last to the first: all groups if ALIGNED, otherwise those
+    that are inside the row."""
+    groups, elements = tile_offsets(UNROLL, LANES, VEC)
     for i in range(first, end):
-        group = (first + (end - 1 - i)) * (UNROLL * LANES * EACH) + groups
-        at, some = group + each, some_of(group, skew, V, ALIGNED, EACH)
-        given = raw(x, bias, at, some & live)
-        reference = given
-        if ref is not None:
-            reference = raw(ref, ref_bias, at, some & live)
-        d = slope(given, reference, at == skew + target, of, slopes, by, CAP, ref is not None)
-        d = launch.cast(tl.where(live, d, 0.0), y.dtype.element_ty)
+        group = (first + (end - 1 - i)) * (UNROLL * LANES * VEC) + groups
+        index = group + elements
+        mask = group_mask(group, misalignment, V, ALIGNED, VEC)
+        x = load_logits(row.x, row.bias, index, mask & valid)
+        ref = x
+        if row.ref is not None:
+            ref = load_logits(row.ref, row.ref_bias, index, mask & valid)
+        is_target = index == misalignment + target
+        grad = logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP, row.ref is not None)
+        grad = launch.cast(tl.where(valid, grad, 0.0), y.dtype.element_ty)
         if not ALIGNED:
-            some = (group >= skew) & (group + EACH <= skew + V)
+            mask = (group >= misalignment) & (group + VEC <= misalignment + V)
         if BARRIER:
             tl.debug_barrier()
-        tl.store(y + at, d, mask=some)
+        tl.store(y + index, grad, mask=mask)
 
 
 @triton.jit
-def write_gradient(
-    x, ref, y, bias, ref_bias, V, first, end, target, live, of, slopes, by,
-    ALIGNED: tl.constexpr, BARRIER: tl.constexpr, CAP: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
-    EACH: tl.constexpr,
+def store_gradient_ends(
+    x, y, misalignment, V, target, valid, normalizer, coefficients, scaling, CAP: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
-    """The gradient of a row x to the row y, its tiles from `end` down to `first`; zeros, and nothing is read, if not
-    live.
+    """Store the gradient of the first and the last group of a row, where they are not inside it."""
+    group = tl.arange(0, 2)[:, None] * ((misalignment + V) // VEC * VEC)
+    index = group + tl.arange(0, VEC)[None, :]
+    is_partial = (group < misalignment) | (group + VEC > misalignment + V)
+    mask = (index >= misalignment) & (index < misalignment + V) & is_partial
+    logits = load_logits(x, None, index - misalignment, mask & valid)
+    is_target = index == misalignment + target
+    grad = logit_grad(logits, logits, is_target, normalizer, coefficients, scaling, CAP, False)
+    grad = launch.cast(tl.where(valid, grad, 0.0), y.dtype.element_ty)
+    tl.store(y + (index - misalignment), grad, mask=mask)
 
-    ALIGNED: x and y are our own rows, of whole groups. BARRIER: y is the upper half of x's own memory, in 16-bit
-    numbers (`half_of`). Tile t of y lies over columns of x from tile t on, all of which this walk has passed, but other
-    warps perhaps have not: each waits, once it has read its part of the tile, until all have.
+
+@triton.jit
+def store_gradient(
+    row, y, V, first, end, target, valid, normalizer, coefficients, scaling,
+    BARRIER: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of a row in the row y, its tiles [first, end) from the last to the first. A row that is not
+    valid is not read and gets zeros.
+
+    BARRIER: y is the upper half of the row's own memory, in 16-bit numbers (`upper_half`):
+
+        x    | tile 0 | tile 1 | tile 2 | tile 3 |        float32
+        y                      | 0  | 1  | 2 | 3  |       tile t of y overwrites columns of x from tile t on
+
+    This walk has already read those columns, but other warps may not have: each warp waits, after its loads of the
+    tile, until all warps have loaded theirs.
     """
     if ALIGNED:
-        _walk(
-            x, ref, y, bias, ref_bias, 0, V, first, end, target, live, of, slopes, by, True, BARRIER, CAP, UNROLL,
-            LANES, EACH,
+        store_gradient_tiles(
+            row, y, 0, V, first, end, target, valid, normalizer, coefficients, scaling,
+            BARRIER, CAP, True, UNROLL, LANES, VEC,
         )  # fmt: skip
     else:
-        base, skew = rounded_down(x, False, EACH)
-        to, other = rounded_down(y, False, EACH)
-        if skew == other:
-            _walk(
-                base, ref, to, bias, ref_bias, skew, V, first, end, target, live, of, slopes, by, False, False, CAP,
-                UNROLL, LANES, EACH,
+        base, misalignment = align_down(row.x, False, VEC)
+        y_base, y_misalignment = align_down(y, False, VEC)
+        if y_misalignment == misalignment:
+            aligned_row = Row(base, row.bias, row.ref, row.ref_bias)
+            store_gradient_tiles(
+                aligned_row, y_base, misalignment, V, first, end, target, valid, normalizer, coefficients, scaling,
+                False, CAP, False, UNROLL, LANES, VEC,
             )  # fmt: skip
-            if first == 0:  # the groups at both ends that are not whole
-                group = tl.arange(0, 2)[:, None] * ((skew + V) // EACH * EACH)
-                at = group + tl.arange(0, EACH)[None, :]
-                part = (at >= skew) & (at < skew + V) & ((group < skew) | (group + EACH > skew + V))
-                given = raw(x, bias, at - skew, part & live)
-                d = slope(given, given, at == skew + target, of, slopes, by, CAP, False)
-                tl.store(y + (at - skew), launch.cast(tl.where(live, d, 0.0), y.dtype.element_ty), mask=part)
-        else:  # number by number
-            times: tl.constexpr = UNROLL * EACH
-            _walk(
-                x, ref, y, bias, ref_bias, 0, V, first * times, end * times, target, live, of, slopes, by, True, False,
-                CAP, 1, LANES, 1,
+            if first == 0:
+                store_gradient_ends(
+                    row.x, y, misalignment, V, target, valid, normalizer, coefficients, scaling, CAP, VEC
+                )
+        else:  # element by element
+            tiles: tl.constexpr = UNROLL * VEC
+            store_gradient_tiles(
+                row, y, 0, V, first * tiles, end * tiles, target, valid, normalizer, coefficients, scaling,
+                False, CAP, True, 1, LANES, 1,
             )  # fmt: skip

@@ -104,7 +104,7 @@ def _attend(
         whole_top, whole_total = tl.where(opens, folded_top, whole_top), tl.where(opens, folded_total, whole_total)
         whole_sums, sums = tl.where(opens, folded_sums, whole_sums), tl.where(opens, 0.0, sums)
         top, total = tl.where(opens, _LOWEST, top), tl.where(opens, 0.0, total)
-        if NUMBER == tl.float32:
+        if tl.float32 == NUMBER:
             score = tl.sum(query[:, None, :] * keys[None, :, :], axis=2)
         else:
             score = launch.dot(query, tl.trans(keys), tl.zeros((HEADS, TILE), tl.float32))
@@ -115,7 +115,7 @@ def _attend(
         weight = tl.where(valid[None, :], tl.exp2(tl.fma(score, factor, -_finite(most)[:, None])), 0.0)
         shrink = tl.exp2(top - _finite(most))
         top, total = most, tl.fma(total, shrink, tl.sum(weight, axis=1))
-        if NUMBER == tl.float32:
+        if tl.float32 == NUMBER:
             sums = tl.fma(sums, shrink[:, None], tl.sum(weight[:, :, None] * values[None, :, :], axis=1))
         else:
             near = launch.cast(weight, NUMBER)
@@ -160,7 +160,7 @@ def _join(
 
 def _sizes(group, P, d, dv, number, held):
     """Query heads of a program, keys of a tile, warps, stages. All that bits hang on comes from the model alone."""
-    widest = launch.block(max(d, dv))
+    widest = launch.block_size(max(d, dv))
     tile = max(16, min(64, ROOM // (4 * widest * number.itemsize)))
     heads, warps, stages = 16, 4, 3 if P % tile == 0 else 5
     if number == torch.float32:
@@ -168,23 +168,23 @@ def _sizes(group, P, d, dv, number, held):
         tile = max(16, min(tile, PRODUCTS // (heads * widest)))
     if d * held.itemsize % 16 or dv * held.itemsize % 16:  # single numbers are read, each by an address of its own
         tile, stages = 16, 1
-    return heads, tile, warps, launch.stages(stages)
+    return heads, tile, warps, launch.num_stages_for(stages)
 
 
 def _parts(N, H, kv_heads, dv, splits, x):
     """Programs for each token and key head: one for each split, or one for all."""
-    filled, bytes = N * kv_heads / launch.processors(x), 4 * N * H * splits * (dv + 2)
+    filled, bytes = N * kv_heads / launch.num_sms(x), 4 * N * H * splits * (dv + 2)
     return splits if filled < 2 or (filled < 16 and bytes <= SCRATCH) else 1
 
 
 def decode_attention(q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
-    launch.serves(q, k_cache)
+    launch.require_dtypes(q, k_cache)
     (N, H, d), (_, kv_heads, P, dv), M = q.shape, v_cache.shape, block_table.shape[1]
     if max(d, dv) > WIDEST:
         raise Unsupported(f"no Triton kernel for heads wider than {WIDEST}, got {max(d, dv)}")
     _check_tables(k_cache, block_table, lengths, slots, window)
     number = k_cache.dtype if q.dtype == k_cache.dtype else torch.float32
-    block, block_v = launch.block(d), launch.block(dv)
+    block, block_v = launch.block_size(d), launch.block_size(dv)
     heads, tile, warps, stages = _sizes(H // kv_heads, P, d, dv, number, k_cache.dtype)
     splits = max(1, triton.cdiv(M * P, SPLIT))
     parts = _parts(N, H, kv_heads, dv, splits, q)

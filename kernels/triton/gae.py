@@ -1,150 +1,157 @@
-"""gae on a GPU: one scan over rows, split where they are few; _scan.py says how.
+"""gae on a GPU: one scan over rows, split where they are few. _scan.py has the scan and the picture of a tile.
 
-Per token 9 bytes in and 8 out, and tokens outside the mask cost their mask alone. Rows of up to 64 tokens share a
-program's warp. Split rows read what they read twice, all but their first tile.
+Floor: 9 bytes read and 8 written per token; a token outside the mask costs only its mask. Split rows read all tiles but
+their first twice.
+
+One program per ROWS rows walks their tiles from right to left, and rows of up to 64 tokens share a warp. Split rows
+have one program per tile. Both give the same bits, and a row's result depends on its own tokens alone.
 """
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from rlhf_fast.kernels._tensors import contiguous, empty_float32
 from rlhf_fast.kernels.triton import _scan as scan
 from rlhf_fast.kernels.triton import launch
 
 
-@triton.jit
-def _read(rewards, values, mask, start, length, tile, LANES: tl.constexpr):
-    """Of a tile (ROWS, LANES, 4): where tokens exist, their rewards and values."""
-    t = scan.columns(tile, LANES)
-    inside = (t >= 0) & (t < length[:, None, None])
-    at = start[:, None, None] + t
-    here, read = scan.look(mask, at, inside)
-    return here, scan.get(rewards, at, read), scan.get(values, at, read)
+class Tokens(NamedTuple):
+    """Inputs with one element per token."""
+
+    rewards: Tensor
+    value: Tensor  # not `values`: tuples have an attribute of that name in Triton
+    mask: Tensor
 
 
 @triton.jit
-def _write(advantages, returns, here, reward, value, future, start, length, tile, gamma, decay):
-    """A tile's outputs, and what its lanes pass on."""
-    here, reward, value = scan.four(here), scan.four(reward), scan.four(value)
-    made, passed = scan.scanned(here, reward, value, future, gamma, decay)
-    scan.write(advantages, returns, here, made, value, start, length, tile)
-    return passed
+def load_tile(tokens, start, length, tile, LANES: tl.constexpr):
+    """Return which tokens of a tile are valid, their rewards and their values, each (ROWS, LANES, 4)."""
+    column = scan.tile_columns(tile, LANES)
+    inside = (column >= 0) & (column < length[:, None, None])
+    index = start[:, None, None] + column
+    valid, loaded = scan.load_mask(tokens.mask, index, inside)
+    return valid, scan.load(tokens.rewards, index, loaded), scan.load(tokens.value, index, loaded)
 
 
 @triton.jit
-def _walk(
-    rewards, values, mask, bootstrap, advantages, returns, B, T, gamma, decay,
-    ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+def scan_and_store(advantages, returns, valid, reward, value, carry, start, length, tile, gamma, decay):
+    """Store a tile's outputs and return the carry that leaves each lane."""
+    valid, reward, value = scan.unpack4(valid), scan.unpack4(reward), scan.unpack4(value)
+    advantage, carry = scan.scan_tile(valid, reward, value, carry, gamma, decay)
+    scan.store_outputs(advantages, returns, valid, advantage, value, start, length, tile)
+    return carry
+
+
+@triton.jit
+def gae_kernel(
+    tokens, bootstrap, advantages, returns, B, T, gamma, decay,
+    ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, from right to left; the next tile is on its way while one is scanned."""
+    """Walk ROWS rows from right to left. The next tile is loaded while one is scanned."""
     if ALIGNED:
         T = T // 4 * 4
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start, length = row * T, tl.where(row < B, T, 0)
-    future = tl.zeros((ROWS,), tl.float32)
+    start = row * T
+    length = tl.where(row < B, T, 0)
+    carry = tl.zeros((ROWS,), tl.float32)
     if bootstrap is not None:
-        future = gamma * tl.load(bootstrap + row, mask=row < B, other=0.0).to(tl.float32)
+        carry = gamma * tl.load(bootstrap + row, mask=row < B, other=0.0).to(tl.float32)
     last = tl.cdiv(T, 4 * LANES) - 1
-    here, reward, value = _read(rewards, values, mask, start, length, last, LANES)
-    if WHOLE:
-        _write(advantages, returns, here, reward, value, future, start, length, last, gamma, decay)
+    valid, reward, value = load_tile(tokens, start, length, last, LANES)
+    if SINGLE_TILE:
+        scan_and_store(advantages, returns, valid, reward, value, carry, start, length, last, gamma, decay)
     else:
         for i in range(0, last + 1):
             tile = last - i
-            ahead = _read(rewards, values, mask, start, length, tile - 1, LANES)
-            passed = _write(advantages, returns, here, reward, value, future, start, length, tile, gamma, decay)
-            future = scan.at_the_left(passed)
-            here, reward, value = ahead
+            next_tile = load_tile(tokens, start, length, tile - 1, LANES)
+            lane_carry = scan_and_store(
+                advantages, returns, valid, reward, value, carry, start, length, tile, gamma, decay
+            )
+            carry = scan.leftmost(lane_carry)
+            valid, reward, value = next_tile
 
 
 @triton.jit
-def _fold(
-    rewards, values, mask, offsets, folds, size, S, T, gamma, decay,
+def gae_tile_map_kernel(
+    tokens, offsets, maps, size, S, T, gamma, decay,
     ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What a tile does to the future, for the tiles left of it."""
+    """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.place(offsets, S, T, 4 * LANES, PROBES, STEPS)
+    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * LANES, PROBES, STEPS)
     if (tile > 0) & (tile * (4 * LANES) < length):
-        one = tl.zeros((1,), tl.int64)
-        here, reward, value = _read(rewards, values, mask, start + one, length + one, tile, LANES)
-        keep, total = scan.folded(scan.four(here), scan.four(reward), scan.four(value), gamma, decay)
-        at = folds + tl.program_id(0) + one
-        tl.store(at, keep)
-        tl.store(at + size, total)
+        zero = tl.zeros((1,), tl.int64)
+        valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, LANES)
+        factor, total = scan.tile_map(scan.unpack4(valid), scan.unpack4(reward), scan.unpack4(value), gamma, decay)
+        index = maps + tl.program_id(0) + zero
+        tl.store(index, factor)
+        tl.store(index + size, total)
 
 
 @triton.jit
-def _apply(
-    rewards, values, mask, offsets, folds, bootstrap, advantages, returns, size, S, T, gamma, decay,
+def gae_apply_kernel(
+    tokens, offsets, maps, bootstrap, advantages, returns, size, S, T, gamma, decay,
     ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A tile's outputs, from the folds of the tiles right of it."""
+    """Store the outputs of the program's tile, whose carry comes from the maps of the tiles right of it."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.place(offsets, S, T, 4 * LANES, PROBES, STEPS)
-    one = tl.zeros((1,), tl.int64)
-    here, reward, value = _read(rewards, values, mask, start + one, length + one, tile, LANES)
-    future = tl.zeros((), tl.float32)
+    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * LANES, PROBES, STEPS)
+    zero = tl.zeros((1,), tl.int64)
+    valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, LANES)
+    carry = tl.zeros((), tl.float32)
     if bootstrap is not None:
-        future = gamma * tl.load(bootstrap + row).to(tl.float32)
-    if folds is not None:
+        carry = gamma * tl.load(bootstrap + row).to(tl.float32)
+    if maps is not None:
         tiles = tl.cdiv(length, 4 * LANES).to(tl.int32)
         first = tl.program_id(0).to(tl.int64) - tile
-        future = scan.arrived(folds, size, first, tile, tiles, future)
-    future += tl.zeros((1,), tl.float32)
-    _write(advantages, returns, here, reward, value, future, start + one, length + one, tile, gamma, decay)
+        carry = scan.carry_into(maps, size, first, tile, tiles, carry)
+    carry += tl.zeros((1,), tl.float32)
+    scan_and_store(advantages, returns, valid, reward, value, carry, start + zero, length + zero, tile, gamma, decay)
 
 
-def split(rewards, values, mask, offsets, S, T, gamma, lam, bootstrap, lanes, size, several):
-    """A program a tile, `size` of them, of rows (S, T) or of the segments between `offsets`. `several`: one may have
-    more tiles than one."""
-    advantages, returns = (torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
-    folds = torch.empty((2, size), dtype=torch.float32, device=rewards.device) if several else None
-    numbers = size, S, T, gamma, gamma * lam
-    options = {
+def empty_outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Return new memory for advantages and returns, float32."""
+    return empty_float32(rewards, *rewards.shape), empty_float32(rewards, *rewards.shape)
+
+
+def gae_by_tile(tokens: Tokens, offsets, S, T, gamma, lam, bootstrap, lanes, num_programs, needs_maps):
+    """Return advantages and returns of rows (S, T), or of the segments between `offsets`, by one program per tile.
+
+    num_programs: the largest possible number of tiles. needs_maps: whether a row may have more than one tile."""
+    outputs = empty_outputs(tokens.rewards)
+    maps = empty_float32(tokens.rewards, 2, num_programs) if needs_maps else None
+    sizes = (num_programs, S, T)
+    factors = (gamma, gamma * lam)
+    meta = {
         "ALIGNED": offsets is None and T % 4 == 0,
         "PROBES": scan.PROBES,
-        "STEPS": scan.steps(S),
+        "STEPS": scan.search_steps(S),
         "LANES": lanes,
         "num_warps": 1,
     }
-    if several:
-        launch.run(_fold, (size,), rewards, values, mask, offsets, folds, *numbers, **options)
-    launch.run(
-        _apply, (size,), rewards, values, mask, offsets, folds, bootstrap, advantages, returns, *numbers, **options
-    )
-    return advantages, returns
+    grid = (num_programs,)
+    if needs_maps:
+        launch.run(gae_tile_map_kernel, grid, tokens, offsets, maps, *sizes, *factors, **meta)
+    launch.run(gae_apply_kernel, grid, tokens, offsets, maps, bootstrap, *outputs, *sizes, *factors, **meta)
+    return outputs
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap):
-    launch.serves(rewards, values, bootstrap)
-    rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
-    bootstrap = bootstrap if bootstrap is None else bootstrap.contiguous()
+    launch.require_dtypes(rewards, values, bootstrap)
+    rewards, values, mask, bootstrap = contiguous(rewards, values, mask, bootstrap)
+    tokens = Tokens(rewards, values, mask)
     B, T = rewards.shape
-    lanes, rows, few = scan.shape(rewards, B, T)
-    tiles = triton.cdiv(T, 4 * lanes)
-    if few:
-        return split(rewards, values, mask, None, B, T, gamma, lam, bootstrap, lanes, B * tiles, True)
-    advantages, returns = (torch.empty((B, T), dtype=torch.float32, device=rewards.device) for _ in range(2))
-    launch.run(
-        _walk,
-        (triton.cdiv(B, rows) if T else 0,),
-        rewards,
-        values,
-        mask,
-        bootstrap,
-        advantages,
-        returns,
-        B,
-        T,
-        gamma,
-        gamma * lam,
-        ALIGNED=T % 4 == 0,
-        WHOLE=tiles == 1,
-        ROWS=rows,
-        LANES=lanes,
-        num_warps=1,
-    )
-    return advantages, returns
+    lanes, rows, is_split = scan.tile_shape(rewards, B, T)
+    tiles = triton.cdiv(T, scan.TOKENS_PER_LANE * lanes)
+    if is_split:
+        return gae_by_tile(tokens, None, B, T, gamma, lam, bootstrap, lanes, B * tiles, needs_maps=True)
+    outputs = empty_outputs(rewards)
+    meta = {"ALIGNED": T % 4 == 0, "SINGLE_TILE": tiles == 1, "ROWS": rows, "LANES": lanes, "num_warps": 1}
+    grid = (triton.cdiv(B, rows) if T else 0,)
+    launch.run(gae_kernel, grid, tokens, bootstrap, *outputs, B, T, gamma, gamma * lam, **meta)
+    return outputs

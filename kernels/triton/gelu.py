@@ -53,10 +53,17 @@ def _kernel(x, out, count, TANH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def gelu(x, approximate):
-    launch.serves(x)
+    launch.require_dtypes(x)
     x = x.contiguous()
     y, grid = torch.empty_like(x), (triton.cdiv(x.numel(), BLOCK),)
     launch.run(
-        _kernel, grid, x, y, x.numel(), TANH=approximate == "tanh", BLOCK=BLOCK, num_warps=launch.warps(BLOCK, 8)
+        _kernel,
+        grid,
+        x,
+        y,
+        x.numel(),
+        TANH=approximate == "tanh",
+        BLOCK=BLOCK,
+        num_warps=launch.num_warps_for(BLOCK, 8),
     )
     return y

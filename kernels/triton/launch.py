@@ -1,12 +1,14 @@
-"""How the Triton kernels are launched, and the few device functions that they share.
+"""How the Triton kernels are launched, and the device functions and constants that all of them share. Not an op.
 
-kernels/triton/<op>.py has, by the op's name, the function that answers for it; kernels/_op.py finds it there. Every
-kernel is launched by `run`, so that a tool may look at a launch instead (bench/triton_resources.py compiles what it
-sees).
+kernels/triton/<op>.py has a launcher with the op's name, which kernels/_op.py imports when it is first called. Every
+launcher starts its kernels by `run`, so that a tool can replace it (bench/checks/triton_resources.py compiles the
+kernels instead).
 
-With TRITON_INTERPRET=1 in the environment before Triton is imported, kernels run on CPU tensors, one program at a time,
-in numpy: for tests. The interpreter multiplies bfloat16 by its bits, does not round when it stores, and knows no
-libdevice: hence `dot`, `cast` and `tanh`.
+Kernels take related arguments as one NamedTuple: Triton and its interpreter pass each field as an argument of its own.
+
+With TRITON_INTERPRET=1 in the environment when Triton is imported, kernels run on CPU tensors, one program after the
+other, in numpy: for tests. The interpreter cannot multiply bfloat16, truncates when it converts to bfloat16, and has no
+libdevice. `dot`, `cast` and `tanh` therefore replace Triton's own.
 """
 
 import torch
@@ -14,63 +16,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels import _head
+from rlhf_fast.kernels._launch import FLOATS, Unsupported
 
-INTERPRETED = triton.knobs.runtime.interpret
-_INTERPRETED = tl.constexpr(INTERPRETED)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IGNORE_INDEX = tl.constexpr(_head.IGNORE_INDEX)
+MIN_EXPONENT = tl.constexpr(-1000.0)  # exp and exp2 of it are 0 in float32, and MIN_EXPONENT times that 0 is not NaN
 AMD = bool(torch.version.hip)
 
 
-def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Launch `kernel` on the current stream over a grid of programs; none of them, nothing happens.
+def run(kernel, grid: tuple[int, ...], *args, **meta) -> None:
+    """Launch `kernel` on the current stream over a grid of programs, unless the grid is empty.
 
-    Of the grid only the first dimension may pass 65535. A kernel computes addresses in int64.
-    """
+    Only the first dimension of the grid may exceed 65535. Kernels compute addresses in int64."""
     if all(grid):
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **meta)
 
 
-def serves(*tensors: Tensor | None) -> None:
-    """Raise Unsupported unless all are float32, bfloat16 or float16."""
+def require_dtypes(*tensors: Tensor | None) -> None:
+    """Raise Unsupported unless all tensors are float32, bfloat16 or float16."""
     for x in tensors:
         if x is not None and x.dtype not in FLOATS:
             raise Unsupported(f"no Triton kernel for {str(x.dtype)[6:]}")
 
 
-def processors(x: Tensor) -> int:
-    """Streaming multiprocessors of x's device: what a grid should fill. A few under the interpreter, so that tests see
-    kernels split their work."""
+def num_sms(x: Tensor) -> int:
+    """Return the number of streaming multiprocessors of x's device; on a CPU 4, so that tests cover split rows."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
-def capability(x: Tensor) -> int:
-    """Of x's device, if it is NVIDIA's: 90 for sm_90. 0 elsewhere."""
+def sm_arch(x: Tensor) -> int:
+    """Return the compute capability of x's NVIDIA GPU, 90 for sm_90, and 0 for any other device."""
     if not x.is_cuda or AMD:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
 
-def stages(many: int) -> int:
-    """Tiles of a product that are under way at a time; two where a block has 64 KiB of shared memory, on AMD's."""
-    return min(many, 2) if AMD else many
+def num_stages_for(stages: int) -> int:
+    """Return the number of pipeline stages of a product: at most 2 on AMD GPUs, with their 64 KiB of shared memory."""
+    return min(stages, 2) if AMD else stages
 
 
-def block(columns: int, most: int = 4096) -> int:
-    """The size of a row's tile: the least power of two that holds the row, `most` at most, 16 at least."""
-    return max(16, min(triton.next_power_of_2(columns), most))
+def block_size(n: int, max_size: int = 4096) -> int:
+    """Return the smallest power of two that is at least n, between 16 and max_size."""
+    return max(16, min(triton.next_power_of_2(n), max_size))
 
 
-def warps(block: int, each: int = 16) -> int:
-    """Warps for a tile of `block` elements: `each` for a thread, from 1 warp to 16."""
-    return max(1, min(16, block // (32 * each)))
+def num_warps_for(block: int, elements_per_thread: int = 16) -> int:
+    """Return the number of warps for a tile of `block` elements, between 1 and 16."""
+    return max(1, min(16, block // (32 * elements_per_thread)))
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, of tensor cores where they are; float32 is multiplied as such, without TF32."""
-    if _INTERPRETED:
+    """Return acc + a @ b, computed by tensor cores for 16-bit a and b and in float32, without TF32, for float32."""
+    if INTERPRETED:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -79,8 +80,8 @@ def dot(a, b, acc):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 x in `dtype`, rounded to the nearest, ties to even."""
-    if _INTERPRETED and dtype == tl.bfloat16:
+    """Return float32 x in `dtype`, rounded to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
@@ -88,8 +89,14 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """Return x between low and high. NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
 def tanh(x):
-    """tanh to a few units in the last place: near 0 by its continued fraction, where 1 - e^-2x would cancel."""
+    """Return tanh(x) to a few units in the last place. Near 0, where 1 - e^-2x cancels, it is a continued fraction."""
     square = x * x
     near = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + 15.0 * square))
     e = tl.exp(-2.0 * tl.abs(x))

@@ -1,58 +1,63 @@
-"""linear_cross_entropy on a GPU: three products and a kernel between them, chunk by chunk; _head.py says how, and what
-it costs. The loss joins in double, in the order of its programs: the same bits from run to run."""
+"""linear_cross_entropy on a GPU: three products, chunk by chunk, with one kernel between them.
 
-import torch
+_head.py has the products, the floor and the picture. The loss is the sum over all rows, at the end: each of up to 1024
+programs walks tiles of 1024 rows, and a last program adds their sums in float64, in their order: the same bits from run
+to run.
+"""
+
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels import _head
+from rlhf_fast.kernels._head import IGNORE_INDEX
+from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import _head as head
-from rlhf_fast.kernels.triton import _logits as rows
 from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton._logits import Loss
 
-IGNORED = tl.constexpr(_head.IGNORE_INDEX)
-TILE, PROGRAMS = 1024, 1024
+TILE = 1024  # rows
+MAX_PROGRAMS = 1024
 
 
 @triton.jit
-def _sums(targets, logprobs, weights, count, parts, N, TILE: tl.constexpr):
+def linear_cross_entropy_sum_kernel(targets, logprobs, weights, num_valid, parts, N, TILE: tl.constexpr):
+    """Store the sum of the program's rows, -weight log p each, in parts (programs,)."""
     total = tl.zeros((TILE,), tl.float32)
-    share = 0.0
+    default_weight = 0.0
     if weights is None:
-        share = 1.0 / tl.load(count).to(tl.float32)
+        default_weight = 1.0 / tl.load(num_valid).to(tl.float32)
     for start in range(tl.program_id(0).to(tl.int64) * TILE, N, tl.num_programs(0) * TILE):
-        at = start + tl.arange(0, TILE)
-        here = tl.load(targets + at, mask=at < N, other=IGNORED) != IGNORED
-        w = tl.where(here, share, 0.0)
+        index = start + tl.arange(0, TILE)
+        valid = tl.load(targets + index, mask=index < N, other=launch.IGNORE_INDEX) != launch.IGNORE_INDEX
+        w = tl.where(valid, default_weight, 0.0)
         if weights is not None:
-            w = tl.load(weights + at, mask=here, other=0.0).to(tl.float32)
-        total -= tl.where(w != 0, w * tl.load(logprobs + at, mask=here, other=0.0), 0.0)
+            w = tl.load(weights + index, mask=valid, other=0.0).to(tl.float32)
+        total -= tl.where(w != 0, w * tl.load(logprobs + index, mask=valid, other=0.0), 0.0)
     tl.store(parts + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @triton.jit
-def _join(parts, loss, programs, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    x = tl.load(parts + at, mask=at < programs, other=0.0)
+def linear_cross_entropy_merge_kernel(parts, loss, programs, BLOCK: tl.constexpr):
+    """Store the sum of all parts."""
+    index = tl.arange(0, BLOCK)
+    x = tl.load(parts + index, mask=index < programs, other=0.0)
     tl.store(loss, tl.sum(x.to(tl.float64), axis=0).to(tl.float32))
 
 
-def _train(hidden, weight, targets, weights, bias, softcap, *by):
-    of = head.Head("linear_cross_entropy", hidden, weight, targets, bias, 1.0, softcap)
+def linear_cross_entropy_with_gradients(hidden, weight, targets, weights, bias, softcap, *needs_grad):
+    policy = head.GpuHead("linear_cross_entropy", hidden, weight, targets, bias, 1.0, softcap)
     weights = weights if weights is None else weights.contiguous()
-    count = (of.targets != _head.IGNORE_INDEX).sum() if weights is None else None
-    results, grads = head.train(of, rows.Loss(rows.LIKELIHOOD, weights=weights, count=count), by)
-    programs = max(1, min(PROGRAMS, triton.cdiv(of.N, TILE)))
-    parts, loss = (torch.empty(n, dtype=torch.float32, device=hidden.device) for n in ((programs,), ()))
-    launch.run(_sums, (programs,), of.targets, results.logprobs, weights, count, parts, of.N, TILE=TILE, num_warps=4)
-    block = launch.block(programs)
-    launch.run(_join, (1,), parts, loss, programs, BLOCK=block, num_warps=launch.warps(block, 8))
-    return loss, results.logprobs, *grads
+    num_valid = (policy.targets != IGNORE_INDEX).sum() if weights is None else None
+    statistics, grads = head.train(policy, Loss.cross_entropy(weights, num_valid), needs_grad)
+    programs = max(1, min(MAX_PROGRAMS, triton.cdiv(policy.N, TILE)))
+    parts = empty_float32(hidden, programs)
+    loss = empty_float32(hidden)
+    inputs = (policy.targets, statistics.logprobs, weights, num_valid)
+    launch.run(linear_cross_entropy_sum_kernel, (programs,), *inputs, parts, policy.N, TILE=TILE, num_warps=4)
+    block = launch.block_size(programs)
+    meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 8)}
+    launch.run(linear_cross_entropy_merge_kernel, (1,), parts, loss, programs, **meta)
+    return loss, statistics.logprobs, *grads
 
 
 def linear_cross_entropy(*args):
-    return _train(*args, False, False, False)[:2]
-
-
-def linear_cross_entropy_with_gradients(*args):
-    return _train(*args)
+    return linear_cross_entropy_with_gradients(*args, False, False, False)[:2]

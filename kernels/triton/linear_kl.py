@@ -1,17 +1,19 @@
-"""linear_kl on a GPU: the products of both heads, chunk by chunk, and one kernel that reads the logits of both, for the
-statistics and, backward, with four numbers a row, for the gradient; _head.py says how.
+"""linear_kl on a GPU: the products of both heads, chunk by chunk, and one kernel that reads the logits of both.
 
-Forward two products, and 8 + 8 bytes a logit. Backward both logits once more, then dX and dW.
+That kernel computes the statistics, and backward, with four numbers per row, the gradient. _head.py has the products
+and the picture.
+
+Floor: forward two products, and 8 + 8 bytes per logit. Backward computes both logits again, then dX and dW.
 """
 
 from rlhf_fast.kernels.triton import _head as head
-from rlhf_fast.kernels.triton import _logits as rows
+from rlhf_fast.kernels.triton._logits import RowGrads, Statistics
 
 
-def _heads(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
-    scalars = temperature, softcap
-    policy = head.Head("linear_kl", hidden, weight, targets, bias, *scalars)
-    return policy, head.Head("linear_kl", ref_hidden, ref_weight, targets, ref_bias, *scalars)
+def policy_and_reference(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
+    options = (temperature, softcap)
+    policy = head.GpuHead("linear_kl", hidden, weight, targets, bias, *options)
+    return policy, head.GpuHead("linear_kl", ref_hidden, ref_weight, targets, ref_bias, *options)
 
 
 def linear_kl(*args):
@@ -19,13 +21,14 @@ def linear_kl(*args):
 
 
 def linear_kl_with_statistics(*args):
-    logprobs, entropy, statistics, ref_logprobs, kl = head.statistics(*_heads(*args))
-    return logprobs, ref_logprobs, entropy, kl, statistics
+    logprobs, entropy, normalizers, ref_logprobs, kl = head.compute_head_statistics(*policy_and_reference(*args))
+    return logprobs, ref_logprobs, entropy, kl, normalizers
 
 
 def linear_kl_backward(grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, *args):
-    *args, by_hidden, by_weight, by_bias = args
-    of, reference = _heads(*args)
-    known = rows.Results(None, entropy.contiguous(), statistics.contiguous(), None, kl.contiguous())
-    slopes = grad_logprobs.contiguous(), grad_entropy.contiguous(), grad_kl.contiguous()
-    return head.gradients(of, known, slopes, (by_hidden, by_weight, by_bias), reference)
+    *args, needs_hidden, needs_weight, needs_bias = args
+    policy, reference = policy_and_reference(*args)
+    known = Statistics(None, entropy.contiguous(), statistics.contiguous(), None, kl.contiguous())
+    row_grads = RowGrads(grad_logprobs.contiguous(), grad_entropy.contiguous(), grad_kl.contiguous())
+    needs_grad = (needs_hidden, needs_weight, needs_bias)
+    return head.compute_input_grads(policy, known, row_grads, needs_grad, reference)

@@ -1,22 +1,25 @@
-"""linear_logprobs on a GPU: X W' chunk by chunk, and the statistics of its rows; _head.py says how.
+"""linear_logprobs on a GPU: X W' and the statistics of its rows, chunk by chunk. _head.py has the products, the floor
+and the picture.
 
-Forward one product, and 4 + 4 bytes a logit. Backward the logits once more, then dX and dW.
+Floor: forward one product, and 4 + 4 bytes per logit. Backward computes the logits again, then dX and dW.
 """
 
 from rlhf_fast.kernels.triton import _head as head
-from rlhf_fast.kernels.triton import _logits as rows
+from rlhf_fast.kernels.triton._logits import RowGrads, Statistics
 
 
 def linear_logprobs(*args):
-    return head.statistics(head.Head("linear_logprobs", *args))[:2]
+    return linear_logprobs_with_statistics(*args)[:2]
 
 
 def linear_logprobs_with_statistics(*args):
-    return head.statistics(head.Head("linear_logprobs", *args))[:3]
+    logprobs, entropy, normalizers, _, _ = head.compute_head_statistics(head.GpuHead("linear_logprobs", *args))
+    return logprobs, entropy, normalizers
 
 
 def linear_logprobs_backward(grad_logprobs, grad_entropy, entropy, statistics, *args):
-    *args, by_hidden, by_weight, by_bias = args
-    known = rows.Results(None, entropy.contiguous(), statistics.contiguous(), None, None)
-    slopes = grad_logprobs.contiguous(), grad_entropy.contiguous(), None
-    return head.gradients(head.Head("linear_logprobs", *args), known, slopes, (by_hidden, by_weight, by_bias))
+    *args, needs_hidden, needs_weight, needs_bias = args
+    known = Statistics(None, entropy.contiguous(), statistics.contiguous(), None, None)
+    row_grads = RowGrads(grad_logprobs.contiguous(), grad_entropy.contiguous())
+    policy = head.GpuHead("linear_logprobs", *args)
+    return head.compute_input_grads(policy, known, row_grads, (needs_hidden, needs_weight, needs_bias))

@@ -1,33 +1,27 @@
-"""linear_ppo_loss on a GPU: three products and a kernel between them, chunk by chunk. The kernel makes a row's
-statistics, what PPO's loss makes of them, and the gradient of its logits; _head.py says how, and what it costs. The
-loss and the metrics are summed over the rows at the end (_policy.py)."""
+"""linear_ppo_loss on a GPU: three matrix products, chunk by chunk, with one kernel between them.
 
+For each row that kernel makes the statistics, the gradients of PPO's loss, and the gradient of the logits. _head.py
+has the products, the floor and the picture. The loss and its statistics are sums over all rows at the end (_ppo.py).
+"""
+
+from rlhf_fast.kernels._tensors import contiguous
 from rlhf_fast.kernels.triton import _head as head
-from rlhf_fast.kernels.triton import _logits as rows
-from rlhf_fast.kernels.triton import _ppo as policy
+from rlhf_fast.kernels.triton import _ppo as ppo
+from rlhf_fast.kernels.triton._logits import Loss
 
 
-def _train(
+def linear_ppo_loss_with_gradients(
     hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip, kl_coef,
-    kl_estimator, entropy_coef, temperature, softcap, bias, shift, scale, log_ratio_clamp, *by,
+    kl_estimator, entropy_coef, temperature, softcap, bias, shift, scale, log_ratio_clamp, *needs_grad,
 ):  # fmt: skip
-    of = head.Head("linear_ppo_loss", hidden, weight, targets, bias, temperature, softcap)
-    bound = log_ratio_clamp if log_ratio_clamp > 0 else float("inf")
-    bounds, coefficients = (1.0 - clip_low, 1.0 + clip_high, dual_clip, bound), (kl_coef, entropy_coef)
-    per_row = tuple(
-        x if x is None else x.contiguous() for x in (weights, old_logprobs, advantages, ref_logprobs, shift, scale)
-    )
-    loss = rows.Loss(rows.POLICY, None, None, per_row[0], None, *per_row[1:], bounds, coefficients, kl_estimator)
-    results, grads = head.train(of, loss, by)
-    total, stats = policy.sums(
-        of.targets, results.logprobs, results.entropy, per_row, bounds, coefficients, kl_estimator
-    )
-    return total, results.logprobs, results.entropy, stats, *grads
+    policy = head.GpuHead("linear_ppo_loss", hidden, weight, targets, bias, temperature, softcap)
+    clip = ppo.ClipBounds.of(clip_low, clip_high, dual_clip, log_ratio_clamp)
+    tokens = ppo.Tokens(*contiguous(weights, old_logprobs, advantages, ref_logprobs, shift, scale))
+    policy_loss = (tokens, clip, kl_coef, kl_estimator, entropy_coef)
+    statistics, grads = head.train(policy, Loss.ppo(*policy_loss), needs_grad)
+    total, stats = ppo.loss_and_stats(policy.targets, statistics.logprobs, statistics.entropy, *policy_loss)
+    return total, statistics.logprobs, statistics.entropy, stats, *grads
 
 
 def linear_ppo_loss(*args):
-    return _train(*args, False, False, False)[:4]
-
-
-def linear_ppo_loss_with_gradients(*args):
-    return _train(*args)
+    return linear_ppo_loss_with_gradients(*args, False, False, False)[:4]

@@ -108,7 +108,7 @@ def _shared(hidden, weight, softcap) -> dict:
     D = hidden.shape[1]
     wide = hidden.dtype != weight.dtype or hidden.dtype == torch.float32
     depth = min(16 if wide else DEPTH, max(16, triton.next_power_of_2(D)))
-    warps, stages = (4, 2) if wide else (8, launch.stages(4))
+    warps, stages = (4, 2) if wide else (8, launch.num_stages_for(4))
     return {
         "CAP": softcap > 0, "WIDE": wide, "EVEN": D % depth == 0, "ROWS": FEW_ROWS if wide else ROWS,
         "COLUMNS": COLUMNS, "DEPTH": depth, "num_warps": warps, "num_stages": stages,
@@ -118,7 +118,7 @@ def _shared(hidden, weight, softcap) -> dict:
 def linear_sample_tokens(
     hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows
 ):
-    launch.serves(hidden, weight, bias)
+    launch.require_dtypes(hidden, weight, bias)
     (B, D), V = hidden.shape, weight.shape[0]
     if V > 2**31 - 2**20:
         raise Unsupported(f"no Triton kernel for a vocabulary of {V}")

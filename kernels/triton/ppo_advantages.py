@@ -1,281 +1,316 @@
-"""ppo_advantages on a GPU: rewards, their scan and the statistics in one visit of memory, two launches; _scan.py has
-the scan.
+"""ppo_advantages on a GPU: rewards, their scan and the statistics in one visit of memory, two launches.
 
-Per token 13 bytes in and 8 out, and tokens outside the mask cost their mask alone. A row's score comes to its last
-token as a part of its future, so nobody looks for that token. Moments are taken in two steps while a tile is in
-registers: its mean, then distances from that, which keep their digits where the mean is large beside the spread. Tiles,
-rows and programs join by Chan's rule in double, in an order that hangs on the shape and the GPU's size alone. Few long
-rows are split: a third launch, the first, folds their tiles, and the last one sums their KL.
+_scan.py has the scan and the picture of a tile. A row's score is part of the first carry of the row, so no thread needs
+to find the row's last valid token.
+
+Floor: 13 bytes read and 8 written per token; a token outside the mask costs only its mask. Rows are walked or split as
+in gae. Split rows need a third launch, which comes first and computes the maps of their tiles; the last launch then
+adds their KL.
+
+A tile's moments are computed while it is in registers, in two steps: first its mean, then the distances from that mean,
+which keep their digits where the mean is large beside the spread. Tiles, rows and programs are merged by Chan's rule in
+float64, in an order that depends only on the shape and the number of SMs: the same bits from run to run.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from rlhf_fast.kernels._tensors import contiguous, empty_float32
 from rlhf_fast.kernels.ppo_advantages import STATS
+from rlhf_fast.kernels.triton import _ppo as ppo
 from rlhf_fast.kernels.triton import _scan as scan
 from rlhf_fast.kernels.triton import launch
 
+MAX_EXPONENT = tl.constexpr(20.0)  # of the k3 estimator
+
+
+class Tokens(NamedTuple):
+    """Inputs with one element per token."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    value: Tensor  # not `values`: tuples have an attribute of that name in Triton
+    mask: Tensor
+
+
+class Factors(NamedTuple):
+    """Factors of a token's reward, of a value, and of an advantage."""
+
+    kl_coef: float
+    gamma: float
+    decay: float  # gamma lambda
+
+
+class Tile(NamedTuple):
+    """The tokens of a tile, each (ROWS, LANES, 4)."""
+
+    valid: Tensor
+    logprob: Tensor
+    ref_logprob: Tensor
+    value: Tensor
+
+
+class Moments(NamedTuple):
+    """Number of tokens, mean advantage and the sum of squared distances from it, and both of the returns; float64."""
+
+    n: Tensor
+    mean: Tensor
+    m2: Tensor
+    return_mean: Tensor
+    return_m2: Tensor
+
 
 @triton.jit
-def _kl(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
-    d = logprob - ref_logprob
-    if ESTIMATOR == "k1":
-        kl = d
-    elif ESTIMATOR == "k2":
-        kl = 0.5 * d * d
-    elif ESTIMATOR == "k3":
-        kl = tl.exp(tl.where(d < -20.0, 20.0, -d)) - 1.0 + d
-    else:
-        kl = tl.abs(d)
-    return kl
+def load_tile(tokens, start, length, tile, LANES: tl.constexpr):
+    """Return the `Tile` number `tile` of the rows. Only valid tokens are read."""
+    column = scan.tile_columns(tile, LANES)
+    inside = (column >= 0) & (column < length[:, None, None])
+    index = start[:, None, None] + column
+    valid, loaded = scan.load_mask(tokens.mask, index, inside)
+    return Tile(
+        valid,
+        scan.load(tokens.logprobs, index, loaded),
+        scan.load(tokens.ref_logprobs, index, loaded),
+        scan.load(tokens.value, index, loaded),
+    )
 
 
 @triton.jit
-def _read(logprobs, ref_logprobs, values, mask, start, length, tile, LANES: tl.constexpr):
-    """Of a tile (ROWS, LANES, 4): where tokens exist, and what is stored there."""
-    t = scan.columns(tile, LANES)
-    inside = (t >= 0) & (t < length[:, None, None])
-    at = start[:, None, None] + t
-    here, read = scan.look(mask, at, inside)
-    return here, scan.get(logprobs, at, read), scan.get(ref_logprobs, at, read), scan.get(values, at, read)
+def kl_and_reward(x, kl_coef, ESTIMATOR: tl.constexpr):
+    """Return the KL estimates and the rewards of a tile, in `unpack4`'s form."""
+    kl = ppo.kl_estimate(x.logprob - x.ref_logprob, MAX_EXPONENT, ESTIMATOR)
+    return scan.unpack4(kl), scan.unpack4(-kl_coef * kl)
 
 
 @triton.jit
-def _earned(logprob, ref_logprob, coef, ESTIMATOR: tl.constexpr):
-    """What `four` gives, of the KL of the tokens, and of their rewards."""
-    kl = _kl(logprob, ref_logprob, ESTIMATOR)
-    return scan.four(kl), scan.four(-coef * kl)
-
-
-@triton.jit
-def _from_behind(scores, bootstrap, row, exists, gamma, clip):
-    """What comes to a row's last token: its score, and the value after it."""
-    future = tl.load(scores + row, mask=exists, other=0.0).to(tl.float32)
-    future = tl.where(clip > 0, tl.where(future > clip, clip, tl.where(future < -clip, -clip, future)), future)
+def first_carry(scores, bootstrap, row, exists, gamma, score_clip):
+    """Return the carry that a row's last token receives: its clipped score, and gamma times the value after it."""
+    carry = tl.load(scores + row, mask=exists, other=0.0).to(tl.float32)
+    carry = tl.where(score_clip > 0, launch.clamp(carry, -score_clip, score_clip), carry)
     if bootstrap is not None:
-        future = gamma * tl.load(bootstrap + row, mask=exists, other=0.0).to(tl.float32) + future
-    return future
+        carry = gamma * tl.load(bootstrap + row, mask=exists, other=0.0).to(tl.float32) + carry
+    return carry
 
 
 @triton.jit
-def _joined(n, mean, m2, return_mean, return_m2, n_b, mean_b, m2_b, return_mean_b, return_m2_b):
-    """Chan's rule, in double; the share alone is a quotient of float32."""
+def merge_moments(n, mean, m2, return_mean, return_m2, n_b, mean_b, m2_b, return_mean_b, return_m2_b):
+    """Return the `Moments` of two groups of tokens by Chan's rule, in float64 except for n_b / (n + n_b)."""
     total = n + n_b
     share = tl.div_rn(n_b.to(tl.float32), tl.where(total > 0, total, 1.0).to(tl.float32)).to(tl.float64)
-    gap, return_gap, weight = mean_b - mean, return_mean_b - return_mean, n * share
-    m2, return_m2 = m2 + m2_b + gap * gap * weight, return_m2 + return_m2_b + return_gap * return_gap * weight
+    gap = mean_b - mean
+    return_gap = return_mean_b - return_mean
+    weight = n * share
+    m2 = m2 + m2_b + gap * gap * weight
+    return_m2 = return_m2 + return_m2_b + return_gap * return_gap * weight
     return total, mean + gap * share, m2, return_mean + return_gap * share, return_m2
 
 
 @triton.jit
-def _over_lane(here, x):
-    """Sum over a lane's tokens."""
-    return (tl.where(here[0], x[0], 0.0) + tl.where(here[1], x[1], 0.0)) + (
-        tl.where(here[2], x[2], 0.0) + tl.where(here[3], x[3], 0.0)
-    )
+def lane_sum(valid, x):
+    """Return the sum over each lane's valid tokens."""
+    right = tl.where(valid[0], x[0], 0.0) + tl.where(valid[1], x[1], 0.0)
+    left = tl.where(valid[2], x[2], 0.0) + tl.where(valid[3], x[3], 0.0)
+    return right + left
 
 
 @triton.jit
-def _apart(here, x, mean):
-    """Sums over a lane's tokens of the distance from the mean, and of its square."""
-    distances, squares = (), ()
+def lane_distances(valid, x, mean):
+    """Return the sums over each lane's valid tokens of x - mean and of (x - mean)^2."""
+    distances = ()
+    squares = ()
     for i in tl.static_range(4):
         distance = x[i] - mean[:, None]
-        distances, squares = distances + (distance,), squares + (distance * distance,)
-    return _over_lane(here, distances), _over_lane(here, squares)
+        distances = distances + (distance,)
+        squares = squares + (distance * distance,)
+    return lane_sum(valid, distances), lane_sum(valid, squares)
 
 
 @triton.jit
-def _moments(here, advantage, earned, kl):
-    """Of the rows (ROWS,) of a tile: the sum of KL, and what `_joined` joins."""
+def tile_moments(valid, advantage, token_return, kl):
+    """Return the sums of KL (ROWS,) and the `Moments` (ROWS,) of a tile."""
     ones = (1.0, 1.0, 1.0, 1.0)
-    n, total, return_total, kl = scan.sums(
-        _over_lane(here, ones), _over_lane(here, advantage), _over_lane(here, earned), _over_lane(here, kl)
+    n, total, return_total, kl = scan.sum4(
+        lane_sum(valid, ones), lane_sum(valid, advantage), lane_sum(valid, token_return), lane_sum(valid, kl)
     )
-    some = tl.where(n > 0, n, 1.0)
-    mean, return_mean = tl.div_rn(total, some), tl.div_rn(return_total, some)
-    left, square = _apart(here, advantage, mean)
-    return_left, return_square = _apart(here, earned, return_mean)
-    left, square, return_left, return_square = scan.sums(left, square, return_left, return_square)
-    # What the rounding of a mean leaves of the distances' sum corrects both.
-    left, return_left, count = left.to(tl.float64), return_left.to(tl.float64), some.to(tl.float64)
-    rest, return_rest = left / count, return_left / count
-    m2, return_m2 = square.to(tl.float64) - left * rest, return_square.to(tl.float64) - return_left * return_rest
-    mean, return_mean = mean.to(tl.float64) + rest, return_mean.to(tl.float64) + return_rest
-    return kl, (n.to(tl.float64), mean, m2, return_mean, return_m2)
+    count = tl.where(n > 0, n, 1.0)
+    mean = tl.div_rn(total, count)
+    return_mean = tl.div_rn(return_total, count)
+    distance, square = lane_distances(valid, advantage, mean)
+    return_distance, return_square = lane_distances(valid, token_return, return_mean)
+    distance, square, return_distance, return_square = scan.sum4(distance, square, return_distance, return_square)
+    # The sum of the distances is not 0, because the mean is rounded. It corrects both the mean and the squares.
+    count = count.to(tl.float64)
+    distance = distance.to(tl.float64)
+    return_distance = return_distance.to(tl.float64)
+    correction = distance / count
+    return_correction = return_distance / count
+    m2 = square.to(tl.float64) - distance * correction
+    return_m2 = return_square.to(tl.float64) - return_distance * return_correction
+    mean = mean.to(tl.float64) + correction
+    return_mean = return_mean.to(tl.float64) + return_correction
+    return kl, Moments(n.to(tl.float64), mean, m2, return_mean, return_m2)
 
 
 @triton.jit
-def _tile(
-    advantages, returns, here, logprob, ref_logprob, value, future, start, length, tile, coef, gamma, decay,
-    ESTIMATOR: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """A tile's outputs; what its lanes pass on, the rows' sums of KL, and their moments."""
-    here, value = scan.four(here), scan.four(value)
-    kl, reward = _earned(logprob, ref_logprob, coef, ESTIMATOR)
-    made, passed = scan.scanned(here, reward, value, future, gamma, decay)
-    earned = scan.write(advantages, returns, here, made, value, start, length, tile)
-    kl, moments = _moments(here, made, earned, kl)
-    return passed, kl, moments
+def scan_and_store(advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR: tl.constexpr):
+    """Store a tile's outputs. Return the carry that leaves each lane, the rows' sums of KL, and their `Moments`."""
+    valid, value = scan.unpack4(x.valid), scan.unpack4(x.value)
+    kl, reward = kl_and_reward(x, factors.kl_coef, ESTIMATOR)
+    advantage, carry = scan.scan_tile(valid, reward, value, carry, factors.gamma, factors.decay)
+    token_returns = scan.store_outputs(advantages, returns, valid, advantage, value, start, length, tile)
+    kl, moments = tile_moments(valid, advantage, token_returns, kl)
+    return carry, kl, moments
 
 
 @triton.jit
-def _keep(parts, moments):
-    """The rows' moments, joined, in the program's slot."""
-    joined = tl.reduce(moments, 0, _joined)
-    at = parts + tl.program_id(0)
+def store_moments(parts, moments):
+    """Store the merged moments of the program's rows; parts (5, programs)."""
+    merged = tl.reduce((moments.n, moments.mean, moments.m2, moments.return_mean, moments.return_m2), 0, merge_moments)
+    part = parts + tl.program_id(0)
     for i in tl.static_range(5):
-        tl.store(at + i * tl.num_programs(0), joined[i])
+        tl.store(part + i * tl.num_programs(0), merged[i])
 
 
 @triton.jit
-def _walk(
-    logprobs, ref_logprobs, values, scores, mask, bootstrap, advantages, returns, kl, parts,
-    B, T, coef, gamma, decay, clip,
-    ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+def ppo_advantages_kernel(
+    tokens, scores, bootstrap, advantages, returns, kl, parts, B, T, factors, score_clip,
+    ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, from right to left; the next tile is on its way while one is scanned."""
+    """Walk ROWS rows from right to left. The next tile is loaded while one is scanned."""
     if ALIGNED:
         T = T // 4 * 4
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start, length = row * T, tl.where(row < B, T, 0)
-    future = _from_behind(scores, bootstrap, row, row < B, gamma, clip)
+    start = row * T
+    length = tl.where(row < B, T, 0)
+    carry = first_carry(scores, bootstrap, row, row < B, factors.gamma, score_clip)
     last = tl.cdiv(T, 4 * LANES) - 1
-    raw = _read(logprobs, ref_logprobs, values, mask, start, length, last, LANES)
-    if WHOLE:
-        _, total, moments = _tile(
-            advantages, returns, raw[0], raw[1], raw[2], raw[3], future, start, length, last, coef, gamma, decay,
-            ESTIMATOR, LANES,
-        )  # fmt: skip
+    x = load_tile(tokens, start, length, last, LANES)
+    if SINGLE_TILE:
+        _, row_kl, moments = scan_and_store(advantages, returns, x, carry, start, length, last, factors, ESTIMATOR)
     else:
-        total, zero = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float64)
-        moments = (zero, zero, zero, zero, zero)
+        row_kl = tl.zeros((ROWS,), tl.float32)
+        zero = tl.zeros((ROWS,), tl.float64)
+        moments = Moments(zero, zero, zero, zero, zero)
         for i in range(0, last + 1):
             tile = last - i
             if ALIGNED:
-                ahead = _read(logprobs, ref_logprobs, values, mask, start, length, tile - 1, LANES)
-            passed, more, m = _tile(
-                advantages, returns, raw[0], raw[1], raw[2], raw[3], future, start, length, tile, coef, gamma, decay,
-                ESTIMATOR, LANES,
-            )  # fmt: skip
-            total += more
-            moments = _joined(
-                moments[0], moments[1], moments[2], moments[3], moments[4], m[0], m[1], m[2], m[3], m[4]
-            )  # fmt: skip
-            future = scan.at_the_left(passed)
-            if not ALIGNED:  # single loads take so many registers that two tiles do not fit
-                ahead = _read(logprobs, ref_logprobs, values, mask, start, length, tile - 1, LANES)
-            raw = ahead
-    tl.store(kl + row, total, mask=row < B)
-    _keep(parts, moments)
+                next_x = load_tile(tokens, start, length, tile - 1, LANES)
+            lane_carry, tile_kl, tile_moments_ = scan_and_store(
+                advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR
+            )
+            row_kl += tile_kl
+            moments = Moments(*merge_moments(*moments, *tile_moments_))
+            carry = scan.leftmost(lane_carry)
+            if not ALIGNED:  # unaligned loads need so many registers that two tiles do not fit
+                next_x = load_tile(tokens, start, length, tile - 1, LANES)
+            x = next_x
+    tl.store(kl + row, row_kl, mask=row < B)
+    store_moments(parts, moments)
 
 
 @triton.jit
-def _fold(
-    logprobs, ref_logprobs, values, mask, folds, size, T, coef, gamma, decay,
+def ppo_advantages_tile_map_kernel(
+    tokens, maps, size, T, factors,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What a tile does to the future, for the tiles left of it."""
+    """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.place(None, 0, T, 4 * LANES, 1, 0)
+    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * LANES, 1, 0)
     if tile > 0:
-        one = tl.zeros((1,), tl.int64)
-        raw = _read(logprobs, ref_logprobs, values, mask, start + one, length + one, tile, LANES)
-        _, reward = _earned(raw[1], raw[2], coef, ESTIMATOR)
-        keep, total = scan.folded(scan.four(raw[0]), reward, scan.four(raw[3]), gamma, decay)
-        tl.store(folds + tl.program_id(0) + one, keep)
-        tl.store(folds + size + tl.program_id(0) + one, total)
+        zero = tl.zeros((1,), tl.int64)
+        x = load_tile(tokens, start + zero, length + zero, tile, LANES)
+        _, reward = kl_and_reward(x, factors.kl_coef, ESTIMATOR)
+        valid, value = scan.unpack4(x.valid), scan.unpack4(x.value)
+        factor, total = scan.tile_map(valid, reward, value, factors.gamma, factors.decay)
+        index = maps + tl.program_id(0) + zero
+        tl.store(index, factor)
+        tl.store(index + size, total)
 
 
 @triton.jit
-def _apply(
-    logprobs, ref_logprobs, values, scores, mask, folds, bootstrap, advantages, returns, kl, parts,
-    size, T, coef, gamma, decay, clip,
+def ppo_advantages_apply_kernel(
+    tokens, scores, maps, bootstrap, advantages, returns, kl_parts, parts, size, T, factors, score_clip,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A tile's outputs, from the folds of the tiles right of it."""
+    """Store the outputs of the program's tile, whose carry comes from the maps of the tiles right of it."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.place(None, 0, T, 4 * LANES, 1, 0)
-    one = tl.zeros((1,), tl.int64)
-    start, length = start + one, length + one
-    future = _from_behind(scores, bootstrap, row, row >= 0, gamma, clip)  # before the tile: both at once spill
+    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * LANES, 1, 0)
+    zero = tl.zeros((1,), tl.int64)
+    start, length = start + zero, length + zero
+    # The carry is computed before the tile is loaded: both at once need too many registers.
+    carry = first_carry(scores, bootstrap, row, row >= 0, factors.gamma, score_clip)
     first = tl.program_id(0).to(tl.int64) - tile
-    future = scan.arrived(folds, size, first, tile, tl.cdiv(T, 4 * LANES), future) + tl.zeros((1,), tl.float32)
-    raw = _read(logprobs, ref_logprobs, values, mask, start, length, tile, LANES)
-    _, total, moments = _tile(
-        advantages, returns, raw[0], raw[1], raw[2], raw[3], future, start, length, tile, coef, gamma, decay,
-        ESTIMATOR, LANES,
-    )  # fmt: skip
-    tl.store(kl + tl.program_id(0) + one, total)
-    _keep(parts, moments)
+    carry = scan.carry_into(maps, size, first, tile, tl.cdiv(T, 4 * LANES), carry) + tl.zeros((1,), tl.float32)
+    x = load_tile(tokens, start, length, tile, LANES)
+    _, tile_kl, moments = scan_and_store(advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR)
+    tl.store(kl_parts + tl.program_id(0) + zero, tile_kl)
+    store_moments(parts, moments)
 
 
 @triton.jit
-def _join(parts, stats, size, kl_parts, kl, tiles, BLOCK: tl.constexpr):
-    """The first program joins the moments of all, each the KL of its split row: tile by tile, as a walk would."""
+def ppo_advantages_merge_kernel(parts, stats, size, kl_parts, kl, tiles, BLOCK: tl.constexpr):
+    """Merge the programs' moments in the first program. Where rows are split, each program adds the KL of one row's
+    tiles in the order of a walk."""
     if tl.program_id(0) == 0:
-        at, zero = tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float64)
+        index = tl.arange(0, BLOCK)
+        zero = tl.zeros((BLOCK,), tl.float64)
         moments = (zero, zero, zero, zero, zero)
         for start in range(0, size, BLOCK):
-            inside = start + at < size
-            m = ()
+            inside = start + index < size
+            loaded = ()
             for i in tl.static_range(5):
-                m = m + (tl.load(parts + i * size + start + at, mask=inside, other=0.0),)
-            moments = _joined(
-                moments[0], moments[1], moments[2], moments[3], moments[4], m[0], m[1], m[2], m[3], m[4]
-            )  # fmt: skip
-        joined = tl.reduce(moments, 0, _joined)
+                loaded = loaded + (tl.load(parts + i * size + start + index, mask=inside, other=0.0),)
+            moments = merge_moments(*moments, *loaded)
+        merged = tl.reduce(moments, 0, merge_moments)
         for i in tl.static_range(5):
-            tl.store(stats + i, joined[i].to(tl.float32))
+            tl.store(stats + i, merged[i].to(tl.float32))
     if kl_parts is not None:
         total = tl.zeros((), tl.float32)
-        behind = (tl.program_id(0).to(tl.int64) + 1) * tiles - 1
-        for group in range(0, tl.cdiv(tiles, scan.AHEAD)):
-            for i in tl.static_range(scan.AHEAD):
-                on = group * scan.AHEAD + i
-                total += tl.load(kl_parts + behind - on, mask=on < tiles, other=0.0)
+        last = (tl.program_id(0).to(tl.int64) + 1) * tiles - 1
+        for group in range(0, tl.cdiv(tiles, scan.MAPS_AT_ONCE)):
+            for i in tl.static_range(scan.MAPS_AT_ONCE):
+                tile = group * scan.MAPS_AT_ONCE + i
+                total += tl.load(kl_parts + last - tile, mask=tile < tiles, other=0.0)
         tl.store(kl + tl.program_id(0), total)
 
 
 def ppo_advantages(
     logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
 ):
-    launch.serves(logprobs, ref_logprobs, values, scores, bootstrap)
-    (B, T), device = logprobs.shape, logprobs.device
-    logprobs, ref_logprobs, values = logprobs.contiguous(), ref_logprobs.contiguous(), values.contiguous()
-    scores, mask = scores.contiguous(), mask.contiguous()
-    bootstrap = bootstrap if bootstrap is None else bootstrap.contiguous()
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    lanes, rows, split = scan.shape(logprobs, B, T)
-    tiles = triton.cdiv(T, 4 * lanes)
-    size = B * tiles if split else triton.cdiv(B, rows)
-    advantages, returns, stats, kl = empty(B, T), empty(B, T), empty(len(STATS)), empty(B)
-    parts = empty(len(STATS), size, dtype=torch.float64)
-    tokens = logprobs, ref_logprobs, values
-    numbers = kl_coef, gamma, gamma * lam
-    options = {"ESTIMATOR": kl_estimator, "ALIGNED": T % 4 == 0, "LANES": lanes, "num_warps": 1}
-    kl_parts = empty(size) if split else None
-    if split:
-        folds = empty(2, size)
-        launch.run(_fold, (size,), *tokens, mask, folds, size, T, *numbers, **options)
-        launch.run(
-            _apply, (size,), *tokens, scores, mask, folds, bootstrap, advantages, returns, kl_parts, parts,
-            size, T, *numbers, score_clip, **options,
-        )  # fmt: skip
+    launch.require_dtypes(logprobs, ref_logprobs, values, scores, bootstrap)
+    B, T = logprobs.shape
+    tokens = Tokens(*contiguous(logprobs, ref_logprobs, values, mask))
+    scores, bootstrap = contiguous(scores, bootstrap)
+    lanes, rows, is_split = scan.tile_shape(logprobs, B, T)
+    tiles = triton.cdiv(T, scan.TOKENS_PER_LANE * lanes)
+    size = B * tiles if is_split else triton.cdiv(B, rows)
+    outputs = (empty_float32(logprobs, B, T), empty_float32(logprobs, B, T))
+    stats = empty_float32(logprobs, len(STATS))
+    kl = empty_float32(logprobs, B)
+    parts = torch.empty((len(STATS), size), dtype=torch.float64, device=logprobs.device)
+    kl_parts = empty_float32(logprobs, size) if is_split else None
+    factors = Factors(kl_coef, gamma, gamma * lam)
+    meta = {"ESTIMATOR": kl_estimator, "ALIGNED": T % 4 == 0, "LANES": lanes, "num_warps": 1}
+    if is_split:
+        maps = empty_float32(logprobs, 2, size)
+        launch.run(ppo_advantages_tile_map_kernel, (size,), tokens, maps, size, T, factors, **meta)
+        inputs = (tokens, scores, maps, bootstrap)
+        options = (size, T, factors, score_clip)
+        launch.run(ppo_advantages_apply_kernel, (size,), *inputs, *outputs, kl_parts, parts, *options, **meta)
     else:
-        launch.run(
-            _walk, (size,), *tokens, scores, mask, bootstrap, advantages, returns, kl, parts,
-            B, T, *numbers, score_clip, WHOLE=tiles == 1, ROWS=rows, **options,
-        )  # fmt: skip
-    block = launch.block(size, 1024)
-    launch.run(
-        _join, (B if split else 1,), parts, stats, size, kl_parts, kl, tiles, BLOCK=block,
-        num_warps=launch.warps(block, 4),
-    )  # fmt: skip
-    return advantages, returns, stats, kl
+        meta |= {"SINGLE_TILE": tiles == 1, "ROWS": rows}
+        inputs = (tokens, scores, bootstrap)
+        options = (B, T, factors, score_clip)
+        launch.run(ppo_advantages_kernel, (size,), *inputs, *outputs, kl, parts, *options, **meta)
+    block = launch.block_size(size, 1024)
+    grid = (B if is_split else 1,)
+    meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 4)}
+    launch.run(ppo_advantages_merge_kernel, grid, parts, stats, size, kl_parts, kl, tiles, **meta)
+    return *outputs, stats, kl

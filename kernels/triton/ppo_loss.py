@@ -1,104 +1,120 @@
-"""ppo_loss on a GPU: both losses, their gradients and all sums of the metrics in one visit of memory, two launches.
+"""ppo_loss on a GPU: both losses, their gradients and all sums of the statistics in one visit of memory, two launches.
 
-Per token at most 36 bytes in and 8 out. Weights are read first: 4 tokens of weight 0 cost no other read. Each of up to
-1024 programs walks tiles of 512 tokens; a thread keeps each sum, to which it adds the 4 tokens that it read at once, in
-one register. A program's sums join in float32, those of all programs in double, in an order that hangs on the number of
-tokens alone: the same bits from run to run.
+Floor: at most 36 bytes read and 8 written per token. The weights are loaded first: 4 tokens of weight 0 cost no other
+load. Each of up to 1024 programs walks tiles of 512 tokens:
+
+    tokens     | tile 0 | tile 1 | tile 2 | tile 3 | ...        program p has the tiles p, p + programs, ...
+    tile       | thread 0: 4 tokens | thread 1: 4 tokens | ... | thread 127: 4 tokens |
+
+A thread keeps each sum in one register and adds the 4 tokens of a load to it. A program's sums are added in float32,
+those of all programs in float64, in an order that depends only on the number of tokens: the same bits from run to run.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._tensors import contiguous, empty_float32
 from rlhf_fast.kernels.ppo_loss import IMPORTANCE_MODES, STATS
+from rlhf_fast.kernels.triton import _ppo as ppo
 from rlhf_fast.kernels.triton import launch
 
-LANES, EACH, PROGRAMS = 128, 4, 1024
-SUMMED = tl.constexpr(len(STATS) - 2)  # behind them: both losses, the largest and the smallest ratio
-PARTS = len(STATS) + 2
+THREADS = 128
+TOKENS_PER_THREAD = 4
+MAX_PROGRAMS = 1024
+NUM_SUMS = tl.constexpr(len(STATS) - 2)  # parts: these sums, both losses, the largest and the smallest ratio
+NUM_PARTS = len(STATS) + 2
 RATIO = tl.constexpr(STATS.index("ratio"))
 
 
-@triton.jit
-def _get(x, at, some, on):
-    """Where the weight is not 0; `some` says where one of a thread's tokens counts, so that a load stays whole."""
-    return tl.where(on, tl.load(x + at, mask=some, other=0.0).to(tl.float32), 0.0)
+class Tokens(NamedTuple):
+    """Inputs with one element per token, all but weights may be None, and two that are one number for all, or None."""
+
+    logprobs: Tensor | None
+    old_logprobs: Tensor | None
+    advantages: Tensor | None
+    weights: Tensor
+    value: Tensor | None  # not `values`: tuples have an attribute of that name in Triton
+    old_values: Tensor | None
+    returns: Tensor | None
+    value_weights: Tensor | None
+    sampler_logprobs: Tensor | None
+    advantage_shift: Tensor | None
+    advantage_scale: Tensor | None
 
 
 @triton.jit
-def _weights(x, at, inside):
-    """The weights, where they count, and the mask of what is read there."""
-    w = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    on = w != 0
-    some = tl.max(on.to(tl.int32), axis=1)[:, None] > 0
-    return w, on, some & inside
+def load_weights(weights, index, inside):
+    """Return the weights, which of them are valid (not 0), and which tokens a thread loads: all if any is valid."""
+    w = tl.load(weights + index, mask=inside, other=0.0).to(tl.float32)
+    valid = w != 0
+    any_valid = tl.max(valid.to(tl.int32), axis=1)[:, None] > 0
+    return w, valid, any_valid & inside
 
 
 @triton.jit
-def _clamp(x, low, high):
-    return tl.where(x < low, low, tl.where(x > high, high, x))  # NaN stays
+def load_valid(x, index, loaded, valid):
+    """Return x in float32, 0 for tokens that are not valid. `loaded` keeps a thread's load whole."""
+    return tl.where(valid, tl.load(x + index, mask=loaded, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit
-def _policy(
-    w, logprobs, old, advantages, drawn, low, high, dual_clip, bound, cap,
-    DUAL: tl.constexpr, SAMPLED: tl.constexpr, MASK: tl.constexpr,
+def policy_terms(
+    w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap,
+    DUAL: tl.constexpr, IMPORTANCE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: the loss's terms, its slopes, the stats' terms, and the ratio."""
-    raw = logprobs - old
-    log_ratio = _clamp(raw, -bound, bound)
-    ratio = tl.exp(log_ratio)
-    free, clipped = -advantages * ratio, -advantages * _clamp(ratio, low, high)
-    worse = clipped > free
-    loss = tl.where(worse, clipped, free)
-    slope = tl.where(worse | (tl.abs(raw) > bound), 0.0, free)
-    dual = w != w
-    if DUAL:
-        limit = tl.where(advantages < 0, -advantages * dual_clip, float("inf"))
-        dual = loss > limit
-        slope = tl.where(dual, 0.0, tl.where(loss == limit, 0.5 * slope, slope))
-        loss = tl.where(dual, limit, loss)
-    coefficient, capped = w, w != w
-    if SAMPLED:
-        trust = tl.exp(old - drawn)
-        capped = trust > cap
-        coefficient = w * tl.where(capped, 0.0 if MASK else cap, trust)
+    """Return the tokens' terms of the loss, their gradients, their 10 terms of the statistics, and the ratio."""
+    terms = ppo.surrogate(logprob, old_logprob, advantage, clip, DUAL)
+    coefficient = w
+    is_capped = w != w
+    if IMPORTANCE:
+        importance = tl.exp(old_logprob - sampler_logprob)
+        is_capped = importance > importance_cap
+        coefficient = w * tl.where(is_capped, 0.0 if MASK else importance_cap, importance)
     counts = coefficient != 0
-    terms = (
+    stats = (
         w,
-        tl.where(worse & (ratio < low), w, 0.0),
-        tl.where(worse & (ratio > high), w, 0.0),
-        tl.where(dual, w, 0.0),
-        -w * log_ratio,
-        w * (ratio - 1.0 - log_ratio),
-        w * ratio,
-        w * (ratio * ratio),
+        tl.where(terms.is_clipped_low, w, 0.0),
+        tl.where(terms.is_clipped_high, w, 0.0),
+        tl.where(terms.is_clipped_dual, w, 0.0),
+        -w * terms.log_ratio,
+        w * (terms.ratio - 1.0 - terms.log_ratio),
+        w * terms.ratio,
+        w * (terms.ratio * terms.ratio),
         coefficient,
-        tl.where(capped, w, 0.0),
+        tl.where(is_capped, w, 0.0),
     )
-    return tl.where(counts, coefficient * loss, 0.0), tl.where(counts, coefficient * slope, 0.0), terms, ratio
+    loss = tl.where(counts, coefficient * terms.loss, 0.0)
+    grad = tl.where(counts, coefficient * terms.logprob_grad, 0.0)
+    return loss, grad, stats, terms.ratio
 
 
 @triton.jit
-def _value(w, value, old, target, clip, CLIP: tl.constexpr):
-    """Of a tile: the loss's terms, its slopes, and the stats' terms."""
+def value_terms(w, value, old_value, target, value_clip, CLIP: tl.constexpr):
+    """Return the tokens' terms of twice the loss, their gradients, and their 5 terms of the statistics."""
     error = value - target
-    free = error * error
-    loss, slope, active = free, error, w != w
+    unclipped = error * error
+    loss = unclipped
+    grad = error
+    is_clipped = w != w
     if CLIP:
-        bounded = _clamp(value, old - clip, old + clip) - target
-        clipped = bounded * bounded
-        active = clipped > free
-        within = (value >= old - clip) & (value <= old + clip)
-        slope = tl.where(active, 0.0, tl.where(~within & (clipped == free), 0.5 * slope, slope))
-        loss = tl.where(active, clipped, free)
-    return w * loss, w * slope, (w, tl.where(active, w, 0.0), w * value, w * free, w * target)
+        clipped_error = launch.clamp(value, old_value - value_clip, old_value + value_clip) - target
+        clipped = clipped_error * clipped_error
+        is_clipped = clipped > unclipped
+        is_within = (value >= old_value - value_clip) & (value <= old_value + value_clip)
+        is_tie = ~is_within & (clipped == unclipped)
+        grad = tl.where(is_clipped, 0.0, tl.where(is_tie, 0.5 * grad, grad))
+        loss = tl.where(is_clipped, clipped, unclipped)
+    return w * loss, w * grad, (w, tl.where(is_clipped, w, 0.0), w * value, w * unclipped, w * target)
 
 
 @triton.jit
-def _added(sums, terms, N: tl.constexpr):
-    """Each of the N sums and, over a thread's tokens, its term."""
+def add_terms(sums, terms, N: tl.constexpr):
+    """Add to each of N sums its term, summed over a thread's tokens."""
     out = ()
     for i in tl.static_range(N):
         out = out + (sums[i] + tl.sum(terms[i], axis=1),)
@@ -106,128 +122,134 @@ def _added(sums, terms, N: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
-    logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler, shift, scale,
-    logprob_slopes, value_slopes, parts, N, low, high, dual_clip, value_clip, bound, cap,
-    DUAL: tl.constexpr, CLIP: tl.constexpr, MASK: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
+def ppo_loss_kernel(
+    tokens, logprob_grads, value_grads, parts, N, clip, value_clip, importance_cap,
+    DUAL: tl.constexpr, CLIP: tl.constexpr, MASK: tl.constexpr,
+    THREADS: tl.constexpr, TOKENS_PER_THREAD: tl.constexpr,
 ):  # fmt: skip
-    at = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-    zero = tl.zeros((LANES,), tl.float32)
-    policy_loss, value_loss = (zero,), (zero,)
-    policy, value = (zero,) * 10, (zero,) * 5
-    most, least = zero - float("inf"), zero + float("inf")
-    a, b = 0.0, 1.0
-    if shift is not None:
-        a = tl.load(shift).to(tl.float32)
-    if scale is not None:
-        b = tl.load(scale).to(tl.float32)
-    size: tl.constexpr = LANES * EACH
+    """parts (NUM_PARTS, programs): the program's sums, losses, and largest and smallest ratio."""
+    IMPORTANCE: tl.constexpr = tokens.sampler_logprobs is not None
+    offset = tl.arange(0, THREADS)[:, None] * TOKENS_PER_THREAD + tl.arange(0, TOKENS_PER_THREAD)[None, :]
+    zero = tl.zeros((THREADS,), tl.float32)
+    policy_loss = (zero,)
+    value_loss = (zero,)
+    policy_stats = (zero,) * 10
+    value_stats = (zero,) * 5
+    ratio_max = zero - float("inf")
+    ratio_min = zero + float("inf")
+    shift = 0.0
+    scale = 1.0
+    if tokens.advantage_shift is not None:
+        shift = tl.load(tokens.advantage_shift).to(tl.float32)
+    if tokens.advantage_scale is not None:
+        scale = tl.load(tokens.advantage_scale).to(tl.float32)
+    size: tl.constexpr = THREADS * TOKENS_PER_THREAD
     for start in range(tl.program_id(0).to(tl.int64) * size, N, tl.num_programs(0) * size):
-        here = start + at
-        inside = here < N
-        if logprobs is not None:
-            w, on, some = _weights(weights, here, inside)
-        if values is not None:
-            value_w, value_on, value_some = _weights(value_weights, here, inside)
-        if logprobs is not None:  # everything that is read is on its way before the first of it is needed
-            old, new = _get(old_logprobs, here, some, on), _get(logprobs, here, some, on)
-            advantage, drawn = _get(advantages, here, some, on), old
-            if sampler is not None:
-                drawn = _get(sampler, here, some, on)
-        if values is not None:
-            seen, target = _get(values, here, value_some, value_on), _get(returns, here, value_some, value_on)
-            before = seen
+        index = start + offset
+        inside = index < N
+        # All loads are issued before the first of them is needed: weights, then the policy's, then the values.
+        if tokens.logprobs is not None:
+            w, valid, loaded = load_weights(tokens.weights, index, inside)
+        if tokens.value is not None:
+            value_w, value_valid, value_loaded = load_weights(tokens.value_weights, index, inside)
+        if tokens.logprobs is not None:
+            old_logprob = load_valid(tokens.old_logprobs, index, loaded, valid)
+            logprob = load_valid(tokens.logprobs, index, loaded, valid)
+            advantage = load_valid(tokens.advantages, index, loaded, valid)
+            sampler_logprob = old_logprob
+            if IMPORTANCE:
+                sampler_logprob = load_valid(tokens.sampler_logprobs, index, loaded, valid)
+        if tokens.value is not None:
+            value = load_valid(tokens.value, index, value_loaded, value_valid)
+            target = load_valid(tokens.returns, index, value_loaded, value_valid)
+            old_value = value
             if CLIP:
-                before = _get(old_values, here, value_some, value_on)
-        if logprobs is not None:
-            advantage = tl.where(on, (advantage - a) * b, 0.0)
-            loss, slope, terms, ratio = _policy(
-                w, new, old, advantage, drawn, low, high, dual_clip, bound, cap, DUAL, sampler is not None, MASK
+                old_value = load_valid(tokens.old_values, index, value_loaded, value_valid)
+        if tokens.logprobs is not None:
+            advantage = tl.where(valid, (advantage - shift) * scale, 0.0)
+            loss, grad, terms, ratio = policy_terms(
+                w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, DUAL, IMPORTANCE, MASK
             )
-            policy_loss, policy = _added(policy_loss, (loss,), 1), _added(policy, terms, 10)
-            most = tl.maximum(most, tl.max(tl.where(on, ratio, float("-inf")), axis=1))
-            least = tl.minimum(least, tl.min(tl.where(on, ratio, float("inf")), axis=1))
-            if logprob_slopes is not None:
-                tl.store(logprob_slopes + here, slope, mask=inside)
-        if values is not None:
-            loss, slope, terms = _value(value_w, seen, before, target, value_clip, CLIP)
-            value_loss, value = _added(value_loss, (loss,), 1), _added(value, terms, 5)
-            if value_slopes is not None:
-                tl.store(value_slopes + here, slope, mask=inside)
-    sums = policy + value + policy_loss + value_loss
-    part, stride = parts + tl.program_id(0), tl.num_programs(0)
-    for i in tl.static_range(SUMMED + 2):
+            policy_loss = add_terms(policy_loss, (loss,), 1)
+            policy_stats = add_terms(policy_stats, terms, 10)
+            ratio_max = tl.maximum(ratio_max, tl.max(tl.where(valid, ratio, float("-inf")), axis=1))
+            ratio_min = tl.minimum(ratio_min, tl.min(tl.where(valid, ratio, float("inf")), axis=1))
+            if logprob_grads is not None:
+                tl.store(logprob_grads + index, grad, mask=inside)
+        if tokens.value is not None:
+            loss, grad, terms = value_terms(value_w, value, old_value, target, value_clip, CLIP)
+            value_loss = add_terms(value_loss, (loss,), 1)
+            value_stats = add_terms(value_stats, terms, 5)
+            if value_grads is not None:
+                tl.store(value_grads + index, grad, mask=inside)
+    sums = policy_stats + value_stats + policy_loss + value_loss
+    part = parts + tl.program_id(0)
+    stride = tl.num_programs(0)
+    for i in tl.static_range(NUM_SUMS + 2):
         tl.store(part + i * stride, tl.sum(sums[i], axis=0))
-    tl.store(part + (SUMMED + 2) * stride, tl.max(most, axis=0))
-    tl.store(part + (SUMMED + 3) * stride, tl.min(least, axis=0))
+    tl.store(part + (NUM_SUMS + 2) * stride, tl.max(ratio_max, axis=0))
+    tl.store(part + (NUM_SUMS + 3) * stride, tl.min(ratio_min, axis=0))
 
 
 @triton.jit
-def _join(parts, policy_loss, value_loss, stats, programs, BLOCK: tl.constexpr):
-    """One program for each of the sums, and for the largest and the smallest ratio."""
-    i, at = tl.program_id(0), tl.arange(0, BLOCK)
-    x = tl.load(parts + i * programs + at, mask=at < programs, other=0.0)
-    if i >= SUMMED + 2:
-        ratios = tl.sum(tl.load(parts + RATIO * programs + at, mask=at < programs, other=0.0), axis=0)
-        end = tl.max(tl.where(at < programs, x, float("-inf")), axis=0)
-        if i == SUMMED + 3:
-            end = tl.min(tl.where(at < programs, x, float("inf")), axis=0)
-        tl.store(stats + i - 2, tl.where(ratios == ratios, end, ratios))  # max and min pass a NaN over
+def ppo_loss_merge_kernel(parts, policy_loss, value_loss, stats, programs, BLOCK: tl.constexpr):
+    """Merge the programs' parts: one program for each sum, each loss, and the largest and the smallest ratio."""
+    i = tl.program_id(0)
+    index = tl.arange(0, BLOCK)
+    inside = index < programs
+    x = tl.load(parts + i * programs + index, mask=inside, other=0.0)
+    if i >= NUM_SUMS + 2:
+        ratio_sum = tl.sum(tl.load(parts + RATIO * programs + index, mask=inside, other=0.0), axis=0)
+        extreme = tl.max(tl.where(inside, x, float("-inf")), axis=0)
+        if i == NUM_SUMS + 3:
+            extreme = tl.min(tl.where(inside, x, float("inf")), axis=0)
+        # max and min ignore NaN, which the sum of the ratios does not.
+        tl.store(stats + i - 2, tl.where(ratio_sum == ratio_sum, extreme, ratio_sum))
     else:
         total = tl.sum(x.to(tl.float64), axis=0)
-        tl.store(stats + i, total.to(tl.float32), mask=i < SUMMED)
-        tl.store(policy_loss, total.to(tl.float32), mask=i == SUMMED)
-        tl.store(value_loss, (0.5 * total).to(tl.float32), mask=i == SUMMED + 1)
+        tl.store(stats + i, total.to(tl.float32), mask=i < NUM_SUMS)
+        tl.store(policy_loss, total.to(tl.float32), mask=i == NUM_SUMS)
+        tl.store(value_loss, (0.5 * total).to(tl.float32), mask=i == NUM_SUMS + 1)
 
 
-def _launch(args, by_logprobs, by_values):
-    """Both losses, stats, and the gradients, None where not asked for."""
-    *tensors, low, high, dual, clip, bound, cap, mode = args
-    if tensors[3].dtype == torch.float64:
+def run_kernels(args: tuple, needs_logprob_grads: bool, needs_value_grads: bool):
+    """Return both losses, stats, and a list of the gradients of logprobs and values, None where not needed."""
+    *tensors, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap, importance_mode = args
+    tokens = Tokens(*contiguous(*tensors))
+    if tokens.weights.dtype == torch.float64:
         raise Unsupported("no Triton kernel for float64")
-    if tensors[4] is not None and tensors[7] is None:
-        tensors[7] = tensors[3]
-    tensors = [x if x is None else x.contiguous() for x in tensors]
-    weights = tensors[3]
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=torch.float32, device=weights.device)
-
-    slopes = [empty(*weights.shape) if by else None for by in (by_logprobs, by_values)]
+    if tokens.value is not None and tokens.value_weights is None:
+        tokens = tokens._replace(value_weights=tokens.weights)
+    clip = ppo.ClipBounds.of(clip_low, clip_high, dual_clip, log_ratio_clamp)
+    weights = tokens.weights
     N = weights.numel()
-    programs = max(1, min(PROGRAMS, triton.cdiv(N, LANES * EACH)))
-    parts, policy_loss, value_loss, stats = empty(PARTS, programs), empty(), empty(), empty(len(STATS))
-    launch.run(
-        _kernel,
-        (programs,),
-        *tensors,
-        *slopes,
-        parts,
-        N,
-        1.0 - low,
-        1.0 + high,
-        dual,
-        clip,
-        bound if bound > 0 else float("inf"),
-        cap,
-        DUAL=dual > 0,
-        CLIP=clip > 0,
-        MASK=mode == IMPORTANCE_MODES[1],
-        LANES=LANES,
-        EACH=EACH,
-        num_warps=LANES // 32,
-    )
-    block = launch.block(programs)
-    launch.run(
-        _join, (PARTS,), parts, policy_loss, value_loss, stats, programs, BLOCK=block, num_warps=launch.warps(block, 8)
-    )
-    return policy_loss, value_loss, stats, slopes
+    grads = [
+        empty_float32(weights, *weights.shape) if is_needed else None
+        for is_needed in (needs_logprob_grads, needs_value_grads)
+    ]
+    programs = max(1, min(MAX_PROGRAMS, triton.cdiv(N, THREADS * TOKENS_PER_THREAD)))
+    parts = empty_float32(weights, NUM_PARTS, programs)
+    outputs = (empty_float32(weights), empty_float32(weights), empty_float32(weights, len(STATS)))
+    meta = {
+        "DUAL": dual_clip > 0,
+        "CLIP": value_clip > 0,
+        "MASK": importance_mode == IMPORTANCE_MODES[1],
+        "THREADS": THREADS,
+        "TOKENS_PER_THREAD": TOKENS_PER_THREAD,
+        "num_warps": THREADS // 32,
+    }
+    options = (clip, value_clip, importance_cap)
+    launch.run(ppo_loss_kernel, (programs,), tokens, *grads, parts, N, *options, **meta)
+    block = launch.block_size(programs)
+    meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 8)}
+    launch.run(ppo_loss_merge_kernel, (NUM_PARTS,), parts, *outputs, programs, **meta)
+    return *outputs, grads
 
 
 def ppo_loss(*args):
-    return _launch(args, False, False)[:3]
+    return run_kernels(args, False, False)[:3]
 
 
 def ppo_loss_with_gradients(*args):
-    *sums, slopes = _launch(args[:-2], *args[-2:])
-    return *sums, *(sums[2].new_empty(0) if x is None else x for x in slopes)
+    *outputs, grads = run_kernels(args[:-2], *args[-2:])
+    return *outputs, *(outputs[2].new_empty(0) if grad is None else grad for grad in grads)

@@ -141,7 +141,7 @@ def _launch(scores, offsets, ranks, weights, with_slope):
 
     loss, stats, parts = empty(), empty(len(STATS)), empty(4, G, dtype=torch.float64)
     slopes = empty(N) if with_slope else None
-    block = launch.block(triton.cdiv(3 * N, 2 * max(G, 1)), 32)  # most groups in one tile, where their K differ
+    block = launch.block_size(triton.cdiv(3 * N, 2 * max(G, 1)), 32)  # most groups in one tile, where their K differ
     launch.run(
         _groups,
         (G,),
@@ -153,7 +153,7 @@ def _launch(scores, offsets, ranks, weights, with_slope):
         parts,
         G,
         BLOCK=block,
-        num_warps=launch.warps(block * block, 4),
+        num_warps=launch.num_warps_for(block * block, 4),
     )
     launch.run(
         _join,
@@ -165,7 +165,7 @@ def _launch(scores, offsets, ranks, weights, with_slope):
         stats,
         G,
         N,
-        GROUPS=launch.block(G, GROUPS),
+        GROUPS=launch.block_size(G, GROUPS),
         ROWS=ROWS,
         num_warps=4,
     )

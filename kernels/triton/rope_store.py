@@ -62,7 +62,7 @@ def _kernel(
 
 
 def rope_store(q, k, v, cos, sin, k_cache, v_cache, slots):
-    launch.serves(q, k_cache, cos, sin)
+    launch.require_dtypes(q, k_cache, cos, sin)
     _check_slots(slots, k_cache)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     k_held, v_held = k_cache.contiguous(), v_cache.contiguous()
@@ -94,7 +94,7 @@ def rope_store(q, k, v, cos, sin, k_cache, v_cache, slots):
         HALF=half,
         P=P,
         ROWS=together,
-        num_warps=launch.warps(TILE, 8),
+        num_warps=launch.num_warps_for(TILE, 8),
     )
     copy_back(k_held, k_cache)
     copy_back(v_held, v_cache)

@@ -67,7 +67,7 @@ def _visit(
 def sample(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise, banned=None, ban_rows=None, out=None):
     """sample_tokens; `banned` (V,) is not 0 where rows in `ban_rows` may not draw; `out` takes the outputs."""
     V, filters = logits.shape[1], (top_k, top_p, min_p)
-    tile = launch.block(V, TILE)
+    tile = launch.block_size(V, TILE)
     tiles = triton.cdiv(V, tile)
     parts, tokens = draw.empty_parts(logits, tiles)
     filtered = any(x is not None for x in filters)
@@ -95,7 +95,7 @@ def sample(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise
             STATISTICS=statistics,
             DRAWS=draws,
             TILE=tile,
-            num_warps=launch.warps(tile, 16),
+            num_warps=launch.num_warps_for(tile, 16),
         )
 
     visit((None, None), True, not filtered)
@@ -105,7 +105,7 @@ def sample(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise
 
 
 def sample_tokens(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps, noise):
-    launch.serves(logits)
+    launch.require_dtypes(logits)
     if logits.shape[1] > 2**31 - 2**20:
         raise Unsupported(f"no Triton kernel for a vocabulary of {logits.shape[1]}")
     logits = logits if logits.stride(1) == 1 else logits.contiguous()

@@ -20,9 +20,9 @@ def _kernel(gate, up, out, F, gate_stride, up_stride, BLOCK: tl.constexpr):
 
 
 def swiglu(gate, up):
-    launch.serves(gate)
+    launch.require_dtypes(gate)
     a, b, y = as_matrix(gate), as_matrix(up), torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    (N, F), block = a.shape, launch.block(gate.shape[-1], 1024)
+    (N, F), block = a.shape, launch.block_size(gate.shape[-1], 1024)
     launch.run(
         _kernel,
         (N, triton.cdiv(F, block)),
@@ -33,6 +33,6 @@ def swiglu(gate, up):
         a.stride(0),
         b.stride(0),
         BLOCK=block,
-        num_warps=launch.warps(block, 8),
+        num_warps=launch.num_warps_for(block, 8),
     )
     return y

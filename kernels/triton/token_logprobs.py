@@ -1,36 +1,36 @@
-"""token_logprobs on a GPU: one read of the logits, and for the gradient one more, which mostly the second-level cache
-answers, and one write.
+"""token_logprobs on a GPU: one read of the logits; its gradient is another read, mostly from L2, and a write.
 
-2 bytes a logit in bfloat16 forward, the floor; backward 2 read (and 2 of the cache) and 2 written. Loads take 16 bytes
-wherever a row starts, stores do where the gradient's rows start as the logits' do, as they do unless the logits are a
-part of something wider. _softmax.py has the mathematics, _logits.py the kernels.
+Floor: in bfloat16 2 bytes per logit forward; backward 2 read (and 2 from the cache) and 2 written. Loads have 16 bytes
+wherever a row starts. So have stores, if the gradient's rows start as the logits' do; they do unless the logits are a
+slice of wider rows. _logits.py has the kernels and the mapping of programs to rows, _softmax.py the mathematics.
 """
 
 import torch
 
 from rlhf_fast.kernels._head_checks import check_targets
-from rlhf_fast.kernels.triton import _logits as rows
 from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton._logits import Logits, Loss, Statistics, compute_statistics
 
 
-def _logits(logits, targets, temperature, softcap) -> rows.Logits:
-    launch.serves(logits)
-    check_targets("token_logprobs", targets, logits.shape[-1])
+def rows_of(logits, targets, temperature, softcap) -> Logits:
+    """Return the rows of logits (..., V), checked, as the caller has laid them out."""
+    launch.require_dtypes(logits)
     V = logits.shape[-1]
+    check_targets("token_logprobs", targets, V)
     x = logits.detach().reshape(-1, V)
     x = x if x.stride(1) == 1 or V == 1 else x.contiguous()
-    return rows.Logits(x, V, targets.reshape(-1).contiguous(), temperature, softcap, aligned=False)
+    return Logits(x, V, targets.reshape(-1).contiguous(), temperature, softcap, aligned=False)
 
 
 def token_logprobs(logits, targets, temperature, softcap):
-    results = rows.Results.empty(targets)
-    rows.statistics(_logits(logits, targets, temperature, softcap), results._replace(statistics=None))
-    return results.logprobs, results.entropy
+    out = Statistics.empty(targets)
+    compute_statistics(rows_of(logits, targets, temperature, softcap), out._replace(normalizers=None))
+    return out.logprobs, out.entropy
 
 
 def token_logprobs_backward(grad_logprobs, grad_entropy, logits, targets, temperature, softcap):
-    of = _logits(logits, targets, temperature, softcap)
-    grads = (x.reshape(-1).contiguous() for x in (grad_logprobs, grad_entropy))
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows.statistics(of, rows.Results.empty(of.targets), rows.Loss(rows.GIVEN, *grads), out.view(-1, of.V))
-    return out
+    rows = rows_of(logits, targets, temperature, softcap)
+    loss = Loss.of_grads(grad_logprobs.reshape(-1).contiguous(), grad_entropy.reshape(-1).contiguous())
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    compute_statistics(rows, Statistics.empty(rows.targets), loss, grad.view(-1, rows.V))
+    return grad
