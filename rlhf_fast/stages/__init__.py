@@ -1,1 +1,1 @@
-"""The three stages, each a file with `run(cfg)`, and recipe.py, which runs them in order."""
+"""The three stages. Each is a file with `run(cfg)`; recipe.py runs them in order."""
