@@ -1,10 +1,14 @@
-// What every compiled kernel shares: plain pointers in, and one line to make it callable from Python.
+// How a compiled kernel or constant becomes an attribute of a Python module.
 //
-// A kernel is a function of integers (addresses, sizes), floats and bools; it returns nothing, or an error message
-// (nullptr for success). KERNEL(name) enters it in a table that module.cpp turns into Python functions. The table is
-// data that the linker gathers: a constructor would run, in its file's instruction set, wherever the module is loaded.
-// This header pulls in no library template on purpose: each file of csrc/cpu is compiled once per instruction set, and
-// the linker would merge such templates into one copy, which might use instructions that the processor lacks.
+// A kernel is a function of integers (addresses, sizes), floats and bools. It returns nothing, or an error message
+// (nullptr for success). KERNEL(name) and CONSTANT(name, value) each put an entry into a table, from which module.cpp
+// makes Python functions and numbers. A constant is for what the Python caller must know too, as a layout.
+//
+// The table is a linker section, not filled by constructors: a constructor compiled for AVX-512 would crash at import
+// on a machine without it.
+//
+// This header uses no library template on purpose. Each file of csrc/cpu is compiled once per instruction set. The
+// linker would merge the copies of such a template into one, which might use instructions that the processor lacks.
 #pragma once
 #include <stdint.h>
 
@@ -13,38 +17,40 @@ union Argument {
   double real;
 };
 
-struct Kernel {
-  const char* group;      // "generic", "avx2", "avx512", "cuda" or "simt"
-  const char* name;       // the name seen from Python
-  const char* signature;  // one letter per argument: i = integer or address, f = float
-  const char* (*call)(const Argument*);
+struct Entry {
+  const char* group;                     // "generic", "avx2", "avx512", "cuda" or "simt"
+  const char* name;                      // the name in Python
+  const char* signature;                 // of a kernel, one letter per argument: i = integer or address, f = float
+  const char* (*call)(const Argument*);  // null for a constant
+  int64_t value;                         // of a constant
 };
 
-// The table: pointers to kernels, in a section of the file that has its name.
+// The table's section: pointers to entries.
 #if defined(__APPLE__)
-#define KERNEL_TABLE "__DATA,rlhf_fast"
+#define ENTRY_TABLE "__DATA,rlhf_fast"
 #else
-#define KERNEL_TABLE "rlhf_fast_kernels"
+#define ENTRY_TABLE "rlhf_fast_kernels"
 #endif
 
 namespace {
 
 template <class T>
-struct Letter {
-  static constexpr char value = 'i';
+struct ArgumentType {
+  static constexpr char letter = 'i';
   static T get(const Argument& a) { return static_cast<T>(a.integer); }
 };
 template <>
-struct Letter<float> {
-  static constexpr char value = 'f';
+struct ArgumentType<float> {
+  static constexpr char letter = 'f';
   static float get(const Argument& a) { return static_cast<float>(a.real); }
 };
 template <>
-struct Letter<double> {
-  static constexpr char value = 'f';
+struct ArgumentType<double> {
+  static constexpr char letter = 'f';
   static double get(const Argument& a) { return a.real; }
 };
 
+// Count<N>::type is Indices<0, 1, ..., N - 1>.
 template <int... I>
 struct Indices {};
 template <int N, int... I>
@@ -54,31 +60,32 @@ struct Count<0, I...> {
   using type = Indices<I...>;
 };
 
+// Bind<F, f>::call takes an array of arguments and calls f.
 template <class F, F f>
 struct Bind;
 template <class... A, void (*f)(A...)>
 struct Bind<void (*)(A...), f> {
-  static constexpr char signature[] = {Letter<A>::value..., 0};
+  static constexpr char signature[] = {ArgumentType<A>::letter..., 0};
   template <int... I>
-  static void spread(const Argument* a, Indices<I...>) {
-    f(Letter<A>::get(a[I])...);
+  static void apply(const Argument* a, Indices<I...>) {
+    f(ArgumentType<A>::get(a[I])...);
   }
   static const char* call(const Argument* a) {
-    spread(a, typename Count<sizeof...(A)>::type());
+    apply(a, typename Count<sizeof...(A)>::type());
     return nullptr;
   }
 };
 template <class... A, const char* (*f)(A...)>
 struct Bind<const char* (*)(A...), f> {
-  static constexpr char signature[] = {Letter<A>::value..., 0};
+  static constexpr char signature[] = {ArgumentType<A>::letter..., 0};
   template <int... I>
-  static const char* spread(const Argument* a, Indices<I...>) {
-    return f(Letter<A>::get(a[I])...);
+  static const char* apply(const Argument* a, Indices<I...>) {
+    return f(ArgumentType<A>::get(a[I])...);
   }
-  static const char* call(const Argument* a) { return spread(a, typename Count<sizeof...(A)>::type()); }
+  static const char* call(const Argument* a) { return apply(a, typename Count<sizeof...(A)>::type()); }
 };
 
-// An address as Python passes it, as a typed pointer. A null address (fake tensor, absent option) stays null.
+// An address from Python as a typed pointer. A null address (fake tensor, absent option) stays null.
 template <class T>
 T* ptr(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -86,8 +93,11 @@ T* ptr(uintptr_t address) {
 
 }  // namespace
 
-#define KERNEL(function)                                                                       \
-  static constexpr Kernel function##_entry = {KERNEL_GROUP, #function,                         \
-                                              Bind<decltype(&function), &function>::signature, \
-                                              &Bind<decltype(&function), &function>::call};    \
-  __attribute__((section(KERNEL_TABLE), used)) static const Kernel* const function##_pointer = &function##_entry;
+#define ENTRY(name, ...)                                                    \
+  static constexpr Entry name##_entry = {KERNEL_GROUP, #name, __VA_ARGS__}; \
+  __attribute__((section(ENTRY_TABLE), used)) static const Entry* const name##_pointer = &name##_entry;
+
+#define KERNEL(function) \
+  ENTRY(function, Bind<decltype(&function), &function>::signature, &Bind<decltype(&function), &function>::call, 0)
+
+#define CONSTANT(name, value) ENTRY(name, nullptr, nullptr, value)

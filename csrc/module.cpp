@@ -1,5 +1,6 @@
-// The table of kernels as a Python module: `_cpu` with one submodule per instruction set, `_cuda` with one, `cuda`,
-// and for tests `_simt` with one, `simt`.
+// Makes the table of kernels and constants (kernel.h) a Python module: `_cpu` with a submodule for each instruction
+// set,
+// `_cuda` with one, `cuda`, and for tests `_simt` with one, `simt`.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -9,22 +10,22 @@
 
 namespace py = pybind11;
 
-// The ends of the table, which the linker knows.
+// The ends of the table; the linker defines these symbols.
 #if defined(__APPLE__)
-extern const Kernel* const first_kernel[] __asm("section$start$__DATA$rlhf_fast");
-extern const Kernel* const last_kernel[] __asm("section$end$__DATA$rlhf_fast");
+extern const Entry* const first_entry[] __asm("section$start$__DATA$rlhf_fast");
+extern const Entry* const last_entry[] __asm("section$end$__DATA$rlhf_fast");
 #else
-extern const Kernel* const first_kernel[] __asm("__start_rlhf_fast_kernels") __attribute__((visibility("hidden")));
-extern const Kernel* const last_kernel[] __asm("__stop_rlhf_fast_kernels") __attribute__((visibility("hidden")));
+extern const Entry* const first_entry[] __asm("__start_rlhf_fast_kernels") __attribute__((visibility("hidden")));
+extern const Entry* const last_entry[] __asm("__stop_rlhf_fast_kernels") __attribute__((visibility("hidden")));
 #endif
 
 namespace {
 
 constexpr Py_ssize_t max_arguments = 64;
 
-// METH_FASTCALL: a call costs a fraction of a microsecond, whatever the number of arguments.
+// With METH_FASTCALL a call takes a fraction of a microsecond, for any number of arguments.
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  const auto* kernel = static_cast<const Kernel*>(PyCapsule_GetPointer(self, nullptr));
+  const auto* kernel = static_cast<const Entry*>(PyCapsule_GetPointer(self, nullptr));
   if (count != static_cast<Py_ssize_t>(std::strlen(kernel->signature)) || count > max_arguments)
     return PyErr_Format(PyExc_TypeError, "%s takes %zu arguments (%s), got %zd", kernel->name,
                         std::strlen(kernel->signature), kernel->signature, count);
@@ -47,7 +48,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-bool runs_here(const char* group) {
+bool processor_supports(const char* group) {
 #if defined(__x86_64__)
   const std::string name = group;
   if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -58,23 +59,28 @@ bool runs_here(const char* group) {
   return std::strcmp(group, "avx2") != 0 && std::strcmp(group, "avx512") != 0;
 }
 
+py::object make_function(const Entry* kernel) {
+  auto* method = new PyMethodDef{kernel->name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
+                                 METH_FASTCALL, kernel->signature};
+  py::object self = py::reinterpret_steal<py::object>(PyCapsule_New(const_cast<Entry*>(kernel), nullptr, nullptr));
+  return py::reinterpret_steal<py::object>(PyCFunction_New(method, self.ptr()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(EXTENSION, m) {
-  py::list groups;  // the groups that this machine can run, slowest first
+  py::list groups;  // those that this machine can run, slowest first
   for (const char* group : {"generic", "avx2", "avx512", "cuda", "simt"}) {
     py::module_ part = py::reinterpret_borrow<py::module_>(m);
-    bool any = false;
-    for (const Kernel* const* entry = first_kernel; entry != last_kernel; ++entry) {
-      const Kernel* kernel = *entry;
-      if (std::strcmp(kernel->group, group) != 0) continue;
-      if (!any) part = m.def_submodule(group), any = true;
-      auto* method = new PyMethodDef{kernel->name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
-                                     METH_FASTCALL, kernel->signature};
-      py::object self = py::reinterpret_steal<py::object>(PyCapsule_New(const_cast<Kernel*>(kernel), nullptr, nullptr));
-      part.attr(kernel->name) = py::reinterpret_steal<py::object>(PyCFunction_New(method, self.ptr()));
+    bool is_empty = true;
+    for (const Entry* const* pointer = first_entry; pointer != last_entry; ++pointer) {
+      const Entry* entry = *pointer;
+      if (std::strcmp(entry->group, group) != 0) continue;
+      if (is_empty) part = m.def_submodule(group);
+      is_empty = false;
+      part.attr(entry->name) = entry->call ? make_function(entry) : py::int_(entry->value);
     }
-    if (any && runs_here(group)) groups.append(group);
+    if (!is_empty && processor_supports(group)) groups.append(group);
   }
   m.attr("groups") = groups;
 }

@@ -27,7 +27,7 @@ from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._tensors import empty_float32
 
-KERNELS = ("head_begin", "head_statistics", "head_results", "head_gradient", "half_product")
+KERNELS = ("head_init", "head_statistics", "head_results", "head_gradient", "bf16_product")
 LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, the products are 20 % slower
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
 TILE = (
@@ -48,7 +48,7 @@ def split_evenly(total: int, max_size: int) -> list[tuple[int, int]]:
 def has_bf16_product(kernels: ModuleType) -> bool:
     """Return whether this processor multiplies bfloat16."""
     try:
-        kernels.half_product(0, 0, 0, 0, 0, 0, 0, 0, 0, False, 1)
+        kernels.bf16_product(0, 0, 0, 0, 0, 0, 0, 0, 0, False, 1)
     except RuntimeError:
         return False
     return True
@@ -130,7 +130,7 @@ class CpuHead:
         hidden = self.hidden[begin:end]
         if not self.use_bf16:
             return torch.mm(hidden, weight.T, out=out)
-        self.kernels.half_product(
+        self.kernels.bf16_product(
             *data_ptrs(hidden, weight, out), *out.shape, self.D, hidden.stride(0), weight.stride(0), out.stride(0),
             EMULATE_BF16, self.threads,
         )  # fmt: skip
@@ -167,7 +167,7 @@ class CpuHead:
     def new_state(self) -> Tensor:
         """Return (N, 9), the running statistics of rows of which no logit has been seen."""
         state = empty_float32(self.hidden, self.N, 9)
-        self.kernels.head_begin(state.data_ptr(), self.N)
+        self.kernels.head_init(state.data_ptr(), self.N)
         return state
 
     def results(self, state: Tensor, with_reference: bool = False) -> Tensor:

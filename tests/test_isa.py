@@ -104,12 +104,12 @@ void probe_exp(const float* x, float* y, long n) { for (long i = 0; i < n; i += 
 void probe_log(const float* x, float* y, long n) { for (long i = 0; i < n; i += W) store(y + i, log(load(x + i))); }
 void probe_bf16(const float* x, bf16* y, long n) { for (long i = 0; i < n; i += W) store(y + i, load(x + i)); }
 void probe_load(const bf16* x, float* y, long n) { for (long i = 0; i < n; i += W) store(y + i, load(x + i)); }
-void probe_part(const float* x, bf16* y, int n) { store_part(y, load_part(x, n, -7.f), n); }
-float probe_fill(const float* x, int n) { return sum(load_part(x, n, 1.f)); }
-float probe_largest(const float* x) { return largest(load(x)); }
+void probe_partial(const float* x, bf16* y, int n) { store_partial(y, load_partial(x, n, -7.f), n); }
+float probe_fill(const float* x, int n) { return reduce_sum(load_partial(x, n, 1.f)); }
+float probe_max(const float* x) { return reduce_max(load(x)); }
 void probe_philox(uint64_t seed, unsigned step, uint64_t row, unsigned quad, unsigned* words, int n) {
-  const Stream s = {{(unsigned)seed, (unsigned)(seed >> 32)}, step, {(unsigned)row, (unsigned)(row >> 32)}};
-  for (int i = 0; i < n; i += quads_a_step) philox(s, quad + i, words + 4 * i);
+  const NoiseKey key = {{(unsigned)seed, (unsigned)(seed >> 32)}, step, {(unsigned)row, (unsigned)(row >> 32)}};
+  for (int i = 0; i < n; i += quads_per_call) philox(key, quad + i, words + 4 * i);
 }
 }
 """
@@ -135,7 +135,7 @@ def simd(request, tmp_path_factory):
     ]
     subprocess.run([*command, f"-I{CSRC}", folder / "probe.cpp", "-o", folder / "probe.so"], check=True)
     library = ctypes.CDLL(str(folder / "probe.so"))
-    library.probe_fill.restype = library.probe_largest.restype = ctypes.c_float
+    library.probe_fill.restype = library.probe_max.restype = ctypes.c_float
     assert library.width() == request.param
     return library
 
@@ -188,10 +188,10 @@ def test_bfloat16(simd):
 def test_parts_of_a_vector(simd):
     W = simd.width()
     x = torch.randn(W).bfloat16().float()
-    assert simd.probe_largest(address(x)) == x.max().item()
+    assert simd.probe_max(address(x)) == x.max().item()
     for n in range(W + 1):
         y = torch.full((W,), 5.0, dtype=torch.bfloat16)
-        simd.probe_part(address(x), address(y), n)
+        simd.probe_partial(address(x), address(y), n)
         assert torch.equal(y[:n].float(), x[:n]) and (y[n:] == 5).all()
         assert abs(simd.probe_fill(address(x), n) - (x[:n].sum().item() + W - n)) < 1e-4
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not CPU, reason="rlhf_fast._cpu is not built")
 
 def multiply(kernels, x, w, emulate, threads=1):
     out = torch.full((len(x), len(w) + 3), torch.nan)[:, : len(w)]
-    kernels.half_product(
+    kernels.bf16_product(
         x.data_ptr(), w.data_ptr(), out.data_ptr(), *out.shape, x.shape[1], x.stride(0), w.stride(0), out.stride(0),
         emulate, threads,
     )  # fmt: skip

@@ -1,20 +1,25 @@
 // The scan of gae, gae_packed and ppo_advantages: one row, right to left, W tokens a step.
 //
-// Inside a step, delta_t = r_t + gamma V_{t+1} - V_t needs no chain. A_t = delta_t + c A_{t+1}, c = gamma lambda, is
-// folded by doubling: x += c shift(x, 1); x += c^2 shift(x, 2); ... ; x += c^(W - i) A, A the advantage right of the
-// step. So the chain through a row is one multiply-add and one broadcast for every W tokens. Steps start at multiples
-// of W from the row's start: padding behind a row does not change its bits. Where a step has gaps, it is walked token
-// by token.
+//     tokens   | step 0 | step 1 | ... | last step |       <-- steps from right to left, one row a thread
+//     step     delta_t = r_t + gamma V_{t+1} - V_t in lane t
+//              x += c shift(x, 1);  x += c^2 shift(x, 2);  ...;  x += c^(W - t) A
+//
+// with c = gamma lambda and A the advantage right of the step: A_t = delta_t + c A_{t+1} by doubling. So the chain
+// through a row is one multiply-add and one broadcast for every W tokens. A step with masked and unmasked tokens goes
+// token by token.
+//
+// Steps start at multiples of W from the row's start, so a row's bits depend neither on padding behind it nor on the
+// other rows.
 #pragma once
 #include "kernel.h"
 #include "simd.h"
 
 namespace {
 
-// Up to here one thread takes under 0.1 ms, and waiting for others may take longer where the cores have other work.
-constexpr int64_t threaded_tokens = 65536;
+// Up to here one thread takes under 0.1 ms; waiting for others may take longer if the cores have other work.
+constexpr int64_t MIN_TOKENS_TO_THREAD = 65536;
 
-// Lane i gets lane i + D of (x, fill) laid end to end.
+// Lane i gets lane i + D of x followed by fill.
 template <int D, int... I>
 INLINE f32 shift_lanes(f32 x, f32 fill, Indices<I...>) {
 #if defined(__clang__)
@@ -28,76 +33,83 @@ INLINE f32 shift(f32 x, f32 fill) {
   return shift_lanes<D>(x, fill, typename Count<W>::type());
 }
 
+// x_i + c x_{i+1} + c^2 x_{i+2} + ... by doubling, from power = c.
 template <int D>
-INLINE f32 fold(f32 x, float power) {
+INLINE f32 discounted_sums(f32 x, float power) {
   if constexpr (D < W) {
-    return fold<2 * D>(x + power * shift<D>(x, splat(0.f)), power * power);
+    return discounted_sums<2 * D>(x + power * shift<D>(x, splat(0.f)), power * power);
   } else {
     return x;
   }
 }
 
-// How many of the W flags at p are set, as far as it matters: none, some or all. Flags are 0 or 1.
-enum Flags { none, some, all };
-INLINE Flags look(const uint8_t* p) {
-  uint32_t words[W / 4], both = ~0u, any = 0;
-  memcpy(words, p, W);
-  for (int i = 0; i < W / 4; ++i) both &= words[i], any |= words[i];
-  return any == 0 ? none : both == 0x01010101u ? all : some;
+// How many of W tokens are valid.
+enum Valid { NONE, SOME, ALL };
+INLINE Valid load_valid(const uint8_t* mask) {
+  uint32_t words[W / 4], all = ~0u, any = 0;
+  memcpy(words, mask, W);
+  for (int i = 0; i < W / 4; ++i) {
+    all &= words[i];
+    any |= words[i];
+  }
+  if (any == 0) return NONE;
+  return all == 0x01010101u ? ALL : SOME;
 }
 
 struct Discount {
-  float gamma, decay;
-  f32 powers;  // decay^(W - i) in lane i
+  float gamma, decay;  // decay = gamma lambda
+  f32 powers;          // decay^(W - i) in lane i
 };
-INLINE Discount discount(float gamma, float lam) {
+INLINE Discount make_discount(float gamma, float lam) {
   float powers[W], power = 1.f;
   for (int i = W - 1; i >= 0; --i) powers[i] = power *= gamma * lam;
   return {gamma, gamma * lam, load(powers)};
 }
 
-// A row of n tokens; `next` is the value after its last one. From right to left, Row is asked what tokens that exist
-// earn, W at a time by tile(t) or one by one(t), and told what came of them.
-template <class Row>
-INLINE void scan_row(Row& row, const float* values, const uint8_t* mask, float* advantages, float* returns, int64_t n,
-                     float next, const Discount& d) {
-  f32 carry = splat(0.f), after = splat(next);  // in lane 0: A and V of the next token to the right
+// Scans a row of n tokens; `next_value` is the value after the last. `rewards` computes the reward of W valid tokens,
+// vector(t), or of one, scalar(t), from right to left, and receives the advantages and returns in on_result.
+template <class Rewards>
+INLINE void scan_row(Rewards& rewards, const float* values, const uint8_t* mask, float* advantages, float* returns,
+                     int64_t n, float next_value, const Discount& discount) {
+  f32 next_advantages = splat(0.f), next_values = splat(next_value);  // lane 0: A and V right of this step
   for (int64_t start = (n - 1) / W * W; start >= 0; start -= W) {
-    const Flags flags = start + W <= n ? look(mask + start) : some;
-    if (flags == all) {
+    const Valid valid = start + W <= n ? load_valid(mask + start) : SOME;
+    if (valid == ALL) {
       const f32 v = load(values + start);
-      const f32 delta = (row.tile(start) + d.gamma * shift<1>(v, after)) - v;
-      const f32 a = fold<1>(delta, d.decay) + d.powers * splat(carry[0]);
+      const f32 delta = (rewards.vector(start) + discount.gamma * shift<1>(v, next_values)) - v;
+      const f32 a = discounted_sums<1>(delta, discount.decay) + discount.powers * splat(next_advantages[0]);
       store(advantages + start, a);
       store(returns + start, a + v);
-      row.made(a, a + v);
-      carry = a, after = v;
-    } else if (flags == none) {
+      rewards.on_result(a, a + v);
+      next_advantages = a;
+      next_values = v;
+    } else if (valid == NONE) {
       store(advantages + start, splat(0.f));
       store(returns + start, splat(0.f));
     } else {
-      float last = carry[0], value = after[0];
+      float advantage = next_advantages[0], value = next_values[0];
       for (int64_t t = min(start + W, n) - 1; t >= start; --t) {
         advantages[t] = returns[t] = 0.f;
         if (!mask[t]) continue;
-        last = ((row.one(t) + d.gamma * value) - values[t]) + d.decay * last;
+        advantage = ((rewards.scalar(t) + discount.gamma * value) - values[t]) + discount.decay * advantage;
         value = values[t];
-        advantages[t] = last;
-        returns[t] = last + value;
-        row.made(last, last + value);
+        advantages[t] = advantage;
+        returns[t] = advantage + value;
+        rewards.on_result(advantage, advantage + value);
       }
-      carry[0] = last, after[0] = value;
+      next_advantages[0] = advantage;
+      next_values[0] = value;
     }
   }
 }
 
-// Rewards as they lie in memory.
-struct Stored {
+// Rewards that are given in memory.
+struct GivenRewards {
   const float* rewards;
-  INLINE f32 tile(int64_t t) const { return load(rewards + t); }
-  INLINE float one(int64_t t) const { return rewards[t]; }
+  INLINE f32 vector(int64_t t) const { return load(rewards + t); }
+  INLINE float scalar(int64_t t) const { return rewards[t]; }
   template <class T>
-  INLINE void made(T, T) const {}
+  INLINE void on_result(T, T) const {}
 };
 
 }  // namespace

@@ -1,134 +1,163 @@
-// What stands between the matrix products of a linear head, on the CPU: the ops linear_*.py call these on a block of
+// The row work between the matrix products of a linear head, on the CPU: the ops linear_*.py call it on a block of
 // float32 logits, some rows by some columns, that a product has just left in the cache. softmax.h has the mathematics.
 //
+//     vocabulary   | block 0 | block 1 | ...      head_init once; head_statistics a block; head_results once;
+//     row          [ HeadState in memory ]        then head_gradient a block. A thread takes rows.
+//
 // Floor of a training step over N rows: three products of 2 N D V operations. The row work is about 25 vector
-// operations a logit for the statistics and 25 for the gradient, under a tenth of the products from D = 512 on.
+// operations a logit for the statistics and 25 for the gradient, under a tenth of the products from D = 512 on. A row's
+// bits depend on that row alone.
 #include "kernel.h"
 #include "softmax.h"
 
 namespace {
 
-// A row's running sums, in memory between two blocks; the last three only where there is a reference.
-struct State {
-  Softmax policy;
-  Softmax reference;
+// A row's state between two blocks. The last two only with a reference.
+struct HeadState {
+  SoftmaxState policy;
+  SoftmaxState reference;
   float cross;  // B
 };
 
-template <bool CAP>
-void add_block(State& s, const float* x, const float* bias, int64_t columns, int64_t target, const Scaling& by) {
-  add_columns<CAP>(s.policy, x, bias, columns, target, by);
-}
+// A block's rows: `ref` is null without a reference. Column 0 of the block is column `first` of the vocabulary.
+struct Block {
+  const float *bias, *ref, *ref_bias;
+  const int64_t* targets;
+  int64_t columns, stride, first;
 
-template <bool CAP>
-void add_pair(State& s, const float* x, const float* bias, const float* ref, const float* ref_bias, int64_t columns,
-              int64_t target, const Scaling& by) {
+  int64_t target(int64_t row) const { return targets[row] - first; }
+};
+
+template <bool SOFTCAP>
+void add_pair(HeadState& state, const float* x, const float* ref, const Block& block, int64_t target,
+              const Scaling& scaling) {
   alignas(64) float z[TILE];
   alignas(64) float z2[TILE];
-  for (int64_t begin = 0; begin < columns; begin += TILE) {
-    const int n = (int)min<int64_t>(TILE, columns - begin);
-    const float most = scale_tile<CAP>(x + begin, bias ? bias + begin : nullptr, n, by, z);
-    const float most2 = scale_tile<CAP>(ref + begin, ref_bias ? ref_bias + begin : nullptr, n, by, z2);
-    if (target >= begin && target < begin + n)
-      s.policy.target = z[target - begin], s.reference.target = z2[target - begin];
-    const float before = s.reference.largest;
-    const float factor = move(s.policy, max(s.policy.largest, most));
-    s.cross = factor > 0.f ? s.cross * factor : 0.f;
-    move(s.reference, max(before, most2));
-    if (s.reference.largest > before && s.policy.sum > 0.f && before > -__builtin_inff())
-      s.cross += (before - s.reference.largest) * s.policy.sum;
-    const f32 from = splat(max(s.policy.largest, -FLT_MAX)), from2 = splat(max(s.reference.largest, -FLT_MAX));
-    f32 sums = splat(0.f), moments = sums, sums2 = sums, cross = sums;
+  const float *const bias = block.bias, *const ref_bias = block.ref_bias;
+  for (int64_t begin = 0; begin < block.columns; begin += TILE) {
+    const int n = (int)min<int64_t>(TILE, block.columns - begin);
+    const float tile_max = scale_tile<SOFTCAP>(x + begin, bias ? bias + begin : nullptr, n, scaling, z);
+    const float ref_tile_max = scale_tile<SOFTCAP>(ref + begin, ref_bias ? ref_bias + begin : nullptr, n, scaling, z2);
+    if (target >= begin && target < begin + n) {
+      state.policy.target = z[target - begin];
+      state.reference.target = z2[target - begin];
+    }
+    const float old_ref_max = state.reference.max;
+    const float factor = rescale(state.policy, max(state.policy.max, tile_max));
+    state.cross = factor > 0.f ? state.cross * factor : 0.f;
+    rescale(state.reference, max(old_ref_max, ref_tile_max));
+    if (state.reference.max > old_ref_max && state.policy.sum > 0.f && old_ref_max > -__builtin_inff())
+      state.cross += (old_ref_max - state.reference.max) * state.policy.sum;
+    const f32 row_max = splat(max(state.policy.max, -FLT_MAX)), ref_max = splat(max(state.reference.max, -FLT_MAX));
+    f32 sums = splat(0.f), moments = sums, ref_sums = sums, cross = sums;
     for (int i = 0; i < n; i += W) {
-      const f32 exact = load(z + i) - from, d = at_least_far(exact), d2 = load(z2 + i) - from2;
-      const f32 e = select(exact < splat(FAR), splat(0.f), exp_near(d));
+      const f32 exact = load(z + i) - row_max, d = clamp_exponent(exact), ref_d = load(z2 + i) - ref_max;
+      const f32 e = select(exact < splat(MIN_EXPONENT), splat(0.f), fast_exp(d));
       sums = sums + e;
       moments = moments + d * e;
-      sums2 = sums2 + exp_near(at_least_far(d2));
-      cross = cross + select(e == splat(0.f), splat(0.f), d2 * e);
+      ref_sums = ref_sums + fast_exp(clamp_exponent(ref_d));
+      cross = cross + select(e == splat(0.f), splat(0.f), ref_d * e);
     }
-    s.policy.sum += sum(sums), s.policy.moment += sum(moments);
-    s.reference.sum += sum(sums2), s.cross += sum(cross);
+    state.policy.sum += reduce_sum(sums);
+    state.policy.moment += reduce_sum(moments);
+    state.reference.sum += reduce_sum(ref_sums);
+    state.cross += reduce_sum(cross);
   }
 }
 
-// Rows of a block: `x` and `ref` with their rows `stride` apart; its first column is column `first` of the vocabulary.
-// state (rows, 9) must start as head_begin leaves it.
+// Adds a block of logits to the rows' states. x and ref: rows `stride` apart. state (rows, 9) must come from head_init.
 void head_statistics(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets, uintptr_t state,
                      int64_t rows, int64_t columns, int64_t stride, int64_t first, float temperature, float softcap,
                      int threads) {
-  const Scaling by = scaling(temperature, softcap);
-  const bool cap = softcap > 0.f;
+  const Block block = {ptr<const float>(bias),
+                       ptr<const float>(ref),
+                       ptr<const float>(ref_bias),
+                       ptr<const int64_t>(targets),
+                       columns,
+                       stride,
+                       first};
+  const Scaling scaling = make_scaling(temperature, softcap);
+  const bool has_softcap = softcap > 0.f;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns > 16384)
   for (int64_t row = 0; row < rows; ++row) {
-    const float *const z = ptr<const float>(x) + row * stride, *const b = ptr<const float>(bias);
-    const int64_t target = ptr<const int64_t>(targets)[row] - first;
-    State& s = ptr<State>(state)[row];
-    if (ref) {
-      const float *const z2 = ptr<const float>(ref) + row * stride, *const b2 = ptr<const float>(ref_bias);
-      if (cap)
-        add_pair<true>(s, z, b, z2, b2, columns, target, by);
+    const float* const logits = ptr<const float>(x) + row * stride;
+    const int64_t target = block.target(row);
+    HeadState& s = ptr<HeadState>(state)[row];
+    if (block.ref) {
+      const float* const ref_logits = block.ref + row * stride;
+      if (has_softcap)
+        add_pair<true>(s, logits, ref_logits, block, target, scaling);
       else
-        add_pair<false>(s, z, b, z2, b2, columns, target, by);
-    } else if (cap) {
-      add_block<true>(s, z, b, columns, target, by);
+        add_pair<false>(s, logits, ref_logits, block, target, scaling);
+    } else if (has_softcap) {
+      add_columns<true>(s.policy, logits, block.bias, columns, target, scaling);
     } else {
-      add_block<false>(s, z, b, columns, target, by);
+      add_columns<false>(s.policy, logits, block.bias, columns, target, scaling);
     }
   }
 }
 
-void head_begin(uintptr_t state, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) ptr<State>(state)[row] = State{nothing_yet, nothing_yet, 0.f};
+void head_init(uintptr_t state, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) ptr<HeadState>(state)[row] = HeadState{empty_state, empty_state, 0.f};
 }
 
-// Per row the results of a whole row's sums: out (8, rows) = log p, entropy, m, log s, and of the reference log p, KL,
-// m, log s (the first four rows alone without a reference).
-void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool with_reference) {
+// Writes the results of whole rows: out (8, rows) = log p, entropy, m, log s; of the reference, log p, KL, m, log s.
+// Without a reference, only the first four.
+void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool has_reference) {
   for (int64_t row = 0; row < rows; ++row) {
-    const State& s = ptr<const State>(state)[row];
-    float* const to = ptr<float>(out) + row;
+    const HeadState& s = ptr<const HeadState>(state)[row];
+    float* const column = ptr<float>(out) + row;
     const float log_sum = scalar_log(s.policy.sum), mean = s.policy.moment / s.policy.sum;
-    to[0] = (s.policy.target - s.policy.largest) - log_sum;
-    to[rows] = log_sum - mean;
-    to[2 * rows] = s.policy.largest;
-    to[3 * rows] = log_sum;
-    if (!with_reference) continue;
+    column[0] = (s.policy.target - s.policy.max) - log_sum;
+    column[rows] = log_sum - mean;
+    column[2 * rows] = s.policy.max;
+    column[3 * rows] = log_sum;
+    if (!has_reference) continue;
     const float ref_log_sum = scalar_log(s.reference.sum);
-    to[4 * rows] = (s.reference.target - s.reference.largest) - ref_log_sum;
-    to[5 * rows] = (mean - s.cross / s.policy.sum) - (log_sum - ref_log_sum);
-    to[6 * rows] = s.reference.largest;
-    to[7 * rows] = ref_log_sum;
+    column[4 * rows] = (s.reference.target - s.reference.max) - ref_log_sum;
+    column[5 * rows] = (mean - s.cross / s.policy.sum) - (log_sum - ref_log_sum);
+    column[6 * rows] = s.reference.max;
+    column[7 * rows] = ref_log_sum;
   }
 }
 
-// x becomes the gradient of the raw logits: slopes (rows, 8) hold m, log s, g, a, b and c, m, log s of the reference.
-void head_gradient(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets, uintptr_t slopes,
-                   int64_t rows, int64_t columns, int64_t stride, int64_t first, float temperature, float softcap,
-                   int threads) {
-  const Scaling by = scaling(temperature, softcap);
-  const bool cap = softcap > 0.f;
+template <bool SOFTCAP, bool KL>
+void block_gradient(float* x, const Block& block, const LogitGrad* grads, int64_t row, const Scaling& scaling) {
+  float* const logits = x + row * block.stride;
+  const float* const ref_logits = KL ? block.ref + row * block.stride : nullptr;
+  row_gradient<SOFTCAP, KL>(logits, block.bias, ref_logits, block.ref_bias, logits, block.columns, block.target(row),
+                            grads[row], scaling);
+}
+
+// Replaces a block of logits x by the gradient by them. row_coefficients (rows, 8): the LogitGrad of each row.
+void head_gradient(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets,
+                   uintptr_t row_coefficients, int64_t rows, int64_t columns, int64_t stride, int64_t first,
+                   float temperature, float softcap, int threads) {
+  const Block block = {ptr<const float>(bias),
+                       ptr<const float>(ref),
+                       ptr<const float>(ref_bias),
+                       ptr<const int64_t>(targets),
+                       columns,
+                       stride,
+                       first};
+  const LogitGrad* const grads = ptr<const LogitGrad>(row_coefficients);
+  float* const logits = ptr<float>(x);
+  const Scaling scaling = make_scaling(temperature, softcap);
+  const bool has_softcap = softcap > 0.f;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns > 16384)
   for (int64_t row = 0; row < rows; ++row) {
-    float* const z = ptr<float>(x) + row * stride;
-    const float* const b = ptr<const float>(bias);
-    const int64_t target = ptr<const int64_t>(targets)[row] - first;
-    const Slope& s = ptr<const Slope>(slopes)[row];
-    if (ref) {
-      const float *const z2 = ptr<const float>(ref) + row * stride, *const b2 = ptr<const float>(ref_bias);
-      if (cap)
-        row_gradient<true, true>(z, b, z2, b2, z, columns, target, s, by);
-      else
-        row_gradient<false, true>(z, b, z2, b2, z, columns, target, s, by);
-    } else if (cap) {
-      row_gradient<true, false>(z, b, nullptr, nullptr, z, columns, target, s, by);
-    } else {
-      row_gradient<false, false>(z, b, nullptr, nullptr, z, columns, target, s, by);
-    }
+    if (block.ref && has_softcap)
+      block_gradient<true, true>(logits, block, grads, row, scaling);
+    else if (block.ref)
+      block_gradient<false, true>(logits, block, grads, row, scaling);
+    else if (has_softcap)
+      block_gradient<true, false>(logits, block, grads, row, scaling);
+    else
+      block_gradient<false, false>(logits, block, grads, row, scaling);
   }
 }
 
-KERNEL(head_begin)
+KERNEL(head_init)
 KERNEL(head_statistics)
 KERNEL(head_results)
 KERNEL(head_gradient)

@@ -1,78 +1,95 @@
-// KL-shaped rewards, advantages, returns and their moments in one visit; kernels/ppo_advantages.py says what they mean.
+// KL-shaped rewards, advantages, returns and their moments in one pass, on the CPU; kernels/ppo_advantages.py defines
+// them, gae_scan.h has the scan. A thread takes a row: the scan, then the moments of its outputs, which are in the
+// cache.
 //
-// Per token 13 bytes in (two log-probabilities, value, mask) and 8 out. The moments take a second look at a row's
-// outputs while they are in the cache: squared distances from a mean that is known keep their digits where the mean is
-// large beside the spread, as sums of squares would not. Rows join in their order by Chan's rule, in double.
+// Floor: 13 bytes a token in (two log-probabilities, value, mask) and 8 out.
+//
+// Squares are summed around the row's mean, which keeps their digits even if the mean is large beside the spread. Rows
+// are joined in their order by Chan's rule, in double: the bits do not depend on the threads.
 #include "gae_scan.h"
 
 namespace {
 
-enum Estimator { k1, k2, k3, absolute };
+enum Estimator { K1, K2, K3, ABS };
 
+// score at a row's last valid token, and -coef times the KL estimate at every one. Sums them up on the way: vectors and
+// single tokens apart.
 template <Estimator E>
-struct Shaped {
+struct KlRewards {
   const float* logprobs;
   const float* ref_logprobs;
   float coef;
-  float score;  // waits for the last token
-  bool pending = true;
-  f32 kl = {}, advantages = {}, returns = {};  // sums
-  float kl_ones = 0.f, advantage_ones = 0.f, return_ones = 0.f;
+  float score;
+  bool is_last = true;  // the next token, from the right, is the row's last
+  f32 kl = {}, advantages = {}, returns = {};
+  float scalar_kl = 0.f, scalar_advantages = 0.f, scalar_returns = 0.f;
   int64_t count = 0;
 
   static INLINE f32 estimate(f32 d) {
-    if (E == k1) return d;
-    if (E == k2) return 0.5f * d * d;
-    if (E == k3) return exp(select(-d > splat(20.f), splat(20.f), -d)) - 1.f + d;
+    if (E == K1) return d;
+    if (E == K2) return 0.5f * d * d;
+    if (E == K3) return exp(select(-d > splat(20.f), splat(20.f), -d)) - 1.f + d;
     return abs(d);
   }
-  INLINE f32 tile(int64_t t) {
-    const f32 now = estimate(load(logprobs + t) - load(ref_logprobs + t));
-    kl += now;
-    f32 reward = -coef * now;
-    if (pending) reward[W - 1] = score + reward[W - 1], pending = false;
+  INLINE f32 vector(int64_t t) {
+    const f32 token_kl = estimate(load(logprobs + t) - load(ref_logprobs + t));
+    kl += token_kl;
+    f32 reward = -coef * token_kl;
+    if (is_last) reward[W - 1] = score + reward[W - 1];
+    is_last = false;
     return reward;
   }
-  INLINE float one(int64_t t) {
-    const float now = estimate(splat(logprobs[t] - ref_logprobs[t]))[0];
-    kl_ones += now;
-    const float reward = pending ? score - coef * now : -coef * now;
-    pending = false;
+  INLINE float scalar(int64_t t) {
+    const float token_kl = estimate(splat(logprobs[t] - ref_logprobs[t]))[0];
+    scalar_kl += token_kl;
+    const float reward = is_last ? score - coef * token_kl : -coef * token_kl;
+    is_last = false;
     return reward;
   }
-  INLINE void made(f32 a, f32 r) { advantages += a, returns += r, count += W; }
-  INLINE void made(float a, float r) { advantage_ones += a, return_ones += r, ++count; }
+  INLINE void on_result(f32 advantage, f32 ret) {
+    advantages += advantage;
+    returns += ret;
+    count += W;
+  }
+  INLINE void on_result(float advantage, float ret) {
+    scalar_advantages += advantage;
+    scalar_returns += ret;
+    ++count;
+  }
 };
 
-// Mean and sum of squared distances from it.
+// m2: the sum of squared distances from the mean.
 struct Moments {
   double count, mean, m2;
 };
 
-// Moments of what lies at x inside the mask, whose sum is known, with rounding. What the rounding of the mean leaves of
-// the distances' plain sum corrects both (the two-pass algorithm with correction).
-INLINE Moments moments(const float* x, const uint8_t* mask, int64_t n, int64_t count, float total) {
+// Moments of the valid numbers of x, whose sum is known up to rounding. The sum of the distances from the rounded mean
+// corrects mean and m2 (the two-pass algorithm with correction).
+INLINE Moments compute_moments(const float* x, const uint8_t* mask, int64_t n, int64_t count, float total) {
   if (!count) return {0, 0, 0};
   const float center = total / count;
-  f32 apart = splat(0.f), square = splat(0.f);
-  float ones = 0.f, square_ones = 0.f;
+  f32 sums = splat(0.f), squares = splat(0.f);
+  float scalar_sum = 0.f, scalar_squares = 0.f;
   for (int64_t t = 0; t < n; t += W) {
-    const Flags flags = t + W <= n ? look(mask + t) : some;
-    if (flags == all) {
+    const Valid valid = t + W <= n ? load_valid(mask + t) : SOME;
+    if (valid == ALL) {
       const f32 e = load(x + t) - center;
-      apart += e, square += e * e;
-    } else if (flags == some) {
+      sums += e;
+      squares += e * e;
+    } else if (valid == SOME) {
       for (int64_t i = t; i < min(t + W, n); ++i) {
         const float e = mask[i] ? x[i] - center : 0.f;
-        ones += e, square_ones += e * e;
+        scalar_sum += e;
+        scalar_squares += e * e;
       }
     }
   }
-  const double left = (double(sum(apart)) + ones) / count;
-  return {double(count), center + left, double(sum(square)) + square_ones - left * left * count};
+  const double shift = (double(reduce_sum(sums)) + scalar_sum) / count;
+  return {double(count), center + shift, double(reduce_sum(squares)) + scalar_squares - shift * shift * count};
 }
 
-void join(Moments* a, const Moments& b) {
+// Chan's rule.
+void merge(Moments* a, const Moments& b) {
   const double n = a->count + b.count;
   if (!(b.count > 0)) return;
   const double gap = b.mean - a->mean;
@@ -81,63 +98,73 @@ void join(Moments* a, const Moments& b) {
   a->count = n;
 }
 
-struct Batch {
+struct AdvantageArgs {
   const float *logprobs, *ref_logprobs, *values, *scores, *bootstrap;
   const uint8_t* mask;
   float *advantages, *returns, *stats, *kl;
-  Moments (*rows)[2];  // of each row's advantages and returns
+  Moments (*row_moments)[2];  // of each row's advantages and returns
   int64_t B, T;
-  float coef, clip;
+  float coef, score_clip;
   int threads;
 };
 
 template <Estimator E>
-void run(const Batch& b, const Discount& d) {
-#pragma omp parallel for num_threads(b.threads) if (b.threads > 1 && b.B * b.T > threaded_tokens)
-  for (int64_t row = 0; row < b.B; ++row) {
-    const int64_t at = row * b.T;
-    float score = b.scores[row];
-    if (b.clip > 0.f) score = score > b.clip ? b.clip : score < -b.clip ? -b.clip : score;
-    Shaped<E> shaped{b.logprobs + at, b.ref_logprobs + at, b.coef, score};
-    scan_row(shaped, b.values + at, b.mask + at, b.advantages + at, b.returns + at, b.T,
-             b.bootstrap ? b.bootstrap[row] : 0.f, d);
-    b.kl[row] = sum(shaped.kl) + shaped.kl_ones;
-    const float advantages = sum(shaped.advantages) + shaped.advantage_ones;
-    const float returns = sum(shaped.returns) + shaped.return_ones;
-    b.rows[row][0] = moments(b.advantages + at, b.mask + at, b.T, shaped.count, advantages);
-    b.rows[row][1] = moments(b.returns + at, b.mask + at, b.T, shaped.count, returns);
-  }
-  Moments advantage{0, 0, 0}, ret{0, 0, 0};
-  for (int64_t row = 0; row < b.B; ++row) join(&advantage, b.rows[row][0]), join(&ret, b.rows[row][1]);
-  const double stats[] = {advantage.count, advantage.mean, advantage.m2, ret.mean, ret.m2};
-  for (int i = 0; i < 5; ++i) b.stats[i] = float(stats[i]);
+void run_row(const AdvantageArgs& args, int64_t row, const Discount& discount) {
+  const int64_t begin = row * args.T;
+  const uint8_t* const mask = args.mask + begin;
+  float *const advantages = args.advantages + begin, *const returns = args.returns + begin;
+  float score = args.scores[row];
+  if (args.score_clip > 0.f) score = max(min(score, args.score_clip), -args.score_clip);
+  KlRewards<E> rewards{args.logprobs + begin, args.ref_logprobs + begin, args.coef, score};
+  scan_row(rewards, args.values + begin, mask, advantages, returns, args.T, args.bootstrap ? args.bootstrap[row] : 0.f,
+           discount);
+  args.kl[row] = reduce_sum(rewards.kl) + rewards.scalar_kl;
+  const float advantage_sum = reduce_sum(rewards.advantages) + rewards.scalar_advantages;
+  const float return_sum = reduce_sum(rewards.returns) + rewards.scalar_returns;
+  args.row_moments[row][0] = compute_moments(advantages, mask, args.T, rewards.count, advantage_sum);
+  args.row_moments[row][1] = compute_moments(returns, mask, args.T, rewards.count, return_sum);
 }
 
+template <Estimator E>
+void run(const AdvantageArgs& args, const Discount& discount) {
+#pragma omp parallel for num_threads(args.threads) if (args.threads > 1 && args.B * args.T > MIN_TOKENS_TO_THREAD)
+  for (int64_t row = 0; row < args.B; ++row) run_row<E>(args, row, discount);
+  Moments advantages{0, 0, 0}, returns{0, 0, 0};
+  for (int64_t row = 0; row < args.B; ++row) {
+    merge(&advantages, args.row_moments[row][0]);
+    merge(&returns, args.row_moments[row][1]);
+  }
+  const double stats[] = {advantages.count, advantages.mean, advantages.m2, returns.mean, returns.m2};
+  for (int i = 0; i < 5; ++i) args.stats[i] = float(stats[i]);
+}
+
+// row_moments: memory for 6 doubles a row. score_clip 0: off.
 void ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values, uintptr_t scores, uintptr_t mask,
                     uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns, uintptr_t stats, uintptr_t kl,
-                    uintptr_t rows, int64_t B, int64_t T, float coef, int estimator, float gamma, float lam, float clip,
-                    int threads) {
-  const Batch b{ptr<const float>(logprobs),
-                ptr<const float>(ref_logprobs),
-                ptr<const float>(values),
-                ptr<const float>(scores),
-                ptr<const float>(bootstrap),
-                ptr<const uint8_t>(mask),
-                ptr<float>(advantages),
-                ptr<float>(returns),
-                ptr<float>(stats),
-                ptr<float>(kl),
-                ptr<Moments[2]>(rows),
-                B,
-                T,
-                coef,
-                clip,
-                threads};
-  const Discount d = discount(gamma, lam);
-  if (estimator == k1) return run<k1>(b, d);
-  if (estimator == k2) return run<k2>(b, d);
-  if (estimator == k3) return run<k3>(b, d);
-  run<absolute>(b, d);
+                    uintptr_t row_moments, int64_t B, int64_t T, float coef, int estimator, float gamma, float lam,
+                    float score_clip, int threads) {
+  AdvantageArgs args;
+  args.logprobs = ptr<const float>(logprobs);
+  args.ref_logprobs = ptr<const float>(ref_logprobs);
+  args.values = ptr<const float>(values);
+  args.scores = ptr<const float>(scores);
+  args.bootstrap = ptr<const float>(bootstrap);
+  args.mask = ptr<const uint8_t>(mask);
+  args.advantages = ptr<float>(advantages);
+  args.returns = ptr<float>(returns);
+  args.stats = ptr<float>(stats);
+  args.kl = ptr<float>(kl);
+  args.row_moments = ptr<Moments[2]>(row_moments);
+  args.B = B;
+  args.T = T;
+  args.coef = coef;
+  args.score_clip = score_clip;
+  args.threads = threads;
+  const Discount discount = make_discount(gamma, lam);
+  if (estimator == K1) return run<K1>(args, discount);
+  if (estimator == K2) return run<K2>(args, discount);
+  if (estimator == K3) return run<K3>(args, discount);
+  run<ABS>(args, discount);
 }
 
 KERNEL(ppo_advantages)

@@ -1,15 +1,19 @@
-// X W' for the few rows of a decoding step: float32 X (rows, in), W (out, in) as torch's Linear holds it or (in, out)
-// as GPT-2's Conv1D does, float32 or bfloat16, into float32. No packing and no copy of W: an optimizer's step is seen.
+// X W' for the few rows of a decoding step: float32 X (rows, in), W float32 or bfloat16 as (out, in), torch's Linear,
+// or (in, out), GPT-2's Conv1D, into float32. W is neither packed nor copied, so an optimizer's step is seen at once.
 //
-// Floor: W once from memory; beyond some 12 rows the 2 rows out in operations at two vectors a cycle.
+//     W (out, in):   dot_tile, R rows of X by 4 rows of W: lane l sums the elements l, l + W, ... of both, then the
+//                    lanes are added by halves
+//     W (in, out):   outer_tile, R rows of X by 2 vectors of columns: lane l sums the `in` products of its column
 //
-// Every result is one chain of fused multiply-adds in a fixed order, whatever the tile, the other rows or the threads:
-// (out, in): lane l sums the elements l, l + W, ... of the two rows, then the lanes are added by halves;
-// (in, out): a result sums its `in` products one after the other.
-// So a token's numbers do not depend on the batch around it. Rows of W pass once through the first-level cache: a panel
-// of them meets all rows of X, which stay in the second level. bfloat16 is widened once a panel.
+// Rows of W pass through the first-level cache once: a panel of them meets all rows of X, which stay in the second
+// level. bfloat16 is converted once a panel.
+//
+// Every result is one chain of fused multiply-adds in a fixed order, so a token's numbers do not depend on the tile, on
+// the other rows or on the threads.
+//
+// Floor: W once from memory; beyond some 12 rows, the 2 rows out in operations at two vectors a cycle.
 #pragma once
-#include "half_product.h"
+#include "bf16_product.h"
 #include "simd.h"
 #if defined(__SSE2__)
 #if !defined(__clang__)
@@ -20,12 +24,12 @@
 
 namespace {
 
-// A linear layer as the module holds it; rollout/compiled_step.py fills it in.
+// A linear layer as the module holds it. rlhf_fast/rollout/compiled_step.py has the same structure.
 struct Matrix {
   const void* weight;
-  const void* bias;  // (out,) or null, of the weight's type
+  const void* bias;  // (out,) of the weight's dtype, or null
   int64_t out, in, stride;
-  int32_t is_bf16, transposed;  // transposed: (in, out)
+  int32_t is_bf16, transposed;  // transposed: weight is (in, out)
 };
 
 INLINE f32 fma(f32 a, f32 b, f32 c) {
@@ -38,7 +42,7 @@ INLINE f32 fma(f32 a, f32 b, f32 c) {
 #endif
 }
 
-// Four vectors, each summed over its lanes by halves, as sum() does.
+// The reduce_sum of four vectors.
 typedef float f32x4 __attribute__((vector_size(16)));
 INLINE f32x4 sum_four(f32 a, f32 b, f32 c, f32 d) {
 #if defined(__SSE2__)
@@ -59,34 +63,34 @@ INLINE f32x4 sum_four(f32 a, f32 b, f32 c, f32 d) {
   const __m128 first = _mm_add_ps(ab, AB), second = _mm_add_ps(cd, CD);
   return (f32x4)_mm_add_ps(_mm_movelh_ps(first, second), _mm_movehl_ps(second, first));
 #else
-  return f32x4{sum(a), sum(b), sum(c), sum(d)};
+  return f32x4{reduce_sum(a), reduce_sum(b), reduce_sum(c), reduce_sum(d)};
 #endif
 }
 
-constexpr int TILE_ROWS = W == 16 ? 6 : 3;  // of X: 4 columns by so many rows of sums fill the registers
-constexpr int PANEL = 24 * 1024;            // floats of widened rows of W
+constexpr int TILE_ROWS = W == 16 ? 6 : 3;  // rows of X in a tile: by 4 columns, their sums fill the registers
+constexpr int PANEL_SIZE = 24 * 1024;       // floats, for rows of W converted to float32
 
 template <int N>
-struct Number {
+struct Constant {
   static constexpr int value = N;
 };
-// Calls f(Number<n>()) for the n in 1 .. most.
-template <int most, class F>
-INLINE void with_rows(int64_t n, F f) {
-  if constexpr (most > 1)
-    if (n < most) return with_rows<most - 1>(n, f);
-  f(Number<most>());
+// Calls f(Constant<n>()) for the n in 1 ... MAX.
+template <int MAX, class F>
+INLINE void with_constant(int64_t n, F f) {
+  if constexpr (MAX > 1)
+    if (n < MAX) return with_constant<MAX - 1>(n, f);
+  f(Constant<MAX>());
 }
 
-// R rows of X by C (4, 8 or 1) rows of W, while FETCH rows of W from `next` on are asked for.
-template <int R, int C, int FETCH, class T>
+// R rows of X by C (4, 8 or 1) rows of W. Meanwhile PREFETCH rows of W from `next` on are prefetched.
+template <int R, int C, int PREFETCH, class T>
 INLINE void dot_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t K, float* out,
                      int64_t out_stride, const T* next) {
   f32 sums[R][C] = {};
   int64_t k = 0;
   for (; k + W <= K; k += W) {
-    if (FETCH && k % (int64_t)(64 / sizeof(T)) == 0)
-      for (int c = 0; c < FETCH; ++c) __builtin_prefetch(next + c * w_stride + k, 0, 2);
+    if (PREFETCH && k % (int64_t)(64 / sizeof(T)) == 0)
+      for (int c = 0; c < PREFETCH; ++c) __builtin_prefetch(next + c * w_stride + k, 0, 2);
     f32 a[R];
     for (int r = 0; r < R; ++r) a[r] = load(x + r * x_stride + k);
     for (int c = 0; c < C; ++c) {
@@ -96,14 +100,14 @@ INLINE void dot_tile(const float* x, int64_t x_stride, const T* w, int64_t w_str
   }
   if (k < K) {
     f32 a[R];
-    for (int r = 0; r < R; ++r) a[r] = load_part(x + r * x_stride + k, (int)(K - k), 0.f);
+    for (int r = 0; r < R; ++r) a[r] = load_partial(x + r * x_stride + k, (int)(K - k), 0.f);
     for (int c = 0; c < C; ++c) {
-      const f32 b = load_part(w + c * w_stride + k, (int)(K - k), 0.f);
+      const f32 b = load_partial(w + c * w_stride + k, (int)(K - k), 0.f);
       for (int r = 0; r < R; ++r) sums[r][c] = fma(a[r], b, sums[r][c]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    if (C == 1) out[r * out_stride] = sum(sums[r][0]);
+    if (C == 1) out[r * out_stride] = reduce_sum(sums[r][0]);
     for (int c = 0; c + 4 <= C; c += 4) {
       const f32x4 four = sum_four(sums[r][c], sums[r][c + 1], sums[r][c + 2], sums[r][c + 3]);
       memcpy(out + r * out_stride + c, &four, sizeof four);
@@ -111,38 +115,40 @@ INLINE void dot_tile(const float* x, int64_t x_stride, const T* w, int64_t w_str
   }
 }
 
-// X times `columns` rows of W for all rows of X. Where `fetches`, the next four rows are asked for meanwhile: evenly
-// over the tiles, for a core waits for only so many lines at a time.
-template <bool fetches, class T>
+// All rows of X by `columns` rows of W. With PREFETCHES, each four rows of W are prefetched while the four before are
+// multiplied: evenly over the tiles, as a core can wait for a few cache lines at a time.
+template <bool PREFETCHES, class T>
 INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t columns,
                         int64_t K, float* out, int64_t out_stride) {
   int64_t c = 0;
   if (rows == 1)
     for (; c + 8 <= columns; c += 8) {
-      const T* const eight = w + c * w_stride;
-      dot_tile<1, 8, fetches ? 8 : 0>(x, 0, eight, w_stride, K, out + c, 0, eight + 16 * w_stride);
+      const T* const rows_of_w = w + c * w_stride;
+      dot_tile<1, 8, PREFETCHES ? 8 : 0>(x, 0, rows_of_w, w_stride, K, out + c, 0, rows_of_w + 16 * w_stride);
     }
   for (; c + 4 <= columns; c += 4) {
-    const T *const four = w + c * w_stride, *next = four + 4 * w_stride;
-    float* const to = out + c;
+    const T *const rows_of_w = w + c * w_stride, *next = rows_of_w + 4 * w_stride;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t left = fetches ? 4 : 0, r = 0;
+    int64_t left = PREFETCHES ? 4 : 0, r = 0;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t share = left ? (left + tiles - t - 1) / (tiles - t) : 0, n = min<int64_t>(TILE_ROWS, rows - r);
+      const int64_t share = left ? (left + tiles - t - 1) / (tiles - t) : 0;  // rows to prefetch during this tile
+      const int64_t n = min<int64_t>(TILE_ROWS, rows - r);
       const float* const from = x + r * x_stride;
-      float* const into = to + r * out_stride;
+      float* const to = out + c + r * out_stride;
       const auto tile = [&](auto R) {
         constexpr int count = decltype(R)::value;
         if (share == 0)
-          dot_tile<count, 4, 0>(from, x_stride, four, w_stride, K, into, out_stride, next);
+          dot_tile<count, 4, 0>(from, x_stride, rows_of_w, w_stride, K, to, out_stride, next);
         else if (share == 1)
-          dot_tile<count, 4, 1>(from, x_stride, four, w_stride, K, into, out_stride, next);
+          dot_tile<count, 4, 1>(from, x_stride, rows_of_w, w_stride, K, to, out_stride, next);
         else
-          dot_tile<count, 4, 4>(from, x_stride, four, w_stride, K, into, out_stride, next);
+          dot_tile<count, 4, 4>(from, x_stride, rows_of_w, w_stride, K, to, out_stride, next);
       };
-      with_rows<TILE_ROWS>(n, tile);
+      with_constant<TILE_ROWS>(n, tile);
       const int64_t done = share > 1 ? 4 : share;
-      left = max<int64_t>(0, left - done), next += done * w_stride, r += n;
+      left = max<int64_t>(0, left - done);
+      next += done * w_stride;
+      r += n;
     }
   }
   for (; c < columns; ++c)
@@ -150,19 +156,23 @@ INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, const T*
       dot_tile<1, 1, 0>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, K, out + r * out_stride + c, 0, w);
 }
 
-// The same for W (in, out): R rows of X by C vectors of columns, of which `columns` are wanted.
+// R rows of X by C vectors of columns of W (in, out); only `columns` of them exist.
 template <int R, int C, class T>
 INLINE void outer_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns, int64_t K,
                        float* out, int64_t out_stride) {
   f32 sums[R][C] = {};
-  const bool whole = columns >= C * W;
+  const bool is_full = columns >= C * W;
   for (int64_t k = 0; k < K; ++k) {
     const T* const row = w + k * w_stride;
     __builtin_prefetch(row + 8 * w_stride, 0, 2);
     f32 b[C];
     for (int c = 0; c < C; ++c) {
       const int64_t left = columns - c * W;
-      b[c] = whole || left >= W ? load(row + c * W) : left > 0 ? load_part(row + c * W, (int)left, 0.f) : splat(0.f);
+      b[c] = splat(0.f);
+      if (is_full || left >= W)
+        b[c] = load(row + c * W);
+      else if (left > 0)
+        b[c] = load_partial(row + c * W, (int)left, 0.f);
     }
     for (int r = 0; r < R; ++r) {
       const f32 a = splat(x[r * x_stride + k]);
@@ -175,7 +185,7 @@ INLINE void outer_tile(const float* x, int64_t x_stride, const T* w, int64_t w_s
       if (left >= W)
         store(out + r * out_stride + c * W, sums[r][c]);
       else if (left > 0)
-        store_part(out + r * out_stride + c * W, sums[r][c], (int)left);
+        store_partial(out + r * out_stride + c * W, sums[r][c], (int)left);
     }
 }
 
@@ -193,56 +203,59 @@ INLINE void outer_columns(const float* x, int64_t x_stride, int64_t rows, const 
                        out_stride);
 }
 
-// X, and X rounded to bfloat16 where the processor multiplies that (else null).
+// X, and X rounded to bfloat16, or null if the product is in float32.
 struct Activations {
-  const float* wide;
-  const uint16_t* half;
+  const float* x;
+  const uint16_t* x_bf16;
   int64_t stride, rows;
 };
 
-// A row of X to bfloat16.
-INLINE void round_row(const float* x, int64_t n, uint16_t* half) {
+// Rounds a row of X to bfloat16.
+INLINE void round_row(const float* x, int64_t n, uint16_t* y) {
   int64_t k = 0;
-  for (; k + W <= n; k += W) store((bf16*)half + k, load(x + k));
-  if (k < n) store_part((bf16*)half + k, load_part(x + k, (int)(n - k), 0.f), (int)(n - k));
+  for (; k + W <= n; k += W) store((bf16*)y + k, load(x + k));
+  if (k < n) store_partial((bf16*)y + k, load_partial(x + k, (int)(n - k), 0.f), (int)(n - k));
 }
 
-// Columns [begin, end) of X W', without the bias; `out` points at column `begin`. `panel`: PANEL floats, or 4 `in`.
+// Columns [begin, end) of X W', without the bias; `out` points at column `begin`. `panel` holds max(PANEL_SIZE, 4 in)
+// floats.
 template <class Dot>
-INLINE void multiply(const Activations& x, const Matrix& m, int64_t begin, int64_t end, float* out, int64_t out_stride,
-                     float* panel) {
+INLINE void multiply(const Activations& input, const Matrix& m, int64_t begin, int64_t end, float* out,
+                     int64_t out_stride, float* panel) {
   const int64_t columns = end - begin, K = m.in;
   if (m.transposed) {
     if (m.is_bf16)
-      outer_columns(x.wide, x.stride, x.rows, (const bf16*)m.weight + begin, m.stride, columns, K, out, out_stride);
+      outer_columns(input.x, input.stride, input.rows, (const bf16*)m.weight + begin, m.stride, columns, K, out,
+                    out_stride);
     else
-      outer_columns(x.wide, x.stride, x.rows, (const float*)m.weight + begin, m.stride, columns, K, out, out_stride);
+      outer_columns(input.x, input.stride, input.rows, (const float*)m.weight + begin, m.stride, columns, K, out,
+                    out_stride);
     return;
   }
   if (!m.is_bf16) {
     const float* const w = (const float*)m.weight + begin * m.stride;
-    dot_columns<true>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
+    dot_columns<true>(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride);
     return;
   }
   const bf16* const w = (const bf16*)m.weight + begin * m.stride;
-  if (x.half) {
-    half_columns<Dot>(x.half, x.stride, &w->bits, m.stride, out, out_stride, x.rows, 0, columns, K);
+  if (input.x_bf16) {
+    bf16_columns<Dot>(input.x_bf16, input.stride, &w->bits, m.stride, out, out_stride, input.rows, 0, columns, K);
     return;
   }
-  if (x.rows <= TILE_ROWS) {
-    dot_columns<true>(x.wide, x.stride, x.rows, w, m.stride, columns, K, out, out_stride);
+  if (input.rows <= TILE_ROWS) {
+    dot_columns<true>(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride);
     return;
   }
-  const int64_t most = max<int64_t>(4, PANEL / K / 4 * 4);
-  for (int64_t c = 0; c < columns; c += most) {
-    const int64_t some = min(most, columns - c);
-    for (int64_t i = 0; i < some; ++i) {
+  const int64_t panel_rows = max<int64_t>(4, PANEL_SIZE / K / 4 * 4);
+  for (int64_t c = 0; c < columns; c += panel_rows) {
+    const int64_t count = min(panel_rows, columns - c);
+    for (int64_t i = 0; i < count; ++i) {
       const bf16* const row = w + (c + i) * m.stride;
       int64_t k = 0;
       for (; k + W <= K; k += W) store(panel + i * K + k, load(row + k));
       for (; k < K; ++k) panel[i * K + k] = to_float(row[k]);
     }
-    dot_columns<false>(x.wide, x.stride, x.rows, panel, K, some, K, out + c, out_stride);
+    dot_columns<false>(input.x, input.stride, input.rows, panel, K, count, K, out + c, out_stride);
   }
 }
 

@@ -4,35 +4,36 @@
 
 namespace {
 
-// The first 2 * half of d elements of x are rotated, element i with i + half, the others copied, into y; y may be x.
+// Rotates the first 2 * half_dim of the d elements of x, element i with element i + half_dim, into y, and copies the
+// rest. y may be x.
 template <class X, class Y>
-INLINE void rope(const X* x, const float* cos, const float* sin, int64_t half, int64_t d, Y* y) {
-  for (int64_t i = 0; i < half; i += W) {
-    const int n = (int)min<int64_t>(W, half - i);
-    const bool whole = n == W;
-    const f32 a = whole ? load(x + i) : load_part(x + i, n, 0.f);
-    const f32 b = whole ? load(x + half + i) : load_part(x + half + i, n, 0.f);
-    const f32 c = whole ? load(cos + i) : load_part(cos + i, n, 0.f);
-    const f32 s = whole ? load(sin + i) : load_part(sin + i, n, 0.f);
+INLINE void rope(const X* x, const float* cos, const float* sin, int64_t half_dim, int64_t d, Y* y) {
+  for (int64_t i = 0; i < half_dim; i += W) {
+    const int n = (int)min<int64_t>(W, half_dim - i);
+    const bool is_full = n == W;
+    const f32 a = is_full ? load(x + i) : load_partial(x + i, n, 0.f);
+    const f32 b = is_full ? load(x + half_dim + i) : load_partial(x + half_dim + i, n, 0.f);
+    const f32 c = is_full ? load(cos + i) : load_partial(cos + i, n, 0.f);
+    const f32 s = is_full ? load(sin + i) : load_partial(sin + i, n, 0.f);
     const f32 first = a * c - b * s, second = b * c + a * s;
-    if (whole) {
+    if (is_full) {
       store(y + i, first);
-      store(y + half + i, second);
+      store(y + half_dim + i, second);
     } else {
-      store_part(y + i, first, n);
-      store_part(y + half + i, second, n);
+      store_partial(y + i, first, n);
+      store_partial(y + half_dim + i, second, n);
     }
   }
   if ((const void*)x == (const void*)y) return;
-  int64_t i = 2 * half;
+  int64_t i = 2 * half_dim;
   for (; i + W <= d; i += W) store(y + i, load(x + i));
-  if (i < d) store_part(y + i, load_part(x + i, (int)(d - i), 0.f), (int)(d - i));
+  if (i < d) store_partial(y + i, load_partial(x + i, (int)(d - i), 0.f), (int)(d - i));
 }
 
-// In place; what lies beyond the first 2 * half elements stays.
+// Rotates the first 2 * half_dim elements of a head in place.
 template <class X>
-INLINE void rotate(X* head, const float* cos, const float* sin, int64_t half) {
-  rope(head, cos, sin, half, 2 * half, head);
+INLINE void rope_in_place(X* head, const float* cos, const float* sin, int64_t half_dim) {
+  rope(head, cos, sin, half_dim, 2 * half_dim, head);
 }
 
 }  // namespace

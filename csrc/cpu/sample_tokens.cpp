@@ -1,6 +1,7 @@
-// Draws a token a row; kernels/sample_tokens.py says what it means, sample.h how it is done.
+// Samples a token from each row of logits, on the CPU; kernels/sample_tokens.py defines it, sample.h has the algorithm.
+// A thread takes a row at a time.
 //
-// Floor per token: one read from memory; about 16 operations for e^z (32 where the temperature is not 1), 18 for
+// Floor per logit: one read from memory; about 16 operations for e^z (32 if the temperature is not 1) and 18 for
 // Philox.
 #include "kernel.h"
 #include "sample.h"
@@ -11,18 +12,18 @@ void sample_tokens(uintptr_t logits, int is_bf16, int64_t B, int32_t V, uintptr_
                    uintptr_t top_p, uintptr_t min_p, int64_t seed, uintptr_t row_ids, uintptr_t steps, uintptr_t noise,
                    uintptr_t tokens, uintptr_t logprobs, uintptr_t raw_logprobs, uintptr_t kept_logprobs,
                    uintptr_t log_kept_mass, uintptr_t entropy, int threads) {
-  const Options options = {
+  const SampleArgs args = {
       ptr<const float>(temperature), ptr<const int64_t>(top_k), ptr<const float>(top_p), ptr<const float>(min_p), seed,
-      ptr<const int64_t>(row_ids),   ptr<const int64_t>(steps)};
+      ptr<const int64_t>(row_ids),   ptr<const int64_t>(steps), ptr<const float>(noise)};
   const Outputs out = {ptr<int64_t>(tokens),      ptr<float>(logprobs),      ptr<float>(raw_logprobs),
                        ptr<float>(kept_logprobs), ptr<float>(log_kept_mass), ptr<float>(entropy)};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && B > 1 && B * V > 4096)
   for (int64_t b = 0; b < B; ++b) {
-    const float* const gumbel = noise ? ptr<const float>(noise) + b * V : nullptr;
+    const SamplingParams params = sampling_params(args, b, V);
     if (is_bf16)
-      sample_row(ptr<const bf16>(logits) + b * V, V, b, options, gumbel, nullptr, out);
+      sample_row(ptr<const bf16>(logits) + b * V, V, b, params, nullptr, out);
     else
-      sample_row(ptr<const float>(logits) + b * V, V, b, options, gumbel, nullptr, out);
+      sample_row(ptr<const float>(logits) + b * V, V, b, params, nullptr, out);
   }
 }
 

@@ -1,6 +1,11 @@
-// Vectors for the CPU kernels. One source, compiled once per instruction set: W floats at a time, by the compiler's own
-// vector types, so that the same lines serve SSE2, NEON, AVX2 and AVX-512. Everything is in an anonymous namespace (see
-// kernel.h). Horizontal sums have one fixed order: results repeat bit for bit.
+// Vectors of float32 for the CPU kernels: W floats in the compiler's own vector types, so that one source serves SSE2,
+// NEON, AVX2 and AVX-512. It is compiled once per instruction set; everything is in an anonymous namespace (kernel.h
+// says why).
+//
+//     load_partial(p, 3, fill), W = 8:    | p[0] | p[1] | p[2] | fill | fill | fill | fill | fill |   one element a
+//     lane
+//
+// reduce_sum adds lane i to lane i + W/2, then + W/4, ..., + 1: one fixed order, so results repeat bit for bit.
 #pragma once
 #include <float.h>
 #include <stdint.h>
@@ -35,12 +40,16 @@ INLINE T max(T a, T b) {
 }
 
 INLINE f32 splat(float x) { return f32{} + x; }
+template <class F>
+INLINE F splat(float x) {
+  return F{} + x;
+}
 INLINE i32 as_int(f32 x) { return (i32)x; }
 INLINE f32 as_float(i32 x) { return (f32)x; }
 INLINE f32 select(i32 mask, f32 yes, f32 no) { return mask ? yes : no; }
-INLINE f32 keep(i32 mask, f32 x) { return as_float(as_int(x) & mask); }  // x or 0, even where x is NaN
+INLINE f32 zero_unless(i32 mask, f32 x) { return as_float(as_int(x) & mask); }  // 0 even if x is NaN
 
-// bfloat16 as it lies in memory.
+// A bfloat16 in memory.
 struct bf16 {
   uint16_t bits;
 };
@@ -71,7 +80,7 @@ INLINE void store(bf16* p, f32 v) {
 
 // The first n < W elements at p; the other lanes hold `fill`.
 template <class T>
-INLINE f32 load_part(const T* p, int n, float fill) {
+INLINE f32 load_partial(const T* p, int n, float fill) {
   T part[W];
   float lanes[W];
   memset(part, 0, sizeof part);
@@ -81,7 +90,7 @@ INLINE f32 load_part(const T* p, int n, float fill) {
   return load(lanes);
 }
 template <class T>
-INLINE void store_part(T* p, f32 v, int n) {
+INLINE void store_partial(T* p, f32 v, int n) {
   T part[W];
   store(part, v);
   memcpy(p, part, n * sizeof(T));
@@ -95,14 +104,14 @@ INLINE float to_float(bf16 x) {
   return f;
 }
 
-INLINE float sum(f32 v) {
+INLINE float reduce_sum(f32 v) {
   float lanes[W];
   memcpy(lanes, &v, sizeof v);
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
 }
-INLINE float largest(f32 v) {
+INLINE float reduce_max(f32 v) {
   float lanes[W];
   memcpy(lanes, &v, sizeof v);
   for (int half = W / 2; half; half /= 2)
@@ -113,6 +122,21 @@ INLINE float largest(f32 v) {
 INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 INLINE f32 abs(f32 x) { return as_float(as_int(x) & 0x7fffffff); }
+
+// What dialect.h asks for besides.
+template <class F>
+struct MaskOf {
+  using type = i32;
+};
+template <class F>
+using Mask = typename MaskOf<F>::type;
+
+INLINE f32 clamp(f32 x, f32 low, f32 high) { return select(x < low, low, select(x > high, high, x)); }
+INLINE f32 reciprocal(f32 x) { return 1.f / x; }
+INLINE f32 clear_low_bits(f32 x, int32_t bits) { return as_float(as_int(x) & ~bits); }
+INLINE double exp(double x) { return __builtin_exp(x); }
+INLINE double log(double x) { return __builtin_log(x); }
+INLINE double log1p(double x) { return __builtin_log1p(x); }
 
 // e^x within 1.2 ulp; 0 below -87.3 (no denormals), inf above 88.7, NaN for NaN.
 // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a minimax polynomial (Cephes' coefficients), scaled by 2^n.
@@ -129,15 +153,15 @@ INLINE f32 exp(f32 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  // 2^n in two halves, so that n = 128 does not overflow before the product does.
-  const i32 whole = as_int(shifted) - as_int(magic), half = whole >> 1;
-  f32 y = p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
+  // 2^n as two factors: 2^128 would overflow before the product does.
+  const i32 exponent = as_int(shifted) - as_int(magic), half = exponent >> 1;
+  f32 y = p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
   y = select(x < splat(-87.33654f), splat(0.f), y);
   y = select(x > splat(88.72283f), splat(__builtin_inff()), y);
   return select(x != x, x, y);
 }
 
-// ln x within 1 ulp for x > 0, denormals apart; -inf for 0, inf for inf, NaN for x < 0 and NaN (Cephes' coefficients).
+// ln x within 1 ulp for normal x > 0; -inf for 0, inf for inf, NaN for x < 0 and NaN (Cephes' coefficients).
 INLINE f32 log(f32 x) {
   const i32 bits = as_int(x);
   i32 exponent = ((bits >> 23) & 255) - 126;
