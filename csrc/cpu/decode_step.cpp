@@ -33,35 +33,35 @@ struct Norm {
 };
 
 struct Layer {
-  Norm before_attention, before_mlp, query, key;  // the last two are over each head
-  Matrix qkv[3];                                  // their results side by side; unused ones have out = 0
-  Matrix out, gate, up, down;                     // down(act(gate) * up), or with gate.out = 0 down(act(up))
-  void *k_cache, *v_cache;                        // (num_pages, kv_heads, page_size, head_dim)
+  Norm attention_norm, mlp_norm, q_norm, k_norm;  // the last two are over each head
+  Matrix qkv[3];                                  // their results side by side; unused ones have 0 out_features
+  Matrix out, gate, up, down;                     // down(act(gate) * up), or down(act(up)) if gate has 0 out_features
+  void *k_cache, *v_cache;                        // (num_pages, num_kv_heads, page_size, head_dim)
   int64_t window;                                 // keys that a token sees, itself included; 0: all
   int32_t rotary_dim;
   float scale;  // of the scores
 };
 
 struct Decoder {
-  int64_t num_layers, D, F, vocab_size, heads, kv_heads, head_dim, page_size;
+  int64_t num_layers, hidden_size, mlp_size, vocab_size, num_heads, num_kv_heads, head_dim, page_size;
   int64_t q_offset, k_offset, v_offset, q_stride, kv_stride;  // head h of q is at q_offset + h q_stride of a qkv row
   const Layer* layers;
-  const void *embedding, *position_embedding;  // (vocab_size, D); (positions, D) or null
+  const void *embedding, *position_embedding;  // (vocab_size, hidden_size); (positions, hidden_size) or null
   const float *cos, *sin;                      // (positions, rotary_dim / 2) or null
   Norm final_norm;
-  int32_t activation;  // of the enum below
-  int32_t parallel;    // attention and MLP read the same input
+  int32_t activation;         // of the enum below
+  int32_t parallel_residual;  // attention and MLP read the same input
   int32_t embedding_is_bf16, cache_is_bf16;
 };
 
 enum Activation { SILU, GELU_ERF, GELU_TANH };
 
 struct Tokens {
-  int64_t N, num_selected, table_width;
+  int64_t N, num_indices, table_width;
   const int64_t* ids;
   const int32_t *positions, *slots, *block_table;  // (N,), (N,), (slots, table_width)
-  const int64_t* selected;                         // the tokens whose hidden states are returned
-  float* hidden;                                   // (num_selected, D)
+  const int64_t* indices;                          // the tokens whose hidden states are returned
+  float* hidden;                                   // (num_indices, hidden_size)
 };
 
 // What the threads share for a block of tokens. The *_bf16 are null if no product is in bfloat16.
@@ -88,10 +88,11 @@ INLINE float element(const void* p, int64_t i, bool is_bf16) {
 
 void embed(const Decoder& model, const Tokens& tokens, int64_t n, float* x) {
   const bool is_bf16 = model.embedding_is_bf16;
-  for (int64_t i = 0; i < model.D; ++i) x[i] = element(model.embedding, tokens.ids[n] * model.D + i, is_bf16);
+  for (int64_t i = 0; i < model.hidden_size; ++i)
+    x[i] = element(model.embedding, tokens.ids[n] * model.hidden_size + i, is_bf16);
   if (!model.position_embedding) return;
-  for (int64_t i = 0; i < model.D; ++i)
-    x[i] += element(model.position_embedding, tokens.positions[n] * model.D + i, is_bf16);
+  for (int64_t i = 0; i < model.hidden_size; ++i)
+    x[i] += element(model.position_embedding, tokens.positions[n] * model.hidden_size + i, is_bf16);
 }
 
 // Norm of row r of x into `out`, and rounded into `out_bf16` unless that is null.
@@ -111,7 +112,7 @@ template <class Dot>
 void project_columns(const Activations& x, const Matrix& m, int64_t begin, int64_t width, float* out,
                      int64_t out_stride, bool adds, float* panel) {
   float tile[ROWS * COLUMNS];
-  const int64_t n = min(width, m.out - begin);
+  const int64_t n = min(width, m.out_features - begin);
   multiply<Dot>(x, m, begin, begin + n, tile, COLUMNS, panel);
   for (int64_t r = 0; r < x.rows; ++r) {
     float *const from = tile + r * COLUMNS, *const to = out + r * out_stride + begin;
@@ -123,8 +124,8 @@ void project_columns(const Activations& x, const Matrix& m, int64_t begin, int64
 template <class Dot>
 void project_and_add(const Activations& x, const Matrix& m, float* out, int64_t out_stride, float* panel,
                      const Team& team) {
-  const int64_t width = columns_per_task(m.out, team);
-  parallel_for(team, num_tasks(m.out, width),
+  const int64_t width = columns_per_task(m.out_features, team);
+  parallel_for(team, num_tasks(m.out_features, width),
                [&](int64_t i) { project_columns<Dot>(x, m, i * width, width, out, out_stride, true, panel); });
 }
 
@@ -133,14 +134,14 @@ template <class Dot>
 void project_qkv(const Layer& layer, const Activations& x, const Scratch& s, float* panel, const Team& team) {
   const int64_t width = columns_per_task(s.qkv_width, team);
   int64_t count = 0;
-  for (const Matrix& m : layer.qkv) count += num_tasks(m.out, width);
+  for (const Matrix& m : layer.qkv) count += num_tasks(m.out_features, width);
   parallel_for(team, count, [&](int64_t i) {
     int64_t offset = 0;
     for (const Matrix& m : layer.qkv) {
-      const int64_t tasks = num_tasks(m.out, width);
+      const int64_t tasks = num_tasks(m.out_features, width);
       if (i < tasks) return project_columns<Dot>(x, m, i * width, width, s.qkv + offset, s.qkv_width, false, panel);
       i -= tasks;
-      offset += m.out;
+      offset += m.out_features;
     }
   });
 }
@@ -154,11 +155,11 @@ INLINE f32 activate(int32_t activation, f32 x) {
 template <class Dot>
 void project_inner(const Decoder& model, const Layer& layer, const Activations& x, const Scratch& s, float* panel,
                    const Team& team) {
-  const int64_t width = columns_per_task(layer.up.out, team);
-  const bool gated = layer.gate.out;
-  parallel_for(team, num_tasks(layer.up.out, width), [&](int64_t i) {
+  const int64_t width = columns_per_task(layer.up.out_features, team);
+  const bool gated = layer.gate.out_features;
+  parallel_for(team, num_tasks(layer.up.out_features, width), [&](int64_t i) {
     float gates[ROWS * COLUMNS], ups[ROWS * COLUMNS];
-    const int64_t begin = i * width, n = min(width, layer.up.out - begin);
+    const int64_t begin = i * width, n = min(width, layer.up.out_features - begin);
     if (gated) multiply<Dot>(x, layer.gate, begin, begin + n, gates, COLUMNS, panel);
     multiply<Dot>(x, layer.up, begin, begin + n, ups, COLUMNS, panel);
     for (int64_t r = 0; r < x.rows; ++r) {
@@ -185,17 +186,17 @@ void store_row(const Decoder& model, const Layer& layer, const Tokens& tokens, i
   const float *const cos = model.cos + position * half_dim, *const sin = model.sin + position * half_dim;
   const int64_t page = tokens.block_table[tokens.slots[n] * tokens.table_width + position / model.page_size];
   const int64_t offset = position % model.page_size;
-  for (int64_t h = 0; h < model.heads; ++h) {
+  for (int64_t h = 0; h < model.num_heads; ++h) {
     float* const q = qkv + model.q_offset + h * model.q_stride;
-    if (layer.query.weight) normalize_row(layer.query, q, d, q);
+    if (layer.q_norm.weight) normalize_row(layer.q_norm, q, d, q);
     if (half_dim) rope_in_place(q, cos, sin, half_dim);
   }
-  for (int64_t h = 0; h < model.kv_heads; ++h) {
+  for (int64_t h = 0; h < model.num_kv_heads; ++h) {
     float* const k = qkv + model.k_offset + h * model.kv_stride;
     const float* const v = qkv + model.v_offset + h * model.kv_stride;
-    if (layer.key.weight) normalize_row(layer.key, k, d, k);
+    if (layer.k_norm.weight) normalize_row(layer.k_norm, k, d, k);
     if (half_dim) rope_in_place(k, cos, sin, half_dim);
-    const int64_t row = ((page * model.kv_heads + h) * model.page_size + offset) * d;
+    const int64_t row = ((page * model.num_kv_heads + h) * model.page_size + offset) * d;
     for (int64_t i = 0; i < d; i += W) {
       const int left = (int)min<int64_t>(W, d - i);
       store_partial((KV*)layer.k_cache + row + i, load_partial(k + i, left, 0.f), left);
@@ -208,11 +209,11 @@ void store_row(const Decoder& model, const Layer& layer, const Tokens& tokens, i
 template <class KV>
 void attend_row(const Decoder& model, const Layer& layer, const Tokens& tokens, int64_t n, int64_t h, const float* qkv,
                 float* out, float* scratch) {
-  const int64_t G = model.heads / model.kv_heads, d = model.head_dim, end = (int64_t)tokens.positions[n] + 1;
+  const int64_t G = model.num_heads / model.num_kv_heads, d = model.head_dim, end = (int64_t)tokens.positions[n] + 1;
   const int64_t begin = layer.window ? max<int64_t>(0, end - layer.window) : 0;
   const int32_t* const pages = tokens.block_table + tokens.slots[n] * tokens.table_width;
   const KvView<KV> kv = {(const KV*)layer.k_cache, (const KV*)layer.v_cache, pages, h,
-                         model.kv_heads,           model.page_size,          d,     d};
+                         model.num_kv_heads,       model.page_size,          d,     d};
   attend(qkv + model.q_offset + h * G * model.q_stride, model.q_stride, G, kv, begin, end, layer.scale, 0.f,
          out + h * G * d, d, scratch);
 }
@@ -222,9 +223,9 @@ void attention(const Decoder& model, const Layer& layer, const Tokens& tokens, i
                const Scratch& s, float* panel, const Team& team) {
   parallel_for(team, rows, [&](int64_t r) { store_row<KV>(model, layer, tokens, first + r, s.qkv + r * s.qkv_width); });
   barrier(team);
-  const int64_t width = model.heads / model.kv_heads * model.head_dim;
-  parallel_for(team, rows * model.kv_heads, [&](int64_t i) {
-    const int64_t r = i / model.kv_heads, h = i % model.kv_heads;
+  const int64_t width = model.num_heads / model.num_kv_heads * model.head_dim;
+  parallel_for(team, rows * model.num_kv_heads, [&](int64_t i) {
+    const int64_t r = i / model.num_kv_heads, h = i % model.num_kv_heads;
     float* const out = s.attended + r * s.attended_width;
     attend_row<KV>(model, layer, tokens, first + r, h, s.qkv + r * s.qkv_width, out, panel);
     if (s.attended_bf16) round_row(out + h * width, width, s.attended_bf16 + r * s.attended_width + h * width);
@@ -236,13 +237,11 @@ void attention(const Decoder& model, const Layer& layer, const Tokens& tokens, i
 template <class Dot>
 void run_layer(const Decoder& model, const Layer& layer, const Tokens& tokens, int64_t first, int64_t rows,
                const Scratch& s, float* panel, const Team& team) {
-  const int64_t D = model.D;
-  const auto norm_before_mlp = [&](int64_t r) {
-    norm_of_row(layer.before_mlp, s, r, D, s.mlp_input, s.mlp_input_bf16);
-  };
+  const int64_t D = model.hidden_size;
+  const auto norm_before_mlp = [&](int64_t r) { norm_of_row(layer.mlp_norm, s, r, D, s.mlp_input, s.mlp_input_bf16); };
   parallel_for(team, rows, [&](int64_t r) {
-    norm_of_row(layer.before_attention, s, r, D, s.attention_input, s.attention_input_bf16);
-    if (model.parallel) norm_before_mlp(r);
+    norm_of_row(layer.attention_norm, s, r, D, s.attention_input, s.attention_input_bf16);
+    if (model.parallel_residual) norm_before_mlp(r);
   });
   barrier(team);
   project_qkv<Dot>(layer, {s.attention_input, s.attention_input_bf16, D, rows}, s, panel, team);
@@ -253,7 +252,7 @@ void run_layer(const Decoder& model, const Layer& layer, const Tokens& tokens, i
     attention<float>(model, layer, tokens, first, rows, s, panel, team);
   project_and_add<Dot>({s.attended, s.attended_bf16, s.attended_width, rows}, layer.out, s.x, D, panel, team);
   barrier(team);
-  if (!model.parallel) {
+  if (!model.parallel_residual) {
     parallel_for(team, rows, norm_before_mlp);
     barrier(team);
   }
@@ -266,9 +265,11 @@ void run_layer(const Decoder& model, const Layer& layer, const Tokens& tokens, i
 // The final norm of the selected tokens in [first, first + rows).
 void finish(const Decoder& model, const Tokens& tokens, int64_t first, int64_t rows, const Scratch& s,
             const Team& team) {
-  parallel_for(team, tokens.num_selected, [&](int64_t i) {
-    const int64_t r = tokens.selected[i] - first;
-    if (r >= 0 && r < rows) normalize_row(model.final_norm, s.x + r * model.D, model.D, tokens.hidden + i * model.D);
+  parallel_for(team, tokens.num_indices, [&](int64_t i) {
+    const int64_t r = tokens.indices[i] - first;
+    if (r >= 0 && r < rows)
+      normalize_row(model.final_norm, s.x + r * model.hidden_size, model.hidden_size,
+                    tokens.hidden + i * model.hidden_size);
   });
 }
 
@@ -281,7 +282,7 @@ void run(const Decoder& model, const Tokens& tokens, const Scratch& scratch, boo
     float* const panel = scratch.panels + team.thread * scratch.panel_size;
     for (int64_t first = 0; first < tokens.N; first += ROWS) {
       const int64_t rows = min(ROWS, tokens.N - first);
-      parallel_for(team, rows, [&](int64_t r) { embed(model, tokens, first + r, scratch.x + r * model.D); });
+      parallel_for(team, rows, [&](int64_t r) { embed(model, tokens, first + r, scratch.x + r * model.hidden_size); });
       barrier(team);
       for (int64_t l = 0; l < model.num_layers; ++l)
         run_layer<Dot>(model, model.layers[l], tokens, first, rows, scratch, panel, team);
@@ -302,21 +303,21 @@ Scratch divide(const Decoder& model, int64_t rows, bool uses_bf16, int threads, 
   const auto floats = [&](int64_t count) { return (float*)take(count * 4); };
   const auto bf16s = [&](int64_t count) { return uses_bf16 ? (uint16_t*)take(count * 2) : nullptr; };
   Scratch s = {};
-  s.attended_width = model.heads * model.head_dim;
-  s.inner_width = model.F;
-  s.qkv_width = s.attended_width + 2 * model.kv_heads * model.head_dim;
-  const int64_t max_width = max(max(model.D, model.F), s.attended_width);
-  const int64_t for_attention = attend_scratch(model.heads / model.kv_heads, model.head_dim);
+  s.attended_width = model.num_heads * model.head_dim;
+  s.inner_width = model.mlp_size;
+  s.qkv_width = s.attended_width + 2 * model.num_kv_heads * model.head_dim;
+  const int64_t max_width = max(max(model.hidden_size, model.mlp_size), s.attended_width);
+  const int64_t for_attention = attend_scratch(model.num_heads / model.num_kv_heads, model.head_dim);
   s.panel_size = max(max<int64_t>(PANEL_SIZE, 4 * max_width), for_attention);
-  s.x = floats(rows * model.D);
-  s.attention_input = floats(rows * model.D);
-  s.mlp_input = floats(rows * model.D);
+  s.x = floats(rows * model.hidden_size);
+  s.attention_input = floats(rows * model.hidden_size);
+  s.mlp_input = floats(rows * model.hidden_size);
   s.qkv = floats(rows * s.qkv_width);
   s.attended = floats(rows * s.attended_width);
   s.inner = floats(rows * s.inner_width);
   s.panels = floats(threads * s.panel_size);
-  s.attention_input_bf16 = bf16s(rows * model.D);
-  s.mlp_input_bf16 = bf16s(rows * model.D);
+  s.attention_input_bf16 = bf16s(rows * model.hidden_size);
+  s.mlp_input_bf16 = bf16s(rows * model.hidden_size);
   s.attended_bf16 = bf16s(rows * s.attended_width);
   s.inner_bf16 = bf16s(rows * s.inner_width);
   return s;
@@ -348,24 +349,25 @@ const char* decode_step_workspace(uintptr_t decoder, int64_t decoder_size, int64
 // Writes the hidden states of the selected tokens, float32, to `hidden`. Threads are used if one of them would take
 // more than `min_nanoseconds`.
 const char* decode_step(uintptr_t decoder, uintptr_t ids, uintptr_t positions, uintptr_t slots, int64_t N,
-                        uintptr_t block_table, int64_t table_width, uintptr_t selected, int64_t num_selected,
+                        uintptr_t block_table, int64_t table_width, uintptr_t indices, int64_t num_indices,
                         uintptr_t hidden, int bf16_mode, int64_t min_nanoseconds, uintptr_t workspace, int threads) {
   const Decoder& model = *ptr<const Decoder>(decoder);
   Tokens tokens;
   tokens.N = N;
-  tokens.num_selected = num_selected;
+  tokens.num_indices = num_indices;
   tokens.table_width = table_width;
   tokens.ids = ptr<const int64_t>(ids);
   tokens.positions = ptr<const int32_t>(positions);
   tokens.slots = ptr<const int32_t>(slots);
   tokens.block_table = ptr<const int32_t>(block_table);
-  tokens.selected = ptr<const int64_t>(selected);
+  tokens.indices = ptr<const int64_t>(indices);
   tokens.hidden = ptr<float>(hidden);
   if (const char* error = check(model, tokens)) return error;
   int64_t size;
   const Scratch scratch = divide(model, min(ROWS, N), uses_bf16(bf16_mode), threads, ptr<char>(workspace), &size);
   // A thread does 25 multiply-adds a nanosecond, or reads 4 weights from memory.
-  const int64_t weights = model.num_layers * model.D * (2 * scratch.attended_width + scratch.qkv_width + 3 * model.F);
+  const int64_t weights =
+      model.num_layers * model.hidden_size * (2 * scratch.attended_width + scratch.qkv_width + 3 * model.mlp_size);
   const bool parallel = threads > 1 && weights * min(ROWS, N) / 25 + weights / 4 > min_nanoseconds;
   if (bf16_mode == 2)
     run<EmulatedDot>(model, tokens, scratch, parallel, threads);

@@ -57,7 +57,8 @@ INLINE void finish_logits(const Head& head, int64_t begin, int64_t n, float* x) 
 template <class Dot>
 void visit_columns(const Head& head, const Work& work, const Ban& ban, int64_t first, int64_t tile,
                    GumbelArgmax* argmaxes, float* buffer, float* panel) {
-  const int64_t V = head.matrix.out, begin = tile * SAMPLE_TILE, end = min(V, begin + SAMPLE_TILE), n = end - begin;
+  const int64_t V = head.matrix.out_features, begin = tile * SAMPLE_TILE, end = min(V, begin + SAMPLE_TILE),
+                n = end - begin;
   for (int64_t c = begin; c < end; c += 64)
     multiply<Dot>(work.x, head.matrix, c, min(end, c + 64), buffer + c - begin, SAMPLE_TILE, panel);
   for (int64_t r = 0; r < work.x.rows; ++r) {
@@ -97,7 +98,7 @@ void finish_kept_row(float* x, int32_t V, const SamplingParams& params, const Ba
 // Joins row r of the threads' work and writes row b of the outputs.
 void finish_row(const Head& head, const Work& work, const Ban& ban, const Outputs& out, int64_t b, int64_t r,
                 int num_threads) {
-  const int32_t V = (int32_t)head.matrix.out;
+  const int32_t V = (int32_t)head.matrix.out_features;
   const SamplingParams& params = work.argmaxes[r].params;
   if (keeps_logits(params, ban, b)) return finish_kept_row(work.logits + r * V, V, params, ban, out, b);
   Candidate best = no_candidate();
@@ -147,7 +148,7 @@ Buffers divide(Workspace& space, int64_t rows, int64_t D, int64_t V, bool keeps_
 template <class Dot>
 void sample(const Head& head, const void* hidden, bool hidden_is_bf16, int64_t B, const SampleArgs& args,
             const Ban& ban, const Outputs& out, const Buffers& buffers, int64_t min_nanoseconds, int threads) {
-  const int64_t V = head.matrix.out, D = head.matrix.in;
+  const int64_t V = head.matrix.out_features, D = head.matrix.in_features;
   for (int64_t first = 0; first < B; first += ROWS) {
     const int64_t rows = min(ROWS, B - first);
     const Work work = {{buffers.x, buffers.x_bf16, D, rows}, buffers.logits, buffers.tiles, buffers.argmaxes};

@@ -27,8 +27,8 @@ namespace {
 // A linear layer as the module holds it. rlhf_fast/rollout/compiled_step.py has the same structure.
 struct Matrix {
   const void* weight;
-  const void* bias;  // (out,) of the weight's dtype, or null
-  int64_t out, in, stride;
+  const void* bias;  // (out_features,) of the weight's dtype, or null
+  int64_t out_features, in_features, stride;
   int32_t is_bf16, transposed;  // transposed: weight is (in, out)
 };
 
@@ -222,7 +222,7 @@ INLINE void round_row(const float* x, int64_t n, uint16_t* y) {
 template <class Dot>
 INLINE void multiply(const Activations& input, const Matrix& m, int64_t begin, int64_t end, float* out,
                      int64_t out_stride, float* panel) {
-  const int64_t columns = end - begin, K = m.in;
+  const int64_t columns = end - begin, K = m.in_features;
   if (m.transposed) {
     if (m.is_bf16)
       outer_columns(input.x, input.stride, input.rows, (const bf16*)m.weight + begin, m.stride, columns, K, out,

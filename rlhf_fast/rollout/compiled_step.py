@@ -19,8 +19,6 @@ from rlhf_fast.rollout.kv_cache import PagedKVCache
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """In the order of the compiled step's numbers."""
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
-TOKEN_BLOCK = 64
-"""Tokens that pass through the layers together."""
 MIN_NANOSECONDS_TO_THREAD = 1_000_000
 """A step that takes one thread less than this runs on one thread: threads wait for one another eight times a layer."""
 
@@ -40,8 +38,8 @@ class _Matrix(ctypes.Structure):
     _fields_ = [
         ("weight", c_void_p),
         ("bias", c_void_p),
-        ("out", c_int64),
-        ("inner", c_int64),
+        ("out_features", c_int64),
+        ("in_features", c_int64),
         ("stride", c_int64),
         ("is_bf16", c_int32),
         ("transposed", c_int32),
@@ -116,7 +114,7 @@ class CompiledStep:
         self.cache = cache
         self.hidden_size = weights.embedding.shape[1]
         self.workspace = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._workspace_bytes: dict[tuple[int, ...], int] = {}
+        self._workspace_bytes: dict[tuple[int, int, int], int] = {}
         self._kept: list[Tensor] = []
         rotary_dim = 0 if rope is None else 2 * rope.cos.shape[1]
         self.layers = (_Layer * len(weights.layers))()
@@ -157,33 +155,14 @@ class CompiledStep:
             indices = torch.arange(len(batch.tokens), device="cpu")
         # dtype and device are given, whatever torch's defaults are
         hidden = torch.empty(len(indices), self.hidden_size, dtype=torch.float32, device="cpu")
-        self._reserve_workspace(batch)
-        self._run(batch, len(batch.tokens), indices, hidden, self.workspace.data_ptr(), 0)
-        return hidden
-
-    def _reserve_workspace(self, batch: TokenBatch) -> None:
-        """Make the workspace large enough for the batch. Its size is queried once for each key."""
-        rows = min(len(batch.tokens), TOKEN_BLOCK)
-        key = (rows, torch.get_num_threads(), linear_sample_tokens.BF16_DOT)
-        if key not in self._workspace_bytes:
-            required = torch.zeros(1, dtype=torch.int64, device="cpu")
-            self._run(batch, rows, batch.tokens, batch.tokens, 0, required.data_ptr())
-            self._workspace_bytes[key] = int(required)
-        if self._workspace_bytes[key] > len(self.workspace):
-            self.workspace = torch.empty(self._workspace_bytes[key], dtype=torch.uint8, device="cpu")
-
-    def _run(
-        self, batch: TokenBatch, num_tokens: int, indices: Tensor, hidden: Tensor, workspace: int, required: int
-    ) -> None:
-        """Run the step. If the address `workspace` is 0, only write the workspace's bytes to address `required`."""
+        num_threads = stream_or_threads(hidden)
+        self._reserve_workspace(len(batch.tokens), num_threads)
         self.kernels.decode_step(
             ctypes.addressof(self.decoder),
-            ctypes.sizeof(_Decoder),
-            ctypes.sizeof(_Layer),
             batch.tokens.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
-            num_tokens,
+            len(batch.tokens),
             batch.block_table.data_ptr(),
             batch.block_table.shape[1],
             indices.data_ptr(),
@@ -191,10 +170,28 @@ class CompiledStep:
             hidden.data_ptr(),
             linear_sample_tokens.BF16_DOT,
             MIN_NANOSECONDS_TO_THREAD,
-            workspace,
-            required,
-            stream_or_threads(hidden),
+            self.workspace.data_ptr(),
+            num_threads,
         )
+        return hidden
+
+    def _reserve_workspace(self, num_tokens: int, num_threads: int) -> None:
+        """Make the workspace large enough for a call. Its size is queried once for each key."""
+        key = (min(num_tokens, self.kernels.decode_step_block), num_threads, linear_sample_tokens.BF16_DOT)
+        if key not in self._workspace_bytes:
+            size = torch.zeros(1, dtype=torch.int64, device="cpu")
+            self.kernels.decode_step_workspace(
+                ctypes.addressof(self.decoder),
+                ctypes.sizeof(_Decoder),
+                ctypes.sizeof(_Layer),
+                num_tokens,
+                linear_sample_tokens.BF16_DOT,
+                num_threads,
+                size.data_ptr(),
+            )
+            self._workspace_bytes[key] = int(size)
+        if self._workspace_bytes[key] > len(self.workspace):
+            self.workspace = torch.empty(self._workspace_bytes[key], dtype=torch.uint8, device="cpu")
 
     def _fill_layer(self, target: _Layer, layer: LayerWeights, k_cache: Tensor, v_cache: Tensor, rotary_dim: int):
         target.attention_norm = self._norm(layer.attention_norm)
@@ -237,8 +234,8 @@ class CompiledStep:
         return _Matrix(
             weight=self._data_ptr(linear.weight),
             bias=self._data_ptr(bias),
-            out=linear.out_features,
-            inner=linear.weight.shape[0 if linear.transposed else 1],
+            out_features=linear.out_features,
+            in_features=linear.weight.shape[0 if linear.transposed else 1],
             stride=linear.weight.stride(0),
             is_bf16=linear.weight.dtype == torch.bfloat16,
             transposed=linear.transposed,
