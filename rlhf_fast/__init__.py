@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_fast.errors import UserError
     from rlhf_fast.model.model import Model
     from rlhf_fast.rollout.rollout import Rollout
+    from rlhf_fast.stages.recipe import run_stage
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "UserError",
     "__version__",
     "ops",
+    "run_stage",
 ]
 
 # Name -> module below rlhf_fast/ that defines it; `ops` is a module itself.
@@ -63,6 +65,7 @@ _MODULES = {
     "SamplingConfig": "config.fields",
     "UserError": "errors",
     "ops": "ops",
+    "run_stage": "stages.recipe",
 }
 
 # In a wheel kernels/ and bench/ are inside this package; in a source checkout they stand beside it. They have no

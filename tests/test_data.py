@@ -12,8 +12,8 @@ from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data import Encoder, read_comparisons, read_demonstrations, read_prompts, read_texts
 from rlhf_fast.data.check import check
 from rlhf_fast.data.encode import template_end
-from rlhf_fast.data.fields import Bad, hh_turns
-from rlhf_fast.data.rows import parse, read, scan
+from rlhf_fast.data.fields import InvalidRow, hh_turns
+from rlhf_fast.data.rows import parse_row, read_examples, scan_examples
 from rlhf_fast.errors import UserError
 
 CHATML = (
@@ -92,21 +92,17 @@ FORMATS = [
 
 @pytest.mark.parametrize(("kind", "row", "prompt", "responses", "ranks"), FORMATS)
 def test_formats(kind, row, prompt, responses, ranks):
-    example = parse(row, kind)
+    example = parse_row(row, kind)
     assert (example.prompt, example.responses, example.ranks) == (prompt, responses, ranks)
 
 
 def test_columns_are_renamed():
-    assert parse({"q": "p", "a": "c", "t": 3}, "demonstrations", {"prompt": "q", "completion": "a", "group": "t"}) == (
-        0,
-        "p",
-        ("c",),
-        (),
-        "3",
-    )
+    columns = {"prompt": "q", "completion": "a", "group": "t"}
+    example = parse_row({"q": "p", "a": "c", "t": 3}, "demonstrations", columns)
+    assert example == (0, "p", ("c",), (), "3")
 
 
-BAD = [
+INVALID = [
     ("demonstrations", "{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     ("demonstrations", "[1, 2]", "is one JSON array"),
     ("demonstrations", '"x"', "expected a JSON object"),
@@ -150,13 +146,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "row", "sentence"), BAD)
+@pytest.mark.parametrize(("kind", "row", "sentence"), INVALID)
 def test_a_bad_row_is_named_with_its_line(tmp_path, kind, row, sentence):
     good = {"demonstrations": FORMATS[0], "comparisons": FORMATS[7], "prompts": FORMATS[12], "texts": FORMATS[15]}
     array = isinstance(row, str) and row.startswith("[")
     path = write(tmp_path / "d.jsonl", [row] if array else [good[kind][1], "", row])
     with pytest.raises(UserError) as error:
-        read(path, kind)
+        read_examples(path, kind)
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith(path if array else f"{path}:3: ")
 
@@ -164,7 +160,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, kind, row, sentence):
 def test_files_that_cannot_be_read(tmp_path):
     def sentence(path, kind="prompts"):
         with pytest.raises(UserError) as error:
-            read(path, kind)
+            read_examples(path, kind)
         return str(error.value)
 
     (tmp_path / "prompts.jsonl").write_text("")
@@ -185,19 +181,19 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "nest.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "\n")
     assert "nest.jsonl:1:" in sentence(tmp_path / "nest.jsonl")
     with pytest.raises(UserError, match=r"no column of ours is called 'complation'; did you mean completion\?"):
-        list(scan(tmp_path / "latin.jsonl", "prompts", {"complation": "x"}))
+        list(scan_examples(tmp_path / "latin.jsonl", "prompts", {"complation": "x"}))
     with pytest.raises(
         UserError, match=r"latin.jsonl:1: columns maps prompt to 'q', which the row lacks; it has prompt"
     ):
-        read(tmp_path / "latin.jsonl", "prompts", {"prompt": "q"})
+        read_examples(tmp_path / "latin.jsonl", "prompts", {"prompt": "q"})
 
 
 def test_gzip_byte_order_mark_blank_lines_and_limit(tmp_path):
     with gzip.open(tmp_path / "d.jsonl.gz", "wb") as stream:
         stream.write(b'\xef\xbb\xbf{"prompt": "a"}\n\n  \n{"prompt": "b"}\n{"prompt": "c"}')
-    rows = read(tmp_path / "d.jsonl.gz", "prompts")
+    rows = read_examples(tmp_path / "d.jsonl.gz", "prompts")
     assert [(row.line, row.prompt) for row in rows] == [(1, "a"), (4, "b"), (5, "c")]
-    assert len(read(tmp_path / "d.jsonl.gz", "prompts", limit=2)) == 2
+    assert len(read_examples(tmp_path / "d.jsonl.gz", "prompts", limit=2)) == 2
 
 
 @pytest.mark.parametrize("make", [byte_level, llama_like])
@@ -223,7 +219,7 @@ def test_text_never_becomes_a_special_token(make):
     assert not special & set(prompt[len(encoder.bos) :])
     assert not special & set(encoder.response(evil)[:-1])
     assert not special & set(encoder.text(evil)[len(encoder.bos) : -1])
-    assert sorted(encoder.spelled(evil)) == sorted(encoder.special)
+    assert sorted(encoder.spelled_special_tokens(evil)) == sorted(encoder.special)
 
 
 def test_chat_template():
@@ -260,7 +256,7 @@ def test_the_careful_way_through_a_template_gives_the_usual_tokens(monkeypatch):
     tokenizer = byte_level(CHATML)
     encoder = Encoder(tokenizer)
     usual = encoder.prompt(TURNS[:1])
-    monkeypatch.setattr(encoder, "spelled", lambda content: ["<|im_end|>"])
+    monkeypatch.setattr(encoder, "spelled_special_tokens", lambda content: ["<|im_end|>"])
     assert encoder.prompt(TURNS[:1]) == usual
 
 
@@ -346,13 +342,13 @@ def test_long_responses_leave_a_ranking_and_long_rows_the_data(tmp_path):
     cfg = DataConfig(write(tmp_path / "d.jsonl", rows), max_prompt_tokens=30, max_response_tokens=30)
     data = read_comparisons(cfg, tokenizer).train
     assert [len(row.responses) for row in data] == [2]
-    for told in (
+    for note in (
         "1 comparisons",
         "1 responses that are too long",
         "1 with a response over 30",
         "1 with a prompt over 30",
     ):
-        assert told in data.notes
+        assert note in data.notes
     short = DataConfig(cfg.path, max_response_tokens=1)
     with pytest.raises(UserError, match=r"none of the 3 rows is left: 3 with a response over 1 tokens"):
         read_comparisons(short, tokenizer)
@@ -416,8 +412,8 @@ def test_check_reports_what_it_finds(tmp_path):
         {"prompt": "What is it?", "chosen": "It is <|im_end|>.", "rejected": "is"},
     ]
     cfg = DataConfig(write(tmp_path / "c.jsonl", rows), max_prompt_tokens=50)
-    assert check(cfg, tokenizer=byte_level(), say=lines.append) == 3
-    told = "\n".join(lines)
+    assert check(cfg, tokenizer=byte_level(), echo=lines.append) == 3
+    text = "\n".join(lines)
     for sentence in (
         "6 rows read as comparisons, 3 with errors",
         "1 null fields, 1 empty fields, 1 chosen equal to rejected",
@@ -426,7 +422,7 @@ def test_check_reports_what_it_finds(tmp_path):
         "1 with a prompt over 50 tokens",
         "special tokens spelled out in the text (they stay text): <|im_end|> 2 times, lines 1, 6",
     ):
-        assert sentence in told
+        assert sentence in text
     marked = [cell for line in lines for cell in line.split() if cell.startswith("*") and cell[1:].isdigit()]
     expected = Encoder(byte_level()).response("It is <|im_end|>.")
     assert [int(cell[1:]) for cell in marked] == expected
@@ -435,11 +431,11 @@ def test_check_reports_what_it_finds(tmp_path):
 @pytest.mark.parametrize(("kind", "row"), [(case[0], case[1]) for case in FORMATS])
 def test_check_tells_the_kind_by_the_columns(tmp_path, kind, row):
     lines: list[str] = []
-    assert check(DataConfig(write(tmp_path / "x.jsonl", [row])), say=lines.append) == 0
+    assert check(DataConfig(write(tmp_path / "x.jsonl", [row])), echo=lines.append) == 0
     expected = "demonstrations" if kind == "prompts" and "messages" in row else kind
     assert f"read as {expected}" in lines[0]
 
 
-def test_bad_is_no_user_error():
-    """Only what names its file may reach the user."""
-    assert not issubclass(Bad, UserError)
+def test_invalid_row_is_no_user_error():
+    """A user sees only errors that name their file."""
+    assert not issubclass(InvalidRow, UserError)

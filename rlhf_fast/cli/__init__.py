@@ -1,1 +1,1 @@
-"""The command line: main.py has the commands, options.py their flags, generate.py and env.py the two longer ones."""
+"""The command line: main.py dispatches, options.py has the flags, the other files one longer command each."""

@@ -1,4 +1,4 @@
-"""`rlhf-fast env`: versions, machine, and who answers for each op on each device, and why nobody faster does."""
+"""`rlhf-fast env`: versions, machine, and for each op and device its backend and why no faster one runs."""
 
 from __future__ import annotations
 
@@ -6,61 +6,74 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "matplotlib")
 VARIABLES = (
-    "RLHF_FAST_BACKEND", "RLHF_FAST_ISA", "RLHF_FAST_STRICT", "TRITON_INTERPRET", "OMP_NUM_THREADS",
+    "RLHF_FAST_BACKEND",
+    "RLHF_FAST_ISA",
+    "RLHF_FAST_STRICT",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
-)  # fmt: skip
+)
 
 
 def report() -> Iterator[str]:
-    """The report, line by line; made to be pasted into a bug report."""
-    import torch
-
-    from rlhf_fast import __version__, ops
-    from rlhf_fast.kernels._backends import COMPILED, WHY_MISSING, forced_backend
-    from rlhf_fast.kernels._op import OPS
-
-    yield f"rlhf-fast      {__version__} ({Path(__file__).parent})"
-    yield f"python         {platform.python_version()}, {platform.platform()}"
-    for name in PACKAGES:
-        yield f"{name:<14} {_version(name)}"
-    yield f"package `kernels` (Hugging Face's, not ours): {_version('kernels')}"
-    yield f"processor      {_processor()}; {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"
-    sets = [backend.partition(":")[2] for backend in COMPILED if backend.startswith("cpu:")]
-    yield f"cpu kernels    {', '.join(sets) + ' (the last is used)' if sets else WHY_MISSING['cpu']}"
-    yield f"cuda kernels   {'built, and a device is there' if 'cuda' in COMPILED else WHY_MISSING['cuda']}"
-    yield f"triton kernels {WHY_MISSING.get('triton') or 'answers on CUDA devices where no compiled kernel does'}"
-    yield f"gpu            {', '.join(_gpus()) or 'none that torch sees'}; nvcc {shutil.which('nvcc') or 'not found'}"
+    """Yield the lines of the report, which is made to be pasted into a bug report."""
+    yield from _packages()
+    yield from _machine()
     for name in VARIABLES:
         if name in os.environ:
             yield f"{name}={os.environ[name]}"
-    shown = sorted(OPS.keys() & set(ops.__all__))  # the others are parts of these
+    yield from _ops()
+
+
+def _packages() -> Iterator[str]:
+    import rlhf_fast
+    from rlhf_fast.run.info import package_version
+
+    yield f"rlhf-fast      {rlhf_fast.__version__} ({Path(rlhf_fast.__file__).parent})"
+    yield f"python         {platform.python_version()}, {platform.platform()}"
+    for name in PACKAGES:
+        yield f"{name:<14} {package_version(name) or 'not installed'}"
+    yield f"package `kernels` (Hugging Face's, not ours): {package_version('kernels') or 'not installed'}"
+
+
+def _machine() -> Iterator[str]:
+    import torch
+
+    from rlhf_fast.kernels._backends import COMPILED, WHY_MISSING
+
+    yield f"processor      {_processor()}; {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"
+    isas = [backend.partition(":")[2] for backend in COMPILED if backend.startswith("cpu:")]
+    yield f"cpu kernels    {', '.join(isas) + ' (the last is used)' if isas else WHY_MISSING['cpu']}"
+    yield f"cuda kernels   {'built, and a device is there' if 'cuda' in COMPILED else WHY_MISSING['cuda']}"
+    yield f"triton kernels {WHY_MISSING.get('triton') or 'answers on CUDA devices where no compiled kernel does'}"
+    yield f"gpu            {', '.join(_gpus()) or 'none that torch sees'}; nvcc {shutil.which('nvcc') or 'not found'}"
+
+
+def _ops() -> Iterator[str]:
+    from rlhf_fast import ops
+    from rlhf_fast.kernels._backends import forced_backend
+    from rlhf_fast.kernels._op import OPS
+
+    public = [OPS[name] for name in sorted(OPS.keys() & set(ops.__all__))]
     if forced := forced_backend():
-        without = [name for name in shown if forced not in OPS[name].backends]
-        rest = f"; without it, and an error: {', '.join(without)}" if without else ""
-        yield f"{forced} is forced for every op{rest}"
-    width = max(map(len, shown)) + 2
+        without = [op.name for op in public if forced not in op.backends]
+        note = f"; without it, and an error: {', '.join(without)}" if without else ""
+        yield f"{forced} is forced for every op{note}"
+    width = max(len(op.name) for op in public) + 2
     for device in ("cpu", "cuda"):
         yield ""
-        if all(op.chosen(device) == "reference" for op in map(OPS.get, shown)):
-            yield f"on {device} every op runs on its plain-torch reference: {OPS[shown[0]].why(device)}"
+        if all(op.chosen(device) == "reference" for op in public):
+            yield f"on {device} every op runs on its plain-torch reference: {public[0].why(device)}"
             continue
         yield f"who answers on {device}"
-        for op in map(OPS.get, shown):
+        for op in public:
             backend = op.chosen(device)
             why = "" if backend.startswith(device) else op.why(device)
             yield f"  {op.name:<{width}}{backend:<11}  {why}".rstrip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _processor() -> str:
@@ -80,8 +93,6 @@ def _gpus() -> list[str]:
 
     found = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(i)
-        found.append(
-            f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor})"
-        )
+        gpu = torch.cuda.get_device_properties(i)
+        found.append(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor})")
     return found

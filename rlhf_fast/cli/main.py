@@ -1,4 +1,4 @@
-"""The command `rlhf-fast`. Each command imports what it needs when it is called: --help answers at once."""
+"""The command `rlhf-fast`. Each command imports what it needs when it is called, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from collections.abc import Callable, Sequence
 from rlhf_fast import __version__
 from rlhf_fast.errors import UserError
 
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {}
+Command = Callable[[Sequence[str]], int]
+
+COMMANDS: dict[str, tuple[str, Command]] = {}
+"""Command -> (summary, function from the arguments to the exit status)."""
 
 
-def command(name: str, summary: str) -> Callable:
-    """Registers a function (arguments) -> exit status."""
+def command(name: str, summary: str) -> Callable[[Command], Command]:
+    """Register a function as the command `name`."""
 
-    def register(run: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-        COMMANDS[name] = (summary, run)
-        return run
+    def register(function: Command) -> Command:
+        COMMANDS[name] = (summary, function)
+        return function
 
     return register
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for bad input or settings, 130 when interrupted."""
+    """Run one command and return the exit status: 0, 2 for bad input or settings, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(argv)
@@ -35,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rlhf-fast: stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `rlhf-fast ... | head`: nobody reads on, and the flush at exit must not complain
+    except BrokenPipeError:  # `rlhf-fast ... | head` closed stdout; the flush at exit must not raise once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        return _fail(f"the disk is full{where}; free some space and start the same command again: it goes on")
+        while_writing = f" while writing {error.filename}" if error.filename else ""
+        return _fail(f"the disk is full{while_writing}; free some space and start the same command again: it goes on")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -62,7 +65,8 @@ def _dispatch(argv: list[str]) -> int:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "`rlhf-fast --help` lists them"
         raise UserError(f'no command "{argv[0]}"; {hint}')
-    return COMMANDS[argv[0]][1](argv[1:])
+    _, function = COMMANDS[argv[0]]
+    return function(argv[1:])
 
 
 def _fail(sentence: str) -> int:
@@ -72,18 +76,15 @@ def _fail(sentence: str) -> int:
 
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{summary}" for name, (summary, _) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: rlhf-fast COMMAND [options]        rlhf-fast COMMAND --help        rlhf-fast --version",
-            "",
-            "Supervised fine-tuning, reward modelling and PPO as in InstructGPT, on fused kernels.",
-            "",
-            *lines,
-            "",
-            "start with: rlhf-fast demo",
-        ]
-    )
+    commands = "\n".join(f"  {name:<{width}}{summary}" for name, (summary, _) in COMMANDS.items())
+    return f"""\
+usage: rlhf-fast COMMAND [options]        rlhf-fast COMMAND --help        rlhf-fast --version
+
+Supervised fine-tuning, reward modelling and PPO as in InstructGPT, on fused kernels.
+
+{commands}
+
+start with: rlhf-fast demo"""
 
 
 @command("demo", "the whole experiment on a small generated world, in about 5 minutes on 2 cores, no download")
@@ -104,11 +105,11 @@ def _stage(name: str, argv: Sequence[str]) -> int:
 
     cfg = stage_config(STAGES[name], argv)
     cfg.ready()
-    from rlhf_fast.data.rows import must_exist
+    from rlhf_fast.data.rows import require_file
     from rlhf_fast.stages.recipe import run_stage
 
-    for file in cfg.data_files():  # before a model is loaded for minutes
-        must_exist(file)
+    for file in cfg.data_files():  # fail before a model is loaded for minutes
+        require_file(file)
     run_stage(cfg)
     return 0
 
@@ -163,15 +164,20 @@ def _check(argv: Sequence[str]) -> int:
     from rlhf_fast.data.check import check
 
     cfg = DataConfig(
-        path=options.file, columns=options.columns, template=options.template, limit=options.limit,
-        max_prompt_tokens=options.max_prompt_tokens, max_response_tokens=options.max_response_tokens,
-    )  # fmt: skip
+        path=options.file,
+        columns=options.columns,
+        template=options.template,
+        limit=options.limit,
+        max_prompt_tokens=options.max_prompt_tokens,
+        max_response_tokens=options.max_response_tokens,
+    )
     tokenizer = None
     if options.tokenizer:
         from rlhf_fast.model.pretrained import load_tokenizer
 
         tokenizer = load_tokenizer(ModelConfig(path=options.tokenizer))
-    return 2 if check(cfg, "" if options.kind == "auto" else options.kind, tokenizer) else 0
+    errors = check(cfg, "" if options.kind == "auto" else options.kind, tokenizer)
+    return 2 if errors else 0
 
 
 @command("env", "versions, machine, and which backend answers for each op, and why")
@@ -211,7 +217,7 @@ def _init(argv: Sequence[str]) -> int:
     return 0
 
 
-@command("show-config", "every setting of a stage and what it does; with --diff what two presets differ in")
+@command("show-config", "every setting of a stage and its meaning; with --diff the difference between two presets")
 def _show_config(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.options import ShowConfigOptions
     from rlhf_fast.config.flags import parse

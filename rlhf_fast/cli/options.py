@@ -1,4 +1,4 @@
-"""The flags of the commands that are no stages; tyro reads these classes and writes their --help."""
+"""Flags of the commands other than the stages. tyro reads these classes and prints their texts for --help."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Template = Literal["auto", "chat", "plain", "dialog"]
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """InstructGPT's experiment at the smallest scale: base model, sft, reward, ppo, and a table of what came out."""
+    """InstructGPT's experiment at the smallest scale: base model, sft, reward, ppo, and a table of the results."""
 
     out: str = "runs/demo"
     """Folder for models, metrics, curves and the table."""
     seed: int = 0
-    """Of everything random."""
+    """Seed for data, sampling and training."""
     quick: bool = False
-    """A few steps of everything, to see that it works; the table means nothing then."""
+    """A few steps of everything, to see that it works. The table then means nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,46 +50,46 @@ class GenerateOptions:
     seed: int = 0
     """The same seed gives the same responses, whatever the batch size."""
     limit: int = 0
-    """Only so many prompts. 0 = all."""
+    """Read only this many prompts. 0 = all."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and activations."""
+    """Dtype of weights and activations."""
     device: str = "auto"
-    """cpu, cuda, ...; auto = cuda where there is one."""
+    """cpu, cuda, ...; auto = cuda if there is one, else cpu."""
     template: Template = "auto"
-    """How a prompt becomes text (see `data.template` of the stages)."""
+    """Format of prompts (see `data.template` of the stages)."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name and the file's name of a column, for instance: prompt question."""
+    """Our name of a column and the file's, for instance: prompt question."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n < 1:
             raise UserError(f"generate: n must be at least 1, got {self.n}")
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """Say what a data file holds and what is wrong with it. The exit status is 2 if there are errors."""
+    """Report the contents of a data file and its errors. The exit status is 2 if there are errors."""
 
     file: Positional[str]
     """JSONL file, .gz too."""
     kind: Annotated[Literal["auto", "demonstrations", "comparisons", "prompts", "texts"], arg(name="as")] = "auto"
-    """What the rows are meant to be. auto = told by their columns."""
+    """Kind of the rows. auto = recognised by their columns."""
     tokenizer: str = ""
     """Directory or hub name of a model: shows tokens, loss mask, over-long rows, special tokens in the text."""
     template: Template = "auto"
-    """How a prompt becomes text (see `data.template` of the stages)."""
+    """Format of prompts (see `data.template` of the stages)."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name and the file's name of a column, for instance: completion answer."""
+    """Our name of a column and the file's, for instance: completion answer."""
     max_prompt_tokens: int = 1024
-    """As in the stages' data settings."""
+    """Longest prompt in tokens (see `data.max_prompt_tokens` of the stages)."""
     max_response_tokens: int = 1024
-    """As in the stages' data settings."""
+    """Longest response in tokens (see `data.max_response_tokens` of the stages)."""
     limit: int = 0
-    """Only so many rows. 0 = all."""
+    """Read only this many rows. 0 = all."""
 
 
 @dataclass(frozen=True)
 class EnvOptions:
-    """Versions, machine, and which backend answers for each op on each device, and why nobody faster does."""
+    """Versions, machine, and for each op and device the backend that runs it and why no faster one does."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ class InitOptions:
 
 @dataclass(frozen=True)
 class ShowConfigOptions:
-    """Print every setting of a stage as YAML, resolved, with what it does; or what two presets differ in."""
+    """Print every setting of a stage as YAML with its meaning, or the settings in which two presets differ."""
 
     stage: Positional[Literal["all", "sft", "reward", "ppo"]] = "all"
-    """Of which stage."""
+    """The stage, or all of them."""
     preset: str = "default"
     """default, paper, tutorial; for sft also paper-init."""
     config: str = ""
-    """YAML file laid over the preset."""
+    """YAML file whose settings replace those of the preset."""
     diff: tuple[str, str] | None = None
     """Two presets to compare, for instance: paper tutorial."""

@@ -1,7 +1,7 @@
-"""Data sets: encoded rows, shuffled anew each epoch, read from any position on, and joined to batches.
+"""Data sets: tokenized rows, shuffled in every epoch, joined to batches, readable from any position.
 
-A position counts the rows a run has taken since its start, over all epochs; row_at(position) hangs on the seed and the
-position alone, so an integer is all that a resumed run needs to see the same rows again.
+A position counts the rows that a run has taken since its start, over all epochs. row_at(position) depends only on the
+seed and the position, so one integer is all that a resumed run needs to see the same rows again.
 """
 
 from __future__ import annotations
@@ -17,34 +17,37 @@ import torch
 from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_rows
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder
-from rlhf_fast.data.fields import Bad, Dialog
-from rlhf_fast.data.rows import Example, read
+from rlhf_fast.data.fields import Dialog, InvalidRow
+from rlhf_fast.data.rows import Example, read_examples
 from rlhf_fast.errors import UserError
 
 B = TypeVar("B", Demonstrations, Comparisons, Prompts, Texts)
 
 
 class Row(NamedTuple):
-    """One example as tokens. A text is a response without prompt, a prompt has no responses."""
+    """One example as tokens. A text is a response without a prompt; a prompt has no responses."""
 
     location: str
     """file:line"""
     prompt: list[int]
     text: str
-    """The prompt, as text."""
+    """The prompt as text."""
     responses: tuple[list[int], ...] = ()
     ranks: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()
-    """Names; rows that have one in common stay on one side of a split."""
+    """Keys of a split: rows that share one stay on the same side."""
 
 
 class Dataset(Generic[B]):
-    """Rows and how they are joined to a batch. len() is the number of rows, [i] is row i of the file's order."""
+    """Rows and the function that joins them to a batch. len() is the number of rows, [i] is row i in the file's order.
+
+    notes: a sentence on the rows that were read and dropped.
+    """
 
     def __init__(self, rows: Sequence[Row], join: Callable[[Sequence[Row], list[int]], B], seed: int, notes: str = ""):
         self.rows, self.join, self.seed, self.notes = rows, join, seed, notes
-        """notes: a sentence on what was read and dropped."""
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._epoch = -1
+        self._order: list[int] = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,59 +56,61 @@ class Dataset(Generic[B]):
         return self.rows[index]
 
     def row_at(self, position: int) -> int:
-        """The row that is taken at a position; every row once an epoch."""
-        epoch, place = divmod(position, len(self.rows))
-        if self._order[0] != epoch:
-            order = list(range(len(self.rows)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = epoch, order
-        return self._order[1][place]
+        """Return the row at a position. Every row occurs once in an epoch."""
+        epoch, index = divmod(position, len(self.rows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.rows)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+        return self._order[index]
 
     def batch(self, position: int, size: int) -> B:
-        """`size` rows from a position on, into the next epoch where one ends. uids: the rows, of Prompts the positions,
-        because a prompt that comes again must not be answered with the same noise."""
+        """Return `size` rows from a position on, across the end of an epoch.
+
+        Their uids are the rows' numbers; those of Prompts are the positions, so that a prompt gets new sampling noise
+        in every epoch.
+        """
         if not self.rows:
             raise UserError("the data set is empty, so no batch can be taken from it")
-        places = range(position, position + size)
-        index = [self.row_at(place) for place in places]
-        return self.join([self.rows[i] for i in index], list(places) if self.join is join_prompts else index)
+        positions = list(range(position, position + size))
+        indices = [self.row_at(i) for i in positions]
+        return self.join([self.rows[i] for i in indices], positions if self.join is join_prompts else indices)
 
     def in_order(self, size: int) -> Iterator[B]:
-        """Every row once, in the file's order, in batches of at most `size`: for validation."""
+        """Yield every row once, in the file's order, in batches of at most `size`."""
         for start in range(0, len(self.rows), size):
-            index = list(range(start, min(start + size, len(self.rows))))
-            yield self.join([self.rows[i] for i in index], index)
+            indices = list(range(start, min(start + size, len(self.rows))))
+            yield self.join([self.rows[i] for i in indices], indices)
 
     def location(self, row: int) -> str:
-        """file:line of a row, for messages."""
+        """Return file:line of a row, for messages."""
         return self.rows[row].location
 
 
 class Split(NamedTuple, Generic[B]):
-    """What is trained on and what is held out (perhaps nothing)."""
+    """Rows for training and rows held out for validation, possibly none."""
 
     train: Dataset[B]
     valid: Dataset[B]
 
 
 def read_demonstrations(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Demonstrations]:
-    """Prompts with a response. context: the model's longest sequence, 0 = unknown; longer rows are dropped."""
-    return _load(cfg, "demonstrations", tokenizer, join_demonstrations, seed, context)
+    """Return prompts with a response. Rows of more than `context` tokens are dropped; 0 = no limit."""
+    return _read(cfg, "demonstrations", tokenizer, join_demonstrations, seed, context)
 
 
 def read_comparisons(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Comparisons]:
-    """Prompts with two or more ranked responses."""
-    return _load(cfg, "comparisons", tokenizer, join_comparisons, seed, context)
+    """Return prompts with two or more ranked responses. `context` as in read_demonstrations."""
+    return _read(cfg, "comparisons", tokenizer, join_comparisons, seed, context)
 
 
 def read_prompts(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Prompts]:
-    """Prompts. context: what is left of the model's longest sequence when the longest response is taken off."""
-    return _load(cfg, "prompts", tokenizer, join_prompts, seed, context)
+    """Return prompts. `context` is the model's longest sequence less the longest response."""
+    return _read(cfg, "prompts", tokenizer, join_prompts, seed, context)
 
 
 def read_texts(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Texts]:
-    """Pretraining text, in pieces of at most max_response_tokens."""
-    return _load(cfg, "texts", tokenizer, join_texts, seed, context)
+    """Return pretraining text in chunks of at most max_response_tokens and `context` tokens."""
+    return _read(cfg, "texts", tokenizer, join_texts, seed, context)
 
 
 def join_demonstrations(rows: Sequence[Row], uids: list[int]) -> Demonstrations:
@@ -115,10 +120,10 @@ def join_demonstrations(rows: Sequence[Row], uids: list[int]) -> Demonstrations:
 
 def join_comparisons(rows: Sequence[Row], uids: list[int]) -> Comparisons:
     tokens, lengths = pad_rows([row.prompt + response for row in rows for response in row.responses])
-    prompts = torch.tensor([len(row.prompt) for row in rows for _ in row.responses])
+    prompt_lengths = torch.tensor([len(row.prompt) for row in rows for _ in row.responses])
     offsets = torch.tensor([0, *(len(row.responses) for row in rows)]).cumsum(0)
     ranks = torch.tensor([rank for row in rows for rank in row.ranks])
-    return Comparisons(tokens, prompts, lengths, offsets, ranks, torch.tensor(uids))
+    return Comparisons(tokens, prompt_lengths, lengths, offsets, ranks, torch.tensor(uids))
 
 
 def join_prompts(rows: Sequence[Row], uids: list[int]) -> Prompts:
@@ -130,63 +135,73 @@ def join_texts(rows: Sequence[Row], uids: list[int]) -> Texts:
     return Texts(tokens, lengths, torch.tensor(uids))
 
 
-def _load(cfg: DataConfig, kind: str, tokenizer: Any, join: Callable, seed: int, context: int) -> Split:
+def _read(
+    cfg: DataConfig,
+    kind: str,
+    tokenizer: Any,
+    join: Callable[[Sequence[Row], list[int]], B],
+    seed: int,
+    context: int,
+) -> Split[B]:
     encoder = Encoder(tokenizer, cfg.template, cfg.append_eos)
-    rows, notes = _encoded(cfg.path, cfg.limit, kind, encoder, cfg, context)
+    rows, notes = _read_rows(cfg.path, cfg.limit, kind, encoder, cfg, context)
     if cfg.valid:
-        held_out, told = _encoded(cfg.valid, 0, kind, encoder, cfg, context)
-        notes = f"{notes}. {told}"
+        held_out, valid_notes = _read_rows(cfg.valid, 0, kind, encoder, cfg, context)
+        notes = f"{notes}. {valid_notes}"
     else:
-        rows, held_out = split(rows, cfg.valid_fraction)
+        rows, held_out = split_rows(rows, cfg.valid_fraction)
         notes += f"; {len(held_out)} of them held out" if held_out else ""
     return Split(Dataset(rows, join, seed, notes), Dataset(held_out, join, seed, notes))
 
 
-def _encoded(
+def _read_rows(
     path: str, limit: int, kind: str, encoder: Encoder, cfg: DataConfig, context: int
 ) -> tuple[list[Row], str]:
-    """The rows of a file, and a sentence on them."""
-    examples = read(path, kind, cfg.columns, limit)
+    """Return the rows of a file, and a sentence on them."""
+    examples = read_examples(path, kind, cfg.columns, limit)
     rows, dropped = encode(examples, path, kind, encoder, cfg, context)
-    told = ", ".join(f"{count} {why}" for why, count in dropped.items())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not rows:
-        raise UserError(f"{path}: none of the {len(examples)} rows is left: {told or 'each is a single token'}")
-    return rows, f"{path}: {len(rows)} {kind}" + (f"; left out: {told}" if told else "")
+        raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
+    return rows, f"{path}: {len(rows)} {kind}" + (f"; left out: {reasons}" if reasons else "")
 
 
 def encode(
     examples: Sequence[Example], path: str, kind: str, encoder: Encoder, cfg: DataConfig, context: int = 0
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows, and how many examples were left out for which reason."""
-    rows, dropped, prefixes = [], Counter(), set()
+    """Return the rows, and the number of dropped examples for each reason."""
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    prefixes: set[str] = set()
     for example in examples:
         location = f"{path}:{example.line}"
-        try:
-            prompt, text = encoder.prompt(example.prompt) if kind != "texts" else ([], "")
-        except Bad as bad:
-            raise UserError(f"{location}: {bad}") from bad
         if kind == "texts":
-            whole = Row(location, [], "", (encoder.text(example.responses[0]),), (), _groups(example))
-            rows += _pieces(whole, cfg.max_response_tokens, context)
+            document = Row(location, [], "", (encoder.text(example.responses[0]),), (), _split_keys(example))
+            rows += _chunks(document, cfg.max_response_tokens, context)
             continue
-        responses = tuple(encoder.response(r) for r in example.responses)
-        row, short = shorten(Row(location, prompt, text, responses, example.ranks, _groups(example)), cfg, context)
-        if short:
-            dropped["responses that are too long, of prompts that keep others"] += short
-        why = too_long(row, cfg, context)
-        if not why and kind == "prompts" and cfg.dedupe_prefix:
-            prefix = opening(example.prompt)[: cfg.dedupe_prefix]
-            why = "begin like an earlier prompt (data.dedupe_prefix)" if prefix in prefixes else ""
+        try:
+            prompt, text = encoder.prompt(example.prompt)
+        except InvalidRow as error:
+            raise UserError(f"{location}: {error}") from error
+        responses = tuple(encoder.response(response) for response in example.responses)
+        row = Row(location, prompt, text, responses, example.ranks, _split_keys(example))
+        row, num_removed = remove_long_responses(row, cfg, context)
+        if num_removed:
+            dropped["responses that are too long, of prompts that keep others"] += num_removed
+        reason = exceeded_limit(row, cfg, context)
+        if not reason and kind == "prompts" and cfg.dedupe_prefix:
+            prefix = prompt_as_text(example.prompt)[: cfg.dedupe_prefix]
+            reason = "begin like an earlier prompt (data.dedupe_prefix)" if prefix in prefixes else ""
             prefixes.add(prefix)
-        if why:
-            dropped[why] += 1
+        if reason:
+            dropped[reason] += 1
         else:
             rows.append(row)
     return rows, dropped
 
 
-def too_long(row: Row, cfg: DataConfig, context: int = 0) -> str:
-    """Which limit a row exceeds, or nothing."""
+def exceeded_limit(row: Row, cfg: DataConfig, context: int = 0) -> str:
+    """Return the limit that a row exceeds, as a phrase after a number of rows; "" if it exceeds none."""
     longest = max(map(len, row.responses), default=0)
     if len(row.prompt) > cfg.max_prompt_tokens:
         return f"with a prompt over {cfg.max_prompt_tokens} tokens (data.max_prompt_tokens)"
@@ -197,54 +212,61 @@ def too_long(row: Row, cfg: DataConfig, context: int = 0) -> str:
     return ""
 
 
-def shorten(row: Row, cfg: DataConfig, context: int = 0) -> tuple[Row, int]:
-    """A comparison without its over-long responses, if others of two ranks or more are left; and how many went."""
-    room = min(cfg.max_response_tokens, context - len(row.prompt) if context else cfg.max_response_tokens)
-    kept = [i for i, response in enumerate(row.responses) if len(response) <= room]
+def remove_long_responses(row: Row, cfg: DataConfig, context: int = 0) -> tuple[Row, int]:
+    """Remove a comparison's responses that are too long; return the row and their number.
+
+    The row stays as it is, and is dropped later, if the responses left do not have two different ranks.
+    """
+    limit = min(cfg.max_response_tokens, context - len(row.prompt) if context else cfg.max_response_tokens)
+    kept = [i for i, response in enumerate(row.responses) if len(response) <= limit]
     if len(kept) == len(row.responses) or len({row.ranks[i] for i in kept if row.ranks}) < 2:
         return row, 0
-    less = row._replace(responses=tuple(row.responses[i] for i in kept), ranks=tuple(row.ranks[i] for i in kept))
-    return less, len(row.responses) - len(kept)
+    shorter = row._replace(responses=tuple(row.responses[i] for i in kept), ranks=tuple(row.ranks[i] for i in kept))
+    return shorter, len(row.responses) - len(kept)
 
 
-def _groups(example: Example) -> tuple[str, ...]:
-    key = opening(example.prompt) if example.prompt else "".join(example.responses)
-    own = "text " + hashlib.sha256(key.encode()).hexdigest()
-    return (own, f"group {example.group}") if example.group else (own,)
+def _chunks(document: Row, max_tokens: int, context: int) -> Iterator[Row]:
+    """Split a document into chunks. A last chunk of one token predicts nothing and is left out."""
+    size = max(min(max_tokens, context or max_tokens), 2)
+    ids = document.responses[0]
+    for start in range(0, len(ids) - 1, size):
+        yield document._replace(responses=(ids[start : start + size],))
 
 
-def _pieces(document: Row, size: int, context: int) -> Iterator[Row]:
-    """A document in pieces; a last piece of one token predicts nothing and is left out."""
-    size, ids = max(min(size, context or size), 2), document.responses[0]
-    for start in range(0, len(ids), size):
-        if start + 1 < len(ids):
-            yield document._replace(responses=(ids[start : start + size],))
-
-
-def opening(prompt: Dialog) -> str:
-    """A prompt as one text, to compare prompts by."""
+def prompt_as_text(prompt: Dialog) -> str:
+    """Return a prompt as one text, by which prompts are compared."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def split(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """(train, valid), `valid` about that share of the groups of rows that have a name in common.
+def _split_keys(example: Example) -> tuple[str, ...]:
+    """Return the keys of an example for split_rows: one of its text, and one of its group if it has one."""
+    text = prompt_as_text(example.prompt) if example.prompt else "".join(example.responses)
+    key = "text " + hashlib.sha256(text.encode()).hexdigest()
+    return (key, f"group {example.group}") if example.group else (key,)
 
-    Which groups are held out hangs on their texts alone: not on the seed, the order or, mostly, on what else is there.
+
+def split_rows(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """Split off about `fraction` of the sets of rows that are connected by keys; return (train, valid).
+
+    Texts alone decide which sets are held out: the seed and the order of the rows do not matter, other rows hardly.
     """
-    parent: dict[str, str] = {}
+    parent: dict[str, str] = {}  # union-find over the keys
 
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = name = parent[parent[name]]
-        return name
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
 
     for row in rows if fraction else ():
-        first, *others = sorted(map(root, row.groups))  # the least name stands for all, whatever the order of the rows
+        # The smallest key becomes the root of the set, so the roots do not depend on the order of the rows.
+        first, *others = sorted(map(root, row.groups))
         parent.update(dict.fromkeys(others, first))
     roots = [root(row.groups[0]) for row in rows]
-    groups = sorted(set(roots), key=lambda name: hashlib.sha256(name.encode()).digest())
-    if not fraction or len(groups) < 2:
+    sets = sorted(set(roots), key=lambda key: hashlib.sha256(key.encode()).digest())
+    if not fraction or len(sets) < 2:
         return list(rows), []
-    held = set(groups[: min(max(round(fraction * len(groups)), 1), len(groups) - 1)])
-    train = [row for row, name in zip(rows, roots, strict=True) if name not in held]
-    return train, [row for row, name in zip(rows, roots, strict=True) if name in held]
+    num_held_out = min(max(round(fraction * len(sets)), 1), len(sets) - 1)
+    held_out = set(sets[:num_held_out])
+    train = [row for row, key in zip(rows, roots, strict=True) if key not in held_out]
+    valid = [row for row, key in zip(rows, roots, strict=True) if key in held_out]
+    return train, valid

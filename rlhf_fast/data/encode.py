@@ -1,8 +1,7 @@
-"""Prompts, responses and texts as tokens. What is trained on is what the sampler will see and must produce.
+"""Prompts, responses and texts as tokens, exactly as a sampler is given and produces them.
 
-The prompt and the response are tokenized apart, because a sampled response is: the boundary is exact, and no token
-spans it. Text from the data never becomes a special token, whatever it spells: only the template and this file add
-those.
+Prompt and response are tokenized separately, as they are in sampling: the boundary is exact and no token spans it. Text
+from the data never becomes a special token, whatever it spells. Only the template and this file add special tokens.
 """
 
 from __future__ import annotations
@@ -10,58 +9,59 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rlhf_fast.data.fields import Bad, Dialog, Message, hh_turns
+from rlhf_fast.data.fields import Dialog, InvalidRow, Message, hh_turns
 from rlhf_fast.errors import UserError
 
 
-def as_text(turns: Sequence[Message]) -> str:
-    """A conversation as HH writes it: "Human: ...\\n\\nAssistant:", a system turn in front as it stands."""
+def hh_text(turns: Sequence[Message]) -> str:
+    """Return a conversation in HH's form, "Human: ...\\n\\nAssistant:". A system turn has no speaker."""
     speakers = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
     return "\n\n".join([*(speakers[turn["role"]] + turn["content"] for turn in turns), "Assistant:"])
 
 
 class Encoder:
-    """A tokenizer and the way prompts are put to the model.
+    """A tokenizer and the format of prompts.
 
-    template: "chat" uses the tokenizer's chat template. "plain" takes a text as it stands and writes a conversation as
-    HH does. "dialog" writes texts so too, and puts a space before the response. "auto" is chat if there is a template,
-    else plain.
+    template: "chat" uses the tokenizer's chat template. "plain" leaves a text unchanged and puts a conversation in HH's
+    form. "dialog" puts texts in HH's form too, and a space before the response. "auto" is chat if the tokenizer has a
+    template, else plain.
     """
 
     def __init__(self, tokenizer: Any, template: Literal["auto", "chat", "plain", "dialog"] = "auto", eos: bool = True):
         if template == "chat" and not tokenizer.chat_template:
             raise UserError("data.template is chat, but the tokenizer has no chat template; choose plain or dialog")
-        self.tokenizer, self.template = tokenizer, template
         if template == "auto":
-            self.template = "chat" if tokenizer.chat_template else "plain"
+            template = "chat" if tokenizer.chat_template else "plain"
+        self.tokenizer, self.template = tokenizer, template
         self.special = special_tokens(tokenizer)
         self.bos = self._bos()
         self.anchors = self._anchors()
-        self.end = [] if not eos else [self._end_token()]
+        self.end = [self._end_token()] if eos else []
 
     def prompt(self, dialog: Dialog) -> tuple[list[int], str]:
-        """The tokens that stand before the response, and their text."""
+        """Return the tokens before the response, and their text."""
         if self.template == "chat":
-            turns = dialog if isinstance(dialog, list) else hh_turns(dialog) or [{"role": "user", "content": dialog}]
-            return self._chat(turns)
+            if isinstance(dialog, str):
+                dialog = hh_turns(dialog) or [{"role": "user", "content": dialog}]
+            return self._chat(dialog)
         if isinstance(dialog, list):
-            text = as_text(dialog)
+            text = hh_text(dialog)
         elif self.template == "dialog" and hh_turns(dialog) is None:
-            text = as_text([{"role": "user", "content": dialog}])
+            text = hh_text([{"role": "user", "content": dialog}])
         else:
             text = dialog
         return self.bos + self._plain(text), text
 
     def response(self, text: str) -> list[int]:
-        """The tokens that follow a prompt: the text as it would be sampled, and the end token."""
+        """Return the tokens that follow a prompt: the text as it would be sampled, and the end token."""
         return self._continue(" " + text.lstrip() if self.template == "dialog" else text) + self.end
 
     def text(self, text: str) -> list[int]:
-        """A document of pretraining text, from start token (if the tokenizer has the habit) to end token."""
+        """Return a document of pretraining text, with a start token if the tokenizer adds one, and the end token."""
         return self.bos + self._plain(text) + self.end
 
-    def spelled(self, dialog: Dialog | str) -> list[str]:
-        """Special tokens that occur in the data as text (and stay text)."""
+    def spelled_special_tokens(self, dialog: Dialog) -> list[str]:
+        """Return the special tokens that the data spell as text (and that stay text)."""
         contents = [dialog] if isinstance(dialog, str) else [turn["content"] for turn in dialog]
         return [token for token in self.special if any(token in content for content in contents)]
 
@@ -69,20 +69,23 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _bos(self) -> list[int]:
-        """[start token] if the tokenizer puts one before a text, else []."""
+        """Return [start token] if the tokenizer puts one before a text, else []."""
         ids, bare = self.tokenizer("a").input_ids, self._plain("a")
-        at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
-        return ids[:at]
+        start = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+        return ids[:start]
 
     def _anchors(self) -> list[tuple[str, list[int]]]:
-        """What to put before a response while it is tokenized, for tokenizers that give every text a leading space;
-        with its tokens."""
+        """Return texts to put before a response while it is tokenized, and their tokens.
+
+        Only tokenizers that add a space before every text need them: such a space is no part of the response.
+        """
         if self._plain("\na")[len(self._plain("\n")) :] == self._plain("a"):
             return []
         return [(anchor, self._plain(anchor)) for anchor in ("\n", ".", "a", "1")]
 
     def _continue(self, text: str) -> list[int]:
-        for anchor, before in self.anchors:  # one that the tokenizer does not join with what the text begins with
+        """Return the tokens of a text that follows another. An anchor that merges with the text is not used."""
+        for anchor, before in self.anchors:
             ids = self._plain(anchor + text)
             if ids[: len(before)] == before:
                 return ids[len(before) :]
@@ -91,31 +94,36 @@ class Encoder:
     def _render(self, turns: Sequence[Message]) -> str:
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever the template's author raises, mostly jinja2.TemplateError
-            raise Bad(f"the tokenizer's chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template raises what its author likes, mostly jinja2.TemplateError
+            raise InvalidRow(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
     def _chat(self, turns: list[Message]) -> tuple[list[int], str]:
+        """Return the conversation in the chat template: its tokens and its text."""
         text = self._render(turns)
-        if not any(self.spelled(turn["content"]) for turn in turns):
+        if not any(self.spelled_special_tokens(turn["content"]) for turn in turns):
             return self.tokenizer(text, add_special_tokens=False).input_ids, text
-        # Some content spells a special token. Marks take the place of the contents, the template's own special tokens
-        # cut the text, and what is between them is tokenized as plain text with the contents back in.
-        marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
-        frame = self._render([turn | {"content": mark} for turn, mark in zip(turns, marks, strict=True)])
+        # Some content spells a special token. The template is rendered with placeholders for the contents and split at
+        # its own special tokens; the parts between them are tokenized as plain text, with the contents put back.
+        placeholders = [f"\ue000{i}\ue001" for i in range(len(turns))]
+        frame = self._render([turn | {"content": mark} for turn, mark in zip(turns, placeholders, strict=True)])
         for contents in ([turn["content"] for turn in turns], [turn["content"].strip() for turn in turns]):
-            if _fill(frame, marks, contents) == text:
-                ids: list[int] = []
-                for i, piece in enumerate(_cut(frame, self.special)):
-                    if i % 2:
-                        ids.append(self.tokenizer.convert_tokens_to_ids(piece))
-                    elif piece:
-                        ids += (self._continue if ids else self._plain)(_fill(piece, marks, contents))
-                return ids, text
-        spelled = ", ".join(sorted({token for turn in turns for token in self.spelled(turn["content"])}))
-        raise Bad(f"the content spells the special token {spelled}, and the chat template changes it; remove it")
+            if _fill(frame, placeholders, contents) == text:
+                return self._frame_ids(frame, placeholders, contents), text
+        spelled = ", ".join(sorted({token for turn in turns for token in self.spelled_special_tokens(turn["content"])}))
+        raise InvalidRow(f"the content spells the special token {spelled}, and the chat template changes it; remove it")
+
+    def _frame_ids(self, frame: str, placeholders: Sequence[str], contents: Sequence[str]) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(_split_at_special(frame, self.special)):
+            if i % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(part))
+            elif part:
+                filled = _fill(part, placeholders, contents)
+                ids += self._continue(filled) if ids else self._plain(filled)
+        return ids
 
     def _end_token(self) -> int:
-        """The token that ends a response: what the chat template puts behind one, else the tokenizer's end token."""
+        """Return the token that ends a response: the one the chat template puts after it, else the tokenizer's."""
         end = template_end(self.tokenizer) if self.template == "chat" else None
         end = self.tokenizer.eos_token_id if end is None else end
         if end is None:
@@ -124,38 +132,41 @@ class Encoder:
 
 
 def template_end(tokenizer: Any) -> int | None:
-    """The special token that the tokenizer's chat template puts behind an answer (often not eos_token), if any."""
+    """Return the special token that the chat template puts after a response (often not eos_token), or None."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    asked, answer = [{"role": "user", "content": "a"}], "\ue000"
+    prompt, response = {"role": "user", "content": "a"}, "\ue000"
     try:
-        text = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
-    except Exception:  # a template that does not serve one question and its answer has no end to offer
+        text = tokenizer.apply_chat_template([prompt, {"role": "assistant", "content": response}], tokenize=False)
+    except Exception:  # the template does not support one question and its answer
         return None
-    behind = _cut(text.rpartition(answer)[2], special_tokens(tokenizer)) if answer in text else []
-    return tokenizer.convert_tokens_to_ids(behind[1]) if len(behind) > 1 else None
+    if response not in text:
+        return None
+    after = _split_at_special(text.rpartition(response)[2], special_tokens(tokenizer))
+    return tokenizer.convert_tokens_to_ids(after[1]) if len(after) > 1 else None
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """The texts that a tokenizer reads as special tokens."""
+    """Return the texts that a tokenizer reads as special tokens."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return [*added, *(token for token in tokenizer.all_special_tokens if token not in added)]
 
 
-def _cut(text: str, special: Sequence[str]) -> list[str]:
-    """text, special token, text, special token, ..., text."""
-    pieces, start = [], 0
+def _split_at_special(text: str, special: Sequence[str]) -> list[str]:
+    """Return [text, special token, text, special token, ..., text]. At one position the longest token wins."""
+    parts: list[str] = []
+    start = 0
     while True:
         found = [(text.find(token, start), -len(token), token) for token in special if token]
         found = [hit for hit in found if hit[0] >= 0]
         if not found:
-            return [*pieces, text[start:]]
-        at, _, token = min(found)
-        pieces += [text[start:at], token]
-        start = at + len(token)
+            return [*parts, text[start:]]
+        position, _, token = min(found)
+        parts += [text[start:position], token]
+        start = position + len(token)
 
 
-def _fill(frame: str, marks: Sequence[str], contents: Sequence[str]) -> str:
-    for mark, content in zip(marks, contents, strict=True):
-        frame = frame.replace(mark, content)
+def _fill(frame: str, placeholders: Sequence[str], contents: Sequence[str]) -> str:
+    for placeholder, content in zip(placeholders, contents, strict=True):
+        frame = frame.replace(placeholder, content)
     return frame

@@ -9,135 +9,144 @@ from typing import Any
 
 Message = dict[str, str]
 Dialog = str | list[Message]
+"""A prompt: a text, or a conversation whose last turn is the one to answer."""
 
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-class Bad(ValueError):
-    """What is wrong with one row and how to mend it, without the place. `sort` is for counting: null, empty, equal."""
+class InvalidRow(ValueError):
+    """The fault of one row and its remedy, without file and line. `category` (null, empty, equal, other) is counted."""
 
-    def __init__(self, text: str, sort: str = "other"):
+    def __init__(self, text: str, category: str = "other"):
         super().__init__(text)
-        self.sort = sort
+        self.category = category
 
 
-def names(row: Mapping[str, Any]) -> str:
-    """The columns of a row, for messages."""
+def column_names(row: Mapping[str, Any]) -> str:
+    """Return the columns of a row, for messages."""
     return ", ".join(row) or "no columns"
 
 
-def typename(value: object) -> str:
-    """What JSON calls this kind of value, for messages."""
+def json_type(value: object) -> str:
+    """Return JSON's name for the type of a value, for messages."""
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 
 
-def string(row: Mapping[str, Any], name: str) -> str:
-    """A text that says something. Bad for null, another type, blanks, or half a surrogate pair."""
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """Return a text. InvalidRow for null, another type, blanks, and half a surrogate pair."""
     value = row[name]
     if value is None:
-        raise Bad(f"{name} is null; give a text or remove the row", "null")
+        raise InvalidRow(f"{name} is null; give a text or remove the row", "null")
     if not isinstance(value, str):
-        raise Bad(f"{name} must be text, found {typename(value)}")
+        raise InvalidRow(f"{name} must be text, found {json_type(value)}")
     if not value.strip():
-        raise Bad(f"{name} is empty; give a text or remove the row", "empty")
+        raise InvalidRow(f"{name} is empty; give a text or remove the row", "empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise Bad(f"{name} holds half a surrogate pair at character {error.start + 1}, which is no text") from error
+        raise InvalidRow(
+            f"{name} holds half a surrogate pair at character {error.start + 1}, which is no text"
+        ) from error
     return value
 
 
-def alpaca(row: Mapping[str, Any]) -> str:
-    """The prompt of an alpaca row: the instruction, and the input below it."""
-    instruction, given = string(row, "instruction"), row.get("input")
-    return f"{instruction}\n\n{given}" if isinstance(given, str) and given.strip() else instruction
+def alpaca_prompt(row: Mapping[str, Any]) -> str:
+    """Return the prompt of an alpaca row: the instruction, and the input below it."""
+    instruction, context = text_field(row, "instruction"), row.get("input")
+    return f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
 
 
 def conversation(row: Mapping[str, Any]) -> list[Message] | None:
-    """The turns of a `messages` or sharegpt row."""
+    """Return the turns of a `messages` or sharegpt row; None if it is neither."""
     for name in ("messages", "conversations"):
         if name in row:
-            return turns_of(row, name)
+            return turns_field(row, name)
     return None
 
 
-def turns_of(row: Mapping[str, Any], name: str) -> list[Message]:
-    """The turns of a list of messages, in our form; sharegpt's from and value are understood."""
+def turns_field(row: Mapping[str, Any], name: str) -> list[Message]:
+    """Return a list of messages with our roles. Sharegpt's keys `from` and `value` are understood."""
     value = row[name]
     if not isinstance(value, list) or not value:
-        raise Bad(f"{name} must be a list of turns, found {typename(value) if value != [] else 'an empty list'}")
+        found = "an empty list" if value == [] else json_type(value)
+        raise InvalidRow(f"{name} must be a list of turns, found {found}")
     turns = []
     for i, turn in enumerate(value):
-        place = f"{name}[{i}]"
+        turn_name = f"{name}[{i}]"
         if not isinstance(turn, dict):
-            raise Bad(f'{place} must be an object with "role" and "content", found {typename(turn)}')
-        role, content = ("from", "value") if "from" in turn else ("role", "content")
-        for key in (role, content):
+            raise InvalidRow(f'{turn_name} must be an object with "role" and "content", found {json_type(turn)}')
+        role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+        for key in (role_key, content_key):
             if key not in turn:
-                raise Bad(f'{place} has no "{key}"; found {names(turn)}')
-        speaker = _SPEAKERS.get(turn[role]) if isinstance(turn[role], str) else None
-        if speaker is None:
-            raise Bad(f"{place}.{role} must be system, user or assistant, found {json.dumps(turn[role])}")
-        text = string({f"{place}.{content}": turn[content]}, f"{place}.{content}")
-        turns.append({"role": speaker, "content": text})
+                raise InvalidRow(f'{turn_name} has no "{key}"; found {column_names(turn)}')
+        role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            found = json.dumps(turn[role_key])
+            raise InvalidRow(f"{turn_name}.{role_key} must be system, user or assistant, found {found}")
+        content_name = f"{turn_name}.{content_key}"
+        turns.append({"role": role, "content": text_field({content_name: turn[content_key]}, content_name)})
     return turns
 
 
-def answerable(turns: list[Message]) -> list[Message]:
-    """The turns, if a response may follow them."""
+def ending_with_user(turns: list[Message]) -> list[Message]:
+    """Return `turns`. InvalidRow unless the last one is the user's, so that a response may follow."""
     if not turns or turns[-1]["role"] != "user":
-        raise Bad("the conversation needs a user's turn before the response")
+        raise InvalidRow("the conversation needs a user's turn before the response")
     return turns
 
 
-def dialog(row: Mapping[str, Any], name: str) -> Dialog:
-    """A prompt: text or turns."""
-    return answerable(turns_of(row, name)) if isinstance(row[name], list) else string(row, name)
+def prompt_field(row: Mapping[str, Any], name: str) -> Dialog:
+    return ending_with_user(turns_field(row, name)) if isinstance(row[name], list) else text_field(row, name)
 
 
-def answer(row: Mapping[str, Any], name: str) -> str:
-    """A response: text, or a list with the assistant's one turn."""
+def response_field(row: Mapping[str, Any], name: str) -> str:
+    """Return a response from a text, or from a list with one turn of the assistant."""
     if not isinstance(row[name], list):
-        return string(row, name)
-    turns = turns_of(row, name)
+        return text_field(row, name)
+    turns = turns_field(row, name)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise Bad(f"{name} must be one turn of the assistant, because the prompt has a column of its own")
+        raise InvalidRow(f"{name} must be one turn of the assistant, because the prompt has a column of its own")
     return turns[0]["content"]
 
 
-def common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
-    """The turns both begin with, then the one in which they differ."""
+def split_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+    """Return the turns that both conversations share, and the last turn of each."""
     if chosen[:-1] != rejected[:-1] or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise Bad("chosen and rejected must be one conversation with two last turns of the assistant")
-    return answerable(chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"]
+        raise InvalidRow("chosen and rejected must be one conversation with two last turns of the assistant")
+    return ending_with_user(chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"]
 
 
-def common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The prompt is what both begin with, up to the last "Assistant:" (HH) or else to the end of a word."""
+def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Return the prompt that both texts begin with, and the rest of each.
+
+    The prompt ends after the last common "Assistant:" (HH), else at the end of the last common word.
+    """
     if chosen == rejected:
-        raise Bad("chosen and rejected are equal, so there is nothing to prefer; remove the row", "equal")
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    same = min(len(chosen), len(rejected)) if same is None else same
-    answers = [turn.end() for turn in _TURN.finditer(chosen[:same]) if turn[1] == "Assistant"]
-    cut = answers[-1] if answers else max(chosen.rfind(space, 0, same) for space in " \n\t")
-    if cut <= 0 or not chosen[:cut].strip():
-        raise Bad('no "prompt" in the row, and chosen and rejected do not begin alike')
-    if not chosen[cut:].strip() or not rejected[cut:].strip():
-        raise Bad("one of chosen and rejected is empty behind the prompt they share", "empty")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+        raise InvalidRow("chosen and rejected are equal, so there is nothing to prefer; remove the row", "equal")
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    assistant_ends = [turn.end() for turn in HH_TURN.finditer(chosen[:common]) if turn[1] == "Assistant"]
+    end = assistant_ends[-1] if assistant_ends else max(chosen.rfind(space, 0, common) for space in " \n\t")
+    if end <= 0 or not chosen[:end].strip():
+        raise InvalidRow('no "prompt" in the row, and chosen and rejected do not begin alike')
+    if not chosen[end:].strip() or not rejected[end:].strip():
+        raise InvalidRow("one of chosen and rejected is empty behind the prompt they share", "empty")
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def hh_turns(prompt: str) -> list[Message] | None:
-    """The turns of a prompt written as HH's "Human: ... Assistant:"; None if it is not."""
-    marks = list(_TURN.finditer(prompt))
-    if not marks or marks[0][1] != "Human" or prompt[: marks[0].start()].strip() or marks[-1][1] != "Assistant":
+    """Return the turns of a prompt in HH's form, "Human: ... Assistant:"; None for another text."""
+    heads = list(HH_TURN.finditer(prompt))
+    speakers = [head[1] for head in heads]
+    if len(heads) < 2 or speakers[0] != "Human" or speakers[-2:] != ["Human", "Assistant"]:
         return None
-    if prompt[marks[-1].end() :].strip() or len(marks) < 2 or marks[-2][1] != "Human":
+    if prompt[: heads[0].start()].strip() or prompt[heads[-1].end() :].strip():
         return None
-    ends = [mark.start() for mark in marks[1:]]
-    contents = [prompt[mark.end() : end].strip() for mark, end in zip(marks[:-1], ends, strict=True)]
-    return [{"role": _SPEAKERS[m[1].lower()], "content": c} for m, c in zip(marks[:-1], contents, strict=True)]
+    turns = []
+    for head, following in zip(heads, heads[1:], strict=False):
+        turns.append({"role": ROLES[head[1].lower()], "content": prompt[head.end() : following.start()].strip()})
+    return turns

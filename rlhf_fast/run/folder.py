@@ -22,7 +22,7 @@ from typing import Any, Protocol, TextIO
 
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.resolve import show
-from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.info import run_info
@@ -54,7 +54,7 @@ class RunFolder:
     finished: nothing is left to do. notes: sentences on the data that `begin` prints. device: None = automatic.
     """
 
-    def __init__(self, cfg: SFTConfig | RewardConfig | PPOConfig, *data: DataConfig):
+    def __init__(self, cfg: StageConfig, *data: DataConfig):
         cfg.ready()
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
@@ -231,14 +231,14 @@ class BestModel:
         self.score, self.step = state["score"], state["step"]
 
 
-def _files_read(cfg: SFTConfig | RewardConfig | PPOConfig, data: tuple[DataConfig, ...]) -> list[str | Path]:
+def _files_read(cfg: StageConfig, data: tuple[DataConfig, ...]) -> list[str | Path]:
     """Return the data files, and the source of a reward function if there is one."""
     files: list[str | Path] = [file for part in data for file in (part.path, part.valid) if Path(file).is_file()]
     sources = [source_file(spec) for spec in cfg.model_paths() if is_function(spec)]
     return files + [source for source in sources if source]
 
 
-def _model_folders(cfg: SFTConfig | RewardConfig | PPOConfig) -> list[str]:
+def _model_folders(cfg: StageConfig) -> list[str]:
     return [path for path in cfg.model_paths() if Path(path).is_dir()]
 
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, SupportsFloat, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlhf_fast.config.fields import LogConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.alarms import Alarms
-from rlhf_fast.run.terminal import clock
+from rlhf_fast.run.terminal import LiveLine, format_duration
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -59,12 +58,9 @@ class Log:
             self._metrics = _open_to_append(self.directory / METRICS)
             self._samples = _open_to_append(self.directory / SAMPLES)
         self.console = Console(stderr=True, highlight=False)
-        self._live: Progress | None = None
+        self._live: LiveLine | None = None
         if cfg.live and self.console.is_terminal:
-            columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[summary]}"))
-            self._live = Progress(TextColumn("{task.description}"), *columns, console=self.console)
-            self._task = self._live.add_task(title, total=total, completed=start, summary="")
-            self._live.start()
+            self._live = LiveLine(self.console, title, total, start)
         self._started = self._last_row = time.perf_counter()
         self._last_printed = 0.0
 
@@ -133,14 +129,14 @@ class Log:
         ]
         summary = "  ".join([*shown, f"{row['perf/tokens_per_second']:.3g} tok/s", *phases])
         if self._live:
-            self._live.update(self._task, completed=step, summary=summary)
+            self._live.update(step, summary)
             return
         # Without a terminal one line a second is enough; metrics.jsonl has every row.
         now = time.perf_counter()
         if self.cfg.live and (now - self._last_printed >= 1 or step == self.total):
             self._last_printed = now
             remaining = (now - self._started) / max(step - self.start, 1) * (self.total - step)
-            line = f"{self.title} {step}/{self.total}  ETA {clock(remaining)}  {summary}"
+            line = f"{self.title} {step}/{self.total}  ETA {format_duration(remaining)}  {summary}"
             self.console.print(line, markup=False, soft_wrap=True)
 
 

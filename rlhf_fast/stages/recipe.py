@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 
 from rlhf_fast.config.presets import preset
 from rlhf_fast.config.resolve import Setting, difference, from_json, read_yaml, resolve, show
-from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.data.rows import must_exist
+from rlhf_fast.config.stages import STAGES, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.data.rows import require_file
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.run.memory import peak_memory, reset_peak_memory
-from rlhf_fast.run.terminal import aligned, clock
-
-StageConfig = SFTConfig | RewardConfig | PPOConfig
+from rlhf_fast.run.terminal import aligned, format_duration
 
 SHARED = ("out", "preset", "seed", "device")
 MEASUREMENTS = "recipe.json"
@@ -111,7 +109,7 @@ def read_recipe(path: str | Path) -> Recipe:
         cfg = resolve(cls, preset(stage, preset_name), defaults, common, sections[stage])
         cfg.ready()
         for file in cfg.data_files():
-            must_exist(file)
+            require_file(file)
         stages[stage] = cfg
     return Recipe(out, stages)
 
@@ -243,7 +241,7 @@ def table(recipe: Recipe, measurements: Mapping[str, dict[str, Any]]) -> list[st
         measured = measurements.get(stage, {})
         logged = sum(row.get("time/step", 0.0) for row in metrics)
         tokens = sum(row.get("perf/tokens_per_second", 0.0) * row.get("time/step", 0.0) for row in metrics)
-        duration = clock(measured.get("seconds") or logged)
+        duration = format_duration(measured.get("seconds") or logged)
         speed = f"{tokens / logged:.0f}" if logged else "-"
         peak = f"{measured['peak'] / 2**30:.2f} GiB" if measured.get("peak") else "-"
         rows.append((stage, duration, speed, peak, _summary(stage, metrics), cfg.out))
