@@ -1,35 +1,37 @@
-"""What the ops over rows and segments of tokens share: the scan that defines GAE, the check of offsets, and how a GPU's
-kernels cut a few long rows."""
+"""Shared by gae, gae_packed and ppo_advantages: the definition of GAE, and how a GPU splits long rows into chunks."""
 
 import torch
 from torch import Tensor
 
 
-def scan(
+def gae_reference(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (B, T), one column after the other from the last; kernels/gae.py has the formula."""
+    """Return advantages and returns (B, T), computed column by column from the last; kernels/gae.py has the formula."""
     advantage = rewards.new_zeros(rewards.shape[0])
     next_value = advantage if bootstrap is None else bootstrap.to(advantage.dtype)
-    advantages = []
+    columns = []
     for t in range(rewards.shape[1] - 1, -1, -1):
-        here = mask[:, t]
+        valid = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(here, delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages.append(torch.where(here, advantage, 0))
-    advantages = torch.stack(advantages[::-1], dim=1) if advantages else torch.zeros_like(rewards)
+        advantage = torch.where(valid, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(valid, values[:, t], next_value)
+        columns.append(torch.where(valid, advantage, 0))
+    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
     return advantages, torch.where(mask, advantages + values, 0)
 
 
-ROWS, LONG, PIECES, LEAST = 64, 4096, 512, 1024
+MAX_ROWS, MIN_LENGTH = 64, 4096  # only up to MAX_ROWS rows longer than MIN_LENGTH are split
+MAX_CHUNKS, MIN_CHUNK = 512, 1024
 
 
-def pieces(rows: int, tokens: int, longest: int, like: Tensor) -> tuple[int, Tensor | None]:
-    """How many tokens a piece has, a power of two, and memory for a map of each: 0 and None where rows stay whole.
+def chunking(num_rows: int, num_tokens: int, longest: int, like: Tensor) -> tuple[int, Tensor | None]:
+    """Return (chunk length, buffer with one affine map per chunk) for csrc/cuda, or (0, None) if rows are not split.
 
-    Up to `ROWS` rows would leave a GPU's processors idle, or wait for the longest of them."""
-    if rows > ROWS or longest <= LONG:
+    The chunk length is a power of two. With a few long rows, one block per row would leave most SMs idle.
+    """
+    if num_rows > MAX_ROWS or longest <= MIN_LENGTH:
         return 0, None
-    piece = max(LEAST, 1 << (-(-tokens // PIECES) - 1).bit_length())
-    return piece, torch.empty(-(-tokens // piece) + rows, 2, dtype=torch.float32, device=like.device)
+    chunk = max(MIN_CHUNK, 1 << (-(-num_tokens // MAX_CHUNKS) - 1).bit_length())
+    max_chunks = -(-num_tokens // chunk) + num_rows  # each row may end in a partly filled chunk
+    return chunk, torch.empty(max_chunks, 2, dtype=torch.float32, device=like.device)

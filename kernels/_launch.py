@@ -20,7 +20,7 @@ def stream_or_threads(x: Tensor) -> int:
 
 
 def data_ptrs(*tensors: Tensor | None) -> list[int]:
-    """Return the tensors' data pointers, and 0 for None."""
+    """Return the tensors' data pointers, and 0 for None. The caller must hold the tensors until the kernel has them."""
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 

@@ -1,41 +1,46 @@
-"""Attention of new tokens over keys and values in pages: one query a token, as many keys as its sequence has.
+"""Attention of new tokens over a paged KV cache: each token is one query, over all keys of its sequence.
 
-A token's result depends on its own query, keys and values alone, bit for bit: not on the tokens around it, their order,
-the pages, or the number of threads. The keys are read in splits of 256, merged in their order.
+A token's result depends only on its own query, keys and values, bit for bit: not on the other tokens, their order, the
+pages, or the number of threads. Keys are read in splits of SPLIT, whose results are merged in order.
 """
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._launch import Unsupported, dtype_codes, require_dtypes, stream_or_threads
+from rlhf_fast.kernels._launch import Unsupported, data_ptrs, dtype_codes, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
+from rlhf_fast.kernels._tensors import contiguous
 
-SPLIT = 256  # keys, as csrc/ has it too
-BLOCKS = 32  # for each multiprocessor: more than ten times what it holds at once
-SCRATCH = 64 << 20  # bytes of the splits' states, where blocks are many enough to do without
+SPLIT = 256  # keys; csrc/ has the same constant
+BLOCKS_PER_SM = 32  # more than ten times what an SM runs at once
+MAX_STATE_BYTES = 64 << 20  # of the splits' states, where there are enough blocks without sharing tokens
 
 
-def _fake(q, k_cache, v_cache, *rest):
+def _fake(q, _k_cache, v_cache, *_rest):
     return torch.empty(*q.shape[:2], v_cache.shape[3], dtype=q.dtype, device=q.device)
 
 
-def _check_tables(k_cache: Tensor, block_table: Tensor, lengths: Tensor, slots: Tensor, window: int) -> None:
-    """ValueError where a token would read beyond the table or the cache; on CPU alone, elsewhere it would wait."""
+def _check_tables(k_cache: Tensor, block_table: Tensor, lengths: Tensor, rows: Tensor, window: int) -> None:
+    """Raise ValueError if a token would read outside the table or the cache. On a GPU nothing is checked: it would wait
+    for the device."""
     if lengths.device.type != "cpu" or not lengths.numel():
         return
-    (pages, _, P, _), (S, M) = k_cache.shape, block_table.shape
-    if not 0 <= slots.min() <= slots.max() < S:
-        came = f"{int(slots.min())} to {int(slots.max())}"
-        raise ValueError(f"decode_attention: rows must be from 0 to {S - 1}, as block_table has rows, got {came}")
+    num_pages, _, P, _ = k_cache.shape
+    S, M = block_table.shape
+    if not 0 <= rows.min() <= rows.max() < S:
+        given = f"{int(rows.min())} to {int(rows.max())}"
+        raise ValueError(f"decode_attention: rows must be from 0 to {S - 1}, as block_table has rows, got {given}")
     if not 0 <= lengths.min() <= lengths.max() <= M * P:
-        came = f"{int(lengths.min())} to {int(lengths.max())}"
-        raise ValueError(f"decode_attention: lengths must be from 0 to {M * P}, as a row has places, got {came}")
-    starts, ends = torch.arange(M, device="cpu") * P, lengths[:, None]
-    read = (starts < ends) & (starts + P > ends - window) if window else starts < ends
-    used = block_table[slots.long()][read]
-    if used.numel() and not 0 <= used.min() <= used.max() < pages:
-        came = f"{int(used.min())} to {int(used.max())}"
-        raise ValueError(f"decode_attention: pages must be from 0 to {pages - 1} where a token reads, got {came}")
+        given = f"{int(lengths.min())} to {int(lengths.max())}"
+        raise ValueError(f"decode_attention: lengths must be from 0 to {M * P}, as a row has places, got {given}")
+    page_starts, ends = torch.arange(M, device="cpu") * P, lengths[:, None]
+    is_read = page_starts < ends
+    if window:
+        is_read &= page_starts + P > ends - window
+    pages = block_table[rows.long()][is_read]
+    if pages.numel() and not 0 <= pages.min() <= pages.max() < num_pages:
+        given = f"{int(pages.min())} to {int(pages.max())}"
+        raise ValueError(f"decode_attention: pages must be from 0 to {num_pages - 1} where a token reads, got {given}")
 
 
 @op(fake=_fake)
@@ -50,122 +55,142 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """softmax(cap(scale q k)) v for N tokens, (N, H, dv) in the dtype of q (N, H, d); cap(x) = c tanh(x / c), or x.
+    """Return softmax(cap(scale q k)) v of N tokens, (N, H, dv) in q's dtype.
 
-    Caches (pages, Hkv, P, d) and (pages, Hkv, P, dv); query heads h H/Hkv .. share key head h. Token n reads the
-    positions max(0, lengths[n] - window) .. lengths[n] - 1 of its sequence (window 0: all of them), position p at place
-    p % P of page block_table[rows[n], p // P]. block_table (S, M), lengths and rows (N,) int32. Nothing else is read:
-    other pages, and places beyond the length, may hold anything. A token of length 0 gets 0.
-    Computed in float32, rounded once. A cache that is not contiguous is copied. ValueError where shapes differ, or a
-    row, length or page is out of range (on CPU). No gradient: for inference.
+        cap(x) = softcap tanh(x / softcap), or x where softcap is 0
+
+        q (N, H, d): query head h reads key head h Hkv // H
+        k_cache (num_pages, Hkv, P, d), v_cache (num_pages, Hkv, P, dv): pages of P positions, of one dtype
+        block_table (S, M) int32: the pages of S sequences; position p of sequence s is row p % P of page
+            block_table[s, p // P]
+        lengths (N,) int32: token n reads positions max(0, lengths[n] - window) to lengths[n] - 1; window 0 means all;
+            a token of length 0 gets 0
+        rows (N,) int32: the sequence of each token, a row of block_table
+
+    Nothing else is read: other pages, and positions beyond the length, may hold anything. It is computed in float32 and
+    rounded once. A cache that is not contiguous is copied. ValueError: shapes differ, or a row, length or page is out
+    of range (the last three only on the CPU). No gradient: for inference.
     """
     _check_tables(k_cache, block_table, lengths, rows, window)
     N, H, d = q.shape
-    (_, heads, P, dv), M = v_cache.shape, block_table.shape[1]
-    exact = torch.float64 if torch.float64 in (q.dtype, k_cache.dtype) else torch.float32
-    out = torch.zeros(N, H, dv, dtype=exact, device=q.device)
-    places = torch.arange(M * P, device=q.device)
-    for n in range(N):  # a token at a time: all the keys of a batch at once may be more than the memory holds
-        last = lengths[n]
-        mine = (places < last) & ((places >= last - window) if window else True)
-        pages = torch.where(mine.view(M, P).any(1), block_table[rows[n].long()].long(), 0)
-        k, v = (x[pages].transpose(0, 1).reshape(heads, M * P, -1).to(exact) for x in (k_cache, v_cache))
-        k, v = k.masked_fill(~mine[:, None], 0), v.masked_fill(~mine[:, None], 0)
-        scores = q[n].to(exact).view(heads, H // heads, d) @ k.mT * scale
+    _, Hkv, P, dv = v_cache.shape
+    M = block_table.shape[1]
+    dtype = torch.float64 if torch.float64 in (q.dtype, k_cache.dtype) else torch.float32
+    out = torch.zeros(N, H, dv, dtype=dtype, device=q.device)
+    positions = torch.arange(M * P, device=q.device)
+    for n in range(N):  # token by token: the keys of all tokens together may not fit in memory
+        length = lengths[n]
+        valid = positions < length
+        if window:
+            valid &= positions >= length - window
+        pages = torch.where(valid.view(M, P).any(1), block_table[rows[n].long()].long(), 0)
+        k, v = (x[pages].transpose(0, 1).reshape(Hkv, M * P, -1).to(dtype) for x in (k_cache, v_cache))
+        k, v = k.masked_fill(~valid[:, None], 0), v.masked_fill(~valid[:, None], 0)
+        scores = q[n].to(dtype).view(Hkv, H // Hkv, d) @ k.mT * scale
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-        weights = scores.masked_fill(~mine, -torch.inf).softmax(-1)
-        out[n] = torch.where(last > 0, weights @ v, 0.0).view(H, dv)
+        weights = scores.masked_fill(~valid, -torch.inf).softmax(-1)
+        out[n] = torch.where(length > 0, weights @ v, 0.0).view(H, dv)
     return out.to(q.dtype)
 
 
 @decode_attention.normalize
 def _(q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
-    inputs = q, k_cache, v_cache, block_table, lengths, rows
-    fits = [x.dim() for x in inputs] == [3, 4, 4, 2, 1, 1]
-    if fits:
-        (N, H, d), (pages, heads, P, _) = q.shape, k_cache.shape
-        fits = k_cache.shape[3] == d and v_cache.shape[:3] == (pages, heads, P) and lengths.shape == rows.shape == (N,)
-        fits = fits and heads > 0 and H % heads == 0 and P > 0
-    if not fits:
+    tensors = q, k_cache, v_cache, block_table, lengths, rows
+    if not _shapes_fit(*tensors):
         raise ValueError(
             "decode_attention: q (N, H, d), k_cache (pages, Hkv, P, d), v_cache (pages, Hkv, P, dv), block_table "
             "(S, M), lengths and rows (N,) must fit together, H a multiple of Hkv, got "
-            f"{[list(x.shape) for x in inputs]}"
+            f"{[list(x.shape) for x in tensors]}"
         )
     if k_cache.dtype != v_cache.dtype:
         raise ValueError(f"decode_attention: both caches must have one dtype, got {k_cache.dtype}, {v_cache.dtype}")
     if window < 0 or not 0 <= softcap < float("inf"):
-        came = f"{window} and {softcap}"
-        raise ValueError(f"decode_attention: window and softcap must be 0 (off) or more, and finite, got {came}")
+        given = f"{window} and {softcap}"
+        raise ValueError(f"decode_attention: window and softcap must be 0 (off) or more, and finite, got {given}")
     tables = (x if x.dtype == torch.int32 else x.int() for x in (block_table, lengths, rows))
     return *(x.detach() for x in (q, k_cache, v_cache)), *tables, float(scale), int(window), float(softcap)
 
 
+def _shapes_fit(q, k_cache, v_cache, block_table, lengths, rows) -> bool:
+    if [x.dim() for x in (q, k_cache, v_cache, block_table, lengths, rows)] != [3, 4, 4, 2, 1, 1]:
+        return False
+    N, H, d = q.shape
+    num_pages, Hkv, P, _ = k_cache.shape
+    caches_fit = k_cache.shape[3] == d and v_cache.shape[:3] == (num_pages, Hkv, P) and P > 0
+    return caches_fit and lengths.shape == rows.shape == (N,) and Hkv > 0 and H % Hkv == 0
+
+
 @decode_attention.compiled(devices=("cpu",))
-def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
+def _(kernels, q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
     require_dtypes(q, k_cache)
-    k_cache, v_cache, block_table, lengths, slots = (
-        x.contiguous() for x in (k_cache, v_cache, block_table, lengths, slots)
-    )
-    query, threads = q.float().contiguous(), stream_or_threads(q)
-    (N, H, d), (pages, heads, P, dv), (S, M) = q.shape, v_cache.shape, block_table.shape
+    tables = contiguous(block_table, lengths, rows)
+    k_cache, v_cache = contiguous(k_cache, v_cache)
+    query = q.float().contiguous()
+    N, H, d = q.shape
+    num_pages, Hkv, P, dv = v_cache.shape
+    S, M = block_table.shape
+    threads = stream_or_threads(q)
+    # With few tokens, threads share the splits of one token, and the state of each split is kept for the merge.
+    splits = -(-int(lengths.max()) // SPLIT) if 0 < N * Hkv < 4 * threads else 1
+    num_states = N * Hkv * splits if splits > 1 else threads
+    states = torch.empty(num_states, H // Hkv * (dv + 4), dtype=torch.float32, device=q.device)
     out = torch.empty(N, H, dv, dtype=torch.float32, device=q.device)
-    # With few tokens, threads share the splits of one, and each split needs a place of its own.
-    splits = -(-int(lengths.max()) // SPLIT) if 0 < N * heads < 4 * threads else 1
-    places = N * heads * splits if splits > 1 else threads
-    scratch = torch.empty(places, H // heads * (dv + 4), dtype=torch.float32, device=q.device)
     try:
         kernels.decode_attention(
-            query.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), k_cache.dtype == torch.bfloat16,
-            block_table.data_ptr(), lengths.data_ptr(), slots.data_ptr(), out.data_ptr(), scratch.data_ptr(),
-            N, H, heads, d, dv, pages, P, S, M, splits, scale, window, softcap, threads,
+            *data_ptrs(query, k_cache, v_cache), k_cache.dtype == torch.bfloat16, *data_ptrs(*tables, out, states),
+            N, H, Hkv, d, dv, num_pages, P, S, M, splits, scale, window, softcap, threads,
         )  # fmt: skip
     except RuntimeError:
-        _check_tables(k_cache, block_table, lengths, slots, window)
+        _check_tables(k_cache, *tables, window)
         raise
     return out.to(q.dtype)
 
 
 @decode_attention.compiled(devices=("cuda",))
-def _(kernels, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
-    codes = dtype_codes(kernels, q, k_cache)
-    (N, H, d), (pages, heads, P, dv), M = q.shape, v_cache.shape, block_table.shape[1]
-    if not d or max(d, dv) > 256 or max(pages * heads * P, 2 * M * P) >= 1 << 31:
+def _(kernels, q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
+    q_code, cache_code = dtype_codes(kernels, q, k_cache)
+    N, H, d = q.shape
+    num_pages, Hkv, P, dv = v_cache.shape
+    M = block_table.shape[1]
+    if not d or max(d, dv) > 256 or max(num_pages * Hkv * P, 2 * M * P) >= 1 << 31:
         raise Unsupported(f"no compiled kernel for heads of {d} and {dv} (up to 256), or caches of 2^31 rows")
-    _check_tables(k_cache, block_table, lengths, slots, window)
+    _check_tables(k_cache, block_table, lengths, rows, window)
     q = q if q.stride(2) == 1 else q.contiguous()
-    k_cache, v_cache, block_table, lengths, slots = (
-        x.contiguous() for x in (k_cache, v_cache, block_table, lengths, slots)
-    )
-    splits = -(-min(M * P, window + SPLIT - 1 if window else M * P) // SPLIT)
-    parts = _parts(N, H, heads, dv, splits, q)
-    kept = N * H * splits if parts > 1 else 0
-    states, sums = (torch.empty(kept, x, dtype=torch.float32, device=q.device) for x in (2, -(-dv // 4) * 4))
+    tables = contiguous(block_table, lengths, rows)
+    k_cache, v_cache = contiguous(k_cache, v_cache)
+    longest = min(M * P, window + SPLIT - 1) if window else M * P
+    splits = -(-longest // SPLIT)
+    parts = _blocks_per_head(N, H, Hkv, dv, splits, q)
+    num_states = N * H * splits if parts > 1 else 0
+    padded_dv = -(-dv // 4) * 4
+    states, sums = (torch.empty(num_states, n, dtype=torch.float32, device=q.device) for n in (2, padded_dv))
     out = torch.empty(N, H, dv, dtype=q.dtype, device=q.device)
     kernels.decode_attention(
-        q.data_ptr(), codes[0], *q.stride()[:2], k_cache.data_ptr(), v_cache.data_ptr(), codes[1],
-        block_table.data_ptr(), lengths.data_ptr(), slots.data_ptr(), out.data_ptr(), states.data_ptr(),
-        sums.data_ptr(), N, H, heads, d, dv, P, M, parts, splits, scale, window, softcap, stream_or_threads(q),
+        q.data_ptr(), q_code, *q.stride()[:2], *data_ptrs(k_cache, v_cache), cache_code,
+        *data_ptrs(*tables, out, states, sums), N, H, Hkv, d, dv, P, M, parts, splits, scale, window, softcap,
+        stream_or_threads(q),
     )  # fmt: skip
     return out
 
 
-def _parts(N: int, H: int, heads: int, dv: int, splits: int, x: Tensor) -> int:
-    """Blocks that share the splits of a token and key head: as many as fill the GPU and end together, from shapes."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # for tests
-    blocks = max(N * heads, 1)
-    if blocks >= 2 * processors and 4 * N * H * splits * (dv + 2) > SCRATCH:
+def _blocks_per_head(N: int, H: int, Hkv: int, dv: int, splits: int, x: Tensor) -> int:
+    """Return the number of blocks that share the splits of one token and key head: enough to fill the GPU and to finish
+    at about the same time. It depends only on shapes, not on `lengths`, which the host does not know."""
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # for tests
+    blocks = max(N * Hkv, 1)
+    if blocks >= 2 * num_sms and 4 * N * H * splits * (dv + 2) > MAX_STATE_BYTES:
         return 1
-    return max(1, min(splits, BLOCKS * processors // blocks))
+    return max(1, min(splits, BLOCKS_PER_SM * num_sms // blocks))
 
 
 @decode_attention.cost
-def _(gradient, q, k_cache, v_cache, block_table, lengths, slots, scale, window, softcap):
-    """Keys and values that are read, not the whole cache."""
-    (_, H, d), (_, heads, _, dv) = q.shape, v_cache.shape
-    places = int((lengths.clamp(max=window) if window else lengths).sum())
-    moved = places * heads * (d + dv) * k_cache.element_size() + q.nbytes * (d + dv) // d
-    return moved, 2.0 * places * H * (d + dv)
+def _(_gradient, q, k_cache, v_cache, _block_table, lengths, _rows, _scale, window, _softcap):
+    """Count the keys and values that are read, not the whole cache."""
+    H, d = q.shape[1:]
+    Hkv, dv = v_cache.shape[1], v_cache.shape[3]
+    num_keys = int((lengths.clamp(max=window) if window else lengths).sum())
+    moved = num_keys * Hkv * (d + dv) * k_cache.element_size() + q.nbytes * (d + dv) // d
+    return moved, 2.0 * num_keys * H * (d + dv)
 
 
 @decode_attention.inputs(
@@ -185,19 +210,20 @@ def _(gradient, q, k_cache, v_cache, block_table, lengths, slots, scale, window,
     ],
 )
 def _(lengths, H, Hkv, d, P, device, dtype, dv=None, cache=None, window=0, softcap=0.0, spread=1.0):
-    """Pages in a random order; those that no token reads, and places beyond a length, hold NaN."""
-    N, dv, cache = len(lengths), dv or d, cache or dtype
+    """Pages are in a random order. Pages that no token reads, and positions beyond a length, hold NaN."""
+    N = len(lengths)
     M = -(-max(lengths, default=1) // P) + 1
-    pages = N * M + 1
-    block_table = torch.randperm(pages, device=device)[: N * M].view(N, M).int()
-    ends, order = torch.tensor(lengths, dtype=torch.int32, device=device), torch.randperm(N, device=device)
+    num_pages = N * M + 1
+    block_table = torch.randperm(num_pages, device=device)[: N * M].view(N, M).int()
+    ends = torch.tensor(lengths, dtype=torch.int32, device=device)
+    order = torch.randperm(N, device=device)
     caches = []
-    for dim in (d, dv):
-        held = torch.full((pages, Hkv, P, dim), torch.nan, device=device)
-        for slot, n in enumerate(lengths):
-            rows_of_pages = torch.full((M * P, Hkv, dim), torch.nan, device=device)
-            rows_of_pages[:n] = torch.randn(n, Hkv, dim, device=device)
-            held[block_table[slot].long()] = rows_of_pages.view(M, P, Hkv, dim).transpose(1, 2)
-        caches.append(held.to(cache))
+    for head_size in (d, dv or d):
+        pages = torch.full((num_pages, Hkv, P, head_size), torch.nan, device=device)
+        for row, n in enumerate(lengths):
+            sequence = torch.full((M * P, Hkv, head_size), torch.nan, device=device)
+            sequence[:n] = torch.randn(n, Hkv, head_size, device=device)
+            pages[block_table[row].long()] = sequence.view(M, P, Hkv, head_size).transpose(1, 2)
+        caches.append(pages.to(cache or dtype))
     q = spread * torch.randn(N, H, d, device=device, dtype=dtype)
     return q, *caches, block_table, ends[order], order.int(), d**-0.5, window, softcap

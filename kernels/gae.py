@@ -1,16 +1,16 @@
-"""Generalized advantage estimation: one scan, from the last token of each response to the first."""
+"""Generalized advantage estimation, by a scan from the last token of each response to the first."""
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import pieces, scan
-from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._gae import chunking, gae_reference
+from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import promote_to_float64, upcast
+from rlhf_fast.kernels._tensors import contiguous_float32, promote_to_float64, upcast, upcast_dtype
 
 
-def _fake(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None):
-    out = torch.empty(rewards.shape, dtype=upcast(rewards).dtype, device=rewards.device)
+def _fake(rewards, *rest):
+    out = torch.empty(rewards.shape, dtype=upcast_dtype(rewards), device=rewards.device)
     return out, torch.empty_like(out)
 
 
@@ -23,16 +23,20 @@ def gae(
     lam: float = 0.95,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, (B, T) float32 each, of rewards and values (B, T).
+    """Return advantages and returns, each (B, T) float32.
 
         delta_t = r_t + gamma V_next(t) - V_t        A_t = delta_t + gamma lam A_next(t)        R_t = A_t + V_t
 
-    (Schulman et al. 2016, arXiv 1506.02438, eq. 16.) `mask` (B, T) bool: tokens outside it do not exist: they get 0,
-    and next(t) is the next token inside it (carry-forward, as in verl and NeMo-RL). After the last token V is
-    `bootstrap` (B,), the value of the state that a truncated row stopped in, or 0 for a row that ended.
-    ValueError where shapes differ. No gradient: advantages are targets.
+    This is eq. 16 of Schulman et al. 2016 (arXiv 1506.02438). next(t) is the next token inside the mask.
+
+        rewards, values (B, T)
+        mask (B, T) bool: a token outside it is skipped, as in verl and NeMo-RL, and both of its outputs are 0
+        bootstrap (B,): V after the last token: the value of the state where a row was truncated, 0 where it ended
+            by itself; None means 0 for all rows
+
+    ValueError: shapes differ. No gradient: advantages are targets.
     """
-    return scan(upcast(rewards), upcast(values), mask, gamma, lam, bootstrap)
+    return gae_reference(upcast(rewards), upcast(values), mask, gamma, lam, bootstrap)
 
 
 @gae.normalize
@@ -46,28 +50,26 @@ def _(rewards, values, mask, gamma, lam, bootstrap):
     return rewards, values, mask.bool(), float(gamma), float(lam), bootstrap
 
 
-def _dense(rewards, values, mask, bootstrap):
-    """As a compiled kernel reads them, then its outputs."""
-    if rewards.dtype == torch.float64:
-        raise Unsupported("float64 has no compiled kernel")
-    rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
-    bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
-    return rewards, values, mask, bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
+def _kernel_tensors(rewards, values, mask, bootstrap):
+    """Return a compiled kernel's inputs, then its two outputs."""
+    refuse_float64(rewards)
+    rewards, values, bootstrap = contiguous_float32(rewards, values, bootstrap)
+    return rewards, values, mask.contiguous(), bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
 
 
 @gae.compiled(devices=("cpu",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
-    tensors = _dense(rewards, values, mask, bootstrap)
+    tensors = _kernel_tensors(rewards, values, mask, bootstrap)
     kernels.gae(*data_ptrs(*tensors), *rewards.shape, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
 @gae.compiled(devices=("cuda",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
-    tensors = _dense(rewards, values, mask, bootstrap)
+    tensors = _kernel_tensors(rewards, values, mask, bootstrap)
     B, T = rewards.shape
-    piece, folds = pieces(B, B * T, T, rewards)
-    kernels.gae(*data_ptrs(*tensors, folds), piece, B, T, gamma, lam, stream_or_threads(rewards))
+    chunk, chunk_maps = chunking(B, B * T, T, rewards)
+    kernels.gae(*data_ptrs(*tensors, chunk_maps), chunk, B, T, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 

@@ -1,16 +1,16 @@
-"""Generalized advantage estimation over responses that lie end to end, without padding."""
+"""Generalized advantage estimation over responses packed one behind the other, without padding."""
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import pieces, scan
-from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._gae import chunking, gae_reference
+from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import check_offsets, promote_to_float64, upcast
+from rlhf_fast.kernels._tensors import check_offsets, contiguous_float32, promote_to_float64, upcast, upcast_dtype
 
 
-def _fake(rewards, values, mask, cu_seqlens, gamma=1.0, lam=0.95, bootstrap=None):
-    out = torch.empty(rewards.shape, dtype=upcast(rewards).dtype, device=rewards.device)
+def _fake(rewards, *rest):
+    out = torch.empty(rewards.shape, dtype=upcast_dtype(rewards), device=rewards.device)
     return out, torch.empty_like(out)
 
 
@@ -24,23 +24,26 @@ def gae_packed(
     lam: float = 0.95,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, (N,) float32 each, of rewards and values (N,): what `gae` gives, for S responses of which
-    response s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
+    """Return advantages and returns, each (N,) float32, of S packed responses. `gae` has the formula.
 
-    `cu_seqlens` (S + 1,) int32 or int64 rises from 0 to N; a response may be empty. `mask` (N,) bool: tokens outside it
-    do not exist. `bootstrap` (S,) is the value after the last token of each response, 0 where it ended. ValueError
-    where shapes differ, or cu_seqlens does not rise from 0 to N (on CPU). No gradient.
+        rewards, values (N,)
+        mask (N,) bool: a token outside it is skipped, and both of its outputs are 0
+        cu_seqlens (S + 1,), int32 or int64: response s is tokens cu_seqlens[s] to cu_seqlens[s + 1]; it may be empty
+        bootstrap (S,): V after the last token of each response; None means 0
+
+    ValueError: shapes differ, or cu_seqlens does not rise from 0 to N (the last only on the CPU). No gradient.
     """
     check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
     starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]
     longest = int(lengths.max()) if lengths.numel() else 0
-    slots = torch.arange(longest, device=rewards.device)
-    inside, at = slots < lengths, starts + slots
+    positions = torch.arange(longest, device=rewards.device)
+    inside = positions < lengths
+    padded_shape = (starts + positions).shape
 
     def pad(x: Tensor) -> Tensor:
-        return x.new_zeros(at.shape).masked_scatter(inside, x)
+        return x.new_zeros(padded_shape).masked_scatter(inside, x)
 
-    padded = scan(pad(upcast(rewards)), pad(upcast(values)), pad(mask), gamma, lam, bootstrap)
+    padded = gae_reference(pad(upcast(rewards)), pad(upcast(values)), pad(mask), gamma, lam, bootstrap)
     return padded[0][inside], padded[1][inside]
 
 
@@ -50,39 +53,39 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
         shapes = [list(x.shape) for x in (rewards, values, mask)]
         raise ValueError(f"gae_packed: rewards, values and mask must have one shape (N,), got {shapes}")
     if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0] or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        came = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        raise ValueError(f"gae_packed: cu_seqlens must be int32 or int64 of shape (S + 1,), got {came}")
-    if bootstrap is not None and bootstrap.shape != (cu_seqlens.shape[0] - 1,):
-        raise ValueError(
-            f"gae_packed: bootstrap must have shape ({cu_seqlens.shape[0] - 1},), got {list(bootstrap.shape)}"
-        )
+        given = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise ValueError(f"gae_packed: cu_seqlens must be int32 or int64 of shape (S + 1,), got {given}")
+    S = cu_seqlens.shape[0] - 1
+    if bootstrap is not None and bootstrap.shape != (S,):
+        raise ValueError(f"gae_packed: bootstrap must have shape ({S},), got {list(bootstrap.shape)}")
     rewards, values, bootstrap = promote_to_float64(rewards.detach(), values.detach(), bootstrap)
     return rewards, values, mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
 
 
-def _dense(rewards, values, mask, cu_seqlens, bootstrap):
-    """As a compiled kernel reads them, then its outputs."""
-    if rewards.dtype == torch.float64:
-        raise Unsupported("float64 has no compiled kernel")
+def _kernel_tensors(rewards, values, mask, cu_seqlens, bootstrap):
+    """Return a compiled kernel's inputs, then its two outputs."""
+    refuse_float64(rewards)
     check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
-    rewards, values, mask = rewards.float().contiguous(), values.float().contiguous(), mask.contiguous()
+    rewards, values, bootstrap = contiguous_float32(rewards, values, bootstrap)
     cu_seqlens = cu_seqlens.long().contiguous()
-    bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
-    return rewards, values, mask, cu_seqlens, bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
+    outputs = torch.empty_like(rewards), torch.empty_like(rewards)
+    return rewards, values, mask.contiguous(), cu_seqlens, bootstrap, *outputs
 
 
 @gae_packed.compiled(devices=("cpu",))
 def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
-    tensors, (S, N) = _dense(rewards, values, mask, cu_seqlens, bootstrap), (len(cu_seqlens) - 1, len(rewards))
+    tensors = _kernel_tensors(rewards, values, mask, cu_seqlens, bootstrap)
+    S, N = len(cu_seqlens) - 1, len(rewards)
     kernels.gae_packed(*data_ptrs(*tensors), S, N, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
 @gae_packed.compiled(devices=("cuda",))
 def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
-    tensors, (S, N) = _dense(rewards, values, mask, cu_seqlens, bootstrap), (len(cu_seqlens) - 1, len(rewards))
-    piece, folds = pieces(S, N, N, rewards)
-    kernels.gae_packed(*data_ptrs(*tensors, folds), piece, S, N, gamma, lam, stream_or_threads(rewards))
+    tensors = _kernel_tensors(rewards, values, mask, cu_seqlens, bootstrap)
+    S, N = len(cu_seqlens) - 1, len(rewards)
+    chunk, chunk_maps = chunking(S, N, N, rewards)
+    kernels.gae_packed(*data_ptrs(*tensors, chunk_maps), chunk, S, N, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
@@ -104,5 +107,5 @@ def _(lengths, device, dtype, gaps=True, bootstrap=False, index="int64"):
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(getattr(torch, index))
     rewards, values = torch.randn(2, sum(lengths), device=device, dtype=dtype)
     mask = torch.rand(sum(lengths), device=device) > (0.2 if gaps else -1)
-    last = torch.randn(len(lengths), device=device, dtype=dtype) if bootstrap else None
-    return rewards, values, mask, cu_seqlens, 0.99, 0.95, last
+    bootstrap_values = torch.randn(len(lengths), device=device, dtype=dtype) if bootstrap else None
+    return rewards, values, mask, cu_seqlens, 0.99, 0.95, bootstrap_values

@@ -1,4 +1,4 @@
-"""GELU, exact and by the hyperbolic tangent."""
+"""GELU, exact or approximated by the hyperbolic tangent."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,15 @@ from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._tensors import upcast
 
 
-@op(fake=lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+@op(fake=lambda x, *_rest: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x Phi(x), Phi the normal distribution function, in the shape and dtype of x: computed in float32, rounded once.
+    """Return the GELU of x, in its shape and dtype.
 
-    (Hendrycks and Gimpel 2016, arXiv 1606.08415.) `approximate="tanh"`: x (1 + tanh(u)) / 2,
-    u = sqrt(2/pi) (x + 0.044715 x^3), what GPT-2 was trained with. ValueError for another word.
-    No gradient: for inference.
+        "none": x Phi(x), where Phi is the normal distribution function
+        "tanh": x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, as in GPT-2
+
+    (Hendrycks and Gimpel 2016, arXiv 1606.08415.) It is computed in float32 and rounded once. ValueError: `approximate`
+    is another word. No gradient: for inference.
     """
     return torch.nn.functional.gelu(upcast(x), approximate=approximate).to(x.dtype)
 
@@ -32,9 +34,9 @@ def _(x, approximate):
 def _(kernels, x, approximate):
     (code,) = dtype_codes(kernels, x)
     x = x.contiguous()
-    y = torch.empty_like(x)
-    kernels.gelu_map(x.data_ptr(), code, y.data_ptr(), x.numel(), approximate == "tanh", stream_or_threads(x))
-    return y
+    out = torch.empty_like(x)
+    kernels.gelu_map(x.data_ptr(), code, out.data_ptr(), x.numel(), approximate == "tanh", stream_or_threads(x))
+    return out
 
 
 @gelu.inputs(

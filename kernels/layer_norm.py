@@ -1,27 +1,29 @@
-"""LayerNorm of rows, and the residual stream that it reads, in one visit."""
+"""LayerNorm of rows, which also adds them to the residual stream in the same pass over memory."""
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _norm
-from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
+from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import copy_back, matrix_shape, upcast
+from rlhf_fast.kernels._tensors import contiguous, copy_back, detached, matrix_shape, upcast
 
 
-def _fake(x, *rest):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@op(fake=_fake, mutates=("residual",))
+@op(fake=_norm.fake, mutates=("residual",))
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, in the shape (..., D) and dtype of x; weight and bias (D,).
+    """Return the layer norm of x, in its shape (..., D) and dtype.
 
-    (Ba et al. 2016, arXiv 1607.06450.) Statistics in float32, the variance around the mean; the result rounded once.
-    With `residual`, of the shape and dtype of x: residual += x in place, and the sum, as it was rounded, is what is
-    normalised. ValueError where shapes differ. No gradient: for inference.
+        out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias
+
+    (Ba et al. 2016, arXiv 1607.06450.) Statistics are float32, the variance from distances to the mean; the result is
+    rounded once.
+
+        weight, bias (D,), of any floating dtype
+        residual (..., D), in x's dtype: residual += x in place, and the rounded sum is normalized instead of x
+
+    ValueError: shapes or dtypes differ. No gradient: for inference.
     """
     if residual is not None:
         x = residual.add_(x)
@@ -34,8 +36,8 @@ def layer_norm(
 @layer_norm.normalize
 def _(x, weight, bias, eps, residual):
     _norm.check("layer_norm", x, {"weight": weight, "bias": bias}, residual)
-    bias, residual = (t if t is None else t.detach() for t in (bias, residual))
-    return x.detach(), weight.detach(), bias, float(eps), residual
+    x, weight, bias, residual = detached((x, weight, bias, residual))
+    return x, weight, bias, float(eps), residual
 
 
 @layer_norm.compiled
@@ -43,14 +45,14 @@ def _(kernels, x, weight, bias, eps, residual):
     code, weight_code, bias_code = dtype_codes(kernels, x, weight, bias)
     if bias is not None and bias_code != weight_code:
         weight, bias, weight_code = weight.float(), bias.float(), 0
-    x, weight, y = x.contiguous(), weight.contiguous(), _fake(x)
-    bias, stream = (t if t is None else t.contiguous() for t in (bias, residual))
+    x, weight, bias, dense_residual = contiguous(x, weight, bias, residual)
+    out = _norm.fake(x)
     kernels.layer_norm(
-        x.data_ptr(), code, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight_code,
-        0 if stream is None else stream.data_ptr(), y.data_ptr(), *matrix_shape(x), eps, stream_or_threads(x),
+        x.data_ptr(), code, *data_ptrs(weight, bias), weight_code, *data_ptrs(dense_residual, out),
+        *matrix_shape(x), eps, stream_or_threads(x),
     )  # fmt: skip
-    copy_back(stream, residual)
-    return y
+    copy_back(dense_residual, residual)
+    return out
 
 
 @layer_norm.inputs(

@@ -1,26 +1,20 @@
-"""From log-probabilities, values and scores to what PPO learns from, in one visit of memory."""
+"""PPO's advantages and returns from log-probabilities, values and scores, in one pass over memory."""
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import pieces, scan
-from rlhf_fast.kernels._launch import Unsupported, data_ptrs, stream_or_threads
+from rlhf_fast.kernels._gae import chunking, gae_reference
+from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._ppo import KL_ESTIMATORS, kl_estimate
-from rlhf_fast.kernels._tensors import promote_to_float64, upcast
+from rlhf_fast.kernels._tensors import contiguous_float32, detached, promote_to_float64, upcast, upcast_dtype
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
 
 
-def _fake(logprobs, ref_logprobs, values, scores, mask, *rest):
-    out = torch.empty(logprobs.shape, dtype=upcast(logprobs).dtype, device=logprobs.device)
+def _fake(logprobs, *rest):
+    out = torch.empty(logprobs.shape, dtype=upcast_dtype(logprobs), device=logprobs.device)
     return out, torch.empty_like(out), out.new_empty(len(STATS)), out.new_empty(out.shape[0])
-
-
-def moments(x: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and sum of squared distances from it, over the tokens inside the mask."""
-    mean = torch.where(mask, x, 0).sum() / count.clamp_min(1)
-    return mean, torch.where(mask, (x - mean) ** 2, 0).sum()
 
 
 @op(fake=_fake)
@@ -37,34 +31,47 @@ def ppo_advantages(
     score_clip: float = 0.0,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Advantages (B, T), returns (B, T), stats (5,) and kl (B,), all float32, of B sampled responses.
+    """Return advantages (B, T), returns (B, T), statistics (5,) and kl (B,), float32, of B sampled responses.
 
-    The reward of a token is -kl_coef * kl_t, and at the last token inside `mask` (B, T) bool also the row's score,
-    clipped to [-score_clip, score_clip] where score_clip > 0 (InstructGPT, arXiv 2203.02155, section 3.5). Then `gae`:
-    tokens outside the mask do not exist, whatever is stored there, and get 0; `bootstrap` (B,) is V after the last
-    token. A row without a token gives nothing, its score included.
+        d_t = logprobs_t - ref_logprobs_t
+        kl_t = d_t ("k1"), d_t^2 / 2 ("k2"), exp(min(-d_t, 20)) - 1 + d_t ("k3") or |d_t| ("abs")
+        r_t = -kl_coef kl_t, plus clamp(score, -score_clip, score_clip) at the row's last token inside the mask
 
-    kl_t in nats, with d = logprobs - ref_logprobs: "k1" d, "k2" d^2 / 2, "k3" e^-d - 1 + d (the exponent at most 20),
-    "abs" |d|. `kl` is its sum over each row: the unit of KL targets, nats per sequence.
+    This is the reward of InstructGPT (arXiv 2203.02155, section 3.5); advantages and returns are `gae` of it.
 
-    stats, named in `ppo_advantages.stats`: count of tokens, mean and m2 (sum of squared distances from the mean) of the
-    advantages, and mean and m2 of the returns; all 0 where there is no token. The whitened advantage is
-    (A - mean) / sqrt(m2 / count), or over count - 1; 1 - m2 / return_m2 is the variance that the values explain.
-    Two parts of a batch join by Chan's rule: m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
-    ValueError where shapes differ, or kl_estimator is another word. No gradient: all of these are targets.
+        logprobs, ref_logprobs (B, T): nats, of the policy and of the reference model
+        values (B, T): V before each token
+        scores (B,): rewards of whole responses; score_clip 0 does not clip them
+        mask (B, T) bool: a token outside it is skipped, whatever is stored there, and its outputs are 0; a row
+            without a token inside counts for nothing, its score included
+        bootstrap (B,): V after the last token; None means 0
+        kl: sum of kl_t over each row, in nats per sequence, the unit of KL targets
+
+    ValueError: shapes differ, or kl_estimator is another word. No gradient: all outputs are targets. Statistics, named
+    in `ppo_advantages.stats`, are 0 where no token is inside the mask:
+
+        count: tokens inside the mask
+        mean, m2: mean of the advantages, and sum of their squared distances from it
+        return_mean, return_m2: the same of the returns
+
+    The whitened advantage is (A - mean) / sqrt(m2 / count), or with count - 1. Two parts of a batch merge by Chan's
+    rule: m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
     """
-    logprobs, ref_logprobs, values, scores = upcast(logprobs), upcast(ref_logprobs), upcast(values), upcast(scores)
-    kl = torch.where(
-        mask, kl_estimate(logprobs - ref_logprobs, kl_estimator), 0
-    )  # no clamp: k3's exponent is at most 20
+    logprobs, ref_logprobs, values, scores = map(upcast, (logprobs, ref_logprobs, values, scores))
+    kl = torch.where(mask, kl_estimate(logprobs - ref_logprobs, kl_estimator), 0)
     scores = scores.clamp(-score_clip, score_clip) if score_clip > 0 else scores
-    later = mask.flip(1).cumsum(1).flip(1)
-    is_last = mask & (later == 1)
+    tokens_from_here = mask.flip(1).cumsum(1).flip(1)
+    is_last = mask & (tokens_from_here == 1)
     rewards = torch.where(is_last, scores[:, None] - kl_coef * kl, -kl_coef * kl)
-    advantages, returns = scan(rewards, values, mask, gamma, lam, bootstrap)
+    advantages, returns = gae_reference(rewards, values, mask, gamma, lam, bootstrap)
     count = mask.sum().to(rewards.dtype)
-    stats = torch.stack([count, *moments(advantages, mask, count), *moments(returns, mask, count)])
+    stats = torch.stack([count, *_mean_and_m2(advantages, mask, count), *_mean_and_m2(returns, mask, count)])
     return advantages, returns, stats, kl.sum(1)
+
+
+def _mean_and_m2(x: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    mean = torch.where(mask, x, 0).sum() / count.clamp_min(1)
+    return mean, torch.where(mask, (x - mean) ** 2, 0).sum()
 
 
 ppo_advantages.stats = STATS
@@ -84,53 +91,48 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
         raise ValueError(
             f"ppo_advantages: kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}"
         )
-    tensors = (x if x is None else x.detach() for x in (logprobs, ref_logprobs, values, scores, bootstrap))
+    tensors = detached((logprobs, ref_logprobs, values, scores, bootstrap))
     *tensors, bootstrap = promote_to_float64(*tensors)
-    numbers = float(kl_coef), kl_estimator, float(gamma), float(lam), float(score_clip)
-    return *tensors, mask.bool(), *numbers, bootstrap
+    scalars = float(kl_coef), kl_estimator, float(gamma), float(lam), float(score_clip)
+    return *tensors, mask.bool(), *scalars, bootstrap
 
 
-def _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap):
-    """As a compiled kernel reads them, then its outputs."""
-    if logprobs.dtype == torch.float64:
-        raise Unsupported("float64 has no compiled kernel")
-    given = [x.float().contiguous() for x in (logprobs, ref_logprobs, values, scores)]
-    bootstrap = bootstrap if bootstrap is None else bootstrap.float().contiguous()
+def _kernel_arguments(
+    logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
+):  # fmt: skip
+    """Return what a compiled kernel takes: input tensors, output tensors, scalars."""
+    refuse_float64(logprobs)
+    *inputs, bootstrap = contiguous_float32(logprobs, ref_logprobs, values, scores, bootstrap)
     B, T = logprobs.shape
-    out = (given[0].new_empty(shape) for shape in ((B, T), (B, T), len(STATS), B))
-    return *given, mask.contiguous(), bootstrap, *out
+    outputs = [inputs[0].new_empty(shape) for shape in ((B, T), (B, T), len(STATS), B)]
+    scalars = [B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip]
+    return [*inputs, mask.contiguous(), bootstrap], outputs, scalars
 
 
 @ppo_advantages.compiled(devices=("cpu",))
-def _(
-    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
-):  # fmt: skip
-    tensors = _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap)
-    B, T = logprobs.shape
-    moments = torch.empty(B, 6, dtype=torch.float64, device=logprobs.device)
-    kernels.ppo_advantages(
-        *data_ptrs(*tensors, moments), B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip,
-        stream_or_threads(logprobs),
-    )  # fmt: skip
-    return tensors[-4:]
+def _(kernels, *args):
+    inputs, outputs, scalars = _kernel_arguments(*args)
+    logprobs = inputs[0]
+    row_moments = logprobs.new_empty(len(logprobs), 6, dtype=torch.float64)
+    kernels.ppo_advantages(*data_ptrs(*inputs, *outputs, row_moments), *scalars, stream_or_threads(logprobs))
+    return tuple(outputs)
 
 
-BLOCKS = 2048  # at most: their moments join in a second launch
+MAX_BLOCKS = 2048  # of csrc/cuda's first launch; the second one merges their moments
 
 
 @ppo_advantages.compiled(devices=("cuda",))
-def _(
-    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
-):  # fmt: skip
-    tensors = _dense(logprobs, ref_logprobs, values, scores, mask, bootstrap)
+def _(kernels, *args):
+    inputs, outputs, scalars = _kernel_arguments(*args)
+    logprobs = inputs[0]
     B, T = logprobs.shape
-    parts = torch.empty(6, BLOCKS, dtype=torch.float64, device=logprobs.device)
-    piece, folds = pieces(B, B * T, T, logprobs)
+    block_moments = logprobs.new_empty(6, MAX_BLOCKS, dtype=torch.float64)
+    chunk, chunk_maps = chunking(B, B * T, T, logprobs)
     kernels.ppo_advantages(
-        *data_ptrs(*tensors, parts), BLOCKS, *data_ptrs(folds), piece, B, T, kl_coef,
-        KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, stream_or_threads(logprobs),
+        *data_ptrs(*inputs, *outputs, block_moments), MAX_BLOCKS, *data_ptrs(chunk_maps), chunk, *scalars,
+        stream_or_threads(logprobs),
     )  # fmt: skip
-    return tensors[-4:]
+    return tuple(outputs)
 
 
 @ppo_advantages.inputs(
@@ -159,5 +161,5 @@ def _(B, T, device, dtype, gaps=True, bootstrap=False, estimator="k1", clip=0.0)
     scores = torch.randn(B, device=device, dtype=dtype)
     lengths = torch.randint(0, T + 1, (B, 1), device=device)
     mask = torch.rand(B, T, device=device) > 0.2 if gaps else torch.arange(T, device=device) < lengths
-    last = torch.randn(B, device=device, dtype=dtype) if bootstrap else None
-    return logprobs, ref_logprobs, values, scores, mask, 0.05, estimator, 0.99, 0.95, clip, last
+    bootstrap_values = torch.randn(B, device=device, dtype=dtype) if bootstrap else None
+    return logprobs, ref_logprobs, values, scores, mask, 0.05, estimator, 0.99, 0.95, clip, bootstrap_values

@@ -176,11 +176,11 @@ SMALL = [
 LARGE = [{"sizes": (9,) * 64}, {"sizes": (2,) * 1024}]
 
 
-@ranking_loss_with_gradients.inputs(small_sizes=[{**size, "requires_grad": False} for size in SMALL], large_sizes=[])
+@ranking_loss_with_gradients.inputs(small_sizes=[{**size, "grad": False} for size in SMALL], large_sizes=[])
 @ranking_loss.inputs(small_sizes=[*SMALL, {"sizes": ()}], large_sizes=LARGE)
-def _(sizes, device, dtype, ties=False, weights=False, index="int64", requires_grad=True):
+def _(sizes, device, dtype, ties=False, weights=False, index="int64", grad=True):
     offsets = torch.tensor([0, *sizes], device=device).cumsum(0).to(getattr(torch, index))
-    scores = (2 * torch.randn(sum(sizes), device=device, dtype=dtype)).requires_grad_(requires_grad)
+    scores = (2 * torch.randn(sum(sizes), device=device, dtype=dtype)).requires_grad_(grad)
     orders = [torch.randint(3, (k,)) if ties else torch.randperm(k) for k in sizes]
     ranks = torch.cat([torch.zeros(0, dtype=torch.int64), *orders]).to(device, offsets.dtype)
     weight = torch.rand(len(sizes), device=device, dtype=dtype) if weights else None

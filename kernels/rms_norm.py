@@ -1,27 +1,28 @@
-"""RMSNorm of rows, and the residual stream that it reads, in one visit."""
+"""RMSNorm of rows, which also adds them to the residual stream in the same pass over memory."""
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _norm
-from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
+from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import copy_back, matrix_shape, upcast
+from rlhf_fast.kernels._tensors import contiguous, copy_back, detached, matrix_shape, upcast
 
 
-def _fake(x, *rest):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@op(fake=_fake, mutates=("residual",))
+@op(fake=_norm.fake, mutates=("residual",))
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, offset: float = 0.0
 ) -> Tensor:
-    """x / sqrt(mean of x^2 + eps) * (weight + offset), in the shape (..., D) and dtype of x; weight (D,).
+    """Return the RMS norm of x, in its shape (..., D) and dtype.
 
-    (Zhang and Sennrich 2019, arXiv 1910.07467; offset = 1 is Gemma's.) Statistics in float32, the result rounded once.
-    With `residual`, of the shape and dtype of x: residual += x in place, and the sum, as it was rounded, is what is
-    normalised. ValueError where shapes differ. No gradient: for inference.
+        out = x / sqrt(mean(x^2) + eps) * (weight + offset)
+
+    (Zhang and Sennrich 2019, arXiv 1910.07467.) Statistics are float32; the result is rounded once.
+
+        weight (D,), of any floating dtype; offset: 1 for Gemma's checkpoints, whose weights are stored less 1
+        residual (..., D), in x's dtype: residual += x in place, and the rounded sum is normalized instead of x
+
+    ValueError: shapes or dtypes differ. No gradient: for inference.
     """
     if residual is not None:
         x = residual.add_(x)
@@ -33,21 +34,21 @@ def rms_norm(
 @rms_norm.normalize
 def _(x, weight, eps, residual, offset):
     _norm.check("rms_norm", x, {"weight": weight}, residual)
-    residual = residual if residual is None else residual.detach()
-    return x.detach(), weight.detach(), float(eps), residual, float(offset)
+    x, weight, residual = detached((x, weight, residual))
+    return x, weight, float(eps), residual, float(offset)
 
 
 @rms_norm.compiled
 def _(kernels, x, weight, eps, residual, offset):
     code, weight_code = dtype_codes(kernels, x, weight)
-    x, weight, y = x.contiguous(), weight.contiguous(), _fake(x)
-    stream = residual if residual is None else residual.contiguous()
+    x, weight, dense_residual = contiguous(x, weight, residual)
+    out = _norm.fake(x)
     kernels.rms_norm(
-        x.data_ptr(), code, weight.data_ptr(), weight_code, 0 if stream is None else stream.data_ptr(), y.data_ptr(),
+        x.data_ptr(), code, weight.data_ptr(), weight_code, *data_ptrs(dense_residual, out),
         *matrix_shape(x), eps, offset, stream_or_threads(x),
     )  # fmt: skip
-    copy_back(stream, residual)
-    return y
+    copy_back(dense_residual, residual)
+    return out
 
 
 @rms_norm.inputs(

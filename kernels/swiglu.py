@@ -1,4 +1,4 @@
-"""The gate of a feed-forward layer: silu(gate) * up."""
+"""The gated activation of a feed-forward layer, silu(gate) * up."""
 
 import torch
 from torch import Tensor
@@ -8,16 +8,18 @@ from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._tensors import as_matrix, upcast
 
 
-def _fake(gate, up):
+def _fake(gate, _up):
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
 @op(fake=_fake)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, silu(x) = x / (1 + e^-x), of two tensors (..., F) of one shape and dtype, which the result has.
+    """Return silu(gate) * up, in the shape (..., F) and dtype of both.
 
-    (Shazeer 2020, arXiv 2002.05202.) Computed in float32, rounded once. Rows may be strided: the halves of one product
-    are read where they lie. ValueError where shapes or dtypes differ. No gradient: for inference.
+        silu(x) = x / (1 + exp(-x))
+
+    (Shazeer 2020, arXiv 2002.05202.) It is computed in float32 and rounded once. Rows may be strided: the two halves of
+    one matrix product are read without a copy. ValueError: shapes or dtypes differ. No gradient: for inference.
     """
     return (torch.nn.functional.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
 
@@ -25,19 +27,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @swiglu.normalize
 def _(gate, up):
     if gate.shape != up.shape or gate.dtype != up.dtype or not gate.dim() or not gate.is_floating_point():
-        came = f"{gate.dtype} {list(gate.shape)} and {up.dtype} {list(up.shape)}"
-        raise ValueError(f"swiglu: gate and up must have one shape (..., F) and one floating dtype, got {came}")
+        given = f"{gate.dtype} {list(gate.shape)} and {up.dtype} {list(up.shape)}"
+        raise ValueError(f"swiglu: gate and up must have one shape (..., F) and one floating dtype, got {given}")
     return gate.detach(), up.detach()
 
 
 @swiglu.compiled
 def _(kernels, gate, up):
     (code,) = dtype_codes(kernels, gate)
-    a, b, y = as_matrix(gate), as_matrix(up), _fake(gate, up)
+    out = _fake(gate, up)
+    gate, up = as_matrix(gate), as_matrix(up)
     kernels.swiglu(
-        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), code, y.data_ptr(), *a.shape, stream_or_threads(a),
+        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), code, out.data_ptr(), *gate.shape,
+        stream_or_threads(gate),
     )  # fmt: skip
-    return y
+    return out
 
 
 @swiglu.inputs(

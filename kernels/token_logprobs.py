@@ -1,19 +1,19 @@
-"""Log-probability and entropy of every token of given logits, in one visit of them."""
+"""Log-probability and entropy of every token of given logits, in one pass over them."""
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
 from rlhf_fast.kernels import _head_checks as head_checks
-from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
+from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import as_matrix, upcast
+from rlhf_fast.kernels._tensors import as_matrix, contiguous_float32, empty_float32, upcast, upcast_dtype
 
-FEW_ROWS = 256  # two blocks a processor of an H100
+MAX_SPLIT_ROWS = 256  # two blocks for each SM of an H100
 
 
-def _fake(logits, targets, *rest):
-    out = torch.empty(targets.shape, dtype=upcast(logits[..., :0]).dtype, device=logits.device)
+def _fake(logits, targets, *_rest):
+    out = torch.empty(targets.shape, dtype=upcast_dtype(logits), device=logits.device)
     return out, torch.empty_like(out)
 
 
@@ -21,14 +21,17 @@ def _fake(logits, targets, *rest):
 def token_logprobs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy, nats, float32 in the shape of targets (...), of logits (..., V).
+    """Return log p(target) and the entropy in nats, float32 in the shape of targets.
 
-        z = softcap(logits) / temperature, softcap(x) = c tanh(x / c), c = 0 for none      log p = z - logsumexp z
-        entropy = -sum p log p
+        z = cap(logits) / temperature        cap(x) = softcap tanh(x / softcap), or x where softcap is 0
+        log p = z - logsumexp(z)             entropy = -sum p log p
 
-    targets int64 or int32; -100 is ignored: 0 out, 0 gradient, its logits are not looked at. Logits of -inf are tokens
-    that cannot be drawn. A log-probability is never positive. Both outputs have a gradient. ValueError where shapes
-    differ, or a target is out of range (on CPU).
+        logits (..., V): -inf is a token that cannot be sampled
+        targets (...), int64 or int32: a target of -100 is ignored: its outputs and gradients are 0, and its logits are
+            not read
+
+    A log-probability is never positive. Gradients: logits, through both outputs. ValueError: shapes differ, or a target
+    is out of range (the last only on the CPU).
     """
     head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
@@ -45,61 +48,53 @@ def _(logits, targets, temperature, softcap):
     return logits, targets, float(temperature), float(softcap)
 
 
-def _prepared(kernels, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    """logits (N, V) with their last dimension dense, N targets, and how a kernel is told of both."""
+def _kernel_inputs(kernels, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """Return logits (N, V) with contiguous rows, contiguous targets, and both as a compiled kernel takes them."""
     (code,) = dtype_codes(kernels, logits)
-    x, targets = as_matrix(logits.detach()), targets.contiguous()
-    return x, targets, (x.data_ptr(), code, targets.data_ptr(), targets.dtype == torch.int64)
+    logits, targets = as_matrix(logits.detach()), targets.contiguous()
+    return logits, targets, (logits.data_ptr(), code, targets.data_ptr(), targets.dtype == torch.int64)
 
 
 @token_logprobs.compiled(devices=("cpu",))
 def _(kernels, logits, targets, temperature, softcap):
-    x, targets, given = _prepared(kernels, logits, targets)
-    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
-    entropy = torch.empty_like(logprobs)
+    logits, targets, inputs = _kernel_inputs(kernels, logits, targets)
+    outputs = empty_float32(logits, *targets.shape), empty_float32(logits, *targets.shape)
+    scalars = *logits.shape, logits.stride(0), temperature, softcap
     try:
-        kernels.token_logprobs(
-            *given,
-            logprobs.data_ptr(),
-            entropy.data_ptr(),
-            *x.shape,
-            x.stride(0),
-            temperature,
-            softcap,
-            stream_or_threads(x),
-        )
+        kernels.token_logprobs(*inputs, *data_ptrs(*outputs), *scalars, stream_or_threads(logits))
     except RuntimeError:
         head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
         raise
-    return logprobs, entropy
+    return outputs
 
 
 @token_logprobs.compiled(devices=("cuda",))
 def _(kernels, logits, targets, temperature, softcap):
     head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
-    x, targets, given = _prepared(kernels, logits, targets)
-    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
-    entropy, parts = torch.empty_like(logprobs), _parts(x)
-    kernels.token_logprobs(
-        *given, logprobs.data_ptr(), entropy.data_ptr(), 0 if parts is None else parts.data_ptr(), *x.shape,
-        x.stride(0), temperature, softcap, stream_or_threads(x),
-    )  # fmt: skip
-    return logprobs, entropy
+    logits, targets, inputs = _kernel_inputs(kernels, logits, targets)
+    outputs = empty_float32(logits, *targets.shape), empty_float32(logits, *targets.shape)
+    split_sums = _split_sums(logits)
+    scalars = *logits.shape, logits.stride(0), temperature, softcap
+    kernels.token_logprobs(*inputs, *data_ptrs(*outputs, split_sums), *scalars, stream_or_threads(logits))
+    return outputs
 
 
-def _parts(x: Tensor) -> Tensor | None:
-    """Where the blocks that share a row leave their sums, for long rows too few to fill a GPU with a block each.
-    csrc/cuda/token_logprobs.cu has these numbers too: 2048 words of 16 bytes a part, 256 threads, 3 sums of each."""
-    N, V = x.shape
-    parts = -(-V * x.element_size() // (2048 * 16))
-    return torch.empty(N, parts, 3, 256, dtype=torch.float32, device=x.device) if parts > 1 and N <= FEW_ROWS else None
+def _split_sums(logits: Tensor) -> Tensor | None:
+    """Return a buffer for the sums of blocks that share a row, or None if each row has one block. Rows are split where
+    they are long, and too few to fill a GPU.
+
+    csrc/cuda/token_logprobs.cu has the same constants: 2048 vectors of 16 bytes a split, 3 sums a thread of 256.
+    """
+    N, V = logits.shape
+    splits = -(-V * logits.element_size() // (2048 * 16))
+    return empty_float32(logits, N, splits, 3, 256) if splits > 1 and N <= MAX_SPLIT_ROWS else None
 
 
-@op(fake=lambda grad_logprobs, grad_entropy, logits, *rest: torch.empty_like(logits).contiguous())
+@op(fake=lambda _grad_logprobs, _grad_entropy, logits, *_rest: torch.empty_like(logits).contiguous())
 def token_logprobs_backward(
     grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, targets: Tensor, temperature: float, softcap: float
 ) -> Tensor:
-    """Gradient of the logits, in their dtype: formed in float32, rounded once."""
+    """Return the gradient of the logits, in their dtype. It is computed in float32 and rounded once."""
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
     logp = head.scale_logits(x, temperature, softcap).log_softmax(-1)
     g, h = upcast(grad_logprobs), upcast(grad_entropy)
@@ -109,17 +104,15 @@ def token_logprobs_backward(
 
 @token_logprobs_backward.compiled
 def _(kernels, grad_logprobs, grad_entropy, logits, targets, temperature, softcap):
-    x, targets, given = _prepared(kernels, logits, targets)
-    grad_logprobs, grad_entropy = grad_logprobs.float().contiguous(), grad_entropy.float().contiguous()
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    kernels.token_logprobs_backward(
-        grad_logprobs.data_ptr(), grad_entropy.data_ptr(), *given, out.data_ptr(), *x.shape, x.stride(0), temperature,
-        softcap, stream_or_threads(x),
-    )  # fmt: skip
+    logits, targets, inputs = _kernel_inputs(kernels, logits, targets)
+    grads = contiguous_float32(grad_logprobs, grad_entropy)
+    scalars = *logits.shape, logits.stride(0), temperature, softcap
+    kernels.token_logprobs_backward(*data_ptrs(*grads), *inputs, out.data_ptr(), *scalars, stream_or_threads(logits))
     return out
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, _output):
     logits, targets, ctx.temperature, ctx.softcap = inputs
     ctx.save_for_backward(logits, targets)
 
@@ -127,30 +120,32 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_logprobs, grad_entropy):
     if not ctx.needs_input_grad[0]:
         return None, None, None, None
-    rest = ctx.temperature, ctx.softcap
-    return token_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *rest), None, None, None
+    scalars = ctx.temperature, ctx.softcap
+    grad = token_logprobs_backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, *scalars)
+    return grad, None, None, None
 
 
 token_logprobs.gradient(_backward, setup_context=_setup_context)
 
 
 @token_logprobs.cost
-def _(gradient, logits, targets, *rest):
-    """The gradient's pass begins after the other has ended: it reads the logits once more, and writes as much."""
+def _(gradient, logits, targets, *_scalars):
+    """Count the logits twice with the gradient: the second pass starts when the first has ended."""
     read = int((targets != head.IGNORE_INDEX).sum()) * logits.shape[-1] * logits.element_size()
     outputs = targets.nbytes + 8 * targets.numel()
     return 2 * read + logits.nbytes + 2 * outputs if gradient else read + outputs, 0.0
 
 
 def _make(shape, V, device, dtype, offset=0.0, spread=3.0, masked=0, ignored=0.2, index=torch.int64, **scalars):
-    """masked: so many columns of -inf. NaN stands in the logits of ignored rows."""
+    """The last `masked` columns are -inf. The logits of ignored rows are NaN."""
     logits = torch.randn(*shape, V, device=device) * spread + offset
     targets = torch.randint(V - masked, shape, device=device, dtype=index)
     if masked:
         logits[..., V - masked :] = -torch.inf
-    off = torch.rand(shape, device=device) < ignored
-    off.view(-1)[:1] = False
-    targets, logits = targets.masked_fill(off, head.IGNORE_INDEX), logits.masked_fill(off[..., None], torch.nan)
+    is_ignored = torch.rand(shape, device=device) < ignored
+    is_ignored.view(-1)[:1] = False
+    targets = targets.masked_fill(is_ignored, head.IGNORE_INDEX)
+    logits = logits.masked_fill(is_ignored[..., None], torch.nan)
     return logits.to(dtype).requires_grad_(), targets, scalars.get("temperature", 1.0), scalars.get("softcap", 0.0)
 
 
@@ -163,12 +158,11 @@ SMALL = [
     {"shape": (2,), "V": 17001},
     {"shape": (0, 2), "V": 7},
 ]
-token_logprobs.inputs(small_sizes=SMALL, large_sizes=[{"shape": (256,), "V": 32000}, {"shape": (256,), "V": 50257}])(
-    _make
-)
+LARGE = [{"shape": (256,), "V": 32000}, {"shape": (256,), "V": 50257}]
+token_logprobs.inputs(small_sizes=SMALL, large_sizes=LARGE)(_make)
 
 
-@token_logprobs_backward.inputs(small_sizes=SMALL, large_sizes=[{"shape": (256,), "V": 32000}])
+@token_logprobs_backward.inputs(small_sizes=SMALL, large_sizes=LARGE[:1])
 def _(device, **size):
     logits, targets, *scalars = _make(device=device, **size)
     grads = torch.randn(2, *targets.shape, device=device)

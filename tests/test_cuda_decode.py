@@ -40,12 +40,12 @@ def test_bits_hang_neither_on_company_nor_on_who_takes_a_split(backend, device, 
     s = Sequences([300, 17, 0, 1100, 256], H=4, d=32, dtype=dtype)
     rows = [3, 2, 0, 4, 1]
     paged = s.paged(64)
-    assert file._parts(5, 4, 2, 32, 5, s.q) == 5, "not a block a split"
+    assert file._blocks_per_head(5, 4, 2, 32, 5, s.q) == 5, "not a block a split"
     alone = torch.cat([attention(s, paged, [n], backend, device, window=window) for n in rows])
     assert_right(alone[[0, 2, 3, 4]], s, [3, 0, 4, 1], window=window)
     assert not alone[1].any()
     for parts in (1, 2, 3, 5):
-        monkeypatch.setattr(file, "_parts", lambda *sizes, parts=parts: min(parts, sizes[4]))
+        monkeypatch.setattr(file, "_blocks_per_head", lambda *sizes, parts=parts: min(parts, sizes[4]))
         for P in (16, 7):
             assert torch.equal(attention(s, s.paged(P), rows, backend, device, window=window), alone)
 
@@ -80,10 +80,10 @@ def test_shares_come_from_shapes_and_what_they_leave_behind_is_bounded(backend, 
     q = torch.empty(0)  # a CPU's four processors
     for N in (1, 3, 15, 60, 5000):
         for splits in (1, 8, 4096):
-            parts, blocks = file._parts(N, 32, 8, 128, splits, q), 8 * N
-            assert 1 <= parts <= splits and (parts == 1 or parts * blocks <= 4 * file.BLOCKS)
-            assert parts == 1 or blocks < 2 * 4 or 4 * N * 32 * splits * 130 <= file.SCRATCH
-            assert parts == splits or parts * blocks > 4 * file.BLOCKS / 2 or blocks >= 2 * 4
+            parts, blocks = file._blocks_per_head(N, 32, 8, 128, splits, q), 8 * N
+            assert 1 <= parts <= splits and (parts == 1 or parts * blocks <= 4 * file.BLOCKS_PER_SM)
+            assert parts == 1 or blocks < 2 * 4 or 4 * N * 32 * splits * 130 <= file.MAX_STATE_BYTES
+            assert parts == splits or parts * blocks > 4 * file.BLOCKS_PER_SM / 2 or blocks >= 2 * 4
 
 
 @on

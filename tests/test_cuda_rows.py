@@ -55,7 +55,7 @@ def test_blocks_that_share_a_row_give_the_bits_of_one_block(backend, device, dty
     targets = torch.tensor([7, V - 1, head.IGNORE_INDEX], device=device)
     op = OPS["token_logprobs"]
     shared = op.backend(backend)(logits, targets)
-    monkeypatch.setattr(import_module("rlhf_fast.kernels.token_logprobs"), "FEW_ROWS", 0)
+    monkeypatch.setattr(import_module("rlhf_fast.kernels.token_logprobs"), "MAX_SPLIT_ROWS", 0)
     alone = op.backend(backend)(logits, targets)
     truth = op.reference(logits.double(), targets, 1.0, 0.0)
     for ours, same, exact in zip(shared, alone, truth, strict=True):

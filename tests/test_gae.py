@@ -219,17 +219,17 @@ def cut(monkeypatch):
 
 
 @pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
-@pytest.mark.parametrize("pieces", [512, 20])
-def test_long_rows_split_over_blocks(cut, pieces, monkeypatch):
+@pytest.mark.parametrize("max_chunks", [512, 20])
+def test_long_rows_split_over_blocks(cut, max_chunks, monkeypatch):
     """Gaps longer than a piece, pieces without a token, ends everywhere; then of 4096 tokens."""
-    monkeypatch.setattr(_gae, "PIECES", pieces)
+    monkeypatch.setattr(_gae, "MAX_CHUNKS", max_chunks)
     T = 7001
     slots = torch.arange(T)
     mask = torch.stack([slots < 0, slots >= 0, slots == 3000, slots % 1024 == 1023, slots % 1024 == 0, slots < 1024])
     mask = torch.cat([mask, (slots < 900)[None] | (slots > 5200), torch.rand(3, T) > 0.3])
     rewards, values = torch.randn(2, *mask.shape)
     last = torch.randn(len(mask))
-    assert _gae.pieces(len(mask), mask.numel(), T, rewards)[0] == {512: 1024, 20: 4096}[pieces]
+    assert _gae.chunking(len(mask), mask.numel(), T, rewards)[0] == {512: 1024, 20: 4096}[max_chunks]
     dirty = [x.masked_fill(~mask, torch.nan) for x in (rewards, values)]
     for rows in (slice(None), slice(1, 4), slice(8, 9)):
         given = *(x[rows] for x in dirty), mask[rows]
@@ -251,7 +251,7 @@ def test_long_segments_split_over_blocks(cut, lengths):
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     rewards, values, mask = torch.randn(N), torch.randn(N), torch.rand(N) > 0.3
     last = torch.randn(len(lengths))
-    assert _gae.pieces(len(lengths), N, N, rewards)[0] == 1024
+    assert _gae.chunking(len(lengths), N, N, rewards)[0] == 1024
     ours = ops.gae_packed.backend("simt")(rewards, values, mask, ends, 0.99, 0.95, last)
     padded = [x.new_zeros(inside.shape).masked_scatter(inside, x) for x in (rewards, values, mask)]
     assert_close(ours, [x[inside] for x in oracle(*padded, 0.99, 0.95, last)])

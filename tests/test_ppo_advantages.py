@@ -199,7 +199,7 @@ def test_split_into_few_blocks_or_many_rows_keep_their_bits(T, monkeypatch):
     )
     many = op(*args)
     for blocks in (1, 3):
-        monkeypatch.setattr(module, "BLOCKS", blocks)
+        monkeypatch.setattr(module, "MAX_BLOCKS", blocks)
         few = op(*args)
         assert all(torch.equal(few[i], many[i]) for i in (0, 1, 3))
         torch.testing.assert_close(few[2], many[2], rtol=1e-6, atol=1e-6)
@@ -221,7 +221,7 @@ def test_long_rows_split_over_blocks(estimator, monkeypatch):
     op = ops.ppo_advantages.backend("simt")
     for long in (10000, 1024):
         monkeypatch.setattr(_gae, "LONG", long)
-        assert bool(_gae.pieces(len(mask), mask.numel(), T, scores)[0]) == (long == 1024)
+        assert bool(_gae.chunking(len(mask), mask.numel(), T, scores)[0]) == (long == 1024)
         ours = op(*given, scores, mask, 0.05, estimator, 0.99, 0.95)
         for x, t in zip(ours, truth, strict=True):
             torch.testing.assert_close(x.double(), t, rtol=2e-6, atol=2e-5)
