@@ -1,4 +1,4 @@
-"""decode_attention: what no reference can say. A token's bits are its own; nothing that is not its own is read."""
+"""decode_attention: a token's bits do not depend on the batch, and nothing of other sequences is read."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels c
 
 
 class Sequences:
-    """Keys and values of some sequences, and the ways to lay them out in pages."""
+    """Keys and values of some sequences, and their layout in pages."""
 
     def __init__(self, lengths, H=6, Hkv=2, d=64, dv=None, dtype=torch.float32):
         self.lengths, self.dtype, self.H, dv = lengths, dtype, H, dv or d
@@ -26,25 +26,26 @@ class Sequences:
         self.q = torch.randn(len(lengths), H, d)
 
     def paged(self, P, spare=3):
-        """Caches and a block table, pages in a random order; whatever holds no key is NaN."""
+        """Return caches and a block table, with pages in a random order. Positions without a key hold NaN."""
         M = max(1, -(-max(self.lengths) // P))
-        pages = len(self.lengths) * M + spare
-        table = torch.randperm(pages)[: len(self.lengths) * M].view(-1, M).int()
+        num_pages = len(self.lengths) * M + spare
+        table = torch.randperm(num_pages)[: len(self.lengths) * M].view(-1, M).int()
         caches = []
-        for rows in (self.keys, self.values):
-            cache = torch.full((pages, rows[0].shape[1], P, rows[0].shape[2]), torch.nan, dtype=self.dtype)
-            for mine, own in zip(table, rows, strict=True):
-                for position, row in enumerate(own):
-                    cache[mine[position // P], :, position % P] = row
+        for sequences in (self.keys, self.values):
+            _, heads, head_size = sequences[0].shape
+            cache = torch.full((num_pages, heads, P, head_size), torch.nan, dtype=self.dtype)
+            for pages, rows in zip(table, sequences, strict=True):
+                for position, row in enumerate(rows):
+                    cache[pages[position // P], :, position % P] = row
             caches.append(cache)
         return *caches, table
 
     def expected(self, n, length=None, window=0, softcap=0.0):
-        """Plain attention of query n over its own keys, in float64."""
+        """Return attention of query n over its own keys, in float64."""
         length = self.lengths[n] if length is None else length
-        begin = max(0, length - window) if window else 0
+        start = max(0, length - window) if window else 0
         repeat = self.H // self.keys[n].shape[1]
-        k, v = (x[n][begin:length].double().repeat_interleave(repeat, 1) for x in (self.keys, self.values))
+        k, v = (x[n][start:length].double().repeat_interleave(repeat, 1) for x in (self.keys, self.values))
         scores = torch.einsum("hd,khd->hk", self.q[n].double(), k) * self.q.shape[2] ** -0.5
         scores = softcap * (scores / softcap).tanh() if softcap else scores
         return torch.einsum("hk,khd->hd", scores.softmax(-1), v)
@@ -91,13 +92,13 @@ def test_window_and_softcap(backend, window, softcap):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_position_of_a_prompt_in_one_call(backend):
-    """As in a prefill: many tokens of one sequence, each with its own length."""
+    """Many tokens of one sequence, each with its own length, as in a prefill."""
     s = Sequences([70, 40])
     rows, lengths = [0] * 70 + [1] * 3, [*range(1, 71), 38, 39, 40]
     assert_right(attention(s, s.paged(16), rows, backend, lengths), s, rows, lengths)
 
 
-def test_pages_that_the_window_has_passed_need_not_exist():
+def test_pages_before_the_window_need_not_exist():
     s = Sequences([100, 90])
     k, v, table = s.paged(16)
     table[:, 0] = -1
@@ -106,8 +107,8 @@ def test_pages_that_the_window_has_passed_need_not_exist():
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_bits_of_a_token_are_its_own(backend, dtype):
-    """Alone, in company, in another order, in other pages, for any number of threads."""
+def test_a_tokens_bits_do_not_depend_on_the_batch(backend, dtype):
+    """Tokens alone and in a batch, in another order, in other pages, with any number of threads."""
     lengths = [1, 17, 256, 700, 1025, 64, 300, 513, 40]
     s = Sequences(lengths, dtype=dtype)
     before = torch.get_num_threads()
@@ -131,17 +132,16 @@ def test_the_bits_of_a_token_are_its_own(backend, dtype):
 
 
 @triton
-@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [0, 400])
-def test_tritons_bits_hang_neither_on_company_nor_on_who_takes_a_split(number, window, monkeypatch):
+def test_tritons_bits_do_not_depend_on_the_batch_or_the_programs(dtype, window, monkeypatch):
     from rlhf_fast.kernels.triton import decode_attention
 
-    s = Sequences([300, 17, 0, 600], H=4, d=32, dtype=number)
-    s.q = s.q.to(number)
-    shares = decode_attention._parts(4, 4, 2, 32, 3, s.q)
-    assert shares == 3, "not a program a split"
+    s = Sequences([300, 17, 0, 600], H=4, d=32, dtype=dtype)
+    s.q = s.q.to(dtype)
+    assert decode_attention._parts(4, 4, 2, 32, 3, s.q) == 3, "the splits do not each have a program"
     alone = torch.cat([attention(s, s.paged(64), [n], "triton", window=window) for n in range(4)])
-    bound = torch.finfo(number).eps * (4 if number == torch.float32 else 1)  # its sums are float32's own
+    bound = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)  # it sums in float32
     for n in (0, 1, 3):
         torch.testing.assert_close(alone[n].double(), s.expected(n, window=window), rtol=bound, atol=bound)
     monkeypatch.setattr(decode_attention, "_parts", lambda *sizes: 1)
@@ -150,12 +150,12 @@ def test_tritons_bits_hang_neither_on_company_nor_on_who_takes_a_split(number, w
 
 
 @triton
-def test_what_splits_leave_behind_is_bounded():
-    """A step's few tokens are split; thousands of a prompt are not, nor do long tables ask for much memory."""
+def test_the_memory_of_splits_is_bounded():
+    """A decode step's few tokens are split; thousands of tokens of a prefill are not, and long tables stay cheap."""
     from rlhf_fast.kernels.triton import decode_attention
 
     q = torch.empty(0)
-    few = 4 * 2  # the interpreter's processors: programs that fill them twice
+    few = 4 * 2  # programs that fill the interpreter's 4 SMs twice
     for N in (1, 3, 60, 5000):
         for splits in (1, 8, 4096):
             parts = decode_attention._parts(N, 32, 8, 128, splits, q)
@@ -165,7 +165,7 @@ def test_what_splits_leave_behind_is_bounded():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_nan_or_infinity_of_ones_own_shows_and_stays(backend):
+def test_a_nan_or_infinity_affects_only_its_own_token_and_head(backend):
     s = Sequences([20, 300, 30])
     k, v, table = s.paged(16)
     k[table[0, 0], 0, 3] = torch.nan
@@ -177,8 +177,8 @@ def test_a_nan_or_infinity_of_ones_own_shows_and_stays(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_far_apart(backend):
-    """One key outweighs the rest by more than float32 holds, in each of three splits."""
+def test_one_key_outweighs_all_others(backend):
+    """The ratio exceeds the range of float32; the key is in each of three splits."""
     for best in (0, 300, 599):
         s = Sequences([600], H=1, Hkv=1)
         s.q *= 100
@@ -188,7 +188,7 @@ def test_scores_far_apart(backend):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_places_out_of_range_are_refused(backend):
+def test_positions_out_of_range_are_refused(backend):
     s = Sequences([20, 9])
     k, v, table = s.paged(16)
     with pytest.raises(ValueError, match="decode_attention: lengths must be from 0 to 32, .* got 9 to 33"):
@@ -199,7 +199,7 @@ def test_places_out_of_range_are_refused(backend):
         attention(s, (k, v, torch.where(table == table[0, 1], 7, table)), backend=backend)
     with pytest.raises(ValueError, match="decode_attention: rows must be from 0 to 0, .* got 0 to 1"):
         attention(s, (k, v, table[:1]), backend=backend)
-    table[1, 1] = -1  # beyond the nine keys of that row: nobody reads it
+    table[1, 1] = -1  # after the nine keys of that row, so it is not read
     attention(s, (k, v, table), backend=backend)
 
 

@@ -1,4 +1,4 @@
-"""rms_norm, layer_norm, swiglu, gelu and rope_store: what their references cannot say."""
+"""rms_norm, layer_norm, swiglu, gelu and rope_store: bits, strides, rounding, extreme values, errors."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ compiled = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
 
 
 def ulps(ours, truth):
-    """Distance from the float64 truth in units of the last place of float32."""
+    """Return the distance from the float64 truth in float32 units in the last place."""
     unit = torch.ldexp(torch.ones_like(truth), torch.frexp(truth).exponent - 24)
     return ((ours.double() - truth).abs() / unit)[truth.abs() > 1e-37]
 
@@ -23,8 +23,8 @@ def ulps(ours, truth):
 @compiled
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("D", [64, 577, 4096])
-def test_the_bits_of_a_row_are_its_own(backend, D):
-    """Of a norm: alone or among many rows, for any number of threads."""
+def test_a_rows_bits_do_not_depend_on_the_batch(backend, D):
+    """Norms of single rows and of a batch, with any number of threads."""
     x, w, b = torch.randn(9 if backend == "triton" else 65, D), torch.randn(D), torch.randn(D)
     before = torch.get_num_threads()
     try:
@@ -40,30 +40,30 @@ def test_the_bits_of_a_row_are_its_own(backend, D):
 
 @compiled
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_norm_is_that_of_the_sum_as_it_was_rounded(backend):
-    """As a model in bfloat16 computes it: the residual stream is rounded before it is read."""
+def test_the_rounded_sum_is_normalized(backend):
+    """A model in bfloat16 computes it so: the residual stream is rounded before it is read."""
     x, residual, weight = torch.randn(2, 4, 96).bfloat16(), torch.randn(4, 96).bfloat16(), torch.randn(96)
     for op, rest in ((OPS["rms_norm"], {}), (OPS["layer_norm"], {"bias": torch.randn(96)})):
-        op, stream = op.backend(backend), residual.clone()
-        out = op(x[0], weight, residual=stream, **rest)
-        assert torch.equal(stream, residual + x[0])
+        op, updated = op.backend(backend), residual.clone()
+        out = op(x[0], weight, residual=updated, **rest)
+        assert torch.equal(updated, residual + x[0])
         assert torch.equal(out, op(residual + x[0], weight, **rest))
 
 
 @compiled
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_residual_is_written_through_its_strides(backend):
-    wide, x, weight = torch.randn(4, 2, 33), torch.randn(4, 33), torch.randn(33)
-    before = wide.clone()
-    for op, at in (ops.rms_norm, 0), (ops.layer_norm, 1):
-        op.backend(backend)(x, weight, residual=wide[:, at])
-        torch.testing.assert_close(wide[:, at], before[:, at] + x, rtol=0, atol=0)
-        assert torch.equal(wide[:, at + 1 :], before[:, at + 1 :])
+    larger, x, weight = torch.randn(4, 2, 33), torch.randn(4, 33), torch.randn(33)
+    before = larger.clone()
+    for op, i in (ops.rms_norm, 0), (ops.layer_norm, 1):
+        op.backend(backend)(x, weight, residual=larger[:, i])
+        torch.testing.assert_close(larger[:, i], before[:, i] + x, rtol=0, atol=0)
+        assert torch.equal(larger[:, i + 1 :], before[:, i + 1 :])
 
 
 @compiled
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_norm_far_from_zero_keeps_its_variance(backend):
+def test_the_variance_is_exact_where_the_mean_is_large(backend):
     x = 3000 + torch.randn(3, 512)
     truth = torch.nn.functional.layer_norm(x.double(), (512,))
     ours = ops.layer_norm.backend(backend)(x, torch.ones(512))
@@ -72,15 +72,15 @@ def test_a_norm_far_from_zero_keeps_its_variance(backend):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("op", [ops.rms_norm, ops.layer_norm], ids=lambda op: op.name)
-def test_rows_too_wide_for_one_tile_are_walked(op, monkeypatch):
+def test_rows_larger_than_a_tile(op, monkeypatch):
     from rlhf_fast.kernels.triton import _norm
 
     x, residual, weight = torch.randn(3, 577), torch.randn(3, 577), torch.randn(577)
-    whole, walked = residual.clone(), residual.clone()
-    expected = op.backend("triton")(5 + x, weight, residual=whole)
+    one_tile, many_tiles = residual.clone(), residual.clone()
+    expected = op.backend("triton")(5 + x, weight, residual=one_tile)
     monkeypatch.setattr(_norm, "WIDEST", 256)
-    torch.testing.assert_close(op.backend("triton")(5 + x, weight, residual=walked), expected)
-    assert torch.equal(walked, whole)
+    torch.testing.assert_close(op.backend("triton")(5 + x, weight, residual=many_tiles), expected)
+    assert torch.equal(many_tiles, one_tile)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
@@ -98,13 +98,14 @@ def test_triton_serves_float16_and_rounds_once():
 
 @compiled
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_activations_in_units_of_the_last_place(backend):
+def test_activations_are_accurate_to_a_few_ulps(backend):
     x = torch.cat([torch.linspace(-13, 13, 100_001), torch.logspace(-30, 1, 20_000), -torch.logspace(-30, 1, 20_000)])
     d = x.double()
-    gelu, truth, near = ops.gelu.backend(backend)(x), d * 0.5 * torch.erfc(-d * 0.5**0.5), d > -4
-    most = 16 if backend in ("simt", "cuda") else 12  # hardware's fast division is off by 2
-    assert ulps(gelu[near], truth[near]).max() < most
-    assert ulps(gelu, truth).max() < (120 if backend == "triton" else most)  # its e^(-x^2 / 2) is the plain one
+    gelu, truth = ops.gelu.backend(backend)(x), d * 0.5 * torch.erfc(-d * 0.5**0.5)
+    near = d > -4
+    bound = 16 if backend in ("simt", "cuda") else 12  # hardware's fast division is off by 2
+    assert ulps(gelu[near], truth[near]).max() < bound
+    assert ulps(gelu, truth).max() < (120 if backend == "triton" else bound)  # it computes exp(-x^2 / 2) directly
     assert ulps(ops.swiglu.backend(backend)(x, torch.ones_like(x)), d / (1 + (-d).exp())).max() < 4
     right = d > -0.5
     u = 2 * (2 / torch.pi) ** 0.5 * (d + 0.044715 * d**3)
@@ -113,7 +114,7 @@ def test_activations_in_units_of_the_last_place(backend):
 
 @compiled
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_activations_far_out(backend):
+def test_activations_of_extreme_values(backend):
     x = torch.tensor([-3e38, -1e30, -1e4, -100.0, 100.0, 1e4, 1e30, 3e38, torch.inf, torch.nan])
     expected = torch.tensor([0.0] * 4 + [100.0, 1e4, 1e30, 3e38, torch.inf, torch.nan])
     for y in (
@@ -127,24 +128,24 @@ def test_activations_far_out(backend):
 @compiled
 @pytest.mark.parametrize("backend", ROPE)
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_rope_store_writes_its_places_alone(backend, cache):
+def test_rope_store_writes_only_its_slots(backend, cache):
     q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
         N=5, H=6, Hkv=2, d=64, P=16, device="cpu", dtype=torch.float32, cache=cache
     )
     k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
     ops.rope_store.backend(backend)(q, k, v, cos, sin, k_cache, v_cache, slots)
-    for held, given in ((k_cache, None), (v_cache, v)):
-        flat = held.transpose(1, 2).flatten(0, 1)  # (places, heads, d)
+    for cache_tensor, expected in ((k_cache, None), (v_cache, v)):
+        flat = cache_tensor.transpose(1, 2).flatten(0, 1)  # (slots, heads, d)
         written = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, slots, True)
         assert flat[~written].isnan().all() and flat[written].isfinite().all()
-        if given is not None:
-            assert torch.equal(flat[slots], given.to(cache))
+        if expected is not None:
+            assert torch.equal(flat[slots], expected.to(cache))
 
 
 @compiled
 @pytest.mark.parametrize("backend", ROPE)
-def test_rope_store_reads_a_projection_and_writes_caches_as_they_lie(backend):
-    """q, k and v side by side in one tensor's rows, the caches side by side in another's."""
+def test_rope_store_reads_and_writes_strided_views(backend):
+    """q, k and v are columns of one tensor, both caches of another."""
     q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
         N=5, H=6, Hkv=2, d=20, P=4, r=12, device="cpu", dtype=torch.float32
     )
@@ -156,7 +157,7 @@ def test_rope_store_reads_a_projection_and_writes_caches_as_they_lie(backend):
     assert torch.equal(caches[0], k_cache) and torch.equal(caches[1], v_cache)
 
 
-def test_rotations_keep_length_and_depend_on_the_distance_alone():
+def test_rotations_keep_length_and_depend_only_on_distance():
     half = 10_000 ** -(torch.arange(16) / 16)
     q, k, v = torch.randn(1, 1, 32), torch.randn(1, 1, 32), torch.randn(1, 1, 32)
 
@@ -167,7 +168,7 @@ def test_rotations_keep_length_and_depend_on_the_distance_alone():
         return ops.rope_store(x, k, v, angles.cos(), angles.sin(), k_cache, v_cache, torch.zeros(1)).flatten()
 
     torch.testing.assert_close(rotated(q, 7).norm(), q.norm())
-    near, far = (rotated(q, at + 3) @ rotated(k, at) for at in (2, 40))
+    near, far = (rotated(q, position + 3) @ rotated(k, position) for position in (2, 40))
     torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
 
 
@@ -181,7 +182,7 @@ def test_slots_out_of_range_are_refused_before_anything_is_written(backend):
     assert all(torch.equal(a, b) for a, b in zip(args[5:7], before, strict=True))
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_that_do_not_fit_are_refused():
     x, w = torch.randn(3, 8), torch.randn(8)
     for op in (ops.rms_norm, ops.layer_norm):
         with pytest.raises(ValueError, match=rf"{op.name}: weight must have shape \(8,\), got \[7\]"):

@@ -1,4 +1,4 @@
-"""What no reference can say of gae and gae_packed: numbers by hand, identities, what a gap, pad or thread changes."""
+"""gae and gae_packed: numbers by hand, identities, and that gaps, padding and threads do not change results."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ GAPS = [float("nan"), float("inf"), -float("inf"), 999.0]
 
 @pytest.fixture(params=[(b, form) for b in BACKENDS for form in ("padded", "packed")], ids=lambda p: f"{p[0]}-{p[1]}")
 def gae(request):
-    """gae of (B, T) tensors on one backend, computed over rows or, the same numbers, over segments of (B * T,)."""
+    """gae of (B, T) tensors on one backend, computed as padded rows or as packed segments of (B * T,)."""
     backend, form = request.param
     device = "cpu" if ops.gae.can_run(backend, "cpu") else "cuda"
     if form == "packed" and backend not in ops.gae_packed.backends:
@@ -29,13 +29,13 @@ def gae(request):
 
     def run(rewards, values, mask=None, gamma=1.0, lam=0.95, bootstrap=None):
         mask = torch.ones(rewards.shape, dtype=torch.bool) if mask is None else mask
-        given = [x.to(device) for x in (rewards, values, mask)]
-        last = bootstrap if bootstrap is None else bootstrap.to(device)
+        inputs = [x.to(device) for x in (rewards, values, mask)]
+        bootstrap = bootstrap if bootstrap is None else bootstrap.to(device)
         if form == "padded":
-            out = ops.gae.backend(backend)(*given, gamma, lam, last)
+            out = ops.gae.backend(backend)(*inputs, gamma, lam, bootstrap)
         else:
-            ends = torch.arange(rewards.shape[0] + 1, device=device) * rewards.shape[1]
-            out = ops.gae_packed.backend(backend)(*(x.flatten() for x in given), ends, gamma, lam, last)
+            cu_seqlens = torch.arange(rewards.shape[0] + 1, device=device) * rewards.shape[1]
+            out = ops.gae_packed.backend(backend)(*(x.flatten() for x in inputs), cu_seqlens, gamma, lam, bootstrap)
         return tuple(x.view(rewards.shape).cpu() for x in out)
 
     run.backend, run.form = backend, form
@@ -43,16 +43,16 @@ def gae(request):
 
 
 def oracle(rewards, values, mask, gamma, lam, bootstrap):
-    """float64, token by token, straight from the recurrence."""
+    """The recurrence in float64, token by token."""
     rewards, values, mask = (np.asarray(x, dtype=np.float64) for x in (rewards, values, mask))
-    after, last = np.asarray(bootstrap, dtype=np.float64), np.zeros(len(rewards))
+    next_value, advantage = np.asarray(bootstrap, dtype=np.float64), np.zeros(len(rewards))
     advantages = np.zeros_like(rewards)
     for t in range(rewards.shape[1] - 1, -1, -1):
-        here = mask[:, t] > 0
-        delta = rewards[:, t] + gamma * after - values[:, t]
-        last = np.where(here, delta + gamma * lam * last, last)
-        after = np.where(here, values[:, t], after)
-        advantages[:, t] = np.where(here, last, 0)
+        valid = mask[:, t] > 0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = np.where(valid, delta + gamma * lam * advantage, advantage)
+        next_value = np.where(valid, values[:, t], next_value)
+        advantages[:, t] = np.where(valid, advantage, 0)
     return torch.from_numpy(advantages), torch.from_numpy(np.where(mask > 0, advantages + values, 0))
 
 
@@ -72,10 +72,10 @@ def test_three_tokens_by_hand(gae):
     torch.testing.assert_close(returns, advantages + torch.tensor([[0.5, 1, 1.5]]))
 
 
-def test_lambda_0_is_the_td_error_and_gamma_0_the_reward_less_the_value(gae):
+def test_lambda_0_is_the_td_error_and_gamma_0_is_reward_minus_value(gae):
     rewards, values = torch.randn(2, 5, 41)
-    nexts = torch.cat([values[:, 1:], torch.zeros(5, 1)], 1)
-    torch.testing.assert_close(gae(rewards, values, gamma=0.5, lam=0.0)[0], rewards + 0.5 * nexts - values)
+    next_values = torch.cat([values[:, 1:], torch.zeros(5, 1)], 1)
+    torch.testing.assert_close(gae(rewards, values, gamma=0.5, lam=0.0)[0], rewards + 0.5 * next_values - values)
     assert torch.equal(gae(rewards, values, gamma=0.0, lam=0.9)[0], rewards - values)
 
 
@@ -99,10 +99,11 @@ LONG = [(2, 4097), (3, 8192), (1, 131072)]
 
 @functools.lru_cache
 def problem(B, T, gamma, lam, gaps):
-    draw = torch.Generator().manual_seed(B * 1000003 + T)
-    rewards, values = torch.randn(2, B, T, generator=draw)
-    mask, last = torch.rand(B, T, generator=draw) > gaps, torch.randn(B, generator=draw)
-    return (rewards, values, mask), last, oracle(rewards, values, mask, gamma, lam, last)
+    generator = torch.Generator().manual_seed(B * 1000003 + T)
+    rewards, values = torch.randn(2, B, T, generator=generator)
+    mask = torch.rand(B, T, generator=generator) > gaps
+    bootstrap = torch.randn(B, generator=generator)
+    return (rewards, values, mask), bootstrap, oracle(rewards, values, mask, gamma, lam, bootstrap)
 
 
 @pytest.mark.parametrize("gamma, lam, gaps", [(1.0, 0.95, -1), (0.9, 0.5, 0.3), (1.0, 1.0, 0.02)])
@@ -112,22 +113,22 @@ def test_against_a_loop_in_float64(gae, B, T, gamma, lam, gaps):
         pytest.skip("long rows are for the kernels, the longest for one setting")
     if gae.backend == "triton" and INTERPRETED and B * T > 10000 and (T > 8192 or gaps < 0.3 or gae.form == "packed"):
         pytest.skip("the interpreter takes minutes")
-    inputs, last, truth = problem(B, T, gamma, lam, gaps)
-    assert_close(gae(*inputs, gamma, lam, last), truth)
+    inputs, bootstrap, truth = problem(B, T, gamma, lam, gaps)
+    assert_close(gae(*inputs, gamma, lam, bootstrap), truth)
 
 
-def holes(T):
-    """Masks of one row each: none, one token, leading, trailing and interior gaps of many lengths."""
-    slots = torch.arange(T)
-    rows = [slots < 0, slots == T // 2, slots == 0, slots == T - 1, slots >= 9, slots < T - 9, slots < T - 16]
-    rows += [(slots < k) | (slots >= k + 17) for k in (1, 8, 15, 20)] + [slots % k > 0 for k in (2, 3, 7)]
+def masks_with_gaps(T):
+    """One mask a row: no token, one token, and leading, trailing and interior gaps of many lengths."""
+    t = torch.arange(T)
+    rows = [t < 0, t == T // 2, t == 0, t == T - 1, t >= 9, t < T - 9, t < T - 16]
+    rows += [(t < k) | (t >= k + 17) for k in (1, 8, 15, 20)] + [t % k > 0 for k in (2, 3, 7)]
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("T", [1, 7, 16, 61])
 @pytest.mark.parametrize("junk", GAPS)
-def test_nothing_of_a_masked_token_is_read(gae, junk, T):
-    mask = holes(T)
+def test_masked_tokens_are_not_read(gae, junk, T):
+    mask = masks_with_gaps(T)
     rewards, values = torch.randn(2, *mask.shape)
     clean = gae(rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0), mask)
     dirty = gae(rewards.masked_fill(~mask, junk), values.masked_fill(~mask, junk), mask)
@@ -135,14 +136,16 @@ def test_nothing_of_a_masked_token_is_read(gae, junk, T):
     assert all(x[~mask].eq(0).all() for x in dirty)
 
 
-def test_a_gap_is_as_if_its_tokens_were_cut_out(gae):
-    mask = holes(61)
+def test_a_gap_equals_a_row_without_its_tokens(gae):
+    mask = masks_with_gaps(61)
     rewards, values = torch.randn(2, *mask.shape)
-    last = torch.randn(len(mask))
-    advantages, returns = gae(rewards, values, mask, 0.99, 0.95, last)
-    for row, kept in enumerate(mask):
-        alone = gae(rewards[row : row + 1, kept], values[row : row + 1, kept], None, 0.99, 0.95, last[row : row + 1])
-        assert_close((advantages[row : row + 1, kept], returns[row : row + 1, kept]), alone) if kept.any() else None
+    bootstrap = torch.randn(len(mask))
+    advantages, returns = gae(rewards, values, mask, 0.99, 0.95, bootstrap)
+    for i, kept in enumerate(mask):
+        if kept.any():
+            row = slice(i, i + 1)
+            without_gaps = gae(rewards[row, kept], values[row, kept], None, 0.99, 0.95, bootstrap[row])
+            assert_close((advantages[row, kept], returns[row, kept]), without_gaps)
 
 
 def test_padding_behind_a_row_and_the_other_rows_do_not_change_its_bits(gae):
@@ -156,33 +159,34 @@ def test_padding_behind_a_row_and_the_other_rows_do_not_change_its_bits(gae):
         assert same_bits([x[row : row + 1, :n] for x in whole], alone)
 
 
-def test_a_truncated_row_gains_the_bootstrap_value_once(gae):
+def test_the_bootstrap_value_is_added_once(gae):
     rewards, values = torch.randn(2, 3, 20)
-    last = torch.tensor([0.0, 2.0, -3.0])
-    truncated = gae(rewards, values, gamma=0.9, bootstrap=last)
-    paid = rewards.clone()
-    paid[:, -1] += 0.9 * last
-    assert_close(truncated, gae(paid, values, gamma=0.9))
+    bootstrap = torch.tensor([0.0, 2.0, -3.0])
+    truncated = gae(rewards, values, gamma=0.9, bootstrap=bootstrap)
+    with_bootstrap = rewards.clone()
+    with_bootstrap[:, -1] += 0.9 * bootstrap
+    assert_close(truncated, gae(with_bootstrap, values, gamma=0.9))
     assert same_bits([x[:1] for x in truncated], [x[:1] for x in gae(rewards, values, gamma=0.9)])
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_packed_is_padded(backend, index):
+def test_packed_equals_padded(backend, index):
     lengths = [5, 0, 33, 1, 0, 64, 17, 0]
     mask = torch.arange(64) < torch.tensor(lengths)[:, None]
     rewards, values = torch.randn(2, *mask.shape)
-    last = torch.randn(len(lengths))
-    inside = mask & (torch.rand(mask.shape) > 0.3)
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(index)
-    padded = ops.gae.backend(backend)(rewards, values, inside, 1.0, 0.95, last)
-    packed = ops.gae_packed.backend(backend)(rewards[mask], values[mask], inside[mask], ends, 1.0, 0.95, last)
+    bootstrap = torch.randn(len(lengths))
+    valid = mask & (torch.rand(mask.shape) > 0.3)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(index)
+    scalars = 1.0, 0.95, bootstrap
+    padded = ops.gae.backend(backend)(rewards, values, valid, *scalars)
+    packed = ops.gae_packed.backend(backend)(rewards[mask], values[mask], valid[mask], cu_seqlens, *scalars)
     assert same_bits([x[mask] for x in padded], packed)
 
 
 @pytest.mark.parametrize("B, T", [(5, 23), (2, 1300)])
 @pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
-def test_pointers_need_no_alignment_and_inputs_no_order(backend, B, T):
+def test_any_alignment_and_strides_give_the_same_bits(backend, B, T):
     rewards, values = torch.randn(2, B, T)
     mask = (torch.rand(B, T) > 0.2) | (torch.arange(T) % 512 < 256)
     plain = ops.gae.backend(backend)(rewards, values, mask)
@@ -198,12 +202,12 @@ def test_pointers_need_no_alignment_and_inputs_no_order(backend, B, T):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_rows_bits_depend_on_its_tokens_alone(backend):
-    """Not on the padding, which decides how many warps take a row, nor on where in memory it starts."""
+def test_a_rows_bits_depend_only_on_its_tokens(backend):
+    """They do not depend on the padding, which decides how many warps share a row, nor on where the row starts."""
     rewards, values = torch.randn(2, 1, 1500)
     for n in (1, 100, 128, 250, 256, 300, 512, 600, 1024, 1029, 1500):
         mask = torch.arange(1500)[None] < n
-        mask[0, 40 : 40 + n // 3] = n % 2 == 0  # of a row of odd length a third is missing
+        mask[0, 40 : 40 + n // 3] = n % 2 == 0  # masks a third of a row of even length
         padded = ops.gae.backend(backend)(rewards, values, mask)
         alone = ops.gae.backend(backend)(*(x[:, :n] for x in (rewards, values, mask)))
         assert same_bits([x[:, :n] for x in padded], alone)
@@ -213,55 +217,56 @@ def test_a_rows_bits_depend_on_its_tokens_alone(backend):
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    """Rows of more than 1024 tokens are cut into pieces where a GPU's kernels answer."""
-    monkeypatch.setattr(_gae, "LONG", 1024)
+def split_rows_over_1024(monkeypatch):
+    """CUDA's kernels split rows of more than 1024 tokens into chunks."""
+    monkeypatch.setattr(_gae, "MIN_LENGTH", 1024)
 
 
 @pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
 @pytest.mark.parametrize("max_chunks", [512, 20])
-def test_long_rows_split_over_blocks(cut, max_chunks, monkeypatch):
-    """Gaps longer than a piece, pieces without a token, ends everywhere; then of 4096 tokens."""
+def test_long_rows_split_over_blocks(split_rows_over_1024, max_chunks, monkeypatch):
+    """Gaps longer than a chunk, chunks without a token, rows that end anywhere; chunks of 1024 and 4096 tokens."""
     monkeypatch.setattr(_gae, "MAX_CHUNKS", max_chunks)
     T = 7001
-    slots = torch.arange(T)
-    mask = torch.stack([slots < 0, slots >= 0, slots == 3000, slots % 1024 == 1023, slots % 1024 == 0, slots < 1024])
-    mask = torch.cat([mask, (slots < 900)[None] | (slots > 5200), torch.rand(3, T) > 0.3])
+    t = torch.arange(T)
+    mask = torch.stack([t < 0, t >= 0, t == 3000, t % 1024 == 1023, t % 1024 == 0, t < 1024])
+    mask = torch.cat([mask, (t < 900)[None] | (t > 5200), torch.rand(3, T) > 0.3])
     rewards, values = torch.randn(2, *mask.shape)
-    last = torch.randn(len(mask))
+    bootstrap = torch.randn(len(mask))
     assert _gae.chunking(len(mask), mask.numel(), T, rewards)[0] == {512: 1024, 20: 4096}[max_chunks]
     dirty = [x.masked_fill(~mask, torch.nan) for x in (rewards, values)]
     for rows in (slice(None), slice(1, 4), slice(8, 9)):
-        given = *(x[rows] for x in dirty), mask[rows]
-        ours = ops.gae.backend("simt")(*given, 1.0, 0.95, last[rows])
-        truth = oracle(*(x[rows].nan_to_num() for x in dirty), mask[rows], 1.0, 0.95, last[rows])
+        inputs = *(x[rows] for x in dirty), mask[rows]
+        ours = ops.gae.backend("simt")(*inputs, 1.0, 0.95, bootstrap[rows])
+        truth = oracle(*(x[rows].nan_to_num() for x in dirty), mask[rows], 1.0, 0.95, bootstrap[rows])
         assert_close(ours, truth)
         assert all(x[~mask[rows]].eq(0).all() for x in ours)
-        assert same_bits(ours, ops.gae.backend("simt")(*given, 1.0, 0.95, last[rows]))
+        assert same_bits(ours, ops.gae.backend("simt")(*inputs, 1.0, 0.95, bootstrap[rows]))
 
 
 @pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
 @pytest.mark.parametrize(
     "lengths", [(5000,), (0, 3, 2049, 0, 1024, 4100, 1, 0), (40,) * 37 + (2500,) + (0, 7, 1025) * 3]
 )
-def test_long_segments_split_over_blocks(cut, lengths):
-    """More segments than a warp has lanes, too, and blocks for which no piece is left."""
+def test_long_segments_split_over_blocks(split_rows_over_1024, lengths):
+    """Also more segments than a warp has threads, and blocks without a chunk."""
     lengths = torch.tensor(lengths)
-    N, ends = int(lengths.sum()), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    N = int(lengths.sum())
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     inside = torch.arange(int(lengths.max())) < lengths[:, None]
     rewards, values, mask = torch.randn(N), torch.randn(N), torch.rand(N) > 0.3
-    last = torch.randn(len(lengths))
+    bootstrap = torch.randn(len(lengths))
     assert _gae.chunking(len(lengths), N, N, rewards)[0] == 1024
-    ours = ops.gae_packed.backend("simt")(rewards, values, mask, ends, 0.99, 0.95, last)
+    ours = ops.gae_packed.backend("simt")(rewards, values, mask, cu_seqlens, 0.99, 0.95, bootstrap)
     padded = [x.new_zeros(inside.shape).masked_scatter(inside, x) for x in (rewards, values, mask)]
-    assert_close(ours, [x[inside] for x in oracle(*padded, 0.99, 0.95, last)])
+    assert_close(ours, [x[inside] for x in oracle(*padded, 0.99, 0.95, bootstrap)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_floats_are_widened(gae, dtype):
+def test_16_bit_floats_are_computed_in_float32(gae, dtype):
     rewards, values = torch.randn(2, 4, 29).to(dtype)
-    short, wide = gae(rewards, values), gae(rewards.float(), values.float())
-    assert short[0].dtype == torch.float32 and same_bits(short, wide)
+    ours, from_float32 = gae(rewards, values), gae(rewards.float(), values.float())
+    assert ours[0].dtype == torch.float32 and same_bits(ours, from_float32)
 
 
 @pytest.mark.parametrize("backend", CPU_KERNELS)
@@ -281,24 +286,24 @@ def test_threads_change_no_bit(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_offsets_beyond_2_to_the_31(backend):
-    """The kernel is given a segment far behind addresses that are never touched: no such memory exists."""
+    """The segment starts at token 2^31 + 5. The memory before it does not exist: reading it would crash."""
     n, start = 100, 2**31 + 5
     rewards, values = torch.randn(2, n)
     mask = torch.rand(n) > 0.2
     out = torch.full((2, n), torch.nan)
-    ends = torch.tensor([start, start + n])
+    cu_seqlens = torch.tensor([start, start + n])
     far = [x.data_ptr() - start * x.element_size() for x in (rewards, values, mask)]
     far_out = [out[i].data_ptr() - start * 4 for i in (0, 1)]
     kernel = COMPILED[backend].gae_packed
-    whole = (0, 0) if backend == "simt" else ()
-    kernel(*far, ends.data_ptr(), 0, *far_out, *whole, 1, start + n, 1.0, 0.95, 1)
+    no_chunks = (0, 0) if backend == "simt" else ()
+    kernel(*far, cu_seqlens.data_ptr(), 0, *far_out, *no_chunks, 1, start + n, 1.0, 0.95, 1)
     near = ops.gae_packed.backend(backend)(rewards, values, mask, torch.tensor([0, n]))
     assert same_bits(tuple(out), near)
 
 
 @pytest.fixture
-def tiles(monkeypatch):
-    """Triton's tiles of 16 tokens; rows are walked or split as on a GPU of so many processors."""
+def gpu_with_small_tiles(monkeypatch):
+    """Triton's tiles have 16 tokens, and rows are split over programs as on a GPU with `num_sms`."""
     if "triton" not in ON_CPU:
         pytest.skip("Triton's kernels cannot be forced on the CPU here")
     from rlhf_fast.kernels.triton import _scan, launch
@@ -307,35 +312,35 @@ def tiles(monkeypatch):
     monkeypatch.setattr(_scan, "PROBES", 4)
     monkeypatch.setattr(_scan, "MAPS_AT_ONCE", type(_scan.MAPS_AT_ONCE)(3))
 
-    def on(processors):
-        monkeypatch.setattr(launch, "num_sms", lambda x: processors)
+    def set_sms(num_sms):
+        monkeypatch.setattr(launch, "num_sms", lambda x: num_sms)
 
-    return on
+    return set_sms
 
 
 @pytest.mark.parametrize("T, junk", [(80, float("nan")), (129, float("inf"))])
-def test_rows_walked_split_or_packed_give_the_same_bits(tiles, T, junk):
-    mask = torch.cat([holes(T)[::2], torch.rand(2, T) > 0.3])
+def test_rows_in_one_program_split_or_packed_give_the_same_bits(gpu_with_small_tiles, T, junk):
+    mask = torch.cat([masks_with_gaps(T)[::2], torch.rand(2, T) > 0.3])
     rewards, values = torch.randn(2, *mask.shape).masked_fill(~mask, junk)
-    last = torch.randn(len(mask))
+    bootstrap = torch.randn(len(mask))
     op = ops.gae.backend("triton")
-    truth = oracle(rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0), mask, 0.99, 0.95, last)
-    tiles(1)
-    walked = op(rewards, values, mask, 0.99, 0.95, last)
-    assert_close(walked, truth)
-    alone = [op(*(x[i : i + 1] for x in (rewards, values, mask)), 0.99, 0.95, last[i : i + 1]) for i in (3, 8)]
-    for row, i in zip(alone, (3, 8), strict=True):  # one row is split even on a GPU of one processor
-        assert same_bits(row, [x[i : i + 1] for x in walked])
-    tiles(1000)
-    assert same_bits(walked, op(rewards, values, mask, 0.99, 0.95, last))
-    starts = torch.arange(len(mask) + 1) * T
+    truth = oracle(rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0), mask, 0.99, 0.95, bootstrap)
+    gpu_with_small_tiles(num_sms=1)
+    unsplit = op(rewards, values, mask, 0.99, 0.95, bootstrap)
+    assert_close(unsplit, truth)
+    for row in (slice(3, 4), slice(8, 9)):  # a single row is split even on a GPU with one SM
+        alone = op(rewards[row], values[row], mask[row], 0.99, 0.95, bootstrap[row])
+        assert same_bits(alone, [x[row] for x in unsplit])
+    gpu_with_small_tiles(num_sms=1000)
+    assert same_bits(unsplit, op(rewards, values, mask, 0.99, 0.95, bootstrap))
+    cu_seqlens = torch.arange(len(mask) + 1) * T
     flat = (x.flatten() for x in (rewards, values, mask))
-    packed = ops.gae_packed.backend("triton")(*flat, starts, 0.99, 0.95, last)
-    assert same_bits(walked, [x.view(mask.shape) for x in packed])
+    packed = ops.gae_packed.backend("triton")(*flat, cu_seqlens, 0.99, 0.95, bootstrap)
+    assert same_bits(unsplit, [x.view(mask.shape) for x in packed])
 
 
-def test_packed_segments_of_any_lengths_find_their_tiles(tiles):
-    """Among them empty ones, at both ends and in runs, and one far longer than the others."""
+def test_packed_segments_of_any_lengths_find_their_tiles(gpu_with_small_tiles):
+    """Some segments are empty, at both ends and several in a row, and one is far longer than the others."""
     for lengths in ([0, 0, 16, 0, 200, 1, 15, 17, 0], [1] * 40, [0] * 30 + [33], [33] + [0] * 30, [64, 64]):
         args = ops.gae_packed.make_inputs(lengths, device="cpu", dtype=torch.float32, bootstrap=True)
         truth = ops.gae_packed.reference(*ops.gae_packed.normalized(*args))
@@ -344,7 +349,7 @@ def test_packed_segments_of_any_lengths_find_their_tiles(tiles):
 
 @pytest.mark.skipif("triton" not in ON_CPU, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("center", [0.0, 3.0])
-def test_a_long_undiscounted_row_is_no_further_from_the_truth_than_the_loop(center):
+def test_a_long_undiscounted_row_is_as_accurate_as_the_loop(center):
     rewards, values = torch.randn(2, 1, 8192)
     values, mask = values + center, torch.rand(1, 8192) > 0.01
     truth = oracle(rewards, values, mask, 1.0, 1.0, torch.zeros(1))
@@ -364,8 +369,8 @@ def test_bad_arguments_name_the_rule():
         ops.gae(x, x, mask, bootstrap=torch.zeros(3))
     flat = x.flatten(), x.flatten(), mask.flatten()
     for backend in ON_CPU:
-        for ends in ([0, 4], [1, 6], [0, 5, 3, 6], [0, 7, 6]):
+        for cu_seqlens in ([0, 4], [1, 6], [0, 5, 3, 6], [0, 7, 6]):
             with pytest.raises(ValueError, match="gae_packed: cu_seqlens must rise from 0 to 6"):
-                ops.gae_packed.backend(backend)(*flat, torch.tensor(ends))
+                ops.gae_packed.backend(backend)(*flat, torch.tensor(cu_seqlens))
     with pytest.raises(ValueError, match="gae_packed: cu_seqlens must be int32 or int64"):
         ops.gae_packed(*flat, torch.tensor([0.0, 6.0]))

@@ -1,4 +1,4 @@
-"""What no reference can say of ppo_advantages: where the score goes, what KL means, statistics that whiten."""
+"""ppo_advantages: where the score is added, what the KL estimators are, statistics that whiten."""
 
 import importlib
 
@@ -34,17 +34,17 @@ def named(stats):
     return dict(zip(ops.ppo_advantages.stats, stats.tolist(), strict=True))
 
 
-def test_the_score_stands_at_the_last_token_alone(advantages):
-    """Left, right and interior padding, one token, none; whatever is stored outside the mask."""
+def test_the_score_is_added_only_at_the_last_token(advantages):
+    """Rows with left, right and interior padding, one token or none; NaN is stored outside the mask."""
     T = 21
-    slots = torch.arange(T)
-    mask = torch.stack([slots < 5, slots >= 16, slots == 7, slots < 0, slots >= 0, slots % 3 == 1, slots == T - 1])
+    t = torch.arange(T)
+    mask = torch.stack([t < 5, t >= 16, t == 7, t < 0, t >= 0, t % 3 == 1, t == T - 1])
     scores = torch.arange(1.0, 8.0)
     scores[3] = torch.nan  # of the row without a token
-    nothing = torch.zeros(mask.shape).masked_fill(~mask, torch.nan)
-    got, returns, stats, kl = advantages(nothing, nothing, nothing, scores, mask, 0.1, "k1", 0.5, 1.0)
-    later = mask.flip(1).cumsum(1).flip(1)
-    expected = torch.where(mask, scores[:, None] * 0.5 ** (later - 1), 0)
+    zeros = torch.zeros(mask.shape).masked_fill(~mask, torch.nan)
+    got, returns, stats, kl = advantages(zeros, zeros, zeros, scores, mask, 0.1, "k1", 0.5, 1.0)
+    tokens_from_here = mask.flip(1).cumsum(1).flip(1)
+    expected = torch.where(mask, scores[:, None] * 0.5 ** (tokens_from_here - 1), 0)
     torch.testing.assert_close(got, expected)
     assert torch.equal(got, returns) and torch.equal(kl, torch.zeros(7)) and stats.isfinite().all()
     assert named(stats)["count"] == mask.sum()
@@ -61,8 +61,8 @@ def test_no_kl_where_policy_and_reference_agree(advantages, estimator):
     torch.testing.assert_close(with_kl[:2], plain, atol=1e-5, rtol=1e-5)
 
 
-def test_the_estimators_mean_what_they_say(advantages):
-    """Over all 5 tokens of a categorical, weighted by the policy: k1 and k3 give KL(policy || reference) exactly."""
+def test_the_estimators_match_their_formulas(advantages):
+    """The mean over all 5 tokens of a vocabulary, weighted by the policy, is KL(policy || reference) for k1 and k3."""
     policy, reference = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25])
     logprobs, ref = policy.log()[:, None], reference.log()[:, None]
     truth = (policy * (policy.log() - reference.log())).sum()
@@ -128,17 +128,17 @@ def test_a_mean_far_larger_than_the_spread_keeps_the_variance(advantages, B, T):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_shards_join_to_the_whole(advantages, shards):
-    """By the rule that the docstring gives."""
+def test_statistics_of_shards_merge(advantages, shards):
+    """They merge by the rule in the op's docstring."""
     inputs = batch(16, 33)
     inputs[-1][5] = False
     whole = named(advantages(*inputs)[2])
     n, mean, m2 = 0, 0, 0
     for part in zip(*(x.chunk(shards) for x in inputs), strict=True):
         s = named(advantages(*part)[2])
-        gap, total = s["mean"] - mean, n + s["count"]
-        m2 += s["m2"] + gap**2 * n * s["count"] / max(total, 1)
-        mean, n = mean + gap * s["count"] / max(total, 1), total
+        difference, total = s["mean"] - mean, n + s["count"]
+        m2 += s["m2"] + difference**2 * n * s["count"] / max(total, 1)
+        mean, n = mean + difference * s["count"] / max(total, 1), total
     torch.testing.assert_close([n, mean, m2], [whole["count"], whole["mean"], whole["m2"]], atol=1e-6, rtol=1e-5)
 
 
@@ -161,8 +161,8 @@ def test_threads_and_other_rows_change_no_bit(backend):
 
 @pytest.mark.skipif(not ops.ppo_advantages.can_run("triton", "cpu"), reason="Triton cannot be forced on the CPU here")
 @pytest.mark.parametrize("T, estimator", [(66, "k1"), (100, "k2"), (129, "k3"), (80, "abs")])
-def test_rows_walked_or_split_give_the_same_bits(monkeypatch, T, estimator):
-    """Triton's, in tiles of 16 tokens, as on a GPU of so many processors; NaN wherever there is no token."""
+def test_rows_split_over_programs_or_not_give_the_same_bits(monkeypatch, T, estimator):
+    """Triton's tiles have 16 tokens, as on a GPU with 1 or 1000 SMs; masked tokens hold NaN."""
     from rlhf_fast.kernels.triton import _scan, launch
 
     monkeypatch.setattr(_scan, "TILE", 16)
@@ -172,31 +172,29 @@ def test_rows_walked_or_split_give_the_same_bits(monkeypatch, T, estimator):
     inputs = [x.masked_fill(~mask, torch.nan) for x in inputs]
     args = (*inputs, scores, mask, 0.05, estimator, 0.99, 0.95, 1.0, torch.randn(10))
     op, results = ops.ppo_advantages.backend("triton"), {}
-    for processors in (1, 1000):
-        monkeypatch.setattr(launch, "num_sms", lambda x, n=processors: n)
-        results[processors] = op(*args)
-    walked, split = results.values()
+    for num_sms in (1, 1000):
+        monkeypatch.setattr(launch, "num_sms", lambda x, n=num_sms: n)
+        results[num_sms] = op(*args)
+    unsplit, split = results.values()
     for i in (0, 1, 3):
-        assert torch.equal(walked[i], split[i])
+        assert torch.equal(unsplit[i], split[i])
     truth = ops.ppo_advantages.reference(
         *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
     )
-    for got, exact in zip((*walked, split[2]), (*truth, truth[2]), strict=True):
+    for got, exact in zip((*unsplit, split[2]), (*truth, truth[2]), strict=True):
         torch.testing.assert_close(got.double(), exact, atol=2e-5, rtol=2e-6)
     alone = op(*(x[7:8] if torch.is_tensor(x) else x for x in args))
     for i in (0, 1, 3):
-        assert torch.equal(alone[i], walked[i][7:8])
+        assert torch.equal(alone[i], unsplit[i][7:8])
 
 
 @pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
 @pytest.mark.parametrize("T", [37, 300, 1500])
-def test_split_into_few_blocks_or_many_rows_keep_their_bits(T, monkeypatch):
-    """A block walks on over rows; only how their moments join changes."""
+def test_the_number_of_blocks_does_not_change_a_rows_bits(T, monkeypatch):
+    """A block loops over several rows. Only the order in which moments merge changes."""
     module = importlib.import_module("rlhf_fast.kernels.ppo_advantages")
-    op, args = (
-        ops.ppo_advantages.backend("simt"),
-        ops.ppo_advantages.make_inputs(27, T, "cpu", torch.float32, bootstrap=True),
-    )
+    op = ops.ppo_advantages.backend("simt")
+    args = ops.ppo_advantages.make_inputs(27, T, "cpu", torch.float32, bootstrap=True)
     many = op(*args)
     for blocks in (1, 3):
         monkeypatch.setattr(module, "MAX_BLOCKS", blocks)
@@ -208,24 +206,24 @@ def test_split_into_few_blocks_or_many_rows_keep_their_bits(T, monkeypatch):
 @pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_long_rows_split_over_blocks(estimator, monkeypatch):
-    """The score still stands at the last token, pieces away from the row's end, and moments and kl are the row's."""
+    """The score is added at the last token, chunks before the row's end; moments and kl cover the whole row."""
     T = 4500
-    slots = torch.arange(T)
-    mask = torch.stack([slots < 0, slots < 1000, slots == 2000, torch.rand(T) > 0.3, slots >= 3100, slots < 4097])
+    t = torch.arange(T)
+    mask = torch.stack([t < 0, t < 1000, t == 2000, torch.rand(T) > 0.3, t >= 3100, t < 4097])
     logprobs = -torch.rand(mask.shape) * 3
     ref, values, scores = logprobs + 0.3 * torch.randn(mask.shape), torch.randn(mask.shape), torch.randn(len(mask))
-    given = [x.masked_fill(~mask, torch.nan) for x in (logprobs, ref, values)]
+    inputs = [x.masked_fill(~mask, torch.nan) for x in (logprobs, ref, values)]
     truth = ops.ppo_advantages.reference(
-        *(x.double().nan_to_num() for x in (*given, scores)), mask, 0.05, estimator, 0.99, 0.95, 0.0, None
+        *(x.double().nan_to_num() for x in (*inputs, scores)), mask, 0.05, estimator, 0.99, 0.95, 0.0, None
     )
     op = ops.ppo_advantages.backend("simt")
-    for long in (10000, 1024):
-        monkeypatch.setattr(_gae, "LONG", long)
-        assert bool(_gae.chunking(len(mask), mask.numel(), T, scores)[0]) == (long == 1024)
-        ours = op(*given, scores, mask, 0.05, estimator, 0.99, 0.95)
+    for min_length in (10000, 1024):
+        monkeypatch.setattr(_gae, "MIN_LENGTH", min_length)
+        assert bool(_gae.chunking(len(mask), mask.numel(), T, scores)[0]) == (min_length == 1024)
+        ours = op(*inputs, scores, mask, 0.05, estimator, 0.99, 0.95)
         for x, t in zip(ours, truth, strict=True):
             torch.testing.assert_close(x.double(), t, rtol=2e-6, atol=2e-5)
-        again = op(*given, scores, mask, 0.05, estimator, 0.99, 0.95)
+        again = op(*inputs, scores, mask, 0.05, estimator, 0.99, 0.95)
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
@@ -241,7 +239,7 @@ def test_bad_arguments_name_the_rule():
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if ops.ppo_advantages.can_run(b, "cpu")])
 def test_a_nan_of_a_token_shows_in_the_statistics(backend):
-    given = torch.zeros(3, 1, 3)
-    given[2, 0, 0] = torch.nan
-    stats = ops.ppo_advantages.backend(backend)(*given, torch.zeros(1), torch.ones(1, 3, dtype=torch.bool))[2]
+    inputs = torch.zeros(3, 1, 3)
+    inputs[2, 0, 0] = torch.nan
+    stats = ops.ppo_advantages.backend(backend)(*inputs, torch.zeros(1), torch.ones(1, 3, dtype=torch.bool))[2]
     assert stats[0] == 3 and stats[1].isnan() and stats[2].isnan()

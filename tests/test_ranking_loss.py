@@ -1,4 +1,4 @@
-"""What no reference can say of ranking_loss: it is the pairwise loop, and groups are islands."""
+"""ranking_loss: it equals a loop over pairs, and groups do not affect one another."""
 
 import itertools
 
@@ -26,19 +26,21 @@ def ranking(request):
 
 
 def pairwise(scores, offsets, ranks, weights):
-    """One pair after the other, in float64: the loss, and pairs, right pairs and margin."""
+    """Return the loss in float64, the number of pairs, of correct pairs, and the margin, by a loop over pairs."""
     loss, pairs, correct, margin = scores.new_zeros((), dtype=torch.float64), 0, 0, 0.0
     for weight, a, b in zip(weights.tolist(), offsets, offsets[1:], strict=False):
         better = [(i, j) for i, j in itertools.permutations(range(a, b), 2) if ranks[i] < ranks[j]]
         for i, j in better:
-            apart = scores[i].double() - scores[j].double()
-            loss = loss + weight / len(better) * (1 + (-apart).exp()).log()
-            pairs, correct, margin = pairs + 1, correct + bool(apart > 0), margin + apart.item()
+            difference = scores[i].double() - scores[j].double()
+            loss = loss + weight / len(better) * (1 + (-difference).exp()).log()
+            pairs += 1
+            correct += bool(difference > 0)
+            margin += difference.item()
     return loss, pairs, correct, margin
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_it_is_the_pairwise_loop(ranking, ties):
+def test_it_equals_a_loop_over_pairs(ranking, ties):
     sizes = [4, 9, 2, 7, 1, 5, 3, 8, 6, 0, 9]
     offsets = [0, *itertools.accumulate(sizes)]
     ranks = [int(r) for k in sizes for r in (torch.randint(3, (k,)) if ties else torch.randperm(k))]
@@ -52,7 +54,7 @@ def test_it_is_the_pairwise_loop(ranking, ties):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_groups_without_a_pair_say_nothing_and_do_not_thin_the_mean(ranking):
+def test_groups_without_a_pair_do_not_count_in_the_mean(ranking):
     scores = torch.tensor([1.0, 0.0, 5.0, 3.0, 3.0, 2.0], requires_grad=True)
     loss, stats = ranking(scores, [0, 2, 3, 5, 6, 6], [0, 1, 0, 7, 7, 0])  # one pair, one row, a tie, one row, none
     torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(torch.tensor(1.0)))
@@ -81,20 +83,20 @@ def test_ranks_beyond_int32_keep_their_order(ranking):
         assert loss == expected and stats == same and stats["pairs"] == 9
 
 
-def test_confident_and_hopeless_pairs_stay_exact(ranking):
+def test_very_large_margins_of_either_sign_are_exact(ranking):
     for margin in (12.0, 30.0, 300.0, -300.0, 0.0):
         expected = -torch.nn.functional.logsigmoid(torch.tensor(margin).double()).item()
         scores = torch.tensor([margin, 0.0], requires_grad=True)
         loss, stats = ranking(scores, [0, 2], [0, 1])
         torch.testing.assert_close(loss.item(), expected, atol=1e-37, rtol=1e-5)
-        slope = torch.autograd.grad(loss, scores)[0]
+        grad = torch.autograd.grad(loss, scores)[0]
         torch.testing.assert_close(
-            -slope[0].item(), torch.tensor(-margin).double().sigmoid().item(), atol=1e-37, rtol=1e-5
+            -grad[0].item(), torch.tensor(-margin).double().sigmoid().item(), atol=1e-37, rtol=1e-5
         )
         assert stats["correct"] == (margin > 0)
 
 
-def test_a_nan_spoils_its_own_group_alone(ranking):
+def test_a_nan_score_affects_only_its_own_group(ranking):
     scores = torch.tensor([torch.nan, 1.0, 2.0, 1.0], requires_grad=True)
     loss, _ = ranking(scores, [0, 2, 4], [0, 1, 0, 1])
     assert loss.isnan()
@@ -121,8 +123,8 @@ def test_upstream_gradient_and_second_use(ranking):
     scores = torch.randn(12, requires_grad=True)
     loss, _ = ranking(scores, [0, 5, 12], [*range(5), *range(7)])
     once = torch.autograd.grad(loss, scores, retain_graph=True)[0]
-    turned = torch.autograd.grad(loss, scores, torch.tensor(-2.5), retain_graph=True)[0]
-    torch.testing.assert_close(turned, -2.5 * once)
+    scaled = torch.autograd.grad(loss, scores, torch.tensor(-2.5), retain_graph=True)[0]
+    torch.testing.assert_close(scaled, -2.5 * once)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, scores)[0], 3 * once)
 
 
@@ -155,13 +157,13 @@ def test_bad_arguments_name_the_rule():
 
 
 @pytest.mark.parametrize("backend", ON_CPU[1:])
-def test_margins_that_cancel_lose_nothing(backend):
-    """Their sum over the pairs of 64 responses is near 0 beside the sum of their sizes."""
+def test_margins_that_cancel_are_summed_exactly(backend):
+    """Over the pairs of 64 responses the margins nearly cancel: the sum is small beside the sum of their magnitudes."""
     worst = 0.0
     for _ in range(20):
         scores, ranks = torch.randn(64), torch.randperm(64)
         stats = ops.ranking_loss.backend(backend)(scores, torch.tensor([0, 64]), ranks)[1]
         better = ranks[:, None] < ranks
-        exact = (scores[:, None] - scores).double()[better].sum()  # of the margins as float32 has them
+        exact = (scores[:, None] - scores).double()[better].sum()  # of margins rounded to float32
         worst = max(worst, float(abs(stats[2] - exact) / (1 + abs(exact))))
     assert worst < 1e-6

@@ -1,4 +1,4 @@
-"""token_logprobs where no reference can say it: bits, signs, extremes, errors."""
+"""token_logprobs: bits that do not depend on the batch, signs, extreme logits, errors."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ compiled = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "refe
 every = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def drawn(N, V, **kw):
+def random_inputs(N, V, **kw):
     return torch.randn(N, V, **kw) * 4, torch.randint(V, (N,))
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(backend, dtype):
-    logits, targets = drawn(33, 2500)
+    logits, targets = random_inputs(33, 2500)
     logits = logits.to(dtype).requires_grad_()
     run = ops.token_logprobs.backend(backend)
     threads = torch.get_num_threads()
@@ -39,8 +39,8 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(b
 
 @every
 @pytest.mark.parametrize("offset", [-640.0, -100.0, 0.0, 60.0, 640.0])
-def test_confident_rows_are_never_more_than_certain(backend, offset):
-    logits, _ = drawn(64, 777)
+def test_log_probabilities_are_never_positive(backend, offset):
+    logits, _ = random_inputs(64, 777)
     targets = logits.argmax(-1)
     rows = torch.arange(64)
     logits[rows, targets] += torch.linspace(0, 100, 64)
@@ -55,8 +55,8 @@ def test_confident_rows_are_never_more_than_certain(backend, offset):
 
 
 @compiled
-def test_a_confident_tokens_gradient_does_not_cancel_in_bfloat16(backend):
-    """p - 1 of a token with p = 1 - 2^-12: formed from a p rounded to bfloat16 it would be 0."""
+def test_the_gradient_of_a_likely_token_does_not_cancel_in_bfloat16(backend):
+    """The gradient is p - 1 with p = 1 - 2^-12: with p rounded to bfloat16 it would be 0."""
     logits = torch.zeros(1, 3, dtype=torch.bfloat16)
     logits[0, 1] = 9.0
     logits.requires_grad_()
@@ -67,12 +67,12 @@ def test_a_confident_tokens_gradient_does_not_cancel_in_bfloat16(backend):
 
 
 @every
-def test_columns_that_are_ruled_out(backend):
-    logits, targets = drawn(5, 3000)
+def test_logits_of_minus_infinity(backend):
+    logits, targets = random_inputs(5, 3000)
     logits[:, 100:2900] = -torch.inf
     targets %= 100
     logits[4, :2000] = -torch.inf
-    targets[4] = 5  # itself ruled out
+    targets[4] = 5  # a token of logit -inf
     logits.requires_grad_()
     logprobs, entropy = ops.token_logprobs.backend(backend)(logits, targets)
     truth = logits.detach().double().log_softmax(-1)
@@ -85,8 +85,8 @@ def test_columns_that_are_ruled_out(backend):
 
 @every
 @pytest.mark.parametrize("where", [0, 1500, 2999])
-def test_nan_shows(backend, where):
-    logits, targets = drawn(2, 3000)
+def test_nan_propagates(backend, where):
+    logits, targets = random_inputs(2, 3000)
     logits[0, where] = torch.nan
     logits[1] = -torch.inf
     logprobs, entropy = ops.token_logprobs.backend(backend)(logits, targets)
@@ -95,7 +95,7 @@ def test_nan_shows(backend, where):
 
 @every
 def test_one_output_alone_has_a_gradient(backend):
-    logits, targets = drawn(3, 50)
+    logits, targets = random_inputs(3, 50)
     for i in (0, 1):
         ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
         (ops.token_logprobs.backend(backend)(ours, targets)[i] * torch.arange(3)).sum().backward()
@@ -122,8 +122,8 @@ def test_gradients_pass_gradcheck_in_float64(backend):
 
 
 @every
-def test_errors_say_what_came(backend):
-    logits, targets = drawn(3, 10)
+def test_errors_name_the_value(backend):
+    logits, targets = random_inputs(3, 10)
     run = ops.token_logprobs.backend(backend)
     with pytest.raises(ValueError, match=r"token_logprobs: targets must be in \[0, 10\) or -100 .*, got 10 at 1"):
         run(logits, torch.tensor([1, 10, 2]))
@@ -139,8 +139,8 @@ def test_errors_say_what_came(backend):
 
 @compiled
 def test_addresses_beyond_two_to_the_thirty_one(backend):
-    """Rows 2^29 floats apart: the fifth starts beyond element 2^31. The memory between them is never touched, but for
-    what is left of the last 32 bytes of a row."""
+    """Rows are 2^29 floats apart, so the fifth starts beyond element 2^31. Between rows no memory is allocated but the
+    rest of each row's last 32 bytes."""
     if not hasattr(torch.UntypedStorage, "from_file"):
         pytest.skip("needs memory mapping")
     import tempfile
@@ -158,23 +158,23 @@ def test_addresses_beyond_two_to_the_thirty_one(backend):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bits_depend_neither_on_the_number_of_rows_nor_on_who_walks_them(dtype, monkeypatch):
-    """Segments of a row, each its own program or one after another in one; rows start at any address."""
+def test_bits_do_not_depend_on_the_number_of_rows_or_programs(dtype, monkeypatch):
+    """The segments of a row are read by one program or by one each; rows start at any address."""
     from rlhf_fast.kernels.triton import _logits, _softmax
 
     monkeypatch.setattr(_softmax, "SEGMENT", 1)
-    logits, targets = drawn(7, 9001)
+    logits, targets = random_inputs(7, 9001)
     logits, targets = logits.to(dtype), targets.masked_fill(torch.arange(7) == 3, -100)
     logits[5, 100:8600] = -torch.inf
     run = ops.token_logprobs.backend("triton")
 
-    def answers(programs):
-        monkeypatch.setattr(_logits, "ROWS_PER_SM", programs)
+    def results(rows_per_sm):
+        monkeypatch.setattr(_logits, "ROWS_PER_SM", rows_per_sm)
         x = logits.clone().requires_grad_()
         outputs = run(x, targets, 0.7, 30.0)
         return *outputs, torch.autograd.grad(2 * outputs[0].sum() - outputs[1].sum(), x)[0]
 
-    split, whole = answers(100), answers(1)
+    split, whole = results(100), results(1)
     for a, b in zip(split, whole, strict=True):
         assert torch.equal(a, b) and a.abs().max() > 0
     monkeypatch.setattr(_logits, "ROWS_PER_SM", 100)
@@ -185,13 +185,13 @@ def test_bits_depend_neither_on_the_number_of_rows_nor_on_who_walks_them(dtype, 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [1, 5, 21, 1203])
-def test_rows_that_start_anywhere(V, dtype):
-    """A part of something wider: the gradient's rows start elsewhere than the logits'."""
-    wide = torch.randn(6, V + 11).to(dtype)
+def test_rows_may_start_at_any_address(V, dtype):
+    """The logits are columns of a larger tensor, so that their rows start at other offsets than the gradient's."""
+    larger = torch.randn(6, V + 11).to(dtype)
     targets = torch.randint(V, (6,))
     run = ops.token_logprobs.backend("triton")
     for first in (0, 1, 6):
-        view = wide[:, first : first + V].detach().requires_grad_()
+        view = larger[:, first : first + V].detach().requires_grad_()
         plain = view.detach().clone().requires_grad_()
         ours, truth = run(view, targets), ops.token_logprobs.backend("reference")(plain, targets)
         grads = [torch.autograd.grad(a[0].sum() + 2 * a[1].sum(), x)[0] for a, x in ((ours, view), (truth, plain))]
