@@ -20,8 +20,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.training.rewards import RewardFunction
 
 RATIO_BAND = (0.9, 1.1)
-"""`rollout/ratio_outside` counts tokens whose probability in the trainer's forward pass over that in the rollout lies
-outside."""
+"""`rollout/ratio_outside` is the share of tokens whose probability ratio (trainer over sampler) is outside."""
 
 
 @torch.no_grad()
