@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda with g++ over simt.h: the same kernels, run on the CPU, as the extension module `_simt`.
+"""Compile csrc/cuda with g++ and simt.h: the same kernels, run on the CPU, as the extension module `_simt`.
 
 python tests/simt/build.py FOLDER [--sanitize]    prints the module's path
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 WARNINGS = "-Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas".split()
-FLAGS = [*"-std=c++17 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off".split(), *WARNINGS]
+FLAGS = [*"-std=c++17 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off -DSIMT".split(), *WARNINGS]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
 
 
@@ -28,39 +28,45 @@ def includes() -> list[str]:
     return [f"-I{folder}" for folder in folders]
 
 
+def modified(path: Path) -> float:
+    """Return the time of a file's last change, or 0 if it does not exist."""
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def build(folder: Path, sanitize: bool = False) -> Path:
-    """The module, compiled anew where a source or header is younger than its object."""
+    """Return the module. Compile what is older than its source or than any header."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix, flags = (".san", FLAGS + SANITIZERS) if sanitize else ("", FLAGS)
     headers = [*HERE.glob("*.h"), *CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.cuh"), Path(__file__)]
-    newest = max(path.stat().st_mtime for path in headers)
+    newest_header = max(map(modified, headers))
     jobs = [(source, ["-x", "c++", '-DKERNEL_GROUP="simt"']) for source in sorted((CSRC / "cuda").glob("*.cu"))]
-    jobs = [job for job in jobs if job[0].stem != "driver"]  # it asks for a GPU
+    jobs = [job for job in jobs if job[0].stem != "driver"]  # it calls the CUDA runtime
     jobs.append((CSRC / "module.cpp", ["-DEXTENSION=_simt"]))
     module = folder / f"_simt{suffix}.so"
     if not module.exists():
         print("compiling csrc/cuda for the CPU (tests/simt): a minute, once", file=sys.stderr, flush=True)
 
-    def compiled(job) -> Path:
+    def compile_object(job: tuple[Path, list[str]]) -> Path:
         source, extra = job
-        made = folder / f"{source.stem}{suffix}.o"
-        if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
-            run([compiler(), *flags, *extra, *includes(), "-c", str(source), "-o", str(made)])
-        return made
+        target = folder / f"{source.stem}{suffix}.o"
+        if modified(target) < max(newest_header, modified(source)):
+            run([compiler() or "g++", *flags, *extra, *includes(), "-c", str(source), "-o", str(target)])
+        return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, jobs))
-    if not module.exists() or module.stat().st_mtime < max(path.stat().st_mtime for path in objects):
-        fresh = module.with_suffix(".new")
-        run([compiler(), "-shared", *flags, *map(str, objects), "-o", str(fresh)])
-        fresh.replace(module)
+        objects = list(pool.map(compile_object, jobs))
+    if modified(module) < max(map(modified, objects)):
+        linked = module.with_suffix(".new")
+        run([compiler() or "g++", "-shared", *flags, *map(str, objects), "-o", str(linked)])
+        linked.replace(module)
     return module
 
 
 def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    """Run a command; RuntimeError with its messages if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
 if __name__ == "__main__":
