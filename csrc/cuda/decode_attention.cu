@@ -1,175 +1,231 @@
-// Attention of new tokens over keys in pages, on NVIDIA GPUs; kernels/decode_attention.py says what it means.
+// Attention of new tokens over keys in pages, on NVIDIA GPUs; kernels/decode_attention.py defines it.
 //
-// Memory is the floor: every key and value is read once for the up to 8 query heads that share it. A block of 8 warps
-// takes one token, one key head and its query heads, and walks splits of 256 keys, cut at multiples of 256. Of each, a
-// warp takes 32 keys, four in a row of every 32: first their scores, 8 lanes a key; then their exponentials, a lane a
-// key, around the warp's own largest score; then the weighted sum of the values, 8 to 32 lanes a value. A lane reads 16
-// bytes at a time. It asks for a new word as soon as it has unpacked an old one, for the first values before the
-// exponentials, and for the next split's first keys before the warps' sums are put together: some four words a lane are
-// under way at all times, 48 KiB a multiprocessor with 24 warps. By count of instructions, 4 query heads of bfloat16
-// keep an H100's schedulers busy for half the time that its memory takes: a warp has 64 products, 16 steps to unpack
-// and some 50 for addresses, sums over lanes and queries from shared memory, for 512 bytes of keys and as many of
-// values. More than 8 query heads take a block for every 8, which read the same keys out of the second-level cache.
+// Floor: every key and value is loaded once for up to 8 query heads that share it. More than 8 take a block for every
+// 8, which load the same keys from the L2 cache.
 //
-// The splits' states (largest score, sum of exponentials, weighted sum of values) are folded in their order, by the
-// block that walks all of them, or, where tokens are too few to fill the GPU, by a second kernel from memory: 4 (dv +
-// 2) bytes a split and query head, 1.6 % of what is read where four heads share 16-bit keys of 128. All of it in
-// explicit fused steps: a token's bits depend on its own keys alone. Lengths and pages are read on the device; the grid
-// comes from shapes, and a block without keys reads nothing. What stands in unread places may be NaN.
+//     keys of a token    | split 0: 256 keys | split 1 | ... |     at multiples of 256; a block takes all or every k-th
+//     a split            warp w: keys 4 w to 4 w + 3 of every 32, so 32 keys
+//     a warp's scores    8 lanes per key: 4 keys in a step
+//     their weights      1 lane per key, relative to the warp's largest score
+//     weighted values    8 to 32 lanes per value, by its width
+//
+// Loads are in flight at all times, some 4 vectors of 16 bytes per lane, 48 KiB per SM with 24 warps: a lane loads its
+// next vector as soon as it has unpacked one, the first values before the weights, and the next split's first keys
+// before the warps' states are merged. By count of instructions, 4 query heads of bfloat16 keep an H100's schedulers
+// busy for half of the time that its memory takes: for 512 bytes of keys and as many of values a warp has 64 products,
+// 16 steps to unpack and some 50 for addresses, sums over lanes and queries from shared memory.
+//
+// The splits' states (largest score, sum of weights, weighted sum of values) are merged in order, by the block that
+// takes all of them, or, if tokens are too few to fill the GPU, by a second kernel from memory: 4 (dv + 2) bytes per
+// split and query head, 1.6 % of what is loaded if four heads share 16-bit keys of width 128.
+//
+// Deterministic: all products are explicit fused steps in a fixed order, so a token's bits depend on its own keys
+// alone. Lengths and pages are read on the device; the grid depends on shapes alone, and a block without keys loads
+// nothing. Cache entries that no token sees may be NaN.
 #include "paged_attention.cuh"
 
 namespace {
 
-constexpr int join_threads = 4 * lanes, together = 4;
+constexpr int merge_threads = 4 * warp_size, merge_unroll = 4;
 
-// Shared memory of a block; `row` numbers of a query, with zeros at its end.
+// Shared memory of a block. `query_size`: numbers of a query, padded with zeros to whole vectors of all lanes.
 template <int HEADS>
 struct Shared {
-  float tops[warps][HEADS], totals[warps][HEADS], weights[warps][lanes * HEADS];
-  int next[block_threads];  // the rows of the next split's keys
+  float maxima[num_warps][HEADS], sums[num_warps][HEADS], weights[num_warps][warp_size * HEADS];
+  int next_rows[block_threads];  // cache rows of the next split's keys
   float4 memory[1];
 
-  // All splits so far, where the block walks them: four columns a thread. Queries; sums (warps, HEADS, columns).
-  __device__ State* whole() { return reinterpret_cast<State*>(memory); }
-  __device__ float* queries(int quads) { return reinterpret_cast<float*>(whole() + HEADS * quads); }
-  __device__ float4* sums(int quads, int row) { return reinterpret_cast<float4*>(queries(quads) + HEADS * row); }
-  static size_t bytes(int quads, int row) {
-    return sizeof(Shared) + HEADS * (quads * sizeof(State) + sizeof(float) * (row + warps * 4 * size_t(quads)));
+  // (HEADS, quads): the merged states, if the block takes all splits.
+  __device__ AttentionState* states() { return reinterpret_cast<AttentionState*>(memory); }
+  __device__ float* queries(int quads) { return reinterpret_cast<float*>(states() + HEADS * quads); }
+  // (num_warps, HEADS, quads)
+  __device__ float4* accs(int quads, int query_size) {
+    return reinterpret_cast<float4*>(queries(quads) + HEADS * query_size);
+  }
+  static size_t bytes(int quads, int query_size) {
+    return sizeof(Shared) +
+           HEADS * (quads * sizeof(AttentionState) + sizeof(float) * (query_size + num_warps * 4 * size_t(quads)));
   }
 };
 
+// Numbers of a query that the lanes of a key hold.
+template <class T>
+__host__ __device__ int query_size_of(const AttentionJob& job) {
+  return job.k.vecs_per_lane * job.k.lanes_per_row() * vec_size<T>;
+}
+
+// Loads `num_heads` queries into shared memory, in the order in which `compute_scores` reads them: (vecs_per_lane,
+// HEADS, quads of a vector, lanes of a row, 4).
 template <class T, int HEADS>
-__device__ __forceinline__ void read_queries(const Attention& a, int64_t n, int64_t head, int mine, int row,
-                                             float* queries) {
-  constexpr int per = per_word<T>, quads = per / 4;
-  for (int i = threadIdx.x; i < HEADS * row; i += block_threads) {
-    const int h = i / row, column = i % row, word = column / per;
-    const int at = ((word >> a.k.bits) * HEADS + h) * quads + column % per / 4;
-    const bool there = h < mine && column < a.k.width;
-    queries[((at << a.k.bits) + (word & (a.k.team() - 1))) * 4 + column % 4] =
-        there ? query(a, n * a.q_token + (head - n * a.H + h) * a.q_head + column) : 0.f;
+__device__ __forceinline__ void load_queries(const AttentionJob& job, int64_t token, int64_t first_head, int num_heads,
+                                             int query_size, float* queries) {
+  constexpr int size = vec_size<T>, quads_per_vec = size / 4;
+  for (int i = threadIdx.x; i < HEADS * query_size; i += block_threads) {
+    const int h = i / query_size, column = i % query_size, vec = column / size;
+    const int lane = vec & (job.k.lanes_per_row() - 1);
+    const int quad = ((vec >> job.k.lanes_log2) * HEADS + h) * quads_per_vec + column % size / 4;
+    const bool exists = h < num_heads && column < job.k.width;
+    const int64_t head_of_token = first_head - token * job.H + h;
+    queries[((quad << job.k.lanes_log2) + lane) * 4 + column % 4] =
+        exists ? load_query(job, token * job.q_token_stride + head_of_token * job.q_head_stride + column) : 0.f;
   }
 }
 
-template <class T, int HEADS, bool WHOLE>
-__global__ void __launch_bounds__(block_threads, HEADS > 4 || !WHOLE ? 2 : 3) attend_kernel(const Attention a) {
+template <class T, int HEADS, bool ALIGNED>
+__global__ void __launch_bounds__(block_threads, HEADS > 4 || !ALIGNED ? 2 : 3) attend_kernel(const AttentionJob job) {
   constexpr int U = HEADS == 1 ? 8 : 4;
-  int n = blockIdx.x;
-  const int chunk = n % a.chunks, part = (n /= a.chunks) % a.parts, kv = (n /= a.parts) % a.kv_heads;
-  n /= a.kv_heads;
-  const int end = a.end(n), begin = a.begin(end), first = begin / split;
-  if (a.parts > 1 && (first + part) * split >= end) return;
-  const int G = a.H / a.kv_heads, head = n * a.H + kv * G + chunk * HEADS, mine = min(HEADS, G - chunk * HEADS);
-  const int warp = threadIdx.x / lanes, row = a.k.words * a.k.team() * per_word<T>;
+  int token = blockIdx.x;  // the grid is (N, num_kv_heads, num_parts, head_groups)
+  const int head_group = token % job.head_groups;
+  token /= job.head_groups;
+  const int part = token % job.num_parts;
+  token /= job.num_parts;
+  const int kv_head = token % job.num_kv_heads;
+  token /= job.num_kv_heads;
+
+  const int end = job.end(token), begin = job.begin(end), first_split = begin / split;
+  if (job.num_parts > 1 && (first_split + part) * split >= end) return;
+  const int heads_per_kv = job.H / job.num_kv_heads;
+  const int first_head = token * job.H + kv_head * heads_per_kv + head_group * HEADS;
+  const int num_heads = min(HEADS, heads_per_kv - head_group * HEADS);
+  const int warp = threadIdx.x / warp_size, query_size = query_size_of<T>(job);
   Shared<HEADS>& shared = *shared_memory<Shared<HEADS>>();
-  read_queries<T, HEADS>(a, n, head, begin < end ? mine : 0, row, shared.queries(a.quads));
-  for (int i = threadIdx.x; i < HEADS * a.quads; i += block_threads) shared.whole()[i] = no_keys();
+  load_queries<T, HEADS>(job, token, first_head, begin < end ? num_heads : 0, query_size, shared.queries(job.quads));
+  for (int i = threadIdx.x; i < HEADS * job.quads; i += block_threads) shared.states()[i] = no_keys();
   __syncthreads();
 
-  const int sequence = a.rows[n];
-  Keys keys(row_of(a, sequence, kv, (first + part) * split, end));
-  uint4 words[U];
-  read_first<WHOLE, T>(words, a.k, keys);
-  for (int at = first + part; at * split < end; at += a.parts) {
-    shared.next[threadIdx.x] = row_of(a, sequence, kv, (at + a.parts) * split, end);
+  const int sequence = job.sequences[token];
+  WarpKeys keys(row_of_key(job, sequence, kv_head, (first_split + part) * split, end));
+  uint4 vecs[U];
+  load_first_steps<ALIGNED, T>(vecs, job.k, keys);
+  for (int s = first_split + part; s * split < end; s += job.num_parts) {
+    shared.next_rows[threadIdx.x] = row_of_key(job, sequence, kv_head, (s + job.num_parts) * split, end);
     float* const weights = shared.weights[warp];
-    score<HEADS, WHOLE, T>(words, a.k, keys, reinterpret_cast<const float4*>(shared.queries(a.quads)), weights);
-    read_first<WHOLE, T>(words, a.v, keys);
+    compute_scores<HEADS, ALIGNED, T>(vecs, job.k, keys, reinterpret_cast<const float4*>(shared.queries(job.quads)),
+                                      weights);
+    load_first_steps<ALIGNED, T>(vecs, job.v, keys);
     __syncwarp();
-    exponentials<HEADS>(a, keys, weights, shared.tops[warp], shared.totals[warp]);
+    compute_weights<HEADS>(job, keys, weights, shared.maxima[warp], shared.sums[warp]);
     __syncwarp();
-    weigh<HEADS, WHOLE, T>(words, a.v, keys, weights, shared.sums(a.quads, row) + warp * HEADS * a.quads, a.quads);
-    keys = Keys(shared.next[threadIdx.x]);
-    read_first<WHOLE, T>(words, a.k, keys);
+    compute_accs<HEADS, ALIGNED, T>(vecs, job.v, keys, weights,
+                                    shared.accs(job.quads, query_size) + warp * HEADS * job.quads, job.quads);
+    keys = WarpKeys(shared.next_rows[threadIdx.x]);
+    load_first_steps<ALIGNED, T>(vecs, job.k, keys);
     __syncthreads();
-    for (int i = threadIdx.x; i < mine * a.quads; i += block_threads) {
-      const int h = i / a.quads, column = 4 * (i % a.quads);
-      if (column >= a.v.width) continue;
-      const State state =
-          warps_joined<HEADS>(&shared.tops[0][h], &shared.totals[0][h], shared.sums(a.quads, row) + i, a.quads);
-      if (a.parts == 1) {
-        fold(shared.whole()[i], state);
+    for (int i = threadIdx.x; i < num_heads * job.quads; i += block_threads) {
+      const int h = i / job.quads, column = 4 * (i % job.quads);
+      if (column >= job.v.width) continue;
+      const AttentionState state = merge_warps<HEADS>(&shared.maxima[0][h], &shared.sums[0][h],
+                                                      shared.accs(job.quads, query_size) + i, job.quads);
+      if (job.num_parts == 1) {
+        merge_state(shared.states()[i], state);
       } else {
-        const int64_t place = int64_t(head + h) * a.splits + at - a.begin(end) / split;
-        if (column == 0) a.states[2 * place] = state.top, a.states[2 * place + 1] = state.total;
-        *reinterpret_cast<float4*>(a.sums + place * a.width() + column) = state.sums;
+        const int64_t index = int64_t(first_head + h) * job.max_splits + s - job.begin(end) / split;
+        if (column == 0) {
+          job.split_states[2 * index] = state.max;
+          job.split_states[2 * index + 1] = state.sum;
+        }
+        *reinterpret_cast<float4*>(job.split_accs + index * job.padded_width() + column) = state.acc;
       }
     }
     __syncthreads();
   }
-  if (a.parts > 1) return;
-  for (int i = threadIdx.x; i < mine * a.quads; i += block_threads)
-    write_mean(a, head + i / a.quads, 4 * (i % a.quads), shared.whole()[i], a.begin(end) < end);
+  if (job.num_parts > 1) return;
+  for (int i = threadIdx.x; i < num_heads * job.quads; i += block_threads)
+    write_output(job, first_head + i / job.quads, 4 * (i % job.quads), shared.states()[i], job.begin(end) < end);
 }
 
-// A warp folds the splits of a query head.
-__global__ void __launch_bounds__(join_threads) join_kernel(const Attention a) {
-  const int64_t head = int64_t(blockIdx.x) * (join_threads / lanes) + threadIdx.x / lanes;
-  if (head >= a.N * a.H) return;
-  const int end = a.end(head / a.H), begin = a.begin(end);
-  const int count = begin < end ? (end + split - 1) / split - begin / split : 0, width = a.width();
-  const float *const states = a.states + head * a.splits * 2, *const sums = a.sums + head * a.splits * width;
-  for (int column = threadIdx.x % lanes * 4; column < width; column += 4 * lanes) {
-    State whole = no_keys();
-    for (int at = 0; at < count; at += together) {
-      State next[together];
+// A warp merges the splits of a query head.
+__global__ void __launch_bounds__(merge_threads) merge_kernel(const AttentionJob job) {
+  const int64_t head = int64_t(blockIdx.x) * (merge_threads / warp_size) + threadIdx.x / warp_size;
+  if (head >= job.N * job.H) return;
+  const int end = job.end(head / job.H), begin = job.begin(end), width = job.padded_width();
+  const int num_splits = begin < end ? (end + split - 1) / split - begin / split : 0;
+  const float* const split_states = job.split_states + head * job.max_splits * 2;
+  const float* const split_accs = job.split_accs + head * job.max_splits * width;
+  for (int column = threadIdx.x % warp_size * 4; column < width; column += 4 * warp_size) {
+    AttentionState state = no_keys();
+    for (int first = 0; first < num_splits; first += merge_unroll) {
+      AttentionState next[merge_unroll];
 #pragma unroll
-      for (int i = 0; i < together; ++i) {
+      for (int i = 0; i < merge_unroll; ++i) {
+        const int s = first + i;
         next[i] = no_keys();
-        if (at + i >= count) continue;
-        next[i].top = states[2 * (at + i)], next[i].total = states[2 * (at + i) + 1];
-        next[i].sums = *reinterpret_cast<const float4*>(sums + int64_t(at + i) * width + column);
+        if (s >= num_splits) continue;
+        next[i].max = split_states[2 * s];
+        next[i].sum = split_states[2 * s + 1];
+        next[i].acc = *reinterpret_cast<const float4*>(split_accs + int64_t(s) * width + column);
       }
 #pragma unroll
-      for (int i = 0; i < together; ++i)
-        if (at + i < count) fold(whole, next[i]);
+      for (int i = 0; i < merge_unroll; ++i)
+        if (first + i < num_splits) merge_state(state, next[i]);
     }
-    write_mean(a, head, column, whole, begin < end);
+    write_output(job, head, column, state, begin < end);
   }
 }
 
-Rows rows_of(uintptr_t cache, int64_t width, int per, int bits) {
-  const int words = static_cast<int>((width + per - 1) / per);
-  return {ptr<const void>(cache), static_cast<int>(width), bits, (words + (1 << bits) - 1) >> bits};
+KvView view_of(uintptr_t cache, int64_t width, int size, int lanes_log2) {
+  const int num_vecs = static_cast<int>((width + size - 1) / size), lanes = 1 << lanes_log2;
+  return {ptr<const void>(cache), static_cast<int>(width), lanes_log2, (num_vecs + lanes - 1) >> lanes_log2};
 }
 
-template <class T, int HEADS, bool WHOLE>
-const char* attend(Attention a, uintptr_t stream) {
-  a.chunks = (a.H / a.kv_heads + HEADS - 1) / HEADS;
-  const unsigned blocks = blocks_for(a.N * a.kv_heads * a.chunks * a.parts, 1);
-  if (!blocks || a.N * a.H > 0x7fffffff) return "more tokens than a grid has blocks";
-  const int row = a.k.words * a.k.team() * per_word<T>;
-  const size_t bytes = Shared<HEADS>::bytes(a.quads, row);
-  const char* error = launch(attend_kernel<T, HEADS, WHOLE>, blocks, block_threads, bytes, stream, a);
-  if (error || a.parts == 1) return error;
-  return launch(join_kernel, blocks_for(a.N * a.H, join_threads / lanes), join_threads, 0, stream, a);
+template <class T, int HEADS, bool ALIGNED>
+const char* attend(AttentionJob job, uintptr_t stream) {
+  job.head_groups = (job.H / job.num_kv_heads + HEADS - 1) / HEADS;
+  const unsigned blocks = blocks_for(job.N * job.num_kv_heads * job.head_groups * job.num_parts, 1);
+  if (!blocks || job.N * job.H > 0x7fffffff) return "more tokens than a grid has blocks";
+  const size_t bytes = Shared<HEADS>::bytes(job.quads, query_size_of<T>(job));
+  const char* error = launch(attend_kernel<T, HEADS, ALIGNED>, blocks, block_threads, bytes, stream, job);
+  if (error || job.num_parts == 1) return error;
+  return launch(merge_kernel, blocks_for(job.N * job.H, merge_threads / warp_size), merge_threads, 0, stream, job);
 }
 
-// q: numbers `q_token` and `q_head` apart; states and sums as Attention says where parts > 1: blocks that share the
-// splits of a token and key head. Heads of 256 numbers at most, caches of fewer than 2^31 rows, M P at most 2^30.
-const char* decode_attention(uintptr_t q, int q_type, int64_t q_token, int64_t q_head, uintptr_t k, uintptr_t v,
-                             int type, uintptr_t table, uintptr_t lengths, uintptr_t rows, uintptr_t out,
-                             uintptr_t states, uintptr_t sums, int64_t N, int64_t H, int64_t kv_heads, int64_t d,
-                             int64_t dv, int64_t P, int64_t M, int64_t parts, int64_t splits, float scale,
-                             int64_t window, float softcap, uintptr_t stream) {
+// Lanes for a value of `num_vecs` vectors of 16 bytes.
+int value_lanes_log2(int64_t num_vecs) {
+  if (num_vecs <= 8) return 3;
+  return num_vecs <= 16 ? 4 : 5;
+}
+
+// q: strides in numbers. split_states and split_accs: memory as AttentionJob describes it, if num_parts > 1. Limits:
+// heads of 256 numbers, fewer than 2^31 rows in a cache, max_pages * page_size at most 2^30.
+const char* decode_attention(uintptr_t q, int q_code, int64_t q_token_stride, int64_t q_head_stride, uintptr_t k_cache,
+                             uintptr_t v_cache, int cache_code, uintptr_t block_table, uintptr_t lengths,
+                             uintptr_t sequences, uintptr_t out, uintptr_t split_states, uintptr_t split_accs,
+                             int64_t N, int64_t H, int64_t num_kv_heads, int64_t d, int64_t dv, int64_t page_size,
+                             int64_t max_pages, int64_t num_parts, int64_t max_splits, float scale, int64_t window,
+                             float softcap, uintptr_t stream) {
   if (N == 0 || H == 0 || dv == 0) return nullptr;
-  return with_type(type, [&](auto number) {
+  return dispatch_dtype(cache_code, [&](auto number) {
     using T = decltype(number);
-    constexpr int per = per_word<T>;
-    const int bits = dv <= 8 * per ? 3 : dv <= 16 * per ? 4 : 5;
-    Attention a{};
-    a.q = ptr<const void>(q), a.q_type = q_type, a.q_token = q_token, a.q_head = q_head;
-    a.k = rows_of(k, d, per, score_bits), a.v = rows_of(v, dv, per, bits);
-    a.table = ptr<const int32_t>(table), a.lengths = ptr<const int32_t>(lengths), a.rows = ptr<const int32_t>(rows);
-    a.out = ptr<void>(out), a.states = ptr<float>(states), a.sums = ptr<float>(sums);
-    a.N = N, a.H = static_cast<int>(H), a.kv_heads = static_cast<int>(kv_heads), a.P = static_cast<int>(P);
-    a.M = static_cast<int>(M), a.window = static_cast<int>(min(window, int64_t(1) << 30));
-    a.parts = static_cast<int>(parts), a.splits = static_cast<int>(splits), a.quads = a.v.words * a.v.team() * per / 4;
-    a.cap = softcap > 0.f, a.factor = (a.cap ? softcap : scale) * log2_e, a.inverse = a.cap ? scale / softcap : 1.f;
-    const int64_t G = H / kv_heads;
-    if (d % per || dv % per || (k | v) % 16) return attend<T, 4, false>(a, stream);
-    if (G == 1) return attend<T, 1, true>(a, stream);
-    return G <= 4 ? attend<T, 4, true>(a, stream) : attend<T, 8, true>(a, stream);
+    constexpr int size = vec_size<T>;
+    AttentionJob job{};
+    job.q = ptr<const void>(q);
+    job.q_code = q_code;
+    job.q_token_stride = q_token_stride;
+    job.q_head_stride = q_head_stride;
+    job.k = view_of(k_cache, d, size, score_lanes_log2);
+    job.v = view_of(v_cache, dv, size, value_lanes_log2((dv + size - 1) / size));
+    job.block_table = ptr<const int32_t>(block_table);
+    job.lengths = ptr<const int32_t>(lengths);
+    job.sequences = ptr<const int32_t>(sequences);
+    job.out = ptr<void>(out);
+    job.split_states = ptr<float>(split_states);
+    job.split_accs = ptr<float>(split_accs);
+    job.N = N;
+    job.H = static_cast<int>(H);
+    job.num_kv_heads = static_cast<int>(num_kv_heads);
+    job.page_size = static_cast<int>(page_size);
+    job.max_pages = static_cast<int>(max_pages);
+    job.window = static_cast<int>(min(window, int64_t(1) << 30));
+    job.num_parts = static_cast<int>(num_parts);
+    job.max_splits = static_cast<int>(max_splits);
+    job.quads = job.v.vecs_per_lane * job.v.lanes_per_row() * size / 4;
+    job.has_softcap = softcap > 0.f;
+    job.score_factor = (job.has_softcap ? softcap : scale) * log2_e;
+    job.softcap_factor = job.has_softcap ? scale / softcap : 1.f;
+    const int64_t heads_per_kv = H / num_kv_heads;
+    if (d % size || dv % size || (k_cache | v_cache) % 16) return attend<T, 4, false>(job, stream);
+    if (heads_per_kv == 1) return attend<T, 1, true>(job, stream);
+    return heads_per_kv <= 4 ? attend<T, 4, true>(job, stream) : attend<T, 8, true>(job, stream);
   });
 }
 

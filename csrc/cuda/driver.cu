@@ -1,5 +1,5 @@
-// Whether the machine's NVIDIA driver can run this build: kernels/_op.py asks at import, before anything touches a
-// device. These two calls start no CUDA context, so that a process may still fork.
+// Checks that the machine's NVIDIA driver can run this build. kernels/_op.py calls it at import, before anything
+// touches a device: these two calls create no CUDA context, so the process may still fork.
 #include <cuda_runtime.h>
 #include <stdio.h>
 
@@ -7,14 +7,15 @@
 
 namespace {
 
+// Returns nullptr, or the reason why the driver cannot run this build.
 const char* why_not() {
   static char reason[128];
-  int driver = 0, needed = 0;
+  int driver = 0, required = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "this machine has no NVIDIA driver";
-  cudaRuntimeGetVersion(&needed);
-  if (driver / 1000 >= needed / 1000) return nullptr;  // a driver runs every build of its major version
+  cudaRuntimeGetVersion(&required);
+  if (driver / 1000 >= required / 1000) return nullptr;  // a driver runs every build of its major version
   snprintf(reason, sizeof reason, "the NVIDIA driver is too old: it serves CUDA %d.%d, the kernels were built by %d.%d",
-           driver / 1000, driver % 1000 / 10, needed / 1000, needed % 1000 / 10);
+           driver / 1000, driver % 1000 / 10, required / 1000, required % 1000 / 10);
   return reason;
 }
 

@@ -1,224 +1,218 @@
-// Where the filters of sample_tokens cut a row of logits, found without a sort. Top-k, top-p and min-p each keep a
-// prefix of the order (logit falling, index rising). A block counts or weighs what lies above a few thresholds, keeps
-// the bracket that holds the cut, and looks again within it, until a thread can have each token that is left: its rank
-// among them is the number of those before it. Of equal logits, more than that, the index decides, in like manner.
+// Finds where the filters of sample_tokens cut off a row of logits, without a sort. Top-k, top-p and min-p each keep a
+// prefix of the order (logit falling, index rising); its last token is the cutoff.
+//
+// A block counts, or sums the mass of, the tokens above 8 thresholds within a bracket, and continues in the part of the
+// bracket that has the cutoff:
+//
+//     logit    low      t7    t6      t5   t4       ...        t0      high
+//               |-------|-----|-------|----|--------...--------|--------|
+//                             [ new bracket ): count or mass above t6 reaches the target, above t5 it does not
+//
+// When at most one token per thread is left, a token's rank is the number of tokens before it. If more tokens are left
+// and all are equal, the index decides, in the same way. Logits are compared as they are, not divided by the
+// temperature, so ties are those of the input.
+//
+// Floor: 3 to 5 loads of the row, mostly from the L2 cache. Counts are exact; masses are summed in one fixed order.
 #pragma once
 #include "sample.cuh"
 
 namespace {
 
-constexpr int thresholds = 8, most_warps = 16, most_threads = most_warps * lanes;
+constexpr int num_thresholds = 8, max_warps = 16, max_threads = max_warps * warp_size;
 
-// Floats as integers of the same order, one for each value: -0 is 0.
-__device__ __forceinline__ int64_t order_key(float x) {
-  const int bits = __float_as_int(x);
-  return bits < 0 ? -static_cast<int64_t>(bits & 0x7fffffff) : bits;
-}
-__device__ __forceinline__ float from_order_key(int64_t key) {
-  return key < 0 ? __uint_as_float(0x80000000u | static_cast<unsigned>(-key))
-                 : __uint_as_float(static_cast<unsigned>(key));
-}
-
-// The last token that is kept.
-struct Cut {
-  float logit;
-  int token;
-
-  __device__ __forceinline__ bool keeps(float x, int v) const { return x > logit || (x == logit && v <= token); }
-};
-constexpr int all_equal = 0x7fffffff;  // as a token: keep every one of that logit
-
-__device__ __forceinline__ Cut stricter(const Cut& a, const Cut& b) {
-  if (a.logit != b.logit) return a.logit > b.logit ? a : b;
-  return a.token < b.token ? a : b;
-}
-
-struct CutMemory {
-  int counts[most_warps][thresholds], count[thresholds];
-  double masses[most_warps][thresholds], mass[thresholds];
-  int few;
-  float logit[most_threads], sorted_logit[most_threads];
-  int token[most_threads], sorted_token[most_threads];
-  double sorted_mass[most_threads];
+struct FilterShared {
+  int warp_counts[max_warps][num_thresholds], counts[num_thresholds];
+  double warp_masses[max_warps][num_thresholds], masses[num_thresholds];
+  int num_left;  // tokens left in the bracket
+  float logits[max_threads], sorted_logits[max_threads];
+  int tokens[max_threads], sorted_tokens[max_threads];
+  double sorted_masses[max_threads];
 };
 
-// A row of logits, and z = (x - largest) / temperature.
+// A row of logits x; z = (x - max_logit) / temperature, and a token's mass is e^z.
 template <class T>
-struct Row {
-  Words<T> words;
-  float largest;
+struct LogitsRow {
+  UnalignedRow<T> row;
+  float max_logit;
   double temperature;
-  float inverse;
+  float inverse_temperature;
 
-  // f(v, x) of each word of this thread: its logits, and the index of the first. -inf stands behind the last.
+  // Calls f(v, x) for each vector of this thread: its logits, and the index of the first. Beyond the row they are -inf.
   template <class F>
-  __device__ __forceinline__ void each(F f) const {
-    constexpr int per = per_word<T>;
-    for (int k = threadIdx.x; k < words.count(); k += blockDim.x) {
-      float x[per];
-      unpack<T>(words.read(k), x);
-      f(k * per, x);
+  __device__ __forceinline__ void for_each_vec(F f) const {
+    constexpr int size = vec_size<T>;
+    for (int k = threadIdx.x; k < row.num_vecs(); k += blockDim.x) {
+      float x[size];
+      unpack<T>(row.load(k), x);
+      f(k * size, x);
     }
   }
-  __device__ __forceinline__ double mass(float x) const {
-    return exp((static_cast<double>(x) - largest) / temperature);
+  __device__ __forceinline__ float fast_mass(float x) const { return __expf((x - max_logit) * inverse_temperature); }
+  __device__ __forceinline__ double exact_mass(float x) const {
+    return exp((static_cast<double>(x) - max_logit) / temperature);
   }
 };
 
-// The number of tokens for which over(v, x, j), and with MASS the sum of their p, in `memory`, for every j; it holds
-// for j + 1 wherever it holds for j.
-template <bool MASS, class T, class Over>
-__device__ __forceinline__ void weigh(const Row<T>& row, const Over& over, CutMemory& memory) {
-  int count[thresholds] = {};
-  double mass[thresholds] = {};
-  row.each([&](int v, const float (&x)[per_word<T>]) {
-    float part[thresholds] = {};
+// Writes shared.counts[j], the number of tokens with is_above(v, x, j), and with MASS shared.masses[j], the sum of
+// their masses, for every threshold j. A token that is above threshold j must be above threshold j + 1.
+template <bool MASS, class T, class IsAbove>
+__device__ __forceinline__ void mass_above(const LogitsRow<T>& logits, const IsAbove& is_above, FilterShared& shared) {
+  int count[num_thresholds] = {};
+  double mass[num_thresholds] = {};
+  logits.for_each_vec([&](int v, const float (&x)[vec_size<T>]) {
+    float vec_mass[num_thresholds] = {};
     bool any = false;
 #pragma unroll
-    for (int i = 0; i < per_word<T>; ++i) {
-      if (!over(v + i, x[i], thresholds - 1)) continue;
+    for (int i = 0; i < vec_size<T>; ++i) {
+      if (!is_above(v + i, x[i], num_thresholds - 1)) continue;
       any = true;
-      const float p = MASS ? __expf((x[i] - row.largest) * row.inverse) : 0.f;
+      const float p = MASS ? logits.fast_mass(x[i]) : 0.f;
 #pragma unroll
-      for (int j = 0; j < thresholds; ++j) {
-        const bool here = over(v + i, x[i], j);
-        count[j] += here, part[j] += here ? p : 0.f;
+      for (int j = 0; j < num_thresholds; ++j) {
+        const bool above = is_above(v + i, x[i], j);
+        count[j] += above;
+        vec_mass[j] += above ? p : 0.f;
       }
     }
     if (MASS && any) {
 #pragma unroll
-      for (int j = 0; j < thresholds; ++j) mass[j] += part[j];
+      for (int j = 0; j < num_thresholds; ++j) mass[j] += vec_mass[j];
     }
   });
-  const int warp = threadIdx.x / lanes, warps = blockDim.x / lanes;
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size, num_warps = blockDim.x / warp_size;
 #pragma unroll
-  for (int j = 0; j < thresholds; ++j) {
+  for (int j = 0; j < num_thresholds; ++j) {
     count[j] = warp_reduce<Add>(count[j]);
     if (MASS) mass[j] = warp_reduce<Add>(mass[j]);
-    if (threadIdx.x % lanes == 0) memory.counts[warp][j] = count[j], memory.masses[warp][j] = mass[j];
+    if (lane == 0) {
+      shared.warp_counts[warp][j] = count[j];
+      shared.warp_masses[warp][j] = mass[j];
+    }
   }
   __syncthreads();
-  if (threadIdx.x < thresholds) {
-    int all = 0;
-    double total = 0;
-    for (int i = 0; i < warps; ++i) all += memory.counts[i][threadIdx.x], total += memory.masses[i][threadIdx.x];
-    memory.count[threadIdx.x] = all, memory.mass[threadIdx.x] = total;
+  if (threadIdx.x < num_thresholds) {
+    int total_count = 0;
+    double total_mass = 0;
+    for (int i = 0; i < num_warps; ++i) {
+      total_count += shared.warp_counts[i][threadIdx.x];
+      total_mass += shared.warp_masses[i][threadIdx.x];
+    }
+    shared.counts[threadIdx.x] = total_count;
+    shared.masses[threadIdx.x] = total_mass;
   }
   __syncthreads();
 }
 
-// Among the few tokens of logits in [low, above), which `before` weighs: the one with which the weight reaches
-// `target`.
+// Returns the cutoff among the tokens with logits in [low, high), at most one per thread: the first token at which the
+// count or mass, `mass_before` of the tokens before them included, reaches `target`.
 template <bool MASS, class T>
-__device__ __forceinline__ Cut cut_among_few(const Row<T>& row, float low, float above, double before, double target,
-                                             CutMemory& memory) {
-  if (threadIdx.x == 0) memory.few = 0;
+__device__ __forceinline__ Cutoff cutoff_by_rank(const LogitsRow<T>& logits, float low, float high, double mass_before,
+                                                 double target, FilterShared& shared) {
+  if (threadIdx.x == 0) shared.num_left = 0;
   __syncthreads();
-  row.each([&](int v, const float (&x)[per_word<T>]) {
+  logits.for_each_vec([&](int v, const float (&x)[vec_size<T>]) {
 #pragma unroll
-    for (int i = 0; i < per_word<T>; ++i) {
-      if (!(x[i] >= low && x[i] < above) || v + i >= row.words.end) continue;
-      const int at = atomicAdd(&memory.few, 1);  // in any order: ranks do not know it
-      memory.logit[at] = x[i], memory.token[at] = v + i;
+    for (int i = 0; i < vec_size<T>; ++i) {
+      if (!(x[i] >= low && x[i] < high) || v + i >= logits.row.end) continue;
+      const int slot = atomicAdd(&shared.num_left, 1);  // in any order: ranks do not depend on it
+      shared.logits[slot] = x[i];
+      shared.tokens[slot] = v + i;
     }
   });
   __syncthreads();
-  const int few = memory.few, me = threadIdx.x;
-  if (me < few) {
-    const Cut mine{memory.logit[me], memory.token[me]};
+  const int num_left = shared.num_left, mine = threadIdx.x;
+  if (mine < num_left) {
+    const float logit = shared.logits[mine];
+    const int token = shared.tokens[mine];
     int rank = 0;
-    for (int i = 0; i < few; ++i)
-      rank += memory.logit[i] > mine.logit || (memory.logit[i] == mine.logit && memory.token[i] < mine.token);
-    memory.sorted_logit[rank] = mine.logit, memory.sorted_token[rank] = mine.token;
-    memory.sorted_mass[rank] = MASS ? row.mass(mine.logit) : 1.;
+    for (int i = 0; i < num_left; ++i)
+      rank += shared.logits[i] > logit || (shared.logits[i] == logit && shared.tokens[i] < token);
+    shared.sorted_logits[rank] = logit;
+    shared.sorted_tokens[rank] = token;
+    shared.sorted_masses[rank] = MASS ? logits.exact_mass(logit) : 1.;
   }
   __syncthreads();
-  for (int i = 0; i < me && i < few; ++i) before += memory.sorted_mass[i];
-  const int kept = max(1, __syncthreads_count(me < few && before < target));
-  return {memory.sorted_logit[kept - 1], memory.sorted_token[kept - 1]};
+  for (int i = 0; i < mine && i < num_left; ++i) mass_before += shared.sorted_masses[i];
+  const int num_kept = max(1, __syncthreads_count(mine < num_left && mass_before < target));
+  return {shared.sorted_logits[num_kept - 1], shared.sorted_tokens[num_kept - 1]};
 }
 
-// The same among the tokens of one logit, by rising index.
+// The same among the tokens whose logit is `logit`, by rising index: a search in 9 parts for the index up to which
+// enough of them are counted.
 template <bool MASS, class T>
-__device__ __forceinline__ Cut cut_among_equals(const Row<T>& row, float logit, double before, double target,
-                                                CutMemory& memory) {
-  const double each = MASS ? row.mass(logit) : 1., wanted = max(1., ceil((target - before) / each));
-  int low = 0, high = row.words.end - 1;  // the token is from low to high
+__device__ __forceinline__ Cutoff cutoff_among_ties(const LogitsRow<T>& logits, float logit, double mass_before,
+                                                    double target, FilterShared& shared) {
+  const double mass = MASS ? logits.exact_mass(logit) : 1.;
+  const double num_needed = max(1., ceil((target - mass_before) / mass));
+  int low = 0, high = logits.row.end - 1;  // the cutoff's token is in [low, high]
   while (low < high) {
-    const int64_t first = low, room = high - low;
-    weigh<false>(
-        row, [&](int v, float x, int j) { return x == logit && v <= first + room * (j + 1) / (thresholds + 1); },
-        memory);
+    const int64_t first = low, length = high - low;
+    const auto index_at = [&](int j) { return first + length * (j + 1) / (num_thresholds + 1); };
+    mass_above<false>(logits, [&](int v, float x, int j) { return x == logit && v <= index_at(j); }, shared);
     int j = 0;
-    while (j < thresholds && memory.count[j] < wanted) ++j;
-    if (j < thresholds) high = static_cast<int>(first + room * (j + 1) / (thresholds + 1));
-    if (j) low = static_cast<int>(first + room * j / (thresholds + 1)) + 1;
+    while (j < num_thresholds && shared.counts[j] < num_needed) ++j;
+    if (j < num_thresholds) high = static_cast<int>(index_at(j));
+    if (j) low = static_cast<int>(index_at(j - 1)) + 1;
     __syncthreads();
   }
   return {logit, low};
 }
 
-// Thresholds for the next look at a bracket: first some nats below the maximum, then even steps of the logits, in the
-// end even steps in the order of floats, which always get there.
+// Threshold j of a round, in a bracket [low, high) of order keys. First at fixed distances, in nats, below the largest
+// logit; then in even steps of the logits; from round 5 on in even steps of the order keys, which always narrow the
+// bracket.
 template <class T>
-__device__ __forceinline__ float threshold(const Row<T>& row, int visit, int64_t low, int64_t high, int j) {
+__device__ __forceinline__ float threshold_at(const LogitsRow<T>& logits, int round, int64_t low, int64_t high, int j) {
   const float bottom = from_order_key(low), top = from_order_key(high);
-  if (visit == 0) {
-    constexpr float depths[thresholds] = {1.f, 2.f, 3.5f, 5.f, 7.f, 9.f, 12.f, 16.f};
-    return max(row.largest - static_cast<float>(row.temperature) * depths[j], -3.4e38f);
+  if (round == 0) {
+    constexpr float depths[num_thresholds] = {1.f, 2.f, 3.5f, 5.f, 7.f, 9.f, 12.f, 16.f};
+    return max(logits.max_logit - static_cast<float>(logits.temperature) * depths[j], -3.4e38f);
   }
-  if (visit < 5 && bottom > -1.7e38f) return max(top - (top - bottom) * (j + 1) / (thresholds + 1), bottom);
-  return from_order_key(low + (high - low) * (thresholds - j) / (thresholds + 1));
+  if (round < 5 && bottom > -1.7e38f) return max(top - (top - bottom) * (j + 1) / (num_thresholds + 1), bottom);
+  return from_order_key(low + (high - low) * (num_thresholds - j) / (num_thresholds + 1));
 }
 
-// The cut with which the weight reaches `target`: the number of tokens, or the sum of their p.
+// Returns the cutoff at which the number of tokens, or with MASS the sum of their masses, reaches `target`.
 template <bool MASS, class T>
-__device__ __forceinline__ Cut find_cut(const Row<T>& row, double target, CutMemory& memory) {
-  const int64_t beyond = order_key(row.largest) + 1;
-  // The bracket [low, high): its number of tokens, and the weight above it.
-  int64_t low = order_key(-INFINITY), high = beyond;
-  int inside = row.words.end;
-  double before = 0;
-  for (int visit = 0;; ++visit) {
-    const float bottom = from_order_key(low), above = high == beyond ? INFINITY : from_order_key(high);
-    if (inside <= 0) return {above, all_equal};  // the target was the weight above, but for rounding
-    if (inside <= static_cast<int>(blockDim.x)) return cut_among_few<MASS>(row, bottom, above, before, target, memory);
-    if (high - low <= 1) return cut_among_equals<MASS>(row, bottom, before, target, memory);
-    float at[thresholds];
+__device__ __forceinline__ Cutoff find_cutoff(const LogitsRow<T>& logits, double target, FilterShared& shared) {
+  const int64_t end_key = order_key(logits.max_logit) + 1;
+  int64_t low = order_key(-INFINITY), high = end_key;  // the bracket [low, high)
+  int num_left = logits.row.end;                       // tokens in it
+  double mass_before = 0;                              // count or mass above it
+  for (int round = 0;; ++round) {
+    const float bottom = from_order_key(low), top = high == end_key ? INFINITY : from_order_key(high);
+    if (num_left <= 0) return {top, all_equal};  // up to rounding, the mass above the bracket is the target
+    if (num_left <= static_cast<int>(blockDim.x))
+      return cutoff_by_rank<MASS>(logits, bottom, top, mass_before, target, shared);
+    if (high - low <= 1) return cutoff_among_ties<MASS>(logits, bottom, mass_before, target, shared);
+    float thresholds[num_thresholds];
 #pragma unroll
-    for (int j = 0; j < thresholds; ++j) at[j] = threshold(row, visit, low, high, j);
-    weigh<MASS>(row, [&](int v, float x, int j) { return x >= at[j] && x < above && v < row.words.end; }, memory);
-    int less = 0;  // tokens above the lower bound of the new bracket
-    double weight = 0;
+    for (int j = 0; j < num_thresholds; ++j) thresholds[j] = threshold_at(logits, round, low, high, j);
+    mass_above<MASS>(
+        logits, [&](int v, float x, int j) { return x >= thresholds[j] && x < top && v < logits.row.end; }, shared);
+    const int64_t old_high = high;
+    int num_above = 0;  // tokens of the old bracket above the new one, and their count or mass
+    double mass = 0;
     bool found = false;
-    const int64_t was_high = high;
 #pragma unroll
-    for (int j = 0; j < thresholds; ++j) {
-      const double here = MASS ? memory.mass[j] : memory.count[j];
+    for (int j = 0; j < num_thresholds; ++j) {
+      const double new_mass = MASS ? shared.masses[j] : shared.counts[j];
       if (found) continue;
-      if (before + here < target) {
-        high = order_key(at[j]), less = memory.count[j], weight = here;
+      if (mass_before + new_mass < target) {
+        high = order_key(thresholds[j]);
+        num_above = shared.counts[j];
+        mass = new_mass;
       } else {
-        low = order_key(at[j]), inside = memory.count[j], found = true;
+        low = order_key(thresholds[j]);
+        num_left = shared.counts[j];
+        found = true;
       }
     }
-    inside -= less, before += weight;
-    if (high > was_high) high = was_high;
+    num_left -= num_above;
+    mass_before += mass;
+    if (high > old_high) high = old_high;
     __syncthreads();
   }
-}
-
-// The least float that is at least min_p times as probable as the largest logit.
-template <class T>
-__device__ __forceinline__ float least_of_min_p(const Row<T>& row, float min_p) {
-  const double bound = log(static_cast<double>(min_p));
-  int64_t below = order_key(-INFINITY), low = order_key(row.largest);
-  while (low - below > 1) {
-    const int64_t middle = (low + below) >> 1;
-    const bool kept = (static_cast<double>(from_order_key(middle)) - row.largest) / row.temperature >= bound;
-    (kept ? low : below) = middle;
-  }
-  return from_order_key(low);
 }
 
 }  // namespace

@@ -1,19 +1,19 @@
-// Generalized advantage estimation on NVIDIA GPUs; kernels/gae.py says what it means, gae_scan.cuh how it is done.
+// Generalized advantage estimation on NVIDIA GPUs; kernels/gae.py defines it, gae_scan.cuh holds the scan.
 //
-// Per token 9 bytes in (rewards, values, mask) and 8 out, in one launch; of a few long rows the 9 are read twice, in
-// two.
+// Floor: 9 bytes in (reward, value, mask) and 8 out per token, in one launch; a few long rows load the 9 bytes twice,
+// in two launches.
 #include "gae_scan.cuh"
 
 namespace {
 
 const char* gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t bootstrap, uintptr_t advantages,
-                uintptr_t returns, uintptr_t folds, int64_t piece, int64_t B, int64_t T, float gamma, float lam,
-                uintptr_t stream) {
+                uintptr_t returns, uintptr_t chunk_maps, int64_t chunk_length, int64_t B, int64_t T, float gamma,
+                float lam, uintptr_t stream) {
   if (T == 0) return nullptr;
-  const Rows r = rows_of(mask, 0, advantages, returns, folds, piece, B, T, gamma, lam);
-  if (r.cut < 0) return no_piece;
-  const Stored source{{ptr<const float>(values), ptr<const float>(rewards)}, ptr<const float>(bootstrap)};
-  return launch_rows(r, source, plan(r, T), stream);
+  const GaeJob job = make_job(mask, 0, advantages, returns, chunk_maps, chunk_length, B, T, gamma, lam);
+  if (job.chunk_log2 < 0) return invalid_chunk;
+  const GivenRewards source{{ptr<const float>(values), ptr<const float>(rewards)}, ptr<const float>(bootstrap)};
+  return launch_rows(job, source, plan_launch(job, T), stream);
 }
 
 KERNEL(gae)

@@ -1,18 +1,20 @@
-// Generalized advantage estimation over segments on NVIDIA GPUs; kernels/gae_packed.py says what it means, gae_scan.cuh
-// how it is done, gae.cu counts the cost. The host does not know the lengths: teams are sized for the mean, and blocks
-// find the pieces of a cut segment by themselves.
+// Generalized advantage estimation over segments on NVIDIA GPUs; kernels/gae_packed.py defines it, gae_scan.cuh holds
+// the scan.
+//
+// Floor: as in gae.cu. The host does not know the lengths of the segments: the number of warps is chosen for the mean
+// length, and blocks find the chunks of a segment on the device.
 #include "gae_scan.cuh"
 
 namespace {
 
 const char* gae_packed(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets, uintptr_t bootstrap,
-                       uintptr_t advantages, uintptr_t returns, uintptr_t folds, int64_t piece, int64_t S, int64_t N,
-                       float gamma, float lam, uintptr_t stream) {
+                       uintptr_t advantages, uintptr_t returns, uintptr_t chunk_maps, int64_t chunk_length, int64_t S,
+                       int64_t N, float gamma, float lam, uintptr_t stream) {
   if (S == 0 || N == 0) return nullptr;
-  const Rows r = rows_of(mask, offsets, advantages, returns, folds, piece, S, N, gamma, lam);
-  if (r.cut < 0) return no_piece;
-  const Stored source{{ptr<const float>(values), ptr<const float>(rewards)}, ptr<const float>(bootstrap)};
-  return launch_rows(r, source, plan(r, N / S), stream);
+  const GaeJob job = make_job(mask, offsets, advantages, returns, chunk_maps, chunk_length, S, N, gamma, lam);
+  if (job.chunk_log2 < 0) return invalid_chunk;
+  const GivenRewards source{{ptr<const float>(values), ptr<const float>(rewards)}, ptr<const float>(bootstrap)};
+  return launch_rows(job, source, plan_launch(job, N / S), stream);
 }
 
 KERNEL(gae_packed)

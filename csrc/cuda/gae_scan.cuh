@@ -1,442 +1,361 @@
-// The scan of gae, gae_packed and ppo_advantages on NVIDIA GPUs; kernels/gae.py says what it means.
+// The scan of gae, gae_packed and ppo_advantages on NVIDIA GPUs; kernels/gae.py defines it.
 //
-// Let x be what a token adds to r - V of its left neighbour: gamma V + gamma lam A. Then
+// Let the carry x be what a token adds to r - V of its left neighbour: gamma V + gamma lam A. Then
 //     A = (r - V) + x        x' = gamma lam x + (gamma lam r + (gamma - gamma lam) V)
-// within the mask, and x' = x outside it: a gap needs nothing of its own. Both are maps x -> a x + b, which compose: a
-// lane folds its 4 tokens, a warp scans its 32 lanes by shuffles, and a team of warps hands x from the right to the
-// left. Tiles of 128 tokens start at multiples of 128 from a row's start, and x meets them in their order: padding, the
-// other rows, alignment and the size of the team do not change a row's bits. In a full tile all a are powers of one
-// number, and only b is shuffled.
+// for a valid token, and x' = x for a masked one. Both are affine maps x -> a x + b, which compose, so they can be
+// scanned:
 //
-// Memory is the floor. A lane's 4 tokens are one load of 16 bytes an input; where a row does not start at 16 bytes, the
-// warp loads them 32 in line and turns them in shared memory. The mask is read one step ahead: of 4 tokens outside it
-// nothing else is read. The next step's inputs are under way while this one is scanned.
+//     a row        |   tile 0   |   tile 1   |  ...  | last tile |   128 tokens each, from the row's start
+//     a tile       |lane 0: 4 tokens|lane 1: 4 tokens|  ...  |       each lane composes its 4 maps, then the warp
+//                                                                    composes its 32 lanes by shuffles
+//     W warps      take W tiles at a time, the last ones first, and pass the carry on in shared memory
+//     a chunk      a block's part of a long row, if rows are few: `chunk_map_kernel` composes the map of each chunk,
+//                  then each block of `scan_kernel` starts from the maps of the chunks to its right
 //
-// A few long rows are cut into pieces, a block each, in two launches: `fold_kernel` makes each piece a map, and each
-// block of `rows_kernel` applies the maps to its right. What is read twice then mostly lies in the L2 cache.
+// Floor: one load of every input and one store of every output; a lane's 4 tokens are one load of 16 bytes. If a row
+// does not start at a multiple of 16 bytes, lanes load single tokens, neighbours from neighbouring lanes, and transpose
+// them in shared memory. The mask is loaded one step ahead: if 4 tokens are masked, nothing else is loaded. The inputs
+// of the next step are loaded before this step is scanned. Chunks load their tokens twice, the second time mostly from
+// the L2 cache.
+//
+// Deterministic: the order in which maps are composed depends on a token's place in its row alone, not on padding,
+// other rows, alignment or W. In a tile without masked tokens all a are powers of one number, so only b is shuffled.
 #pragma once
-#include "reduce.cuh"
+#include "gae_job.cuh"
 
 namespace {
 
-constexpr int each = 4, tile = lanes * each;  // tokens of a lane, of a warp
-constexpr int most_warps = 8;                 // of a block; each has a tile or more of a piece
-
-struct Affine {  // x -> a x + b
-  float a, b;
-};
-__device__ __forceinline__ float apply(const Affine& f, float x) { return fmaf(f.a, x, f.b); }
-// `left` after `right`.
-__device__ __forceinline__ Affine compose(const Affine& left, const Affine& right) {
-  return {left.a * right.a, fmaf(left.a, right.b, left.b)};
-}
-
-// B rows of T tokens, or segments that lie end to end: then `offsets` are given, and T is their sum.
-struct Rows {
-  const uint8_t* mask;
-  const int64_t* offsets;
-  float *advantages, *returns;
-  int64_t B, T;
-  float gamma, decay, rest;  // decay is gamma lam, and rest what gamma has more
-  int cut;                   // a piece has 2^cut tokens; 0 where rows are not cut
-  Affine* folds;             // of the pieces
+// The inputs of a lane's 4 tokens, the values first.
+template <int num_inputs>
+struct LaneInputs {
+  float x[num_inputs][tokens_per_lane];
 };
 
-// A row, or a piece of one.
-struct Span {
-  int64_t row, begin, length;
-  int64_t index, later;  // of this piece among all, and how many of its row follow it
-  bool first;
-};
-
-__host__ __device__ __forceinline__ int64_t pieces_of(const Rows& r, int64_t length) {
-  return (length + (int64_t(1) << r.cut) - 1) >> r.cut;
+// Returns bit i for byte i of four mask bytes, which are 0 or 1.
+__device__ __forceinline__ unsigned bits_of_bytes(uint32_t bytes) {
+  // The product adds up shifted copies of the bytes: byte i lands at bit 24 + i, everything else below bit 24 or
+  // beyond bit 31.
+  return bytes * ((1u << 24) | (1u << 17) | (1u << 10) | (1u << 3)) >> 24;
 }
 
-// Piece `place` of a row.
-__device__ __forceinline__ Span piece_of(const Rows& r, int64_t row, int64_t begin, int64_t length, int64_t index,
-                                         int64_t place) {
-  const int64_t from = place << r.cut, left = length - from, most = int64_t(1) << r.cut;
-  return {row, begin + from, left < most ? left : most, index, pieces_of(r, length) - 1 - place, place == 0};
-}
-
-// The span `index`: a row, or where rows are cut a piece; row -1 where there is none. A warp looks together.
-__device__ __forceinline__ Span span_of(const Rows& r, int64_t index) {
-  if (!r.cut) {
-    const int64_t begin = r.offsets ? r.offsets[index] : index * r.T;
-    return {index, begin, r.offsets ? r.offsets[index + 1] - begin : r.T, index, 0, true};
-  }
-  if (!r.offsets) {
-    const int64_t pieces = pieces_of(r, r.T), row = index / pieces;
-    return piece_of(r, row, row * r.T, r.T, index, index % pieces);
-  }
-  const int lane = threadIdx.x % lanes;
-  int64_t before = 0;
-  for (int64_t first = 0; first < r.B; first += lanes) {
-    const int64_t s = first + lane, mine = s < r.B ? pieces_of(r, r.offsets[s + 1] - r.offsets[s]) : 0;
-    int64_t until = before + mine;
-    for (int d = 1; d < lanes; d *= 2) {
-      const int64_t left = __shfl_up_sync(all_lanes, until, d);
-      if (lane >= d) until += left - before;
-    }
-    const unsigned beyond = __ballot_sync(all_lanes, index < until);
-    if (beyond) {
-      const int owner = __ffs(beyond) - 1;
-      const int64_t row = first + owner, begin = r.offsets[row];
-      const int64_t place = index - __shfl_sync(all_lanes, until - mine, owner);
-      return piece_of(r, row, begin, r.offsets[row + 1] - begin, index, place);
-    }
-    before = __shfl_sync(all_lanes, until, lanes - 1);
-  }
-  return {-1, 0, 0, 0, 0, false};
-}
-
-// Four tokens of a lane: `inputs` of a source, the values first.
-template <int inputs>
-struct Quad {
-  float x[inputs][each];
-};
-
-// One warp's view of a span. Where 16 bytes cannot be loaded at once a lane loads tokens lane, lane + 32, ..., and the
-// warp turns them, through 128 floats of shared memory, into 4 in line for each.
+// How one warp loads and stores a span. If all arrays are aligned, a lane loads its 4 tokens at once. Otherwise it
+// loads tokens lane, lane + 32, ..., and `transpose` exchanges them for 4 consecutive tokens, in 128 floats of shared
+// memory.
 template <class Source>
-struct View {
+struct SpanAccess {
   const Source& source;
-  const Rows& rows;
+  const GaeJob& job;
   int64_t begin, length;
-  float* memory;
+  float* buffer;
   int lane;
   bool aligned;
 
-  __device__ View(const Source& source, const Rows& rows, const Span& span, float* memory)
-      : source(source), rows(rows), begin(span.begin), length(span.length), memory(memory), lane(threadIdx.x % lanes) {
-    uintptr_t low = reinterpret_cast<uintptr_t>(rows.mask + begin) * 4;
-    low |= reinterpret_cast<uintptr_t>(rows.advantages + begin) | reinterpret_cast<uintptr_t>(rows.returns + begin);
-    for (int k = 0; k < Source::inputs; ++k) low |= reinterpret_cast<uintptr_t>(source.input[k] + begin);
-    aligned = low % 16 == 0;
+  __device__ SpanAccess(const Source& source, const GaeJob& job, const Span& span, float* buffer)
+      : source(source),
+        job(job),
+        begin(span.begin),
+        length(span.length),
+        buffer(buffer),
+        lane(threadIdx.x % warp_size) {
+    uintptr_t addresses = reinterpret_cast<uintptr_t>(job.mask + begin) * 4;
+    addresses |= reinterpret_cast<uintptr_t>(job.advantages + begin) | reinterpret_cast<uintptr_t>(job.returns + begin);
+    for (int k = 0; k < Source::num_inputs; ++k) addresses |= reinterpret_cast<uintptr_t>(source.input[k] + begin);
+    aligned = addresses % 16 == 0;
   }
 
-  __device__ __forceinline__ int64_t at(int64_t start, int i) const {
-    return start + (aligned ? each * lane + i : lanes * i + lane);
+  // Token i of those that the lane loads of the tile at `start`.
+  __device__ __forceinline__ int64_t token(int64_t start, int i) const {
+    return start + (aligned ? tokens_per_lane * lane + i : warp_size * i + lane);
   }
-  __device__ __forceinline__ bool whole(int64_t start) const { return aligned && at(start, each) <= length; }
+  // True if the lane's 4 tokens exist and are one vector.
+  __device__ __forceinline__ bool is_vector(int64_t start) const {
+    return aligned && token(start, tokens_per_lane) <= length;
+  }
 
-  // A bit for each of the four tokens that the lane loads of the tile at `start`: whether it exists.
-  __device__ __forceinline__ unsigned look(int64_t start) const {
+  // Returns a bit for each of the 4 tokens that the lane loads of the tile at `start`: 1 if it is valid.
+  __device__ __forceinline__ unsigned load_mask(int64_t start) const {
     if (start < 0) return 0;
-    const uint8_t* mask = rows.mask + begin;
-    if (whole(start)) return *reinterpret_cast<const uint32_t*>(mask + at(start, 0)) * 0x01020408u >> 24;
+    const uint8_t* mask = job.mask + begin;
+    if (is_vector(start)) return bits_of_bytes(*reinterpret_cast<const uint32_t*>(mask + token(start, 0)));
     unsigned bits = 0;
 #pragma unroll
-    for (int i = 0; i < each; ++i)
-      if (at(start, i) < length && mask[at(start, i)]) bits |= 1u << i;
+    for (int i = 0; i < tokens_per_lane; ++i)
+      if (token(start, i) < length && mask[token(start, i)]) bits |= 1u << i;
     return bits;
   }
 
-  __device__ __forceinline__ Quad<Source::inputs> load(int64_t start, unsigned bits) const {
-    Quad<Source::inputs> q = {};
-    if (!bits) return q;
-    if (whole(start)) {
+  __device__ __forceinline__ LaneInputs<Source::num_inputs> load(int64_t start, unsigned mask) const {
+    LaneInputs<Source::num_inputs> inputs = {};
+    if (!mask) return inputs;
+    if (is_vector(start)) {
 #pragma unroll
-      for (int k = 0; k < Source::inputs; ++k) {
-        const float4 v = *reinterpret_cast<const float4*>(source.input[k] + begin + at(start, 0));
-        q.x[k][0] = v.x, q.x[k][1] = v.y, q.x[k][2] = v.z, q.x[k][3] = v.w;
+      for (int k = 0; k < Source::num_inputs; ++k) {
+        const float4 v = *reinterpret_cast<const float4*>(source.input[k] + begin + token(start, 0));
+        inputs.x[k][0] = v.x;
+        inputs.x[k][1] = v.y;
+        inputs.x[k][2] = v.z;
+        inputs.x[k][3] = v.w;
       }
     } else {
 #pragma unroll
-      for (int k = 0; k < Source::inputs; ++k) {
+      for (int k = 0; k < Source::num_inputs; ++k) {
 #pragma unroll
-        for (int i = 0; i < each; ++i)
-          if (bits >> i & 1) q.x[k][i] = source.input[k][begin + at(start, i)];
+        for (int i = 0; i < tokens_per_lane; ++i)
+          if (mask >> i & 1) inputs.x[k][i] = source.input[k][begin + token(start, i)];
       }
     }
-    return q;
+    return inputs;
   }
 
-  // From what was loaded to four tokens in line.
-  __device__ __forceinline__ unsigned arrange(unsigned bits, Quad<Source::inputs>& q) const {
-    if (aligned) return bits;
+  // Turns what the lane loaded into 4 consecutive tokens, and returns their mask.
+  __device__ __forceinline__ unsigned transpose(unsigned mask, LaneInputs<Source::num_inputs>& inputs) const {
+    if (aligned) return mask;
 #pragma unroll
-    for (int k = 0; k < Source::inputs; ++k) {
+    for (int k = 0; k < Source::num_inputs; ++k) {
 #pragma unroll
-      for (int i = 0; i < each; ++i) memory[lanes * i + lane] = q.x[k][i];
+      for (int i = 0; i < tokens_per_lane; ++i) buffer[warp_size * i + lane] = inputs.x[k][i];
       __syncwarp();
-      const float4 v = reinterpret_cast<const float4*>(memory)[lane];
+      const float4 v = reinterpret_cast<const float4*>(buffer)[lane];
       __syncwarp();
-      q.x[k][0] = v.x, q.x[k][1] = v.y, q.x[k][2] = v.z, q.x[k][3] = v.w;
+      inputs.x[k][0] = v.x;
+      inputs.x[k][1] = v.y;
+      inputs.x[k][2] = v.z;
+      inputs.x[k][3] = v.w;
     }
-    unsigned mine = 0;
+    // Load i covers tokens 32 i to 32 i + 31; the 4 tokens of this lane are in load `lane / 8`.
+    constexpr int lanes_per_load = warp_size / tokens_per_lane;
+    unsigned lane_mask = 0;
 #pragma unroll
-    for (int i = 0; i < each; ++i) {
-      const unsigned inside = __ballot_sync(all_lanes, bits >> i & 1);
-      if (lane / (lanes / each) == i) mine = inside >> each * lane % lanes & 15;
+    for (int i = 0; i < tokens_per_lane; ++i) {
+      const unsigned load_bits = __ballot_sync(full_mask, mask >> i & 1);
+      if (lane / lanes_per_load == i) lane_mask = load_bits >> tokens_per_lane * lane % warp_size & 15;
     }
-    return mine;
+    return lane_mask;
   }
 
-  __device__ __forceinline__ void store(float* out, int64_t start, const float (&x)[each]) const {
+  // Stores 4 consecutive tokens.
+  __device__ __forceinline__ void store(float* out, int64_t start, const float (&x)[tokens_per_lane]) const {
     out += begin;
-    if (whole(start)) {
-      __stcg(reinterpret_cast<float4*>(out + at(start, 0)), make_float4(x[0], x[1], x[2], x[3]));
-      return;  // by its name: nvcc makes four stores of an assignment here
+    if (is_vector(start)) {
+      // __stcg in place of an assignment, of which nvcc would make four stores.
+      __stcg(reinterpret_cast<float4*>(out + token(start, 0)), make_float4(x[0], x[1], x[2], x[3]));
+      return;
     }
     if (!aligned) {
-      reinterpret_cast<float4*>(memory)[lane] = make_float4(x[0], x[1], x[2], x[3]);
+      reinterpret_cast<float4*>(buffer)[lane] = make_float4(x[0], x[1], x[2], x[3]);
       __syncwarp();
     }
 #pragma unroll
-    for (int i = 0; i < each; ++i)
-      if (at(start, i) < length) out[at(start, i)] = aligned ? x[i] : memory[lanes * i + lane];
+    for (int i = 0; i < tokens_per_lane; ++i)
+      if (token(start, i) < length) out[token(start, i)] = aligned ? x[i] : buffer[warp_size * i + lane];
     if (!aligned) __syncwarp();
   }
 };
 
-// A lane's tokens as maps: A = excess + x, x' = step x + feed. A token that does not exist has step 1 and feed 0.
-struct Tokens {
-  float value[each], excess[each], feed[each];
-  unsigned here;
+// A lane's tokens as maps of the carry x: A = reward_minus_value + x, x' = a x + b. a is the decay for a valid token;
+// for a masked one a is 1 and b is 0.
+struct LaneTokens {
+  float value[tokens_per_lane], reward_minus_value[tokens_per_lane], b[tokens_per_lane];
+  unsigned mask;
+
+  __device__ __forceinline__ Affine map(int i, float decay) const { return {mask >> i & 1 ? decay : 1.f, b[i]}; }
 };
 
-__device__ __forceinline__ float step_of(const Tokens& t, int i, float decay) { return t.here >> i & 1 ? decay : 1.f; }
-
-// What may be NaN outside the mask becomes 0 first, and what 0 earns is 0.
+// Masked inputs, which may be NaN, become 0 first; the reward of zeros is 0.
 template <class Source>
-__device__ __forceinline__ Tokens shape(const Source& source, const Rows& r, const Quad<Source::inputs>& q,
-                                        unsigned here, float& noted) {
-  Tokens t;
-  t.here = here;
+__device__ __forceinline__ LaneTokens make_tokens(const Source& source, const GaeJob& job,
+                                                  const LaneInputs<Source::num_inputs>& inputs, unsigned mask,
+                                                  float& kl_sum) {
+  LaneTokens tokens;
+  tokens.mask = mask;
 #pragma unroll
-  for (int i = 0; i < each; ++i) {
-    float x[Source::inputs];
+  for (int i = 0; i < tokens_per_lane; ++i) {
+    float x[Source::num_inputs];
 #pragma unroll
-    for (int k = 0; k < Source::inputs; ++k) x[k] = here >> i & 1 ? q.x[k][i] : 0.f;
-    const float reward = source.reward(x, noted);
-    t.value[i] = x[0], t.excess[i] = reward - x[0], t.feed[i] = fmaf(r.decay, reward, r.rest * x[0]);
+    for (int k = 0; k < Source::num_inputs; ++k) x[k] = mask >> i & 1 ? inputs.x[k][i] : 0.f;
+    const float reward = source.reward(x, kl_sum);
+    tokens.value[i] = x[0];
+    tokens.reward_minus_value[i] = reward - x[0];
+    tokens.b[i] = fmaf(job.decay, reward, job.gamma_minus_decay * x[0]);
   }
-  return t;
+  return tokens;
 }
 
-// decay^(tokens from the lane's first to the end of a full tile).
-__device__ __forceinline__ float reach_of(float decay) {
-  const int left = lanes - threadIdx.x % lanes;
-  float power = decay * decay * decay * decay, reach = 1.f;
+// decay^n, n the number of tokens from the lane's first to the end of a tile without masked tokens.
+__device__ __forceinline__ float decay_to_tile_end(float decay) {
+  const int lanes_left = warp_size - threadIdx.x % warp_size;
+  float power = decay * decay * decay * decay, product = 1.f;
 #pragma unroll
   for (int bit = 0; bit < 6; ++bit, power *= power)
-    if (left >> bit & 1) reach *= power;
-  return reach;
+    if (lanes_left >> bit & 1) product *= power;
+  return product;
 }
 
-// What the tokens from a lane's first to the tile's last do to x.
-__device__ __forceinline__ Affine scan_tile(const Tokens& t, float decay, float reach) {
-  const int lane = threadIdx.x % lanes;
+// Returns the map of the tokens from the lane's first to the tile's last. `decay_to_end` is decay_to_tile_end(decay).
+__device__ __forceinline__ Affine scan_tile(const LaneTokens& tokens, float decay, float decay_to_end) {
+  const int lane = threadIdx.x % warp_size;
   Affine f{1.f, 0.f};
 #pragma unroll
-  for (int i = each - 1; i >= 0; --i) f = compose({step_of(t, i, decay), t.feed[i]}, f);
-  if (__all_sync(all_lanes, t.here == 15)) {
+  for (int i = tokens_per_lane - 1; i >= 0; --i) f = compose(tokens.map(i, decay), f);
+  if (__all_sync(full_mask, tokens.mask == 15)) {
     float power = f.a;
 #pragma unroll
-    for (int d = 1; d < lanes; d *= 2, power *= power) {
-      const float right = __shfl_down_sync(all_lanes, f.b, d);
-      if (lane + d < lanes) f.b = fmaf(power, right, f.b);
+    for (int d = 1; d < warp_size; d *= 2, power *= power) {
+      const float right_b = __shfl_down_sync(full_mask, f.b, d);
+      if (lane + d < warp_size) f.b = fmaf(power, right_b, f.b);
     }
-    f.a = reach;
-  } else if (__any_sync(all_lanes, t.here)) {
-#pragma unroll
-    for (int d = 1; d < lanes; d *= 2) {
-      const Affine right{__shfl_down_sync(all_lanes, f.a, d), __shfl_down_sync(all_lanes, f.b, d)};
-      if (lane + d < lanes) f = compose(f, right);
-    }
+    f.a = decay_to_end;
+    return f;
   }
-  return f;
+  return __any_sync(full_mask, tokens.mask) ? compose_later_lanes(f) : f;
 }
 
-// Of a piece: x at its left end, from x at its right end and what all pieces of the row between the two do to it.
-__device__ __forceinline__ float enter(const Rows& r, const Span& span, float x) {
-  const int lane = threadIdx.x % lanes;
-  const int64_t share = (span.later + lanes - 1) / lanes;
+// Returns the carry into a chunk from its right: x, the carry into the row, after the maps of all later chunks.
+__device__ __forceinline__ float carry_into(const GaeJob& job, const Span& span, float x) {
+  const int lane = threadIdx.x % warp_size;
+  const int64_t chunks_per_lane = (span.num_later + warp_size - 1) / warp_size;
   Affine f{1.f, 0.f};
-  for (int64_t i = share - 1; i >= 0; --i) {
-    const int64_t place = lane * share + i;
-    if (place < span.later) f = compose(r.folds[span.index + 1 + place], f);
+  for (int64_t i = chunks_per_lane - 1; i >= 0; --i) {
+    const int64_t chunk = lane * chunks_per_lane + i;
+    if (chunk < span.num_later) f = compose(job.chunk_maps[span.index + 1 + chunk], f);
   }
-#pragma unroll
-  for (int d = 1; d < lanes; d *= 2) {
-    const Affine right{__shfl_down_sync(all_lanes, f.a, d), __shfl_down_sync(all_lanes, f.b, d)};
-    if (lane + d < lanes) f = compose(f, right);
-  }
-  return apply({__shfl_sync(all_lanes, f.a, 0), __shfl_sync(all_lanes, f.b, 0)}, x);
+  f = compose_later_lanes(f);
+  return apply({__shfl_sync(full_mask, f.a, 0), __shfl_sync(full_mask, f.b, 0)}, x);
 }
 
-// A team of W warps walks spans, tiles right to left; a block has one team, or four of one warp each. The source says
-// what tokens earn, and is told what came of them.
+// Threads of a block of `scan_kernel`, and blocks that an SM should hold: they bound the registers. A block has one
+// team of W warps, or four teams of one warp.
+constexpr int scan_threads(int W) { return W == 1 ? 4 * warp_size : W * warp_size; }
+constexpr int scan_blocks_per_sm(int W, int blocks_of_8_warps) { return W == max_warps ? blocks_of_8_warps : 7; }
+
+// Scans spans, tiles right to left. `Source` computes each token's reward and receives its advantage and return.
 template <int W, class Source>
-__global__ void __launch_bounds__(W == most_warps ? W * lanes : 4 * lanes, W == most_warps ? Source::blocks : 7)
-    rows_kernel(const Rows r, Source source, const int64_t spans) {
-  constexpr int teams = W == 1 ? 4 : 1;
-  __shared__ float4 turned[teams * W][lanes];
-  __shared__ Affine handed[2][W];
-  __shared__ typename Source::Room room;
-  const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes, place = warp % W;
-  const float reach = reach_of(r.decay);
-  source.begin(room);
-  int turn = 0;
-  for (int64_t index = int64_t(blockIdx.x) * teams + warp / W; index < spans; index += int64_t(gridDim.x) * teams) {
-    const Span span = span_of(r, index);
+__global__ void __launch_bounds__(scan_threads(W), scan_blocks_per_sm(W, Source::blocks_per_sm))
+    scan_kernel(const GaeJob job, Source source, const int64_t num_spans) {
+  constexpr int num_teams = W == 1 ? 4 : 1;
+  __shared__ float4 transpose_buffer[num_teams * W][warp_size];
+  __shared__ Affine warp_maps[2][W];  // two, so that a step may write while the one before is still read
+  __shared__ typename Source::Shared shared;
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size, team_warp = warp % W;
+  const float decay_to_end = decay_to_tile_end(job.decay);
+  source.on_block_start(shared);
+  int parity = 0;
+  for (int64_t index = int64_t(blockIdx.x) * num_teams + warp / W; index < num_spans;
+       index += int64_t(gridDim.x) * num_teams) {
+    const Span span = find_span(job, index);
     if (span.row < 0) break;
-    const View<Source> view(source, r, span, reinterpret_cast<float*>(turned[warp]));
-    float x = source.last(span.row, r), noted = 0.f;  // what the step's last token will be handed from its right
-    if (r.cut) x = enter(r, span, x);
-    int64_t start = (span.length - 1) / (W * tile) * (W * tile) + place * tile;
-    unsigned bits = view.look(start), bits_ahead = view.look(start - W * tile);
-    Quad<Source::inputs> quad = view.load(start, bits);
+    const SpanAccess<Source> access(source, job, span, reinterpret_cast<float*>(transpose_buffer[warp]));
+    float carry = source.carry_into_row(span.row, job), row_kl = 0.f;
+    if (job.chunk_log2) carry = carry_into(job, span, carry);
+    int64_t start = (span.length - 1) / (W * tile) * (W * tile) + team_warp * tile;
+    unsigned mask = access.load_mask(start), next_mask = access.load_mask(start - W * tile);
+    LaneInputs<Source::num_inputs> inputs = access.load(start, mask);
     for (; start >= 0; start -= W * tile) {
-      Quad<Source::inputs> ahead = view.load(start - W * tile, bits_ahead);
-      const unsigned bits_far = view.look(start - 2 * W * tile);
-      const unsigned here = view.arrange(bits, quad);
-      const Tokens t = shape(source, r, quad, here, noted);
-      const Affine f = scan_tile(t, r.decay, reach);
-      float mine = x;
+      LaneInputs<Source::num_inputs> next_inputs = access.load(start - W * tile, next_mask);
+      const unsigned mask_after_next = access.load_mask(start - 2 * W * tile);
+      const unsigned lane_mask = access.transpose(mask, inputs);
+      const LaneTokens tokens = make_tokens(source, job, inputs, lane_mask, row_kl);
+      const Affine f = scan_tile(tokens, job.decay, decay_to_end);
+      float tile_carry = carry;  // into this warp's tile
       if constexpr (W > 1) {
-        if (lane == 0) handed[turn][place] = f;
+        if (lane == 0) warp_maps[parity][team_warp] = f;
         __syncthreads();
 #pragma unroll
         for (int w = W - 1; w >= 0; --w) {
-          if (w == place) mine = x;
-          x = apply(handed[turn][w], x);
+          if (w == team_warp) tile_carry = carry;
+          carry = apply(warp_maps[parity][w], carry);
         }
-        turn ^= 1;
+        parity ^= 1;
       }
-      const float out = apply(f, mine), right = __shfl_down_sync(all_lanes, out, 1);
-      if constexpr (W == 1) x = __shfl_sync(all_lanes, out, 0);
-      float inside = lane == lanes - 1 ? mine : right, advantage[each], ret[each];
+      const float carry_out = apply(f, tile_carry), right = __shfl_down_sync(full_mask, carry_out, 1);
+      if constexpr (W == 1) carry = __shfl_sync(full_mask, carry_out, 0);
+      float x = lane == warp_size - 1 ? tile_carry : right;
+      float advantage[tokens_per_lane], ret[tokens_per_lane];
 #pragma unroll
-      for (int i = each - 1; i >= 0; --i) {
-        const bool exists = here >> i & 1;
-        advantage[i] = exists ? t.excess[i] + inside : 0.f;
-        ret[i] = exists ? advantage[i] + t.value[i] : 0.f;
-        inside = apply({step_of(t, i, r.decay), t.feed[i]}, inside);
+      for (int i = tokens_per_lane - 1; i >= 0; --i) {
+        const bool valid = lane_mask >> i & 1;
+        advantage[i] = valid ? tokens.reward_minus_value[i] + x : 0.f;
+        ret[i] = valid ? advantage[i] + tokens.value[i] : 0.f;
+        x = apply(tokens.map(i, job.decay), x);
       }
-      view.store(r.advantages, start, advantage);
-      view.store(r.returns, start, ret);
-      source.made(room, here, advantage, ret);
-      quad = ahead, bits = bits_ahead, bits_ahead = bits_far;
+      access.store(job.advantages, start, advantage);
+      access.store(job.returns, start, ret);
+      source.on_tile(shared, lane_mask, advantage, ret);
+      inputs = next_inputs;
+      mask = next_mask;
+      next_mask = mask_after_next;
     }
-    source.template row_done<W>(room, r, span, noted);
+    source.template on_span_end<W>(shared, job, span, row_kl);
   }
-  source.template done<teams * W>(room);
+  source.template on_block_end<num_teams * W>(shared);
 }
 
-// Each piece but a row's first as a map. A warp takes its eighth of a piece, tiles right to left.
+// Writes the map of each chunk but a row's first. A warp takes an eighth of a chunk, tiles right to left.
 template <class Source>
-__global__ void __launch_bounds__(most_warps* lanes) fold_kernel(const Rows r, const Source source) {
-  __shared__ float4 turned[most_warps][lanes];
-  __shared__ Affine handed[most_warps];
-  const int warp = threadIdx.x / lanes;
-  const Span span = span_of(r, blockIdx.x);
-  if (span.row < 0 || span.first) return;
-  const View<Source> view(source, r, span, reinterpret_cast<float*>(turned[warp]));
-  const float reach = reach_of(r.decay);
-  const int64_t share = (int64_t(1) << r.cut) / most_warps;
-  float noted = 0.f;
-  Affine all{1.f, 0.f};
-  int64_t start = warp * share + share - tile;
-  unsigned bits = view.look(start);
-  for (; start >= warp * share; start -= tile) {
-    Quad<Source::inputs> quad = view.load(start, bits);
-    const unsigned ahead = start > warp * share ? view.look(start - tile) : 0;
-    const unsigned here = view.arrange(bits, quad);
-    const Affine f = scan_tile(shape(source, r, quad, here, noted), r.decay, reach);
-    all = compose(f, all);
-    bits = ahead;
+__global__ void __launch_bounds__(max_warps* warp_size) chunk_map_kernel(const GaeJob job, const Source source) {
+  __shared__ float4 transpose_buffer[max_warps][warp_size];
+  __shared__ Affine warp_maps[max_warps];
+  const int warp = threadIdx.x / warp_size;
+  const Span span = find_span(job, blockIdx.x);
+  if (span.row < 0 || span.is_first) return;
+  const SpanAccess<Source> access(source, job, span, reinterpret_cast<float*>(transpose_buffer[warp]));
+  const float decay_to_end = decay_to_tile_end(job.decay);
+  const int64_t warp_tokens = (int64_t(1) << job.chunk_log2) / max_warps;
+  float unused_kl = 0.f;
+  Affine warp_map{1.f, 0.f};
+  int64_t start = warp * warp_tokens + warp_tokens - tile;
+  unsigned mask = access.load_mask(start);
+  for (; start >= warp * warp_tokens; start -= tile) {
+    LaneInputs<Source::num_inputs> inputs = access.load(start, mask);
+    const unsigned next_mask = start > warp * warp_tokens ? access.load_mask(start - tile) : 0;
+    const unsigned lane_mask = access.transpose(mask, inputs);
+    const LaneTokens tokens = make_tokens(source, job, inputs, lane_mask, unused_kl);
+    warp_map = compose(scan_tile(tokens, job.decay, decay_to_end), warp_map);
+    mask = next_mask;
   }
-  if (threadIdx.x % lanes == 0) handed[warp] = all;
+  if (threadIdx.x % warp_size == 0) warp_maps[warp] = warp_map;
   __syncthreads();
   if (threadIdx.x) return;
-  for (int w = most_warps - 2; w >= 0; --w) handed[most_warps - 1] = compose(handed[w], handed[most_warps - 1]);
-  r.folds[span.index] = handed[most_warps - 1];
-}
-
-// Enough to fill any GPU several times over; blocks walk on over more rows.
-constexpr int64_t most_blocks = 2048;
-
-struct Plan {
-  int warps;  // of a team
-  int64_t spans;
-  unsigned blocks;
-};
-
-// A row's team has a warp for each tile, up to 8: T is the length of a typical row.
-inline Plan plan(const Rows& r, int64_t T, int64_t most = most_blocks) {
-  if (r.cut) {  // cut segments have up to this many pieces: some blocks may be left without
-    const int64_t pieces = r.offsets ? pieces_of(r, r.T) + r.B : r.B * pieces_of(r, r.T);
-    return {most_warps, pieces, blocks_for(pieces, 1)};
-  }
-  const int warps = T <= 2 * tile ? 1 : T <= 4 * tile ? 4 : most_warps;
-  const int64_t blocks = warps == 1 ? (r.B + 3) / 4 : r.B;
-  return {warps, r.B, unsigned(blocks < most ? blocks : most)};
+  Affine chunk_map = warp_maps[max_warps - 1];
+  for (int w = max_warps - 2; w >= 0; --w) chunk_map = compose(warp_maps[w], chunk_map);
+  job.chunk_maps[span.index] = chunk_map;
 }
 
 template <int W, class Source>
-const char* launch_team(const Rows& r, const Source& source, const Plan& p, uintptr_t stream) {
-  return launch(rows_kernel<W, Source>, p.blocks, W == 1 ? 4 * lanes : W * lanes, 0, stream, r, source, p.spans);
+const char* launch_scan(const GaeJob& job, const Source& source, const LaunchPlan& plan, uintptr_t stream) {
+  return launch(scan_kernel<W, Source>, plan.blocks, scan_threads(W), 0, stream, job, source, plan.num_spans);
 }
 
 template <class Source>
-const char* launch_rows(const Rows& r, const Source& source, const Plan& p, uintptr_t stream) {
-  if (!p.blocks) return r.B ? "more pieces than a grid has blocks" : nullptr;
-  if (r.cut) {
-    const char* error = launch(fold_kernel<Source>, p.blocks, most_warps * lanes, 0, stream, r, source);
+const char* launch_rows(const GaeJob& job, const Source& source, const LaunchPlan& plan, uintptr_t stream) {
+  if (!plan.blocks) return job.B ? "more chunks than a grid has blocks" : nullptr;
+  if (job.chunk_log2) {
+    const char* error = launch(chunk_map_kernel<Source>, plan.blocks, max_warps * warp_size, 0, stream, job, source);
     if (error) return error;
   }
-  if (p.warps == 1) return launch_team<1>(r, source, p, stream);
-  if (p.warps == 4) return launch_team<4>(r, source, p, stream);
-  return launch_team<most_warps>(r, source, p, stream);
+  if (plan.warps_per_span == 1) return launch_scan<1>(job, source, plan, stream);
+  if (plan.warps_per_span == 4) return launch_scan<4>(job, source, plan, stream);
+  return launch_scan<max_warps>(job, source, plan, stream);
 }
 
-// The exponent of a piece of `tokens`, 0 for none; -1 where it is not a power of two that warps can share.
-inline int cut_of(int64_t tokens) {
-  if (!tokens) return 0;
-  for (int cut = 10; cut < 62; ++cut)
-    if (tokens == int64_t(1) << cut) return cut;
-  return -1;
-}
-
-// What a launcher is told of the rows; `offsets` 0 where all have T tokens.
-inline Rows rows_of(uintptr_t mask, uintptr_t offsets, uintptr_t advantages, uintptr_t returns, uintptr_t folds,
-                    int64_t piece, int64_t B, int64_t T, float gamma, float lam) {
-  const float decay = gamma * lam;
-  return {ptr<const uint8_t>(mask),
-          ptr<const int64_t>(offsets),
-          ptr<float>(advantages),
-          ptr<float>(returns),
-          B,
-          T,
-          gamma,
-          decay,
-          gamma - decay,
-          cut_of(piece),
-          ptr<Affine>(folds)};
-}
-
-constexpr const char* no_piece = "a piece must have a power of two of tokens, 1024 at least";
-
-// Rewards as they lie in memory.
-struct Stored {
-  static constexpr int inputs = 2, blocks = 4;  // blocks of 8 warps that a processor should hold: 64 registers
-  struct Room {};
-  const float* input[inputs];  // values, rewards
+// The source of gae and gae_packed: rewards are given.
+struct GivenRewards {
+  static constexpr int num_inputs = 2, blocks_per_sm = 4;  // 4 blocks of 8 warps leave 64 registers a thread
+  struct Shared {};
+  const float* input[num_inputs];  // values, rewards
   const float* bootstrap;
 
-  __device__ __forceinline__ float last(int64_t row, const Rows& r) const {
-    return bootstrap ? r.gamma * bootstrap[row] : 0.f;
+  __device__ __forceinline__ float carry_into_row(int64_t row, const GaeJob& job) const {
+    return bootstrap ? job.gamma * bootstrap[row] : 0.f;
   }
-  __device__ __forceinline__ float reward(const float (&x)[inputs], float&) const { return x[1]; }
-  __device__ __forceinline__ void begin(Room&) const {}
-  __device__ __forceinline__ void made(Room&, unsigned, const float (&)[each], const float (&)[each]) const {}
+  __device__ __forceinline__ float reward(const float (&x)[num_inputs], float&) const { return x[1]; }
+  __device__ __forceinline__ void on_block_start(Shared&) const {}
+  __device__ __forceinline__ void on_tile(Shared&, unsigned, const float (&)[tokens_per_lane],
+                                          const float (&)[tokens_per_lane]) const {}
   template <int W>
-  __device__ __forceinline__ void row_done(Room&, const Rows&, const Span&, float) const {}
-  template <int warps>
-  __device__ __forceinline__ void done(Room&) const {}
+  __device__ __forceinline__ void on_span_end(Shared&, const GaeJob&, const Span&, float) const {}
+  template <int num_warps>
+  __device__ __forceinline__ void on_block_end(Shared&) const {}
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// How a CUDA kernel is launched, and the memory that its block shares: for nvcc, and for g++ in the tests, where
-// tests/simt stands in for the runtime and runs the same source on the CPU.
+// Launches a CUDA kernel and finds its shared memory. nvcc compiles this for a GPU; in the tests g++ does, with
+// tests/simt in place of the CUDA runtime, and the same kernels run on the CPU.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,21 +19,22 @@ __host__ inline size_t shared_memory_limit() {
 #endif
 }
 
-// nullptr, or what is wrong with the launch: it becomes a Python exception. Nothing waits for the kernel to end.
+// Returns nullptr, or an error message that becomes a Python exception. It does not wait for the kernel to end.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t stream,
                    Arguments... arguments) {
 #if defined(__CUDACC__)
-  // Beyond 48 KiB, static memory included (16 KiB at most: tests/test_cuda_resources.py), a kernel must be allowed to.
-  // What is allowed is the kernel's, not the launch's: always all there is, so that threads do not undo one another's.
+  // A kernel must opt in to more than 48 KiB of shared memory, its static part included, which is at most 16 KiB
+  // (tests/test_cuda_resources.py). The limit belongs to the kernel, not to the launch: we always set the device's
+  // maximum, so that a thread of the host never lowers the limit that another one has just set.
   if (shared_bytes > (32u << 10)) {
-    cudaFuncAttributes own;
-    cudaError_t error = cudaFuncGetAttributes(&own, kernel);
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_memory_limit() - own.sharedSizeBytes));
+                                   static_cast<int>(shared_memory_limit() - attributes.sharedSizeBytes));
     if (error != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would tell of it
+      cudaGetLastError();  // clears the error: the next launch would report it again
       return cudaGetErrorString(error);
     }
   }
@@ -46,7 +47,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 #endif
 }
 
-// The block's dynamic shared memory, whose size the launch gives.
+// The block's dynamic shared memory; the launch sets its size.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
 #if defined(__CUDACC__)
@@ -57,9 +58,9 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Blocks for `work` items, `each` a block; 0 where they are more than a grid has.
-__host__ inline unsigned blocks_for(int64_t work, int64_t each) {
-  const int64_t blocks = (work + each - 1) / each;
+// Blocks for `num_items`, `items_per_block` each; 0 if they exceed what a grid can have.
+__host__ inline unsigned blocks_for(int64_t num_items, int64_t items_per_block) {
+  const int64_t blocks = (num_items + items_per_block - 1) / items_per_block;
   return blocks <= 0x7fffffff ? static_cast<unsigned>(blocks) : 0;
 }
 

@@ -1,20 +1,26 @@
-// RMSNorm and LayerNorm of rows, with the residual stream that they read; rms_norm.cu and layer_norm.cu use them.
+// RMSNorm and LayerNorm of rows, with the residual added first; rms_norm.cu and layer_norm.cu use it.
 //
-// A row is held in registers, 4 words of 16 bytes a thread, so that memory is visited once: x, the residual and out,
-// and the weight, of the second-level cache. A warp takes a row of 2 KiB, a block of 256 threads one of 16, a block of
-// 512 wider ones; above 32 KiB a row is walked, for each of its statistics and to be written, and found in the caches
-// again. Which numbers a thread adds up, and in which order, depends on D and the dtype alone.
+// Floor: one load of x, residual and weight, one store of the residual and the output. A row stays in registers, 4
+// vectors of 16 bytes per thread:
+//
+//     bytes of a row   threads                vectors of thread t of T
+//     up to 2 KiB      a warp                 t, t + T, t + 2 T, t + 3 T
+//     up to 16 KiB     a block of 256         the same
+//     more             a block of 512         the same, from 0, 4 T, 8 T, ... on; above 32 KiB each pass loads the row
+//                                             again, from the caches
+//
+// Deterministic: which numbers a thread adds, and in which order, depends on D and the dtype alone.
 #pragma once
 #include "reduce.cuh"
 #include "vec.cuh"
 
 namespace {
 
-constexpr int held = 4;  // words a thread
+constexpr int vecs_per_thread = 4;
 
-struct Norm {
+struct NormJob {
   const void* x;
-  void* residual;
+  void* residual;  // or null
   const void *weight, *bias;
   int weight_code;
   void* out;
@@ -23,137 +29,150 @@ struct Norm {
   float eps, offset;
 };
 
+// Threads for a row of D numbers.
 template <class T>
 __host__ __device__ int threads_for(int D) {
-  const int words = (D + per_word<T> - 1) / per_word<T>;
-  return words <= held * lanes ? lanes : words <= held * 256 ? 256 : 512;
+  const int num_vecs = (D + vec_size<T> - 1) / vec_size<T>;
+  if (num_vecs <= vecs_per_thread * warp_size) return warp_size;
+  if (num_vecs <= vecs_per_thread * 256) return 256;
+  return 512;
 }
 
-// One row, as a team of threads sees it.
-template <class T, bool WHOLE>
+// One row, as one of its threads sees it. ALIGNED: all vectors of all arrays are full and aligned.
+template <class T, bool ALIGNED>
 struct NormRow {
-  static constexpr int per = per_word<T>;
-  const Norm& n;
+  static constexpr int size = vec_size<T>;
+  const NormJob& job;
   const T* x;
   T *residual, *out;
-  int thread, threads;
+  int thread, num_threads;
 
-  __device__ int column(int first, int j) const { return (first + j * threads + thread) * per; }
+  // The first column of this thread's vector k, counted from vector `first` of the row.
+  __device__ int column(int first, int k) const { return (first + k * num_threads + thread) * size; }
 
-  // The words from `first` on, all on their way before one is looked at; 0 beyond the row's end.
-  __device__ __forceinline__ void read_words(const T* from, int first, uint4 (&words)[held]) const {
+  // Loads this thread's vectors from `first` on, all before the first is used; 0 beyond the row's end.
+  __device__ __forceinline__ void load_vecs(const T* row, int first, uint4 (&vecs)[vecs_per_thread]) const {
 #pragma unroll
-    for (int j = 0; j < held; ++j) {
-      const int at = column(first, j);
-      if constexpr (WHOLE) {
-        words[j] = at < n.D ? *reinterpret_cast<const uint4*>(from + at) : make_uint4(0, 0, 0, 0);
+    for (int k = 0; k < vecs_per_thread; ++k) {
+      const int start = column(first, k);
+      if constexpr (ALIGNED) {
+        vecs[k] = start < job.D ? *reinterpret_cast<const uint4*>(row + start) : make_uint4(0, 0, 0, 0);
       } else {
-        float v[per];
-        read_numbers(from + at, false, n.D - at, v);
-        words[j] = packed<T>(v);
+        float v[size];
+        load_floats(row + start, false, job.D - start, v);
+        vecs[k] = pack<T>(v);
       }
     }
   }
-  // With a residual, their sums with it, which become the residual, rounded as it is.
-  __device__ __forceinline__ void read(int first, uint4 (&words)[held]) const {
-    read_words(x, first, words);
+  // Loads x. With a residual it returns their sum, rounded to the residual's dtype, and stores it as the new residual.
+  __device__ __forceinline__ void load_input(int first, uint4 (&vecs)[vecs_per_thread]) const {
+    load_vecs(x, first, vecs);
     if (!residual) return;
-    uint4 more[held];
-    read_words(residual, first, more);
+    uint4 residual_vecs[vecs_per_thread];
+    load_vecs(residual, first, residual_vecs);
 #pragma unroll
-    for (int j = 0; j < held; ++j) {
-      float v[per], w[per];
-      unpack<T>(words[j], v), unpack<T>(more[j], w);
+    for (int k = 0; k < vecs_per_thread; ++k) {
+      float v[size], r[size];
+      unpack<T>(vecs[k], v);
+      unpack<T>(residual_vecs[k], r);
 #pragma unroll
-      for (int i = 0; i < per; ++i) v[i] += w[i];
-      const int at = column(first, j);
-      write_numbers(residual + at, WHOLE && at < n.D, n.D - at, v);
-      words[j] = packed<T>(v);
+      for (int i = 0; i < size; ++i) v[i] += r[i];
+      const int start = column(first, k);
+      store_floats(residual + start, ALIGNED && start < job.D, job.D - start, v);
+      vecs[k] = pack<T>(v);
     }
   }
-  // The sum of f over the words' numbers.
+  // The sum of f over the numbers of this thread's vectors.
   template <class F>
-  __device__ __forceinline__ float sum(int first, const uint4 (&words)[held], F f) const {
+  __device__ __forceinline__ float sum(int first, const uint4 (&vecs)[vecs_per_thread], F f) const {
     float total = 0.f;
 #pragma unroll
-    for (int j = 0; j < held; ++j) {
-      const int here = n.D - column(first, j);
-      float v[per], part = 0.f;
-      unpack<T>(words[j], v);
+    for (int k = 0; k < vecs_per_thread; ++k) {
+      const int num_valid = job.D - column(first, k);
+      float v[size], vec_sum = 0.f;
+      unpack<T>(vecs[k], v);
 #pragma unroll
-      for (int i = 0; i < per; ++i) part += (WHOLE ? here > 0 : i < here) ? f(v[i]) : 0.f;
-      total += part;
+      for (int i = 0; i < size; ++i) {
+        const bool valid = ALIGNED ? num_valid > 0 : i < num_valid;
+        vec_sum += valid ? f(v[i]) : 0.f;
+      }
+      total += vec_sum;
     }
     return total;
   }
-  __device__ __forceinline__ void write(int first, const uint4 (&words)[held], float mean, float inverse) const {
+  __device__ __forceinline__ void store_output(int first, const uint4 (&vecs)[vecs_per_thread], float mean,
+                                               float inverse_std) const {
 #pragma unroll
-    for (int j = 0; j < held; ++j) {
-      const int at = column(first, j);
-      if (at >= n.D) continue;
-      float v[per], scale[per], shift[per] = {};
-      unpack<T>(words[j], v);
-      read_numbers(n.weight, n.weight_code, at, WHOLE, n.D - at, scale);
-      if (n.bias) read_numbers(n.bias, n.weight_code, at, WHOLE, n.D - at, shift);
+    for (int k = 0; k < vecs_per_thread; ++k) {
+      const int start = column(first, k);
+      if (start >= job.D) continue;
+      float v[size], weight[size], bias[size] = {};
+      unpack<T>(vecs[k], v);
+      load_floats(job.weight, job.weight_code, start, ALIGNED, job.D - start, weight);
+      if (job.bias) load_floats(job.bias, job.weight_code, start, ALIGNED, job.D - start, bias);
 #pragma unroll
-      for (int i = 0; i < per; ++i) v[i] = (v[i] - mean) * inverse * (scale[i] + n.offset) + shift[i];
-      write_numbers(out + at, WHOLE, n.D - at, v);
+      for (int i = 0; i < size; ++i) v[i] = (v[i] - mean) * inverse_std * (weight[i] + job.offset) + bias[i];
+      store_floats(out + start, ALIGNED, job.D - start, v);
     }
   }
 };
 
-template <class T, bool CENTERED, bool WHOLE>
-__global__ void __launch_bounds__(512) norm_kernel(const Norm n) {
-  __shared__ float memory[lanes];
-  const int threads = threads_for<T>(n.D), words = (n.D + per_word<T> - 1) / per_word<T>;
-  const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / threads, at = index * n.D;
-  if (index >= n.N) return;
-  T* const residual = static_cast<T*>(n.residual);
-  const NormRow<T, WHOLE> row{n,
-                              static_cast<const T*>(n.x) + at,
-                              residual ? residual + at : nullptr,
-                              static_cast<T*>(n.out) + at,
-                              static_cast<int>(threadIdx.x) % threads,
-                              threads};
-  const auto joined = [&](float x) {
-    return threads == lanes ? warp_reduce<Add>(x) : block_reduce<Add>(x, 0.f, memory);
+// CENTERED: LayerNorm, which subtracts the mean; else RMSNorm.
+template <class T, bool CENTERED, bool ALIGNED>
+__global__ void __launch_bounds__(512) norm_kernel(const NormJob job) {
+  __shared__ float shared[warp_size];
+  const int threads = threads_for<T>(job.D), num_vecs = (job.D + vec_size<T> - 1) / vec_size<T>;
+  const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / threads, start = index * job.D;
+  if (index >= job.N) return;
+  T* const residual = static_cast<T*>(job.residual);
+  const NormRow<T, ALIGNED> row{job,
+                                static_cast<const T*>(job.x) + start,
+                                residual ? residual + start : nullptr,
+                                static_cast<T*>(job.out) + start,
+                                static_cast<int>(threadIdx.x) % threads,
+                                threads};
+  const auto row_sum = [&](float x) {
+    return threads == warp_size ? warp_reduce<Add>(x) : block_reduce<Add>(x, 0.f, shared);
   };
-  const int step = held * threads;
-  uint4 tile[held];
-  float total = 0.f, mean = 0.f;
-  for (int first = 0; first < words; first += step) {
-    row.read(first, tile);
-    total += row.sum(first, tile, [](float v) { return CENTERED ? v : v * v; });
+  const int step = vecs_per_thread * threads;  // vectors of a row that registers hold
+  uint4 vecs[vecs_per_thread];
+  float sum = 0.f, mean = 0.f;
+  for (int first = 0; first < num_vecs; first += step) {
+    row.load_input(first, vecs);
+    sum += row.sum(first, vecs, [](float v) { return CENTERED ? v : v * v; });
   }
-  total = joined(total) / n.D;
+  float mean_square = row_sum(sum) / job.D;
   if (CENTERED) {
-    mean = total, total = 0.f;
-    for (int first = 0; first < words; first += step) {
-      if (words > step) row.read_words(residual ? row.residual : row.x, first, tile);
-      total += row.sum(first, tile, [&](float v) { return (v - mean) * (v - mean); });
+    mean = mean_square;
+    sum = 0.f;
+    for (int first = 0; first < num_vecs; first += step) {
+      if (num_vecs > step) row.load_vecs(residual ? row.residual : row.x, first, vecs);
+      sum += row.sum(first, vecs, [&](float v) { return (v - mean) * (v - mean); });
     }
-    total = joined(total) / n.D;
+    mean_square = row_sum(sum) / job.D;
   }
-  const float inverse = 1.f / sqrtf(total + n.eps);
-  for (int first = 0; first < words; first += step) {
-    if (words > step) row.read_words(residual ? row.residual : row.x, first, tile);
-    row.write(first, tile, mean, inverse);
+  const float inverse_std = 1.f / sqrtf(mean_square + job.eps);
+  for (int first = 0; first < num_vecs; first += step) {
+    if (num_vecs > step) row.load_vecs(residual ? row.residual : row.x, first, vecs);
+    row.store_output(first, vecs, mean, inverse_std);
   }
 }
 
+// `job` without its D, which is checked here.
 template <bool CENTERED>
-const char* launch_norm(Norm n, int64_t D, int code, uintptr_t stream) {
-  if (n.N == 0) return nullptr;
+const char* launch_norm(NormJob job, int64_t D, int code, uintptr_t stream) {
+  if (job.N == 0) return nullptr;
   if (D > 1 << 30) return "a row has more than 2^30 numbers";
-  n.D = static_cast<int>(D);
-  return with_type(code, [&](auto type) {
-    using T = decltype(type);
-    const int threads = threads_for<T>(n.D), block = threads == lanes ? 256 : threads;
-    const bool whole = D % per_word<T> == 0 && multiples_of_16(n.x, n.residual, n.weight, n.bias, n.out);
-    const unsigned blocks = blocks_for(n.N, block / threads);
+  job.D = static_cast<int>(D);
+  return dispatch_dtype(code, [&](auto number) {
+    using T = decltype(number);
+    const int threads = threads_for<T>(job.D), block = threads == warp_size ? 256 : threads;
+    const bool aligned =
+        D % vec_size<T> == 0 && are_16_byte_aligned(job.x, job.residual, job.weight, job.bias, job.out);
+    const unsigned blocks = blocks_for(job.N, block / threads);
     if (!blocks) return "more rows than a grid has blocks";
-    return launch(whole ? norm_kernel<T, CENTERED, true> : norm_kernel<T, CENTERED, false>, blocks, block, 0, stream,
-                  n);
+    const auto kernel = aligned ? norm_kernel<T, CENTERED, true> : norm_kernel<T, CENTERED, false>;
+    return launch(kernel, blocks, block, 0, stream, job);
   });
 }
 

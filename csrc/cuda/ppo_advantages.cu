@@ -1,199 +1,227 @@
-// KL-shaped rewards, advantages, returns and their moments on NVIDIA GPUs; kernels/ppo_advantages.py says what they
-// mean, gae_scan.cuh how the scan is done.
+// KL-shaped rewards, advantages, returns and their moments on NVIDIA GPUs; kernels/ppo_advantages.py defines them,
+// gae_scan.cuh holds the scan.
 //
-// Per token 13 bytes in (two log-probabilities, value, mask) and 8 out, in two launches: the second joins the moments
-// of the first one's blocks. A few long rows are read twice, in three. A warp takes the moments of a tile while it is
-// in registers, by distances from one of the tile's own numbers: they keep their digits where the mean is large beside
-// the spread. Tiles, warps and blocks join by Chan's rule, in double, in an order that the shapes alone decide.
+// Floor: 13 bytes in (two log-probabilities, value, mask) and 8 out per token, in two launches: the second merges the
+// moments of the first one's blocks. A few long rows load their tokens twice, in three launches.
+//
+//     a warp     moments of a tile while it is in registers, merged into the warp's own in shared memory
+//     a block    merges its warps' moments into column blockIdx.x of `partials`
+//     finish     one block merges the columns
+//
+// A tile's moments are computed from distances to one of its own numbers, so they keep their digits when the mean is
+// large beside the spread. Moments merge by Chan's rule, in double, in an order that depends on the shapes alone, so
+// the bits repeat.
 #include "gae_scan.cuh"
+#include "scalar.cuh"
 
 namespace {
 
 enum Estimator { k1, k2, k3, absolute };
 
-// Of advantages and of returns: mean, and sum of squared distances from it.
+// Number of tokens; of their advantages and of their returns the mean, and the sum of squared distances from it.
 struct Moments {
   double count, mean[2], m2[2];
 };
 
-__device__ __forceinline__ void join(Moments& a, const Moments& b) {
+// a = the moments of both.
+__device__ __forceinline__ void merge(Moments& a, const Moments& b) {
   if (!(b.count > 0)) return;
   if (!(a.count > 0)) {
     a = b;
     return;
   }
-  const double count = a.count + b.count, share = float(b.count) / float(count);
+  const double count = a.count + b.count, b_share = float(b.count) / float(count);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const double gap = b.mean[k] - a.mean[k];
-    a.mean[k] += gap * share;
-    a.m2[k] += b.m2[k] + gap * gap * (a.count * share);
+    const double distance = b.mean[k] - a.mean[k];
+    a.mean[k] += distance * b_share;
+    a.m2[k] += b.m2[k] + distance * distance * (a.count * b_share);
   }
   a.count = count;
 }
 
-// Lane 0 gets all of the first n lanes.
+// Lane 0 gets the moments of the first n lanes.
 template <int n>
-__device__ __forceinline__ void join_lanes(Moments& m) {
+__device__ __forceinline__ void merge_lanes(Moments& m) {
 #pragma unroll
   for (int d = n / 2; d; d /= 2) {
-    const Moments other{__shfl_down_sync(all_lanes, m.count, d),
-                        {__shfl_down_sync(all_lanes, m.mean[0], d), __shfl_down_sync(all_lanes, m.mean[1], d)},
-                        {__shfl_down_sync(all_lanes, m.m2[0], d), __shfl_down_sync(all_lanes, m.m2[1], d)}};
-    join(m, other);
+    const Moments other{__shfl_down_sync(full_mask, m.count, d),
+                        {__shfl_down_sync(full_mask, m.mean[0], d), __shfl_down_sync(full_mask, m.mean[1], d)},
+                        {__shfl_down_sync(full_mask, m.m2[0], d), __shfl_down_sync(full_mask, m.m2[1], d)}};
+    merge(m, other);
   }
 }
 
-// Thread 0 of a block of so many warps gets what each of them has in `room`.
-template <int warps>
-__device__ __forceinline__ Moments join_warps(const Moments* room) {
+// Thread 0 gets the moments of all warps of its block.
+template <int num_warps>
+__device__ __forceinline__ Moments merge_warps(const Moments* warp_moments) {
   __syncthreads();
-  Moments m = threadIdx.x < warps ? room[threadIdx.x] : Moments{};
-  if (threadIdx.x < lanes) join_lanes<warps>(m);
+  Moments m = threadIdx.x < num_warps ? warp_moments[threadIdx.x] : Moments{};
+  if (threadIdx.x < warp_size) merge_lanes<num_warps>(m);
   return m;
 }
 
-__device__ __forceinline__ void put(double* parts, int64_t stride, const Moments& m) {
-  parts[0] = m.count, parts[stride] = m.mean[0], parts[2 * stride] = m.m2[0];
-  parts[3 * stride] = m.mean[1], parts[4 * stride] = m.m2[1];
+// partials: double (6, num_blocks). Rows 0 to 4 have the blocks' moments, row 5 the KL of each chunk.
+__device__ __forceinline__ void store_moments(double* partials, int64_t num_blocks, const Moments& m) {
+  partials[0] = m.count;
+  partials[num_blocks] = m.mean[0];
+  partials[2 * num_blocks] = m.m2[0];
+  partials[3 * num_blocks] = m.mean[1];
+  partials[4 * num_blocks] = m.m2[1];
+}
+__device__ __forceinline__ Moments load_moments(const double* partials, int64_t num_blocks) {
+  return {partials[0],
+          {partials[num_blocks], partials[3 * num_blocks]},
+          {partials[2 * num_blocks], partials[4 * num_blocks]}};
 }
 
-// `exponential` is k3, which is dear enough for a kernel of its own.
-template <bool exponential>
-struct Shaped {
-  static constexpr int inputs = 3, blocks = exponential ? 3 : 4;
-  struct Room {
-    Moments moments[most_warps];  // of each warp so far: in registers they would be too many
-    float kl[most_warps];
+// The source of ppo_advantages: the reward is -kl_coef times the KL estimate; the row's score comes in with the carry.
+// IS_K3: k3 takes an exponential, and so many registers that it has a kernel of its own.
+template <bool IS_K3>
+struct KlRewards {
+  static constexpr int num_inputs = 3, blocks_per_sm = IS_K3 ? 3 : 4;
+  struct Shared {
+    Moments warp_moments[max_warps];  // not in registers: they would take too many
+    float warp_kl[max_warps];
   };
-  const float* input[inputs];  // values, logprobs, ref_logprobs
+  const float* input[num_inputs];  // values, logprobs, ref_logprobs
   const float *scores, *bootstrap;
-  float* kl;      // of rows
-  double* parts;  // of each block its moments; behind them, of each piece its kl
-  float coef, clip;
+  float* kl;  // (B,)
+  double* partials;
+  float kl_coef, score_clip;
   int estimator;
 
-  __device__ __forceinline__ float last(int64_t row, const Rows& r) const {
+  __device__ __forceinline__ float carry_into_row(int64_t row, const GaeJob& job) const {
     float score = scores[row];
-    if (clip > 0.f) score = score > clip ? clip : score < -clip ? -clip : score;  // NaN stays
-    return bootstrap ? fmaf(r.gamma, bootstrap[row], score) : score;
+    if (score_clip > 0.f) score = clamp(score, -score_clip, score_clip);
+    return bootstrap ? fmaf(job.gamma, bootstrap[row], score) : score;
   }
-  __device__ __forceinline__ float reward(const float (&x)[inputs], float& noted) const {
-    const float d = x[1] - x[2];
-    const float now = exponential       ? (expf(-d > 20.f ? 20.f : -d) - 1.f) + d
-                      : estimator == k2 ? 0.5f * d * d
-                      : estimator == k1 ? d
-                                        : fabsf(d);
-    noted += now;
-    return -coef * now;
+  __device__ __forceinline__ float kl_estimate(float log_ratio) const {
+    if (IS_K3) return (expf(-log_ratio > 20.f ? 20.f : -log_ratio) - 1.f) + log_ratio;
+    if (estimator == k2) return 0.5f * log_ratio * log_ratio;
+    return estimator == k1 ? log_ratio : fabsf(log_ratio);
   }
-  __device__ __forceinline__ void begin(Room& room) const {
-    if (threadIdx.x % lanes == 0) room.moments[threadIdx.x / lanes] = {};
+  __device__ __forceinline__ float reward(const float (&x)[num_inputs], float& kl_sum) const {
+    const float token_kl = kl_estimate(x[1] - x[2]);
+    kl_sum += token_kl;
+    return -kl_coef * token_kl;
   }
-  // Distances are taken from one of the tile's own numbers: so the mean keeps its digits, and squares lose few.
-  __device__ __forceinline__ void made(Room& room, unsigned here, const float (&advantage)[each],
-                                       const float (&ret)[each]) const {
-    const unsigned some = __ballot_sync(all_lanes, here != 0);
-    if (!some) return;
-    const float (*x[2])[each] = {&advantage, &ret};
-    const int count = __reduce_add_sync(all_lanes, __popc(here));
+  __device__ __forceinline__ void on_block_start(Shared& shared) const {
+    if (threadIdx.x % warp_size == 0) shared.warp_moments[threadIdx.x / warp_size] = {};
+  }
+  // Merges a tile's moments. Distances are taken from a pivot, the tile's first valid number, so that the mean keeps
+  // its digits and the squares lose few.
+  __device__ __forceinline__ void on_tile(Shared& shared, unsigned mask, const float (&advantage)[tokens_per_lane],
+                                          const float (&ret)[tokens_per_lane]) const {
+    const unsigned valid_lanes = __ballot_sync(full_mask, mask != 0);
+    if (!valid_lanes) return;
+    const float (*x[2])[tokens_per_lane] = {&advantage, &ret};
+    const int count = __reduce_add_sync(full_mask, __popc(mask));
     float pivot[2], sum[2] = {}, square[2] = {};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       pivot[k] = 0.f;
 #pragma unroll
-      for (int i = each - 1; i >= 0; --i) pivot[k] = here >> i & 1 ? (*x[k])[i] : pivot[k];
-      pivot[k] = __shfl_sync(all_lanes, pivot[k], __ffs(some) - 1);
+      for (int i = tokens_per_lane - 1; i >= 0; --i) pivot[k] = mask >> i & 1 ? (*x[k])[i] : pivot[k];
+      pivot[k] = __shfl_sync(full_mask, pivot[k], __ffs(valid_lanes) - 1);
 #pragma unroll
-      for (int i = 0; i < each; ++i) {
-        const float e = here >> i & 1 ? (*x[k])[i] - pivot[k] : 0.f;
-        sum[k] += e, square[k] = fmaf(e, e, square[k]);
+      for (int i = 0; i < tokens_per_lane; ++i) {
+        const float distance = mask >> i & 1 ? (*x[k])[i] - pivot[k] : 0.f;
+        sum[k] += distance;
+        square[k] = fmaf(distance, distance, square[k]);
       }
-      sum[k] = warp_reduce<Add>(sum[k]), square[k] = warp_reduce<Add>(square[k]);
+      sum[k] = warp_reduce<Add>(sum[k]);
+      square[k] = warp_reduce<Add>(square[k]);
     }
-    if (threadIdx.x % lanes) return;
-    Moments tile{double(count), {}, {}};
-    const float share = 1.f / float(count);
+    if (threadIdx.x % warp_size) return;
+    Moments tile_moments{double(count), {}, {}};
+    const float inverse_count = 1.f / float(count);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float apart = sum[k] * share;
-      const float m2 = fmaf(-sum[k], apart, square[k]);
-      tile.mean[k] = double(pivot[k]) + apart, tile.m2[k] = m2 < 0.f ? 0.f : m2;  // NaN stays
+      const float mean_distance = sum[k] * inverse_count;
+      const float m2 = fmaf(-sum[k], mean_distance, square[k]);
+      tile_moments.mean[k] = double(pivot[k]) + mean_distance;
+      tile_moments.m2[k] = m2 < 0.f ? 0.f : m2;  // NaN stays
     }
-    join(room.moments[threadIdx.x / lanes], tile);
+    merge(shared.warp_moments[threadIdx.x / warp_size], tile_moments);
   }
   template <int W>
-  __device__ __forceinline__ void row_done(Room& room, const Rows& r, const Span& span, float noted) const {
-    noted = warp_reduce<Add>(noted);
+  __device__ __forceinline__ void on_span_end(Shared& shared, const GaeJob& job, const Span& span,
+                                              float span_kl) const {
+    span_kl = warp_reduce<Add>(span_kl);
     if (W > 1) {
-      if (threadIdx.x % lanes == 0) room.kl[threadIdx.x / lanes] = noted;
+      if (threadIdx.x % warp_size == 0) shared.warp_kl[threadIdx.x / warp_size] = span_kl;
       __syncthreads();
       if (threadIdx.x) return;
-      noted = 0.f;
-      for (int w = 0; w < W; ++w) noted += room.kl[w];
+      span_kl = 0.f;
+      for (int w = 0; w < W; ++w) span_kl += shared.warp_kl[w];
     }
-    if (threadIdx.x % lanes) return;
-    if (r.cut) {
-      parts[5 * int64_t(gridDim.x) + span.index] = noted;
+    if (threadIdx.x % warp_size) return;
+    if (job.chunk_log2) {
+      partials[5 * int64_t(gridDim.x) + span.index] = span_kl;
     } else {
-      kl[span.index] = noted;  // a row is a span
+      kl[span.index] = span_kl;  // a span is a row
     }
   }
-  template <int warps>
-  __device__ __forceinline__ void done(Room& room) const {
-    const Moments all = join_warps<warps>(room.moments);
-    if (threadIdx.x == 0) put(parts + blockIdx.x, gridDim.x, all);
+  template <int num_warps>
+  __device__ __forceinline__ void on_block_end(Shared& shared) const {
+    const Moments block_moments = merge_warps<num_warps>(shared.warp_moments);
+    if (threadIdx.x == 0) store_moments(partials + blockIdx.x, gridDim.x, block_moments);
   }
 };
 
-constexpr int join_warps_count = 8;
+constexpr int finish_warps = 8;
 
-// `pieces` of each row, whose kl is added up here; 0 where rows are whole.
-__global__ void __launch_bounds__(join_warps_count* lanes)
-    join_kernel(const double* parts, int64_t blocks, float* stats, float* kl, int64_t B, int64_t pieces) {
-  __shared__ Moments room[join_warps_count];
-  Moments all = {};
-  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) {
-    const double* p = parts + i;
-    join(all, {p[0], {p[blocks], p[3 * blocks]}, {p[2 * blocks], p[4 * blocks]}});
-  }
-  for (int64_t row = threadIdx.x; pieces && row < B; row += blockDim.x) {
+// Merges the blocks' moments into `stats`. If rows are split, it adds up the KL of each row's chunks;
+// `chunks_per_row` is 0 if they are not.
+__global__ void __launch_bounds__(finish_warps* warp_size)
+    finish_kernel(const double* partials, int64_t num_blocks, float* stats, float* kl, int64_t B,
+                  int64_t chunks_per_row) {
+  __shared__ Moments warp_moments[finish_warps];
+  Moments moments = {};
+  for (int64_t i = threadIdx.x; i < num_blocks; i += blockDim.x) merge(moments, load_moments(partials + i, num_blocks));
+  for (int64_t row = threadIdx.x; chunks_per_row && row < B; row += blockDim.x) {
     double sum = 0;
-    for (int64_t i = 0; i < pieces; ++i) sum += parts[5 * blocks + row * pieces + i];
+    for (int64_t i = 0; i < chunks_per_row; ++i) sum += partials[5 * num_blocks + row * chunks_per_row + i];
     kl[row] = float(sum);
   }
-  join_lanes<lanes>(all);
-  if (threadIdx.x % lanes == 0) room[threadIdx.x / lanes] = all;
-  all = join_warps<join_warps_count>(room);
+  merge_lanes<warp_size>(moments);
+  if (threadIdx.x % warp_size == 0) warp_moments[threadIdx.x / warp_size] = moments;
+  moments = merge_warps<finish_warps>(warp_moments);
   if (threadIdx.x) return;
-  stats[0] = float(all.count), stats[1] = float(all.mean[0]), stats[2] = float(all.m2[0]);
-  stats[3] = float(all.mean[1]), stats[4] = float(all.m2[1]);
+  stats[0] = float(moments.count);
+  stats[1] = float(moments.mean[0]);
+  stats[2] = float(moments.m2[0]);
+  stats[3] = float(moments.mean[1]);
+  stats[4] = float(moments.m2[1]);
 }
 
-// `parts` has room for 6 numbers of each of `blocks` blocks.
+// partials: memory for 6 numbers of each of `max_partials` blocks.
 const char* ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values, uintptr_t scores,
                            uintptr_t mask, uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns,
-                           uintptr_t stats, uintptr_t kl, uintptr_t parts, int64_t blocks, uintptr_t folds,
-                           int64_t piece, int64_t B, int64_t T, float coef, int estimator, float gamma, float lam,
-                           float clip, uintptr_t stream) {
-  const Rows r = rows_of(mask, 0, advantages, returns, folds, piece, B, T, gamma, lam);
-  if (r.cut < 0) return no_piece;
-  const Plan p = plan(r, T, blocks);
-  if (p.blocks > blocks) return "there are more blocks than room for their moments";
-  auto run = [&](auto source) {
-    source = {{ptr<const float>(values), ptr<const float>(logprobs), ptr<const float>(ref_logprobs)},
-              ptr<const float>(scores),
-              ptr<const float>(bootstrap),
-              ptr<float>(kl),
-              ptr<double>(parts),
-              coef,
-              clip,
-              estimator};
-    return launch_rows(r, source, p, stream);
+                           uintptr_t stats, uintptr_t kl, uintptr_t partials, int64_t max_partials,
+                           uintptr_t chunk_maps, int64_t chunk_length, int64_t B, int64_t T, float kl_coef,
+                           int estimator, float gamma, float lam, float score_clip, uintptr_t stream) {
+  const GaeJob job = make_job(mask, 0, advantages, returns, chunk_maps, chunk_length, B, T, gamma, lam);
+  if (job.chunk_log2 < 0) return invalid_chunk;
+  const LaunchPlan plan = plan_launch(job, T, max_partials);
+  if (plan.blocks > max_partials) return "there are more blocks than memory for their moments";
+  const auto scan = [&](auto source) {
+    source.input[0] = ptr<const float>(values);
+    source.input[1] = ptr<const float>(logprobs);
+    source.input[2] = ptr<const float>(ref_logprobs);
+    source.scores = ptr<const float>(scores);
+    source.bootstrap = ptr<const float>(bootstrap);
+    source.kl = ptr<float>(kl);
+    source.partials = ptr<double>(partials);
+    source.kl_coef = kl_coef;
+    source.score_clip = score_clip;
+    source.estimator = estimator;
+    return launch_rows(job, source, plan, stream);
   };
-  if (const char* error = estimator == k3 ? run(Shaped<true>{}) : run(Shaped<false>{})) return error;
-  return launch(join_kernel, 1, join_warps_count * lanes, 0, stream, ptr<const double>(parts), int64_t(p.blocks),
-                ptr<float>(stats), ptr<float>(kl), B, r.cut ? pieces_of(r, T) : 0);
+  if (const char* error = estimator == k3 ? scan(KlRewards<true>{}) : scan(KlRewards<false>{})) return error;
+  return launch(finish_kernel, 1, finish_warps * warp_size, 0, stream, ptr<const double>(partials),
+                int64_t(plan.blocks), ptr<float>(stats), ptr<float>(kl), B, job.chunk_log2 ? num_chunks(job, T) : 0);
 }
 
 KERNEL(ppo_advantages)

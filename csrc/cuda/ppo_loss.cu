@@ -1,330 +1,345 @@
-// PPO's clipped losses, gradients and metrics on NVIDIA GPUs; kernels/ppo_loss.py says what they mean.
+// PPO's clipped losses, gradients and statistics on NVIDIA GPUs; kernels/ppo_loss.py defines them, ppo_terms.h has a
+// token's terms.
 //
-// Per token at most 36 bytes in (three log-probabilities, advantage, weight, two values, return, second weight) and 8
-// out, against about 90 instructions, a third of them sums for the metrics. Even blocks have the policy's part, odd
-// ones the value's: apart they need half the registers, so that twice the loads are under way; a weight that both read
-// comes from the L2 cache the second time. A thread has 4 tokens at a time, one load of 16 bytes an input; weights are
-// read one round ahead, and where all four are 0 nothing else is read. Sums add up over a thread's tokens, its warp,
-// its block, in float32; a second launch joins the blocks in double. All in orders that N alone decides: the same bits
-// each time.
+// Floor: at most 36 bytes in (three log-probabilities, advantage, weight, two values, return, second weight) and 8 out
+// per token, against about 90 instructions, a third of them sums for the statistics.
+//
+//     tokens        | 0 1 2 3 | 4 5 6 7 |  ...  | 1020 ... 1023 |   4 tokens per thread, one load of 16 bytes per input
+//     thread             0         1       ...        255           of block 0; then block 1, ... ; then block 0 again
+//
+//     even blocks   the policy's part      odd blocks   the value's part, of the same tokens
+//
+// In two kinds of blocks a thread needs half the registers, so twice the loads are in flight; a weight that both load
+// comes from the L2 cache the second time. Weights are loaded one round ahead: if all four are 0, nothing else is
+// loaded.
+//
+// Deterministic: sums add up over a thread's tokens, its warp and its block in float32, and over the blocks in double
+// in a second launch, all in orders that N alone decides.
+#include "ppo_terms.h"
 #include "reduce.cuh"
 
 namespace {
 
-constexpr int each = 4, threads = 256, warps = threads / lanes, per_block = threads * each;
+constexpr int tokens_per_thread = 4, block_threads = 256, num_warps = block_threads / warp_size;
+constexpr int tokens_per_block = block_threads * tokens_per_thread;
 
-// In the order of ppo_loss.stats; the losses stand behind what is summed, then what is compared.
-enum {
-  weight,
-  clipped_low,
-  clipped_high,
-  clipped_dual,
-  kl_k1,
-  kl_k3,
-  ratio_,
-  ratio_square,
-  importance,
-  importance_capped,
-  value_weight,
-  value_clipped,
-  value_,
-  value_error,
-  return_,
-  policy_loss_,
-  value_loss_,
-  sums,
-  ratio_most = sums,
-  ratio_least,
-  numbers
-};
-constexpr int stats_summed = policy_loss_;
+// What blocks write: the sums of ppo_terms.h, then the extremes of the ratio.
+constexpr int ratio_max_index = PpoSum::COUNT, ratio_min_index = PpoSum::COUNT + 1, num_partials = PpoSum::COUNT + 2;
 
-struct Options {
-  const float *logprobs, *old_logprobs, *advantages, *weights, *values, *old_values, *returns, *value_weights, *sampler;
-  const float *shift, *scale;
-  float *logprobs_slope, *values_slope;
-  float* parts;  // [numbers][blocks]
-  int64_t N, blocks;
-  float low, high, dual, value_clip, bound, cap;
-  bool drop_capped, aligned;
+struct PpoArgs {
+  const float *logprobs, *old_logprobs, *advantages, *weights, *values, *old_values, *returns, *value_weights;
+  const float* sampler_logprobs;
+  const float *shift, *scale;  // A = (advantages - shift) * scale
+  float *logprobs_grad, *values_grad;
+  float* partials;  // (num_partials, num_blocks)
+  int64_t N, num_blocks;
+  PpoClip clip;
+  float max_importance;  // of pi_old / pi_sampler
+  bool drop_capped;      // a larger one: weight 0, else max_importance
+  bool aligned;          // all arrays are multiples of 16 bytes
 };
 
-struct Four {
-  float x[each];
+struct Quad {
+  float x[tokens_per_thread];
 };
 
-__device__ __forceinline__ float clamp(float x, float low, float high) {
-  return x < low ? low : x > high ? high : x;  // NaN stays
+// True if the four tokens from t on are one load of 16 bytes.
+__device__ __forceinline__ bool is_vector(const PpoArgs& args, int64_t t) {
+  return args.aligned && t + tokens_per_thread <= args.N;
 }
 
-// Whether four tokens from t on are one access of 16 bytes.
-__device__ __forceinline__ bool whole(const Options& o, int64_t t) { return o.aligned && t + each <= o.N; }
-
-// Four numbers from t on of each p; those without their bit in `some` are not looked at.
+// Loads the four numbers from t on of each of n arrays; those without their bit in `mask` may become 0.
 template <int n>
-__device__ __forceinline__ void read(const Options& o, const float* const (&p)[n], int64_t t, unsigned some,
-                                     Four (&f)[n]) {
-  if (whole(o, t)) {
+__device__ __forceinline__ void load(const PpoArgs& args, const float* const (&p)[n], int64_t t, unsigned mask,
+                                     Quad (&quads)[n]) {
+  if (is_vector(args, t)) {
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       const float4 v = *reinterpret_cast<const float4*>(p[k] + t);
-      f[k] = {{v.x, v.y, v.z, v.w}};
+      quads[k] = {{v.x, v.y, v.z, v.w}};
     }
   } else {
 #pragma unroll
     for (int k = 0; k < n; ++k) {
 #pragma unroll
-      for (int i = 0; i < each; ++i) f[k].x[i] = t + i < o.N && some >> i & 1 ? p[k][t + i] : 0.f;
+      for (int i = 0; i < tokens_per_thread; ++i) quads[k].x[i] = t + i < args.N && mask >> i & 1 ? p[k][t + i] : 0.f;
     }
   }
 }
-__device__ __forceinline__ Four weights_at(const Options& o, const float* p, int64_t t) {
-  Four f[1] = {};
-  if (t < o.N) read(o, {p}, t, ~0u, f);
-  return f[0];
+__device__ __forceinline__ Quad load_weights(const PpoArgs& args, const float* weights, int64_t t) {
+  Quad quads[1] = {};
+  if (t < args.N) load(args, {weights}, t, ~0u, quads);
+  return quads[0];
 }
-__device__ __forceinline__ unsigned bits_of(const Four& w) {
-  unsigned on = 0;
+// Returns a bit for each token, 1 if its weight is not 0.
+__device__ __forceinline__ unsigned mask_of(const Quad& weights) {
+  unsigned mask = 0;
 #pragma unroll
-  for (int i = 0; i < each; ++i) on |= unsigned(w.x[i] != 0.f) << i;
-  return on;
+  for (int i = 0; i < tokens_per_thread; ++i) mask |= unsigned(weights.x[i] != 0.f) << i;
+  return mask;
 }
-__device__ __forceinline__ void write(const Options& o, float* p, int64_t t, const Four& f) {
+__device__ __forceinline__ void store(const PpoArgs& args, float* p, int64_t t, const Quad& quad) {
   if (!p) return;
-  if (whole(o, t)) {
-    *reinterpret_cast<float4*>(p + t) = make_float4(f.x[0], f.x[1], f.x[2], f.x[3]);
+  if (is_vector(args, t)) {
+    *reinterpret_cast<float4*>(p + t) = make_float4(quad.x[0], quad.x[1], quad.x[2], quad.x[3]);
   } else {
 #pragma unroll
-    for (int i = 0; i < each; ++i)
-      if (t + i < o.N) p[t + i] = f.x[i];
+    for (int i = 0; i < tokens_per_thread; ++i)
+      if (t + i < args.N) p[t + i] = quad.x[i];
   }
 }
 
-template <bool sampled>
-struct Policy {
-  static constexpr int first = weight, last = value_weight, loss = policy_loss_, sums = last - first + 1;
-  float sum[sums] = {}, most = -INFINITY, least = INFINITY;
+// A thread's sums of the policy's part. HAS_SAMPLER: sampler_logprobs are given.
+template <bool HAS_SAMPLER>
+struct PolicySums {
+  static constexpr int first = PpoSum::WEIGHT, num_stats = PpoSum::VALUE_WEIGHT - first;
+  static constexpr int loss = PpoSum::POLICY_LOSS, num_sums = num_stats + 1;  // the last one is the loss
+  float sum[num_sums] = {}, ratio_max = -INFINITY, ratio_min = INFINITY;
 
-  static __device__ __forceinline__ const float* weights(const Options& o) { return o.weights; }
-  static __device__ __forceinline__ float* slopes(const Options& o) { return o.logprobs_slope; }
+  static __device__ __forceinline__ const float* weights(const PpoArgs& args) { return args.weights; }
+  static __device__ __forceinline__ float* grads(const PpoArgs& args) { return args.logprobs_grad; }
 
-  // One token; returns the loss's slope. `advantage` is whitened; a token of weight 0 comes with zeros.
-  __device__ __forceinline__ float add(const Options& o, bool on, float w, float logprob, float old, float advantage,
-                                       float drawn) {
-    const float raw = logprob - old, log_ratio = clamp(raw, -o.bound, o.bound), ratio = expf(log_ratio);
-    const float free = -advantage * ratio, clipped = -advantage * clamp(ratio, o.low, o.high);
-    const float limit = advantage < 0.f ? -advantage * o.dual : INFINITY;
-    const bool worse = clipped > free, dual = (worse ? clipped : free) > limit;
-    const float loss = dual ? limit : worse ? clipped : free;
-    float slope = worse || dual || fabsf(raw) > o.bound ? 0.f : loss == limit ? 0.5f * free : free;
+  // Adds a token and returns the gradient by its log-probability. All numbers of a token of weight 0 are 0.
+  __device__ __forceinline__ float add(const PpoArgs& args, bool valid, float w, float logprob, float old_logprob,
+                                       float advantage, float sampler_logprob) {
+    const PpoClip& clip = args.clip;
+    const float unclipped_log_ratio = logprob - old_logprob;
+    const float log_ratio = clamped_log_ratio(unclipped_log_ratio, clip), ratio = expf(log_ratio);
+    const PolicyTerm<float> term = policy_term<true>(unclipped_log_ratio, ratio, advantage, clip);
     float coefficient = w;
-    bool capped = false;
-    if (sampled) {
-      const float trust = expf(old - drawn);
-      capped = trust > o.cap;
-      coefficient = w * (capped ? o.drop_capped ? 0.f : o.cap : trust);
+    bool is_capped = false;
+    if (HAS_SAMPLER) {
+      const float importance = expf(old_logprob - sampler_logprob);
+      is_capped = importance > args.max_importance;
+      const float capped_importance = args.drop_capped ? 0.f : args.max_importance;
+      coefficient = w * (is_capped ? capped_importance : importance);
     }
     const bool counts = coefficient != 0.f;
-    sum[weight] += w;
-    sum[clipped_low] += worse && ratio < o.low ? w : 0.f;
-    sum[clipped_high] += worse && ratio > o.high ? w : 0.f;
-    sum[clipped_dual] += dual ? w : 0.f;
-    sum[kl_k1] -= w * log_ratio;
-    sum[kl_k3] += w * ((ratio - 1.f) - log_ratio);
-    sum[ratio_] += w * ratio;
-    sum[ratio_square] += w * (ratio * ratio);
-    sum[importance] += coefficient;
-    sum[importance_capped] += capped ? w : 0.f;
-    sum[sums - 1] += counts ? coefficient * loss : 0.f;
-    most = fmaxf(most, on ? ratio : -INFINITY), least = fminf(least, on ? ratio : INFINITY);
-    return counts ? coefficient * slope : 0.f;
+    sum[PpoSum::WEIGHT] += w;
+    sum[PpoSum::CLIPPED_LOW] += term.is_clipped && ratio < clip.ratio_low ? w : 0.f;
+    sum[PpoSum::CLIPPED_HIGH] += term.is_clipped && ratio > clip.ratio_high ? w : 0.f;
+    sum[PpoSum::CLIPPED_DUAL] += term.is_dual ? w : 0.f;
+    sum[PpoSum::KL_K1] -= w * log_ratio;
+    sum[PpoSum::KL_K3] += w * ((ratio - 1.f) - log_ratio);
+    sum[PpoSum::RATIO] += w * ratio;
+    sum[PpoSum::RATIO_SQUARE] += w * (ratio * ratio);
+    sum[PpoSum::IMPORTANCE] += coefficient;
+    sum[PpoSum::IMPORTANCE_CAPPED] += is_capped ? w : 0.f;
+    sum[num_sums - 1] += counts ? coefficient * term.loss : 0.f;
+    ratio_max = fmaxf(ratio_max, valid ? ratio : -INFINITY);
+    ratio_min = fminf(ratio_min, valid ? ratio : INFINITY);
+    return counts ? coefficient * term.grad : 0.f;
   }
 
-  __device__ __forceinline__ Four visit(const Options& o, int64_t t, unsigned on, const Four& w) {
-    Four f[sampled ? 4 : 3], slope;
-    if constexpr (sampled) {
-      read(o, {o.logprobs, o.old_logprobs, o.advantages, o.sampler}, t, on, f);
+  // Adds the four tokens from t on and returns their gradients.
+  __device__ __forceinline__ Quad add_quad(const PpoArgs& args, int64_t t, unsigned mask, const Quad& w) {
+    Quad quads[HAS_SAMPLER ? 4 : 3], grads;
+    if constexpr (HAS_SAMPLER) {
+      load(args, {args.logprobs, args.old_logprobs, args.advantages, args.sampler_logprobs}, t, mask, quads);
     } else {
-      read(o, {o.logprobs, o.old_logprobs, o.advantages}, t, on, f);
+      load(args, {args.logprobs, args.old_logprobs, args.advantages}, t, mask, quads);
     }
-    const float shift = o.shift ? *o.shift : 0.f, scale = o.scale ? *o.scale : 1.f;
+    const float shift = args.shift ? *args.shift : 0.f, scale = args.scale ? *args.scale : 1.f;
 #pragma unroll
-    for (int i = 0; i < each; ++i) {
-      const bool here = on >> i & 1;
-      const float old = here ? f[1].x[i] : 0.f, advantage = here ? (f[2].x[i] - shift) * scale : 0.f;
-      const float drawn = sampled && here ? f[sampled ? 3 : 1].x[i] : 0.f;
-      slope.x[i] = add(o, here, w.x[i], here ? f[0].x[i] : 0.f, old, advantage, drawn);
+    for (int i = 0; i < tokens_per_thread; ++i) {
+      const bool valid = mask >> i & 1;
+      const float logprob = valid ? quads[0].x[i] : 0.f;
+      const float old_logprob = valid ? quads[1].x[i] : 0.f;
+      const float advantage = valid ? (quads[2].x[i] - shift) * scale : 0.f;
+      const float sampler_logprob = HAS_SAMPLER && valid ? quads[HAS_SAMPLER ? 3 : 1].x[i] : 0.f;
+      grads.x[i] = add(args, valid, w.x[i], logprob, old_logprob, advantage, sampler_logprob);
     }
-    return slope;
+    return grads;
   }
 };
 
-struct Value {
-  static constexpr int first = value_weight, last = policy_loss_, loss = value_loss_, sums = last - first + 1;
-  float sum[sums] = {}, most = 0.f, least = 0.f;
+// A thread's sums of the value's part.
+struct ValueSums {
+  static constexpr int first = PpoSum::VALUE_WEIGHT, num_stats = PpoSum::POLICY_LOSS - first;
+  static constexpr int loss = PpoSum::VALUE_LOSS, num_sums = num_stats + 1;  // the last one is the loss
+  float sum[num_sums] = {}, ratio_max = 0.f, ratio_min = 0.f;                // no ratios here
 
-  static __device__ __forceinline__ const float* weights(const Options& o) { return o.value_weights; }
-  static __device__ __forceinline__ float* slopes(const Options& o) { return o.values_slope; }
+  static __device__ __forceinline__ const float* weights(const PpoArgs& args) { return args.value_weights; }
+  static __device__ __forceinline__ float* grads(const PpoArgs& args) { return args.values_grad; }
 
-  __device__ __forceinline__ float add(const Options& o, float w, float v, float old, float target) {
-    const float low = old - o.value_clip, high = old + o.value_clip;
-    const float error = v - target, bounded = clamp(v, low, high) - target;
-    const float free = error * error, clipped = bounded * bounded;
-    const bool within = v >= low && v <= high, active = clipped > free;
-    const float slope = active ? 0.f : !within && clipped == free ? 0.5f * error : error;
-    sum[value_weight - first] += w;
-    sum[value_clipped - first] += active ? w : 0.f;
-    sum[value_ - first] += w * v;
-    sum[value_error - first] += w * free;
-    sum[return_ - first] += w * target;
-    sum[sums - 1] += w * (active ? clipped : free);
-    return w * slope;
+  __device__ __forceinline__ float add(const PpoArgs& args, float w, float value, float old_value, float target) {
+    const ValueTerm<float> term = value_term<true>(value, old_value, target, args.clip);
+    sum[PpoSum::VALUE_WEIGHT - first] += w;
+    sum[PpoSum::VALUE_CLIPPED - first] += term.is_clipped ? w : 0.f;
+    sum[PpoSum::VALUE - first] += w * value;
+    sum[PpoSum::VALUE_ERROR - first] += w * term.squared_error;
+    sum[PpoSum::RETURN - first] += w * target;
+    sum[num_sums - 1] += w * term.loss;
+    return w * term.grad;
   }
 
-  __device__ __forceinline__ Four visit(const Options& o, int64_t t, unsigned on, const Four& w) {
-    Four f[3], slope;
-    read(o, {o.values, o.old_values, o.returns}, t, on, f);
+  __device__ __forceinline__ Quad add_quad(const PpoArgs& args, int64_t t, unsigned mask, const Quad& w) {
+    Quad quads[3], grads;
+    load(args, {args.values, args.old_values, args.returns}, t, mask, quads);
 #pragma unroll
-    for (int i = 0; i < each; ++i) {
-      const bool here = on >> i & 1;
-      slope.x[i] = add(o, w.x[i], here ? f[0].x[i] : 0.f, here ? f[1].x[i] : 0.f, here ? f[2].x[i] : 0.f);
+    for (int i = 0; i < tokens_per_thread; ++i) {
+      const bool valid = mask >> i & 1;
+      const float value = valid ? quads[0].x[i] : 0.f;
+      const float old_value = valid ? quads[1].x[i] : 0.f;
+      const float target = valid ? quads[2].x[i] : 0.f;
+      grads.x[i] = add(args, w.x[i], value, old_value, target);
     }
-    return slope;
+    return grads;
   }
 };
 
-// The n <= 32 sums of a warp at once: in each round a lane hands over those that the lane across will own. About n + 2
-// shuffles in place of 5 n. Each of the n ends in x[0] of the lanes whose `owned` it is; lanes where that is n own
-// none.
-template <int n, int d = lanes / 2>
+// Adds up n <= 32 numbers over a warp at once, in about n + 2 shuffles in place of 5 n. In each round a lane keeps one
+// half of its numbers and gives the other half to its partner. After the call, lane l holds total number
+// `owned_sum(l)` in x[0]; `owned_sum(l) == n` means the lane holds none.
+template <int n, int d = warp_size / 2>
 __device__ __forceinline__ void warp_sums(float* x) {
   constexpr int half = (n + 1) / 2;
   const bool upper = threadIdx.x & d;
 #pragma unroll
   for (int i = 0; i < half; ++i) {
-    const float low = x[i], high = n == 1 ? low : i + half < n ? x[i + half] : 0.f;
-    x[i] = (upper ? high : low) + __shfl_xor_sync(all_lanes, upper ? low : high, d);
+    const float low = x[i];
+    float high = low;  // a single number is added up in both halves
+    if (n > 1) high = i + half < n ? x[i + half] : 0.f;
+    x[i] = (upper ? high : low) + __shfl_xor_sync(full_mask, upper ? low : high, d);
   }
   if constexpr (d > 1) warp_sums<half, d / 2>(x);
 }
-template <int n, int d = lanes / 2>
-__device__ __forceinline__ int owned(int lane) {
+template <int n, int d = warp_size / 2>
+__device__ __forceinline__ int owned_sum(int lane) {
   constexpr int half = (n + 1) / 2;
-  int mine = 0;
-  if constexpr (d > 1) mine = owned<half, d / 2>(lane);
-  if (mine == half) return n;
-  return n > 1 && (lane & d) ? half + mine : mine;
+  int owned = 0;
+  if constexpr (d > 1) owned = owned_sum<half, d / 2>(lane);
+  if (owned == half) return n;
+  return n > 1 && (lane & d) ? half + owned : owned;
 }
 
-template <class Part>
-__device__ __forceinline__ void run(const Options& o, int64_t block, float (*memory)[numbers]) {
-  Part part;
-  const float* weights = Part::weights(o);
-  const int64_t stride = o.blocks * per_block;
-  int64_t t = block * per_block + int64_t(threadIdx.x) * each;
-  Four w = weights_at(o, weights, t);
-  for (; t < o.N; t += stride) {
-    const Four ahead = weights_at(o, weights, t + stride);
-    const unsigned on = bits_of(w);
-    Four slope = {};
-    if (on) slope = part.visit(o, t, on, w);
-    write(o, Part::slopes(o), t, slope);
-    w = ahead;
+// Goes through the tokens of a block and writes its column of `partials`.
+template <class Sums>
+__device__ __forceinline__ void run_block(const PpoArgs& args, int64_t block, float (*shared)[num_partials]) {
+  Sums sums;
+  const float* weights = Sums::weights(args);
+  const int64_t stride = args.num_blocks * tokens_per_block;
+  int64_t t = block * tokens_per_block + int64_t(threadIdx.x) * tokens_per_thread;
+  Quad w = load_weights(args, weights, t);
+  for (; t < args.N; t += stride) {
+    const Quad next_w = load_weights(args, weights, t + stride);
+    const unsigned mask = mask_of(w);
+    Quad grads = {};
+    if (mask) grads = sums.add_quad(args, t, mask, w);
+    store(args, Sums::grads(args), t, grads);
+    w = next_w;
   }
-  const int lane = threadIdx.x % lanes, warp = threadIdx.x / lanes;
-  const float most = warp_reduce<Largest>(part.most), least = -warp_reduce<Largest>(-part.least);
-  warp_sums<Part::sums>(part.sum);
-  const int mine = owned<Part::sums>(lane);
-  if (mine < Part::sums) memory[warp][mine] = part.sum[0];
-  if (lane == 0) memory[warp][ratio_most] = most, memory[warp][ratio_least] = least;
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const float ratio_max = warp_reduce<Max>(sums.ratio_max), ratio_min = -warp_reduce<Max>(-sums.ratio_min);
+  warp_sums<Sums::num_sums>(sums.sum);
+  const int owned = owned_sum<Sums::num_sums>(lane);
+  if (owned < Sums::num_sums) shared[warp][owned] = sums.sum[0];
+  if (lane == 0) {
+    shared[warp][ratio_max_index] = ratio_max;
+    shared[warp][ratio_min_index] = ratio_min;
+  }
   __syncthreads();
   const int i = threadIdx.x;
-  if (i < Part::sums) {
+  if (i < Sums::num_sums) {
     float sum = 0.f;
-    for (int k = 0; k < warps; ++k) sum += memory[k][i];
-    o.parts[(i < Part::sums - 1 ? Part::first + i : Part::loss) * o.blocks + block] = sum;
-  } else if (i < Part::sums + 2 && Part::first == weight) {
-    const int k = ratio_most + i - Part::sums;
-    float end = memory[0][k];
-    for (int j = 1; j < warps; ++j) end = k == ratio_most ? fmaxf(end, memory[j][k]) : fminf(end, memory[j][k]);
-    o.parts[k * o.blocks + block] = end;
+    for (int k = 0; k < num_warps; ++k) sum += shared[k][i];
+    const int index = i < Sums::num_stats ? Sums::first + i : Sums::loss;
+    args.partials[index * args.num_blocks + block] = sum;
+  } else if (i < Sums::num_sums + 2 && Sums::first == PpoSum::WEIGHT) {
+    const int index = ratio_max_index + i - Sums::num_sums;
+    float extreme = shared[0][index];
+    for (int k = 1; k < num_warps; ++k)
+      extreme = index == ratio_max_index ? fmaxf(extreme, shared[k][index]) : fminf(extreme, shared[k][index]);
+    args.partials[index * args.num_blocks + block] = extreme;
   }
 }
 
-template <bool sampled>
-__global__ void __launch_bounds__(threads, 4) ppo_loss_kernel(const Options o) {
-  __shared__ float memory[warps][numbers];
-  const bool both = o.logprobs && o.values;
+template <bool HAS_SAMPLER>
+__global__ void __launch_bounds__(block_threads, 4) ppo_loss_kernel(const PpoArgs args) {
+  __shared__ float shared[num_warps][num_partials];
+  const bool both = args.logprobs && args.values;
   const int64_t block = both ? blockIdx.x / 2 : blockIdx.x;
-  if (o.logprobs && !(both && blockIdx.x % 2)) {
-    run<Policy<sampled>>(o, block, memory);
+  if (args.logprobs && !(both && blockIdx.x % 2)) {
+    run_block<PolicySums<HAS_SAMPLER>>(args, block, shared);
   } else {
-    run<Value>(o, block, memory);
+    run_block<ValueSums>(args, block, shared);
   }
 }
 
-// A warp for each number.
-__global__ void __launch_bounds__(numbers* lanes)
-    join_kernel(const Options o, float* policy_loss, float* value_loss, float* stats) {
-  const int lane = threadIdx.x % lanes, number = threadIdx.x / lanes;
-  const float* parts = o.parts + number * o.blocks;
-  const bool of_value = (number >= value_weight && number < policy_loss_) || number == value_loss_;
-  const int64_t blocks = (of_value ? o.values : o.logprobs) ? o.blocks : 0;
-  if (number >= sums) {
-    const float sign = number == ratio_most ? 1.f : -1.f;
-    float most = -INFINITY, ratios = 0.f;
-    for (int64_t i = lane; i < blocks; i += lanes) {
-      most = fmaxf(most, sign * parts[i]);
-      ratios += o.parts[ratio_ * o.blocks + i];
+// A warp adds up each row of `partials`.
+__global__ void __launch_bounds__(num_partials* warp_size)
+    finish_kernel(const PpoArgs args, float* policy_loss, float* value_loss, float* stats) {
+  const int lane = threadIdx.x % warp_size, index = threadIdx.x / warp_size;
+  const float* partials = args.partials + index * args.num_blocks;
+  const bool is_value = (index >= PpoSum::VALUE_WEIGHT && index < PpoSum::POLICY_LOSS) || index == PpoSum::VALUE_LOSS;
+  const int64_t num_blocks = (is_value ? args.values : args.logprobs) ? args.num_blocks : 0;
+  if (index >= PpoSum::COUNT) {
+    const float sign = index == ratio_max_index ? 1.f : -1.f;
+    float extreme = -INFINITY, ratio_sum = 0.f;
+    for (int64_t i = lane; i < num_blocks; i += warp_size) {
+      extreme = fmaxf(extreme, sign * partials[i]);
+      ratio_sum += args.partials[PpoSum::RATIO * args.num_blocks + i];
     }
-    most = warp_reduce<Largest>(most), ratios = warp_reduce<Add>(ratios);
-    if (lane == 0)
-      stats[stats_summed + number - sums] = ratios == ratios ? sign * most : ratios;  // fmaxf passes a NaN over
+    extreme = warp_reduce<Max>(extreme);
+    ratio_sum = warp_reduce<Add>(ratio_sum);
+    const bool is_nan = ratio_sum != ratio_sum;  // fmaxf ignores a NaN, the sum does not
+    if (lane == 0) stats[num_summed_stats + index - PpoSum::COUNT] = is_nan ? ratio_sum : sign * extreme;
     return;
   }
   double sum = 0;
 #pragma unroll 8
-  for (int64_t i = lane; i < blocks; i += lanes) sum += parts[i];
+  for (int64_t i = lane; i < num_blocks; i += warp_size) sum += partials[i];
   sum = warp_reduce<Add>(sum);
   if (lane) return;
-  if (number < stats_summed) stats[number] = float(sum);
-  if (number == policy_loss_) *policy_loss = float(sum);
-  if (number == value_loss_) *value_loss = float(0.5 * sum);
+  if (index < num_summed_stats) stats[index] = float(sum);
+  if (index == PpoSum::POLICY_LOSS) *policy_loss = float(sum);
+  if (index == PpoSum::VALUE_LOSS) *value_loss = float(0.5 * sum);
 }
 
-// `parts` has room for 19 numbers of each of `blocks` blocks.
+// logprobs or values may be null: without them, that loss is 0. partials: memory for 19 numbers of each of `num_blocks`
+// blocks.
 const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, uintptr_t weights,
                      uintptr_t values, uintptr_t old_values, uintptr_t returns, uintptr_t value_weights,
-                     uintptr_t sampler, uintptr_t shift, uintptr_t scale, uintptr_t policy_loss, uintptr_t value_loss,
-                     uintptr_t stats, uintptr_t logprobs_slope, uintptr_t values_slope, uintptr_t parts, int64_t blocks,
-                     int64_t N, float clip_low, float clip_high, float dual_clip, float value_clip,
-                     float log_ratio_clamp, float cap, int drop_capped, uintptr_t stream) {
-  Options o;
-  o.logprobs = ptr<const float>(logprobs), o.old_logprobs = ptr<const float>(old_logprobs);
-  o.advantages = ptr<const float>(advantages), o.weights = ptr<const float>(weights);
-  o.values = ptr<const float>(values), o.old_values = ptr<const float>(old_values);
-  o.returns = ptr<const float>(returns), o.value_weights = ptr<const float>(value_weights);
-  o.sampler = ptr<const float>(sampler), o.shift = ptr<const float>(shift), o.scale = ptr<const float>(scale);
-  o.logprobs_slope = ptr<float>(logprobs_slope), o.values_slope = ptr<float>(values_slope);
-  o.parts = ptr<float>(parts), o.N = N, o.blocks = blocks;
-  o.low = 1.f - clip_low, o.high = 1.f + clip_high, o.dual = dual_clip > 0.f ? dual_clip : INFINITY;
-  o.bound = log_ratio_clamp > 0.f ? log_ratio_clamp : INFINITY;
-  o.cap = cap, o.drop_capped = drop_capped;
-  o.value_clip = value_clip > 0.f ? value_clip : INFINITY;
-  if (!(value_clip > 0.f)) o.old_values = o.values;  // not looked at
-  const uintptr_t low_bits = logprobs | old_logprobs | advantages | weights | values | old_values | returns |
-                             value_weights | sampler | logprobs_slope | values_slope;
-  o.aligned = low_bits % 16 == 0;
+                     uintptr_t sampler_logprobs, uintptr_t shift, uintptr_t scale, uintptr_t policy_loss,
+                     uintptr_t value_loss, uintptr_t stats, uintptr_t logprobs_grad, uintptr_t values_grad,
+                     uintptr_t partials, int64_t num_blocks, int64_t N, float clip_low, float clip_high,
+                     float dual_clip, float value_clip, float log_ratio_clamp, float max_importance, int drop_capped,
+                     uintptr_t stream) {
+  PpoArgs args;
+  args.logprobs = ptr<const float>(logprobs);
+  args.old_logprobs = ptr<const float>(old_logprobs);
+  args.advantages = ptr<const float>(advantages);
+  args.weights = ptr<const float>(weights);
+  args.values = ptr<const float>(values);
+  args.old_values = value_clip > 0.f ? ptr<const float>(old_values) : args.values;  // not used without a clip
+  args.returns = ptr<const float>(returns);
+  args.value_weights = ptr<const float>(value_weights);
+  args.sampler_logprobs = ptr<const float>(sampler_logprobs);
+  args.shift = ptr<const float>(shift);
+  args.scale = ptr<const float>(scale);
+  args.logprobs_grad = ptr<float>(logprobs_grad);
+  args.values_grad = ptr<float>(values_grad);
+  args.partials = ptr<float>(partials);
+  args.N = N;
+  args.num_blocks = N ? num_blocks : 0;
+  args.clip.ratio_low = 1.f - clip_low;
+  args.clip.ratio_high = 1.f + clip_high;
+  args.clip.dual = dual_clip > 0.f ? dual_clip : INFINITY;
+  args.clip.value = value_clip > 0.f ? value_clip : INFINITY;
+  args.clip.log_ratio = log_ratio_clamp > 0.f ? log_ratio_clamp : INFINITY;
+  args.max_importance = max_importance;
+  args.drop_capped = drop_capped;
+  const uintptr_t addresses = logprobs | old_logprobs | advantages | weights | values | old_values | returns |
+                              value_weights | sampler_logprobs | logprobs_grad | values_grad;
+  args.aligned = addresses % 16 == 0;
   if (N) {
-    const unsigned grid = blocks_for(blocks * (logprobs && values ? 2 : 1), 1);
+    const unsigned grid = blocks_for(num_blocks * (logprobs && values ? 2 : 1), 1);
     if (!grid) return "a grid has no such number of blocks";
-    const auto kernel = sampler ? ppo_loss_kernel<true> : ppo_loss_kernel<false>;
-    if (const char* error = launch(kernel, grid, threads, 0, stream, o)) return error;
-  } else {
-    o.blocks = 0;
+    const auto kernel = sampler_logprobs ? ppo_loss_kernel<true> : ppo_loss_kernel<false>;
+    if (const char* error = launch(kernel, grid, block_threads, 0, stream, args)) return error;
   }
-  return launch(join_kernel, 1, numbers * lanes, 0, stream, o, ptr<float>(policy_loss), ptr<float>(value_loss),
-                ptr<float>(stats));
+  return launch(finish_kernel, 1, num_partials * warp_size, 0, stream, args, ptr<float>(policy_loss),
+                ptr<float>(value_loss), ptr<float>(stats));
 }
 
 KERNEL(ppo_loss)

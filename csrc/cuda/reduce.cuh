@@ -1,11 +1,12 @@
-// Sums and maxima over a warp and over a block, in one fixed order: the same bits from run to run, in every thread.
+// Sums, maxima and minima over a warp and over a block, in one fixed order: every thread gets the same bits, and they
+// repeat from run to run.
 #pragma once
 #include "launch.cuh"
 
 namespace {
 
-constexpr int lanes = 32;
-constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int warp_size = 32;
+constexpr unsigned full_mask = 0xffffffffu;
 
 struct Add {
   template <class T>
@@ -13,27 +14,32 @@ struct Add {
     return a + b;
   }
 };
-struct Largest {  // a NaN is passed over
+struct Max {  // ignores a NaN
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  __device__ double operator()(double a, double b) const { return fmax(a, b); }
+};
+struct Min {  // ignores a NaN
+  __device__ float operator()(float a, float b) const { return fminf(a, b); }
 };
 
-// A butterfly: both sides of every exchange add the same two numbers, so that all lanes have the same bits.
+// A butterfly: both lanes of every exchange combine the same two numbers, so all lanes have the same bits.
 template <class Op, class T>
 __device__ __forceinline__ T warp_reduce(T x) {
 #pragma unroll
-  for (int apart = lanes / 2; apart; apart /= 2) x = Op()(x, __shfl_xor_sync(all_lanes, x, apart));
+  for (int distance = warp_size / 2; distance; distance /= 2) x = Op()(x, __shfl_xor_sync(full_mask, x, distance));
   return x;
 }
 
-// Over a block of whole warps. `memory` has room for 32 numbers; it may be used again at once.
+// Reduces over a block of whole warps. `shared` holds 32 numbers; the next call may reuse it at once.
 template <class Op, class T>
-__device__ __forceinline__ T block_reduce(T x, T nothing, T* memory) {
+__device__ __forceinline__ T block_reduce(T x, T identity, T* shared) {
   x = warp_reduce<Op>(x);
-  if (blockDim.x == lanes) return x;
-  __syncthreads();  // what a call before this one left there has been read
-  if (threadIdx.x % lanes == 0) memory[threadIdx.x / lanes] = x;
+  if (blockDim.x == warp_size) return x;
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  __syncthreads();  // until all threads have read the results of the call before
+  if (lane == 0) shared[warp] = x;
   __syncthreads();
-  return warp_reduce<Op>(threadIdx.x % lanes < blockDim.x / lanes ? memory[threadIdx.x % lanes] : nothing);
+  return warp_reduce<Op>(lane < blockDim.x / warp_size ? shared[lane] : identity);
 }
 
 }  // namespace

@@ -1,210 +1,176 @@
-// Drawing a token from logits on an NVIDIA GPU: the keyed noise, the race of the tokens, what a row writes.
-// kernels/_sampling.py says what is drawn.
+// Samples a token from a row of logits on NVIDIA GPUs: the noise and the Gumbel argmax. kernels/_sampling.py defines
+// them, sampling.h has what CPU and CUDA share.
 //
-// Token v waits w e^-z, w = -log1p(-u), and the first one is drawn: the argmax of z + gumbel. As w >= u, u e^-z bounds
-// the time from below without a logarithm. A block finds the least bound, takes that token's score in float64, and then
-// those of the tokens whose bound may still beat it, mostly none: the token is that of the float64 reference.
+// The token is the argmax of z + gumbel, gumbel = -log(w), w = -log1p(-u): the one with the smallest arrival time
+// w e^-z. As w >= u, u e^-z is a lower bound of that time and takes no logarithm:
+//
+//     1. each thread      the two smallest bounds of its tokens, and the token of the smallest
+//     2. the block        the smallest bound of all; its token's score z + gumbel in float64 becomes the threshold
+//     3. each thread      the float64 scores of its other tokens whose bound may beat the threshold: mostly none
+//     4. the block        the largest score; of equal scores the smallest token
+//
+// Floor: 10 rounds of Philox for four tokens, some 15 operations a token. The result is deterministic: it is the argmax
+// of the float64 scores, whatever the order of the threads.
 #pragma once
 #include "reduce.cuh"
+#include "sampling.h"
 #include "vec.cuh"
 
 namespace {
 
-constexpr double infinite = INFINITY;
+constexpr double infinity = INFINITY;
 
-struct Options {  // the first four one a row, or null where switched off
-  const float* temperature;
-  const int64_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  int64_t seed;
-  const int64_t* row_ids;
-  const int64_t* steps;
-  const float* noise;  // (B, V), in place of the keyed noise
-};
-
-struct Outputs {
-  int64_t* tokens;
-  float* logprobs;
-  float* raw_logprobs;
-  float* kept_logprobs;
-  float* log_kept_mass;
-  float* entropy;
-};
-
-// What a row asks for.
-struct Request {
-  double temperature;
-  float inverse;  // of the temperature
-  bool greedy, valid;
-  int64_t top_k;  // 0: off
-  float top_p, min_p;
-  const float* noise;
-  unsigned key0, key1, step, row0, row1;
-
-  __device__ Request(const Options& o, int64_t row, int V) {
-    const float given = o.temperature ? o.temperature[row] : 1.f;
-    top_k = o.top_k ? o.top_k[row] : 0, top_p = o.top_p ? o.top_p[row] : 1.f, min_p = o.min_p ? o.min_p[row] : 0.f;
-    valid =
-        given >= 0.f && given <= 1e6f && top_k >= 0 && top_p >= 1e-30f && top_p <= 1.f && min_p >= 0.f && min_p <= 1.f;
-    if (top_k >= V) top_k = 0;
-    greedy = given == 0.f, temperature = greedy ? 1. : given;
-    inverse = static_cast<float>(min(1. / temperature, 3e38));
-    noise = o.noise ? o.noise + row * V : nullptr;
-    const uint64_t id = static_cast<uint64_t>(o.row_ids[row]), seed = static_cast<uint64_t>(o.seed);
-    key0 = static_cast<unsigned>(seed), key1 = static_cast<unsigned>(seed >> 32);
-    step = static_cast<unsigned>(o.steps[row]);
-    row0 = static_cast<unsigned>(id), row1 = static_cast<unsigned>(id >> 32);
-  }
-  __device__ bool filters() const { return top_k || top_p < 1.f || min_p > 0.f; }
-};
-
-// Philox4x32-10 (Salmon et al. 2011): the words of tokens 4 quad to 4 quad + 3.
-__device__ __forceinline__ uint4 philox(const Request& r, unsigned quad) {
-  unsigned a = quad, b = r.step, c = r.row0, d = r.row1, k0 = r.key0, k1 = r.key1;
+// Philox4x32-10 (Salmon et al. 2011): one random word for each of the tokens 4 quad to 4 quad + 3.
+__device__ __forceinline__ uint4 philox(const NoiseKey& noise_key, unsigned quad) {
+  unsigned a = quad, b = noise_key.step, c = noise_key.row_id[0], d = noise_key.row_id[1];
+  unsigned key0 = noise_key.seed[0], key1 = noise_key.seed[1];
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const unsigned left = 0xD2511F53u * a, left_high = __umulhi(0xD2511F53u, a);
     const unsigned right = 0xCD9E8D57u * c, right_high = __umulhi(0xCD9E8D57u, c);
-    a = right_high ^ b ^ k0, b = right, c = left_high ^ d ^ k1, d = left;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    a = right_high ^ b ^ key0;
+    b = right;
+    c = left_high ^ d ^ key1;
+    d = left;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
   }
   return make_uint4(a, b, c, d);
 }
 
-// What a token is drawn by, in float64: x / temperature + gumbel, or the logit itself.
-__device__ __forceinline__ double exact_score(const Request& r, float x, int token) {
-  if (r.greedy) return x;
-  const double z = x / r.temperature;
-  if (r.noise) return z + r.noise[token];
-  const uint4 four = philox(r, static_cast<unsigned>(token) / 4);
-  const unsigned word = token % 4 == 0 ? four.x : token % 4 == 1 ? four.y : token % 4 == 2 ? four.z : four.w;
-  return z - log(-log1p(-(word + 0.5) * 0x1p-32));
+// Word i of four. An array with a variable index would be in local memory.
+__device__ __forceinline__ unsigned word_at(const uint4& words, int i) {
+  if (i == 0) return words.x;
+  if (i == 1) return words.y;
+  if (i == 2) return words.z;
+  return words.w;
 }
 
-struct Drawn {
-  double score;
-  float logit;
-  int token;
+// The score of a token in float64: x / temperature + gumbel, or the logit itself if sampling is greedy.
+__device__ __forceinline__ double exact_score(const SamplingParams& params, float x, int token) {
+  if (params.greedy) return x;
+  const double z = x / params.temperature;
+  if (params.noise) return z + params.noise[token];
+  return z + gumbel(word_at(philox(params.key, static_cast<unsigned>(token) / 4), token % 4));
+}
 
-  __device__ __forceinline__ void offer(double its_score, float its_logit, int its_token) {
-    if (its_score > score || (its_score == score && its_token < token && score > -infinite))
-      score = its_score, logit = its_logit, token = its_token;
-  }
-};
-
-__device__ __forceinline__ Drawn nobody() { return {-infinite, 0.f, -1}; }
-
-__device__ __forceinline__ Drawn warp_best(Drawn best) {
+__device__ __forceinline__ Candidate warp_best(Candidate best) {
 #pragma unroll
-  for (int apart = lanes / 2; apart; apart /= 2) {
-    const double score = __shfl_xor_sync(all_lanes, best.score, apart);
-    const float logit = __shfl_xor_sync(all_lanes, best.logit, apart);
-    const int token = __shfl_xor_sync(all_lanes, best.token, apart);
-    best.offer(score, logit, token);
+  for (int distance = warp_size / 2; distance; distance /= 2) {
+    const double score = __shfl_xor_sync(full_mask, best.score, distance);
+    const float logit = __shfl_xor_sync(full_mask, best.logit, distance);
+    const int token = __shfl_xor_sync(full_mask, best.token, distance);
+    best.update(score, logit, token);
   }
   return best;
 }
 
-struct DrawMemory {
-  Drawn best[lanes];
-  float bound[lanes];
-  double score[lanes];
+struct SampleShared {
+  Candidate best[warp_size];
+  float bound[warp_size];
+  double score[warp_size];
 };
 
-struct Least {
-  __device__ float operator()(float a, float b) const { return fminf(a, b); }
-};
-struct Greatest {
-  __device__ double operator()(double a, double b) const { return fmax(a, b); }
-};
-
-// The two least bounds that a thread has seen, and whose the least one is.
-struct Race {
-  float least, second, logit;
-  int token;
-
-  __device__ __forceinline__ void offer(float bound, float x, int its_token) {
-    if (bound < least)
-      second = least, least = bound, logit = x, token = its_token;
-    else if (bound < second)
-      second = bound;
-  }
-};
-
-// The block's token. `each(f)` calls f(v, x, scale) for the quads of tokens v to v + 3 of this thread: their logits,
-// and e^-z around `top`, the largest logit that may be drawn; infinite where a token may not.
-template <class Each>
-__device__ __forceinline__ Drawn draw(const Request& r, float top, const Each& each, DrawMemory& memory) {
-  Drawn best = nobody();
-  if (r.noise && !r.greedy) {
-    each([&](int v, const float (&x)[4], const float (&scale)[4]) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (scale[i] < INFINITY) best.offer(exact_score(r, x[i], v + i), x[i], v + i);
-    });
-  } else {
-    const auto bounds = [&](int v, const float (&x)[4], const float (&scale)[4], float (&bound)[4]) {
-      const float least = fminf(fminf(scale[0], scale[1]), fminf(scale[2], scale[3]));
-      uint4 word = make_uint4(0, 0, 0, 0);
-      if (!r.greedy && least < INFINITY) word = philox(r, static_cast<unsigned>(v) / 4);
-      const unsigned words[4] = {word.x, word.y, word.z, word.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float u = (static_cast<float>(words[i]) + 0.5f) * 0x1p-32f;
-        bound[i] = scale[i] == INFINITY ? INFINITY : r.greedy ? top - x[i] : u * scale[i];
-      }
-    };
-    Race race{INFINITY, INFINITY, 0.f, -1};
-    each([&](int v, const float (&x)[4], const float (&scale)[4]) {
-      float bound[4];
-      bounds(v, x, scale, bound);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) race.offer(bound[i], x[i], v + i);
-    });
-    const float first = block_reduce<Least>(race.least, INFINITY, memory.bound);
-    const bool leads = race.least == first && race.token >= 0;
-    if (leads) best.offer(exact_score(r, race.logit, race.token), race.logit, race.token);
-    const double score = block_reduce<Greatest>(best.score, -infinite, memory.score);
-    // 1e-4: more than the error of a bound in float32
-    const float bar = r.greedy ? first : static_cast<float>(exp(top / r.temperature - score) * (1 + 1e-4));
-    if (race.second <= bar) {
-      each([&](int v, const float (&x)[4], const float (&scale)[4]) {
-        float bound[4];
-        bounds(v, x, scale, bound);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (bound[i] <= bar && scale[i] < INFINITY) best.offer(exact_score(r, x[i], v + i), x[i], v + i);
-      });
-    } else if (race.least <= bar && !leads && race.token >= 0) {
-      best.offer(exact_score(r, race.logit, race.token), race.logit, race.token);
-    }
-  }
+__device__ __forceinline__ Candidate block_best(Candidate best, SampleShared& shared) {
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
   best = warp_best(best);
-  __syncthreads();  // what a call before this one left there has been read
-  if (threadIdx.x % lanes == 0) memory.best[threadIdx.x / lanes] = best;
+  __syncthreads();  // until all threads have read the results of the call before
+  if (lane == 0) shared.best[warp] = best;
   __syncthreads();
-  return warp_best(threadIdx.x % lanes < blockDim.x / lanes ? memory.best[threadIdx.x % lanes] : nobody());
+  return warp_best(lane < blockDim.x / warp_size ? shared.best[lane] : no_candidate());
 }
 
-// Of a row: the largest logit, and around it the sums of e^(x - largest), of p = e^z, z = (x - largest) / temperature,
-// and of p z. A NaN or +inf among the logits shows in `raw`.
-struct RowSums {
-  double largest, raw, mass, moment;
+// The two smallest bounds seen by this thread, and the token of the smallest.
+struct TwoSmallest {
+  float smallest, second, logit;
+  int token;
+
+  __device__ __forceinline__ void update(float bound, float x, int new_token) {
+    if (bound < smallest) {
+      second = smallest;
+      smallest = bound;
+      logit = x;
+      token = new_token;
+    } else if (bound < second) {
+      second = bound;
+    }
+  }
 };
 
-// By one thread, or by several with the same arguments.
-__device__ __forceinline__ void report(const Outputs& out, int64_t row, const Request& r, const RowSums& sums,
-                                       const Drawn& drawn, double log_kept_mass) {
-  const bool fine = r.valid && drawn.token >= 0 && sums.raw > 0. && sums.raw < infinite;
-  const double above = drawn.logit - sums.largest, log_sum = log(sums.mass), logprob = above / r.temperature - log_sum;
-  const bool sure = r.greedy;
-  out.tokens[row] = fine ? drawn.token : -1;
-  out.raw_logprobs[row] = fine ? static_cast<float>(above - log(sums.raw)) : NAN;
-  out.logprobs[row] = !fine ? NAN : sure ? 0.f : static_cast<float>(logprob);
-  out.kept_logprobs[row] = !fine ? NAN : sure ? 0.f : static_cast<float>(logprob - log_kept_mass);
-  out.log_kept_mass[row] = !fine ? NAN : sure ? 0.f : static_cast<float>(log_kept_mass);
-  out.entropy[row] = !fine ? NAN : sure ? 0.f : static_cast<float>(log_sum - sums.moment / sums.mass);
+// Lower bounds of the arrival times of tokens v to v + 3, relative to that of `max_logit`. If sampling is greedy, the
+// distances of their logits from the largest one.
+__device__ __forceinline__ void arrival_bounds(const SamplingParams& params, float max_logit, int v,
+                                               const float (&x)[4], const float (&inverse_mass)[4], float (&bound)[4]) {
+  const float smallest = fminf(fminf(inverse_mass[0], inverse_mass[1]), fminf(inverse_mass[2], inverse_mass[3]));
+  uint4 random = make_uint4(0, 0, 0, 0);
+  if (!params.greedy && smallest < INFINITY) random = philox(params.key, static_cast<unsigned>(v) / 4);
+  const unsigned words[4] = {random.x, random.y, random.z, random.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float u = (static_cast<float>(words[i]) + 0.5f) * 0x1p-32f;
+    bound[i] = params.greedy ? max_logit - x[i] : u * inverse_mass[i];
+    if (inverse_mass[i] == INFINITY) bound[i] = INFINITY;
+  }
+}
+
+// Returns the best of this thread's tokens, by the score of each of them.
+template <class ForEachQuad>
+__device__ __forceinline__ Candidate best_of_all(const SamplingParams& params, const ForEachQuad& for_each_quad) {
+  Candidate best = no_candidate();
+  for_each_quad([&](int v, const float (&x)[4], const float (&inverse_mass)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (inverse_mass[i] < INFINITY) best.update(exact_score(params, x[i], v + i), x[i], v + i);
+  });
+  return best;
+}
+
+// Returns the best of this thread's tokens, or no candidate if none of them can win: steps 1 to 3 above.
+template <class ForEachQuad>
+__device__ __forceinline__ Candidate best_by_bounds(const SamplingParams& params, float max_logit,
+                                                    const ForEachQuad& for_each_quad, SampleShared& shared) {
+  Candidate best = no_candidate();
+  TwoSmallest mine{INFINITY, INFINITY, 0.f, -1};
+  for_each_quad([&](int v, const float (&x)[4], const float (&inverse_mass)[4]) {
+    float bound[4];
+    arrival_bounds(params, max_logit, v, x, inverse_mass, bound);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mine.update(bound[i], x[i], v + i);
+  });
+
+  const float smallest = block_reduce<Min>(mine.smallest, INFINITY, shared.bound);
+  const bool has_smallest = mine.smallest == smallest && mine.token >= 0;
+  if (has_smallest) best.update(exact_score(params, mine.logit, mine.token), mine.logit, mine.token);
+  const double score = block_reduce<Max>(best.score, -infinity, shared.score);
+  // 1e-4: more than the error of a bound in float32
+  const float threshold =
+      params.greedy ? smallest : static_cast<float>(exp(max_logit / params.temperature - score) * (1 + 1e-4));
+
+  if (mine.second <= threshold) {
+    for_each_quad([&](int v, const float (&x)[4], const float (&inverse_mass)[4]) {
+      float bound[4];
+      arrival_bounds(params, max_logit, v, x, inverse_mass, bound);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (bound[i] <= threshold && inverse_mass[i] < INFINITY)
+          best.update(exact_score(params, x[i], v + i), x[i], v + i);
+    });
+  } else if (mine.smallest <= threshold && !has_smallest && mine.token >= 0) {
+    best.update(exact_score(params, mine.logit, mine.token), mine.logit, mine.token);
+  }
+  return best;
+}
+
+// Returns the block's token. `for_each_quad(f)` calls f(v, x, inverse_mass) for the quads of tokens of this thread:
+// x are the logits of tokens v to v + 3, and inverse_mass is e^-z relative to `max_logit`, the largest logit that may
+// be sampled; infinite for a token that may not be.
+template <class ForEachQuad>
+__device__ __forceinline__ Candidate gumbel_argmax(const SamplingParams& params, float max_logit,
+                                                   const ForEachQuad& for_each_quad, SampleShared& shared) {
+  const bool has_noise = params.noise && !params.greedy;
+  const Candidate best =
+      has_noise ? best_of_all(params, for_each_quad) : best_by_bounds(params, max_logit, for_each_quad, shared);
+  return block_best(best, shared);
 }
 
 }  // namespace

@@ -1,7 +1,16 @@
-// Online statistics of a row of logits, and the gradient of its softmax; csrc/cpu/softmax.h has the formulas.
+// Online softmax of a row of logits: its maximum, sum and first moment in one pass, and the gradient by the logits.
+// csrc/cpu/softmax.h has the formulas.
 //
-// The operations that decide bits are spelled out (__fmul_rn, __fmaf_rn): the compiler may fuse products and sums
-// differently in two kernels, and a row must have the same bits in both.
+// The threads of a warp or block take vectors of 16 bytes of a row in turn, U of them at a time:
+//
+//     vector   0    1   ...  T-1 |  T   T+1  ... 2T-1 | ... U vectors of thread t: t, t + T, ..., t + (U-1) T
+//     thread   0    1   ...  T-1 |  0    1   ...  T-1 | ...
+//
+// Floor: one load of the row; per logit one exponential and about 6 operations.
+//
+// Which logits a thread adds, and in which order, depends on the row's length and dtype alone. The operations that
+// decide a row's bits are written as intrinsics (__fmul_rn, __fmaf_rn): otherwise the compiler might fuse products and
+// sums differently in two kernels.
 #pragma once
 #include <math.h>
 
@@ -11,10 +20,10 @@
 namespace {
 
 constexpr float log2_e = 1.44269504088896341f;
-constexpr float far = -87.f;  // e^far is 1.6e-38: nothing beside the 1 that the largest logit adds
+constexpr float min_exponent = -87.f;  // e^-87 is 1.6e-38: it adds nothing to the 1 of the largest logit
 
-// 2^x within 2 units in the last place, 0 where float32 has no normal number: one instruction.
-__device__ __forceinline__ float exp2_near(float x) {
+// 2^x within 2 units in the last place, in one instruction; 0 where the result is no normal float32.
+__device__ __forceinline__ float fast_exp2(float x) {
 #if defined(__CUDACC__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -23,156 +32,172 @@ __device__ __forceinline__ float exp2_near(float x) {
   return ex2_approx(x);
 #endif
 }
-__device__ __forceinline__ float exp_near(float x) { return exp2_near(__fmul_rn(x, log2_e)); }
+__device__ __forceinline__ float fast_exp(float x) { return fast_exp2(__fmul_rn(x, log2_e)); }
 
 struct Scaling {
   float inverse_temperature, softcap, inverse_softcap;
 };
 
-inline Scaling scaling(float temperature, float softcap) {
+inline Scaling make_scaling(float temperature, float softcap) {
   return {1.f / temperature, softcap, softcap > 0.f ? 1.f / softcap : 0.f};
 }
 
-template <bool CAP>
-__device__ __forceinline__ float scaled(float x, const Scaling& by) {
-  if (CAP) x = __fmul_rn(by.softcap, tanhf(__fmul_rn(x, by.inverse_softcap)));
-  return __fmul_rn(x, by.inverse_temperature);
+// z of a raw logit x.
+template <bool SOFTCAP>
+__device__ __forceinline__ float apply_softcap_temperature(float x, const Scaling& scaling) {
+  if (SOFTCAP) x = __fmul_rn(scaling.softcap, tanhf(__fmul_rn(x, scaling.inverse_softcap)));
+  return __fmul_rn(x, scaling.inverse_temperature);
 }
 
-// Of some columns: the largest z, the sum of e^(z - largest), that of (z - largest) e^(z - largest).
-struct Softmax {
-  float largest, sum, moment;
+// Statistics of some logits z: their maximum, the sum of e^(z - max) and the sum of (z - max) e^(z - max).
+struct SoftmaxState {
+  float max, sum, moment;
 };
 
-__device__ __forceinline__ Softmax nothing_yet() { return {-INFINITY, 0.f, 0.f}; }
+__device__ __forceinline__ SoftmaxState empty_state() { return {-INFINITY, 0.f, 0.f}; }
 
-// What is subtracted from z: the largest, or 0 where nothing is above -inf. (-inf) - (-inf) would be NaN.
-__device__ __forceinline__ float origin(float largest) { return largest == -INFINITY ? 0.f : largest; }
+// What to subtract from z so that the exponentials stay finite. 0 if max is -inf: (-inf) - (-inf) would be NaN.
+__device__ __forceinline__ float zero_if_minus_inf(float max) { return max == -INFINITY ? 0.f : max; }
 
-// The same sums around another origin, which is no smaller; one that is NaN stays so.
-__device__ __forceinline__ Softmax moved(const Softmax& row, float to, float largest) {
-  const float distance = row.largest - to, factor = exp_near(distance);
-  const float moment = __fmaf_rn(fmaxf(distance, far), row.sum, row.moment);
-  return {largest, __fmul_rn(factor, row.sum), __fmul_rn(factor, moment)};
+// The state with its sums around `origin`, at least state.max, in place of state.max. A NaN stays a NaN.
+__device__ __forceinline__ SoftmaxState rescale(const SoftmaxState& state, float origin, float max) {
+  const float distance = state.max - origin, factor = fast_exp(distance);
+  const float moment = __fmaf_rn(fmaxf(distance, min_exponent), state.sum, state.moment);
+  return {max, __fmul_rn(factor, state.sum), __fmul_rn(factor, moment)};
 }
 
-__device__ __forceinline__ Softmax joined(const Softmax& one, const Softmax& other) {
-  const float largest = fmaxf(one.largest, other.largest), to = origin(largest);
-  const Softmax a = moved(one, to, largest), b = moved(other, to, largest);
-  return {largest, __fadd_rn(a.sum, b.sum), __fadd_rn(a.moment, b.moment)};
+__device__ __forceinline__ SoftmaxState merge(const SoftmaxState& first, const SoftmaxState& second) {
+  const float max = fmaxf(first.max, second.max), origin = zero_if_minus_inf(max);
+  const SoftmaxState a = rescale(first, origin, max), b = rescale(second, origin, max);
+  return {max, __fadd_rn(a.sum, b.sum), __fadd_rn(a.moment, b.moment)};
 }
 
-__device__ __forceinline__ Softmax warp_joined(const Softmax& row) {
-  const float largest = warp_reduce<Largest>(row.largest);
-  const Softmax mine = moved(row, origin(largest), largest);
-  return {largest, warp_reduce<Add>(mine.sum), warp_reduce<Add>(mine.moment)};
+__device__ __forceinline__ SoftmaxState warp_merge(const SoftmaxState& state) {
+  const float max = warp_reduce<Max>(state.max);
+  const SoftmaxState rescaled = rescale(state, zero_if_minus_inf(max), max);
+  return {max, warp_reduce<Add>(rescaled.sum), warp_reduce<Add>(rescaled.moment)};
 }
 
-// Over a block of whole warps; `memory` has room for 96 numbers.
-__device__ __forceinline__ Softmax block_joined(Softmax row, float* memory) {
-  const int lane = threadIdx.x % lanes, warps = blockDim.x / lanes;
-  row = warp_joined(row);
+// Merges over a block of whole warps; `shared` holds 96 numbers.
+__device__ __forceinline__ SoftmaxState block_merge(SoftmaxState state, float* shared) {
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size, num_warps = blockDim.x / warp_size;
+  float *const maxima = shared, *const sums = shared + warp_size, *const moments = shared + 2 * warp_size;
+  state = warp_merge(state);
   __syncthreads();
   if (lane == 0) {
-    const int at = threadIdx.x / lanes;
-    memory[at] = row.largest, memory[lanes + at] = row.sum, memory[2 * lanes + at] = row.moment;
+    maxima[warp] = state.max;
+    sums[warp] = state.sum;
+    moments[warp] = state.moment;
   }
   __syncthreads();
-  row = nothing_yet();
-  if (lane < warps) row = {memory[lane], memory[lanes + lane], memory[2 * lanes + lane]};
-  return warp_joined(row);
+  state = empty_state();
+  if (lane < num_warps) state = {maxima[lane], sums[lane], moments[lane]};
+  return warp_merge(state);
 }
 
-// U words' columns join a row's. What the row does not have is -inf; `here` tells it from a logit where one of -inf
-// counts, since softcap makes it finite: of word u only the first `here - u * apart` exist.
-template <int U, bool CAP, class T>
-__device__ __forceinline__ void add_words(Softmax& row, const uint4 (&words)[U], int here, int apart,
-                                          const Scaling& by) {
-  constexpr int per = per_word<T>;
-  float z[U][per], largest = row.largest;
+// Adds U vectors of a row's logits to its state. Vectors have -inf outside the row. With softcap that is not enough:
+// softcap makes a logit of -inf finite, which must count inside the row and must not outside. There, only the first
+// `num_valid - u * vec_stride` numbers of vector u belong to the row.
+template <int U, bool SOFTCAP, class T>
+__device__ __forceinline__ void add_vecs(SoftmaxState& state, const uint4 (&vecs)[U], int num_valid, int vec_stride,
+                                         const Scaling& scaling) {
+  constexpr int size = vec_size<T>;
+  float z[U][size], max = state.max;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    unpack<T>(words[u], z[u]);
+    unpack<T>(vecs[u], z[u]);
 #pragma unroll
-    for (int i = 0; i < per; ++i) {
-      z[u][i] = scaled<CAP>(z[u][i], by);
-      if (CAP && i >= here - u * apart) z[u][i] = -INFINITY;
-      largest = fmaxf(largest, z[u][i]);
+    for (int i = 0; i < size; ++i) {
+      z[u][i] = apply_softcap_temperature<SOFTCAP>(z[u][i], scaling);
+      if (SOFTCAP && i >= num_valid - u * vec_stride) z[u][i] = -INFINITY;
+      max = fmaxf(max, z[u][i]);
     }
   }
-  const float from = origin(largest);
-  row = moved(row, from, largest);
+  const float origin = zero_if_minus_inf(max);
+  state = rescale(state, origin, max);
   float sums[U], moments[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    sums[u] = moments[u] = 0.f;
+    sums[u] = 0.f;
+    moments[u] = 0.f;
 #pragma unroll
-    for (int i = 0; i < per; ++i) {
-      const float distance = z[u][i] - from, e = exp_near(distance);
+    for (int i = 0; i < size; ++i) {
+      const float distance = z[u][i] - origin, e = fast_exp(distance);
       sums[u] = __fadd_rn(sums[u], e);
-      moments[u] = __fmaf_rn(fmaxf(distance, far), e, moments[u]);  // not -inf times 0
+      moments[u] = __fmaf_rn(fmaxf(distance, min_exponent), e, moments[u]);  // fmaxf: -inf times 0 is NaN
     }
   }
 #pragma unroll
-  for (int u = 0; u < U; ++u) row.sum = __fadd_rn(row.sum, sums[u]), row.moment = __fadd_rn(row.moment, moments[u]);
+  for (int u = 0; u < U; ++u) {
+    state.sum = __fadd_rn(state.sum, sums[u]);
+    state.moment = __fadd_rn(state.moment, moments[u]);
+  }
 }
 
-// What thread `thread` of `threads` sees of the words `first` to `last` of a row, U of them at a time, whose loads are
-// all under way before the first is looked at. The first `kept` of memory's words that are read as such stay in
-// `memory`.
-template <int U, bool CAP, class T>
-__device__ __forceinline__ Softmax statistics(const Words<T>& x, int first, int last, int thread, int threads,
-                                              const Scaling& by, uint4* memory = nullptr, int kept = 0) {
-  Softmax row = nothing_yet();
-  for (; first < last; first += U * threads) {
-    const int own = first + thread;
-    uint4 words[U];
-    if (x.inside(own) && x.inside(own + (U - 1) * threads)) {
+// Returns the state of the vectors of `row` from `first` to `last` that `thread` of `num_threads` takes. Loads U
+// vectors before it uses the first. Copies the aligned vectors with index < num_saved to `saved`, if they are full.
+template <int U, bool SOFTCAP, class T>
+__device__ __forceinline__ SoftmaxState row_state(const UnalignedRow<T>& row, int first, int last, int thread,
+                                                  int num_threads, const Scaling& scaling, uint4* saved = nullptr,
+                                                  int num_saved = 0) {
+  SoftmaxState state = empty_state();
+  for (; first < last; first += U * num_threads) {
+    const int start = first + thread;
+    uint4 vecs[U];
+    if (row.is_full(start) && row.is_full(start + (U - 1) * num_threads)) {
 #pragma unroll
-      for (int u = 0; u < U; ++u) words[u] = x.aligned[own + u * threads];
-      if (kept) {
+      for (int u = 0; u < U; ++u) vecs[u] = row.vecs[start + u * num_threads];
+      if (num_saved) {
 #pragma unroll
         for (int u = 0; u < U; ++u)
-          if (own + u * threads < kept) memory[own + u * threads] = words[u];
+          if (start + u * num_threads < num_saved) saved[start + u * num_threads] = vecs[u];
       }
-      if (x.shift) {
-        uint4 after[U];
+      if (row.shift) {
+        uint4 next[U];
 #pragma unroll
-        for (int u = 0; u < U; ++u) after[u] = x.aligned[own + u * threads + 1];
+        for (int u = 0; u < U; ++u) next[u] = row.vecs[start + u * num_threads + 1];
 #pragma unroll
-        for (int u = 0; u < U; ++u) words[u] = shifted(words[u], after[u], x.shift);
+        for (int u = 0; u < U; ++u) vecs[u] = funnel_shift(vecs[u], next[u], row.shift);
       }
     } else {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int k = own + u * threads;
-        words[u] = x.read(k);
-        if (k < kept && x.inside(k)) memory[k] = x.aligned[k];
+        const int k = start + u * num_threads;
+        vecs[u] = row.load(k);
+        if (k < num_saved && row.is_full(k)) saved[k] = row.vecs[k];
       }
     }
-    add_words<U, CAP, T>(row, words, x.end - own * per_word<T>, threads * per_word<T>, by);
+    add_vecs<U, SOFTCAP, T>(state, vecs, row.end - start * vec_size<T>, num_threads * vec_size<T>, scaling);
   }
-  return row;
+  return state;
 }
 
-// The gradient of one row: p (a + b log p + c (log p_ref - log p)) + g 1[target] by z, carried on to the raw logits.
-struct Slope {
-  float largest, log_sum, g, a, b;
-  float c, ref_largest, ref_log_sum;
+// What the gradient of one row needs. By z it is p (a + b log p + c (log p_ref - log p)) + g 1[target];
+// kernels/_head.py derives it. `max` and `log_sum` are the row's statistics, `ref_max` and `ref_log_sum` those of the
+// reference.
+struct LogitGrad {
+  float max, log_sum, g, a, b;
+  float c, ref_max, ref_log_sum;
 };
 
-template <bool CAP, bool KL>
-__device__ __forceinline__ float logit_gradient(float x, float ref, float once, const Slope& s, const Scaling& by) {
-  float chain = by.inverse_temperature;
-  if (CAP) {
-    const float t = tanhf(x * by.inverse_softcap);
-    chain *= 1.f - t * t;
-    x = by.softcap * t;
+// The gradient by a raw logit x; `target_term` is g at the target, else 0.
+template <bool SOFTCAP, bool KL>
+__device__ __forceinline__ float logit_grad(float x, float ref, float target_term, const LogitGrad& grad,
+                                            const Scaling& scaling) {
+  float dz_dx = scaling.inverse_temperature;
+  if (SOFTCAP) {
+    const float t = tanhf(x * scaling.inverse_softcap);
+    dz_dx *= 1.f - t * t;
+    x = scaling.softcap * t;
   }
-  const float logp = (x * by.inverse_temperature - s.largest) - s.log_sum, finite = fmaxf(logp, far);
-  float inner = s.a + s.b * finite;
-  if (KL) inner += s.c * (fmaxf((scaled<CAP>(ref, by) - s.ref_largest) - s.ref_log_sum, far) - finite);
-  return (exp_near(logp) * inner + once) * chain;
+  const float logp = (x * scaling.inverse_temperature - grad.max) - grad.log_sum;
+  const float finite_logp = fmaxf(logp, min_exponent);
+  float inner = grad.a + grad.b * finite_logp;
+  if (KL) {
+    const float ref_logp = (apply_softcap_temperature<SOFTCAP>(ref, scaling) - grad.ref_max) - grad.ref_log_sum;
+    inner += grad.c * (fmaxf(ref_logp, min_exponent) - finite_logp);
+  }
+  return (fast_exp(logp) * inner + target_term) * dz_dx;
 }
 
 }  // namespace

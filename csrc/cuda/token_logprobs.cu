@@ -1,248 +1,321 @@
-// Log-probabilities and entropies of given logits, and their gradient, on NVIDIA GPUs; kernels/token_logprobs.py says
-// what they mean, softmax.cuh how they are summed.
+// Log-probabilities and entropies of given logits, and their gradient, on NVIDIA GPUs; kernels/token_logprobs.py
+// defines them, softmax.cuh sums a row.
 //
-// Forward: memory is the floor, one read of the logits. A block takes a row, or, where a row is a few KiB, a warp does.
-// Which numbers a thread adds up, and in which order, depends on V and the dtype alone, neither on where the row lies
-// nor on the other rows: a row has the same bits in a batch and alone. A long row's sums are cut into parts for that,
-// which few rows give to a block each, to fill the GPU; a second launch then joins them as the block of a row would.
+// Floor: forward one load of the logits, backward one load and one store.
 //
-// Backward: one read and one write. The block that sums a row keeps it in shared memory, from where it is read again
-// when the sums are known. What does not fit (above 227 KiB on an H100) is read again from the end, out of the
-// second-level cache if it is still there.
+//     a row of         forward                                         backward
+//     up to 256 vecs   a warp                                          a warp
+//     more             a block of 256 threads                          a block of 256, 512 or 1024 threads
+//     more, few rows   a block per 2048 vectors writes its threads'    the same
+//                      states; a second launch merges them
+//
+// The backward kernel keeps a row's vectors in shared memory while it sums them, and reads them there to compute the
+// gradient. What does not fit (above 227 KiB on an H100) is loaded again, from the end, which may still be in the L2
+// cache.
+//
+// Deterministic: which logits a thread adds, and in which order, depends on V and the dtype alone, not on the row's
+// address nor on the other rows. Long rows are summed in parts of 2048 vectors even by one block, so that both forward
+// paths have the same bits.
 #include "softmax.cuh"
 
 namespace {
 
-constexpr int64_t ignored = -100;
+constexpr int64_t ignore_index = -100;
 constexpr int block_threads = 256, unroll = 4;
-constexpr int part = 2 * unroll * block_threads;  // words; kernels/token_logprobs.py knows it too
-constexpr int small = 2 * unroll * lanes;         // words of a row that a warp takes
+constexpr int part_vecs = 2 * unroll * block_threads;  // kernels/token_logprobs.py has it too
+constexpr int max_warp_vecs = 2 * unroll * warp_size;  // a longer row takes a block
 
-struct Logits {
-  const void* at;
+struct LogitsJob {
+  const void* logits;
   int64_t N, stride;
   int V;
   const void* targets;
-  bool wide_targets;
-  Scaling by;
+  bool targets_int64;  // else int32
+  Scaling scaling;
 
   __device__ int64_t target(int64_t row) const {
-    return wide_targets ? static_cast<const int64_t*>(targets)[row] : static_cast<const int32_t*>(targets)[row];
+    return targets_int64 ? static_cast<const int64_t*>(targets)[row] : static_cast<const int32_t*>(targets)[row];
   }
   template <class T>
   __device__ const T* row(int64_t index) const {
-    return static_cast<const T*>(at) + index * stride;
+    return static_cast<const T*>(logits) + index * stride;
   }
 };
 
 template <class T>
-__host__ __device__ int words_of(int V) {
-  return (V + per_word<T> - 1) / per_word<T>;
+__host__ __device__ int vecs_of(int V) {
+  return (V + vec_size<T> - 1) / vec_size<T>;
 }
 
-// A target that is no column gives NaN: nothing outside the row is read.
-template <bool CAP, class T>
-__device__ __forceinline__ float target_logit(const T* row, int64_t target, const Logits& x) {
-  return target >= 0 && target < x.V ? scaled<CAP>(widened(row[target]), x.by) : NAN;
+// The row of this thread, and its place among the threads that share the row.
+struct RowThread {
+  bool by_warp;
+  int64_t row;
+  int thread, num_threads;
+
+  __device__ RowThread(int num_vecs, int threads_of_block) : by_warp(num_vecs <= max_warp_vecs) {
+    const int warps_of_block = threads_of_block / warp_size;
+    row = by_warp ? int64_t(blockIdx.x) * warps_of_block + threadIdx.x / warp_size : blockIdx.x;
+    thread = by_warp ? threadIdx.x % warp_size : threadIdx.x;
+    num_threads = by_warp ? warp_size : threads_of_block;
+  }
+  __device__ __forceinline__ SoftmaxState merge_threads(const SoftmaxState& state, float* shared) const {
+    return by_warp ? warp_merge(state) : block_merge(state, shared);
+  }
+};
+
+// z of the target. A target outside the row gives NaN and loads nothing.
+template <bool SOFTCAP, class T>
+__device__ __forceinline__ float target_logit(const T* row, int64_t target, const LogitsJob& job) {
+  const bool valid = target >= 0 && target < job.V;
+  return valid ? apply_softcap_temperature<SOFTCAP>(to_float(row[target]), job.scaling) : NAN;
 }
 
-__device__ __forceinline__ void write_outputs(const Softmax& row, float target, float* logprob, float* entropy) {
-  const float log_sum = logf(row.sum);
-  *logprob = (target - row.largest) - log_sum, *entropy = log_sum - row.moment / row.sum;
+__device__ __forceinline__ void write_row(const SoftmaxState& state, float target_z, float* logprob, float* entropy) {
+  const float log_sum = logf(state.sum);
+  *logprob = (target_z - state.max) - log_sum;
+  *entropy = log_sum - state.moment / state.sum;
 }
 
-template <class T, bool CAP>
-__global__ void __launch_bounds__(block_threads, CAP ? 3 : 4)
-    token_logprobs_kernel(const Logits x, float* logprobs, float* entropy) {
-  __shared__ float memory[3 * lanes];
-  const int words = words_of<T>(x.V);
-  const bool by_warp = words <= small;
-  const int64_t index = by_warp ? int64_t(blockIdx.x) * (block_threads / lanes) + threadIdx.x / lanes : blockIdx.x;
-  if (index >= x.N) return;
-  const int thread = by_warp ? threadIdx.x % lanes : threadIdx.x, threads = by_warp ? lanes : block_threads;
-  const int64_t target = x.target(index);
-  if (target == ignored) {
-    if (thread == 0) logprobs[index] = entropy[index] = 0.f;
+__device__ __forceinline__ void write_ignored(float* logprob, float* entropy) {
+  *logprob = 0.f;
+  *entropy = 0.f;
+}
+
+template <class T, bool SOFTCAP>
+__global__ void __launch_bounds__(block_threads, SOFTCAP ? 3 : 4)
+    token_logprobs_kernel(const LogitsJob job, float* logprobs, float* entropy) {
+  __shared__ float shared[3 * warp_size];
+  const int num_vecs = vecs_of<T>(job.V);
+  const RowThread at(num_vecs, block_threads);
+  if (at.row >= job.N) return;
+  const int64_t target = job.target(at.row);
+  if (target == ignore_index) {
+    if (at.thread == 0) write_ignored(logprobs + at.row, entropy + at.row);
     return;
   }
-  const Words<T> all(x.row<T>(index), 0, x.V);
-  Softmax sums = nothing_yet();
-  for (int first = 0; first < words; first += part)
-    sums = joined(sums, statistics<unroll, CAP>(all, first, min(first + part, words), thread, threads, x.by));
-  sums = by_warp ? warp_joined(sums) : block_joined(sums, memory);
-  if (thread == 0) write_outputs(sums, target_logit<CAP>(all.base, target, x), logprobs + index, entropy + index);
+  const UnalignedRow<T> row(job.row<T>(at.row), 0, job.V);
+  SoftmaxState state = empty_state();
+  for (int first = 0; first < num_vecs; first += part_vecs) {
+    const int last = min(first + part_vecs, num_vecs);
+    state = merge(state, row_state<unroll, SOFTCAP>(row, first, last, at.thread, at.num_threads, job.scaling));
+  }
+  state = at.merge_threads(state, shared);
+  if (at.thread == 0)
+    write_row(state, target_logit<SOFTCAP>(row.base, target, job), logprobs + at.row, entropy + at.row);
 }
 
-// scratch: (N, parts, 3, block_threads). One block a part; then one a row.
-template <class T, bool CAP>
-__global__ void __launch_bounds__(block_threads, CAP ? 3 : 4) parts_kernel(const Logits x, int parts, float* scratch) {
-  const int64_t index = blockIdx.x / parts;
-  if (x.target(index) == ignored) return;
-  const int words = words_of<T>(x.V), first = int(blockIdx.x % parts) * part;
-  const Words<T> all(x.row<T>(index), 0, x.V);
-  const Softmax own = statistics<unroll, CAP>(all, first, min(first + part, words), threadIdx.x, block_threads, x.by);
+// One block per part of a row. scratch: (N, num_parts, 3, block_threads), the threads' states.
+template <class T, bool SOFTCAP>
+__global__ void __launch_bounds__(block_threads, SOFTCAP ? 3 : 4)
+    parts_kernel(const LogitsJob job, int num_parts, float* scratch) {
+  const int64_t row_index = blockIdx.x / num_parts;
+  if (job.target(row_index) == ignore_index) return;
+  const int first = int(blockIdx.x % num_parts) * part_vecs, last = min(first + part_vecs, vecs_of<T>(job.V));
+  const UnalignedRow<T> row(job.row<T>(row_index), 0, job.V);
+  const SoftmaxState state = row_state<unroll, SOFTCAP>(row, first, last, threadIdx.x, block_threads, job.scaling);
   scratch += int64_t(blockIdx.x) * 3 * block_threads + threadIdx.x;
-  scratch[0] = own.largest, scratch[block_threads] = own.sum, scratch[2 * block_threads] = own.moment;
+  scratch[0] = state.max;
+  scratch[block_threads] = state.sum;
+  scratch[2 * block_threads] = state.moment;
 }
 
-template <class T, bool CAP>
+// One block per row merges its parts, as the block of `token_logprobs_kernel` does.
+template <class T, bool SOFTCAP>
 __global__ void __launch_bounds__(block_threads)
-    join_kernel(const Logits x, int parts, const float* scratch, float* logprobs, float* entropy) {
-  __shared__ float memory[3 * lanes];
-  const int64_t index = blockIdx.x, target = x.target(index);
-  if (target == ignored) {
-    if (threadIdx.x == 0) logprobs[index] = entropy[index] = 0.f;
+    merge_kernel(const LogitsJob job, int num_parts, const float* scratch, float* logprobs, float* entropy) {
+  __shared__ float shared[3 * warp_size];
+  const int64_t row = blockIdx.x, target = job.target(row);
+  if (target == ignore_index) {
+    if (threadIdx.x == 0) write_ignored(logprobs + row, entropy + row);
     return;
   }
-  const float own = target_logit<CAP>(x.row<T>(index), target, x);
-  scratch += index * parts * 3 * block_threads + threadIdx.x;
-  Softmax sums = nothing_yet();
+  const float target_z = target_logit<SOFTCAP>(job.row<T>(row), target, job);
+  scratch += row * num_parts * 3 * block_threads + threadIdx.x;
+  SoftmaxState state = empty_state();
 #pragma unroll 4
-  for (int i = 0; i < parts; ++i, scratch += 3 * block_threads)
-    sums = joined(sums, {scratch[0], scratch[block_threads], scratch[2 * block_threads]});
-  sums = block_joined(sums, memory);
-  if (threadIdx.x == 0) write_outputs(sums, own, logprobs + index, entropy + index);
+  for (int i = 0; i < num_parts; ++i, scratch += 3 * block_threads)
+    state = merge(state, {scratch[0], scratch[block_threads], scratch[2 * block_threads]});
+  state = block_merge(state, shared);
+  if (threadIdx.x == 0) write_row(state, target_z, logprobs + row, entropy + row);
 }
 
-// One row of gradients by a team of threads, in the words of `out`. If those of the logits lie alike, the first `kept`
-// of them are in `memory`, but for what `statistics` could not read as such. From the last word to the first: the last
-// were read last. A target below 0 is none.
-template <class T, bool CAP>
-__device__ __forceinline__ void write_row(const T* row, T* out, int V, int target, const Slope& s, const Scaling& by,
-                                          int thread, int threads, const uint4* memory, int kept) {
-  constexpr int per = per_word<T>;
-  const int before = static_cast<int>((reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T));
-  const Words<T> x(row, before, V);
-  kept = x.shift ? 0 : min(kept, Words<T>(row, 0, V).whole);
-  out -= before;
-  const int special = target < 0 ? -1 : target + before;
-  const float at_target = special < 0 ? 0.f : logit_gradient<CAP, false>(widened(x.base[special]), 0.f, s.g, s, by);
-  const auto gradients = [&](int k, const uint4& word, float (&y)[per]) {
-    unpack<T>(word, y);
+// Vectors of a row of gradients are counted from this many numbers before it: then stores are aligned.
+template <class T>
+__device__ __forceinline__ int numbers_before(const T* out) {
+  return static_cast<int>((reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T));
+}
+
+// Writes the gradient of one row, in aligned vectors of `out`; `target` -1: none. Goes from the last vector to the
+// first, as the last were loaded last. `saved` has the first `num_saved` vectors of the logits; it is used if the
+// logits are aligned like `out`.
+template <class T, bool SOFTCAP>
+__device__ __forceinline__ void write_gradient(const T* logits, T* out, int V, int target, const LogitGrad& grad,
+                                               const Scaling& scaling, int thread, int num_threads, const uint4* saved,
+                                               int num_saved) {
+  constexpr int size = vec_size<T>;
+  const int offset = numbers_before(out);
+  const UnalignedRow<T> row(logits, offset, V);
+  num_saved = row.shift ? 0 : min(num_saved, UnalignedRow<T>(logits, 0, V).full_end);
+  out -= offset;
+  const int target_column = target < 0 ? -1 : target + offset;
+  const float target_grad =
+      target_column < 0 ? 0.f
+                        : logit_grad<SOFTCAP, false>(to_float(row.base[target_column]), 0.f, grad.g, grad, scaling);
+  const auto vec_grad = [&](int k, const uint4& vec, float (&y)[size]) {
+    unpack<T>(vec, y);
 #pragma unroll
-    for (int i = 0; i < per; ++i) y[i] = logit_gradient<CAP, false>(y[i], 0.f, 0.f, s, by);
-    if (special < k * per || special >= (k + 1) * per) return;
+    for (int i = 0; i < size; ++i) y[i] = logit_grad<SOFTCAP, false>(y[i], 0.f, 0.f, grad, scaling);
+    if (target_column < k * size || target_column >= (k + 1) * size) return;
 #pragma unroll
-    for (int i = 0; i < per; ++i)
-      if (special - k * per == i) y[i] = at_target;
+    for (int i = 0; i < size; ++i)
+      if (target_column - k * size == i) y[i] = target_grad;
   };
-  for (int k = x.count() - 1 - thread; k >= 0; k -= threads) {
-    float y[per];
-    if (x.inside(k)) {
-      gradients(k, k < kept ? memory[k] : x.read_whole(k), y);
-      __stcs(reinterpret_cast<uint4*>(out) + k, packed<T>(y));  // to be gone first: the logits are read again
+  for (int k = row.num_vecs() - 1 - thread; k >= 0; k -= num_threads) {
+    float y[size];
+    if (row.is_full(k)) {
+      vec_grad(k, k < num_saved ? saved[k] : row.load_full(k), y);
+      // A streaming store: these lines may leave the L2 cache first, as the logits are loaded again.
+      __stcs(reinterpret_cast<uint4*>(out) + k, pack<T>(y));
     } else {
-      gradients(k, x.read_edge(k), y);
+      vec_grad(k, row.load_edge(k), y);
 #pragma unroll
-      for (int i = 0; i < per; ++i)
-        if (k * per + i >= x.begin && k * per + i < x.end) narrow(y[i], out[k * per + i]);
+      for (int i = 0; i < size; ++i)
+        if (k * size + i >= row.begin && k * size + i < row.end) from_float(y[i], out[k * size + i]);
     }
   }
 }
 
 template <class T>
-__device__ __forceinline__ void write_zeros(T* out, int V, int thread, int threads) {
-  constexpr int per = per_word<T>;
-  const Words<T> x(out, static_cast<int>((reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T)), V);
-  T* const base = out - x.begin;
-  for (int k = thread; k < x.count(); k += threads) {
-    if (x.inside(k)) {
+__device__ __forceinline__ void write_zeros(T* out, int V, int thread, int num_threads) {
+  constexpr int size = vec_size<T>;
+  const UnalignedRow<T> row(out, numbers_before(out), V);
+  T* const base = out - row.begin;
+  for (int k = thread; k < row.num_vecs(); k += num_threads) {
+    if (row.is_full(k)) {
       reinterpret_cast<uint4*>(base)[k] = make_uint4(0, 0, 0, 0);
     } else {
-      for (int i = max(k * per, x.begin); i < min((k + 1) * per, x.end); ++i) narrow(0.f, base[i]);
+      for (int i = max(k * size, row.begin); i < min((k + 1) * size, row.end); ++i) from_float(0.f, base[i]);
     }
   }
 }
 
-// A warp a row of `small` words or fewer, else a block of THREADS.
-template <class T, bool CAP, int THREADS>
+template <class T, bool SOFTCAP, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
-    token_logprobs_backward_kernel(const float* grad_logprobs, const float* grad_entropy, const Logits x, T* out,
-                                   int kept) {
-  __shared__ float joining[3 * lanes];
-  const int words = words_of<T>(x.V);
-  const bool by_warp = words <= small;
-  const int64_t index = by_warp ? int64_t(blockIdx.x) * (THREADS / lanes) + threadIdx.x / lanes : blockIdx.x;
-  if (index >= x.N) return;
-  const int thread = by_warp ? threadIdx.x % lanes : threadIdx.x, threads = by_warp ? lanes : THREADS;
-  const int64_t given = x.target(index);
-  if (given == ignored) return write_zeros(out + index * x.V, x.V, thread, threads);
-  const int target = given >= 0 && given < x.V ? static_cast<int>(given) : -1;
-  uint4* const memory = shared_memory<uint4>();
-  const T* const row = x.row<T>(index);
-  const Words<T> all(row, 0, x.V);
-  Softmax sums = statistics<unroll, CAP>(all, 0, words, thread, threads, x.by, memory, kept);
-  sums = by_warp ? warp_joined(sums) : block_joined(sums, joining);
-  const float log_sum = logf(sums.sum), g = grad_logprobs[index], h = grad_entropy[index];
-  const float entropy = log_sum - sums.moment / sums.sum;
-  const Slope slope{sums.largest, log_sum, g, -g - h * entropy, -h, 0.f, 0.f, 0.f};
-  write_row<T, CAP>(row, out + index * x.V, x.V, target, slope, x.by, thread, threads, memory, kept);
+    token_logprobs_backward_kernel(const float* grad_logprobs, const float* grad_entropy, const LogitsJob job, T* out,
+                                   int num_saved) {
+  __shared__ float shared[3 * warp_size];
+  const int num_vecs = vecs_of<T>(job.V);
+  const RowThread at(num_vecs, THREADS);
+  if (at.row >= job.N) return;
+  T* const out_row = out + at.row * job.V;
+  const int64_t given_target = job.target(at.row);
+  if (given_target == ignore_index) return write_zeros(out_row, job.V, at.thread, at.num_threads);
+  const int target = given_target >= 0 && given_target < job.V ? static_cast<int>(given_target) : -1;
+  uint4* const saved = shared_memory<uint4>();
+  const T* const logits = job.row<T>(at.row);
+  const UnalignedRow<T> row(logits, 0, job.V);
+  SoftmaxState state =
+      row_state<unroll, SOFTCAP>(row, 0, num_vecs, at.thread, at.num_threads, job.scaling, saved, num_saved);
+  state = at.merge_threads(state, shared);
+  const float log_sum = logf(state.sum), entropy = log_sum - state.moment / state.sum;
+  const float logprob_grad = grad_logprobs[at.row], entropy_grad = grad_entropy[at.row];
+  LogitGrad grad{};
+  grad.max = state.max;
+  grad.log_sum = log_sum;
+  grad.g = logprob_grad;
+  grad.a = -logprob_grad - entropy_grad * entropy;
+  grad.b = -entropy_grad;
+  write_gradient<T, SOFTCAP>(logits, out_row, job.V, target, grad, job.scaling, at.thread, at.num_threads, saved,
+                             num_saved);
 }
 
+// Calls f with a number of the dtype, and with true or false for softcap.
 template <class F>
-const char* with_type_and_cap(int dtype, const Logits& x, F f) {
-  return with_type(
-      dtype, [&](auto type) { return x.by.softcap > 0.f ? f(type, std::true_type()) : f(type, std::false_type()); });
-}
-
-const char* too_long = "a row has more than 2^30 logits";
-const char* too_many = "more rows than a grid has blocks";
-
-// logits: rows of V, `stride` apart; targets of 4 or 8 bytes. scratch: null, or, for long rows, what parts_kernel says.
-const char* token_logprobs(uintptr_t logits, int dtype, uintptr_t targets, bool wide_targets, uintptr_t logprobs,
-                           uintptr_t entropy, uintptr_t scratch, int64_t N, int64_t V, int64_t stride,
-                           float temperature, float softcap, uintptr_t stream) {
-  if (N == 0) return nullptr;
-  if (V > 1 << 30) return too_long;
-  const Logits x{ptr<const void>(logits),      N, stride, static_cast<int>(V), ptr<const void>(targets), wide_targets,
-                 scaling(temperature, softcap)};
-  return with_type_and_cap(dtype, x, [&](auto type, auto cap) {
-    using T = decltype(type);
-    constexpr bool CAP = decltype(cap)::value;
-    const int words = words_of<T>(x.V), parts = (words + part - 1) / part;
-    const unsigned blocks = blocks_for(N, words <= small ? block_threads / lanes : 1);
-    if (!scratch) {
-      if (!blocks) return too_many;
-      return launch(token_logprobs_kernel<T, CAP>, blocks, block_threads, 0, stream, x, ptr<float>(logprobs),
-                    ptr<float>(entropy));
-    }
-    if (!blocks_for(N * parts, 1)) return too_many;
-    const char* error =
-        launch(parts_kernel<T, CAP>, blocks_for(N * parts, 1), block_threads, 0, stream, x, parts, ptr<float>(scratch));
-    if (error) return error;
-    return launch(join_kernel<T, CAP>, blocks_for(N, 1), block_threads, 0, stream, x, parts, ptr<const float>(scratch),
-                  ptr<float>(logprobs), ptr<float>(entropy));
+const char* dispatch_dtype_and_softcap(int dtype, const LogitsJob& job, F f) {
+  return dispatch_dtype(dtype, [&](auto number) {
+    return job.scaling.softcap > 0.f ? f(number, std::true_type()) : f(number, std::false_type());
   });
 }
 
-template <int THREADS, class T, bool CAP>
-const char* launch_backward(const float* grad_logprobs, const float* grad_entropy, const Logits& x, T* out,
-                            uintptr_t stream) {
-  const int words = words_of<T>(x.V);
-  const bool by_warp = words <= small;
-  const unsigned blocks = blocks_for(x.N, by_warp ? THREADS / lanes : 1);
-  if (!blocks) return too_many;
-  const int room = static_cast<int>((shared_memory_limit() - 1024) / 16), kept = by_warp ? 0 : min(words, room);
-  return launch(token_logprobs_backward_kernel<T, CAP, THREADS>, blocks, THREADS, kept * size_t(16), stream,
-                grad_logprobs, grad_entropy, x, out, kept);
+LogitsJob make_job(uintptr_t logits, uintptr_t targets, bool targets_int64, int64_t N, int64_t V, int64_t stride,
+                   float temperature, float softcap) {
+  LogitsJob job;
+  job.logits = ptr<const void>(logits);
+  job.N = N;
+  job.stride = stride;
+  job.V = static_cast<int>(V);
+  job.targets = ptr<const void>(targets);
+  job.targets_int64 = targets_int64;
+  job.scaling = make_scaling(temperature, softcap);
+  return job;
 }
 
-// Threads by the length of a row: 4 rows of 55 KiB, 2 of 112 or 1 lie in an H100's shared memory, with 1024 threads.
+const char* row_too_long = "a row has more than 2^30 logits";
+const char* too_many_rows = "more rows than a grid has blocks";
+
+// logits: rows of V numbers, `stride` apart. targets: int64 or int32. scratch: null, or what `parts_kernel` writes if
+// few long rows are to fill the GPU.
+const char* token_logprobs(uintptr_t logits, int dtype, uintptr_t targets, bool targets_int64, uintptr_t logprobs,
+                           uintptr_t entropy, uintptr_t scratch, int64_t N, int64_t V, int64_t stride,
+                           float temperature, float softcap, uintptr_t stream) {
+  if (N == 0) return nullptr;
+  if (V > 1 << 30) return row_too_long;
+  const LogitsJob job = make_job(logits, targets, targets_int64, N, V, stride, temperature, softcap);
+  return dispatch_dtype_and_softcap(dtype, job, [&](auto number, auto softcap_on) {
+    using T = decltype(number);
+    constexpr bool SOFTCAP = decltype(softcap_on)::value;
+    float *const logprobs_out = ptr<float>(logprobs), *const entropy_out = ptr<float>(entropy);
+    const int num_vecs = vecs_of<T>(job.V), num_parts = (num_vecs + part_vecs - 1) / part_vecs;
+    const unsigned blocks = blocks_for(N, num_vecs <= max_warp_vecs ? block_threads / warp_size : 1);
+    if (!scratch) {
+      if (!blocks) return too_many_rows;
+      return launch(token_logprobs_kernel<T, SOFTCAP>, blocks, block_threads, 0, stream, job, logprobs_out,
+                    entropy_out);
+    }
+    const unsigned part_blocks = blocks_for(N * num_parts, 1);
+    if (!part_blocks) return too_many_rows;
+    float* const states = ptr<float>(scratch);
+    const char* error = launch(parts_kernel<T, SOFTCAP>, part_blocks, block_threads, 0, stream, job, num_parts, states);
+    if (error) return error;
+    return launch(merge_kernel<T, SOFTCAP>, blocks_for(N, 1), block_threads, 0, stream, job, num_parts, states,
+                  logprobs_out, entropy_out);
+  });
+}
+
+template <int THREADS, class T, bool SOFTCAP>
+const char* launch_backward(const float* grad_logprobs, const float* grad_entropy, const LogitsJob& job, T* out,
+                            uintptr_t stream) {
+  const int num_vecs = vecs_of<T>(job.V);
+  const bool by_warp = num_vecs <= max_warp_vecs;
+  const unsigned blocks = blocks_for(job.N, by_warp ? THREADS / warp_size : 1);
+  if (!blocks) return too_many_rows;
+  const int max_saved = static_cast<int>((shared_memory_limit() - 1024) / 16);
+  const int num_saved = by_warp ? 0 : min(num_vecs, max_saved);
+  return launch(token_logprobs_backward_kernel<T, SOFTCAP, THREADS>, blocks, THREADS, num_saved * size_t(16), stream,
+                grad_logprobs, grad_entropy, job, out, num_saved);
+}
+
+// An H100's shared memory holds 4 rows of up to 55 KiB, 2 of up to 112 KiB, or 1: threads per block are chosen for 1024
+// threads per SM in each case.
 const char* token_logprobs_backward(uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t logits, int dtype,
-                                    uintptr_t targets, bool wide_targets, uintptr_t out, int64_t N, int64_t V,
+                                    uintptr_t targets, bool targets_int64, uintptr_t out, int64_t N, int64_t V,
                                     int64_t stride, float temperature, float softcap, uintptr_t stream) {
   if (N == 0) return nullptr;
-  if (V > 1 << 30) return too_long;
-  const Logits x{ptr<const void>(logits),      N, stride, static_cast<int>(V), ptr<const void>(targets), wide_targets,
-                 scaling(temperature, softcap)};
-  return with_type_and_cap(dtype, x, [&](auto type, auto cap) {
-    using T = decltype(type);
-    constexpr bool CAP = decltype(cap)::value;
-    const float *gp = ptr<const float>(grad_logprobs), *gh = ptr<const float>(grad_entropy);
-    const int words = words_of<T>(x.V);
-    if (words <= 55 << 6) return launch_backward<256, T, CAP>(gp, gh, x, ptr<T>(out), stream);
-    if (words <= 112 << 6) return launch_backward<512, T, CAP>(gp, gh, x, ptr<T>(out), stream);
-    return launch_backward<1024, T, CAP>(gp, gh, x, ptr<T>(out), stream);
+  if (V > 1 << 30) return row_too_long;
+  const LogitsJob job = make_job(logits, targets, targets_int64, N, V, stride, temperature, softcap);
+  return dispatch_dtype_and_softcap(dtype, job, [&](auto number, auto softcap_on) {
+    using T = decltype(number);
+    constexpr bool SOFTCAP = decltype(softcap_on)::value;
+    constexpr int vecs_per_KiB = 64;
+    const float *const logprob_grads = ptr<const float>(grad_logprobs), *const entropy_grads =
+                                                                            ptr<const float>(grad_entropy);
+    const int num_vecs = vecs_of<T>(job.V);
+    if (num_vecs <= 55 * vecs_per_KiB)
+      return launch_backward<256, T, SOFTCAP>(logprob_grads, entropy_grads, job, ptr<T>(out), stream);
+    if (num_vecs <= 112 * vecs_per_KiB)
+      return launch_backward<512, T, SOFTCAP>(logprob_grads, entropy_grads, job, ptr<T>(out), stream);
+    return launch_backward<1024, T, SOFTCAP>(logprob_grads, entropy_grads, job, ptr<T>(out), stream);
   });
 }
 

@@ -1,5 +1,13 @@
-// Rows of float32, bfloat16 or float16 numbers in memory, read 16 bytes at a time wherever they begin; float32 in
-// registers.
+// Loads and stores of float32, bfloat16 and float16 numbers in vectors of 16 bytes; in registers they are float32.
+//
+// A row may start at any address, but a load of 16 bytes must be aligned. We read aligned vectors only: vector k of a
+// row is assembled from the two aligned vectors that it straddles. The second one is the next thread's first, so it
+// is in the cache.
+//
+//     address  0               16              32              48
+//     aligned  |    vecs[0]    |    vecs[1]    |    vecs[2]    |
+//     row      . . . . . .|    vector 0   |    vector 1   |  the rest: one number at a time
+//              <- shift ->^ base
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,173 +18,189 @@
 
 namespace {
 
+// Numbers in 16 bytes.
 template <class T>
-constexpr int per_word = 16 / sizeof(T);
+constexpr int vec_size = 16 / sizeof(T);
 
-// One number of a type, and two of them in 4 bytes, the first in the low half.
+// Two 16-bit numbers in 4 bytes, the first in the low half.
 template <class T>
-struct Short;
+struct Pair;
 template <>
-struct Short<__nv_bfloat16> {
-  static __device__ __forceinline__ float2 wide(unsigned bits) {
+struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ float2 unpack2(unsigned bits) {
     return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
   }
-  static __device__ __forceinline__ __nv_bfloat162 narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
+  static __device__ __forceinline__ __nv_bfloat162 pack2(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 template <>
-struct Short<__half> {
-  static __device__ __forceinline__ float2 wide(unsigned bits) {
+struct Pair<__half> {
+  static __device__ __forceinline__ float2 unpack2(unsigned bits) {
     __half2 pair;
     memcpy(&pair, &bits, 4);
     return __half22float2(pair);
   }
-  static __device__ __forceinline__ __half2 narrow(float x, float y) { return __floats2half2_rn(x, y); }
+  static __device__ __forceinline__ __half2 pack2(float x, float y) { return __floats2half2_rn(x, y); }
 };
 
-__device__ __forceinline__ float widened(float x) { return x; }
-__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
-__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+// y = x, rounded to nearest.
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void from_float(float x, __half& y) { y = __float2half_rn(x); }
 
-// The numbers of a word, and back, rounded to the nearest.
+// The numbers of a vector as float32.
 template <class T>
-__device__ __forceinline__ void unpack(const uint4& word, float (&x)[per_word<T>]) {
-  const unsigned bits[4] = {word.x, word.y, word.z, word.w};
+__device__ __forceinline__ void unpack(const uint4& vec, float (&x)[vec_size<T>]) {
+  const unsigned bits[4] = {vec.x, vec.y, vec.z, vec.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
       x[i] = __uint_as_float(bits[i]);
     } else {
-      const float2 two = Short<T>::wide(bits[i]);
-      x[2 * i] = two.x, x[2 * i + 1] = two.y;
+      const float2 pair = Pair<T>::unpack2(bits[i]);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
     }
   }
 }
+// The inverse of `unpack`, rounded to nearest.
 template <class T>
-__device__ __forceinline__ uint4 packed(const float (&x)[per_word<T>]) {
+__device__ __forceinline__ uint4 pack(const float (&x)[vec_size<T>]) {
   unsigned bits[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
       bits[i] = __float_as_uint(x[i]);
     } else {
-      const auto two = Short<T>::narrow(x[2 * i], x[2 * i + 1]);
-      memcpy(&bits[i], &two, 4);
+      const auto pair = Pair<T>::pack2(x[2 * i], x[2 * i + 1]);
+      memcpy(&bits[i], &pair, 4);
     }
   }
   return make_uint4(bits[0], bits[1], bits[2], bits[3]);
 }
 
-// The 16 bytes that begin `by` bytes (an even number) after those of `a`; b comes after a.
-__device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int by) {
-  unsigned x[7] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z}, last = b.w;
-  if (by & 8) x[0] = x[2], x[1] = x[3], x[2] = x[4], x[3] = x[5], x[4] = x[6], x[5] = last;
-  if (by & 4) x[0] = x[1], x[1] = x[2], x[2] = x[3], x[3] = x[4], x[4] = x[5];
-  const int bits = by % 4 * 8;
+// The 16 bytes that start `shift` bytes (an even number below 16) into the 32 bytes of a and b.
+__device__ __forceinline__ uint4 funnel_shift(const uint4& a, const uint4& b, int shift) {
+  unsigned x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  if (shift & 8) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) x[i] = x[i + 2];
+  }
+  if (shift & 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) x[i] = x[i + 1];
+  }
+  const int bits = shift % 4 * 8;
   return make_uint4(__funnelshift_r(x[0], x[1], bits), __funnelshift_r(x[1], x[2], bits),
                     __funnelshift_r(x[2], x[3], bits), __funnelshift_r(x[3], x[4], bits));
 }
 
-// `count` numbers from the `begin`th after `base` on, in words that are counted from `base`, wherever it lies: a word
-// that spans two of memory's is read as these two, of which a neighbour needs the one too, so that the cache has it.
-// Only memory's words that lie within the numbers are read as such.
+// A row of `count` numbers in vectors that are counted from `base`, which is `offset` numbers before the row: vector k
+// has the numbers base[k * vec_size] to base[(k + 1) * vec_size - 1]. A vector is full if both aligned vectors that it
+// straddles lie within the row.
 template <class T>
-struct Words {
-  static constexpr int per = per_word<T>;
-  const uint4* aligned;  // memory's word that `base` lies in
+struct UnalignedRow {
+  static constexpr int size = vec_size<T>;
+  const uint4* vecs;  // aligned vectors; the first one contains the address `base`
   const T* base;
-  int shift;         // bytes between the two
-  int begin, end;    // the numbers
-  int first, whole;  // words `first` to `whole` are read as such
+  int shift;                 // bytes from `vecs` to `base`
+  int begin, end;            // the row's numbers, counted from `base`
+  int full_begin, full_end;  // its full vectors
 
-  __device__ Words(const T* numbers, int before, int count) : begin(before), end(before + count) {
-    // Not by way of an integer: the compiler would no longer know that this is global memory.
-    const char* const at = reinterpret_cast<const char*>(numbers) - before * sizeof(T);
-    base = reinterpret_cast<const T*>(at), shift = static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
-    aligned = reinterpret_cast<const uint4*>(at - shift);
-    const int skipped = shift / static_cast<int>(sizeof(T));
-    first = (begin + skipped + per - 1) / per, whole = (end + skipped) / per - (shift ? 1 : 0);
+  __device__ UnalignedRow(const T* row, int offset, int count) : begin(offset), end(offset + count) {
+    // Pointer arithmetic, not integers: the compiler would lose that this is global memory.
+    const char* const address = reinterpret_cast<const char*>(row) - offset * sizeof(T);
+    base = reinterpret_cast<const T*>(address);
+    shift = static_cast<int>(reinterpret_cast<uintptr_t>(address) & 15);
+    vecs = reinterpret_cast<const uint4*>(address - shift);
+    const int shift_numbers = shift / static_cast<int>(sizeof(T));
+    full_begin = (begin + shift_numbers + size - 1) / size;
+    full_end = (end + shift_numbers) / size - (shift ? 1 : 0);
   }
-  __device__ __forceinline__ int count() const { return (end + per - 1) / per; }
-  __device__ __forceinline__ bool inside(int k) const { return k >= first && k < whole; }
-  __device__ __forceinline__ uint4 read_whole(int k) const {
-    return shift ? shifted(aligned[k], aligned[k + 1], shift) : aligned[k];
+  __device__ __forceinline__ int num_vecs() const { return (end + size - 1) / size; }
+  __device__ __forceinline__ bool is_full(int k) const { return k >= full_begin && k < full_end; }
+  __device__ __forceinline__ uint4 load_full(int k) const {
+    return shift ? funnel_shift(vecs[k], vecs[k + 1], shift) : vecs[k];
   }
-  // Of a word that is not, one number after the other; -inf stands for those that do not exist.
-  __device__ __forceinline__ uint4 read_edge(int k) const {
-    T x[per];
+  // A vector that is not full: one number at a time, -inf outside the row.
+  __device__ __forceinline__ uint4 load_edge(int k) const {
+    T x[size];
 #pragma unroll
-    for (int i = 0; i < per; ++i) {
-      const int at = k * per + i;
-      if (at >= begin && at < end)
-        x[i] = base[at];
+    for (int i = 0; i < size; ++i) {
+      const int column = k * size + i;
+      if (column >= begin && column < end)
+        x[i] = base[column];
       else
-        narrow(-INFINITY, x[i]);
+        from_float(-INFINITY, x[i]);
     }
-    uint4 word;
-    memcpy(&word, x, 16);
-    return word;
+    uint4 vec;
+    memcpy(&vec, x, 16);
+    return vec;
   }
-  __device__ __forceinline__ uint4 read(int k) const { return inside(k) ? read_whole(k) : read_edge(k); }
+  __device__ __forceinline__ uint4 load(int k) const { return is_full(k) ? load_full(k) : load_edge(k); }
 };
 
-// COUNT numbers from p on, a multiple of 4, as float32; `whole`: all exist, and p is a multiple of their size, at
-// most 16. Of others the first `here`, the rest 0.
+// Loads COUNT numbers, a multiple of 4, as float32. If `aligned`, all of them exist and p is a multiple of their bytes,
+// at most 16. Otherwise it loads the first `num_valid` and sets the others to 0.
 template <int COUNT, class T>
-__device__ __forceinline__ void read_numbers(const T* p, bool whole, int here, float (&x)[COUNT]) {
-  if (!whole) {
+__device__ __forceinline__ void load_floats(const T* p, bool aligned, int num_valid, float (&x)[COUNT]) {
+  if (!aligned) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) x[i] = i < here ? widened(p[i]) : 0.f;
+    for (int i = 0; i < COUNT; ++i) x[i] = i < num_valid ? to_float(p[i]) : 0.f;
   } else if constexpr (COUNT * sizeof(T) >= 16) {
 #pragma unroll
-    for (int j = 0; j < COUNT / per_word<T>; ++j) {
-      float some[per_word<T>];
-      unpack<T>(reinterpret_cast<const uint4*>(p)[j], some);
+    for (int k = 0; k < COUNT / vec_size<T>; ++k) {
+      float vec[vec_size<T>];
+      unpack<T>(reinterpret_cast<const uint4*>(p)[k], vec);
 #pragma unroll
-      for (int i = 0; i < per_word<T>; ++i) x[j * per_word<T> + i] = some[i];
+      for (int i = 0; i < vec_size<T>; ++i) x[k * vec_size<T> + i] = vec[i];
     }
   } else {
     const uint2 bits = *reinterpret_cast<const uint2*>(p);
-    const float2 low = Short<T>::wide(bits.x), high = Short<T>::wide(bits.y);
-    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+    const float2 low = Pair<T>::unpack2(bits.x), high = Pair<T>::unpack2(bits.y);
+    x[0] = low.x;
+    x[1] = low.y;
+    x[2] = high.x;
+    x[3] = high.y;
   }
 }
+// The same from p[index] on, for numbers of dtype `code`.
 template <int COUNT>
-__device__ __forceinline__ void read_numbers(const void* p, int code, int64_t at, bool whole, int here,
-                                             float (&x)[COUNT]) {
+__device__ __forceinline__ void load_floats(const void* p, int code, int64_t index, bool aligned, int num_valid,
+                                            float (&x)[COUNT]) {
   if (code == 0)
-    read_numbers(static_cast<const float*>(p) + at, whole, here, x);
+    load_floats(static_cast<const float*>(p) + index, aligned, num_valid, x);
   else if (code == 1)
-    read_numbers(static_cast<const __nv_bfloat16*>(p) + at, whole, here, x);
+    load_floats(static_cast<const __nv_bfloat16*>(p) + index, aligned, num_valid, x);
   else
-    read_numbers(static_cast<const __half*>(p) + at, whole, here, x);
+    load_floats(static_cast<const __half*>(p) + index, aligned, num_valid, x);
 }
 
-// Of COUNT numbers the first `here`, rounded to p's type; `whole` as above.
+// Stores the first `num_valid` numbers of a vector, rounded to p's type; `aligned` as above.
 template <int COUNT, class T>
-__device__ __forceinline__ void write_numbers(T* p, bool whole, int here, const float (&x)[COUNT]) {
-  static_assert(COUNT == per_word<T>, "one word");
-  if (whole) {
-    *reinterpret_cast<uint4*>(p) = packed<T>(x);
+__device__ __forceinline__ void store_floats(T* p, bool aligned, int num_valid, const float (&x)[COUNT]) {
+  static_assert(COUNT == vec_size<T>, "one vector");
+  if (aligned) {
+    *reinterpret_cast<uint4*>(p) = pack<T>(x);
   } else {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-      if (i < here) narrow(x[i], p[i]);
+      if (i < num_valid) from_float(x[i], p[i]);
   }
 }
 
-// Whether addresses are multiples of 16; a null one is.
+// True if all addresses are multiples of 16; a null address is one.
 template <class... Addresses>
-__host__ inline bool multiples_of_16(Addresses... addresses) {
+__host__ inline bool are_16_byte_aligned(Addresses... addresses) {
   return ((uintptr_t(addresses) | ...) & 15) == 0;
 }
 
-// f of a number of the type whose code Python gives: kernels/_rows.py has them.
+// Calls f with a number of the dtype `code`, as kernels/_row_ops.py encodes dtypes.
 template <class F>
-const char* with_type(int code, F f) {
+const char* dispatch_dtype(int code, F f) {
   if (code == 0) return f(float());
   if (code == 1) return f(__nv_bfloat16());
   return f(__half());
