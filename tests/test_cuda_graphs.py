@@ -1,6 +1,6 @@
-"""A call on a GPU can be captured in a CUDA graph, and the graph replayed on other numbers gives what a call gives.
+"""A call on a GPU can be captured in a CUDA graph; the graph, replayed on other numbers, gives the results of a call.
 
-Without a GPU tests/test_triton_resources.py sees that no launcher of Triton's waits for the device.
+Without a GPU, tests/test_triton_resources.py checks that no Triton launcher waits for the device.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from rlhf_fast import ops  # noqa: F401  registers them
 from rlhf_fast.kernels import _backends
 from rlhf_fast.kernels._op import OPS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def cases():
@@ -24,21 +24,21 @@ def cases():
 
 
 class Call:
-    """A call on arguments that stay where they are."""
+    """A call on arguments whose addresses do not change."""
 
     def __init__(self, op, backend, args, gradient):
         self.op, self.call, self.gradient = op, op.backend(backend), gradient
         self.args = [copy(a) if isinstance(a, torch.Tensor) else a for a in args]
 
     def fill(self, args):
-        """The numbers of other arguments of the same shapes; what is no tensor is part of the graph."""
+        """Copy the numbers of other tensors of the same shapes; other arguments are constants of the graph."""
         with torch.no_grad():
             for mine, given in zip(self.args, args, strict=True):
                 if isinstance(mine, torch.Tensor):
                     mine.copy_(given)
 
     def run(self):
-        """Outputs, gradients of their sum, and the arguments written in place."""
+        """Return outputs, gradients of their sum, and the arguments written in place."""
         with torch.set_grad_enabled(self.gradient):
             outputs = [x for x in tree_leaves(self.call(*self.args)) if isinstance(x, torch.Tensor)]
         grads, wrt = (), [a for a in self.args if isinstance(a, torch.Tensor) and a.requires_grad]
@@ -58,10 +58,10 @@ def copy(x):
 
 
 def captured(call):
-    """The graph of a call, and where it leaves its results."""
+    """Return the graph of a call, and its result tensors."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled before the capture
+    with torch.cuda.stream(side):  # compiles the kernels before the capture
         for _ in range(2):
             call.run()
     torch.cuda.current_stream().wait_stream(side)
@@ -71,7 +71,7 @@ def captured(call):
 
 
 @pytest.mark.parametrize("op, size, backend, gradient", list(cases()))
-def test_a_replayed_graph_gives_what_a_call_gives(op, size, backend, gradient, monkeypatch):
+def test_a_replayed_graph_gives_the_results_of_a_call(op, size, backend, gradient, monkeypatch):
     monkeypatch.setattr(_backends, "_strict", True)
     first, second = (op.bind(*op.make_inputs(device="cuda", dtype=torch.float32, **size)) for _ in range(2))
     if not any(isinstance(a, torch.Tensor) and a.numel() for a in first):

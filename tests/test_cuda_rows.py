@@ -1,5 +1,8 @@
-"""csrc/cuda's kernels over rows, on a GPU or run on the CPU: the bits of a row are its own, wherever it lies and
-however the work is shared, nothing beyond it is looked at, and float16 is served."""
+"""csrc/cuda's kernels over rows, on a GPU or run on the CPU by tests/simt.
+
+The bits of a row do not depend on its address nor on how blocks share the work. Memory outside a row is not used.
+float16 works.
+"""
 
 from importlib import import_module
 
@@ -13,45 +16,49 @@ from rlhf_fast.kernels import _head_checks as head_checks
 from rlhf_fast.kernels._op import OPS
 
 NAMES = ("token_logprobs", "token_logprobs_backward", "ranking_loss_with_gradients", "rms_norm", "layer_norm")
-HERE = [(b, d) for b, d in (("simt", "cpu"), ("cuda", "cuda")) if b in OPS["swiglu"].backends]
-pytestmark = pytest.mark.skipif(not HERE, reason="no CUDA kernels here")
-on = pytest.mark.parametrize("backend, device", HERE, ids=[b for b, _ in HERE])
-floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+BACKENDS = [(b, d) for b, d in (("simt", "cpu"), ("cuda", "cuda")) if b in OPS["swiglu"].backends]
+pytestmark = pytest.mark.skipif(not BACKENDS, reason="no CUDA kernels here")
+on_each_backend = pytest.mark.parametrize("backend, device", BACKENDS, ids=[b for b, _ in BACKENDS])
+for_each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
 
 
-def placed(x, offset):
-    """x, dense, `offset` numbers into memory that is NaN around it."""
+def at_offset(x, offset):
+    """Return a contiguous copy of x, `offset` numbers into memory that is NaN around it."""
     memory = torch.full((x.numel() + offset + 16,), torch.nan, dtype=x.dtype, device=x.device)
     view = memory[offset : offset + x.numel()].view(x.shape)
     return view.copy_(x)
 
 
-def both(backend, logits, targets, softcap=0.0):
-    """Log-probabilities, entropies, and the gradient of a sum of them."""
+def forward_and_backward(backend, logits, targets, softcap=0.0):
+    """Return log-probabilities, entropies, and the gradient of a weighted sum of them."""
     outs = OPS["token_logprobs"].backend(backend)(logits, targets, 0.7, softcap)
     grads = torch.linspace(-1, 2, 2 * len(targets), device=logits.device).view(2, -1)
     return *outs, OPS["token_logprobs_backward"].backend(backend)(*grads, logits, targets, 0.7, softcap)
 
 
-@on
-@floats
+@on_each_backend
+@for_each_dtype
 @pytest.mark.parametrize("V, softcap", [(8, 0.0), (41, 20.0), (9001, 0.0)])
-def test_a_row_of_logits_has_the_same_bits_wherever_it_begins(backend, device, dtype, V, softcap):
-    """A warp's rows and a block's, with parts and without."""
+def test_a_row_of_logits_has_the_same_bits_at_every_offset(backend, device, dtype, V, softcap):
+    """Rows of a warp and rows of a block, split into parts and not."""
     logits = (4 * torch.randn(3, V, device=device)).to(dtype)
     targets = torch.tensor([0, V - 1, V // 2], device=device)
-    expected = both(backend, logits, targets, softcap)
+    expected = forward_and_backward(backend, logits, targets, softcap)
     assert all(x.isfinite().all() for x in expected)
     for offset in range(1, 8):
-        for ours, same in zip(both(backend, placed(logits, offset), targets, softcap), expected, strict=True):
+        for ours, same in zip(
+            forward_and_backward(backend, at_offset(logits, offset), targets, softcap), expected, strict=True
+        ):
             assert torch.equal(ours, same)
 
 
-@on
+@on_each_backend
 @pytest.mark.parametrize("dtype, V", [(torch.bfloat16, 20011), (torch.bfloat16, 49152), (torch.float32, 16385)])
 def test_blocks_that_share_a_row_give_the_bits_of_one_block(backend, device, dtype, V, monkeypatch):
     logits = (4 * torch.randn(3, V, device=device)).to(dtype)
-    logits[1, :16384] = -torch.inf  # nothing in its first part
+    logits[1, :16384] = -torch.inf  # its first part has no finite logit
     targets = torch.tensor([7, V - 1, head.IGNORE_INDEX], device=device)
     op = OPS["token_logprobs"]
     shared = op.backend(backend)(logits, targets)
@@ -63,10 +70,10 @@ def test_blocks_that_share_a_row_give_the_bits_of_one_block(backend, device, dty
         torch.testing.assert_close(ours.double(), exact, atol=5e-6, rtol=1e-6)
 
 
-@on
+@on_each_backend
 @pytest.mark.parametrize("dtype, V", [(torch.bfloat16, 30000), (torch.bfloat16, 120001), (torch.float32, 60002)])
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
-def test_gradients_of_rows_that_shared_memory_holds_and_does_not_hold(backend, device, dtype, V, softcap):
+def test_gradients_of_rows_that_fit_and_do_not_fit_into_shared_memory(backend, device, dtype, V, softcap):
     logits = (4 * torch.randn(3, V, device=device)).to(dtype)
     targets = torch.tensor([V - 3, head.IGNORE_INDEX, 1], device=device)
     logits[1] = torch.nan
@@ -78,39 +85,40 @@ def test_gradients_of_rows_that_shared_memory_holds_and_does_not_hold(backend, d
     assert ours[1].eq(0).all() and truth[0].abs().max() > 1e-3
 
 
-@on
-def test_a_target_that_is_no_column_shows_and_nothing_outside_the_row_is_read(backend, device, monkeypatch):
-    """Where the check would wait for the GPU."""
+@on_each_backend
+def test_a_target_outside_the_row_gives_nan_and_nothing_outside_the_row_is_loaded(backend, device, monkeypatch):
+    """On a GPU targets are not checked before the launch: the check would wait for the device."""
     monkeypatch.setattr(head_checks, "check_targets", lambda *_: None)
     logits, targets = torch.randn(3, 40, device=device), torch.tensor([40, -1, 3], device=device)
-    logprobs, entropy, gradient = both(backend, logits, targets)
+    logprobs, entropy, gradient = forward_and_backward(backend, logits, targets)
     assert logprobs[:2].isnan().all() and logprobs[2].isfinite() and entropy.isfinite().all()
     assert gradient.isfinite().all()
 
 
-def test_the_gradient_by_four_numbers_a_row(tmp_path):
-    """With softcap, temperature and a reference, as kernels/_head.py has it."""
+def test_the_gradient_from_four_coefficients_per_row(tmp_path):
+    """With softcap, temperature and a reference, against kernels/_head.py."""
     if build.compiler() is None:
         pytest.skip("no g++")
     kernel = """
     #include "softmax.cuh"
     __global__ void kernel(float* out) {
-      const Scaling by = {1 / 0.7f, 20.f, 0.05f};
+      const Scaling scaling = {1 / 0.7f, 20.f, 0.05f};
       const int i = threadIdx.x;
       const float x = 9 * sinf(i), ref = i == 40 ? -INFINITY : 7 * cosf(i);
-      const Softmax p = block_joined({scaled<true>(x, by), 1.f, 0.f}, shared_memory<float>());
-      const Softmax q = block_joined({scaled<true>(ref, by), 1.f, 0.f}, shared_memory<float>());
-      const Slope s{p.largest, logf(p.sum), -1.5f, 0.25f, 0.5f, -0.75f, q.largest, logf(q.sum)};
-      out[i] = logit_gradient<true, true>(x, ref, i == 5 ? s.g : 0.f, s, by);
+      float* const shared = shared_memory<float>();
+      const SoftmaxState p = block_merge({apply_softcap_temperature<true>(x, scaling), 1.f, 0.f}, shared);
+      const SoftmaxState q = block_merge({apply_softcap_temperature<true>(ref, scaling), 1.f, 0.f}, shared);
+      const LogitGrad grad{p.max, logf(p.sum), -1.5f, 0.25f, 0.5f, -0.75f, q.max, logf(q.sum)};
+      out[i] = logit_grad<true, true>(x, ref, i == 5 ? grad.g : 0.f, grad, scaling);
     }"""
-    status, said = run(tmp_path, kernel, shared="384")
-    assert status == 0, said
+    status, output = run(tmp_path, kernel, shared="384")
+    assert status == 0, output
     i = torch.arange(64, dtype=torch.float64)
     x, ref = 9 * i.sin(), (7 * i.cos()).masked_fill(i == 40, -torch.inf)
     logp, ref_logp = (head.scale_logits(v, 0.7, 20.0).log_softmax(-1) for v in (x, ref))
     g, a, b, c = torch.tensor([-1.5, 0.25, 0.5, -0.75], dtype=torch.float64)
     exact = head.logits_grad(logp, torch.tensor(5), g, a, b, c, ref_logp) * head.scale_logits_grad(x, 0.7, 20.0)
-    ours = torch.tensor([float(number) for number in said.split()], dtype=torch.float64)
+    ours = torch.tensor([float(number) for number in output.split()], dtype=torch.float64)
     torch.testing.assert_close(ours, exact, atol=1e-6, rtol=1e-5)
 
 
@@ -123,15 +131,17 @@ def norms(backend, x, weight, bias, residual):
     return out
 
 
-@on
-@floats
-@pytest.mark.parametrize("D", [24, 1040, 6000, 20000], ids=["warp", "block", "large block", "walked"])
-def test_a_norms_row_has_the_same_bits_wherever_it_begins(backend, device, dtype, D):
+@on_each_backend
+@for_each_dtype
+@pytest.mark.parametrize("D", [24, 1040, 6000, 20000], ids=["warp", "block", "large block", "beyond registers"])
+def test_a_row_of_a_norm_has_the_same_bits_at_every_offset(backend, device, dtype, D):
     x, residual = torch.randn(2, 3, D, device=device).to(dtype)
     weight, bias = torch.randn(2, D, device=device)
     for stream in (None, residual):
         expected = norms(backend, x, weight, bias, stream)
-        for ours, same in zip(norms(backend, placed(x, 1), placed(weight, 3), bias, stream), expected, strict=True):
+        for ours, same in zip(
+            norms(backend, at_offset(x, 1), at_offset(weight, 3), bias, stream), expected, strict=True
+        ):
             assert torch.equal(ours, same)
         summed = (x if stream is None else x + residual).double()
         centred = summed - summed.mean(-1, keepdim=True)
@@ -142,20 +152,20 @@ def test_a_norms_row_has_the_same_bits_wherever_it_begins(backend, device, dtype
         torch.testing.assert_close(expected[-1 if stream is None else 2].double(), layer, **bound)
 
 
-@on
-@floats
-def test_activations_have_the_same_bits_wherever_they_lie(backend, device, dtype):
+@on_each_backend
+@for_each_dtype
+def test_activations_have_the_same_bits_at_every_offset(backend, device, dtype):
     for F in (2048, 33):
         gate, up = (3 * torch.randn(2, 3, F, device=device)).to(dtype)
         for op, args in ((OPS["swiglu"], (gate, up)), (OPS["gelu"], (gate,)), (OPS["gelu"], (up, "tanh"))):
             expected = op.backend(backend)(*args)
-            moved = [placed(x, 1) if isinstance(x, torch.Tensor) else x for x in args]
+            moved = [at_offset(x, 1) if isinstance(x, torch.Tensor) else x for x in args]
             assert torch.equal(op.backend(backend)(*moved), expected) and expected.isfinite().all()
 
 
-@on
+@on_each_backend
 @pytest.mark.parametrize("name", [*NAMES, "swiglu", "gelu"])
-def test_float16_is_served(backend, device, name):
+def test_float16_works(backend, device, name):
     op = OPS[name]
     for size in op.small_sizes:
         args = detached(op.make_inputs(device=device, dtype=torch.float16, **size))

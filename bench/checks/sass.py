@@ -1,4 +1,4 @@
-"""What is read off the machine code of a GPU kernel, whoever compiled it; and where the tools that show it are."""
+"""Read a GPU kernel's machine code (SASS), by nvcc or Triton, and find the tool that prints it."""
 
 import re
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cuobjdump() -> str | None:
-    """CUDA's own, beside nvcc, or Triton's."""
+    """Return the path of CUDA's cuobjdump, which is beside nvcc, or of Triton's."""
     if found := shutil.which("cuobjdump"):
         return found
     homes = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"] if nvcc]
@@ -17,11 +17,14 @@ def cuobjdump() -> str | None:
 
 
 def spills(code: str) -> tuple[int, int]:
-    """Stores to local memory and loads from it: registers that were too few, or an array that has none."""
+    """Return the numbers of stores to local memory and of loads from it.
+
+    There are some if registers were too few, or if an array has a variable index.
+    """
     return len(re.findall(r"\bSTL\b", code)), len(re.findall(r"\bLDL\b", code))
 
 
 def loads(code: str) -> tuple[int, int]:
-    """Loads from global memory: those of 16 bytes or a tensor's tile, and all."""
+    """Return the numbers of loads from global memory that take 16 bytes or a tile of a tensor, and of all loads."""
     found, tiles = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code), len(re.findall(r"\bUTMALDG", code))
     return sum(".128" in load for load in found) + tiles, len(found) + tiles

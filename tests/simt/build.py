@@ -12,9 +12,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-WARNINGS = "-Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas".split()
-FLAGS = [*"-std=c++17 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off -DSIMT".split(), *WARNINGS]
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+FLAGS = [*["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSIMT"], *WARNINGS]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
 def compiler() -> str | None:
