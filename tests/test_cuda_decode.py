@@ -49,8 +49,8 @@ def test_bits_do_not_depend_on_the_batch_nor_on_the_blocks_that_share_the_splits
     alone = torch.cat([attention(s, paged, [n], backend, device, window=window) for n in rows])
     assert_right(alone[[0, 2, 3, 4]], s, [3, 0, 4, 1], window=window)
     assert not alone[1].any()
-    for parts in (1, 2, 3, 5):
-        monkeypatch.setattr(file, "_blocks_per_head", lambda *sizes, parts=parts: min(parts, sizes[4]))
+    for num_parts in (1, 2, 3, 5):
+        monkeypatch.setattr(file, "_blocks_per_head", lambda *sizes, num_parts=num_parts: min(num_parts, sizes[4]))
         for P in (16, 7):
             assert torch.equal(attention(s, s.paged(P), rows, backend, device, window=window), alone)
 
