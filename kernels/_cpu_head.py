@@ -1,6 +1,6 @@
 """A linear head on the CPU: torch's matrix products make blocks of logits, our row kernels reduce them. Not an op.
 
-Logits are float32. They come in blocks of some rows (tokens) and some columns (vocabulary), in one of two orders:
+Logits are float32. They are made in blocks of some rows (tokens) and some columns (vocabulary), in one of two orders:
 
     three products  One chunk of rows after the other: X W' for the statistics; its logits are kept, then dX and dW. The
                     sum over the chunks needs a float32 tensor of the weight's size.
@@ -30,9 +30,8 @@ from rlhf_fast.kernels._tensors import empty_float32
 KERNELS = ("head_init", "head_statistics", "head_results", "head_gradient", "bf16_product")
 LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, the products are 20 % slower
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
-TILE = (
-    1024  # columns that csrc/cpu/softmax.h reduces at a time: blocks of a multiple of it do not change a result's bits
-)
+# csrc/cpu/softmax.h reduces this many columns at a time: the bits are the same for blocks of any multiple of it.
+TILE = 1024
 VOCAB_BLOCK = 4 * TILE
 MIN_BF16_LOGITS = 1 << 22  # below, bfloat16 inputs are multiplied in float32
 EMULATE_BF16 = False  # for tests: bfloat16 products by ordinary arithmetic, on any processor
@@ -141,7 +140,7 @@ class CpuHead:
         chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(VOCAB_BLOCK, self.V)))
         size = max((end - begin for begin, end in chunks), default=0) * min(VOCAB_BLOCK, self.V)
         buffer = empty_float32(self.hidden, size)
-        ref_buffer = empty_float32(self.hidden, size if reference else 0)
+        ref_buffer = empty_float32(self.hidden, size) if reference else buffer
         for first, stop in self.vocab_blocks():
             weight = self.weight_block(first, stop)
             ref_weight = reference.weight_block(first, stop) if reference else None
@@ -251,11 +250,10 @@ class GradAccumulator:
 
     def __init__(self, head: CpuHead, needs_grad: NeedsGrad, whole_weight: bool):
         self.head = head
-        self.needs_grad = needs_grad
         self.whole_weight = whole_weight
-        self.hidden = empty_float32(head.hidden, *((head.N, head.D) if needs_grad[0] else (0,))).zero_()
-        self.weight = head.weight.new_empty((head.V, head.D) if needs_grad[1] else 0)
-        self.bias = empty_float32(head.weight, head.V if needs_grad[2] else 0).zero_()
+        self.hidden = empty_float32(head.hidden, head.N, head.D).zero_() if needs_grad[0] else None
+        self.weight = head.weight.new_empty(head.V, head.D) if needs_grad[1] else None
+        self.bias = empty_float32(head.weight, head.V).zero_() if needs_grad[2] else None
         self.weight_sums: Tensor | None = None  # None: dW is float32 and its own sum
         if needs_grad[1] and head.weight.dtype != torch.float32:
             rows = head.V if whole_weight else min(VOCAB_BLOCK, head.V)
@@ -264,24 +262,23 @@ class GradAccumulator:
     def add(self, block: LogitBlock) -> None:
         """Add what a block contributes, whose logits have been overwritten with their gradient."""
         x = block.logits
-        if self.needs_grad[2]:
+        if self.bias is not None:
             self.bias[block.first : block.first + x.shape[1]] += x.sum(0)
         if self.head.use_bf16:
             x = x.bfloat16()
-        if self.needs_grad[0] and block.weight is not None:
+        if self.hidden is not None and block.weight is not None:
             rows = self.hidden[block.begin : block.end]
             if self.head.use_bf16:
                 rows += torch.mm(x, block.weight)
             else:
                 rows.addmm_(x, block.weight)
-        if self.needs_grad[1]:
-            self._add_weight(block, x)
+        if self.weight is not None:
+            self._add_to_weight(self.weight[block.first : block.first + x.shape[1]], block, x)
 
-    def _add_weight(self, block: LogitBlock, x: Tensor) -> None:
+    def _add_to_weight(self, grad: Tensor, block: LogitBlock, x: Tensor) -> None:
         hidden = self.head.hidden[block.begin : block.end]
         is_first = block.begin == 0
         is_last = block.end == self.head.N
-        grad = self.weight[block.first : block.first + x.shape[1]]
         if self.head.use_bf16 and is_first and is_last:
             torch.mm(x.T, hidden, out=grad)
             return
@@ -306,15 +303,15 @@ class GradAccumulator:
         """Return the gradients of hidden, weight and bias in their dtypes and shapes, (0,) where not needed."""
         head = self.head
         d_hidden, d_weight, d_bias = head.no_grads()
-        if self.needs_grad[0]:
+        if self.hidden is not None:
             d_hidden = self.hidden.to(head.hidden_dtype)
             if head.valid_rows is not None:
                 full = d_hidden.new_zeros(head.shape.numel(), head.D)
                 d_hidden = full.index_copy_(0, head.valid_rows, d_hidden)
             d_hidden = d_hidden.view(head.hidden_shape)
-        if self.needs_grad[1]:
+        if self.weight is not None:
             d_weight = self.weight if head.N else self.weight.zero_()
-        if self.needs_grad[2]:
+        if self.bias is not None:
             d_bias = self.bias.to(head.bias_dtype)
         return d_hidden, d_weight, d_bias
 

@@ -41,9 +41,7 @@ class Whitening(NamedTuple):
     @classmethod
     def normalize(cls, op: str, shift: Tensor | float | None, scale: Tensor | float | None, like: Tensor) -> Whitening:
         """Convert an op's arguments advantage_shift and advantage_scale, numbers or tensors of one element."""
-        return cls(
-            _one_element(f"{op}: advantage_shift", shift, like), _one_element(f"{op}: advantage_scale", scale, like)
-        )
+        return cls(_one_element(op, "advantage_shift", shift, like), _one_element(op, "advantage_scale", scale, like))
 
     def apply(self, advantages: Tensor) -> Tensor:
         advantages = upcast(advantages)
@@ -52,13 +50,13 @@ class Whitening(NamedTuple):
         return advantages if self.scale is None else advantages * upcast(self.scale)
 
 
-def _one_element(name: str, x: Tensor | float | None, like: Tensor) -> Tensor | None:
+def _one_element(op: str, name: str, x: Tensor | float | None, like: Tensor) -> Tensor | None:
     if x is None:
         return None
     if not isinstance(x, Tensor):
         return torch.full((), x, dtype=upcast_dtype(like), device=like.device)
     if x.numel() != 1:
-        raise ValueError(f"{name} must be a number or one element, got shape {list(x.shape)}")
+        raise ValueError(f"{op}: {name} must be a number or one element, got shape {list(x.shape)}")
     return x.detach().reshape(())
 
 
@@ -76,7 +74,7 @@ class PolicyRows(NamedTuple):
 
 
 class PolicyStats(NamedTuple):
-    """Statistics of `policy_loss`. The docstring of linear_ppo_loss defines them."""
+    """Statistics of `policy_loss`, defined in linear_ppo_loss's docstring: `PolicyStats(*stats).ratio_max`."""
 
     weight: Tensor
     clipped_low: Tensor
@@ -236,7 +234,7 @@ def policy_loss(
 
 
 class ValueStats(NamedTuple):
-    """Statistics of `value_loss`. The docstring of ppo_loss defines them."""
+    """Statistics of `value_loss`, defined in ppo_loss's docstring."""
 
     value_weight: Tensor
     value_clipped: Tensor

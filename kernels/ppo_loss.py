@@ -105,9 +105,8 @@ def ppo_loss(
     """
     x = Inputs(
         logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
-        Whitening(advantage_shift, advantage_scale),
-        Clip(clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp),
-        Importance(importance_cap, importance_mode),
+        advantage_shift, advantage_scale, Clip(clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp),
+        importance_cap, importance_mode,
     )  # fmt: skip
     losses = _losses(x)
     return losses.policy, losses.value, losses.stats
@@ -116,15 +115,8 @@ def ppo_loss(
 ppo_loss.stats = STATS
 
 
-class Importance(NamedTuple):
-    """The bound of the importance weight of tokens that another engine sampled."""
-
-    cap: float
-    mode: str
-
-
 class Inputs(NamedTuple):
-    """The arguments of `ppo_loss` in its order, the options bundled."""
+    """The arguments of `ppo_loss` in its order, the clips bundled."""
 
     logprobs: Tensor | None
     old_logprobs: Tensor | None
@@ -135,13 +127,15 @@ class Inputs(NamedTuple):
     returns: Tensor | None
     value_weights: Tensor | None
     sampler_logprobs: Tensor | None
-    whitening: Whitening
+    advantage_shift: Tensor | None
+    advantage_scale: Tensor | None
     clip: Clip
-    importance: Importance
+    importance_cap: float
+    importance_mode: str
 
     @classmethod
     def bundle(cls, args):
-        return cls(*args[:9], Whitening(*args[9:11]), Clip(*args[11:16]), Importance(*args[16:]))
+        return cls(*args[:11], Clip(*args[11:16]), *args[16:])
 
 
 class _Losses(NamedTuple):
@@ -172,21 +166,21 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
     """Return the policy loss with importance weights, and the statistics of PPOStats, most of them without."""
     logprobs, weights = upcast(x.logprobs), upcast(x.weights)
     valid = weights != 0
+    no_entropy = torch.zeros_like(logprobs)
+    whitening = Whitening(x.advantage_shift, x.advantage_scale)
 
     def loss_with(weights: Tensor) -> PolicyLoss:
         rows = PolicyRows(x.old_logprobs, x.advantages, weights)
-        no_entropy = torch.zeros_like(logprobs)
-        return policy_loss(logprobs, no_entropy, weights != 0, rows, x.whitening, x.clip, KL(0.0, "k1"), 0.0)
+        return policy_loss(logprobs, no_entropy, weights != 0, rows, whitening, x.clip, KL(0.0, "k1"), 0.0)
 
     policy = loss_with(weights)
     stats = {name: total for name, total in policy.stats._asdict().items() if name in PPOStats._fields}
     importance = torch.ones_like(weights)
     is_capped = torch.zeros_like(valid)
     if x.sampler_logprobs is not None:
-        cap, mode = x.importance
         importance = (where_valid(valid, x.old_logprobs) - where_valid(valid, x.sampler_logprobs)).exp()
-        is_capped = importance > cap
-        importance = torch.where(is_capped, 0.0 if mode == "mask" else cap, importance)
+        is_capped = importance > x.importance_cap
+        importance = torch.where(is_capped, 0.0 if x.importance_mode == "mask" else x.importance_cap, importance)
         policy = loss_with(weights * importance)
     stats["importance"] = torch.where(valid, weights * importance, 0).sum()
     stats["importance_capped"] = torch.where(valid, weights * is_capped, 0).sum()
@@ -197,18 +191,18 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
 def _(*args):
     x = Inputs.bundle(args)
     _check(x)
-    weights, value_weights = (
-        w.float() if w is not None and w.dtype == torch.bool else w for w in (x.weights, x.value_weights)
-    )
-    x = x._replace(weights=weights, value_weights=value_weights)
+    if x.weights.dtype == torch.bool:
+        x = x._replace(weights=x.weights.float())
+    if x.value_weights is not None and x.value_weights.dtype == torch.bool:
+        x = x._replace(value_weights=x.value_weights.float())
     tensors = promote_to_float64(*x[:9])
-    whitening = Whitening.normalize("ppo_loss", *x.whitening, tensors[3])
-    return *tensors, *whitening, *map(float, x.clip), float(x.importance.cap), x.importance.mode
+    whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, tensors[3])
+    return *tensors, *whitening, *map(float, x.clip), float(x.importance_cap), x.importance_mode
 
 
 def _check(x: Inputs) -> None:
-    policy = (x.logprobs, x.old_logprobs, x.advantages)
-    if any(t is None for t in policy) and not all(t is None for t in (*policy, x.sampler_logprobs)):
+    is_missing = [t is None for t in (x.logprobs, x.old_logprobs, x.advantages)]
+    if any(is_missing) and not (all(is_missing) and x.sampler_logprobs is None):
         raise ValueError("ppo_loss: the policy part needs logprobs, old_logprobs and advantages, or none of them")
     if x.logprobs is None and x.values is None:
         raise ValueError("ppo_loss: there is neither logprobs nor values, nothing to compute")
@@ -217,13 +211,14 @@ def _check(x: Inputs) -> None:
         raise ValueError("ppo_loss: the value part needs values and returns, or none of them")
     if x.values is not None and x.clip.value > 0 and x.old_values is None:
         raise ValueError(f"ppo_loss: value_clip={x.clip.value} needs old_values; value_clip=0 does without")
-    others = [t for t in (*x[:3], *x[4:9]) if t is not None]
-    if any(t.shape != x.weights.shape for t in others):
-        shapes = [list(t.shape) for t in others]
-        raise ValueError(f"ppo_loss: all must have the shape of weights, {list(x.weights.shape)}, got {shapes}")
-    if x.importance.mode not in IMPORTANCE_MODES:
+    shape = x.weights.shape
+    shapes = [t.shape for t in (*x[:3], *x[4:9]) if t is not None]
+    if shapes != [shape] * len(shapes):
+        got = list(map(list, shapes))
+        raise ValueError(f"ppo_loss: all must have the shape of weights, {list(shape)}, got {got}")
+    if x.importance_mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
-        raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance.mode!r}")
+        raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance_mode!r}")
 
 
 def _fake_with_gradients(logprobs, old_logprobs, advantages, weights, *options):
@@ -258,7 +253,7 @@ def _launch(kernels, device, args, needs_grad):
     refuse_float64(x.weights)
     if x.values is not None and x.value_weights is None:
         x = x._replace(value_weights=x.weights)
-    tensors = contiguous_float32(*x[:9], *x.whitening)
+    tensors = contiguous_float32(*x[:11])
     weights = tensors[3]
     N = weights.numel()
     out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
@@ -269,8 +264,8 @@ def _launch(kernels, device, args, needs_grad):
         grid = [max(1, min(rounds, MAX_BLOCKS, max(FULL_GPU_BLOCKS, rounds // 2)))]
         partial_sums = [weights.new_empty(len(STATS) + 2, *grid)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.clip, x.importance.cap,
-        IMPORTANCE_MODES.index(x.importance.mode), stream_or_threads(weights),
+        *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.clip, x.importance_cap,
+        IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
     )  # fmt: skip
     return out
 
