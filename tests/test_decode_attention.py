@@ -74,6 +74,7 @@ def test_lengths_around_the_ends_of_pages_and_splits(backend, dtype, P):
     assert_right(attention(s, s.paged(P), backend=backend), s)
 
 
+@pytest.mark.exhaustive(4, by=("backend",))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 37])
@@ -82,6 +83,7 @@ def test_grouped_heads_of_every_size(backend, group, d):
     assert_right(attention(s, s.paged(16), backend=backend), s)
 
 
+@pytest.mark.exhaustive(2, by=("backend",))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window, softcap", [(1, 0.0), (5, 2.0), (256, 0.0), (300, 30.0), (10_000, 0.5)])
 def test_window_and_softcap(backend, window, softcap):

@@ -106,6 +106,7 @@ def problem(B, T, gamma, lam, gaps):
     return (rewards, values, mask), bootstrap, oracle(rewards, values, mask, gamma, lam, bootstrap)
 
 
+@pytest.mark.exhaustive(4, by=("gae",))
 @pytest.mark.parametrize("gamma, lam, gaps", [(1.0, 0.95, -1), (0.9, 0.5, 0.3), (1.0, 1.0, 0.02)])
 @pytest.mark.parametrize("B, T", SHAPES + LONG)
 def test_against_a_loop_in_float64(gae, B, T, gamma, lam, gaps):
@@ -125,6 +126,7 @@ def masks_with_gaps(T):
     return torch.stack(rows)
 
 
+@pytest.mark.exhaustive(3, by=("gae",))
 @pytest.mark.parametrize("T", [1, 7, 16, 61])
 @pytest.mark.parametrize("junk", GAPS)
 def test_masked_tokens_are_not_read(gae, junk, T):

@@ -38,6 +38,10 @@ def cases(*, gradient=False, dtypes=DTYPES, every_backend=True):
                         yield pytest.param(o, size, device, dtype, backend, id=name)
 
 
+# The quick run takes one size of each op, backend and dtype; `pytest -m slow` the others.
+OF_EACH_KERNEL = pytest.mark.exhaustive(1, by=("op", "backend", "dtype"))
+
+
 def leaves(out):
     return [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
 
@@ -82,6 +86,7 @@ def answer(op, call, args):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
+@OF_EACH_KERNEL
 def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
     args = detached(op.make_inputs(device=device, dtype=dtype, **size))
 
@@ -97,6 +102,7 @@ def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
+@OF_EACH_KERNEL
 def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backend):
     """And autograd hears of it: the version of a tensor counts what was written into it."""
     args = op.bind(*detached(op.make_inputs(device=device, dtype=dtype, **size)))
@@ -117,6 +123,7 @@ def gradients(call, args, upstream):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(gradient=True)))
+@OF_EACH_KERNEL
 def test_gradient(op, size, device, dtype, backend, poisoned):
     made = op.make_inputs(device=device, dtype=dtype, **size)
     shapes = [o for o in leaves(op.backend(backend)(*detached(made, True))) if o.requires_grad]
@@ -137,12 +144,14 @@ def test_gradient(op, size, device, dtype, backend, poisoned):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32], every_backend=False)))
+@OF_EACH_KERNEL
 def test_contract(op, size, device, dtype, backend):
     args = op.normalized(*detached(op.make_inputs(device=device, dtype=dtype, **size)))
     torch.library.opcheck(op.torch_op, tuple(args))
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32], every_backend=False)))
+@OF_EACH_KERNEL
 def test_compiles_whole(op, size, device, dtype, backend):
     torch._dynamo.reset()
     args = detached(op.make_inputs(device=device, dtype=dtype, **size))
@@ -154,6 +163,7 @@ def test_compiles_whole(op, size, device, dtype, backend):
 @pytest.mark.parametrize(
     "op, size, device, dtype, backend", list(cases(gradient=True, dtypes=[torch.float32], every_backend=False))
 )
+@OF_EACH_KERNEL
 def test_compiles_whole_with_its_gradient(op, size, device, dtype, backend):
     torch._dynamo.reset()
     args = op.make_inputs(device=device, dtype=dtype, **size)
@@ -175,6 +185,7 @@ def default_dtype(dtype):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
+@OF_EACH_KERNEL
 def test_torchs_defaults_change_nothing(op, size, device, dtype, backend):
     """Neither torch.set_default_dtype nor a `with torch.device(...)` around the call."""
     args = op.make_inputs(device=device, dtype=dtype, **size)
@@ -262,6 +273,7 @@ def test_one_float64_tensor_makes_all_float64(name):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
+@OF_EACH_KERNEL
 def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
     args = detached(op.make_inputs(device=device, dtype=dtype, **size))
 
