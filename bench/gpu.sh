@@ -94,9 +94,9 @@ build() {
 tests() { # seconds for test_ops.py and test_cuda_graphs.py, and which of their tests
   local parallel=()
   ((workers)) && parallel=(-n "$workers")
-  step "tests: no spill in the binary" 60 "$python" -m pytest -p no:cacheprovider \
+  step "tests: no spill in the binary" 60 "$python" -m pytest -o addopts=-q -p no:cacheprovider \
     tests/test_cuda_resources.py::test_no_kernel_spills
-  step "tests: ops on CUDA tensors" "$1" "$python" -m pytest -p no:cacheprovider "${parallel[@]}" --maxfail=20 \
+  step "tests: ops on CUDA tensors" "$1" "$python" -m pytest -o addopts=-q -p no:cacheprovider "${parallel[@]}" --maxfail=20 \
     tests/test_ops.py tests/test_cuda_graphs.py -k "$2"
   local run
   for run in 1 2; do # shellcheck disable=SC2016
@@ -125,7 +125,7 @@ sanitize() { # seconds for each tool and backend
 
 bench() { # torch.compile's seconds for a case
   local left=$((whole - SECONDS + started - 30))
-  step "bench: ops" "$((left + 25))" "$python" -m pytest -p no:cacheprovider bench -k ops --device cuda \
+  step "bench: ops" "$((left + 25))" "$python" -m pytest -o addopts=-q -p no:cacheprovider bench -k ops --device cuda \
     --seconds 0.7 --compile-seconds "$1" --deadline "$((left > 20 ? left - 20 : 1))" --save-table "$out/$gpu.md"
 }
 

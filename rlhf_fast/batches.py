@@ -141,7 +141,10 @@ class Prompts(NamedTuple):
 
     @classmethod
     def from_texts(cls, tokenizer: Any, texts: Sequence[str]) -> Prompts:
-        """Encode `texts` as the tokenizer does by default, special tokens included. Their uids are 0, 1, ..."""
+        """Encode `texts` as the tokenizer does by default, special tokens included. Their uids are 0, 1, ...
+
+        No chat template is applied: write the texts as the model was trained to read them.
+        """
         tokens = tokenizer(list(texts))["input_ids"] if texts else []  # transformers fails on an empty list
         return cls(list(range(len(texts))), tokens, list(texts))
 

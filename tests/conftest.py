@@ -1,8 +1,9 @@
 """Shared by all tests: a fresh but printed seed, NaN in uninitialised memory, worker processes, and two sizes.
 
 `pytest` runs the quick tests in one process a core, `pytest -m slow` the rest. A cross product marked
-`exhaustive(keep, by)` is sampled: of the cases with the same values of the parameters `by`, the seed draws `keep` for
-the quick run, and the others are slow.
+`exhaustive(keep, by)` is sampled: of the cases with the same values of the parameters `by`, `keep` are drawn for the
+quick run, and the others are slow. RLHF_FAST_TEST_SEED draws them if it is set (CI sets it from the commit), else 0, so
+that both runs together are the whole.
 """
 
 import os
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # Workers inherit both. More threads than one in each would only wait for one another.
+os.environ.setdefault("RLHF_FAST_TEST_SAMPLE", os.environ.get("RLHF_FAST_TEST_SEED", "0"))
 os.environ.setdefault("RLHF_FAST_TEST_SEED", str(random.randrange(2**31)))
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,6 +37,7 @@ if "RLHF_FAST_SIMT" not in os.environ and simt.compiler() and (ROOT / "csrc").is
     os.environ["RLHF_FAST_SIMT"] = str(simt.build(ROOT / "build" / "simt"))
 
 SEED = int(os.environ["RLHF_FAST_TEST_SEED"])
+SAMPLE = os.environ["RLHF_FAST_TEST_SAMPLE"]
 
 
 def pytest_report_header():
@@ -55,7 +58,7 @@ def pytest_collection_modifyitems(items):
             key = (item.function, mark.args[0], *(getattr(value, "name", repr(value)) for value in values))
             groups.setdefault(key, []).append(item)
     for (function, keep, *names), members in groups.items():
-        draw = random.Random(f"{SEED} {function.__qualname__} {names}")
+        draw = random.Random(f"{SAMPLE} {function.__qualname__} {names}")
         kept = draw.sample(members, min(keep, len(members)))
         for item in members:
             if item not in kept:

@@ -12,7 +12,7 @@ from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.training.experience import collect, final_scores, minibatches, token_weights, whiten
+from rlhf_fast.training.experience import final_scores, make_experience, minibatches, token_weights, whiten
 from rlhf_fast.training.rewards import PythonReward, check_scores, is_function, load_reward
 
 END = 2
@@ -78,7 +78,7 @@ def test_the_score_is_added_at_the_last_response_token():
     value = FixedModel(random_numbers(batch))
     ref = torch.where(batch.mask, batch.logprobs + 0.3, 0)
     policy, reference = FixedModel(batch.logprobs), FixedModel(ref)
-    experience, stats = collect(batch, policy, reference, value, scores_of(1.0, -2.0, 3.0), settings())
+    experience, stats = make_experience(batch, policy, reference, value, scores_of(1.0, -2.0, 3.0), settings())
     kl = batch.logprobs - ref
     for row, (size, score) in enumerate([(3, 1.0), (1, -2.0), (4, 3.0)]):
         rewards = -0.1 * kl[row, :size]
@@ -99,7 +99,7 @@ def test_the_kl_is_0_if_the_policy_is_the_reference():
     batch = responses()
     same = FixedModel(batch.logprobs)
     reward = scores_of(1.0, 2.0, 3.0)
-    experience, stats = collect(batch, same, same, FixedModel(zeros(batch)), reward, settings(), kl_coef=100.0)
+    experience, stats = make_experience(batch, same, same, FixedModel(zeros(batch)), reward, settings(), kl_coef=100.0)
     assert stats["objective/kl"] == 0
     assert torch.equal(experience.returns, torch.tensor([1.0, 2.0, 3.0])[:, None] * batch.mask)
 
@@ -117,7 +117,7 @@ def test_missing_eos(rule, value, expected):
     """Row 2 has no end token."""
     batch = responses()
     same, cfg = FixedModel(batch.logprobs), settings(missing_eos=rule, missing_eos_value=value)
-    experience, _ = collect(batch, same, same, FixedModel(zeros(batch)), scores_of(1.0, 2.0, 3.0), cfg)
+    experience, _ = make_experience(batch, same, same, FixedModel(zeros(batch)), scores_of(1.0, 2.0, 3.0), cfg)
     for row, score in enumerate(expected):
         if score is None:
             assert not experience.mask[row].any()
@@ -143,7 +143,7 @@ def test_bootstrap_truncated_adds_the_value_after_the_last_token():
     policy = FixedModel(batch.logprobs)
     value = FixedModel(zeros(batch), last=torch.tensor([100.0, 200.0, 10.0]))
     cfg = settings(bootstrap_truncated=True)
-    experience, _ = collect(batch, policy, policy, value, scores_of(1.0, 2.0, 3.0), cfg)
+    experience, _ = make_experience(batch, policy, policy, value, scores_of(1.0, 2.0, 3.0), cfg)
     assert [float(row[0]) for row in experience.returns] == [1, 2, 13]
 
 
@@ -155,7 +155,7 @@ def test_bootstrap_truncated_changes_the_advantages_of_truncated_rows_only():
     )
     reward = scores_of(1.0, 2.0, 3.0, 4.0)
     off, on = (
-        collect(batch, policy, policy, value, reward, settings(bootstrap_truncated=setting, lam=0.9))[0]
+        make_experience(batch, policy, policy, value, reward, settings(bootstrap_truncated=setting, lam=0.9))[0]
         for setting in (False, True)
     )
     for row, finished in enumerate(batch.finished.tolist()):
@@ -171,7 +171,9 @@ def test_old_logprobs_and_the_gap():
     policy = FixedModel(batch.logprobs + gap)
     for source, expected in [("rollout", batch.logprobs), ("recompute", policy.numbers)]:
         cfg = settings(old_logprobs=source)
-        experience, stats = collect(batch, policy, policy, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
+        experience, stats = make_experience(
+            batch, policy, policy, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg
+        )
         torch.testing.assert_close(experience.old_logprobs, expected)
         assert stats["rollout/gap_mean"] == pytest.approx(0.2 / 8, rel=1e-4)
         assert stats["rollout/gap_p99"] == pytest.approx(0.2, rel=1e-4)
@@ -182,7 +184,7 @@ def test_logprobs_are_taken_at_the_sampling_temperature():
     batch = responses()
     policy = FixedModel(batch.logprobs)
     cfg = settings(old_logprobs="recompute", sampling=SamplingConfig(temperature=0.5))
-    experience, _ = collect(batch, policy, policy, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
+    experience, _ = make_experience(batch, policy, policy, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
     torch.testing.assert_close(experience.old_logprobs, batch.logprobs / 0.5)
 
 
@@ -191,7 +193,7 @@ def test_micro_batches_do_not_change_the_experience():
     models = [FixedModel(random_numbers(batch)) for _ in range(3)]
     reward = scores_of(1.0, 2.0, 3.0, 4.0)
     budgets = [OptimConfig(micro_batch_tokens=tokens) for tokens in (1, 9, 1000)]
-    found = [collect(batch, *models, reward, settings(optim=optim))[0] for optim in budgets]
+    found = [make_experience(batch, *models, reward, settings(optim=optim))[0] for optim in budgets]
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -202,7 +204,7 @@ def collected(rows=6, **changes):
     reference, value = FixedModel(random_numbers(batch)), FixedModel(random_numbers(batch))
     reward = scores_of(*torch.randn(rows).tolist())
     cfg = settings(**changes)
-    return collect(batch, FixedModel(batch.logprobs), reference, value, reward, cfg)[0], cfg
+    return make_experience(batch, FixedModel(batch.logprobs), reference, value, reward, cfg)[0], cfg
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -356,7 +358,7 @@ def test_scores_are_float32():
 @pytest.mark.parametrize("changes", [{}, {"whiten_unbiased": True}, {"whiten_shift_mean": False}], ids=str)
 @pytest.mark.parametrize("rows", [1, 6])
 def test_whitening_by_the_ops_moments_equals_whitening_by_computed_ones(changes, rows):
-    """`collect` does not compute the batch's moments again: ops.ppo_advantages returns them."""
+    """`make_experience` does not compute the batch's moments again: ops.ppo_advantages returns them."""
     rng_state = torch.get_rng_state()
     raw, _ = collected(rows, whiten="none")
     torch.set_rng_state(rng_state)

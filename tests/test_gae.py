@@ -209,7 +209,7 @@ def test_a_rows_bits_depend_only_on_its_tokens(backend):
     rewards, values = torch.randn(2, 1, 1500)
     for n in (1, 100, 128, 250, 256, 300, 512, 600, 1024, 1029, 1500):
         mask = torch.arange(1500)[None] < n
-        mask[0, 40 : 40 + n // 3] = n % 2 == 0  # masks a third of a row of even length
+        mask[0, 40 : 40 + n // 3] = n % 2 == 0  # masks a third of a row of odd length
         padded = ops.gae.backend(backend)(rewards, values, mask)
         alone = ops.gae.backend(backend)(*(x[:, :n] for x in (rewards, values, mask)))
         assert same_bits([x[:, :n] for x in padded], alone)

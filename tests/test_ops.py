@@ -38,8 +38,8 @@ def cases(*, gradient=False, dtypes=DTYPES, every_backend=True):
                         yield pytest.param(o, size, device, dtype, backend, id=name)
 
 
-# The quick run takes one size of each op, backend and dtype; `pytest -m slow` the others.
-OF_EACH_KERNEL = pytest.mark.exhaustive(1, by=("op", "backend", "dtype"))
+# The quick run takes one size of each op, device, backend and dtype; `pytest -m slow` the others.
+OF_EACH_KERNEL = pytest.mark.exhaustive(1, by=("op", "device", "backend", "dtype"))
 
 
 def leaves(out):

@@ -87,7 +87,7 @@ Supervised fine-tuning, reward modelling and PPO as in InstructGPT, on fused ker
 start with: rlhf-fast demo"""
 
 
-@command("demo", "the whole experiment on a small generated world, in about 5 minutes on 2 cores, no download")
+@command("demo", "the whole experiment on a small generated world, minutes on 2 cores, no download")
 def _demo(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.options import DemoOptions
     from rlhf_fast.config.flags import parse

@@ -127,7 +127,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
     """Texts that end a response as the end token does. They stay part of it."""
     batch: int = 64
-    """Responses generated at a time. Results do not depend on it."""
+    """Responses generated at a time. Results do not depend on it, but for rounding on paths other than `fused`."""
     cache_mb: int = 0
     """Largest size in MiB of the KV cache during a rollout. If `batch` responses need more, fewer run at a time.
     0 = as much as `batch` responses need."""

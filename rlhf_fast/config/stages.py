@@ -274,14 +274,14 @@ class PPOConfig(_Stage):
             raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
 
     @property
-    def batches(self) -> int:
+    def num_batches(self) -> int:
         """Number of rollouts."""
         return -(-self.episodes // self.batch)
 
     @property
     def steps(self) -> int:
         """Number of optimizer steps."""
-        return self.batches * self.inner_epochs * (self.batch // self.minibatch)
+        return self.num_batches * self.inner_epochs * (self.batch // self.minibatch)
 
 
 StageConfig = SFTConfig | RewardConfig | PPOConfig

@@ -2,7 +2,7 @@
 
 Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, in calls of at
 most PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages and leaves the
-batch; once 1 / REFILL of the slots are free, waiting requests are admitted.
+batch; once 1 / REFILL_DIVISOR of the slots are free, waiting requests are admitted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlhf_fast.rollout.stop_criteria import StopCriteria
 
 PREFILL_TOKENS = 2048
 """Prompt tokens of one forward pass at most."""
-REFILL = 8
-"""Requests are admitted when at least 1 / REFILL of the slots are free."""
+REFILL_DIVISOR = 8
+"""Requests are admitted when at least 1 / REFILL_DIVISOR of the slots are free."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _Admitted(NamedTuple):
     slot: int
     group: _Group
     needs_prefill: bool
-    page_copy: tuple[int, int] | None
+    copy_on_write: tuple[int, int] | None
     """Source and target if the prompt's last page must be copied."""
 
 
@@ -169,7 +169,7 @@ class Scheduler:
     def _admit(self) -> list[_Admitted]:
         """Start waiting requests as long as there are free slots and pages."""
         admitted: list[_Admitted] = []
-        if len(self.free_slots) * REFILL < self.cache.num_slots:
+        if len(self.free_slots) * REFILL_DIVISOR < self.cache.num_slots:
             return admitted
         while self.waiting and self.free_slots:
             row, group = self.waiting[0]
@@ -198,22 +198,22 @@ class Scheduler:
         new = self.cache.allocate(num_new)
         self.cache.incref(shared)
         needs_prefill = not group.pages
-        page_copy = None
+        copy_on_write = None
         if needs_prefill:
             group.pages = new[: self.cache.pages_for(len(group.prompt))]
             self.cache.incref(group.pages)
         elif len(shared) < len(group.pages):
-            page_copy = (group.pages[-1], new[0])
+            copy_on_write = (group.pages[-1], new[0])
         self.pages[slot] = shared + new
         self.cache.assign(slot, self.pages[slot])
         group.num_waiting -= 1
-        return _Admitted(row, slot, group, needs_prefill, page_copy)
+        return _Admitted(row, slot, group, needs_prefill, copy_on_write)
 
     def _prefill(self, admitted: list[_Admitted]) -> Tensor:
         """Run the prompts that are new, and append the admitted responses to the running ones. Return the hidden
         states (n, D) of their prompts' last tokens."""
         self._run_prompts([(a.slot, a.group) for a in admitted if a.needs_prefill])
-        copies = [a.page_copy for a in admitted if a.page_copy is not None]
+        copies = [a.copy_on_write for a in admitted if a.copy_on_write is not None]
         self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
         hidden = torch.stack([a.group.last_hidden for a in admitted])
         for group in {id(a.group): a.group for a in admitted}.values():

@@ -1,6 +1,7 @@
 """PPO against a reward with a KL penalty (InstructGPT C.4), with or without pretraining gradients (PPO-ptx).
 
-The KL penalty enters in `collect` (training/experience.py), its coefficient is steered by training/kl.py.
+The KL penalty enters the reward of each token: `make_experience` (training/experience.py) calls `ops.ppo_advantages`
+(kernels/ppo_advantages.py) for it. training/kl.py holds its coefficient. The losses have no KL term.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder
 from rlhf_fast.run.logs import Log
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
-from rlhf_fast.training.experience import collect, minibatches
+from rlhf_fast.training.experience import make_experience, minibatches
 from rlhf_fast.training.kl import KLController
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss, pretrain_loss
 from rlhf_fast.training.rewards import RewardFunction, is_function, load_reward
 
-HEADLINE = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
+PROGRESS_METRICS = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 
 
 def run(cfg: PPOConfig) -> None:
@@ -47,14 +48,14 @@ def run(cfg: PPOConfig) -> None:
         data, texts = load_data(cfg, models.policy, folder)
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
         state = init_state(cfg, models, folder)
-        log = folder.begin(cfg.batches, HEADLINE, state._asdict())
+        log = folder.begin(cfg.num_batches, PROGRESS_METRICS, state._asdict())
         with locating_rows(**row_locators(data.train, texts)):
-            for step in range(log.start, cfg.batches):
+            for step in range(log.start, cfg.num_batches):
                 prompts = data.train.batch(step * cfg.batch, cfg.batch)
                 with log.phase("generate"):
                     responses = rollout.generate(prompts, step=step)
                 with log.phase("score"):
-                    experience, stats = collect(responses, *models, cfg, state.kl.coef)
+                    experience, stats = make_experience(responses, *models, cfg, state.kl.coef)
                 with log.phase("learn"):
                     stats |= ppo_update(state, experience, texts, cfg, step)
                 with log.phase("validate"):
@@ -62,12 +63,12 @@ def run(cfg: PPOConfig) -> None:
                 state.kl.update(stats["objective/kl"], stats["objective/kl_token"], episodes=cfg.batch)
                 log_step(log, step + 1, stats, prompts, responses, experience, models.policy, cfg)
                 folder.checkpoint(step + 1, state._asdict())
-        summary = {"kl_coef": state.kl.coef, "step": state.best.step or cfg.batches}
+        summary = {"kl_coef": state.kl.coef, "step": state.best.step or cfg.num_batches}
         folder.finish(partial(save_models, cfg, models, state), summary)
 
 
 class Models(NamedTuple):
-    """The four models of PPO, in the order of `collect`'s arguments."""
+    """The four models of PPO, in the order of `make_experience`'s arguments."""
 
     policy: Model
     reference: Model
@@ -207,12 +208,12 @@ def validate(
     """
     done = step + 1
     if not len(data.valid) or not should_validate(
-        done, cfg.log.validate_every, cfg.batch, len(data.train), cfg.batches
+        done, cfg.log.validate_every, cfg.batch, len(data.train), cfg.num_batches
     ):
         return {}
     with locating_rows(Responses=data.valid.location):
         responses = rollout.generate(validation_prompts(data.valid))
-        _, stats = collect(responses, *models, cfg, state.kl.coef)
+        _, stats = make_experience(responses, *models, cfg, state.kl.coef)
     if cfg.select == "reward":
         state.best.update(done, stats["objective/rlhf_reward"], models.policy.save)
     names = ("objective/rlhf_reward", "objective/scores", "objective/kl", "tokens/length", "tokens/eos_rate")
@@ -259,5 +260,5 @@ def save_models(cfg: PPOConfig, models: Models, state: State, folder: Path) -> N
     if cfg.select == "ema":
         policy.save(folder / "last")
     else:
-        state.best.writer(cfg.batches, policy.save)(folder)
+        state.best.writer(cfg.num_batches, policy.save)(folder)
     models.value.save(folder / "value")

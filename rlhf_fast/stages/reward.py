@@ -17,7 +17,7 @@ from rlhf_fast.stages.validation import should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
 
-HEADLINE = ("loss/reward", "reward/accuracy", "valid/accuracy")
+PROGRESS_METRICS = ("loss/reward", "reward/accuracy", "valid/accuracy")
 
 
 def run(cfg: RewardConfig) -> None:
@@ -36,7 +36,7 @@ def run(cfg: RewardConfig) -> None:
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps)
         state = {"learner": learner}
-        log = folder.begin(steps, HEADLINE, state)
+        log = folder.begin(steps, PROGRESS_METRICS, state)
         for step in range(log.start + 1, steps + 1):
             done = (step - 1) * cfg.batch
             batch = data.train.batch(done, min(cfg.batch, cfg.epochs * len(data.train) - done))

@@ -18,7 +18,7 @@ from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
 from rlhf_fast.training.rewards import RewardFunction, load_reward
 
-HEADLINE = ("loss/sft", "valid/sft", "valid/scores")
+PROGRESS_METRICS = ("loss/sft", "valid/sft", "valid/scores")
 
 
 def run(cfg: SFTConfig) -> None:
@@ -34,7 +34,7 @@ def run(cfg: SFTConfig) -> None:
         best = BestModel(folder)
         state: dict[str, Stateful] = {"learner": learner, "best": best}
         row_locators = {"Demonstrations": data.train.location, "Texts": texts.location if texts else None}
-        log = folder.begin(steps, HEADLINE, state)
+        log = folder.begin(steps, PROGRESS_METRICS, state)
         for step in range(log.start + 1, steps + 1):
             with log.phase("learn"), locating_rows(**row_locators):
                 terms = step_terms(cfg, data.train, texts, step)

@@ -24,7 +24,7 @@ RATIO_BAND = (0.9, 1.1)
 
 
 @torch.no_grad()
-def collect(
+def make_experience(
     responses: Responses,
     policy: Model,
     reference: Model,

@@ -1,7 +1,7 @@
 """The coefficient of the KL penalty over a run: fixed, or steered towards a target.
 
-The penalty itself enters in kernels/ppo_advantages.py, which `experience.collect` calls: the reward of every response
-token is -coef * KL estimate, plus the score at the last one.
+The penalty itself enters in kernels/ppo_advantages.py, which `experience.make_experience` calls: the reward of every
+response token is -coef * KL estimate, plus the score at the last one.
 """
 
 from __future__ import annotations
