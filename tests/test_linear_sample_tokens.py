@@ -90,7 +90,7 @@ def test_samples_are_those_of_sample_tokens(backend, tile):
 def test_chunks_of_rows_with_bans_and_a_float32_hidden(options, monkeypatch):
     """Logits of a few rows are in memory at a time. Each row has its own options; weight is bfloat16."""
     module = pytest.importorskip("rlhf_fast.kernels.triton.linear_sample_tokens")
-    monkeypatch.setattr(module, "BYTES", 2 * 4 * 320)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 2 * 4 * 320)
     hidden, weight = torch.randint(-4, 5, (5, 24)) / 4, (torch.randint(-4, 5, (300, 24)) / 4).bfloat16()
     bans = {"banned": torch.tensor([3, 299, 7]), "ban_rows": torch.tensor([True, False, True, False, True])}
     options = options | bans | {"bias": torch.randint(-4, 5, (300,)) / 4.0}

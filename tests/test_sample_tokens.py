@@ -370,7 +370,7 @@ def test_samples_of_one_prompt_differ(backend):
 def small_tiles(monkeypatch):
     """Set small tiles in Triton's kernels, so that rows have many, and a sample far smaller than a row."""
     home = pytest.importorskip("rlhf_fast.kernels.triton.sample_tokens")
-    for module, name, value in (home, "TILE", 256), (home.cut, "SAMPLE", 256), (home.cut, "TILE", 512):
+    for module, name, value in (home, "TILE", 256), (home.filters, "SAMPLE", 256), (home.filters, "TILE", 512):
         monkeypatch.setattr(module, name, value)
 
 

@@ -1,13 +1,19 @@
-"""Drawing a token on a GPU: of a tile of a row's logits, and then of all tiles of the row. Not an op.
+"""Sampling a token on a GPU: from a tile of a row's logits, and then from all tiles of the row. Not an op.
 
-kernels/_sampling.py says how the noise is keyed. Four tokens share a call of Philox: some 12 operations a token, beside
-20 for the two logarithms of the noise and some 15 for e^z and the sums. A tile is visited while it is in registers: its
-sums are around its own largest logit, and its best token is one score, z + noise, relative to that logit too, so that
-float32 holds it however large logits are. A tile leaves FIELDS numbers and a token; `finish` joins the tiles of a row
-in their order, in float64, and writes the outputs. The bits of a row are its own.
+kernels/_sampling.py defines the noise. Four tokens share one call of Philox: about 12 operations per token, with 20 for
+the two logarithms of the noise and 15 for e^z and the sums.
+
+    row      | tile 0 | tile 1 | ... |        a program leaves NUM_FIELDS numbers and a token of each tile
+                 \\        |       /
+              `merge_tiles_kernel`             one program per row merges the tiles in their order, in float64
+
+A tile is read once. Its sums are relative to its own largest logit. Its best token is one score, z + noise, relative to
+that logit too, so float32 holds it however large the logits are. A row's result depends on its own logits and noise
+alone, and is the same in any batch.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,37 +21,63 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._sampling import empty_outputs
+from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import launch
 
-FIELDS = 8
-# Of a tile: the largest logit, and around it the sums of e^(x - largest), of p = e^z and of p z, z = (x - largest) / T;
-# the largest logit that may be drawn, and around it the sum of p of those; the best score, and its logit.
-LARGEST, RAW, MASS, MOMENT, TOP, KEPT, SCORE, LOGIT = (tl.constexpr(i) for i in range(FIELDS))
+NUM_FIELDS = 8
+# Fields of a tile. Of all tokens: the largest logit, and relative to it the sums of e^(x - largest), of p = e^z and of
+# p z, where z = (x - largest) / temperature. Of the kept tokens, which are neither banned nor filtered out: the largest
+# logit, and relative to it the sum of p. Then the best score, and the logit of its token.
+LARGEST, RAW_MASS, MASS, MOMENT, KEPT_LARGEST, KEPT_MASS, SCORE, LOGIT = (tl.constexpr(i) for i in range(NUM_FIELDS))
 LN2 = tl.constexpr(math.log(2.0))
-FAR = tl.constexpr(-1000.0)  # below it e^z is 0
+
+
+class RowOptions(NamedTuple):
+    """Options of the rows (B,); None where an option changes nothing."""
+
+    temperature: Tensor | None
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+
+    @property
+    def filters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.top_k, self.top_p, self.min_p
+
+
+class Outputs(NamedTuple):
+    """The outputs (B,) of sample_tokens, in its order."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    raw_logprobs: Tensor
+    kept_logprobs: Tensor
+    log_kept_mass: Tensor
+    entropy: Tensor
 
 
 @triton.jit
-def tempering(temperature, row, on):
-    """Of rows: what z is multiplied by, and whether the largest logit is taken."""
-    T = tl.where(on, 1.0, 1.0)
+def inverse_temperature(temperature, row, exists):
+    """Return the factor of z (1 for greedy rows) and which rows are greedy."""
+    T = tl.where(exists, 1.0, 1.0)
     if temperature is not None:
-        T = tl.load(temperature + row, mask=on, other=1.0)
-    greedy = T == 0
-    return tl.where(greedy, 1.0, tl.minimum(tl.div_rn(1.0, T), 3e38)), greedy
+        T = tl.load(temperature + row, mask=exists, other=1.0)
+    is_greedy = T == 0
+    return tl.where(is_greedy, 1.0, tl.minimum(tl.div_rn(1.0, T), 3e38)), is_greedy
 
 
 @triton.jit
-def share(word):
+def uniform(word):
+    """Return (word + 1/2) 2^-32."""
     return (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
 
 
 @triton.jit
-def waiting(u, rest):
-    """-log(rest) of rest = 1 - u, to 2e-7 of itself also where u is small: the time until an event of rate 1."""
-    bits = rest.to(tl.int32, bitcast=True)
+def neg_log1m(u, one_minus_u):
+    """Return -log(1 - u) with a relative error of 2e-7, also for small u."""
+    bits = one_minus_u.to(tl.int32, bitcast=True)
     power = (bits - 0x3F3504F3) >> 23
-    m = (bits - (power << 23)).to(tl.float32, bitcast=True)  # rest = m 2^power, m^2 between 1/2 and 2
+    m = (bits - (power << 23)).to(tl.float32, bitcast=True)  # 1 - u = m 2^power, with m^2 between 1/2 and 2
     f = tl.where(power == 0, u, 1.0 - m)
     series = 0.14952662587165833 + f * (0.143686905503273 + f * 0.08723572641611099)
     series = 0.2500208020210266 + f * (0.1995677649974823 + f * (0.16562174260616302 + f * series))
@@ -54,14 +86,18 @@ def waiting(u, rest):
 
 
 @triton.jit
-def words(seed, row_id, step, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The integers behind the noise, (ROWS, COLUMNS) of the tokens from `first` on, a multiple of 4."""
+def philox_words(seed, row_id, step, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the integers behind the noise (ROWS, COLUMNS) of the tokens from `first` on, a multiple of 4."""
     key = tl.core.to_tensor(seed).to(tl.uint64)
-    k0, k1 = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
     a = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
-    b, c, d = step.to(tl.uint32)[:, None], row_id.to(tl.uint32)[:, None], (row_id >> 32).to(tl.uint32)[:, None]
+    b = step.to(tl.uint32)[:, None]
+    c = row_id.to(tl.uint32)[:, None]
+    d = (row_id >> 32).to(tl.uint32)[:, None]
     for _ in tl.static_range(10):
-        left, right = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        left = a.to(tl.uint64) * 0xD2511F53
+        right = c.to(tl.uint64) * 0xCD9E8D57
         a, c = (right >> 32).to(tl.uint32) ^ b ^ k0, (left >> 32).to(tl.uint32) ^ d ^ k1
         b, d = right.to(tl.uint32), left.to(tl.uint32)
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
@@ -70,38 +106,46 @@ def words(seed, row_id, step, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def race(x, base, inverse, greedy, word, FEW: tl.constexpr):
-    """Of each row of x the best score z + gumbel, z = (x - base) inverse, and its column, the lowest among equals.
+def gumbel_argmax(x, base, inverse, is_greedy, word, SKIP_LOGARITHMS: tl.constexpr):
+    """Return the best score z + gumbel of each row of x, z = (x - base) inverse, and its column, the lowest of a tie.
 
-    Token v waits w e^-z, w = -log1p(-u), and the first one wins. FEW: as w is hardly more than u, u e^-z mostly says
-    which one that is; the logarithms are taken only where it does not."""
-    below, u = (base[:, None] - x) * inverse[:, None], share(word)
-    scale = tl.exp(below)
-    least, by_u, crowded = tl.full(greedy.shape, 0.0, tl.float32), tl.where(greedy, 1.0, 1.0), True
-    wait = u
-    if FEW:
-        wait = tl.where(greedy[:, None], below, u * scale)
-        least = tl.min(wait, axis=1)
-        first = tl.max(tl.where(wait == least[:, None], u, 0.0), axis=1)
-        by_u = tl.where(greedy, 1.0, waiting(first, 1.0 - first) / first)
-        others = tl.sum((wait <= (least * by_u * 1.00001)[:, None]).to(tl.int32), axis=1) - 1
-        crowded = tl.max(others + (first > 0.5).to(tl.int32), axis=0) > 0
-    if crowded:
-        wait = tl.where(greedy[:, None], below, waiting(u, share(word ^ 0xFFFFFFFF)) * scale)
-        least, by_u = tl.min(wait, axis=1), tl.where(greedy, 1.0, 1.0)
-    return tl.where(greedy, -least, -tl.log(least * by_u)), first_column(wait, least)
+    The token with the smallest w e^-z, w = -log(1 - u), has the best score. SKIP_LOGARITHMS: w is hardly more than a
+    small u, so u e^-z mostly decides; the logarithms are computed only where it does not."""
+    neg_z = (base[:, None] - x) * inverse[:, None]
+    u = uniform(word)
+    scale = tl.exp(neg_z)
+    smallest = tl.full(is_greedy.shape, 0.0, tl.float32)
+    w_per_u = tl.where(is_greedy, 1.0, 1.0)
+    needs_logarithms = True
+    time = u
+    if SKIP_LOGARITHMS:
+        time = tl.where(is_greedy[:, None], neg_z, u * scale)
+        smallest = tl.min(time, axis=1)
+        u_of_smallest = tl.max(tl.where(time == smallest[:, None], u, 0.0), axis=1)
+        w_per_u = tl.where(is_greedy, 1.0, neg_log1m(u_of_smallest, 1.0 - u_of_smallest) / u_of_smallest)
+        is_close = time <= (smallest * w_per_u * 1.00001)[:, None]
+        others = tl.sum(is_close.to(tl.int32), axis=1) - 1
+        needs_logarithms = tl.max(others + (u_of_smallest > 0.5).to(tl.int32), axis=0) > 0
+    if needs_logarithms:
+        w = neg_log1m(u, uniform(word ^ 0xFFFFFFFF))
+        time = tl.where(is_greedy[:, None], neg_z, w * scale)
+        smallest = tl.min(time, axis=1)
+        w_per_u = tl.where(is_greedy, 1.0, 1.0)
+    score = tl.where(is_greedy, -smallest, -tl.log(smallest * w_per_u))
+    return score, first_column(time, smallest)
 
 
 @triton.jit
 def first_column(x, value):
-    """The first column of each row of x where `value` is; the last one if it is in none."""
+    """Return the first column of each row of x that equals `value`, or the last column if none does."""
     columns = tl.arange(0, x.shape[1])[None, :]
     return tl.min(tl.where(x == value[:, None], columns, x.shape[1] - 1), axis=1)
 
 
 @triton.jit
-def masses(x, inverse):
-    """The largest of each row of x, what to measure from (it, or 0 if it is -inf), z and p = e^z, and the sum of p."""
+def tile_softmax(x, inverse):
+    """Return the largest of each row of x, the value that z is relative to (it, or 0 if it is -inf), z, p = e^z, and
+    the sum of p."""
     largest = tl.max(x, axis=1)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     z = (x - base[:, None]) * inverse[:, None]
@@ -110,171 +154,185 @@ def masses(x, inverse):
 
 
 @triton.jit
-def put_statistics(part, stride, x, inverse, on, TEMPERED: tl.constexpr):
-    """Of a tile of all tokens; returns what z is measured from. A NaN or +inf shows in RAW."""
-    largest, base, z, p, mass = masses(x, inverse)
-    raw = mass
-    if TEMPERED:
-        raw = tl.sum(tl.exp(x - base[:, None]), axis=1)
-    tl.store(part + LARGEST * stride, largest, mask=on)
-    tl.store(part + RAW * stride, raw, mask=on)
-    tl.store(part + MASS * stride, mass, mask=on)
-    tl.store(part + MOMENT * stride, tl.sum(p * tl.maximum(z, FAR), axis=1), mask=on)
+def store_statistics(part, stride, x, inverse, exists, HAS_TEMPERATURE: tl.constexpr):
+    """Store the fields of all tokens of a tile, and return the value that z is relative to. NaN or +inf shows in
+    RAW_MASS."""
+    largest, base, z, p, mass = tile_softmax(x, inverse)
+    raw_mass = mass
+    if HAS_TEMPERATURE:
+        raw_mass = tl.sum(tl.exp(x - base[:, None]), axis=1)
+    tl.store(part + LARGEST * stride, largest, mask=exists)
+    tl.store(part + RAW_MASS * stride, raw_mass, mask=exists)
+    tl.store(part + MASS * stride, mass, mask=exists)
+    tl.store(part + MOMENT * stride, tl.sum(p * tl.maximum(z, launch.MIN_EXPONENT), axis=1), mask=exists)
     return base
 
 
 @triton.jit
-def put_masses(part, stride, x, inverse, on):
-    """Of a tile of the tokens that may be drawn, others are -inf; returns what z is measured from."""
-    largest, base, _, _, mass = masses(x, inverse)
-    tl.store(part + TOP * stride, largest, mask=on)
-    tl.store(part + KEPT * stride, mass, mask=on)
+def store_kept_mass(part, stride, x, inverse, exists):
+    """Store the fields of the kept tokens of a tile, the others being -inf, and return the value that z is relative
+    to."""
+    largest, base, _, _, mass = tile_softmax(x, inverse)
+    tl.store(part + KEPT_LARGEST * stride, largest, mask=exists)
+    tl.store(part + KEPT_MASS * stride, mass, mask=exists)
     return base
 
 
 @triton.jit
-def put_draw(part, token, stride, score, place, logit, on):
-    """A tile's best token."""
-    tl.store(part + SCORE * stride, score, mask=on)
-    tl.store(part + LOGIT * stride, logit, mask=on)
-    tl.store(token, place, mask=on)
+def store_best(part, tile_token, stride, score, token, logit, exists):
+    """Store a tile's best token, its score and its logit."""
+    tl.store(part + SCORE * stride, score, mask=exists)
+    tl.store(part + LOGIT * stride, logit, mask=exists)
+    tl.store(tile_token, token, mask=exists)
 
 
 @triton.jit
-def largest_of(field, tiles, BLOCK: tl.constexpr):
-    most = float("-inf")
+def merge_largest(field, tiles, BLOCK: tl.constexpr):
+    """Return the largest of a field over all tiles."""
+    largest = float("-inf")
     for start in range(0, tiles, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        most = tl.maximum(most, tl.max(tl.load(field + at, mask=at < tiles, other=float("-inf")), axis=0))
-    return most
+        tile = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.max(tl.load(field + tile, mask=tile < tiles, other=float("-inf")), axis=0))
+    return largest
 
 
 @triton.jit
-def mass_of(largest, mass, top, inverse, tiles, BLOCK: tl.constexpr):
-    """The sum of `mass` of all tiles around `top`, float64."""
+def merge_mass(largest, mass, top, inverse, tiles, BLOCK: tl.constexpr):
+    """Return the sum of the masses of all tiles relative to `top`, in float64. largest: what each is relative to."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, tiles, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        m = tl.load(largest + at, mask=at < tiles, other=float("-inf")).to(tl.float64)
-        total += tl.load(mass + at, mask=at < tiles, other=0.0).to(tl.float64) * tl.exp((m - top) * inverse)
+        tile = start + tl.arange(0, BLOCK)
+        m = tl.load(largest + tile, mask=tile < tiles, other=float("-inf")).to(tl.float64)
+        total += tl.load(mass + tile, mask=tile < tiles, other=0.0).to(tl.float64) * tl.exp((m - top) * inverse)
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def moment_of(largest, mass, moment, top, inverse, tiles, BLOCK: tl.constexpr):
-    """The sum of p z of all tiles around `top`, float64."""
+def merge_moment(largest, mass, moment, top, inverse, tiles, BLOCK: tl.constexpr):
+    """Return the sum of p z of all tiles relative to `top`, in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, tiles, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        m = tl.load(largest + at, mask=at < tiles, other=float("-inf")).to(tl.float64)
-        here = tl.load(moment + at, mask=at < tiles, other=0.0).to(tl.float64)
-        z = tl.maximum((m - top) * inverse, FAR)
-        total += tl.exp(z) * (here + z * tl.load(mass + at, mask=at < tiles, other=0.0))
+        tile = start + tl.arange(0, BLOCK)
+        m = tl.load(largest + tile, mask=tile < tiles, other=float("-inf")).to(tl.float64)
+        tile_moment = tl.load(moment + tile, mask=tile < tiles, other=0.0).to(tl.float64)
+        z = tl.maximum((m - top) * inverse, launch.MIN_EXPONENT)
+        total += tl.exp(z) * (tile_moment + z * tl.load(mass + tile, mask=tile < tiles, other=0.0))
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def best_of(part, tokens, stride, top, inverse, tiles, BLOCK: tl.constexpr, TOP: tl.constexpr):
-    """The best score of all tiles around `top`, its token and its logit; the first among equals."""
-    best, token, logit = tl.full((), float("-inf"), tl.float64), -1, 0.0
+def merge_best(part, tile_tokens, stride, top, inverse, tiles, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+    """Return the best score of all tiles relative to `top`, its token and its logit; the first tile of a tie.
+
+    LARGEST: the field that the scores are relative to."""
+    best = tl.full((), float("-inf"), tl.float64)
+    token = -1
+    logit = 0.0
     for start in range(0, tiles, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        m = tl.load(part + TOP * stride + at, mask=at < tiles, other=float("-inf")).to(tl.float64)
-        score = tl.load(part + SCORE * stride + at, mask=m > float("-inf"), other=float("-inf")).to(tl.float64)
+        tile = start + tl.arange(0, BLOCK)
+        m = tl.load(part + LARGEST * stride + tile, mask=tile < tiles, other=float("-inf")).to(tl.float64)
+        score = tl.load(part + SCORE * stride + tile, mask=m > float("-inf"), other=float("-inf")).to(tl.float64)
         score += (m - top) * inverse
-        here, index = tl.max(score, axis=0, return_indices=True)
-        better = here > best
-        best = tl.where(better, here, best)
-        token = tl.where(better, tl.load(tokens + start + index, mask=better, other=-1), token)
-        logit = tl.where(better, tl.load(part + LOGIT * stride + start + index, mask=better, other=0.0), logit)
+        block_best, index = tl.max(score, axis=0, return_indices=True)
+        is_better = block_best > best
+        best = tl.where(is_better, block_best, best)
+        token = tl.where(is_better, tl.load(tile_tokens + start + index, mask=is_better, other=-1), token)
+        block_logit = tl.load(part + LOGIT * stride + start + index, mask=is_better, other=0.0)
+        logit = tl.where(is_better, block_logit, logit)
     return best, token, logit
 
 
 @triton.jit
-def settings(temperature, top_k, top_p, min_p, row, V):
-    """A row's temperature, top_k (0 where off), top_p and min_p, and whether they are in range."""
+def load_options(options, row, V):
+    """Return a row's temperature, top_k (0 if it is off), top_p and min_p, and whether they are in range."""
     one = tl.full((), 1.0, tl.float32)
-    T, k, p, least = one, tl.full((), 0, tl.int64), one, one - 1.0
-    if temperature is not None:
-        T = tl.load(temperature + row)
-    if top_k is not None:
-        k = tl.load(top_k + row)
-    if top_p is not None:
-        p = tl.load(top_p + row)
-    if min_p is not None:
-        least = tl.load(min_p + row)
-    fine = (T >= 0) & (T <= 1e6) & (k >= 0) & (p >= 1e-30) & (p <= 1) & (least >= 0) & (least <= 1)
-    return T, tl.where(k >= V, 0, k), p, least, fine
+    T, k, p, min_p = one, tl.full((), 0, tl.int64), one, one - 1.0
+    if options.temperature is not None:
+        T = tl.load(options.temperature + row)
+    if options.top_k is not None:
+        k = tl.load(options.top_k + row)
+    if options.top_p is not None:
+        p = tl.load(options.top_p + row)
+    if options.min_p is not None:
+        min_p = tl.load(options.min_p + row)
+    in_range = (T >= 0) & (T <= 1e6) & (k >= 0) & (p >= 1e-30) & (p <= 1) & (min_p >= 0) & (min_p <= 1)
+    return T, tl.where(k >= V, 0, k), p, min_p, in_range
 
 
 @triton.jit
-def _finish(
-    parts, tile_tokens, ban_rows, temperature, top_k, top_p, min_p,
-    tokens, logprobs, raw_logprobs, kept_logprobs, log_kept_mass, entropy, stride, V, tiles,
-    SOME: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+def store_outputs(out, row, valid, is_greedy, token, logprob, raw_logprob, log_kept_mass, entropy):
+    """Store a row's outputs: -1 and NaN if it is not valid. A greedy token has probability 1."""
+    nan = float("nan")
+    tl.store(out.tokens + row, tl.where(valid, token, -1).to(tl.int64))
+    tl.store(out.raw_logprobs + row, tl.where(valid, raw_logprob, nan).to(tl.float32))
+    tl.store(out.logprobs + row, tl.where(valid, tl.where(is_greedy, 0.0, logprob), nan).to(tl.float32))
+    kept_logprob = tl.where(is_greedy, 0.0, logprob - log_kept_mass)
+    tl.store(out.kept_logprobs + row, tl.where(valid, kept_logprob, nan).to(tl.float32))
+    tl.store(out.log_kept_mass + row, tl.where(valid, tl.where(is_greedy, 0.0, log_kept_mass), nan).to(tl.float32))
+    tl.store(out.entropy + row, tl.where(valid, tl.where(is_greedy, 0.0, entropy), nan).to(tl.float32))
+
+
+@triton.jit
+def merge_tiles_kernel(
+    parts, tile_tokens, ban_rows, options, out, stride, V, tiles,
+    HAS_KEPT: tl.constexpr, SCORES_RELATIVE_TO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Merge the tiles of the program's row and store its outputs."""
     row = tl.program_id(0).to(tl.int64)
-    T, k, p, least, fine = settings(temperature, top_k, top_p, min_p, row, V)
-    greedy = T == 0
-    inverse = 1.0 / tl.where(greedy, 1.0, T).to(tl.float64)
+    T, k, p, min_p, in_range = load_options(options, row, V)
+    is_greedy = T == 0
+    inverse = 1.0 / tl.where(is_greedy, 1.0, T).to(tl.float64)
     part = parts + row * tiles
-    largest = part + LARGEST * stride
-    most = largest_of(largest, tiles, BLOCK).to(tl.float64)
-    raw = mass_of(largest, part + RAW * stride, most, 1.0, tiles, BLOCK)
-    total = mass_of(largest, part + MASS * stride, most, inverse, tiles, BLOCK)
-    moment = moment_of(largest, part + MASS * stride, part + MOMENT * stride, most, inverse, tiles, BLOCK)
-    top, kept = most, tl.full((), 0.0, tl.float64)
-    if SOME:
-        top = largest_of(part + TOP * stride, tiles, BLOCK).to(tl.float64)
-        mass = mass_of(part + TOP * stride, part + KEPT * stride, top, inverse, tiles, BLOCK)
-        filtered = (k > 0) | (p < 1) | (least > 0)
+    largest_field = part + LARGEST * stride
+    largest = merge_largest(largest_field, tiles, BLOCK).to(tl.float64)
+    raw_mass = merge_mass(largest_field, part + RAW_MASS * stride, largest, 1.0, tiles, BLOCK)
+    total = merge_mass(largest_field, part + MASS * stride, largest, inverse, tiles, BLOCK)
+    moment = merge_moment(largest_field, part + MASS * stride, part + MOMENT * stride, largest, inverse, tiles, BLOCK)
+    kept_largest = largest
+    log_kept_mass = tl.full((), 0.0, tl.float64)
+    if HAS_KEPT:
+        kept_field = part + KEPT_LARGEST * stride
+        kept_largest = merge_largest(kept_field, tiles, BLOCK).to(tl.float64)
+        kept_mass = merge_mass(kept_field, part + KEPT_MASS * stride, kept_largest, inverse, tiles, BLOCK)
+        is_filtered = (k > 0) | (p < 1) | (min_p > 0)
         if ban_rows is not None:
-            filtered |= tl.load(ban_rows + row)
-        kept = tl.where(filtered, tl.minimum(tl.log(mass / total) + (top - most) * inverse, 0.0), 0.0)
-    best, token, logit = best_of(part, tile_tokens + row * tiles, stride, top, inverse, tiles, BLOCK, TOP)
-    valid = fine & (tl.abs(most) < float("inf")) & (tl.abs(top) < float("inf")) & (raw < float("inf"))
-    valid = valid & (best > float("-inf"))
-    above = logit.to(tl.float64) - most
-    logp = above * inverse - tl.log(total)
-    nothing = float("nan")
-    tl.store(tokens + row, tl.where(valid, token, -1).to(tl.int64))
-    tl.store(raw_logprobs + row, tl.where(valid, above - tl.log(raw), nothing).to(tl.float32))
-    spread = tl.log(total) - moment / total
-    tl.store(logprobs + row, tl.where(valid, tl.where(greedy, 0.0, logp), nothing).to(tl.float32))
-    tl.store(kept_logprobs + row, tl.where(valid, tl.where(greedy, 0.0, logp - kept), nothing).to(tl.float32))
-    tl.store(log_kept_mass + row, tl.where(valid, tl.where(greedy, 0.0, kept), nothing).to(tl.float32))
-    tl.store(entropy + row, tl.where(valid, tl.where(greedy, 0.0, spread), nothing).to(tl.float32))
+            is_filtered |= tl.load(ban_rows + row)
+        log_kept_mass = tl.minimum(tl.log(kept_mass / total) + (kept_largest - largest) * inverse, 0.0)
+        log_kept_mass = tl.where(is_filtered, log_kept_mass, 0.0)
+    best, token, logit = merge_best(
+        part, tile_tokens + row * tiles, stride, kept_largest, inverse, tiles, BLOCK, SCORES_RELATIVE_TO
+    )
+    is_finite = (tl.abs(largest) < float("inf")) & (tl.abs(kept_largest) < float("inf")) & (raw_mass < float("inf"))
+    valid = in_range & is_finite & (best > float("-inf"))
+    distance = logit.to(tl.float64) - largest
+    logprob = distance * inverse - tl.log(total)
+    raw_logprob = distance - tl.log(raw_mass)
+    entropy = tl.log(total) - moment / total
+    store_outputs(out, row, valid, is_greedy, token, logprob, raw_logprob, log_kept_mass, entropy)
 
 
 def empty_parts(rows: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
-    """(FIELDS, B, tiles) numbers and (B, tiles) tokens."""
-    parts = torch.empty((FIELDS, len(rows), tiles), dtype=torch.float32, device=rows.device)
+    """Return memory for the fields (NUM_FIELDS, B, tiles) and the tokens (B, tiles) of all tiles."""
+    parts = empty_float32(rows, NUM_FIELDS, len(rows), tiles)
     return parts, torch.empty((len(rows), tiles), dtype=torch.int32, device=rows.device)
 
 
-def finish(parts, tile_tokens, ban_rows, temperature, top_k, top_p, min_p, V: int, some: bool, outputs=None):
-    """The six outputs; `some`: TOP and KEPT are there, not every token could be drawn."""
+def merge_tiles(
+    parts: Tensor, tile_tokens: Tensor, ban_rows: Tensor | None, options: RowOptions, V: int, has_kept: bool,
+    outputs: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the six outputs of sample_tokens. has_kept: the tiles have the fields of the kept tokens."""
     B, tiles = tile_tokens.shape
     if outputs is None:
         outputs = empty_outputs(tile_tokens.shape[:1], parts)
     block = launch.block_size(tiles, 1024)
-    launch.run(
-        _finish,
-        (B,),
-        parts,
-        tile_tokens,
-        ban_rows,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        *outputs,
-        parts.stride(0),
-        V,
-        tiles,
-        SOME=some,
-        TOP=(TOP if some else LARGEST).value,
-        BLOCK=block,
-        num_warps=launch.num_warps_for(block, 4),
-    )
+    meta = {
+        "HAS_KEPT": has_kept,
+        "SCORES_RELATIVE_TO": (KEPT_LARGEST if has_kept else LARGEST).value,
+        "BLOCK": block,
+        "num_warps": launch.num_warps_for(block, 4),
+    }
+    inputs = (parts, tile_tokens, ban_rows, options)
+    sizes = (parts.stride(0), V, tiles)
+    launch.run(merge_tiles_kernel, (B,), *inputs, Outputs(*outputs), *sizes, **meta)
     return outputs

@@ -1,118 +1,175 @@
-"""linear_sample_tokens on a GPU: the head's product and the draw in one; without a filter no logit reaches memory.
+"""linear_sample_tokens on a GPU: the head's product and the sampling in one kernel; without a filter no logit reaches
+memory.
 
-A program multiplies a block of rows by a tile of the weight's rows, on tensor cores, copies of both tiles ahead of it,
-and leaves of the tile's logits, straight from the float32 accumulator, their sums and their draw: 28 bytes a row and
-tile, 36 with a ban. `_draw.py` joins the tiles. Programs that run together share their tile of the weight, so that
-memory reads it once: V D numbers, the floor of a decode step.
+    weight (V, D)       | tile 0 | tile 1 | ... |        one program per block of rows and tile of the weight; programs
+    block of rows 0     | (0, 0) | (0, 1) |              of one tile run at the same time and share it in the L2 cache
+    block of rows 1     | (1, 0) | (1, 1) |
 
-Filters look at a row more than once: then the product writes the logits, in float32, of as many rows at a time as
-BYTES hold, and sample_tokens' kernels draw from them. Blocks and tiles do not follow from the number of rows: a row has
-the same bits in any batch.
+A program multiplies on tensor cores, with copies of both tiles ahead of it. From the float32 accumulators it stores the
+sums of the tile's logits and its best token: 28 bytes per row and tile, 36 with a ban. _gumbel.py merges the tiles.
+
+Floor: one read of the weight, V D elements, for a decode step.
+
+Filters read a row more than once. Then the product stores float32 logits, of as many rows at a time as LOGITS_BYTES
+hold, and sample_tokens' kernels sample from them. Blocks and tiles do not depend on the number of rows: a row has the
+same bits in any batch.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._sampling import empty_outputs
-from rlhf_fast.kernels.triton import _filters as cut
-from rlhf_fast.kernels.triton import _gumbel as draw
+from rlhf_fast.kernels._tensors import contiguous, empty_float32
+from rlhf_fast.kernels.triton import _filters as filters
+from rlhf_fast.kernels.triton import _gumbel as gumbel
 from rlhf_fast.kernels.triton import launch
-from rlhf_fast.kernels.triton.sample_tokens import sample
+from rlhf_fast.kernels.triton.sample_tokens import MAX_VOCAB, Noise, sample_rows
 
-BYTES = 256 << 20  # of logits at a time, with filters
-ROWS, COLUMNS, DEPTH = 64, 128, 64  # 64 rows are the fewest that the tensor cores of sm_90 take at their full rate
-FEW_ROWS = 16  # of float32, without tensor cores
+LOGITS_BYTES = 256 << 20  # of logits at a time, with filters
+ROWS = 64  # the fewest rows that the tensor cores of sm_90 take at their full rate
+ROWS_FLOAT32 = 16  # without tensor cores
+COLUMNS = 128
+DEPTH = 64
+
+
+class Operands(NamedTuple):
+    """The head: hidden (B, D), weight (V, D), bias (V,) or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    B: int
+    V: int
+    D: int
+    hidden_stride: int
+    weight_stride: int
+    softcap: float
+    inverse_softcap: float
 
 
 @triton.jit
-def _product(
-    hidden, weight, bias, row, column, B, V, D, hidden_stride, weight_stride, softcap, inverse_softcap,
-    CAP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Logits of a tile, float32; -inf in columns that do not exist. Rows beyond the last repeat it."""
+def multiply(head, row, column, CAP: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr):
+    """Return the logits of a tile in float32, -inf in columns that do not exist. Rows behind the last one repeat it."""
+    D = head.D
     depth = tl.arange(0, DEPTH)
-    a = hidden + tl.minimum(row, B - 1).to(tl.int64)[:, None] * hidden_stride + depth[None, :]
-    b = weight + tl.minimum(column, V - 1).to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    a = head.hidden + tl.minimum(row, head.B - 1).to(tl.int64)[:, None] * head.hidden_stride + depth[None, :]
+    b = head.weight + tl.minimum(column, head.V - 1).to(tl.int64)[None, :] * head.weight_stride + depth[:, None]
     x = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, D, DEPTH):
         if EVEN:
-            left, right = tl.load(a + start), tl.load(b + start)
+            left = tl.load(a + start)
+            right = tl.load(b + start)
         else:
             inside = start + depth < D
             left = tl.load(a + start, mask=inside[None, :], other=0.0)
             right = tl.load(b + start, mask=inside[:, None], other=0.0)
-        if WIDE:
-            left, right = left.to(tl.float32), right.to(tl.float32)
+        if UPCAST:
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
         x = launch.dot(left, right, x)
-    inside = column < V
-    if bias is not None:
-        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    inside = column < head.V
+    if head.bias is not None:
+        x += tl.load(head.bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAP:
-        x = softcap * launch.tanh(x * inverse_softcap)
+        x = head.softcap * launch.tanh(x * head.inverse_softcap)
     return tl.where(inside[None, :], x, float("-inf"))
 
 
 @triton.jit
-def _block(blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows, the tile, its columns: blocks of rows run side by side on one tile."""
+def locate_tile(row_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the program's rows, its tile, and the tile's columns. Consecutive programs have the same tile."""
     program = tl.program_id(0)
-    tile = program // blocks
-    row = (program % blocks) * ROWS + tl.arange(0, ROWS)
+    tile = program // row_blocks
+    row = (program % row_blocks) * ROWS + tl.arange(0, ROWS)
     return row, tile, tile * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
-def _logits(
-    hidden, weight, bias, out, B, V, D, hidden_stride, weight_stride, out_stride, blocks, softcap, inverse_softcap,
-    CAP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+def linear_sample_tokens_logits_kernel(
+    head, out, out_stride, row_blocks,
+    CAP: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row, _, column = _block(blocks, ROWS, COLUMNS)
-    x = _product(
-        hidden, weight, bias, row, column, B, V, D, hidden_stride, weight_stride, softcap, inverse_softcap, CAP, WIDE,
-        EVEN, DEPTH,
-    )  # fmt: skip
-    at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(out + at, x, mask=(row < B)[:, None] & (column < V)[None, :])
+    """Store the logits of the program's tile."""
+    row, _, column = locate_tile(row_blocks, ROWS, COLUMNS)
+    x = multiply(head, row, column, CAP, UPCAST, EVEN, DEPTH)
+    index = row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out + index, x, mask=(row < head.B)[:, None] & (column < head.V)[None, :])
 
 
 @triton.jit
-def _draws(
-    hidden, weight, bias, banned, ban_rows, temperature, row_ids, steps, parts, tokens, seed, B, V, D, hidden_stride,
-    weight_stride, stride, blocks, tiles, softcap, inverse_softcap,
-    CAP: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+def linear_sample_tokens_kernel(
+    head, banned, ban_rows, temperature, noise, parts, tile_tokens, stride, row_blocks, tiles,
+    CAP: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row, tile, column = _block(blocks, ROWS, COLUMNS)
-    x = _product(
-        hidden, weight, bias, row, column, B, V, D, hidden_stride, weight_stride, softcap, inverse_softcap, CAP, WIDE,
-        EVEN, DEPTH,
-    )  # fmt: skip
-    on, known = row < B, tl.minimum(row, B - 1)
-    inverse, greedy = draw.tempering(temperature, known, on)
-    part = parts + row.to(tl.int64) * tiles + tile
-    base = draw.put_statistics(part, stride, x, inverse, on, temperature is not None)
+    """Store the statistics of the program's tile and its best token, for each of its rows."""
+    row, tile, column = locate_tile(row_blocks, ROWS, COLUMNS)
+    x = multiply(head, row, column, CAP, UPCAST, EVEN, DEPTH)
+    exists = row < head.B
+    source_row = tl.minimum(row, head.B - 1)
+    inverse, is_greedy = gumbel.inverse_temperature(temperature, source_row, exists)
+    offset = row.to(tl.int64) * tiles + tile
+    part = parts + offset
+    base = gumbel.store_statistics(part, stride, x, inverse, exists, temperature is not None)
     if banned is not None:
-        x = cut.without_banned(x, banned, ban_rows, known, column, column < V)
-        base = draw.put_masses(part, stride, x, inverse, on)
-    word = draw.words(seed, tl.load(row_ids + known), tl.load(steps + known), tile * COLUMNS, ROWS, COLUMNS)
-    score, place = draw.race(x, base, inverse, greedy, word, False)
-    logit = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == place[:, None], x, 0.0), axis=1)
-    draw.put_draw(part, tokens + row.to(tl.int64) * tiles + tile, stride, score, tile * COLUMNS + place, logit, on)
+        x = filters.mask_banned(x, banned, ban_rows, source_row, column, column < head.V)
+        base = gumbel.store_kept_mass(part, stride, x, inverse, exists)
+    row_id = tl.load(noise.row_ids + source_row)
+    step = tl.load(noise.steps + source_row)
+    word = gumbel.philox_words(noise.seed, row_id, step, tile * COLUMNS, ROWS, COLUMNS)
+    score, token = gumbel.gumbel_argmax(x, base, inverse, is_greedy, word, False)
+    logit = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == token[:, None], x, 0.0), axis=1)
+    gumbel.store_best(part, tile_tokens + offset, stride, score, tile * COLUMNS + token, logit, exists)
 
 
-def _shared(hidden, weight, softcap) -> dict:
-    """What both kernels are told of the product."""
+def product_meta(hidden: Tensor, weight: Tensor, softcap: float) -> dict:
+    """Return the constants of the product."""
     D = hidden.shape[1]
-    wide = hidden.dtype != weight.dtype or hidden.dtype == torch.float32
-    depth = min(16 if wide else DEPTH, max(16, triton.next_power_of_2(D)))
-    warps, stages = (4, 2) if wide else (8, launch.num_stages_for(4))
+    upcast = hidden.dtype != weight.dtype or hidden.dtype == torch.float32
+    depth = min(16 if upcast else DEPTH, max(16, triton.next_power_of_2(D)))
     return {
-        "CAP": softcap > 0, "WIDE": wide, "EVEN": D % depth == 0, "ROWS": FEW_ROWS if wide else ROWS,
-        "COLUMNS": COLUMNS, "DEPTH": depth, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+        "CAP": softcap > 0,
+        "UPCAST": upcast,
+        "EVEN": D % depth == 0,
+        "ROWS": ROWS_FLOAT32 if upcast else ROWS,
+        "COLUMNS": COLUMNS,
+        "DEPTH": depth,
+        "num_warps": 4 if upcast else 8,
+        "num_stages": 2 if upcast else launch.num_stages_for(4),
+    }
+
+
+def sample_from_logits(
+    head: Operands, options: gumbel.RowOptions, noise: Noise, banned: Tensor | None, ban_rows: Tensor | None, meta: dict
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the outputs with filters: a chunk of rows at a time, the logits first."""
+    outputs = empty_outputs(head.hidden.shape[:1], head.hidden)
+    tiles = triton.cdiv(head.V, COLUMNS)
+    stride = triton.cdiv(head.V, 64) * 64
+    max_rows = max(1, min(head.B, LOGITS_BYTES // (4 * stride)))
+    buffer = empty_float32(head.hidden, max_rows, stride)
+    for begin in range(0, head.B, max_rows):
+        n = min(max_rows, head.B - begin)
+
+        def rows(x: Tensor | None, begin: int = begin, n: int = n) -> Tensor | None:
+            return x if x is None else x.narrow(0, begin, n)
+
+        logits = buffer.narrow(0, 0, n).narrow(1, 0, head.V)
+        chunk = head._replace(hidden=rows(head.hidden), B=n)
+        row_blocks = triton.cdiv(n, meta["ROWS"])
+        grid = (row_blocks * tiles,)
+        launch.run(linear_sample_tokens_logits_kernel, grid, chunk, logits, stride, row_blocks, **meta)
+        chunk_options = gumbel.RowOptions(*map(rows, options))
+        chunk_noise = noise._replace(row_ids=rows(noise.row_ids), steps=rows(noise.steps))
+        chunk_outputs = tuple(map(rows, outputs))
+        sample_rows(logits, chunk_options, chunk_noise, banned, rows(ban_rows), chunk_outputs)
+    return outputs
 
 
 def linear_sample_tokens(
@@ -120,37 +177,23 @@ def linear_sample_tokens(
 ):
     launch.require_dtypes(hidden, weight, bias)
     (B, D), V = hidden.shape, weight.shape[0]
-    if V > 2**31 - 2**20:
+    if V > MAX_VOCAB:
         raise Unsupported(f"no Triton kernel for a vocabulary of {V}")
     hidden, weight = (x if x.stride(1) == 1 or D == 1 else x.contiguous() for x in (hidden, weight))
-    filters = [x if x is None else x.contiguous() for x in (top_k, top_p, min_p)]
-    temperature, row_ids, steps, bias, ban_rows = (
-        x if x is None else x.contiguous() for x in (temperature, row_ids, steps, bias, ban_rows)
-    )
+    options = gumbel.RowOptions(*contiguous(temperature, top_k, top_p, min_p))
+    row_ids, steps, bias, ban_rows = contiguous(row_ids, steps, bias, ban_rows)
+    noise = Noise(seed, row_ids, steps, None, 0)
     if banned is not None:
         banned = torch.zeros(V, dtype=torch.uint8, device=hidden.device).index_fill_(0, banned, 1)
-    shared, tiles = _shared(hidden, weight, softcap), triton.cdiv(V, COLUMNS)
-    strides, caps = (hidden.stride(0), weight.stride(0)), (softcap, 1 / softcap if softcap else 0.0)
-    if all(x is None for x in filters):
-        parts, tokens = draw.empty_parts(hidden, tiles)
-        blocks = triton.cdiv(B, shared["ROWS"])
-        launch.run(
-            _draws, (blocks * tiles,), hidden, weight, bias, banned, ban_rows, temperature, row_ids, steps, parts,
-            tokens, seed, B, V, D, *strides, parts.stride(0), blocks, tiles, *caps, **shared,
-        )  # fmt: skip
-        return draw.finish(parts, tokens, ban_rows, temperature, *filters, V, banned is not None)
-    outputs, stride = empty_outputs(hidden.shape[:1], hidden), triton.cdiv(V, 64) * 64
-    most = max(1, min(B, BYTES // (4 * stride)))
-    buffer = torch.empty(most, stride, dtype=torch.float32, device=hidden.device)
-    for begin in range(0, B, most):
-        n = min(most, B - begin)
-        rows, options, keys, outs = (
-            [x if x is None else x.narrow(0, begin, n) for x in some]
-            for some in ((hidden,), (temperature, *filters), (row_ids, steps, ban_rows), outputs)
-        )
-        logits, blocks = buffer.narrow(0, 0, n).narrow(1, 0, V), triton.cdiv(n, shared["ROWS"])
-        launch.run(
-            _logits, (blocks * tiles,), *rows, weight, bias, logits, n, V, D, *strides, stride, blocks, *caps, **shared,
-        )  # fmt: skip
-        sample(logits, *options, seed, *keys[:2], None, banned, keys[2], tuple(outs))
-    return outputs
+    strides = (hidden.stride(0), weight.stride(0))
+    head = Operands(hidden, weight, bias, B, V, D, *strides, softcap, 1 / softcap if softcap else 0.0)
+    meta = product_meta(hidden, weight, softcap)
+    if any(x is not None for x in options.filters):
+        return sample_from_logits(head, options, noise, banned, ban_rows, meta)
+    tiles = triton.cdiv(V, COLUMNS)
+    parts, tile_tokens = gumbel.empty_parts(hidden, tiles)
+    row_blocks = triton.cdiv(B, meta["ROWS"])
+    inputs = (head, banned, ban_rows, options.temperature, noise)
+    sizes = (parts.stride(0), row_blocks, tiles)
+    launch.run(linear_sample_tokens_kernel, (row_blocks * tiles,), *inputs, parts, tile_tokens, *sizes, **meta)
+    return gumbel.merge_tiles(parts, tile_tokens, ban_rows, options, V, banned is not None)
