@@ -1,4 +1,7 @@
-"""gelu on a GPU: one read and one write of every element, some 30 instructions, no library's erf."""
+"""gelu on a GPU: one program per tile of BLOCK elements, about 30 instructions each, without a library's erf.
+
+Floor: one read and one write of every element. Elements are independent, so the result does not depend on the tiles.
+"""
 
 import torch
 import triton
@@ -10,8 +13,8 @@ BLOCK = 1024
 
 
 @triton.jit
-def _scaled_erfc(a):
-    """erfc(a) e^(a^2) for a >= 0: t p(t), t = 1 / (1 + 0.4 a), p fitted for 0 <= a <= 9.5 within 6e-8 of the value."""
+def scaled_erfc(a):
+    """Return erfc(a) e^(a^2) for a >= 0: t p(t), t = 1 / (1 + 0.4 a), p fitted for 0 <= a <= 9.5 within 6e-8 of the value."""
     t = 1.0 / (a * 0.4 + 1.0)
     p = t * 0.040267765522003174 - 0.1354723870754242
     p = p * t + 0.0738447904586792
@@ -25,45 +28,39 @@ def _scaled_erfc(a):
 
 
 @triton.jit
-def _gelu(x):
-    """x Phi(x): on the left 1 + erf would cancel, so it is the tail itself. 0 below -13, where float32 ends."""
+def gelu_erf(x):
+    """Return x Phi(x). For x < 0, where 1 + erf would cancel, the tail is computed itself. Below -13 it is 0 in
+    float32."""
     a = tl.minimum(tl.abs(x), 13.2)
-    tail = tl.exp(a * a * -0.5) * _scaled_erfc(a * 0.70710678) * 0.5
+    tail = tl.exp(a * a * -0.5) * scaled_erfc(a * 0.70710678) * 0.5
     y = x * tl.where(x < 0, tail, 1.0 - tail)
     return tl.where(x < -13.0, 0.0, y)
 
 
 @triton.jit
-def _gelu_tanh(x):
-    """x (1 + tanh(u)) / 2 is x / (1 + e^(-2u))."""
+def gelu_tanh(x):
+    """Return x (1 + tanh(u)) / 2, computed as x / (1 + e^(-2u))."""
     return x / (tl.exp(x * (x * x * 0.044715 + 1.0) * -1.5957691216) + 1.0)
 
 
 @triton.jit
-def _kernel(x, out, count, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def gelu_kernel(x, out, N, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store GELU of the program's tile."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = tl.arange(0, BLOCK)
-    inside = at < count - start
-    v = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.arange(0, BLOCK)
+    inside = offset < N - start
+    v = tl.load(x + start + offset, mask=inside, other=0.0).to(tl.float32)
     if TANH:
-        y = _gelu_tanh(v)
+        y = gelu_tanh(v)
     else:
-        y = _gelu(v)
-    tl.store(out + start + at, launch.cast(y, out.dtype.element_ty), mask=inside)
+        y = gelu_erf(v)
+    tl.store(out + start + offset, launch.cast(y, out.dtype.element_ty), mask=inside)
 
 
 def gelu(x, approximate):
     launch.require_dtypes(x)
     x = x.contiguous()
-    y, grid = torch.empty_like(x), (triton.cdiv(x.numel(), BLOCK),)
-    launch.run(
-        _kernel,
-        grid,
-        x,
-        y,
-        x.numel(),
-        TANH=approximate == "tanh",
-        BLOCK=BLOCK,
-        num_warps=launch.num_warps_for(BLOCK, 8),
-    )
-    return y
+    out = torch.empty_like(x)
+    meta = {"TANH": approximate == "tanh", "BLOCK": BLOCK, "num_warps": launch.num_warps_for(BLOCK, 8)}
+    launch.run(gelu_kernel, (triton.cdiv(x.numel(), BLOCK),), x, out, x.numel(), **meta)
+    return out

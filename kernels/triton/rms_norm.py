@@ -1,7 +1,7 @@
-"""rms_norm on a GPU: kernels/triton/_rows.py has the kernel."""
+"""rms_norm on a GPU: _norm.py has the kernel, its floor and its mapping."""
 
-from rlhf_fast.kernels.triton._norm import norm
+from rlhf_fast.kernels.triton._norm import normalize
 
 
 def rms_norm(x, weight, eps, residual, offset):
-    return norm(x, weight, None, residual, eps, offset, centered=False)
+    return normalize(x, weight, None, residual, eps, offset, is_centered=False)
