@@ -141,12 +141,12 @@ def test_tritons_bits_do_not_depend_on_the_batch_or_the_programs(dtype, window, 
 
     s = Sequences([300, 17, 0, 600], H=4, d=32, dtype=dtype)
     s.q = s.q.to(dtype)
-    assert decode_attention._parts(4, 4, 2, 32, 3, s.q) == 3, "the splits do not each have a program"
+    assert decode_attention.choose_programs_per_head(4, 4, 2, 32, 3, s.q) == 3, "the splits do not each have a program"
     alone = torch.cat([attention(s, s.paged(64), [n], "triton", window=window) for n in range(4)])
     bound = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)  # it sums in float32
     for n in (0, 1, 3):
         torch.testing.assert_close(alone[n].double(), s.expected(n, window=window), rtol=bound, atol=bound)
-    monkeypatch.setattr(decode_attention, "_parts", lambda *sizes: 1)
+    monkeypatch.setattr(decode_attention, "choose_programs_per_head", lambda *sizes: 1)
     for P in (16, 64):
         assert torch.equal(attention(s, s.paged(P), [3, 2, 0, 1], "triton", window=window), alone[[3, 2, 0, 1]])
 
@@ -160,9 +160,9 @@ def test_the_memory_of_splits_is_bounded():
     few = 4 * 2  # programs that fill the interpreter's 4 SMs twice
     for N in (1, 3, 60, 5000):
         for splits in (1, 8, 4096):
-            parts = decode_attention._parts(N, 32, 8, 128, splits, q)
+            parts = decode_attention.choose_programs_per_head(N, 32, 8, 128, splits, q)
             assert parts in (1, splits)
-            assert parts == 1 or N * 8 < few or 4 * N * 32 * splits * 130 <= decode_attention.SCRATCH
+            assert parts == 1 or N * 8 < few or 4 * N * 32 * splits * 130 <= decode_attention.MAX_PARTIAL_BYTES
             assert parts == splits or N * 8 >= few
 
 

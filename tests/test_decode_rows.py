@@ -78,7 +78,7 @@ def test_rows_larger_than_a_tile(op, monkeypatch):
     x, residual, weight = torch.randn(3, 577), torch.randn(3, 577), torch.randn(577)
     one_tile, many_tiles = residual.clone(), residual.clone()
     expected = op.backend("triton")(5 + x, weight, residual=one_tile)
-    monkeypatch.setattr(_norm, "WIDEST", 256)
+    monkeypatch.setattr(_norm, "MAX_ROW_BYTES", 256)
     torch.testing.assert_close(op.backend("triton")(5 + x, weight, residual=many_tiles), expected)
     assert torch.equal(many_tiles, one_tile)
 

@@ -8,8 +8,8 @@ kept logit and, among the tokens with that logit, the last kept index.
 
 One program per row searches it. It computes the weight (number of tokens, or their mass) at or above THRESHOLDS
 logits, keeps the bracket between two of them in which the weight reaches its target, and repeats until the bracket is
-one logit. Thresholds are integers in the order of floats, the 16 bits of a bfloat16, so ties are those of the input, whatever the
-temperature. Then the search finds the token of that logit with which the weight is reached.
+one logit. Thresholds are integers in the order of floats, the 16 bits of a bfloat16, so ties are those of the input,
+whatever the temperature. Then the search finds the token of that logit with which the weight is reached.
 
 The program does not walk a long row again and again. SAMPLE tokens in chunks spread over the row give a bracket that
 almost surely has the cutoff. One walk collects the tokens in the bracket and sums the weight above it; then only those

@@ -14,7 +14,8 @@ BLOCK = 1024
 
 @triton.jit
 def scaled_erfc(a):
-    """Return erfc(a) e^(a^2) for a >= 0: t p(t), t = 1 / (1 + 0.4 a), p fitted for 0 <= a <= 9.5 within 6e-8 of the value."""
+    """Return erfc(a) e^(a^2) for a >= 0 as t p(t), t = 1 / (1 + 0.4 a). p is fitted for a <= 9.5, within 6e-8 of the
+    value."""
     t = 1.0 / (a * 0.4 + 1.0)
     p = t * 0.040267765522003174 - 0.1354723870754242
     p = p * t + 0.0738447904586792

@@ -1,8 +1,8 @@
-"""Triton's interpreter made faster, for tests.
+"""A faster version of Triton's interpreter, for tests.
 
-At every call of a device function the interpreter searches triton.language for functions that numpy must replace. After
-the first call from a module in a launch there are none left, so only that call searches here. The interpreter also
-scans one number after the other, with a call for each; here a scan is done by doubling, as a GPU does it.
+For every call of a device function the interpreter searches all of triton.language for functions to replace by numpy.
+After the first call from a module there is nothing left to replace, so only that call's search is kept. The interpreter
+also scans one element after the other, with a call for each; here a scan doubles its distance, as on a GPU.
 """
 
 import functools
@@ -12,40 +12,51 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
+class NothingPatched:
+    """What a search returns that has replaced nothing."""
+
+    def restore(self) -> None:
+        pass
+
+
 def speed_up() -> None:
-    search, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    seen: set[str] = set()
+    """Replace the interpreter's search and its scan."""
+    patch_lang = interpreter._patch_lang
+    run_grid = interpreter.GridExecutor.__call__
+    searched: set[str] = set()  # modules, within one launch
 
-    class Nothing:
-        def restore(self):
-            pass
-
-    def patch_lang(fn):
+    def patch_lang_once(fn):
         module = fn.__globals__["__name__"]
-        if module in seen:
-            return Nothing()
-        seen.add(module)
-        return search(fn)
+        if module in searched:
+            return NothingPatched()
+        searched.add(module)
+        return patch_lang(fn)
 
-    @functools.wraps(launch)
-    def run(self, *args, **kwargs):
-        seen.clear()
-        return launch(self, *args, **kwargs)
+    @functools.wraps(run_grid)
+    def run_grid_and_forget(self, *args, **kwargs):
+        searched.clear()
+        return run_grid(self, *args, **kwargs)
 
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, run
-    interpreter.ScanOps.generic_scan = scan
+    interpreter._patch_lang = patch_lang_once
+    interpreter.GridExecutor.__call__ = run_grid_and_forget
+    interpreter.ScanOps.generic_scan = scan_by_doubling
 
 
-def scan(self, given):
-    """Every element joined with those before it on the axis: 1, then 2, 4, ... of them."""
-    types, data = [x.dtype for x in given], [x.handle.data for x in given]
-    at = np.arange(data[0].shape[self.axis]).reshape([-1 if i == self.axis else 1 for i in range(data[0].ndim)])
+def scan_by_doubling(self, inputs):
+    """Combine every element with those before it on the axis, at distances 1, 2, 4, ..."""
+    types = [x.dtype for x in inputs]
+    data = [x.handle.data for x in inputs]
+    index = np.arange(data[0].shape[self.axis]).reshape([-1 if i == self.axis else 1 for i in range(data[0].ndim)])
+
+    def to_tensors(arrays):
+        return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, types, strict=True)]
+
     distance = 1
-    while distance < at.size:
-        before = [self.to_tensor(np.roll(x, distance, self.axis), t) for x, t in zip(data, types, strict=True)]
-        here = [self.to_tensor(x, t) for x, t in zip(data, types, strict=True)]
-        joined = self.combine_fn.fn(*before, *here)
-        joined = joined if isinstance(joined, tuple | tl.tuple) else (joined,)
-        data = [np.where(at < distance, x, new.handle.data) for x, new in zip(data, joined, strict=True)]
+    while distance < index.size:
+        earlier = [np.roll(x, distance, self.axis) for x in data]
+        combined = self.combine_fn.fn(*to_tensors(earlier), *to_tensors(data))
+        if not isinstance(combined, tuple | tl.tuple):
+            combined = (combined,)
+        data = [np.where(index < distance, x, new.handle.data) for x, new in zip(data, combined, strict=True)]
         distance *= 2
-    return [self.to_tensor(x, t) for x, t in zip(data, types, strict=True)]
+    return to_tensors(data)
