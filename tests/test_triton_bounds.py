@@ -55,14 +55,14 @@ class Watch:
         monkeypatch.setattr(launch, "run", watched_run)
 
     def check(self, pointers, mask, kind):
-        addresses = pointers.data[np.broadcast_to(mask.astype(bool), pointers.data.shape)].astype(np.int64)
-        if not addresses.size:
+        pointer_values = pointers.data[np.broadcast_to(mask.astype(bool), pointers.data.shape)].astype(np.int64)
+        if not pointer_values.size:
             return
         low, high = self.ranges
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        i = np.searchsorted(low, addresses, side="right") - 1
-        is_outside = (i < 0) | (addresses + size > high[np.maximum(i, 0)])
-        self.num_accesses += addresses.size
+        i = np.searchsorted(low, pointer_values, side="right") - 1
+        is_outside = (i < 0) | (pointer_values + size > high[np.maximum(i, 0)])
+        self.num_accesses += pointer_values.size
         if is_outside.any():
             self.outside.append(f"{self.name}: {int(is_outside.sum())} elements of a {kind}")
 

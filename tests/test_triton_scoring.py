@@ -322,7 +322,7 @@ for (D, has_bias, softcap), is_pair, arch in itertools.product(cases, (False, Tr
         seen.add((launch, arch))
         used = tool.measure(launch, arch)
         faults = [*tool.find_faults(arch, used)]
-        if used.product_instruction and D % 8 == 0 and not used.wide_loads:
+        if used.product_instruction and D % 8 == 0 and not used.vector_loads:
             faults.append("no 16-byte loads")
         faults = [f"FAULT {fault}" for fault in faults]
         print(launch.name, D, has_bias, softcap, arch, used, *faults, sep="; ")

@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, found without one: compiled ahead of time for sm_80 and sm_90.
+"""Resources of the Triton kernels on NVIDIA GPUs, without one: they are compiled ahead of time for sm_80 and sm_90.
 
     python -m rlhf_fast.bench.checks.triton_resources [OP ...] [--save bench/results/triton_resources.md]
 
@@ -78,12 +78,12 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: registers per thread, bytes of shared memory, instructions of a kind."""
+    """Resources of a compiled kernel: registers per thread, bytes of shared memory, instructions of a kind."""
 
     registers: int
     shared: int
     spills: int
-    wide_loads: int
+    vector_loads: int
     loads: int
     products: int
     product_instruction: str  # expected for the products of 16-bit numbers that the kernel has, "" without any
@@ -199,12 +199,12 @@ def measure(found: Launch, arch: int) -> Resources:
     if rows:
         instruction = "HGMMA" if arch >= 90 and max(rows) >= MIN_HGMMA_ROWS else "HMMA"
     count = collections.Counter(re.findall(r"\b(HMMA|HGMMA)\b", code))
-    wide_loads, loads = sass.loads(code)
+    vector_loads, loads = sass.loads(code)
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
         spills=sum(sass.spills(code)),
-        wide_loads=wide_loads,
+        vector_loads=vector_loads,
         loads=loads,
         products=count[instruction] if instruction else count.total(),
         product_instruction=instruction,
@@ -220,7 +220,7 @@ def find_faults(arch: int, used: Resources, is_small: bool = False) -> Iterator[
         yield f"{used.shared} bytes of shared memory"
     if used.product_instruction and not used.products:
         yield f"no {used.product_instruction}"
-    if used.aligned_loads and not used.wide_loads and not is_small:
+    if used.aligned_loads and not used.vector_loads and not is_small:
         yield f"none of {used.aligned_loads} loads of aligned rows has 16 bytes"
 
 
@@ -255,7 +255,7 @@ def table_row(found: Launch, arch: int, first: str, used: Resources) -> str:
     constants = ", ".join(f"{name}={value}" for name, value in found.constexprs.items())
     return (
         f"| {found.name} | {first} | {constants} | sm_{arch} | {num_warps} | {used.registers} |"
-        f" {used.shared / 1024:.0f} | {used.spills} | {used.wide_loads} / {used.loads} | {used.products or ''} |"
+        f" {used.shared / 1024:.0f} | {used.spills} | {used.vector_loads} / {used.loads} | {used.products or ''} |"
     )
 
 

@@ -303,10 +303,10 @@ def cutoff_kernel(
             )
             # With both filters top-k comes first, and top-p may cut within it: nothing bounds the bracket from above.
             sample_high = tl.where(uses_top_k & uses_top_p, high, tl.minimum(sample_high, high))
-            WIDE_TILE: tl.constexpr = TILE if SHIFT == 0 else 2 * TILE  # 16 bytes per thread
+            COLLECT_TILE: tl.constexpr = TILE if SHIFT == 0 else 2 * TILE  # 16 bytes per thread
             count, inner_weight, sample_weight_above = collect_candidates(
                 row, n, sample_low, sample_high, largest, inverse, uses_top_k, candidate_logits, candidate_tokens,
-                capacity, SHIFT, WIDE_TILE,
+                capacity, SHIFT, COLLECT_TILE,
             )  # fmt: skip
             tl.debug_barrier()  # threads read candidates that other threads have stored
             target = tl.where(uses_top_k, k.to(tl.float64), p.to(tl.float64) * total)

@@ -122,7 +122,7 @@ def locate_row(rows, local):
 def segment_kernel(
     rows, parts, scaling,
     SEGMENT: tl.constexpr,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store the state of the program's segment in parts (segments, 6, num_rows)."""
     local = (tl.program_id(0) % rows.num_rows).to(tl.int64)
@@ -130,12 +130,12 @@ def segment_kernel(
     row = locate_row(rows, local)
     base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     valid = tl.load(rows.targets + rows.first + local) != launch.IGNORE_INDEX
-    tiles = tl.where(valid, tl.cdiv(rows.V + misalignment, UNROLL * LANES * VEC), 0)
+    tiles = tl.where(valid, tl.cdiv(rows.V + misalignment, UNROLL * THREADS * VEC), 0)
     first = segment * SEGMENT
     end = tl.minimum(first + SEGMENT, tiles)
     aligned_row = softmax.Row(base, row.bias, row.ref, row.ref_bias)
     state = softmax.segment_state(
-        aligned_row, misalignment, rows.V, first, end, scaling, CAP, ALIGNED, UNROLL, LANES, VEC
+        aligned_row, misalignment, rows.V, first, end, scaling, CAP, ALIGNED, UNROLL, THREADS, VEC
     )
     part = parts + segment * 6 * rows.num_rows + local
     for i in tl.static_range(6 if rows.ref is not None else 3):
@@ -156,13 +156,13 @@ def merge_segments(parts, local, num_rows, segments, REF: tl.constexpr):
 def walk_row(
     row, misalignment, V, tiles, scaling,
     SEGMENT: tl.constexpr,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Return the state of a row, segment by segment."""
     state = softmax.empty_state()
     for first in range(0, tiles, SEGMENT):
         end = tl.minimum(first + SEGMENT, tiles)
-        part = softmax.segment_state(row, misalignment, V, first, end, scaling, CAP, ALIGNED, UNROLL, LANES, VEC)
+        part = softmax.segment_state(row, misalignment, V, first, end, scaling, CAP, ALIGNED, UNROLL, THREADS, VEC)
         state = softmax.merge(state, part, row.ref is not None)
     return state
 
@@ -214,7 +214,7 @@ def loss_grads(loss, row, logp, LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATO
 def row_kernel(
     rows, parts, out, loss, grads, y, y_stride, scaling, gain,
     LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, BARRIER: tl.constexpr, SEGMENT: tl.constexpr,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store a row's statistics, made by a walk or merged from `parts`; with a loss also its gradients with respect to
     log p and entropy in grads (2, N), and `gain` times the gradient of the logits in y."""
@@ -226,7 +226,7 @@ def row_kernel(
     base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     target = tl.load(rows.targets + index).to(tl.int64)
     valid = target != launch.IGNORE_INDEX
-    all_tiles = tl.cdiv(V + misalignment, UNROLL * LANES * VEC)
+    all_tiles = tl.cdiv(V + misalignment, UNROLL * THREADS * VEC)
     tiles = tl.where(valid, all_tiles, 0)
     in_vocab = (target >= 0) & (target < V)
     # The target's logit is loaded before the gradient may overwrite it.
@@ -237,7 +237,7 @@ def row_kernel(
         z2 = softmax.apply_softcap_temperature(ref_logit, scaling, CAP)
     if parts is None:
         aligned_row = softmax.Row(base, row.bias, row.ref, row.ref_bias)
-        state = walk_row(aligned_row, misalignment, V, tiles, scaling, SEGMENT, CAP, ALIGNED, UNROLL, LANES, VEC)
+        state = walk_row(aligned_row, misalignment, V, tiles, scaling, SEGMENT, CAP, ALIGNED, UNROLL, THREADS, VEC)
     else:
         state = merge_segments(parts, local, rows.num_rows, tl.cdiv(tiles, SEGMENT), REF)
     logp, entropy, log_s = store_statistics(out, index, rows.N, state, z, z2, valid, REF)
@@ -256,7 +256,7 @@ def row_kernel(
             normalizer = softmax.Normalizer(state.m, log_s, 0.0, 0.0)
             softmax.store_gradient(
                 policy_row, y + local * y_stride, V, 0, all_tiles, column, has_grad, normalizer, coefficients, scaling,
-                BARRIER, CAP, ALIGNED, UNROLL, LANES, VEC,
+                BARRIER, CAP, ALIGNED, UNROLL, THREADS, VEC,
             )  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def row_kernel(
 def gradient_kernel(
     rows, known, grads, y, y_stride, scaling, gain,
     BARRIER: tl.constexpr, SEGMENT: tl.constexpr,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store `gain` times the gradient of the logits of SEGMENT tiles, or of the whole row where SEGMENT is 0, of a row
     with known statistics. grads: `RowGrads`."""
@@ -295,14 +295,14 @@ def gradient_kernel(
         log_s2 = tl.load(known.normalizers + 3 * N + index)
     normalizer = softmax.Normalizer(m, log_s, m2, log_s2)
     coefficients = softmax.Coefficients(gain * logprob_grad, -gain * inner, -gain * entropy_grad, -gain * kl_grad)
-    tiles = tl.cdiv(V + misalignment, UNROLL * LANES * VEC)
+    tiles = tl.cdiv(V + misalignment, UNROLL * THREADS * VEC)
     first = segment * SEGMENT
     end = tiles
     if SEGMENT != 0:
         end = tl.minimum(first + SEGMENT, tiles)
     softmax.store_gradient(
         row, y + local * y_stride, V, first, end, column, valid & has_grad, normalizer, coefficients, scaling,
-        BARRIER, CAP, ALIGNED, UNROLL, LANES, VEC,
+        BARRIER, CAP, ALIGNED, UNROLL, THREADS, VEC,
     )  # fmt: skip
 
 

@@ -8,15 +8,15 @@ Each token is thus an affine map of the carry, F -> decay F + b: decay = gamma l
 outside it, which carries F over a gap. The first carry of a row is gamma bootstrap (plus, in ppo_advantages, its
 score). We scan maps, two floats a token, so no thread needs its right neighbour's value.
 
-A program is one warp, so that nothing waits at a barrier. A tile is up to 512 tokens of a row; lane i has 4 of them,
-which it reads at once:
+A program is one warp, so that nothing waits at a barrier. A tile is up to 512 tokens of a row, in groups of 4,
+which a thread loads at once:
 
     row       | tile 0 | tile 1 | ... | last tile |          programs walk from the last tile to tile 0
-    tile      | lane LANES-1 | ... | lane 1 | lane 0 |       lane 0 has the rightmost tokens
-    lane      | first | second | third | fourth |            scanned from the fourth to the first
+    tile      | group GROUPS-1 | ... | group 1 | group 0 |       group 0 has the rightmost tokens
+    group     | first | second | third | fourth |            scanned from the fourth to the first
 
-A lane composes its 4 tokens to one map in registers, one associative scan composes the lanes' maps, and the lane walks
-its 4 tokens again, now with its carry.
+The 4 tokens of a group are composed to one map in registers. One associative scan composes the maps of the groups. Then
+each group's 4 tokens are walked again, now with their carry.
 
 A walk of few rows would not fill the GPU. Such rows are split: one launch computes the map of every tile but a row's
 first, and in a second one each program composes the maps right of its tile in the order in which a walk would, to the
@@ -33,14 +33,14 @@ from torch import Tensor
 from rlhf_fast.kernels.triton import launch
 
 TILE = 512  # tokens at most
-TOKENS_PER_LANE = 4
+GROUP_SIZE = 4
 MAPS_AT_ONCE = tl.constexpr(16)  # maps of tiles that are loaded before the first of them is composed
 PROBES = 128  # offsets that one step of a search loads
 
 
 @triton.jit
 def unpack4(x):
-    """Return the first, second, third and fourth tokens of the lanes of a tile (ROWS, LANES, 4), each (ROWS, LANES)."""
+    """Return the first to the fourth tokens of the groups of a tile (ROWS, GROUPS, 4), each (ROWS, GROUPS)."""
     even, odd = tl.split(x.reshape(x.shape[0], x.shape[1], 2, 2))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -49,14 +49,14 @@ def unpack4(x):
 
 @triton.jit
 def pack4(first, second, third, fourth):
-    """Return the tile (ROWS, LANES, 4) of the four tensors that `unpack4` returns."""
+    """Return the tile (ROWS, GROUPS, 4) of the four tensors that `unpack4` returns."""
     pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
     return pairs.reshape(first.shape[0], first.shape[1], 4)
 
 
 @triton.jit
 def sum4(a, b, c, d):
-    """Return the sums over the lanes of four tensors (ROWS, LANES), each (ROWS,), in one reduction."""
+    """Return the sums over the groups of four tensors (ROWS, GROUPS), each (ROWS,), in one reduction."""
     even, odd = tl.split(tl.sum(tl.join(tl.join(a, c), tl.join(b, d)), axis=1))
     a, c = tl.split(even)
     b, d = tl.split(odd)
@@ -64,15 +64,15 @@ def sum4(a, b, c, d):
 
 
 @triton.jit
-def tile_columns(tile, LANES: tl.constexpr):
-    """Return the positions (1, LANES, 4) in their row of the tokens of tile number `tile`."""
-    lanes = LANES - 1 - tl.arange(0, LANES)
-    return tile * (4 * LANES) + lanes[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+def tile_columns(tile, GROUPS: tl.constexpr):
+    """Return the positions (1, GROUPS, 4) in their row of the tokens of tile number `tile`."""
+    groups = GROUPS - 1 - tl.arange(0, GROUPS)
+    return tile * (4 * GROUPS) + groups[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
 
 
 @triton.jit
 def load_mask(mask, index, inside):
-    """Return which tokens are valid, and which to load: a lane loads all of its 4 tokens if any of them is valid."""
+    """Return which tokens are valid, and which to load: a group loads all of its 4 tokens if any of them is valid."""
     valid = tl.load(mask + index, mask=inside, other=0) != 0
     any_valid = tl.max(valid.to(tl.int32), axis=2)[:, :, None] > 0
     return valid, any_valid & inside
@@ -98,10 +98,10 @@ def store_outputs(advantages, returns, valid, advantage, value, start, length, t
 
 
 @triton.jit
-def scan_lanes(valid, reward, value, carry, gamma, decay):
-    """Walk through each lane's tokens from the fourth to the first. Return their advantages and the lanes' last carry.
+def scan_groups(valid, reward, value, carry, gamma, decay):
+    """Walk through each group's tokens from the fourth to the first. Return their advantages and the carry that leaves.
 
-    The two terms of the carry are added once per lane, not at every token: where values are far larger than the
+    The two terms of the carry are added once per group, not at every token: where values are far larger than the
     differences between them, that sum is what rounds.
     """
     value_term = carry
@@ -116,9 +116,9 @@ def scan_lanes(valid, reward, value, carry, gamma, decay):
 
 
 @triton.jit
-def lane_map(valid, reward, value, gamma, decay):
-    """Return the affine map of each lane's 4 tokens, given in `unpack4`'s form: (factor, sum), each (ROWS, LANES)."""
-    _, total = scan_lanes(valid, reward, value, tl.zeros_like(value[0]), gamma, decay)
+def group_map(valid, reward, value, gamma, decay):
+    """Return the affine map of each group's 4 tokens, given in `unpack4`'s form: (factor, sum), each (ROWS, GROUPS)."""
+    _, total = scan_groups(valid, reward, value, tl.zeros_like(value[0]), gamma, decay)
     factor = tl.where(valid[0], decay, 1.0) * tl.where(valid[1], decay, 1.0)
     factor *= tl.where(valid[2], decay, 1.0) * tl.where(valid[3], decay, 1.0)
     return factor, total
@@ -135,7 +135,7 @@ def compose_exclusive(
     right_factor, right_sum, _right_factor_before, _right_sum_before,
     left_factor, left_sum, left_factor_before, left_sum_before,
 ):  # fmt: skip
-    """Return the map of `compose`, and the same map without the leftmost lane: it gives that lane's carry."""
+    """Return the map of `compose`, and the same map without the leftmost group: it gives that group's carry."""
     return (
         left_factor * right_factor,
         tl.fma(left_factor, right_sum, left_sum),
@@ -147,28 +147,28 @@ def compose_exclusive(
 @triton.jit
 def tile_map(valid, reward, value, gamma, decay):
     """Return the affine map of a whole tile: (factor, sum), each (ROWS,)."""
-    factor, total = tl.associative_scan(lane_map(valid, reward, value, gamma, decay), 1, compose)
+    factor, total = tl.associative_scan(group_map(valid, reward, value, gamma, decay), 1, compose)
     return leftmost(factor), leftmost(total)
 
 
 @triton.jit
 def leftmost(x):
-    """Return the leftmost lane's element of each row of x (ROWS, LANES)."""
+    """Return the leftmost group's element of each row of x (ROWS, GROUPS)."""
     return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == x.shape[1] - 1, x, 0.0), axis=1)
 
 
 @triton.jit
 def scan_tile(valid, reward, value, carry, gamma, decay):
-    """Return the advantages of a tile, in `unpack4`'s form, and the carry (ROWS, LANES) that leaves each lane.
+    """Return the advantages of a tile, in `unpack4`'s form, and the carry (ROWS, GROUPS) that leaves each group.
 
     carry (ROWS,): what the tile receives from its right."""
-    factor, total = lane_map(valid, reward, value, gamma, decay)
+    factor, total = group_map(valid, reward, value, gamma, decay)
     one = tl.full(factor.shape, 1.0, tl.float32)
     zero = tl.zeros_like(total)
     scanned = tl.associative_scan((factor, total, one, zero), 1, compose_exclusive)
     carry = carry[:, None] + zero
-    lane_carry = tl.fma(scanned[2], carry, scanned[3])
-    advantages, _ = scan_lanes(valid, reward, value, lane_carry, gamma, decay)
+    group_carry = tl.fma(scanned[2], carry, scanned[3])
+    advantages, _ = scan_groups(valid, reward, value, group_carry, gamma, decay)
     return advantages, tl.fma(scanned[0], carry, scanned[1])
 
 
@@ -177,9 +177,9 @@ def carry_into(maps, size, first, tile, tiles, carry):
     """Return the carry that tile number `tile` of a row receives: `carry` through the maps of all tiles right of it.
 
     maps (2, size): factor and sum of each tile; those of the row begin at `first`."""
-    for group in range(0, tl.cdiv(tiles - 1 - tile, MAPS_AT_ONCE)):
+    for batch in range(0, tl.cdiv(tiles - 1 - tile, MAPS_AT_ONCE)):
         for i in tl.static_range(MAPS_AT_ONCE):
-            other = tiles - 1 - group * MAPS_AT_ONCE - i
+            other = tiles - 1 - batch * MAPS_AT_ONCE - i
             exists = other > tile
             factor = tl.load(maps + first + other, mask=exists, other=1.0)
             carry = tl.fma(factor, carry, tl.load(maps + size + first + other, mask=exists, other=0.0))
@@ -232,7 +232,7 @@ def search_steps(S: int) -> int:
 
 
 def tile_shape(x: Tensor, B: int, T: int) -> tuple[int, int, bool]:
-    """Return, for rows (B, T): the lanes of a tile, the rows of a program, and whether the rows are split."""
+    """Return, for rows (B, T): the groups of a tile, the rows of a program, and whether the rows are split."""
     tokens = launch.block_size(T, TILE)
     num_sms = launch.num_sms(x)
     rows = max(1, 128 // tokens)
@@ -240,4 +240,4 @@ def tile_shape(x: Tensor, B: int, T: int) -> tuple[int, int, bool]:
     while rows < max_rows and 8 * num_sms * rows <= B:
         rows *= 2
     is_split = 4 * tokens < T and 2 * num_sms > B
-    return tokens // TOKENS_PER_LANE, rows, is_split
+    return tokens // GROUP_SIZE, rows, is_split

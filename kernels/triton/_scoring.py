@@ -65,7 +65,7 @@ class ValidRows(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How the programs share the rows and the vocabulary."""
+    """The grid of programs over the rows and the vocabulary."""
 
     row_blocks: int
     splits: int
@@ -75,7 +75,7 @@ class Grid(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """How raw logits become z, in powers of 2."""
+    """Factor and softcap that turn raw logits into z, in powers of 2."""
 
     exp2_factor: float  # 1 / (ln 2 temperature)
     softcap: float

@@ -6,7 +6,7 @@
 With z2, m2 and s2 of a reference's logits and B = sum (z2-m2) e^(z-m): KL = (A / s - log s) - (B / s - log s2).
 Signs are exact: log p <= 0, entropy >= 0.
 
-A tile is UNROLL x LANES x VEC elements. VEC consecutive ones are a group, which a thread loads at once:
+A tile is UNROLL x THREADS x VEC elements. VEC consecutive ones are a group, which a thread loads at once:
 
     row      |.......|================================================|...|        = elements of the row
     groups   |  0  |  1  |  2  | ...                              | last  |        aligned to VEC elements
@@ -16,13 +16,13 @@ Rows may start at any address, for instance 50257 bfloat16 elements apart. The f
 rounded down. We load a whole 32-byte group if any element of it belongs to the row. A row's result therefore depends on
 its values, on V, and, for logits that the caller provides, on its address modulo 32 bytes.
 
-A lane keeps its own sums over its groups, so threads exchange nothing until a segment of SEGMENT tiles is done.
+A thread keeps its own sums over its groups, so threads exchange nothing until a segment of SEGMENT tiles is done.
 Segments are merged in order. One program may walk all of them, or each may have its own: the bits are the same.
 
 Products and sums are not contracted to FMAs (`enable_fp_fusion` in `tile_meta`), so that another kernel around these
 functions gives the same bits.
 
-Constants come last in every signature, in the order CAP, ALIGNED, UNROLL, LANES, VEC. CAP: there is a softcap.
+Constants come last in every signature, in the order CAP, ALIGNED, UNROLL, THREADS, VEC. CAP: there is a softcap.
 ALIGNED: rows are our own; they start at 32 bytes and have memory of whole groups.
 """
 
@@ -40,7 +40,7 @@ MIN_FLOAT = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: fin
 
 
 class Scaling(NamedTuple):
-    """How raw logits become z."""
+    """Factors and softcap that turn raw logits into z."""
 
     inverse_temperature: float
     softcap: float
@@ -95,20 +95,20 @@ def tile_meta(V: int, is_register_heavy: bool = False) -> dict:
     is_register_heavy: each element takes more registers, for a reference, a bias or a softcap's tanh; the tile is then
     half as large."""
     if V > 4096:
-        unroll, lanes = 2, 256
+        unroll, threads = 2, 256
     elif V > 512:
-        unroll, lanes = 2, 128
+        unroll, threads = 2, 128
     else:
-        unroll, lanes = 1, 32
+        unroll, threads = 1, 32
     if is_register_heavy:
         unroll = 1
-    return {"UNROLL": unroll, "LANES": lanes, "VEC": VEC, "num_warps": lanes // 32, "enable_fp_fusion": False}
+    return {"UNROLL": unroll, "THREADS": threads, "VEC": VEC, "num_warps": threads // 32, "enable_fp_fusion": False}
 
 
 def num_segments(V: int, is_register_heavy: bool = False) -> int:
     """Return the number of segments of a row at the worst alignment."""
     meta = tile_meta(V, is_register_heavy)
-    return triton.cdiv(V + VEC - 1, SEGMENT * meta["UNROLL"] * meta["LANES"] * VEC)
+    return triton.cdiv(V + VEC - 1, SEGMENT * meta["UNROLL"] * meta["THREADS"] * VEC)
 
 
 @triton.jit
@@ -122,9 +122,9 @@ def align_down(row, ALIGNED: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Return the offsets of the groups of the first tile (UNROLL, LANES, 1), and of the elements of a group."""
-    group = (tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * VEC
+def tile_offsets(UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    """Return the offsets of the groups of the first tile (UNROLL, THREADS, 1), and of the elements of a group."""
+    group = (tl.arange(0, UNROLL)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]) * VEC
     return group[:, :, None], tl.arange(0, VEC)[None, None, :]
 
 
@@ -223,15 +223,15 @@ def load_state(part, stride, REF: tl.constexpr):
 @triton.jit
 def segment_state(
     row, misalignment, V, first, end, scaling,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Return the `State` of the tiles [first, end) of a row, with row.x rounded down. NaN logits show in s."""
-    zero = tl.zeros((LANES,), tl.float32)
+    zero = tl.zeros((THREADS,), tl.float32)
     m, s, a = zero + MIN_FLOAT, zero, zero
     m2, s2, b = zero + MIN_FLOAT, zero, zero
-    groups, elements = tile_offsets(UNROLL, LANES, VEC)
+    groups, elements = tile_offsets(UNROLL, THREADS, VEC)
     for tile in range(first, end):
-        group = tile * (UNROLL * LANES * VEC) + groups
+        group = tile * (UNROLL * THREADS * VEC) + groups
         index = group + elements
         loaded = group_mask(group, misalignment, V, ALIGNED, VEC)
         inside = element_mask(index, misalignment, V, ALIGNED)
@@ -254,22 +254,22 @@ def segment_state(
         a = factor * (a + shift * s) + tl.sum(tl.sum(tl.maximum(d, launch.MIN_EXPONENT) * e, axis=2), axis=0)
         s = factor * s + tl.sum(tl.sum(e, axis=2), axis=0)
         m = new_m
-    return reduce_lanes(State(m, s, a, m2, s2, b), row.ref is not None)
+    return reduce_threads(State(m, s, a, m2, s2, b), row.ref is not None)
 
 
 @triton.jit
-def reduce_lanes(lanes, REF: tl.constexpr):
-    """Return the `State` of all lanes together."""
-    m = tl.max(lanes.m, axis=0)
-    shift, factor = rescale(lanes.m, m)
+def reduce_threads(states, REF: tl.constexpr):
+    """Return the `State` of all threads together."""
+    m = tl.max(states.m, axis=0)
+    shift, factor = rescale(states.m, m)
     m2, s2, b = m, m, m
     if REF:
-        m2 = tl.max(lanes.m2, axis=0)
-        shift2, factor2 = rescale(lanes.m2, m2)
-        s2 = tl.sum(factor2 * lanes.s2, axis=0)
-        b = tl.sum(tl.where(factor > 0, factor * (lanes.b + shift2 * lanes.s), 0.0), axis=0)
-    s = tl.sum(factor * lanes.s, axis=0)
-    a = tl.sum(factor * (lanes.a + shift * lanes.s), axis=0)
+        m2 = tl.max(states.m2, axis=0)
+        shift2, factor2 = rescale(states.m2, m2)
+        s2 = tl.sum(factor2 * states.s2, axis=0)
+        b = tl.sum(tl.where(factor > 0, factor * (states.b + shift2 * states.s), 0.0), axis=0)
+    s = tl.sum(factor * states.s, axis=0)
+    a = tl.sum(factor * (states.a + shift * states.s), axis=0)
     return State(m, s, a, m2, s2, b)
 
 
@@ -297,13 +297,13 @@ def logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP: tl.con
 def store_gradient_tiles(
     row, y, misalignment, V, first, end, target, valid, normalizer, coefficients, scaling,
     BARRIER: tl.constexpr,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of the tiles [first, end), from the last to the first: all groups if ALIGNED, otherwise those
     that are inside the row."""
-    groups, elements = tile_offsets(UNROLL, LANES, VEC)
+    groups, elements = tile_offsets(UNROLL, THREADS, VEC)
     for i in range(first, end):
-        group = (first + (end - 1 - i)) * (UNROLL * LANES * VEC) + groups
+        group = (first + (end - 1 - i)) * (UNROLL * THREADS * VEC) + groups
         index = group + elements
         mask = group_mask(group, misalignment, V, ALIGNED, VEC)
         x = load_logits(row.x, row.bias, index, mask & valid)
@@ -340,7 +340,7 @@ def store_gradient_ends(
 def store_gradient(
     row, y, V, first, end, target, valid, normalizer, coefficients, scaling,
     BARRIER: tl.constexpr,
-    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of a row in the row y, its tiles [first, end) from the last to the first. A row that is not
     valid is not read and gets zeros.
@@ -356,7 +356,7 @@ def store_gradient(
     if ALIGNED:
         store_gradient_tiles(
             row, y, 0, V, first, end, target, valid, normalizer, coefficients, scaling,
-            BARRIER, CAP, True, UNROLL, LANES, VEC,
+            BARRIER, CAP, True, UNROLL, THREADS, VEC,
         )  # fmt: skip
     else:
         base, misalignment = align_down(row.x, False, VEC)
@@ -365,7 +365,7 @@ def store_gradient(
             aligned_row = Row(base, row.bias, row.ref, row.ref_bias)
             store_gradient_tiles(
                 aligned_row, y_base, misalignment, V, first, end, target, valid, normalizer, coefficients, scaling,
-                False, CAP, False, UNROLL, LANES, VEC,
+                False, CAP, False, UNROLL, THREADS, VEC,
             )  # fmt: skip
             if first == 0:
                 store_gradient_ends(
@@ -375,5 +375,5 @@ def store_gradient(
             tiles: tl.constexpr = UNROLL * VEC
             store_gradient_tiles(
                 row, y, 0, V, first * tiles, end * tiles, target, valid, normalizer, coefficients, scaling,
-                False, CAP, True, 1, LANES, 1,
+                False, CAP, True, 1, THREADS, 1,
             )  # fmt: skip

@@ -27,9 +27,9 @@ class Tokens(NamedTuple):
 
 
 @triton.jit
-def load_tile(tokens, start, length, tile, LANES: tl.constexpr):
-    """Return which tokens of a tile are valid, their rewards and their values, each (ROWS, LANES, 4)."""
-    column = scan.tile_columns(tile, LANES)
+def load_tile(tokens, start, length, tile, GROUPS: tl.constexpr):
+    """Return which tokens of a tile are valid, their rewards and their values, each (ROWS, GROUPS, 4)."""
+    column = scan.tile_columns(tile, GROUPS)
     inside = (column >= 0) & (column < length[:, None, None])
     index = start[:, None, None] + column
     valid, loaded = scan.load_mask(tokens.mask, index, inside)
@@ -38,7 +38,7 @@ def load_tile(tokens, start, length, tile, LANES: tl.constexpr):
 
 @triton.jit
 def scan_and_store(advantages, returns, valid, reward, value, carry, start, length, tile, gamma, decay):
-    """Store a tile's outputs and return the carry that leaves each lane."""
+    """Store a tile's outputs and return the carry that leaves each group."""
     valid, reward, value = scan.unpack4(valid), scan.unpack4(reward), scan.unpack4(value)
     advantage, carry = scan.scan_tile(valid, reward, value, carry, gamma, decay)
     scan.store_outputs(advantages, returns, valid, advantage, value, start, length, tile)
@@ -48,7 +48,7 @@ def scan_and_store(advantages, returns, valid, reward, value, carry, start, leng
 @triton.jit
 def gae_kernel(
     tokens, bootstrap, advantages, returns, B, T, gamma, decay,
-    ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Walk ROWS rows from right to left. The next tile is loaded while one is scanned."""
     if ALIGNED:
@@ -59,33 +59,33 @@ def gae_kernel(
     carry = tl.zeros((ROWS,), tl.float32)
     if bootstrap is not None:
         carry = gamma * tl.load(bootstrap + row, mask=row < B, other=0.0).to(tl.float32)
-    last = tl.cdiv(T, 4 * LANES) - 1
-    valid, reward, value = load_tile(tokens, start, length, last, LANES)
+    last = tl.cdiv(T, 4 * GROUPS) - 1
+    valid, reward, value = load_tile(tokens, start, length, last, GROUPS)
     if SINGLE_TILE:
         scan_and_store(advantages, returns, valid, reward, value, carry, start, length, last, gamma, decay)
     else:
         for i in range(0, last + 1):
             tile = last - i
-            next_tile = load_tile(tokens, start, length, tile - 1, LANES)
-            lane_carry = scan_and_store(
+            next_tile = load_tile(tokens, start, length, tile - 1, GROUPS)
+            group_carry = scan_and_store(
                 advantages, returns, valid, reward, value, carry, start, length, tile, gamma, decay
             )
-            carry = scan.leftmost(lane_carry)
+            carry = scan.leftmost(group_carry)
             valid, reward, value = next_tile
 
 
 @triton.jit
 def gae_tile_map_kernel(
     tokens, offsets, maps, size, S, T, gamma, decay,
-    ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * LANES, PROBES, STEPS)
-    if (tile > 0) & (tile * (4 * LANES) < length):
+    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * GROUPS, PROBES, STEPS)
+    if (tile > 0) & (tile * (4 * GROUPS) < length):
         zero = tl.zeros((1,), tl.int64)
-        valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, LANES)
+        valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, GROUPS)
         factor, total = scan.tile_map(scan.unpack4(valid), scan.unpack4(reward), scan.unpack4(value), gamma, decay)
         index = maps + tl.program_id(0) + zero
         tl.store(index, factor)
@@ -95,19 +95,19 @@ def gae_tile_map_kernel(
 @triton.jit
 def gae_apply_kernel(
     tokens, offsets, maps, bootstrap, advantages, returns, size, S, T, gamma, decay,
-    ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the outputs of the program's tile, whose carry comes from the maps of the tiles right of it."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * LANES, PROBES, STEPS)
+    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * GROUPS, PROBES, STEPS)
     zero = tl.zeros((1,), tl.int64)
-    valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, LANES)
+    valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, GROUPS)
     carry = tl.zeros((), tl.float32)
     if bootstrap is not None:
         carry = gamma * tl.load(bootstrap + row).to(tl.float32)
     if maps is not None:
-        tiles = tl.cdiv(length, 4 * LANES).to(tl.int32)
+        tiles = tl.cdiv(length, 4 * GROUPS).to(tl.int32)
         first = tl.program_id(0).to(tl.int64) - tile
         carry = scan.carry_into(maps, size, first, tile, tiles, carry)
     carry += tl.zeros((1,), tl.float32)
@@ -119,7 +119,7 @@ def empty_outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
     return empty_float32(rewards, *rewards.shape), empty_float32(rewards, *rewards.shape)
 
 
-def gae_by_tile(tokens: Tokens, offsets, S, T, gamma, lam, bootstrap, lanes, num_programs, needs_maps):
+def gae_by_tile(tokens: Tokens, offsets, S, T, gamma, lam, bootstrap, groups, num_programs, needs_maps):
     """Return advantages and returns of rows (S, T), or of the segments between `offsets`, by one program per tile.
 
     num_programs: the largest possible number of tiles. needs_maps: whether a row may have more than one tile."""
@@ -131,7 +131,7 @@ def gae_by_tile(tokens: Tokens, offsets, S, T, gamma, lam, bootstrap, lanes, num
         "ALIGNED": offsets is None and T % 4 == 0,
         "PROBES": scan.PROBES,
         "STEPS": scan.search_steps(S),
-        "LANES": lanes,
+        "GROUPS": groups,
         "num_warps": 1,
     }
     grid = (num_programs,)
@@ -146,12 +146,12 @@ def gae(rewards, values, mask, gamma, lam, bootstrap):
     rewards, values, mask, bootstrap = contiguous(rewards, values, mask, bootstrap)
     tokens = Tokens(rewards, values, mask)
     B, T = rewards.shape
-    lanes, rows, is_split = scan.tile_shape(rewards, B, T)
-    tiles = triton.cdiv(T, scan.TOKENS_PER_LANE * lanes)
+    groups, rows, is_split = scan.tile_shape(rewards, B, T)
+    tiles = triton.cdiv(T, scan.GROUP_SIZE * groups)
     if is_split:
-        return gae_by_tile(tokens, None, B, T, gamma, lam, bootstrap, lanes, B * tiles, needs_maps=True)
+        return gae_by_tile(tokens, None, B, T, gamma, lam, bootstrap, groups, B * tiles, needs_maps=True)
     outputs = empty_outputs(rewards)
-    meta = {"ALIGNED": T % 4 == 0, "SINGLE_TILE": tiles == 1, "ROWS": rows, "LANES": lanes, "num_warps": 1}
+    meta = {"ALIGNED": T % 4 == 0, "SINGLE_TILE": tiles == 1, "ROWS": rows, "GROUPS": groups, "num_warps": 1}
     grid = (triton.cdiv(B, rows) if T else 0,)
     launch.run(gae_kernel, grid, tokens, bootstrap, *outputs, B, T, gamma, gamma * lam, **meta)
     return outputs

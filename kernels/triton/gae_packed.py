@@ -24,5 +24,5 @@ def gae_packed(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     tile = launch.block_size(N, scan.TILE)
     num_programs = N // tile + S if N else 0
     tokens = Tokens(rewards, values, mask)
-    lanes = tile // scan.TOKENS_PER_LANE
-    return gae_by_tile(tokens, offsets, S, N, gamma, lam, bootstrap, lanes, num_programs, needs_maps=tile < N)
+    groups = tile // scan.GROUP_SIZE
+    return gae_by_tile(tokens, offsets, S, N, gamma, lam, bootstrap, groups, num_programs, needs_maps=tile < N)

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched, and the device functions and constants that all of them share. Not an op.
+"""Launch the Triton kernels: the one way to start them, and the functions and constants that they share. Not an op.
 
 kernels/triton/<op>.py has a launcher with the op's name, which kernels/_op.py imports when it is first called. Every
 launcher starts its kernels by `run`, so that a tool can replace it (bench/checks/triton_resources.py compiles the

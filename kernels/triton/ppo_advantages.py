@@ -46,7 +46,7 @@ class Factors(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The tokens of a tile, each (ROWS, LANES, 4)."""
+    """The tokens of a tile, each (ROWS, GROUPS, 4)."""
 
     valid: Tensor
     logprob: Tensor
@@ -65,9 +65,9 @@ class Moments(NamedTuple):
 
 
 @triton.jit
-def load_tile(tokens, start, length, tile, LANES: tl.constexpr):
+def load_tile(tokens, start, length, tile, GROUPS: tl.constexpr):
     """Return the `Tile` number `tile` of the rows. Only valid tokens are read."""
-    column = scan.tile_columns(tile, LANES)
+    column = scan.tile_columns(tile, GROUPS)
     inside = (column >= 0) & (column < length[:, None, None])
     index = start[:, None, None] + column
     valid, loaded = scan.load_mask(tokens.mask, index, inside)
@@ -110,23 +110,23 @@ def merge_moments(n, mean, m2, return_mean, return_m2, n_b, mean_b, m2_b, return
 
 
 @triton.jit
-def lane_sum(valid, x):
-    """Return the sum over each lane's valid tokens."""
+def group_sum(valid, x):
+    """Return the sum over each group's valid tokens."""
     right = tl.where(valid[0], x[0], 0.0) + tl.where(valid[1], x[1], 0.0)
     left = tl.where(valid[2], x[2], 0.0) + tl.where(valid[3], x[3], 0.0)
     return right + left
 
 
 @triton.jit
-def lane_distances(valid, x, mean):
-    """Return the sums over each lane's valid tokens of x - mean and of (x - mean)^2."""
+def group_distances(valid, x, mean):
+    """Return the sums over each group's valid tokens of x - mean and of (x - mean)^2."""
     distances = ()
     squares = ()
     for i in tl.static_range(4):
         distance = x[i] - mean[:, None]
         distances = distances + (distance,)
         squares = squares + (distance * distance,)
-    return lane_sum(valid, distances), lane_sum(valid, squares)
+    return group_sum(valid, distances), group_sum(valid, squares)
 
 
 @triton.jit
@@ -134,13 +134,13 @@ def tile_moments(valid, advantage, token_return, kl):
     """Return the sums of KL (ROWS,) and the `Moments` (ROWS,) of a tile."""
     ones = (1.0, 1.0, 1.0, 1.0)
     n, total, return_total, kl = scan.sum4(
-        lane_sum(valid, ones), lane_sum(valid, advantage), lane_sum(valid, token_return), lane_sum(valid, kl)
+        group_sum(valid, ones), group_sum(valid, advantage), group_sum(valid, token_return), group_sum(valid, kl)
     )
     count = tl.where(n > 0, n, 1.0)
     mean = tl.div_rn(total, count)
     return_mean = tl.div_rn(return_total, count)
-    distance, square = lane_distances(valid, advantage, mean)
-    return_distance, return_square = lane_distances(valid, token_return, return_mean)
+    distance, square = group_distances(valid, advantage, mean)
+    return_distance, return_square = group_distances(valid, token_return, return_mean)
     distance, square, return_distance, return_square = scan.sum4(distance, square, return_distance, return_square)
     # The sum of the distances is not 0, because the mean is rounded. It corrects both the mean and the squares.
     count = count.to(tl.float64)
@@ -157,7 +157,7 @@ def tile_moments(valid, advantage, token_return, kl):
 
 @triton.jit
 def scan_and_store(advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR: tl.constexpr):
-    """Store a tile's outputs. Return the carry that leaves each lane, the rows' sums of KL, and their `Moments`."""
+    """Store a tile's outputs. Return the carry that leaves each group, the rows' sums of KL, and their `Moments`."""
     valid, value = scan.unpack4(x.valid), scan.unpack4(x.value)
     kl, reward = kl_and_reward(x, factors.kl_coef, ESTIMATOR)
     advantage, carry = scan.scan_tile(valid, reward, value, carry, factors.gamma, factors.decay)
@@ -179,7 +179,7 @@ def store_moments(parts, moments):
 def ppo_advantages_kernel(
     tokens, scores, bootstrap, advantages, returns, kl, parts, B, T, factors, score_clip,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Walk ROWS rows from right to left. The next tile is loaded while one is scanned."""
     if ALIGNED:
@@ -188,8 +188,8 @@ def ppo_advantages_kernel(
     start = row * T
     length = tl.where(row < B, T, 0)
     carry = first_carry(scores, bootstrap, row, row < B, factors.gamma, score_clip)
-    last = tl.cdiv(T, 4 * LANES) - 1
-    x = load_tile(tokens, start, length, last, LANES)
+    last = tl.cdiv(T, 4 * GROUPS) - 1
+    x = load_tile(tokens, start, length, last, GROUPS)
     if SINGLE_TILE:
         _, row_kl, moments = scan_and_store(advantages, returns, x, carry, start, length, last, factors, ESTIMATOR)
     else:
@@ -199,15 +199,15 @@ def ppo_advantages_kernel(
         for i in range(0, last + 1):
             tile = last - i
             if ALIGNED:
-                next_x = load_tile(tokens, start, length, tile - 1, LANES)
-            lane_carry, tile_kl, tile_moments_ = scan_and_store(
+                next_x = load_tile(tokens, start, length, tile - 1, GROUPS)
+            group_carry, tile_kl, tile_moments_ = scan_and_store(
                 advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR
             )
             row_kl += tile_kl
             moments = Moments(*merge_moments(*moments, *tile_moments_))
-            carry = scan.leftmost(lane_carry)
+            carry = scan.leftmost(group_carry)
             if not ALIGNED:  # unaligned loads need so many registers that two tiles do not fit
-                next_x = load_tile(tokens, start, length, tile - 1, LANES)
+                next_x = load_tile(tokens, start, length, tile - 1, GROUPS)
             x = next_x
     tl.store(kl + row, row_kl, mask=row < B)
     store_moments(parts, moments)
@@ -216,15 +216,15 @@ def ppo_advantages_kernel(
 @triton.jit
 def ppo_advantages_tile_map_kernel(
     tokens, maps, size, T, factors,
-    ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
+    ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * LANES, 1, 0)
+    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * GROUPS, 1, 0)
     if tile > 0:
         zero = tl.zeros((1,), tl.int64)
-        x = load_tile(tokens, start + zero, length + zero, tile, LANES)
+        x = load_tile(tokens, start + zero, length + zero, tile, GROUPS)
         _, reward = kl_and_reward(x, factors.kl_coef, ESTIMATOR)
         valid, value = scan.unpack4(x.valid), scan.unpack4(x.value)
         factor, total = scan.tile_map(valid, reward, value, factors.gamma, factors.decay)
@@ -236,19 +236,19 @@ def ppo_advantages_tile_map_kernel(
 @triton.jit
 def ppo_advantages_apply_kernel(
     tokens, scores, maps, bootstrap, advantages, returns, kl_parts, parts, size, T, factors, score_clip,
-    ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
+    ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the outputs of the program's tile, whose carry comes from the maps of the tiles right of it."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * LANES, 1, 0)
+    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * GROUPS, 1, 0)
     zero = tl.zeros((1,), tl.int64)
     start, length = start + zero, length + zero
     # The carry is computed before the tile is loaded: both at once need too many registers.
     carry = first_carry(scores, bootstrap, row, row >= 0, factors.gamma, score_clip)
     first = tl.program_id(0).to(tl.int64) - tile
-    carry = scan.carry_into(maps, size, first, tile, tl.cdiv(T, 4 * LANES), carry) + tl.zeros((1,), tl.float32)
-    x = load_tile(tokens, start, length, tile, LANES)
+    carry = scan.carry_into(maps, size, first, tile, tl.cdiv(T, 4 * GROUPS), carry) + tl.zeros((1,), tl.float32)
+    x = load_tile(tokens, start, length, tile, GROUPS)
     _, tile_kl, moments = scan_and_store(advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR)
     tl.store(kl_parts + tl.program_id(0) + zero, tile_kl)
     store_moments(parts, moments)
@@ -274,9 +274,9 @@ def ppo_advantages_merge_kernel(parts, stats, size, kl_parts, kl, tiles, BLOCK: 
     if kl_parts is not None:
         total = tl.zeros((), tl.float32)
         last = (tl.program_id(0).to(tl.int64) + 1) * tiles - 1
-        for group in range(0, tl.cdiv(tiles, scan.MAPS_AT_ONCE)):
+        for batch in range(0, tl.cdiv(tiles, scan.MAPS_AT_ONCE)):
             for i in tl.static_range(scan.MAPS_AT_ONCE):
-                tile = group * scan.MAPS_AT_ONCE + i
+                tile = batch * scan.MAPS_AT_ONCE + i
                 total += tl.load(kl_parts + last - tile, mask=tile < tiles, other=0.0)
         tl.store(kl + tl.program_id(0), total)
 
@@ -288,8 +288,8 @@ def ppo_advantages(
     B, T = logprobs.shape
     tokens = Tokens(*contiguous(logprobs, ref_logprobs, values, mask))
     scores, bootstrap = contiguous(scores, bootstrap)
-    lanes, rows, is_split = scan.tile_shape(logprobs, B, T)
-    tiles = triton.cdiv(T, scan.TOKENS_PER_LANE * lanes)
+    groups, rows, is_split = scan.tile_shape(logprobs, B, T)
+    tiles = triton.cdiv(T, scan.GROUP_SIZE * groups)
     size = B * tiles if is_split else triton.cdiv(B, rows)
     outputs = (empty_float32(logprobs, B, T), empty_float32(logprobs, B, T))
     stats = empty_float32(logprobs, len(STATS))
@@ -297,7 +297,7 @@ def ppo_advantages(
     parts = torch.empty((len(STATS), size), dtype=torch.float64, device=logprobs.device)
     kl_parts = empty_float32(logprobs, size) if is_split else None
     factors = Factors(kl_coef, gamma, gamma * lam)
-    meta = {"ESTIMATOR": kl_estimator, "ALIGNED": T % 4 == 0, "LANES": lanes, "num_warps": 1}
+    meta = {"ESTIMATOR": kl_estimator, "ALIGNED": T % 4 == 0, "GROUPS": groups, "num_warps": 1}
     if is_split:
         maps = empty_float32(logprobs, 2, size)
         launch.run(ppo_advantages_tile_map_kernel, (size,), tokens, maps, size, T, factors, **meta)

@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 
 class NothingPatched:
-    """What a search returns that has replaced nothing."""
+    """The result of a search that has replaced nothing."""
 
     def restore(self) -> None:
         pass
