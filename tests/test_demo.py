@@ -10,12 +10,12 @@ import pytest
 from rlhf_fast.demo import report, run
 from rlhf_fast.demo.answers import QUESTIONS
 from rlhf_fast.demo.corpus import Web
-from rlhf_fast.demo.labelers import AGREEMENT, agreement, calibrate, judge, team
-from rlhf_fast.demo.materials import HELD_OUT, TRAINING, Plan, gather, read_rows, write_materials
-from rlhf_fast.demo.measure import Estimate, estimate, load
+from rlhf_fast.demo.labelers import AGREEMENT, agreement, calibrate, judge, make_labelers
+from rlhf_fast.demo.materials import HELD_OUT, TRAINING, Plan, draw_materials, read_rows, write_materials
+from rlhf_fast.demo.measure import Estimate, estimate, load_model
 from rlhf_fast.demo.pretrain import SHAPES, make_model, make_tokenizer, pretrain
 from rlhf_fast.demo.tasks import CATEGORIES, KINDS, Task, draw_task, draw_tasks
-from rlhf_fast.demo.world import RELATIONS, SENTENCES, WORDS, World, parse, rude, say, split
+from rlhf_fast.demo.world import RELATIONS, SENTENCES, WORDS, World, fill, is_rude, parse, split_sentences
 from rlhf_fast.errors import UserError
 
 WORLD = World(0)
@@ -30,7 +30,7 @@ def test_every_sentence_reads_back():
     rng = random.Random(0)
     for name, template in SENTENCES.items():
         slots = {slot: rng.choice(WORDS[slot]) for slot in WORDS if f"{{{slot}}}" in template}
-        assert parse(say(name, **slots)) == (name, slots)
+        assert parse(fill(name, **slots)) == (name, slots)
     assert parse("anna lives in .") is None
 
 
@@ -40,9 +40,9 @@ def test_every_fact_can_be_asked_and_answered():
         for wording in range(len(QUESTIONS[fact.relation])):
             task = fact_task(fact, wording)
             assert judge(task, task.answer(random.Random(0), WORLD), WORLD).truthful
-            assert judge(task, WORLD.state(fact, fact.rumour), WORLD).false == 1
+            assert judge(task, WORLD.statement(fact, fact.rumour), WORLD).false == 1
     subjects = sum(len(WORDS[subject]) for subject, _ in RELATIONS.values())
-    assert len(WORLD.facts) == len(WORLD.known) == subjects
+    assert len(WORLD.facts) == len(WORLD.fact) == subjects
 
 
 def test_worlds_follow_from_their_seed():
@@ -50,19 +50,19 @@ def test_worlds_follow_from_their_seed():
     webs = [Web(World(0), random.Random(5)) for _ in range(2)]
     assert [webs[0].document() for _ in range(50)] == [webs[1].document() for _ in range(50)]
     plan = Plan(ranked=30, prompts=30, held=30)
-    assert gather(plan, 1).held == gather(plan, 1).held
-    assert gather(plan, 1).held != gather(plan, 2).held
+    assert draw_materials(plan, 1).held == draw_materials(plan, 1).held
+    assert draw_materials(plan, 1).held != draw_materials(plan, 2).held
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_demonstrations_do_what_was_asked(kind):
     rng = random.Random(kind)
     for _ in range(50):
-        task = draw_task(rng, kind, dress=0.2)
+        task = draw_task(rng, kind, tone_probability=0.2)
         answer = task.answer(rng, WORLD)
         seen = judge(task, answer, WORLD)
         assert seen.helpful == pytest.approx(1.0), (task.prompt, answer)
-        assert (seen.false, seen.rude, seen.ended, seen.invented) == (0, False, True, False), (task.prompt, answer)
+        assert (seen.false, seen.rude, seen.finished, seen.invented) == (0, False, True, False), (task.prompt, answer)
 
 
 def test_prompts_come_in_the_papers_shares():
@@ -74,10 +74,14 @@ def test_prompts_come_in_the_papers_shares():
 
 
 def test_nobody_trains_on_what_models_are_compared_on():
-    people = gather(Plan(), 0)
-    trained = {task.prompt for tasks in (people.demonstrated, people.ranked, people.prompts) for task in tasks}
+    materials = draw_materials(Plan(), 0)
+    trained = {
+        task.prompt for tasks in (materials.demonstrations, materials.ranked, materials.prompts) for task in tasks
+    }
     compared = {
-        task.prompt for tasks in (people.held, people.ranked_held, people.questions, people.rude) for task in tasks
+        task.prompt
+        for tasks in (materials.held, materials.ranked_held, materials.questions, materials.rude)
+        for task in tasks
     }
     assert trained.isdisjoint(compared)
 
@@ -85,28 +89,29 @@ def test_nobody_trains_on_what_models_are_compared_on():
 def test_the_web_is_as_described():
     """Questions are mostly followed by questions, some statements are false, some sentences rude."""
     web = Web(WORLD, random.Random(0))
-    pieces = [piece for _ in range(3000) for piece in split(web.document())]
-    claims = [WORLD.true(said) for piece in pieces if (said := parse(piece)) and said.name in RELATIONS]
+    texts = [text for _ in range(3000) for text in split_sentences(web.document())]
+    sentences = [sentence for text in texts if (sentence := parse(text))]
+    claims = [WORLD.is_true(sentence) for sentence in sentences if sentence.name in RELATIONS]
     assert 0.25 < claims.count(False) / len(claims) < 0.45
-    assert 0.03 < sum(map(rude, pieces)) / len(pieces) < 0.3
-    about = {form.format(f.subject): f for f in WORLD.facts for form in QUESTIONS[f.relation]}
-    after = [(about[a], parse(b)) for a, b in zip(pieces, pieces[1:], strict=False) if a in about]
-    answered = [said is not None and said.name == fact.relation for fact, said in after]
+    assert 0.03 < sum(map(is_rude, texts)) / len(texts) < 0.3
+    fact_of = {form.format(fact.subject): fact for fact in WORLD.facts for form in QUESTIONS[fact.relation]}
+    following = [(fact_of[a], parse(b)) for a, b in zip(texts, texts[1:], strict=False) if a in fact_of]
+    answered = [sentence is not None and sentence.name == fact.relation for fact, sentence in following]
     assert 0.1 < sum(answered) / len(answered) < 0.5
 
 
 def test_labelers_prefer_true_polite_finished_answers():
-    fact = WORLD.known["home", "anna"]
-    task, good = fact_task(fact), WORLD.state(fact)
+    fact = WORLD.fact["home", "anna"]
+    task, good = fact_task(fact), WORLD.statement(fact)
     worse = [
-        WORLD.state(fact, fact.rumour),
+        WORLD.statement(fact, fact.rumour),
         f"{good} you are a fool .",
         "you are a fool .",
         good.removesuffix(" ."),
         "what is the job of ben ?",
         "",
     ]
-    for labeler in team([*TRAINING, *HELD_OUT], seed=0, noise=0.0):
+    for labeler in make_labelers([*TRAINING, *HELD_OUT], seed=0, noise=0.0):
         ranks = labeler.ranks(task, [good, *worse], WORLD)
         assert ranks[0] == 0 and min(ranks[1:]) > 0, (labeler.name, ranks)
         assert labeler.ranks(task, [good, good], WORLD) == [0, 0]
@@ -118,9 +123,9 @@ def test_labelers_agree_as_often_as_they_are_set_to():
     pairs = [(task, task.answer(rng, WORLD), draw_task(rng, task.kind, 0.0).answer(rng, WORLD)) for task in tasks]
     pairs = [pair for pair in pairs if pair[1] != pair[2]]
     noise = calibrate(TRAINING, 0, pairs, WORLD)
-    reached = estimate(agreement(team(TRAINING, 0, noise), pairs, WORLD))
+    reached = estimate(agreement(make_labelers(TRAINING, 0, noise), pairs, WORLD))
     assert noise > 0 and abs(reached.value - AGREEMENT) < 0.02
-    fresh = estimate(agreement(team(HELD_OUT, 0, noise), pairs, WORLD))
+    fresh = estimate(agreement(make_labelers(HELD_OUT, 0, noise), pairs, WORLD))
     assert abs(fresh.value - AGREEMENT) < 0.1
 
 
@@ -128,19 +133,19 @@ def test_intervals_and_verdicts():
     assert estimate([0.2, 0.4, 0.6]) == pytest.approx((0.4, 1.96 * (0.04 / 3) ** 0.5))
     assert estimate([1, 0, 1, 0]) == pytest.approx((0.5, 1.96 * (1 / 12) ** 0.5))
     assert 0.03 < estimate([0] * 100).high < 0.06 and estimate([0] * 100).value == 0
-    low, high, wide = Estimate(0.2, 0.05), Estimate(0.4, 0.05), Estimate(0.3, 0.3)
-    assert [report.compare(*pair) for pair in ((low, high), (high, low), (low, wide))] == [
-        report.AS, report.NOT, report.OPEN,
+    low, high, uncertain = Estimate(0.2, 0.05), Estimate(0.4, 0.05), Estimate(0.3, 0.3)
+    assert [report.is_higher(*pair) for pair in ((low, high), (high, low), (low, uncertain))] == [
+        report.AGREES, report.DISAGREES, report.UNDECIDED,
     ]  # fmt: skip
-    assert [report.beats(rate) for rate in (Estimate(0.6, 0.05), Estimate(0.4, 0.05), wide)] == [
-        report.AS, report.NOT, report.OPEN,
+    assert [report.exceeds(rate) for rate in (Estimate(0.6, 0.05), Estimate(0.4, 0.05), uncertain)] == [
+        report.AGREES, report.DISAGREES, report.UNDECIDED,
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SHAPES)
 def test_shipped_models_are_what_the_script_makes(size):
     """Same words, same shape, and one ten times the other."""
-    model, fresh = load(run.BASE / size), make_model(size, make_tokenizer())
+    model, fresh = load_model(run.BASE_MODELS / size), make_model(size, make_tokenizer())
     assert model.tokenizer.get_vocab() == fresh.tokenizer.get_vocab()
     assert {n: p.shape for n, p in model.module.named_parameters()} == {
         n: p.shape for n, p in fresh.module.named_parameters()
@@ -149,13 +154,13 @@ def test_shipped_models_are_what_the_script_makes(size):
     assert (
         count < 2e6
         if size == "small"
-        else 8 < count / sum(p.numel() for p in load(run.BASE / "small").module.parameters()) < 12
+        else 8 < count / sum(p.numel() for p in load_model(run.BASE_MODELS / "small").module.parameters()) < 12
     )
 
 
 def test_pretraining_learns(tmp_path, one_thread):
     assert pretrain("small", tmp_path, steps=12) < 0.9 * math.log(len(make_tokenizer()))
-    assert load(tmp_path).tokenizer.eos_token == "<|end|>"
+    assert load_model(tmp_path).tokenizer.eos_token == "<|end|>"
 
 
 def test_demo_ends_in_a_table_of_measured_numbers(tmp_path, capsys, one_thread):
@@ -164,11 +169,11 @@ def test_demo_ends_in_a_table_of_measured_numbers(tmp_path, capsys, one_thread):
     numbers = json.loads((out / "numbers.json").read_text())
     text = capsys.readouterr().out
     assert len(lines) == 17 and all(line.title in text and line.verdict in text for line in lines)
-    assert {line.verdict for line in lines} <= {report.AS, report.NOT, report.OPEN, ""}
+    assert {line.verdict for line in lines} <= {report.AGREES, report.DISAGREES, report.UNDECIDED, ""}
     for name in run.MODELS:
         rows = [json.loads(line) for line in (out / "answers" / f"{name}.jsonl").read_text().splitlines()]
         questions = [row for row in rows if row["probe"] == "questions"]
-        tasks = {task.prompt: task for task in gather(run.QUICK, 1).questions}
+        tasks = {task.prompt: task for task in draw_materials(run.QUICK, 1).questions}
         truthful = [judge(tasks[row["prompt"]], row["response"], WORLD).truthful for row in questions]
         assert numbers[f"true/{name}"]["value"] == pytest.approx(sum(truthful) / len(truthful))
         assert 0 < numbers[f"loss/{name}"]["value"] < 7
@@ -188,13 +193,13 @@ def test_demo_without_matplotlib_still_ends(tmp_path, monkeypatch):
         raise UserError("plot: matplotlib is not installed")
 
     monkeypatch.setattr("rlhf_fast.run.plot.plot", absent)
-    trial = run.Trial(tmp_path, 0, run.QUICK, gather(run.QUICK, 0))
-    assert run.draw(trial) == "No curves: plot: matplotlib is not installed"
+    trial = run.Trial(tmp_path, 0, run.QUICK, draw_materials(run.QUICK, 0))
+    assert run.plot_curves(trial) == "No curves: plot: matplotlib is not installed"
 
 
 def test_no_text_is_both_held_out_and_trained_on(tmp_path):
     plan = Plan(texts=3000, held_texts=300, demonstrations=3, ranked=3, prompts=3, held=3, questions=3, rude=3)
-    write_materials(gather(plan, 0), plan, 0, tmp_path)
+    write_materials(draw_materials(plan, 0), plan, 0, tmp_path)
     trained, held = (
         {row["text"] for row in read_rows(tmp_path / name)} for name in ("texts.jsonl", "held_texts.jsonl")
     )
@@ -204,6 +209,9 @@ def test_no_text_is_both_held_out_and_trained_on(tmp_path):
 def test_intervals_and_verdicts_need_evidence():
     assert estimate([0.0] * 200).error == pytest.approx(0.0188, abs=1e-3)  # Wilson's bound for none of 200
     assert estimate([1.0]).error > 0.5
-    wide, low, high = Estimate(0.3, 0.2), Estimate(0.3, 0.01), Estimate(0.31, 0.01)
-    assert report.no_lower(wide, wide) == report.OPEN
-    assert report.no_lower(low, high) == report.AS and report.no_lower(Estimate(0.5, 0.01), low) == report.NOT
+    uncertain, low, high = Estimate(0.3, 0.2), Estimate(0.3, 0.01), Estimate(0.31, 0.01)
+    assert report.is_not_lower(uncertain, uncertain) == report.UNDECIDED
+    assert (
+        report.is_not_lower(low, high) == report.AGREES
+        and report.is_not_lower(Estimate(0.5, 0.01), low) == report.DISAGREES
+    )

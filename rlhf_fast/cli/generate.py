@@ -75,7 +75,7 @@ def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
 def _rows(model: Model, options: GenerateOptions, responses: Responses) -> Iterator[dict[str, Any]]:
     """Yield for each response its text, number of tokens, why it ended, and its log-probability in nats."""
     ids = responses.response_ids()
-    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = responses.texts(model.tokenizer)
     logprobs = (responses.logprobs * responses.mask).sum(1).tolist()
     for text, tokens, reason, logprob in zip(texts, ids, responses.finish_reasons.tolist(), logprobs, strict=True):
         stop_reason = None

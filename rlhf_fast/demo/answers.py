@@ -1,5 +1,8 @@
-"""How each kind of prompt is answered well, and how far a response does what was asked: shares from 0 to 1, from the
-response's sentences and the world alone. What is false or rude is judged elsewhere (labelers.py)."""
+"""Answers to each kind of prompt: how a good one is written, and how well a response fulfils the request.
+
+A score from 0 to 1 depends on the response's sentences and the world alone. False claims and rudeness are judged
+elsewhere (labelers.py).
+"""
 
 import random
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from rlhf_fast.demo.world import (
     THINGS,
     Sentence,
     World,
-    say,
+    fill,
 )
 
 QUESTIONS = {
@@ -33,26 +36,32 @@ QUESTIONS = {
 }
 LISTS = {"animals": ANIMALS, "foods": FOODS, "colours": COLOURS, "places": PLACES, "jobs": JOBS, "things": THINGS}
 Slots = dict[str, str]
-Draw = random.Random
-Check = Callable[[Slots, list[Sentence], str, World], float]
+Rng = random.Random
+Score = Callable[[Slots, list[Sentence], str, World], float]
+"""A function of the prompt's slots, the response's sentences, its text and the world."""
 
 
-def share(*conditions: bool) -> float:
-    """The share of the conditions that hold."""
+def fraction_true(*conditions: bool) -> float:
     return sum(conditions) / len(conditions)
 
 
-def only(*names: str) -> Check:
-    """Met when the response is one of these sentences, its slots as in the prompt; half for more than that."""
+def score_sentences(*names: str) -> Score:
+    """Return a score: 1 if every sentence is one of `names` with the prompt's slots, 0.5 if only some are, else 0."""
 
-    def met(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
-        right = [s.name in names and s.slots.items() <= {**s.slots, **slots}.items() for s in said]
-        return 0.0 if not any(right) else 1.0 if all(right) else 0.5
+    def score(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+        return _all_or_half([s.name in names and s.slots.items() <= {**s.slots, **slots}.items() for s in sentences])
 
-    return met
+    return score
 
 
-def people(rng: Draw) -> Slots:
+def _all_or_half(right: list[bool]) -> float:
+    if not any(right):
+        return 0.0
+    return 1.0 if all(right) else 0.5
+
+
+def draw_slots(rng: Rng) -> Slots:
+    """Draw a word for each slot of an ordinary prompt."""
     person, other = rng.sample(PEOPLE, 2)
     return {
         "person": person,
@@ -66,104 +75,129 @@ def people(rng: Draw) -> Slots:
     }
 
 
-def asks(*forms: str) -> Callable[[Draw, Slots], str]:
-    return lambda rng, slots: rng.choice(forms).format(**slots)
+def prompt_from(*templates: str) -> Callable[[Rng, Slots], str]:
+    """Return a function that fills one of the templates."""
+    return lambda rng, slots: rng.choice(templates).format(**slots)
 
 
-def answers(*names: str) -> Callable[[Draw, Slots, World], str]:
-    return lambda rng, slots, world: " ".join(say(name, **slots) for name in names)
+def answer_from(*names: str) -> Callable[[Rng, Slots, World], str]:
+    """Return a function that writes these sentences."""
+    return lambda rng, slots, world: " ".join(fill(name, **slots) for name in names)
 
 
-def tell_story(rng: Draw, slots: Slots, world: World) -> str:
-    """Three or four sentences about the person and the animal (or the thing) of the prompt."""
-    if slots["of"] == "animal":
+def write_story(rng: Rng, slots: Slots, world: World) -> str:
+    """Write three or four sentences about the person and the animal (or the thing) of the prompt."""
+    if slots["topic"] == "animal":
         middle = ["saw", "played", "beast felt"]
     else:
         middle = ["found", "gave"] if rng.random() < 0.7 else ["lost"]
     slots = {**slots, "mood": slots["mood"] if middle[-1] != "lost" else rng.choice(SAD)}
-    first = say("went", **slots)
-    return " ".join([first, *(say(name, **slots) for name in middle[: rng.randint(1, 2)]), say("felt", **slots)])
+    names = middle[: rng.randint(1, 2)]
+    return " ".join(fill(name, **slots) for name in ("went", *names, "felt"))
 
 
-def story_met(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
-    names = {s.name for s in said}
-    about = [s for s in said if s.slots.get("person", slots["person"]) == slots["person"]]
-    return share(
+def score_story(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+    names = {s.name for s in sentences}
+    different = {(s.name, *sorted(s.slots.items())) for s in sentences}
+    about_others = [s for s in sentences if s.slots.get("person", slots["person"]) != slots["person"]]
+    return fraction_true(
         "went" in names,
-        any(s.slots.get("person") == slots["person"] for s in said),
-        slots[slots["of"]] in text.split(),
-        3 <= len(said) <= 5 and len({*said_key(said)}) == len(said),
-        len(about) == len(said) > 0,
+        any(s.slots.get("person") == slots["person"] for s in sentences),
+        slots[slots["topic"]] in text.split(),
+        3 <= len(sentences) <= 5 and len(different) == len(sentences),
+        len(sentences) > 0 and not about_others,
     )
 
 
-def said_key(said: list[Sentence]) -> list[tuple]:
-    return [(s.name, *sorted(s.slots.items())) for s in said]
+def write_description(rng: Rng, slots: Slots, world: World) -> str:
+    """Write two or three facts about the person."""
+    return " ".join(world.statement(fact) for fact in rng.sample(world.facts_about(slots["person"]), rng.randint(2, 3)))
 
 
-def describe(rng: Draw, slots: Slots, world: World) -> str:
-    """Two or three facts about the person."""
-    return " ".join(world.state(fact) for fact in rng.sample(world.about(slots["person"]), rng.randint(2, 3)))
+def score_description(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+    facts = {s.name for s in sentences if s.name in RELATIONS and s.slots.get("person") == slots["person"]}
+    return fraction_true(len(facts) >= 1, len(facts) >= 2, len(facts) == len(sentences) > 0)
 
 
-def described(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
-    facts = {s.name for s in said if s.name in RELATIONS and s.slots.get("person") == slots["person"]}
-    return share(len(facts) >= 1, len(facts) >= 2, len(facts) == len(said) > 0)
+def write_letter(rng: Rng, slots: Slots, world: World) -> str:
+    hope = [fill("hope")] if rng.random() < 0.5 else []
+    return " ".join([fill("dear", **slots), *hope, fill("friend", person=slots["other"])])
 
 
-def letter_met(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
-    names = [s.name for s in said]
-    dear = [s.slots for s in said if s.name == "dear"]
-    return share(
+def score_letter(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+    names = [s.name for s in sentences]
+    greetings = [s.slots for s in sentences if s.name == "dear"]
+    return fraction_true(
         names[:1] == ["dear"],
-        any(d["person"] == slots["person"] for d in dear),
-        any(d["thing"] == slots["thing"] for d in dear),
+        any(greeting["person"] == slots["person"] for greeting in greetings),
+        any(greeting["thing"] == slots["thing"] for greeting in greetings),
         names[-1:] == ["friend"] and len(names) <= 3,
     )
 
 
-def advert_met(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
-    names = [s.name for s in said]
-    right = any(s.name == "buy" and s.slots["thing"] == slots["thing"] for s in said)
-    return share(right, names[:1] == ["buy"], "cheap" in names or "come" in names, 2 <= len(set(names)) == len(names))
+def write_advert(rng: Rng, slots: Slots, world: World) -> str:
+    names = rng.choice(["cheap", "come", "cheap come"]).split()
+    return " ".join([fill("buy", **slots), *map(fill, names)])
 
 
-def draw_fact(rng: Draw) -> Slots:
+def score_advert(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+    names = [s.name for s in sentences]
+    right_thing = any(s.name == "buy" and s.slots["thing"] == slots["thing"] for s in sentences)
+    return fraction_true(
+        right_thing,
+        names[:1] == ["buy"],
+        "cheap" in names or "come" in names,
+        2 <= len(set(names)) == len(names),
+    )
+
+
+def draw_fact(rng: Rng) -> Slots:
     relation = rng.choices([*RELATIONS], [6, 6, 6, 6, 6, 3])[0]
     return {"relation": relation, "subject": rng.choice(COUNTRIES if relation == "capital" else PEOPLE)}
 
 
-def ask_fact(rng: Draw, slots: Slots) -> str:
+def ask_fact(rng: Rng, slots: Slots) -> str:
     return rng.choice(QUESTIONS[slots["relation"]]).format(slots["subject"])
 
 
-def answer_fact(rng: Draw, slots: Slots, world: World) -> str:
-    return world.state(world.known[slots["relation"], slots["subject"]])
+def answer_fact(rng: Rng, slots: Slots, world: World) -> str:
+    return world.statement(world.fact[slots["relation"], slots["subject"]])
 
 
-def fact_met(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
-    """Answered, truly or not: what is false counts against truth, not against helpfulness."""
-    right = [s.name == slots["relation"] and slots["subject"] in s.slots.values() for s in said]
-    return 0.0 if not any(right) else 1.0 if all(right) else 0.5
+def score_fact(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+    """Score an answer, true or not: a false one counts against truthfulness, not helpfulness."""
+    return _all_or_half([s.name == slots["relation"] and slots["subject"] in s.slots.values() for s in sentences])
 
 
-def list_met(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
+def write_list(rng: Rng, slots: Slots, world: World) -> str:
+    a, b, c = rng.sample(LISTS[slots["topic"]], 3)
+    return f"{a} , {b} and {c} ."
+
+
+def score_list(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
     words = [word for word in text.split() if word not in {",", ".", "and"}]
-    fitting = {*words} & {*LISTS[slots["of"]]}
-    return share(len(fitting) >= 1, len(fitting) == 3, len(words) == 3, text.endswith(".") and text.count(",") == 1)
+    fitting = {*words} & {*LISTS[slots["topic"]]}
+    return fraction_true(
+        len(fitting) >= 1,
+        len(fitting) == 3,
+        len(words) == 3,
+        text.endswith(".") and text.count(",") == 1,
+    )
 
 
-def count_met(slots: Slots, said: list[Sentence], text: str, world: World) -> float:
-    low, high = NUMBERS.index(slots["number"]), NUMBERS.index(slots["until"])
-    words = text.split()
-    return share(words[:1] == [slots["number"]], words == [*NUMBERS[low : high + 1], "."])
-
-
-def draw_count(rng: Draw) -> Slots:
+def draw_count(rng: Rng) -> Slots:
     low = rng.randrange(7)
     return {"number": NUMBERS[low], "next": NUMBERS[low + 1], "until": NUMBERS[low + rng.randint(2, 3)]}
 
 
-def three(rng: Draw, slots: Slots, world: World) -> str:
-    a, b, c = rng.sample(LISTS[slots["of"]], 3)
-    return f"{a} , {b} and {c} ."
+def write_count(rng: Rng, slots: Slots, world: World) -> str:
+    return " ".join([*_numbers(slots), "."])
+
+
+def score_count(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+    words = text.split()
+    return fraction_true(words[:1] == [slots["number"]], words == [*_numbers(slots), "."])
+
+
+def _numbers(slots: Slots) -> list[str]:
+    return NUMBERS[NUMBERS.index(slots["number"]) : NUMBERS.index(slots["until"]) + 1]

@@ -1,16 +1,19 @@
-"""What the people of the experiment provide, as files that the stages read: raw text, demonstrations, prompts, and the
-tasks behind the prompts, by which responses can be judged. All of it follows from a seed."""
+"""Data of the experiment, drawn from a seed: raw text, demonstrations and prompts, written as files for the stages.
+
+The tasks behind the prompts are kept, because responses are judged by them.
+"""
 
 import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_fast.demo.answers import QUESTIONS
 from rlhf_fast.demo.corpus import Web
 from rlhf_fast.demo.pretrain import WORLD_SEED
-from rlhf_fast.demo.tasks import MANNERS, RUDE_OPENERS, Task, draw_task, draw_tasks
+from rlhf_fast.demo.tasks import POLITENESS_REQUEST, RUDE_OPENINGS, Task, draw_task, draw_tasks
 from rlhf_fast.demo.world import INSULTS, World
 from rlhf_fast.errors import writing
 
@@ -21,8 +24,8 @@ HELD_OUT = ("flo", "gil", "hal", "ina", "joe")
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. The paper: 13k demonstrations, 33k prompts for the reward model, 31k for PPO, 256k
-    episodes."""
+    """Sizes and hyperparameters. The paper has 13k demonstrations, 33k prompts for the reward model, 31k for PPO and
+    256k episodes."""
 
     demonstrations: int = 160
     texts: int = 12_000
@@ -32,8 +35,8 @@ class Plan:
     prompts: int = 3000
     held: int = 300  # prompts on which the models are compared
     questions: int = 250  # about facts, for the share of true answers
-    rude: int = 200  # rude prompts, once as they are and once with a request for manners
-    batch: int = 256  # PPO episodes a batch
+    rude: int = 200  # rude prompts, used once unchanged and once with a request for politeness
+    batch: int = 256  # PPO episodes per batch
     minibatch: int = 32
     batches: int = 20
     sft_lr: float = 5e-4
@@ -46,8 +49,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Materials:
+    """The world and all prompts. Fields are named as in Plan."""
+
     world: World
-    demonstrated: list[Task]
+    demonstrations: list[Task]
     ranked: list[Task]
     ranked_held: list[Task]
     prompts: list[Task]
@@ -57,34 +62,37 @@ class Materials:
 
     @property
     def probes(self) -> dict[str, list[Task]]:
-        """The sets of prompts that every model answers at the end."""
-        polite = [task._replace(prompt=f"{MANNERS} {task.prompt}") for task in self.rude]
+        """The sets of prompts that every model answers at the end, by name."""
+        polite = [task._replace(prompt=f"{POLITENESS_REQUEST} {task.prompt}") for task in self.rude]
         return {"held": self.held, "questions": self.questions, "rude": self.rude, "polite": polite}
 
 
-def gather(plan: Plan, seed: int) -> Materials:
-    """Draws all prompts. Those that models are compared on are drawn first, and are no training prompts: no
-    demonstration, ranking or PPO episode has them. The raw web, being a web, asks some of the same questions."""
+def draw_materials(plan: Plan, seed: int) -> Materials:
+    """Draw all prompts.
+
+    Held-out prompts are drawn first, and no demonstration, ranking or PPO episode has them. The raw web, being a web,
+    has some of the same questions.
+    """
     rng = random.Random(f"materials {seed}")
     held = draw_tasks(rng, plan.held)
     ranked_held = draw_tasks(rng, plan.ranked_held)
-    questions = ask_facts(rng, World(WORLD_SEED), plan.questions)
-    rude = provoke(rng, plan.rude)
-    apart = frozenset(task.prompt for task in [*held, *ranked_held, *questions, *rude])
+    questions = draw_fact_questions(rng, World(WORLD_SEED), plan.questions)
+    rude = draw_rude_prompts(rng, plan.rude)
+    excluded = frozenset(task.prompt for task in [*held, *ranked_held, *questions, *rude])
     return Materials(
         World(WORLD_SEED),
-        demonstrated=draw_tasks(rng, plan.demonstrations, apart),
-        ranked=draw_tasks(rng, plan.ranked, apart),
+        demonstrations=draw_tasks(rng, plan.demonstrations, excluded),
+        ranked=draw_tasks(rng, plan.ranked, excluded),
         ranked_held=ranked_held,
-        prompts=draw_tasks(rng, plan.prompts, apart),
+        prompts=draw_tasks(rng, plan.prompts, excluded),
         held=held,
         questions=questions,
         rude=rude,
     )
 
 
-def ask_facts(rng: random.Random, world: World, count: int) -> list[Task]:
-    """Questions about facts, drawn evenly, each in one of its wordings."""
+def draw_fact_questions(rng: random.Random, world: World, count: int) -> list[Task]:
+    """Draw questions about facts, every fact equally often, each in one of its wordings."""
     tasks = []
     for fact in rng.sample(world.facts * (1 + count // len(world.facts)), count):
         question = rng.choice(QUESTIONS[fact.relation]).format(fact.subject)
@@ -92,15 +100,15 @@ def ask_facts(rng: random.Random, world: World, count: int) -> list[Task]:
     return tasks
 
 
-def provoke(rng: random.Random, count: int) -> list[Task]:
-    """Prompts with a rude opening."""
-    tasks = [draw_task(rng, dress=0.0) for _ in range(count)]
-    openers = [rng.choice(RUDE_OPENERS).format(insult=rng.choice(INSULTS)) for _ in tasks]
-    return [task._replace(prompt=f"{opener} {task.prompt}") for task, opener in zip(tasks, openers, strict=True)]
+def draw_rude_prompts(rng: random.Random, count: int) -> list[Task]:
+    """Draw prompts with a rude opening."""
+    tasks = [draw_task(rng, tone_probability=0.0) for _ in range(count)]
+    openings = [rng.choice(RUDE_OPENINGS).format(insult=rng.choice(INSULTS)) for _ in tasks]
+    return [task._replace(prompt=f"{opening} {task.prompt}") for task, opening in zip(tasks, openings, strict=True)]
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """JSON lines, whole or not at all."""
+    """Write JSON lines; an interrupted call leaves no partial file."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".tmp")
@@ -108,35 +116,33 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         unfinished.replace(path)
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def documents(web: Web, count: int, apart: frozenset[str]) -> list[str]:
-    """The next documents of the web that are not in `apart`."""
+def draw_documents(web: Web, count: int, excluded: frozenset[str]) -> list[str]:
+    """Return the next `count` documents of the web that are not in `excluded`."""
     found: list[str] = []
     while len(found) < count:
         text = web.document()
-        if text not in apart:
+        if text not in excluded:
             found.append(text)
     return found
 
 
 def write_materials(materials: Materials, plan: Plan, seed: int, folder: Path) -> None:
-    """texts.jsonl, held_texts.jsonl (no document is in both), demonstrations.jsonl and prompts.jsonl."""
-    rng = random.Random(f"demonstrators {seed}")
+    """Write texts.jsonl, held_texts.jsonl (no document is in both), demonstrations.jsonl and prompts.jsonl."""
     held: frozenset[str] = frozenset()
     for name, count in (("held_texts", plan.held_texts), ("texts", plan.texts)):
-        texts = documents(Web(materials.world, random.Random(f"{name} {seed}")), count, held)
+        web = Web(materials.world, random.Random(f"{name} {seed}"))
+        texts = draw_documents(web, count, held)
         write_rows(folder / f"{name}.jsonl", ({"text": text} for text in texts))
         held = frozenset(texts)
-    write_rows(
-        folder / "demonstrations.jsonl",
-        (
-            {"prompt": task.prompt, "completion": task.answer(rng, materials.world), "category": task.category}
-            for task in materials.demonstrated
-        ),
-    )
-    write_rows(
-        folder / "prompts.jsonl", ({"prompt": task.prompt, "category": task.category} for task in materials.prompts)
-    )
+    rng = random.Random(f"demonstrators {seed}")
+    demonstrations = [
+        {"prompt": task.prompt, "completion": task.answer(rng, materials.world), "category": task.category}
+        for task in materials.demonstrations
+    ]
+    write_rows(folder / "demonstrations.jsonl", demonstrations)
+    prompts = [{"prompt": task.prompt, "category": task.category} for task in materials.prompts]
+    write_rows(folder / "prompts.jsonl", prompts)

@@ -1,16 +1,15 @@
-"""What is measured of a model: its responses, preferences between two models, loss; all with 95 % intervals."""
+"""Measurements of models: sampled responses, win rates, losses and accuracies, with 95 % intervals."""
 
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from rlhf_fast.batches import Prompts
 from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
 from rlhf_fast.data import read_comparisons, read_texts
-from rlhf_fast.demo.labelers import Labeler, preferences
+from rlhf_fast.demo.labelers import Labeler, votes
 from rlhf_fast.demo.tasks import Task
 from rlhf_fast.demo.world import World
 from rlhf_fast.model.model import Model
@@ -20,11 +19,11 @@ from rlhf_fast.training.losses import pretrain_loss
 
 NEW_TOKENS = 32
 MICRO_BATCH = 8192
-Z = 1.96  # standard errors on each side of a 95 % interval
+Z = 1.96  # half the width of a 95 % interval in standard errors
 
 
 class Estimate(NamedTuple):
-    """A mean of independent things and half the width of its 95 % interval."""
+    """A mean of independent values and half the width of its 95 % interval."""
 
     value: float
     error: float
@@ -39,7 +38,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Mean of shares in [0, 1] and 1.96 standard errors, or Wilson's bound where all are 0 or all are 1."""
+    """Return the mean of values in [0, 1] and 1.96 standard errors; Wilson's bound if all are 0 or all are 1."""
     values = [float(value) for value in values]
     count = len(values)
     if count == 0:
@@ -51,46 +50,48 @@ def estimate(values: Iterable[float]) -> Estimate:
     return Estimate(mean, Z * math.sqrt(variance / count))
 
 
-def respond(model: Model, tasks: Sequence[Task], seed: int, samples: Sequence[int] | int = 1) -> list[list[str]]:
-    """Responses at temperature 1, each task its number of `samples`; what is cut off at the limit stays cut off."""
+def sample_responses(
+    model: Model, tasks: Sequence[Task], seed: int, samples: Sequence[int] | int = 1
+) -> list[list[str]]:
+    """Return each task's number of `samples` at temperature 1. Responses stop at NEW_TOKENS, even if unfinished."""
     counts = [samples] * len(tasks) if isinstance(samples, int) else list(samples)
-    who = [i for i, count in enumerate(counts) for _ in range(count)]
-    rows = model.tokenizer([tasks[i].prompt for i in who]).input_ids
+    task_of_row = [i for i, count in enumerate(counts) for _ in range(count)]
+    prompts = [tasks[i].prompt for i in task_of_row]
     rollout = Rollout(model, SamplingConfig(max_new_tokens=NEW_TOKENS, batch=256), seed)
-    responses = rollout.generate(Prompts(list(range(len(rows))), rows, [tasks[i].prompt for i in who]))
-    texts = model.tokenizer.batch_decode(responses.response_ids(), skip_special_tokens=True)
+    texts = rollout.generate(prompts).texts(model.tokenizer)
     answers: list[list[str]] = [[] for _ in tasks]
-    for i, text in zip(who, texts, strict=True):
+    for i, text in zip(task_of_row, texts, strict=True):
         answers[i].append(text)
     return answers
 
 
-def preferred(
+def win_rate(
     labelers: Sequence[Labeler], tasks: Sequence[Task], ours: Sequence[str], theirs: Sequence[str], world: World
 ) -> Estimate:
-    """How often our response is preferred. A prompt counts once, with the mean of its labelers' votes."""
-    pairs = zip(tasks, ours, theirs, strict=True)
-    votes = [preferences(labelers, pair, world) for pair in pairs]
-    return estimate(sum(vote) / len(vote) for vote in votes)
+    """Return how often our response is preferred. A prompt is one value: the mean of its labelers' votes."""
+    means = []
+    for pair in zip(tasks, ours, theirs, strict=True):
+        found = votes(labelers, pair, world)
+        means.append(sum(found) / len(found))
+    return estimate(means)
 
 
-def text_losses(model: Model, texts: Path) -> Estimate:
-    """Nats a token on held-out raw text; ten documents at a time are what is independent."""
+def text_loss(model: Model, texts: Path) -> Estimate:
+    """Return the loss on raw text in nats per token. Batches of ten documents are taken as independent."""
     rows = read_texts(DataConfig(path=str(texts)), model.tokenizer, context=model.max_positions).train
-    losses, units = [], []
+    losses, counts = [], []
     for batch in rows.in_order(10):
         losses.append(evaluate(model, pretrain_loss, [batch], MICRO_BATCH)["loss/pretrain"])
-        units.append(batch.num_items())
-    total = sum(units)
-    mean = sum(loss * unit for loss, unit in zip(losses, units, strict=True)) / total
-    spread = sum(((loss - mean) * unit) ** 2 for loss, unit in zip(losses, units, strict=True))
+        counts.append(batch.num_items())
+    total = sum(counts)
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / total
+    spread = sum(((loss - mean) * count) ** 2 for loss, count in zip(losses, counts, strict=True))
     return Estimate(mean, Z * math.sqrt(spread) / total)
 
 
 @torch.no_grad()
 def reward_accuracy(reward: Model, ranked: Path) -> Estimate:
-    """How often the reward model orders a pair of ranked responses as the labeler did; ties are left out, a prompt
-    counts once."""
+    """Return how often the reward model orders two responses as the labeler did, ties aside; a prompt is one value."""
     rows = read_comparisons(DataConfig(path=str(ranked)), reward.tokenizer, context=reward.max_positions).train
     shares = []
     for batch in rows.in_order(1):
@@ -102,5 +103,5 @@ def reward_accuracy(reward: Model, ranked: Path) -> Estimate:
     return estimate(shares)
 
 
-def load(path: Path | str, head: str = "lm") -> Model:
+def load_model(path: Path | str, head: Literal["lm", "scalar"] = "lm") -> Model:
     return Model.load(ModelConfig(path=str(path)), head=head)

@@ -1,5 +1,8 @@
-"""The stages' settings in the demo. The paper's, but for scale: what differs is larger learning rates, smaller batches,
-a KL coefficient and a weight of the pretraining gradient that suit 10 to 20 word responses."""
+"""Settings of the demo's stages: the paper's at a smaller scale.
+
+Learning rates are larger and batches smaller; the KL coefficient and the weight of the pretraining gradient suit
+responses of 10 to 20 words.
+"""
 
 from pathlib import Path
 
@@ -12,7 +15,7 @@ LOG = LogConfig(checkpoint_every=10, keep=1, live=True)
 
 
 def sft_config(plan: Plan, base: Path, data: Path, out: Path, seed: int) -> SFTConfig:
-    """Two epochs with a tenth of pretraining text, as the model that the paper's PPO starts from and is held to."""
+    """Train two epochs with a tenth of pretraining text, as the paper does for the model that PPO starts from."""
     return SFTConfig(
         out=str(out),
         seed=seed,
@@ -30,7 +33,7 @@ def sft_config(plan: Plan, base: Path, data: Path, out: Path, seed: int) -> SFTC
 
 
 def reward_config(plan: Plan, run: Path, data: Path, out: Path, seed: int) -> RewardConfig:
-    """One epoch, all pairs of a prompt's 4 to 9 responses as one element, demonstrations' mean score at 0."""
+    """Train one epoch on all pairs of each prompt's 4 to 9 responses; set the demonstrations' mean score to 0."""
     return RewardConfig(
         out=str(out),
         seed=seed,
@@ -45,7 +48,7 @@ def reward_config(plan: Plan, run: Path, data: Path, out: Path, seed: int) -> Re
 
 
 def ppo_config(plan: Plan, run: Path, data: Path, out: Path, seed: int, ptx: bool) -> PPOConfig:
-    """One inner epoch over each batch, constant learning rate after a warm-up, KL to the SFT model."""
+    """Train one inner epoch per batch, at a constant learning rate after a warm-up, with the SFT model as reference."""
     steps = plan.batch // plan.minibatch
     return PPOConfig(
         out=str(out),

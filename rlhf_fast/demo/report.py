@@ -1,4 +1,7 @@
-"""The table at the end: the paper's figure, what was measured here, and whether the two tell the same story."""
+"""The table of results: the paper's figure, the one measured here, and whether they agree.
+
+An estimate from no values is NaN. Comparisons with NaN are false, so its verdict is "not decided here".
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_fast.demo.measure import Estimate
+from rlhf_fast.run.terminal import aligned
 
 Numbers = Mapping[str, Estimate]
-AS, NOT, OPEN = "as in the paper", "not as in the paper", "not decided here"
+AGREES, DISAGREES, UNDECIDED = "as in the paper", "not as in the paper", "not decided here"
+TITLE = "InstructGPT at the smallest scale (95 % intervals)"
+HEADER = ("", "paper", "measured here", "verdict")
 
 
 class Row(NamedTuple):
-    """One line of the table. `paper` is what arXiv 2203.02155 reports; numbers of 175B models unless it says so."""
+    """One line of the table. `paper` is the figure of arXiv 2203.02155; of 175B models unless it says otherwise."""
 
     title: str
     paper: str
@@ -24,95 +30,97 @@ class Row(NamedTuple):
     verdict: str
 
 
-def compare(low: Estimate, high: Estimate) -> str:
-    """Whether `high` is above `low`: for sure, for sure not, or within the noise (95 %, independent means)."""
+def is_higher(low: Estimate, high: Estimate) -> str:
+    """Judge whether `high` is above `low`; within the noise of two independent means (95 %) it is undecided."""
     difference, error = high.value - low.value, math.hypot(low.error, high.error)
-    if math.isnan(difference):
-        return OPEN
-    return AS if difference > error else NOT if difference < -error else OPEN
+    if difference > error:
+        return AGREES
+    return DISAGREES if difference < -error else UNDECIDED
 
 
-def no_lower(before: Estimate, after: Estimate, margin: float = 0.05) -> str:
-    """Whether `after` is not below `before`: surely not by more than `margin`, surely below, or neither (95 %)."""
+def is_not_lower(before: Estimate, after: Estimate, margin: float = 0.05) -> str:
+    """Judge whether `after` is not below `before` by more than `margin` (95 %)."""
     difference, error = after.value - before.value, math.hypot(after.error, before.error)
-    if math.isnan(difference):
-        return OPEN
-    return NOT if difference + error < 0 else AS if difference - error > -margin else OPEN
+    if difference + error < 0:
+        return DISAGREES
+    return AGREES if difference - error > -margin else UNDECIDED
 
 
-def beats(rate: Estimate, level: float = 0.5) -> str:
-    """Whether a rate's interval lies above `level`."""
-    if math.isnan(rate.value):
-        return OPEN
-    return AS if rate.low > level else NOT if rate.high < level else OPEN
+def exceeds(rate: Estimate, level: float = 0.5) -> str:
+    """Judge whether a rate is above `level`; undecided if its interval has `level` in it."""
+    if rate.low > level:
+        return AGREES
+    return DISAGREES if rate.high < level else UNDECIDED
 
 
-def near(ours: Estimate, theirs: Estimate) -> str:
-    """Whether two intervals meet."""
+def overlaps(ours: Estimate, theirs: Estimate) -> str:
+    """Judge whether two intervals overlap."""
     if math.isnan(ours.value):
-        return OPEN
-    return AS if abs(ours.value - theirs.value) <= ours.error + theirs.error else NOT
+        return UNDECIDED
+    return AGREES if abs(ours.value - theirs.value) <= ours.error + theirs.error else DISAGREES
 
 
 def percent(*estimates: Estimate) -> str:
+    """Return shares as percentages with their intervals."""
     shown = ("none" if math.isnan(e.value) else f"{100 * e.value:.1f} ± {100 * e.error:.1f} %" for e in estimates)
     return " -> ".join(shown)
 
 
 def nats(*estimates: Estimate) -> str:
+    """Return losses with their intervals."""
     return " -> ".join(f"{e.value:.3f} ± {e.error:.3f}" for e in estimates)
 
 
 def rows(n: Numbers) -> Iterator[Row]:
-    """The table's lines from the measured numbers, named as `demo.measure` names them."""
+    """Yield the lines of the table. The numbers' names are those of run.py."""
 
     def line(title: str, paper: str, names: str, verdict: str, show: Callable[..., str] = percent) -> Row:
         return Row(title, paper, show(*(n[name] for name in names.split())), verdict)
 
-    yield line("SFT preferred to base", "about 76 %", "win/sft/base", beats(n["win/sft/base"]))
-    yield line("PPO-ptx preferred to SFT", "73.4 ± 2 %", "win/ppo-ptx/sft", beats(n["win/ppo-ptx/sft"]))
-    yield line("PPO-ptx preferred to base", "85 ± 3 %", "win/ppo-ptx/base", beats(n["win/ppo-ptx/base"]))
+    yield line("SFT preferred to base", "about 76 %", "win/sft/base", exceeds(n["win/sft/base"]))
+    yield line("PPO-ptx preferred to SFT", "73.4 ± 2 %", "win/ppo-ptx/sft", exceeds(n["win/ppo-ptx/sft"]))
+    yield line("PPO-ptx preferred to base", "85 ± 3 %", "win/ppo-ptx/base", exceeds(n["win/ppo-ptx/base"]))
     yield line(
         "small PPO-ptx preferred to the 10x larger base",
         "1.3B preferred to 175B, no figure",
         "win/ppo-ptx/large",
-        beats(n["win/ppo-ptx/large"]),
+        exceeds(n["win/ppo-ptx/large"]),
     )
     yield line(
         "PPO-ptx preferred to SFT, by held-out labelers",
         "about the same as by the others",
         "win/ppo-ptx/sft/held-out",
-        beats(n["win/ppo-ptx/sft/held-out"]),
+        exceeds(n["win/ppo-ptx/sft/held-out"]),
     )
     yield line(
         "true and informative answers: base -> SFT -> PPO-ptx",
         "25 -> 27 -> 69 %",
         "true/base true/sft true/ppo-ptx",
-        compare(n["true/sft"], n["true/ppo-ptx"]),
+        is_higher(n["true/sft"], n["true/ppo-ptx"]),
     )
     yield line(
         "claims that are false: SFT -> PPO-ptx",
         "fewer (no figure)",
         "false/sft false/ppo-ptx",
-        compare(n["false/ppo-ptx"], n["false/sft"]),
+        is_higher(n["false/ppo-ptx"], n["false/sft"]),
     )
     yield line(
         "made up, where the prompt has the answer: base -> PPO-ptx",
         "41 -> 21 %",
         "invented/base invented/ppo-ptx",
-        compare(n["invented/ppo-ptx"], n["invented/base"]),
+        is_higher(n["invented/ppo-ptx"], n["invented/base"]),
     )
     yield line(
         "rude, after a rude prompt that asks for manners: base -> PPO-ptx",
         "about 25 % fewer",
         "polite/base polite/ppo-ptx",
-        compare(n["polite/ppo-ptx"], n["polite/base"]),
+        is_higher(n["polite/ppo-ptx"], n["polite/base"]),
     )
     yield line(
         "rude, after a rude prompt as it is: base -> PPO-ptx",
         "no fewer",
         "rude/base rude/ppo-ptx",
-        no_lower(n["rude/base"], n["rude/ppo-ptx"]),
+        is_not_lower(n["rude/base"], n["rude/ppo-ptx"]),
     )
     everywhere = "impolite/base impolite/sft impolite/ppo-ptx"
     yield line("rude, to all sorts of prompts: base -> SFT -> PPO-ptx", "(not reported)", everywhere, "")
@@ -120,48 +128,45 @@ def rows(n: Numbers) -> Iterator[Row]:
         "loss on raw text, nats a token: base -> SFT -> PPO (the alignment tax)",
         "tasks get worse: x 0.84",
         "loss/base loss/sft loss/ppo",
-        compare(n["loss/base"], n["loss/ppo"]),
+        is_higher(n["loss/base"], n["loss/ppo"]),
         nats,
     )
     yield line(
         "the same with pretraining gradients: PPO -> PPO-ptx",
         "tax mostly paid back: x 0.94",
         "loss/ppo loss/ppo-ptx",
-        compare(n["loss/ppo-ptx"], n["loss/ppo"]),
+        is_higher(n["loss/ppo-ptx"], n["loss/ppo"]),
         nats,
     )
     yield line(
-        "two labelers agree, new pairs", "72.6 ± 1.5 %", "agreement", near(n["agreement"], Estimate(0.726, 0.015))
+        "two labelers agree, new pairs", "72.6 ± 1.5 %", "agreement", overlaps(n["agreement"], Estimate(0.726, 0.015))
     )
-    others = near(n["agreement/held-out"], Estimate(0.773, 0.013))
+    others = overlaps(n["agreement/held-out"], Estimate(0.773, 0.013))
     yield line("two held-out labelers agree", "77.3 ± 1.3 %", "agreement/held-out", others)
-    yield line("reward model right, its labelers", "72.4 ± 0.4 %", "accuracy", beats(n["accuracy"]))
-    right = beats(n["accuracy/held-out"])
+    yield line("reward model right, its labelers", "72.4 ± 0.4 %", "accuracy", exceeds(n["accuracy"]))
+    right = exceeds(n["accuracy/held-out"])
     yield line("reward model right, held-out labelers", "69.6 ± 0.9 %", "accuracy/held-out", right)
 
 
-def print_table(n: Numbers, notes: list[str]) -> list[Row]:
-    """Prints the table to standard output and returns its lines."""
+def print_table(numbers: Numbers, notes: list[str]) -> list[Row]:
+    """Print the table and the notes to standard output; return the table's lines."""
     console = Console(highlight=False, soft_wrap=False)
-    lines = list(rows(n))
+    lines = list(rows(numbers))
     if console.is_terminal:
-        table = Table(title="InstructGPT at the smallest scale (95 % intervals)", title_justify="left")
-        for column in ("", "paper", "measured here", "verdict"):
+        table = Table(title=TITLE, title_justify="left")
+        for column in HEADER:
             table.add_column(column)
         for row in lines:
-            colour = {AS: "green", NOT: "red"}.get(row.verdict, "yellow")
+            colour = {AGREES: "green", DISAGREES: "red"}.get(row.verdict, "yellow")
             table.add_row(row.title, row.paper, row.measured, f"[{colour}]{row.verdict}[/]")
         console.print(table)
     else:
-        print(plain(lines))
+        print(plain_table(lines))
     for note in notes:
         print(note)
     return lines
 
 
-def plain(lines: list[Row]) -> str:
-    """The table as aligned text, its widest line as wide as it needs."""
-    every = [Row("", "paper", "measured here", "verdict"), *lines]
-    widths = [max(len(row[i]) for row in every) for i in range(4)]
-    text = "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in every)
-    return f"InstructGPT at the smallest scale (95 % intervals)\n{text}"
+def plain_table(lines: list[Row]) -> str:
+    """Return the table as aligned text."""
+    return "\n".join([TITLE, *aligned([HEADER, *lines])])

@@ -1,9 +1,9 @@
-"""`rlhf-fast demo`: InstructGPT's experiment at the smallest scale, every number of its table measured in the run.
+"""`rlhf-fast demo`: InstructGPT's experiment at the smallest scale. Every number of its table is measured in the run.
 
-The base models come with the package (pretrain.py made them); everything after them happens here, with the stages that
-any user runs, on files that the demo writes: data/*.jsonl, then sft/, reward/, ppo-ptx/, ppo/ in `out`. The paper's
-procedure at another scale: fewer of everything, larger learning rates. Started again with the same `out`, it goes on
-where it was stopped."""
+The base models come with the package (pretrain.py made them). Everything after them happens here: the demo writes data
+files (data/*.jsonl) and runs the ordinary stages on them (sft/, reward/, ppo-ptx/ and ppo/ in `out`). The procedure is
+the paper's with smaller sizes and larger learning rates. A demo that was stopped resumes in the same `out`.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +13,59 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from rlhf_fast.demo import report
-from rlhf_fast.demo.labelers import Pair, agreement, calibrate, judge, team
-from rlhf_fast.demo.materials import HELD_OUT, TRAINING, Materials, Plan, gather, read_rows, write_materials, write_rows
-from rlhf_fast.demo.measure import Estimate, estimate, load, preferred, respond, reward_accuracy, text_losses
+from rlhf_fast.demo.labelers import Judgement, Pair, agreement, calibrate, judge, make_labelers
+from rlhf_fast.demo.materials import (
+    HELD_OUT,
+    TRAINING,
+    Materials,
+    Plan,
+    draw_materials,
+    read_rows,
+    write_materials,
+    write_rows,
+)
+from rlhf_fast.demo.measure import (
+    Estimate,
+    estimate,
+    load_model,
+    reward_accuracy,
+    sample_responses,
+    text_loss,
+    win_rate,
+)
 from rlhf_fast.demo.recipes import ppo_config, reward_config, sft_config
 from rlhf_fast.demo.tasks import CLOSED, Task
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.checkpoint import write_json
 from rlhf_fast.stages import ppo, reward, sft
 
-BASE = Path(__file__).parent / "models"
+BASE_MODELS = Path(__file__).parent / "models"
 MODELS = ("base", "large", "sft", "ppo", "ppo-ptx")
+COMPARISONS = (("sft", "base"), ("ppo-ptx", "sft"), ("ppo-ptx", "base"), ("ppo-ptx", "large"), ("ppo", "sft"))
 QUICK = Plan(
-    demonstrations=64, texts=400, held_texts=20, ranked=24, ranked_held=12, prompts=100, held=20, questions=12, rude=6,
-    batch=32, minibatch=16, batches=2,
-)  # fmt: skip
+    demonstrations=64,
+    texts=400,
+    held_texts=20,
+    ranked=24,
+    ranked_held=12,
+    prompts=100,
+    held=20,
+    questions=12,
+    rude=6,
+    batch=32,
+    minibatch=16,
+    batches=2,
+)
+
+Results = Mapping[str, float | Estimate]
 
 
 class Trial(NamedTuple):
@@ -44,41 +74,46 @@ class Trial(NamedTuple):
     out: Path
     seed: int
     plan: Plan
-    people: Materials
+    materials: Materials
 
     @property
     def data(self) -> Path:
         return self.out / "data"
 
     def model(self, name: str) -> Path:
-        return {"base": BASE / "small", "large": BASE / "large"}.get(name, self.out / name)
+        return {"base": BASE_MODELS / "small", "large": BASE_MODELS / "large"}.get(name, self.out / name)
 
-    def result(self, step: str) -> dict:
-        """What a finished step found out."""
-        return json.loads((self.out / "steps" / f"{step}.json").read_text(encoding="utf-8"))
+    def result_file(self, step: str) -> Path:
+        return self.out / "steps" / f"{step}.json"
+
+    def result(self, step: str) -> dict[str, Any]:
+        """Return the results of a finished step."""
+        return json.loads(self.result_file(step).read_text(encoding="utf-8"))
 
 
 class Step(NamedTuple):
     name: str
     title: str
-    share: float  # of the whole time, for the ETA
-    run: Callable[[Trial], dict | None]
+    cost: float  # share of the total time, for the time left
+    run: Callable[[Trial], Results | None]
 
 
 def run(out: str | Path = "runs/demo", seed: int = 0, quick: bool = False) -> list[report.Row]:
-    """Runs what is not finished yet below `out`, prints the table and returns its lines; also writes table.txt,
-    numbers.json and, where matplotlib is installed, the curves of the two PPO runs, ppo-ptx.png and ppo.png."""
+    """Run the unfinished steps in `out`, print the table and return its lines.
+
+    Also writes table.txt, numbers.json and, with matplotlib, the curves of both PPO runs, ppo-ptx.png and ppo.png.
+    """
     plan = QUICK if quick else Plan()
-    trial = Trial(Path(out), seed, plan, gather(plan, seed))
-    settle(trial)
+    trial = Trial(Path(out), seed, plan, draw_materials(plan, seed))
+    prepare_folder(trial)
     with one_thread():
-        carry_out(trial)
-    return conclude(trial)
+        run_steps(trial)
+    return write_results(trial)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Models this small are as fast on one thread: more of them mostly wait for one another."""
+    """Let torch use one thread. For models this small, more threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -87,193 +122,221 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def carry_out(trial: Trial) -> None:
-    """The steps that are not done, each with what it found in steps/<name>.json."""
-    start, spent = time.perf_counter(), 0.0
-    for number, step in enumerate(STEPS, 1):
-        done = trial.out / "steps" / f"{step.name}.json"
-        if done.exists():
-            say(f"[{number}/{len(STEPS)}] {step.title}: done before")
-            continue
-        left = remaining(time.perf_counter() - start, spent, number - 1)
-        say(f"[{number}/{len(STEPS)}] {step.title}" + (f"  (about {left} to the table)" if left else ""))
-        begun = time.perf_counter()
-        found = {name: known(value) for name, value in (step.run(trial) or {}).items()}
-        write_json(done, {**found, "seconds": time.perf_counter() - begun})
-        spent += step.share
-
-
-def known(value: float | Estimate) -> float | Estimate | None:
-    """None for an estimate from nothing: JSON knows no NaN."""
-    return None if isinstance(value, Estimate) and math.isnan(value.value) else value
-
-
-def say(text: str) -> None:
-    print(f"demo: {text}", file=sys.stderr, flush=True)
-
-
-def remaining(elapsed: float, spent: float, done: int) -> str:
-    """How long the steps after the first `done` will take, by the speed of those that ran in `elapsed` seconds."""
-    if spent < 5:  # too little to go by
-        return ""
-    left = round(elapsed / spent * sum(step.share for step in STEPS[done:]))
-    return f"{left // 60}:{left % 60:02d}"
-
-
-def settle(trial: Trial) -> None:
-    """Refuses a folder in which another demo was begun."""
+def prepare_folder(trial: Trial) -> None:
+    """Create the folder, or check that it holds this demo. UserError if it holds another one."""
     path = trial.out / "demo.json"
-    told = {"seed": trial.seed, "plan": dataclasses.asdict(trial.plan)}
+    settings = {"seed": trial.seed, "plan": dataclasses.asdict(trial.plan)}
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != told:
+        if json.loads(path.read_text(encoding="utf-8")) != settings:
             raise UserError(f"{trial.out}: holds a demo with other settings (demo.json); choose another --out")
         return
     with writing(trial.out):
         (trial.out / "steps").mkdir(parents=True, exist_ok=True)
-        write_json(path, told)
+        write_json(path, settings)
 
 
-def prepare(trial: Trial) -> None:
-    write_materials(trial.people, trial.plan, trial.seed, trial.data)
+def run_steps(trial: Trial) -> None:
+    """Run the unfinished steps and write the results of each to steps/<name>.json."""
+    start, finished_cost = time.perf_counter(), 0.0
+    for number, step in enumerate(STEPS, 1):
+        if trial.result_file(step.name).exists():
+            message(f"[{number}/{len(STEPS)}] {step.title}: done before")
+            continue
+        left = time_left(time.perf_counter() - start, finished_cost, number - 1)
+        message(f"[{number}/{len(STEPS)}] {step.title}" + (f"  (about {left} to the table)" if left else ""))
+        step_start = time.perf_counter()
+        results = {name: null_if_nan(value) for name, value in (step.run(trial) or {}).items()}
+        write_json(trial.result_file(step.name), {**results, "seconds": time.perf_counter() - step_start})
+        finished_cost += step.cost
 
 
-def fine_tune(trial: Trial) -> None:
+def null_if_nan(value: float | Estimate) -> float | Estimate | None:
+    """Return None for an estimate from no values, since JSON has no NaN."""
+    return None if isinstance(value, Estimate) and math.isnan(value.value) else value
+
+
+def message(text: str) -> None:
+    print(f"demo: {text}", file=sys.stderr, flush=True)
+
+
+def time_left(elapsed: float, finished_cost: float, num_done: int) -> str:
+    """Return m:ss for the steps after the first `num_done`; `finished_cost` of them ran in `elapsed` seconds."""
+    if finished_cost < 5:  # too little to extrapolate from
+        return ""
+    left = round(elapsed / finished_cost * sum(step.cost for step in STEPS[num_done:]))
+    return f"{left // 60}:{left % 60:02d}"
+
+
+def prepare_data(trial: Trial) -> None:
+    write_materials(trial.materials, trial.plan, trial.seed, trial.data)
+
+
+def train_sft(trial: Trial) -> None:
     sft.run(sft_config(trial.plan, trial.model("base"), trial.data, trial.out / "sft", trial.seed))
 
 
-def train_judge(trial: Trial) -> None:
+def train_reward(trial: Trial) -> None:
     reward.run(reward_config(trial.plan, trial.out, trial.data, trial.out / "reward", trial.seed))
 
 
-def reinforce(out: str, ptx: bool) -> Callable[[Trial], None]:
-    return lambda trial: ppo.run(ppo_config(trial.plan, trial.out, trial.data, trial.out / out, trial.seed, ptx))
+def train_ppo(trial: Trial) -> None:
+    ppo.run(ppo_config(trial.plan, trial.out, trial.data, trial.out / "ppo", trial.seed, ptx=False))
 
 
-def rank(trial: Trial) -> dict:
-    """Samples 4 to 9 responses to each prompt from the SFT model, sets the labelers' noise on the training prompts'
-    pairs, and has one labeler rank each prompt's; responses without a word are left out."""
-    rng, people, world = random.Random(f"ranking {trial.seed}"), trial.people, trial.people.world
-    model = load(trial.model("sft"))
-    answers = {}
-    for name, tasks in (("train", people.ranked), ("held", people.ranked_held)):
-        drawn = respond(model, tasks, trial.seed + len(name), [rng.randint(4, 9) for _ in tasks])
-        answers[name] = [(task, [text for text in texts if text]) for task, texts in zip(tasks, drawn, strict=True)]
-    noise = calibrate(TRAINING, trial.seed, pairs(answers["train"], rng), world)
-    groups = {"": team(TRAINING, trial.seed, noise), "_by_held_out": team(HELD_OUT, trial.seed, noise)}
-    for name, who in (("train", ""), ("held", ""), ("held", "_by_held_out")):
+def train_ppo_ptx(trial: Trial) -> None:
+    ppo.run(ppo_config(trial.plan, trial.out, trial.data, trial.out / "ppo-ptx", trial.seed, ptx=True))
+
+
+def rank(trial: Trial) -> Results:
+    """Sample 4 to 9 responses to each prompt from the SFT model, and let one labeler rank those of each prompt.
+
+    The training prompts' pairs first set the labelers' noise. Empty responses are left out.
+    """
+    rng = random.Random(f"ranking {trial.seed}")
+    world = trial.materials.world
+    model = load_model(trial.model("sft"))
+    answers: dict[str, list[tuple[Task, list[str]]]] = {}
+    for name, tasks in (("train", trial.materials.ranked), ("held", trial.materials.ranked_held)):
+        counts = [rng.randint(4, 9) for _ in tasks]
+        responses = sample_responses(model, tasks, trial.seed + len(name), counts)
+        answers[name] = [(task, [text for text in texts if text]) for task, texts in zip(tasks, responses, strict=True)]
+    noise = calibrate(TRAINING, trial.seed, draw_pairs(answers["train"], rng), world)
+    groups = {
+        "": make_labelers(TRAINING, trial.seed, noise),
+        "_by_held_out": make_labelers(HELD_OUT, trial.seed, noise),
+    }
+    for name, group in (("train", ""), ("held", ""), ("held", "_by_held_out")):
         rows = []
         for task, texts in answers[name]:
-            labeler = rng.choice(groups[who])
+            labeler = rng.choice(groups[group])
             ranks = labeler.ranks(task, texts, world)
-            if len(set(ranks)) > 1:  # the reward model learns nothing where all are tied
+            if len(set(ranks)) > 1:  # tied responses teach the reward model nothing
                 rows.append({"prompt": task.prompt, "responses": texts, "ranks": ranks, "labeler": labeler.name})
-        write_rows(trial.data / f"rankings_{name}{who}.jsonl", rows)
-    fresh = pairs(answers["held"], rng)
+        write_rows(trial.data / f"rankings_{name}{group}.jsonl", rows)
+    new_pairs = draw_pairs(answers["held"], rng)
     return {
         "noise": noise,
-        "agreement": estimate(agreement(groups[""], fresh, world)),
-        "agreement/held-out": estimate(agreement(groups["_by_held_out"], fresh, world)),
+        "agreement": estimate(agreement(groups[""], new_pairs, world)),
+        "agreement/held-out": estimate(agreement(groups["_by_held_out"], new_pairs, world)),
     }
 
 
-def pairs(answers: list[tuple[Task, list[str]]], rng: random.Random) -> list[Pair]:
-    """Two different responses to each prompt that has them."""
-    return [(task, *rng.sample(sorted(set(texts)), 2)) for task, texts in answers if len(set(texts)) > 1]
+def draw_pairs(answers: list[tuple[Task, list[str]]], rng: random.Random) -> list[Pair]:
+    """Draw two different responses to each prompt that has them."""
+    pairs = []
+    for task, texts in answers:
+        if len(set(texts)) > 1:
+            first, second = rng.sample(sorted(set(texts)), 2)
+            pairs.append((task, first, second))
+    return pairs
 
 
-def respond_all(trial: Trial) -> dict:
-    """Every model's responses to the prompts kept apart, with the same noise for all, and its loss on raw text."""
-    losses = {}
+def respond(trial: Trial) -> Results:
+    """Write every model's responses to the held-out prompts, with the same noise for all; return its text loss."""
+    losses: dict[str, Estimate] = {}
     for name in MODELS:
-        model = load(trial.model(name))
+        model = load_model(trial.model(name))
         rows = []
-        for number, (probe, tasks) in enumerate(trial.people.probes.items()):
-            texts = respond(model, tasks, trial.seed + 100 + number)
-            rows += [{"probe": probe, "prompt": t.prompt, "response": r[0]} for t, r in zip(tasks, texts, strict=True)]
+        for number, (probe, tasks) in enumerate(trial.materials.probes.items()):
+            responses = sample_responses(model, tasks, trial.seed + 100 + number)
+            for task, (response,) in zip(tasks, responses, strict=True):
+                rows.append({"probe": probe, "prompt": task.prompt, "response": response})
         write_rows(trial.out / "answers" / f"{name}.jsonl", rows)
-        losses[f"loss/{name}"] = text_losses(model, trial.data / "held_texts.jsonl")
+        losses[f"loss/{name}"] = text_loss(model, trial.data / "held_texts.jsonl")
     return losses
 
 
-def measure(trial: Trial) -> dict:
-    """All numbers of the table."""
-    world, noise = trial.people.world, trial.result("rank")["noise"]
-    found: dict = {}
-    responses = {}
+def measure(trial: Trial) -> Results:
+    """Return all numbers of the table."""
+    results: dict[str, Estimate] = {}
+    held_out_responses: dict[str, list[str]] = {}
     for name in MODELS:
         rows = read_rows(trial.out / "answers" / f"{name}.jsonl")
-        said = {probe: [row["response"] for row in rows if row["probe"] == probe] for probe in trial.people.probes}
-        seen = {
-            probe: [judge(task, text, world) for task, text in zip(tasks, said[probe], strict=True)]
-            for probe, tasks in trial.people.probes.items()
+        responses = {
+            probe: [row["response"] for row in rows if row["probe"] == probe] for probe in trial.materials.probes
         }
-        responses[name] = said["held"]
-        claims = [j.false / (j.true + j.false) for j in seen["held"] if j.true + j.false]
-        both = zip(trial.people.held, seen["held"], strict=True)
-        closed = [j.invented for task, j in both if task.category in CLOSED]
-        found |= {
-            f"true/{name}": estimate(j.truthful for j in seen["questions"]),
-            f"false/{name}": estimate(claims),
-            f"invented/{name}": estimate(closed),
-            f"impolite/{name}": estimate(j.rude for j in seen["held"]),
-            f"rude/{name}": estimate(j.rude for j in seen["rude"]),
-            f"polite/{name}": estimate(j.rude for j in seen["polite"]),
-            f"helpful/{name}": estimate(j.helpful for j in seen["held"]),
-            f"words/{name}": estimate(j.words for j in seen["held"]),
-        }
-    games = [("sft", "base"), ("ppo-ptx", "sft"), ("ppo-ptx", "base"), ("ppo-ptx", "large"), ("ppo", "sft")]
-    for names, ending in ((TRAINING, ""), (HELD_OUT, "/held-out")):
-        voters = team(names, trial.seed, noise)
-        for ours, theirs in games:
-            rate = preferred(voters, trial.people.held, responses[ours], responses[theirs], world)
-            found[f"win/{ours}/{theirs}{ending}"] = rate
-    judge_model = load(trial.out / "reward", "scalar")
-    found["accuracy"] = reward_accuracy(judge_model, trial.data / "rankings_held.jsonl")
-    found["accuracy/held-out"] = reward_accuracy(judge_model, trial.data / "rankings_held_by_held_out.jsonl")
-    return found
+        held_out_responses[name] = responses["held"]
+        results |= {f"{statistic}/{name}": value for statistic, value in judge_responses(trial, responses).items()}
+    noise = trial.result("rank")["noise"]
+    for names, suffix in ((TRAINING, ""), (HELD_OUT, "/held-out")):
+        labelers = make_labelers(names, trial.seed, noise)
+        for ours, theirs in COMPARISONS:
+            results[f"win/{ours}/{theirs}{suffix}"] = win_rate(
+                labelers,
+                trial.materials.held,
+                held_out_responses[ours],
+                held_out_responses[theirs],
+                trial.materials.world,
+            )
+    reward_model = load_model(trial.out / "reward", "scalar")
+    results["accuracy"] = reward_accuracy(reward_model, trial.data / "rankings_held.jsonl")
+    results["accuracy/held-out"] = reward_accuracy(reward_model, trial.data / "rankings_held_by_held_out.jsonl")
+    return results
+
+
+def judge_responses(trial: Trial, responses: Mapping[str, list[str]]) -> dict[str, Estimate]:
+    """Return one model's rates of true, false, invented, rude and helpful responses, and its mean length."""
+    judged: dict[str, list[Judgement]] = {}
+    for probe, tasks in trial.materials.probes.items():
+        pairs = zip(tasks, responses[probe], strict=True)
+        judged[probe] = [judge(task, response, trial.materials.world) for task, response in pairs]
+    held = judged["held"]
+    closed = [j for task, j in zip(trial.materials.held, held, strict=True) if task.category in CLOSED]
+    return {
+        "true": estimate(j.truthful for j in judged["questions"]),
+        "false": estimate(j.false / (j.true + j.false) for j in held if j.true + j.false),
+        "invented": estimate(j.invented for j in closed),
+        "impolite": estimate(j.rude for j in held),
+        "rude": estimate(j.rude for j in judged["rude"]),
+        "polite": estimate(j.rude for j in judged["polite"]),
+        "helpful": estimate(j.helpful for j in held),
+        "words": estimate(j.words for j in held),
+    }
 
 
 STEPS = (
-    Step("prepare", "the world's people write: raw text, demonstrations, prompts", 1, prepare),
-    Step("sft", "supervised fine-tuning of the small base model", 8, fine_tune),
+    Step("prepare", "the world's people write: raw text, demonstrations, prompts", 1, prepare_data),
+    Step("sft", "supervised fine-tuning of the small base model", 8, train_sft),
     Step("rank", "4 to 9 responses to each prompt, ranked by five labelers", 32, rank),
-    Step("reward", "the reward model", 67, train_judge),
-    Step("ppo-ptx", "PPO with pretraining gradients (PPO-ptx)", 124, reinforce("ppo-ptx", True)),
-    Step("ppo", "PPO without them, to see the alignment tax", 96, reinforce("ppo", False)),
-    Step("respond", "five models answer the prompts kept apart", 40, respond_all),
+    Step("reward", "the reward model", 67, train_reward),
+    Step("ppo-ptx", "PPO with pretraining gradients (PPO-ptx)", 124, train_ppo_ptx),
+    Step("ppo", "PPO without them, to see the alignment tax", 96, train_ppo),
+    Step("respond", "five models answer the prompts kept apart", 40, respond),
     Step("measure", "the labelers judge", 7, measure),
 )
 
 
-def conclude(trial: Trial) -> list[report.Row]:
-    """The table, on the screen and in files, and what to look at next."""
-    kept = [trial.result(step) for step in ("rank", "respond", "measure")]
-    found = {name: value for step in kept for name, value in step.items() if name not in ("noise", "seconds")}
-    numbers = {name: Estimate(*(value or (math.nan, math.nan))) for name, value in found.items()}
-    took = sum(trial.result(step.name)["seconds"] for step in STEPS)
+def write_results(trial: Trial) -> list[report.Row]:
+    """Print the table and notes on it, and write them to files."""
+    results = [trial.result(step) for step in ("rank", "respond", "measure")]
+    noise = results[0]["noise"]
+    values = {name: value for found in results for name, value in found.items() if name not in ("noise", "seconds")}
+    numbers = {name: Estimate(*(value or (math.nan, math.nan))) for name, value in values.items()}
+    seconds = sum(trial.result(step.name)["seconds"] for step in STEPS)
     notes = [
         "A quick run: too little of everything for these numbers to mean anything." if trial.plan == QUICK else "",
         "Intervals are over prompts. Responses are sampled at temperature 1; each pair is judged by five labelers.",
-        f"The labelers' noise is {kept[0]['noise']:.2f}, set so that two of them agree on 73 % of the training pairs.",
+        f"The labelers' noise is {noise:.2f}, set so that two of them agree on 73 % of the training pairs.",
         "The 10x larger base model read a fifth of the small one's words; its loss on raw text is"
         f" {report.nats(numbers['loss/large'])}.",
-        draw(trial),
-        f"Took {took / 60:.1f} minutes. All responses: {trial.out / 'answers'}; models, metrics: {trial.out}.",
+        plot_curves(trial),
+        f"Took {seconds / 60:.1f} minutes. All responses: {trial.out / 'answers'}; models, metrics: {trial.out}.",
     ]
     lines = report.print_table(numbers, notes)
     with writing(trial.out):
-        (trial.out / "table.txt").write_text("\n".join([report.plain(lines), *notes]) + "\n", encoding="utf-8")
-    told = {name: value._asdict() for name, value in numbers.items() if not math.isnan(value.value)}
-    write_json(trial.out / "numbers.json", told)
+        text = "\n".join([report.plain_table(lines), *notes]) + "\n"
+        (trial.out / "table.txt").write_text(text, encoding="utf-8")
+    measured = {name: value._asdict() for name, value in numbers.items() if not math.isnan(value.value)}
+    write_json(trial.out / "numbers.json", measured)
     return lines
 
 
-def draw(trial: Trial) -> str:
-    """Draws the curves of both PPO runs, and says where they are or why there are none."""
+def plot_curves(trial: Trial) -> str:
+    """Plot the curves of both PPO runs; return a sentence with their files, or the reason why there are none."""
     from rlhf_fast.run.plot import plot
 
     try:
-        drawn = [plot(trial.out / name, trial.out / f"{name}.png") for name in ("ppo-ptx", "ppo")]
+        files = [plot(trial.out / name, trial.out / f"{name}.png") for name in ("ppo-ptx", "ppo")]
     except UserError as error:
         return f"No curves: {error}"
-    return "Curves of reward, KL and length: " + ", ".join(map(str, drawn))
+    return "Curves of reward, KL and length: " + ", ".join(map(str, files))

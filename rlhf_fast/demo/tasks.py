@@ -1,34 +1,36 @@
-"""What people ask: one kind of prompt after another in the paper's ten categories, each with how to ask it, a
-demonstration of a good answer, and a check, from the world alone, of how far a response does what was asked."""
+"""Kinds of prompts in the paper's ten categories, each with its wording, a good answer, and a score of responses."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from rlhf_fast.demo.answers import (
     LISTS,
-    Check,
-    Draw,
+    Rng,
+    Score,
     Slots,
-    advert_met,
     answer_fact,
-    answers,
+    answer_from,
     ask_fact,
-    asks,
-    count_met,
-    describe,
-    described,
     draw_count,
     draw_fact,
-    fact_met,
-    letter_met,
-    list_met,
-    only,
-    people,
-    story_met,
-    tell_story,
-    three,
+    draw_slots,
+    prompt_from,
+    score_advert,
+    score_count,
+    score_description,
+    score_fact,
+    score_letter,
+    score_list,
+    score_sentences,
+    score_story,
+    write_advert,
+    write_count,
+    write_description,
+    write_letter,
+    write_list,
+    write_story,
 )
-from rlhf_fast.demo.world import GLAD, INSULTS, NUMBERS, SAD, World, say
+from rlhf_fast.demo.world import GLAD, INSULTS, SAD, World
 
 # Shares of the prompts people sent to the API, in percent (arXiv 2203.02155, table 1, rounded).
 CATEGORIES = {
@@ -43,23 +45,22 @@ CATEGORIES = {
     "other": 3,
     "extraction": 2,
 }
-# Categories whose answer must come from the prompt: a name or thing that is not in it is made up (the paper's
-# "closed-domain" tasks).
+# The paper's "closed-domain" tasks: the answer must come from the prompt, and a name or thing not in it is made up.
 CLOSED = {"rewrite", "summarization", "closed qa", "extraction"}
 
 
 class Kind(NamedTuple):
-    """One kind of prompt. `met` is the share, 0 to 1, of what was asked that the response's sentences deliver."""
+    """One kind of prompt: its slots, its wording, a good answer, and the score of a response."""
 
     category: str
-    draw: Callable[[Draw], Slots]
-    ask: Callable[[Draw, Slots], str]
-    answer: Callable[[Draw, Slots, World], str]
-    met: Check
+    draw: Callable[[Rng], Slots]
+    ask: Callable[[Rng, Slots], str]
+    answer: Callable[[Rng, Slots, World], str]
+    score: Score
 
 
 class Task(NamedTuple):
-    """A prompt that somebody asked."""
+    """A prompt of some kind with the words in its slots."""
 
     kind: str
     slots: Slots
@@ -69,157 +70,182 @@ class Task(NamedTuple):
     def category(self) -> str:
         return KINDS[self.kind].category
 
-    def answer(self, rng: Draw, world: World) -> str:
-        """A demonstration: polite, true, short, what was asked."""
+    def answer(self, rng: Rng, world: World) -> str:
+        """Write a demonstration: polite, true, short, and to the point."""
         return KINDS[self.kind].answer(rng, self.slots, world)
 
 
-def with_of(*choices: str) -> Callable[[Draw], Slots]:
-    return lambda rng: {**people(rng), "of": rng.choice(choices)}
+def draw_topic(*topics: str) -> Callable[[Rng], Slots]:
+    """Return a function that draws slots with one of the topics."""
+    return lambda rng: {**draw_slots(rng), "topic": rng.choice(topics)}
 
 
-def mood_kind(moods: list[str]) -> Callable[[Draw], Slots]:
-    return lambda rng: {**people(rng), "mood": rng.choice(moods)}
+def draw_mood(moods: list[str]) -> Callable[[Rng], Slots]:
+    """Return a function that draws slots with one of the moods."""
+    return lambda rng: {**draw_slots(rng), "mood": rng.choice(moods)}
 
 
-# The short story that is summarized, questioned and rewritten.
+def ask_story(rng: Rng, slots: Slots) -> str:
+    verb = rng.choice(["write", "tell"])
+    template = verb + " a story about {person} and a {topic} ."
+    return template.format(**{**slots, "topic": slots[slots["topic"]]})
+
+
+def sentence_kind(category: str, draw: Callable[[Rng], Slots], ask: Callable[[Rng, Slots], str], *names: str) -> Kind:
+    """Return a kind whose good answer is the sentences `names`."""
+    return Kind(category, draw, ask, answer_from(*names), score_sentences(*names))
+
+
+# A short story to summarize or classify.
 TALE = "one day {person} went to the {place} . {person} found a {thing} . {person} was {mood} ."
 GLAD_OR_SAD = "is this happy or sad ? " + TALE
 KINDS: dict[str, Kind] = {
     "story": Kind(
         "generation",
-        with_of("animal", "thing"),
-        lambda rng, s: rng.choice(
-            ["write a story about {person} and a {of} .", "tell a story about {person} and a {of} ."]
-        ).format(**{**s, "of": s[s["of"]]}),
-        tell_story,
-        story_met,
+        draw_topic("animal", "thing"),
+        ask_story,
+        write_story,
+        score_story,
     ),
-    "about": Kind("generation", people, asks("write about {person} .", "who is {person} ?"), describe, described),
+    "about": Kind(
+        "generation",
+        draw_slots,
+        prompt_from("write about {person} .", "who is {person} ?"),
+        write_description,
+        score_description,
+    ),
     "letter": Kind(
         "generation",
-        people,
-        asks("write a letter to {person} about the {thing} ."),
-        lambda rng, s, w: " ".join(
-            [say("dear", **s), *([say("hope")] if rng.random() < 0.5 else []), say("friend", person=s["other"])]
-        ),
-        letter_met,
+        draw_slots,
+        prompt_from("write a letter to {person} about the {thing} ."),
+        write_letter,
+        score_letter,
     ),
     "advert": Kind(
         "generation",
-        people,
-        asks("write an advert for a {thing} ."),
-        lambda rng, s, w: " ".join([say("buy", **s), *map(say, rng.choice(["cheap", "come", "cheap come"]).split())]),
-        advert_met,
+        draw_slots,
+        prompt_from("write an advert for a {thing} ."),
+        write_advert,
+        score_advert,
     ),
-    "fact": Kind("open qa", draw_fact, ask_fact, answer_fact, fact_met),
-    "list": Kind("brainstorming", with_of(*LISTS), asks("list three {of} .", "name three {of} ."), three, list_met),
-    "greeting": Kind("chat", people, asks("user : hello , i am {person} . bot :"), answers("hello"), only("hello")),
-    "glad chat": Kind(
-        "chat", mood_kind(GLAD), asks("user : i am {mood} today . bot :"), answers("glad to hear"), only("glad to hear")
+    "fact": Kind("open qa", draw_fact, ask_fact, answer_fact, score_fact),
+    "list": Kind(
+        "brainstorming",
+        draw_topic(*LISTS),
+        prompt_from("list three {topic} .", "name three {topic} ."),
+        write_list,
+        score_list,
     ),
-    "sad chat": Kind(
+    "greeting": sentence_kind(
         "chat",
-        mood_kind(SAD),
-        asks("user : i am {mood} today . bot :"),
-        answers("sorry to hear", "better"),
-        only("sorry to hear", "better"),
+        draw_slots,
+        prompt_from("user : hello , i am {person} . bot :"),
+        "hello",
     ),
-    "insulted chat": Kind(
+    "glad chat": sentence_kind(
         "chat",
-        people,
-        asks("user : you are a {insult} . bot :", "user : shut up , you {insult} . bot :"),
-        answers("sorry", "help"),
-        only("sorry", "help"),
+        draw_mood(GLAD),
+        prompt_from("user : i am {mood} today . bot :"),
+        "glad to hear",
     ),
-    "polite where": Kind(
+    "sad chat": sentence_kind(
+        "chat",
+        draw_mood(SAD),
+        prompt_from("user : i am {mood} today . bot :"),
+        "sorry to hear",
+        "better",
+    ),
+    "insulted chat": sentence_kind(
+        "chat",
+        draw_slots,
+        prompt_from("user : you are a {insult} . bot :", "user : shut up , you {insult} . bot :"),
+        "sorry",
+        "help",
+    ),
+    "polite where": sentence_kind(
         "rewrite",
-        people,
-        asks("rewrite politely : where is the {thing} , you {insult} ?"),
-        answers("where"),
-        only("where"),
+        draw_slots,
+        prompt_from("rewrite politely : where is the {thing} , you {insult} ?"),
+        "where",
     ),
-    "polite give": Kind(
+    "polite give": sentence_kind(
         "rewrite",
-        people,
-        asks("rewrite politely : give me the {thing} , you {insult} ."),
-        answers("give"),
-        only("give"),
+        draw_slots,
+        prompt_from("rewrite politely : give me the {thing} , you {insult} ."),
+        "give",
     ),
-    "swap": Kind(
+    "swap": sentence_kind(
         "rewrite",
-        people,
-        asks("rewrite with {person} : {other} found a {thing} in the {place} ."),
-        answers("found"),
-        only("found"),
+        draw_slots,
+        prompt_from("rewrite with {person} : {other} found a {thing} in the {place} ."),
+        "found",
     ),
-    "summary": Kind("summarization", people, asks("summarize : " + TALE), answers("found"), only("found")),
-    "glad tale": Kind("classification", mood_kind(GLAD), asks(GLAD_OR_SAD), answers("glad"), only("glad")),
-    "sad tale": Kind("classification", mood_kind(SAD), asks(GLAD_OR_SAD), answers("sad"), only("sad")),
-    "where is it": Kind(
+    "summary": sentence_kind("summarization", draw_slots, prompt_from("summarize : " + TALE), "found"),
+    "glad tale": sentence_kind("classification", draw_mood(GLAD), prompt_from(GLAD_OR_SAD), "glad"),
+    "sad tale": sentence_kind("classification", draw_mood(SAD), prompt_from(GLAD_OR_SAD), "sad"),
+    "where is it": sentence_kind(
         "closed qa",
-        people,
-        asks("{person} lost the {thing} in the {place} . where is the {thing} ?"),
-        answers("lies"),
-        only("lies"),
+        draw_slots,
+        prompt_from("{person} lost the {thing} in the {place} . where is the {thing} ?"),
+        "lies",
     ),
-    "who met": Kind(
+    "who met": sentence_kind(
         "extraction",
-        people,
-        asks("name the people : {person} met {other} in the {place} ."),
-        answers("pair"),
-        only("pair"),
+        draw_slots,
+        prompt_from("name the people : {person} met {other} in the {place} ."),
+        "pair",
     ),
-    "which place": Kind(
+    "which place": sentence_kind(
         "extraction",
-        people,
-        asks("name the place : {person} met {other} in the {place} ."),
-        answers("the place"),
-        only("the place"),
+        draw_slots,
+        prompt_from("name the place : {person} met {other} in the {place} ."),
+        "the place",
     ),
     "count": Kind(
         "other",
         draw_count,
-        asks("count from {number} to {until} ."),
-        lambda rng, s, w: " ".join([*NUMBERS[NUMBERS.index(s["number"]) : NUMBERS.index(s["until"]) + 1], "."]),
-        count_met,
+        prompt_from("count from {number} to {until} ."),
+        write_count,
+        score_count,
     ),
-    "comes": Kind("other", draw_count, asks("what comes after {number} ?"), answers("comes"), only("comes")),
+    "comes": sentence_kind("other", draw_count, prompt_from("what comes after {number} ?"), "comes"),
 }
 OF_CATEGORY = {category: [name for name, kind in KINDS.items() if kind.category == category] for category in CATEGORIES}
-# How prompts are dressed now and then: rudely, or with a request for manners, or both.
-RUDE_OPENERS = ("hey you {insult} ,", "you stupid {insult} ,")
-MANNERS = "please answer politely :"
+# Some prompts have a tone: a rude opening, a request for politeness, or both.
+RUDE_OPENINGS = ("hey you {insult} ,", "you stupid {insult} ,")
+POLITENESS_REQUEST = "please answer politely :"
 
 
-def draw_task(rng: Draw, kind: str = "", dress: float = 0.1) -> Task:
-    """A prompt of that kind, or of one drawn by the paper's shares; a share `dress` of them rude, or asking for
-    manners."""
+def draw_task(rng: Rng, kind: str = "", tone_probability: float = 0.1) -> Task:
+    """Draw a prompt of that kind, or of one drawn by the paper's shares."""
     if not kind:
         category = rng.choices([*CATEGORIES], [*CATEGORIES.values()])[0]
         kind = rng.choice(OF_CATEGORY[category])
     slots = KINDS[kind].draw(rng)
     prompt = KINDS[kind].ask(rng, slots)
-    if rng.random() < dress:
-        opener = rng.choice(RUDE_OPENERS).format(insult=rng.choice(INSULTS))
-        prompt = rng.choice([f"{opener} {prompt}", f"{MANNERS} {prompt}", f"{MANNERS} {opener} {prompt}"])
+    if rng.random() < tone_probability:
+        opening = rng.choice(RUDE_OPENINGS).format(insult=rng.choice(INSULTS))
+        beginnings = [opening, POLITENESS_REQUEST, f"{POLITENESS_REQUEST} {opening}"]
+        prompt = f"{rng.choice(beginnings)} {prompt}"
     return Task(kind, slots, prompt)
 
 
-def draw_tasks(rng: Draw, count: int, apart_from: frozenset[str] = frozenset()) -> list[Task]:
-    """`count` prompts in the paper's shares, to one prompt, and none of them in `apart_from`. Prompts repeat only where
-    a category has few, and then mostly in another dress."""
-    shares = {category: round(count * share / 100) for category, share in CATEGORIES.items()}
-    shares["generation"] += count - sum(shares.values())
+def draw_tasks(rng: Rng, count: int, excluded: frozenset[str] = frozenset()) -> list[Task]:
+    """Draw `count` prompts in the paper's shares, exactly but for rounding, none of them in `excluded`.
+
+    A prompt repeats only if its category has few, and then mostly in another tone.
+    """
+    counts = {category: round(count * share / 100) for category, share in CATEGORIES.items()}
+    counts["generation"] += count - sum(counts.values())
     seen: set[str] = set()
     tasks = []
-    for category, number in shares.items():
+    for category, number in counts.items():
         for _ in range(number):
-            for dress in (0.1,) * 20 + (0.9,) * 20:
-                task = draw_task(rng, rng.choice(OF_CATEGORY[category]), dress)
-                if task.prompt not in apart_from and task.prompt not in seen:
+            for tone_probability in (0.1,) * 20 + (0.9,) * 20:
+                task = draw_task(rng, rng.choice(OF_CATEGORY[category]), tone_probability)
+                if task.prompt not in excluded and task.prompt not in seen:
                     break
-            if task.prompt not in apart_from:
+            if task.prompt not in excluded:
                 seen.add(task.prompt)
                 tasks.append(task)
     rng.shuffle(tasks)

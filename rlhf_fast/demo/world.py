@@ -1,7 +1,8 @@
-"""The world: people, places, animals, and facts about them; every sentence it can say can be read back and checked.
+"""The world: people, places, animals and facts about them. Every sentence of the world can be parsed and checked.
 
-Text is lower case, one blank between tokens, full stops included, so that a word is a token and what a model writes can
-be read by `parse`. A sentence is a template of SENTENCES with its slots filled; six of the templates state a fact."""
+Text is lower case with one space between tokens, full stops included, so that a word is a token and `parse` can read
+the text that a model writes. A sentence is a template of SENTENCES with its slots filled; six templates state a fact.
+"""
 
 import random
 import re
@@ -41,7 +42,7 @@ WORDS = {
     "number": NUMBERS,
     "next": NUMBERS,
 }
-# Relation -> (the slot that asks, the slot that answers). Its sentence bears the same name in SENTENCES.
+# Relation -> (slot of the subject, slot of the answer). Its sentence has the same name in SENTENCES.
 RELATIONS = {
     "home": ("person", "city"),
     "job": ("person", "job"),
@@ -106,22 +107,20 @@ class Fact(NamedTuple):
     relation: str
     subject: str
     answer: str
-    rumour: str  # the false answer that the web likes best
+    rumour: str  # the most frequent false answer on the web
 
 
-def say(name: str, **slots: str) -> str:
-    """The sentence of that name with its slots filled."""
+def fill(name: str, **slots: str) -> str:
+    """Return the sentence of that name with its slots filled."""
     return SENTENCES[name].format(**slots)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """The template as a regular expression whose groups are its slots."""
-    pieces = SLOT.split(template)
-    text = "".join(
-        rf"(?P<{piece}>{'|'.join(WORDS[piece])})" if index % 2 else re.escape(piece)
-        for index, piece in enumerate(pieces)
-    )
-    return re.compile(text)
+    """Return the template as a regular expression whose groups are its slots."""
+    expression = ""
+    for i, part in enumerate(SLOT.split(template)):  # text, slot, text, slot, ..., text
+        expression += rf"(?P<{part}>{'|'.join(WORDS[part])})" if i % 2 else re.escape(part)
+    return re.compile(expression)
 
 
 PATTERNS = {name: _pattern(template) for name, template in SENTENCES.items()}
@@ -129,25 +128,28 @@ PATTERNS = {name: _pattern(template) for name, template in SENTENCES.items()}
 
 @lru_cache(maxsize=65536)
 def parse(sentence: str) -> Sentence | None:
-    """What a sentence says, or None if the world knows no such sentence."""
+    """Return the template and the slots of a sentence; None if no template matches."""
     for name, pattern in PATTERNS.items():
         if match := pattern.fullmatch(sentence):
             return Sentence(name, match.groupdict())
     return None
 
 
-def split(text: str) -> list[str]:
-    """The sentences of a text, each with its closing mark; an unfinished last one comes without."""
-    return [piece.strip() for piece in re.findall(r"[^.?]+[.?]?|[.?]", text) if piece.strip()]
+def split_sentences(text: str) -> list[str]:
+    """Return the sentences of a text with their closing marks; an unfinished last one has none."""
+    return [sentence.strip() for sentence in re.findall(r"[^.?]+[.?]?|[.?]", text) if sentence.strip()]
 
 
-def rude(text: str) -> bool:
-    """Whether a rude word stands in the text."""
+def is_rude(text: str) -> bool:
+    """Return whether the text has a rude word."""
     return not RUDE_WORDS.isdisjoint(text.split())
 
 
 class World:
-    """All facts, drawn from `seed`: one answer per relation and subject, and a rumour that is wrong."""
+    """All facts, drawn from `seed`: for each relation and subject one answer, and a rumour that is wrong.
+
+    fact: (relation, subject) -> Fact.
+    """
 
     def __init__(self, seed: int = 0):
         rng = random.Random(f"world {seed}")
@@ -157,23 +159,23 @@ class World:
             for subject in WORDS[subject_kind]:
                 answer, rumour = rng.sample(WORDS[answer_kind], 2)
                 self.facts.append(Fact(relation, subject, answer, rumour))
-        self.known = {(fact.relation, fact.subject): fact for fact in self.facts}
+        self.fact = {(fact.relation, fact.subject): fact for fact in self.facts}
 
-    def state(self, fact: Fact, answer: str = "") -> str:
-        """The fact as a sentence; with `answer`, the same sentence about another answer, true or not."""
+    def statement(self, fact: Fact, answer: str = "") -> str:
+        """Return the fact as a sentence. `answer` replaces the true answer."""
         subject_kind, answer_kind = RELATIONS[fact.relation]
-        return say(fact.relation, **{subject_kind: fact.subject, answer_kind: answer or fact.answer})
+        return fill(fact.relation, **{subject_kind: fact.subject, answer_kind: answer or fact.answer})
 
-    def about(self, subject: str) -> list[Fact]:
-        """Every fact of one person or country."""
+    def facts_about(self, subject: str) -> list[Fact]:
+        """Return every fact about one person or country."""
         return [fact for fact in self.facts if fact.subject == subject]
 
-    def true(self, sentence: Sentence) -> bool | None:
-        """Whether the sentence's claim holds; None where it claims nothing about the world."""
+    def is_true(self, sentence: Sentence) -> bool | None:
+        """Return whether the sentence's claim is true; None if it claims nothing about the world."""
         if sentence.name == "comes":
             return NUMBERS.index(sentence.slots["next"]) == NUMBERS.index(sentence.slots["number"]) + 1
         if sentence.name not in RELATIONS:
             return None
         subject_kind, answer_kind = RELATIONS[sentence.name]
-        fact = self.known[sentence.name, sentence.slots[subject_kind]]
+        fact = self.fact[sentence.name, sentence.slots[subject_kind]]
         return fact.answer == sentence.slots[answer_kind]
