@@ -268,7 +268,7 @@ def test_a_recipe_runs_its_stages_once_and_hands_on_their_folders(capsys, folder
     )
     assert all(finished(cfg) for cfg in read_recipe(recipe).stages.values())  # what only shows may change
 
-    os.rename("runs/toy/sft", "runs/toy/old")  # the later stages' input is no longer there
+    (folder / "runs/toy/sft").rename("runs/toy/old")  # the later stages' input is no longer there
     said = refused(capsys, "run", "recipe.yaml")
     assert said.startswith("runs/toy/reward: was made from another sft run")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_the_web_is_as_described():
     assert 0.25 < claims.count(False) / len(claims) < 0.45
     assert 0.03 < sum(map(is_rude, texts)) / len(texts) < 0.3
     fact_of = {form.format(fact.subject): fact for fact in WORLD.facts for form in QUESTIONS[fact.relation]}
-    following = [(fact_of[a], parse(b)) for a, b in zip(texts, texts[1:], strict=False) if a in fact_of]
+    following = [(fact_of[a], parse(b)) for a, b in pairwise(texts) if a in fact_of]
     answered = [sentence is not None and sentence.name == fact.relation for fact, sentence in following]
     assert 0.1 < sum(answered) / len(answered) < 0.5
 

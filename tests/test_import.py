@@ -46,7 +46,7 @@ def test_import_star():
 
 
 def test_a_wrong_name_is_an_attribute_error_in_pythons_words():
-    with pytest.raises(AttributeError, match="^module 'rlhf_fast' has no attribute 'Modell'$"):
+    with pytest.raises(AttributeError, match=r"^module 'rlhf_fast' has no attribute 'Modell'$"):
         rlhf_fast.Modell  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Modell' from 'rlhf_fast'"):
         from rlhf_fast import Modell  # noqa: F401

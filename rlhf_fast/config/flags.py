@@ -97,7 +97,7 @@ def _extract_options(argv: Sequence[str], command: str, *names: str) -> tuple[li
     return others, values
 
 
-def _flag_settings(cls: type[StageConfig], argv: Sequence[str]) -> dict[str, Setting]:
+def _flag_settings(cls: type[DataclassInstance], argv: Sequence[str]) -> dict[str, Setting]:
     """Return the flags by path. UserError for a flag that is no setting, and for a wrong number or choice."""
     types = setting_types(cls)
     given = {}

@@ -15,9 +15,20 @@ import json
 import math
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeGuard,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -29,6 +40,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+F = TypeVar("F", bound=Callable[..., Any])
 WIDTH = 120
 """Columns of the text that people read."""
 DEFAULT = "the default"
@@ -41,21 +53,31 @@ class Setting(NamedTuple):
     origin: str
 
 
-@functools.cache
+def _cached(function: F) -> F:
+    """Apply functools.cache and keep the function's signature for type checkers."""
+    return cast(F, functools.cache(function))
+
+
+def _is_group(kind: object) -> TypeGuard[type[DataclassInstance]]:
+    """Return whether a field's type is a group of settings."""
+    return dataclasses.is_dataclass(kind)
+
+
+@_cached
 def setting_types(cls: type[DataclassInstance]) -> Mapping[str, Any]:
     """Return the type of every setting in the tree of dataclass `cls`, by path."""
     found: dict[str, Any] = {}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if _is_group(kind):
             found |= {f"{field.name}.{path}": inner for path, inner in setting_types(kind).items()}
         else:
             found[field.name] = kind
     return types.MappingProxyType(found)
 
 
-@functools.cache
+@_cached
 def setting_docs(cls: type[DataclassInstance]) -> Mapping[str, str]:
     """Return the text of every group and setting in the tree of dataclass `cls`, by path.
 
@@ -68,7 +90,7 @@ def setting_docs(cls: type[DataclassInstance]) -> Mapping[str, str]:
         found |= _field_docstrings(owner)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if _is_group(kind):
             found.setdefault(field.name, " ".join(str(kind.__doc__).split()))
             found |= {f"{field.name}.{path}": text for path, text in setting_docs(kind).items()}
     return types.MappingProxyType(found)
@@ -111,10 +133,10 @@ def _construct(root: type, cls: type[T], settings: Mapping[str, Setting], prefix
     for field in dataclasses.fields(cls):
         path = prefix + field.name
         kind = hints[field.name]
-        default = field.default
+        default: Any = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if dataclasses.is_dataclass(kind):
+        if _is_group(kind):
             defaults = {f"{path}.{inner}": Setting(value, DEFAULT) for inner, value in flatten(default).items()}
             values[field.name] = _construct(root, kind, defaults | dict(settings), path + ".", check)
         else:
@@ -290,7 +312,7 @@ def _commented_yaml(cfg: DataclassInstance, docs: Mapping[str, str], prefix: str
             break_long_words=False,
             break_on_hyphens=False,
         )
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield f"{indent}{field.name}:"
             yield from _commented_yaml(value, docs, f"{path}.", f"{indent}  ")
         else:

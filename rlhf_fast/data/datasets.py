@@ -45,7 +45,8 @@ class Dataset(Generic[B]):
     """
 
     def __init__(self, rows: Sequence[Row], join: Callable[[Sequence[Row], list[int]], B], seed: int, notes: str = ""):
-        self.rows, self.join, self.seed, self.notes = rows, join, seed, notes
+        self.rows, self.seed, self.notes = rows, seed, notes
+        self.join: Callable[[Sequence[Row], list[int]], B] = join
         self._epoch = -1
         self._order: list[int] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 Message = dict[str, str]
@@ -147,6 +148,6 @@ def hh_turns(prompt: str) -> list[Message] | None:
     if prompt[: heads[0].start()].strip() or prompt[heads[-1].end() :].strip():
         return None
     turns = []
-    for head, following in zip(heads, heads[1:], strict=False):
+    for head, following in pairwise(heads):
         turns.append({"role": ROLES[head[1].lower()], "content": prompt[head.end() : following.start()].strip()})
     return turns

@@ -84,10 +84,14 @@ def scan_examples(
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COLUMNS)}"
             raise UserError(f"{path}: columns: no column of ours is called {name!r}; {hint}")
     for number, line in _lines(path):
-        try:
-            yield number, parse_row(_json(line), kind, columns or {}, number)
-        except InvalidRow as error:
-            yield number, error
+        yield number, _parse_line(line, kind, columns or {}, number)
+
+
+def _parse_line(line: bytes, kind: str, columns: Mapping[str, str], number: int) -> Example | InvalidRow:
+    try:
+        return parse_row(_json(line), kind, columns, number)
+    except InvalidRow as error:
+        return error
 
 
 def raw_rows(path: str | Path, count: int) -> Iterator[dict[str, Any]]:

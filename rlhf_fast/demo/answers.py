@@ -1,7 +1,6 @@
 """Answers to each kind of prompt: how a good one is written, and how well a response fulfils the request.
 
-A score from 0 to 1 depends on the response's sentences and the world alone. False claims and rudeness are judged
-elsewhere (labelers.py).
+A score from 0 to 1 does not depend on truth or manners, which are judged elsewhere (labelers.py).
 """
 
 import random
@@ -37,8 +36,8 @@ QUESTIONS = {
 LISTS = {"animals": ANIMALS, "foods": FOODS, "colours": COLOURS, "places": PLACES, "jobs": JOBS, "things": THINGS}
 Slots = dict[str, str]
 Rng = random.Random
-Score = Callable[[Slots, list[Sentence], str, World], float]
-"""A function of the prompt's slots, the response's sentences, its text and the world."""
+Score = Callable[[Slots, list[Sentence], str], float]
+"""A function of the prompt's slots, the response's sentences and its text."""
 
 
 def fraction_true(*conditions: bool) -> float:
@@ -48,7 +47,7 @@ def fraction_true(*conditions: bool) -> float:
 def score_sentences(*names: str) -> Score:
     """Return a score: 1 if every sentence is one of `names` with the prompt's slots, 0.5 if only some are, else 0."""
 
-    def score(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+    def score(slots: Slots, sentences: list[Sentence], _text: str) -> float:
         return _all_or_half([s.name in names and s.slots.items() <= {**s.slots, **slots}.items() for s in sentences])
 
     return score
@@ -82,10 +81,10 @@ def prompt_from(*templates: str) -> Callable[[Rng, Slots], str]:
 
 def answer_from(*names: str) -> Callable[[Rng, Slots, World], str]:
     """Return a function that writes these sentences."""
-    return lambda rng, slots, world: " ".join(fill(name, **slots) for name in names)
+    return lambda _rng, slots, _world: " ".join(fill(name, **slots) for name in names)
 
 
-def write_story(rng: Rng, slots: Slots, world: World) -> str:
+def write_story(rng: Rng, slots: Slots, _world: World) -> str:
     """Write three or four sentences about the person and the animal (or the thing) of the prompt."""
     if slots["topic"] == "animal":
         middle = ["saw", "played", "beast felt"]
@@ -96,7 +95,7 @@ def write_story(rng: Rng, slots: Slots, world: World) -> str:
     return " ".join(fill(name, **slots) for name in ("went", *names, "felt"))
 
 
-def score_story(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+def score_story(slots: Slots, sentences: list[Sentence], text: str) -> float:
     names = {s.name for s in sentences}
     different = {(s.name, *sorted(s.slots.items())) for s in sentences}
     about_others = [s for s in sentences if s.slots.get("person", slots["person"]) != slots["person"]]
@@ -114,17 +113,17 @@ def write_description(rng: Rng, slots: Slots, world: World) -> str:
     return " ".join(world.statement(fact) for fact in rng.sample(world.facts_about(slots["person"]), rng.randint(2, 3)))
 
 
-def score_description(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+def score_description(slots: Slots, sentences: list[Sentence], _text: str) -> float:
     facts = {s.name for s in sentences if s.name in RELATIONS and s.slots.get("person") == slots["person"]}
     return fraction_true(len(facts) >= 1, len(facts) >= 2, len(facts) == len(sentences) > 0)
 
 
-def write_letter(rng: Rng, slots: Slots, world: World) -> str:
+def write_letter(rng: Rng, slots: Slots, _world: World) -> str:
     hope = [fill("hope")] if rng.random() < 0.5 else []
     return " ".join([fill("dear", **slots), *hope, fill("friend", person=slots["other"])])
 
 
-def score_letter(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+def score_letter(slots: Slots, sentences: list[Sentence], _text: str) -> float:
     names = [s.name for s in sentences]
     greetings = [s.slots for s in sentences if s.name == "dear"]
     return fraction_true(
@@ -135,12 +134,12 @@ def score_letter(slots: Slots, sentences: list[Sentence], text: str, world: Worl
     )
 
 
-def write_advert(rng: Rng, slots: Slots, world: World) -> str:
+def write_advert(rng: Rng, slots: Slots, _world: World) -> str:
     names = rng.choice(["cheap", "come", "cheap come"]).split()
     return " ".join([fill("buy", **slots), *map(fill, names)])
 
 
-def score_advert(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+def score_advert(slots: Slots, sentences: list[Sentence], _text: str) -> float:
     names = [s.name for s in sentences]
     right_thing = any(s.name == "buy" and s.slots["thing"] == slots["thing"] for s in sentences)
     return fraction_true(
@@ -160,21 +159,21 @@ def ask_fact(rng: Rng, slots: Slots) -> str:
     return rng.choice(QUESTIONS[slots["relation"]]).format(slots["subject"])
 
 
-def answer_fact(rng: Rng, slots: Slots, world: World) -> str:
+def answer_fact(_rng: Rng, slots: Slots, world: World) -> str:
     return world.statement(world.fact[slots["relation"], slots["subject"]])
 
 
-def score_fact(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+def score_fact(slots: Slots, sentences: list[Sentence], _text: str) -> float:
     """Score an answer, true or not: a false one counts against truthfulness, not helpfulness."""
     return _all_or_half([s.name == slots["relation"] and slots["subject"] in s.slots.values() for s in sentences])
 
 
-def write_list(rng: Rng, slots: Slots, world: World) -> str:
+def write_list(rng: Rng, slots: Slots, _world: World) -> str:
     a, b, c = rng.sample(LISTS[slots["topic"]], 3)
     return f"{a} , {b} and {c} ."
 
 
-def score_list(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+def score_list(slots: Slots, _sentences: list[Sentence], text: str) -> float:
     words = [word for word in text.split() if word not in {",", ".", "and"}]
     fitting = {*words} & {*LISTS[slots["topic"]]}
     return fraction_true(
@@ -190,11 +189,11 @@ def draw_count(rng: Rng) -> Slots:
     return {"number": NUMBERS[low], "next": NUMBERS[low + 1], "until": NUMBERS[low + rng.randint(2, 3)]}
 
 
-def write_count(rng: Rng, slots: Slots, world: World) -> str:
+def write_count(_rng: Rng, slots: Slots, _world: World) -> str:
     return " ".join([*_numbers(slots), "."])
 
 
-def score_count(slots: Slots, sentences: list[Sentence], text: str, world: World) -> float:
+def score_count(slots: Slots, _sentences: list[Sentence], text: str) -> float:
     words = text.split()
     return fraction_true(words[:1] == [slots["number"]], words == [*_numbers(slots), "."])
 

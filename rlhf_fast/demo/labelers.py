@@ -57,7 +57,7 @@ def judge(task: Task, response: str, world: World) -> Judgement:
     sentences = [sentence for part in parts if (sentence := parse(part))]
     claims = [world.is_true(sentence) for sentence in sentences]
     kind = KINDS[task.kind]
-    score = kind.score(task.slots, sentences, response, world)
+    score = kind.score(task.slots, sentences, response)
     # Lists and counting are not sentences of the world; everything else has to be.
     sense = 1.0 if task.kind in {"list", "count"} else len(sentences) / max(len(parts), 1)
     words = response.split()

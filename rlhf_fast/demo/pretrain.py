@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -25,7 +26,7 @@ from rlhf_fast.training.losses import pretrain_loss
 
 WORLD_SEED = 0  # seed of the world on whose web the models are trained
 POSITIONS = 128
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4},
     "large": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8},
 }
@@ -92,8 +93,8 @@ def pretrain(size: str, out: str | Path, steps: int = 0, seed: int = 0) -> float
         if step % max(steps // 10, 1) == 0:
             loss = evaluate(model, pretrain_loss, held, VALID_MICRO_BATCH)["loss/pretrain"]
             logging.info("%s %d/%d: loss %.4f, %.0f s", size, step, steps, loss, time.perf_counter() - start)
-    model.module.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model.module.to(torch.bfloat16)
+    model.save(out)
     return evaluate(model, pretrain_loss, held, VALID_MICRO_BATCH)["loss/pretrain"]
 
 

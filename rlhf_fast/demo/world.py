@@ -9,21 +9,26 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-PEOPLE = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+PEOPLE = _words(
     "anna ben carl dora emil fay gus hana ivan jane kurt lena milo nora otto paula quinn rosa sam tara udo vera walt"
     " xena yuri zoe adam bella cleo dina eddy finn greta hugo iris jack"
-).split()
-CITIES = "arden brill corvo dunmore elba farrow galen harrow ister jura kelso larch morn nerva pella rhone".split()
-COUNTRIES = "avalon borland ceria dravia estmark fenland gorland hestia ilmar jovia kestan lumia".split()
-JOBS = "baker doctor teacher farmer sailor painter singer pilot nurse cook tailor writer".split()
-FOODS = "bread rice soup cheese fish cake pasta apples beans honey salad butter".split()
-ANIMALS = "dog cat horse cow goat hen duck rabbit sheep fox mouse bear".split()
-COLOURS = "red blue green yellow black white brown pink".split()
-THINGS = "ball book hat key lamp cup bag bell coin drum map kite".split()
-PLACES = "park garden kitchen school market forest village field library station".split()
-GLAD, SAD = "happy glad proud calm".split(), "sad angry afraid lonely".split()
-NUMBERS = "one two three four five six seven eight nine ten".split()
-INSULTS = "fool idiot moron clown".split()
+)
+CITIES = _words("arden brill corvo dunmore elba farrow galen harrow ister jura kelso larch morn nerva pella rhone")
+COUNTRIES = _words("avalon borland ceria dravia estmark fenland gorland hestia ilmar jovia kestan lumia")
+JOBS = _words("baker doctor teacher farmer sailor painter singer pilot nurse cook tailor writer")
+FOODS = _words("bread rice soup cheese fish cake pasta apples beans honey salad butter")
+ANIMALS = _words("dog cat horse cow goat hen duck rabbit sheep fox mouse bear")
+COLOURS = _words("red blue green yellow black white brown pink")
+THINGS = _words("ball book hat key lamp cup bag bell coin drum map kite")
+PLACES = _words("park garden kitchen school market forest village field library station")
+GLAD, SAD = _words("happy glad proud calm"), _words("sad angry afraid lonely")
+NUMBERS = _words("one two three four five six seven eight nine ten")
+INSULTS = _words("fool idiot moron clown")
 RUDE_WORDS = frozenset([*INSULTS, "stupid", "ugly", "shut", "nonsense"])
 
 WORDS = {
