@@ -59,7 +59,9 @@ INLINE PolicyTerm<F> policy_term(F unclipped_log_ratio, F ratio, F advantage, co
   PolicyTerm<F> term;
   term.is_clipped = clipped > unclipped;
   term.loss = select(term.is_clipped, clipped, unclipped);
-  term.grad = select(term.is_clipped | (abs(unclipped_log_ratio) > splat<F>(clip.log_ratio)), zero, unclipped);
+  // A NaN log-ratio is not within the clamp: its gradient is 0, as the reference's.
+  const Mask<F> in_clamp = abs(unclipped_log_ratio) <= splat<F>(clip.log_ratio);
+  term.grad = select(in_clamp, select(term.is_clipped, zero, unclipped), zero);
   term.is_dual = Mask<F>{};
   if constexpr (DUAL) {
     const F bound = select(advantage < zero, -advantage * clip.dual, splat<F>(__builtin_inff()));

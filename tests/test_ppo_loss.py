@@ -198,6 +198,19 @@ def test_a_nan_in_a_valid_token_reaches_the_outputs(ppo):
     assert torch.autograd.grad(ppo(logprobs, good, bad, weights)[0], logprobs)[0][13].isnan()
 
 
+@pytest.mark.parametrize("dual_clip", [0.0, 3.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_nan_log_ratio_has_no_gradient(ppo, advantage, dual_clip):
+    """It is not within log_ratio_clamp. Its neighbours keep theirs."""
+    logprobs, weights, advantages = torch.zeros(20), torch.ones(20), torch.full((20,), advantage)
+    logprobs[13] = NAN
+    logprobs.requires_grad_()
+    loss = ppo(logprobs, torch.zeros(20), advantages, weights, dual_clip=dual_clip)[0]
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    assert loss.isnan() and grad[13] == 0
+    assert grad[torch.arange(20) != 13].eq(-advantage).all()
+
+
 def test_the_first_minibatch_has_ratio_1(ppo):
     logprobs = -torch.rand(4, 30)
     weights = torch.rand(4, 30) / 60

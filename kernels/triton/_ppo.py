@@ -91,7 +91,8 @@ def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
     clipped = -advantage * launch.clamp(ratio, clip.ratio_low, clip.ratio_high)
     is_clipped = clipped > unclipped
     loss = tl.where(is_clipped, clipped, unclipped)
-    logprob_grad = tl.where(is_clipped | (tl.abs(unclipped_log_ratio) > clip.log_ratio), 0.0, unclipped)
+    in_clamp = tl.abs(unclipped_log_ratio) <= clip.log_ratio  # False for NaN, whose gradient is 0
+    logprob_grad = tl.where(in_clamp, tl.where(is_clipped, 0.0, unclipped), 0.0)
     dual_bound = float("inf")
     if DUAL:
         dual_bound = tl.where(advantage < 0, -advantage * clip.dual, float("inf"))
