@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 from test_decode_attention import Sequences
-from test_ops import answer, assert_near, detached, to
+from test_ops import assert_near, detached, reference, results, to
 
 from rlhf_fast.kernels._op import OPS
 
@@ -97,14 +97,11 @@ def test_float16_works(backend, device, name):
     for size in op.small_sizes:
         args = detached(op.make_inputs(device=device, dtype=torch.float16, **size))
 
-        def reference(*given):
-            return op.reference(*op.normalized(*given))
+        def kernel(*args):
+            return op.implementations[backend](*op.normalized(*args))
 
-        def ours(*given):
-            return op.implementations[backend](*op.normalized(*given))
-
-        truth, plain = answer(op, reference, to(args, torch.float64)), answer(op, reference, args)
-        assert_near(answer(op, ours, args), plain, truth, name)
+        truth = results(op, reference(op), to(args, torch.float64))
+        assert_near(results(op, kernel, args), lambda args=args: results(op, reference(op), args), truth, name)
 
 
 @on_each_backend

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_ops import answer, assert_near, detached, to
+from test_ops import assert_near, detached, reference, results, to
 from test_simt import build, run
 
 from rlhf_fast.kernels import _head as head
@@ -169,11 +169,7 @@ def test_float16_works(backend, device, name):
     op = OPS[name]
     for size in op.small_sizes:
         args = detached(op.make_inputs(device=device, dtype=torch.float16, **size))
-
-        def reference(*given):
-            return op.reference(*op.normalized(*given))
-
         with torch.no_grad():
-            truth, plain = answer(op, reference, to(args, torch.float64)), answer(op, reference, args)
-            ours = answer(op, op.implementations[backend], op.bind(*args))
-        assert_near(ours, plain, truth, name)
+            truth = results(op, reference(op), to(args, torch.float64))
+            ours = results(op, op.implementations[backend], op.bind(*args))
+            assert_near(ours, lambda op=op, args=args: results(op, reference(op), args), truth, name)
