@@ -26,21 +26,17 @@ struct LogitsArgs {
       if (target(row) != IGNORE_INDEX && (target(row) < 0 || target(row) >= V)) return false;
     return true;
   }
-  // Calls f with a typed pointer to a row.
-  template <class F>
-  INLINE void with_row(int64_t row, F f) const {
-    if (is_bf16)
-      f(static_cast<const bf16*>(logits) + row * stride);
-    else
-      f(static_cast<const float*>(logits) + row * stride);
-  }
 };
 
 template <bool SOFTCAP>
 SoftmaxState statistics(const LogitsArgs& args, int64_t row, const Scaling& scaling) {
   SoftmaxState state = empty_state;
-  args.with_row(row,
-                [&](const auto* x) { add_columns<SOFTCAP>(state, x, nullptr, args.V, args.target(row), scaling); });
+  if (args.is_bf16)
+    add_columns<SOFTCAP>(state, static_cast<const bf16*>(args.logits) + row * args.stride, nullptr, args.V,
+                         args.target(row), scaling);
+  else
+    add_columns<SOFTCAP>(state, static_cast<const float*>(args.logits) + row * args.stride, nullptr, args.V,
+                         args.target(row), scaling);
   return state;
 }
 
