@@ -30,9 +30,7 @@ from rlhf_fast.kernels._tensors import empty_float32
 KERNELS = ("head_init", "head_statistics", "head_results", "head_gradient", "bf16_product")
 LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, the products are 20 % slower
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
-# csrc/cpu/softmax.h reduces this many columns at a time: the bits are the same for blocks of any multiple of it.
-TILE = 1024
-VOCAB_BLOCK = 4 * TILE
+VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so the bits do not depend on it
 MIN_BF16_LOGITS = 1 << 22  # below, bfloat16 inputs are multiplied in float32
 EMULATE_BF16 = False  # for tests: bfloat16 products by ordinary arithmetic, on any processor
 
@@ -93,6 +91,7 @@ class CpuHead:
         self.threads = stream_or_threads(hidden)
         self.N = len(self.targets)
         self.V, self.D = weight.shape
+        self.vocab_block = VOCAB_TILES * kernels.head_tile
         self.use_bf16 = (
             hidden.dtype == weight.dtype == torch.bfloat16
             and self.weight.stride(1) == 1
@@ -114,14 +113,14 @@ class CpuHead:
         return x.new_zeros(self.shape.numel()).index_copy_(0, self.valid_rows, x).view(self.shape)
 
     def vocab_blocks(self) -> Iterator[tuple[int, int]]:
-        return ((first, min(first + VOCAB_BLOCK, self.V)) for first in range(0, self.V, VOCAB_BLOCK))
+        return ((first, min(first + self.vocab_block, self.V)) for first in range(0, self.V, self.vocab_block))
 
     def weight_block(self, first: int, stop: int) -> Tensor:
         """Return rows of the weight, dense and in the dtype of the products. The next call may overwrite them."""
         if self.use_bf16 or (self.weight.dtype == torch.float32 and self.weight.stride(1) == 1):
             return self.weight[first:stop]
         if self.weight_buffer is None:
-            self.weight_buffer = empty_float32(self.weight, min(VOCAB_BLOCK, self.V) * self.D)
+            self.weight_buffer = empty_float32(self.weight, min(self.vocab_block, self.V) * self.D)
         return self.weight_buffer[: (stop - first) * self.D].view(-1, self.D).copy_(self.weight[first:stop])
 
     def multiply(self, begin: int, end: int, weight: Tensor, out: Tensor) -> Tensor:
@@ -137,8 +136,8 @@ class CpuHead:
 
     def logit_blocks(self, reference: CpuHead | None = None) -> Iterator[LogitBlock]:
         """Yield all raw logits in the order of four products, beside those of a reference's head."""
-        chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(VOCAB_BLOCK, self.V)))
-        size = max((end - begin for begin, end in chunks), default=0) * min(VOCAB_BLOCK, self.V)
+        chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(self.vocab_block, self.V)))
+        size = max((end - begin for begin, end in chunks), default=0) * min(self.vocab_block, self.V)
         buffer = empty_float32(self.hidden, size)
         ref_buffer = empty_float32(self.hidden, size) if reference else buffer
         for first, stop in self.vocab_blocks():
@@ -164,8 +163,8 @@ class CpuHead:
         )  # fmt: skip
 
     def new_state(self) -> Tensor:
-        """Return (N, 9), the running statistics of rows of which no logit has been seen."""
-        state = empty_float32(self.hidden, self.N, 9)
+        """Return (N, head_state_floats), the running statistics of rows of which no logit has been seen."""
+        state = empty_float32(self.hidden, self.N, self.kernels.head_state_floats)
         self.kernels.head_init(state.data_ptr(), self.N)
         return state
 
@@ -256,7 +255,7 @@ class GradAccumulator:
         self.bias = empty_float32(head.weight, head.V).zero_() if needs_grad[2] else None
         self.weight_sums: Tensor | None = None  # None: dW is float32 and its own sum
         if needs_grad[1] and head.weight.dtype != torch.float32:
-            rows = head.V if whole_weight else min(VOCAB_BLOCK, head.V)
+            rows = head.V if whole_weight else min(head.vocab_block, head.V)
             self.weight_sums = empty_float32(head.weight, rows, head.D)
 
     def add(self, block: LogitBlock) -> None:

@@ -7,8 +7,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # csrc/ numbers the dtypes in this order
-
 
 class Unsupported(Exception):
     """A launcher raises it for inputs that its kernel does not serve, mostly a dtype. The next backend then runs."""
@@ -25,13 +23,13 @@ def data_ptrs(*tensors: Tensor | None) -> list[int]:
 
 
 def dtype_codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]:
-    """Return csrc's number of each tensor's dtype: 0 float32, 1 bfloat16, 2 float16 (csrc/cuda only). None counts as
-    float32. Raise Unsupported for any other dtype."""
-    served = FLOATS if kernels.__name__.endswith(("cuda", "simt")) else FLOATS[:2]
-    for x in tensors:
-        if x is not None and x.dtype not in served:
-            raise Unsupported(f"no compiled kernel for {str(x.dtype)[6:]}")
-    return tuple(0 if x is None else served.index(x.dtype) for x in tensors)
+    """Return the number of each tensor's dtype in csrc/dtypes.h. None counts as float32. Raise Unsupported for a dtype
+    that has none."""
+    names = ["float32" if x is None else str(x.dtype)[6:] for x in tensors]
+    for name in names:
+        if not hasattr(kernels, f"dtype_{name}"):
+            raise Unsupported(f"no compiled kernel for {name}")
+    return tuple(getattr(kernels, f"dtype_{name}") for name in names)
 
 
 def refuse_float64(*tensors: Tensor | None) -> None:

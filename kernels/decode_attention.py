@@ -1,7 +1,7 @@
 """Attention of new tokens over a paged KV cache: each token is one query, over all keys of its sequence.
 
 A token's result depends only on its own query, keys and values, bit for bit: not on the other tokens, their order, the
-pages, or the number of threads. Keys are read in splits of SPLIT, whose results are merged in order.
+pages, or the number of threads. Keys are read in splits of 256, whose results are merged in order.
 """
 
 import torch
@@ -11,7 +11,6 @@ from rlhf_fast.kernels._launch import Unsupported, data_ptrs, dtype_codes, requi
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._tensors import contiguous
 
-SPLIT = 256  # keys; csrc/ has the same constant
 BLOCKS_PER_SM = 32  # more than ten times what an SM runs at once
 MAX_STATE_BYTES = 64 << 20  # of the splits' states, where there are enough blocks without sharing tokens
 
@@ -131,9 +130,11 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, rows, scale, window, s
     S, M = block_table.shape
     threads = stream_or_threads(q)
     # With few tokens, threads share the splits of one token, and the state of each split is kept for the merge.
-    splits = -(-int(lengths.max()) // SPLIT) if 0 < N * Hkv < 4 * threads else 1
+    splits = -(-int(lengths.max()) // kernels.decode_attention_split) if 0 < N * Hkv < 4 * threads else 1
     num_states = N * Hkv * splits if splits > 1 else threads
-    states = torch.empty(num_states, H // Hkv * (dv + 4), dtype=torch.float32, device=q.device)
+    states = torch.empty(
+        num_states, H // Hkv * (kernels.decode_attention_state_floats + dv), dtype=torch.float32, device=q.device
+    )
     out = torch.empty(N, H, dv, dtype=torch.float32, device=q.device)
     try:
         kernels.decode_attention(
@@ -158,8 +159,9 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, rows, scale, window, s
     q = q if q.stride(2) == 1 else q.contiguous()
     tables = contiguous(block_table, lengths, rows)
     k_cache, v_cache = contiguous(k_cache, v_cache)
-    longest = min(M * P, window + SPLIT - 1) if window else M * P
-    splits = -(-longest // SPLIT)
+    split = kernels.decode_attention_split
+    longest = min(M * P, window + split - 1) if window else M * P
+    splits = -(-longest // split)
     parts = _blocks_per_head(N, H, Hkv, dv, splits, q)
     num_states = N * H * splits if parts > 1 else 0
     padded_dv = -(-dv // 4) * 4

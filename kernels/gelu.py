@@ -30,12 +30,12 @@ def _(x, approximate):
     return x.detach(), approximate
 
 
-@gelu.compiled(required_symbols=("gelu_map",))
+@gelu.compiled
 def _(kernels, x, approximate):
     (code,) = dtype_codes(kernels, x)
     x = x.contiguous()
     out = torch.empty_like(x)
-    kernels.gelu_map(x.data_ptr(), code, out.data_ptr(), x.numel(), approximate == "tanh", stream_or_threads(x))
+    kernels.gelu(x.data_ptr(), code, out.data_ptr(), x.numel(), approximate == "tanh", stream_or_threads(x))
     return out
 
 

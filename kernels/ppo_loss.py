@@ -243,7 +243,7 @@ def _empty_for_none(like: Tensor, *grads: Tensor | None) -> list[Tensor]:
     return [like.new_empty(0) if grad is None else grad for grad in grads]
 
 
-TOKENS_PER_BLOCK, MAX_BLOCKS = 1024, 1024  # of csrc/cuda: tokens that a block reads in one round
+MAX_BLOCKS = 1024  # of csrc/cuda
 FULL_GPU_BLOCKS = 256  # from here on each block gets two rounds and more
 
 
@@ -260,9 +260,9 @@ def _launch(kernels, device, args, needs_grad):
     out += [torch.empty_like(weights) if needed else None for needed in needs_grad]
     grid, partial_sums = [], []
     if device == "cuda":
-        rounds = -(-N // TOKENS_PER_BLOCK)
+        rounds = -(-N // kernels.ppo_loss_tokens_per_block)
         grid = [max(1, min(rounds, MAX_BLOCKS, max(FULL_GPU_BLOCKS, rounds // 2)))]
-        partial_sums = [weights.new_empty(len(STATS) + 2, *grid)]
+        partial_sums = [weights.new_empty(kernels.ppo_loss_num_partials, *grid)]
     kernels.ppo_loss(
         *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.clip, x.importance_cap,
         IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),

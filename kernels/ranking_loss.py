@@ -99,7 +99,7 @@ def _launch_cpu(kernels, scores, group_offsets, ranks, weights, needs_grad):
     scores, weights = contiguous_float32(scores, weights)
     ranks, group_offsets = _as_int32(ranks), group_offsets.long().contiguous()
     N, G = scores.shape[0], group_offsets.shape[0] - 1
-    padded_N = N + 16 * G  # each group is padded to whole vectors, of up to 16 floats
+    padded_N = N + kernels.ranking_loss_padding * G  # each group is padded to whole vectors
     group_sums = scores.new_empty(G, 3, dtype=torch.float64)
     padded = scores.new_empty(3, padded_N)
     outputs = _empty_outputs(scores, needs_grad)

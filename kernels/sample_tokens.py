@@ -93,9 +93,9 @@ def _(kernels, logits, *args):
     logits, outputs = as_matrix(logits), _fake(logits)
     *options, seed, row_ids, steps, noise = args
     options, keys = contiguous(*options), contiguous(row_ids, steps, noise)
-    threads = 256 if V > 1024 else 64
-    tiles = -(-V // (16 * threads))
-    tile_results = torch.empty(B, tiles, 32, dtype=torch.uint8, device=logits.device)
+    threads = kernels.sample_tokens_max_threads if V > 1024 else 64
+    tiles = -(-V // (kernels.sample_tokens_per_thread * threads))
+    tile_results = torch.empty(B, tiles, kernels.sample_tokens_tile_bytes, dtype=torch.uint8, device=logits.device)
     kernels.sample_tokens(
         logits.data_ptr(), code, B, V, logits.stride(0), *data_ptrs(*options), seed, *data_ptrs(*keys, *outputs),
         threads, tiles, tile_results.data_ptr(), stream_or_threads(logits),

@@ -1,5 +1,7 @@
 """Log-probability and entropy of every token of given logits, in one pass over them."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -73,21 +75,20 @@ def _(kernels, logits, targets, temperature, softcap):
     head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
     logits, targets, inputs = _kernel_inputs(kernels, logits, targets)
     outputs = empty_float32(logits, *targets.shape), empty_float32(logits, *targets.shape)
-    split_sums = _split_sums(logits)
+    split_sums = _split_sums(kernels, logits)
     scalars = *logits.shape, logits.stride(0), temperature, softcap
     kernels.token_logprobs(*inputs, *data_ptrs(*outputs, split_sums), *scalars, stream_or_threads(logits))
     return outputs
 
 
-def _split_sums(logits: Tensor) -> Tensor | None:
+def _split_sums(kernels: ModuleType, logits: Tensor) -> Tensor | None:
     """Return a buffer for the sums of blocks that share a row, or None if each row has one block. Rows are split where
-    they are long, and too few to fill a GPU.
-
-    csrc/cuda/token_logprobs.cu has the same constants: 2048 vectors of 16 bytes a split, 3 sums a thread of 256.
-    """
+    they are long, and too few to fill a GPU."""
     N, V = logits.shape
-    splits = -(-V * logits.element_size() // (2048 * 16))
-    return empty_float32(logits, N, splits, 3, 256) if splits > 1 and N <= MAX_SPLIT_ROWS else None
+    splits = -(-V * logits.element_size() // kernels.token_logprobs_part_bytes)
+    if splits <= 1 or N > MAX_SPLIT_ROWS:
+        return None
+    return empty_float32(logits, N, splits, kernels.token_logprobs_state_floats)
 
 
 @op(fake=lambda _grad_logprobs, _grad_entropy, logits, *_rest: torch.empty_like(logits).contiguous())

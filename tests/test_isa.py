@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from rlhf_fast.kernels._backends import COMPILED
+from rlhf_fast.kernels._head import IGNORE_INDEX
 from rlhf_fast.kernels._sampling import noise_words
+from rlhf_fast.kernels.ppo_loss import STATS
 
 CSRC = Path(__file__).parent.parent / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -54,6 +56,13 @@ def test_the_groups_are_those_of_the_processor():
     has = set(next(line for line in FLAGS.splitlines() if line.startswith("flags")).split())
     assert ("cpu:avx2" in COMPILED) == ({"avx2", "fma"} <= has)
     assert ("cpu:avx512" in COMPILED) == ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"} <= has)
+
+
+@pytest.mark.parametrize("kernels", COMPILED.values(), ids=list(COMPILED))
+def test_constants_agree_with_python(kernels):
+    """Those that Python must know without compiled code too; it reads the others from the module."""
+    assert kernels.ignore_index == IGNORE_INDEX
+    assert kernels.ppo_loss_num_stats == len(STATS)
 
 
 @needs_compiler

@@ -66,7 +66,7 @@ def test_bits_do_not_depend_on_the_vocabulary_block_or_the_op(backend, monkeypat
         return [scored, trained, ppo, without_grad], logprobs
 
     results, logprobs = every_op()
-    monkeypatch.setattr(cpu_head, "VOCAB_BLOCK", 2 * cpu_head.TILE)
+    monkeypatch.setattr(cpu_head, "VOCAB_TILES", 2)
     others, again = every_op()
     for logp, entropy in results + others:
         assert torch.equal(logp, logprobs) and torch.equal(logp, again)

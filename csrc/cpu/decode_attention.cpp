@@ -70,7 +70,7 @@ void merge_splits(const AttentionArgs& args, int64_t item, int64_t g) {
   int64_t task = item * args.num_splits;
   for (int64_t from = begin; from < end; from = split_end(from, end), ++task) {
     const AttentionState next = ((const AttentionState*)args.scratch_of(task))[g];
-    const float* const next_out = args.scratch_of(task) + 4 * G + g * args.dv;
+    const float* const next_out = args.scratch_of(task) + STATE_FLOATS * G + g * args.dv;
     if (from == begin) {
       state = next;
       memcpy(out, next_out, args.dv * sizeof(float));
@@ -92,7 +92,7 @@ void attend_splits(const AttentionArgs& args) {
     if (begin >= end) continue;
     float* const scratch = args.scratch_of(task);
     attend_split(args.q + item * G * args.d, args.d, G, args.kv<KV>(item), begin, split_end(begin, end), args.scale,
-                 args.softcap, scratch + 4 * G, args.dv, (AttentionState*)scratch);
+                 args.softcap, scratch + STATE_FLOATS * G, args.dv, (AttentionState*)scratch);
   }
   for (int64_t item = 0; item < args.num_items(); ++item)
     for (int64_t g = 0; g < G; ++g) merge_splits(args, item, g);
@@ -135,6 +135,8 @@ const char* decode_attention(uintptr_t q, uintptr_t k, uintptr_t v, bool is_bf16
   return nullptr;
 }
 
+CONSTANT(decode_attention_split, SPLIT)
+CONSTANT(decode_attention_state_floats, STATE_FLOATS)
 KERNEL(decode_attention)
 
 }  // namespace

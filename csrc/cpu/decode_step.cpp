@@ -376,6 +376,9 @@ const char* decode_step(uintptr_t decoder, uintptr_t ids, uintptr_t positions, u
   return nullptr;
 }
 
+CONSTANT(activation_silu, SILU)
+CONSTANT(activation_gelu, GELU_ERF)
+CONSTANT(activation_gelu_tanh, GELU_TANH)
 CONSTANT(decode_step_block, ROWS)
 KERNEL(decode_step_workspace)
 KERNEL(decode_step)

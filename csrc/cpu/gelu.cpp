@@ -1,7 +1,7 @@
 // GELU on the CPU; kernels/gelu.py defines it. Floor: one read and one write of memory, or some 40 operations a number.
 // A thread takes CHUNK numbers at a time, W of them in each vector; each number's result depends on it alone.
 #include "activation.h"
-#include "kernel.h"
+#include "dtypes.h"
 
 namespace {
 
@@ -25,13 +25,13 @@ void gelu_all(const X* x, X* out, int64_t count, bool tanh, int threads) {
   }
 }
 
-void gelu_map(uintptr_t x, bool is_bf16, uintptr_t out, int64_t count, bool tanh, int threads) {
+void gelu(uintptr_t x, bool is_bf16, uintptr_t out, int64_t count, bool tanh, int threads) {
   if (is_bf16)
     gelu_all(ptr<const bf16>(x), ptr<bf16>(out), count, tanh, threads);
   else
     gelu_all(ptr<const float>(x), ptr<float>(out), count, tanh, threads);
 }
 
-KERNEL(gelu_map)
+KERNEL(gelu)
 
 }  // namespace

@@ -65,7 +65,8 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
   }
 }
 
-// Adds a block of logits to the rows' states. x and ref: rows `stride` apart. state (rows, 9) must come from head_init.
+// Adds a block of logits to the rows' states. x and ref: rows `stride` apart. state (rows, head_state_floats) must come
+// from head_init.
 void head_statistics(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets, uintptr_t state,
                      int64_t rows, int64_t columns, int64_t stride, int64_t first, float temperature, float softcap,
                      int threads) {
@@ -157,6 +158,8 @@ void head_gradient(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bia
   }
 }
 
+CONSTANT(head_tile, TILE)
+CONSTANT(head_state_floats, sizeof(HeadState) / sizeof(float))
 KERNEL(head_init)
 KERNEL(head_statistics)
 KERNEL(head_results)

@@ -6,7 +6,7 @@
 // A row is read from memory once; later passes over it and the weight find them in the first-level cache. A sum runs
 // over one row in one order, so a row's bits depend on that row alone.
 #pragma once
-#include "kernel.h"
+#include "dtypes.h"
 #include "simd.h"
 
 namespace {

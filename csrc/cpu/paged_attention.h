@@ -218,15 +218,17 @@ INLINE void normalize(const AttentionState& state, float* out, int64_t dv) {
 // The end of the split with position `begin`, or of the keys.
 INLINE int64_t split_end(int64_t begin, int64_t end) { return min(end, (begin / SPLIT + 1) * SPLIT); }
 
-// Floats of scratch memory that attend needs: the states of all splits so far and of the next, and the next's output.
-INLINE int64_t attend_scratch(int64_t G, int64_t dv) { return G * (dv + 4); }
+// Floats of scratch memory that attend needs: for each query head the states of all splits so far and of the next, and
+// the next's output.
+constexpr int STATE_FLOATS = 2 * sizeof(AttentionState) / sizeof(float);
+INLINE int64_t attend_scratch(int64_t G, int64_t dv) { return G * (STATE_FLOATS + dv); }
 
 // G query heads with the keys [begin, end): out (G, dv); 0 if there are no keys.
 template <class KV>
 void attend(const float* q, int64_t q_stride, int64_t G, const KvView<KV>& kv, int64_t begin, int64_t end, float scale,
             float softcap, float* out, int64_t out_stride, float* scratch) {
   AttentionState *const states = (AttentionState*)scratch, *const next = states + G;
-  float* const next_out = scratch + 4 * G;
+  float* const next_out = scratch + STATE_FLOATS * G;
   if (begin >= end)
     for (int64_t g = 0; g < G; ++g) memset(out + g * out_stride, 0, kv.dv * sizeof(float));
   for (int64_t from = begin; from < end; from = split_end(from, end)) {

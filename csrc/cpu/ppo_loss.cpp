@@ -228,6 +228,7 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   *ptr<float>(value_loss) = float(0.5 * total[PpoSum::VALUE_LOSS]);
 }
 
+CONSTANT(ppo_loss_num_stats, num_summed_stats + 2)
 KERNEL(ppo_loss)
 
 }  // namespace

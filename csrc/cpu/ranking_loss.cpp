@@ -102,6 +102,7 @@ void ranking_loss(uintptr_t scores, uintptr_t offsets, uintptr_t ranks, uintptr_
   for (int i = 0; i < 5; ++i) ptr<float>(stats)[i] = float(out[i]);
 }
 
+CONSTANT(ranking_loss_padding, PADDING)
 KERNEL(ranking_loss)
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Rotates queries and keys, and writes keys and values into their pages, on the CPU; kernels/rope_store.py defines it.
 // A thread takes tokens, W elements of a head in each vector. Floor: one read and one write of every tensor. A token's
 // results depend on that token alone.
-#include "kernel.h"
+#include "dtypes.h"
 #include "rope.h"
 
 namespace {

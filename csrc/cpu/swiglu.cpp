@@ -1,7 +1,7 @@
 // silu(gate) * up on the CPU; kernels/swiglu.py defines it. Floor: two reads and one write of memory. A thread takes
 // rows, W numbers of them in each vector; each number's result depends on its two inputs alone.
 #include "activation.h"
-#include "kernel.h"
+#include "dtypes.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 // Floor: the forward pass reads 4 bytes a logit (2 of bfloat16) and takes about 25 vector operations, most of them for
 // the exponential: on two cores of 2021 both take about as long. The backward pass reads a row twice, the second time
 // from the cache, and writes it once. A row's bits depend on that row alone.
-#include "kernel.h"
+#include "dtypes.h"
 #include "softmax.h"
 
 namespace {
@@ -101,6 +101,7 @@ void token_logprobs_backward(uintptr_t grad_logprobs, uintptr_t grad_entropy, ui
   }
 }
 
+CONSTANT(ignore_index, IGNORE_INDEX)
 KERNEL(token_logprobs)
 KERNEL(token_logprobs_backward)
 

@@ -229,6 +229,7 @@ const char* decode_attention(uintptr_t q, int q_code, int64_t q_token_stride, in
   });
 }
 
+CONSTANT(decode_attention_split, split)
 KERNEL(decode_attention)
 
 }  // namespace

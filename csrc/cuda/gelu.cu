@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(block_threads) gelu_kernel(const T* x, T* out,
   store_floats(out + start, aligned, num_valid, v);
 }
 
-const char* gelu_map(uintptr_t x, int code, uintptr_t out, int64_t count, bool tanh, uintptr_t stream) {
+const char* gelu(uintptr_t x, int code, uintptr_t out, int64_t count, bool tanh, uintptr_t stream) {
   if (count == 0) return nullptr;
   return dispatch_dtype(code, [&](auto number) {
     using T = decltype(number);
@@ -38,6 +38,6 @@ const char* gelu_map(uintptr_t x, int code, uintptr_t out, int64_t count, bool t
   });
 }
 
-KERNEL(gelu_map)
+KERNEL(gelu)
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int split = 256;  // keys; kernels/decode_attention.py has it too
+constexpr int split = 256;  // keys
 constexpr int num_warps = 8, block_threads = num_warps * warp_size;
 constexpr int score_lanes_log2 = 3;  // 8 lanes compute a key's scores
 static_assert(split == num_warps * warp_size, "a warp takes 32 keys of a split, one per lane");

@@ -342,6 +342,9 @@ const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advan
                 ptr<float>(value_loss), ptr<float>(stats));
 }
 
+CONSTANT(ppo_loss_num_stats, num_summed_stats + 2)
+CONSTANT(ppo_loss_tokens_per_block, tokens_per_block)
+CONSTANT(ppo_loss_num_partials, num_partials)
 KERNEL(ppo_loss)
 
 }  // namespace

@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int tokens_per_thread = 16;  // of a tile
-constexpr int tile_threads = 256;      // of a long row; kernels/sample_tokens.py has both numbers too
+constexpr int tile_threads = 256;      // of a long row
 
 // A tile's largest logit, its sums around it, and its best token.
 struct TileResult {
@@ -24,7 +24,6 @@ struct TileResult {
   float max_logit, raw_mass, mass, moment, logit;
   int token;
 };
-static_assert(sizeof(TileResult) == 32, "kernels/sample_tokens.py allocates the memory");
 
 // e^-z of a token, z relative to the largest logit; infinite if the token cannot be sampled.
 __device__ __forceinline__ float inverse_mass(float x, float max_logit, float inverse_temperature) {
@@ -248,6 +247,9 @@ const char* sample_tokens(uintptr_t logits, int dtype, int64_t B, int64_t V, int
   });
 }
 
+CONSTANT(sample_tokens_per_thread, tokens_per_thread)
+CONSTANT(sample_tokens_max_threads, tile_threads)
+CONSTANT(sample_tokens_tile_bytes, sizeof(TileResult))
 KERNEL(sample_tokens)
 
 }  // namespace

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t ignore_index = -100;
 constexpr int block_threads = 256, unroll = 4;
-constexpr int part_vecs = 2 * unroll * block_threads;  // kernels/token_logprobs.py has it too
+constexpr int part_vecs = 2 * unroll * block_threads;
 constexpr int max_warp_vecs = 2 * unroll * warp_size;  // a longer row takes a block
 
 struct LogitsJob {
@@ -319,6 +319,9 @@ const char* token_logprobs_backward(uintptr_t grad_logprobs, uintptr_t grad_entr
   });
 }
 
+CONSTANT(ignore_index, ignore_index)
+CONSTANT(token_logprobs_part_bytes, part_vecs * sizeof(uint4))
+CONSTANT(token_logprobs_state_floats, 3 * block_threads)
 KERNEL(token_logprobs)
 KERNEL(token_logprobs_backward)
 

@@ -14,7 +14,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "dtypes.h"
 #include "launch.cuh"
+
+CONSTANT(dtype_float16, FLOAT16)
 
 namespace {
 
@@ -167,13 +170,13 @@ __device__ __forceinline__ void load_floats(const T* p, bool aligned, int num_va
     x[3] = high.y;
   }
 }
-// The same from p[index] on, for numbers of dtype `code`.
+// The same from p[index] on, for numbers of a dtype.
 template <int COUNT>
-__device__ __forceinline__ void load_floats(const void* p, int code, int64_t index, bool aligned, int num_valid,
+__device__ __forceinline__ void load_floats(const void* p, int dtype, int64_t index, bool aligned, int num_valid,
                                             float (&x)[COUNT]) {
-  if (code == 0)
+  if (dtype == FLOAT32)
     load_floats(static_cast<const float*>(p) + index, aligned, num_valid, x);
-  else if (code == 1)
+  else if (dtype == BFLOAT16)
     load_floats(static_cast<const __nv_bfloat16*>(p) + index, aligned, num_valid, x);
   else
     load_floats(static_cast<const __half*>(p) + index, aligned, num_valid, x);
@@ -198,11 +201,11 @@ __host__ inline bool are_16_byte_aligned(Addresses... addresses) {
   return ((uintptr_t(addresses) | ...) & 15) == 0;
 }
 
-// Calls f with a number of the dtype `code`, as kernels/_row_ops.py encodes dtypes.
+// Calls f with a number of a dtype.
 template <class F>
-const char* dispatch_dtype(int code, F f) {
-  if (code == 0) return f(float());
-  if (code == 1) return f(__nv_bfloat16());
+const char* dispatch_dtype(int dtype, F f) {
+  if (dtype == FLOAT32) return f(float());
+  if (dtype == BFLOAT16) return f(__nv_bfloat16());
   return f(__half());
 }
 

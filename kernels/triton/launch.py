@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels import _head
-from rlhf_fast.kernels._launch import FLOATS, Unsupported
+from rlhf_fast.kernels._launch import Unsupported
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 IGNORE_INDEX = tl.constexpr(_head.IGNORE_INDEX)
 MIN_EXPONENT = tl.constexpr(-1000.0)  # exp and exp2 of it are 0 in float32, and MIN_EXPONENT times that 0 is not NaN

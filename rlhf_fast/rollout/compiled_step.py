@@ -16,8 +16,6 @@ from rlhf_fast.rollout.architectures import DecoderWeights, LayerWeights, Linear
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import PagedKVCache
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-"""In the order of the compiled step's numbers."""
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 MIN_NANOSECONDS_TO_THREAD = 1_000_000
 """A step that takes one thread less than this runs on one thread: threads wait for one another eight times a layer."""
@@ -142,7 +140,7 @@ class CompiledStep:
             cos=None if rope is None else self._data_ptr(rope.cos),
             sin=None if rope is None else self._data_ptr(rope.sin),
             final_norm=self._norm(weights.final_norm),
-            activation=ACTIVATIONS.index(weights.activation),
+            activation=getattr(kernels, f"activation_{weights.activation}"),
             parallel_residual=weights.parallel_residual,
             embedding_is_bf16=weights.embedding.dtype == torch.bfloat16,
             cache_is_bf16=cache.dtype == torch.bfloat16,
