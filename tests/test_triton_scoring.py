@@ -276,7 +276,7 @@ def test_addresses_beyond_two_to_the_thirty_one(stride, small, tmp_path):
     """The memory between the rows is never touched."""
     V = 5 if stride > 2**25 else 600
     hidden, weight, targets, _ = one_head(3, 8, V, torch.bfloat16, ignored=0.0)
-    with open(tmp_path / "sparse", "wb") as file:
+    with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2 * V * stride)
     storage = torch.UntypedStorage.from_file(str(tmp_path / "sparse"), shared=True, nbytes=2 * V * stride)
     far = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (V, 8), (stride, 1)).copy_(weight)

@@ -82,7 +82,7 @@ def gae_tile_map_kernel(
     """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * GROUPS, PROBES, STEPS)
+    _row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * GROUPS, PROBES, STEPS)
     if (tile > 0) & (tile * (4 * GROUPS) < length):
         zero = tl.zeros((1,), tl.int64)
         valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, GROUPS)

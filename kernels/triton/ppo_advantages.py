@@ -221,7 +221,7 @@ def ppo_advantages_tile_map_kernel(
     """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * GROUPS, 1, 0)
+    _row, start, length, tile = scan.locate_tile(None, 0, T, 4 * GROUPS, 1, 0)
     if tile > 0:
         zero = tl.zeros((1,), tl.int64)
         x = load_tile(tokens, start + zero, length + zero, tile, GROUPS)
