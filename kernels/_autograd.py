@@ -25,21 +25,25 @@ def autograd_function(
         with forcing(ctx.backend):
             return _first_order_only(name, backward, ctx, grads)
 
-    def run_setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.backend = forced_backend()
-        setup_context(ctx, inputs, output)
-
-    def run_forward(ctx: Any, *args: Any) -> Any:
-        ctx.backend = forced_backend()
-        return forward(ctx, *args)
-
-    functions = {"backward": run_backward}
-    if forward is None:
-        functions |= {"forward": run, "setup_context": run_setup_context}
-    else:
-        functions |= {"forward": run_forward}
+    functions: dict[str, Callable] = {"backward": run_backward}
+    if forward is not None:
+        functions["forward"] = _keeping_backend(forward)
+    elif setup_context is not None:
+        functions["forward"] = run
+        functions["setup_context"] = _keeping_backend(setup_context)
     methods = {name: staticmethod(function) for name, function in functions.items()}
-    return type(name, (torch.autograd.Function,), methods).apply
+    function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
+    return function.apply
+
+
+def _keeping_backend(function: Callable) -> Callable:
+    """Return `function(ctx, ...)` that also stores the forced backend in `ctx` for the backward pass."""
+
+    def run(ctx: Any, *args: Any) -> Any:
+        ctx.backend = forced_backend()
+        return function(ctx, *args)
+
+    return run
 
 
 def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> Any:
@@ -51,4 +55,5 @@ def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> 
         out = backward(ctx, *grads)
     out = out if isinstance(out, tuple) else (out,)
     raise_later = torch._C._functions.DelayedError(f"{name}: the gradient cannot be differentiated again", len(out))
-    return raise_later(*(x if x is None else x.detach().requires_grad_() for x in out))
+    inputs: list[Any] = [x if x is None else x.detach().requires_grad_() for x in out]
+    return raise_later(*inputs)

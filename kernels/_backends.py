@@ -1,4 +1,7 @@
-"""The kernels that can run here: compiled ones by backend, Triton's by device, and why there are no better ones."""
+"""The backends that this machine has: modules of compiled kernels, devices for Triton, and why others are missing.
+
+Also the choice between them that a caller makes: `forcing` one, and `strict`.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,21 @@ import torch
 DEVICES = ("cpu", "cuda")
 
 
+def _load_file(name: str, path: str) -> ModuleType:
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a module")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """The kernels that can run here, by backend name, best last; and for each device, why it has none."""
+    """Return the modules of compiled kernels by backend, best last, and for each device without one the reason."""
     found: dict[str, ModuleType] = {}
     missing: dict[str, str] = {}
     if path := os.environ.get("RLHF_FAST_SIMT"):
-        spec = spec_from_file_location("_simt", path)
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found["simt"] = module.simt
+        found["simt"] = _load_file("_simt", path).simt
     try:
         cpu = import_module("rlhf_fast._cpu")
         wanted = os.environ.get("RLHF_FAST_ISA")
@@ -34,7 +43,7 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
     except ImportError as error:
         missing["cpu"] = f"rlhf_fast._cpu is not built ({error}); install with a C++ compiler, or `pip install -e .`"
         tree = Path(__file__).resolve().parent.parent
-        if (tree / "csrc").is_dir():  # it hides a package that was installed from it
+        if (tree / "csrc").is_dir():  # a source tree in the working directory hides an installed package
             missing["cpu"] = (
                 f"the source tree {tree} is imported, not an installed package, and its rlhf_fast._cpu is not built"
                 f" ({error}); leave that folder, or install with `pip install -e .` and a C++ compiler"
@@ -56,8 +65,8 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
 COMPILED, WHY_MISSING = _load_compiled()
 
 
-def _find_triton() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The devices where Triton's kernels answer by themselves, and those where they can be forced."""
+def _triton_devices() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the devices where Triton's kernels run by default, and the devices where they can be forced."""
     if find_spec("triton") is None:
         WHY_MISSING["triton"] = "triton is not installed; `pip install triton` (Linux)"
     elif os.environ.get("TRITON_INTERPRET") == "1":
@@ -70,7 +79,7 @@ def _find_triton() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (), ()
 
 
-TRITON_DEFAULT_DEVICES, TRITON_DEVICES = _find_triton()
+TRITON_DEFAULT_DEVICES, TRITON_DEVICES = _triton_devices()
 
 
 class _Forced(threading.local):

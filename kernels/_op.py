@@ -21,6 +21,7 @@ import logging
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 import torch
@@ -119,9 +120,9 @@ class Op:
             args = self.normalizer(*args)
         if forced_backend() == "reference":
             return self.reference(*args) if self.has_gradient else self._run_reference(*args)
-        if self.has_gradient and torch.is_grad_enabled():
-            if any(isinstance(a, Tensor) and a.requires_grad for a in args):
-                return self.differentiable(*args)
+        needs_grad = self.has_gradient and torch.is_grad_enabled()
+        if needs_grad and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return self.differentiable(*args)
         return self.run(*args)
 
     def __get__(self, instance: object, owner: type | None = None) -> Op:
@@ -354,7 +355,7 @@ class Op:
         parameters = [inspect.Parameter(name, kind, annotation=Tensor) for name in tensors]
         parameters += [p.replace(default=p.empty) for p in self.signature.parameters.values()]
         parameters += [inspect.Parameter(name, kind, annotation=bool) for name in flags]
-        signature = inspect.Signature(parameters, return_annotation=tuple[(Tensor,) * outputs])
+        signature = inspect.Signature(parameters, return_annotation=GenericAlias(tuple, (Tensor,) * outputs))
 
         def register(body: Callable) -> Op:
             vars(body)["__signature__"] = signature

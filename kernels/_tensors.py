@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def as_matrix(x: Tensor) -> Tensor:
 
 def copy_back(copy: Tensor | None, original: Tensor | None) -> None:
     """Copy into `original` what a kernel wrote to `copy`, a contiguous copy of it or the same tensor."""
-    if original is not None and copy is not original:
+    if copy is not None and original is not None and copy is not original:
         original.copy_(copy)
 
 
@@ -69,6 +70,6 @@ def check_offsets(op: str, name: str, offsets: Tensor, N: int) -> None:
     if offsets.device.type != "cpu":
         return
     ends = offsets.tolist()
-    if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+    if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in pairwise(ends)):
         shown = ends if len(ends) < 10 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
         raise ValueError(f"{op}: {name} must rise from 0 to {N}, the number of rows, got {shown}")

@@ -1,5 +1,7 @@
 """The reward model's loss over every ordered pair of a prompt's K ranked responses."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -168,7 +170,7 @@ def _backward(ctx, grad_loss, _grad_stats):
 
 ranking_loss.gradient(_backward, forward=_forward)
 
-SMALL = [
+SMALL: list[dict[str, Any]] = [
     {"sizes": (2,)},
     {"sizes": (9, 4, 1, 2, 0, 7), "weights": True},
     {"sizes": (5, 6, 5, 9, 17, 3, 2, 33), "ties": True, "index": "int32"},

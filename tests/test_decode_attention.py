@@ -10,7 +10,7 @@ from rlhf_fast.kernels._op import OPS
 BACKENDS = [
     b
     for b in OPS["decode_attention"].backends
-    if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_DEVICES
+    if b.startswith(("cpu", "simt")) or (b == "triton" and "cpu" in TRITON_DEVICES)
 ]
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
 triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
@@ -161,8 +161,9 @@ def test_the_memory_of_splits_is_bounded():
     for N in (1, 3, 60, 5000):
         for splits in (1, 8, 4096):
             parts = decode_attention.choose_programs_per_head(N, 32, 8, 128, splits, q)
+            partial_bytes = 4 * N * 32 * splits * 130
             assert parts in (1, splits)
-            assert parts == 1 or N * 8 < few or 4 * N * 32 * splits * 130 <= decode_attention.MAX_PARTIAL_BYTES
+            assert parts == 1 or N * 8 < few or partial_bytes <= decode_attention.MAX_PARTIAL_BYTES
             assert parts == splits or N * 8 >= few
 
 
@@ -193,13 +194,13 @@ def test_one_key_outweighs_all_others(backend):
 def test_positions_out_of_range_are_refused(backend):
     s = Sequences([20, 9])
     k, v, table = s.paged(16)
-    with pytest.raises(ValueError, match="decode_attention: lengths must be from 0 to 32, .* got 9 to 33"):
+    with pytest.raises(ValueError, match=r"decode_attention: lengths must be from 0 to 32, .* got 9 to 33"):
         attention(s, (k, v, table), backend=backend, lengths=[33, 9])
-    with pytest.raises(ValueError, match="decode_attention: lengths must be from 0 to 32, .* got -1 to 20"):
+    with pytest.raises(ValueError, match=r"decode_attention: lengths must be from 0 to 32, .* got -1 to 20"):
         attention(s, (k, v, table), backend=backend, lengths=[20, -1])
-    with pytest.raises(ValueError, match="decode_attention: pages must be from 0 to 6 .* got"):
+    with pytest.raises(ValueError, match=r"decode_attention: pages must be from 0 to 6 .* got"):
         attention(s, (k, v, torch.where(table == table[0, 1], 7, table)), backend=backend)
-    with pytest.raises(ValueError, match="decode_attention: rows must be from 0 to 0, .* got 0 to 1"):
+    with pytest.raises(ValueError, match=r"decode_attention: rows must be from 0 to 0, .* got 0 to 1"):
         attention(s, (k, v, table[:1]), backend=backend)
     table[1, 1] = -1  # after the nine keys of that row, so it is not read
     attention(s, (k, v, table), backend=backend)
@@ -209,10 +210,10 @@ def test_shapes_that_do_not_fit_are_refused():
     s = Sequences([4])
     k, v, table = s.paged(2)
     for bad in ((k[:, :, :, 1:], v, table), (k, v[:, :1], table), (k, v, table[0]), (k[:, :0], v[:, :0], table)):
-        with pytest.raises(ValueError, match="decode_attention: q .* must fit together, H a multiple of Hkv, got"):
+        with pytest.raises(ValueError, match=r"decode_attention: q .* must fit together, H a multiple of Hkv, got"):
             attention(s, bad)
     with pytest.raises(ValueError, match="decode_attention: both caches must have one dtype, got"):
         attention(s, (k, v.half(), table))
     for option in ({"window": -1}, {"softcap": -1.0}, {"softcap": float("nan")}, {"softcap": float("inf")}):
-        with pytest.raises(ValueError, match="decode_attention: window and softcap must be 0 .* got"):
+        with pytest.raises(ValueError, match=r"decode_attention: window and softcap must be 0 .* got"):
             attention(s, (k, v, table), **option)

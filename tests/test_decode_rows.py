@@ -8,7 +8,7 @@ from rlhf_fast.kernels._backends import TRITON_DEVICES
 from rlhf_fast.kernels._op import OPS
 
 BACKENDS = [
-    b for b in OPS["rms_norm"].backends if b.startswith(("cpu", "simt")) or b == "triton" and "cpu" in TRITON_DEVICES
+    b for b in OPS["rms_norm"].backends if b.startswith(("cpu", "simt")) or (b == "triton" and "cpu" in TRITON_DEVICES)
 ]
 ROPE = [b for b in BACKENDS if b in OPS["rope_store"].backends]
 compiled = pytest.mark.skipif(not BACKENDS, reason="no compiled kernel here")
@@ -177,7 +177,7 @@ def test_slots_out_of_range_are_refused_before_anything_is_written(backend):
     *args, slots = ops.rope_store.make_inputs(N=3, H=1, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
     before = [cache.clone() for cache in args[5:7]]
     for bad in (-1, 6):
-        with pytest.raises(ValueError, match="rope_store: slots must be from 0 to 5, .* got"):
+        with pytest.raises(ValueError, match=r"rope_store: slots must be from 0 to 5, .* got"):
             ops.rope_store.backend(backend)(*args, slots.index_fill(0, torch.tensor(2), bad))
     assert all(torch.equal(a, b) for a, b in zip(args[5:7], before, strict=True))
 
@@ -191,12 +191,12 @@ def test_arguments_that_do_not_fit_are_refused():
             op(x, w, residual=x.bfloat16())
         with pytest.raises(ValueError, match=f"{op.name}: x must be floating point of shape .* got"):
             op(x[:, :0], w[:0])
-    with pytest.raises(ValueError, match="swiglu: gate and up must have one shape .* got"):
+    with pytest.raises(ValueError, match=r"swiglu: gate and up must have one shape .* got"):
         ops.swiglu(x, x[:2])
     with pytest.raises(ValueError, match="gelu: approximate must be 'none' or 'tanh', got 'erf'"):
         ops.gelu(x, "erf")
     args = ops.rope_store.make_inputs(N=3, H=2, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match="rope_store: q .* must fit together, got"):
+    with pytest.raises(ValueError, match=r"rope_store: q .* must fit together, got"):
         ops.rope_store(*args[:3], args[3][:, 1:], *args[4:])
     with pytest.raises(ValueError, match="rope_store: q, k and v must have one dtype, and both caches one, got"):
         ops.rope_store(args[0].bfloat16(), *args[1:])

@@ -1,4 +1,4 @@
-"""Who answers for an op: a compiled kernel, then Triton's, then the reference, and never silently the last."""
+"""Which backend runs an op: a compiled kernel, then Triton's, then the reference, which is never chosen silently."""
 
 import logging
 import os
@@ -43,22 +43,22 @@ def test_every_op_has_a_kernel_on_a_gpu():
     assert any("Triton; no compiled kernel: " in line for line in listed)
 
 
-def test_without_a_gpu_triton_says_why_it_does_not_answer():
+def test_without_a_gpu_the_reason_for_no_triton_is_given():
     code = "from rlhf_fast.kernels import _backends; print(_backends.WHY_MISSING['triton'])"
-    said = run(code, CUDA_VISIBLE_DEVICES="")
-    assert said.strip() in (
+    output = run(code, CUDA_VISIBLE_DEVICES="")
+    assert output.strip() in (
         "no CUDA device is visible to torch",
         "triton is not installed; `pip install triton` (Linux)",
     )
     hidden = "import sys; sys.modules['triton'] = None; import importlib.util as u; u.find_spec = lambda n: None\n"
-    said = run(hidden + code)
-    assert said.startswith(NOT_INSTALLED)
+    output = run(hidden + code)
+    assert output.startswith(NOT_INSTALLED)
 
 
-def test_a_forced_backend_that_is_not_here_is_told_of():
+def test_env_reports_ops_without_the_forced_backend():
     report = "from rlhf_fast.cli import env; print(*env.report(), sep='\\n')"
-    said = run(report, RLHF_FAST_BACKEND="cuda", CUDA_VISIBLE_DEVICES="")
-    assert "cuda is forced for every op; without it, and an error: decode_attention, gae, " in said
+    output = run(report, RLHF_FAST_BACKEND="cuda", CUDA_VISIBLE_DEVICES="")
+    assert "cuda is forced for every op; without it, and an error: decode_attention, gae, " in output
     assert "reference is forced for every op\n" in run(report, RLHF_FAST_BACKEND="reference")
     with pytest.raises(ValueError, match="gae: no backend 'nonsense' here; there are: reference, "):
         ops.gae.backend("nonsense")
@@ -68,20 +68,20 @@ def gae_inputs():
     return ops.gae.bind(*ops.gae.make_inputs(B=2, T=3, device="cpu", dtype=torch.float32))
 
 
-def test_what_one_kernel_declines_the_next_answers(monkeypatch, caplog):
-    asked = []
+def test_the_next_backend_runs_what_a_kernel_does_not_support(monkeypatch, caplog):
+    called = []
 
-    def declines(*args):
-        asked.append("first")
+    def unsupported(*_args):
+        called.append("first")
         raise Unsupported("not this dtype")
 
-    monkeypatch.setitem(ops.gae.implementations, "cpu:first", declines)
-    monkeypatch.setitem(ops.gae.implementations, "cpu:second", lambda *args: asked.append("second"))
+    monkeypatch.setitem(ops.gae.implementations, "cpu:first", unsupported)
+    monkeypatch.setitem(ops.gae.implementations, "cpu:second", lambda *_args: called.append("second"))
     monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:first", "cpu:second", "reference"])
     monkeypatch.setattr(ops.gae, "has_warned", False)
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         ops.gae._run_kernel("cpu", *gae_inputs())
-        assert asked == ["first", "second"] and not caplog.messages
+        assert called == ["first", "second"] and not caplog.messages
         monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:first", "reference"])
         ops.gae._run_kernel("cpu", *gae_inputs())
     assert caplog.messages == ["gae runs on its plain-torch reference: not this dtype"]
@@ -89,7 +89,7 @@ def test_what_one_kernel_declines_the_next_answers(monkeypatch, caplog):
         ops.gae._run_kernel("cpu", *gae_inputs())
 
 
-def test_a_gpu_that_the_kernels_were_not_compiled_for_is_served_by_the_next(monkeypatch, caplog):
+def test_the_next_backend_runs_on_a_gpu_without_compiled_code(monkeypatch, caplog):
     def fails(*args):
         raise RuntimeError("gae: no kernel image is available for execution on the device")
 
@@ -100,13 +100,13 @@ def test_a_gpu_that_the_kernels_were_not_compiled_for_is_served_by_the_next(monk
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         ops.gae._run_kernel("cpu", *gae_inputs())
     assert "csrc/cuda was not compiled for this GPU" in caplog.text and "RLHF_FAST_CUDA_ARCHS" in caplog.text
-    assert ops.gae.chosen("cpu") == "reference" and "was not compiled" in ops.gae.why("cpu")  # and not tried again
+    assert ops.gae.chosen("cpu") == "reference" and "was not compiled" in ops.gae.why("cpu")  # it is not tried again
     with pytest.raises(RuntimeError, match="no kernel image"):
         ops.gae.backend("cpu:first")(*gae_inputs())
 
 
 def test_ops_without_a_registered_gradient_have_none_on_any_backend():
-    """The reference alone would else pass one on that vanishes where a kernel answers."""
+    """Otherwise the reference would have a gradient, and kernels none."""
     for name in ("gae", "ppo_advantages"):
         op = getattr(ops, name)
         args = op.make_inputs(**op.small_sizes[0], device="cpu", dtype=torch.float32)
@@ -116,7 +116,7 @@ def test_ops_without_a_registered_gradient_have_none_on_any_backend():
             assert not any(x.requires_grad for x in op.backend(backend)(*args)), (name, backend)
         doubles = [a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
                    for a in args]  # fmt: skip
-        assert not any(x.requires_grad for x in op(*doubles)), name  # the kernels decline these
+        assert not any(x.requires_grad for x in op(*doubles)), name  # runs on the reference: no kernel serves float64
 
 
 def test_a_backend_of_another_device_is_refused(monkeypatch):

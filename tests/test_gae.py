@@ -110,7 +110,7 @@ def problem(B, T, gamma, lam, gaps):
 @pytest.mark.parametrize("gamma, lam, gaps", [(1.0, 0.95, -1), (0.9, 0.5, 0.3), (1.0, 1.0, 0.02)])
 @pytest.mark.parametrize("B, T", SHAPES + LONG)
 def test_against_a_loop_in_float64(gae, B, T, gamma, lam, gaps):
-    if T > 1025 and gae.backend == "reference" or T > 8192 and gaps != -1:
+    if (T > 1025 and gae.backend == "reference") or (T > 8192 and gaps != -1):
         pytest.skip("long rows are for the kernels, the longest for one setting")
     if gae.backend == "triton" and INTERPRETED and B * T > 10000 and (T > 8192 or gaps < 0.3 or gae.form == "packed"):
         pytest.skip("the interpreter takes minutes")

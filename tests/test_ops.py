@@ -1,6 +1,6 @@
-"""Every op by its own inputs: each backend is no further from the float64 truth than plain torch is.
+"""Every op on its own inputs: each backend is as near the float64 truth as plain torch is.
 
-The oracle is the op's reference, run in float64, and autograd through it. A new op needs no line here.
+The truth is the op's reference, run in float64, and autograd through it. A new op needs no line here.
 """
 
 import contextlib
@@ -114,8 +114,8 @@ def reference(op):
 
 def results(op, call, args):
     """Return what `call` returns on a copy of the arguments, and the arguments that it wrote in place."""
-    mine = op.bind(*detached(args, True))
-    return call(*mine), [mine[i] for i in op.mutates]
+    args = op.bind(*detached(args, True))
+    return call(*args), [args[i] for i in op.mutates]
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
@@ -133,7 +133,7 @@ def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
 @OF_EACH_KERNEL
 def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backend):
-    """And autograd hears of it: the version of a tensor counts what was written into it."""
+    """Autograd is told: a write increments the version of a tensor."""
     args = op.bind(*detached(op.make_inputs(device=device, dtype=dtype, **size)))
     before, versions = detached(args), [a._version for a in leaves(args)]
     op.backend(backend)(*args)
@@ -144,7 +144,7 @@ def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backen
 
 
 def gradients(call, args, upstream):
-    """Gradients of every input that asks for one, by `upstream` for every differentiable output."""
+    """Return the gradients of all inputs that require grad, given `upstream` for each differentiable output."""
     wrt = [a for a in leaves(args) if a.requires_grad]
     outs = [o for o in leaves(call(*args)) if o.requires_grad]
     grads = [g.to(o.dtype) for o, g in zip(outs, upstream, strict=False)]
@@ -230,27 +230,21 @@ def default_dtype(dtype):
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
 @OF_EACH_KERNEL
-def test_torchs_defaults_change_nothing(op, size, device, dtype, backend):
-    """Neither torch.set_default_dtype nor a `with torch.device(...)` around the call."""
+def test_torchs_default_dtype_and_device_change_nothing(op, size, device, dtype, backend):
+    """Results do not depend on torch.set_default_dtype or on a `with torch.device(...)` around the call."""
     args = op.make_inputs(device=device, dtype=dtype, **size)
     expected = op.backend(backend)(*detached(args, True))
     upstream = [torch.randn_like(o) for o in leaves(expected) if o.requires_grad]
     grads = gradients(op.backend(backend), detached(args, True), upstream) if upstream else ()
     for default in (default_dtype(torch.float64), default_dtype(torch.bfloat16), torch.device("meta")):
-        mine = detached(args, True)
+        copies = detached(args, True)
         with default:
-            out = leaves(op.backend(backend)(*mine))
-            out += (
-                torch.autograd.grad(
-                    [o for o in out if o.requires_grad],
-                    [a for a in leaves(mine) if a.requires_grad],
-                    upstream,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                if upstream
-                else ()
-            )
+            out = leaves(op.backend(backend)(*copies))
+            if upstream:
+                differentiable = [o for o in out if o.requires_grad]
+                wrt = [a for a in leaves(copies) if a.requires_grad]
+                options = {"allow_unused": True, "materialize_grads": True}
+                out += torch.autograd.grad(differentiable, wrt, upstream, **options)
         for a, b in zip(out, [*leaves(expected), *grads], strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
 
@@ -290,7 +284,7 @@ def test_a_cuda_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
     assert entered == [args[0].device, "launch"]
 
 
-def test_a_forced_backend_is_this_threads_alone():
+def test_forcing_affects_only_the_calling_thread():
     seen = []
     args = ops.gae.make_inputs(B=2, T=3, device="cpu", dtype=torch.float32)
     with forcing("no such backend"):
@@ -304,7 +298,7 @@ def test_a_forced_backend_is_this_threads_alone():
 
 @pytest.mark.parametrize("name", ["gae", "gae_packed", "ppo_advantages", "ppo_loss"])
 def test_one_float64_tensor_makes_all_float64(name):
-    """Not a kernel's float32 answer in some cases, by which of the tensors it was."""
+    """Whichever tensor is float64, the result is float64 and no kernel's float32."""
     op = OPS[name]
     args = detached(op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[1]))
     truth = op.reference(*op.normalized(*to(args, torch.float64)))
@@ -332,7 +326,7 @@ def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
     with torch.no_grad():
         plain = results(op, op.backend(backend), args)
         strided = results(op, op.backend(backend), tree_map_only(torch.Tensor, stride, args))
-    # A kernel reads what it is given in one order; torch's own product may pick another for other strides.
+    # A kernel sums in one order. Torch's matrix product may choose another order for other strides.
     bound = {"rtol": 1e-5, "atol": 1e-5} if backend == "reference" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(strided, plain, equal_nan=True, **bound)
 
@@ -343,20 +337,20 @@ def test_every_op_is_public():
 
 
 @pytest.mark.parametrize("name", ops.__all__)
-def test_help_shows_the_arguments_and_what_is_refused(name):
+def test_help_shows_the_arguments_and_errors(name):
     op = getattr(ops, name)
-    told = pydoc.render_doc(op, renderer=pydoc.plaintext)
-    assert f"\n{name}{inspect.signature(op)}\n" in told and inspect.signature(op) == op.signature
-    assert "ValueError" in told and str(op) == f"<op {name}{op.signature}>"
+    text = pydoc.render_doc(op, renderer=pydoc.plaintext)
+    assert f"\n{name}{inspect.signature(op)}\n" in text and inspect.signature(op) == op.signature
+    assert "ValueError" in text and str(op) == f"<op {name}{op.signature}>"
 
     class Holder:
         member = op
 
-    assert Holder().member is Holder.member is op  # it does not bind, though functions do
+    assert Holder().member is Holder.member is op  # it does not bind to an instance, as functions do
 
 
-def test_a_source_tree_without_kernels_says_that_it_is_imported():
-    """It hides an installed package from whoever stands in it."""
+def test_a_source_tree_without_kernels_is_reported():
+    """In the working directory it hides an installed package."""
     code = (
         "import sys; sys.modules['rlhf_fast._cpu'] = None\n"
         "from rlhf_fast.kernels._backends import WHY_MISSING; print(WHY_MISSING['cpu'])"
@@ -364,9 +358,10 @@ def test_a_source_tree_without_kernels_says_that_it_is_imported():
     root = Path(_op.__file__).parent.parent
     if not (root / "csrc").is_dir():
         pytest.skip("not a source checkout")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
     assert (
-        said.startswith(f"the source tree {root} is imported, not an installed package") and "leave that folder" in said
+        output.startswith(f"the source tree {root} is imported, not an installed package")
+        and "leave that folder" in output
     )
 
 

@@ -111,9 +111,7 @@ def test_splits_add_up_with_the_callers_weights(ranking):
     weights = torch.full((4,), 0.25)
     whole = ranking(scores, offsets, ranks, weights)[0]
     assert whole == ranking(scores, offsets, ranks)[0]
-    parts = [
-        ranking(scores[a:b], [0, b - a], ranks[a:b], weights[:1])[0] for a, b in zip(offsets, offsets[1:], strict=False)
-    ]
+    parts = [ranking(scores[a:b], [0, b - a], ranks[a:b], weights[:1])[0] for a, b in itertools.pairwise(offsets)]
     torch.testing.assert_close(whole, sum(parts))
     ours, theirs = torch.autograd.grad(whole, scores)[0], torch.autograd.grad(sum(parts), scores)[0]
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
@@ -148,7 +146,7 @@ def test_bad_arguments_name_the_rule():
     for backend in ON_CPU:
         with pytest.raises(ValueError, match=r"ranking_loss: group_offsets must rise from 0 to 4, .* got \[0, 5\]"):
             ops.ranking_loss.backend(backend)(scores, torch.tensor([0, 5]), ranks)
-    with pytest.raises(ValueError, match="ranking_loss: ranks must be integers, got torch.float32"):
+    with pytest.raises(ValueError, match=r"ranking_loss: ranks must be integers, got torch\.float32"):
         ops.ranking_loss(scores, torch.tensor([0, 4]), ranks.float())
     with pytest.raises(ValueError, match=r"ranking_loss: weights must have shape \(1,\), got \[2\]"):
         ops.ranking_loss(scores, torch.tensor([0, 4]), ranks, torch.ones(2))
