@@ -1,6 +1,12 @@
 """The backends that this machine has: modules of compiled kernels, devices for Triton, and why others are missing.
 
-Also the choice between them that a caller makes: `forcing` one, and `strict`.
+Callers choose by `forcing` and `strict`, users by the environment:
+
+    RLHF_FAST_BACKEND=reference    force one backend for the whole process
+    RLHF_FAST_ISA=generic|avx2|avx512    instruction set of the CPU kernels (default: the best that this CPU has)
+    RLHF_FAST_STRICT=1             raise where the reference would run in a kernel's place
+    TRITON_INTERPRET=1             allow to force Triton's kernels on CPU tensors, run by its interpreter (for tests)
+    RLHF_FAST_SIMT=PATH            allow to force csrc/cuda's kernels on CPU tensors: PATH is what tests/simt compiles
 """
 
 from __future__ import annotations

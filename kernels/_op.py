@@ -4,13 +4,21 @@
 
 At import each op gets its backends by device, best first: a compiled kernel (csrc/), Triton's (kernels/triton/), the
 reference. `op.backends` lists those that can run here, `op.why(device)` gives the chosen one and the reason,
-`op.backend("reference")` forces one.
+`op.backend("reference")` forces one; kernels/_backends.py lists the environment variables.
 
-    RLHF_FAST_BACKEND=reference    force one backend for the whole process
-    RLHF_FAST_ISA=generic|avx2|avx512    instruction set of the CPU kernels (default: the best that this CPU has)
-    RLHF_FAST_STRICT=1             raise where the reference would run in a kernel's place
-    TRITON_INTERPRET=1             allow to force Triton's kernels on CPU tensors, run by its interpreter (for tests)
-    RLHF_FAST_SIMT=PATH            allow to force csrc/cuda's kernels on CPU tensors: PATH is what tests/simt compiles
+An op is kernels/<op>.py: signature, reference, checks, launchers of compiled kernels, inputs for tests. Its kernels are
+in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of kernels/ that begin with _ are shared:
+
+    _op, _autograd, _backends, _launch, _tensors    every op
+    _head, _head_checks, _head_inputs               token_logprobs, linear_{logprobs,cross_entropy,kl,ppo_loss}
+    _cpu_head                                       these linear_* ops on the CPU
+    _ppo                                            ppo_loss, linear_ppo_loss; KL estimates of ppo_advantages
+    _gae                                            gae, gae_packed, ppo_advantages
+    _sampling                                       sample_tokens, linear_sample_tokens
+    _norm                                           rms_norm, layer_norm
+
+kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits and _softmax for token_logprobs
+and linear_*, _scoring for linear_* without gradient, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
 """
 
 from __future__ import annotations

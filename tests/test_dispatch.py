@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +142,9 @@ def test_a_variant_has_the_ops_parameters_between_its_own(monkeypatch):
     assert torch.equal(gae_variant_of_this_test(x, x, x, x.bool(), 1.0, 1.0, None, needs_grad=True)[0], x)
     with pytest.raises(TypeError, match="gae_variant_of_this_test misses the argument 'gamma'"):
         gae_variant_of_this_test(x, x, x, x.bool())
+
+
+def test_the_docstring_names_every_shared_file():
+    folder = Path(_op.__file__).parent
+    shared = {path.stem for path in [*folder.glob("_*.py"), *folder.glob("triton/_*.py")]}
+    assert set(re.findall(r"(?<!\w)_[a-z]\w*", _op.__doc__)) == shared
