@@ -230,11 +230,16 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
                              num_saved);
 }
 
-// Calls f with a number of the dtype, and with true or false for softcap.
+template <bool VALUE>
+struct Constant {
+  static constexpr bool value = VALUE;
+};
+
+// Calls f with a number of the dtype, and with Constant<true> if there is a softcap.
 template <class F>
 const char* dispatch_dtype_and_softcap(int dtype, const LogitsJob& job, F f) {
   return dispatch_dtype(dtype, [&](auto number) {
-    return job.scaling.softcap > 0.f ? f(number, std::true_type()) : f(number, std::false_type());
+    return job.scaling.softcap > 0.f ? f(number, Constant<true>()) : f(number, Constant<false>());
   });
 }
 
