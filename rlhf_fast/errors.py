@@ -1,4 +1,4 @@
-"""UserError, the one exception that users can cause. Its text says what is wrong, where, and how to mend it."""
+"""UserError, the one exception that users can cause. Its text names the fault, its place and the remedy."""
 
 from __future__ import annotations
 

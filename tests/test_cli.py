@@ -18,7 +18,7 @@ from rlhf_fast.stages.recipe import finished, read_recipe
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder of one's own, and one thread: the models are tiny."""
+    """A new working folder, and one thread, because the models are tiny."""
     monkeypatch.chdir(tmp_path)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -26,12 +26,12 @@ def folder(tmp_path, monkeypatch):
     torch.set_num_threads(before)
 
 
-def refused(capsys, *argv) -> str:
-    """What a command says when it must refuse: one line, exit status 2."""
+def error_of(capsys, *argv) -> str:
+    """Run a command that must fail with exit status 2; return its error, one line."""
     assert main(list(map(str, argv))) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("rlhf-fast: error: ") and "Traceback" not in "".join(said)
-    return said[-1].removeprefix("rlhf-fast: error: ")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("rlhf-fast: error: ") and "Traceback" not in "".join(lines)
+    return lines[-1].removeprefix("rlhf-fast: error: ")
 
 
 def test_help_is_quick_because_it_imports_little():
@@ -61,8 +61,8 @@ def test_every_command_explains_itself(name, capsys):
 def test_version_and_unknown_command(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rlhf-fast {__version__}\n"
-    assert refused(capsys, "rewrd") == 'no command "rewrd"; did you mean reward?'
-    assert refused(capsys, "xyz") == 'no command "xyz"; `rlhf-fast --help` lists them'
+    assert error_of(capsys, "rewrd") == 'no command "rewrd"; did you mean reward?'
+    assert error_of(capsys, "xyz") == 'no command "xyz"; `rlhf-fast --help` lists them'
 
 
 def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
@@ -82,28 +82,28 @@ def test_interruption_full_disk_and_broken_pipe(monkeypatch, capsys):
     assert main(["env"]) == 130
     assert "the same command goes on from the newest checkpoint" in capsys.readouterr().err
     raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"))
-    assert "the disk is full while writing runs/x" in refused(capsys, "env")
+    assert "the disk is full while writing runs/x" in error_of(capsys, "env")
     raising(torch.OutOfMemoryError("much"))
-    assert "lower optim.micro_batch_tokens" in refused(capsys, "env")
+    assert "lower optim.micro_batch_tokens" in error_of(capsys, "env")
     raising(UserError("a sentence"))
-    assert refused(capsys, "env") == "a sentence"
+    assert error_of(capsys, "env") == "a sentence"
     raising(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):  # bugs keep their traceback
         main(["env"])
 
 
 def test_wrong_settings(capsys, folder):
-    assert refused(capsys, "ppo", "--optim.lrr", "1") == (
+    assert error_of(capsys, "ppo", "--optim.lrr", "1") == (
         'ppo: no setting "optim.lrr"; did you mean optim.lr? (--optim.lrr)'
     )
     (folder / "c.yaml").write_text("seed: 1\n\nepohcs: 3\n")
-    assert refused(capsys, "sft", "--config", "c.yaml") == 'sft: no setting "epohcs"; did you mean epochs? (c.yaml:3)'
-    assert "sft: model.path is not set" in refused(capsys, "sft")
-    assert "check: " in refused(capsys, "check")
-    assert "generate: " in refused(capsys, "generate", "--prompts", "x")
+    assert error_of(capsys, "sft", "--config", "c.yaml") == 'sft: no setting "epohcs"; did you mean epochs? (c.yaml:3)'
+    assert "sft: model.path is not set" in error_of(capsys, "sft")
+    assert "check: " in error_of(capsys, "check")
+    assert "generate: " in error_of(capsys, "generate", "--prompts", "x")
     for flag, meant in (("--sampling.max-new-tokens", "--max-new-tokens"), ("--tempreature", "--temperature")):
-        said = refused(capsys, "generate", "--model", "m", "--prompts", "x", flag, "3")
-        assert said.startswith("generate: ") and said.endswith(f"did you mean {meant}?")
+        error = error_of(capsys, "generate", "--model", "m", "--prompts", "x", flag, "3")
+        assert error.startswith("generate: ") and error.endswith(f"did you mean {meant}?")
 
 
 GOOD = {"prompt": "a .", "completion": "a"}
@@ -128,40 +128,40 @@ def test_bad_rows_stop_a_stage_before_it_writes(capsys, folder, stage, rows, sen
     model = "--policy.path" if stage == "ppo" else "--model.path"
     reward = ["--reward", "toy:share_of_a"] if stage == "ppo" else []
     limit = ["--data.max-prompt-tokens", "100"]
-    said = refused(
+    error = error_of(
         capsys, stage, model, toy.model_at(folder), "--data.path", "d.jsonl", "--out", "run", *reward, *limit
     )
-    assert sentence in said and said.startswith("d.jsonl")
+    assert sentence in error and error.startswith("d.jsonl")
     assert not (folder / "run").exists()
 
 
 def test_a_missing_data_file_is_found_before_the_model_is_loaded(capsys, folder):
     toy.demonstrations(folder / "demos.jsonl")
-    said = refused(capsys, "sft", "--model.path", "no-such-model", "--data.path", "demo.jsonl")
-    assert said == "demo.jsonl: there is no such file; did you mean demos.jsonl?"
+    error = error_of(capsys, "sft", "--model.path", "no-such-model", "--data.path", "demo.jsonl")
+    assert error == "demo.jsonl: there is no such file; did you mean demos.jsonl?"
 
 
 def test_a_missing_model_folder_is_found_without_asking_the_hub(capsys, folder):
     path = toy.demonstrations(folder / "demos.jsonl")
     (folder / "runs").mkdir()
     for name in ("runs/sft", "./sft", "a/b/c", str(folder / "x")):
-        said = refused(capsys, "sft", "--model.path", name, "--data.path", path)
-        assert said == f"{name}: there is no such folder; look at the path, or train that model first"
+        error = error_of(capsys, "sft", "--model.path", name, "--data.path", path)
+        assert error == f"{name}: there is no such folder; look at the path, or train that model first"
 
 
-@pytest.mark.parametrize("error", [ConnectionError("Name or service not known\nmore"), OSError("no such repository")])
-def test_a_model_that_is_neither_here_nor_on_the_hub(capsys, folder, monkeypatch, error):
-    asked = []
+@pytest.mark.parametrize("failure", [ConnectionError("Name or service not known\nmore"), OSError("no such repository")])
+def test_a_model_that_is_neither_here_nor_on_the_hub(capsys, folder, monkeypatch, failure):
+    urls = []
 
     def look(url, **_):
-        asked.append(url)
-        raise error
+        urls.append(url)
+        raise failure
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", look)
     path = toy.demonstrations(folder / "demos.jsonl")
-    said = refused(capsys, "sft", "--model.path", "smolm", "--data.path", path)
-    assert said.startswith("smolm: there is no such folder here, and to download it from the hub by that name failed")
-    assert f"({str(error).splitlines()[0]})" in said and len(asked) == 1  # one look, no second try
+    error = error_of(capsys, "sft", "--model.path", "smolm", "--data.path", path)
+    assert error.startswith("smolm: there is no such folder here, and to download it from the hub by that name failed")
+    assert f"({str(failure).splitlines()[0]})" in error and len(urls) == 1  # no second try
 
 
 def test_check_lists_twenty_problems_and_fails(capsys, folder):
@@ -184,27 +184,27 @@ def test_show_config(capsys):
     assert any(line.split() == ["optim.lr", "5e-06", "1.77e-06"] for line in lines)
     assert main(["show-config", "reward", "--preset", "paper"]) == 0
     assert "batch: 64" in capsys.readouterr().out.splitlines()
-    assert "no preset 'papr'" in refused(capsys, "show-config", "ppo", "--preset", "papr")
+    assert "no preset 'papr'" in error_of(capsys, "show-config", "ppo", "--preset", "papr")
 
 
 def test_env_says_who_answers_for_every_op(capsys):
     assert main(["env"]) == 0
-    told = capsys.readouterr().out
-    assert f"torch          {torch.__version__.partition('+')[0]}" in told
-    assert "package `kernels` (Hugging Face's, not ours): " in told
+    text = capsys.readouterr().out
+    assert f"torch          {torch.__version__.partition('+')[0]}" in text
+    assert "package `kernels` (Hugging Face's, not ours): " in text
     for name in ops.__all__:
-        assert f"  {name} " in told
+        assert f"  {name} " in text
 
 
 def test_init_writes_a_recipe_that_reads(capsys, folder):
     assert main(["init"]) == 0
-    assert "exists already" in refused(capsys, "init")
-    said = refused(capsys, "run", "recipe.yaml")
+    assert "exists already" in error_of(capsys, "init")
+    error = error_of(capsys, "run", "recipe.yaml")
     line = 1 + (folder / "recipe.yaml").read_text().splitlines().index("  model.path: PATH-OR-HUB-NAME")
-    assert said.startswith(
+    assert error.startswith(
         "sft: model.path is still PATH-OR-HUB-NAME; write the folder or hub name of a language model"
     )
-    assert said.endswith(f"(recipe.yaml:{line})")
+    assert error.endswith(f"(recipe.yaml:{line})")
     (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace("PATH-OR-HUB-NAME", "m"))
     for name in ("demonstrations", "rankings", "prompts"):
         (folder / f"{name}.jsonl").write_text("{}\n")
@@ -261,18 +261,18 @@ def test_a_recipe_runs_its_stages_once_and_hands_on_their_folders(capsys, folder
     assert (folder / "runs/toy/ppo/model.safetensors").stat().st_mtime_ns == written
 
     recipe.write_text(recipe.read_text().replace("epochs: 2", "batch: 8\n  epochs: 3"))
-    said = refused(capsys, "run", "recipe.yaml")
-    assert said.startswith("runs/toy/sft: was finished with epochs = 2, the recipe has 3 now; batch = 32, the recipe")
+    error = error_of(capsys, "run", "recipe.yaml")
+    assert error.startswith("runs/toy/sft: was finished with epochs = 2, the recipe has 3 now; batch = 32, the recipe")
     recipe.write_text(
         recipe.read_text().replace("batch: 8\n  epochs: 3", "epochs: 2").replace("live: false", "samples: 0")
     )
     assert all(finished(cfg) for cfg in read_recipe(recipe).stages.values())  # what only shows may change
 
     (folder / "runs/toy/sft").rename("runs/toy/old")  # the later stages' input is no longer there
-    said = refused(capsys, "run", "recipe.yaml")
-    assert said.startswith("runs/toy/reward: was made from another sft run")
+    error = error_of(capsys, "run", "recipe.yaml")
+    assert error.startswith("runs/toy/reward: was made from another sft run")
 
-    assert "give one of runs/toy/old, runs/toy/ppo, runs/toy/reward" in refused(capsys, "plot", "runs/toy")
+    assert "give one of runs/toy/old, runs/toy/ppo, runs/toy/reward" in error_of(capsys, "plot", "runs/toy")
     assert main(["plot", "runs/toy/ppo"]) == 0
     assert (folder / "runs/toy/ppo/curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -290,7 +290,7 @@ def test_a_recipe_runs_its_stages_once_and_hands_on_their_folders(capsys, folder
 )
 def test_a_wrong_recipe(capsys, folder, text, sentence):
     (folder / "r.yaml").write_text(text)
-    assert sentence in refused(capsys, "run", "r.yaml")
+    assert sentence in error_of(capsys, "run", "r.yaml")
 
 
 def test_generate_writes_rows_and_the_batch_size_changes_none(capsys, folder):
@@ -309,19 +309,19 @@ def test_generate_writes_rows_and_the_batch_size_changes_none(capsys, folder):
     greedy = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
     assert len(greedy) == 3 and len(set(greedy)) == 1
     for size in ("64", "100"):
-        assert "has only 64 positions" in refused(capsys, *args[:6], "1", "--max-new-tokens", size)
+        assert "has only 64 positions" in error_of(capsys, *args[:6], "1", "--max-new-tokens", size)
     toy.jsonl(folder / "p.jsonl", [{"prompt": "a ."}, {"prompt": "a " * 61}])
-    told = refused(capsys, *args)
-    assert "1 of 2 prompts are over the 59 tokens" in told and "p.jsonl:2" in told and "p.jsonl:1" not in told
+    error = error_of(capsys, *args)
+    assert "1 of 2 prompts are over the 59 tokens" in error and "p.jsonl:2" in error and "p.jsonl:1" not in error
 
 
 def test_plot_needs_a_run_and_leaves_gaps(capsys, folder):
-    assert "holds no metrics.jsonl" in refused(capsys, "plot", ".")
+    assert "holds no metrics.jsonl" in error_of(capsys, "plot", ".")
     (folder / "metrics.jsonl").write_text("")
-    assert "is empty" in refused(capsys, "plot", ".")
+    assert "is empty" in error_of(capsys, "plot", ".")
     rows = [{"step": i, "objective/kl": None if i == 2 else 0.1 * i, "loss/sft": 1.0} for i in range(5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "obj')
     assert main(["plot", ".", "--out", "x.png"]) == 0
     assert (folder / "x.png").stat().st_size > 5000
     (folder / "metrics.jsonl").write_text('{"step": 1, "x": 2}\n')
-    assert "none of the metrics that can be drawn" in refused(capsys, "plot", ".")
+    assert "none of the metrics that can be drawn" in error_of(capsys, "plot", ".")

@@ -213,13 +213,13 @@ def test_the_boundary_is_exact_and_the_text_whole(make, response):
 def test_text_never_becomes_a_special_token(make):
     tokenizer = make()
     encoder = Encoder(tokenizer, "plain")
-    evil = "a" + "".join(encoder.special) + "b"
+    spelling = "a" + "".join(encoder.special) + "b"
     special = set(tokenizer.convert_tokens_to_ids(encoder.special)) - {tokenizer.unk_token_id}
-    prompt = encoder.prompt(evil)[0]
+    prompt = encoder.prompt(spelling)[0]
     assert not special & set(prompt[len(encoder.bos) :])
-    assert not special & set(encoder.response(evil)[:-1])
-    assert not special & set(encoder.text(evil)[len(encoder.bos) : -1])
-    assert sorted(encoder.spelled_special_tokens(evil)) == sorted(encoder.special)
+    assert not special & set(encoder.response(spelling)[:-1])
+    assert not special & set(encoder.text(spelling)[len(encoder.bos) : -1])
+    assert sorted(encoder.spelled_special_tokens(spelling)) == sorted(encoder.special)
 
 
 def test_chat_template():

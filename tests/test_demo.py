@@ -61,9 +61,10 @@ def test_demonstrations_do_what_was_asked(kind):
     for _ in range(50):
         task = draw_task(rng, kind, tone_probability=0.2)
         answer = task.answer(rng, WORLD)
-        seen = judge(task, answer, WORLD)
-        assert seen.helpful == pytest.approx(1.0), (task.prompt, answer)
-        assert (seen.false, seen.rude, seen.finished, seen.invented) == (0, False, True, False), (task.prompt, answer)
+        result = judge(task, answer, WORLD)
+        case = (task.prompt, answer)
+        assert result.helpful == pytest.approx(1.0), case
+        assert (result.false, result.rude, result.finished, result.invented) == (0, False, True, False), case
 
 
 def test_prompts_come_in_the_papers_shares():

@@ -24,7 +24,7 @@ from pathlib import Path
 import rlhf_fast
 from rlhf_fast import PPOConfig, ops
 from rlhf_fast.kernels import _op
-assert kernels.whose == "another package", kernels
+assert kernels.origin == "another package", kernels
 assert Path(rlhf_fast.__file__).is_relative_to(sys.argv[1]), rlhf_fast.__file__
 assert ops.gae.chosen("cpu").startswith("cpu:"), ops.gae.why("cpu")
 one = torch.ones(1, 1)
@@ -73,7 +73,7 @@ def test_sdist_then_wheel_then_use_from_elsewhere(source, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     (site / "kernels").mkdir()
-    (site / "kernels" / "__init__.py").write_text("whose = 'another package'")
+    (site / "kernels" / "__init__.py").write_text("origin = 'another package'")
     for folder in (tmp_path, source / "tests"):
         used = run(sys.executable, "-c", USE, site, cwd=folder, PYTHONPATH=str(site))
         assert used.returncode == 0 and used.stdout.strip() == "1.0", used.stdout + used.stderr
@@ -85,8 +85,8 @@ def test_sdist_then_wheel_then_use_from_elsewhere(source, tmp_path):
 def test_a_checkout_does_not_hide_another_package_named_kernels(source, tmp_path):
     other = tmp_path / "kernels"
     other.mkdir()
-    (other / "__init__.py").write_text("whose = 'another package'")
-    used = run(sys.executable, "-c", "import kernels; print(kernels.whose)", cwd=source, PYTHONPATH=str(tmp_path))
+    (other / "__init__.py").write_text("origin = 'another package'")
+    used = run(sys.executable, "-c", "import kernels; print(kernels.origin)", cwd=source, PYTHONPATH=str(tmp_path))
     assert used.stdout.strip() == "another package", used.stdout + used.stderr
 
 

@@ -1,6 +1,6 @@
 """The three stages for a few steps on real data: a pretrained model of 260,000 weights, human demonstrations, rankings.
 
-The data are not part of this repository: they lie in ../shared/data, or in the folder that RLHF_FAST_DATA names.
+The data are not part of this repository: they are in ../shared/data, or in the folder that RLHF_FAST_DATA names.
 """
 
 import os
@@ -24,7 +24,7 @@ SHORT = {"max_prompt_tokens": 64, "max_response_tokens": 96}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder in which sft, reward (ranked and pairs) and ppo were run, each from the one before."""
+    """Run sft, reward (on rankings and on pairs) and ppo, each from the one before; return the folder."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("real")
@@ -32,30 +32,55 @@ def runs(tmp_path_factory):
     pretrain = DataConfig(str(DATA / "pretrain.jsonl"), limit=60, **SHORT)
     sft.run(
         SFTConfig(
-            out=str(folder / "sft"), model=ModelConfig(str(MODEL)), data=demonstrations, pretrain=pretrain,
-            pretrain_fraction=0.1, optim=OptimConfig(lr=1e-3), log=LOG, epochs=2, batch=16,
-            residual_dropout=0.2, sampling=SamplingConfig(max_new_tokens=16),
+            out=str(folder / "sft"),
+            model=ModelConfig(str(MODEL)),
+            data=demonstrations,
+            pretrain=pretrain,
+            pretrain_fraction=0.1,
+            optim=OptimConfig(lr=1e-3),
+            log=LOG,
+            epochs=2,
+            batch=16,
+            residual_dropout=0.2,
+            sampling=SamplingConfig(max_new_tokens=16),
         )
-    )  # fmt: skip
+    )
     for out, name, limit in (("reward", "rankings", 0), ("pairs", "preferences", 150)):
         rows = DataConfig(
             str(DATA / f"{name}.jsonl"), limit=limit, valid_fraction=0.1, max_prompt_tokens=128, max_response_tokens=144
         )
         reward.run(
             RewardConfig(
-                out=str(folder / out), model=ModelConfig(str(folder / "sft")), data=rows, demonstrations=demonstrations,
-                optim=OptimConfig(lr=1e-3), log=LOG, epochs=3, batch=4,
+                out=str(folder / out),
+                model=ModelConfig(str(folder / "sft")),
+                data=rows,
+                demonstrations=demonstrations,
+                optim=OptimConfig(lr=1e-3),
+                log=LOG,
+                epochs=3,
+                batch=4,
             )
-        )  # fmt: skip
+        )
     schedule = {"schedule": "constant", "warmup_steps": 2}
     ppo.run(
         PPOConfig(
-            out=str(folder / "ppo"), policy=ModelConfig(str(folder / "sft")), reward=str(folder / "reward"),
-            data=DataConfig(str(DATA / "prompts.jsonl"), max_prompt_tokens=64), pretrain=pretrain, ptx_ratio=2,
-            optim=OptimConfig(lr=1e-4, **schedule), value_optim=OptimConfig(lr=5e-4, **schedule), inner_epochs=2,
-            sampling=SamplingConfig(max_new_tokens=24), log=LOG, episodes=4 * 16, batch=16, minibatch=8, ptx_coef=1.0,
+            out=str(folder / "ppo"),
+            policy=ModelConfig(str(folder / "sft")),
+            reward=str(folder / "reward"),
+            data=DataConfig(str(DATA / "prompts.jsonl"), max_prompt_tokens=64),
+            pretrain=pretrain,
+            ptx_ratio=2,
+            optim=OptimConfig(lr=1e-4, **schedule),
+            value_optim=OptimConfig(lr=5e-4, **schedule),
+            inner_epochs=2,
+            sampling=SamplingConfig(max_new_tokens=24),
+            log=LOG,
+            episodes=4 * 16,
+            batch=16,
+            minibatch=8,
+            ptx_coef=1.0,
         )
-    )  # fmt: skip
+    )
     torch.set_num_threads(threads)
     return folder
 
@@ -68,10 +93,11 @@ def test_sft_fits_human_demonstrations(runs):
     loss, valid = column(runs / "sft", "loss/sft"), column(runs / "sft", "valid/sft")
     pretrain = column(runs / "sft", "loss/pretrain")
     assert loss[-1] < 0.9 * loss[0] and valid[1] < valid[0] < loss[0] and pretrain[-1] < 0.9 * pretrain[0]
-    model, words = AutoModelForCausalLM.from_pretrained(runs / "sft"), AutoTokenizer.from_pretrained(runs / "sft")
-    ids = words("Once upon a time", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(runs / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(runs / "sft")
+    ids = tokenizer("Once upon a time", return_tensors="pt")
     answer = model.generate(**ids, max_new_tokens=8, do_sample=False)
-    assert len(words.decode(answer[0])) > len("Once upon a time")
+    assert len(tokenizer.decode(answer[0])) > len("Once upon a time")
     assert len(toy.rows(runs / "sft/samples.jsonl")) == 4
 
 

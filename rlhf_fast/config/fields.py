@@ -210,7 +210,7 @@ class KLConfig:
     """Estimator of log pi - log ref at the sampled token. k1 (paper, lm-hp, TRL) is unbiased; k2 = k1^2 / 2;
     k3 = exp(-k1) - 1 + k1."""
     controller: Literal["fixed", "adaptive"] = "fixed"
-    """fixed (paper), or lm-hp's proportional controller, which moves coef until the KL meets the target."""
+    """fixed (paper), or lm-hp's proportional controller, which changes coef until the KL is at the target."""
     target: float = 6.0
     """KL in nats that the adaptive controller aims at, per `target_unit`."""
     target_unit: Literal["sequence", "token"] = "sequence"

@@ -44,7 +44,7 @@ def stage_config(cls: type[S], argv: Sequence[str]) -> S:
         f"{cls.__doc__} Also: --preset {{default,{','.join(PRESETS[cls.stage])}}}, and --config FILE, a YAML file with"
         " the same names. Default < preset < file < flag."
     )
-    # A preset or file may break a rule that a flag then meets, so the rules are checked on the whole tree alone.
+    # A flag may correct what a preset or file breaks, so the rules are checked only with the flags.
     default = resolve(cls, *layers, check=False)
     try:
         return parse(cls, flags, cls.stage, default=default, description=description)
