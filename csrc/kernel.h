@@ -1,4 +1,4 @@
-// How a compiled kernel or constant becomes an attribute of a Python module.
+// Compiled kernels and constants become attributes of a Python module.
 //
 // A kernel is a function of integers (addresses, sizes), floats and bools. It returns nothing, or an error message
 // (nullptr for success). KERNEL(name) and CONSTANT(name, value) each put an entry into a table, from which module.cpp

@@ -1,6 +1,5 @@
 // Makes the table of kernels and constants (kernel.h) a Python module: `_cpu` with a submodule for each instruction
-// set,
-// `_cuda` with one, `cuda`, and for tests `_simt` with one, `simt`.
+// set, `_cuda` with one, `cuda`, and for tests `_simt` with one, `simt`.
 #include <pybind11/pybind11.h>
 
 #include <cstring>

@@ -1,5 +1,5 @@
-// What CPU and CUDA share of sampling a token from a row of logits: its parameters, the noise of a random word, the
-// order of logits, the cutoff of a filter, and a row's outputs. kernels/_sampling.py is the reference.
+// CPU and CUDA share this part of sampling a token from a row of logits: its parameters, the noise of a random word,
+// the order of logits, the cutoff of a filter, and a row's outputs. kernels/_sampling.py is the reference.
 #pragma once
 #include <stdint.h>
 #include <string.h>

@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 """The target of rows that do not count."""
 
 NeedsGrad = tuple[bool, bool, bool]
-"""Whether hidden, weight and bias need a gradient."""
+"""Flags of a variant: hidden, weight and bias need a gradient."""
 NEEDS_GRAD = ("hidden_needs_grad", "weight_needs_grad", "bias_needs_grad")
 
 

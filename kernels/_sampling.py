@@ -24,7 +24,7 @@ _LOW = 0xFFFFFFFF
 
 
 class SamplingOptions(NamedTuple):
-    """How rows are sampled: tensors (B,), or None for an option that changes nothing."""
+    """Sampling options of the rows: tensors (B,), or None for an option that changes nothing."""
 
     temperature: Tensor | None  # float32
     top_k: Tensor | None  # int64

@@ -15,7 +15,7 @@ from rlhf_fast.kernels._sampling import SamplingOptions, empty_outputs, normaliz
 from rlhf_fast.kernels._tensors import contiguous, upcast
 
 BF16_DOT = 1
-"""How the CPU multiplies bfloat16: 1 by the processor's instruction where it has one, 2 by emulating it (for tests),
+"""Products of bfloat16 on the CPU: 1 by the processor's instruction where it has one, 2 by emulating it (for tests),
 0 in float32."""
 
 MIN_NANOSECONDS_TO_THREAD = 200_000

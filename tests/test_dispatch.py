@@ -1,4 +1,4 @@
-"""Which backend runs an op: a compiled kernel, then Triton's, then the reference, which is never chosen silently."""
+"""An op runs on a compiled kernel, then on Triton's, then on the reference, which is never chosen silently."""
 
 import logging
 import os

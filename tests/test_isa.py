@@ -60,7 +60,7 @@ def test_the_groups_are_those_of_the_processor():
 
 @pytest.mark.parametrize("kernels", COMPILED.values(), ids=list(COMPILED))
 def test_constants_agree_with_python(kernels):
-    """Those that Python must know without compiled code too; it reads the others from the module."""
+    """Python needs these without compiled code too; it reads the others from the module."""
     assert kernels.ignore_index == IGNORE_INDEX
     assert kernels.ppo_loss_num_stats == len(STATS)
 
@@ -85,7 +85,8 @@ def test_objects_export_nothing(tmp_path):
         return [f"{source.name} exports {n}" for _, kind, n in rows if kind not in "bdrtn" and not n.startswith("DW.")]
 
     with ThreadPoolExecutor(2) as pool:
-        leaks = sum(pool.map(exported, sorted((CSRC / "cpu").glob("*.cpp"))), [])
+        found = pool.map(exported, sorted((CSRC / "cpu").glob("*.cpp")))
+        leaks = [leak for of_file in found for leak in of_file]
     assert not leaks, leaks
 
 

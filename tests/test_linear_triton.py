@@ -11,7 +11,7 @@ from rlhf_fast import ops
 if not ops.linear_logprobs.can_run("triton", "cpu"):
     pytest.skip("Triton's kernels cannot be forced on the CPU here", allow_module_level=True)
 
-from rlhf_fast.kernels.triton import _head, _logits, _softmax, launch  # noqa: E402
+from rlhf_fast.kernels.triton import _head, _logits, _softmax, launch
 
 
 def triton(name):

@@ -11,9 +11,9 @@ from rlhf_fast.bench.problem import Case, Problem
 from rlhf_fast.kernels._op import OPS
 
 pytest.importorskip("triton")
-from triton.runtime import interpreter  # noqa: E402
+from triton.runtime import interpreter
 
-from rlhf_fast.kernels.triton import launch  # noqa: E402
+from rlhf_fast.kernels.triton import launch
 
 TRITON_OPS = [op for op in OPS.values() if op.can_run("triton", "cpu")]
 pytestmark = pytest.mark.skipif(not TRITON_OPS or torch.cuda.is_available(), reason="Triton's interpreter is not on")

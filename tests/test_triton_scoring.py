@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 if not TRITON_DEVICES:
     pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 
-from rlhf_fast.kernels._launch import Unsupported  # noqa: E402
-from rlhf_fast.kernels.triton import _scoring as scoring  # noqa: E402
+from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels.triton import _scoring as scoring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

@@ -46,9 +46,9 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             for line in node.body:
-                if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
-                    if isinstance(line.value.value, str):
-                        yield line.lineno, line.value.value.strip()
+                constant = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+                if constant and isinstance(line.value.value, str):
+                    yield line.lineno, line.value.value.strip()
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_fast import ops  # noqa: F401  registers them
+from rlhf_fast import ops
 from rlhf_fast.bench.checks import sass
 from rlhf_fast.kernels._op import OPS, Op
 from rlhf_fast.kernels.triton import launch

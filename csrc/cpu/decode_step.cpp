@@ -64,7 +64,7 @@ struct Tokens {
   float* hidden;                                   // (num_indices, hidden_size)
 };
 
-// What the threads share for a block of tokens. The *_bf16 are null if no product is in bfloat16.
+// Buffers that the threads share for a block of tokens. The *_bf16 are null if no product is in bfloat16.
 struct Scratch {
   float *x, *attention_input, *mlp_input, *qkv, *attended, *inner, *panels;
   uint16_t *attention_input_bf16, *mlp_input_bf16, *attended_bf16, *inner_bf16;

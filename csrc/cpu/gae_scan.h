@@ -43,7 +43,7 @@ INLINE f32 discounted_sums(f32 x, float power) {
   }
 }
 
-// How many of W tokens are valid.
+// The number of valid tokens among W: none, some or all.
 enum Valid { NONE, SOME, ALL };
 INLINE Valid load_valid(const uint8_t* mask) {
   uint32_t words[W / 4], all = ~0u, any = 0;

@@ -30,7 +30,7 @@ struct Ban {
   const uint8_t* rows;  // 1: the ban holds for this row
 };
 
-// What the threads work on, for up to ROWS rows.
+// Buffers and counters of the threads, for up to ROWS rows.
 struct Work {
   Activations x;
   float* logits;           // (rows, V), or null if no row is kept

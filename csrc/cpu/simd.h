@@ -2,8 +2,7 @@
 // NEON, AVX2 and AVX-512. It is compiled once per instruction set; everything is in an anonymous namespace (kernel.h
 // says why).
 //
-//     load_partial(p, 3, fill), W = 8:    | p[0] | p[1] | p[2] | fill | fill | fill | fill | fill |   one element a
-//     lane
+//     load_partial(p, 3, fill), W = 8:    | p[0] | p[1] | p[2] | fill | fill | fill | fill | fill |   one a lane
 //
 // reduce_sum adds lane i to lane i + W/2, then + W/4, ..., + 1: one fixed order, so results repeat bit for bit.
 #pragma once
@@ -123,7 +122,7 @@ INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 INLINE f32 abs(f32 x) { return as_float(as_int(x) & 0x7fffffff); }
 
-// What dialect.h asks for besides.
+// The rest of dialect.h's operations.
 template <class F>
 struct MaskOf {
   using type = i32;

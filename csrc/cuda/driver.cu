@@ -1,5 +1,5 @@
-// Checks that the machine's NVIDIA driver can run this build. kernels/_op.py calls it at import, before anything
-// touches a device: these two calls create no CUDA context, so the process may still fork.
+// Checks that the machine's NVIDIA driver can run this build. kernels/_backends.py calls it at import, before
+// anything touches a device: these two calls create no CUDA context, so the process may still fork.
 #include <cuda_runtime.h>
 #include <stdio.h>
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ unsigned bits_of_bytes(uint32_t bytes) {
   return bytes * ((1u << 24) | (1u << 17) | (1u << 10) | (1u << 3)) >> 24;
 }
 
-// How one warp loads and stores a span. If all arrays are aligned, a lane loads its 4 tokens at once. Otherwise it
+// One warp loads and stores a span. If all arrays are aligned, a lane loads its 4 tokens at once. Otherwise it
 // loads tokens lane, lane + 32, ..., and `transpose` exchanges them for 4 consecutive tokens, in 128 floats of shared
 // memory.
 template <class Source>

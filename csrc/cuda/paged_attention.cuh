@@ -19,7 +19,7 @@ struct KvView {
   __host__ __device__ int lanes_per_row() const { return 1 << lanes_log2; }
   __device__ int rows_log2() const { return 5 - lanes_log2; }  // a warp loads 2^rows_log2 rows in a step
   __device__ int lane_of_row() const { return threadIdx.x & (lanes_per_row() - 1); }
-  // Which of the warp's 32 keys this lane loads in a step.
+  // Returns which of the warp's 32 keys this lane loads in a step.
   __device__ int key_of_step(int step) const {
     return (step << rows_log2()) + ((threadIdx.x % warp_size) >> lanes_log2);
   }
@@ -49,7 +49,8 @@ struct AttentionJob {
   __host__ __device__ int padded_width() const { return (v.width + 3) / 4 * 4; }
 };
 
-// Of some keys: the largest score, the sum of 2^(score - max), and that of 2^(score - max) value in four columns.
+// The state after some keys: the largest score, the sum of 2^(score - max), and that of 2^(score - max) value in four
+// columns.
 struct AttentionState {
   float max, sum;
   float4 acc;

@@ -23,7 +23,7 @@ namespace {
 constexpr int tokens_per_thread = 4, block_threads = 256, num_warps = block_threads / warp_size;
 constexpr int tokens_per_block = block_threads * tokens_per_thread;
 
-// What blocks write: the sums of ppo_terms.h, then the extremes of the ratio.
+// A block's partial results: the sums of ppo_terms.h, then the extremes of the ratio.
 constexpr int ratio_max_index = PpoSum::COUNT, ratio_min_index = PpoSum::COUNT + 1, num_partials = PpoSum::COUNT + 2;
 
 struct PpoArgs {

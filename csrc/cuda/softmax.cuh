@@ -8,7 +8,7 @@
 //
 // Floor: one load of the row; per logit one exponential and about 6 operations.
 //
-// Which logits a thread adds, and in which order, depends on the row's length and dtype alone. The operations that
+// The row's length and dtype alone decide which logits a thread adds, and in which order. The operations that
 // decide a row's bits are written as intrinsics (__fmul_rn, __fmaf_rn): otherwise the compiler might fuse products and
 // sums differently in two kernels.
 #pragma once
@@ -56,7 +56,7 @@ struct SoftmaxState {
 
 __device__ __forceinline__ SoftmaxState empty_state() { return {-INFINITY, 0.f, 0.f}; }
 
-// What to subtract from z so that the exponentials stay finite. 0 if max is -inf: (-inf) - (-inf) would be NaN.
+// Returns what to subtract from z so that the exponentials stay finite. 0 if max is -inf: (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ float zero_if_minus_inf(float max) { return max == -INFINITY ? 0.f : max; }
 
 // The state with its sums around `origin`, at least state.max, in place of state.max. A NaN stays a NaN.
@@ -172,7 +172,7 @@ __device__ __forceinline__ SoftmaxState row_state(const UnalignedRow<T>& row, in
   return state;
 }
 
-// What the gradient of one row needs. By z it is p (a + b log p + c (log p_ref - log p)) + g 1[target];
+// Coefficients of one row's gradient. By z it is p (a + b log p + c (log p_ref - log p)) + g 1[target];
 // kernels/_head.py derives it. `max` and `log_sum` are the row's statistics, `ref_max` and `ref_log_sum` those of the
 // reference.
 struct LogitGrad {
