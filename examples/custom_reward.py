@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_fast import DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig
-from rlhf_fast.demo.run import BASE
+from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.stages import ppo
 
 POLITE = {"please", "thank", "friend", "well"}
@@ -34,7 +34,7 @@ def main(out: str = "runs/custom-reward", batches: int = 12) -> None:
     ppo.run(
         PPOConfig(
             out=out,
-            policy=ModelConfig(path=str(BASE / "small")),
+            policy=ModelConfig(path=str(BASE_MODELS / "small")),
             reward="custom_reward:politeness",  # module:function, imported from the script's folder
             data=DataConfig(path=str(data), template="plain"),
             sampling=SamplingConfig(max_new_tokens=24),

@@ -236,7 +236,7 @@ def test_samples_do_not_depend_on_the_batch(filters):
     model, batch = Model(MODELS["qwen3 4/2 heads of 80"]()), prompts(*range(1, 18))
     settings = sampling(**filters)
     base = Rollout(model, settings, 3, path="fused").generate(batch, samples=4)
-    fields = ("logprobs", "raw_logprobs", "kept_logprobs", "entropy", "lengths", "reasons", "tokens")
+    fields = ("logprobs", "raw_logprobs", "kept_logprobs", "entropy", "lengths", "finish_reasons", "tokens")
     shuffled = torch.randperm(17).tolist()
     for size, keep in [(1, False), (7, True), (64, False)]:
         rollout = Rollout(model, replace(settings, batch=size), 3, path="fused", keep_cache=keep)
@@ -386,4 +386,4 @@ def test_unsupported_models_are_refused(make, reason):
 
 def test_structures_of_another_build_are_refused():
     with pytest.raises(RuntimeError, match="describe a decoder differently; install rlhf-fast again"):
-        compiled_step.find_kernels().decode_step(0, 1, ctypes.sizeof(compiled_step._Layer), *[0] * 13, 1)
+        compiled_step.find_kernels().decode_step_workspace(0, 1, ctypes.sizeof(compiled_step._Layer), 1, 0, 1, 0)

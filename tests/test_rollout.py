@@ -109,7 +109,7 @@ def test_a_trained_models_logprobs_are_those_of_one_forward_pass(path):
     batch = Prompts(list(range(8)), [[1, *range(300 + i, 300 + 3 * i)] for i in range(8)], [""] * 8)
     responses = Rollout(model, SamplingConfig(max_new_tokens=60), path=path).generate(batch)
     ours, _ = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths)
-    torch.testing.assert_close(responses.logprobs, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(responses.logprobs, ours, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()

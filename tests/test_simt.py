@@ -32,7 +32,7 @@ def run(folder, kernel, *, grid="1", shared="0", sanitize=False, seed=1):
     text = PROGRAM % (kernel, grid, shared)
     if not source.exists() or source.read_text() != text:
         source.write_text(text)
-        flags = build.FLAGS + build.SANITIZERS * sanitize
+        flags = [*build.FLAGS, '-DKERNEL_GROUP="simt"', *(build.SANITIZERS * sanitize)]
         build.run([build.compiler(), *flags, *build.includes(), "-x", "c++", str(source), "-o", str(program)])
     env = os.environ | {"SIMT_SEED": str(seed), "ASAN_OPTIONS": "detect_leaks=0"}
     completed = subprocess.run([str(program)], capture_output=True, text=True, env=env)
