@@ -206,7 +206,7 @@ def test_products_in_bfloat16_are_accurate(monkeypatch):
         found.append(hidden(decoder, rows, at_once(rows))[0])
     upcast, emulated, native = found
     assert not torch.equal(upcast, emulated), "the emulation did not run"
-    assert (upcast - emulated).abs().max() <= 0.04 * upcast.abs().max()
+    assert (upcast - emulated).norm() <= 0.02 * upcast.norm()  # of all elements: one alone depends on the draw
     assert torch.equal(native, emulated) or torch.equal(native, upcast), "the instruction differs from its emulation"
 
 
