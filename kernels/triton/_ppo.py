@@ -107,6 +107,21 @@ def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
 
 
 @triton.jit
+def policy_stats(w, terms):
+    """Return the 8 terms of the statistics that linear_ppo_loss and ppo_loss share, of tokens with weights w."""
+    return (
+        w,
+        tl.where(terms.is_clipped_low, w, 0.0),
+        tl.where(terms.is_clipped_high, w, 0.0),
+        tl.where(terms.is_clipped_dual, w, 0.0),
+        -w * terms.log_ratio,
+        w * (terms.ratio - 1.0 - terms.log_ratio),
+        w * terms.ratio,
+        w * (terms.ratio * terms.ratio),
+    )
+
+
+@triton.jit
 def kl_estimate(log_ratio, max_exponent, ESTIMATOR: tl.constexpr):
     """Return the estimate of KL(policy || reference) from log p - log p_ref of the sampled token.
 
@@ -179,19 +194,7 @@ def ppo_sums_kernel(
         kl = zero
         if tokens.ref_logprobs is not None:
             kl = ref_kl(logprob - load_valid(tokens.ref_logprobs, index, valid), clip, ESTIMATOR)
-        added = (
-            w,
-            tl.where(terms.is_clipped_low, w, 0.0),
-            tl.where(terms.is_clipped_high, w, 0.0),
-            tl.where(terms.is_clipped_dual, w, 0.0),
-            -w * terms.log_ratio,
-            w * (terms.ratio - 1.0 - terms.log_ratio),
-            w * terms.ratio,
-            w * (terms.ratio * terms.ratio),
-            w * terms.loss,
-            w * kl,
-            w * load_valid(entropy, index, valid),
-        )
+        added = policy_stats(w, terms) + (w * terms.loss, w * kl, w * load_valid(entropy, index, valid))
         new_sums = ()
         for i in tl.static_range(NUM_SUMS):
             new_sums = new_sums + (sums[i] + added[i],)

@@ -76,18 +76,7 @@ def policy_terms(
         is_capped = importance > importance_cap
         coefficient = w * tl.where(is_capped, 0.0 if MASK else importance_cap, importance)
     counts = coefficient != 0
-    stats = (
-        w,
-        tl.where(terms.is_clipped_low, w, 0.0),
-        tl.where(terms.is_clipped_high, w, 0.0),
-        tl.where(terms.is_clipped_dual, w, 0.0),
-        -w * terms.log_ratio,
-        w * (terms.ratio - 1.0 - terms.log_ratio),
-        w * terms.ratio,
-        w * (terms.ratio * terms.ratio),
-        coefficient,
-        tl.where(is_capped, w, 0.0),
-    )
+    stats = ppo.policy_stats(w, terms) + (coefficient, tl.where(is_capped, w, 0.0))
     loss = tl.where(counts, coefficient * terms.loss, 0.0)
     grad = tl.where(counts, coefficient * terms.logprob_grad, 0.0)
     return loss, grad, stats, terms.ratio
