@@ -21,6 +21,7 @@ def measure(*arguments):
 
 
 @pytest.mark.skipif(tool.binary() is None, reason="rlhf_fast._cuda is not built")
+@pytest.mark.slow
 def test_no_kernel_spills(tmp_path):
     completed = measure("--save", tmp_path / "table.md")
     assert completed.returncode == 0, completed.stderr
@@ -60,6 +61,7 @@ const void* vectorized_pointer = reinterpret_cast<const void*>(vectorized);
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.slow
 def test_a_spill_is_found_and_a_kernel_without_one_is_not_reported(tmp_path):
     source, binary = tmp_path / "planted.cu", tmp_path / "planted.fatbin"
     source.write_text(KERNELS)

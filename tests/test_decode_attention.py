@@ -68,6 +68,7 @@ def assert_right(out, s, rows=None, lengths=None, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("P", [1, 16, 64])
+@pytest.mark.exhaustive(2, by=("backend",))
 def test_lengths_around_the_ends_of_pages_and_splits(backend, dtype, P):
     lengths = sorted({n for end in (P, 2 * P, 64, 256, 512) for n in (end - 1, end, end + 1) if n})
     s = Sequences(lengths, dtype=dtype)
@@ -136,6 +137,7 @@ def test_a_tokens_bits_do_not_depend_on_the_batch(backend, dtype):
 @triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [0, 400])
+@pytest.mark.exhaustive(2)
 def test_tritons_bits_do_not_depend_on_the_batch_or_the_programs(dtype, window, monkeypatch):
     from rlhf_fast.kernels.triton import decode_attention
 

@@ -321,6 +321,7 @@ def gpu_with_small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("T, junk", [(80, float("nan")), (129, float("inf"))])
+@pytest.mark.exhaustive(1)
 def test_rows_in_one_program_split_or_packed_give_the_same_bits(gpu_with_small_tiles, T, junk):
     mask = torch.cat([masks_with_gaps(T)[::2], torch.rand(2, T) > 0.3])
     rewards, values = torch.randn(2, *mask.shape).masked_fill(~mask, junk)

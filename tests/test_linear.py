@@ -151,6 +151,7 @@ def test_a_frozen_input_does_not_change_the_other_gradient(backend):
 
 @each_backend
 @DTYPES
+@pytest.mark.exhaustive(1, by=("backend",))
 def test_backward_twice_and_scaled(backend, dtype):
     hidden, weight, targets = random_head(20, 12, 400, dtype)
     for name in LOSSES:

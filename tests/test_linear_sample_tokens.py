@@ -42,6 +42,7 @@ def sample(backend, hidden, weight, rows=None, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_p": 0.9}], ids=str)
+@pytest.mark.exhaustive(2, by=("backend",))
 def test_bits_do_not_depend_on_threads_or_other_rows(backend, tile, options, dtype, threads, monkeypatch):
     """Each thread samples from its own tiles, and the best of all tiles wins."""
     monkeypatch.setattr(module, "MIN_NANOSECONDS_TO_THREAD", 0)

@@ -88,6 +88,7 @@ def calls(targets, ref):
     ],
     ids=["split-float32", "split-bfloat16", "whole and split-bfloat16", "one-split-float16", "one-whole-float32"],
 )
+@pytest.mark.exhaustive(1)
 def test_chunks(chunks, dtype, rows, programs):
     """Outputs and gradients are exact up to rounding, for any chunks and for rows read whole or in segments."""
     hidden, weight, bias, targets = random_head(34, 31, 4500, dtype)
@@ -104,6 +105,7 @@ def test_chunks(chunks, dtype, rows, programs):
             assert (a.double() - b).norm() <= {4: 1e-5, 2: 2**-7}[dtype.itemsize] * b.norm(), name
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_path(chunks, monkeypatch):
     """Log-probabilities have the same bits with and without a gradient, in each op, for rows read whole or in segments,
     where the library's products make the statistics. Where our product makes them they agree up to rounding."""
@@ -166,6 +168,7 @@ def gradient_peak(run, *inputs):
     return peak_bytes(lambda: torch.autograd.grad(run(*inputs), [x for x in inputs if x.requires_grad]))
 
 
+@pytest.mark.slow
 def test_memory(chunks, monkeypatch):
     """Beyond inputs and gradients only a chunk's logits and its copy of hidden are allocated, nothing of size N V."""
     V, D, rows, run_kernel = 8192, 16, 6, launch.run

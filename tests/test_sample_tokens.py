@@ -94,6 +94,7 @@ def test_noise_streams_are_uncorrelated():
     ],
     ids=str,
 )
+@pytest.mark.exhaustive(1, by=("backend",))
 def test_samples_follow_the_distribution(backend, options):
     """The expectation is a float64 softmax over the tokens that a sort keeps."""
     if backend == "triton" and options not in ({}, {"temperature": 2.0}):
@@ -167,6 +168,7 @@ def test_the_rarest_noise(backend, rarest, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.exhaustive(1, by=("backend",))
 def test_tokens_are_those_of_the_reference(backend, dtype):
     """Tokens are equal at every vocabulary size, with and without ties: the noise is the same integers.
 
@@ -256,25 +258,28 @@ def sorted_reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_kept_tokens_are_those_of_a_sort(backend, ties):
-    """Row v has noise with which token v wins if it is kept."""
-    generator = torch.Generator().manual_seed(3)
-    V = choose(backend, 150, 25)  # more than one bracket of the threshold search
-    cases = (
+@pytest.mark.parametrize(
+    "options",
+    [
         {"top_k": 1}, {"top_k": 7}, {"top_k": 149}, {"top_p": 0.01}, {"top_p": 0.5}, {"top_p": 0.95}, {"top_p": 0.9999},
         {"min_p": 0.1}, {"min_p": 1.0}, {"top_k": 20, "top_p": 0.8}, {"top_k": 60, "top_p": 0.9, "min_p": 0.05},
         {"top_p": 0.9, "temperature": 3.0}, {"top_p": 0.9, "temperature": 0.2, "top_k": 100},
-    )  # fmt: skip
-    for options in choose(backend, cases, [case for case in cases if case.get("top_k", 0) < V][1::2]):
-        logits = 2 * torch.randn(V, generator=generator)
-        logits = logits.round() if ties else logits
-        tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = sample(
-            backend, logits.expand(V, V), noise=1e6 * torch.eye(V), **options
-        )
-        kept = tokens == torch.arange(V)
-        assert torch.equal(kept, sorted_reference(logits, **options)), f"{options}"
-        assert abs(kept_logprobs[kept].double().exp().sum() - 1) < 1e-5
-        assert abs(logprobs[kept].double().exp().sum().log() - log_kept_mass[0]) < 1e-5
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.exhaustive(4, by=("backend",))
+def test_kept_tokens_are_those_of_a_sort(backend, options, ties):
+    """Row v has noise with which token v wins if it is kept."""
+    V = choose(backend, 150, 25)  # more than one bracket of the threshold search
+    logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(3))
+    logits = logits.round() if ties else logits
+    tokens, logprobs, _, kept_logprobs, log_kept_mass, _ = sample(
+        backend, logits.expand(V, V), noise=1e6 * torch.eye(V), **options
+    )
+    kept = tokens == torch.arange(V)
+    assert torch.equal(kept, sorted_reference(logits, **options))
+    assert abs(kept_logprobs[kept].double().exp().sum() - 1) < 1e-5
+    assert abs(logprobs[kept].double().exp().sum().log() - log_kept_mass[0]) < 1e-5
 
 
 @pytest.mark.parametrize("masked", [0, 500])
@@ -377,6 +382,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.exhaustive(1)
 def test_rows_of_many_tiles(dtype):
     """Rows are flat, peaked, tied, masked and sorted; in one all tokens of the sample are far below the others."""
     torch.manual_seed(2)

@@ -16,6 +16,7 @@ def random_inputs(N, V, **kw):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.exhaustive(1, by=("backend",))
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(backend, dtype):
     logits, targets = random_inputs(33, 2500)
     logits = logits.to(dtype).requires_grad_()
@@ -158,6 +159,7 @@ def test_addresses_beyond_two_to_the_thirty_one(backend):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.exhaustive(1)
 def test_bits_do_not_depend_on_the_number_of_rows_or_programs(dtype, monkeypatch):
     """The segments of a row are read by one program or by one each; rows start at any address."""
     from rlhf_fast.kernels.triton import _logits, _softmax
@@ -185,6 +187,7 @@ def test_bits_do_not_depend_on_the_number_of_rows_or_programs(dtype, monkeypatch
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels cannot be forced on the CPU here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [1, 5, 21, 1203])
+@pytest.mark.exhaustive(3)
 def test_rows_may_start_at_any_address(V, dtype):
     """The logits are columns of a larger tensor, so that their rows start at other offsets than the gradient's."""
     larger = torch.randn(6, V + 11).to(dtype)

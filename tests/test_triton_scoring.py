@@ -179,6 +179,7 @@ def test_ignored_rows_cost_no_product(small, monkeypatch):
 
 
 @DTYPES
+@pytest.mark.exhaustive(1)
 def test_a_row_has_the_same_bits_in_any_batch(dtype, small):
     args = two_heads(41, 24, 17, 131, dtype, ignored=0.0, bias=True)
     hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias = args
