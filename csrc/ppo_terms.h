@@ -30,6 +30,19 @@ struct PpoSum {
 };
 constexpr int num_summed_stats = PpoSum::POLICY_LOSS;
 
+// The estimators of the KL divergence from a reference model, in the order of kernels/_ppo.py.
+enum class KlEstimator { K1, K2, K3, ABS };
+
+// The estimate of a token's KL by d, the log-ratio of policy and reference (Schulman 2020). exp(-d) is taken of at most
+// exp(20), which keeps it finite.
+template <KlEstimator E, class F>
+INLINE F kl_estimate(F d) {
+  if constexpr (E == KlEstimator::K1) return d;
+  if constexpr (E == KlEstimator::K2) return 0.5f * d * d;
+  if constexpr (E == KlEstimator::K3) return exp(select(-d > splat<F>(20.f), splat<F>(20.f), -d)) - 1.f + d;
+  return abs(d);
+}
+
 struct PpoClip {
   float ratio_low, ratio_high;  // the clip of the ratio: 1 - clip_low and 1 + clip_high
   float dual;                   // dual_clip, for DUAL

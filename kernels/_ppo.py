@@ -191,20 +191,20 @@ def policy_loss(
 
     dtype = logprobs.dtype
 
-    def where_valid(x: Tensor) -> Tensor:
-        return torch.where(valid, upcast(x).to(dtype), 0)
+    def at_valid(x: Tensor) -> Tensor:
+        return where_valid(valid, x).to(dtype)
 
-    weights = where_valid(rows.weights)
-    logprobs = where_valid(logprobs)
-    entropy = where_valid(entropy)
-    advantage = where_valid(whitening.apply(rows.advantages))
-    terms = surrogate(logprobs - where_valid(rows.old_logprobs), advantage, clip)
+    weights = at_valid(rows.weights)
+    logprobs = at_valid(logprobs)
+    entropy = at_valid(entropy)
+    advantage = at_valid(whitening.apply(rows.advantages))
+    terms = surrogate(logprobs - at_valid(rows.old_logprobs), advantage, clip)
     loss = (weights * terms.loss).sum()
     surrogate_loss = loss.detach()
     grad = terms.grad
     ref_kl = torch.zeros_like(terms.ratio)
     if rows.ref_logprobs is not None:
-        difference = logprobs - where_valid(rows.ref_logprobs)
+        difference = logprobs - at_valid(rows.ref_logprobs)
         ref_kl = kl_estimate(difference, kl.estimator, clip.max_log_ratio)
         if kl.coef:
             loss = loss + kl.coef * (weights * ref_kl).sum()

@@ -67,8 +67,9 @@ def decode_attention(
         rows (N,) int32: the sequence of each token, a row of block_table
 
     Nothing else is read: other pages, and positions beyond the length, may hold anything. It is computed in float32 and
-    rounded once. A cache that is not contiguous is copied. ValueError: shapes differ, or a row, length or page is out
-    of range (the last three only on the CPU). No gradient: for inference.
+    rounded once. A cache that is not contiguous is copied. No gradient: for inference.
+
+    Raises ValueError where shapes differ, or a row, length or page is out of range (the last three only on the CPU).
     """
     _check_tables(k_cache, block_table, lengths, rows, window)
     N, H, d = q.shape

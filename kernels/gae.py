@@ -34,7 +34,9 @@ def gae(
         bootstrap (B,): V after the last token: the value of the state where a row was truncated, 0 where it ended
             by itself; None means 0 for all rows
 
-    ValueError: shapes differ. No gradient: advantages are targets.
+    No gradient: advantages are targets.
+
+    Raises ValueError where shapes differ.
     """
     return gae_reference(upcast(rewards), upcast(values), mask, gamma, lam, bootstrap)
 

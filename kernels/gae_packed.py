@@ -31,7 +31,9 @@ def gae_packed(
         cu_seqlens (S + 1,), int32 or int64: response s is tokens cu_seqlens[s] to cu_seqlens[s + 1]; it may be empty
         bootstrap (S,): V after the last token of each response; None means 0
 
-    ValueError: shapes differ, or cu_seqlens does not rise from 0 to N (the last only on the CPU). No gradient.
+    No gradient: advantages are targets.
+
+    Raises ValueError where shapes differ, or cu_seqlens does not rise from 0 to N (the last only on the CPU).
     """
     check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
     starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]

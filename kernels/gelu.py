@@ -15,8 +15,10 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         "none": x Phi(x), where Phi is the normal distribution function
         "tanh": x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, as in GPT-2
 
-    (Hendrycks and Gimpel 2016, arXiv 1606.08415.) It is computed in float32 and rounded once. ValueError: `approximate`
-    is another word. No gradient: for inference.
+    (Hendrycks and Gimpel 2016, arXiv 1606.08415.) It is computed in float32 and rounded once.
+    No gradient: for inference.
+
+    Raises ValueError where `approximate` is another word.
     """
     return torch.nn.functional.gelu(upcast(x), approximate=approximate).to(x.dtype)
 

@@ -23,7 +23,9 @@ def layer_norm(
         weight, bias (D,), of any floating dtype
         residual (..., D), in x's dtype: residual += x in place, and the rounded sum is normalized instead of x
 
-    ValueError: shapes or dtypes differ. No gradient: for inference.
+    No gradient: for inference.
+
+    Raises ValueError where shapes or dtypes differ.
     """
     if residual is not None:
         x = residual.add_(x)

@@ -47,15 +47,18 @@ def ppo_advantages(
         bootstrap (B,): V after the last token; None means 0
         kl: sum of kl_t over each row, in nats per sequence, the unit of KL targets
 
-    ValueError: shapes differ, or kl_estimator is another word. No gradient: all outputs are targets. Statistics, named
-    in `ppo_advantages.stats`, are 0 where no token is inside the mask:
+    No gradient: all outputs are targets. Statistics, named in `ppo_advantages.stats`, are 0 where no token is inside
+    the mask:
 
         count: tokens inside the mask
         mean, m2: mean of the advantages, and sum of their squared distances from it
         return_mean, return_m2: the same of the returns
 
-    The whitened advantage is (A - mean) / sqrt(m2 / count), or with count - 1. Two parts of a batch merge by Chan's
-    rule: m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
+    The whitened advantage is (A - mean) / sqrt(m2 / count), or with count - 1. The values' explained variance is
+    1 - m2 / return_m2. Two parts of a batch merge by Chan's rule:
+    m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
+
+    Raises ValueError where shapes differ, or kl_estimator is another word.
     """
     logprobs, ref_logprobs, values, scores = map(upcast, (logprobs, ref_logprobs, values, scores))
     kl = torch.where(mask, kl_estimate(logprobs - ref_logprobs, kl_estimator), 0)

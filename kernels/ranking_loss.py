@@ -33,13 +33,15 @@ def ranking_loss(
         ranks (N,), integers: smaller is better; a pair of equal ranks is dropped
         weights (G,): None means 1 / (number of groups with a pair); a group without a pair adds 0
 
-    Gradient: scores. ValueError: shapes differ, ranks are not integers, or group_offsets does not rise from 0 to N (the
-    last only on the CPU). Statistics, named in `ranking_loss.stats`, are sums that add up over batches:
+    Gradient: scores. Statistics, named in `ranking_loss.stats`, are sums that add up over batches:
 
         pairs: ordered pairs
         correct: pairs with s_i > s_j
         margin: s_i - s_j, summed over the pairs
         groups, groups_without_pair: groups with and without a pair
+
+    Raises ValueError where shapes differ, ranks are not integers, or group_offsets does not rise from 0 to N (the last
+    only on the CPU).
     """
     check_offsets("ranking_loss", "group_offsets", group_offsets, scores.shape[0])
     loss, stats, _ = _loss_over_pairs(upcast(scores), group_offsets, ranks, weights)

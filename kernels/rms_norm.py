@@ -22,7 +22,9 @@ def rms_norm(
         weight (D,), of any floating dtype; offset: 1 for Gemma's checkpoints, whose weights are stored less 1
         residual (..., D), in x's dtype: residual += x in place, and the rounded sum is normalized instead of x
 
-    ValueError: shapes or dtypes differ. No gradient: for inference.
+    No gradient: for inference.
+
+    Raises ValueError where shapes or dtypes differ.
     """
     if residual is not None:
         x = residual.add_(x)

@@ -38,8 +38,10 @@ def rope_store(
         k_cache (num_pages, Hkv, P, d), v_cache (num_pages, Hkv, P, dv): pages of P positions, of one dtype
         slots (N,) int64: token n is stored in row slots[n] % P of page slots[n] // P; all slots differ
 
-    It is computed in float32 and rounded once. A cache that is not contiguous is copied, and copied back. ValueError:
-    shapes or dtypes differ, or a slot is out of range (the last only on the CPU). No gradient: for inference.
+    It is computed in float32 and rounded once. A cache that is not contiguous is copied, and copied back. No
+    gradient: for inference.
+
+    Raises ValueError where shapes or dtypes differ, or a slot is out of range (the last only on the CPU).
     """
     _check_slots(slots, k_cache)
     P = k_cache.shape[2]

@@ -19,7 +19,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         silu(x) = x / (1 + exp(-x))
 
     (Shazeer 2020, arXiv 2002.05202.) It is computed in float32 and rounded once. Rows may be strided: the two halves of
-    one matrix product are read without a copy. ValueError: shapes or dtypes differ. No gradient: for inference.
+    one matrix product are read without a copy. No gradient: for inference.
+
+    Raises ValueError where shapes or dtypes differ.
     """
     return (torch.nn.functional.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
 

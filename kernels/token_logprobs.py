@@ -32,8 +32,9 @@ def token_logprobs(
         targets (...), int64 or int32: a target of -100 is ignored: its outputs and gradients are 0, and its logits are
             not read
 
-    A log-probability is never positive. Gradients: logits, through both outputs. ValueError: shapes differ, or a target
-    is out of range (the last only on the CPU).
+    A log-probability is never positive. Gradients: logits, through both outputs.
+
+    Raises ValueError where shapes differ, or a target is out of range (the last only on the CPU).
     """
     head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)

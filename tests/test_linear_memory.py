@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from peak import peak_bytes
+from peak import gradient_peak
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _cpu_head as cpu_head
 
 COMPILED = ops.linear_logprobs.backends[1:][-1:]
-
-
-def gradient_peak(run, *inputs):
-    """Return the peak memory of a loss's forward and backward pass."""
-    return peak_bytes(lambda: torch.autograd.grad(run(*inputs), [x for x in inputs if x.requires_grad]))
 
 
 @pytest.mark.parametrize("backend", COMPILED)

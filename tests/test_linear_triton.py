@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from peak import peak_bytes
+from peak import gradient_peak
 
 from rlhf_fast import ops
 
@@ -161,11 +161,6 @@ def test_small_gradients_in_float16_do_not_vanish(chunks):
         1000 * exact("linear_cross_entropy")(*float64_inputs, targets, weights.double())[0], float64_inputs[1]
     )
     assert (ours.double() - truth).norm() <= 0.1 * truth.norm()
-
-
-def gradient_peak(run, *inputs):
-    """Return the peak memory of a loss's forward and backward pass."""
-    return peak_bytes(lambda: torch.autograd.grad(run(*inputs), [x for x in inputs if x.requires_grad]))
 
 
 @pytest.mark.slow

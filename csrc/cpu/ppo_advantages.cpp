@@ -7,14 +7,13 @@
 // Squares are summed around the row's mean, which keeps their digits even if the mean is large beside the spread. Rows
 // are joined in their order by Chan's rule, in double: the bits do not depend on the threads.
 #include "gae_scan.h"
+#include "ppo_terms.h"
 
 namespace {
 
-enum Estimator { K1, K2, K3, ABS };
-
 // score at a row's last valid token, and -coef times the KL estimate at every one. Sums them up on the way: vectors and
 // single tokens apart.
-template <Estimator E>
+template <KlEstimator E>
 struct KlRewards {
   const float* logprobs;
   const float* ref_logprobs;
@@ -25,14 +24,8 @@ struct KlRewards {
   float scalar_kl = 0.f, scalar_advantages = 0.f, scalar_returns = 0.f;
   int64_t count = 0;
 
-  static INLINE f32 estimate(f32 d) {
-    if (E == K1) return d;
-    if (E == K2) return 0.5f * d * d;
-    if (E == K3) return exp(select(-d > splat(20.f), splat(20.f), -d)) - 1.f + d;
-    return abs(d);
-  }
   INLINE f32 vector(int64_t t) {
-    const f32 token_kl = estimate(load(logprobs + t) - load(ref_logprobs + t));
+    const f32 token_kl = kl_estimate<E>(load(logprobs + t) - load(ref_logprobs + t));
     kl += token_kl;
     f32 reward = -coef * token_kl;
     if (is_last) reward[W - 1] = score + reward[W - 1];
@@ -40,7 +33,7 @@ struct KlRewards {
     return reward;
   }
   INLINE float scalar(int64_t t) {
-    const float token_kl = estimate(splat(logprobs[t] - ref_logprobs[t]))[0];
+    const float token_kl = kl_estimate<E>(splat(logprobs[t] - ref_logprobs[t]))[0];
     scalar_kl += token_kl;
     const float reward = is_last ? score - coef * token_kl : -coef * token_kl;
     is_last = false;
@@ -108,7 +101,7 @@ struct AdvantageArgs {
   int threads;
 };
 
-template <Estimator E>
+template <KlEstimator E>
 void run_row(const AdvantageArgs& args, int64_t row, const Discount& discount) {
   const int64_t begin = row * args.T;
   const uint8_t* const mask = args.mask + begin;
@@ -125,7 +118,7 @@ void run_row(const AdvantageArgs& args, int64_t row, const Discount& discount) {
   args.row_moments[row][1] = compute_moments(returns, mask, args.T, rewards.count, return_sum);
 }
 
-template <Estimator E>
+template <KlEstimator E>
 void run(const AdvantageArgs& args, const Discount& discount) {
 #pragma omp parallel for num_threads(args.threads) if (args.threads > 1 && args.B * args.T > MIN_TOKENS_TO_THREAD)
   for (int64_t row = 0; row < args.B; ++row) run_row<E>(args, row, discount);
@@ -161,10 +154,16 @@ void ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values
   args.score_clip = score_clip;
   args.threads = threads;
   const Discount discount = make_discount(gamma, lam);
-  if (estimator == K1) return run<K1>(args, discount);
-  if (estimator == K2) return run<K2>(args, discount);
-  if (estimator == K3) return run<K3>(args, discount);
-  run<ABS>(args, discount);
+  switch (KlEstimator(estimator)) {
+    case KlEstimator::K1:
+      return run<KlEstimator::K1>(args, discount);
+    case KlEstimator::K2:
+      return run<KlEstimator::K2>(args, discount);
+    case KlEstimator::K3:
+      return run<KlEstimator::K3>(args, discount);
+    case KlEstimator::ABS:
+      return run<KlEstimator::ABS>(args, discount);
+  }
 }
 
 KERNEL(ppo_advantages)

@@ -12,11 +12,9 @@
 // large beside the spread. Moments merge by Chan's rule, in double, in an order that depends on the shapes alone, so
 // the bits repeat.
 #include "gae_scan.cuh"
-#include "scalar.cuh"
+#include "ppo_terms.h"
 
 namespace {
-
-enum Estimator { k1, k2, k3, absolute };
 
 // Number of tokens; of their advantages and of their returns the mean, and the sum of squared distances from it.
 struct Moments {
@@ -89,20 +87,21 @@ struct KlRewards {
   float* kl;  // (B,)
   double* partials;
   float kl_coef, score_clip;
-  int estimator;
+  KlEstimator estimator;
 
   __device__ __forceinline__ float carry_into_row(int64_t row, const GaeJob& job) const {
     float score = scores[row];
     if (score_clip > 0.f) score = clamp(score, -score_clip, score_clip);
     return bootstrap ? fmaf(job.gamma, bootstrap[row], score) : score;
   }
-  __device__ __forceinline__ float kl_estimate(float log_ratio) const {
-    if (IS_K3) return (expf(-log_ratio > 20.f ? 20.f : -log_ratio) - 1.f) + log_ratio;
-    if (estimator == k2) return 0.5f * log_ratio * log_ratio;
-    return estimator == k1 ? log_ratio : fabsf(log_ratio);
+  __device__ __forceinline__ float estimate(float log_ratio) const {
+    if (IS_K3) return kl_estimate<KlEstimator::K3>(log_ratio);
+    if (estimator == KlEstimator::K2) return kl_estimate<KlEstimator::K2>(log_ratio);
+    if (estimator == KlEstimator::K1) return kl_estimate<KlEstimator::K1>(log_ratio);
+    return kl_estimate<KlEstimator::ABS>(log_ratio);
   }
   __device__ __forceinline__ float reward(const float (&x)[num_inputs], float& kl_sum) const {
-    const float token_kl = kl_estimate(x[1] - x[2]);
+    const float token_kl = estimate(x[1] - x[2]);
     kl_sum += token_kl;
     return -kl_coef * token_kl;
   }
@@ -216,10 +215,12 @@ const char* ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t
     source.partials = ptr<double>(partials);
     source.kl_coef = kl_coef;
     source.score_clip = score_clip;
-    source.estimator = estimator;
+    source.estimator = KlEstimator(estimator);
     return launch_rows(job, source, plan, stream);
   };
-  if (const char* error = estimator == k3 ? scan(KlRewards<true>{}) : scan(KlRewards<false>{})) return error;
+  if (const char* error =
+          KlEstimator(estimator) == KlEstimator::K3 ? scan(KlRewards<true>{}) : scan(KlRewards<false>{}))
+    return error;
   return launch(finish_kernel, 1, finish_warps * warp_size, 0, stream, ptr<const double>(partials),
                 int64_t(plan.blocks), ptr<float>(stats), ptr<float>(kl), B, job.chunk_log2 ? num_chunks(job, T) : 0);
 }

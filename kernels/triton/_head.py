@@ -128,7 +128,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0, add: bool =
             out_rows.add_(part, alpha=factor)
 
 
-def split_evenly(total: int, max_size: int) -> list[tuple[int, int]]:
+def split_rows(total: int, max_size: int) -> list[tuple[int, int]]:
     """Split [0, total) into the fewest parts of at most max_size, nearly equal, multiples of ROW_GRANULE if they can
     be."""
     granule = min(ROW_GRANULE, max_size)
@@ -172,7 +172,7 @@ class GpuHead:
 
     def chunks(self, num_buffers: int = 1) -> list[tuple[int, int]]:
         """Return the rows [begin, end) of each chunk."""
-        return split_evenly(self.N, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * self.logits_stride * num_buffers)))
+        return split_rows(self.N, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * self.logits_stride * num_buffers)))
 
     def empty_logits(self, chunks: list[tuple[int, int]]) -> Tensor:
         """Return memory for the logits of the largest chunk."""

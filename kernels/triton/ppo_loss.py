@@ -57,7 +57,7 @@ def load_weights(weights, index, inside):
 
 
 @triton.jit
-def load_valid(x, index, loaded, valid):
+def load_and_mask(x, index, loaded, valid):
     """Return x in float32, 0 for tokens that are not valid. `loaded` keeps a thread's load whole."""
     return tl.where(valid, tl.load(x + index, mask=loaded, other=0.0).to(tl.float32), 0.0)
 
@@ -142,18 +142,18 @@ def ppo_loss_kernel(
         if tokens.value is not None:
             value_w, value_valid, value_loaded = load_weights(tokens.value_weights, index, inside)
         if tokens.logprobs is not None:
-            old_logprob = load_valid(tokens.old_logprobs, index, loaded, valid)
-            logprob = load_valid(tokens.logprobs, index, loaded, valid)
-            advantage = load_valid(tokens.advantages, index, loaded, valid)
+            old_logprob = load_and_mask(tokens.old_logprobs, index, loaded, valid)
+            logprob = load_and_mask(tokens.logprobs, index, loaded, valid)
+            advantage = load_and_mask(tokens.advantages, index, loaded, valid)
             sampler_logprob = old_logprob
             if IMPORTANCE:
-                sampler_logprob = load_valid(tokens.sampler_logprobs, index, loaded, valid)
+                sampler_logprob = load_and_mask(tokens.sampler_logprobs, index, loaded, valid)
         if tokens.value is not None:
-            value = load_valid(tokens.value, index, value_loaded, value_valid)
-            target = load_valid(tokens.returns, index, value_loaded, value_valid)
+            value = load_and_mask(tokens.value, index, value_loaded, value_valid)
+            target = load_and_mask(tokens.returns, index, value_loaded, value_valid)
             old_value = value
             if CLIP:
-                old_value = load_valid(tokens.old_values, index, value_loaded, value_valid)
+                old_value = load_and_mask(tokens.old_values, index, value_loaded, value_valid)
         if tokens.logprobs is not None:
             advantage = tl.where(valid, (advantage - shift) * scale, 0.0)
             loss, grad, terms, ratio = policy_terms(
