@@ -34,8 +34,9 @@ def dtype_codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]
 
 def refuse_float64(*tensors: Tensor | None) -> None:
     """Raise Unsupported if one of the tensors is float64, which only references serve."""
-    if any(x is not None and x.dtype == torch.float64 for x in tensors):
-        raise Unsupported("float64 has no compiled kernel")
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            raise Unsupported("float64 has no compiled kernel")
 
 
 def require_dtypes(*tensors: Tensor | None) -> None:

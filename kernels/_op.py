@@ -193,9 +193,7 @@ class Op:
 
     def _run_kernel(self, device: str, *args):
         """Run the forced backend, or the first one of `preference` that serves these tensors of type `device`."""
-        args = (
-            args + self.default_args[len(args) :]
-        )  # the dispatcher drops trailing arguments that equal their defaults
+        args += self.default_args[len(args) :]  # the dispatcher drops trailing arguments that equal their defaults
         forced = forced_backend()
         for i in self.mutates:  # autograd does not see a kernel's writes
             if args[i] is not None and not args[i].is_inference():
@@ -216,21 +214,17 @@ class Op:
             except RuntimeError as error:
                 if forced is not None or "no kernel image" not in str(error):
                     raise
-                failure = (
-                    f"csrc/cuda was not compiled for this GPU ({error}); set RLHF_FAST_CUDA_ARCHS and install again"
-                )
-                self.preference[device] = [other for other in self.preference[device] if other != backend]
-                WHY_MISSING[device] = failure
-                why = why or failure
+                why = why or self._drop_backend(backend, device, error)
         if forced != "reference":
             self._report_fallback(why or self.why(device))
         return self._run_reference(*args)
 
-    def _drop_backend(self, backend: str, device: str, error: RuntimeError) -> None:
-        """Do not try a backend again that was not compiled for this GPU."""
+    def _drop_backend(self, backend: str, device: str, error: RuntimeError) -> str:
+        """Do not try a backend again that was not compiled for this GPU, and return the reason."""
         self.preference[device] = [other for other in self.preference[device] if other != backend]
         reason = f"csrc/cuda was not compiled for this GPU ({error}); set RLHF_FAST_CUDA_ARCHS and install again"
         WHY_MISSING[device] = reason
+        return reason
 
     def _report_fallback(self, why: str) -> None:
         """Warn once that the reference runs in a kernel's place, or raise within `strict`."""

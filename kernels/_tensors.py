@@ -22,8 +22,9 @@ def upcast_dtype(x: Tensor) -> torch.dtype:
 
 def promote_to_float64(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Convert all tensors to float64 if one of them is. Kernels do not serve float64, so the reference then runs."""
-    if any(x is not None and x.dtype == torch.float64 for x in tensors):
-        return tuple(x if x is None else x.double() for x in tensors)
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return tuple(x if x is None else x.double() for x in tensors)
     return tensors
 
 

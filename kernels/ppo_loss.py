@@ -251,9 +251,8 @@ def _launch(kernels, device, args, needs_grad):
     """Return both losses, stats and both gradients, None where not needed."""
     x = Inputs.bundle(args)
     refuse_float64(x.weights)
-    if x.values is not None and x.value_weights is None:
-        x = x._replace(value_weights=x.weights)
-    tensors = contiguous_float32(*x[:11])
+    value_weights = x.weights if x.values is not None and x.value_weights is None else x.value_weights
+    tensors = contiguous_float32(*args[:7], value_weights, *args[8:11])
     weights = tensors[3]
     N = weights.numel()
     out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
