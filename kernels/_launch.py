@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -25,11 +26,17 @@ def data_ptrs(*tensors: Tensor | None) -> list[int]:
 def dtype_codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]:
     """Return the number of each tensor's dtype in csrc/dtypes.h. None counts as float32. Raise Unsupported for a dtype
     that has none."""
-    names = ["float32" if x is None else str(x.dtype)[6:] for x in tensors]
-    for name in names:
-        if not hasattr(kernels, f"dtype_{name}"):
-            raise Unsupported(f"no compiled kernel for {name}")
-    return tuple(getattr(kernels, f"dtype_{name}") for name in names)
+    codes = _codes_by_dtype(kernels)
+    try:
+        return tuple([codes[torch.float32 if x is None else x.dtype] for x in tensors])
+    except KeyError as error:
+        raise Unsupported(f"no compiled kernel for {str(error.args[0])[6:]}") from None
+
+
+@functools.cache
+def _codes_by_dtype(kernels: ModuleType) -> dict[torch.dtype, int]:
+    prefix = "dtype_"
+    return {getattr(torch, name.removeprefix(prefix)): code for name, code in vars(kernels).items() if prefix in name}
 
 
 def refuse_float64(*tensors: Tensor | None) -> None:

@@ -105,8 +105,8 @@ def ppo_loss(
     """
     x = Inputs(
         logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
-        advantage_shift, advantage_scale, Clip(clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp),
-        importance_cap, importance_mode,
+        advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
+        importance_mode,
     )  # fmt: skip
     losses = _losses(x)
     return losses.policy, losses.value, losses.stats
@@ -116,7 +116,7 @@ ppo_loss.stats = STATS
 
 
 class Inputs(NamedTuple):
-    """The arguments of `ppo_loss` in its order, the clips bundled."""
+    """The arguments of `ppo_loss`, in its order."""
 
     logprobs: Tensor | None
     old_logprobs: Tensor | None
@@ -129,13 +129,25 @@ class Inputs(NamedTuple):
     sampler_logprobs: Tensor | None
     advantage_shift: Tensor | None
     advantage_scale: Tensor | None
-    clip: Clip
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    value_clip: float
+    log_ratio_clamp: float
     importance_cap: float
     importance_mode: str
 
-    @classmethod
-    def bundle(cls, args):
-        return cls(*args[:11], Clip(*args[11:16]), *args[16:])
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:11]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return self[11:17]
+
+    @property
+    def clip(self) -> Clip:
+        return Clip(*self[11:16])
 
 
 class _Losses(NamedTuple):
@@ -189,7 +201,7 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
 
 @ppo_loss.normalize
 def _(*args):
-    x = Inputs.bundle(args)
+    x = Inputs(*args)
     _check(x)
     if x.weights.dtype == torch.bool:
         x = x._replace(weights=x.weights.float())
@@ -197,20 +209,20 @@ def _(*args):
         x = x._replace(value_weights=x.value_weights.float())
     tensors = promote_to_float64(*x[:9])
     whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, tensors[3])
-    return *tensors, *whitening, *map(float, x.clip), float(x.importance_cap), x.importance_mode
+    return *tensors, *whitening, *map(float, x.numbers), x.importance_mode
 
 
 def _check(x: Inputs) -> None:
-    is_missing = [t is None for t in (x.logprobs, x.old_logprobs, x.advantages)]
-    if any(is_missing) and not (all(is_missing) and x.sampler_logprobs is None):
+    num_missing = (x.logprobs is None) + (x.old_logprobs is None) + (x.advantages is None)
+    if num_missing and (num_missing < 3 or x.sampler_logprobs is not None):
         raise ValueError("ppo_loss: the policy part needs logprobs, old_logprobs and advantages, or none of them")
     if x.logprobs is None and x.values is None:
         raise ValueError("ppo_loss: there is neither logprobs nor values, nothing to compute")
     without_values = x.values is None and (x.old_values is not None or x.value_weights is not None)
     if without_values or (x.values is None) != (x.returns is None):
         raise ValueError("ppo_loss: the value part needs values and returns, or none of them")
-    if x.values is not None and x.clip.value > 0 and x.old_values is None:
-        raise ValueError(f"ppo_loss: value_clip={x.clip.value} needs old_values; value_clip=0 does without")
+    if x.values is not None and x.value_clip > 0 and x.old_values is None:
+        raise ValueError(f"ppo_loss: value_clip={x.value_clip} needs old_values; value_clip=0 does without")
     shape = x.weights.shape
     shapes = [t.shape for t in (*x[:3], *x[4:9]) if t is not None]
     if shapes != [shape] * len(shapes):
@@ -232,7 +244,7 @@ def ppo_loss_with_gradients(*args):
     """Return the outputs of `ppo_loss`, policy_loss's gradient by logprobs and value_loss's by values, float32 in the
     shape of weights; (0,) where not needed."""
     *args, logprobs_need_grad, values_need_grad = args
-    x = Inputs.bundle(args)
+    x = Inputs(*args)
     losses = _losses(x)
     logprob_grad = losses.logprob_grad if logprobs_need_grad else None
     value_grad = losses.value_grad if values_need_grad else None
@@ -249,11 +261,12 @@ FULL_GPU_BLOCKS = 256  # from here on each block gets two rounds and more
 
 def _launch(kernels, device, args, needs_grad):
     """Return both losses, stats and both gradients, None where not needed."""
-    x = Inputs.bundle(args)
+    x = Inputs(*args)
     refuse_float64(x.weights)
-    value_weights = x.weights if x.values is not None and x.value_weights is None else x.value_weights
-    tensors = contiguous_float32(*args[:7], value_weights, *args[8:11])
+    tensors = contiguous_float32(*x.tensors)
     weights = tensors[3]
+    if x.values is not None and x.value_weights is None:
+        tensors[7] = weights
     N = weights.numel()
     out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
     out += [torch.empty_like(weights) if needed else None for needed in needs_grad]
@@ -263,7 +276,7 @@ def _launch(kernels, device, args, needs_grad):
         grid = [max(1, min(rounds, MAX_BLOCKS, max(FULL_GPU_BLOCKS, rounds // 2)))]
         partial_sums = [weights.new_empty(kernels.ppo_loss_num_partials, *grid)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.clip, x.importance_cap,
+        *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.numbers,
         IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
     )  # fmt: skip
     return out
