@@ -1,9 +1,9 @@
-"""Compiles csrc/ without torch: csrc/cpu to rlhf_fast._cpu, csrc/cuda to rlhf_fast._cuda where nvcc is found.
+"""Compile csrc/ without torch: csrc/cpu to rlhf_fast._cpu and, if nvcc is found, csrc/cuda to rlhf_fast._cuda.
 
 RLHF_FAST_CUDA=auto|0|1        1: fail when nvcc is missing; 0: leave CUDA out            (default auto)
 RLHF_FAST_CUDA_ARCHS="80;90+PTX"  compute capabilities; +PTX adds code that later GPUs can translate
 RLHF_FAST_REQUIRE_EXT=1        a missing compiler is an error, not a warning
-CXX, MAX_JOBS                  the C++ compiler; how many compilations run at once
+CXX, MAX_JOBS                  the C++ compiler; the number of compilations at once
 """
 
 import os
@@ -25,13 +25,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 
 
-def say(sentence: str) -> None:
+def report(sentence: str) -> None:
     print(f"[rlhf-fast] {sentence}", flush=True)
 
 
 def find_nvcc() -> str | None:
-    wish = os.environ.get("RLHF_FAST_CUDA", "auto")
-    if wish == "0":
+    mode = os.environ.get("RLHF_FAST_CUDA", "auto")
+    if mode == "0":
         return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [Path(home) / "bin" / "nvcc" for home in homes] + [Path("/usr/local/cuda/bin/nvcc")]
@@ -40,15 +40,15 @@ def find_nvcc() -> str | None:
     for candidate in candidates:
         if candidate.is_file():
             return str(candidate)
-    if wish == "1":
+    if mode == "1":
         raise SystemExit("[rlhf-fast] RLHF_FAST_CUDA=1 but nvcc was not found; set CUDA_HOME to the toolkit's folder")
     return None
 
 
 def toolkit_libraries(nvcc: str) -> Path:
-    """The folder of libcudart_static.a. `nvcc` on PATH may be a wrapper script, so nvcc is asked for its root."""
-    report = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-    tops = [line.split("=", 1)[1].strip() for line in report.splitlines() if line.startswith("#$ TOP=")]
+    """Return the folder of libcudart_static.a, below the root that nvcc reports: it may be a wrapper script."""
+    dryrun = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    tops = [line.split("=", 1)[1].strip() for line in dryrun.splitlines() if line.startswith("#$ TOP=")]
     top = Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
     for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
         if (top / folder / "libcudart_static.a").is_file():
@@ -90,13 +90,13 @@ rule link
 
 
 def ninja_file(name: str, folder: Path, target: Path) -> str:
-    """The text of build.ninja for one extension: every source of csrc/cpu once per instruction set, or csrc/cuda."""
+    """Return build.ninja for one extension: each source of csrc/cpu once per instruction set, or csrc/cuda."""
     import pybind11
 
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
     openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
     warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
-    warnings += "" if openmp else " -Wno-unused-parameter"  # threads
+    warnings += "" if openmp else " -Wno-unused-parameter"  # num_threads, without OpenMP
     includes = " ".join(
         f'-I"{dollars(path)}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC)
     )
@@ -104,7 +104,7 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
     lines = [f"cxx = {cxx}", f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}"]
     if name.endswith("_cuda"):
         nvcc, archs = find_nvcc(), gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
-        host = "-Xcompiler -fPIC,-fvisibility=hidden -diag-suppress 177"  # entries of the kernel table
+        host = "-Xcompiler -fPIC,-fvisibility=hidden -diag-suppress 177"  # unused entries of the kernel table
         lines += [
             f"nvcc = {nvcc}",
             f'nvflags = -O3 -std=c++17 {host} -cudart static --threads 0 {archs} -I"{dollars(CSRC)}"',
@@ -125,17 +125,17 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
 
 
 def dollars(path: Path | str) -> str:
-    """A path within the double quotes of a command: ninja reads $$ as $, the shell \\$ as $."""
+    """Return a path for use in the double quotes of a command: ninja reads $$ as $, the shell \\$ as $."""
     return str(path).replace("$", "\\$$")
 
 
 def escaped(path: Path) -> str:
-    """A path as the name of a file in ninja's own lines, which quotes it for the shell."""
+    """Return a path as a file name in ninja's own lines. ninja quotes it for the shell."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 class NinjaBuild(build_ext):
-    """Writes build.ninja and runs it: one rule for C++, one for CUDA, one to link."""
+    """Write build.ninja and run it: one rule for C++, one for CUDA, one to link."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -143,11 +143,11 @@ class NinjaBuild(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if not OPTIONAL:
                 raise
-            say("=" * 80)
-            say(f"{ext.name} COULD NOT BE BUILT: {error}")
-            say("rlhf-fast will run on its plain-torch references, many times slower. `rlhf-fast env` shows it.")
-            say("To mend it, install a C++17 compiler (g++ or clang++) and install rlhf-fast again.")
-            say("=" * 80)
+            report("=" * 80)
+            report(f"{ext.name} COULD NOT BE BUILT: {error}")
+            report("rlhf-fast will run on its plain-torch references, many times slower. `rlhf-fast env` shows it.")
+            report("To fix it, install a C++17 compiler (g++ or clang++) and install rlhf-fast again.")
+            report("=" * 80)
 
     def run_ninja(self, name: str, target: Path) -> None:
         import ninja
@@ -166,8 +166,8 @@ class NinjaBuild(build_ext):
 
 extensions = [Extension("rlhf_fast._cpu", sources=[], optional=OPTIONAL)]
 if nvcc := find_nvcc():
-    say(f"CUDA kernels: yes, by {nvcc}")
+    report(f"CUDA kernels: yes, by {nvcc}")
     extensions.append(Extension("rlhf_fast._cuda", sources=[], optional=OPTIONAL))
 else:
-    say("CUDA kernels: no (nvcc not found, or RLHF_FAST_CUDA=0)")
+    report("CUDA kernels: no (nvcc not found, or RLHF_FAST_CUDA=0)")
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -342,7 +342,7 @@ def test_reward_model_must_share_the_tokenizer(tmp_path):
     scores = reward(batch)
     for row, tokens in enumerate(batch.tokens):
         length = int(batch.lengths[row])
-        alone = start.token_scores(tokens[None, :length])[0, -1]
+        alone = start.score_hidden(start.hidden(tokens[None, :length]))[0, -1]
         torch.testing.assert_close(scores[row], alone.detach(), rtol=1e-5, atol=1e-6)
     toy.tokenizer("abcdefgx").save_pretrained(tmp_path / "reward")
     with pytest.raises(UserError, match="its tokenizer is not the policy's"):

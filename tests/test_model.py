@@ -189,7 +189,7 @@ def test_scalar_head(tmp_path, kind):
     model.score_bias = 1.25
     tokens, lengths = pad_rows([[3, 4, 5, 6, 7], [3, 4], [8, 9, 3]])
     last = model.last_scores(tokens, lengths)
-    every = model.token_scores(tokens)
+    every = model.score_hidden(model.hidden(tokens))
     torch.testing.assert_close(last, torch.stack([every[0, 4], every[1, 1], every[2, 2]]))
     values = model.values(tokens, torch.tensor([2, 1, 3]), lengths)
     torch.testing.assert_close(values[0], every[0, 1:4])

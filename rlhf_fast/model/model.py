@@ -212,10 +212,6 @@ class Model:
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
         return zeros.index_put((rows.to(self.device), slots.to(self.device)), self.score_hidden(hidden))
 
-    def token_scores(self, tokens: Tensor) -> Tensor:
-        """Return the scalar head's output (B, T) float32 at every token."""
-        return self.score_hidden(self.hidden(tokens))
-
     def last_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return the scalar head's output (B,) float32 at the last token of each row."""
         hidden, lengths = self.hidden(tokens), lengths.to(self.device)
