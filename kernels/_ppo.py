@@ -60,7 +60,7 @@ def _one_element(op: str, name: str, x: Tensor | float | None, like: Tensor) -> 
     return x.detach().reshape(())
 
 
-class PolicyRows(NamedTuple):
+class TokenInputs(NamedTuple):
     """Tensors with one number for each token, besides its log-probability and entropy."""
 
     old_logprobs: Tensor
@@ -68,9 +68,9 @@ class PolicyRows(NamedTuple):
     weights: Tensor
     ref_logprobs: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> PolicyRows:
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenInputs:
         ref_logprobs = None if self.ref_logprobs is None else function(self.ref_logprobs)
-        return PolicyRows(function(self.old_logprobs), function(self.advantages), function(self.weights), ref_logprobs)
+        return TokenInputs(function(self.old_logprobs), function(self.advantages), function(self.weights), ref_logprobs)
 
 
 class PolicyStats(NamedTuple):
@@ -178,7 +178,7 @@ def policy_loss(
     logprobs: Tensor,
     entropy: Tensor,
     valid: Tensor,
-    rows: PolicyRows,
+    inputs: TokenInputs,
     whitening: Whitening,
     clip: Clip,
     kl: KL,
@@ -194,17 +194,17 @@ def policy_loss(
     def at_valid(x: Tensor) -> Tensor:
         return where_valid(valid, x).to(dtype)
 
-    weights = at_valid(rows.weights)
+    weights = at_valid(inputs.weights)
     logprobs = at_valid(logprobs)
     entropy = at_valid(entropy)
-    advantage = at_valid(whitening.apply(rows.advantages))
-    terms = surrogate(logprobs - at_valid(rows.old_logprobs), advantage, clip)
+    advantage = at_valid(whitening.apply(inputs.advantages))
+    terms = surrogate(logprobs - at_valid(inputs.old_logprobs), advantage, clip)
     loss = (weights * terms.loss).sum()
     surrogate_loss = loss.detach()
     grad = terms.grad
     ref_kl = torch.zeros_like(terms.ratio)
-    if rows.ref_logprobs is not None:
-        difference = logprobs - at_valid(rows.ref_logprobs)
+    if inputs.ref_logprobs is not None:
+        difference = logprobs - at_valid(inputs.ref_logprobs)
         ref_kl = kl_estimate(difference, kl.estimator, clip.max_log_ratio)
         if kl.coef:
             loss = loss + kl.coef * (weights * ref_kl).sum()

@@ -16,7 +16,7 @@ from rlhf_fast.kernels._ppo import (
     STATS,
     Clip,
     PolicyLoss,
-    PolicyRows,
+    TokenInputs,
     Whitening,
     policy_loss,
 )
@@ -105,7 +105,7 @@ class Inputs(NamedTuple):
     weight: Tensor
     targets: Tensor
     bias: Tensor | None
-    rows: PolicyRows
+    token_inputs: TokenInputs
     whitening: Whitening
     clip: Clip
     kl: KL
@@ -118,38 +118,40 @@ class Inputs(NamedTuple):
         cls, hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
         kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, shift, scale, log_ratio_clamp,
     ) -> "Inputs":  # fmt: skip
-        rows = PolicyRows(old_logprobs, advantages, weights, ref_logprobs)
+        token_inputs = TokenInputs(old_logprobs, advantages, weights, ref_logprobs)
         clip = Clip(clip_low, clip_high, dual_clip, 0.0, log_ratio_clamp)
         whitening, kl = Whitening(shift, scale), KL(kl_coef, kl_estimator)
-        return cls(hidden, weight, targets, bias, rows, whitening, clip, kl, entropy_coef, temperature, softcap)
+        return cls(hidden, weight, targets, bias, token_inputs, whitening, clip, kl, entropy_coef, temperature, softcap)
 
     def flat(self) -> tuple:
         """Return the arguments in the op's order."""
         clip = self.clip
         return (
-            self.hidden, self.weight, self.targets, *self.rows, clip.low, clip.high, clip.dual, *self.kl,
+            self.hidden, self.weight, self.targets, *self.token_inputs, clip.low, clip.high, clip.dual, *self.kl,
             self.entropy_coef, self.temperature, self.softcap, self.bias, *self.whitening, clip.log_ratio,
         )  # fmt: skip
 
     def loss(self, logprobs: Tensor, entropy: Tensor, valid: Tensor) -> PolicyLoss:
-        return policy_loss(logprobs, entropy, valid, self.rows, self.whitening, self.clip, self.kl, self.entropy_coef)
+        return policy_loss(
+            logprobs, entropy, valid, self.token_inputs, self.whitening, self.clip, self.kl, self.entropy_coef
+        )
 
 
 @linear_ppo_loss.normalize
 def _(*args):
     x = Inputs.bundle(*args)
     check_head("linear_ppo_loss", x.hidden, x.weight, x.targets, x.bias, x.temperature, x.softcap)
-    check_rows("linear_ppo_loss", x.targets, **x.rows._asdict())
+    check_rows("linear_ppo_loss", x.targets, **x.token_inputs._asdict())
     if x.kl.estimator not in LOSS_ESTIMATORS:
         names = ", ".join(LOSS_ESTIMATORS)
         raise ValueError(f"linear_ppo_loss: kl_estimator must be one of {names}, got {x.kl.estimator!r}")
-    if x.kl.coef and x.rows.ref_logprobs is None:
+    if x.kl.coef and x.token_inputs.ref_logprobs is None:
         raise ValueError(f"linear_ppo_loss: kl_coef={x.kl.coef} needs ref_logprobs")
-    rows = x.rows.map(Tensor.detach)
-    if rows.weights.dtype == torch.bool:
-        rows = rows._replace(weights=rows.weights.float())
+    token_inputs = x.token_inputs.map(Tensor.detach)
+    if token_inputs.weights.dtype == torch.bool:
+        token_inputs = token_inputs._replace(weights=token_inputs.weights.float())
     return x._replace(
-        rows=rows,
+        token_inputs=token_inputs,
         whitening=Whitening.normalize("linear_ppo_loss", *x.whitening, x.hidden),
         clip=Clip(*map(float, x.clip)),
         kl=KL(float(x.kl.coef), x.kl.estimator),
@@ -165,7 +167,7 @@ def _reference(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, PolicyLoss]:
     raw_logits = head.raw_logits(x.hidden, x.weight, x.bias, x.targets)
     logp = head.scale_logits(raw_logits, x.temperature, x.softcap).log_softmax(-1)
     logprobs, entropy = head.gather_targets(logp, x.targets), head.entropy(logp, x.targets)
-    valid = (x.targets != head.IGNORE_INDEX) & (x.rows.weights != 0)
+    valid = (x.targets != head.IGNORE_INDEX) & (x.token_inputs.weights != 0)
     return raw_logits, logp, logprobs, entropy, x.loss(logprobs, entropy, valid)
 
 
@@ -177,11 +179,11 @@ def _(kernels, *args):
 def _launch(kernels, *args):
     x = Inputs.bundle(*args[:-3])
     cpu_head = CpuHead(kernels, "linear_ppo_loss", x.hidden, x.weight, x.targets, x.bias, x.temperature, x.softcap)
-    rows = x.rows.map(lambda values: cpu_head.gather_valid(values.flatten()))
+    valid_inputs = x.token_inputs.map(lambda values: cpu_head.gather_valid(values.flatten()))
 
     def loss_of(results, chunk):
-        chunk_rows = rows.map(lambda values: values[chunk])
-        return x._replace(rows=chunk_rows).loss(*results[:2], chunk_rows.weights != 0)
+        chunk_inputs = valid_inputs.map(lambda values: values[chunk])
+        return x._replace(token_inputs=chunk_inputs).loss(*results[:2], chunk_inputs.weights != 0)
 
     def coefficients_of(results, chunk):
         loss = loss_of(results, chunk)

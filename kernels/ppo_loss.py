@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._ppo import KL, Clip, PolicyLoss, PolicyRows, Whitening, policy_loss, value_loss, where_valid
+from rlhf_fast.kernels._ppo import KL, Clip, PolicyLoss, TokenInputs, Whitening, policy_loss, value_loss, where_valid
 from rlhf_fast.kernels._tensors import contiguous_float32, promote_to_float64, upcast, upcast_dtype
 
 IMPORTANCE_MODES = ("truncate", "mask")
@@ -85,8 +85,9 @@ def ppo_loss(
     value_clip, log_ratio_clamp, dual_clip: 0 turns them off.
 
     Gradients: with respect to logprobs and values, computed by the forward pass. They equal autograd's: at a clip bound
-    the gradient is that of the unclipped term; where clipped and unclipped terms tie, it is half. Beyond
-    log_ratio_clamp it is 0.
+    a ratio or a value counts as not clipped. The gradient is halved at a tie with the bound of dual_clip, and where a
+    value beyond its clip has equal clipped and unclipped errors. Beyond log_ratio_clamp it is 0.
+
     Raises ValueError where shapes differ, a part is incomplete, value_clip has no old_values, or importance_mode is
     unknown.
 
@@ -138,16 +139,22 @@ class Inputs(NamedTuple):
     importance_mode: str
 
     @property
+    def token_tensors(self) -> tuple[Tensor | None, ...]:
+        """logprobs to sampler_logprobs: tensors with one element for each token."""
+        return self[:9]
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:11]
 
     @property
-    def numbers(self) -> tuple[float, ...]:
+    def scalars(self) -> tuple[float, ...]:
+        """clip_low to importance_cap."""
         return self[11:17]
 
     @property
     def clip(self) -> Clip:
-        return Clip(*self[11:16])
+        return Clip(self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
 
 
 class _Losses(NamedTuple):
@@ -175,15 +182,16 @@ def _losses(x: Inputs) -> _Losses:
 
 
 def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
-    """Return the policy loss with importance weights, and the statistics of PPOStats, most of them without."""
+    """Return the policy loss with importance weights, and the statistics of PPOStats, of which only importance and
+    importance_capped are with importance weights."""
     logprobs, weights = upcast(x.logprobs), upcast(x.weights)
     valid = weights != 0
     no_entropy = torch.zeros_like(logprobs)
     whitening = Whitening(x.advantage_shift, x.advantage_scale)
 
     def loss_with(weights: Tensor) -> PolicyLoss:
-        rows = PolicyRows(x.old_logprobs, x.advantages, weights)
-        return policy_loss(logprobs, no_entropy, weights != 0, rows, whitening, x.clip, KL(0.0, "k1"), 0.0)
+        inputs = TokenInputs(x.old_logprobs, x.advantages, weights)
+        return policy_loss(logprobs, no_entropy, weights != 0, inputs, whitening, x.clip, KL(0.0, "k1"), 0.0)
 
     policy = loss_with(weights)
     stats = {name: total for name, total in policy.stats._asdict().items() if name in PPOStats._fields}
@@ -207,9 +215,9 @@ def _(*args):
         x = x._replace(weights=x.weights.float())
     if x.value_weights is not None and x.value_weights.dtype == torch.bool:
         x = x._replace(value_weights=x.value_weights.float())
-    tensors = promote_to_float64(*x[:9])
-    whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, tensors[3])
-    return *tensors, *whitening, *map(float, x.numbers), x.importance_mode
+    x = Inputs(*promote_to_float64(*x.token_tensors), *x[len(x.token_tensors) :])
+    whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, x.weights)
+    return *x.token_tensors, *whitening, *map(float, x.scalars), x.importance_mode
 
 
 def _check(x: Inputs) -> None:
@@ -224,7 +232,7 @@ def _check(x: Inputs) -> None:
     if x.values is not None and x.value_clip > 0 and x.old_values is None:
         raise ValueError(f"ppo_loss: value_clip={x.value_clip} needs old_values; value_clip=0 does without")
     shape = x.weights.shape
-    shapes = [t.shape for t in (*x[:3], *x[4:9]) if t is not None]
+    shapes = [t.shape for t in x.token_tensors if t is not None]
     if shapes != [shape] * len(shapes):
         got = list(map(list, shapes))
         raise ValueError(f"ppo_loss: all must have the shape of weights, {list(shape)}, got {got}")
@@ -234,9 +242,9 @@ def _check(x: Inputs) -> None:
 
 
 def _fake_with_gradients(logprobs, old_logprobs, advantages, weights, *options):
-    loss, value_loss, stats = _fake(logprobs, old_logprobs, advantages, weights)
+    losses_and_stats = _fake(logprobs, old_logprobs, advantages, weights)
     shapes = (weights.shape if needed else (0,) for needed in options[-2:])
-    return loss, value_loss, stats, *(loss.new_empty(shape) for shape in shapes)
+    return *losses_and_stats, *(losses_and_stats[0].new_empty(shape) for shape in shapes)
 
 
 @ppo_loss.variant(outputs=5, flags=("logprobs_need_grad", "values_need_grad"), fake=_fake_with_gradients)
@@ -255,28 +263,25 @@ def _empty_for_none(like: Tensor, *grads: Tensor | None) -> list[Tensor]:
     return [like.new_empty(0) if grad is None else grad for grad in grads]
 
 
-MAX_BLOCKS = 1024  # of csrc/cuda
-FULL_GPU_BLOCKS = 256  # from here on each block gets two rounds and more
+MAX_BLOCKS = 1024  # the largest grid of csrc/cuda/ppo_loss.cu
+FULL_GPU_BLOCKS = 256  # in a larger grid each block loops over two or more groups of tokens
 
 
 def _launch(kernels, device, args, needs_grad):
     """Return both losses, stats and both gradients, None where not needed."""
     x = Inputs(*args)
     refuse_float64(x.weights)
-    tensors = contiguous_float32(*x.tensors)
-    weights = tensors[3]
-    if x.values is not None and x.value_weights is None:
-        tensors[7] = weights
-    N = weights.numel()
+    x = Inputs(*contiguous_float32(*x.tensors), *args[len(x.tensors) :])
+    weights, N = x.weights, x.weights.numel()
     out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
     out += [torch.empty_like(weights) if needed else None for needed in needs_grad]
     grid, partial_sums = [], []
     if device == "cuda":
-        rounds = -(-N // kernels.ppo_loss_tokens_per_block)
-        grid = [max(1, min(rounds, MAX_BLOCKS, max(FULL_GPU_BLOCKS, rounds // 2)))]
+        num_groups = -(-N // kernels.ppo_loss_tokens_per_block)
+        grid = [max(1, min(num_groups, MAX_BLOCKS, max(FULL_GPU_BLOCKS, num_groups // 2)))]
         partial_sums = [weights.new_empty(kernels.ppo_loss_num_partials, *grid)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.numbers,
+        *data_ptrs(*x.tensors, *out, *partial_sums), *grid, N, *x.scalars,
         IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
     )  # fmt: skip
     return out
@@ -298,13 +303,14 @@ _register_compiled("cuda")
 
 
 def _forward(ctx, *args):
-    needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-    policy_loss, value_loss, stats, *grads = ppo_loss_with_gradients.run(*args, *needs_grad)
-    ctx.save_for_backward(*grads)
-    ctx.dtypes = [x.dtype if needed else None for x, needed in zip((args[0], args[4]), needs_grad, strict=True)]
-    constant = [loss for loss, needed in zip((policy_loss, value_loss), needs_grad, strict=True) if not needed]
+    x, needed = Inputs(*args), Inputs(*ctx.needs_input_grad)
+    needs_grad = needed.logprobs, needed.values
+    *losses, stats, logprob_grad, value_grad = ppo_loss_with_gradients.run(*args, *needs_grad)
+    ctx.save_for_backward(logprob_grad, value_grad)
+    ctx.dtypes = [t.dtype if t_needed else None for t, t_needed in zip((x.logprobs, x.values), needs_grad, strict=True)]
+    constant = [loss for loss, loss_needed in zip(losses, needs_grad, strict=True) if not loss_needed]
     ctx.mark_non_differentiable(stats, *constant)
-    return policy_loss, value_loss, stats
+    return *losses, stats
 
 
 def _backward(ctx, *grad_outputs):
@@ -312,7 +318,7 @@ def _backward(ctx, *grad_outputs):
         None if dtype is None else (grad_loss * grad).to(dtype)
         for dtype, grad, grad_loss in zip(ctx.dtypes, ctx.saved_tensors, grad_outputs[:2], strict=True)
     )
-    return d_logprobs, None, None, None, d_values, *[None] * 13
+    return Inputs(*[None] * len(Inputs._fields))._replace(logprobs=d_logprobs, values=d_values)
 
 
 ppo_loss.gradient(_backward, forward=_forward)

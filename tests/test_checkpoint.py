@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.run import checkpoint
+from rlhf_fast.run.folder import BestModel
 
 
 def same(a, b) -> bool:
@@ -89,6 +91,28 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_100"]
     assert checkpoint.latest(tmp_path).name == "step_100"
     assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def test_a_save_removes_its_own_leftovers_only(tmp_path):
+    """`best.old.tmp` is the only copy of the best weights if the process died while they were replaced."""
+    (tmp_path / "best.old.tmp").mkdir()
+    (tmp_path / "best.old.tmp/weights").write_text("best so far")
+    (tmp_path / "step_1.tmp").mkdir()
+    checkpoint.save(tmp_path, 2, {"a": torch.ones(1)})
+    checkpoint.restore_replaced(tmp_path / "best")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step_2"]
+    assert (tmp_path / "best/weights").read_text() == "best so far"
+
+
+def test_the_best_model_survives_a_death_while_it_is_replaced(tmp_path):
+    best = BestModel(SimpleNamespace(checkpoints=tmp_path))
+    best.update(3, 0.5, lambda folder: (folder / "weights").write_text("step 3"))
+    (tmp_path / "best").rename(tmp_path / "best.old.tmp")  # the first of atomic_folder's two renames
+    resumed = BestModel(SimpleNamespace(checkpoints=tmp_path))
+    resumed.load_state_dict(best.state_dict())
+    checkpoint.save(tmp_path, 4, {"a": torch.ones(1)})
+    resumed.writer(9, lambda folder: pytest.fail("step 9 is not the best"))(tmp_path / "out")
+    assert (tmp_path / "out/weights").read_text() == "step 3"
 
 
 def truncate(path):

@@ -193,7 +193,7 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   args.values = ptr<const float>(values);
   args.old_values = ptr<const float>(old_values);
   args.returns = ptr<const float>(returns);
-  args.value_weights = ptr<const float>(value_weights);
+  args.value_weights = ptr<const float>(value_weights ? value_weights : weights);
   args.sampler_logprobs = ptr<const float>(sampler_logprobs);
   args.logprobs_grad = ptr<float>(logprobs_grad);
   args.values_grad = ptr<float>(values_grad);

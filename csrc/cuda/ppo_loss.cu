@@ -313,7 +313,7 @@ const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advan
   args.values = ptr<const float>(values);
   args.old_values = value_clip > 0.f ? ptr<const float>(old_values) : args.values;  // not used without a clip
   args.returns = ptr<const float>(returns);
-  args.value_weights = ptr<const float>(value_weights);
+  args.value_weights = ptr<const float>(value_weights ? value_weights : weights);
   args.sampler_logprobs = ptr<const float>(sampler_logprobs);
   args.shift = ptr<const float>(shift);
   args.scale = ptr<const float>(scale);

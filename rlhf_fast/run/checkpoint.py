@@ -29,6 +29,7 @@ from rlhf_fast.run.info import sha256
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+OLD = ".old.tmp"  # suffix of a folder that is being replaced
 
 
 def save(directory: str | Path, step: int, state: Mapping[str, object], keep: int = 2) -> Path:
@@ -42,7 +43,7 @@ def save(directory: str | Path, step: int, state: Mapping[str, object], keep: in
     path = directory / f"step_{step}"
     with writing(path):
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("*.tmp"):
+        for leftover in directory.glob("step_*.tmp"):
             shutil.rmtree(leftover)
         with atomic_folder(path) as folder:
             tree = {name: _write_tensors(folder, name, value) for name, value in state.items()}
@@ -103,6 +104,14 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def restore_replaced(path: str | Path) -> None:
+    """Put the old folder back if the process died while `atomic_folder` replaced it by the new one."""
+    path = Path(path)
+    old = path.with_name(path.name + OLD)
+    if old.exists() and not path.exists():
+        old.rename(path)
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield the folder `path.tmp` to write to; on success its files are fsynced and it replaces `path`.
@@ -110,9 +119,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     On an exception the unfinished folder is removed and `path` is as it was.
     """
     path = Path(path)
-    folder, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
-    if old.exists() and not path.exists():  # a crash between the two renames below
-        old.rename(path)
+    folder, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + OLD)
+    restore_replaced(path)
     for leftover in (folder, old):
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir(parents=True)
