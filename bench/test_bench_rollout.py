@@ -84,7 +84,7 @@ def check(model: Model, batch: Prompts):
     def run():
         few = batch.take(range(min(2, len(batch.uids))))
         settings = SamplingConfig(max_new_tokens=8, temperature=0.0)
-        found = Rollout(model, settings, path="fused").generate(few)
+        found = Rollout(model, settings, decode_path="fused").generate(few)
         if model.head_weight.dtype == torch.float32:
             ids = torch.tensor(few.tokens)
             theirs = model.module.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)

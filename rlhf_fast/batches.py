@@ -7,7 +7,7 @@ Shapes:
     N  rows of G groups (Comparisons)
 
 A row is padded on the RIGHT with zeros. Only `lengths` says which tokens are real, never the value of a token. In
-(B, R) fields slot j belongs to the response token at position prompt_length + j, whose log-probability is predicted at
+(B, R) fields column j is token j of the response, at position prompt_length + j, whose log-probability is predicted at
 position prompt_length + j - 1.
 
 A loss takes a batch with `num_items()`, the number of things its loss is averaged over (tokens, prompts), and
@@ -26,7 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-LIMIT, END, STOP = 0, 1, 2
+LENGTH, EOS, STOP = 0, 1, 2
 """Why a response ended: max_new_tokens, an end token, a stop text."""
 RESPONSE_FIELDS = frozenset(
     {
@@ -135,7 +135,7 @@ class Prompts(NamedTuple):
     """Prompts to answer."""
 
     uids: list[int]
-    """A prompt's number in the whole run. With the seed it decides the noise of the prompt's samples."""
+    """A prompt's number in the whole run. The noise of the prompt's samples depends on it and on their number."""
     tokens: list[list[int]]
     texts: list[str]
 
@@ -166,7 +166,7 @@ class Responses(NamedTuple):
     lengths: Tensor
     """(B,) of prompt and response."""
     mask: Tensor
-    """(B, R) bool: slots that hold a token."""
+    """(B, R) bool: true where there is a token."""
     logprobs: Tensor
     """(B, R) nats, at the sampling temperature, before the filters: comparable with the trainer's forward pass."""
     raw_logprobs: Tensor
@@ -176,14 +176,14 @@ class Responses(NamedTuple):
     entropy: Tensor
     """(B, R) nats, of the distribution at the sampling temperature, before the filters."""
     finish_reasons: Tensor
-    """(B,) uint8: LIMIT, END or STOP."""
+    """(B,) uint8: LENGTH, EOS or STOP."""
     uids: Tensor
     """(B,) of the prompt."""
 
     @property
     def finished(self) -> Tensor:
         """(B,) bool: ended by an end token or stop text, not by the limit."""
-        return self.finish_reasons != LIMIT
+        return self.finish_reasons != LENGTH
 
     def take(self, index: Tensor | Sequence[int]) -> Responses:
         return take_rows(self, index)
@@ -214,7 +214,7 @@ class Experience(NamedTuple):
     ref_logprobs: Tensor
     """(B, R) nats, of the reference model."""
     values: Tensor
-    """(B, R) of the value model at collection: slot j holds the value before token j is sampled."""
+    """(B, R) of the value model at collection: the value before token j is sampled is in column j."""
     advantages: Tensor
     """(B, R)"""
     returns: Tensor
@@ -251,10 +251,10 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def response_mask(prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-    """Return (B, R) bool: the response slots that hold a token."""
+    """Return (B, R) bool: true where a response has a token."""
     sizes = lengths - prompt_lengths
-    slots = torch.arange(int(sizes.max()) if len(sizes) else 0, device=sizes.device)
-    return slots < sizes[:, None]
+    positions = torch.arange(int(sizes.max()) if len(sizes) else 0, device=sizes.device)
+    return positions < sizes[:, None]
 
 
 def take_rows(batch: RowWise, index: Tensor | Sequence[int]) -> RowWise:

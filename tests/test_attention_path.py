@@ -41,9 +41,9 @@ def test_equals_transformers(make, monkeypatch):
     token, so the hidden states of prefilled and decoded rows are compared too."""
     monkeypatch.setitem(PAGE_SIZE, "cpu", 4)
     model, batch = Model(make()), prompts(1, 7, 3, 12)
-    rollout = Rollout(model, sampling(temperature=0.0), path="attention")
+    rollout = Rollout(model, sampling(temperature=0.0), decode_path="attention")
     found = rollout.generate(batch).response_ids()
-    assert rollout.path == "attention"
+    assert rollout.decode_path == "attention"
     for tokens, response in zip(batch.tokens, found, strict=True):
         assert response == greedy(model.module, tokens)
 
@@ -69,13 +69,13 @@ def test_an_unsupported_model_falls_back_with_a_reason(make, reason, monkeypatch
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         found = rollout.generate(batch).response_ids()
         Rollout(model, sampling()).generate(batch)
-    assert rollout.path == "transformers"
+    assert rollout.decode_path == "transformers"
     warnings = [record.message for record in caplog.records if "transformers' own cache" in record.message]
     assert len(warnings) == 1 and reason in warnings[0]
     assert found == [greedy(model.module, tokens) for tokens in batch.tokens]
     assert model.module.config._attn_implementation == name and not model.module.training
-    with pytest.raises(UserError, match="path 'attention' cannot decode it, because"):
-        Rollout(model, sampling(), path="attention").generate(batch)
+    with pytest.raises(UserError, match="decode path 'attention' cannot serve it, because"):
+        Rollout(model, sampling(), decode_path="attention").generate(batch)
     monkeypatch.setenv("RLHF_FAST_STRICT", "1")
     with pytest.raises(UserError, match=r"RLHF_FAST_STRICT=1 and .*ForCausalLM: responses are sampled over"):
         Rollout(model, sampling()).generate(batch)
@@ -86,7 +86,7 @@ def test_auto_skips_the_path_without_a_kernel(monkeypatch, caplog):
     monkeypatch.setattr(choose, "_warned", set())
     monkeypatch.setitem(ops.decode_attention.preference, "cpu", ["reference"])
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
-        assert Rollout(model, sampling()).path == "transformers"
+        assert Rollout(model, sampling()).decode_path == "transformers"
     assert "slower, because decode_attention has no kernel here" in caplog.text
 
 
@@ -121,8 +121,8 @@ def test_unknown_arguments_and_layers_are_refused():
         vars(model.module.config).update(setting)
         with pytest.raises(Unsupported, match=reason):
             AttentionDecoder.make(model)
-    with pytest.raises(UserError, match="there is no path 'fast'"):
-        Rollout(llama(), sampling(), path="fast").generate(prompts(3))
+    with pytest.raises(UserError, match="there is no decode path 'fast'"):
+        Rollout(llama(), sampling(), decode_path="fast").generate(prompts(3))
 
 
 def gradients(model: Model) -> list[torch.Tensor]:
@@ -135,19 +135,21 @@ def gradients(model: Model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name, path",
+    "name, decode_path",
     [("llama", "attention"), ("gpt2", "attention"), ("gemma2, soft caps", "attention"), ("llama", "fused"),
      ("gpt2", "fused"), ("qwen3", "fused")],
 )  # fmt: skip
-def test_training_is_not_affected(name, path):
+def test_training_is_not_affected(name, decode_path):
     """A training step has the same log-probabilities and gradients after a rollout as without one, bit for bit."""
     model = Model(SERVED[name]())
     twin = Model(copy.deepcopy(model.module))
     implementation = model.module.config._attn_implementation
     model.module.train()
-    rollout = Rollout(model, sampling(), path=path)
+    rollout = Rollout(model, sampling(), decode_path=decode_path)
     rollout.generate(prompts(3, 5))
-    assert rollout.path == path and all(p.grad is None and p.requires_grad for p in model.module.parameters())
+    assert rollout.decode_path == decode_path and all(
+        p.grad is None and p.requires_grad for p in model.module.parameters()
+    )
     assert model.module.training and model.module.config._attn_implementation == implementation
     found, expected = gradients(model), gradients(twin)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -156,8 +158,8 @@ def test_training_is_not_affected(name, path):
 
 def test_an_error_leaves_the_module_as_it_was():
     model = llama()
-    rollout = Rollout(model, sampling(), path="attention")
-    assert rollout.path == "attention"
+    rollout = Rollout(model, sampling(), decode_path="attention")
+    assert rollout.decode_path == "attention"
     implementation = model.module.config._attn_implementation
     model.module.train()
 
@@ -181,7 +183,9 @@ def test_adapters_count_and_the_reference_has_none():
         if "lora_B" in name:
             p.normal_()
     batch = prompts(4, 9)
-    policy, reference = (Rollout(m, sampling(), path="attention").generate(batch) for m in (model, model.reference()))
+    policy, reference = (
+        Rollout(m, sampling(), decode_path="attention").generate(batch) for m in (model, model.reference())
+    )
     for sampled, found in ((model, policy), (model.reference(), reference)):
         ours, _ = sampled.logprobs(found.tokens, found.prompt_lengths, found.lengths)
         torch.testing.assert_close(found.logprobs, ours, rtol=0, atol=1e-4)

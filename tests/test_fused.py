@@ -188,9 +188,9 @@ def test_a_rollout_on_triton_samples_the_same_tokens(monkeypatch):
         monkeypatch.setitem(sampler.implementations, "triton", sampler.reference)
     batch, cfg = prompts(3, 5), sampling(max_new_tokens=4)
     model = Model(MODELS["llama 4/4 heads of 64"]())
-    compiled = Rollout(model, cfg, 3, path="fused").generate(batch, samples=2)
+    compiled = Rollout(model, cfg, 3, decode_path="fused").generate(batch, samples=2)
     with forcing("triton"):
-        ours = Rollout(model, cfg, 3, path="fused").generate(batch, samples=2)
+        ours = Rollout(model, cfg, 3, decode_path="fused").generate(batch, samples=2)
     assert torch.equal(ours.tokens, compiled.tokens)
     torch.testing.assert_close(ours.logprobs, compiled.logprobs, rtol=1e-4, atol=1e-4)
 
@@ -218,18 +218,18 @@ def test_products_in_bfloat16_are_accurate(monkeypatch):
 def test_greedy_is_transformers_generate(make):
     """Prompts of different lengths in one batch, each against generate() alone."""
     model, batch = Model(make()), prompts(1, 7, 3, 12)
-    rollout = Rollout(model, sampling(temperature=0.0), path="fused")
+    rollout = Rollout(model, sampling(temperature=0.0), decode_path="fused")
     assert rollout.generate(batch).response_ids() == [greedy(model.module, tokens) for tokens in batch.tokens]
-    assert rollout.path == "fused"
+    assert rollout.decode_path == "fused"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_torchs_default_dtype_does_not_matter(dtype):
     model, batch = Model(build("Llama", hidden_size=256)()), prompts(*range(1, 20))
-    before = Rollout(model, sampling(), path="fused").generate(batch, samples=4)
+    before = Rollout(model, sampling(), decode_path="fused").generate(batch, samples=4)
     torch.set_default_dtype(dtype)
     try:
-        again = Rollout(model, sampling(), path="fused").generate(batch, samples=4)
+        again = Rollout(model, sampling(), decode_path="fused").generate(batch, samples=4)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(before.tokens, again.tokens) and torch.equal(before.logprobs, again.logprobs)
@@ -240,16 +240,16 @@ def test_samples_do_not_depend_on_the_batch(filters):
     """Bit for bit: batch 1, 7 and 64, shuffled prompts, refilled slots, a kept cache."""
     model, batch = Model(MODELS["qwen3 4/2 heads of 80"]()), prompts(*range(1, 18))
     settings = sampling(**filters)
-    base = Rollout(model, settings, 3, path="fused").generate(batch, samples=4)
+    base = Rollout(model, settings, 3, decode_path="fused").generate(batch, samples=4)
     fields = ("logprobs", "raw_logprobs", "kept_logprobs", "entropy", "lengths", "finish_reasons", "tokens")
     shuffled = torch.randperm(17).tolist()
     for size, keep in [(1, False), (7, True), (64, False)]:
-        rollout = Rollout(model, replace(settings, batch=size), 3, path="fused", keep_cache=keep)
+        rollout = Rollout(model, replace(settings, batch=size), 3, decode_path="fused", keep_cache=keep)
         for _ in range(1 + keep):
             again = rollout.generate(batch, samples=4)
             for name in fields:
                 assert torch.equal(getattr(again, name), getattr(base, name)), f"{name} at batch {size}"
-    mixed = Rollout(model, settings, 3, path="fused").generate(batch.take(shuffled), samples=4)
+    mixed = Rollout(model, settings, 3, decode_path="fused").generate(batch.take(shuffled), samples=4)
     rows = [4 * shuffled.index(i) + k for i in range(17) for k in range(4)]
     assert torch.equal(mixed.logprobs[rows][:, : base.mask.shape[1]], base.logprobs)
     assert [mixed.response_ids()[row] for row in rows] == base.response_ids()
@@ -302,7 +302,7 @@ def test_peak_memory_is_little_more_than_weights_and_cache(filters):
     """The rest is at most 5 % of the weights, and with a filter also one row of logits a response."""
     large = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 16384}
     model, batch = Model(build("Llama", **large)()), prompts(3, 30, 17, 9, 1, 12, 8, 5)
-    rollout = Rollout(model, sampling(**filters), path="fused", keep_cache=True)
+    rollout = Rollout(model, sampling(**filters), decode_path="fused", keep_cache=True)
     rollout.generate(batch)
     cache = rollout._cache.memory.nbytes
     rollout._cache = None
@@ -357,7 +357,7 @@ def test_an_adapter_on_the_embedding_is_refused():
 
 def test_weights_that_change_their_dtype_between_rollouts_are_refused():
     model = Model(build("Llama")())
-    rollout, batch = Rollout(model, sampling(), path="fused"), prompts(3, 5)
+    rollout, batch = Rollout(model, sampling(), decode_path="fused"), prompts(3, 5)
     rollout.generate(batch)
     model.decoder.layers[0].mlp.double()
     with pytest.raises(UserError, match=r"can no longer be decoded, because a weight is torch\.float64"):

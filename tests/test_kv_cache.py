@@ -24,7 +24,7 @@ nan_pages = pytest.mark.usefixtures("pages_of_4", "free_pages_are_nan")
 
 
 @pytest.fixture(params=PATHS)
-def path(request):
+def decode_path(request):
     return request.param
 
 
@@ -67,9 +67,9 @@ class RecordingDecoder:
         return self.decoder.hidden(cache, batch)
 
 
-def recorded(model: Model, path: str, **settings) -> tuple[Rollout, list]:
+def recorded(model: Model, decode_path: str, **settings) -> tuple[Rollout, list]:
     """Return a rollout, and the list to which its decoder's calls are appended."""
-    rollout = Rollout(model, sampling(**settings), path=path)
+    rollout = Rollout(model, sampling(**settings), decode_path=decode_path)
     rollout._decoder = RecordingDecoder(rollout._get_decoder())
     return rollout, rollout._decoder.calls
 
@@ -149,33 +149,35 @@ def test_available_memory_is_read_from_the_system():
 
 @nan_pages
 @pytest.mark.parametrize("length", [3, 4, 5, 7, 8, 9])
-def test_page_boundaries(length, path):
+def test_page_boundaries(length, decode_path):
     """Prompts that end at a page boundary, or one token to each side of it; responses that do."""
     model, batch = llama(eos_token_id=None), prompts(length, 1)
-    expected = Rollout(model, sampling(temperature=0.0), path="transformers").generate(batch, samples=2)
+    expected = Rollout(model, sampling(temperature=0.0), decode_path="transformers").generate(batch, samples=2)
     for limit in range(1, 7):
-        found = Rollout(model, sampling(temperature=0.0, max_new_tokens=limit), path=path).generate(batch, samples=2)
+        found = Rollout(model, sampling(temperature=0.0, max_new_tokens=limit), decode_path=decode_path).generate(
+            batch, samples=2
+        )
         assert found.response_ids() == [row[:limit] for row in expected.response_ids()]
         torch.testing.assert_close(found.raw_logprobs, expected.raw_logprobs[:, :limit], rtol=0, atol=2e-5)
 
 
 @small_pages
-def test_freed_pages_are_never_read(path, request):
+def test_freed_pages_are_never_read(decode_path, request):
     """Two slots, many rows: every page is reused several times, and is NaN in between."""
     model, batch = llama(), prompts(2, 9, 5, 3, 16, 11, 4)
-    rollouts = [Rollout(model, sampling(batch=2), seed=3, path=path) for _ in range(2)]
+    rollouts = [Rollout(model, sampling(batch=2), seed=3, decode_path=decode_path) for _ in range(2)]
     expected = rollouts[0].generate(batch, samples=3)
     request.getfixturevalue("free_pages_are_nan")
     assert equal(rollouts[1].generate(batch, samples=3), expected)
 
 
 @small_pages
-def test_nothing_is_computed_twice(path):
+def test_nothing_is_computed_twice(decode_path):
     """A prompt is prefilled once for all its samples; a response's last token and finished rows are never run."""
     model, batch = llama(), prompts(2, 9, 5, 3, 16, 11, 4)
     batch.tokens[3] = batch.tokens[1]  # the same prompt under another uid is prefilled only once
     for size in (1, 2, 5, 64):
-        rollout, calls = recorded(model, path, batch=size)
+        rollout, calls = recorded(model, decode_path, batch=size)
         found = rollout.generate(batch, samples=4)
         num_prompt_tokens = sum(len(tokens) for i, tokens in enumerate(batch.tokens) if i != 3)
         num_decoded = int(found.mask.sum()) - len(found.lengths)
@@ -185,31 +187,31 @@ def test_nothing_is_computed_twice(path):
 
 
 @small_pages
-def test_long_prompts_are_prefilled_in_several_calls(path, monkeypatch):
+def test_long_prompts_are_prefilled_in_several_calls(decode_path, monkeypatch):
     model, batch = llama(), prompts(2, 9, 5, 3, 16)
-    expected = Rollout(model, sampling(), path=path).generate(batch, samples=2)
+    expected = Rollout(model, sampling(), decode_path=decode_path).generate(batch, samples=2)
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 7)
-    rollout, calls = recorded(model, path)
+    rollout, calls = recorded(model, decode_path)
     found = rollout.generate(batch, samples=2)
     assert [len(positions) for positions, _ in calls[:5]] == [7] * 5
     assert found.response_ids() == expected.response_ids()
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=0 if path == "fused" else 2e-5)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=0 if decode_path == "fused" else 2e-5)
 
 
 @nan_pages
 @pytest.mark.parametrize("length", [1, 4, 6, 8])
-def test_shared_pages_change_no_sample(length, path):
+def test_shared_pages_change_no_sample(length, decode_path):
     """Bit for bit: three samples that share pages, and each alone under the uid that gives it the same noise."""
     model, batch = llama(eos_token_id=None), prompts(length, uids=[5])
-    shared = Rollout(model, sampling(batch=1), path=path).generate(batch, samples=3)
+    shared = Rollout(model, sampling(batch=1), decode_path=decode_path).generate(batch, samples=3)
     for k in range(3):
-        alone = Rollout(model, sampling(batch=1), path=path).generate(batch._replace(uids=[15 + k]))
+        alone = Rollout(model, sampling(batch=1), decode_path=decode_path).generate(batch._replace(uids=[15 + k]))
         assert equal(alone[:-1], shared.take([k])[:-1])
     assert len({tuple(row) for row in shared.response_ids()}) == 3
 
 
 @small_pages
-def test_samples_share_the_pages_of_their_prompt(path, monkeypatch):
+def test_samples_share_the_pages_of_their_prompt(decode_path, monkeypatch):
     """Nine positions are two full pages, which are shared, and a third that each sample has for itself."""
     assigned, assign = {}, PagedKVCache.assign
 
@@ -218,18 +220,18 @@ def test_samples_share_the_pages_of_their_prompt(path, monkeypatch):
         assign(self, slot, pages)
 
     monkeypatch.setattr(PagedKVCache, "assign", record)
-    Rollout(llama(), sampling(max_new_tokens=4), path=path).generate(prompts(9), samples=5)
+    Rollout(llama(), sampling(max_new_tokens=4), decode_path=decode_path).generate(prompts(9), samples=5)
     assert len(assigned) == 5 and all(len(pages) == 3 for pages in assigned.values())
     assert len({tuple(pages[:2]) for pages in assigned.values()}) == 1
     assert len({page for pages in assigned.values() for page in pages}) == 2 + 5
 
 
 @small_pages
-def test_cache_mb_changes_only_how_many_responses_run(path):
+def test_cache_mb_changes_only_how_many_responses_run(decode_path):
     """A page takes 32 KiB, so that 1 MiB holds 32; all 15 rows at a time need more."""
     make = build("Llama", hidden_size=512, num_key_value_heads=4, eos_token_id=None)
     model, batch = Model(make()), prompts(2, 9, 5, 16, 3)
-    free, limited = recorded(model, path), recorded(model, path, cache_mb=1)
+    free, limited = recorded(model, decode_path), recorded(model, decode_path, cache_mb=1)
     found = [rollout.generate(batch, samples=3).response_ids() for rollout, _ in (free, limited)]
     assert found[0] == found[1]
     running = [max(len(slots) for _, slots in calls if len(set(slots)) == len(slots)) for _, calls in (free, limited)]
@@ -241,14 +243,14 @@ def caches() -> list[PagedKVCache]:
     return [x for x in gc.get_objects() if type(x) is PagedKVCache]
 
 
-def test_memory_is_freed_after_a_call_unless_the_cache_is_kept(path):
+def test_memory_is_freed_after_a_call_unless_the_cache_is_kept(decode_path):
     model, batch = llama(), prompts(3, 5)
     gc.collect()
     before = len(caches())
-    rollout = Rollout(model, sampling(), path=path)
+    rollout = Rollout(model, sampling(), decode_path=decode_path)
     first = rollout.generate(batch)
     assert len(caches()) == before
-    keeping = Rollout(model, sampling(), path=path, keep_cache=True)
+    keeping = Rollout(model, sampling(), decode_path=decode_path, keep_cache=True)
     assert equal(keeping.generate(batch), first)
     kept = keeping._cache
     assert len(caches()) == before + 1 and kept.num_free_pages == kept.num_pages
@@ -257,7 +259,7 @@ def test_memory_is_freed_after_a_call_unless_the_cache_is_kept(path):
     assert keeping._cache is not kept and keeping._cache.num_free_pages == keeping._cache.num_pages
     del kept
     assert len(caches()) == before + 1
-    limited = Rollout(model, sampling(cache_mb=1), path=path, keep_cache=True)
+    limited = Rollout(model, sampling(cache_mb=1), decode_path=decode_path, keep_cache=True)
     many = prompts(*[30] * 40)
     found = limited.generate(many, samples=3)
     kept = limited._cache
@@ -267,28 +269,28 @@ def test_memory_is_freed_after_a_call_unless_the_cache_is_kept(path):
 @nan_pages
 @pytest.mark.parametrize("samples", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 6, 8])
-def test_the_pages_of_one_row_suffice(length, samples, path, monkeypatch):
+def test_the_pages_of_one_row_suffice(length, samples, decode_path, monkeypatch):
     """The fewest pages that `create_cache` accepts, whether or not the prompt fills its last page."""
     model, batch = llama(eos_token_id=None), prompts(3, length, 2)
-    expected = Rollout(model, sampling(), path=path).generate(batch, samples=samples)
+    expected = Rollout(model, sampling(), decode_path=decode_path).generate(batch, samples=samples)
     pages = -(-(max(length, 3) + 11) // PAGE_SIZE["cpu"])
     monkeypatch.setattr("rlhf_fast.rollout.rollout.pages_needed", lambda *_: pages)
-    found = Rollout(model, sampling(), path=path).generate(batch, samples=samples)
+    found = Rollout(model, sampling(), decode_path=decode_path).generate(batch, samples=samples)
     assert found.response_ids() == expected.response_ids()
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=0 if path == "fused" else 2e-5)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=0 if decode_path == "fused" else 2e-5)
 
 
-def test_cache_mb_for_one_row_suffices(path):
+def test_cache_mb_for_one_row_suffices(decode_path):
     """4 pages of 256 KiB: a row of 119 positions needs them all, and the second sample reuses the first's last page."""
     shape = {"hidden_size": 512, "num_key_value_heads": 4, "max_position_embeddings": 128, "eos_token_id": None}
     model, batch = Model(build("Llama", **shape)()), prompts(40)
-    found = Rollout(model, sampling(max_new_tokens=80, cache_mb=1), path=path).generate(batch, samples=2)
+    found = Rollout(model, sampling(max_new_tokens=80, cache_mb=1), decode_path=decode_path).generate(batch, samples=2)
     assert found.mask.sum(1).tolist() == [80, 80]
 
 
 @small_pages
-def test_a_scheduler_that_cannot_go_on_raises(path):
-    rollout, batch = Rollout(llama(), sampling(), path=path, keep_cache=True), prompts(9)
+def test_a_scheduler_that_cannot_go_on_raises(decode_path):
+    rollout, batch = Rollout(llama(), sampling(), decode_path=decode_path, keep_cache=True), prompts(9)
     rollout.generate(batch)
     rollout._cache.allocate(1)
     with pytest.raises(RuntimeError, match="no response runs, and the next of 1 does not fit in 4 free of 5 pages"):
@@ -296,12 +298,12 @@ def test_a_scheduler_that_cannot_go_on_raises(path):
 
 
 @small_pages
-def test_a_kept_cache_whose_block_table_is_too_narrow_is_replaced(path):
+def test_a_kept_cache_whose_block_table_is_too_narrow_is_replaced(decode_path):
     """It has enough slots and pages for a longer row, but not enough pages in a row of its block table."""
     model, long = llama(eos_token_id=None), prompts(40)
-    rollout = Rollout(model, sampling(), path=path, keep_cache=True)
+    rollout = Rollout(model, sampling(), decode_path=decode_path, keep_cache=True)
     rollout.generate(prompts(*[3] * 9))
     kept = rollout._cache
     assert kept.num_slots >= 1 and kept.num_pages > kept.pages_for(51) > kept.max_pages_per_slot
-    assert equal(rollout.generate(long), Rollout(model, sampling(), path=path).generate(long))
+    assert equal(rollout.generate(long), Rollout(model, sampling(), decode_path=decode_path).generate(long))
     assert rollout._cache is not kept and rollout._cache.max_pages_per_slot == 13

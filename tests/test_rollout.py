@@ -10,7 +10,7 @@ import toy
 from architectures import END, SERVED, V, build, greedy, llama, prompts, sampling
 
 from rlhf_fast import batches
-from rlhf_fast.batches import LIMIT, STOP, Prompts
+from rlhf_fast.batches import LENGTH, STOP, Prompts
 from rlhf_fast.config.fields import BadSetting, ModelConfig, SamplingConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=PATHS)
-def path(request):
+def decode_path(request):
     return request.param
 
 
@@ -39,7 +39,7 @@ def test_greedy_is_transformers_generate(name):
     """Prompts of different lengths in one batch, each against generate() alone, over transformers' own cache. The other
     paths are in test_fused.py and test_attention_path.py."""
     model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12)
-    found = Rollout(model, sampling(temperature=0.0), path="transformers").generate(batch).response_ids()
+    found = Rollout(model, sampling(temperature=0.0), decode_path="transformers").generate(batch).response_ids()
     assert found == [greedy(model.module, tokens) for tokens in batch.tokens]
 
 
@@ -57,7 +57,7 @@ def padded_greedy(module, batch: Prompts, count: int) -> list[list[int]]:
 def test_greedy_is_that_of_a_batch_padded_on_the_left(name):
     """Prompts of different lengths in float32, on the fastest path that serves the family."""
     model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12, 5)
-    rollout = Rollout(model, sampling(temperature=0.0), path="fused" if name in FUSED else "attention")
+    rollout = Rollout(model, sampling(temperature=0.0), decode_path="fused" if name in FUSED else "attention")
     assert rollout.generate(batch).response_ids() == padded_greedy(model.module, batch, 12)
 
 
@@ -69,30 +69,33 @@ def test_greedy_smollm2_is_transformers_generate():
     batch = Prompts.from_texts(model.tokenizer, texts)
     rollout = Rollout(model, sampling(temperature=0.0, max_new_tokens=24))
     found = rollout.generate(texts).response_ids()
-    assert rollout.path == "fused"
+    assert rollout.decode_path == "fused"
     assert found == [greedy(model.module, tokens, 24) for tokens in batch.tokens]
     assert found == padded_greedy(model.module, batch, 24)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES}")
-def test_greedy_story_is_that_of_the_models_author(path):
+def test_greedy_story_is_that_of_the_models_author(decode_path):
     model = Model.load(ModelConfig(str(STORIES)))
     golden = (STORIES / "golden_greedy.txt").read_text()
     story = Prompts([0], [[model.tokenizer.bos_token_id]], [""])
     settings = SamplingConfig(temperature=0.0, max_new_tokens=256)
-    response = Rollout(model, settings, path=path).generate(story).response_ids()[0]
+    response = Rollout(model, settings, decode_path=decode_path).generate(story).response_ids()[0]
     text = model.tokenizer.decode(response).strip()
     assert len(response) > 100 and text[:600] == golden.strip()[:600]
 
 
 @pytest.mark.parametrize(
-    "name, path", [(name, path) for name in FAMILIES for path in PATHS if path != "fused" or name in FUSED]
+    "name, decode_path",
+    [(name, decode_path) for name in FAMILIES for decode_path in PATHS if decode_path != "fused" or name in FUSED],
 )
 @torch.no_grad()
-def test_logprobs_are_those_of_one_forward_pass(name, path):
+def test_logprobs_are_those_of_one_forward_pass(name, decode_path):
     """The ratio of the first PPO step is 1: sampled in a batch, compared with the training forward."""
     model = Model(SERVED[name]())
-    responses = Rollout(model, sampling(temperature=0.7, top_k=20), path=path).generate(prompts(1, 7, 3, 12), samples=3)
+    responses = Rollout(model, sampling(temperature=0.7, top_k=20), decode_path=decode_path).generate(
+        prompts(1, 7, 3, 12), samples=3
+    )
     for temperature, theirs in [(0.7, responses.logprobs), (1.0, responses.raw_logprobs)]:
         ours, entropy = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths, temperature)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=TOLERANCE)
@@ -104,38 +107,38 @@ def test_logprobs_are_those_of_one_forward_pass(name, path):
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES}")
 @torch.no_grad()
-def test_a_trained_models_logprobs_are_those_of_one_forward_pass(path):
+def test_a_trained_models_logprobs_are_those_of_one_forward_pass(decode_path):
     model = Model.load(ModelConfig(str(STORIES)))
     batch = Prompts(list(range(8)), [[1, *range(300 + i, 300 + 3 * i)] for i in range(8)], [""] * 8)
-    responses = Rollout(model, SamplingConfig(max_new_tokens=60), path=path).generate(batch)
+    responses = Rollout(model, SamplingConfig(max_new_tokens=60), decode_path=decode_path).generate(batch)
     ours, _ = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths)
     torch.testing.assert_close(responses.logprobs, ours, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
-def test_bfloat16_logprobs_are_near_one_forward_pass(path):
+def test_bfloat16_logprobs_are_near_one_forward_pass(decode_path):
     """The head is float32 from the accumulator on, so only the layers round, by a few 1e-2 nats."""
     model = Model(SERVED["llama"]().bfloat16())
-    responses = Rollout(model, sampling(), path=path).generate(prompts(1, 7, 3, 12), samples=8)
+    responses = Rollout(model, sampling(), decode_path=decode_path).generate(prompts(1, 7, 3, 12), samples=8)
     ours, _ = model.logprobs(responses.tokens, responses.prompt_lengths, responses.lengths)
     gap = (ours - responses.logprobs)[responses.mask].abs()
     assert gap.mean() < 0.03 and gap.max() < 0.5
     assert responses.logprobs.dtype == torch.float32
 
 
-def test_a_sample_does_not_depend_on_its_batch(path):
+def test_a_sample_does_not_depend_on_its_batch(decode_path):
     """Batch sizes, refills and orders give the same tokens. Log-probabilities are the same on the fused path, and agree
     up to rounding on the others."""
     model, batch = llama(), prompts(2, 9, 5, 3, 6, 11, 4)
-    near = {"rtol": 0, "atol": 0} if path == "fused" else {"rtol": 0, "atol": TOLERANCE}
-    whole = Rollout(model, sampling(batch=64), seed=5, path=path).generate(batch, samples=2)
+    near = {"rtol": 0, "atol": 0} if decode_path == "fused" else {"rtol": 0, "atol": TOLERANCE}
+    whole = Rollout(model, sampling(batch=64), seed=5, decode_path=decode_path).generate(batch, samples=2)
     rows = whole.response_ids()
     for size in (1, 3, 7):
-        found = Rollout(model, sampling(batch=size), seed=5, path=path).generate(batch, samples=2)
+        found = Rollout(model, sampling(batch=size), seed=5, decode_path=decode_path).generate(batch, samples=2)
         assert found.response_ids() == rows
         torch.testing.assert_close(found.logprobs, whole.logprobs, **near)
     order = [4, 0, 6, 2, 1, 5, 3]
-    shuffled = Rollout(model, sampling(), seed=5, path=path).generate(batch.take(order), samples=2)
+    shuffled = Rollout(model, sampling(), seed=5, decode_path=decode_path).generate(batch.take(order), samples=2)
     assert shuffled.response_ids() == [rows[2 * i + k] for i in order for k in (0, 1)]
     assert shuffled.uids.tolist() == [batch.uids[i] for i in order for _ in (0, 1)]
     index = torch.tensor([2 * i + k for i in order for k in (0, 1)])
@@ -144,20 +147,22 @@ def test_a_sample_does_not_depend_on_its_batch(path):
 
 def test_all_paths_sample_the_same_tokens():
     model, batch = llama(), prompts(2, 9, 5, 3)
-    found = [Rollout(model, sampling(), seed=5, path=path).generate(batch, samples=2) for path in PATHS]
+    found = [
+        Rollout(model, sampling(), seed=5, decode_path=decode_path).generate(batch, samples=2) for decode_path in PATHS
+    ]
     assert all(other.response_ids() == found[0].response_ids() for other in found)
 
 
-def test_the_noise_depends_on_seed_step_and_uid(path):
+def test_the_noise_depends_on_seed_step_and_uid(decode_path):
     model, batch = llama(eos_token_id=None), prompts(4, 4)
-    rows = Rollout(model, sampling(), seed=1, path=path).generate(batch, samples=2).response_ids()
+    rows = Rollout(model, sampling(), seed=1, decode_path=decode_path).generate(batch, samples=2).response_ids()
     assert len({tuple(row) for row in rows}) == 4
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    assert Rollout(model, sampling(), seed=1, path=path).generate(batch, samples=2).response_ids() == rows
+    assert Rollout(model, sampling(), seed=1, decode_path=decode_path).generate(batch, samples=2).response_ids() == rows
     assert torch.equal(torch.get_rng_state(), state)
     for seed, step, uids in [(2, 0, batch.uids), (1, 1, batch.uids), (1, 0, [7, 8])]:
-        rollout = Rollout(model, sampling(), seed=seed, path=path)
+        rollout = Rollout(model, sampling(), seed=seed, decode_path=decode_path)
         other = rollout.generate(batch._replace(uids=uids), samples=2, step=step)
         assert all(a != b for a, b in zip(other.response_ids(), rows, strict=True))
 
@@ -173,48 +178,52 @@ def always(token: int, **config) -> Model:
     return model
 
 
-def test_end_tokens(path):
+def test_end_tokens(decode_path):
     """An end token in the prompt, several end tokens, one that is the padding token too; none is added at the limit."""
     batch = prompts(3, 5)
     batch.tokens[0][1] = END
-    over = Rollout(always(END), sampling(), path=path).generate(batch)
+    over = Rollout(always(END), sampling(), decode_path=decode_path).generate(batch)
     assert over.response_ids() == [[END], [END]] and over.finished.all()
-    assert over.finish_reasons.tolist() == [batches.END] * 2 and over.finish_reasons.dtype == torch.uint8
+    assert over.finish_reasons.tolist() == [batches.EOS] * 2 and over.finish_reasons.dtype == torch.uint8
     assert over.lengths.tolist() == [4, 6] and over.mask.shape == (2, 1)
-    never = Rollout(always(9), sampling(), path=path).generate(batch)
+    never = Rollout(always(9), sampling(), decode_path=decode_path).generate(batch)
     assert never.response_ids() == [[9] * 12] * 2 and not never.finished.any() and not never.finish_reasons.any()
     several = always(9)
     several.module.generation_config.eos_token_id = [7, 9]
-    assert Rollout(several, sampling(), path=path).generate(batch).response_ids() == [[9], [9]]
+    assert Rollout(several, sampling(), decode_path=decode_path).generate(batch).response_ids() == [[9], [9]]
     padding = always(END)
     padding.module.config.pad_token_id = END
-    assert Rollout(padding, sampling(), path=path).generate(batch).response_ids() == [[END], [END]]
+    assert Rollout(padding, sampling(), decode_path=decode_path).generate(batch).response_ids() == [[END], [END]]
 
 
-def test_an_end_token_as_the_last_allowed_token_counts(path):
-    late = Rollout(always(END), sampling(min_new_tokens=2, max_new_tokens=3), path=path).generate(prompts(3))
+def test_an_end_token_as_the_last_allowed_token_counts(decode_path):
+    late = Rollout(always(END), sampling(min_new_tokens=2, max_new_tokens=3), decode_path=decode_path).generate(
+        prompts(3)
+    )
     response = late.response_ids()[0]
-    assert response[2] == END and END not in response[:2] and late.finish_reasons.tolist() == [batches.END]
+    assert response[2] == END and END not in response[:2] and late.finish_reasons.tolist() == [batches.EOS]
 
 
-def test_min_new_tokens_leaves_the_reported_logprobs_alone(path):
+def test_min_new_tokens_leaves_the_reported_logprobs_alone(decode_path):
     """The trainer's forward has no ban, so the log-probabilities have none either; only the kept ones do."""
     model = always(END)
     with torch.no_grad():
         model.module.lm_head.bias.zero_()
-    responses = Rollout(model, sampling(min_new_tokens=12), path=path).generate(prompts(3, 6))
-    assert responses.mask.all() and responses.finish_reasons.tolist() == [LIMIT] * 2
+    responses = Rollout(model, sampling(min_new_tokens=12), decode_path=decode_path).generate(prompts(3, 6))
+    assert responses.mask.all() and responses.finish_reasons.tolist() == [LENGTH] * 2
     uniform, without_end = -torch.tensor(61.0).log(), -torch.tensor(60.0).log()
     torch.testing.assert_close(responses.logprobs, uniform.expand(2, 12), rtol=0, atol=1e-5)
     torch.testing.assert_close(responses.kept_logprobs, without_end.expand(2, 12), rtol=0, atol=1e-5)
 
 
-def test_min_new_tokens_is_each_rows_own(path):
+def test_min_new_tokens_is_each_rows_own(decode_path):
     """Two slots, and rows that start at different times: only the first four tokens of each row are banned."""
     model = always(END)
     with torch.no_grad():
         model.module.lm_head.bias[END] = 3.0
-    found = Rollout(model, sampling(min_new_tokens=4, batch=2), path=path).generate(prompts(2, 3, 4), samples=10)
+    found = Rollout(model, sampling(min_new_tokens=4, batch=2), decode_path=decode_path).generate(
+        prompts(2, 3, 4), samples=10
+    )
     sizes, kept = found.mask.sum(1), found.kept_logprobs[:, :5]
     assert len(sizes.unique()) > 1 and (sizes >= 5).all()
     assert all(END not in row[:4] for row in found.response_ids())
@@ -231,14 +240,14 @@ class Letters:
         return ["".join(chr(ord("a") + token % 26) for token in row) for row in rows]
 
 
-def test_stop_text_ends_a_response_and_stays_in_it(path):
+def test_stop_text_ends_a_response_and_stays_in_it(decode_path):
     model = always(27)
     model.tokenizer = Letters()
-    responses = Rollout(model, sampling(stop=("bbb",)), path=path).generate(prompts(3, 5))
+    responses = Rollout(model, sampling(stop=("bbb",)), decode_path=decode_path).generate(prompts(3, 5))
     assert responses.response_ids() == [[27] * 3] * 2 and responses.finish_reasons.tolist() == [STOP] * 2
     assert responses.finished.all()
-    assert not Rollout(model, sampling(stop=("bab",)), path=path).generate(prompts(3)).finished.any()
-    late = Rollout(model, sampling(stop=("bb",), min_new_tokens=5), path=path).generate(prompts(3))
+    assert not Rollout(model, sampling(stop=("bab",)), decode_path=decode_path).generate(prompts(3)).finished.any()
+    late = Rollout(model, sampling(stop=("bb",), min_new_tokens=5), decode_path=decode_path).generate(prompts(3))
     assert late.response_ids() == [[27] * 5]
 
 
@@ -258,7 +267,7 @@ def test_stop_texts_are_looked_for_in_each_row_alone():
         stop = criteria(tokens, np.array(rows), np.full(len(rows), step + 1))
         if stop is not None:
             ends |= {row: (step + 1, reason) for row, finished, reason in zip(rows, *stop, strict=True) if finished}
-    assert ends == {0: (3, STOP), 1: (1, batches.END), 2: (5, STOP)}
+    assert ends == {0: (3, STOP), 1: (1, batches.EOS), 2: (5, STOP)}
 
 
 @pytest.mark.parametrize("stop", ["yz", "xyz", "wxyz", "vwxyz"])
@@ -277,9 +286,9 @@ def test_a_stop_text_completed_before_min_new_tokens_is_no_stop(stop):
         assert ends[:1] == ([] if end is None else [(end, STOP)])
 
 
-def test_progress_is_called_after_each_step(path):
+def test_progress_is_called_after_each_step(decode_path):
     steps = []
-    rollout = Rollout(llama(), sampling(batch=3), path=path)
+    rollout = Rollout(llama(), sampling(batch=3), decode_path=decode_path)
     found = rollout.generate(prompts(2, 9, 5, 3), samples=2, progress=lambda *step: steps.append(step))
     tokens, finished = (sum(part) for part in zip(*steps, strict=True))
     assert tokens == int(found.mask.sum()) and finished == 8 and max(step[0] for step in steps) <= 3
@@ -325,12 +334,12 @@ def test_one_text_is_not_a_list_of_texts(toy_model):
         Rollout(toy_model, sampling()).generate("a b")
 
 
-def test_updated_weights_are_used_and_the_training_mode_is_kept(path):
+def test_updated_weights_are_used_and_the_training_mode_is_kept(decode_path):
     model, batch = llama(eos_token_id=None), prompts(4)
-    rollout = Rollout(model, sampling(temperature=0.0), path=path)
+    rollout = Rollout(model, sampling(temperature=0.0), decode_path=decode_path)
     model.module.train()
     before = rollout.generate(batch).response_ids()
-    assert model.module.training and rollout.path == path
+    assert model.module.training and rollout.decode_path == decode_path
     tokens = torch.tensor(batch.tokens)
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=0.3)
     model.module(tokens).logits.square().mean().backward()
@@ -343,9 +352,9 @@ def test_updated_weights_are_used_and_the_training_mode_is_kept(path):
 
 
 @torch.no_grad()
-def test_a_model_may_be_converted_between_rollouts(path):
+def test_a_model_may_be_converted_between_rollouts(decode_path):
     model, batch = llama(eos_token_id=None), prompts(3, 7)
-    rollout = Rollout(model, sampling(temperature=0.0), path=path, keep_cache=True)
+    rollout = Rollout(model, sampling(temperature=0.0), decode_path=decode_path, keep_cache=True)
     rollout.generate(batch)
     for dtype in (torch.bfloat16, torch.float32):
         model.module.to(dtype)
@@ -375,7 +384,7 @@ def test_prompts_that_cannot_be_sampled_are_an_error():
             Rollout(llama(), sampling()).generate(batch)
     with pytest.raises(UserError, match="cache_mb: 1 MiB hold 0 rows: one of 1020 tokens needs"):
         big = Model(build("Llama", max_position_embeddings=2048, hidden_size=256, num_key_value_heads=4)())
-        Rollout(big, sampling(max_new_tokens=1000, cache_mb=1), path="attention").generate(prompts(21))
+        Rollout(big, sampling(max_new_tokens=1000, cache_mb=1), decode_path="attention").generate(prompts(21))
 
 
 @pytest.mark.parametrize(
@@ -399,10 +408,10 @@ def test_settings_out_of_range(setting, rule):
     assert rule.removeprefix("sampling.") in str(error.value)
 
 
-def test_logits_that_are_not_finite_are_an_error(path):
+def test_logits_that_are_not_finite_are_an_error(decode_path):
     model = llama()
-    rollout = Rollout(model, sampling(), path=path)
-    assert rollout.path == path
+    rollout = Rollout(model, sampling(), decode_path=decode_path)
+    assert rollout.decode_path == decode_path
     with torch.no_grad():
         model.module.lm_head.weight[5] = float("nan")
     with pytest.raises(UserError, match="token 1 of the response to prompt 100: the model gives NaN"):
@@ -420,8 +429,8 @@ def test_a_ban_of_every_token_is_an_error():
         assert Rollout(model, sampling()).generate(batch).mask.sum() == 1
 
 
-def test_no_prompts_give_no_responses(path):
-    responses = Rollout(llama(), sampling(), path=path).generate(prompts())
+def test_no_prompts_give_no_responses(decode_path):
+    responses = Rollout(llama(), sampling(), decode_path=decode_path).generate(prompts())
     assert responses.tokens.shape == (0, 0) and responses.response_ids() == []
 
 
@@ -447,19 +456,19 @@ def test_length_dependent_rope_is_served_up_to_its_original_length(make, caplog,
     monkeypatch.setattr("rlhf_fast.rollout.choose._warned", set())
     model, batch = Model(make()), prompts(4, 1, 3)
     model.hidden(torch.randint(3, V, (1, 40)))
-    for path in ("fused", "attention"):
+    for decode_path in ("fused", "attention"):
         with pytest.raises(UserError, match=r"because its rotation .* depends on the length"):
-            Rollout(model, sampling(), path=path).generate(batch)
+            Rollout(model, sampling(), decode_path=decode_path).generate(batch)
     rollout = Rollout(model, sampling())
     found = rollout.generate(batch, samples=2)
-    assert rollout.path == "transformers" and "depends on the length of the text" in caplog.text
+    assert rollout.decode_path == "transformers" and "depends on the length of the text" in caplog.text
     for row in range(6):
         alone = [part[row : row + 1] for part in (found.tokens, found.prompt_lengths, found.lengths)]
         ours, _ = model.logprobs(*alone)
         torch.testing.assert_close(found.logprobs[row, : ours.shape[1]], ours[0], rtol=0, atol=TOLERANCE)
-    for path in ("auto", "transformers"):
+    for decode_path in ("auto", "transformers"):
         with pytest.raises(UserError, match=r"prompt 101: 5 tokens and max_new_tokens 12 .* original 16 positions"):
-            Rollout(model, sampling(), path=path).generate(prompts(4, 5))
+            Rollout(model, sampling(), decode_path=decode_path).generate(prompts(4, 5))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from rlhf_fast.batches import END, LIMIT, Responses
+from rlhf_fast.batches import EOS, LENGTH, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import Dataset, read_prompts
@@ -79,16 +79,16 @@ def _rows(model: Model, options: GenerateOptions, responses: Responses) -> Itera
     logprobs = (responses.logprobs * responses.mask).sum(1).tolist()
     for text, tokens, reason, logprob in zip(texts, ids, responses.finish_reasons.tolist(), logprobs, strict=True):
         stop_reason = None
-        if reason == END:
+        if reason == EOS:
             stop_reason = model.tokenizer.convert_ids_to_tokens(tokens[-1])
-        elif reason != LIMIT:
+        elif reason != LENGTH:
             decoded = model.tokenizer.decode(tokens)
             stop_reason = next((stop for stop in options.sampling.stop if stop in decoded), None)
         yield {
             "completion": text,
             "tokens": len(tokens),
-            "finished": reason != LIMIT,
-            "finish_reason": "length" if reason == LIMIT else "stop",
+            "finished": reason != LENGTH,
+            "finish_reason": "length" if reason == LENGTH else "stop",
             "stop_reason": stop_reason,
             "logprob": logprob,
         }

@@ -19,23 +19,24 @@ log = getLogger("rlhf_fast")
 _warned: set[str] = set()
 
 
-def choose_decoder(model: Model, path: DecodePath = "auto") -> Decoder | None:
-    """Return the fastest decoder that serves `model`, or None for transformers' own cache. A `path` other than "auto"
-    is the only one tried; UserError if it cannot serve the model."""
-    if path not in get_args(DecodePath):
-        raise UserError(f"rollout: there is no path {path!r}; there are: {', '.join(get_args(DecodePath))}")
+def choose_decoder(model: Model, decode_path: DecodePath = "auto") -> Decoder | None:
+    """Return the fastest decoder that serves `model`, or None for transformers' own cache. A `decode_path` other than
+    "auto" is the only one tried; UserError if it cannot serve the model."""
+    if decode_path not in get_args(DecodePath):
+        names = ", ".join(get_args(DecodePath))
+        raise UserError(f"rollout: there is no decode path {decode_path!r}; there are: {names}")
     for name, make in (("fused", FusedDecoder.make), ("attention", AttentionDecoder.make)):
-        if path not in ("auto", name):
+        if decode_path not in ("auto", name):
             continue
         try:
             if rope := length_dependent_rope(model):
                 raise Unsupported(f"its rotation ({rope.kind}) depends on the length of the text")
-            if path == "auto" and name == "attention":
+            if decode_path == "auto" and name == "attention":
                 _require_kernel(model.device.type)
             return make(model)
         except Unsupported as reason:
-            if path == name:
-                raise UserError(f"{model.name}: path {name!r} cannot decode it, because {reason}") from reason
+            if decode_path == name:
+                raise UserError(f"{model.name}: decode path {name!r} cannot serve it, because {reason}") from reason
             if name == "attention":
                 _warn_fallback(model, str(reason))
     return None

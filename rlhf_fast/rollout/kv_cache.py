@@ -157,25 +157,25 @@ def create_cache(
     UserError if the longest sequence does not fit, or if the memory is not available; it says how many would fit.
     """
     page_size = page_size or page_size_for(device)
-    unit = page_bytes(shapes, dtype, page_size)
+    bytes_per_page = page_bytes(shapes, dtype, page_size)
     longest = -(-lengths[0] // page_size)
-    num_pages = cap_pages(num_pages, unit, cache_mb)
+    num_pages = cap_pages(num_pages, bytes_per_page, cache_mb)
     if num_pages < longest:
         raise UserError(
             f"sampling.cache_mb: {cache_mb} MiB hold 0 rows: one of {lengths[0]} tokens needs"
-            f" {-(-longest * unit // MIB)} MiB of keys and values; raise sampling.cache_mb, or lower"
+            f" {-(-longest * bytes_per_page // MIB)} MiB of keys and values; raise sampling.cache_mb, or lower"
             " sampling.max_new_tokens or data.max_prompt_tokens"
         )
     available = available_bytes(device)
     try:
-        if available is not None and num_pages * unit > available:
+        if available is not None and num_pages * bytes_per_page > available:
             raise MemoryError
         return PagedKVCache(shapes, dtype, device, num_pages, num_slots, longest, page_size)
     except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError
-        fit = 0 if available is None else available // (longest * unit)
+        fit = 0 if available is None else available // (longest * bytes_per_page)
         raise UserError(
             f"rollout: {min(num_slots, len(lengths))} rows of up to {lengths[0]} tokens need"
-            f" {-(-num_pages * unit // MIB)} MiB of keys and values, and {device.type} has"
+            f" {-(-num_pages * bytes_per_page // MIB)} MiB of keys and values, and {device.type} has"
             f" {(available or 0) // MIB} MiB left: {fit} rows fit; lower sampling.batch or set sampling.cache_mb, or"
             " lower sampling.max_new_tokens or data.max_prompt_tokens"
         ) from error

@@ -1,7 +1,8 @@
 """Sampling of responses: `Rollout(model, sampling, seed).generate(prompts) -> Responses`.
 
-A rollout reads the training model's own weights; it makes no copy. The sampling noise depends only on (seed, step, uid,
-sample number, token number), not on the batch or on the order in which responses are scheduled.
+A rollout reads the training model's own weights; it makes no copy. The sampling noise of a token depends only on
+(seed, step, uid * samples + k, j), for token j of response k of a prompt. So another number of samples gives other
+noise; another batch or order of scheduling does not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import hf_cache
+from rlhf_fast.rollout import hf_generate
 from rlhf_fast.rollout.choose import choose_decoder
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.kv_cache import PagedKVCache, cap_pages, create_cache, page_bytes, page_size_for
@@ -31,7 +32,7 @@ __all__ = ["Rollout"]
 class Rollout:
     """Samples from `model` with the weights it has at the call, so it sees every optimizer step.
 
-    path: how to decode (see rollout/decoder.py); "auto" takes the fastest that serves the model.
+    decode_path: how to decode (see rollout/decoder.py); "auto" takes the fastest that serves the model.
     keep_cache: keep the memory of keys and values for the next call; otherwise each call frees it.
     """
 
@@ -42,20 +43,20 @@ class Rollout:
         seed: int = 0,
         *,
         keep_cache: bool = False,
-        path: DecodePath = "auto",
+        decode_path: DecodePath = "auto",
     ):
         self.model = model
         self.sampling = sampling
         self.seed = seed
         self.keep_cache = keep_cache
         self.stop_criteria = StopCriteria(model, sampling)
-        self._requested_path: DecodePath = path
+        self._requested_decode_path: DecodePath = decode_path
         self._decoder: Decoder | None = None
         self._decoder_key: tuple | None = None
         self._cache: PagedKVCache | None = None
 
     @property
-    def path(self) -> str:
+    def decode_path(self) -> str:
         """The decode path: fused, attention or transformers. It is chosen at the first use."""
         decoder = self._get_decoder()
         return "transformers" if decoder is None else decoder.name
@@ -71,8 +72,8 @@ class Rollout:
         """Return `samples` responses for each prompt, those of one prompt next to each other, in the prompts' order.
 
         prompts: Prompts, or texts, which the model's tokenizer encodes and whose uids are 0, 1, ...
-        step: the same seed, step and uids give the same noise; another step gives new samples. PPO passes the number
-            of its batch.
+        step: the same seed, step, uids and `samples` give the same noise; another step gives new samples. PPO
+            passes the number of its batch.
         progress: called after each step with the number of tokens sampled and of responses finished in it.
 
         torch's random state is not used, and the model's training mode is kept. UserError for prompts that the model
@@ -90,10 +91,10 @@ class Rollout:
         self.model.module.eval()
         try:
             if decoder is None:
-                hf_cache.generate(self.model, sampler, self.stop_criteria, self.sampling, buffer, progress)
+                hf_generate.generate(self.model, sampler, self.stop_criteria, self.sampling, buffer, progress)
             else:
                 cache = self._get_cache(decoder, buffer.requests)
-                self._cache = None
+                self._cache = None  # an exception must not leave a half-used cache for the next call
                 with decoder.session():
                     Scheduler(decoder, cache, sampler, self.stop_criteria, self.sampling, buffer, progress).run()
                 self._cache = cache if self.keep_cache else None
@@ -107,7 +108,7 @@ class Rollout:
         model = self.model
         key = (model.module, model.device, model.head_weight.dtype)
         if self._decoder_key != key:
-            self._decoder = choose_decoder(model, self._requested_path)
+            self._decoder = choose_decoder(model, self._requested_decode_path)
             self._decoder_key = key
             self._cache = None
         return self._decoder
@@ -118,8 +119,8 @@ class Rollout:
         page_size = page_size_for(device)
         lengths = sorted(cache_lengths(requests, cfg), reverse=True)
         num_slots = min(cfg.batch, len(lengths))
-        unit = page_bytes(decoder.shapes, decoder.dtype, page_size)
-        num_pages = cap_pages(pages_needed(requests, cfg, page_size), unit, cfg.cache_mb)
+        bytes_per_page = page_bytes(decoder.shapes, decoder.dtype, page_size)
+        num_pages = cap_pages(pages_needed(requests, cfg, page_size), bytes_per_page, cfg.cache_mb)
         if (
             kept is not None
             and kept.num_slots >= num_slots

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlhf_fast.batches import END, LIMIT, STOP
+from rlhf_fast.batches import EOS, LENGTH, STOP
 from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.data.encode import template_end
 from rlhf_fast.errors import UserError
@@ -55,27 +55,27 @@ class StopCriteria:
         self._generated = [[] for _ in range(num_responses)] if self.cfg.stop else []
 
     def __call__(
-        self, tokens: np.ndarray, rows: np.ndarray, lengths: np.ndarray
+        self, tokens: np.ndarray, responses: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Append `tokens` (n,) to responses `rows` (n,), whose lengths are then `lengths` (n,). Return None if all go
-        on, else which are finished (n,) bool and their reasons (n,) uint8."""
+        """Append `tokens` (n,) to `responses` (n,), whose lengths are then `lengths` (n,). Return None if all go on,
+        else which are finished (n,) bool and their reasons (n,) uint8."""
         cfg = self.cfg
         long_enough = lengths >= cfg.min_new_tokens
         ended = self._is_end_token[tokens] & long_enough
         stopped = np.zeros_like(ended)
         if cfg.stop:
-            stopped = self._has_stop_text(tokens, rows) & long_enough
+            stopped = self._has_stop_text(tokens, responses) & long_enough
         finished = ended | stopped | (lengths == cfg.max_new_tokens)
         if not finished.any():
             return None
-        reasons = np.where(ended, END, np.where(stopped, STOP, LIMIT))
+        reasons = np.where(ended, EOS, np.where(stopped, STOP, LENGTH))
         return finished, reasons.astype(np.uint8)
 
-    def _has_stop_text(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _has_stop_text(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
         """Return (n,) bool: whether the newest token completes a stop text."""
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            self._generated[row].append(token)
-        tails = [self._generated[row][-self._tail_length :] for row in rows.tolist()]
+        for response, token in zip(responses.tolist(), tokens.tolist(), strict=True):
+            self._generated[response].append(token)
+        tails = [self._generated[response][-self._tail_length :] for response in responses.tolist()]
         texts, stops = self.tokenizer.batch_decode(tails), self.cfg.stop
         if not self.cfg.min_new_tokens:
             # an earlier stop text would have ended the response already, so any found here is new

@@ -1,4 +1,4 @@
-"""Decoding over transformers' own KV cache: slower, but right for every architecture that transformers can decode.
+"""A generate loop over transformers' own KV cache: slow, but right for every architecture that transformers can decode.
 
 The prompts of a batch are padded on the left, in this file only. Finished rows leave the batch. The forward pass may
 round differently in another batch, in float32 by about 1e-6 nats.
@@ -37,10 +37,10 @@ def generate(
     requests = buffer.requests
     stop_criteria.reset(requests.num_responses)
     prompt_lengths = [len(requests.prompts[i]) for i in requests.prompt_index]
-    order = sorted(range(requests.num_responses), key=lambda row: prompt_lengths[row])
+    order = sorted(range(requests.num_responses), key=lambda response: prompt_lengths[response])
     for start in range(0, len(order), cfg.batch):
-        rows = np.array(order[start : start + cfg.batch])
-        _generate_batch(model, sampler, stop_criteria, cfg, buffer, rows, progress)
+        responses = np.array(order[start : start + cfg.batch])
+        _generate_batch(model, sampler, stop_criteria, cfg, buffer, responses, progress)
 
 
 def _generate_batch(
@@ -49,36 +49,36 @@ def _generate_batch(
     stop_criteria: StopCriteria,
     cfg: SamplingConfig,
     buffer: ResponseBuffer,
-    rows: np.ndarray,
+    responses: np.ndarray,
     progress: ProgressCallback | None,
 ) -> None:
-    """Generate responses `rows`. Finished rows may stay in the batch for some steps; their tokens are not stored."""
+    """Generate `responses` (n,). Finished ones may stay in the batch for some steps; their tokens are not stored."""
     requests = buffer.requests
-    batch = _Batch(model, [requests.prompts[requests.prompt_index[row]] for row in rows])
-    running = np.ones(len(rows), dtype=bool)
+    batch = _Batch(model, [requests.prompts[requests.prompt_index[response]] for response in responses])
+    running = np.ones(len(responses), dtype=bool)
     for step in range(cfg.max_new_tokens):
-        steps = np.full(len(rows), step)
-        row_ids = torch.from_numpy(requests.row_ids[rows]).to(model.device)
+        steps = np.full(len(responses), step)
+        row_ids = torch.from_numpy(requests.row_ids[responses]).to(model.device)
         sample = sampler(batch.last_hidden, row_ids, torch.full_like(row_ids, step), steps)
         index = torch.from_numpy(running.nonzero()[0]).to(model.device)
-        tokens = buffer.add(rows[running], steps[running], TokenSample(*(part[index] for part in sample)))
-        stop = stop_criteria(tokens, rows[running], steps[running] + 1)
+        tokens = buffer.add(responses[running], steps[running], TokenSample(*(part[index] for part in sample)))
+        stop = stop_criteria(tokens, responses[running], steps[running] + 1)
         num_finished = 0
         if stop is not None:
             finished, reasons = stop
-            gone = running.nonzero()[0][finished]
-            buffer.finish(rows[gone], steps[gone] + 1, reasons[finished])
-            running[gone] = False
-            num_finished = len(gone)
+            finished_rows = running.nonzero()[0][finished]
+            buffer.finish(responses[finished_rows], steps[finished_rows] + 1, reasons[finished])
+            running[finished_rows] = False
+            num_finished = len(finished_rows)
         if progress is not None:
             progress(len(tokens), num_finished)
         if not running.any():
             return
         token = sample.token
-        if running.sum() <= COMPACT_BELOW * len(rows):
+        if running.sum() <= COMPACT_BELOW * len(responses):
             keep = torch.from_numpy(running.nonzero()[0]).to(model.device)
             batch.select(keep)
-            rows, token, running = rows[running], token[keep], running[running]
+            responses, token, running = responses[running], token[keep], running[running]
         batch.append(token.clamp_min(0))
 
 
