@@ -79,10 +79,10 @@ def test_logprobs_are_those_of_the_modules_own_logits(make):
     logprobs, entropy = model.logprobs(*batch[:3], temperature=0.7)
     for row, (tokens, first, length) in enumerate(zip(*batch[:3], strict=True)):
         truth = (module(input_ids=tokens[None, :length]).logits[0].double() / 0.7).log_softmax(-1)
-        for slot in range(int(length - first)):
-            at = int(first) + slot
-            assert abs(float(logprobs[row, slot] - truth[at - 1, tokens[at]])) < 1e-4
-            assert abs(float(entropy[row, slot]) + float((truth[at - 1].exp() * truth[at - 1]).sum())) < 1e-4
+        for j in range(int(length - first)):
+            at = int(first) + j
+            assert abs(float(logprobs[row, j] - truth[at - 1, tokens[at]])) < 1e-4
+            assert abs(float(entropy[row, j]) + float((truth[at - 1].exp() * truth[at - 1]).sum())) < 1e-4
         assert (logprobs[row, int(length - first) :] == 0).all()
 
 

@@ -164,9 +164,9 @@ class Model:
         self, tokens: Tensor, first: Tensor, lengths: Tensor, keep: Tensor | None = None, pack: bool = False
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return, for the N tokens first <= t < length of all rows, in row order: the hidden states (N, D) that predict
-        them, scaled as the head expects; the tokens (N,); and their rows (N,) and slots t - first (N,), on the CPU.
+        them, scaled as the head expects; the tokens (N,); and their rows (N,) and columns t - first (N,), on the CPU.
 
-        `keep` (B, R) bool selects slots. `pack` joins several rows into one before the forward pass.
+        `keep` (B, R) bool selects tokens. `pack` joins several rows into one before the forward pass.
         `first` must be at least 1, because nothing predicts a row's first token.
         """
         tokens, first, lengths = tokens.cpu(), first.cpu(), lengths.cpu()
@@ -177,7 +177,7 @@ class Model:
         valid = response_mask(first, lengths)
         if keep is not None:
             valid &= keep.cpu()
-        rows, slots = valid.nonzero(as_tuple=True)
+        rows, columns = valid.nonzero(as_tuple=True)
         if pack and len(tokens) > 1:
             self._check_packing()
             one_row = self.cfg.attention == "flash_attention_2"
@@ -187,30 +187,30 @@ class Model:
         else:
             hidden = self.hidden(tokens)
             starts = torch.arange(len(tokens)) * tokens.shape[1]
-        index = (starts[rows] + first[rows] + slots - 1).to(self.device)
+        index = (starts[rows] + first[rows] + columns - 1).to(self.device)
         hidden = hidden.reshape(-1, hidden.shape[-1])[index]
-        targets = tokens[rows, first[rows] + slots].to(self.device)
-        return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, slots)
+        targets = tokens[rows, first[rows] + columns].to(self.device)
+        return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
 
     def logprobs(
         self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Return the log-probability of each response token and the entropy of its distribution, both (B, R) float32
         nats at `temperature`, 0 outside the response."""
-        hidden, targets, (rows, slots) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
+        hidden, targets, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
         logprobs, entropy = ops.linear_logprobs(
             hidden, self.head_weight, targets, bias=self.head_bias, temperature=temperature, softcap=self.softcap
         )
-        index = (rows.to(self.device), slots.to(self.device))
+        index = (rows.to(self.device), columns.to(self.device))
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
         return zeros.index_put(index, logprobs.float()), zeros.index_put(index, entropy.float())
 
     def values(self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
         """Return the scalar head's output (B, R) float32 before each response token, at the position that predicts it;
         0 outside the response."""
-        hidden, _, (rows, slots) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
+        hidden, _, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
-        return zeros.index_put((rows.to(self.device), slots.to(self.device)), self.score_hidden(hidden))
+        return zeros.index_put((rows.to(self.device), columns.to(self.device)), self.score_hidden(hidden))
 
     def last_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return the scalar head's output (B,) float32 at the last token of each row."""

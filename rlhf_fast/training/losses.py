@@ -127,5 +127,5 @@ def _cross_entropy(
 
 
 def _gather(field: Tensor, where: tuple[Tensor, Tensor], hidden: Tensor) -> Tensor:
-    """Return the entries (N,) of a (B, R) field at (rows, slots), on the device of `hidden`."""
+    """Return the entries (N,) of a (B, R) field at (rows, columns), on the device of `hidden`."""
     return field[where].to(hidden.device)
