@@ -190,7 +190,7 @@ def test_nothing_is_computed_twice(decode_path):
 def test_long_prompts_are_prefilled_in_several_calls(decode_path, monkeypatch):
     model, batch = llama(), prompts(2, 9, 5, 3, 16)
     expected = Rollout(model, sampling(), decode_path=decode_path).generate(batch, samples=2)
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", 7)
     rollout, calls = recorded(model, decode_path)
     found = rollout.generate(batch, samples=2)
     assert [len(positions) for positions, _ in calls[:5]] == [7] * 5

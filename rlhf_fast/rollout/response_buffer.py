@@ -26,7 +26,7 @@ class Requests(NamedTuple):
     uids: list[int]
     """(B,) uid of the prompt."""
     row_ids: np.ndarray
-    """(B,) int64: key of each response's sampling noise."""
+    """(B,) int64: key of each response's sampling noise: uid * samples + k."""
 
     @classmethod
     def from_prompts(cls, prompts: Prompts, samples: int) -> Requests:
@@ -50,12 +50,12 @@ class Requests(NamedTuple):
     def num_responses(self) -> int:
         return len(self.prompt_index)
 
-    def rows_by_prompt(self) -> list[list[int]]:
+    def responses_by_prompt(self) -> list[list[int]]:
         """Return the responses of each distinct prompt."""
-        rows: list[list[int]] = [[] for _ in self.prompts]
-        for row, prompt in enumerate(self.prompt_index):
-            rows[prompt].append(row)
-        return rows
+        responses: list[list[int]] = [[] for _ in self.prompts]
+        for response, prompt in enumerate(self.prompt_index):
+            responses[prompt].append(response)
+        return responses
 
 
 class TokenSample(NamedTuple):
@@ -78,27 +78,27 @@ class ResponseBuffer:
         self._indices: list[tuple[np.ndarray, np.ndarray]] = []
         self._samples: list[TokenSample] = []
 
-    def add(self, rows: np.ndarray, steps: np.ndarray, sample: TokenSample) -> np.ndarray:
-        """Store token number `steps` (n,) of responses `rows` (n,). The arguments are not copied and must not change.
+    def add(self, responses: np.ndarray, steps: np.ndarray, sample: TokenSample) -> np.ndarray:
+        """Store token number `steps` (n,) of `responses` (n,). The arguments are not copied and must not change.
         Return the tokens on the host. BadRows if a model's logits are not finite, for then there is no token."""
         tokens = sample.token.cpu().numpy()
         if tokens.min() < 0:
             invalid = (tokens < 0).nonzero()[0]
-            invalid = invalid[rows[invalid].argsort()]
-            uids = [self.requests.uids[row] for row in rows[invalid].tolist()]
+            invalid = invalid[responses[invalid].argsort()]
+            uids = [self.requests.uids[response] for response in responses[invalid].tolist()]
             raise BadRows(
                 f"token {steps[invalid[0]] + 1} of the response to prompt {uids[0]}: the model gives NaN or infinity;"
                 " its weights have gone astray, go back to an earlier checkpoint with a lower learning rate",
                 [("Responses", uid) for uid in uids],
             )
-        self._indices.append((rows, steps))
+        self._indices.append((responses, steps))
         self._samples.append(sample)
         return tokens
 
-    def finish(self, rows: np.ndarray, lengths: np.ndarray, reasons: np.ndarray) -> None:
-        """Mark responses `rows` (n,) as finished after `lengths` tokens."""
-        self.lengths[rows] = lengths
-        self.reasons[rows] = reasons
+    def finish(self, responses: np.ndarray, lengths: np.ndarray, reasons: np.ndarray) -> None:
+        """Mark `responses` (n,) as finished after `lengths` tokens."""
+        self.lengths[responses] = lengths
+        self.reasons[responses] = reasons
 
     def to_responses(self) -> Responses:
         """Return all responses as one right-padded batch on the CPU."""

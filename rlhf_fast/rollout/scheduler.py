@@ -1,8 +1,10 @@
-"""Continuous batching over a PagedKVCache: one forward pass a step, over exactly the responses that are running.
+"""Continuous batching over a PagedKVCache.
 
-Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, in calls of at
-most PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages and leaves the
-batch; once 1 / REFILL_DIVISOR of the slots are free, waiting requests are admitted.
+Each step runs one decode pass over the running responses, then prefill passes for new prompts, then one sampling call.
+
+Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, in passes of
+at most MAX_PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages and leaves
+the batch; once MIN_FREE_FRACTION of the slots is free, waiting requests are admitted.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, Respon
 from rlhf_fast.rollout.sampler import Sampler
 from rlhf_fast.rollout.stop_criteria import StopCriteria
 
-PREFILL_TOKENS = 2048
-"""Prompt tokens of one forward pass at most."""
-REFILL_DIVISOR = 8
-"""Requests are admitted when at least 1 / REFILL_DIVISOR of the slots are free."""
+MAX_PREFILL_TOKENS = 2048
+"""Prompt tokens of one prefill pass at most."""
+MIN_FREE_FRACTION = 1 / 8
+"""Requests are admitted when at least this share of the slots is free."""
 
 
 @dataclass
@@ -44,7 +46,7 @@ class _Group:
 class _Admitted(NamedTuple):
     """A response that starts in this step."""
 
-    row: int
+    response: int
     slot: int
     group: _Group
     needs_prefill: bool
@@ -55,14 +57,14 @@ class _Admitted(NamedTuple):
 class _Running(NamedTuple):
     """State of the n running responses on the host; all (n,)."""
 
-    rows: np.ndarray
+    responses: np.ndarray
     """int64: index of the response."""
-    steps: np.ndarray
+    num_sampled: np.ndarray
     """int64: number of tokens sampled."""
     positions: np.ndarray
     """int32: position of the newest token."""
     slots: np.ndarray
-    """int32: row of the block table."""
+    """int32: row of the block table that the response holds."""
 
     def select(self, keep: np.ndarray) -> _Running:
         return _Running(*(part[keep] for part in self))
@@ -72,7 +74,7 @@ class _DeviceState(NamedTuple):
     """State of the running responses on the device; all (n,)."""
 
     row_ids: Tensor
-    steps: Tensor
+    num_sampled: Tensor
     positions: Tensor
     slots: Tensor
 
@@ -85,11 +87,11 @@ def cache_lengths(requests: Requests, cfg: SamplingConfig) -> list[int]:
 def pages_needed(requests: Requests, cfg: SamplingConfig, page_size: int) -> int:
     """Return the most pages that any `cfg.batch` responses need at a time."""
     cost = []
-    for prompt, rows in zip(requests.prompts, requests.rows_by_prompt(), strict=True):
+    for prompt, responses in zip(requests.prompts, requests.responses_by_prompt(), strict=True):
         total = -(-(len(prompt) + cfg.max_new_tokens - 1) // page_size)
         shared = len(prompt) // page_size
         # the first response also allocates the pages that the others share
-        cost += [total] + [total - shared] * (len(rows) - 1)
+        cost += [total] + [total - shared] * (len(responses) - 1)
     return sum(sorted(cost, reverse=True)[: cfg.batch])
 
 
@@ -146,7 +148,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self.running.rows)
+        return len(self.running.responses)
 
     def _stuck_message(self) -> str:
         return (
@@ -157,30 +159,30 @@ class Scheduler:
     def _set_running(self, running: _Running) -> None:
         """Set the running responses, on the host and on the device."""
         self.running = running
-        row_ids = self.buffer.requests.row_ids[running.rows]
-        self.on_device = _DeviceState(*(torch.tensor(part, device=self.device) for part in (row_ids, *running[1:])))
+        row_ids = self.buffer.requests.row_ids[running.responses]
+        self.device_state = _DeviceState(*(torch.tensor(part, device=self.device) for part in (row_ids, *running[1:])))
 
     def _decode(self) -> Tensor:
         """Run the newest token of each running response. Return the hidden states (n, D)."""
-        state = self.on_device
+        state = self.device_state
         batch = TokenBatch(self.tokens, state.positions, state.slots, self.cache.block_table)
         return self.decoder.hidden(self.cache, batch)
 
     def _admit(self) -> list[_Admitted]:
         """Start waiting requests as long as there are free slots and pages."""
         admitted: list[_Admitted] = []
-        if len(self.free_slots) * REFILL_DIVISOR < self.cache.num_slots:
+        if len(self.free_slots) < MIN_FREE_FRACTION * self.cache.num_slots:
             return admitted
         while self.waiting and self.free_slots:
-            row, group = self.waiting[0]
-            shared, num_new = self._next_pages(group)
+            response, group = self.waiting[0]
+            shared, num_new = self._plan_pages(group)
             if num_new > self.cache.num_free_pages:
                 break
             self.waiting.popleft()
-            admitted.append(self._start(row, group, shared, num_new))
+            admitted.append(self._start(response, group, shared, num_new))
         return admitted
 
-    def _next_pages(self, group: _Group) -> tuple[list[int], int]:
+    def _plan_pages(self, group: _Group) -> tuple[list[int], int]:
         """Return the prompt's pages that the group's next response shares, and how many new pages it needs.
 
         Full pages are always shared. The last, partly filled page is shared if only the group holds it, for then no
@@ -192,8 +194,8 @@ class Scheduler:
         total = self.cache.pages_for(len(group.prompt) + self.cfg.max_new_tokens - 1)
         return shared, total - len(shared)
 
-    def _start(self, row: int, group: _Group, shared: list[int], num_new: int) -> _Admitted:
-        """Give response `row` a slot, the `shared` pages and `num_new` new ones."""
+    def _start(self, response: int, group: _Group, shared: list[int], num_new: int) -> _Admitted:
+        """Give `response` a slot, the `shared` pages and `num_new` new ones."""
         slot = self.free_slots.pop()
         new = self.cache.allocate(num_new)
         self.cache.incref(shared)
@@ -207,7 +209,7 @@ class Scheduler:
         self.pages[slot] = shared + new
         self.cache.assign(slot, self.pages[slot])
         group.num_waiting -= 1
-        return _Admitted(row, slot, group, needs_prefill, copy_on_write)
+        return _Admitted(response, slot, group, needs_prefill, copy_on_write)
 
     def _prefill(self, admitted: list[_Admitted]) -> Tensor:
         """Run the prompts that are new, and append the admitted responses to the running ones. Return the hidden
@@ -220,8 +222,8 @@ class Scheduler:
             if not group.num_waiting:
                 self.cache.release(group.pages)
         started = _Running(
-            rows=np.array([a.row for a in admitted], dtype=np.int64),
-            steps=np.zeros(len(admitted), dtype=np.int64),
+            responses=np.array([a.response for a in admitted], dtype=np.int64),
+            num_sampled=np.zeros(len(admitted), dtype=np.int64),
             positions=np.array([len(a.group.prompt) - 1 for a in admitted], dtype=np.int32),
             slots=np.array([a.slot for a in admitted], dtype=np.int32),
         )
@@ -239,8 +241,8 @@ class Scheduler:
         slots = torch.from_numpy(np.repeat(np.array([slot for slot, _ in prompts], dtype=np.int32), lengths))
         positions, slots = positions.to(self.device), slots.to(self.device)
         last_hidden = []
-        for start in range(0, len(tokens), PREFILL_TOKENS):
-            part = slice(start, start + PREFILL_TOKENS)
+        for start in range(0, len(tokens), MAX_PREFILL_TOKENS):
+            part = slice(start, start + MAX_PREFILL_TOKENS)
             last = torch.from_numpy(ends[(ends >= part.start) & (ends < part.stop)] - start).to(self.device)
             batch = TokenBatch(tokens[part], positions[part], slots[part], self.cache.block_table, last)
             last_hidden.append(self.decoder.hidden(self.cache, batch))
@@ -249,36 +251,38 @@ class Scheduler:
 
     def _sample(self, hidden: Tensor) -> np.ndarray:
         """Sample a token for each running response. Return them (n,) on the host."""
-        steps = self.running.steps.copy()
-        sample = self.sampler(hidden, self.on_device.row_ids, self.on_device.steps, steps)
-        tokens = self.buffer.add(self.running.rows, steps, sample)
+        running, device_state = self.running, self.device_state
+        num_sampled = running.num_sampled.copy()
+        sample = self.sampler(hidden, device_state.row_ids, device_state.num_sampled, num_sampled)
+        tokens = self.buffer.add(running.responses, num_sampled, sample)
         self.tokens = sample.token
-        for counter in (self.running.steps, self.running.positions, self.on_device.steps, self.on_device.positions):
+        # in place: numpy arrays and tensors; `num_sampled` above is a copy because the buffer keeps it
+        for counter in (running.num_sampled, running.positions, device_state.num_sampled, device_state.positions):
             counter += 1
         return tokens
 
     def _retire_finished(self, tokens: np.ndarray) -> int:
         """Remove the responses that the newest `tokens` (n,) finish, and release their pages. Return their number."""
-        stop = self.stop_criteria(tokens, self.running.rows, self.running.steps)
+        stop = self.stop_criteria(tokens, self.running.responses, self.running.num_sampled)
         if stop is None:
             return 0
         finished, reasons = stop
-        gone = self.running.select(finished)
-        self.buffer.finish(gone.rows, gone.steps, reasons[finished])
-        for slot in gone.slots.tolist():
+        retired = self.running.select(finished)
+        self.buffer.finish(retired.responses, retired.num_sampled, reasons[finished])
+        for slot in retired.slots.tolist():
             self.cache.release(self.pages.pop(slot))
             self.free_slots.append(slot)
         self.tokens = self.tokens[torch.from_numpy(~finished).to(self.device)]
         self._set_running(self.running.select(~finished))
-        return len(gone.rows)
+        return len(retired.responses)
 
 
 def _waiting_queue(requests: Requests) -> deque[tuple[int, _Group]]:
     """Return (response, group) of all requests, longest prompt first."""
-    rows_by_prompt = requests.rows_by_prompt()
+    responses_by_prompt = requests.responses_by_prompt()
     order = sorted(range(len(requests.prompts)), key=lambda i: -len(requests.prompts[i]))
     queue: deque[tuple[int, _Group]] = deque()
     for i in order:
-        group = _Group(requests.prompts[i], num_waiting=len(rows_by_prompt[i]))
-        queue.extend((row, group) for row in rows_by_prompt[i])
+        group = _Group(requests.prompts[i], num_waiting=len(responses_by_prompt[i]))
+        queue.extend((response, group) for response in responses_by_prompt[i])
     return queue
