@@ -84,14 +84,14 @@ def test_gelu(compare, N, approximate):
 
 @pytest.mark.parametrize("N", ROWS)
 def test_rope_store(compare, N):
-    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
+    q, k, v, cos, sin, k_cache, v_cache, slot_mapping = ops.rope_store.make_inputs(
         N=N, H=9, Hkv=3, d=64, P=64, device="cpu", dtype=torch.float32
     )
-    page, offset = slots // 64, slots % 64
+    page, offset = slot_mapping // 64, slot_mapping % 64
     cos2, sin2 = torch.cat([cos, cos], -1)[:, None], torch.cat([sin, sin], -1)[:, None]
 
     def ours():
-        return ops.rope_store(q, k, v, cos, sin, k_cache, v_cache, slots), k_cache, v_cache
+        return ops.rope_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping), k_cache, v_cache
 
     def rotated(x):
         a, b = x.chunk(2, -1)

@@ -130,10 +130,10 @@ def test_rope_store_has_the_same_bits_by_eights_and_by_single_numbers(backend, d
 
 @on_each_backend
 def test_a_slot_outside_the_caches_stores_nothing(backend, device, monkeypatch):
-    """On a GPU the slots are not checked before the launch."""
-    monkeypatch.setattr(import_module("rlhf_fast.kernels.rope_store"), "_check_slots", lambda *_: None)
+    """On a GPU the slot mapping is not checked before the launch."""
+    monkeypatch.setattr(import_module("rlhf_fast.kernels.rope_store"), "_check_slot_mapping", lambda *_: None)
     op = OPS["rope_store"]
-    *args, _slots = op.make_inputs(N=2, H=1, Hkv=1, d=8, P=2, device=device, dtype=torch.float32)
+    *args, _slot_mapping = op.make_inputs(N=2, H=1, Hkv=1, d=8, P=2, device=device, dtype=torch.float32)
     before = [cache.clone() for cache in args[5:7]]
     num_slots = before[0].shape[0] * 2
     op.implementations[backend](*args, torch.tensor([-1, num_slots], device=device))

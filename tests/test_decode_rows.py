@@ -129,31 +129,31 @@ def test_activations_of_extreme_values(backend):
 @pytest.mark.parametrize("backend", ROPE)
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_rope_store_writes_only_its_slots(backend, cache):
-    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
+    q, k, v, cos, sin, k_cache, v_cache, slot_mapping = ops.rope_store.make_inputs(
         N=5, H=6, Hkv=2, d=64, P=16, device="cpu", dtype=torch.float32, cache=cache
     )
     k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
-    ops.rope_store.backend(backend)(q, k, v, cos, sin, k_cache, v_cache, slots)
+    ops.rope_store.backend(backend)(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     for cache_tensor, expected in ((k_cache, None), (v_cache, v)):
         flat = cache_tensor.transpose(1, 2).flatten(0, 1)  # (slots, heads, d)
-        written = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, slots, True)
+        written = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, slot_mapping, True)
         assert flat[~written].isnan().all() and flat[written].isfinite().all()
         if expected is not None:
-            assert torch.equal(flat[slots], expected.to(cache))
+            assert torch.equal(flat[slot_mapping], expected.to(cache))
 
 
 @compiled
 @pytest.mark.parametrize("backend", ROPE)
 def test_rope_store_reads_and_writes_strided_views(backend):
     """q, k and v are columns of one tensor, both caches of another."""
-    q, k, v, cos, sin, k_cache, v_cache, slots = ops.rope_store.make_inputs(
+    q, k, v, cos, sin, k_cache, v_cache, slot_mapping = ops.rope_store.make_inputs(
         N=5, H=6, Hkv=2, d=20, P=4, r=12, device="cpu", dtype=torch.float32
     )
     call = ops.rope_store.backend(backend)
     views = torch.cat([q, k, v], 1).split([6, 2, 2], 1)
     caches = torch.cat([k_cache, v_cache], 3).split([20, 20], 3)
-    out = call(*views, cos, sin, *caches, slots)
-    assert torch.equal(out, call(q, k, v, cos, sin, k_cache, v_cache, slots))
+    out = call(*views, cos, sin, *caches, slot_mapping)
+    assert torch.equal(out, call(q, k, v, cos, sin, k_cache, v_cache, slot_mapping))
     assert torch.equal(caches[0], k_cache) and torch.equal(caches[1], v_cache)
 
 
@@ -174,11 +174,11 @@ def test_rotations_keep_length_and_depend_only_on_distance():
 
 @pytest.mark.parametrize("backend", [*ROPE, "reference"])
 def test_slots_out_of_range_are_refused_before_anything_is_written(backend):
-    *args, slots = ops.rope_store.make_inputs(N=3, H=1, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
+    *args, slot_mapping = ops.rope_store.make_inputs(N=3, H=1, Hkv=1, d=8, P=2, device="cpu", dtype=torch.float32)
     before = [cache.clone() for cache in args[5:7]]
     for bad in (-1, 6):
-        with pytest.raises(ValueError, match=r"rope_store: slots must be from 0 to 5, .* got"):
-            ops.rope_store.backend(backend)(*args, slots.index_fill(0, torch.tensor(2), bad))
+        with pytest.raises(ValueError, match=r"rope_store: slot_mapping must be from 0 to 5, got"):
+            ops.rope_store.backend(backend)(*args, slot_mapping.index_fill(0, torch.tensor(2), bad))
     assert all(torch.equal(a, b) for a, b in zip(args[5:7], before, strict=True))
 
 

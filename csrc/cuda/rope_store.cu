@@ -35,7 +35,7 @@ struct RopeJob {
   int cos_code, sin_code;
   void* out;
   Cache k_cache, v_cache;
-  const int64_t* slots;
+  const int64_t* slot_mapping;
   int64_t N, num_slots;
   int page_size, blocks_per_token;
 };
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(block_threads) rope_store_kernel(const RopeJob
 
   int64_t out_row = (token * heads.H + head) * heads.width;
   if (!is_q) {
-    const int64_t slot = job.slots[token];
+    const int64_t slot = job.slot_mapping[token];
     if (slot < 0 || slot >= job.num_slots) return;
     const int64_t page = slot / job.page_size, position = slot % job.page_size;
     out_row = ((page * heads.H + head) * job.page_size + position) * heads.width;
@@ -167,7 +167,7 @@ bool has_aligned_eights(const Heads& heads) {
 const char* rope_store(uintptr_t q, uintptr_t k, uintptr_t v, int code, int64_t q_token_stride, int64_t q_head_stride,
                        int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
                        uintptr_t cos, int cos_code, uintptr_t sin, int sin_code, uintptr_t k_cache, uintptr_t v_cache,
-                       int cache_code, uintptr_t slots, uintptr_t out, int64_t N, int64_t H, int64_t kv_heads,
+                       int cache_code, uintptr_t slot_mapping, uintptr_t out, int64_t N, int64_t H, int64_t kv_heads,
                        int64_t d, int64_t dv, int64_t half, int64_t num_pages, int64_t page_size, uintptr_t stream) {
   if (N == 0) return nullptr;
   RopeJob job{};
@@ -182,7 +182,7 @@ const char* rope_store(uintptr_t q, uintptr_t k, uintptr_t v, int code, int64_t 
   job.out = ptr<void>(out);
   job.k_cache = {ptr<void>(k_cache), cache_code};
   job.v_cache = {ptr<void>(v_cache), cache_code};
-  job.slots = ptr<const int64_t>(slots);
+  job.slot_mapping = ptr<const int64_t>(slot_mapping);
   job.N = N;
   job.num_slots = num_pages * page_size;
   job.page_size = static_cast<int>(page_size);

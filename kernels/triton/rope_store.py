@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._tensors import contiguous, copy_back
-from rlhf_fast.kernels.rope_store import _check_slots
+from rlhf_fast.kernels.rope_store import _check_slot_mapping
 from rlhf_fast.kernels.triton import launch
 
 TILE = 512  # elements of a half
@@ -65,7 +65,7 @@ def rotate_heads(x, x_stride, y, y_stride, cos, sin, head, inside, D: tl.constex
 
 @triton.jit
 def rope_store_kernel(
-    q, k, v, cos, sin, k_cache, v_cache, slots, out, num_slots,
+    q, k, v, cos, sin, k_cache, v_cache, slot_mapping, out, num_slots,
     H: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def rope_store_kernel(
         rotate_heads(q_token, q.head_stride, out + n * H * D, D, cos, sin, head, head < H, D, HALF)
     else:
         head = (head_block - query_blocks) * ROWS + tl.arange(0, ROWS)
-        slot = tl.load(slots + n)
+        slot = tl.load(slot_mapping + n)
         inside = (head < KV_HEADS) & (slot >= 0) & (slot < num_slots)
         row = slot // PAGE_SIZE * KV_HEADS * PAGE_SIZE + slot % PAGE_SIZE
         k_token = k.x + n * k.token_stride
@@ -90,10 +90,10 @@ def rope_store_kernel(
         rotate_heads(v_token, v.head_stride, v_cache + row * DV, PAGE_SIZE * DV, cos, sin, head, inside, DV, 0)
 
 
-def rope_store(q, k, v, cos, sin, k_cache, v_cache, slots):
+def rope_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping):
     launch.require_dtypes(q, k_cache, cos, sin)
-    _check_slots(slots, k_cache)
-    k_pages, v_pages, cos, sin, slots = contiguous(k_cache, v_cache, cos, sin, slots)
+    _check_slot_mapping(slot_mapping, k_cache)
+    k_pages, v_pages, cos, sin, slot_mapping = contiguous(k_cache, v_cache, cos, sin, slot_mapping)
     N, H, d = q.shape
     num_pages, kv_heads, page_size, dv = v_pages.shape
     out = torch.empty(N, H, d, dtype=q.dtype, device=q.device)
@@ -112,7 +112,7 @@ def rope_store(q, k, v, cos, sin, k_cache, v_cache, slots):
     }
     grid = (N, triton.cdiv(H, rows) + triton.cdiv(kv_heads, rows))
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), cos, sin)
-    launch.run(rope_store_kernel, grid, *inputs, k_pages, v_pages, slots, out, num_pages * page_size, **meta)
+    launch.run(rope_store_kernel, grid, *inputs, k_pages, v_pages, slot_mapping, out, num_pages * page_size, **meta)
     copy_back(k_pages, k_cache)
     copy_back(v_pages, v_cache)
     return out

@@ -27,7 +27,7 @@ class OpStep:
         """Return the hidden states (n, D)."""
         weights, positions, page_size = self.weights, batch.positions.long(), self.cache.page_size
         pages = batch.block_table[batch.slots.long(), positions // page_size].long()
-        cache_positions = pages * page_size + positions % page_size
+        slot_mapping = pages * page_size + positions % page_size
         no_angles = torch.empty(len(positions), 0, dtype=torch.float32, device=positions.device)
         no_rope = RopeTable(no_angles, no_angles)
         rope = no_rope if self.rope is None else RopeTable(self.rope.cos[positions], self.rope.sin[positions])
@@ -35,7 +35,7 @@ class OpStep:
         if weights.position_embedding is not None:
             x = x + weights.position_embedding[positions]
         for index, layer in enumerate(weights.layers):
-            x = self._layer(index, layer, x, batch, cache_positions, rope if layer.uses_rope else no_rope)
+            x = self._layer(index, layer, x, batch, slot_mapping, rope if layer.uses_rope else no_rope)
         if batch.logits_indices is not None:
             x = x[batch.logits_indices]
         return _norm(weights.final_norm, x)
@@ -46,12 +46,12 @@ class OpStep:
         layer: LayerWeights,
         x: Tensor,
         batch: TokenBatch,
-        cache_positions: Tensor,
+        slot_mapping: Tensor,
         rope: RopeTable,
     ) -> Tensor:
         q, k, v = self._qkv(_norm(layer.attention_norm, x), layer)
         k_cache, v_cache = self.cache.k[index], self.cache.v[index]
-        q = ops.rope_store(q, k, v, *rope, k_cache, v_cache, cache_positions)
+        q = ops.rope_store(q, k, v, *rope, k_cache, v_cache, slot_mapping)
         attended = ops.decode_attention(
             q, k_cache, v_cache, batch.block_table, batch.positions + 1, batch.slots, layer.scale, layer.window
         )
