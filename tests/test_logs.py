@@ -19,7 +19,7 @@ from rlhf_fast.run.info import run_info
 
 
 def test_rows_hold_metrics_phases_and_speed(tmp_path):
-    log = logs.Log(tmp_path, LogConfig(samples=2), "ppo", total=3, headline=("objective/kl",))
+    log = logs.Log(tmp_path, LogConfig(samples=2), "ppo", total=3, progress_metrics=("objective/kl",))
     with log.phase("generate"):
         pass
     log.metrics(1, {"objective/kl": torch.tensor(0.5), "episode": 8, "bad": math.inf}, tokens=100)
@@ -66,7 +66,7 @@ def test_resuming_drops_later_and_torn_rows(tmp_path):
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capsys):
-    log = logs.Log(tmp_path, LogConfig(), "ppo", total=2, headline=("objective/scores", "absent"))
+    log = logs.Log(tmp_path, LogConfig(), "ppo", total=2, progress_metrics=("objective/scores", "absent"))
     for step in (1, 2):
         with log.phase("generate"):
             sum(range(200_000))

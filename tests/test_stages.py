@@ -83,11 +83,11 @@ def test_sft_mixes_in_pretraining_text_by_its_share(folder):
 
     model = sft.Model.load(cfg.model)
     demonstrations = Recorder(sft.read_demonstrations(cfg.data, model.tokenizer).train)
-    texts = Recorder(sft.read_texts(cfg.pretrain, model.tokenizer).train)
-    steps = [sft.step_terms(cfg, demonstrations, texts, step) for step in range(1, 9)]
+    pretrain_data = Recorder(sft.read_texts(cfg.pretrain, model.tokenizer).train)
+    steps = [sft.step_terms(cfg, demonstrations, pretrain_data, step) for step in range(1, 9)]
     assert [sum(coefficient for _, _, coefficient in terms) for terms in steps] == pytest.approx([1.0] * 8)
     # 20 % of the sequences: 2 texts to 8 demonstrations, each text once.
-    assert texts.taken == [(2 * step, 2) for step in range(8)]
+    assert pretrain_data.taken == [(2 * step, 2) for step in range(8)]
     assert demonstrations.taken == [(8 * step, 8) for step in range(8)]
 
 
@@ -204,9 +204,9 @@ def test_a_run_resumes_only_with_its_own_settings_and_data(folder, capsys):
 def test_two_processes_cannot_share_a_folder(folder):
     cfg = toy.sft(folder)
     with RunFolder(cfg) as one, RunFolder(cfg) as two:
-        one.begin(1, (), {})
+        one.start_or_resume(1, (), {})
         with pytest.raises(UserError, match="sft: another process runs there"):
-            two.begin(1, (), {})
+            two.start_or_resume(1, (), {})
 
 
 def test_a_missing_path_is_named(folder):
@@ -239,7 +239,7 @@ def test_a_run_resumes_only_with_its_own_models(folder, monkeypatch):
 def test_another_torch_or_number_of_threads_gives_a_note(folder):
     cfg = toy.sft(folder)
     with RunFolder(cfg) as run:
-        run.begin(1, (), {})
+        run.start_or_resume(1, (), {})
     manifest = json.loads((folder / "sft/run.json").read_text())
     manifest["versions"]["torch"] = "1.0"
     manifest["machine"]["threads"] = 99
@@ -253,16 +253,16 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_started_again(fold
     cfg = toy.sft(folder)
     late = RunFolder(cfg)
     with RunFolder(cfg) as run:
-        run.begin(1, (), {})
+        run.start_or_resume(1, (), {})
         run.checkpoint(1, {})
         run.finish(lambda path: (path / "config.json").write_text("{}"), {})
     with late, pytest.raises(UserError, match="another process has finished this run meanwhile"):
-        late.begin(1, (), {})
+        late.start_or_resume(1, (), {})
 
 
 def test_the_first_ctrl_c_prints_a_line_at_once_and_the_second_stops(folder, capfd):
     with RunFolder(toy.sft(folder)) as run:
-        run.begin(1, (), {})
+        run.start_or_resume(1, (), {})
         capfd.readouterr()
         signal.raise_signal(signal.SIGINT)
         printed = capfd.readouterr().err
@@ -276,7 +276,7 @@ def test_validate_every_may_not_differ_on_resume(folder):
     """It decides which weights there are to select from; how often a line is written does not."""
     cfg = toy.sft(folder)
     with RunFolder(cfg) as run:
-        run.begin(1, (), {})
+        run.start_or_resume(1, (), {})
     RunFolder(replace(cfg, log=replace(cfg.log, every=7, samples=1, keep=5, checkpoint_every=9)))
     with pytest.raises(UserError, match=r"was started with log\.validate_every = 0, now 3; set it back"):
         RunFolder(replace(cfg, log=replace(cfg.log, validate_every=3)))

@@ -51,7 +51,8 @@ class Stateful(Protocol):
 class RunFolder:
     """The folder `cfg.out` of one stage's run, as a context manager. `data` are the settings whose files it reads.
 
-    finished: nothing is left to do. notes: sentences on the data that `begin` prints. device: None = automatic.
+    finished: nothing is left to do. notes: sentences on the data, which `start_or_resume` prints. device: None =
+    automatic.
     """
 
     def __init__(self, cfg: StageConfig, *data: DataConfig):
@@ -88,12 +89,12 @@ class RunFolder:
 
     @property
     def log(self) -> Log:
-        """The run's log. It is opened by `begin`."""
+        """The run's log. It is opened by `start_or_resume`."""
         if self._log is None:
-            raise RuntimeError("RunFolder: call begin() first")
+            raise RuntimeError("RunFolder: call start_or_resume() first")
         return self._log
 
-    def begin(self, total: int, headline: tuple[str, ...], state: Mapping[str, Stateful]) -> Log:
+    def start_or_resume(self, total: int, progress_metrics: tuple[str, ...], state: Mapping[str, Stateful]) -> Log:
         """Lock the folder, restore `state` from the newest checkpoint, and open the log of a run of `total` steps.
 
         `log.start` is the number of steps done.
@@ -106,7 +107,7 @@ class RunFolder:
         checkpoint.write_json(self.out / RUN, self.manifest)
         path = checkpoint.latest(self.checkpoints)
         done = checkpoint.step_of(path) if path else 0
-        self._log = log = Log(self.out, self.cfg.log, self.stage, total, done, headline)
+        self._log = log = Log(self.out, self.cfg.log, self.stage, total, done, progress_metrics)
         for note in self.notes:
             log.message(note)
         if path:
@@ -207,8 +208,8 @@ class BestModel:
     step and score: those of the kept weights; 0 and None before the first update.
     """
 
-    def __init__(self, run: RunFolder):
-        self.folder, self.step = run.checkpoints / BEST, 0
+    def __init__(self, run_folder: RunFolder):
+        self.folder, self.step = run_folder.checkpoints / BEST, 0
         self.score: float | None = None
 
     def update(self, step: int, score: float, save: Callable[[Path], object]) -> None:

@@ -33,7 +33,7 @@ class Log:
     """The log of one stage in `directory`.
 
     total: steps of the whole run. start: steps done before; later rows, from a killed process, are dropped.
-    headline: the metrics that the live line shows.
+    progress_metrics: the metrics that the live line shows.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Log:
         title: str,
         total: int,
         start: int = 0,
-        headline: tuple[str, ...] = (),
+        progress_metrics: tuple[str, ...] = (),
     ) -> None:
         self.directory, self.cfg, self.title = Path(directory), cfg, title
-        self.total, self.start, self.headline = total, start, headline
+        self.total, self.start, self.progress_metrics = total, start, progress_metrics
         self.seconds: dict[str, float] = defaultdict(float)
         self.tokens = 0
         self.alarms = Alarms()
@@ -122,8 +122,8 @@ class Log:
             stream.flush()
 
     def _show_progress(self, step: int, row: Mapping[str, Any], elapsed: float) -> None:
-        labels = {name: name.replace("valid/", "valid ").rpartition("/")[2] for name in self.headline}
-        shown = [f"{labels[name]} {row[name]:.4g}" for name in self.headline if name in row]
+        labels = {name: name.replace("valid/", "valid ").rpartition("/")[2] for name in self.progress_metrics}
+        shown = [f"{labels[name]} {row[name]:.4g}" for name in self.progress_metrics if name in row]
         phases = [
             f"{name} {seconds / elapsed:.0%}" for name, seconds in self.seconds.items() if seconds >= 0.01 * elapsed
         ]

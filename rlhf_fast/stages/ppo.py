@@ -1,7 +1,8 @@
 """PPO against a reward with a KL penalty (InstructGPT C.4), with or without pretraining gradients (PPO-ptx).
 
 The KL penalty enters the reward of each token: `make_experience` (training/experience.py) calls `ops.ppo_advantages`
-(kernels/ppo_advantages.py) for it. training/kl.py holds its coefficient. The losses have no KL term.
+(kernels/ppo_advantages.py) for it. training/kl.py holds its coefficient. The losses add none: `linear_ppo_loss` has a
+kl_coef, which stays 0 here.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from rlhf_fast.batches import Experience, Prompts, Responses
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
-from rlhf_fast.errors import UserError, locating_rows
+from rlhf_fast.errors import UserError, with_row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.run.folder import BestModel, RunFolder
+from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
@@ -36,35 +37,35 @@ PROGRESS_METRICS = ("objective/scores", "objective/kl", "tokens/length", "valid/
 
 
 def run(cfg: PPOConfig) -> None:
-    """Train cfg.policy on the prompts of cfg.data; write the chosen weights, an ordinary causal LM folder, to cfg.out.
+    """Train cfg.policy on the prompts of cfg.data; write the selected weights (cfg.select) to cfg.out.
 
-    Its subfolders `ema/` and `value/` hold the moving average and the value model.
+    cfg.out becomes an ordinary causal LM folder, with the moving average in `ema/` and the value model in `value/`.
     """
-    with RunFolder(cfg, cfg.data, cfg.pretrain) as folder:
-        if folder.finished:
+    with RunFolder(cfg, cfg.data, cfg.pretrain) as run_folder:
+        if run_folder.finished:
             return
         torch.manual_seed(cfg.seed)
-        models = load_models(cfg, folder.device)
-        data, texts = load_data(cfg, models.policy, folder)
+        models = load_models(cfg, run_folder.device)
+        prompt_data, pretrain_data = load_data(cfg, models.policy, run_folder)
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
-        state = init_state(cfg, models, folder)
-        log = folder.begin(cfg.num_batches, PROGRESS_METRICS, state._asdict())
-        with locating_rows(**row_locators(data.train, texts)):
+        state = init_state(cfg, models, run_folder)
+        log = run_folder.start_or_resume(cfg.num_batches, PROGRESS_METRICS, state.parts())
+        with with_row_locations(**row_locators(prompt_data.train, pretrain_data)):
             for step in range(log.start, cfg.num_batches):
-                prompts = data.train.batch(step * cfg.batch, cfg.batch)
+                prompts = prompt_data.train.batch(step * cfg.batch, cfg.batch)
                 with log.phase("generate"):
                     responses = rollout.generate(prompts, step=step)
                 with log.phase("score"):
                     experience, stats = make_experience(responses, *models, cfg, state.kl.coef)
                 with log.phase("learn"):
-                    stats |= ppo_update(state, experience, texts, cfg, step)
+                    stats |= ppo_update(state, experience, pretrain_data, cfg, step)
                 with log.phase("validate"):
-                    stats |= validate(rollout, models, state, data, cfg, step)
+                    stats |= validate(rollout, models, state, prompt_data, cfg, step)
                 state.kl.update(stats["objective/kl"], stats["objective/kl_token"], episodes=cfg.batch)
                 log_step(log, step + 1, stats, prompts, responses, experience, models.policy, cfg)
-                folder.checkpoint(step + 1, state._asdict())
+                run_folder.checkpoint(step + 1, state.parts())
         summary = {"kl_coef": state.kl.coef, "step": state.best.step or cfg.num_batches}
-        folder.finish(partial(save_models, cfg, models, state), summary)
+        run_folder.finish(partial(save_models, cfg, models, state), summary)
 
 
 class Models(NamedTuple):
@@ -79,38 +80,42 @@ class Models(NamedTuple):
 class State(NamedTuple):
     """The parts of a run that change and are saved in its checkpoints."""
 
-    policy: Learner
-    value: Learner
+    policy_learner: Learner
+    value_learner: Learner
     kl: KLController
     best: BestModel
 
+    def parts(self) -> dict[str, Stateful]:
+        """Return the parts under their names in a checkpoint."""
+        return {"policy": self.policy_learner, "value": self.value_learner, "kl": self.kl, "best": self.best}
 
-def init_state(cfg: PPOConfig, models: Models, folder: RunFolder) -> State:
+
+def init_state(cfg: PPOConfig, models: Models, run_folder: RunFolder) -> State:
     """Return the state before the first batch."""
     return State(
-        policy=Learner(models.policy, cfg.optim, cfg.steps, ema=cfg.ema),
-        value=Learner(models.value, cfg.value_optim, cfg.steps),
+        policy_learner=Learner(models.policy, cfg.optim, cfg.steps, ema=cfg.ema),
+        value_learner=Learner(models.value, cfg.value_optim, cfg.steps),
         kl=KLController(cfg.kl),
-        best=BestModel(folder),
+        best=BestModel(run_folder),
     )
 
 
 def load_models(cfg: PPOConfig, device: str | None) -> Models:
     """Load the four models; raise UserError if their tokenizers differ or a scalar head was never trained.
 
-    If the reward is a Python function and no value model is given, the value model is the policy's start with a fresh
-    head, a row of N(0, 1 / (D + 1)).
+    If the reward is a Python function and no value model is given, the value model starts from the policy's initial
+    weights, with a new scalar head drawn with variance 1 / (D + 1).
     """
     policy = Model.load(cfg.policy, seed=cfg.seed, device=device)
     if cfg.reference or not cfg.policy.lora.rank:
-        reference = Model.load(_frozen(cfg.policy, cfg.reference or cfg.policy.path), device=device)
+        reference = Model.load(_frozen_config(cfg.policy, cfg.reference or cfg.policy.path), device=device)
         check_tokenizers(policy.tokenizer, reference.tokenizer, reference.name)
     else:
         reference = policy.reference()
     reward = load_reward(
         cfg.reward,
         policy.tokenizer,
-        _frozen(cfg.value, cfg.value.path),
+        _frozen_config(cfg.value, cfg.value.path),
         micro_batch_tokens=cfg.optim.micro_batch_tokens,
         device=device,
     )
@@ -122,36 +127,36 @@ def load_models(cfg: PPOConfig, device: str | None) -> Models:
     return Models(policy, reference, value, reward)
 
 
-def _frozen(cfg: ModelConfig, path: str) -> ModelConfig:
+def _frozen_config(cfg: ModelConfig, path: str) -> ModelConfig:
     """Return the settings of a model at `path` that is not trained."""
     return replace(cfg, path=path, lora=LoraConfig(), gradient_checkpointing=False)
 
 
-def load_data(cfg: PPOConfig, policy: Model, folder: RunFolder) -> tuple[Split, Dataset | None]:
+def load_data(cfg: PPOConfig, policy: Model, run_folder: RunFolder) -> tuple[Split, Dataset | None]:
     """Return the prompts, and the pretraining text of PPO-ptx if there is any."""
     context = policy.max_positions
     max_prompt = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
-    prompts = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt)
-    if cfg.select == "reward" and not len(prompts.valid):
+    prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt)
+    if cfg.select == "reward" and not len(prompt_data.valid):
         raise UserError(
             "ppo: select=reward needs validation prompts, and there are none; set data.valid to a file or"
             " data.valid_fraction above 0"
         )
-    folder.notes.append(prompts.train.notes)
+    run_folder.notes.append(prompt_data.train.notes)
     if not cfg.pretrain.path:
-        return prompts, None
-    texts = read_texts(cfg.pretrain, policy.tokenizer, cfg.seed, context).train
-    folder.notes.append(texts.notes)
-    return prompts, texts
+        return prompt_data, None
+    pretrain_data = read_texts(cfg.pretrain, policy.tokenizer, cfg.seed, context).train
+    run_folder.notes.append(pretrain_data.notes)
+    return prompt_data, pretrain_data
 
 
 def ppo_update(
-    state: State, experience: Experience, texts: Dataset | None, cfg: PPOConfig, step: int
+    state: State, experience: Experience, pretrain_data: Dataset | None, cfg: PPOConfig, step: int
 ) -> dict[str, float]:
     """Make cfg.inner_epochs passes over a batch, with a step of both optimizers for each minibatch.
 
-    With `texts`, the policy's gradient is PPO's plus cfg.ptx_coef times that of cfg.ptx_ratio pretraining texts per
-    response, accumulated into one step.
+    With `pretrain_data`, the policy's gradient is PPO's plus cfg.ptx_coef times that of cfg.ptx_ratio pretraining texts
+    per response, accumulated into one step.
     """
     loss = partial(
         ppo_policy_loss,
@@ -162,21 +167,21 @@ def ppo_update(
         entropy_coef=cfg.entropy_coef,
     )
     rows: list[dict[str, float]] = []
-    first: dict[str, float] = {}
+    first_ratio: dict[str, float] = {}
     for minibatch in minibatches(experience, cfg, seed=(cfg.seed * 1_000_003 + step) % 2**63):
-        stats = _value_update(state.value, minibatch, cfg)
+        stats = _value_update(state.value_learner, minibatch, cfg)
         if step >= cfg.critic_warmup:
             terms: list[Term] = [(loss, minibatch, 1.0)]
-            if texts is not None:
-                position = state.policy.steps * cfg.ptx_ratio * cfg.minibatch
-                text_batch = texts.batch(position, cfg.ptx_ratio * len(minibatch.lengths))
+            if pretrain_data is not None:
+                position = state.policy_learner.steps * cfg.ptx_ratio * cfg.minibatch
+                text_batch = pretrain_data.batch(position, cfg.ptx_ratio * len(minibatch.lengths))
                 terms.append((pretrain_loss, text_batch, cfg.ptx_coef))
-            stats |= state.policy.step(terms)
-            first = first or {"val/ratio_first": stats["val/ratio"]}
+            stats |= state.policy_learner.step(terms)
+            first_ratio = first_ratio or {"val/ratio_first": stats["val/ratio"]}
         rows.append(stats)
         if cfg.target_kl and stats.get("policy/approxkl_avg", 0.0) > cfg.target_kl:
             break
-    return average_stats(rows) | first | {"steps": len(rows)}
+    return average_stats(rows) | first_ratio | {"steps": len(rows)}
 
 
 def _value_update(learner: Learner, minibatch: Experience, cfg: PPOConfig) -> dict[str, float]:
@@ -200,19 +205,19 @@ def _mean(values: list[float]) -> float:
 
 
 def validate(
-    rollout: Rollout, models: Models, state: State, data: Split, cfg: PPOConfig, step: int
+    rollout: Rollout, models: Models, state: State, prompt_data: Split, cfg: PPOConfig, step: int
 ) -> dict[str, float]:
     """Return reward, score and KL on the held-out prompts if step `step` validates, else {}.
 
     The sampling noise is the same at every validation. With select=reward the best weights so far are kept.
     """
     done = step + 1
-    if not len(data.valid) or not should_validate(
-        done, cfg.log.validate_every, cfg.batch, len(data.train), cfg.num_batches
+    if not len(prompt_data.valid) or not should_validate(
+        done, cfg.log.validate_every, cfg.batch, len(prompt_data.train), cfg.num_batches
     ):
         return {}
-    with locating_rows(Responses=data.valid.location):
-        responses = rollout.generate(validation_prompts(data.valid))
+    with with_row_locations(Responses=prompt_data.valid.location):
+        responses = rollout.generate(validation_prompts(prompt_data.valid))
         _, stats = make_experience(responses, *models, cfg, state.kl.coef)
     if cfg.select == "reward":
         state.best.update(done, stats["objective/rlhf_reward"], models.policy.save)
@@ -220,13 +225,13 @@ def validate(
     return {f"valid/{name.partition('/')[2]}": stats[name] for name in names}
 
 
-def row_locators(prompts: Dataset, texts: Dataset | None) -> dict[str, Callable[[int], str] | None]:
-    """Return functions from the uid of a row that an error names to its file:line, by type of batch."""
+def row_locators(prompts: Dataset, pretrain_data: Dataset | None) -> dict[str, Callable[[int], str] | None]:
+    """For each type of batch, return a function from a row's uid to its file:line, for error messages."""
 
     def location(uid: int) -> str:
         return prompts.location(prompts.row_at(uid))
 
-    return {"Responses": location, "Experience": location, "Texts": texts.location if texts else None}
+    return {"Responses": location, "Experience": location, "Texts": pretrain_data.location if pretrain_data else None}
 
 
 def log_step(
@@ -250,10 +255,10 @@ def log_step(
 
 
 def save_models(cfg: PPOConfig, models: Models, state: State, folder: Path) -> None:
-    """Save the chosen weights to `folder`, and the moving average and the value model to folders in it."""
+    """Save the selected weights (cfg.select) to `folder`, the moving average and the value model to folders in it."""
     policy = models.policy
     if cfg.ema:
-        with state.policy.averaged():
+        with state.policy_learner.averaged():
             policy.save(folder / "ema")
             if cfg.select == "ema":
                 policy.save(folder)

@@ -10,7 +10,7 @@ import torch
 from rlhf_fast.batches import Comparisons
 from rlhf_fast.config.stages import RewardConfig
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
-from rlhf_fast.errors import UserError, locating_rows
+from rlhf_fast.errors import UserError, with_row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.stages.validation import should_validate, validation_metrics
@@ -25,22 +25,22 @@ def run(cfg: RewardConfig) -> None:
 
     The head starts as a row of N(0, 1 / (D + 1)) (Stiennon et al. 2020), the decoder as cfg.model's.
     """
-    with RunFolder(cfg, cfg.data, cfg.demonstrations) as folder:
-        if folder.finished:
+    with RunFolder(cfg, cfg.data, cfg.demonstrations) as run_folder:
+        if run_folder.finished:
             return
         torch.manual_seed(cfg.seed)
-        model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=folder.device)
+        model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=run_folder.device)
         data = read_comparisons(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
-        folder.notes.append(data.train.notes)
+        run_folder.notes.append(data.train.notes)
         demonstrations = load_demonstrations(cfg, model)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps)
         state = {"learner": learner}
-        log = folder.begin(steps, PROGRESS_METRICS, state)
+        log = run_folder.start_or_resume(steps, PROGRESS_METRICS, state)
         for step in range(log.start + 1, steps + 1):
             done = (step - 1) * cfg.batch
             batch = data.train.batch(done, min(cfg.batch, cfg.epochs * len(data.train) - done))
-            with log.phase("learn"), locating_rows(Comparisons=data.train.location):
+            with log.phase("learn"), with_row_locations(Comparisons=data.train.location):
                 stats = learner.step([(reward_loss, batch, 1.0)])
             if len(data.valid) and should_validate(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
                 with log.phase("validate"):
@@ -48,10 +48,10 @@ def run(cfg: RewardConfig) -> None:
                     stats["valid/longer_wins"] = longer_wins(data.valid)
                 log.samples(step, scored_rows(model, data.valid, cfg.log.samples))
             log.metrics(step, stats, tokens=int(batch.lengths.sum()))
-            folder.checkpoint(step, state)
+            run_folder.checkpoint(step, state)
         if demonstrations is not None:
             model.score_bias -= mean_score(model, demonstrations)
-        folder.finish(model.save, {"bias": model.score_bias})
+        run_folder.finish(model.save, {"bias": model.score_bias})
 
 
 def load_demonstrations(cfg: RewardConfig, model: Model) -> Dataset | None:

@@ -8,7 +8,7 @@ import torch
 
 from rlhf_fast.config.stages import SFTConfig
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
-from rlhf_fast.errors import UserError, locating_rows
+from rlhf_fast.errors import UserError, with_row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
@@ -22,22 +22,23 @@ PROGRESS_METRICS = ("loss/sft", "valid/sft", "valid/scores")
 
 
 def run(cfg: SFTConfig) -> None:
-    """Train cfg.model on cfg.data and write the chosen weights, an ordinary causal LM folder, to cfg.out."""
-    with RunFolder(cfg, cfg.data, cfg.pretrain) as folder:
-        if folder.finished:
+    """Train cfg.model on cfg.data; write the selected weights (cfg.select) to cfg.out, an ordinary causal LM folder."""
+    with RunFolder(cfg, cfg.data, cfg.pretrain) as run_folder:
+        if run_folder.finished:
             return
         torch.manual_seed(cfg.seed)
-        model = Model.load(cfg.model, seed=cfg.seed, device=folder.device)
-        data, texts, reward = load_data(cfg, model, folder)
+        model = Model.load(cfg.model, seed=cfg.seed, device=run_folder.device)
+        data, pretrain_data, reward = load_data(cfg, model, run_folder)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
-        best = BestModel(folder)
+        best = BestModel(run_folder)
         state: dict[str, Stateful] = {"learner": learner, "best": best}
-        row_locators = {"Demonstrations": data.train.location, "Texts": texts.location if texts else None}
-        log = folder.begin(steps, PROGRESS_METRICS, state)
+        text_location = pretrain_data.location if pretrain_data else None
+        row_locators = {"Demonstrations": data.train.location, "Texts": text_location}
+        log = run_folder.start_or_resume(steps, PROGRESS_METRICS, state)
         for step in range(log.start + 1, steps + 1):
-            with log.phase("learn"), locating_rows(**row_locators):
-                terms = step_terms(cfg, data.train, texts, step)
+            with log.phase("learn"), with_row_locations(**row_locators):
+                terms = step_terms(cfg, data.train, pretrain_data, step)
                 stats = learner.step(terms)
             if should_validate(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
                 with log.phase("validate"):
@@ -46,11 +47,13 @@ def run(cfg: SFTConfig) -> None:
                     score = stats["valid/scores"] if cfg.select == "reward" else -stats["valid/sft"]
                     best.update(step, score, model.save)
             log.metrics(step, stats, tokens=sum(int(batch.lengths.sum()) for _, batch, _ in terms))
-            folder.checkpoint(step, state)
-        folder.finish(best.writer(steps, model.save), {"step": best.step or steps, "score": best.score})
+            run_folder.checkpoint(step, state)
+        run_folder.finish(best.writer(steps, model.save), {"step": best.step or steps, "score": best.score})
 
 
-def load_data(cfg: SFTConfig, model: Model, folder: RunFolder) -> tuple[Split, Dataset | None, RewardFunction | None]:
+def load_data(
+    cfg: SFTConfig, model: Model, run_folder: RunFolder
+) -> tuple[Split, Dataset | None, RewardFunction | None]:
     """Return the demonstrations, the pretraining text if any is mixed in, and the reward model if it selects."""
     data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
     if cfg.select != "last" and not len(data.valid):
@@ -58,11 +61,11 @@ def load_data(cfg: SFTConfig, model: Model, folder: RunFolder) -> tuple[Split, D
             f"sft: select={cfg.select} needs validation rows, and there are none; set data.valid to a file or"
             " data.valid_fraction above 0, or choose select=last"
         )
-    folder.notes.append(data.train.notes)
-    texts = reward = None
+    run_folder.notes.append(data.train.notes)
+    pretrain_data = reward = None
     if cfg.pretrain_fraction:
-        texts = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
-        folder.notes.append(texts.notes)
+        pretrain_data = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
+        run_folder.notes.append(pretrain_data.notes)
     if cfg.select == "reward":
         if not validation_prompts(data.valid, model.max_positions, cfg.sampling.max_new_tokens).uids:
             raise UserError(
@@ -70,22 +73,22 @@ def load_data(cfg: SFTConfig, model: Model, folder: RunFolder) -> tuple[Split, D
                 f" ({cfg.sampling.max_new_tokens}) in the model's {model.max_positions} positions; lower it"
             )
         budget = cfg.optim.micro_batch_tokens
-        reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=folder.device)
-    return data, texts, reward
+        reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=run_folder.device)
+    return data, pretrain_data, reward
 
 
-def step_terms(cfg: SFTConfig, data: Dataset, texts: Dataset | None, step: int) -> list[Term]:
+def step_terms(cfg: SFTConfig, data: Dataset, pretrain_data: Dataset | None, step: int) -> list[Term]:
     """Return the loss terms of step 1, 2, ...: its demonstrations, and pretraining texts if they are mixed in.
 
     Texts are cfg.pretrain_fraction of all sequences. Every token with loss weighs the same in either of the two terms.
     """
     done = (step - 1) * cfg.batch
     demonstrations = data.batch(done, min(cfg.batch, cfg.epochs * len(data) - done))
-    if texts is None:
+    if pretrain_data is None:
         return [(partial(sft_loss, pack=cfg.packing), demonstrations, 1.0)]
     texts_per_step = cfg.pretrain_fraction / (1 - cfg.pretrain_fraction) * cfg.batch
     first = round((step - 1) * texts_per_step)
-    text_batch = texts.batch(first, max(round(step * texts_per_step) - first, 0))
+    text_batch = pretrain_data.batch(first, max(round(step * texts_per_step) - first, 0))
     num_items = demonstrations.num_items() + text_batch.num_items()
     return [
         (partial(sft_loss, pack=cfg.packing), demonstrations, demonstrations.num_items() / num_items),
@@ -110,7 +113,7 @@ def validate(
     if not prompts.uids:
         return stats
     columns = {}
-    with locating_rows(Responses=data.location):
+    with with_row_locations(Responses=data.location):
         responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
         if reward:
             columns["score"] = reward(responses)
