@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import toy
 import yaml
+from architectures import SERVED
 
+from rlhf_fast import ops
 from rlhf_fast.cli.main import COMMANDS, main
 from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
+from rlhf_fast.rollout.architectures import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -149,6 +152,8 @@ def test_the_op_that_is_added_works(tmp_path):
     source = next(block for block in blocks("python") if "def twice(" in block)
     source += (
         "\n(x,) = twice.make_inputs(device='cpu', dtype=torch.float32, N=17)\nassert torch.equal(twice(x), 2 * x)\n"
+        "assert 'ValueError' in twice.__doc__\ntry:\n    twice(x.long())\nexcept ValueError:\n    pass\n"
+        "else:\n    raise AssertionError('no error')\n"
     )
     (tmp_path / "twice.py").write_text(source, encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "twice.py"], capture_output=True, text=True, env=ENVIRONMENT)
@@ -212,6 +217,34 @@ def test_links_and_paths_exist(page):
     for path in re.findall(r"`((?:rlhf_fast|kernels|csrc|tests|bench|examples|docs)/[\w./-]+)`", outside_blocks):
         is_example = Path(path).stem == "twice"  # the op that docs/adding-an-op.md makes
         assert is_example or (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_table_of_steps_names_whole_paths():
+    """A file without its folder would not be looked for by test_links_and_paths_exist."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## Where each step")[2].partition("\n## ")[0]
+    bare = re.findall(r"`[\w<>*]+\.(?:py|cpp|cu|cuh|h)`", table)
+    assert table.count("`csrc/cuda/") > 5 and not bare, bare
+
+
+def test_architectures_are_counted():
+    """Every number of architectures is that of the fused path's table or of the models that the tests decode."""
+    tested = len({type(make()) for make in SERVED.values()})
+    for page in PAGES:
+        counts = {int(n) for n in re.findall(r"(\d+)\s+architectures", page.read_text(encoding="utf-8"))}
+        assert counts <= {len(FAMILIES), tested}, f"{page.name}: {counts}"
+    rows = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    (count, names), *others = re.findall(r"(\d+) architectures: ([\w, -]+) \|", rows)
+    assert int(count) == len(FAMILIES) and not others
+    assert {f"{name.replace('-', '')}Model" for name in names.split(", ")} == FAMILIES.keys()
+    assert f"tested on {tested} architectures, those {count} among them" in rows
+
+
+def test_the_ops_without_a_cuda_kernel_are_named():
+    """README and docs/ say that all ops but `linear_*` have a CUDA C++ kernel."""
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    symbols = re.findall(r"^KERNEL\((\w+)\)", sources, re.M)
+    assert set(ops.__all__) - set(symbols) == {name for name in ops.__all__ if name.startswith("linear_")}
 
 
 def test_the_map_is_the_tree():
