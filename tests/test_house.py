@@ -1,4 +1,4 @@
-"""The house's rules, read from the files: who may import whom, where things are, how long a file may grow."""
+"""Rules of the repository, read from the files: who may import whom, where things are, how long a file may grow."""
 
 import ast
 import re
@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a source checkout")
 
-# From the top down; a room imports only from floors below its own. The front door (`__init__.py`) stands above all.
-FLOORS = [
+# From the top down: a package imports only from layers below its own. rlhf_fast/__init__.py is above all of them.
+LAYERS = [
     {"cli"},
     {"demo"},
     {"stages"},
@@ -55,9 +55,9 @@ def imported_files(path: Path) -> set[str]:
     return {name if name in FILES else name.rpartition(".")[0] for name in imports(path)} & FILES.keys()
 
 
-def floor(room: str) -> int:
-    found = [i for i, rooms in enumerate(FLOORS) if room in rooms]
-    assert found, f"give the room {room!r} a floor in {Path(__file__).name}"
+def layer(package: str) -> int:
+    found = [i for i, packages in enumerate(LAYERS) if package in packages]
+    assert found, f"give the package {package!r} a layer in {Path(__file__).name}"
     return found[0]
 
 
@@ -65,11 +65,11 @@ def floor(room: str) -> int:
 def test_imports_run_downwards(name):
     here = name.split(".")[1]
     for other in {module.split(".")[1] for module in imports(FILES[name])} - {here, "__version__"}:
-        assert floor(other) > floor(here), f"{name} must not import {other}"
+        assert layer(other) > layer(here), f"{name} must not import {other}"
 
 
 def test_no_circles_between_files():
-    # The front door imports lazily; what others take from it, `__version__`, is there from the start.
+    # rlhf_fast/__init__.py imports lazily; what others take from it, `__version__`, is there from the start.
     graph = {name: imported_files(path) - {"rlhf_fast"} for name, path in FILES.items()}
     done: set[str] = set()
 
@@ -87,7 +87,7 @@ def test_no_circles_between_files():
 
 def test_the_package_can_be_taken_in_at_a_glance():
     entries = {path.name for path in (ROOT / "rlhf_fast").iterdir() if path.suffix == ".py" or [*path.glob("*.py")]}
-    assert {name.removesuffix(".py") for name in entries} - {"__init__"} == set().union(*FLOORS) - {"kernels"}
+    assert {name.removesuffix(".py") for name in entries} - {"__init__"} == set().union(*LAYERS) - {"kernels"}
     assert len(entries) <= MAX_ENTRIES
 
 
