@@ -1,5 +1,5 @@
-// A token's terms of PPO's losses, for a vector of tokens (csrc/cpu) or one (csrc/cuda). kernels/ppo_loss.py has the
-// formulas.
+// A token's terms of PPO's losses and the estimators of its KL, for a vector of tokens (csrc/cpu) or one (csrc/cuda).
+// kernels/ppo_loss.py and kernels/ppo_advantages.py have the formulas.
 #pragma once
 #include "dialect.h"
 

@@ -36,7 +36,11 @@ def dtype_codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]
 @functools.cache
 def _codes_by_dtype(kernels: ModuleType) -> dict[torch.dtype, int]:
     prefix = "dtype_"
-    return {getattr(torch, name.removeprefix(prefix)): code for name, code in vars(kernels).items() if prefix in name}
+    return {
+        getattr(torch, name.removeprefix(prefix)): code
+        for name, code in vars(kernels).items()
+        if name.startswith(prefix)
+    }
 
 
 def refuse_float64(*tensors: Tensor | None) -> None:

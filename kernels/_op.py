@@ -214,7 +214,8 @@ class Op:
             except RuntimeError as error:
                 if forced is not None or "no kernel image" not in str(error):
                     raise
-                why = why or self._drop_backend(backend, device, error)
+                reason = self._drop_backend(backend, device, error)
+                why = why or reason
         if forced != "reference":
             self._report_fallback(why or self.why(device))
         return self._run_reference(*args)

@@ -219,7 +219,8 @@ linear_ppo_loss_with_gradients.compiled(_launch, required_symbols=KERNELS)
 
 
 def _forward(ctx, *args):
-    needs_grad = [ctx.needs_input_grad[i] for i in (0, 1, 15)]
+    needed = Inputs.bundle(*ctx.needs_input_grad)
+    needs_grad = [needed.hidden, needed.weight, needed.bias]
     loss, logprobs, entropy, stats, *grads = linear_ppo_loss_with_gradients.torch_op(*args, *needs_grad)
     head.save_grads(ctx, grads, needs_grad, args)
     ctx.mark_non_differentiable(logprobs, entropy, stats)
@@ -228,7 +229,8 @@ def _forward(ctx, *args):
 
 def _backward(ctx, grad_loss, *_):
     d_hidden, d_weight, d_bias = head.scale_grads(ctx, grad_loss, linear_ppo_loss_with_gradients.torch_op)
-    return d_hidden, d_weight, *[None] * 13, d_bias, None, None, None
+    no_grads = Inputs.bundle(*[None] * len(linear_ppo_loss.names))
+    return no_grads._replace(hidden=d_hidden, weight=d_weight, bias=d_bias).flat()
 
 
 linear_ppo_loss.gradient(_backward, forward=_forward)

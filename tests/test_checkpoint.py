@@ -97,9 +97,10 @@ def test_a_save_removes_its_own_leftovers_only(tmp_path):
     """`best.old.tmp` is the only copy of the best weights if the process died while they were replaced."""
     (tmp_path / "best.old.tmp").mkdir()
     (tmp_path / "best.old.tmp/weights").write_text("best so far")
+    (tmp_path / "best.tmp").mkdir()
     (tmp_path / "step_1.tmp").mkdir()
     checkpoint.save(tmp_path, 2, {"a": torch.ones(1)})
-    checkpoint.restore_replaced(tmp_path / "best")
+    checkpoint.undo_interrupted_write(tmp_path / "best")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step_2"]
     assert (tmp_path / "best/weights").read_text() == "best so far"
 

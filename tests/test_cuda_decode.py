@@ -37,7 +37,7 @@ def assert_right(out, s, rows, **options):
 @on_each_backend
 @for_each_dtype
 @pytest.mark.parametrize("window", [0, 400])
-@pytest.mark.exhaustive(2)
+@pytest.mark.exhaustive(2, by=("backend",))
 def test_bits_do_not_depend_on_the_batch_nor_on_the_blocks_that_share_the_splits(
     backend, device, dtype, window, monkeypatch
 ):

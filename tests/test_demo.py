@@ -160,6 +160,7 @@ def test_shipped_models_are_what_the_script_makes(size):
     )
 
 
+@pytest.mark.slow
 def test_pretraining_learns(tmp_path, one_thread):
     assert pretrain("small", tmp_path, steps=12) < 0.9 * math.log(len(make_tokenizer()))
     assert load_model(tmp_path).tokenizer.eos_token == "<|end|>"

@@ -95,14 +95,20 @@ def test_the_next_backend_runs_on_a_gpu_without_compiled_code(monkeypatch, caplo
     def fails(*args):
         raise RuntimeError("gae: no kernel image is available for execution on the device")
 
+    def unsupported(*args):
+        raise Unsupported("no compiled kernel for float32")
+
     monkeypatch.setitem(ops.gae.implementations, "cpu:first", fails)
-    monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:first", "reference"])
+    monkeypatch.setitem(ops.gae.implementations, "cpu:narrow", unsupported)
+    monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:narrow", "cpu:first", "reference"])
     monkeypatch.setattr(ops.gae, "has_warned", False)
     monkeypatch.setitem(WHY_MISSING, "cpu", "")
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         ops.gae._run_kernel("cpu", *gae_inputs())
-    assert "csrc/cuda was not compiled for this GPU" in caplog.text and "RLHF_FAST_CUDA_ARCHS" in caplog.text
-    assert ops.gae.chosen("cpu") == "reference" and "was not compiled" in ops.gae.why("cpu")  # it is not tried again
+    assert "no compiled kernel for float32" in caplog.text  # the first reason
+    assert ops.gae.preference["cpu"] == ["cpu:narrow", "reference"]  # what was not compiled is not tried again
+    assert "csrc/cuda was not compiled for this GPU" in WHY_MISSING["cpu"]
+    assert "RLHF_FAST_CUDA_ARCHS" in WHY_MISSING["cpu"]
     with pytest.raises(RuntimeError, match="no kernel image"):
         ops.gae.backend("cpu:first")(*gae_inputs())
 

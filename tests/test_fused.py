@@ -98,7 +98,8 @@ def random_rows(*lengths: int) -> list[list[int]]:
 def test_hidden_states_are_as_accurate_as_the_modules(make, dtype):
     """Errors are against the module in float64, with the same weights.
 
-    A random model amplifies the rounding of a few tokens, ours or the module's: the median token is compared closely.
+    In float32 a random model amplifies the rounding of a few tokens, ours or the module's: the medians are compared
+    closely, the sums less so.
     """
     module = make().to(dtype)
     model, rows = Model(module), random_rows(1, 40, 17)
@@ -109,8 +110,10 @@ def test_hidden_states_are_as_accurate_as_the_modules(make, dtype):
         torch.cat([m.hidden(torch.tensor([row]))[0].double() for row in rows]) for m in (Model(double), model)
     )
     errors, allowed = (found - exact).norm(dim=-1), (theirs - exact).norm(dim=-1)
-    assert errors.median() <= 1.5 * allowed.median(), f"off by {errors.median():.3g}, the module {allowed.median():.3g}"
-    assert errors.max() <= 20 * allowed.max(), f"off by {errors.max():.3g}, the module {allowed.max():.3g}"
+    for ours, module_error in zip(errors.split([1, 40, 17]), allowed.split([1, 40, 17]), strict=True):
+        if len(ours) > 1:
+            assert ours.median() <= 2 * module_error.median(), "median of a row"
+    assert errors.norm() <= {torch.float32: 5, torch.bfloat16: 2}[dtype] * allowed.norm(), "all rows"
     assert allowed.norm() < 0.1 * exact.norm(), "the module itself is too inaccurate for this test"
 
 

@@ -67,6 +67,7 @@ def test_constants_agree_with_python(kernels):
 
 @needs_compiler
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is not installed")
+@pytest.mark.slow
 def test_objects_export_nothing(tmp_path):
     """The linker merges equal symbols of the instruction sets into one, which might then use what the processor lacks.
 

@@ -119,7 +119,7 @@ def results(op, call, args):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
-@pytest.mark.exhaustive(1, by=("op", "device", "backend"))
+@OF_EACH_KERNEL
 def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
     args = detached(op.make_inputs(device=device, dtype=dtype, **size))
     with torch.no_grad():
@@ -341,7 +341,7 @@ def test_help_shows_the_arguments_and_errors(name):
     op = getattr(ops, name)
     text = pydoc.render_doc(op, renderer=pydoc.plaintext)
     assert f"\n{name}{inspect.signature(op)}\n" in text and inspect.signature(op) == op.signature
-    assert "ValueError" in text and str(op) == f"<op {name}{op.signature}>"
+    assert "Raises ValueError" in " ".join(text.split()) and str(op) == f"<op {name}{op.signature}>"
 
     class Holder:
         member = op

@@ -89,7 +89,6 @@ def column(path: Path, name: str) -> list[float]:
     return [row[name] for row in toy.rows(path / "metrics.jsonl") if name in row]
 
 
-@pytest.mark.slow
 def test_sft_fits_human_demonstrations(runs):
     loss, valid = column(runs / "sft", "loss/sft"), column(runs / "sft", "valid/sft")
     pretrain = column(runs / "sft", "loss/pretrain")

@@ -176,12 +176,14 @@ def test_pairs_of_16_bit_floats_and_funnel_shifts(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["out[threadIdx.x + 1]", "shared_memory<float>()[threadIdx.x + 1]"])
+@pytest.mark.slow
 def test_a_write_out_of_bounds_is_caught_by_the_sanitizer(tmp_path, target):
     kernel = f"__global__ void kernel(float* out) {{ {target} = 1.f; out[threadIdx.x] = 1.f; }}"
     status, output = run(tmp_path, kernel, shared="256", sanitize=True)
     assert status not in (0, 3) and "heap-buffer-overflow" in output and "program.cu" in output, output
 
 
+@pytest.mark.slow
 def test_undefined_behaviour_is_caught_by_the_sanitizer(tmp_path):
     kernel = "__global__ void kernel(float* out) { int big = 2147483647; out[threadIdx.x] = big + int(threadIdx.x); }"
     status, output = run(tmp_path, kernel, sanitize=True)

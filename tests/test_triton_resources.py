@@ -68,6 +68,7 @@ print(*[fault for arch in (80, 90) for fault in tool.find_faults(arch, tool.meas
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_seen(tmp_path):
     result = run_code(SPILLS, tmp_path / "spills.py")
     assert len(re.findall(r"^\d+ spills$", result.stdout, re.M)) == 2, result.stdout + result.stderr
@@ -90,6 +91,7 @@ for rows, columns in (1, 4096), (3, 4096), (1, 4095):  # a mask that ends at a m
 """
 
 
+@pytest.mark.slow
 def test_a_mask_that_splits_the_loads_of_aligned_rows_is_seen(tmp_path):
     result = run_code(NARROW, tmp_path / "narrow.py")
     fault = "none of 1 loads of aligned rows has 16 bytes"
@@ -123,6 +125,7 @@ for waits in (item, branch, rows, numbers):
 """
 
 
+@pytest.mark.slow
 def test_a_launcher_that_waits_for_the_device_is_seen(tmp_path):
     result = run_code(WAITS, tmp_path / "waits.py")
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["item", "branch", "rows", "numbers"], result

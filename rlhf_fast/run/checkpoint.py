@@ -29,7 +29,8 @@ from rlhf_fast.run.info import sha256
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-OLD = ".old.tmp"  # suffix of a folder that is being replaced
+NEW = ".tmp"  # suffix of a folder that is being written
+OLD = ".old.tmp"  # and of the one that it replaces
 
 
 def save(directory: str | Path, step: int, state: Mapping[str, object], keep: int = 2) -> Path:
@@ -104,12 +105,14 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def restore_replaced(path: str | Path) -> None:
-    """Put the old folder back if the process died while `atomic_folder` replaced it by the new one."""
+def undo_interrupted_write(path: str | Path) -> None:
+    """Undo what `atomic_folder` left if the process died in it: the old folder is put back, the new one removed."""
     path = Path(path)
-    old = path.with_name(path.name + OLD)
-    if old.exists() and not path.exists():
+    folder, old = path.with_name(path.name + NEW), path.with_name(path.name + OLD)
+    if old.exists() and not path.exists():  # a death between the two renames
         old.rename(path)
+    for leftover in (folder, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -119,10 +122,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     On an exception the unfinished folder is removed and `path` is as it was.
     """
     path = Path(path)
-    folder, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + OLD)
-    restore_replaced(path)
-    for leftover in (folder, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folder, old = path.with_name(path.name + NEW), path.with_name(path.name + OLD)
+    undo_interrupted_write(path)
     folder.mkdir(parents=True)
     try:
         yield folder

@@ -230,7 +230,7 @@ class BestModel:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.score, self.step = state["score"], state["step"]
-        checkpoint.restore_replaced(self.folder)
+        checkpoint.undo_interrupted_write(self.folder)
 
 
 def _files_read(cfg: StageConfig, data: tuple[DataConfig, ...]) -> list[str | Path]:
