@@ -54,7 +54,7 @@ class Alarms:
             yield "kl", f"KL runs away: {kl:.2f} nats a token"
         eos_rate = row.get("tokens/eos_rate", 1.0)
         if eos_rate < MIN_EOS_RATE:
-            advice = "raise sampling.max_new_tokens, train the SFT model longer, or see missing_eos"
+            advice = "raise sampling.max_new_tokens, train the SFT model longer, or set missing_eos"
             yield "eos", f"only {eos_rate:.1%} of the responses end by themselves; {advice}"
         length, first_length = self._with_baseline(row, "tokens/length")
         if length > MAX_LENGTH_GROWTH * first_length:
