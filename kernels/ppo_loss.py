@@ -318,7 +318,8 @@ def _backward(ctx, *grad_outputs):
         None if dtype is None else (grad_loss * grad).to(dtype)
         for dtype, grad, grad_loss in zip(ctx.dtypes, ctx.saved_tensors, grad_outputs[:2], strict=True)
     )
-    return Inputs(*[None] * len(Inputs._fields))._replace(logprobs=d_logprobs, values=d_values)
+    # A plain tuple: under torch.compile the gradients of a named one come out as 0.
+    return tuple(Inputs(*[None] * len(Inputs._fields))._replace(logprobs=d_logprobs, values=d_values))
 
 
 ppo_loss.gradient(_backward, forward=_forward)
