@@ -50,7 +50,9 @@ def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> 
     """Return `backward(ctx, *grads)`, made such that differentiating it raises. torch's once_differentiable would
     silently return a zero second derivative when `grads` do not require grad, as those of a plain loss."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return backward(ctx, *grads)
+        out = backward(ctx, *grads)
+        # torch.compile takes a NamedTuple's gradients for 0
+        return tuple(out) if isinstance(out, tuple) else out
     with torch.no_grad():
         out = backward(ctx, *grads)
     out = out if isinstance(out, tuple) else (out,)

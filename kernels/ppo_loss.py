@@ -215,9 +215,10 @@ def _(*args):
         x = x._replace(weights=x.weights.float())
     if x.value_weights is not None and x.value_weights.dtype == torch.bool:
         x = x._replace(value_weights=x.value_weights.float())
-    x = Inputs(*promote_to_float64(*x.token_tensors), *x[len(x.token_tensors) :])
-    whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, x.weights)
-    return *x.token_tensors, *whitening, *map(float, x.scalars), x.importance_mode
+    tensors = promote_to_float64(*x.token_tensors)
+    _, _, _, weights, *_ = tensors
+    whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, weights)
+    return *tensors, *whitening, *map(float, x.scalars), x.importance_mode
 
 
 def _check(x: Inputs) -> None:
@@ -271,8 +272,9 @@ def _launch(kernels, device, args, needs_grad):
     """Return both losses, stats and both gradients, None where not needed."""
     x = Inputs(*args)
     refuse_float64(x.weights)
-    x = Inputs(*contiguous_float32(*x.tensors), *args[len(x.tensors) :])
-    weights, N = x.weights, x.weights.numel()
+    tensors = contiguous_float32(*x.tensors)
+    _, _, _, weights, *_ = tensors
+    N = weights.numel()
     out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
     out += [torch.empty_like(weights) if needed else None for needed in needs_grad]
     grid, partial_sums = [], []
@@ -281,7 +283,7 @@ def _launch(kernels, device, args, needs_grad):
         grid = [max(1, min(num_groups, MAX_BLOCKS, max(FULL_GPU_BLOCKS, num_groups // 2)))]
         partial_sums = [weights.new_empty(kernels.ppo_loss_num_partials, *grid)]
     kernels.ppo_loss(
-        *data_ptrs(*x.tensors, *out, *partial_sums), *grid, N, *x.scalars,
+        *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.scalars,
         IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
     )  # fmt: skip
     return out
@@ -318,8 +320,7 @@ def _backward(ctx, *grad_outputs):
         None if dtype is None else (grad_loss * grad).to(dtype)
         for dtype, grad, grad_loss in zip(ctx.dtypes, ctx.saved_tensors, grad_outputs[:2], strict=True)
     )
-    # A plain tuple: under torch.compile the gradients of a named one come out as 0.
-    return tuple(Inputs(*[None] * len(Inputs._fields))._replace(logprobs=d_logprobs, values=d_values))
+    return Inputs(*[None] * len(Inputs._fields))._replace(logprobs=d_logprobs, values=d_values)
 
 
 ppo_loss.gradient(_backward, forward=_forward)

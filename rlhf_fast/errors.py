@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class BadRows(UserError):
-    """Rows of the data cause the error. `rows`: pairs (type of the batch, uid), which `with_row_locations` looks up."""
+    """Rows of the data cause the error. `rows`: pairs (type of the batch, uid), which `row_locations` looks up."""
 
     def __init__(self, message: str, rows: Sequence[tuple[str, int]]):
         super().__init__(message)
@@ -30,7 +30,7 @@ def listed(items: Sequence[str], shown: int = SHOWN) -> str:
 
 
 @contextmanager
-def with_row_locations(**locations: Callable[[int], str] | None) -> Iterator[None]:
+def row_locations(**locations: Callable[[int], str] | None) -> Iterator[None]:
     """Add file:line to a BadRows error. `locations` has for each type of batch a function from uid to file:line."""
     try:
         yield

@@ -102,7 +102,8 @@ def test_hidden_states_are_as_accurate_as_the_modules(make, dtype):
     closely, the sums less so.
     """
     module = make().to(dtype)
-    model, rows = Model(module), random_rows(1, 40, 17)
+    lengths = (1, 40, 17)
+    model, rows = Model(module), random_rows(*lengths)
     found = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows))).double()
     double = make()
     double.load_state_dict({name: value.double() for name, value in module.state_dict().items()}, assign=True)
@@ -110,7 +111,7 @@ def test_hidden_states_are_as_accurate_as_the_modules(make, dtype):
         torch.cat([m.hidden(torch.tensor([row]))[0].double() for row in rows]) for m in (Model(double), model)
     )
     errors, allowed = (found - exact).norm(dim=-1), (theirs - exact).norm(dim=-1)
-    for ours, module_error in zip(errors.split([1, 40, 17]), allowed.split([1, 40, 17]), strict=True):
+    for ours, module_error in zip(errors.split(lengths), allowed.split(lengths), strict=True):
         if len(ours) > 1:
             assert ours.median() <= 2 * module_error.median(), "median of a row"
     assert errors.norm() <= {torch.float32: 5, torch.bfloat16: 2}[dtype] * allowed.norm(), "all rows"

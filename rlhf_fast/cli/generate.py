@@ -16,7 +16,7 @@ from rlhf_fast.batches import EOS, LENGTH, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import Dataset, read_prompts
-from rlhf_fast.errors import UserError, listed, with_row_locations, writing
+from rlhf_fast.errors import UserError, listed, row_locations, writing
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.terminal import LiveLine
@@ -36,7 +36,7 @@ def generate(options: GenerateOptions) -> int:
     written = 0
     with _output(options.out) as stream, _Progress(len(prompts) * options.n, options.out == "-") as progress:
         for batch in prompts.in_order(prompts_per_call):
-            with with_row_locations(Responses=prompts.location):
+            with row_locations(Responses=prompts.location):
                 responses = rollout.generate(batch, options.n, progress=progress)
             for i, row in enumerate(_rows(model, options, responses)):
                 stream.write(json.dumps({"prompt": batch.texts[i // options.n]} | row, ensure_ascii=False) + "\n")

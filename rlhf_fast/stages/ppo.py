@@ -20,7 +20,7 @@ from rlhf_fast.batches import Experience, Prompts, Responses
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
-from rlhf_fast.errors import UserError, with_row_locations
+from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.rollout.rollout import Rollout
@@ -50,7 +50,7 @@ def run(cfg: PPOConfig) -> None:
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
         state = init_state(cfg, models, run_folder)
         log = run_folder.start_or_resume(cfg.num_batches, PROGRESS_METRICS, state.parts())
-        with with_row_locations(**row_locators(prompt_data.train, pretrain_data)):
+        with row_locations(**row_locators(prompt_data.train, pretrain_data)):
             for step in range(log.start, cfg.num_batches):
                 prompts = prompt_data.train.batch(step * cfg.batch, cfg.batch)
                 with log.phase("generate"):
@@ -216,7 +216,7 @@ def validate(
         done, cfg.log.validate_every, cfg.batch, len(prompt_data.train), cfg.num_batches
     ):
         return {}
-    with with_row_locations(Responses=prompt_data.valid.location):
+    with row_locations(Responses=prompt_data.valid.location):
         responses = rollout.generate(validation_prompts(prompt_data.valid))
         _, stats = make_experience(responses, *models, cfg, state.kl.coef)
     if cfg.select == "reward":

@@ -10,7 +10,7 @@ import torch
 from rlhf_fast.batches import Comparisons
 from rlhf_fast.config.stages import RewardConfig
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
-from rlhf_fast.errors import UserError, with_row_locations
+from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.stages.validation import should_validate, validation_metrics
@@ -40,7 +40,7 @@ def run(cfg: RewardConfig) -> None:
         for step in range(log.start + 1, steps + 1):
             done = (step - 1) * cfg.batch
             batch = data.train.batch(done, min(cfg.batch, cfg.epochs * len(data.train) - done))
-            with log.phase("learn"), with_row_locations(Comparisons=data.train.location):
+            with log.phase("learn"), row_locations(Comparisons=data.train.location):
                 stats = learner.step([(reward_loss, batch, 1.0)])
             if len(data.valid) and should_validate(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
                 with log.phase("validate"):

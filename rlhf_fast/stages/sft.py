@@ -8,7 +8,7 @@ import torch
 
 from rlhf_fast.config.stages import SFTConfig
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
-from rlhf_fast.errors import UserError, with_row_locations
+from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
@@ -37,7 +37,7 @@ def run(cfg: SFTConfig) -> None:
         row_locators = {"Demonstrations": data.train.location, "Texts": text_location}
         log = run_folder.start_or_resume(steps, PROGRESS_METRICS, state)
         for step in range(log.start + 1, steps + 1):
-            with log.phase("learn"), with_row_locations(**row_locators):
+            with log.phase("learn"), row_locations(**row_locators):
                 terms = step_terms(cfg, data.train, pretrain_data, step)
                 stats = learner.step(terms)
             if should_validate(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
@@ -113,7 +113,7 @@ def validate(
     if not prompts.uids:
         return stats
     columns = {}
-    with with_row_locations(Responses=data.location):
+    with row_locations(Responses=data.location):
         responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
         if reward:
             columns["score"] = reward(responses)
