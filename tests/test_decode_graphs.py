@@ -6,12 +6,14 @@ the static tensors that a replay would read. csrc/cuda's own rope_store, run on 
 
 import logging
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import toy
 from architectures import SERVED, build, prompts, sampling
+from torch.utils._pytree import tree_map_only
 
 from rlhf_fast import ops
 from rlhf_fast.batches import STOP
@@ -20,9 +22,13 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import rope_store
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import cuda_graphs, fused, op_step
-from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, bucket_size
+from rlhf_fast.rollout.architectures import RopeTable, read_weights
+from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, StaticStep, bucket_size
 from rlhf_fast.rollout.input_batch import InputBatch
+from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
+from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.rollout.sampler import Sampler
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "mistral, sliding window"]
 DEVICES = [
@@ -241,3 +247,31 @@ def test_the_input_batch_pads_and_advances():
         assert everything.tokens.tolist() == [9, 8, 7, 6]
         assert everything.num_sampled.tolist()[:n] == [1, 2, 3][:n]
         assert everything.positions.tolist() == [4, 5, 6][:n] + [-1] * (4 - n)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9, "temperature": 0.7, "min_new_tokens": 3}], ids=str)
+@torch.no_grad()
+def test_a_step_does_not_wait_for_its_device(name, settings):
+    """As a capture does, the meta device raises where a number is read on the host, or where tensors meet one on the
+    CPU."""
+    model = Model(SERVED[name]())
+    weights, sampler = read_weights(model), Sampler(model, sampling(**settings), [2, 3], 5)
+    shape = KVShape(weights.num_kv_heads, weights.head_dim, weights.head_dim)
+    cpu_cache, cache = (
+        PagedKVCache([shape] * 2, torch.float32, torch.device(device), 9, 4, 3) for device in ("cpu", "meta")
+    )
+    static = StaticStep(OpStep(weights, cpu_cache, None), sampler)
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        return x.to("meta")
+
+    angles = torch.empty(96, weights.head_dim // 2, device="meta")
+    rope = None if weights.rotary is None else RopeTable(angles, angles)
+    static.step = OpStep(tree_map_only(torch.Tensor, move, weights), cache, rope)
+    static.input_batch._all = tree_map_only(torch.Tensor, move, static.input_batch._all)
+    sampler.banned = move(sampler.banned)
+    head = move(model.head_weight)
+    sampler.model = SimpleNamespace(head_weight=head, head_bias=None, logit_scale=2.0, softcap=0.0)
+    packed = static.run(4, bans=bool(settings))
+    assert packed.device.type == "meta" and packed.shape == (4 * cuda_graphs.SAMPLE_BYTES,)
