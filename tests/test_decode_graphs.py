@@ -174,6 +174,16 @@ def test_rollouts_in_sequence_replay_the_graphs_of_the_first(device, made):
     assert not same(responses[0][:1], responses[1][:1])
 
 
+def test_a_graph_without_a_ban_does_not_serve_rows_with_one(device, made):
+    """Buckets that the first rollout shrinks to, after min_new_tokens, are those in which the others begin."""
+    model, batch = make_model("llama", device), prompts(2, 9, 5, 3)
+    model.module.generation_config.eos_token_id = list(range(2, 12))
+    graphed, eager = rollouts(model, max_new_tokens=40, min_new_tokens=4)
+    for samples in (8, 4, 2, 1):
+        assert same(graphed.generate(batch, samples), eager.generate(batch, samples))
+    assert {bans for _, bans in made[0]._replays} == {False, True}
+
+
 def test_new_memory_of_a_weight_or_the_cache_needs_new_graphs(device, made):
     model, batch = make_model("llama", device), prompts(2, 9)
     graphed, eager = rollouts(model)
