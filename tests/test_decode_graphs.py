@@ -159,6 +159,35 @@ def test_stop_texts(min_new_tokens, device, made, tmp_path):
     assert same(found, expected) and (found.finish_reasons == STOP).sum() > 3 and made[0].num_graphs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_the_whole_batch(dtype, device, made, monkeypatch):
+    """A batch as large as its bucket, which no row leaves, has the same products with graphs and without."""
+    monkeypatch.setattr(op_step, "_linear", ORIGINAL_LINEAR)
+    model, batch = Model(build("Llama", eos_token_id=None)().to(device, dtype)), prompts(2, 9, 5, 3)
+    graphed, eager = rollouts(model)
+    for step in (0, 1):
+        assert same(graphed.generate(batch, 4, step), eager.generate(batch, 4, step))
+    assert made[0].num_graphs == 1
+
+
+def test_an_adapter_needs_new_graphs_for_each_rollout(device, made):
+    """Its sums with the weights are made for one rollout, and must not stay in memory."""
+    pytest.importorskip("peft")
+    from rlhf_fast.config.fields import LoraConfig
+    from rlhf_fast.model import lora
+
+    module = lora.attach(build("Llama")(), LoraConfig(rank=2), "lm", 0).to(device)
+    model, batch = Model(module), prompts(2, 9, 5)
+    graphed, eager = rollouts(model)
+    for step in (0, 1):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.01 * parameter.requires_grad)
+        assert same(graphed.generate(batch, 3, step), eager.generate(batch, 3, step))
+        assert graphed._graphs is None and graphed._cache is not None
+    assert len(made) == 2 and made[0].num_graphs
+
+
 def test_rollouts_in_sequence_replay_the_graphs_of_the_first(device, made):
     """The weights change in place, as an optimizer changes them, and the noise by the step."""
     model, batch = make_model("qwen3", device), prompts(2, 9, 5, 3)

@@ -28,7 +28,8 @@ class OpStep:
         """Return the hidden states (n, D)."""
         weights, positions, page_size = self.weights, batch.positions.long(), self.cache.page_size
         pages = batch.block_table[batch.slots.long(), positions // page_size].long()
-        slot_mapping = torch.where(positions < 0, -1, pages * page_size + positions % page_size)
+        # not torch.where, which copies a number to the GPU and waits
+        slot_mapping = (pages * page_size + positions % page_size).masked_fill(positions < 0, -1)
         lengths = batch.positions + 1
         no_angles = torch.empty(len(positions), 0, dtype=torch.float32, device=positions.device)
         no_rope = RopeTable(no_angles, no_angles)
