@@ -110,15 +110,6 @@ class Loss(NamedTuple):
 
 
 @triton.jit
-def locate_row(rows, local):
-    """Return the `softmax.Row` of row number `local` of the chunk."""
-    ref = rows.ref
-    if rows.ref is not None:
-        ref = rows.ref + local * rows.stride
-    return softmax.Row(rows.x + local * rows.stride, rows.bias, ref, rows.ref_bias)
-
-
-@triton.jit
 def segment_kernel(
     rows, parts, scaling,
     SEGMENT: tl.constexpr,
@@ -127,7 +118,12 @@ def segment_kernel(
     """Store the state of the program's segment in parts (segments, 6, num_rows)."""
     local = (tl.program_id(0) % rows.num_rows).to(tl.int64)
     segment = tl.program_id(0) // rows.num_rows
-    row = locate_row(rows, local)
+    # Triton 3.6 compiles no function that returns a tuple with None in it, so each kernel locates its row itself.
+    start = local * rows.stride
+    ref = rows.ref
+    if rows.ref is not None:
+        ref = rows.ref + start
+    row = softmax.Row(rows.x + start, rows.bias, ref, rows.ref_bias)
     base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     valid = tl.load(rows.targets + rows.first + local) != launch.IGNORE_INDEX
     tiles = tl.where(valid, tl.cdiv(rows.V + misalignment, UNROLL * THREADS * VEC), 0)
@@ -222,7 +218,11 @@ def row_kernel(
     V = rows.V
     local = tl.program_id(0).to(tl.int64)
     index = rows.first + local
-    row = locate_row(rows, local)
+    start = local * rows.stride
+    ref = rows.ref
+    if rows.ref is not None:
+        ref = rows.ref + start
+    row = softmax.Row(rows.x + start, rows.bias, ref, rows.ref_bias)
     base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     target = tl.load(rows.targets + index).to(tl.int64)
     valid = target != launch.IGNORE_INDEX
@@ -273,7 +273,11 @@ def gradient_kernel(
     local = (tl.program_id(0) % rows.num_rows).to(tl.int64)
     segment = tl.program_id(0) // rows.num_rows
     index = rows.first + local
-    row = locate_row(rows, local)
+    start = local * rows.stride
+    ref = rows.ref
+    if rows.ref is not None:
+        ref = rows.ref + start
+    row = softmax.Row(rows.x + start, rows.bias, ref, rows.ref_bias)
     _, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     target = tl.load(rows.targets + index).to(tl.int64)
     valid = target != launch.IGNORE_INDEX
