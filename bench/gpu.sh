@@ -145,15 +145,16 @@ spills() {
 }
 
 hashes() {
-  local run few=(--small)
+  local run few=(--small) lines
   dry && few=(--small --sizes 1 --op gae --op sample_tokens)
+  lines=$(mktemp -d)
   for run in 1 2; do # shellcheck disable=SC2016
     step "hashes: every op, strict, run $run" 90 env RLHF_FAST_STRICT=1 bash -c \
       '"$0" -m rlhf_fast.bench.checks.output_hashes "${@:2}" >"$1"; status=$?; grep FAULT "$1"; exit $status' \
-      "$python" "$out/$gpu-run$run.txt" --device "$device" "${few[@]}"
+      "$python" "$lines/$run" --device "$device" "${few[@]}"
   done
-  step "hashes: the same bits in two runs" 10 diff "$out/$gpu-run1.txt" "$out/$gpu-run2.txt" &&
-    rm "$out/$gpu-run1.txt" "$out/$gpu-run2.txt"
+  step "hashes: the same bits in two runs" 10 diff "$lines/1" "$lines/2"
+  rm -r "$lines"
 }
 
 sanitize() { # seconds for each tool, then pairs TOOL BACKEND
