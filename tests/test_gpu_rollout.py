@@ -123,7 +123,7 @@ def test_a_row_has_the_same_tokens_in_any_batch(device, filters):
 
 
 @NO_GPU
-def test_the_devices_sample_the_same_tokens():
+def test_cuda_samples_the_tokens_of_the_cpu():
     """The sampling noise is the same on a GPU and on a CPU."""
     model, batch = model_on("cuda"), prompts(*LENGTHS)
     found = []
