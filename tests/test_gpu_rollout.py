@@ -22,7 +22,7 @@ from rlhf_fast.config.fields import KLConfig, ModelConfig, OptimConfig
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.run import checkpoint
+from rlhf_fast.run import checkpoint, memory
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.training.experience import make_experience
 from rlhf_fast.training.kl import KLController
@@ -230,6 +230,15 @@ def test_a_checkpoint_restores_a_learner_and_the_generators_to_the_bit(device, t
 
 
 # Stages
+
+
+@on_each_device
+def test_peak_memory_is_that_of_the_device_in_use(device):
+    if device == "cpu" and torch.cuda.is_initialized():
+        pytest.skip("this process has used the GPU, whose peak is then reported")
+    memory.reset_peak_memory()
+    taken = torch.ones(2**24, device=device)
+    assert memory.peak_memory() >= taken.nbytes
 
 
 @on_each_device
