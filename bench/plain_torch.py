@@ -21,7 +21,7 @@ def gae_loop(rewards, values, mask, gamma, lam):
 def advantages_loop(logprobs, ref_logprobs, values, scores, mask, kl_coef, gamma, lam):
     """Compute KL per token, the score at the last token, the loop, and the mean and variance for whitening."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    rows, ends = torch.arange(len(scores)), mask.sum(1).long() - 1
+    rows, ends = torch.arange(len(scores), device=scores.device), mask.sum(1).long() - 1
     rewards[rows, ends] += scores * (ends >= 0)
     advantages, returns = gae_loop(rewards, values, mask, gamma, lam)
     count = mask.sum()

@@ -127,7 +127,8 @@ class Bench:
         names = ("loss/policy_avg", "loss/value_avg", "grad_norm", "value/grad_norm")
         errors = {name: abs(found[name] - expected[name]) / max(abs(expected[name]), 0.1) for name in names}
         row = self._compared(f"PPO update, {self.name}", update_ours, update_plain, errors)
-        return row | {"stats": {"ours": found, PLAIN: expected}}
+        row["stats"] = {"ours": found, PLAIN: expected}
+        return row
 
     def baseline_rollout(self) -> None:
         """Add transformers' generate to the rollout's row."""

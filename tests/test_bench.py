@@ -21,6 +21,7 @@ from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCE = pytest.mark.skipif(not (ROOT / "bench" / "conftest.py").is_file(), reason="not a source checkout")
 HEAD = {"N": 6, "D": 8, "V": 33}
 
 
@@ -48,7 +49,7 @@ def bench(*arguments, select="ops", only=""):
 
 
 @pytest.mark.skipif(ops.gae.chosen("cpu") == "reference", reason="no compiled kernels")
-@pytest.mark.skipif(not (ROOT / "bench" / "conftest.py").is_file(), reason="not a source checkout")
+@SOURCE
 def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     path = tmp_path / "made" / "table.md"
     done = bench(
@@ -65,7 +66,7 @@ def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     assert path.read_text().count("\n| ") == len(found["rows"]) + 1
 
 
-@pytest.mark.skipif(not (ROOT / "bench" / "conftest.py").is_file(), reason="not a source checkout")
+@SOURCE
 def test_a_side_by_side_bench_prints_and_writes_its_table(tmp_path):
     done = bench("--save-table", str(tmp_path / "table.md"), select="swiglu", only="test_bench_decode.py")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -234,7 +235,6 @@ def test_the_cost_of_an_op_is_at_most_its_tensors(op):
         assert with_gradient[1] <= 3 * flops
 
 
-SOURCE = pytest.mark.skipif(not (ROOT / "bench" / "conftest.py").is_file(), reason="not a source checkout")
 WITHOUT = """
 import sys
 sys.modules |= dict.fromkeys(["tyro", "peft", "liger_kernel", "cut_cross_entropy", "vllm"])
@@ -317,6 +317,8 @@ def test_the_ppo_step_runs_dry_and_both_sides_agree(tmp_path, decode_step_run, c
 
 def test_a_ppo_step_that_differs_from_plain_torch_is_told(tmp_path, monkeypatch):
     right = plain_torch.policy_loss
+    for phase in ("baseline_rollout", "profile"):
+        monkeypatch.setattr(ppo_step.Bench, phase, lambda bench: None)
     monkeypatch.setattr(plain_learner, "policy_loss", lambda *a: (2 * right(*a)[0], right(*a)[1]))
     path = tmp_path / "ppo_step.json"
     assert ppo_step.main(["--device", "cpu", "--tiny", "--save", str(path), "--dtype", "float32"]) == 1
