@@ -132,6 +132,10 @@ def step_row(run: Run, name: str, model: Model, shape: dict, batch: int, sizes: 
 
 def step_profile(run: Run, model: Model, shape: dict, batch: int, sizes: Sizes) -> dict:
     """Return launches, busy seconds and kernels of a step. The profiler slows what is timed after it: it comes last."""
+    attached = Profiler(run.options.device)  # before the step is captured: it sees the kernels of later graphs only
+    attached.start()
+    torch.zeros(1, device=model.device)
+    attached.stop(1)
     profile = StepProfile(run.options.device, batch)
     given = prompts(shape, batch, sizes.context - WARM - PROFILED // 2)
     Rollout(model, settings(batch, WARM + PROFILED + 2)).generate(given, progress=profile)
