@@ -182,7 +182,7 @@ written() { # the results of a bench step: those of an earlier run go, those of 
 targets() {
   written "$gpu"
   local selected=(--targets --device cuda --seconds 0.3)
-  dry && selected=(--device cpu --small --op gae --op token_logprobs --seconds 0.01)
+  dry && selected=(--targets --device cpu --small --op gae --op token_logprobs --seconds 0.01)
   step "bench: the target list" 130 "$python" -m pytest -o addopts=-q -p no:cacheprovider bench/test_bench_ops.py \
     "${selected[@]}" --compile-seconds 0 --deadline 110 --save-table "$out/$gpu.md"
 }
