@@ -11,7 +11,7 @@ from rlhf_fast import ops
 if not ops.linear_logprobs.can_run("triton", "cpu"):
     pytest.skip("Triton's kernels cannot be forced on the CPU here", allow_module_level=True)
 
-from rlhf_fast.kernels.triton import _head, _logits, _softmax, launch
+from rlhf_fast.kernels.triton import _head, _logits, _scale, _softmax, launch
 
 
 def triton(name):
@@ -160,6 +160,25 @@ def test_small_gradients_in_float16_do_not_vanish(chunks):
         1000 * exact("linear_cross_entropy")(*float64_inputs, targets, weights.double())[0], float64_inputs[1]
     )
     assert (ours.double() - truth).norm() <= 0.1 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 0.5, -3.0, 0.0, torch.nan, torch.inf])
+def test_gradients_are_scaled_by_a_number_on_the_device(dtype, factor, monkeypatch):
+    """By 1 nothing is written, also not where a gradient is NaN."""
+    monkeypatch.setattr(_scale, "PROGRAMS_PER_SM", 1)  # of 4 SMs: programs take several blocks
+    for N in (0, 1, 100, 4096 * 9 + 5):
+        x = torch.randn(N).to(dtype)
+        x[1:3] = torch.nan
+        memory = torch.cat([x, torch.full((7,), 5.0, dtype=dtype)])
+        before = memory.clone()
+        _scale.scale_in_place(memory[:N], torch.tensor(factor))
+        if factor == 1:
+            assert torch.equal(memory.view(torch.uint8), before.view(torch.uint8))
+        else:
+            truth = (x.float() * factor).to(dtype)
+            torch.testing.assert_close(memory[:N], truth, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(memory[N:], before[N:])
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ MIN_16_BIT_WORK = 1 << 26  # multiplications from which on dX and dW are 16-bit 
 FLOAT16_GAIN = 1024.0  # factor of float16 gradients of logits, so that 6e-11 and more do not round to 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def copy_rows_kernel(x, targets, out, D, row_stride, column_stride, first, BLOCK: tl.constexpr):
     """Copy a row of hidden in the products' dtype, or zeros if it is ignored: 0 times NaN would be NaN in dW."""
     row = tl.program_id(0).to(tl.int64)
@@ -71,7 +71,7 @@ def copy_rows_kernel(x, targets, out, D, row_stride, column_stride, first, BLOCK
         tl.store(out + row * D + column, y.to(out.dtype.element_ty), mask=column < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def column_sums_kernel(
     y, sums, rows, V, stride, factor, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
