@@ -32,7 +32,7 @@ LOSS_NONE, LOSS_GIVEN, LOSS_CROSS_ENTROPY, LOSS_PPO = (tl.constexpr(i) for i in 
 
 
 class RowInputs(NamedTuple):
-    """The rows of a chunk."""
+    """The rows of a chunk. Kernels make a `softmax.Row` of it themselves: Triton 3.6 cannot return None in a tuple."""
 
     x: Tensor  # raw logits without the bias
     bias: Tensor | None
@@ -116,15 +116,6 @@ class Loss(NamedTuple):
         return Loss(LOSS_PPO, PolicyLoss(tokens, clip, kl_coef, entropy_coef), clip.dual > 0, kl_estimator)
 
 
-@triton.jit
-def locate_row(rows, local):
-    """Return the `softmax.Row` of row number `local` of the chunk."""
-    ref = rows.ref
-    if rows.ref is not None:
-        ref = rows.ref + local * rows.stride
-    return softmax.Row(rows.x + local * rows.stride, rows.bias, ref, rows.ref_bias)
-
-
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
 def segment_kernel(
     rows, first_row, num_rows, parts, scaling,
@@ -134,7 +125,10 @@ def segment_kernel(
     """Store the state of the program's segment in parts (segments, 6, num_rows)."""
     local = (tl.program_id(0) % num_rows).to(tl.int64)
     segment = tl.program_id(0) // num_rows
-    row = locate_row(rows, local)
+    ref = rows.ref
+    if rows.ref is not None:
+        ref = rows.ref + local * rows.stride
+    row = softmax.Row(rows.x + local * rows.stride, rows.bias, ref, rows.ref_bias)
     base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     valid = tl.load(rows.targets + first_row + local) != launch.IGNORE_INDEX
     tiles = tl.where(valid, tl.cdiv(rows.V + misalignment, UNROLL * THREADS * VEC), 0)
@@ -229,7 +223,10 @@ def row_kernel(
     V = rows.V
     local = tl.program_id(0).to(tl.int64)
     index = first_row + local
-    row = locate_row(rows, local)
+    ref = rows.ref
+    if rows.ref is not None:
+        ref = rows.ref + local * rows.stride
+    row = softmax.Row(rows.x + local * rows.stride, rows.bias, ref, rows.ref_bias)
     base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     target = tl.load(rows.targets + index).to(tl.int64)
     valid = target != launch.IGNORE_INDEX
@@ -279,7 +276,10 @@ def gradient_kernel(
     local = (tl.program_id(0) % num_rows).to(tl.int64)
     segment = tl.program_id(0) // num_rows
     index = first_row + local
-    row = locate_row(rows, local)
+    ref = rows.ref
+    if rows.ref is not None:
+        ref = rows.ref + local * rows.stride
+    row = softmax.Row(rows.x + local * rows.stride, rows.bias, ref, rows.ref_bias)
     _, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     target = tl.load(rows.targets + index).to(tl.int64)
     valid = target != launch.IGNORE_INDEX
