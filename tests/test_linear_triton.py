@@ -181,6 +181,27 @@ def test_gradients_are_scaled_by_a_number_on_the_device(dtype, factor, monkeypat
             assert torch.equal(memory[N:], before[N:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_the_vocabulary_have_a_float32_result(chunks, dtype, monkeypatch):
+    """The library may add parts of a product in the dtype of its result."""
+    hidden, weight, bias, targets = random_head(20, 16, 1000, dtype)
+    chunks(8)
+    found = []
+
+    def recorded(function):
+        def run(a, b, out, *args, **options):
+            found.append((tuple(a.shape), out.dtype))
+            return function(a, b, out, *args, **options)
+
+        return run
+
+    for name in ("multiply", "multiply_to_float32"):
+        monkeypatch.setattr(_head, name, recorded(getattr(_head, name)))
+    triton("linear_cross_entropy")(hidden, weight, targets, bias=bias)[0].backward()
+    over_vocabulary = [out for (_, depth), out in found if depth == 1000]
+    assert over_vocabulary == [torch.float32] * 3  # a chunk each
+
+
 @pytest.mark.slow
 def test_memory(chunks, monkeypatch):
     """Beyond inputs and gradients only a chunk's logits and its copy of hidden are allocated, nothing of size N V."""

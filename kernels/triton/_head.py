@@ -350,13 +350,24 @@ class InputGrads:
         """Add a chunk's part. y: `gain` times the gradient of its logits."""
         head = self.head
         if self.hidden is not None:
-            multiply(y, self.weight_copy, self.hidden.narrow(0, begin, end - begin), self.factor)
+            self._store_hidden_grad(y, self.hidden.narrow(0, begin, end - begin))
         if self.weight is not None:
             multiply(y.t(), head.copy_hidden(begin, end, head.grad_dtype), self.weight, self.factor, add=begin > 0)
         if self.bias is not None:
             meta = {"FIRST": begin == 0, "ROWS": 64, "COLUMNS": 64, "num_warps": 4}
             sizes = (end - begin, head.V, y.stride(0))
             launch.run(column_sums_kernel, (triton.cdiv(head.V, 64),), y, self.bias, *sizes, self.factor, **meta)
+
+    def _store_hidden_grad(self, y: Tensor, out: Tensor) -> None:
+        """Compute out = y @ weight. The library may split the sum over V into parts and add these in the dtype of its
+        result (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is True by default), so a 16-bit
+        result goes through float32."""
+        if out.dtype == torch.float32:
+            multiply(y, self.weight_copy, out, self.factor)
+        else:
+            exact = empty_float32(out, *out.shape)
+            multiply_to_float32(y, self.weight_copy, exact)
+            torch.mul(exact, self.factor, out=out)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients in the inputs' dtypes and shapes, (0,) where not needed."""

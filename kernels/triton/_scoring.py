@@ -350,7 +350,7 @@ def choose_tile(hidden: Tensor, unit: int, is_pair: bool, is_plain: bool) -> Til
     """Return the largest tile that fits an SM without a spill in the inner loop.
 
     256 columns suit Hopper's products, which read both operands from shared memory, but leave no registers for more.
-    is_plain: there is no softcap and, for a pair, no bias and no D that DEPTH does not divide."""
+    is_plain: there is no softcap, no D that DEPTH does not divide and, for a pair, no bias."""
     arch = launch.sm_arch(hidden)
     if hidden.dtype == torch.float32:
         return Tile(32, 64, 16, 4, 2) if is_pair else Tile(64, 64, 32, 4, 2)
@@ -410,7 +410,7 @@ def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float,
     depths = [x.shape[1] for x in matrices[::2]]
     unit = vector_unit(*matrices)
     has_bias = any(head[2] is not None for head in heads)
-    is_plain = not softcap and not (is_pair and (has_bias or any(depth % 64 for depth in depths)))
+    is_plain = not softcap and not any(depth % 64 for depth in depths) and not (is_pair and has_bias)
     tile = choose_tile(hidden, unit, is_pair, is_plain)
     splits = split_vocabulary(len(weight), tile)
     row_blocks = triton.cdiv(N, tile.rows)
