@@ -213,13 +213,13 @@ def test_shared_pages_change_no_sample(length, decode_path):
 @small_pages
 def test_samples_share_the_pages_of_their_prompt(decode_path, monkeypatch):
     """Nine positions are two full pages, which are shared, and a third that each sample has for itself."""
-    assigned, assign = {}, PagedKVCache.assign
+    assigned, assign_rows = {}, PagedKVCache.assign_rows
 
-    def record(self, slot, pages):
-        assigned[slot] = pages
-        assign(self, slot, pages)
+    def record(self, pages_by_slot):
+        assigned.update(pages_by_slot)
+        assign_rows(self, pages_by_slot)
 
-    monkeypatch.setattr(PagedKVCache, "assign", record)
+    monkeypatch.setattr(PagedKVCache, "assign_rows", record)
     Rollout(llama(), sampling(max_new_tokens=4), decode_path=decode_path).generate(prompts(9), samples=5)
     assert len(assigned) == 5 and all(len(pages) == 3 for pages in assigned.values())
     assert len({tuple(pages[:2]) for pages in assigned.values()}) == 1

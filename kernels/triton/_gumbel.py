@@ -86,6 +86,14 @@ def neg_log1m(u, one_minus_u):
 
 
 @triton.jit
+def load_seed(seed, noise):
+    """Return `seed`, or what the device has in its place."""
+    if noise.device_seed is not None:
+        seed = tl.load(noise.device_seed)
+    return seed
+
+
+@triton.jit
 def philox_words(seed, row_id, step, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Return the integers behind the noise (ROWS, COLUMNS) of the tokens from `first` on, a multiple of 4."""
     key = tl.core.to_tensor(seed).to(tl.uint64)

@@ -121,7 +121,7 @@ def linear_sample_tokens_kernel(
         base = gumbel.store_kept_mass(part, stride, x, inverse, exists)
     row_id = tl.load(noise.row_ids + source_row)
     step = tl.load(noise.steps + source_row)
-    word = gumbel.philox_words(seed, row_id, step, tile * COLUMNS, ROWS, COLUMNS)
+    word = gumbel.philox_words(gumbel.load_seed(seed, noise), row_id, step, tile * COLUMNS, ROWS, COLUMNS)
     score, token = gumbel.gumbel_argmax(x, base, inverse, is_greedy, word, False)
     logit = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == token[:, None], x, 0.0), axis=1)
     gumbel.store_best(part, tile_tokens + offset, stride, score, tile * COLUMNS + token, logit, exists)
@@ -174,7 +174,7 @@ def sample_from_logits(
 
 
 def linear_sample_tokens(
-    hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows
+    hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows, device_seed
 ):
     launch.require_dtypes(hidden, weight, bias)
     (B, D), V = hidden.shape, weight.shape[0]
@@ -183,7 +183,7 @@ def linear_sample_tokens(
     hidden, weight = (x if x.stride(1) == 1 or D == 1 else x.contiguous() for x in (hidden, weight))
     options = gumbel.RowOptions(*contiguous(temperature, top_k, top_p, min_p))
     row_ids, steps, bias, ban_rows = contiguous(row_ids, steps, bias, ban_rows)
-    noise = Noise(row_ids, steps, None, 0)
+    noise = Noise(row_ids, steps, None, 0, device_seed)
     if banned is not None:
         banned = torch.zeros(V, dtype=torch.uint8, device=hidden.device).index_fill_(0, banned, 1)
     strides = (hidden.stride(0), weight.stride(0))

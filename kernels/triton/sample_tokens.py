@@ -33,6 +33,8 @@ class Noise(NamedTuple):
     steps: Tensor
     gumbel: Tensor | None
     gumbel_stride: int
+    device_seed: Tensor | None = None
+    """(1,) int64 that replaces the seed."""
 
 
 @triton.jit(do_not_specialize=["seed", "stride"])
@@ -71,7 +73,7 @@ def sample_tokens_kernel(
         if noise.gumbel is None:
             row_id = tl.load(noise.row_ids + row)
             step = tl.load(noise.steps + row)
-            word = gumbel.philox_words(seed, row_id, step, first, 1, TILE)
+            word = gumbel.philox_words(gumbel.load_seed(seed, noise), row_id, step, first, 1, TILE)
             score, token = gumbel.gumbel_argmax(x, base, inverse, is_greedy, word, True)
         else:
             index = row[:, None] * noise.gumbel_stride + column[None, :]

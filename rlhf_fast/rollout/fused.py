@@ -71,11 +71,19 @@ class FusedDecoder:
 
     def hidden(self, cache: PagedKVCache, batch: TokenBatch) -> Tensor:
         """Return the hidden states (n, D); see Decoder."""
+        return self._get_step(cache)(batch)
+
+    def op_step(self, cache: PagedKVCache) -> OpStep | None:
+        """Return the step over `cache` if it is a sequence of ops; call it only within `with decoder.session()`."""
+        step = self._get_step(cache)
+        return step if isinstance(step, OpStep) else None
+
+    def _get_step(self, cache: PagedKVCache) -> CompiledStep | OpStep:
         if self._weights is None:
             raise RuntimeError("FusedDecoder.hidden: only within `with decoder.session()`")
         if self._step is None or self._step.cache is not cache:
             self._step = self._make_step(self._weights, cache)
-        return self._step(batch)
+        return self._step
 
     def _make_step(self, weights: DecoderWeights, cache: PagedKVCache) -> CompiledStep | OpStep:
         rope = rope_table(weights, cache.max_pages_per_slot * cache.page_size)

@@ -1,6 +1,7 @@
 """A forward step as a sequence of ops, about ten a layer, for devices without a compiled step.
 
 It computes what csrc/cpu/decode_step.cpp computes. Activations have the model's dtype, as in the model's own forward.
+A token at position -1 is padding, on a GPU: it writes nothing to the cache and attends to nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class OpStep:
         """Return the hidden states (n, D)."""
         weights, positions, page_size = self.weights, batch.positions.long(), self.cache.page_size
         pages = batch.block_table[batch.slots.long(), positions // page_size].long()
-        slot_mapping = pages * page_size + positions % page_size
+        slot_mapping = torch.where(positions < 0, -1, pages * page_size + positions % page_size)
+        lengths = batch.positions + 1
         no_angles = torch.empty(len(positions), 0, dtype=torch.float32, device=positions.device)
         no_rope = RopeTable(no_angles, no_angles)
         rope = no_rope if self.rope is None else RopeTable(self.rope.cos[positions], self.rope.sin[positions])
@@ -35,7 +37,7 @@ class OpStep:
         if weights.position_embedding is not None:
             x = x + weights.position_embedding[positions]
         for index, layer in enumerate(weights.layers):
-            x = self._layer(index, layer, x, batch, slot_mapping, rope if layer.uses_rope else no_rope)
+            x = self._layer(index, layer, x, batch, lengths, slot_mapping, rope if layer.uses_rope else no_rope)
         if batch.logits_indices is not None:
             x = x[batch.logits_indices]
         return _norm(weights.final_norm, x)
@@ -46,6 +48,7 @@ class OpStep:
         layer: LayerWeights,
         x: Tensor,
         batch: TokenBatch,
+        lengths: Tensor,
         slot_mapping: Tensor,
         rope: RopeTable,
     ) -> Tensor:
@@ -53,7 +56,7 @@ class OpStep:
         k_cache, v_cache = self.cache.k[index], self.cache.v[index]
         q = ops.rope_store(q, k, v, *rope, k_cache, v_cache, slot_mapping)
         attended = ops.decode_attention(
-            q, k_cache, v_cache, batch.block_table, batch.positions + 1, batch.slots, layer.scale, layer.window
+            q, k_cache, v_cache, batch.block_table, lengths, batch.slots, layer.scale, layer.window
         )
         out = _linear(layer.out, attended.flatten(1))
         if self.weights.parallel_residual:
@@ -95,7 +98,10 @@ class OpStep:
 def _linear(linear: LinearWeights, x: Tensor) -> Tensor:
     """Multiply in the dtype of the weight: a weight with an adapter is float32 also where x is half precision."""
     weight = linear.weight.t() if linear.transposed else linear.weight
-    bias = None if linear.bias is None else linear.bias.to(weight.dtype)
+    bias = linear.bias
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.to(weight.dtype)
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
