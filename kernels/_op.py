@@ -50,6 +50,8 @@ from rlhf_fast.kernels._backends import (
 from rlhf_fast.kernels._launch import Unsupported
 
 log = logging.getLogger("rlhf_fast")
+NOT_COMPILED_FOR_GPU = ("no kernel image", "invalid device function", "unsupported toolchain")
+"""What CUDA says where it has no code for the GPU: of a launch, of a kernel's attributes, of PTX of a newer nvcc."""
 OPS: dict[str, Op] = {}
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 _TRITON_FILES = Path(__file__).parent / "triton"
@@ -212,7 +214,7 @@ class Op:
             except Unsupported as unsupported:
                 why = why or str(unsupported)
             except RuntimeError as error:
-                if forced is not None or "no kernel image" not in str(error):
+                if forced is not None or not any(text in str(error) for text in NOT_COMPILED_FOR_GPU):
                     raise
                 reason = self._drop_backend(backend, device, error)
                 why = why or reason

@@ -84,6 +84,15 @@ def test_random_states_are_restored(tmp_path):
     assert draw() == first
 
 
+def test_random_states_of_absent_gpus_are_left_out():
+    """A run may go on where there are fewer GPUs than it began with, or none."""
+    states = checkpoint.random_states()
+    states["cuda"] = [*states.get("cuda", []), torch.zeros(16, dtype=torch.uint8)]
+    drawn = torch.randn(3)
+    checkpoint.restore_random_states(states)
+    assert torch.equal(torch.randn(3), drawn)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     (tmp_path / "step_3.tmp").mkdir()
     for step in (2, 9, 10, 100):

@@ -130,6 +130,12 @@ def test_as_near_the_truth_as_torch(op, size, device, dtype, backend, poisoned):
         assert torch.equal(a.nan_to_num(), b.nan_to_num()), "two calls differ"
 
 
+def test_poisoned_memory_is_nan_and_no_function_is_refused(poisoned):
+    """On a GPU the references call functions that torch's deterministic mode refuses, such as cumsum."""
+    assert torch.empty(3).isnan().all() and torch.empty(3, dtype=torch.bfloat16).isnan().all()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
 @OF_EACH_KERNEL
 def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backend):

@@ -17,6 +17,8 @@ ones, which are too small for such loads.
 
 import argparse
 import collections
+import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -42,6 +44,7 @@ from rlhf_fast import ops
 from rlhf_fast.bench.checks import sass
 from rlhf_fast.kernels._op import OPS, Op
 from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton._scale import scale_in_place
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # compute capability: bytes that a block can have
 NUM_SMS = 132  # of an H100, for launchers that depend on it
@@ -237,7 +240,17 @@ def collect(names: list[str]) -> dict[tuple[Launch, int], str]:
                 for launch_and_arch in op_launches(op, size, dtype):
                     first = f"{op.name}, {str(dtype)[6:]}" + ("" if op.large_sizes else SMALL)
                     found.setdefault(launch_and_arch, first)
+        if op.name == "linear_cross_entropy":  # its backward pass, like linear_ppo_loss's, launches one kernel more
+            for dtype, arch in itertools.product((torch.float32, torch.bfloat16), SHARED_MEMORY):
+                for one in record_launches(functools.partial(scale_gradient, dtype), arch):
+                    found.setdefault((one, arch), f"{op.name}'s backward pass, {str(dtype)[6:]}")
     return found
+
+
+def scale_gradient(dtype: torch.dtype) -> None:
+    """Scale the gradient of a weight by the gradient of a loss."""
+    gradient = torch.empty((4096, 768), dtype=dtype, device="cuda")
+    scale_in_place(gradient, torch.empty((), dtype=torch.float32, device="cuda"))
 
 
 _LAUNCHES: list[tuple[Launch, int]] = []  # of the worker processes, which are forked with it

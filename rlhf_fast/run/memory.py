@@ -1,4 +1,4 @@
-"""Peak memory between two calls: of the process on a CPU, of torch's allocator on a GPU."""
+"""Peak memory between two calls: of torch's allocator if a GPU was used, else of the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def reset_peak_memory() -> None:
     """Start a new measurement. Linux resets its high-water mark on request; other systems cannot."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     try:
         _CLEAR.write_text("5", encoding="utf-8")
@@ -23,8 +23,8 @@ def reset_peak_memory() -> None:
 def peak_memory() -> int:
     """Return bytes since the last reset, or since the process began where the system has no reset."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if torch is not None and torch.cuda.is_initialized() and (allocated := torch.cuda.max_memory_allocated()):
+        return int(allocated)
     try:
         line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

@@ -91,5 +91,5 @@ def sampling(**settings) -> SamplingConfig:
 
 def greedy(module, tokens: list[int], count: int = 12) -> list[int]:
     """Return transformers' own greedy response to one prompt."""
-    ids = torch.tensor([tokens])
+    ids = torch.tensor([tokens], device=module.device)
     return module.generate(ids, do_sample=False, max_new_tokens=count, pad_token_id=0)[0, len(tokens) :].tolist()
