@@ -18,7 +18,8 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _norm                                           rms_norm, layer_norm
 
 kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits and _softmax for token_logprobs
-and linear_*, _scoring for linear_* without gradient, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
+and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy and
+linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from rlhf_fast.kernels._launch import Unsupported
 
 log = logging.getLogger("rlhf_fast")
 NOT_COMPILED_FOR_GPU = ("no kernel image", "invalid device function", "unsupported toolchain")
-"""What CUDA says where it has no code for the GPU: of a launch, of a kernel's attributes, of PTX of a newer nvcc."""
+"""Errors of CUDA where it has no code for the GPU: of a launch, of a kernel's attributes, of PTX of a newer nvcc."""
 OPS: dict[str, Op] = {}
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 _TRITON_FILES = Path(__file__).parent / "triton"
