@@ -332,7 +332,7 @@ class Op:
         return launch
 
     def prefer_triton(self, device: str, measured: str) -> None:
-        """Try Triton's kernel before the compiled one on `device`. `measured` gives the figures of both, and the GPU."""
+        """Try Triton's kernel before the compiled one. `measured` gives the figures of both, and the GPU."""
         self.measured[device] = measured
         if "triton" in self.preference[device]:
             self.preference[device].remove("triton")
