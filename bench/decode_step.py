@@ -32,7 +32,7 @@ WARM, TIMED, PROFILED = 8, 24, 8  # steps of one rollout
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Amounts that are measured."""
 
     context: int = 512
     steps: tuple = (("135M", 64), ("1B", 64), ("135M", 1), ("1B", 1), ("1B", 256), ("135M", 8), ("135M", 256))

@@ -36,7 +36,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the losses, the gr
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Amounts that are measured."""
 
     shape: dict
     prompt: int = 256
