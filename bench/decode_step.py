@@ -36,7 +36,7 @@ class Sizes:
 
     context: int = 512
     steps: tuple = (("135M", 64), ("1B", 64), ("135M", 1), ("1B", 1), ("1B", 256), ("135M", 8), ("135M", 256))
-    rollout: tuple[int, int, int] = (64, 128, 48)
+    rollout: tuple[int, int, int] = (64, 128, 32)
     """prompts, tokens of each, new tokens"""
     prefill: tuple[int, int] = (64, 512)
     rounds: int = 1
@@ -178,7 +178,7 @@ def rollout_row(run: Run, name: str, model: Model, shape: dict, sizes: Sizes) ->
         return run.seconds(lambda: transformers_generate(model, given, new))
 
     Rollout(model, settings(batch, 4)).generate(given)
-    transformers_generate(model, given, 4)
+    transformers_generate(model, given, 1)
     times = interleaved({BASELINE: theirs, "ours": ours}, rounds=sizes.rounds)
     best = {provider: min(taken) for provider, taken in times.items()}
     return {
@@ -230,11 +230,11 @@ class Bench:
         for name, batch in self.sizes.steps:
             run.measure(f"decode step {name}, B = {batch}", self.step, name, batch)
         steps = list(run.rows)
-        for row in steps:
+        run.measure("prefill 1B", self.prefill, "1B")
+        for row in steps[:2]:
             run.measure(f"{row['row']}, device", self.device_time, row)
         for name in self.shapes:
             run.measure(f"rollout {name}", self.rollout, name)
-        run.measure("prefill 1B", self.prefill, "1B")
         for row in steps[:2]:
             run.measure(f"{row['row']}, profile", self.profile, row)
         run.measure("prefill 1B, profile", self.prefill_profile, "1B")

@@ -39,11 +39,11 @@ class Sizes:
     """Amounts that are measured."""
 
     shape: dict
-    prompt: int = 256
-    new: int = 256
+    prompt: int = 128
+    new: int = 128
     batch: int = 64
     micro_batch_tokens: int = 8192
-    rounds: int = 4
+    rounds: int = 3
 
 
 TINY_SIZES = Sizes(TINY, prompt=5, new=6, batch=4, micro_batch_tokens=22, rounds=1)
@@ -133,7 +133,7 @@ class Bench:
     def baseline_rollout(self) -> None:
         """Add transformers' generate to the rollout's row."""
         row = next(row for row in self.run.rows if row["row"] == f"PPO rollout, {self.name}")
-        transformers_generate(self.policy, self.prompts, min(4, self.sizes.new))
+        transformers_generate(self.policy, self.prompts, 1)
         seconds = self.run.seconds(lambda: transformers_generate(self.policy, self.prompts, self.sizes.new))
         more = {"others": {BASELINE: {"seconds": seconds}}, "ratios": {BASELINE: seconds / row["seconds"]}}
         self.run.extend(row, more)

@@ -77,7 +77,6 @@ class Op:
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
     implementations: dict[str, Callable]  # backend -> kernel, on normalized arguments
     preference: dict[str, list[str]]  # device -> backends in the order in which they are tried
-    measured: dict[str, str]  # device -> the figures by which `prefer` has put another backend first
     required_symbols: dict[str, tuple[str, ...]]  # device -> names of the compiled kernels that its launcher calls
     normalizer: Callable | None  # registered by `normalize`
     cost_function: Callable | None  # registered by `cost`
@@ -101,7 +100,6 @@ class Op:
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         self.implementations = {"reference": body}
         self.preference = {device: ["reference"] for device in DEVICES}
-        self.measured = {}
         self.required_symbols = {}
         self.normalizer = None
         self.cost_function = None
@@ -271,8 +269,6 @@ class Op:
     def why(self, device: str) -> str:
         """Return one line: the backend that runs on `device`, and why there is no better one."""
         chosen = self.chosen(device)
-        if chosen == "triton" and device in self.measured and device in self.preference[device]:
-            return f"Triton, faster than {device}: {self.measured[device]}"
         if chosen == "triton":
             return f"Triton; no compiled kernel: {self._why_not_compiled(device)}"
         if chosen != "reference":
@@ -330,13 +326,6 @@ class Op:
                 self.preference[device].pop(0)
             self.preference[device].insert(0, backend)
         return launch
-
-    def prefer_triton(self, device: str, measured: str) -> None:
-        """Try Triton's kernel before the compiled one. `measured` gives the figures of both, and the GPU."""
-        self.measured[device] = measured
-        if "triton" in self.preference[device]:
-            self.preference[device].remove("triton")
-            self.preference[device].insert(0, "triton")
 
     def gradient(
         self, backward: Callable, *, setup_context: Callable | None = None, forward: Callable | None = None
