@@ -190,10 +190,10 @@ def test_nothing_is_computed_twice(decode_path):
 def test_long_prompts_are_prefilled_in_several_calls(decode_path, monkeypatch):
     model, batch = llama(), prompts(2, 9, 5, 3, 16)
     expected = Rollout(model, sampling(), decode_path=decode_path).generate(batch, samples=2)
-    monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", 7)
+    monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", {"cpu": 7})
     rollout, calls = recorded(model, decode_path)
     found = rollout.generate(batch, samples=2)
-    assert [len(positions) for positions, _ in calls[:5]] == [7] * 5
+    assert [len(positions) for positions, _ in calls[:7]] == [7, 7, 2, 7, 2, 5, 5]
     assert found.response_ids() == expected.response_ids()
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=0 if decode_path == "fused" else 2e-5)
 

@@ -3,14 +3,15 @@
 Each step runs one decode pass over the running responses, then prefill passes for new prompts, then one sampling call.
 Where the decode step is a CUDA graph, it samples too, and the sampling call is for new prompts alone.
 
-Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, in passes of
-at most MAX_PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages and leaves
-the batch; once MIN_FREE_FRACTION of the slots is free, waiting requests are admitted.
+Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, with others in
+a pass of at most MAX_PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages
+and leaves the batch; once MIN_FREE_FRACTION of the slots is free, waiting requests are admitted.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, Respon
 from rlhf_fast.rollout.sampler import Sampler
 from rlhf_fast.rollout.stop_criteria import StopCriteria
 
-MAX_PREFILL_TOKENS = 2048
-"""Prompt tokens of one prefill pass at most."""
+MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Prompt tokens of one prefill pass at most, by device. On a GPU the launches of a smaller pass take longer than its
+products."""
 MIN_FREE_FRACTION = 1 / 8
 """Requests are admitted when at least this share of the slots is free."""
 
@@ -256,10 +258,9 @@ class Scheduler:
         slots = torch.from_numpy(np.repeat(np.array([slot for slot, _ in prompts], dtype=np.int32), lengths))
         positions, slots = positions.to(self.device), slots.to(self.device)
         last_hidden = []
-        for start in range(0, len(tokens), MAX_PREFILL_TOKENS):
-            part = slice(start, start + MAX_PREFILL_TOKENS)
-            last = torch.from_numpy(ends[(ends >= part.start) & (ends < part.stop)] - start).to(self.device)
-            batch = TokenBatch(tokens[part], positions[part], slots[part], self.cache.block_table, last)
+        for part, whole in _prefill_passes(lengths.tolist(), MAX_PREFILL_TOKENS.get(self.device.type, 16384)):
+            last = torch.from_numpy(ends[(ends >= part.start) & (ends < part.stop)] - part.start).to(self.device)
+            batch = TokenBatch(tokens[part], positions[part], slots[part], self.cache.block_table, last, whole)
             last_hidden.append(self.decoder.hidden(self.cache, batch))
         for (_, group), hidden in zip(prompts, torch.cat(last_hidden), strict=True):
             group.last_hidden = hidden
@@ -300,6 +301,26 @@ class Scheduler:
             self.free_slots.append(slot)
         self._set_running(self.running.select(~finished))
         return len(retired.responses)
+
+
+def _prefill_passes(lengths: list[int], max_tokens: int) -> Iterator[tuple[slice, tuple[int, ...] | None]]:
+    """Yield the tokens of each pass, at most `max_tokens`: of as many whole prompts as fit, and their lengths; or of a
+    part of a longer prompt, and None."""
+    start, total = 0, 0
+    whole: list[int] = []
+    for length in lengths:
+        if whole and total + length > max_tokens:
+            yield slice(start, start + total), tuple(whole)
+            start, whole, total = start + total, [], 0
+        if length <= max_tokens:
+            whole.append(length)
+            total += length
+            continue
+        for part in range(0, length, max_tokens):
+            yield slice(start + part, start + min(part + max_tokens, length)), None
+        start += length
+    if whole:
+        yield slice(start, start + total), tuple(whole)
 
 
 def _waiting_queue(requests: Requests) -> deque[tuple[int, _Group]]:
