@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from contextlib import nullcontext
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from rlhf_fast.kernels._backends import COMPILED
 
 
 class Unsupported(Exception):
@@ -33,6 +38,12 @@ def dtype_codes(kernels: ModuleType, *tensors: Tensor | None) -> tuple[int, ...]
         raise Unsupported(f"no compiled kernel for {str(error.args[0])[6:]}") from None
 
 
+def ptrs_and_codes(kernels: ModuleType, *tensors: Tensor | None) -> list[int]:
+    """Return for each tensor its data pointer, then the number of its dtype in csrc/dtypes.h; 0 and 0 for None."""
+    codes = dtype_codes(kernels, *tensors)
+    return [number for pair in zip(data_ptrs(*tensors), codes, strict=True) for number in pair]
+
+
 @functools.cache
 def _codes_by_dtype(kernels: ModuleType) -> dict[torch.dtype, int]:
     prefix = "dtype_"
@@ -41,6 +52,20 @@ def _codes_by_dtype(kernels: ModuleType) -> dict[torch.dtype, int]:
         for name, code in vars(kernels).items()
         if name.startswith(prefix)
     }
+
+
+def scale_in_place(tensors: list[Tensor | None], factors: list[Tensor | None], backend: str) -> None:
+    """Multiply each of two dense tensors of one size by its factor (), on a GPU, in one launch, which ends at once
+    where the factors are 1. None is left out. `backend` is "cuda", "simt" or "triton"."""
+    first = next(x for x in tensors if x is not None)
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        if backend == "triton":
+            import_module("rlhf_fast.kernels.triton._scale").scale_two_in_place(tensors, factors)
+            return
+        kernels = COMPILED[backend]
+        (x, y), (x_factor, y_factor) = tensors, factors
+        codes = ptrs_and_codes(kernels, x, x_factor, y, y_factor)
+        kernels.scale_gradients(*codes, first.numel(), stream_or_threads(first))
 
 
 def refuse_float64(*tensors: Tensor | None) -> None:
@@ -55,3 +80,49 @@ def require_dtypes(*tensors: Tensor | None) -> None:
     for x in tensors:
         if x is not None and x.dtype not in (torch.float32, torch.bfloat16):
             raise Unsupported(f"no compiled kernel for {str(x.dtype)[6:]}")
+
+
+NUM_TICKETS = 4096
+
+
+class _Tickets:
+    """Zeroed numbers on one device, one for each stream and for each launch that a graph has captured."""
+
+    def __init__(self, device: torch.device):
+        self.numbers = torch.zeros(NUM_TICKETS, dtype=torch.int32, device=device)
+        self.next_index = itertools.count()
+        self.of_stream: dict[int, int] = {}
+        if device.type == "cuda":  # other streams must not come before the zeros
+            torch.cuda.current_stream(device).synchronize()
+
+
+_tickets: dict[torch.device, _Tickets] = {}
+
+
+def ticket(x: Tensor) -> tuple[Tensor, int]:
+    """Return an int32 tensor on x's device and an index at which it is 0: the number that a launch's blocks count up to
+    find out which of them ends last. That block must set it to 0 again.
+
+    Launches that may run at the same time never share a number: a stream has one, whose launches follow each other, and
+    a launch that is captured by a graph has one that nobody else gets, since the graph may be replayed anywhere.
+    """
+    device = x.device
+    is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    tickets = _tickets.get(device)
+    if tickets is None and not is_capturing:
+        tickets = _tickets[device] = _Tickets(device)
+    if tickets is not None:
+        stream = torch.cuda.current_stream(device).cuda_stream if x.is_cuda else 0
+        index = None if is_capturing else tickets.of_stream.get(stream)
+        if index is None:
+            index = next(tickets.next_index)
+            if not is_capturing:
+                tickets.of_stream[stream] = index
+        if index < NUM_TICKETS:
+            return tickets.numbers, index
+    return torch.zeros(1, dtype=torch.int32, device=device), 0
+
+
+def ticket_ptr(numbers: Tensor, index: int) -> int:
+    """Return the address of a `ticket`."""
+    return numbers.data_ptr() + 4 * index

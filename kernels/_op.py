@@ -13,6 +13,7 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _head, _head_checks, _head_inputs               token_logprobs, linear_{logprobs,cross_entropy,kl,ppo_loss}
     _cpu_head                                       these linear_* ops on the CPU
     _ppo                                            ppo_loss, linear_ppo_loss; KL estimates of ppo_advantages
+    _ppo_loss                                       ppo_loss
     _gae                                            gae, gae_packed, ppo_advantages
     _sampling                                       sample_tokens, linear_sample_tokens
     _norm                                           rms_norm, layer_norm
@@ -58,7 +59,7 @@ _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 _TRITON_FILES = Path(__file__).parent / "triton"
 
 
-def _is_tracing() -> bool:
+def is_tracing() -> bool:
     """Return True under torch.compile, a dispatch or function mode (fake tensors), or a functorch transform (vmap)."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
@@ -180,7 +181,7 @@ class Op:
                     raise self._mixed_devices_error(args)
             elif isinstance(a, Tensor):
                 return self.torch_op(*args)
-        if device is None or device.type not in DEVICES or _is_tracing():
+        if device is None or device.type not in DEVICES or is_tracing():
             return self.torch_op(*args)
         return self._run_kernel(device.type, *args)
 

@@ -29,8 +29,13 @@ def promote_to_float64(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def detached(args: Iterable) -> tuple:
-    """Return args with every tensor detached."""
-    return tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+    """Return args with every tensor detached, without a call of torch for those that are."""
+    return tuple(x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in args)
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    """Return mask in bool."""
+    return mask if mask.dtype == torch.bool else mask.bool()
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -41,6 +46,14 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def contiguous_float32(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return dense float32 tensors, and None for None."""
     return [x if x is None else x.float().contiguous() for x in tensors]
+
+
+def contiguous_floats(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return dense tensors of the dtypes that csrc/cuda reads, and None for None. Others become float32."""
+    return [
+        x if x is None else (x if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.float()).contiguous()
+        for x in tensors
+    ]
 
 
 def empty_float32(like: Tensor, *shape: int) -> Tensor:

@@ -4,9 +4,18 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._gae import chunking, gae_reference
-from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
+from rlhf_fast.kernels._launch import data_ptrs, ptrs_and_codes, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import contiguous_float32, promote_to_float64, upcast, upcast_dtype
+from rlhf_fast.kernels._tensors import (
+    as_bool,
+    contiguous_float32,
+    contiguous_floats,
+    detached,
+    empty_float32,
+    promote_to_float64,
+    upcast,
+    upcast_dtype,
+)
 
 
 def _fake(rewards, *rest):
@@ -48,31 +57,35 @@ def _(rewards, values, mask, gamma, lam, bootstrap):
         raise ValueError(f"gae: rewards, values and mask must have one shape (B, T), got {shapes}")
     if bootstrap is not None and bootstrap.shape != rewards.shape[:1]:
         raise ValueError(f"gae: bootstrap must have shape ({rewards.shape[0]},), got {list(bootstrap.shape)}")
-    rewards, values, bootstrap = promote_to_float64(rewards.detach(), values.detach(), bootstrap)
-    return rewards, values, mask.bool(), float(gamma), float(lam), bootstrap
+    rewards, values, bootstrap = promote_to_float64(*detached((rewards, values, bootstrap)))
+    return rewards, values, as_bool(mask), float(gamma), float(lam), bootstrap
 
 
-def _kernel_tensors(rewards, values, mask, bootstrap):
-    """Return a compiled kernel's inputs, then its two outputs."""
-    refuse_float64(rewards)
-    rewards, values, bootstrap = contiguous_float32(rewards, values, bootstrap)
-    return rewards, values, mask.contiguous(), bootstrap, torch.empty_like(rewards), torch.empty_like(rewards)
+def _outputs(rewards):
+    return empty_float32(rewards, *rewards.shape), empty_float32(rewards, *rewards.shape)
 
 
 @gae.compiled(devices=("cpu",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
-    tensors = _kernel_tensors(rewards, values, mask, bootstrap)
+    refuse_float64(rewards)
+    rewards, values, bootstrap = contiguous_float32(rewards, values, bootstrap)
+    tensors = (rewards, values, mask.contiguous(), bootstrap, *_outputs(rewards))
     kernels.gae(*data_ptrs(*tensors), *rewards.shape, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
 
 @gae.compiled(devices=("cuda",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
-    tensors = _kernel_tensors(rewards, values, mask, bootstrap)
+    refuse_float64(rewards)
+    rewards, values, bootstrap = contiguous_floats(rewards, values, bootstrap)
+    mask, outputs = mask.contiguous(), _outputs(rewards)
     B, T = rewards.shape
     chunk, chunk_maps = chunking(B, B * T, T, rewards)
-    kernels.gae(*data_ptrs(*tensors, chunk_maps), chunk, B, T, gamma, lam, stream_or_threads(rewards))
-    return tensors[-2:]
+    kernels.gae(
+        *ptrs_and_codes(kernels, rewards, values), mask.data_ptr(), *ptrs_and_codes(kernels, bootstrap),
+        *data_ptrs(*outputs, chunk_maps), chunk, B, T, gamma, lam, stream_or_threads(rewards),
+    )  # fmt: skip
+    return outputs
 
 
 @gae.inputs(

@@ -4,9 +4,19 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._gae import chunking, gae_reference
-from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
+from rlhf_fast.kernels._launch import data_ptrs, ptrs_and_codes, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import check_offsets, contiguous_float32, promote_to_float64, upcast, upcast_dtype
+from rlhf_fast.kernels._tensors import (
+    as_bool,
+    check_offsets,
+    contiguous_float32,
+    contiguous_floats,
+    detached,
+    empty_float32,
+    promote_to_float64,
+    upcast,
+    upcast_dtype,
+)
 
 
 def _fake(rewards, *rest):
@@ -60,23 +70,21 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     S = cu_seqlens.shape[0] - 1
     if bootstrap is not None and bootstrap.shape != (S,):
         raise ValueError(f"gae_packed: bootstrap must have shape ({S},), got {list(bootstrap.shape)}")
-    rewards, values, bootstrap = promote_to_float64(rewards.detach(), values.detach(), bootstrap)
-    return rewards, values, mask.bool(), cu_seqlens, float(gamma), float(lam), bootstrap
+    rewards, values, bootstrap = promote_to_float64(*detached((rewards, values, bootstrap)))
+    return rewards, values, as_bool(mask), cu_seqlens, float(gamma), float(lam), bootstrap
 
 
-def _kernel_tensors(rewards, values, mask, cu_seqlens, bootstrap):
-    """Return a compiled kernel's inputs, then its two outputs."""
-    refuse_float64(rewards)
-    check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
-    rewards, values, bootstrap = contiguous_float32(rewards, values, bootstrap)
-    cu_seqlens = cu_seqlens.long().contiguous()
-    outputs = torch.empty_like(rewards), torch.empty_like(rewards)
-    return rewards, values, mask.contiguous(), cu_seqlens, bootstrap, *outputs
+def _outputs(rewards):
+    return empty_float32(rewards, *rewards.shape), empty_float32(rewards, *rewards.shape)
 
 
 @gae_packed.compiled(devices=("cpu",))
 def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
-    tensors = _kernel_tensors(rewards, values, mask, cu_seqlens, bootstrap)
+    refuse_float64(rewards)
+    check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
+    rewards, values, bootstrap = contiguous_float32(rewards, values, bootstrap)
+    cu_seqlens = cu_seqlens.long().contiguous()
+    tensors = (rewards, values, mask.contiguous(), cu_seqlens, bootstrap, *_outputs(rewards))
     S, N = len(cu_seqlens) - 1, len(rewards)
     kernels.gae_packed(*data_ptrs(*tensors), S, N, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
@@ -84,11 +92,18 @@ def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
 
 @gae_packed.compiled(devices=("cuda",))
 def _(kernels, rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
-    tensors = _kernel_tensors(rewards, values, mask, cu_seqlens, bootstrap)
-    S, N = len(cu_seqlens) - 1, len(rewards)
+    refuse_float64(rewards)
+    check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
+    rewards, values, bootstrap = contiguous_floats(rewards, values, bootstrap)
+    mask, cu_seqlens, outputs = mask.contiguous(), cu_seqlens.contiguous(), _outputs(rewards)
+    S, N = cu_seqlens.shape[0] - 1, rewards.shape[0]
     chunk, chunk_maps = chunking(S, N, N, rewards)
-    kernels.gae_packed(*data_ptrs(*tensors, chunk_maps), chunk, S, N, gamma, lam, stream_or_threads(rewards))
-    return tensors[-2:]
+    kernels.gae_packed(
+        *ptrs_and_codes(kernels, rewards, values), *data_ptrs(mask, cu_seqlens), cu_seqlens.dtype == torch.int32,
+        *ptrs_and_codes(kernels, bootstrap), *data_ptrs(*outputs, chunk_maps), chunk, S, N, gamma, lam,
+        stream_or_threads(rewards),
+    )  # fmt: skip
+    return outputs
 
 
 @gae_packed.inputs(

@@ -4,10 +4,26 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._gae import chunking, gae_reference
-from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
+from rlhf_fast.kernels._launch import (
+    data_ptrs,
+    ptrs_and_codes,
+    refuse_float64,
+    stream_or_threads,
+    ticket,
+    ticket_ptr,
+)
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._ppo import KL_ESTIMATORS, kl_estimate
-from rlhf_fast.kernels._tensors import contiguous_float32, detached, promote_to_float64, upcast, upcast_dtype
+from rlhf_fast.kernels._tensors import (
+    as_bool,
+    contiguous_float32,
+    contiguous_floats,
+    detached,
+    empty_float32,
+    promote_to_float64,
+    upcast,
+    upcast_dtype,
+)
 
 STATS = ("count", "mean", "m2", "return_mean", "return_m2")
 
@@ -97,45 +113,52 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
     tensors = detached((logprobs, ref_logprobs, values, scores, bootstrap))
     *tensors, bootstrap = promote_to_float64(*tensors)
     scalars = float(kl_coef), kl_estimator, float(gamma), float(lam), float(score_clip)
-    return *tensors, mask.bool(), *scalars, bootstrap
+    return *tensors, as_bool(mask), *scalars, bootstrap
 
 
-def _kernel_arguments(
-    logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
-):  # fmt: skip
-    """Return what a compiled kernel takes: input tensors, output tensors, scalars."""
-    refuse_float64(logprobs)
-    *inputs, bootstrap = contiguous_float32(logprobs, ref_logprobs, values, scores, bootstrap)
+def _outputs(logprobs):
     B, T = logprobs.shape
-    outputs = [inputs[0].new_empty(shape) for shape in ((B, T), (B, T), len(STATS), B)]
-    scalars = [B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip]
-    return [*inputs, mask.contiguous(), bootstrap], outputs, scalars
+    return tuple(empty_float32(logprobs, *shape) for shape in ((B, T), (B, T), (len(STATS),), (B,)))
 
 
 @ppo_advantages.compiled(devices=("cpu",))
-def _(kernels, *args):
-    inputs, outputs, scalars = _kernel_arguments(*args)
-    logprobs = inputs[0]
-    row_moments = logprobs.new_empty(len(logprobs), 6, dtype=torch.float64)
-    kernels.ppo_advantages(*data_ptrs(*inputs, *outputs, row_moments), *scalars, stream_or_threads(logprobs))
-    return tuple(outputs)
+def _(
+    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
+):  # fmt: skip
+    refuse_float64(logprobs)
+    *inputs, bootstrap = contiguous_float32(logprobs, ref_logprobs, values, scores, bootstrap)
+    mask = mask.contiguous()
+    B, T = logprobs.shape
+    outputs = _outputs(logprobs)
+    row_moments = torch.empty(B, 6, dtype=torch.float64, device=logprobs.device)
+    kernels.ppo_advantages(
+        *data_ptrs(*inputs, mask, bootstrap, *outputs, row_moments), B, T, kl_coef,
+        KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, stream_or_threads(logprobs),
+    )  # fmt: skip
+    return outputs
 
 
-MAX_BLOCKS = 2048  # of csrc/cuda's first launch; the second one merges their moments
+MAX_BLOCKS = 2048  # of csrc/cuda's launch; the last one of them merges their moments
 
 
 @ppo_advantages.compiled(devices=("cuda",))
-def _(kernels, *args):
-    inputs, outputs, scalars = _kernel_arguments(*args)
-    logprobs = inputs[0]
+def _(
+    kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
+):  # fmt: skip
+    refuse_float64(logprobs)
+    *inputs, bootstrap = contiguous_floats(logprobs, ref_logprobs, values, scores, bootstrap)
+    mask = mask.contiguous()
     B, T = logprobs.shape
-    block_moments = logprobs.new_empty(6, MAX_BLOCKS, dtype=torch.float64)
+    outputs = _outputs(logprobs)
+    block_moments = torch.empty(6, MAX_BLOCKS, dtype=torch.float64, device=logprobs.device)
     chunk, chunk_maps = chunking(B, B * T, T, logprobs)
+    numbers, index = ticket(logprobs)
     kernels.ppo_advantages(
-        *data_ptrs(*inputs, *outputs, block_moments), MAX_BLOCKS, *data_ptrs(chunk_maps), chunk, *scalars,
-        stream_or_threads(logprobs),
+        *ptrs_and_codes(kernels, *inputs), mask.data_ptr(), *ptrs_and_codes(kernels, bootstrap),
+        *data_ptrs(*outputs, block_moments), MAX_BLOCKS, ticket_ptr(numbers, index), *data_ptrs(chunk_maps), chunk,
+        B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, stream_or_threads(logprobs),
     )  # fmt: skip
-    return tuple(outputs)
+    return outputs
 
 
 @ppo_advantages.inputs(

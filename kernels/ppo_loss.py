@@ -1,41 +1,28 @@
 """PPO's clipped losses of policy and value, their gradients and metrics, in one pass over memory."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._launch import data_ptrs, refuse_float64, stream_or_threads
-from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._ppo import KL, Clip, PolicyLoss, TokenInputs, Whitening, policy_loss, value_loss, where_valid
-from rlhf_fast.kernels._tensors import contiguous_float32, promote_to_float64, upcast, upcast_dtype
-
-IMPORTANCE_MODES = ("truncate", "mask")
-
-
-class PPOStats(NamedTuple):
-    """Statistics of `ppo_loss`, whose docstring defines them: `PPOStats(*stats).ratio_max`."""
-
-    weight: Tensor
-    clipped_low: Tensor
-    clipped_high: Tensor
-    clipped_dual: Tensor
-    kl_k1: Tensor
-    kl_k3: Tensor
-    ratio: Tensor
-    ratio_square: Tensor
-    importance: Tensor
-    importance_capped: Tensor
-    value_weight: Tensor
-    value_clipped: Tensor
-    value: Tensor
-    value_error: Tensor
-    return_: Tensor
-    ratio_max: Tensor
-    ratio_min: Tensor
-
-
-STATS = tuple(name.rstrip("_") for name in PPOStats._fields)
+from rlhf_fast.kernels._backends import forced_backend
+from rlhf_fast.kernels._launch import (
+    data_ptrs,
+    dtype_codes,
+    refuse_float64,
+    scale_in_place,
+    stream_or_threads,
+    ticket,
+    ticket_ptr,
+)
+from rlhf_fast.kernels._op import is_tracing, op
+from rlhf_fast.kernels._ppo import Whitening
+from rlhf_fast.kernels._ppo_loss import IMPORTANCE_MODES, STATS, Inputs, check, losses
+from rlhf_fast.kernels._tensors import (
+    contiguous_float32,
+    contiguous_floats,
+    empty_float32,
+    promote_to_float64,
+    upcast_dtype,
+)
 
 
 def _fake(_logprobs, _old_logprobs, _advantages, weights, *_options):
@@ -109,108 +96,17 @@ def ppo_loss(
         advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
         importance_mode,
     )  # fmt: skip
-    losses = _losses(x)
-    return losses.policy, losses.value, losses.stats
+    out = losses(x)
+    return out.policy, out.value, out.stats
 
 
 ppo_loss.stats = STATS
 
 
-class Inputs(NamedTuple):
-    """The arguments of `ppo_loss`, in its order."""
-
-    logprobs: Tensor | None
-    old_logprobs: Tensor | None
-    advantages: Tensor | None
-    weights: Tensor
-    values: Tensor | None
-    old_values: Tensor | None
-    returns: Tensor | None
-    value_weights: Tensor | None
-    sampler_logprobs: Tensor | None
-    advantage_shift: Tensor | None
-    advantage_scale: Tensor | None
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    value_clip: float
-    log_ratio_clamp: float
-    importance_cap: float
-    importance_mode: str
-
-    @property
-    def token_tensors(self) -> tuple[Tensor | None, ...]:
-        """logprobs to sampler_logprobs: tensors with one element for each token."""
-        return self[:9]
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:11]
-
-    @property
-    def scalars(self) -> tuple[float, ...]:
-        """clip_low to importance_cap."""
-        return self[11:17]
-
-    @property
-    def clip(self) -> Clip:
-        return Clip(self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
-
-
-class _Losses(NamedTuple):
-    policy: Tensor
-    value: Tensor
-    stats: Tensor
-    logprob_grad: Tensor | None = None
-    value_grad: Tensor | None = None
-
-
-def _losses(x: Inputs) -> _Losses:
-    zero = x.weights.new_zeros((), dtype=upcast_dtype(x.weights))
-    losses = _Losses(zero, zero.clone(), zero)
-    stats = dict.fromkeys(PPOStats._fields, zero) | {"ratio_max": zero - torch.inf, "ratio_min": zero + torch.inf}
-    if x.logprobs is not None:
-        policy, importance_stats = _policy_loss(x)
-        losses = losses._replace(policy=policy.loss, logprob_grad=policy.logprob_grad)
-        stats |= importance_stats
-    if x.values is not None and x.returns is not None:
-        value_weights = upcast(x.weights if x.value_weights is None else x.value_weights)
-        value = value_loss(x.values, x.old_values, x.returns, value_weights, x.clip)
-        losses = losses._replace(value=value.loss, value_grad=value.value_grad)
-        stats |= value.stats._asdict()
-    return losses._replace(stats=torch.stack(PPOStats(**stats)))
-
-
-def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
-    """Return the policy loss with importance weights, and the statistics of PPOStats, of which only importance and
-    importance_capped are with importance weights."""
-    logprobs, weights = upcast(x.logprobs), upcast(x.weights)
-    valid = weights != 0
-    no_entropy = torch.zeros_like(logprobs)
-    whitening = Whitening(x.advantage_shift, x.advantage_scale)
-
-    def loss_with(weights: Tensor) -> PolicyLoss:
-        inputs = TokenInputs(x.old_logprobs, x.advantages, weights)
-        return policy_loss(logprobs, no_entropy, weights != 0, inputs, whitening, x.clip, KL(0.0, "k1"), 0.0)
-
-    policy = loss_with(weights)
-    stats = {name: total for name, total in policy.stats._asdict().items() if name in PPOStats._fields}
-    importance = torch.ones_like(weights)
-    is_capped = torch.zeros_like(valid)
-    if x.sampler_logprobs is not None:
-        importance = (where_valid(valid, x.old_logprobs) - where_valid(valid, x.sampler_logprobs)).exp()
-        is_capped = importance > x.importance_cap
-        importance = torch.where(is_capped, 0.0 if x.importance_mode == "mask" else x.importance_cap, importance)
-        policy = loss_with(weights * importance)
-    stats["importance"] = torch.where(valid, weights * importance, 0).sum()
-    stats["importance_capped"] = torch.where(valid, weights * is_capped, 0).sum()
-    return policy, stats
-
-
 @ppo_loss.normalize
 def _(*args):
     x = Inputs(*args)
-    _check(x)
+    check(x)
     if x.weights.dtype == torch.bool:
         x = x._replace(weights=x.weights.float())
     if x.value_weights is not None and x.value_weights.dtype == torch.bool:
@@ -221,43 +117,35 @@ def _(*args):
     return *tensors, *whitening, *map(float, x.scalars), x.importance_mode
 
 
-def _check(x: Inputs) -> None:
-    num_missing = (x.logprobs is None) + (x.old_logprobs is None) + (x.advantages is None)
-    if num_missing and (num_missing < 3 or x.sampler_logprobs is not None):
-        raise ValueError("ppo_loss: the policy part needs logprobs, old_logprobs and advantages, or none of them")
-    if x.logprobs is None and x.values is None:
-        raise ValueError("ppo_loss: there is neither logprobs nor values, nothing to compute")
-    without_values = x.values is None and (x.old_values is not None or x.value_weights is not None)
-    if without_values or (x.values is None) != (x.returns is None):
-        raise ValueError("ppo_loss: the value part needs values and returns, or none of them")
-    if x.values is not None and x.value_clip > 0 and x.old_values is None:
-        raise ValueError(f"ppo_loss: value_clip={x.value_clip} needs old_values; value_clip=0 does without")
-    shape = x.weights.shape
-    shapes = [t.shape for t in x.token_tensors if t is not None]
-    if shapes != [shape] * len(shapes):
-        got = list(map(list, shapes))
-        raise ValueError(f"ppo_loss: all must have the shape of weights, {list(shape)}, got {got}")
-    if x.importance_mode not in IMPORTANCE_MODES:
-        modes = ", ".join(IMPORTANCE_MODES)
-        raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance_mode!r}")
-
-
-def _fake_with_gradients(logprobs, old_logprobs, advantages, weights, *options):
-    losses_and_stats = _fake(logprobs, old_logprobs, advantages, weights)
-    shapes = (weights.shape if needed else (0,) for needed in options[-2:])
-    return *losses_and_stats, *(losses_and_stats[0].new_empty(shape) for shape in shapes)
-
-
-@ppo_loss.variant(outputs=5, flags=("logprobs_need_grad", "values_need_grad"), fake=_fake_with_gradients)
-def ppo_loss_with_gradients(*args):
-    """Return the outputs of `ppo_loss`, policy_loss's gradient by logprobs and value_loss's by values, float32 in the
-    shape of weights; (0,) where not needed."""
-    *args, logprobs_need_grad, values_need_grad = args
+def _fake_with_gradients(*args):
+    *args, logprobs_need_grad, values_need_grad, rounds = args
     x = Inputs(*args)
-    losses = _losses(x)
-    logprob_grad = losses.logprob_grad if logprobs_need_grad else None
-    value_grad = losses.value_grad if values_need_grad else None
-    return losses.policy, losses.value, losses.stats, *_empty_for_none(losses.stats, logprob_grad, value_grad)
+    losses_and_stats = _fake(x.logprobs, x.old_logprobs, x.advantages, x.weights)
+    grads = empty_grads(x, (logprobs_need_grad, values_need_grad), rounds)
+    return *losses_and_stats, *_empty_for_none(losses_and_stats[2], *grads)
+
+
+def empty_grads(x: Inputs, needs_grad: tuple[bool, bool], rounds: bool) -> list[Tensor | None]:
+    """Return new memory for the gradients of logprobs and values; None where not needed."""
+    return [
+        torch.empty(x.weights.shape, dtype=t.dtype if rounds else upcast_dtype(x.weights), device=x.weights.device)
+        if needed and t is not None
+        else None
+        for t, needed in zip((x.logprobs, x.values), needs_grad, strict=True)
+    ]
+
+
+@ppo_loss.variant(outputs=5, flags=("logprobs_need_grad", "values_need_grad", "round_grads"), fake=_fake_with_gradients)
+def ppo_loss_with_gradients(*args):
+    """Return the outputs of `ppo_loss`, policy_loss's gradient by logprobs and value_loss's by values, (0,) where not
+    needed. round_grads: in the dtype of logprobs and of values, else float32."""
+    *args, logprobs_need_grad, values_need_grad, rounds = args
+    x = Inputs(*args)
+    out = losses(x)
+    grads = out.logprob_grad if logprobs_need_grad else None, out.value_grad if values_need_grad else None
+    if rounds:
+        grads = (g if g is None else g.to(t.dtype) for g, t in zip(grads, (x.logprobs, x.values), strict=True))
+    return out.policy, out.value, out.stats, *_empty_for_none(out.stats, *grads)
 
 
 def _empty_for_none(like: Tensor, *grads: Tensor | None) -> list[Tensor]:
@@ -268,59 +156,105 @@ MAX_BLOCKS = 1024  # the largest grid of csrc/cuda/ppo_loss.cu
 FULL_GPU_BLOCKS = 256  # in a larger grid each block loops over two or more groups of tokens
 
 
-def _launch(kernels, device, args, needs_grad):
+def _launch_cpu(kernels, args, needs_grad, rounds):
     """Return both losses, stats and both gradients, None where not needed."""
     x = Inputs(*args)
     refuse_float64(x.weights)
     tensors = contiguous_float32(*x.tensors)
     _, _, _, weights, *_ = tensors
-    N = weights.numel()
-    out = [weights.new_empty(()), weights.new_empty(()), weights.new_empty(len(STATS))]
-    out += [torch.empty_like(weights) if needed else None for needed in needs_grad]
-    grid, partial_sums = [], []
-    if device == "cuda":
-        num_groups = -(-N // kernels.ppo_loss_tokens_per_block)
-        grid = [max(1, min(num_groups, MAX_BLOCKS, max(FULL_GPU_BLOCKS, num_groups // 2)))]
-        partial_sums = [weights.new_empty(kernels.ppo_loss_num_partials, *grid)]
+    out = [*_empty_sums(weights), *empty_grads(x, needs_grad, False)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out, *partial_sums), *grid, N, *x.scalars,
-        IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
+        *data_ptrs(*tensors, *out), weights.numel(), *x.scalars, IMPORTANCE_MODES.index(x.importance_mode),
+        stream_or_threads(weights),
     )  # fmt: skip
+    if rounds:
+        out[3:] = (g if g is None else g.to(t.dtype) for g, t in zip(out[3:], (x.logprobs, x.values), strict=True))
     return out
 
 
-def _register_compiled(device):
+def _launch_cuda(kernels, args, needs_grad, rounds):
+    x = Inputs(*args)
+    refuse_float64(x.weights)
+    tensors = contiguous_floats(*x.tensors)
+    _, _, _, weights, *_ = tensors
+    N = weights.numel()
+    sums, grads = _empty_sums(weights), empty_grads(x, needs_grad, rounds)
+    codes = dtype_codes(kernels, *tensors, *grads)
+    num_groups = -(-N // kernels.ppo_loss_tokens_per_block)
+    blocks = max(1, min(num_groups, MAX_BLOCKS, max(FULL_GPU_BLOCKS, num_groups // 2)))
+    partial_sums = empty_float32(weights, kernels.ppo_loss_num_partials, blocks)
+    numbers, index = ticket(weights)
+    kernels.ppo_loss(
+        *data_ptrs(*tensors, *sums, *grads, partial_sums), ticket_ptr(numbers, index),
+        sum(code << 2 * i for i, code in enumerate(codes)), blocks, N, *x.scalars,
+        IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
+    )  # fmt: skip
+    return *sums, *grads
+
+
+def _empty_sums(weights: Tensor) -> list[Tensor]:
+    """Return new memory for both losses and stats."""
+    return [empty_float32(weights), empty_float32(weights), empty_float32(weights, len(STATS))]
+
+
+def _register_compiled(device, launch):
     @ppo_loss.compiled(devices=(device,))
     def _(kernels, *args):
-        return _launch(kernels, device, args, (False, False))[:3]
+        return tuple(launch(kernels, args, (False, False), False)[:3])
 
     @ppo_loss_with_gradients.compiled(required_symbols=("ppo_loss",), devices=(device,))
     def _(kernels, *args):
-        *sums, logprob_grad, value_grad = _launch(kernels, device, args[:-2], args[-2:])
+        *sums, logprob_grad, value_grad = launch(kernels, args[:-3], args[-3:-1], args[-1])
         return *sums, *_empty_for_none(sums[2], logprob_grad, value_grad)
 
 
-_register_compiled("cpu")
-_register_compiled("cuda")
+_register_compiled("cpu", _launch_cpu)
+_register_compiled("cuda", _launch_cuda)
+
+
+def _gpu_backend(x: Tensor) -> str | None:
+    """Return the backend that answers ppo_loss on x if it is of a GPU, or simulates one, else None."""
+    if is_tracing() or x.dtype == torch.float64:
+        return None
+    backend = forced_backend() or ppo_loss.chosen(x.device.type)
+    return backend if backend in ("cuda", "simt", "triton") else None
 
 
 def _forward(ctx, *args):
+    """Keep the gradients that the forward pass makes. On a GPU they have their last dtype, and the backward pass scales
+    them in place and hands them over; a second one computes them again."""
     x, needed = Inputs(*args), Inputs(*ctx.needs_input_grad)
-    needs_grad = needed.logprobs, needed.values
-    *losses, stats, logprob_grad, value_grad = ppo_loss_with_gradients.run(*args, *needs_grad)
-    ctx.save_for_backward(logprob_grad, value_grad)
-    ctx.dtypes = [t.dtype if t_needed else None for t, t_needed in zip((x.logprobs, x.values), needs_grad, strict=True)]
-    constant = [loss for loss, loss_needed in zip(losses, needs_grad, strict=True) if not loss_needed]
+    ctx.needs_grad = needed.logprobs, needed.values
+    rounds = _gpu_backend(x.weights) is not None
+    *sums, stats, logprob_grad, value_grad = ppo_loss_with_gradients.run(*args, *ctx.needs_grad, rounds)
+    ctx.grads = [logprob_grad, value_grad]
+    ctx.dtypes = [None if t is None else t.dtype for t in (x.logprobs, x.values)]
+    if rounds:
+        ctx.save_for_backward(*x.tensors)
+        ctx.options = args[len(x.tensors) :]
+    constant = [loss for loss, loss_needed in zip(sums, ctx.needs_grad, strict=True) if not loss_needed]
     ctx.mark_non_differentiable(stats, *constant)
-    return *losses, stats
+    ctx.set_materialize_grads(False)
+    return *sums, stats
 
 
-def _backward(ctx, *grad_outputs):
-    d_logprobs, d_values = (
-        None if dtype is None else (grad_loss * grad).to(dtype)
-        for dtype, grad, grad_loss in zip(ctx.dtypes, ctx.saved_tensors, grad_outputs[:2], strict=True)
-    )
-    return Inputs(*[None] * len(Inputs._fields))._replace(logprobs=d_logprobs, values=d_values)
+def _backward(ctx, policy_grad, value_grad, _stats_grad):
+    factors = [f if needed else None for f, needed in zip((policy_grad, value_grad), ctx.needs_grad, strict=True)]
+    used = [factor is not None for factor in factors]
+    if any(u and grad is None for u, grad in zip(used, ctx.grads, strict=True)):
+        again = ppo_loss_with_gradients.run(*ctx.saved_tensors, *ctx.options, *used, True)[3:]
+        ctx.grads = [new if u else grad for u, new, grad in zip(used, again, ctx.grads, strict=True)]
+    grads = [grad if u else None for u, grad in zip(used, ctx.grads, strict=True)]
+    backend = next((_gpu_backend(factor) for factor in factors if factor is not None), None)
+    if backend is not None:
+        ctx.grads = [None if u else grad for u, grad in zip(used, ctx.grads, strict=True)]
+        scale_in_place(grads, factors, backend)
+    else:
+        grads = [
+            None if factor is None else (factor * grad).to(dtype)
+            for dtype, grad, factor in zip(ctx.dtypes, grads, factors, strict=True)
+        ]
+    return Inputs(*[None] * len(Inputs._fields))._replace(logprobs=grads[0], values=grads[1])
 
 
 ppo_loss.gradient(_backward, forward=_forward)
@@ -368,6 +302,6 @@ ppo_loss.inputs(small_sizes=SMALL, large_sizes=LARGE)(_make_inputs)
 
 
 @ppo_loss_with_gradients.inputs(small_sizes=SMALL[:1] + SMALL[2:6], large_sizes=[])
-def _(logprobs_need_grad=True, values_need_grad=True, **size):
+def _(logprobs_need_grad=True, values_need_grad=True, round_grads=True, **size):
     policy, value = size.get("policy", True), size.get("value", True)
-    return *_make_inputs(grad=False, **size), logprobs_need_grad and policy, values_need_grad and value
+    return *_make_inputs(grad=False, **size), logprobs_need_grad and policy, values_need_grad and value, round_grads

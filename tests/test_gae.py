@@ -297,8 +297,11 @@ def test_offsets_beyond_2_to_the_31(backend):
     far = [x.data_ptr() - start * x.element_size() for x in (rewards, values, mask)]
     far_out = [out[i].data_ptr() - start * 4 for i in (0, 1)]
     kernel = COMPILED[backend].gae_packed
-    no_chunks = (0, 0) if backend == "simt" else ()
-    kernel(*far, cu_seqlens.data_ptr(), 0, *far_out, *no_chunks, 1, start + n, 1.0, 0.95, 1)
+    if backend == "simt":  # float32 has number 0
+        inputs = (far[0], 0, far[1], 0, far[2], cu_seqlens.data_ptr(), False, 0, 0, *far_out, 0, 0)
+    else:
+        inputs = (*far, cu_seqlens.data_ptr(), 0, *far_out)
+    kernel(*inputs, 1, start + n, 1.0, 0.95, 1)
     near = ops.gae_packed.backend(backend)(rewards, values, mask, torch.tensor([0, n]))
     assert same_bits(tuple(out), near)
 

@@ -245,3 +245,21 @@ def test_a_nan_of_a_token_shows_in_the_statistics(backend):
     inputs[2, 0, 0] = torch.nan
     stats = ops.ppo_advantages.backend(backend)(*inputs, torch.zeros(1), torch.ones(1, 3, dtype=torch.bool))[2]
     assert stats[0] == 3 and stats[1].isnan() and stats[2].isnan()
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16", "mixed"])
+@pytest.mark.parametrize("B, T", [(1, 1), (5, 33), (9, 260), (3, 516), (2, 1031)])
+def test_16_bit_inputs_are_read_as_they_are(dtypes, B, T, monkeypatch):
+    """The results are those of float32 copies, bit for bit, and the same in a second call."""
+    monkeypatch.setattr(_gae, "MIN_LENGTH", 1024)
+    names = ("bfloat16", "float32", "float16") if dtypes == "mixed" else (dtypes,)
+    args = list(ops.ppo_advantages.make_inputs(B, T, "cpu", torch.float32, bootstrap=True, estimator="k3"))
+    given = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for k, i in enumerate(given):
+        args[i] = args[i].to(getattr(torch, names[k % len(names)]))
+    copies = [x.float() if i in given else x for i, x in enumerate(args)]
+    op = ops.ppo_advantages.backend("simt")
+    ours, again = op(*args), op(*args)
+    for a, b, c in zip(ours, op(*copies), again, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)

@@ -8,9 +8,10 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.kernels._backends import TRITON_DEVICES
+from rlhf_fast.kernels._launch import scale_in_place
 from rlhf_fast.kernels._op import OPS
 from rlhf_fast.kernels._ppo import kl_estimate, kl_grad
-from rlhf_fast.kernels.ppo_loss import PPOStats
+from rlhf_fast.kernels._ppo_loss import PPOStats
 
 BACKENDS = ops.ppo_loss.backends
 KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
@@ -406,3 +407,57 @@ def test_bad_arguments_name_the_rule():
     ):
         with pytest.raises(ValueError, match=f"ppo_loss: {message}"):
             ops.ppo_loss(*args, **options)
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16", "mixed"])
+@pytest.mark.parametrize("n", [1, 3, 1021, 3 * 1024 + 4])
+def test_16_bit_inputs_are_read_as_they_are(dtypes, n):
+    """The results are those of float32 copies, bit for bit; a gradient is rounded to its input's dtype."""
+    names = ("bfloat16", "float32", "float16") if dtypes == "mixed" else (dtypes,)
+    args = list(ops.ppo_loss.make_inputs((n,), "cpu", torch.float32, sampler="truncate", whiten=True, grad=False))
+    given = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+    for k, i in enumerate(given):
+        args[i] = args[i].to(getattr(torch, names[k % len(names)]))
+    run = OPS["ppo_loss_with_gradients"].backend("simt")
+    ours = run(*args, True, True, True)
+    copies = run(*(x.float() if isinstance(x, torch.Tensor) else x for x in args), True, True, True)
+    again = run(*args, True, True, True)
+    assert [x.dtype for x in ours[3:]] == [args[0].dtype, args[4].dtype]
+    for a, b, c in zip(ours, copies, again, strict=True):
+        assert torch.equal(a, b.to(a.dtype)) and torch.equal(a, c)
+
+
+GPU_KERNELS = [name for name in BACKENDS if name in ("simt", "triton", "cuda")]
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (0.5, 1.0), (1.0, -3.0), (2.0, 0.25)])
+def test_gradients_are_scaled_in_place_unless_the_factor_is_1(backend, dtype, factors):
+    device = "cuda" if backend == "cuda" else "cpu"
+    n = 3 * 1024 + 5
+    x, y = torch.randn(2, n, device=device).to(dtype)
+    x_factor, y_factor = torch.tensor(factors, device=device)
+    expected = [(x.float() * x_factor).to(dtype), (y.float() * y_factor).to(dtype)]
+    alone = y.clone()
+    scale_in_place([x, y], [x_factor, y_factor], backend)
+    assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+    scale_in_place([None, alone], [None, y_factor], backend)
+    assert torch.equal(alone, expected[1])
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_calls_torch_for_nothing_but_memory(dtype):
+    """Both losses, stats, two gradients and the blocks' sums forward, nothing backward: for the host each call of torch
+    costs as much as a launch."""
+    args = ops.ppo_loss.make_inputs((4, 40), "cpu", dtype)
+    op = ops.ppo_loss.backend("simt")
+    op(*args)
+    ones = [torch.ones(()), torch.ones(())]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        policy, value, _ = op(*args)
+        torch.autograd.grad([policy, value], [args[0], args[4]], ones)
+    called = {event.key: event.count for event in profile.key_averages() if event.key.startswith("aten::")}
+    assert called == {"aten::empty": 6}

@@ -1,5 +1,6 @@
 // The rows and chunks that gae_scan.cuh scans: arguments of a call, and which block takes which tokens.
 #pragma once
+#include "quad.cuh"
 #include "reduce.cuh"
 
 namespace {
@@ -26,15 +27,27 @@ __device__ __forceinline__ Affine compose_later_lanes(Affine f) {
   return f;
 }
 
+// int32 or int64.
+struct Offsets {
+  const void* p;
+  bool is_int32;
+
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return is_int32 ? static_cast<const int32_t*>(p)[i] : static_cast<const int64_t*>(p)[i];
+  }
+  __host__ __device__ __forceinline__ explicit operator bool() const { return p; }
+};
+
 // B rows of T tokens; or, if `offsets` (B + 1,) is given, B segments in one array of T tokens.
 struct GaeJob {
   const uint8_t* mask;
-  const int64_t* offsets;
+  Offsets offsets;
   float *advantages, *returns;
   int64_t B, T;
   float gamma, decay, gamma_minus_decay;  // decay = gamma * lam
   int chunk_log2;                         // a chunk has 2^chunk_log2 tokens; 0: rows are not split
   Affine* chunk_maps;                     // the map of each chunk
+  bool waits_for_masks;                   // before the first tokens are loaded
 };
 
 // The tokens that a team of warps scans: a row, or a chunk of it.
@@ -91,6 +104,8 @@ __device__ __forceinline__ Span find_span(const GaeJob& job, int64_t index) {
 
 // Fills any GPU several times over; blocks loop over the rest of the rows.
 constexpr int64_t max_blocks = 2048;
+// More than an H100 has at once. With so many, others hide a block's first two trips to memory.
+constexpr int64_t full_gpu_blocks = 1024;
 
 struct LaunchPlan {
   int warps_per_span;
@@ -125,12 +140,12 @@ inline int chunk_log2_of(int64_t chunk_length) {
   return -1;
 }
 
-// `offsets` is 0 if all rows have T tokens; `chunk_length` is 0 if rows are not split.
-inline GaeJob make_job(uintptr_t mask, uintptr_t offsets, uintptr_t advantages, uintptr_t returns, uintptr_t chunk_maps,
-                       int64_t chunk_length, int64_t B, int64_t T, float gamma, float lam) {
+// `offsets` are null if all rows have T tokens; `chunk_length` is 0 if rows are not split.
+inline GaeJob make_job(uintptr_t mask, const Offsets& offsets, uintptr_t advantages, uintptr_t returns,
+                       uintptr_t chunk_maps, int64_t chunk_length, int64_t B, int64_t T, float gamma, float lam) {
   GaeJob job;
   job.mask = ptr<const uint8_t>(mask);
-  job.offsets = ptr<const int64_t>(offsets);
+  job.offsets = offsets;
   job.advantages = ptr<float>(advantages);
   job.returns = ptr<float>(returns);
   job.B = B;
@@ -140,6 +155,7 @@ inline GaeJob make_job(uintptr_t mask, uintptr_t offsets, uintptr_t advantages, 
   job.gamma_minus_decay = gamma - job.decay;
   job.chunk_log2 = chunk_log2_of(chunk_length);
   job.chunk_maps = ptr<Affine>(chunk_maps);
+  job.waits_for_masks = B > full_gpu_blocks;
   return job;
 }
 

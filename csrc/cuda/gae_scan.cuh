@@ -14,9 +14,9 @@
 //
 // Floor: one load of every input and one store of every output; a lane's 4 tokens are one load of 16 bytes. If a row
 // does not start at a multiple of 16 bytes, lanes load single tokens, neighbours from neighbouring lanes, and transpose
-// them in shared memory. The mask is loaded one step ahead: if 4 tokens are masked, nothing else is loaded. The inputs
-// of the next step are loaded before this step is scanned. Chunks load their tokens twice, the second time mostly from
-// the L2 cache.
+// them in shared memory. The mask is loaded one step ahead: if 4 tokens are masked, nothing else is loaded. Only where
+// a GPU is not full is the first step's mask not waited for. The inputs of the next step are loaded before this step is
+// scanned. Chunks load their tokens twice, the second time mostly from the L2 cache.
 //
 // Deterministic: the order in which maps are composed depends on a token's place in its row alone, not on padding,
 // other rows, alignment or W. In a tile without masked tokens all a are powers of one number, so only b is shuffled.
@@ -25,7 +25,12 @@
 
 namespace {
 
-// The inputs of a lane's 4 tokens, the values first.
+// The bits of the inputs of a lane's 4 tokens, the values first.
+template <int num_inputs>
+struct LaneBits {
+  uint4 x[num_inputs];
+};
+// The inputs themselves.
 template <int num_inputs>
 struct LaneInputs {
   float x[num_inputs][tokens_per_lane];
@@ -59,7 +64,7 @@ struct SpanAccess {
         lane(threadIdx.x % warp_size) {
     uintptr_t addresses = reinterpret_cast<uintptr_t>(job.mask + begin) * 4;
     addresses |= reinterpret_cast<uintptr_t>(job.advantages + begin) | reinterpret_cast<uintptr_t>(job.returns + begin);
-    for (int k = 0; k < Source::num_inputs; ++k) addresses |= reinterpret_cast<uintptr_t>(source.input[k] + begin);
+    for (int k = 0; k < Source::num_inputs; ++k) addresses |= source.input[k].alignment(begin);
     aligned = addresses % 16 == 0;
   }
 
@@ -84,26 +89,32 @@ struct SpanAccess {
     return bits;
   }
 
-  __device__ __forceinline__ LaneInputs<Source::num_inputs> load(int64_t start, unsigned mask) const {
-    LaneInputs<Source::num_inputs> inputs = {};
-    if (!mask) return inputs;
+  // Returns a bit for each of the 4 tokens that the lane loads of the tile at `start`: 1 if it exists.
+  __device__ __forceinline__ unsigned existing(int64_t start) const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < tokens_per_lane; ++i) bits |= unsigned(token(start, i) < length) << i;
+    return bits;
+  }
+
+  // Loads nothing if all bits of `mask` are 0.
+  __device__ __forceinline__ LaneBits<Source::num_inputs> load(int64_t start, unsigned mask) const {
+    LaneBits<Source::num_inputs> bits = {};
+    if (!mask) return bits;
     if (is_vector(start)) {
 #pragma unroll
-      for (int k = 0; k < Source::num_inputs; ++k) {
-        const float4 v = *reinterpret_cast<const float4*>(source.input[k] + begin + token(start, 0));
-        inputs.x[k][0] = v.x;
-        inputs.x[k][1] = v.y;
-        inputs.x[k][2] = v.z;
-        inputs.x[k][3] = v.w;
-      }
+      for (int k = 0; k < Source::num_inputs; ++k) bits.x[k] = source.input[k].load4(begin + token(start, 0));
     } else {
 #pragma unroll
-      for (int k = 0; k < Source::num_inputs; ++k) {
-#pragma unroll
-        for (int i = 0; i < tokens_per_lane; ++i)
-          if (mask >> i & 1) inputs.x[k][i] = source.input[k][begin + token(start, i)];
-      }
+      for (int k = 0; k < Source::num_inputs; ++k)
+        bits.x[k] = source.input[k].load_each(mask, [&](int i) { return begin + token(start, i); });
     }
+    return bits;
+  }
+  __device__ __forceinline__ LaneInputs<Source::num_inputs> unpack(const LaneBits<Source::num_inputs>& bits) const {
+    LaneInputs<Source::num_inputs> inputs;
+#pragma unroll
+    for (int k = 0; k < Source::num_inputs; ++k) source.input[k].unpack(bits.x[k], inputs.x[k]);
     return inputs;
   }
 
@@ -249,10 +260,11 @@ __global__ void __launch_bounds__(scan_threads(W), scan_blocks_per_sm(W, Source:
     if (job.chunk_log2) carry = carry_into(job, span, carry);
     int64_t start = (span.length - 1) / (W * tile) * (W * tile) + team_warp * tile;
     unsigned mask = access.load_mask(start), next_mask = access.load_mask(start - W * tile);
-    LaneInputs<Source::num_inputs> inputs = access.load(start, mask);
+    LaneBits<Source::num_inputs> bits = access.load(start, job.waits_for_masks ? mask : access.existing(start));
     for (; start >= 0; start -= W * tile) {
-      LaneInputs<Source::num_inputs> next_inputs = access.load(start - W * tile, next_mask);
+      const LaneBits<Source::num_inputs> next_bits = access.load(start - W * tile, next_mask);
       const unsigned mask_after_next = access.load_mask(start - 2 * W * tile);
+      LaneInputs<Source::num_inputs> inputs = access.unpack(bits);
       const unsigned lane_mask = access.transpose(mask, inputs);
       const LaneTokens tokens = make_tokens(source, job, inputs, lane_mask, row_kl);
       const Affine f = scan_tile(tokens, job.decay, decay_to_end);
@@ -281,7 +293,7 @@ __global__ void __launch_bounds__(scan_threads(W), scan_blocks_per_sm(W, Source:
       access.store(job.advantages, start, advantage);
       access.store(job.returns, start, ret);
       source.on_tile(shared, lane_mask, advantage, ret);
-      inputs = next_inputs;
+      bits = next_bits;
       mask = next_mask;
       next_mask = mask_after_next;
     }
@@ -306,7 +318,7 @@ __global__ void __launch_bounds__(max_warps* warp_size) chunk_map_kernel(const G
   int64_t start = warp * warp_tokens + warp_tokens - tile;
   unsigned mask = access.load_mask(start);
   for (; start >= warp * warp_tokens; start -= tile) {
-    LaneInputs<Source::num_inputs> inputs = access.load(start, mask);
+    LaneInputs<Source::num_inputs> inputs = access.unpack(access.load(start, mask));
     const unsigned next_mask = start > warp * warp_tokens ? access.load_mask(start - tile) : 0;
     const unsigned lane_mask = access.transpose(mask, inputs);
     const LaneTokens tokens = make_tokens(source, job, inputs, lane_mask, unused_kl);
@@ -337,25 +349,5 @@ const char* launch_rows(const GaeJob& job, const Source& source, const LaunchPla
   if (plan.warps_per_span == 4) return launch_scan<4>(job, source, plan, stream);
   return launch_scan<max_warps>(job, source, plan, stream);
 }
-
-// The source of gae and gae_packed: rewards are given.
-struct GivenRewards {
-  static constexpr int num_inputs = 2, blocks_per_sm = 4;  // 4 blocks of 8 warps leave 64 registers a thread
-  struct Shared {};
-  const float* input[num_inputs];  // values, rewards
-  const float* bootstrap;
-
-  __device__ __forceinline__ float carry_into_row(int64_t row, const GaeJob& job) const {
-    return bootstrap ? job.gamma * bootstrap[row] : 0.f;
-  }
-  __device__ __forceinline__ float reward(const float (&x)[num_inputs], float&) const { return x[1]; }
-  __device__ __forceinline__ void on_block_start(Shared&) const {}
-  __device__ __forceinline__ void on_tile(Shared&, unsigned, const float (&)[tokens_per_lane],
-                                          const float (&)[tokens_per_lane]) const {}
-  template <int W>
-  __device__ __forceinline__ void on_span_end(Shared&, const GaeJob&, const Span&, float) const {}
-  template <int num_warps>
-  __device__ __forceinline__ void on_block_end(Shared&) const {}
-};
 
 }  // namespace

@@ -1,12 +1,12 @@
 // KL-shaped rewards, advantages, returns and their moments on NVIDIA GPUs; kernels/ppo_advantages.py defines them,
 // gae_scan.cuh holds the scan.
 //
-// Floor: 13 bytes in (two log-probabilities, value, mask) and 8 out per token, in two launches: the second merges the
-// moments of the first one's blocks. A few long rows load their tokens twice, in three launches.
+// Floor: 13 bytes in (two log-probabilities, value, mask; 7 in 16 bits) and 8 out per token, in one launch. A few long
+// rows load their tokens twice, in two launches.
 //
 //     a warp     moments of a tile while it is in registers, merged into the warp's own in shared memory
 //     a block    merges its warps' moments into column blockIdx.x of `partials`
-//     finish     one block merges the columns
+//     finish     the block that ends last merges the columns
 //
 // A tile's moments are computed from distances to one of its own numbers, so they keep their digits when the mean is
 // large beside the spread. Moments merge by Chan's rule, in double, in an order that depends on the shapes alone, so
@@ -68,31 +68,34 @@ __device__ __forceinline__ void store_moments(double* partials, int64_t num_bloc
   partials[4 * num_blocks] = m.m2[1];
 }
 __device__ __forceinline__ Moments load_moments(const double* partials, int64_t num_blocks) {
-  return {partials[0],
-          {partials[num_blocks], partials[3 * num_blocks]},
-          {partials[2 * num_blocks], partials[4 * num_blocks]}};
+  return {__ldcg(partials),
+          {__ldcg(partials + num_blocks), __ldcg(partials + 3 * num_blocks)},
+          {__ldcg(partials + 2 * num_blocks), __ldcg(partials + 4 * num_blocks)}};
 }
 
 // The source of ppo_advantages: the reward is -kl_coef times the KL estimate; the row's score comes in with the carry.
 // IS_K3: k3 takes an exponential, and so many registers that it has a kernel of its own.
-template <bool IS_K3>
+template <bool IS_K3, int DTYPE>
 struct KlRewards {
   static constexpr int num_inputs = 3, blocks_per_sm = IS_K3 ? 3 : 4;
   struct Shared {
     Moments warp_moments[max_warps];  // not in registers: they would take too many
     float warp_kl[max_warps];
   };
-  const float* input[num_inputs];  // values, logprobs, ref_logprobs
-  const float *scores, *bootstrap;
-  float* kl;  // (B,)
+  Input<DTYPE> input[num_inputs];  // values, logprobs, ref_logprobs
+  Input<ANY_DTYPE> scores, bootstrap;
+  float *kl, *stats;  // (B,), (5,)
   double* partials;
+  unsigned* ticket;        // of `is_last_block`
+  int64_t chunks_per_row;  // 0 if rows are not split
+  int64_t B;
   float kl_coef, score_clip;
   KlEstimator estimator;
 
   __device__ __forceinline__ float carry_into_row(int64_t row, const GaeJob& job) const {
-    float score = scores[row];
+    float score = scores.load(row);
     if (score_clip > 0.f) score = clamp(score, -score_clip, score_clip);
-    return bootstrap ? fmaf(job.gamma, bootstrap[row], score) : score;
+    return bootstrap.p ? fmaf(job.gamma, bootstrap.load(row), score) : score;
   }
   __device__ __forceinline__ float estimate(float log_ratio) const {
     if (IS_K3) return kl_estimate<KlEstimator::K3>(log_ratio);
@@ -166,63 +169,70 @@ struct KlRewards {
   __device__ __forceinline__ void on_block_end(Shared& shared) const {
     const Moments block_moments = merge_warps<num_warps>(shared.warp_moments);
     if (threadIdx.x == 0) store_moments(partials + blockIdx.x, gridDim.x, block_moments);
+    if (is_last_block(ticket)) finish<num_warps>(shared);
+  }
+  // All threads of one block merge the blocks' moments into `stats`. If rows are split, they add up the KL of each
+  // row's chunks.
+  template <int num_warps>
+  __device__ __forceinline__ void finish(Shared& shared) const {
+    const int64_t num_blocks = gridDim.x;
+    Moments moments = {};
+    for (int64_t i = threadIdx.x; i < num_blocks; i += blockDim.x)
+      merge(moments, load_moments(partials + i, num_blocks));
+    for (int64_t row = threadIdx.x; chunks_per_row && row < B; row += blockDim.x) {
+      double sum = 0;
+      for (int64_t i = 0; i < chunks_per_row; ++i) sum += __ldcg(partials + 5 * num_blocks + row * chunks_per_row + i);
+      kl[row] = float(sum);
+    }
+    merge_lanes<warp_size>(moments);
+    if (threadIdx.x % warp_size == 0) shared.warp_moments[threadIdx.x / warp_size] = moments;
+    moments = merge_warps<num_warps>(shared.warp_moments);
+    if (threadIdx.x) return;
+    stats[0] = float(moments.count);
+    stats[1] = float(moments.mean[0]);
+    stats[2] = float(moments.m2[0]);
+    stats[3] = float(moments.mean[1]);
+    stats[4] = float(moments.m2[1]);
   }
 };
 
-constexpr int finish_warps = 8;
-
-// Merges the blocks' moments into `stats`. If rows are split, it adds up the KL of each row's chunks;
-// `chunks_per_row` is 0 if they are not.
-__global__ void __launch_bounds__(finish_warps* warp_size)
-    finish_kernel(const double* partials, int64_t num_blocks, float* stats, float* kl, int64_t B,
-                  int64_t chunks_per_row) {
-  __shared__ Moments warp_moments[finish_warps];
-  Moments moments = {};
-  for (int64_t i = threadIdx.x; i < num_blocks; i += blockDim.x) merge(moments, load_moments(partials + i, num_blocks));
-  for (int64_t row = threadIdx.x; chunks_per_row && row < B; row += blockDim.x) {
-    double sum = 0;
-    for (int64_t i = 0; i < chunks_per_row; ++i) sum += partials[5 * num_blocks + row * chunks_per_row + i];
-    kl[row] = float(sum);
-  }
-  merge_lanes<warp_size>(moments);
-  if (threadIdx.x % warp_size == 0) warp_moments[threadIdx.x / warp_size] = moments;
-  moments = merge_warps<finish_warps>(warp_moments);
-  if (threadIdx.x) return;
-  stats[0] = float(moments.count);
-  stats[1] = float(moments.mean[0]);
-  stats[2] = float(moments.m2[0]);
-  stats[3] = float(moments.mean[1]);
-  stats[4] = float(moments.m2[1]);
-}
-
 // partials: memory for 6 numbers of each of `max_partials` blocks.
-const char* ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values, uintptr_t scores,
-                           uintptr_t mask, uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns,
-                           uintptr_t stats, uintptr_t kl, uintptr_t partials, int64_t max_partials,
+const char* ppo_advantages(uintptr_t logprobs, int logprobs_code, uintptr_t ref_logprobs, int ref_logprobs_code,
+                           uintptr_t values, int values_code, uintptr_t scores, int scores_code, uintptr_t mask,
+                           uintptr_t bootstrap, int bootstrap_code, uintptr_t advantages, uintptr_t returns,
+                           uintptr_t stats, uintptr_t kl, uintptr_t partials, int64_t max_partials, uintptr_t ticket,
                            uintptr_t chunk_maps, int64_t chunk_length, int64_t B, int64_t T, float kl_coef,
                            int estimator, float gamma, float lam, float score_clip, uintptr_t stream) {
-  const GaeJob job = make_job(mask, 0, advantages, returns, chunk_maps, chunk_length, B, T, gamma, lam);
+  GaeJob job = make_job(mask, Offsets{}, advantages, returns, chunk_maps, B ? chunk_length : 0, B, T, gamma, lam);
   if (job.chunk_log2 < 0) return invalid_chunk;
-  const LaunchPlan plan = plan_launch(job, T, max_partials);
+  LaunchPlan plan = plan_launch(job, T, max_partials);
+  if (B == 0) plan.blocks = 1;  // it writes the statistics
   if (plan.blocks > max_partials) return "there are more blocks than memory for their moments";
   const auto scan = [&](auto source) {
-    source.input[0] = ptr<const float>(values);
-    source.input[1] = ptr<const float>(logprobs);
-    source.input[2] = ptr<const float>(ref_logprobs);
-    source.scores = ptr<const float>(scores);
-    source.bootstrap = ptr<const float>(bootstrap);
+    source.input[0] = {ptr<const void>(values), values_code};
+    source.input[1] = {ptr<const void>(logprobs), logprobs_code};
+    source.input[2] = {ptr<const void>(ref_logprobs), ref_logprobs_code};
+    source.scores = {ptr<const void>(scores), scores_code};
+    source.bootstrap = {ptr<const void>(bootstrap), bootstrap_code};
     source.kl = ptr<float>(kl);
+    source.stats = ptr<float>(stats);
     source.partials = ptr<double>(partials);
+    source.ticket = ptr<unsigned>(ticket);
+    source.chunks_per_row = job.chunk_log2 ? num_chunks(job, T) : 0;
+    source.B = B;
     source.kl_coef = kl_coef;
     source.score_clip = score_clip;
     source.estimator = KlEstimator(estimator);
     return launch_rows(job, source, plan, stream);
   };
-  if (const char* error =
-          KlEstimator(estimator) == KlEstimator::K3 ? scan(KlRewards<true>{}) : scan(KlRewards<false>{}))
-    return error;
-  return launch(finish_kernel, 1, finish_warps * warp_size, 0, stream, ptr<const double>(partials),
-                int64_t(plan.blocks), ptr<float>(stats), ptr<float>(kl), B, job.chunk_log2 ? num_chunks(job, T) : 0);
+  const bool is_k3 = KlEstimator(estimator) == KlEstimator::K3;
+  CommonDtype common;
+  common.add(ptr<void>(values), values_code);
+  common.add(ptr<void>(logprobs), logprobs_code);
+  common.add(ptr<void>(ref_logprobs), ref_logprobs_code);
+  if (common.dtype == FLOAT32) return is_k3 ? scan(KlRewards<true, FLOAT32>{}) : scan(KlRewards<false, FLOAT32>{});
+  if (common.dtype == BFLOAT16) return is_k3 ? scan(KlRewards<true, BFLOAT16>{}) : scan(KlRewards<false, BFLOAT16>{});
+  return is_k3 ? scan(KlRewards<true, ANY_DTYPE>{}) : scan(KlRewards<false, ANY_DTYPE>{});
 }
 
 KERNEL(ppo_advantages)

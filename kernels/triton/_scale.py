@@ -16,14 +16,28 @@ PROGRAMS_PER_SM = 8
 
 
 @triton.jit
-def scale_kernel(x, factor, N, BLOCK: tl.constexpr):
-    """Multiply x (N,) by the number `factor`, unless it is 1."""
+def scale_one(x, factor, N, BLOCK: tl.constexpr):
     f = tl.load(factor).to(tl.float32)
     if f != 1.0:
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, N, tl.num_programs(0) * BLOCK):
             index = start + tl.arange(0, BLOCK)
             y = tl.load(x + index, mask=index < N, other=0.0).to(tl.float32)
             tl.store(x + index, launch.cast(f * y, x.dtype.element_ty), mask=index < N)
+
+
+@triton.jit
+def scale_kernel(x, factor, N, BLOCK: tl.constexpr):
+    """Multiply x (N,) by the number `factor`, unless it is 1."""
+    scale_one(x, factor, N, BLOCK)
+
+
+@triton.jit
+def scale_two_kernel(x, factor, y, y_factor, N, BLOCK: tl.constexpr):
+    """Multiply x (N,) and y (N,), which may be None, each by its number, unless that is 1."""
+    if x is not None:
+        scale_one(x, factor, N, BLOCK)
+    if y is not None:
+        scale_one(y, y_factor, N, BLOCK)
 
 
 def can_scale(x: Tensor) -> bool:
@@ -37,3 +51,13 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     programs = min(triton.cdiv(N, BLOCK), PROGRAMS_PER_SM * launch.num_sms(x))
     meta = {"BLOCK": BLOCK, "num_warps": launch.num_warps_for(BLOCK)}
     launch.run(scale_kernel, (programs,), x, factor, N, **meta)
+
+
+def scale_two_in_place(tensors: list[Tensor | None], factors: list[Tensor | None]) -> None:
+    """Multiply each of two dense tensors of one size by its factor in one launch; None is left out."""
+    first = next(x for x in tensors if x is not None)
+    N = first.numel()
+    programs = min(triton.cdiv(N, BLOCK), PROGRAMS_PER_SM * launch.num_sms(first))
+    meta = {"BLOCK": BLOCK, "num_warps": launch.num_warps_for(BLOCK)}
+    (x, y), (factor, y_factor) = tensors, factors
+    launch.run(scale_two_kernel, (programs,), x, factor, y, y_factor, N, **meta)

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._ppo_loss import IMPORTANCE_MODES, STATS, Inputs
 from rlhf_fast.kernels._tensors import contiguous, empty_float32
-from rlhf_fast.kernels.ppo_loss import IMPORTANCE_MODES, STATS
+from rlhf_fast.kernels.ppo_loss import empty_grads
 from rlhf_fast.kernels.triton import _ppo as ppo
 from rlhf_fast.kernels.triton import launch
 
@@ -164,13 +165,13 @@ def ppo_loss_kernel(
             ratio_max = tl.maximum(ratio_max, tl.max(tl.where(valid, ratio, float("-inf")), axis=1))
             ratio_min = tl.minimum(ratio_min, tl.min(tl.where(valid, ratio, float("inf")), axis=1))
             if logprob_grads is not None:
-                tl.store(logprob_grads + index, grad, mask=inside)
+                tl.store(logprob_grads + index, launch.cast(grad, logprob_grads.dtype.element_ty), mask=inside)
         if tokens.value is not None:
             loss, grad, terms = value_terms(value_w, value, old_value, target, value_clip, CLIP)
             value_loss = add_terms(value_loss, (loss,), 1)
             value_stats = add_terms(value_stats, terms, 5)
             if value_grads is not None:
-                tl.store(value_grads + index, grad, mask=inside)
+                tl.store(value_grads + index, launch.cast(grad, value_grads.dtype.element_ty), mask=inside)
     sums = policy_stats + value_stats + policy_loss + value_loss
     part = parts + tl.program_id(0)
     stride = tl.num_programs(0)
@@ -201,33 +202,30 @@ def ppo_loss_merge_kernel(parts, policy_loss, value_loss, stats, programs, BLOCK
         tl.store(value_loss, (0.5 * total).to(tl.float32), mask=i == NUM_SUMS + 1)
 
 
-def run_kernels(args: tuple, needs_logprob_grads: bool, needs_value_grads: bool):
+def run_kernels(args: tuple, needs_grad: tuple[bool, bool], round_grads: bool):
     """Return both losses, stats, and a list of the gradients of logprobs and values, None where not needed."""
-    *tensors, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap, importance_mode = args
-    tokens = Tokens(*contiguous(*tensors))
+    x = Inputs(*args)
+    tokens = Tokens(*contiguous(*x.tensors))
     if tokens.weights.dtype == torch.float64:
         raise Unsupported("no Triton kernel for float64")
     if tokens.value is not None and tokens.value_weights is None:
         tokens = tokens._replace(value_weights=tokens.weights)
-    clip = ppo.ClipBounds.of(clip_low, clip_high, dual_clip, log_ratio_clamp)
+    clip = ppo.ClipBounds.of(x.clip_low, x.clip_high, x.dual_clip, x.log_ratio_clamp)
     weights = tokens.weights
     N = weights.numel()
-    grads = [
-        empty_float32(weights, *weights.shape) if is_needed else None
-        for is_needed in (needs_logprob_grads, needs_value_grads)
-    ]
+    grads = empty_grads(x, needs_grad, round_grads)
     programs = max(1, min(MAX_PROGRAMS, triton.cdiv(N, THREADS * TOKENS_PER_THREAD)))
     parts = empty_float32(weights, NUM_PARTS, programs)
     outputs = (empty_float32(weights), empty_float32(weights), empty_float32(weights, len(STATS)))
     meta = {
-        "DUAL": dual_clip > 0,
-        "CLIP": value_clip > 0,
-        "MASK": importance_mode == IMPORTANCE_MODES[1],
+        "DUAL": x.dual_clip > 0,
+        "CLIP": x.value_clip > 0,
+        "MASK": x.importance_mode == IMPORTANCE_MODES[1],
         "THREADS": THREADS,
         "TOKENS_PER_THREAD": TOKENS_PER_THREAD,
         "num_warps": THREADS // 32,
     }
-    options = (clip, value_clip, importance_cap)
+    options = (clip, x.value_clip, x.importance_cap)
     launch.run(ppo_loss_kernel, (programs,), tokens, *grads, parts, N, *options, **meta)
     block = launch.block_size(programs)
     meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 8)}
@@ -236,9 +234,9 @@ def run_kernels(args: tuple, needs_logprob_grads: bool, needs_value_grads: bool)
 
 
 def ppo_loss(*args):
-    return run_kernels(args, False, False)[:3]
+    return run_kernels(args, (False, False), False)[:3]
 
 
 def ppo_loss_with_gradients(*args):
-    *outputs, grads = run_kernels(args[:-2], *args[-2:])
+    *outputs, grads = run_kernels(args[:-3], args[-3:-1], args[-1])
     return *outputs, *(outputs[2].new_empty(0) if grad is None else grad for grad in grads)
