@@ -32,11 +32,11 @@ WARM, TIMED, PROFILED = 8, 24, 8  # steps of one rollout
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Amounts that are measured."""
 
     context: int = 512
     steps: tuple = (("135M", 64), ("1B", 64), ("135M", 1), ("1B", 1), ("1B", 256), ("135M", 8), ("135M", 256))
-    rollout: tuple[int, int, int] = (64, 128, 128)
+    rollout: tuple[int, int, int] = (64, 128, 48)
     """prompts, tokens of each, new tokens"""
     prefill: tuple[int, int] = (64, 512)
     rounds: int = 1
@@ -142,6 +142,18 @@ def step_profile(run: Run, model: Model, shape: dict, batch: int, sizes: Sizes) 
     return profile.found._asdict() if profile.found else {}
 
 
+def prefill_profile(run: Run, model: Model, shape: dict, sizes: Sizes) -> dict:
+    """Return launches, busy seconds and kernels of prefill and the first token of each prompt."""
+    batch, length = sizes.prefill
+    rollout, given = Rollout(model, settings(batch, 1)), prompts(shape, batch, length)
+    rollout.generate(given)
+    profiler = Profiler(run.options.device)
+    profiler.start()
+    rollout.generate(given)
+    found = profiler.stop(1)
+    return found._asdict() if found else {}
+
+
 def transformers_generate(model: Model, given: Prompts, new: int) -> None:
     """Sample exactly `new` tokens a prompt by transformers' own loop and cache."""
     ids = torch.tensor(given.tokens, device=model.device)
@@ -223,7 +235,10 @@ class Bench:
         for name in self.shapes:
             run.measure(f"rollout {name}", self.rollout, name)
         run.measure("prefill 1B", self.prefill, "1B")
-        for row in steps:
+        for row in steps[:2]:
+            run.measure(f"{row['row']}, profile", self.profile, row)
+        run.measure("prefill 1B, profile", self.prefill_profile, "1B")
+        for row in steps[2:]:
             run.measure(f"{row['row']}, profile", self.profile, row)
 
     def model_of(self, name: str) -> Model:
@@ -243,6 +258,10 @@ class Bench:
 
     def prefill(self, name: str) -> None:
         self.run.add(prefill_row(self.run, name, self.model_of(name), self.shapes[name], self.sizes))
+
+    def prefill_profile(self, name: str) -> None:
+        row = next(row for row in self.run.rows if row["row"].startswith("prefill"))
+        self.run.extend(row, prefill_profile(self.run, self.model_of(name), self.shapes[name], self.sizes))
 
     def profile(self, row: dict) -> None:
         model, shape = self.model_of(row["model"]), self.shapes[row["model"]]

@@ -1,4 +1,4 @@
-"""What runs on the device in a span of time: how many kernels, which, and for how long, by torch's profiler."""
+"""Count and time what runs on the device in a span of time, kernel by kernel, by torch's profiler."""
 
 from collections import defaultdict
 from typing import NamedTuple

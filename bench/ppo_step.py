@@ -36,7 +36,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the losses, the gr
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Amounts that are measured."""
 
     shape: dict
     prompt: int = 256
@@ -180,8 +180,11 @@ def checked(errors: dict[str, float], tolerance: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser: argparse.ArgumentParser = parser_of(__doc__.partition("\n")[0])
     parser.add_argument("--dtype", default="bfloat16,float32", help="float32 is the stages' default")
+    parser.add_argument("--micro-batch-tokens", type=int, help="tokens of a forward and backward pass (default: 8192)")
     options = parser.parse_args(arguments)
     run, sizes = Run("ppo_step", options), TINY_SIZES if options.tiny else Sizes(SMOLLM2_135M)
+    if options.micro_batch_tokens:
+        sizes = replace(sizes, micro_batch_tokens=options.micro_batch_tokens)
     benches: list[Bench] = []
 
     def phases(dtype: str) -> None:

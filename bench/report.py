@@ -214,19 +214,33 @@ def few_columns(found: dict) -> list[str]:
     return aligned([[line[i] for i in kept] for line in [header, *lines]])
 
 
+def facts_markdown(facts: dict) -> str:
+    """Return the list of bench/gpu_facts.py's facts."""
+    lines = []
+    for name, value in facts.items():
+        shown = ", ".join(f"{key} {number}" for key, number in value.items()) if isinstance(value, dict) else value
+        lines.append(f"- {name}: {shown}")
+    return "\n".join([*lines, ""])
+
+
+def to_markdown(found: dict) -> str:
+    """Return a file's contents as Markdown: of the ops, of a whole-program bench, or facts."""
+    if "bench" in found:
+        return whole_markdown(found)
+    if "rows" in found:
+        return op_markdown(found["machine"], found["rows"], found["notes"])
+    return facts_markdown(found)
+
+
 def main() -> int:
     whole = "--markdown" in sys.argv
     for path in [Path(argument) for argument in sys.argv[1:] if argument != "--markdown"]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if whole:
-            print(
-                whole_markdown(found)
-                if "bench" in found
-                else op_markdown(found["machine"], found["rows"], found["notes"])
-            )
-            continue
-        print("\n".join(few_columns(found)))
-        print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
+            print(f"## {path.stem}\n\n{to_markdown(found)}")
+        elif "rows" in found:
+            print("\n".join(few_columns(found)))
+            print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
     return 0
 
 

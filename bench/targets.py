@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from rlhf_fast.bench.report import duration
+
 BF16 = (torch.bfloat16,)
 BOTH = (torch.float32, torch.bfloat16)
 
@@ -38,7 +40,7 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         goals = [self.goal, self.cuda] if self.cuda else [self.goal]
-        shown = [f"{100 * g:.0f} %" if self.of == "share" else f"{g * 1e6:.4g} us" for g in goals]
+        shown = [f"{100 * g:.0f} %" if self.of == "share" else duration(g) for g in goals]
         return " / CUDA ".join(shown) + (" on the device" if self.of == "device" else "")
 
 
@@ -52,6 +54,9 @@ TARGETS = [
     Target("decode_attention", {"lengths": (2048,) * 64, **LLAMA_1B, "d": 128}, False, "share", 0.8),
     Target("decode_attention", {"lengths": (2048,) * 64, **LLAMA_1B}, False, "share", 0.8),
     Target("decode_attention", {"lengths": (2048,) * 64, **SMOLLM2_135M}, False, "share", 0.8),
+    Target("decode_attention", {"lengths": (512,) * 64, **LLAMA_1B}),
+    Target("decode_attention", {"lengths": (512,) * 64, **SMOLLM2_135M}),
+    Target("decode_attention", {"lengths": (512,), **LLAMA_1B}),
     Target("sample_tokens", {"B": 256, "V": 128256, "top_p": 0.9}, False, "device", 80e-6),
     Target("sample_tokens", {"B": 256, "V": 128256}),
     Target("linear_cross_entropy", LARGE_HEAD, True, "seconds", 44e-3, chunk=2048),

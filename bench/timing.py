@@ -217,16 +217,16 @@ class Gpu:
         The device sleeps while the host queues the call, so that the host's time does not count.
         """
         torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(2e9 * (1.5 * (time.perf_counter() - begun) + 1e-3)))  # at about 2 GHz
-        start.record()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(2e9 * (1.5 * (time.perf_counter() - start) + 1e-3)))  # at about 2 GHz
+        before.record()
         call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
 
     def product_rate(self) -> float:
         """Return FLOP/s of torch's bfloat16 matrix product."""

@@ -1,4 +1,4 @@
-"""What the whole-program benches (decode_step, ppo_step) share: options, rows saved as they are made, a deadline."""
+"""Share options, rows saved as they are made, and a deadline among decode_step and ppo_step, whole-program benches."""
 
 import argparse
 import json

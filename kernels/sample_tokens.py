@@ -8,6 +8,9 @@ from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._sampling import SamplingOptions, empty_outputs, normalize_options, sample_reference
 from rlhf_fast.kernels._tensors import as_matrix, contiguous
 
+BLOCKS_PER_SM = 6  # of the filters' CUDA kernels: two rounds of sample_kept_kernel's three
+MIN_SPLIT = 4096  # tokens of a row that are worth a block
+
 
 def _fake(logits, *_options):
     return empty_outputs(logits.shape[:1], logits)
@@ -96,11 +99,22 @@ def _(kernels, logits, *args):
     threads = kernels.sample_tokens_max_threads if V > 1024 else 64
     tiles = -(-V // (kernels.sample_tokens_per_thread * threads))
     tile_results = torch.empty(B, tiles, kernels.sample_tokens_tile_bytes, dtype=torch.uint8, device=logits.device)
+    filter_states, splits = None, 1
+    if not all(option is None for option in options[1:]):
+        states = (B, kernels.sample_tokens_state_bytes)
+        filter_states = torch.empty(states, dtype=torch.uint8, device=logits.device)
+        splits = min(_filter_splits(B, V, logits), kernels.sample_tokens_max_splits)
     kernels.sample_tokens(
         logits.data_ptr(), code, B, V, logits.stride(0), *data_ptrs(*options), seed, *data_ptrs(*keys, *outputs),
-        threads, tiles, tile_results.data_ptr(), stream_or_threads(logits),
+        threads, tiles, tile_results.data_ptr(), splits, *data_ptrs(filter_states), stream_or_threads(logits),
     )  # fmt: skip
     return outputs
+
+
+def _filter_splits(B: int, V: int, logits: Tensor) -> int:
+    """Return how many blocks share a row in the filters' CUDA kernels. No bit depends on it."""
+    num_sms = torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 4
+    return max(1, min(BLOCKS_PER_SM * num_sms // B, V // MIN_SPLIT))
 
 
 @sample_tokens.inputs(

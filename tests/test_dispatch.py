@@ -45,6 +45,18 @@ def test_every_op_has_a_kernel_on_a_gpu():
     assert any("Triton; no compiled kernel: " in line for line in listed)
 
 
+def test_triton_is_tried_first_where_it_was_measured_to_be_faster(monkeypatch):
+    op = ops.swiglu
+    monkeypatch.setitem(op.preference, "cuda", ["cuda", "triton", "reference"])
+    monkeypatch.setattr(op, "measured", {})
+    op.prefer_triton("cuda", "3 us, CUDA C++ 4 us (H100)")
+    assert op.preference["cuda"] == ["triton", "cuda", "reference"] and op.chosen("cuda") == "triton"
+    assert op.why("cuda") == "Triton, faster than cuda: 3 us, CUDA C++ 4 us (H100)"
+    monkeypatch.setitem(op.preference, "cuda", ["cuda", "reference"])  # Triton is not installed
+    op.prefer_triton("cuda", "3 us, CUDA C++ 4 us (H100)")
+    assert op.preference["cuda"] == ["cuda", "reference"] and op.why("cuda") == "compiled kernel cuda"
+
+
 def test_without_a_gpu_the_reason_for_no_triton_is_given():
     code = "from rlhf_fast.kernels import _backends; print(_backends.WHY_MISSING['triton'])"
     output = run(code, CUDA_VISIBLE_DEVICES="")

@@ -1,218 +1,336 @@
 // Finds where the filters of sample_tokens cut off a row of logits, without a sort. Top-k, top-p and min-p each keep a
 // prefix of the order (logit falling, index rising); its last token is the cutoff.
 //
-// A block counts, or sums the mass of, the tokens above 8 thresholds within a bracket, and continues in the part of the
-// bracket that has the cutoff:
+//     prepare_filter_kernel  one warp a row: the row's sums and the width of its bins
+//     histogram_kernel       several blocks a row count the tokens in bins of equal width below the largest logit
 //
-//     logit    low      t7    t6      t5   t4       ...        t0      high
-//               |-------|-----|-------|----|--------...--------|--------|
-//                             [ new bracket ): count or mass above t6 reaches the target, above t5 it does not
+//         largest                                                                  low logits
+//         bin 0     bin 1     bin 2     ...               bin 2047     | no bin: of no weight, or far away
+//         |    3    |    0    |   17    |   ...           |   908   |  |
 //
-// When at most one token per thread is left, a token's rank is the number of tokens before it. If more tokens are left
-// and all are equal, the index decides, in the same way. Logits are compared as they are, not divided by the
-// temperature, so ties are those of the input.
+//     bracket_kernel         one block a row chooses the bracket of bins that has the cutoff. Counts decide it for
+//                            top-k. A bin's count and edges bound its mass, and so the bins where the mass may, and
+//                            where it must, reach top-p.
 //
-// Floor: 3 to 5 loads of the row, mostly from the L2 cache. Counts are exact; masses are summed in one fixed order.
+//         |  kept: their mass, their winner   |   bracket   |   not kept    |
+//                                             high         low
+//
+//     sample_kept_kernel     several blocks a row sum and sample the tokens above the bracket and list those in it
+//     finish_filter_kernel   one block a row: ranks the listed tokens, which gives the cutoff, and samples those kept
+//
+// A bin's mass is never summed, so a token costs the histogram one atomic addition of 1. If more tokens than the list
+// holds are in the bracket (ties), the last kernel looks at the row again and narrows the bracket by 256 each time.
+//
+// Floor: two loads of the row. Bits do not depend on the number of blocks: counts are integers, and so are the masses
+// that blocks add, in fixed point. Logits are compared as they are, not divided by the temperature, so ties are those
+// of the input.
 #pragma once
 #include "sample.cuh"
 
 namespace {
 
-constexpr int num_thresholds = 8, max_warps = 16, max_threads = max_warps * warp_size;
+constexpr int num_bins = 2048, max_candidates = 1024, max_splits = 16;
+constexpr int filter_threads = 256, filter_warps = filter_threads / warp_size;
+constexpr int bins_per_thread = num_bins / filter_threads;
+constexpr float lowest_logit = -3.4028235e38f;  // finite: a token of -inf is never kept
+constexpr float top_k_depth = 32.f;             // the bins of a row with top-k reach so far below its largest logit
 
-struct FilterShared {
-  int warp_counts[max_warps][num_thresholds], counts[num_thresholds];
-  double warp_masses[max_warps][num_thresholds], masses[num_thresholds];
-  int num_left;  // tokens left in the bracket
-  float logits[max_threads], sorted_logits[max_threads];
-  int tokens[max_threads], sorted_tokens[max_threads];
-  double sorted_masses[max_threads];
+// Masses relative to that of the largest logit, as integers: the sum of a row is less than 2^63.
+struct FixedPoint {
+  float scale;
+
+  // In the body, because nvcc gives initializers to the host's compiler too, which has no __clz.
+  __device__ explicit FixedPoint(int V) { scale = static_cast<float>(1ll << (30 + __clz(V - 1))); }
+  __device__ __forceinline__ unsigned long long from(float mass) const {
+    return static_cast<unsigned long long>(mass * scale);
+  }
+  __device__ __forceinline__ double to_double(unsigned long long x) const { return static_cast<double>(x) / scale; }
 };
 
-// A row of logits x; z = (x - max_logit) / temperature, and a token's mass is e^z.
-template <class T>
-struct LogitsRow {
-  UnalignedRow<T> row;
+// Bins of a row, by the distance of a logit from the largest one.
+struct Bins {
+  float max_logit, scale;  // scale: bins per unit of logit
+  float width;             // of a bin, in nats
+  // The bin of a logit, num_bins or more if it is below them all: the sum's low bits are an integer.
+  __device__ __forceinline__ unsigned at(float x) const {
+    return __float_as_uint(__fmaf_rn(max_logit - x, scale, 0x1p23f)) - 0x4b000000u;
+  }
+  // Bounds of the mass of a token in a bin. 0.501: at() rounds to the nearest bin, from numbers that are rounded.
+  __device__ __forceinline__ float most_mass(int bin) const {
+    return bin ? __expf(-(bin - 0.501f) * width) * (1 + 1e-5f) : 1.f;
+  }
+  __device__ __forceinline__ float least_mass(int bin) const { return __expf(-(bin + 0.501f) * width) * (1 - 1e-5f); }
+  // The smallest logit in the bins up to this one.
+  __device__ float lowest(int bin) const {
+    if (bin < 0) return INFINITY;
+    if (bin >= num_bins) return lowest_logit;
+    int64_t below = order_key(-INFINITY), inside = order_key(max_logit);
+    while (inside - below > 1) {
+      const int64_t middle = (below + inside) >> 1;
+      (at(from_order_key(middle)) <= static_cast<unsigned>(bin) ? inside : below) = middle;
+    }
+    return from_order_key(inside);
+  }
+};
+
+// With top-p alone, tokens below the bins have at most half of the mass that the filter removes.
+__device__ __forceinline__ Bins make_bins(const SamplingParams& params, const RowSums& sums, int V) {
+  double depth = top_k_depth;
+  if (!params.top_k) depth = log(2. * V / ((1. - params.top_p) * sums.mass)) * params.temperature;
+  const float scale = static_cast<float>(min((num_bins - 1) / depth, 3e38));
+  return {static_cast<float>(sums.max_logit), scale, static_cast<float>(1. / (scale * params.temperature))};
+}
+
+// The tokens in [low, high) have the cutoff, count_above tokens are above.
+struct Bracket {
+  float low, high;
+  int count_above;
+};
+
+// What the kernels know of a row, in global memory.
+struct FilterState {
+  // prepare_filter_kernel
+  SamplingParams params;
+  RowSums sums;
+  Bins bins;
+  float min_p;                  // the smallest logit that passes min-p
+  bool valid, is_on, searches;  // is_on: any filter; searches: top-k or top-p
+
+  // histogram_kernel and sample_kept_kernel add to these; prepare_filter_kernel sets them to 0
+  alignas(16) unsigned counts[num_bins];
+  unsigned long long mass_above;  // of the tokens above the bracket, in fixed point
+  unsigned num_in_bracket;        // the first max_candidates of them, in any order, are listed below
+
+  Bracket bracket;             // of bracket_kernel
+  Candidate best[max_splits];  // of the tokens above the bracket, by the blocks of sample_kept_kernel
+  float logits[max_candidates];
+  int tokens[max_candidates];
+};
+
+// A row's masses e^z, z = (x - max_logit) / temperature.
+struct TokenMass {
   float max_logit;
   double temperature;
   float inverse_temperature;
 
-  // Calls f(v, x) for each vector of this thread: its logits, and the index of the first. Beyond the row they are -inf.
-  template <class F>
-  __device__ __forceinline__ void for_each_vec(F f) const {
-    constexpr int size = vec_size<T>;
-    for (int k = threadIdx.x; k < row.num_vecs(); k += blockDim.x) {
-      float x[size];
-      unpack<T>(row.load(k), x);
-      f(k * size, x);
-    }
-  }
-  __device__ __forceinline__ float fast_mass(float x) const { return __expf((x - max_logit) * inverse_temperature); }
-  __device__ __forceinline__ double exact_mass(float x) const {
+  __device__ explicit TokenMass(const FilterState& state)
+      : max_logit(state.bins.max_logit),
+        temperature(state.params.temperature),
+        inverse_temperature(state.params.inverse_temperature) {}
+  __device__ __forceinline__ float fast(float x) const { return fast_exp((x - max_logit) * inverse_temperature); }
+  __device__ __forceinline__ double exact(float x) const {
     return exp((static_cast<double>(x) - max_logit) / temperature);
   }
 };
 
-// Writes shared.counts[j], the number of tokens with is_above(v, x, j), and with MASS shared.masses[j], the sum of
-// their masses, for every threshold j. A token that is above threshold j must be above threshold j + 1.
-template <bool MASS, class T, class IsAbove>
-__device__ __forceinline__ void mass_above(const LogitsRow<T>& logits, const IsAbove& is_above, FilterShared& shared) {
-  int count[num_thresholds] = {};
-  double mass[num_thresholds] = {};
-  logits.for_each_vec([&](int v, const float (&x)[vec_size<T>]) {
-    float vec_mass[num_thresholds] = {};
-    bool any = false;
-#pragma unroll
-    for (int i = 0; i < vec_size<T>; ++i) {
-      if (!is_above(v + i, x[i], num_thresholds - 1)) continue;
-      any = true;
-      const float p = MASS ? logits.fast_mass(x[i]) : 0.f;
-#pragma unroll
-      for (int j = 0; j < num_thresholds; ++j) {
-        const bool above = is_above(v + i, x[i], j);
-        count[j] += above;
-        vec_mass[j] += above ? p : 0.f;
-      }
-    }
-    if (MASS && any) {
-#pragma unroll
-      for (int j = 0; j < num_thresholds; ++j) mass[j] += vec_mass[j];
-    }
-  });
-  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size, num_warps = blockDim.x / warp_size;
-#pragma unroll
-  for (int j = 0; j < num_thresholds; ++j) {
-    count[j] = warp_reduce<Add>(count[j]);
-    if (MASS) mass[j] = warp_reduce<Add>(mass[j]);
-    if (lane == 0) {
-      shared.warp_counts[warp][j] = count[j];
-      shared.warp_masses[warp][j] = mass[j];
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x < num_thresholds) {
-    int total_count = 0;
-    double total_mass = 0;
-    for (int i = 0; i < num_warps; ++i) {
-      total_count += shared.warp_counts[i][threadIdx.x];
-      total_mass += shared.warp_masses[i][threadIdx.x];
-    }
-    shared.counts[threadIdx.x] = total_count;
-    shared.masses[threadIdx.x] = total_mass;
-  }
-  __syncthreads();
-}
-
-// Returns the cutoff among the tokens with logits in [low, high), at most one per thread: the first token at which the
-// count or mass, `mass_before` of the tokens before them included, reaches `target`.
-template <bool MASS, class T>
-__device__ __forceinline__ Cutoff cutoff_by_rank(const LogitsRow<T>& logits, float low, float high, double mass_before,
-                                                 double target, FilterShared& shared) {
-  if (threadIdx.x == 0) shared.num_left = 0;
-  __syncthreads();
-  logits.for_each_vec([&](int v, const float (&x)[vec_size<T>]) {
-#pragma unroll
-    for (int i = 0; i < vec_size<T>; ++i) {
-      if (!(x[i] >= low && x[i] < high) || v + i >= logits.row.end) continue;
-      const int slot = atomicAdd(&shared.num_left, 1);  // in any order: ranks do not depend on it
-      shared.logits[slot] = x[i];
-      shared.tokens[slot] = v + i;
-    }
-  });
-  __syncthreads();
-  const int num_left = shared.num_left, mine = threadIdx.x;
-  if (mine < num_left) {
-    const float logit = shared.logits[mine];
-    const int token = shared.tokens[mine];
-    int rank = 0;
-    for (int i = 0; i < num_left; ++i)
-      rank += shared.logits[i] > logit || (shared.logits[i] == logit && shared.tokens[i] < token);
-    shared.sorted_logits[rank] = logit;
-    shared.sorted_tokens[rank] = token;
-    shared.sorted_masses[rank] = MASS ? logits.exact_mass(logit) : 1.;
-  }
-  __syncthreads();
-  for (int i = 0; i < mine && i < num_left; ++i) mass_before += shared.sorted_masses[i];
-  const int num_kept = max(1, __syncthreads_count(mine < num_left && mass_before < target));
-  return {shared.sorted_logits[num_kept - 1], shared.sorted_tokens[num_kept - 1]};
-}
-
-// The same among the tokens whose logit is `logit`, by rising index: a search in 9 parts for the index up to which
-// enough of them are counted.
-template <bool MASS, class T>
-__device__ __forceinline__ Cutoff cutoff_among_ties(const LogitsRow<T>& logits, float logit, double mass_before,
-                                                    double target, FilterShared& shared) {
-  const double mass = MASS ? logits.exact_mass(logit) : 1.;
-  const double num_needed = max(1., ceil((target - mass_before) / mass));
-  int low = 0, high = logits.row.end - 1;  // the cutoff's token is in [low, high]
-  while (low < high) {
-    const int64_t first = low, length = high - low;
-    const auto index_at = [&](int j) { return first + length * (j + 1) / (num_thresholds + 1); };
-    mass_above<false>(logits, [&](int v, float x, int j) { return x == logit && v <= index_at(j); }, shared);
-    int j = 0;
-    while (j < num_thresholds && shared.counts[j] < num_needed) ++j;
-    if (j < num_thresholds) high = static_cast<int>(index_at(j));
-    if (j) low = static_cast<int>(index_at(j - 1)) + 1;
-    __syncthreads();
-  }
-  return {logit, low};
-}
-
-// Threshold j of a round, in a bracket [low, high) of order keys. First at fixed distances, in nats, below the largest
-// logit; then in even steps of the logits; from round 5 on in even steps of the order keys, which always narrow the
-// bracket.
+// The sum of the x of all threads before this one, in one fixed order; `total` is that of all.
 template <class T>
-__device__ __forceinline__ float threshold_at(const LogitsRow<T>& logits, int round, int64_t low, int64_t high, int j) {
-  const float bottom = from_order_key(low), top = from_order_key(high);
-  if (round == 0) {
-    constexpr float depths[num_thresholds] = {1.f, 2.f, 3.5f, 5.f, 7.f, 9.f, 12.f, 16.f};
-    return max(logits.max_logit - static_cast<float>(logits.temperature) * depths[j], -3.4e38f);
+__device__ __forceinline__ T block_sum_before(T x, T& total, T* shared) {
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  T sum = x;
+#pragma unroll
+  for (int distance = 1; distance < warp_size; distance *= 2) {
+    const T other = __shfl_up_sync(full_mask, sum, distance);
+    if (lane >= distance) sum += other;
   }
-  if (round < 5 && bottom > -1.7e38f) return max(top - (top - bottom) * (j + 1) / (num_thresholds + 1), bottom);
-  return from_order_key(low + (high - low) * (num_thresholds - j) / (num_thresholds + 1));
+  T before = __shfl_up_sync(full_mask, sum, 1);
+  if (lane == 0) before = 0;
+  __syncthreads();  // until all threads have read the results of the call before
+  if (lane == warp_size - 1) shared[warp] = sum;
+  __syncthreads();
+  T sum_before = 0;
+  total = 0;
+  for (int i = 0; i < filter_warps; ++i) {
+    if (i == warp) sum_before = total;
+    total += shared[i];
+  }
+  return sum_before + before;
 }
 
-// Returns the cutoff at which the number of tokens, or with MASS the sum of their masses, reaches `target`.
-template <bool MASS, class T>
-__device__ __forceinline__ Cutoff find_cutoff(const LogitsRow<T>& logits, double target, FilterShared& shared) {
-  const int64_t end_key = order_key(logits.max_logit) + 1;
-  int64_t low = order_key(-INFINITY), high = end_key;  // the bracket [low, high)
-  int num_left = logits.row.end;                       // tokens in it
-  double mass_before = 0;                              // count or mass above it
-  for (int round = 0;; ++round) {
-    const float bottom = from_order_key(low), top = high == end_key ? INFINITY : from_order_key(high);
-    if (num_left <= 0) return {top, all_equal};  // up to rounding, the mass above the bracket is the target
-    if (num_left <= static_cast<int>(blockDim.x))
-      return cutoff_by_rank<MASS>(logits, bottom, top, mass_before, target, shared);
-    if (high - low <= 1) return cutoff_among_ties<MASS>(logits, bottom, mass_before, target, shared);
-    float thresholds[num_thresholds];
+struct BracketShared {
+  double sums[filter_warps];
+  int counts[filter_warps];
+  int top_k_bin, first_bin, last_bin, count_above;
+  double least_kept, most_kept;  // bounds of the mass that top-k keeps
+  float low, high;
+};
+
+// Returns the bracket of top-k and top-p together.
+__device__ __forceinline__ Bracket choose_bracket(const FilterState& state, int V, BracketShared& shared) {
+  constexpr double error = 2e-6;  // of the sum of all masses, at most
+  const Bins bins = state.bins;
+  const double mass = state.sums.mass;
+  const int64_t top_k = state.params.top_k;
+  const float top_p = state.params.top_p;
+  const int begin = threadIdx.x * bins_per_thread;
+  unsigned count[bins_per_thread];
 #pragma unroll
-    for (int j = 0; j < num_thresholds; ++j) thresholds[j] = threshold_at(logits, round, low, high, j);
-    mass_above<MASS>(
-        logits, [&](int v, float x, int j) { return x >= thresholds[j] && x < top && v < logits.row.end; }, shared);
-    const int64_t old_high = high;
-    int num_above = 0;  // tokens of the old bracket above the new one, and their count or mass
-    double mass = 0;
-    bool found = false;
+  for (int i = 0; i < bins_per_thread; i += 4) {
+    const uint4 vec = *reinterpret_cast<const uint4*>(state.counts + begin + i);
+    count[i] = vec.x;
+    count[i + 1] = vec.y;
+    count[i + 2] = vec.z;
+    count[i + 3] = vec.w;
+  }
+  int num = 0, num_total;
+  double most = 0, least = 0, most_total, least_total;
 #pragma unroll
-    for (int j = 0; j < num_thresholds; ++j) {
-      const double new_mass = MASS ? shared.masses[j] : shared.counts[j];
-      if (found) continue;
-      if (mass_before + new_mass < target) {
-        high = order_key(thresholds[j]);
-        num_above = shared.counts[j];
-        mass = new_mass;
-      } else {
-        low = order_key(thresholds[j]);
-        num_left = shared.counts[j];
-        found = true;
-      }
+  for (int i = 0; i < bins_per_thread; ++i) {
+    num += static_cast<int>(count[i]);
+    most += static_cast<double>(count[i]) * bins.most_mass(begin + i);
+    least += static_cast<double>(count[i]) * bins.least_mass(begin + i);
+  }
+  num = block_sum_before(num, num_total, shared.counts);
+  most = block_sum_before(most, most_total, shared.sums);
+  least = block_sum_before(least, least_total, shared.sums);
+  most_total += static_cast<double>(V - num_total) * bins.most_mass(num_bins);
+  if (threadIdx.x == 0) {
+    shared.top_k_bin = shared.first_bin = shared.last_bin = num_bins;
+    shared.count_above = num_total;
+    shared.least_kept = top_k ? least_total : mass * (1 - error);
+    shared.most_kept = top_k ? min(most_total, mass * (1 + error)) : mass * (1 + error);
+  }
+  __syncthreads();
+
+  // Calls f(bin, number, most, least), with the bounds of what is in the bins up to this one.
+  const auto for_each_bin = [&](auto f) {
+    int num_sum = num;
+    double most_sum = most, least_sum = least;
+#pragma unroll
+    for (int i = 0; i < bins_per_thread; ++i) {
+      num_sum += static_cast<int>(count[i]);
+      most_sum += static_cast<double>(count[i]) * bins.most_mass(begin + i);
+      const double least_before = least_sum;
+      least_sum += static_cast<double>(count[i]) * bins.least_mass(begin + i);
+      f(begin + i, num_sum, static_cast<int>(count[i]), most_sum, least_sum, least_before);
     }
-    num_left -= num_above;
-    mass_before += mass;
-    if (high > old_high) high = old_high;
+  };
+  if (top_k) {
+    for_each_bin([&](int bin, int num_sum, int here, double most_sum, double, double least_before) {
+      if (num_sum < top_k || num_sum - here >= top_k) return;
+      shared.top_k_bin = bin;
+      shared.most_kept = most_sum;
+      shared.least_kept = least_before;
+    });
     __syncthreads();
   }
+  if (top_p < 1.f) {
+    int first = num_bins, last = num_bins;
+    const double least_target = top_p * shared.least_kept, most_target = top_p * shared.most_kept;
+    for_each_bin([&](int bin, int, int, double most_sum, double least_sum, double) {
+      if (!top_k) {  // all tokens but those of the later bins give bounds too
+        const double most_later = most_total - most_sum, least_later = least_total - least_sum;
+        most_sum = min(most_sum, shared.most_kept - least_later);
+        least_sum = max(least_sum, shared.least_kept - most_later);
+      }
+      if (most_sum >= least_target) first = min(first, bin);
+      if (least_sum >= most_target) last = min(last, bin);
+    });
+    atomicMin(&shared.first_bin, first);
+    atomicMin(&shared.last_bin, last);
+    __syncthreads();
+  }
+  // Top-p needs the exact mass that top-k keeps, so with both filters all tokens down to top-k's bin are listed.
+  int first_bin = shared.first_bin, last_bin = shared.last_bin;
+  if (top_k) {
+    first_bin = min(first_bin, shared.top_k_bin);
+    last_bin = shared.top_k_bin;
+  }
+  for_each_bin([&](int bin, int num_sum, int here, double, double, double) {
+    if (bin == first_bin) shared.count_above = num_sum - here;
+  });
+  if (threadIdx.x == 0) shared.low = bins.lowest(last_bin);
+  if (threadIdx.x == warp_size) shared.high = bins.lowest(first_bin - 1);
+  __syncthreads();
+  return {shared.low, shared.high, shared.count_above};
+}
+
+// Calls f(v, x, vec, is_last) for the vectors [first, last) of a row, by all threads of the block equally often: the
+// index of the first logit, the logits, their 16 bytes, and whether it is the last call. Beyond the row they are -inf.
+template <class T, class F>
+__device__ __forceinline__ void for_each_vec(const UnalignedRow<T>& row, int first, int last, F f) {
+  const int step = static_cast<int>(blockDim.x);
+  const auto index = [&](int begin) {
+    const int k = begin + static_cast<int>(threadIdx.x);
+    return k < last ? k : row.num_vecs();
+  };
+  uint4 next = row.load(index(first));
+  for (int begin = first; begin < last; begin += step) {
+    const uint4 vec = next;
+    next = row.load(index(begin + step));
+    float x[vec_size<T>];
+    unpack<T>(vec, x);
+    f(index(begin) * vec_size<T>, x, vec, begin + step >= last);
+  }
+}
+
+// Four logits as they lie in memory.
+template <class T>
+struct Quad {
+  uint2 bits;
+
+  __device__ __forceinline__ Quad(const uint4& vec, int i)
+      : bits(i ? make_uint2(vec.z, vec.w) : make_uint2(vec.x, vec.y)) {}
+  __device__ __forceinline__ void unpack(float (&x)[4]) const {
+    const float2 low = Pair<T>::unpack2(bits.x), high = Pair<T>::unpack2(bits.y);
+    x[0] = low.x;
+    x[1] = low.y;
+    x[2] = high.x;
+    x[3] = high.y;
+  }
+};
+template <>
+struct Quad<float> {
+  uint4 bits;
+
+  __device__ __forceinline__ Quad(const uint4& vec, int) : bits(vec) {}
+  __device__ __forceinline__ void unpack(float (&x)[4]) const { ::unpack<float>(bits, x); }
+};
+
+// Quads of a row that a warp has set aside until there is one for each lane.
+template <class T>
+struct QuadQueue {
+  static constexpr int capacity = warp_size - 1 + warp_size * vec_size<T> / 4;
+  alignas(16) unsigned char quads[capacity * sizeof(Quad<T>)];  // memory: a constructor would have to run
+  int first_tokens[capacity];
+};
+
+// Calls f(v, x) for the quads of vectors [first, last) in which a logit is at least `low`, a finite number: the index
+// of the first logit and the logits. All lanes of a warp call it together; those without a quad get the row's end as v.
+template <class T, class F>
+__device__ __forceinline__ void for_each_quad_with(float low, const UnalignedRow<T>& row, int first, int last,
+                                                   QuadQueue<T>& queue, F f) {
+  const int lane = threadIdx.x % warp_size;
+  Quad<T>* const quads = reinterpret_cast<Quad<T>*>(queue.quads);
+  const unsigned lanes_before = (1u << lane) - 1;
+  int size = 0;  // of the queue
+  for_each_vec(row, first, last, [&](int v, const float (&x)[vec_size<T>], const uint4& vec, bool is_last) {
+#pragma unroll
+    for (int i = 0; i < vec_size<T>; i += 4) {
+      const float largest = fmaxf(fmaxf(x[i], x[i + 1]), fmaxf(x[i + 2], x[i + 3]));
+      const bool is_wanted = largest >= low;
+      const unsigned wanted = __ballot_sync(full_mask, is_wanted);
+      const int place = size + __popc(wanted & lanes_before);
+      if (is_wanted) {
+        quads[place] = Quad<T>(vec, i);
+        queue.first_tokens[place] = v + i;
+      }
+      size += __popc(wanted);
+    }
+    while (size >= warp_size || (is_last && size)) {
+      __syncwarp();  // until the quads are there
+      const int num_taken = min(size, warp_size);
+      size -= num_taken;
+      int quad_v = row.end;
+      float quad_x[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+      if (lane < num_taken) {
+        quad_v = queue.first_tokens[size + lane];
+        quads[size + lane].unpack(quad_x);
+      }
+      __syncwarp();  // until they have been read
+      f(quad_v, quad_x);
+    }
+  });
 }
 
 }  // namespace

@@ -12,9 +12,8 @@
 // Floor: 10 rounds of Philox for four tokens, some 15 operations a token. The result is deterministic: it is the argmax
 // of the float64 scores, whatever the order of the threads.
 #pragma once
-#include "reduce.cuh"
 #include "sampling.h"
-#include "vec.cuh"
+#include "softmax.cuh"
 
 namespace {
 
@@ -160,6 +159,73 @@ __device__ __forceinline__ Candidate best_by_bounds(const SamplingParams& params
   }
   return best;
 }
+
+// e^-z of a token, z relative to the largest logit; infinite if the token cannot be sampled.
+__device__ __forceinline__ float inverse_mass(float x, float max_logit, float inverse_temperature) {
+  return x == -INFINITY ? INFINITY : fminf(fast_exp((max_logit - x) * inverse_temperature), 3e38f);
+}
+
+// The same argmax in one visit of each quad, in any order, for warps whose lanes do not hold their quads in registers.
+// `limit` is an upper bound of the smallest arrival time so far: a token whose lower bound is greater has lost. A lane
+// remembers one token that has not, and computes a score only if it would have to remember a second one.
+struct Race {
+  const SamplingParams& params;
+  const NoiseKey key;
+  const bool has_bounds;  // not if sampling is greedy, nor with the caller's noise
+  Candidate best = no_candidate();
+  float limit = INFINITY, pending_bound = INFINITY, pending_logit = 0.f;
+  int pending_token = -1;
+
+  __device__ explicit Race(const SamplingParams& params)
+      : params(params), key(params.key), has_bounds(!params.greedy && !params.noise) {}
+  __device__ __forceinline__ void update(float x, int token) { best.update(exact_score(params, x, token), x, token); }
+  // All lanes of the warp call it; inverse_mass is infinite for tokens that do not take part.
+  __device__ __forceinline__ void offer(int v, const float (&x)[4], const float (&inverse_mass)[4]) {
+    unsigned due = 0;  // tokens whose score we compute now, as bits
+    if (!has_bounds) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) due |= inverse_mass[i] < INFINITY ? 1u << i : 0u;
+    } else {
+      const uint4 random = philox(key, static_cast<unsigned>(v) / 4);
+      const unsigned words[4] = {random.x, random.y, random.z, random.w};
+      float bound[4], upper = INFINITY;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float u = (static_cast<float>(words[i]) + 0.5f) * 0x1p-32f;
+        bound[i] = u * inverse_mass[i];
+        if (u < 0.68f) upper = fminf(upper, fmaf(bound[i], u, bound[i]));  // there w <= u + u^2
+      }
+      if (upper > 1e25f) upper = INFINITY;  // an inverse mass may be at its largest value, less than it should be
+      limit = warp_min(fminf(limit, upper * (1 + 1e-4f)));  // 1e-4: more than the error of a bound in float32
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!(bound[i] <= limit && bound[i] < INFINITY)) continue;
+        if (pending_token >= 0 && pending_bound <= limit) {
+          due |= 1u << i;
+        } else {
+          pending_bound = bound[i];
+          pending_logit = x[i];
+          pending_token = v + i;
+        }
+      }
+    }
+    for (; due; due &= due - 1) {
+      const int i = __ffs(static_cast<int>(due)) - 1;
+      update(i < 2 ? (i ? x[1] : x[0]) : (i == 2 ? x[2] : x[3]), v + i);
+    }
+  }
+  // Returns the block's token.
+  __device__ __forceinline__ Candidate finish(SampleShared& shared) {
+    const float block_limit = block_reduce<Min>(limit, INFINITY, shared.bound);
+    if (pending_token >= 0 && pending_bound <= block_limit) update(pending_logit, pending_token);
+    return block_best(best, shared);
+  }
+
+ private:
+  static __device__ __forceinline__ float warp_min(float x) {  // of numbers that are not negative
+    return __uint_as_float(__reduce_min_sync(full_mask, __float_as_uint(x)));
+  }
+};
 
 // Returns the block's token. `for_each_quad(f)` calls f(v, x, inverse_mass) for the quads of tokens of this thread:
 // x are the logits of tokens v to v + 3, and inverse_mass is e^-z relative to `max_logit`, the largest logit that may

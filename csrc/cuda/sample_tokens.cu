@@ -1,17 +1,23 @@
 // Samples a token from each row of logits on NVIDIA GPUs; kernels/sample_tokens.py defines it, sample.cuh and
 // filters.cuh hold the algorithms.
 //
-// Floor: one load of the logits; without a filter some 50 operations a token, none of them a logarithm.
+// Floor: one load of the logits; without a filter some 50 operations a token, none of them a logarithm. With filters
+// two loads more.
 //
 //     logits of a row        |   tile 0   |   tile 1   |  ...  | last tile |
 //     tiles_kernel           block 0      block 1       ...      each keeps its tile in registers
 //     finish_kernel          one warp per row merges the tiles' sums and best tokens
-//     or filter_kernel       one block per row loads the row 3 to 5 times more, mostly from the L2 cache, to find the
-//                            cutoff, and once to sample
 //
-// Deterministic: tiles depend on V alone and are merged in order, in float64, so a row's bits do not depend on the
-// batch.
-#include "filters.cuh"
+//     or with filters, after the tiles' sums (filters.cuh):
+//     prepare_filter_kernel  one warp per row merges the tiles' sums
+//     histogram_kernel       several blocks per row count its logits in bins
+//     bracket_kernel         one block per row chooses the bracket of bins that has the cutoff
+//     sample_kept_kernel     sums and samples the tokens above the bracket, lists those in it
+//     finish_filter_kernel   one block per row finds the cutoff among those listed
+//
+// Deterministic: tiles depend on V alone and are merged in order, in float64; what the blocks of a row add is integers.
+// So a row's bits do not depend on the batch.
+#include "cutoff.cuh"
 
 namespace {
 
@@ -25,16 +31,28 @@ struct TileResult {
   int token;
 };
 
-// e^-z of a token, z relative to the largest logit; infinite if the token cannot be sampled.
-__device__ __forceinline__ float inverse_mass(float x, float max_logit, float inverse_temperature) {
-  return x == -INFINITY ? INFINITY : fminf(__expf((max_logit - x) * inverse_temperature), 3e38f);
+// Sums three numbers over the block; the first thread gets the sums.
+__device__ __forceinline__ void sum_in_first_thread(float& a, float& b, float& c, float (&shared)[3][warp_size]) {
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  float* const numbers[3] = {&a, &b, &c};
+  __syncthreads();  // until all threads have read what is in `shared`
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const float sum = warp_reduce<Add>(*numbers[i]);
+    if (lane == 0) shared[i][warp] = sum;
+  }
+  __syncthreads();
+  if (warp) return;
+  const bool has_warp = lane < static_cast<int>(blockDim.x) / warp_size;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) *numbers[i] = warp_reduce<Add>(has_warp ? shared[i][lane] : 0.f);
 }
 
 template <class T, bool SAMPLE>
 __global__ void __launch_bounds__(tile_threads)
     tiles_kernel(const T* logits, int64_t stride, int V, int num_tiles, SampleArgs args, TileResult* tiles) {
   __shared__ SampleShared sample_shared;
-  __shared__ float sums_shared[warp_size];
+  __shared__ float sums_shared[3][warp_size];
   constexpr int size = vec_size<T>, U = tokens_per_thread / size;
   const int64_t row_index = blockIdx.x / num_tiles;
   const int first = static_cast<int>(blockIdx.x % num_tiles) * blockDim.x * U;
@@ -50,22 +68,27 @@ __global__ void __launch_bounds__(tile_threads)
 #pragma unroll
     for (int i = 0; i < size; ++i) max_logit = fmaxf(max_logit, x[u][i]);
   }
-  max_logit = block_reduce<Max>(max_logit, -INFINITY, sums_shared);
+  max_logit = block_reduce<Max>(max_logit, -INFINITY, sums_shared[0]);
   const float origin = max_logit == -INFINITY ? 0.f : max_logit;
   float raw_mass = 0.f, mass = 0.f, moment = 0.f;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float distance = x[u][i] - origin, z = distance * params.inverse_temperature, p = __expf(z);
+      const float z = (x[u][i] - origin) * params.inverse_temperature, p = fast_exp(z);
       mass += p;
       moment += p * fmaxf(z, -1000.f);
-      raw_mass += __expf(distance);
     }
   }
-  raw_mass = block_reduce<Add>(raw_mass, 0.f, sums_shared);
-  mass = block_reduce<Add>(mass, 0.f, sums_shared);
-  moment = block_reduce<Add>(moment, 0.f, sums_shared);
+  if (params.temperature != 1.) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int i = 0; i < size; ++i) raw_mass += fast_exp(x[u][i] - origin);
+    }
+  }
+  if (params.temperature == 1.) raw_mass = mass;
+  sum_in_first_thread(raw_mass, mass, moment, sums_shared);
   Candidate best = no_candidate();
   if (SAMPLE && max_logit > -INFINITY) {
     best = gumbel_argmax(
@@ -124,90 +147,215 @@ __global__ void __launch_bounds__(warp_size)
   if (threadIdx.x == 0) write_outputs(out, row, params, sums, best, 0.);
 }
 
-// The tokens of a row that the filters keep.
-template <class T>
-struct KeptTokens {
-  const LogitsRow<T>& logits;
-  Cutoff cutoff;
+__global__ void __launch_bounds__(warp_size)
+    prepare_filter_kernel(int V, int num_tiles, const TileResult* tiles, SampleArgs args, FilterState* states) {
+  const int64_t row = blockIdx.x;
+  FilterState& state = states[row];
+  for (int i = threadIdx.x; i < num_bins / 4; i += warp_size)
+    reinterpret_cast<uint4*>(state.counts)[i] = make_uint4(0, 0, 0, 0);
+  const SamplingParams params = sampling_params(args, row, V);
+  const RowSums sums = merge_tiles(tiles + row * num_tiles, num_tiles, params.temperature);
+  if (threadIdx.x) return;
+  const float max_logit = static_cast<float>(sums.max_logit);
+  state.params = params;
+  state.sums = sums;
+  state.valid = params.valid && sums.max_logit > -infinity && sums.raw_mass < infinity;
+  state.is_on = state.valid && !params.greedy && params.has_filter();
+  state.searches = state.is_on && (params.top_k || params.top_p < 1.f);
+  state.bins = {max_logit, 0.f, 0.f};
+  if (state.searches) state.bins = make_bins(params, sums, V);
+  state.min_p = lowest_logit;
+  if (state.is_on && params.min_p > 0.f) state.min_p = min_p_threshold(max_logit, params.temperature, params.min_p);
+  const float low = params.greedy ? max_logit : state.min_p;  // if no bin decides
+  state.bracket = {low, low, 0};
+  state.mass_above = 0;
+  state.num_in_bracket = 0;
+}
 
-  // The sum of their masses; the same in all threads.
-  __device__ __forceinline__ double mass(double* shared) const {
-    double sum = 0;
-    logits.for_each_vec([&](int v, const float (&x)[vec_size<T>]) {
-      float vec_sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < vec_size<T>; ++i) vec_sum += cutoff.keeps(x[i], v + i) ? logits.fast_mass(x[i]) : 0.f;
-      sum += vec_sum;
-    });
-    return block_reduce<Add>(sum, 0., shared);
-  }
-};
-
-// Returns the cutoff of top-k, top-p and min-p together; `mass` is that of all tokens.
-template <class T>
-__device__ __forceinline__ Cutoff choose_cutoff(const LogitsRow<T>& logits, const SamplingParams& params, double mass,
-                                                FilterShared& shared, double* sums_shared) {
-  Cutoff cutoff = no_cutoff();
-  if (params.top_k) cutoff = find_cutoff<false>(logits, static_cast<double>(params.top_k), shared);
-  if (params.top_p < 1.f) {
-    if (params.top_k) mass = KeptTokens<T>{logits, cutoff}.mass(sums_shared);
-    cutoff = tighter(cutoff, find_cutoff<true>(logits, params.top_p * mass, shared));
-  }
-  if (params.min_p > 0.f)
-    cutoff = tighter(cutoff, {min_p_threshold(logits.max_logit, logits.temperature, params.min_p), all_equal});
-  return cutoff;
+// The first of the vectors of one of the blocks that share a row.
+__device__ __forceinline__ int split_begin(int num_vecs, int split, int splits) {
+  return min(num_vecs, (num_vecs + splits - 1) / splits * split);
 }
 
 template <class T>
-__global__ void __launch_bounds__(max_threads) filter_kernel(const T* logits, int64_t stride, int V, int num_tiles,
-                                                             const TileResult* tiles, SampleArgs args, Outputs out) {
+__global__ void __launch_bounds__(filter_threads)
+    histogram_kernel(const T* logits, int64_t stride, int V, int splits, FilterState* states) {
+  __shared__ unsigned counts[num_bins + warp_size];  // those in no bin go to a place of their lane
+  // The last rows first: they are still in the L2 cache from the kernel before.
+  const unsigned item = gridDim.x - 1 - blockIdx.x;
+  const int64_t row_index = item / splits;
+  FilterState& state = states[row_index];
+  if (!state.searches) return;
+  for (int i = threadIdx.x; i < num_bins; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  const Bins bins = state.bins;
+  const unsigned no_bin = num_bins + threadIdx.x % warp_size;
+  const UnalignedRow<T> row(logits + row_index * stride, 0, V);
+  const int split = static_cast<int>(item % splits);
+  for_each_vec(row, split_begin(row.num_vecs(), split, splits), split_begin(row.num_vecs(), split + 1, splits),
+               [&](int, const float (&x)[vec_size<T>], const uint4&, bool) {
+#pragma unroll
+                 for (int i = 0; i < vec_size<T>; ++i) {
+                   const unsigned bin = bins.at(x[i]);
+                   atomicAdd(&counts[bin < num_bins ? bin : no_bin], 1u);
+                 }
+               });
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_bins; i += blockDim.x)
+    if (counts[i]) atomicAdd(&state.counts[i], counts[i]);
+}
+
+__global__ void __launch_bounds__(filter_threads) bracket_kernel(int V, FilterState* states) {
+  __shared__ BracketShared shared;
+  FilterState& state = states[blockIdx.x];
+  if (!state.searches) return;
+  const Bracket bracket = choose_bracket(state, V, shared);
+  if (threadIdx.x == 0) state.bracket = state.min_p >= bracket.high ? Bracket{state.min_p, state.min_p, 0} : bracket;
+}
+
+// Lists those of the tokens v to v + 3 that are in the bracket.
+__device__ __forceinline__ void list_tokens(FilterState& state, const Bracket& bracket, int v, const float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (!(x[i] >= bracket.low && x[i] < bracket.high)) continue;
+    const unsigned place = atomicAdd(&state.num_in_bracket, 1u);
+    if (place >= max_candidates) continue;
+    state.logits[place] = x[i];
+    state.tokens[place] = v + i;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(filter_threads, 3)
+    sample_kept_kernel(const T* logits, int64_t stride, int V, int splits, FilterState* states) {
   __shared__ SampleShared sample_shared;
-  __shared__ FilterShared filter_shared;
-  __shared__ double sums_shared[warp_size];
+  __shared__ QuadQueue<T> queues[filter_warps];
+  __shared__ unsigned long long sums_shared[warp_size];
+  const int64_t row_index = blockIdx.x / splits;
+  FilterState& state = states[row_index];
+  if (!state.valid) return;
+  const Bracket bracket = state.bracket;
+  const TokenMass mass(state);
+  const FixedPoint fixed(V);
+  const UnalignedRow<T> row(logits + row_index * stride, 0, V);
+  const int split = static_cast<int>(blockIdx.x % splits);
+  unsigned long long mass_above = 0;
+  Race race(state.params);
+  for_each_quad_with(
+      bracket.low, row, split_begin(row.num_vecs(), split, splits), split_begin(row.num_vecs(), split + 1, splits),
+      queues[threadIdx.x / warp_size], [&](int v, const float (&x)[4]) {
+        float inverse_masses[4], quad_mass = 0.f;
+        bool in_bracket = false;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool above = x[i] >= bracket.high;
+          inverse_masses[i] = above ? inverse_mass(x[i], mass.max_logit, mass.inverse_temperature) : INFINITY;
+          quad_mass += above ? mass.fast(x[i]) : 0.f;
+          in_bracket |= !above && x[i] >= bracket.low;
+        }
+        if (in_bracket) list_tokens(state, bracket, v, x);
+        mass_above += fixed.from(quad_mass);
+        race.offer(v, x, inverse_masses);
+      });
+  mass_above = block_reduce<Add>(mass_above, 0ull, sums_shared);
+  const Candidate best = race.finish(sample_shared);
+  if (threadIdx.x == 0) {
+    atomicAdd(&state.mass_above, mass_above);
+    state.best[split] = best;
+  }
+}
+
+template <class T>
+union FinishShared {
+  CutoffShared cutoff;
+  QuadQueue<T> queues[filter_warps];
+};
+
+// Returns the cutoff of all filters together; mass_kept_by(cutoff) is the mass of the tokens that it keeps.
+template <class T, class MassKeptBy>
+__device__ __forceinline__ Cutoff find_cutoffs(const BracketTokens<T>& tokens, const FixedPoint& fixed,
+                                               const MassKeptBy& mass_kept_by, CutoffShared& shared) {
+  const FilterState& state = tokens.state;
+  const int64_t top_k = state.params.top_k;
+  const float top_p = state.params.top_p;
+  Cutoff cutoff = no_cutoff();
+  if (state.bracket.high > state.bracket.low) {
+    double total = state.sums.mass;
+    if (top_k) {
+      cutoff =
+          find_cutoff<false>(tokens, no_cutoff(), state.bracket.count_above, static_cast<double>(top_k), fixed, shared);
+      if (top_p < 1.f) total = mass_kept_by(cutoff);
+    }
+    if (top_p < 1.f)
+      cutoff = tighter(
+          cutoff, find_cutoff<true>(tokens, cutoff, fixed.to_double(state.mass_above), top_p * total, fixed, shared));
+  }
+  return tighter(cutoff, {state.min_p, all_equal});
+}
+
+template <class T>
+__global__ void __launch_bounds__(filter_threads, 2)
+    finish_filter_kernel(const T* logits, int64_t stride, int V, int splits, const FilterState* states, Outputs out) {
+  __shared__ SampleShared sample_shared;
+  __shared__ FinishShared<T> shared;
+  __shared__ unsigned long long sums_shared[warp_size];
+  __shared__ T warp_tiles[filter_warps][warp_size * vec_size<T>];
   const int64_t row_index = blockIdx.x;
-  const SamplingParams params = sampling_params(args, row_index, V);
-  // Every warp merges the tiles and gets the same sums.
-  const RowSums sums = merge_tiles(tiles + row_index * num_tiles, num_tiles, params.temperature);
-  if (!params.valid || !(sums.max_logit > -infinity) || !(sums.raw_mass < infinity)) {
+  const FilterState& state = states[row_index];
+  if (!state.valid) {
     if (threadIdx.x == 0) write_invalid(out, row_index);
     return;
   }
-  const LogitsRow<T> row{UnalignedRow<T>(logits + row_index * stride, 0, V), static_cast<float>(sums.max_logit),
-                         params.temperature, params.inverse_temperature};
-  KeptTokens<T> kept{row, no_cutoff()};
+  const UnalignedRow<T> row(logits + row_index * stride, 0, V);
+  const TokenMass mass(state);
+  const FixedPoint fixed(V);
+  const BracketTokens<T> tokens{row, state, warp_tiles[threadIdx.x / warp_size]};
+  // The tokens above the bracket and those within it that the cutoff keeps.
+  const auto mass_kept_by = [&](const Cutoff& cutoff) {
+    unsigned long long sum = 0;
+    tokens.for_each([&](float x, int v) { sum += cutoff.keeps(x, v) ? fixed.from(mass.fast(x)) : 0; });
+    return fixed.to_double(state.mass_above + block_reduce<Add>(sum, 0ull, sums_shared));
+  };
+  Cutoff cutoff = no_cutoff();
   double log_kept_mass = 0;
-  if (params.has_filter() && !params.greedy) {
-    kept.cutoff = choose_cutoff(row, params, sums.mass, filter_shared, sums_shared);
-    log_kept_mass = min(log(kept.mass(sums_shared) / sums.mass), 0.);
+  if (state.is_on) {
+    cutoff = find_cutoffs(tokens, fixed, mass_kept_by, shared.cutoff);
+    log_kept_mass = min(log(mass_kept_by(cutoff) / state.sums.mass), 0.);
   }
-  const Candidate best = gumbel_argmax(
-      params, row.max_logit,
-      [&](auto f) {
-        row.for_each_vec([&](int v, const float (&x)[vec_size<T>]) {
+
+  const SamplingParams& params = state.params;
+  Race race(params);
+  if (static_cast<int>(threadIdx.x) < splits) race.best = state.best[threadIdx.x];
+  if (tokens.is_listed()) {
+    tokens.for_each([&](float x, int v) {
+      if (cutoff.keeps(x, v)) race.update(x, v);
+    });
+  } else {
+    __syncthreads();  // the queues are in the memory of the search
+    for_each_quad_with(max(state.bracket.low, cutoff.logit), row, 0, row.num_vecs(),
+                       shared.queues[threadIdx.x / warp_size], [&](int v, const float (&x)[4]) {
+                         float inverse_masses[4];
 #pragma unroll
-          for (int quad = 0; quad < vec_size<T>; quad += 4) {
-            float quad_x[4], inverse_masses[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              quad_x[i] = x[quad + i];
-              inverse_masses[i] = kept.cutoff.keeps(quad_x[i], v + quad + i)
-                                      ? inverse_mass(quad_x[i], row.max_logit, params.inverse_temperature)
-                                      : INFINITY;
-            }
-            f(v + quad, quad_x, inverse_masses);
-          }
-        });
-      },
-      sample_shared);
-  if (threadIdx.x == 0) write_outputs(out, row_index, params, sums, best, log_kept_mass);
+                         for (int i = 0; i < 4; ++i) {
+                           const bool kept = x[i] < state.bracket.high && cutoff.keeps(x[i], v + i);
+                           inverse_masses[i] =
+                               kept ? inverse_mass(x[i], mass.max_logit, mass.inverse_temperature) : INFINITY;
+                         }
+                         race.offer(v, x, inverse_masses);
+                       });
+  }
+  const Candidate best = race.finish(sample_shared);
+  if (threadIdx.x == 0) write_outputs(out, row_index, params, state.sums, best, log_kept_mass);
 }
 
-// logits: rows of V numbers, `stride` apart. tiles: memory for B x num_tiles TileResults.
+// logits: rows of V numbers, `stride` apart. tiles: memory for B x num_tiles TileResults. With filters, states: memory
+// for B FilterStates, and at most max_splits blocks share a row.
 const char* sample_tokens(uintptr_t logits, int dtype, int64_t B, int64_t V, int64_t stride, uintptr_t temperature,
                           uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, int64_t seed, uintptr_t row_ids,
                           uintptr_t steps, uintptr_t noise, uintptr_t tokens, uintptr_t logprobs,
                           uintptr_t raw_logprobs, uintptr_t kept_logprobs, uintptr_t log_kept_mass, uintptr_t entropy,
-                          int threads, int64_t num_tiles, uintptr_t tiles, uintptr_t stream) {
+                          int threads, int64_t num_tiles, uintptr_t tiles, int splits, uintptr_t states,
+                          uintptr_t stream) {
   if (B == 0) return nullptr;
   SampleArgs args;
   args.temperature = ptr<const float>(temperature);
@@ -227,8 +375,8 @@ const char* sample_tokens(uintptr_t logits, int dtype, int64_t B, int64_t V, int
   out.entropy = ptr<float>(entropy);
 
   const bool may_filter = top_k || top_p || min_p;
-  const unsigned blocks = blocks_for(B * num_tiles, 1);
-  if (!blocks) return "more tiles of rows than a grid has blocks";
+  const unsigned blocks = blocks_for(B * num_tiles, 1), filter_blocks = blocks_for(B * splits, 1);
+  if (!blocks || !filter_blocks) return "more tiles of rows than a grid has blocks";
   const int num_columns = static_cast<int>(V), tiles_per_row = static_cast<int>(num_tiles);
   return dispatch_dtype(dtype, [&](auto number) {
     using T = decltype(number);
@@ -241,15 +389,29 @@ const char* sample_tokens(uintptr_t logits, int dtype, int64_t B, int64_t V, int
     if (!may_filter)
       return launch(finish_kernel, blocks_for(B, 1), warp_size, 0, stream, num_columns, tiles_per_row, results, args,
                     out);
-    const int filter_threads = min(max_threads, 2 * threads);
-    return launch(filter_kernel<T>, blocks_for(B, 1), filter_threads, 0, stream, x, stride, num_columns, tiles_per_row,
-                  results, args, out);
+    FilterState* const rows = ptr<FilterState>(states);
+    error = launch(prepare_filter_kernel, blocks_for(B, 1), warp_size, 0, stream, num_columns, tiles_per_row, results,
+                   args, rows);
+    if (!error && (top_k || top_p)) {
+      error =
+          launch(histogram_kernel<T>, filter_blocks, filter_threads, 0, stream, x, stride, num_columns, splits, rows);
+      if (!error) error = launch(bracket_kernel, blocks_for(B, 1), filter_threads, 0, stream, num_columns, rows);
+    }
+    if (!error)
+      error =
+          launch(sample_kept_kernel<T>, filter_blocks, filter_threads, 0, stream, x, stride, num_columns, splits, rows);
+    if (!error)
+      error = launch(finish_filter_kernel<T>, blocks_for(B, 1), filter_threads, 0, stream, x, stride, num_columns,
+                     splits, rows, out);
+    return error;
   });
 }
 
 CONSTANT(sample_tokens_per_thread, tokens_per_thread)
 CONSTANT(sample_tokens_max_threads, tile_threads)
 CONSTANT(sample_tokens_tile_bytes, sizeof(TileResult))
+CONSTANT(sample_tokens_state_bytes, sizeof(FilterState))
+CONSTANT(sample_tokens_max_splits, max_splits)
 KERNEL(sample_tokens)
 
 }  // namespace

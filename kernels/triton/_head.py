@@ -20,9 +20,12 @@ The sum of a 16-bit dW over chunks needs a float32 dW, as large as the logits of
 if CHUNK_BYTES are fewer, and c + D rows are one chunk, without that sum, where c rows were the largest: it costs no
 more memory. At 8192 x 4096 x 151936 that is one chunk of 4.6 GiB of logits.
 
-Rows of the buffer are a multiple of 64 elements apart, so that a vocabulary of 50257 has aligned rows too. Chunks
-depend only on N, D, V, the dtypes, the number of SMs and whether dW is needed, and are summed in order: the same bits
-from run to run. The bits of a row may depend on the number of rows, as the library's products do.
+Rows of the buffer are a multiple of 64 elements apart, so that a vocabulary of 50257 has aligned rows too. Yet products
+on tensor cores are slow where V is no multiple of 8 (130 TFLOP/s at 8192 x 768 x 50257 on an H100), so each is two
+there, of 50256 columns and of 1 (`column_parts`). A padded weight would take memory. Models' D are multiples of 8.
+
+Chunks depend only on N, D, V, the dtypes, the number of SMs and whether dW is needed, and are summed in order: the same
+bits from run to run. The bits of a row may depend on the number of rows, as the library's products do.
 """
 
 from __future__ import annotations
@@ -56,6 +59,8 @@ TILE_ROWS, TILE_COLUMNS = 128, 256  # of the library's products, of which an SM 
 MAX_SCORED_DEPTH = 2048  # D, of a pair the sum of both, up to which statistics alone are computed by our own product
 PART_BYTES = 16 << 20  # of dW, where a chunk's part needs memory of its own: it should stay in the L2 cache
 MIN_16_BIT_WORK = 1 << 26  # multiplications from which on dX and dW are 16-bit products; below, time does not matter
+ALIGNMENT = 8  # columns, 16 bytes of a 16-bit row: what the library's fast products on tensor cores take
+MIN_SPLIT_WORK = 1 << 32  # multiplications from which on a product is split for it; below, launches take longer
 FLOAT16_GAIN = 1024.0  # factor of float16 gradients of logits, so that 6e-11 and more do not round to 0
 
 
@@ -183,6 +188,13 @@ class GpuHead:
         self.copies: dict[torch.dtype, Tensor] = {}
 
     @functools.cached_property
+    def column_parts(self) -> list[tuple[int, int]]:
+        """The parts of the vocabulary, (first column, number), of which each has products of its own."""
+        rest = self.V % ALIGNMENT
+        is_split = self.dtype != torch.float32 and 0 < rest < self.V and self.N * self.V * self.D >= MIN_SPLIT_WORK
+        return [(0, self.V - rest), (self.V - rest, rest)] if is_split else [(0, self.V)]
+
+    @functools.cached_property
     def padded_bias(self) -> Tensor | None:
         """The bias in memory of whole groups, as the kernels read it."""
         if self.bias is None or self.V % softmax.VEC == 0:
@@ -228,7 +240,8 @@ class GpuHead:
             hidden = self.hidden.narrow(0, begin, end - begin)
         else:
             hidden = self.copy_hidden(begin, end, self.dtype)
-        multiply(hidden, self.weight.t(), x.narrow(1, 0, self.V))
+        for first, size in self.column_parts:
+            multiply(hidden, self.weight.narrow(0, first, size).t(), x.narrow(1, first, size))
         ref = ref_bias = None
         if reference is not None:
             ref = reference.logits(begin, end, ref_buffer).x
@@ -352,7 +365,10 @@ class InputGrads:
         if self.hidden is not None:
             self._store_hidden_grad(y, self.hidden.narrow(0, begin, end - begin))
         if self.weight is not None:
-            multiply(y.t(), head.copy_hidden(begin, end, head.grad_dtype), self.weight, self.factor, add=begin > 0)
+            hidden = head.copy_hidden(begin, end, head.grad_dtype)
+            for first, size in head.column_parts:
+                out = self.weight.narrow(0, first, size)
+                multiply(y.narrow(1, first, size).t(), hidden, out, self.factor, add=begin > 0)
         if self.bias is not None:
             meta = {"FIRST": begin == 0, "ROWS": 64, "COLUMNS": 64, "num_warps": 4}
             sizes = (end - begin, head.V, y.stride(0))
@@ -362,11 +378,10 @@ class InputGrads:
         """Compute out = y @ weight. The library may split the sum over V into parts and add these in the dtype of its
         result (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is True by default), so a 16-bit
         result goes through float32."""
-        if out.dtype == torch.float32:
-            multiply(y, self.weight_copy, out, self.factor)
-        else:
-            exact = empty_float32(out, *out.shape)
-            multiply_to_float32(y, self.weight_copy, exact)
+        exact = out if out.dtype == torch.float32 else empty_float32(out, *out.shape)
+        for first, size in self.head.column_parts:
+            multiply(y.narrow(1, first, size), self.weight_copy.narrow(0, first, size), exact, add=first > 0)
+        if exact is not out or self.factor != 1:
             torch.mul(exact, self.factor, out=out)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,9 @@ token_logprobs and the linear ops launch these kernels:
 
 Both give the same bits. An ignored row is never read. _softmax.py has the mathematics and the picture of a tile.
 
-Floor: the statistics read each logit once; its gradient reads and writes it once.
+Floor: the statistics read each logit once; its gradient reads and writes it once. The second read of a head's float32
+logits, 4 of their 10 bytes, comes from memory but for the end of the row: 5 programs on each of an H100's 132 SMs walk
+660 rows of 608 KB (V = 151936) at a time, and its L2 cache has 50 MB.
 """
 
 from typing import NamedTuple

@@ -254,7 +254,7 @@ def ppo_advantages_apply_kernel(
     store_moments(parts, moments)
 
 
-@triton.jit(do_not_specialize=["size", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def ppo_advantages_merge_kernel(parts, stats, size, kl_parts, kl, tiles, BLOCK: tl.constexpr):
     """Merge the programs' moments in the first program. Where rows are split, each program adds the KL of one row's
     tiles in the order of a walk."""

@@ -105,7 +105,7 @@ def ranking_loss_kernel(scores, offsets, ranks, weights, grads, parts, G, BLOCK:
     tl.store(parts + MARGIN * G + group, tl.sum(margins, axis=0))
 
 
-@triton.jit(do_not_specialize=["G", "N"])
+@triton.jit
 def ranking_loss_merge_kernel(
     parts, weights, grads, loss, stats, G, N, GROUPS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
