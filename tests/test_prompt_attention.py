@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import V, build, prompts, sampling
 from test_fused import MODELS, heads
+from torch.nn.attention import SDPBackend
 
 from rlhf_fast.kernels._backends import forcing
 from rlhf_fast.model.model import Model
@@ -45,17 +46,16 @@ def served(monkeypatch) -> list[int]:
 @torch.no_grad()
 def prefill(decoder: FusedDecoder, lengths: tuple[int, ...], whole: bool) -> list[torch.Tensor]:
     """Return the hidden states of the prompts' tokens, and of one decoded token of each."""
-    pages = max(lengths) // PAGE + 1
-    device = torch.device("cpu")
+    pages, device = max(lengths) // PAGE + 1, decoder.model.device
     cache = PagedKVCache(decoder.shapes, decoder.dtype, device, len(lengths) * pages, len(lengths), pages, PAGE)
     cache.memory.fill_(torch.nan)
     order = torch.randperm(len(lengths) * pages, generator=torch.Generator().manual_seed(1)).tolist()
     for slot in range(len(lengths)):
         cache.assign(slot, [order.pop() for _ in range(pages)])
-    tokens = torch.randint(3, V, (sum(lengths),), generator=torch.Generator().manual_seed(2))
-    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
-    slots = torch.arange(len(lengths), dtype=torch.int32)
-    ends = torch.tensor(lengths, dtype=torch.int32)
+    tokens = torch.randint(3, V, (sum(lengths),), generator=torch.Generator().manual_seed(2)).to(device)
+    positions = torch.cat([torch.arange(length, dtype=torch.int32, device=device) for length in lengths])
+    slots = torch.arange(len(lengths), dtype=torch.int32, device=device)
+    ends = torch.tensor(lengths, dtype=torch.int32, device=device)
     given = lengths if whole else None
     batch = TokenBatch(tokens, positions, slots.repeat_interleave(ends), cache.block_table, prompt_lengths=given)
     with decoder.session():
@@ -78,6 +78,21 @@ def test_whole_prompts_are_as_token_by_token(name, dtype, lengths, served):
     assert bool(served) == (name not in FALLBACK)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * theirs.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["llama 8/2 heads of 128", "llama 3/1 heads of 80, tied", "llama 4/4 heads of 64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(300, 17, 1), (40, 40)], ids=str)
+def test_a_gpu_runs_the_fast_kernel(name, dtype, lengths, served, monkeypatch):
+    """Flash attention in 16 bits; the memory-efficient kernel, which reads repeated keys, in float32."""
+    fast = SDPBackend.EFFICIENT_ATTENTION if dtype == torch.float32 else SDPBackend.FLASH_ATTENTION
+    monkeypatch.setattr(prompt_attention, "KERNELS", [fast])
+    decoder = FusedDecoder.make(Model(MODELS[name]().to("cuda", dtype)))
+    expected, found = prefill(decoder, lengths, whole=False), prefill(decoder, lengths, whole=True)
+    assert served
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= (1e-3 if dtype == torch.float32 else 0.05) * theirs.norm()
 
 
 def test_repeated_keys_are_as_shared_ones(monkeypatch, served):

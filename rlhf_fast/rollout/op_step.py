@@ -9,6 +9,7 @@ A layer's output is added to the residual stream by the norm after it, which rea
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from rlhf_fast import ops
 from rlhf_fast.rollout.architectures import DecoderWeights, LayerWeights, LinearWeights, NormWeights, RopeTable
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import PagedKVCache
-from rlhf_fast.rollout.prompt_attention import PromptAttention
+from rlhf_fast.rollout.prompt_attention import PromptAttention, fast_kernels
 
 Attend = Callable[[int, LayerWeights, Tensor, Tensor, Tensor], Tensor]
 """(index of the layer, layer, q, k, v) -> the attention's output"""
@@ -60,9 +61,10 @@ class OpStep:
             )
 
         out = None
-        for index, layer in enumerate(weights.layers):
-            kept = batch.logits_indices if index == len(weights.layers) - 1 else None
-            x, out = self._layer(index, layer, x, out, attend, kept)
+        with nullcontext() if prompts is None else fast_kernels():
+            for index, layer in enumerate(weights.layers):
+                kept = batch.logits_indices if index == len(weights.layers) - 1 else None
+                x, out = self._layer(index, layer, x, out, attend, kept)
         return _add_and_norm(weights.final_norm, x, out)
 
     def _layer(

@@ -11,6 +11,7 @@ Padding is at the end of a prompt and repeats its last token. Attention is causa
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,12 @@ MAX_PADDING = 2
 """A group has at most this many times the tokens of its prompts."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's, which compiles a plan for each new shape."""
+
+
+def fast_kernels() -> AbstractContextManager:
+    """Return the context of the calls of PromptAttention, which selects the kernels. To enter it takes as long as a
+    launch."""
+    return sdpa_kernel(KERNELS)
 
 
 class _Group(NamedTuple):
@@ -72,8 +79,7 @@ class PromptAttention:
         keys, values = (pages.view(-1, pages.shape[3]).index_select(0, group.rows) for pages in (k_cache, v_cache))
         queries, keys, values = (x.view(*group.shape, -1, x.shape[-1]).transpose(1, 2) for x in (queries, keys, values))
         grouped = keys.shape[1] != queries.shape[1]
-        with sdpa_kernel(KERNELS):
-            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
         out = out.transpose(1, 2).flatten(0, 1)
         return out if group.places is None else out.index_select(0, group.places)
 
