@@ -97,10 +97,12 @@ class OpStep:
         return q, k, v
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        up = _linear(layer.up, x)
         if layer.gate is None:
-            return _linear(layer.down, self._activate(up))
-        gate = _linear(layer.gate, x)
+            return _linear(layer.down, self._activate(_linear(layer.up, x)))
+        if layer.gate_up is None:
+            gate, up = _linear(layer.gate, x), _linear(layer.up, x)
+        else:
+            gate, up = _linear(layer.gate_up, x).chunk(2, dim=-1)
         inner = ops.swiglu(gate, up) if self.weights.activation == "silu" else self._activate(gate) * up
         return _linear(layer.down, inner)
 
