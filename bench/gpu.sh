@@ -9,7 +9,8 @@
 # test      smoke, all tests on CUDA tensors, no spills in the binary, every op twice: the same bits
 # sanitize  compute-sanitizer's memcheck and racecheck on small sizes
 # bench     facts, and every figure of full
-# dry-run   every step of full on a CPU, at tiny sizes: whether it runs, not how fast
+# dry-run   every step of full on a CPU, at tiny sizes: whether it runs, not how fast. Nothing is built, and tests are
+#           only collected.
 #
 # Results in ${OUT:-bench/results}, written as they come: <gpu>.md and .json (ops), <gpu>-facts.json, <gpu>-decode.json,
 # <gpu>-ppo.json, and all output in <gpu>.log. MINUTES bounds the whole, no step outlives its own limit, and steps for
@@ -35,11 +36,9 @@ dry-run) minutes=20 device=cpu ;;
   ;;
 esac
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export RLHF_FAST_SIMT= # kernels compiled for the CPU are not looked at here
 unset RLHF_FAST_BACKEND
-if [[ $device == cuda ]]; then
-  unset TRITON_INTERPRET
-  export RLHF_FAST_SIMT=
-fi
+[[ $device == cpu ]] || unset TRITON_INTERPRET
 
 # One start of Python prints the GPU's name, its compute capability, the suffix of extensions, and the test workers.
 probe='
@@ -65,6 +64,8 @@ log=$out/$gpu.log summary=() results=() failed=0 started=$SECONDS
 whole=$("$python" -c "print(round(60 * float('${MINUTES:-$minutes}')))") || exit 2
 : >"$log"
 
+dry() { [[ $device == cpu ]]; }
+
 # step NAME LIMIT COMMAND...: run it, its output to the log, no longer than LIMIT seconds or what is left of the whole.
 step() {
   local name=$1 limit=$2 start=$SECONDS left=$((whole - SECONDS + started)) status=0 before
@@ -74,6 +75,7 @@ step() {
     failed=1
     return 1
   fi
+  dry && limit=$((4 * limit)) # other processes may have the CPU
   ((limit < left)) || limit=$left
   printf '\n### %s (at %d s, at most %d s)\n' "$name" $((SECONDS - started)) "$limit" | tee -a "$log"
   before=$(wc -l <"$log")
@@ -109,8 +111,6 @@ build() {
     }' "$python"
 }
 
-dry() { [[ $device == cpu ]]; }
-
 written() { # the results of a bench step: those of an earlier run go, those of this one are printed at the end
   rm -f "$out/$1.json" "$out/$1.md"
   results+=("$out/$1.json")
@@ -132,6 +132,7 @@ pytests() { # NAME LIMIT ARGUMENT...: tests in parallel, to their end whatever f
   local name=$1 limit=$2 parallel=(-n 0)
   shift 2
   ((workers)) && parallel=(-n "$workers")
+  dry && parallel+=(--collect-only)
   step "$name" "$limit" "$python" -m pytest -o addopts=-q -p no:cacheprovider "${parallel[@]}" "$@"
 }
 
@@ -142,13 +143,11 @@ rollout() {
 }
 
 tests() { # seconds for the ops' tests, and which of them
-  dry && return
   pytests "tests: ops on CUDA tensors" "$1" tests/test_ops.py tests/test_cuda_graphs.py tests/test_cuda_decode.py \
     tests/test_cuda_rows.py tests/test_decode_attention.py -k "$2"
 }
 
 spills() {
-  dry && return
   pytests "tests: no spill in the binary" 60 tests/test_cuda_resources.py::test_no_kernel_spills
 }
 
@@ -203,21 +202,22 @@ ppo() {
 }
 
 remaining() { # torch.compile's seconds for a case
-  dry && return
   written "$gpu-large"
-  local left=$((whole - SECONDS + started - 20))
+  local left=$((whole - SECONDS + started - 20)) selected=(--device cuda --seconds 0.5)
+  dry && selected=(--device cpu --small --op swiglu --seconds 0.01)
   step "bench: every op's large sizes" "$((left + 15))" "$python" -m pytest -o addopts=-q -p no:cacheprovider \
-    bench/test_bench_ops.py --device cuda --seconds 0.5 --compile-seconds "$1" \
+    bench/test_bench_ops.py "${selected[@]}" --compile-seconds "$1" \
     --deadline "$((left > 20 ? left - 10 : 1))" --save-table "$out/$gpu-large.md"
 }
 
-build
+dry || build
 quick="(triton or cuda) and (truth or gradient or graph)"
 case $what in
 short) facts; smoke; targets; decode; ppo; rollout ;;
 full | dry-run)
   facts; smoke; targets; decode; ppo; rollout
   tests 120 "$quick"; hashes; sanitize 70 memcheck cuda; remaining 0
+  dry && spills
   ;;
 test) smoke; rollout; spills; tests 300 "triton or cuda"; hashes ;;
 sanitize) sanitize 120 memcheck cuda racecheck cuda memcheck triton racecheck triton ;;

@@ -1,4 +1,4 @@
-"""Shared by the launchers of compiled kernels: the stream or threads, pointers, dtypes."""
+"""Shared by the launchers of compiled kernels: the stream or threads, pointers, dtypes, errors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._backends import COMPILED
+
+NOT_COMPILED_FOR_GPU = ("no kernel image", "invalid device function", "unsupported toolchain")
+"""Errors of CUDA where it has no code for the GPU: of a launch, of a kernel's attributes, of PTX of a newer nvcc."""
 
 
 class Unsupported(Exception):

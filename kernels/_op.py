@@ -49,11 +49,9 @@ from rlhf_fast.kernels._backends import (
     forcing,
     is_strict,
 )
-from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
 
 log = logging.getLogger("rlhf_fast")
-NOT_COMPILED_FOR_GPU = ("no kernel image", "invalid device function", "unsupported toolchain")
-"""Errors of CUDA where it has no code for the GPU: of a launch, of a kernel's attributes, of PTX of a newer nvcc."""
 OPS: dict[str, Op] = {}
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 _TRITON_FILES = Path(__file__).parent / "triton"

@@ -113,11 +113,13 @@ def test_gpu_sh(tmp_path):
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
     env |= {"PYTHON": str(python), "REAL": sys.executable}
-    done = subprocess.run([script, "all"], capture_output=True, text=True, env=env)
+    done = subprocess.run([script, "full"], capture_output=True, text=True, env=env)
     log = (tmp_path / "fake-gpu.log").read_text()
     assert done.returncode == 1 and "tests: ops on CUDA tensors: FAILED (1)" in done.stdout, done
-    assert "setup.py build_ext --inplace" in log and "bench -k ops --device cuda" in log
-    assert "bench: ops: ok" in done.stdout.splitlines()[-1]
+    assert "setup.py build_ext --inplace" in log and "bench/test_bench_ops.py --targets --device cuda" in log
+    assert "bench: every op's large sizes: ok" in done.stdout.splitlines()[-1]
+    done = subprocess.run([script, "all"], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "dry-run, not 'all'" in done.stderr
 
 
 def test_a_wrong_kernel_is_refused_before_it_is_timed(kernel, monkeypatch):

@@ -267,7 +267,7 @@ def test_chunks_come_from_a_budget_and_a_floor(h100):
 
 
 def test_a_vocabulary_that_is_no_multiple_of_8_has_two_products(h100):
-    """Where tensor cores multiply, and for long enough that more launches do not matter."""
+    """The head has them where tensor cores multiply for so long that more launches do not matter."""
     gpt2 = {"N": 8192, "V": 50257, "D": 768, "dtype": torch.bfloat16}
     assert head_of_sizes(**gpt2).column_parts == [(0, 50256), (50256, 1)]
     assert head_of_sizes(**gpt2 | {"V": 50263}).column_parts == [(0, 50256), (50256, 7)]
