@@ -64,6 +64,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--small", action="store_true", help="the tests' small inputs: whether the bench runs, not how fast"
     )
+    group.addoption("--targets", action="store_true", help="only the cases of bench/targets.py")
     group.addoption("--seconds", type=float, default=SECONDS, help="budget for the rounds of a case")
     group.addoption(
         "--compile-seconds", type=float, default=60, help="torch.compile's limit for a case; 0: leave it out"

@@ -111,7 +111,15 @@ build() {
 
 dry() { [[ $device == cpu ]]; }
 
-facts() { step "facts" 40 "$python" -m rlhf_fast.bench.gpu_facts --device "$device" --save "$out/$gpu-facts.json"; }
+written() { # the results of a bench step: those of an earlier run go, those of this one are printed at the end
+  rm -f "$out/$1.json" "$out/$1.md"
+  results+=("$out/$1.json")
+}
+
+facts() {
+  written "$gpu-facts"
+  step "facts" 40 "$python" -m rlhf_fast.bench.gpu_facts --device "$device" --save "$out/$gpu-facts.json"
+}
 
 smoke() {
   local few=(--processes 8 --sizes 2)
@@ -174,29 +182,24 @@ sanitize() { # seconds for each tool, then pairs TOOL BACKEND
   done
 }
 
-written() { # the results of a bench step: those of an earlier run go, those of this one are printed at the end
-  rm -f "$out/$1.json" "$out/$1.md"
-  results+=("$out/$1.json")
-}
-
 targets() {
   written "$gpu"
   local selected=(--targets --device cuda --seconds 0.3)
-  dry && selected=(--device cpu --small --op gae --op token_logprobs --seconds 0.01)
+  dry && selected=(--targets --device cpu --small --op gae --op token_logprobs --seconds 0.01)
   step "bench: the target list" 130 "$python" -m pytest -o addopts=-q -p no:cacheprovider bench/test_bench_ops.py \
     "${selected[@]}" --compile-seconds 0 --deadline 110 --save-table "$out/$gpu.md"
 }
 
 decode() {
   written "$gpu-decode"
-  step "bench: decode step" 70 "$python" -m rlhf_fast.bench.decode_step --device "$device" $(dry && echo --tiny) \
-    --deadline 55 --save "$out/$gpu-decode.json"
+  step "bench: decode step" 80 "$python" -m rlhf_fast.bench.decode_step --device "$device" $(dry && echo --tiny) \
+    --deadline 60 --save "$out/$gpu-decode.json"
 }
 
 ppo() {
   written "$gpu-ppo"
   step "bench: PPO step" 70 "$python" -m rlhf_fast.bench.ppo_step --device "$device" $(dry && echo --tiny) \
-    --deadline 55 --save "$out/$gpu-ppo.json"
+    --dtype bfloat16 --deadline 55 --save "$out/$gpu-ppo.json"
 }
 
 remaining() { # torch.compile's seconds for a case
@@ -222,6 +225,16 @@ bench) facts; targets; decode; ppo; remaining 20 ;;
 esac
 
 echo
-((${#results[@]})) && "$python" -m rlhf_fast.bench.report "${results[@]}"
+present=()
+for file in "${results[@]}"; do [[ -f $file ]] && present+=("$file"); done
+if ((${#present[@]})); then
+  "$python" -m rlhf_fast.bench.report "${present[@]}"
+  {
+    printf '# %s\n\nMade by `bench/gpu.sh %s`. Its steps:\n\n' "$gpu" "$what"
+    printf -- '- %s\n' "${summary[@]}"
+    echo
+    "$python" -m rlhf_fast.bench.report --markdown "${present[@]}"
+  } >"$out/$gpu.md"
+fi
 printf '%s\n' "" "$gpu, all output in $log:" "${summary[@]}"
 exit "$failed"

@@ -13,6 +13,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def product_rate(clock: Cpu | Gpu, dtype: torch.dtype, name: str, shrink: int) -
     return {"rows, inner, columns": shape, "dtype": str(dtype)[6:], "seconds": seconds, "flops_per_second": rate}
 
 
+def host_seconds(clock: Cpu | Gpu) -> dict[str, float]:
+    """Return the host's seconds for one small torch op, queued, and a call of it as the benches time one."""
+    x, calls = torch.zeros(1, device=clock.name), 500
+    add = clock.timer(lambda: x.add_(1))
+    one = statistics.median(add() for _ in range(9))
+    start = time.perf_counter()
+    for _ in range(calls):
+        x.add_(1)
+    return {"queued": (time.perf_counter() - start) / calls, "a call": one}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=tuple(CLOCKS), default="cpu")
@@ -108,6 +120,7 @@ def main() -> int:
     if on_gpu:
         note("properties", properties)
     note("capabilities", lambda: capabilities(options.device))
+    note("host seconds of a torch op", lambda: host_seconds(clock))
     shrink = 1 if on_gpu else 64
     dtype = torch.bfloat16 if on_gpu else torch.float32
     for name in PRODUCTS:

@@ -50,14 +50,36 @@ def label(size: dict) -> str:
     return ", ".join(words.values())
 
 
-def cases(device: str, op_names: list[str], dtypes: list[torch.dtype], small: bool = False) -> Iterator[Case]:
-    """Yield on a GPU the targets first, then every op's large sizes (or its small ones)."""
+def shrunk(target: Target) -> Target:
+    """Return a target of a size that takes no time, without a goal: it shows whether the bench runs."""
+
+    def few(value):
+        if isinstance(value, tuple):
+            return tuple(min(v, 7) for v in value[:5])
+        return min(value, 8) if isinstance(value, int) else value
+
+    size = {name: few(value) for name, value in target.size.items()}
+    if "N" in size:
+        size["N"] = 5
+    if "Hkv" in size:
+        size |= {"H": 6, "Hkv": 2}
+    return target._replace(size=size, of="", chunk=2 if target.chunk else 0)
+
+
+def cases(
+    device: str, op_names: list[str], dtypes: list[torch.dtype], small: bool = False, targets: bool = False
+) -> Iterator[Case]:
+    """Yield on a GPU the targets first, then every op's large sizes (or its small ones).
+
+    With `targets` only these, on any device, shrunk where `small` is set.
+    """
     selected = [op for op in OPS.values() if not op_names or op.name in op_names]
-    for target in TARGETS if device == "cuda" and not small else []:
+    for target in TARGETS if targets or (device == "cuda" and not small) else []:
         if OPS[target.op] in selected:
             for dtype in target.dtypes:
-                yield Case(OPS[target.op], target.size, dtype, target.gradient, target)
-    for op in selected:
+                chosen = shrunk(target) if small else target
+                yield Case(OPS[target.op], chosen.size, dtype, target.gradient, chosen)
+    for op in [] if targets else selected:
         for size in op.small_sizes if small else op.large_sizes:
             for dtype in dtypes:
                 yield Case(op, size, dtype, False)

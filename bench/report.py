@@ -1,6 +1,7 @@
 """Tables of a bench: the machine it ran on, rows for the terminal, as Markdown and as JSON.
 
-python -m rlhf_fast.bench.report FILE.json    print the ops of a run in few columns
+python -m rlhf_fast.bench.report FILE.json...              print runs in few columns
+python -m rlhf_fast.bench.report --markdown FILE.json...   print them whole, as Markdown
 """
 
 import json
@@ -138,13 +139,108 @@ def save_ops(path: Path, facts: dict, rows: list[dict], notes: list[str]) -> Non
     )
 
 
-def main() -> int:
-    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def whole_cells(rows: list[dict]) -> list[list[str]]:
+    """Return the rows of decode_step and ppo_step as a table. A ratio is the other's time over ours."""
+    cells = [
+        [
+            "row", "ours", "on the device", "busy", "launches", "by the host", "floor", "of the floor", "tokens/s",
+            "others", "peak, others'", "checked",
+        ]
+    ]  # fmt: skip
+    for row in rows:
+        others = [
+            f"{name} {duration(found['seconds'])}, {row['ratios'][name]:.2f}x"
+            for name, found in row.get("others", {}).items()
+        ]
+        peaks = [row.get("peak_bytes"), *(found.get("peak_bytes") for found in row.get("others", {}).values())]
+        floor = row.get("floor_seconds")
+        cells.append(
+            [
+                row["row"], duration(row["seconds"]), duration(row.get("device_seconds")),
+                duration(row.get("busy_seconds")), _number(row.get("launches")), _number(row.get("host_launches")),
+                duration(floor), f"{100 * floor / row['seconds']:.0f} %" if floor else "",
+                _number(row.get("tokens_per_second")), "; ".join(others),
+                " / ".join(f"{peak / 1e9:.2f}" for peak in peaks if peak) + (" GB" if any(peaks) else ""),
+                row.get("checked", ""),
+            ]
+        )  # fmt: skip
+    return cells
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:.0f}"
+
+
+def kernel_cells(rows: list[dict], top: int) -> list[list[str]]:
+    """Return the kernels that take the most device time in each row that was profiled."""
+    cells = [["row", "kernel", "calls", "us", "of busy"]]
+    for row in rows:
+        for kernel in (row.get("kernels") or [])[:top]:
+            share = 1e-4 * kernel["us"] / row["busy_seconds"]
+            name = kernel["name"].replace("|", " ")
+            cells.append([row["row"], name, f"{kernel['calls']:g}", f"{kernel['us']:.1f}", f"{share:.0f} %"])
+    return cells
+
+
+def whole_markdown(found: dict) -> str:
+    """Return all of a run of decode_step or ppo_step."""
+    facts = [f"- {name}: {value}" for name, value in found["machine"].items() if not name.endswith("_per_second")]
+    rates = found["machine"]
+    facts += [
+        f"- measured copy, bytes read and written: {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s; product:"
+        f" {rates['product_flops_per_second'] / 1e12:.3g} TFLOP/s",
+        "- ours: wall time, the host's included; on the device: the same queued behind a sleeping device; busy: time in"
+        " which a kernel, copy or fill ran, and launches: their number, both by torch's profiler",
+        "- others: their time, and it over ours, median of interleaved rounds",
+    ]
+    notes = ["", "Left out:", "", *(f"- {note}" for note in found["notes"]), ""] if found["notes"] else []
+    kernels = kernel_cells(found["rows"], 12)
+    tables = [markdown_table(whole_cells(found["rows"]))] + [markdown_table(kernels)] * (len(kernels) > 1)
+    return "\n".join([*facts, "", *tables, *notes])
+
+
+def few_columns(found: dict) -> list[str]:
+    """Return a run's lines for the terminal."""
+    if "bench" in found:
+        cells = whole_cells(found["rows"])
+        kept = [i for i in range(len(cells[0])) if i == 0 or any(line[i] for line in cells[1:])]
+        lines = aligned([[line[i] for i in kept] for line in cells])
+        kernels = kernel_cells(found["rows"], 5)
+        lines += ["", *aligned([[cell[:70] for cell in line] for line in kernels])] if len(kernels) > 1 else []
+        return lines + found["notes"]
     few = ("op and size", "pass", "backend", "a call", "on the device", "of the floor", "reference", "target")
     header, *lines = op_cells(found["rows"])
     kept = [header.index(name) for name in few]
-    print("\n".join(aligned([[line[i] for i in kept] for line in [header, *lines]])))
-    print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
+    return aligned([[line[i] for i in kept] for line in [header, *lines]])
+
+
+def facts_markdown(facts: dict) -> str:
+    """Return the list of bench/gpu_facts.py's facts."""
+    lines = []
+    for name, value in facts.items():
+        shown = ", ".join(f"{key} {number}" for key, number in value.items()) if isinstance(value, dict) else value
+        lines.append(f"- {name}: {shown}")
+    return "\n".join([*lines, ""])
+
+
+def to_markdown(found: dict) -> str:
+    """Return a file's contents as Markdown: of the ops, of a whole-program bench, or facts."""
+    if "bench" in found:
+        return whole_markdown(found)
+    if "rows" in found:
+        return op_markdown(found["machine"], found["rows"], found["notes"])
+    return facts_markdown(found)
+
+
+def main() -> int:
+    whole = "--markdown" in sys.argv
+    for path in [Path(argument) for argument in sys.argv[1:] if argument != "--markdown"]:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if whole:
+            print(f"## {path.stem}\n\n{to_markdown(found)}")
+        elif "rows" in found:
+            print("\n".join(few_columns(found)))
+            print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
     return 0
 
 

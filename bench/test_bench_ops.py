@@ -1,8 +1,9 @@
 """Every op at its large sizes, and on a GPU at the sizes of bench/targets.py: our kernels beside the alternatives.
 
-    pytest bench -k ops [--device cuda] [--op NAME] [--save-table PATH]
+    pytest bench/test_bench_ops.py [--device cuda] [--targets] [--op NAME] [--save-table PATH]
 
-An op's kernels must agree with the reference before they are timed; one that does not fails its test.
+`--targets` runs only the cases of bench/targets.py; with `--small` shrunk, to see that they run. An op's kernels must
+agree with the reference before they are timed; one that does not fails its test.
 `--compile-seconds 0` leaves torch.compile out, which takes most of the time.
 """
 
@@ -21,7 +22,8 @@ from rlhf_fast.bench.timing import CLOCKS
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     dtypes = option("dtype") or ("float32" if option("device") == "cpu" else "bfloat16")
-    found = cases(option("device"), option("op"), [getattr(torch, d) for d in dtypes.split(",")], option("small"))
+    dtypes = [getattr(torch, dtype) for dtype in dtypes.split(",")]
+    found = cases(option("device"), option("op"), dtypes, option("small"), option("targets"))
     metafunc.parametrize("case", list(found), ids=str)
 
 
@@ -34,6 +36,8 @@ def clock(request):
 def bandwidth(clock, ops_report):
     found = clock.copy_bandwidth()
     ops_report.facts = report.machine(clock.name, found)
+    if (empty := clock.empty_graph_seconds()) is not None:
+        ops_report.facts["a graph of one empty kernel"] = f"{report.duration(empty)}, not subtracted"
     return found
 
 

@@ -6,51 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast import ops
-
-
-def gae_loop(rewards, values, mask, gamma, lam):
-    """Compute GAE one column after the other, masked by carry-forward, as verl and NeMo-RL write it."""
-    next_value = last = torch.zeros_like(rewards[:, 0])
-    reversed_advantages = []
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * last
-        next_value = values[:, t] * mask[:, t] + (1 - mask[:, t]) * next_value
-        last = advantage * mask[:, t] + (1 - mask[:, t]) * last
-        reversed_advantages.append(last)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    return advantages, advantages + values
-
-
-def advantages_loop(logprobs, ref_logprobs, values, scores, mask, kl_coef, gamma, lam):
-    """Compute KL per token, the score at the last token, the loop, and the mean and variance for whitening."""
-    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    rows, ends = torch.arange(len(scores)), mask.sum(1).long() - 1
-    rewards[rows, ends] += scores * (ends >= 0)
-    advantages, returns = gae_loop(rewards, values, mask, gamma, lam)
-    count = mask.sum()
-    mean = (advantages * mask).sum() / count
-    variance = ((advantages - mean) ** 2 * mask).sum() / count
-    return advantages, returns, mean, variance
-
-
-def eager_losses(logprobs, old_logprobs, advantages, mask, values, old_values, returns):
-    """Compute clipped losses as masked means with the metrics that TRL and verl log: clip fraction, KL, ratio."""
-    count = mask.sum()
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
-    ratio = log_ratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
-    policy = (torch.max(unclipped, clipped) * mask).sum() / count
-    clipped_values = values.clamp(old_values - 0.2, old_values + 0.2)
-    value_unclipped, value_clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
-    value = 0.5 * (torch.max(value_unclipped, value_clipped) * mask).sum() / count
-    with torch.no_grad():
-        metrics = [
-            ((clipped > unclipped).float() * mask).sum() / count, (-log_ratio * mask).sum() / count,
-            (ratio * mask).sum() / count, ((value_clipped > value_unclipped).float() * mask).sum() / count,
-            (values * mask).sum() / count, (value_unclipped * mask).sum() / count, (returns * mask).sum() / count,
-        ]  # fmt: skip
-    return policy, value, metrics
+from rlhf_fast.bench.plain_torch import advantages_loop, eager_losses, gae_loop
 
 
 def pairwise_losses(scores, sizes):

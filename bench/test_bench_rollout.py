@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rlhf_fast.batches import Prompts
+from rlhf_fast.bench.shapes import SMOLLM2_135M, random_model, step_bytes
 from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
@@ -24,21 +25,17 @@ from rlhf_fast.rollout.rollout import Rollout
 PROMPT, NEW, BASELINE_NEW = 64, 128, 48
 BATCHES = (1, 8, 32)
 ROUNDS = 2  # of some seconds each, after one to warm up
-SMOLLM2 = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100000.0,
-    "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def model(request):
-    torch.manual_seed(0)
-    return Model(LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(request.param))
+    return random_model(SMOLLM2_135M, "cpu", request.param)
 
 
 def prompts(batch: int) -> Prompts:
-    tokens = torch.randint(1, SMOLLM2["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
+    tokens = torch.randint(
+        1, SMOLLM2_135M["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(batch)
+    )
     return Prompts(list(range(batch)), tokens.tolist(), [""] * batch)
 
 
@@ -73,9 +70,9 @@ def transformers_generate(model: Model, batch: Prompts, **sampling) -> float:
 def floor(model: Model, batch: int) -> dict[str, float]:
     """Return the bytes that a step reads and the operations of its products."""
     weights = sum(p.nbytes for p in model.module.parameters())
-    heads, dim, layers = 3, 64, 30
-    cache = 2 * layers * heads * dim * batch * (PROMPT + NEW // 2) * model.head_weight.element_size()
-    return {"reads": weights + cache, "flops": 2 * batch * sum(p.numel() for p in model.module.parameters())}
+    itemsize = model.head_weight.element_size()
+    reads = step_bytes(SMOLLM2_135M, weights, batch, PROMPT + NEW // 2, itemsize)
+    return {"reads": reads, "flops": 2 * batch * sum(p.numel() for p in model.module.parameters())}
 
 
 def check(model: Model, batch: Prompts):

@@ -4,6 +4,7 @@
 `interleaved` lets the timers of several providers take turns: every table in bench/ is made by it.
 """
 
+import contextlib
 import gc
 import statistics
 import time
@@ -105,6 +106,10 @@ class Cpu:
         """Return None: a CPU has no graphs."""
         return
 
+    def empty_graph_seconds(self) -> None:
+        """Return None: a CPU has no graphs."""
+        return
+
     def copy_bandwidth(self) -> float:
         """Return bytes/s, read and written, of a copy that exceeds the caches."""
         source, target = torch.ones(2, 1 << 25)
@@ -169,22 +174,65 @@ class Gpu:
         return lambda: self.seconds(call, launched=True)
 
     def graph_timer(self, call: Callable) -> Timer | None:
-        """Return a timer of the call replayed as a CUDA graph, or None where it cannot be captured."""
+        """Return a timer of the call replayed as a CUDA graph, or None where it waits for the host."""
+        if self.waits(call):
+            return None
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    call()
-            torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
                 call()
-        except RuntimeError:  # the call synchronises with the host
+        except RuntimeError:  # the number for the whole call is kept
             torch.cuda.synchronize()
             return None
         graph.replay()
         return lambda: self.seconds(graph.replay, launched=False)
+
+    def empty_graph_seconds(self) -> float:
+        """Return what `graph_timer` measures of a graph of one kernel that writes one number."""
+        x = torch.zeros(1, device="cuda")
+        timer = self.graph_timer(x.zero_)
+        return statistics.median(timer() for _ in range(20))
+
+    def waits(self, call: Callable) -> bool:
+        """Return whether torch waits for the device within the call. A failed capture would tell it too, but before
+        torch 2.12 it leaves the allocator and the random generator capturing: later calls fail."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return False
+
+    def queued_seconds(self, call: Callable) -> float:
+        """Return seconds of the device alone, for a call of at most a thousand launches, the most that a GPU queues.
+
+        The device sleeps while the host queues the call, so that the host's time does not count.
+        """
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(2e9 * (1.5 * (time.perf_counter() - start) + 1e-3)))  # at about 2 GHz
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    def product_rate(self) -> float:
+        """Return FLOP/s of torch's bfloat16 matrix product."""
+        a, out = torch.randn(2, 8192, 8192, device="cuda").bfloat16()  # ones would need less power, and run faster
+        times = [self.seconds(lambda: torch.mm(a, a, out=out), launched=False) for _ in range(12)]
+        return 2 * 8192**3 / statistics.median(times[2:])
 
     def copy_bandwidth(self) -> float:
         """Return bytes/s, read and written, of a copy within the device that exceeds its cache."""
@@ -207,7 +255,8 @@ class Gpu:
     def empty_cache(self) -> None:
         """Give torch's cached blocks back to the device."""
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # torch before 2.12 cannot after a failed capture
+            torch.cuda.empty_cache()
 
 
 CLOCKS = {"cpu": Cpu, "cuda": Gpu}

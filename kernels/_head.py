@@ -7,10 +7,12 @@ form p (a + b log p + c (log p_ref - log p)) + g 1[target], with four numbers a,
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels._backends import TRITON_DEFAULT_DEVICES
 from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 
 IGNORE_INDEX = -100
@@ -150,5 +152,16 @@ def scale_grads(ctx, grad_loss: Tensor, with_gradients) -> list[Tensor | None]:
         grads = list(with_gradients(*args, *ctx.needs_grad)[-3:])
     on_cpu = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
     if not (on_cpu and grad_loss.item() == 1):
-        grads = [grad.mul_(grad_loss) for grad in grads]
+        grads = [scale_grad(grad, grad_loss) for grad in grads]
     return drop_unneeded(grads, ctx.needs_grad)
+
+
+def scale_grad(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return grad times a factor () of the same device, in place. On a GPU a factor of 1 costs no visit of memory."""
+    if type(grad) is Tensor and grad.is_cuda and "cuda" in TRITON_DEFAULT_DEVICES and not torch.compiler.is_compiling():
+        scale = import_module("rlhf_fast.kernels.triton._scale")
+        if scale.can_scale(grad):
+            with torch.cuda.device(grad.device):
+                scale.scale_in_place(grad, factor)
+            return grad
+    return grad.mul_(factor)

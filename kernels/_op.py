@@ -18,7 +18,8 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _norm                                           rms_norm, layer_norm
 
 kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits and _softmax for token_logprobs
-and linear_*, _scoring for linear_* without gradient, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
+and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy and
+linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ from rlhf_fast.kernels._backends import (
 from rlhf_fast.kernels._launch import Unsupported
 
 log = logging.getLogger("rlhf_fast")
+NOT_COMPILED_FOR_GPU = ("no kernel image", "invalid device function", "unsupported toolchain")
+"""Errors of CUDA where it has no code for the GPU: of a launch, of a kernel's attributes, of PTX of a newer nvcc."""
 OPS: dict[str, Op] = {}
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 _TRITON_FILES = Path(__file__).parent / "triton"
@@ -74,6 +77,7 @@ class Op:
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
     implementations: dict[str, Callable]  # backend -> kernel, on normalized arguments
     preference: dict[str, list[str]]  # device -> backends in the order in which they are tried
+    measured: dict[str, str]  # device -> the figures by which `prefer` has put another backend first
     required_symbols: dict[str, tuple[str, ...]]  # device -> names of the compiled kernels that its launcher calls
     normalizer: Callable | None  # registered by `normalize`
     cost_function: Callable | None  # registered by `cost`
@@ -97,6 +101,7 @@ class Op:
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         self.implementations = {"reference": body}
         self.preference = {device: ["reference"] for device in DEVICES}
+        self.measured = {}
         self.required_symbols = {}
         self.normalizer = None
         self.cost_function = None
@@ -212,7 +217,7 @@ class Op:
             except Unsupported as unsupported:
                 why = why or str(unsupported)
             except RuntimeError as error:
-                if forced is not None or "no kernel image" not in str(error):
+                if forced is not None or not any(text in str(error) for text in NOT_COMPILED_FOR_GPU):
                     raise
                 reason = self._drop_backend(backend, device, error)
                 why = why or reason
@@ -266,6 +271,8 @@ class Op:
     def why(self, device: str) -> str:
         """Return one line: the backend that runs on `device`, and why there is no better one."""
         chosen = self.chosen(device)
+        if chosen == "triton" and device in self.measured and device in self.preference[device]:
+            return f"Triton, faster than {device}: {self.measured[device]}"
         if chosen == "triton":
             return f"Triton; no compiled kernel: {self._why_not_compiled(device)}"
         if chosen != "reference":
@@ -323,6 +330,13 @@ class Op:
                 self.preference[device].pop(0)
             self.preference[device].insert(0, backend)
         return launch
+
+    def prefer_triton(self, device: str, measured: str) -> None:
+        """Try Triton's kernel before the compiled one. `measured` gives the figures of both, and the GPU."""
+        self.measured[device] = measured
+        if "triton" in self.preference[device]:
+            self.preference[device].remove("triton")
+            self.preference[device].insert(0, "triton")
 
     def gradient(
         self, backward: Callable, *, setup_context: Callable | None = None, forward: Callable | None = None

@@ -30,7 +30,7 @@ class SamplingOptions(NamedTuple):
     top_k: Tensor | None  # int64
     top_p: Tensor | None  # float32
     min_p: Tensor | None  # float32
-    seed: int  # in [-2^63, 2^63)
+    seed: int | Tensor  # in [-2^63, 2^63); or int64 (1,)
     row_ids: Tensor  # int64
     steps: Tensor  # int64
 
@@ -85,7 +85,7 @@ def _per_row(op: str, name: str, value: Tensor | float | None, logits: Tensor) -
     return torch.full(logits.shape[:1], value, dtype=allowed.dtype, device=logits.device)
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
+def philox(counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:
     """Return Philox4x32-10's four 32-bit words for a four-word counter and a two-word key, all held in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -99,7 +99,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def noise_words(seed: int, row_ids: Tensor, steps: Tensor, V: int) -> Tensor:
+def noise_words(seed: int | Tensor, row_ids: Tensor, steps: Tensor, V: int) -> Tensor:
     """Return the integers behind the noise, (B, V) int64 in [0, 2^32), for `row_ids` and `steps` (B,)."""
     quads = torch.arange((V + 3) // 4, device=row_ids.device)
     low, high, step = (x[:, None] for x in (row_ids & _LOW, row_ids >> 32 & _LOW, steps & _LOW))
@@ -107,7 +107,7 @@ def noise_words(seed: int, row_ids: Tensor, steps: Tensor, V: int) -> Tensor:
     return torch.stack(words, dim=-1).flatten(1)[:, :V]
 
 
-def gumbel_noise(seed: int, row_ids: Tensor, steps: Tensor, V: int) -> Tensor:
+def gumbel_noise(seed: int | Tensor, row_ids: Tensor, steps: Tensor, V: int) -> Tensor:
     """Return standard Gumbel noise (B, V) float64, between -3.14 and 22.9: that of `sample_tokens`."""
     uniform = (noise_words(seed, row_ids, steps, V).double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform))

@@ -42,6 +42,7 @@ def linear_sample_tokens(
     softcap: float = 0.0,
     banned: Tensor | None = None,
     ban_rows: Tensor | None = None,
+    device_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sample one token for each row of `hidden` (B, D) under the head `weight` (V, D); all outputs (B,), nats.
 
@@ -53,6 +54,8 @@ def linear_sample_tokens(
     banned (K,) int64, ban_rows (B,) bool: these tokens are not sampled in the rows where ban_rows is true, and the
         filters do not see them. logprobs, raw_logprobs and entropy ignore the ban; kept_logprobs and log_kept_mass
         include it.
+    device_seed (1,) int64: replaces `seed`. A kernel loads it, so that a captured CUDA graph can be replayed with
+        another.
 
     On the CPU a row's outputs do not depend on the other rows, bit for bit.
     Gradients: none.
@@ -65,21 +68,22 @@ def linear_sample_tokens(
     if banned is not None and ban_rows is not None:
         allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, banned, False) | ~ban_rows[:, None]
     assert row_ids is not None and steps is not None  # the normalizer has checked it
-    options = SamplingOptions(temperature, top_k, top_p, min_p, seed, row_ids, steps)
+    key = seed if device_seed is None else device_seed
+    options = SamplingOptions(temperature, top_k, top_p, min_p, key, row_ids, steps)
     return sample_reference(logits, options, allowed=allowed)
 
 
 @linear_sample_tokens.normalize
 def _(hidden, weight, *args):
-    *options, bias, softcap, banned, ban_rows = args
-    _check(hidden, weight, bias, softcap, banned, ban_rows)
+    *options, bias, softcap, banned, ban_rows, device_seed = args
+    _check(hidden, weight, bias, softcap, banned, ban_rows, device_seed)
     options = normalize_options("linear_sample_tokens", hidden, *options)
     bias = bias if bias is None else bias.detach()
     bans = (None, None) if banned is None else (banned.long(), ban_rows.bool())
-    return hidden.detach(), weight.detach(), *options, bias, float(softcap), *bans
+    return hidden.detach(), weight.detach(), *options, bias, float(softcap), *bans, device_seed
 
 
-def _check(hidden, weight, bias, softcap, banned, ban_rows) -> None:
+def _check(hidden, weight, bias, softcap, banned, ban_rows, device_seed) -> None:
     name = "linear_sample_tokens"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
         raise ValueError(
@@ -99,6 +103,10 @@ def _check(hidden, weight, bias, softcap, banned, ban_rows) -> None:
     if banned is not None and (banned.dim() != 1 or ban_rows.shape != hidden.shape[:1]):
         shapes = [list(banned.shape), list(ban_rows.shape)]
         raise ValueError(f"{name}: banned must be (K,) and ban_rows ({hidden.shape[0]},), got {shapes}")
+    if device_seed is not None and (device_seed.shape != (1,) or device_seed.dtype != torch.int64):
+        raise ValueError(
+            f"{name}: device_seed must be int64 of shape (1,), got {device_seed.dtype} {list(device_seed.shape)}"
+        )
 
 
 @lru_cache(maxsize=256)
@@ -117,7 +125,8 @@ def _workspace_bytes(
 
 @linear_sample_tokens.compiled
 def _(kernels, hidden, weight, *args):
-    *options, seed, row_ids, steps, bias, softcap, banned, ban_rows = args
+    *options, seed, row_ids, steps, bias, softcap, banned, ban_rows, device_seed = args
+    seed = seed if device_seed is None else int(device_seed)
     V, D = weight.shape
     require_dtypes(hidden, weight)
     if V > 2**31 - 2**20:
@@ -151,10 +160,10 @@ def _(_gradient, hidden, weight, *_options):
 @linear_sample_tokens.inputs(
     small_sizes=[
         {"B": 1, "D": 8, "V": 1},
-        {"B": 3, "D": 17, "V": 33},
+        {"B": 3, "D": 17, "V": 33, "seed_on_device": True},
         {"B": 5, "D": 32, "V": 2100, "temperature": 0.7},
         {"B": 70, "D": 9, "V": 131, "biased": True},
-        {"B": 7, "D": 9, "V": 131, "top_p": 0.8},
+        {"B": 7, "D": 9, "V": 131, "top_p": 0.8, "seed_on_device": True},
         {"B": 4, "D": 64, "V": 999, "top_k": 5, "softcap": 3.0},
         {"B": 13, "D": 24, "V": 1050, "mixed": True, "biased": True, "softcap": 20.0},
         {"B": 6, "D": 16, "V": 300, "bans": 3},
@@ -171,7 +180,7 @@ def _(_gradient, hidden, weight, *_options):
 )
 def _(
     B, D, V, device, dtype, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, mixed=False, biased=False, softcap=0.0,
-    bans=0,
+    bans=0, seed_on_device=False,
 ):  # fmt: skip
     # Values on a coarse grid: every product and sum is exact, so all backends sample from the very same logits.
     hidden = torch.randint(-4, 5, (B, D), device=device).to(dtype) / 4
@@ -186,4 +195,5 @@ def _(
     banned = torch.randperm(V, device=device)[:bans] if bans else None
     ban_rows = torch.arange(B, device=device) % 3 != 0 if bans else None
     options = temperature, top_k, top_p, min_p, int(torch.randint(2**62, ())), row_ids, steps % 2**31
-    return hidden, weight, *options, bias, softcap, banned, ban_rows
+    device_seed = torch.randint(2**62, (1,), device=device) if seed_on_device else None
+    return hidden, weight, *options, bias, softcap, banned, ban_rows, device_seed

@@ -45,6 +45,18 @@ def test_every_op_has_a_kernel_on_a_gpu():
     assert any("Triton; no compiled kernel: " in line for line in listed)
 
 
+def test_triton_is_tried_first_where_it_was_measured_to_be_faster(monkeypatch):
+    op = ops.swiglu
+    monkeypatch.setitem(op.preference, "cuda", ["cuda", "triton", "reference"])
+    monkeypatch.setattr(op, "measured", {})
+    op.prefer_triton("cuda", "3 us, CUDA C++ 4 us (H100)")
+    assert op.preference["cuda"] == ["triton", "cuda", "reference"] and op.chosen("cuda") == "triton"
+    assert op.why("cuda") == "Triton, faster than cuda: 3 us, CUDA C++ 4 us (H100)"
+    monkeypatch.setitem(op.preference, "cuda", ["cuda", "reference"])  # Triton is not installed
+    op.prefer_triton("cuda", "3 us, CUDA C++ 4 us (H100)")
+    assert op.preference["cuda"] == ["cuda", "reference"] and op.why("cuda") == "compiled kernel cuda"
+
+
 def test_without_a_gpu_the_reason_for_no_triton_is_given():
     code = "from rlhf_fast.kernels import _backends; print(_backends.WHY_MISSING['triton'])"
     output = run(code, CUDA_VISIBLE_DEVICES="")
@@ -91,9 +103,17 @@ def test_the_next_backend_runs_what_a_kernel_does_not_support(monkeypatch, caplo
         ops.gae._run_kernel("cpu", *gae_inputs())
 
 
-def test_the_next_backend_runs_on_a_gpu_without_compiled_code(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no kernel image is available for execution on the device",
+        "invalid device function",
+        "the provided PTX was compiled with an unsupported toolchain.",
+    ],
+)
+def test_the_next_backend_runs_on_a_gpu_without_compiled_code(message, monkeypatch, caplog):
     def fails(*args):
-        raise RuntimeError("gae: no kernel image is available for execution on the device")
+        raise RuntimeError(f"gae: {message}")
 
     def unsupported(*args):
         raise Unsupported("no compiled kernel for float32")
@@ -109,8 +129,19 @@ def test_the_next_backend_runs_on_a_gpu_without_compiled_code(monkeypatch, caplo
     assert ops.gae.preference["cpu"] == ["cpu:narrow", "reference"]  # what was not compiled is not tried again
     assert "csrc/cuda was not compiled for this GPU" in WHY_MISSING["cpu"]
     assert "RLHF_FAST_CUDA_ARCHS" in WHY_MISSING["cpu"]
-    with pytest.raises(RuntimeError, match="no kernel image"):
+    with pytest.raises(RuntimeError, match=message):
         ops.gae.backend("cpu:first")(*gae_inputs())
+
+
+def test_other_errors_of_a_kernel_are_raised(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("gae: an illegal memory access was encountered")
+
+    monkeypatch.setitem(ops.gae.implementations, "cpu:first", fails)
+    monkeypatch.setitem(ops.gae.preference, "cpu", ["cpu:first", "reference"])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ops.gae._run_kernel("cpu", *gae_inputs())
+    assert ops.gae.preference["cpu"] == ["cpu:first", "reference"]
 
 
 def test_ops_without_a_registered_gradient_have_none_on_any_backend():

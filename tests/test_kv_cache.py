@@ -190,10 +190,10 @@ def test_nothing_is_computed_twice(decode_path):
 def test_long_prompts_are_prefilled_in_several_calls(decode_path, monkeypatch):
     model, batch = llama(), prompts(2, 9, 5, 3, 16)
     expected = Rollout(model, sampling(), decode_path=decode_path).generate(batch, samples=2)
-    monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", 7)
+    monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", {"cpu": 7})
     rollout, calls = recorded(model, decode_path)
     found = rollout.generate(batch, samples=2)
-    assert [len(positions) for positions, _ in calls[:5]] == [7] * 5
+    assert [len(positions) for positions, _ in calls[:7]] == [7, 7, 2, 7, 2, 5, 5]
     assert found.response_ids() == expected.response_ids()
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=0 if decode_path == "fused" else 2e-5)
 
@@ -213,13 +213,13 @@ def test_shared_pages_change_no_sample(length, decode_path):
 @small_pages
 def test_samples_share_the_pages_of_their_prompt(decode_path, monkeypatch):
     """Nine positions are two full pages, which are shared, and a third that each sample has for itself."""
-    assigned, assign = {}, PagedKVCache.assign
+    assigned, assign_rows = {}, PagedKVCache.assign_rows
 
-    def record(self, slot, pages):
-        assigned[slot] = pages
-        assign(self, slot, pages)
+    def record(self, pages_by_slot):
+        assigned.update(pages_by_slot)
+        assign_rows(self, pages_by_slot)
 
-    monkeypatch.setattr(PagedKVCache, "assign", record)
+    monkeypatch.setattr(PagedKVCache, "assign_rows", record)
     Rollout(llama(), sampling(max_new_tokens=4), decode_path=decode_path).generate(prompts(9), samples=5)
     assert len(assigned) == 5 and all(len(pages) == 3 for pages in assigned.values())
     assert len({tuple(pages[:2]) for pages in assigned.values()}) == 1

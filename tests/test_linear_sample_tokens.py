@@ -100,3 +100,22 @@ def test_chunks_of_rows_with_bans_and_a_float32_hidden(options, monkeypatch):
     ours, truth = (sample(x, hidden, weight, **options) for x in ("triton", "reference"))
     assert torch.equal(ours[0], truth[0])
     torch.testing.assert_close(ours[1:], truth[1:], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345, -7])
+def test_a_seed_on_the_device_is_the_seed(seed, options):
+    """On every backend, the reference included, and not the number that is passed beside it."""
+    hidden, weight, ids = torch.randn(6, 16), torch.randn(300, 16), torch.arange(6)
+    for backend in ops.linear_sample_tokens.backends:
+        op = ops.linear_sample_tokens.backend(backend)
+        expected = op(hidden, weight, seed=seed, row_ids=ids, steps=ids, **options)
+        found = op(hidden, weight, seed=5, row_ids=ids, steps=ids, device_seed=torch.tensor([seed]), **options)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs), backend
+
+
+def test_a_seed_on_the_device_is_one_int64():
+    hidden, ids = torch.randn(2, 4), torch.arange(2)
+    with pytest.raises(ValueError, match=r"device_seed must be int64 of shape \(1,\), got torch.int32 \[1\]"):
+        ops.linear_sample_tokens(hidden, hidden, row_ids=ids, steps=ids, device_seed=torch.ones(1, dtype=torch.int32))

@@ -13,17 +13,24 @@ are recorded instead of run, and each is compiled as Triton would compile it. Th
 A kernel should have 16-byte loads where Triton, from the alignment of addresses and strides, gives each thread at least
 16 consecutive bytes of a tile: if it has none, a mask splits them. An op without `large_sizes` is compiled at small
 ones, which are too small for such loads.
+
+Another version of Triton, of which only compilation, shared memory and spills are checked:
+
+    pip install --no-deps --target FOLDER triton==3.6.0
+    PYTHONPATH=FOLDER:. python -m rlhf_fast.bench.checks.triton_resources --arch 90 --spills
 """
 
 import argparse
 import collections
+import functools
+import itertools
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -42,8 +49,13 @@ from rlhf_fast import ops
 from rlhf_fast.bench.checks import sass
 from rlhf_fast.kernels._op import OPS, Op
 from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton._scale import scale_in_place
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # compute capability: bytes that a block can have
+KNOWN_SPILLS = {
+    # Logits of 16 bits; 3 stores and 5 loads of 17,279 instructions. Smaller tiles spill more, fewer warps take longer.
+    ("3.6", "_filters.cutoff_kernel", 90): 8,
+}  # Triton's version, kernel, compute capability: spills
 NUM_SMS = 132  # of an H100, for launchers that depend on it
 KERNELS = Path(launch.__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -130,12 +142,14 @@ def as_if_on_gpu(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
 
-def op_launches(op: Op, size: dict, dtype: torch.dtype) -> Iterator[tuple[Launch, int]]:
+def op_launches(
+    op: Op, size: dict, dtype: torch.dtype, archs: Iterable[int] = tuple(SHARED_MEMORY)
+) -> Iterator[tuple[Launch, int]]:
     """Yield the launches of one call of the op's Triton launcher, for a GPU of each compute capability."""
     args = op.normalized(*op.make_inputs(device="cpu", dtype=dtype, **size))
     module = import_module(f"rlhf_fast.kernels.triton.{file_stem(op)}")
     launcher = getattr(module, op.name)
-    for arch in SHARED_MEMORY:
+    for arch in archs:
         for found in record_launches(lambda: launcher(*tree_map_only(torch.Tensor, as_if_on_gpu, args)), arch):
             yield found, arch
 
@@ -212,19 +226,28 @@ def measure(found: Launch, arch: int) -> Resources:
     )
 
 
-def find_faults(arch: int, used: Resources, is_small: bool = False) -> Iterator[str]:
+def known_spills(name: str, arch: int) -> int:
+    """Return the spills that this version of Triton is known to make of a kernel."""
+    return KNOWN_SPILLS.get((triton.__version__.rpartition(".")[0], name, arch), 0)
+
+
+def find_faults(
+    arch: int, used: Resources, is_small: bool = False, max_spills: int = 0, only_spills: bool = False
+) -> Iterator[str]:
     """Yield what is wrong with a kernel. is_small: it was compiled at small sizes."""
-    if used.spills:
+    if used.spills > max_spills:
         yield f"{used.spills} spills"
     if used.shared > SHARED_MEMORY[arch]:
         yield f"{used.shared} bytes of shared memory"
+    if only_spills:
+        return
     if used.product_instruction and not used.products:
         yield f"no {used.product_instruction}"
     if used.aligned_loads and not used.vector_loads and not is_small:
         yield f"none of {used.aligned_loads} loads of aligned rows has 16 bytes"
 
 
-def collect(names: list[str]) -> dict[tuple[Launch, int], str]:
+def collect(names: list[str], archs: Iterable[int]) -> dict[tuple[Launch, int], str]:
     """Return the launches of the ops named, or of all, on each GPU, with the first op and dtype that makes each."""
     found: dict[tuple[Launch, int], str] = {}
     for op in sorted(OPS.values(), key=lambda op: not op.large_sizes):
@@ -234,10 +257,20 @@ def collect(names: list[str]) -> dict[tuple[Launch, int], str]:
             continue
         for dtype in (torch.float32, torch.bfloat16):
             for size in op.large_sizes or op.small_sizes[1:3]:
-                for launch_and_arch in op_launches(op, size, dtype):
+                for launch_and_arch in op_launches(op, size, dtype, archs):
                     first = f"{op.name}, {str(dtype)[6:]}" + ("" if op.large_sizes else SMALL)
                     found.setdefault(launch_and_arch, first)
+        if op.name == "linear_cross_entropy":  # its backward pass, like linear_ppo_loss's, launches one kernel more
+            for dtype, arch in itertools.product((torch.float32, torch.bfloat16), archs):
+                for one in record_launches(functools.partial(scale_gradient, dtype), arch):
+                    found.setdefault((one, arch), f"{op.name}'s backward pass, {str(dtype)[6:]}")
     return found
+
+
+def scale_gradient(dtype: torch.dtype) -> None:
+    """Scale the gradient of a weight by the gradient of a loss."""
+    gradient = torch.empty((4096, 768), dtype=dtype, device="cuda")
+    scale_in_place(gradient, torch.empty((), dtype=torch.float32, device="cuda"))
 
 
 _LAUNCHES: list[tuple[Launch, int]] = []  # of the worker processes, which are forked with it
@@ -259,16 +292,23 @@ def table_row(found: Launch, arch: int, first: str, used: Resources) -> str:
     )
 
 
+def check_names(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    """End the program with one sentence where a name is neither an op's nor its file's."""
+    unknown = set(names) - {name for op in OPS.values() for name in (op.name, file_stem(op))}
+    if unknown:
+        parser.error(f"there is no op {', '.join(sorted(unknown))}; there are: {', '.join(sorted(ops.__all__))}")
+
+
 def main() -> int:
     title = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("op", nargs="*", help="only these (default: all)")
+    parser.add_argument("--arch", type=int, action="append", choices=list(SHARED_MEMORY), help="only for these GPUs")
+    parser.add_argument("--spills", action="store_true", help="look neither at products nor at the widths of loads")
     parser.add_argument("--save", type=Path, metavar="PATH", help="write the table as Markdown")
     options = parser.parse_args()
-    unknown = set(options.op) - {name for op in OPS.values() for name in (op.name, file_stem(op))}
-    if unknown:
-        parser.error(f"there is no op {', '.join(sorted(unknown))}; there are: {', '.join(sorted(ops.__all__))}")
-    found = collect(options.op)
+    check_names(parser, options.op)
+    found = collect(options.op, options.arch or list(SHARED_MEMORY))
     _LAUNCHES.extend(found)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         results = dict(pool.imap_unordered(_measure_one, range(len(_LAUNCHES))))
@@ -280,7 +320,9 @@ def main() -> int:
             faults.append(f"{kernel}: {used}")
             continue
         lines.append(table_row(one, arch, first, used))
-        faults += [f"{kernel}: {fault}" for fault in find_faults(arch, used, first.endswith(SMALL))]
+        known = known_spills(one.name, arch)
+        found_faults = find_faults(arch, used, first.endswith(SMALL), known, options.spills)
+        faults += [f"{kernel}: {fault}" for fault in found_faults]
     table = "\n".join(lines)
     print(table)
     if options.save:

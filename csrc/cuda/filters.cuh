@@ -39,7 +39,8 @@ constexpr float top_k_depth = 32.f;             // the bins of a row with top-k 
 struct FixedPoint {
   float scale;
 
-  __device__ explicit FixedPoint(int V) : scale(static_cast<float>(1ll << (30 + __clz(V - 1)))) {}
+  // In the body, because nvcc gives initializers to the host's compiler too, which has no __clz.
+  __device__ explicit FixedPoint(int V) { scale = static_cast<float>(1ll << (30 + __clz(V - 1))); }
   __device__ __forceinline__ unsigned long long from(float mass) const {
     return static_cast<unsigned long long>(mass * scale);
   }

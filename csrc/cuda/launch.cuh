@@ -7,7 +7,11 @@
 
 namespace {
 
-// Bytes of shared memory that a block may have on the current device.
+// Bytes of shared memory that the driver keeps for itself from sm_90 on. A kernel that asks for all there is leaves
+// them free too: the attribute below might count them.
+constexpr size_t driver_shared_bytes = 1024;
+
+// Bytes of shared memory that a block may have on the current device, static and dynamic.
 __host__ inline size_t shared_memory_limit() {
 #if defined(__CUDACC__)
   int device = 0, bytes = 48 << 10;

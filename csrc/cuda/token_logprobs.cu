@@ -200,11 +200,14 @@ __device__ __forceinline__ void write_zeros(T* out, int V, int thread, int num_t
   }
 }
 
+constexpr size_t max_static_bytes = 1024;  // of token_logprobs_backward_kernel
+
 template <class T, bool SOFTCAP, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     token_logprobs_backward_kernel(const float* grad_logprobs, const float* grad_entropy, const LogitsJob job, T* out,
                                    int num_saved) {
   __shared__ float shared[3 * warp_size];
+  static_assert(sizeof(shared) <= max_static_bytes, "launch_backward leaves less");
   const int num_vecs = vecs_of<T>(job.V);
   const RowThread at(num_vecs, THREADS);
   if (at.row >= job.N) return;
@@ -295,7 +298,7 @@ const char* launch_backward(const float* grad_logprobs, const float* grad_entrop
   const bool by_warp = num_vecs <= max_warp_vecs;
   const unsigned blocks = blocks_for(job.N, by_warp ? THREADS / warp_size : 1);
   if (!blocks) return too_many_rows;
-  const int max_saved = static_cast<int>((shared_memory_limit() - 1024) / 16);
+  const int max_saved = static_cast<int>((shared_memory_limit() - driver_shared_bytes - max_static_bytes) / 16);
   const int num_saved = by_warp ? 0 : min(num_vecs, max_saved);
   return launch(token_logprobs_backward_kernel<T, SOFTCAP, THREADS>, blocks, THREADS, num_saved * size_t(16), stream,
                 grad_logprobs, grad_entropy, job, out, num_saved);

@@ -267,17 +267,17 @@ def min_p_threshold(largest, temperature, min_p, SHIFT: tl.constexpr):
     return from_key(high, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def cutoff_kernel(
-    logits, banned, ban_rows, options, parts, candidate_logits, candidate_tokens, cutoff_logits, cutoff_tokens,
+    logits, banned, ban_rows, row_options, parts, candidate_logits, candidate_tokens, cutoff_logits, cutoff_tokens,
     row_stride, stride, V, tiles, capacity, step,
     LARGEST: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, THRESHOLDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store the cutoff of the program's row. LARGEST, MASS: the fields of `parts` that the filters see."""
     row_index = tl.program_id(0).to(tl.int64)
-    T, k, p, min_p, in_range = gumbel.load_options(options, row_index, V)
-    inverse, is_greedy = gumbel.inverse_temperature(options.temperature, row_index, True)
+    T, k, p, min_p, in_range = gumbel.load_options(row_options, row_index, V)
+    inverse, is_greedy = gumbel.inverse_temperature(row_options.temperature, row_index, True)
     temperature = tl.where(is_greedy, 1.0, T).to(tl.float64)
     largest_field = parts + row_index * tiles + LARGEST * stride
     mass_field = parts + row_index * tiles + MASS * stride
@@ -288,7 +288,7 @@ def cutoff_kernel(
     uses_top_p = is_filtered & (p < 1)
     cutoff_logit = float("-inf")
     cutoff_token = ALL
-    if options.top_k is not None or options.top_p is not None:
+    if row_options.top_k is not None or row_options.top_p is not None:
         row = LogitsRow(logits, banned, ban_rows, row_index, row_stride)
         low = tl.full((), BELOW_MIN_KEY >> SHIFT, tl.int32)
         high = to_key(largest, SHIFT) + 1
@@ -319,14 +319,14 @@ def cutoff_kernel(
         source = Source(row, candidate_logits, candidate_tokens, is_collected)
         bracket = Bracket(low, high, weight_above)
         kept_mass = total
-        if options.top_k is not None:
+        if row_options.top_k is not None:
             key, token, num_kept = search_threshold(
                 source, tl.where(uses_top_k, n, 0), bracket, k.to(tl.float64), largest, inverse,
                 False, SHIFT, TILE, THRESHOLDS,
             )  # fmt: skip
             cutoff_logit = tl.where(uses_top_k, from_key(key, SHIFT), cutoff_logit)
             cutoff_token = tl.where(uses_top_k, token, cutoff_token)
-            if options.top_p is not None:  # top-p refers to the mass of the top-k tokens
+            if row_options.top_p is not None:  # top-p refers to the mass of the top-k tokens
                 above_key = tl.zeros((THRESHOLDS,), tl.int32) + key + 1
                 mass = weight_at_or_above(
                     source, tl.where(uses_top_k & uses_top_p, n, 0), above_key, largest, inverse,
@@ -334,7 +334,7 @@ def cutoff_kernel(
                 )  # fmt: skip
                 token_mass = tl.exp((from_key(key, SHIFT) - largest) * inverse).to(tl.float64)
                 kept_mass = tl.where(uses_top_k, tl.max(mass, axis=0) + num_kept.to(tl.float64) * token_mass, total)
-        if options.top_p is not None:
+        if row_options.top_p is not None:
             target = p.to(tl.float64) * kept_mass
             key, token, _ = search_threshold(
                 source, tl.where(uses_top_p, n, 0), bracket, target, largest, inverse,
@@ -342,7 +342,7 @@ def cutoff_kernel(
             )  # fmt: skip
             top_p_logit = tl.where(uses_top_p, from_key(key, SHIFT), float("-inf"))
             cutoff_logit, cutoff_token = tighter(cutoff_logit, cutoff_token, top_p_logit, token)
-    if options.min_p is not None:
+    if row_options.min_p is not None:
         min_p_logit = min_p_threshold(largest, temperature, min_p, SHIFT)
         min_p_logit = tl.where(is_filtered & (min_p > 0), min_p_logit, float("-inf"))
         cutoff_logit, cutoff_token = tighter(cutoff_logit, cutoff_token, min_p_logit, ALL)

@@ -86,6 +86,14 @@ def neg_log1m(u, one_minus_u):
 
 
 @triton.jit
+def load_seed(seed, noise):
+    """Return `seed`, or what the device has in its place."""
+    if noise.device_seed is not None:
+        seed = tl.load(noise.device_seed)
+    return seed
+
+
+@triton.jit
 def philox_words(seed, row_id, step, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Return the integers behind the noise (ROWS, COLUMNS) of the tokens from `first` on, a multiple of 4."""
     key = tl.core.to_tensor(seed).to(tl.uint64)
@@ -272,14 +280,14 @@ def store_outputs(out, row, valid, is_greedy, token, logprob, raw_logprob, log_k
     tl.store(out.entropy + row, tl.where(valid, tl.where(is_greedy, 0.0, entropy), nan).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def merge_tiles_kernel(
-    parts, tile_tokens, ban_rows, options, out, stride, V, tiles,
+    parts, tile_tokens, ban_rows, row_options, out, stride, V, tiles,
     HAS_KEPT: tl.constexpr, SCORES_RELATIVE_TO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge the tiles of the program's row and store its outputs."""
     row = tl.program_id(0).to(tl.int64)
-    T, k, p, min_p, in_range = load_options(options, row, V)
+    T, k, p, min_p, in_range = load_options(row_options, row, V)
     is_greedy = T == 0
     inverse = 1.0 / tl.where(is_greedy, 1.0, T).to(tl.float64)
     part = parts + row * tiles

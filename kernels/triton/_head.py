@@ -16,8 +16,16 @@ have them) for the gradient, 2 written, 2 + 2 read by dX and dW: 18. bfloat16 lo
 log-probabilities wrong in the second digit. Each chunk also reads the weight twice and, if there is more than one
 chunk, 8 bytes per element of dW. Hence chunks are few and large.
 
-Rows of the buffer are a multiple of 64 elements apart, so that a vocabulary of 50257 has aligned rows too. Chunks
-depend only on N and V, and chunks are summed in order: the same bits from run to run.
+The sum of a 16-bit dW over chunks needs a float32 dW, as large as the logits of D rows. A chunk therefore has D rows
+if CHUNK_BYTES are fewer, and c + D rows are one chunk, without that sum, where c rows were the largest: it costs no
+more memory. At 8192 x 4096 x 151936 that is one chunk of 4.6 GiB of logits.
+
+Rows of the buffer are a multiple of 64 elements apart, so that a vocabulary of 50257 has aligned rows too. Yet products
+on tensor cores are slow where V is no multiple of 8 (130 TFLOP/s at 8192 x 768 x 50257 on an H100), so each is two
+there, of 50256 columns and of 1 (`column_parts`). A padded weight would take memory. Models' D are multiples of 8.
+
+Chunks depend only on N, D, V, the dtypes, the number of SMs and whether dW is needed, and are summed in order: the same
+bits from run to run. The bits of a row may depend on the number of rows, as the library's products do.
 """
 
 from __future__ import annotations
@@ -45,16 +53,18 @@ from rlhf_fast.kernels.triton._logits import (
     upper_half,
 )  # fmt: skip
 
-CHUNK_BYTES = 1 << 30  # of logits in a chunk
+CHUNK_BYTES = 2 << 30  # of logits in a chunk, if dW's float32 sum does not take more
 MIN_CHUNK_ROWS = 1024  # whatever they take: with fewer, reading weight and dW per chunk costs as much as the products
-ROW_GRANULE = 128  # rows of the products' own tiles
+TILE_ROWS, TILE_COLUMNS = 128, 256  # of the library's products, of which an SM computes one at a time
 MAX_SCORED_DEPTH = 2048  # D, of a pair the sum of both, up to which statistics alone are computed by our own product
 PART_BYTES = 16 << 20  # of dW, where a chunk's part needs memory of its own: it should stay in the L2 cache
 MIN_16_BIT_WORK = 1 << 26  # multiplications from which on dX and dW are 16-bit products; below, time does not matter
+ALIGNMENT = 8  # columns, 16 bytes of a 16-bit row: what the library's fast products on tensor cores take
+MIN_SPLIT_WORK = 1 << 32  # multiplications from which on a product is split for it; below, launches take longer
 FLOAT16_GAIN = 1024.0  # factor of float16 gradients of logits, so that 6e-11 and more do not round to 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def copy_rows_kernel(x, targets, out, D, row_stride, column_stride, first, BLOCK: tl.constexpr):
     """Copy a row of hidden in the products' dtype, or zeros if it is ignored: 0 times NaN would be NaN in dW."""
     row = tl.program_id(0).to(tl.int64)
@@ -66,7 +76,7 @@ def copy_rows_kernel(x, targets, out, D, row_stride, column_stride, first, BLOCK
         tl.store(out + row * D + column, y.to(out.dtype.element_ty), mask=column < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def column_sums_kernel(
     y, sums, rows, V, stride, factor, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -128,13 +138,27 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0, add: bool =
             out_rows.add_(part, alpha=factor)
 
 
-def split_rows(total: int, max_size: int) -> list[tuple[int, int]]:
-    """Split [0, total) into the fewest parts of at most max_size, nearly equal, multiples of ROW_GRANULE if they can
-    be."""
-    granule = min(ROW_GRANULE, max_size)
-    parts = triton.cdiv(total, max_size // granule * granule)
-    size = triton.cdiv(triton.cdiv(total, max(parts, 1)), granule) * granule
-    return [(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1))]
+def count_waves(rows: int, columns: int, num_sms: int) -> int:
+    """Return how many tiles of a product the busiest SM computes."""
+    return triton.cdiv(triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS), num_sms)
+
+
+def split_rows(total: int, max_size: int, columns: int, num_sms: int) -> list[tuple[int, int]]:
+    """Split [0, total) into the fewest parts of at most max_size, all but the last of one size, a multiple of TILE_ROWS
+    if it can be: the smallest with which the parts' products with `columns` columns take the fewest waves of tiles."""
+    if total <= max_size:
+        return [(0, total)] if total else []
+    granule = min(TILE_ROWS, max_size)
+    max_size = max_size // granule * granule
+    num_parts = triton.cdiv(total, max_size)
+    even_size = triton.cdiv(triton.cdiv(total, num_parts), granule) * granule
+
+    def total_waves(size: int) -> int:
+        last = total - (num_parts - 1) * size
+        return (num_parts - 1) * count_waves(size, columns, num_sms) + count_waves(last, columns, num_sms)
+
+    size = min(range(even_size, max_size + 1, granule), key=total_waves)
+    return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
 
 
 class GpuHead:
@@ -164,15 +188,33 @@ class GpuHead:
         self.copies: dict[torch.dtype, Tensor] = {}
 
     @functools.cached_property
+    def column_parts(self) -> list[tuple[int, int]]:
+        """The parts of the vocabulary, (first column, number), of which each has products of its own."""
+        rest = self.V % ALIGNMENT
+        is_split = self.dtype != torch.float32 and 0 < rest < self.V and self.N * self.V * self.D >= MIN_SPLIT_WORK
+        return [(0, self.V - rest), (self.V - rest, rest)] if is_split else [(0, self.V)]
+
+    @functools.cached_property
     def padded_bias(self) -> Tensor | None:
         """The bias in memory of whole groups, as the kernels read it."""
         if self.bias is None or self.V % softmax.VEC == 0:
             return self.bias
         return torch.nn.functional.pad(self.bias, (0, -self.V % softmax.VEC))
 
-    def chunks(self, num_buffers: int = 1) -> list[tuple[int, int]]:
+    def max_chunk_rows(self, needs_weight: bool, num_buffers: int) -> int:
+        """Return the largest number of rows of a chunk, given whether the gradient of the weight is needed."""
+        rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * self.logits_stride * num_buffers))
+        if needs_weight and self.weight_dtype == self.grad_dtype != torch.float32:
+            rows_of_sum = self.V * self.D // (self.logits_stride * num_buffers)  # whose logits take as much memory
+            rows = max(rows, rows_of_sum)
+            if self.N <= rows + rows_of_sum:
+                return rows + rows_of_sum
+        return rows
+
+    def chunks(self, needs_weight: bool = False, num_buffers: int = 1) -> list[tuple[int, int]]:
         """Return the rows [begin, end) of each chunk."""
-        return split_rows(self.N, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * self.logits_stride * num_buffers)))
+        max_rows = self.max_chunk_rows(needs_weight, num_buffers)
+        return split_rows(self.N, max_rows, self.D, launch.num_sms(self.hidden))
 
     def empty_logits(self, chunks: list[tuple[int, int]]) -> Tensor:
         """Return memory for the logits of the largest chunk."""
@@ -198,7 +240,8 @@ class GpuHead:
             hidden = self.hidden.narrow(0, begin, end - begin)
         else:
             hidden = self.copy_hidden(begin, end, self.dtype)
-        multiply(hidden, self.weight.t(), x.narrow(1, 0, self.V))
+        for first, size in self.column_parts:
+            multiply(hidden, self.weight.narrow(0, first, size).t(), x.narrow(1, first, size))
         ref = ref_bias = None
         if reference is not None:
             ref = reference.logits(begin, end, ref_buffer).x
@@ -252,7 +295,7 @@ def compute_head_statistics(head: GpuHead, reference: GpuHead | None = None) -> 
     if is_scored(head, reference):
         return score(head, reference)
     out = Statistics.empty(head.targets, reference is not None)
-    chunks = head.chunks(1 if reference is None else 2)
+    chunks = head.chunks(False, 1 if reference is None else 2)
     buffer = head.empty_logits(chunks)
     ref_buffer = None if reference is None else reference.empty_logits(chunks)
     for begin, end in chunks:
@@ -266,7 +309,8 @@ def train(head: GpuHead, loss: Loss, needs_grad: NeedsGrad) -> tuple[Statistics,
     if not any(needs_grad):
         return compute_head_statistics(head), empty_input_grads(head.given_hidden, head.weight, head.bias, needs_grad)
     out = Statistics.empty(head.targets)
-    chunks = head.chunks()
+    _, needs_weight, _ = needs_grad
+    chunks = head.chunks(needs_weight)
     gain = FLOAT16_GAIN if head.grad_dtype == torch.float16 else 1.0
     buffer = head.empty_logits(chunks)
     grads = InputGrads(head, needs_grad, chunks, gain)
@@ -282,7 +326,8 @@ def compute_input_grads(
     head: GpuHead, known: Statistics, row_grads: RowGrads, needs_grad: NeedsGrad, reference: GpuHead | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias from those of rows with known statistics."""
-    chunks = head.chunks(1 if reference is None else 2)
+    _, needs_weight, _ = needs_grad
+    chunks = head.chunks(needs_weight, 1 if reference is None else 2)
     buffer = head.empty_logits(chunks)
     ref_buffer = None if reference is None else reference.empty_logits(chunks)
     grads = InputGrads(head, needs_grad, chunks)
@@ -318,13 +363,26 @@ class InputGrads:
         """Add a chunk's part. y: `gain` times the gradient of its logits."""
         head = self.head
         if self.hidden is not None:
-            multiply(y, self.weight_copy, self.hidden.narrow(0, begin, end - begin), self.factor)
+            self._store_hidden_grad(y, self.hidden.narrow(0, begin, end - begin))
         if self.weight is not None:
-            multiply(y.t(), head.copy_hidden(begin, end, head.grad_dtype), self.weight, self.factor, add=begin > 0)
+            hidden = head.copy_hidden(begin, end, head.grad_dtype)
+            for first, size in head.column_parts:
+                out = self.weight.narrow(0, first, size)
+                multiply(y.narrow(1, first, size).t(), hidden, out, self.factor, add=begin > 0)
         if self.bias is not None:
             meta = {"FIRST": begin == 0, "ROWS": 64, "COLUMNS": 64, "num_warps": 4}
             sizes = (end - begin, head.V, y.stride(0))
             launch.run(column_sums_kernel, (triton.cdiv(head.V, 64),), y, self.bias, *sizes, self.factor, **meta)
+
+    def _store_hidden_grad(self, y: Tensor, out: Tensor) -> None:
+        """Compute out = y @ weight. The library may split the sum over V into parts and add these in the dtype of its
+        result (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is True by default), so a 16-bit
+        result goes through float32."""
+        exact = out if out.dtype == torch.float32 else empty_float32(out, *out.shape)
+        for first, size in self.head.column_parts:
+            multiply(y.narrow(1, first, size), self.weight_copy.narrow(0, first, size), exact, add=first > 0)
+        if exact is not out or self.factor != 1:
+            torch.mul(exact, self.factor, out=out)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients in the inputs' dtypes and shapes, (0,) where not needed."""

@@ -49,7 +49,7 @@ def store_tile(y, mean, inverse_std, scale, shift, residual, out, index, inside)
     tl.store(out + index, launch.cast(y, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def norm_kernel(
     x, residual, weight, bias, out, N, D, x_stride, eps, offset,
     CENTERED: tl.constexpr, IN_REGISTERS: tl.constexpr, EARLY_WEIGHT: tl.constexpr, ROWS: tl.constexpr,

@@ -216,7 +216,7 @@ def sum_part(parts, i, programs, BLOCK: tl.constexpr):
     return tl.sum(tl.load(parts + i * programs + index, mask=index < programs, other=0.0).to(tl.float64), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def ppo_merge_kernel(parts, loss, stats, programs, kl_coef, entropy_coef, BLOCK: tl.constexpr):
     """Merge the programs' parts: one program for each sum, for the largest and the smallest ratio, and for the loss."""
     i = tl.program_id(0)

@@ -64,14 +64,12 @@ class ValidRows(NamedTuple):
     capacity: int
 
 
-class Grid(NamedTuple):
-    """The grid of programs over the rows and the vocabulary."""
+class Splits(NamedTuple):
+    """The vocabulary's tiles, and the splits that have them."""
 
-    row_blocks: int
     splits: int
     tiles: int
     tiles_per_split: int
-    blocks_per_group: int
 
 
 class Scaling(NamedTuple):
@@ -121,18 +119,18 @@ def list_valid_kernel(targets, valid_rows, N, HEADS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def locate_block(count, grid, ROWS: tl.constexpr):
+def locate_block(count, splits, row_blocks, blocks_per_group, ROWS: tl.constexpr):
     """Return the program's first row, its split, and its tiles [first, end), of which a block beyond the rows has none.
 
     Programs that run at the same time have the same group of row blocks."""
     program = tl.program_id(0)
-    group = program // (grid.blocks_per_group * grid.splits)
-    within = program % (grid.blocks_per_group * grid.splits)
-    size = tl.minimum(grid.row_blocks - group * grid.blocks_per_group, grid.blocks_per_group)
-    row = (group * grid.blocks_per_group + within % size) * ROWS
+    group = program // (blocks_per_group * splits.splits)
+    within = program % (blocks_per_group * splits.splits)
+    size = tl.minimum(row_blocks - group * blocks_per_group, blocks_per_group)
+    row = (group * blocks_per_group + within % size) * ROWS
     split = within // size
-    first = split * grid.tiles_per_split
-    end = tl.minimum(first + grid.tiles_per_split, grid.tiles)
+    first = split * splits.tiles_per_split
+    end = tl.minimum(first + splits.tiles_per_split, splits.tiles)
     return row, split, first, tl.where(row < tl.load(count), end, first)
 
 
@@ -208,15 +206,15 @@ def score_tile(
     return (x - base[:, None]) * scaling.exp2_factor, largest, shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "blocks_per_group"])
 def score_kernel(
-    operands, valid_rows, parts, V, grid, scaling,
+    operands, valid_rows, parts, V, splits, row_blocks, blocks_per_group, scaling,
     UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """parts (splits, 3, capacity): the largest x, s and A of the program's rows in its split, in powers of 2."""
     capacity = valid_rows.capacity
-    first_row, split, first_tile, end = locate_block(valid_rows.count, grid, ROWS)
+    first_row, split, first_tile, end = locate_block(valid_rows.count, splits, row_blocks, blocks_per_group, ROWS)
     place = first_row + tl.arange(0, ROWS)
     row_offset = tl.load(valid_rows.rows + place).to(tl.int64) * (operands.hidden_stride * UNIT)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -238,15 +236,15 @@ def score_kernel(
     tl.store(part + 2 * capacity, moment)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "blocks_per_group"])
 def score_pair_kernel(
-    operands, ref_operands, valid_rows, parts, V, grid, scaling,
+    operands, ref_operands, valid_rows, parts, V, splits, row_blocks, blocks_per_group, scaling,
     UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """parts (splits, 6, capacity): the three of `score_kernel`, the reference's largest x and s, and C."""
     capacity = valid_rows.capacity
-    first_row, split, first_tile, end = locate_block(valid_rows.count, grid, ROWS)
+    first_row, split, first_tile, end = locate_block(valid_rows.count, splits, row_blocks, blocks_per_group, ROWS)
     place = first_row + tl.arange(0, ROWS)
     row = tl.load(valid_rows.rows + place).to(tl.int64)
     row_offset = row * (operands.hidden_stride * UNIT)
@@ -290,7 +288,7 @@ def merge_sums(largest, total, shift, target_logit, inverse_temperature):
     return (target_logit - largest) * inverse_temperature - log_s, m, log_s, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def merge_splits_kernel(
     valid_rows, parts, out, N, splits, exp2_factor, inverse_temperature,
     PAIR: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
@@ -352,7 +350,7 @@ def choose_tile(hidden: Tensor, unit: int, is_pair: bool, is_plain: bool) -> Til
     """Return the largest tile that fits an SM without a spill in the inner loop.
 
     256 columns suit Hopper's products, which read both operands from shared memory, but leave no registers for more.
-    is_plain: there is no softcap and, for a pair, no bias and no D that DEPTH does not divide."""
+    is_plain: there is no softcap, no D that DEPTH does not divide and, for a pair, no bias."""
     arch = launch.sm_arch(hidden)
     if hidden.dtype == torch.float32:
         return Tile(32, 64, 16, 4, 2) if is_pair else Tile(64, 64, 32, 4, 2)
@@ -389,12 +387,10 @@ def list_valid(targets: Tensor, capacity: int, num_heads: int) -> ValidRows:
     return valid_rows
 
 
-def make_grid(N: int, V: int, tile: Tile, bytes_per_row: int) -> Grid:
-    row_blocks = triton.cdiv(N, tile.rows)
+def split_vocabulary(V: int, tile: Tile) -> Splits:
     tiles = triton.cdiv(V, tile.columns)
     tiles_per_split = triton.cdiv(tiles, MAX_SPLITS)
-    blocks_per_group = min(row_blocks, max(8, GROUP_BYTES // (tile.rows * bytes_per_row)))
-    return Grid(row_blocks, triton.cdiv(tiles, tiles_per_split), tiles, tiles_per_split, blocks_per_group)
+    return Splits(triton.cdiv(tiles, tiles_per_split), tiles, tiles_per_split)
 
 
 def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float, softcap: float, out: Outputs) -> None:
@@ -414,12 +410,15 @@ def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float,
     depths = [x.shape[1] for x in matrices[::2]]
     unit = vector_unit(*matrices)
     has_bias = any(head[2] is not None for head in heads)
-    is_plain = not softcap and not (is_pair and (has_bias or any(depth % 64 for depth in depths)))
+    is_plain = not softcap and not any(depth % 64 for depth in depths) and not (is_pair and has_bias)
     tile = choose_tile(hidden, unit, is_pair, is_plain)
-    grid = make_grid(N, len(weight), tile, sum(depths) * hidden.element_size())
-    valid_rows = list_valid(targets, grid.row_blocks * tile.rows, len(heads))
+    splits = split_vocabulary(len(weight), tile)
+    row_blocks = triton.cdiv(N, tile.rows)
+    bytes_per_block = tile.rows * sum(depths) * hidden.element_size()
+    blocks_per_group = min(row_blocks, max(8, GROUP_BYTES // bytes_per_block))
+    valid_rows = list_valid(targets, row_blocks * tile.rows, len(heads))
     operands = [Operands(x, w, b, x.shape[1] // unit, x.stride(0) // unit, w.stride(0) // unit) for x, w, b in heads]
-    parts = empty_float32(targets, grid.splits, 6 if is_pair else 3, valid_rows.capacity)
+    parts = empty_float32(targets, splits.splits, 6 if is_pair else 3, valid_rows.capacity)
     scaling = Scaling(1 / (math.log(2) * temperature), softcap, 1 / softcap if softcap else 0.0)
     meta = {
         "UNIT": unit,
@@ -431,10 +430,12 @@ def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    num_programs = grid.row_blocks * grid.splits
-    launch.run(kernel, (num_programs,), *operands, valid_rows, parts, len(weight), grid, scaling, **meta)
-    options = (N, grid.splits, scaling.exp2_factor, 1 / temperature)
-    meta = {"PAIR": is_pair, "SPLITS": max(2, triton.next_power_of_2(grid.splits)), "ROWS": MERGE_ROWS, "num_warps": 8}
+    num_programs = row_blocks * splits.splits
+    sizes = (len(weight), splits, row_blocks, blocks_per_group)
+    launch.run(kernel, (num_programs,), *operands, valid_rows, parts, *sizes, scaling, **meta)
+    options = (N, splits.splits, scaling.exp2_factor, 1 / temperature)
+    merged_splits = max(2, triton.next_power_of_2(splits.splits))
+    meta = {"PAIR": is_pair, "SPLITS": merged_splits, "ROWS": MERGE_ROWS, "num_warps": 8}
     launch.run(merge_splits_kernel, (triton.cdiv(N, MERGE_ROWS),), valid_rows, parts, out, *options, **meta)
 
 

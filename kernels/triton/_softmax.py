@@ -147,9 +147,11 @@ def element_mask(index, misalignment, V, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load_logits(x, bias, index, mask):
-    """Return x + bias in float32. With a bias the rows are our own, and it has memory of whole groups."""
-    y = tl.load(x + index, mask=mask, other=0.0).to(tl.float32)
+def load_logits(x, bias, index, mask, LAST: tl.constexpr):
+    """Return x + bias in float32. With a bias the rows are our own, and it has memory of whole groups.
+
+    LAST: nobody reads x again, and the L2 cache should rather keep rows whose gradient still comes."""
+    y = tl.load(x + index, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "").to(tl.float32)
     if bias is not None:
         y += tl.load(bias + index, mask=mask, other=0.0).to(tl.float32)
     return y
@@ -235,14 +237,14 @@ def segment_state(
         index = group + elements
         loaded = group_mask(group, misalignment, V, ALIGNED, VEC)
         inside = element_mask(index, misalignment, V, ALIGNED)
-        z = apply_softcap_temperature(load_logits(row.x, row.bias, index, loaded), scaling, CAP)
+        z = apply_softcap_temperature(load_logits(row.x, row.bias, index, loaded, False), scaling, CAP)
         z = tl.where(inside, z, float("-inf"))
         new_m = tl.maximum(m, tl.max(tl.max(z, axis=2), axis=0))
         shift, factor = rescale(m, new_m)
         d = z - new_m[None, :, None]
         e = tl.exp(d)
         if row.ref is not None:
-            z2 = apply_softcap_temperature(load_logits(row.ref, row.ref_bias, index, loaded), scaling, CAP)
+            z2 = apply_softcap_temperature(load_logits(row.ref, row.ref_bias, index, loaded, False), scaling, CAP)
             z2 = tl.where(inside, z2, float("-inf"))
             new_m2 = tl.maximum(m2, tl.max(tl.max(z2, axis=2), axis=0))
             shift2, factor2 = rescale(m2, new_m2)
@@ -306,10 +308,10 @@ def store_gradient_tiles(
         group = (first + (end - 1 - i)) * (UNROLL * THREADS * VEC) + groups
         index = group + elements
         mask = group_mask(group, misalignment, V, ALIGNED, VEC)
-        x = load_logits(row.x, row.bias, index, mask & valid)
+        x = load_logits(row.x, row.bias, index, mask & valid, True)
         ref = x
         if row.ref is not None:
-            ref = load_logits(row.ref, row.ref_bias, index, mask & valid)
+            ref = load_logits(row.ref, row.ref_bias, index, mask & valid, True)
         is_target = index == misalignment + target
         grad = logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP, row.ref is not None)
         grad = launch.cast(tl.where(valid, grad, 0.0), y.dtype.element_ty)
@@ -329,7 +331,7 @@ def store_gradient_ends(
     index = group + tl.arange(0, VEC)[None, :]
     is_partial = (group < misalignment) | (group + VEC > misalignment + V)
     mask = (index >= misalignment) & (index < misalignment + V) & is_partial
-    logits = load_logits(x, None, index - misalignment, mask & valid)
+    logits = load_logits(x, None, index - misalignment, mask & valid, True)
     is_target = index == misalignment + target
     grad = logit_grad(logits, logits, is_target, normalizer, coefficients, scaling, CAP, False)
     grad = launch.cast(tl.where(valid, grad, 0.0), y.dtype.element_ty)

@@ -45,7 +45,7 @@ def scan_and_store(advantages, returns, valid, reward, value, carry, start, leng
     return carry
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def gae_kernel(
     tokens, bootstrap, advantages, returns, B, T, gamma, decay,
     ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
@@ -74,7 +74,7 @@ def gae_kernel(
             valid, reward, value = next_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "S", "T"])
 def gae_tile_map_kernel(
     tokens, offsets, maps, size, S, T, gamma, decay,
     ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr,
@@ -92,7 +92,7 @@ def gae_tile_map_kernel(
         tl.store(index + size, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "S", "T"])
 def gae_apply_kernel(
     tokens, offsets, maps, bootstrap, advantages, returns, size, S, T, gamma, decay,
     ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr,

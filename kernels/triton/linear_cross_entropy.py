@@ -35,7 +35,7 @@ def linear_cross_entropy_sum_kernel(targets, logprobs, weights, num_valid, parts
     tl.store(parts + tl.program_id(0), tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def linear_cross_entropy_merge_kernel(parts, loss, programs, BLOCK: tl.constexpr):
     """Store the sum of all parts."""
     index = tl.arange(0, BLOCK)

@@ -38,12 +38,11 @@ DEPTH = 64
 
 
 class Operands(NamedTuple):
-    """The head: hidden (B, D), weight (V, D), bias (V,) or None."""
+    """The head: hidden, rows of D, weight (V, D), bias (V,) or None."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    B: int
     V: int
     D: int
     hidden_stride: int
@@ -53,11 +52,11 @@ class Operands(NamedTuple):
 
 
 @triton.jit
-def multiply(head, row, column, CAP: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr):
+def multiply(head, B, row, column, CAP: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr):
     """Return the logits of a tile in float32, -inf in columns that do not exist. Rows behind the last one repeat it."""
     D = head.D
     depth = tl.arange(0, DEPTH)
-    a = head.hidden + tl.minimum(row, head.B - 1).to(tl.int64)[:, None] * head.hidden_stride + depth[None, :]
+    a = head.hidden + tl.minimum(row, B - 1).to(tl.int64)[:, None] * head.hidden_stride + depth[None, :]
     b = head.weight + tl.minimum(column, head.V - 1).to(tl.int64)[None, :] * head.weight_stride + depth[:, None]
     x = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, D, DEPTH):
@@ -89,30 +88,30 @@ def locate_tile(row_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return row, tile, tile * COLUMNS + tl.arange(0, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "row_blocks"])
 def linear_sample_tokens_logits_kernel(
-    head, out, out_stride, row_blocks,
+    head, out, out_stride, B, row_blocks,
     CAP: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Store the logits of the program's tile."""
     row, _, column = locate_tile(row_blocks, ROWS, COLUMNS)
-    x = multiply(head, row, column, CAP, UPCAST, EVEN, DEPTH)
+    x = multiply(head, B, row, column, CAP, UPCAST, EVEN, DEPTH)
     index = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(out + index, x, mask=(row < head.B)[:, None] & (column < head.V)[None, :])
+    tl.store(out + index, x, mask=(row < B)[:, None] & (column < head.V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "seed", "stride", "row_blocks"])
 def linear_sample_tokens_kernel(
-    head, banned, ban_rows, temperature, noise, parts, tile_tokens, stride, row_blocks, tiles,
+    head, banned, ban_rows, temperature, seed, noise, parts, tile_tokens, B, stride, row_blocks, tiles,
     CAP: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Store the statistics of the program's tile and its best token, for each of its rows."""
     row, tile, column = locate_tile(row_blocks, ROWS, COLUMNS)
-    x = multiply(head, row, column, CAP, UPCAST, EVEN, DEPTH)
-    exists = row < head.B
-    source_row = tl.minimum(row, head.B - 1)
+    x = multiply(head, B, row, column, CAP, UPCAST, EVEN, DEPTH)
+    exists = row < B
+    source_row = tl.minimum(row, B - 1)
     inverse, is_greedy = gumbel.inverse_temperature(temperature, source_row, exists)
     offset = row.to(tl.int64) * tiles + tile
     part = parts + offset
@@ -122,7 +121,7 @@ def linear_sample_tokens_kernel(
         base = gumbel.store_kept_mass(part, stride, x, inverse, exists)
     row_id = tl.load(noise.row_ids + source_row)
     step = tl.load(noise.steps + source_row)
-    word = gumbel.philox_words(noise.seed, row_id, step, tile * COLUMNS, ROWS, COLUMNS)
+    word = gumbel.philox_words(gumbel.load_seed(seed, noise), row_id, step, tile * COLUMNS, ROWS, COLUMNS)
     score, token = gumbel.gumbel_argmax(x, base, inverse, is_greedy, word, False)
     logit = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == token[:, None], x, 0.0), axis=1)
     gumbel.store_best(part, tile_tokens + offset, stride, score, tile * COLUMNS + token, logit, exists)
@@ -146,34 +145,36 @@ def product_meta(hidden: Tensor, weight: Tensor, softcap: float) -> dict:
 
 
 def sample_from_logits(
-    head: Operands, options: gumbel.RowOptions, noise: Noise, banned: Tensor | None, ban_rows: Tensor | None, meta: dict
+    head: Operands, options: gumbel.RowOptions, seed: int, noise: Noise, banned: Tensor | None,
+    ban_rows: Tensor | None, meta: dict,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the outputs with filters: a chunk of rows at a time, the logits first."""
-    outputs = empty_outputs(head.hidden.shape[:1], head.hidden)
+    B = len(head.hidden)
+    outputs = empty_outputs((B,), head.hidden)
     tiles = triton.cdiv(head.V, COLUMNS)
     stride = triton.cdiv(head.V, 64) * 64
-    max_rows = max(1, min(head.B, LOGITS_BYTES // (4 * stride)))
+    max_rows = max(1, min(B, LOGITS_BYTES // (4 * stride)))
     buffer = empty_float32(head.hidden, max_rows, stride)
-    for begin in range(0, head.B, max_rows):
-        n = min(max_rows, head.B - begin)
+    for begin in range(0, B, max_rows):
+        n = min(max_rows, B - begin)
 
         def rows(x: Tensor | None, begin: int = begin, n: int = n) -> Tensor | None:
             return x if x is None else x.narrow(0, begin, n)
 
         logits = buffer.narrow(0, 0, n).narrow(1, 0, head.V)
-        chunk = head._replace(hidden=rows(head.hidden), B=n)
+        chunk = head._replace(hidden=rows(head.hidden))
         row_blocks = triton.cdiv(n, meta["ROWS"])
         grid = (row_blocks * tiles,)
-        launch.run(linear_sample_tokens_logits_kernel, grid, chunk, logits, stride, row_blocks, **meta)
+        launch.run(linear_sample_tokens_logits_kernel, grid, chunk, logits, stride, n, row_blocks, **meta)
         chunk_options = gumbel.RowOptions(*map(rows, options))
         chunk_noise = noise._replace(row_ids=rows(noise.row_ids), steps=rows(noise.steps))
         chunk_outputs = tuple(map(rows, outputs))
-        sample_rows(logits, chunk_options, chunk_noise, banned, rows(ban_rows), chunk_outputs)
+        sample_rows(logits, chunk_options, seed, chunk_noise, banned, rows(ban_rows), chunk_outputs)
     return outputs
 
 
 def linear_sample_tokens(
-    hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows
+    hidden, weight, temperature, top_k, top_p, min_p, seed, row_ids, steps, bias, softcap, banned, ban_rows, device_seed
 ):
     launch.require_dtypes(hidden, weight, bias)
     (B, D), V = hidden.shape, weight.shape[0]
@@ -182,18 +183,18 @@ def linear_sample_tokens(
     hidden, weight = (x if x.stride(1) == 1 or D == 1 else x.contiguous() for x in (hidden, weight))
     options = gumbel.RowOptions(*contiguous(temperature, top_k, top_p, min_p))
     row_ids, steps, bias, ban_rows = contiguous(row_ids, steps, bias, ban_rows)
-    noise = Noise(seed, row_ids, steps, None, 0)
+    noise = Noise(row_ids, steps, None, 0, device_seed)
     if banned is not None:
         banned = torch.zeros(V, dtype=torch.uint8, device=hidden.device).index_fill_(0, banned, 1)
     strides = (hidden.stride(0), weight.stride(0))
-    head = Operands(hidden, weight, bias, B, V, D, *strides, softcap, 1 / softcap if softcap else 0.0)
+    head = Operands(hidden, weight, bias, V, D, *strides, softcap, 1 / softcap if softcap else 0.0)
     meta = product_meta(hidden, weight, softcap)
     if any(x is not None for x in options.filters):
-        return sample_from_logits(head, options, noise, banned, ban_rows, meta)
+        return sample_from_logits(head, options, seed, noise, banned, ban_rows, meta)
     tiles = triton.cdiv(V, COLUMNS)
     parts, tile_tokens = gumbel.empty_parts(hidden, tiles)
     row_blocks = triton.cdiv(B, meta["ROWS"])
-    inputs = (head, banned, ban_rows, options.temperature, noise)
-    sizes = (parts.stride(0), row_blocks, tiles)
+    inputs = (head, banned, ban_rows, options.temperature, seed, noise)
+    sizes = (B, parts.stride(0), row_blocks, tiles)
     launch.run(linear_sample_tokens_kernel, (row_blocks * tiles,), *inputs, parts, tile_tokens, *sizes, **meta)
     return gumbel.merge_tiles(parts, tile_tokens, ban_rows, options, V, banned is not None)

@@ -175,7 +175,7 @@ def store_moments(parts, moments):
         tl.store(part + i * tl.num_programs(0), merged[i])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def ppo_advantages_kernel(
     tokens, scores, bootstrap, advantages, returns, kl, parts, B, T, factors, score_clip,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr,
@@ -213,7 +213,7 @@ def ppo_advantages_kernel(
     store_moments(parts, moments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "T"])
 def ppo_advantages_tile_map_kernel(
     tokens, maps, size, T, factors,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
@@ -233,7 +233,7 @@ def ppo_advantages_tile_map_kernel(
         tl.store(index + size, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "T"])
 def ppo_advantages_apply_kernel(
     tokens, scores, maps, bootstrap, advantages, returns, kl_parts, parts, size, T, factors, score_clip,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
@@ -254,7 +254,7 @@ def ppo_advantages_apply_kernel(
     store_moments(parts, moments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def ppo_advantages_merge_kernel(parts, stats, size, kl_parts, kl, tiles, BLOCK: tl.constexpr):
     """Merge the programs' moments in the first program. Where rows are split, each program adds the KL of one row's
     tiles in the order of a walk."""

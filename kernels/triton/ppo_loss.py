@@ -180,7 +180,7 @@ def ppo_loss_kernel(
     tl.store(part + (NUM_SUMS + 3) * stride, tl.min(ratio_min, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def ppo_loss_merge_kernel(parts, policy_loss, value_loss, stats, programs, BLOCK: tl.constexpr):
     """Merge the programs' parts: one program for each sum, each loss, and the largest and the smallest ratio."""
     i = tl.program_id(0)

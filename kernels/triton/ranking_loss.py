@@ -63,7 +63,7 @@ def count_pairs(ranks, K, BLOCK: tl.constexpr):
     return tl.sum(pairs, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def ranking_loss_kernel(scores, offsets, ranks, weights, grads, parts, G, BLOCK: tl.constexpr):
     """Store the sums of the program's group in parts (4, G), and its gradients (without weights, those of its mean)."""
     group = tl.program_id(0)

@@ -63,7 +63,7 @@ def rotate_heads(x, x_stride, y, y_stride, cos, sin, head, inside, D: tl.constex
         tl.store(y + column, launch.cast(rest, y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def rope_store_kernel(
     q, k, v, cos, sin, k_cache, v_cache, slot_mapping, out, num_slots,
     H: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr,

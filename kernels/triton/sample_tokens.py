@@ -27,18 +27,19 @@ MAX_VOCAB = 2**31 - 2**20  # columns are int32
 
 
 class Noise(NamedTuple):
-    """The keys of the noise, or the noise itself (B, V)."""
+    """The rows' keys of the noise, or the noise itself (B, V)."""
 
-    seed: int
     row_ids: Tensor
     steps: Tensor
     gumbel: Tensor | None
     gumbel_stride: int
+    device_seed: Tensor | None = None
+    """(1,) int64 that replaces the seed."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "stride"])
 def sample_tokens_kernel(
-    logits, banned, ban_rows, cutoff_logits, cutoff_tokens, temperature, noise, parts, tile_tokens,
+    logits, banned, ban_rows, cutoff_logits, cutoff_tokens, temperature, seed, noise, parts, tile_tokens,
     row_stride, stride, V, tiles,
     STATISTICS: tl.constexpr, SAMPLES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +73,7 @@ def sample_tokens_kernel(
         if noise.gumbel is None:
             row_id = tl.load(noise.row_ids + row)
             step = tl.load(noise.steps + row)
-            word = gumbel.philox_words(noise.seed, row_id, step, first, 1, TILE)
+            word = gumbel.philox_words(gumbel.load_seed(seed, noise), row_id, step, first, 1, TILE)
             score, token = gumbel.gumbel_argmax(x, base, inverse, is_greedy, word, True)
         else:
             index = row[:, None] * noise.gumbel_stride + column[None, :]
@@ -86,7 +87,7 @@ def sample_tokens_kernel(
 
 
 def sample_rows(
-    logits: Tensor, options: gumbel.RowOptions, noise: Noise, banned: Tensor | None = None,
+    logits: Tensor, options: gumbel.RowOptions, seed: int, noise: Noise, banned: Tensor | None = None,
     ban_rows: Tensor | None = None, outputs: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the outputs of sample_tokens, stored in `outputs` if it is given.
@@ -99,7 +100,7 @@ def sample_rows(
     is_filtered = any(x is not None for x in options.filters)
 
     def run_kernel(cutoffs: tuple[Tensor | None, Tensor | None], statistics: bool, samples: bool) -> None:
-        inputs = (logits, banned, ban_rows, *cutoffs, options.temperature, noise)
+        inputs = (logits, banned, ban_rows, *cutoffs, options.temperature, seed, noise)
         sizes = (logits.stride(0), parts.stride(0), V, tiles)
         meta = {"STATISTICS": statistics, "SAMPLES": samples, "TILE": tile, "num_warps": launch.num_warps_for(tile, 16)}
         launch.run(sample_tokens_kernel, (tile_tokens.numel(),), *inputs, parts, tile_tokens, *sizes, **meta)
@@ -119,4 +120,4 @@ def sample_tokens(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps
     options = gumbel.RowOptions(*contiguous(temperature, top_k, top_p, min_p))
     row_ids, steps, noise = contiguous(row_ids, steps, noise)
     stride = 0 if noise is None else noise.stride(0)
-    return sample_rows(logits, options, Noise(seed, row_ids, steps, noise, stride))
+    return sample_rows(logits, options, seed, Noise(row_ids, steps, noise, stride))

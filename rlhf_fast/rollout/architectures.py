@@ -69,6 +69,8 @@ class LayerWeights(NamedTuple):
     q_norm: NormWeights | None = None
     """Norm over each head before RoPE, as `k_norm`."""
     k_norm: NormWeights | None = None
+    gate_up: LinearWeights | None = None
+    """`gate` and `up` as one, where their weights are adjacent in memory; see rollout/merged_linears.py."""
 
 
 class DecoderWeights(NamedTuple):

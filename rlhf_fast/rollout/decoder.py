@@ -37,6 +37,8 @@ class TokenBatch(NamedTuple):
     """(num_slots, max_pages_per_slot) int32: [s, m] is the page of positions m * P to m * P + P - 1 of slot s."""
     logits_indices: Tensor | None = None
     """(n,) int64: the tokens whose hidden states are returned, because logits are computed from them. None = all."""
+    prompt_lengths: tuple[int, ...] | None = None
+    """The tokens are those of whole prompts, one after the other, of these lengths. None = they may be any."""
 
 
 class Decoder(Protocol):

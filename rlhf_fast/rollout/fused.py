@@ -19,6 +19,7 @@ from rlhf_fast.rollout.architectures import DecoderWeights, read_weights, rope_t
 from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, CompiledStep, find_kernels
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
+from rlhf_fast.rollout.merged_linears import make_adjacent, merge_adjacent
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.verify import verify_decoder
 
@@ -40,6 +41,9 @@ class FusedDecoder:
     def make(cls, model: Model) -> FusedDecoder:
         """Return a decoder for `model`, compared with its own forward. Unsupported if there is none."""
         weights = read_weights(model)
+        if model.device.type == "cuda":
+            make_adjacent(model.decoder)
+            weights = read_weights(model)
         decoder, training = cls(model, weights), model.module.training
         model.module.eval()
         try:
@@ -71,15 +75,23 @@ class FusedDecoder:
 
     def hidden(self, cache: PagedKVCache, batch: TokenBatch) -> Tensor:
         """Return the hidden states (n, D); see Decoder."""
+        return self._get_step(cache)(batch)
+
+    def op_step(self, cache: PagedKVCache) -> OpStep | None:
+        """Return the step over `cache` if it is a sequence of ops; call it only within `with decoder.session()`."""
+        step = self._get_step(cache)
+        return step if isinstance(step, OpStep) else None
+
+    def _get_step(self, cache: PagedKVCache) -> CompiledStep | OpStep:
         if self._weights is None:
             raise RuntimeError("FusedDecoder.hidden: only within `with decoder.session()`")
         if self._step is None or self._step.cache is not cache:
             self._step = self._make_step(self._weights, cache)
-        return self._step(batch)
+        return self._step
 
     def _make_step(self, weights: DecoderWeights, cache: PagedKVCache) -> CompiledStep | OpStep:
         rope = rope_table(weights, cache.max_pages_per_slot * cache.page_size)
         kernels = find_kernels(self.model.device)
         if kernels is None or self.dtype not in SUPPORTED_DTYPES:
-            return OpStep(weights, cache, rope)
+            return OpStep(merge_adjacent(weights), cache, rope)
         return CompiledStep(kernels, weights, cache, rope)

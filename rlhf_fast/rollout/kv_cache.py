@@ -7,10 +7,11 @@ count falls to 0 is free again. A sequence gets all the pages it may need when i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from rlhf_fast.errors import UserError
@@ -117,9 +118,16 @@ class PagedKVCache:
 
     def assign(self, slot: int, pages: Sequence[int]) -> None:
         """Write `pages` to the block table's row of `slot`."""
-        row = torch.zeros(self.max_pages_per_slot, dtype=torch.int32)
-        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        self.block_table[slot] = row.to(self.block_table.device)
+        self.assign_rows({slot: pages})
+
+    def assign_rows(self, pages_by_slot: Mapping[int, Sequence[int]]) -> None:
+        """Write the pages of each slot to its row of the block table, with one copy to the device."""
+        rows = np.zeros((len(pages_by_slot), 1 + self.max_pages_per_slot), dtype=np.int32)
+        for row, (slot, pages) in zip(rows, pages_by_slot.items(), strict=True):
+            row[0] = slot
+            row[1 : 1 + len(pages)] = pages
+        slots, table = torch.from_numpy(rows).to(self.block_table.device).split([1, self.max_pages_per_slot], 1)
+        self.block_table.index_copy_(0, slots[:, 0].long(), table)
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy page sources[i] of every layer to targets[i]."""

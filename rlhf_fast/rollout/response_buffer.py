@@ -76,7 +76,8 @@ class ResponseBuffer:
         self.lengths = np.zeros(requests.num_responses, dtype=np.int64)
         self.reasons = np.zeros(requests.num_responses, dtype=np.uint8)
         self._indices: list[tuple[np.ndarray, np.ndarray]] = []
-        self._samples: list[TokenSample] = []
+        self._tokens: list[np.ndarray] = []
+        self._statistics: list[tuple[Tensor, ...]] = []
 
     def add(self, responses: np.ndarray, steps: np.ndarray, sample: TokenSample) -> np.ndarray:
         """Store token number `steps` (n,) of `responses` (n,). The arguments are not copied and must not change.
@@ -92,7 +93,8 @@ class ResponseBuffer:
                 [("Responses", uid) for uid in uids],
             )
         self._indices.append((responses, steps))
-        self._samples.append(sample)
+        self._tokens.append(tokens)
+        self._statistics.append(sample[1:])
         return tokens
 
     def finish(self, responses: np.ndarray, lengths: np.ndarray, reasons: np.ndarray) -> None:
@@ -108,11 +110,11 @@ class ResponseBuffer:
         mask = response_mask(prompt_lengths, lengths)
         tokens = torch.nn.functional.pad(tokens, (0, int(lengths.max()) - tokens.shape[1] if prompts else 0))
         statistics = torch.zeros(4, *mask.shape, dtype=torch.float32)
-        if self._samples:
+        if self._tokens:
             rows, steps = (torch.from_numpy(np.concatenate(part)) for part in zip(*self._indices, strict=True))
-            sample = TokenSample(*(torch.cat(part).cpu() for part in zip(*self._samples, strict=True)))
-            tokens[rows, prompt_lengths[rows] + steps] = sample.token
-            statistics[:, rows, steps] = torch.stack(sample[1:])
+            tokens[rows, prompt_lengths[rows] + steps] = torch.from_numpy(np.concatenate(self._tokens))
+            parts = [torch.cat(part) for part in zip(*self._statistics, strict=True)]
+            statistics[:, rows, steps] = torch.stack(parts).cpu()
         logprobs, raw_logprobs, kept_logprobs, entropy = statistics
         return Responses(
             tokens=tokens,

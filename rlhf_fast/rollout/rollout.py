@@ -18,6 +18,7 @@ from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import hf_generate
 from rlhf_fast.rollout.choose import choose_decoder
+from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, decode_graphs
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.kv_cache import PagedKVCache, cap_pages, create_cache, page_bytes, page_size_for
 from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
@@ -34,6 +35,7 @@ class Rollout:
 
     decode_path: how to decode (see rollout/decoder.py); "auto" takes the fastest that serves the model.
     keep_cache: keep the memory of keys and values for the next call; otherwise each call frees it.
+    cuda_graphs: on a GPU, capture the decode step of the fused path as CUDA graphs. They are kept with the cache.
     """
 
     def __init__(
@@ -44,16 +46,20 @@ class Rollout:
         *,
         keep_cache: bool = False,
         decode_path: DecodePath = "auto",
+        cuda_graphs: bool = True,
     ):
         self.model = model
         self.sampling = sampling
         self.seed = seed
         self.keep_cache = keep_cache
+        self.cuda_graphs = cuda_graphs
         self.stop_criteria = StopCriteria(model, sampling)
         self._requested_decode_path: DecodePath = decode_path
         self._decoder: Decoder | None = None
         self._decoder_key: tuple | None = None
         self._cache: PagedKVCache | None = None
+        self._graphs: DecodeGraphs | None = None
+        """Graphs over `_cache`."""
 
     @property
     def decode_path(self) -> str:
@@ -93,14 +99,25 @@ class Rollout:
             if decoder is None:
                 hf_generate.generate(self.model, sampler, self.stop_criteria, self.sampling, buffer, progress)
             else:
-                cache = self._get_cache(decoder, buffer.requests)
-                self._cache = None  # an exception must not leave a half-used cache for the next call
-                with decoder.session():
-                    Scheduler(decoder, cache, sampler, self.stop_criteria, self.sampling, buffer, progress).run()
-                self._cache = cache if self.keep_cache else None
+                self._decode(decoder, sampler, buffer, progress)
         finally:
             self.model.module.train(training)
         return buffer.to_responses()
+
+    def _decode(
+        self, decoder: Decoder, sampler: Sampler, buffer: ResponseBuffer, progress: ProgressCallback | None
+    ) -> None:
+        """Generate all responses over a KV cache."""
+        cache = self._get_cache(decoder, buffer.requests)
+        kept, self._cache, self._graphs = self._graphs, None, None  # an exception must not leave a half-used cache
+        with decoder.session():
+            graphs = decode_graphs(decoder, cache, sampler, kept) if self.cuda_graphs else None
+            kept = None
+            criteria, sampling = self.stop_criteria, self.sampling
+            Scheduler(decoder, cache, sampler, criteria, sampling, buffer, progress, graphs).run()
+        if self.keep_cache:
+            self._cache = cache
+            self._graphs = graphs if graphs is not None and graphs.reads_parameters() else None
 
     def _get_decoder(self) -> Decoder | None:
         """Return the decoder. It is chosen at the first call, and again after the model is moved, converted or wrapped;
@@ -110,7 +127,7 @@ class Rollout:
         if self._decoder_key != key:
             self._decoder = choose_decoder(model, self._requested_decode_path)
             self._decoder_key = key
-            self._cache = None
+            self._cache = self._graphs = None
         return self._decoder
 
     def _get_cache(self, decoder: Decoder, requests: Requests) -> PagedKVCache:
@@ -128,7 +145,7 @@ class Rollout:
             and kept.max_pages_per_slot >= kept.pages_for(lengths[0])
         ):
             return kept
-        self._cache = kept = None  # free the old cache before the new one is allocated
+        self._cache = self._graphs = kept = None  # free the old cache before the new one is allocated
         return create_cache(
             decoder.shapes, decoder.dtype, device, lengths, num_pages, num_slots, cfg.cache_mb, page_size
         )

@@ -21,15 +21,28 @@ class Sampler:
         self.model = model
         self.cfg = cfg
         self.key = key
+        # A kernel loads the key: as an argument, Triton would compile other code for some keys.
+        self.device_key = torch.tensor([key], device=model.device) if model.device.type == "cuda" else None
+        self.end_tokens = end_tokens
         self.banned = torch.tensor(end_tokens, dtype=torch.int64, device=model.device)
+
+    def needs_ban(self, host_steps: np.ndarray) -> bool:
+        """Return whether a row at these steps must not end yet."""
+        return bool(self.end_tokens and self.cfg.min_new_tokens and host_steps.min() < self.cfg.min_new_tokens)
 
     def __call__(self, hidden: Tensor, row_ids: Tensor, steps: Tensor, host_steps: np.ndarray) -> TokenSample:
         """Return a token for each row of `hidden` (n, D), which is not multiplied by the logit scale yet.
         `row_ids` and `steps` (n,) int64 key the noise; `host_steps` is a copy of `steps` on the host."""
+        return self.sample(hidden, row_ids, steps, self.needs_ban(host_steps))
+
+    def sample(
+        self, hidden: Tensor, row_ids: Tensor, steps: Tensor, bans: bool, device_key: Tensor | None = None
+    ) -> TokenSample:
+        """Return a token for each row. bans: ban the end tokens in the rows whose step is below min_new_tokens.
+        device_key: (1,) int64, replaces `key`."""
         cfg, model = self.cfg, self.model
-        banned, ban_rows = None, None
-        if cfg.min_new_tokens and len(self.banned) and host_steps.min() < cfg.min_new_tokens:
-            banned, ban_rows = self.banned, steps < cfg.min_new_tokens
+        device_key = self.device_key if device_key is None else device_key
+        banned, ban_rows = (self.banned, steps < cfg.min_new_tokens) if bans else (None, None)
         if model.logit_scale != 1:
             hidden = hidden * model.logit_scale
         token, logprobs, raw_logprobs, kept_logprobs, _, entropy = ops.linear_sample_tokens(
@@ -39,13 +52,14 @@ class Sampler:
             cfg.top_k,
             cfg.top_p,
             cfg.min_p,
-            seed=self.key,
+            seed=self.key if device_key is None else 0,
             row_ids=row_ids,
             steps=steps,
             bias=model.head_bias,
             softcap=model.softcap,
             banned=banned,
             ban_rows=ban_rows,
+            device_seed=device_key,
         )
         return TokenSample(token, logprobs, raw_logprobs, kept_logprobs, entropy)
 

@@ -1,15 +1,17 @@
 """Continuous batching over a PagedKVCache.
 
 Each step runs one decode pass over the running responses, then prefill passes for new prompts, then one sampling call.
+Where the decode step is a CUDA graph, it samples too, and the sampling call is for new prompts alone.
 
-Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, in passes of
-at most MAX_PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages and leaves
-the batch; once MIN_FREE_FRACTION of the slots is free, waiting requests are admitted.
+Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, with others in
+a pass of at most MAX_PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages
+and leaves the batch; once MIN_FREE_FRACTION of the slots is free, waiting requests are admitted.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,14 +20,17 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import SamplingConfig
+from rlhf_fast.rollout.cuda_graphs import DecodeGraphs
 from rlhf_fast.rollout.decoder import Decoder, TokenBatch
+from rlhf_fast.rollout.input_batch import InputBatch, Inputs
 from rlhf_fast.rollout.kv_cache import PagedKVCache
-from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
+from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer, TokenSample
 from rlhf_fast.rollout.sampler import Sampler
 from rlhf_fast.rollout.stop_criteria import StopCriteria
 
-MAX_PREFILL_TOKENS = 2048
-"""Prompt tokens of one prefill pass at most."""
+MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Prompt tokens of one prefill pass at most, by device. On a GPU the launches of a smaller pass take longer than its
+products."""
 MIN_FREE_FRACTION = 1 / 8
 """Requests are admitted when at least this share of the slots is free."""
 
@@ -65,18 +70,11 @@ class _Running(NamedTuple):
     """int32: position of the newest token."""
     slots: np.ndarray
     """int32: row of the block table that the response holds."""
+    tokens: np.ndarray
+    """int64: the newest token; 0 before the first."""
 
     def select(self, keep: np.ndarray) -> _Running:
         return _Running(*(part[keep] for part in self))
-
-
-class _DeviceState(NamedTuple):
-    """State of the running responses on the device; all (n,)."""
-
-    row_ids: Tensor
-    num_sampled: Tensor
-    positions: Tensor
-    slots: Tensor
 
 
 def cache_lengths(requests: Requests, cfg: SamplingConfig) -> list[int]:
@@ -107,6 +105,7 @@ class Scheduler:
         cfg: SamplingConfig,
         buffer: ResponseBuffer,
         progress: ProgressCallback | None = None,
+        graphs: DecodeGraphs | None = None,
     ):
         self.decoder = decoder
         self.cache = cache
@@ -115,31 +114,33 @@ class Scheduler:
         self.cfg = cfg
         self.buffer = buffer
         self.progress = progress
+        self.graphs = graphs
         self.device = cache.memory.device
         self.waiting = _waiting_queue(buffer.requests)
         self.free_slots = list(range(cache.num_slots - 1, -1, -1))
         self.pages: dict[int, list[int]] = {}
         """The pages of each occupied slot."""
-        self.tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
-        """(n,) the newest token of each running response."""
-        empty = np.zeros(0, np.int64)
-        self._set_running(_Running(empty, empty, empty.astype(np.int32), empty.astype(np.int32)))
+        self.input_batch = InputBatch(cache.num_slots, self.device) if graphs is None else graphs.input_batch
+        empty, empty32 = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        self._set_running(_Running(empty, empty, empty32, empty32, empty))
 
     def run(self) -> None:
         """Generate all responses. Afterwards all pages are free."""
         self.stop_criteria.reset(self.buffer.requests.num_responses)
         while self.waiting or self.num_running:
-            hidden = []
+            hidden, decoded = [], None
             # decode
-            if self.num_running:
+            if self.num_running and self.graphs is not None:
+                decoded = self._decode_and_sample(self.graphs)
+            elif self.num_running:
                 hidden.append(self._decode())
             # prefill
             if admitted := self._admit():
                 hidden.append(self._prefill(admitted))
-            if not hidden:
+            if not hidden and decoded is None:
                 raise RuntimeError(self._stuck_message())
             # sample
-            tokens = self._sample(torch.cat(hidden))
+            tokens = self._sample(hidden, decoded)
             num_finished = self._retire_finished(tokens)
             if self.progress is not None:
                 self.progress(len(tokens), num_finished)
@@ -157,16 +158,30 @@ class Scheduler:
         )
 
     def _set_running(self, running: _Running) -> None:
-        """Set the running responses, on the host and on the device."""
+        """Set the running responses. Their state is copied to the device when it is next needed."""
         self.running = running
-        row_ids = self.buffer.requests.row_ids[running.responses]
-        self.device_state = _DeviceState(*(torch.tensor(part, device=self.device) for part in (row_ids, *running[1:])))
+        self._inputs: Inputs | None = None
+
+    def _device_inputs(self) -> Inputs:
+        """Return the state of the running responses on the device."""
+        if self._inputs is None:
+            running = self.running
+            row_ids = self.buffer.requests.row_ids[running.responses]
+            self._inputs = self.input_batch.load(
+                self.sampler.key, running.tokens, row_ids, running.num_sampled, running.positions, running.slots
+            )
+        return self._inputs
 
     def _decode(self) -> Tensor:
         """Run the newest token of each running response. Return the hidden states (n, D)."""
-        state = self.device_state
-        batch = TokenBatch(self.tokens, state.positions, state.slots, self.cache.block_table)
+        inputs = self._device_inputs()
+        batch = TokenBatch(inputs.tokens, inputs.positions, inputs.slots, self.cache.block_table)
         return self.decoder.hidden(self.cache, batch)
+
+    def _decode_and_sample(self, graphs: DecodeGraphs) -> TokenSample:
+        """Run the newest tokens and sample the next, which the graph appends on the device."""
+        self._device_inputs()
+        return graphs(self.num_running, self.sampler.needs_ban(self.running.num_sampled))
 
     def _admit(self) -> list[_Admitted]:
         """Start waiting requests as long as there are free slots and pages."""
@@ -180,6 +195,8 @@ class Scheduler:
                 break
             self.waiting.popleft()
             admitted.append(self._start(response, group, shared, num_new))
+        if admitted:
+            self.cache.assign_rows({a.slot: self.pages[a.slot] for a in admitted})
         return admitted
 
     def _plan_pages(self, group: _Group) -> tuple[list[int], int]:
@@ -207,7 +224,6 @@ class Scheduler:
         elif len(shared) < len(group.pages):
             copy_on_write = (group.pages[-1], new[0])
         self.pages[slot] = shared + new
-        self.cache.assign(slot, self.pages[slot])
         group.num_waiting -= 1
         return _Admitted(response, slot, group, needs_prefill, copy_on_write)
 
@@ -226,6 +242,7 @@ class Scheduler:
             num_sampled=np.zeros(len(admitted), dtype=np.int64),
             positions=np.array([len(a.group.prompt) - 1 for a in admitted], dtype=np.int32),
             slots=np.array([a.slot for a in admitted], dtype=np.int32),
+            tokens=np.zeros(len(admitted), dtype=np.int64),
         )
         self._set_running(_Running(*(np.concatenate(parts) for parts in zip(self.running, started, strict=True))))
         return hidden
@@ -241,24 +258,34 @@ class Scheduler:
         slots = torch.from_numpy(np.repeat(np.array([slot for slot, _ in prompts], dtype=np.int32), lengths))
         positions, slots = positions.to(self.device), slots.to(self.device)
         last_hidden = []
-        for start in range(0, len(tokens), MAX_PREFILL_TOKENS):
-            part = slice(start, start + MAX_PREFILL_TOKENS)
-            last = torch.from_numpy(ends[(ends >= part.start) & (ends < part.stop)] - start).to(self.device)
-            batch = TokenBatch(tokens[part], positions[part], slots[part], self.cache.block_table, last)
+        for part, whole in _prefill_passes(lengths.tolist(), MAX_PREFILL_TOKENS.get(self.device.type, 16384)):
+            last = torch.from_numpy(ends[(ends >= part.start) & (ends < part.stop)] - part.start).to(self.device)
+            batch = TokenBatch(tokens[part], positions[part], slots[part], self.cache.block_table, last, whole)
             last_hidden.append(self.decoder.hidden(self.cache, batch))
         for (_, group), hidden in zip(prompts, torch.cat(last_hidden), strict=True):
             group.last_hidden = hidden
 
-    def _sample(self, hidden: Tensor) -> np.ndarray:
-        """Sample a token for each running response. Return them (n,) on the host."""
-        running, device_state = self.running, self.device_state
-        num_sampled = running.num_sampled.copy()
-        sample = self.sampler(hidden, device_state.row_ids, device_state.num_sampled, num_sampled)
+    def _sample(self, hidden: list[Tensor], decoded: TokenSample | None) -> np.ndarray:
+        """Sample a token for each running response; the first ones may be in `decoded` already, and `hidden` is that of
+        the others. Return the tokens (n,) on the host."""
+        running = self.running
+        num_sampled = running.num_sampled.copy()  # the buffer keeps it
+        samples = [] if decoded is None else [decoded]
+        inputs = self._device_inputs() if hidden else None
+        if inputs is not None and decoded is None:
+            samples.append(self.sampler(torch.cat(hidden), inputs.row_ids, inputs.num_sampled, num_sampled))
+            inputs.advance(samples[0].token)
+        elif inputs is not None and decoded is not None:
+            rest = slice(len(decoded.token), None)
+            # copies, because Triton compiles other code for memory that is not aligned
+            row_ids, steps = inputs.row_ids[rest].clone(), inputs.num_sampled[rest].clone()
+            samples.append(self.sampler(torch.cat(hidden), row_ids, steps, num_sampled[rest]))
+            self._inputs = None  # `_device_inputs` has written the rows of `decoded` as they were before it
+        sample = samples[0] if len(samples) == 1 else TokenSample(*map(torch.cat, zip(*samples, strict=True)))
         tokens = self.buffer.add(running.responses, num_sampled, sample)
-        self.tokens = sample.token
-        # in place: numpy arrays and tensors; `num_sampled` above is a copy because the buffer keeps it
-        for counter in (running.num_sampled, running.positions, device_state.num_sampled, device_state.positions):
-            counter += 1
+        running.num_sampled[:] += 1
+        running.positions[:] += 1
+        running.tokens[:] = tokens
         return tokens
 
     def _retire_finished(self, tokens: np.ndarray) -> int:
@@ -272,9 +299,28 @@ class Scheduler:
         for slot in retired.slots.tolist():
             self.cache.release(self.pages.pop(slot))
             self.free_slots.append(slot)
-        self.tokens = self.tokens[torch.from_numpy(~finished).to(self.device)]
         self._set_running(self.running.select(~finished))
         return len(retired.responses)
+
+
+def _prefill_passes(lengths: list[int], max_tokens: int) -> Iterator[tuple[slice, tuple[int, ...] | None]]:
+    """Yield the tokens of each pass, at most `max_tokens`: of as many whole prompts as fit, and their lengths; or of a
+    part of a longer prompt, and None."""
+    start, total = 0, 0
+    whole: list[int] = []
+    for length in lengths:
+        if whole and total + length > max_tokens:
+            yield slice(start, start + total), tuple(whole)
+            start, whole, total = start + total, [], 0
+        if length <= max_tokens:
+            whole.append(length)
+            total += length
+            continue
+        for part in range(0, length, max_tokens):
+            yield slice(start + part, start + min(part + max_tokens, length)), None
+        start += length
+    if whole:
+        yield slice(start, start + total), tuple(whole)
 
 
 def _waiting_queue(requests: Requests) -> deque[tuple[int, _Group]]:

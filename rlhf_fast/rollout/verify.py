@@ -40,7 +40,7 @@ def verify_decoder(model: Model, decoder: Decoder) -> None:
         # in half precision rounding may change a single token much, but not most of them
         max_error, median_error = (1e-4, 1e-4) if decoder.dtype == torch.float32 else (0.3, 0.1)
         if not (errors.max() <= max_error and errors.median() <= median_error):
-            raise Unsupported(f"its hidden states over our cache are off by {errors.max():.1%}")
+            raise Unsupported(f"its hidden states over our cache are off by {errors.max():.2g} of their size")
 
 
 def _calls(prompt_lengths: list[int], num_steps: int) -> list[list[tuple[int, int]]]:
