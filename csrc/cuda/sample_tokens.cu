@@ -80,15 +80,14 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
       moment += p * fmaxf(z, -1000.f);
     }
   }
-  if (params.temperature == 1.) {
-    raw_mass = mass;
-  } else {
+  if (params.temperature != 1.) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
       for (int i = 0; i < size; ++i) raw_mass += fast_exp(x[u][i] - origin);
     }
   }
+  if (params.temperature == 1.) raw_mass = mass;  // an else here costs registers
   sum_in_first_thread(raw_mass, mass, moment, sums_shared);
   Candidate best = no_candidate();
   if (SAMPLE && max_logit > -INFINITY) {
