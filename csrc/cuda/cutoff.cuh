@@ -146,4 +146,26 @@ __device__ __forceinline__ Cutoff find_cutoff(const BracketTokens<T>& tokens, co
   return cutoff;
 }
 
+// Returns the cutoff of all filters together; mass_kept_by(cutoff) is the mass of the tokens that it keeps.
+template <class T, class MassKeptBy>
+__device__ __forceinline__ Cutoff find_cutoffs(const BracketTokens<T>& tokens, const FixedPoint& fixed,
+                                               const MassKeptBy& mass_kept_by, CutoffShared& shared) {
+  const FilterState& state = tokens.state;
+  const int64_t top_k = state.params.top_k;
+  const float top_p = state.params.top_p;
+  Cutoff cutoff = no_cutoff();
+  if (state.bracket.high > state.bracket.low) {
+    double total = state.sums.mass;
+    if (top_k) {
+      cutoff =
+          find_cutoff<false>(tokens, no_cutoff(), state.bracket.count_above, static_cast<double>(top_k), fixed, shared);
+      if (top_p < 1.f) total = mass_kept_by(cutoff);
+    }
+    if (top_p < 1.f)
+      cutoff = tighter(
+          cutoff, find_cutoff<true>(tokens, cutoff, fixed.to_double(state.mass_above), top_p * total, fixed, shared));
+  }
+  return tighter(cutoff, {state.min_p, all_equal});
+}
+
 }  // namespace

@@ -51,6 +51,7 @@ struct FixedPoint {
 struct Bins {
   float max_logit, scale;  // scale: bins per unit of logit
   float width;             // of a bin, in nats
+
   // The bin of a logit, num_bins or more if it is below them all: the sum's low bits are an integer.
   __device__ __forceinline__ unsigned at(float x) const {
     return __float_as_uint(__fmaf_rn(max_logit - x, scale, 0x1p23f)) - 0x4b000000u;
@@ -123,6 +124,18 @@ struct TokenMass {
   }
 };
 
+// Lists those of the tokens v to v + 3 that are in the bracket.
+__device__ __forceinline__ void list_tokens(FilterState& state, const Bracket& bracket, int v, const float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (!(x[i] >= bracket.low && x[i] < bracket.high)) continue;
+    const unsigned place = atomicAdd(&state.num_in_bracket, 1u);
+    if (place >= max_candidates) continue;
+    state.logits[place] = x[i];
+    state.tokens[place] = v + i;
+  }
+}
+
 // The sum of the x of all threads before this one, in one fixed order; `total` is that of all.
 template <class T>
 __device__ __forceinline__ T block_sum_before(T x, T& total, T* shared) {
@@ -157,7 +170,7 @@ struct BracketShared {
 
 // Returns the bracket of top-k and top-p together.
 __device__ __forceinline__ Bracket choose_bracket(const FilterState& state, int V, BracketShared& shared) {
-  constexpr double error = 2e-6;  // of the sum of all masses, at most
+  constexpr double error = 4e-6;  // of the sum of all masses, at most
   const Bins bins = state.bins;
   const double mass = state.sums.mass;
   const int64_t top_k = state.params.top_k;
@@ -192,7 +205,8 @@ __device__ __forceinline__ Bracket choose_bracket(const FilterState& state, int 
   }
   __syncthreads();
 
-  // Calls f(bin, number, most, least), with the bounds of what is in the bins up to this one.
+  // Calls f(bin, number, number in it, most, least, least before it): the number and the bounds of the mass of the
+  // tokens in the bins up to this one.
   const auto for_each_bin = [&](auto f) {
     int num_sum = num;
     double most_sum = most, least_sum = least;
@@ -243,6 +257,11 @@ __device__ __forceinline__ Bracket choose_bracket(const FilterState& state, int 
   if (threadIdx.x == warp_size) shared.high = bins.lowest(first_bin - 1);
   __syncthreads();
   return {shared.low, shared.high, shared.count_above};
+}
+
+// The first of the vectors of one of the blocks that share a row.
+__device__ __forceinline__ int split_begin(int num_vecs, int split, int splits) {
+  return min(num_vecs, (num_vecs + splits - 1) / splits * split);
 }
 
 // Calls f(v, x, vec, is_last) for the vectors [first, last) of a row, by all threads of the block equally often: the
@@ -305,13 +324,19 @@ __device__ __forceinline__ void for_each_quad_with(float low, const UnalignedRow
   const unsigned lanes_before = (1u << lane) - 1;
   int size = 0;  // of the queue
   for_each_vec(row, first, last, [&](int v, const float (&x)[vec_size<T>], const uint4& vec, bool is_last) {
+    constexpr int size_of_vec = vec_size<T>;
+    bool is_wanted[size_of_vec / 4], any = false;
 #pragma unroll
-    for (int i = 0; i < vec_size<T>; i += 4) {
-      const float largest = fmaxf(fmaxf(x[i], x[i + 1]), fmaxf(x[i + 2], x[i + 3]));
-      const bool is_wanted = largest >= low;
-      const unsigned wanted = __ballot_sync(full_mask, is_wanted);
+    for (int i = 0; i < size_of_vec; i += 4) {
+      is_wanted[i / 4] = fmaxf(fmaxf(x[i], x[i + 1]), fmaxf(x[i + 2], x[i + 3])) >= low;
+      any |= is_wanted[i / 4];
+    }
+    any = __any_sync(full_mask, any);
+#pragma unroll
+    for (int i = 0; any && i < size_of_vec; i += 4) {
+      const unsigned wanted = __ballot_sync(full_mask, is_wanted[i / 4]);
       const int place = size + __popc(wanted & lanes_before);
-      if (is_wanted) {
+      if (is_wanted[i / 4]) {
         quads[place] = Quad<T>(vec, i);
         queue.first_tokens[place] = v + i;
       }

@@ -1,8 +1,8 @@
 // Samples a token from each row of logits on NVIDIA GPUs; kernels/sample_tokens.py defines it, sample.cuh and
 // filters.cuh hold the algorithms.
 //
-// Floor: one load of the logits; without a filter some 50 operations a token, none of them a logarithm. With filters
-// two loads more.
+// Floor: one load of the logits; without a filter some 60 operations a token, mostly without a logarithm. With
+// filters two loads more.
 //
 //     logits of a row        |   tile 0   |   tile 1   |  ...  | last tile |
 //     tiles_kernel           block 0      block 1       ...      each keeps its tile in registers
@@ -12,7 +12,7 @@
 //     prepare_filter_kernel  one warp per row merges the tiles' sums
 //     histogram_kernel       several blocks per row count its logits in bins
 //     bracket_kernel         one block per row chooses the bracket of bins that has the cutoff
-//     sample_kept_kernel     sums and samples the tokens above the bracket, lists those in it
+//     sample_kept_kernel     several blocks per row sum and sample the tokens above the bracket, list those in it
 //     finish_filter_kernel   one block per row finds the cutoff among those listed
 //
 // Deterministic: tiles depend on V alone and are merged in order, in float64; what the blocks of a row add is integers.
@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int tokens_per_thread = 16;  // of a tile
+constexpr int tokens_per_thread = 32;  // of a tile
 constexpr int tile_threads = 256;      // of a long row
 
 // A tile's largest logit, its sums around it, and its best token.
@@ -49,7 +49,7 @@ __device__ __forceinline__ void sum_in_first_thread(float& a, float& b, float& c
 }
 
 template <class T, bool SAMPLE>
-__global__ void __launch_bounds__(tile_threads)
+__global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
     tiles_kernel(const T* logits, int64_t stride, int V, int num_tiles, SampleArgs args, TileResult* tiles) {
   __shared__ SampleShared sample_shared;
   __shared__ float sums_shared[3][warp_size];
@@ -87,29 +87,31 @@ __global__ void __launch_bounds__(tile_threads)
       for (int i = 0; i < size; ++i) raw_mass += fast_exp(x[u][i] - origin);
     }
   }
-  if (params.temperature == 1.) raw_mass = mass;
+  if (params.temperature == 1.) raw_mass = mass;  // an else here costs registers
   sum_in_first_thread(raw_mass, mass, moment, sums_shared);
   Candidate best = no_candidate();
   if (SAMPLE && max_logit > -INFINITY) {
-    best = gumbel_argmax(
-        params, max_logit,
-        [&](auto f) {
+    Race<T> race(params, row.base);
+    const auto token_at = [&](int u) {
+      return (first + u * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * size;
+    };
+    unsigned due = 0;  // bit u * size + i: token i of vector u
 #pragma unroll
-          for (int u = 0; u < U; ++u) {
-            const int v = (first + u * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * size;
+    for (int u = 0; u < U; ++u) {
 #pragma unroll
-            for (int quad = 0; quad < size; quad += 4) {
-              float quad_x[4], inverse_masses[4];
+      for (int quad = 0; quad < size; quad += 4) {
+        float inverse_masses[4];
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                quad_x[i] = x[u][quad + i];
-                inverse_masses[i] = inverse_mass(quad_x[i], max_logit, params.inverse_temperature);
-              }
-              f(v + quad, quad_x, inverse_masses);
-            }
-          }
-        },
-        sample_shared);
+        for (int i = 0; i < 4; ++i)
+          inverse_masses[i] = inverse_mass(x[u][quad + i], max_logit, params.inverse_temperature);
+        due |= race.offer(token_at(u) + quad, inverse_masses) << (u * size + quad);
+      }
+    }
+    for (; due; due &= due - 1) {
+      const int bit = __ffs(static_cast<int>(due)) - 1;
+      race.score(token_at(bit / size) + bit % size);
+    }
+    best = race.finish(sample_shared);
   }
   if (threadIdx.x == 0) tiles[blockIdx.x] = {best.score, max_logit, raw_mass, mass, moment, best.logit, best.token};
 }
@@ -172,11 +174,6 @@ __global__ void __launch_bounds__(warp_size)
   state.num_in_bracket = 0;
 }
 
-// The first of the vectors of one of the blocks that share a row.
-__device__ __forceinline__ int split_begin(int num_vecs, int split, int splits) {
-  return min(num_vecs, (num_vecs + splits - 1) / splits * split);
-}
-
 template <class T>
 __global__ void __launch_bounds__(filter_threads)
     histogram_kernel(const T* logits, int64_t stride, int V, int splits, FilterState* states) {
@@ -213,18 +210,6 @@ __global__ void __launch_bounds__(filter_threads) bracket_kernel(int V, FilterSt
   if (threadIdx.x == 0) state.bracket = state.min_p >= bracket.high ? Bracket{state.min_p, state.min_p, 0} : bracket;
 }
 
-// Lists those of the tokens v to v + 3 that are in the bracket.
-__device__ __forceinline__ void list_tokens(FilterState& state, const Bracket& bracket, int v, const float (&x)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (!(x[i] >= bracket.low && x[i] < bracket.high)) continue;
-    const unsigned place = atomicAdd(&state.num_in_bracket, 1u);
-    if (place >= max_candidates) continue;
-    state.logits[place] = x[i];
-    state.tokens[place] = v + i;
-  }
-}
-
 template <class T>
 __global__ void __launch_bounds__(filter_threads, 3)
     sample_kept_kernel(const T* logits, int64_t stride, int V, int splits, FilterState* states) {
@@ -240,7 +225,7 @@ __global__ void __launch_bounds__(filter_threads, 3)
   const UnalignedRow<T> row(logits + row_index * stride, 0, V);
   const int split = static_cast<int>(blockIdx.x % splits);
   unsigned long long mass_above = 0;
-  Race race(state.params);
+  Race<T> race(state.params, row.base);
   for_each_quad_with(
       bracket.low, row, split_begin(row.num_vecs(), split, splits), split_begin(row.num_vecs(), split + 1, splits),
       queues[threadIdx.x / warp_size], [&](int v, const float (&x)[4]) {
@@ -255,7 +240,8 @@ __global__ void __launch_bounds__(filter_threads, 3)
         }
         if (in_bracket) list_tokens(state, bracket, v, x);
         mass_above += fixed.from(quad_mass);
-        race.offer(v, x, inverse_masses);
+        for (unsigned due = race.offer(v, inverse_masses); due; due &= due - 1)
+          race.score(v + __ffs(static_cast<int>(due)) - 1);
       });
   mass_above = block_reduce<Add>(mass_above, 0ull, sums_shared);
   const Candidate best = race.finish(sample_shared);
@@ -270,28 +256,6 @@ union FinishShared {
   CutoffShared cutoff;
   QuadQueue<T> queues[filter_warps];
 };
-
-// Returns the cutoff of all filters together; mass_kept_by(cutoff) is the mass of the tokens that it keeps.
-template <class T, class MassKeptBy>
-__device__ __forceinline__ Cutoff find_cutoffs(const BracketTokens<T>& tokens, const FixedPoint& fixed,
-                                               const MassKeptBy& mass_kept_by, CutoffShared& shared) {
-  const FilterState& state = tokens.state;
-  const int64_t top_k = state.params.top_k;
-  const float top_p = state.params.top_p;
-  Cutoff cutoff = no_cutoff();
-  if (state.bracket.high > state.bracket.low) {
-    double total = state.sums.mass;
-    if (top_k) {
-      cutoff =
-          find_cutoff<false>(tokens, no_cutoff(), state.bracket.count_above, static_cast<double>(top_k), fixed, shared);
-      if (top_p < 1.f) total = mass_kept_by(cutoff);
-    }
-    if (top_p < 1.f)
-      cutoff = tighter(
-          cutoff, find_cutoff<true>(tokens, cutoff, fixed.to_double(state.mass_above), top_p * total, fixed, shared));
-  }
-  return tighter(cutoff, {state.min_p, all_equal});
-}
 
 template <class T>
 __global__ void __launch_bounds__(filter_threads, 2)
@@ -323,12 +287,11 @@ __global__ void __launch_bounds__(filter_threads, 2)
     log_kept_mass = min(log(mass_kept_by(cutoff) / state.sums.mass), 0.);
   }
 
-  const SamplingParams& params = state.params;
-  Race race(params);
+  Race<T> race(state.params, row.base);
   if (static_cast<int>(threadIdx.x) < splits) race.best = state.best[threadIdx.x];
   if (tokens.is_listed()) {
     tokens.for_each([&](float x, int v) {
-      if (cutoff.keeps(x, v)) race.update(x, v);
+      if (cutoff.keeps(x, v)) race.score(v);
     });
   } else {
     __syncthreads();  // the queues are in the memory of the search
@@ -341,11 +304,12 @@ __global__ void __launch_bounds__(filter_threads, 2)
                            inverse_masses[i] =
                                kept ? inverse_mass(x[i], mass.max_logit, mass.inverse_temperature) : INFINITY;
                          }
-                         race.offer(v, x, inverse_masses);
+                         for (unsigned due = race.offer(v, inverse_masses); due; due &= due - 1)
+                           race.score(v + __ffs(static_cast<int>(due)) - 1);
                        });
   }
   const Candidate best = race.finish(sample_shared);
-  if (threadIdx.x == 0) write_outputs(out, row_index, params, state.sums, best, log_kept_mass);
+  if (threadIdx.x == 0) write_outputs(out, row_index, state.params, state.sums, best, log_kept_mass);
 }
 
 // logits: rows of V numbers, `stride` apart. tiles: memory for B x num_tiles TileResults. With filters, states: memory
