@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._tensors import detached, upcast, upcast_dtype
+from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 
 
 class Clip(NamedTuple):
@@ -57,7 +57,7 @@ def _one_element(op: str, name: str, x: Tensor | float | None, like: Tensor) -> 
         return torch.full((), x, dtype=upcast_dtype(like), device=like.device)
     if x.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or one element, got shape {list(x.shape)}")
-    (x,) = detached((x,))
+    x = x.detach() if x.requires_grad else x
     return x.reshape(()) if x.dim() else x
 
 

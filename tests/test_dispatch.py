@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf_fast import ops
-from rlhf_fast.kernels import _op
+from rlhf_fast.kernels import _launch, _op
 from rlhf_fast.kernels._backends import WHY_MISSING, strict
 from rlhf_fast.kernels._launch import Unsupported
 
@@ -173,3 +174,33 @@ def test_the_docstring_names_every_shared_file():
     folder = Path(_op.__file__).parent
     shared = {path.stem for path in [*folder.glob("_*.py"), *folder.glob("triton/_*.py")]}
     assert set(re.findall(r"(?<!\w)_[a-z]\w*", _op.__doc__)) == shared
+
+
+def test_launches_that_may_run_at_the_same_time_have_tickets_of_their_own(monkeypatch):
+    """A stream has one; each launch that a graph captures has another, and zeroed memory once there are no more."""
+    x = SimpleNamespace(device=torch.device("cpu"), is_cuda=True)
+    state = SimpleNamespace(stream=1, capturing=False)
+    monkeypatch.setattr(_launch, "_tickets", {})
+    monkeypatch.setattr(_launch, "NUM_TICKETS", 4)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=state.stream))
+
+    def address():
+        numbers, index = _launch.ticket(x)
+        assert numbers.dtype == torch.int32 and numbers[index] == 0
+        kept.append(numbers)
+        return _launch.ticket_ptr(numbers, index)
+
+    kept = []
+    state.capturing = True
+    assert address() != address()  # nothing is kept of the memory of a graph
+    state.capturing = False
+    first = address()
+    state.stream = 2
+    second = address()
+    assert second != first and address() == second
+    state.capturing = True
+    captured = [address() for _ in range(4)]
+    assert len({first, second, *captured}) == 6
+    state.capturing, state.stream = False, 1
+    assert address() == first
