@@ -30,10 +30,9 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
 from rlhf_fast.bench.checks import driver_stub
-from rlhf_fast.bench.checks.triton_resources import KERNELS, NUM_SMS, check_names, file_stem
+from rlhf_fast.bench.checks.triton_resources import KERNELS, NUM_SMS, check_names, file_stem, scale_gradients
 from rlhf_fast.kernels._op import OPS, Op
 from rlhf_fast.kernels.triton import _head, launch
-from rlhf_fast.kernels.triton._scale import scale_in_place
 
 SM_ARCH = 90
 MIN_16_BIT_WORK = _head.MIN_16_BIT_WORK
@@ -93,8 +92,8 @@ def launch_op(task: tuple[str, torch.dtype, int]) -> Outcome:
                 launcher(*op.normalized(*op.make_inputs(device="cpu", dtype=dtype, **size)))
             except Exception as error:  # one size's fault hides no other's
                 outcome.faults.append(f"{outcome.title} {size}: {describe(error)}")
-        if name == "linear_cross_entropy":  # its backward pass, like linear_ppo_loss's, launches one kernel more
-            scale_in_place(torch.empty((64, 64), dtype=dtype), torch.empty(()))
+        if name == "linear_cross_entropy":  # backward passes, its own and those of PPO's losses, launch more
+            scale_gradients(dtype, "cpu")
     finally:
         launch.run = run
     return outcome._replace(seconds=time.perf_counter() - start)

@@ -49,7 +49,7 @@ from rlhf_fast import ops
 from rlhf_fast.bench.checks import sass
 from rlhf_fast.kernels._op import OPS, Op
 from rlhf_fast.kernels.triton import launch
-from rlhf_fast.kernels.triton._scale import scale_in_place
+from rlhf_fast.kernels.triton._scale import scale_in_place, scale_two_in_place
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # compute capability: bytes that a block can have
 KNOWN_SPILLS = {
@@ -260,17 +260,19 @@ def collect(names: list[str], archs: Iterable[int]) -> dict[tuple[Launch, int], 
                 for launch_and_arch in op_launches(op, size, dtype, archs):
                     first = f"{op.name}, {str(dtype)[6:]}" + ("" if op.large_sizes else SMALL)
                     found.setdefault(launch_and_arch, first)
-        if op.name == "linear_cross_entropy":  # its backward pass, like linear_ppo_loss's, launches one kernel more
+        if op.name == "linear_cross_entropy":  # backward passes, its own and those of PPO's losses, launch more
             for dtype, arch in itertools.product((torch.float32, torch.bfloat16), archs):
-                for one in record_launches(functools.partial(scale_gradient, dtype), arch):
+                for one in record_launches(functools.partial(scale_gradients, dtype), arch):
                     found.setdefault((one, arch), f"{op.name}'s backward pass, {str(dtype)[6:]}")
     return found
 
 
-def scale_gradient(dtype: torch.dtype) -> None:
-    """Scale the gradient of a weight by the gradient of a loss."""
-    gradient = torch.empty((4096, 768), dtype=dtype, device="cuda")
-    scale_in_place(gradient, torch.empty((), dtype=torch.float32, device="cuda"))
+def scale_gradients(dtype: torch.dtype, device: str = "cuda") -> None:
+    """Scale the gradient of a weight, and those of two inputs of one size, by the gradients of losses."""
+    gradient = torch.empty((4096, 768), dtype=dtype, device=device)
+    factor = torch.empty((), dtype=torch.float32, device=device)
+    scale_in_place(gradient, factor)
+    scale_two_in_place([gradient, gradient], [factor, factor])
 
 
 _LAUNCHES: list[tuple[Launch, int]] = []  # of the worker processes, which are forked with it
