@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rlhf_fast.kernels._backends import forced_backend
 from rlhf_fast.kernels._launch import (
@@ -213,8 +214,11 @@ _register_compiled("cuda", _launch_cuda)
 
 
 def _gpu_backend(x: Tensor) -> str | None:
-    """Return the backend that answers ppo_loss on x if it is of a GPU, or simulates one, else None."""
+    """Return the backend that answers ppo_loss on x if it is of a GPU, or simulates one, else None: also for tensors
+    without memory of their own, of subclasses and of `is_grads_batched`."""
     if is_tracing() or x.dtype == torch.float64:
+        return None
+    if type(x) not in (Tensor, Parameter) or torch._C._functorch.is_legacy_batchedtensor(x):
         return None
     backend = forced_backend() or ppo_loss.chosen(x.device.type)
     return backend if backend in ("cuda", "simt", "triton") else None

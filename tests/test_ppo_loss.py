@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_fast import ops
@@ -494,3 +495,22 @@ def test_a_second_backward_pass_gives_the_same_gradients(backend, counts_flops):
     second = torch.autograd.grad(loss, inputs)
     for a, b, c in zip(first, second, expected, strict=True):
         assert torch.equal(a, c) and torch.equal(b, c) and b.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+def test_gradients_of_tensors_without_memory_of_their_own(backend):
+    """Kernels cannot scale them in place: those of a subclass, and those of several factors at once."""
+    args = ops.ppo_loss.make_inputs((40,), "cpu", torch.float32)
+    op = ops.ppo_loss.backend(backend)
+    policy, value, _ = op(*args)
+    expected = torch.autograd.grad(3 * policy + 2 * value, [args[0], args[4]], retain_graph=True)
+    factors = torch.tensor([1.0, 3.0])
+    batched = torch.autograd.grad(policy, args[0], factors, is_grads_batched=True)[0]
+    torch.testing.assert_close(batched[1], expected[0])
+    pairs = [TwoTensor(x.detach(), x.detach()) if isinstance(x, torch.Tensor) else x for x in args]
+    inputs = [pairs[0].requires_grad_(), pairs[4].requires_grad_()]
+    policy, value, _ = op(*pairs)
+    found = torch.autograd.grad(3 * policy + 2 * value, inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert type(a) is TwoTensor
+        torch.testing.assert_close(a.a, b)
