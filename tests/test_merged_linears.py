@@ -141,6 +141,14 @@ def test_moved_and_copied_weights_are_multiplied_one_by_one():
     assert counts(model)[0] == LAYERS
 
 
+def test_weights_that_share_memory_stay_where_they_are():
+    model = Model(MERGED["llama"]())
+    first, second = (layer.self_attn.q_proj.weight for layer in model.decoder.layers)
+    second.data = first.data
+    make_adjacent(model.decoder)
+    assert second.data_ptr() == first.data_ptr() and counts(model) == (0, LAYERS)
+
+
 def test_a_sum_with_an_adapter_is_multiplied_alone():
     pytest.importorskip("peft")
     from rlhf_fast.model import lora

@@ -12,6 +12,7 @@ they are multiplied one by one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +30,15 @@ ALIGNMENT = 16
 @torch.no_grad()
 def make_adjacent(module: nn.Module) -> None:
     """Move weights of linear layers that read the same input next to one another. A layer with an adapter is left
-    where it is: its weight is a sum, which is computed for each rollout."""
+    where it is: its weight is a sum, which is computed for each rollout. So are weights that share their memory with
+    another parameter, which would not see the ones that are moved."""
+    owners = Counter(p.untyped_storage().data_ptr() for p in module.parameters() if type(p) is nn.Parameter)
     for parent in module.modules():
         for names in SAME_INPUT:
             linears: list[Any] = [getattr(parent, name, None) for name in names]
             if all(type(linear) is nn.Linear for linear in linears):
-                _move([linear.weight for linear in linears])
-                _move([linear.bias for linear in linears])
+                _move([linear.weight for linear in linears], owners)
+                _move([linear.bias for linear in linears], owners)
 
 
 def merge_adjacent(weights: DecoderWeights) -> DecoderWeights:
@@ -77,16 +80,20 @@ def _join(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def _move(parameters: Sequence[nn.Parameter | None]) -> None:
-    """Make the parameters views of one new tensor, unless they are adjacent already, or cannot be."""
+def _move(parameters: Sequence[nn.Parameter | None], owners: Counter[int]) -> None:
+    """Make the parameters views of one new tensor, unless they are adjacent already, or cannot be. owners: the number
+    of parameters by the address of their memory."""
     present = [p for p in parameters if p is not None]
-    if len(present) < len(parameters) or _join(present) is not None:
+    if len(present) < len(parameters) or any(type(p) is not nn.Parameter for p in present):
+        return
+    if _join(present) is not None:
         return
     first = present[0]
     for p in present:
         same_kind = p.dtype == first.dtype and p.device == first.device and p.shape[1:] == first.shape[1:]
-        owns_memory = p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes
-        if type(p) is not nn.Parameter or not same_kind or not owns_memory or p.nbytes % ALIGNMENT:
+        storage = p.untyped_storage()
+        owns_memory = p.is_contiguous() and storage.nbytes() == p.nbytes and owners[storage.data_ptr()] == 1
+        if not same_kind or not owns_memory or p.nbytes % ALIGNMENT:
             return
     with torch.inference_mode(False):  # training cannot use a tensor that was made in inference mode
         joint = torch.cat([p.detach() for p in present])
