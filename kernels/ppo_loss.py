@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rlhf_fast.kernels._backends import forced_backend
 from rlhf_fast.kernels._launch import (
@@ -214,8 +215,11 @@ _register_compiled("cuda", _launch_cuda)
 
 
 def _gpu_backend(x: Tensor) -> str | None:
-    """Return the backend that answers ppo_loss on x if it is of a GPU, or simulates one, else None."""
+    """Return the backend that answers ppo_loss on x if it is of a GPU, or simulates one, else None: also for tensors
+    without memory of their own, of subclasses and of `is_grads_batched`."""
     if is_tracing() or x.dtype == torch.float64:
+        return None
+    if type(x) not in (Tensor, Parameter) or torch._C._functorch.is_legacy_batchedtensor(x):
         return None
     backend = forced_backend() or ppo_loss.chosen(x.device.type)
     return backend if backend in ("cuda", "simt", "triton") else None
@@ -223,14 +227,15 @@ def _gpu_backend(x: Tensor) -> str | None:
 
 def _forward(ctx, *args):
     """Keep the gradients that the forward pass makes. On a GPU they have their last dtype, and the backward pass scales
-    them in place and hands them over; a second one computes them again."""
+    them in place and hands them over; a second one computes them again. Not in float16: they are mostly too small for
+    it until they are multiplied by the scale of a GradScaler."""
     x, needed = Inputs(*args), Inputs(*ctx.needs_input_grad)
     ctx.needs_grad = needed.logprobs, needed.values
-    rounds = _gpu_backend(x.weights) is not None
-    *sums, stats, logprob_grad, value_grad = ppo_loss_with_gradients.run(*args, *ctx.needs_grad, rounds)
-    ctx.grads = [logprob_grad, value_grad]
     ctx.dtypes = [None if t is None else t.dtype for t in (x.logprobs, x.values)]
-    if rounds:
+    ctx.rounds = _gpu_backend(x.weights) is not None and torch.float16 not in ctx.dtypes
+    *sums, stats, logprob_grad, value_grad = ppo_loss_with_gradients.run(*args, *ctx.needs_grad, ctx.rounds)
+    ctx.grads = [logprob_grad, value_grad]
+    if ctx.rounds:
         ctx.save_for_backward(*x.tensors)
         ctx.options = args[len(x.tensors) :]
     constant = [loss for loss, loss_needed in zip(sums, ctx.needs_grad, strict=True) if not loss_needed]
@@ -246,7 +251,7 @@ def _backward(ctx, policy_grad, value_grad, _stats_grad):
         again = ppo_loss_with_gradients.run(*ctx.saved_tensors, *ctx.options, *used, True)[3:]
         ctx.grads = [new if u else grad for u, new, grad in zip(used, again, ctx.grads, strict=True)]
     grads = [grad if u else None for u, grad in zip(used, ctx.grads, strict=True)]
-    backend = next((_gpu_backend(factor) for factor in factors if factor is not None), None)
+    backend = next((_gpu_backend(factor) for factor in factors if ctx.rounds and factor is not None), None)
     if backend is not None:
         ctx.grads = [None if u else grad for u, grad in zip(used, ctx.grads, strict=True)]
         scale_in_place(grads, factors, backend)

@@ -115,7 +115,7 @@ def _(kernels, logits, *args):
 def _filter_splits(B: int, V: int, logits: Tensor) -> int:
     """Return how many blocks share a row in the filters' CUDA kernels. No bit depends on it."""
     num_sms = torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 4
-    return max(1, min(BLOCKS_PER_SM * num_sms // B, V // MIN_SPLIT))
+    return max(1, min(BLOCKS_PER_SM * num_sms // max(B, 1), V // MIN_SPLIT))
 
 
 @sample_tokens.inputs(

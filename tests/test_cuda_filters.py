@@ -108,3 +108,9 @@ def test_bits_do_not_depend_on_the_blocks_of_a_row_nor_on_its_address(backend, d
         monkeypatch.setattr(home, "BLOCKS_PER_SM", 1000)
         for ours, same in zip(sample(backend, at_offset(logits, offset), **options), expected, strict=True):
             assert torch.equal(ours, same)
+
+
+@on_each_backend
+def test_a_batch_without_rows(backend, device):
+    outputs = sample(backend, torch.empty(0, V, device=device), top_p=0.9)
+    assert [list(x.shape) for x in outputs] == [[0]] * 6

@@ -288,6 +288,17 @@ def test_the_input_batch_pads_and_advances():
         assert everything.positions.tolist() == [4, 5, 6][:n] + [-1] * (4 - n)
 
 
+def test_the_input_batch_waits_for_copies_on_its_own_device(monkeypatch):
+    """The model may be on another GPU than torch's current device, whose stream says nothing about the copy."""
+    batch = InputBatch(4, torch.device("cpu"))
+    recorded = []
+    batch._copied = SimpleNamespace(synchronize=lambda: None, record=lambda *streams: recorded.extend(streams))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream", device))
+    empty, empty32 = np.zeros(0, np.int64), np.zeros(0, np.int32)
+    batch.load(1, empty, empty, empty, empty32, empty32)
+    assert recorded == [("stream", torch.device("cpu"))]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9, "temperature": 0.7, "min_new_tokens": 3}], ids=str)
 @torch.no_grad()

@@ -169,6 +169,15 @@ def test_graphs_know_merged_weights_as_the_modules_own():
     assert not graphs.fit(OpStep(read_weights(model), cache, None), sampler)
 
 
+def test_weights_that_are_moved_in_inference_mode_can_be_trained():
+    model = Model(MERGED["llama"]())
+    with torch.inference_mode():
+        make_adjacent(model.decoder)
+        assert counts(model) == (LAYERS, LAYERS)
+    assert not any(p.is_inference() for p in model.module.parameters())
+    Learner(model, OptimConfig(lr=1e-2), 10).step([(pretrain_loss, texts(), 1.0)])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_weights_on_a_gpu_are_moved_when_the_decoder_is_made():
     model = Model(MERGED["llama"]().cuda())

@@ -2,9 +2,12 @@
 
 import importlib
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_fast import ops
 from rlhf_fast.kernels._backends import TRITON_DEVICES
@@ -461,3 +464,53 @@ def test_a_step_calls_torch_for_nothing_but_memory(dtype):
         torch.autograd.grad([policy, value], [args[0], args[4]], ones)
     called = {event.key: event.count for event in profile.key_averages() if event.key.startswith("aten::")}
     assert called == {"aten::empty": 6}
+
+
+@pytest.mark.skipif("simt" not in BACKENDS, reason="CUDA's kernels do not run here")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_loss_scale_keeps_small_gradients(dtype):
+    """A token's gradient may be too small for float16 before the loss is multiplied by a GradScaler's scale."""
+    grads = []
+    for backend in ("reference", "simt"):
+        torch.manual_seed(1)
+        args = ops.ppo_loss.make_inputs((300,), "cpu", dtype)
+        args[3].mul_(1e-5)
+        policy, value, _ = ops.ppo_loss.backend(backend)(*args)
+        grads.append(torch.autograd.grad(2**14 * (policy + value), [args[0], args[4]]))
+    for expected, ours in zip(*grads, strict=True):
+        assert ours.dtype == dtype and expected.any()
+        torch.testing.assert_close(ours, expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+@pytest.mark.parametrize("counts_flops", [False, True])
+def test_a_second_backward_pass_gives_the_same_gradients(backend, counts_flops):
+    """Also if the forward pass ran within a mode of torch and the backward pass does not."""
+    args = ops.ppo_loss.make_inputs((40,), "cpu", torch.bfloat16)
+    with FlopCounterMode(display=False) if counts_flops else nullcontext():
+        policy, value, _ = ops.ppo_loss.backend(backend)(*args)
+    loss, inputs = 3 * policy + 0.5 * value, [args[0], args[4]]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    expected = [grad.clone() for grad in first]
+    second = torch.autograd.grad(loss, inputs)
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, c) and b.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+def test_gradients_of_tensors_without_memory_of_their_own(backend):
+    """Kernels cannot scale them in place: those of a subclass, and those of several factors at once."""
+    args = ops.ppo_loss.make_inputs((40,), "cpu", torch.float32)
+    op = ops.ppo_loss.backend(backend)
+    policy, value, _ = op(*args)
+    expected = torch.autograd.grad(3 * policy + 2 * value, [args[0], args[4]], retain_graph=True)
+    factors = torch.tensor([1.0, 3.0])
+    batched = torch.autograd.grad(policy, args[0], factors, is_grads_batched=True)[0]
+    torch.testing.assert_close(batched[1], expected[0])
+    pairs = [TwoTensor(x.detach(), x.detach()) if isinstance(x, torch.Tensor) else x for x in args]
+    inputs = [pairs[0].requires_grad_(), pairs[4].requires_grad_()]
+    policy, value, _ = op(*pairs)
+    found = torch.autograd.grad(3 * policy + 2 * value, inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert type(a) is TwoTensor
+        torch.testing.assert_close(a.a, b)

@@ -69,7 +69,7 @@ class InputBatch:
         self._host_positions[n:] = -1
         self._on_device.copy_(self._on_host, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._on_device.device))  # not the current device's
         return self.first(n)
 
     def first(self, n: int) -> Inputs:

@@ -88,6 +88,7 @@ def _move(parameters: Sequence[nn.Parameter | None]) -> None:
         owns_memory = p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes
         if type(p) is not nn.Parameter or not same_kind or not owns_memory or p.nbytes % ALIGNMENT:
             return
-    joint = torch.cat([p.detach() for p in present])
-    for p, part in zip(present, joint.split([len(p) for p in present]), strict=True):
-        p.data = part
+    with torch.inference_mode(False):  # training cannot use a tensor that was made in inference mode
+        joint = torch.cat([p.detach() for p in present])
+        for p, part in zip(present, joint.split([len(p) for p in present]), strict=True):
+            p.data = part
