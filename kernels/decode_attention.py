@@ -148,6 +148,8 @@ def _(kernels, q, k_cache, v_cache, block_table, lengths, rows, scale, window, s
     return out.to(q.dtype)
 
 
+# Before Triton: on an H100 at 64 x 512, 9 / 3 heads of 64, a call takes 128 us, Triton's 434. On the device alone
+# Triton is faster: 22.2 us against 23.2, and 112 against 122 at 64 x 2048, 32 / 8 heads.
 @decode_attention.compiled(devices=("cuda",))
 def _(kernels, q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
     q_code, cache_code = dtype_codes(kernels, q, k_cache)

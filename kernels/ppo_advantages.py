@@ -141,6 +141,7 @@ def _(
 MAX_BLOCKS = 2048  # of csrc/cuda's launch; the last one of them merges their moments
 
 
+# Before Triton: on an H100 at 8192 x 2048 in float32 148 us on the device, Triton 174.
 @ppo_advantages.compiled(devices=("cuda",))
 def _(
     kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap

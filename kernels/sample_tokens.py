@@ -87,6 +87,7 @@ def _(kernels, logits, *args):
     return outputs
 
 
+# Before Triton: on an H100 at 256 x 128256 in bfloat16 104 us on the device, Triton 112; with top-p 148 against 474.
 @sample_tokens.compiled(devices=("cuda",))
 def _(kernels, logits, *args):
     (code,) = dtype_codes(kernels, logits)

@@ -57,10 +57,10 @@ struct Bins {
     return __float_as_uint(__fmaf_rn(max_logit - x, scale, 0x1p23f)) - 0x4b000000u;
   }
   // Bounds of the mass of a token in a bin. 0.501: at() rounds to the nearest bin, from numbers that are rounded.
-  __device__ __forceinline__ float most_mass(int bin) const {
+  __device__ __forceinline__ float max_mass(int bin) const {
     return bin ? __expf(-(bin - 0.501f) * width) * (1 + 1e-5f) : 1.f;
   }
-  __device__ __forceinline__ float least_mass(int bin) const { return __expf(-(bin + 0.501f) * width) * (1 - 1e-5f); }
+  __device__ __forceinline__ float min_mass(int bin) const { return __expf(-(bin + 0.501f) * width) * (1 - 1e-5f); }
   // The smallest logit in the bins up to this one.
   __device__ float lowest(int bin) const {
     if (bin < 0) return INFINITY;
@@ -88,7 +88,7 @@ struct Bracket {
   int count_above;
 };
 
-// What the kernels know of a row, in global memory.
+// A row's state in global memory, which each kernel of the search reads and adds to.
 struct FilterState {
   // prepare_filter_kernel
   SamplingParams params;
@@ -164,7 +164,7 @@ struct BracketShared {
   double sums[filter_warps];
   int counts[filter_warps];
   int top_k_bin, first_bin, last_bin, count_above;
-  double least_kept, most_kept;  // bounds of the mass that top-k keeps
+  double min_kept, max_kept;  // bounds of the mass that top-k keeps
   float low, high;
 };
 
@@ -186,59 +186,59 @@ __device__ __forceinline__ Bracket choose_bracket(const FilterState& state, int 
     count[i + 3] = vec.w;
   }
   int num = 0, num_total;
-  double most = 0, least = 0, most_total, least_total;
+  double max_part = 0, min_part = 0, max_total, min_total;
 #pragma unroll
   for (int i = 0; i < bins_per_thread; ++i) {
     num += static_cast<int>(count[i]);
-    most += static_cast<double>(count[i]) * bins.most_mass(begin + i);
-    least += static_cast<double>(count[i]) * bins.least_mass(begin + i);
+    max_part += static_cast<double>(count[i]) * bins.max_mass(begin + i);
+    min_part += static_cast<double>(count[i]) * bins.min_mass(begin + i);
   }
   num = block_sum_before(num, num_total, shared.counts);
-  most = block_sum_before(most, most_total, shared.sums);
-  least = block_sum_before(least, least_total, shared.sums);
-  most_total += static_cast<double>(V - num_total) * bins.most_mass(num_bins);
+  max_part = block_sum_before(max_part, max_total, shared.sums);
+  min_part = block_sum_before(min_part, min_total, shared.sums);
+  max_total += static_cast<double>(V - num_total) * bins.max_mass(num_bins);
   if (threadIdx.x == 0) {
     shared.top_k_bin = shared.first_bin = shared.last_bin = num_bins;
     shared.count_above = num_total;
-    shared.least_kept = top_k ? least_total : mass * (1 - error);
-    shared.most_kept = top_k ? min(most_total, mass * (1 + error)) : mass * (1 + error);
+    shared.min_kept = top_k ? min_total : mass * (1 - error);
+    shared.max_kept = top_k ? min(max_total, mass * (1 + error)) : mass * (1 + error);
   }
   __syncthreads();
 
-  // Calls f(bin, number, number in it, most, least, least before it): the number and the bounds of the mass of the
+  // Calls f(bin, number, number in it, max, min, min before it): the number and the bounds of the mass of the
   // tokens in the bins up to this one.
   const auto for_each_bin = [&](auto f) {
     int num_sum = num;
-    double most_sum = most, least_sum = least;
+    double max_sum = max_part, min_sum = min_part;
 #pragma unroll
     for (int i = 0; i < bins_per_thread; ++i) {
       num_sum += static_cast<int>(count[i]);
-      most_sum += static_cast<double>(count[i]) * bins.most_mass(begin + i);
-      const double least_before = least_sum;
-      least_sum += static_cast<double>(count[i]) * bins.least_mass(begin + i);
-      f(begin + i, num_sum, static_cast<int>(count[i]), most_sum, least_sum, least_before);
+      max_sum += static_cast<double>(count[i]) * bins.max_mass(begin + i);
+      const double min_before = min_sum;
+      min_sum += static_cast<double>(count[i]) * bins.min_mass(begin + i);
+      f(begin + i, num_sum, static_cast<int>(count[i]), max_sum, min_sum, min_before);
     }
   };
   if (top_k) {
-    for_each_bin([&](int bin, int num_sum, int here, double most_sum, double, double least_before) {
+    for_each_bin([&](int bin, int num_sum, int here, double max_sum, double, double min_before) {
       if (num_sum < top_k || num_sum - here >= top_k) return;
       shared.top_k_bin = bin;
-      shared.most_kept = most_sum;
-      shared.least_kept = least_before;
+      shared.max_kept = max_sum;
+      shared.min_kept = min_before;
     });
     __syncthreads();
   }
   if (top_p < 1.f) {
     int first = num_bins, last = num_bins;
-    const double least_target = top_p * shared.least_kept, most_target = top_p * shared.most_kept;
-    for_each_bin([&](int bin, int, int, double most_sum, double least_sum, double) {
+    const double min_target = top_p * shared.min_kept, max_target = top_p * shared.max_kept;
+    for_each_bin([&](int bin, int, int, double max_sum, double min_sum, double) {
       if (!top_k) {  // all tokens but those of the later bins give bounds too
-        const double most_later = most_total - most_sum, least_later = least_total - least_sum;
-        most_sum = min(most_sum, shared.most_kept - least_later);
-        least_sum = max(least_sum, shared.least_kept - most_later);
+        const double max_later = max_total - max_sum, min_later = min_total - min_sum;
+        max_sum = min(max_sum, shared.max_kept - min_later);
+        min_sum = max(min_sum, shared.min_kept - max_later);
       }
-      if (most_sum >= least_target) first = min(first, bin);
-      if (least_sum >= most_target) last = min(last, bin);
+      if (max_sum >= min_target) first = min(first, bin);
+      if (min_sum >= max_target) last = min(last, bin);
     });
     atomicMin(&shared.first_bin, first);
     atomicMin(&shared.last_bin, last);

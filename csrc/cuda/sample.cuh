@@ -87,7 +87,7 @@ __device__ __forceinline__ float inverse_mass(float x, float max_logit, float in
 
 // The search for the best token of a block. Each warp offers its tokens, four per lane at a time, in any order.
 template <class T>
-struct Race {
+struct GumbelArgmax {
   static constexpr float no_limit = 3.4028235e38f;  // finite: a token with an infinite bound does not take part
   const SamplingParams& params;
   const T* const logits;  // of the row
@@ -97,7 +97,7 @@ struct Race {
   float limit = no_limit, pending_bound = INFINITY;
   int pending = -1;
 
-  __device__ Race(const SamplingParams& params, const T* logits)
+  __device__ GumbelArgmax(const SamplingParams& params, const T* logits)
       : params(params), logits(logits), key(params.key), has_bounds(!params.greedy && !params.noise) {}
 
   // Computes the score of a token.
@@ -108,11 +108,11 @@ struct Race {
   // Offers tokens v to v + 3; inverse_mass is infinite for those that may not be sampled. All lanes of the warp call it
   // together. Returns, as bits, the tokens that the caller must score.
   __device__ __forceinline__ unsigned offer(int v, const float (&inverse_mass)[4]) {
-    unsigned due = 0;
+    unsigned candidates = 0;
     if (!has_bounds) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) due |= inverse_mass[i] < INFINITY ? 1u << i : 0u;
-      return due;
+      for (int i = 0; i < 4; ++i) candidates |= inverse_mass[i] < INFINITY ? 1u << i : 0u;
+      return candidates;
     }
     const uint4 random = philox(key, static_cast<unsigned>(v) / 4);
     const unsigned words[4] = {random.x, random.y, random.z, random.w};
@@ -129,13 +129,13 @@ struct Race {
     for (int i = 0; i < 4; ++i) {
       if (!(bound[i] <= limit)) continue;
       if (pending >= 0 && pending_bound <= limit) {
-        due |= 1u << i;
+        candidates |= 1u << i;
       } else {
         pending_bound = bound[i];
         pending = v + i;
       }
     }
-    return due;
+    return candidates;
   }
   // Returns the block's token.
   __device__ __forceinline__ Candidate finish(SampleShared& shared) {

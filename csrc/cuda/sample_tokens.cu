@@ -91,11 +91,11 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
   sum_in_first_thread(raw_mass, mass, moment, sums_shared);
   Candidate best = no_candidate();
   if (SAMPLE && max_logit > -INFINITY) {
-    Race<T> race(params, row.base);
+    GumbelArgmax<T> argmax(params, row.base);
     const auto token_at = [&](int u) {
       return (first + u * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * size;
     };
-    unsigned due = 0;  // bit u * size + i: token i of vector u
+    unsigned candidates = 0;  // bit u * size + i: token i of vector u
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
@@ -104,14 +104,14 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           inverse_masses[i] = inverse_mass(x[u][quad + i], max_logit, params.inverse_temperature);
-        due |= race.offer(token_at(u) + quad, inverse_masses) << (u * size + quad);
+        candidates |= argmax.offer(token_at(u) + quad, inverse_masses) << (u * size + quad);
       }
     }
-    for (; due; due &= due - 1) {
-      const int bit = __ffs(static_cast<int>(due)) - 1;
-      race.score(token_at(bit / size) + bit % size);
+    for (; candidates; candidates &= candidates - 1) {
+      const int bit = __ffs(static_cast<int>(candidates)) - 1;
+      argmax.score(token_at(bit / size) + bit % size);
     }
-    best = race.finish(sample_shared);
+    best = argmax.finish(sample_shared);
   }
   if (threadIdx.x == 0) tiles[blockIdx.x] = {best.score, max_logit, raw_mass, mass, moment, best.logit, best.token};
 }
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(filter_threads, 3)
   const UnalignedRow<T> row(logits + row_index * stride, 0, V);
   const int split = static_cast<int>(blockIdx.x % splits);
   unsigned long long mass_above = 0;
-  Race<T> race(state.params, row.base);
+  GumbelArgmax<T> argmax(state.params, row.base);
   for_each_quad_with(
       bracket.low, row, split_begin(row.num_vecs(), split, splits), split_begin(row.num_vecs(), split + 1, splits),
       queues[threadIdx.x / warp_size], [&](int v, const float (&x)[4]) {
@@ -240,11 +240,11 @@ __global__ void __launch_bounds__(filter_threads, 3)
         }
         if (in_bracket) list_tokens(state, bracket, v, x);
         mass_above += fixed.from(quad_mass);
-        for (unsigned due = race.offer(v, inverse_masses); due; due &= due - 1)
-          race.score(v + __ffs(static_cast<int>(due)) - 1);
+        for (unsigned candidates = argmax.offer(v, inverse_masses); candidates; candidates &= candidates - 1)
+          argmax.score(v + __ffs(static_cast<int>(candidates)) - 1);
       });
   mass_above = block_reduce<Add>(mass_above, 0ull, sums_shared);
-  const Candidate best = race.finish(sample_shared);
+  const Candidate best = argmax.finish(sample_shared);
   if (threadIdx.x == 0) {
     atomicAdd(&state.mass_above, mass_above);
     state.best[split] = best;
@@ -287,28 +287,28 @@ __global__ void __launch_bounds__(filter_threads, 2)
     log_kept_mass = min(log(mass_kept_by(cutoff) / state.sums.mass), 0.);
   }
 
-  Race<T> race(state.params, row.base);
-  if (static_cast<int>(threadIdx.x) < splits) race.best = state.best[threadIdx.x];
+  GumbelArgmax<T> argmax(state.params, row.base);
+  if (static_cast<int>(threadIdx.x) < splits) argmax.best = state.best[threadIdx.x];
   if (tokens.is_listed()) {
     tokens.for_each([&](float x, int v) {
-      if (cutoff.keeps(x, v)) race.score(v);
+      if (cutoff.keeps(x, v)) argmax.score(v);
     });
   } else {
     __syncthreads();  // the queues are in the memory of the search
-    for_each_quad_with(max(state.bracket.low, cutoff.logit), row, 0, row.num_vecs(),
-                       shared.queues[threadIdx.x / warp_size], [&](int v, const float (&x)[4]) {
-                         float inverse_masses[4];
+    for_each_quad_with(
+        max(state.bracket.low, cutoff.logit), row, 0, row.num_vecs(), shared.queues[threadIdx.x / warp_size],
+        [&](int v, const float (&x)[4]) {
+          float inverse_masses[4];
 #pragma unroll
-                         for (int i = 0; i < 4; ++i) {
-                           const bool kept = x[i] < state.bracket.high && cutoff.keeps(x[i], v + i);
-                           inverse_masses[i] =
-                               kept ? inverse_mass(x[i], mass.max_logit, mass.inverse_temperature) : INFINITY;
-                         }
-                         for (unsigned due = race.offer(v, inverse_masses); due; due &= due - 1)
-                           race.score(v + __ffs(static_cast<int>(due)) - 1);
-                       });
+          for (int i = 0; i < 4; ++i) {
+            const bool kept = x[i] < state.bracket.high && cutoff.keeps(x[i], v + i);
+            inverse_masses[i] = kept ? inverse_mass(x[i], mass.max_logit, mass.inverse_temperature) : INFINITY;
+          }
+          for (unsigned candidates = argmax.offer(v, inverse_masses); candidates; candidates &= candidates - 1)
+            argmax.score(v + __ffs(static_cast<int>(candidates)) - 1);
+        });
   }
-  const Candidate best = race.finish(sample_shared);
+  const Candidate best = argmax.finish(sample_shared);
   if (threadIdx.x == 0) write_outputs(out, row_index, state.params, state.sums, best, log_kept_mass);
 }
 
