@@ -6,6 +6,7 @@ the static tensors that a replay would read. csrc/cuda's own rope_store, run on 
 
 import logging
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -264,6 +265,29 @@ def test_a_capture_that_fails_runs_eagerly_with_one_warning(device, made, monkey
     monkeypatch.setenv("RLHF_FAST_STRICT", "1")
     with pytest.raises(UserError, match=r"RLHF_FAST_STRICT=1 and .* cannot be captured as a CUDA graph"):
         rollouts(model)[0].generate(batch, 3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_a_capture_that_fails_names_the_cause(error, monkeypatch):
+    """The end of a capture that has failed is an error of its own."""
+
+    class Graph:
+        def capture_begin(self, **_):
+            pass
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def function():
+        raise error("the cause")
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, value in (("CUDAGraph", Graph), ("Stream", lambda _: stream), ("graph_pool_handle", lambda: (0, 1))):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    with pytest.raises(error, match="the cause"):
+        cuda_graphs.CudaRecorder(torch.device("cuda")).capture(function)
 
 
 def test_they_can_be_turned_off(monkeypatch):

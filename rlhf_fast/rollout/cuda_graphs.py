@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from logging import getLogger
 from typing import Any, Protocol
 
@@ -92,8 +93,11 @@ class CudaRecorder:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = function()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the capture failed, and would hide why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
         def replay() -> Tensor:
             graph.replay()
