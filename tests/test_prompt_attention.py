@@ -9,6 +9,7 @@ from test_fused import MODELS, heads
 from torch.nn.attention import SDPBackend
 
 from rlhf_fast.kernels._backends import forcing
+from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import prompt_attention, scheduler
 from rlhf_fast.rollout.decoder import TokenBatch
@@ -72,12 +73,21 @@ def test_whole_prompts_are_as_token_by_token(name, dtype, lengths, served):
     model = Model(MODELS[name]().to(dtype))
     with forcing("reference"):
         decoder = FusedDecoder.make(model)
+        served.clear()
         expected = prefill(decoder, lengths, whole=False)
         assert not served
         found = prefill(decoder, lengths, whole=True)
     assert bool(served) == (name not in FALLBACK)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * theirs.norm()
+
+
+def test_it_is_compared_with_the_models_own_forward(served, monkeypatch):
+    call = PromptAttention.__call__
+    monkeypatch.setattr(PromptAttention, "__call__", lambda self, *args: 1.1 * call(self, *args))
+    with forcing("reference"), pytest.raises(Unsupported, match="off by"):
+        FusedDecoder.make(Model(MODELS["llama 8/2 heads of 128"]()))
+    assert served
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -89,6 +99,7 @@ def test_a_gpu_runs_the_fast_kernel(name, dtype, lengths, served, monkeypatch):
     fast = SDPBackend.EFFICIENT_ATTENTION if dtype == torch.float32 else SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(prompt_attention, "KERNELS", [fast])
     decoder = FusedDecoder.make(Model(MODELS[name]().to("cuda", dtype)))
+    served.clear()
     expected, found = prefill(decoder, lengths, whole=False), prefill(decoder, lengths, whole=True)
     assert served
     for ours, theirs in zip(found, expected, strict=True):
@@ -100,6 +111,7 @@ def test_repeated_keys_are_as_shared_ones(monkeypatch, served):
     model = Model(MODELS["llama 8/2 heads of 128"]())
     with forcing("reference"):
         decoder = FusedDecoder.make(model)
+        served.clear()
         shared = prefill(decoder, (12, 7), whole=True)
         monkeypatch.setattr(prompt_attention, "_reads_groups", lambda _: False)
         repeated = prefill(decoder, (12, 7), whole=True)
@@ -116,7 +128,10 @@ def test_rollouts_are_those_of_the_compiled_step(monkeypatch, served, batch):
     cfg = sampling(max_new_tokens=6, batch=batch)
     compiled = Rollout(model, cfg, 3, decode_path="fused").generate(given, samples=2)
     with forcing("reference"):
-        ours = Rollout(model, cfg, 3, decode_path="fused").generate(given, samples=2)
+        rollout = Rollout(model, cfg, 3, decode_path="fused")
+        assert rollout.decode_path == "fused"
+        served.clear()
+        ours = rollout.generate(given, samples=2)
     assert served
     assert torch.equal(ours.tokens, compiled.tokens)
     torch.testing.assert_close(ours.logprobs, compiled.logprobs, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model.model import Model
@@ -16,8 +17,8 @@ ROWS = 3
 
 @torch.no_grad()
 def verify_decoder(model: Model, decoder: Decoder) -> None:
-    """Run rows of different lengths, prefilled in two calls and then decoded together. Raise Unsupported unless all
-    hidden states agree with the module's own forward."""
+    """Run rows of different lengths, prefilled in two calls, or as whole prompts in one, and then decoded together.
+    Raise Unsupported unless all hidden states agree with the module's own forward."""
     length = min(model.max_positions or MAX_LENGTH, MAX_LENGTH)
     if length < 4:
         raise Unsupported(f"{length} positions are too few to try it")
@@ -28,24 +29,39 @@ def verify_decoder(model: Model, decoder: Decoder) -> None:
     cache = PagedKVCache(decoder.shapes, decoder.dtype, tokens.device, ROWS * pages, ROWS, pages, PAGE_SIZE)
     for slot in range(ROWS):
         cache.assign(slot, cache.allocate(pages))
-    found = torch.full((ROWS, length, model.head_weight.shape[1]), torch.nan, dtype=torch.float32, device=tokens.device)
-    for call in _calls(prompt_lengths, num_steps):
-        slots, positions = torch.tensor(call, device=tokens.device).unbind(1)
-        batch = TokenBatch(tokens[slots, positions], positions.int(), slots.int(), cache.block_table)
-        found[slots, positions] = decoder.hidden(cache, batch).float()
-    for slot, prompt_length in enumerate(prompt_lengths):
-        end = prompt_length + num_steps
-        expected = model.hidden(tokens[slot : slot + 1, :end])[0].float()
-        errors = (found[slot, :end] - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+    for whole_prompts in (False, True):
+        found = torch.full(
+            (ROWS, length, model.head_weight.shape[1]), torch.nan, dtype=torch.float32, device=tokens.device
+        )
+        for call, given in _calls(prompt_lengths, num_steps, whole_prompts):
+            slots, positions = torch.tensor(call, device=tokens.device).unbind(1)
+            batch = TokenBatch(
+                tokens[slots, positions], positions.int(), slots.int(), cache.block_table, prompt_lengths=given
+            )
+            found[slots, positions] = decoder.hidden(cache, batch).float()
+        _compare(model, decoder, tokens, found, [prompt_length + num_steps for prompt_length in prompt_lengths])
+
+
+def _compare(model: Model, decoder: Decoder, tokens: Tensor, found: Tensor, lengths: list[int]) -> None:
+    """Raise Unsupported unless the hidden states of each row's first tokens agree with the module's."""
+    for row, end in enumerate(lengths):
+        expected = model.hidden(tokens[row : row + 1, :end])[0].float()
+        errors = (found[row, :end] - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
         # in half precision rounding may change a single token much, but not most of them
         max_error, median_error = (1e-4, 1e-4) if decoder.dtype == torch.float32 else (0.3, 0.1)
         if not (errors.max() <= max_error and errors.median() <= median_error):
             raise Unsupported(f"its hidden states over our cache are off by {errors.max():.2g} of their size")
 
 
-def _calls(prompt_lengths: list[int], num_steps: int) -> list[list[tuple[int, int]]]:
-    """Return the (slot, position) pairs of each call: two prefills, then `num_steps` decodes."""
+Call = list[tuple[int, int]]
+"""The (slot, position) pairs of its tokens."""
+
+
+def _calls(prompt_lengths: list[int], num_steps: int, whole_prompts: bool) -> list[tuple[Call, tuple[int, ...] | None]]:
+    """Return each call and its prompt_lengths: a prefill of whole prompts or two of parts, then `num_steps` decodes."""
     prefill = [(slot, position) for slot, length in enumerate(prompt_lengths) for position in range(length)]
     split = prompt_lengths[0] + 1 + prompt_lengths[2] // 2
     decode = [[(slot, length + step) for slot, length in enumerate(prompt_lengths)] for step in range(num_steps)]
-    return [prefill[:split], prefill[split:], *decode]
+    if whole_prompts:
+        return [(prefill, tuple(prompt_lengths)), *((call, None) for call in decode)]
+    return [(call, None) for call in (prefill[:split], prefill[split:], *decode)]
