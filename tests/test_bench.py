@@ -199,7 +199,7 @@ def test_a_target_is_met_or_missed_by_the_number_it_names():
     assert Target("x", {}, of="device", goal=1.5e-3).met("triton", row) is True
     assert Target("x", {}, of="device", goal=1.5e-3).met("triton", row | {"device_seconds": None}) is None
     assert Target("x", {}).met("triton", row) is None
-    assert str(Target("x", {}, of="device", goal=12e-6, cuda=8e-6)) == "12 us / CUDA 8 us on the device"
+    assert str(Target("x", {}, of="device", goal=12e-6, cuda=8e-6)) == "12.0 us / CUDA 8.0 us on the device"
 
 
 def test_baselines_and_bare_products_stand_beside_a_head(monkeypatch):
@@ -339,11 +339,11 @@ def test_a_row_that_fails_and_a_deadline_leave_notes_and_the_other_rows(tmp_path
     path, arguments = tmp_path / "made" / "x.json", ["--device", "cpu", "--tiny"]
     assert decode_step.main([*arguments, "--save", str(path)]) == 1
     found = json.loads(path.read_text())
-    assert [row["row"] for row in found["rows"]][:2] == ["135M", "1B"]
+    assert [row["row"] for row in found["rows"]] == ["prefill 1B, 3 prompts of 9 tokens", "135M", "1B"]
     assert found["notes"][0] == "decode step 135M, B = 2: not measured: RuntimeError: no such luck"
     assert decode_step.main([*arguments, "--save", str(path), "--deadline", "1e-9"]) == 0
     found = json.loads(path.read_text())
-    assert not found["rows"] and len(found["notes"]) == 5 and "--deadline 1e-09 is over" in found["notes"][0]
+    assert not found["rows"] and len(found["notes"]) == 6 and "--deadline 1e-09 is over" in found["notes"][0]
 
 
 def test_time_that_kernels_share_is_busy_once():

@@ -11,8 +11,9 @@ each bucket of batch sizes. A batch is padded to its bucket with rows that write
 nothing, and whose samples are dropped; but a product on a GPU may round differently for another number of rows.
 
 A graph holds addresses: of the cache, the weights, the input batch. DecodeGraphs keeps those tensors alive and compares
-them before each rollout (`fit`). An optimizer updates weights in place, so graphs outlive its steps; weights that are
-made for one rollout, such as sums with an adapter, need new graphs each time.
+them before each rollout (`fit`). `Rollout(keep_cache=True)` keeps graphs for the next rollout: an optimizer updates
+weights in place. Without it, and for weights that are made for one rollout, such as sums with an adapter, each rollout
+captures its own.
 
 RLHF_FAST_CUDA_GRAPHS=0 turns graphs off. If a capture fails, steps run eagerly, with one warning; under
 RLHF_FAST_STRICT=1 it raises.
