@@ -148,12 +148,11 @@ from rlhf_fast.kernels._op import OPS
 from rlhf_fast.kernels.triton import launch
 
 launch.AMD = True
-tool.SHARED_MEMORY = {0: 64 << 10}
 seen = set()
 for op in OPS.values():
     for dtype in (torch.bfloat16, torch.float32):
         for size in op.large_sizes + op.small_sizes[1:2] + op.small_sizes[4:6]:
-            for found, _ in tool.op_launches(op, size, dtype):
+            for found, _ in tool.op_launches(op, size, dtype, (0,)):
                 key = found.name, dtype, found.options
                 if key in seen and found.name != "decode_attention.decode_attention_kernel":
                     continue
