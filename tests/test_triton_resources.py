@@ -149,16 +149,22 @@ from rlhf_fast.kernels.triton import launch
 
 launch.AMD = True
 seen = set()
-for op in OPS.values():
-    for dtype in (torch.bfloat16, torch.float32):
+
+def check(found, dtype, size):
+    key = found.name, dtype, found.options
+    if key in seen and found.name != "decode_attention.decode_attention_kernel":
+        return
+    seen.add(key)
+    shared = tool.compile_launch(found, GPUTarget("hip", "gfx942", 64)).metadata.shared
+    print("FAULT" * (shared > 64 << 10), found.name, dtype, size, shared)
+
+for dtype in (torch.bfloat16, torch.float32):
+    for op in OPS.values():
         for size in op.large_sizes + op.small_sizes[1:2] + op.small_sizes[4:6]:
             for found, _ in tool.op_launches(op, size, dtype, (0,)):
-                key = found.name, dtype, found.options
-                if key in seen and found.name != "decode_attention.decode_attention_kernel":
-                    continue
-                seen.add(key)
-                shared = tool.compile_launch(found, GPUTarget("hip", "gfx942", 64)).metadata.shared
-                print("FAULT" * (shared > 64 << 10), found.name, dtype, size, shared)
+                check(found, dtype, size)
+    for found in tool.record_launches(lambda: tool.scale_gradients(dtype), 0):
+        check(found, dtype, "backward")
 """
 
 
