@@ -137,9 +137,10 @@ pytests() { # NAME LIMIT ARGUMENT...: tests in parallel, to their end whatever f
 }
 
 rollout() {
-  local selected=cuda
+  local selected="(cuda or gpu) and not cpu"
   dry && selected=cpu
-  pytests "tests: rollout and trainer" 90 tests/test_gpu_rollout.py tests/test_decode_graphs.py -k "$selected"
+  pytests "tests: rollout and trainer" 90 tests/test_gpu_rollout.py tests/test_decode_graphs.py \
+    tests/test_prompt_attention.py tests/test_merged_linears.py -k "$selected"
 }
 
 tests() { # seconds for the ops' tests, and which of them

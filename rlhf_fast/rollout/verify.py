@@ -29,6 +29,8 @@ def verify_decoder(model: Model, decoder: Decoder) -> None:
     cache = PagedKVCache(decoder.shapes, decoder.dtype, tokens.device, ROWS * pages, ROWS, pages, PAGE_SIZE)
     for slot in range(ROWS):
         cache.assign(slot, cache.allocate(pages))
+    ends = [prompt_length + num_steps for prompt_length in prompt_lengths]
+    expected = [model.hidden(tokens[row : row + 1, :end])[0].float() for row, end in enumerate(ends)]
     for whole_prompts in (False, True):
         found = torch.full(
             (ROWS, length, model.head_weight.shape[1]), torch.nan, dtype=torch.float32, device=tokens.device
@@ -39,16 +41,15 @@ def verify_decoder(model: Model, decoder: Decoder) -> None:
                 tokens[slots, positions], positions.int(), slots.int(), cache.block_table, prompt_lengths=given
             )
             found[slots, positions] = decoder.hidden(cache, batch).float()
-        _compare(model, decoder, tokens, found, [prompt_length + num_steps for prompt_length in prompt_lengths])
+        _compare(found, expected, decoder.dtype)
 
 
-def _compare(model: Model, decoder: Decoder, tokens: Tensor, found: Tensor, lengths: list[int]) -> None:
-    """Raise Unsupported unless the hidden states of each row's first tokens agree with the module's."""
-    for row, end in enumerate(lengths):
-        expected = model.hidden(tokens[row : row + 1, :end])[0].float()
-        errors = (found[row, :end] - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
-        # in half precision rounding may change a single token much, but not most of them
-        max_error, median_error = (1e-4, 1e-4) if decoder.dtype == torch.float32 else (0.3, 0.1)
+def _compare(found: Tensor, expected: list[Tensor], dtype: torch.dtype) -> None:
+    """Raise Unsupported unless the hidden states of each row's first tokens are those expected."""
+    # in half precision rounding may change a single token much, but not most of them
+    max_error, median_error = (1e-4, 1e-4) if dtype == torch.float32 else (0.3, 0.1)
+    for row, truth in enumerate(expected):
+        errors = (found[row, : len(truth)] - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-6)
         if not (errors.max() <= max_error and errors.median() <= median_error):
             raise Unsupported(f"its hidden states over our cache are off by {errors.max():.2g} of their size")
 
