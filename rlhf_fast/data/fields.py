@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""A turn: `role` and `content`, and where the row gives them `weight` (0 = no loss on this turn), `tool_calls`,
+`reasoning_content`, `name` and `tool_call_id`, as transformers' chat templates read them."""
 Dialog = str | list[Message]
 """A prompt: a text, or a conversation whose last turn is the one to answer."""
 

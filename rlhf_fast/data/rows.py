@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from rlhf_fast.data.fields import (
     Dialog,
     InvalidRow,
+    Message,
     alpaca_prompt,
     column_names,
     conversation,
@@ -72,6 +73,10 @@ class Example(NamedTuple):
     """Rank of each response: 0 is the best, without gaps; equal ranks are a tie."""
     group: str = ""
     """Rows of one group, like rows of one prompt, stay on one side of a split into training and validation."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of the tools that the assistant may call, for the chat template."""
+    conversation: tuple[Message, ...] = ()
+    """The whole conversation of a demonstrations row that is given as turns, with the last answer; else empty."""
 
 
 def scan_examples(
@@ -197,7 +202,7 @@ def _demonstration(row: Mapping[str, Any]) -> Example:
     if turns is not None:
         if turns[-1]["role"] != "assistant":
             raise InvalidRow("the conversation must end with the assistant's turn, the response to learn")
-        return Example(0, ending_with_user(turns[:-1]), (turns[-1]["content"],))
+        return Example(0, ending_with_user(turns[:-1]), (turns[-1]["content"],), conversation=tuple(turns))
     if "instruction" in row and "output" in row and "prompt" not in row:
         return Example(0, alpaca_prompt(row), (text_field(row, "output"),))
     if "prompt" in row and ("completion" in row or "response" in row):
