@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from transformers.utils import chat_template_utils
 
-from rlhf_fast.data.control_tokens import ControlTokens, Piece
+from rlhf_fast.data.control_tokens import ControlTokens, Segment
 from rlhf_fast.data.fields import InvalidRow, Message
 from rlhf_fast.errors import UserError
 
@@ -29,16 +29,16 @@ NOT_RENDERED = ("weight",)
 """Fields of a turn that are ours and no template's."""
 PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 STRIPS: tuple[Callable[[str], str], ...] = (lambda text: text, str.strip, str.lstrip, str.rstrip)
-"""What templates do with the blanks around a content."""
+"""Functions that templates apply to a content: they strip the blanks around it, or not."""
 
 
 class AnswerFormat(NamedTuple):
-    """What a chat template writes around an answer."""
+    """The texts that a chat template writes around an answer."""
 
     header: str
     """Text that ends a prompt and that the template writes only where an answer follows."""
     generation_prompt: bool
-    """Whether prompts are rendered with add_generation_prompt."""
+    """True if prompts are rendered with add_generation_prompt."""
     before: str
     """Text between the prompt and the answer, which is learned: a space, or an empty thought."""
     between: str
@@ -48,7 +48,7 @@ class AnswerFormat(NamedTuple):
     tail: str
     """Everything behind the answer that ends a conversation."""
     strip: Callable[[str], str]
-    """What the template does with the blanks around an answer."""
+    """The function that the template applies to the blanks around an answer."""
 
 
 class ChatTemplate:
@@ -77,7 +77,7 @@ class ChatTemplate:
 
     @cached_property
     def shows_date(self) -> bool:
-        """Whether the template writes the date."""
+        """True if the template writes the date."""
         turns = [_turn("system", 1), _turn("user", 0)]
         dates = (datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 11, 29, 17, 48, 59))
         texts = [[self._text_at(date, shown) for shown in (turns, turns[1:])] for date in dates]
@@ -117,7 +117,7 @@ class ChatTemplate:
             if name not in frame:
                 raise InvalidRow(f"the chat template leaves out the tool {name!r}")
 
-    def pieces(self, text: str, turns: Sequence[Message], tools: Tools = (), prompt: bool = False) -> list[Piece]:
+    def segments(self, text: str, turns: Sequence[Message], tools: Tools = (), prompt: bool = False) -> list[Segment]:
         """Split `text`, the rendering of `turns` as a prompt or not, at the control tokens that the template wrote."""
         spelled = sorted(
             {name for turn in turns for key in TEXTS for name in self.control.spelled(turn.get(key) or "")}
@@ -194,9 +194,9 @@ class ChatTemplate:
 
     def _end(self, tail: str) -> tuple[str, str] | None:
         """Return the text before the first control token behind an answer, and that token; None if there is none."""
-        pieces = self.control.split(tail)
-        first = next((i for i, (_, control) in enumerate(pieces) if control), None)
-        return None if first is None else ("".join(text for text, _ in pieces[:first]), pieces[first][0])
+        segments = self.control.split(tail)
+        first = next((i for i, (_, control) in enumerate(segments) if control), None)
+        return None if first is None else ("".join(text for text, _ in segments[:first]), segments[first][0])
 
     def _end_before_next(self, turns: list[Message]) -> tuple[str, str] | None:
         """Return as `_end` does the tokenizer's end token if the template writes it only before another question."""

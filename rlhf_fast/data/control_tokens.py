@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from rlhf_fast.data.fields import InvalidRow
 
-Piece = tuple[str, bool]
+Segment = tuple[str, bool]
 """A part of a rendered text, and whether it is a control token that the template wrote."""
 
 WORD = re.compile(r"[\w\s'-]*")
@@ -45,7 +45,7 @@ class ControlTokens:
         found = [start for start in self._by_start if start in text]
         return [name for start in found for name in self._by_start[start] if name in text]
 
-    def split(self, text: str) -> list[Piece]:
+    def split(self, text: str) -> list[Segment]:
         """Return the parts of a text that the template wrote. At one position the longest token wins."""
         names = sorted(self.spelled(text), key=len, reverse=True)
         if not names:
@@ -76,16 +76,16 @@ class ControlTokens:
                 return ids[len(before) :]
         return self.text_ids(text)
 
-    def piece_ids(self, pieces: Sequence[Piece], follows: bool) -> list[int]:
+    def segment_ids(self, segments: Sequence[Segment], follows: bool) -> list[int]:
         """Return the tokens of consecutive parts. follows: another text comes before the first one."""
         ids: list[int] = []
-        for i, (text, control) in enumerate(pieces):
+        for i, (text, control) in enumerate(segments):
             if control:
                 ids.append(self.tokenizer.convert_tokens_to_ids(text))
                 continue
-            if i and pieces[i - 1][0] in self._eats_right:
+            if i and segments[i - 1][0] in self._eats_right:
                 text = text.lstrip()
-            if i + 1 < len(pieces) and pieces[i + 1][0] in self._eats_left:
+            if i + 1 < len(segments) and segments[i + 1][0] in self._eats_left:
                 text = text.rstrip()
             if text and (self._space_after_control if i else not follows):
                 ids += self.text_ids(text)
@@ -106,7 +106,7 @@ class ControlTokens:
 
     @cached_property
     def _space_after_control(self) -> bool:
-        """Whether the tokenizer puts a space before a text that follows a control token, as before a whole text."""
+        """True if the tokenizer puts a space before a text that follows a control token, as before a whole text."""
         name = next((name for name in self.names if name not in self._eats_left | self._eats_right), "")
         ids = self.tokenizer(f"{name}a", add_special_tokens=False).input_ids
         return ids[1:] == self.text_ids("a") != self.continued_ids("a")
@@ -133,10 +133,10 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return [*added, *(token for token in tokenizer.all_special_tokens if token not in added)]
 
 
-def cut(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[Piece]:
+def cut(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Segment]:
     """Yield the parts between two positions of the whole text."""
     position = 0
-    for text, control in pieces:
+    for text, control in segments:
         part = text[max(start - position, 0) : max(stop - position, 0)]
         if part:
             yield part, control

@@ -23,11 +23,11 @@ CHAT_FIELDS = ("tool_calls", "reasoning_content")
 
 
 class PromptFormat(NamedTuple):
-    """How prompts become text. A run keeps it in its run.json; later stages and resumed runs use the same."""
+    """The form in which prompts become text. A run's run.json holds it; later stages and resumed runs use the same."""
 
     template: Template = "auto"
     date: datetime | None = None
-    """What a chat template reads as today's date. None = the date at which the process first asked for it."""
+    """Date that a chat template takes for today's. None = the date at which the process first asked for it."""
 
 
 class Encoded(NamedTuple):
@@ -92,10 +92,10 @@ class Encoder:
         if not self.chat:
             return self.control.continued_ids(" " + text.lstrip() if self.template == "dialog" else text) + self.end
         answer = self._require_answer_format(self.chat)
-        pieces = self.control.split(answer.before)
-        before = pieces.pop()[0] if pieces and not pieces[-1][1] else ""
-        pieces.append((before + answer.strip(text) + (answer.between if self.eos else ""), False))
-        return self.control.piece_ids(pieces, follows=True) + self.end
+        segments = self.control.split(answer.before)
+        before = segments.pop()[0] if segments and not segments[-1][1] else ""
+        segments.append((before + answer.strip(text) + (answer.between if self.eos else ""), False))
+        return self.control.segment_ids(segments, follows=True) + self.end
 
     def answer(self, dialog: Dialog, message: Message, tools: Tools = ()) -> list[int]:
         """Return the tokens of the answer to a prompt, with the end token, as the template writes it in this
@@ -173,7 +173,7 @@ class Encoder:
         if not any(self.spelled_special_tokens([turn]) for turn in turns):
             return self.tokenizer(text, add_special_tokens=False).input_ids, text
         # Some content spells a control token: only those of the template become tokens.
-        return self.control.piece_ids(chat.pieces(text, turns, tools, prompt=True), follows=False), text
+        return self.control.segment_ids(chat.segments(text, turns, tools, prompt=True), follows=False), text
 
     def _answer_ids(self, chat: ChatTemplate, conversation: Sequence[Message], i: int, tools: Tools) -> _Answer:
         """Return the tokens of turn i, an answer, and where the template's text of the conversation has it.
@@ -198,7 +198,7 @@ class Encoder:
                 )
         ids = self._ids_between(chat, conversation, tools, start, stop)
         if self.eos and is_last and format_.end not in format_.tail:  # the template writes it before another question
-            ids += self.control.piece_ids([(format_.between, False), (format_.end, True)], follows=True)
+            ids += self.control.segment_ids([(format_.between, False), (format_.end, True)], follows=True)
         return _Answer(ids, start, stop)
 
     def _end_of_answer(
@@ -211,7 +211,7 @@ class Encoder:
             ending = format_.between + format_.end if self.eos else ""
             return content_end + len(ending) if format_.tail.startswith(ending) else content_end
         position, found = 0, None
-        for text, control in chat.pieces(whole, conversation, tools):
+        for text, control in chat.segments(whole, conversation, tools):
             if control and position >= start and (text == format_.end or is_last):
                 found = (position, position + len(text))
                 if not is_last:
@@ -228,8 +228,8 @@ class Encoder:
         self, chat: ChatTemplate, turns: Sequence[Message], tools: Tools, start: int, stop: int
     ) -> list[int]:
         """Return the tokens of a part of the conversation's text that is not its beginning."""
-        pieces = chat.pieces(chat.render(turns, tools), turns, tools)
-        return self.control.piece_ids(list(cut(pieces, start, stop)), follows=True)
+        segments = chat.segments(chat.render(turns, tools), turns, tools)
+        return self.control.segment_ids(list(cut(segments, start, stop)), follows=True)
 
     def _require_answer_format(self, chat: ChatTemplate) -> AnswerFormat:
         """Return what the chat template writes around an answer. UserError if no response can be written like that."""
