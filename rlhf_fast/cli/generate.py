@@ -58,6 +58,7 @@ def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
         limit=options.limit,
         template=options.template,
         columns=options.columns,
+        remove_columns=options.remove_columns,
         max_prompt_tokens=sys.maxsize,
     )
     prompts = read_prompts(cfg, model.tokenizer).train

@@ -105,7 +105,7 @@ def _stage(name: str, argv: Sequence[str]) -> int:
 
     cfg = stage_config(STAGES[name], argv)
     cfg.ready()
-    from rlhf_fast.data.rows import require_file
+    from rlhf_fast.data.json_lines import require_file
     from rlhf_fast.stages.recipe import run_stage
 
     for file in cfg.data_files():  # fail before a model is loaded for minutes
@@ -166,6 +166,7 @@ def _check(argv: Sequence[str]) -> int:
     cfg = DataConfig(
         path=options.file,
         columns=options.columns,
+        remove_columns=options.remove_columns,
         template=options.template,
         limit=options.limit,
         max_prompt_tokens=options.max_prompt_tokens,
