@@ -41,7 +41,7 @@ def run(cfg: PPOConfig) -> None:
 
     cfg.out becomes an ordinary causal LM folder, with the moving average in `ema/` and the value model in `value/`.
     """
-    with RunFolder(cfg, cfg.data, cfg.pretrain) as run_folder:
+    with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
         torch.manual_seed(cfg.seed)

@@ -25,7 +25,7 @@ def run(cfg: RewardConfig) -> None:
 
     The head starts as a row of N(0, 1 / (D + 1)) (Stiennon et al. 2020), the decoder as cfg.model's.
     """
-    with RunFolder(cfg, cfg.data, cfg.demonstrations) as run_folder:
+    with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
         torch.manual_seed(cfg.seed)

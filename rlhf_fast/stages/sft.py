@@ -23,7 +23,7 @@ PROGRESS_METRICS = ("loss/sft", "valid/sft", "valid/scores")
 
 def run(cfg: SFTConfig) -> None:
     """Train cfg.model on cfg.data; write the selected weights (cfg.select) to cfg.out, an ordinary causal LM folder."""
-    with RunFolder(cfg, cfg.data, cfg.pretrain) as run_folder:
+    with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
         torch.manual_seed(cfg.seed)
