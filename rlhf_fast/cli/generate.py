@@ -16,12 +16,13 @@ from rlhf_fast.batches import EOS, LENGTH, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import Dataset, read_prompts
-from rlhf_fast.data.rows import require_file
+from rlhf_fast.data.json_lines import require_file
 from rlhf_fast.errors import UserError, listed, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.logs import read_rows
 from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
+from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.run.terminal import LiveLine, is_closed
 
 COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
@@ -68,7 +69,12 @@ def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
         remove_columns=options.remove_columns,
         max_prompt_tokens=sys.maxsize,
     )
-    prompts = read_prompts(cfg, model.tokenizer).train
+    prompt_format, notes = model_prompt_format(
+        options.model, model.tokenizer, options.template, "template", strict=False
+    )
+    for note in notes:
+        print(f"generate: {note}", file=sys.stderr)
+    prompts = read_prompts(cfg, model.tokenizer, prompt_format=prompt_format).train
     limit = positions - max_new_tokens
     too_long = [row.location for row in prompts.rows if positions and len(row.prompt) > limit]
     if too_long:

@@ -261,7 +261,7 @@ def difference(a: str, b: str) -> str:
 @cache
 def process_start() -> datetime:
     """Return the date at which this process first asked for it."""
-    return datetime.now()
+    return datetime.now().replace(microsecond=0)
 
 
 class Clock(datetime):

@@ -143,21 +143,21 @@ class Encoder:
         found = {name for content in contents for name in self.control.spelled(content)}
         return [name for name in self.special if name in found]
 
-    def notes(self) -> list[str]:
-        """Return sentences on the format, for a stage's start."""
+    def notes(self, learned: bool = True) -> list[str]:
+        """Return sentences on the format, for a stage's start. learned: responses have a loss."""
         end = " ".join(self.tokenizer.convert_ids_to_tokens(self.end))
-        learned = (
-            f"a response ends with {end}, which has a loss"
-            if end
-            else "no end token has a loss (data.append_eos is false), so that the model does not learn to stop"
-        )
-        notes = [f"template: {self.template}; {learned}"]
+        if not learned:
+            sentence = f"template: {self.template}"
+        elif end:
+            sentence = f"template: {self.template}; a response ends with {end}, which has a loss"
+        else:
+            sentence = f"template: {self.template}; no end token has a loss (data.append_eos: false)"
+        notes = [sentence]
         if self.chat:
             notes += [note for note in (self.chat.note, self.chat.fault) if note]
             if self.chat.shows_date:
-                notes.append(
-                    f"the chat template writes a date: {self.chat.date:%Y-%m-%d} for this run and later stages"
-                )
+                date = self.chat.date.date()
+                notes.append(f"the chat template writes a date; it is {date} in this run and in later stages")
         return notes
 
     def _bos(self) -> list[int]:
