@@ -189,24 +189,14 @@ class ChatTemplate:
             )
         blank = self.render([*turns, _turn("assistant", 1) | {"content": f" {answer} "}])
         strip = next((strip for strip in STRIPS if head + strip(f" {answer} ") + tail == blank), STRIPS[0])
-        between, end = self._end(tail) or self._end_before_next(turns) or ("", "")
+        between, end = self._end(tail)
         return AnswerFormat(header, generation_prompt, before, between, end, tail, strip)
 
-    def _end(self, tail: str) -> tuple[str, str] | None:
-        """Return the text before the first control token behind an answer, and that token; None if there is none."""
+    def _end(self, tail: str) -> tuple[str, str]:
+        """Return the text before the first control token behind an answer, and that token; ("", "") if none is there."""
         segments = self.control.split(tail)
         first = next((i for i, (_, control) in enumerate(segments) if control), None)
-        return None if first is None else ("".join(text for text, _ in segments[:first]), segments[first][0])
-
-    def _end_before_next(self, turns: list[Message]) -> tuple[str, str] | None:
-        """Return as `_end` does the tokenizer's end token if the template writes it only before another question."""
-        try:
-            text = self.render([*turns, _turn("assistant", 1), _turn("user", 3)])
-        except InvalidRow:
-            return None
-        behind = text.partition(_turn("assistant", 1)["content"])[2].partition(_turn("user", 3)["content"])[0]
-        found = self._end(behind)
-        return found if found and not found[0].strip() and found[1] == self.tokenizer.eos_token else None
+        return ("", "") if first is None else ("".join(text for text, _ in segments[:first]), segments[first][0])
 
     def _text_at(self, date: datetime, turns: list[Message]) -> str:
         """Return the prompt at a date, "" if the template refuses it."""

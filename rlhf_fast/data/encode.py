@@ -197,8 +197,6 @@ class Encoder:
                     f" be learned: {turn[name][:40]!r} against {whole[start:stop][:40]!r}"
                 )
         ids = self._ids_between(chat, conversation, tools, start, stop)
-        if self.eos and is_last and format_.end not in format_.tail:  # the template writes it before another question
-            ids += self.control.segment_ids([(format_.between, False), (format_.end, True)], follows=True)
         return _Answer(ids, start, stop)
 
     def _end_of_answer(

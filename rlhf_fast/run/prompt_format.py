@@ -47,8 +47,6 @@ def bind_prompt_format(
     for setting, cfg in data.items():
         if cfg.path and cfg.template != "auto":
             explicit[f"{setting}.template"] = cfg.template
-        f"{name}.template": cfg.template for name, cfg in data.items() if cfg.path and cfg.template != "auto"
-    }
     if len(set(explicit.values())) > 1:
         found = " and ".join(f"{name} is {value}" for name, value in explicit.items())
         raise UserError(f"{run_folder.stage}: {found}; prompts of one model must have one form")
