@@ -35,6 +35,8 @@ STRIPS: tuple[Callable[[str], str], ...] = (lambda text: text, str.strip, str.ls
 class AnswerFormat(NamedTuple):
     """The texts that a chat template writes around an answer."""
 
+    opening: str
+    """Text that ends every prompt, behind the question."""
     header: str
     """Text that ends a prompt and that the template writes only where an answer follows."""
     generation_prompt: bool
@@ -190,10 +192,11 @@ class ChatTemplate:
         blank = self.render([*turns, _turn("assistant", 1) | {"content": f" {answer} "}])
         strip = next((strip for strip in STRIPS if head + strip(f" {answer} ") + tail == blank), STRIPS[0])
         between, end = self._end(tail)
-        return AnswerFormat(header, generation_prompt, before, between, end, tail, strip)
+        opening = with_prompt[len(without) :] if generation_prompt and with_prompt.startswith(without) else header
+        return AnswerFormat(opening, header, generation_prompt, before, between, end, tail, strip)
 
     def _end(self, tail: str) -> tuple[str, str]:
-        """Return the text before the first control token behind an answer, and that token; ("", "") if none is there."""
+        """Return the text before the first control token behind an answer, and that token; two empty texts if none."""
         segments = self.control.split(tail)
         first = next((i for i, (_, control) in enumerate(segments) if control), None)
         return ("", "") if first is None else ("".join(text for text, _ in segments[:first]), segments[first][0])

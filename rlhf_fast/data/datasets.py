@@ -206,7 +206,7 @@ def encode(
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue
         if not any(row.loss_mask or [True]):
-            dropped["whose answers all have weight 0"] += 1
+            dropped["whose last answer has weight 0 (data.turns: all learns the others)"] += 1
             continue
         row, num_removed = remove_long_responses(row, cfg, context)
         if num_removed:

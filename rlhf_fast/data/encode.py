@@ -180,21 +180,22 @@ class Encoder:
 
         InvalidRow if the prompt is not how the text begins, or if something of the answer is missing.
         """
-        format_, turn = self._require_answer_format(chat), conversation[i]
+        opening, turn = self._require_answer_format(chat).opening, conversation[i]
         prompt, whole = chat.prompt(conversation[:i], tools), chat.render(conversation, tools)
+        remedy = "change the template or the row" if i + 1 == len(conversation) else "set data.turns: last"
         if not whole.startswith(prompt):
             raise InvalidRow(
                 f"the chat template does not leave the prompt as it is once turn {i + 1} (assistant) follows:"
-                f" {difference(prompt, whole)}; change the template or the row"
+                f" {difference(prompt, whole)}; {remedy}"
             )
         chat.require_kept(conversation, tools)
-        start, is_last = len(prompt), i + 1 == len(conversation)
+        start = len(prompt)
         stop = self._end_of_answer(chat, conversation, i, tools, whole, start)
         for name in ("content", "reasoning_content"):
-            if not holds(whole[start:stop], turn.get(name) or ""):
+            if not holds(opening + whole[start:stop], turn.get(name) or ""):
                 raise InvalidRow(
                     f"the chat template leaves out a part of the {name} of turn {i + 1} (assistant), which then cannot"
-                    f" be learned: {turn[name][:40]!r} against {whole[start:stop][:40]!r}"
+                    f" be learned: {turn[name][:40]!r} against {whole[start:stop][:40]!r}; {remedy}"
                 )
         ids = self._ids_between(chat, conversation, tools, start, stop)
         return _Answer(ids, start, stop)
