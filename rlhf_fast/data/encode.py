@@ -188,15 +188,14 @@ class Encoder:
                 f"the chat template does not leave the prompt as it is once turn {i + 1} (assistant) follows:"
                 f" {difference(prompt, whole)}; {remedy}"
             )
-        chat.require_kept(conversation, tools)
+        chat.require_kept(conversation, tools, learned=i)
         start = len(prompt)
         stop = self._end_of_answer(chat, conversation, i, tools, whole, start)
-        for name in ("content", "reasoning_content"):
-            if not holds(opening + whole[start:stop], turn.get(name) or ""):
-                raise InvalidRow(
-                    f"the chat template leaves out a part of the {name} of turn {i + 1} (assistant), which then cannot"
-                    f" be learned: {turn[name][:40]!r} against {whole[start:stop][:40]!r}; {remedy}"
-                )
+        if not holds(whole[start:stop], turn.get("content") or "", opening):
+            raise InvalidRow(
+                f"the chat template leaves out a part of turn {i + 1} (assistant), which then cannot be learned:"
+                f" {turn['content'][:40]!r} against {whole[start:stop][:40]!r}; {remedy}"
+            )
         ids = self._ids_between(chat, conversation, tools, start, stop)
         return _Answer(ids, start, stop)
 
