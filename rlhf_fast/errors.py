@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +40,35 @@ def row_locations(**locations: Callable[[int], str] | None) -> Iterator[None]:
         raise UserError(f"{error} ({listed(found)})" if found else str(error)) from error
 
 
+def shortened(path: object, width: int = 80) -> str:
+    """Return a path as text, without the middle of a very long one."""
+    text = str(path)
+    half = (width - 5) // 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
+
+
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "give another folder, since this disk is read-only",
+    errno.EACCES: "give another folder, or change its permissions",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "look at the path",
+}
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn the errors of a full or read-only disk into a UserError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
+        remedy = REMEDIES.get(getattr(error, "errno", None) or errno.ENOSPC, "give another folder")
         raise UserError(
-            f"{path}: could not be written ({error}); free some space or give another folder and start the same"
-            " command again: it goes on from the newest whole checkpoint"
+            f"{shortened(path)}: could not be written ({_reason(error)}); {remedy} and start the same command again: a"
+            " run goes on from its newest whole checkpoint"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]

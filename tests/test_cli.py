@@ -262,7 +262,7 @@ def test_a_recipe_runs_its_stages_once_and_hands_on_their_folders(capsys, folder
 
     recipe.write_text(recipe.read_text().replace("epochs: 2", "batch: 8\n  epochs: 3"))
     error = error_of(capsys, "run", "recipe.yaml")
-    assert error.startswith("runs/toy/sft: was finished with epochs = 2, the recipe has 3 now; batch = 32, the recipe")
+    assert error.startswith("runs/toy/sft: was finished with epochs = 2, now 3; batch = 32, now 8; set them back")
     recipe.write_text(
         recipe.read_text().replace("batch: 8\n  epochs: 3", "epochs: 2").replace("live: false", "samples: 0")
     )

@@ -1,6 +1,7 @@
 """Logs: rows survive a crash exactly once, an alarm is raised when it should be and only then, run.json is complete."""
 
 import ast
+import hashlib
 import json
 import math
 import re
@@ -11,10 +12,12 @@ import pytest
 import torch
 import toy
 
-from rlhf_fast.config.fields import LogConfig
+from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig
+from rlhf_fast.config.stages import SFTConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.run import logs
 from rlhf_fast.run.alarms import Alarms
+from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 
 
@@ -127,14 +130,16 @@ def test_alarms_keep_their_baseline_over_a_resume(tmp_path, capsys):
 
 
 def test_run_json_names_config_versions_and_data(tmp_path):
-    (tmp_path / "data.jsonl").write_text("abc")
-    info = json.loads(json.dumps(run_info("sft", LogConfig(), [tmp_path / "data.jsonl"])))
+    data = toy.demonstrations(tmp_path / "data.jsonl")
+    cfg = SFTConfig(model=ModelConfig(toy.model_at(tmp_path)), data=DataConfig(data), log=LogConfig())
+    info = json.loads(json.dumps(run_info("sft", cfg.log) | input_checksums(cfg)))
     assert info["stage"] == "sft"
     assert info["config"]["every"] == 1
     assert info["config"]["sinks"] == []
     assert info["versions"]["torch"] == torch.__version__
     assert "python" in info["versions"]
-    assert info["data"][str(tmp_path / "data.jsonl")].startswith("ba7816bf8f01cfea")
+    assert info["data"] == {data: hashlib.sha256(Path(data).read_bytes()).hexdigest()}
+    assert info["models"].keys() == {str(tmp_path / "model")}
 
 
 def test_sinks_are_named_and_optional(tmp_path, monkeypatch):

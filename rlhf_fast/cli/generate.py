@@ -16,10 +16,17 @@ from rlhf_fast.batches import EOS, LENGTH, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import Dataset, read_prompts
-from rlhf_fast.errors import UserError, listed, row_locations, writing
+from rlhf_fast.data.json_lines import require_file
+from rlhf_fast.errors import UserError, listed, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.run.terminal import LiveLine
+from rlhf_fast.run.logs import read_rows
+from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
+from rlhf_fast.run.prompt_format import model_prompt_format
+from rlhf_fast.run.terminal import LiveLine, is_closed
+
+COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
+"""Columns of a row."""
 
 BATCHES_PER_CALL = 8
 """Batches of responses per rollout, so that waiting prompts can refill freed slots. Rows are written after each."""
@@ -27,6 +34,7 @@ BATCHES_PER_CALL = 8
 
 def generate(options: GenerateOptions) -> int:
     """Write the responses, rollout by rollout, and return their number."""
+    _check_output(options)
     device = None if options.device == "auto" else options.device
     model = Model.load(ModelConfig(path=options.model, dtype=options.dtype), device=device)
     prompts = _read_prompts(options, model)
@@ -61,7 +69,12 @@ def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
         remove_columns=options.remove_columns,
         max_prompt_tokens=sys.maxsize,
     )
-    prompts = read_prompts(cfg, model.tokenizer).train
+    prompt_format, notes = model_prompt_format(
+        options.model, model.tokenizer, options.template, "template", strict=False
+    )
+    for note in notes:
+        print(f"generate: {note}", file=sys.stderr)
+    prompts = read_prompts(cfg, model.tokenizer, prompt_format=prompt_format).train
     limit = positions - max_new_tokens
     too_long = [row.location for row in prompts.rows if positions and len(row.prompt) > limit]
     if too_long:
@@ -138,11 +151,37 @@ class _Progress:
             self.console.print(f"generate: {self.finished}/{self.total}  {speed}", markup=False, soft_wrap=True)
 
 
+def _check_output(options: GenerateOptions) -> None:
+    """Raise UserError, before anything is loaded, if the responses cannot be written or would replace other rows."""
+    require_file(options.prompts)
+    if options.out != "-":
+        inputs = {"--prompts": options.prompts, "--model": options.model}
+        check_new_file(options.out, _is_output, {name: path for name, path in inputs.items() if Path(path).exists()})
+    elif is_closed(sys.stdout):
+        raise UserError("generate: standard output is closed; give a file with --out")
+
+
+def _is_output(file: Path) -> bool:
+    """Return whether `generate` wrote every row of the file. Its last line may be cut short."""
+    try:
+        rows = [row for _, row in read_rows(file)]
+    except (OSError, UserError):
+        return False
+    if not rows:  # killed in its first row
+        return file.suffix == PARTIAL and file.read_bytes().startswith(b'{"prompt": ')
+    return all(row.keys() == set(COLUMNS) for row in rows)
+
+
 @contextmanager
 def _output(path: str) -> Iterator[TextIO]:
-    """Open the output file; "-" is stdout."""
+    """Open the output file; "-" is stdout. The rows go to PATH.partial, which becomes PATH when all are there."""
     if path == "-":
         yield sys.stdout
         return
-    with writing(path), Path(path).open("w", encoding="utf-8") as stream:
-        yield stream
+    with replacing(path, keep=True) as unfinished:
+        try:
+            with unfinished.open("w", encoding="utf-8") as stream:
+                yield stream
+        except BaseException:
+            print(f"generate: not finished; the rows so far are in {unfinished}", file=sys.stderr)
+            raise

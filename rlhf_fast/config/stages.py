@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from rlhf_fast.config.fields import (
@@ -68,6 +69,18 @@ class _Stage:
         models = [value.path for value in vars(self).values() if isinstance(value, ModelConfig)]
         models += [getattr(self, name, "") for name in ("reference", "reward", "select_reward")]
         return list(dict.fromkeys(path for path in models if path))
+
+    def input_paths(self) -> dict[str, str]:
+        """Return the folder or file of every model and data setting that names one: setting -> path."""
+        paths = {}
+        for name, value in vars(self).items():
+            if isinstance(value, ModelConfig):
+                paths[f"{name}.path"] = value.path
+            elif isinstance(value, DataConfig):
+                paths |= {f"{name}.path": value.path, f"{name}.valid": value.valid}
+            elif name in ("reference", "reward", "select_reward"):
+                paths[name] = value
+        return {name: path for name, path in paths.items() if path and Path(path).exists()}
 
     def data_files(self) -> list[str]:
         """Return the path of every data file that the stage reads."""

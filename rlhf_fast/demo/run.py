@@ -45,6 +45,7 @@ from rlhf_fast.demo.recipes import ppo_config, reward_config, sft_config
 from rlhf_fast.demo.tasks import CLOSED, Task
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.checkpoint import write_json
+from rlhf_fast.run.outputs import check_empty_folder, read_json
 from rlhf_fast.stages import ppo, reward, sft
 
 BASE_MODELS = Path(__file__).parent / "models"
@@ -126,10 +127,13 @@ def prepare_folder(trial: Trial) -> None:
     """Create the folder, or check that it holds this demo. UserError if it holds another one."""
     path = trial.out / "demo.json"
     settings = {"seed": trial.seed, "plan": dataclasses.asdict(trial.plan)}
-    if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise UserError(f"{trial.out}: holds a demo with other settings (demo.json); choose another --out")
+    saved = read_json(path)
+    if saved == settings:
         return
+    if isinstance(saved, dict) and saved.keys() == settings.keys():
+        raise UserError(f"{trial.out}: holds a demo with other settings (demo.json); choose another --out")
+    may_hold = () if any((trial.out / "steps").glob("*")) else ("steps", "demo.json.tmp")
+    check_empty_folder(trial.out, "demo", may_hold)
     with writing(trial.out):
         (trial.out / "steps").mkdir(parents=True, exist_ok=True)
         write_json(path, settings)

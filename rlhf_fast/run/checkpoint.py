@@ -44,7 +44,7 @@ def save(directory: str | Path, step: int, state: Mapping[str, object], keep: in
     path = directory / f"step_{step}"
     with writing(path):
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("step_*.tmp"):
+        for leftover in all_steps(directory, unfinished=True):
             shutil.rmtree(leftover)
         with atomic_folder(path) as folder:
             tree = {name: _write_tensors(folder, name, value) for name, value in state.items()}
@@ -155,10 +155,16 @@ def write_json(path: str | Path, value: object) -> None:
         fsync(path.parent)
 
 
+def all_steps(directory: Path, unfinished: bool = False) -> list[Path]:
+    """Return the checkpoint folders, or what unfinished writes left of them. Names such as step_7_copy are not ours."""
+    pattern = r"step_\d+(\.old)?\.tmp" if unfinished else r"step_\d+"
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return [entry for entry in entries if re.fullmatch(pattern, entry.name)]
+
+
 def _saved_steps(directory: Path) -> list[int]:
     """Return the step numbers of the checkpoint folders, in order."""
-    names = (entry.name for entry in directory.iterdir()) if directory.is_dir() else ()
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d+)", name)))
+    return sorted(map(step_of, all_steps(directory)))
 
 
 def _find_damage(path: Path) -> str | None:

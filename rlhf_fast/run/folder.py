@@ -9,35 +9,25 @@ step and exit with 143 and 130.
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rlhf_fast.config.fields import DataConfig
-from rlhf_fast.config.resolve import show
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run import checkpoint
+from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
-from rlhf_fast.training.rewards import is_function, source_file
+from rlhf_fast.run.outputs import RUN, check_run_folder, move_in
 
-RUN, BEST = "run.json", "best"
-
-MAY_DIFFER_ON_RESUME = (
-    "out",
-    "resume",
-    *(f"log.{name}" for name in ("every", "samples", "checkpoint_every", "keep", "live", "sinks")),
-)
-"""Settings that do not change the weights that `out` gets. log.validate_every does: it decides at which steps there are
-weights to select from."""
+BEST = "best"
 
 
 class Stateful(Protocol):
@@ -49,13 +39,13 @@ class Stateful(Protocol):
 
 
 class RunFolder:
-    """The folder `cfg.out` of one stage's run, as a context manager. `data` are the settings whose files it reads.
+    """The folder `cfg.out` of one stage's run, as a context manager.
 
     finished: nothing is left to do. notes: sentences on the data, which `start_or_resume` prints. device: None =
     automatic.
     """
 
-    def __init__(self, cfg: StageConfig, *data: DataConfig):
+    def __init__(self, cfg: StageConfig):
         cfg.ready()
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
@@ -66,13 +56,15 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._handlers: dict[int, Any] = {}
         self._signal = 0
-        self.manifest = run_info(self.stage, cfg, _files_read(cfg, data), _model_folders(cfg))
-        if (self.out / RUN).exists():
+        saved = check_run_folder(cfg.out, cfg.input_paths())  # before models are read
+        self._checksums = input_checksums(cfg)
+        self.manifest = run_info(self.stage, cfg) | self._checksums
+        if saved:
             if not cfg.resume:
                 raise UserError(f"{self.out}: holds a run already; choose another `out`, or set resume to true")
-            self._check_same_run(self._read_manifest())
-        elif (self.out / "config.json").exists():
-            raise UserError(f"{self.out}: holds a model that no run of ours wrote there; choose another `out`")
+            check_same_run(saved, cfg, self._checksums)
+            self.notes += self._environment_notes(saved)
+            self.finished = "finished" in saved
 
     def __enter__(self) -> RunFolder:
         if self.finished:
@@ -100,8 +92,11 @@ class RunFolder:
         `log.start` is the number of steps done.
         """
         self._take_lock()
-        if "finished" in self._read_manifest():
+        saved = check_run_folder(self.cfg.out, self.cfg.input_paths())  # what has changed while the models were loaded
+        if "finished" in saved:
             raise UserError(f"{self.out}: another process has finished this run meanwhile; nothing is left to do")
+        if saved:
+            check_same_run(saved, self.cfg, self._checksums)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         checkpoint.write_json(self.out / RUN, self.manifest)
@@ -137,13 +132,11 @@ class RunFolder:
             with checkpoint.atomic_folder(folder) as unfinished:
                 write(unfinished)
             for entry in sorted(folder.iterdir()):
-                target = self.out / entry.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                entry.replace(target)
+                if kept := move_in(entry, self.out):
+                    self.log.message(f"{self.out / entry.name} was not of this run; it is {kept} now")
             folder.rmdir()
         checkpoint.write_json(self.out / RUN, self.manifest | {"finished": dict(summary)})
-        for folder in (self.checkpoints / BEST, *self.checkpoints.glob("step_*")):  # a finished run never resumes
+        for folder in (self.checkpoints / BEST, *checkpoint.all_steps(self.checkpoints)):  # it never resumes
             shutil.rmtree(folder, ignore_errors=True)
         self.finished = True
         self.log.message(f"finished; the model is in {self.out}")
@@ -157,49 +150,18 @@ class RunFolder:
         except BlockingIOError as error:
             raise UserError(f"{self.out}: another process runs there; wait for it or choose another `out`") from error
 
-    def _read_manifest(self) -> dict[str, Any]:
-        """Return the run.json in the folder, {} if there is none."""
-        path = self.out / RUN
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
     def _on_signal(self, number: int, _frame: object) -> None:
         if self._signal:
             raise KeyboardInterrupt
         self._signal = number
         os.write(2, b"\nthe step is being finished and saved, then the run stops; a second Ctrl-C stops it at once\n")
 
-    def _check_same_run(self, saved: dict[str, Any]) -> None:
-        """Raise UserError if the folder holds a run of another stage or with other settings, data or models.
-
-        Sets `finished`, and notes another torch version or number of threads.
-        """
-        if saved["stage"] != self.stage:
-            raise UserError(f"{self.out}: holds a run of {saved['stage']}, not {self.stage}; choose another `out`")
-        before, now = _flatten(saved["config"]), _flatten(self.manifest["config"])
-        differ = [
-            f"{key} = {show(before.get(key))}, now {show(now.get(key))}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in MAY_DIFFER_ON_RESUME
-        ]
-        if differ:
-            raise UserError(
-                f"{self.out}: was started with {'; '.join(differ)}; set {'them' if len(differ) > 1 else 'it'} back or"
-                " choose another `out`"
-            )
-        for file, digest in self.manifest["data"].items():
-            if saved["data"].get(file, digest) != digest:
-                raise UserError(f"{file}: has changed since {self.out} was started with it; choose another `out`")
-        for folder, digest in self.manifest["models"].items():
-            if saved.get("models", {}).get(folder, digest) != digest:
-                raise UserError(
-                    f"{folder}: the model in it has changed since {self.out} was started with it; choose another `out`"
-                )
+    def _environment_notes(self, saved: dict[str, Any]) -> Iterator[str]:
+        """Yield a note for another torch version and another number of threads than the run was started with."""
         for section, name in (("versions", "torch"), ("machine", "threads")):
             was, value = saved[section].get(name), self.manifest[section][name]
             if was != value:
-                note = f"{name} was {was} when the run was started and is {value}: its last bits may differ"
-                self.notes.append(note)
-        self.finished = "finished" in saved
+                yield f"{name} was {was} when the run was started and is {value}: its last bits may differ"
 
 
 class BestModel:
@@ -231,24 +193,3 @@ class BestModel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.score, self.step = state["score"], state["step"]
         checkpoint.undo_interrupted_write(self.folder)
-
-
-def _files_read(cfg: StageConfig, data: tuple[DataConfig, ...]) -> list[str | Path]:
-    """Return the data files, and the source of a reward function if there is one."""
-    files: list[str | Path] = [file for part in data for file in (part.path, part.valid) if Path(file).is_file()]
-    sources = [source_file(spec) for spec in cfg.model_paths() if is_function(spec)]
-    return files + [source for source in sources if source]
-
-
-def _model_folders(cfg: StageConfig) -> list[str]:
-    return [path for path in cfg.model_paths() if Path(path).is_dir()]
-
-
-def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Turn a nested dict into one with dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
-    return flat

@@ -1,4 +1,4 @@
-"""The contents of run.json: settings, versions, machine, checksums of the data files and models that a run reads."""
+"""The contents of run.json: settings, versions and machine; and the checksum of a file or model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterable
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
+NOTES = ("run.json", "recipe.json")
 MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
 
 
-def run_info(
-    stage: str, cfg: DataclassInstance, files: Iterable[str | Path], models: Iterable[str | Path] = ()
-) -> dict[str, Any]:
-    """Return the contents of run.json: `files` are the data files that the run reads, `models` its model folders."""
+def run_info(stage: str, cfg: DataclassInstance) -> dict[str, Any]:
+    """Return the contents of run.json but for the checksums of the run's inputs (identity.py)."""
     versions = {"rlhf-fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         if found := package_version(package):
@@ -38,8 +37,6 @@ def run_info(
         "versions": versions,
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "command": sys.argv,
-        "data": {str(file): sha256(file) for file in files},
-        "models": {str(folder): model_sha256(folder) for folder in models},
     }
 
 
@@ -52,18 +49,31 @@ def package_version(package: str) -> str | None:
 
 
 def model_sha256(folder: str | Path) -> str:
-    """Return one checksum of a model folder's weights, configs, tokenizer and code. A run.json in it is left out."""
+    """Return one checksum of a model folder's weights, configs, tokenizer and code, without notes of runs."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
-        if file.suffix in MODEL_SUFFIXES and file.name != "run.json" and file.is_file():
+        if file.suffix in MODEL_SUFFIXES and file.name not in NOTES and file.is_file():
             digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
+_CHECKSUMS: dict[tuple[int, ...], str] = {}
+"""Checksums of this process, by device, inode, size and times: several stages read the same models."""
+SETTLED_NS = 2 * 10**9
+"""Age from which on a file cannot be written again within the same tick of its clock."""
+
+
 def sha256(file: str | Path) -> str:
     """Return the checksum of a file in hex, read block by block."""
+    stat = Path(file).stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    settled = time.time_ns() - stat.st_ctime_ns > SETTLED_NS
+    if settled and key in _CHECKSUMS:
+        return _CHECKSUMS[key]
     digest = hashlib.sha256()
     with Path(file).open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
+    if settled:
+        _CHECKSUMS[key] = digest.hexdigest()
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from typing import Any, SupportsFloat, TextIO
 from rich.console import Console
 
 from rlhf_fast.config.fields import LogConfig
-from rlhf_fast.errors import UserError, writing
+from rlhf_fast.errors import UserError, shortened, writing
 from rlhf_fast.run.alarms import Alarms
 from rlhf_fast.run.terminal import LiveLine, format_duration
 
@@ -144,12 +144,25 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl; a last line that is cut short is left out."""
     path = Path(run) / METRICS
     if not path.is_file():
+        if not Path(run).exists():
+            raise UserError(f"{shortened(run)}: there is no such folder; give the folder that a stage wrote")
+        if not Path(run).is_dir():
+            raise UserError(f"{run}: is a file; give the folder that a stage wrote")
         inside = sorted(str(found.parent) for found in Path(run).glob(f"*/{path.name}"))
         hint = f"one of {', '.join(inside)}" if inside else "the folder that a stage wrote"
         raise UserError(f"{run}: holds no {path.name}; give {hint}")
-    rows = [row for _, row in read_rows(path)]
+    rows = [row for _, row in _read_steps(path)]
     if not rows:
         raise UserError(f"{path}: is empty; the run has not logged a step yet")
+    return rows
+
+
+def _read_steps(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return what `read_rows` does; UserError for a row without a step, which no Log has written."""
+    rows = read_rows(path)
+    for number, (_, row) in enumerate(rows, 1):
+        if not isinstance(row.get("step"), (int, float)):
+            raise UserError(f"{path}: row {number} has no step, so no run of ours wrote it; move that file away")
     return rows
 
 
@@ -166,11 +179,14 @@ def read_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if not line:
             continue
         try:
-            rows.append((line, json.loads(line)))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number >= last:
                 break
             raise UserError(f"{path}:{number}: not JSON: {error}; mend or remove the line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: no row of ours, which is a JSON object; mend or remove the line")
+        rows.append((line, row))
     return rows
 
 
@@ -178,7 +194,7 @@ def _drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Rewrite the file without the rows after `step` and without a torn last line; return the rows that are kept."""
     if not path.exists():
         return []
-    kept = [(line, row) for line, row in read_rows(path) if row["step"] <= step]
+    kept = [(line, row) for line, row in _read_steps(path) if row["step"] <= step]
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_bytes(b"".join(line + b"\n" for line, _ in kept))
     unfinished.replace(path)

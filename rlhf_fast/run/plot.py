@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rlhf_fast.errors import UserError, writing
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.logs import METRICS, read_metrics
+from rlhf_fast.run.outputs import check_new_file, replacing
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("objective/scores", "objective/rlhf_reward", "valid/scores", "valid/rlhf_reward")),
@@ -20,6 +21,10 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME."""
 
+
+CURVES = "curves.png"
+SOFTWARE = "rlhf-fast plot"
+"""Signs the PNG, by which a later call knows that it may replace it."""
 
 Curves = dict[str, tuple[list[float], list[float]]]
 """Metric -> (steps, values)."""
@@ -45,7 +50,11 @@ def panels(rows: list[dict]) -> list[tuple[str, Curves]]:
 
 def plot(run: str | Path, out: str | Path = "") -> Path:
     """Draw a run's curves and return the path of the PNG; by default `curves.png` in the run's folder."""
+    target = Path(out) if out else Path(run) / CURVES
     rows = read_metrics(run)
+    if target.suffix.lower() not in (".png", ""):
+        raise UserError(f"{target}: is to be a PNG; give --out a name that ends in .png")
+    check_new_file(target, _is_plot, {})
     shown = panels(rows)
     if not shown:
         raise UserError(f"{run}: {METRICS} has none of the metrics that can be drawn")
@@ -73,11 +82,18 @@ def plot(run: str | Path, out: str | Path = "") -> Path:
         axis.remove()
     figure.suptitle(str(run), fontsize=10)
     figure.tight_layout()
-    target = Path(out) if out else Path(run) / "curves.png"
-    with writing(target):
-        figure.savefig(target, dpi=120)
+    with replacing(target) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": f"{SOFTWARE}, Matplotlib"})
     pyplot.close(figure)
     return target
+
+
+def _is_plot(file: Path) -> bool:
+    """Return whether `plot` wrote the file; curves.png may be an older version's, which signed as Matplotlib."""
+    with file.open("rb") as stream:
+        start = stream.read(1024)
+    signature = b"Matplotlib" if file.name == CURVES else SOFTWARE.encode()
+    return start.startswith(b"\x89PNG") and signature in start
 
 
 def _is_finite_number(value: object) -> bool:

@@ -7,20 +7,20 @@ the reward folder. A finished stage is skipped; a stage whose settings have chan
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast.config.presets import preset
-from rlhf_fast.config.resolve import Setting, difference, from_json, read_yaml, resolve, show
+from rlhf_fast.config.resolve import Setting, read_yaml, resolve
 from rlhf_fast.config.stages import STAGES, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data.json_lines import require_file
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.run.memory import peak_memory, reset_peak_memory
+from rlhf_fast.run.outputs import check_run_folder, read_json
 from rlhf_fast.run.terminal import aligned, format_duration
 
 SHARED = ("out", "preset", "seed", "device")
@@ -77,10 +77,10 @@ class Recipe(NamedTuple):
 def write_template(path: str | Path) -> Path:
     """Write a commented recipe; raise UserError if the file exists."""
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path}: exists already; choose another name")
-    with writing(path):
-        path.write_text(TEMPLATE.format(name=path, unfilled=UNFILLED), encoding="utf-8")
+    with writing(path), path.open("x", encoding="utf-8") as stream:
+        stream.write(TEMPLATE.format(name=path, unfilled=UNFILLED))
     return path
 
 
@@ -141,7 +141,7 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> None:
     measurements = _read_measurements(recipe.out)
     for stage, cfg in recipe.stages.items():
         for source in _sources(stage, recipe) if done[stage] else ():
-            if not (done[source] and _is_same_input(measurements, stage, source, recipe)):
+            if not done[source]:
                 raise UserError(
                     f"{cfg.out}: was made from another {source} run than the one the recipe has now;"
                     " move it away to run the stage again, or choose another `out`"
@@ -155,7 +155,9 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> None:
 
 
 def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, Any]]) -> None:
-    """Run a stage; add its time, its peak memory and the digests of its inputs to recipe.json even if it fails."""
+    """Run a stage; add its time and its peak memory to recipe.json even if it fails."""
+    from rlhf_fast.run.checkpoint import write_json
+
     start = time.perf_counter()
     reset_peak_memory()
     try:
@@ -164,11 +166,8 @@ def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, 
         measured = measurements.setdefault(stage, {})
         measured["seconds"] = measured.get("seconds", 0.0) + time.perf_counter() - start
         measured["peak"] = max(measured.get("peak", 0), peak_memory())
-        measured["inputs"] = {source: _digest(recipe.stages[source].out) for source in _sources(stage, recipe)}
         if recipe.out.is_dir():
-            file = recipe.out / MEASUREMENTS
-            with writing(file):
-                file.write_text(json.dumps(measurements, indent=1), encoding="utf-8")
+            write_json(recipe.out / MEASUREMENTS, measurements)
 
 
 def run_stage(cfg: StageConfig) -> None:
@@ -184,25 +183,13 @@ def run_stage(cfg: StageConfig) -> None:
 
 
 def finished(cfg: StageConfig) -> bool:
-    """Return whether `out` holds this stage, finished; raise UserError if it was run there with other settings."""
-    from rlhf_fast.run.folder import MAY_DIFFER_ON_RESUME
+    """Return whether `out` holds this stage, finished; raise UserError if it was run there with other settings, data or
+    models."""
+    saved = check_run_folder(cfg.out, cfg.input_paths())
+    if saved:
+        from rlhf_fast.run.identity import check_same_run, input_checksums
 
-    path = Path(cfg.out) / "run.json"
-    if not path.is_file():
-        return False
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.get("stage") != cfg.stage:
-        raise UserError(f"{cfg.out}: holds a run of {saved.get('stage')}, not {cfg.stage}; choose another `out`")
-    differ = [
-        f"{name} = {show(was)}, the recipe has {show(now)} now"
-        for name, was, now in difference(from_json(cfg.stage, saved["config"]), cfg)
-        if name not in MAY_DIFFER_ON_RESUME
-    ]
-    if differ:
-        raise UserError(
-            f"{cfg.out}: was {'finished' if 'finished' in saved else 'started'} with {'; '.join(differ)}; set"
-            f" {'them' if len(differ) > 1 else 'it'} back, or choose another `out`"
-        )
+        check_same_run(saved, cfg, input_checksums(cfg))
     return "finished" in saved
 
 
@@ -212,25 +199,13 @@ def _sources(stage: str, recipe: Recipe) -> list[str]:
 
 
 def _read_measurements(out: Path) -> dict[str, dict[str, Any]]:
-    """Return what earlier runs of this recipe measured: stage -> seconds, peak (bytes), inputs (stage -> digest)."""
-    try:
-        return json.loads((out / MEASUREMENTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _is_same_input(measurements: Mapping[str, dict[str, Any]], stage: str, source: str, recipe: Recipe) -> bool:
-    """Return whether `stage` read the `source` run that is there now. A stage run by hand has no record: True."""
-    digest = measurements.get(stage, {}).get("inputs", {}).get(source)
-    return digest is None or digest == _digest(recipe.stages[source].out)
-
-
-def _digest(folder: str) -> str:
-    """Return a digest of the names, sizes and times of a stage's weights, which differs once the stage is run again."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-    return digest.hexdigest()
+    """Return what earlier runs of this recipe measured: stage -> seconds, peak (bytes). UserError for another file."""
+    found = read_json(out / MEASUREMENTS) or {}
+    if not isinstance(found, dict) or not all(
+        name in STAGES and isinstance(value, dict) and "seconds" in value for name, value in found.items()
+    ):
+        raise UserError(f"{out / MEASUREMENTS}: was not written by a recipe of ours; choose another `out`, or move it")
+    return found
 
 
 def table(recipe: Recipe, measurements: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -1,0 +1,185 @@
+"""What a command may write over: files of its own. Everything else that lies there is the user's and stays.
+
+Paths are compared by what they lead to (links, bind mounts, hard links, `..`), and before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.config.stages import STAGES
+from rlhf_fast.errors import UserError, listed, shortened, writing
+
+RUN = "run.json"
+PARTIAL = ".partial"
+"""Suffix of a file that is being written beside the one that it will replace."""
+
+
+def check_run_folder(out: str | Path, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Return the run.json of our run in `out`, or {} if a new run may start there; UserError if it may not.
+
+    A new run needs a folder that is empty or not there yet. `inputs`: setting -> model folder or file that it names.
+    """
+    if not str(out):
+        raise UserError("out is not set; give --out FOLDER, or put it in the YAML file")
+    folder = Path(out)
+    require_writable_folder(folder)
+    saved = read_run(folder)
+    if saved:
+        return saved
+    for setting, path in inputs.items():
+        if _is_same(folder, path):
+            raise UserError(f"{out}: is what {setting} names, and would be written over; choose another `out`")
+        if _is_inside(path, folder):
+            raise UserError(f"{out}: holds what {setting} names ({path}); choose another `out`")
+        if Path(path).is_dir() and _is_inside(folder, path):
+            raise UserError(f"{out}: lies in the folder that {setting} names ({path}); choose an `out` outside it")
+    lock_only = all(entry.name == "lock" for entry in (folder / "checkpoints").glob("*"))
+    check_empty_folder(folder, "run", may_hold=("checkpoints", RUN + ".tmp") if lock_only else ())
+    return {}
+
+
+def check_empty_folder(folder: str | Path, kind: str, may_hold: Collection[str] = ()) -> None:
+    """Raise UserError unless `folder` can be made, or is empty and may be written; and for the home and root folder.
+
+    kind: what is to be written there. may_hold: what it leaves there if it is killed before it has signed the folder.
+    """
+    folder = Path(folder)
+    require_writable_folder(folder)
+    if _is_same(folder, Path.home()) or folder.resolve().parent == folder.resolve():
+        raise UserError(f"{folder}: is the home or the root folder; choose a folder of its own for the {kind}")
+    with writing(folder):
+        others = sorted({entry.name for entry in folder.iterdir()} - set(may_hold)) if folder.is_dir() else []
+    if others:
+        raise UserError(
+            f"{folder}: is not empty and no {kind} of ours is in it (it holds {listed(others, 4)}); choose another"
+            " folder"
+        )
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """Return the run.json of our run in `folder`, {} if there is none; UserError if another program wrote it."""
+    path = Path(folder) / RUN
+    saved = read_json(path)
+    if saved is None:
+        return {}
+    parts = ("config", "data", "versions", "machine")
+    known = isinstance(saved, dict) and saved.get("stage") in STAGES
+    if not known or not all(isinstance(saved.get(part), dict) for part in parts):
+        raise UserError(f"{path}: was not written by a run of ours; choose another `out`, or move that file away")
+    return saved
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the contents of a JSON file, None if there is no such file; UserError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is not JSON"
+        raise UserError(f"{path}: cannot be read: {reason}; choose another folder, or move that file away") from error
+
+
+def require_writable_folder(folder: str | Path) -> None:
+    """Raise UserError if `folder` is no folder, or one that cannot be made or written."""
+    folder = Path(folder)
+    try:
+        if folder.is_dir():
+            nearest = folder
+        elif os.path.lexists(folder):
+            what = "is a file" if folder.exists() else "is a link to nowhere"
+            raise UserError(f"{folder}: {what}; give a folder")
+        else:
+            nearest = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{shortened(folder)}: cannot be a folder: {reason}; give another name") from error
+    if not nearest.is_dir():
+        raise UserError(f"{folder}: cannot be made, since {nearest} is a file; give another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: you may not write to {nearest}; give another folder, or change its permissions")
+
+
+def check_new_file(path: str | Path, is_ours: Callable[[Path], bool], inputs: Mapping[str, str]) -> None:
+    """Raise UserError unless a file may be written at `path`: nothing is there, or what `is_ours` accepts.
+
+    `inputs`: setting -> file that the command reads. A device or a pipe is written as it is.
+    """
+    target = Path(os.path.realpath(path))
+    for setting, file in inputs.items():
+        if _is_same(target, file):
+            raise UserError(f"{path}: is the file that {setting} names; choose another --out")
+    for found in (target, target.with_name(target.name + PARTIAL)):
+        if found.is_dir():
+            raise UserError(f"{found}: is a folder; give a file for --out")
+        if found.is_file() and found.stat().st_size and not is_ours(found):
+            raise UserError(f"{found}: exists already and no such command wrote it; choose another --out, or move it")
+    if not target.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {target.parent}; make it, or choose another --out")
+    require_writable_folder(target.parent)
+
+
+@contextmanager
+def replacing(path: str | Path, keep: bool = False) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it takes the place of `path`, which is whole until then.
+
+    keep: leave the unfinished file there if the block fails. A device or a pipe is yielded as it is.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with writing(path):
+            yield target
+        return
+    unfinished = target.with_name(target.name + PARTIAL)
+    with writing(path):
+        try:
+            yield unfinished
+            unfinished.replace(target)
+        finally:
+            if not keep:
+                unfinished.unlink(missing_ok=True)
+
+
+def move_in(entry: Path, folder: Path) -> str:
+    """Move `entry` into `folder`. What lies there under its name and differs is kept under another name, which is
+    returned; "" if there is none."""
+    target = folder / entry.name
+    aside = ""
+    if os.path.lexists(target) and not _is_equal(entry, target):
+        number = next(n for n in range(1, 10**6) if not os.path.lexists(f"{target}.kept{n}"))
+        aside = f"{target}.kept{number}"
+        target.rename(aside)
+    elif target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    entry.replace(target)
+    return aside
+
+
+def _is_equal(one: Path, other: Path) -> bool:
+    """Return whether two files, or all files of two folders, have the same bytes."""
+    if other.is_symlink() or one.is_dir() != other.is_dir():
+        return False
+    if one.is_dir():
+        names = [sorted(entry.name for entry in folder.iterdir()) for folder in (one, other)]
+        return names[0] == names[1] and all(_is_equal(one / name, other / name) for name in names[0])
+    return filecmp.cmp(one, other, shallow=False)
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Return whether `path` lies somewhere below `folder`."""
+    return any(_is_same(parent, folder) for parent in Path(os.path.realpath(path)).parents)
