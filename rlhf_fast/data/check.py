@@ -179,7 +179,7 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
     for reason, count in dropped.items():
         echo(f"  left out in training: {count} {reason}")
     markers = find_markers(report.examples, encoder.special, encoder.template == "chat")
-    unknown = unknown_tokens((ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
+    unknown = unknown_tokens(report.examples, (ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
     for note in (unknown, spelled_markers(markers)):
         if note:
             echo(f"  {note}")
