@@ -173,7 +173,7 @@ class CpuHead:
         exp(z - its z). With a reference (9, n): also its log p, the KL, the same two of the reference, and the part of
         the KL of all tokens but the target."""
         out = empty_float32(state, 9 if with_reference else 4, len(state))
-        self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), with_reference)
+        self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), with_reference, *self.scalars)
         return out
 
     def statistics(self, reference: CpuHead | None = None) -> Tensor:
