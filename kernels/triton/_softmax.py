@@ -1,10 +1,13 @@
 """The softmax of a row of logits on a GPU: its statistics in one walk over the row, its gradient in another. Not an op.
 
     z = softcap(x + bias) / temperature    m = max z    s = sum e^(z-m)    A = sum (z-m) e^(z-m)
-    log p(t) = (z_t - m) - log s    entropy = log s - A / s
 
-With z2, m2 and s2 of a reference's logits and B = sum (z2-m2) e^(z-m): KL = (A / s - log s) - (B / s - log s2).
-Signs are exact: log p <= 0, entropy >= 0.
+over all columns but the target's; _target.py joins the sums with the target's z. With z2 and m2 of a reference's logits
+B = sum (z2-m2) e^(z-m), and
+
+    KL = p_t (log p_t - log p2_t) + factor (A - B) + factor s (log factor - log factor2)
+
+for the target t and the factors of `Target`. Signs are exact: log p <= 0, entropy >= 0.
 
 A tile is UNROLL x THREADS x VEC elements. VEC consecutive ones are a group, which a thread loads at once:
 
@@ -32,11 +35,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton import _target, launch
+from rlhf_fast.kernels.triton._target import MIN_FLOAT
 
 VEC = 8
 SEGMENT = 4  # tiles
-MIN_FLOAT = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite, so that no difference is NaN
 
 
 class Scaling(NamedTuple):
@@ -72,18 +75,19 @@ class State(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """m and log s of a whole row, and of the reference's row."""
+    """m, factor and log factor of a whole row, p = factor e^(z-m), and of the reference's row m and log factor."""
 
     m: Tensor
-    log_s: Tensor
+    factor: Tensor
+    log_factor: Tensor
     m2: Tensor
-    log_s2: Tensor
+    log_factor2: Tensor
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of the gradient with respect to z: p (a + b log p + c (log p_ref - log p)) + g 1[target]."""
+    """The gradient with respect to z: `target` for the target's, p (a + b log p + c (log p_ref - log p)) for others."""
 
-    g: Tensor
+    target: Tensor
     a: Tensor
     b: Tensor
     c: Tensor
@@ -224,10 +228,11 @@ def load_state(part, stride, REF: tl.constexpr):
 
 @triton.jit
 def segment_state(
-    row, misalignment, V, first, end, scaling,
+    row, misalignment, V, target, first, end, scaling,
     CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Return the `State` of the tiles [first, end) of a row, with row.x rounded down. NaN logits show in s."""
+    """Return the `State` of the tiles [first, end) of a row without its target, with row.x rounded down. NaN logits
+    show in s."""
     zero = tl.zeros((THREADS,), tl.float32)
     m, s, a = zero + MIN_FLOAT, zero, zero
     m2, s2, b = zero + MIN_FLOAT, zero, zero
@@ -236,16 +241,16 @@ def segment_state(
         group = tile * (UNROLL * THREADS * VEC) + groups
         index = group + elements
         loaded = group_mask(group, misalignment, V, ALIGNED, VEC)
-        inside = element_mask(index, misalignment, V, ALIGNED)
+        counts = element_mask(index, misalignment, V, ALIGNED) & (index != misalignment + target)
         z = apply_softcap_temperature(load_logits(row.x, row.bias, index, loaded, False), scaling, CAP)
-        z = tl.where(inside, z, float("-inf"))
+        z = tl.where(counts, z, float("-inf"))
         new_m = tl.maximum(m, tl.max(tl.max(z, axis=2), axis=0))
         shift, factor = rescale(m, new_m)
         d = z - new_m[None, :, None]
         e = tl.exp(d)
         if row.ref is not None:
             z2 = apply_softcap_temperature(load_logits(row.ref, row.ref_bias, index, loaded, False), scaling, CAP)
-            z2 = tl.where(inside, z2, float("-inf"))
+            z2 = tl.where(counts, z2, float("-inf"))
             new_m2 = tl.maximum(m2, tl.max(tl.max(z2, axis=2), axis=0))
             shift2, factor2 = rescale(m2, new_m2)
             d2 = z2 - new_m2[None, :, None]
@@ -276,6 +281,24 @@ def reduce_threads(states, REF: tl.constexpr):
 
 
 @triton.jit
+def row_kl(state, target, ref_target):
+    """Return KL(policy || reference) of a row with `State` and both `Target`s."""
+    own = tl.where(target.p == 0, 0.0, target.p * (target.logp - ref_target.logp))
+    moment = tl.where(target.factor == 0, 0.0, target.factor * (state.a - state.b))
+    return own + (moment + target.rest * (target.log_factor - ref_target.log_factor))
+
+
+@triton.jit
+def coefficients_of(target, ref_logp, kl, logprob_grad, entropy_grad, kl_grad):
+    """Return the `Coefficients` of the row with that `Target` from the gradients by its log p, entropy and KL."""
+    difference = target.logp - tl.where(ref_logp == float("-inf"), 0.0, ref_logp)
+    inner = entropy_grad * (target.entropy + target.logp) + kl_grad * (kl - difference)
+    target_grad = logprob_grad * target.rest - tl.where(target.p == 0, 0.0, target.p * inner)
+    a = -(logprob_grad + entropy_grad * target.entropy + kl_grad * kl)
+    return Coefficients(target_grad, a, -entropy_grad, -kl_grad)
+
+
+@triton.jit
 def logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP: tl.constexpr, REF: tl.constexpr):
     """Return the gradient with respect to raw logits x: that of `Coefficients` times dz/dx."""
     dz_dx = scaling.inverse_temperature
@@ -285,14 +308,14 @@ def logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP: tl.con
         z = scaling.softcap * t * scaling.inverse_temperature
     else:
         z = x * scaling.inverse_temperature
-    logp = (z - normalizer.m) - normalizer.log_s
-    p = tl.exp(logp)
-    logp = tl.maximum(logp, launch.MIN_EXPONENT)
+    d = z - normalizer.m
+    p = tl.exp(d) * normalizer.factor
+    logp = tl.maximum(d + normalizer.log_factor, launch.MIN_EXPONENT)
     inner = coefficients.a + coefficients.b * logp
     if REF:
-        ref_logp = (apply_softcap_temperature(ref, scaling, CAP) - normalizer.m2) - normalizer.log_s2
+        ref_logp = (apply_softcap_temperature(ref, scaling, CAP) - normalizer.m2) + normalizer.log_factor2
         inner += coefficients.c * (tl.where(ref_logp == float("-inf"), 0.0, ref_logp) - logp)
-    return (tl.where(p == 0, 0.0, p * inner) + tl.where(is_target, coefficients.g, 0.0)) * dz_dx
+    return tl.where(is_target, coefficients.target, tl.where(p == 0, 0.0, p * inner)) * dz_dx
 
 
 @triton.jit
