@@ -2,15 +2,19 @@
 
     z = softcap(hidden . weight' + bias) / temperature,  softcap(x) = c tanh(x / c)        log p = z - logsumexp z
 
-The gradient with respect to z of every loss of a row's log-probability, entropy and exact KL to a reference has the
-form p (a + b log p + c (log p_ref - log p)) + g 1[target], with four numbers a, b, c and g for each row.
+log p of the target is computed as -log1p(sum of the others' exp(z) / its own), and 1 - p as -expm1(log p): both keep
+their relative precision where p rounds to 1. The gradient with respect to z of every loss of a row's log-probability,
+entropy and exact KL to a reference has the form p (a + b log p + c (log p_ref - log p)), with three numbers a, b and c
+for each row, but for the target, which has a number of its own.
 """
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from rlhf_fast.kernels._backends import TRITON_DEFAULT_DEVICES
 from rlhf_fast.kernels._tensors import upcast, upcast_dtype
@@ -43,13 +47,31 @@ def scale_logits(x: Tensor, temperature: float, softcap: float) -> Tensor:
 
 def scale_logits_grad(x: Tensor, temperature: float, softcap: float) -> Tensor | float:
     """Return dz/dx of raw logits x."""
-    return (1 - torch.tanh(x / softcap) ** 2 if softcap else 1.0) / temperature
+    return (torch.cosh(x.double() / softcap) ** -2 if softcap else 1.0) / temperature
+
+
+def target_index(targets: Tensor) -> Tensor:
+    """Return the targets as columns (..., 1), 0 in ignored rows."""
+    return targets.where(targets != IGNORE_INDEX, 0)[..., None].long()
+
+
+def log_softmax(x: Tensor, targets: Tensor, temperature: float, softcap: float) -> Tensor:
+    """Return log p (..., V) of raw logits x, in float64; that of the target keeps its relative precision."""
+    z, index = scale_logits(x.double(), temperature, softcap), target_index(targets)
+    return z.log_softmax(-1).scatter(-1, index, one_logprob(z, index))
+
+
+def one_logprob(z: Tensor, index: Tensor) -> Tensor:
+    """Return log p (..., 1) of the tokens `index` (..., 1), -log1p(sum of the others' exp(z) / its own)."""
+    others, own = z.scatter(-1, index, -torch.inf), z.gather(-1, index)
+    has_others = (others > -torch.inf).any(-1, keepdim=True) | others.isnan().any(-1, keepdim=True)
+    log_others = others.masked_fill(~has_others, 0).logsumexp(-1, keepdim=True)
+    return -softplus(log_others - own).where(has_others, own - own)
 
 
 def gather_targets(logp: Tensor, targets: Tensor) -> Tensor:
     """Return log p of the targets, 0 in ignored rows."""
-    valid = targets != IGNORE_INDEX
-    return logp.gather(-1, targets.where(valid, 0)[..., None].long()).squeeze(-1).masked_fill(~valid, 0)
+    return logp.gather(-1, target_index(targets)).squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
 
 
 def entropy(logp: Tensor, targets: Tensor) -> Tensor:
@@ -57,37 +79,108 @@ def entropy(logp: Tensor, targets: Tensor) -> Tensor:
     return -(logp.exp() * zero_where_minus_inf(logp)).sum(-1).masked_fill(targets == IGNORE_INDEX, 0)
 
 
+def kl_terms(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Return p (log p - log p_ref) of every token, 0 where p is 0."""
+    return logp.exp() * (zero_where_minus_inf(logp) - ref_logp.masked_fill(logp == -torch.inf, 0))
+
+
 def zero_where_minus_inf(logp: Tensor) -> Tensor:
     return logp.masked_fill(logp == -torch.inf, 0)
 
 
-def row_statistics(z: Tensor, targets: Tensor) -> Tensor:
-    """Return (2, ...) float32: the largest z and log sum exp(z - largest), 0 in ignored rows."""
-    largest = z.amax(-1)
-    return torch.stack([largest, (z - largest[..., None]).logsumexp(-1)]).masked_fill(targets == IGNORE_INDEX, 0)
+def row_statistics(x: Tensor, targets: Tensor, temperature: float, softcap: float) -> Tensor:
+    """Return (2, ...), of all tokens but the target: the largest raw logit, and the sum of exp(z - its z); 0 in ignored
+    rows. log p of the target and these two give p of every token without a sum that has lost the others."""
+    others = x.scatter(-1, target_index(targets), -torch.inf)
+    largest = others.amax(-1, keepdim=True)
+    origin = largest.clamp(min=torch.finfo(x.dtype).min)
+    z, z_origin = (scale_logits(y.double(), temperature, softcap) for y in (others, origin))
+    z = z.scatter(-1, target_index(targets), -torch.inf)
+    statistics = torch.stack([largest.squeeze(-1).double(), (z - z_origin).exp().sum(-1)])
+    return statistics.masked_fill(targets == IGNORE_INDEX, 0)
+
+
+class RowGrads(NamedTuple):
+    """Coefficients (...) of the gradient by z of a loss of log p, entropy and the exact KL to a reference.
+
+        of the target    target
+        of the others    p (a + b log p + c (log p_ref - log p)),    p = scale exp(z - its origin)
+
+    The origin is the z of the others' largest raw logit, log p = z - its origin + log_scale; of the reference alike.
+    """
+
+    scale: Tensor
+    log_scale: Tensor
+    a: Tensor
+    b: Tensor
+    target: Tensor
+    c: Tensor | None = None
+    ref_log_scale: Tensor | None = None
+
+
+def row_grads(
+    g: Tensor, h: Tensor, logprobs: Tensor, entropy: Tensor, sums: Tensor, kl: "KLRows | None" = None
+) -> RowGrads:
+    """Return the coefficients in float64, given the gradients g and h of log p and entropy of each row.
+
+    sums: the second of `row_statistics`.
+    """
+    g, h, logprobs, entropy, sums = (x.double() for x in (g, h, logprobs, entropy, sums))
+    rest, p = -torch.expm1(logprobs), logprobs.exp()  # 1 - p, without cancellation
+    scale = torch.where(sums > 0, rest / sums, 0)
+    logp = zero_where_minus_inf(logprobs)
+    target = g * rest - h * p * (entropy + logp)
+    if kl is None:
+        return RowGrads(scale, _log_scale(scale), -g - h * entropy, -h, target)
+    k, ref_logprobs, ref_sums, value, of_others = (x.double() for x in kl)
+    ref_scale = torch.where(ref_sums > 0, -torch.expm1(ref_logprobs) / ref_sums, 0)
+    difference = torch.where(p > 0, logp - ref_logprobs, 0)
+    target = target + k * p * (rest * difference - of_others)
+    return RowGrads(scale, _log_scale(scale), -g - h * entropy - k * value, -h, target, -k, _log_scale(ref_scale))
+
+
+def _log_scale(scale: Tensor) -> Tensor:
+    return scale.log().clamp(min=-1e30)  # finite: its product with p = 0 must be 0
+
+
+class KLRows(NamedTuple):
+    """The KL of each row (...): the gradient by it, the reference's log p and sum, its value, and the part of the value
+    that is of all tokens but the target."""
+
+    grad: Tensor
+    ref_logprobs: Tensor
+    ref_sums: Tensor
+    value: Tensor
+    of_others: Tensor
 
 
 def logits_grad(
     logp: Tensor,
     targets: Tensor,
     g: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None = None,
+    h: Tensor,
+    k: Tensor | None = None,
     ref_logp: Tensor | None = None,
 ) -> Tensor:
-    """Return p (a + b log p + c (log p_ref - log p)) + g 1[target], the gradient with respect to z; 0 in ignored rows.
+    """Return the gradient by z (..., V) of g log p(target) + h entropy + k KL, given log p; 0 in ignored rows.
 
-    g, a, b and c hold one number for each row.
+        g (1[target] - p) - h p (log p + entropy) + k p (log p - log p_ref - KL)
+
+    At the target, 1 - p is -expm1(log p), and log p - log p_ref - KL leaves its share of the KL out.
     """
-    valid = targets != IGNORE_INDEX
-    a, b, g = (x.where(valid, 0).to(logp.dtype)[..., None] for x in (a, b, g))
-    inner = a + b * zero_where_minus_inf(logp)
-    if c is not None and ref_logp is not None:
-        difference = zero_where_minus_inf(ref_logp) - zero_where_minus_inf(logp)
-        inner = inner + c.where(valid, 0).to(logp.dtype)[..., None] * difference
-    grad = (logp.exp() * inner).masked_fill(~valid[..., None], 0)
-    return grad.scatter_add(-1, targets.where(valid, 0)[..., None].long(), g)
+    valid, index = targets != IGNORE_INDEX, target_index(targets)
+    g, h = (x.where(valid, 0).double()[..., None] for x in (g, h))
+    p, finite = logp.exp(), zero_where_minus_inf(logp)
+    grad = (-g * p).scatter(-1, index, -g * torch.expm1(logp.gather(-1, index)))
+    grad = grad - h * p * (finite + entropy(logp, targets)[..., None])
+    if k is not None and ref_logp is not None:
+        k = k.where(valid, 0).double()[..., None]
+        difference = (finite - ref_logp).where(p > 0, 0)
+        terms = kl_terms(logp, ref_logp)
+        of_target = (-torch.expm1(logp) * difference).gather(-1, index) - terms.scatter(-1, index, 0).sum(-1, True)
+        inner = (difference - terms.sum(-1, True)).scatter(-1, index, of_target)
+        grad = grad + (k * p * inner).where(k != 0, 0)
+    return grad.masked_fill(~valid[..., None], 0)
 
 
 def input_grads(

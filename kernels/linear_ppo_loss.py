@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_coefficients
+from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_grads
 from rlhf_fast.kernels._head_checks import check_head, check_rows, check_targets
 from rlhf_fast.kernels._head_inputs import cost, random_head_inputs
 from rlhf_fast.kernels._op import op
@@ -165,8 +165,9 @@ def _reference(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, PolicyLoss]:
     """Return the raw logits, log p of all tokens, logprobs and entropy of the targets, and the loss."""
     check_targets("linear_ppo_loss", x.targets, x.weight.shape[0])
     raw_logits = head.raw_logits(x.hidden, x.weight, x.bias, x.targets)
-    logp = head.scale_logits(raw_logits, x.temperature, x.softcap).log_softmax(-1)
-    logprobs, entropy = head.gather_targets(logp, x.targets), head.entropy(logp, x.targets)
+    logp = head.log_softmax(raw_logits, x.targets, x.temperature, x.softcap)
+    rows = head.gather_targets(logp, x.targets), head.entropy(logp, x.targets)
+    logprobs, entropy = (row.to(raw_logits.dtype) for row in rows)
     valid = (x.targets != head.IGNORE_INDEX) & (x.token_inputs.weights != 0)
     return raw_logits, logp, logprobs, entropy, x.loss(logprobs, entropy, valid)
 
@@ -187,9 +188,9 @@ def _launch(kernels, *args):
 
     def coefficients_of(results, chunk):
         loss = loss_of(results, chunk)
-        _, entropy, m, log_s = results
-        g, h = loss.logprob_grad, loss.entropy_grad
-        return pack_row_coefficients(m, log_s, g, -g - h * entropy, -h)
+        logprobs, entropy, largest, sums = results
+        grads = head.row_grads(loss.logprob_grad, loss.entropy_grad, logprobs, entropy, sums)
+        return pack_row_grads(largest, grads)
 
     results, grads = cpu_head.results_and_grads(coefficients_of, args[-3:])
     loss = loss_of(results, slice(None))
@@ -208,9 +209,8 @@ def linear_ppo_loss_with_gradients(*args):
     needed."""
     x = Inputs.bundle(*args[:-3])
     raw_logits, logp, logprobs, entropy, loss = _reference(x)
-    g, h = loss.logprob_grad, loss.entropy_grad
-    z_grad = head.logits_grad(logp, x.targets, g, -g - h * entropy, -h)
-    raw_grad = z_grad * head.scale_logits_grad(raw_logits, x.temperature, x.softcap)
+    z_grad = head.logits_grad(logp, x.targets, loss.logprob_grad, loss.entropy_grad)
+    raw_grad = (z_grad * head.scale_logits_grad(raw_logits, x.temperature, x.softcap)).to(raw_logits.dtype)
     grads = head.input_grads(raw_grad, x.hidden, x.weight, x.bias, x.targets, args[-3:])
     return loss.loss, logprobs, entropy, torch.stack(loss.stats), *grads
 
@@ -258,8 +258,8 @@ def _make_inputs(N, D, V, device, dtype, far=False, whiten=False, reference=Fals
     invalid = (targets == head.IGNORE_INDEX) | (weights == 0)
     with torch.no_grad():
         raw_logits = head.raw_logits(hidden, weight, bias, targets)
-        z = head.scale_logits(raw_logits, scalars.get("temperature", 1.0), scalars.get("softcap", 0.0))
-        logprobs = head.gather_targets(z.log_softmax(-1), targets)
+        z = head.log_softmax(raw_logits, targets, scalars.get("temperature", 1.0), scalars.get("softcap", 0.0))
+        logprobs = head.gather_targets(z, targets).to(raw_logits.dtype)
     old_logprobs = logprobs + (40 if far else 0.5) * (2 * torch.rand(N, device=device) - 1)
     ref_logprobs = logprobs + 0.5 * torch.randn(N, device=device)
     advantages = torch.randn(N, device=device)
