@@ -27,8 +27,7 @@ from torch import Tensor
 from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import _ppo as ppo
 from rlhf_fast.kernels.triton import _softmax as softmax
-from rlhf_fast.kernels.triton import _target
-from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton import _target, launch
 
 ROWS_PER_SM = 4  # rows for each SM from which on one program takes a whole row
 LOSS_NONE, LOSS_GIVEN, LOSS_CROSS_ENTROPY, LOSS_PPO = (tl.constexpr(i) for i in range(4))
@@ -57,8 +56,8 @@ class RowRange(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Results of N rows, float32. sums: of all columns but the target the largest raw logit and s; with a reference also
-    its two, and their part of the KL."""
+    """Results of N rows, float32. sums: of all columns but the target the largest raw logit and s; with a reference
+    also its two, and their part of the KL."""
 
     logprobs: Tensor | None
     entropy: Tensor

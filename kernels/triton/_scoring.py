@@ -172,8 +172,8 @@ def base_of(largest, scaling, CAP: tl.constexpr):
 
 @triton.jit
 def take_target(x, targets, target_logits, place, first, V, COLUMNS: tl.constexpr):
-    """Store x of each row's target if this tile has it. No other tile does. Return which columns are in the sums: all of
-    the vocabulary but the target."""
+    """Store x of each row's target if this tile has it. No other tile does. Return which columns are in the sums: all
+    of the vocabulary but the target."""
     column = tl.arange(0, COLUMNS)
     target = tl.load(targets + place) - first
     is_target = column[None, :] == target[:, None]

@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels.triton import _target, launch
-from rlhf_fast.kernels.triton._target import LN2, LOG2_E, MIN_FLOAT
+from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton._target import LN2, MIN_FLOAT
 
 VEC = 8
 SEGMENT = 4  # tiles
@@ -74,7 +74,7 @@ class Normalizer(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The gradient with respect to z: `target` for the target's, p (a + b log2 p + c (log2 p_ref - log2 p)) for others."""
+    """The gradient with respect to z: `target` for the target, else p (a + b log2 p + c (log2 p_ref - log2 p))."""
 
     target: Tensor
     a: Tensor
@@ -289,7 +289,7 @@ def row_kl(difference, target, ref_target):
 
 @triton.jit
 def coefficients_of(target, logprob_grad, entropy_grad):
-    """Return the `Coefficients` of the row with that `Target` from the gradients with respect to its log p and entropy."""
+    """Return the `Coefficients` of a row from the gradients with respect to its log p and entropy."""
     surprise = tl.where(target.p == 0, 0.0, target.p * (target.entropy + target.logp))
     a = -(logprob_grad + entropy_grad * target.entropy)
     return Coefficients(logprob_grad * target.rest - entropy_grad * surprise, a, -LN2 * entropy_grad, 0.0)
