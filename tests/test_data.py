@@ -99,7 +99,7 @@ def test_formats(kind, row, prompt, responses, ranks):
 def test_columns_are_renamed():
     columns = {"prompt": "q", "completion": "a", "group": "t"}
     example = parse_row({"q": "p", "a": "c", "t": 3}, "demonstrations", columns)
-    assert example == (0, "p", ("c",), (), "3")
+    assert example == (0, "p", ("c",), (), "3", (), (), ())
 
 
 INVALID = [
@@ -122,7 +122,7 @@ INVALID = [
     (
         "demonstrations",
         {"messages": [{"role": "bot", "content": "x"}]},
-        'role must be system, user or assistant, found "b',
+        "role must be system, user, assistant or tool, found",
     ),
     ("comparisons", {"prompt": "p", "chosen": "a"}, 'no "rejected" in the row; found prompt, chosen'),
     ("comparisons", {"prompt": "p", "better": "a", "worse": "b"}, "{chosen: better, rejected: worse}"),

@@ -16,6 +16,7 @@ from architectures import SERVED
 
 from rlhf_fast import ops
 from rlhf_fast.cli.main import COMMANDS, main
+from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
@@ -135,7 +136,7 @@ def test_the_rows_are_read_as_what_they_are(tmp_path):
     kinds = ("demonstrations", "comparisons", "prompts", "texts")
     for text, kind in zip(blocks("json"), kinds, strict=True):
         (tmp_path / "rows.jsonl").write_text(text)
-        report = examine(tmp_path / "rows.jsonl")
+        report = examine(DataConfig(str(tmp_path / "rows.jsonl")))
         assert report.kind == kind and not report.errors
         assert len(report.examples) == len(text.splitlines())
 

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sentence(error: OSError) -> str:
     """Return the sentence of an error that the system gave; raise it again if it comes from no file."""
     from_stdout = error.filename is None and error.errno in (errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
-    if from_stdout or error.errno == errno.ENOSPC:
+    try:
+        sys.stdout.flush()
+    except OSError:
         silence(sys.stdout)  # the flush at exit must not raise once more
     if error.errno == errno.ENOSPC:
         while_writing = f" while writing {shortened(error.filename)}" if error.filename else ""
@@ -119,7 +121,7 @@ def _stage(name: str, argv: Sequence[str]) -> int:
 
     cfg = stage_config(STAGES[name], argv)
     cfg.ready()
-    from rlhf_fast.data.rows import require_file
+    from rlhf_fast.data.json_lines import require_file
     from rlhf_fast.stages.recipe import run_stage
 
     for file in cfg.data_files():  # fail before a model is loaded for minutes
@@ -180,6 +182,7 @@ def _check(argv: Sequence[str]) -> int:
     cfg = DataConfig(
         path=options.file,
         columns=options.columns,
+        remove_columns=options.remove_columns,
         template=options.template,
         limit=options.limit,
         max_prompt_tokens=options.max_prompt_tokens,

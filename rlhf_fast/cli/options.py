@@ -59,6 +59,8 @@ class GenerateOptions:
     """Format of prompts (see `data.template` of the stages)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column and the file's, for instance: prompt question."""
+    remove_columns: tuple[str, ...] = ()
+    """Columns to leave out although they would change the meaning of rows (see `data.remove_columns` of the stages)."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -79,6 +81,8 @@ class CheckOptions:
     """Format of prompts (see `data.template` of the stages)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column and the file's, for instance: completion answer."""
+    remove_columns: tuple[str, ...] = ()
+    """Columns to leave out although they would change the meaning of rows (see `data.remove_columns` of the stages)."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens (see `data.max_prompt_tokens` of the stages)."""
     max_response_tokens: int = 1024

@@ -6,16 +6,21 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config.fields import DataConfig
+from rlhf_fast.data.columns import EXPECTED, require_our_names
 from rlhf_fast.data.datasets import Row, exceeded_limit, prompt_as_text, remove_long_responses
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import InvalidRow
-from rlhf_fast.data.rows import EXPECTED, KINDS, Example, raw_rows, scan_examples
+from rlhf_fast.data.json_lines import parse_object, read_lines
+from rlhf_fast.data.notes import find_markers, rendered_rows, spelled_markers, unknown_tokens, unused_columns
+from rlhf_fast.data.rows import KINDS, Example, parse_lines
 from rlhf_fast.errors import UserError, listed
 
+GUESS_ROWS = 50
 SHOWN_ERRORS = 20
 SHOWN_TOKENS = 48
 SHOWN_LINES = 5
@@ -33,14 +38,14 @@ class Report:
     errors: list[tuple[int, InvalidRow]] = field(default_factory=list)
 
 
-def guess_kind(path: str | Path, columns: Mapping[str, str]) -> str:
-    """Return the kind whose columns most of the first rows have. UserError if no row fits a kind."""
+def guess_kind(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Return the kind whose columns most of the rows have. UserError if no row fits a kind."""
     counts: Counter[str] = Counter()
     found: Counter[str] = Counter()
-    for row in raw_rows(path, 50):
+    for row in rows:
         found.update(row.keys())
         names = set(row) | {ours for ours, theirs in columns.items() if theirs in row}
-        if names & {"chosen", "rejected", "responses", "ranks"}:
+        if names & {"chosen", "rejected", "responses", "ranks"} or isinstance(row.get("completions"), list):
             counts["comparisons"] += 1
         elif names & {"completion", "response", "messages", "conversations", "output"}:
             counts["demonstrations"] += 1
@@ -55,31 +60,48 @@ def guess_kind(path: str | Path, columns: Mapping[str, str]) -> str:
     return counts.most_common(1)[0][0]
 
 
-def examine(path: str | Path, kind: str = "", columns: Mapping[str, str] | None = None, limit: int = 0) -> Report:
-    """Read every row. UserError only for a file that cannot be read or holds no rows."""
-    columns = columns or {}
-    report = Report(kind or guess_kind(path, columns))
-    for line, found in scan_examples(path, report.kind, columns):
+def examine(cfg: DataConfig, kind: str = "") -> Report:
+    """Read every row, once, so that a pipe will do. UserError only for a file that cannot be read or holds no rows."""
+    path = cfg.path
+    require_our_names(path, cfg.columns)
+    lines = read_lines(path)
+    first: list[tuple[int, bytes]] = []
+    if not kind:
+        rows: list[Mapping[str, Any]] = []
+        for number, line in lines:
+            first.append((number, line))
+            try:
+                rows.append(parse_object(line, unique_keys=False))
+            except InvalidRow:
+                continue
+            if len(rows) == GUESS_ROWS:
+                break
+        kind = guess_kind(path, rows, cfg.columns)
+    report = Report(kind)
+    for number, found in parse_lines(chain(first, lines), kind, cfg.columns, cfg.remove_columns):
         if isinstance(found, InvalidRow):
-            report.errors.append((line, found))
+            report.errors.append((number, found))
         else:
             report.examples.append(found)
-        if limit and len(report.examples) + len(report.errors) == limit:
+        if cfg.limit and len(report.examples) + len(report.errors) == cfg.limit:
             break
     if not report.examples and not report.errors:
-        raise UserError(f"{path}: the file holds no rows; expected JSON lines with {EXPECTED[report.kind]}")
+        raise UserError(f"{path}: the file holds no rows; expected JSON lines with {EXPECTED[kind]}")
     return report
 
 
 def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = print) -> int:
     """Print the report and return the number of errors."""
-    report = examine(cfg.path, kind, cfg.columns, cfg.limit)
+    report = examine(cfg, kind)
     examples, errors = report.examples, report.errors
     echo(f"{cfg.path}: {len(examples) + len(errors)} rows read as {report.kind}, {len(errors)} with errors")
     if errors:
         _echo_errors(cfg.path, errors, echo)
     if not examples:
         return len(errors)
+    unused = unused_columns(examples)
+    if unused:
+        echo(f"  not used: {unused}")
     _echo_repeats(report, echo)
     prompt_sizes = [len(prompt_as_text(example.prompt)) for example in examples]
     response_sizes = [len(response) for example in examples for response in example.responses]
@@ -90,6 +112,9 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
         ties = sum(len(example.ranks) > len(set(example.ranks)) for example in examples)
         echo(f"  rows with ties: {ties}")
     if tokenizer is None:
+        markers = spelled_markers(find_markers(examples, ()))
+        if markers:
+            echo(f"  {markers}")
         echo("  give --tokenizer DIR to see tokens, over-long rows and special tokens in the text")
         return len(errors)
     return len(errors) + _echo_tokens(cfg, report, tokenizer, echo)
@@ -130,12 +155,10 @@ def _echo_lengths(unit: str, prompts: list[int], responses: list[int], echo: Ech
 
 
 def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) -> int:
-    """Print lengths, exceeded limits, special tokens and one row. Return the number of rows the template refuses."""
+    """Print lengths, exceeded limits, special tokens and one row. Return the number of rows that no stage takes."""
     encoder = Encoder(tokenizer, cfg.template, cfg.append_eos)
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
-    spelled: Counter[str] = Counter()
-    spelled_lines: list[str] = []
     num_refused = 0
     for example in report.examples:
         try:
@@ -146,11 +169,6 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
                 echo(f"  {cfg.path}:{example.line}: {error}")
             continue
         rows.append(row)
-        texts = [example.prompt, *example.responses]
-        tokens = [token for text in texts for token in encoder.spelled_special_tokens(text)]
-        if tokens:
-            spelled.update(tokens)
-            spelled_lines.append(str(example.line))
         reason = exceeded_limit(remove_long_responses(row, cfg)[0], cfg) if report.kind != "texts" else ""
         if reason:
             dropped[reason] += 1
@@ -160,13 +178,17 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
     _echo_lengths("tokens", [len(row.prompt) for row in rows], list(map(len, responses)), echo)
     for reason, count in dropped.items():
         echo(f"  left out in training: {count} {reason}")
-    if spelled:
-        found = ", ".join(f"{token} {count} times" for token, count in spelled.items())
-        lines = listed(spelled_lines, SHOWN_LINES)
-        echo(f"  special tokens spelled out in the text (they stay text): {found}, lines {lines}")
+    markers = find_markers(report.examples, encoder.special, encoder.template == "chat")
+    unknown = unknown_tokens((ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
+    for note in (unknown, spelled_markers(markers)):
+        if note:
+            echo(f"  {note}")
+    fault = rendered_rows(markers, len(report.examples))
+    if fault:
+        echo(f"  {cfg.path}: {fault}")
     if rows:
         _echo_row(report.examples[0].line, rows[0], tokenizer, echo)
-    return num_refused
+    return num_refused + (len(markers.rendered) if fault else 0)
 
 
 def _encode(encoder: Encoder, kind: str, example: Example) -> Row:

@@ -18,6 +18,7 @@ from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_r
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import Dialog, InvalidRow
+from rlhf_fast.data.notes import row_notes
 from rlhf_fast.data.rows import Example, read_examples
 from rlhf_fast.errors import UserError
 
@@ -159,12 +160,13 @@ def _read_rows(
     path: str, limit: int, kind: str, encoder: Encoder, cfg: DataConfig, context: int
 ) -> tuple[list[Row], str]:
     """Return the rows of a file, and a sentence on them."""
-    examples = read_examples(path, kind, cfg.columns, limit)
+    examples = read_examples(path, kind, cfg.columns, limit, cfg.remove_columns)
     rows, dropped = encode(examples, path, kind, encoder, cfg, context)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not rows:
         raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
-    return rows, f"{path}: {len(rows)} {kind}" + (f"; left out: {reasons}" if reasons else "")
+    notes = row_notes(path, examples, (ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
+    return rows, "; ".join([f"{path}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
 
 
 def encode(

@@ -17,7 +17,7 @@ from rlhf_fast.config.presets import preset
 from rlhf_fast.config.resolve import resolve
 from rlhf_fast.config.stages import STAGES, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.config.yaml_file import Setting, read_yaml
-from rlhf_fast.data.rows import require_file
+from rlhf_fast.data.json_lines import require_file
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.run.memory import peak_memory, reset_peak_memory

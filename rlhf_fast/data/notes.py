@@ -1,0 +1,115 @@
+"""Sentences on the rows of a file: what was not used, markers of a chat template in the text, unknown tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from rlhf_fast.data.encode import Encoder
+from rlhf_fast.data.rows import Example
+from rlhf_fast.errors import UserError, listed
+
+SHOWN_LINES = 5
+CHAT_MARKERS = (
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "<start_of_turn>"),
+    *("<end_of_turn>", "[INST]", "[/INST]", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>"),
+    *("<｜User｜>", "<｜Assistant｜>", "<|start|>", "<|turn>"),
+)
+"""Markers that common chat templates put around turns, whether the tokenizer at hand knows them or not."""
+
+
+class Markers(NamedTuple):
+    """Markers of a chat template, and special tokens of the tokenizer, that the data spell as text."""
+
+    counts: Counter[str]
+    """Number of texts in which each of them stands."""
+    lines: list[int]
+    """Lines of the rows that hold one."""
+    rendered: list[int]
+    """Lines of the rows whose prompt begins or whose response ends with one: a template was applied before."""
+
+
+def unused_columns(examples: Iterable[Example]) -> str:
+    """Return the columns and keys that no format reads, each with the number of its rows; "" if there are none."""
+    counts: Counter[str] = Counter()
+    total = 0
+    for example in examples:
+        counts.update(example.unused)
+        total += 1
+    return ", ".join(f"{name} ({count} of {total} rows)" for name, count in counts.items())
+
+
+def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool = True) -> Markers:
+    """Return the special tokens that the data spell; with `chat` also the markers of other templates."""
+    names = [*dict.fromkeys((*special, *(CHAT_MARKERS if chat else ())))]
+    starts = {name[:2] for name in names}
+    found = Markers(Counter(), [], [])
+    for example in examples:
+        turns = [example.prompt] if isinstance(example.prompt, str) else [turn["content"] for turn in example.prompt]
+        texts = [*turns, *example.responses]
+        if not any(start in text for text in texts for start in starts):
+            continue
+        here = Counter(name for text in texts for name in names if name in text)
+        if not here:
+            continue
+        found.counts.update(here)
+        found.lines.append(example.line)
+        begins = tuple(here)
+        if any(text.lstrip().startswith(begins) for text in turns) or any(
+            text.rstrip().endswith(begins) for text in example.responses
+        ):
+            found.rendered.append(example.line)
+    return found
+
+
+def rendered_rows(markers: Markers, total: int) -> str:
+    """Return the fault of a file of which most rows are rendered already; "" for another file."""
+    if 2 * len(markers.rendered) <= total:
+        return ""
+    return (
+        f"{len(markers.rendered)} of {total} rows hold the markers of a chat template already"
+        f" ({listed(list(markers.counts), SHOWN_LINES)}; lines {_lines(markers.rendered)}), and text never becomes a"
+        " special token; give the bare texts, or messages, to which the template is applied"
+    )
+
+
+def spelled_markers(markers: Markers) -> str:
+    """Return a sentence on the markers that the data spell; "" if they spell none."""
+    if not markers.counts:
+        return ""
+    found = ", ".join(f"{name} {count} times" for name, count in markers.counts.items())
+    return f"special tokens spelled out in the text (they stay text): {found}, lines {_lines(markers.lines)}"
+
+
+def unknown_tokens(sequences: Iterable[Sequence[int]], encoder: Encoder) -> str:
+    """Return a sentence on the text that the tokenizer cannot express; "" if it can express all."""
+    unknown = encoder.tokenizer.unk_token_id
+    if unknown is None or unknown in (*encoder.bos, *encoder.end):
+        return ""
+    count = total = 0
+    for ids in sequences:
+        count += list(ids).count(unknown)
+        total += len(ids)
+    if not count:
+        return ""
+    return (
+        f"{count} of {total} tokens ({count / total:.1%}) are unknown to the tokenizer ({encoder.tokenizer.unk_token})"
+    )
+
+
+def row_notes(
+    path: str, examples: Sequence[Example], sequences: Iterable[Sequence[int]], encoder: Encoder
+) -> list[str]:
+    """Return the sentences on a file that a stage reads. UserError if most of its rows are rendered already."""
+    markers = find_markers(examples, encoder.special, encoder.template == "chat")
+    fault = rendered_rows(markers, len(examples))
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    unused = unused_columns(examples)
+    notes = [f"not used: {unused}" if unused else "", unknown_tokens(sequences, encoder), spelled_markers(markers)]
+    return [note for note in notes if note]
+
+
+def _lines(lines: Sequence[Any]) -> str:
+    return listed([str(line) for line in lines], SHOWN_LINES)

@@ -1,0 +1,310 @@
+"""Columns and keys: what changes the meaning of a row is served or refused, and everything that is not used is named.
+
+No row here is one of the reports that led to these rules; each test holds at least two forms that were found by asking
+what else belongs to the kind.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import toy
+from test_data import CHATML, TURNS, byte_level, write
+
+from rlhf_fast.config.fields import DataConfig
+from rlhf_fast.data import read_comparisons, read_demonstrations, read_prompts
+from rlhf_fast.data.check import check
+from rlhf_fast.data.fields import InvalidRow
+from rlhf_fast.data.json_lines import require_file
+from rlhf_fast.data.rows import parse_row, read_examples
+from rlhf_fast.errors import UserError
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER, ANSWER = TURNS
+EARLIER = [{"role": "user", "content": "Name a sea."}, {"role": "assistant", "content": "The Red Sea."}]
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+
+SERVED = [
+    # system: beside a prompt, a question, chosen and rejected in both forms, ranks, and a text in HH's form
+    ("demonstrations", {"system": "Be brief.", "prompt": "hi", "completion": "yes"}, [SYSTEM, USER]),
+    ("demonstrations", {"system": "", "prompt": "hi", "completion": "yes"}, "hi"),
+    ("demonstrations", {"system": "Be brief.", "instruction": "hi", "output": "yes"}, [SYSTEM, USER]),
+    ("demonstrations", {"system": "Be brief.", "messages": [SYSTEM, *TURNS]}, [SYSTEM, USER]),
+    ("demonstrations", {"system": "Be brief.", "prompt": [USER], "completion": [ANSWER]}, [SYSTEM, USER]),
+    ("comparisons", {"system": "Be brief.", "prompt": "hi", "chosen": "a", "rejected": "b"}, [SYSTEM, USER]),
+    ("comparisons", {"system": "Be brief.", "prompt": "hi", "responses": ["a", "b"], "ranks": [0, 1]}, [SYSTEM, USER]),
+    (
+        "comparisons",
+        {"system": "Be brief.", "chosen": TURNS, "rejected": [USER, {"role": "assistant", "content": "no"}]},
+        [SYSTEM, USER],
+    ),
+    (
+        "comparisons",
+        {"system": "Be brief.", "chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant: b"},
+        [SYSTEM, USER],
+    ),
+    ("prompts", {"system": "Be brief.", "prompt": "hi"}, [SYSTEM, USER]),
+    ("prompts", {"messages": [{"role": "developer", "content": "Be brief."}, USER]}, [SYSTEM, USER]),
+    # history
+    (
+        "demonstrations",
+        {"history": [["Name a sea.", "The Red Sea."]], "prompt": "hi", "response": "y"},
+        [*EARLIER, USER],
+    ),
+    ("prompts", {"history": EARLIER, "system": "Be brief.", "prompt": "hi"}, [SYSTEM, *EARLIER, USER]),
+    ("prompts", {"history": [], "prompt": "hi"}, "hi"),
+    # context and input below the instruction, number and null
+    ("prompts", {"instruction": "Add.", "context": "1 and 2"}, "Add.\n\n1 and 2"),
+    ("prompts", {"instruction": "Round.", "input": 2.5}, "Round.\n\n2.5"),
+    ("prompts", {"instruction": "Is it big?", "input": 10**20}, "Is it big?\n\n100000000000000000000"),
+    ("prompts", {"instruction": "hi", "input": None, "context": "  "}, "hi"),
+    ("comparisons", {"instruction": "Add.", "input": "1", "chosen": "a", "rejected": "b"}, "Add.\n\n1"),
+    # the prompt as a conversation of its own, and rows that repeat it
+    ("comparisons", {"conversations": [USER], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"}, [USER]),
+    ("comparisons", {"messages": [SYSTEM, USER], "responses": ["a", "b"], "ranks": [0, 1]}, [SYSTEM, USER]),
+    (
+        "comparisons",
+        {
+            "prompt": "hi",
+            "chosen": [SYSTEM, *TURNS],
+            "rejected": [SYSTEM, USER, {"role": "assistant", "content": "no"}],
+        },
+        [SYSTEM, USER],
+    ),
+    ("demonstrations", {"prompt": "hi", "messages": [SYSTEM, *TURNS], "completion": "yes"}, [SYSTEM, USER]),
+    ("prompts", {"prompt": "hi", "messages": [SYSTEM, *TURNS, USER, ANSWER]}, [SYSTEM, USER]),
+    ("prompts", {"prompt": "hi", "messages": [*EARLIER, *TURNS]}, [*EARLIER, USER]),
+    ("prompts", {"prompt": "Sum up: it rains.", "context": "it rains.", "instruction": "Sum up"}, "Sum up: it rains."),
+    # contents in parts
+    ("prompts", {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, "i"]}]}, [USER]),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "prompt"), SERVED)
+def test_what_changes_the_prompt_is_in_it(kind, row, prompt):
+    assert parse_row(row, kind).prompt == prompt
+
+
+def test_turns_keep_what_a_template_shows():
+    """Tools as JSON text, flat or in OpenAI's form; calls whose arguments are text; thoughts; a tool's answer."""
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+    turns = [
+        {"from": "human", "value": "Time?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"from": "observation", "value": "9"},
+        {"role": "assistant", "content": "Nine.", "reasoning_content": "9 is nine", "refusal": None},
+    ]
+    row = {"conversations": turns, "tools": json.dumps([TOOL["function"]])}
+    example = parse_row(row, "demonstrations")
+    assert example.tools == (TOOL,) and example.responses == ("Nine.",)
+    assert [turn["role"] for turn in example.conversation] == ["user", "assistant", "tool", "assistant"]
+    assert example.conversation[1] == {"role": "assistant", "content": "", "tool_calls": [{"id": "1"} | CALL]}
+    assert example.conversation[3]["reasoning_content"] == "9 is nine"
+    assert example.prompt == [*example.conversation[:3]] and example.unused == ("conversations[].refusal",)
+    assert parse_row({"prompt": "Time?", "tools": [TOOL]}, "prompts").tools == (TOOL,)
+    called = parse_row({"prompt": "Time?", "completion": [turns[1]], "tools": [TOOL]}, "demonstrations")
+    assert called.conversation == ({"role": "user", "content": "Time?"}, example.conversation[1])
+
+
+@pytest.mark.parametrize(
+    "flags", [("weight", 0, 1), ("loss", False, True), ("train", 0, True), ("masked", True, False)]
+)
+def test_a_turn_without_loss(flags):
+    name, off, on = flags
+    turns = [EARLIER[0], EARLIER[1] | {name: off}, USER, ANSWER | {name: on}]
+    example = parse_row({"messages": turns}, "demonstrations")
+    assert [turn.get("weight") for turn in example.conversation] == [None, 0, None, 1] and not example.unused
+    with pytest.raises(InvalidRow, match="every answer has weight 0"):
+        parse_row({"messages": [*turns[:3], ANSWER | {name: off}]}, "demonstrations")
+    assert parse_row({"messages": turns}, "prompts").unused == (f"messages[].{name}",)
+    # the answers of a prompt that has a column of its own are not learned; those of a history are
+    call = ANSWER | {"tool_calls": [CALL]}
+    example = parse_row({"prompt": [*EARLIER, USER], "completion": [call]}, "demonstrations")
+    assert [turn.get("weight") for turn in example.conversation] == [None, 0, None, None]
+
+
+REFUSED = [
+    ("demonstrations", {"prompt": "p", "completion": "c", "audio": {"path": "a.wav"}}, "audio: only text"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "video_url": "v.mp4"}, "remove_columns: [video_url]"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "context": "k"}, "columns: {instruction: prompt}"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "input": "k"}, "input changes the row's meaning"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "system_prompt": "s"}, "columns: {system: system_prompt}"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "instruction": "i"}, "instruction changes the row's meaning"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "functions": [{}]}, "give it as tools"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "label": False}, "marks a bad answer"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "kto_tag": False}, "marks a bad answer"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "weight": 0}, "weight is 0"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "response": "d"}, "completion and response differ"),
+    ("demonstrations", {"messages": TURNS, "completion": "c"}, "completion is no answer of the conversation"),
+    ("demonstrations", {"messages": TURNS, "prompt": "other"}, "prompt changes the row's meaning"),
+    (
+        "demonstrations",
+        {"messages": TURNS, "history": [["a", "b", "c"]]},
+        "history[0] must be a list of [question, ans",
+    ),
+    ("demonstrations", {"messages": [SYSTEM, *TURNS], "system": "Be long."}, "system and the conversation's own"),
+    ("demonstrations", {"instruction": "i", "input": ["k"], "output": "o"}, "input must be text, found a list"),
+    ("demonstrations", {"instruction": "i", "input": True, "output": "o"}, "input must be text, found true or false"),
+    ("demonstrations", '{"instruction": "i", "input": NaN, "output": "o"}', "input must be text, found NaN"),
+    ("demonstrations", {"instruction": "i", "input": "a", "context": "b", "output": "o"}, "context changes the row"),
+    ("demonstrations", {"prompt": "p", "completion": "\u200b\ufeff \u3164"}, "only characters that cannot be seen"),
+    ("demonstrations", {"messages": [USER | {"images": ["a.png"]}, ANSWER]}, "messages[0].images changes"),
+    ("demonstrations", {"messages": [USER | {"name": "Zoe"}, ANSWER]}, "remove_columns: [messages[].name]"),
+    ("demonstrations", {"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, "give it as tool_calls"),
+    ("demonstrations", {"messages": [USER | {"weight": 1}, ANSWER]}, "a loss on a turn of the user"),
+    ("demonstrations", {"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight must be 0 or 1, found 0.5"),
+    ("demonstrations", {"messages": [USER, ANSWER | {"weight": 1, "loss": False}]}, "contradict each other"),
+    ("demonstrations", {"messages": [USER, ANSWER | {"loss_scale": 2}]}, "messages[1].loss_scale changes"),
+    (
+        "demonstrations",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}, ANSWER]},
+        "messages[0].content[0] must be text, found image_url",
+    ),
+    ("demonstrations", {"conversations": [{"from": "function_call", "value": "{}"}]}, "give the call as tool_calls"),
+    ("demonstrations", {"messages": TURNS, "tools": "no"}, "tools must be JSON"),
+    ("demonstrations", {"messages": TURNS, "tools": [{"description": "d"}]}, "tools[0] must be a function with a name"),
+    (
+        "demonstrations",
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        'the key "content" is given twice',
+    ),
+    (
+        "comparisons",
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "id": {"k": 1, "k": 2}}',
+        'the key "k" is given twice',
+    ),
+    ("comparisons", {"post": "x y", "chosen": "x a", "rejected": "x b"}, "set columns: {prompt: post}"),
+    ("comparisons", {"Query": "x", "id": "7", "chosen": "x a", "rejected": "x b"}, "set columns: {prompt: Query}"),
+    ("comparisons", {"prompt": "p", "chosen": "a", "rejected": "b", "messages": TURNS}, "messages changes the row"),
+    (
+        "comparisons",
+        {"prompt": "p", "chosen": [ANSWER | {"tool_calls": [CALL]}], "rejected": "b"},
+        "chosen has tool_calls, which no comparison can have",
+    ),
+    ("comparisons", {"instruction": "i", "completions": [{"response": "a"}]}, "converts UltraFeedback's rows"),
+    ("prompts", {"prompt": "p", "messages": TURNS}, "prompt is no user's turn of the conversation"),
+    ("prompts", {"prompt": "p", "documents": ["d"]}, "documents changes the row's meaning"),
+    ("texts", {"text": "t", "image": "a.png"}, "image: only text"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "sentence"), REFUSED)
+def test_what_cannot_be_served_is_refused(tmp_path, kind, row, sentence):
+    path = write(tmp_path / "d.jsonl", [row])
+    with pytest.raises(UserError) as error:
+        read_examples(path, kind)
+    assert sentence in str(error.value) and str(error.value).startswith(f"{path}:1: ")
+
+
+def test_a_column_may_be_left_out_or_mapped():
+    row = {"prompt": "p", "completion": "c", "context": "k", "images": ["a.png"]}
+    example = parse_row(row, "demonstrations", removed=("images", "context"))
+    assert example[1:3] == ("p", ("c",)) and example.unused == ("context", "images")
+    example = parse_row(row, "demonstrations", {"instruction": "prompt"}, removed=("images",))
+    assert example.prompt == "p\n\nk"
+    row = {"messages": [USER | {"name": "Zoe"}, ANSWER]}
+    assert parse_row(row, "demonstrations", removed=("messages[].name",)).unused == ("messages[].name",)
+    # `system` and the like may be missing in some rows; a mapped column is not seen under its own name
+    columns = {"system": "sys", "prompt": "q", "completion": "prompt"}
+    assert parse_row({"q": "hi", "prompt": "yes"}, "demonstrations", columns)[1:3] == ("hi", ("yes",))
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 9, 4.5]}
+    assert parse_row(row, "comparisons").ranks == (2, 0, 1)
+
+
+def test_every_unused_column_is_named_in_check_and_in_the_stages_note(tmp_path):
+    turns = [USER | {"id": 1}, ANSWER]
+    rows = [{"messages": turns, "topic": "a"}, {"messages": TURNS, "topic": None, "n": float("nan")}]
+    path = write(tmp_path / "d.jsonl", rows)
+    lines: list[str] = []
+    assert check(DataConfig(path), echo=lines.append) == 0
+    named = "not used: topic (2 of 2 rows), messages[].id (1 of 2 rows), n (1 of 2 rows)"
+    assert f"  {named}" in lines
+    assert named in read_demonstrations(DataConfig(path), byte_level(CHATML)).train.notes
+    assert (
+        "not used"
+        not in read_prompts(DataConfig(write(tmp_path / "p.jsonl", [{"prompt": "p"}])), byte_level()).train.notes
+    )
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 9}]
+    notes = read_comparisons(DataConfig(write(tmp_path / "c.jsonl", pairs)), byte_level()).train.notes
+    assert "not used: score_chosen (1 of 1 rows)" in notes
+
+
+def test_rows_that_are_rendered_already(tmp_path):
+    """Prompts of Llama 2 and Gemma, messages whose content begins with a marker; no question about markers."""
+    for prompt, completion in (
+        ("[INST] Say 1 [/INST]", "It is 1."),
+        ("<start_of_turn>user\nSay 1<end_of_turn>\n<start_of_turn>model\n", "It is 1.<end_of_turn>"),
+        ([{"role": "user", "content": "<|im_start|>user\nSay 1"}], "It is 1."),
+    ):
+        cfg = DataConfig(write(tmp_path / "d.jsonl", [{"prompt": prompt, "completion": completion}] * 2))
+        with pytest.raises(UserError, match="2 of 2 rows hold the markers of a chat template already"):
+            read_demonstrations(cfg, byte_level(CHATML))
+        lines: list[str] = []
+        assert check(cfg, tokenizer=byte_level(CHATML), echo=lines.append) == 2
+        assert "2 of 2 rows hold the markers" in "\n".join(lines)
+        lines.clear()
+        assert check(cfg, echo=lines.append) == 0 and "spelled out in the text" in "\n".join(lines)
+    asked = {"prompt": "What does <|im_end|> mean?", "completion": "It ends a turn."}
+    cfg = DataConfig(write(tmp_path / "d.jsonl", [asked]))
+    assert "(they stay text): <|im_end|> 1 times, lines 1" in read_demonstrations(cfg, byte_level(CHATML)).train.notes
+    # without a chat template a marker that the tokenizer does not know is text like any other
+    cfg = DataConfig(write(tmp_path / "d.jsonl", [{"prompt": "[INST] Say 1 [/INST]", "completion": "It is 1."}]))
+    assert "spelled" not in read_demonstrations(cfg, byte_level()).train.notes
+
+
+def test_unknown_tokens_are_counted(tmp_path):
+    tokenizer = toy.tokenizer()
+    cfg = DataConfig(write(tmp_path / "d.jsonl", [{"prompt": "Ωμέγα", "completion": "你好"}]))
+    lines: list[str] = []
+    check(cfg, tokenizer=tokenizer, echo=lines.append)
+    for text in ("\n".join(lines), read_demonstrations(cfg, tokenizer).train.notes):
+        assert "are unknown to the tokenizer" in text
+
+
+@pytest.mark.parametrize("form", ["pipe", "gzip pipe", "fifo", "gzip without its suffix"])
+def test_check_reads_a_stream_once(tmp_path, form):
+    """As in `cat FILE | rlhf-fast check /dev/stdin`."""
+    rows = "".join(json.dumps({"prompt": f"question {i}", "completion": "a"}) + "\n" for i in range(3000)).encode()
+    data = gzip.compress(rows) if "gzip" in form else rows
+    path = tmp_path / "rows"
+    with contextlib.ExitStack() as stack:
+        if form.endswith("pipe"):
+            read_end, write_end = os.pipe()
+            stack.callback(os.close, read_end)
+            path, target = Path(f"/dev/fd/{read_end}"), write_end
+        else:
+            target = path
+            if form == "fifo":
+                os.mkfifo(path)
+
+        def write_all() -> None:
+            with open(target, "wb") as stream:
+                stream.write(data)
+
+        writer = threading.Thread(target=write_all, daemon=True)
+        writer.start()
+        if form.startswith("gzip without"):
+            writer.join()
+        lines: list[str] = []
+        assert check(DataConfig(str(path)), echo=lines.append) == 0
+        assert "3000 rows read as demonstrations, 0 with errors" in lines[0] and "  different prompts: 3000" in lines
+
+
+def test_a_stage_refuses_a_pipe(tmp_path):
+    """It reads its data again when it goes on after a stop."""
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/null"):
+        with pytest.raises(UserError, match="is no file but a pipe or device"):
+            require_file(path)
+
+
+def test_names_that_are_no_file(tmp_path):
+    for name in ("Tell me " * 40, "a\0b", str(tmp_path / "d.jsonl" / "x")):
+        (tmp_path / "d.jsonl").touch()
+        with pytest.raises(UserError, match="there is no such file"):
+            read_examples(name, "prompts")
