@@ -81,7 +81,7 @@ def read_json(path: str | Path) -> Any:
     """Return the contents of a JSON file, None if there is no such file; UserError if it cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is not JSON"
