@@ -245,8 +245,8 @@ def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
 def test_difference_sees_every_setting():
     cfg = PPOConfig()
     assert difference(cfg, PPOConfig()) == []
-    changed = resolve(PPOConfig, settings({"sampling.top_p": 0.9}))
-    assert difference(cfg, changed) == [("sampling.top_p", 1.0, 0.9)]
+    changed = resolve(PPOConfig, settings({"sampling.temperature": 0.9}))
+    assert difference(cfg, changed) == [("sampling.temperature", 1.0, 0.9)]
     assert flatten(cfg).keys() == setting_types(PPOConfig).keys()
 
 

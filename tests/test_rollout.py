@@ -264,10 +264,10 @@ def test_stop_texts_are_looked_for_in_each_row_alone():
         if not rows:
             break
         tokens = np.array([generated[row][step] for row in rows])
-        stop = criteria(tokens, np.array(rows), np.full(len(rows), step + 1))
-        if stop is not None:
-            ends |= {row: (step + 1, reason) for row, finished, reason in zip(rows, *stop, strict=True) if finished}
-    assert ends == {0: (3, STOP), 1: (1, batches.EOS), 2: (5, STOP)}
+        stops = criteria(tokens, np.array(rows), np.full(len(rows), step + 1))
+        if stops is not None:
+            ends |= {row: (step + 1, *why) for row, finished, *why in zip(rows, *stops, strict=True) if finished}
+    assert ends == {0: (3, STOP, 0), 1: (1, batches.EOS, -1), 2: (5, STOP, 0)}
 
 
 @pytest.mark.parametrize("stop", ["yz", "xyz", "wxyz", "vwxyz"])

@@ -272,6 +272,12 @@ class PPOConfig(_Stage):
         require(self, math.isfinite(self.missing_eos_value), "missing_eos_value", "must be a number")
         if not self.sampling.temperature > 0:
             raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
+        for name in self.sampling.biased_filters[:1]:
+            raise UserError(
+                f"ppo: sampling.{name} {getattr(self.sampling, name)} keeps tokens from being sampled whose"
+                " log-probabilities PPO trains on, which biases its gradient; leave it out, or set"
+                " sampling.allow_biased_filters"
+            )
 
     @property
     def num_batches(self) -> int:

@@ -27,11 +27,15 @@ from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model import lora, packing
 from rlhf_fast.model.dropout import ResidualDropout, disable_dropout
 from rlhf_fast.model.pretrained import load_module, load_tokenizer, quiet
+from rlhf_fast.model.vocabulary import Vocabulary, read_vocabulary
 
 Head = Literal["lm", "scalar"]
 SCORE_BIAS = "rlhf_fast_score_bias"
 """Key of config.json for the constant that is added to the score: transformers' `score` layers have no bias. A program
 that does not know the key reads scores shifted by this constant; rankings and differences are the same."""
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the logits' soft cap in a config (Gemma; RecurrentGemma; xLSTM)."""
 
 
 class Model:
@@ -49,10 +53,13 @@ class Model:
         disable_dropout(self.base)
         self._residual_dropout = ResidualDropout()
         self._packing_checked = False
-        self.softcap = float(getattr(self.text_config, "final_logit_softcapping", None) or 0.0)
+        caps = (getattr(self.text_config, name, None) for name in SOFTCAPS)
+        self.softcap = float(next(filter(None, caps), 0.0))
         self.logit_scale = 1.0
         self.score_bias = float(getattr(self.base.config, SCORE_BIAS, 0.0))
         module.eval()
+        self._vocabulary = (tokenizer, self._read_vocabulary())
+        self._head_mask: Tensor | None = None
         self._check_causal()
         if head == "lm":
             self._check_lm_head()
@@ -104,16 +111,56 @@ class Model:
 
     @property
     def head_weight(self) -> Tensor:
-        """The output embedding (V, D), or the score row (1, D)."""
-        return self._head_layer.weight
+        """The output embedding's rows up to the last token (num_tokens, D), or the score row (1, D). With `head_bias`
+        it is the head that samples and scores. The cross-entropy is over all rows, those of `head_layer`, so that other
+        programs give rows without a token no probability either."""
+        weight = self.head_layer.weight
+        return weight if self.head == "scalar" or len(weight) == self.num_tokens else weight[: self.num_tokens]
 
     @property
     def head_bias(self) -> Tensor | None:
-        return getattr(self._head_layer, "bias", None)
+        """The bias (num_tokens,) of the head, which also masks the ids below the last token that no token has."""
+        bias = getattr(self.head_layer, "bias", None)
+        if self.head == "scalar":
+            return bias
+        bias = None if bias is None else bias[: self.num_tokens]
+        if not self.vocabulary.unused:
+            return bias
+        weight = self.head_layer.weight
+        mask = self._head_mask
+        if mask is None or (len(mask), mask.dtype, mask.device) != (self.num_tokens, weight.dtype, weight.device):
+            mask = self._head_mask = self.vocabulary.mask(weight.dtype, weight.device)
+        return mask if bias is None else bias + mask
 
     @property
-    def _head_layer(self) -> Any:
+    def head_layer(self) -> Any:
+        """transformers' own layer: the output embedding with all its rows, or the score row."""
         return self.base.get_output_embeddings() if self.head == "lm" else lora.active_layer(self.base.score)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that have a token."""
+        if self._vocabulary[0] is not self.tokenizer:
+            self._vocabulary, self._head_mask = (self.tokenizer, self._read_vocabulary()), None
+        return self._vocabulary[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Last id of a token, plus 1: all ids that are sampled are below it. Without a tokenizer, the number of rows.
+        The embedding may have more rows; another model that reads the responses needs at least so many."""
+        return self.vocabulary.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the embedding: the ids below it can be read."""
+        embedding: Any = self.base.get_input_embeddings()
+        return embedding.weight.shape[0]
+
+    def _read_vocabulary(self) -> Vocabulary:
+        rows = self.num_rows
+        if self.head == "lm" and (head := self.base.get_output_embeddings()) is not None:
+            rows = min(rows, head.weight.shape[0])
+        return read_vocabulary(self.tokenizer, rows, self.name)
 
     @property
     def max_positions(self) -> int:
@@ -269,7 +316,7 @@ class Model:
             logits = F.linear(hidden * scale, head.weight.float(), bias)
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            if _allclose(logits, expected, head.weight):
+            if logits.shape == expected.shape and _allclose(logits, expected, head.weight):
                 self.logit_scale = scale
                 return
         raise UserError(
