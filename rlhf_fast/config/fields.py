@@ -146,12 +146,12 @@ class SamplingConfig:
         require(self, all(self.stop), "stop", "must not have an empty text, which every response has")
 
     @property
-    def biased_filters(self) -> list[str]:
-        """Names of the settings that keep tokens from being sampled, unless that is allowed."""
+    def biased_filters(self) -> dict[str, float]:
+        """The settings that keep tokens from being sampled, with their values without effect. None if it is allowed."""
+        without_effect = {"top_k": 0, "top_p": 1, "min_p": 0, "min_new_tokens": 0}
         if self.allow_biased_filters:
-            return []
-        kept = {"top_k": 0, "top_p": 1, "min_p": 0, "min_new_tokens": 0}
-        return [name for name, everything in kept.items() if getattr(self, name) != everything]
+            return {}
+        return {name: off for name, off in without_effect.items() if getattr(self, name) != off}
 
 
 @dataclass(frozen=True)

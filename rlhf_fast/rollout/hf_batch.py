@@ -83,7 +83,7 @@ class CachedBatch:
         output = self.model.run_decoder(input_ids=tokens, use_cache=True, **kwargs)
         self.cache = getattr(output, self.cache_name, None)
         if self.cache is None:
-            raise NoCache("it keeps none")
+            raise NoCache
         return output.last_hidden_state[:, -1]
 
 
@@ -152,6 +152,8 @@ def _problem(model: Model, prompt_lengths: tuple[int, int, int]) -> str:
         return ""  # too few positions to try it
     try:
         error = _cache_error(model, prompt_lengths)
+    except NoCache:
+        return "its decoder returns no cache"
     except Exception as exception:  # an architecture's own code may fail in a batch that training never has
         reason = str(exception).partition("\n")[0]
         return f"its decoder fails over transformers' own cache ({type(exception).__name__}: {reason})"
