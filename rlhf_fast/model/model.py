@@ -29,14 +29,16 @@ from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, dis
 from rlhf_fast.model.noise import check_causal, find_noise
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.pretrained import load_module, load_tokenizer, quiet
+from rlhf_fast.model.vocabulary import Vocabulary
 
 Head = Literal["lm", "scalar"]
 SCORE_BIAS = "rlhf_fast_score_bias"
 """Key of config.json for the constant that is added to the score: transformers' `score` layers have no bias. A program
 that does not know the key reads scores shifted by this constant; rankings and differences are the same."""
-
 SCORE_TOKEN = "rlhf_fast_score_token"
 """Key of config.json for the token whose score is the row's. Folders without it, but with the bias, mean the last."""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the logits' soft cap in a config (Gemma; RecurrentGemma; xLSTM)."""
 
 
 class Model:
@@ -49,12 +51,14 @@ class Model:
         self.head: Head = head
         self.cfg = cfg or ModelConfig()
         self.adapter_enabled = True
+        self._vocabulary: Vocabulary | None = None
         # transformers warns if the input holds padding and no mask; with padding on the right none is needed
         self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         disable_dropout(self.base)
         self._residual_dropout = ResidualDropout()
         self._packing_checked = False
-        self.softcap = float(getattr(self.text_config, "final_logit_softcapping", None) or 0.0)
+        caps = (getattr(self.text_config, name, None) for name in SOFTCAPS)
+        self.softcap = float(next(filter(None, caps), 0.0))
         self.logit_scale = 1.0
         self.score_bias = float(getattr(self.base.config, SCORE_BIAS, 0.0))
         self._score_pad = self.text_config.pad_token_id if head == "scalar" else None
@@ -127,16 +131,39 @@ class Model:
 
     @property
     def head_weight(self) -> Tensor:
-        """The output embedding (V, D), or the score row (1, D)."""
-        return self._head_layer.weight
+        """The output embedding's rows up to the last token (num_tokens, D), or the score row (1, D)."""
+        weight = self.head_layer.weight
+        return weight if self.head == "scalar" else self.vocabulary.head_weight(weight)
 
     @property
     def head_bias(self) -> Tensor | None:
-        return getattr(self._head_layer, "bias", None)
+        """The bias (num_tokens,) of these rows, which also masks those without a token; or the score's bias."""
+        bias = getattr(self.head_layer, "bias", None)
+        return bias if self.head == "scalar" else self.vocabulary.head_bias(bias, self.head_layer.weight)
 
     @property
-    def _head_layer(self) -> Any:
+    def head_layer(self) -> Any:
+        """transformers' own layer: the output embedding with all its rows, or the score row."""
         return self.base.get_output_embeddings() if self.head == "lm" else lora.active_layer(self.base.score)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that have a token."""
+        if self._vocabulary is None or self._vocabulary.tokenizer is not self.tokenizer:
+            self._vocabulary = Vocabulary(self.tokenizer, self.num_rows, self.name)
+        return self._vocabulary
+
+    @property
+    def num_tokens(self) -> int:
+        """Last id of a token, plus 1; all sampled ids are below it. A model that reads them needs so many `num_rows`.
+        Without a tokenizer, the number of rows."""
+        return self.vocabulary.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Number of ids that the model can read, and with a language head predict."""
+        layers = [self.base.get_input_embeddings(), self.base.get_output_embeddings() if self.head == "lm" else None]
+        return min(layer.weight.shape[0] for layer in layers if layer is not None)
 
     @property
     def max_positions(self) -> int:
@@ -227,13 +254,17 @@ class Model:
         return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
 
     def logprobs(
-        self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0
+        self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0, all_rows: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Return the log-probability of each response token and the entropy of its distribution, both (B, R) float32
-        nats at `temperature`, 0 outside the response."""
+        nats at `temperature`, 0 outside the response. all_rows: with a share for the embedding's rows that have no
+        token, as other programs count."""
         hidden, targets, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
+        weight, bias = self.head_weight, self.head_bias
+        if all_rows:
+            weight, bias = self.head_layer.weight, getattr(self.head_layer, "bias", None)
         logprobs, entropy = ops.linear_logprobs(
-            hidden, self.head_weight, targets, bias=self.head_bias, temperature=temperature, softcap=self.softcap
+            hidden, weight, targets, bias=bias, temperature=temperature, softcap=self.softcap
         )
         index = (rows.to(self.device), columns.to(self.device))
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
@@ -274,13 +305,13 @@ class Model:
                 self.tokenizer.save_pretrained(folder)
 
     def probe_tokens(self, rows: int, length: int) -> Tensor:
-        """Return fixed tokens (rows, length) without padding tokens, to compare two forward passes. They do not change
+        """Return fixed tokens (rows, length), none of them padding, to compare two forward passes. They do not change
         torch's random state."""
-        config = self.text_config
-        tokens = (torch.arange(rows * length, device=self.device).view(rows, length) * 7919 + 3) % config.vocab_size
-        if config.pad_token_id is None:
-            return tokens
-        return torch.where(tokens == config.pad_token_id, (tokens + 1) % config.vocab_size, tokens)
+        pad = self.text_config.pad_token_id
+        missing = torch.tensor([-1 if pad is None else pad, *self.vocabulary.unused], device=self.device)
+        ids = torch.arange(self.num_tokens, device=self.device)
+        ids = ids[torch.isin(ids, missing, invert=True)]
+        return ids[(torch.arange(rows * length, device=self.device).view(rows, length) * 7919 + 3) % len(ids)]
 
     def _adapter_context(self):
         return nullcontext() if self.adapter_enabled else lora.adapter_disabled(self.module)
@@ -312,7 +343,7 @@ class Model:
             logits = F.linear(hidden * scale, head.weight.float(), bias)
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            if _allclose(logits, expected, head.weight):
+            if logits.shape == expected.shape and _allclose(logits, expected, head.weight):
                 self.logit_scale = scale
                 return
         raise UserError(
