@@ -205,9 +205,6 @@ def encode(
         if kind == "texts":
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue
-        if not any(row.loss_mask or [True]):
-            dropped["whose last answer has weight 0 (data.turns: all learns the others)"] += 1
-            continue
         row, num_removed = remove_long_responses(row, cfg, context)
         if num_removed:
             dropped["responses that are too long, of prompts that keep others"] += num_removed
@@ -248,8 +245,10 @@ def _answer(text: str) -> Message:
 
 
 def exceeded_limit(row: Row, cfg: DataConfig, context: int = 0) -> str:
-    """Return the limit that a row exceeds, as a phrase after a number of rows; "" if it exceeds none."""
+    """Return why a row is left out, as a phrase after a number of rows; "" if it exceeds no limit and has a loss."""
     longest = max(map(len, row.responses), default=0)
+    if not any(row.loss_mask or [True]):
+        return "whose last answer has weight 0 (data.turns: all learns the others)"
     if len(row.prompt) > cfg.max_prompt_tokens:
         return f"with a prompt over {cfg.max_prompt_tokens} tokens (data.max_prompt_tokens)"
     if longest > cfg.max_response_tokens:
