@@ -6,19 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 import rlhf_fast
 from rlhf_fast.cli.show_config import show_config
 from rlhf_fast.config import fields, stages
-from rlhf_fast.config.fields import OptimConfig
+from rlhf_fast.config.fields import DataConfig, OptimConfig, SamplingConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import (
-    Setting,
     difference,
     flatten,
     from_json,
-    read_yaml,
     resolve,
     setting_docs,
     setting_types,
@@ -27,6 +26,7 @@ from rlhf_fast.config.resolve import (
     to_yaml,
 )
 from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.errors import UserError
 
 
@@ -152,6 +152,105 @@ def test_a_wrong_file_is_answered_with_its_line(tmp_path, text, sentence):
     with pytest.raises(UserError) as error:
         resolve(PPOConfig, read_yaml(file))
     assert sentence.format(file=file) in str(error.value)
+
+
+YAML_1_2 = [
+    ("seed: 010", {"seed": 10}),
+    ("seed: 0o10", {"seed": 8}),
+    ("seed: 0x1F", {"seed": 31}),
+    ("seed: '9007199254740993'", {"seed": 9007199254740993}),
+    ("epochs: 1_0", {"epochs": 10}),
+    ("optim.lr: .5", {"optim.lr": 0.5}),
+    ("optim.lr: 1e-5", {"optim.lr": 1e-5}),
+    ("epochs: 1e1", {"epochs": 10}),
+    ("out: 2024-05-01", {"out": "2024-05-01"}),
+    ("out: 12:30:45", {"out": "12:30:45"}),
+    ("out: on", {"out": "on"}),
+    ("out: =", {"out": "="}),
+    ("data.columns: {prompt: yes, text: n}", {"data.columns": {"prompt": "yes", "text": "n"}}),
+    ("data.columns: {on: off}", {"data.columns": {"on": "off"}}),
+    ("out: !!str 010", {"out": "010"}),
+    ("seed: !!int 010", {"seed": 10}),
+    ("resume: FALSE", {"resume": False}),
+    ("\ufeffseed: 1", {"seed": 1}),
+    ("--- # a comment\nseed: 1\n...\n", {"seed": 1}),
+    ("optim: &o {eps: 1e-6}\nsampling: {stop: &s [a]}\nlog: {sinks: *s}", {"optim.eps": 1e-6, "log.sinks": ("a",)}),
+    ("", {}),
+    ("# nothing\n---\n", {}),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), YAML_1_2, ids=[text for text, _ in YAML_1_2])
+def test_yaml_1_2_is_read(tmp_path, text, expected):
+    """Only 010 and a date are among the reported cases."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    found = flatten(resolve(SFTConfig, read_yaml(file), check=False))
+    assert {path: found[path] for path in expected} == expected
+
+
+REFUSED_YAML = [
+    ("seed: 1\nepochs: 1:30", 'sft: epochs must be a whole number, got "1:30" ({file}:2)'),
+    ("packing: yes", "sft: packing must be true or false, got yes ({file}:1)"),
+    ("resume: 'on'", "sft: resume must be true or false, got on ({file}:1)"),
+    ("epochs: 0b11", "sft: epochs must be a whole number, got 0b11"),
+    ("out: 5", "sft: out must be text (in quotes, if it looks like a number), got 5 ({file}:1)"),
+    ("out: 1.10", "sft: out must be text"),
+    ("optim.lr: .nan", "sft: optim.lr must be a number"),
+    ("optim.lr: -.Inf", "sft: optim.lr must be a number"),
+    ("seed: 1\nmodel.path: !ENV ${MODEL}", "{file}:2: the tag !ENV is not served"),
+    ("out: !!python/object/apply:os.system [ls]", "{file}:1: the tag !!python/object/apply:os.system is not served"),
+    ("out: !!python/name:os.system", "{file}:1: the tag !!python/name:os.system is not served"),
+    ("out: !!binary aGk=", "{file}:1: the tag !!binary is not served"),
+    ("out: !!timestamp 2024-05-01", "{file}:1: the tag !!timestamp is not served"),
+    ("sampling.stop: !!set {a, b}", "{file}:1: the tag !!set is not served"),
+    ("seed: !!int one", "{file}:1: one is no int"),
+    ("seed: !!int 1:30", "{file}:1: 1:30 is no int"),
+    ("a: &a {lr: 1}\noptim:\n  <<: *a", "{file}:3: merge keys (<<) are not part of YAML 1.2"),
+    ("seed: 1\nseed: 1", "{file}:2: seed is set twice, first in line 1"),
+    ("optim: {lr: 1}\noptim: {eps: 1}", "{file}:2: optim is set twice, first in line 1"),
+    ("data.columns: {prompt: a, prompt: b}", "{file}:1: prompt is set twice"),
+    ("? [a, b]\n: 1", "{file}:1: a name must be text, found a sequence"),
+    ("optim: &a\n  lr: *a", "this group contains itself"),
+    ("sampling.stop: [[a]]", "{file}:1: no setting is a list or map of lists or maps"),
+    ("seed: 1\n---\nseed: 2", "{file}:2: not YAML: a second document begins"),
+    ("optim:\n\tlr: 1", "{file}:2: not YAML: found character"),
+    ("seed: " + "1" * 5000, "{file}:1: 11111"),
+    ("out: *nowhere", "{file}:1: not YAML: found undefined alias"),
+    ("just text", "{file}:1: expected settings such as `seed: 1`, found scalar"),
+    ("out: \x00", "{file}: not YAML: unacceptable character"),
+    (b"out: caf\xe9", "{file}: is not UTF-8 text (byte 8); save it as UTF-8"),
+    ("seed: 1".encode("utf-16"), "{file}: is not UTF-8 text (byte 0); save it as UTF-8"),
+    ("[" * 100_000, "{file}"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), REFUSED_YAML, ids=[str(text)[:30] for text, _ in REFUSED_YAML])
+def test_what_yaml_1_1_would_turn_into_something_else_is_refused_with_its_line(tmp_path, text, sentence):
+    """Only 1:30 and !ENV are among the reported cases."""
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        resolve(SFTConfig, read_yaml(file))
+    assert sentence.format(file=file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_aliases_of_aliases_end_soon(tmp_path):
+    lines = ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} {{l: *a{i - 1}, r: *a{i - 1}}}" for i in range(1, 40)]
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="more than 10000 settings"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "010", "1e5", "0o10", "1:30", "2024-05-01", "null", "~", "<<", ".inf", "", "a: b"]
+)
+def test_text_that_looks_like_something_else_is_written_in_quotes(tmp_path, text):
+    """For our reader and for one of YAML 1.1."""
+    cfg = SFTConfig(out=text, sampling=SamplingConfig(stop=(text,)), data=DataConfig(columns={"prompt": text}))
+    (tmp_path / "c.yaml").write_text(to_yaml(cfg))
+    assert resolve(SFTConfig, read_yaml(tmp_path / "c.yaml")) == cfg
+    assert yaml.safe_load(to_yaml(cfg))["out"] == text
 
 
 def test_a_missing_file_and_a_missing_path():

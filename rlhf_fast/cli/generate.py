@@ -14,6 +14,7 @@ from rich.console import Console
 
 from rlhf_fast.batches import EOS, LENGTH, Responses
 from rlhf_fast.cli.options import GenerateOptions
+from rlhf_fast.cli.streams import is_closed, is_utf8
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import Dataset, read_prompts
 from rlhf_fast.data.json_lines import require_file
@@ -23,7 +24,7 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.logs import read_rows
 from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
 from rlhf_fast.run.prompt_format import model_prompt_format
-from rlhf_fast.run.terminal import LiveLine, is_closed
+from rlhf_fast.run.terminal import LiveLine
 
 COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
 """Columns of a row."""
@@ -47,7 +48,8 @@ def generate(options: GenerateOptions) -> int:
             with row_locations(Responses=prompts.location):
                 responses = rollout.generate(batch, options.n, progress=progress)
             for i, row in enumerate(_rows(model, options, responses)):
-                stream.write(json.dumps({"prompt": batch.texts[i // options.n]} | row, ensure_ascii=False) + "\n")
+                row = {"prompt": batch.texts[i // options.n]} | row
+                stream.write(json.dumps(row, ensure_ascii=not is_utf8(stream)) + "\n")
                 written += 1
             stream.flush()
     return written

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 from rlhf_fast import __version__
-from rlhf_fast.errors import UserError
+from rlhf_fast.cli.streams import safe_streams, silence
+from rlhf_fast.errors import REMEDIES, UserError, shortened
 
 Command = Callable[[Sequence[str]], int]
 
@@ -29,27 +29,41 @@ def command(name: str, summary: str) -> Callable[[Command], Command]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 2 for bad input or settings, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        status = _dispatch(argv)
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("rlhf-fast: stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `rlhf-fast ... | head` closed stdout; the flush at exit must not raise once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        while_writing = f" while writing {error.filename}" if error.filename else ""
-        return _fail(f"the disk is full{while_writing}; free some space and start the same command again: it goes on")
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        return _fail("out of GPU memory; lower optim.micro_batch_tokens and sampling.batch, which change no result")
+    with safe_streams():
+        try:
+            status = _dispatch(argv)
+            sys.stdout.flush()
+            return status
+        except UserError as error:
+            return _fail(str(error))
+        except KeyboardInterrupt:
+            resumes = argv[0] in ("sft", "reward", "ppo", "run", "demo")
+            hint = "; the same command goes on from the newest checkpoint" if resumes else ""
+            print(f"rlhf-fast: stopped{hint}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # `rlhf-fast ... | head` closed stdout; the flush at exit must not raise once more
+            silence(sys.stdout)
+            return 1
+        except OSError as error:
+            return _fail(_sentence(error))
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            return _fail("out of GPU memory; lower optim.micro_batch_tokens and sampling.batch, which change no result")
+
+
+def _sentence(error: OSError) -> str:
+    """Return the sentence of an error that the system gave; raise it again if it comes from no file."""
+    from_stdout = error.filename is None and error.errno in (errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
+    if from_stdout or error.errno == errno.ENOSPC:
+        silence(sys.stdout)  # the flush at exit must not raise once more
+    if error.errno == errno.ENOSPC:
+        while_writing = f" while writing {shortened(error.filename)}" if error.filename else ""
+        return f"the disk is full{while_writing}; free some space and start the same command again: it goes on"
+    if error.filename is None and not from_stdout:
+        raise error
+    name = "standard output" if from_stdout else shortened(error.filename)
+    return f"{name}: {error.strerror}; {REMEDIES.get(error.errno or 0, 'look at the path')}"
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -29,7 +29,7 @@ class DemoOptions:
 class RunOptions:
     """Run the stages of a recipe in order, skipping finished ones. `rlhf-fast init` writes a recipe to start from."""
 
-    recipe: Positional[str]
+    recipe: Positional[Annotated[str, arg(metavar="RECIPE")]]
     """YAML file with sections sft, reward, ppo."""
 
 
@@ -71,7 +71,7 @@ class GenerateOptions:
 class CheckOptions:
     """Report the contents of a data file and its errors. The exit status is 2 if there are errors."""
 
-    file: Positional[str]
+    file: Positional[Annotated[str, arg(metavar="FILE")]]
     """JSONL file, .gz too."""
     kind: Annotated[Literal["auto", "demonstrations", "comparisons", "prompts", "texts"], arg(name="as")] = "auto"
     """Kind of the rows. auto = recognised by their columns."""
@@ -102,7 +102,7 @@ class EnvOptions:
 class PlotOptions:
     """Draw a run's reward, KL, length, clip fraction, losses and so on from its metrics.jsonl."""
 
-    run: Positional[str]
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Folder that a stage wrote."""
     out: str = ""
     """The PNG. Empty = curves.png in that folder."""

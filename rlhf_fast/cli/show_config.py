@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_fast.config.presets import preset
-from rlhf_fast.config.resolve import difference, read_yaml, resolve, show, stage_section, to_commented_yaml, to_plain
+from rlhf_fast.config.resolve import difference, resolve, show, stage_section, to_commented_yaml, to_plain
 from rlhf_fast.config.stages import STAGES
+from rlhf_fast.config.yaml_file import read_yaml
 from rlhf_fast.run.terminal import aligned
 
 

@@ -5,24 +5,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from rlhf_fast.config.fields import BadSetting
 from rlhf_fast.config.presets import PRESETS, preset
-from rlhf_fast.config.resolve import (
-    Setting,
-    coerce,
-    read_yaml,
-    resolve,
-    setting_error,
-    setting_types,
-    stage_section,
-    unknown_setting,
-)
+from rlhf_fast.config.resolve import coerce, resolve, setting_error, setting_types, stage_section, unknown_setting
 from rlhf_fast.config.stages import StageConfig
+from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,15 +52,43 @@ def parse(cls: type[T], argv: Sequence[str], command: str, **options: Any) -> T:
     """Run tyro.cli. An error that tyro prints in a box becomes a UserError of one sentence."""
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), _wide_terminal(not {"-h", "--help"} & set(argv)):
             return tyro.cli(cls, args=list(argv), prog=f"rlhf-fast {command}", **options)
     except SystemExit as error:
         if not error.code:
             raise
-        lines = [line.strip("│╭╮╰╯─ ") for line in stderr.getvalue().splitlines()]
-        message = next((line for line in lines[1:] if line.strip("-")), "wrong arguments")
+        message = _message(stderr.getvalue())
         hint = _nearest_flag(cls, argv) if "nrecognized" in message else ""
         raise UserError(f"{command}: {message}; {hint or f'see `rlhf-fast {command} --help`'}") from error
+
+
+@contextlib.contextmanager
+def _wide_terminal(wide: bool) -> Iterator[None]:
+    """Let tyro's box have one line for each sentence, however narrow the terminal is."""
+    before = os.environ.get("COLUMNS")
+    if wide:
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _message(box: str) -> str:
+    """Return the sentence in tyro's box; for arguments that are left out, their names."""
+    lines = [line.strip("│╭╮╰╯").removeprefix(" ").rstrip() for line in box.splitlines()[1:-1]]
+    sections = [list(part) for is_rule, part in groupby(lines, lambda line: line.startswith("──")) if not is_rule]
+    for section in sections:  # a misspelt flag is the cause where the right one is missing too
+        if section[0].startswith("Unrecognized"):
+            return " ".join(line.strip() for line in section)
+    first = sections[0] if sections else ["wrong arguments"]
+    names = [line.split()[0].rstrip(",") for line in first[1:] if line.startswith("    ") and line[4:5].strip()]
+    if first[0].startswith("Missing from") and names:
+        return f"{' and '.join(names)} must be given"
+    return first[0].rstrip(".")
 
 
 def _nearest_flag(cls: type[DataclassInstance], argv: Sequence[str]) -> str:

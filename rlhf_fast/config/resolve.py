@@ -16,12 +16,10 @@ import math
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
     Literal,
-    NamedTuple,
     TypeGuard,
     TypeVar,
     cast,
@@ -30,27 +28,17 @@ from typing import (
     get_type_hints,
 )
 
-import yaml
-
 from rlhf_fast.config.fields import BadSetting
 from rlhf_fast.config.stages import STAGES, StageConfig
-from rlhf_fast.errors import UserError, listed
+from rlhf_fast.config.yaml_file import WIDTH, Setting, dump_yaml
+from rlhf_fast.errors import UserError, listed, shortened
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
 F = TypeVar("F", bound=Callable[..., Any])
-WIDTH = 120
-"""Columns of the text that people read."""
 DEFAULT = "the default"
-
-
-class Setting(NamedTuple):
-    """A value and its origin: `recipe.yaml:12`, `preset paper`, `--optim.lr`."""
-
-    value: object
-    origin: str
 
 
 def _cached(function: F) -> F:
@@ -167,7 +155,7 @@ def show(value: object) -> str:
     """Return a value as it would be in a YAML file, on one line."""
     if isinstance(value, str) and value and not set(value) & set(" :#'\""):
         return value
-    return json.dumps(value)
+    return shortened(json.dumps(value, ensure_ascii=False))
 
 
 def unknown_setting(cls: type[DataclassInstance], path: str, origin: str) -> UserError:
@@ -185,7 +173,7 @@ def unknown_setting(cls: type[DataclassInstance], path: str, origin: str) -> Use
 
 
 def coerce(cls: type[DataclassInstance], path: str, setting: Setting) -> Any:
-    """Return the value in its setting's type. Text is read as YAML reads it, and 1e-5 is a number."""
+    """Return the value in its setting's type. Text that spells a number will do for one."""
     if path not in setting_types(cls):
         raise unknown_setting(cls, path, setting.origin)
     try:
@@ -214,7 +202,7 @@ def _coerce(kind: Any, value: Any) -> Any:
         return value
     if kind is str and value is None:
         return ""
-    raise ValueError(f"must be {'text' if kind is str else 'a number'}")
+    raise ValueError("must be text (in quotes, if it looks like a number)" if kind is str else "must be a number")
 
 
 def _coerce_choice(choices: tuple[Any, ...], value: Any) -> Any:
@@ -242,44 +230,9 @@ def _coerce_number(kind: type, value: Any) -> int | float:
     if kind is float and math.isfinite(number):
         return number
     if kind is int and number.is_integer():
-        return int(value) if isinstance(value, int) else int(number)  # a float cannot hold every large int
+        text = str(value).strip()
+        return int(text) if text.lstrip("+-").isdigit() else int(number)  # a float cannot hold every large int
     raise ValueError("must be a whole number" if kind is int else "must be a number")
-
-
-def read_yaml(path: str | Path) -> dict[str, Setting]:
-    """Return every setting in a YAML file, by path. Groups may nest or be dotted. The names are not checked."""
-    try:
-        with Path(path).open(encoding="utf-8") as stream:
-            root = yaml.compose(stream, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}:1: expected settings such as `seed: 1`, found {root.id}")
-    return dict(_yaml_settings(root, "", str(path), {}))
-
-
-def _yaml_settings(
-    node: yaml.MappingNode, prefix: str, file: str, lines: dict[str, int]
-) -> Iterator[tuple[str, Setting]]:
-    """Yield the path and value of each setting below `node`. `lines` collects the line of each path."""
-    loader = yaml.SafeLoader("")
-    for key, value in node.value:
-        name = prefix + str(key.value)
-        line = key.start_mark.line + 1
-        # `columns` is a setting that is itself a map; every other map is a group of settings.
-        if isinstance(value, yaml.MappingNode) and str(key.value).rpartition(".")[2] != "columns":
-            yield from _yaml_settings(value, name + ".", file, lines)
-            continue
-        if name in lines:
-            raise UserError(f"{file}:{line}: {name} is set twice, first in line {lines[name]}")
-        lines[name] = line
-        yield name, Setting(loader.construct_object(value, deep=True), f"{file}:{line}")
 
 
 def stage_section(settings: Mapping[str, Setting], stage: str) -> Mapping[str, Setting]:
@@ -291,7 +244,7 @@ def stage_section(settings: Mapping[str, Setting], stage: str) -> Mapping[str, S
 
 def to_yaml(cfg: object) -> str:
     """Return the whole tree as YAML that `read_yaml` reads back."""
-    return yaml.safe_dump(to_plain(cfg), sort_keys=False, allow_unicode=True, width=WIDTH)
+    return dump_yaml(to_plain(cfg))
 
 
 def to_commented_yaml(cfg: DataclassInstance, indent: str = "") -> Iterator[str]:

@@ -28,6 +28,7 @@ TEXTS = ("content", "reasoning_content")
 NOT_RENDERED = ("weight",)
 """Fields of a turn that are ours and no template's."""
 PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
+THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)
 STRIPS: tuple[Callable[[str], str], ...] = (lambda text: text, str.strip, str.lstrip, str.rstrip)
 """Functions that templates apply to a content: they strip the blanks around it, or not."""
 
@@ -66,6 +67,7 @@ class ChatTemplate:
         self.answer: AnswerFormat | None = None
         self.fault = self.note = ""
         self._frames: dict[tuple, str | None] = {}
+        self._last_prompt: tuple[list[Message], list[Any], str] = ([], [], "")
         for turns in ([_turn("user", 0)], [_turn("system", 2), _turn("user", 0)]):
             for self.parts in (False, True):
                 try:
@@ -81,7 +83,7 @@ class ChatTemplate:
     def shows_date(self) -> bool:
         """True if the template writes the date."""
         turns = [_turn("system", 1), _turn("user", 0)]
-        dates = (datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 11, 29, 17, 48, 59))
+        dates = (datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 11, 28, 17, 48, 59))
         texts = [[self._text_at(date, shown) for shown in (turns, turns[1:])] for date in dates]
         return texts[0] != texts[1]
 
@@ -91,12 +93,15 @@ class ChatTemplate:
 
     def prompt(self, turns: Sequence[Message], tools: Tools = ()) -> str:
         """Return the text before an answer, as it stands in a conversation that has one."""
-        if self.answer is None:
-            return self.render(turns, tools, generation_prompt=True)
-        return self.render(turns, tools, self.answer.generation_prompt) + self.answer.header
+        if self._last_prompt[:2] != (list(turns), list(tools)):  # the answers to one prompt ask for it again
+            generation_prompt = self.answer.generation_prompt if self.answer else True
+            text = self.render(turns, tools, generation_prompt) + (self.answer.header if self.answer else "")
+            self._last_prompt = (list(turns), list(tools), text)
+        return self._last_prompt[2]
 
-    def require_kept(self, turns: Sequence[Message], tools: Tools = ()) -> None:
-        """Raise InvalidRow if the template leaves out a turn, its tool calls or the tools."""
+    def require_kept(self, turns: Sequence[Message], tools: Tools = (), learned: int = -1) -> None:
+        """Raise InvalidRow if the template leaves out a turn, its tool calls or the tools, or the thought of the turn
+        that is learned. It may leave out earlier thoughts."""
         frame = self._frame(turns, tools, False)
         if frame is None:  # the template wants contents of a certain form
             return
@@ -105,8 +110,15 @@ class ChatTemplate:
             name = f"turn {i + 1} ({turn['role']})"
             if turn.get("content") and 2 * i not in kept:
                 raise InvalidRow(f"the chat template leaves out the content of {name}; change the template or the row")
-            if turn.get("reasoning_content") and 2 * i + 1 not in kept and not self._takes_reasoning:
-                raise InvalidRow(f"the chat template takes no reasoning_content, which {name} has; put it in content")
+            if turn.get("reasoning_content") and 2 * i + 1 not in kept:
+                if not self._takes_reasoning:
+                    raise InvalidRow(
+                        f"the chat template takes no reasoning_content, which {name} has; put it in content"
+                    )
+                if i == learned:
+                    raise InvalidRow(
+                        f"the chat template leaves out the reasoning_content of {name}; set data.turns: last"
+                    )
             for call in turn.get("tool_calls") or ():
                 if missing := _missing_texts(call, frame):
                     raise InvalidRow(f"the chat template takes no tool calls: it leaves out {missing!r} of {name}")
@@ -124,7 +136,8 @@ class ChatTemplate:
         spelled = sorted(
             {name for turn in turns for key in TEXTS for name in self.control.spelled(turn.get(key) or "")}
         )
-        given = json.dumps([list(tools), [turn.get("tool_calls") for turn in turns]], ensure_ascii=False)
+        calls = [turn["tool_calls"] for turn in turns if turn.get("tool_calls")]
+        given = json.dumps([list(tools), calls], ensure_ascii=False) if tools or calls else ""
         if in_tools := self.control.spelled(given):
             raise InvalidRow(f"the tools or tool calls spell the control token {in_tools[0]}; remove it")
         if not spelled:
@@ -133,6 +146,9 @@ class ChatTemplate:
         contents = _fitting_contents(frame, text, turns) if frame is not None else None
         if frame is not None and contents is not None:
             return [(_fill(part, contents), control) for part, control in self.control.split(frame)]
+        thoughtful = [_with_thought(turn) for turn in turns]
+        if thoughtful != list(turns) and text == (self.prompt if prompt else self.render)(thoughtful, tools):
+            return self.segments(text, thoughtful, tools, prompt)
         raise InvalidRow(
             f"the content spells the control token {', '.join(spelled)}, and the chat template changes it; remove it,"
             " or give a thought as reasoning_content"
@@ -240,9 +256,13 @@ def _fill(part: str, contents: list[str]) -> str:
     return PLACEHOLDER.sub(lambda _: contents.pop(0), part)
 
 
-def holds(text: str, part: str) -> bool:
-    """Return whether `text` has `part` in it, up to blanks."""
-    return part in text or "".join(part.split()) in "".join(text.split())
+def holds(text: str, part: str, before: str = "") -> bool:
+    """Return whether `text` has `part` in it, up to blanks; `part` may begin at the end of what stands `before`."""
+    if part in text:
+        return True
+    text, part, before = ("".join(each.split()) for each in (text, part, before))
+    overlaps = (i for i in range(1, min(len(before), len(part)) + 1) if before.endswith(part[:i]))
+    return part in text or any(text.startswith(part[i:]) for i in overlaps)
 
 
 def difference(a: str, b: str) -> str:
@@ -295,6 +315,14 @@ def _shown(turn: Message, parts: bool) -> Message:
     if shown.get("tool_calls"):
         shown["tool_calls"] = [_with_parsed_arguments(call) for call in shown["tool_calls"]]
     return shown
+
+
+def _with_thought(turn: Message) -> Message:
+    """Return an answer whose content begins with a thought with that as its reasoning_content."""
+    found = THOUGHT.fullmatch(turn.get("content") or "") if turn["role"] == "assistant" else None
+    if not found or turn.get("reasoning_content"):
+        return turn
+    return turn | {"content": found[2], "reasoning_content": found[1]}
 
 
 def _with_parsed_arguments(call: Any) -> Any:

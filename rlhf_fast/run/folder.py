@@ -2,8 +2,8 @@
 
 `out/` becomes an ordinary Hugging Face folder and holds run.json, metrics.jsonl, samples.jsonl and checkpoints/, which
 is emptied at the end. The same command resumes from the newest undamaged checkpoint. With other settings, data or
-models it is refused; once the run is finished it does nothing. SIGTERM and Ctrl-C write a checkpoint at the end of the
-step and exit with 143 and 130.
+models it is refused; once the run is finished it does nothing. SIGTERM, SIGHUP and Ctrl-C write a checkpoint at the
+end of the step and exit with 143, 129 and 130.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -28,6 +29,9 @@ from rlhf_fast.run.logs import Log
 from rlhf_fast.run.outputs import RUN, check_run_folder, move_in
 
 BEST = "best"
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+"""Signals that end a run after its step."""
+STOPPING = b"\nthe step is being finished and saved, then the run stops; a second Ctrl-C stops it at once\n"
 
 
 class Stateful(Protocol):
@@ -98,7 +102,11 @@ class RunFolder:
         if saved:
             check_same_run(saved, self.cfg, self._checksums)
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+            self._handlers = {
+                number: signal.signal(number, self._on_signal)
+                for number in STOPS
+                if signal.getsignal(number) != signal.SIG_IGN  # nohup and `&` have them ignored
+            }
         checkpoint.write_json(self.out / RUN, self.manifest)
         path = checkpoint.latest(self.checkpoints)
         done = checkpoint.step_of(path) if path else 0
@@ -152,9 +160,14 @@ class RunFolder:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self._signal:
-            raise KeyboardInterrupt
+            # a closing terminal may send SIGHUP twice, and a batch system SIGTERM; a second Ctrl-C is meant
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self._signal = number
-        os.write(2, b"\nthe step is being finished and saved, then the run stops; a second Ctrl-C stops it at once\n")
+        if sys.stderr is not None:  # else another file may have the number 2
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, STOPPING)
 
     def _environment_notes(self, saved: dict[str, Any]) -> Iterator[str]:
         """Yield a note for another torch version and another number of threads than the run was started with."""

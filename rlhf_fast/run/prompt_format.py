@@ -82,7 +82,7 @@ def model_prompt_format(
             raise UserError(f"{sentence}; leave it at auto, or train the model with {template} first")
         notes.append(sentence)
     kind = resolve_template(tokenizer, own if own and template == "auto" else template)
-    prompt_format = PromptFormat(kind, _date(recorded))
+    prompt_format = PromptFormat(kind, _date(recorded) or process_start())
     if kind == own:
         _check_tokens(recorded, tokenizer, prompt_format, f"{path}: since its run.json was written,")
     return prompt_format, notes

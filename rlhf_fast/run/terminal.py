@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,11 +19,6 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02d}:{second:02d}"
-
-
-def is_closed(stream: TextIO | None) -> bool:
-    """Return whether a standard stream was closed before the program began (main.py opens the null device then)."""
-    return stream is None or getattr(stream, "name", "") == os.devnull
 
 
 class LiveLine:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast.config.presets import preset
-from rlhf_fast.config.resolve import Setting, read_yaml, resolve
+from rlhf_fast.config.resolve import resolve
 from rlhf_fast.config.stages import STAGES, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.data.json_lines import require_file
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
@@ -89,8 +90,8 @@ def read_recipe(path: str | Path) -> Recipe:
     shared, sections = _split_sections(path, read_yaml(path))
     if not sections:
         raise UserError(f"{path}: holds no stage; give at least one of the sections {', '.join(STAGES)}")
-    out = Path(str(shared["out"].value) if "out" in shared else "runs/first")
-    preset_name = str(shared["preset"].value or "") if "preset" in shared else ""
+    out = Path(_text(shared, "out", "runs/first"))
+    preset_name = _text(shared, "preset", "")
     common: dict[str, Setting] = {name: shared[name] for name in ("seed", "device") if name in shared}
     stages: dict[str, StageConfig] = {}
     for stage, cls in STAGES.items():
@@ -112,6 +113,16 @@ def read_recipe(path: str | Path) -> Recipe:
             require_file(file)
         stages[stage] = cfg
     return Recipe(out, stages)
+
+
+def _text(shared: Mapping[str, Setting], name: str, default: str) -> str:
+    """Return the text of a setting for all stages."""
+    setting = shared.get(name, Setting(default, ""))
+    if setting.value is None:
+        return default
+    if not isinstance(setting.value, str):
+        raise UserError(f"{name} must be text (in quotes, if it looks like a number) ({setting.origin})")
+    return setting.value
 
 
 def _split_sections(
