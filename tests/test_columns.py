@@ -292,6 +292,14 @@ def test_every_unused_column_is_named_in_check_and_in_the_stages_note(tmp_path):
     assert "not used: score_chosen (1 of 1 rows)" in notes
 
 
+def test_the_answers_of_a_prompt_have_no_loss(tmp_path):
+    """Nor with data.turns: all, whether it is a list of turns or HH's text."""
+    rows: list[dict] = [{"prompt": [*EARLIER, USER], "completion": completion} for completion in ("yes", [ANSWER])]
+    rows.append({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: hi\n\nAssistant:", "completion": "yes"})
+    data = read_demonstrations(DataConfig(write(tmp_path / "d.jsonl", rows), turns="all"), byte_level(CHATML)).train
+    assert [byte_level().decode(row.responses[0]) for row in data.rows] == ["yes<|im_end|>"] * 3
+
+
 @pytest.mark.parametrize(("turns", "learned"), [("last", "c<|im_end|>"), ("all", "b<|im_end|>c<|im_end|>")])
 def test_check_marks_the_turns_that_have_a_loss(tmp_path, turns, learned):
     answers = [{"role": "assistant", "content": "a", "weight": 0}, *({"role": "assistant", "content": c} for c in "bc")]
