@@ -283,7 +283,7 @@ def test_check_reads_a_stream_once(tmp_path, form):
                 os.mkfifo(path)
 
         def write_all() -> None:
-            with open(target, "wb") as stream:
+            with Path(target).open("wb") as stream:
                 stream.write(data)
 
         writer = threading.Thread(target=write_all, daemon=True)
