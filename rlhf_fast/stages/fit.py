@@ -19,6 +19,7 @@ from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageCon
 from rlhf_fast.data import read_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
+from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.rewards import is_function, source_file
 
 PROMPTS_TRIED = 64
@@ -66,6 +67,7 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     main, *others = sizes
     for other in others:
         check_tokenizers(main.tokenizer, other.tokenizer, str(other.role))
+    check_planned_format(cfg, main.tokenizer, earlier)
     needed = max(main.tokenizer.get_vocab().values(), default=-1) + 1
     for each in sizes:
         if each.rows < needed:

@@ -139,8 +139,7 @@ def load_data(cfg: PPOConfig, policy: Model, run_folder: RunFolder, context: int
     """Return the prompts, and the pretraining text of PPO-ptx if there is any. `context`: of the smallest model."""
     max_prompt = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
     prompt_format = bind_prompt_format(run_folder, cfg.policy.path, policy.tokenizer, {"data": cfg.data})
-    others = {"reward": cfg.reward, "reference": cfg.reference, "value": cfg.value.path}
-    run_folder.notes += check_same_format(prompt_format, {name: path for name, path in others.items() if path})
+    run_folder.notes += check_same_format(prompt_format, cfg)
     prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt, prompt_format)
     if cfg.select == "reward" and not len(prompt_data.valid):
         raise UserError(

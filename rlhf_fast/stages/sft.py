@@ -79,7 +79,7 @@ def load_data(
                 f"sft: select=reward: no validation prompt leaves room for sampling.max_new_tokens"
                 f" ({cfg.sampling.max_new_tokens}) in {context} positions; lower it"
             )
-        run_folder.notes += check_same_format(prompt_format, {"select_reward": cfg.select_reward})
+        run_folder.notes += check_same_format(prompt_format, cfg)
         budget = cfg.optim.micro_batch_tokens
         reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=run_folder.device)
     return data, pretrain_data, reward
