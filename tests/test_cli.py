@@ -75,14 +75,21 @@ def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
 
 
 def test_interruption_full_disk_and_broken_pipe(monkeypatch, capsys):
-    def raising(error):
-        monkeypatch.setitem(COMMANDS, "env", ("", lambda argv: (_ for _ in ()).throw(error)))
+    def raising(error, name="env"):
+        monkeypatch.setitem(COMMANDS, name, ("", lambda argv: (_ for _ in ()).throw(error)))
 
     raising(KeyboardInterrupt())
     assert main(["env"]) == 130
+    assert capsys.readouterr().err == "rlhf-fast: stopped\n"
+    raising(KeyboardInterrupt(), "sft")
+    assert main(["sft"]) == 130
     assert "the same command goes on from the newest checkpoint" in capsys.readouterr().err
     raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"))
     assert "the disk is full while writing runs/x" in error_of(capsys, "env")
+    raising(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a" * 300))
+    assert error_of(capsys, "env").endswith("aaa: Permission denied; give another folder, or change its permissions")
+    raising(OSError(errno.EIO, os.strerror(errno.EIO)))
+    assert error_of(capsys, "env") == "standard output: Input/output error; look at the path"
     raising(torch.OutOfMemoryError("much"))
     assert "lower optim.micro_batch_tokens" in error_of(capsys, "env")
     raising(UserError("a sentence"))

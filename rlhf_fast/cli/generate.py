@@ -155,7 +155,7 @@ class _Progress:
 
 def _check_output(options: GenerateOptions) -> None:
     """Raise UserError, before anything is loaded, if the responses cannot be written or would replace other rows."""
-    require_file(options.prompts)
+    require_file(options.prompts, pipe=True)
     if options.out != "-":
         inputs = {"--prompts": options.prompts, "--model": options.model}
         check_new_file(options.out, _is_output, {name: path for name, path in inputs.items() if Path(path).exists()})

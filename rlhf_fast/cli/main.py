@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sentence(error: OSError) -> str:
     """Return the sentence of an error that the system gave; raise it again if it comes from no file."""
     from_stdout = error.filename is None and error.errno in (errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
-    if from_stdout or error.errno == errno.ENOSPC:
+    try:
+        sys.stdout.flush()
+    except OSError:
         silence(sys.stdout)  # the flush at exit must not raise once more
     if error.errno == errno.ENOSPC:
         while_writing = f" while writing {shortened(error.filename)}" if error.filename else ""

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,8 +80,9 @@ def _wide_terminal(wide: bool) -> Iterator[None]:
 
 def _message(box: str) -> str:
     """Return the sentence in tyro's box; for arguments that are left out, their names."""
-    lines = [line.strip("│╭╮╰╯").removeprefix(" ").rstrip() for line in box.splitlines()[1:-1]]
-    sections = [list(part) for is_rule, part in groupby(lines, lambda line: line.startswith("──")) if not is_rule]
+    lines = [line.strip("│|").rstrip() for line in box.splitlines()[1:]]
+    found = [list(part) for is_text, part in groupby(lines, lambda line: bool(line.strip(" ─-+╰╯"))) if is_text]
+    sections = [textwrap.dedent("\n".join(part)).split("\n") for part in found]
     for section in sections:  # a misspelt flag is the cause where the right one is missing too
         if section[0].startswith("Unrecognized"):
             return " ".join(line.strip() for line in section)

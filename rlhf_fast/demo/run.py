@@ -45,7 +45,7 @@ from rlhf_fast.demo.recipes import ppo_config, reward_config, sft_config
 from rlhf_fast.demo.tasks import CLOSED, Task
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.checkpoint import write_json
-from rlhf_fast.run.outputs import check_empty_folder, read_json
+from rlhf_fast.run.outputs import check_empty_folder, read_json, require_writable_folder
 from rlhf_fast.stages import ppo, reward, sft
 
 BASE_MODELS = Path(__file__).parent / "models"
@@ -127,6 +127,7 @@ def prepare_folder(trial: Trial) -> None:
     """Create the folder, or check that it holds this demo. UserError if it holds another one."""
     path = trial.out / "demo.json"
     settings = {"seed": trial.seed, "plan": dataclasses.asdict(trial.plan)}
+    require_writable_folder(trial.out)
     saved = read_json(path)
     if saved == settings:
         return

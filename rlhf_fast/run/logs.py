@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -143,8 +144,8 @@ class Log:
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl; a last line that is cut short is left out."""
     path = Path(run) / METRICS
-    if not path.is_file():
-        if not Path(run).exists():
+    if not os.path.isfile(path):  # noqa: PTH113  (a name that is too long is no error here)
+        if not os.path.lexists(run):
             raise UserError(f"{shortened(run)}: there is no such folder; give the folder that a stage wrote")
         if not Path(run).is_dir():
             raise UserError(f"{run}: is a file; give the folder that a stage wrote")
