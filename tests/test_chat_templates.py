@@ -306,6 +306,23 @@ def test_run_json_binds_kind_date_and_tokens(tmp_path):
     assert model_prompt_format(str(tmp_path / "run"), words, "auto", "data.template", strict=True)[1] == []
 
 
+def test_a_recipe_with_two_forms_of_prompts_is_refused_before_its_first_stage(folder, one_thread):
+    dated_model(folder, CHATML)
+    cfg = toy.sft(folder, data=replace(toy.sft(folder).data, template="dialog"))
+    scored = toy.reward(folder, model=ModelConfig(str(folder / "sft")))
+    last = toy.ppo(folder, policy=ModelConfig(str(folder / "sft")), reward=str(folder / "reward"))
+    words = toy.tokenizer()
+    words.chat_template = CHATML
+    formats.check_planned_format(last, words, [cfg, scored])
+    for stage, earlier, sentence in (
+        (replace(last, data=replace(last.data, template="chat")), [cfg, scored], r"ppo: data.template is chat, but"),
+        (replace(scored, data=replace(scored.data, template="plain")), [cfg], r"reward: data.template is plain, but"),
+        (last, [cfg, replace(scored, model=cfg.model)], r"learns prompts in another form than dialog"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            formats.check_planned_format(stage, words, earlier)
+
+
 def failing_after(steps, function):
     def counted(*args):
         if args[-1] > steps:

@@ -292,6 +292,28 @@ def test_every_unused_column_is_named_in_check_and_in_the_stages_note(tmp_path):
     assert "not used: score_chosen (1 of 1 rows)" in notes
 
 
+def test_the_answers_of_a_prompt_have_no_loss(tmp_path):
+    """Nor with data.turns: all, whether it is a list of turns or HH's text."""
+    rows: list[dict] = [{"prompt": [*EARLIER, USER], "completion": completion} for completion in ("yes", [ANSWER])]
+    rows.append({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: hi\n\nAssistant:", "completion": "yes"})
+    data = read_demonstrations(DataConfig(write(tmp_path / "d.jsonl", rows), turns="all"), byte_level(CHATML)).train
+    assert [byte_level().decode(row.responses[0]) for row in data.rows] == ["yes<|im_end|>"] * 3
+
+
+@pytest.mark.parametrize(("turns", "learned"), [("last", "c<|im_end|>"), ("all", "b<|im_end|>c<|im_end|>")])
+def test_check_marks_the_turns_that_have_a_loss(tmp_path, turns, learned):
+    answers = [{"role": "assistant", "content": "a", "weight": 0}, *({"role": "assistant", "content": c} for c in "bc")]
+    rows = [{"messages": [turn for answer in answers for turn in (USER, answer)]}]
+    rows.append({"messages": [*rows[0]["messages"], USER, answers[0]], "tools": []})
+    lines: list[str] = []
+    cfg = DataConfig(write(tmp_path / "d.jsonl", rows), turns=turns)
+    tokenizer = byte_level(CHATML)
+    assert check(cfg, tokenizer=tokenizer, echo=lines.append) == 0
+    marked = [cell for line in lines for cell in line.split() if cell.startswith("*") and cell[1:].isdigit()]
+    assert tokenizer.decode([int(cell[1:]) for cell in marked]) == learned
+    assert any("1 whose last answer has weight 0" in line for line in lines) == (turns == "last")
+
+
 def test_rows_that_are_rendered_already(tmp_path):
     """Prompts of Llama 2 and Gemma, messages whose content begins with a marker; no question about markers."""
     for prompt, completion in (
@@ -331,7 +353,7 @@ def test_unknown_tokens_are_counted(tmp_path):
         lines: list[str] = []
         check(cfg, tokenizer=tokenizer, echo=lines.append)
         for text in ("\n".join(lines), read_demonstrations(cfg, tokenizer).train.notes):
-            assert sentence in text and (sentence or "unknown" not in text)
+            assert sentence in text and (sentence or "unknown to" not in text)
 
 
 @pytest.mark.parametrize("form", ["pipe", "gzip pipe", "fifo", "gzip without its suffix"])

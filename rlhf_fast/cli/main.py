@@ -184,6 +184,7 @@ def _check(argv: Sequence[str]) -> int:
         columns=options.columns,
         remove_columns=options.remove_columns,
         template=options.template,
+        turns=options.turns,
         limit=options.limit,
         max_prompt_tokens=options.max_prompt_tokens,
         max_response_tokens=options.max_response_tokens,

@@ -67,6 +67,7 @@ class ChatTemplate:
         self.answer: AnswerFormat | None = None
         self.fault = self.note = ""
         self._frames: dict[tuple, str | None] = {}
+        self._last_prompt: tuple[list[Message], list[Any], str] = ([], [], "")
         for turns in ([_turn("user", 0)], [_turn("system", 2), _turn("user", 0)]):
             for self.parts in (False, True):
                 try:
@@ -92,9 +93,11 @@ class ChatTemplate:
 
     def prompt(self, turns: Sequence[Message], tools: Tools = ()) -> str:
         """Return the text before an answer, as it stands in a conversation that has one."""
-        if self.answer is None:
-            return self.render(turns, tools, generation_prompt=True)
-        return self.render(turns, tools, self.answer.generation_prompt) + self.answer.header
+        if self._last_prompt[:2] != (list(turns), list(tools)):  # the answers to one prompt ask for it again
+            generation_prompt = self.answer.generation_prompt if self.answer else True
+            text = self.render(turns, tools, generation_prompt) + (self.answer.header if self.answer else "")
+            self._last_prompt = (list(turns), list(tools), text)
+        return self._last_prompt[2]
 
     def require_kept(self, turns: Sequence[Message], tools: Tools = (), learned: int = -1) -> None:
         """Raise InvalidRow if the template leaves out a turn, its tool calls or the tools, or the thought of the turn
@@ -133,7 +136,8 @@ class ChatTemplate:
         spelled = sorted(
             {name for turn in turns for key in TEXTS for name in self.control.spelled(turn.get(key) or "")}
         )
-        given = json.dumps([list(tools), [turn.get("tool_calls") for turn in turns]], ensure_ascii=False)
+        calls = [turn["tool_calls"] for turn in turns if turn.get("tool_calls")]
+        given = json.dumps([list(tools), calls], ensure_ascii=False) if tools or calls else ""
         if in_tools := self.control.spelled(given):
             raise InvalidRow(f"the tools or tool calls spell the control token {in_tools[0]}; remove it")
         if not spelled:

@@ -16,7 +16,7 @@ import torch
 
 from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_rows, response_mask
 from rlhf_fast.config.fields import DataConfig
-from rlhf_fast.data.encode import Encoder, PromptFormat, as_turns, has_loss
+from rlhf_fast.data.encode import Encoder, PromptFormat, has_loss
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message
 from rlhf_fast.data.notes import row_notes
 from rlhf_fast.data.rows import Example, read_examples
@@ -205,9 +205,6 @@ def encode(
         if kind == "texts":
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue
-        if not any(row.loss_mask or [True]):
-            dropped["whose last answer has weight 0 (data.turns: all learns the others)"] += 1
-            continue
         row, num_removed = remove_long_responses(row, cfg, context)
         if num_removed:
             dropped["responses that are too long, of prompts that keep others"] += num_removed
@@ -230,9 +227,9 @@ def encode_example(example: Example, kind: str, encoder: Encoder, cfg: DataConfi
         return Row("", [], "", (encoder.text(example.responses[0]),), (), keys)
     if kind == "demonstrations":
         answer = example.conversation[-1] if example.conversation else _answer(example.responses[0])
-        earlier = as_turns(example.prompt)
+        earlier = example.conversation[:-1]
         if cfg.turns == "all" and any(turn["role"] == "assistant" and has_loss(turn) for turn in earlier):
-            found = encoder.all_answers([*earlier, answer], tools)
+            found = encoder.all_answers(example.conversation, tools)
             return Row("", found.prompt, found.text, (found.response,), (), keys, tuple(found.loss_mask))
         if not has_loss(answer):
             return Row("", [], "", ([],), (), keys, (False,))
@@ -248,8 +245,10 @@ def _answer(text: str) -> Message:
 
 
 def exceeded_limit(row: Row, cfg: DataConfig, context: int = 0) -> str:
-    """Return the limit that a row exceeds, as a phrase after a number of rows; "" if it exceeds none."""
+    """Return why a row is left out, as a phrase after a number of rows; "" if it exceeds no limit and has a loss."""
     longest = max(map(len, row.responses), default=0)
+    if not any(row.loss_mask or [True]):
+        return "whose last answer has weight 0 (data.turns: all learns the others)"
     if len(row.prompt) > cfg.max_prompt_tokens:
         return f"with a prompt over {cfg.max_prompt_tokens} tokens (data.max_prompt_tokens)"
     if longest > cfg.max_response_tokens:

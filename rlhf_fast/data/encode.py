@@ -44,8 +44,10 @@ class Encoded(NamedTuple):
 
 class _Answer(NamedTuple):
     ids: list[int]
+    whole: str
+    """The text of the conversation."""
     start: int
-    """Position in the text of the conversation."""
+    """Position in that text."""
     stop: int
 
 
@@ -127,7 +129,7 @@ class Encoder:
                     f"the chat template ends the answer before turn {i + 1} with no end token of its own, so that"
                     " data.turns: all cannot learn it; set data.turns: last"
                 )
-            between = self._ids_between(self.chat, conversation, tools, position, answer.start)
+            between = self._ids_between(self.chat, conversation, tools, answer.whole, position, answer.start)
             ids += between + answer.ids
             mask += [False] * len(between) + [True] * len(answer.ids)
             position = answer.stop
@@ -196,8 +198,7 @@ class Encoder:
                 f"the chat template leaves out a part of turn {i + 1} (assistant), which then cannot be learned:"
                 f" {turn['content'][:40]!r} against {whole[start:stop][:40]!r}; {remedy}"
             )
-        ids = self._ids_between(chat, conversation, tools, start, stop)
-        return _Answer(ids, start, stop)
+        return _Answer(self._ids_between(chat, conversation, tools, whole, start, stop), whole, start, stop)
 
     def _end_of_answer(
         self, chat: ChatTemplate, conversation: Sequence[Message], i: int, tools: Tools, whole: str, start: int
@@ -223,10 +224,10 @@ class Encoder:
         return found[1] if self.eos else found[0]
 
     def _ids_between(
-        self, chat: ChatTemplate, turns: Sequence[Message], tools: Tools, start: int, stop: int
+        self, chat: ChatTemplate, turns: Sequence[Message], tools: Tools, whole: str, start: int, stop: int
     ) -> list[int]:
-        """Return the tokens of a part of the conversation's text that is not its beginning."""
-        segments = chat.segments(chat.render(turns, tools), turns, tools)
+        """Return the tokens of a part of the conversation's text `whole` that is not its beginning."""
+        segments = chat.segments(whole, turns, tools)
         return self.control.segment_ids(list(cut(segments, start, stop)), follows=True)
 
     def _require_answer_format(self, chat: ChatTemplate) -> AnswerFormat:

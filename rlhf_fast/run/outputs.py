@@ -39,7 +39,7 @@ def check_run_folder(out: str | Path, inputs: Mapping[str, str]) -> dict[str, An
             raise UserError(f"{out}: is what {setting} names, and would be written over; choose another `out`")
         if _is_inside(path, folder):
             raise UserError(f"{out}: holds what {setting} names ({path}); choose another `out`")
-        if Path(path).is_dir() and _is_inside(folder, path):
+        if not Path(path).is_file() and _is_inside(folder, path):
             raise UserError(f"{out}: lies in the folder that {setting} names ({path}); choose an `out` outside it")
     lock_only = all(entry.name == "lock" for entry in (folder / "checkpoints").glob("*"))
     check_empty_folder(folder, "run", may_hold=("checkpoints", RUN + ".tmp") if lock_only else ())

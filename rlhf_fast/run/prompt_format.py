@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config.fields import DataConfig
+from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data.chat_template import process_start
 from rlhf_fast.data.encode import Encoder, PromptFormat, Template, resolve_template
 from rlhf_fast.data.fields import InvalidRow, Message
@@ -43,22 +44,14 @@ def bind_prompt_format(
     path: the model that the run starts from, whose own format holds unless the run is one that `teaches` it another.
     data: setting -> the data that it reads. UserError if the settings, the model's run or this run's start differ.
     """
-    explicit: dict[str, Template] = {}
-    for setting, cfg in data.items():
-        if cfg.path and cfg.template != "auto":
-            explicit[f"{setting}.template"] = cfg.template
-    if len(set(explicit.values())) > 1:
-        found = " and ".join(f"{name} is {value}" for name, value in explicit.items())
-        raise UserError(f"{run_folder.stage}: {found}; prompts of one model must have one form")
-    name = next(iter(explicit), "")
-    value: Template = explicit[name] if name else "auto"
+    name, value = _explicit_template(run_folder.stage, data)
     started: dict[str, Any] = read_run(run_folder.out).get(TEMPLATE, {})
     if started:
         prompt_format = PromptFormat(started["kind"], _date(started))
         _check_tokens(started, tokenizer, prompt_format, f"{run_folder.out}: since this run was started,")
     else:
-        wish = f"{run_folder.stage}: {name}"
-        prompt_format, notes = model_prompt_format(path, tokenizer, value, wish, strict=not teaches)
+        setting = f"{run_folder.stage}: {name}"
+        prompt_format, notes = model_prompt_format(path, tokenizer, value, setting, strict=not teaches)
         run_folder.notes += notes
     run_folder.manifest[TEMPLATE] = started or as_json(tokenizer, prompt_format)
     first = next(iter(data.values()))
@@ -77,10 +70,9 @@ def model_prompt_format(
     recorded = recorded_format(path)
     own, notes = recorded.get("kind"), []
     if own and template not in ("auto", own):
-        sentence = f"{setting} is {template}, but the run that wrote {path} had {own}"
         if strict:
-            raise UserError(f"{sentence}; leave it at auto, or train the model with {template} first")
-        notes.append(sentence)
+            raise _another_template(setting, template, path, own)
+        notes.append(f"{setting} is {template}, but the run that wrote {path} had {own}")
     kind = resolve_template(tokenizer, own if own and template == "auto" else template)
     prompt_format = PromptFormat(kind, _date(recorded) or process_start())
     if kind == own:
@@ -88,9 +80,9 @@ def model_prompt_format(
     return prompt_format, notes
 
 
-def check_same_format(prompt_format: PromptFormat, models: Mapping[str, str]) -> Iterator[str]:
-    """Yield a note for each model (setting -> path) that has learned another date; UserError for another template."""
-    for setting, path in models.items():
+def check_same_format(prompt_format: PromptFormat, cfg: StageConfig) -> Iterator[str]:
+    """Yield a note for each other model of the stage that has learned another date; UserError for another template."""
+    for setting, path in _other_models(cfg).items():
         recorded = recorded_format(path)
         if recorded.get("kind", prompt_format.template) != prompt_format.template:
             raise UserError(
@@ -100,6 +92,72 @@ def check_same_format(prompt_format: PromptFormat, models: Mapping[str, str]) ->
         date, now = _date(recorded), prompt_format.date or process_start()
         if date and date.date() != now.date():
             yield f"{setting}: {path} has learned prompts of {date.date()}; the chat template writes {now.date()} here"
+
+
+def check_planned_format(cfg: StageConfig, tokenizer: Any, earlier: Sequence[StageConfig]) -> None:
+    """Raise UserError, before anything is trained, if a stage's prompts have another form than its models learn.
+
+    earlier: the stages of the recipe, some of whose folders this one reads.
+    """
+    kind = _planned_kind(cfg, tokenizer, earlier)
+    for setting, path in _other_models(cfg).items():
+        if _model_kind(path, tokenizer, earlier) not in (None, kind):
+            raise UserError(
+                f"{cfg.stage}: {setting} ({path}) learns prompts in another form than {kind}; give all"
+                " stages one data.template"
+            )
+
+
+def _planned_kind(cfg: StageConfig, tokenizer: Any, earlier: Sequence[StageConfig]) -> Template:
+    """Return the kind that a stage's prompts will have."""
+    start, data = _start(cfg), {"data": cfg.data}
+    if isinstance(cfg, RewardConfig):
+        data["demonstrations"] = cfg.demonstrations
+    name, template = _explicit_template(cfg.stage, data)
+    own = _model_kind(start, tokenizer, earlier)
+    if own and template not in ("auto", own) and not isinstance(cfg, SFTConfig):
+        raise _another_template(f"{cfg.stage}: {name}", template, start, own)
+    return resolve_template(tokenizer, own if own and template == "auto" else template)
+
+
+def _model_kind(path: str, tokenizer: Any, earlier: Sequence[StageConfig]) -> Template | None:
+    """Return the kind that the run has or will have which writes the model; None if no run of ours does."""
+    for stage in earlier:
+        if Path(path).absolute() == Path(stage.out).absolute() and not (Path(path) / "config.json").exists():
+            return _planned_kind(stage, tokenizer, [other for other in earlier if other is not stage])
+    return recorded_format(path).get("kind")
+
+
+def _start(cfg: StageConfig) -> str:
+    return cfg.policy.path if isinstance(cfg, PPOConfig) else cfg.model.path
+
+
+def _other_models(cfg: StageConfig) -> dict[str, str]:
+    """Return the models that read the prompts beside the one that is trained: setting -> path."""
+    if isinstance(cfg, PPOConfig):
+        models = {"reward": cfg.reward, "reference": cfg.reference, "value.path": cfg.value.path}
+    else:
+        models = {"select_reward": cfg.select_reward} if isinstance(cfg, SFTConfig) and cfg.select == "reward" else {}
+    return {setting: path for setting, path in models.items() if path}
+
+
+def _explicit_template(stage: str, data: Mapping[str, DataConfig]) -> tuple[str, Template]:
+    """Return the setting that names a template, and that; "auto" if none does. UserError if two of them differ."""
+    explicit: dict[str, Template] = {}
+    for setting, cfg in data.items():
+        if cfg.path and cfg.template != "auto":
+            explicit[f"{setting}.template"] = cfg.template
+    if len(set(explicit.values())) > 1:
+        found = " and ".join(f"{name} is {value}" for name, value in explicit.items())
+        raise UserError(f"{stage}: {found}; prompts of one model must have one form")
+    return next(iter(explicit.items()), ("data.template", "auto"))
+
+
+def _another_template(setting: str, template: str, path: str, own: str) -> UserError:
+    return UserError(
+        f"{setting} is {template}, but the run that wrote {path} had {own}; leave it at auto, or train the model with"
+        f" {template} first"
+    )
 
 
 def recorded_format(path: str) -> dict[str, Any]:

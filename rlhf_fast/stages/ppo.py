@@ -28,6 +28,7 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, check_same_format
+from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
 from rlhf_fast.training.kl import KLController
@@ -46,9 +47,10 @@ def run(cfg: PPOConfig) -> None:
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
+        context = check_fit(cfg)
         torch.manual_seed(cfg.seed)
         models = load_models(cfg, run_folder.device)
-        prompt_data, pretrain_data = load_data(cfg, models.policy, run_folder)
+        prompt_data, pretrain_data = load_data(cfg, models.policy, run_folder, context)
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
         state = init_state(cfg, models, run_folder)
         log = run_folder.start_or_resume(cfg.num_batches, PROGRESS_METRICS, state.parts())
@@ -134,13 +136,11 @@ def _frozen_config(cfg: ModelConfig, path: str) -> ModelConfig:
     return replace(cfg, path=path, lora=LoraConfig(), gradient_checkpointing=False)
 
 
-def load_data(cfg: PPOConfig, policy: Model, run_folder: RunFolder) -> tuple[Split, Dataset | None]:
-    """Return the prompts, and the pretraining text of PPO-ptx if there is any."""
-    context = policy.max_positions
+def load_data(cfg: PPOConfig, policy: Model, run_folder: RunFolder, context: int) -> tuple[Split, Dataset | None]:
+    """Return the prompts, and the pretraining text of PPO-ptx if there is any. `context`: of the smallest model."""
     max_prompt = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
     prompt_format = bind_prompt_format(run_folder, cfg.policy.path, policy.tokenizer, {"data": cfg.data})
-    others = {"reward": cfg.reward, "reference": cfg.reference, "value": cfg.value.path}
-    run_folder.notes += check_same_format(prompt_format, {name: path for name, path in others.items() if path})
+    run_folder.notes += check_same_format(prompt_format, cfg)
     prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt, prompt_format)
     if cfg.select == "reward" and not len(prompt_data.valid):
         raise UserError(
@@ -150,7 +150,7 @@ def load_data(cfg: PPOConfig, policy: Model, run_folder: RunFolder) -> tuple[Spl
     run_folder.notes.append(prompt_data.train.notes)
     if not cfg.pretrain.path:
         return prompt_data, None
-    pretrain_data = read_texts(cfg.pretrain, policy.tokenizer, cfg.seed, context).train
+    pretrain_data = read_texts(cfg.pretrain, policy.tokenizer, cfg.seed, policy.max_positions).train
     run_folder.notes.append(pretrain_data.notes)
     return prompt_data, pretrain_data
 

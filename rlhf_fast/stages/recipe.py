@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,12 +157,22 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> None:
                     f"{cfg.out}: was made from another {source} run than the one the recipe has now;"
                     " move it away to run the stage again, or choose another `out`"
                 )
+    _check_stages([cfg for stage, cfg in recipe.stages.items() if not done[stage]], list(recipe.stages.values()))
     for stage, cfg in recipe.stages.items():
         if done[stage]:
             echo(f"{stage}: finished already, in {cfg.out}")
         else:
             _run_measured(stage, recipe, measurements)
     echo("\n".join(table(recipe, measurements)))
+
+
+def _check_stages(to_run: Sequence[StageConfig], stages: Sequence[StageConfig]) -> None:
+    """Raise UserError, before the first stage runs, if the models or folders of one of them will not fit."""
+    if to_run:
+        from rlhf_fast.stages.fit import check_fit
+    for cfg in to_run:
+        check_run_folder(cfg.out, {f"{other.stage}.out": other.out for other in stages if other is not cfg})
+        check_fit(cfg, stages)
 
 
 def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, Any]]) -> None:

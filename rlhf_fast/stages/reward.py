@@ -17,6 +17,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.prompt_format import bind_prompt_format
+from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
@@ -32,6 +33,7 @@ def run(cfg: RewardConfig) -> None:
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
+        check_fit(cfg)
         torch.manual_seed(cfg.seed)
         model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=run_folder.device)
         sources = {"data": cfg.data, "demonstrations": cfg.demonstrations}

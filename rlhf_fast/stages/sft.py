@@ -15,6 +15,7 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, check_same_format
+from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
@@ -28,9 +29,10 @@ def run(cfg: SFTConfig) -> None:
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
+        context = check_fit(cfg)
         torch.manual_seed(cfg.seed)
         model = Model.load(cfg.model, seed=cfg.seed, device=run_folder.device)
-        data, pretrain_data, reward = load_data(cfg, model, run_folder)
+        data, pretrain_data, reward = load_data(cfg, model, run_folder, context)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
         best, save = BestModel(run_folder), partial(save_with_probe, model)
@@ -44,7 +46,7 @@ def run(cfg: SFTConfig) -> None:
                 stats = learner.step(terms)
             if should_validate(step, cfg.log.validate_every, cfg.batch, len(data.train), steps):
                 with log.phase("validate"):
-                    stats |= validate(cfg, model, data.valid, reward, log, step)
+                    stats |= validate(cfg, model, data.valid, reward, log, step, context)
                 if cfg.select != "last":
                     score = stats["valid/scores"] if cfg.select == "reward" else -stats["valid/sft"]
                     best.update(step, score, save)
@@ -54,9 +56,12 @@ def run(cfg: SFTConfig) -> None:
 
 
 def load_data(
-    cfg: SFTConfig, model: Model, run_folder: RunFolder
+    cfg: SFTConfig, model: Model, run_folder: RunFolder, context: int
 ) -> tuple[Split, Dataset | None, RewardFunction | None]:
-    """Return the demonstrations, the pretraining text if any is mixed in, and the reward model if it selects."""
+    """Return the demonstrations, the pretraining text if any is mixed in, and the reward model if it selects.
+
+    context: positions of the smaller model.
+    """
     prompt_format = bind_prompt_format(run_folder, cfg.model.path, model.tokenizer, {"data": cfg.data}, teaches=True)
     data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions, prompt_format)
     if cfg.select != "last" and not len(data.valid):
@@ -70,12 +75,12 @@ def load_data(
         pretrain_data = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
         run_folder.notes.append(pretrain_data.notes)
     if cfg.select == "reward":
-        if not validation_prompts(data.valid, model.max_positions, cfg.sampling.max_new_tokens).uids:
+        if not validation_prompts(data.valid, context, cfg.sampling.max_new_tokens).uids:
             raise UserError(
                 f"sft: select=reward: no validation prompt leaves room for sampling.max_new_tokens"
-                f" ({cfg.sampling.max_new_tokens}) in the model's {model.max_positions} positions; lower it"
+                f" ({cfg.sampling.max_new_tokens}) in {context} positions; lower it"
             )
-        run_folder.notes += check_same_format(prompt_format, {"select_reward": cfg.select_reward})
+        run_folder.notes += check_same_format(prompt_format, cfg)
         budget = cfg.optim.micro_batch_tokens
         reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=run_folder.device)
     return data, pretrain_data, reward
@@ -101,7 +106,7 @@ def step_terms(cfg: SFTConfig, data: Dataset, pretrain_data: Dataset | None, ste
 
 
 def validate(
-    cfg: SFTConfig, model: Model, data: Dataset, reward: RewardFunction | None, log: Log, step: int
+    cfg: SFTConfig, model: Model, data: Dataset, reward: RewardFunction | None, log: Log, step: int, context: int
 ) -> dict[str, float]:
     """Return the validation loss, and with a reward model the mean score of responses to the validation prompts.
 
@@ -111,7 +116,7 @@ def validate(
     if not len(data):
         return {}
     stats = validation_metrics(model, data, partial(sft_loss, pack=cfg.packing), cfg.optim.micro_batch_tokens)
-    prompts = validation_prompts(data, model.max_positions, cfg.sampling.max_new_tokens)
+    prompts = validation_prompts(data, context, cfg.sampling.max_new_tokens)
     if not reward:
         prompts = prompts.take(range(min(cfg.log.samples, len(prompts.uids))))
     if not prompts.uids:

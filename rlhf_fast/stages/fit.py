@@ -1,0 +1,183 @@
+"""Whether the models and sizes of a stage fit each other: read from config.json and tokenizer, before any weights.
+
+A recipe checks all its stages so before the first one starts. A model that an earlier stage will write has the sizes
+and the tokenizer of the model which that stage starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig
+
+from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
+from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.data import read_prompts
+from rlhf_fast.errors import UserError
+from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
+from rlhf_fast.run.prompt_format import check_planned_format
+from rlhf_fast.training.rewards import is_function, source_file
+
+PROMPTS_TRIED = 64
+"""Prompts that are read first to see whether any of them fits."""
+
+
+class Role(NamedTuple):
+    """A model that a stage loads. setting: what names it."""
+
+    setting: str
+    cfg: ModelConfig
+    head: str
+    trained: bool
+    fresh_head: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.setting} ({self.cfg.path})"
+
+
+class Sizes(NamedTuple):
+    """What config.json and tokenizer say of a role. positions: 0 = no limit. rows: of the vocabulary."""
+
+    role: Role
+    positions: int
+    rows: int
+    tokenizer: Any
+
+
+def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
+    """Return how many tokens every model of the stage can read in a row, 0 for any; UserError if they do not fit.
+
+    earlier: the stages of the recipe, some of whose folders this one reads.
+    """
+    _check_device(cfg)
+    for spec in filter(is_function, cfg.model_paths()):
+        source_file(spec)  # UserError if it cannot be imported
+    roles = list(_roles(cfg))
+    for role in roles:
+        if role.trained and role.cfg.dtype == "float16":
+            name = role.setting.replace("path", "dtype")
+            raise UserError(f"{cfg.stage}: {name} is float16, whose gradients underflow; set it to bfloat16 or float32")
+    sizes = [found for role in roles if (found := _sizes(role, earlier))]
+    if not sizes or sizes[0].role is not roles[0]:  # the loader says why a config cannot be read
+        return 0
+    main, *others = sizes
+    for other in others:
+        check_tokenizers(main.tokenizer, other.tokenizer, str(other.role))
+    check_planned_format(cfg, main.tokenizer, earlier)
+    needed = max(main.tokenizer.get_vocab().values(), default=-1) + 1
+    for each in sizes:
+        if each.rows < needed:
+            raise UserError(
+                f"{cfg.stage}: {each.role} has {each.rows} vocabulary rows, but {main.role} has tokens up to number"
+                f" {needed - 1}; models of one run must come from one base model"
+            )
+    smallest = min((each for each in sizes if each.positions), key=lambda each: each.positions, default=None)
+    if smallest is None:
+        return 0
+    if isinstance(cfg, PPOConfig) or (isinstance(cfg, SFTConfig) and cfg.select == "reward"):
+        _check_room(cfg.stage, cfg.sampling, smallest)
+    if isinstance(cfg, PPOConfig):
+        _check_prompts(cfg.data, cfg.sampling, main.tokenizer, smallest)
+    return smallest.positions
+
+
+def _roles(cfg: StageConfig) -> Iterator[Role]:
+    """Yield the models that the stage loads, the one that samples first."""
+    if isinstance(cfg, RewardConfig):
+        yield Role("model.path", cfg.model, "scalar", trained=True, fresh_head=True)
+    elif isinstance(cfg, SFTConfig):
+        yield Role("model.path", cfg.model, "lm", trained=True)
+        if cfg.select == "reward" and not is_function(cfg.select_reward):
+            yield Role("select_reward", replace(cfg.model, path=cfg.select_reward), "scalar", trained=False)
+    else:
+        yield Role("policy.path", cfg.policy, "lm", trained=True)
+        if cfg.reference:
+            yield Role("reference", replace(cfg.policy, path=cfg.reference), "lm", trained=False)
+        if not is_function(cfg.reward):
+            yield Role("reward", replace(cfg.value, path=cfg.reward), "scalar", trained=False)
+        if cfg.value.path:
+            yield Role("value.path", cfg.value, "scalar", trained=True)
+        elif cfg.value.dtype == "float16":
+            yield Role("value.path", replace(cfg.value, path=cfg.policy.path), "scalar", trained=True, fresh_head=True)
+
+
+def _sizes(role: Role, earlier: Sequence[StageConfig]) -> Sizes | None:
+    """Return the sizes of a role; None if its config cannot be read. UserError for a model of the wrong kind."""
+    source, kind = _start(role.cfg, earlier)
+    check_path(source.path)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    except Exception:  # foreign code, which may fail in any way
+        return None
+    names = " ".join(config.architectures or ())
+    kind = kind or ("scalar" if "SequenceClassification" in names else "lm" if "ForCausalLM" in names else "")
+    if role.head == "lm" and kind == "scalar":
+        raise UserError(f"{role}: is a reward model, not a language model; give a base or SFT model")
+    if role.head == "scalar" and kind == "lm" and not role.fresh_head:
+        raise UserError(f"{role}: is a language model, whose scalar head was never trained; give a reward model")
+    text_config = config.get_text_config()
+    numbers = [getattr(text_config, name, None) for name in ("max_position_embeddings", "vocab_size")]
+    positions, rows = (number if isinstance(number, int) else 0 for number in numbers)
+    return Sizes(role, positions, rows, load_tokenizer(source))
+
+
+def _start(cfg: ModelConfig, earlier: Sequence[StageConfig]) -> tuple[ModelConfig, str]:
+    """Return the model whose sizes `cfg.path` has, and the kind of head that it will have. They are those of an earlier
+    stage's start if `cfg.path` is the folder that the stage has yet to write; else `cfg` and ""."""
+    path = Path(cfg.path)
+    if (path / "config.json").exists():
+        return cfg, ""
+    for stage in earlier:
+        if path.absolute() == Path(stage.out).absolute():
+            begins = stage.policy if isinstance(stage, PPOConfig) else stage.model
+            others = [other for other in earlier if other is not stage]
+            return _start(begins, others)[0], "scalar" if isinstance(stage, RewardConfig) else "lm"
+    return cfg, ""
+
+
+def _check_room(stage: str, sampling: SamplingConfig, smallest: Sizes) -> None:
+    if sampling.max_new_tokens >= smallest.positions:
+        raise UserError(
+            f"{stage}: sampling.max_new_tokens is {sampling.max_new_tokens}, but {smallest.role} has only"
+            f" {smallest.positions} positions, prompt included; lower it"
+        )
+
+
+def _check_prompts(data: DataConfig, sampling: SamplingConfig, tokenizer: Any, smallest: Sizes) -> None:
+    """Raise UserError if no prompt leaves room for the longest response."""
+    room = smallest.positions - sampling.max_new_tokens
+    if room >= data.max_prompt_tokens:
+        return
+    first = min(data.limit or PROMPTS_TRIED, PROMPTS_TRIED)
+    if _why_none_fits(data, first, tokenizer, room) and (reason := _why_none_fits(data, data.limit, tokenizer, room)):
+        raise UserError(
+            f"ppo: no prompt fits: {smallest.role} has {smallest.positions} positions, of which sampling.max_new_tokens"
+            f" takes {sampling.max_new_tokens} ({reason}); lower it, or give shorter prompts"
+        )
+
+
+def _why_none_fits(data: DataConfig, limit: int, tokenizer: Any, room: int) -> str:
+    """Return what `read_prompts` says if none of the first `limit` prompts fits in `room` tokens, else ""."""
+    try:
+        read_prompts(replace(data, limit=limit, valid="", valid_fraction=0.0), tokenizer, 0, room)
+    except UserError as error:
+        if "none of the" not in str(error):
+            raise
+        return str(error)
+    return ""
+
+
+def _check_device(cfg: StageConfig) -> None:
+    """Raise UserError for a device that torch does not know or that is not there."""
+    if cfg.device == "auto":
+        return
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{cfg.stage}: device {cfg.device} cannot be used: {reason}; choose cpu or auto") from error
