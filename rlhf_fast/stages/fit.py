@@ -52,7 +52,7 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
 
     earlier: the stages of the recipe, some of whose folders this one reads.
     """
-    _check_device(cfg)
+    check_device(cfg.stage, cfg.device)
     for spec in filter(is_function, cfg.model_paths()):
         source_file(spec)  # UserError if it cannot be imported
     roles = list(_roles(cfg))
@@ -170,12 +170,12 @@ def _why_none_fits(data: DataConfig, limit: int, tokenizer: Any, room: int) -> s
     return ""
 
 
-def _check_device(cfg: StageConfig) -> None:
+def check_device(command: str, device: str) -> None:
     """Raise UserError for a device that torch does not know or that is not there."""
-    if cfg.device == "auto":
+    if device == "auto":
         return
     try:
-        torch.empty(0, device=cfg.device)
+        torch.zeros(1, device=device).cpu()  # `meta` has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{cfg.stage}: device {cfg.device} cannot be used: {reason}; choose cpu or auto") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{command}: device {device} cannot be used: {reason}; choose cpu or auto") from error
