@@ -19,6 +19,7 @@ from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageCon
 from rlhf_fast.data import read_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
+from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.training.rewards import is_function, source_file
 
 PROMPTS_TRIED = 64
@@ -53,6 +54,7 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     earlier: the stages of the recipe, some of whose folders this one reads.
     """
     check_device(cfg.stage, cfg.device)
+    check_sinks(cfg.log.sinks)
     for spec in filter(is_function, cfg.model_paths()):
         source_file(spec)  # UserError if it cannot be imported
     roles = list(_roles(cfg))
