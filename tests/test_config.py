@@ -274,7 +274,7 @@ def test_text_that_looks_like_something_else_is_written_in_quotes(tmp_path, text
     cfg = SFTConfig(out=text, sampling=SamplingConfig(stop=(text,)), data=DataConfig(columns={"prompt": text}))
     (tmp_path / "c.yaml").write_text(to_yaml(cfg))
     assert resolve(SFTConfig, read_yaml(tmp_path / "c.yaml")) == cfg
-    assert yaml.safe_load(to_yaml(cfg))["out"] == text
+    assert yaml.safe_load(to_yaml(cfg))["out"] == cfg.out
 
 
 def test_a_missing_file_and_a_missing_path():

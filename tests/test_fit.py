@@ -140,6 +140,7 @@ ppo: {{data.path: p.jsonl, {ppo}}}
         ({"ppo": "value.path: small"}, r"max_new_tokens is 24, but value.path \(small\) has only 9 positions"),
         ({"ppo": "policy.dtype: float16"}, "policy.dtype is float16"),
         ({"reward": "device: 'cuda:99'"}, "device cuda:99 cannot be used"),
+        ({"ppo": "log.sinks: [wanbd]"}, "no sink is called 'wanbd'"),
         ({"ppo": "out: runs/sft"}, r"runs/sft: is what ppo.out names"),
         ({"reward": "out: runs/sft/reward"}, r"runs/sft: holds what reward.out names"),
         ({"sft": "out: runs/reward/../ppo/sft"}, r"lies in|holds what"),

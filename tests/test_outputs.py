@@ -233,6 +233,24 @@ def test_plot_init_demo_and_run_write_over_nothing_of_the_users(folder, capsys):
     assert main(["plot", "r"]) == main(["plot", "r"]) == 0
 
 
+def test_a_tilde_is_the_home_folder(folder, monkeypatch, capsys):
+    """In a YAML file and after `=`, where no shell replaces it."""
+    home = folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    toy.model(home / "m")
+    toy.demonstrations(home / "d.jsonl", 8)
+    (home / "r.yaml").write_text("out: ~/runs\nsft: {model.path: ~/m, data: {path: ~/d.jsonl}, epochs: 1}\n")
+    assert main(["run", "~/r.yaml"]) == 0
+    assert (home / "runs/sft/model.safetensors").exists() and (home / "runs/recipe.json").exists()
+    toy.prompt_file(home / "p.jsonl", 2)
+    argv = ["--prompts=~/p.jsonl", "--model=~/runs/sft", "--out=~/o.jsonl", "--max-new-tokens=2"]
+    assert main(["generate", *argv]) == 0
+    assert (home / "o.jsonl").exists()
+    assert main(["init", "~/new.yaml"]) == main(["plot", "~/runs/sft", "--out=~/c.png"]) == 0
+    assert [entry.name for entry in folder.iterdir()] == ["home"]
+
+
 @pytest.mark.parametrize("text", ['{"mine": 1}\n', "[1, 2]\n", '{"step": "one"}\n'])
 def test_rows_of_others_in_a_runs_log_are_a_sentence(folder, text):
     cfg = toy.sft(folder)

@@ -25,6 +25,7 @@ from rlhf_fast.run.logs import read_rows
 from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
 from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.run.terminal import LiveLine
+from rlhf_fast.stages.fit import check_device
 
 COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
 """Columns of a row."""
@@ -36,6 +37,7 @@ BATCHES_PER_CALL = 8
 def generate(options: GenerateOptions) -> int:
     """Write the responses, rollout by rollout, and return their number."""
     _check_output(options)
+    check_device("generate", options.device)
     device = None if options.device == "auto" else options.device
     model = Model.load(ModelConfig(path=options.model, dtype=options.dtype), device=device)
     prompts = _read_prompts(options, model)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from rlhf_fast.config.fields import SamplingConfig
+from rlhf_fast.config.fields import SamplingConfig, expand_home
 from rlhf_fast.errors import UserError
 
 Template = Literal["auto", "chat", "plain", "dialog"]
@@ -23,6 +23,9 @@ class DemoOptions:
     """Seed for data, sampling and training."""
     quick: bool = False
     """A few steps of everything, to see that it works. The table then means nothing."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "out")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class GenerateOptions:
     """Columns to leave out although they would change the meaning of rows (see `data.remove_columns` of the stages)."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "model", "prompts", "out")
         if self.n < 1:
             raise UserError(f"generate: n must be at least 1, got {self.n}")
 
@@ -107,6 +111,9 @@ class PlotOptions:
     out: str = ""
     """The PNG. Empty = curves.png in that folder."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "run", "out")
+
 
 @dataclass(frozen=True)
 class InitOptions:
@@ -114,6 +121,9 @@ class InitOptions:
 
     path: Positional[str] = "recipe.yaml"
     """The file, which must not exist."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "path")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,13 @@ def require_range(owner: object, low: float, high: float, *names: str) -> None:
 def require_positive(owner: object, *names: str) -> None:
     for name in names:
         require(owner, 0 < getattr(owner, name) < math.inf, name, "must be above 0")
+
+
+def expand_home(owner: object, *names: str) -> None:
+    """Replace a leading ~ in the named paths, which no shell has done in a YAML file or in `--out=~/runs`."""
+    for name in names:
+        if str(getattr(owner, name)).startswith("~"):
+            object.__setattr__(owner, name, str(os.path.expanduser(getattr(owner, name))))  # noqa: PTH111
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,9 @@ class ModelConfig:
     """Run Python code that comes with the model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "path")
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ class DataConfig:
     long common prefix" without a length. 0 = keep all."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "path", "valid")
         require_range(self, 0, 0.9, "valid_fraction")
         require_range(self, 1, math.inf, "max_prompt_tokens", "max_response_tokens")
         require_range(self, 0, math.inf, "limit", "dedupe_prefix")

@@ -30,6 +30,7 @@ from rlhf_fast.config.fields import (
     ModelConfig,
     OptimConfig,
     SamplingConfig,
+    expand_home,
     require,
     require_positive,
     require_range,
@@ -54,6 +55,7 @@ class _Stage:
     """Resume from the newest complete checkpoint in `out`. False: refuse an `out` that holds a run."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "out", *(name for name in ("reference", "reward", "select_reward") if hasattr(self, name)))
         require(self, 0 <= self.seed < 2**63, "seed", "must be from 0 to below 2**63")
 
     def ready(self) -> None:

@@ -63,7 +63,7 @@ def dump_yaml(value: object) -> str:
 def read_yaml(path: str | Path) -> dict[str, Setting]:
     """Return every setting in a YAML file, by path. Groups may nest or be dotted. The names are not checked."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         root = yaml.compose(text, Loader=_Loader)
     except OSError as error:
         raise UserError(f"{shortened(path)}: cannot be read: {error.strerror}") from error

@@ -6,6 +6,7 @@ keep working. Units: nats for log-probabilities, entropies and KL; seconds for `
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from rlhf_fast.errors import UserError, shortened, writing
 from rlhf_fast.run.alarms import Alarms
 from rlhf_fast.run.terminal import LiveLine, format_duration
 
+SINKS = ("tensorboard", "trackio", "wandb")
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 Sink = Callable[[int, Mapping[str, float]], object]
@@ -217,21 +219,23 @@ def _null_if_not_finite(value: object) -> object:
     return value
 
 
+def check_sinks(names: Iterable[str]) -> None:
+    """Raise UserError for a tracker that is not known or not installed."""
+    for name in names:
+        if name not in SINKS:
+            raise UserError(f"log.sinks: no sink is called {name!r}; there are {', '.join(SINKS)}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log.sinks: {name} is not installed; run `pip install {name}`")
+
+
 def _make_sink(name: str, directory: Path, title: str) -> Sink:
     """Return a function that forwards rows to the tracker `name`. The tracker is imported only if it is asked for."""
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    check_sinks((name,))
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            return _tensorboard_sink(SummaryWriter(str(directory / "tensorboard")))
-        if name == "wandb":
-            import wandb as tracker
-        elif name == "trackio":
-            import trackio as tracker
-        else:
-            raise UserError(f"log.sinks: no sink is called {name!r}; there are tensorboard, trackio and wandb")
-    except ImportError as error:
-        raise UserError(f"log.sinks: {name} is not installed; run `pip install {name}`") from error
+        return _tensorboard_sink(SummaryWriter(str(directory / "tensorboard")))
+    tracker = importlib.import_module(name)
     tracker.init(project="rlhf-fast", name=f"{title} {directory}")
     return lambda step, values: tracker.log(values, step=step)
 

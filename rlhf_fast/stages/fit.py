@@ -19,9 +19,12 @@ from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageCon
 from rlhf_fast.data import read_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
+from rlhf_fast.run.info import sha256
+from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.rewards import is_function, source_file
 
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
 PROMPTS_TRIED = 64
 """Prompts that are read first to see whether any of them fits."""
 
@@ -53,7 +56,8 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
 
     earlier: the stages of the recipe, some of whose folders this one reads.
     """
-    _check_device(cfg)
+    check_device(cfg.stage, cfg.device)
+    check_sinks(cfg.log.sinks)
     for spec in filter(is_function, cfg.model_paths()):
         source_file(spec)  # UserError if it cannot be imported
     roles = list(_roles(cfg))
@@ -61,12 +65,14 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
         if role.trained and role.cfg.dtype == "float16":
             name = role.setting.replace("path", "dtype")
             raise UserError(f"{cfg.stage}: {name} is float16, whose gradients underflow; set it to bfloat16 or float32")
-    sizes = [found for role in roles if (found := _sizes(role, earlier))]
+    tokenizers: dict[object, Any] = {}
+    sizes = [found for role in roles if (found := _sizes(role, earlier, tokenizers))]
     if not sizes or sizes[0].role is not roles[0]:  # the loader says why a config cannot be read
         return 0
     main, *others = sizes
     for other in others:
-        check_tokenizers(main.tokenizer, other.tokenizer, str(other.role))
+        if other.tokenizer is not main.tokenizer:
+            check_tokenizers(main.tokenizer, other.tokenizer, str(other.role))
     check_planned_format(cfg, main.tokenizer, earlier)
     needed = max(main.tokenizer.get_vocab().values(), default=-1) + 1
     for each in sizes:
@@ -105,8 +111,11 @@ def _roles(cfg: StageConfig) -> Iterator[Role]:
             yield Role("value.path", replace(cfg.value, path=cfg.policy.path), "scalar", trained=True, fresh_head=True)
 
 
-def _sizes(role: Role, earlier: Sequence[StageConfig]) -> Sizes | None:
-    """Return the sizes of a role; None if its config cannot be read. UserError for a model of the wrong kind."""
+def _sizes(role: Role, earlier: Sequence[StageConfig], tokenizers: dict[object, Any]) -> Sizes | None:
+    """Return the sizes of a role; None if its config cannot be read. UserError for a model of the wrong kind.
+
+    tokenizers: those that are loaded already, by the bytes of their files.
+    """
     source, kind = _start(role.cfg, earlier)
     check_path(source.path)
     try:
@@ -123,7 +132,18 @@ def _sizes(role: Role, earlier: Sequence[StageConfig]) -> Sizes | None:
     text_config = config.get_text_config()
     numbers = [getattr(text_config, name, None) for name in ("max_position_embeddings", "vocab_size")]
     positions, rows = (number if isinstance(number, int) else 0 for number in numbers)
-    return Sizes(role, positions, rows, load_tokenizer(source))
+    bytes_of = _tokenizer_files(source.path)
+    if bytes_of not in tokenizers:
+        tokenizers[bytes_of] = load_tokenizer(source)
+    return Sizes(role, positions, rows, tokenizers[bytes_of])
+
+
+def _tokenizer_files(path: str) -> object:
+    """Return the checksums of the files of a folder that make its tokenizer; a hub name stands for itself."""
+    if not Path(path).is_dir():
+        return path
+    files = [file for pattern in TOKENIZER_FILES for file in sorted(Path(path).glob(pattern))]
+    return tuple((file.name, sha256(file)) for file in files)
 
 
 def _start(cfg: ModelConfig, earlier: Sequence[StageConfig]) -> tuple[ModelConfig, str]:
@@ -172,12 +192,12 @@ def _why_none_fits(data: DataConfig, limit: int, tokenizer: Any, room: int) -> s
     return ""
 
 
-def _check_device(cfg: StageConfig) -> None:
+def check_device(command: str, device: str) -> None:
     """Raise UserError for a device that torch does not know or that is not there."""
-    if cfg.device == "auto":
+    if device == "auto":
         return
     try:
-        torch.empty(0, device=cfg.device)
+        torch.zeros(1, device=device).cpu()  # `meta` has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{cfg.stage}: device {cfg.device} cannot be used: {reason}; choose cpu or auto") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{command}: device {device} cannot be used: {reason}; choose cpu or auto") from error

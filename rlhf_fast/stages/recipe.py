@@ -90,7 +90,7 @@ def read_recipe(path: str | Path) -> Recipe:
     shared, sections = _split_sections(path, read_yaml(path))
     if not sections:
         raise UserError(f"{path}: holds no stage; give at least one of the sections {', '.join(STAGES)}")
-    out = Path(_text(shared, "out", "runs/first"))
+    out = Path(_text(shared, "out", "runs/first")).expanduser()
     preset_name = _text(shared, "preset", "")
     common: dict[str, Setting] = {name: shared[name] for name in ("seed", "device") if name in shared}
     stages: dict[str, StageConfig] = {}
