@@ -52,14 +52,11 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
 def has_tangents(op: str, names: Sequence[str], gradient_inputs: Sequence[int], args: Sequence) -> bool:
     """Return whether a tensor has a forward-mode derivative, of a dual number or of torch.func.jvp. Raise
     NotImplementedError where it is one that the op has no derivative by."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    in_jvp = any(interpreter.key().name == "Jvp" for interpreter in stack)
     found = False
     for i, x in enumerate(args):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             continue
-        wrapped = in_jvp and torch._C._functorch.is_functorch_wrapped_tensor(x)
-        if wrapped or forward_ad.unpack_dual(x).tangent is not None:
+        if forward_ad.unpack_dual(x).tangent is not None or _is_of_outer_jvp(x):
             found = True
             if i not in gradient_inputs:
                 raise NotImplementedError(
@@ -67,3 +64,14 @@ def has_tangents(op: str, names: Sequence[str], gradient_inputs: Sequence[int], 
                     f" reverse; detach {names[i]}, or call {op}.reference, which is plain torch"
                 )
     return found
+
+
+def _is_of_outer_jvp(x: Tensor) -> bool:
+    """Return whether x is of a torch.func.jvp around the innermost transform, where its tangent cannot be seen."""
+    outer = list(torch._C._functorch.get_interpreter_stack() or ())[:-1]
+    levels = {interpreter.level() for interpreter in outer if interpreter.key().name == "Jvp"}
+    while levels and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.maybe_get_level(x) in levels:
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False

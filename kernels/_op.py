@@ -49,6 +49,7 @@ from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
 from rlhf_fast.kernels._op_backends import Backends
 
 OPS: dict[str, Op] = {}
+META = torch.device("meta")
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 
 
@@ -100,9 +101,12 @@ class Op(Backends):
         if kwargs or len(args) != len(self.names):
             args = self.bind(*args, **kwargs)
         try:
+            in_forward_mode = forward_ad._current_level >= 0 and has_tangents(
+                self.name, self.names, self.gradient_inputs, args
+            )
             if self.normalizer is not None:
                 args = self.normalizer(*args)
-            if forward_ad._current_level >= 0 and has_tangents(self.name, self.names, self.gradient_inputs, args):
+            if in_forward_mode:
                 return self._run_plain(*args)
             if self.gradient_inputs and torch.is_grad_enabled():
                 for i in self.gradient_inputs:
@@ -169,21 +173,24 @@ class Op(Backends):
             return self.torch_op(*args)
         device = None
         has_cpu = False
-        for a in args:
-            kind = type(a)
-            if kind is Tensor or kind is Parameter:
-                if a.is_cpu:
-                    has_cpu = True
-                elif device is None:
-                    device = a.device
-                elif a.device != device:
-                    raise self._mixed_devices_error(args)
-                if a.dtype in REFUSED_DTYPES or a.is_neg() or not a.data_ptr():
-                    check_readable(self.name, self.names, args)
-                    if a.numel():
+        try:
+            for a in args:
+                kind = type(a)
+                if kind is Tensor or kind is Parameter:
+                    if a.is_cpu:
+                        has_cpu = True
+                    elif device is None:
+                        device = a.device
+                    elif a.device != device:
+                        raise self._mixed_devices_error(args)
+                    if a.dtype in REFUSED_DTYPES or a.is_neg() or (not a.data_ptr() and a.numel() and a.device != META):
+                        check_readable(self.name, self.names, args)
                         return self.torch_op(*args)
-            elif isinstance(a, Tensor):
-                return self.torch_op(*args)
+                elif isinstance(a, Tensor):
+                    return self.torch_op(*args)
+        except RuntimeError:  # of data_ptr(): the gradients of `is_grads_batched` have none
+            check_readable(self.name, self.names, args)
+            return self.torch_op(*args)
         if device is None:
             return self._run_kernel("cpu", *args) if has_cpu else self.torch_op(*args)
         if has_cpu:

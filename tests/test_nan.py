@@ -1,11 +1,11 @@
 """A NaN reaches what depends on it, and nothing else: kernels/_op.py has the rule.
 
-Every op, each of its floating-point inputs: dependence is measured on the reference in float64, by perturbing the input.
+Every op, each floating-point input: dependence is measured on the reference in float64, by perturbing the input.
 """
 
 import pytest
 import torch
-from test_ops import OF_EACH_KERNEL, cases, detached, gradients, leaves, reference, results, to
+from test_ops import OF_EACH_KERNEL, cases, detached, gradients, leaves, reference, to
 
 from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS
@@ -112,7 +112,6 @@ def test_a_nan_reaches_what_depends_on_it_and_nothing_else(op, size, device, dty
             assert not reached.any(), f"{where}: it reaches result {i} at {reached.nonzero().tolist()}"
 
 
-
 @pytest.mark.parametrize("op, size, device, dtype, backend", [c for c in ALL if c.values[4] != "reference"])
 @OF_EACH_KERNEL
 def test_a_nan_reaches_the_same_on_every_backend(op, size, device, dtype, backend):
@@ -129,7 +128,6 @@ def test_a_nan_reaches_the_same_on_every_backend(op, size, device, dtype, backen
             if op.names[position] in SHARED:
                 found, wanted = found.any(), wanted.any()
             assert torch.equal(found, wanted), f"{where}: result {i}: NaN at {found}, should be at {wanted}"
-
 
 
 def to_float64(args):
