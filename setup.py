@@ -2,12 +2,17 @@
 
 RLHF_FAST_CUDA=auto|0|1        1: fail when nvcc is missing; 0: leave CUDA out            (default auto)
 RLHF_FAST_CUDA_ARCHS="80;90+PTX"  compute capabilities; +PTX adds code that later GPUs can translate
+RLHF_FAST_EXT=0                compile nothing: every op runs as plain torch
 RLHF_FAST_REQUIRE_EXT=1        a missing compiler is an error, not a warning
 CXX, MAX_JOBS                  the C++ compiler; the number of compilations at once
+
+A compiler that is there and does not compile is an error, always. No older extension is left in place of one that was
+not built.
 """
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -89,11 +94,19 @@ rule link
 """
 
 
+def find_cxx() -> str | None:
+    """Return the command of the C++ compiler, or None where there is none."""
+    named = os.environ.get("CXX")
+    if named:
+        return named if shutil.which(shlex.split(named)[0]) else None
+    return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
+
 def ninja_file(name: str, folder: Path, target: Path) -> str:
     """Return build.ninja for one extension: each source of csrc/cpu once per instruction set, or csrc/cuda."""
     import pybind11
 
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
+    cxx = find_cxx()
     openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
     warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
     warnings += "" if openmp else " -Wno-unused-parameter"  # num_threads, without OpenMP
@@ -137,17 +150,38 @@ def escaped(path: Path) -> str:
 class NinjaBuild(build_ext):
     """Write build.ninja and run it: one rule for C++, one for CUDA, one to link."""
 
+    def run(self) -> None:
+        self.is_inplace = bool(self.inplace)  # setuptools builds elsewhere first, and then copies
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
-        try:
-            self.run_ninja(ext.name, Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (OSError, subprocess.CalledProcessError) as error:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if find_cxx() is None:
+            self.remove_older(target)
+            missing = f"CXX={os.environ['CXX']} was not found" if os.environ.get("CXX") else "there is no C++ compiler"
             if not OPTIONAL:
-                raise
+                raise SystemExit(f"[rlhf-fast] {ext.name} cannot be built: {missing}")
             report("=" * 80)
-            report(f"{ext.name} COULD NOT BE BUILT: {error}")
+            report(f"{ext.name} COULD NOT BE BUILT: {missing}")
             report("rlhf-fast will run on its plain-torch references, many times slower. `rlhf-fast env` shows it.")
             report("To fix it, install a C++17 compiler (g++ or clang++) and install rlhf-fast again.")
             report("=" * 80)
+            return
+        try:
+            self.run_ninja(ext.name, target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.remove_older(target)
+            without = "RLHF_FAST_CUDA=0" if ext.name.endswith("_cuda") else "RLHF_FAST_EXT=0"
+            raise SystemExit(
+                f"[rlhf-fast] {ext.name} was not built: its compiler is there and failed, as shown above ({error})."
+                f" Mend what it names, or set {without} to install without {ext.name}."
+            ) from error
+
+    def remove_older(self, target: Path) -> None:
+        """Remove what an earlier build left, which would run in place of the sources that are there now."""
+        target.unlink(missing_ok=True)
+        if self.is_inplace:
+            (ROOT / "rlhf_fast" / target.name).unlink(missing_ok=True)
 
     def run_ninja(self, name: str, target: Path) -> None:
         import ninja
@@ -165,7 +199,10 @@ class NinjaBuild(build_ext):
 
 
 extensions = [Extension("rlhf_fast._cpu", sources=[], optional=OPTIONAL)]
-if nvcc := find_nvcc():
+if os.environ.get("RLHF_FAST_EXT") == "0":
+    extensions = []
+    report("RLHF_FAST_EXT=0: nothing is compiled; every op runs as plain torch")
+elif nvcc := find_nvcc():
     report(f"CUDA kernels: yes, by {nvcc}")
     extensions.append(Extension("rlhf_fast._cuda", sources=[], optional=OPTIONAL))
 else:

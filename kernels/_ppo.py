@@ -100,7 +100,7 @@ MAX_EXPONENT = 20.0
 
 
 def clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Return x between low and high. Unlike torch.clamp's, the gradient at a NaN is not 0, and a NaN bound gives NaN."""
+    """Return x between low and high. Unlike torch.clamp's, the gradient at a NaN is not 0. A NaN bound gives NaN."""
     bounded = torch.where(x > high, high, torch.where(x < low, low, x))
     return torch.where(low == low, bounded, x + low) if isinstance(low, Tensor) else bounded
 

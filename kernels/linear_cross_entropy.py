@@ -104,7 +104,7 @@ def _backward(ctx, grad_loss, _grad_logprobs):
     return d_hidden, d_weight, None, None, d_bias, None
 
 
-linear_cross_entropy.gradient(_backward, forward=_forward)
+linear_cross_entropy.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 linear_cross_entropy.cost(cost)
 
 SMALL = [

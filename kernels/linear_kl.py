@@ -165,7 +165,7 @@ def _backward(ctx, grad_logprobs, _grad_ref_logprobs, grad_entropy, grad_kl):
     return d_hidden, d_weight, None, None, None, None, None, d_bias, None
 
 
-linear_kl.gradient(_backward, forward=_forward)
+linear_kl.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 
 SMALL = [
     {"N": 1, "D": 1, "E": 1, "V": 2},

@@ -128,7 +128,7 @@ def _backward(ctx, grad_logprobs, grad_entropy):
     return d_hidden, d_weight, None, d_bias, None, None
 
 
-linear_logprobs.gradient(_backward, forward=_forward)
+linear_logprobs.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 
 SMALL = [
     {"N": 1, "D": 1, "V": 2},

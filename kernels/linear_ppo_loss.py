@@ -233,7 +233,7 @@ def _backward(ctx, grad_loss, *_):
     return no_grads._replace(hidden=d_hidden, weight=d_weight, bias=d_bias).flat()
 
 
-linear_ppo_loss.gradient(_backward, forward=_forward)
+linear_ppo_loss.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 linear_ppo_loss.cost(cost)
 
 ALL = {"bias": True, "reference": True, "kl_coef": 0.3, "entropy_coef": 0.1, "temperature": 0.8, "softcap": 6.0}

@@ -131,7 +131,7 @@ def _backward(ctx, grad_logprobs, grad_entropy):
     return grad, None, None, None
 
 
-token_logprobs.gradient(_backward, setup_context=_setup_context)
+token_logprobs.gradient(_backward, wrt=("logits",), setup_context=_setup_context)
 
 
 @token_logprobs.cost

@@ -1,11 +1,11 @@
 """A NaN reaches what depends on it, and nothing else: kernels/_op.py has the rule.
 
-Every op, each of its floating-point inputs: dependence is measured on the reference in float64, by perturbing the input.
+Every op, each floating-point input: dependence is measured on the reference in float64, by perturbing the input.
 """
 
 import pytest
 import torch
-from test_ops import OF_EACH_KERNEL, cases, detached, gradients, leaves, reference, results, to
+from test_ops import OF_EACH_KERNEL, cases, detached, gradients, leaves, reference, to
 
 from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS
