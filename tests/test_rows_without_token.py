@@ -15,6 +15,7 @@ from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import rope_store
 from rlhf_fast.model.model import Model
+from rlhf_fast.model.saved_model import check_saving
 from rlhf_fast.rollout import cuda_graphs, fused
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.training.losses import sft_loss
@@ -144,6 +145,16 @@ def test_the_cross_entropy_is_over_all_rows():
     logprobs = model.module(input_ids=tokens).logits.double().log_softmax(-1)[0, 1:-1]
     torch.testing.assert_close(loss.double(), -logprobs.gather(1, tokens[0, 2:, None]).mean(), rtol=1e-5, atol=1e-6)
     assert loss > -model.logprobs(tokens, torch.tensor([2]), torch.tensor([6]))[0].mean() + 0.1
+
+
+def test_what_is_saved_is_compared_over_all_rows(tmp_path):
+    """transformers counts the rows without a token, so a comparison with its numbers does."""
+    folder = toy.model(tmp_path / "model")
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    module.resize_token_embeddings(64, mean_resizing=False)
+    model = Model(module, toy.tokenizer())
+    assert int(model.probe_tokens(8, 64).max()) < model.num_tokens
+    check_saving(model, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

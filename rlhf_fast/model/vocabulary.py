@@ -1,4 +1,4 @@
-"""Which rows of an output embedding have a token.
+"""The rows of an output embedding that have a token.
 
 An embedding often has more rows than its tokenizer has tokens, rounded up for speed or reserved. Such rows are never
 sampled, and get no share of a probability: the head that samples and scores ends at the last token, and the rows below
