@@ -32,7 +32,8 @@ class Vocabulary:
         last = max(ids, key=lambda token: ids[token], default=None)
         self.tokenizer = tokenizer
         self.num_tokens = num_rows if last is None else ids[last] + 1
-        self.unused = [] if last is None else sorted(set(range(self.num_tokens)) - set(ids.values()))
+        missing = [] if last is None else sorted(set(range(self.num_tokens)) - set(ids.values()))
+        self.unused = [id for id, token in zip(missing, _names(tokenizer, missing), strict=True) if token is None]
         self._mask: Tensor | None = None
         if self.num_tokens > num_rows:
             raise UserError(
@@ -53,3 +54,12 @@ class Vocabulary:
             self._mask = torch.zeros(self.num_tokens, dtype=weight.dtype, device=weight.device)
             self._mask[self.unused] = MASK
         return self._mask if bias is None else bias + self._mask
+
+
+def _names(tokenizer: Any, ids: list[int]) -> list[str | None]:
+    """Return the names of `ids`, which are not in the tokenizer's vocabulary, or None. Tokens that are parts of
+    characters may share a name, and the vocabulary then has one of them."""
+    try:
+        return tokenizer.convert_ids_to_tokens(ids) if ids else []
+    except Exception:  # a model's own tokenizer may fail on such ids in any way
+        return [None] * len(ids)
