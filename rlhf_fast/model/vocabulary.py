@@ -29,13 +29,14 @@ class Vocabulary:
     def __init__(self, tokenizer: Any, num_rows: int, name: str):
         """Raise UserError if a token has no row in the model `name`."""
         ids = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-        last = max(ids, key=lambda token: ids[token], default=None)
+        used = set(ids.values())
         self.tokenizer = tokenizer
-        self.num_tokens = num_rows if last is None else ids[last] + 1
-        missing = [] if last is None else sorted(set(range(self.num_tokens)) - set(ids.values()))
+        self.num_tokens = max(used) + 1 if used else num_rows
+        missing = sorted(set(range(self.num_tokens)) - used) if 0 < len(used) < self.num_tokens else []
         self.unused = [id for id, token in zip(missing, _names(tokenizer, missing), strict=True) if token is None]
         self._mask: Tensor | None = None
         if self.num_tokens > num_rows:
+            last = next(token for token, id in ids.items() if id == self.num_tokens - 1)
             raise UserError(
                 f"{name}: its tokenizer's token {last!r} has the id {self.num_tokens - 1}, and its embedding only"
                 f" {num_rows} rows; give the model's own tokenizer, or resize the embedding"
