@@ -147,6 +147,8 @@ def test_ppo_samples_with_filters_only_where_that_is_allowed():
         ("--optim.lrr 1", 'ppo: no setting "optim.lrr"; did you mean optim.lr? (--optim.lrr)'),
         ("--optim.lr abc", "ppo: optim.lr must be a number, got abc (--optim.lr)"),
         ("--value-optim.lr -1", "ppo: value_optim.lr must be above 0, got -1.0 (--value-optim.lr)"),
+        ("--sampling.top-p 0.9", "set sampling.allow_biased_filters, got 0.9 (--sampling.top-p)"),
+        ("--sampling.min-new-tokens 3", "ppo: sampling.min_new_tokens must be 0 in PPO, which trains"),
         ("--preset papr", "ppo: no preset 'papr'; there are default, paper, tutorial"),
         ("--config", "ppo: --config needs a value"),
         ("--no-lam", 'ppo: no setting "no_lam"'),

@@ -5,19 +5,21 @@ import itertools
 import pytest
 import torch
 import toy
-from architectures import GPT, SERVED, V, build, prompts, sampling
-from test_decode_graphs import RunAgain
-from transformers import AutoModelForCausalLM
+from architectures import GPT, SERVED, SMALL, V, build, prompts, sampling
+from test_decode_graphs import device  # noqa: F401 (a fixture)
+from tiny_llama import scorer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf_fast import ops
 from rlhf_fast.batches import Demonstrations
 from rlhf_fast.config.fields import ModelConfig
+from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import rope_store
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import cuda_graphs, fused
+from rlhf_fast.model.saved_model import check_saving
+from rlhf_fast.rollout import fused
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.training.losses import sft_loss
+from rlhf_fast.training.experience import make_experience
+from rlhf_fast.training.losses import ppo_policy_loss, sft_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST = 48
@@ -46,6 +48,9 @@ class Words:
 
     def get_vocab(self) -> dict[str, int]:
         return {f"word {i}": i for i in self.ids}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
+        return [f"word {i}" if i in self.ids else None for i in ids]
 
     def batch_decode(self, rows, **_) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
@@ -99,16 +104,12 @@ def test_ids_without_a_token_are_not_sampled(family, vocabulary, decode_path, mo
             torch.testing.assert_close(found.logprobs[row, : end - start].double(), drawn, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif("simt" not in ops.rope_store.backends, reason="no simt")
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_graphs_hold_the_head_of_the_tokens(vocabulary, monkeypatch):
+def test_graphs_hold_the_head_of_the_tokens(vocabulary, device):  # noqa: F811
     """Another tokenizer needs new graphs: its head is at the same address, but has another size."""
-    monkeypatch.setattr(fused, "find_kernels", lambda _: None)
-    monkeypatch.setattr(cuda_graphs, "recorder_for", lambda _: RunAgain())
-    monkeypatch.setattr(rope_store, "_check_slot_mapping", lambda *_: None)
-    monkeypatch.setattr(ops, "rope_store", ops.rope_store.backend("simt"))
     ids = VOCABULARIES[vocabulary]
     model = likely_without(SERVED["llama"], ids)
+    model.module.to(device)
     rollout = Rollout(model, sampling(temperature=1.3), keep_cache=True, decode_path="fused")
     batch = prompts(3, 7)
     assert {token for row in rollout.generate(batch, samples=4).response_ids() for token in row} <= set(ids)
@@ -120,6 +121,37 @@ def test_graphs_hold_the_head_of_the_tokens(vocabulary, monkeypatch):
     again._cache, again._graphs = rollout._cache, first
     found = again.generate(batch, samples=4).response_ids()
     assert max(token for row in found for token in row) < 20 and again._graphs is not first
+
+
+def test_ids_that_share_a_name_are_tokens():
+    """As parts of characters do in some tokenizers, whose `get_vocab` then names only one of them."""
+
+    class Shared(Words):
+        def get_vocab(self) -> dict[str, int]:
+            return {"\ufffd" if i < 30 else f"word {i}": i for i in self.ids}
+
+    model = Model(SERVED["llama"](), Shared(VOCABULARIES["reserved ids below the last token"]))
+    assert model.vocabulary.unused == [i for i in range(LAST) if i % 5 == 3]
+
+    class Failing(Words):
+        def convert_ids_to_tokens(self, ids):
+            raise IndexError("piece id is out of range")
+
+    model = Model(SERVED["llama"](), Failing([0, 1, 2, 5]))
+    assert model.vocabulary.unused == [3, 4]
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_the_ratio_of_ppos_first_step_is_1(vocabulary):
+    """The policy's padding is larger than its reference's, and likelier."""
+    model = likely_without(FAMILIES["phi, with a bias"], VOCABULARIES[vocabulary])
+    cfg = PPOConfig(sampling=sampling(temperature=1.2), batch=8, minibatch=8, policy=ModelConfig("toy"))
+    responses = Rollout(model, cfg.sampling).generate(prompts(3, 5), samples=4)
+    value = scorer()
+    experience, stats = make_experience(responses, model, model, value, lambda r: torch.rand(len(r.lengths)), cfg)
+    assert stats["rollout/gap_p99"] < 1e-4 and abs(stats["objective/kl"]) < 1e-3
+    _, stats = ppo_policy_loss(model, experience, experience.num_items(), temperature=1.2)
+    assert abs(float(stats["val/ratio"]) - 1) < 1e-4
 
 
 def test_their_gradient_is_zero():
@@ -146,6 +178,16 @@ def test_the_cross_entropy_is_over_all_rows():
     assert loss > -model.logprobs(tokens, torch.tensor([2]), torch.tensor([6]))[0].mean() + 0.1
 
 
+def test_what_is_saved_is_compared_over_all_rows(tmp_path):
+    """transformers counts the rows without a token, so a comparison with its numbers does."""
+    folder = toy.model(tmp_path / "model")
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    module.resize_token_embeddings(64, mean_resizing=False)
+    model = Model(module, toy.tokenizer())
+    assert int(model.probe_tokens(8, 64).max()) < model.num_tokens
+    check_saving(model, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_padded_model_from_a_folder(kind, tmp_path):
     """The tokens of `added_tokens_decoder` count; a token that is added later has a row."""
@@ -165,6 +207,15 @@ def test_a_padded_model_from_a_folder(kind, tmp_path):
         UserError, match=f"its tokenizer's token '<63>' has the id {size + 64}, and its embedding only 64"
     ):
         Model(model.module, model.tokenizer)
+
+
+def test_a_scorer_that_lacks_rows_is_refused():
+    """Before a run begins, though its tokenizer is the policy's."""
+    config = LlamaConfig(**{**SMALL, "vocab_size": 40}, num_labels=1)
+    with pytest.raises(
+        UserError, match="its tokenizer's token 'word 48' has the id 48, and its embedding only 40 rows"
+    ):
+        Model(LlamaForSequenceClassification(config), Words(VOCABULARIES["a padded embedding"]), head="scalar")
 
 
 def test_without_a_tokenizer_every_row_counts():

@@ -162,7 +162,8 @@ class Model:
     @property
     def num_rows(self) -> int:
         """Number of ids that the model can read, and with a language head predict."""
-        layers = [self.base.get_input_embeddings(), self.base.get_output_embeddings() if self.head == "lm" else None]
+        base: Any = self.base
+        layers = [base.get_input_embeddings(), base.get_output_embeddings() if self.head == "lm" else None]
         return min(layer.weight.shape[0] for layer in layers if layer is not None)
 
     @property

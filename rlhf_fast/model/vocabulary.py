@@ -1,4 +1,4 @@
-"""Which rows of an output embedding have a token.
+"""The rows of an output embedding that have a token.
 
 An embedding often has more rows than its tokenizer has tokens, rounded up for speed or reserved. Such rows are never
 sampled, and get no share of a probability: the head that samples and scores ends at the last token, and the rows below
@@ -29,12 +29,14 @@ class Vocabulary:
     def __init__(self, tokenizer: Any, num_rows: int, name: str):
         """Raise UserError if a token has no row in the model `name`."""
         ids = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-        last = max(ids, key=lambda token: ids[token], default=None)
+        used = set(ids.values())
         self.tokenizer = tokenizer
-        self.num_tokens = num_rows if last is None else ids[last] + 1
-        self.unused = [] if last is None else sorted(set(range(self.num_tokens)) - set(ids.values()))
+        self.num_tokens = max(used) + 1 if used else num_rows
+        missing = sorted(set(range(self.num_tokens)) - used) if 0 < len(used) < self.num_tokens else []
+        self.unused = [id for id, token in zip(missing, _names(tokenizer, missing), strict=True) if token is None]
         self._mask: Tensor | None = None
         if self.num_tokens > num_rows:
+            last = next(token for token, id in ids.items() if id == self.num_tokens - 1)
             raise UserError(
                 f"{name}: its tokenizer's token {last!r} has the id {self.num_tokens - 1}, and its embedding only"
                 f" {num_rows} rows; give the model's own tokenizer, or resize the embedding"
@@ -53,3 +55,12 @@ class Vocabulary:
             self._mask = torch.zeros(self.num_tokens, dtype=weight.dtype, device=weight.device)
             self._mask[self.unused] = MASK
         return self._mask if bias is None else bias + self._mask
+
+
+def _names(tokenizer: Any, ids: list[int]) -> list[str | None]:
+    """Return the names of `ids`, which are not in the tokenizer's vocabulary, or None. Tokens that are parts of
+    characters may share a name, and the vocabulary then has one of them."""
+    try:
+        return tokenizer.convert_ids_to_tokens(ids) if ids else []
+    except Exception:  # a model's own tokenizer may fail on such ids in any way
+        return [None] * len(ids)

@@ -116,7 +116,7 @@ class NoCache(RuntimeError):
 
 
 class BatchKind(NamedTuple):
-    """How rows are decoded together."""
+    """The way in which rows are decoded together."""
 
     make: type[CachedBatch | WholeRows]
     one_length: bool

@@ -58,7 +58,7 @@ class Rollout:
         self._decoder: Decoder | None = None
         self._decoder_key: tuple | None = None
         self._batch_kind: BatchKind | None = None
-        """How rows are decoded without a decoder."""
+        """The way to decode rows without a decoder."""
         self._cache: PagedKVCache | None = None
         self._graphs: DecodeGraphs | None = None
         """Graphs over `_cache`."""

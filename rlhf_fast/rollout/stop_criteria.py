@@ -32,7 +32,7 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 
 class Stops(NamedTuple):
-    """Which of n responses are finished, and why."""
+    """The responses, of n, that are finished, and why."""
 
     finished: np.ndarray
     """(n,) bool"""
