@@ -1,9 +1,10 @@
 // Online softmax of a row of logits: the maximum, sum and first moment of all logits but the target's in one pass, and
 // the gradient by the logits.
 //
-//     y = softcap tanh(x / softcap), or x where there is none    m = max y    d = (y - m) / (T ln 2)
-//     sum = sum of 2^d    moment = sum of d 2^d    (y - m first: a product with 1 / T would round away what d is made
-//     of)
+//     y = tanh(x / softcap) and u = softcap / T, or where there is no softcap y = x and u = 1 / T
+//     m = max y    d = (y - m) u / ln 2    sum = sum of 2^d    moment = sum of d 2^d
+//
+// The difference comes first: a product with u would round away what d is made of.
 //
 // The target's logit stays out of the sums. A target that is far ahead has p = 1 - 1e-12, say, and log p = -1e-12: the
 // others' sum, relative to the target, has that number in full precision. A sum with the target in it has 1. `Softmax`
@@ -43,13 +44,14 @@ __device__ __forceinline__ float fast_exp2(float x) {
 __device__ __forceinline__ float fast_exp(float x) { return fast_exp2(__fmul_rn(x, log2_e)); }
 
 struct Scaling {
-  float exponent_factor;  // 1 / (T ln 2)
+  float exponent_factor;  // u / ln 2
   float inverse_temperature, softcap, inverse_softcap;
   double exact_inverse_temperature;
 };
 
 inline Scaling make_scaling(double temperature, float softcap) {
-  const double inverse = 1. / temperature, exponent_factor = inverse / 0.693147180559945309;
+  const double inverse = 1. / temperature;
+  const double exponent_factor = (softcap > 0.f ? softcap : 1.) * inverse / 0.693147180559945309;
   const float largest = 3e38f;
   return {exponent_factor < largest ? static_cast<float>(exponent_factor) : largest,
           inverse < largest ? static_cast<float>(inverse) : largest, softcap, softcap > 0.f ? 1.f / softcap : 0.f,
@@ -58,7 +60,7 @@ inline Scaling make_scaling(double temperature, float softcap) {
 
 template <bool SOFTCAP>
 __device__ __forceinline__ float apply_softcap(float x, const Scaling& scaling) {
-  return SOFTCAP ? __fmul_rn(scaling.softcap, tanhf(__fmul_rn(x, scaling.inverse_softcap))) : x;
+  return SOFTCAP ? tanhf(__fmul_rn(x, scaling.inverse_softcap)) : x;
 }
 
 // Returns what to subtract from z so that the exponentials stay finite. 0 if max is -inf: (-inf) - (-inf) would be NaN.
@@ -217,8 +219,8 @@ __device__ __forceinline__ SoftmaxState row_state(const UnalignedRow<T>& row, in
 
 // The softmax of a row, from the state of all logits but the target's and the target's raw logit.
 //
-//     y_t > m    f = e^((m - y_t) / T), S = 1 + f sum     log p = -log1p(f sum)               factor = f / S
-//     else       e = e^((y_t - m) / T), S = sum + e       log p = (y_t - m) / T - log S       factor = 1 / S
+//     y_t > m    f = e^(u (m - y_t)), S = 1 + f sum     log p = -log1p(f sum)               factor = f / S
+//     else       e = e^(u (y_t - m)), S = sum + e       log p = u (y_t - m) - log S         factor = 1 / S
 //
 // All sums have terms of one sign, so log p and 1 - p keep their precision however close p is to 1. The exponential is
 // expf, of a difference that is exact: fast_exp2 has a relative error of |x| 2^-24.
@@ -233,9 +235,13 @@ constexpr float min_logprob = -1000.f;  // its p is 0, and 0 times it is not NaN
 template <bool SOFTCAP>
 __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float x, const Scaling& scaling) {
   double lead = static_cast<double>(x) - others.max;
+  float exact_sum = others.sum;
   if (SOFTCAP) {
-    const double softcap = scaling.softcap;
-    lead = softcap * (tanh(x / softcap) - tanh(others.max / softcap));
+    const double softcap = scaling.softcap, max = tanh(others.max / softcap);
+    lead = softcap * (tanh(x / softcap) - max);
+    // float32 does not have the largest y exactly, so all others are nearer to it, or further away, than in the sum.
+    const double error = (max - others.origin) * softcap * scaling.exact_inverse_temperature;
+    if (others.sum > 1.f) exact_sum -= (others.sum - 1.f) * static_cast<float>(error);
   }
   lead *= scaling.exact_inverse_temperature;
   const bool is_ahead = lead > 0.;
@@ -243,11 +249,12 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
   const float distance = static_cast<float>(exact_distance), finite_distance = fmaxf(distance, min_logprob);
   float lesser = x < INFINITY ? expf(distance) : NAN;
   if (lesser > 0.f) lesser = __fmaf_rn(lesser, static_cast<float>(exact_distance - distance), lesser);
-  const float excess = is_ahead ? lesser * others.sum : (others.sum - 1.f) + lesser, sum = 1.f + excess;
+  const float excess = is_ahead ? lesser * exact_sum : (exact_sum - 1.f) + lesser, sum = 1.f + excess;
   const float log_sum = log1pf(excess);
   Softmax row;
   row.origin = others.origin;
   row.factor = (is_ahead ? lesser : 1.f) / sum;
+  if (SOFTCAP && others.sum > 1.f) row.factor *= exact_sum / others.sum;
   row.log2_factor = ((is_ahead ? finite_distance : 0.f) - log_sum) * log2_e;
   row.logprob = (is_ahead ? 0.f : distance) - log_sum;
   row.p = (is_ahead ? 1.f : lesser) / sum;
@@ -282,7 +289,7 @@ __device__ __forceinline__ float logit_grad(float x, bool is_target, const Logit
   if (SOFTCAP) {
     const float t = tanhf(__fmul_rn(x, scaling.inverse_softcap));
     dz_dx *= 1.f - t * t;
-    x = __fmul_rn(scaling.softcap, t);
+    x = t;
   }
   if (is_target) return grad.target * dz_dx;
   const float distance = exponent(x, grad.origin, scaling);

@@ -184,8 +184,8 @@ def walk_row(
 @triton.jit
 def store_statistics(out, row, N, state, logit, ref_logit, valid, scaling, CAP: tl.constexpr, REF: tl.constexpr):
     """Store the statistics of a row with state `state` and the target's raw logits. Return its `Target`."""
-    lead = _target.lead_over(logit, state.m, scaling, CAP)
-    target = _target.join(lead, state.s, _target.LN2 * state.a)
+    lead, error = _target.lead_over(logit, state.m, scaling, CAP)
+    target = _target.join(lead, error, state.s, _target.LN2 * state.a)
     if out.logprobs is not None:
         tl.store(out.logprobs + row, tl.where(valid, target.logp, 0.0))
         tl.store(out.entropy + row, tl.where(valid, target.entropy, 0.0))
@@ -193,8 +193,8 @@ def store_statistics(out, row, N, state, logit, ref_logit, valid, scaling, CAP: 
         tl.store(out.sums + row, tl.where(valid, state.m, 0.0))
         tl.store(out.sums + N + row, tl.where(valid, state.s, 0.0))
     if REF:
-        ref_lead = _target.lead_over(ref_logit, state.m2, scaling, CAP)
-        ref_target = _target.join(ref_lead, state.s2, 0.0)
+        ref_lead, ref_error = _target.lead_over(ref_logit, state.m2, scaling, CAP)
+        ref_target = _target.join(ref_lead, ref_error, state.s2, 0.0)
         kl, kl_of_others = softmax.row_kl(state.a - state.b, target, ref_target)
         tl.store(out.ref_logprobs + row, tl.where(valid, ref_target.logp, 0.0))
         tl.store(out.kl + row, tl.where(valid, kl, 0.0))
@@ -313,8 +313,8 @@ def gradient_kernel(
         base2 = softmax.apply_softcap(tl.load(known.sums + 2 * N + index), scaling, CAP)
         # Not from log p_ref, which is 0 where the reference's target is far ahead.
         ref_logit = softmax.load_logit(row.ref, row.ref_bias, target, (column >= 0) & valid)
-        ref_lead = _target.lead_over(ref_logit, tl.load(known.sums + 2 * N + index), scaling, CAP)
-        log_factor2 = _target.join(ref_lead, tl.load(known.sums + 3 * N + index), 0.0).log_factor
+        ref_lead, ref_error = _target.lead_over(ref_logit, tl.load(known.sums + 2 * N + index), scaling, CAP)
+        log_factor2 = _target.join(ref_lead, ref_error, tl.load(known.sums + 3 * N + index), 0.0).log_factor
         kl = tl.load(known.kl + index)
         kl_of_others = tl.load(known.sums + 4 * N + index)
         coefficients = softmax.add_kl(coefficients, result, ref_logp, kl, kl_of_others, gain * kl_grad)

@@ -1,9 +1,9 @@
 """A linear head scored on a GPU, without gradient: the logits never reach memory. Not an op.
 
-    x = hidden . weight' + bias    y = softcap(x)    m = the largest y    d = (y - m) / (ln 2 temperature)
-    s = sum 2^d    A = sum d 2^d    C = sum (d - d_ref) 2^d
+    x = hidden . weight' + bias    s = sum 2^d    A = sum d 2^d    C = sum (d - d_ref) 2^d
 
-of all columns but the target's. _target.py makes log p and the entropy of them, _softmax.py says how C makes the KL.
+of all columns but the target's; _softmax.py has the distance d of an x to the largest, _target.py makes log p and the
+entropy of the sums, and C, the A - B of _softmax.py, makes the KL.
 
 A program takes a block of rows and a split of the vocabulary, and walks the split's tiles of columns:
 
@@ -308,7 +308,8 @@ def merge_splits_kernel(
     total = tl.sum(split_total * factor, axis=0)
     moment = LN2 * tl.sum((split_moment + shift * split_total) * factor, axis=0)
     logit = tl.load(valid_rows.target_logits + place, mask=valid, other=0.0)
-    target = _target.join(_target.lead_over(logit, tl.maximum(largest, MIN_FLOAT), scaling, CAP), total, moment)
+    lead, error = _target.lead_over(logit, tl.maximum(largest, MIN_FLOAT), scaling, CAP)
+    target = _target.join(lead, error, total, moment)
     tl.store(out.logprobs + row, tl.where(valid, target.logp, 0.0), mask=exists)
     tl.store(out.entropy + row, tl.where(valid, target.entropy, 0.0), mask=exists)
     tl.store(out.largest + row, tl.where(valid, largest, 0.0), mask=exists)
@@ -320,8 +321,8 @@ def merge_splits_kernel(
         ref_largest, ref_shift = largest_and_shifts(split_ref_largest, split_ref_total, scaling, CAP)
         ref_total = tl.sum(split_ref_total * tl.exp2(ref_shift), axis=0)
         ref_logit = tl.load(valid_rows.target_logits + capacity + place, mask=valid, other=0.0)
-        ref_lead = _target.lead_over(ref_logit, tl.maximum(ref_largest, MIN_FLOAT), scaling, CAP)
-        ref_target = _target.join(ref_lead, ref_total, 0.0)
+        ref_lead, ref_error = _target.lead_over(ref_logit, tl.maximum(ref_largest, MIN_FLOAT), scaling, CAP)
+        ref_target = _target.join(ref_lead, ref_error, ref_total, 0.0)
         cross = tl.where(split_total * factor > 0, (cross + (shift - ref_shift) * split_total) * factor, 0.0)
         kl, kl_of_others = softmax.row_kl(tl.sum(cross, axis=0), target, ref_target)
         tl.store(out.ref_logprobs + row, tl.where(valid, ref_target.logp, 0.0), mask=exists)

@@ -1,9 +1,9 @@
 """The softmax of a row of logits on a GPU: its statistics in one walk over the row, its gradient in another. Not an op.
 
-    y = softcap(x + bias)    m = max y    d = (y - m) / (ln 2 temperature)    s = sum 2^d    A = sum d 2^d
+    y = x + bias, or tanh of it / softcap    m = max y    d = (y - m) u / ln 2    s = sum 2^d    A = sum d 2^d
 
-over all columns but the target's; _target.py joins the sums with the target's logit. A distance is made of y - m, which
-is exact or nearly so, and not of y / temperature. With d2 of a reference's logits B = sum d2 2^d, and
+over all columns but the target's; _target.py has u and joins the sums with the target's logit. A distance is made of
+y - m, which is exact or nearly so, and not of y u. With d2 of a reference's logits B = sum d2 2^d, and
 
     KL = p_t (log p_t - log p2_t) + factor ln 2 (A - B) + factor s (log factor - log factor2)
 
@@ -163,7 +163,7 @@ def load_logit(x, bias, column, exists):
 def apply_softcap(x, scaling, CAP: tl.constexpr):
     """Return y of raw logits."""
     if CAP:
-        x = scaling.softcap * launch.tanh(x * scaling.inverse_softcap)
+        x = launch.tanh(x * scaling.inverse_softcap)
     return x
 
 
@@ -311,7 +311,7 @@ def logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP: tl.con
     if CAP:
         t = launch.tanh(x * scaling.inverse_softcap)
         dz_dx = (1.0 - t * t) * scaling.inverse_temperature
-        x = scaling.softcap * t
+        x = t
     d = (x - normalizer.base) * scaling.exp2_factor
     p = tl.exp2(d) * normalizer.factor
     log2_p = tl.maximum(d + normalizer.log2_factor, launch.MIN_EXPONENT)

@@ -31,9 +31,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Scaling(NamedTuple):
-    """Factors and softcap that turn raw logits x into y = softcap(x), and y into z = y / temperature."""
+    """Factors that turn raw logits x into y, tanh(x / softcap) or x where there is none, and y into z = y u: u is
+    softcap / temperature or 1 / temperature."""
 
-    exp2_factor: float  # 1 / (ln 2 temperature): z in powers of 2
+    exp2_factor: float  # u / ln 2: z in powers of 2
     inverse_temperature: float
     low_inverse_temperature: float  # what float32 lacks of it
     softcap: float
@@ -43,7 +44,7 @@ class Scaling(NamedTuple):
     def of(temperature: float, softcap: float) -> "Scaling":
         inverse = min(1 / temperature, MAX_FACTOR)
         low = inverse - struct.unpack("f", struct.pack("f", inverse))[0]
-        factor = min(1 / (math.log(2) * temperature), MAX_FACTOR)
+        factor = min((softcap or 1.0) / (math.log(2) * temperature), MAX_FACTOR)
         return Scaling(factor, inverse, low, softcap, 1 / softcap if softcap else 0.0)
 
 
@@ -106,30 +107,34 @@ def to_float64(scalar):
 
 @triton.jit
 def lead_over(x, largest, scaling, CAP: tl.constexpr):
-    """Return in float64 how far the raw logit x is above another one, in z."""
+    """Return in float64 how far the raw logit x is above another one, in z; and how much z of that one is above its
+    float32 value, from which the others' distances are."""
     inverse = to_float64(scaling.inverse_temperature) + to_float64(scaling.low_inverse_temperature)
-    x = x.to(tl.float64)
-    largest = largest.to(tl.float64)
+    lead = x.to(tl.float64) - largest.to(tl.float64)
+    error = 0.0
     if CAP:
         softcap = to_float64(scaling.softcap)
-        x = softcap * exact_tanh(x / softcap)
-        largest = softcap * exact_tanh(largest / softcap)
-    return (x - largest) * inverse
+        base = exact_tanh(largest.to(tl.float64) / softcap)
+        lead = softcap * (exact_tanh(x.to(tl.float64) / softcap) - base)
+        rounded = launch.tanh(largest * scaling.inverse_softcap)
+        error = ((base - rounded.to(tl.float64)) * softcap * inverse).to(tl.float32)
+    return lead * inverse, error
 
 
 @triton.jit
-def join(lead, s, a):
-    """Return the `Target` that is `lead` (`lead_over`) above the largest of the others, which have the sums s and A."""
+def join(lead, error, s, a):
+    """Return the `Target` that is `lead` above the largest of the others (`lead_over`), which have the sums s and A."""
     is_ahead = lead > 0
     exact = -tl.abs(lead)
     distance = exact.to(tl.float32)
     low = tl.where(distance > -87.0, (exact - distance.to(tl.float64)).to(tl.float32), 0.0)
     lesser = tl.where(lead < float("inf"), exp(distance, low), float("nan"))
-    excess = tl.where(is_ahead, lesser * s, (s - 1.0) + lesser)
+    exact_s = tl.where(s > 1, s - (s - 1.0) * error, s)
+    excess = tl.where(is_ahead, lesser * exact_s, (exact_s - 1.0) + lesser)
     excess = tl.where(excess > -1, excess, float("nan"))  # a row without a logit above -inf
     log_sum = log1p(excess)
     inverse = tl.div_rn(1.0, 1.0 + excess)
-    factor = tl.where(is_ahead, lesser * inverse, inverse)
+    factor = tl.where(is_ahead, lesser * inverse, inverse) * tl.where(s > 1, exact_s / s, 1.0)
     finite = tl.maximum(distance, launch.MIN_EXPONENT)
     entropy = log_sum - factor * (a + finite * tl.where(is_ahead, s, lesser))
     logp = tl.where(is_ahead, 0.0, distance) - log_sum
