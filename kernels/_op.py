@@ -6,6 +6,12 @@ At import each op gets its backends by device, best first: a compiled kernel (cs
 reference. `op.backends` lists those that can run here, `op.why(device)` gives the chosen one and the reason,
 `op.backend("reference")` forces one; kernels/_backends.py lists the environment variables.
 
+A NaN reaches what is computed from it, and nothing else (tests/test_nan.py tries every op on every backend). It makes
+NaN of the outputs and gradients of its own token or row, and of sums and extremes over the batch, such as losses and
+statistics. A comparison with it is false: a count (of clipped tokens, of ordered pairs) leaves it out. A NaN of a token
+that is masked out, ignored, or of weight 0 reaches nothing. One in a tensor that all rows share, such as a weight
+matrix, may also reach the gradients of ignored rows. `sample_tokens` has no token for a row with a NaN: -1.
+
 An op is kernels/<op>.py: signature, reference, checks, launchers of compiled kernels, inputs for tests. Its kernels are
 in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of kernels/ that begin with _ are shared:
 

@@ -167,7 +167,7 @@ def sample_reference(
 
     z = (x - largest) / scale
     kept = _kept_tokens(x, z, options)
-    noise = gumbel_noise(options.seed, options.row_ids, options.steps, V) if noise is None else noise.double()
+    noise = gumbel_noise(options.seed, options.row_ids, options.steps, V) if noise is None else noise.double().nan_to_num(float("-inf"))
     best = torch.where(kept, z + noise, float("-inf")).max(-1)
     tokens = torch.where(is_greedy, x.argmax(-1), best.indices)
     valid = valid & (is_greedy | (best.values > float("-inf")))

@@ -155,7 +155,7 @@ __device__ __forceinline__ Cutoff find_cutoffs(const BracketTokens<T>& tokens, c
   const float top_p = state.params.top_p;
   Cutoff cutoff = no_cutoff();
   if (state.bracket.high > state.bracket.low) {
-    double total = state.sums.mass;
+    double total = state.sums.mass();
     if (top_k) {
       cutoff =
           find_cutoff<false>(tokens, no_cutoff(), state.bracket.count_above, static_cast<double>(top_k), fixed, shared);

@@ -75,9 +75,9 @@ struct Bins {
 };
 
 // With top-p alone, tokens below the bins have at most half of the mass that the filter removes.
-__device__ __forceinline__ Bins make_bins(const SamplingParams& params, const RowSums& sums, int V) {
+__device__ __forceinline__ Bins make_bins(const SamplingParams& params, const LogitSums& sums, int V) {
   double depth = top_k_depth;
-  if (!params.top_k) depth = log(2. * V / ((1. - params.top_p) * sums.mass)) * params.temperature;
+  if (!params.top_k) depth = log(2. * V / ((1. - params.top_p) * sums.mass())) * params.temperature;
   const float scale = static_cast<float>(min((num_bins - 1) / depth, 3e38));
   return {static_cast<float>(sums.max_logit), scale, static_cast<float>(1. / (scale * params.temperature))};
 }
@@ -92,7 +92,7 @@ struct Bracket {
 struct FilterState {
   // prepare_filter_kernel
   SamplingParams params;
-  RowSums sums;
+  LogitSums sums;
   Bins bins;
   float min_p;                  // the smallest logit that passes min-p
   bool valid, is_on, searches;  // is_on: any filter; searches: top-k or top-p
@@ -172,7 +172,7 @@ struct BracketShared {
 __device__ __forceinline__ Bracket choose_bracket(const FilterState& state, int V, BracketShared& shared) {
   constexpr double error = 4e-6;  // of the sum of all masses, at most
   const Bins bins = state.bins;
-  const double mass = state.sums.mass;
+  const double mass = state.sums.mass();
   const int64_t top_k = state.params.top_k;
   const float top_p = state.params.top_p;
   const int begin = threadIdx.x * bins_per_thread;

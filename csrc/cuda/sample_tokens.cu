@@ -24,10 +24,11 @@ namespace {
 constexpr int tokens_per_thread = 32;  // of a tile
 constexpr int tile_threads = 256;      // of a long row
 
-// A tile's largest logit, its sums around it, and its best token.
+// A tile's largest logit, the largest of the others (equal to it in a tie), the `LogitSums` of the others around this,
+// and the tile's best token.
 struct TileResult {
   double score;
-  float max_logit, raw_mass, mass, moment, logit;
+  float max_logit, second, raw_others, others, moment, logit;
   int token;
 };
 
@@ -68,15 +69,36 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
 #pragma unroll
     for (int i = 0; i < size; ++i) max_logit = fmaxf(max_logit, x[u][i]);
   }
+  const float thread_max = max_logit;
   max_logit = block_reduce<Max>(max_logit, -INFINITY, sums_shared[0]);
-  const float origin = max_logit == -INFINITY ? 0.f : max_logit;
-  float raw_mass = 0.f, mass = 0.f, moment = 0.f;
+  // Each thread with that logit leaves one such token out of the sums, and the block puts all but one of them back.
+  const bool has_max = max_logit > -INFINITY && thread_max == max_logit;
+  float ties = 0.f, second = thread_max;
+  if (has_max) {
+    ties = -1.f;
+    second = -INFINITY;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        ties += x[u][i] == max_logit ? 1.f : 0.f;
+        second = fmaxf(second, x[u][i] == max_logit ? -INFINITY : x[u][i]);
+      }
+    }
+    if (ties > 0.f) second = max_logit;
+  }
+  const float num_put_back = static_cast<float>(max(__syncthreads_count(has_max) - 1, 0));
+  second = block_reduce<Max>(second, -INFINITY, sums_shared[0]);
+  if (num_put_back > 0.f) second = max_logit;
+  const float origin = second == -INFINITY ? 0.f : second;
+  float raw_others = 0.f, others = 0.f, moment = 0.f;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float z = (x[u][i] - origin) * params.inverse_temperature, p = fast_exp(z);
-      mass += p;
+      const float z = (x[u][i] - origin) * params.inverse_temperature;
+      const float p = x[u][i] == max_logit ? 0.f : fast_exp(z);
+      others += p;
       moment += p * fmaxf(z, -1000.f);
     }
   }
@@ -84,11 +106,13 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
-      for (int i = 0; i < size; ++i) raw_mass += fast_exp(x[u][i] - origin);
+      for (int i = 0; i < size; ++i) raw_others += x[u][i] == max_logit ? 0.f : fast_exp(x[u][i] - origin);
     }
   }
-  if (params.temperature == 1.) raw_mass = mass;  // an else here costs registers
-  sum_in_first_thread(raw_mass, mass, moment, sums_shared);
+  if (params.temperature == 1.) raw_others = others;  // an else here costs registers
+  others += ties;
+  raw_others += ties;
+  sum_in_first_thread(raw_others, others, moment, sums_shared);
   Candidate best = no_candidate();
   if (SAMPLE && max_logit > -INFINITY) {
     GumbelArgmax<T> argmax(params, row.base);
@@ -113,26 +137,38 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
     }
     best = argmax.finish(sample_shared);
   }
-  if (threadIdx.x == 0) tiles[blockIdx.x] = {best.score, max_logit, raw_mass, mass, moment, best.logit, best.token};
+  if (threadIdx.x == 0)
+    tiles[blockIdx.x] = {best.score, max_logit,  second,    raw_others + num_put_back, others + num_put_back,
+                         moment,     best.logit, best.token};
 }
 
 // Merges the sums of a row's tiles by a warp, all of whose lanes get them. A NaN or +inf stays.
-__device__ __forceinline__ RowSums merge_tiles(const TileResult* tiles, int num_tiles, double temperature) {
+__device__ __forceinline__ LogitSums merge_tiles(const TileResult* tiles, int num_tiles, double temperature) {
   const int lane = threadIdx.x % warp_size;
   float lane_max = -INFINITY;
   for (int i = lane; i < num_tiles; i += warp_size) lane_max = fmaxf(lane_max, tiles[i].max_logit);
   const double max_logit = warp_reduce<Max>(lane_max);
-  RowSums sums{max_logit, 0, 0, 0};
+  LogitSums sums{max_logit, 0, 0, 0};
+  double num_tops = 0;
+  const auto add = [&](float logit, double raw_mass, double mass, double moment) {
+    if (logit == -INFINITY) return;
+    const double distance = logit - max_logit, z = distance / temperature, factor = exp(z);
+    sums.raw_others += (temperature == 1. ? factor : exp(distance)) * raw_mass;
+    sums.others += factor * mass;
+    sums.moment += factor > 0. ? factor * (moment + z * mass) : 0.;
+  };
+#pragma unroll 1
   for (int i = lane; i < num_tiles; i += warp_size) {
     const TileResult tile = tiles[i];
-    const double distance = tile.max_logit == -INFINITY ? 0. : tile.max_logit - max_logit;
-    const double z = distance / temperature, factor = exp(z);
-    sums.raw_mass += (temperature == 1. ? factor : exp(distance)) * tile.raw_mass;
-    sums.mass += factor * tile.mass;
-    sums.moment += factor > 0. ? factor * (tile.moment + z * tile.mass) : 0.;
+    if (tile.max_logit == max_logit)
+      num_tops += 1.;
+    else
+      add(tile.max_logit, 1., 1., 0.);
+    add(tile.second, tile.raw_others, tile.others, tile.moment);
   }
-  sums.raw_mass = warp_reduce<Add>(sums.raw_mass);
-  sums.mass = warp_reduce<Add>(sums.mass);
+  const double put_back = max(warp_reduce<Add>(num_tops) - 1., 0.);
+  sums.raw_others = warp_reduce<Add>(sums.raw_others) + put_back;
+  sums.others = warp_reduce<Add>(sums.others) + put_back;
   sums.moment = warp_reduce<Add>(sums.moment);
   return sums;
 }
@@ -142,11 +178,11 @@ __global__ void __launch_bounds__(warp_size)
   const int64_t row = blockIdx.x;
   const SamplingParams params = sampling_params(args, row, V);
   tiles += row * num_tiles;
-  const RowSums sums = merge_tiles(tiles, num_tiles, params.temperature);
+  const LogitSums sums = merge_tiles(tiles, num_tiles, params.temperature);
   Candidate best = no_candidate();
   for (int i = threadIdx.x; i < num_tiles; i += warp_size) best.update(tiles[i].score, tiles[i].logit, tiles[i].token);
   best = warp_best(best);
-  if (threadIdx.x == 0) write_outputs(out, row, params, sums, best, 0.);
+  if (threadIdx.x == 0) write_row(out, row, params, sums, best, false, 0.);
 }
 
 __global__ void __launch_bounds__(warp_size)
@@ -156,12 +192,12 @@ __global__ void __launch_bounds__(warp_size)
   for (int i = threadIdx.x; i < num_bins / 4; i += warp_size)
     reinterpret_cast<uint4*>(state.counts)[i] = make_uint4(0, 0, 0, 0);
   const SamplingParams params = sampling_params(args, row, V);
-  const RowSums sums = merge_tiles(tiles + row * num_tiles, num_tiles, params.temperature);
+  const LogitSums sums = merge_tiles(tiles + row * num_tiles, num_tiles, params.temperature);
   if (threadIdx.x) return;
   const float max_logit = static_cast<float>(sums.max_logit);
   state.params = params;
   state.sums = sums;
-  state.valid = params.valid && sums.max_logit > -infinity && sums.raw_mass < infinity;
+  state.valid = params.valid && sums.max_logit > -infinity && sums.raw_others < infinity;
   state.is_on = state.valid && !params.greedy && params.has_filter();
   state.searches = state.is_on && (params.top_k || params.top_p < 1.f);
   state.bins = {max_logit, 0.f, 0.f};
@@ -281,10 +317,10 @@ __global__ void __launch_bounds__(filter_threads, 2)
     return fixed.to_double(state.mass_above + block_reduce<Add>(sum, 0ull, sums_shared));
   };
   Cutoff cutoff = no_cutoff();
-  double log_kept_mass = 0;
+  double kept_mass = 0;
   if (state.is_on) {
     cutoff = find_cutoffs(tokens, fixed, mass_kept_by, shared.cutoff);
-    log_kept_mass = min(log(mass_kept_by(cutoff) / state.sums.mass), 0.);
+    kept_mass = mass_kept_by(cutoff);
   }
 
   GumbelArgmax<T> argmax(state.params, row.base);
@@ -309,7 +345,7 @@ __global__ void __launch_bounds__(filter_threads, 2)
         });
   }
   const Candidate best = argmax.finish(sample_shared);
-  if (threadIdx.x == 0) write_outputs(out, row_index, state.params, state.sums, best, log_kept_mass);
+  if (threadIdx.x == 0) write_row(out, row_index, state.params, state.sums, best, state.is_on, kept_mass);
 }
 
 // logits: rows of V numbers, `stride` apart. tiles: memory for B x num_tiles TileResults. With filters, states: memory

@@ -23,7 +23,9 @@ from rlhf_fast.kernels.triton import launch
 TILE = 512  # tokens
 MAX_PROGRAMS = 1024
 NUM_SUMS = tl.constexpr(len(ppo.SUMS))
-POLICY_LOSS, REF_KL, ENTROPY = (tl.constexpr(ppo.SUMS.index(name)) for name in ("policy_loss", "ref_kl", "entropy"))
+POLICY_LOSS, REF_KL, ENTROPY, RATIO = (
+    tl.constexpr(ppo.SUMS.index(name)) for name in ("policy_loss", "ref_kl", "entropy", "ratio")
+)
 
 
 class ClipBounds(NamedTuple):
@@ -91,8 +93,8 @@ def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
     clipped = -advantage * launch.clamp(ratio, clip.ratio_low, clip.ratio_high)
     is_clipped = clipped > unclipped
     loss = tl.where(is_clipped, clipped, unclipped)
-    in_clamp = tl.abs(unclipped_log_ratio) <= clip.log_ratio  # False for NaN, whose gradient is 0
-    logprob_grad = tl.where(in_clamp, tl.where(is_clipped, 0.0, unclipped), 0.0)
+    beyond_clamp = tl.abs(unclipped_log_ratio) > clip.log_ratio  # False for NaN, whose gradient is NaN
+    logprob_grad = tl.where(beyond_clamp | is_clipped, 0.0, unclipped)
     dual_bound = float("inf")
     if DUAL:
         dual_bound = tl.where(advantage < 0, -advantage * clip.dual, float("inf"))
@@ -154,7 +156,7 @@ def ref_kl_grad(log_ratio, clip, ESTIMATOR: tl.constexpr):
         grad = log_ratio
     else:
         e = tl.exp(-launch.clamp(log_ratio, -clip.log_ratio, clip.log_ratio))
-        grad = tl.where(tl.abs(log_ratio) <= clip.log_ratio, 1.0 - e, 0.0)
+        grad = tl.where(tl.abs(log_ratio) > clip.log_ratio, 0.0, 1.0 - e)
     return grad
 
 
@@ -224,10 +226,13 @@ def ppo_merge_kernel(parts, loss, stats, programs, kl_coef, entropy_coef, BLOCK:
     x = tl.load(parts + tl.minimum(i, NUM_SUMS + 1) * programs + index, mask=index < programs, other=0.0)
     if i < NUM_SUMS:
         tl.store(stats + i, tl.sum(x.to(tl.float64), axis=0).to(tl.float32))
-    elif i == NUM_SUMS:
-        tl.store(stats + i, tl.max(tl.where(index < programs, x, float("-inf")), axis=0))
-    elif i == NUM_SUMS + 1:
-        tl.store(stats + i, tl.min(tl.where(index < programs, x, float("inf")), axis=0))
+    elif i <= NUM_SUMS + 1:
+        ratio_sum = sum_part(parts, RATIO, programs, BLOCK).to(tl.float32)
+        extreme = tl.max(tl.where(index < programs, x, float("-inf")), axis=0)
+        if i == NUM_SUMS + 1:
+            extreme = tl.min(tl.where(index < programs, x, float("inf")), axis=0)
+        # max and min ignore NaN, which the sum of the ratios does not.
+        tl.store(stats + i, tl.where(ratio_sum == ratio_sum, extreme, ratio_sum))
     else:
         total = sum_part(parts, POLICY_LOSS, programs, BLOCK)
         if kl_coef != 0:
