@@ -28,7 +28,7 @@ from rlhf_fast.model import lora, packing
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.noise import check_causal, find_noise
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
-from rlhf_fast.model.pretrained import load_module, load_tokenizer, quiet
+from rlhf_fast.model.pretrained import check_score_layer, config_number, load_module, load_tokenizer, quiet
 from rlhf_fast.model.vocabulary import Vocabulary
 
 Head = Literal["lm", "scalar"]
@@ -57,14 +57,15 @@ class Model:
         disable_dropout(self.base)
         self._residual_dropout = ResidualDropout()
         self._packing_checked = False
-        caps = (getattr(self.text_config, name, None) for name in SOFTCAPS)
-        self.softcap = float(next(filter(None, caps), 0.0))
+        self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
         self.logit_scale = 1.0
-        self.score_bias = float(getattr(self.base.config, SCORE_BIAS, 0.0))
+        self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
         self._score_pad = self.text_config.pad_token_id if head == "scalar" else None
         if hasattr(self.base.config, SCORE_BIAS) and not hasattr(self.base.config, SCORE_TOKEN):
             self._score_pad = None  # written before reward models had a padding token that ends nothing
         self._always_eval: set[nn.Module] = set()
+        if head == "scalar":
+            check_score_layer(self.base, self.name)
         module.eval()
         try:
             hidden = self._check_decoder()
@@ -114,7 +115,8 @@ class Model:
     @property
     def decoder(self) -> Any:
         """The module that maps tokens to hidden states. Its attributes depend on the architecture."""
-        return self.base.base_model
+        base: Any = self.base
+        return base.model if base.base_model is base else base.base_model  # Llama4ForCausalLM has no base_model
 
     @property
     def text_config(self) -> Any:
@@ -169,7 +171,7 @@ class Model:
     @property
     def max_positions(self) -> int:
         """Maximum number of tokens in a row; 0 if the config names no limit."""
-        return int(getattr(self.text_config, "max_position_embeddings", None) or 0)
+        return max(int(getattr(self.text_config, "max_position_embeddings", None) or 0), 0)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters to train, by name: all, or with LoRA the adapters (and the score row)."""
@@ -354,13 +356,10 @@ class Model:
 
     @torch.no_grad()
     def _check_score_head(self) -> None:
-        layer = getattr(self.base, "score", None)
-        if not isinstance(layer, nn.Linear) or layer.out_features != 1:
-            raise UserError(f"{self.name}: {type(self.base).__name__} has no linear head `score` with one output")
         tokens = self.probe_tokens(2, 8)[:1]
         expected = self.base(input_ids=tokens, use_cache=False).logits.float()[0, 0] + self.score_bias
         score = self.last_scores(tokens, torch.tensor([tokens.shape[1]]))[0]
-        if not _allclose(score, expected, layer.weight):
+        if not _allclose(score, expected, self.head_weight):
             raise UserError(f"{self.name}: its score is not a linear map of the last token's hidden state")
 
     @torch.no_grad()

@@ -36,15 +36,19 @@ def find_noise(name: str, root: nn.Module, forward: Forward, evaluated: Tensor, 
     forward: runs `root` on fixed tokens in the mode that its modules have. Random states and buffers are restored.
     """
     quiet: set[nn.Module] = set()
-    with _restored(root):
+    with _restored(root) as restore_buffers:
         for _ in range(ATTEMPTS):
+            restore_buffers()
             _set_training(root, quiet)
             before = _random_states()
             first, second = forward(), forward()
             drew = not _same_states(before, _random_states())
             if not drew and max(_gap(first, evaluated), _gap(second, evaluated)) <= tolerance:
                 return quiet
-            module = _drawing_module(root, forward) if drew else _differing_module(root, forward, quiet)
+            if drew:
+                module = _drawing_module(root, forward)
+            else:
+                module = _differing_module(root, forward, quiet, restore_buffers)
             if module is None or module in quiet:
                 if drew and max(_seeded_gap(forward, evaluated, seed) for seed in range(SEEDS)) <= tolerance:
                     return quiet  # it draws numbers, and does not use them
@@ -120,7 +124,9 @@ def _drawing_module(root: nn.Module, forward: Forward) -> nn.Module | None:
     return found[0] if found else None
 
 
-def _differing_module(root: nn.Module, forward: Forward, quiet: set[nn.Module]) -> nn.Module | None:
+def _differing_module(
+    root: nn.Module, forward: Forward, quiet: set[nn.Module], restore_buffers: Callable[[], None]
+) -> nn.Module | None:
     """Return the first module to finish whose inputs are the same in both modes, and its output is not."""
     calls: list[tuple[nn.Module, list[Tensor], list[Tensor]]] = []
 
@@ -128,6 +134,7 @@ def _differing_module(root: nn.Module, forward: Forward, quiet: set[nn.Module]) 
         calls.append((module, _copies((args, kwargs)), _copies(output)))
 
     def record() -> list[tuple[nn.Module, list[Tensor], list[Tensor]]]:
+        restore_buffers()
         calls.clear()
         handles = [module.register_forward_hook(leave, with_kwargs=True) for module in root.modules()]
         try:
@@ -175,19 +182,24 @@ def _hooks(root: nn.Module, enter: Callable, leave: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(root: nn.Module) -> Iterator[None]:
-    """Put random states, modes and buffers (statistics of a batch norm) back after the block."""
+def _restored(root: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put random states, modes and buffers (statistics of a batch norm) back after the block. Yield the function that
+    puts the buffers back."""
     states, modes = _random_states(), {module: module.training for module in root.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
+
+    def restore_buffers() -> None:
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
     try:
-        yield
+        yield restore_buffers
     finally:
         _restore_random_states(states)
         for module, mode in modes.items():
             module.training = mode
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
+        restore_buffers()
 
 
 def _random_states() -> list[Any]:

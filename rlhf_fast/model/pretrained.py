@@ -13,6 +13,7 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -55,7 +56,8 @@ def load_module(
     if (Path(cfg.path) / "adapter_config.json").is_file():
         raise UserError(f"{cfg.path}: holds an adapter alone; give the folder with the merged weights above it")
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+        with quiet():
+            config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
         scalar = any("SequenceClassification" in name for name in config.architectures or ())
         if head == "lm" and scalar:
             raise UserError(f"{cfg.path}: is a reward model, not a language model; give a base or SFT model")
@@ -65,18 +67,14 @@ def load_module(
         if head == "scalar":
             config.num_labels = 1
         with quiet():
-            module, info = auto.from_pretrained(
-                cfg.path,
-                config=config,
-                dtype=getattr(torch, cfg.dtype),
-                attn_implementation=cfg.attention,
-                trust_remote_code=cfg.trust_remote_code,
-                output_loading_info=True,
-            )
+            module, info = _read_module(auto, cfg, config)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # configs, weights and remote code are foreign: they may fail in any way
         raise UserError(f"{cfg.path}: cannot be loaded as a {head} model: {_describe(error)}") from error
+    _check_end_tokens(module, cfg.path)
+    if head == "scalar":
+        check_score_layer(module, cfg.path)
     missing = set(info["missing_keys"])
     untrained = {key for key in missing if key.startswith("score.")}
     if untrained and not fresh_head:
@@ -95,6 +93,45 @@ def load_module(
     return module.to(device), bool(untrained)
 
 
+def _read_module(auto: Any, cfg: ModelConfig, config: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the module on the CPU and transformers' notes on its weights. An architecture without the default
+    attention implementation gets transformers' choice."""
+    settings = {"dtype": getattr(torch, cfg.dtype), "trust_remote_code": cfg.trust_remote_code}
+    try:
+        return auto.from_pretrained(
+            cfg.path, config=config, attn_implementation=cfg.attention, output_loading_info=True, **settings
+        )
+    except ValueError as error:
+        if cfg.attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        config._attn_implementation = None
+        return auto.from_pretrained(cfg.path, config=config, output_loading_info=True, **settings)
+
+
+def config_number(name: str, config: Any, key: str) -> float:
+    """Return a number of a config, 0 if it has none. UserError if it is something else."""
+    value = getattr(config, key, None)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise UserError(f"{name}: config.json: {key} must be a number, not {value!r}")
+    return float(value or 0.0)
+
+
+def _check_end_tokens(module: PreTrainedModel, path: str) -> None:
+    """Raise UserError unless the end tokens of the configs are numbers."""
+    for place in (getattr(module, "generation_config", None), module.config.get_text_config()):
+        ids = getattr(place, "eos_token_id", None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                raise UserError(f"{path}: {type(place).__name__}: eos_token_id must be a number or a list, not {ids!r}")
+
+
+def check_score_layer(module: PreTrainedModel, name: str) -> None:
+    """Raise UserError unless the module has a scalar head `score`."""
+    layer: Any = getattr(module, "score", None)
+    if not isinstance(getattr(layer, "base_layer", layer), nn.Linear) or layer.out_features != 1:
+        raise UserError(f"{name}: {type(module).__name__} has no linear head `score` with one output")
+
+
 def _draw_score(layer: Any, seed: int) -> None:
     """Draw the row of N(0, 1 / (D + 1)); a bias is 0."""
     noise = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -110,7 +147,7 @@ def load_tokenizer(cfg: ModelConfig, module: PreTrainedModel | None = None):
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
     except Exception as error:  # its files are foreign: they may fail in any way
         raise UserError(f"{cfg.path}: has no tokenizer that loads: {_describe(error)}") from error
-    vocabulary = module.config.get_text_config().vocab_size if module is not None else len(tokenizer)
+    vocabulary = getattr(module.config.get_text_config(), "vocab_size", 0) if module is not None else len(tokenizer)
     if len(tokenizer) > vocabulary:
         raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
     return tokenizer
@@ -162,4 +199,7 @@ def _first_line(error: Exception) -> str:
 def _describe(error: Exception) -> str:
     """Return the error as one line. An error that no program raised on purpose says little without its type."""
     text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, (OSError, ValueError, ImportError)) and text else f"{type(error).__name__} {text}"
+    if isinstance(error, KeyError) and len(text.split()) == 1:
+        return f"its files name {text}, which transformers {transformers.__version__} does not know"
+    accidents = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError)
+    return f"{type(error).__name__} {text}" if isinstance(error, accidents) or not text else text

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.model import lora
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.architectures import DecoderWeights, read_weights, rope_table
 from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, CompiledStep, find_kernels
@@ -40,17 +41,14 @@ class FusedDecoder:
     @torch.no_grad()
     def make(cls, model: Model) -> FusedDecoder:
         """Return a decoder for `model`, compared with its own forward. Unsupported if there is none."""
-        weights = read_weights(model)
         if model.device.type == "cuda":
+            read_weights(model)  # nothing is moved in a model that is refused
             make_adjacent(model.decoder)
+        with model.eval_mode(), lora.nonzero_adapters(model.module):
             weights = read_weights(model)
-        decoder, training = cls(model, weights), model.module.training
-        model.module.eval()
-        try:
+            decoder = cls(model, weights)
             with decoder._use(weights):
                 verify_decoder(model, decoder)
-        finally:
-            model.module.train(training)
         return decoder
 
     @contextmanager
