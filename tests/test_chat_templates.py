@@ -476,7 +476,9 @@ def test_rows_without_a_loss_are_left_out_and_batches_have_the_mask(tmp_path):
     )
     data = read_demonstrations(DataConfig(path), words).train
     assert len(data) == 2 and "1 whose last answer has weight 0" in data.notes
+    assert "2 earlier answers of 1 conversations have no loss (data.turns: last)" in data.notes
     every = read_demonstrations(DataConfig(path, turns="all"), words).train
+    assert "earlier answers" not in every.notes
     assert [sum(row.loss_mask or [True] * len(row.responses[0])) for row in every.rows] == [6, 2, 2]
     batch = join_demonstrations(every.rows, [0, 1, 2])
     assert batch.loss_mask.sum(1).tolist() == [6, 2, 2] and batch.num_items() == 10

@@ -132,6 +132,19 @@ def _texts(example: Example) -> list[str]:
     return [*turns, *example.responses]
 
 
+def answers_without_loss(examples: Iterable[Example], turns: str) -> str:
+    """Return a sentence on the earlier answers of demonstrations that data.turns leaves without a loss; "" if none."""
+    counts = [
+        sum(turn["role"] == "assistant" for turn in example.prompt)
+        for example in examples
+        if turns == "last" and not isinstance(example.prompt, str)
+    ]
+    if not any(counts):
+        return ""
+    rows = sum(count > 0 for count in counts)
+    return f"{sum(counts)} earlier answers of {rows} conversations have no loss (data.turns: last)"
+
+
 def row_notes(
     path: str, examples: Sequence[Example], sequences: Iterable[Sequence[int]], encoder: Encoder
 ) -> list[str]:
