@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_fast.data.encode import Encoder
+from rlhf_fast.data.encode import Encoder, has_loss
 from rlhf_fast.data.fields import is_blank, shown
 from rlhf_fast.data.rows import Example
 from rlhf_fast.errors import UserError, listed
@@ -135,9 +135,9 @@ def _texts(example: Example) -> list[str]:
 def answers_without_loss(examples: Iterable[Example], turns: str) -> str:
     """Return a sentence on the earlier answers of demonstrations that data.turns leaves without a loss; "" if none."""
     counts = [
-        sum(turn["role"] == "assistant" for turn in example.prompt)
+        sum(turn["role"] == "assistant" and has_loss(turn) for turn in example.conversation[:-1])
         for example in examples
-        if turns == "last" and not isinstance(example.prompt, str)
+        if turns == "last"
     ]
     if not any(counts):
         return ""
