@@ -395,7 +395,7 @@ def test_every_answer_has_a_loss_with_its_end_token_and_nothing_else_has():
         == "[INST] a1 [/INST][ b1 <|end|>][INST] a2 [/INST] b2 <|end|>[INST] a3 [/INST][ b3 <|end|>]"
     )
     hh = {"prompt": "\n\nHuman: a1\n\nAssistant: b1\n\nHuman: a2\n\nAssistant:", "completion": " b2"}
-    assert learned(words, encoded(words, hh, turns="all")).count("[") == 2
+    assert learned(words, encoded(words, hh, turns="all")).count("[") == 1  # a prompt column is a prompt
     thoughts = encoded(tokenizer(THINKING), {"messages": LONG}, turns="all")
     assert learned(words, thoughts).endswith("assistant\n[<think>\n\n</think>\n\nb3<|im_end|>]")
     dropped = [user("a"), assistant("b", reasoning_content="r"), user("c"), assistant("d")]
@@ -476,7 +476,9 @@ def test_rows_without_a_loss_are_left_out_and_batches_have_the_mask(tmp_path):
     )
     data = read_demonstrations(DataConfig(path), words).train
     assert len(data) == 2 and "1 whose last answer has weight 0" in data.notes
+    assert "2 earlier answers of 2 conversations have no loss (data.turns: last)" in data.notes
     every = read_demonstrations(DataConfig(path, turns="all"), words).train
+    assert "earlier answers" not in every.notes
     assert [sum(row.loss_mask or [True] * len(row.responses[0])) for row in every.rows] == [6, 2, 2]
     batch = join_demonstrations(every.rows, [0, 1, 2])
     assert batch.loss_mask.sum(1).tolist() == [6, 2, 2] and batch.num_items() == 10

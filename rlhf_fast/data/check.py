@@ -16,7 +16,14 @@ from rlhf_fast.data.datasets import Row, encode_example, exceeded_limit, prompt_
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import InvalidRow
 from rlhf_fast.data.json_lines import parse_object, read_lines
-from rlhf_fast.data.notes import find_markers, rendered_rows, spelled_markers, unknown_tokens, unused_columns
+from rlhf_fast.data.notes import (
+    answers_without_loss,
+    find_markers,
+    rendered_rows,
+    spelled_markers,
+    unknown_tokens,
+    unused_columns,
+)
 from rlhf_fast.data.rows import KINDS, Example, parse_lines
 from rlhf_fast.errors import UserError, listed
 
@@ -174,6 +181,11 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
             dropped[reason] += 1
     start, end = _token_names(tokenizer, encoder.bos), _token_names(tokenizer, encoder.end)
     echo(f"  template: {encoder.template}; start token {start}, end token {end}")
+    learns = report.kind == "demonstrations"
+    for note in encoder.notes(learned=learns)[0 if learns else 1 :]:
+        echo(f"  {note.removeprefix(f'template: {encoder.template}; ')}")
+    if learns and (note := answers_without_loss(report.examples, cfg.turns)):
+        echo(f"  {note}")
     responses = [response for row in rows for response in row.responses]
     _echo_lengths("tokens", [len(row.prompt) for row in rows], list(map(len, responses)), echo)
     for reason, count in dropped.items():

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_fast.data.encode import Encoder
+from rlhf_fast.data.encode import Encoder, has_loss
 from rlhf_fast.data.fields import is_blank, shown
 from rlhf_fast.data.rows import Example
 from rlhf_fast.errors import UserError, listed
@@ -130,6 +130,19 @@ def _dropped_characters(examples: Iterable[Example], tokenizer: Any) -> str:
 def _texts(example: Example) -> list[str]:
     turns = [example.prompt] if isinstance(example.prompt, str) else [turn["content"] for turn in example.prompt]
     return [*turns, *example.responses]
+
+
+def answers_without_loss(examples: Iterable[Example], turns: str) -> str:
+    """Return a sentence on the earlier answers of demonstrations that data.turns leaves without a loss; "" if none."""
+    counts = [
+        sum(turn["role"] == "assistant" and has_loss(turn) for turn in example.conversation[:-1])
+        for example in examples
+        if turns == "last"
+    ]
+    if not any(counts):
+        return ""
+    rows = sum(count > 0 for count in counts)
+    return f"{sum(counts)} earlier answers of {rows} conversations have no loss (data.turns: last)"
 
 
 def row_notes(
