@@ -173,6 +173,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.exhaustive(1)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_that_would_save_something_else_does_not_begin(fault, tmp_path, monkeypatch):
     pytest.importorskip("peft")
@@ -185,6 +186,7 @@ def test_a_run_that_would_save_something_else_does_not_begin(fault, tmp_path, mo
     assert not (tmp_path / "sft" / "metrics.jsonl").exists() or not toy.metrics(tmp_path / "sft")
 
 
+@pytest.mark.exhaustive(1)
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_checkpoints_stay_if_the_folder_is_not_the_model(stage, folder, monkeypatch):
     """A disk that returns other bytes, or a transformers that reads them otherwise: the run fails at its end, and the

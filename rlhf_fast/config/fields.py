@@ -71,7 +71,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of weights and activations. Log-probabilities, losses and their statistics are always float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation, as in transformers' attn_implementation."""
+    """Attention implementation, as in transformers' attn_implementation. An architecture without sdpa gets its own."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
     trust_remote_code: bool = False

@@ -52,7 +52,8 @@ def give_pad_token(module: PreTrainedModel, tokenizer: Any) -> None:
         tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(pad)})
     if pad >= config.vocab_size:
         module.resize_token_embeddings(pad + 1, mean_resizing=False)
-        module.get_input_embeddings().weight.data[pad] = 0
+        embedding: Any = module.get_input_embeddings()
+        embedding.weight.data[pad] = 0
     for place in (config, module.config):
         if hasattr(place, "pad_token_id"):
             place.pad_token_id = pad

@@ -93,7 +93,7 @@ def load_module(
     return module.to(device), bool(untrained)
 
 
-def _read_module(auto: Any, cfg: ModelConfig, config: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _read_module(auto: Any, cfg: ModelConfig, config: Any) -> tuple[Any, dict[str, Any]]:
     """Return the module on the CPU and transformers' notes on its weights. An architecture without the default
     attention implementation gets transformers' choice."""
     settings = {"dtype": getattr(torch, cfg.dtype), "trust_remote_code": cfg.trust_remote_code}

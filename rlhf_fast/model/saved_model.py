@@ -178,8 +178,8 @@ def _check(folder: Path, expected: dict[str, Any]) -> None:
             differ = [name for name, value in facts.items() if found[name] != value]
             if differ:
                 raise UserError(f"{folder}: its tokenizer is not the one of the run: {', '.join(differ)} differ")
-    found, truth = (torch.cat([torch.tensor(row) for row in rows]) for rows in (read, expected["values"]))
-    gap = (found - truth).abs()
+    numbers, truth = (torch.cat([torch.tensor(row) for row in rows]) for rows in (read, expected["values"]))
+    gap = (numbers - truth).abs()
     error = gap / truth.abs().clamp_min(1.0)
     mean, largest = (2e-4, 2e-4) if module.dtype == torch.float32 else (0.02, 0.2)
     if not (float(error.mean()) <= mean and float(error.max()) <= largest):
