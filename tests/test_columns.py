@@ -293,11 +293,10 @@ def test_every_unused_column_is_named_in_check_and_in_the_stages_note(tmp_path):
 
 
 def test_the_answers_of_a_prompt_have_no_loss(tmp_path):
-    """Nor with data.turns: all, whether it is a list of turns or HH's text."""
-    rows: list[dict] = [{"prompt": [*EARLIER, USER], "completion": completion} for completion in ("yes", [ANSWER])]
-    rows.append({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: hi\n\nAssistant:", "completion": "yes"})
+    """Nor with data.turns: all: the column of the response says what is learned."""
+    rows = [{"prompt": [*EARLIER, USER], "completion": completion} for completion in ("yes", [ANSWER])]
     data = read_demonstrations(DataConfig(write(tmp_path / "d.jsonl", rows), turns="all"), byte_level(CHATML)).train
-    assert [byte_level().decode(row.responses[0]) for row in data.rows] == ["yes<|im_end|>"] * 3
+    assert [byte_level().decode(row.responses[0]) for row in data.rows] == ["yes<|im_end|>"] * 2
 
 
 @pytest.mark.parametrize(("turns", "learned"), [("last", "c<|im_end|>"), ("all", "b<|im_end|>c<|im_end|>")])
