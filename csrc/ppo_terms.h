@@ -104,7 +104,7 @@ INLINE ValueTerm<F> value_term(F value, F old_value, F target, const PpoClip& cl
   term.is_clipped = Mask<F>{};
   if constexpr (CLIP) {
     const F low = old_value - clip.value, high = old_value + clip.value;
-    // Where a bound is NaN, so is the clamped value.
+    // A NaN bound makes the clamped value NaN.
     const F bounded = select(value > high, high, select(value >= low, value, low));
     const F clipped_error = bounded - target, clipped = clipped_error * clipped_error;
     const Mask<F> is_inside = (value >= low) & (value <= high);

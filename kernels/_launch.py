@@ -26,7 +26,7 @@ class Unsupported(Exception):
 
 
 class _Fork:
-    """Whether this process was forked from one with threads. OpenMP's are not there any more, and it waits for them for
+    """Tell whether this process was forked from one with threads. OpenMP's are lost then, and it waits for them for
     ever: in kernels, and in torch's own functions."""
 
     had_threads = False  # of the parent, just before a fork

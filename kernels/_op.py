@@ -6,6 +6,9 @@ At import each op gets its backends by device, best first: a compiled kernel (cs
 reference. `op.backends` lists those that can run here, `op.why(device)` gives the chosen one and the reason,
 `op.backend("reference")` forces one; kernels/_backends.py lists the environment variables.
 
+`op.gradient(wrt=...)` declares once which inputs have a gradient; no other has one, on no backend. A second derivative
+raises. In forward mode and in torch.func's transforms of gradients the reference runs, which torch differentiates.
+
 A NaN reaches what is computed from it, and nothing else (tests/test_nan.py tries every op on every backend). It makes
 NaN of the outputs and gradients of its own token or row, and of sums and extremes over the batch, such as losses and
 statistics. A comparison with it is false: a count (of clipped tokens, of ordered pairs) leaves it out. A NaN of a token

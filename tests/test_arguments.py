@@ -1,4 +1,4 @@
-"""Whatever tensor or transform an op is given: its result is right, or one sentence refuses it. Every op, every tensor.
+"""Every op, every tensor, every transform: the result is right, or one sentence refuses it.
 
 Derivatives in forward mode, functorch's transforms, and tensors whose memory is not what they are.
 """

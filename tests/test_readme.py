@@ -5,6 +5,7 @@ import builtins
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,48 @@ def test_the_op_that_is_added_works(tmp_path):
     (tmp_path / "twice.py").write_text(source, encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "twice.py"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
+
+
+def files_of(page: Path) -> dict[str, str]:
+    """Return the files that a page shows whole: a line that begins with a path, then the file's block."""
+    found = re.findall(r"^`([\w/.]+)`[^\n]*:\n\n```\w+\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return dict(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_an_op_added_by_the_page_passes_the_tests(tmp_path):
+    """To the letter, in a copy of the sources that has no other CPU kernel, with its kernels and without."""
+    page = ROOT / "docs" / "adding-an-op.md"
+    tree = tmp_path / "tree"
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "runs", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    for path in (tree / "csrc" / "cpu").glob("*.cpp"):
+        path.unlink()
+    files = files_of(page)
+    assert files.keys() == {"kernels/twice.py", "csrc/cpu/twice.cpp", "kernels/triton/twice.py"}
+    for name, text in files.items():
+        (tree / name).write_text(text, encoding="utf-8")
+    public = tree / "rlhf_fast" / "ops.py"
+    (line,) = (block for block in blocks("py", page) if "import twice\n" in block)
+    text = public.read_text(encoding="utf-8").replace("__all__ = [", '__all__ = ["twice", ', 1)
+    public.write_text(
+        text.replace("from rlhf_fast.kernels.token_logprobs", f"{line}from rlhf_fast.kernels.token_logprobs")
+    )
+    env = ENVIRONMENT | {"PYTHONPATH": str(tree), "RLHF_FAST_CUDA": "0", "RLHF_FAST_REQUIRE_EXT": "1"}
+
+    def run_tests():
+        tests = [f"tests/test_{name}.py" for name in ("ops", "nan", "arguments")]
+        command = [sys.executable, "-m", "pytest", *tests, "-k", "twice", "-m", "", "-n", "0", "-p", "no:cacheprovider"]
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        return int(re.findall(r"(\d+) passed", done.stdout + " 0 passed")[0]) or done.stdout.count(".")
+
+    without = run_tests()
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(build, cwd=tree, capture_output=True, text=True, env=env)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    assert run_tests() > without
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/rollouts.md"])
