@@ -56,34 +56,32 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
     ref_tile.to_positions<SOFTCAP>(taken, n, scaling);
     const f32 origin = splat(position<SOFTCAP>(state.policy.max, scaling));
     const f32 ref_origin = splat(position<SOFTCAP>(ref_max, scaling)), lowest = splat(scaling.lowest);
-    f64 sums = {}, moments = {}, ref_sums = {}, crosses = {};
+    f32 sums[GROUP] = {}, ref_sums[GROUP] = {}, moments = {}, crosses = {};
     i32 ties = {}, ref_ties = {};
     for (int i = 0; i < tile.columns; i += GROUP * W) {
-      f32 e[GROUP], ref_e[GROUP], moment = {}, cross = {};
+      f32 e[GROUP], ref_e[GROUP];
 #pragma GCC unroll 8
       for (int j = 0; j < GROUP; ++j) {
         const f32 raw_distance = load(tile.x + i + j * W) - origin, distance = max(lowest, raw_distance);
         const f32 ref_distance = load(ref_tile.x + i + j * W) - ref_origin;
         e[j] = select(raw_distance < lowest, splat(0.f), exp_distance(distance, scaling));
         ref_e[j] = exp_distance(max(lowest, ref_distance), scaling);
-        moment = moment + distance * e[j];
-        cross = cross + select(e[j] == splat(0.f), splat(0.f), ref_distance * e[j]);
+        moments = moments + distance * e[j];
+        crosses = crosses + select(e[j] == splat(0.f), splat(0.f), ref_distance * e[j]);
         if (SOFTCAP) {
           ties -= raw_distance == splat(0.f);
           ref_ties -= ref_distance == splat(0.f);
         }
       }
-      sums += to_double(sum_group(e));
-      ref_sums += to_double(sum_group(ref_e));
-      moments += to_double(moment);
-      crosses += to_double(cross);
+      sums[i / (GROUP * W) % GROUP] += sum_group(e);
+      ref_sums[i / (GROUP * W) % GROUP] += sum_group(ref_e);
     }
     if (!empty) {
-      state.policy.sum += reduce_sum(sums);
+      state.policy.sum += reduce_sum(sum_group(sums));
       state.policy.moment += reduce_sum(moments);
       state.cross += reduce_sum(crosses);
     }
-    if (!ref_empty) state.reference.sum += reduce_sum(ref_sums);
+    if (!ref_empty) state.reference.sum += reduce_sum(sum_group(ref_sums));
     for (int i = 0; i < W && SOFTCAP; ++i) {
       state.policy.ties += ties[i];
       state.reference.ties += ref_ties[i];

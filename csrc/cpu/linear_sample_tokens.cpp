@@ -70,11 +70,9 @@ void visit_columns(const Head& head, const Work& work, const Ban& ban, int64_t f
       memcpy(work.logits + r * V + begin, x, n * sizeof(float));
     } else if (argmax.params.greedy) {
       sums = visit_tile<false>(argmax, x, (int32_t)begin, (int32_t)n);
-      if (sums.max_logit > argmax.best.score) {
-        take_largest(argmax.best, x, (int32_t)n, (float)sums.max_logit);
-        argmax.best.token += (int32_t)begin;
-        argmax.best.score = sums.max_logit;
-      }
+      const float max_logit = (float)sums.sums.max_logit;
+      if (max_logit > argmax.best.score)
+        argmax.best = {max_logit, max_logit, (int32_t)begin + find_logit(x, (int32_t)n, max_logit)};
     } else {
       sums = visit_tile<true>(argmax, x, (int32_t)begin, (int32_t)n);
     }
@@ -109,7 +107,7 @@ void finish_row(const Head& head, const Work& work, const Ban& ban, const Output
   RowSums sums = no_sums;
   for (int64_t tile = 0; tile < num_tiles(V); ++tile)
     add_tile(sums, work.tiles[r * num_tiles(V) + tile], params.temperature);
-  write_outputs(out, b, params, sums, best, 0);
+  write_row(out, b, params, sums.sums, best, sums.sums);
 }
 
 // Divides a workspace; if `base` is null, it only counts the bytes.

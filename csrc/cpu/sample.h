@@ -66,22 +66,29 @@ INLINE void try_block(GumbelArgmax& argmax, int32_t v, const f32* x, const f32* 
     if (lanes[i]) try_token(argmax, logits[i], v + i, gumbel(words[i]));
 }
 
-constexpr RowSums no_sums = {-__builtin_inf(), 0, 0, 0};
+// The sums of a row or of a part of it, and its second largest logit, which equals the largest in a tie.
+struct RowSums {
+  LogitSums sums;
+  float second;
+};
+constexpr RowSums no_sums = {{-__builtin_inf(), 0, 0, 0}, -__builtin_inff()};
 
 // Adds a tile's sums to those of the tiles before it. A NaN or +inf in max_logit stays there.
 INLINE void add_tile(RowSums& row, const RowSums& tile, double temperature) {
-  if (tile.max_logit == -__builtin_inf() || row.max_logit != row.max_logit) return;
-  if (row.max_logit == -__builtin_inf() || !(tile.max_logit < __builtin_inf())) {
+  const double infinity = __builtin_inf(), row_max = row.sums.max_logit, tile_max = tile.sums.max_logit;
+  if (tile_max == -infinity || row_max != row_max) return;
+  if (row_max == -infinity || !(tile_max < infinity)) {
     row = tile;
     return;
   }
-  const bool rises = tile.max_logit > row.max_logit;
+  const bool rises = tile_max > row_max;
   const RowSums &high = rises ? tile : row, &low = rises ? row : tile;
-  const double gap = low.max_logit - high.max_logit, z = gap / temperature;
+  const double gap = low.sums.max_logit - high.sums.max_logit, z = gap / temperature;
   const double raw_factor = exp(gap), factor = temperature == 1 ? raw_factor : exp(z);
-  const double moment = factor > 0 ? factor * (low.moment + z * low.mass) : 0;
-  row = {high.max_logit, high.raw_mass + raw_factor * low.raw_mass, high.mass + factor * low.mass,
-         high.moment + moment};
+  const double moment = factor > 0 ? factor * (low.sums.moment + z * low.sums.mass()) : 0;
+  const double raw_others = raw_factor * (1. + low.sums.raw_others), others = factor * low.sums.mass();
+  row = {{high.sums.max_logit, high.sums.raw_others + raw_others, high.sums.others + others, high.sums.moment + moment},
+         max(high.second, (float)low.sums.max_logit)};
 }
 
 // Kahan's sum of vectors: it carries the rounding error along. Otherwise many equal small terms beside one of 1 would
@@ -100,47 +107,102 @@ struct KahanSum {
   }
 };
 
-// The largest of n logits; NaN if one is NaN.
+// The largest of n logits, and the largest of the others.
+struct TopTwo {
+  float first, second;
+
+  INLINE void add(float x) {
+    second = max(second, min(first, x));
+    first = max(first, x);
+  }
+};
+
+// `first` is NaN if a logit is NaN.
 template <class T>
-INLINE float find_max(const T* x, int64_t n) {
-  f32 largest = splat(-__builtin_inff());
+INLINE TopTwo find_top_two(const T* x, int64_t n) {
+  f32 first = splat(-__builtin_inff()), second = first;
   i32 is_nan = {};
   for (int64_t v = 0; v < n; v += W) {
     const f32 logits = n - v >= W ? load(x + v) : load_partial(x + v, (int)(n - v), -__builtin_inff());
-    largest = max(largest, logits);
+    second = max(second, min(first, logits));
+    first = max(first, logits);
     is_nan |= logits != logits;
   }
-  return any(is_nan) ? __builtin_nanf("") : reduce_max(largest);
+  TopTwo top = {-__builtin_inff(), -__builtin_inff()};
+  for (int i = 0; i < W; ++i) {
+    top.add(first[i]);
+    top.add(second[i]);
+  }
+  if (any(is_nan)) top.first = __builtin_nanf("");
+  return top;
+}
+
+// The index of the first of n logits that equals `logit`, or n.
+template <class T>
+INLINE int32_t find_logit(const T* x, int32_t n, float logit) {
+  int32_t v = 0;
+  for (; v + W <= n; v += W)
+    if (any(load(x + v) == logit)) break;
+  while (v < n && to_float(x[v]) != logit) ++v;
+  return v;
+}
+
+// Masses are relative to the second largest logit. That of the largest may be infinite, and its product with a small
+// threshold is not a number: the token is then tried by itself.
+constexpr double MAX_LEAD = 40;
+
+INLINE void try_leader(GumbelArgmax& argmax, float x, int32_t v) {
+  uint32_t words[4 * quads_per_call];
+  philox(argmax.params.key, (uint32_t)v / 4 / quads_per_call * quads_per_call, words);
+  try_token(argmax, x, v, gumbel(words[v % (4 * quads_per_call)]));
+}
+
+INLINE void set_lane(f32* x, int32_t lane, float value) {
+  float lanes[W];
+  store(lanes, x[lane / W]);
+  lanes[lane % W] = value;
+  x[lane / W] = load(lanes);
 }
 
 // The sums of the n <= SAMPLE_TILE logits x of tokens `begin` to `begin + n - 1`, and with SAMPLE the argmax among
 // them. TEMPERED: the temperature is not 1.
 template <bool TEMPERED, bool SAMPLE, class T>
 RowSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
-  const float max_logit = find_max(x, n);
-  if (!(max_logit > -__builtin_inff() && max_logit < __builtin_inff())) return {max_logit, 0, 0, 0};
+  const TopTwo top = find_top_two(x, n);
+  if (!(top.first > -__builtin_inff() && top.first < __builtin_inff())) return {{top.first, 0, 0, 0}, top.second};
+  const double temperature = argmax.params.temperature;
+  const float origin = top.second > -__builtin_inff() ? top.second : top.first;
+  const double raw_lead = (double)top.first - origin, lead = raw_lead / temperature;
+  const int32_t leader = find_logit(x, n, top.first);
   if (SAMPLE) {
-    argmax.shift = max_logit / argmax.params.temperature;
+    if (lead > MAX_LEAD) try_leader(argmax, top.first, begin + leader);
+    argmax.shift = origin / temperature;
     update_threshold(argmax);
   }
   KahanSum raw_mass, mass, moment;
   for (int32_t v = 0; v < n; v += BLOCK) {
-    f32 logits[4], p[4], terms[4];
+    f32 logits[4], p[4], terms[4], raw[4];
     load_block(x, n, v, logits);
     for (int j = 0; j < 4; ++j) {
-      const f32 z = TEMPERED ? (logits[j] - max_logit) * argmax.params.inverse_temperature : logits[j] - max_logit;
+      const f32 z = TEMPERED ? (logits[j] - origin) * argmax.params.inverse_temperature : logits[j] - origin;
       p[j] = exp(z);
       terms[j] = p[j] * max(z, splat(-100.f));
+      raw[j] = TEMPERED ? exp(logits[j] - origin) : splat(0.f);
+    }
+    if (SAMPLE) try_block(argmax, begin + v, logits, p);
+    if (leader >= v && leader < v + BLOCK) {
+      set_lane(p, leader - v, 0.f);
+      set_lane(terms, leader - v, 0.f);
+      set_lane(raw, leader - v, 0.f);
     }
     mass.add((p[0] + p[1]) + (p[2] + p[3]));
     moment.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
-    if (TEMPERED)
-      raw_mass.add((exp(logits[0] - max_logit) + exp(logits[1] - max_logit)) +
-                   (exp(logits[2] - max_logit) + exp(logits[3] - max_logit)));
-    if (SAMPLE) try_block(argmax, begin + v, logits, p);
+    if (TEMPERED) raw_mass.add((raw[0] + raw[1]) + (raw[2] + raw[3]));
   }
-  const double total = mass.value();
-  return {max_logit, TEMPERED ? raw_mass.value() : total, total, moment.value()};
+  const double others = mass.value(), factor = exp(-lead), raw_factor = TEMPERED ? exp(-raw_lead) : factor;
+  return {{top.first, raw_factor * (TEMPERED ? raw_mass.value() : others), factor * others,
+           factor > 0 ? factor * (moment.value() - lead * others) : 0},
+          top.second};
 }
 
 template <bool SAMPLE, class T>
@@ -159,26 +221,37 @@ RowSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
   return row;
 }
 
-// The mass of the tokens up to the cutoff, and with SAMPLE the argmax among them.
+// The mass of the tokens up to the cutoff but for one with the largest logit, and with SAMPLE the argmax among them.
 template <bool SAMPLE, class T>
 double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff) {
+  const double temperature = argmax.params.temperature;
+  const float origin = row.second > -__builtin_inff() ? row.second : row.max_logit;
+  const double lead = ((double)row.max_logit - origin) / temperature;
   double total = 0;
+  int64_t ties = -1;
   i32 lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
-  argmax.shift = row.max_logit / argmax.params.temperature;
+  if (SAMPLE && lead > MAX_LEAD) try_leader(argmax, row.max_logit, find_logit(row.x, row.V, row.max_logit));
+  argmax.shift = origin / temperature;
   update_threshold(argmax);
   for (int32_t v = 0; v < row.V; v += BLOCK) {
-    f32 x[4], p[4];
+    f32 x[4], p[4], others = {};
+    i32 largest = {};
     load_block(row.x, row.V, v, x);
     if (!any(max(max(x[0], x[1]), max(x[2], x[3])) >= cutoff.logit)) continue;
     for (int j = 0; j < 4; ++j) {
       const i32 kept = (x[j] > cutoff.logit) | ((x[j] == cutoff.logit) & (lane + (v + j * W) <= cutoff.token));
-      p[j] = select(kept, row.fast_mass(x[j]), splat(0.f));
+      const i32 is_largest = x[j] == row.max_logit;
+      p[j] = select(kept, exp((x[j] - origin) * row.inverse_temperature), splat(0.f));
+      others += select(is_largest, splat(0.f), p[j]);
+      largest -= kept & is_largest;
     }
-    total += reduce_sum((p[0] + p[1]) + (p[2] + p[3]));
+    total += reduce_sum(others);
+    if (any(largest != 0))
+      for (int i = 0; i < W; ++i) ties += largest[i];
     if (SAMPLE) try_block(argmax, v, x, p);
   }
-  return total;
+  return exp(-lead) * total + (double)ties;
 }
 
 // The cutoff of all filters; `mass` is that of all tokens.
@@ -188,7 +261,7 @@ Cutoff filter_cutoff(const LogitsRow<T>& row, GumbelArgmax& argmax, double mass)
   Cutoff cutoff = no_cutoff();
   if (params.top_k) cutoff = find_cutoff<false>(row, (double)params.top_k, row.V);
   if (params.top_p < 1) {
-    const double kept_mass = params.top_k ? visit_kept<false>(row, argmax, cutoff) : mass;
+    const double kept_mass = params.top_k ? 1. + visit_kept<false>(row, argmax, cutoff) : mass;
     cutoff = tighter(cutoff, find_cutoff<true>(row, params.top_p * kept_mass, mass));
   }
   if (params.min_p > 0)
@@ -205,16 +278,6 @@ void argmax_of_given_noise(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff
   }
 }
 
-// The first of n tokens whose logit is max_logit, if there is one; its score is left to the caller.
-template <class T>
-void take_largest(Candidate& best, const T* x, int32_t n, float max_logit) {
-  int32_t first = 0;
-  while (first < n && to_float(x[first]) != max_logit) ++first;
-  if (first >= n) return;
-  best.token = first;
-  best.logit = max_logit;
-}
-
 // Samples from a row of logits in memory and writes its outputs. `all_sums`: those of every token, if a ban has
 // replaced some logits of x by -inf; else null.
 template <class T>
@@ -223,26 +286,25 @@ void sample_row(const T* x, int32_t V, int64_t b, const SamplingParams& params, 
   if (!params.valid) return write_invalid(out, b);
   GumbelArgmax argmax = start_argmax(params);
   if (!params.greedy && !params.has_filter() && !params.noise && !all_sums) {
-    const RowSums sums = visit_row<true>(argmax, x, V);
-    return write_outputs(out, b, params, sums, argmax.best, 0);
+    const LogitSums sums = visit_row<true>(argmax, x, V).sums;
+    return write_row(out, b, params, sums, argmax.best, sums);
   }
-  const RowSums sums = visit_row<false>(argmax, x, V);
+  const RowSums visited = visit_row<false>(argmax, x, V);
+  const LogitSums& sums = visited.sums;
   if (!(sums.max_logit > -__builtin_inf() && sums.max_logit < __builtin_inf())) return write_invalid(out, b);
-  const LogitsRow<T> row = {x, V, (float)sums.max_logit, params.temperature, params.inverse_temperature};
+  const float max_logit = (float)sums.max_logit;
+  const LogitsRow<T> row = {x, V, max_logit, visited.second, params.temperature, params.inverse_temperature};
+  LogitSums kept = sums;
   if (params.greedy) {
-    take_largest(argmax.best, x, V, row.max_logit);
-    return write_outputs(out, b, params, all_sums ? *all_sums : sums, argmax.best, 0);
+    argmax.best.token = find_logit(x, V, max_logit);
+    argmax.best.logit = max_logit;
+  } else {
+    const Cutoff cutoff = params.has_filter() ? filter_cutoff(row, argmax, sums.mass()) : no_cutoff();
+    const double others = params.noise ? visit_kept<false>(row, argmax, cutoff) : visit_kept<true>(row, argmax, cutoff);
+    if (params.has_filter()) kept.others = min(others, sums.others);
+    if (params.noise) argmax_of_given_noise(row, argmax, cutoff);
   }
-  const Cutoff cutoff = params.has_filter() ? filter_cutoff(row, argmax, sums.mass) : no_cutoff();
-  const double kept_mass =
-      params.noise ? visit_kept<false>(row, argmax, cutoff) : visit_kept<true>(row, argmax, cutoff);
-  if (params.noise) argmax_of_given_noise(row, argmax, cutoff);
-  double log_kept_mass = params.has_filter() ? min(log(kept_mass / sums.mass), 0.) : 0;
-  if (all_sums) {
-    const double shift = (sums.max_logit - all_sums->max_logit) / params.temperature;
-    log_kept_mass = min(log(kept_mass / all_sums->mass) + shift, 0.);
-  }
-  write_outputs(out, b, params, all_sums ? *all_sums : sums, argmax.best, log_kept_mass);
+  write_row(out, b, params, all_sums ? all_sums->sums : sums, argmax.best, kept);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 // z2 of a reference and B = sum (z2-m2) e^(z-m), the others' part of the KL is (A - B + s (log S2 - log S)) / S.
 //
 //     row    | tile 0: 1024 columns | tile 1 | ...     one thread; a tile stays in the first-level cache for two passes
-//     tile   x and its maximum, then the exponentials: 8 vectors are added pairwise, such groups in float64
+//     tile   x and its maximum, then the exponentials: added pairwise by 8 and 8 vectors; tiles in float64
 //
 // Distances z - m are made of x - max x, which float32 has exactly or nearly so, and not of z. Floor: one read of the
 // logits; some 25 vector operations for W of them. A tile is the unit of every sum, and calls bring whole tiles (but
@@ -23,8 +23,6 @@ namespace {
 constexpr int TILE = 1024, GROUP = 8;  // columns, vectors
 constexpr float MIN_EXPONENT = -87.f;  // e^-87 is 1.6e-38: it adds nothing to the 1 of the largest logit
 constexpr double LOG2_E = 1.44269504088896340736;
-
-typedef double f64 __attribute__((vector_size(W * 8)));
 
 // Positions are raw logits, or with softcap tanh(x / softcap); one of them is `unit` nats.
 struct Scaling {
@@ -204,14 +202,6 @@ INLINE double rescale(SoftmaxState& state, float new_max, const Scaling& scaling
 }
 
 INLINE f32 sum_group(const f32* x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
-INLINE double reduce_sum(f64 v) {
-  double lanes[W];
-  memcpy(lanes, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-INLINE f64 to_double(f32 x) { return __builtin_convertvector(x, f64); }
 
 // Adds columns to a row's state. `target` is counted from the first of them.
 template <bool SOFTCAP, class T>
@@ -227,24 +217,23 @@ INLINE void add_columns(SoftmaxState& state, const T* x, const float* bias, int6
     if (is_empty<SOFTCAP>(state, tile, n, taken)) continue;
     tile.to_positions<SOFTCAP>(taken, n, scaling);
     const f32 origin = splat(position<SOFTCAP>(state.max, scaling)), lowest = splat(scaling.lowest);
-    f64 sums = {}, moments = {};
+    f32 sums[GROUP] = {}, moments[2] = {};
     i32 ties = {};
     const T* const next = x + begin + TILE;  // prefetched here, as the next tile's first pass only waits for memory
     for (int i = 0; i < tile.columns; i += GROUP * W) {
-      f32 e[GROUP], moment = {};
+      f32 e[GROUP];
 #pragma GCC unroll 8
       for (int j = 0; j < GROUP; ++j) {
         __builtin_prefetch(next + i + j * W);
         const f32 distance = max(lowest, load(tile.x + i + j * W) - origin);  // finite; a NaN stays a NaN
         e[j] = exp_distance(distance, scaling);
-        moment = moment + distance * e[j];
+        moments[j % 2] = moments[j % 2] + distance * e[j];
         if (SOFTCAP) ties -= distance == splat(0.f);
       }
-      sums += to_double(sum_group(e));
-      moments += to_double(moment);
+      sums[i / (GROUP * W) % GROUP] += sum_group(e);
     }
-    state.sum += reduce_sum(sums);
-    state.moment += reduce_sum(moments);
+    state.sum += reduce_sum(sum_group(sums));
+    state.moment += reduce_sum(moments[0] + moments[1]);
     for (int i = 0; i < W && SOFTCAP; ++i) state.ties += ties[i];
   }
 }

@@ -66,33 +66,6 @@ __device__ __forceinline__ Candidate warp_best(Candidate best) {
   return best;
 }
 
-// The largest logit of a row, and relative to it the sums of e^(x - max_logit), of p = e^z, z = (x - max_logit) /
-// temperature, and of p z. The first two leave out the 1 of one token with the largest logit: beside it those of a row
-// whose best token is far ahead would be lost, and with them its log-probability. A NaN or +inf among the logits makes
-// max_logit or raw_others NaN or infinite.
-struct LogitSums {
-  double max_logit, raw_others, others, moment;
-
-  __device__ __forceinline__ double mass() const { return 1. + others; }
-};
-
-// Writes a row's outputs. `sums` are those before any filter. `kept_mass` is the mass that the filters keep, if any.
-__device__ __forceinline__ void write_row(const Outputs& out, int64_t row, const SamplingParams& params,
-                                          const LogitSums& sums, const Candidate& best, bool is_filtered,
-                                          double kept_mass) {
-  const bool finite = sums.max_logit > -infinity && sums.max_logit < infinity && sums.raw_others < infinity;
-  if (!params.valid || best.token < 0 || !finite) return write_invalid(out, row);
-  const double relative_logit = best.logit - sums.max_logit, z = relative_logit / params.temperature;
-  const double log_sum = log1p(sums.others), logprob = z - log_sum;
-  const double log_kept = is_filtered ? max(log(kept_mass), 0.) : log_sum;  // the largest logit is kept
-  out.tokens[row] = best.token;
-  out.raw_logprobs[row] = static_cast<float>(relative_logit - log1p(sums.raw_others));
-  out.logprobs[row] = params.greedy ? 0.f : static_cast<float>(logprob);
-  out.kept_logprobs[row] = params.greedy ? 0.f : static_cast<float>(max(z - log_kept, logprob));
-  out.log_kept_mass[row] = params.greedy ? 0.f : static_cast<float>(min(log_kept - log_sum, 0.));
-  out.entropy[row] = params.greedy ? 0.f : static_cast<float>(log_sum - sums.moment / sums.mass());
-}
-
 struct SampleShared {
   Candidate best[warp_size];
   float bound[warp_size];

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(warp_size)
   Candidate best = no_candidate();
   for (int i = threadIdx.x; i < num_tiles; i += warp_size) best.update(tiles[i].score, tiles[i].logit, tiles[i].token);
   best = warp_best(best);
-  if (threadIdx.x == 0) write_row(out, row, params, sums, best, false, 0.);
+  if (threadIdx.x == 0) write_row(out, row, params, sums, best, sums);
 }
 
 __global__ void __launch_bounds__(warp_size)
@@ -311,10 +311,10 @@ __global__ void __launch_bounds__(filter_threads, 2)
     return fixed.to_double(state.mass_above + block_reduce<Add>(sum, 0ull, sums_shared));
   };
   Cutoff cutoff = no_cutoff();
-  double kept_mass = 0;
+  LogitSums kept = state.sums;
   if (state.is_on) {
     cutoff = find_cutoffs(tokens, fixed, mass_kept_by, shared.cutoff);
-    kept_mass = mass_kept_by(cutoff);
+    kept.others = max(mass_kept_by(cutoff) - 1., 0.);  // the largest logit is kept
   }
 
   GumbelArgmax<T> argmax(state.params, row.base);
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(filter_threads, 2)
         });
   }
   const Candidate best = argmax.finish(sample_shared);
-  if (threadIdx.x == 0) write_row(out, row_index, state.params, state.sums, best, state.is_on, kept_mass);
+  if (threadIdx.x == 0) write_row(out, row_index, state.params, state.sums, best, kept);
 }
 
 // logits: rows of V numbers, `stride` apart. tiles: memory for B x num_tiles TileResults. With filters, states: memory
