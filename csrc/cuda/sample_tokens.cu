@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
   const int first = static_cast<int>(blockIdx.x % num_tiles) * blockDim.x * U;
   const SamplingParams params = sampling_params(args, row_index, V);
   const UnalignedRow<T> row(logits + row_index * stride, 0, V);
-  float x[U][size], max_logit = -INFINITY;
+  float x[U][size], max_logit = -INFINITY, second = -INFINITY;
   uint4 vecs[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) vecs[u] = row.load(first + u * blockDim.x + threadIdx.x);
@@ -67,37 +67,25 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
   for (int u = 0; u < U; ++u) {
     unpack<T>(vecs[u], x[u]);
 #pragma unroll
-    for (int i = 0; i < size; ++i) max_logit = fmaxf(max_logit, x[u][i]);
+    for (int i = 0; i < size; ++i) {
+      second = fmaxf(second, fminf(max_logit, x[u][i]));
+      max_logit = fmaxf(max_logit, x[u][i]);
+    }
   }
   const float thread_max = max_logit;
   max_logit = block_reduce<Max>(max_logit, -INFINITY, sums_shared[0]);
-  // Each thread with that logit leaves one such token out of the sums, and the block puts all but one of them back.
-  const bool has_max = max_logit > -INFINITY && thread_max == max_logit;
-  float ties = 0.f, second = thread_max;
-  if (has_max) {
-    ties = -1.f;
-    second = -INFINITY;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-#pragma unroll
-      for (int i = 0; i < size; ++i) {
-        ties += x[u][i] == max_logit ? 1.f : 0.f;
-        second = fmaxf(second, x[u][i] == max_logit ? -INFINITY : x[u][i]);
-      }
-    }
-    if (ties > 0.f) second = max_logit;
-  }
-  const float num_put_back = static_cast<float>(max(__syncthreads_count(has_max) - 1, 0));
-  second = block_reduce<Max>(second, -INFINITY, sums_shared[0]);
-  if (num_put_back > 0.f) second = max_logit;
+  const int threads_with_max = __syncthreads_count(thread_max == max_logit);
+  second = block_reduce<Max>(thread_max == max_logit ? second : thread_max, -INFINITY, sums_shared[0]);
+  if (threads_with_max > 1) second = max_logit;
+  // Sums of the logits up to the second, which a tie makes the largest.
   const float origin = second == -INFINITY ? 0.f : second;
   float raw_others = 0.f, others = 0.f, moment = 0.f;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float z = (x[u][i] - origin) * params.inverse_temperature;
-      const float p = x[u][i] == max_logit ? 0.f : fast_exp(z);
+      const float distance = x[u][i] - origin, z = distance * params.inverse_temperature;
+      const float p = distance > 0.f ? 0.f : fast_exp(z);
       others += p;
       moment += p * fmaxf(z, -1000.f);
     }
@@ -106,13 +94,18 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
-      for (int i = 0; i < size; ++i) raw_others += x[u][i] == max_logit ? 0.f : fast_exp(x[u][i] - origin);
+      for (int i = 0; i < size; ++i) {
+        const float distance = x[u][i] - origin;
+        raw_others += distance > 0.f ? 0.f : fast_exp(distance);
+      }
     }
   }
   if (params.temperature == 1.) raw_others = others;  // an else here costs registers
-  others += ties;
-  raw_others += ties;
   sum_in_first_thread(raw_others, others, moment, sums_shared);
+  if (threadIdx.x == 0) {  // now, so that they take no registers in what follows
+    const float own = max_logit > -INFINITY && second == max_logit ? 1.f : 0.f;  // one of those that tie stays out
+    tiles[blockIdx.x] = {0., max_logit, second, raw_others - own, others - own, moment, 0.f, 0};
+  }
   Candidate best = no_candidate();
   if (SAMPLE && max_logit > -INFINITY) {
     GumbelArgmax<T> argmax(params, row.base);
@@ -137,9 +130,10 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
     }
     best = argmax.finish(sample_shared);
   }
-  if (threadIdx.x == 0)
-    tiles[blockIdx.x] = {best.score, max_logit,  second,    raw_others + num_put_back, others + num_put_back,
-                         moment,     best.logit, best.token};
+  if (threadIdx.x) return;
+  tiles[blockIdx.x].score = best.score;
+  tiles[blockIdx.x].logit = best.logit;
+  tiles[blockIdx.x].token = best.token;
 }
 
 // Merges the sums of a row's tiles by a warp, all of whose lanes get them. A NaN or +inf stays.

@@ -148,7 +148,12 @@ __device__ __forceinline__ void add_vecs(SoftmaxState& state, const uint4 (&vecs
       max = fmaxf(max, y[u][i]);
       if (!SOFTCAP) continue;
       y[u][i] = apply_softcap<true>(y[u][i], scaling);
-      if (i >= num_valid - u * vec_stride || i == static_cast<int>(left_out_here)) y[u][i] = -INFINITY;
+      if (i >= num_valid - u * vec_stride) y[u][i] = -INFINITY;
+    }
+    if (SOFTCAP && left_out_here < size) {
+#pragma unroll
+      for (int i = 0; i < size; ++i)
+        if (i == static_cast<int>(left_out_here)) y[u][i] = -INFINITY;
     }
   }
   const float origin = origin_of<SOFTCAP>(max, scaling);
@@ -230,6 +235,9 @@ struct Softmax {
   float entropy;
 };
 
+// tanh(x) with an absolute error of 1e-16, in fewer registers than tanh.
+__device__ __forceinline__ double exact_tanh(double x) { return 1. - 2. / (exp(2. * x) + 1.); }
+
 constexpr float min_logprob = -1000.f;  // its p is 0, and 0 times it is not NaN, as 0 times -inf would be
 
 template <bool SOFTCAP>
@@ -237,11 +245,18 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
   double lead = static_cast<double>(x) - others.max;
   float exact_sum = others.sum;
   if (SOFTCAP) {
-    const double softcap = scaling.softcap, max = tanh(others.max / softcap);
-    lead = softcap * (tanh(x / softcap) - max);
-    // float32 does not have the largest y exactly, so all others are nearer to it, or further away, than in the sum.
-    const double error = (max - others.origin) * softcap * scaling.exact_inverse_temperature;
-    if (others.sum > 1.f) exact_sum -= (others.sum - 1.f) * static_cast<float>(error);
+    const double softcap = scaling.softcap;
+    float error = 0.f;
+    lead = 0.;
+#pragma unroll 1  // one after the other: together they take more registers
+    for (int i = 0; i < 2; ++i) {
+      const double y = exact_tanh((i ? x : others.max) / softcap);
+      // float32 does not have the largest y exactly, so all others are nearer to it, or further away, than in the sum.
+      if (i == 0) error = static_cast<float>((y - others.origin) * softcap * scaling.exact_inverse_temperature);
+      lead = y - lead;
+    }
+    lead *= softcap;
+    if (others.sum > 1.f) exact_sum -= (others.sum - 1.f) * error;
   }
   lead *= scaling.exact_inverse_temperature;
   const bool is_ahead = lead > 0.;
@@ -263,38 +278,35 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
   return row;
 }
 
-// Coefficients of one row's gradient. By z it is p (a + b log2 p) for logits but the target's; kernels/_head.py derives
-// it. `target` is that of the target.
+// Coefficients of one row's gradient by z / T, that is, by x but for the slope of the softcap: p (a + b log2 p) / T for
+// logits but the target's, whose gradient is `target`. kernels/_head.py derives it.
 struct LogitGrad {
-  float origin, factor, log2_factor;  // of `Softmax`
+  float origin, factor, log2_factor;  // p / T = factor 2^d, log2 p = d + log2_factor
   float a, b, target;
 };
 
-__device__ __forceinline__ LogitGrad logit_grad_of(const Softmax& row, float logprob_grad, float entropy_grad) {
+__device__ __forceinline__ LogitGrad logit_grad_of(const Softmax& row, float logprob_grad, float entropy_grad,
+                                                   const Scaling& scaling) {
   LogitGrad grad;
   grad.origin = row.origin;
-  grad.factor = row.factor;
+  grad.factor = row.factor * scaling.inverse_temperature;
   grad.log2_factor = row.log2_factor;
   grad.a = -logprob_grad - entropy_grad * row.entropy;
   grad.b = -entropy_grad * ln_2;
   const float surprise = row.p == 0.f ? 0.f : row.p * (row.entropy + row.logprob);
-  grad.target = logprob_grad * row.rest - entropy_grad * surprise;
+  grad.target = (logprob_grad * row.rest - entropy_grad * surprise) * scaling.inverse_temperature;
   return grad;
 }
 
 // The gradient by a raw logit x, of the target or another one. Its exponential is, to the bit, that of the sums.
 template <bool SOFTCAP>
 __device__ __forceinline__ float logit_grad(float x, bool is_target, const LogitGrad& grad, const Scaling& scaling) {
-  float dz_dx = scaling.inverse_temperature;
-  if (SOFTCAP) {
-    const float t = tanhf(__fmul_rn(x, scaling.inverse_softcap));
-    dz_dx *= 1.f - t * t;
-    x = t;
-  }
-  if (is_target) return grad.target * dz_dx;
+  x = apply_softcap<SOFTCAP>(x, scaling);
+  const float slope = SOFTCAP ? 1.f - x * x : 1.f;
+  if (is_target) return grad.target * slope;
   const float distance = exponent(x, grad.origin, scaling);
   const float log2_p = fmaxf(distance + grad.log2_factor, min_logprob);
-  return fast_exp2(distance) * grad.factor * (grad.a + grad.b * log2_p) * dz_dx;
+  return fast_exp2(distance) * grad.factor * (grad.a + grad.b * log2_p) * slope;
 }
 
 }  // namespace

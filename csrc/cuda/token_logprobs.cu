@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
       row_state<unroll, SOFTCAP>(row, 0, num_vecs, at.thread, at.num_threads, column, job.scaling, saved, num_saved);
   state = at.merge_threads<SOFTCAP>(state, job.scaling, shared);
   const Softmax softmax = softmax_of<SOFTCAP>(state, target_logit(logits, column), job.scaling);
-  const LogitGrad grad = logit_grad_of(softmax, grad_logprobs[at.row], grad_entropy[at.row]);
+  const LogitGrad grad = logit_grad_of(softmax, grad_logprobs[at.row], grad_entropy[at.row], job.scaling);
   write_gradient<T, SOFTCAP>(logits, out_row, job.V, column, grad, job.scaling, at.thread, at.num_threads, saved,
                              num_saved);
 }

@@ -382,7 +382,7 @@ def merge_tiles(
         "HAS_KEPT": has_kept,
         "SCORES_RELATIVE_TO": (KEPT_LARGEST if has_kept else LARGEST).value,
         "BLOCK": block,
-        "num_warps": launch.num_warps_for(block, 4),
+        "num_warps": launch.num_warps_for(block, 2),
     }
     inputs = (parts, tile_tokens, ban_rows, options)
     sizes = (parts.stride(0), V, tiles)
