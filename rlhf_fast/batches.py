@@ -31,7 +31,7 @@ LENGTH, EOS, STOP = 0, 1, 2
 RESPONSE_FIELDS = frozenset(
     {
         *("mask", "logprobs", "raw_logprobs", "kept_logprobs", "entropy", "old_logprobs"),
-        *("ref_logprobs", "values", "advantages", "returns", "weights"),
+        *("ref_logprobs", "values", "advantages", "returns", "weights", "loss_mask"),
     }
 )
 """Fields of shape (B, R)."""
@@ -56,7 +56,7 @@ class Batch(Splittable, Protocol):
 
 
 class Demonstrations(NamedTuple):
-    """Prompts with the response to learn: the loss is on tokens prompt_length <= t < length."""
+    """Prompts with the response to learn: a loss on tokens prompt_length <= t < length, or some of them."""
 
     tokens: Tensor
     """(B, T)"""
@@ -66,9 +66,13 @@ class Demonstrations(NamedTuple):
     """(B,) of prompt and response."""
     uids: Tensor | None = None
     """(B,) the row of the data set, for messages."""
+    loss_mask: Tensor | None = None
+    """(B, R) bool: the tokens of the response that have a loss. None = all of them."""
 
     def num_items(self) -> int:
-        """Return the number of response tokens."""
+        """Return the number of response tokens that have a loss."""
+        if self.loss_mask is not None:
+            return int(self.loss_mask.sum())
         return int((self.lengths - self.prompt_lengths).sum())
 
     def take(self, index: Tensor | Sequence[int]) -> Demonstrations:
@@ -262,7 +266,7 @@ def take_rows(batch: RowWise, index: Tensor | Sequence[int]) -> RowWise:
     index = torch.as_tensor(index, dtype=torch.int64)
     lengths = batch.lengths[index]
     widths = {"tokens": int(lengths.max()) if len(index) else 0}
-    if isinstance(batch, (Responses, Experience)):
+    if isinstance(batch, (Demonstrations, Responses, Experience)):
         longest = int((lengths - batch.prompt_lengths[index]).max()) if len(index) else 0
         widths.update(dict.fromkeys(RESPONSE_FIELDS, longest))
     fields: dict[str, Any] = {}

@@ -8,19 +8,24 @@ import contextlib
 import gzip
 import json
 import os
+import random
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import toy
-from test_data import CHATML, TURNS, byte_level, write
+from test_data import CHATML, FORMATS, TURNS, byte_level, write
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data import read_comparisons, read_demonstrations, read_prompts
 from rlhf_fast.data.check import check
+from rlhf_fast.data.columns import COLUMNS, LABELS, MEANING, TURN_MEANING, WEIGHTS
 from rlhf_fast.data.fields import InvalidRow
 from rlhf_fast.data.json_lines import require_file
-from rlhf_fast.data.rows import parse_row, read_examples
+from rlhf_fast.data.rows import KINDS, parse_row, read_examples
 from rlhf_fast.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -166,6 +171,9 @@ REFUSED = [
         "messages[0].content[0] must be text, found image_url",
     ),
     ("demonstrations", {"conversations": [{"from": "function_call", "value": "{}"}]}, "give the call as tool_calls"),
+    ("demonstrations", {"prompt": "p", "completion": "c", "choices": ["a", "b"]}, "choices changes the row's meaning"),
+    ("demonstrations", {"prompt": "p", "completion": str(TURNS[1:])}, "completion is text that spells a list of turns"),
+    ("prompts", {"prompt": json.dumps(TURNS[:1])}, "prompt is text that spells a list of turns"),
     ("demonstrations", {"messages": TURNS, "tools": "no"}, "tools must be JSON"),
     ("demonstrations", {"messages": TURNS, "tools": [{"description": "d"}]}, "tools[0] must be a function with a name"),
     (
@@ -201,6 +209,56 @@ def test_what_cannot_be_served_is_refused(tmp_path, kind, row, sentence):
     assert sentence in str(error.value) and str(error.value).startswith(f"{path}:1: ")
 
 
+def json_value(rng: random.Random, depth: int = 0) -> object:
+    """Return some JSON: texts that mean something to a format, numbers beyond int64, NaN, turns, lists."""
+    texts = (
+        "a",
+        "b",
+        "",
+        " ",
+        "[]",
+        "{}",
+        "\u200b",
+        "user",
+        "\n\nHuman: hi\n\nAssistant: a",
+        "\ud800",
+        "[{'role': 'x'}]",
+    )
+    kind = rng.randrange(10)
+    if kind < 5 or depth > 3:
+        return rng.choice([*texts, 0, 1, True, False, 2.5, float("nan"), 10**400, None])
+    if kind < 8:
+        return [json_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    turn = {
+        "role": rng.choice(["user", "assistant", "system", "tool", "x", ["a"]]),
+        "content": json_value(rng, depth + 1),
+    }
+    return turn | {rng.choice(KEYS): json_value(rng, depth + 1) for _ in range(rng.randrange(3))}
+
+
+KEYS = [*TURN_MEANING, "role", "from", "value", "weight", "train", "masked", "tool_calls", "tool_call_id", "x"]
+NAMES = [*COLUMNS, *MEANING, *LABELS, *WEIGHTS, "completion", "response", "input", "conversations", "images", "\n"]
+
+
+def test_any_json_gives_an_example_or_one_sentence():
+    rng = random.Random(0)
+    served = 0
+    for _ in range(1500):
+        row = rng.choice([{}, *(case[1] for case in FORMATS)])
+        row = row | {rng.choice(NAMES): json_value(rng) for _ in range(rng.randrange(3))}
+        columns = {rng.choice(COLUMNS): rng.choice(NAMES)} if rng.random() < 0.2 else {}
+        for kind in KINDS:
+            try:
+                example = parse_row(row, kind, columns, removed=rng.sample(NAMES, 2))
+            except InvalidRow as error:
+                assert "\n" not in str(error) and str(error).encode()
+                continue
+            served += 1
+            assert all(name in row or "[" in name for name in example.unused)
+            assert isinstance(example.prompt, str) or example.prompt[-1]["role"] in ("user", "tool")
+    assert served > 100
+
+
 def test_a_column_may_be_left_out_or_mapped():
     row = {"prompt": "p", "completion": "c", "context": "k", "images": ["a.png"]}
     example = parse_row(row, "demonstrations", removed=("images", "context"))
@@ -234,6 +292,28 @@ def test_every_unused_column_is_named_in_check_and_in_the_stages_note(tmp_path):
     assert "not used: score_chosen (1 of 1 rows)" in notes
 
 
+def test_the_answers_of_a_prompt_have_no_loss(tmp_path):
+    """Nor with data.turns: all, whether it is a list of turns or HH's text."""
+    rows: list[dict] = [{"prompt": [*EARLIER, USER], "completion": completion} for completion in ("yes", [ANSWER])]
+    rows.append({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: hi\n\nAssistant:", "completion": "yes"})
+    data = read_demonstrations(DataConfig(write(tmp_path / "d.jsonl", rows), turns="all"), byte_level(CHATML)).train
+    assert [byte_level().decode(row.responses[0]) for row in data.rows] == ["yes<|im_end|>"] * 3
+
+
+@pytest.mark.parametrize(("turns", "learned"), [("last", "c<|im_end|>"), ("all", "b<|im_end|>c<|im_end|>")])
+def test_check_marks_the_turns_that_have_a_loss(tmp_path, turns, learned):
+    answers = [{"role": "assistant", "content": "a", "weight": 0}, *({"role": "assistant", "content": c} for c in "bc")]
+    rows = [{"messages": [turn for answer in answers for turn in (USER, answer)]}]
+    rows.append({"messages": [*rows[0]["messages"], USER, answers[0]], "tools": []})
+    lines: list[str] = []
+    cfg = DataConfig(write(tmp_path / "d.jsonl", rows), turns=turns)
+    tokenizer = byte_level(CHATML)
+    assert check(cfg, tokenizer=tokenizer, echo=lines.append) == 0
+    marked = [cell for line in lines for cell in line.split() if cell.startswith("*") and cell[1:].isdigit()]
+    assert tokenizer.decode([int(cell[1:]) for cell in marked]) == learned
+    assert any("1 whose last answer has weight 0" in line for line in lines) == (turns == "last")
+
+
 def test_rows_that_are_rendered_already(tmp_path):
     """Prompts of Llama 2 and Gemma, messages whose content begins with a marker; no question about markers."""
     for prompt, completion in (
@@ -258,12 +338,22 @@ def test_rows_that_are_rendered_already(tmp_path):
 
 
 def test_unknown_tokens_are_counted(tmp_path):
-    tokenizer = toy.tokenizer()
-    cfg = DataConfig(write(tmp_path / "d.jsonl", [{"prompt": "Ωμέγα", "completion": "你好"}]))
-    lines: list[str] = []
-    check(cfg, tokenizer=tokenizer, echo=lines.append)
-    for text in ("\n".join(lines), read_demonstrations(cfg, tokenizer).train.notes):
-        assert "are unknown to the tokenizer" in text
+    """By a tokenizer that names its unknown token, by one that hides it in its model, and by one that drops letters."""
+    named, hidden = toy.tokenizer(), PreTrainedTokenizerFast(tokenizer_object=toy.tokenizer().backend_tokenizer)
+    letters = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2}, []))
+    dropping = PreTrainedTokenizerFast(tokenizer_object=letters)
+    for rows, tokenizer, sentence in (
+        (["a b", "a Ω b 你好"], named, "2 of 7 tokens (28.6%) are unknown to the tokenizer (<unk>)"),
+        (["a b", "a Ω b 你好"], hidden, "2 of 6 tokens (33.3%) are unknown to the tokenizer (<unk>)"),
+        (["ab", "aéb"], dropping, "1 of 5 characters are dropped by the tokenizer: é"),
+        (["a b", "a b"], named, ""),
+    ):
+        path = write(tmp_path / "d.jsonl", [{"prompt": rows[0], "completion": rows[1]}])
+        cfg = DataConfig(path, append_eos=tokenizer is named)
+        lines: list[str] = []
+        check(cfg, tokenizer=tokenizer, echo=lines.append)
+        for text in ("\n".join(lines), read_demonstrations(cfg, tokenizer).train.notes):
+            assert sentence in text and (sentence or "unknown to" not in text)
 
 
 @pytest.mark.parametrize("form", ["pipe", "gzip pipe", "fifo", "gzip without its suffix"])
@@ -276,14 +366,14 @@ def test_check_reads_a_stream_once(tmp_path, form):
         if form.endswith("pipe"):
             read_end, write_end = os.pipe()
             stack.callback(os.close, read_end)
-            path, target = Path(f"/dev/fd/{read_end}"), write_end
+            path, opened = Path(f"/dev/fd/{read_end}"), partial(os.fdopen, write_end, "wb")
         else:
-            target = path
+            opened = partial(path.open, "wb")
             if form == "fifo":
                 os.mkfifo(path)
 
         def write_all() -> None:
-            with Path(target).open("wb") as stream:
+            with opened() as stream:
                 stream.write(data)
 
         writer = threading.Thread(target=write_all, daemon=True)

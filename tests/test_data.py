@@ -261,7 +261,9 @@ def test_the_careful_way_through_a_template_gives_the_usual_tokens(monkeypatch):
 
 
 def test_a_template_that_refuses_is_an_error_with_the_line(tmp_path):
-    tokenizer = byte_level("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x")
+    tokenizer = byte_level(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
     path = write(
         tmp_path / "d.jsonl", [{"messages": TURNS}, {"messages": [{"role": "system", "content": "s"}, *TURNS]}]
     )

@@ -23,6 +23,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.logs import read_rows
 from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
+from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.run.terminal import LiveLine
 from rlhf_fast.stages.fit import check_device
 
@@ -72,7 +73,12 @@ def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
         remove_columns=options.remove_columns,
         max_prompt_tokens=sys.maxsize,
     )
-    prompts = read_prompts(cfg, model.tokenizer).train
+    prompt_format, notes = model_prompt_format(
+        options.model, model.tokenizer, options.template, "template", strict=False
+    )
+    for note in notes:
+        print(f"generate: {note}", file=sys.stderr)
+    prompts = read_prompts(cfg, model.tokenizer, prompt_format=prompt_format).train
     limit = positions - max_new_tokens
     too_long = [row.location for row in prompts.rows if positions and len(row.prompt) > limit]
     if too_long:

@@ -184,15 +184,21 @@ def _check(argv: Sequence[str]) -> int:
         columns=options.columns,
         remove_columns=options.remove_columns,
         template=options.template,
+        turns=options.turns,
         limit=options.limit,
         max_prompt_tokens=options.max_prompt_tokens,
         max_response_tokens=options.max_response_tokens,
     )
     tokenizer = None
     if options.tokenizer:
+        from dataclasses import replace
+
         from rlhf_fast.model.pretrained import load_tokenizer
+        from rlhf_fast.run.prompt_format import model_prompt_format
 
         tokenizer = load_tokenizer(ModelConfig(path=options.tokenizer))
+        prompt_format, _ = model_prompt_format(options.tokenizer, tokenizer, options.template, "template", strict=False)
+        cfg = replace(cfg, template=prompt_format.template)
     errors = check(cfg, "" if options.kind == "auto" else options.kind, tokenizer)
     return 2 if errors else 0
 

@@ -83,6 +83,8 @@ class CheckOptions:
     """Directory or hub name of a model: shows tokens, loss mask, over-long rows, special tokens in the text."""
     template: Template = "auto"
     """Format of prompts (see `data.template` of the stages)."""
+    turns: Literal["last", "all"] = "last"
+    """Answers of a conversation that have a loss (see `data.turns` of the stages)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column and the file's, for instance: completion answer."""
     remove_columns: tuple[str, ...] = ()

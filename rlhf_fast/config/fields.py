@@ -101,7 +101,12 @@ class DataConfig:
     A row with such a column is refused otherwise; all that is not used is named."""
     template: Literal["auto", "chat", "plain", "dialog"] = "auto"
     """Format of prompts. chat: the tokenizer's chat template. plain: the text unchanged. dialog: HH's "Human: ...
-    Assistant:". auto: chat if the tokenizer has a template, else plain."""
+    Assistant:". auto: the one that the model was trained with (its run.json); for a model that no run of ours wrote,
+    chat if the tokenizer has a template, else plain."""
+    turns: Literal["last", "all"] = "last"
+    """Answers of a conversation that have a loss (demonstrations only). last: the last one; the others belong to the
+    prompt. all: every one with its end token, as the chat template writes the whole conversation; what lies between two
+    answers counts as part of the response. A turn with `weight: 0` has no loss in either."""
     max_prompt_tokens: int = 1024
     """Rows with a longer prompt are dropped and counted (the paper: "longer than 1k tokens filtered")."""
     max_response_tokens: int = 1024

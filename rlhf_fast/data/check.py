@@ -12,11 +12,18 @@ from typing import Any
 
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.columns import EXPECTED, require_our_names
-from rlhf_fast.data.datasets import Row, exceeded_limit, prompt_as_text, remove_long_responses
+from rlhf_fast.data.datasets import Row, encode_example, exceeded_limit, prompt_as_text, remove_long_responses
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import InvalidRow
 from rlhf_fast.data.json_lines import parse_object, read_lines
-from rlhf_fast.data.notes import find_markers, rendered_rows, spelled_markers, unknown_tokens, unused_columns
+from rlhf_fast.data.notes import (
+    answers_without_loss,
+    find_markers,
+    rendered_rows,
+    spelled_markers,
+    unknown_tokens,
+    unused_columns,
+)
 from rlhf_fast.data.rows import KINDS, Example, parse_lines
 from rlhf_fast.errors import UserError, listed
 
@@ -131,15 +138,15 @@ def _echo_errors(path: str, errors: Sequence[tuple[int, InvalidRow]], echo: Echo
 
 
 def _echo_repeats(report: Report, echo: Echo) -> None:
-    first_line: dict[Any, int] = {}
+    first_line: dict[str, int] = {}
     repeats: list[str] = []
     prompts: set[str] = set()
     for example in report.examples:
-        prompt = prompt_as_text(example.prompt)
-        first = first_line.setdefault((prompt, example.responses, example.ranks), example.line)
+        row = (example.prompt, example.responses, example.ranks, example.tools, example.conversation)
+        first = first_line.setdefault(repr(row), example.line)
         if first != example.line:
             repeats.append(f"{example.line} = {first}")
-        prompts.add(prompt)
+        prompts.add(prompt_as_text(example.prompt))
     lines = f" (lines {listed(repeats, SHOWN_LINES)})" if repeats else ""
     echo(f"  duplicate rows: {len(repeats)}{lines}")
     if report.kind != "texts":
@@ -162,24 +169,29 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
     num_refused = 0
     for example in report.examples:
         try:
-            row = _encode(encoder, report.kind, example)
+            row = encode_example(example, report.kind, encoder, cfg)
         except InvalidRow as error:
             num_refused += 1
             if num_refused <= SHOWN_ERRORS:
                 echo(f"  {cfg.path}:{example.line}: {error}")
             continue
-        rows.append(row)
+        rows.append(row._replace(location=f"line {example.line}"))
         reason = exceeded_limit(remove_long_responses(row, cfg)[0], cfg) if report.kind != "texts" else ""
         if reason:
             dropped[reason] += 1
     start, end = _token_names(tokenizer, encoder.bos), _token_names(tokenizer, encoder.end)
     echo(f"  template: {encoder.template}; start token {start}, end token {end}")
+    learns = report.kind == "demonstrations"
+    for note in encoder.notes(learned=learns)[0 if learns else 1 :]:
+        echo(f"  {note.removeprefix(f'template: {encoder.template}; ')}")
+    if learns and (note := answers_without_loss(report.examples, cfg.turns)):
+        echo(f"  {note}")
     responses = [response for row in rows for response in row.responses]
     _echo_lengths("tokens", [len(row.prompt) for row in rows], list(map(len, responses)), echo)
     for reason, count in dropped.items():
         echo(f"  left out in training: {count} {reason}")
     markers = find_markers(report.examples, encoder.special, encoder.template == "chat")
-    unknown = unknown_tokens((ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
+    unknown = unknown_tokens(report.examples, (ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
     for note in (unknown, spelled_markers(markers)):
         if note:
             echo(f"  {note}")
@@ -187,32 +199,24 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
     if fault:
         echo(f"  {cfg.path}: {fault}")
     if rows:
-        _echo_row(report.examples[0].line, rows[0], tokenizer, echo)
+        _echo_row(rows[0], tokenizer, echo)
     return num_refused + (len(markers.rendered) if fault else 0)
-
-
-def _encode(encoder: Encoder, kind: str, example: Example) -> Row:
-    if kind == "texts":
-        return Row("", [], "", (encoder.text(example.responses[0]),))
-    prompt, text = encoder.prompt(example.prompt)
-    return Row("", prompt, text, tuple(map(encoder.response, example.responses)), example.ranks)
 
 
 def _token_names(tokenizer: Any, ids: list[int]) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(ids)) or "none"
 
 
-def _echo_row(line: int, row: Row, tokenizer: Any, echo: Echo) -> None:
+def _echo_row(row: Row, tokenizer: Any, echo: Echo) -> None:
     """Print the row's tokens as `id token`; a star marks those with a loss."""
     response = row.responses[0] if row.responses else []
-    num_without_loss = 0 if row.prompt else min(1, len(response))  # the first token of a text is not predicted
-    total = len(row.prompt) + len(response)
-    note = f"; * has a loss ({len(response) - num_without_loss} of {total})" if response else ""
-    echo(f"  the row of line {line} as tokens{note}:")
+    # The first token of a text is not predicted.
+    mask = row.loss_mask or [i > 0 or bool(row.prompt) for i in range(len(response))]
+    note = f"; * has a loss ({sum(mask)} of {len(row.prompt) + len(response)})" if response else ""
+    echo(f"  the row of {row.location} as tokens{note}:")
     prompt_cells = [f" {token}" for token in _id_and_token(tokenizer, row.prompt)]
-    response_cells = [
-        f"{'*' if i >= num_without_loss else ' '}{token}" for i, token in enumerate(_id_and_token(tokenizer, response))
-    ]
+    tokens = zip(mask, _id_and_token(tokenizer, response), strict=True)
+    response_cells = [f"{'*' if has_loss else ' '}{token}" for has_loss, token in tokens]
     text = "   "
     for cell in [*_elided(prompt_cells), *_elided(response_cells)]:
         if len(text) + len(cell) + 1 > 110:

@@ -14,11 +14,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_rows
+from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_rows, response_mask
 from rlhf_fast.config.fields import DataConfig
-from rlhf_fast.data.encode import Encoder
-from rlhf_fast.data.fields import Dialog, InvalidRow
-from rlhf_fast.data.notes import row_notes
+from rlhf_fast.data.encode import Encoder, PromptFormat, has_loss
+from rlhf_fast.data.fields import Dialog, InvalidRow, Message
+from rlhf_fast.data.notes import answers_without_loss, row_notes
 from rlhf_fast.data.rows import Example, read_examples
 from rlhf_fast.errors import UserError
 
@@ -37,6 +37,8 @@ class Row(NamedTuple):
     ranks: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()
     """Keys of a split: rows that share one stay on the same side."""
+    loss_mask: tuple[bool, ...] = ()
+    """For each token of a demonstration's response, whether it has a loss. Empty = all have one."""
 
 
 class Dataset(Generic[B]):
@@ -95,29 +97,45 @@ class Split(NamedTuple, Generic[B]):
     valid: Dataset[B]
 
 
-def read_demonstrations(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Demonstrations]:
-    """Return prompts with a response. Rows of more than `context` tokens are dropped; 0 = no limit."""
-    return _read(cfg, "demonstrations", tokenizer, join_demonstrations, seed, context)
+def read_demonstrations(
+    cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0, prompt_format: PromptFormat | None = None
+) -> Split[Demonstrations]:
+    """Return prompts with a response. Rows of more than `context` tokens are dropped; 0 = no limit.
+
+    prompt_format: the run's, which replaces cfg.template.
+    """
+    return _read(cfg, "demonstrations", tokenizer, join_demonstrations, seed, context, prompt_format)
 
 
-def read_comparisons(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Comparisons]:
+def read_comparisons(
+    cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0, prompt_format: PromptFormat | None = None
+) -> Split[Comparisons]:
     """Return prompts with two or more ranked responses. `context` as in read_demonstrations."""
-    return _read(cfg, "comparisons", tokenizer, join_comparisons, seed, context)
+    return _read(cfg, "comparisons", tokenizer, join_comparisons, seed, context, prompt_format)
 
 
-def read_prompts(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Prompts]:
+def read_prompts(
+    cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0, prompt_format: PromptFormat | None = None
+) -> Split[Prompts]:
     """Return prompts. `context` is the model's longest sequence less the longest response."""
-    return _read(cfg, "prompts", tokenizer, join_prompts, seed, context)
+    return _read(cfg, "prompts", tokenizer, join_prompts, seed, context, prompt_format)
 
 
-def read_texts(cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0) -> Split[Texts]:
+def read_texts(
+    cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0, prompt_format: PromptFormat | None = None
+) -> Split[Texts]:
     """Return pretraining text in chunks of at most max_response_tokens and `context` tokens."""
-    return _read(cfg, "texts", tokenizer, join_texts, seed, context)
+    return _read(cfg, "texts", tokenizer, join_texts, seed, context, prompt_format)
 
 
 def join_demonstrations(rows: Sequence[Row], uids: list[int]) -> Demonstrations:
     tokens, lengths = pad_rows([row.prompt + row.responses[0] for row in rows])
-    return Demonstrations(tokens, torch.tensor([len(row.prompt) for row in rows]), lengths, torch.tensor(uids))
+    prompt_lengths = torch.tensor([len(row.prompt) for row in rows])
+    loss_mask = response_mask(prompt_lengths, lengths)
+    for i, row in enumerate(rows):
+        if row.loss_mask:
+            loss_mask[i, : len(row.loss_mask)] = torch.tensor(row.loss_mask)
+    return Demonstrations(tokens, prompt_lengths, lengths, torch.tensor(uids), loss_mask)
 
 
 def join_comparisons(rows: Sequence[Row], uids: list[int]) -> Comparisons:
@@ -144,8 +162,10 @@ def _read(
     join: Callable[[Sequence[Row], list[int]], B],
     seed: int,
     context: int,
+    prompt_format: PromptFormat | None,
 ) -> Split[B]:
-    encoder = Encoder(tokenizer, cfg.template, cfg.append_eos)
+    template, date = prompt_format or PromptFormat(cfg.template)
+    encoder = Encoder(tokenizer, template, cfg.append_eos, date)
     rows, notes = _read_rows(cfg.path, cfg.limit, kind, encoder, cfg, context)
     if cfg.valid:
         held_out, valid_notes = _read_rows(cfg.valid, 0, kind, encoder, cfg, context)
@@ -166,6 +186,8 @@ def _read_rows(
     if not rows:
         raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
     notes = row_notes(path, examples, (ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
+    if kind == "demonstrations" and (note := answers_without_loss(examples, cfg.turns)):
+        notes.append(note)
     return rows, "; ".join([f"{path}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
 
 
@@ -178,16 +200,13 @@ def encode(
     prefixes: set[str] = set()
     for example in examples:
         location = f"{path}:{example.line}"
-        if kind == "texts":
-            document = Row(location, [], "", (encoder.text(example.responses[0]),), (), _split_keys(example))
-            rows += _chunks(document, cfg.max_response_tokens, context)
-            continue
         try:
-            prompt, text = encoder.prompt(example.prompt)
+            row = encode_example(example, kind, encoder, cfg)._replace(location=location)
         except InvalidRow as error:
             raise UserError(f"{location}: {error}") from error
-        responses = tuple(encoder.response(response) for response in example.responses)
-        row = Row(location, prompt, text, responses, example.ranks, _split_keys(example))
+        if kind == "texts":
+            rows += _chunks(row, cfg.max_response_tokens, context)
+            continue
         row, num_removed = remove_long_responses(row, cfg, context)
         if num_removed:
             dropped["responses that are too long, of prompts that keep others"] += num_removed
@@ -203,9 +222,35 @@ def encode(
     return rows, dropped
 
 
+def encode_example(example: Example, kind: str, encoder: Encoder, cfg: DataConfig) -> Row:
+    """Return the row of an example, without its location. InvalidRow if the template cannot show it."""
+    keys, tools = _split_keys(example), example.tools
+    if kind == "texts":
+        return Row("", [], "", (encoder.text(example.responses[0]),), (), keys)
+    if kind == "demonstrations":
+        answer = example.conversation[-1] if example.conversation else _answer(example.responses[0])
+        earlier = example.conversation[:-1]
+        if cfg.turns == "all" and any(turn["role"] == "assistant" and has_loss(turn) for turn in earlier):
+            found = encoder.all_answers(example.conversation, tools)
+            return Row("", found.prompt, found.text, (found.response,), (), keys, tuple(found.loss_mask))
+        if not has_loss(answer):
+            return Row("", [], "", ([],), (), keys, (False,))
+        prompt, text = encoder.prompt(example.prompt, tools)
+        return Row("", prompt, text, (encoder.answer(example.prompt, answer, tools),), (), keys)
+    prompt, text = encoder.prompt(example.prompt, tools)
+    responses = tuple(encoder.answer(example.prompt, _answer(text), tools) for text in example.responses)
+    return Row("", prompt, text, responses, example.ranks, keys)
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
 def exceeded_limit(row: Row, cfg: DataConfig, context: int = 0) -> str:
-    """Return the limit that a row exceeds, as a phrase after a number of rows; "" if it exceeds none."""
+    """Return why a row is left out, as a phrase after a number of rows; "" if it exceeds no limit and has a loss."""
     longest = max(map(len, row.responses), default=0)
+    if not any(row.loss_mask or [True]):
+        return "whose last answer has weight 0 (data.turns: all learns the others)"
     if len(row.prompt) > cfg.max_prompt_tokens:
         return f"with a prompt over {cfg.max_prompt_tokens} tokens (data.max_prompt_tokens)"
     if longest > cfg.max_response_tokens:
@@ -238,7 +283,9 @@ def _chunks(document: Row, max_tokens: int, context: int) -> Iterator[Row]:
 
 def prompt_as_text(prompt: Dialog) -> str:
     """Return a prompt as one text, by which prompts are compared."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in prompt)
 
 
 def _split_keys(example: Example) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -16,6 +17,7 @@ Dialog = str | list[Message]
 """A prompt: a text, or a conversation whose last turn is the one to answer."""
 
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Letters and symbols that are drawn as nothing: Hangul fillers and the empty Braille pattern."""
 
@@ -30,7 +32,12 @@ class InvalidRow(ValueError):
 
 def column_names(row: Mapping[str, Any]) -> str:
     """Return the columns of a row, for messages."""
-    return ", ".join(row) or "no columns"
+    return ", ".join(map(shown, row)) or "no columns"
+
+
+def shown(name: str) -> str:
+    """Return the name of a column or key as it can be printed."""
+    return name if name.isprintable() else json.dumps(name)
 
 
 def json_type(value: object) -> str:
@@ -77,9 +84,17 @@ def text_value(value: object, name: str) -> str:
     return value
 
 
+def plain_text(value: object, name: str) -> str:
+    """Return a text. InvalidRow also for turns that were written as text, in JSON or as Python shows them."""
+    text = text_value(value, name)
+    if TURNS_AS_TEXT.match(text) and text.rstrip().endswith("]"):
+        raise InvalidRow(f"{name} is text that spells a list of turns; give the list itself, or bare text")
+    return text
+
+
 def text_or_number(value: object, name: str) -> str:
     """Return a text, or a number as its text."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and json_type(value) == "a number":
         return str(value)
     if isinstance(value, (list, dict)):
         raise InvalidRow(

@@ -82,7 +82,8 @@ def parse_object(line: bytes, unique_keys: bool = True) -> dict[str, Any]:
 def parse_json(text: bytes | str, unique_keys: bool = True) -> Any:
     """Return the JSON value of a text. InvalidRow if it is none, or with unique_keys if a key is given twice."""
     try:
-        return json.loads(text, object_pairs_hook=_object if unique_keys else None)
+        text = text.decode().removeprefix("\ufeff") if isinstance(text, bytes) else text
+        return UNIQUE_KEYS.decode(text) if unique_keys else json.loads(text)
     except InvalidRow:
         raise
     except UnicodeDecodeError as error:
@@ -99,5 +100,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         key = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise InvalidRow(f'the key "{key}" is given twice, and only one value can be meant; remove the other')
+        raise InvalidRow(f"the key {json.dumps(key)} is given twice, and only one value can be meant; remove the other")
     return found
+
+
+UNIQUE_KEYS = json.JSONDecoder(object_pairs_hook=_object)

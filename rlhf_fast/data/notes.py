@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_fast.data.encode import Encoder
+from rlhf_fast.data.fields import is_blank, shown
 from rlhf_fast.data.rows import Example
 from rlhf_fast.errors import UserError, listed
 
@@ -37,7 +38,7 @@ def unused_columns(examples: Iterable[Example]) -> str:
     for example in examples:
         counts.update(example.unused)
         total += 1
-    return ", ".join(f"{name} ({count} of {total} rows)" for name, count in counts.items())
+    return ", ".join(f"{shown(name)} ({count} of {total} rows)" for name, count in counts.items())
 
 
 def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool = True) -> Markers:
@@ -46,8 +47,7 @@ def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool
     starts = {name[:2] for name in names}
     found = Markers(Counter(), [], [])
     for example in examples:
-        turns = [example.prompt] if isinstance(example.prompt, str) else [turn["content"] for turn in example.prompt]
-        texts = [*turns, *example.responses]
+        texts = _texts(example)
         if not any(start in text for text in texts for start in starts):
             continue
         here = Counter(name for text in texts for name in names if name in text)
@@ -55,10 +55,9 @@ def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool
             continue
         found.counts.update(here)
         found.lines.append(example.line)
-        begins = tuple(here)
-        if any(text.lstrip().startswith(begins) for text in turns) or any(
-            text.rstrip().endswith(begins) for text in example.responses
-        ):
+        markers, num_turns = tuple(here), len(texts) - len(example.responses)
+        begins = any(text.lstrip().startswith(markers) for text in texts[:num_turns])
+        if begins or any(text.rstrip().endswith(markers) for text in example.responses):
             found.rendered.append(example.line)
     return found
 
@@ -82,10 +81,15 @@ def spelled_markers(markers: Markers) -> str:
     return f"special tokens spelled out in the text (they stay text): {found}, lines {_lines(markers.lines)}"
 
 
-def unknown_tokens(sequences: Iterable[Sequence[int]], encoder: Encoder) -> str:
-    """Return a sentence on the text that the tokenizer cannot express; "" if it can express all."""
-    unknown = encoder.tokenizer.unk_token_id
-    if unknown is None or unknown in (*encoder.bos, *encoder.end):
+def unknown_tokens(examples: Iterable[Example], sequences: Iterable[Sequence[int]], encoder: Encoder) -> str:
+    """Return a sentence on the text that the tokenizer cannot express; "" if it can express all.
+
+    examples: the rows; sequences: their prompts and responses as tokens.
+    """
+    unknown = _unknown_id(encoder.tokenizer)
+    if unknown is None:
+        return _dropped_characters(examples, encoder.tokenizer)
+    if unknown in (*encoder.bos, *encoder.end):  # one token for everything, of a tokenizer that knows every byte
         return ""
     count = total = 0
     for ids in sequences:
@@ -93,9 +97,52 @@ def unknown_tokens(sequences: Iterable[Sequence[int]], encoder: Encoder) -> str:
         total += len(ids)
     if not count:
         return ""
-    return (
-        f"{count} of {total} tokens ({count / total:.1%}) are unknown to the tokenizer ({encoder.tokenizer.unk_token})"
-    )
+    name = encoder.tokenizer.convert_ids_to_tokens(unknown)
+    return f"{count} of {total} tokens ({count / total:.1%}) are unknown to the tokenizer ({name})"
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """Return the token for unknown text, which may be known to the tokenizer's model alone."""
+    if tokenizer.unk_token_id is not None:
+        return tokenizer.unk_token_id
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    name = getattr(model, "unk_token", None)
+    return tokenizer.convert_tokens_to_ids(name) if name else getattr(model, "unk_id", None)
+
+
+def _dropped_characters(examples: Iterable[Example], tokenizer: Any) -> str:
+    """Return a sentence on the characters for which a tokenizer without an unknown token gives no token at all."""
+    counts: Counter[str] = Counter()
+    for example in examples:
+        for text in _texts(example):
+            counts.update(text)
+    dropped = {
+        char: count
+        for char, count in counts.items()
+        if not is_blank(char) and not tokenizer(char, add_special_tokens=False).input_ids
+    }
+    if not dropped:
+        return ""
+    chars = listed(list(dropped), SHOWN_LINES)
+    return f"{sum(dropped.values())} of {counts.total()} characters are dropped by the tokenizer: {chars}"
+
+
+def _texts(example: Example) -> list[str]:
+    turns = [example.prompt] if isinstance(example.prompt, str) else [turn["content"] for turn in example.prompt]
+    return [*turns, *example.responses]
+
+
+def answers_without_loss(examples: Iterable[Example], turns: str) -> str:
+    """Return a sentence on the earlier answers of demonstrations that data.turns leaves without a loss; "" if none."""
+    counts = [
+        sum(turn["role"] == "assistant" for turn in example.prompt)
+        for example in examples
+        if turns == "last" and not isinstance(example.prompt, str)
+    ]
+    if not any(counts):
+        return ""
+    rows = sum(count > 0 for count in counts)
+    return f"{sum(counts)} earlier answers of {rows} conversations have no loss (data.turns: last)"
 
 
 def row_notes(
@@ -107,7 +154,11 @@ def row_notes(
     if fault:
         raise UserError(f"{path}: {fault}")
     unused = unused_columns(examples)
-    notes = [f"not used: {unused}" if unused else "", unknown_tokens(sequences, encoder), spelled_markers(markers)]
+    notes = [
+        f"not used: {unused}" if unused else "",
+        unknown_tokens(examples, sequences, encoder),
+        spelled_markers(markers),
+    ]
     return [note for note in notes if note]
 
 

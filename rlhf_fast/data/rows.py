@@ -33,6 +33,7 @@ from rlhf_fast.data.fields import (
     hh_turns,
     is_empty,
     json_type,
+    plain_text,
     split_text,
     text_or_number,
     text_value,
@@ -133,11 +134,11 @@ def parse_row(
     parsers = {"demonstrations": _demonstration, "comparisons": _comparison, "prompts": _prompt, "texts": _text}
     example = parsers[kind](found)
     group = found.get("group")
-    if kind != "texts":
-        example = example._replace(tools=tools_field(found))
+    tools = tools_field(found) if kind != "texts" else ()
     texts = [example.prompt] if isinstance(example.prompt, str) else [turn["content"] for turn in example.prompt]
     found.require_meaning(kind, texts)
-    return example._replace(line=line, group="" if group is None else str(group), unused=found.unused())
+    group = "" if group is None else str(group)
+    return example._replace(line=line, group=group, tools=tools, unused=found.unused())
 
 
 def _demonstration(row: Columns) -> Example:
@@ -167,8 +168,8 @@ def _demonstration(row: Columns) -> Example:
 def _answer(row: Columns) -> Message:
     """Return the response of a demonstration as a turn. InvalidRow if the row gives two different ones."""
     names = ["completion"] if "completion" in row.columns else [name for name in ANSWERS if name in row]
-    name = next((name for name in names if row.filled(name)), names[0])
-    for other in names:
+    name = next(filter(row.filled, names), names[0])
+    for other in names if len(names) > 1 else ():
         if row.filled(other) and row[other] != row[name]:
             raise InvalidRow(f"{name} and {other} differ, and only one can be the response; {removal(other)}")
     answer = _transcript(row, name, weights=True)
@@ -308,7 +309,7 @@ def _given_prompt(row: Columns) -> Dialog | None:
 def _prompt_field(row: Columns) -> Dialog:
     if isinstance(row["prompt"], list):
         return ending_with_user(turns_field(row, "prompt"))
-    return text_value(row["prompt"], "prompt")
+    return plain_text(row["prompt"], "prompt")
 
 
 def _instruction(row: Columns) -> str:
@@ -325,7 +326,7 @@ def _transcript(row: Columns, name: str, weights: bool = False) -> str | list[Me
     """Return a response, or a conversation that ends with one: a text, one turn as an object, or a list of turns."""
     if isinstance(row[name], dict):
         return [turn_value(row, row[name], name, weights)]
-    return turns_field(row, name, weights) if isinstance(row[name], list) else text_value(row[name], name)
+    return turns_field(row, name, weights) if isinstance(row[name], list) else plain_text(row[name], name)
 
 
 def _one_answer(turns: list[Message], name: str) -> Message:

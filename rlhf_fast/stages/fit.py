@@ -21,6 +21,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
 from rlhf_fast.run.info import sha256
 from rlhf_fast.run.logs import check_sinks
+from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.rewards import is_function, source_file
 
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
@@ -72,6 +73,7 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     for other in others:
         if other.tokenizer is not main.tokenizer:
             check_tokenizers(main.tokenizer, other.tokenizer, str(other.role))
+    check_planned_format(cfg, main.tokenizer, earlier)
     needed = max(main.tokenizer.get_vocab().values(), default=-1) + 1
     for each in sizes:
         if each.rows < needed:

@@ -26,6 +26,7 @@ from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
+from rlhf_fast.run.prompt_format import bind_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
@@ -137,7 +138,9 @@ def _frozen_config(cfg: ModelConfig, path: str) -> ModelConfig:
 def load_data(cfg: PPOConfig, policy: Model, run_folder: RunFolder, context: int) -> tuple[Split, Dataset | None]:
     """Return the prompts, and the pretraining text of PPO-ptx if there is any. `context`: of the smallest model."""
     max_prompt = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
-    prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt)
+    prompt_format = bind_prompt_format(run_folder, cfg.policy.path, policy.tokenizer, {"data": cfg.data})
+    run_folder.notes += check_same_format(prompt_format, cfg)
+    prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt, prompt_format)
     if cfg.select == "reward" and not len(prompt_data.valid):
         raise UserError(
             "ppo: select=reward needs validation prompts, and there are none; set data.valid to a file or"

@@ -10,9 +10,11 @@ import torch
 from rlhf_fast.batches import Comparisons
 from rlhf_fast.config.stages import RewardConfig
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
+from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.prompt_format import bind_prompt_format
 from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
@@ -32,9 +34,11 @@ def run(cfg: RewardConfig) -> None:
         check_fit(cfg)
         torch.manual_seed(cfg.seed)
         model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=run_folder.device)
-        data = read_comparisons(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
+        sources = {"data": cfg.data, "demonstrations": cfg.demonstrations}
+        prompt_format = bind_prompt_format(run_folder, cfg.model.path, model.tokenizer, sources)
+        data = read_comparisons(cfg.data, model.tokenizer, cfg.seed, model.max_positions, prompt_format)
         run_folder.notes.append(data.train.notes)
-        demonstrations = load_demonstrations(cfg, model)
+        demonstrations = load_demonstrations(cfg, model, prompt_format)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps)
         state = {"learner": learner}
@@ -56,11 +60,12 @@ def run(cfg: RewardConfig) -> None:
         run_folder.finish(model.save, {"bias": model.score_bias})
 
 
-def load_demonstrations(cfg: RewardConfig, model: Model) -> Dataset | None:
+def load_demonstrations(cfg: RewardConfig, model: Model, prompt_format: PromptFormat) -> Dataset | None:
     """Return the demonstrations whose mean score the bias puts at 0, or None if cfg names none."""
     if not cfg.demonstrations.path:
         return None
-    demonstrations = read_demonstrations(cfg.demonstrations, model.tokenizer, cfg.seed, model.max_positions).train
+    context = model.max_positions
+    demonstrations = read_demonstrations(cfg.demonstrations, model.tokenizer, cfg.seed, context, prompt_format).train
     if not len(demonstrations):
         raise UserError(f"{cfg.demonstrations.path}: holds no demonstration that fits, so no mean score can be taken")
     return demonstrations

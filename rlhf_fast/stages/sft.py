@@ -13,6 +13,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
+from rlhf_fast.run.prompt_format import bind_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
@@ -60,7 +61,8 @@ def load_data(
 
     context: positions of the smaller model.
     """
-    data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions)
+    prompt_format = bind_prompt_format(run_folder, cfg.model.path, model.tokenizer, {"data": cfg.data}, teaches=True)
+    data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions, prompt_format)
     if cfg.select != "last" and not len(data.valid):
         raise UserError(
             f"sft: select={cfg.select} needs validation rows, and there are none; set data.valid to a file or"
@@ -77,6 +79,7 @@ def load_data(
                 f"sft: select=reward: no validation prompt leaves room for sampling.max_new_tokens"
                 f" ({cfg.sampling.max_new_tokens}) in {context} positions; lower it"
             )
+        run_folder.notes += check_same_format(prompt_format, cfg)
         budget = cfg.optim.micro_batch_tokens
         reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=run_folder.device)
     return data, pretrain_data, reward

@@ -18,11 +18,11 @@ Stats = dict[str, Tensor]
 
 
 def sft_loss(model: Model, batch: Demonstrations, num_items: float, *, pack: bool = False) -> tuple[Tensor, Stats]:
-    """Return the cross-entropy of the response tokens, nats per token.
+    """Return the cross-entropy of the response tokens that have a loss, nats per token.
 
     pack: lay rows end to end for the forward pass, without attention across them.
     """
-    loss = _cross_entropy(model, batch.tokens, batch.prompt_lengths, batch.lengths, num_items, pack)
+    loss = _cross_entropy(model, batch.tokens, batch.prompt_lengths, batch.lengths, num_items, pack, batch.loss_mask)
     return loss, {"loss/sft": loss}
 
 
@@ -115,10 +115,16 @@ def ppo_value_loss(
 
 
 def _cross_entropy(
-    model: Model, tokens: Tensor, first: Tensor, lengths: Tensor, num_items: float, pack: bool
+    model: Model,
+    tokens: Tensor,
+    first: Tensor,
+    lengths: Tensor,
+    num_items: float,
+    pack: bool,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum over the tokens first <= t < length, divided by num_items."""
-    hidden, targets, _ = model.hidden_and_targets(tokens, first, lengths, pack=pack)
+    """Return the sum over the tokens first <= t < length, those that `keep` (B, R) selects, divided by num_items."""
+    hidden, targets, _ = model.hidden_and_targets(tokens, first, lengths, keep, pack)
     weights = torch.full((len(targets),), 1 / num_items, device=hidden.device)
     loss, _ = ops.linear_cross_entropy(
         hidden, model.head_weight, targets, weights, bias=model.head_bias, softcap=model.softcap
