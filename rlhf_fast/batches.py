@@ -172,7 +172,8 @@ class Responses(NamedTuple):
     mask: Tensor
     """(B, R) bool: true where there is a token."""
     logprobs: Tensor
-    """(B, R) nats, at the sampling temperature, before the filters: comparable with the trainer's forward pass."""
+    """(B, R) nats, at the sampling temperature, before the filters: comparable with the trainer's forward pass. Of a
+    greedy response those at temperature 1."""
     raw_logprobs: Tensor
     """(B, R) nats, at temperature 1."""
     kept_logprobs: Tensor
@@ -183,6 +184,8 @@ class Responses(NamedTuple):
     """(B,) uint8: LENGTH, EOS or STOP."""
     uids: Tensor
     """(B,) of the prompt."""
+    stop_indices: Tensor | None = None
+    """(B,) for STOP the index in `sampling.stop` of the text that ended the response, else -1."""
 
     @property
     def finished(self) -> Tensor:

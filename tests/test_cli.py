@@ -313,13 +313,26 @@ def test_generate_writes_rows_and_the_batch_size_changes_none(capsys, folder):
     assert ends <= {(True, "stop", "</s>"), (False, "length", None)}
     assert "generate: 15/15  " in capsys.readouterr().err
     assert main([*args, "--limit", "1", "--temperature", "0"]) == 0
-    greedy = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    greedy_rows = capsys.readouterr().out.splitlines()
+    greedy = [json.loads(line)["completion"] for line in greedy_rows]
     assert len(greedy) == 3 and len(set(greedy)) == 1
+    assert all(json.loads(line)["logprob"] < 0 for line in greedy_rows)
     for size in ("64", "100"):
         assert "has only 64 positions" in error_of(capsys, *args[:6], "1", "--max-new-tokens", size)
     toy.jsonl(folder / "p.jsonl", [{"prompt": "a ."}, {"prompt": "a " * 61}])
     error = error_of(capsys, *args)
     assert "1 of 2 prompts are over the 59 tokens" in error and "p.jsonl:2" in error and "p.jsonl:1" not in error
+
+
+def test_generate_names_the_stop_text_that_ended_each_response(capsys, folder):
+    """Not one that came before min_new_tokens, and not the first in the list that the response has somewhere."""
+    model, prompts = toy.model_at(folder), toy.prompt_file(folder / "p.jsonl", 20)
+    args = ["generate", "--model", model, "--prompts", prompts, "--max-new-tokens", "20", "--min-new-tokens", "6"]
+    stops = [*toy.LETTERS[:6]]
+    assert main([*args, "--out", "a.jsonl", "--stop", *stops]) == 0
+    rows = [row for row in toy.rows("a.jsonl") if row["stop_reason"] in stops]
+    assert len(rows) > 10 and all(row["completion"].split()[-1] == row["stop_reason"] for row in rows)
+    assert any(set(stops[: stops.index(row["stop_reason"])]) & set(row["completion"].split()) for row in rows)
 
 
 def test_plot_needs_a_run_and_leaves_gaps(capsys, folder):

@@ -11,7 +11,7 @@ import yaml
 import rlhf_fast
 from rlhf_fast.cli.show_config import show_config
 from rlhf_fast.config import fields, stages
-from rlhf_fast.config.fields import DataConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig, OptimConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import (
@@ -100,6 +100,19 @@ BROKEN = [
     (PPOConfig, {"missing_eos": "subtract"}, "ppo: missing_eos_value must be above 0 with missing_eos=subtract"),
     (PPOConfig, {"sampling.temperature": 0}, "ppo: sampling.temperature must be above 0"),
     (PPOConfig, {"sampling.min_new_tokens": 500}, "must be at most max_new_tokens (128), got 500"),
+    (
+        PPOConfig,
+        {"sampling.top_p": 0.9},
+        "ppo: sampling.top_p must be 1 in PPO, which trains on the log-probabilities of",
+    ),
+    (PPOConfig, {"sampling.top_k": 50}, "set sampling.allow_biased_filters, got 50 (r.yaml:12)"),
+    (PPOConfig, {"sampling.min_p": 0.1}, "ppo: sampling.min_p must be 0 in PPO"),
+    (PPOConfig, {"sampling.min_new_tokens": 3}, "ppo: sampling.min_new_tokens must be 0 in PPO"),
+    (
+        SFTConfig,
+        {"sampling.stop": ["x", ""]},
+        "sft: sampling.stop must not have an empty text, which every response has",
+    ),
     (PPOConfig, {"sampling.stop": "x"}, "ppo: sampling.stop must be a list, got x (r.yaml:12)"),
     (PPOConfig, {"optim.betas": [0.9]}, "ppo: optim.betas must be a list of 2, got [0.9] (r.yaml:12)"),
     (PPOConfig, {"data.columns": 3}, "ppo: data.columns must be a map such as {completion: answer}, got 3 (r.yaml:12)"),
@@ -117,12 +130,25 @@ def test_a_wrong_setting_is_named_with_its_place(cls, values, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+def test_ppo_samples_with_filters_only_where_that_is_allowed():
+    """Filters are no fault elsewhere: sft's sampling is for showing responses and choosing among weights."""
+    for setting in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"min_new_tokens": 2}):
+        values = {f"sampling.{name}": value for name, value in setting.items()}
+        assert resolve(SFTConfig, settings(values))
+        assert resolve(PPOConfig, settings(values | {"sampling.allow_biased_filters": True}))
+        with pytest.raises(BadSetting, match=r"must be [01] in PPO"):
+            PPOConfig(sampling=SamplingConfig(**setting))
+    assert PPOConfig(sampling=SamplingConfig(temperature=0.7, stop=("x",)))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ("--optim.lrr 1", 'ppo: no setting "optim.lrr"; did you mean optim.lr? (--optim.lrr)'),
         ("--optim.lr abc", "ppo: optim.lr must be a number, got abc (--optim.lr)"),
         ("--value-optim.lr -1", "ppo: value_optim.lr must be above 0, got -1.0 (--value-optim.lr)"),
+        ("--sampling.top-p 0.9", "set sampling.allow_biased_filters, got 0.9 (--sampling.top-p)"),
+        ("--sampling.min-new-tokens 3", "ppo: sampling.min_new_tokens must be 0 in PPO, which trains"),
         ("--preset papr", "ppo: no preset 'papr'; there are default, paper, tutorial"),
         ("--config", "ppo: --config needs a value"),
         ("--no-lam", 'ppo: no setting "no_lam"'),
@@ -247,7 +273,7 @@ def test_aliases_of_aliases_end_soon(tmp_path):
 )
 def test_text_that_looks_like_something_else_is_written_in_quotes(tmp_path, text):
     """For our reader and for one of YAML 1.1."""
-    cfg = SFTConfig(out=text, sampling=SamplingConfig(stop=(text,)), data=DataConfig(columns={"prompt": text}))
+    cfg = SFTConfig(out=text, log=LogConfig(sinks=(text,)), data=DataConfig(columns={"prompt": text}))
     (tmp_path / "c.yaml").write_text(to_yaml(cfg))
     assert resolve(SFTConfig, read_yaml(tmp_path / "c.yaml")) == cfg
     assert yaml.safe_load(to_yaml(cfg))["out"] == cfg.out
@@ -344,8 +370,8 @@ def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
 def test_difference_sees_every_setting():
     cfg = PPOConfig()
     assert difference(cfg, PPOConfig()) == []
-    changed = resolve(PPOConfig, settings({"sampling.top_p": 0.9}))
-    assert difference(cfg, changed) == [("sampling.top_p", 1.0, 0.9)]
+    changed = resolve(PPOConfig, settings({"sampling.temperature": 0.9}))
+    assert difference(cfg, changed) == [("sampling.temperature", 1.0, 0.9)]
     assert flatten(cfg).keys() == setting_types(PPOConfig).keys()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import toy
 import yaml
-from architectures import SERVED
+from architectures import RECURRENT, SERVED
 
 from rlhf_fast import ops
 from rlhf_fast.cli.main import COMMANDS, main
@@ -239,6 +239,9 @@ def test_architectures_are_counted():
     assert int(count) == len(FAMILIES) and not others
     assert {f"{name.replace('-', '')}Model" for name in names.split(", ")} == FAMILIES.keys()
     assert f"tested on {tested} architectures, those {count} among them" in rows
+    (count, names) = re.search(r"recurrent models: tested on (\d+), among them ([\w, .-]+) \|", rows).groups()
+    kinds = {type(make()).__name__.removesuffix("ForCausalLM").lower() for make in RECURRENT.values()}
+    assert int(count) == len(kinds) and {re.sub("[ .-]", "", name).lower() for name in names.split(", ")} <= kinds
 
 
 def test_the_ops_without_a_cuda_kernel_are_named():

@@ -8,6 +8,8 @@ import pytest
 import torch
 import toy
 from architectures import END, SERVED, V, build, greedy, llama, prompts, sampling
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast import batches
 from rlhf_fast.batches import LENGTH, STOP, Prompts
@@ -264,10 +266,10 @@ def test_stop_texts_are_looked_for_in_each_row_alone():
         if not rows:
             break
         tokens = np.array([generated[row][step] for row in rows])
-        stop = criteria(tokens, np.array(rows), np.full(len(rows), step + 1))
-        if stop is not None:
-            ends |= {row: (step + 1, reason) for row, finished, reason in zip(rows, *stop, strict=True) if finished}
-    assert ends == {0: (3, STOP), 1: (1, batches.EOS), 2: (5, STOP)}
+        stops = criteria(tokens, np.array(rows), np.full(len(rows), step + 1))
+        if stops is not None:
+            ends |= {row: (step + 1, *why) for row, finished, *why in zip(rows, *stops, strict=True) if finished}
+    assert ends == {0: (3, STOP, 0), 1: (1, batches.EOS, -1), 2: (5, STOP, 0)}
 
 
 @pytest.mark.parametrize("stop", ["yz", "xyz", "wxyz", "vwxyz"])
@@ -284,6 +286,91 @@ def test_a_stop_text_completed_before_min_new_tokens_is_no_stop(stop):
             if result is not None:
                 ends.append((length, int(result[1][0])))
         assert ends[:1] == ([] if end is None else [(end, STOP)])
+
+
+def ends_of(model: Model, tokens: list[int], **settings) -> tuple[int, int, int] | None:
+    """Return the length, reason and stop text of a response of these tokens, or None if it goes on after them."""
+    criteria = StopCriteria(model, sampling(**{"max_new_tokens": 20, **settings}))
+    criteria.reset(1)
+    for length, token in enumerate(tokens, start=1):
+        stops = criteria(np.array([token]), np.array([0]), np.array([length]))
+        if stops is not None:
+            return length, int(stops.reasons[0]), int(stops.stop_indices[0])
+    return None
+
+
+def test_the_stop_text_that_ended_a_response_is_reported():
+    """One that was there before min_new_tokens, longer ones that end later, several at once, and none at the limit."""
+    model = llama()
+    model.tokenizer = Letters()
+    a, b, c, d = 26, 27, 28, 29
+    for tokens, settings, expected in [
+        ([a, b, c, d], {"stop": ("ab", "d"), "min_new_tokens": 3}, (4, STOP, 1)),
+        ([a, b, a, b], {"stop": ("d", "ab"), "min_new_tokens": 3}, (4, STOP, 1)),
+        ([a, b, c], {"stop": ("abcd", "bc", "c")}, (3, STOP, 1)),
+        ([a, b, c], {"stop": ("c", "bc")}, (3, STOP, 0)),
+        ([a, b, c], {"stop": ("bc",), "max_new_tokens": 3}, (3, STOP, 0)),
+        ([a, b, c], {"stop": ("cd",), "max_new_tokens": 3}, (3, LENGTH, -1)),
+        ([a, END, b], {"stop": ("ac", "cb")}, (2, batches.EOS, -1)),  # the end token is the letter c
+        ([a, END, b], {"stop": ("cb",), "min_new_tokens": 3}, (3, STOP, 0)),
+        ([b, c, d], {"stop": ("ab",)}, None),  # the prompt may end in a
+    ]:
+        assert ends_of(model, tokens, **settings) == expected
+
+
+def byte_model(merges: list[tuple[str, str]] = ()) -> Model:
+    """Return a model whose tokens are bytes, and these pairs of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([*alphabet, *(x + y for x, y in merges), "<end>"])}
+    words = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model = llama(vocab_size=len(vocabulary))
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    return model
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 2])
+def test_stop_texts_of_several_bytes_and_across_tokens(min_new_tokens):
+    """A character of three tokens, a text of two characters, a text that ends within a token."""
+    model = byte_model()
+    for text, stop, length in [
+        ("a你好b", "你好", 7),
+        ("a你好b", "好", 7),
+        ("你好", "好", 6),
+        ("éa", "é", 2),
+        ("ab\n\nc", "\n\n", 4),
+    ]:
+        tokens = model.tokenizer(text)["input_ids"]
+        expected = (length, STOP, 0)
+        assert ends_of(model, tokens, stop=(stop,), min_new_tokens=min_new_tokens, max_new_tokens=40) == expected
+    merged = byte_model([("a", "y"), ("b", "ay")])
+    for text, stop, length in [("xayb", "y", 2), ("xbayb", "a", 2), ("xxbay", "xb", 3)]:
+        tokens = merged.tokenizer(text)["input_ids"]
+        assert len(tokens) < len(text)
+        assert ends_of(merged, tokens, stop=(stop,), min_new_tokens=min_new_tokens) == (length, STOP, 0)
+
+
+def test_several_end_tokens_and_no_other(decode_path):
+    """As Llama 3 and Qwen list them; each is reported as the end, and the padding token is none of them."""
+    model = always(9)
+    model.module.generation_config.eos_token_id = [7, 9, V + 5]
+    model.module.generation_config.pad_token_id = 4
+    found = Rollout(model, sampling(stop=()), decode_path=decode_path).generate(prompts(3))
+    assert found.response_ids() == [[9]] and found.finish_reasons.tolist() == [batches.EOS]
+    assert found.stop_indices.tolist() == [-1]
+    with torch.no_grad():
+        model.module.lm_head.bias[9], model.module.lm_head.bias[4] = 0.0, 50.0
+    found = Rollout(model, sampling(), decode_path=decode_path).generate(prompts(3))
+    assert found.response_ids() == [[4] * 12] and found.finish_reasons.tolist() == [LENGTH]
+
+
+def test_greedy_responses_report_the_logprobs_at_temperature_1(decode_path):
+    model = llama()
+    found = Rollout(model, sampling(temperature=0.0), decode_path=decode_path).generate(prompts(3, 5), samples=2)
+    with torch.no_grad():
+        ours, _ = model.logprobs(found.tokens, found.prompt_lengths, found.lengths)
+    torch.testing.assert_close(found.logprobs, ours, rtol=0, atol=TOLERANCE)
+    assert (found.logprobs[found.mask] < 0).all() and not found.kept_logprobs.any()
 
 
 def test_progress_is_called_after_each_step(decode_path):

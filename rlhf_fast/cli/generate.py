@@ -95,13 +95,13 @@ def _rows(model: Model, options: GenerateOptions, responses: Responses) -> Itera
     ids = responses.response_ids()
     texts = responses.texts(model.tokenizer)
     logprobs = (responses.logprobs * responses.mask).sum(1).tolist()
-    for text, tokens, reason, logprob in zip(texts, ids, responses.finish_reasons.tolist(), logprobs, strict=True):
-        stop_reason = None
+    reasons, stops = responses.finish_reasons.tolist(), options.sampling.stop
+    assert responses.stop_indices is not None
+    indices = responses.stop_indices.tolist()
+    for text, tokens, reason, index, logprob in zip(texts, ids, reasons, indices, logprobs, strict=True):
+        stop_reason = stops[index] if index >= 0 else None
         if reason == EOS:
             stop_reason = model.tokenizer.convert_ids_to_tokens(tokens[-1])
-        elif reason != LENGTH:
-            decoded = model.tokenizer.decode(tokens)
-            stop_reason = next((stop for stop in options.sampling.stop if stop in decoded), None)
         yield {
             "completion": text,
             "tokens": len(tokens),

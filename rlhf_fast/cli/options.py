@@ -39,7 +39,7 @@ class RunOptions:
 @dataclass(frozen=True)
 class GenerateOptions:
     """Sample responses to prompts. Each line of the output: prompt, completion, tokens, finished, finish_reason (stop
-    or length), stop_reason (the end token or stop text), logprob."""
+    or length), stop_reason (the end token or stop text), logprob (nats; of greedy responses at temperature 1)."""
 
     model: str
     """Directory or hub name of a language model."""

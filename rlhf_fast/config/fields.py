@@ -131,21 +131,25 @@ class SamplingConfig:
     """Sampling of responses. Filters apply in the order temperature, top-k, top-p, min-p."""
 
     temperature: float = 1.0
-    """Sampling temperature (paper: 1). 0 = greedy (not for PPO). PPO takes log-probabilities at this temperature, as
-    TRL and lm-hp do; systems that take them at temperature 1 optimise another policy than the one that was sampled."""
+    """Sampling temperature (paper: 1). 0 = greedy (not for PPO), whose log-probabilities are reported at temperature 1.
+    PPO takes log-probabilities at this temperature, as TRL and lm-hp do; systems that take them at temperature 1
+    optimise another policy than the one that was sampled."""
     top_k: int = 0
     """Keep the k likeliest tokens. 0 = all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens with at least this total probability. 1 = all. PPO's log-probabilities are those
-    before the filters."""
+    """Keep the smallest set of tokens with at least this total probability. 1 = all."""
     min_p: float = 0.0
     """Keep tokens with at least this probability relative to the likeliest token's. 0 = all."""
     max_new_tokens: int = 128
     """Longest response in tokens, the end token included (paper: 1024)."""
     min_new_tokens: int = 0
     """The end token is not sampled before this many tokens."""
+    allow_biased_filters: bool = False
+    """Let PPO sample with top_k, top_p, min_p or min_new_tokens. Its log-probabilities are those of all tokens, but the
+    samples come from those that are kept, which biases the gradient."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response as the end token does. They stay part of it."""
+    """Texts that end a response as the end token does. They stay part of it. A text that begins in the prompt does not
+    count."""
     batch: int = 64
     """Responses generated at a time. Results do not depend on it, but for rounding on paths other than `fused`."""
     cache_mb: int = 0
@@ -159,6 +163,15 @@ class SamplingConfig:
         require_range(self, 1, math.inf, "max_new_tokens", "batch")
         rule = f"must be at most max_new_tokens ({self.max_new_tokens})"
         require(self, self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", rule)
+        require(self, all(self.stop), "stop", "must not have an empty text, which every response has")
+
+    @property
+    def biased_filters(self) -> dict[str, float]:
+        """The settings that keep tokens from being sampled, with their values without effect. None if it is allowed."""
+        without_effect = {"top_k": 0, "top_p": 1, "min_p": 0, "min_new_tokens": 0}
+        if self.allow_biased_filters:
+            return {}
+        return {name: off for name, off in without_effect.items() if getattr(self, name) != off}
 
 
 @dataclass(frozen=True)

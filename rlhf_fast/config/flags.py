@@ -44,7 +44,7 @@ def stage_config(cls: type[S], argv: Sequence[str]) -> S:
     try:
         return parse(cls, flags, cls.stage, default=default, description=description)
     except BadSetting as error:
-        paths = [path for path in setting_types(cls) if path.rpartition(".")[2] == error.name]
+        paths = [path for path in setting_types(cls) if f".{path}".endswith(f".{error.name}")]
         path = next((path for path in paths if path in given), paths[0])
         raise setting_error(cls, error, path, given) from error
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from rlhf_fast.config.fields import (
+    BadSetting,
     DataConfig,
     KLConfig,
     LogConfig,
@@ -287,6 +288,14 @@ class PPOConfig(_Stage):
         require(self, math.isfinite(self.missing_eos_value), "missing_eos_value", "must be a number")
         if not self.sampling.temperature > 0:
             raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
+        for name, off in self.sampling.biased_filters.items():
+            rule = (
+                f"must be {off} in PPO, which trains on the log-probabilities of all tokens; to train with a biased"
+                " gradient set sampling.allow_biased_filters"
+            )
+            error = BadSetting(self.sampling, name, rule)
+            error.name = f"sampling.{name}"
+            raise error
 
     @property
     def num_batches(self) -> int:

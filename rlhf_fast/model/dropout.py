@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
 from rlhf_fast.errors import UserError
 
@@ -22,8 +23,32 @@ def disable_dropout(module: nn.Module) -> None:
     """Set every dropout probability to 0: in Dropout layers, and in attributes that attention functions read."""
     for part in module.modules():
         for name, value in vars(part).items():
-            if isinstance(value, float) and (isinstance(part, nn.Dropout) or "drop" in name):
+            if isinstance(value, float) and (isinstance(part, nn.modules.dropout._DropoutNd) or "drop" in name):
                 setattr(part, name, 0.0)
+
+
+@contextmanager
+def config_without_dropout(module: nn.Module) -> Iterator[None]:
+    """Set every dropout probability of the configs to 0 within the block, for forwards that read them there. Outside
+    of it they are the model's own, because they are saved with it."""
+    configs = {
+        id(config): config
+        for part in module.modules()
+        if isinstance(config := vars(part).get("config"), PreTrainedConfig)
+    }
+    changed = [
+        (config, name, value)
+        for config in configs.values()
+        for name, value in vars(config).items()
+        if "drop" in name and isinstance(value, float) and value
+    ]
+    for config, name, _ in changed:
+        vars(config)[name] = 0.0
+    try:
+        yield
+    finally:
+        for config, name, value in changed:
+            vars(config)[name] = value
 
 
 class ResidualDropout:
@@ -35,7 +60,7 @@ class ResidualDropout:
 
     @contextmanager
     def enabled(self, decoder: nn.Module, p: float) -> Iterator[None]:
-        """Drop with probability p within the block, in layers that are in training mode."""
+        """Drop with probability p within the block."""
         if p and not self._registered:
             for branch in residual_branches(decoder):
                 branch.register_forward_hook(self._drop)
@@ -46,8 +71,8 @@ class ResidualDropout:
         finally:
             self.p = previous
 
-    def _drop(self, branch: nn.Module, _, output):
-        if not (self.p and branch.training):
+    def _drop(self, _, __, output):
+        if not self.p:
             return output
         if isinstance(output, tuple):
             return F.dropout(output[0], self.p), *output[1:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def attach(module: PreTrainedModel, cfg: LoraConfig, head: str, seed: int) -> nn
         modules_to_save=["score"] if head == "scalar" else None,
         task_type=peft.TaskType.SEQ_CLS if head == "scalar" else peft.TaskType.CAUSAL_LM,
     )
-    output_embedding = module.get_output_embeddings()
+    embedding, output_embedding = module.get_input_embeddings(), module.get_output_embeddings()
+    tied = output_embedding is not None and getattr(output_embedding, "weight", None) is embedding.weight
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -38,6 +41,8 @@ def attach(module: PreTrainedModel, cfg: LoraConfig, head: str, seed: int) -> nn
         raise UserError(f"lora.targets: {error}") from error
     if output_embedding is not None and unwrap(wrapped).get_output_embeddings() is not output_embedding:
         raise UserError("lora.targets: names the output embedding, which the fused head reads as it is; leave it out")
+    if tied and unwrap(wrapped).get_input_embeddings() is not embedding:
+        raise UserError("lora.targets: names the input embedding, which this model shares with its head; leave it out")
     return wrapped
 
 
@@ -60,14 +65,31 @@ def active_layer(layer: Any) -> Any:
 
 def weight_delta(layer: Any) -> torch.Tensor | int | None:
     """Return the sum that the active adapters of a wrapped linear layer add to its weight: a tensor of its shape, 0 if
-    none is active, None if an adapter does more than add (DoRA, biases, and kinds not known here)."""
+    none is active, None if an adapter does more than add (DoRA and other variants, biases, kinds not known here)."""
     if getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False):
         return 0
-    if not hasattr(layer, "get_delta_weight") or any(getattr(layer, "use_dora", {}).values()):
+    if not all(hasattr(layer, name) for name in ("get_delta_weight", "lora_A", "lora_variant", "lora_bias")):
         return None
-    if any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in layer.active_adapters):
+    if any(layer.lora_bias.get(adapter) or adapter in layer.lora_variant for adapter in layer.active_adapters):
         return None
     return sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters if adapter in layer.lora_A)
+
+
+@contextmanager
+def nonzero_adapters(module: nn.Module) -> Iterator[None]:
+    """Give each trainable weight of a peft model that is 0 everywhere small random values within the block. New
+    adapters change nothing, so that a comparison which must see them would pass without them. Random states are kept.
+    """
+    zero = [p for p in module.parameters() if p.requires_grad and not p.any()] if unwrap(module) is not module else []
+    kept = [p.data for p in zero]
+    generator = torch.Generator().manual_seed(0)
+    for p in zero:
+        p.data = (0.05 * torch.randn(p.shape, generator=generator)).to(p)
+    try:
+        yield
+    finally:
+        for p, data in zip(zero, kept, strict=True):
+            p.data = data
 
 
 def save(module: Any, folder: Path) -> None:
@@ -81,21 +103,38 @@ def save(module: Any, folder: Path) -> None:
 
 
 def merged_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state dict of the plain architecture, with each adapter's product added to its weight. The weights in
-    memory are not changed: merging and unmerging them would round, and a save would change the run."""
-    layers: dict[str, Any] = dict(module.named_modules())
-    deltas = {
-        f"{name}.base_layer.weight": layer.get_delta_weight(adapter)
-        for name, layer in layers.items()
-        if hasattr(layer, "get_delta_weight")
-        for adapter in layer.active_adapters
-    }
-    merged = {}
-    for name, value in module.state_dict().items():
-        if "lora_" in name or ".original_module." in name:
+    """Return the state dict of the plain architecture, with the adapters merged by peft's own code.
+
+    One wrapped layer at a time is copied and merged there. The weights in memory are not changed: merging and
+    unmerging them would round, and a save would change the run.
+    """
+    merged: dict[str, torch.Tensor] = {}
+    wrapped: set[str] = set()
+    for name, layer in module.named_modules():
+        is_wrapper = hasattr(layer, "unload_and_optionally_merge_module") or hasattr(layer, "base_layer")
+        if not is_wrapper or _is_inside(name, wrapped):
             continue
-        weight = value + deltas[name].to(value.dtype) if name in deltas else value
-        plain_name = name.replace(".base_layer.", ".")
-        head, separator, tail = plain_name.partition(".modules_to_save.")
-        merged[f"{head}.{tail.partition('.')[2]}" if separator else plain_name] = weight
-    return merged
+        wrapped.add(name)
+        try:
+            plain = _merged_copy(layer)
+        except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+            raise UserError(f"lora: the adapter of {name} cannot be merged into its weights: {error}") from error
+        merged |= {f"{name}.{key}": value for key, value in merged_state_dict(plain).items()}
+    return {key: value for key, value in module.state_dict().items() if not _is_inside(key, wrapped)} | merged
+
+
+def _is_inside(name: str, modules: set[str]) -> bool:
+    """Return whether one of `modules` is a parent of `name`, at any depth."""
+    while name := name.rpartition(".")[0]:
+        if name in modules:
+            return True
+    return False
+
+
+def _merged_copy(layer: Any) -> nn.Module:
+    """Return the plain layer that a peft wrapper stands for."""
+    layer = copy.deepcopy(layer)
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    layer.merge()
+    return layer.get_base_layer()

@@ -25,13 +25,20 @@ from rlhf_fast.batches import response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model import lora, packing
-from rlhf_fast.model.dropout import ResidualDropout, disable_dropout
+from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
+from rlhf_fast.model.noise import check_causal, find_noise
+from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.pretrained import load_module, load_tokenizer, quiet
+from rlhf_fast.model.vocabulary import Vocabulary
 
 Head = Literal["lm", "scalar"]
 SCORE_BIAS = "rlhf_fast_score_bias"
 """Key of config.json for the constant that is added to the score: transformers' `score` layers have no bias. A program
 that does not know the key reads scores shifted by this constant; rankings and differences are the same."""
+SCORE_TOKEN = "rlhf_fast_score_token"
+"""Key of config.json for the token whose score is the row's. Folders without it, but with the bias, mean the last."""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the logits' soft cap in a config (Gemma; RecurrentGemma; xLSTM)."""
 
 
 class Model:
@@ -44,20 +51,34 @@ class Model:
         self.head: Head = head
         self.cfg = cfg or ModelConfig()
         self.adapter_enabled = True
+        self._vocabulary: Vocabulary | None = None
         # transformers warns if the input holds padding and no mask; with padding on the right none is needed
         self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
         disable_dropout(self.base)
         self._residual_dropout = ResidualDropout()
         self._packing_checked = False
-        self.softcap = float(getattr(self.text_config, "final_logit_softcapping", None) or 0.0)
+        caps = (getattr(self.text_config, name, None) for name in SOFTCAPS)
+        self.softcap = float(next(filter(None, caps), 0.0))
         self.logit_scale = 1.0
         self.score_bias = float(getattr(self.base.config, SCORE_BIAS, 0.0))
+        self._score_pad = self.text_config.pad_token_id if head == "scalar" else None
+        if hasattr(self.base.config, SCORE_BIAS) and not hasattr(self.base.config, SCORE_TOKEN):
+            self._score_pad = None  # written before reward models had a padding token that ends nothing
+        self._always_eval: set[nn.Module] = set()
         module.eval()
-        self._check_causal()
-        if head == "lm":
-            self._check_lm_head()
-        else:
-            self._check_score_head()
+        try:
+            hidden = self._check_decoder()
+            if head == "lm":
+                self._check_lm_head(hidden)
+            else:
+                self._check_score_head()
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the code of an architecture may fail in any way
+            raise UserError(
+                f"{self.name}: {type(self.base).__name__} cannot be used here, a forward of plain tokens fails:"
+                f" {type(error).__name__} {' '.join(str(error).split())[:200]}"
+            ) from error
 
     @classmethod
     def load(
@@ -68,11 +89,17 @@ class Model:
         then a missing one is a row of N(0, 1 / (D + 1)) on a language model's decoder, drawn with `seed`, as in
         Stiennon et al. 2020."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        module = load_module(cfg, head, fresh_head, seed, device)
+        module, is_new_head = load_module(cfg, head, fresh_head, seed, device)
+        loaded_tokenizer = load_tokenizer(cfg, module) if tokenizer else None
+        config = module.config
+        older = hasattr(config, SCORE_BIAS) and not hasattr(config, SCORE_TOKEN)
+        if is_new_head or (older and pad_ends_rows(module, loaded_tokenizer)):
+            with quiet():
+                give_pad_token(module, loaded_tokenizer)
         if cfg.gradient_checkpointing:
             with quiet():
                 module.gradient_checkpointing_enable({"use_reentrant": False})
-        model = cls(module, load_tokenizer(cfg, module) if tokenizer else None, head, cfg)
+        model = cls(module, loaded_tokenizer, head, cfg)
         if cfg.lora.rank:
             with quiet():
                 model.module = lora.attach(module, cfg.lora, head, seed)
@@ -104,16 +131,40 @@ class Model:
 
     @property
     def head_weight(self) -> Tensor:
-        """The output embedding (V, D), or the score row (1, D)."""
-        return self._head_layer.weight
+        """The output embedding's rows up to the last token (num_tokens, D), or the score row (1, D)."""
+        weight = self.head_layer.weight
+        return weight if self.head == "scalar" else self.vocabulary.head_weight(weight)
 
     @property
     def head_bias(self) -> Tensor | None:
-        return getattr(self._head_layer, "bias", None)
+        """The bias (num_tokens,) of these rows, which also masks those without a token; or the score's bias."""
+        bias = getattr(self.head_layer, "bias", None)
+        return bias if self.head == "scalar" else self.vocabulary.head_bias(bias, self.head_layer.weight)
 
     @property
-    def _head_layer(self) -> Any:
+    def head_layer(self) -> Any:
+        """transformers' own layer: the output embedding with all its rows, or the score row."""
         return self.base.get_output_embeddings() if self.head == "lm" else lora.active_layer(self.base.score)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that have a token."""
+        if self._vocabulary is None or self._vocabulary.tokenizer is not self.tokenizer:
+            self._vocabulary = Vocabulary(self.tokenizer, self.num_rows, self.name)
+        return self._vocabulary
+
+    @property
+    def num_tokens(self) -> int:
+        """Last id of a token, plus 1; all sampled ids are below it. A model that reads them needs so many `num_rows`.
+        Without a tokenizer, the number of rows."""
+        return self.vocabulary.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Number of ids that the model can read, and with a language head predict."""
+        base: Any = self.base
+        layers = [base.get_input_embeddings(), base.get_output_embeddings() if self.head == "lm" else None]
+        return min(layer.weight.shape[0] for layer in layers if layer is not None)
 
     @property
     def max_positions(self) -> int:
@@ -139,15 +190,26 @@ class Model:
         architecture's own dropouts (embedding, attention weights and so on) are always off."""
         training = self.module.training
         self.module.train()
-        if dropout is None:
-            for module in self.module.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+        for module in self.module.modules():
+            if module in self._always_eval or (dropout is None and isinstance(module, nn.modules.dropout._DropoutNd)):
+                module.training = False
         try:
-            with self._residual_dropout.enabled(self.decoder, dropout or 0.0):
+            with config_without_dropout(self.base), self._residual_dropout.enabled(self.decoder, dropout or 0.0):
                 yield
         finally:
             self.module.train(training)
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Set evaluating mode within the block, in `train_mode` too."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            with self._residual_dropout.enabled(self.decoder, 0.0):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, T, D) of the last layer after the final norm. `positions` (B, T) that start
@@ -193,13 +255,17 @@ class Model:
         return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
 
     def logprobs(
-        self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0
+        self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0, all_rows: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Return the log-probability of each response token and the entropy of its distribution, both (B, R) float32
-        nats at `temperature`, 0 outside the response."""
+        nats at `temperature`, 0 outside the response. all_rows: with a share for the embedding's rows that have no
+        token, as other programs count."""
         hidden, targets, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
+        weight, bias = self.head_weight, self.head_bias
+        if all_rows:
+            weight, bias = self.head_layer.weight, getattr(self.head_layer, "bias", None)
         logprobs, entropy = ops.linear_logprobs(
-            hidden, self.head_weight, targets, bias=self.head_bias, temperature=temperature, softcap=self.softcap
+            hidden, weight, targets, bias=bias, temperature=temperature, softcap=self.softcap
         )
         index = (rows.to(self.device), columns.to(self.device))
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
@@ -213,14 +279,20 @@ class Model:
         return zeros.index_put((rows.to(self.device), columns.to(self.device)), self.score_hidden(hidden))
 
     def last_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Return the scalar head's output (B,) float32 at the last token of each row."""
-        hidden, lengths = self.hidden(tokens), lengths.to(self.device)
-        return self.score_hidden(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
+        """Return the scalar head's output (B,) float32 at the last token of each row that is not padding: transformers'
+        rule, which a head that was trained elsewhere may have learned with its end token as padding."""
+        hidden, tokens = self.hidden(tokens), tokens.to(self.device)
+        positions = torch.arange(tokens.shape[1], device=self.device)
+        inside = positions < lengths.to(self.device)[:, None]
+        if self._score_pad is not None:
+            inside &= tokens != self._score_pad
+        return self.score_hidden(hidden[torch.arange(len(tokens), device=self.device), (positions * inside).argmax(1)])
 
     def score_hidden(self, hidden: Tensor) -> Tensor:
         """Return the scalar head's output (...) float32 on hidden states (..., D)."""
         with self._adapter_context():
-            return F.linear(hidden.float(), self.head_weight.float())[..., 0] + self.score_bias
+            bias = None if self.head_bias is None else self.head_bias.float()
+            return F.linear(hidden.float(), self.head_weight.float(), bias)[..., 0] + self.score_bias
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder that plain transformers loads. With LoRA, its weights have the adapter merged,
@@ -228,48 +300,51 @@ class Model:
         with writing(folder), quiet():
             if self.head == "scalar":
                 setattr(self.base.config, SCORE_BIAS, self.score_bias)
-                if self.tokenizer is not None and self.base.config.pad_token_id is None:
-                    self.base.config.pad_token_id = self.tokenizer.pad_token_id
+                setattr(self.base.config, SCORE_TOKEN, "last that is not padding")
             lora.save(self.module, Path(folder))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
 
     def probe_tokens(self, rows: int, length: int) -> Tensor:
-        """Return fixed tokens (rows, length) without padding tokens, to compare two forward passes. They do not change
+        """Return fixed tokens (rows, length), none of them padding, to compare two forward passes. They do not change
         torch's random state."""
-        config = self.text_config
-        tokens = (torch.arange(rows * length, device=self.device).view(rows, length) * 7919 + 3) % config.vocab_size
-        if config.pad_token_id is None:
-            return tokens
-        return torch.where(tokens == config.pad_token_id, (tokens + 1) % config.vocab_size, tokens)
+        pad = self.text_config.pad_token_id
+        missing = torch.tensor([-1 if pad is None else pad, *self.vocabulary.unused], device=self.device)
+        ids = torch.arange(self.num_tokens, device=self.device)
+        ids = ids[torch.isin(ids, missing, invert=True)]
+        return ids[(torch.arange(rows * length, device=self.device).view(rows, length) * 7919 + 3) % len(ids)]
 
     def _adapter_context(self):
         return nullcontext() if self.adapter_enabled else lora.adapter_disabled(self.module)
 
     @torch.no_grad()
-    def _check_causal(self) -> None:
+    def _check_decoder(self) -> Tensor:
+        """Check that the decoder is finite and causal, computes each row alone, and the same in training mode. Return
+        its hidden states of the probe's tokens."""
         tokens = self.probe_tokens(2, 8)
-        if not self.hidden(tokens).isfinite().all():
+        hidden = self.hidden(tokens)
+        if not hidden.isfinite().all():
             raise UserError(f"{self.name}: gives NaN or infinity on any input; its weights are spoiled")
-        whole, prefix = self.hidden(tokens)[:, :5], self.hidden(tokens[:, :5])
-        if not _allclose(whole.float(), prefix.float(), self.head_weight):
-            raise UserError(f"{self.name}: its tokens see the ones after them; only causal models can be trained here")
+        tolerance = _tolerance(self.head_weight)
+        check_causal(self.name, self.hidden, tokens, hidden, tolerance)
+        with config_without_dropout(self.base):
+            self._always_eval = find_noise(self.name, self.decoder, lambda: self.hidden(tokens), hidden, tolerance)
+        return hidden
 
     @torch.no_grad()
-    def _check_lm_head(self) -> None:
+    def _check_lm_head(self, hidden: Tensor) -> None:
         """Set `logit_scale` to the scale under which our head computes the module's own logits."""
         head = self.base.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(f"{self.name}: its head is a {type(head).__name__}; only a linear layer can be fused")
-        tokens = self.probe_tokens(2, 8)
-        expected = self.base(input_ids=tokens, use_cache=False).logits.float()
-        hidden = self.hidden(tokens).float()
+        expected = self.base(input_ids=self.probe_tokens(2, 8), use_cache=False).logits.float()
+        hidden = hidden.float()
         bias = None if head.bias is None else head.bias.float()
         for scale in _known_logit_scales(self.text_config):
             logits = F.linear(hidden * scale, head.weight.float(), bias)
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            if _allclose(logits, expected, head.weight):
+            if logits.shape == expected.shape and _allclose(logits, expected, head.weight):
                 self.logit_scale = scale
                 return
         raise UserError(
@@ -293,12 +368,11 @@ class Model:
         """Check, once for each model, that two packed rows have the hidden states that each has alone."""
         if self._packing_checked:
             return
-        tokens, training = self.probe_tokens(2, 8), self.module.training
-        self.module.eval()
+        tokens = self.probe_tokens(2, 8)
         positions = torch.arange(8).repeat(2)[None]
-        packed = self.hidden(tokens.reshape(1, 16), positions).reshape(2, 8, -1).float()
-        alone = self.hidden(tokens).float()
-        self.module.train(training)
+        with self.eval_mode():
+            packed = self.hidden(tokens.reshape(1, 16), positions).reshape(2, 8, -1).float()
+            alone = self.hidden(tokens).float()
         if not _allclose(packed, alone, self.head_weight):
             raise UserError(f"{self.name}: packed rows see one another in this architecture; set packing=false")
         self._packing_checked = True
@@ -310,8 +384,11 @@ def _no_warning(*_) -> None:
 
 def _allclose(actual: Tensor, expected: Tensor, weight: Tensor) -> bool:
     """Return True if both agree within the rounding of the dtype of `weight`."""
-    tolerance = 1e-4 if weight.dtype == torch.float32 else 0.05
-    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1.0))
+    return bool((actual - expected).abs().max() <= _tolerance(weight) * expected.abs().max().clamp_min(1.0))
+
+
+def _tolerance(weight: Tensor) -> float:
+    return 1e-4 if weight.dtype == torch.float32 else 0.05
 
 
 def _known_logit_scales(config: Any) -> Iterator[float]:

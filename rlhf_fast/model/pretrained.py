@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +23,9 @@ from transformers import (
 
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
+from rlhf_fast.model.pad_token import PAD_TOKEN
+
+log = getLogger("rlhf_fast")
 
 
 @contextmanager
@@ -41,9 +44,11 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int, device: torch.device) -> PreTrainedModel:
-    """Return the transformers module on `device`. UserError if a weight is missing; with `fresh_head`, a missing score
-    row is drawn with `seed` instead."""
+def load_module(
+    cfg: ModelConfig, head: str, fresh_head: bool, seed: int, device: torch.device
+) -> tuple[PreTrainedModel, bool]:
+    """Return the transformers module on `device`, and whether its scalar head is new: with `fresh_head`, a missing
+    score row is drawn with `seed`. UserError if another weight is missing."""
     if not cfg.path:
         raise UserError("model: no path given; give a folder or a hub name, for instance --model.path out/sft")
     check_path(cfg.path)
@@ -54,6 +59,8 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int, device
         scalar = any("SequenceClassification" in name for name in config.architectures or ())
         if head == "lm" and scalar:
             raise UserError(f"{cfg.path}: is a reward model, not a language model; give a base or SFT model")
+        if head == "scalar" and scalar and config.num_labels != 1:
+            raise UserError(f"{cfg.path}: its head has {config.num_labels} outputs; a reward model has one, the score")
         auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
         if head == "scalar":
             config.num_labels = 1
@@ -66,8 +73,10 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int, device
                 trust_remote_code=cfg.trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{cfg.path}: cannot be loaded as a {head} model: {_first_line(error)}") from error
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configs, weights and remote code are foreign: they may fail in any way
+        raise UserError(f"{cfg.path}: cannot be loaded as a {head} model: {_describe(error)}") from error
     missing = set(info["missing_keys"])
     untrained = {key for key in missing if key.startswith("score.")}
     if untrained and not fresh_head:
@@ -78,11 +87,20 @@ def load_module(cfg: ModelConfig, head: str, fresh_head: bool, seed: int, device
     if missing - untrained:
         absent = missing - untrained
         raise UserError(f"{cfg.path}: {len(absent)} weights are missing, for instance {min(absent)}")
+    unused = [key for key in info["unexpected_keys"] if not (head == "scalar" and key.startswith("lm_head."))]
+    if unused:
+        log.warning("%s: %d of its weights are not used, for instance %s", cfg.path, len(unused), min(unused))
     if untrained:
-        weight = module.score.weight
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-        weight.data.copy_(noise / (weight.shape[1] + 1) ** 0.5)
-    return module.to(device)
+        _draw_score(module.score, seed)
+    return module.to(device), bool(untrained)
+
+
+def _draw_score(layer: Any, seed: int) -> None:
+    """Draw the row of N(0, 1 / (D + 1)); a bias is 0."""
+    noise = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed))
+    layer.weight.data.copy_(noise / (layer.weight.shape[1] + 1) ** 0.5)
+    if layer.bias is not None:
+        layer.bias.data.zero_()
 
 
 def load_tokenizer(cfg: ModelConfig, module: PreTrainedModel | None = None):
@@ -90,8 +108,8 @@ def load_tokenizer(cfg: ModelConfig, module: PreTrainedModel | None = None):
     check_path(cfg.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{cfg.path}: has no tokenizer that loads: {_first_line(error)}") from error
+    except Exception as error:  # its files are foreign: they may fail in any way
+        raise UserError(f"{cfg.path}: has no tokenizer that loads: {_describe(error)}") from error
     vocabulary = module.config.get_text_config().vocab_size if module is not None else len(tokenizer)
     if len(tokenizer) > vocabulary:
         raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
@@ -120,8 +138,11 @@ def check_path(path: str) -> None:
 
 
 def check_tokenizers(ours, theirs, name: str) -> None:
-    """Raise UserError unless model `name`, whose tokenizer is `theirs`, understands the tokens of `ours`."""
-    own, other = ours.get_vocab(), theirs.get_vocab()
+    """Raise UserError unless model `name`, whose tokenizer is `theirs`, understands the tokens of `ours`. A padding
+    token more, as reward models have, makes no difference."""
+    own, other = (
+        {token: i for token, i in tokenizer.get_vocab().items() if token != PAD_TOKEN} for tokenizer in (ours, theirs)
+    )
     if own != other:
         differing = next(iter(sorted(set(own.items()) ^ set(other.items()))))[0]
         raise UserError(
@@ -136,3 +157,9 @@ def check_tokenizers(ours, theirs, name: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _describe(error: Exception) -> str:
+    """Return the error as one line. An error that no program raised on purpose says little without its type."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, (OSError, ValueError, ImportError)) and text else f"{type(error).__name__} {text}"

@@ -214,7 +214,7 @@ def _addresses(step: OpStep, sampler: Sampler) -> tuple[Any, ...]:
     options = (cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.min_new_tokens)
     scales = (model.logit_scale, model.softcap)
     leaves = tree_leaves((tensors, options, scales, sampler.end_tokens))
-    addresses = [(x.data_ptr(), x.dtype) if isinstance(x, Tensor) else x for x in leaves]
+    addresses = [(x.data_ptr(), x.dtype, x.shape) if isinstance(x, Tensor) else x for x in leaves]
     return (id(step.cache), *addresses)
 
 

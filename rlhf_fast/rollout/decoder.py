@@ -2,7 +2,8 @@
 
 fused          our own step on the module's tensors, for the families it knows
 attention      the module's own forward, with our attention in place of transformers'
-transformers   no decoder: a generate loop over transformers' own cache (rollout/hf_generate.py), for every other model
+transformers   no decoder: a generate loop over transformers' own cache, or over none where that is wrong
+               (rollout/hf_generate.py), for every other model
 
 A decoder's `make` raises Unsupported for a model that it cannot serve; the text is the reason and follows "because".
 """

@@ -1,22 +1,19 @@
-"""A generate loop over transformers' own KV cache: slow, but right for every architecture that transformers can decode.
+"""A generate loop over the model's own forward: slow, but right for every architecture that can be trained here.
 
-The prompts of a batch are padded on the left, in this file only. Finished rows leave the batch. The forward pass may
-round differently in another batch, in float32 by about 1e-6 nats.
+rollout/hf_batch.py has what a batch is. Finished rows leave it. The forward pass may round differently in another
+batch, in float32 by about 1e-6 nats.
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from rlhf_fast.config.fields import SamplingConfig
-from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.hf_batch import BatchKind
 from rlhf_fast.rollout.response_buffer import ProgressCallback, ResponseBuffer, TokenSample
 from rlhf_fast.rollout.sampler import Sampler
 from rlhf_fast.rollout.stop_criteria import StopCriteria
@@ -31,16 +28,24 @@ def generate(
     stop_criteria: StopCriteria,
     cfg: SamplingConfig,
     buffer: ResponseBuffer,
+    kind: BatchKind,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Generate all responses of `buffer`, `cfg.batch` at a time, shortest prompts first."""
+    """Generate all responses of `buffer`, at most `cfg.batch` at a time, shortest prompts first."""
     requests = buffer.requests
     stop_criteria.reset(requests.num_responses)
-    prompt_lengths = [len(requests.prompts[i]) for i in requests.prompt_index]
-    order = sorted(range(requests.num_responses), key=lambda response: prompt_lengths[response])
-    for start in range(0, len(order), cfg.batch):
-        responses = np.array(order[start : start + cfg.batch])
-        _generate_batch(model, sampler, stop_criteria, cfg, buffer, responses, progress)
+    lengths = np.array([len(requests.prompts[i]) for i in requests.prompt_index])
+    for responses in _batches(lengths, cfg.batch, kind.one_length):
+        _generate_batch(model, sampler, stop_criteria, cfg, buffer, responses, kind, progress)
+
+
+def _batches(lengths: np.ndarray, size: int, one_length: bool) -> Iterator[np.ndarray]:
+    """Yield the responses of each batch, given the lengths (B,) of their prompts."""
+    order = lengths.argsort(kind="stable")
+    parts = np.split(order, np.diff(lengths[order]).nonzero()[0] + 1) if one_length else [order]
+    for part in parts:
+        for start in range(0, len(part), size):
+            yield part[start : start + size]
 
 
 def _generate_batch(
@@ -50,11 +55,12 @@ def _generate_batch(
     cfg: SamplingConfig,
     buffer: ResponseBuffer,
     responses: np.ndarray,
+    kind: BatchKind,
     progress: ProgressCallback | None,
 ) -> None:
     """Generate `responses` (n,). Finished ones may stay in the batch for some steps; their tokens are not stored."""
     requests = buffer.requests
-    batch = _Batch(model, [requests.prompts[requests.prompt_index[response]] for response in responses])
+    batch = kind.make(model, [requests.prompts[requests.prompt_index[response]] for response in responses])
     running = np.ones(len(responses), dtype=bool)
     for step in range(cfg.max_new_tokens):
         steps = np.full(len(responses), step)
@@ -65,9 +71,8 @@ def _generate_batch(
         stop = stop_criteria(tokens, responses[running], steps[running] + 1)
         num_finished = 0
         if stop is not None:
-            finished, reasons = stop
-            finished_rows = running.nonzero()[0][finished]
-            buffer.finish(responses[finished_rows], steps[finished_rows] + 1, reasons[finished])
+            buffer.finish(responses[running], steps[running] + 1, stop)
+            finished_rows = running.nonzero()[0][stop.finished]
             running[finished_rows] = False
             num_finished = len(finished_rows)
         if progress is not None:
@@ -80,49 +85,3 @@ def _generate_batch(
             batch.select(keep)
             responses, token, running = responses[running], token[keep], running[running]
         batch.append(token.clamp_min(0))
-
-
-class _Batch:
-    """Rows that are being decoded: transformers' cache, and the hidden states that predict the next tokens."""
-
-    def __init__(self, model: Model, prompts: list[list[int]]):
-        self.model = model
-        self.takes_positions = "position_ids" in inspect.signature(model.decoder.forward).parameters
-        self.cache: Any = None
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        width = max(map(len, distinct))
-        tokens = torch.zeros(len(distinct), width, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(distinct):
-            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        self.mask = mask.to(model.device)
-        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        self.last_hidden = self._forward(tokens.to(model.device), positions)
-        self.positions = positions[:, -1]
-        index = [distinct[tuple(prompt)] for prompt in prompts]
-        if index != list(range(len(distinct))):
-            self.select(torch.tensor(index, device=model.device))
-
-    def select(self, index: Tensor) -> None:
-        """Keep rows `index` as the batch; a row may be kept several times."""
-        self.cache.batch_select_indices(index)
-        self.mask = self.mask[index]
-        self.positions = self.positions[index]
-        self.last_hidden = self.last_hidden[index]
-
-    def append(self, token: Tensor) -> None:
-        """Append a token (B,) to each row, and run the model on it."""
-        self.positions = self.positions + 1
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.last_hidden = self._forward(token[:, None], self.positions[:, None])
-
-    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        kwargs = {"position_ids": positions} if self.takes_positions else {}
-        output = self.model.run_decoder(
-            input_ids=tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **kwargs
-        )
-        self.cache = getattr(output, "past_key_values", None)
-        if self.cache is None:
-            raise UserError(f"{self.model.name}: its decoder keeps no KV cache, so responses cannot be sampled from it")
-        return output.last_hidden_state[:, -1]

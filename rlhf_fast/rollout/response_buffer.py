@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.batches import Prompts, Responses, pad_rows, response_mask
 from rlhf_fast.errors import BadRows, UserError
+from rlhf_fast.rollout.stop_criteria import Stops
 
 ProgressCallback = Callable[[int, int], None]
 """Called after each step with the number of tokens sampled and the number of responses finished in it."""
@@ -75,6 +76,7 @@ class ResponseBuffer:
         self.requests = requests
         self.lengths = np.zeros(requests.num_responses, dtype=np.int64)
         self.reasons = np.zeros(requests.num_responses, dtype=np.uint8)
+        self.stop_indices = np.full(requests.num_responses, -1, dtype=np.int64)
         self._indices: list[tuple[np.ndarray, np.ndarray]] = []
         self._tokens: list[np.ndarray] = []
         self._statistics: list[tuple[Tensor, ...]] = []
@@ -97,10 +99,12 @@ class ResponseBuffer:
         self._statistics.append(sample[1:])
         return tokens
 
-    def finish(self, responses: np.ndarray, lengths: np.ndarray, reasons: np.ndarray) -> None:
-        """Mark `responses` (n,) as finished after `lengths` tokens."""
-        self.lengths[responses] = lengths
-        self.reasons[responses] = reasons
+    def finish(self, responses: np.ndarray, lengths: np.ndarray, stops: Stops) -> None:
+        """Mark those of `responses` (n,) that `stops` says as finished, after `lengths` (n,) tokens."""
+        finished = stops.finished
+        self.lengths[responses[finished]] = lengths[finished]
+        self.reasons[responses[finished]] = stops.reasons[finished]
+        self.stop_indices[responses[finished]] = stops.stop_indices[finished]
 
     def to_responses(self) -> Responses:
         """Return all responses as one right-padded batch on the CPU."""
@@ -127,4 +131,5 @@ class ResponseBuffer:
             entropy=entropy,
             finish_reasons=torch.from_numpy(self.reasons),
             uids=torch.tensor(self.requests.uids, dtype=torch.int64),
+            stop_indices=torch.from_numpy(self.stop_indices),
         )

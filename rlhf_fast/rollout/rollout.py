@@ -8,7 +8,6 @@ noise; another batch or order of scheduling does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from rlhf_fast.rollout import hf_generate
 from rlhf_fast.rollout.choose import choose_decoder
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, decode_graphs
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
+from rlhf_fast.rollout.hf_batch import BatchKind, choose_batch
 from rlhf_fast.rollout.kv_cache import PagedKVCache, cap_pages, create_cache, page_bytes, page_size_for
 from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
 from rlhf_fast.rollout.rope_scaling import length_dependent_rope
@@ -57,13 +57,16 @@ class Rollout:
         self._requested_decode_path: DecodePath = decode_path
         self._decoder: Decoder | None = None
         self._decoder_key: tuple | None = None
+        self._batch_kind: BatchKind | None = None
+        """The way to decode rows without a decoder."""
         self._cache: PagedKVCache | None = None
         self._graphs: DecodeGraphs | None = None
         """Graphs over `_cache`."""
+        self._get_decoder()  # a model that cannot be sampled from is refused now, not in the middle of a run
 
     @property
     def decode_path(self) -> str:
-        """The decode path: fused, attention or transformers. It is chosen at the first use."""
+        """The decode path: fused, attention or transformers. It is chosen at creation."""
         decoder = self._get_decoder()
         return "transformers" if decoder is None else decoder.name
 
@@ -97,7 +100,9 @@ class Rollout:
         self.model.module.eval()
         try:
             if decoder is None:
-                hf_generate.generate(self.model, sampler, self.stop_criteria, self.sampling, buffer, progress)
+                criteria, kind = self.stop_criteria, self._batch_kind
+                assert kind is not None
+                hf_generate.generate(self.model, sampler, criteria, self.sampling, buffer, kind, progress)
             else:
                 self._decode(decoder, sampler, buffer, progress)
         finally:
@@ -120,12 +125,13 @@ class Rollout:
             self._graphs = graphs if graphs is not None and graphs.reads_parameters() else None
 
     def _get_decoder(self) -> Decoder | None:
-        """Return the decoder. It is chosen at the first call, and again after the model is moved, converted or wrapped;
-        the kept cache is then dropped."""
+        """Return the decoder. It is chosen at creation, and again after the model is moved, converted or wrapped; the
+        kept cache is then dropped."""
         model = self.model
         key = (model.module, model.device, model.head_weight.dtype)
         if self._decoder_key != key:
             self._decoder = choose_decoder(model, self._requested_decode_path)
+            self._batch_kind = choose_batch(model) if self._decoder is None else None
             self._decoder_key = key
             self._cache = self._graphs = None
         return self._decoder
@@ -163,8 +169,7 @@ class Rollout:
     def _check(self, prompts: Prompts) -> None:
         """Raise BadRows for a prompt that is empty, too long, or has a token that the model does not know."""
         limit = self.model.max_positions
-        embedding: Any = self.model.base.get_input_embeddings()
-        vocab_size = embedding.weight.shape[0]
+        vocab_size = self.model.num_rows
         rope, max_new_tokens = length_dependent_rope(self.model), self.sampling.max_new_tokens
         for uid, tokens in zip(prompts.uids, prompts.tokens, strict=True):
             rows = [("Responses", uid)]

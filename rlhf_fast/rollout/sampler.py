@@ -61,7 +61,8 @@ class Sampler:
             ban_rows=ban_rows,
             device_seed=device_key,
         )
-        return TokenSample(token, logprobs, raw_logprobs, kept_logprobs, entropy)
+        # a greedy token is certain at temperature 0; what the model thinks of it is its log-probability at 1
+        return TokenSample(token, logprobs if cfg.temperature else raw_logprobs, raw_logprobs, kept_logprobs, entropy)
 
 
 def rollout_key(seed: int, step: int) -> int:

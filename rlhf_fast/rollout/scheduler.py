@@ -290,16 +290,15 @@ class Scheduler:
 
     def _retire_finished(self, tokens: np.ndarray) -> int:
         """Remove the responses that the newest `tokens` (n,) finish, and release their pages. Return their number."""
-        stop = self.stop_criteria(tokens, self.running.responses, self.running.num_sampled)
-        if stop is None:
+        stops = self.stop_criteria(tokens, self.running.responses, self.running.num_sampled)
+        if stops is None:
             return 0
-        finished, reasons = stop
-        retired = self.running.select(finished)
-        self.buffer.finish(retired.responses, retired.num_sampled, reasons[finished])
+        self.buffer.finish(self.running.responses, self.running.num_sampled, stops)
+        retired = self.running.select(stops.finished)
         for slot in retired.slots.tolist():
             self.cache.release(self.pages.pop(slot))
             self.free_slots.append(slot)
-        self._set_running(self.running.select(~finished))
+        self._set_running(self.running.select(~stops.finished))
         return len(retired.responses)
 
 

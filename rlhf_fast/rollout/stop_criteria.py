@@ -5,6 +5,8 @@ Before min_new_tokens neither an end token nor a stop text counts, and a stop te
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from rlhf_fast.batches import EOS, LENGTH, STOP
@@ -29,6 +31,17 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     return ids if isinstance(ids, list) else [ids]
 
 
+class Stops(NamedTuple):
+    """The responses, of n, that are finished, and why."""
+
+    finished: np.ndarray
+    """(n,) bool"""
+    reasons: np.ndarray
+    """(n,) uint8: EOS, STOP or LENGTH."""
+    stop_indices: np.ndarray
+    """(n,) int64: for STOP the index of the text in `sampling.stop`, else -1."""
+
+
 class StopCriteria:
     """Called with the newest token of each running response. Prompts are not searched."""
 
@@ -37,11 +50,17 @@ class StopCriteria:
             raise UserError("sampling.stop: stop texts need a tokenizer; leave it empty")
         self.cfg = cfg
         self.tokenizer = model.tokenizer
-        vocab_size = model.head_weight.shape[0]
-        self.end_tokens = [token for token in end_token_ids(model) if 0 <= token < vocab_size]
+        vocabulary = model.vocabulary
+        vocab_size, unused = vocabulary.num_tokens, set(vocabulary.unused)
+        if model.softcap and unused:
+            raise UserError(
+                f"{model.name}: {len(unused)} ids have no token in its tokenizer, for instance {min(unused)}, and could"
+                " be sampled: under a soft cap they cannot be masked; give it a tokenizer that names them"
+            )
+        self.end_tokens = [token for token in end_token_ids(model) if 0 <= token < vocab_size and token not in unused]
         self._is_end_token = np.zeros(vocab_size, dtype=bool)
         self._is_end_token[self.end_tokens] = True
-        if cfg.min_new_tokens and self._is_end_token.all():
+        if cfg.min_new_tokens and len(self.end_tokens) + len(unused) == vocab_size:
             raise UserError(
                 f"sampling.min_new_tokens: each of the model's {vocab_size} tokens ends a response, so that none is"
                 " left to draw before they are allowed; set it to 0"
@@ -54,38 +73,40 @@ class StopCriteria:
         """Forget earlier responses, and start `num_responses` new ones."""
         self._generated = [[] for _ in range(num_responses)] if self.cfg.stop else []
 
-    def __call__(
-        self, tokens: np.ndarray, responses: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Append `tokens` (n,) to `responses` (n,), whose lengths are then `lengths` (n,). Return None if all go on,
-        else which are finished (n,) bool and their reasons (n,) uint8."""
+    def __call__(self, tokens: np.ndarray, responses: np.ndarray, lengths: np.ndarray) -> Stops | None:
+        """Append `tokens` (n,) to `responses` (n,), whose lengths are then `lengths` (n,). Return None if all go on."""
         cfg = self.cfg
         long_enough = lengths >= cfg.min_new_tokens
         ended = self._is_end_token[tokens] & long_enough
-        stopped = np.zeros_like(ended)
+        stop_indices = np.full(len(tokens), -1)
         if cfg.stop:
-            stopped = self._has_stop_text(tokens, responses) & long_enough
+            stop_indices = np.where(long_enough & ~ended, self._completed_stop_texts(tokens, responses), -1)
+        stopped = stop_indices >= 0
         finished = ended | stopped | (lengths == cfg.max_new_tokens)
         if not finished.any():
             return None
         reasons = np.where(ended, EOS, np.where(stopped, STOP, LENGTH))
-        return finished, reasons.astype(np.uint8)
+        return Stops(finished, reasons.astype(np.uint8), stop_indices)
 
-    def _has_stop_text(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
-        """Return (n,) bool: whether the newest token completes a stop text."""
+    def _completed_stop_texts(self, tokens: np.ndarray, responses: np.ndarray) -> np.ndarray:
+        """Return (n,) int64: the stop text that the newest token completes, of several the one that ends first; -1 if
+        there is none."""
         for response, token in zip(responses.tolist(), tokens.tolist(), strict=True):
             self._generated[response].append(token)
         tails = [self._generated[response][-self._tail_length :] for response in responses.tolist()]
         texts, stops = self.tokenizer.batch_decode(tails), self.cfg.stop
         if not self.cfg.min_new_tokens:
             # an earlier stop text would have ended the response already, so any found here is new
-            return np.array([any(stop in text for stop in stops) for text in texts], dtype=bool)
+            return np.array([_first_completed(stops, text, 0) for text in texts])
         previous_texts = self.tokenizer.batch_decode([tail[:-1] for tail in tails])
-        found = []
-        for text, previous in zip(texts, previous_texts, strict=True):
-            old = _common_prefix_length(text, previous)
-            found.append(any(stop in text[max(old - len(stop) + 1, 0) :] for stop in stops))
-        return np.array(found, dtype=bool)
+        pairs = zip(texts, previous_texts, strict=True)
+        return np.array([_first_completed(stops, text, _common_prefix_length(text, old)) for text, old in pairs])
+
+
+def _first_completed(stops: tuple[str, ...], text: str, start: int) -> int:
+    """Return the index of the stop text that ends first in `text`, after its first `start` characters; -1 = none."""
+    found = [(text.find(stop, max(start - len(stop) + 1, 0)), i) for i, stop in enumerate(stops)]
+    return min(((at + len(stops[i]), i) for at, i in found if at >= 0), default=(0, -1))[1]
 
 
 def _common_prefix_length(a: str, b: str) -> int:

@@ -22,11 +22,14 @@ from typing import Any, Protocol, TextIO
 
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError, writing
+from rlhf_fast.model.model import Model
+from rlhf_fast.model.saved_model import check_folder, check_saving
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.outputs import RUN, check_run_folder, move_in
+from rlhf_fast.training.learner import Learner
 
 BEST = "best"
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
@@ -119,6 +122,9 @@ class RunFolder:
                 part.load_state_dict(saved[name])
             checkpoint.restore_random_states(saved["random"])
             log.message(f"goes on after step {done} of {total} ({path})")
+        for part in state.values():
+            if isinstance(part, Learner) and isinstance(part.model, Model):
+                check_saving(part.model, self.checkpoints)
         return log
 
     def checkpoint(self, step: int, state: Mapping[str, Stateful]) -> None:
@@ -134,11 +140,13 @@ class RunFolder:
             raise SystemExit(128 + self._signal)
 
     def finish(self, write: Callable[[Path], object], summary: Mapping[str, object]) -> None:
-        """Let `write` fill a folder, move its files into `out`, and mark the run as finished with `summary`."""
+        """Let `write` fill a folder, move its files into `out`, and mark the run as finished with `summary`. UserError,
+        and the checkpoints stay, if the folder is not the model that `write` saved with a probe."""
         folder = self.out / "finished"
         with writing(self.out):
             with checkpoint.atomic_folder(folder) as unfinished:
                 write(unfinished)
+            check_folder(folder)
             for entry in sorted(folder.iterdir()):
                 if kept := move_in(entry, self.out):
                     self.log.message(f"{self.out / entry.name} was not of this run; it is {kept} now")

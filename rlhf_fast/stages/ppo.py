@@ -23,6 +23,7 @@ from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
 from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
+from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
@@ -224,7 +225,7 @@ def validate(
         responses = rollout.generate(validation_prompts(prompt_data.valid))
         _, stats = make_experience(responses, *models, cfg, state.kl.coef)
     if cfg.select == "reward":
-        state.best.update(done, stats["objective/rlhf_reward"], models.policy.save)
+        state.best.update(done, stats["objective/rlhf_reward"], partial(save_with_probe, models.policy))
     names = ("objective/rlhf_reward", "objective/scores", "objective/kl", "tokens/length", "tokens/eos_rate")
     return {f"valid/{name.partition('/')[2]}": stats[name] for name in names}
 
@@ -260,14 +261,14 @@ def log_step(
 
 def save_models(cfg: PPOConfig, models: Models, state: State, folder: Path) -> None:
     """Save the selected weights (cfg.select) to `folder`, the moving average and the value model to folders in it."""
-    policy = models.policy
+    save = partial(save_with_probe, models.policy)
     if cfg.ema:
         with state.policy_learner.averaged():
-            policy.save(folder / "ema")
+            save(folder / "ema")
             if cfg.select == "ema":
-                policy.save(folder)
+                save(folder)
     if cfg.select == "ema":
-        policy.save(folder / "last")
+        save(folder / "last")
     else:
-        state.best.writer(cfg.num_batches, policy.save)(folder)
-    models.value.save(folder / "value")
+        state.best.writer(cfg.num_batches, save)(folder)
+    save_with_probe(models.value, folder / "value")

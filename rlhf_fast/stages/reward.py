@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -13,6 +14,7 @@ from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
+from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.prompt_format import bind_prompt_format
 from rlhf_fast.stages.fit import check_fit
@@ -57,7 +59,7 @@ def run(cfg: RewardConfig) -> None:
             run_folder.checkpoint(step, state)
         if demonstrations is not None:
             model.score_bias -= mean_score(model, demonstrations)
-        run_folder.finish(model.save, {"bias": model.score_bias})
+        run_folder.finish(partial(save_with_probe, model), {"bias": model.score_bias})
 
 
 def load_demonstrations(cfg: RewardConfig, model: Model, prompt_format: PromptFormat) -> Dataset | None:

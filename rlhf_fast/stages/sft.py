@@ -10,6 +10,7 @@ from rlhf_fast.config.stages import SFTConfig
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
 from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
+from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
@@ -34,7 +35,7 @@ def run(cfg: SFTConfig) -> None:
         data, pretrain_data, reward = load_data(cfg, model, run_folder, context)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
-        best = BestModel(run_folder)
+        best, save = BestModel(run_folder), partial(save_with_probe, model)
         state: dict[str, Stateful] = {"learner": learner, "best": best}
         text_location = pretrain_data.location if pretrain_data else None
         row_locators = {"Demonstrations": data.train.location, "Texts": text_location}
@@ -48,10 +49,10 @@ def run(cfg: SFTConfig) -> None:
                     stats |= validate(cfg, model, data.valid, reward, log, step, context)
                 if cfg.select != "last":
                     score = stats["valid/scores"] if cfg.select == "reward" else -stats["valid/sft"]
-                    best.update(step, score, model.save)
+                    best.update(step, score, save)
             log.metrics(step, stats, tokens=sum(int(batch.lengths.sum()) for _, batch, _ in terms))
             run_folder.checkpoint(step, state)
-        run_folder.finish(best.writer(steps, model.save), {"step": best.step or steps, "score": best.score})
+        run_folder.finish(best.writer(steps, save), {"step": best.step or steps, "score": best.score})
 
 
 def load_data(

@@ -123,11 +123,13 @@ def _cross_entropy(
     pack: bool,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum over the tokens first <= t < length, those that `keep` (B, R) selects, divided by num_items."""
+    """Return the sum over the tokens first <= t < length, those that `keep` (B, R) selects, divided by num_items. It is
+    over all rows of the output embedding, as everywhere: those without a token lose their probability by it."""
     hidden, targets, _ = model.hidden_and_targets(tokens, first, lengths, keep, pack)
     weights = torch.full((len(targets),), 1 / num_items, device=hidden.device)
+    head = model.head_layer
     loss, _ = ops.linear_cross_entropy(
-        hidden, model.head_weight, targets, weights, bias=model.head_bias, softcap=model.softcap
+        hidden, head.weight, targets, weights, bias=getattr(head, "bias", None), softcap=model.softcap
     )
     return loss
 

@@ -75,6 +75,58 @@ REFUSED = {
 """Models that it must refuse, and the reason."""
 
 
+LAYERS3, LAYERS4 = {**SMALL, "num_hidden_layers": 3}, {**SMALL, "num_hidden_layers": 4}
+ALTERNATING = ["linear_attention", "full_attention"] * 2
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ALTERNATING,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ZAMBA = {"layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4, "use_mamba_kernels": False}
+RECURRENT = {
+    "mamba": build("Mamba", state_size=8),
+    "mamba2": build("Mamba2", state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
+    "falcon_mamba": build("FalconMamba", state_size=8),
+    "jamba": build(
+        "Jamba", LAYERS4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
+        mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False,
+    ),
+    "zamba": build(
+        "Zamba", LAYERS4, **ZAMBA, mamba_d_state=8, mamba_dt_rank=4, n_mamba_heads=2, attention_hidden_size=64,
+        attention_head_dim=16,
+    ),
+    "zamba2": build(
+        "Zamba2", LAYERS4, **ZAMBA, mamba_d_state=8, n_mamba_heads=8, mamba_headdim=8, chunk_size=8, num_mem_blocks=1,
+        time_step_min=0.1,
+    ),
+    "bamba": build("Bamba", LAYERS3, attn_layer_indices=[1], **MAMBA2),
+    "falcon_h1": build("FalconH1", mamba_d_ssm=64, **MAMBA2),
+    "granitemoehybrid": build(
+        "GraniteMoeHybrid", LAYERS3, layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=32,
+        num_local_experts=2, num_experts_per_tok=1, **MAMBA2,
+    ),
+    "nemotron_h": build(
+        "NemotronH", LAYERS4, layers_block_type=["mamba", "attention", "mlp", "mamba"], mamba_num_heads=8,
+        mamba_head_dim=8, ssm_state_size=8, n_groups=2, chunk_size=8, head_dim=8, use_mamba_kernels=False,
+        time_step_min=1e-6,
+    ),
+    "lfm2": build("Lfm2", LAYERS3, layer_types=["conv", "full_attention", "conv"]),
+    "recurrent_gemma": build(
+        "RecurrentGemma", LAYERS3, lru_width=32, attention_window_size=8, head_dim=8,
+        block_types=("recurrent", "recurrent", "attention"),
+    ),
+    "qwen3_next": build(
+        "Qwen3Next", LAYERS4, head_dim=8, shared_expert_intermediate_size=16, **DELTA, **EXPERTS,
+    ),
+    "qwen3_5": build("Qwen3_5", LAYERS4, head_dim=8, **DELTA),
+    "olmo_hybrid": build("OlmoHybrid", LAYERS4, **DELTA),
+    "minimax": build("MiniMax", LAYERS4, layer_types=ALTERNATING, head_dim=8, block_size=8),
+    "rwkv": build("Rwkv", {k: v for k, v in SMALL.items() if "position" not in k}, context_length=64),
+}  # fmt: skip
+"""Models with recurrent layers, alone or between attention layers."""
+
+
 def prompts(*lengths: int, uids: list[int] | None = None) -> Prompts:
     """Return random prompts without special tokens, with uids from 100."""
     tokens = [torch.randint(3, V, (length,)).tolist() for length in lengths]
