@@ -11,7 +11,7 @@ import yaml
 import rlhf_fast
 from rlhf_fast.cli.show_config import show_config
 from rlhf_fast.config import fields, stages
-from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig, OptimConfig
+from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig, OptimConfig, SamplingConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import (
