@@ -134,7 +134,7 @@ def test_bad_rows_stop_a_stage_before_it_writes(capsys, folder, stage, rows, sen
     (folder / "d.jsonl").write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     model = "--policy.path" if stage == "ppo" else "--model.path"
     reward = ["--reward", "toy:share_of_a"] if stage == "ppo" else []
-    limit = ["--data.max-prompt-tokens", "100"]
+    limit = ["--data.max-prompt-tokens", "100", *(["--sampling.max-new-tokens", "8"] if stage == "ppo" else [])]
     error = error_of(
         capsys, stage, model, toy.model_at(folder), "--data.path", "d.jsonl", "--out", "run", *reward, *limit
     )

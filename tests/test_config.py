@@ -11,7 +11,7 @@ import yaml
 import rlhf_fast
 from rlhf_fast.cli.show_config import show_config
 from rlhf_fast.config import fields, stages
-from rlhf_fast.config.fields import BadSetting, DataConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig, OptimConfig, SamplingConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import (
@@ -273,7 +273,7 @@ def test_aliases_of_aliases_end_soon(tmp_path):
 )
 def test_text_that_looks_like_something_else_is_written_in_quotes(tmp_path, text):
     """For our reader and for one of YAML 1.1."""
-    cfg = SFTConfig(out=text, sampling=SamplingConfig(stop=(text,)), data=DataConfig(columns={"prompt": text}))
+    cfg = SFTConfig(out=text, log=LogConfig(sinks=(text,)), data=DataConfig(columns={"prompt": text}))
     (tmp_path / "c.yaml").write_text(to_yaml(cfg))
     assert resolve(SFTConfig, read_yaml(tmp_path / "c.yaml")) == cfg
     assert yaml.safe_load(to_yaml(cfg))["out"] == cfg.out

@@ -53,7 +53,7 @@ def parse(cls: type[T], argv: Sequence[str], command: str, **options: Any) -> T:
     """Run tyro.cli. An error that tyro prints in a box becomes a UserError of one sentence."""
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr), _wide_terminal(not {"-h", "--help"} & set(argv)):
+        with contextlib.redirect_stderr(stderr), _long_lines(not {"-h", "--help"} & set(argv)):
             return tyro.cli(cls, args=list(argv), prog=f"rlhf-fast {command}", **options)
     except SystemExit as error:
         if not error.code:
@@ -64,10 +64,10 @@ def parse(cls: type[T], argv: Sequence[str], command: str, **options: Any) -> T:
 
 
 @contextlib.contextmanager
-def _wide_terminal(wide: bool) -> Iterator[None]:
+def _long_lines(enabled: bool) -> Iterator[None]:
     """Let tyro's box have one line for each sentence, however narrow the terminal is."""
     before = os.environ.get("COLUMNS")
-    if wide:
+    if enabled:
         os.environ["COLUMNS"] = "10000"
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether a folder's run is the one that is asked for: same stage and settings, and inputs with the same bytes.
+"""Compare a folder's run with the one that is asked for: stage, settings, and the bytes of its inputs.
 
 Names and times do not count. A data file or model that was moved, copied or linked is the same; one that was changed in
 place is not.

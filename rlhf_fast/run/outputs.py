@@ -1,4 +1,4 @@
-"""What a command may write over: files of its own. Everything else that lies there is the user's and stays.
+"""Refuse to write over anything that is not the command's own. All else that lies there is the user's and stays.
 
 Paths are compared by what they lead to (links, bind mounts, hard links, `..`), and before anything is loaded.
 """

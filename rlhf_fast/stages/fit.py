@@ -1,4 +1,4 @@
-"""Whether the models and sizes of a stage fit each other: read from config.json and tokenizer, before any weights.
+"""Check that a stage's models and sizes fit each other, by config.json and tokenizer, before any weights are read.
 
 A recipe checks all its stages so before the first one starts. A model that an earlier stage will write has the sizes
 and the tokenizer of the model which that stage starts from.
@@ -43,7 +43,7 @@ class Role(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What config.json and tokenizer say of a role. positions: 0 = no limit. rows: of the vocabulary."""
+    """Numbers and tokenizer of a role's folder. positions: 0 = no limit. rows: of the vocabulary."""
 
     role: Role
     positions: int
