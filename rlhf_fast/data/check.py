@@ -16,7 +16,14 @@ from rlhf_fast.data.datasets import Row, encode_example, exceeded_limit, prompt_
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import InvalidRow
 from rlhf_fast.data.json_lines import parse_object, read_lines
-from rlhf_fast.data.notes import find_markers, rendered_rows, spelled_markers, unknown_tokens, unused_columns
+from rlhf_fast.data.notes import (
+    earlier_answers,
+    find_markers,
+    rendered_rows,
+    spelled_markers,
+    unknown_tokens,
+    unused_columns,
+)
 from rlhf_fast.data.rows import KINDS, Example, parse_lines
 from rlhf_fast.errors import UserError, listed
 
@@ -99,9 +106,10 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
         _echo_errors(cfg.path, errors, echo)
     if not examples:
         return len(errors)
-    unused = unused_columns(examples)
-    if unused:
-        echo(f"  not used: {unused}")
+    unused, earlier = unused_columns(examples), earlier_answers(examples, cfg.turns)
+    for note in (f"not used: {unused}" if unused else "", earlier):
+        if note:
+            echo(f"  {note}")
     _echo_repeats(report, echo)
     prompt_sizes = [len(prompt_as_text(example.prompt)) for example in examples]
     response_sizes = [len(response) for example in examples for response in example.responses]

@@ -185,7 +185,8 @@ def _read_rows(
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not rows:
         raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
-    notes = row_notes(path, examples, (ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
+    sequences = (ids for row in rows for ids in (row.prompt, *row.responses))
+    notes = row_notes(path, examples, sequences, encoder, cfg.turns)
     return rows, "; ".join([f"{path}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
 
 
