@@ -310,6 +310,7 @@ def test_check_marks_the_turns_that_have_a_loss(tmp_path, turns, learned):
     assert check(cfg, tokenizer=tokenizer, echo=lines.append) == 0
     marked = [cell for line in lines for cell in line.split() if cell.startswith("*") and cell[1:].isdigit()]
     assert tokenizer.decode([int(cell[1:]) for cell in marked]) == learned
+    assert any("3 earlier answers of 2" in line for line in lines) == (turns == "last")
     assert any("1 whose last answer has weight 0" in line for line in lines) == (turns == "last")
 
 
@@ -331,9 +332,9 @@ def test_rows_that_are_rendered_already(tmp_path):
     asked = {"prompt": "What does <|im_end|> mean?", "completion": "It ends a turn."}
     cfg = DataConfig(write(tmp_path / "d.jsonl", [asked]))
     assert "(they stay text): <|im_end|> 1 times, lines 1" in read_demonstrations(cfg, byte_level(CHATML)).train.notes
-    # without a chat template a marker that the tokenizer does not know is text like any other
+    # without a chat template, a marker that the tokenizer does not know may be meant: it is named
     cfg = DataConfig(write(tmp_path / "d.jsonl", [{"prompt": "[INST] Say 1 [/INST]", "completion": "It is 1."}]))
-    assert "spelled" not in read_demonstrations(cfg, byte_level()).train.notes
+    assert "(they stay text): [INST] 1 times, [/INST] 1 times" in read_demonstrations(cfg, byte_level()).train.notes
 
 
 def test_unknown_tokens_are_counted(tmp_path):

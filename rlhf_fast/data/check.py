@@ -106,9 +106,10 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
         _echo_errors(cfg.path, errors, echo)
     if not examples:
         return len(errors)
-    unused = unused_columns(examples)
-    if unused:
-        echo(f"  not used: {unused}")
+    unused, earlier = unused_columns(examples), answers_without_loss(examples, cfg.turns)
+    for note in (f"not used: {unused}" if unused else "", earlier):
+        if note:
+            echo(f"  {note}")
     _echo_repeats(report, echo)
     prompt_sizes = [len(prompt_as_text(example.prompt)) for example in examples]
     response_sizes = [len(response) for example in examples for response in example.responses]

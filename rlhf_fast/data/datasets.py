@@ -18,7 +18,7 @@ from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_r
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder, PromptFormat, as_turns, has_loss
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message
-from rlhf_fast.data.notes import answers_without_loss, row_notes
+from rlhf_fast.data.notes import row_notes
 from rlhf_fast.data.rows import Example, read_examples
 from rlhf_fast.errors import UserError
 
@@ -185,9 +185,8 @@ def _read_rows(
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not rows:
         raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
-    notes = row_notes(path, examples, (ids for row in rows for ids in (row.prompt, *row.responses)), encoder)
-    if kind == "demonstrations" and (note := answers_without_loss(examples, cfg.turns)):
-        notes.append(note)
+    sequences = (ids for row in rows for ids in (row.prompt, *row.responses))
+    notes = row_notes(path, examples, sequences, encoder, cfg.turns)
     return rows, "; ".join([f"{path}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
 
 

@@ -41,9 +41,14 @@ def unused_columns(examples: Iterable[Example]) -> str:
     return ", ".join(f"{shown(name)} ({count} of {total} rows)" for name, count in counts.items())
 
 
-def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool = True) -> Markers:
-    """Return the special tokens that the data spell; with `chat` also the markers of other templates."""
-    names = [*dict.fromkeys((*special, *(CHAT_MARKERS if chat else ())))]
+def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool = False) -> Markers:
+    """Return the special tokens and the markers of common templates that the data spell.
+
+    chat: a chat template will be applied, so that markers which the tokenizer does not know show a rendered row too.
+    Without one they may be the user's own format.
+    """
+    names = [*dict.fromkeys((*special, *CHAT_MARKERS))]
+    telling = {*special, *(CHAT_MARKERS if chat else ())}
     starts = {name[:2] for name in names}
     found = Markers(Counter(), [], [])
     for example in examples:
@@ -55,7 +60,7 @@ def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool
             continue
         found.counts.update(here)
         found.lines.append(example.line)
-        markers, num_turns = tuple(here), len(texts) - len(example.responses)
+        markers, num_turns = tuple(telling & here.keys()), len(texts) - len(example.responses)
         begins = any(text.lstrip().startswith(markers) for text in texts[:num_turns])
         if begins or any(text.rstrip().endswith(markers) for text in example.responses):
             found.rendered.append(example.line)
@@ -146,19 +151,19 @@ def answers_without_loss(examples: Iterable[Example], turns: str) -> str:
 
 
 def row_notes(
-    path: str, examples: Sequence[Example], sequences: Iterable[Sequence[int]], encoder: Encoder
+    path: str, examples: Sequence[Example], sequences: Iterable[Sequence[int]], encoder: Encoder, turns: str
 ) -> list[str]:
-    """Return the sentences on a file that a stage reads. UserError if most of its rows are rendered already."""
+    """Return the sentences on a file that a stage reads. UserError if most of its rows are rendered already.
+
+    sequences: prompts and responses as tokens; turns: data.turns.
+    """
     markers = find_markers(examples, encoder.special, encoder.template == "chat")
     fault = rendered_rows(markers, len(examples))
     if fault:
         raise UserError(f"{path}: {fault}")
     unused = unused_columns(examples)
-    notes = [
-        f"not used: {unused}" if unused else "",
-        unknown_tokens(examples, sequences, encoder),
-        spelled_markers(markers),
-    ]
+    notes = [f"not used: {unused}" if unused else "", answers_without_loss(examples, turns)]
+    notes += [unknown_tokens(examples, sequences, encoder), spelled_markers(markers)]
     return [note for note in notes if note]
 
 
