@@ -166,7 +166,7 @@ def surrogate(unclipped_log_ratio: Tensor, advantage: Tensor, clip: Clip) -> Sur
         pass_through = torch.where(loss == dual_bound, pass_through / 2, pass_through)
         pass_through = torch.where(clipped_dual, 0, pass_through)
         loss = torch.minimum(loss, dual_bound)
-    grad = torch.where(unclipped_log_ratio.abs() > clip.max_log_ratio, 0, pass_through) * -advantage * ratio
+    grad = torch.where(unclipped_log_ratio.abs() > clip.max_log_ratio, 0, pass_through * -advantage * ratio)
     is_clipped = unclipped < clipped
     clipped_low = is_clipped & (ratio < 1 - clip.low)
     clipped_high = is_clipped & (ratio > 1 + clip.high)
