@@ -16,7 +16,7 @@ import torch
 
 from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_rows, response_mask
 from rlhf_fast.config.fields import DataConfig
-from rlhf_fast.data.encode import Encoder, PromptFormat, as_turns, has_loss
+from rlhf_fast.data.encode import Encoder, PromptFormat, has_loss
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message
 from rlhf_fast.data.notes import row_notes
 from rlhf_fast.data.rows import Example, read_examples
@@ -228,7 +228,7 @@ def encode_example(example: Example, kind: str, encoder: Encoder, cfg: DataConfi
         return Row("", [], "", (encoder.text(example.responses[0]),), (), keys)
     if kind == "demonstrations":
         answer = example.conversation[-1] if example.conversation else _answer(example.responses[0])
-        earlier = as_turns(example.prompt)
+        earlier = example.prompt if isinstance(example.prompt, list) else []  # HH text too is a prompt
         if cfg.turns == "all" and any(turn["role"] == "assistant" and has_loss(turn) for turn in earlier):
             found = encoder.all_answers([*earlier, answer], tools)
             return Row("", found.prompt, found.text, (found.response,), (), keys, tuple(found.loss_mask))
