@@ -91,11 +91,12 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
     }
   }
   if (params.temperature != 1.) {
+    const float same_origin = __shfl_sync(full_mask, origin, 0);  // hidden: no distance waits in a register
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
       for (int i = 0; i < size; ++i) {
-        const float distance = x[u][i] - origin;
+        const float distance = x[u][i] - same_origin;
         raw_others += distance > 0.f ? 0.f : fast_exp(distance);
       }
     }

@@ -269,11 +269,10 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
   Softmax row;
   row.origin = others.origin;
   row.factor = (is_ahead ? lesser : 1.f) / sum;
-  if (SOFTCAP && others.sum > 1.f) row.factor *= exact_sum / others.sum;
   row.log2_factor = ((is_ahead ? finite_distance : 0.f) - log_sum) * log2_e;
   row.logprob = (is_ahead ? 0.f : distance) - log_sum;
   row.p = (is_ahead ? 1.f : lesser) / sum;
-  row.rest = row.factor * others.sum;
+  row.rest = row.factor * exact_sum;
   row.entropy = log_sum - row.factor * __fmaf_rn(finite_distance, is_ahead ? others.sum : lesser, ln_2 * others.moment);
   return row;
 }

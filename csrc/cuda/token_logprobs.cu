@@ -229,8 +229,10 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   uint4* const saved = shared_memory<uint4>();
   const T* const logits = job.row<T>(at.row);
   const UnalignedRow<T> row(logits, 0, job.V);
+  constexpr int U =
+      SOFTCAP && sizeof(T) == 2 ? 2 : unroll;  // 4 vectors of z and their softcap spill registers on sm_80
   SoftmaxState state =
-      row_state<unroll, SOFTCAP>(row, 0, num_vecs, at.thread, at.num_threads, column, job.scaling, saved, num_saved);
+      row_state<U, SOFTCAP>(row, 0, num_vecs, at.thread, at.num_threads, column, job.scaling, saved, num_saved);
   state = at.merge_threads<SOFTCAP>(state, job.scaling, shared);
   const Softmax softmax = softmax_of<SOFTCAP>(state, target_logit(logits, column), job.scaling);
   const LogitGrad grad = logit_grad_of(softmax, grad_logprobs[at.row], grad_entropy[at.row], job.scaling);
