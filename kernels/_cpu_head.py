@@ -212,7 +212,7 @@ class CpuHead:
     def _three_products(self, chunks, coefficients_of, needs_grad):
         buffer = empty_float32(self.hidden, max((end - begin for begin, end in chunks), default=0) * self.V)
         state = self.new_state()
-        coefficients = empty_float32(self.hidden, self.N, 9)
+        coefficients = self.hidden.new_empty(self.N, 9, dtype=torch.float64)
         results = []
         out = GradAccumulator(self, needs_grad, whole_weight=True)
         for begin, end in chunks:
@@ -315,8 +315,8 @@ class GradAccumulator:
 
 
 def pack_row_grads(largest: Tensor, grads: RowGrads, ref_largest: Tensor | None = None) -> Tensor:
-    """Return (N, 9) float32, the columns that head_gradient reads."""
-    out = empty_float32(largest, len(largest), 9).zero_()
+    """Return (N, 9) float64, the columns that head_gradient reads."""
+    out = largest.new_zeros(len(largest), 9, dtype=torch.float64)
     for i, x in enumerate((largest, *grads[:6], ref_largest, grads.ref_log_scale)):
         if x is not None:
             out[:, i] = x

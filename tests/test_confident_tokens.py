@@ -186,7 +186,10 @@ def check(name: str, backend: str, logits: Logits) -> None:
     assert ulps(result.grad.gather(1, logits.targets[:, None])[:, 0], slopes) <= ULPS + rounding, "gradient"
     if not logits.softcap and not rounding:
         row = result.grad.double()
-        assert (row.sum(1).abs() <= 1e-7 * row.abs().sum(1)).all(), "the gradient of a row does not sum to 0"
+        sums = row.abs().sum(1)
+        bound = (1e-7 if name == "token_logprobs" else 1.5e-7) * sums  # linear ops keep each row's sum in float32
+        normal = sums > 1e-33  # below, single numbers are denormal
+        assert (row.sum(1).abs() <= bound)[normal].all(), "the gradient of a row does not sum to 0"
     p = logits.z().softmax(1).scatter(1, logits.targets[:, None], 0)
     by_logit = torch.cosh(logits.x.double() / logits.softcap) ** -2 if logits.softcap else torch.ones(())
     expected = -p * by_logit / logits.temperature

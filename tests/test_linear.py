@@ -226,6 +226,27 @@ def test_exact_kl(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("distance", [60.0, 95.0, 180.0, 700.0])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.5, 0.0), (0.1, 90.0)])
+def test_the_gradient_of_a_kl_to_a_far_reference(backend, distance, temperature, softcap):
+    """The reference's log-probabilities are below -87, where exp underflows, and count in full."""
+    x, ref_x = torch.randn(5, 40), torch.randn(5, 40)
+    ref_x[:, 3:30:4] -= distance
+    ref_x[4] += 50
+    targets = torch.tensor([0, 3, 7, 39, 3])
+
+    def gradients(run, dtype):
+        weight = x.T.to(dtype).contiguous().requires_grad_()
+        eye, ref_weight = torch.eye(5, dtype=dtype), ref_x.T.to(dtype).contiguous()
+        logprobs, _, entropy, kl = run(eye, weight, eye, ref_weight, targets, temperature, softcap)
+        return [torch.autograd.grad(y.sum(), weight, retain_graph=True)[0].double() for y in (kl, entropy, logprobs)]
+
+    truth = gradients(ops.linear_kl.backend("reference"), torch.float64)
+    for ours, exact in zip(gradients(ops.linear_kl.backend(backend), torch.float32), truth, strict=True):
+        assert ((ours - exact).abs() <= 2e-5 * exact.abs() + 2e-6 * exact.abs().max()).all()
+
+
+@each_backend
 def test_gradcheck_in_float64(backend):
     hidden, weight, _ = to_float64(*random_head(4, 3, 7))
     targets, bias = torch.tensor([2, -100, 6, 0], dtype=torch.int32), torch.randn(7).double().requires_grad_()

@@ -45,7 +45,7 @@ template <class T>
 struct LogitsRow {
   const T* x;
   int32_t V;
-  float max_logit, second;  // the second largest equals the largest in a tie
+  float max_logit;
   double temperature;
   float inverse_temperature;
 

@@ -2,7 +2,8 @@
 // kernels/linear_sample_tokens.py defines it; product.h and sample.h have the algorithms.
 //
 //                 tile 0 (1024 columns)   tile 1   ...        a thread takes the next tile that is free:
-//     row 0       [ RowSums, argmax ]     [      ]            up to ROWS rows of its logits, in the second-level cache,
+//     row 0       [ LogitSums, argmax ]     [      ]            up to ROWS rows of its logits, in the second-level
+//     cache,
 //     ...                                                     are visited and forgotten
 //     row 63      [                 ]     [      ]            then a thread joins a row: tiles in order, best argmax
 //
@@ -34,7 +35,7 @@ struct Ban {
 struct Work {
   Activations x;
   float* logits;           // (rows, V), or null if no row is kept
-  RowSums* tiles;          // (rows, tiles)
+  LogitSums* tiles;        // (rows, tiles)
   GumbelArgmax* argmaxes;  // (threads, ROWS)
 };
 
@@ -64,13 +65,13 @@ void visit_columns(const Head& head, const Work& work, const Ban& ban, int64_t f
   for (int64_t r = 0; r < work.x.rows; ++r) {
     float* const x = buffer + r * SAMPLE_TILE;
     GumbelArgmax& argmax = argmaxes[r];
-    RowSums& sums = work.tiles[r * num_tiles(V) + tile];
+    LogitSums& sums = work.tiles[r * num_tiles(V) + tile];
     finish_logits(head, begin, n, x);
     if (keeps_logits(argmax.params, ban, first + r)) {
       memcpy(work.logits + r * V + begin, x, n * sizeof(float));
     } else if (argmax.params.greedy) {
       sums = visit_tile<false>(argmax, x, (int32_t)begin, (int32_t)n);
-      const float max_logit = (float)sums.sums.max_logit;
+      const float max_logit = (float)sums.max_logit;
       if (max_logit > argmax.best.score)
         argmax.best = {max_logit, max_logit, (int32_t)begin + find_logit(x, (int32_t)n, max_logit)};
     } else {
@@ -81,7 +82,7 @@ void visit_columns(const Head& head, const Work& work, const Ban& ban, int64_t f
 
 // A row whose logits were kept.
 void finish_kept_row(float* x, int32_t V, const SamplingParams& params, const Ban& ban, const Outputs& out, int64_t b) {
-  RowSums all_sums = no_sums;
+  LogitSums all_sums = no_sums;
   if (has_ban(ban, b) && params.valid) {
     GumbelArgmax argmax = start_argmax(params);
     all_sums = visit_row<false>(argmax, x, V);
@@ -104,10 +105,10 @@ void finish_row(const Head& head, const Work& work, const Ban& ban, const Output
     const Candidate& candidate = work.argmaxes[t * ROWS + r].best;
     best.update(candidate.score, candidate.logit, candidate.token);
   }
-  RowSums sums = no_sums;
+  LogitSums sums = no_sums;
   for (int64_t tile = 0; tile < num_tiles(V); ++tile)
     add_tile(sums, work.tiles[r * num_tiles(V) + tile], params.temperature);
-  write_row(out, b, params, sums.sums, best, sums.sums);
+  write_row(out, b, params, sums, best, sums);
 }
 
 // Divides a workspace; if `base` is null, it only counts the bytes.
@@ -125,7 +126,7 @@ struct Workspace {
 struct Buffers {
   float *x, *logits, *tile_logits, *panels;
   uint16_t* x_bf16;
-  RowSums* tiles;
+  LogitSums* tiles;
   GumbelArgmax* argmaxes;
   int64_t panel_size;
 };
@@ -136,7 +137,7 @@ Buffers divide(Workspace& space, int64_t rows, int64_t D, int64_t V, bool keeps_
   buffers.x = space.take<float>(rows * D);
   buffers.x_bf16 = uses_bf16 ? space.take<uint16_t>(rows * D) : nullptr;
   buffers.logits = keeps_logits ? space.take<float>(rows * V) : nullptr;
-  buffers.tiles = space.take<RowSums>(rows * num_tiles(V));
+  buffers.tiles = space.take<LogitSums>(rows * num_tiles(V));
   buffers.argmaxes = space.take<GumbelArgmax>(threads * ROWS);
   buffers.tile_logits = space.take<float>(threads * rows * SAMPLE_TILE);
   buffers.panels = space.take<float>(threads * buffers.panel_size);

@@ -18,6 +18,7 @@ namespace {
 
 static_assert(BLOCK % (4 * quads_per_call) == 0, "a block holds whole calls of philox");
 constexpr int SAMPLE_TILE = 1024;
+constexpr double FAR_AHEAD = 1. / 16;  // the mass of a tile's other tokens, relative to the largest logit's
 
 // The best token so far of one row. A token can beat it only if floor(word / 2) < p * threshold, where
 // p = e^(x / temperature - shift).
@@ -66,29 +67,22 @@ INLINE void try_block(GumbelArgmax& argmax, int32_t v, const f32* x, const f32* 
     if (lanes[i]) try_token(argmax, logits[i], v + i, gumbel(words[i]));
 }
 
-// The sums of a row or of a part of it, and its second largest logit, which equals the largest in a tie.
-struct RowSums {
-  LogitSums sums;
-  float second;
-};
-constexpr RowSums no_sums = {{-__builtin_inf(), 0, 0, 0}, -__builtin_inff()};
+constexpr LogitSums no_sums = {-__builtin_inf(), 0, 0, 0};
 
 // Adds a tile's sums to those of the tiles before it. A NaN or +inf in max_logit stays there.
-INLINE void add_tile(RowSums& row, const RowSums& tile, double temperature) {
-  const double infinity = __builtin_inf(), row_max = row.sums.max_logit, tile_max = tile.sums.max_logit;
-  if (tile_max == -infinity || row_max != row_max) return;
-  if (row_max == -infinity || !(tile_max < infinity)) {
+INLINE void add_tile(LogitSums& row, const LogitSums& tile, double temperature) {
+  if (tile.max_logit == -__builtin_inf() || row.max_logit != row.max_logit) return;
+  if (row.max_logit == -__builtin_inf() || !(tile.max_logit < __builtin_inf())) {
     row = tile;
     return;
   }
-  const bool rises = tile_max > row_max;
-  const RowSums &high = rises ? tile : row, &low = rises ? row : tile;
-  const double gap = low.sums.max_logit - high.sums.max_logit, z = gap / temperature;
+  const bool rises = tile.max_logit > row.max_logit;
+  const LogitSums &high = rises ? tile : row, &low = rises ? row : tile;
+  const double gap = low.max_logit - high.max_logit, z = gap / temperature;
   const double raw_factor = exp(gap), factor = temperature == 1 ? raw_factor : exp(z);
-  const double moment = factor > 0 ? factor * (low.sums.moment + z * low.sums.mass()) : 0;
-  const double raw_others = raw_factor * (1. + low.sums.raw_others), others = factor * low.sums.mass();
-  row = {{high.sums.max_logit, high.sums.raw_others + raw_others, high.sums.others + others, high.sums.moment + moment},
-         max(high.second, (float)low.sums.max_logit)};
+  const double moment = factor > 0 ? factor * (low.moment + z * low.mass()) : 0;
+  row = {high.max_logit, high.raw_others + raw_factor * (1. + low.raw_others), high.others + factor * low.mass(),
+         high.moment + moment};
 }
 
 // Kahan's sum of vectors: it carries the rounding error along. Otherwise many equal small terms beside one of 1 would
@@ -107,113 +101,104 @@ struct KahanSum {
   }
 };
 
-// The largest of n logits, and the largest of the others.
-struct TopTwo {
-  float first, second;
-
-  INLINE void add(float x) {
-    second = max(second, min(first, x));
-    first = max(first, x);
-  }
-};
-
-// `first` is NaN if a logit is NaN.
+// The largest of n logits; NaN if one is NaN.
 template <class T>
-INLINE TopTwo find_top_two(const T* x, int64_t n) {
-  f32 first = splat(-__builtin_inff()), second = first;
+INLINE float find_max(const T* x, int64_t n) {
+  f32 largest = splat(-__builtin_inff());
   i32 is_nan = {};
   for (int64_t v = 0; v < n; v += W) {
     const f32 logits = n - v >= W ? load(x + v) : load_partial(x + v, (int)(n - v), -__builtin_inff());
-    second = max(second, min(first, logits));
-    first = max(first, logits);
+    largest = max(largest, logits);
     is_nan |= logits != logits;
   }
-  TopTwo top = {-__builtin_inff(), -__builtin_inff()};
-  for (int i = 0; i < W; ++i) {
-    top.add(first[i]);
-    top.add(second[i]);
-  }
-  if (any(is_nan)) top.first = __builtin_nanf("");
-  return top;
+  return any(is_nan) ? __builtin_nanf("") : reduce_max(largest);
 }
 
 // The index of the first of n logits that equals `logit`, or n.
 template <class T>
 INLINE int32_t find_logit(const T* x, int32_t n, float logit) {
   int32_t v = 0;
-  for (; v + W <= n; v += W)
-    if (any(load(x + v) == logit)) break;
+  while (v + W <= n && !any(load(x + v) == logit)) v += W;
   while (v < n && to_float(x[v]) != logit) ++v;
   return v;
 }
 
-// Masses are relative to the second largest logit. That of the largest may be infinite, and its product with a small
-// threshold is not a number: the token is then tried by itself.
-constexpr double MAX_LEAD = 40;
-
-INLINE void try_leader(GumbelArgmax& argmax, float x, int32_t v) {
-  uint32_t words[4 * quads_per_call];
-  philox(argmax.params.key, (uint32_t)v / 4 / quads_per_call * quads_per_call, words);
-  try_token(argmax, x, v, gumbel(words[v % (4 * quads_per_call)]));
-}
-
-INLINE void set_lane(f32* x, int32_t lane, float value) {
-  float lanes[W];
-  store(lanes, x[lane / W]);
-  lanes[lane % W] = value;
-  x[lane / W] = load(lanes);
+// The sums of a tile whose largest logit is far ahead. The others' masses are taken relative to the largest of them,
+// where float32 keeps their digits.
+template <class T>
+__attribute__((noinline)) LogitSums sums_behind_leader(const SamplingParams& params, const T* x, int32_t n,
+                                                       float max_logit) {
+  alignas(64) float others[SAMPLE_TILE];
+  for (int32_t v = 0; v < n; v += W)
+    store(others + v, n - v >= W ? load(x + v) : load_partial(x + v, (int)(n - v), -__builtin_inff()));
+  others[find_logit(x, n, max_logit)] = -__builtin_inff();
+  f32 largest = splat(-__builtin_inff());
+  for (int32_t v = 0; v < n; v += W) largest = max(largest, load(others + v));
+  const float origin = reduce_max(largest);
+  if (origin == -__builtin_inff()) return {max_logit, 0, 0, 0};
+  KahanSum raw_mass, mass, moment;
+  for (int32_t v = 0; v < n; v += W) {
+    const f32 distance = load(others + v) - origin, z = distance * params.inverse_temperature, p = exp(z);
+    raw_mass.add(exp(distance));
+    mass.add(p);
+    moment.add(p * max(z, splat(-100.f)));
+  }
+  const double raw_lead = (double)max_logit - origin, lead = raw_lead / params.temperature, factor = exp(-lead);
+  return {max_logit, exp(-raw_lead) * raw_mass.value(), factor * mass.value(),
+          factor > 0 ? factor * (moment.value() - lead * mass.value()) : 0};
 }
 
 // The sums of the n <= SAMPLE_TILE logits x of tokens `begin` to `begin + n - 1`, and with SAMPLE the argmax among
 // them. TEMPERED: the temperature is not 1.
 template <bool TEMPERED, bool SAMPLE, class T>
-RowSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
-  const TopTwo top = find_top_two(x, n);
-  if (!(top.first > -__builtin_inff() && top.first < __builtin_inff())) return {{top.first, 0, 0, 0}, top.second};
-  const double temperature = argmax.params.temperature;
-  const float origin = top.second > -__builtin_inff() ? top.second : top.first;
-  const double raw_lead = (double)top.first - origin, lead = raw_lead / temperature;
-  const int32_t leader = find_logit(x, n, top.first);
+LogitSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
+  const float max_logit = find_max(x, n);
+  if (!(max_logit > -__builtin_inff() && max_logit < __builtin_inff())) return {max_logit, 0, 0, 0};
   if (SAMPLE) {
-    if (lead > MAX_LEAD) try_leader(argmax, top.first, begin + leader);
-    argmax.shift = origin / temperature;
+    argmax.shift = max_logit / argmax.params.temperature;
     update_threshold(argmax);
   }
   KahanSum raw_mass, mass, moment;
+  i32 ties = {};
   for (int32_t v = 0; v < n; v += BLOCK) {
     f32 logits[4], p[4], terms[4], raw[4];
     load_block(x, n, v, logits);
     for (int j = 0; j < 4; ++j) {
-      const f32 z = TEMPERED ? (logits[j] - origin) * argmax.params.inverse_temperature : logits[j] - origin;
+      const f32 z = TEMPERED ? (logits[j] - max_logit) * argmax.params.inverse_temperature : logits[j] - max_logit;
       p[j] = exp(z);
       terms[j] = p[j] * max(z, splat(-100.f));
-      raw[j] = TEMPERED ? exp(logits[j] - origin) : splat(0.f);
+      if (TEMPERED) raw[j] = exp(logits[j] - max_logit);
     }
     if (SAMPLE) try_block(argmax, begin + v, logits, p);
-    if (leader >= v && leader < v + BLOCK) {
-      set_lane(p, leader - v, 0.f);
-      set_lane(terms, leader - v, 0.f);
-      set_lane(raw, leader - v, 0.f);
+    if (any(max(max(logits[0], logits[1]), max(logits[2], logits[3])) == max_logit)) {
+      for (int j = 0; j < 4; ++j) {
+        const i32 is_largest = logits[j] == max_logit;
+        ties -= is_largest;
+        p[j] = select(is_largest, splat(0.f), p[j]);
+        if (TEMPERED) raw[j] = select(is_largest, splat(0.f), raw[j]);
+      }
     }
     mass.add((p[0] + p[1]) + (p[2] + p[3]));
     moment.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
     if (TEMPERED) raw_mass.add((raw[0] + raw[1]) + (raw[2] + raw[3]));
   }
-  const double others = mass.value(), factor = exp(-lead), raw_factor = TEMPERED ? exp(-raw_lead) : factor;
-  return {{top.first, raw_factor * (TEMPERED ? raw_mass.value() : others), factor * others,
-           factor > 0 ? factor * (moment.value() - lead * others) : 0},
-          top.second};
+  int32_t others_like_it = -1;
+  for (int i = 0; i < W; ++i) others_like_it += ties[i];
+  const double others = mass.value() + others_like_it;
+  const double raw_others = TEMPERED ? raw_mass.value() + others_like_it : others;
+  if (min(others, raw_others) < FAR_AHEAD) return sums_behind_leader(argmax.params, x, n, max_logit);
+  return {max_logit, raw_others, others, moment.value()};
 }
 
 template <bool SAMPLE, class T>
-INLINE RowSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
+INLINE LogitSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
   return argmax.params.temperature == 1 ? visit_tile<false, SAMPLE>(argmax, x, begin, n)
                                         : visit_tile<true, SAMPLE>(argmax, x, begin, n);
 }
 
 template <bool SAMPLE, class T>
-RowSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
-  RowSums row = no_sums;
+LogitSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
+  LogitSums row = no_sums;
   for (int32_t begin = 0; begin < V; begin += SAMPLE_TILE) {
     const int32_t n = (int32_t)min<int64_t>(SAMPLE_TILE, (int64_t)V - begin);
     add_tile(row, visit_tile<SAMPLE>(argmax, x + begin, begin, n), argmax.params.temperature);
@@ -221,37 +206,43 @@ RowSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
   return row;
 }
 
-// The mass of the tokens up to the cutoff but for one with the largest logit, and with SAMPLE the argmax among them.
+// The mass of the tokens up to the cutoff, and with SAMPLE the argmax among them.
 template <bool SAMPLE, class T>
 double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff) {
-  const double temperature = argmax.params.temperature;
-  const float origin = row.second > -__builtin_inff() ? row.second : row.max_logit;
-  const double lead = ((double)row.max_logit - origin) / temperature;
   double total = 0;
-  int64_t ties = -1;
   i32 lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
-  if (SAMPLE && lead > MAX_LEAD) try_leader(argmax, row.max_logit, find_logit(row.x, row.V, row.max_logit));
-  argmax.shift = origin / temperature;
+  argmax.shift = row.max_logit / argmax.params.temperature;
   update_threshold(argmax);
   for (int32_t v = 0; v < row.V; v += BLOCK) {
-    f32 x[4], p[4], others = {};
-    i32 largest = {};
+    f32 x[4], p[4];
     load_block(row.x, row.V, v, x);
     if (!any(max(max(x[0], x[1]), max(x[2], x[3])) >= cutoff.logit)) continue;
     for (int j = 0; j < 4; ++j) {
       const i32 kept = (x[j] > cutoff.logit) | ((x[j] == cutoff.logit) & (lane + (v + j * W) <= cutoff.token));
-      const i32 is_largest = x[j] == row.max_logit;
-      p[j] = select(kept, exp((x[j] - origin) * row.inverse_temperature), splat(0.f));
-      others += select(is_largest, splat(0.f), p[j]);
-      largest -= kept & is_largest;
+      p[j] = select(kept, row.fast_mass(x[j]), splat(0.f));
     }
-    total += reduce_sum(others);
-    if (any(largest != 0))
-      for (int i = 0; i < W; ++i) ties += largest[i];
+    total += reduce_sum((p[0] + p[1]) + (p[2] + p[3]));
     if (SAMPLE) try_block(argmax, v, x, p);
   }
-  return exp(-lead) * total + (double)ties;
+  return total;
+}
+
+// The mass of the tokens up to the cutoff but for one with the largest logit; `mass` is that of all of them.
+template <class T>
+double kept_others(const LogitsRow<T>& row, Cutoff cutoff, double mass) {
+  if (mass >= 2.) return mass - 1.;
+  double total = 0;
+  int32_t ties = -1;
+  for (int32_t v = 0; v < row.V; ++v) {
+    const float x = to_float(row.x[v]);
+    if (!cutoff.keeps(x, v)) continue;
+    if (x < row.max_logit)
+      total += row.exact_mass(v);
+    else
+      ++ties;
+  }
+  return total + ties;
 }
 
 // The cutoff of all filters; `mass` is that of all tokens.
@@ -261,7 +252,7 @@ Cutoff filter_cutoff(const LogitsRow<T>& row, GumbelArgmax& argmax, double mass)
   Cutoff cutoff = no_cutoff();
   if (params.top_k) cutoff = find_cutoff<false>(row, (double)params.top_k, row.V);
   if (params.top_p < 1) {
-    const double kept_mass = params.top_k ? 1. + visit_kept<false>(row, argmax, cutoff) : mass;
+    const double kept_mass = params.top_k ? visit_kept<false>(row, argmax, cutoff) : mass;
     cutoff = tighter(cutoff, find_cutoff<true>(row, params.top_p * kept_mass, mass));
   }
   if (params.min_p > 0)
@@ -281,30 +272,28 @@ void argmax_of_given_noise(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff
 // Samples from a row of logits in memory and writes its outputs. `all_sums`: those of every token, if a ban has
 // replaced some logits of x by -inf; else null.
 template <class T>
-void sample_row(const T* x, int32_t V, int64_t b, const SamplingParams& params, const RowSums* all_sums,
+void sample_row(const T* x, int32_t V, int64_t b, const SamplingParams& params, const LogitSums* all_sums,
                 const Outputs& out) {
   if (!params.valid) return write_invalid(out, b);
   GumbelArgmax argmax = start_argmax(params);
   if (!params.greedy && !params.has_filter() && !params.noise && !all_sums) {
-    const LogitSums sums = visit_row<true>(argmax, x, V).sums;
+    const LogitSums sums = visit_row<true>(argmax, x, V);
     return write_row(out, b, params, sums, argmax.best, sums);
   }
-  const RowSums visited = visit_row<false>(argmax, x, V);
-  const LogitSums& sums = visited.sums;
+  const LogitSums sums = visit_row<false>(argmax, x, V);
   if (!(sums.max_logit > -__builtin_inf() && sums.max_logit < __builtin_inf())) return write_invalid(out, b);
-  const float max_logit = (float)sums.max_logit;
-  const LogitsRow<T> row = {x, V, max_logit, visited.second, params.temperature, params.inverse_temperature};
+  const LogitsRow<T> row = {x, V, (float)sums.max_logit, params.temperature, params.inverse_temperature};
   LogitSums kept = sums;
   if (params.greedy) {
-    argmax.best.token = find_logit(x, V, max_logit);
-    argmax.best.logit = max_logit;
+    argmax.best.token = find_logit(x, V, row.max_logit);
+    argmax.best.logit = row.max_logit;
   } else {
     const Cutoff cutoff = params.has_filter() ? filter_cutoff(row, argmax, sums.mass()) : no_cutoff();
-    const double others = params.noise ? visit_kept<false>(row, argmax, cutoff) : visit_kept<true>(row, argmax, cutoff);
-    if (params.has_filter()) kept.others = min(others, sums.others);
+    const double mass = params.noise ? visit_kept<false>(row, argmax, cutoff) : visit_kept<true>(row, argmax, cutoff);
+    if (params.has_filter()) kept.others = min(kept_others(row, cutoff, mass), sums.others);
     if (params.noise) argmax_of_given_noise(row, argmax, cutoff);
   }
-  write_row(out, b, params, all_sums ? all_sums->sums : sums, argmax.best, kept);
+  write_row(out, b, params, all_sums ? *all_sums : sums, argmax.best, kept);
 }
 
 }  // namespace

@@ -96,7 +96,12 @@ INLINE float scalar_exp(float x) {
 // The position of logits. One of -inf is a token of the row, at the lowest position that softcap gives.
 template <bool SOFTCAP>
 INLINE f32 position(f32 x, const Scaling& scaling) {
-  return SOFTCAP ? tanh(x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1]) : x;
+  if (!SOFTCAP) return x;
+#if defined(__FMA__)
+  return tanh(x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1]);
+#else
+  return tanh(x / scaling.softcap);
+#endif
 }
 template <bool SOFTCAP>
 INLINE float position(float x, const Scaling& scaling) {
@@ -275,24 +280,28 @@ inline RowSoftmax finish_row(const SoftmaxState& state, const Scaling& scaling) 
 // The gradient by z is `target` for the target, p (a + b log p + c (log p_ref - log p)) for the others;
 // kernels/_head.py defines it. Of the others p is scale e^(z-m). The chain rule carries it to the raw logits x.
 struct LogitGrad {
-  float max, scale, log_scale, a, b, target;
-  float c, ref_max, ref_log_scale;
+  double max, scale, log_scale, a, b, target;
+  double c, ref_max, ref_log_scale;
 };
 
 enum class Loss { LOGPROB, ENTROPY, KL };  // each with those before it
 
 template <bool SOFTCAP, Loss LOSS>
 struct RowGradient {
-  const LogitGrad& grad;
   const Scaling& scaling;
   f32 origin, ref_origin;
-  float factor, unit, slope;
+  float factor, log_scale, a, b, c, ref_log_scale, unit, slope;
 
-  RowGradient(const LogitGrad& grad, const Scaling& scaling) : grad(grad), scaling(scaling) {
+  RowGradient(const LogitGrad& grad, const Scaling& scaling) : scaling(scaling) {
     const double by_logit = min(1. / scaling.temperature, 3e38);
-    origin = splat(position<SOFTCAP>(grad.max, scaling));
-    ref_origin = splat(LOSS == Loss::KL ? position<SOFTCAP>(grad.ref_max, scaling) : 0.f);
-    factor = (float)(LOSS == Loss::LOGPROB ? (double)grad.scale * grad.a * by_logit : grad.scale);
+    origin = splat(position<SOFTCAP>((float)grad.max, scaling));
+    ref_origin = splat(LOSS == Loss::KL ? position<SOFTCAP>((float)grad.ref_max, scaling) : 0.f);
+    factor = (float)(LOSS == Loss::LOGPROB ? grad.scale * grad.a * by_logit : grad.scale);
+    log_scale = (float)grad.log_scale;
+    a = (float)grad.a;
+    b = (float)grad.b;
+    c = (float)grad.c;
+    ref_log_scale = (float)grad.ref_log_scale;
     unit = (float)scaling.unit;
     slope = (float)by_logit;
   }
@@ -303,10 +312,10 @@ struct RowGradient {
     // Not by a comparison with `lowest` from below: of a NaN p is NaN.
     f32 y = exp_distance(distance, scaling) * factor;
     if (LOSS != Loss::LOGPROB) {
-      const f32 logp = distance * unit + grad.log_scale;
-      f32 inner = grad.a + grad.b * logp;
+      const f32 logp = distance * unit + log_scale;
+      f32 inner = a + b * logp;
       if (LOSS == Loss::KL)
-        inner = inner + grad.c * (((position<SOFTCAP>(ref, scaling) - ref_origin) * unit + grad.ref_log_scale) - logp);
+        inner = inner + c * (((position<SOFTCAP>(ref, scaling) - ref_origin) * unit + ref_log_scale) - logp);
       y = y * inner * slope;
     }
     if (SOFTCAP) y = y * (1.f - at * at);
@@ -334,7 +343,7 @@ INLINE void row_gradient(const T* x, const float* bias, const float* ref, const 
 template <bool SOFTCAP, class T, class Out>
 INLINE void row_gradient(const T* x, const float* bias, Out* out, int64_t columns, int64_t target,
                          const LogitGrad& grad, const Scaling& scaling) {
-  if (grad.b == 0.f)
+  if (grad.b == 0)
     row_gradient<SOFTCAP, Loss::LOGPROB>(x, bias, nullptr, nullptr, out, columns, target, grad, scaling);
   else
     row_gradient<SOFTCAP, Loss::ENTROPY>(x, bias, nullptr, nullptr, out, columns, target, grad, scaling);

@@ -53,11 +53,11 @@ void gradient(const LogitsArgs& args, int64_t row, float grad_logprob, float gra
   const double g = grad_logprob, h = grad_entropy, surprise = softmax.entropy + softmax.logprob;
   LogitGrad grad = {};
   grad.max = state.max;
-  grad.scale = (float)softmax.scale;
-  grad.log_scale = (float)max(softmax.log_scale, -1e30);  // finite: its product with p = 0 must be 0
-  grad.a = (float)(-g - h * softmax.entropy);
-  grad.b = -grad_entropy;
-  grad.target = (float)(g * softmax.rest - (softmax.p > 0. ? h * softmax.p * surprise : 0.));
+  grad.scale = softmax.scale;
+  grad.log_scale = max(softmax.log_scale, -1e30);  // finite: its product with p = 0 must be 0
+  grad.a = -g - h * softmax.entropy;
+  grad.b = -h;
+  grad.target = g * softmax.rest - (softmax.p > 0. ? h * softmax.p * surprise : 0.);
   if (args.is_bf16)
     row_gradient<SOFTCAP>(static_cast<const bf16*>(args.logits) + row * args.stride, nullptr,
                           static_cast<bf16*>(out) + row * args.V, args.V, args.target(row), grad, scaling);
