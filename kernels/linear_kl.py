@@ -144,6 +144,11 @@ def _(kernels, *args):
     )
     kl_rows = head.KLRows(k, ref_logprobs, ref_sums, kl, kl_of_others)
     grads = head.row_grads(g, h, logprobs, entropy, sums, kl_rows)
+    # The reference's log p of a target more than 103 nats ahead is 0 in float32: its logit says how far it is.
+    rows, columns = reference.hidden.float(), reference.weight[reference.targets].float()
+    own = (rows * columns).sum(-1) + (0 if reference.bias is None else reference.bias[reference.targets])
+    z, z_largest = (head.scale_logits(x.double(), *reference.scalars) for x in (own, ref_largest))
+    grads = grads._replace(ref_log_scale=-torch.logaddexp(z - z_largest, ref_sums.double().log()))
     return policy.grads(pack_row_grads(largest, grads, ref_largest), args[-3:], reference)
 
 

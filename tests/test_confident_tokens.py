@@ -41,7 +41,7 @@ class Logits(NamedTuple):
         others = z.scatter(1, column, -torch.inf).logsumexp(1)
         return -torch.log1p(torch.exp(others - z.gather(1, column)[:, 0])).where(others > -torch.inf, 0)
 
-    def slopes(self) -> Tensor:
+    def target_grads(self) -> Tensor:
         """Return the derivative of the targets' log p by their own logits in float64."""
         x = self.x.double().gather(1, self.targets[:, None])[:, 0]
         by_logit = torch.cosh(x / self.softcap) ** -2 if self.softcap else torch.ones_like(x)
@@ -182,8 +182,8 @@ def check(name: str, backend: str, logits: Logits) -> None:
     assert ulps(result.logprobs, truth) <= ULPS, "log p"
     if result.grad is None or result.grad.dtype == torch.float16:  # 1e-20 is 0 in float16
         return
-    slopes, rounding = logits.slopes(), 0 if result.grad.dtype == torch.float32 else 2**15  # 8 bits
-    assert ulps(result.grad.gather(1, logits.targets[:, None])[:, 0], slopes) <= ULPS + rounding, "gradient"
+    exact, rounding = logits.target_grads(), 0 if result.grad.dtype == torch.float32 else 2**15  # 8 bits
+    assert ulps(result.grad.gather(1, logits.targets[:, None])[:, 0], exact) <= ULPS + rounding, "gradient"
     if not logits.softcap and not rounding:
         row = result.grad.double()
         sums = row.abs().sum(1)

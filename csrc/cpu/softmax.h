@@ -36,7 +36,7 @@ struct Scaling {
     return (softcap > 0.f ? softcap * __builtin_tanh((double)x / softcap) : x) / temperature;
   }
   // dz/dx.
-  INLINE double slope(float x) const {
+  INLINE double z_grad(float x) const {
     const double cosh = softcap > 0.f ? __builtin_cosh((double)x / softcap) : 1.;
     return min(1. / temperature, 3e38) / (cosh * cosh);
   }
@@ -169,8 +169,8 @@ struct Tile {
   }
 };
 
-// Of all tokens but the target: the largest logit, s, A in distances, and with softcap the number of tokens at the
-// largest logit; and the target's logit.
+// The sums of all tokens but the target: s, A in distances, the largest logit, and with softcap the number of tokens
+// there; and the target's logit.
 struct SoftmaxState {
   double sum, moment;
   float max, target;
@@ -290,7 +290,7 @@ template <bool SOFTCAP, Loss LOSS>
 struct RowGradient {
   const Scaling& scaling;
   f32 origin, ref_origin;
-  float factor, log_scale, a, b, c, ref_log_scale, unit, slope;
+  float factor, log_scale, a, b, c, ref_log_scale, unit, z_grad;
 
   RowGradient(const LogitGrad& grad, const Scaling& scaling) : scaling(scaling) {
     const double by_logit = min(1. / scaling.temperature, 3e38);
@@ -303,7 +303,7 @@ struct RowGradient {
     c = (float)grad.c;
     ref_log_scale = (float)grad.ref_log_scale;
     unit = (float)scaling.unit;
-    slope = (float)by_logit;
+    z_grad = (float)by_logit;
   }
 
   INLINE f32 operator()(f32 x, f32 ref) const {
@@ -316,7 +316,7 @@ struct RowGradient {
       f32 inner = a + b * logp;
       if (LOSS == Loss::KL)
         inner = inner + c * (((position<SOFTCAP>(ref, scaling) - ref_origin) * unit + ref_log_scale) - logp);
-      y = y * inner * slope;
+      y = y * inner * z_grad;
     }
     if (SOFTCAP) y = y * (1.f - at * at);
     return select(raw_distance < lowest, splat(0.f), y);
@@ -337,7 +337,7 @@ INLINE void row_gradient(const T* x, const float* bias, const float* ref, const 
   int64_t i = 0;
   for (; i + W <= columns; i += W) store(out + i, at(i, W));
   if (i < columns) store_partial(out + i, at(i, (int)(columns - i)), (int)(columns - i));
-  if (has_target) store_partial(out + target, splat((float)(grad.target * scaling.slope(target_logit))), 1);
+  if (has_target) store_partial(out + target, splat((float)(grad.target * scaling.z_grad(target_logit))), 1);
 }
 
 template <bool SOFTCAP, class T, class Out>
