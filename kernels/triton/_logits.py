@@ -265,7 +265,8 @@ def row_kernel(
             tl.store(grads + index, logprob_grad)
             tl.store(grads + N + index, entropy_grad)
         if y is not None:
-            has_grad = valid & ((logprob_grad != 0) | (entropy_grad != 0))
+            is_nan = result.entropy != result.entropy  # it reaches the gradient even if its loss has no weight
+            has_grad = valid & ((logprob_grad != 0) | (entropy_grad != 0) | is_nan)
             coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
             policy_row = softmax.Row(row.x, row.bias, None, None)
             base = softmax.apply_softcap(state.m, scaling, CAP)
@@ -298,9 +299,9 @@ def gradient_kernel(
     column = column_of(target, V)
     logprob_grad = tl.load(grads.logprobs + index, mask=valid, other=0.0).to(tl.float32)
     entropy_grad = tl.load(grads.entropy + index, mask=valid, other=0.0).to(tl.float32)
-    has_grad = (logprob_grad != 0) | (entropy_grad != 0)
     logp = tl.load(known.logprobs + index)
     entropy = tl.load(known.entropy + index)
+    has_grad = (logprob_grad != 0) | (entropy_grad != 0) | (entropy != entropy)
     result = _target.known_target(logp, entropy, tl.load(known.sums + N + index))
     coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
     base = softmax.apply_softcap(tl.load(known.sums + index), scaling, CAP)
