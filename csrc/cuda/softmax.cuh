@@ -277,8 +277,8 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
   return row;
 }
 
-// Coefficients of one row's gradient by z / T, that is, by x but for the slope of the softcap: p (a + b log2 p) / T for
-// logits but the target's, whose gradient is `target`. kernels/_head.py derives it.
+// Coefficients of one row's gradient by z / T, that is, by x but for the gradient of the softcap: p (a + b log2 p) / T
+// for logits but the target's, whose gradient is `target`. kernels/_head.py derives it.
 struct LogitGrad {
   float origin, factor, log2_factor;  // p / T = factor 2^d, log2 p = d + log2_factor
   float a, b, target;
@@ -301,11 +301,11 @@ __device__ __forceinline__ LogitGrad logit_grad_of(const Softmax& row, float log
 template <bool SOFTCAP>
 __device__ __forceinline__ float logit_grad(float x, bool is_target, const LogitGrad& grad, const Scaling& scaling) {
   x = apply_softcap<SOFTCAP>(x, scaling);
-  const float slope = SOFTCAP ? 1.f - x * x : 1.f;
-  if (is_target) return grad.target * slope;
+  const float softcap_grad = SOFTCAP ? 1.f - x * x : 1.f;
+  if (is_target) return grad.target * softcap_grad;
   const float distance = exponent(x, grad.origin, scaling);
   const float log2_p = fmaxf(distance + grad.log2_factor, min_logprob);
-  return fast_exp2(distance) * grad.factor * (grad.a + grad.b * log2_p) * slope;
+  return fast_exp2(distance) * grad.factor * (grad.a + grad.b * log2_p) * softcap_grad;
 }
 
 }  // namespace
