@@ -291,12 +291,15 @@ struct RowGradient {
   const Scaling& scaling;
   f32 origin, ref_origin;
   float factor, log_scale, a, b, c, ref_log_scale, unit, z_grad;
+  double rounding;  // of the factor; the target's gradient has it too, so that the row sums to 0
 
   RowGradient(const LogitGrad& grad, const Scaling& scaling) : scaling(scaling) {
     const double by_logit = min(1. / scaling.temperature, 3e38);
     origin = splat(position<SOFTCAP>((float)grad.max, scaling));
     ref_origin = splat(LOSS == Loss::KL ? position<SOFTCAP>((float)grad.ref_max, scaling) : 0.f);
-    factor = (float)(LOSS == Loss::LOGPROB ? grad.scale * grad.a * by_logit : grad.scale);
+    const double exact_factor = LOSS == Loss::LOGPROB ? grad.scale * grad.a * by_logit : grad.scale;
+    factor = (float)exact_factor;
+    rounding = LOSS == Loss::LOGPROB && fabs(exact_factor) >= FLT_MIN ? factor / exact_factor : 1.;
     log_scale = (float)grad.log_scale;
     a = (float)grad.a;
     b = (float)grad.b;
@@ -337,7 +340,10 @@ INLINE void row_gradient(const T* x, const float* bias, const float* ref, const 
   int64_t i = 0;
   for (; i + W <= columns; i += W) store(out + i, at(i, W));
   if (i < columns) store_partial(out + i, at(i, (int)(columns - i)), (int)(columns - i));
-  if (has_target) store_partial(out + target, splat((float)(grad.target * scaling.z_grad(target_logit))), 1);
+  if (has_target) {
+    const double target_grad = grad.target * gradient.rounding * scaling.z_grad(target_logit);
+    store_partial(out + target, splat((float)target_grad), 1);
+  }
 }
 
 template <bool SOFTCAP, class T, class Out>
