@@ -299,7 +299,7 @@ struct RowGradient {
     ref_origin = splat(LOSS == Loss::KL ? position<SOFTCAP>((float)grad.ref_max, scaling) : 0.f);
     const double exact_factor = LOSS == Loss::LOGPROB ? grad.scale * grad.a * by_logit : grad.scale;
     factor = (float)exact_factor;
-    rounding = LOSS == Loss::LOGPROB && fabs(exact_factor) >= FLT_MIN ? factor / exact_factor : 1.;
+    rounding = LOSS == Loss::LOGPROB && __builtin_fabs(exact_factor) >= FLT_MIN ? factor / exact_factor : 1.;
     log_scale = (float)grad.log_scale;
     a = (float)grad.a;
     b = (float)grad.b;
