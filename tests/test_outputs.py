@@ -6,6 +6,7 @@ file, plot and demo over other files, a recipe.json, copies under another name, 
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -146,6 +147,9 @@ def prompts(folder):
         ("sub/../p.jsonl", "is the file that --prompts names"),
         ("others.jsonl", "exists already and no such command wrote it"),
         ("notes.txt", "exists already and no such command wrote it"),
+        ("o.jsonl", "which is the file that --prompts names"),
+        ("link_to_o.jsonl", "which is the file that --prompts names"),
+        ("hard.out", "which is the file that --prompts names"),
         ("model/config.json", "exists already and no such command wrote it"),
         ("sub", "is a folder"),
         ("no/where.jsonl", "there is no folder"),
@@ -153,20 +157,35 @@ def prompts(folder):
     ],
 )
 def test_generate_writes_over_nothing_of_the_users(folder, prompts, capsys, monkeypatch, out, sentence):
+    rows = [dict.fromkeys(generate_module.COLUMNS, "once .")]
+    toy.jsonl(folder / "o.jsonl.partial", rows)  # an earlier call's rows, which are prompts now
+    os.link(folder / "o.jsonl.partial", folder / "hard.out.partial")
+    (folder / "link_to_o.jsonl").symlink_to("o.jsonl")
     before = contents(folder)
     monkeypatch.setattr(generate_module.Model, "load", lambda *_, **__: pytest.fail("the model is loaded first"))
-    assert main(["generate", "--model", prompts, "--prompts", "p.jsonl", "--out", out, "--max-new-tokens", "3"]) == 2
+    source = "o.jsonl.partial" if "which is" in sentence else "p.jsonl"
+    argv = ["generate", "--model", prompts, "--prompts", source, "--out", out, "--max-new-tokens", "3"]
+    assert main(argv) == main([*argv, "--overwrite"]) == 2
     assert sentence in capsys.readouterr().err
     assert contents(folder) == before
 
 
 def test_generate_replaces_its_own_file_only_when_it_is_whole(folder, prompts, capsys, monkeypatch):
-    argv = ["generate", "--model", prompts, "--prompts", "p.jsonl", "--out", "o.jsonl", "--max-new-tokens", "3"]
+    argv = ["generate", "--model", prompts, "--prompts", "p.jsonl", "--out", "o.jsonl", "--max-new-tokens=3"]
+    argv.append("--overwrite")
     assert main(argv) == 0
     first = (folder / "o.jsonl").read_bytes()
     assert main([*argv, "--seed", "1"]) == 0
     second = (folder / "o.jsonl").read_bytes()
     assert first != second
+    edited = second.replace(b'"completion": "', b'"completion": "mended by hand ', 1)
+    for content in (edited, edited.rstrip(b"\n"), edited[:-9], b'{"prompt": "a"'):  # edited, or cut by a copy
+        (folder / "o.jsonl").write_bytes(content)
+        assert main(argv[:-1]) == 2
+        assert (folder / "o.jsonl").read_bytes() == content
+        sentence = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(r"o\.jsonl: (holds responses already; .*--overwrite|exists already and no)", sentence)
+    (folder / "o.jsonl").write_bytes(second)
     with monkeypatch.context() as patch:
         patch.setattr(generate_module, "BATCHES_PER_CALL", 1)
         rows, calls = generate_module._rows, []

@@ -29,6 +29,8 @@ from rlhf_fast.stages.fit import check_device
 
 COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
 """Columns of a row."""
+FIRST_BYTES = b'{"prompt": '
+"""How every line of the output begins."""
 
 BATCHES_PER_CALL = 8
 """Batches of responses per rollout, so that waiting prompts can refill freed slots. Rows are written after each."""
@@ -161,18 +163,26 @@ def _check_output(options: GenerateOptions) -> None:
     if options.out != "-":
         inputs = {"--prompts": options.prompts, "--model": options.model}
         check_new_file(options.out, _is_output, {name: path for name, path in inputs.items() if Path(path).exists()})
+        out = Path(options.out)
+        if out.is_file() and out.stat().st_size and not options.overwrite:  # they may have been edited since
+            raise UserError(
+                f"{options.out}: holds responses already; choose another --out, remove it, or replace it with"
+                " --overwrite"
+            )
     elif is_closed(sys.stdout):
         raise UserError("generate: standard output is closed; give a file with --out")
 
 
 def _is_output(file: Path) -> bool:
-    """Return whether `generate` wrote every row of the file. Its last line may be cut short."""
+    """Return whether `generate` wrote every row of the file. The last line of an unfinished one may be cut short."""
     try:
         rows = [row for _, row in read_rows(file)]
+        lines = [line for line in file.read_bytes().split(b"\n") if line]
     except (OSError, UserError):
         return False
-    if not rows:  # killed in its first row
-        return file.suffix == PARTIAL and file.read_bytes().startswith(b'{"prompt": ')
+    torn = lines[len(rows) :]
+    if torn and (file.suffix != PARTIAL or not torn[0].startswith(FIRST_BYTES[: len(torn[0])])):
+        return False
     return all(row.keys() == set(COLUMNS) for row in rows)
 
 

@@ -48,7 +48,9 @@ class GenerateOptions:
     n: Annotated[int, arg(aliases=["-n"])] = 1
     """Responses to each prompt."""
     out: str = "-"
-    """File to write. - = standard output."""
+    """File to write, which must be new or empty. - = standard output."""
+    overwrite: bool = False
+    """Replace the responses that an earlier call has written to `out`."""
     sampling: OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
     seed: int = 0
     """The same seed gives the same responses, whatever the batch size."""
@@ -132,8 +134,8 @@ class ShowConfigOptions:
 
     stage: Positional[Literal["all", "sft", "reward", "ppo"]] = "all"
     """The stage, or all of them."""
-    preset: str = "default"
-    """default, paper, tutorial; for sft also paper-init."""
+    preset: str = ""
+    """default, paper, tutorial; for sft also paper-init. Empty = that of the YAML file, else default."""
     config: str = ""
     """YAML file whose settings replace those of the preset."""
     diff: tuple[str, str] | None = None

@@ -114,10 +114,16 @@ def check_new_file(path: str | Path, is_ours: Callable[[Path], bool], inputs: Ma
     `inputs`: setting -> file that the command reads. A device or a pipe is written as it is.
     """
     target = Path(os.path.realpath(path))
+    places = (target, target.with_name(target.name + PARTIAL))
     for setting, file in inputs.items():
         if _is_same(target, file):
             raise UserError(f"{path}: is the file that {setting} names; choose another --out")
-    for found in (target, target.with_name(target.name + PARTIAL)):
+        if (target.is_file() or not target.exists()) and _is_same(places[1], file):
+            raise UserError(
+                f"{path}: is written as {places[1].name} until it is whole, which is the file that {setting} names;"
+                " choose another --out"
+            )
+    for found in places:
         if found.is_dir():
             raise UserError(f"{found}: is a folder; give a file for --out")
         if found.is_file() and found.stat().st_size and not is_ours(found):
