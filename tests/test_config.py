@@ -21,10 +21,10 @@ from rlhf_fast.config.resolve import (
     resolve,
     setting_docs,
     setting_types,
-    stage_section,
     to_plain,
     to_yaml,
 )
+from rlhf_fast.config.sections import read_stage
 from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.errors import UserError
@@ -70,6 +70,45 @@ def test_a_recipe_serves_as_the_config_of_one_stage(tmp_path):
     file.write_text("out: runs/x\nppo:\n  reward: somewhere\n  seed: 5\nreward:\n  seed: 6\n")
     assert stage_config(PPOConfig, ["--config", str(file)]).reward == "somewhere"
     assert stage_config(RewardConfig, ["--config", str(file)]).seed == 6
+
+
+@pytest.mark.parametrize("flags", ["", "--seed 7", "--preset tutorial", "--device auto", "--out here"])
+def test_what_a_recipe_sets_for_all_stages_holds_for_one(tmp_path, flags):
+    """seed, device, out and preset, each weaker than the section and a flag."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("out: runs/x\nseed: 5\ndevice: meta\npreset: paper\nppo: {reward: r, gamma: 0.5}\nsft: {seed: 6}\n")
+    cfg = stage_config(PPOConfig, ["--config", str(file), *flags.split()])
+    assert cfg.seed == (7 if "seed" in flags else 5) and cfg.gamma == 0.5
+    assert cfg.device == ("auto" if "device" in flags else "meta")
+    assert cfg.out == ("here" if "out" in flags else "runs/x/ppo")
+    assert cfg.select == ("last" if "tutorial" in flags else "ema")
+    assert stage_config(SFTConfig, ["--config", str(file)]).seed == 6
+    assert "select: ema" in "\n".join(show_config("ppo", "", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("epochs: 9\nsft: {batch: 4}", 'no setting "epochs" for all stages; there are out, preset, seed, device, sft'),
+        ("nonsense: 9\nsft.batch: 4", 'no setting "nonsense" for all stages'),
+        ("sft: {batch: 4}\noptim.lr: 1", 'no setting "optim.lr" for all stages'),
+        ("seed: x\nsft: {batch: 4}", "sft: seed must be a whole number, got x"),
+        ("reward: {batch: 4}\nseed: 1", "has no section sft; it has reward"),
+        ("preset: papr\nsft:", "sft: no preset 'papr'"),
+        ("out: [a]\nsft:", "out must be text"),
+    ],
+)
+def test_what_a_recipe_sets_elsewhere_is_not_lost(tmp_path, text, sentence):
+    """Only `epochs`, `nonsense` and `seed` were reported."""
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        stage_config(SFTConfig, ["--config", str(tmp_path / "r.yaml")])
+    assert sentence in str(error.value)
+
+
+def test_an_empty_reward_is_a_setting_of_ppo(tmp_path):
+    (tmp_path / "c.yaml").write_text("reward:\ngamma: 0.5\n")
+    assert stage_config(PPOConfig, ["--config", str(tmp_path / "c.yaml")]).gamma == 0.5
 
 
 def test_flags_of_every_shape():
@@ -151,6 +190,8 @@ def test_ppo_samples_with_filters_only_where_that_is_allowed():
         ("--sampling.min-new-tokens 3", "ppo: sampling.min_new_tokens must be 0 in PPO, which trains"),
         ("--preset papr", "ppo: no preset 'papr'; there are default, paper, tutorial"),
         ("--config", "ppo: --config needs a value"),
+        ("--config a.yaml --config=b.yaml", "ppo: --config is given twice, a.yaml and b.yaml; give one"),
+        ("--preset paper --preset tutorial", "ppo: --preset is given twice"),
         ("--no-lam", 'ppo: no setting "no_lam"'),
         ("stray", "stray"),
         ("--optim.betas 1", "--optim.betas"),
@@ -364,7 +405,8 @@ def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
     file = tmp_path / "all.yaml"
     file.write_text("\n".join(show_config("all", "default")))
     for stage, cls in STAGES.items():
-        assert resolve(cls, stage_section(read_yaml(file), stage)) == cls()
+        preset_name, settings = read_stage(file, stage)
+        assert resolve(cls, settings) == cls() and preset_name == ""
 
 
 def test_difference_sees_every_setting():

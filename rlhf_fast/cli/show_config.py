@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_fast.config.presets import preset
-from rlhf_fast.config.resolve import difference, resolve, show, stage_section, to_commented_yaml, to_plain
+from rlhf_fast.config.resolve import difference, resolve, show, to_commented_yaml, to_plain
+from rlhf_fast.config.sections import read_stage
 from rlhf_fast.config.stages import STAGES
-from rlhf_fast.config.yaml_file import read_yaml
 from rlhf_fast.run.terminal import aligned
 
 
@@ -17,12 +17,10 @@ def show_config(stage: str, name: str, file: str = "", diff: tuple[str, str] | N
         if diff:
             yield from _preset_difference(each, *diff)
             continue
-        layers = [preset(each, name)]
-        if file:
-            layers.append(stage_section(read_yaml(file), each))
+        file_preset, settings = read_stage(file, each) if file else ("", {})
         if stage == "all":
             yield f"{each}:"
-        cfg = resolve(STAGES[each], *layers, check=False)
+        cfg = resolve(STAGES[each], preset(each, name or file_preset), settings, check=False)
         yield from to_commented_yaml(cfg, indent="  " if stage == "all" else "")
 
 

@@ -15,9 +15,10 @@ import tyro
 
 from rlhf_fast.config.fields import BadSetting
 from rlhf_fast.config.presets import PRESETS, preset
-from rlhf_fast.config.resolve import coerce, resolve, setting_error, setting_types, stage_section, unknown_setting
+from rlhf_fast.config.resolve import coerce, resolve, setting_error, setting_types, unknown_setting
+from rlhf_fast.config.sections import read_stage
 from rlhf_fast.config.stages import StageConfig
-from rlhf_fast.config.yaml_file import Setting, read_yaml
+from rlhf_fast.config.yaml_file import Setting
 from rlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ S = TypeVar("S", bound=StageConfig)
 def stage_config(cls: type[S], argv: Sequence[str]) -> S:
     """Return the stage's settings: the defaults, then --preset, then --config, then flags."""
     flags, options = _extract_options(argv, cls.stage, "--preset", "--config")
-    layers = [preset(cls.stage, options["--preset"])]
-    if options["--config"]:
-        layers.append(stage_section(read_yaml(options["--config"]), cls.stage))
+    file = options["--config"]
+    file_preset, settings = read_stage(file, cls.stage) if file else ("", {})
+    layers = [preset(cls.stage, options["--preset"] or file_preset), settings]
     given: dict[str, Setting] = {path: setting for layer in layers for path, setting in layer.items()}
     given |= _flag_settings(cls, flags)
     description = (
@@ -117,6 +118,8 @@ def _extract_options(argv: Sequence[str], command: str, *names: str) -> tuple[li
         value = value if equals else next(arguments, "")
         if not value or value.startswith("--"):
             raise UserError(f"{command}: {name} needs a value")
+        if values[name]:
+            raise UserError(f"{command}: {name} is given twice, {values[name]} and {value}; give one")
         values[name] = value
     return others, values
 

@@ -235,13 +235,6 @@ def _coerce_number(kind: type, value: Any) -> int | float:
     raise ValueError("must be a whole number" if kind is int else "must be a number")
 
 
-def stage_section(settings: Mapping[str, Setting], stage: str) -> Mapping[str, Setting]:
-    """Return the section of `stage` if the file is a recipe of several stages, else all settings."""
-    prefix = f"{stage}."
-    section = {path.removeprefix(prefix): item for path, item in settings.items() if path.startswith(prefix)}
-    return section or settings
-
-
 def to_yaml(cfg: object) -> str:
     """Return the whole tree as YAML that `read_yaml` reads back."""
     return dump_yaml(to_plain(cfg))

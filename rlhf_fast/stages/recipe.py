@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from rlhf_fast.config.presets import preset
 from rlhf_fast.config.resolve import resolve
+from rlhf_fast.config.sections import PASSED_ON, shared_text, split_sections
 from rlhf_fast.config.stages import STAGES, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.data.json_lines import require_file
@@ -24,7 +25,6 @@ from rlhf_fast.run.memory import peak_memory, reset_peak_memory
 from rlhf_fast.run.outputs import check_run_folder, read_json
 from rlhf_fast.run.terminal import aligned, format_duration
 
-SHARED = ("out", "preset", "seed", "device")
 MEASUREMENTS = "recipe.json"
 UPSTREAM = {"reward": (("model.path", "sft"),), "ppo": (("policy.path", "sft"), ("reward", "reward"))}
 """Stage -> (setting that is an earlier stage's folder, that stage)."""
@@ -87,12 +87,12 @@ def write_template(path: str | Path) -> Path:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Read and resolve a recipe; check that every required path is set and every data file exists."""
-    shared, sections = _split_sections(path, read_yaml(path))
+    shared, sections = split_sections(path, read_yaml(path))
     if not sections:
         raise UserError(f"{path}: holds no stage; give at least one of the sections {', '.join(STAGES)}")
-    out = Path(_text(shared, "out", "runs/first")).expanduser()
-    preset_name = _text(shared, "preset", "")
-    common: dict[str, Setting] = {name: shared[name] for name in ("seed", "device") if name in shared}
+    out = Path(shared_text(shared, "out", "runs/first")).expanduser()
+    preset_name = shared_text(shared, "preset", "")
+    common: dict[str, Setting] = {name: shared[name] for name in PASSED_ON if name in shared}
     stages: dict[str, StageConfig] = {}
     for stage, cls in STAGES.items():
         if stage not in sections:
@@ -113,36 +113,6 @@ def read_recipe(path: str | Path) -> Recipe:
             require_file(file)
         stages[stage] = cfg
     return Recipe(out, stages)
-
-
-def _text(shared: Mapping[str, Setting], name: str, default: str) -> str:
-    """Return the text of a setting for all stages."""
-    setting = shared.get(name, Setting(default, ""))
-    if setting.value is None:
-        return default
-    if not isinstance(setting.value, str):
-        raise UserError(f"{name} must be text (in quotes, if it looks like a number) ({setting.origin})")
-    return setting.value
-
-
-def _split_sections(
-    path: str | Path, values: Mapping[str, Setting]
-) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
-    """Split the settings into those for all stages and those of each stage."""
-    shared: dict[str, Setting] = {}
-    sections: dict[str, dict[str, Setting]] = {}
-    for name, setting in values.items():
-        stage, dot, rest = name.partition(".")
-        if stage in STAGES and (dot or setting.value is None):
-            section = sections.setdefault(stage, {})
-            if dot:
-                section[rest] = setting
-        elif name in SHARED:
-            shared[name] = setting
-        else:
-            known = ", ".join([*SHARED, *STAGES])
-            raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({setting.origin})')
-    return shared, sections
 
 
 def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> None:

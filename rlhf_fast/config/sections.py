@@ -1,0 +1,66 @@
+"""A YAML file with sections: a recipe, which has settings for all stages and a section for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf_fast.config.stages import STAGES
+from rlhf_fast.config.yaml_file import Setting, read_yaml
+from rlhf_fast.errors import UserError
+
+SHARED = ("out", "preset", "seed", "device")
+"""Settings for all stages."""
+PASSED_ON = ("seed", "device")
+"""Those of them that are a stage's own settings too."""
+
+
+def split_sections(
+    path: str | Path, values: Mapping[str, Setting]
+) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
+    """Split the settings into those for all stages and those of each stage."""
+    shared: dict[str, Setting] = {}
+    sections: dict[str, dict[str, Setting]] = {}
+    for name, setting in values.items():
+        stage, dot, rest = name.partition(".")
+        if _is_in_section(name, setting):
+            section = sections.setdefault(stage, {})
+            if dot:
+                section[rest] = setting
+        elif name in SHARED:
+            shared[name] = setting
+        else:
+            known = ", ".join([*SHARED, *STAGES])
+            raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({setting.origin})')
+    return shared, sections
+
+
+def read_stage(path: str | Path, stage: str) -> tuple[str, dict[str, Setting]]:
+    """Return the preset and the settings that a file has for one stage: all that it holds, or of a recipe the stage's
+    section and what holds for all stages. The recipe's `out` gets the stage's name."""
+    values = read_yaml(path)
+    own = "reward" if stage == "ppo" else ""  # an empty `reward:` is a setting of PPO
+    if not any(_is_in_section(name, setting) for name, setting in values.items() if name != own):
+        return "", values
+    shared, sections = split_sections(path, values)
+    if stage not in sections:
+        raise UserError(f"{path}: has no section {stage}; it has {', '.join(sections)}")
+    layer = {name: shared[name] for name in PASSED_ON if name in shared}
+    if out := shared_text(shared, "out", ""):
+        layer["out"] = Setting(str(Path(out) / stage), shared["out"].origin)
+    return shared_text(shared, "preset", ""), layer | sections[stage]
+
+
+def shared_text(shared: Mapping[str, Setting], name: str, default: str) -> str:
+    """Return the text of a setting for all stages."""
+    setting = shared.get(name, Setting(default, ""))
+    if setting.value is None:
+        return default
+    if not isinstance(setting.value, str):
+        raise UserError(f"{name} must be text (in quotes, if it looks like a number) ({setting.origin})")
+    return setting.value
+
+
+def _is_in_section(name: str, setting: Setting) -> bool:
+    stage, dot, _ = name.partition(".")
+    return stage in STAGES and (bool(dot) or setting.value is None)
