@@ -20,14 +20,19 @@ from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.outputs import check_run_folder
+from rlhf_fast.run.outputs import check_run_folder, read_run
 from rlhf_fast.stages import sft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOREIGN = {
     "a folder of notes": {"notes/keep.txt": "mine"},
-    "a hidden file": {".gitignore": "*"},
+    "a hidden file": {".env": "*"},
+    "logs of a batch system": {"slurm-1.out": "mine", ".gitkeep": ""},
+    "half a run.json of another program": {"run.json.tmp": '{"id": 7'},
+    "another lock": {"checkpoints/lock": "pid 7"},
+    "a folder called lock": {"checkpoints/lock/keep.txt": "mine"},
+    "a file called checkpoints": {"checkpoints": "mine"},
     "checkpoints of another trainer": {"checkpoints/step_7/model.pt": "mine"},
     "a best model": {"checkpoints/best/config.json": "{}"},
     "tensorboard events": {"tensorboard/events": "mine"},
@@ -61,9 +66,41 @@ def test_an_empty_out_and_a_run_that_was_killed_at_its_start_are_taken(folder):
     assert check_run_folder("empty", {}) == check_run_folder("new/deep", {}) == {}
     (folder / "killed/checkpoints").mkdir(parents=True)
     (folder / "killed/checkpoints/lock").touch()
-    (folder / "killed/run.json.tmp").write_text("{")
-    assert check_run_folder("killed", {}) == {}
+    for text in ("", "{", '{\n  "stage": "sft",\n  "conf'):
+        (folder / "killed/run.json.tmp").write_text(text)
+        assert check_run_folder("killed", {}) == {}
     assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [".gitkeep", ".gitignore", ".DS_Store", ".ipynb_checkpoints/x", "lost+found/x", ".nfs01"]
+)
+def test_what_other_programs_put_into_an_empty_folder_stays(folder, name):
+    (folder / "sft" / name).parent.mkdir(parents=True)
+    (folder / "sft" / name).write_text("mine")
+    sft.run(toy.sft(folder, epochs=1))
+    assert (folder / "sft" / name).read_text() == "mine" and (folder / "sft/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("model", "out"), [("model", "model/sft"), (".", "runs/a"), ("link", "model/a/b")])
+def test_a_run_may_lie_below_its_model(folder, model, out):
+    """It starts, and goes on."""
+    toy.model_at(folder)
+    if model == ".":
+        shutil.copytree(folder / "model", folder, dirs_exist_ok=True)
+    (folder / "link").symlink_to("model")
+    cfg = toy.sft(folder, out=out, model=ModelConfig(model))
+    for _ in range(2):
+        with RunFolder(cfg) as run:
+            run.start_or_resume(1, (), {})
+    assert read_run(folder / out)["stage"] == "sft"
+
+
+@pytest.mark.parametrize(("name", "out"), [("hub-model", "hub-model/sft"), ("someone/model", "someone/model")])
+def test_an_out_does_not_hide_a_hub_name(folder, name, out):
+    with pytest.raises(UserError, match=f"would make the folder {name}, which the hub name"):
+        RunFolder(toy.sft(folder, out=out, model=ModelConfig(name)))
+    RunFolder(toy.sft(folder, out="someone/other", model=ModelConfig(name)))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +109,6 @@ def test_an_empty_out_and_a_run_that_was_killed_at_its_start_are_taken(folder):
         ("m", "is what model.path names"),
         ("link", "is what model.path names"),
         ("link/../m/.", "is what model.path names"),
-        ("m/sub/run", "lies in the folder that model.path names"),
-        ("link/run", "lies in the folder that model.path names"),
         ("all", "holds what data.path names"),
         ("all/d.jsonl", "is a file; give a folder"),
         ("all/d.jsonl/run", "cannot be made, since"),

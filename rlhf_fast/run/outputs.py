@@ -20,12 +20,19 @@ from rlhf_fast.errors import UserError, listed, shortened, writing
 RUN = "run.json"
 PARTIAL = ".partial"
 """Suffix of a file that is being written beside the one that it will replace."""
+STARTED = ("checkpoints", RUN + ".tmp")
+"""What a run writes before it has signed its folder by a run.json."""
+FIRST_BYTES = b'{\n  "stage": "'
+"""How every run.json of ours begins."""
+HOUSEKEEPING = (".gitkeep", ".gitignore", ".DS_Store", ".ipynb_checkpoints", "lost+found")
+"""Names that an empty folder may hold: other programs put them there, and no command of ours writes or removes them."""
 
 
 def check_run_folder(out: str | Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Return the run.json of our run in `out`, or {} if a new run may start there; UserError if it may not.
 
-    A new run needs a folder that is empty or not there yet. `inputs`: setting -> model folder or file that it names.
+    A new run needs a folder that is empty or not there yet. It may lie below a model. `inputs`: setting -> model folder
+    or file that it names.
     """
     if not str(out):
         raise UserError("out is not set; give --out FOLDER, or put it in the YAML file")
@@ -39,11 +46,29 @@ def check_run_folder(out: str | Path, inputs: Mapping[str, str]) -> dict[str, An
             raise UserError(f"{out}: is what {setting} names, and would be written over; choose another `out`")
         if _is_inside(path, folder):
             raise UserError(f"{out}: holds what {setting} names ({path}); choose another `out`")
-        if not Path(path).is_file() and _is_inside(folder, path):
-            raise UserError(f"{out}: lies in the folder that {setting} names ({path}); choose an `out` outside it")
-    lock_only = all(entry.name == "lock" for entry in (folder / "checkpoints").glob("*"))
-    check_empty_folder(folder, "run", may_hold=("checkpoints", RUN + ".tmp") if lock_only else ())
+    check_empty_folder(folder, "run", may_hold=[name for name in STARTED if _is_of_a_start(folder / name)])
     return {}
+
+
+def check_hub_names(out: str | Path, names: Collection[str]) -> None:
+    """Raise UserError if making `out` makes a folder that a hub name among `names` would mean from then on."""
+    for name in names:
+        if not Path(name).exists() and (_is_same(out, name) or _is_inside(out, name)):
+            raise UserError(
+                f"{out}: would make the folder {name}, which the hub name {name} would mean from then on; choose"
+                " another `out`"
+            )
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Return whether `path` is what a run leaves that is killed before it has signed its folder."""
+    if path.is_symlink():
+        return False
+    if path.name == STARTED[0]:
+        entries = list(path.iterdir()) if path.is_dir() else [path]
+        return all(entry.name == "lock" and entry.is_file() and not entry.stat().st_size for entry in entries)
+    content = path.read_bytes()[: len(FIRST_BYTES)] if path.is_file() else b"?"
+    return content == FIRST_BYTES[: len(content)]
 
 
 def check_empty_folder(folder: str | Path, kind: str, may_hold: Collection[str] = ()) -> None:
@@ -56,11 +81,12 @@ def check_empty_folder(folder: str | Path, kind: str, may_hold: Collection[str] 
     if _is_same(folder, Path.home()) or folder.resolve().parent == folder.resolve():
         raise UserError(f"{folder}: is the home or the root folder; choose a folder of its own for the {kind}")
     with writing(folder):
-        others = sorted({entry.name for entry in folder.iterdir()} - set(may_hold)) if folder.is_dir() else []
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(name for name in names - {*may_hold, *HOUSEKEEPING} if not name.startswith(".nfs"))
     if others:
         raise UserError(
             f"{folder}: is not empty and no {kind} of ours is in it (it holds {listed(others, 4)}); choose another"
-            " folder"
+            f" folder, such as {folder / 'new'}"
         )
 
 
