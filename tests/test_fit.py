@@ -8,6 +8,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import toy
@@ -161,6 +162,42 @@ def test_a_recipe_is_compared_before_its_first_stage(folder, capsys, no_weights,
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.search(sentence, line), line
     assert not (folder / "runs").exists()
+
+
+BAD_FILES = {
+    "reward: {data.path: bad.jsonl}": '"chosen"',
+    "reward: {data: {path: r.jsonl, valid: bad.jsonl}}": '"chosen"',
+    "reward: {data.path: r.jsonl, demonstrations.path: bad.jsonl}": '"completion"',
+    "reward: {data.path: r.jsonl, demonstrations: {path: d.jsonl, valid: bad.jsonl}}": '"completion"',
+    "ppo: {reward: 'toy:share_of_a', data: {path: d.jsonl, columns: {prompt: question}}}": "question",
+    "ppo: {reward: 'toy:share_of_a', data: {path: p.jsonl, valid: empty.jsonl}}": "holds no rows",
+    "ppo: {reward: 'toy:share_of_a', data.path: p.jsonl, pretrain.path: bad.jsonl}": "bad.jsonl:1",
+}
+
+
+@pytest.mark.parametrize(("stage", "sentence"), BAD_FILES.items(), ids=BAD_FILES)
+def test_a_bad_row_of_a_later_stage_is_found_before_the_first(folder, capsys, no_weights, stage, sentence):
+    toy.demonstrations(folder / "d.jsonl", 8)
+    toy.rankings(folder / "r.jsonl", 8)
+    toy.prompt_file(folder / "p.jsonl", 8)
+    toy.jsonl(folder / "bad.jsonl", [{"prompt": "a ."}])
+    (folder / "empty.jsonl").write_text("\n")
+    first = f"out: runs\nsft: {{model.path: {toy.model_at(folder)}, data.path: d.jsonl}}\n"
+    (folder / "recipe.yaml").write_text(first + stage)
+    assert main(["run", "recipe.yaml"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert sentence in line and ".jsonl" in line, line
+    assert not (folder / "runs").exists()
+
+
+def test_only_the_rows_that_are_read_count(folder):
+    """Those within data.limit, and files that the stage reads."""
+    rows = [*toy.rows(Path(toy.demonstrations(folder / "d.jsonl", 8))), {"prompt": 3}]
+    data = DataConfig(toy.jsonl(folder / "d.jsonl", rows), limit=8)
+    unread = DataConfig(toy.jsonl(folder / "unread.jsonl", [{"prompt": 3}]))
+    check_fit(toy.sft(folder, data=data, pretrain=unread, pretrain_fraction=0.0))
+    with pytest.raises(UserError, match=r"d\.jsonl:9: "):
+        check_fit(toy.sft(folder, data=replace(data, limit=0)))
 
 
 def test_the_check_takes_little_time(folder):

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data import read_prompts
+from rlhf_fast.data.rows import read_examples
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
 from rlhf_fast.run.info import sha256
@@ -25,8 +26,8 @@ from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.rewards import is_function, source_file
 
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
-PROMPTS_TRIED = 64
-"""Prompts that are read first to see whether any of them fits."""
+ROWS_TRIED = 64
+"""Rows of each file that are read first, to see whether they are rows of the stage and whether any prompt fits."""
 
 
 class Role(NamedTuple):
@@ -58,6 +59,7 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     """
     check_device(cfg.stage, cfg.device)
     check_sinks(cfg.log.sinks)
+    _check_first_rows(cfg)
     for spec in filter(is_function, cfg.model_paths()):
         source_file(spec)  # UserError if it cannot be imported
     roles = list(_roles(cfg))
@@ -89,6 +91,20 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     if isinstance(cfg, PPOConfig):
         _check_prompts(cfg.data, cfg.sampling, main.tokenizer, smallest)
     return smallest.positions
+
+
+def _check_first_rows(cfg: StageConfig) -> None:
+    """Raise UserError if the first rows of one of the stage's files are not of its kind. No tokens are made."""
+    if isinstance(cfg, SFTConfig):
+        kinds = [(cfg.data, "demonstrations"), *([(cfg.pretrain, "texts")] if cfg.pretrain_fraction else [])]
+    elif isinstance(cfg, RewardConfig):
+        kinds = [(cfg.data, "comparisons"), (cfg.demonstrations, "demonstrations")]
+    else:
+        kinds = [(cfg.data, "prompts"), (cfg.pretrain, "texts")]
+    for data, kind in kinds:
+        for file, limit in ((data.path, data.limit), (data.valid, 0)):
+            if data.path and file:
+                read_examples(file, kind, data.columns, min(limit or ROWS_TRIED, ROWS_TRIED), data.remove_columns)
 
 
 def _roles(cfg: StageConfig) -> Iterator[Role]:
@@ -173,7 +189,7 @@ def _check_prompts(data: DataConfig, sampling: SamplingConfig, tokenizer: Any, s
     room = smallest.positions - sampling.max_new_tokens
     if room >= data.max_prompt_tokens:
         return
-    first = min(data.limit or PROMPTS_TRIED, PROMPTS_TRIED)
+    first = min(data.limit or ROWS_TRIED, ROWS_TRIED)
     if _why_none_fits(data, first, tokenizer, room) and (reason := _why_none_fits(data, data.limit, tokenizer, room)):
         raise UserError(
             f"ppo: no prompt fits: {smallest.role} has {smallest.positions} positions, of which sampling.max_new_tokens"
