@@ -350,6 +350,21 @@ def test_changed_bytes_are_noticed_though_size_and_times_are_the_same(folder, na
         RunFolder(cfg)
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "eval.json", "my_tokens.json", "trainer_state.json"])
+def test_a_note_in_a_model_folder_is_no_change_of_the_model(folder, name):
+    """Only notes.txt was reported. Files that make the model are."""
+    cfg = toy.sft(folder)
+    with RunFolder(cfg) as run:
+        run.start_or_resume(1, (), {})
+    (folder / "model" / name).write_text("mine")
+    RunFolder(cfg)
+    for own in ("modeling_x.py", "chat_template.jinja", "model-2.safetensors", "vocab.json", "added_tokens.json"):
+        (folder / "model" / own).write_text("other")
+        with pytest.raises(UserError, match="the model in it has changed since"):
+            RunFolder(cfg)
+        (folder / "model" / own).unlink()
+
+
 def test_a_moved_reward_function_is_known_by_its_source(folder, monkeypatch):
     from rlhf_fast.run.identity import check_same_run, input_checksums
 

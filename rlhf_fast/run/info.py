@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 import time
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
-NOTES = ("run.json", "recipe.json")
-MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model", "*.spm"),
+    *("*.tiktoken", "bpe.codes", "chat_template*", "*.jinja"),
+)
+"""Patterns of the names of files that make a tokenizer."""
+MODEL_FILES = (
+    *("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json"),
+    *("config.json", "generation_config.json", "adapter_config.json", "*.py"),
+    *TOKENIZER_FILES,
+)
+"""Patterns of the names of files that make a model. Any other file in its folder is a note."""
 
 
 def run_info(stage: str, cfg: DataclassInstance) -> dict[str, Any]:
@@ -49,10 +59,10 @@ def package_version(package: str) -> str | None:
 
 
 def model_sha256(folder: str | Path) -> str:
-    """Return one checksum of a model folder's weights, configs, tokenizer and code, without notes of runs."""
+    """Return one checksum of a model folder's weights, configs, tokenizer and code. Any other file is a note."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
-        if file.suffix in MODEL_SUFFIXES and file.name not in NOTES and file.is_file():
+        if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in MODEL_FILES):
             digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 

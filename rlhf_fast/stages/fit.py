@@ -20,12 +20,11 @@ from rlhf_fast.data import read_prompts
 from rlhf_fast.data.rows import read_examples
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
-from rlhf_fast.run.info import sha256
+from rlhf_fast.run.info import TOKENIZER_FILES, sha256
 from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.rewards import is_function, source_file
 
-TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
 ROWS_TRIED = 64
 """Rows of each file that are read first, to see whether they are rows of the stage and whether any prompt fits."""
 
