@@ -482,3 +482,27 @@ def test_rows_without_a_loss_are_left_out_and_batches_have_the_mask(tmp_path):
     assert [sum(row.loss_mask or [True] * len(row.responses[0])) for row in every.rows] == [6, 2, 2]
     batch = join_demonstrations(every.rows, [0, 1, 2])
     assert batch.loss_mask.sum(1).tolist() == [6, 2, 2] and batch.num_items() == 10
+
+
+BAD_SECTIONS = ([], "x", None, 5, {"kind": 5}, {"kind": "chat", "date": "soon"}, {"kind": "chat", "date": 7})
+BAD_SECTIONS += ({"kind": "chat", "tokens": 5}, {"date": "2030-01-01"}, {"kind": ["chat"]}, {"kind": "auto"})
+
+
+@pytest.mark.parametrize("section", BAD_SECTIONS, ids=str)
+def test_a_broken_template_in_run_json_is_a_sentence(tmp_path, section):
+    """Those with 5, 7, tokens, a list and auto were not reported."""
+    parts = {"stage": "sft", "config": {}, "data": {}, "versions": {}, "machine": {}}
+    (tmp_path / "run.json").write_text(json.dumps(parts | {"template": section}))
+    with pytest.raises(
+        UserError, match=r"run\.json: its `template` is not what a run of ours writes; put .* or remove"
+    ):
+        formats.recorded_format(str(tmp_path))
+    with pytest.raises(UserError, match=r"its `template` is not"):
+        formats.bind_prompt_format(RunAt(tmp_path), "x", tokenizer(), {"data": DataConfig("x")})
+
+
+class RunAt:
+    stage, manifest, notes = "sft", {}, []
+
+    def __init__(self, out: Path):
+        self.out = out

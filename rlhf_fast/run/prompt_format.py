@@ -21,10 +21,11 @@ from rlhf_fast.data.encode import Encoder, PromptFormat, Template, resolve_templ
 from rlhf_fast.data.fields import InvalidRow, Message
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.outputs import read_run
+from rlhf_fast.run.outputs import RUN, read_run
 
 TEMPLATE = "template"
 """The section of run.json."""
+KINDS = ("chat", "plain", "dialog")
 PARTS_OF_A_RUN = ("ema", "last", "value")
 """Folders inside a run's `out` that hold models of that run."""
 _USER: Message = {"role": "user", "content": "  What is 2 + 2, \u00e4 and <b>?\nSay it."}
@@ -45,7 +46,8 @@ def bind_prompt_format(
     data: setting -> the data that it reads. UserError if the settings, the model's run or this run's start differ.
     """
     name, value = _explicit_template(run_folder.stage, data)
-    started: dict[str, Any] = read_run(run_folder.out).get(TEMPLATE, {})
+    saved = read_run(run_folder.out)
+    started = _section(run_folder.out, saved) if TEMPLATE in saved else {}
     if started:
         prompt_format = PromptFormat(started["kind"], _date(started))
         _check_tokens(started, tokenizer, prompt_format, f"{run_folder.out}: since this run was started,")
@@ -168,14 +170,31 @@ def recorded_format(path: str) -> dict[str, Any]:
     folder = Path(path)
     places = [folder, folder.resolve().parent] if folder.name in PARTS_OF_A_RUN else [folder]
     for place in places:
+        saved: dict[str, Any] = {}
         with suppress(UserError):  # a run.json of another program
             saved = read_run(place)
-            if TEMPLATE in saved:
-                return saved[TEMPLATE]
-            kind = saved.get("config", {}).get("data", {}).get("template", "auto")
-            if kind != "auto":
-                return {"kind": kind}
+        if found := _section(place, saved):
+            return found
     return {}
+
+
+def _section(folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the format in run.json (`saved`), {} if it has none; UserError for one that no run of ours has written."""
+    found = saved.get(TEMPLATE)
+    if found is None and TEMPLATE not in saved:
+        data = saved.get("config", {}).get("data")
+        kind = data.get("template", "auto") if isinstance(data, dict) else "auto"
+        found = {} if kind == "auto" else {"kind": kind}
+    if not found and isinstance(found, dict):
+        return {}
+    if isinstance(found, dict) and found.get("kind") in KINDS and isinstance(found.get("tokens", ""), str):
+        with suppress(ValueError, TypeError):
+            datetime.fromisoformat("2000-01-01" if found.get("date") is None else found["date"])
+            return found
+    raise UserError(
+        f"{folder / RUN}: its `{TEMPLATE}` is not what a run of ours writes; put the old text back, or remove"
+        f" `{TEMPLATE}` from it to go on with today's template"
+    )
 
 
 def as_json(tokenizer: Any, prompt_format: PromptFormat) -> dict[str, Any]:
