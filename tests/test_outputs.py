@@ -287,6 +287,26 @@ def test_plot_init_demo_and_run_write_over_nothing_of_the_users(folder, capsys):
     assert main(["plot", "r"]) == main(["plot", "r"]) == 0
 
 
+BROKEN_TIMES = ("[]", "0", '""', "null", "[1]", '{"sft": []}', '{"sft": {"seconds": "1", "peak": 2}}', '{"sft": {}}')
+BROKEN_TIMES += (
+    '{"sft": {"seconds": 1, "peak": null}}',
+    '{"sft": {"seconds": NaN, "peak": 2}}',
+    '{"rm": {"seconds": 1}}',
+)
+
+
+@pytest.mark.parametrize("text", BROKEN_TIMES)
+def test_a_recipe_json_that_is_not_ours_is_refused_first(folder, capsys, monkeypatch, text):
+    monkeypatch.setattr(sft, "run", lambda *_: pytest.fail("the stage begins first"))
+    (folder / "runs").mkdir()
+    (folder / "runs/recipe.json").write_text(text)
+    toy.demonstrations(folder / "d.jsonl", 4)
+    (folder / "r.yaml").write_text(f"out: runs\nsft: {{model.path: {toy.model_at(folder)}, data.path: d.jsonl}}\n")
+    assert main(["run", "r.yaml"]) == 2
+    assert "recipe.json: was not written by a recipe of ours" in capsys.readouterr().err
+    assert (folder / "runs/recipe.json").read_text() == text
+
+
 def test_a_tilde_is_the_home_folder(folder, monkeypatch, capsys):
     """In a YAML file and after `=`, where no shell replaces it."""
     home = folder / "home"

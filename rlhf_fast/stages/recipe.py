@@ -7,6 +7,7 @@ the reward folder. A finished stage is skipped; a stage whose settings have chan
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -191,12 +192,20 @@ def _sources(stage: str, recipe: Recipe) -> list[str]:
 
 def _read_measurements(out: Path) -> dict[str, dict[str, Any]]:
     """Return what earlier runs of this recipe measured: stage -> seconds, peak (bytes). UserError for another file."""
-    found = read_json(out / MEASUREMENTS) or {}
-    if not isinstance(found, dict) or not all(
-        name in STAGES and isinstance(value, dict) and "seconds" in value for name, value in found.items()
-    ):
+    found = read_json(out / MEASUREMENTS)
+    if found is None and not (out / MEASUREMENTS).is_file():
+        return {}
+    if not isinstance(found, dict) or not all(map(_is_measurement, found, found.values())):
         raise UserError(f"{out / MEASUREMENTS}: was not written by a recipe of ours; choose another `out`, or move it")
     return found
+
+
+def _is_measurement(stage: str, value: object) -> bool:
+    """Return whether `_run_measured` may have written the value of a stage."""
+    if stage not in STAGES or not isinstance(value, dict) or not {"seconds"} <= value.keys() <= {"seconds", "peak"}:
+        return False
+    numbers = [number for number in value.values() if type(number) in (int, float)]
+    return len(numbers) == len(value) and all(0 <= number < math.inf for number in numbers)
 
 
 def table(recipe: Recipe, measurements: Mapping[str, dict[str, Any]]) -> list[str]:
