@@ -164,6 +164,21 @@ def test_a_recipe_is_compared_before_its_first_stage(folder, capsys, no_weights,
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("make", [toy.sft, toy.reward, toy.ppo])
+def test_a_token_beyond_the_models_own_rows_has_its_own_sentence(folder, make):
+    """Only ppo was reported."""
+    cfg = make(folder)
+    check_fit(cfg)
+    letters = toy.tokenizer(toy.LETTERS)
+    letters.add_tokens(["<more>"])
+    letters.save_pretrained(folder / "model")
+    with pytest.raises(
+        UserError, match=r"rows, but its own tokenizer has .* \('<more>'\); resize its embeddings"
+    ) as error:
+        check_fit(cfg)
+    assert "one base model" not in str(error.value)
+
+
 BAD_FILES = {
     "reward: {data.path: bad.jsonl}": '"chosen"',
     "reward: {data: {path: r.jsonl, valid: bad.jsonl}}": '"chosen"',

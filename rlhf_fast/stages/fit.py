@@ -76,6 +76,13 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
             check_tokenizers(main.tokenizer, other.tokenizer, str(other.role))
     check_planned_format(cfg, main.tokenizer, earlier)
     needed = max(main.tokenizer.get_vocab().values(), default=-1) + 1
+    if main.rows < needed:
+        token = main.tokenizer.convert_ids_to_tokens(needed - 1)
+        raise UserError(
+            f"{cfg.stage}: {main.role} has {main.rows} vocabulary rows, but its own tokenizer has tokens up to number"
+            f" {needed - 1} ({token!r}); resize its embeddings (resize_token_embeddings({needed}) in transformers), or"
+            " remove the tokens that it has no row for"
+        )
     for each in sizes:
         if each.rows < needed:
             raise UserError(
