@@ -85,7 +85,10 @@ def test_interruption_full_disk_and_broken_pipe(monkeypatch, capsys):
     assert main(["sft"]) == 130
     assert "the same command goes on from the newest checkpoint" in capsys.readouterr().err
     raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"))
-    assert "the disk is full while writing runs/x" in error_of(capsys, "env")
+    full = "the disk is full while writing runs/x; free some space and start the "
+    assert error_of(capsys, "env") == f"{full}command again"
+    raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"), "reward")
+    assert error_of(capsys, "reward") == f"{full}same command again: it goes on"
     raising(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a" * 300))
     assert error_of(capsys, "env").endswith("aaa: Permission denied; give another folder, or change its permissions")
     raising(OSError(errno.EIO, os.strerror(errno.EIO)))

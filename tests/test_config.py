@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 import rlhf_fast
+from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.cli.show_config import show_config
 from rlhf_fast.config import fields, stages
 from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig, OptimConfig, SamplingConfig
-from rlhf_fast.config.flags import stage_config
+from rlhf_fast.config.flags import parse, stage_config
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import (
     difference,
@@ -118,6 +119,23 @@ def test_flags_of_every_shape():
     assert cfg.sampling.stop == ("x", "y") and cfg.missing_eos_value == -2.5 and not cfg.data.append_eos
 
 
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e2", 100), ("1.0", 1), ("+3", 3), ("1E1", 10), ("9007199254740993", 9007199254740993)]
+)
+def test_whole_numbers_read_the_same_as_flags_and_in_a_file(tmp_path, text, number):
+    """+3, 1E1 and a number that no float holds were not reported."""
+    (tmp_path / "c.yaml").write_text(f"seed: {text}\nlog.keep: {text}\n")
+    for argv in (
+        ["--seed", text, f"--log.keep={text}"],
+        [f"--seed={text}", "--log.keep", text],
+        ["--config", f"{tmp_path}/c.yaml"],
+    ):
+        cfg = stage_config(SFTConfig, argv)
+        assert (cfg.seed, cfg.log.keep) == (number, number)
+    options = parse(GenerateOptions, ["--model=m", "--prompts=p", "--max-new-tokens", text, "-n", text], "generate")
+    assert (options.sampling.max_new_tokens, options.n) == (number, number)
+
+
 BROKEN = [
     (PPOConfig, {"optim.lrr": 1}, 'ppo: no setting "optim.lrr"; did you mean optim.lr? (r.yaml:12)'),
     (PPOConfig, {"lr": 1}, 'ppo: no setting "lr"; did you mean optim.lr? (r.yaml:12)'),
@@ -155,6 +173,14 @@ BROKEN = [
     (PPOConfig, {"sampling.stop": "x"}, "ppo: sampling.stop must be a list, got x (r.yaml:12)"),
     (PPOConfig, {"optim.betas": [0.9]}, "ppo: optim.betas must be a list of 2, got [0.9] (r.yaml:12)"),
     (PPOConfig, {"data.columns": 3}, "ppo: data.columns must be a map such as {completion: answer}, got 3 (r.yaml:12)"),
+    (PPOConfig, {"data.columns": {"prompt": 5}}, "number) for prompt, got"),
+    (PPOConfig, {"data.columns": {"prompt": "a", "group": None}}, "ppo: data.columns must have a value for group, got"),
+    (
+        PPOConfig,
+        {"sampling.stop": ["x", True]},
+        "ppo: sampling.stop must be text (in quotes, if it looks like a number) f",
+    ),
+    (PPOConfig, {"optim.betas": [0.9, "x"]}, "ppo: optim.betas must be a number for entry 2, got"),
     (SFTConfig, {"pretrain_fraction": 0.1}, "sft: pretrain_fraction needs pretrain.path, the text to mix in, got 0.1"),
     (SFTConfig, {"select": "reward"}, "sft: select needs select_reward, the reward model's directory"),
     (SFTConfig, {"packing": "yes"}, "sft: packing must be true or false, got yes (r.yaml:12)"),
@@ -193,6 +219,14 @@ def test_ppo_samples_with_filters_only_where_that_is_allowed():
         ("--config a.yaml --config=b.yaml", "ppo: --config is given twice, a.yaml and b.yaml; give one"),
         ("--preset paper --preset tutorial", "ppo: --preset is given twice"),
         ("--no-lam", 'ppo: no setting "no_lam"'),
+        ("--data.append-eos False", "--data.append-eos takes no value: give --data.append-eos alone, or --data.no-app"),
+        ("--resume=no", "--resume takes no value: give --resume alone, or --no-resume"),
+        ("--sampling.allow-biased-filters 1 --seed 2", "or --sampling.no-allow-biased-filters"),
+        ("--data.columns prompt a prompt b", "ppo: --data.columns has prompt twice, and only one can be meant"),
+        ("--data.columns prompt a --data.columns group b", "ppo: --data.columns is given twice"),
+        ("--sampling.stop a --sampling.stop=b", "ppo: --sampling.stop is given twice"),
+        ("--episodes 1.5", "ppo: episodes must be a whole number, got 1.5 (--episodes)"),
+        ("--seed 1e400", "ppo: seed must be a whole number, got 1e400 (--seed)"),
         ("stray", "stray"),
         ("--optim.betas 1", "--optim.betas"),
     ],
@@ -239,6 +273,7 @@ YAML_1_2 = [
     ("out: !!str 010", {"out": "010"}),
     ("seed: !!int 010", {"seed": 10}),
     ("resume: FALSE", {"resume": False}),
+    ("%YAML 1.2\n---\nseed: 010", {"seed": 10}),
     ("\ufeffseed: 1", {"seed": 1}),
     ("--- # a comment\nseed: 1\n...\n", {"seed": 1}),
     ("optim: &o {eps: 1e-6}\nsampling: {stop: &s [a]}\nlog: {sinks: *s}", {"optim.eps": 1e-6, "log.sinks": ("a",)}),
@@ -274,6 +309,9 @@ REFUSED_YAML = [
     ("seed: !!int one", "{file}:1: one is no int"),
     ("seed: !!int 1:30", "{file}:1: 1:30 is no int"),
     ("a: &a {lr: 1}\noptim:\n  <<: *a", "{file}:3: merge keys (<<) are not part of YAML 1.2"),
+    ("%YAML 1.1\n---\nseed: 010", "{file}:1: is to be read as YAML 1.1, and only 1.2 is served; remove %YAML"),
+    ("# old\n%YAML 1.0\n--- {seed: 010}", "{file}:2: is to be read as YAML 1.0"),
+    ("%YAML 2.0\n---\nseed: 1", "{file}"),
     ("seed: 1\nseed: 1", "{file}:2: seed is set twice, first in line 1"),
     ("optim: {lr: 1}\noptim: {eps: 1}", "{file}:2: optim is set twice, first in line 1"),
     ("data.columns: {prompt: a, prompt: b}", "{file}:1: prompt is set twice"),

@@ -14,6 +14,8 @@ Command = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
+RESUMES = ("sft", "reward", "ppo", "run", "demo")
+"""Commands that go on from a checkpoint when they are started again."""
 
 
 def command(name: str, summary: str) -> Callable[[Command], Command]:
@@ -37,23 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
-            resumes = argv[0] in ("sft", "reward", "ppo", "run", "demo")
-            hint = "; the same command goes on from the newest checkpoint" if resumes else ""
+            hint = "; the same command goes on from the newest checkpoint" if argv[0] in RESUMES else ""
             print(f"rlhf-fast: stopped{hint}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `rlhf-fast ... | head` closed stdout; the flush at exit must not raise once more
             silence(sys.stdout)
             return 1
         except OSError as error:
-            return _fail(_sentence(error))
+            return _fail(_sentence(error, goes_on=argv[0] in RESUMES))
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             return _fail("out of GPU memory; lower optim.micro_batch_tokens and sampling.batch, which change no result")
 
 
-def _sentence(error: OSError) -> str:
-    """Return the sentence of an error that the system gave; raise it again if it comes from no file."""
+def _sentence(error: OSError, goes_on: bool) -> str:
+    """Return the sentence of an error that the system gave; raise it again if it comes from no file.
+
+    goes_on: whether the command goes on where it stopped when it is started again.
+    """
     from_stdout = error.filename is None and error.errno in (errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG)
     try:
         sys.stdout.flush()
@@ -61,7 +65,8 @@ def _sentence(error: OSError) -> str:
         silence(sys.stdout)  # the flush at exit must not raise once more
     if error.errno == errno.ENOSPC:
         while_writing = f" while writing {shortened(error.filename)}" if error.filename else ""
-        return f"the disk is full{while_writing}; free some space and start the same command again: it goes on"
+        again = "start the same command again: it goes on" if goes_on else "start the command again"
+        return f"the disk is full{while_writing}; free some space and {again}"
     if error.filename is None and not from_stdout:
         raise error
     name = "standard output" if from_stdout else shortened(error.filename)

@@ -8,8 +8,8 @@ import io
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import groupby, takewhile
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 import tyro
 
@@ -55,12 +55,12 @@ def parse(cls: type[T], argv: Sequence[str], command: str, **options: Any) -> T:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr), _long_lines(not {"-h", "--help"} & set(argv)):
-            return tyro.cli(cls, args=list(argv), prog=f"rlhf-fast {command}", **options)
+            return tyro.cli(cls, args=_checked(cls, argv, command), prog=f"rlhf-fast {command}", **options)
     except SystemExit as error:
         if not error.code:
             raise
         message = _message(stderr.getvalue())
-        hint = _nearest_flag(cls, argv) if "nrecognized" in message else ""
+        hint = (_switch_with_value(cls, argv) or _nearest_flag(cls, argv)) if "nrecognized" in message else ""
         raise UserError(f"{command}: {message}; {hint or f'see `rlhf-fast {command} --help`'}") from error
 
 
@@ -94,8 +94,56 @@ def _message(box: str) -> str:
     return first[0].rstrip(".")
 
 
+def _type_of(cls: type[DataclassInstance], flag: str) -> Any:
+    """Return the type of the setting that a flag names. Commands other than the stages leave out the groups' names."""
+    path = flag.lstrip("-").replace("-", "_")
+    types = setting_types(cls)
+    if path in types or hasattr(cls, "stage"):
+        return types.get(path)
+    return next((kind for name, kind in types.items() if name.rpartition(".")[2] == path), None)
+
+
+def _checked(cls: type[DataclassInstance], argv: Sequence[str], command: str) -> list[str]:
+    """Return the arguments with whole numbers such as 1e2 written out, as a YAML file may give them. UserError for an
+    entry of a map or a whole list that is given twice, of which one would be lost."""
+    arguments = list(argv)
+    seen: set[str] = set()
+    for i, argument in enumerate(argv):
+        if not argument.startswith("-"):
+            continue
+        flag, equals, value = argument.partition("=")
+        kind = _type_of(cls, flag)
+        if kind is int:
+            if not equals:
+                value = argv[i + 1] if i + 1 < len(argv) else ""
+            with contextlib.suppress(ValueError, OverflowError):
+                if not value.isdigit() and float(value).is_integer():
+                    number = str(int(value) if value.lstrip("+-").isdigit() else int(float(value)))
+                    arguments[i if equals else i + 1] = f"{flag}={number}" if equals else number
+        elif get_origin(kind) in (dict, tuple):
+            if flag.replace("_", "-") in seen:
+                raise UserError(f"{command}: {flag} is given twice, and only one would count; give all after one")
+            seen.add(flag.replace("_", "-"))
+            keys = list(takewhile(lambda word: not word.startswith("--"), argv[i + 1 :]))[::2]
+            if get_origin(kind) is dict and (twice := [key for key in keys if keys.count(key) > 1]):
+                raise UserError(f"{command}: {flag} has {twice[0]} twice, and only one can be meant")
+    return arguments
+
+
+def _switch_with_value(cls: type[DataclassInstance], argv: Sequence[str]) -> str:
+    """Return how to write a switch that is given with a value, such as `--resume False`; "" if there is none."""
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+        flag, equals, _ = argument.partition("=")
+        if argument.startswith("--") and _type_of(cls, flag) is bool and (equals or not following.startswith("--")):
+            group, dot, name = flag.removeprefix("--").rpartition(".")
+            return f"{flag} takes no value: give {flag} alone, or --{group}{dot}no-{name}"
+    return ""
+
+
 def _nearest_flag(cls: type[DataclassInstance], argv: Sequence[str]) -> str:
     """Suggest a flag of `cls` for the first unknown one. Only the part after the last dot is compared."""
+    if hasattr(cls, "stage"):  # `_flag_settings` has found all that are unknown
+        return ""
     flags = [path.rpartition(".")[2].replace("_", "-") for path in setting_types(cls)]
     for argument in argv:
         flag = argument.partition("=")[0].removeprefix("--").replace("_", "-")

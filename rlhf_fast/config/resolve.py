@@ -191,7 +191,7 @@ def _coerce(kind: Any, value: Any) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError("must be a map such as {completion: answer}")
-        return {str(key): _coerce(get_args(kind)[1], item) for key, item in value.items()}
+        return {str(key): _coerce_entry(get_args(kind)[1], item, str(key)) for key, item in value.items()}
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -219,7 +219,17 @@ def _coerce_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
         raise ValueError("must be a list")
     if kinds[-1] is not Ellipsis and len(value) != len(kinds):
         raise ValueError(f"must be a list of {len(kinds)}")
-    return tuple(_coerce(kinds[0], item) for item in value)
+    return tuple(_coerce_entry(kinds[0], item, f"entry {i}") for i, item in enumerate(value, 1))
+
+
+def _coerce_entry(kind: Any, item: Any, name: str) -> Any:
+    """Return one value of a map or list. Its error says which."""
+    if item is None:
+        raise ValueError(f"must have a value for {name}")
+    try:
+        return _coerce(kind, item)
+    except ValueError as error:
+        raise ValueError(f"{error} for {name}") from error
 
 
 def _coerce_number(kind: type, value: Any) -> int | float:

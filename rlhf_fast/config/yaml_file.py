@@ -64,6 +64,7 @@ def read_yaml(path: str | Path) -> dict[str, Setting]:
     """Return every setting in a YAML file, by path. Groups may nest or be dotted. The names are not checked."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        _check_version(text, str(path))
         root = yaml.compose(text, Loader=_Loader)
     except OSError as error:
         raise UserError(f"{shortened(path)}: cannot be read: {error.strerror}") from error
@@ -88,6 +89,16 @@ def read_yaml(path: str | Path) -> dict[str, Setting]:
         if len(found) > MAX_SETTINGS:
             raise UserError(f"{setting.origin}: the file holds more than {MAX_SETTINGS} settings")
     return found
+
+
+def _check_version(text: str, file: str) -> None:
+    """Raise UserError for a `%YAML` directive of another version, by whose rules the values would be others."""
+    events = yaml.parse(text, Loader=_Loader)
+    start = next((event for event in events if isinstance(event, yaml.DocumentStartEvent)), None)
+    if start and start.version and tuple(start.version) != (1, 2):
+        version = ".".join(map(str, start.version))
+        line = next(i for i, line in enumerate(text.splitlines(), 1) if line.startswith("%YAML"))
+        raise UserError(f"{file}:{line}: is to be read as YAML {version}, and only 1.2 is served; remove %YAML")
 
 
 def _settings(

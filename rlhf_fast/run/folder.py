@@ -28,7 +28,7 @@ from rlhf_fast.run import checkpoint
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
-from rlhf_fast.run.outputs import RUN, check_hub_names, check_run_folder, move_in
+from rlhf_fast.run.outputs import RUN, check_run_folder, move_in
 from rlhf_fast.training.learner import Learner
 
 BEST = "best"
@@ -64,8 +64,6 @@ class RunFolder:
         self._handlers: dict[int, Any] = {}
         self._signal = 0
         saved = check_run_folder(cfg.out, cfg.input_paths())  # before models are read
-        if not saved:
-            check_hub_names(cfg.out, cfg.model_paths())
         self._checksums = input_checksums(cfg)
         self.manifest = run_info(self.stage, cfg) | self._checksums
         if saved:

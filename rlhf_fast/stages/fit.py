@@ -22,6 +22,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
 from rlhf_fast.run.info import TOKENIZER_FILES, sha256
 from rlhf_fast.run.logs import check_sinks
+from rlhf_fast.run.outputs import check_hub_names
 from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.rewards import is_function, source_file
 
@@ -68,6 +69,8 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
             raise UserError(f"{cfg.stage}: {name} is float16, whose gradients underflow; set it to bfloat16 or float32")
     tokenizers: dict[object, Any] = {}
     sizes = [found for role in roles if (found := _sizes(role, earlier, tokenizers))]
+    if not earlier:
+        check_hub_names(cfg.out, cfg.model_paths())
     if not sizes or sizes[0].role is not roles[0]:  # the loader says why a config cannot be read
         return 0
     main, *others = sizes
