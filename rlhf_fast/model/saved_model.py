@@ -49,7 +49,7 @@ def probe(model: Model) -> dict[str, Any]:
     tokens = model.probe_tokens(ROWS, length).cpu()
     with model.eval_mode():
         if model.head == "lm":
-            values = model.logprobs(tokens, torch.ones_like(lengths), lengths, all_rows=True)[0]
+            values = model.logprobs(tokens, torch.ones_like(lengths), lengths)[0]
             rows = [row[: n - 1] for row, n in zip(values.tolist(), lengths.tolist(), strict=True)]
         else:
             end = getattr(model.tokenizer, "eos_token_id", None)
