@@ -26,6 +26,7 @@ from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model import checks, lora, packing
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
+from rlhf_fast.model.end_tokens import in_generation_config
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.pretrained import check_score_layer, config_number, load_module, load_tokenizer, quiet
 from rlhf_fast.model.vocabulary import Vocabulary
@@ -45,6 +46,7 @@ class Model:
 
     def __init__(self, module: nn.Module, tokenizer=None, head: Head = "lm", cfg: ModelConfig | None = None):
         """Wrap a module that is in memory. UserError if its head is not one that the fused ops can compute."""
+        lora.check_mergeable(module)
         self.module = module
         self.tokenizer = tokenizer
         self.head: Head = head
@@ -180,6 +182,7 @@ class Model:
         """Return this model without its adapter. It shares all memory. Only with LoRA."""
         if self.module is self.base:
             raise ValueError("Model.reference: only a model with an adapter contains its own reference")
+        lora.check_unchanged_base(self.module)
         twin = object.__new__(Model)
         twin.__dict__ = {**self.__dict__, "adapter_enabled": False}
         return twin
@@ -298,16 +301,19 @@ class Model:
             bias = None if self.head_bias is None else self.head_bias.float()
             return F.linear(hidden.float(), self.head_weight.float(), bias)[..., 0] + self.score_bias
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path) -> float:
         """Write a Hugging Face folder that plain transformers loads. With LoRA, its weights have the adapter merged,
-        and `adapter/` inside it holds the adapter alone."""
+        and `adapter/` inside it holds the adapter alone. Return the share of the adapter's change that the merged
+        weights keep: in half precision a small one is partly rounded away. It is 1 without an adapter."""
         with writing(folder), quiet():
             if self.head == "scalar":
                 setattr(self.base.config, SCORE_BIAS, self.score_bias)
                 setattr(self.base.config, SCORE_TOKEN, "last that is not padding")
-            lora.save(self.module, Path(folder))
+            with in_generation_config(self):
+                share = lora.save(self.module, Path(folder))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+        return share
 
     def probe_tokens(self, rows: int, length: int) -> Tensor:
         """Return fixed tokens (rows, length), none of them padding, to compare two forward passes. They do not change
