@@ -1,5 +1,5 @@
-"""What may go wrong around the comparison of a saved model: attention without float32, odd tokenizers, a full disk, no
-memory, adapters that are rounded away, starts of adapters that change the base."""
+"""The comparison of a saved model survives attention without float32, odd tokenizers, a full disk and no memory; and
+adapters that are rounded away, or that change the base, are told."""
 
 import errno
 import json

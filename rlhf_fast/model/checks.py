@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,6 @@ from rlhf_fast.model.dropout import config_without_dropout
 from rlhf_fast.model.noise import Trial, check_causal, find_noise
 from rlhf_fast.model.pad_token import end_tokens
 
-if TYPE_CHECKING:
-    from rlhf_fast.model.model import Model
-
 LONG = 64
 """Tokens of the row on which noise is searched for: some acts on long rows only."""
 ENDS = 4
@@ -24,7 +21,7 @@ ENDS = 4
 
 
 @torch.no_grad()
-def check_decoder(model: Model) -> set[nn.Module]:
+def check_decoder(model: Any) -> set[nn.Module]:
     """Check that the decoder is finite and causal, computes each row alone, and the same in training mode. Return the
     modules that must stay in evaluating mode for that."""
     tokens = model.probe_tokens(2, 8)
@@ -45,7 +42,7 @@ def check_decoder(model: Model) -> set[nn.Module]:
 
 
 @torch.no_grad()
-def find_logit_scale(model: Model) -> float:
+def find_logit_scale(model: Any) -> float:
     """Return the scale under which our head computes the module's own logits. UserError if there is none."""
     head = model.base.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -67,7 +64,7 @@ def find_logit_scale(model: Model) -> float:
 
 
 @torch.no_grad()
-def check_score_head(model: Model) -> None:
+def check_score_head(model: Any) -> None:
     """Check that the module's own score is the one that our head reads: of a plain row, of rows with an end token in
     them, and of a padded row."""
     plain = model.probe_tokens(1, min(model.max_positions or 8, 8)).cpu()
@@ -96,7 +93,7 @@ def check_score_head(model: Model) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: Model) -> None:
+def check_packing(model: Any) -> None:
     """Check that two packed rows have the hidden states that each has alone."""
     tokens = model.probe_tokens(2, 8)
     positions = torch.arange(8).repeat(2)[None]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_fast.data.encode import template_end
 
-if TYPE_CHECKING:
-    from rlhf_fast.model.model import Model
 
-
-def end_token_ids(model: Model) -> list[int]:
+def end_token_ids(model: Any) -> list[int]:
     """Return the tokens that end a response: those of the generation config or else of the model config, the
     tokenizer's, and the one that the chat template writes after an answer."""
     generation = getattr(model.base, "generation_config", None)
@@ -22,7 +19,7 @@ def end_token_ids(model: Model) -> list[int]:
 
 
 @contextmanager
-def in_generation_config(model: Model) -> Iterator[None]:
+def in_generation_config(model: Any) -> Iterator[None]:
     """List all end tokens in the generation config within the block: a server that reads no chat template would write
     on past the end of an answer."""
     config: Any = getattr(model.base, "generation_config", None)
