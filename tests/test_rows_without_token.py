@@ -90,7 +90,13 @@ def test_ids_without_a_token_are_not_sampled(family, vocabulary, decode_path, mo
     path = "fused" if decode_path == "op by op" else decode_path
     ids = VOCABULARIES[vocabulary]
     model = likely_without(FAMILIES[family], ids)
-    for settings in ({"temperature": 1.3}, {"temperature": 0.0}, {"min_new_tokens": 6, "top_p": 0.9}):
+    for settings in (
+        {"temperature": 1.3},
+        {"temperature": 3000.0},
+        {"temperature": 0.02},
+        {"temperature": 0.0},
+        {"min_new_tokens": 6, "top_p": 0.9},
+    ):
         found = Rollout(model, sampling(**settings), seed=4, decode_path=path).generate(prompts(3, 7, 5), samples=4)
         assert {token for row in found.response_ids() for token in row} <= set(ids)
         temperature = settings.get("temperature", 1.0) or 1.0
