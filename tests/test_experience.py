@@ -24,7 +24,8 @@ class FixedModel:
     def __init__(self, numbers, last=None):
         self.numbers, self.last = numbers, last
 
-    def logprobs(self, tokens, prompt_lengths, lengths, temperature=1.0):
+    def logprobs(self, tokens, prompt_lengths, lengths, temperature=1.0, sampled_tokens_only=True):
+        assert sampled_tokens_only
         width = int((lengths - prompt_lengths).max())
         return self.numbers[row_numbers(tokens), :width] / temperature, None
 

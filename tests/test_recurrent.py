@@ -98,3 +98,13 @@ def test_rows_without_a_cache_leave_the_batch_and_come_twice():
     with torch.no_grad():
         for row, hidden in zip(batch.rows, batch.last_hidden, strict=True):
             torch.testing.assert_close(hidden, model.hidden(torch.tensor([row]))[0, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minimax", "zamba2", "mamba"])
+def test_half_precision_does_not_hide_a_wrong_cache(name):
+    """Padding leaked by 4 nats in the median where the longest prompt, which has none, made the check pass."""
+    model = biased(RECURRENT[name])
+    model.module.to(torch.bfloat16)
+    rollout = Rollout(model, sampling(max_new_tokens=4, batch=7), seed=3)
+    assert rollout._batch_kind != (CachedBatch, False) and model.module.dtype == torch.bfloat16
+    assert largest_gap(model, rollout.generate(prompts(1, 7, 3), samples=2)) < 0.25

@@ -90,11 +90,18 @@ def test_ids_without_a_token_are_not_sampled(family, vocabulary, decode_path, mo
     path = "fused" if decode_path == "op by op" else decode_path
     ids = VOCABULARIES[vocabulary]
     model = likely_without(FAMILIES[family], ids)
-    for settings in ({"temperature": 1.3}, {"temperature": 0.0}, {"min_new_tokens": 6, "top_p": 0.9}):
+    for settings in (
+        {"temperature": 1.3},
+        {"temperature": 3000.0},
+        {"temperature": 0.02},
+        {"temperature": 0.0},
+        {"min_new_tokens": 6, "top_p": 0.9},
+    ):
         found = Rollout(model, sampling(**settings), seed=4, decode_path=path).generate(prompts(3, 7, 5), samples=4)
         assert {token for row in found.response_ids() for token in row} <= set(ids)
         temperature = settings.get("temperature", 1.0) or 1.0
-        ours, entropy = model.logprobs(found.tokens, found.prompt_lengths, found.lengths, temperature)
+        rows = (found.tokens, found.prompt_lengths, found.lengths)
+        ours, entropy = model.logprobs(*rows, temperature, sampled_tokens_only=True)
         torch.testing.assert_close(found.logprobs, ours, rtol=0, atol=1e-4)
         if settings.get("temperature", 1.0):
             torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=1e-4)
@@ -158,7 +165,7 @@ def test_their_gradient_is_zero():
     model = likely_without(FAMILIES["phi, with a bias"], VOCABULARIES["reserved ids below the last token"])
     head = model.head_layer
     tokens = torch.tensor([[4, 7, 9, 10, 5, 2]])
-    logprobs, entropy = model.logprobs(tokens, torch.tensor([2]), torch.tensor([6]))
+    logprobs, entropy = model.logprobs(tokens, torch.tensor([2]), torch.tensor([6]), sampled_tokens_only=True)
     (logprobs.sum() + entropy.sum()).backward()
     missing = torch.tensor(sorted(set(range(V)) - set(model.tokenizer.ids)))
     assert head.weight.grad.shape == head.weight.shape and head.bias.grad.shape == (V,)
@@ -175,7 +182,24 @@ def test_the_cross_entropy_is_over_all_rows():
     loss, _ = sft_loss(model, batch, batch.num_items())
     logprobs = model.module(input_ids=tokens).logits.double().log_softmax(-1)[0, 1:-1]
     torch.testing.assert_close(loss.double(), -logprobs.gather(1, tokens[0, 2:, None]).mean(), rtol=1e-5, atol=1e-6)
-    assert loss > -model.logprobs(tokens, torch.tensor([2]), torch.tensor([6]))[0].mean() + 0.1
+    row = (tokens, torch.tensor([2]), torch.tensor([6]))
+    torch.testing.assert_close(loss, -model.logprobs(*row)[0].mean())
+    assert loss > -model.logprobs(*row, sampled_tokens_only=True)[0].mean() + 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2, tied", "phi, with a bias"])
+def test_logprobs_are_those_of_transformers(family):
+    """Over all rows, at another temperature too, unless the sampled distribution is asked for by name."""
+    model = likely_without(FAMILIES[family], VOCABULARIES["reserved ids below the last token"])
+    tokens = torch.tensor([[4, 7, 9, 10, 5, 2]])
+    for temperature in (1.0, 0.7):
+        expected = (model.module(input_ids=tokens).logits.double() / temperature).log_softmax(-1)[:, 1:-1]
+        logprobs, entropy = model.logprobs(tokens, torch.tensor([2]), torch.tensor([6]), temperature)
+        torch.testing.assert_close(
+            logprobs.double(), expected.gather(2, tokens[:, 2:, None])[..., 0], rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_saved_is_compared_over_all_rows(tmp_path):

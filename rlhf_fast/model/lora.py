@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 from rlhf_fast.config.fields import LoraConfig
 from rlhf_fast.errors import UserError
 
+SEPARATE_STARTS = ("gaussian", "eva", "orthogonal")
+"""Values of peft's init_lora_weights, beside True and False, that leave the weights below the adapter as they are."""
+
 
 def attach(module: PreTrainedModel, cfg: LoraConfig, head: str, seed: int) -> nn.Module:
     """Return a peft model around `module` that trains only the adapters (and a scalar head's `score`)."""
@@ -22,6 +25,8 @@ def attach(module: PreTrainedModel, cfg: LoraConfig, head: str, seed: int) -> nn
         import peft
     except ImportError as error:
         raise UserError("lora: needs the package peft; pip install 'rlhf-fast[lora]', or set lora.rank=0") from error
+    if head == "scalar" and "score" in cfg.targets:
+        raise UserError("lora.targets: names `score`, which is trained as a whole beside the adapters; leave it out")
     alpha: Any = cfg.alpha  # peft's annotation is int, but it only divides alpha by the rank
     config = peft.LoraConfig(
         r=cfg.rank,
@@ -92,14 +97,76 @@ def nonzero_adapters(module: nn.Module) -> Iterator[None]:
             p.data = data
 
 
-def save(module: Any, folder: Path) -> None:
-    """Write the whole model to `folder` with the adapters merged, and the adapter alone to `folder/adapter`."""
+def check_mergeable(module: Any) -> None:
+    """Raise UserError if an adapter of a peft model is one of virtual tokens, which are no part of the weights."""
+    for config in _adapter_configs(module):
+        if getattr(config, "is_prompt_learning", False):
+            raise UserError(
+                f"{type(config).__name__}: puts virtual tokens before each row, which a folder of weights cannot hold;"
+                " give the model a LoRA adapter"
+            )
+
+
+def check_unchanged_base(module: Any) -> None:
+    """Raise UserError if an adapter of a peft model took its start out of the weights below it, which are then another
+    model without the adapter."""
+    for config in _adapter_configs(module):
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start not in SEPARATE_STARTS:
+            raise UserError(
+                f"init_lora_weights={start!r}: changes the model below the adapter, so that it is not the reference;"
+                " load the reference from its folder, or start the adapter at 0 (init_lora_weights=True)"
+            )
+
+
+def _adapter_configs(module: Any) -> list[Any]:
+    return [] if unwrap(module) is module else list(module.peft_config.values())
+
+
+def save(module: Any, folder: Path) -> float:
+    """Write the whole model to `folder` with the adapters merged, and the adapter alone to `folder/adapter`. Return the
+    share of the adapters' change that the merged weights keep."""
     base = unwrap(module)
     if base is module:
         module.save_pretrained(folder)
-        return
-    base.save_pretrained(folder, state_dict=merged_state_dict(base))
+        return 1.0
+    state = merged_state_dict(base)
+    base.save_pretrained(folder, state_dict=state)
     module.save_pretrained(folder / "adapter")
+    if hasattr(base, "score"):
+        _explain_score(base, folder / "adapter" / "README.md")
+    return _kept_share(base, state)
+
+
+def _explain_score(base: PreTrainedModel, readme: Path) -> None:
+    """Write beside an adapter what else a program must set to read the same scores."""
+    pad, rows = base.config.get_text_config().pad_token_id, len(base.get_input_embeddings().weight)  # type: ignore
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    readme.write_text(
+        f"{text}\nThe score is read at the last token that is not padding. Before this adapter is put on its base, call"
+        f" `base.resize_token_embeddings({rows})` and set `base.config.get_text_config().pad_token_id = {pad}`."
+        " The folder above needs neither.\n",
+        encoding="utf-8",
+    )
+
+
+def _kept_share(module: nn.Module, merged: dict[str, torch.Tensor]) -> float:
+    """Return the projection of what merging changed on what the adapters add in float32. It is 1 in float32."""
+    kept = whole = 0.0
+    wrapped: set[str] = set()
+    for name, layer in module.named_modules():
+        if not hasattr(layer, "get_base_layer") or _is_inside(name, wrapped):
+            continue
+        wrapped.add(name)
+        before = merged_state_dict(layer.get_base_layer())
+        if all(value.dtype == torch.float32 for value in before.values()):
+            continue
+        exact = merged_state_dict(_merged_copy(layer, torch.float32))
+        for key, value in before.items():
+            change = exact[key].double() - value.double()
+            kept += float(((merged[f"{name}.{key}"].to(value.device).double() - value.double()) * change).sum())
+            whole += float((change * change).sum())
+    return kept / whole if whole else 1.0
 
 
 def merged_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -131,9 +198,9 @@ def _is_inside(name: str, modules: set[str]) -> bool:
     return False
 
 
-def _merged_copy(layer: Any) -> nn.Module:
-    """Return the plain layer that a peft wrapper stands for."""
-    layer = copy.deepcopy(layer)
+def _merged_copy(layer: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the plain layer that a peft wrapper stands for, merged in `dtype`."""
+    layer = copy.deepcopy(layer).to(dtype=dtype)
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     layer.merge()

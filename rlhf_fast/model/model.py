@@ -24,9 +24,9 @@ from rlhf_fast import ops
 from rlhf_fast.batches import response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.model import lora, packing
+from rlhf_fast.model import checks, lora, packing
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
-from rlhf_fast.model.noise import check_causal, find_noise
+from rlhf_fast.model.end_tokens import in_generation_config
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.pretrained import check_score_layer, config_number, load_module, load_tokenizer, quiet
 from rlhf_fast.model.vocabulary import Vocabulary
@@ -46,6 +46,7 @@ class Model:
 
     def __init__(self, module: nn.Module, tokenizer=None, head: Head = "lm", cfg: ModelConfig | None = None):
         """Wrap a module that is in memory. UserError if its head is not one that the fused ops can compute."""
+        lora.check_mergeable(module)
         self.module = module
         self.tokenizer = tokenizer
         self.head: Head = head
@@ -60,19 +61,19 @@ class Model:
         self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
         self.logit_scale = 1.0
         self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
-        self._score_pad = self.text_config.pad_token_id if head == "scalar" else None
+        self.score_pad = self.text_config.pad_token_id if head == "scalar" else None
         if hasattr(self.base.config, SCORE_BIAS) and not hasattr(self.base.config, SCORE_TOKEN):
-            self._score_pad = None  # written before reward models had a padding token that ends nothing
+            self.score_pad = None  # written before reward models had a padding token that ends nothing
         self._always_eval: set[nn.Module] = set()
         if head == "scalar":
             check_score_layer(self.base, self.name)
         module.eval()
         try:
-            hidden = self._check_decoder()
+            self._always_eval = checks.check_decoder(self)
             if head == "lm":
-                self._check_lm_head(hidden)
+                self.logit_scale = checks.find_logit_scale(self)
             else:
-                self._check_score_head()
+                checks.check_score_head(self)
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the code of an architecture may fail in any way
@@ -181,6 +182,7 @@ class Model:
         """Return this model without its adapter. It shares all memory. Only with LoRA."""
         if self.module is self.base:
             raise ValueError("Model.reference: only a model with an adapter contains its own reference")
+        lora.check_unchanged_base(self.module)
         twin = object.__new__(Model)
         twin.__dict__ = {**self.__dict__, "adapter_enabled": False}
         return twin
@@ -243,7 +245,9 @@ class Model:
             valid &= keep.cpu()
         rows, columns = valid.nonzero(as_tuple=True)
         if pack and len(tokens) > 1:
-            self._check_packing()
+            if not self._packing_checked:
+                checks.check_packing(self)
+                self._packing_checked = True
             one_row = self.cfg.attention == "flash_attention_2"
             packed = packing.pack(tokens, lengths, capacity=int(lengths.sum()) if one_row else int(lengths.max()))
             hidden = self.hidden(packed.tokens, packed.positions)
@@ -257,15 +261,16 @@ class Model:
         return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
 
     def logprobs(
-        self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0, all_rows: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0,
+        sampled_tokens_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return the log-probability of each response token and the entropy of its distribution, both (B, R) float32
-        nats at `temperature`, 0 outside the response. all_rows: with a share for the embedding's rows that have no
-        token, as other programs count."""
+        nats at `temperature`, 0 outside the response. sampled_tokens_only: of the distribution that a rollout samples
+        from, without a share for the embedding's rows that have no token; transformers counts all rows."""
         hidden, targets, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
-        weight, bias = self.head_weight, self.head_bias
-        if all_rows:
-            weight, bias = self.head_layer.weight, getattr(self.head_layer, "bias", None)
+        weight, bias = self.head_layer.weight, getattr(self.head_layer, "bias", None)
+        if sampled_tokens_only:
+            weight, bias = self.head_weight, self.head_bias
         logprobs, entropy = ops.linear_logprobs(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=self.softcap
         )
@@ -286,8 +291,8 @@ class Model:
         hidden, tokens = self.hidden(tokens), tokens.to(self.device)
         positions = torch.arange(tokens.shape[1], device=self.device)
         inside = positions < lengths.to(self.device)[:, None]
-        if self._score_pad is not None:
-            inside &= tokens != self._score_pad
+        if self.score_pad is not None:
+            inside &= tokens != self.score_pad
         return self.score_hidden(hidden[torch.arange(len(tokens), device=self.device), (positions * inside).argmax(1)])
 
     def score_hidden(self, hidden: Tensor) -> Tensor:
@@ -296,16 +301,19 @@ class Model:
             bias = None if self.head_bias is None else self.head_bias.float()
             return F.linear(hidden.float(), self.head_weight.float(), bias)[..., 0] + self.score_bias
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path) -> float:
         """Write a Hugging Face folder that plain transformers loads. With LoRA, its weights have the adapter merged,
-        and `adapter/` inside it holds the adapter alone."""
+        and `adapter/` inside it holds the adapter alone. Return the share of the adapter's change that the merged
+        weights keep: in half precision a small one is partly rounded away. It is 1 without an adapter."""
         with writing(folder), quiet():
             if self.head == "scalar":
                 setattr(self.base.config, SCORE_BIAS, self.score_bias)
                 setattr(self.base.config, SCORE_TOKEN, "last that is not padding")
-            lora.save(self.module, Path(folder))
+            with in_generation_config(self):
+                share = lora.save(self.module, Path(folder))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+        return share
 
     def probe_tokens(self, rows: int, length: int) -> Tensor:
         """Return fixed tokens (rows, length), none of them padding, to compare two forward passes. They do not change
@@ -319,80 +327,6 @@ class Model:
     def _adapter_context(self):
         return nullcontext() if self.adapter_enabled else lora.adapter_disabled(self.module)
 
-    @torch.no_grad()
-    def _check_decoder(self) -> Tensor:
-        """Check that the decoder is finite and causal, computes each row alone, and the same in training mode. Return
-        its hidden states of the probe's tokens."""
-        tokens = self.probe_tokens(2, 8)
-        hidden = self.hidden(tokens)
-        if not hidden.isfinite().all():
-            raise UserError(f"{self.name}: gives NaN or infinity on any input; its weights are spoiled")
-        tolerance = _tolerance(self.head_weight)
-        check_causal(self.name, self.hidden, tokens, hidden, tolerance)
-        with config_without_dropout(self.base):
-            self._always_eval = find_noise(self.name, self.decoder, lambda: self.hidden(tokens), hidden, tolerance)
-        return hidden
-
-    @torch.no_grad()
-    def _check_lm_head(self, hidden: Tensor) -> None:
-        """Set `logit_scale` to the scale under which our head computes the module's own logits."""
-        head = self.base.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise UserError(f"{self.name}: its head is a {type(head).__name__}; only a linear layer can be fused")
-        expected = self.base(input_ids=self.probe_tokens(2, 8), use_cache=False).logits.float()
-        hidden = hidden.float()
-        bias = None if head.bias is None else head.bias.float()
-        for scale in _known_logit_scales(self.text_config):
-            logits = F.linear(hidden * scale, head.weight.float(), bias)
-            if self.softcap:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            if logits.shape == expected.shape and _allclose(logits, expected, head.weight):
-                self.logit_scale = scale
-                return
-        raise UserError(
-            f"{self.name}: its logits are not a linear map of the decoder's last hidden state (with a scale or soft"
-            f" cap); the fused head cannot stand for {type(self.base).__name__}"
-        )
-
-    @torch.no_grad()
-    def _check_score_head(self) -> None:
-        tokens = self.probe_tokens(2, 8)[:1]
-        expected = self.base(input_ids=tokens, use_cache=False).logits.float()[0, 0] + self.score_bias
-        score = self.last_scores(tokens, torch.tensor([tokens.shape[1]]))[0]
-        if not _allclose(score, expected, self.head_weight):
-            raise UserError(f"{self.name}: its score is not a linear map of the last token's hidden state")
-
-    @torch.no_grad()
-    def _check_packing(self) -> None:
-        """Check, once for each model, that two packed rows have the hidden states that each has alone."""
-        if self._packing_checked:
-            return
-        tokens = self.probe_tokens(2, 8)
-        positions = torch.arange(8).repeat(2)[None]
-        with self.eval_mode():
-            packed = self.hidden(tokens.reshape(1, 16), positions).reshape(2, 8, -1).float()
-            alone = self.hidden(tokens).float()
-        if not _allclose(packed, alone, self.head_weight):
-            raise UserError(f"{self.name}: packed rows see one another in this architecture; set packing=false")
-        self._packing_checked = True
-
 
 def _no_warning(*_) -> None:
     """Replace transformers' warning."""
-
-
-def _allclose(actual: Tensor, expected: Tensor, weight: Tensor) -> bool:
-    """Return True if both agree within the rounding of the dtype of `weight`."""
-    return bool((actual - expected).abs().max() <= _tolerance(weight) * expected.abs().max().clamp_min(1.0))
-
-
-def _tolerance(weight: Tensor) -> float:
-    return 1e-4 if weight.dtype == torch.float32 else 0.05
-
-
-def _known_logit_scales(config: Any) -> Iterator[float]:
-    """Yield the factors on logits that architectures use (Cohere; Granite and HyperCLOVA X; Falcon-H1)."""
-    yield 1.0
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if factor := getattr(config, name, None):
-            yield from (float(factor), 1.0 / float(factor))

@@ -12,9 +12,9 @@ generators, which a forward without noise leaves as they are.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,34 +23,43 @@ from torch import Tensor, nn
 from rlhf_fast.errors import UserError
 
 Forward = Callable[[], Tensor]
+
+
+class Trial(NamedTuple):
+    """A forward, on fixed tokens in the mode that the modules have, and what it gives in evaluating mode."""
+
+    forward: Forward
+    evaluated: Tensor
+
+
 ATTEMPTS = 16
 """Classes of modules that are left in evaluating mode before the search is given up."""
 SEEDS = 4
 """Forwards with other random states of a module that draws in evaluating mode too, perhaps without using the draw."""
 
 
-def find_noise(name: str, root: nn.Module, forward: Forward, evaluated: Tensor, tolerance: float) -> set[nn.Module]:
-    """Return the modules of `root` to leave in evaluating mode so that `forward` gives `evaluated` in training mode.
-    UserError if there are none.
-
-    forward: runs `root` on fixed tokens in the mode that its modules have. Random states and buffers are restored.
-    """
+def find_noise(name: str, root: nn.Module, trials: Sequence[Trial], tolerance: float) -> set[nn.Module]:
+    """Return the modules of `root` to leave in evaluating mode so that each trial is the same in training mode.
+    UserError if there are none. Random states and buffers are restored."""
     quiet: set[nn.Module] = set()
     with _restored(root) as restore_buffers:
         for _ in range(ATTEMPTS):
-            restore_buffers()
-            _set_training(root, quiet)
-            before = _random_states()
-            first, second = forward(), forward()
-            drew = not _same_states(before, _random_states())
-            if not drew and max(_gap(first, evaluated), _gap(second, evaluated)) <= tolerance:
+            for forward, evaluated in trials:
+                restore_buffers()
+                _set_training(root, quiet)
+                before = _random_states()
+                gap = _gap(forward(), evaluated)
+                drew = not _same_states(before, _random_states())
+                if drew or gap > tolerance:
+                    break
+            else:
                 return quiet
             if drew:
                 module = _drawing_module(root, forward)
             else:
                 module = _differing_module(root, forward, quiet, restore_buffers)
             if module is None or module in quiet:
-                if drew and max(_seeded_gap(forward, evaluated, seed) for seed in range(SEEDS)) <= tolerance:
+                if drew and all(_seeded_gap(trial, seed) <= tolerance for trial in trials for seed in range(SEEDS)):
                     return quiet  # it draws numbers, and does not use them
                 break
             quiet |= {other for other in root.modules() if type(other) is type(module)}
@@ -92,11 +101,11 @@ def _gap(actual: Tensor, expected: Tensor) -> float:
     return gap if gap == gap else float("inf")
 
 
-def _seeded_gap(forward: Forward, evaluated: Tensor, seed: int) -> float:
+def _seeded_gap(trial: Trial, seed: int) -> float:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-    return _gap(forward(), evaluated)
+    return _gap(trial.forward(), trial.evaluated)
 
 
 def _drawing_module(root: nn.Module, forward: Forward) -> nn.Module | None:

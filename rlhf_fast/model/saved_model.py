@@ -11,34 +11,35 @@ did, which are freed by then. It lies where the trained one does, or on the CPU 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model import lora
 from rlhf_fast.model.model import SCORE_BIAS, Model
 from rlhf_fast.model.pretrained import quiet
+from rlhf_fast.model.reduced import first_layers, float32, is_memory_error
 
 PROBE = "probe.json"
 ROWS, LENGTH = 2, 16
 TEXT = 'Zoë said:\n  "It\'s 3.14 — naïve 你好" \t</s><s>[INST] 🙂'
 """A text whose tokens show whether a tokenizer is the same."""
-SMALL = 4
-"""Layers of which a trial leaves none out."""
+TRIAL = "trial_"
+KEPT = 0.9
+"""Share of an adapter's change below which the user is told that merging has rounded."""
 
 
 def save_with_probe(model: Model, folder: Path) -> None:
     """Save `model` to `folder` with a probe, which `check_folder` removes."""
-    model.save(folder)
+    share = model.save(folder)
     with writing(folder):
-        (folder / PROBE).write_text(json.dumps(probe(model)), encoding="utf-8")
+        (folder / PROBE).write_text(json.dumps(probe(model) | {"merged_share": share}), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def probe(model: Model) -> dict[str, Any]:
     tokens = model.probe_tokens(ROWS, length).cpu()
     with model.eval_mode():
         if model.head == "lm":
-            values = model.logprobs(tokens, torch.ones_like(lengths), lengths, all_rows=True)[0]
+            values = model.logprobs(tokens, torch.ones_like(lengths), lengths)[0]
             rows = [row[: n - 1] for row, n in zip(values.tolist(), lengths.tolist(), strict=True)]
         else:
             end = getattr(model.tokenizer, "eos_token_id", None)
@@ -62,7 +63,7 @@ def probe(model: Model) -> dict[str, Any]:
         "values": rows,
         "score_bias": model.score_bias,
         "attention": model.cfg.attention,
-        "device": model.device.type,
+        "device": str(model.device),
         "trust_remote_code": model.cfg.trust_remote_code,
         "tokenizer": None if model.tokenizer is None else _tokenizer_facts(model.tokenizer),
     }
@@ -71,10 +72,52 @@ def probe(model: Model) -> dict[str, Any]:
 def check_folder(folder: Path) -> None:
     """Read each folder that has a probe, `folder` and those in it, and remove the probe. UserError if its numbers are
     not those of the probe."""
-    for file in sorted(folder.rglob(PROBE)):
-        with torch.random.fork_rng(devices=[]):
-            _check(file.parent, json.loads(file.read_text(encoding="utf-8")))
+    for file in _probes(folder):
+        _compare(file)
         file.unlink()
+
+
+def check_finished(folder: Path) -> list[str]:
+    """Do what `check_folder` does at the end of a run, and return notes for the user. Where the computer fails, and not
+    the folder, a note says that it was not compared."""
+    notes = []
+    for file in _probes(folder):
+        expected = json.loads(file.read_text(encoding="utf-8"))
+        part = "" if file.parent == folder else f"{file.parent.name}: "
+        try:
+            _compare(file)
+        except Exception as error:  # reading weights may fail in any way, and all training lies behind
+            if not is_memory_error(error) and not (isinstance(error, OSError) and error.errno):
+                reason = (
+                    str(error) if isinstance(error, UserError) else f"{folder}: cannot be read again: {_said(error)}"
+                )
+                raise UserError(
+                    f"{reason}. The trained weights stay in {folder}; look at the disk and at the version of"
+                    " transformers, and start the same command again: it saves and compares once more"
+                ) from error
+            notes.append(
+                f"{part}the saved model is written, and was not read again to compare it, because {_said(error)}"
+            )
+        if expected["merged_share"] < KEPT:
+            notes.append(
+                f"{part}the merged weights hold {expected['merged_share']:.0%} of what the adapter learned, the rest is"
+                " lost to their half precision; adapter/ holds all of it (or train with model.dtype=float32)"
+            )
+        file.unlink()
+    return notes
+
+
+def _probes(folder: Path) -> list[Path]:
+    return sorted(folder.rglob(PROBE))
+
+
+def _compare(file: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        _check(file.parent, json.loads(file.read_text(encoding="utf-8")))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_saving(model: Model, scratch: Path) -> None:
@@ -84,76 +127,35 @@ def check_saving(model: Model, scratch: Path) -> None:
     New adapters change nothing, so they get small random values meanwhile. Half precision would hide small faults, so
     the trial is one in float32.
     """
+    for left in scratch.glob(f"{TRIAL}*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with torch.random.fork_rng(devices=[]), lora.nonzero_adapters(model.module):
         if _try(model, scratch, few=True) is None:
             return
         error = _try(model, scratch, few=False)
         if error is not None:
-            raise UserError(f"{model.name}: cannot be saved, as a trial before the run shows: {error}") from error
+            reason = str(error) if isinstance(error, UserError) else _said(error)
+            raise UserError(f"{model.name}: cannot be saved, as a trial before the run shows: {reason}") from error
 
 
 def _try(model: Model, scratch: Path, few: bool) -> Exception | None:
-    """Return what goes wrong, or None."""
+    """Return what goes wrong with the model, or None. What goes wrong with the disk or the memory is raised."""
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="trial_", dir=scratch) as name,
-            _first_layers(model, few),
-            _float32(model),
+            tempfile.TemporaryDirectory(prefix=TRIAL, dir=scratch) as name,
+            first_layers(model, few),
+            float32(model),
         ):
             save_with_probe(model, Path(name))
             check_folder(Path(name))
     except Exception as error:  # a model cut short may fail in any way; then all of it is tried
+        if is_memory_error(error) or isinstance(error.__cause__, OSError):  # the cause of what `writing` raises
+            raise
+        if isinstance(error, OSError) and error.errno:
+            with writing(scratch):
+                raise
         return error
     return None
-
-
-@contextmanager
-def _first_layers(model: Model, few: bool) -> Iterator[None]:
-    """Leave out all but the first layers within the block: as many as show each kind of layer."""
-    config = model.text_config
-    count = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        (parent, name, stack)
-        for parent in model.decoder.modules()
-        for name, stack in parent.named_children()
-        if isinstance(stack, nn.ModuleList) and len(stack) == count
-    ]
-    if not few or not count or count <= SMALL or len(stacks) != 1:
-        yield
-        return
-    parent, name, stack = stacks[0]
-    lists = {key: value for key, value in vars(config).items() if isinstance(value, list) and len(value) == count}
-    kinds = [_kind(layer, [str(value[i]) for value in lists.values()]) for i, layer in enumerate(stack)]
-    keep = max(kinds.index(kind) for kind in kinds) + 1
-    settings = dict(vars(config))
-    try:
-        parent._modules[name] = nn.ModuleList(list(stack)[:keep])
-        for key, value in lists.items():
-            setattr(config, key, value[:keep])
-        config.num_hidden_layers = keep
-        yield
-    finally:
-        parent._modules[name] = stack
-        vars(config).clear()
-        vars(config).update(settings)
-
-
-@contextmanager
-def _float32(model: Model) -> Iterator[None]:
-    """Give the module float32 copies of its weights within the block."""
-    tensors = [x for x in (*model.module.parameters(), *model.module.buffers()) if x.is_floating_point()]
-    kept = [(x, x.data) for x in tensors if x.dtype != torch.float32]
-    for x, data in kept:
-        x.data = data.float()
-    try:
-        yield
-    finally:
-        for x, data in kept:
-            x.data = data
-
-
-def _kind(layer: nn.Module, settings: list[str]) -> tuple:
-    return (type(layer), *settings, *((name, tuple(p.shape)) for name, p in layer.named_parameters()))
 
 
 @torch.no_grad()
@@ -181,7 +183,8 @@ def _check(folder: Path, expected: dict[str, Any]) -> None:
     numbers, truth = (torch.cat([torch.tensor(row) for row in rows]) for rows in (read, expected["values"]))
     gap = (numbers - truth).abs()
     error = gap / truth.abs().clamp_min(1.0)
-    mean, largest = (2e-4, 2e-4) if module.dtype == torch.float32 else (0.02, 0.2)
+    # another device's rounding in half precision sends single tokens to other experts; finer faults showed in the trial
+    mean, largest = (2e-4, 2e-4) if module.dtype == torch.float32 else (0.1, 1.0)
     if not (float(error.mean()) <= mean and float(error.max()) <= largest):
         what = "log-probabilities" if lm else "scores"
         raise UserError(
@@ -192,11 +195,11 @@ def _check(folder: Path, expected: dict[str, Any]) -> None:
 
 def _device(folder: Path, wanted: str) -> str:
     """Return the device for the weights of `folder`: the CPU if the wanted GPU has no room for them."""
-    if wanted != "cuda" or not torch.cuda.is_available():
+    if not wanted.startswith("cuda") or not torch.cuda.is_available():
         return "cpu"
     torch.cuda.empty_cache()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return "cuda" if torch.cuda.mem_get_info()[0] > 1.5 * size else "cpu"
+    return wanted if torch.cuda.mem_get_info(wanted)[0] > 1.5 * size else "cpu"
 
 
 def _logprobs(module: Any, rows: list[list[int]]) -> list[list[float]]:
@@ -226,4 +229,23 @@ def _scores(module: Any, rows: list[list[int]]) -> list[list[float]]:
 def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template")
     facts = {name: getattr(tokenizer, name, None) for name in names}
-    return {**facts, "vocabulary size": len(tokenizer), "tokens of a text": tokenizer(TEXT)["input_ids"]}
+    sizes = {"vocabulary size": len(tokenizer)}
+    return {**facts, **sizes, "tokens of a text": _encoded(tokenizer, TEXT), "tokens of its own": _own(tokenizer)}
+
+
+def _own(tokenizer: Any) -> list[int] | str:
+    """Return the tokens of a text that is made of the tokenizer's own."""
+    ids = list(range(0, len(tokenizer), max(len(tokenizer) // 64, 1)))
+    try:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+    except Exception as error:  # ids may have gaps
+        return type(error).__name__
+    return _encoded(tokenizer, text)
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int] | str:
+    """Return the tokens of a text, or the error of a tokenizer that has no token for a part of it."""
+    try:
+        return tokenizer(text)["input_ids"]
+    except Exception as error:  # the type is that of the binding
+        return f"{type(error).__name__}: {error}"

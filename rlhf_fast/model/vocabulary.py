@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 
-MASK = -1e4
-"""Logit of a row without a token: no probability in float32, finite in float16, and its square is finite too."""
+MASK, MASK_FLOAT16 = -1e12, -6e4
+"""Logit of a row without a token: no probability at any temperature in use (it is divided by it), and its square is
+finite. float16 holds no such number: there it is small up to a temperature of several hundred."""
 
 
 class Vocabulary:
@@ -53,7 +54,7 @@ class Vocabulary:
             return bias
         if self._mask is None or (self._mask.dtype, self._mask.device) != (weight.dtype, weight.device):
             self._mask = torch.zeros(self.num_tokens, dtype=weight.dtype, device=weight.device)
-            self._mask[self.unused] = MASK
+            self._mask[self.unused] = MASK_FLOAT16 if weight.dtype == torch.float16 else MASK
         return self._mask if bias is None else bias + self._mask
 
 

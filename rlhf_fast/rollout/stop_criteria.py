@@ -11,24 +11,9 @@ import numpy as np
 
 from rlhf_fast.batches import EOS, LENGTH, STOP
 from rlhf_fast.config.fields import SamplingConfig
-from rlhf_fast.data.encode import template_end
 from rlhf_fast.errors import UserError
+from rlhf_fast.model.end_tokens import end_token_ids
 from rlhf_fast.model.model import Model
-
-
-def end_token_ids(model: Model) -> list[int]:
-    """Return the tokens that end a response: those of the generation config or else of the model config, the
-    tokenizer's, and the one that the chat template writes after an answer."""
-    generation = getattr(model.base, "generation_config", None)
-    ids = _as_list(getattr(generation, "eos_token_id", None)) or _as_list(model.text_config.eos_token_id)
-    tokenizer_ids = (getattr(model.tokenizer, "eos_token_id", None), template_end(model.tokenizer))
-    return sorted({*ids, *(token for token in tokenizer_ids if token is not None)})
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
 
 
 class Stops(NamedTuple):

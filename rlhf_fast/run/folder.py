@@ -23,7 +23,7 @@ from typing import Any, Protocol, TextIO
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model.model import Model
-from rlhf_fast.model.saved_model import check_folder, check_saving
+from rlhf_fast.model.saved_model import check_finished, check_saving
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
@@ -143,18 +143,22 @@ class RunFolder:
         """Let `write` fill a folder, move its files into `out`, and mark the run as finished with `summary`. UserError,
         and the checkpoints stay, if the folder is not the model that `write` saved with a probe."""
         folder = self.out / "finished"
+        with writing(self.out), checkpoint.atomic_folder(folder) as unfinished:
+            write(unfinished)
+        notes = check_finished(folder)
         with writing(self.out):
-            with checkpoint.atomic_folder(folder) as unfinished:
-                write(unfinished)
-            check_folder(folder)
             for entry in sorted(folder.iterdir()):
                 if kept := move_in(entry, self.out):
                     self.log.message(f"{self.out / entry.name} was not of this run; it is {kept} now")
             folder.rmdir()
-        checkpoint.write_json(self.out / RUN, self.manifest | {"finished": dict(summary)})
+        checkpoint.write_json(
+            self.out / RUN, self.manifest | {"finished": {**summary, **({"notes": notes} if notes else {})}}
+        )
         for folder in (self.checkpoints / BEST, *checkpoint.all_steps(self.checkpoints)):  # it never resumes
             shutil.rmtree(folder, ignore_errors=True)
         self.finished = True
+        for note in notes:
+            self.log.message(note)
         self.log.message(f"finished; the model is in {self.out}")
 
     def _take_lock(self) -> None:

@@ -142,7 +142,7 @@ def minibatches(experience: Experience, cfg: PPOConfig, seed: int) -> Iterator[E
 
 
 def _logprobs(model: Model, part: Responses, temperature: float) -> Tensor:
-    return model.logprobs(part.tokens, part.prompt_lengths, part.lengths, temperature)[0]
+    return model.logprobs(part.tokens, part.prompt_lengths, part.lengths, temperature, sampled_tokens_only=True)[0]
 
 
 def _value_after_truncated(responses: Responses, value: Model, budget: int) -> Tensor:
