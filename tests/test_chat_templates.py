@@ -506,3 +506,46 @@ class RunAt:
 
     def __init__(self, out: Path):
         self.out = out
+
+
+CUT = {
+    "cuts what users say": "m.content[:12] if m.role == 'user' else m.content",
+    "leaves a word out": "m.content | replace('IMPORTANT', '')",
+    "changes what the system says": "m.content | upper if m.role == 'system' else m.content",
+    "keeps the first line of a tool": "m.content.split('\n')[0] if m.role == 'tool' else m.content",
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_template_that_changes_a_turn_is_refused(name):
+    """The last two are not among the reports. Stripped blanks, a thought left out and a tool's JSON are no change."""
+    words = tokenizer(CHATML.replace("m.content", f"({CUT[name]})"))
+    said = [{"role": "system", "content": "Be brief."}, user("IMPORTANT: is it cold there?"), assistant("a")]
+    said += [{"role": "tool", "content": "9\n8"}, assistant("yes")]
+    for kind, row in (("demonstrations", {"messages": said}), ("prompts", {"prompt": said[:-1]})):
+        with pytest.raises(InvalidRow, match="leaves out the content of turn"):
+            encoded(words, row, kind)
+    kept = [user(" why?\n"), assistant("<think>r</think>a"), {"role": "tool", "content": '{"a":  1}'}, assistant("b")]
+    template = CHATML.replace("m.content", "(m.content.split('</think>')[-1] | trim)")
+    assert encoded(tokenizer(template), {"messages": kept}).prompt
+
+
+def test_a_conversation_is_rendered_and_split_once_for_all_its_answers(monkeypatch):
+    """With data.turns: all the whole conversation; each answer's prompt is rendered too."""
+    words, encoder = tokenizer(CHATML), Encoder(tokenizer(CHATML))
+    turns = [turn for i in range(9) for turn in (user(f"q{i}"), assistant(f"a{i}"))]
+    counts = {"render": 0, "segments": 0, "require_kept": 0}
+    encoder.all_answers(turns)
+
+    def count(name, function):
+        def counted(*args, **settings):
+            counts[name] += 1
+            return function(*args, **settings)
+
+        monkeypatch.setattr(encoder.chat, name, counted)
+
+    for name in counts:
+        count(name, getattr(encoder.chat, name))
+    found = encoder.all_answers(turns)
+    assert counts == {"render": 1 + 9, "segments": 1, "require_kept": 2}
+    assert words.decode(found.prompt + found.response) == encoder.chat.render(turns).rstrip()

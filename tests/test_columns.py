@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import random
+import re
 import threading
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data import read_comparisons, read_demonstrations, read_prompts
 from rlhf_fast.data.check import check
-from rlhf_fast.data.columns import COLUMNS, LABELS, MEANING, TURN_MEANING, WEIGHTS
+from rlhf_fast.data.columns import COLUMNS
 from rlhf_fast.data.fields import InvalidRow
 from rlhf_fast.data.json_lines import require_file
 from rlhf_fast.data.rows import KINDS, parse_row, read_examples
@@ -236,8 +237,43 @@ def json_value(rng: random.Random, depth: int = 0) -> object:
     return turn | {rng.choice(KEYS): json_value(rng, depth + 1) for _ in range(rng.randrange(3))}
 
 
-KEYS = [*TURN_MEANING, "role", "from", "value", "weight", "train", "masked", "tool_calls", "tool_call_id", "x"]
-NAMES = [*COLUMNS, *MEANING, *LABELS, *WEIGHTS, "completion", "response", "input", "conversations", "images", "\n"]
+KEYS = [
+    "name",
+    "tools",
+    "reasoning",
+    "thinking",
+    "loss_mask",
+    "channel",
+    "function_call",
+    "content",
+    "prefix",
+    "role",
+    "from",
+    "value",
+    "weight",
+    "train",
+    "masked",
+    "tool_calls",
+    "tool_call_id",
+    "x",
+]
+NAMES = [
+    *COLUMNS,
+    "question",
+    "docs",
+    "sys",
+    "meta",
+    "label",
+    "weight",
+    "mask",
+    "reasoning",
+    "completion",
+    "response",
+    "input",
+    "conversations",
+    "images",
+    "\n",
+]
 
 
 def test_any_json_gives_an_example_or_one_sentence():
@@ -398,3 +434,123 @@ def test_names_that_are_no_file(tmp_path):
         (tmp_path / "d.jsonl").touch()
         with pytest.raises(UserError, match="there is no such file"):
             read_examples(name, "prompts")
+
+
+PAIR = {"prompt": "p", "completion": "c"}
+WORSE = {"prompt": "p", "chosen": "a", "rejected": "b"}
+# Beside each form of the reports stand two of our own or more: spellings, other libraries' names, nested columns.
+MEANINGFUL = [
+    # masks and flags, of rows and of turns
+    *(("demonstrations", PAIR | {key: value}) for key, value in [("mask", [0, 1]), ("loss_mask", 0), ("loss", 0)]),
+    *(("demonstrations", PAIR | {key: value}) for key, value in [("train", False), ("isMasked", True), ("skip", True)]),
+    *(("demonstrations", PAIR | {key: value}) for key, value in [("trainable", "false"), ("learn", 0), ("no_loss", 1)]),
+    *(("demonstrations", PAIR | {key: value}) for key, value in [("label", 0), ("label", "false"), ("ktoTag", "No")]),
+    ("demonstrations", PAIR | {"lossScale": 0.5}),
+    *(
+        ("demonstrations", {"messages": [USER, ANSWER | {key: value}]})
+        for key, value in [
+            *[("train_on_turn", False), ("trainable", False), ("is_masked", True), ("learnable", "no")],
+            *[("channel", "analysis"), ("recipient", "functions.clock"), ("end_turn", False), ("tokenMask", [1, 0])],
+        ]
+    ),
+    ("comparisons", WORSE | {"chosen": [ANSWER | {"weight": 0}]}),
+    ("comparisons", WORSE | {"rejected": {"role": "assistant", "content": "b", "train": False}}),
+    ("comparisons", WORSE | {"margin": 2.5}),
+    # thoughts where none can be read, and settings of the rendering
+    *(("demonstrations", PAIR | {key: "r"}) for key in ("rationale", "Complex_CoT", "chainOfThought", "thoughts")),
+    ("comparisons", WORSE | {"reasoning": "r"}),
+    ("demonstrations", {"messages": TURNS, "thinking": "r"}),
+    ("demonstrations", PAIR | {"chat_template_kwargs": {"enable_thinking": False}}),
+    *(("demonstrations", PAIR | {key: False}) for key in ("enable_thinking", "enableThinking")),
+    ("prompts", {"prompt": "p", "reasoning_effort": "high"}),
+    # spellings of what belongs to the prompt
+    *(("demonstrations", PAIR | {key: "k"}) for key in ("instructions", "inputs", "contexts", "ctxs", "docs", "Hint")),
+    *(("prompts", {"prompt": "p", key: ["k"]}) for key in ("retrieved_context", "paragraph", "goldEvidence", "table")),
+    *(("prompts", {"prompt": "p", key: "k"}) for key in ("systemPrompt", "sys", "developer", "system_instruction")),
+    *(("prompts", {"prompt": "p", key: ["k"]}) for key in ("img", "picture", "photoUrls", "few_shot_examples")),
+    *(
+        ("demonstrations", PAIR | {"meta": meta})
+        for meta in ({"system": "s"}, {"images": ["i"]}, {"a": {"tools": [1]}})
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "row"), MEANINGFUL)
+def test_no_spelling_escapes(kind, row):
+    with pytest.raises(InvalidRow) as error:
+        parse_row(row, kind)
+    name = re.search(r"remove_columns: \[(.*)\]$", str(error.value))[1]
+    assert name in parse_row(row, kind, removed=(name,)).unused
+
+
+def test_metadata_is_merely_named():
+    """Nothing here is a report: names that hold a word of a rule, flags that say yes, thoughts beside a prompt."""
+    columns = {
+        **{"category": "a", "source": "s", "id": 1, "url": "u", "language": "en", "score": 0, "reward": -1.5},
+        **{
+            "operating_system": "x",
+            "image_count": 2,
+            "context_length": 8,
+            "train": True,
+            "loss": 2.25,
+            "masked": False,
+        },
+        **{"weight": 1, "loss_mask": 1, "label": 2, "labels": "x", "question_type": "why", "num_examples": 3},
+        **{"meta": {"source": "s", "label": 0, "tags": ["a"], "split": "train"}, "mascot": "m", "apricot": "a"},
+    }
+    example = parse_row(PAIR | columns, "demonstrations")
+    assert example[1:3] == ("p", ("c",)) and set(example.unused) == set(columns)
+    assert parse_row({"prompt": "p", "rationale": "r", "train": False}, "prompts").unused == ("rationale", "train")
+    keys = {"channel": "final", "train": True, "is_masked": False, "id": 1}
+    assert parse_row({"messages": [USER, ANSWER | keys]}, "demonstrations").responses == ("yes",)
+
+
+def test_a_thought_is_the_reasoning_content_of_the_answer():
+    """Not among the reports: a mapped column, a turn's `thinking`, two thoughts that differ, a history's weights."""
+    for row, columns in (
+        (PAIR | {"reasoning": "r"}, {}),
+        (PAIR | {"thinking": "r", "reasoning_content": "r"}, {}),
+        (PAIR | {"Complex_CoT": "r"}, {"reasoning_content": "Complex_CoT"}),
+        ({"instruction": "p", "output": {"role": "assistant", "content": "c", "thinking": "r"}}, {}),
+        ({"messages": [USER, ANSWER | {"reasoning": "r"}]}, {}),
+    ):
+        example = parse_row(row, "demonstrations", columns)
+        assert example.conversation[-1]["reasoning_content"] == "r" and not example.unused
+    for row in (
+        PAIR | {"reasoning": "r", "thinking": "s"},
+        PAIR | {"completion": [ANSWER | {"thinking": "s"}], "reasoning": "r"},
+    ):
+        with pytest.raises(InvalidRow, match="one thought"):
+            parse_row(row, "demonstrations")
+    history = [EARLIER[0], EARLIER[1] | {"weight": 0}]
+    assert parse_row(PAIR | {"history": history}, "demonstrations").conversation[1]["weight"] == 0
+
+
+def test_ranks_and_scores_must_agree():
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [0, 1, 1]}
+    assert parse_row(row | {"scores": [9, 2, 1]}, "comparisons").ranks == (0, 1, 1)
+    for scores in ([1, 2, 3], [9, 9.5, 1], [9, 1], "9 2 1"):
+        with pytest.raises(InvalidRow, match=r"remove_columns: \[scores\]"):
+            parse_row(row | {"scores": scores}, "comparisons")
+
+
+def test_a_label_beside_chosen_and_rejected_is_no_prompt():
+    pair = {"chosen": "Say it: a", "rejected": "Say it: b"}
+    for column in ({"category": "animals"}, {"source": "stackexchange"}, {"topic": "food", "rater": "Ann"}):
+        assert parse_row(pair | column, "comparisons").prompt == "Say it:"
+    for column in ({"user_query": "x"}, {"note": "How is it said?"}, {"essay": "long " * 20}, {"Question": "x"}):
+        with pytest.raises(InvalidRow, match=f"set columns: {{prompt: {next(iter(column))}}}"):
+            parse_row(pair | column, "comparisons")
+
+
+def test_names_that_no_row_has_and_lines_that_are_no_rows(tmp_path):
+    path = write(tmp_path / "d.jsonl", [PAIR | {"": 1, "hint": "h"}])
+    cfg = DataConfig(path, remove_columns=("hint", "hnit", "messages[].name"))
+    lines: list[str] = []
+    assert check(cfg, echo=lines.append) == 0
+    sentence = "remove_columns names what no row has: hnit, messages[].name"
+    assert f"  {sentence}" in lines and '  not used: "" (1 of 1 rows), hint (1 of 1 rows)' in lines
+    assert sentence in read_demonstrations(cfg, byte_level()).train.notes
+    (tmp_path / "d.jsonl").write_text("\n{'prompt': 1}\n[1]\n")
+    with pytest.raises(UserError, match=r"no line is a JSON object \(line 2: not JSON: .* at column 2"):
+        check(DataConfig(path), echo=lines.append)

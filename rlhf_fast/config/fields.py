@@ -95,7 +95,8 @@ class DataConfig:
     """Share of the prompts held out for validation: whole groups, and no prompt on both sides."""
     columns: dict[str, str] = field(default_factory=dict)
     """Map from our column names to those of the file, for instance {completion: answer}. Our names: prompt, completion,
-    messages, chosen, rejected, responses, ranks, scores, text, group, instruction, context, system, history, tools."""
+    messages, chosen, rejected, responses, ranks, scores, text, group, instruction, context, system, history, tools,
+    reasoning_content."""
     remove_columns: tuple[str, ...] = ()
     """Columns, and keys of turns such as messages[].name, to leave out although they would change the meaning of rows.
     A row with such a column is refused otherwise; all that is not used is named."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -29,6 +29,8 @@ NOT_RENDERED = ("weight",)
 """Fields of a turn that are ours and no template's."""
 PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)
+THOUGHT_END = re.compile(r"</[\w:]+>|\[/\w+\]|<\|/\w+\|>|<\w+\|>")
+"""Marks that end a thought in an answer's content."""
 STRIPS: tuple[Callable[[str], str], ...] = (lambda text: text, str.strip, str.lstrip, str.rstrip)
 """Functions that templates apply to a content: they strip the blanks around it, or not."""
 
@@ -99,23 +101,37 @@ class ChatTemplate:
             self._last_prompt = (list(turns), list(tools), text)
         return self._last_prompt[2]
 
-    def require_kept(self, turns: Sequence[Message], tools: Tools = (), learned: int = -1) -> None:
-        """Raise InvalidRow if the template leaves out a turn, its tool calls or the tools, or the thought of the turn
-        that is learned. It may leave out earlier thoughts."""
+    def require_kept(
+        self, text: str, turns: Sequence[Message], tools: Tools = (), learned: Collection[int] = ()
+    ) -> None:
+        """Raise InvalidRow if the template leaves out a turn or a part of it, its tool calls or the tools, or the
+        thought of a turn that is learned. It may leave out earlier thoughts. `text`: its rendering of the turns."""
+        for i, turn in enumerate(turns):
+            content = (turn.get("content") or "").strip()
+            if content not in text and i not in learned and not _holds_turn(text, turn["role"], content):
+                raise InvalidRow(
+                    f"the chat template leaves out the content of turn {i + 1} ({turn['role']}), or a part of it:"
+                    f" {content[:40]!r}; change the template or the row"
+                )
         frame = self._frame(turns, tools, False)
         if frame is None:  # the template wants contents of a certain form
             return
-        kept = {int(match[1]) for match in PLACEHOLDER.finditer(frame)}
         for i, turn in enumerate(turns):
+            placeholders = (f"\ue000{2 * i}\ue001", f"\ue000{2 * i + 1}\ue001")
+            if turn.get("content") and placeholders[0] not in frame:
+                raise InvalidRow(
+                    f"the chat template leaves out the content of turn {i + 1} ({turn['role']}); change the template or"
+                    " the row"
+                )
+            if not (turn.get("reasoning_content") or turn.get("tool_calls")):
+                continue
             name = f"turn {i + 1} ({turn['role']})"
-            if turn.get("content") and 2 * i not in kept:
-                raise InvalidRow(f"the chat template leaves out the content of {name}; change the template or the row")
-            if turn.get("reasoning_content") and 2 * i + 1 not in kept:
+            if turn.get("reasoning_content") and placeholders[1] not in frame:
                 if not self._takes_reasoning:
                     raise InvalidRow(
                         f"the chat template takes no reasoning_content, which {name} has; put it in content"
                     )
-                if i == learned:
+                if i in learned:
                     raise InvalidRow(
                         f"the chat template leaves out the reasoning_content of {name}; set data.turns: last"
                     )
@@ -263,6 +279,20 @@ def holds(text: str, part: str, before: str = "") -> bool:
     text, part, before = ("".join(each.split()) for each in (text, part, before))
     overlaps = (i for i in range(1, min(len(before), len(part)) + 1) if before.endswith(part[:i]))
     return part in text or any(text.startswith(part[i:]) for i in overlaps)
+
+
+def _holds_turn(text: str, role: str, content: str) -> bool:
+    """Return whether `text` has the content of a turn, up to blanks; as JSON if it is a tool's, and without its thought
+    if it is an earlier answer."""
+    forms = [content]
+    if role == "assistant":
+        forms.append(THOUGHT_END.split(content)[-1])
+    elif role == "tool":
+        forms += (json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+        with suppress(ValueError):
+            parsed = json.loads(content)
+            forms += (json.dumps(parsed), json.dumps(parsed, ensure_ascii=False))
+    return any(holds(text, form) for form in forms)
 
 
 def difference(a: str, b: str) -> str:

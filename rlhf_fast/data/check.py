@@ -17,6 +17,8 @@ from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import InvalidRow
 from rlhf_fast.data.json_lines import parse_object, read_lines
 from rlhf_fast.data.notes import (
+    SHOWN_LINES,
+    absent_columns,
     answers_without_loss,
     find_markers,
     rendered_rows,
@@ -30,7 +32,6 @@ from rlhf_fast.errors import UserError, listed
 GUESS_ROWS = 50
 SHOWN_ERRORS = 20
 SHOWN_TOKENS = 48
-SHOWN_LINES = 5
 CATEGORIES = {"null": "null fields", "empty": "empty fields", "equal": "chosen equal to rejected", "other": "other"}
 
 Echo = Callable[[str], None]
@@ -45,8 +46,13 @@ class Report:
     errors: list[tuple[int, InvalidRow]] = field(default_factory=list)
 
 
-def guess_kind(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """Return the kind whose columns most of the rows have. UserError if no row fits a kind."""
+def guess_kind(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], first_error: str = ""
+) -> str:
+    """Return the kind whose columns most of the rows have. UserError if no row fits a kind.
+
+    first_error: line and fault of the first line that is no JSON object.
+    """
     counts: Counter[str] = Counter()
     found: Counter[str] = Counter()
     for row in rows:
@@ -61,7 +67,9 @@ def guess_kind(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Map
         elif "text" in names:
             counts["texts"] += 1
     if not counts:
-        columns_found = f"it has the columns {', '.join(found)}" if found else "no line is a JSON object"
+        columns_found = (
+            f"it has the columns {', '.join(found)}" if found else f"no line is a JSON object ({first_error})"
+        )
         expected = "; ".join(f"{EXPECTED[kind]} ({kind})" for kind in KINDS)
         raise UserError(f"{path}: cannot tell what the rows are: {columns_found}; expected {expected}")
     return counts.most_common(1)[0][0]
@@ -75,15 +83,17 @@ def examine(cfg: DataConfig, kind: str = "") -> Report:
     first: list[tuple[int, bytes]] = []
     if not kind:
         rows: list[Mapping[str, Any]] = []
+        first_error = ""
         for number, line in lines:
             first.append((number, line))
             try:
                 rows.append(parse_object(line, unique_keys=False))
-            except InvalidRow:
+            except InvalidRow as error:
+                first_error = first_error or f"line {number}: {error}"
                 continue
             if len(rows) == GUESS_ROWS:
                 break
-        kind = guess_kind(path, rows, cfg.columns)
+        kind = guess_kind(path, rows, cfg.columns, first_error)
     report = Report(kind)
     for number, found in parse_lines(chain(first, lines), kind, cfg.columns, cfg.remove_columns):
         if isinstance(found, InvalidRow):
@@ -107,7 +117,8 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
     if not examples:
         return len(errors)
     unused, earlier = unused_columns(examples), answers_without_loss(examples, cfg.turns)
-    for note in (f"not used: {unused}" if unused else "", earlier):
+    absent = absent_columns(examples, cfg.remove_columns)
+    for note in (f"not used: {unused}" if unused else "", absent, earlier):
         if note:
             echo(f"  {note}")
     _echo_repeats(report, echo)

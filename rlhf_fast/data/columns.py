@@ -7,19 +7,20 @@ in the prompt already or `remove_columns` names it.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from rlhf_fast.data.fields import InvalidRow, column_names, is_empty, shown
+from rlhf_fast.data.meaning import NO_LOSS, THOUGHT, Rule, compact, is_question, rule_of, says_no
 from rlhf_fast.errors import UserError
 
 COLUMNS = (
     *("prompt", "completion", "messages", "chosen", "rejected", "responses", "ranks", "scores", "text", "group"),
-    *("instruction", "context", "system", "history", "tools"),
+    *("instruction", "context", "system", "history", "tools", "reasoning_content"),
 )
-OPTIONAL = ("group", "context", "system", "history", "tools")
+OPTIONAL = ("group", "context", "system", "history", "tools", "reasoning_content")
 """Columns that may be mapped although some rows lack them."""
 EXPECTED = {
     "demonstrations": "prompt + completion, messages, conversations, or instruction + output",
@@ -39,41 +40,8 @@ ALIASES = {
     "messages": ("dialog", "dialogue", "conversation", "turns"),
 }
 
-MEDIA = re.compile(
-    r"(image|audio|video|pixel|attachment)s?(_?(url|path|file|byte|data|value|content)s?)?", re.IGNORECASE
-)
-IN_PROMPT = "write it into the prompt"
-BELOW_PROMPT = "write it into the prompt, or set columns: {instruction: prompt} to put it below"
-# Columns that change the meaning of a conversation, and the remedy.
-MEANING = {
-    **dict.fromkeys(("prompt", "instruction", "question", "query", "documents", "prefix", "suffix"), IN_PROMPT),
-    **dict.fromkeys(("passage", "passages", "document", "article", "background", "knowledge"), IN_PROMPT),
-    **dict.fromkeys(("choices", "options", "persona"), IN_PROMPT),
-    **dict.fromkeys(("context", "input"), BELOW_PROMPT),
-    **dict.fromkeys(("system", "history"), "give it as turns of a conversation"),
-    **{name: f"set columns: {{system: {name}}}" for name in ("system_prompt", "system_message")},
-    **dict.fromkeys(
-        ("messages", "conversations", "conversation", "dialog", "dialogue"), "give the whole conversation in one column"
-    ),
-    "tools": "give it beside a conversation",
-    "functions": "give it as tools",
-    **dict.fromkeys(("function_call", "function_calls", "tool_calls", "reasoning_content"), "give it in messages"),
-}
-MASKS = ("mask", "loss_mask", "loss_scale", "train_detail")
-# Keys of a turn that change its meaning, and the remedy. Formats that understand a key read it before.
-TURN_MEANING = {
-    "name": "write who speaks into the content",
-    **dict.fromkeys(("function_call", "function_calls"), "give it as tool_calls"),
-    **dict.fromkeys(("tools", "functions"), "give them as the row's tools"),
-    **dict.fromkeys(("tool_calls", "reasoning_content"), "only the turns of a demonstration or a prompt can have it"),
-    **dict.fromkeys(("reasoning", "thinking", "reasoning_details"), "give it as reasoning_content"),
-    **dict.fromkeys(MASKS, "give it as weight, 0 or 1"),
-    **dict.fromkeys(("role", "from", "content", "value"), "a turn has one role and one content"),
-    "prefix": "a turn is learned whole or not at all",
-}
-WEIGHTS = ("weight", "loss_weight", "sample_weight")
-LABELS = ("label", "kto_tag", "kto_label", "desirable")
-"""Columns of KTO's unpaired preferences: false marks a bad answer."""
+LONG_TEXT = 80
+"""Characters from which on a text that no name explains may be a prompt."""
 IDENTIFIER = re.compile(r"(.*_)?(id|uuid|idx|index|hash)|group|split|subset|license|model|dataset|url|lang|language")
 
 
@@ -84,9 +52,9 @@ class Columns(dict[str, Any]):
     seen at all.
     """
 
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], removed: Collection[str] = ()):
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], removed: Collection[str], kind: str):
         super().__init__(row)
-        self.row, self.columns, self.removed = row, columns, removed
+        self.row, self.columns, self.removed, self.kind = row, columns, removed, kind
         self.read: set[str] = set()
         self.unused_keys: dict[str, None] = {}
         for name in (*removed, *(theirs for ours, theirs in columns.items() if ours != "group")):
@@ -112,56 +80,100 @@ class Columns(dict[str, Any]):
         """Return whether a column is there and holds something."""
         return name in self and not is_empty(self[name])
 
+    def kept_keys(self, path: str, turn: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a turn without the keys that are removed."""
+        if not any("[" in name for name in self.removed):
+            return turn
+        general = {key: re.sub(r"\[\d+\]", "[]", f"{path}.{key}") for key in turn}
+        self.unused_keys |= {name: None for name in general.values() if name in self.removed}
+        return {key: value for key, value in turn.items() if general[key] not in self.removed}
+
     def leave_key(self, path: str, key: str, value: object) -> None:
         """Record a key of a turn that is not read. InvalidRow if it changes the turn's meaning."""
         name = f"{path}.{key}"
         general = re.sub(r"\[\d+\]", "[]", name)
         self.unused_keys[general] = None
-        if general in self.removed or is_empty(value) or (value is False and key not in MASKS):
+        rule = rule_of(key, turn=True)
+        if rule is None or general in self.removed or is_empty(value):
             return
-        remedy = "only text can be trained on" if MEDIA.fullmatch(key) else TURN_MEANING.get(key)
-        if remedy:
-            raise InvalidRow(f"{name} changes the turn's meaning and is not used: {remedy}; {removal(general)}")
+        learned = path.startswith(("chosen", "rejected")) or (self.kind == "demonstrations" and path[:7] != "prompt[")
+        if rule.remedy == NO_LOSS and not learned:
+            return
+        if _changes(rule, value):
+            raise InvalidRow(f"{name} changes the turn's meaning and is not used: {rule.remedy}; {removal(general)}")
 
     def unused(self) -> tuple[str, ...]:
         """Return the file's columns and keys that were not read."""
         return (*(name for name in self.row if name not in self.read), *self.unused_keys)
 
-    def require_meaning(self, kind: str, texts: Sequence[str]) -> None:
+    def require_meaning(self, texts: Sequence[str]) -> None:
         """Raise InvalidRow if a column that was not read changes the row's meaning. `texts`: those of the prompt."""
         for name, value in self.row.items():
-            if name in self.read or name in self.removed or is_empty(value):
-                continue
-            rule = _rule(name)
-            if not rule:
-                continue
-            if rule == "weight" and value not in (1, "1"):
-                raise InvalidRow(f"{name} is {value!r}, and every row weighs 1; remove the row, or {removal(name)}")
-            if rule == "label" and value is False and kind == "demonstrations":
-                raise InvalidRow(f"{name} is false, which marks a bad answer; remove the row, or {removal(name)}")
-            if value is False or rule in ("weight", "label"):
-                continue
-            if rule == "media":
-                raise InvalidRow(f"{name}: only text can be trained on; {removal(name)}")
-            if kind != "texts" and not _all_held(_texts(value), texts):
-                raise InvalidRow(f"{name} changes the row's meaning and is not used: {rule}; {removal(name)}")
+            if name not in self.read and name not in self.removed and not is_empty(value):
+                self._require_meaning(name, name, value, texts)
+
+    def _require_meaning(self, path: str, name: str, value: object, texts: Sequence[str]) -> None:
+        """Check one column, or one entry of a column that is an object without a rule of its own."""
+        rule = rule_of(name)
+        if rule is None:
+            for key, entry in value.items() if isinstance(value, dict) else ():
+                inner = f"{path}.{key}"
+                if inner in self.removed:
+                    self.unused_keys[inner] = None
+                elif not is_empty(entry):
+                    self._require_meaning(inner, key, entry, texts)
+            if compact(name) == "margin" and self.kind == "comparisons" and value != 0:
+                raise InvalidRow(
+                    f"{shown(path)} is {value!r}, and the loss of a comparison has no margin; {removal(path)}"
+                )
+            return
+        if rule.kind == "media":
+            if value is not False:
+                raise InvalidRow(f"{shown(path)}: {rule.remedy}; {removal(path)}")
+        elif self.kind == "texts" and rule.kind in ("text", "any", "thought"):
+            return
+        elif rule.kind == "weight" or (rule.kind == "off" and self.kind != "prompts"):
+            if _changes(rule, value):
+                raise InvalidRow(
+                    f"{shown(path)} is {value!r}, and every row weighs 1; remove the row, or {removal(path)}"
+                )
+        elif rule.kind == "label":
+            if self.kind == "demonstrations" and path == name and says_no(value):
+                found = json.dumps(value)
+                raise InvalidRow(
+                    f"{shown(path)} is {found}, which marks a bad answer; remove the row, or {removal(path)}"
+                )
+        elif rule.kind == "text":
+            if value is not False and not _all_held(_prompt_parts(value), texts):
+                raise InvalidRow(
+                    f"{shown(path)} changes the row's meaning and is not used: {rule.remedy}; {removal(path)}"
+                )
+        elif not (self.kind == "prompts" and rule.remedy in (THOUGHT, NO_LOSS)) and _changes(rule, value):
+            raise InvalidRow(f"{shown(path)} changes the row's meaning and is not used: {rule.remedy}; {removal(path)}")
 
     def other_text(self) -> str:
-        """Return the column that was not read and may be the prompt, or ""."""
+        """Return the column that was not read and may be the prompt, or ""; a short text is a label, if no question."""
         left = {*self.read, *self.removed, *(self.columns.get(name, name) for name in ("system", "group"))}
-        texts = [name for name, value in self.row.items() if isinstance(value, str) and value.strip()]
+        texts = {name: value.strip() for name, value in self.row.items() if isinstance(value, str) and value.strip()}
         found = [name for name in texts if name not in left and not IDENTIFIER.fullmatch(name.lower())]
-        known = [name for alias in ALIASES["prompt"] for name in found if name.lower() == alias]
-        return (known or found or [""])[0]
+        asking = [name for name in found if is_question(name)]
+        telling = [name for name in found if len(texts[name]) > LONG_TEXT or texts[name][-1] in "?？"]
+        return (asking or telling or [""])[0]
 
 
-@cache
-def _rule(name: str) -> str:
-    """Return the rule for a column that no format reads: media, weight, label, a remedy of MEANING, or ""."""
-    lower = name.lower()
-    if MEDIA.fullmatch(name):
-        return "media"
-    return "weight" if lower in WEIGHTS else "label" if lower in LABELS else MEANING.get(lower, "")
+def _changes(rule: Rule, value: object) -> bool:
+    """Return whether a value that is not empty changes the meaning of its row or turn."""
+    if rule.kind == "weight":
+        return value not in (1, "1")
+    if rule.kind == "off":
+        return says_no(value) or isinstance(value, (list, dict))
+    if rule.kind == "on":
+        return not says_no(value)
+    if rule.kind == "channel":
+        return value != "final"
+    if rule.kind == "thought":
+        return isinstance(value, (str, list, dict))
+    return rule.kind == "any" or value is not False
 
 
 def require_our_names(path: object, columns: Mapping[str, str]) -> None:
@@ -184,13 +196,13 @@ def removal(name: str) -> str:
     return f"to leave it out, set remove_columns: [{shown(name)}]"
 
 
-def _texts(value: object) -> list[str]:
+def _prompt_parts(value: object) -> list[str]:
     """Return the texts that a column adds to a prompt: its own, or those of its turns before an answer."""
     if isinstance(value, list):
         entries = [turn for turn in value if not isinstance(turn, dict) or not _is_answer(turn)]
-        return [text for entry in entries for text in _texts(entry)]
+        return [text for entry in entries for text in _prompt_parts(entry)]
     if isinstance(value, dict):
-        return _texts(value.get("content", value.get("value")))
+        return _prompt_parts(value.get("content", value.get("value")))
     return [str(value).strip()] if isinstance(value, (str, int, float)) else []
 
 

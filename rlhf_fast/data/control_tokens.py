@@ -137,6 +137,8 @@ def cut(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Segment]
     """Yield the parts between two positions of the whole text."""
     position = 0
     for text, control in segments:
+        if position >= stop:
+            return
         part = text[max(start - position, 0) : max(stop - position, 0)]
         if part:
             yield part, control

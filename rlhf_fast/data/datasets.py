@@ -186,7 +186,7 @@ def _read_rows(
     if not rows:
         raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
     sequences = (ids for row in rows for ids in (row.prompt, *row.responses))
-    notes = row_notes(path, examples, sequences, encoder, cfg.turns)
+    notes = row_notes(path, examples, sequences, encoder, cfg)
     return rows, "; ".join([f"{path}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
 
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from rlhf_fast.data.chat_template import AnswerFormat, ChatTemplate, Tools, difference, holds
-from rlhf_fast.data.control_tokens import ControlTokens, cut
+from rlhf_fast.data.control_tokens import ControlTokens, Segment, cut
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message, hh_turns
 from rlhf_fast.errors import UserError
 
@@ -42,12 +42,19 @@ class Encoded(NamedTuple):
     """For each token of the response, whether it has a loss."""
 
 
+class _Whole(NamedTuple):
+    """A conversation as the template writes it, rendered and split once for all its answers."""
+
+    turns: Sequence[Message]
+    tools: Tools
+    text: str
+    segments: list[Segment]
+
+
 class _Answer(NamedTuple):
     ids: list[int]
-    whole: str
-    """The text of the conversation."""
     start: int
-    """Position in that text."""
+    """Position in the text of the conversation."""
     stop: int
 
 
@@ -106,7 +113,8 @@ class Encoder:
             _refuse_chat_fields([message], ())
             return self.response(message["content"])
         conversation = [*as_turns(dialog), message]
-        return self._answer_ids(self.chat, conversation, len(conversation) - 1, tools).ids
+        last = len(conversation) - 1
+        return self._answer_ids(self.chat, self._whole(self.chat, conversation, tools, [last]), last).ids
 
     def all_answers(self, conversation: Sequence[Message], tools: Tools = ()) -> Encoded:
         """Return a conversation with a loss on every answer and its end token, but for those of weight 0."""
@@ -119,17 +127,18 @@ class Encoder:
                 " chat, or data.turns: last"
             )
         prompt, text = self.prompt(list(conversation[: learned[0]]), tools)
+        whole = self._whole(self.chat, conversation, tools, learned)
         ids: list[int] = []
         mask: list[bool] = []
         position = len(text)
         for i in learned:
-            answer = self._answer_ids(self.chat, conversation, i, tools)
+            answer = self._answer_ids(self.chat, whole, i)
             if answer.start < position:
                 raise InvalidRow(
                     f"the chat template ends the answer before turn {i + 1} with no end token of its own, so that"
                     " data.turns: all cannot learn it; set data.turns: last"
                 )
-            between = self._ids_between(self.chat, conversation, tools, answer.whole, position, answer.start)
+            between = self._ids_between(whole, position, answer.start)
             ids += between + answer.ids
             mask += [False] * len(between) + [True] * len(answer.ids)
             position = answer.stop
@@ -171,46 +180,50 @@ class Encoder:
     def _chat_prompt(self, chat: ChatTemplate, turns: list[Message], tools: Tools) -> tuple[list[int], str]:
         """Return the conversation in the chat template: its tokens and its text."""
         text = chat.prompt(turns, tools)
-        chat.require_kept(turns, tools)
+        chat.require_kept(text, turns, tools)
         if not any(self.spelled_special_tokens([turn]) for turn in turns):
             return self.tokenizer(text, add_special_tokens=False).input_ids, text
         # Some content spells a control token: only those of the template become tokens.
         return self.control.segment_ids(chat.segments(text, turns, tools, prompt=True), follows=False), text
 
-    def _answer_ids(self, chat: ChatTemplate, conversation: Sequence[Message], i: int, tools: Tools) -> _Answer:
+    def _whole(self, chat: ChatTemplate, turns: Sequence[Message], tools: Tools, learned: Sequence[int]) -> _Whole:
+        """Return the rendering of a conversation of which the turns `learned` have a loss."""
+        text = chat.render(turns, tools)
+        chat.require_kept(text, turns, tools, learned)
+        return _Whole(turns, tools, text, chat.segments(text, turns, tools))
+
+    def _answer_ids(self, chat: ChatTemplate, conversation: _Whole, i: int) -> _Answer:
         """Return the tokens of turn i, an answer, and where the template's text of the conversation has it.
 
         InvalidRow if the prompt is not how the text begins, or if something of the answer is missing.
         """
-        opening, turn = self._require_answer_format(chat).opening, conversation[i]
-        prompt, whole = chat.prompt(conversation[:i], tools), chat.render(conversation, tools)
-        remedy = "change the template or the row" if i + 1 == len(conversation) else "set data.turns: last"
+        opening, turn = self._require_answer_format(chat).opening, conversation.turns[i]
+        prompt, whole = chat.prompt(conversation.turns[:i], conversation.tools), conversation.text
+        remedy = "change the template or the row" if i + 1 == len(conversation.turns) else "set data.turns: last"
         if not whole.startswith(prompt):
             raise InvalidRow(
                 f"the chat template does not leave the prompt as it is once turn {i + 1} (assistant) follows:"
                 f" {difference(prompt, whole)}; {remedy}"
             )
-        chat.require_kept(conversation, tools, learned=i)
         start = len(prompt)
-        stop = self._end_of_answer(chat, conversation, i, tools, whole, start)
+        stop = self._end_of_answer(chat, conversation, i, start)
         if not holds(whole[start:stop], turn.get("content") or "", opening):
             raise InvalidRow(
                 f"the chat template leaves out a part of turn {i + 1} (assistant), which then cannot be learned:"
                 f" {turn['content'][:40]!r} against {whole[start:stop][:40]!r}; {remedy}"
             )
-        return _Answer(self._ids_between(chat, conversation, tools, whole, start, stop), whole, start, stop)
+        return _Answer(self._ids_between(conversation, start, stop), start, stop)
 
-    def _end_of_answer(
-        self, chat: ChatTemplate, conversation: Sequence[Message], i: int, tools: Tools, whole: str, start: int
-    ) -> int:
+    def _end_of_answer(self, chat: ChatTemplate, conversation: _Whole, i: int, start: int) -> int:
         """Return where in the text the answer that starts at `start` stops, its end token included if it gets one."""
-        format_, is_last = self._require_answer_format(chat), i + 1 == len(conversation)
+        format_, whole = self._require_answer_format(chat), conversation.text
+        is_last = i + 1 == len(conversation.turns)
         if is_last and whole.endswith(format_.tail):
             content_end = len(whole) - len(format_.tail)
             ending = format_.between + format_.end if self.eos else ""
             return content_end + len(ending) if format_.tail.startswith(ending) else content_end
         position, found = 0, None
-        for text, control in chat.segments(whole, conversation, tools):
+        for text, control in conversation.segments:
             if control and position >= start and (text == format_.end or is_last):
                 found = (position, position + len(text))
                 if not is_last:
@@ -223,12 +236,9 @@ class Encoder:
             )
         return found[1] if self.eos else found[0]
 
-    def _ids_between(
-        self, chat: ChatTemplate, turns: Sequence[Message], tools: Tools, whole: str, start: int, stop: int
-    ) -> list[int]:
-        """Return the tokens of a part of the conversation's text `whole` that is not its beginning."""
-        segments = chat.segments(whole, turns, tools)
-        return self.control.segment_ids(list(cut(segments, start, stop)), follows=True)
+    def _ids_between(self, conversation: _Whole, start: int, stop: int) -> list[int]:
+        """Return the tokens of a part of the conversation's text that is not its beginning."""
+        return self.control.segment_ids(list(cut(conversation.segments, start, stop)), follows=True)
 
     def _require_answer_format(self, chat: ChatTemplate) -> AnswerFormat:
         """Return what the chat template writes around an answer. UserError if no response can be written like that."""

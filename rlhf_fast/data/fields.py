@@ -37,7 +37,7 @@ def column_names(row: Mapping[str, Any]) -> str:
 
 def shown(name: str) -> str:
     """Return the name of a column or key as it can be printed."""
-    return name if name.isprintable() else json.dumps(name)
+    return name if name.strip() and name.isprintable() else json.dumps(name)
 
 
 def json_type(value: object) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder, has_loss
 from rlhf_fast.data.fields import is_blank, shown
 from rlhf_fast.data.rows import Example
@@ -39,6 +40,12 @@ def unused_columns(examples: Iterable[Example]) -> str:
         counts.update(example.unused)
         total += 1
     return ", ".join(f"{shown(name)} ({count} of {total} rows)" for name, count in counts.items())
+
+
+def absent_columns(examples: Iterable[Example], removed: Collection[str]) -> str:
+    """Return a sentence on the names in remove_columns that no row has; "" if there are none."""
+    absent = set(removed).difference(*(example.unused for example in examples)) if removed else set()
+    return f"remove_columns names what no row has: {', '.join(map(shown, sorted(absent)))}" if absent else ""
 
 
 def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool = False) -> Markers:
@@ -151,18 +158,19 @@ def answers_without_loss(examples: Iterable[Example], turns: str) -> str:
 
 
 def row_notes(
-    path: str, examples: Sequence[Example], sequences: Iterable[Sequence[int]], encoder: Encoder, turns: str
+    path: str, examples: Sequence[Example], sequences: Iterable[Sequence[int]], encoder: Encoder, cfg: DataConfig
 ) -> list[str]:
     """Return the sentences on a file that a stage reads. UserError if most of its rows are rendered already.
 
-    sequences: prompts and responses as tokens; turns: data.turns.
+    sequences: prompts and responses as tokens.
     """
     markers = find_markers(examples, encoder.special, encoder.template == "chat")
     fault = rendered_rows(markers, len(examples))
     if fault:
         raise UserError(f"{path}: {fault}")
     unused = unused_columns(examples)
-    notes = [f"not used: {unused}" if unused else "", answers_without_loss(examples, turns)]
+    notes = [f"not used: {unused}" if unused else "", absent_columns(examples, cfg.remove_columns)]
+    notes.append(answers_without_loss(examples, cfg.turns))
     notes += [unknown_tokens(examples, sequences, encoder), spelled_markers(markers)]
     return [note for note in notes if note]
 

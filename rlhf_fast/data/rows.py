@@ -21,6 +21,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from rlhf_fast.data.turns import (
     conversation,
     ending_with_user,
     split_turns,
+    thought_field,
     tools_field,
     turn_value,
     turns_field,
@@ -130,13 +132,13 @@ def parse_row(
     removed: Collection[str] = (),
 ) -> Example:
     """Return the row as an example of `kind`. InvalidRow if it is none."""
-    found = Columns(row, columns or {}, removed)
+    found = Columns(row, columns or {}, removed, kind)
     parsers = {"demonstrations": _demonstration, "comparisons": _comparison, "prompts": _prompt, "texts": _text}
     example = parsers[kind](found)
     group = found.get("group")
     tools = tools_field(found) if kind != "texts" else ()
     texts = [example.prompt] if isinstance(example.prompt, str) else [turn["content"] for turn in example.prompt]
-    found.require_meaning(kind, texts)
+    found.require_meaning(texts)
     group = "" if group is None else str(group)
     return example._replace(line=line, group=group, tools=tools, unused=found.unused())
 
@@ -172,8 +174,12 @@ def _answer(row: Columns) -> Message:
     for other in names if len(names) > 1 else ():
         if row.filled(other) and row[other] != row[name]:
             raise InvalidRow(f"{name} and {other} differ, and only one can be the response; {removal(other)}")
-    answer = _transcript(row, name, weights=True)
-    return {"role": "assistant", "content": answer} if isinstance(answer, str) else _one_answer(answer, name)
+    given = _transcript(row, name, weights=True)
+    answer = {"role": "assistant", "content": given} if isinstance(given, str) else _one_answer(given, name)
+    thought = thought_field(row)
+    if thought and answer.get("reasoning_content", thought) != thought:
+        raise InvalidRow(f"{name} has another reasoning_content than the row, and an answer has one thought")
+    return answer | {"reasoning_content": thought} if thought else answer
 
 
 def _require_same_answer(row: Columns, turns: Iterable[Message]) -> None:
@@ -251,12 +257,28 @@ def _ranked(row: Columns) -> Example:
     levels = sorted(set(ranks), reverse=levels_name == "scores")
     if len(levels) < 2:
         raise InvalidRow(f"{len(ranks)} responses, all of one rank: nothing is preferred; remove the row")
+    if levels_name == "ranks" and row.filled("scores"):
+        _require_same_order(ranks, row["scores"])
     rank_of: dict[str, float] = {}
     for i, (text, rank) in enumerate(zip(texts, ranks, strict=True)):
         if rank_of.setdefault(text, rank) != rank:
             first = texts.index(text)
             raise InvalidRow(f"responses[{first}] and responses[{i}] are equal but ranked {rank_of[text]} and {rank}")
     return Example(0, with_context(row, prompt), texts, tuple(levels.index(rank) for rank in ranks))
+
+
+def _require_same_order(ranks: list[float], scores: object) -> None:
+    """Raise InvalidRow if scores beside ranks order two responses the other way, or cannot be compared."""
+    numbers = [score for score in scores if isinstance(score, (int, float))] if isinstance(scores, list) else []
+    if len(numbers) != len(ranks):
+        raise InvalidRow(f"scores beside ranks must be a list of {len(ranks)} numbers; {removal('scores')}")
+    for (i, (rank, score)), (j, (other, lower)) in combinations(enumerate(zip(ranks, numbers, strict=True)), 2):
+        if (rank < other and score < lower) or (rank > other and score > lower):
+            raise InvalidRow(
+                f"ranks and scores contradict each other: responses[{i}] has rank {rank} and score {score},"
+                f" responses[{j}] rank {other} and score {lower} (rank 0 is best, the highest score is best);"
+                f" {removal('scores')}"
+            )
 
 
 def _has_objects(responses: object) -> bool:

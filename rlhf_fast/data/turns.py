@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_fast.data.columns import Columns
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message, column_names, hh_turns, is_empty, json_type, text_value
 from rlhf_fast.data.json_lines import parse_json
+from rlhf_fast.data.meaning import THOUGHTS
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -51,6 +52,7 @@ def turn_value(row: Columns, turn: object, name: str, weights: bool = False) -> 
     for key in (role_key, content_key) if not calls_tools else (role_key,):
         if key not in turn:
             raise InvalidRow(f'{name} has no "{key}"; found {column_names(turn)}')
+    turn = row.kept_keys(name, turn)
     given = turn[role_key]
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
@@ -97,13 +99,21 @@ def _content(row: Columns, value: object, name: str) -> str:
 def _read_answer(turn: Mapping[str, Any], name: str, message: Message) -> set[str]:
     """Read the keys that only an assistant's turn has. Return those that were read."""
     read = set()
-    if not is_empty(turn.get("reasoning_content")):
-        message["reasoning_content"] = text_value(turn["reasoning_content"], f"{name}.reasoning_content")
-        read.add("reasoning_content")
+    if thought := thought_field(turn, name):
+        message["reasoning_content"] = thought
+        read |= {key for key in THOUGHTS if turn.get(key) == thought}
     if not is_empty(turn.get("tool_calls")):
         message["tool_calls"] = _functions(turn["tool_calls"], f"{name}.tool_calls", "arguments")
         read.add("tool_calls")
     return read
+
+
+def thought_field(fields: Mapping[str, Any], path: str = "") -> str:
+    """Return the thought of an answer, "" if it has none. InvalidRow if two names give different ones."""
+    found = {key: fields[key] for key in THOUGHTS if isinstance(fields.get(key), str) and not is_empty(fields[key])}
+    if len(set(found.values())) > 1:
+        raise InvalidRow(f"{path or 'the row'}: {' and '.join(found)} differ, and an answer has one thought")
+    return next((text_value(text, f"{path}.{key}" if path else key) for key, text in found.items()), "")
 
 
 def _read_weight(turn: Mapping[str, Any], name: str, message: Message) -> set[str]:
@@ -185,7 +195,7 @@ def _history(row: Columns) -> list[Message]:
     """Return the earlier turns of a row: a list of [question, answer], or of turns."""
     value = row["history"]
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        return turns_field(row, "history")
+        return turns_field(row, "history", weights=row.kind == "demonstrations")
     turns: list[Message] = []
     for i, pair in enumerate(value if isinstance(value, list) else [value]):
         name = f"history[{i}]" if isinstance(value, list) else "history"
