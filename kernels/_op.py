@@ -27,9 +27,9 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _sampling                                       sample_tokens, linear_sample_tokens
     _norm                                           rms_norm, layer_norm
 
-kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits and _softmax for token_logprobs
-and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy and
-linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
+kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits, _softmax and _target for
+token_logprobs and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy
+and linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
 """
 
 from __future__ import annotations
