@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -37,6 +36,11 @@ def autograd_function(
     methods = {name: staticmethod(function) for name, function in functions.items()}
     function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
     return function.apply
+
+
+def refuse_backward(name: str, *_args: Any) -> Any:
+    """Raise: torch.ops.rlhf_fast.<name> has no gradient. Without this, torch would give None or 0 for one."""
+    raise NotImplementedError(f"{name}: torch.ops.rlhf_fast.{name} has no gradient; call rlhf_fast.ops.{name}")
 
 
 def _keeping_backend(function: Callable) -> Callable:

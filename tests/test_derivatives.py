@@ -71,3 +71,48 @@ def test_a_first_derivative_that_records_a_graph_is_the_same(op):
             (plain,) = torch.autograd.grad(of_one_input(op, args, i)(x), x)
             (recorded,) = torch.autograd.grad(of_one_input(op, args, i)(x), x, create_graph=True)
             torch.testing.assert_close(recorded.detach(), plain, rtol=0, atol=0, equal_nan=True)
+
+
+TRACED = {
+    "grad": torch.func.grad,
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x)[1](torch.ones(()))[0],
+    "jacrev": torch.func.jacrev,
+    "grad_and_value": lambda f: lambda x: torch.func.grad_and_value(f)(x)[0],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", TRACED)
+@pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
+def test_torch_compile_of_a_transform_is_right(op, way):
+    """Within it no tensor says that it requires a gradient."""
+    args = inputs(op, size=0)
+    i = op.gradient_inputs[0]
+    x = args[i].clone().requires_grad_()
+    graded = [j for j, o in enumerate(leaves(op(*args[:i], x, *args[i + 1 :]))) if o.requires_grad]
+
+    def call(x):
+        out = leaves(op(*args[:i], x, *args[i + 1 :]))
+        return sum(out[j].sum() for j in graded)
+
+    (truth,) = torch.autograd.grad(call(x), x)
+    torch._dynamo.reset()
+    found = torch.compile(TRACED[way](call), backend="eager")(x.detach())
+    torch.testing.assert_close(found, truth, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
+def test_a_gradient_through_torchs_registry_is_refused(op):
+    """torch.ops.rlhf_fast.<name> is what graphs and dispatch modes call: without a gradient."""
+    args = op.normalized(*inputs(op, size=0))
+    for i in op.gradient_inputs:
+        if args[i] is None:
+            continue
+        x = args[i].clone().requires_grad_()
+        out = [o for o in leaves(op.torch_op(*args[:i], x, *args[i + 1 :])) if o.requires_grad]
+        for refused in (
+            lambda out=out: out[0].sum().backward(),
+            lambda out=out, x=x: torch.autograd.grad(out[0].sum(), x),
+        ):
+            with pytest.raises(NotImplementedError, match=f"{op.name}: torch.ops.rlhf_fast.{op.name} has no gradient"):
+                refused()
