@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, has_tangents
+from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, check_transformed, has_tangents
 from rlhf_fast.kernels._autograd import autograd_function, refuse_backward
 from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing
 from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
@@ -121,8 +121,9 @@ class Op(Backends):
                 if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
                     return self._run_plain(*args)
             return self.run(*args)
-        except (RuntimeError, AttributeError):  # torch's, of a tensor that is no dense one
+        except (RuntimeError, AttributeError) as error:  # torch's, of a tensor that is no dense one
             check_readable(self.name, self.names, args)
+            check_transformed(self.name, error)
             raise
 
     def __get__(self, instance: object, owner: type | None = None) -> Op:
