@@ -73,10 +73,10 @@ def gencode(archs: str) -> str:
     return " ".join(flags)
 
 
-def has_openmp(cxx: str, folder: Path) -> bool:
+def has_openmp(cxx: list[str], folder: Path) -> bool:
     probe = folder / "openmp.cpp"
     probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [*cxx.split(), "-fopenmp", str(probe), "-o", str(folder / "openmp")]
+    command = [*cxx, "-fopenmp", str(probe), "-o", str(folder / "openmp")]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -94,12 +94,19 @@ rule link
 """
 
 
-def find_cxx() -> str | None:
-    """Return the command of the C++ compiler, or None where there is none."""
-    named = os.environ.get("CXX")
+def find_cxx() -> list[str] | None:
+    """Return the words of the C++ compiler's command, or None where there is none."""
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError as error:
+        raise SystemExit(f"[rlhf-fast] CXX={named} is no command: {error}") from error
+    if words:
+        return words if shutil.which(words[0]) else None
     if named:
-        return named if shutil.which(shlex.split(named)[0]) else None
-    return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+        raise SystemExit("[rlhf-fast] CXX is blank; set it to a C++ compiler's command, or unset it")
+    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    return [found] if found else None
 
 
 def ninja_file(name: str, folder: Path, target: Path) -> str:
@@ -107,6 +114,7 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
     import pybind11
 
     cxx = find_cxx()
+    assert cxx is not None
     openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
     warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
     warnings += "" if openmp else " -Wno-unused-parameter"  # num_threads, without OpenMP
@@ -114,7 +122,10 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
         f'-I"{dollars(path)}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC)
     )
     ldflags = openmp + (" -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL")
-    lines = [f"cxx = {cxx}", f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}"]
+    lines = [
+        f"cxx = {shlex.join(cxx).replace('$', '$$')}",
+        f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}",
+    ]
     if name.endswith("_cuda"):
         nvcc, archs = find_nvcc(), gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
         host = "-Xcompiler -fPIC,-fvisibility=hidden -diag-suppress 177"  # unused entries of the kernel table
@@ -152,7 +163,19 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         self.is_inplace = bool(self.inplace)  # setuptools builds elsewhere first, and then copies
+        self.force = True  # copies even over a newer file, which an earlier build of other sources may have left
+        wanted = {ext.name for ext in self.extensions or ()}
+        self.remove_all({"rlhf_fast._cpu", "rlhf_fast._cuda"} - wanted)
+        try:
+            find_cxx()  # before setuptools reads CXX, which has no sentence for a bad one
+        except SystemExit:
+            self.remove_all(wanted)
+            raise
         super().run()
+
+    def remove_all(self, names: set[str]) -> None:
+        for name in names:
+            self.remove_older(Path(self.build_lib).resolve() / self.get_ext_filename(name))
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -169,6 +192,9 @@ class NinjaBuild(build_ext):
             return
         try:
             self.run_ninja(ext.name, target)
+        except SystemExit:
+            self.remove_older(target)
+            raise
         except (OSError, subprocess.CalledProcessError) as error:
             self.remove_older(target)
             without = "RLHF_FAST_CUDA=0" if ext.name.endswith("_cuda") else "RLHF_FAST_EXT=0"

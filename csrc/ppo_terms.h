@@ -33,13 +33,26 @@ constexpr int num_summed_stats = PpoSum::POLICY_LOSS;
 // The estimators of the KL divergence from a reference model, in the order of kernels/_ppo.py.
 enum class KlEstimator { K1, K2, K3, ABS };
 
+// e^x - 1 - x, where exp_x = e^x. Near 0 the difference would cancel, down to negative numbers: there it is a series.
+template <class F>
+INLINE F exp_minus_1_minus(F x, F exp_x) {
+  F s = 1.f + x * 0.125f;
+  s = 1.f + x * (1.f / 7.f) * s;
+  s = 1.f + x * (1.f / 6.f) * s;
+  s = 1.f + x * 0.2f * s;
+  s = 1.f + x * 0.25f * s;
+  s = 1.f + x * (1.f / 3.f) * s;
+  return select(abs(x) <= splat<F>(0.5f), 0.5f * x * x * s, (exp_x - 1.f) - x);
+}
+
 // The estimate of a token's KL by d, the log-ratio of policy and reference (Schulman 2020). exp(-d) is taken of at most
 // exp(20), which keeps it finite.
 template <KlEstimator E, class F>
 INLINE F kl_estimate(F d) {
   if constexpr (E == KlEstimator::K1) return d;
   if constexpr (E == KlEstimator::K2) return 0.5f * d * d;
-  if constexpr (E == KlEstimator::K3) return exp(select(-d > splat<F>(20.f), splat<F>(20.f), -d)) - 1.f + d;
+  if constexpr (E == KlEstimator::K3)
+    return exp_minus_1_minus(-d, exp(select(-d > splat<F>(20.f), splat<F>(20.f), -d)));
   return abs(d);
 }
 

@@ -49,6 +49,19 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
             raise ValueError(f"{op}: {name} {why}")
 
 
+def check_transformed(op: str, error: Exception) -> None:
+    """Raise NotImplementedError in place of an error of torch's that is about its own machinery."""
+    if "get value out of a tracing tensor" in str(error):
+        raise NotImplementedError(
+            f"{op}: torch.func.linearize and make_fx cannot trace the checks of its values; call torch.func.jvp,"
+            " or trace with fake tensors"
+        ) from error
+    if f"Batching rule not implemented for rlhf_fast::{op}" in str(error):
+        raise NotImplementedError(
+            f"{op}: torch.vmap cannot split an op that writes its arguments in place; call it for the whole batch"
+        ) from error
+
+
 def has_tangents(op: str, names: Sequence[str], gradient_inputs: Sequence[int], args: Sequence) -> bool:
     """Return whether a tensor has a forward-mode derivative, of a dual number or of torch.func.jvp. Raise
     NotImplementedError where it is one that the op has no derivative by."""
@@ -56,7 +69,7 @@ def has_tangents(op: str, names: Sequence[str], gradient_inputs: Sequence[int], 
     for i, x in enumerate(args):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             continue
-        if forward_ad.unpack_dual(x).tangent is not None or _is_of_outer_jvp(x):
+        if forward_ad.unpack_dual(_unbatched(x)).tangent is not None or _is_of_outer_jvp(x):
             found = True
             if i not in gradient_inputs:
                 raise NotImplementedError(
@@ -64,6 +77,13 @@ def has_tangents(op: str, names: Sequence[str], gradient_inputs: Sequence[int], 
                     f" reverse; detach {names[i]}, or call {op}.reference, which is plain torch"
                 )
     return found
+
+
+def _unbatched(x: Tensor) -> Tensor:
+    """Return what torch.vmap splits: it has no rule for unpack_dual."""
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _is_of_outer_jvp(x: Tensor) -> bool:

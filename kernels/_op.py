@@ -27,9 +27,9 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _sampling                                       sample_tokens, linear_sample_tokens
     _norm                                           rms_norm, layer_norm
 
-kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits and _softmax for token_logprobs
-and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy and
-linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
+kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits, _softmax and _target for
+token_logprobs and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy
+and linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, has_tangents
-from rlhf_fast.kernels._autograd import autograd_function
+from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, check_transformed, has_tangents
+from rlhf_fast.kernels._autograd import autograd_function, refuse_backward
 from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing
 from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
 from rlhf_fast.kernels._op_backends import Backends
 
 OPS: dict[str, Op] = {}
 META = torch.device("meta")
+TRANSFORMS = "forward-mode derivatives, and gradients in torch.func's transforms, are plain torch's"
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 
 
@@ -116,9 +117,13 @@ class Op(Backends):
                     a = args[i]
                     if a is not None and a.requires_grad:
                         return self._run_differentiable(*args)
+                # where torch.compile traces a transform of torch.func, no tensor says that it requires a gradient
+                if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+                    return self._run_plain(*args)
             return self.run(*args)
-        except (RuntimeError, AttributeError):  # torch's, of a tensor that is no dense one
+        except (RuntimeError, AttributeError) as error:  # torch's, of a tensor that is no dense one
             check_readable(self.name, self.names, args)
+            check_transformed(self.name, error)
             raise
 
     def __get__(self, instance: object, owner: type | None = None) -> Op:
@@ -155,7 +160,7 @@ class Op(Backends):
 
     def _run_plain(self, *args):
         """Run the reference, which torch differentiates itself, in forward mode and in functorch's transforms."""
-        self._report_fallback("forward-mode derivatives, and gradients in torch.func's transforms, are plain torch's")
+        self._report_fallback(TRANSFORMS, of_transforms=True)
         return self.reference(*self._without_other_gradients(args))
 
     def _without_other_gradients(self, args: tuple) -> list:
@@ -296,6 +301,7 @@ class Op(Backends):
             return OPS[name].run(*args)
 
         self.gradient_inputs = tuple(self.names.index(input_name) for input_name in wrt)
+        torch.library.register_autograd(f"rlhf_fast::{name}", functools.partial(refuse_backward, name), lib=_library)
         self.differentiable = autograd_function(name, run, backward, setup_context, forward)
 
     @property

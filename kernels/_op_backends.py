@@ -29,7 +29,8 @@ class Backends:
     implementations: dict[str, Callable]  # backend -> kernel, on normalized arguments
     preference: dict[str, list[str]]  # device -> backends in the order in which they are tried
     required_symbols: dict[str, tuple[str, ...]]  # device -> names of the compiled kernels that its launcher calls
-    has_warned: bool
+    has_warned: bool  # that no kernel answers
+    has_warned_of_transforms: bool  # that the reference runs, whatever kernels there are
 
     def __init__(self, name: str, reference: Callable):
         self.name = name
@@ -37,7 +38,7 @@ class Backends:
         self.implementations = {"reference": reference}
         self.preference = {device: ["reference"] for device in DEVICES}
         self.required_symbols = {}
-        self.has_warned = False
+        self.has_warned = self.has_warned_of_transforms = False
         self._register_triton()
 
     def _register_triton(self) -> None:
@@ -122,10 +123,14 @@ class Backends:
         WHY_MISSING[device] = reason
         return reason
 
-    def _report_fallback(self, why: str) -> None:
+    def _report_fallback(self, why: str, *, of_transforms: bool = False) -> None:
         """Warn once that the reference runs in a kernel's place, or raise within `strict`."""
         if is_strict():
             raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no kernel answers: {why}")
-        if not self.has_warned:
+        if self.has_warned_of_transforms if of_transforms else self.has_warned:
+            return
+        if of_transforms:
+            self.has_warned_of_transforms = True
+        else:
             self.has_warned = True
-            log.warning("%s runs on its plain-torch reference: %s", self.name, why)
+        log.warning("%s runs on its plain-torch reference: %s", self.name, why)

@@ -105,6 +105,19 @@ def clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return torch.where(low == low, bounded, x + low) if isinstance(low, Tensor) else bounded
 
 
+def exp_minus_1_minus(x: Tensor, exponent: Tensor) -> Tensor:
+    """Return e^exponent - 1 - x, where exponent is x, or x limited to large bounds.
+
+    Near 0 the difference would cancel, down to negative numbers: there it is a series, to the precision of float64.
+    """
+    is_small = x.abs() <= 0.1
+    small = torch.where(is_small, x, 0)  # so that the gradient of what is not used is finite
+    series = torch.ones_like(x)
+    for i in range(11, 2, -1):
+        series = 1 + small / i * series
+    return torch.where(is_small, small * small / 2 * series, exponent.expm1() - x)
+
+
 def kl_estimate(difference: Tensor, estimator: str, bound: float | None = None) -> Tensor:
     """Return an estimate of KL(policy || reference) in nats from d = log p - log p_ref of the sampled token.
 
@@ -120,9 +133,9 @@ def kl_estimate(difference: Tensor, estimator: str, bound: float | None = None) 
     if estimator == "abs":
         return difference.abs()
     if bound is None:
-        return clamp(-difference, -torch.inf, MAX_EXPONENT).exp() - 1 + difference
+        return exp_minus_1_minus(-difference, clamp(-difference, -torch.inf, MAX_EXPONENT))
     negated = clamp(-difference, -bound, bound)
-    return negated.exp() - 1 - negated
+    return exp_minus_1_minus(negated, negated)
 
 
 def kl_grad(difference: Tensor, estimator: str, bound: float) -> Tensor:
@@ -132,7 +145,7 @@ def kl_grad(difference: Tensor, estimator: str, bound: float) -> Tensor:
         return torch.ones_like(difference)
     if estimator == "k2":
         return difference
-    return torch.where(difference.abs() > bound, 0, 1 - clamp(-difference, -bound, bound).exp())
+    return torch.where(difference.abs() > bound, 0, -clamp(-difference, -bound, bound).expm1())
 
 
 class Surrogate(NamedTuple):
@@ -229,7 +242,7 @@ def policy_loss(
             clipped_high=torch.where(terms.clipped_high, weights, 0).sum(),
             clipped_dual=torch.where(terms.clipped_dual, weights, 0).sum(),
             kl_k1=(weights * -terms.log_ratio).sum(),
-            kl_k3=(weights * (terms.ratio - 1 - terms.log_ratio)).sum(),
+            kl_k3=(weights * exp_minus_1_minus(terms.log_ratio, terms.log_ratio)).sum(),
             ratio=ratio_sum,
             ratio_square=(weights * terms.ratio**2).sum(),
             policy_loss=surrogate_loss,

@@ -3,6 +3,7 @@
 Derivatives in forward mode, functorch's transforms, and tensors whose memory is not what they are.
 """
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "i
 
 
 def inputs(op, dtype=torch.float32, size=1):
+    size = min(size, len(op.small_sizes) - 1)
     return op.bind(*detached(to(op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[size]), dtype)))
 
 
@@ -126,26 +128,64 @@ def test_transforms_of_gradients_are_right(op):
         torch.testing.assert_close(mapped, torch.stack([truth, truth]).detach(), equal_nan=True)
 
 
+@pytest.mark.parametrize("around", [contextlib.nullcontext, forward_ad.dual_level], ids=["", "dual_level"])
 @pytest.mark.parametrize("op", PUBLIC, **by_name)
-def test_vmap_is_right_or_refused(op):
+def test_vmap_is_right_or_refused(op, around):
+    """Also within a dual level in which nothing has a tangent."""
     args = inputs(op)
     for i, x in tensors(args):
         stacked = torch.stack([x, x])
+        copies = detached(args)  # vmap does not let one require a gradient
         expected = leaves(op(*detached(args)))
         try:
-            with torch.no_grad():
-                found = torch.vmap(lambda x, i=i: tuple(leaves(op(*replaced(detached(args), i, x)))))(stacked)
-        except RuntimeError as error:
-            assert str(error)
+            with torch.no_grad(), around():
+                found = torch.vmap(lambda x, i=i, a=copies: tuple(leaves(op(*replaced(a, i, x)))))(stacked)
+        except NotImplementedError as error:
+            assert op.mutates and f"{op.name}: torch.vmap cannot split an op that writes its arguments" in str(error)
             continue
+        assert not op.mutates
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, torch.stack([b, b]), equal_nan=True)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
+def test_forward_mode_around_vmap_is_right(op):
+    args = inputs(op, torch.float64, size=0)
+    i = op.gradient_inputs[0]
+    x, direction = args[i], direction_like(args[i])
+    k = differentiable_outputs(op, args)[0]
+
+    def call(x):
+        return leaves(op(*replaced(args, i, x)))[k]
+
+    stacked, directions = torch.stack([x, x]), torch.stack([direction, 2 * direction])
+    found = torch.func.jvp(torch.vmap(call), (stacked,), (directions,))[1]
+    one = torch.func.jvp(call, (x,), (direction,))[1]
+    torch.testing.assert_close(found, torch.stack([one, 2 * one]), equal_nan=True)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
+def test_linearize_is_right_or_refused(op):
+    args = inputs(op, torch.float64, size=0)
+    i = op.gradient_inputs[0]
+    x, direction = args[i], direction_like(args[i])
+    k = differentiable_outputs(op, args)[0]
+
+    def call(x):
+        return leaves(op(*replaced(args, i, x)))[k]
+
+    try:
+        found = torch.func.linearize(call, x)[1](direction)
+    except NotImplementedError as error:
+        assert f"{op.name}: torch.func.linearize" in str(error)
+    else:
+        torch.testing.assert_close(found, torch.func.jvp(call, (x,), (direction,))[1], equal_nan=True)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
 def test_batched_gradients_are_right(op):
     """`is_grads_batched` gives the backward pass tensors without memory."""
-    args = op.bind(*op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[1]))
+    args = op.bind(*op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[:2][-1]))
     wrt = [args[i] for i in op.gradient_inputs if args[i] is not None]
     out = next(o for o in leaves(op(*args)) if o.requires_grad)
     upstream = torch.randn(3, *out.shape)

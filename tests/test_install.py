@@ -168,3 +168,55 @@ def test_a_mended_source_builds_again(small_source):
     done = run(*build, cwd=small_source)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((small_source / "rlhf_fast").glob("_cpu*.so"))
+
+
+INPLACE = (sys.executable, "setup.py", "build_ext", "--inplace")
+
+
+@pytest.mark.parametrize("cxx, sentence", [("  ", "CXX is blank"), ("c++ 'x", "is no command: No closing quotation")])
+def test_a_compilers_name_that_is_no_command_is_refused(small_source, cxx, sentence):
+    older = older_extensions(small_source)
+    done = run(*INPLACE, cwd=small_source, CXX=cxx)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and sentence in output and "Traceback" not in output
+    assert not any(path.exists() for path in older)
+
+
+def test_a_compilers_name_may_have_quotes_and_blanks(small_source):
+    folder = small_source / "a folder"
+    folder.mkdir()
+    (folder / "cc").write_text('#!/bin/sh\nexec c++ "$@"\n')
+    (folder / "cc").chmod(0o755)
+    done = run(*INPLACE, cwd=small_source, CXX=f"'{folder / 'cc'}' -DNAME='a b'", RLHF_FAST_REQUIRE_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("setting, gone", [("RLHF_FAST_EXT", "_cpu"), ("RLHF_FAST_CUDA", "_cuda")])
+def test_what_is_switched_off_is_removed(small_source, setting, gone):
+    older_extensions(small_source)
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    path = small_source / "rlhf_fast" / f"{gone}{suffix}"
+    path.write_bytes(b"older")
+    done = run(*INPLACE, cwd=small_source, **{setting: "0"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not path.exists()
+
+
+def test_a_newer_file_in_place_is_replaced(small_source):
+    assert run(*INPLACE, cwd=small_source).returncode == 0
+    (path,) = (small_source / "rlhf_fast").glob("_cpu*.so")
+    path.write_bytes(b"of another build")
+    assert run(*INPLACE, cwd=small_source).returncode == 0
+    assert path.read_bytes() != b"of another build"
+
+
+def test_a_toolkit_without_its_library_leaves_no_older_extension(small_source):
+    nvcc = small_source / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    path = small_source / "rlhf_fast" / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    path.write_bytes(b"older")
+    done = run(*INPLACE, cwd=small_source, RLHF_FAST_CUDA="1", CUDA_HOME=str(small_source))
+    assert done.returncode != 0 and "libcudart_static.a was not found" in done.stdout + done.stderr
+    assert not path.exists()

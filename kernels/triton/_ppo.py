@@ -109,6 +109,14 @@ def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
 
 
 @triton.jit
+def exp_minus_1_minus(x, exp_x):
+    """Return e^x - 1 - x, where exp_x = e^x. Near 0 the difference would cancel, down to negative numbers."""
+    series = 1.0 + x * 0.2 * (1.0 + x * (1 / 6) * (1.0 + x * (1 / 7) * (1.0 + x * 0.125)))
+    series = 0.5 * x * x * (1.0 + x * (1 / 3) * (1.0 + x * 0.25 * series))
+    return tl.where(tl.abs(x) <= 0.5, series, exp_x - 1.0 - x)
+
+
+@triton.jit
 def policy_stats(w, terms):
     """Return the 8 terms of the statistics that linear_ppo_loss and ppo_loss share, of tokens with weights w."""
     return (
@@ -117,7 +125,7 @@ def policy_stats(w, terms):
         tl.where(terms.is_clipped_high, w, 0.0),
         tl.where(terms.is_clipped_dual, w, 0.0),
         -w * terms.log_ratio,
-        w * (terms.ratio - 1.0 - terms.log_ratio),
+        w * exp_minus_1_minus(terms.log_ratio, terms.ratio),
         w * terms.ratio,
         w * (terms.ratio * terms.ratio),
     )
@@ -133,7 +141,8 @@ def kl_estimate(log_ratio, max_exponent, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k2":
         kl = 0.5 * log_ratio * log_ratio
     elif ESTIMATOR == "k3":
-        kl = tl.exp(tl.where(log_ratio < -max_exponent, max_exponent, -log_ratio)) - 1.0 + log_ratio
+        e = tl.exp(tl.where(log_ratio < -max_exponent, max_exponent, -log_ratio))
+        kl = exp_minus_1_minus(-log_ratio, e)
     else:
         kl = tl.abs(log_ratio)
     return kl
@@ -155,8 +164,10 @@ def ref_kl_grad(log_ratio, clip, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k2":
         grad = log_ratio
     else:
-        e = tl.exp(-launch.clamp(log_ratio, -clip.log_ratio, clip.log_ratio))
-        grad = tl.where(tl.abs(log_ratio) > clip.log_ratio, 0.0, 1.0 - e)
+        x = -launch.clamp(log_ratio, -clip.log_ratio, clip.log_ratio)
+        e = tl.exp(x)
+        grad = tl.where(tl.abs(x) <= 0.5, -x - exp_minus_1_minus(x, e), 1.0 - e)
+        grad = tl.where(tl.abs(log_ratio) > clip.log_ratio, 0.0, grad)
     return grad
 
 
