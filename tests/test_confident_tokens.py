@@ -297,3 +297,35 @@ def test_a_lead_beyond_float32_has_no_entropy(name, backend, device, others, tem
         tokens, logprobs, raw_logprobs, *outputs = sample(name, backend, logits, **filters)
         assert torch.equal(tokens, logits.targets) and all((x == 0).all() for x in (logprobs, *outputs)), filters
         assert ulps(raw_logprobs, logits.logprobs(tokens, x.double())) <= ULPS
+
+
+ON_GPU = [x for x in runs(["token_logprobs"]) if x.values[1] in ("triton", "simt", "cuda")]
+
+
+@pytest.mark.parametrize("name, backend, device", ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("V", [3, 1031])
+def test_infinite_logits_are_as_in_the_reference(name, backend, device, V, softcap, dtype):
+    """A softcap makes them finite. Without one, a row with +inf or with nothing above -inf is NaN, and no other."""
+    infinity = torch.inf
+    rows = [[infinity, 0, 1], [0, infinity, 1], [-infinity] * 3, [infinity, infinity, 0], [infinity] + [-infinity] * 2]
+    rows += [[-infinity, 0, 1], [0, -infinity, -infinity], [0.5, 0, 1]]
+    x = torch.full((len(rows), V), -infinity)
+    x[:, :3] = torch.tensor(rows)
+    x = x.to(device, dtype)
+    for target in (0, 1, V - 1):
+        targets = torch.full((len(rows),), target, device=device)
+        ours, truth = (outputs_and_gradients(each, x, targets, softcap) for each in (backend, "reference"))
+        for a, b in zip(ours, truth, strict=True):
+            if not softcap:
+                b[:5] = torch.nan
+            torch.testing.assert_close(a, b, equal_nan=True, atol=1e-6, rtol=2e-5 if a.dtype == torch.float32 else 1e-2)
+
+
+def outputs_and_gradients(backend: str, x: Tensor, targets: Tensor, softcap: float) -> list[Tensor]:
+    """Return log p and entropy of token_logprobs, and the gradient of either."""
+    x = x.clone().requires_grad_()
+    outputs = ops.token_logprobs.backend(backend)(x, targets, 1.0, softcap)
+    grads = [torch.autograd.grad(output.sum(), x, retain_graph=True)[0] for output in outputs]
+    return [*(output.detach() for output in outputs), *grads]
