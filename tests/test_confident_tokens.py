@@ -235,15 +235,30 @@ def test_a_lead_over_a_large_vocabulary_keeps_its_digits(name, backend, device, 
     check(name, backend, logits._replace(x=logits.x[list(keep)], targets=logits.targets[list(keep)]))
 
 
-def sample(name: str, backend: str, logits: Logits, top_p: float | None = None) -> tuple[Tensor, ...]:
+FILTERS = ({"top_p": 0.999}, {"top_k": 40}, {"top_k": 300, "top_p": 0.99999}, {"min_p": 1e-30})
+
+
+def kept_z(logits: Logits, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return z with -inf for tokens that the filters remove, and the rows of which rounding cannot change that."""
+    z, order = logits.z().sort(dim=1, descending=True, stable=True)
+    is_kept = (torch.arange(z.shape[1], device=z.device) < (top_k or z.shape[1])).expand(z.shape)
+    mass = (z - z[:, :1]).exp() * is_kept
+    before, total, p = mass.cumsum(1) - mass, mass.sum(1, True), torch.tensor(top_p).double().item()
+    is_clear = ((before - p * total).abs() > 1e-6 * total).all(1) if top_p < 1 else torch.ones(len(z)).bool()
+    if top_p < 1:
+        is_kept = is_kept & (before < p * total)
+    is_kept = is_kept & (mass >= min_p)
+    return logits.z().masked_fill(~torch.zeros_like(is_kept).scatter(1, order, is_kept), -torch.inf), is_clear
+
+
+def sample(name: str, backend: str, logits: Logits, **filters) -> tuple[Tensor, ...]:
     keys = torch.arange(len(logits.x), device=logits.x.device)
     run = op_of(name).backend(backend)
     if name == "sample_tokens":
-        return run(logits.x, logits.temperature, top_p=top_p, row_ids=keys, steps=3)
+        return run(logits.x, logits.temperature, **filters, row_ids=keys, steps=3)
     hidden, weight = head_of(logits.x)
-    return run(
-        hidden, weight.detach(), logits.temperature, top_p=top_p, row_ids=keys, steps=3, softcap=logits.softcap
-    )  # fmt: skip
+    options = filters | {"row_ids": keys, "steps": 3, "softcap": logits.softcap}
+    return run(hidden, weight.detach(), logits.temperature, **options)
 
 
 @each_sampler
@@ -253,14 +268,64 @@ def sample(name: str, backend: str, logits: Logits, top_p: float | None = None) 
 @pytest.mark.exhaustive(5, by=("name", "backend"))
 def test_a_sampled_token_has_an_exact_log_probability(name, backend, device, others, V, temperature):
     logits = without_infinities(name, rows_of(others, V, device, temperature=temperature))
-    for top_p in (None, 0.999):
-        tokens, logprobs, raw_logprobs, kept, log_kept_mass, entropy = sample(name, backend, logits, top_p)
+    for filters in ({}, *FILTERS):
+        tokens, logprobs, raw_logprobs, kept, log_kept_mass, entropy = sample(name, backend, logits, **filters)
         assert (tokens[4:-1] == logits.targets[4:-1]).sum() >= 4, "a test of no confident token"
         assert ulps(logprobs, logits.logprobs(tokens)) <= ULPS
         assert ulps(raw_logprobs, logits.logprobs(tokens, logits.x.double())) <= ULPS
         assert (logprobs <= 0).all() and (kept <= 0).all() and (kept >= logprobs).all() and (log_kept_mass <= 0).all()
-        if top_p is None:
+        if not filters:
             assert torch.equal(kept, logprobs) and (log_kept_mass == 0).all()
+        z, is_clear = kept_z(logits, **filters)
+        assert ulps(kept[is_clear], logits.logprobs(tokens, z)[is_clear]) <= ULPS, filters
         truth = logits.z().log_softmax(1)
         exact = -(truth.exp() * truth.masked_fill(truth == -torch.inf, 0)).sum(1)
         assert ((entropy.double() - exact).abs() <= 1e-5 * exact + 1e-12).all()
+
+
+@each_sampler
+@pytest.mark.parametrize("temperature, leader", [(1e-30, 1e10), (1e-30, 1e4), (1e-20, 3e38), (1e-38, 5.0)])
+@pytest.mark.parametrize("others", [-1e4, 0.25])
+def test_a_lead_beyond_float32_has_no_entropy(name, backend, device, others, temperature, leader):
+    """z is infinite in float32 for the first token, relative to the others, and -inf for the others, relative to it."""
+    x = torch.full((2, 70), others, device=device)
+    x[0, 5] = x[1, 69] = leader
+    if name == "sample_tokens":
+        x[1, :69] = -torch.inf
+    logits = Logits(x, torch.tensor([5, 69], device=device), temperature)
+    for filters in ({}, *FILTERS):
+        tokens, logprobs, raw_logprobs, *outputs = sample(name, backend, logits, **filters)
+        assert torch.equal(tokens, logits.targets) and all((x == 0).all() for x in (logprobs, *outputs)), filters
+        assert ulps(raw_logprobs, logits.logprobs(tokens, x.double())) <= ULPS
+
+
+ON_GPU = [x for x in runs(["token_logprobs"]) if x.values[1] in ("triton", "simt", "cuda")]
+
+
+@pytest.mark.parametrize("name, backend, device", ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("V", [3, 1031])
+def test_infinite_logits_are_as_in_the_reference(name, backend, device, V, softcap, dtype):
+    """A softcap makes them finite. Without one, a row with +inf or with nothing above -inf is NaN, and no other."""
+    infinity = torch.inf
+    rows = [[infinity, 0, 1], [0, infinity, 1], [-infinity] * 3, [infinity, infinity, 0], [infinity] + [-infinity] * 2]
+    rows += [[-infinity, 0, 1], [0, -infinity, -infinity], [0.5, 0, 1]]
+    x = torch.full((len(rows), V), -infinity)
+    x[:, :3] = torch.tensor(rows)
+    x = x.to(device, dtype)
+    for target in (0, 1, V - 1):
+        targets = torch.full((len(rows),), target, device=device)
+        ours, truth = (outputs_and_gradients(each, x, targets, softcap) for each in (backend, "reference"))
+        for a, b in zip(ours, truth, strict=True):
+            if not softcap:
+                b[:5] = torch.nan
+            torch.testing.assert_close(a, b, equal_nan=True, atol=1e-6, rtol=2e-5 if a.dtype == torch.float32 else 1e-2)
+
+
+def outputs_and_gradients(backend: str, x: Tensor, targets: Tensor, softcap: float) -> list[Tensor]:
+    """Return log p and entropy of token_logprobs, and the gradient of either."""
+    x = x.clone().requires_grad_()
+    outputs = ops.token_logprobs.backend(backend)(x, targets, 1.0, softcap)
+    grads = [torch.autograd.grad(output.sum(), x, retain_graph=True)[0] for output in outputs]
+    return [*(output.detach() for output in outputs), *grads]

@@ -35,7 +35,7 @@ constexpr int bins_per_thread = num_bins / filter_threads;
 constexpr float lowest_logit = -3.4028235e38f;  // finite: a token of -inf is never kept
 constexpr float top_k_depth = 32.f;             // the bins of a row with top-k reach so far below its largest logit
 
-// Masses relative to that of the largest logit, as integers: the sum of a row is less than 2^63.
+// Masses relative to that of the second largest logit, as integers: the sum of a row is less than 2^63.
 struct FixedPoint {
   float scale;
 
@@ -94,6 +94,8 @@ struct FilterState {
   SamplingParams params;
   LogitSums sums;
   Bins bins;
+  double unit;                  // the mass of the second largest logit, relative to the largest
+  float second;                 // the largest of all logits but one, equal to the largest in a tie
   float min_p;                  // the smallest logit that passes min-p
   bool valid, is_on, searches;  // is_on: any filter; searches: top-k or top-p
 
@@ -108,17 +110,32 @@ struct FilterState {
   int tokens[max_candidates];
 };
 
-// A row's masses e^z, z = (x - max_logit) / temperature.
+// A row's masses e^z, z = (x - max_logit) / temperature. Sums have them relative to the second largest logit, and a
+// largest logit that no other equals as 0, its 1 apart: beside it those of a row whose best token is far ahead would be
+// lost.
 struct TokenMass {
-  float max_logit;
-  double temperature;
+  float max_logit, second;
+  double temperature, unit;
   float inverse_temperature;
 
   __device__ explicit TokenMass(const FilterState& state)
       : max_logit(state.bins.max_logit),
+        second(state.second),
         temperature(state.params.temperature),
+        unit(state.unit),
         inverse_temperature(state.params.inverse_temperature) {}
-  __device__ __forceinline__ float fast(float x) const { return fast_exp((x - max_logit) * inverse_temperature); }
+  __device__ __forceinline__ bool has_leader() const { return second < max_logit; }
+  __device__ __forceinline__ float fast(float x) const {
+    return x > second ? 0.f : fast_exp((x - second) * inverse_temperature);
+  }
+  // The masses of a sum, relative to the largest logit.
+  __device__ __forceinline__ double of_sum(const FixedPoint& fixed, unsigned long long sum) const {
+    return unit * fixed.to_double(sum);
+  }
+  // The mass of the tokens above the bracket.
+  __device__ __forceinline__ double above(const FixedPoint& fixed, const FilterState& state) const {
+    return of_sum(fixed, state.mass_above) + (has_leader() && max_logit >= state.bracket.high ? 1. : 0.);
+  }
   __device__ __forceinline__ double exact(float x) const {
     return exp((static_cast<double>(x) - max_logit) / temperature);
   }

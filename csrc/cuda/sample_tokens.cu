@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
   for (int u = 0; u < U; ++u) {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float distance = x[u][i] - origin, z = distance * params.inverse_temperature;
-      const float p = distance > 0.f ? 0.f : fast_exp(z);
+      const float distance = x[u][i] - origin;
+      const float z = distance > 0.f ? -INFINITY : distance * params.inverse_temperature, p = fast_exp(z);
       others += p;
       moment += p * fmaxf(z, -1000.f);
     }
@@ -168,6 +168,20 @@ __device__ __forceinline__ LogitSums merge_tiles(const TileResult* tiles, int nu
   return sums;
 }
 
+// Returns the largest logit of a row but one that is max_logit, in all lanes of a warp.
+__device__ __forceinline__ float second_largest(const TileResult* tiles, int num_tiles, float max_logit) {
+  float second = -INFINITY;
+  int num_tops = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x % warp_size; i < num_tiles; i += warp_size) {
+    const bool is_top = tiles[i].max_logit == max_logit;
+    num_tops += is_top;
+    second = fmaxf(second, is_top ? tiles[i].second : tiles[i].max_logit);
+  }
+  second = warp_reduce<Max>(second);
+  return warp_reduce<Add>(num_tops) > 1 ? max_logit : second;
+}
+
 __global__ void __launch_bounds__(warp_size)
     finish_kernel(int V, int num_tiles, const TileResult* tiles, SampleArgs args, Outputs out) {
   const int64_t row = blockIdx.x;
@@ -187,15 +201,18 @@ __global__ void __launch_bounds__(warp_size)
   for (int i = threadIdx.x; i < num_bins / 4; i += warp_size)
     reinterpret_cast<uint4*>(state.counts)[i] = make_uint4(0, 0, 0, 0);
   const SamplingParams params = sampling_params(args, row, V);
-  const LogitSums sums = merge_tiles(tiles + row * num_tiles, num_tiles, params.temperature);
+  tiles += row * num_tiles;
+  const LogitSums sums = merge_tiles(tiles, num_tiles, params.temperature);
+  const float max_logit = static_cast<float>(sums.max_logit), second = second_largest(tiles, num_tiles, max_logit);
   if (threadIdx.x) return;
-  const float max_logit = static_cast<float>(sums.max_logit);
   state.params = params;
   state.sums = sums;
   state.valid = params.valid && sums.max_logit > -infinity && sums.raw_others < infinity;
   state.is_on = state.valid && !params.greedy && params.has_filter();
   state.searches = state.is_on && (params.top_k || params.top_p < 1.f);
   state.bins = {max_logit, 0.f, 0.f};
+  state.second = second;
+  state.unit = exp((static_cast<double>(second) - max_logit) / params.temperature);
   if (state.searches) state.bins = make_bins(params, sums, V);
   state.min_p = lowest_logit;
   if (state.is_on && params.min_p > 0.f) state.min_p = min_p_threshold(max_logit, params.temperature, params.min_p);
@@ -305,17 +322,19 @@ __global__ void __launch_bounds__(filter_threads, 2)
   const TokenMass mass(state);
   const FixedPoint fixed(V);
   const BracketTokens<T> tokens{row, state, warp_tiles[threadIdx.x / warp_size]};
-  // The tokens above the bracket and those within it that the cutoff keeps.
-  const auto mass_kept_by = [&](const Cutoff& cutoff) {
+  // The mass of the tokens above the bracket and of those within it that the cutoff keeps, but for one with the largest
+  // logit, which every cutoff keeps.
+  const auto others_kept_by = [&](const Cutoff& cutoff) {
     unsigned long long sum = 0;
     tokens.for_each([&](float x, int v) { sum += cutoff.keeps(x, v) ? fixed.from(mass.fast(x)) : 0; });
-    return fixed.to_double(state.mass_above + block_reduce<Add>(sum, 0ull, sums_shared));
+    sum = state.mass_above + block_reduce<Add>(sum, 0ull, sums_shared);
+    return mass.of_sum(fixed, sum - (mass.has_leader() ? 0ull : fixed.from(1.f)));
   };
   Cutoff cutoff = no_cutoff();
   LogitSums kept = state.sums;
   if (state.is_on) {
-    cutoff = find_cutoffs(tokens, fixed, mass_kept_by, shared.cutoff);
-    kept.others = max(mass_kept_by(cutoff) - 1., 0.);  // the largest logit is kept
+    cutoff = find_cutoffs(tokens, fixed, others_kept_by, shared.cutoff);
+    kept.others = others_kept_by(cutoff);
   }
 
   GumbelArgmax<T> argmax(state.params, row.base);

@@ -262,7 +262,7 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
   const bool is_ahead = lead > 0.;
   const double exact_distance = is_ahead ? -lead : lead;
   const float distance = static_cast<float>(exact_distance), finite_distance = fmaxf(distance, min_logprob);
-  float lesser = x < INFINITY ? expf(distance) : NAN;
+  float lesser = SOFTCAP || x < INFINITY ? expf(distance) : NAN;
   if (lesser > 0.f) lesser = __fmaf_rn(lesser, static_cast<float>(exact_distance - distance), lesser);
   const float excess = is_ahead ? lesser * exact_sum : (exact_sum - 1.f) + lesser, sum = 1.f + excess;
   const float log_sum = log1pf(excess);

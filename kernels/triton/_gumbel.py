@@ -162,32 +162,32 @@ def finite_or_0(x):
 
 @triton.jit
 def split_largest(x):
-    """Return the largest of each row of x, which tokens have it, how many of them are not the first, and the largest of
-    all but the first."""
+    """Return the largest of each row of x, how many tokens have it besides the first, x with -inf in place of the
+    largest, and the largest of all but the first."""
     largest = tl.max(x, axis=1)
     is_largest = x == largest[:, None]
     ties = (tl.sum(is_largest.to(tl.int32), axis=1) - 1).to(tl.float32)
-    second = tl.max(tl.where(is_largest, float("-inf"), x), axis=1)
-    return largest, is_largest, ties, tl.where(ties > 0, largest, second)
+    lesser = tl.where(is_largest, float("-inf"), x)
+    return largest, ties, lesser, tl.where(ties > 0, largest, tl.max(lesser, axis=1))
 
 
 @triton.jit
-def exp_of_others(x, second, is_largest, inverse):
-    """Return z and e^z of all tokens relative to `second`; those with the largest logit have e^z = 0."""
-    z = (x - finite_or_0(second)[:, None]) * inverse[:, None]
-    return z, tl.where(is_largest, 0.0, tl.exp(z))
+def exp_of_others(lesser, second, inverse):
+    """Return z and e^z of the tokens of `split_largest` relative to `second`; z <= 0."""
+    z = (lesser - finite_or_0(second)[:, None]) * inverse[:, None]
+    return z, tl.exp(z)
 
 
 @triton.jit
 def store_statistics(part, stride, x, inverse, exists, HAS_TEMPERATURE: tl.constexpr):
     """Store the fields of all tokens of a tile, and return the value that scores are relative to. NaN or +inf shows in
     LARGEST or RAW_OTHERS."""
-    largest, is_largest, ties, second = split_largest(x)
-    z, p = exp_of_others(x, second, is_largest, inverse)
+    largest, ties, lesser, second = split_largest(x)
+    z, p = exp_of_others(lesser, second, inverse)
     others = tl.sum(p, axis=1) + ties
     raw_others = others
     if HAS_TEMPERATURE:
-        _, raw_p = exp_of_others(x, second, is_largest, tl.where(exists, 1.0, 1.0))
+        _, raw_p = exp_of_others(lesser, second, tl.where(exists, 1.0, 1.0))
         raw_others = tl.sum(raw_p, axis=1) + ties
     tl.store(part + LARGEST * stride, largest, mask=exists)
     tl.store(part + SECOND * stride, second, mask=exists)
@@ -201,8 +201,8 @@ def store_statistics(part, stride, x, inverse, exists, HAS_TEMPERATURE: tl.const
 def store_kept_mass(part, stride, x, inverse, exists):
     """Store the fields of the kept tokens of a tile, the others being -inf, and return the value that scores are
     relative to."""
-    largest, is_largest, ties, second = split_largest(x)
-    _, p = exp_of_others(x, second, is_largest, inverse)
+    largest, ties, lesser, second = split_largest(x)
+    _, p = exp_of_others(lesser, second, inverse)
     tl.store(part + KEPT_LARGEST * stride, largest, mask=exists)
     tl.store(part + KEPT_SECOND * stride, second, mask=exists)
     tl.store(part + KEPT_OTHERS * stride, tl.sum(p, axis=1) + ties, mask=exists)
