@@ -66,7 +66,8 @@ def one_logprob(z: Tensor, index: Tensor) -> Tensor:
     others, own = z.scatter(-1, index, -torch.inf), z.gather(-1, index)
     has_others = (others > -torch.inf).any(-1, keepdim=True) | others.isnan().any(-1, keepdim=True)
     log_others = others.masked_fill(~has_others, 0).logsumexp(-1, keepdim=True)
-    return -softplus(log_others - own).where(has_others, own - own)
+    is_bad = (own == torch.inf) | ~log_others.isfinite()  # softplus would hide it
+    return -softplus(log_others - own).where(has_others, own - own).masked_fill(is_bad, torch.nan)
 
 
 def gather_targets(logp: Tensor, targets: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def row_grads(
     """
     g, h, logprobs, entropy, sums = (x.double() for x in (g, h, logprobs, entropy, sums))
     rest, p = -torch.expm1(logprobs), logprobs.exp()  # 1 - p, without cancellation
-    scale = torch.where(sums > 0, rest / sums, 0)
+    scale = torch.where(sums == 0, rest, rest / sums)  # of no others 0, or NaN
     logp = zero_where_minus_inf(logprobs)
     target = g * rest - h * p * (entropy + logp)
     if kl is None:
@@ -135,8 +136,9 @@ def row_grads(
     k, ref_logprobs, ref_sums, value, of_others = (x.double() for x in kl)
     ref_scale = torch.where(ref_sums > 0, -torch.expm1(ref_logprobs) / ref_sums, 0)
     difference = torch.where(p > 0, logp - ref_logprobs, 0)
-    target = target + k * p * (rest * difference - of_others)
-    return RowGrads(scale, _log_scale(scale), -g - h * entropy - k * value, -h, target, -k, _log_scale(ref_scale))
+    target = target + torch.where(k != 0, k * p * (rest * difference - of_others), 0)  # an unused KL may be infinite
+    a = -g - h * entropy - torch.where(k != 0, k * value, 0)
+    return RowGrads(scale, _log_scale(scale), a, -h, target, -k, _log_scale(ref_scale))
 
 
 def _log_scale(scale: Tensor) -> Tensor:

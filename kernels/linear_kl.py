@@ -148,7 +148,8 @@ def _(kernels, *args):
     rows, columns = reference.hidden.float(), reference.weight[reference.targets].float()
     own = (rows * columns).sum(-1) + (0 if reference.bias is None else reference.bias[reference.targets])
     z, z_largest = (head.scale_logits(x.double(), *reference.scalars) for x in (own, ref_largest))
-    grads = grads._replace(ref_log_scale=-torch.logaddexp(z - z_largest, ref_sums.double().log()))
+    log_total = torch.logaddexp(z - z_largest, ref_sums.double().log())
+    grads = grads._replace(ref_log_scale=(-log_total).clamp(min=-1e30))
     return policy.grads(pack_row_grads(largest, grads, ref_largest), args[-3:], reference)
 
 
