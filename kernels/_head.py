@@ -55,10 +55,51 @@ def target_index(targets: Tensor) -> Tensor:
     return targets.where(targets != IGNORE_INDEX, 0)[..., None].long()
 
 
-def log_softmax(x: Tensor, targets: Tensor, temperature: float, softcap: float) -> Tensor:
-    """Return log p (..., V) of raw logits x, in float64; that of the target keeps its relative precision."""
-    z, index = scale_logits(x.double(), temperature, softcap), target_index(targets)
-    return z.log_softmax(-1).scatter(-1, index, one_logprob(z, index))
+class Softmax(NamedTuple):
+    """The softmax of rows of raw logits. A row's own numbers (..., 1) are float64. The origin is the z of the others'
+    largest logit, so that no sum loses the others beside a target that is far ahead.
+
+        log p of the others = distance - log_total        p of the others = scale exp
+    """
+
+    distance: Tensor  # (..., V): z - origin of the tokens but the target, -inf there
+    exp: Tensor  # (..., V): of the distances
+    index: Tensor  # (..., 1): the target's column
+    largest: Tensor  # (..., 1): the others' largest raw logit
+    sums: Tensor  # of exp
+    log_total: Tensor  # log of the sum of exp(z - origin), with the target
+    logprob: Tensor  # of the target
+
+    @property
+    def scale(self) -> Tensor:
+        rest = -torch.expm1(self.logprob)
+        return torch.where(self.sums == 0, rest, rest / self.sums)
+
+    def finite_distance(self) -> Tensor:
+        return self.distance.clamp(min=-1e30)  # its product with an exp of 0 is 0; a NaN stays a NaN
+
+
+def log_softmax(x: Tensor, targets: Tensor, temperature: float, softcap: float) -> Softmax:
+    """Return the softmax of raw logits x (..., V), computed in their dtype, but in float64 under a softcap: a float32
+    tanh is off the same way in all equal logits."""
+    index = target_index(targets)
+    own, others = x.gather(-1, index), x.scatter(-1, index, -torch.inf)
+    largest = others.amax(-1, keepdim=True)
+    origin = largest
+    if softcap:
+        own, others, origin = (softcap * torch.tanh(y.double() / softcap) for y in (own, others, origin))
+        others = others.scatter(-1, index, -torch.inf)
+    origin = origin.masked_fill(origin == -torch.inf, 0)
+    distance = others - origin  # first, as float32 has it nearly exactly
+    distance = distance / temperature if temperature != 1 else distance
+    exp = distance.exp()
+    sums = exp.double().sum(-1, keepdim=True)  # a float32 sum would lose digits of log p
+    lead = (own.double() - origin.double()) / temperature
+    lead = lead.masked_fill(lead == torch.inf, torch.nan)  # of a logit of inf
+    log_sums = torch.where(sums == 0, 1, sums).log()
+    logprob = torch.where(sums == 0, lead - lead, -softplus(log_sums - lead))
+    log_total = torch.where(sums == 0, 0, torch.logaddexp(log_sums, lead))
+    return Softmax(distance, exp, index, largest, sums, log_total, logprob)
 
 
 def one_logprob(z: Tensor, index: Tensor) -> Tensor:
@@ -66,37 +107,49 @@ def one_logprob(z: Tensor, index: Tensor) -> Tensor:
     others, own = z.scatter(-1, index, -torch.inf), z.gather(-1, index)
     has_others = (others > -torch.inf).any(-1, keepdim=True) | others.isnan().any(-1, keepdim=True)
     log_others = others.masked_fill(~has_others, 0).logsumexp(-1, keepdim=True)
-    return -softplus(log_others - own).where(has_others, own - own)
+    is_bad = (own == torch.inf) | ~log_others.isfinite()  # softplus would hide it
+    return -softplus(log_others - own).where(has_others, own - own).masked_fill(is_bad, torch.nan)
 
 
-def gather_targets(logp: Tensor, targets: Tensor) -> Tensor:
+def gather_targets(softmax: Softmax, targets: Tensor) -> Tensor:
     """Return log p of the targets, 0 in ignored rows."""
-    return logp.gather(-1, target_index(targets)).squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
+    return softmax.logprob.squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
 
 
-def entropy(logp: Tensor, targets: Tensor) -> Tensor:
+def entropy(softmax: Softmax, targets: Tensor) -> Tensor:
     """Return -sum p log p in nats, 0 in ignored rows; a token of probability 0 adds 0."""
-    return -(logp.exp() * zero_where_minus_inf(logp)).sum(-1).masked_fill(targets == IGNORE_INDEX, 0)
+    moment = (softmax.exp * softmax.finite_distance()).sum(-1, keepdim=True).double()
+    of_others = softmax.scale * (softmax.log_total * softmax.sums - moment)
+    of_target = softmax.logprob.exp() * zero_where_minus_inf(softmax.logprob)
+    return (of_others - of_target).squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
 
 
-def kl_terms(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Return p (log p - log p_ref) of every token, 0 where p is 0."""
-    return logp.exp() * (zero_where_minus_inf(logp) - ref_logp.masked_fill(logp == -torch.inf, 0))
+class KL(NamedTuple):
+    """The exact KL of rows to a reference: log p - log p_ref where p is not 0, and its parts."""
+
+    difference: Tensor  # (..., V): of the tokens but the target
+    of_others: Tensor  # (..., 1)
+    target_difference: Tensor
+    of_target: Tensor
+
+
+def exact_kl(softmax: Softmax, ref: Softmax) -> KL:
+    p, exp = softmax.logprob.exp(), softmax.exp
+    difference = (softmax.distance - ref.distance) - (softmax.log_total - ref.log_total).to(exp.dtype)
+    difference = torch.where(exp == 0, 0, difference)
+    of_others = softmax.scale * (exp * difference).sum(-1, keepdim=True)
+    target_difference = torch.where(p == 0, 0, zero_where_minus_inf(softmax.logprob) - ref.logprob)
+    return KL(difference, of_others, target_difference, p * target_difference)
 
 
 def zero_where_minus_inf(logp: Tensor) -> Tensor:
     return logp.masked_fill(logp == -torch.inf, 0)
 
 
-def row_statistics(x: Tensor, targets: Tensor, temperature: float, softcap: float) -> Tensor:
+def row_statistics(softmax: Softmax, targets: Tensor) -> Tensor:
     """Return (2, ...), of all tokens but the target: the largest raw logit, and the sum of exp(z - its z); 0 in ignored
     rows. log p of the target and these two give p of every token without a sum that has lost the others."""
-    others = x.scatter(-1, target_index(targets), -torch.inf)
-    largest = others.amax(-1, keepdim=True)
-    origin = largest.clamp(min=torch.finfo(x.dtype).min)
-    z, z_origin = (scale_logits(y.double(), temperature, softcap) for y in (others, origin))
-    z = z.scatter(-1, target_index(targets), -torch.inf)
-    statistics = torch.stack([largest.squeeze(-1).double(), (z - z_origin).exp().sum(-1)])
+    statistics = torch.stack([softmax.largest.double().squeeze(-1), softmax.sums.squeeze(-1)])
     return statistics.masked_fill(targets == IGNORE_INDEX, 0)
 
 
@@ -127,7 +180,7 @@ def row_grads(
     """
     g, h, logprobs, entropy, sums = (x.double() for x in (g, h, logprobs, entropy, sums))
     rest, p = -torch.expm1(logprobs), logprobs.exp()  # 1 - p, without cancellation
-    scale = torch.where(sums > 0, rest / sums, 0)
+    scale = torch.where(sums == 0, rest, rest / sums)  # of no others 0, or NaN
     logp = zero_where_minus_inf(logprobs)
     target = g * rest - h * p * (entropy + logp)
     if kl is None:
@@ -135,8 +188,9 @@ def row_grads(
     k, ref_logprobs, ref_sums, value, of_others = (x.double() for x in kl)
     ref_scale = torch.where(ref_sums > 0, -torch.expm1(ref_logprobs) / ref_sums, 0)
     difference = torch.where(p > 0, logp - ref_logprobs, 0)
-    target = target + k * p * (rest * difference - of_others)
-    return RowGrads(scale, _log_scale(scale), -g - h * entropy - k * value, -h, target, -k, _log_scale(ref_scale))
+    target = target + torch.where(k != 0, k * p * (rest * difference - of_others), 0)  # an unused KL may be infinite
+    a = -g - h * entropy - torch.where(k != 0, k * value, 0)
+    return RowGrads(scale, _log_scale(scale), a, -h, target, -k, _log_scale(ref_scale))
 
 
 def _log_scale(scale: Tensor) -> Tensor:
@@ -155,32 +209,34 @@ class KLRows(NamedTuple):
 
 
 def logits_grad(
-    logp: Tensor,
+    softmax: Softmax,
     targets: Tensor,
     g: Tensor,
     h: Tensor,
     k: Tensor | None = None,
-    ref_logp: Tensor | None = None,
+    ref: Softmax | None = None,
 ) -> Tensor:
-    """Return the gradient by z (..., V) of g log p(target) + h entropy + k KL, given log p; 0 in ignored rows.
+    """Return the gradient by z (..., V) of g log p(target) + h entropy + k KL; 0 in ignored rows.
 
         g (1[target] - p) - h p (log p + entropy) + k p (log p - log p_ref - KL)
 
     At the target, 1 - p is -expm1(log p), and log p - log p_ref - KL leaves its share of the KL out.
     """
-    valid, index = targets != IGNORE_INDEX, target_index(targets)
+    valid, dtype = targets != IGNORE_INDEX, softmax.exp.dtype
     g, h = (x.where(valid, 0).double()[..., None] for x in (g, h))
-    p, finite = logp.exp(), zero_where_minus_inf(logp)
-    grad = (-g * p).scatter(-1, index, -g * torch.expm1(logp.gather(-1, index)))
-    grad = grad - h * p * (finite + entropy(logp, targets)[..., None])
-    if k is not None and ref_logp is not None:
+    p, rest, row_entropy = softmax.logprob.exp(), -torch.expm1(softmax.logprob), entropy(softmax, targets)[..., None]
+    of_target = g * rest - h * p * (zero_where_minus_inf(softmax.logprob) + row_entropy)
+    inner = softmax.finite_distance() * (-h).to(dtype) + (h * (softmax.log_total - row_entropy) - g).to(dtype)
+    if k is not None and ref is not None:
         k = k.where(valid, 0).double()[..., None]
-        difference = (finite - ref_logp).where(p > 0, 0)
-        terms = kl_terms(logp, ref_logp)
-        of_target = (-torch.expm1(logp) * difference).gather(-1, index) - terms.scatter(-1, index, 0).sum(-1, True)
-        inner = (difference - terms.sum(-1, True)).scatter(-1, index, of_target)
-        grad = grad + (k * p * inner).where(k != 0, 0)
-    return grad.masked_fill(~valid[..., None], 0)
+        kl = exact_kl(softmax, ref)
+        of_target = of_target + (k * p * (rest * kl.target_difference - kl.of_others)).where(k != 0, 0)
+        difference = kl.difference - (kl.of_others + kl.of_target).to(dtype)
+        inner = inner + (k.to(dtype) * difference).where(k != 0, 0)  # an unused KL may be infinite
+    scale = softmax.scale.to(dtype)
+    rounding = torch.where(scale > torch.finfo(dtype).tiny, scale / softmax.scale, 1)  # so that the row sums to 0
+    grad = softmax.exp * inner * scale
+    return grad.scatter(-1, softmax.index, (of_target * rounding).to(dtype)).masked_fill(~valid[..., None], 0)
 
 
 def input_grads(
@@ -194,11 +250,12 @@ def input_grads(
     """Return the gradients of hidden, weight and bias, given that of the raw logits; (0,) where not needed."""
     rows = raw_grad.flatten(0, -2)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) for _ in range(3))
-    if needs_grad[0]:
-        d_hidden = (raw_grad @ upcast(weight)).to(hidden.dtype)
-    if needs_grad[1]:
-        hidden_rows = upcast(hidden).masked_fill((targets == IGNORE_INDEX)[..., None], 0).flatten(0, -2)
-        d_weight = (rows.T @ hidden_rows).to(weight.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if needs_grad[0]:
+            d_hidden = (raw_grad @ upcast(weight)).to(hidden.dtype)
+        if needs_grad[1]:
+            hidden_rows = upcast(hidden).masked_fill((targets == IGNORE_INDEX)[..., None], 0).flatten(0, -2)
+            d_weight = (rows.T @ hidden_rows).to(weight.dtype)
     if needs_grad[2] and bias is not None:
         d_bias = rows.sum(0).to(bias.dtype)
     return d_hidden, d_weight, d_bias

@@ -80,9 +80,9 @@ def linear_cross_entropy_with_gradients(hidden, weight, targets, weights, bias, 
     needed."""
     check_targets("linear_cross_entropy", targets, weight.shape[0])
     x = head.raw_logits(hidden, weight, bias, targets)
-    logp = head.log_softmax(x, targets, 1.0, softcap)
-    logprobs, g = head.gather_targets(logp, targets).to(x.dtype), -head.default_weights(weights, targets)
-    z_grad = head.logits_grad(logp, targets, g, torch.zeros_like(g))
+    softmax = head.log_softmax(x, targets, 1.0, softcap)
+    logprobs, g = head.gather_targets(softmax, targets).to(x.dtype), -head.default_weights(weights, targets)
+    z_grad = head.logits_grad(softmax, targets, g, torch.zeros_like(g))
     raw_grad = (z_grad * head.scale_logits_grad(x, 1.0, softcap)).to(x.dtype)
     grads = head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
     return torch.where(g != 0, g * logprobs, 0).sum(), logprobs, *grads

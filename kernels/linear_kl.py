@@ -82,20 +82,18 @@ def linear_kl_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, t
     check_targets("linear_kl", targets, weight.shape[0])
     x = head.raw_logits(hidden, weight, bias, targets)
     ref_x = head.raw_logits(ref_hidden, ref_weight, ref_bias, targets)
-    logp, ref_logp = (head.log_softmax(logits, targets, temperature, softcap) for logits in (x, ref_x))
-    kl = head.kl_terms(logp, ref_logp).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
+    policy, reference = (head.log_softmax(logits, targets, temperature, softcap) for logits in (x, ref_x))
+    kl = head.exact_kl(policy, reference)
+    of_others, of_target = (
+        part.squeeze(-1).masked_fill(targets == head.IGNORE_INDEX, 0) for part in (kl.of_others, kl.of_target)
+    )
+    statistics = [head.row_statistics(softmax, targets) for softmax in (policy, reference)]
     rows = (
-        head.gather_targets(logp, targets),
-        head.gather_targets(ref_logp, targets),
-        head.entropy(logp, targets),
-        kl.sum(-1),
-        torch.cat(
-            [
-                head.row_statistics(x, targets, temperature, softcap),
-                head.row_statistics(ref_x, targets, temperature, softcap),
-                kl.scatter(-1, head.target_index(targets), 0).sum(-1)[None],
-            ]
-        ),
+        head.gather_targets(policy, targets),
+        head.gather_targets(reference, targets),
+        head.entropy(policy, targets),
+        of_others + of_target,
+        torch.cat([*statistics, of_others[None]]),
     )
     return tuple(row.to(x.dtype) for row in rows)
 
@@ -130,8 +128,8 @@ def linear_kl_backward(
     take p from the outputs of the forward pass."""
     x = head.raw_logits(hidden, weight, bias, targets)
     ref_x = head.raw_logits(ref_hidden, ref_weight, ref_bias, targets)
-    logp, ref_logp = (head.log_softmax(logits, targets, temperature, softcap) for logits in (x, ref_x))
-    z_grad = head.logits_grad(logp, targets, grad_logprobs, grad_entropy, grad_kl, ref_logp)
+    policy, reference = (head.log_softmax(logits, targets, temperature, softcap) for logits in (x, ref_x))
+    z_grad = head.logits_grad(policy, targets, grad_logprobs, grad_entropy, grad_kl, reference)
     raw_grad = (z_grad * head.scale_logits_grad(x, temperature, softcap)).to(x.dtype)
     return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 
@@ -148,7 +146,8 @@ def _(kernels, *args):
     rows, columns = reference.hidden.float(), reference.weight[reference.targets].float()
     own = (rows * columns).sum(-1) + (0 if reference.bias is None else reference.bias[reference.targets])
     z, z_largest = (head.scale_logits(x.double(), *reference.scalars) for x in (own, ref_largest))
-    grads = grads._replace(ref_log_scale=-torch.logaddexp(z - z_largest, ref_sums.double().log()))
+    log_total = torch.logaddexp(z - z_largest, ref_sums.double().log())
+    grads = grads._replace(ref_log_scale=(-log_total).clamp(min=-1e30))
     return policy.grads(pack_row_grads(largest, grads, ref_largest), args[-3:], reference)
 
 

@@ -67,9 +67,9 @@ def linear_logprobs_with_statistics(hidden, weight, targets, bias, temperature, 
     raw logit, and the sum of exp(z - its z)."""
     check_targets("linear_logprobs", targets, weight.shape[0])
     x = head.raw_logits(hidden, weight, bias, targets)
-    logp = head.log_softmax(x, targets, temperature, softcap)
-    rows = head.gather_targets(logp, targets), head.entropy(logp, targets)
-    return *(row.to(x.dtype) for row in rows), head.row_statistics(x, targets, temperature, softcap).to(x.dtype)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    rows = head.gather_targets(softmax, targets), head.entropy(softmax, targets)
+    return *(row.to(x.dtype) for row in rows), head.row_statistics(softmax, targets).to(x.dtype)
 
 
 @linear_logprobs_with_statistics.compiled(required_symbols=KERNELS)
@@ -97,8 +97,8 @@ def linear_logprobs_backward(
     """Return the gradients of hidden, weight and bias, (0,) where not needed. The logits are computed again; kernels
     take p from logprobs, entropy and statistics, the outputs of the forward pass."""
     x = head.raw_logits(hidden, weight, bias, targets)
-    logp = head.log_softmax(x, targets, temperature, softcap)
-    z_grad = head.logits_grad(logp, targets, grad_logprobs, grad_entropy)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    z_grad = head.logits_grad(softmax, targets, grad_logprobs, grad_entropy)
     raw_grad = (z_grad * head.scale_logits_grad(x, temperature, softcap)).to(x.dtype)
     return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 

@@ -41,8 +41,8 @@ def token_logprobs(
     """
     head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
-    logp = head.log_softmax(x, targets, temperature, softcap)
-    return head.gather_targets(logp, targets).to(x.dtype), head.entropy(logp, targets).to(x.dtype)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    return head.gather_targets(softmax, targets).to(x.dtype), head.entropy(softmax, targets).to(x.dtype)
 
 
 @token_logprobs.normalize
@@ -102,8 +102,8 @@ def token_logprobs_backward(
 ) -> Tensor:
     """Return the gradient of the logits, in their dtype. It is rounded once."""
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
-    logp = head.log_softmax(x, targets, temperature, softcap)
-    dz = head.logits_grad(logp, targets, grad_logprobs, grad_entropy)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    dz = head.logits_grad(softmax, targets, grad_logprobs, grad_entropy)
     return (dz * head.scale_logits_grad(x, temperature, softcap)).to(logits.dtype).contiguous()
 
 

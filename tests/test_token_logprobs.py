@@ -96,6 +96,41 @@ def test_nan_propagates(backend, where):
     assert logprobs.isnan().all() and entropy.isnan().all()
 
 
+INFINITE = [[math.inf, 0.0, 1.0], [0.5, -math.inf, math.inf], [-math.inf] * 3, [math.inf] * 3, [math.inf, -math.inf, 0]]
+
+
+@every
+@pytest.mark.parametrize("row", INFINITE, ids=str)
+def test_a_row_without_a_distribution_is_nan(backend, row):
+    """A row with +inf, or with nothing above -inf; alone and beside 40 tokens more."""
+    for more in (0, 40):
+        fill = 0.0 if math.inf in row else -math.inf
+        logits = torch.tensor([[*row, *[fill] * more]] * len(row), requires_grad=True)
+        targets = torch.arange(len(row))
+        outputs = ops.token_logprobs.backend(backend)(logits, targets)
+        assert outputs[0].isnan().all() and outputs[1].isnan().all()
+        for output in outputs:
+            assert torch.autograd.grad(output.sum(), logits, retain_graph=True)[0].isnan().all()
+
+
+@every
+@pytest.mark.parametrize("softcap", [30.0, 0.3, 50.0, 7.0])
+@pytest.mark.parametrize("row", [*INFINITE, [-math.inf, 3.0, 0.0], [-3.4e38, 3.4e38, 0.0]], ids=str)
+def test_a_softcap_makes_infinite_logits_finite(backend, row, softcap):
+    logits = torch.tensor([[*row, *torch.randn(50)]] * len(row), requires_grad=True)
+    targets = torch.arange(len(row))
+    outputs = ops.token_logprobs.backend(backend)(logits, targets, 0.7, softcap)
+    x = logits.detach().double().requires_grad_()
+    truth = (softcap * torch.tanh(x / softcap) / 0.7).log_softmax(-1)
+    exact = truth[targets, targets], -(truth.exp() * truth).sum(-1)
+    for ours, expected in zip(outputs, exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=5e-6, rtol=1e-5)
+        grad, expected = (
+            torch.autograd.grad(y.sum(), v, retain_graph=True)[0].double() for y, v in ((ours, logits), (expected, x))
+        )
+        torch.testing.assert_close(grad, expected, atol=5e-6, rtol=1e-4)
+
+
 @every
 def test_one_output_alone_has_a_gradient(backend):
     logits, targets = random_inputs(3, 50)

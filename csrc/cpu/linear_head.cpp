@@ -162,7 +162,7 @@ void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool has_referen
 template <bool SOFTCAP>
 void block_gradient(float* x, const Block& block, const LogitGrad* grads, int64_t row, const Scaling& scaling) {
   float* const logits = x + row * block.stride;
-  if (block.ref)
+  if (block.ref && grads[row].c != 0)  // an unused KL may be infinite
     row_gradient<SOFTCAP, Loss::KL>(logits, block.bias, block.ref + row * block.stride, block.ref_bias, logits,
                                     block.columns, block.target(row), grads[row], scaling);
   else

@@ -28,6 +28,7 @@ constexpr double LOG2_E = 1.44269504088896340736;
 struct Scaling {
   double unit, temperature;
   float softcap, inverse_softcap[2];  // in two parts, for a product that is rounded once
+  float saturated;                    // tanh of logits beyond is 1; their products with the two parts are finite
   float exponent[2];                  // unit log2(e), in two parts
   float lowest;                       // the distance of MIN_EXPONENT nats
 
@@ -53,6 +54,7 @@ inline Scaling make_scaling(double temperature, float softcap) {
   scaling.unit = min(max((softcap > 0.f ? softcap : 1.) / temperature, 1e-30), 1e38);
   scaling.temperature = temperature;
   scaling.softcap = softcap;
+  scaling.saturated = (float)min(32. * softcap, (double)FLT_MAX);
   if (softcap > 0.f) split(1. / softcap, scaling.inverse_softcap);
   split(scaling.unit * LOG2_E, scaling.exponent);
   scaling.lowest = (float)(MIN_EXPONENT / scaling.unit);
@@ -97,6 +99,7 @@ INLINE float scalar_exp(float x) {
 template <bool SOFTCAP>
 INLINE f32 position(f32 x, const Scaling& scaling) {
   if (!SOFTCAP) return x;
+  x = max(splat(-scaling.saturated), min(splat(scaling.saturated), x));  // a NaN stays a NaN
 #if defined(__FMA__)
   return tanh(x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1]);
 #else
@@ -251,7 +254,7 @@ struct RowSoftmax {
 
 inline RowSoftmax finish_row(const SoftmaxState& state, const Scaling& scaling) {
   const double infinity = __builtin_inf(), sum = state.sum, z = scaling.z(state.target);
-  if (sum == 0) return {z - z, z - z, 1., 0., 0., -infinity};  // NaN if the target's logit is not finite either
+  if (sum == 0) return {z - z, z - z, 1., z - z, z - z, -infinity};  // NaN if the target's logit is not finite either
   const bool softcap = scaling.softcap > 0.f;
   const double z_max = scaling.z(max(state.max, -FLT_MAX)), moment = state.moment * scaling.unit;
   // Between positions float32 is exact, but not in the softcap of the largest one.
@@ -312,17 +315,18 @@ struct RowGradient {
   INLINE f32 operator()(f32 x, f32 ref) const {
     const f32 at = position<SOFTCAP>(x, scaling), lowest = splat(scaling.lowest);
     const f32 raw_distance = at - origin, distance = max(lowest, raw_distance);
-    // Not by a comparison with `lowest` from below: of a NaN p is NaN.
-    f32 y = exp_distance(distance, scaling) * factor;
+    const i32 vanishes = raw_distance < lowest;  // of a NaN p is NaN
+    f32 y = select(vanishes, splat(0.f), exp_distance(distance, scaling)) * factor;  // NaN where the factor is
     if (LOSS != Loss::LOGPROB) {
       const f32 logp = distance * unit + log_scale;
       f32 inner = a + b * logp;
-      if (LOSS == Loss::KL)
+      if (LOSS == Loss::KL) {
         inner = inner + c * (((position<SOFTCAP>(ref, scaling) - ref_origin) * unit + ref_log_scale) - logp);
+        inner = select(vanishes, splat(0.f), inner);
+      }
       y = y * inner * z_grad;
     }
-    if (SOFTCAP) y = y * (1.f - at * at);
-    return select(raw_distance < lowest, splat(0.f), y);
+    return SOFTCAP ? y * (1.f - at * at) : y;
   }
 };
 
