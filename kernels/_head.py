@@ -64,7 +64,7 @@ class Softmax(NamedTuple):
 
     distance: Tensor  # (..., V): z - origin of the tokens but the target, -inf there
     exp: Tensor  # (..., V): of the distances
-    index: Tensor  # (..., 1): the target's column
+    column: Tensor  # (..., 1): the target's
     largest: Tensor  # (..., 1): the others' largest raw logit
     sums: Tensor  # of exp
     log_total: Tensor  # log of the sum of exp(z - origin), with the target
@@ -236,7 +236,7 @@ def logits_grad(
     scale = softmax.scale.to(dtype)
     rounding = torch.where(scale > torch.finfo(dtype).tiny, scale / softmax.scale, 1)  # so that the row sums to 0
     grad = softmax.exp * inner * scale
-    return grad.scatter(-1, softmax.index, (of_target * rounding).to(dtype)).masked_fill(~valid[..., None], 0)
+    return grad.scatter(-1, softmax.column, (of_target * rounding).to(dtype)).masked_fill(~valid[..., None], 0)
 
 
 def input_grads(

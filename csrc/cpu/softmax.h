@@ -315,7 +315,7 @@ struct RowGradient {
   INLINE f32 operator()(f32 x, f32 ref) const {
     const f32 at = position<SOFTCAP>(x, scaling), lowest = splat(scaling.lowest);
     const f32 raw_distance = at - origin, distance = max(lowest, raw_distance);
-    const i32 vanishes = raw_distance < lowest;  // of a NaN p is NaN
+    const i32 vanishes = raw_distance < lowest;                                      // of a NaN p is NaN
     f32 y = select(vanishes, splat(0.f), exp_distance(distance, scaling)) * factor;  // NaN where the factor is
     if (LOSS != Loss::LOGPROB) {
       const f32 logp = distance * unit + log_scale;
