@@ -490,7 +490,7 @@ BAD_SECTIONS += ({"kind": "chat", "tokens": 5}, {"date": "2030-01-01"}, {"kind":
 
 @pytest.mark.parametrize("section", BAD_SECTIONS, ids=str)
 def test_a_broken_template_in_run_json_is_a_sentence(tmp_path, section):
-    """Those with 5, 7, tokens, a list and auto were not reported."""
+    """Members with 5, 7, tokens, a list and auto were not reported."""
     parts = {"stage": "sft", "config": {}, "data": {}, "versions": {}, "machine": {}}
     (tmp_path / "run.json").write_text(json.dumps(parts | {"template": section}))
     with pytest.raises(

@@ -206,7 +206,7 @@ def test_a_bad_row_of_a_later_stage_is_found_before_the_first(folder, capsys, no
 
 
 def test_only_the_rows_that_are_read_count(folder):
-    """Those within data.limit, and files that the stage reads."""
+    """Rows beyond data.limit and files that the stage does not read are left alone."""
     rows = [*toy.rows(Path(toy.demonstrations(folder / "d.jsonl", 8))), {"prompt": 3}]
     data = DataConfig(toy.jsonl(folder / "d.jsonl", rows), limit=8)
     unread = DataConfig(toy.jsonl(folder / "unread.jsonl", [{"prompt": 3}]))

@@ -30,7 +30,7 @@ from rlhf_fast.stages.fit import check_device
 COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
 """Columns of a row."""
 FIRST_BYTES = b'{"prompt": '
-"""How every line of the output begins."""
+"""Start of every line of the output."""
 
 BATCHES_PER_CALL = 8
 """Batches of responses per rollout, so that waiting prompts can refill freed slots. Rows are written after each."""

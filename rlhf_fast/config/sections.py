@@ -12,7 +12,7 @@ from rlhf_fast.errors import UserError
 SHARED = ("out", "preset", "seed", "device")
 """Settings for all stages."""
 PASSED_ON = ("seed", "device")
-"""Those of them that are a stage's own settings too."""
+"""Settings for all stages that a stage has too."""
 
 
 def split_sections(

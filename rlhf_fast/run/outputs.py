@@ -21,9 +21,9 @@ RUN = "run.json"
 PARTIAL = ".partial"
 """Suffix of a file that is being written beside the one that it will replace."""
 STARTED = ("checkpoints", RUN + ".tmp")
-"""What a run writes before it has signed its folder by a run.json."""
+"""Names that a run writes before it has signed its folder by a run.json."""
 FIRST_BYTES = b'{\n  "stage": "'
-"""How every run.json of ours begins."""
+"""Start of every run.json of ours."""
 HOUSEKEEPING = (".gitkeep", ".gitignore", ".DS_Store", ".ipynb_checkpoints", "lost+found")
 """Names that an empty folder may hold: other programs put them there, and no command of ours writes or removes them."""
 
