@@ -308,8 +308,8 @@ def test_the_map_is_the_tree():
     (text, *_) = re.findall(r"^```\n(kernels/.*?)^```", page, re.M | re.S)
     for path in sorted((ROOT / "rlhf_fast").iterdir()):
         if path.is_dir() and [*path.glob("*.py")]:
-            (line,) = [line for line in text.splitlines() if line.startswith(f"  {path.name}/ ")]
-            words = set(re.findall(r"\w+", line))
+            (lines,) = re.findall(rf"^  {path.name}/ .*(?:\n {{16}}.*)*", text, re.M)
+            words = set(re.findall(r"\w+", lines))
             stems = {module.stem for module in path.glob("*.py")} - {"__init__"}
             assert stems <= words or path.name in WITHOUT_MODULES, f"{path.name}: {stems - words}"
         elif path.suffix == ".py":
