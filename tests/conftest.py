@@ -8,6 +8,7 @@ that both runs together are the whole.
 
 import os
 import random
+import signal
 import sys
 import warnings
 from importlib.util import find_spec
@@ -18,6 +19,10 @@ os.environ.setdefault("RLHF_FAST_TEST_SAMPLE", os.environ.get("RLHF_FAST_TEST_SE
 os.environ.setdefault("RLHF_FAST_TEST_SEED", str(random.randrange(2**31)))
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# Under nohup and behind `&` these are ignored, and so are those that the tests send to the processes they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch

@@ -206,7 +206,7 @@ def test_shared_pages_change_no_sample(length, decode_path):
     shared = Rollout(model, sampling(batch=1), decode_path=decode_path).generate(batch, samples=3)
     for k in range(3):
         alone = Rollout(model, sampling(batch=1), decode_path=decode_path).generate(batch._replace(uids=[15 + k]))
-        assert equal(alone[:-1], shared.take([k])[:-1])
+        assert equal(alone._replace(uids=shared.uids[:1]), shared.take([k])._replace(uids=shared.uids[:1]))
     assert len({tuple(row) for row in shared.response_ids()}) == 3
 
 

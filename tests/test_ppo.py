@@ -163,12 +163,12 @@ def test_an_untrained_reward_model_is_refused(folder):
 
 def test_tokenizers_that_differ_are_refused(folder):
     other = toy.model(folder / "other", letters="abcdefgx")
-    with pytest.raises(UserError, match=r"other: its tokenizer is not the policy's .*'h' differs"):
+    with pytest.raises(UserError, match=r"other\): its tokenizer is not the policy's .*'h' differs"):
         ppo.run(toy.ppo(folder, reference=other))
     reward.run(toy.reward(folder, model=ModelConfig(other)))
-    with pytest.raises(UserError, match=r"reward: its tokenizer is not the policy's"):
+    with pytest.raises(UserError, match=r"reward\): its tokenizer is not the policy's"):
         ppo.run(toy.ppo(folder, reward=str(folder / "reward")))
-    with pytest.raises(UserError, match=r"reward: its tokenizer is not the policy's"):
+    with pytest.raises(UserError, match=r"reward\): its tokenizer is not the policy's"):
         sft.run(toy.sft(folder, select="reward", select_reward=str(folder / "reward")))
 
 

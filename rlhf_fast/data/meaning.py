@@ -22,7 +22,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Rule(NamedTuple):
-    """What the value of a column or key means, and the remedy.
+    """Says what the value of a column or key means, and the remedy.
 
     media: no text. text: it belongs to the prompt, and is harmless if the prompt has it. thought: text of an answer.
     any: every value changes the meaning. off: a value that says no is a mask. on: a value that says yes is one.
