@@ -20,10 +20,6 @@ os.environ.setdefault("RLHF_FAST_TEST_SEED", str(random.randrange(2**31)))
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# Under nohup and behind `&` these are ignored, and so are those that the tests send to the processes they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 import pytest
 import torch
 
@@ -41,6 +37,11 @@ import build as simt  # noqa: E402
 
 if "RLHF_FAST_SIMT" not in os.environ and simt.compiler() and (ROOT / "csrc").is_dir():  # csrc/cuda, run on the CPU
     os.environ["RLHF_FAST_SIMT"] = str(simt.build(ROOT / "build" / "simt"))
+
+# Under nohup and behind `&` both are ignored, and with them what the tests send to the processes that they start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 SEED = int(os.environ["RLHF_FAST_TEST_SEED"])
 SAMPLE = os.environ["RLHF_FAST_TEST_SAMPLE"]
