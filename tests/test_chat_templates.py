@@ -353,7 +353,7 @@ def test_later_stages_follow_the_template_of_the_model(folder, one_thread, capsy
             )
         )
     reward.run(toy.reward(folder, "chat_reward", epochs=1))  # from the base model: its chat template
-    with pytest.raises(UserError, match=r"chat_reward had data.template chat, and the prompts are dialog here"):
+    with pytest.raises(UserError, match=r"chat_reward\) learns prompts in another form than dialog"):
         ppo.run(toy.ppo(folder, "other", policy=start, reward=str(folder / "chat_reward")))
     capsys.readouterr()
     sft.run(toy.sft(folder, "again", model=start, data=replace(data, template="chat"), epochs=1, pretrain_fraction=0.0))
