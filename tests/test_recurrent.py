@@ -11,7 +11,7 @@ from architectures import END, RECURRENT, V, llama, prompts, sampling
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import hf_batch
+from rlhf_fast.rollout import choose
 from rlhf_fast.rollout.hf_batch import CachedBatch, WholeRows
 from rlhf_fast.rollout.rollout import Rollout
 
@@ -67,7 +67,7 @@ def test_rows_are_padded_only_where_the_padding_stays_outside(name, make, one_le
 @pytest.mark.parametrize("name", ["zamba2", "rwkv"])
 def test_a_cache_that_is_wrong_is_not_used(name, caplog, monkeypatch):
     """Zamba2 decodes with other time steps than it trains with; RWKV's step mixes the rows of a batch."""
-    monkeypatch.setattr(hf_batch, "_warned", set())
+    monkeypatch.setattr(choose, "_warned", set())
     model = biased(RECURRENT[name])
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
         rollout = Rollout(model, sampling(max_new_tokens=5))

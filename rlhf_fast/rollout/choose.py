@@ -49,8 +49,11 @@ def _require_kernel(device: str) -> None:
 
 
 def _warn_fallback(model: Model, reason: str) -> None:
-    """Warn once for each reason, or raise UserError under RLHF_FAST_STRICT=1."""
-    text = f"{model.name}: responses are sampled over transformers' own cache, slower, because {reason}"
+    warn_slow(f"{model.name}: responses are sampled over transformers' own cache, slower, because {reason}")
+
+
+def warn_slow(text: str) -> None:
+    """Warn once with this text, or raise UserError under RLHF_FAST_STRICT=1."""
     if os.environ.get("RLHF_FAST_STRICT") == "1":
         raise UserError(f"RLHF_FAST_STRICT=1 and {text}")
     if text not in _warned:

@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-from logging import getLogger
 from typing import Any, NamedTuple
 
 import torch
@@ -20,16 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.batches import pad_rows
-from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.reduced import first_layers, float32
+from rlhf_fast.rollout.choose import warn_slow
 
-log = getLogger("rlhf_fast")
 CACHE_NAMES = ("past_key_values", "cache_params")
 """Arguments of a decoder's forward, and fields of its output, that hold the cache."""
 STEPS = 3
 """Tokens decoded after the prompts when a cache is compared with the model's own forward."""
-_warned: set[str] = set()
 
 
 class CachedBatch:
@@ -137,12 +133,7 @@ def choose_batch(model: Model) -> BatchKind:
                 return BatchKind(CachedBatch, one_length=len(set(prompt_lengths)) == 1)
     finally:
         model.module.train(training)
-    text = f"{model.name}: every sampled token runs its whole row again, very slowly, because {problem}"
-    if os.environ.get("RLHF_FAST_STRICT") == "1":
-        raise UserError(f"RLHF_FAST_STRICT=1 and {text}")
-    if text not in _warned:
-        _warned.add(text)
-        log.warning(text)
+    warn_slow(f"{model.name}: every sampled token runs its whole row again, very slowly, because {problem}")
     return BatchKind(WholeRows, one_length=False)
 
 
