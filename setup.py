@@ -2,12 +2,17 @@
 
 RLHF_FAST_CUDA=auto|0|1        1: fail when nvcc is missing; 0: leave CUDA out            (default auto)
 RLHF_FAST_CUDA_ARCHS="80;90+PTX"  compute capabilities; +PTX adds code that later GPUs can translate
+RLHF_FAST_EXT=0                compile nothing: every op runs as plain torch
 RLHF_FAST_REQUIRE_EXT=1        a missing compiler is an error, not a warning
 CXX, MAX_JOBS                  the C++ compiler; the number of compilations at once
+
+A compiler that is there and does not compile is an error, always. No older extension is left in place of one that was
+not built.
 """
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -68,10 +73,10 @@ def gencode(archs: str) -> str:
     return " ".join(flags)
 
 
-def has_openmp(cxx: str, folder: Path) -> bool:
+def has_openmp(cxx: list[str], folder: Path) -> bool:
     probe = folder / "openmp.cpp"
     probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [*cxx.split(), "-fopenmp", str(probe), "-o", str(folder / "openmp")]
+    command = [*cxx, "-fopenmp", str(probe), "-o", str(folder / "openmp")]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -89,11 +94,27 @@ rule link
 """
 
 
+def find_cxx() -> list[str] | None:
+    """Return the words of the C++ compiler's command, or None where there is none."""
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError as error:
+        raise SystemExit(f"[rlhf-fast] CXX={named} is no command: {error}") from error
+    if words:
+        return words if shutil.which(words[0]) else None
+    if named:
+        raise SystemExit("[rlhf-fast] CXX is blank; set it to a C++ compiler's command, or unset it")
+    found = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    return [found] if found else None
+
+
 def ninja_file(name: str, folder: Path, target: Path) -> str:
     """Return build.ninja for one extension: each source of csrc/cpu once per instruction set, or csrc/cuda."""
     import pybind11
 
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
+    cxx = find_cxx()
+    assert cxx is not None
     openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
     warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
     warnings += "" if openmp else " -Wno-unused-parameter"  # num_threads, without OpenMP
@@ -101,7 +122,10 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
         f'-I"{dollars(path)}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC)
     )
     ldflags = openmp + (" -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL")
-    lines = [f"cxx = {cxx}", f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}"]
+    lines = [
+        f"cxx = {shlex.join(cxx).replace('$', '$$')}",
+        f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}",
+    ]
     if name.endswith("_cuda"):
         nvcc, archs = find_nvcc(), gencode(os.environ.get("RLHF_FAST_CUDA_ARCHS", "80;90+PTX"))
         host = "-Xcompiler -fPIC,-fvisibility=hidden -diag-suppress 177"  # unused entries of the kernel table
@@ -137,17 +161,53 @@ def escaped(path: Path) -> str:
 class NinjaBuild(build_ext):
     """Write build.ninja and run it: one rule for C++, one for CUDA, one to link."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def run(self) -> None:
+        self.is_inplace = bool(self.inplace)  # setuptools builds elsewhere first, and then copies
+        self.force = True  # copies even over a newer file, which an earlier build of other sources may have left
+        wanted = {ext.name for ext in self.extensions or ()}
+        self.remove_all({"rlhf_fast._cpu", "rlhf_fast._cuda"} - wanted)
         try:
-            self.run_ninja(ext.name, Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (OSError, subprocess.CalledProcessError) as error:
+            find_cxx()  # before setuptools reads CXX, which has no sentence for a bad one
+        except SystemExit:
+            self.remove_all(wanted)
+            raise
+        super().run()
+
+    def remove_all(self, names: set[str]) -> None:
+        for name in names:
+            self.remove_older(Path(self.build_lib).resolve() / self.get_ext_filename(name))
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if find_cxx() is None:
+            self.remove_older(target)
+            missing = f"CXX={os.environ['CXX']} was not found" if os.environ.get("CXX") else "there is no C++ compiler"
             if not OPTIONAL:
-                raise
+                raise SystemExit(f"[rlhf-fast] {ext.name} cannot be built: {missing}")
             report("=" * 80)
-            report(f"{ext.name} COULD NOT BE BUILT: {error}")
+            report(f"{ext.name} COULD NOT BE BUILT: {missing}")
             report("rlhf-fast will run on its plain-torch references, many times slower. `rlhf-fast env` shows it.")
             report("To fix it, install a C++17 compiler (g++ or clang++) and install rlhf-fast again.")
             report("=" * 80)
+            return
+        try:
+            self.run_ninja(ext.name, target)
+        except SystemExit:
+            self.remove_older(target)
+            raise
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.remove_older(target)
+            without = "RLHF_FAST_CUDA=0" if ext.name.endswith("_cuda") else "RLHF_FAST_EXT=0"
+            raise SystemExit(
+                f"[rlhf-fast] {ext.name} was not built: its compiler is there and failed, as shown above ({error})."
+                f" Mend what it names, or set {without} to install without {ext.name}."
+            ) from error
+
+    def remove_older(self, target: Path) -> None:
+        """Remove what an earlier build left, which would run in place of the sources that are there now."""
+        target.unlink(missing_ok=True)
+        if self.is_inplace:
+            (ROOT / "rlhf_fast" / target.name).unlink(missing_ok=True)
 
     def run_ninja(self, name: str, target: Path) -> None:
         import ninja
@@ -165,7 +225,10 @@ class NinjaBuild(build_ext):
 
 
 extensions = [Extension("rlhf_fast._cpu", sources=[], optional=OPTIONAL)]
-if nvcc := find_nvcc():
+if os.environ.get("RLHF_FAST_EXT") == "0":
+    extensions = []
+    report("RLHF_FAST_EXT=0: nothing is compiled; every op runs as plain torch")
+elif nvcc := find_nvcc():
     report(f"CUDA kernels: yes, by {nvcc}")
     extensions.append(Extension("rlhf_fast._cuda", sources=[], optional=OPTIONAL))
 else:

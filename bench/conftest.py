@@ -62,12 +62,15 @@ def pytest_addoption(parser):
     group.addoption("--op", action="append", default=[], help="only this op (more than once: these)")
     group.addoption("--dtype", default="", help="float32,bfloat16,float16 (default: float32, on a GPU bfloat16)")
     group.addoption(
-        "--small", action="store_true", help="the tests' small inputs: whether the bench runs, not how fast"
+        "--small",
+        action="store_true",
+        help="the tests' small inputs: whether the bench runs, not how fast; without torch.compile, unless"
+        " --compile-seconds is given: it takes up to a minute for a case",
     )
     group.addoption("--targets", action="store_true", help="only the cases of bench/targets.py")
     group.addoption("--seconds", type=float, default=SECONDS, help="budget for the rounds of a case")
     group.addoption(
-        "--compile-seconds", type=float, default=60, help="torch.compile's limit for a case; 0: leave it out"
+        "--compile-seconds", type=float, help="torch.compile's limit for a case (default 60); 0: leave it out"
     )
     group.addoption("--deadline", type=float, default=0, help="seconds after which no other case is started")
 
@@ -81,6 +84,8 @@ def pytest_configure(config):
     config.stash[ROWS], config.stash[BY_OP] = [], OpsReport()
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    if config.option.compile_seconds is None:
+        config.option.compile_seconds = 0.0 if config.getoption("small") else 60.0
     if unknown := set(config.getoption("op")) - set(OPS):
         raise pytest.UsageError(f"--op: there is no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
     if config.getoption("numprocesses", None):

@@ -4,7 +4,8 @@
 
 `--targets` runs only the cases of bench/targets.py; with `--small` shrunk, to see that they run. An op's kernels must
 agree with the reference before they are timed; one that does not fails its test.
-`--compile-seconds 0` leaves torch.compile out, which takes most of the time.
+`--compile-seconds 0` leaves torch.compile out, which takes most of the time; so does `--small`, where nothing is to be
+learned from its times, unless `--compile-seconds` is given.
 """
 
 import time
@@ -50,6 +51,8 @@ def test_op(case: Case, clock, bandwidth, ops_report, request):
         found = measure(case, clock, bandwidth, seconds=option("seconds"), compile_seconds=option("compile_seconds"))
     finally:
         clock.empty_cache()
+    if option("small") and not option("compile_seconds"):
+        found.notes.append(f"{case}: torch.compile is left out: --small; --compile-seconds 60 takes it in")
     ops_report.rows.extend(found.rows)
     ops_report.notes.extend([*found.notes, *found.faults])
     if option("save_table"):  # after each case: a run may be interrupted

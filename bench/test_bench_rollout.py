@@ -88,7 +88,7 @@ def check(model: Model, batch: Prompts):
             assert found.response_ids() == theirs[:, PROMPT:].tolist()
         bound = 1e-4 if model.head_weight.dtype == torch.float32 else 0.1
         with torch.no_grad():
-            again, _ = model.logprobs(found.tokens, found.prompt_lengths, found.lengths)
+            again, _ = model.logprobs(found.tokens, found.prompt_lengths, found.lengths, sampled_tokens_only=True)
         torch.testing.assert_close(found.raw_logprobs, again, rtol=0, atol=bound)
 
     return run

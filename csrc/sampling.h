@@ -138,9 +138,13 @@ INLINE float min_p_threshold(float max_logit, double temperature, float min_p) {
 }
 
 // The largest logit of a row, and relative to it the sums of e^(x - max_logit), of p = e^z, z = (x - max_logit) /
-// temperature, and of p z. A NaN or +inf among the logits makes max_logit or raw_mass NaN or infinite.
-struct RowSums {
-  double max_logit, raw_mass, mass, moment;
+// temperature, and of p z. The first two leave out the 1 of one token with the largest logit: beside it those of a row
+// whose best token is far ahead would be lost, and with them its log-probability. A NaN or +inf among the logits makes
+// max_logit or raw_others NaN or infinite.
+struct LogitSums {
+  double max_logit, raw_others, others, moment;
+
+  INLINE double mass() const { return 1. + others; }
 };
 
 INLINE void write_invalid(const Outputs& out, int64_t row) {
@@ -153,28 +157,21 @@ INLINE void write_invalid(const Outputs& out, int64_t row) {
   out.entropy[row] = nan;
 }
 
-// Writes a row's outputs. `sums` are those before any filter, `log_kept_mass` is the log of the mass that the filters
-// keep.
-INLINE void write_outputs(const Outputs& out, int64_t row, const SamplingParams& params, const RowSums& sums,
-                          const Candidate& best, double log_kept_mass) {
+// Writes a row's outputs. `sums` are those of every token, `kept` those of the tokens that filters and a ban keep.
+INLINE void write_row(const Outputs& out, int64_t row, const SamplingParams& params, const LogitSums& sums,
+                      const Candidate& best, const LogitSums& kept) {
   const double infinity = __builtin_inf();
-  const bool finite = sums.max_logit < infinity && sums.raw_mass > 0. && sums.raw_mass < infinity;
+  const bool finite = sums.max_logit > -infinity && sums.max_logit < infinity && sums.raw_others < infinity;
   if (!params.valid || best.token < 0 || !finite) return write_invalid(out, row);
-  const double relative_logit = best.logit - sums.max_logit;
+  const double relative_logit = best.logit - sums.max_logit, log_sum = log1p(sums.others);
+  const double logprob = relative_logit / params.temperature - log_sum;
+  const double kept_logprob = (best.logit - kept.max_logit) / params.temperature - log1p(kept.others);
   out.tokens[row] = best.token;
-  out.raw_logprobs[row] = static_cast<float>(relative_logit - log(sums.raw_mass));
-  if (params.greedy) {
-    out.logprobs[row] = 0.f;
-    out.kept_logprobs[row] = 0.f;
-    out.log_kept_mass[row] = 0.f;
-    out.entropy[row] = 0.f;
-    return;
-  }
-  const double log_sum = log(sums.mass), logprob = relative_logit / params.temperature - log_sum;
-  out.logprobs[row] = static_cast<float>(logprob);
-  out.kept_logprobs[row] = static_cast<float>(logprob - log_kept_mass);
-  out.log_kept_mass[row] = static_cast<float>(log_kept_mass);
-  out.entropy[row] = static_cast<float>(log_sum - sums.moment / sums.mass);
+  out.raw_logprobs[row] = static_cast<float>(relative_logit - log1p(sums.raw_others));
+  out.logprobs[row] = params.greedy ? 0.f : static_cast<float>(logprob);
+  out.kept_logprobs[row] = params.greedy ? 0.f : static_cast<float>(max(kept_logprob, logprob));
+  out.log_kept_mass[row] = params.greedy ? 0.f : static_cast<float>(min(logprob - kept_logprob, 0.));
+  out.entropy[row] = params.greedy ? 0.f : static_cast<float>(log_sum - sums.moment / sums.mass());
 }
 
 }  // namespace

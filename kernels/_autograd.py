@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from rlhf_fast.kernels._backends import forced_backend, forcing
 
@@ -27,13 +29,18 @@ def autograd_function(
 
     functions: dict[str, Callable] = {"backward": run_backward}
     if forward is not None:
-        functions["forward"] = _keeping_backend(forward)
+        functions["forward"] = _keeping_edges(_keeping_backend(forward))
     elif setup_context is not None:
         functions["forward"] = run
         functions["setup_context"] = _keeping_backend(setup_context)
     methods = {name: staticmethod(function) for name, function in functions.items()}
     function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
     return function.apply
+
+
+def refuse_backward(name: str, *_args: Any) -> Any:
+    """Raise: torch.ops.rlhf_fast.<name> has no gradient. Without this, torch would give None or 0 for one."""
+    raise NotImplementedError(f"{name}: torch.ops.rlhf_fast.{name} has no gradient; call rlhf_fast.ops.{name}")
 
 
 def _keeping_backend(function: Callable) -> Callable:
@@ -46,6 +53,26 @@ def _keeping_backend(function: Callable) -> Callable:
     return run
 
 
+def _keeping_edges(forward: Callable) -> Callable:
+    """Return `forward(ctx, ...)` that also stores empty tensors, which depend on the inputs with a gradient.
+
+    A forward pass that computes the gradients need not save its inputs, and the gradients depend on them all the same.
+    """
+
+    def run(ctx: Any, *args: Any) -> Any:
+        out = forward(ctx, *args)
+        if not torch.compiler.is_compiling():
+            with torch.enable_grad():
+                ctx.edges = [
+                    torch.as_strided_copy(x, (0,), (1,))
+                    for x in args
+                    if (type(x) is Tensor or type(x) is Parameter) and x.requires_grad
+                ]
+        return out
+
+    return run
+
+
 def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> Any:
     """Return `backward(ctx, *grads)`, made such that differentiating it raises. torch's once_differentiable would
     silently return a zero second derivative when `grads` do not require grad, as those of a plain loss."""
@@ -53,9 +80,24 @@ def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> 
         out = backward(ctx, *grads)
         # torch.compile takes a NamedTuple's gradients for 0
         return tuple(out) if isinstance(out, tuple) else out
+    depends_on = (*grads, *ctx.saved_tensors, *getattr(ctx, "edges", ()))
     with torch.no_grad():
         out = backward(ctx, *grads)
     out = out if isinstance(out, tuple) else (out,)
-    raise_later = torch._C._functions.DelayedError(f"{name}: the gradient cannot be differentiated again", len(out))
-    inputs: list[Any] = [x if x is None else x.detach().requires_grad_() for x in out]
-    return raise_later(*inputs)
+    return _NotDifferentiable.apply(name, len(out), *out, *depends_on)
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """The identity of an op's gradients, whose derivative raises. They and all that they depend on are its inputs: the
+    engine visits only nodes that lead to an input whose derivative is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Any) -> Any:
+        ctx.name = name
+        return tuple(None if x is None else x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: the gradient cannot be differentiated again; {ctx.name}.reference, which is plain torch, can"
+        )

@@ -47,7 +47,7 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
             raise ValueError(f"RLHF_FAST_ISA={wanted} does not run here; this machine has: {', '.join(cpu.groups)}")
         found |= {f"cpu:{isa}": getattr(cpu, isa) for isa in cpu.groups if not wanted or isa == wanted}
     except ImportError as error:
-        missing["cpu"] = f"rlhf_fast._cpu is not built ({error}); install with a C++ compiler, or `pip install -e .`"
+        missing["cpu"] = f"rlhf_fast._cpu is not built ({error}): no C++ compiler at the install, or RLHF_FAST_EXT=0"
         tree = Path(__file__).resolve().parent.parent
         if (tree / "csrc").is_dir():  # a source tree in the working directory hides an installed package
             missing["cpu"] = (

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._head import IGNORE_INDEX, NeedsGrad
+from rlhf_fast.kernels._head import IGNORE_INDEX, NeedsGrad, RowGrads
 from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._tensors import empty_float32
@@ -169,12 +169,11 @@ class CpuHead:
         return state
 
     def results(self, state: Tensor, with_reference: bool = False) -> Tensor:
-        """Return (4, n): log p, entropy, m, log s. With a reference (8, n): also its log p, the KL, its m and log s.
-
-        m is the largest z of a row, s the sum of exp(z - m).
-        """
-        out = empty_float32(state, 8 if with_reference else 4, len(state))
-        self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), with_reference)
+        """Return (4, n): log p, entropy, and of all tokens but the target the largest raw logit and the sum of
+        exp(z - its z). With a reference (9, n): also its log p, the KL, the same two of the reference, and the part of
+        the KL of all tokens but the target."""
+        out = empty_float32(state, 9 if with_reference else 4, len(state))
+        self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), with_reference, *self.scalars)
         return out
 
     def statistics(self, reference: CpuHead | None = None) -> Tensor:
@@ -187,7 +186,7 @@ class CpuHead:
     def grads(self, coefficients: Tensor, needs_grad: NeedsGrad, reference: CpuHead | None = None):
         """Return the gradients of hidden, weight and bias: the second pass of the order of four products.
 
-        coefficients (N, 8) come from `pack_row_coefficients`.
+        coefficients (N, 9) come from `pack_row_grads`.
         """
         out = GradAccumulator(self, needs_grad, whole_weight=False)
         for block in self.logit_blocks(reference):
@@ -213,7 +212,7 @@ class CpuHead:
     def _three_products(self, chunks, coefficients_of, needs_grad):
         buffer = empty_float32(self.hidden, max((end - begin for begin, end in chunks), default=0) * self.V)
         state = self.new_state()
-        coefficients = empty_float32(self.hidden, self.N, 8)
+        coefficients = self.hidden.new_empty(self.N, 9, dtype=torch.float64)
         results = []
         out = GradAccumulator(self, needs_grad, whole_weight=True)
         for begin, end in chunks:
@@ -315,19 +314,10 @@ class GradAccumulator:
         return d_hidden, d_weight, d_bias
 
 
-def pack_row_coefficients(
-    m: Tensor,
-    log_s: Tensor,
-    g: Tensor,
-    a: Tensor,
-    b: Tensor | None = None,
-    c: Tensor | None = None,
-    ref_m: Tensor | None = None,
-    ref_log_s: Tensor | None = None,
-) -> Tensor:
-    """Return (N, 8) float32, the columns that head_gradient reads: _head.py says what g, a, b and c are."""
-    out = empty_float32(g, len(g), 8).zero_()
-    for i, x in enumerate((m, log_s, g, a, b, c, ref_m, ref_log_s)):
+def pack_row_grads(largest: Tensor, grads: RowGrads, ref_largest: Tensor | None = None) -> Tensor:
+    """Return (N, 9) float64, the columns that head_gradient reads."""
+    out = largest.new_zeros(len(largest), 9, dtype=torch.float64)
+    for i, x in enumerate((largest, *grads[:6], ref_largest, grads.ref_log_scale)):
         if x is not None:
             out[:, i] = x
     return out

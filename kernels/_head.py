@@ -2,15 +2,19 @@
 
     z = softcap(hidden . weight' + bias) / temperature,  softcap(x) = c tanh(x / c)        log p = z - logsumexp z
 
-The gradient with respect to z of every loss of a row's log-probability, entropy and exact KL to a reference has the
-form p (a + b log p + c (log p_ref - log p)) + g 1[target], with four numbers a, b, c and g for each row.
+log p of the target is computed as -log1p(sum of the others' exp(z) / its own), and 1 - p as -expm1(log p): both keep
+their relative precision where p rounds to 1. The gradient with respect to z of every loss of a row's log-probability,
+entropy and exact KL to a reference has the form p (a + b log p + c (log p_ref - log p)), with three numbers a, b and c
+for each row, but for the target, which has a number of its own.
 """
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from rlhf_fast.kernels._backends import TRITON_DEFAULT_DEVICES
 from rlhf_fast.kernels._tensors import upcast, upcast_dtype
@@ -43,51 +47,196 @@ def scale_logits(x: Tensor, temperature: float, softcap: float) -> Tensor:
 
 def scale_logits_grad(x: Tensor, temperature: float, softcap: float) -> Tensor | float:
     """Return dz/dx of raw logits x."""
-    return (1 - torch.tanh(x / softcap) ** 2 if softcap else 1.0) / temperature
+    return (torch.cosh(x.double() / softcap) ** -2 if softcap else 1.0) / temperature
 
 
-def gather_targets(logp: Tensor, targets: Tensor) -> Tensor:
+def target_index(targets: Tensor) -> Tensor:
+    """Return the targets as columns (..., 1), 0 in ignored rows."""
+    return targets.where(targets != IGNORE_INDEX, 0)[..., None].long()
+
+
+class Softmax(NamedTuple):
+    """The softmax of rows of raw logits. A row's own numbers (..., 1) are float64. The origin is the z of the others'
+    largest logit, so that no sum loses the others beside a target that is far ahead.
+
+        log p of the others = distance - log_total        p of the others = scale exp
+    """
+
+    distance: Tensor  # (..., V): z - origin of the tokens but the target, -inf there
+    exp: Tensor  # (..., V): of the distances
+    column: Tensor  # (..., 1): the target's
+    largest: Tensor  # (..., 1): the others' largest raw logit
+    sums: Tensor  # of exp
+    log_total: Tensor  # log of the sum of exp(z - origin), with the target
+    logprob: Tensor  # of the target
+
+    @property
+    def scale(self) -> Tensor:
+        rest = -torch.expm1(self.logprob)
+        return torch.where(self.sums == 0, rest, rest / self.sums)
+
+    def finite_distance(self) -> Tensor:
+        return self.distance.clamp(min=-1e30)  # its product with an exp of 0 is 0; a NaN stays a NaN
+
+
+def log_softmax(x: Tensor, targets: Tensor, temperature: float, softcap: float) -> Softmax:
+    """Return the softmax of raw logits x (..., V), computed in their dtype, but in float64 under a softcap: a float32
+    tanh is off the same way in all equal logits."""
+    index = target_index(targets)
+    own, others = x.gather(-1, index), x.scatter(-1, index, -torch.inf)
+    largest = others.amax(-1, keepdim=True)
+    origin = largest
+    if softcap:
+        own, others, origin = (softcap * torch.tanh(y.double() / softcap) for y in (own, others, origin))
+        others = others.scatter(-1, index, -torch.inf)
+    origin = origin.masked_fill(origin == -torch.inf, 0)
+    distance = others - origin  # first, as float32 has it nearly exactly
+    distance = distance / temperature if temperature != 1 else distance
+    exp = distance.exp()
+    sums = exp.double().sum(-1, keepdim=True)  # a float32 sum would lose digits of log p
+    lead = (own.double() - origin.double()) / temperature
+    lead = lead.masked_fill(lead == torch.inf, torch.nan)  # of a logit of inf
+    log_sums = torch.where(sums == 0, 1, sums).log()
+    logprob = torch.where(sums == 0, lead - lead, -softplus(log_sums - lead))
+    log_total = torch.where(sums == 0, 0, torch.logaddexp(log_sums, lead))
+    return Softmax(distance, exp, index, largest, sums, log_total, logprob)
+
+
+def one_logprob(z: Tensor, index: Tensor) -> Tensor:
+    """Return log p (..., 1) of the tokens `index` (..., 1), -log1p(sum of the others' exp(z) / its own)."""
+    others, own = z.scatter(-1, index, -torch.inf), z.gather(-1, index)
+    has_others = (others > -torch.inf).any(-1, keepdim=True) | others.isnan().any(-1, keepdim=True)
+    log_others = others.masked_fill(~has_others, 0).logsumexp(-1, keepdim=True)
+    is_bad = (own == torch.inf) | ~log_others.isfinite()  # softplus would hide it
+    return -softplus(log_others - own).where(has_others, own - own).masked_fill(is_bad, torch.nan)
+
+
+def gather_targets(softmax: Softmax, targets: Tensor) -> Tensor:
     """Return log p of the targets, 0 in ignored rows."""
-    valid = targets != IGNORE_INDEX
-    return logp.gather(-1, targets.where(valid, 0)[..., None].long()).squeeze(-1).masked_fill(~valid, 0)
+    return softmax.logprob.squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
 
 
-def entropy(logp: Tensor, targets: Tensor) -> Tensor:
+def entropy(softmax: Softmax, targets: Tensor) -> Tensor:
     """Return -sum p log p in nats, 0 in ignored rows; a token of probability 0 adds 0."""
-    return -(logp.exp() * zero_where_minus_inf(logp)).sum(-1).masked_fill(targets == IGNORE_INDEX, 0)
+    moment = (softmax.exp * softmax.finite_distance()).sum(-1, keepdim=True).double()
+    of_others = softmax.scale * (softmax.log_total * softmax.sums - moment)
+    of_target = softmax.logprob.exp() * zero_where_minus_inf(softmax.logprob)
+    return (of_others - of_target).squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
+
+
+class KL(NamedTuple):
+    """The exact KL of rows to a reference: log p - log p_ref where p is not 0, and its parts."""
+
+    difference: Tensor  # (..., V): of the tokens but the target
+    of_others: Tensor  # (..., 1)
+    target_difference: Tensor
+    of_target: Tensor
+
+
+def exact_kl(softmax: Softmax, ref: Softmax) -> KL:
+    p, exp = softmax.logprob.exp(), softmax.exp
+    difference = (softmax.distance - ref.distance) - (softmax.log_total - ref.log_total).to(exp.dtype)
+    difference = torch.where(exp == 0, 0, difference)
+    of_others = softmax.scale * (exp * difference).sum(-1, keepdim=True)
+    target_difference = torch.where(p == 0, 0, zero_where_minus_inf(softmax.logprob) - ref.logprob)
+    return KL(difference, of_others, target_difference, p * target_difference)
 
 
 def zero_where_minus_inf(logp: Tensor) -> Tensor:
     return logp.masked_fill(logp == -torch.inf, 0)
 
 
-def row_statistics(z: Tensor, targets: Tensor) -> Tensor:
-    """Return (2, ...) float32: the largest z and log sum exp(z - largest), 0 in ignored rows."""
-    largest = z.amax(-1)
-    return torch.stack([largest, (z - largest[..., None]).logsumexp(-1)]).masked_fill(targets == IGNORE_INDEX, 0)
+def row_statistics(softmax: Softmax, targets: Tensor) -> Tensor:
+    """Return (2, ...), of all tokens but the target: the largest raw logit, and the sum of exp(z - its z); 0 in ignored
+    rows. log p of the target and these two give p of every token without a sum that has lost the others."""
+    statistics = torch.stack([softmax.largest.double().squeeze(-1), softmax.sums.squeeze(-1)])
+    return statistics.masked_fill(targets == IGNORE_INDEX, 0)
+
+
+class RowGrads(NamedTuple):
+    """Coefficients (...) of the gradient by z of a loss of log p, entropy and the exact KL to a reference.
+
+        of the target    target
+        of the others    p (a + b log p + c (log p_ref - log p)),    p = scale exp(z - its origin)
+
+    The origin is the z of the others' largest raw logit, log p = z - its origin + log_scale; of the reference alike.
+    """
+
+    scale: Tensor
+    log_scale: Tensor
+    a: Tensor
+    b: Tensor
+    target: Tensor
+    c: Tensor | None = None
+    ref_log_scale: Tensor | None = None
+
+
+def row_grads(
+    g: Tensor, h: Tensor, logprobs: Tensor, entropy: Tensor, sums: Tensor, kl: "KLRows | None" = None
+) -> RowGrads:
+    """Return the coefficients in float64, given the gradients g and h of log p and entropy of each row.
+
+    sums: the second of `row_statistics`.
+    """
+    g, h, logprobs, entropy, sums = (x.double() for x in (g, h, logprobs, entropy, sums))
+    rest, p = -torch.expm1(logprobs), logprobs.exp()  # 1 - p, without cancellation
+    scale = torch.where(sums == 0, rest, rest / sums)  # of no others 0, or NaN
+    logp = zero_where_minus_inf(logprobs)
+    target = g * rest - h * p * (entropy + logp)
+    if kl is None:
+        return RowGrads(scale, _log_scale(scale), -g - h * entropy, -h, target)
+    k, ref_logprobs, ref_sums, value, of_others = (x.double() for x in kl)
+    ref_scale = torch.where(ref_sums > 0, -torch.expm1(ref_logprobs) / ref_sums, 0)
+    difference = torch.where(p > 0, logp - ref_logprobs, 0)
+    target = target + torch.where(k != 0, k * p * (rest * difference - of_others), 0)  # an unused KL may be infinite
+    a = -g - h * entropy - torch.where(k != 0, k * value, 0)
+    return RowGrads(scale, _log_scale(scale), a, -h, target, -k, _log_scale(ref_scale))
+
+
+def _log_scale(scale: Tensor) -> Tensor:
+    return scale.log().clamp(min=-1e30)  # finite: its product with p = 0 must be 0
+
+
+class KLRows(NamedTuple):
+    """The KL of each row (...): the gradient by it, the reference's log p and sum, its value, and the part of the value
+    that is of all tokens but the target."""
+
+    grad: Tensor
+    ref_logprobs: Tensor
+    ref_sums: Tensor
+    value: Tensor
+    of_others: Tensor
 
 
 def logits_grad(
-    logp: Tensor,
+    softmax: Softmax,
     targets: Tensor,
     g: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None = None,
-    ref_logp: Tensor | None = None,
+    h: Tensor,
+    k: Tensor | None = None,
+    ref: Softmax | None = None,
 ) -> Tensor:
-    """Return p (a + b log p + c (log p_ref - log p)) + g 1[target], the gradient with respect to z; 0 in ignored rows.
+    """Return the gradient by z (..., V) of g log p(target) + h entropy + k KL; 0 in ignored rows.
 
-    g, a, b and c hold one number for each row.
+        g (1[target] - p) - h p (log p + entropy) + k p (log p - log p_ref - KL)
+
+    At the target, 1 - p is -expm1(log p), and log p - log p_ref - KL leaves its share of the KL out.
     """
-    valid = targets != IGNORE_INDEX
-    a, b, g = (x.where(valid, 0).to(logp.dtype)[..., None] for x in (a, b, g))
-    inner = a + b * zero_where_minus_inf(logp)
-    if c is not None and ref_logp is not None:
-        difference = zero_where_minus_inf(ref_logp) - zero_where_minus_inf(logp)
-        inner = inner + c.where(valid, 0).to(logp.dtype)[..., None] * difference
-    grad = (logp.exp() * inner).masked_fill(~valid[..., None], 0)
-    return grad.scatter_add(-1, targets.where(valid, 0)[..., None].long(), g)
+    valid, dtype = targets != IGNORE_INDEX, softmax.exp.dtype
+    g, h = (x.where(valid, 0).double()[..., None] for x in (g, h))
+    p, rest, row_entropy = softmax.logprob.exp(), -torch.expm1(softmax.logprob), entropy(softmax, targets)[..., None]
+    of_target = g * rest - h * p * (zero_where_minus_inf(softmax.logprob) + row_entropy)
+    inner = softmax.finite_distance() * (-h).to(dtype) + (h * (softmax.log_total - row_entropy) - g).to(dtype)
+    if k is not None and ref is not None:
+        k = k.where(valid, 0).double()[..., None]
+        kl = exact_kl(softmax, ref)
+        of_target = of_target + (k * p * (rest * kl.target_difference - kl.of_others)).where(k != 0, 0)
+        difference = kl.difference - (kl.of_others + kl.of_target).to(dtype)
+        inner = inner + (k.to(dtype) * difference).where(k != 0, 0)  # an unused KL may be infinite
+    scale = softmax.scale.to(dtype)
+    rounding = torch.where(scale > torch.finfo(dtype).tiny, scale / softmax.scale, 1)  # so that the row sums to 0
+    grad = softmax.exp * inner * scale
+    return grad.scatter(-1, softmax.column, (of_target * rounding).to(dtype)).masked_fill(~valid[..., None], 0)
 
 
 def input_grads(
@@ -101,11 +250,12 @@ def input_grads(
     """Return the gradients of hidden, weight and bias, given that of the raw logits; (0,) where not needed."""
     rows = raw_grad.flatten(0, -2)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) for _ in range(3))
-    if needs_grad[0]:
-        d_hidden = (raw_grad @ upcast(weight)).to(hidden.dtype)
-    if needs_grad[1]:
-        hidden_rows = upcast(hidden).masked_fill((targets == IGNORE_INDEX)[..., None], 0).flatten(0, -2)
-        d_weight = (rows.T @ hidden_rows).to(weight.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if needs_grad[0]:
+            d_hidden = (raw_grad @ upcast(weight)).to(hidden.dtype)
+        if needs_grad[1]:
+            hidden_rows = upcast(hidden).masked_fill((targets == IGNORE_INDEX)[..., None], 0).flatten(0, -2)
+            d_weight = (rows.T @ hidden_rows).to(weight.dtype)
     if needs_grad[2] and bias is not None:
         d_bias = rows.sum(0).to(bias.dtype)
     return d_hidden, d_weight, d_bias

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+import os
 from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels._backends import COMPILED
 
+log = logging.getLogger("rlhf_fast")
 NOT_COMPILED_FOR_GPU = ("no kernel image", "invalid device function", "unsupported toolchain")
 """Errors of CUDA where it has no code for the GPU: of a launch, of a kernel's attributes, of PTX of a newer nvcc."""
 
@@ -21,9 +25,42 @@ class Unsupported(Exception):
     """A launcher raises it for inputs that its kernel does not serve, mostly a dtype. The next backend then runs."""
 
 
+class _Fork:
+    """Tell whether this process was forked from one with threads. OpenMP's are lost then, and it waits for them for
+    ever: in kernels, and in torch's own functions."""
+
+    had_threads = False  # of the parent, just before a fork
+    has_lost_threads = False
+
+    @classmethod
+    def look_for_threads(cls) -> None:
+        try:
+            cls.had_threads = len(list(Path("/proc/self/task").iterdir())) > 1
+        except OSError:  # not Linux
+            cls.had_threads = True
+
+    @classmethod
+    def in_child(cls) -> None:
+        cls.has_lost_threads = cls.has_lost_threads or cls.had_threads
+
+    @classmethod
+    def run_on_one_thread(cls) -> None:
+        if torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+            log.warning("this process was forked from one with threads: it computes on one; start it by `spawn`")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_Fork.look_for_threads, after_in_child=_Fork.in_child)
+
+
 def stream_or_threads(x: Tensor) -> int:
     """Return a kernel's last argument: the number of threads for a CPU tensor, the current stream for a CUDA tensor."""
-    return torch.get_num_threads() if x.device.type == "cpu" else torch.cuda.current_stream(x.device).cuda_stream
+    if not x.is_cpu:
+        return torch.cuda.current_stream(x.device).cuda_stream
+    if _Fork.has_lost_threads:
+        _Fork.run_on_one_thread()
+    return torch.get_num_threads()
 
 
 def data_ptrs(*tensors: Tensor | None) -> list[int]:

@@ -6,10 +6,19 @@ At import each op gets its backends by device, best first: a compiled kernel (cs
 reference. `op.backends` lists those that can run here, `op.why(device)` gives the chosen one and the reason,
 `op.backend("reference")` forces one; kernels/_backends.py lists the environment variables.
 
+`op.gradient(wrt=...)` declares once which inputs have a gradient; no other has one, on no backend. A second derivative
+raises. In forward mode and in torch.func's transforms of gradients the reference runs, which torch differentiates.
+
+A NaN reaches what is computed from it, and nothing else (tests/test_nan.py tries every op on every backend). It makes
+NaN of the outputs and gradients of its own token or row, and of sums and extremes over the batch, such as losses and
+statistics. A comparison with it is false: a count (of clipped tokens, of ordered pairs) leaves it out. A NaN of a token
+that is masked out, ignored, or of weight 0 reaches nothing. One in a tensor that all rows share, such as a weight
+matrix, may also reach the gradients of ignored rows. `sample_tokens` has no token for a row with a NaN: -1.
+
 An op is kernels/<op>.py: signature, reference, checks, launchers of compiled kernels, inputs for tests. Its kernels are
 in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of kernels/ that begin with _ are shared:
 
-    _op, _autograd, _backends, _launch, _tensors    every op
+    _op, _op_backends, _arguments, _autograd, _backends, _launch, _tensors      every op
     _head, _head_checks, _head_inputs               token_logprobs, linear_{logprobs,cross_entropy,kl,ppo_loss}
     _cpu_head                                       these linear_* ops on the CPU
     _ppo                                            ppo_loss, linear_ppo_loss; KL estimates of ppo_advantages
@@ -18,43 +27,34 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _sampling                                       sample_tokens, linear_sample_tokens
     _norm                                           rms_norm, layer_norm
 
-kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits and _softmax for token_logprobs
-and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy and
-linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
+kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits, _softmax and _target for
+token_logprobs and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy
+and linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from types import GenericAlias
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from rlhf_fast.kernels._autograd import autograd_function
-from rlhf_fast.kernels._backends import (
-    COMPILED,
-    DEVICES,
-    TRITON_DEFAULT_DEVICES,
-    TRITON_DEVICES,
-    WHY_MISSING,
-    forced_backend,
-    forcing,
-    is_strict,
-)
+from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, check_transformed, has_tangents
+from rlhf_fast.kernels._autograd import autograd_function, refuse_backward
+from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing
 from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
+from rlhf_fast.kernels._op_backends import Backends
 
-log = logging.getLogger("rlhf_fast")
 OPS: dict[str, Op] = {}
+META = torch.device("meta")
+TRANSFORMS = "forward-mode derivatives, and gradients in torch.func's transforms, are plain torch's"
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
-_TRITON_FILES = Path(__file__).parent / "triton"
 
 
 def is_tracing() -> bool:
@@ -64,76 +64,67 @@ def is_tracing() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-class Op:
+class Op(Backends):
     """Call an op to run the best kernel for its tensors' device; `.reference` is its definition in plain torch."""
 
-    name: str
-    reference: Callable
     signature: inspect.Signature
     names: tuple[str, ...]  # of the parameters
     defaults: dict[str, Any]
     default_args: tuple  # one per parameter; None for a parameter without a default
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
-    implementations: dict[str, Callable]  # backend -> kernel, on normalized arguments
-    preference: dict[str, list[str]]  # device -> backends in the order in which they are tried
-    required_symbols: dict[str, tuple[str, ...]]  # device -> names of the compiled kernels that its launcher calls
     normalizer: Callable | None  # registered by `normalize`
     cost_function: Callable | None  # registered by `cost`
     make_inputs: Callable[..., tuple]  # registered by `inputs`, with two lists of its keyword arguments:
     small_sizes: list[dict]
     large_sizes: list[dict]
     stats: tuple[str, ...]  # the names of the op's statistics, if it returns any
-    has_gradient: bool
-    has_warned: bool
+    gradient_inputs: tuple[int, ...]  # indices of the arguments that have a gradient, on every backend
     torch_op: Callable  # torch.ops.rlhf_fast.<name>
     differentiable: Callable  # torch_op with the gradient that `gradient` registered
 
     def __init__(self, body: Callable, fake: Callable | None = None, mutates: tuple[str, ...] = ()):
         functools.update_wrapper(self, body)
-        self.name = body.__name__
-        self.reference = body
         self.signature = inspect.signature(body)
         self.names = tuple(self.signature.parameters)
         self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
         self.default_args = tuple(self.defaults.get(name) for name in self.names)
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
-        self.implementations = {"reference": body}
-        self.preference = {device: ["reference"] for device in DEVICES}
-        self.required_symbols = {}
+        super().__init__(body.__name__, body)
         self.normalizer = None
         self.cost_function = None
         self.stats = ()
-        self.has_gradient = False
-        self.has_warned = False
-        self._register_triton()
+        self.gradient_inputs = ()
         _library.define(self.name + torch.library.infer_schema(body, mutates_args=mutates))
         for device in DEVICES:
             _library.impl(self.name, functools.partial(self._run_dispatched, device), device.upper())
-        torch.library.register_fake(f"rlhf_fast::{self.name}", fake or body, lib=_library)
+        torch.library.register_fake(f"rlhf_fast::{self.name}", self._on_one_device(fake or body), lib=_library)
         self.torch_op = self.differentiable = getattr(torch.ops.rlhf_fast, self.name).default
         OPS[self.name] = self
-
-    def _register_triton(self) -> None:
-        """Register the function with the op's name in the file of kernels/triton/ with the name of the op's own file.
-        That file is imported by the first call."""
-        stem = Path(self.reference.__code__.co_filename).stem
-        if TRITON_DEVICES and (_TRITON_FILES / f"{stem}.py").is_file():
-            module = f"rlhf_fast.kernels.triton.{stem}"
-            self.implementations["triton"] = lambda *args: getattr(import_module(module), self.name)(*args)
-            for device in TRITON_DEFAULT_DEVICES:
-                self.preference[device].insert(0, "triton")
 
     def __call__(self, *args, **kwargs):
         if kwargs or len(args) != len(self.names):
             args = self.bind(*args, **kwargs)
-        if self.normalizer is not None:
-            args = self.normalizer(*args)
-        if forced_backend() == "reference":
-            return self.reference(*args) if self.has_gradient else self._run_reference(*args)
-        needs_grad = self.has_gradient and torch.is_grad_enabled()
-        if needs_grad and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return self.differentiable(*args)
-        return self.run(*args)
+        try:
+            in_forward_mode = forward_ad._current_level >= 0 and has_tangents(
+                self.name, self.names, self.gradient_inputs, args
+            )
+            if self.normalizer is not None:
+                args = self.normalizer(*args)
+            if in_forward_mode:
+                return self._run_plain(*args)
+            if self.gradient_inputs and torch.is_grad_enabled():
+                for i in self.gradient_inputs:
+                    a = args[i]
+                    if a is not None and a.requires_grad:
+                        return self._run_differentiable(*args)
+                # where torch.compile traces a transform of torch.func, no tensor says that it requires a gradient
+                if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+                    return self._run_plain(*args)
+            return self.run(*args)
+        except (RuntimeError, AttributeError) as error:  # torch's, of a tensor that is no dense one
+            check_readable(self.name, self.names, args)
+            check_transformed(self.name, error)
+            raise
 
     def __get__(self, instance: object, owner: type | None = None) -> Op:
         """Return the op itself when it is an attribute of a class. With this method inspect takes it for a routine, so
@@ -161,6 +152,22 @@ class Op:
             )
         return tuple(bound)
 
+    def _run_differentiable(self, *args):
+        """Run the op with its gradient."""
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._run_plain(*args)
+        return self.differentiable(*args)
+
+    def _run_plain(self, *args):
+        """Run the reference, which torch differentiates itself, in forward mode and in functorch's transforms."""
+        self._report_fallback(TRANSFORMS, of_transforms=True)
+        return self.reference(*self._without_other_gradients(args))
+
+    def _without_other_gradients(self, args: tuple) -> list:
+        return [
+            a.detach() if isinstance(a, Tensor) and i not in self.gradient_inputs else a for i, a in enumerate(args)
+        ]
+
     def normalized(self, *args, **kwargs) -> tuple:
         """Return the arguments that the reference and the kernels receive for this call: bound, checked, converted."""
         args = self.bind(*args, **kwargs)
@@ -168,26 +175,53 @@ class Op:
 
     def run(self, *args):
         """Run the chosen kernel on normalized arguments, without gradient. The call goes through torch's dispatcher
-        only for tracing, tensor subclasses and other devices: it would double the time of a small call."""
-        device = None
-        for a in args:
-            kind = type(a)
-            if kind is Tensor or kind is Parameter:
-                if device is None:
-                    device = a.device
-                elif a.device != device:
-                    raise self._mixed_devices_error(args)
-            elif isinstance(a, Tensor):
-                return self.torch_op(*args)
-        if device is None or device.type not in DEVICES or is_tracing():
+        only for tracing, tensor subclasses, other devices, and tensors that are lazily negative or zero: it would
+        double the time of a small call."""
+        if is_tracing():
             return self.torch_op(*args)
-        return self._run_kernel(device.type, *args)
+        device = None
+        has_cpu = False
+        try:
+            for a in args:
+                kind = type(a)
+                if kind is Tensor or kind is Parameter:
+                    if a.is_cpu:
+                        has_cpu = True
+                    elif device is None:
+                        device = a.device
+                    elif a.device != device:
+                        raise self._mixed_devices_error(args)
+                    if a.dtype in REFUSED_DTYPES or a.is_neg() or (not a.data_ptr() and a.numel() and a.device != META):
+                        check_readable(self.name, self.names, args)
+                        return self.torch_op(*args)
+                elif isinstance(a, Tensor):
+                    return self.torch_op(*args)
+        except RuntimeError:  # of data_ptr(): the gradients of `is_grads_batched` have none
+            check_readable(self.name, self.names, args)
+            return self.torch_op(*args)
+        if device is None:
+            return self._run_kernel("cpu", *args) if has_cpu else self.torch_op(*args)
+        if has_cpu:
+            raise self._mixed_devices_error(args)
+        return self._run_kernel(device.type, *args) if device.type in DEVICES else self.torch_op(*args)
 
     def _run_dispatched(self, device: str, *args):
         """Run the chosen kernel for torch's dispatcher, which looks at the device of only one tensor."""
         if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
             raise self._mixed_devices_error(args)
+        check_readable(self.name, self.names, args)
         return self._run_kernel(device, *args)
+
+    def _on_one_device(self, fake: Callable) -> Callable:
+        """Return `fake` with a check: if one tensor is on the device "meta", the dispatcher asks for shapes alone."""
+
+        @functools.wraps(fake)
+        def run(*args):
+            if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
+                raise self._mixed_devices_error(args)
+            return fake(*args)
+
+        return run
 
     def _mixed_devices_error(self, args: tuple) -> ValueError:
         devices = ", ".join(str(a.device) for a in args if isinstance(a, Tensor))
@@ -222,64 +256,10 @@ class Op:
             self._report_fallback(why or self.why(device))
         return self._run_reference(*args)
 
-    def _drop_backend(self, backend: str, device: str, error: RuntimeError) -> str:
-        """Do not try a backend again that was not compiled for this GPU, and return the reason."""
-        self.preference[device] = [other for other in self.preference[device] if other != backend]
-        reason = f"csrc/cuda was not compiled for this GPU ({error}); set RLHF_FAST_CUDA_ARCHS and install again"
-        WHY_MISSING[device] = reason
-        return reason
-
-    def _report_fallback(self, why: str) -> None:
-        """Warn once that the reference runs in a kernel's place, or raise within `strict`."""
-        if is_strict():
-            raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no kernel answers: {why}")
-        if not self.has_warned:
-            self.has_warned = True
-            log.warning("%s runs on its plain-torch reference: %s", self.name, why)
-
     @torch.no_grad()
     def _run_reference(self, *args):
         """Run the reference without gradient, as every other backend runs."""
         return self.reference(*args)
-
-    def _missing_backend_error(self, backend: str, where: str = "") -> str:
-        why = WHY_MISSING.get(backend.partition(":")[0])
-        error = f"{self.name}: no backend {backend!r} here{where}; there are: {', '.join(self.backends)}"
-        return f"{error} ({backend}: {why})" if why else error
-
-    def can_run(self, backend: str, device: str) -> bool:
-        """Return whether `backend` can be forced on tensors of `device`."""
-        if backend not in self.implementations:
-            return False
-        family = backend.partition(":")[0]
-        if family == "triton":
-            return device in TRITON_DEVICES
-        return family in ("reference", device) or (family == "simt" and device == "cpu")
-
-    @property
-    def backends(self) -> list[str]:
-        """The backends that can run here, best last: "reference", "triton", "cpu:generic", "cpu:avx2", ..., "cuda"."""
-        return list(self.implementations)
-
-    def chosen(self, device: str) -> str:
-        """Return the backend that runs for tensors of `device`."""
-        return self.preference[device][0] if device in self.preference else "reference"
-
-    def why(self, device: str) -> str:
-        """Return one line: the backend that runs on `device`, and why there is no better one."""
-        chosen = self.chosen(device)
-        if chosen == "triton":
-            return f"Triton; no compiled kernel: {self._why_not_compiled(device)}"
-        if chosen != "reference":
-            return f"compiled kernel {chosen}"
-        why = self._why_not_compiled(device)
-        if device == "cuda" and "triton" in WHY_MISSING:
-            why += f"; no Triton: {WHY_MISSING['triton']}"
-        return why
-
-    def _why_not_compiled(self, device: str) -> str:
-        symbols = ", ".join(self.required_symbols.get(device, (self.name,)))
-        return WHY_MISSING.get(device) or f"csrc/{device} has no kernel {symbols}"
 
     def backend(self, name: str) -> Callable:
         """Return this op, forced to one backend: `gae.backend("cpu:avx2")(...)`. "cpu" means the best instruction
@@ -300,36 +280,16 @@ class Op:
         self.normalizer = normalizer
         return normalizer
 
-    def compiled(
-        self,
-        launch: Callable | None = None,
-        *,
-        required_symbols: tuple[str, ...] | None = None,
-        devices: tuple[str, ...] = DEVICES,
-    ):
-        """Register `launch(kernels, *args)` for tensors of `devices`, where csrc/ has all of `required_symbols` (by
-        default the op's name). The backend "simt" runs the launcher for "cuda" on CPU tensors."""
-        if launch is None:
-            return functools.partial(self.compiled, required_symbols=required_symbols, devices=devices)
-        symbols = required_symbols or (self.name,)
-        self.required_symbols |= dict.fromkeys(devices, symbols)
-        for backend, module in COMPILED.items():
-            family = backend.partition(":")[0]
-            device = "cuda" if family == "simt" else family
-            if device not in devices or not all(hasattr(module, symbol) for symbol in symbols):
-                continue
-            self.implementations[backend] = functools.partial(launch, module)
-            if family == "simt":  # runs only where it is forced
-                continue
-            if self.preference[device][0] in COMPILED:  # an older instruction set
-                self.preference[device].pop(0)
-            self.preference[device].insert(0, backend)
-        return launch
-
     def gradient(
-        self, backward: Callable, *, setup_context: Callable | None = None, forward: Callable | None = None
+        self,
+        backward: Callable,
+        *,
+        wrt: tuple[str, ...],
+        setup_context: Callable | None = None,
+        forward: Callable | None = None,
     ) -> None:
-        """Register the gradient, in torch.autograd.Function's terms.
+        """Register the gradient, in torch.autograd.Function's terms, with respect to the inputs `wrt`. No other input
+        has a gradient, on no backend.
 
         Give `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`; or, where the forward pass itself
         computes the gradients, `forward(ctx, *args)` and `backward(ctx, *grads)`. A second derivative raises: the
@@ -340,8 +300,13 @@ class Op:
         def run(*args):
             return OPS[name].run(*args)
 
-        self.has_gradient = True
+        self.gradient_inputs = tuple(self.names.index(input_name) for input_name in wrt)
+        torch.library.register_autograd(f"rlhf_fast::{name}", functools.partial(refuse_backward, name), lib=_library)
         self.differentiable = autograd_function(name, run, backward, setup_context, forward)
+
+    @property
+    def has_gradient(self) -> bool:
+        return bool(self.gradient_inputs)
 
     def variant(
         self,

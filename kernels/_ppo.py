@@ -99,13 +99,32 @@ LOSS_ESTIMATORS = KL_ESTIMATORS[:3]
 MAX_EXPONENT = 20.0
 
 
-def kl_estimate(difference: Tensor, estimator: str, clamp: float | None = None) -> Tensor:
+def clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Return x between low and high. Unlike torch.clamp's, the gradient at a NaN is not 0. A NaN bound gives NaN."""
+    bounded = torch.where(x > high, high, torch.where(x < low, low, x))
+    return torch.where(low == low, bounded, x + low) if isinstance(low, Tensor) else bounded
+
+
+def exp_minus_1_minus(x: Tensor, exponent: Tensor) -> Tensor:
+    """Return e^exponent - 1 - x, where exponent is x, or x limited to large bounds.
+
+    Near 0 the difference would cancel, down to negative numbers: there it is a series, to the precision of float64.
+    """
+    is_small = x.abs() <= 0.1
+    small = torch.where(is_small, x, 0)  # so that the gradient of what is not used is finite
+    series = torch.ones_like(x)
+    for i in range(11, 2, -1):
+        series = 1 + small / i * series
+    return torch.where(is_small, small * small / 2 * series, exponent.expm1() - x)
+
+
+def kl_estimate(difference: Tensor, estimator: str, bound: float | None = None) -> Tensor:
     """Return an estimate of KL(policy || reference) in nats from d = log p - log p_ref of the sampled token.
 
         k1: d        k2: d^2 / 2        k3: exp(-d) - 1 + d        abs: |d|
 
-    (Schulman 2020, joschu.net/blog/kl-approx.html.) k3 needs a bound: `clamp` limits d to [-clamp, clamp] in both of
-    its terms; with None, -d is limited to MAX_EXPONENT in the exponential alone.
+    (Schulman 2020, joschu.net/blog/kl-approx.html.) k3 needs one: `bound` limits d to [-bound, bound] in both of its
+    terms; with None, -d is limited to MAX_EXPONENT in the exponential alone.
     """
     if estimator == "k1":
         return difference
@@ -113,21 +132,20 @@ def kl_estimate(difference: Tensor, estimator: str, clamp: float | None = None) 
         return difference**2 / 2
     if estimator == "abs":
         return difference.abs()
-    if clamp is None:
-        return (-difference).clamp(max=MAX_EXPONENT).exp() - 1 + difference
-    negated = (-difference).clamp(-clamp, clamp)
-    return negated.exp() - 1 - negated
+    if bound is None:
+        return exp_minus_1_minus(-difference, clamp(-difference, -torch.inf, MAX_EXPONENT))
+    negated = clamp(-difference, -bound, bound)
+    return exp_minus_1_minus(negated, negated)
 
 
-def kl_grad(difference: Tensor, estimator: str, clamp: float) -> Tensor:
+def kl_grad(difference: Tensor, estimator: str, bound: float) -> Tensor:
     """Return the derivative of `kl_estimate` with respect to log p, for the estimators of a loss: k1, k2 and k3."""
     difference = difference.detach()
     if estimator == "k1":
         return torch.ones_like(difference)
     if estimator == "k2":
         return difference
-    inside = difference.abs() <= clamp
-    return torch.where(inside, 1 - (-difference).clamp(-clamp, clamp).exp(), 0)
+    return torch.where(difference.abs() > bound, 0, -clamp(-difference, -bound, bound).expm1())
 
 
 class Surrogate(NamedTuple):
@@ -148,10 +166,10 @@ def surrogate(unclipped_log_ratio: Tensor, advantage: Tensor, clip: Clip) -> Sur
     The gradient is that of torch.clamp, torch.maximum and torch.minimum: at a clip bound it is kept; at a tie with the
     dual clip it is halved. Beyond clip.log_ratio it is 0.
     """
-    log_ratio = unclipped_log_ratio.clamp(-clip.max_log_ratio, clip.max_log_ratio)
+    log_ratio = clamp(unclipped_log_ratio, -clip.max_log_ratio, clip.max_log_ratio)
     ratio = log_ratio.exp()
     unclipped = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - clip.low, 1 + clip.high)
+    clipped = -advantage * clamp(ratio, 1 - clip.low, 1 + clip.high)
     loss = torch.maximum(unclipped, clipped)
     pass_through = (unclipped >= clipped).to(ratio.dtype)
     clipped_dual = torch.zeros_like(ratio, dtype=torch.bool)
@@ -161,7 +179,7 @@ def surrogate(unclipped_log_ratio: Tensor, advantage: Tensor, clip: Clip) -> Sur
         pass_through = torch.where(loss == dual_bound, pass_through / 2, pass_through)
         pass_through = torch.where(clipped_dual, 0, pass_through)
         loss = torch.minimum(loss, dual_bound)
-    grad = torch.where(unclipped_log_ratio.abs() <= clip.max_log_ratio, pass_through, 0) * -advantage * ratio
+    grad = torch.where(unclipped_log_ratio.abs() > clip.max_log_ratio, 0, pass_through * -advantage * ratio)
     is_clipped = unclipped < clipped
     clipped_low = is_clipped & (ratio < 1 - clip.low)
     clipped_high = is_clipped & (ratio > 1 + clip.high)
@@ -216,20 +234,22 @@ def policy_loss(
         infinity = terms.ratio.new_full((1,), torch.inf)
         ratio_max = torch.cat([torch.where(valid, terms.ratio, -torch.inf).flatten(), -infinity]).amax()
         ratio_min = torch.cat([torch.where(valid, terms.ratio, torch.inf).flatten(), infinity]).amin()
+        ratio_sum = (weights * terms.ratio).sum()
+        is_nan = ratio_sum.isnan()  # also where a weight is NaN
         stats = PolicyStats(
             weight=(weights * valid).sum(),
-            clipped_low=(weights * terms.clipped_low).sum(),
-            clipped_high=(weights * terms.clipped_high).sum(),
-            clipped_dual=(weights * terms.clipped_dual).sum(),
+            clipped_low=torch.where(terms.clipped_low, weights, 0).sum(),
+            clipped_high=torch.where(terms.clipped_high, weights, 0).sum(),
+            clipped_dual=torch.where(terms.clipped_dual, weights, 0).sum(),
             kl_k1=(weights * -terms.log_ratio).sum(),
-            kl_k3=(weights * (terms.ratio - 1 - terms.log_ratio)).sum(),
-            ratio=(weights * terms.ratio).sum(),
+            kl_k3=(weights * exp_minus_1_minus(terms.log_ratio, terms.log_ratio)).sum(),
+            ratio=ratio_sum,
             ratio_square=(weights * terms.ratio**2).sum(),
             policy_loss=surrogate_loss,
             ref_kl=(weights * ref_kl).sum(),
             entropy=(weights * entropy).sum(),
-            ratio_max=ratio_max,
-            ratio_min=ratio_min,
+            ratio_max=torch.where(is_nan, ratio_sum, ratio_max),
+            ratio_min=torch.where(is_nan, ratio_sum, ratio_min),
         )
         return PolicyLoss(loss, stats, (weights * grad).detach(), -entropy_coef * weights)
 
@@ -269,12 +289,12 @@ def value_loss(values: Tensor, old_values: Tensor | None, returns: Tensor, weigh
     if clip.value > 0 and old_values is not None:
         old_value = where_valid(valid, old_values)
         low, high = old_value - clip.value, old_value + clip.value
-        clipped = (value.clamp(low, high) - target) ** 2
+        clipped = (clamp(value, low, high) - target) ** 2
         is_clipped = clipped > unclipped
         pass_through = torch.where(clipped == unclipped, 0.5, 1.0).to(value.dtype)
         pass_through = torch.where(is_clipped, 0, pass_through)
         inside = (value >= low) & (value <= high)
-        grad = torch.where(inside, 1, pass_through) * grad
+        grad = torch.where(clipped == clipped, torch.where(inside, 1, pass_through) * grad, clipped).detach()
         loss = torch.maximum(unclipped, clipped)
 
     def total(term: Tensor) -> Tensor:
@@ -283,7 +303,7 @@ def value_loss(values: Tensor, old_values: Tensor | None, returns: Tensor, weigh
     with torch.no_grad():
         stats = ValueStats(
             value_weight=total(torch.ones_like(value)),
-            value_clipped=total(is_clipped),
+            value_clipped=torch.where(valid & is_clipped, weights, 0).sum(),
             value=total(value),
             value_error=total(unclipped),
             return_=total(target),

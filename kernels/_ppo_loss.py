@@ -126,7 +126,7 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
         importance = torch.where(is_capped, 0.0 if x.importance_mode == "mask" else x.importance_cap, importance)
         policy = loss_with(weights * importance)
     stats["importance"] = torch.where(valid, weights * importance, 0).sum()
-    stats["importance_capped"] = torch.where(valid, weights * is_capped, 0).sum()
+    stats["importance_capped"] = torch.where(valid & is_capped, weights, 0).sum()
     return policy, stats
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels._head import one_logprob, zero_where_minus_inf
 from rlhf_fast.kernels._tensors import upcast_dtype
 
 OUTPUTS = ("tokens", "logprobs", "raw_logprobs", "kept_logprobs", "log_kept_mass", "entropy")
@@ -166,21 +167,25 @@ def sample_reference(
 
     z = (x - largest) / scale
     kept = _kept_tokens(x, z, options)
-    noise = gumbel_noise(options.seed, options.row_ids, options.steps, V) if noise is None else noise.double()
+    noise = (
+        gumbel_noise(options.seed, options.row_ids, options.steps, V)
+        if noise is None
+        else noise.double().nan_to_num(float("-inf"))
+    )
     best = torch.where(kept, z + noise, float("-inf")).max(-1)
     tokens = torch.where(is_greedy, x.argmax(-1), best.indices)
     valid = valid & (is_greedy | (best.values > float("-inf")))
-    log_kept_sum = (z.exp() * kept).sum(-1).log() + ((largest - largest_of_all) / scale)[:, 0]
+    kept = kept if allowed is None else kept & allowed
 
     shifted = logits - largest_of_all
     column = tokens[:, None]
     z = shifted / scale
     mass = z.exp()
-    total = mass.sum(-1)
-    logprobs = z.gather(1, column)[:, 0] - total.log()
-    raw_logprobs = shifted.gather(1, column)[:, 0] - shifted.exp().sum(-1).log()
-    log_kept_mass = (log_kept_sum - total.log()).clamp(max=0)
-    entropy = total.log() - (mass * z.clamp(min=-1000)).sum(-1) / total
+    logprobs, raw_logprobs = one_logprob(z, column)[:, 0], one_logprob(shifted, column)[:, 0]
+    kept_logprobs = one_logprob(z.masked_fill(~kept, float("-inf")), column)[:, 0]
+    log_kept_mass = -torch.log1p((mass * ~kept).sum(-1) / (mass * kept).sum(-1))
+    logp = z.log_softmax(-1).scatter(1, column, logprobs[:, None])
+    entropy = -(logp.exp() * zero_where_minus_inf(logp)).sum(-1)
 
     def zero_if_greedy(x: Tensor) -> Tensor:
         return torch.where(is_greedy, 0.0, x)
@@ -192,7 +197,7 @@ def sample_reference(
         torch.where(valid, tokens, -1),
         output(zero_if_greedy(logprobs)),
         output(raw_logprobs),
-        output(zero_if_greedy(logprobs - log_kept_mass)),
+        output(zero_if_greedy(kept_logprobs)),
         output(zero_if_greedy(log_kept_mass)),
         output(zero_if_greedy(entropy)),
     )

@@ -45,7 +45,9 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def contiguous_float32(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return dense float32 tensors, and None for None."""
-    return [x if x is None else x.float().contiguous() for x in tensors]
+    return [
+        x if x is None or (x.dtype is torch.float32 and x.is_contiguous()) else x.float().contiguous() for x in tensors
+    ]
 
 
 def contiguous_floats(*tensors: Tensor | None) -> list[Tensor | None]:

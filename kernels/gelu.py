@@ -27,8 +27,9 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 def _(x, approximate):
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    if not x.is_floating_point():
-        raise ValueError(f"gelu: x must be floating point, got {x.dtype}")
+    if not x.is_floating_point() or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.dtype
+        raise ValueError(f"gelu: x must be floating point and dense, got {kind}")
     return x.detach(), approximate
 
 

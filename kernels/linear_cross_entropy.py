@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_coefficients
+from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_grads
 from rlhf_fast.kernels._head_checks import check_head, check_rows, check_targets
 from rlhf_fast.kernels._head_inputs import cost, random_head_inputs
 from rlhf_fast.kernels._op import op
@@ -39,8 +39,8 @@ def linear_cross_entropy(
     Raises ValueError where shapes do not fit, or a target is out of range (on CPU only).
     """
     check_targets("linear_cross_entropy", targets, weight.shape[0])
-    logp = head.scale_logits(head.raw_logits(hidden, weight, bias, targets), 1.0, softcap).log_softmax(-1)
-    logprobs = head.gather_targets(logp, targets)
+    x = head.raw_logits(hidden, weight, bias, targets)
+    logprobs = head.gather_targets(head.log_softmax(x, targets, 1.0, softcap), targets).to(x.dtype)
     weights = head.default_weights(weights, targets)
     return -torch.where(weights != 0, weights * logprobs, 0).sum(), logprobs.detach()
 
@@ -62,8 +62,8 @@ def _launch(kernels, hidden, weight, targets, weights, bias, softcap, *needs_gra
     g = cpu_head.gather_valid(-head.default_weights(weights, targets).flatten())
 
     def coefficients_of(results, rows):
-        _, _, m, log_s = results
-        return pack_row_coefficients(m, log_s, g[rows], -g[rows])
+        logprobs, entropy, largest, sums = results
+        return pack_row_grads(largest, head.row_grads(g[rows], torch.zeros_like(g[rows]), logprobs, entropy, sums))
 
     results, grads = cpu_head.results_and_grads(coefficients_of, needs_grad)
     logprobs = results[0]
@@ -80,10 +80,10 @@ def linear_cross_entropy_with_gradients(hidden, weight, targets, weights, bias, 
     needed."""
     check_targets("linear_cross_entropy", targets, weight.shape[0])
     x = head.raw_logits(hidden, weight, bias, targets)
-    logp = head.scale_logits(x, 1.0, softcap).log_softmax(-1)
-    logprobs, g = head.gather_targets(logp, targets), -head.default_weights(weights, targets)
-    z_grad = head.logits_grad(logp, targets, g, -g, torch.zeros_like(g))
-    raw_grad = z_grad * head.scale_logits_grad(x, 1.0, softcap)
+    softmax = head.log_softmax(x, targets, 1.0, softcap)
+    logprobs, g = head.gather_targets(softmax, targets).to(x.dtype), -head.default_weights(weights, targets)
+    z_grad = head.logits_grad(softmax, targets, g, torch.zeros_like(g))
+    raw_grad = (z_grad * head.scale_logits_grad(x, 1.0, softcap)).to(x.dtype)
     grads = head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
     return torch.where(g != 0, g * logprobs, 0).sum(), logprobs, *grads
 
@@ -104,7 +104,7 @@ def _backward(ctx, grad_loss, _grad_logprobs):
     return d_hidden, d_weight, None, None, d_bias, None
 
 
-linear_cross_entropy.gradient(_backward, forward=_forward)
+linear_cross_entropy.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 linear_cross_entropy.cost(cost)
 
 SMALL = [

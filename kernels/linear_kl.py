@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_coefficients
+from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_grads
 from rlhf_fast.kernels._head_checks import check_head, check_targets
 from rlhf_fast.kernels._head_inputs import cost
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import detached, upcast
+from rlhf_fast.kernels._tensors import detached
 
 
 def _fake(hidden, _weight, _ref_hidden, _ref_weight, targets, *_options):
@@ -66,81 +66,94 @@ def _cpu_heads(kernels, hidden, weight, ref_hidden, ref_weight, targets, tempera
 @linear_kl.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
     policy, reference = _cpu_heads(kernels, *args)
-    logprobs, entropy, _, _, ref_logprobs, kl, _, _ = policy.statistics(reference)
+    logprobs, entropy, _, _, ref_logprobs, kl, *_ = policy.statistics(reference)
     return tuple(map(policy.scatter_valid, (logprobs, ref_logprobs, entropy, kl)))
 
 
 def _fake_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, *_options):
     outputs = _fake(hidden, weight, ref_hidden, ref_weight, targets)
-    return *outputs, outputs[0].new_empty(4, *targets.shape)
+    return *outputs, outputs[0].new_empty(5, *targets.shape)
 
 
 @linear_kl.variant(outputs=5, fake=_fake_with_statistics)
 def linear_kl_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias):
-    """Return the outputs of `linear_kl` and (4, ...) for its gradient: the largest z and log sum exp(z - it), of the
-    policy and of the reference."""
+    """Return the outputs of `linear_kl` and (5, ...) for its gradient, of all tokens but the target: the largest raw
+    logit and the sum of exp(z - its z), of the policy and of the reference, and the sum of p (log p - log p_ref)."""
     check_targets("linear_kl", targets, weight.shape[0])
-    z = head.scale_logits(head.raw_logits(hidden, weight, bias, targets), temperature, softcap)
-    ref_z = head.scale_logits(head.raw_logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
-    logp, ref_logp = z.log_softmax(-1), ref_z.log_softmax(-1)
-    kl = (logp.exp() * (head.zero_where_minus_inf(logp) - ref_logp.masked_fill(logp == -torch.inf, 0))).sum(-1)
-    return (
-        head.gather_targets(logp, targets),
-        head.gather_targets(ref_logp, targets),
-        head.entropy(logp, targets),
-        kl.masked_fill(targets == head.IGNORE_INDEX, 0),
-        torch.cat([head.row_statistics(z, targets), head.row_statistics(ref_z, targets)]),
+    x = head.raw_logits(hidden, weight, bias, targets)
+    ref_x = head.raw_logits(ref_hidden, ref_weight, ref_bias, targets)
+    policy, reference = (head.log_softmax(logits, targets, temperature, softcap) for logits in (x, ref_x))
+    kl = head.exact_kl(policy, reference)
+    of_others, of_target = (
+        part.squeeze(-1).masked_fill(targets == head.IGNORE_INDEX, 0) for part in (kl.of_others, kl.of_target)
     )
+    statistics = [head.row_statistics(softmax, targets) for softmax in (policy, reference)]
+    rows = (
+        head.gather_targets(policy, targets),
+        head.gather_targets(reference, targets),
+        head.entropy(policy, targets),
+        of_others + of_target,
+        torch.cat([*statistics, of_others[None]]),
+    )
+    return tuple(row.to(x.dtype) for row in rows)
 
 
 @linear_kl_with_statistics.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
     policy, reference = _cpu_heads(kernels, *args)
     rows = map(policy.scatter_valid, policy.statistics(reference))
-    logprobs, entropy, m, log_s, ref_logprobs, kl, ref_m, ref_log_s = rows
-    return logprobs, ref_logprobs, entropy, kl, torch.stack([m, log_s, ref_m, ref_log_s])
+    logprobs, entropy, largest, sums, ref_logprobs, kl, *others = rows
+    return logprobs, ref_logprobs, entropy, kl, torch.stack([largest, sums, *others])
+
+
+_ROWS = ("logprobs", "ref_logprobs", "entropy", "kl")
 
 
 def _fake_backward(*args):
-    hidden, weight, bias = args[6], args[7], args[13]
+    hidden, weight, bias = args[8], args[9], args[15]
     return head.empty_input_grads(hidden, weight, bias, args[-3:])
 
 
 @linear_kl.variant(
     outputs=3,
-    tensors=("grad_logprobs", "grad_entropy", "grad_kl", "entropy", "kl", "statistics"),
+    tensors=("grad_logprobs", "grad_entropy", "grad_kl", *_ROWS, "statistics"),
     flags=head.NEEDS_GRAD,
     fake=_fake_backward,
 )
 def linear_kl_backward(
-    grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, hidden, weight, ref_hidden, ref_weight, targets,
-    temperature, softcap, bias, ref_bias, *needs_grad,
+    grad_logprobs, grad_entropy, grad_kl, _logprobs, _ref_logprobs, _entropy, _kl, _statistics, hidden, weight,
+    ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias, *needs_grad,
 ):  # fmt: skip
-    """Return the gradients of hidden, weight and bias, (0,) where not needed. Both logits are computed again."""
+    """Return the gradients of hidden, weight and bias, (0,) where not needed. Both logits are computed again; kernels
+    take p from the outputs of the forward pass."""
     x = head.raw_logits(hidden, weight, bias, targets)
-    ref_z = head.scale_logits(head.raw_logits(ref_hidden, ref_weight, ref_bias, targets), temperature, softcap)
-    m, log_s, ref_m, ref_log_s = upcast(statistics)[..., None]
-    logp = head.scale_logits(x, temperature, softcap) - m - log_s
-    ref_logp = ref_z - ref_m - ref_log_s
-    g, h, k = upcast(grad_logprobs), upcast(grad_entropy), upcast(grad_kl)
-    z_grad = head.logits_grad(logp, targets, g, -g - h * entropy - k * kl, -h, -k, ref_logp)
-    raw_grad = z_grad * head.scale_logits_grad(x, temperature, softcap)
+    ref_x = head.raw_logits(ref_hidden, ref_weight, ref_bias, targets)
+    policy, reference = (head.log_softmax(logits, targets, temperature, softcap) for logits in (x, ref_x))
+    z_grad = head.logits_grad(policy, targets, grad_logprobs, grad_entropy, grad_kl, reference)
+    raw_grad = (z_grad * head.scale_logits_grad(x, temperature, softcap)).to(x.dtype)
     return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 
 
 @linear_kl_backward.compiled(required_symbols=KERNELS)
-def _(kernels, grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, *args):
-    policy, reference = _cpu_heads(kernels, *args[:-3])
-    g, h, k, entropy, kl, m, log_s, ref_m, ref_log_s = (
-        policy.gather_valid(x.flatten()) for x in (grad_logprobs, grad_entropy, grad_kl, entropy, kl, *statistics)
+def _(kernels, *args):
+    policy, reference = _cpu_heads(kernels, *args[8:-3])
+    g, h, k, logprobs, ref_logprobs, entropy, kl, largest, sums, ref_largest, ref_sums, kl_of_others = (
+        policy.gather_valid(x.flatten()) for x in (*args[:7], *args[7])
     )
-    coefficients = pack_row_coefficients(m, log_s, g, -g - h * entropy - k * kl, -h, -k, ref_m, ref_log_s)
-    return policy.grads(coefficients, args[-3:], reference)
+    kl_rows = head.KLRows(k, ref_logprobs, ref_sums, kl, kl_of_others)
+    grads = head.row_grads(g, h, logprobs, entropy, sums, kl_rows)
+    # The reference's log p of a target more than 103 nats ahead is 0 in float32: its logit says how far it is.
+    rows, columns = reference.hidden.float(), reference.weight[reference.targets].float()
+    own = (rows * columns).sum(-1) + (0 if reference.bias is None else reference.bias[reference.targets])
+    z, z_largest = (head.scale_logits(x.double(), *reference.scalars) for x in (own, ref_largest))
+    log_total = torch.logaddexp(z - z_largest, ref_sums.double().log())
+    grads = grads._replace(ref_log_scale=(-log_total).clamp(min=-1e30))
+    return policy.grads(pack_row_grads(largest, grads, ref_largest), args[-3:], reference)
 
 
 def _forward(ctx, *args):
     logprobs, ref_logprobs, entropy, kl, statistics = linear_kl_with_statistics.torch_op(*args)
-    ctx.save_for_backward(entropy, kl, statistics, *args[:5], *args[7:])
+    ctx.save_for_backward(logprobs, ref_logprobs, entropy, kl, statistics, *args[:5], *args[7:])
     ctx.scalars = args[5:7]
     ctx.mark_non_differentiable(ref_logprobs)
     return logprobs, ref_logprobs, entropy, kl
@@ -156,7 +169,7 @@ def _backward(ctx, grad_logprobs, _grad_ref_logprobs, grad_entropy, grad_kl):
     return d_hidden, d_weight, None, None, None, None, None, d_bias, None
 
 
-linear_kl.gradient(_backward, forward=_forward)
+linear_kl.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 
 SMALL = [
     {"N": 1, "D": 1, "E": 1, "V": 2},
@@ -210,6 +223,6 @@ def _(**size):
 @linear_kl_backward.inputs(small_sizes=SMALL[1:5], large_sizes=[{"N": 1024, "D": 256, "E": 256, "V": 8192}])
 def _(device, **size):
     args = detached(_make_inputs(device=device, **size))
-    _, _, entropy, kl, statistics = linear_kl_with_statistics.reference(*args)
-    grads = torch.randn(3, *entropy.shape, device=device)
-    return *grads, entropy, kl, statistics, *args, True, not size.get("frozen_weight"), args[7] is not None
+    outputs = linear_kl_with_statistics.reference(*args)
+    grads = torch.randn(3, *outputs[0].shape, device=device)
+    return *grads, *outputs, *args, True, not size.get("frozen_weight"), args[7] is not None

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.kernels import _head as head
-from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_coefficients
+from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_grads
 from rlhf_fast.kernels._head_checks import check_head, check_targets
 from rlhf_fast.kernels._head_inputs import cost, random_head_inputs
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import detached, upcast
+from rlhf_fast.kernels._tensors import detached
 
 
 def _fake(hidden, _weight, targets, *_options):
@@ -28,6 +28,8 @@ def linear_logprobs(
 
         z = softcap(hidden . weight' + bias) / temperature, softcap(x) = c tanh(x / c), c = 0 for none
         log p = z - logsumexp z        entropy = -sum p log p
+
+    log p and its gradient keep their relative precision where log p is near 0, as in `token_logprobs`.
 
     hidden (..., D), weight (V, D), bias (V,): floating point; the logits are float32 whatever their dtype. Only a block
         of logits exists at a time.
@@ -61,55 +63,58 @@ def _fake_with_statistics(hidden, weight, targets, *_options):
 
 @linear_logprobs.variant(outputs=3, fake=_fake_with_statistics)
 def linear_logprobs_with_statistics(hidden, weight, targets, bias, temperature, softcap):
-    """Return the outputs of `linear_logprobs` and (2, ...) for its gradient: the largest z and log sum exp(z - it)."""
+    """Return the outputs of `linear_logprobs` and (2, ...) for its gradient, of all tokens but the target: the largest
+    raw logit, and the sum of exp(z - its z)."""
     check_targets("linear_logprobs", targets, weight.shape[0])
-    z = head.scale_logits(head.raw_logits(hidden, weight, bias, targets), temperature, softcap)
-    logp = z.log_softmax(-1)
-    return head.gather_targets(logp, targets), head.entropy(logp, targets), head.row_statistics(z, targets)
+    x = head.raw_logits(hidden, weight, bias, targets)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    rows = head.gather_targets(softmax, targets), head.entropy(softmax, targets)
+    return *(row.to(x.dtype) for row in rows), head.row_statistics(softmax, targets).to(x.dtype)
 
 
 @linear_logprobs_with_statistics.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
     cpu_head = CpuHead(kernels, "linear_logprobs", *args)
-    logprobs, entropy, m, log_s = map(cpu_head.scatter_valid, cpu_head.statistics())
-    return logprobs, entropy, torch.stack([m, log_s])
+    logprobs, entropy, largest, sums = map(cpu_head.scatter_valid, cpu_head.statistics())
+    return logprobs, entropy, torch.stack([largest, sums])
 
 
-def _fake_backward(_grad_logprobs, _grad_entropy, _entropy, _statistics, hidden, weight, _targets, bias, *options):
+def _fake_backward(*args):
+    hidden, weight, _targets, bias, *options = args[5:]
     return head.empty_input_grads(hidden, weight, bias, options[2:])
 
 
 @linear_logprobs.variant(
     outputs=3,
-    tensors=("grad_logprobs", "grad_entropy", "entropy", "statistics"),
+    tensors=("grad_logprobs", "grad_entropy", "logprobs", "entropy", "statistics"),
     flags=head.NEEDS_GRAD,
     fake=_fake_backward,
 )
 def linear_logprobs_backward(
-    grad_logprobs, grad_entropy, entropy, statistics, hidden, weight, targets, bias, temperature, softcap, *needs_grad
-):
-    """Return the gradients of hidden, weight and bias, (0,) where not needed. The logits are computed again."""
+    grad_logprobs, grad_entropy, _logprobs, _entropy, _statistics, hidden, weight, targets, bias, temperature, softcap,
+    *needs_grad,
+):  # fmt: skip
+    """Return the gradients of hidden, weight and bias, (0,) where not needed. The logits are computed again; kernels
+    take p from logprobs, entropy and statistics, the outputs of the forward pass."""
     x = head.raw_logits(hidden, weight, bias, targets)
-    m, log_s = upcast(statistics)[..., None]
-    logp = head.scale_logits(x, temperature, softcap) - m - log_s
-    g, h = upcast(grad_logprobs), upcast(grad_entropy)
-    z_grad = head.logits_grad(logp, targets, g, -g - h * entropy, -h)
-    raw_grad = z_grad * head.scale_logits_grad(x, temperature, softcap)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    z_grad = head.logits_grad(softmax, targets, grad_logprobs, grad_entropy)
+    raw_grad = (z_grad * head.scale_logits_grad(x, temperature, softcap)).to(x.dtype)
     return head.input_grads(raw_grad, hidden, weight, bias, targets, needs_grad)
 
 
 @linear_logprobs_backward.compiled(required_symbols=KERNELS)
-def _(kernels, grad_logprobs, grad_entropy, entropy, statistics, *args):
+def _(kernels, grad_logprobs, grad_entropy, logprobs, entropy, statistics, *args):
     cpu_head = CpuHead(kernels, "linear_logprobs", *args[:-3])
-    g, h, entropy, m, log_s = (
-        cpu_head.gather_valid(x.flatten()) for x in (grad_logprobs, grad_entropy, entropy, *statistics)
+    g, h, logprobs, entropy, largest, sums = (
+        cpu_head.gather_valid(x.flatten()) for x in (grad_logprobs, grad_entropy, logprobs, entropy, *statistics)
     )
-    return cpu_head.grads(pack_row_coefficients(m, log_s, g, -g - h * entropy, -h), args[-3:])
+    return cpu_head.grads(pack_row_grads(largest, head.row_grads(g, h, logprobs, entropy, sums)), args[-3:])
 
 
 def _forward(ctx, *args):
     logprobs, entropy, statistics = linear_logprobs_with_statistics.torch_op(*args)
-    ctx.save_for_backward(entropy, statistics, *args[:4])
+    ctx.save_for_backward(logprobs, entropy, statistics, *args[:4])
     ctx.scalars = args[4:]
     return logprobs, entropy
 
@@ -123,7 +128,7 @@ def _backward(ctx, grad_logprobs, grad_entropy):
     return d_hidden, d_weight, None, d_bias, None, None
 
 
-linear_logprobs.gradient(_backward, forward=_forward)
+linear_logprobs.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 
 SMALL = [
     {"N": 1, "D": 1, "V": 2},
@@ -151,6 +156,6 @@ def _(**size):
 @linear_logprobs_backward.inputs(small_sizes=SMALL[1:5], large_sizes=[{"N": 1024, "D": 256, "V": 8192, "bias": True}])
 def _(device, **size):
     args = detached(_make_inputs(device=device, **size))
-    _, entropy, statistics = linear_logprobs_with_statistics.reference(*args)
-    grads = torch.randn(2, *entropy.shape, device=device)
-    return *grads, entropy, statistics, *args, True, not size.get("frozen_weight"), args[3] is not None
+    outputs = linear_logprobs_with_statistics.reference(*args)
+    grads = torch.randn(2, *outputs[0].shape, device=device)
+    return *grads, *outputs, *args, True, not size.get("frozen_weight"), args[3] is not None

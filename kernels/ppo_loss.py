@@ -263,7 +263,7 @@ def _backward(ctx, policy_grad, value_grad, _stats_grad):
     return Inputs(*[None] * len(Inputs._fields))._replace(logprobs=grads[0], values=grads[1])
 
 
-ppo_loss.gradient(_backward, forward=_forward)
+ppo_loss.gradient(_backward, wrt=("logprobs", "values"), forward=_forward)
 
 
 def _make_inputs(

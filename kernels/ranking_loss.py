@@ -170,7 +170,7 @@ def _backward(ctx, grad_loss, _grad_stats):
     return (grad_loss * grad).to(ctx.dtype), None, None, None
 
 
-ranking_loss.gradient(_backward, forward=_forward)
+ranking_loss.gradient(_backward, wrt=("scores",), forward=_forward)
 
 SMALL: list[dict[str, Any]] = [
     {"sizes": (2,)},

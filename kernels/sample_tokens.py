@@ -41,7 +41,7 @@ def sample_tokens(
         kept_logprobs, log_kept_mass and entropy are 0; raw_logprobs is as with any temperature.
     row_ids (B,) int64: names each sample, say prompt * samples + sample; required.
     steps (B,) or an int: counts the tokens of each sample; required.
-    noise (B, V): Gumbel values that replace the keyed noise.
+    noise (B, V): Gumbel values that replace the keyed noise; a token whose noise is NaN is not sampled.
 
     Returns, the first int64, the others float32:
         tokens: -1, and NaN in the other outputs, for a row without a distribution: a NaN or +inf, no finite logit, an

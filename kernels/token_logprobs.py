@@ -28,6 +28,9 @@ def token_logprobs(
         z = cap(logits) / temperature        cap(x) = softcap tanh(x / softcap), or x where softcap is 0
         log p = z - logsumexp(z)             entropy = -sum p log p
 
+    log p is computed as -log1p(sum of the others' exp(z) / its own): it and its gradient keep their relative precision
+    where log p is near 0.
+
         logits (..., V): -inf is a token that cannot be sampled
         targets (...), int64 or int32: a target of -100 is ignored: its outputs and gradients are 0, and its logits are
             not read
@@ -38,8 +41,8 @@ def token_logprobs(
     """
     head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
-    logp = head.scale_logits(x, temperature, softcap).log_softmax(-1)
-    return head.gather_targets(logp, targets), head.entropy(logp, targets)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    return head.gather_targets(softmax, targets).to(x.dtype), head.entropy(softmax, targets).to(x.dtype)
 
 
 @token_logprobs.normalize
@@ -97,11 +100,10 @@ def _split_sums(kernels: ModuleType, logits: Tensor) -> Tensor | None:
 def token_logprobs_backward(
     grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, targets: Tensor, temperature: float, softcap: float
 ) -> Tensor:
-    """Return the gradient of the logits, in their dtype. It is computed in float32 and rounded once."""
+    """Return the gradient of the logits, in their dtype. It is rounded once."""
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)
-    logp = head.scale_logits(x, temperature, softcap).log_softmax(-1)
-    g, h = upcast(grad_logprobs), upcast(grad_entropy)
-    dz = head.logits_grad(logp, targets, g, -g - h * head.entropy(logp, targets), -h)
+    softmax = head.log_softmax(x, targets, temperature, softcap)
+    dz = head.logits_grad(softmax, targets, grad_logprobs, grad_entropy)
     return (dz * head.scale_logits_grad(x, temperature, softcap)).to(logits.dtype).contiguous()
 
 
@@ -129,7 +131,7 @@ def _backward(ctx, grad_logprobs, grad_entropy):
     return grad, None, None, None
 
 
-token_logprobs.gradient(_backward, setup_context=_setup_context)
+token_logprobs.gradient(_backward, wrt=("logits",), setup_context=_setup_context)
 
 
 @token_logprobs.cost

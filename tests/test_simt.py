@@ -213,9 +213,8 @@ def test_every_kernel_is_clean_under_the_sanitizers():
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
     }
-    files = [
-        f"tests/test_{name}.py" for name in ("ops", "gae", "ppo_advantages", "ppo_loss", "cuda_rows", "cuda_decode")
-    ]
+    names = ("ops", "gae", "ppo_advantages", "ppo_loss", "cuda_rows", "cuda_decode", "cuda_filters")
+    files = [f"tests/test_{name}.py" for name in names]
     selected = "simt and as_near_the_truth or split or number_of_blocks or test_cuda and not coefficients"
     tests = [*files, "-k", selected, "-n", "0", "-m", "", "-p", "no:cacheprovider", "-rN"]
     completed = subprocess.run(

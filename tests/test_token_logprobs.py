@@ -1,5 +1,7 @@
 """token_logprobs: bits that do not depend on the batch, signs, extreme logits, errors."""
 
+import math
+
 import pytest
 import torch
 
@@ -94,6 +96,41 @@ def test_nan_propagates(backend, where):
     assert logprobs.isnan().all() and entropy.isnan().all()
 
 
+INFINITE = [[math.inf, 0.0, 1.0], [0.5, -math.inf, math.inf], [-math.inf] * 3, [math.inf] * 3, [math.inf, -math.inf, 0]]
+
+
+@every
+@pytest.mark.parametrize("row", INFINITE, ids=str)
+def test_a_row_without_a_distribution_is_nan(backend, row):
+    """A row with +inf, or with nothing above -inf; alone and beside 40 tokens more."""
+    for more in (0, 40):
+        fill = 0.0 if math.inf in row else -math.inf
+        logits = torch.tensor([[*row, *[fill] * more]] * len(row), requires_grad=True)
+        targets = torch.arange(len(row))
+        outputs = ops.token_logprobs.backend(backend)(logits, targets)
+        assert outputs[0].isnan().all() and outputs[1].isnan().all()
+        for output in outputs:
+            assert torch.autograd.grad(output.sum(), logits, retain_graph=True)[0].isnan().all()
+
+
+@every
+@pytest.mark.parametrize("softcap", [30.0, 0.3, 50.0, 7.0])
+@pytest.mark.parametrize("row", [*INFINITE, [-math.inf, 3.0, 0.0], [-3.4e38, 3.4e38, 0.0]], ids=str)
+def test_a_softcap_makes_infinite_logits_finite(backend, row, softcap):
+    logits = torch.tensor([[*row, *torch.randn(50)]] * len(row), requires_grad=True)
+    targets = torch.arange(len(row))
+    outputs = ops.token_logprobs.backend(backend)(logits, targets, 0.7, softcap)
+    x = logits.detach().double().requires_grad_()
+    truth = (softcap * torch.tanh(x / softcap) / 0.7).log_softmax(-1)
+    exact = truth[targets, targets], -(truth.exp() * truth).sum(-1)
+    for ours, expected in zip(outputs, exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=5e-6, rtol=1e-5)
+        grad, expected = (
+            torch.autograd.grad(y.sum(), v, retain_graph=True)[0].double() for y, v in ((ours, logits), (expected, x))
+        )
+        torch.testing.assert_close(grad, expected, atol=5e-6, rtol=1e-4)
+
+
 @every
 def test_one_output_alone_has_a_gradient(backend):
     logits, targets = random_inputs(3, 50)
@@ -103,6 +140,38 @@ def test_one_output_alone_has_a_gradient(backend):
         (ops.token_logprobs.reference(truth, targets, 1.0, 0.0)[i] * torch.arange(3)).sum().backward()
         torch.testing.assert_close(ours.grad.double(), truth.grad, atol=2e-6, rtol=1e-5)
         assert truth.grad.abs().max() > 1e-3
+
+
+@every
+@pytest.mark.parametrize(
+    "mean, sd, temperature", [(0, 20, 0.7), (300, 3, 0.7), (-2000, 5, 0.3), (50, 8, 1.9), (7e3, 3, 0.05)]
+)
+def test_gradients_at_a_temperature_are_as_exact_as_plain_torchs(backend, mean, sd, temperature):
+    """A kernel that computes z in its backward pass otherwise than in its forward pass has other probabilities."""
+    logits, targets = sd * torch.randn(8, 700) + mean, torch.randint(700, (8,))
+
+    def gradient(run, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(run(x).sum(), x)[0].double()
+
+    def plain(x):
+        return (x / temperature).log_softmax(-1).gather(-1, targets[:, None])
+
+    truth = gradient(plain, logits.double())
+    ours = gradient(lambda x: ops.token_logprobs.backend(backend)(x, targets, temperature)[0], logits)
+    bound = 2 * (gradient(plain, logits) - truth).norm() + 2e-7 * truth.norm()
+    assert (ours - truth).norm() <= bound
+
+
+@every
+@pytest.mark.parametrize("temperature", [1e-12, 1e-30])
+def test_a_tiny_temperature_gives_certain_tokens_no_gradient(backend, temperature):
+    logits = torch.tensor([[0.3, 0.7, -1.0], [5.0, 5.0, 2.0]], requires_grad=True)
+    logprobs, entropy = ops.token_logprobs.backend(backend)(logits, torch.tensor([1, 1]), temperature)
+    torch.testing.assert_close(logprobs, torch.tensor([0.0, -math.log(2)]))
+    torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(2)]))
+    (gradient,) = torch.autograd.grad(logprobs[0], logits)
+    assert (gradient == 0).all()
 
 
 @every

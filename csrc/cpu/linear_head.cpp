@@ -12,11 +12,11 @@
 
 namespace {
 
-// A row's state between two blocks. The last two only with a reference.
+// A row's state between two blocks. The last two only with a reference; B is in distances.
 struct HeadState {
   SoftmaxState policy;
   SoftmaxState reference;
-  float cross;  // B
+  double cross;  // B
 };
 
 // A block's rows: `ref` is null without a reference. Column 0 of the block is column `first` of the vocabulary.
@@ -31,44 +31,68 @@ struct Block {
 template <bool SOFTCAP>
 void add_pair(HeadState& state, const float* x, const float* ref, const Block& block, int64_t target,
               const Scaling& scaling) {
-  alignas(64) float z[TILE];
-  alignas(64) float z2[TILE];
+  Tile tile, ref_tile;
   const float *const bias = block.bias, *const ref_bias = block.ref_bias;
   for (int64_t begin = 0; begin < block.columns; begin += TILE) {
     const int n = (int)min<int64_t>(TILE, block.columns - begin);
-    const float tile_max = scale_tile<SOFTCAP>(x + begin, bias ? bias + begin : nullptr, n, scaling, z);
-    const float ref_tile_max = scale_tile<SOFTCAP>(ref + begin, ref_bias ? ref_bias + begin : nullptr, n, scaling, z2);
-    if (target >= begin && target < begin + n) {
-      state.policy.target = z[target - begin];
-      state.reference.target = z2[target - begin];
+    const int64_t taken = target >= begin && target < begin + n ? target - begin : -1;
+    tile.fill(x + begin, bias ? bias + begin : nullptr, n);
+    ref_tile.fill(ref + begin, ref_bias ? ref_bias + begin : nullptr, n);
+    if (taken >= 0) {
+      state.policy.target = tile.take(taken);
+      state.reference.target = ref_tile.take(taken);
     }
     const float old_ref_max = state.reference.max;
-    const float factor = rescale(state.policy, max(state.policy.max, tile_max));
-    state.cross = factor > 0.f ? state.cross * factor : 0.f;
-    rescale(state.reference, max(old_ref_max, ref_tile_max));
-    if (state.reference.max > old_ref_max && state.policy.sum > 0.f && old_ref_max > -__builtin_inff())
-      state.cross += (old_ref_max - state.reference.max) * state.policy.sum;
-    const f32 row_max = splat(max(state.policy.max, -FLT_MAX)), ref_max = splat(max(state.reference.max, -FLT_MAX));
-    f32 sums = splat(0.f), moments = sums, ref_sums = sums, cross = sums;
-    for (int i = 0; i < n; i += W) {
-      const f32 exact = load(z + i) - row_max, d = clamp_exponent(exact), ref_d = load(z2 + i) - ref_max;
-      const f32 e = select(exact < splat(MIN_EXPONENT), splat(0.f), fast_exp(d));
-      sums = sums + e;
-      moments = moments + d * e;
-      ref_sums = ref_sums + fast_exp(clamp_exponent(ref_d));
-      cross = cross + select(e == splat(0.f), splat(0.f), ref_d * e);
+    const double factor = rescale<SOFTCAP>(state.policy, max(state.policy.max, tile.max), scaling);
+    state.cross = factor > 0. ? state.cross * factor : 0.;
+    rescale<SOFTCAP>(state.reference, max(old_ref_max, ref_tile.max), scaling);
+    const float ref_max = state.reference.max;
+    if (ref_max > old_ref_max && state.policy.sum > 0. && old_ref_max > -__builtin_inff())
+      state.cross +=
+          ((double)position<SOFTCAP>(old_ref_max, scaling) - position<SOFTCAP>(ref_max, scaling)) * state.policy.sum;
+    const bool empty = is_empty<SOFTCAP>(state.policy, tile, n, taken);
+    const bool ref_empty = is_empty<SOFTCAP>(state.reference, ref_tile, n, taken);
+    tile.to_positions<SOFTCAP>(taken, n, scaling);
+    ref_tile.to_positions<SOFTCAP>(taken, n, scaling);
+    const f32 origin = splat(position<SOFTCAP>(state.policy.max, scaling));
+    const f32 ref_origin = splat(position<SOFTCAP>(ref_max, scaling)), lowest = splat(scaling.lowest);
+    f32 sums[GROUP] = {}, ref_sums[GROUP] = {}, moments = {}, crosses = {};
+    i32 ties = {}, ref_ties = {};
+    for (int i = 0; i < tile.columns; i += GROUP * W) {
+      f32 e[GROUP], ref_e[GROUP];
+#pragma GCC unroll 8
+      for (int j = 0; j < GROUP; ++j) {
+        const f32 raw_distance = load(tile.x + i + j * W) - origin, distance = max(lowest, raw_distance);
+        const f32 ref_distance = load(ref_tile.x + i + j * W) - ref_origin;
+        e[j] = select(raw_distance < lowest, splat(0.f), exp_distance(distance, scaling));
+        ref_e[j] = exp_distance(max(lowest, ref_distance), scaling);
+        moments = moments + distance * e[j];
+        crosses = crosses + select(e[j] == splat(0.f), splat(0.f), ref_distance * e[j]);
+        if (SOFTCAP) {
+          ties -= raw_distance == splat(0.f);
+          ref_ties -= ref_distance == splat(0.f);
+        }
+      }
+      sums[i / (GROUP * W) % GROUP] += sum_group(e);
+      ref_sums[i / (GROUP * W) % GROUP] += sum_group(ref_e);
     }
-    state.policy.sum += reduce_sum(sums);
-    state.policy.moment += reduce_sum(moments);
-    state.reference.sum += reduce_sum(ref_sums);
-    state.cross += reduce_sum(cross);
+    if (!empty) {
+      state.policy.sum += reduce_sum(sum_group(sums));
+      state.policy.moment += reduce_sum(moments);
+      state.cross += reduce_sum(crosses);
+    }
+    if (!ref_empty) state.reference.sum += reduce_sum(sum_group(ref_sums));
+    for (int i = 0; i < W && SOFTCAP; ++i) {
+      state.policy.ties += ties[i];
+      state.reference.ties += ref_ties[i];
+    }
   }
 }
 
 // Adds a block of logits to the rows' states. x and ref: rows `stride` apart. state (rows, head_state_floats) must come
 // from head_init.
 void head_statistics(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets, uintptr_t state,
-                     int64_t rows, int64_t columns, int64_t stride, int64_t first, float temperature, float softcap,
+                     int64_t rows, int64_t columns, int64_t stride, int64_t first, double temperature, float softcap,
                      int threads) {
   const Block block = {ptr<const float>(bias),
                        ptr<const float>(ref),
@@ -102,38 +126,53 @@ void head_init(uintptr_t state, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) ptr<HeadState>(state)[row] = HeadState{empty_state, empty_state, 0.f};
 }
 
-// Writes the results of whole rows: out (8, rows) = log p, entropy, m, log s; of the reference, log p, KL, m, log s.
-// Without a reference, only the first four.
-void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool has_reference) {
+// The part of the KL of all tokens but the target.
+double kl_of_others(const HeadState& state, const RowSoftmax& policy, const RowSoftmax& reference,
+                    const Scaling& scaling) {
+  if (!(policy.scale > 0.)) return policy.scale;  // 0, or NaN
+  const double moments = (state.policy.moment - state.cross) * scaling.unit;
+  return policy.scale * (moments + state.policy.sum * (policy.log_scale - reference.log_scale));
+}
+
+// Writes the results of whole rows: out (9, rows) = log p, entropy, and of all tokens but the target the largest logit
+// and s; of the reference, log p, KL, the same two, and the others' part of the KL. Without a reference, only the first
+// four.
+void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool has_reference, double temperature, float softcap) {
+  const Scaling scaling = make_scaling(temperature, softcap);
   for (int64_t row = 0; row < rows; ++row) {
     const HeadState& s = ptr<const HeadState>(state)[row];
     float* const column = ptr<float>(out) + row;
-    const float log_sum = scalar_log(s.policy.sum), mean = s.policy.moment / s.policy.sum;
-    column[0] = (s.policy.target - s.policy.max) - log_sum;
-    column[rows] = log_sum - mean;
+    const RowSoftmax policy = finish_row(s.policy, scaling);
+    column[0] = (float)policy.logprob;
+    column[rows] = (float)policy.entropy;
     column[2 * rows] = s.policy.max;
-    column[3 * rows] = log_sum;
+    column[3 * rows] = (float)s.policy.sum;
     if (!has_reference) continue;
-    const float ref_log_sum = scalar_log(s.reference.sum);
-    column[4 * rows] = (s.reference.target - s.reference.max) - ref_log_sum;
-    column[5 * rows] = (mean - s.cross / s.policy.sum) - (log_sum - ref_log_sum);
+    const RowSoftmax reference = finish_row(s.reference, scaling);
+    const double of_others = kl_of_others(s, policy, reference, scaling);
+    const double of_target = policy.p > 0. ? policy.p * (policy.logprob - reference.logprob) : 0.;
+    column[4 * rows] = (float)reference.logprob;
+    column[5 * rows] = (float)(of_others + of_target);
     column[6 * rows] = s.reference.max;
-    column[7 * rows] = ref_log_sum;
+    column[7 * rows] = (float)s.reference.sum;
+    column[8 * rows] = (float)of_others;
   }
 }
 
-template <bool SOFTCAP, bool KL>
+template <bool SOFTCAP>
 void block_gradient(float* x, const Block& block, const LogitGrad* grads, int64_t row, const Scaling& scaling) {
   float* const logits = x + row * block.stride;
-  const float* const ref_logits = KL ? block.ref + row * block.stride : nullptr;
-  row_gradient<SOFTCAP, KL>(logits, block.bias, ref_logits, block.ref_bias, logits, block.columns, block.target(row),
-                            grads[row], scaling);
+  if (block.ref && grads[row].c != 0)  // an unused KL may be infinite
+    row_gradient<SOFTCAP, Loss::KL>(logits, block.bias, block.ref + row * block.stride, block.ref_bias, logits,
+                                    block.columns, block.target(row), grads[row], scaling);
+  else
+    row_gradient<SOFTCAP>(logits, block.bias, logits, block.columns, block.target(row), grads[row], scaling);
 }
 
-// Replaces a block of logits x by the gradient by them. row_coefficients (rows, 8): the LogitGrad of each row.
+// Replaces a block of logits x by the gradient by them. row_coefficients (rows, 9): the LogitGrad of each row.
 void head_gradient(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets,
                    uintptr_t row_coefficients, int64_t rows, int64_t columns, int64_t stride, int64_t first,
-                   float temperature, float softcap, int threads) {
+                   double temperature, float softcap, int threads) {
   const Block block = {ptr<const float>(bias),
                        ptr<const float>(ref),
                        ptr<const float>(ref_bias),
@@ -147,14 +186,10 @@ void head_gradient(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bia
   const bool has_softcap = softcap > 0.f;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns > 16384)
   for (int64_t row = 0; row < rows; ++row) {
-    if (block.ref && has_softcap)
-      block_gradient<true, true>(logits, block, grads, row, scaling);
-    else if (block.ref)
-      block_gradient<false, true>(logits, block, grads, row, scaling);
-    else if (has_softcap)
-      block_gradient<true, false>(logits, block, grads, row, scaling);
+    if (has_softcap)
+      block_gradient<true>(logits, block, grads, row, scaling);
     else
-      block_gradient<false, false>(logits, block, grads, row, scaling);
+      block_gradient<false>(logits, block, grads, row, scaling);
   }
 }
 

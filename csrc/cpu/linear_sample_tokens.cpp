@@ -2,9 +2,9 @@
 // kernels/linear_sample_tokens.py defines it; product.h and sample.h have the algorithms.
 //
 //                 tile 0 (1024 columns)   tile 1   ...        a thread takes the next tile that is free:
-//     row 0       [ RowSums, argmax ]     [      ]            up to ROWS rows of its logits, in the second-level cache,
+//     row 0       [ LogitSums, argmax ] [      ]              up to ROWS rows of its logits, in the second-level cache,
 //     ...                                                     are visited and forgotten
-//     row 63      [                 ]     [      ]            then a thread joins a row: tiles in order, best argmax
+//     row 63      [                   ] [      ]              then a thread joins a row: tiles in order, best argmax
 //
 // Only rows that a filter or a ban must see as a whole keep their logits. The bits do not depend on the threads: sums
 // are joined in the order of the tiles, and of equal scores the smallest token wins.
@@ -30,12 +30,20 @@ struct Ban {
   const uint8_t* rows;  // 1: the ban holds for this row
 };
 
+// Of the tiles that a thread has seen of a row, the first one with the largest logit. Its sums are exact if that logit
+// leads far; when the row is joined its logits are no longer there.
+struct Leader {
+  int32_t tile;
+  LogitSums sums;
+};
+
 // Buffers and counters of the threads, for up to ROWS rows.
 struct Work {
   Activations x;
   float* logits;           // (rows, V), or null if no row is kept
-  RowSums* tiles;          // (rows, tiles)
+  LogitSums* tiles;        // (rows, tiles)
   GumbelArgmax* argmaxes;  // (threads, ROWS)
+  Leader* leaders;         // (threads, ROWS)
 };
 
 INLINE int64_t num_tiles(int64_t V) { return (V + SAMPLE_TILE - 1) / SAMPLE_TILE; }
@@ -56,7 +64,7 @@ INLINE void finish_logits(const Head& head, int64_t begin, int64_t n, float* x) 
 // One tile of columns, for the rows first, first + 1, ... of the call.
 template <class Dot>
 void visit_columns(const Head& head, const Work& work, const Ban& ban, int64_t first, int64_t tile,
-                   GumbelArgmax* argmaxes, float* buffer, float* panel) {
+                   GumbelArgmax* argmaxes, Leader* leaders, float* buffer, float* panel) {
   const int64_t V = head.matrix.out_features, begin = tile * SAMPLE_TILE, end = min(V, begin + SAMPLE_TILE),
                 n = end - begin;
   for (int64_t c = begin; c < end; c += 64)
@@ -64,26 +72,29 @@ void visit_columns(const Head& head, const Work& work, const Ban& ban, int64_t f
   for (int64_t r = 0; r < work.x.rows; ++r) {
     float* const x = buffer + r * SAMPLE_TILE;
     GumbelArgmax& argmax = argmaxes[r];
-    RowSums& sums = work.tiles[r * num_tiles(V) + tile];
+    LogitSums& sums = work.tiles[r * num_tiles(V) + tile];
     finish_logits(head, begin, n, x);
     if (keeps_logits(argmax.params, ban, first + r)) {
       memcpy(work.logits + r * V + begin, x, n * sizeof(float));
-    } else if (argmax.params.greedy) {
+      continue;
+    }
+    if (argmax.params.greedy) {
       sums = visit_tile<false>(argmax, x, (int32_t)begin, (int32_t)n);
-      if (sums.max_logit > argmax.best.score) {
-        take_largest(argmax.best, x, (int32_t)n, (float)sums.max_logit);
-        argmax.best.token += (int32_t)begin;
-        argmax.best.score = sums.max_logit;
-      }
+      const float max_logit = (float)sums.max_logit;
+      if (max_logit > argmax.best.score)
+        argmax.best = {max_logit, max_logit, (int32_t)begin + find_logit(x, (int32_t)n, max_logit)};
     } else {
       sums = visit_tile<true>(argmax, x, (int32_t)begin, (int32_t)n);
     }
+    if (!(sums.max_logit > leaders[r].sums.max_logit)) continue;
+    leaders[r] = {(int32_t)tile, sums};
+    if (leads_far(sums)) leaders[r].sums = sums_behind_leader(argmax.params, x, (int32_t)n, (float)sums.max_logit);
   }
 }
 
 // A row whose logits were kept.
 void finish_kept_row(float* x, int32_t V, const SamplingParams& params, const Ban& ban, const Outputs& out, int64_t b) {
-  RowSums all_sums = no_sums;
+  LogitSums all_sums = no_sums;
   if (has_ban(ban, b) && params.valid) {
     GumbelArgmax argmax = start_argmax(params);
     all_sums = visit_row<false>(argmax, x, V);
@@ -106,10 +117,17 @@ void finish_row(const Head& head, const Work& work, const Ban& ban, const Output
     const Candidate& candidate = work.argmaxes[t * ROWS + r].best;
     best.update(candidate.score, candidate.logit, candidate.token);
   }
-  RowSums sums = no_sums;
+  TiledSums tiles;
   for (int64_t tile = 0; tile < num_tiles(V); ++tile)
-    add_tile(sums, work.tiles[r * num_tiles(V) + tile], params.temperature);
-  write_outputs(out, b, params, sums, best, 0);
+    add_tile(tiles, work.tiles[r * num_tiles(V) + tile], (int32_t)tile, params.temperature);
+  LogitSums sums = join(tiles.leader, tiles.rest, params.temperature);
+  for (int t = 0; t < num_threads && leads_far(sums); ++t) {
+    const Leader& leader = work.leaders[t * ROWS + r];
+    if (leader.tile != tiles.leading_tile) continue;
+    sums = join(leader.sums, tiles.rest, params.temperature);
+    break;
+  }
+  write_row(out, b, params, sums, best, sums);
 }
 
 // Divides a workspace; if `base` is null, it only counts the bytes.
@@ -127,8 +145,9 @@ struct Workspace {
 struct Buffers {
   float *x, *logits, *tile_logits, *panels;
   uint16_t* x_bf16;
-  RowSums* tiles;
+  LogitSums* tiles;
   GumbelArgmax* argmaxes;
+  Leader* leaders;
   int64_t panel_size;
 };
 
@@ -138,8 +157,9 @@ Buffers divide(Workspace& space, int64_t rows, int64_t D, int64_t V, bool keeps_
   buffers.x = space.take<float>(rows * D);
   buffers.x_bf16 = uses_bf16 ? space.take<uint16_t>(rows * D) : nullptr;
   buffers.logits = keeps_logits ? space.take<float>(rows * V) : nullptr;
-  buffers.tiles = space.take<RowSums>(rows * num_tiles(V));
+  buffers.tiles = space.take<LogitSums>(rows * num_tiles(V));
   buffers.argmaxes = space.take<GumbelArgmax>(threads * ROWS);
+  buffers.leaders = space.take<Leader>(threads * ROWS);
   buffers.tile_logits = space.take<float>(threads * rows * SAMPLE_TILE);
   buffers.panels = space.take<float>(threads * buffers.panel_size);
   return buffers;
@@ -151,7 +171,8 @@ void sample(const Head& head, const void* hidden, bool hidden_is_bf16, int64_t B
   const int64_t V = head.matrix.out_features, D = head.matrix.in_features;
   for (int64_t first = 0; first < B; first += ROWS) {
     const int64_t rows = min(ROWS, B - first);
-    const Work work = {{buffers.x, buffers.x_bf16, D, rows}, buffers.logits, buffers.tiles, buffers.argmaxes};
+    const Work work = {
+        {buffers.x, buffers.x_bf16, D, rows}, buffers.logits, buffers.tiles, buffers.argmaxes, buffers.leaders};
     TeamState state = {};
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows * V * (D + 100) / 25 > min_nanoseconds)
     {
@@ -164,10 +185,14 @@ void sample(const Head& head, const void* hidden, bool hidden_is_bf16, int64_t B
         if (buffers.x_bf16) round_row(row, D, buffers.x_bf16 + r * D);
       });
       GumbelArgmax* const argmaxes = buffers.argmaxes + team.thread * ROWS;
-      for (int64_t r = 0; r < rows; ++r) argmaxes[r] = start_argmax(sampling_params(args, first + r, V));
+      Leader* const leaders = buffers.leaders + team.thread * ROWS;
+      for (int64_t r = 0; r < rows; ++r) {
+        argmaxes[r] = start_argmax(sampling_params(args, first + r, V));
+        leaders[r] = {-1, no_sums};
+      }
       barrier(team);
       parallel_for(team, num_tiles(V), [&](int64_t tile) {
-        visit_columns<Dot>(head, work, ban, first, tile, argmaxes,
+        visit_columns<Dot>(head, work, ban, first, tile, argmaxes, leaders,
                            buffers.tile_logits + team.thread * rows * SAMPLE_TILE,
                            buffers.panels + team.thread * buffers.panel_size);
       });

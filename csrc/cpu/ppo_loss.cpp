@@ -98,7 +98,7 @@ INLINE void policy_step(const PpoArgs& args, int64_t t, Vector vector, f32 uncli
   s.sum[PpoSum::CLIPPED_HIGH] += zero_unless(term.is_clipped & (ratio > splat(args.clip.ratio_high)), w);
   s.sum[PpoSum::CLIPPED_DUAL] += zero_unless(term.is_dual, w);
   s.sum[PpoSum::KL_K1] -= w * log_ratio;
-  s.sum[PpoSum::KL_K3] += w * ((ratio - 1.f) - log_ratio);
+  s.sum[PpoSum::KL_K3] += w * exp_minus_1_minus(log_ratio, ratio);
   s.sum[PpoSum::RATIO] += w * ratio;
   s.sum[PpoSum::RATIO_SQUARE] += w * (ratio * ratio);
   s.sum[PpoSum::IMPORTANCE] += w * importance;

@@ -18,6 +18,7 @@ namespace {
 
 static_assert(BLOCK % (4 * quads_per_call) == 0, "a block holds whole calls of philox");
 constexpr int SAMPLE_TILE = 1024;
+constexpr int MAX_KEPT_BLOCKS = 256;  // so many are listed; of more the row is searched again
 
 // The best token so far of one row. A token can beat it only if floor(word / 2) < p * threshold, where
 // p = e^(x / temperature - shift).
@@ -66,22 +67,46 @@ INLINE void try_block(GumbelArgmax& argmax, int32_t v, const f32* x, const f32* 
     if (lanes[i]) try_token(argmax, logits[i], v + i, gumbel(words[i]));
 }
 
-constexpr RowSums no_sums = {-__builtin_inf(), 0, 0, 0};
+constexpr LogitSums no_sums = {-__builtin_inf(), 0, 0, 0};
 
-// Adds a tile's sums to those of the tiles before it. A NaN or +inf in max_logit stays there.
-INLINE void add_tile(RowSums& row, const RowSums& tile, double temperature) {
-  if (tile.max_logit == -__builtin_inf() || row.max_logit != row.max_logit) return;
-  if (row.max_logit == -__builtin_inf() || !(tile.max_logit < __builtin_inf())) {
-    row = tile;
-    return;
-  }
-  const bool rises = tile.max_logit > row.max_logit;
-  const RowSums &high = rises ? tile : row, &low = rises ? row : tile;
+INLINE bool is_finite(double x) { return x > -__builtin_inf() && x < __builtin_inf(); }
+
+// Whether the sums of the other tokens are so small beside the 1 of the largest logit that they lose digits if they are
+// added to it in float32. sums_behind_leader has them.
+INLINE bool leads_far(const LogitSums& sums) {
+  return is_finite(sums.max_logit) && min(sums.others, sums.raw_others) < 0.5;
+}
+
+// The sums of both.
+INLINE LogitSums join(const LogitSums& a, const LogitSums& b, double temperature) {
+  if (b.max_logit == -__builtin_inf()) return a;
+  if (a.max_logit == -__builtin_inf()) return b;
+  const bool rises = b.max_logit > a.max_logit;
+  const LogitSums &high = rises ? b : a, &low = rises ? a : b;
   const double gap = low.max_logit - high.max_logit, z = gap / temperature;
   const double raw_factor = exp(gap), factor = temperature == 1 ? raw_factor : exp(z);
-  const double moment = factor > 0 ? factor * (low.moment + z * low.mass) : 0;
-  row = {high.max_logit, high.raw_mass + raw_factor * low.raw_mass, high.mass + factor * low.mass,
-         high.moment + moment};
+  const double moment = factor > 0 ? factor * (low.moment + z * low.mass()) : 0;
+  return {high.max_logit, high.raw_others + raw_factor * (1. + low.raw_others), high.others + factor * low.mass(),
+          high.moment + moment};
+}
+
+// The sums of a row's tiles: `leader` those of the first tile with the largest logit, `rest` those of the other tiles,
+// so that more exact ones can take the leader's place.
+struct TiledSums {
+  LogitSums leader = no_sums, rest = no_sums;
+  int32_t leading_tile = -1;
+};
+
+// Tiles come in rising order. A NaN or +inf in max_logit stays there.
+INLINE void add_tile(TiledSums& row, const LogitSums& sums, int32_t tile, double temperature) {
+  if (row.leader.max_logit != row.leader.max_logit) return;
+  if (sums.max_logit <= row.leader.max_logit) {
+    row.rest = join(row.rest, sums, temperature);
+    return;
+  }
+  row.rest = join(row.rest, row.leader, temperature);
+  row.leader = sums;
+  row.leading_tile = tile;
 }
 
 // Kahan's sum of vectors: it carries the rounding error along. Otherwise many equal small terms beside one of 1 would
@@ -113,10 +138,44 @@ INLINE float find_max(const T* x, int64_t n) {
   return any(is_nan) ? __builtin_nanf("") : reduce_max(largest);
 }
 
+// The index of the first of n logits that equals `logit`, or n.
+template <class T>
+INLINE int32_t find_logit(const T* x, int32_t n, float logit) {
+  int32_t v = 0;
+  while (v + W <= n && !any(load(x + v) == logit)) v += W;
+  while (v < n && to_float(x[v]) != logit) ++v;
+  return v;
+}
+
+// The sums of a tile whose largest logit leads far. The others' masses are taken relative to the largest of them,
+// where float32 keeps their digits.
+template <class T>
+__attribute__((noinline)) LogitSums sums_behind_leader(const SamplingParams& params, const T* x, int32_t n,
+                                                       float max_logit) {
+  alignas(64) float others[SAMPLE_TILE];
+  for (int32_t v = 0; v < n; v += W)
+    store(others + v, n - v >= W ? load(x + v) : load_partial(x + v, (int)(n - v), -__builtin_inff()));
+  others[find_logit(x, n, max_logit)] = -__builtin_inff();
+  f32 largest = splat(-__builtin_inff());
+  for (int32_t v = 0; v < n; v += W) largest = max(largest, load(others + v));
+  const float origin = reduce_max(largest);
+  if (origin == -__builtin_inff()) return {max_logit, 0, 0, 0};
+  KahanSum raw_mass, mass, moment;
+  for (int32_t v = 0; v < n; v += W) {
+    const f32 distance = load(others + v) - origin, z = distance * params.inverse_temperature, p = exp(z);
+    raw_mass.add(exp(distance));
+    mass.add(p);
+    moment.add(p * max(z, splat(-100.f)));
+  }
+  const double raw_lead = (double)max_logit - origin, lead = raw_lead / params.temperature, factor = exp(-lead);
+  return {max_logit, exp(-raw_lead) * raw_mass.value(), factor * mass.value(),
+          factor > 0 ? factor * (moment.value() - lead * mass.value()) : 0};
+}
+
 // The sums of the n <= SAMPLE_TILE logits x of tokens `begin` to `begin + n - 1`, and with SAMPLE the argmax among
 // them. TEMPERED: the temperature is not 1.
 template <bool TEMPERED, bool SAMPLE, class T>
-RowSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
+LogitSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
   const float max_logit = find_max(x, n);
   if (!(max_logit > -__builtin_inff() && max_logit < __builtin_inff())) return {max_logit, 0, 0, 0};
   if (SAMPLE) {
@@ -139,46 +198,120 @@ RowSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
                    (exp(logits[2] - max_logit) + exp(logits[3] - max_logit)));
     if (SAMPLE) try_block(argmax, begin + v, logits, p);
   }
-  const double total = mass.value();
-  return {max_logit, TEMPERED ? raw_mass.value() : total, total, moment.value()};
+  const double others = mass.value() - 1.;
+  return {max_logit, TEMPERED ? raw_mass.value() - 1. : others, others, moment.value()};
 }
 
 template <bool SAMPLE, class T>
-INLINE RowSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
+INLINE LogitSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n) {
   return argmax.params.temperature == 1 ? visit_tile<false, SAMPLE>(argmax, x, begin, n)
                                         : visit_tile<true, SAMPLE>(argmax, x, begin, n);
 }
 
+// The sums of a row, and with SAMPLE the argmax.
 template <bool SAMPLE, class T>
-RowSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
-  RowSums row = no_sums;
-  for (int32_t begin = 0; begin < V; begin += SAMPLE_TILE) {
-    const int32_t n = (int32_t)min<int64_t>(SAMPLE_TILE, (int64_t)V - begin);
-    add_tile(row, visit_tile<SAMPLE>(argmax, x + begin, begin, n), argmax.params.temperature);
+LogitSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
+  const SamplingParams& params = argmax.params;
+  TiledSums row;
+  const auto tile_size = [&](int32_t begin) { return (int32_t)min<int64_t>(SAMPLE_TILE, (int64_t)V - begin); };
+  for (int32_t tile = 0; tile * (int64_t)SAMPLE_TILE < V; ++tile) {
+    const int32_t begin = tile * SAMPLE_TILE;
+    add_tile(row, visit_tile<SAMPLE>(argmax, x + begin, begin, tile_size(begin)), tile, params.temperature);
   }
-  return row;
+  const LogitSums sums = join(row.leader, row.rest, params.temperature);
+  if (!leads_far(sums)) return sums;
+  const int32_t begin = row.leading_tile * SAMPLE_TILE;
+  const LogitSums leader = sums_behind_leader(params, x + begin, tile_size(begin), (float)sums.max_logit);
+  return join(leader, row.rest, params.temperature);
 }
 
-// The mass of the tokens up to the cutoff, and with SAMPLE the argmax among them.
+// BLOCK logits from v on; -inf in place of those beyond the cutoff.
+template <class T>
+INLINE void load_kept(const LogitsRow<T>& row, Cutoff cutoff, int32_t v, f32* x) {
+  i32 lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  load_block(row.x, row.V, v, x);
+  for (int j = 0; j < 4; ++j) {
+    const i32 kept = (x[j] > cutoff.logit) | ((x[j] == cutoff.logit) & (lane + (v + j * W) <= cutoff.token));
+    x[j] = select(kept, x[j], splat(-__builtin_inff()));
+  }
+}
+
+// The blocks of a row that have kept tokens.
+struct KeptBlocks {
+  int32_t count, begins[MAX_KEPT_BLOCKS];
+
+  INLINE void add(int32_t begin) {
+    if (count < MAX_KEPT_BLOCKS) begins[count] = begin;
+    ++count;
+  }
+  // Calls visit(begin) for each of them; if not all are listed, for every block of the row.
+  template <class Visit>
+  INLINE void for_each(int32_t V, Visit visit) const {
+    if (count <= MAX_KEPT_BLOCKS)
+      for (int i = 0; i < count; ++i) visit(begins[i]);
+    else
+      for (int32_t v = 0; v < V; v += BLOCK) visit(v);
+  }
+};
+
+// The mass of the kept tokens behind the largest logit, which one token has, relative to it. As in sums_behind_leader,
+// they are taken relative to the largest of them.
+template <class T>
+__attribute__((noinline)) double kept_behind_leader(const LogitsRow<T>& row, Cutoff cutoff, const KeptBlocks& blocks) {
+  const auto load_others = [&](int32_t v, f32* x) {
+    load_kept(row, cutoff, v, x);
+    for (int j = 0; j < 4; ++j) x[j] = select(x[j] < row.max_logit, x[j], splat(-__builtin_inff()));
+  };
+  f32 largest = splat(-__builtin_inff());
+  blocks.for_each(row.V, [&](int32_t v) {
+    f32 x[4];
+    load_others(v, x);
+    largest = max(largest, max(max(x[0], x[1]), max(x[2], x[3])));
+  });
+  const float origin = reduce_max(largest);
+  if (origin == -__builtin_inff()) return 0;
+  KahanSum mass;
+  blocks.for_each(row.V, [&](int32_t v) {
+    f32 x[4];
+    load_others(v, x);
+    for (int j = 0; j < 4; ++j) x[j] = exp((x[j] - origin) * row.inverse_temperature);
+    mass.add((x[0] + x[1]) + (x[2] + x[3]));
+  });
+  return exp(((double)origin - row.max_logit) / row.temperature) * mass.value();
+}
+
+// The mass of the tokens up to the cutoff but for one with the largest logit, and with SAMPLE the argmax among them.
 template <bool SAMPLE, class T>
 double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff) {
   double total = 0;
-  i32 lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
+  int64_t others_like_it = -1;
+  KeptBlocks blocks;
+  blocks.count = 0;
   argmax.shift = row.max_logit / argmax.params.temperature;
   update_threshold(argmax);
   for (int32_t v = 0; v < row.V; v += BLOCK) {
     f32 x[4], p[4];
     load_block(row.x, row.V, v, x);
-    if (!any(max(max(x[0], x[1]), max(x[2], x[3])) >= cutoff.logit)) continue;
-    for (int j = 0; j < 4; ++j) {
-      const i32 kept = (x[j] > cutoff.logit) | ((x[j] == cutoff.logit) & (lane + (v + j * W) <= cutoff.token));
-      p[j] = select(kept, row.fast_mass(x[j]), splat(0.f));
+    const f32 largest = max(max(x[0], x[1]), max(x[2], x[3]));
+    if (!any(largest >= cutoff.logit)) continue;
+    blocks.add(v);
+    load_kept(row, cutoff, v, x);
+    for (int j = 0; j < 4; ++j) p[j] = row.fast_mass(x[j]);
+    if (SAMPLE) try_block(argmax, v, x, p);
+    if (any(largest == row.max_logit)) {
+      i32 ties = {};
+      for (int j = 0; j < 4; ++j) {
+        const i32 is_largest = x[j] == row.max_logit;
+        ties -= is_largest;
+        p[j] = select(is_largest, splat(0.f), p[j]);
+      }
+      for (int i = 0; i < W; ++i) others_like_it += ties[i];
     }
     total += reduce_sum((p[0] + p[1]) + (p[2] + p[3]));
-    if (SAMPLE) try_block(argmax, v, x, p);
   }
-  return total;
+  const double others = total + others_like_it;
+  return others < 0.5 ? kept_behind_leader(row, cutoff, blocks) : others;
 }
 
 // The cutoff of all filters; `mass` is that of all tokens.
@@ -188,7 +321,7 @@ Cutoff filter_cutoff(const LogitsRow<T>& row, GumbelArgmax& argmax, double mass)
   Cutoff cutoff = no_cutoff();
   if (params.top_k) cutoff = find_cutoff<false>(row, (double)params.top_k, row.V);
   if (params.top_p < 1) {
-    const double kept_mass = params.top_k ? visit_kept<false>(row, argmax, cutoff) : mass;
+    const double kept_mass = params.top_k ? 1. + visit_kept<false>(row, argmax, cutoff) : mass;
     cutoff = tighter(cutoff, find_cutoff<true>(row, params.top_p * kept_mass, mass));
   }
   if (params.min_p > 0)
@@ -205,44 +338,31 @@ void argmax_of_given_noise(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff
   }
 }
 
-// The first of n tokens whose logit is max_logit, if there is one; its score is left to the caller.
-template <class T>
-void take_largest(Candidate& best, const T* x, int32_t n, float max_logit) {
-  int32_t first = 0;
-  while (first < n && to_float(x[first]) != max_logit) ++first;
-  if (first >= n) return;
-  best.token = first;
-  best.logit = max_logit;
-}
-
 // Samples from a row of logits in memory and writes its outputs. `all_sums`: those of every token, if a ban has
 // replaced some logits of x by -inf; else null.
 template <class T>
-void sample_row(const T* x, int32_t V, int64_t b, const SamplingParams& params, const RowSums* all_sums,
+void sample_row(const T* x, int32_t V, int64_t b, const SamplingParams& params, const LogitSums* all_sums,
                 const Outputs& out) {
   if (!params.valid) return write_invalid(out, b);
   GumbelArgmax argmax = start_argmax(params);
   if (!params.greedy && !params.has_filter() && !params.noise && !all_sums) {
-    const RowSums sums = visit_row<true>(argmax, x, V);
-    return write_outputs(out, b, params, sums, argmax.best, 0);
+    const LogitSums sums = visit_row<true>(argmax, x, V);
+    return write_row(out, b, params, sums, argmax.best, sums);
   }
-  const RowSums sums = visit_row<false>(argmax, x, V);
-  if (!(sums.max_logit > -__builtin_inf() && sums.max_logit < __builtin_inf())) return write_invalid(out, b);
+  const LogitSums sums = visit_row<false>(argmax, x, V);
+  if (!is_finite(sums.max_logit)) return write_invalid(out, b);
   const LogitsRow<T> row = {x, V, (float)sums.max_logit, params.temperature, params.inverse_temperature};
+  LogitSums kept = sums;
   if (params.greedy) {
-    take_largest(argmax.best, x, V, row.max_logit);
-    return write_outputs(out, b, params, all_sums ? *all_sums : sums, argmax.best, 0);
+    argmax.best.token = find_logit(x, V, row.max_logit);
+    argmax.best.logit = row.max_logit;
+  } else {
+    const Cutoff cutoff = params.has_filter() ? filter_cutoff(row, argmax, sums.mass()) : no_cutoff();
+    const double others = params.noise ? visit_kept<false>(row, argmax, cutoff) : visit_kept<true>(row, argmax, cutoff);
+    if (params.has_filter()) kept.others = min(others, sums.others);
+    if (params.noise) argmax_of_given_noise(row, argmax, cutoff);
   }
-  const Cutoff cutoff = params.has_filter() ? filter_cutoff(row, argmax, sums.mass) : no_cutoff();
-  const double kept_mass =
-      params.noise ? visit_kept<false>(row, argmax, cutoff) : visit_kept<true>(row, argmax, cutoff);
-  if (params.noise) argmax_of_given_noise(row, argmax, cutoff);
-  double log_kept_mass = params.has_filter() ? min(log(kept_mass / sums.mass), 0.) : 0;
-  if (all_sums) {
-    const double shift = (sums.max_logit - all_sums->max_logit) / params.temperature;
-    log_kept_mass = min(log(kept_mass / all_sums->mass) + shift, 0.);
-  }
-  write_outputs(out, b, params, all_sums ? *all_sums : sums, argmax.best, log_kept_mass);
+  write_row(out, b, params, all_sums ? *all_sums : sums, argmax.best, kept);
 }
 
 }  // namespace

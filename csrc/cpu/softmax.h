@@ -1,42 +1,70 @@
 // Online statistics of a row of logits x, and the gradient by them, for token_logprobs.cpp and linear_head.cpp.
 //
-//     z = softcap(x + bias) / temperature      m = max z   s = sum e^(z-m)   A = sum (z-m) e^(z-m)
-//     log p(t) = (z_t - m) - log s             entropy = log s - A / s
+//     z = softcap(x + bias) / temperature      and of all tokens but the target t
+//     m = max z        s = sum e^(z-m)         A = sum (z-m) e^(z-m)        S = s + e^(z_t-m)
 //
-// and with the row z2 of a reference, B = sum (z2-m2) e^(z-m): KL = (A / s - log s) - (B / s - log s2). These forms
-// keep their signs under rounding.
+//     log p(t) = -log1p(s e^(m-z_t))   or, where t is not ahead, (z_t - m) - log S        1 - p(t) = s / S
+//     entropy = log S - (A + (z_t-m) e^(z_t-m)) / S
+//
+// The target stays out of the sums: beside its 1 a sum of 1e-9 would be lost, and with it log p and 1 - p. With the row
+// z2 of a reference and B = sum (z2-m2) e^(z-m), the others' part of the KL is (A - B + s (log S2 - log S)) / S.
 //
 //     row    | tile 0: 1024 columns | tile 1 | ...     one thread; a tile stays in the first-level cache for two passes
-//     tile   z and its maximum, then the exponentials: lane l sums the columns l, l + W, ... of the tile
+//     tile   x and its maximum, then the exponentials: added pairwise by 8 and 8 vectors; tiles in float64
 //
-// Floor: one read of the logits; some 25 vector operations for W of them. A tile is the unit of every sum, and calls
-// bring whole tiles (but for the row's last): the bits of a row do not depend on the calls, the other rows or the
-// threads.
+// Distances z - m are made of x - max x, which float32 has exactly or nearly so, and not of z. Floor: one read of the
+// logits; some 25 vector operations for W of them. A tile is the unit of every sum, and calls bring whole tiles (but
+// for the row's last): the bits of a row do not depend on the calls, the other rows or the threads.
 #pragma once
 #include "simd.h"
 
 namespace {
 
-constexpr int TILE = 1024;
+constexpr int TILE = 1024, GROUP = 8;  // columns, vectors
 constexpr float MIN_EXPONENT = -87.f;  // e^-87 is 1.6e-38: it adds nothing to the 1 of the largest logit
+constexpr double LOG2_E = 1.44269504088896340736;
 
+// Positions are raw logits, or with softcap tanh(x / softcap); one of them is `unit` nats.
 struct Scaling {
-  float inverse_temperature, softcap, inverse_softcap;
+  double unit, temperature;
+  float softcap, inverse_softcap[2];  // in two parts, for a product that is rounded once
+  float saturated;                    // tanh of logits beyond is 1; their products with the two parts are finite
+  float exponent[2];                  // unit log2(e), in two parts
+  float lowest;                       // the distance of MIN_EXPONENT nats
+
+  // z of a logit.
+  INLINE double z(float x) const {
+    return (softcap > 0.f ? softcap * __builtin_tanh((double)x / softcap) : x) / temperature;
+  }
+  // dz/dx.
+  INLINE double z_grad(float x) const {
+    const double cosh = softcap > 0.f ? __builtin_cosh((double)x / softcap) : 1.;
+    return min(1. / temperature, 3e38) / (cosh * cosh);
+  }
 };
 
-inline Scaling make_scaling(float temperature, float softcap) {
-  return Scaling{1.f / temperature, softcap, softcap > 0.f ? 1.f / softcap : 0.f};
+INLINE void split(double x, float* parts) {
+  parts[0] = (float)x;
+  parts[1] = (float)(x - parts[0]);
 }
 
-// -inf becomes MIN_EXPONENT, so that its product with its exponential is not NaN. A NaN stays a NaN.
-INLINE f32 clamp_exponent(f32 x) { return max(splat(MIN_EXPONENT), x); }
+inline Scaling make_scaling(double temperature, float softcap) {
+  Scaling scaling = {};
+  // A unit beyond these bounds would be infinite or 0 in float32.
+  scaling.unit = min(max((softcap > 0.f ? softcap : 1.) / temperature, 1e-30), 1e38);
+  scaling.temperature = temperature;
+  scaling.softcap = softcap;
+  scaling.saturated = (float)min(32. * softcap, (double)FLT_MAX);
+  if (softcap > 0.f) split(1. / softcap, scaling.inverse_softcap);
+  split(scaling.unit * LOG2_E, scaling.exponent);
+  scaling.lowest = (float)(MIN_EXPONENT / scaling.unit);
+  return scaling;
+}
 
-// e^x for MIN_EXPONENT <= x <= 0, in half the time of exp: 2^n 2^f, x log2 e = n + f, 2^f by a minimax polynomial.
-// Within 1 ulp near 0; below, the absolute error, which matters in a sum with the 1 of the largest logit, is no larger.
-INLINE f32 fast_exp(f32 x) {
-  const f32 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32 shifted = x * 1.44269504088896341f + magic;
-  const f32 f = x * 1.44269504088896341f - (shifted - magic);
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// 2^n 2^f by a minimax polynomial; `shifted` is n + ROUND.
+INLINE f32 power_of_two(f32 shifted, f32 f) {
   f32 p = splat(1.535336159e-04f);
   p = p * f + 1.339887452e-03f;
   p = p * f + 9.618437360e-03f;
@@ -47,22 +75,43 @@ INLINE f32 fast_exp(f32 x) {
   return p * as_float((as_int(shifted) << 23) + 0x3f800000);
 }
 
+// e^x for MIN_EXPONENT <= x <= 0, in half the time of exp. Within 1 ulp near 0; below, the absolute error, which
+// matters in a sum with the 1 of the largest logit, is no larger.
+INLINE f32 fast_exp(f32 x) {
+  const f32 shifted = x * (float)LOG2_E + ROUND;
+  return power_of_two(shifted, x * (float)LOG2_E - (shifted - ROUND));
+}
+
+// e^z of a distance not below scaling.lowest; garbage where it is so far above 0 that 2^n overflows.
+INLINE f32 exp_distance(f32 distance, const Scaling& scaling) {
+  const f32 shifted = distance * scaling.exponent[0] + ROUND;
+  const f32 f = distance * scaling.exponent[0] - (shifted - ROUND);
+  return power_of_two(shifted, f + distance * scaling.exponent[1]);
+}
+
 INLINE float scalar_exp(float x) {
   float lanes[W];
   store(lanes, exp(splat(x)));
   return lanes[0];
 }
-INLINE float scalar_log(float x) {
-  float lanes[W];
-  store(lanes, log(splat(x)));
-  return lanes[0];
-}
 
-// z of raw logits x.
+// The position of logits. One of -inf is a token of the row, at the lowest position that softcap gives.
 template <bool SOFTCAP>
-INLINE f32 apply_softcap_temperature(f32 x, const Scaling& scaling) {
-  if (SOFTCAP) x = scaling.softcap * tanh(x * scaling.inverse_softcap);
-  return x * scaling.inverse_temperature;
+INLINE f32 position(f32 x, const Scaling& scaling) {
+  if (!SOFTCAP) return x;
+  x = max(splat(-scaling.saturated), min(splat(scaling.saturated), x));  // a NaN stays a NaN
+#if defined(__FMA__)
+  return tanh(x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1]);
+#else
+  return tanh(x / scaling.softcap);
+#endif
+}
+template <bool SOFTCAP>
+INLINE float position(float x, const Scaling& scaling) {
+  if (!SOFTCAP) return max(x, -FLT_MAX);  // finite, so that -inf has a distance
+  float lanes[W];
+  store(lanes, position<true>(splat(max(x, -FLT_MAX)), scaling));
+  return lanes[0];
 }
 
 // min(n, W) logits with their bias; the other lanes hold -inf.
@@ -73,131 +122,241 @@ INLINE f32 load_logits(const T* x, const float* bias, int n) {
   return v;
 }
 
-// Writes z of n <= TILE columns, filled up to whole vectors with -inf, and returns their maximum.
-template <bool SOFTCAP, class T>
-INLINE float scale_tile(const T* x, const float* bias, int n, const Scaling& scaling, float* z) {
-  f32 largest = splat(-__builtin_inff());
-  int i = 0;
+// The columns of a tile in memory, filled up with -inf to whole groups of vectors.
+struct Tile {
+  alignas(64) float x[TILE];
+  int columns;  // filled up
+  float max;
+
+  // n <= TILE logits with their bias.
+  template <class T>
+  INLINE void fill(const T* from, const float* bias, int n) {
+    f32 largest = splat(-__builtin_inff());
+    int i = 0;
 #pragma GCC unroll 4
-  for (; i + W <= n; i += W) {
-    const f32 v = apply_softcap_temperature<SOFTCAP>(load_logits(x + i, bias ? bias + i : nullptr, W), scaling);
-    store(z + i, v);
-    largest = max(largest, v);
+    for (; i + W <= n; i += W) {
+      const f32 v = load_logits(from + i, bias ? bias + i : nullptr, W);
+      store(x + i, v);
+      largest = ::max(largest, v);
+    }
+    if (i < n) {
+      const f32 v = load_logits(from + i, bias ? bias + i : nullptr, n - i);
+      store(x + i, v);
+      largest = ::max(largest, v);
+      i += W;
+    }
+    for (; i % (GROUP * W); i += W) store(x + i, splat(-__builtin_inff()));
+    columns = i;
+    max = reduce_max(largest);
   }
-  if (i < n) {
-    float lanes[W];
-    store(lanes, apply_softcap_temperature<SOFTCAP>(load_logits(x + i, bias ? bias + i : nullptr, n - i), scaling));
-    for (int j = n - i; j < W; ++j) lanes[j] = -__builtin_inff();
-    const f32 v = load(lanes);
-    store(z + i, v);
-    largest = max(largest, v);
-  }
-  return reduce_max(largest);
-}
 
-// m, s, A, and z of the target.
-struct SoftmaxState {
-  float max, sum, moment, target;
+  // Takes a column out and returns its logit.
+  INLINE float take(int64_t column) {
+    const float taken = x[column];
+    x[column] = -__builtin_inff();
+    if (!(taken < max)) {
+      f32 largest = splat(-__builtin_inff());
+      for (int i = 0; i < columns; i += W) largest = ::max(largest, load(x + i));
+      max = reduce_max(largest);
+    }
+    return taken;
+  }
+
+  // Replaces logits by positions. Columns that are not of the row, or taken out, stay at -inf.
+  template <bool SOFTCAP>
+  INLINE void to_positions(int64_t taken, int n, const Scaling& scaling) {
+    if (!SOFTCAP) return;
+    for (int i = 0; i < columns; i += W) store(x + i, position<true>(load(x + i), scaling));
+    for (int i = n; i < columns; ++i) x[i] = -__builtin_inff();
+    if (taken >= 0 && taken < n) x[taken] = -__builtin_inff();
+  }
 };
-constexpr SoftmaxState empty_state = {-__builtin_inff(), 0.f, 0.f, 0.f};
 
-// True if no logit so far is above -inf: then there is nothing to add. A NaN among the n of this tile makes the sum
+// The sums of all tokens but the target: s, A in distances, the largest logit, and with softcap the number of tokens
+// there; and the target's logit.
+struct SoftmaxState {
+  double sum, moment;
+  float max, target;
+  int64_t ties;
+};
+constexpr SoftmaxState empty_state = {0., 0., -__builtin_inff(), 0.f, 0};
+
+// True if no logit so far is above -inf: then there is nothing to add. A NaN among those of this tile makes the sum
 // NaN.
-INLINE bool is_empty(SoftmaxState& state, const float* z, int n) {
+template <bool SOFTCAP>
+INLINE bool is_empty(SoftmaxState& state, const Tile& tile, int n, int64_t taken) {
   if (state.max > -__builtin_inff()) return false;
-  for (int i = 0; i < n; ++i)
-    if (z[i] != z[i]) state.sum = z[i];
+  for (int i = 0; i < n; ++i) {
+    if (tile.x[i] != tile.x[i]) state.sum = tile.x[i];
+    if (SOFTCAP && i != taken) return false;  // softcap makes -inf finite
+  }
   return true;
 }
 
 // Moves the sums to a new maximum, and returns the factor of the sum.
-INLINE float rescale(SoftmaxState& state, float new_max) {
-  if (!(new_max > state.max)) return 1.f;
-  const float factor = state.sum > 0.f ? scalar_exp(state.max - new_max) : 0.f;
-  state.moment = factor > 0.f ? factor * (state.moment + (state.max - new_max) * state.sum) : 0.f;
-  state.sum *= factor;
+template <bool SOFTCAP>
+INLINE double rescale(SoftmaxState& state, float new_max, const Scaling& scaling) {
+  if (!(new_max > state.max)) return 1.;
+  double factor = 0.;
+  if (state.sum > 0.) {
+    const double distance = (double)position<SOFTCAP>(state.max, scaling) - (double)position<SOFTCAP>(new_max, scaling);
+    factor = exp(distance * scaling.unit);
+    state.moment = factor > 0. ? factor * (state.moment + distance * state.sum) : 0.;
+    state.sum *= factor;
+  }
   state.max = new_max;
+  state.ties = 0;
   return factor;
 }
+
+INLINE f32 sum_group(const f32* x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 // Adds columns to a row's state. `target` is counted from the first of them.
 template <bool SOFTCAP, class T>
 INLINE void add_columns(SoftmaxState& state, const T* x, const float* bias, int64_t columns, int64_t target,
                         const Scaling& scaling) {
-  alignas(64) float z[TILE];
+  Tile tile;
   for (int64_t begin = 0; begin < columns; begin += TILE) {
     const int n = (int)min<int64_t>(TILE, columns - begin);
-    const float tile_max = scale_tile<SOFTCAP>(x + begin, bias ? bias + begin : nullptr, n, scaling, z);
-    if (target >= begin && target < begin + n) state.target = z[target - begin];
-    rescale(state, max(state.max, tile_max));
-    if (is_empty(state, z, n)) continue;
-    const f32 row_max = splat(state.max);
-    f32 sums = splat(0.f), moments = splat(0.f);
+    const int64_t taken = target >= begin && target < begin + n ? target - begin : -1;
+    tile.fill(x + begin, bias ? bias + begin : nullptr, n);
+    if (taken >= 0) state.target = tile.take(taken);
+    rescale<SOFTCAP>(state, max(state.max, tile.max), scaling);
+    if (is_empty<SOFTCAP>(state, tile, n, taken)) continue;
+    tile.to_positions<SOFTCAP>(taken, n, scaling);
+    const f32 origin = splat(position<SOFTCAP>(state.max, scaling)), lowest = splat(scaling.lowest);
+    f32 sums[GROUP] = {}, moments[2] = {};
+    i32 ties = {};
     const T* const next = x + begin + TILE;  // prefetched here, as the next tile's first pass only waits for memory
-#pragma GCC unroll 2
-    for (int i = 0; i < n; i += W) {
-      __builtin_prefetch(next + i);
-      const f32 d = clamp_exponent(load(z + i) - row_max), e = fast_exp(d);
-      sums = sums + e;
-      moments = moments + d * e;
+    for (int i = 0; i < tile.columns; i += GROUP * W) {
+      f32 e[GROUP];
+#pragma GCC unroll 8
+      for (int j = 0; j < GROUP; ++j) {
+        __builtin_prefetch(next + i + j * W);
+        const f32 distance = max(lowest, load(tile.x + i + j * W) - origin);  // finite; a NaN stays a NaN
+        e[j] = exp_distance(distance, scaling);
+        moments[j % 2] = moments[j % 2] + distance * e[j];
+        if (SOFTCAP) ties -= distance == splat(0.f);
+      }
+      sums[i / (GROUP * W) % GROUP] += sum_group(e);
     }
-    state.sum += reduce_sum(sums);
-    state.moment += reduce_sum(moments);
+    state.sum += reduce_sum(sum_group(sums));
+    state.moment += reduce_sum(moments[0] + moments[1]);
+    for (int i = 0; i < W && SOFTCAP; ++i) state.ties += ties[i];
   }
 }
 
-// The gradient of a row by z is p (a + b log p + c (log p_ref - log p)) + g 1[target]; the chain rule carries it to the
-// raw logits x.
-struct LogitGrad {
-  float max, log_sum, g, a, b;
-  float c, ref_max, ref_log_sum;
+// The distribution of a row. p of another token than the target is scale e^(z-m), its log (z-m) + log_scale.
+struct RowSoftmax {
+  double logprob, entropy, p, rest;  // of the target: log p, p, and 1 - p
+  double scale, log_scale;
 };
 
-// `target_term` is g in the target's lane, else 0.
-template <bool SOFTCAP, bool KL>
-INLINE f32 logit_grad(f32 x, f32 ref, f32 target_term, const LogitGrad& grad, const Scaling& scaling) {
-  f32 dz_dx = splat(scaling.inverse_temperature);
-  if (SOFTCAP) {
-    const f32 t = tanh(x * scaling.inverse_softcap);
-    dz_dx = dz_dx * (1.f - t * t);
-    x = scaling.softcap * t;
+inline RowSoftmax finish_row(const SoftmaxState& state, const Scaling& scaling) {
+  const double infinity = __builtin_inf(), sum = state.sum, z = scaling.z(state.target);
+  if (sum == 0) return {z - z, z - z, 1., z - z, z - z, -infinity};  // NaN if the target's logit is not finite either
+  const bool softcap = scaling.softcap > 0.f;
+  const double z_max = scaling.z(max(state.max, -FLT_MAX)), moment = state.moment * scaling.unit;
+  // Between positions float32 is exact, but not in the softcap of the largest one.
+  double exact_sum = sum;
+  if (softcap) {
+    const double error = z_max - (double)position<true>(state.max, scaling) * scaling.unit;
+    exact_sum = (double)state.ties + (sum - (double)state.ties) * exp(-error);
   }
-  const f32 exact = (x * scaling.inverse_temperature - grad.max) - grad.log_sum, logp = clamp_exponent(exact);
-  f32 inner = grad.a + grad.b * logp;
-  if (KL) {
-    const f32 ref_z = apply_softcap_temperature<SOFTCAP>(ref, scaling);
-    inner = inner + grad.c * (clamp_exponent((ref_z - grad.ref_max) - grad.ref_log_sum) - logp);
+  const double lead = softcap ? z - z_max : ((double)state.target - state.max) / scaling.temperature;
+  if (lead > 0) {
+    const double own = exp(-lead), rest = exact_sum * own, total = 1. + rest, log_total = log1p(rest);
+    if (lead == infinity) return {lead - lead, lead - lead, 1., lead - lead, lead - lead, -infinity};
+    const double others = own > 0. ? own * (moment - lead * sum) / total : 0.;
+    return {0. - log_total, log_total - others, 1. / total, rest / total, rest / total / sum, -lead - log_total};
   }
-  const f32 p = select(exact < splat(MIN_EXPONENT), splat(0.f), fast_exp(logp));
-  return (p * inner + target_term) * dz_dx;
+  const double own = exp(lead), total = exact_sum + own, log_total = log(total);
+  const double own_moment = own > 0. ? lead * own : own;
+  return {lead - log_total,
+          log_total - (moment + own_moment) / total,
+          own / total,
+          exact_sum / total,
+          exact_sum / total / sum,
+          -log_total};
 }
 
-// out may be x. So the vector with the target is computed before all others, and stored after them.
-template <bool SOFTCAP, bool KL, class T, class Out>
+// The gradient by z is `target` for the target, p (a + b log p + c (log p_ref - log p)) for the others;
+// kernels/_head.py defines it. Of the others p is scale e^(z-m). The chain rule carries it to the raw logits x.
+struct LogitGrad {
+  double max, scale, log_scale, a, b, target;
+  double c, ref_max, ref_log_scale;
+};
+
+enum class Loss { LOGPROB, ENTROPY, KL };  // each with those before it
+
+template <bool SOFTCAP, Loss LOSS>
+struct RowGradient {
+  const Scaling& scaling;
+  f32 origin, ref_origin;
+  float factor, log_scale, a, b, c, ref_log_scale, unit, z_grad;
+  double rounding;  // of the factor; the target's gradient has it too, so that the row sums to 0
+
+  RowGradient(const LogitGrad& grad, const Scaling& scaling) : scaling(scaling) {
+    const double by_logit = min(1. / scaling.temperature, 3e38);
+    origin = splat(position<SOFTCAP>((float)grad.max, scaling));
+    ref_origin = splat(LOSS == Loss::KL ? position<SOFTCAP>((float)grad.ref_max, scaling) : 0.f);
+    const double exact_factor = LOSS == Loss::LOGPROB ? grad.scale * grad.a * by_logit : grad.scale;
+    factor = (float)exact_factor;
+    rounding = LOSS == Loss::LOGPROB && __builtin_fabs(exact_factor) >= FLT_MIN ? factor / exact_factor : 1.;
+    log_scale = (float)grad.log_scale;
+    a = (float)grad.a;
+    b = (float)grad.b;
+    c = (float)grad.c;
+    ref_log_scale = (float)grad.ref_log_scale;
+    unit = (float)scaling.unit;
+    z_grad = (float)by_logit;
+  }
+
+  INLINE f32 operator()(f32 x, f32 ref) const {
+    const f32 at = position<SOFTCAP>(x, scaling), lowest = splat(scaling.lowest);
+    const f32 raw_distance = at - origin, distance = max(lowest, raw_distance);
+    const i32 vanishes = raw_distance < lowest;                                      // of a NaN p is NaN
+    f32 y = select(vanishes, splat(0.f), exp_distance(distance, scaling)) * factor;  // NaN where the factor is
+    if (LOSS != Loss::LOGPROB) {
+      const f32 logp = distance * unit + log_scale;
+      f32 inner = a + b * logp;
+      if (LOSS == Loss::KL) {
+        inner = inner + c * (((position<SOFTCAP>(ref, scaling) - ref_origin) * unit + ref_log_scale) - logp);
+        inner = select(vanishes, splat(0.f), inner);
+      }
+      y = y * inner * z_grad;
+    }
+    return SOFTCAP ? y * (1.f - at * at) : y;
+  }
+};
+
+// out may be x.
+template <bool SOFTCAP, Loss LOSS, class T, class Out>
 INLINE void row_gradient(const T* x, const float* bias, const float* ref, const float* ref_bias, Out* out,
                          int64_t columns, int64_t target, const LogitGrad& grad, const Scaling& scaling) {
   const bool has_target = target >= 0 && target < columns;
-  const int64_t target_begin = has_target ? target / W * W : 0;
-  f32 target_vector = splat(0.f);
-  const auto grad_at = [&](int64_t i, int n, f32 target_term) {
-    const f32 ref_logits = KL ? load_logits(ref + i, ref_bias ? ref_bias + i : nullptr, n) : target_term;
-    return logit_grad<SOFTCAP, KL>(load_logits(x + i, bias ? bias + i : nullptr, n), ref_logits, target_term, grad,
-                                   scaling);
+  const RowGradient<SOFTCAP, LOSS> gradient(grad, scaling);
+  const float target_logit = has_target ? to_float(x[target]) + (bias ? bias[target] : 0.f) : 0.f;
+  const auto at = [&](int64_t i, int n) {
+    const f32 logits = load_logits(x + i, bias ? bias + i : nullptr, n);
+    return gradient(logits, LOSS == Loss::KL ? load_logits(ref + i, ref_bias ? ref_bias + i : nullptr, n) : logits);
   };
-  if (has_target) {
-    float target_term[W] = {};
-    target_term[target - target_begin] = grad.g;
-    target_vector = grad_at(target_begin, (int)min<int64_t>(W, columns - target_begin), load(target_term));
-  }
   int64_t i = 0;
-  for (; i + W <= columns; i += W) store(out + i, grad_at(i, W, splat(0.f)));
-  if (i < columns) store_partial(out + i, grad_at(i, (int)(columns - i), splat(0.f)), (int)(columns - i));
+  for (; i + W <= columns; i += W) store(out + i, at(i, W));
+  if (i < columns) store_partial(out + i, at(i, (int)(columns - i)), (int)(columns - i));
   if (has_target) {
-    if (target_begin + W <= columns)
-      store(out + target_begin, target_vector);
-    else
-      store_partial(out + target_begin, target_vector, (int)(columns - target_begin));
+    const double target_grad = grad.target * gradient.rounding * scaling.z_grad(target_logit);
+    store_partial(out + target, splat((float)target_grad), 1);
   }
+}
+
+template <bool SOFTCAP, class T, class Out>
+INLINE void row_gradient(const T* x, const float* bias, Out* out, int64_t columns, int64_t target,
+                         const LogitGrad& grad, const Scaling& scaling) {
+  if (grad.b == 0)
+    row_gradient<SOFTCAP, Loss::LOGPROB>(x, bias, nullptr, nullptr, out, columns, target, grad, scaling);
+  else
+    row_gradient<SOFTCAP, Loss::ENTROPY>(x, bias, nullptr, nullptr, out, columns, target, grad, scaling);
 }
 
 }  // namespace

@@ -49,23 +49,26 @@ void gradient(const LogitsArgs& args, int64_t row, float grad_logprob, float gra
     return;
   }
   const SoftmaxState state = statistics<SOFTCAP>(args, row, scaling);
+  const RowSoftmax softmax = finish_row(state, scaling);
+  const double g = grad_logprob, h = grad_entropy, surprise = softmax.entropy + softmax.logprob;
   LogitGrad grad = {};
   grad.max = state.max;
-  grad.log_sum = scalar_log(state.sum);
-  grad.g = grad_logprob;
-  grad.a = -grad_logprob - grad_entropy * (grad.log_sum - state.moment / state.sum);
-  grad.b = -grad_entropy;
+  grad.scale = softmax.scale;
+  grad.log_scale = max(softmax.log_scale, -1e30);  // finite: its product with p = 0 must be 0
+  grad.a = -g - h * softmax.entropy;
+  grad.b = -h;
+  grad.target = g * softmax.rest - (softmax.p > 0. ? h * softmax.p * surprise : 0.);
   if (args.is_bf16)
-    row_gradient<SOFTCAP, false>(static_cast<const bf16*>(args.logits) + row * args.stride, nullptr, nullptr, nullptr,
-                                 static_cast<bf16*>(out) + row * args.V, args.V, args.target(row), grad, scaling);
+    row_gradient<SOFTCAP>(static_cast<const bf16*>(args.logits) + row * args.stride, nullptr,
+                          static_cast<bf16*>(out) + row * args.V, args.V, args.target(row), grad, scaling);
   else
-    row_gradient<SOFTCAP, false>(static_cast<const float*>(args.logits) + row * args.stride, nullptr, nullptr, nullptr,
-                                 static_cast<float*>(out) + row * args.V, args.V, args.target(row), grad, scaling);
+    row_gradient<SOFTCAP>(static_cast<const float*>(args.logits) + row * args.stride, nullptr,
+                          static_cast<float*>(out) + row * args.V, args.V, args.target(row), grad, scaling);
 }
 
 // logits: N rows of V, `stride` apart. targets: int64 or int32.
 const char* token_logprobs(uintptr_t logits, bool is_bf16, uintptr_t targets, bool int64_targets, uintptr_t logprobs,
-                           uintptr_t entropy, int64_t N, int64_t V, int64_t stride, float temperature, float softcap,
+                           uintptr_t entropy, int64_t N, int64_t V, int64_t stride, double temperature, float softcap,
                            int threads) {
   const LogitsArgs args{ptr<const void>(logits), N, V, stride, is_bf16, ptr<const void>(targets), int64_targets};
   if (!args.targets_in_range()) return "a target is out of range";
@@ -77,18 +80,17 @@ const char* token_logprobs(uintptr_t logits, bool is_bf16, uintptr_t targets, bo
       p[row] = h[row] = 0.f;
       continue;
     }
-    const SoftmaxState state =
-        softcap > 0.f ? statistics<true>(args, row, scaling) : statistics<false>(args, row, scaling);
-    const float log_sum = scalar_log(state.sum);
-    p[row] = (state.target - state.max) - log_sum;
-    h[row] = log_sum - state.moment / state.sum;
+    const RowSoftmax softmax = finish_row(
+        softcap > 0.f ? statistics<true>(args, row, scaling) : statistics<false>(args, row, scaling), scaling);
+    p[row] = (float)softmax.logprob;
+    h[row] = (float)softmax.entropy;
   }
   return nullptr;
 }
 
 void token_logprobs_backward(uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t logits, bool is_bf16,
                              uintptr_t targets, bool int64_targets, uintptr_t out, int64_t N, int64_t V, int64_t stride,
-                             float temperature, float softcap, int threads) {
+                             double temperature, float softcap, int threads) {
   const LogitsArgs args{ptr<const void>(logits), N, V, stride, is_bf16, ptr<const void>(targets), int64_targets};
   const Scaling scaling = make_scaling(temperature, softcap);
   const float *const dp = ptr<const float>(grad_logprobs), *const dh = ptr<const float>(grad_entropy);

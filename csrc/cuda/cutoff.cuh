@@ -82,6 +82,11 @@ __device__ __forceinline__ Cutoff find_cutoff(const BracketTokens<T>& tokens, co
   const Positions positions(mass.max_logit);
   int64_t begin = 0, end = positions.of(state.bracket.low, 0) + (int64_t(1) << Positions::token_bits);
   int num_left = static_cast<int>(state.num_in_bracket);
+  if (MASS && mass.has_leader() && mass.max_logit < state.bracket.high) {  // the bracket's first token
+    if (target <= 1.) return {mass.max_logit, all_equal};
+    mass_before = 1.;
+    begin = int64_t(1) << Positions::token_bits;
+  }
   while (num_left > filter_threads) {
     int shift = 0;  // log2 of the positions in a part
     while ((end - begin - 1) >> shift >= filter_threads) ++shift;
@@ -102,7 +107,7 @@ __device__ __forceinline__ Cutoff find_cutoff(const BracketTokens<T>& tokens, co
     unsigned long long total;
     const unsigned long long before = block_sum_before(mine, total, shared.integer_sums);
     const auto mass_with = [&](unsigned long long sum) {
-      return mass_before + (MASS ? fixed.to_double(sum) : static_cast<double>(sum));
+      return mass_before + (MASS ? mass.of_sum(fixed, sum) : static_cast<double>(sum));
     };
     if (mass_with(before) < target && mass_with(before + mine) >= target) {
       shared.part = threadIdx.x;
@@ -146,24 +151,26 @@ __device__ __forceinline__ Cutoff find_cutoff(const BracketTokens<T>& tokens, co
   return cutoff;
 }
 
-// Returns the cutoff of all filters together; mass_kept_by(cutoff) is the mass of the tokens that it keeps.
-template <class T, class MassKeptBy>
+// Returns the cutoff of all filters together; others_kept_by(cutoff) is the mass of the tokens that it keeps but for
+// one with the largest logit.
+template <class T, class OthersKeptBy>
 __device__ __forceinline__ Cutoff find_cutoffs(const BracketTokens<T>& tokens, const FixedPoint& fixed,
-                                               const MassKeptBy& mass_kept_by, CutoffShared& shared) {
+                                               const OthersKeptBy& others_kept_by, CutoffShared& shared) {
   const FilterState& state = tokens.state;
   const int64_t top_k = state.params.top_k;
   const float top_p = state.params.top_p;
   Cutoff cutoff = no_cutoff();
   if (state.bracket.high > state.bracket.low) {
-    double total = state.sums.mass;
+    double total = state.sums.mass();
     if (top_k) {
       cutoff =
           find_cutoff<false>(tokens, no_cutoff(), state.bracket.count_above, static_cast<double>(top_k), fixed, shared);
-      if (top_p < 1.f) total = mass_kept_by(cutoff);
+      if (top_p < 1.f) total = 1. + others_kept_by(cutoff);
     }
-    if (top_p < 1.f)
-      cutoff = tighter(
-          cutoff, find_cutoff<true>(tokens, cutoff, fixed.to_double(state.mass_above), top_p * total, fixed, shared));
+    if (top_p < 1.f) {
+      const double mass_above = TokenMass(state).above(fixed, state);
+      cutoff = tighter(cutoff, find_cutoff<true>(tokens, cutoff, mass_above, top_p * total, fixed, shared));
+    }
   }
   return tighter(cutoff, {state.min_p, all_equal});
 }

@@ -35,7 +35,7 @@ constexpr int bins_per_thread = num_bins / filter_threads;
 constexpr float lowest_logit = -3.4028235e38f;  // finite: a token of -inf is never kept
 constexpr float top_k_depth = 32.f;             // the bins of a row with top-k reach so far below its largest logit
 
-// Masses relative to that of the largest logit, as integers: the sum of a row is less than 2^63.
+// Masses relative to that of the second largest logit, as integers: the sum of a row is less than 2^63.
 struct FixedPoint {
   float scale;
 
@@ -75,9 +75,9 @@ struct Bins {
 };
 
 // With top-p alone, tokens below the bins have at most half of the mass that the filter removes.
-__device__ __forceinline__ Bins make_bins(const SamplingParams& params, const RowSums& sums, int V) {
+__device__ __forceinline__ Bins make_bins(const SamplingParams& params, const LogitSums& sums, int V) {
   double depth = top_k_depth;
-  if (!params.top_k) depth = log(2. * V / ((1. - params.top_p) * sums.mass)) * params.temperature;
+  if (!params.top_k) depth = log(2. * V / ((1. - params.top_p) * sums.mass())) * params.temperature;
   const float scale = static_cast<float>(min((num_bins - 1) / depth, 3e38));
   return {static_cast<float>(sums.max_logit), scale, static_cast<float>(1. / (scale * params.temperature))};
 }
@@ -92,8 +92,10 @@ struct Bracket {
 struct FilterState {
   // prepare_filter_kernel
   SamplingParams params;
-  RowSums sums;
+  LogitSums sums;
   Bins bins;
+  double unit;                  // the mass of the second largest logit, relative to the largest
+  float second;                 // the largest of all logits but one, equal to the largest in a tie
   float min_p;                  // the smallest logit that passes min-p
   bool valid, is_on, searches;  // is_on: any filter; searches: top-k or top-p
 
@@ -108,17 +110,32 @@ struct FilterState {
   int tokens[max_candidates];
 };
 
-// A row's masses e^z, z = (x - max_logit) / temperature.
+// A row's masses e^z, z = (x - max_logit) / temperature. Sums have them relative to the second largest logit, and a
+// largest logit that no other equals as 0, its 1 apart: beside it those of a row whose best token is far ahead would be
+// lost.
 struct TokenMass {
-  float max_logit;
-  double temperature;
+  float max_logit, second;
+  double temperature, unit;
   float inverse_temperature;
 
   __device__ explicit TokenMass(const FilterState& state)
       : max_logit(state.bins.max_logit),
+        second(state.second),
         temperature(state.params.temperature),
+        unit(state.unit),
         inverse_temperature(state.params.inverse_temperature) {}
-  __device__ __forceinline__ float fast(float x) const { return fast_exp((x - max_logit) * inverse_temperature); }
+  __device__ __forceinline__ bool has_leader() const { return second < max_logit; }
+  __device__ __forceinline__ float fast(float x) const {
+    return x > second ? 0.f : fast_exp((x - second) * inverse_temperature);
+  }
+  // The masses of a sum, relative to the largest logit.
+  __device__ __forceinline__ double of_sum(const FixedPoint& fixed, unsigned long long sum) const {
+    return unit * fixed.to_double(sum);
+  }
+  // The mass of the tokens above the bracket.
+  __device__ __forceinline__ double above(const FixedPoint& fixed, const FilterState& state) const {
+    return of_sum(fixed, state.mass_above) + (has_leader() && max_logit >= state.bracket.high ? 1. : 0.);
+  }
   __device__ __forceinline__ double exact(float x) const {
     return exp((static_cast<double>(x) - max_logit) / temperature);
   }
@@ -172,7 +189,7 @@ struct BracketShared {
 __device__ __forceinline__ Bracket choose_bracket(const FilterState& state, int V, BracketShared& shared) {
   constexpr double error = 4e-6;  // of the sum of all masses, at most
   const Bins bins = state.bins;
-  const double mass = state.sums.mass;
+  const double mass = state.sums.mass();
   const int64_t top_k = state.params.top_k;
   const float top_p = state.params.top_p;
   const int begin = threadIdx.x * bins_per_thread;

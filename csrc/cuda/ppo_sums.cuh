@@ -118,7 +118,7 @@ struct PolicySums {
     sum[PpoSum::CLIPPED_HIGH] += term.is_clipped && ratio > clip.ratio_high ? w : 0.f;
     sum[PpoSum::CLIPPED_DUAL] += term.is_dual ? w : 0.f;
     sum[PpoSum::KL_K1] -= w * log_ratio;
-    sum[PpoSum::KL_K3] += w * ((ratio - 1.f) - log_ratio);
+    sum[PpoSum::KL_K3] += w * exp_minus_1_minus(log_ratio, ratio);
     sum[PpoSum::RATIO] += w * ratio;
     sum[PpoSum::RATIO_SQUARE] += w * (ratio * ratio);
     sum[PpoSum::IMPORTANCE] += coefficient;

@@ -24,10 +24,11 @@ namespace {
 constexpr int tokens_per_thread = 32;  // of a tile
 constexpr int tile_threads = 256;      // of a long row
 
-// A tile's largest logit, its sums around it, and its best token.
+// A tile's largest logit, the largest of the others (equal to it in a tie), the `LogitSums` of the others around this,
+// and the tile's best token.
 struct TileResult {
   double score;
-  float max_logit, raw_mass, mass, moment, logit;
+  float max_logit, second, raw_others, others, moment, logit;
   int token;
 };
 
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
   const int first = static_cast<int>(blockIdx.x % num_tiles) * blockDim.x * U;
   const SamplingParams params = sampling_params(args, row_index, V);
   const UnalignedRow<T> row(logits + row_index * stride, 0, V);
-  float x[U][size], max_logit = -INFINITY;
+  float x[U][size], max_logit = -INFINITY, second = -INFINITY;
   uint4 vecs[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) vecs[u] = row.load(first + u * blockDim.x + threadIdx.x);
@@ -66,29 +67,46 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
   for (int u = 0; u < U; ++u) {
     unpack<T>(vecs[u], x[u]);
 #pragma unroll
-    for (int i = 0; i < size; ++i) max_logit = fmaxf(max_logit, x[u][i]);
+    for (int i = 0; i < size; ++i) {
+      second = fmaxf(second, fminf(max_logit, x[u][i]));
+      max_logit = fmaxf(max_logit, x[u][i]);
+    }
   }
+  const float thread_max = max_logit;
   max_logit = block_reduce<Max>(max_logit, -INFINITY, sums_shared[0]);
-  const float origin = max_logit == -INFINITY ? 0.f : max_logit;
-  float raw_mass = 0.f, mass = 0.f, moment = 0.f;
+  const int threads_with_max = __syncthreads_count(thread_max == max_logit);
+  second = block_reduce<Max>(thread_max == max_logit ? second : thread_max, -INFINITY, sums_shared[0]);
+  if (threads_with_max > 1) second = max_logit;
+  // Sums of the logits up to the second, which a tie makes the largest.
+  const float origin = second == -INFINITY ? 0.f : second;
+  float raw_others = 0.f, others = 0.f, moment = 0.f;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float z = (x[u][i] - origin) * params.inverse_temperature, p = fast_exp(z);
-      mass += p;
+      const float distance = x[u][i] - origin;
+      const float z = distance > 0.f ? -INFINITY : distance * params.inverse_temperature, p = fast_exp(z);
+      others += p;
       moment += p * fmaxf(z, -1000.f);
     }
   }
   if (params.temperature != 1.) {
+    const float same_origin = __shfl_sync(full_mask, origin, 0);  // hidden: no distance waits in a register
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
-      for (int i = 0; i < size; ++i) raw_mass += fast_exp(x[u][i] - origin);
+      for (int i = 0; i < size; ++i) {
+        const float distance = x[u][i] - same_origin;
+        raw_others += distance > 0.f ? 0.f : fast_exp(distance);
+      }
     }
   }
-  if (params.temperature == 1.) raw_mass = mass;  // an else here costs registers
-  sum_in_first_thread(raw_mass, mass, moment, sums_shared);
+  if (params.temperature == 1.) raw_others = others;  // an else here costs registers
+  sum_in_first_thread(raw_others, others, moment, sums_shared);
+  if (threadIdx.x == 0) {  // now, so that they take no registers in what follows
+    const float own = max_logit > -INFINITY && second == max_logit ? 1.f : 0.f;  // one of those that tie stays out
+    tiles[blockIdx.x] = {0., max_logit, second, raw_others - own, others - own, moment, 0.f, 0};
+  }
   Candidate best = no_candidate();
   if (SAMPLE && max_logit > -INFINITY) {
     GumbelArgmax<T> argmax(params, row.base);
@@ -113,28 +131,55 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
     }
     best = argmax.finish(sample_shared);
   }
-  if (threadIdx.x == 0) tiles[blockIdx.x] = {best.score, max_logit, raw_mass, mass, moment, best.logit, best.token};
+  if (threadIdx.x) return;
+  tiles[blockIdx.x].score = best.score;
+  tiles[blockIdx.x].logit = best.logit;
+  tiles[blockIdx.x].token = best.token;
 }
 
 // Merges the sums of a row's tiles by a warp, all of whose lanes get them. A NaN or +inf stays.
-__device__ __forceinline__ RowSums merge_tiles(const TileResult* tiles, int num_tiles, double temperature) {
+__device__ __forceinline__ LogitSums merge_tiles(const TileResult* tiles, int num_tiles, double temperature) {
   const int lane = threadIdx.x % warp_size;
   float lane_max = -INFINITY;
   for (int i = lane; i < num_tiles; i += warp_size) lane_max = fmaxf(lane_max, tiles[i].max_logit);
   const double max_logit = warp_reduce<Max>(lane_max);
-  RowSums sums{max_logit, 0, 0, 0};
+  LogitSums sums{max_logit, 0, 0, 0};
+  double num_tops = 0;
+  const auto add = [&](float logit, double raw_mass, double mass, double moment) {
+    if (logit == -INFINITY) return;
+    const double distance = logit - max_logit, z = distance / temperature, factor = exp(z);
+    sums.raw_others += (temperature == 1. ? factor : exp(distance)) * raw_mass;
+    sums.others += factor * mass;
+    sums.moment += factor > 0. ? factor * (moment + z * mass) : 0.;
+  };
+#pragma unroll 1
   for (int i = lane; i < num_tiles; i += warp_size) {
     const TileResult tile = tiles[i];
-    const double distance = tile.max_logit == -INFINITY ? 0. : tile.max_logit - max_logit;
-    const double z = distance / temperature, factor = exp(z);
-    sums.raw_mass += (temperature == 1. ? factor : exp(distance)) * tile.raw_mass;
-    sums.mass += factor * tile.mass;
-    sums.moment += factor > 0. ? factor * (tile.moment + z * tile.mass) : 0.;
+    if (tile.max_logit == max_logit)
+      num_tops += 1.;
+    else
+      add(tile.max_logit, 1., 1., 0.);
+    add(tile.second, tile.raw_others, tile.others, tile.moment);
   }
-  sums.raw_mass = warp_reduce<Add>(sums.raw_mass);
-  sums.mass = warp_reduce<Add>(sums.mass);
+  const double put_back = max(warp_reduce<Add>(num_tops) - 1., 0.);
+  sums.raw_others = warp_reduce<Add>(sums.raw_others) + put_back;
+  sums.others = warp_reduce<Add>(sums.others) + put_back;
   sums.moment = warp_reduce<Add>(sums.moment);
   return sums;
+}
+
+// Returns the largest logit of a row but one that is max_logit, in all lanes of a warp.
+__device__ __forceinline__ float second_largest(const TileResult* tiles, int num_tiles, float max_logit) {
+  float second = -INFINITY;
+  int num_tops = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x % warp_size; i < num_tiles; i += warp_size) {
+    const bool is_top = tiles[i].max_logit == max_logit;
+    num_tops += is_top;
+    second = fmaxf(second, is_top ? tiles[i].second : tiles[i].max_logit);
+  }
+  second = warp_reduce<Max>(second);
+  return warp_reduce<Add>(num_tops) > 1 ? max_logit : second;
 }
 
 __global__ void __launch_bounds__(warp_size)
@@ -142,11 +187,11 @@ __global__ void __launch_bounds__(warp_size)
   const int64_t row = blockIdx.x;
   const SamplingParams params = sampling_params(args, row, V);
   tiles += row * num_tiles;
-  const RowSums sums = merge_tiles(tiles, num_tiles, params.temperature);
+  const LogitSums sums = merge_tiles(tiles, num_tiles, params.temperature);
   Candidate best = no_candidate();
   for (int i = threadIdx.x; i < num_tiles; i += warp_size) best.update(tiles[i].score, tiles[i].logit, tiles[i].token);
   best = warp_best(best);
-  if (threadIdx.x == 0) write_outputs(out, row, params, sums, best, 0.);
+  if (threadIdx.x == 0) write_row(out, row, params, sums, best, sums);
 }
 
 __global__ void __launch_bounds__(warp_size)
@@ -156,15 +201,18 @@ __global__ void __launch_bounds__(warp_size)
   for (int i = threadIdx.x; i < num_bins / 4; i += warp_size)
     reinterpret_cast<uint4*>(state.counts)[i] = make_uint4(0, 0, 0, 0);
   const SamplingParams params = sampling_params(args, row, V);
-  const RowSums sums = merge_tiles(tiles + row * num_tiles, num_tiles, params.temperature);
+  tiles += row * num_tiles;
+  const LogitSums sums = merge_tiles(tiles, num_tiles, params.temperature);
+  const float max_logit = static_cast<float>(sums.max_logit), second = second_largest(tiles, num_tiles, max_logit);
   if (threadIdx.x) return;
-  const float max_logit = static_cast<float>(sums.max_logit);
   state.params = params;
   state.sums = sums;
-  state.valid = params.valid && sums.max_logit > -infinity && sums.raw_mass < infinity;
+  state.valid = params.valid && sums.max_logit > -infinity && sums.raw_others < infinity;
   state.is_on = state.valid && !params.greedy && params.has_filter();
   state.searches = state.is_on && (params.top_k || params.top_p < 1.f);
   state.bins = {max_logit, 0.f, 0.f};
+  state.second = second;
+  state.unit = exp((static_cast<double>(second) - max_logit) / params.temperature);
   if (state.searches) state.bins = make_bins(params, sums, V);
   state.min_p = lowest_logit;
   if (state.is_on && params.min_p > 0.f) state.min_p = min_p_threshold(max_logit, params.temperature, params.min_p);
@@ -274,17 +322,19 @@ __global__ void __launch_bounds__(filter_threads, 2)
   const TokenMass mass(state);
   const FixedPoint fixed(V);
   const BracketTokens<T> tokens{row, state, warp_tiles[threadIdx.x / warp_size]};
-  // The tokens above the bracket and those within it that the cutoff keeps.
-  const auto mass_kept_by = [&](const Cutoff& cutoff) {
+  // The mass of the tokens above the bracket and of those within it that the cutoff keeps, but for one with the largest
+  // logit, which every cutoff keeps.
+  const auto others_kept_by = [&](const Cutoff& cutoff) {
     unsigned long long sum = 0;
     tokens.for_each([&](float x, int v) { sum += cutoff.keeps(x, v) ? fixed.from(mass.fast(x)) : 0; });
-    return fixed.to_double(state.mass_above + block_reduce<Add>(sum, 0ull, sums_shared));
+    sum = state.mass_above + block_reduce<Add>(sum, 0ull, sums_shared);
+    return mass.of_sum(fixed, sum - (mass.has_leader() ? 0ull : fixed.from(1.f)));
   };
   Cutoff cutoff = no_cutoff();
-  double log_kept_mass = 0;
+  LogitSums kept = state.sums;
   if (state.is_on) {
-    cutoff = find_cutoffs(tokens, fixed, mass_kept_by, shared.cutoff);
-    log_kept_mass = min(log(mass_kept_by(cutoff) / state.sums.mass), 0.);
+    cutoff = find_cutoffs(tokens, fixed, others_kept_by, shared.cutoff);
+    kept.others = others_kept_by(cutoff);
   }
 
   GumbelArgmax<T> argmax(state.params, row.base);
@@ -309,7 +359,7 @@ __global__ void __launch_bounds__(filter_threads, 2)
         });
   }
   const Candidate best = argmax.finish(sample_shared);
-  if (threadIdx.x == 0) write_outputs(out, row_index, state.params, state.sums, best, log_kept_mass);
+  if (threadIdx.x == 0) write_row(out, row_index, state.params, state.sums, best, kept);
 }
 
 // logits: rows of V numbers, `stride` apart. tiles: memory for B x num_tiles TileResults. With filters, states: memory

@@ -36,6 +36,8 @@ struct LogitsJob {
   __device__ int64_t target(int64_t row) const {
     return targets_int64 ? static_cast<const int64_t*>(targets)[row] : static_cast<const int32_t*>(targets)[row];
   }
+  // The column of a target, or -1 if it is outside the row.
+  __device__ int column(int64_t target) const { return target >= 0 && target < V ? static_cast<int>(target) : -1; }
   template <class T>
   __device__ const T* row(int64_t index) const {
     return static_cast<const T*>(logits) + index * stride;
@@ -59,22 +61,25 @@ struct RowThread {
     thread = by_warp ? threadIdx.x % warp_size : threadIdx.x;
     num_threads = by_warp ? warp_size : threads_of_block;
   }
-  __device__ __forceinline__ SoftmaxState merge_threads(const SoftmaxState& state, float* shared) const {
-    return by_warp ? warp_merge(state) : block_merge(state, shared);
+  template <bool SOFTCAP>
+  __device__ __forceinline__ SoftmaxState merge_threads(const SoftmaxState& state, const Scaling& scaling,
+                                                        float* shared) const {
+    return by_warp ? warp_merge<SOFTCAP>(state, scaling) : block_merge<SOFTCAP>(state, scaling, shared);
   }
 };
 
-// z of the target. A target outside the row gives NaN and loads nothing.
-template <bool SOFTCAP, class T>
-__device__ __forceinline__ float target_logit(const T* row, int64_t target, const LogitsJob& job) {
-  const bool valid = target >= 0 && target < job.V;
-  return valid ? apply_softcap_temperature<SOFTCAP>(to_float(row[target]), job.scaling) : NAN;
+// The logit of the target. A target outside the row, column -1, gives NaN and loads nothing.
+template <class T>
+__device__ __forceinline__ float target_logit(const T* row, int column) {
+  return column < 0 ? NAN : to_float(row[column]);
 }
 
-__device__ __forceinline__ void write_row(const SoftmaxState& state, float target_z, float* logprob, float* entropy) {
-  const float log_sum = logf(state.sum);
-  *logprob = (target_z - state.max) - log_sum;
-  *entropy = log_sum - state.moment / state.sum;
+template <bool SOFTCAP>
+__device__ __forceinline__ void write_row(const SoftmaxState& others, float target_logit, const Scaling& scaling,
+                                          float* logprob, float* entropy) {
+  const Softmax row = softmax_of<SOFTCAP>(others, target_logit, scaling);
+  *logprob = row.logprob;
+  *entropy = row.entropy;
 }
 
 __device__ __forceinline__ void write_ignored(float* logprob, float* entropy) {
@@ -94,15 +99,18 @@ __global__ void __launch_bounds__(block_threads, SOFTCAP ? 3 : 4)
     if (at.thread == 0) write_ignored(logprobs + at.row, entropy + at.row);
     return;
   }
+  const int column = job.column(target);
   const UnalignedRow<T> row(job.row<T>(at.row), 0, job.V);
   SoftmaxState state = empty_state();
   for (int first = 0; first < num_vecs; first += part_vecs) {
     const int last = min(first + part_vecs, num_vecs);
-    state = merge(state, row_state<unroll, SOFTCAP>(row, first, last, at.thread, at.num_threads, job.scaling));
+    const SoftmaxState part =
+        row_state<unroll, SOFTCAP>(row, first, last, at.thread, at.num_threads, column, job.scaling);
+    state = merge<SOFTCAP>(state, part, job.scaling);
   }
-  state = at.merge_threads(state, shared);
+  state = at.merge_threads<SOFTCAP>(state, job.scaling, shared);
   if (at.thread == 0)
-    write_row(state, target_logit<SOFTCAP>(row.base, target, job), logprobs + at.row, entropy + at.row);
+    write_row<SOFTCAP>(state, target_logit(row.base, column), job.scaling, logprobs + at.row, entropy + at.row);
 }
 
 // One block per part of a row. scratch: (N, num_parts, 3, block_threads), the threads' states.
@@ -110,10 +118,12 @@ template <class T, bool SOFTCAP>
 __global__ void __launch_bounds__(block_threads, SOFTCAP ? 3 : 4)
     parts_kernel(const LogitsJob job, int num_parts, float* scratch) {
   const int64_t row_index = blockIdx.x / num_parts;
-  if (job.target(row_index) == ignore_index) return;
+  const int64_t target = job.target(row_index);
+  if (target == ignore_index) return;
   const int first = int(blockIdx.x % num_parts) * part_vecs, last = min(first + part_vecs, vecs_of<T>(job.V));
   const UnalignedRow<T> row(job.row<T>(row_index), 0, job.V);
-  const SoftmaxState state = row_state<unroll, SOFTCAP>(row, first, last, threadIdx.x, block_threads, job.scaling);
+  const SoftmaxState state =
+      row_state<unroll, SOFTCAP>(row, first, last, threadIdx.x, block_threads, job.column(target), job.scaling);
   scratch += int64_t(blockIdx.x) * 3 * block_threads + threadIdx.x;
   scratch[0] = state.max;
   scratch[block_threads] = state.sum;
@@ -130,14 +140,16 @@ __global__ void __launch_bounds__(block_threads)
     if (threadIdx.x == 0) write_ignored(logprobs + row, entropy + row);
     return;
   }
-  const float target_z = target_logit<SOFTCAP>(job.row<T>(row), target, job);
+  const float logit = target_logit(job.row<T>(row), job.column(target));
   scratch += row * num_parts * 3 * block_threads + threadIdx.x;
   SoftmaxState state = empty_state();
 #pragma unroll 4
-  for (int i = 0; i < num_parts; ++i, scratch += 3 * block_threads)
-    state = merge(state, {scratch[0], scratch[block_threads], scratch[2 * block_threads]});
-  state = block_merge(state, shared);
-  if (threadIdx.x == 0) write_row(state, target_z, logprobs + row, entropy + row);
+  for (int i = 0; i < num_parts; ++i, scratch += 3 * block_threads) {
+    const float max = scratch[0], sum = scratch[block_threads], moment = scratch[2 * block_threads];
+    state = merge<SOFTCAP>(state, {max, origin_of<SOFTCAP>(max, job.scaling), sum, moment}, job.scaling);
+  }
+  state = block_merge<SOFTCAP>(state, job.scaling, shared);
+  if (threadIdx.x == 0) write_row<SOFTCAP>(state, logit, job.scaling, logprobs + row, entropy + row);
 }
 
 // Vectors of a row of gradients are counted from this many numbers before it: then stores are aligned.
@@ -160,12 +172,11 @@ __device__ __forceinline__ void write_gradient(const T* logits, T* out, int V, i
   out -= offset;
   const int target_column = target < 0 ? -1 : target + offset;
   const float target_grad =
-      target_column < 0 ? 0.f
-                        : logit_grad<SOFTCAP, false>(to_float(row.base[target_column]), 0.f, grad.g, grad, scaling);
+      target_column < 0 ? 0.f : logit_grad<SOFTCAP>(to_float(row.base[target_column]), true, grad, scaling);
   const auto vec_grad = [&](int k, const uint4& vec, float (&y)[size]) {
     unpack<T>(vec, y);
 #pragma unroll
-    for (int i = 0; i < size; ++i) y[i] = logit_grad<SOFTCAP, false>(y[i], 0.f, 0.f, grad, scaling);
+    for (int i = 0; i < size; ++i) y[i] = logit_grad<SOFTCAP>(y[i], false, grad, scaling);
     if (target_column < k * size || target_column >= (k + 1) * size) return;
 #pragma unroll
     for (int i = 0; i < size; ++i)
@@ -214,22 +225,18 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   T* const out_row = out + at.row * job.V;
   const int64_t given_target = job.target(at.row);
   if (given_target == ignore_index) return write_zeros(out_row, job.V, at.thread, at.num_threads);
-  const int target = given_target >= 0 && given_target < job.V ? static_cast<int>(given_target) : -1;
+  const int column = job.column(given_target);
   uint4* const saved = shared_memory<uint4>();
   const T* const logits = job.row<T>(at.row);
   const UnalignedRow<T> row(logits, 0, job.V);
+  constexpr int U =
+      SOFTCAP && sizeof(T) == 2 ? 2 : unroll;  // 4 vectors of z and their softcap spill registers on sm_80
   SoftmaxState state =
-      row_state<unroll, SOFTCAP>(row, 0, num_vecs, at.thread, at.num_threads, job.scaling, saved, num_saved);
-  state = at.merge_threads(state, shared);
-  const float log_sum = logf(state.sum), entropy = log_sum - state.moment / state.sum;
-  const float logprob_grad = grad_logprobs[at.row], entropy_grad = grad_entropy[at.row];
-  LogitGrad grad{};
-  grad.max = state.max;
-  grad.log_sum = log_sum;
-  grad.g = logprob_grad;
-  grad.a = -logprob_grad - entropy_grad * entropy;
-  grad.b = -entropy_grad;
-  write_gradient<T, SOFTCAP>(logits, out_row, job.V, target, grad, job.scaling, at.thread, at.num_threads, saved,
+      row_state<U, SOFTCAP>(row, 0, num_vecs, at.thread, at.num_threads, column, job.scaling, saved, num_saved);
+  state = at.merge_threads<SOFTCAP>(state, job.scaling, shared);
+  const Softmax softmax = softmax_of<SOFTCAP>(state, target_logit(logits, column), job.scaling);
+  const LogitGrad grad = logit_grad_of(softmax, grad_logprobs[at.row], grad_entropy[at.row], job.scaling);
+  write_gradient<T, SOFTCAP>(logits, out_row, job.V, column, grad, job.scaling, at.thread, at.num_threads, saved,
                              num_saved);
 }
 
@@ -247,7 +254,7 @@ const char* dispatch_dtype_and_softcap(int dtype, const LogitsJob& job, F f) {
 }
 
 LogitsJob make_job(uintptr_t logits, uintptr_t targets, bool targets_int64, int64_t N, int64_t V, int64_t stride,
-                   float temperature, float softcap) {
+                   double temperature, float softcap) {
   LogitsJob job;
   job.logits = ptr<const void>(logits);
   job.N = N;
@@ -266,7 +273,7 @@ const char* too_many_rows = "more rows than a grid has blocks";
 // few long rows are to fill the GPU.
 const char* token_logprobs(uintptr_t logits, int dtype, uintptr_t targets, bool targets_int64, uintptr_t logprobs,
                            uintptr_t entropy, uintptr_t scratch, int64_t N, int64_t V, int64_t stride,
-                           float temperature, float softcap, uintptr_t stream) {
+                           double temperature, float softcap, uintptr_t stream) {
   if (N == 0) return nullptr;
   if (V > 1 << 30) return row_too_long;
   const LogitsJob job = make_job(logits, targets, targets_int64, N, V, stride, temperature, softcap);
@@ -308,7 +315,7 @@ const char* launch_backward(const float* grad_logprobs, const float* grad_entrop
 // threads per SM in each case.
 const char* token_logprobs_backward(uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t logits, int dtype,
                                     uintptr_t targets, bool targets_int64, uintptr_t out, int64_t N, int64_t V,
-                                    int64_t stride, float temperature, float softcap, uintptr_t stream) {
+                                    int64_t stride, double temperature, float softcap, uintptr_t stream) {
   if (N == 0) return nullptr;
   if (V > 1 << 30) return row_too_long;
   const LogitsJob job = make_job(logits, targets, targets_int64, N, V, stride, temperature, softcap);

@@ -271,18 +271,23 @@ def min_p_threshold(largest, temperature, min_p, SHIFT: tl.constexpr):
 def cutoff_kernel(
     logits, banned, ban_rows, row_options, parts, candidate_logits, candidate_tokens, cutoff_logits, cutoff_tokens,
     row_stride, stride, V, tiles, capacity, step,
-    LARGEST: tl.constexpr, MASS: tl.constexpr, SHIFT: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, THRESHOLDS: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, SECOND: tl.constexpr, OTHERS: tl.constexpr, SHIFT: tl.constexpr, SAMPLE: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, THRESHOLDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store the cutoff of the program's row. LARGEST, MASS: the fields of `parts` that the filters see."""
+    """Store the cutoff of the program's row. LARGEST, SECOND, OTHERS: the fields of `parts` that the filters see."""
     row_index = tl.program_id(0).to(tl.int64)
     T, k, p, min_p, in_range = gumbel.load_options(row_options, row_index, V)
     inverse, is_greedy = gumbel.inverse_temperature(row_options.temperature, row_index, True)
     temperature = tl.where(is_greedy, 1.0, T).to(tl.float64)
     largest_field = parts + row_index * tiles + LARGEST * stride
-    mass_field = parts + row_index * tiles + MASS * stride
+    second_field = parts + row_index * tiles + SECOND * stride
+    others_field = parts + row_index * tiles + OTHERS * stride
     largest = gumbel.merge_largest(largest_field, tiles, BLOCK)
-    total = gumbel.merge_mass(largest_field, mass_field, largest.to(tl.float64), 1.0 / temperature, tiles, BLOCK)
+    top = largest.to(tl.float64)
+    others, _ = gumbel.merge_others(
+        largest_field, second_field, others_field, None, top, 1.0 / temperature, tiles, BLOCK
+    )
+    total = 1.0 + others
     is_filtered = in_range & (is_greedy == 0) & (tl.abs(largest) < float("inf")) & (total < float("inf"))
     uses_top_k = is_filtered & (k > 0)
     uses_top_p = is_filtered & (p < 1)
@@ -366,7 +371,8 @@ def find_cutoffs(
     tile = launch.block_size(V, TILE)
     meta = {
         "LARGEST": (gumbel.LARGEST if banned is None else gumbel.KEPT_LARGEST).value,
-        "MASS": (gumbel.MASS if banned is None else gumbel.KEPT_MASS).value,
+        "SECOND": (gumbel.SECOND if banned is None else gumbel.KEPT_SECOND).value,
+        "OTHERS": (gumbel.OTHERS if banned is None else gumbel.KEPT_OTHERS).value,
         "SHIFT": SHIFTS[logits.dtype],
         "SAMPLE": SAMPLE,
         "CHUNK": CHUNK,

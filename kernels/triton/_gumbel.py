@@ -7,9 +7,10 @@ the two logarithms of the noise and 15 for e^z and the sums.
                  \\        |       /
               `merge_tiles_kernel`             one program per row merges the tiles in their order, in float64
 
-A tile is read once. Its sums are relative to its own largest logit. Its best token is one score, z + noise, relative to
-that logit too, so float32 holds it however large the logits are. A row's result depends on its own logits and noise
-alone, and is the same in any batch.
+A tile is read once. Its sums leave one token with the largest logit out and are relative to the second: beside the
+first, those of a row whose best token is far ahead would be lost, and with them its log-probability. The tile's best
+token is one score, z + noise, relative to the largest logit, so float32 holds it however large the logits are. A row's
+result depends on its own logits and noise alone, and is the same in any batch.
 """
 
 import math
@@ -24,11 +25,14 @@ from rlhf_fast.kernels._sampling import empty_outputs
 from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import launch
 
-NUM_FIELDS = 8
-# Fields of a tile. Of all tokens: the largest logit, and relative to it the sums of e^(x - largest), of p = e^z and of
-# p z, where z = (x - largest) / temperature. Of the kept tokens, which are neither banned nor filtered out: the largest
-# logit, and relative to it the sum of p. Then the best score, and the logit of its token.
-LARGEST, RAW_MASS, MASS, MOMENT, KEPT_LARGEST, KEPT_MASS, SCORE, LOGIT = (tl.constexpr(i) for i in range(NUM_FIELDS))
+NUM_FIELDS = 10
+# Fields of a tile. Of all tokens: the largest logit, the largest of the others (equal to it in a tie), and relative to
+# this the sums of the others' e^(x - second), p = e^z and p z, where z = (x - second) / temperature. Of the kept
+# tokens, which are neither banned nor filtered out: the same two logits, and the others' sum of p. Then the best score,
+# and the logit of its token.
+LARGEST, SECOND, RAW_OTHERS, OTHERS, MOMENT, KEPT_LARGEST, KEPT_SECOND, KEPT_OTHERS, SCORE, LOGIT = (
+    tl.constexpr(i) for i in range(NUM_FIELDS)
+)
 LN2 = tl.constexpr(math.log(2.0))
 
 
@@ -151,39 +155,58 @@ def first_column(x, value):
 
 
 @triton.jit
-def tile_softmax(x, inverse):
-    """Return the largest of each row of x, the value that z is relative to (it, or 0 if it is -inf), z, p = e^z, and
-    the sum of p."""
+def finite_or_0(x):
+    """Return x, 0 if it is -inf: (-inf) - (-inf) would be NaN."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def split_largest(x):
+    """Return the largest of each row of x, how many tokens have it besides the first, x with -inf in place of the
+    largest, and the largest of all but the first."""
     largest = tl.max(x, axis=1)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    z = (x - base[:, None]) * inverse[:, None]
-    p = tl.exp(z)
-    return largest, base, z, p, tl.sum(p, axis=1)
+    is_largest = x == largest[:, None]
+    ties = (tl.sum(is_largest.to(tl.int32), axis=1) - 1).to(tl.float32)
+    lesser = tl.where(is_largest, float("-inf"), x)
+    return largest, ties, lesser, tl.where(ties > 0, largest, tl.max(lesser, axis=1))
+
+
+@triton.jit
+def exp_of_others(lesser, second, inverse):
+    """Return z and e^z of the tokens of `split_largest` relative to `second`; z <= 0."""
+    z = (lesser - finite_or_0(second)[:, None]) * inverse[:, None]
+    return z, tl.exp(z)
 
 
 @triton.jit
 def store_statistics(part, stride, x, inverse, exists, HAS_TEMPERATURE: tl.constexpr):
-    """Store the fields of all tokens of a tile, and return the value that z is relative to. NaN or +inf shows in
-    RAW_MASS."""
-    largest, base, z, p, mass = tile_softmax(x, inverse)
-    raw_mass = mass
+    """Store the fields of all tokens of a tile, and return the value that scores are relative to. NaN or +inf shows in
+    LARGEST or RAW_OTHERS."""
+    largest, ties, lesser, second = split_largest(x)
+    z, p = exp_of_others(lesser, second, inverse)
+    others = tl.sum(p, axis=1) + ties
+    raw_others = others
     if HAS_TEMPERATURE:
-        raw_mass = tl.sum(tl.exp(x - base[:, None]), axis=1)
+        _, raw_p = exp_of_others(lesser, second, tl.where(exists, 1.0, 1.0))
+        raw_others = tl.sum(raw_p, axis=1) + ties
     tl.store(part + LARGEST * stride, largest, mask=exists)
-    tl.store(part + RAW_MASS * stride, raw_mass, mask=exists)
-    tl.store(part + MASS * stride, mass, mask=exists)
+    tl.store(part + SECOND * stride, second, mask=exists)
+    tl.store(part + RAW_OTHERS * stride, raw_others, mask=exists)
+    tl.store(part + OTHERS * stride, others, mask=exists)
     tl.store(part + MOMENT * stride, tl.sum(p * tl.maximum(z, launch.MIN_EXPONENT), axis=1), mask=exists)
-    return base
+    return finite_or_0(largest)
 
 
 @triton.jit
 def store_kept_mass(part, stride, x, inverse, exists):
-    """Store the fields of the kept tokens of a tile, the others being -inf, and return the value that z is relative
-    to."""
-    largest, base, _, _, mass = tile_softmax(x, inverse)
+    """Store the fields of the kept tokens of a tile, the others being -inf, and return the value that scores are
+    relative to."""
+    largest, ties, lesser, second = split_largest(x)
+    _, p = exp_of_others(lesser, second, inverse)
     tl.store(part + KEPT_LARGEST * stride, largest, mask=exists)
-    tl.store(part + KEPT_MASS * stride, mass, mask=exists)
-    return base
+    tl.store(part + KEPT_SECOND * stride, second, mask=exists)
+    tl.store(part + KEPT_OTHERS * stride, tl.sum(p, axis=1) + ties, mask=exists)
+    return finite_or_0(largest)
 
 
 @triton.jit
@@ -205,27 +228,36 @@ def merge_largest(field, tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def merge_mass(largest, mass, top, inverse, tiles, BLOCK: tl.constexpr):
-    """Return the sum of the masses of all tiles relative to `top`, in float64. largest: what each is relative to."""
+def merge_others(largest, second, others, moment, top, inverse, tiles, BLOCK: tl.constexpr):
+    """Return the sums of p and of p z over all tokens but one with the logit `top`, the largest, in float64.
+
+    z is relative to `top`. largest, second, others, moment: fields of the tiles; without moments the second is 0."""
     total = tl.zeros((BLOCK,), tl.float64)
+    moments = tl.zeros((BLOCK,), tl.float64)
+    num_tops = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)
-        m = tl.load(largest + tile, mask=tile < tiles, other=float("-inf")).to(tl.float64)
-        total += tl.load(mass + tile, mask=tile < tiles, other=0.0).to(tl.float64) * tl.exp((m - top) * inverse)
-    return tl.sum(total, axis=0)
+        exists = tile < tiles
+        m = tl.load(largest + tile, mask=exists, other=float("-inf")).to(tl.float64)
+        m2 = tl.load(second + tile, mask=exists, other=float("-inf")).to(tl.float64)
+        rest = tl.load(others + tile, mask=exists, other=0.0).to(tl.float64)
+        z = tl.maximum((m - top) * inverse, launch.MIN_EXPONENT)
+        z2 = tl.maximum((m2 - top) * inverse, launch.MIN_EXPONENT)
+        p = tl.where(m == top, 0.0, tl.exp(z))
+        p2 = tl.exp(z2)
+        total += p + p2 * rest
+        num_tops += (m == top).to(tl.int32)
+        if moment is not None:
+            tile_moment = tl.load(moment + tile, mask=exists, other=0.0).to(tl.float64)
+            moments += p * z + p2 * (tile_moment + z2 * rest)
+    return tl.sum(total, axis=0) + tl.maximum(tl.sum(num_tops, axis=0) - 1, 0).to(tl.float64), tl.sum(moments, axis=0)
 
 
 @triton.jit
-def merge_moment(largest, mass, moment, top, inverse, tiles, BLOCK: tl.constexpr):
-    """Return the sum of p z of all tiles relative to `top`, in float64."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        m = tl.load(largest + tile, mask=tile < tiles, other=float("-inf")).to(tl.float64)
-        tile_moment = tl.load(moment + tile, mask=tile < tiles, other=0.0).to(tl.float64)
-        z = tl.maximum((m - top) * inverse, launch.MIN_EXPONENT)
-        total += tl.exp(z) * (tile_moment + z * tl.load(mass + tile, mask=tile < tiles, other=0.0))
-    return tl.sum(total, axis=0)
+def log1p(x):
+    """Return log(1 + x) of float64 x >= 0 in full precision, also for small x."""
+    u = 1.0 + x
+    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1.0)))
 
 
 @triton.jit
@@ -268,14 +300,13 @@ def load_options(options, row, V):
 
 
 @triton.jit
-def store_outputs(out, row, valid, is_greedy, token, logprob, raw_logprob, log_kept_mass, entropy):
+def store_outputs(out, row, valid, is_greedy, token, logprob, raw_logprob, kept_logprob, log_kept_mass, entropy):
     """Store a row's outputs: -1 and NaN if it is not valid. A greedy token has probability 1."""
     nan = float("nan")
     tl.store(out.tokens + row, tl.where(valid, token, -1).to(tl.int64))
     tl.store(out.raw_logprobs + row, tl.where(valid, raw_logprob, nan).to(tl.float32))
     tl.store(out.logprobs + row, tl.where(valid, tl.where(is_greedy, 0.0, logprob), nan).to(tl.float32))
-    kept_logprob = tl.where(is_greedy, 0.0, logprob - log_kept_mass)
-    tl.store(out.kept_logprobs + row, tl.where(valid, kept_logprob, nan).to(tl.float32))
+    tl.store(out.kept_logprobs + row, tl.where(valid, tl.where(is_greedy, 0.0, kept_logprob), nan).to(tl.float32))
     tl.store(out.log_kept_mass + row, tl.where(valid, tl.where(is_greedy, 0.0, log_kept_mass), nan).to(tl.float32))
     tl.store(out.entropy + row, tl.where(valid, tl.where(is_greedy, 0.0, entropy), nan).to(tl.float32))
 
@@ -293,30 +324,43 @@ def merge_tiles_kernel(
     part = parts + row * tiles
     largest_field = part + LARGEST * stride
     largest = merge_largest(largest_field, tiles, BLOCK).to(tl.float64)
-    raw_mass = merge_mass(largest_field, part + RAW_MASS * stride, largest, 1.0, tiles, BLOCK)
-    total = merge_mass(largest_field, part + MASS * stride, largest, inverse, tiles, BLOCK)
-    moment = merge_moment(largest_field, part + MASS * stride, part + MOMENT * stride, largest, inverse, tiles, BLOCK)
+    second_field = part + SECOND * stride
+    raw_field = part + RAW_OTHERS * stride
+    raw_others, _ = merge_others(largest_field, second_field, raw_field, None, largest, 1.0, tiles, BLOCK)
+    others, moment = merge_others(
+        largest_field, second_field, part + OTHERS * stride, part + MOMENT * stride, largest, inverse, tiles, BLOCK
+    )
+    log_total = log1p(others)
     kept_largest = largest
+    log_kept = log_total
     log_kept_mass = tl.full((), 0.0, tl.float64)
     if HAS_KEPT:
         kept_field = part + KEPT_LARGEST * stride
         kept_largest = merge_largest(kept_field, tiles, BLOCK).to(tl.float64)
-        kept_mass = merge_mass(kept_field, part + KEPT_MASS * stride, kept_largest, inverse, tiles, BLOCK)
+        kept_others, _ = merge_others(
+            kept_field, part + KEPT_SECOND * stride, part + KEPT_OTHERS * stride, None, kept_largest, inverse, tiles,
+            BLOCK,
+        )  # fmt: skip
+        log_kept = log1p(kept_others)
         is_filtered = (k > 0) | (p < 1) | (min_p > 0)
         if ban_rows is not None:
             is_filtered |= tl.load(ban_rows + row)
-        log_kept_mass = tl.minimum(tl.log(kept_mass / total) + (kept_largest - largest) * inverse, 0.0)
+        log_kept_mass = tl.minimum((log_kept - log_total) + (kept_largest - largest) * inverse, 0.0)
         log_kept_mass = tl.where(is_filtered, log_kept_mass, 0.0)
     best, token, logit = merge_best(
         part, tile_tokens + row * tiles, stride, kept_largest, inverse, tiles, BLOCK, SCORES_RELATIVE_TO
     )
-    is_finite = (tl.abs(largest) < float("inf")) & (tl.abs(kept_largest) < float("inf")) & (raw_mass < float("inf"))
+    is_finite = (tl.abs(largest) < float("inf")) & (tl.abs(kept_largest) < float("inf")) & (raw_others < float("inf"))
     valid = in_range & is_finite & (best > float("-inf"))
     distance = logit.to(tl.float64) - largest
-    logprob = distance * inverse - tl.log(total)
-    raw_logprob = distance - tl.log(raw_mass)
-    entropy = tl.log(total) - moment / total
-    store_outputs(out, row, valid, is_greedy, token, logprob, raw_logprob, log_kept_mass, entropy)
+    logprob = distance * inverse - log_total
+    raw_logprob = distance - log1p(raw_others)
+    kept_logprob = logprob
+    if HAS_KEPT:
+        kept_logprob = (logit.to(tl.float64) - kept_largest) * inverse - log_kept
+        kept_logprob = tl.where(is_filtered, tl.maximum(kept_logprob, logprob), logprob)
+    entropy = log_total - moment / (1.0 + others)
+    store_outputs(out, row, valid, is_greedy, token, logprob, raw_logprob, kept_logprob, log_kept_mass, entropy)
 
 
 def empty_parts(rows: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
@@ -338,7 +382,7 @@ def merge_tiles(
         "HAS_KEPT": has_kept,
         "SCORES_RELATIVE_TO": (KEPT_LARGEST if has_kept else LARGEST).value,
         "BLOCK": block,
-        "num_warps": launch.num_warps_for(block, 4),
+        "num_warps": launch.num_warps_for(block, 2),
     }
     inputs = (parts, tile_tokens, ban_rows, options)
     sizes = (parts.stride(0), V, tiles)

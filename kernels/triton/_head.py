@@ -275,16 +275,14 @@ def is_scored(head: GpuHead, reference: GpuHead | None = None) -> bool:
 def score(head: GpuHead, reference: GpuHead | None) -> Statistics:
     """Return the statistics of every row by _scoring.py's product."""
     out = Statistics.empty(head.targets, reference is not None)
-    m, log_s, *ref_normalizer = out.normalizers.flatten(1).unbind()
-    outputs = scoring.Outputs(out.logprobs.view(-1), out.entropy.view(-1), m, log_s)
+    largest, sums, *ref_sums = out.sums.flatten(1).unbind()
+    outputs = scoring.Outputs(out.logprobs.view(-1), out.entropy.view(-1), largest, sums)
     targets = head.targets.view(-1)
     options = (head.temperature, head.softcap)
     if reference is None:
         scoring.score(head.hidden, head.weight, targets, head.bias, *options, outputs)
     else:
-        ref_m, ref_log_s = ref_normalizer
-        ref_logprobs, kl = out.ref_logprobs.view(-1), out.kl.view(-1)
-        outputs = outputs._replace(ref_logprobs=ref_logprobs, kl=kl, ref_m=ref_m, ref_log_s=ref_log_s)
+        outputs = scoring.Outputs(*outputs[:4], out.ref_logprobs.view(-1), out.kl.view(-1), *ref_sums)
         matrices = (head.hidden, head.weight, reference.hidden, reference.weight)
         scoring.score_pair(*matrices, targets, *options, head.bias, reference.bias, outputs)
     return out

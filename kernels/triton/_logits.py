@@ -27,7 +27,7 @@ from torch import Tensor
 from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import _ppo as ppo
 from rlhf_fast.kernels.triton import _softmax as softmax
-from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton import _target, launch
 
 ROWS_PER_SM = 4  # rows for each SM from which on one program takes a whole row
 LOSS_NONE, LOSS_GIVEN, LOSS_CROSS_ENTROPY, LOSS_PPO = (tl.constexpr(i) for i in range(4))
@@ -56,11 +56,12 @@ class RowRange(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Results of N rows, float32. normalizers: (2, N), or (4, N) with a reference: m and log s of each."""
+    """Results of N rows, float32. sums: of all columns but the target the largest raw logit and s; with a reference
+    also its two, and their part of the KL."""
 
     logprobs: Tensor | None
     entropy: Tensor
-    normalizers: Tensor | None
+    sums: Tensor | None  # (2, N) or (5, N)
     ref_logprobs: Tensor | None
     kl: Tensor | None
 
@@ -70,7 +71,7 @@ class Statistics(NamedTuple):
             return empty_float32(targets, *leading, *targets.shape)
 
         ref = (floats(), floats()) if has_ref else (None, None)
-        return Statistics(floats(), floats(), floats(4 if has_ref else 2), *ref)
+        return Statistics(floats(), floats(), floats(5 if has_ref else 2), *ref)
 
 
 class RowGrads(NamedTuple):
@@ -118,6 +119,12 @@ class Loss(NamedTuple):
         return Loss(LOSS_PPO, PolicyLoss(tokens, clip, kl_coef, entropy_coef), clip.dual > 0, kl_estimator)
 
 
+@triton.jit
+def column_of(target, V):
+    """Return the column of a target, or -1 if it does not exist."""
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
 def segment_kernel(
     rows, first_row, num_rows, parts, scaling,
@@ -132,66 +139,70 @@ def segment_kernel(
         ref = rows.ref + local * rows.stride
     row = softmax.Row(rows.x + local * rows.stride, rows.bias, ref, rows.ref_bias)
     base, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
-    valid = tl.load(rows.targets + first_row + local) != launch.IGNORE_INDEX
+    target = tl.load(rows.targets + first_row + local).to(tl.int64)
+    valid = target != launch.IGNORE_INDEX
     tiles = tl.where(valid, tl.cdiv(rows.V + misalignment, UNROLL * THREADS * VEC), 0)
     first = segment * SEGMENT
     end = tl.minimum(first + SEGMENT, tiles)
     aligned_row = softmax.Row(base, row.bias, row.ref, row.ref_bias)
     state = softmax.segment_state(
-        aligned_row, misalignment, rows.V, first, end, scaling, CAP, ALIGNED, UNROLL, THREADS, VEC
-    )
+        aligned_row, misalignment, rows.V, column_of(target, rows.V), first, end, scaling,
+        CAP, ALIGNED, UNROLL, THREADS, VEC,
+    )  # fmt: skip
     part = parts + segment * 6 * num_rows + local
     for i in tl.static_range(6 if rows.ref is not None else 3):
         tl.store(part + i * num_rows, state[i])
 
 
 @triton.jit
-def merge_segments(parts, local, num_rows, segments, REF: tl.constexpr):
+def merge_segments(parts, local, num_rows, segments, scaling, CAP: tl.constexpr, REF: tl.constexpr):
     """Return the state of a row from those of its segments."""
     state = softmax.empty_state()
     for segment in range(0, segments):
         part = softmax.load_state(parts + segment * 6 * num_rows + local, num_rows, REF)
-        state = softmax.merge(state, part, REF)
+        state = softmax.merge(state, part, scaling, CAP, REF)
     return state
 
 
 @triton.jit
 def walk_row(
-    row, misalignment, V, tiles, scaling,
+    row, misalignment, V, column, tiles, scaling,
     SEGMENT: tl.constexpr,
     CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Return the state of a row, segment by segment."""
+    """Return the state of a row without the target's column, segment by segment."""
     state = softmax.empty_state()
     for first in range(0, tiles, SEGMENT):
         end = tl.minimum(first + SEGMENT, tiles)
-        part = softmax.segment_state(row, misalignment, V, first, end, scaling, CAP, ALIGNED, UNROLL, THREADS, VEC)
-        state = softmax.merge(state, part, row.ref is not None)
+        part = softmax.segment_state(
+            row, misalignment, V, column, first, end, scaling, CAP, ALIGNED, UNROLL, THREADS, VEC
+        )
+        state = softmax.merge(state, part, scaling, CAP, row.ref is not None)
     return state
 
 
 @triton.jit
-def store_statistics(out, row, N, state, z, z2, valid, REF: tl.constexpr):
-    """Store the statistics of a row with state `state` and target logits z and z2. Return log p, entropy, log s."""
-    mean = state.a / state.s
-    log_s = tl.log(state.s)
-    log_s2 = tl.log(state.s2)
-    logp = (z - state.m) - log_s
-    entropy = log_s - mean
+def store_statistics(out, row, N, state, logit, ref_logit, valid, scaling, CAP: tl.constexpr, REF: tl.constexpr):
+    """Store the statistics of a row with state `state` and the target's raw logits. Return its `Target`."""
+    lead, error = _target.lead_over(logit, state.m, scaling, CAP)
+    target = _target.join(lead, error, state.s, _target.LN2 * state.a)
     if out.logprobs is not None:
-        tl.store(out.logprobs + row, tl.where(valid, logp, 0.0))
-        tl.store(out.entropy + row, tl.where(valid, entropy, 0.0))
-    if out.normalizers is not None:
-        tl.store(out.normalizers + row, tl.where(valid, state.m, 0.0))
-        tl.store(out.normalizers + N + row, tl.where(valid, log_s, 0.0))
+        tl.store(out.logprobs + row, tl.where(valid, target.logp, 0.0))
+        tl.store(out.entropy + row, tl.where(valid, target.entropy, 0.0))
+    if out.sums is not None:
+        tl.store(out.sums + row, tl.where(valid, state.m, 0.0))
+        tl.store(out.sums + N + row, tl.where(valid, state.s, 0.0))
     if REF:
-        kl = (mean - state.b / state.s) - (log_s - log_s2)
-        tl.store(out.ref_logprobs + row, tl.where(valid, (z2 - state.m2) - log_s2, 0.0))
+        ref_lead, ref_error = _target.lead_over(ref_logit, state.m2, scaling, CAP)
+        ref_target = _target.join(ref_lead, ref_error, state.s2, 0.0)
+        kl, kl_of_others = softmax.row_kl(state.a - state.b, target, ref_target)
+        tl.store(out.ref_logprobs + row, tl.where(valid, ref_target.logp, 0.0))
         tl.store(out.kl + row, tl.where(valid, kl, 0.0))
-        if out.normalizers is not None:
-            tl.store(out.normalizers + 2 * N + row, tl.where(valid, state.m2, 0.0))
-            tl.store(out.normalizers + 3 * N + row, tl.where(valid, log_s2, 0.0))
-    return logp, entropy, log_s
+        if out.sums is not None:
+            tl.store(out.sums + 2 * N + row, tl.where(valid, state.m2, 0.0))
+            tl.store(out.sums + 3 * N + row, tl.where(valid, state.s2, 0.0))
+            tl.store(out.sums + 4 * N + row, tl.where(valid, kl_of_others, 0.0))
+    return target
 
 
 @triton.jit
@@ -234,32 +245,32 @@ def row_kernel(
     valid = target != launch.IGNORE_INDEX
     all_tiles = tl.cdiv(V + misalignment, UNROLL * THREADS * VEC)
     tiles = tl.where(valid, all_tiles, 0)
-    in_vocab = (target >= 0) & (target < V)
+    column = column_of(target, V)
     # The target's logit is loaded before the gradient may overwrite it.
-    z = softmax.apply_softcap_temperature(softmax.load_logit(row.x, row.bias, target, in_vocab), scaling, CAP)
-    z2 = z
+    logit = softmax.load_logit(row.x, row.bias, target, column >= 0)
+    ref_logit = logit
     if REF:
-        ref_logit = softmax.load_logit(row.ref, row.ref_bias, target, in_vocab)
-        z2 = softmax.apply_softcap_temperature(ref_logit, scaling, CAP)
+        ref_logit = softmax.load_logit(row.ref, row.ref_bias, target, column >= 0)
     if parts is None:
         aligned_row = softmax.Row(base, row.bias, row.ref, row.ref_bias)
-        state = walk_row(aligned_row, misalignment, V, tiles, scaling, SEGMENT, CAP, ALIGNED, UNROLL, THREADS, VEC)
+        state = walk_row(
+            aligned_row, misalignment, V, column, tiles, scaling, SEGMENT, CAP, ALIGNED, UNROLL, THREADS, VEC
+        )
     else:
-        state = merge_segments(parts, local, num_rows, tl.cdiv(tiles, SEGMENT), REF)
-    logp, entropy, log_s = store_statistics(out, index, N, state, z, z2, valid, REF)
+        state = merge_segments(parts, local, num_rows, tl.cdiv(tiles, SEGMENT), scaling, CAP, REF)
+    result = store_statistics(out, index, N, state, logit, ref_logit, valid, scaling, CAP, REF)
     if LOSS != LOSS_NONE:
-        logprob_grad, entropy_grad = loss_grads(loss, index, logp, LOSS, DUAL, ESTIMATOR)
+        logprob_grad, entropy_grad = loss_grads(loss, index, result.logp, LOSS, DUAL, ESTIMATOR)
         if grads is not None:
             tl.store(grads + index, logprob_grad)
             tl.store(grads + N + index, entropy_grad)
         if y is not None:
-            column = tl.where(in_vocab, target, -1).to(tl.int32)
-            has_grad = valid & ((logprob_grad != 0) | (entropy_grad != 0))
-            coefficients = softmax.Coefficients(
-                gain * logprob_grad, -gain * (logprob_grad + entropy_grad * entropy), -gain * entropy_grad, 0.0
-            )
+            is_nan = result.entropy != result.entropy  # it reaches the gradient even if its loss has no weight
+            has_grad = valid & ((logprob_grad != 0) | (entropy_grad != 0) | is_nan)
+            coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
             policy_row = softmax.Row(row.x, row.bias, None, None)
-            normalizer = softmax.Normalizer(state.m, log_s, 0.0, 0.0)
+            base = softmax.apply_softcap(state.m, scaling, CAP)
+            normalizer = softmax.Normalizer(base, result.factor, _target.LOG2_E * result.log_factor, 0.0, 0.0)
             softmax.store_gradient(
                 policy_row, y + local * y_stride, V, 0, all_tiles, column, has_grad, normalizer, coefficients, scaling,
                 BARRIER, CAP, ALIGNED, UNROLL, THREADS, VEC,
@@ -285,24 +296,32 @@ def gradient_kernel(
     _, misalignment = softmax.align_down(row.x, ALIGNED, VEC)
     target = tl.load(rows.targets + index).to(tl.int64)
     valid = target != launch.IGNORE_INDEX
-    column = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+    column = column_of(target, V)
     logprob_grad = tl.load(grads.logprobs + index, mask=valid, other=0.0).to(tl.float32)
     entropy_grad = tl.load(grads.entropy + index, mask=valid, other=0.0).to(tl.float32)
-    has_grad = (logprob_grad != 0) | (entropy_grad != 0)
-    inner = logprob_grad + entropy_grad * tl.load(known.entropy + index, mask=valid, other=0.0)
-    m = tl.load(known.normalizers + index)
-    log_s = tl.load(known.normalizers + N + index)
-    m2 = 0.0
-    log_s2 = 0.0
-    kl_grad = 0.0
+    logp = tl.load(known.logprobs + index)
+    entropy = tl.load(known.entropy + index)
+    has_grad = (logprob_grad != 0) | (entropy_grad != 0) | (entropy != entropy)
+    result = _target.known_target(logp, entropy, tl.load(known.sums + N + index))
+    coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
+    base = softmax.apply_softcap(tl.load(known.sums + index), scaling, CAP)
+    base2 = 0.0
+    log_factor2 = 0.0
     if rows.ref is not None:
         kl_grad = tl.load(grads.kl + index, mask=valid, other=0.0).to(tl.float32)
         has_grad = has_grad | (kl_grad != 0)
-        inner = inner + kl_grad * tl.load(known.kl + index, mask=valid, other=0.0)
-        m2 = tl.load(known.normalizers + 2 * N + index)
-        log_s2 = tl.load(known.normalizers + 3 * N + index)
-    normalizer = softmax.Normalizer(m, log_s, m2, log_s2)
-    coefficients = softmax.Coefficients(gain * logprob_grad, -gain * inner, -gain * entropy_grad, -gain * kl_grad)
+        ref_logp = tl.load(known.ref_logprobs + index)
+        base2 = softmax.apply_softcap(tl.load(known.sums + 2 * N + index), scaling, CAP)
+        # Not from log p_ref, which is 0 where the reference's target is far ahead.
+        ref_logit = softmax.load_logit(row.ref, row.ref_bias, target, (column >= 0) & valid)
+        ref_lead, ref_error = _target.lead_over(ref_logit, tl.load(known.sums + 2 * N + index), scaling, CAP)
+        log_factor2 = _target.join(ref_lead, ref_error, tl.load(known.sums + 3 * N + index), 0.0).log_factor
+        kl = tl.load(known.kl + index)
+        kl_of_others = tl.load(known.sums + 4 * N + index)
+        coefficients = softmax.add_kl(coefficients, result, ref_logp, kl, kl_of_others, gain * kl_grad)
+    normalizer = softmax.Normalizer(
+        base, result.factor, _target.LOG2_E * result.log_factor, base2, _target.LOG2_E * log_factor2
+    )
     tiles = tl.cdiv(V + misalignment, UNROLL * THREADS * VEC)
     first = segment * SEGMENT
     end = tiles
@@ -340,8 +359,8 @@ class Logits(NamedTuple):
         return RowRange(self.first, len(self.x), self.targets.numel())
 
     @property
-    def scaling(self) -> softmax.Scaling:
-        return softmax.Scaling.of(self.temperature, self.softcap)
+    def scaling(self) -> _target.Scaling:
+        return _target.Scaling.of(self.temperature, self.softcap)
 
     @property
     def is_register_heavy(self) -> bool:

@@ -23,7 +23,9 @@ from rlhf_fast.kernels.triton import launch
 TILE = 512  # tokens
 MAX_PROGRAMS = 1024
 NUM_SUMS = tl.constexpr(len(ppo.SUMS))
-POLICY_LOSS, REF_KL, ENTROPY = (tl.constexpr(ppo.SUMS.index(name)) for name in ("policy_loss", "ref_kl", "entropy"))
+POLICY_LOSS, REF_KL, ENTROPY, RATIO = (
+    tl.constexpr(ppo.SUMS.index(name)) for name in ("policy_loss", "ref_kl", "entropy", "ratio")
+)
 
 
 class ClipBounds(NamedTuple):
@@ -91,8 +93,8 @@ def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
     clipped = -advantage * launch.clamp(ratio, clip.ratio_low, clip.ratio_high)
     is_clipped = clipped > unclipped
     loss = tl.where(is_clipped, clipped, unclipped)
-    in_clamp = tl.abs(unclipped_log_ratio) <= clip.log_ratio  # False for NaN, whose gradient is 0
-    logprob_grad = tl.where(in_clamp, tl.where(is_clipped, 0.0, unclipped), 0.0)
+    beyond_clamp = tl.abs(unclipped_log_ratio) > clip.log_ratio  # False for NaN, whose gradient is NaN
+    logprob_grad = tl.where(beyond_clamp | is_clipped, 0.0, unclipped)
     dual_bound = float("inf")
     if DUAL:
         dual_bound = tl.where(advantage < 0, -advantage * clip.dual, float("inf"))
@@ -107,6 +109,14 @@ def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
 
 
 @triton.jit
+def exp_minus_1_minus(x, exp_x):
+    """Return e^x - 1 - x, where exp_x = e^x. Near 0 the difference would cancel, down to negative numbers."""
+    series = 1.0 + x * 0.2 * (1.0 + x * (1 / 6) * (1.0 + x * (1 / 7) * (1.0 + x * 0.125)))
+    series = 0.5 * x * x * (1.0 + x * (1 / 3) * (1.0 + x * 0.25 * series))
+    return tl.where(tl.abs(x) <= 0.5, series, exp_x - 1.0 - x)
+
+
+@triton.jit
 def policy_stats(w, terms):
     """Return the 8 terms of the statistics that linear_ppo_loss and ppo_loss share, of tokens with weights w."""
     return (
@@ -115,7 +125,7 @@ def policy_stats(w, terms):
         tl.where(terms.is_clipped_high, w, 0.0),
         tl.where(terms.is_clipped_dual, w, 0.0),
         -w * terms.log_ratio,
-        w * (terms.ratio - 1.0 - terms.log_ratio),
+        w * exp_minus_1_minus(terms.log_ratio, terms.ratio),
         w * terms.ratio,
         w * (terms.ratio * terms.ratio),
     )
@@ -131,7 +141,8 @@ def kl_estimate(log_ratio, max_exponent, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k2":
         kl = 0.5 * log_ratio * log_ratio
     elif ESTIMATOR == "k3":
-        kl = tl.exp(tl.where(log_ratio < -max_exponent, max_exponent, -log_ratio)) - 1.0 + log_ratio
+        e = tl.exp(tl.where(log_ratio < -max_exponent, max_exponent, -log_ratio))
+        kl = exp_minus_1_minus(-log_ratio, e)
     else:
         kl = tl.abs(log_ratio)
     return kl
@@ -153,8 +164,10 @@ def ref_kl_grad(log_ratio, clip, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k2":
         grad = log_ratio
     else:
-        e = tl.exp(-launch.clamp(log_ratio, -clip.log_ratio, clip.log_ratio))
-        grad = tl.where(tl.abs(log_ratio) <= clip.log_ratio, 1.0 - e, 0.0)
+        x = -launch.clamp(log_ratio, -clip.log_ratio, clip.log_ratio)
+        e = tl.exp(x)
+        grad = tl.where(tl.abs(x) <= 0.5, -x - exp_minus_1_minus(x, e), 1.0 - e)
+        grad = tl.where(tl.abs(log_ratio) > clip.log_ratio, 0.0, grad)
     return grad
 
 
@@ -224,10 +237,13 @@ def ppo_merge_kernel(parts, loss, stats, programs, kl_coef, entropy_coef, BLOCK:
     x = tl.load(parts + tl.minimum(i, NUM_SUMS + 1) * programs + index, mask=index < programs, other=0.0)
     if i < NUM_SUMS:
         tl.store(stats + i, tl.sum(x.to(tl.float64), axis=0).to(tl.float32))
-    elif i == NUM_SUMS:
-        tl.store(stats + i, tl.max(tl.where(index < programs, x, float("-inf")), axis=0))
-    elif i == NUM_SUMS + 1:
-        tl.store(stats + i, tl.min(tl.where(index < programs, x, float("inf")), axis=0))
+    elif i <= NUM_SUMS + 1:
+        ratio_sum = sum_part(parts, RATIO, programs, BLOCK).to(tl.float32)
+        extreme = tl.max(tl.where(index < programs, x, float("-inf")), axis=0)
+        if i == NUM_SUMS + 1:
+            extreme = tl.min(tl.where(index < programs, x, float("inf")), axis=0)
+        # max and min ignore NaN, which the sum of the ratios does not.
+        tl.store(stats + i, tl.where(ratio_sum == ratio_sum, extreme, ratio_sum))
     else:
         total = sum_part(parts, POLICY_LOSS, programs, BLOCK)
         if kl_coef != 0:

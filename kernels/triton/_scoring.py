@@ -1,8 +1,9 @@
 """A linear head scored on a GPU, without gradient: the logits never reach memory. Not an op.
 
-    x = softcap(hidden . weight' + bias)    z = x / temperature    m = the largest z
-    s = sum exp(z - m)    A = sum (z - m) exp(z - m)    C = sum ((z - m) - (z_ref - m_ref)) exp(z - m)
-    log p = (z - m) - log s    entropy = log s - A / s    KL = C / s - (log s - log s_ref)
+    x = hidden . weight' + bias    s = sum 2^d    A = sum d 2^d    C = sum (d - d_ref) 2^d
+
+of all columns but the target's; _softmax.py has the distance d of an x to the largest, _target.py makes log p and the
+entropy of the sums, and C, the A - B of _softmax.py, makes the KL.
 
 A program takes a block of rows and a split of the vocabulary, and walks the split's tiles of columns:
 
@@ -23,7 +24,6 @@ blocks beyond it have nothing to do. Tiles and splits depend on D, V, dtypes and
 a row has the same bits in any batch.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -33,13 +33,14 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._tensors import empty_float32
-from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton import _softmax as softmax
+from rlhf_fast.kernels.triton import _target, launch
+from rlhf_fast.kernels.triton._target import LN2, MIN_FLOAT
 
 MAX_SPLITS = 128  # of the vocabulary
 GROUP_BYTES = 16 << 20  # of hidden that programs share through the L2 cache
 LIST_BLOCK = 2048  # rows of a step of `list_valid_kernel`
 MERGE_ROWS = 16  # rows of a program of `merge_splits_kernel`
-LN2 = tl.constexpr(math.log(2.0))
 
 
 class Operands(NamedTuple):
@@ -72,25 +73,18 @@ class Splits(NamedTuple):
     tiles_per_split: int
 
 
-class Scaling(NamedTuple):
-    """Factor and softcap that turn raw logits into z, in powers of 2."""
-
-    exp2_factor: float  # 1 / (ln 2 temperature)
-    softcap: float
-    inverse_softcap: float
-
-
 class Outputs(NamedTuple):
-    """Results (N,) float32; the last four are the reference's, and the KL, or None."""
+    """Results (N,) float32; the last five are the reference's, and those of the KL, or None."""
 
     logprobs: Tensor
     entropy: Tensor
-    m: Tensor
-    log_s: Tensor
+    largest: Tensor  # of the raw logits but the target's
+    sums: Tensor  # s
     ref_logprobs: Tensor | None = None
     kl: Tensor | None = None
-    ref_m: Tensor | None = None
-    ref_log_s: Tensor | None = None
+    ref_largest: Tensor | None = None
+    ref_sums: Tensor | None = None
+    kl_of_others: Tensor | None = None
 
 
 @triton.jit
@@ -162,33 +156,30 @@ def multiply(
 
 
 @triton.jit
-def finish_logits(acc, bias, first, V, scaling, CAP: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return x of a tile from its product; -inf in columns beyond the vocabulary."""
+def add_bias(acc, bias, first, V, COLUMNS: tl.constexpr):
+    """Return x of a tile from its product."""
     column = first + tl.arange(0, COLUMNS)
-    inside = column < V
     if bias is not None:
-        acc += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if CAP:
-        acc = scaling.softcap * launch.tanh(acc * scaling.inverse_softcap)
-    return acc + tl.where(inside, 0.0, float("-inf"))[None, :]
+        acc += tl.load(bias + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit
-def update_max(x, largest, total, exp2_factor):
-    """Return the largest x so far, the value to subtract (it, or 0 if it is -inf), and how far the maximum moved, as a
-    power of 2."""
-    new_largest = tl.maximum(largest, tl.max(x, axis=1))
-    base = tl.where(new_largest > float("-inf"), new_largest, 0.0)
-    return new_largest, base, tl.where(total > 0, (largest - new_largest) * exp2_factor, 0.0)
+def base_of(largest, scaling, CAP: tl.constexpr):
+    """Return y of the largest x, finite."""
+    return softmax.apply_softcap(tl.maximum(largest, MIN_FLOAT), scaling, CAP)
 
 
 @triton.jit
-def store_target_logit(x, targets, target_logits, place, first, COLUMNS: tl.constexpr):
-    """Store x of each row's target if this tile has it. No other tile does."""
+def take_target(x, targets, target_logits, place, first, V, COLUMNS: tl.constexpr):
+    """Store x of each row's target if this tile has it. No other tile does. Return which columns are in the sums: all
+    of the vocabulary but the target."""
+    column = tl.arange(0, COLUMNS)
     target = tl.load(targets + place) - first
-    is_target = tl.arange(0, COLUMNS)[None, :] == target[:, None]
+    is_target = column[None, :] == target[:, None]
     logit = tl.max(tl.where(is_target, x, float("-inf")), axis=1)
     tl.store(target_logits + place, logit, mask=(target >= 0) & (target < COLUMNS))
+    return (column < V - first)[None, :] & (is_target == 0)
 
 
 @triton.jit
@@ -197,13 +188,19 @@ def score_tile(
     UNIT: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Return z of a tile minus the largest so far, in powers of 2, that largest x, and how far it moved."""
+    """Return d of a tile relative to the largest so far, that largest x, and how far it moved, as a power of 2."""
     first = tile * COLUMNS
     acc = multiply(operands, row_offset, first, V, UNIT, EVEN, ROWS, COLUMNS, DEPTH)
-    x = finish_logits(acc, operands.bias, first, V, scaling, CAP, COLUMNS)
-    store_target_logit(x, targets, target_logits, place, first, COLUMNS)
-    largest, base, shift = update_max(x, largest, total, scaling.exp2_factor)
-    return (x - base[:, None]) * scaling.exp2_factor, largest, shift
+    x = add_bias(acc, operands.bias, first, V, COLUMNS)
+    counts = take_target(x, targets, target_logits, place, first, V, COLUMNS)
+    x = tl.where(counts, x, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(x, axis=1))
+    base = base_of(new_largest, scaling, CAP)
+    shift = tl.where(total > 0, (base_of(largest, scaling, CAP) - base) * scaling.exp2_factor, 0.0)
+    d = (softmax.apply_softcap(x, scaling, CAP) - base[:, None]) * scaling.exp2_factor
+    if CAP:  # softcap made -inf finite
+        d = tl.where(counts, d, float("-inf"))
+    return d, new_largest, shift
 
 
 @triton.jit(do_not_specialize=["row_blocks", "blocks_per_group"])
@@ -280,18 +277,17 @@ def score_pair_kernel(
 
 
 @triton.jit
-def merge_sums(largest, total, shift, target_logit, inverse_temperature):
-    """Return log p, m, log s and s of all splits. NaN logits show; a row without a logit above -inf is NaN."""
-    total = tl.sum(total * tl.exp2(shift), axis=0)
-    log_s = tl.where(total >= 1.0, tl.maximum(tl.log(total), 0.0), float("nan"))
-    m = tl.where(total == total, largest * inverse_temperature, total)
-    return (target_logit - largest) * inverse_temperature - log_s, m, log_s, total
+def largest_and_shifts(split_largest, split_total, scaling, CAP: tl.constexpr):
+    """Return the largest x of all splits, and how far each split's is below it, as a power of 2."""
+    largest = tl.max(split_largest, axis=0)
+    distance = base_of(split_largest, scaling, CAP) - base_of(largest, scaling, CAP)[None, :]
+    return largest, tl.where(split_total > 0, distance * scaling.exp2_factor, 0.0)
 
 
 @triton.jit(do_not_specialize=["N"])
 def merge_splits_kernel(
-    valid_rows, parts, out, N, splits, exp2_factor, inverse_temperature,
-    PAIR: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    valid_rows, parts, out, N, splits, scaling,
+    CAP: tl.constexpr, PAIR: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Store the results of ROWS rows; 0 for ignored ones."""
     capacity = valid_rows.capacity
@@ -306,34 +302,34 @@ def merge_splits_kernel(
     split_largest = tl.load(part, mask=inside, other=float("-inf"))
     split_total = tl.load(part + capacity, mask=inside, other=0.0)
     split_moment = tl.load(part + 2 * capacity, mask=inside, other=0.0)
-    largest = tl.max(split_largest, axis=0)
-    shift = tl.maximum((split_largest - largest[None, :]) * exp2_factor, launch.MIN_EXPONENT)
-    shift = tl.where(split_total > 0, shift, 0.0)
+    largest, shift = largest_and_shifts(split_largest, split_total, scaling, CAP)
+    shift = tl.maximum(shift, launch.MIN_EXPONENT)
+    factor = tl.exp2(shift)
+    total = tl.sum(split_total * factor, axis=0)
+    moment = LN2 * tl.sum((split_moment + shift * split_total) * factor, axis=0)
     logit = tl.load(valid_rows.target_logits + place, mask=valid, other=0.0)
-    logp, m, log_s, total = merge_sums(largest, split_total, shift, logit, inverse_temperature)
-    mean = LN2 * tl.sum((split_moment + shift * split_total) * tl.exp2(shift), axis=0) / total
-    tl.store(out.logprobs + row, tl.where(valid, logp, 0.0), mask=exists)
-    tl.store(out.entropy + row, tl.where(valid, log_s - mean, 0.0), mask=exists)
-    tl.store(out.m + row, tl.where(valid, m, 0.0), mask=exists)
-    tl.store(out.log_s + row, tl.where(valid, log_s, 0.0), mask=exists)
+    lead, error = _target.lead_over(logit, tl.maximum(largest, MIN_FLOAT), scaling, CAP)
+    target = _target.join(lead, error, total, moment)
+    tl.store(out.logprobs + row, tl.where(valid, target.logp, 0.0), mask=exists)
+    tl.store(out.entropy + row, tl.where(valid, target.entropy, 0.0), mask=exists)
+    tl.store(out.largest + row, tl.where(valid, largest, 0.0), mask=exists)
+    tl.store(out.sums + row, tl.where(valid, total, 0.0), mask=exists)
     if PAIR:
         split_ref_largest = tl.load(part + 3 * capacity, mask=inside, other=float("-inf"))
         split_ref_total = tl.load(part + 4 * capacity, mask=inside, other=0.0)
         cross = tl.load(part + 5 * capacity, mask=inside, other=0.0)
-        ref_largest = tl.max(split_ref_largest, axis=0)
-        ref_shift = (split_ref_largest - ref_largest[None, :]) * exp2_factor
-        ref_shift = tl.where(split_ref_total > 0, ref_shift, 0.0)
+        ref_largest, ref_shift = largest_and_shifts(split_ref_largest, split_ref_total, scaling, CAP)
+        ref_total = tl.sum(split_ref_total * tl.exp2(ref_shift), axis=0)
         ref_logit = tl.load(valid_rows.target_logits + capacity + place, mask=valid, other=0.0)
-        ref_logp, ref_m, ref_log_s, _ = merge_sums(
-            ref_largest, split_ref_total, ref_shift, ref_logit, inverse_temperature
-        )
-        factor = tl.exp2(shift)
+        ref_lead, ref_error = _target.lead_over(ref_logit, tl.maximum(ref_largest, MIN_FLOAT), scaling, CAP)
+        ref_target = _target.join(ref_lead, ref_error, ref_total, 0.0)
         cross = tl.where(split_total * factor > 0, (cross + (shift - ref_shift) * split_total) * factor, 0.0)
-        kl = LN2 * tl.sum(cross, axis=0) / total - (log_s - ref_log_s)
-        tl.store(out.ref_logprobs + row, tl.where(valid, ref_logp, 0.0), mask=exists)
+        kl, kl_of_others = softmax.row_kl(tl.sum(cross, axis=0), target, ref_target)
+        tl.store(out.ref_logprobs + row, tl.where(valid, ref_target.logp, 0.0), mask=exists)
         tl.store(out.kl + row, tl.where(valid, kl, 0.0), mask=exists)
-        tl.store(out.ref_m + row, tl.where(valid, ref_m, 0.0), mask=exists)
-        tl.store(out.ref_log_s + row, tl.where(valid, ref_log_s, 0.0), mask=exists)
+        tl.store(out.ref_largest + row, tl.where(valid, ref_largest, 0.0), mask=exists)
+        tl.store(out.ref_sums + row, tl.where(valid, ref_total, 0.0), mask=exists)
+        tl.store(out.kl_of_others + row, tl.where(valid, kl_of_others, 0.0), mask=exists)
 
 
 class Tile(NamedTuple):
@@ -419,7 +415,7 @@ def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float,
     valid_rows = list_valid(targets, row_blocks * tile.rows, len(heads))
     operands = [Operands(x, w, b, x.shape[1] // unit, x.stride(0) // unit, w.stride(0) // unit) for x, w, b in heads]
     parts = empty_float32(targets, splits.splits, 6 if is_pair else 3, valid_rows.capacity)
-    scaling = Scaling(1 / (math.log(2) * temperature), softcap, 1 / softcap if softcap else 0.0)
+    scaling = _target.Scaling.of(temperature, softcap)
     meta = {
         "UNIT": unit,
         "EVEN": not any(depth % tile.depth for depth in depths),
@@ -433,9 +429,9 @@ def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float,
     num_programs = row_blocks * splits.splits
     sizes = (len(weight), splits, row_blocks, blocks_per_group)
     launch.run(kernel, (num_programs,), *operands, valid_rows, parts, *sizes, scaling, **meta)
-    options = (N, splits.splits, scaling.exp2_factor, 1 / temperature)
+    options = (N, splits.splits, scaling)
     merged_splits = max(2, triton.next_power_of_2(splits.splits))
-    meta = {"PAIR": is_pair, "SPLITS": merged_splits, "ROWS": MERGE_ROWS, "num_warps": 8}
+    meta = {"CAP": softcap > 0, "PAIR": is_pair, "SPLITS": merged_splits, "ROWS": MERGE_ROWS, "num_warps": 8}
     launch.run(merge_splits_kernel, (triton.cdiv(N, MERGE_ROWS),), valid_rows, parts, out, *options, **meta)
 
 
@@ -443,7 +439,7 @@ def score(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float,
     out: Outputs,
 ) -> None:  # fmt: skip
-    """Store log p, entropy, m and log s of hidden (N, D), weight (V, D) and targets (N,) in `out`; 0 for ignored."""
+    """Store the first four `Outputs` of hidden (N, D), weight (V, D) and targets (N,) in `out`; 0 for ignored."""
     run_kernels(score_kernel, [(hidden, weight, bias)], targets, temperature, softcap, out)
 
 
@@ -459,6 +455,6 @@ def score_pair(
     ref_bias: Tensor | None,
     out: Outputs,
 ) -> None:
-    """Store in `out` what `score` stores, the same of the reference, and the KL; 0 for ignored rows."""
+    """Store all `Outputs` of the policy and the reference in `out`; 0 for ignored rows."""
     heads = [(hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)]
     run_kernels(score_pair_kernel, heads, targets, temperature, softcap, out)

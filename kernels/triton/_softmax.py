@@ -1,10 +1,13 @@
 """The softmax of a row of logits on a GPU: its statistics in one walk over the row, its gradient in another. Not an op.
 
-    z = softcap(x + bias) / temperature    m = max z    s = sum e^(z-m)    A = sum (z-m) e^(z-m)
-    log p(t) = (z_t - m) - log s    entropy = log s - A / s
+    y = x + bias, or tanh of it / softcap    m = max y    d = (y - m) u / ln 2    s = sum 2^d    A = sum d 2^d
 
-With z2, m2 and s2 of a reference's logits and B = sum (z2-m2) e^(z-m): KL = (A / s - log s) - (B / s - log s2).
-Signs are exact: log p <= 0, entropy >= 0.
+over all columns but the target's; _target.py has u and joins the sums with the target's logit. A distance is made of
+y - m, which is exact or nearly so, and not of y u. With d2 of a reference's logits B = sum d2 2^d, and
+
+    KL = p_t (log p_t - log p2_t) + factor ln 2 (A - B) + factor s (log factor - log factor2)
+
+for the target t and the factors of `Target`. Signs are exact: log p <= 0, entropy >= 0.
 
 A tile is UNROLL x THREADS x VEC elements. VEC consecutive ones are a group, which a thread loads at once:
 
@@ -33,22 +36,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.triton._target import LN2, MIN_FLOAT
 
 VEC = 8
 SEGMENT = 4  # tiles
-MIN_FLOAT = tl.constexpr(-3.4028234663852886e38)  # a maximum to start from: finite, so that no difference is NaN
-
-
-class Scaling(NamedTuple):
-    """Factors and softcap that turn raw logits into z."""
-
-    inverse_temperature: float
-    softcap: float
-    inverse_softcap: float
-
-    @staticmethod
-    def of(temperature: float, softcap: float) -> "Scaling":
-        return Scaling(1 / temperature, softcap, 1 / softcap if softcap else 0.0)
 
 
 class Row(NamedTuple):
@@ -61,7 +52,8 @@ class Row(NamedTuple):
 
 
 class State(NamedTuple):
-    """The sums m, s, A and m2, s2, B of a part of a row. Without a reference the last three are not used."""
+    """The sums s, A and s2, B of a part of a row, m and m2 as raw logits. Without a reference the last three are not
+    used."""
 
     m: Tensor
     s: Tensor
@@ -72,18 +64,19 @@ class State(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """m and log s of a whole row, and of the reference's row."""
+    """y of the largest logit but the target, the factor of p = factor 2^d and its log2; y and log2 of a reference."""
 
-    m: Tensor
-    log_s: Tensor
-    m2: Tensor
-    log_s2: Tensor
+    base: Tensor
+    factor: Tensor
+    log2_factor: Tensor
+    base2: Tensor
+    log2_factor2: Tensor
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of the gradient with respect to z: p (a + b log p + c (log p_ref - log p)) + g 1[target]."""
+    """The gradient with respect to z: `target` for the target, else p (a + b log2 p + c (log2 p_ref - log2 p))."""
 
-    g: Tensor
+    target: Tensor
     a: Tensor
     b: Tensor
     c: Tensor
@@ -167,33 +160,34 @@ def load_logit(x, bias, column, exists):
 
 
 @triton.jit
-def apply_softcap_temperature(x, scaling, CAP: tl.constexpr):
-    """Return z of raw logits."""
+def apply_softcap(x, scaling, CAP: tl.constexpr):
+    """Return y of raw logits."""
     if CAP:
-        x = scaling.softcap * launch.tanh(x * scaling.inverse_softcap)
-    return x * scaling.inverse_temperature
+        x = launch.tanh(x * scaling.inverse_softcap)
+    return x
 
 
 @triton.jit
-def rescale(old_max, new_max):
-    """Return the shift and the factor that move sums around old_max to a larger new_max."""
-    shift = tl.maximum(old_max - new_max, launch.MIN_EXPONENT)
-    return shift, tl.exp(shift)
+def rescale(old_max, new_max, scaling, CAP: tl.constexpr):
+    """Return the shift, in powers of 2, and the factor that move sums around old_max to a larger new_max."""
+    distance = apply_softcap(old_max, scaling, CAP) - apply_softcap(new_max, scaling, CAP)
+    shift = tl.maximum(distance * scaling.exp2_factor, launch.MIN_EXPONENT)
+    return shift, tl.exp2(shift)
 
 
 @triton.jit
-def merge(x, y, REF: tl.constexpr):
+def merge(x, y, scaling, CAP: tl.constexpr, REF: tl.constexpr):
     """Return the `State` of two parts of a row. REF: there is a reference."""
     m = tl.maximum(x.m, y.m)
-    x_shift, x_factor = rescale(x.m, m)
-    y_shift, y_factor = rescale(y.m, m)
+    x_shift, x_factor = rescale(x.m, m, scaling, CAP)
+    y_shift, y_factor = rescale(y.m, m, scaling, CAP)
     s = x_factor * x.s + y_factor * y.s
     a = x_factor * (x.a + x_shift * x.s) + y_factor * (y.a + y_shift * y.s)
     m2, s2, b = x.m2, x.s2, x.b
     if REF:
         m2 = tl.maximum(x.m2, y.m2)
-        x_shift2, x_factor2 = rescale(x.m2, m2)
-        y_shift2, y_factor2 = rescale(y.m2, m2)
+        x_shift2, x_factor2 = rescale(x.m2, m2, scaling, CAP)
+        y_shift2, y_factor2 = rescale(y.m2, m2, scaling, CAP)
         s2 = x_factor2 * x.s2 + y_factor2 * y.s2
         # A part whose factor is 0 may have an infinite b.
         b = tl.where(x_factor > 0, x_factor * (x.b + x_shift2 * x.s), 0.0)
@@ -223,11 +217,24 @@ def load_state(part, stride, REF: tl.constexpr):
 
 
 @triton.jit
+def distances(x, counts, m, scaling, CAP: tl.constexpr):
+    """Return d of a tile's raw logits, -inf for those that do not count, and m as it is with them."""
+    raw = tl.where(counts, x, float("-inf"))
+    new_m = tl.maximum(m, tl.max(tl.max(raw, axis=2), axis=0))
+    d = apply_softcap(raw, scaling, CAP) - apply_softcap(new_m, scaling, CAP)[None, :, None]
+    d = d * scaling.exp2_factor
+    if CAP:  # softcap made -inf finite
+        d = tl.where(counts, d, float("-inf"))
+    return d, new_m
+
+
+@triton.jit
 def segment_state(
-    row, misalignment, V, first, end, scaling,
+    row, misalignment, V, target, first, end, scaling,
     CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Return the `State` of the tiles [first, end) of a row, with row.x rounded down. NaN logits show in s."""
+    """Return the `State` of the tiles [first, end) of a row without its target, with row.x rounded down. NaN logits
+    show in s."""
     zero = tl.zeros((THREADS,), tl.float32)
     m, s, a = zero + MIN_FLOAT, zero, zero
     m2, s2, b = zero + MIN_FLOAT, zero, zero
@@ -236,43 +243,65 @@ def segment_state(
         group = tile * (UNROLL * THREADS * VEC) + groups
         index = group + elements
         loaded = group_mask(group, misalignment, V, ALIGNED, VEC)
-        inside = element_mask(index, misalignment, V, ALIGNED)
-        z = apply_softcap_temperature(load_logits(row.x, row.bias, index, loaded, False), scaling, CAP)
-        z = tl.where(inside, z, float("-inf"))
-        new_m = tl.maximum(m, tl.max(tl.max(z, axis=2), axis=0))
-        shift, factor = rescale(m, new_m)
-        d = z - new_m[None, :, None]
-        e = tl.exp(d)
+        counts = element_mask(index, misalignment, V, ALIGNED) & (index != misalignment + target)
+        x = load_logits(row.x, row.bias, index, loaded, False)
+        d, new_m = distances(x, counts, m, scaling, CAP)
+        shift, factor = rescale(m, new_m, scaling, CAP)
+        e = tl.exp2(d)
         if row.ref is not None:
-            z2 = apply_softcap_temperature(load_logits(row.ref, row.ref_bias, index, loaded, False), scaling, CAP)
-            z2 = tl.where(inside, z2, float("-inf"))
-            new_m2 = tl.maximum(m2, tl.max(tl.max(z2, axis=2), axis=0))
-            shift2, factor2 = rescale(m2, new_m2)
-            d2 = z2 - new_m2[None, :, None]
+            ref = load_logits(row.ref, row.ref_bias, index, loaded, False)
+            d2, new_m2 = distances(ref, counts, m2, scaling, CAP)
+            shift2, factor2 = rescale(m2, new_m2, scaling, CAP)
             b = tl.where(factor > 0, factor * (b + shift2 * s), 0.0)
             b += tl.sum(tl.sum(tl.where(e == 0, 0.0, d2 * e), axis=2), axis=0)
-            s2 = factor2 * s2 + tl.sum(tl.sum(tl.exp(d2), axis=2), axis=0)
+            s2 = factor2 * s2 + tl.sum(tl.sum(tl.exp2(d2), axis=2), axis=0)
             m2 = new_m2
         a = factor * (a + shift * s) + tl.sum(tl.sum(tl.maximum(d, launch.MIN_EXPONENT) * e, axis=2), axis=0)
         s = factor * s + tl.sum(tl.sum(e, axis=2), axis=0)
         m = new_m
-    return reduce_threads(State(m, s, a, m2, s2, b), row.ref is not None)
+    return reduce_threads(State(m, s, a, m2, s2, b), scaling, CAP, row.ref is not None)
 
 
 @triton.jit
-def reduce_threads(states, REF: tl.constexpr):
+def reduce_threads(states, scaling, CAP: tl.constexpr, REF: tl.constexpr):
     """Return the `State` of all threads together."""
     m = tl.max(states.m, axis=0)
-    shift, factor = rescale(states.m, m)
+    shift, factor = rescale(states.m, m, scaling, CAP)
     m2, s2, b = m, m, m
     if REF:
         m2 = tl.max(states.m2, axis=0)
-        shift2, factor2 = rescale(states.m2, m2)
-        s2 = tl.sum(factor2 * states.s2, axis=0)
+        shift2, factor2 = rescale(states.m2, m2, scaling, CAP)
+        s2 = launch.sum_threads(factor2 * states.s2)
         b = tl.sum(tl.where(factor > 0, factor * (states.b + shift2 * states.s), 0.0), axis=0)
-    s = tl.sum(factor * states.s, axis=0)
+    s = launch.sum_threads(factor * states.s)
     a = tl.sum(factor * (states.a + shift * states.s), axis=0)
     return State(m, s, a, m2, s2, b)
+
+
+@triton.jit
+def row_kl(difference, target, ref_target):
+    """Return KL(policy || reference) of a row with A - B and both `Target`s, and the part of all other columns."""
+    own = tl.where(target.p == 0, 0.0, target.p * (target.logp - ref_target.logp))
+    moment = tl.where(target.factor == 0, 0.0, target.factor * (LN2 * difference))
+    others = moment + target.rest * (target.log_factor - ref_target.log_factor)
+    return own + others, others
+
+
+@triton.jit
+def coefficients_of(target, logprob_grad, entropy_grad):
+    """Return the `Coefficients` of a row from the gradients with respect to its log p and entropy."""
+    surprise = tl.where(target.p == 0, 0.0, target.p * (target.entropy + target.logp))
+    a = -(logprob_grad + entropy_grad * target.entropy)
+    return Coefficients(logprob_grad * target.rest - entropy_grad * surprise, a, -LN2 * entropy_grad, 0.0)
+
+
+@triton.jit
+def add_kl(coefficients, target, ref_logp, kl, kl_of_others, kl_grad):
+    """Return the `Coefficients` with the gradient with respect to the row's KL."""
+    difference = target.rest * (target.logp - ref_logp) - kl_of_others
+    own = tl.where((target.p == 0) | (kl_grad == 0), 0.0, kl_grad * target.p * difference)
+    a = coefficients.a - tl.where(kl_grad == 0, 0.0, kl_grad * kl)
+    return Coefficients(coefficients.target + own, a, coefficients.b, -LN2 * kl_grad)
 
 
 @triton.jit
@@ -282,17 +311,15 @@ def logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP: tl.con
     if CAP:
         t = launch.tanh(x * scaling.inverse_softcap)
         dz_dx = (1.0 - t * t) * scaling.inverse_temperature
-        z = scaling.softcap * t * scaling.inverse_temperature
-    else:
-        z = x * scaling.inverse_temperature
-    logp = (z - normalizer.m) - normalizer.log_s
-    p = tl.exp(logp)
-    logp = tl.maximum(logp, launch.MIN_EXPONENT)
-    inner = coefficients.a + coefficients.b * logp
+        x = t
+    d = (x - normalizer.base) * scaling.exp2_factor
+    p = tl.exp2(d) * normalizer.factor
+    log2_p = tl.maximum(d + normalizer.log2_factor, launch.MIN_EXPONENT)
+    inner = coefficients.a + coefficients.b * log2_p
     if REF:
-        ref_logp = (apply_softcap_temperature(ref, scaling, CAP) - normalizer.m2) - normalizer.log_s2
-        inner += coefficients.c * (tl.where(ref_logp == float("-inf"), 0.0, ref_logp) - logp)
-    return (tl.where(p == 0, 0.0, p * inner) + tl.where(is_target, coefficients.g, 0.0)) * dz_dx
+        d2 = (apply_softcap(ref, scaling, CAP) - normalizer.base2) * scaling.exp2_factor
+        inner += coefficients.c * (tl.maximum(d2 + normalizer.log2_factor2, MIN_FLOAT) - log2_p)  # -inf times 0 is NaN
+    return tl.where(is_target, coefficients.target, tl.where(p == 0, 0.0, p * inner)) * dz_dx
 
 
 @triton.jit

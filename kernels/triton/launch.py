@@ -8,7 +8,7 @@ Kernels take related arguments as one NamedTuple: Triton and its interpreter pas
 
 With TRITON_INTERPRET=1 in the environment when Triton is imported, kernels run on CPU tensors, one program after the
 other, in numpy: for tests. The interpreter cannot multiply bfloat16, truncates when it converts to bfloat16, and has no
-libdevice. `dot`, `cast` and `tanh` therefore replace Triton's own.
+libdevice. `dot`, `cast`, `sum_threads` and `tanh` therefore replace Triton's own.
 """
 
 import torch
@@ -87,6 +87,12 @@ def cast(x, dtype: tl.constexpr):
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
     return x.to(dtype)
+
+
+@triton.jit
+def sum_threads(x):
+    """Return the sum of x (threads,): a tree's, which numpy's, one number after the other, has only in float64."""
+    return tl.sum(x.to(tl.float64), axis=0).to(tl.float32) if INTERPRETED else tl.sum(x, axis=0)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ and the picture.
 Floor: forward two products, and 8 + 8 bytes per logit. Backward computes both logits again, then dX and dW.
 """
 
+from rlhf_fast.kernels._tensors import contiguous
 from rlhf_fast.kernels.triton import _head as head
 from rlhf_fast.kernels.triton._logits import RowGrads, Statistics
 
@@ -21,14 +22,16 @@ def linear_kl(*args):
 
 
 def linear_kl_with_statistics(*args):
-    logprobs, entropy, normalizers, ref_logprobs, kl = head.compute_head_statistics(*policy_and_reference(*args))
-    return logprobs, ref_logprobs, entropy, kl, normalizers
+    logprobs, entropy, sums, ref_logprobs, kl = head.compute_head_statistics(*policy_and_reference(*args))
+    return logprobs, ref_logprobs, entropy, kl, sums
 
 
-def linear_kl_backward(grad_logprobs, grad_entropy, grad_kl, entropy, kl, statistics, *args):
+def linear_kl_backward(
+    grad_logprobs, grad_entropy, grad_kl, logprobs, ref_logprobs, entropy, kl, statistics, *args
+):  # fmt: skip
     *args, needs_hidden, needs_weight, needs_bias = args
     policy, reference = policy_and_reference(*args)
-    known = Statistics(None, entropy.contiguous(), statistics.contiguous(), None, kl.contiguous())
+    known = Statistics(*contiguous(logprobs, entropy, statistics, ref_logprobs, kl))
     row_grads = RowGrads(grad_logprobs.contiguous(), grad_entropy.contiguous(), grad_kl.contiguous())
     needs_grad = (needs_hidden, needs_weight, needs_bias)
     return head.compute_input_grads(policy, known, row_grads, needs_grad, reference)

@@ -4,6 +4,7 @@ and the picture.
 Floor: forward one product, and 4 + 4 bytes per logit. Backward computes the logits again, then dX and dW.
 """
 
+from rlhf_fast.kernels._tensors import contiguous
 from rlhf_fast.kernels.triton import _head as head
 from rlhf_fast.kernels.triton._logits import RowGrads, Statistics
 
@@ -13,13 +14,13 @@ def linear_logprobs(*args):
 
 
 def linear_logprobs_with_statistics(*args):
-    logprobs, entropy, normalizers, _, _ = head.compute_head_statistics(head.GpuHead("linear_logprobs", *args))
-    return logprobs, entropy, normalizers
+    logprobs, entropy, sums, _, _ = head.compute_head_statistics(head.GpuHead("linear_logprobs", *args))
+    return logprobs, entropy, sums
 
 
-def linear_logprobs_backward(grad_logprobs, grad_entropy, entropy, statistics, *args):
+def linear_logprobs_backward(grad_logprobs, grad_entropy, logprobs, entropy, statistics, *args):
     *args, needs_hidden, needs_weight, needs_bias = args
-    known = Statistics(None, entropy.contiguous(), statistics.contiguous(), None, None)
+    known = Statistics(*contiguous(logprobs, entropy, statistics), None, None)
     row_grads = RowGrads(grad_logprobs.contiguous(), grad_entropy.contiguous())
     policy = head.GpuHead("linear_logprobs", *args)
     return head.compute_input_grads(policy, known, row_grads, (needs_hidden, needs_weight, needs_bias))

@@ -6,7 +6,7 @@ memory.
     block of rows 1     | (1, 0) | (1, 1) |
 
 A program multiplies on tensor cores, with copies of both tiles ahead of it. From the float32 accumulators it stores the
-sums of the tile's logits and its best token: 28 bytes per row and tile, 36 with a ban. _gumbel.py merges the tiles.
+sums of the tile's logits and its best token: 32 bytes per row and tile, 44 with a ban. _gumbel.py merges the tiles.
 
 Floor: one read of the weight, V D elements, for a decode step.
 

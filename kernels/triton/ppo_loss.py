@@ -71,7 +71,7 @@ def policy_terms(
     """Return the tokens' terms of the loss, their gradients, their 10 terms of the statistics, and the ratio."""
     terms = ppo.surrogate(logprob, old_logprob, advantage, clip, DUAL)
     coefficient = w
-    is_capped = w != w
+    is_capped = w < w
     if IMPORTANCE:
         importance = tl.exp(old_logprob - sampler_logprob)
         is_capped = importance > importance_cap
@@ -90,15 +90,17 @@ def value_terms(w, value, old_value, target, value_clip, CLIP: tl.constexpr):
     unclipped = error * error
     loss = unclipped
     grad = error
-    is_clipped = w != w
+    is_clipped = w < w
     if CLIP:
-        clipped_error = launch.clamp(value, old_value - value_clip, old_value + value_clip) - target
+        bounded = launch.clamp(value, old_value - value_clip, old_value + value_clip)
+        clipped_error = tl.where(old_value == old_value, bounded, old_value) - target
         clipped = clipped_error * clipped_error
         is_clipped = clipped > unclipped
         is_within = (value >= old_value - value_clip) & (value <= old_value + value_clip)
         is_tie = ~is_within & (clipped == unclipped)
-        grad = tl.where(is_clipped, 0.0, tl.where(is_tie, 0.5 * grad, grad))
-        loss = tl.where(is_clipped, clipped, unclipped)
+        is_nan = clipped != clipped
+        grad = tl.where(is_nan, clipped, tl.where(is_clipped, 0.0, tl.where(is_tie, 0.5 * grad, grad)))
+        loss = tl.where(is_nan | is_clipped, clipped, unclipped)
     return w * loss, w * grad, (w, tl.where(is_clipped, w, 0.0), w * value, w * unclipped, w * target)
 
 

@@ -24,7 +24,7 @@ def rows_of(logits, targets, temperature, softcap) -> Logits:
 
 def token_logprobs(logits, targets, temperature, softcap):
     out = Statistics.empty(targets)
-    compute_statistics(rows_of(logits, targets, temperature, softcap), out._replace(normalizers=None))
+    compute_statistics(rows_of(logits, targets, temperature, softcap), out._replace(sums=None))
     return out.logprobs, out.entropy
 
 
