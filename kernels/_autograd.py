@@ -11,6 +11,9 @@ from torch.nn import Parameter
 
 from rlhf_fast.kernels._backends import forced_backend, forcing
 
+SMALL = 1 << 22
+"""Elements of an input that is kept until the backward pass only for the graph that led to it."""
+
 
 def autograd_function(
     name: str, run: Callable, backward: Callable, setup_context: Callable | None, forward: Callable | None
@@ -54,23 +57,29 @@ def _keeping_backend(function: Callable) -> Callable:
 
 
 def _keeping_edges(forward: Callable) -> Callable:
-    """Return `forward(ctx, ...)` that also stores empty tensors, which depend on the inputs with a gradient.
+    """Return `forward(ctx, ...)` that also stores what depends on the inputs with a gradient, for a second derivative.
 
     A forward pass that computes the gradients need not save its inputs, and the gradients depend on them all the same.
+    A small input is kept itself, which costs nothing; of a large one an empty copy, which frees its memory.
     """
 
     def run(ctx: Any, *args: Any) -> Any:
         out = forward(ctx, *args)
         if not torch.compiler.is_compiling():
-            with torch.enable_grad():
-                ctx.edges = [
-                    torch.as_strided_copy(x, (0,), (1,))
-                    for x in args
-                    if (type(x) is Tensor or type(x) is Parameter) and x.requires_grad
-                ]
+            ctx.edges = [
+                x if x.is_leaf or x.numel() <= SMALL else _empty_copy(x)
+                for x in args
+                if (type(x) is Tensor or type(x) is Parameter) and x.requires_grad
+            ]
         return out
 
     return run
+
+
+def _empty_copy(x: Tensor) -> Tensor:
+    """Return a tensor of no elements that depends on x."""
+    with torch.enable_grad():
+        return torch.as_strided_copy(x, (0,), (1,))
 
 
 def _first_order_only(name: str, backward: Callable, ctx: Any, grads: tuple) -> Any:

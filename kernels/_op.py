@@ -57,11 +57,21 @@ TRANSFORMS = "forward-mode derivatives, and gradients in torch.func's transforms
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 
 
+def is_transformed() -> bool:
+    """Return True within a transform of torch.func (vmap, grad, jvp)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second. Traced, the
+# comparison with None would always be true.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_tracing() -> bool:
-    """Return True under torch.compile, a dispatch or function mode (fake tensors), or a functorch transform (vmap)."""
+    """Return True under torch.compile, a dispatch or function mode (fake tensors), or a transform of torch.func."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return is_transformed()
 
 
 class Op(Backends):
@@ -118,7 +128,7 @@ class Op(Backends):
                     if a is not None and a.requires_grad:
                         return self._run_differentiable(*args)
                 # where torch.compile traces a transform of torch.func, no tensor says that it requires a gradient
-                if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+                if torch.compiler.is_compiling() and is_transformed():
                     return self._run_plain(*args)
             return self.run(*args)
         except (RuntimeError, AttributeError) as error:  # torch's, of a tensor that is no dense one
@@ -154,7 +164,7 @@ class Op(Backends):
 
     def _run_differentiable(self, *args):
         """Run the op with its gradient."""
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.compiler.is_compiling() and is_transformed():
             return self._run_plain(*args)
         return self.differentiable(*args)
 

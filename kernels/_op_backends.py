@@ -8,6 +8,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from rlhf_fast.kernels._backends import (
     COMPILED,
     DEVICES,
@@ -127,6 +129,8 @@ class Backends:
         """Warn once that the reference runs in a kernel's place, or raise within `strict`."""
         if is_strict():
             raise RuntimeError(f"{self.name}: RLHF_FAST_STRICT=1 and no kernel answers: {why}")
+        if torch.compiler.is_compiling():  # it cannot trace a warning
+            return
         if self.has_warned_of_transforms if of_transforms else self.has_warned:
             return
         if of_transforms:
