@@ -8,16 +8,18 @@ import toy
 from architectures import GPT, SERVED, SMALL, V, build, prompts, sampling
 from test_decode_graphs import device  # noqa: F401 (a fixture)
 from tiny_llama import scorer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_fast.batches import Demonstrations
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.config.stages import PPOConfig
+from rlhf_fast.data.encode import Encoder
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import check_saving
 from rlhf_fast.rollout import fused
 from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.stages import sft
 from rlhf_fast.training.experience import make_experience
 from rlhf_fast.training.losses import ppo_policy_loss, sft_loss
 
@@ -232,6 +234,32 @@ def test_a_padded_model_from_a_folder(kind, tmp_path):
         UserError, match=f"its tokenizer's token '<63>' has the id {size + 64}, and its embedding only 64"
     ):
         Model(model.module, model.tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_image_token_without_a_row(kind, tmp_path):
+    """Text-only variants of Gemma 3 have one. Text that spells it is text; a template that writes it is refused."""
+    folder = toy.model(tmp_path / "model", kind)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    num_rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    assert max(Encoder(tokenizer).text("a <image> b")) < num_rows
+    cfg = toy.sft(tmp_path, epochs=1)
+    sft.run(cfg)
+    model = Model.load(ModelConfig(cfg.out))
+    assert model.num_tokens == model.num_rows == num_rows and len(model.tokenizer) == num_rows + 1
+    assert len(Rollout(model, sampling(max_new_tokens=3)).generate(["a"]).tokens) == 1
+    for change in (
+        {"chat_template": "{% for turn in messages %}<image>{{ turn.content }}{% endfor %}"},
+        {"eos_token": "<image>"},
+    ):
+        written = AutoTokenizer.from_pretrained(folder, **change)
+        with pytest.raises(UserError, match=f"its tokenizer's token '<image>' has the id {num_rows}"):
+            Model(model.module, written)
+        written.save_pretrained(folder)
+        with pytest.raises(UserError, match=f"{num_rows} vocabulary rows, .* up to number {num_rows} \\('<image>'\\)"):
+            sft.run(toy.sft(tmp_path, out="refused"))
 
 
 def test_a_scorer_that_lacks_rows_is_refused():

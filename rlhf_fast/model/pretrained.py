@@ -25,6 +25,7 @@ from transformers import (
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pad_token import PAD_TOKEN
+from rlhf_fast.model.vocabulary import tokens_of_rows
 
 log = getLogger("rlhf_fast")
 
@@ -147,9 +148,11 @@ def load_tokenizer(cfg: ModelConfig, module: PreTrainedModel | None = None):
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
     except Exception as error:  # its files are foreign: they may fail in any way
         raise UserError(f"{cfg.path}: has no tokenizer that loads: {_describe(error)}") from error
-    vocabulary = getattr(module.config.get_text_config(), "vocab_size", 0) if module is not None else len(tokenizer)
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"{cfg.path}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
+    if module is not None:
+        vocabulary = getattr(module.config.get_text_config(), "vocab_size", 0)
+        num_tokens = len(tokens_of_rows(tokenizer, vocabulary))
+        if num_tokens > vocabulary:
+            raise UserError(f"{cfg.path}: the tokenizer has {num_tokens} tokens, the model only {vocabulary}")
     return tokenizer
 
 

@@ -29,7 +29,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any, num_rows: int, name: str):
         """Raise UserError if a token has no row in the model `name`."""
-        ids = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+        ids = tokens_of_rows(tokenizer, num_rows) if hasattr(tokenizer, "get_vocab") else {}
         used = set(ids.values())
         self.tokenizer = tokenizer
         self.num_tokens = max(used) + 1 if used else num_rows
@@ -56,6 +56,22 @@ class Vocabulary:
             self._mask = torch.zeros(self.num_tokens, dtype=weight.dtype, device=weight.device)
             self._mask[self.unused] = MASK_FLOAT16 if weight.dtype == torch.float16 else MASK
         return self._mask if bias is None else bias + self._mask
+
+
+def tokens_of_rows(tokenizer: Any, num_rows: int) -> dict[str, int]:
+    """Return the ids of the tokens that rows of data may have, by their texts, for a model with `num_rows` rows.
+
+    A special token beyond them is left out if neither text nor a template gives it: no chat template has it, and it
+    does not begin, end or pad a row. A text-only variant of a model may have no row for its image token.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    own = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk", "sep", "cls")}
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+
+    def is_unused(token: str, id: int) -> bool:
+        return id >= num_rows and id not in own and id in added and added[id].special and token not in template
+
+    return {token: id for token, id in tokenizer.get_vocab().items() if not is_unused(token, id)}
 
 
 def _names(tokenizer: Any, ids: list[int]) -> list[str | None]:

@@ -20,6 +20,7 @@ from rlhf_fast.data import read_prompts
 from rlhf_fast.data.rows import read_examples
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
+from rlhf_fast.model.vocabulary import tokens_of_rows
 from rlhf_fast.run.info import TOKENIZER_FILES, sha256
 from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.run.outputs import check_hub_names
@@ -78,7 +79,7 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
         if other.tokenizer is not main.tokenizer:
             check_tokenizers(main.tokenizer, other.tokenizer, str(other.role))
     check_planned_format(cfg, main.tokenizer, earlier)
-    needed = max(main.tokenizer.get_vocab().values(), default=-1) + 1
+    needed = max(tokens_of_rows(main.tokenizer, main.rows).values(), default=-1) + 1
     if main.rows < needed:
         token = main.tokenizer.convert_ids_to_tokens(needed - 1)
         raise UserError(
