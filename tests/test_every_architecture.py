@@ -23,11 +23,13 @@ MAPPINGS = {
     "scalar": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
 CASES = [(head, config) for head, mapping in MAPPINGS.items() for config in mapping]
-SERVED = {
-    "lm": "Llama Llama4Text Llama4 CodeGen Rwkv Mamba Gemma2 GptOss GPTJ Bloom Phimoe RecurrentGemma DeepseekV3 OPT",
-    "scalar": "Llama GPT2 GPTNeoX Mistral Qwen3 Gemma3Text Mixtral Phi3 OPT",
-}
-"""Prefixes of configs that must not be refused."""
+REFUSED = """
+Bert BertGeneration BigBird Camembert CpmAnt Data2VecText Electra Emu3 Ernie InklingText MegatronBert Mllama
+ModernBertDecoder ProphetNet RemBert Roberta RobertaPreLayerNorm RoCBert RoFormer XLM XLMRoberta XLMRobertaXL
+XLNet Xmod
+"""
+"""Configs of language models that are refused: encoders, and some whose forward or head is another. Every other must
+load, and of the reward models every one with a score layer."""
 
 
 def module_of(head: str, kind: type, folder: Path) -> str:
@@ -56,7 +58,10 @@ def test_it_loads_and_can_be_saved_or_is_refused(head, kind, tmp_path):
         model = Model.load(ModelConfig(folder), head=head)
     except UserError as error:
         assert "\n" not in str(error)
-        assert kind.__name__.removesuffix("Config") not in SERVED[head].split(), error
+        if head == "lm":
+            assert kind.__name__.removesuffix("Config") in REFUSED.split(), error
+        else:
+            assert str(error).endswith(" has no linear head `score` with one output")
         return
     check_saving(model, tmp_path)
 
