@@ -62,7 +62,7 @@ def score(hidden, weight, targets, bias, temperature, softcap):
 
 
 def score_pair(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap):
-    out = torch.full((8, len(targets)), torch.nan, device=targets.device)
+    out = torch.full((9, len(targets)), torch.nan, device=targets.device)
     heads = (hidden, weight, ref_hidden, ref_weight)
     scoring.score_pair(*heads, targets, temperature, softcap, bias, ref_bias, scoring.Outputs(*out.unbind()))
     return out
@@ -72,8 +72,8 @@ def float64_score_pair(
     hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, temperature, softcap, convert=double
 ):
     args = hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, bias, ref_bias
-    logprobs, ref_logprobs, entropy, kl, (m, s, ref_m, ref_s) = linear_kl_with_statistics.reference(*map(convert, args))
-    return torch.stack([logprobs, entropy, m, s, ref_logprobs, kl, ref_m, ref_s])
+    logprobs, ref_logprobs, entropy, kl, (m, s, *others) = linear_kl_with_statistics.reference(*map(convert, args))
+    return torch.stack([logprobs, entropy, m, s, ref_logprobs, kl, *others])
 
 
 def assert_near(ours, reference, args):
@@ -203,7 +203,8 @@ def test_confident_rows_are_never_more_than_certain(offset, small):
     logits += offset
     out = score(torch.eye(32, device=DEVICE), logits.T.contiguous(), targets, None, 1.0, 0.0)
     truth = logits.double().log_softmax(-1)
-    assert (out[0] <= 0).all() and (out[1] >= 0).all() and torch.equal(out[2], logits.amax(-1))
+    others = logits.scatter(1, targets[:, None], -torch.inf)
+    assert (out[0] <= 0).all() and (out[1] >= 0).all() and torch.equal(out[2], others.amax(-1))
     picked = truth[torch.arange(32), targets]
     torch.testing.assert_close(out[0].double(), picked, atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(out[1].double(), -(truth.exp() * truth).sum(-1), atol=5e-6, rtol=2e-6)
@@ -247,12 +248,16 @@ def test_the_reference_may_rule_out_a_token_that_the_policy_never_samples(V, sma
 @pytest.mark.parametrize("where", [0, 70, 130])
 def test_nan_shows(where, small):
     hidden, weight, targets, bias = one_head(6, 24, 131, torch.float32, ignored=0.0, bias=True)
+    targets[0] = where
     bad = bias.clone()
     bad[where] = torch.nan
-    assert score(hidden, weight, targets, bad, 1.0, 0.0)[[0, 1, 3]].isnan().all()
-    assert score(hidden, weight, targets, bias - torch.inf, 1.0, 0.0)[[0, 1, 3]].isnan().all()
+    in_sums = targets != where  # the target is in none
+    out = score(hidden, weight, targets, bad, 1.0, 0.0)
+    assert out[:2].isnan().all() and torch.equal(out[3].isnan(), in_sums)
+    out = score(hidden, weight, targets, bias - torch.inf, 1.0, 0.0)
+    assert out[:2].isnan().all() and (out[3] == 0).all()
     out = score_pair(hidden, weight, hidden, weight, targets, bias, bad, 1.0, 0.0)
-    assert out[:4].isfinite().all() and out[[4, 5, 7]].isnan().all()
+    assert out[:4].isfinite().all() and out[[4, 5, 8]].isnan().all() and torch.equal(out[7].isnan(), in_sums)
 
 
 def test_strides(small):
@@ -307,7 +312,7 @@ def record(D, has_bias, softcap, is_pair, arch):
         head = empty(512, D), empty(50257, D)
         targets = empty(512, dtype=torch.int64)
         bias = empty(50257) if has_bias else None
-        out = scoring.Outputs(*empty(8 if is_pair else 4, 512, dtype=torch.float32).unbind())
+        out = scoring.Outputs(*empty(9 if is_pair else 4, 512, dtype=torch.float32).unbind())
         if is_pair:
             scoring.score_pair(*head, *head, targets, 1.0, softcap, bias, bias, out)
         else:

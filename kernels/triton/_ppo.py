@@ -160,7 +160,7 @@ def ref_kl(log_ratio, clip, ESTIMATOR: tl.constexpr):
 def ref_kl_grad(log_ratio, clip, ESTIMATOR: tl.constexpr):
     """Return the gradient of `ref_kl` with respect to log p."""
     if ESTIMATOR == "k1":
-        grad = log_ratio * 0.0 + 1.0
+        grad = 1.0  # also where the reference's log p is NaN: the KL is, its gradient is not
     elif ESTIMATOR == "k2":
         grad = log_ratio
     else:
