@@ -108,11 +108,12 @@ def test_the_gradient_from_a_row_s_coefficients(tmp_path):
       const Scaling scaling = make_scaling(0.7, 20.f);
       const int i = threadIdx.x, target = 5;
       const float x = i == 40 ? -INFINITY : 9 * sinf(i);
-      SoftmaxState state = {x, apply_softcap<true>(x, scaling), 1.f, 0.f};
+      SoftmaxState state = {x, origin_of<true>(x, scaling), 1.f, 0.f};
       if (i == target) state = empty_state();
       state = block_merge<true>(state, scaling, shared_memory<float>());
       const Softmax softmax = softmax_of<true>(state, 9 * sinf(target), scaling);
-      out[i] = logit_grad<true>(x, i == target, logit_grad_of(softmax, -1.5f, 0.25f, scaling), scaling);
+      const LogitGrad grad = logit_grad_of(softmax, -1.5f, 0.25f, scaling);
+      out[i] = i == target ? grad.target : logit_grad<true>(x, grad, scaling);
     }"""
     status, output = run(tmp_path, kernel, shared="384")
     assert status == 0, output
