@@ -18,7 +18,10 @@ from rlhf_fast import ops
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 ULPS = 4
-SOFTCAP_ULPS = 16  # of the GPU kernels: they do not count the logits that tie, whose float32 tanh is off the same way
+SOFTCAP_ULPS = 5  # of the GPU kernels: the target's gradient has one product more
+EQUAL_ULPS = 10  # of the GPU kernels where many equal logits 8 to 11 nats below the largest have much of the sum: their
+# exponential is off by the same half a unit of an argument between 8 and 16, and by 2 units of the instruction. Another
+# digit would cost 3 operations a logit, of 10.
 LEADS = (0.0, 0.5, 3.0, 9.0, 16.0, 17.0, 25.0, 40.0, 63.0, 80.0)
 
 
@@ -176,10 +179,12 @@ def without_infinities(name: str, logits: Logits) -> Logits:
     return logits._replace(x=logits.x.clamp(min=-1e4)) if name.startswith("linear") else logits
 
 
-def check(name: str, backend: str, logits: Logits) -> None:
+def check(name: str, backend: str, others: str, logits: Logits) -> None:
     logits = without_infinities(name, logits)
     result = CALLS[name](op_of(name).backend(backend), logits)
-    limit = SOFTCAP_ULPS if logits.softcap and backend in ("triton", "simt", "cuda") else ULPS
+    limit = ULPS
+    if backend in ("triton", "simt", "cuda"):
+        limit = EQUAL_ULPS if others == "one near" else SOFTCAP_ULPS if logits.softcap else ULPS
     truth = logits.logprobs(logits.targets)
     assert (result.logprobs <= 0).all() and result.logprobs.dtype == torch.float32
     assert ulps(result.logprobs, truth) <= limit, "log p"
@@ -206,7 +211,7 @@ def check(name: str, backend: str, logits: Logits) -> None:
 @pytest.mark.parametrize("others", OTHERS)
 @pytest.mark.exhaustive(4, by=("name", "backend"))
 def test_a_lead_keeps_its_digits(name, backend, device, others, V):
-    check(name, backend, rows_of(others, V, device))
+    check(name, backend, others, rows_of(others, V, device))
 
 
 @each_call
@@ -216,14 +221,14 @@ def test_a_lead_keeps_its_digits(name, backend, device, others, V):
 def test_a_lead_keeps_its_digits_under_temperature_and_softcap(name, backend, device, others, temperature, softcap):
     if name == "linear_cross_entropy" and temperature != 1:
         temperature = 1.0  # it has none
-    check(name, backend, rows_of(others, 517, device, temperature=temperature, softcap=softcap))
+    check(name, backend, others, rows_of(others, 517, device, temperature=temperature, softcap=softcap))
 
 
 @each_call
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.exhaustive(1, by=("name", "backend"))
 def test_a_lead_of_16_bit_numbers_keeps_its_digits(name, backend, device, dtype):
-    check(name, backend, rows_of("normal", 1031, device, dtype))
+    check(name, backend, "normal", rows_of("normal", 1031, device, dtype))
 
 
 @each_call
@@ -233,7 +238,7 @@ def test_a_lead_of_16_bit_numbers_keeps_its_digits(name, backend, device, dtype)
 def test_a_lead_over_a_large_vocabulary_keeps_its_digits(name, backend, device, others, V):
     logits = rows_of(others, V, device)
     keep = [2, 5, 9, 10] if backend in ("triton", "simt") and device == "cpu" else range(len(logits.x))
-    check(name, backend, logits._replace(x=logits.x[list(keep)], targets=logits.targets[list(keep)]))
+    check(name, backend, others, logits._replace(x=logits.x[list(keep)], targets=logits.targets[list(keep)]))
 
 
 FILTERS = ({"top_p": 0.999}, {"top_k": 40}, {"top_k": 300, "top_p": 0.99999}, {"min_p": 1e-30})

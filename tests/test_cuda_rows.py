@@ -85,40 +85,46 @@ def test_gradients_of_rows_that_fit_and_do_not_fit_into_shared_memory(backend, d
 
 
 @on_each_backend
-def test_a_target_outside_the_row_gives_nan_and_nothing_outside_the_row_is_loaded(backend, device, monkeypatch):
-    """On a GPU targets are not checked before the launch: the check would wait for the device."""
+def test_a_row_whose_target_is_outside_it_is_nan_and_nothing_outside_the_row_is_loaded(backend, device, monkeypatch):
+    """On a GPU targets are not checked before the launch: the check would wait for the device. All results of the row
+    are NaN, the gradient too: a finite one would train on a token that does not exist."""
     monkeypatch.setattr(head_checks, "check_targets", lambda *_: None)
     logits, targets = torch.randn(3, 40, device=device), torch.tensor([40, -1, 3], device=device)
-    logprobs, entropy, gradient = forward_and_backward(backend, logits, targets)
-    assert logprobs[:2].isnan().all() and logprobs[2].isfinite() and entropy.isfinite().all()
-    assert gradient.isfinite().all()
+    ours = forward_and_backward(backend, logits, targets)
+    assert all(x[:2].isnan().all() for x in ours)
+    last = OPS["token_logprobs"].reference(logits[2:].double(), targets[2:], 0.7, 0.0)
+    for x, truth in zip(ours[:2], last, strict=True):
+        torch.testing.assert_close(x[2:].double(), truth, atol=5e-6, rtol=1e-6)
+    assert ours[2][2].isfinite().all() and abs(ours[2][2].double().sum()) <= 1e-6
 
 
-def test_the_gradient_from_four_coefficients_per_row(tmp_path):
-    """With softcap, temperature and a reference, against kernels/_head.py."""
+def test_the_gradient_from_a_row_s_coefficients(tmp_path):
+    """With softcap and temperature, against kernels/_head.py. A softcap makes a logit of -inf finite."""
     if build.compiler() is None:
         pytest.skip("no g++")
     kernel = """
     #include "softmax.cuh"
     __global__ void kernel(float* out) {
-      const Scaling scaling = {1 / 0.7f, 20.f, 0.05f};
-      const int i = threadIdx.x;
-      const float x = 9 * sinf(i), ref = i == 40 ? -INFINITY : 7 * cosf(i);
-      float* const shared = shared_memory<float>();
-      const SoftmaxState p = block_merge({apply_softcap_temperature<true>(x, scaling), 1.f, 0.f}, shared);
-      const SoftmaxState q = block_merge({apply_softcap_temperature<true>(ref, scaling), 1.f, 0.f}, shared);
-      const LogitGrad grad{p.max, logf(p.sum), -1.5f, 0.25f, 0.5f, -0.75f, q.max, logf(q.sum)};
-      out[i] = logit_grad<true, true>(x, ref, i == 5 ? grad.g : 0.f, grad, scaling);
+      const Scaling scaling = make_scaling(0.7, 20.f);
+      const int i = threadIdx.x, target = 5;
+      const float x = i == 40 ? -INFINITY : 9 * sinf(i);
+      SoftmaxState state = {x, origin_of<true>(x, scaling), 1.f, 0.f};
+      if (i == target) state = empty_state();
+      state = block_merge<true>(state, scaling, shared_memory<float>());
+      const Softmax softmax = softmax_of<true>(state, 9 * sinf(target), scaling);
+      const LogitGrad grad = logit_grad_of(softmax, -1.5f, 0.25f, scaling);
+      out[i] = i == target ? grad.target : logit_grad<true>(x, grad, scaling);
     }"""
     status, output = run(tmp_path, kernel, shared="384")
     assert status == 0, output
     i = torch.arange(64, dtype=torch.float64)
-    x, ref = 9 * i.sin(), (7 * i.cos()).masked_fill(i == 40, -torch.inf)
-    logp, ref_logp = (head.scale_logits(v, 0.7, 20.0).log_softmax(-1) for v in (x, ref))
-    g, a, b, c = torch.tensor([-1.5, 0.25, 0.5, -0.75], dtype=torch.float64)
-    exact = head.logits_grad(logp, torch.tensor(5), g, a, b, c, ref_logp) * head.scale_logits_grad(x, 0.7, 20.0)
+    x = (9 * i.sin()).masked_fill(i == 40, -torch.inf)[None]
+    targets, g, h = torch.tensor([5]), *torch.tensor([[-1.5], [0.25]], dtype=torch.float64)
+    by_z = head.logits_grad(head.log_softmax(x, targets, 0.7, 20.0), targets, g, h)
+    exact = (by_z * head.scale_logits_grad(x, 0.7, 20.0))[0]
     ours = torch.tensor([float(number) for number in output.split()], dtype=torch.float64)
     torch.testing.assert_close(ours, exact, atol=1e-6, rtol=1e-5)
+    assert exact.abs().max() > 0.1
 
 
 def norms(backend, x, weight, bias, residual):

@@ -1,10 +1,14 @@
 // Online softmax of a row of logits: the maximum, sum and first moment of all logits but the target's in one pass, and
 // the gradient by the logits.
 //
-//     y = tanh(x / softcap) and u = softcap / T, or where there is no softcap y = x and u = 1 / T
-//     m = max y    d = (y - m) u / ln 2    sum = sum of 2^d    moment = sum of d 2^d
+//     m = max x    d = (z(x) - z(m)) / ln 2    sum = sum of 2^d    moment = sum of d 2^d
+//     without softcap    d = (x - m) / (T ln 2)
+//     with softcap       d = (w - 1) / (w + q) slope,   w = e^(2 (x - m) / softcap)   q = e^(-2 m / softcap)
+//                                                       slope = 2 q / (1 + q) softcap / (T ln 2)
 //
-// The difference comes first: a product with u would round away what d is made of.
+// The difference x - m comes first: a product, or a tanh, would round away what d is made of. So d has relative
+// precision, and logits that tie with the largest are exactly 0 away from it. The second form is tanh(x / softcap) -
+// tanh(m / softcap): it needs no more operations than a tanh.
 //
 // The target's logit stays out of the sums. A target that is far ahead has p = 1 - 1e-12, say, and log p = -1e-12: the
 // others' sum, relative to the target, has that number in full precision. A sum with the target in it has 1. `Softmax`
@@ -29,7 +33,9 @@
 namespace {
 
 constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
+constexpr double ln_2_squared = 0.480453013918201425;
 constexpr float min_exponent = -126.f;  // 2^-126 adds nothing to the 1 of the largest logit
+constexpr float max_exponent = 100.f;   // of q: tanh(log(2^100) / 2) is 1 - 2^-99
 
 // 2^x within 2 units in the last place, in one instruction; 0 where the result is no normal float32.
 __device__ __forceinline__ float fast_exp2(float x) {
@@ -43,31 +49,57 @@ __device__ __forceinline__ float fast_exp2(float x) {
 }
 __device__ __forceinline__ float fast_exp(float x) { return fast_exp2(__fmul_rn(x, log2_e)); }
 
+// 1 / x within 1 unit in the last place, in one instruction, for x that is no denormal.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return rcp_approx(x);
+#endif
+}
+
+// The smaller of two numbers. A NaN stays a NaN, unlike in fminf.
+__device__ __forceinline__ float min_or_nan(float x, float bound) {
+#if defined(__CUDACC__)
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+#else
+  return x > bound ? bound : x;
+#endif
+}
+
 struct Scaling {
-  float exponent_factor;  // u / ln 2
-  float inverse_temperature, softcap, inverse_softcap;
+  float exponent_factor;  // 1 / (T ln 2), or with softcap 2 softcap / (T ln 2)
+  float rounding;         // without softcap, ln 2 times what float32 lacks of the factor, relative to it
+  float inverse_temperature, softcap;
+  float softcap_factor;  // 2 / (softcap ln 2)
+  float saturated;       // logits beyond are as far from all others as this one
   double exact_inverse_temperature;
 };
 
 inline Scaling make_scaling(double temperature, float softcap) {
-  const double inverse = 1. / temperature;
-  const double exponent_factor = (softcap > 0.f ? softcap : 1.) * inverse / 0.693147180559945309;
-  const float largest = 3e38f;
-  return {exponent_factor < largest ? static_cast<float>(exponent_factor) : largest,
-          inverse < largest ? static_cast<float>(inverse) : largest, softcap, softcap > 0.f ? 1.f / softcap : 0.f,
-          inverse};
-}
-
-template <bool SOFTCAP>
-__device__ __forceinline__ float apply_softcap(float x, const Scaling& scaling) {
-  return SOFTCAP ? tanhf(__fmul_rn(x, scaling.inverse_softcap)) : x;
+  constexpr double ln2 = 0.693147180559945309, largest = 3e38;
+  const auto finite = [](double x) { return static_cast<float>(x < largest ? x : largest); };
+  const double inverse = 1. / temperature, factor = (softcap > 0.f ? 2. * softcap : 1.) * inverse / ln2;
+  Scaling scaling;
+  scaling.exponent_factor = finite(factor);
+  scaling.rounding = factor < largest ? static_cast<float>((factor / scaling.exponent_factor - 1.) * ln2) : 0.f;
+  scaling.inverse_temperature = finite(inverse);
+  scaling.softcap = softcap;
+  scaling.softcap_factor = softcap > 0.f ? finite(2. / (softcap * ln2)) : 0.f;
+  scaling.saturated = softcap > 0.f ? finite(max_exponent / scaling.softcap_factor) : 0.f;
+  scaling.exact_inverse_temperature = inverse;
+  return scaling;
 }
 
 // Returns what to subtract from z so that the exponentials stay finite. 0 if max is -inf: (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ float zero_if_minus_inf(float max) { return max == -INFINITY ? 0.f : max; }
 
-// Statistics of some logits: the largest raw logit x, of which y is `origin`, and the sums relative to it. The origin
-// is 0 if max is -inf without a softcap: (-inf) - (-inf) would be NaN.
+// Statistics of some logits: the largest raw logit x, and the sums relative to `origin`. This is the largest, but 0 if
+// that is -inf without a softcap: (-inf) - (-inf) would be NaN. With softcap it is at most `saturated` away from 0.
 struct SoftmaxState {
   float max, origin, sum, moment;
 };
@@ -76,34 +108,72 @@ __device__ __forceinline__ SoftmaxState empty_state() { return {-INFINITY, 0.f, 
 
 template <bool SOFTCAP>
 __device__ __forceinline__ float origin_of(float max, const Scaling& scaling) {
-  return SOFTCAP ? apply_softcap<true>(max, scaling) : zero_if_minus_inf(max);
+  return SOFTCAP ? fminf(fmaxf(max, -scaling.saturated), scaling.saturated) : zero_if_minus_inf(max);
 }
 
-__device__ __forceinline__ float exponent(float y, float origin, const Scaling& scaling) {
-  return __fmul_rn(__fadd_rn(y, -origin), scaling.exponent_factor);
+// An origin with what the distances from it need: q and slope, only with softcap.
+struct Origin {
+  float x, q, slope;
+};
+
+template <bool SOFTCAP>
+__device__ __forceinline__ Origin make_origin(float x, const Scaling& scaling) {
+  if (!SOFTCAP) return {x, 0.f, 0.f};
+  const float q = fast_exp2(__fmul_rn(-x, scaling.softcap_factor));
+  return {x, q, __fmul_rn(__fmul_rn(q, fast_reciprocal(__fadd_rn(1.f, q))), scaling.exponent_factor)};
 }
 
-// The state with its sums around the y of a larger maximum. A NaN stays a NaN.
-__device__ __forceinline__ SoftmaxState rescale(const SoftmaxState& state, float max, float origin,
+// 2^x - 1 for x <= 0 with relative precision, given 2^x.
+__device__ __forceinline__ float exp2_minus_1(float x, float exp2_x) {
+  float p = 1.54035304e-4f;  // Taylor's series
+  p = __fmaf_rn(p, x, 1.33335581e-3f);
+  p = __fmaf_rn(p, x, 9.61812911e-3f);
+  p = __fmaf_rn(p, x, 5.55041087e-2f);
+  p = __fmaf_rn(p, x, 2.40226507e-1f);
+  p = __fmaf_rn(p, x, ln_2);
+  return x > -0.36f ? __fmul_rn(p, x) : __fadd_rn(exp2_x, -1.f);
+}
+
+// d of a logit x <= origin.x, and the derivative of its softcap.
+struct Distance {
+  float d, softcap_grad;
+};
+
+template <bool SOFTCAP>
+__device__ __forceinline__ Distance distance_from(const Origin& origin, float x, const Scaling& scaling) {
+  const float difference = __fadd_rn(x, -origin.x);
+  if (!SOFTCAP) return {__fmul_rn(difference, scaling.exponent_factor), 1.f};
+  const float exponent = __fmul_rn(difference, scaling.softcap_factor), w = fast_exp2(exponent);
+  const float inverse = fast_reciprocal(__fadd_rn(w, origin.q));
+  const float ratio = __fmul_rn(exp2_minus_1(exponent, w), inverse);
+  return {__fmul_rn(ratio, origin.slope), 4.f * (w * inverse) * (origin.q * inverse)};
+}
+
+// The state with its sums around a larger maximum. A NaN stays a NaN.
+template <bool SOFTCAP>
+__device__ __forceinline__ SoftmaxState rescale(const SoftmaxState& state, float max, const Origin& origin,
                                                 const Scaling& scaling) {
-  const float distance = state.sum == 0.f ? 0.f : exponent(state.origin, origin, scaling);
+  const float distance = state.sum == 0.f ? 0.f : distance_from<SOFTCAP>(origin, state.origin, scaling).d;
   const float factor = fast_exp2(distance);
   const float moment = __fmaf_rn(fmaxf(distance, min_exponent), state.sum, state.moment);
-  return {max, origin, __fmul_rn(factor, state.sum), __fmul_rn(factor, moment)};
+  return {max, origin.x, __fmul_rn(factor, state.sum), __fmul_rn(factor, moment)};
 }
 
 template <bool SOFTCAP>
 __device__ __forceinline__ SoftmaxState merge(const SoftmaxState& first, const SoftmaxState& second,
                                               const Scaling& scaling) {
-  const float max = fmaxf(first.max, second.max), origin = origin_of<SOFTCAP>(max, scaling);
-  const SoftmaxState a = rescale(first, max, origin, scaling), b = rescale(second, max, origin, scaling);
-  return {max, origin, __fadd_rn(a.sum, b.sum), __fadd_rn(a.moment, b.moment)};
+  const float max = fmaxf(first.max, second.max);
+  const Origin origin = make_origin<SOFTCAP>(origin_of<SOFTCAP>(max, scaling), scaling);
+  const SoftmaxState a = rescale<SOFTCAP>(first, max, origin, scaling);
+  const SoftmaxState b = rescale<SOFTCAP>(second, max, origin, scaling);
+  return {max, origin.x, __fadd_rn(a.sum, b.sum), __fadd_rn(a.moment, b.moment)};
 }
 
 template <bool SOFTCAP>
 __device__ __forceinline__ SoftmaxState warp_merge(const SoftmaxState& state, const Scaling& scaling) {
   const float max = warp_reduce<Max>(state.max);
-  const SoftmaxState rescaled = rescale(state, max, origin_of<SOFTCAP>(max, scaling), scaling);
+  const Origin origin = make_origin<SOFTCAP>(origin_of<SOFTCAP>(max, scaling), scaling);
+  const SoftmaxState rescaled = rescale<SOFTCAP>(state, max, origin, scaling);
   return {max, rescaled.origin, warp_reduce<Add>(rescaled.sum), warp_reduce<Add>(rescaled.moment)};
 }
 
@@ -128,36 +198,33 @@ __device__ __forceinline__ SoftmaxState block_merge(SoftmaxState state, const Sc
 // Adds U vectors of a row's logits to its state, without number `left_out`, which vector 0 starts from, if it is among
 // them. Vectors have -inf outside the row. With softcap that is not enough: softcap makes a logit of -inf finite, which
 // must count inside the row and must not outside. There, only the first `num_valid - u * vec_stride` numbers of vector
-// u belong to the row.
+// u belong to the row; +inf marks the others, once it is in no logit.
 template <int U, bool SOFTCAP, class T>
 __device__ __forceinline__ void add_vecs(SoftmaxState& state, const uint4 (&vecs)[U], int num_valid, int vec_stride,
                                          int left_out, const Scaling& scaling) {
   constexpr int size = vec_size<T>;
-  float y[U][size], max = state.max;
+  float x[U][size], max = state.max;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    unpack<T>(vecs[u], y[u]);
+    unpack<T>(vecs[u], x[u]);
     const unsigned left_out_here = static_cast<unsigned>(left_out - u * vec_stride);
     if (left_out_here < size) {
 #pragma unroll
       for (int i = 0; i < size; ++i)
-        if (i == static_cast<int>(left_out_here)) y[u][i] = -INFINITY;
+        if (i == static_cast<int>(left_out_here)) x[u][i] = -INFINITY;
     }
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      max = fmaxf(max, y[u][i]);
-      if (!SOFTCAP) continue;
-      y[u][i] = apply_softcap<true>(y[u][i], scaling);
-      if (i >= num_valid - u * vec_stride) y[u][i] = -INFINITY;
+      if (SOFTCAP) x[u][i] = min_or_nan(x[u][i], scaling.saturated);
+      max = fmaxf(max, x[u][i]);
     }
-    if (SOFTCAP && left_out_here < size) {
+    if (!SOFTCAP || (left_out_here >= size && num_valid - u * vec_stride >= size)) continue;
 #pragma unroll
-      for (int i = 0; i < size; ++i)
-        if (i == static_cast<int>(left_out_here)) y[u][i] = -INFINITY;
-    }
+    for (int i = 0; i < size; ++i)
+      if (i >= num_valid - u * vec_stride || i == static_cast<int>(left_out_here)) x[u][i] = INFINITY;
   }
-  const float origin = origin_of<SOFTCAP>(max, scaling);
-  state = rescale(state, max, origin, scaling);
+  const Origin origin = make_origin<SOFTCAP>(origin_of<SOFTCAP>(max, scaling), scaling);
+  state = rescale<SOFTCAP>(state, max, origin, scaling);
   float sums[U], moments[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -165,7 +232,9 @@ __device__ __forceinline__ void add_vecs(SoftmaxState& state, const uint4 (&vecs
     moments[u] = 0.f;
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      const float distance = exponent(y[u][i], origin, scaling), e = fast_exp2(distance);
+      float distance = distance_from<SOFTCAP>(origin, x[u][i], scaling).d;
+      if (SOFTCAP && x[u][i] == INFINITY) distance = -INFINITY;
+      const float e = fast_exp2(distance);
       sums[u] = __fadd_rn(sums[u], e);
       moments[u] = __fmaf_rn(fmaxf(distance, min_exponent), e, moments[u]);  // fmaxf: -inf times 0 is NaN
     }
@@ -227,11 +296,14 @@ __device__ __forceinline__ SoftmaxState row_state(const UnalignedRow<T>& row, in
 //     y_t > m    f = e^(u (m - y_t)), S = 1 + f sum     log p = -log1p(f sum)               factor = f / S
 //     else       e = e^(u (y_t - m)), S = sum + e       log p = u (y_t - m) - log S         factor = 1 / S
 //
-// All sums have terms of one sign, so log p and 1 - p keep their precision however close p is to 1. The exponential is
-// expf, of a difference that is exact: fast_exp2 has a relative error of |x| 2^-24.
+// The sum gets what the factors' rounding took from it: relative to d this is the same for all logits (with softcap,
+// near the largest), so it is a multiple of the moment. All sums have terms of one sign, so log p and 1 - p keep their
+// precision however close p is to 1. The exponential is expf, of a difference that is exact: fast_exp2 has a relative
+// error of |x| 2^-24.
 struct Softmax {
-  float origin, factor, log2_factor;  // of other logits: p = factor 2^d, log2 p = d + log2_factor
-  float logprob, p, rest;             // of the target: log p, p and 1 - p
+  Origin origin;
+  float factor, log2_factor;             // of other logits: p = factor 2^d, log2 p = d + log2_factor
+  float logprob, p, rest, softcap_grad;  // of the target: log p, p, 1 - p, and the derivative of its softcap
   float entropy;
 };
 
@@ -242,21 +314,27 @@ constexpr float min_logprob = -1000.f;  // its p is 0, and 0 times it is not NaN
 
 template <bool SOFTCAP>
 __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float x, const Scaling& scaling) {
+  Softmax row;
+  row.origin = make_origin<SOFTCAP>(others.origin, scaling);
+  row.softcap_grad = 1.f;
   double lead = static_cast<double>(x) - others.max;
-  float exact_sum = others.sum;
+  float exact_sum = __fmaf_rn(scaling.rounding, others.moment, others.sum);
   if (SOFTCAP) {
     const double softcap = scaling.softcap;
-    float error = 0.f;
+    exact_sum = others.sum;
     lead = 0.;
 #pragma unroll 1  // one after the other: together they take more registers
     for (int i = 0; i < 2; ++i) {
-      const double y = exact_tanh((i ? x : others.max) / softcap);
-      // float32 does not have the largest y exactly, so all others are nearer to it, or further away, than in the sum.
-      if (i == 0) error = static_cast<float>((y - others.origin) * softcap * scaling.exact_inverse_temperature);
+      const double y = exact_tanh((i ? x : others.max) / softcap), grad = (1. - y) * (1. + y);
+      if (i == 0 && row.origin.q > 0.05f) {  // else q has digits that 1 - y * y lacks
+        const double slope = grad * (1. + row.origin.q) * scaling.exact_inverse_temperature;
+        const double rounded = ln_2_squared * scaling.softcap_factor * row.origin.slope;
+        exact_sum = __fmaf_rn(static_cast<float>(slope / rounded - 1.) * ln_2, others.moment, others.sum);
+      }
+      row.softcap_grad = static_cast<float>(grad);
       lead = y - lead;
     }
     lead *= softcap;
-    if (others.sum > 1.f) exact_sum -= (others.sum - 1.f) * error;
   }
   lead *= scaling.exact_inverse_temperature;
   const bool is_ahead = lead > 0.;
@@ -266,21 +344,20 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
   if (lesser > 0.f) lesser = __fmaf_rn(lesser, static_cast<float>(exact_distance - distance), lesser);
   const float excess = is_ahead ? lesser * exact_sum : (exact_sum - 1.f) + lesser, sum = 1.f + excess;
   const float log_sum = log1pf(excess);
-  Softmax row;
-  row.origin = others.origin;
-  row.factor = (is_ahead ? lesser : 1.f) / sum;
   row.log2_factor = ((is_ahead ? finite_distance : 0.f) - log_sum) * log2_e;
   row.logprob = (is_ahead ? 0.f : distance) - log_sum;
   row.p = (is_ahead ? 1.f : lesser) / sum;
-  row.rest = row.factor * exact_sum;
+  row.rest = (is_ahead ? excess : exact_sum) / sum;
+  row.factor = others.sum == 0.f ? 0.f : row.rest / others.sum;
   row.entropy = log_sum - row.factor * __fmaf_rn(finite_distance, is_ahead ? others.sum : lesser, ln_2 * others.moment);
   return row;
 }
 
-// Coefficients of one row's gradient by z / T, that is, by x but for the gradient of the softcap: p (a + b log2 p) / T
-// for logits but the target's, whose gradient is `target`. kernels/_head.py derives it.
+// Coefficients of one row's gradient by x: p (a + b log2 p) / T times the derivative of the softcap for logits but the
+// target's, whose gradient is `target`. kernels/_head.py derives it.
 struct LogitGrad {
-  float origin, factor, log2_factor;  // p / T = factor 2^d, log2 p = d + log2_factor
+  Origin origin;
+  float factor, log2_factor;  // p / T = factor 2^d, log2 p = d + log2_factor
   float a, b, target;
 };
 
@@ -293,19 +370,18 @@ __device__ __forceinline__ LogitGrad logit_grad_of(const Softmax& row, float log
   grad.a = -logprob_grad - entropy_grad * row.entropy;
   grad.b = -entropy_grad * ln_2;
   const float surprise = row.p == 0.f ? 0.f : row.p * (row.entropy + row.logprob);
-  grad.target = (logprob_grad * row.rest - entropy_grad * surprise) * scaling.inverse_temperature;
+  const float by_z = logprob_grad * row.rest - entropy_grad * surprise;
+  grad.target = by_z * scaling.inverse_temperature * row.softcap_grad;
   return grad;
 }
 
-// The gradient by a raw logit x, of the target or another one. Its exponential is, to the bit, that of the sums.
+// The gradient by a raw logit x that is not the target's. Its exponential is, to the bit, that of the sums.
 template <bool SOFTCAP>
-__device__ __forceinline__ float logit_grad(float x, bool is_target, const LogitGrad& grad, const Scaling& scaling) {
-  x = apply_softcap<SOFTCAP>(x, scaling);
-  const float softcap_grad = SOFTCAP ? 1.f - x * x : 1.f;
-  if (is_target) return grad.target * softcap_grad;
-  const float distance = exponent(x, grad.origin, scaling);
-  const float log2_p = fmaxf(distance + grad.log2_factor, min_logprob);
-  return fast_exp2(distance) * grad.factor * (grad.a + grad.b * log2_p) * softcap_grad;
+__device__ __forceinline__ float logit_grad(float x, const LogitGrad& grad, const Scaling& scaling) {
+  if (SOFTCAP) x = min_or_nan(x, scaling.saturated);
+  const Distance distance = distance_from<SOFTCAP>(grad.origin, x, scaling);
+  const float log2_p = fmaxf(distance.d + grad.log2_factor, min_logprob);
+  return fast_exp2(distance.d) * grad.factor * (grad.a + grad.b * log2_p) * distance.softcap_grad;
 }
 
 }  // namespace

@@ -171,16 +171,14 @@ __device__ __forceinline__ void write_gradient(const T* logits, T* out, int V, i
   num_saved = row.shift ? 0 : min(num_saved, UnalignedRow<T>(logits, 0, V).full_end);
   out -= offset;
   const int target_column = target < 0 ? -1 : target + offset;
-  const float target_grad =
-      target_column < 0 ? 0.f : logit_grad<SOFTCAP>(to_float(row.base[target_column]), true, grad, scaling);
   const auto vec_grad = [&](int k, const uint4& vec, float (&y)[size]) {
     unpack<T>(vec, y);
 #pragma unroll
-    for (int i = 0; i < size; ++i) y[i] = logit_grad<SOFTCAP>(y[i], false, grad, scaling);
+    for (int i = 0; i < size; ++i) y[i] = logit_grad<SOFTCAP>(y[i], grad, scaling);
     if (target_column < k * size || target_column >= (k + 1) * size) return;
 #pragma unroll
     for (int i = 0; i < size; ++i)
-      if (target_column - k * size == i) y[i] = target_grad;
+      if (target_column - k * size == i) y[i] = grad.target;
   };
   for (int k = row.num_vecs() - 1 - thread; k >= 0; k -= num_threads) {
     float y[size];

@@ -180,6 +180,13 @@ inline float ex2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.f : perturb(y);
 }
+// Off by less: by 1 unit, up or down.
+inline float rcp_approx(float x) {
+  const float y = 1.f / x;
+  if (y == 0.f || y == 1.f || !std::isfinite(y)) return y;
+  const unsigned bits = __float_as_uint(y);
+  return __uint_as_float(bits * 2654435761u >> 31 ? bits + 1 : bits - 1);
+}
 inline float __expf(float x) { return perturb(std::exp2(x * 1.44269504f)); }
 inline float __logf(float x) { return perturb(std::log(x)); }
 inline float __fdividef(float a, float b) { return perturb(a / b); }
