@@ -229,7 +229,11 @@ def test_exact_kl(backend):
 @pytest.mark.parametrize("distance", [60.0, 95.0, 180.0, 700.0])
 @pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.5, 0.0), (0.1, 90.0)])
 def test_the_gradient_of_a_kl_to_a_far_reference(backend, distance, temperature, softcap):
-    """The reference's log-probabilities are below -87, where exp underflows, and count in full."""
+    """The reference's log-probabilities are below -87, where exp underflows, and count in full.
+
+    Triton's tanh is right to a few units in the last place, the CPU's and torch's to one. Logits are up to 1800 nats
+    apart here: 4 units in the last place are 4e-4 nats of log p_ref, however near the KL it is, and p times that is
+    allowed."""
     x, ref_x = torch.randn(5, 40), torch.randn(5, 40)
     ref_x[:, 3:30:4] -= distance
     ref_x[0, 0] += distance  # the target: its log p is 0 in float32 at the larger distances
@@ -241,9 +245,13 @@ def test_the_gradient_of_a_kl_to_a_far_reference(backend, distance, temperature,
         logprobs, _, entropy, kl = run(eye, weight, eye, ref_weight, targets, temperature, softcap)
         return [torch.autograd.grad(y.sum(), weight, retain_graph=True)[0].double() for y in (kl, entropy, logprobs)]
 
+    nats = 4 * 2**-23 * softcap / temperature if backend == "triton" else 0
+    z = softcap * torch.tanh(x.double().T / softcap) if softcap else x.double().T
+    p = (z / temperature).softmax(0)
     truth = gradients(ops.linear_kl.backend("reference"), torch.float64)
     for ours, exact in zip(gradients(ops.linear_kl.backend(backend), torch.float32), truth, strict=True):
-        assert ((ours - exact).abs() <= 2e-5 * exact.abs() + 2e-6 * exact.abs().max()).all()
+        bound = 2e-5 * exact.abs() + 2e-6 * exact.abs().max() + nats * p / temperature
+        assert ((ours - exact).abs() <= bound).all()
 
 
 @each_backend

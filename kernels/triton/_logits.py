@@ -270,7 +270,7 @@ def row_kernel(
             coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
             policy_row = softmax.Row(row.x, row.bias, None, None)
             base = softmax.apply_softcap(state.m, scaling, CAP)
-            normalizer = softmax.Normalizer(base, result.factor, _target.LOG2_E * result.log_factor, 0.0, 0.0)
+            normalizer = softmax.Normalizer(base, result.factor, _target.LOG2_E * result.log_factor, 0.0)
             softmax.store_gradient(
                 policy_row, y + local * y_stride, V, 0, all_tiles, column, has_grad, normalizer, coefficients, scaling,
                 BARRIER, CAP, ALIGNED, UNROLL, THREADS, VEC,
@@ -306,7 +306,6 @@ def gradient_kernel(
     coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
     base = softmax.apply_softcap(tl.load(known.sums + index), scaling, CAP)
     base2 = 0.0
-    log_factor2 = 0.0
     if rows.ref is not None:
         kl_grad = tl.load(grads.kl + index, mask=valid, other=0.0).to(tl.float32)
         has_grad = has_grad | (kl_grad != 0)
@@ -315,13 +314,13 @@ def gradient_kernel(
         # Not from log p_ref, which is 0 where the reference's target is far ahead.
         ref_logit = softmax.load_logit(row.ref, row.ref_bias, target, (column >= 0) & valid)
         ref_lead, ref_error = _target.lead_over(ref_logit, tl.load(known.sums + 2 * N + index), scaling, CAP)
-        log_factor2 = _target.join(ref_lead, ref_error, tl.load(known.sums + 3 * N + index), 0.0).log_factor
+        ref_log_factor = _target.join(ref_lead, ref_error, tl.load(known.sums + 3 * N + index), 0.0).log_factor
         kl = tl.load(known.kl + index)
         kl_of_others = tl.load(known.sums + 4 * N + index)
-        coefficients = softmax.add_kl(coefficients, result, ref_logp, kl, kl_of_others, gain * kl_grad)
-    normalizer = softmax.Normalizer(
-        base, result.factor, _target.LOG2_E * result.log_factor, base2, _target.LOG2_E * log_factor2
-    )
+        coefficients = softmax.add_kl(
+            coefficients, result, ref_logp, ref_log_factor, kl, kl_of_others, gain * kl_grad
+        )  # fmt: skip
+    normalizer = softmax.Normalizer(base, result.factor, _target.LOG2_E * result.log_factor, base2)
     tiles = tl.cdiv(V + misalignment, UNROLL * THREADS * VEC)
     first = segment * SEGMENT
     end = tiles

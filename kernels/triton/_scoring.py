@@ -342,16 +342,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def choose_tile(hidden: Tensor, unit: int, is_pair: bool, is_plain: bool) -> Tile:
+def choose_tile(hidden: Tensor, unit: int, is_pair: bool, is_plain: bool, has_softcap: bool) -> Tile:
     """Return the largest tile that fits an SM without a spill in the inner loop.
 
     256 columns suit Hopper's products, which read both operands from shared memory, but leave no registers for more.
-    is_plain: there is no softcap, no D that DEPTH does not divide and, for a pair, no bias."""
+    is_plain: there is no softcap, no D that DEPTH does not divide and, for a pair, no bias. has_softcap: its tanh takes
+    registers that sm_80, whose accumulators are there too, does not have for a larger tile."""
     arch = launch.sm_arch(hidden)
     if hidden.dtype == torch.float32:
         return Tile(32, 64, 16, 4, 2) if is_pair else Tile(64, 64, 32, 4, 2)
     if unit == 1 or arch < 80:
         return Tile(64, 32 if is_pair else 64, 32, 4, 2)
+    if not 90 <= arch < 120 and has_softcap:
+        return Tile(64, 64, 32, 8, 5) if is_pair else Tile(64, 128, 64, 8, 4)
     if not 90 <= arch < 120:
         return Tile(64, 128, 32, 8, 5) if is_pair else Tile(128, 128, 64, 8, 4)
     if is_pair:
@@ -407,7 +410,7 @@ def run_kernels(kernel, heads: list[tuple], targets: Tensor, temperature: float,
     unit = vector_unit(*matrices)
     has_bias = any(head[2] is not None for head in heads)
     is_plain = not softcap and not any(depth % 64 for depth in depths) and not (is_pair and has_bias)
-    tile = choose_tile(hidden, unit, is_pair, is_plain)
+    tile = choose_tile(hidden, unit, is_pair, is_plain, softcap > 0)
     splits = split_vocabulary(len(weight), tile)
     row_blocks = triton.cdiv(N, tile.rows)
     bytes_per_block = tile.rows * sum(depths) * hidden.element_size()

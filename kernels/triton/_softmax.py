@@ -64,17 +64,16 @@ class State(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """y of the largest logit but the target, the factor of p = factor 2^d and its log2; y and log2 of a reference."""
+    """y of the largest logit but the target, the factor of p = factor 2^d and its log2; y of a reference's largest."""
 
     base: Tensor
     factor: Tensor
     log2_factor: Tensor
     base2: Tensor
-    log2_factor2: Tensor
 
 
 class Coefficients(NamedTuple):
-    """The gradient with respect to z: `target` for the target, else p (a + b log2 p + c (log2 p_ref - log2 p))."""
+    """The gradient with respect to z: `target` for the target, else p (a + b log2 p + c (d2 - log2 p))."""
 
     target: Tensor
     a: Tensor
@@ -296,11 +295,14 @@ def coefficients_of(target, logprob_grad, entropy_grad):
 
 
 @triton.jit
-def add_kl(coefficients, target, ref_logp, kl, kl_of_others, kl_grad):
-    """Return the `Coefficients` with the gradient with respect to the row's KL."""
+def add_kl(coefficients, target, ref_logp, ref_log_factor, kl, kl_of_others, kl_grad):
+    """Return the `Coefficients` with the gradient with respect to the row's KL.
+
+    Of a reference whose target is far ahead, the KL and the logarithm of the factor are hundreds of nats, which cancel:
+    once in a row, and not in every column, where each sum would round."""
     difference = target.rest * (target.logp - ref_logp) - kl_of_others
     own = tl.where((target.p == 0) | (kl_grad == 0), 0.0, kl_grad * target.p * difference)
-    a = coefficients.a - tl.where(kl_grad == 0, 0.0, kl_grad * kl)
+    a = coefficients.a - tl.where(kl_grad == 0, 0.0, kl_grad * (kl + ref_log_factor))
     return Coefficients(coefficients.target + own, a, coefficients.b, -LN2 * kl_grad)
 
 
@@ -318,7 +320,7 @@ def logit_grad(x, ref, is_target, normalizer, coefficients, scaling, CAP: tl.con
     inner = coefficients.a + coefficients.b * log2_p
     if REF:
         d2 = (apply_softcap(ref, scaling, CAP) - normalizer.base2) * scaling.exp2_factor
-        inner += coefficients.c * (tl.maximum(d2 + normalizer.log2_factor2, MIN_FLOAT) - log2_p)  # -inf times 0 is NaN
+        inner += coefficients.c * (tl.maximum(d2, MIN_FLOAT) - log2_p)  # -inf times 0 is NaN
     return tl.where(is_target, coefficients.target, tl.where(p == 0, 0.0, p * inner)) * dz_dx
 
 
