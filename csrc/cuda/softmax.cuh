@@ -218,10 +218,11 @@ __device__ __forceinline__ void add_vecs(SoftmaxState& state, const uint4 (&vecs
       if (SOFTCAP) x[u][i] = min_or_nan(x[u][i], scaling.saturated);
       max = fmaxf(max, x[u][i]);
     }
-    if (!SOFTCAP || (left_out_here >= size && num_valid - u * vec_stride >= size)) continue;
+    if (SOFTCAP && (left_out_here < size || num_valid - u * vec_stride < size)) {
 #pragma unroll
-    for (int i = 0; i < size; ++i)
-      if (i >= num_valid - u * vec_stride || i == static_cast<int>(left_out_here)) x[u][i] = INFINITY;
+      for (int i = 0; i < size; ++i)
+        if (i >= num_valid - u * vec_stride || i == static_cast<int>(left_out_here)) x[u][i] = INFINITY;
+    }
   }
   const Origin origin = make_origin<SOFTCAP>(origin_of<SOFTCAP>(max, scaling), scaling);
   state = rescale<SOFTCAP>(state, max, origin, scaling);
