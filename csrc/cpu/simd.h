@@ -185,8 +185,8 @@ INLINE f32 log(f32 x) {
   return select((x < splat(0.f)) | (x != x), splat(__builtin_nanf("")), y);
 }
 
-// tanh within 2 ulp: Cephes' polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere.
-INLINE f32 tanh(f32 x) {
+// tanh within 2 ulp, given e^2|x|: Cephes' polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere.
+INLINE f32 tanh(f32 x, f32 exp_2x) {
   const f32 a = abs(x), z = x * x;
   f32 p = splat(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
@@ -194,8 +194,9 @@ INLINE f32 tanh(f32 x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const f32 near = x + x * z * p;
-  const f32 one = splat(1.f), far = one - 2.f / (exp(a + a) + one);
+  const f32 one = splat(1.f), far = one - 2.f / (exp_2x + one);
   return select(a < splat(0.625f), near, select(x < splat(0.f), -far, far));
 }
+INLINE f32 tanh(f32 x) { return tanh(x, exp(abs(x) + abs(x))); }
 
 }  // namespace

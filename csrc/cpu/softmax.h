@@ -101,10 +101,12 @@ INLINE f32 position(f32 x, const Scaling& scaling) {
   if (!SOFTCAP) return x;
   x = max(splat(-scaling.saturated), min(splat(scaling.saturated), x));  // a NaN stays a NaN
 #if defined(__FMA__)
-  return tanh(x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1]);
+  x = x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1];
 #else
-  return tanh(x / scaling.softcap);
+  x = x / scaling.softcap;
 #endif
+  const f32 a = abs(x) * (float)(2 * LOG2_E), shifted = a + ROUND;
+  return tanh(x, power_of_two(shifted, abs(x) * (float)(2 * LOG2_E) - (shifted - ROUND)));
 }
 template <bool SOFTCAP>
 INLINE float position(float x, const Scaling& scaling) {
@@ -122,53 +124,49 @@ INLINE f32 load_logits(const T* x, const float* bias, int n) {
   return v;
 }
 
-// The columns of a tile in memory, filled up with -inf to whole groups of vectors.
+// The largest of n logits with their bias.
+template <class T>
+INLINE float largest_logit(const T* x, const float* bias, int n) {
+  f32 largest = splat(-__builtin_inff());
+  for (int i = 0; i < n; i += W) largest = max(largest, load_logits(x + i, bias ? bias + i : nullptr, n - i));
+  return reduce_max(largest);
+}
+
+// The positions of a tile in memory, filled up with -inf to whole vectors.
 struct Tile {
   alignas(64) float x[TILE];
   int columns;  // filled up
-  float max;
+  float max;    // the largest logit
 
-  // n <= TILE logits with their bias.
-  template <class T>
-  INLINE void fill(const T* from, const float* bias, int n) {
+  // Takes n <= TILE logits with their bias. The column `taken` stays out, and its logit is returned; with -1 none does.
+  template <bool SOFTCAP, class T>
+  INLINE float fill(const T* from, const float* bias, int n, int64_t taken, const Scaling& scaling) {
     f32 largest = splat(-__builtin_inff());
     int i = 0;
 #pragma GCC unroll 4
     for (; i + W <= n; i += W) {
       const f32 v = load_logits(from + i, bias ? bias + i : nullptr, W);
-      store(x + i, v);
+      store(x + i, position<SOFTCAP>(v, scaling));
       largest = ::max(largest, v);
     }
     if (i < n) {
       const f32 v = load_logits(from + i, bias ? bias + i : nullptr, n - i);
-      store(x + i, v);
+      store(x + i, position<SOFTCAP>(v, scaling));
       largest = ::max(largest, v);
       i += W;
     }
-    for (; i % (GROUP * W); i += W) store(x + i, splat(-__builtin_inff()));
+    for (int j = n; j < i && SOFTCAP; ++j) x[j] = -__builtin_inff();
     columns = i;
     max = reduce_max(largest);
-  }
-
-  // Takes a column out and returns its logit.
-  INLINE float take(int64_t column) {
-    const float taken = x[column];
-    x[column] = -__builtin_inff();
-    if (!(taken < max)) {
-      f32 largest = splat(-__builtin_inff());
-      for (int i = 0; i < columns; i += W) largest = ::max(largest, load(x + i));
-      max = reduce_max(largest);
+    if (taken < 0) return 0.f;
+    const float logit = to_float(from[taken]) + (bias ? bias[taken] : 0.f);
+    x[taken] = -__builtin_inff();
+    if (!(logit < max)) {
+      const int after = (int)taken + 1;
+      max = ::max(largest_logit(from, bias, (int)taken),
+                  largest_logit(from + after, bias ? bias + after : nullptr, n - after));
     }
-    return taken;
-  }
-
-  // Replaces logits by positions. Columns that are not of the row, or taken out, stay at -inf.
-  template <bool SOFTCAP>
-  INLINE void to_positions(int64_t taken, int n, const Scaling& scaling) {
-    if (!SOFTCAP) return;
-    for (int i = 0; i < columns; i += W) store(x + i, position<true>(load(x + i), scaling));
-    for (int i = n; i < columns; ++i) x[i] = -__builtin_inff();
-    if (taken >= 0 && taken < n) x[taken] = -__builtin_inff();
+    return logit;
   }
 };
 
@@ -219,27 +217,30 @@ INLINE void add_columns(SoftmaxState& state, const T* x, const float* bias, int6
   for (int64_t begin = 0; begin < columns; begin += TILE) {
     const int n = (int)min<int64_t>(TILE, columns - begin);
     const int64_t taken = target >= begin && target < begin + n ? target - begin : -1;
-    tile.fill(x + begin, bias ? bias + begin : nullptr, n);
-    if (taken >= 0) state.target = tile.take(taken);
+    const float logit = tile.fill<SOFTCAP>(x + begin, bias ? bias + begin : nullptr, n, taken, scaling);
+    if (taken >= 0) state.target = logit;
     rescale<SOFTCAP>(state, max(state.max, tile.max), scaling);
     if (is_empty<SOFTCAP>(state, tile, n, taken)) continue;
-    tile.to_positions<SOFTCAP>(taken, n, scaling);
     const f32 origin = splat(position<SOFTCAP>(state.max, scaling)), lowest = splat(scaling.lowest);
     f32 sums[GROUP] = {}, moments[2] = {};
     i32 ties = {};
     const T* const next = x + begin + TILE;  // prefetched here, as the next tile's first pass only waits for memory
-    for (int i = 0; i < tile.columns; i += GROUP * W) {
+    const auto add = [&](int i, int j) __attribute__((always_inline)) {
+      __builtin_prefetch(next + i);
+      const f32 distance = max(lowest, load(tile.x + i) - origin);  // finite; a NaN stays a NaN
+      const f32 e = exp_distance(distance, scaling);
+      moments[j % 2] = moments[j % 2] + distance * e;
+      if (SOFTCAP) ties -= distance == splat(0.f);
+      return e;
+    };
+    int i = 0;
+    for (; i + GROUP * W <= tile.columns; i += GROUP * W) {
       f32 e[GROUP];
 #pragma GCC unroll 8
-      for (int j = 0; j < GROUP; ++j) {
-        __builtin_prefetch(next + i + j * W);
-        const f32 distance = max(lowest, load(tile.x + i + j * W) - origin);  // finite; a NaN stays a NaN
-        e[j] = exp_distance(distance, scaling);
-        moments[j % 2] = moments[j % 2] + distance * e[j];
-        if (SOFTCAP) ties -= distance == splat(0.f);
-      }
+      for (int j = 0; j < GROUP; ++j) e[j] = add(i + j * W, j);
       sums[i / (GROUP * W) % GROUP] += sum_group(e);
     }
+    for (; i < tile.columns; i += W) sums[i / W % GROUP] += add(i, 0);
     state.sum += reduce_sum(sum_group(sums));
     state.moment += reduce_sum(moments[0] + moments[1]);
     for (int i = 0; i < W && SOFTCAP; ++i) state.ties += ties[i];
