@@ -55,7 +55,8 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
     const bool ref_empty = is_empty<SOFTCAP>(state.reference, ref_tile, n, taken);
     const f32 origin = splat(position<SOFTCAP>(state.policy.max, scaling));
     const f32 ref_origin = splat(position<SOFTCAP>(ref_max, scaling)), lowest = splat(scaling.lowest);
-    f32 sums[GROUP] = {}, ref_sums[GROUP] = {}, moments = {}, crosses = {};
+    GroupSums sums, ref_sums;
+    f32 moments = {}, crosses = {};
     i32 ties = {}, ref_ties = {};
     const auto add = [&](int i, f32& e, f32& ref_e) __attribute__((always_inline)) {
       const f32 raw_distance = load(tile.x + i) - origin, distance = max(lowest, raw_distance);
@@ -74,21 +75,21 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
       f32 e[GROUP], ref_e[GROUP];
 #pragma GCC unroll 8
       for (int j = 0; j < GROUP; ++j) add(i + j * W, e[j], ref_e[j]);
-      sums[i / (GROUP * W) % GROUP] += sum_group(e);
-      ref_sums[i / (GROUP * W) % GROUP] += sum_group(ref_e);
+      sums.add(sum_group(e));
+      ref_sums.add(sum_group(ref_e));
     }
     for (; i < tile.columns; i += W) {
       f32 e, ref_e;
       add(i, e, ref_e);
-      sums[i / W % GROUP] += e;
-      ref_sums[i / W % GROUP] += ref_e;
+      sums.add(e);
+      ref_sums.add(ref_e);
     }
     if (!empty) {
-      state.policy.sum += reduce_sum(sum_group(sums));
+      state.policy.sum += sums.total();
       state.policy.moment += reduce_sum(moments);
       state.cross += reduce_sum(crosses);
     }
-    if (!ref_empty) state.reference.sum += reduce_sum(sum_group(ref_sums));
+    if (!ref_empty) state.reference.sum += ref_sums.total();
     for (int i = 0; i < W && SOFTCAP; ++i) {
       state.policy.ties += ties[i];
       state.reference.ties += ref_ties[i];

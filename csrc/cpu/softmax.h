@@ -10,7 +10,7 @@
 // z2 of a reference and B = sum (z2-m2) e^(z-m), the others' part of the KL is (A - B + s (log S2 - log S)) / S.
 //
 //     row    | tile 0: 1024 columns | tile 1 | ...     one thread; a tile stays in the first-level cache for two passes
-//     tile   x and its maximum, then the exponentials: added pairwise by 8 and 8 vectors; tiles in float64
+//     tile   x and its maximum, then the exponentials: added pairwise by 8 vectors, these in float64
 //
 // Distances z - m are made of x - max x, which float32 has exactly or nearly so, and not of z. Floor: one read of the
 // logits; some 25 vector operations for W of them. A tile is the unit of every sum, and calls bring whole tiles (but
@@ -30,16 +30,21 @@ struct Scaling {
   float softcap, inverse_softcap[2];  // in two parts, for a product that is rounded once
   float saturated;                    // tanh of logits beyond is 1; their products with the two parts are finite
   float exponent[2];                  // unit log2(e), in two parts
+  double exponent_rest;               // the second part in nats
   float lowest;                       // the distance of MIN_EXPONENT nats
 
-  // z of a logit.
+  // z of a logit: tanh within 1e-16 of 1, from one exponential.
   INLINE double z(float x) const {
-    return (softcap > 0.f ? softcap * __builtin_tanh((double)x / softcap) : x) / temperature;
+    if (softcap <= 0.f) return x / temperature;
+    const double e = exp(-2. * __builtin_fabs(x) / softcap), tanh = (1. - e) / (1. + e);
+    return __builtin_copysign(softcap * tanh, x) / temperature;
   }
   // dz/dx.
   INLINE double z_grad(float x) const {
-    const double cosh = softcap > 0.f ? __builtin_cosh((double)x / softcap) : 1.;
-    return min(1. / temperature, 3e38) / (cosh * cosh);
+    const double by_logit = min(1. / temperature, 3e38);
+    if (softcap <= 0.f) return by_logit;
+    const double e = exp(-2. * __builtin_fabs(x) / softcap);
+    return by_logit * 4. * e / ((1. + e) * (1. + e));
   }
 };
 
@@ -57,6 +62,7 @@ inline Scaling make_scaling(double temperature, float softcap) {
   scaling.saturated = (float)min(32. * softcap, (double)FLT_MAX);
   if (softcap > 0.f) split(1. / softcap, scaling.inverse_softcap);
   split(scaling.unit * LOG2_E, scaling.exponent);
+  scaling.exponent_rest = scaling.exponent[1] / LOG2_E;
   scaling.lowest = (float)(MIN_EXPONENT / scaling.unit);
   return scaling;
 }
@@ -82,11 +88,13 @@ INLINE f32 fast_exp(f32 x) {
   return power_of_two(shifted, x * (float)LOG2_E - (shifted - ROUND));
 }
 
-// e^z of a distance not below scaling.lowest; garbage where it is so far above 0 that 2^n overflows.
+// e^z of a distance not below scaling.lowest; garbage where it is so far above 0 that 2^n overflows. ROUNDED leaves the
+// exponent's second part out: the result is too small by exponent_rest times the distance, relatively.
+template <bool ROUNDED = false>
 INLINE f32 exp_distance(f32 distance, const Scaling& scaling) {
   const f32 shifted = distance * scaling.exponent[0] + ROUND;
   const f32 f = distance * scaling.exponent[0] - (shifted - ROUND);
-  return power_of_two(shifted, f + distance * scaling.exponent[1]);
+  return power_of_two(shifted, ROUNDED ? f : f + distance * scaling.exponent[1]);
 }
 
 INLINE float scalar_exp(float x) {
@@ -209,6 +217,26 @@ INLINE double rescale(SoftmaxState& state, float new_max, const Scaling& scaling
 
 INLINE f32 sum_group(const f32* x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
+// The sum of a tile's groups in float64: many equal small ones beside a 1 would all be rounded the same way. Of the 16
+// lanes of AVX-512 two groups are added first.
+struct GroupSums {
+  static constexpr int PART = W > 8 ? 2 : 1;
+  DoubleSums parts;
+  f32 part = {};
+  int count = 0;
+
+  INLINE void add(f32 group) {
+    part = part + group;
+    if (++count % PART) return;
+    parts.add(part);
+    part = splat(0.f);
+  }
+  INLINE double total() {
+    if (count % PART) parts.add(part);
+    return parts.total();
+  }
+};
+
 // Adds columns to a row's state. `target` is counted from the first of them.
 template <bool SOFTCAP, class T>
 INLINE void add_columns(SoftmaxState& state, const T* x, const float* bias, int64_t columns, int64_t target,
@@ -222,28 +250,34 @@ INLINE void add_columns(SoftmaxState& state, const T* x, const float* bias, int6
     rescale<SOFTCAP>(state, max(state.max, tile.max), scaling);
     if (is_empty<SOFTCAP>(state, tile, n, taken)) continue;
     const f32 origin = splat(position<SOFTCAP>(state.max, scaling)), lowest = splat(scaling.lowest);
-    f32 sums[GROUP] = {}, moments[2] = {};
+    GroupSums sums;
+    f32 moments[2] = {};
     i32 ties = {};
     const T* const next = x + begin + TILE;  // prefetched here, as the next tile's first pass only waits for memory
     const auto add = [&](int i, int j) __attribute__((always_inline)) {
       __builtin_prefetch(next + i);
       const f32 distance = max(lowest, load(tile.x + i) - origin);  // finite; a NaN stays a NaN
-      const f32 e = exp_distance(distance, scaling);
+      const f32 e = exp_distance<true>(distance, scaling);
       moments[j % 2] = moments[j % 2] + distance * e;
       if (SOFTCAP) ties -= distance == splat(0.f);
       return e;
     };
     int i = 0;
+    f32 e[GROUP];
     for (; i + GROUP * W <= tile.columns; i += GROUP * W) {
-      f32 e[GROUP];
 #pragma GCC unroll 8
       for (int j = 0; j < GROUP; ++j) e[j] = add(i + j * W, j);
-      sums[i / (GROUP * W) % GROUP] += sum_group(e);
+      sums.add(sum_group(e));
     }
-    for (; i < tile.columns; i += W) sums[i / W % GROUP] += add(i, 0);
-    state.sum += reduce_sum(sum_group(sums));
-    state.moment += reduce_sum(moments[0] + moments[1]);
-    for (int i = 0; i < W && SOFTCAP; ++i) state.ties += ties[i];
+    if (i < tile.columns) {
+#pragma GCC unroll 8
+      for (int j = 0; j < GROUP; ++j) e[j] = i + j * W < tile.columns ? add(i + j * W, j) : splat(0.f);
+      sums.add(sum_group(e));
+    }
+    const double moment = reduce_sum(moments[0] + moments[1]);
+    state.sum += sums.total() + scaling.exponent_rest * moment;
+    state.moment += moment;
+    if (SOFTCAP) state.ties += (int64_t)reduce_sum(__builtin_convertvector(ties, f32));
   }
 }
 
