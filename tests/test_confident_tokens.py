@@ -195,7 +195,10 @@ def check(name: str, backend: str, others: str, logits: Logits) -> None:
     if not logits.softcap and not rounding:
         row = result.grad.double()
         sums = row.abs().sum(1)
-        bound = (1e-7 if name == "token_logprobs" else 1.5e-7) * sums  # linear ops keep each row's sum in float32
+        on_gpu = backend in ("triton", "simt", "cuda")  # their linear ops keep each row's sum in float32
+        bound = (1.5e-7 if on_gpu and name != "token_logprobs" else 1e-7) * sums
+        if logits.x.shape[1] > 10000:  # thousands of equal columns round alike: e^z twice, p, the target and the sum
+            bound = 2e-7 * sums
         normal = sums > 1e-33  # below, single numbers are denormal
         assert (row.sum(1).abs() <= bound)[normal].all(), "the gradient of a row does not sum to 0"
     p = logits.z().softmax(1).scatter(1, logits.targets[:, None], 0)

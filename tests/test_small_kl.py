@@ -64,7 +64,7 @@ def test_statistics(backend):
 
 
 def test_the_gradient_by_triton():
-    """Of the KL as a loss, in linear_ppo_loss."""
+    """The KL is part of the loss of linear_ppo_loss."""
     pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("Triton's interpreter is off")

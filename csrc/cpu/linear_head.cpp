@@ -36,11 +36,12 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
   for (int64_t begin = 0; begin < block.columns; begin += TILE) {
     const int n = (int)min<int64_t>(TILE, block.columns - begin);
     const int64_t taken = target >= begin && target < begin + n ? target - begin : -1;
-    tile.fill(x + begin, bias ? bias + begin : nullptr, n);
-    ref_tile.fill(ref + begin, ref_bias ? ref_bias + begin : nullptr, n);
+    const float logit = tile.fill<SOFTCAP>(x + begin, bias ? bias + begin : nullptr, n, taken, scaling);
+    const float ref_logit =
+        ref_tile.fill<SOFTCAP>(ref + begin, ref_bias ? ref_bias + begin : nullptr, n, taken, scaling);
     if (taken >= 0) {
-      state.policy.target = tile.take(taken);
-      state.reference.target = ref_tile.take(taken);
+      state.policy.target = logit;
+      state.reference.target = ref_logit;
     }
     const float old_ref_max = state.reference.max;
     const double factor = rescale<SOFTCAP>(state.policy, max(state.policy.max, tile.max), scaling);
@@ -52,36 +53,43 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
           ((double)position<SOFTCAP>(old_ref_max, scaling) - position<SOFTCAP>(ref_max, scaling)) * state.policy.sum;
     const bool empty = is_empty<SOFTCAP>(state.policy, tile, n, taken);
     const bool ref_empty = is_empty<SOFTCAP>(state.reference, ref_tile, n, taken);
-    tile.to_positions<SOFTCAP>(taken, n, scaling);
-    ref_tile.to_positions<SOFTCAP>(taken, n, scaling);
     const f32 origin = splat(position<SOFTCAP>(state.policy.max, scaling));
     const f32 ref_origin = splat(position<SOFTCAP>(ref_max, scaling)), lowest = splat(scaling.lowest);
-    f32 sums[GROUP] = {}, ref_sums[GROUP] = {}, moments = {}, crosses = {};
+    GroupSums sums, ref_sums;
+    f32 moments = {}, crosses = {};
     i32 ties = {}, ref_ties = {};
-    for (int i = 0; i < tile.columns; i += GROUP * W) {
+    const auto add = [&](int i, f32& e, f32& ref_e) __attribute__((always_inline)) {
+      const f32 raw_distance = load(tile.x + i) - origin, distance = max(lowest, raw_distance);
+      const f32 ref_distance = load(ref_tile.x + i) - ref_origin;
+      e = select(raw_distance < lowest, splat(0.f), exp_distance(distance, scaling));
+      ref_e = exp_distance(max(lowest, ref_distance), scaling);
+      moments = moments + distance * e;
+      crosses = crosses + select(e == splat(0.f), splat(0.f), ref_distance * e);
+      if (SOFTCAP) {
+        ties -= raw_distance == splat(0.f);
+        ref_ties -= ref_distance == splat(0.f);
+      }
+    };
+    int i = 0;
+    for (; i + GROUP * W <= tile.columns; i += GROUP * W) {
       f32 e[GROUP], ref_e[GROUP];
 #pragma GCC unroll 8
-      for (int j = 0; j < GROUP; ++j) {
-        const f32 raw_distance = load(tile.x + i + j * W) - origin, distance = max(lowest, raw_distance);
-        const f32 ref_distance = load(ref_tile.x + i + j * W) - ref_origin;
-        e[j] = select(raw_distance < lowest, splat(0.f), exp_distance(distance, scaling));
-        ref_e[j] = exp_distance(max(lowest, ref_distance), scaling);
-        moments = moments + distance * e[j];
-        crosses = crosses + select(e[j] == splat(0.f), splat(0.f), ref_distance * e[j]);
-        if (SOFTCAP) {
-          ties -= raw_distance == splat(0.f);
-          ref_ties -= ref_distance == splat(0.f);
-        }
-      }
-      sums[i / (GROUP * W) % GROUP] += sum_group(e);
-      ref_sums[i / (GROUP * W) % GROUP] += sum_group(ref_e);
+      for (int j = 0; j < GROUP; ++j) add(i + j * W, e[j], ref_e[j]);
+      sums.add(sum_group(e));
+      ref_sums.add(sum_group(ref_e));
+    }
+    for (; i < tile.columns; i += W) {
+      f32 e, ref_e;
+      add(i, e, ref_e);
+      sums.add(e);
+      ref_sums.add(ref_e);
     }
     if (!empty) {
-      state.policy.sum += reduce_sum(sum_group(sums));
+      state.policy.sum += sums.total();
       state.policy.moment += reduce_sum(moments);
       state.cross += reduce_sum(crosses);
     }
-    if (!ref_empty) state.reference.sum += reduce_sum(sum_group(ref_sums));
+    if (!ref_empty) state.reference.sum += ref_sums.total();
     for (int i = 0; i < W && SOFTCAP; ++i) {
       state.policy.ties += ties[i];
       state.reference.ties += ref_ties[i];

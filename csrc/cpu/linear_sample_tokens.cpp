@@ -30,7 +30,7 @@ struct Ban {
   const uint8_t* rows;  // 1: the ban holds for this row
 };
 
-// Of the tiles that a thread has seen of a row, the first one with the largest logit. Its sums are exact if that logit
+// The first tile with the largest logit of those that a thread has seen of a row. Its sums are exact if that logit
 // leads far; when the row is joined its logits are no longer there.
 struct Leader {
   int32_t tile;

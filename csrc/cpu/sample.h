@@ -18,7 +18,7 @@ namespace {
 
 static_assert(BLOCK % (4 * quads_per_call) == 0, "a block holds whole calls of philox");
 constexpr int SAMPLE_TILE = 1024;
-constexpr int MAX_KEPT_BLOCKS = 256;  // so many are listed; of more the row is searched again
+constexpr int MAX_KEPT_BLOCKS = 1024;  // so many are listed; of more the row is searched again
 
 // The best token so far of one row. A token can beat it only if floor(word / 2) < p * threshold, where
 // p = e^(x / temperature - shift).
@@ -71,7 +71,7 @@ constexpr LogitSums no_sums = {-__builtin_inf(), 0, 0, 0};
 
 INLINE bool is_finite(double x) { return x > -__builtin_inf() && x < __builtin_inf(); }
 
-// Whether the sums of the other tokens are so small beside the 1 of the largest logit that they lose digits if they are
+// True if the sums of the other tokens are so small beside the 1 of the largest logit that they lose digits if they are
 // added to it in float32. sums_behind_leader has them.
 INLINE bool leads_far(const LogitSums& sums) {
   return is_finite(sums.max_logit) && min(sums.others, sums.raw_others) < 0.5;
@@ -160,16 +160,18 @@ __attribute__((noinline)) LogitSums sums_behind_leader(const SamplingParams& par
   for (int32_t v = 0; v < n; v += W) largest = max(largest, load(others + v));
   const float origin = reduce_max(largest);
   if (origin == -__builtin_inff()) return {max_logit, 0, 0, 0};
+  const bool is_tempered = params.temperature != 1;
   KahanSum raw_mass, mass, moment;
   for (int32_t v = 0; v < n; v += W) {
     const f32 distance = load(others + v) - origin, z = distance * params.inverse_temperature, p = exp(z);
-    raw_mass.add(exp(distance));
+    if (is_tempered) raw_mass.add(exp(distance));
     mass.add(p);
     moment.add(p * max(z, splat(-100.f)));
   }
   const double raw_lead = (double)max_logit - origin, lead = raw_lead / params.temperature, factor = exp(-lead);
-  return {max_logit, exp(-raw_lead) * raw_mass.value(), factor * mass.value(),
-          factor > 0 ? factor * (moment.value() - lead * mass.value()) : 0};
+  const double of_mass = mass.value(), of_raw_mass = is_tempered ? raw_mass.value() : of_mass;
+  return {max_logit, exp(-raw_lead) * of_raw_mass, factor * of_mass,
+          factor > 0 ? factor * (moment.value() - lead * of_mass) : 0};
 }
 
 // The sums of the n <= SAMPLE_TILE logits x of tokens `begin` to `begin + n - 1`, and with SAMPLE the argmax among
@@ -256,36 +258,29 @@ struct KeptBlocks {
 };
 
 // The mass of the kept tokens behind the largest logit, which one token has, relative to it. As in sums_behind_leader,
-// they are taken relative to the largest of them.
+// they are taken relative to the largest of them, `origin`.
 template <class T>
-__attribute__((noinline)) double kept_behind_leader(const LogitsRow<T>& row, Cutoff cutoff, const KeptBlocks& blocks) {
-  const auto load_others = [&](int32_t v, f32* x) {
-    load_kept(row, cutoff, v, x);
-    for (int j = 0; j < 4; ++j) x[j] = select(x[j] < row.max_logit, x[j], splat(-__builtin_inff()));
-  };
-  f32 largest = splat(-__builtin_inff());
-  blocks.for_each(row.V, [&](int32_t v) {
-    f32 x[4];
-    load_others(v, x);
-    largest = max(largest, max(max(x[0], x[1]), max(x[2], x[3])));
-  });
-  const float origin = reduce_max(largest);
+__attribute__((noinline)) double kept_behind_leader(const LogitsRow<T>& row, Cutoff cutoff, const KeptBlocks& blocks,
+                                                    float origin) {
   if (origin == -__builtin_inff()) return 0;
   KahanSum mass;
   blocks.for_each(row.V, [&](int32_t v) {
     f32 x[4];
-    load_others(v, x);
-    for (int j = 0; j < 4; ++j) x[j] = exp((x[j] - origin) * row.inverse_temperature);
+    load_kept(row, cutoff, v, x);
+    for (int j = 0; j < 4; ++j)
+      x[j] = select(x[j] < row.max_logit, exp((x[j] - origin) * row.inverse_temperature), splat(0.f));
     mass.add((x[0] + x[1]) + (x[2] + x[3]));
   });
   return exp(((double)origin - row.max_logit) / row.temperature) * mass.value();
 }
 
 // The mass of the tokens up to the cutoff but for one with the largest logit, and with SAMPLE the argmax among them.
+// Behind a leader the mass keeps its digits if it `is_exact`; a filter adds it to 1.
 template <bool SAMPLE, class T>
-double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff) {
+double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff, bool is_exact = true) {
   double total = 0;
   int64_t others_like_it = -1;
+  f32 largest_other = splat(-__builtin_inff());
   KeptBlocks blocks;
   blocks.count = 0;
   argmax.shift = row.max_logit / argmax.params.temperature;
@@ -305,13 +300,15 @@ double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff) 
         const i32 is_largest = x[j] == row.max_logit;
         ties -= is_largest;
         p[j] = select(is_largest, splat(0.f), p[j]);
+        x[j] = select(is_largest, splat(-__builtin_inff()), x[j]);
       }
       for (int i = 0; i < W; ++i) others_like_it += ties[i];
     }
+    largest_other = max(largest_other, max(max(x[0], x[1]), max(x[2], x[3])));
     total += reduce_sum((p[0] + p[1]) + (p[2] + p[3]));
   }
   const double others = total + others_like_it;
-  return others < 0.5 ? kept_behind_leader(row, cutoff, blocks) : others;
+  return is_exact && others < 0.5 ? kept_behind_leader(row, cutoff, blocks, reduce_max(largest_other)) : others;
 }
 
 // The cutoff of all filters; `mass` is that of all tokens.
@@ -321,7 +318,7 @@ Cutoff filter_cutoff(const LogitsRow<T>& row, GumbelArgmax& argmax, double mass)
   Cutoff cutoff = no_cutoff();
   if (params.top_k) cutoff = find_cutoff<false>(row, (double)params.top_k, row.V);
   if (params.top_p < 1) {
-    const double kept_mass = params.top_k ? 1. + visit_kept<false>(row, argmax, cutoff) : mass;
+    const double kept_mass = params.top_k ? 1. + visit_kept<false>(row, argmax, cutoff, false) : mass;
     cutoff = tighter(cutoff, find_cutoff<true>(row, params.top_p * kept_mass, mass));
   }
   if (params.min_p > 0)

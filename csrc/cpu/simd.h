@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernel.h"
+
 namespace {
 
 #if defined(SIMD_WIDTH)
@@ -103,24 +105,52 @@ INLINE float to_float(bf16 x) {
   return f;
 }
 
-INLINE float reduce_sum(f32 v) {
-  float lanes[W];
-  memcpy(lanes, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-INLINE float reduce_max(f32 v) {
-  float lanes[W];
-  memcpy(lanes, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = max(lanes[i], lanes[i + half]);
-  return lanes[0];
-}
-
 INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 INLINE f32 abs(f32 x) { return as_float(as_int(x) & 0x7fffffff); }
+
+// Lane i of the result is lane (i + D) % W of x.
+template <int D, int... I>
+INLINE f32 rotate_lanes(f32 x, Indices<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, ((I + D) % W)...);
+#else
+  return __builtin_shuffle(x, i32{((I + D) % W)...});
+#endif
+}
+
+template <int D = W / 2>
+INLINE float reduce_sum(f32 v) {
+  v = v + rotate_lanes<D>(v, typename Count<W>::type());
+  if constexpr (D > 1) return reduce_sum<D / 2>(v);
+  return v[0];
+}
+template <int D = W / 2>
+INLINE float reduce_max(f32 v) {
+  v = max(rotate_lanes<D>(v, typename Count<W>::type()), v);
+  if constexpr (D > 1) return reduce_max<D / 2>(v);
+  return v[0];
+}
+
+// Sums of vectors in float64: lane i adds lanes i and i + W / 2.
+struct DoubleSums {
+  typedef float Half __attribute__((vector_size(W * 2)));
+  typedef double Lanes __attribute__((vector_size(W * 4)));
+  Lanes lanes = {};
+
+  INLINE void add(f32 v) {
+    Half halves[2];
+    memcpy(halves, &v, sizeof v);
+    lanes += __builtin_convertvector(halves[0], Lanes) + __builtin_convertvector(halves[1], Lanes);
+  }
+  INLINE double total() const {
+    double sums[W / 2];
+    memcpy(sums, &lanes, sizeof lanes);
+    for (int half = W / 4; half; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+  }
+};
 
 // The rest of dialect.h's operations.
 template <class F>
@@ -185,8 +215,8 @@ INLINE f32 log(f32 x) {
   return select((x < splat(0.f)) | (x != x), splat(__builtin_nanf("")), y);
 }
 
-// tanh within 2 ulp: Cephes' polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere.
-INLINE f32 tanh(f32 x) {
+// tanh within 2 ulp, given e^2|x|: Cephes' polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere.
+INLINE f32 tanh(f32 x, f32 exp_2x) {
   const f32 a = abs(x), z = x * x;
   f32 p = splat(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
@@ -194,8 +224,9 @@ INLINE f32 tanh(f32 x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const f32 near = x + x * z * p;
-  const f32 one = splat(1.f), far = one - 2.f / (exp(a + a) + one);
+  const f32 one = splat(1.f), far = one - 2.f / (exp_2x + one);
   return select(a < splat(0.625f), near, select(x < splat(0.f), -far, far));
 }
+INLINE f32 tanh(f32 x) { return tanh(x, exp(abs(x) + abs(x))); }
 
 }  // namespace

@@ -10,7 +10,7 @@
 // z2 of a reference and B = sum (z2-m2) e^(z-m), the others' part of the KL is (A - B + s (log S2 - log S)) / S.
 //
 //     row    | tile 0: 1024 columns | tile 1 | ...     one thread; a tile stays in the first-level cache for two passes
-//     tile   x and its maximum, then the exponentials: added pairwise by 8 and 8 vectors; tiles in float64
+//     tile   x and its maximum, then the exponentials: added pairwise by 8 vectors, these in float64
 //
 // Distances z - m are made of x - max x, which float32 has exactly or nearly so, and not of z. Floor: one read of the
 // logits; some 25 vector operations for W of them. A tile is the unit of every sum, and calls bring whole tiles (but
@@ -30,16 +30,21 @@ struct Scaling {
   float softcap, inverse_softcap[2];  // in two parts, for a product that is rounded once
   float saturated;                    // tanh of logits beyond is 1; their products with the two parts are finite
   float exponent[2];                  // unit log2(e), in two parts
+  double exponent_rest;               // the second part in nats
   float lowest;                       // the distance of MIN_EXPONENT nats
 
-  // z of a logit.
+  // z of a logit: tanh within 1e-16 of 1, from one exponential.
   INLINE double z(float x) const {
-    return (softcap > 0.f ? softcap * __builtin_tanh((double)x / softcap) : x) / temperature;
+    if (softcap <= 0.f) return x / temperature;
+    const double e = exp(-2. * __builtin_fabs(x) / softcap), tanh = (1. - e) / (1. + e);
+    return __builtin_copysign(softcap * tanh, x) / temperature;
   }
   // dz/dx.
   INLINE double z_grad(float x) const {
-    const double cosh = softcap > 0.f ? __builtin_cosh((double)x / softcap) : 1.;
-    return min(1. / temperature, 3e38) / (cosh * cosh);
+    const double by_logit = min(1. / temperature, 3e38);
+    if (softcap <= 0.f) return by_logit;
+    const double e = exp(-2. * __builtin_fabs(x) / softcap);
+    return by_logit * 4. * e / ((1. + e) * (1. + e));
   }
 };
 
@@ -57,6 +62,7 @@ inline Scaling make_scaling(double temperature, float softcap) {
   scaling.saturated = (float)min(32. * softcap, (double)FLT_MAX);
   if (softcap > 0.f) split(1. / softcap, scaling.inverse_softcap);
   split(scaling.unit * LOG2_E, scaling.exponent);
+  scaling.exponent_rest = scaling.exponent[1] / LOG2_E;
   scaling.lowest = (float)(MIN_EXPONENT / scaling.unit);
   return scaling;
 }
@@ -82,11 +88,13 @@ INLINE f32 fast_exp(f32 x) {
   return power_of_two(shifted, x * (float)LOG2_E - (shifted - ROUND));
 }
 
-// e^z of a distance not below scaling.lowest; garbage where it is so far above 0 that 2^n overflows.
+// e^z of a distance not below scaling.lowest; garbage where it is so far above 0 that 2^n overflows. ROUNDED leaves the
+// exponent's second part out: the result is too small by exponent_rest times the distance, relatively.
+template <bool ROUNDED = false>
 INLINE f32 exp_distance(f32 distance, const Scaling& scaling) {
   const f32 shifted = distance * scaling.exponent[0] + ROUND;
   const f32 f = distance * scaling.exponent[0] - (shifted - ROUND);
-  return power_of_two(shifted, f + distance * scaling.exponent[1]);
+  return power_of_two(shifted, ROUNDED ? f : f + distance * scaling.exponent[1]);
 }
 
 INLINE float scalar_exp(float x) {
@@ -101,10 +109,12 @@ INLINE f32 position(f32 x, const Scaling& scaling) {
   if (!SOFTCAP) return x;
   x = max(splat(-scaling.saturated), min(splat(scaling.saturated), x));  // a NaN stays a NaN
 #if defined(__FMA__)
-  return tanh(x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1]);
+  x = x * scaling.inverse_softcap[0] + x * scaling.inverse_softcap[1];
 #else
-  return tanh(x / scaling.softcap);
+  x = x / scaling.softcap;
 #endif
+  const f32 a = abs(x) * (float)(2 * LOG2_E), shifted = a + ROUND;
+  return tanh(x, power_of_two(shifted, abs(x) * (float)(2 * LOG2_E) - (shifted - ROUND)));
 }
 template <bool SOFTCAP>
 INLINE float position(float x, const Scaling& scaling) {
@@ -122,53 +132,49 @@ INLINE f32 load_logits(const T* x, const float* bias, int n) {
   return v;
 }
 
-// The columns of a tile in memory, filled up with -inf to whole groups of vectors.
+// The largest of n logits with their bias.
+template <class T>
+INLINE float largest_logit(const T* x, const float* bias, int n) {
+  f32 largest = splat(-__builtin_inff());
+  for (int i = 0; i < n; i += W) largest = max(largest, load_logits(x + i, bias ? bias + i : nullptr, n - i));
+  return reduce_max(largest);
+}
+
+// The positions of a tile in memory, filled up with -inf to whole vectors.
 struct Tile {
   alignas(64) float x[TILE];
   int columns;  // filled up
-  float max;
+  float max;    // the largest logit
 
-  // n <= TILE logits with their bias.
-  template <class T>
-  INLINE void fill(const T* from, const float* bias, int n) {
+  // Takes n <= TILE logits with their bias. The column `taken` stays out, and its logit is returned; with -1 none does.
+  template <bool SOFTCAP, class T>
+  INLINE float fill(const T* from, const float* bias, int n, int64_t taken, const Scaling& scaling) {
     f32 largest = splat(-__builtin_inff());
     int i = 0;
 #pragma GCC unroll 4
     for (; i + W <= n; i += W) {
       const f32 v = load_logits(from + i, bias ? bias + i : nullptr, W);
-      store(x + i, v);
+      store(x + i, position<SOFTCAP>(v, scaling));
       largest = ::max(largest, v);
     }
     if (i < n) {
       const f32 v = load_logits(from + i, bias ? bias + i : nullptr, n - i);
-      store(x + i, v);
+      store(x + i, position<SOFTCAP>(v, scaling));
       largest = ::max(largest, v);
       i += W;
     }
-    for (; i % (GROUP * W); i += W) store(x + i, splat(-__builtin_inff()));
+    for (int j = n; j < i && SOFTCAP; ++j) x[j] = -__builtin_inff();
     columns = i;
     max = reduce_max(largest);
-  }
-
-  // Takes a column out and returns its logit.
-  INLINE float take(int64_t column) {
-    const float taken = x[column];
-    x[column] = -__builtin_inff();
-    if (!(taken < max)) {
-      f32 largest = splat(-__builtin_inff());
-      for (int i = 0; i < columns; i += W) largest = ::max(largest, load(x + i));
-      max = reduce_max(largest);
+    if (taken < 0) return 0.f;
+    const float logit = to_float(from[taken]) + (bias ? bias[taken] : 0.f);
+    x[taken] = -__builtin_inff();
+    if (!(logit < max)) {
+      const int after = (int)taken + 1;
+      max = ::max(largest_logit(from, bias, (int)taken),
+                  largest_logit(from + after, bias ? bias + after : nullptr, n - after));
     }
-    return taken;
-  }
-
-  // Replaces logits by positions. Columns that are not of the row, or taken out, stay at -inf.
-  template <bool SOFTCAP>
-  INLINE void to_positions(int64_t taken, int n, const Scaling& scaling) {
-    if (!SOFTCAP) return;
-    for (int i = 0; i < columns; i += W) store(x + i, position<true>(load(x + i), scaling));
-    for (int i = n; i < columns; ++i) x[i] = -__builtin_inff();
-    if (taken >= 0 && taken < n) x[taken] = -__builtin_inff();
+    return logit;
   }
 };
 
@@ -211,6 +217,26 @@ INLINE double rescale(SoftmaxState& state, float new_max, const Scaling& scaling
 
 INLINE f32 sum_group(const f32* x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
+// The sum of a tile's groups in float64: many equal small ones beside a 1 would all be rounded the same way. Of the 16
+// lanes of AVX-512 two groups are added first.
+struct GroupSums {
+  static constexpr int PART = W > 8 ? 2 : 1;
+  DoubleSums parts;
+  f32 part = {};
+  int count = 0;
+
+  INLINE void add(f32 group) {
+    part = part + group;
+    if (++count % PART) return;
+    parts.add(part);
+    part = splat(0.f);
+  }
+  INLINE double total() {
+    if (count % PART) parts.add(part);
+    return parts.total();
+  }
+};
+
 // Adds columns to a row's state. `target` is counted from the first of them.
 template <bool SOFTCAP, class T>
 INLINE void add_columns(SoftmaxState& state, const T* x, const float* bias, int64_t columns, int64_t target,
@@ -219,30 +245,39 @@ INLINE void add_columns(SoftmaxState& state, const T* x, const float* bias, int6
   for (int64_t begin = 0; begin < columns; begin += TILE) {
     const int n = (int)min<int64_t>(TILE, columns - begin);
     const int64_t taken = target >= begin && target < begin + n ? target - begin : -1;
-    tile.fill(x + begin, bias ? bias + begin : nullptr, n);
-    if (taken >= 0) state.target = tile.take(taken);
+    const float logit = tile.fill<SOFTCAP>(x + begin, bias ? bias + begin : nullptr, n, taken, scaling);
+    if (taken >= 0) state.target = logit;
     rescale<SOFTCAP>(state, max(state.max, tile.max), scaling);
     if (is_empty<SOFTCAP>(state, tile, n, taken)) continue;
-    tile.to_positions<SOFTCAP>(taken, n, scaling);
     const f32 origin = splat(position<SOFTCAP>(state.max, scaling)), lowest = splat(scaling.lowest);
-    f32 sums[GROUP] = {}, moments[2] = {};
+    GroupSums sums;
+    f32 moments[2] = {};
     i32 ties = {};
     const T* const next = x + begin + TILE;  // prefetched here, as the next tile's first pass only waits for memory
-    for (int i = 0; i < tile.columns; i += GROUP * W) {
-      f32 e[GROUP];
+    const auto add = [&](int i, int j) __attribute__((always_inline)) {
+      __builtin_prefetch(next + i);
+      const f32 distance = max(lowest, load(tile.x + i) - origin);  // finite; a NaN stays a NaN
+      const f32 e = exp_distance<true>(distance, scaling);
+      moments[j % 2] = moments[j % 2] + distance * e;
+      if (SOFTCAP) ties -= distance == splat(0.f);
+      return e;
+    };
+    int i = 0;
+    f32 e[GROUP];
+    for (; i + GROUP * W <= tile.columns; i += GROUP * W) {
 #pragma GCC unroll 8
-      for (int j = 0; j < GROUP; ++j) {
-        __builtin_prefetch(next + i + j * W);
-        const f32 distance = max(lowest, load(tile.x + i + j * W) - origin);  // finite; a NaN stays a NaN
-        e[j] = exp_distance(distance, scaling);
-        moments[j % 2] = moments[j % 2] + distance * e[j];
-        if (SOFTCAP) ties -= distance == splat(0.f);
-      }
-      sums[i / (GROUP * W) % GROUP] += sum_group(e);
+      for (int j = 0; j < GROUP; ++j) e[j] = add(i + j * W, j);
+      sums.add(sum_group(e));
     }
-    state.sum += reduce_sum(sum_group(sums));
-    state.moment += reduce_sum(moments[0] + moments[1]);
-    for (int i = 0; i < W && SOFTCAP; ++i) state.ties += ties[i];
+    if (i < tile.columns) {
+#pragma GCC unroll 8
+      for (int j = 0; j < GROUP; ++j) e[j] = i + j * W < tile.columns ? add(i + j * W, j) : splat(0.f);
+      sums.add(sum_group(e));
+    }
+    const double moment = reduce_sum(moments[0] + moments[1]);
+    state.sum += sums.total() + scaling.exponent_rest * moment;
+    state.moment += moment;
+    if (SOFTCAP) state.ties += (int64_t)reduce_sum(__builtin_convertvector(ties, f32));
   }
 }
 

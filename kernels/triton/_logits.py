@@ -267,6 +267,7 @@ def row_kernel(
         if y is not None:
             is_nan = result.entropy != result.entropy  # it reaches the gradient even if its loss has no weight
             has_grad = valid & ((logprob_grad != 0) | (entropy_grad != 0) | is_nan)
+            result = _target.known_target(result.logp, result.entropy, state.s)  # the bits of gradient_kernel
             coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
             policy_row = softmax.Row(row.x, row.bias, None, None)
             base = softmax.apply_softcap(state.m, scaling, CAP)

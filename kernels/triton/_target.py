@@ -147,5 +147,5 @@ def join(lead, error, s, a):
 def known_target(logp, entropy, s):
     """Return the `Target` of a row with known results."""
     rest = one_minus_exp(logp)
-    factor = tl.where(s == 0, 0.0, rest / s)
+    factor = tl.where(s == 0, rest, rest / s)  # of no others 0, or NaN
     return Target(logp, exp(logp, 0.0), rest, entropy, factor, tl.maximum(tl.log(factor), MIN_FLOAT))
