@@ -87,6 +87,23 @@ def test_nvcc_prints_no_warning(source, tmp_path):
     assert completed.returncode == 0 and not completed.stderr, completed.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_the_compiler_fuses_no_product_with_a_sum(name, tmp_path):
+    """It would in the kernel for aligned rows and not in the other, and a row's bits would depend on its address."""
+    found = []
+    for fuses in ("true", "false"):
+        binary = tmp_path / f"{fuses}.cubin"
+        flags = ["-O3", "-std=c++17", "-arch=sm_90", "-cubin", "-diag-suppress", "177", f"-fmad={fuses}"]
+        source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+        includes = [f"-I{ROOT / 'csrc'}", '-DKERNEL_GROUP="cuda"']
+        subprocess.run(["nvcc", *flags, *includes, str(source), "-o", str(binary)], check=True)
+        code = subprocess.run([str(sass.cuobjdump()), "-sass", str(binary)], check=True, capture_output=True, text=True)
+        found.append(re.findall(r"/\*[0-9a-f]{4,5}\*/\s+([^;`]+)", code.stdout))
+    assert sum(instruction.startswith("FFMA") for instruction in found[0]) > 100 and found[0] == found[1]
+
+
 def test_a_missing_file_is_an_error_of_one_sentence(tmp_path):
     completed = measure("--file", tmp_path / "nothing.so")
     assert (

@@ -27,7 +27,7 @@ def outputs_and_gradients(op, call, args):
     out = leaves(call(*args))
     found = [x.detach() for x in out] + [args[i].detach() for i in op.mutates if args[i] is not None]
     if op.has_gradient and any(x.requires_grad for x in out):
-        upstream = [torch.ones(x.shape, dtype=torch.float64) for x in out if x.requires_grad]
+        upstream = [torch.ones_like(x, dtype=torch.float64) for x in out if x.requires_grad]
         copies = detached(args, True)
         for copy, arg in zip(leaves(copies), leaves(args), strict=True):
             copy.requires_grad_(arg.requires_grad)
@@ -60,11 +60,11 @@ def nan_at(results):
 
 def comparable(op, args, found):
     """Return for each result the elements that the rule speaks of: not counts of comparisons, not whole numbers."""
-    speaks = [torch.full(x.shape, x.is_floating_point()) for x in found]
+    speaks = [torch.full(x.shape, x.is_floating_point(), device=x.device) for x in found]
     stats_op = OPS[op.name.removesuffix("_with_gradients").removesuffix("_with_statistics")]
     for x in speaks:
         if stats_op.stats and x.shape == (len(stats_op.stats),):
-            x &= torch.tensor([name not in COUNTS for name in stats_op.stats])
+            x &= torch.tensor([name not in COUNTS for name in stats_op.stats], device=x.device)
             break
     return speaks
 

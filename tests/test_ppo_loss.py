@@ -21,10 +21,14 @@ KERNELS = [name for name in BACKENDS if name.startswith("cpu")]
 NAN = float("nan")
 
 
+def device_of(backend: str) -> str:
+    return "cpu" if ops.ppo_loss.can_run(backend, "cpu") else "cuda"
+
+
 @pytest.fixture(params=BACKENDS)
 def ppo(request):
     """Return ppo_loss for lists or tensors: both losses, and stats by name."""
-    device = "cpu" if ops.ppo_loss.can_run(request.param, "cpu") else "cuda"
+    device = device_of(request.param)
 
     def as_tensor(x):
         return torch.as_tensor(x, device=device) if isinstance(x, (list, torch.Tensor)) else x
@@ -438,7 +442,7 @@ GPU_KERNELS = [name for name in BACKENDS if name in ("simt", "triton", "cuda")]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.5, 1.0), (1.0, -3.0), (2.0, 0.25)])
 def test_gradients_are_scaled_in_place_unless_the_factor_is_1(backend, dtype, factors):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     n = 3 * 1024 + 5
     x, y = torch.randn(2, n, device=device).to(dtype)
     x_factor, y_factor = torch.tensor(factors, device=device)
@@ -482,11 +486,11 @@ def test_a_loss_scale_keeps_small_gradients(dtype):
         torch.testing.assert_close(ours, expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("counts_flops", [False, True])
 def test_a_second_backward_pass_gives_the_same_gradients(backend, counts_flops):
     """Also if the forward pass ran within a mode of torch and the backward pass does not."""
-    args = ops.ppo_loss.make_inputs((40,), "cpu", torch.bfloat16)
+    args = ops.ppo_loss.make_inputs((40,), device_of(backend), torch.bfloat16)
     with FlopCounterMode(display=False) if counts_flops else nullcontext():
         policy, value, _ = ops.ppo_loss.backend(backend)(*args)
     loss, inputs = 3 * policy + 0.5 * value, [args[0], args[4]]
@@ -497,14 +501,14 @@ def test_a_second_backward_pass_gives_the_same_gradients(backend, counts_flops):
         assert torch.equal(a, c) and torch.equal(b, c) and b.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_tensors_without_memory_of_their_own(backend):
     """Kernels cannot scale them in place: those of a subclass, and those of several factors at once."""
-    args = ops.ppo_loss.make_inputs((40,), "cpu", torch.float32)
+    args = ops.ppo_loss.make_inputs((40,), device_of(backend), torch.float32)
     op = ops.ppo_loss.backend(backend)
     policy, value, _ = op(*args)
     expected = torch.autograd.grad(3 * policy + 2 * value, [args[0], args[4]], retain_graph=True)
-    factors = torch.tensor([1.0, 3.0])
+    factors = torch.tensor([1.0, 3.0], device=args[0].device)
     batched = torch.autograd.grad(policy, args[0], factors, is_grads_batched=True)[0]
     torch.testing.assert_close(batched[1], expected[0])
     pairs = [TwoTensor(x.detach(), x.detach()) if isinstance(x, torch.Tensor) else x for x in args]

@@ -9,7 +9,8 @@
 //     more             a block of 512         the same, from 0, 4 T, 8 T, ... on; above 32 KiB each pass loads the row
 //                                             again, from the caches
 //
-// Deterministic: which numbers a thread adds, and in which order, depends on D and the dtype alone.
+// Deterministic: which numbers a thread adds, and in which order, depends on D and the dtype alone. Products and sums
+// are intrinsics: left to itself the compiler fuses them in the kernel for aligned rows, and not in the other.
 #pragma once
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -39,7 +40,7 @@ __host__ __device__ int threads_for(int D) {
 }
 
 // One row, as one of its threads sees it. ALIGNED: all vectors of all arrays are full and aligned.
-template <class T, bool ALIGNED>
+template <class T, bool CENTERED, bool ALIGNED>
 struct NormRow {
   static constexpr int size = vec_size<T>;
   const NormJob& job;
@@ -82,9 +83,9 @@ struct NormRow {
       vecs[k] = pack<T>(v);
     }
   }
-  // The sum of f over the numbers of this thread's vectors.
+  // The sum over the numbers of this thread's vectors; add(v, total) adds one.
   template <class F>
-  __device__ __forceinline__ float sum(int first, const uint4 (&vecs)[vecs_per_thread], F f) const {
+  __device__ __forceinline__ float sum(int first, const uint4 (&vecs)[vecs_per_thread], F add) const {
     float total = 0.f;
 #pragma unroll
     for (int k = 0; k < vecs_per_thread; ++k) {
@@ -94,9 +95,9 @@ struct NormRow {
 #pragma unroll
       for (int i = 0; i < size; ++i) {
         const bool valid = ALIGNED ? num_valid > 0 : i < num_valid;
-        vec_sum += valid ? f(v[i]) : 0.f;
+        vec_sum = valid ? add(v[i], vec_sum) : vec_sum;
       }
-      total += vec_sum;
+      total = __fadd_rn(total, vec_sum);
     }
     return total;
   }
@@ -111,7 +112,10 @@ struct NormRow {
       load_floats(job.weight, job.weight_code, start, ALIGNED, job.D - start, weight);
       if (job.bias) load_floats(job.bias, job.weight_code, start, ALIGNED, job.D - start, bias);
 #pragma unroll
-      for (int i = 0; i < size; ++i) v[i] = (v[i] - mean) * inverse_std * (weight[i] + job.offset) + bias[i];
+      for (int i = 0; i < size; ++i) {
+        const float normalized = __fmul_rn(CENTERED ? __fadd_rn(v[i], -mean) : v[i], inverse_std);
+        v[i] = __fmaf_rn(normalized, __fadd_rn(weight[i], job.offset), bias[i]);
+      }
       store_floats(out + start, ALIGNED, job.D - start, v);
     }
   }
@@ -125,12 +129,12 @@ __global__ void __launch_bounds__(512) norm_kernel(const NormJob job) {
   const int64_t index = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / threads, start = index * job.D;
   if (index >= job.N) return;
   T* const residual = static_cast<T*>(job.residual);
-  const NormRow<T, ALIGNED> row{job,
-                                static_cast<const T*>(job.x) + start,
-                                residual ? residual + start : nullptr,
-                                static_cast<T*>(job.out) + start,
-                                static_cast<int>(threadIdx.x) % threads,
-                                threads};
+  const NormRow<T, CENTERED, ALIGNED> row{job,
+                                          static_cast<const T*>(job.x) + start,
+                                          residual ? residual + start : nullptr,
+                                          static_cast<T*>(job.out) + start,
+                                          static_cast<int>(threadIdx.x) % threads,
+                                          threads};
   const auto row_sum = [&](float x) {
     return threads == warp_size ? warp_reduce<Add>(x) : block_reduce<Add>(x, 0.f, shared);
   };
@@ -139,7 +143,9 @@ __global__ void __launch_bounds__(512) norm_kernel(const NormJob job) {
   float sum = 0.f, mean = 0.f;
   for (int first = 0; first < num_vecs; first += step) {
     row.load_input(first, vecs);
-    sum += row.sum(first, vecs, [](float v) { return CENTERED ? v : v * v; });
+    sum = __fadd_rn(sum, row.sum(first, vecs, [](float v, float total) {
+      return CENTERED ? __fadd_rn(total, v) : __fmaf_rn(v, v, total);
+    }));
   }
   float mean_square = row_sum(sum) / job.D;
   if (CENTERED) {
@@ -147,7 +153,10 @@ __global__ void __launch_bounds__(512) norm_kernel(const NormJob job) {
     sum = 0.f;
     for (int first = 0; first < num_vecs; first += step) {
       if (num_vecs > step) row.load_vecs(residual ? row.residual : row.x, first, vecs);
-      sum += row.sum(first, vecs, [&](float v) { return (v - mean) * (v - mean); });
+      sum = __fadd_rn(sum, row.sum(first, vecs, [&](float v, float total) {
+        const float difference = __fadd_rn(v, -mean);
+        return __fmaf_rn(difference, difference, total);
+      }));
     }
     mean_square = row_sum(sum) / job.D;
   }
