@@ -1,4 +1,4 @@
-"""What one call of an op launches on an H100, recorded on a CPU: its launchers run on fake tensors, nothing computes.
+"""Record on a CPU what one call of an op launches on an H100: its launchers run on fake tensors, nothing computes.
 
 A launch is a kernel of csrc/cuda (checks/runtime_stub.py), one of kernels/triton, or an op of torch itself, such as a
 matrix product. A pass with gradients is the op's variant with gradients, or the op and then its backward op.
@@ -102,7 +102,7 @@ class Arguments:
         with self.mode, torch.no_grad():
             self.args = case.op.normalized(*tree_map_only(torch.Tensor, on_gpu, self.raw))
 
-    def least(self) -> tuple[float, float]:
+    def minimum(self) -> tuple[float, float]:
         """Return the least bytes and operations of the case, as its bench counts them."""
         op, case = self.case.op, self.case
         known = dict(zip(op.names, self.raw, strict=True))

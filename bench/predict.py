@@ -9,8 +9,10 @@ Without nvcc only Triton's kernels are predicted.
 """
 
 import argparse
+import collections
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,13 +28,14 @@ from rlhf_fast.bench.report import duration
 from rlhf_fast.kernels import _backends
 
 if TYPE_CHECKING:
-    from rlhf_fast.bench.launches import Node
+    from rlhf_fast.bench.launches import Arguments, Node
     from rlhf_fast.bench.problem import Case
 
 SUMMARY = str(__doc__).partition("\n")[0]
 COMMAND = "python -m rlhf_fast.bench.predict --large --save bench/results/h100-predicted.md"
 RESULTS = Path(__file__).parent / "results"
-MEASURED = RESULTS / "nvidia-h100-80gb-hbm3.json"
+MEASURED = [RESULTS / "nvidia-h100-80gb-hbm3.json", RESULTS / "nvidia-h100-80gb-hbm3-decode.json"]
+FAR = 1.3  # a prediction that is off by more needs a reason
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "predict"
 
 
@@ -61,7 +64,7 @@ class Row(NamedTuple):
 
     case: Any
     backend: str
-    least: tuple[float, float]
+    minimum: tuple[float, float]
     steps: list[Step]
     measured: float | None
 
@@ -71,15 +74,20 @@ class Row(NamedTuple):
 
     @property
     def floor(self) -> float:
-        moved, flops = self.least
+        moved, flops = self.minimum
         return max(moved / card.COPY_RATE, flops / card.PRODUCT_RATE)
 
     @property
     def limiter(self) -> str:
-        """What takes the largest share of the time: a limit of the longest launch, or the launches themselves."""
+        """The largest share of the time: a limit of the longest launch, or the launches themselves."""
         longest = max((step.bounds for step in self.steps), key=lambda one: one.seconds)
         launches = card.EMPTY_GRAPH + card.NODE_GAP * (len(self.steps) - 1)
         return "launches" if launches > longest.seconds else longest.limiter
+
+    @property
+    def has_steps(self) -> bool:
+        """Return whether the launches of the case are listed: not for large sizes, of which there are many."""
+        return bool(self.case.target.op or self.measured)
 
     @property
     def main(self) -> Step:
@@ -146,42 +154,43 @@ def compile_all(nodes: "list[Node]") -> dict:
     return found | {function: compiled_by_nvcc(function) for function in functions}
 
 
-def steps_of(case: "Case", nodes: "list[Node]", least: float, given: float, compiled: dict) -> list[Step]:
-    """Return a case's launches with their predictions."""
+def steps_of(arguments: "Arguments | None", nodes: "list[Node]", compiled: dict) -> list[Step]:
+    """Return the launches of a case with their predictions; those of torch's ops need no arguments."""
     from rlhf_fast.bench import traffic
 
     names = {key: re.sub(r"<.*", "", kernel.name) for key, kernel in compiled.items()}
     launched = [(names[node.code], node) for node in nodes if node.kind != "torch"]
-    traffics = iter(traffic.traffic_of(case, launched, least, given))
+    traffics = iter(traffic.traffic_of(arguments, launched) if arguments else [])
     steps = []
     for node in nodes:
         if node.kind == "torch":
             work = card.Work(node.num_bytes, flops=node.flops)
             steps.append(Step(node, node.name, None, work, card.bounds(work, None), False))
             continue
+        assert arguments is not None, f"{node.name}: an op's own kernel, without the op's arguments"
         kernel, name, moved = compiled[node.code], names[node.code], next(traffics)
-        issued = traffic.instructions_of(case, name, node, kernel.code, moved.read)
+        issued = traffic.instructions_of(arguments.case, name, node, kernel.code, moved.read)
         visits = traffic.VISITS.get(name, traffic.FEWEST_VISITS)
         shape = card.Shape(node.blocks, node.threads, kernel.registers, kernel.shared + node.dynamic_shared)
-        work = card.Work(sum(moved), issued.count, 0.0, issued.rounds, visits)
+        flops, share = traffic.product_of(arguments, name)
+        work = card.Work(sum(moved), issued.all, issued.special, flops, issued.rounds, visits, share)
         steps.append(Step(node, kernel.name, shape, work, card.bounds(work, shape), issued.is_by_hand))
     return steps
 
 
 def measured_seconds() -> dict[tuple[str, ...], float]:
     """Return what bench/results/ has of each case: on the device, or of a whole call where it is longer than 2 ms."""
-    if not MEASURED.exists():
-        return {}
-    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
-    return {
-        tuple(row[name] for name in ("op", "size", "dtype", "pass", "backend")): row["device_seconds"] or row["seconds"]
-        for row in rows
-    }
+    names, found = ("op", "size", "dtype", "pass", "backend"), {}
+    for path in (path for path in MEASURED if path.exists()):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            key = (row["row"],) if "row" in row else tuple(row[name] for name in names)
+            found[key] = row["seconds"] if "row" in row else row["device_seconds"] or row["seconds"]
+    return found
 
 
 def predict(names: list[str], large: bool) -> list[Row]:
     """Return the rows of the cases of these ops, of all where none is named."""
-    with_cuda = bool(runtime_stub.nvcc() and sass.cuobjdump())
+    with_cuda = bool(runtime_stub.nvcc() and sass.cuobjdump() and runtime_stub.CSRC.is_dir())
     recorder = None
     if with_cuda:  # before the ops are imported: they then get the launchers of the extension
         path = runtime_stub.build(FOLDER)
@@ -205,13 +214,22 @@ def predict(names: list[str], large: bool) -> list[Row]:
             if nodes:  # again: the first call also probes what torch can do, and makes zeros that are kept
                 nodes = launches.record(arguments, backend, recorder)
                 recorded.append((arguments, backend, nodes))
-    compiled = compile_all([node for *_, nodes in recorded for node in nodes])
+    decode = {}
+    if with_cuda and not names:
+        from rlhf_fast.bench import predict_step
+
+        decode = {step: predict_step.nodes_of(step, recorder) for step in predict_step.step_cases()}
+    parts = [part for parts in decode.values() for part in parts]
+    compiled = compile_all([node for *_, nodes in recorded + parts for node in nodes])
     measured = measured_seconds()
     rows = []
     for arguments, backend, nodes in recorded:
-        case, least, given = arguments.case, arguments.least(), arguments.given_bytes()
+        case, minimum = arguments.case, arguments.minimum()
         known = measured.get((case.op.name, label(case.size), str(case.dtype)[6:], case.direction, backend))
-        rows.append(Row(case, backend, least, steps_of(case, nodes, least[0], given, compiled), known))
+        rows.append(Row(case, backend, minimum, steps_of(arguments, nodes, compiled), known))
+    for step, parts in decode.items():
+        steps = [one for arguments, nodes in parts for one in steps_of(arguments, nodes, compiled)]
+        rows.append(Row(step, "cuda", step.minimum, steps, measured.get((str(step),))))
     return rows
 
 
@@ -224,8 +242,8 @@ HEADER = [
     "predicted", "limiter", "floor", "target", "measured", "predicted / measured",
 ]  # fmt: skip
 STEP_HEADER = [
-    "launch", "registers", "shared, KiB", "blocks x threads", "an SM", "waves", "MB", "warp instructions, M", "memory",
-    "issue", "products", "latency", "predicted",
+    "launch", "times", "registers", "shared, KiB", "blocks x threads", "an SM", "waves", "MB", "warp instructions, M",
+    "memory", "issue", "special", "products", "waves' loads", "start", "predicted",
 ]  # fmt: skip
 
 
@@ -245,7 +263,7 @@ def row_cells(rows: list[Row]) -> list[list[str]]:
         case = row.case
         cells.append(
             [
-                str(case), row.backend, f"{row.least[0] / 1e6:.1f}", f"{moved / 1e6:.1f}",
+                str(case), row.backend, f"{row.minimum[0] / 1e6:.1f}", f"{moved / 1e6:.1f}",
                 f"{flops / 1e9:.1f}" if flops else "", str(len(row.steps)), *_sizes(row.main), duration(row.seconds),
                 row.limiter, duration(row.floor), str(case.target) if case.target.of else "", duration(row.measured),
                 f"{row.seconds / row.measured:.2f}" if row.measured else "",
@@ -257,27 +275,67 @@ def row_cells(rows: list[Row]) -> list[list[str]]:
 def step_cells(row: Row) -> list[list[str]]:
     """Return the table of a case's launches."""
     cells = [STEP_HEADER]
-    for step in row.steps:
+    for step, times in collections.Counter(row.steps).items():
         registers, shared, _, waves = _sizes(step)
         shape = step.shape
         blocks = f"{shape.blocks} x {shape.threads}" if shape else ""
         count = f"{step.work.instructions / 1e6:.3g}" if shape else ""
-        times = [duration(bound) if bound else "" for bound in step.bounds]
+        limits = [duration(bound) if bound else "" for bound in step.bounds]
         cells.append(
             [
-                step.name, registers, shared, blocks, str(shape.blocks_per_sm) if shape else "", waves,
-                f"{step.work.num_bytes / 1e6:.1f}", count + (" by hand" if step.is_by_hand else ""), *times,
+                step.name, str(times), registers, shared, blocks, str(shape.blocks_per_sm) if shape else "", waves,
+                f"{step.work.num_bytes / 1e6:.1f}", count + (" by hand" if step.is_by_hand else ""), *limits,
                 duration(step.bounds.seconds),
             ]
         )  # fmt: skip
     return cells
 
 
+def head() -> str:
+    """Return what the numbers depend on, and what the columns mean."""
+    import triton
+
+    facts = json.loads(MEASURED[0].read_text(encoding="utf-8"))["machine"] if MEASURED[0].exists() else {}
+    lines = [
+        f"`{COMMAND}`: {cuda_resources.compiler()}, Triton {triton.__version__}, sm_{runtime_stub.ARCH}",
+        f"the card: {card.NUM_SMS} SMs, 4 x {card.CLOCK / 1e9:.3f} GHz of instructions each, of which"
+        f" {100 * card.ISSUE_SHARE:.0f} % are issued; copy {card.COPY_RATE / 1e12:.2f} TB/s; products"
+        f" {card.PRODUCT_RATE / 1e12:.0f} TFLOP/s; {duration(card.EMPTY_GRAPH)} for a graph, {duration(card.NODE_GAP)}"
+        f" between nodes, {duration(card.LATENCY)} a visit of memory (bench/card.py has each one's source)",
+        "least: what `op.cost` counts; moved: what the kernels and torch's ops really read and write, our kernels'"
+        " counted by hand (bench/traffic.py)",
+        "registers, shared memory, blocks, waves: of our longest launch; grids from the launchers themselves, resources"
+        " from the compiled code",
+        "warp instructions: from the machine code, a pass through the kernel and its streaming loop as often as the"
+        " bytes need it; `by hand` where they were counted by hand",
+        "predicted: on the device, as a graph; limiter: of the longest launch, `launches` if their gaps take longer;"
+        " `special`: exp2, log2, conversions; `start`: visits of memory that nothing overlaps",
+        f"measured: on the device, or a whole call above 2 ms, at commit {facts.get('commit')}; kernels that have"
+        " changed since are compared with what they were",
+    ]
+    return f"{SUMMARY}\n\n" + "".join(f"- {line}\n" for line in lines)
+
+
+def agreement(rows: list[Row]) -> str:
+    """Return how far the predictions are from what was measured."""
+    ratios = [math.log(row.seconds / row.measured) for row in rows if row.measured]
+    if not ratios:
+        return ""
+    mean = sum(ratios) / len(ratios)
+    spread = math.sqrt(sum((ratio - mean) ** 2 for ratio in ratios) / len(ratios))
+    far = sum(abs(ratio) > math.log(FAR) for ratio in ratios)
+    return (
+        f"Of {len(ratios)} measured cases, predicted / measured is {math.exp(mean):.2f} in the geometric mean, with a"
+        f" spread of {100 * spread:.0f} %; {far} are off by more than {FAR}.\n"
+    )
+
+
 def markdown(rows: list[Row]) -> str:
     """Return the whole as Markdown."""
-    parts = [f"{SUMMARY}\n\n`{COMMAND}`\n", report.markdown_table(row_cells(rows))]
-    for row in rows:
-        parts.append(f"### {row.case}, {row.backend}\n\n{report.markdown_table(step_cells(row))}")
+    parts = [head(), agreement(rows), report.markdown_table(row_cells(rows))]
+    parts += [
+        f"### {row.case}, {row.backend}\n\n{report.markdown_table(step_cells(row))}" for row in rows if row.has_steps
+    ]
     return "\n".join(parts)
 
 

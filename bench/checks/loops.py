@@ -5,14 +5,23 @@ from typing import NamedTuple
 
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);", re.M)
 ENDS = ("EXIT", "RET", "BRX", "KILL")
+SPECIAL = ("MUFU", "I2F", "F2I", "F2F", "FRND")
 WIDTHS = {".128": 16, ".64": 8, ".U8": 1, ".S8": 1, ".U16": 2, ".S16": 2}
 
 
 class Pass(NamedTuple):
-    """A way through code: instructions, and bytes that a thread loads from global memory."""
+    """A way through code: instructions, bytes that a thread loads from global memory, and special instructions."""
 
-    instructions: int
-    loaded: int
+    instructions: float
+    loaded: float
+    special: float  # exp2, log2, reciprocals, conversions: of a pipe of their own
+
+    def plus(self, other: "Pass", share: float = 1.0) -> "Pass":
+        return Pass(*(x + share * y for x, y in zip(self, other, strict=True)))
+
+
+VECTOR = 16  # bytes that a thread loads in a pass of a streaming loop at least; other loops are for edges
+NONE = Pass(0, 0, 0)
 
 
 class Code(NamedTuple):
@@ -20,7 +29,7 @@ class Code(NamedTuple):
 
     whole: Pass
     loop: Pass | None
-    mean: float  # instructions of a pass through the loop if each way of a branch is as likely
+    mean: Pass  # through the loop, if each way of a branch is as likely
 
 
 class _Block(NamedTuple):
@@ -56,7 +65,7 @@ def basic_blocks(code: str) -> list[_Block]:
         if jumps[end - 1] and not is_conditional:
             following = None
         opcodes = [opcode for _, _, opcode, _ in lines[start:end] if opcode != "NOP"]
-        own = Pass(len(opcodes), sum(map(loaded_bytes, opcodes)))
+        own = Pass(len(opcodes), sum(map(loaded_bytes, opcodes)), sum(o.startswith(SPECIAL) for o in opcodes))
         blocks.append(_Block(own, [index[i] for i in (following, target) if i is not None]))
     return blocks
 
@@ -116,8 +125,7 @@ def analyze(code: str) -> Code:
         for i in sorted(body & place.keys(), key=place.__getitem__):
             for j in blocks[i].successors if i in found else ():
                 if j in body and place[j] > place[i]:
-                    own = blocks[j].own
-                    way = Pass(found[i].instructions + own.instructions, found[i].loaded + own.loaded)
+                    way = found[i].plus(blocks[j].own)
                     if j not in found or _better(way, found[j]):
                         found[j] = way
         ways = [found[i] for i in ends if i in found]
@@ -126,15 +134,15 @@ def analyze(code: str) -> Code:
     exits = [i for i in order if not blocks[i].successors]
     whole = best(0, set(order), exits)
     passes = {head: best(head, body, latches) for head, (body, latches) in loops.items()}
-    loading = {head for head, way in passes.items() if way.loaded}
+    loading = {head for head, way in passes.items() if way.loaded >= VECTOR}
     inner = [h for h in loading if not any(other != h and other in loops[h][0] for other in loading)]
     if not inner:
-        return Code(whole, None, 0.0)
+        return Code(whole, None, NONE)
     head = max(inner, key=passes.__getitem__)
     body, _ = loops[head]
-    shares, mean = {head: 1.0}, 0.0
+    shares, mean = {head: 1.0}, NONE
     for i in sorted(body & place.keys(), key=place.__getitem__):
-        mean += shares.get(i, 0.0) * blocks[i].own.instructions
+        mean = mean.plus(blocks[i].own, shares.get(i, 0.0))
         ahead = [j for j in blocks[i].successors if j in body and place[j] > place[i]]
         for j in ahead:
             shares[j] = shares.get(j, 0.0) + shares.get(i, 0.0) / len(ahead)
