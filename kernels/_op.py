@@ -62,8 +62,8 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second. Traced, the
-# comparison with None would always be true.
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second. Traced,
+# the comparison with None would always be true.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

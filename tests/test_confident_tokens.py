@@ -18,7 +18,8 @@ from rlhf_fast import ops
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 ULPS = 4
-SOFTCAP_ULPS = 5  # of the GPU kernels: the target's gradient has one product more
+SOFTCAP_ULPS = {"cuda": 5, "simt": 5, "triton": 16}  # CUDA: the target's gradient has one product more; Triton: its
+# distances are of tanh, whose error all logits share that tie
 EQUAL_ULPS = 10  # of the GPU kernels where many equal logits 8 to 11 nats below the largest have much of the sum: their
 # exponential is off by the same half a unit of an argument between 8 and 16, and by 2 units of the instruction. Another
 # digit would cost 3 operations a logit, of 10.
@@ -182,9 +183,10 @@ def without_infinities(name: str, logits: Logits) -> Logits:
 def check(name: str, backend: str, others: str, logits: Logits) -> None:
     logits = without_infinities(name, logits)
     result = CALLS[name](op_of(name).backend(backend), logits)
-    limit = ULPS
-    if backend in ("triton", "simt", "cuda"):
-        limit = EQUAL_ULPS if others == "one near" else SOFTCAP_ULPS if logits.softcap else ULPS
+    on_gpu = backend in SOFTCAP_ULPS
+    limit = SOFTCAP_ULPS[backend] if on_gpu and logits.softcap else ULPS
+    if on_gpu and others == "one near":
+        limit = max(limit, EQUAL_ULPS)
     truth = logits.logprobs(logits.targets)
     assert (result.logprobs <= 0).all() and result.logprobs.dtype == torch.float32
     assert ulps(result.logprobs, truth) <= limit, "log p"
@@ -195,8 +197,7 @@ def check(name: str, backend: str, others: str, logits: Logits) -> None:
     if not logits.softcap and not rounding:
         row = result.grad.double()
         sums = row.abs().sum(1)
-        on_gpu = backend in ("triton", "simt", "cuda")  # their linear ops keep each row's sum in float32
-        bound = (1.5e-7 if on_gpu and name != "token_logprobs" else 1e-7) * sums
+        bound = (1.5e-7 if on_gpu and name != "token_logprobs" else 1e-7) * sums  # a row's sum is in float32 there
         if logits.x.shape[1] > 10000:  # thousands of equal columns round alike: e^z twice, p, the target and the sum
             bound = 2e-7 * sums
         normal = sums > 1e-33  # below, single numbers are denormal
