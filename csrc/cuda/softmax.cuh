@@ -3,8 +3,8 @@
 //
 //     m = max x    d = (z(x) - z(m)) / ln 2    sum = sum of 2^d    moment = sum of d 2^d
 //     without softcap    d = (x - m) / (T ln 2)
-//     with softcap       d = (w - 1) / (w + q) slope,   w = e^(2 (x - m) / softcap)   q = e^(-2 m / softcap)
-//                                                       slope = 2 q / (1 + q) softcap / (T ln 2)
+//     with softcap       d = (w - 1) / (w + q) scale,   w = e^(2 (x - m) / softcap)   q = e^(-2 m / softcap)
+//                                                       scale = 2 q / (1 + q) softcap / (T ln 2)
 //
 // The difference x - m comes first: a product, or a tanh, would round away what d is made of. So d has relative
 // precision, and logits that tie with the largest are exactly 0 away from it. The second form is tanh(x / softcap) -
@@ -111,9 +111,9 @@ __device__ __forceinline__ float origin_of(float max, const Scaling& scaling) {
   return SOFTCAP ? fminf(fmaxf(max, -scaling.saturated), scaling.saturated) : zero_if_minus_inf(max);
 }
 
-// An origin with what the distances from it need: q and slope, only with softcap.
+// An origin with what the distances from it need: q and scale, only with softcap.
 struct Origin {
-  float x, q, slope;
+  float x, q, scale;
 };
 
 template <bool SOFTCAP>
@@ -146,7 +146,7 @@ __device__ __forceinline__ Distance distance_from(const Origin& origin, float x,
   const float exponent = __fmul_rn(difference, scaling.softcap_factor), w = fast_exp2(exponent);
   const float inverse = fast_reciprocal(__fadd_rn(w, origin.q));
   const float ratio = __fmul_rn(exp2_minus_1(exponent, w), inverse);
-  return {__fmul_rn(ratio, origin.slope), 4.f * (w * inverse) * (origin.q * inverse)};
+  return {__fmul_rn(ratio, origin.scale), 4.f * (w * inverse) * (origin.q * inverse)};
 }
 
 // The state with its sums around a larger maximum. A NaN stays a NaN.
@@ -328,9 +328,9 @@ __device__ __forceinline__ Softmax softmax_of(const SoftmaxState& others, float 
     for (int i = 0; i < 2; ++i) {
       const double y = exact_tanh((i ? x : others.max) / softcap), grad = (1. - y) * (1. + y);
       if (i == 0 && row.origin.q > 0.05f) {  // else q has digits that 1 - y * y lacks
-        const double slope = grad * (1. + row.origin.q) * scaling.exact_inverse_temperature;
-        const double rounded = ln_2_squared * scaling.softcap_factor * row.origin.slope;
-        exact_sum = __fmaf_rn(static_cast<float>(slope / rounded - 1.) * ln_2, others.moment, others.sum);
+        const double exact_scale = grad * (1. + row.origin.q) * scaling.exact_inverse_temperature;
+        const double rounded = ln_2_squared * scaling.softcap_factor * row.origin.scale;
+        exact_sum = __fmaf_rn(static_cast<float>(exact_scale / rounded - 1.) * ln_2, others.moment, others.sum);
       }
       row.softcap_grad = static_cast<float>(grad);
       lead = y - lead;
