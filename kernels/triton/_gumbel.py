@@ -325,12 +325,15 @@ def merge_tiles_kernel(
     largest_field = part + LARGEST * stride
     largest = merge_largest(largest_field, tiles, BLOCK).to(tl.float64)
     second_field = part + SECOND * stride
+    raw_field = part + RAW_OTHERS * stride
+    if HAS_KEPT:  # each variant in the order in which no register is spilled
+        raw_others, _ = merge_others(largest_field, second_field, raw_field, None, largest, 1.0, tiles, BLOCK)
     others, moment = merge_others(
         largest_field, second_field, part + OTHERS * stride, part + MOMENT * stride, largest, inverse, tiles, BLOCK
     )
     log_total = log1p(others)
-    raw_field = part + RAW_OTHERS * stride
-    raw_others, _ = merge_others(largest_field, second_field, raw_field, None, largest, 1.0, tiles, BLOCK)
+    if not HAS_KEPT:
+        raw_others, _ = merge_others(largest_field, second_field, raw_field, None, largest, 1.0, tiles, BLOCK)
     kept_largest = largest
     log_kept = log_total
     log_kept_mass = tl.full((), 0.0, tl.float64)
