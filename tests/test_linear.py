@@ -221,6 +221,8 @@ def test_exact_kl(backend):
     without_3 = run(hidden, weight, hidden, weight, targets, bias=bias)[3]
     with_3 = run(hidden, weight, hidden, weight, targets, ref_bias=bias)[3]
     valid = targets != -100
+    p = (hidden.detach().double() @ weight.detach().double().T).softmax(1)[:, 3]
+    torch.testing.assert_close(without_3[valid].double(), -torch.log1p(-p)[valid], rtol=1e-5, atol=2e-6)
     assert without_3.isfinite().all() and (without_3[valid] > 0).all()
     assert (with_3[valid] == torch.inf).all() and (with_3[~valid] == 0).all()
 

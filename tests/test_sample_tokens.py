@@ -222,6 +222,18 @@ def test_rows_without_a_distribution_are_marked_and_change_no_other_row(backend,
     assert all(x[bad].isnan().all() for x in out[1:])
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_nan_beside_masked_tokens_is_marked(backend, top_p):
+    """In rows and tiles with at most one other token, which leave nothing to add up but the NaN."""
+    nan, tail = float("nan"), [-INFINITY] * choose(backend, 5000, 300)
+    for row in ([nan, 1.0], [nan, -3.0, -INFINITY], [-INFINITY, nan, -INFINITY, 5.0], [2.0] * 40 + tail + [nan]):
+        for temperature in (1.0, 0.7):
+            logits = torch.tensor([row, [0.0 if x != x else x for x in row]])
+            out = sample(backend, logits, temperature=torch.full((2,), temperature), top_p=torch.full((2,), top_p))
+            assert out[0][0] == -1 and out[0][1] >= 0, row[:4]
+            assert all(x[0].isnan() and x[1].isfinite() for x in out[1:]), row[:4]
+
+
 def test_masked_tokens_are_never_sampled(backend):
     V = choose(backend, 130, 20)
     logits = torch.full((V, V), -INFINITY)

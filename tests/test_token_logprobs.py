@@ -175,6 +175,19 @@ def test_a_tiny_temperature_gives_certain_tokens_no_gradient(backend, temperatur
 
 
 @every
+@pytest.mark.parametrize("softcap", [5.0, 30.0])
+@pytest.mark.parametrize("temperature", [1e-8, 1e-9, 1e-10, 1e-12, 1e-20])
+def test_a_tiny_temperature_under_a_softcap(backend, temperature, softcap):
+    """A float32 tanh is many temperatures off, but by the same in the two largest, and the third has no share."""
+    logits = torch.tensor([[9.0, 9.0, 3.0], [9.0, 3.0, 3.0]], requires_grad=True)
+    logprobs, entropy = ops.token_logprobs.backend(backend)(logits, torch.tensor([0, 0]), temperature, softcap)
+    torch.testing.assert_close(logprobs, torch.tensor([-math.log(2), 0.0]))
+    torch.testing.assert_close(entropy, torch.tensor([math.log(2), 0.0]))
+    (gradient,) = torch.autograd.grad(logprobs.sum(), logits)
+    assert gradient.isfinite().all() and gradient[0, 0] > 0 and (gradient[1] == 0).all()
+
+
+@every
 def test_leading_shapes_and_views(backend):
     base, targets = torch.randn(4, 6, 5, 40), torch.randint(40, (5, 4, 2))
     view = base.permute(2, 0, 1, 3)[:, :, ::3]

@@ -292,9 +292,10 @@ inline RowSoftmax finish_row(const SoftmaxState& state, const Scaling& scaling) 
   if (sum == 0) return {z - z, z - z, 1., z - z, z - z, -infinity};  // NaN if the target's logit is not finite either
   const bool softcap = scaling.softcap > 0.f;
   const double z_max = scaling.z(max(state.max, -FLT_MAX)), moment = state.moment * scaling.unit;
-  // Between positions float32 is exact, but not in the softcap of the largest one.
+  // Between positions float32 is exact, but not in the softcap of the largest one. Where only ties have a share there
+  // is nothing to correct, and the error may be thousands of nats.
   double exact_sum = sum;
-  if (softcap) {
+  if (softcap && sum > (double)state.ties) {
     const double error = z_max - (double)position<true>(state.max, scaling) * scaling.unit;
     exact_sum = (double)state.ties + (sum - (double)state.ties) * exp(-error);
   }

@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(tile_threads, SAMPLE ? 3 : 5)
   tiles[blockIdx.x].token = best.token;
 }
 
-// Merges the sums of a row's tiles by a warp, all of whose lanes get them. A NaN or +inf stays.
+// Merges the sums of a row's tiles by a warp, all of whose lanes get them. A NaN or +inf stays: also that of a tile
+// with no second logit, whose sums count 0 times.
 __device__ __forceinline__ LogitSums merge_tiles(const TileResult* tiles, int num_tiles, double temperature) {
   const int lane = threadIdx.x % warp_size;
   float lane_max = -INFINITY;
@@ -146,7 +147,6 @@ __device__ __forceinline__ LogitSums merge_tiles(const TileResult* tiles, int nu
   LogitSums sums{max_logit, 0, 0, 0};
   double num_tops = 0;
   const auto add = [&](float logit, double raw_mass, double mass, double moment) {
-    if (logit == -INFINITY) return;
     const double distance = logit - max_logit, z = distance / temperature, factor = exp(z);
     sums.raw_others += (temperature == 1. ? factor : exp(distance)) * raw_mass;
     sums.others += factor * mass;
