@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from rlhf_fast.bench.problem import Case
 
 SUMMARY = str(__doc__).partition("\n")[0]
-COMMAND = "python -m rlhf_fast.bench.predict --large --save bench/results/h100-predicted.md"
 RESULTS = Path(__file__).parent / "results"
 MEASURED = [RESULTS / "nvidia-h100-80gb-hbm3.json", RESULTS / "nvidia-h100-80gb-hbm3-decode.json"]
 FAR = 1.3  # a prediction that is off by more needs a reason
@@ -204,11 +204,12 @@ def predict(names: list[str], large: bool) -> list[Row]:
     from rlhf_fast.bench import launches
     from rlhf_fast.bench.problem import cases, label
 
-    found = list(dict.fromkeys(map(_key, cases("cuda", names, [torch.bfloat16], targets=not large))))
-    chosen = {_key(case): case for case in reversed(list(cases("cuda", names, [torch.bfloat16], targets=not large)))}
+    chosen: dict[str, Case] = {}
+    for case in cases("cuda", names, [torch.bfloat16], targets=not large):
+        chosen.setdefault(str(case), case)  # a target may be a large size too
     recorded = []
-    for key in found:
-        arguments = launches.Arguments(chosen[key])
+    for case in chosen.values():
+        arguments = launches.Arguments(case)
         for backend in launches.BACKENDS if with_cuda else launches.BACKENDS[1:]:
             nodes = launches.record(arguments, backend, recorder)
             if nodes:  # again: the first call also probes what torch can do, and makes zeros that are kept
@@ -231,10 +232,6 @@ def predict(names: list[str], large: bool) -> list[Row]:
         steps = [one for arguments, nodes in parts for one in steps_of(arguments, nodes, compiled)]
         rows.append(Row(step, "cuda", step.minimum, steps, measured.get((str(step),))))
     return rows
-
-
-def _key(case: "Case") -> str:
-    return str(case)
 
 
 HEADER = [
@@ -296,8 +293,9 @@ def head() -> str:
     import triton
 
     facts = json.loads(MEASURED[0].read_text(encoding="utf-8"))["machine"] if MEASURED[0].exists() else {}
+    command = shlex.join(["python", "-m", "rlhf_fast.bench.predict", *sys.argv[1:]])
     lines = [
-        f"`{COMMAND}`: {cuda_resources.compiler()}, Triton {triton.__version__}, sm_{runtime_stub.ARCH}",
+        f"`{command}`: {cuda_resources.compiler()}, Triton {triton.__version__}, sm_{runtime_stub.ARCH}",
         f"the card: {card.NUM_SMS} SMs, 4 x {card.CLOCK / 1e9:.3f} GHz of instructions each, of which"
         f" {100 * card.ISSUE_SHARE:.0f} % are issued; copy {card.COPY_RATE / 1e12:.2f} TB/s; products"
         f" {card.PRODUCT_RATE / 1e12:.0f} TFLOP/s; {duration(card.EMPTY_GRAPH)} for a graph, {duration(card.NODE_GAP)}"

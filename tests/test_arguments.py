@@ -97,6 +97,14 @@ def differentiable_outputs(op, args):
     return [i for i, o in enumerate(leaves(op(*with_grad))) if o.requires_grad]
 
 
+def first_derivative(op):
+    """Return the first output with a gradient as a function of the first input with one, this input, a direction."""
+    args = inputs(op, torch.float64, size=0)
+    i = op.gradient_inputs[0]
+    k = differentiable_outputs(op, args)[0]
+    return lambda x: leaves(op(*replaced(args, i, x)))[k], args[i], direction_like(args[i])
+
+
 @pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
 def test_transforms_of_gradients_are_right(op):
     """torch.func.grad, its gradient, and vmap of it, beside autograd through the reference."""
@@ -150,14 +158,7 @@ def test_vmap_is_right_or_refused(op, around):
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
 def test_forward_mode_around_vmap_is_right(op):
-    args = inputs(op, torch.float64, size=0)
-    i = op.gradient_inputs[0]
-    x, direction = args[i], direction_like(args[i])
-    k = differentiable_outputs(op, args)[0]
-
-    def call(x):
-        return leaves(op(*replaced(args, i, x)))[k]
-
+    call, x, direction = first_derivative(op)
     stacked, directions = torch.stack([x, x]), torch.stack([direction, 2 * direction])
     found = torch.func.jvp(torch.vmap(call), (stacked,), (directions,))[1]
     one = torch.func.jvp(call, (x,), (direction,))[1]
@@ -166,14 +167,7 @@ def test_forward_mode_around_vmap_is_right(op):
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
 def test_linearize_is_right_or_refused(op):
-    args = inputs(op, torch.float64, size=0)
-    i = op.gradient_inputs[0]
-    x, direction = args[i], direction_like(args[i])
-    k = differentiable_outputs(op, args)[0]
-
-    def call(x):
-        return leaves(op(*replaced(args, i, x)))[k]
-
+    call, x, direction = first_derivative(op)
     try:
         found = torch.func.linearize(call, x)[1](direction)
     except NotImplementedError as error:
