@@ -61,11 +61,12 @@ def detached(args, requires=False):
     return tree_map_only(torch.Tensor, copy, args)
 
 
-def assert_near(ours, plain, truth, what):
+def assert_near(ours, plain, truth, what, *, slack_of_largest=False):
     """Assert that no element is further from the truth than plain torch at its worst, plus rounding of the value.
 
     `plain()` computes in plain torch what `ours` is. Torch's order of summation may be a lucky one: where its error is
-    smaller, SPREAD times its worst over ORDERS random orders is allowed.
+    smaller, SPREAD times its worst over ORDERS random orders is allowed. `slack_of_largest` counts the rounding of the
+    tensor's largest value for each element.
     """
     ours, theirs, truth = leaves(ours), leaves(plain()), leaves(truth)
     reordered = []
@@ -79,7 +80,11 @@ def assert_near(ours, plain, truth, what):
             return (x.double() - t)[finite].abs()
 
         # Rounding of the value: bfloat16 keeps 8 bits, and rounds a gradient made in the forward pass twice.
-        slack = 2e-6 * (1 + t[finite].abs()) if o.dtype == torch.float32 else 1e-5 + 2**-7 * t[finite].abs()
+        size = t[finite].abs()
+        if o.dtype == torch.float32:
+            slack = 2e-6 * (1 + (size.max() if slack_of_largest else size))
+        else:
+            slack = 1e-5 + 2**-7 * size
         worst, allowed = (error(o) - slack).max(), error(p).max()
         if worst > allowed:
             reordered = reordered or [leaves(shuffled(plain)) for _ in range(ORDERS)]
@@ -169,7 +174,12 @@ def test_gradient(op, size, device, dtype, backend, poisoned):
     truth = gradients(reference(op), in_float64, upstream)
     ours = gradients(op.backend(backend), detached(made, True), upstream)
     assert any(t.abs().max() > 0 for t in truth if t.numel()) or not all(t.numel() for t in truth), "a test of nothing"
-    assert_near(ours, lambda: gradients(reference(op), detached(made, True), upstream), truth, "gradient")
+
+    def plain():
+        return gradients(reference(op), detached(made, True), upstream)
+
+    # A row's entropy and KL are rounded between the two passes, where autograd's errors of one row cancel.
+    assert_near(ours, plain, truth, "gradient", slack_of_largest=True)
 
 
 def test_accuracy_is_no_matter_of_one_draw_and_a_less_accurate_kernel_is_found():

@@ -55,16 +55,15 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
     const bool ref_empty = is_empty<SOFTCAP>(state.reference, ref_tile, n, taken);
     const f32 origin = splat(position<SOFTCAP>(state.policy.max, scaling));
     const f32 ref_origin = splat(position<SOFTCAP>(ref_max, scaling)), lowest = splat(scaling.lowest);
-    GroupSums sums, ref_sums;
-    f32 moments = {}, crosses = {};
+    GroupSums sums, ref_sums, moments, crosses;
     i32 ties = {}, ref_ties = {};
-    const auto add = [&](int i, f32& e, f32& ref_e) __attribute__((always_inline)) {
+    const auto add = [&](int i, f32& e, f32& ref_e, f32& moment, f32& cross) __attribute__((always_inline)) {
       const f32 raw_distance = load(tile.x + i) - origin, distance = max(lowest, raw_distance);
       const f32 ref_distance = load(ref_tile.x + i) - ref_origin;
       e = select(raw_distance < lowest, splat(0.f), exp_distance(distance, scaling));
       ref_e = exp_distance(max(lowest, ref_distance), scaling);
-      moments = moments + distance * e;
-      crosses = crosses + select(e == splat(0.f), splat(0.f), ref_distance * e);
+      moment = distance * e;
+      cross = select(e == splat(0.f), splat(0.f), ref_distance * e);
       if (SOFTCAP) {
         ties -= raw_distance == splat(0.f);
         ref_ties -= ref_distance == splat(0.f);
@@ -72,22 +71,26 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
     };
     int i = 0;
     for (; i + GROUP * W <= tile.columns; i += GROUP * W) {
-      f32 e[GROUP], ref_e[GROUP];
+      f32 e[GROUP], ref_e[GROUP], moment[GROUP], cross[GROUP];
 #pragma GCC unroll 8
-      for (int j = 0; j < GROUP; ++j) add(i + j * W, e[j], ref_e[j]);
+      for (int j = 0; j < GROUP; ++j) add(i + j * W, e[j], ref_e[j], moment[j], cross[j]);
       sums.add(sum_group(e));
       ref_sums.add(sum_group(ref_e));
+      moments.add(sum_group(moment));
+      crosses.add(sum_group(cross));
     }
     for (; i < tile.columns; i += W) {
-      f32 e, ref_e;
-      add(i, e, ref_e);
+      f32 e, ref_e, moment, cross;
+      add(i, e, ref_e, moment, cross);
       sums.add(e);
       ref_sums.add(ref_e);
+      moments.add(moment);
+      crosses.add(cross);
     }
     if (!empty) {
       state.policy.sum += sums.total();
-      state.policy.moment += reduce_sum(moments);
-      state.cross += reduce_sum(crosses);
+      state.policy.moment += moments.total();
+      state.cross += crosses.total();
     }
     if (!ref_empty) state.reference.sum += ref_sums.total();
     for (int i = 0; i < W && SOFTCAP; ++i) {
