@@ -6,6 +6,7 @@ dispatcher; the others of this file, and transforms of an op that would be silen
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -49,12 +50,25 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
             raise ValueError(f"{op}: {name} {why}")
 
 
+def check_tensors(op: str, signature: inspect.Signature, args: Sequence) -> None:
+    """Raise TypeError for the first argument that must be a tensor and is none."""
+    for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
+        wanted = str(parameter.annotation)
+        if "Tensor" not in wanted or isinstance(x, Tensor) or (x is None and "None" in wanted):
+            continue
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}; torch.as_tensor makes one")
+
+
 def check_transformed(op: str, error: Exception) -> None:
     """Raise NotImplementedError in place of an error of torch's that is about its own machinery."""
     if "get value out of a tracing tensor" in str(error):
         raise NotImplementedError(
             f"{op}: torch.func.linearize and make_fx cannot trace the checks of its values; call torch.func.jvp,"
             " or trace with fake tensors"
+        ) from error
+    if str(error).startswith("vmap: It looks like you're") and ".item()" in str(error):
+        raise NotImplementedError(
+            f"{op}: torch.vmap hides the values that the op checks; call it for the whole batch"
         ) from error
     if f"Batching rule not implemented for rlhf_fast::{op}" in str(error):
         raise NotImplementedError(

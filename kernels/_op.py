@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, check_transformed, has_tangents
+from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, check_tensors, check_transformed, has_tangents
 from rlhf_fast.kernels._autograd import autograd_function, refuse_backward
 from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing
 from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
@@ -131,7 +131,8 @@ class Op(Backends):
                 if torch.compiler.is_compiling() and is_transformed():
                     return self._run_plain(*args)
             return self.run(*args)
-        except (RuntimeError, AttributeError) as error:  # torch's, of a tensor that is no dense one
+        except (RuntimeError, AttributeError, TypeError) as error:  # torch's, of a tensor that is no dense one, or none
+            check_tensors(self.name, self.signature, args)
             check_readable(self.name, self.names, args)
             check_transformed(self.name, error)
             raise

@@ -554,3 +554,9 @@ def test_names_that_no_row_has_and_lines_that_are_no_rows(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n{'prompt': 1}\n[1]\n")
     with pytest.raises(UserError, match=r"no line is a JSON object \(line 2: not JSON: .* at column 2"):
         check(DataConfig(path), echo=lines.append)
+
+
+def test_a_file_of_no_lines(tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"d\.jsonl: the file holds no rows; expected prompt"):
+        check(DataConfig(str(tmp_path / "d.jsonl")), echo=print)

@@ -66,13 +66,18 @@ def guess_kind(
             counts["prompts"] += 1
         elif "text" in names:
             counts["texts"] += 1
+    if not rows and not first_error:
+        raise UserError(f"{path}: the file holds no rows; expected {_expected_of_kinds()}")
     if not counts:
         columns_found = (
             f"it has the columns {', '.join(found)}" if found else f"no line is a JSON object ({first_error})"
         )
-        expected = "; ".join(f"{EXPECTED[kind]} ({kind})" for kind in KINDS)
-        raise UserError(f"{path}: cannot tell what the rows are: {columns_found}; expected {expected}")
+        raise UserError(f"{path}: cannot tell what the rows are: {columns_found}; expected {_expected_of_kinds()}")
     return counts.most_common(1)[0][0]
+
+
+def _expected_of_kinds() -> str:
+    return "; ".join(f"{EXPECTED[kind]} ({kind})" for kind in KINDS)
 
 
 def examine(cfg: DataConfig, kind: str = "") -> Report:
