@@ -51,10 +51,11 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
 
 
 def check_tensors(op: str, signature: inspect.Signature, args: Sequence) -> None:
-    """Raise TypeError for the first argument that must be a tensor and is none."""
+    """Raise TypeError for the first argument that must be a tensor and is none. Options may be numbers too."""
     for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
         wanted = str(parameter.annotation)
-        if "Tensor" not in wanted or isinstance(x, Tensor) or (x is None and "None" in wanted):
+        is_option = parameter.default is not parameter.empty or "Tensor" not in wanted
+        if is_option or isinstance(x, Tensor) or (x is None and "None" in wanted):
             continue
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}; torch.as_tensor makes one")
 

@@ -76,6 +76,7 @@ def test_a_side_by_side_bench_prints_and_writes_its_table(tmp_path):
     assert table.count("\n| ") == 1 + 2 and "measured: copy" in table
 
 
+@pytest.mark.slow
 def test_an_unknown_op_and_a_missing_gpu_are_one_sentence():
     if not (ROOT / "bench" / "conftest.py").is_file():
         pytest.skip("not a source checkout")
@@ -249,6 +250,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 @SOURCE
+@pytest.mark.slow
 def test_the_targets_run_where_nothing_but_the_needed_packages_is_installed(tmp_path):
     """The bench of the ops is named by file, so that no other bench's imports stop it."""
     path = tmp_path / "targets.md"

@@ -213,7 +213,7 @@ def check(name: str, backend: str, others: str, logits: Logits) -> None:
 @each_call
 @pytest.mark.parametrize("V", [2, 33, 1031])
 @pytest.mark.parametrize("others", OTHERS)
-@pytest.mark.exhaustive(2, by=("name", "backend"))
+@pytest.mark.exhaustive(1, by=("name", "backend"))
 def test_a_lead_keeps_its_digits(name, backend, device, others, V):
     check(name, backend, others, rows_of(others, V, device))
 
@@ -221,7 +221,7 @@ def test_a_lead_keeps_its_digits(name, backend, device, others, V):
 @each_call
 @pytest.mark.parametrize("temperature, softcap", [(0.7, 0.0), (3.0, 0.0), (0.01, 0.0), (1.0, 30.0), (0.6, 50.0)])
 @pytest.mark.parametrize("others", OTHERS)
-@pytest.mark.exhaustive(3, by=("name", "backend"))
+@pytest.mark.exhaustive(2, by=("name", "backend"))
 def test_a_lead_keeps_its_digits_under_temperature_and_softcap(name, backend, device, others, temperature, softcap):
     if name == "linear_cross_entropy" and temperature != 1:
         temperature = 1.0  # it has none
@@ -275,7 +275,7 @@ def sample(name: str, backend: str, logits: Logits, **filters) -> tuple[Tensor, 
 @pytest.mark.parametrize("temperature", [1.0, 0.625])
 @pytest.mark.parametrize("V", [2, 1031, 2500])
 @pytest.mark.parametrize("others", OTHERS)
-@pytest.mark.exhaustive(2, by=("name", "backend"))
+@pytest.mark.exhaustive(1, by=("name", "backend"))
 def test_a_sampled_token_has_an_exact_log_probability(name, backend, device, others, V, temperature):
     logits = without_infinities(name, rows_of(others, V, device, temperature=temperature))
     for filters in ({}, *FILTERS):
@@ -296,6 +296,7 @@ def test_a_sampled_token_has_an_exact_log_probability(name, backend, device, oth
 @each_sampler
 @pytest.mark.parametrize("temperature, leader", [(1e-30, 1e10), (1e-30, 1e4), (1e-20, 3e38), (1e-38, 5.0)])
 @pytest.mark.parametrize("others", [-1e4, 0.25])
+@pytest.mark.exhaustive(2, by=("name", "backend", "device"))
 def test_a_lead_beyond_float32_has_no_entropy(name, backend, device, others, temperature, leader):
     """z is infinite in float32 for the first token, relative to the others, and -inf for the others, relative to it."""
     x = torch.full((2, 70), others, device=device)
@@ -316,6 +317,7 @@ ON_GPU = [x for x in runs(["token_logprobs"]) if x.values[1] in ("triton", "simt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("V", [3, 1031])
+@pytest.mark.exhaustive(2, by=("backend", "device"))
 def test_infinite_logits_are_as_in_the_reference(name, backend, device, V, softcap, dtype):
     """A softcap makes them finite. Without one, a row with +inf or with nothing above -inf is NaN, and no other."""
     infinity = torch.inf

@@ -100,6 +100,7 @@ def test_the_last_token_kept_is_kept_and_the_next_one_is_not(backend, device, op
 
 @on_each_backend
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 700, "top_p": 0.8}, {"top_k": V // 2}], ids=str)
+@pytest.mark.exhaustive(1, by=("backend", "device"))
 def test_bits_do_not_depend_on_the_blocks_of_a_row_nor_on_its_address(backend, device, options, monkeypatch):
     logits = torch.stack(list(make_rows().values())).to(device, torch.bfloat16)
     expected = sample(backend, logits, **options)

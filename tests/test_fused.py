@@ -173,7 +173,7 @@ triton = pytest.mark.skipif(
 @triton
 @pytest.mark.parametrize("name", ["qwen3 4/2 heads of 80", "gpt2", "mistral, window 5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.exhaustive(2)
+@pytest.mark.exhaustive(1)
 def test_the_op_step_on_triton_is_the_compiled_step(name, dtype):
     """The step as a GPU runs it, one launch an op."""
     model, rows = Model(MODELS[name]().to(dtype)), random_rows(1, 11)

@@ -12,6 +12,7 @@ COMPILED = ops.linear_logprobs.backends[1:][-1:]
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.exhaustive(1)
 def test_memory(backend, dtype, monkeypatch):
     """Beyond inputs and gradients only the logits' budget and tensors of hidden's size are allocated."""
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 1 << 20)

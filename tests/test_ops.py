@@ -142,7 +142,7 @@ def test_poisoned_memory_is_nan_and_no_function_is_refused(poisoned):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases()))
-@OF_EACH_KERNEL
+@pytest.mark.exhaustive(1, by=("op", "device", "backend"))
 def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backend):
     """Autograd is told: a write increments the version of a tensor."""
     args = op.bind(*detached(op.make_inputs(device=device, dtype=dtype, **size)))
@@ -245,7 +245,7 @@ def default_dtype(dtype):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
-@OF_EACH_KERNEL
+@pytest.mark.exhaustive(1, by=("op", "device"))
 def test_torchs_default_dtype_and_device_change_nothing(op, size, device, dtype, backend):
     """Results do not depend on torch.set_default_dtype or on a `with torch.device(...)` around the call."""
     args = op.make_inputs(device=device, dtype=dtype, **size)
@@ -327,7 +327,7 @@ def test_one_float64_tensor_makes_all_float64(name):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
-@OF_EACH_KERNEL
+@pytest.mark.exhaustive(1, by=("op", "device", "backend"))
 def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
     args = detached(op.make_inputs(device=device, dtype=dtype, **size))
 

@@ -69,6 +69,7 @@ def prefill(decoder: FusedDecoder, lengths: tuple[int, ...], whole: bool) -> lis
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [(23, 17, 1), (30, 2, 2, 1, 1), (9, 9)], ids=str)
+@pytest.mark.exhaustive(1, by=("name", "dtype"))
 def test_whole_prompts_are_as_token_by_token(name, dtype, lengths, served):
     model = Model(MODELS[name]().to(dtype))
     with forcing("reference"):

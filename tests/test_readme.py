@@ -99,7 +99,10 @@ def workplace(folder, one_thread):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name == "adding-an-op.md"), id=p.name) for p in PAGES],
+)
 def test_the_commands_run(page, workplace, capsys):
     """`rlhf-fast` commands run in the page's order, with small sizes; the others are tried as far as is quick."""
     model = toy.model(workplace / "MODEL", letters="abcdefghijklmnopqrstuvwxyz")

@@ -17,7 +17,7 @@ from rlhf_fast.stages import ppo, reward, sft
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MODEL = DATA / "models" / "stories260K"
-pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason=f"{DATA} holds no real data")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL.is_dir(), reason=f"{DATA} holds no real data")]
 LOG = LogConfig(samples=2, live=False)
 SHORT = {"max_prompt_tokens": 64, "max_response_tokens": 96}
 

@@ -281,7 +281,7 @@ def sorted_reference(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.exhaustive(8, by=("backend",))
+@pytest.mark.exhaustive(4, by=("backend",))
 def test_kept_tokens_are_those_of_a_sort(backend, options, ties):
     """Row v has noise with which token v wins if it is kept."""
     V = choose(backend, 150, 25)  # more than one bracket of the threshold search

@@ -116,6 +116,7 @@ def test_a_row_without_a_distribution_is_nan(backend, row):
 @every
 @pytest.mark.parametrize("softcap", [30.0, 0.3, 50.0, 7.0])
 @pytest.mark.parametrize("row", [*INFINITE, [-math.inf, 3.0, 0.0], [-3.4e38, 3.4e38, 0.0]], ids=str)
+@pytest.mark.exhaustive(1, by=("backend", "row"))
 def test_a_softcap_makes_infinite_logits_finite(backend, row, softcap):
     logits = torch.tensor([[*row, *torch.randn(50)]] * len(row), requires_grad=True)
     targets = torch.arange(len(row))

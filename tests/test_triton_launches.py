@@ -81,6 +81,7 @@ for call in (named_options, undefined, long_grid, host_list, right):
 """
 
 
+@pytest.mark.slow
 def test_a_launch_that_fails_is_a_fault(tmp_path):
     """`options` is a name in the function that Triton generates to bind arguments."""
     file = tmp_path / "broken.py"
@@ -93,6 +94,7 @@ def test_a_launch_that_fails_is_a_fault(tmp_path):
     assert "too large for an H100" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_and_an_unknown_op_are_one_sentence(monkeypatch):
     result = run_tool("no_such_op")
     assert result.returncode == 2 and "there is no op no_such_op; there are:" in result.stderr

@@ -278,6 +278,7 @@ def test_strides(small):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="maps a file to memory")
 @pytest.mark.parametrize("stride", [2**29 + 8, 2**22 - 8])
+@pytest.mark.exhaustive(1)
 def test_addresses_beyond_two_to_the_thirty_one(stride, small, tmp_path):
     """The memory between the rows is never touched."""
     V = 5 if stride > 2**25 else 600
