@@ -50,6 +50,7 @@ def bench(*arguments, select="ops", only=""):
 
 @pytest.mark.skipif(ops.gae.chosen("cpu") == "reference", reason="no compiled kernels")
 @SOURCE
+@pytest.mark.slow
 def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     path = tmp_path / "made" / "table.md"
     done = bench(
