@@ -18,6 +18,10 @@ REFUSED_DTYPES = frozenset(
     for name in ("complex32", "complex64", "complex128", "qint8", "quint8", "qint32", "quint4x2", "quint2x4")
 )
 
+MAY_BE_NUMBERS = frozenset(
+    ("temperature", "top_k", "top_p", "min_p", "steps", "advantage_shift", "advantage_scale")
+)  # parameters of type Tensor that also take a number
+
 
 def why_unreadable(x: Tensor) -> str:
     """Return why kernels cannot read x, and what to do; "" if they can."""
@@ -50,14 +54,20 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
             raise ValueError(f"{op}: {name} {why}")
 
 
-def check_tensors(op: str, signature: inspect.Signature, args: Sequence) -> None:
-    """Raise TypeError for the first argument that must be a tensor and is none. Options may be numbers too."""
+def check_tensors(op: str, signature: inspect.Signature, args: Sequence, error: Exception | None = None) -> None:
+    """Raise TypeError for the first argument that must be a tensor and is none, from the `error` that it has caused."""
     for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
-        wanted = str(parameter.annotation)
-        is_option = parameter.default is not parameter.empty or "Tensor" not in wanted
-        if is_option or isinstance(x, Tensor) or (x is None and "None" in wanted):
+        may_be_none = parameter.annotation == (Tensor | None)
+        if not may_be_none and parameter.annotation is not Tensor:
             continue
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}; torch.as_tensor makes one")
+        if isinstance(x, Tensor) or (x is None and may_be_none):
+            continue
+        is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+        if is_number and name in MAY_BE_NUMBERS:
+            continue
+        can_be_one = is_number or isinstance(x, (list, tuple)) or hasattr(x, "__array__")
+        mend = "; torch.as_tensor makes one" if can_be_one else ""
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}{mend}") from error
 
 
 def check_transformed(op: str, error: Exception) -> None:
@@ -67,7 +77,8 @@ def check_transformed(op: str, error: Exception) -> None:
             f"{op}: torch.func.linearize and make_fx cannot trace the checks of its values; call torch.func.jvp,"
             " or trace with fake tensors"
         ) from error
-    if str(error).startswith("vmap: It looks like you're") and ".item()" in str(error):
+    reads_values = str(error).startswith("vmap: It looks like you're") and ".item()" in str(error)
+    if reads_values or "Cannot access data pointer of Tensor that doesn't have storage" in str(error):
         raise NotImplementedError(
             f"{op}: torch.vmap hides the values that the op checks; call it for the whole batch"
         ) from error

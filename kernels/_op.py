@@ -81,6 +81,7 @@ class Op(Backends):
     names: tuple[str, ...]  # of the parameters
     defaults: dict[str, Any]
     default_args: tuple  # one per parameter; None for a parameter without a default
+    required_tensors: tuple[int, ...]  # indices of the arguments that may not be None
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
     normalizer: Callable | None  # registered by `normalize`
     cost_function: Callable | None  # registered by `cost`
@@ -98,6 +99,8 @@ class Op(Backends):
         self.names = tuple(self.signature.parameters)
         self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
         self.default_args = tuple(self.defaults.get(name) for name in self.names)
+        types = [parameter.annotation for parameter in self.signature.parameters.values()]
+        self.required_tensors = tuple(i for i, kind in enumerate(types) if kind is Tensor)
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         super().__init__(body.__name__, body)
         self.normalizer = None
@@ -115,6 +118,9 @@ class Op(Backends):
         if kwargs or len(args) != len(self.names):
             args = self.bind(*args, **kwargs)
         try:
+            for i in self.required_tensors:
+                if args[i] is None:
+                    check_tensors(self.name, self.signature, args)
             in_forward_mode = forward_ad._current_level >= 0 and has_tangents(
                 self.name, self.names, self.gradient_inputs, args
             )
@@ -131,9 +137,9 @@ class Op(Backends):
                 if torch.compiler.is_compiling() and is_transformed():
                     return self._run_plain(*args)
             return self.run(*args)
-        except (RuntimeError, AttributeError, TypeError) as error:  # torch's, of a tensor that is no dense one, or none
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # perhaps of what is no dense tensor
             if not isinstance(error, RuntimeError):
-                check_tensors(self.name, self.signature, args)
+                check_tensors(self.name, self.signature, args, error)
             check_readable(self.name, self.names, args)
             check_transformed(self.name, error)
             raise

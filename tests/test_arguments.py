@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -139,11 +140,19 @@ def test_transforms_of_gradients_are_right(op):
 @pytest.mark.parametrize("op", PUBLIC, **by_name)
 def test_what_is_no_tensor_is_refused_by_name(op):
     args = inputs(op)
-    required = [i for i, _ in tensors(args) if op.names[i] not in op.defaults]
-    for i in required:
-        for other in (3, [1.0], "x"):
-            with pytest.raises(TypeError, match=f"^{op.name}: {op.names[i]} must be a torch.Tensor, got"):
+    parameters = list(op.signature.parameters.values())
+    tried = 0
+    for i, parameter in enumerate(parameters):
+        if parameter.annotation not in (torch.Tensor, torch.Tensor | None):
+            continue
+        others = [[1.0], "x", np.ones(3)]
+        others += [] if parameter.name in _arguments.MAY_BE_NUMBERS else [3]
+        others += [None] if parameter.annotation is torch.Tensor else []
+        for other in others:
+            with pytest.raises(TypeError, match=f"^{op.name}: {parameter.name} must be a torch.Tensor, got"):
                 op(*replaced(args, i, other))
+            tried += 1
+    assert tried >= 4
 
 
 @pytest.mark.parametrize("around", [contextlib.nullcontext, forward_ad.dual_level], ids=["", "dual_level"])

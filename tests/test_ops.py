@@ -178,8 +178,8 @@ def test_gradient(op, size, device, dtype, backend, poisoned):
     def plain():
         return gradients(reference(op), detached(made, True), upstream)
 
-    # A row's entropy and KL are rounded between the two passes, where autograd's errors of one row cancel.
-    assert_near(ours, plain, truth, "gradient", slack_of_largest=True)
+    # A row's KL is rounded between the two passes, where the errors of autograd's two softmaxes cancel.
+    assert_near(ours, plain, truth, "gradient", slack_of_largest=op.name.startswith("linear_kl"))
 
 
 def test_accuracy_is_no_matter_of_one_draw_and_a_less_accurate_kernel_is_found():
@@ -244,7 +244,9 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
+@pytest.mark.parametrize(
+    "op, size, device, dtype, backend", [c for c in cases(dtypes=[torch.float32]) if c.values[4] != "reference"]
+)
 @pytest.mark.exhaustive(1, by=("op", "device"))
 def test_torchs_default_dtype_and_device_change_nothing(op, size, device, dtype, backend):
     """Results do not depend on torch.set_default_dtype or on a `with torch.device(...)` around the call."""
