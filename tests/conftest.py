@@ -1,9 +1,9 @@
 """Shared by all tests: a fresh but printed seed, NaN in uninitialised memory, worker processes, and two sizes.
 
-`pytest` runs the quick tests in one process a core, `pytest -m slow` the rest. A cross product marked
-`exhaustive(keep, by)` is sampled: of the cases with the same values of the parameters `by`, `keep` are drawn for the
-quick run, and the others are slow. RLHF_FAST_TEST_SEED draws them if it is set (CI sets it from the commit), else 0, so
-that both runs together are the whole.
+`pytest` runs the quick tests in one process a core, `pytest -m slow` longer ones, `pytest -m ''` all. A cross product
+marked `exhaustive(keep, by)` is sampled: of the cases with the same values of the parameters `by`, `keep` are drawn for
+the quick run, 3 keep others are slow, and the rest is `full`: `-m ''` alone runs it. RLHF_FAST_TEST_SEED draws them if
+it is set (CI sets it from the commit, so that each commit tries others), else 0.
 """
 
 import os
@@ -66,10 +66,11 @@ def pytest_collection_modifyitems(items):
             groups.setdefault(key, []).append(item)
     for (function, keep, *names), members in groups.items():
         draw = random.Random(f"{SAMPLE} {function.__qualname__} {names}")
-        kept = draw.sample(members, min(keep, len(members)))
-        for item in members:
-            if item not in kept:
-                item.add_marker("slow")
+        order = draw.sample(members, len(members))
+        for item in order[keep : 4 * keep]:
+            item.add_marker("slow")
+        for item in order[4 * keep :]:
+            item.add_marker("full")
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ ELSEWHERE = {
     "pre-commit": "ruff and clang-format are what .ci/run checks",
     ".ci/run": "runs these tests",
     "pytest$": "runs these tests",
-    "pytest -m slow$": "runs the others",
+    "pytest -m slow$": "runs more of these tests",
     "rlhf-fast demo": "test_demo.py",
     "python -m zipfile": "Python's own",
     "python setup.py": "test_install.py builds the extensions",
