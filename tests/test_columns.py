@@ -558,5 +558,5 @@ def test_names_that_no_row_has_and_lines_that_are_no_rows(tmp_path):
 
 def test_a_file_of_no_lines(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"d\.jsonl: the file holds no rows; expected prompt"):
+    with pytest.raises(UserError, match=r"d\.jsonl: the file holds no rows; expected JSON lines with prompt"):
         check(DataConfig(str(tmp_path / "d.jsonl")), echo=print)

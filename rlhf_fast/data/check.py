@@ -66,8 +66,6 @@ def guess_kind(
             counts["prompts"] += 1
         elif "text" in names:
             counts["texts"] += 1
-    if not rows and not first_error:
-        raise UserError(f"{path}: the file holds no rows; expected {_expected_of_kinds()}")
     if not counts:
         columns_found = (
             f"it has the columns {', '.join(found)}" if found else f"no line is a JSON object ({first_error})"
@@ -98,7 +96,8 @@ def examine(cfg: DataConfig, kind: str = "") -> Report:
                 continue
             if len(rows) == GUESS_ROWS:
                 break
-        kind = guess_kind(path, rows, cfg.columns, first_error)
+        if first:
+            kind = guess_kind(path, rows, cfg.columns, first_error)
     report = Report(kind)
     for number, found in parse_lines(chain(first, lines), kind, cfg.columns, cfg.remove_columns):
         if isinstance(found, InvalidRow):
@@ -108,7 +107,8 @@ def examine(cfg: DataConfig, kind: str = "") -> Report:
         if cfg.limit and len(report.examples) + len(report.errors) == cfg.limit:
             break
     if not report.examples and not report.errors:
-        raise UserError(f"{path}: the file holds no rows; expected JSON lines with {EXPECTED[kind]}")
+        expected = EXPECTED[kind] if kind else _expected_of_kinds()
+        raise UserError(f"{path}: the file holds no rows; expected JSON lines with {expected}")
     return report
 
 
