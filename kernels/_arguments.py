@@ -23,6 +23,16 @@ MAY_BE_NUMBERS = frozenset(
 )  # parameters of type Tensor that also take a number
 
 
+def is_transformed() -> bool:
+    """Return True within a transform of torch.func (vmap, grad, jvp)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second. Traced,
+# the comparison with None would always be true.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_unreadable(x: Tensor) -> str:
     """Return why kernels cannot read x, and what to do; "" if they can."""
     if x.is_nested:
@@ -78,7 +88,8 @@ def check_transformed(op: str, error: Exception) -> None:
             " or trace with fake tensors"
         ) from error
     reads_values = str(error).startswith("vmap: It looks like you're") and ".item()" in str(error)
-    if reads_values or "Cannot access data pointer of Tensor that doesn't have storage" in str(error):
+    hides_memory = is_transformed() and "Cannot access data pointer of Tensor that doesn't have storage" in str(error)
+    if reads_values or hides_memory:
         raise NotImplementedError(
             f"{op}: torch.vmap hides the values that the op checks; call it for the whole batch"
         ) from error

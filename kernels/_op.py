@@ -45,7 +45,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from rlhf_fast.kernels._arguments import REFUSED_DTYPES, check_readable, check_tensors, check_transformed, has_tangents
+from rlhf_fast.kernels._arguments import (
+    REFUSED_DTYPES,
+    check_readable,
+    check_tensors,
+    check_transformed,
+    has_tangents,
+    is_transformed,
+)
 from rlhf_fast.kernels._autograd import autograd_function, refuse_backward
 from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing
 from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
@@ -55,16 +62,6 @@ OPS: dict[str, Op] = {}
 META = torch.device("meta")
 TRANSFORMS = "forward-mode derivatives, and gradients in torch.func's transforms, are plain torch's"
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
-
-
-def is_transformed() -> bool:
-    """Return True within a transform of torch.func (vmap, grad, jvp)."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second. Traced,
-# the comparison with None would always be true.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_tracing() -> bool:

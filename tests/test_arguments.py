@@ -137,6 +137,14 @@ def test_transforms_of_gradients_are_right(op):
         torch.testing.assert_close(mapped, torch.stack([truth, truth]).detach(), equal_nan=True)
 
 
+def test_vmap_of_a_gradient_over_offsets_is_refused():
+    """The offsets themselves are hidden then, whose values say which scores are of one prompt."""
+    args = [torch.stack([x, x]) for x in inputs(ops.ranking_loss)[:4]]
+    mapped = torch.vmap(torch.func.grad(lambda *args: ops.ranking_loss(*args)[0]))
+    with pytest.raises(NotImplementedError, match=r"^ranking_loss: torch\.vmap hides the values that the op checks"):
+        mapped(*args)
+
+
 @pytest.mark.parametrize("op", PUBLIC, **by_name)
 def test_what_is_no_tensor_is_refused_by_name(op):
     args = inputs(op)
