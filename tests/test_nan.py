@@ -5,7 +5,7 @@ Every op, each floating-point input: dependence is measured on the reference in 
 
 import pytest
 import torch
-from test_ops import cases, detached, gradients, leaves, reference, to
+from test_ops import OF_EACH_KERNEL, cases, detached, gradients, leaves, reference, to
 
 from rlhf_fast import ops
 from rlhf_fast.kernels._op import OPS
@@ -113,7 +113,7 @@ def test_a_nan_reaches_what_depends_on_it_and_nothing_else(op, size, device, dty
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", [c for c in ALL if c.values[4] != "reference"])
-@pytest.mark.exhaustive(1, by=("op", "device", "backend"))
+@OF_EACH_KERNEL
 def test_a_nan_reaches_the_same_on_every_backend(op, size, device, dtype, backend):
     args = op.bind(*detached(op.make_inputs(device=device, dtype=dtype, **size), True))
     for position, element in single_elements(args, 1 if backend == "triton" and device == "cpu" else ELEMENTS):

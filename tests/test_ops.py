@@ -41,7 +41,7 @@ def cases(*, gradient=False, dtypes=DTYPES, every_backend=True):
                         yield pytest.param(o, size, device, dtype, backend, id=name)
 
 
-# The quick run takes one size of each op, device, backend and dtype, `pytest -m slow` three, `pytest -m ''` all.
+# The quick run takes one size of each op, device, backend and dtype, `pytest -m slow` three more, `-m ''` all.
 OF_EACH_KERNEL = pytest.mark.exhaustive(1, by=("op", "device", "backend", "dtype"))
 
 
@@ -329,7 +329,7 @@ def test_one_float64_tensor_makes_all_float64(name):
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32])))
-@pytest.mark.exhaustive(1, by=("op", "device", "backend"))
+@OF_EACH_KERNEL
 def test_strided_inputs_give_the_same_bits(op, size, device, dtype, backend):
     args = detached(op.make_inputs(device=device, dtype=dtype, **size))
 
