@@ -2,7 +2,7 @@
 
 `pytest` runs the quick tests in one process a core, `pytest -m slow` longer ones, `pytest -m ''` all. A cross product
 marked `exhaustive(keep, by)` is sampled: of the cases with the same values of the parameters `by`, `keep` are drawn for
-the quick run, 3 keep others are slow, and the rest is `full`: `-m ''` alone runs it. RLHF_FAST_TEST_SEED draws them if
+the quick run, 2 keep others are slow, and the rest is `full`: `-m ''` alone runs it. RLHF_FAST_TEST_SEED draws them if
 it is set (CI sets it from the commit, so that each commit tries others), else 0.
 """
 
@@ -67,9 +67,9 @@ def pytest_collection_modifyitems(items):
     for (function, keep, *names), members in groups.items():
         draw = random.Random(f"{SAMPLE} {function.__qualname__} {names}")
         order = draw.sample(members, len(members))
-        for item in order[keep : 4 * keep]:
+        for item in order[keep : 3 * keep]:
             item.add_marker("slow")
-        for item in order[4 * keep :]:
+        for item in order[3 * keep :]:
             item.add_marker("full")
 
 

@@ -17,7 +17,7 @@ ones, which are too small for such loads.
 Another version of Triton, of which only compilation, shared memory and spills are checked:
 
     pip install --no-deps --target FOLDER triton==3.6.0
-    PYTHONPATH=FOLDER:. python -m rlhf_fast.bench.checks.triton_resources --arch 90 --spills
+    PYTHONPATH=FOLDER:. python -m rlhf_fast.bench.checks.triton_resources --spills
 """
 
 import argparse
@@ -52,10 +52,6 @@ from rlhf_fast.kernels.triton import launch
 from rlhf_fast.kernels.triton._scale import scale_in_place, scale_two_in_place
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # compute capability: bytes that a block can have
-KNOWN_SPILLS = {
-    # Logits of 16 bits; 3 stores and 5 loads of 17,279 instructions. Smaller tiles spill more, fewer warps take longer.
-    ("3.6", "_filters.cutoff_kernel", 90): 8,
-}  # Triton's version, kernel, compute capability: spills
 NUM_SMS = 132  # of an H100, for launchers that depend on it
 KERNELS = Path(launch.__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -226,16 +222,9 @@ def measure(found: Launch, arch: int) -> Resources:
     )
 
 
-def known_spills(name: str, arch: int) -> int:
-    """Return the spills that this version of Triton is known to make of a kernel."""
-    return KNOWN_SPILLS.get((triton.__version__.rpartition(".")[0], name, arch), 0)
-
-
-def find_faults(
-    arch: int, used: Resources, is_small: bool = False, max_spills: int = 0, only_spills: bool = False
-) -> Iterator[str]:
+def find_faults(arch: int, used: Resources, is_small: bool = False, only_spills: bool = False) -> Iterator[str]:
     """Yield what is wrong with a kernel. is_small: it was compiled at small sizes."""
-    if used.spills > max_spills:
+    if used.spills:
         yield f"{used.spills} spills"
     if used.shared > SHARED_MEMORY[arch]:
         yield f"{used.shared} bytes of shared memory"
@@ -322,9 +311,7 @@ def main() -> int:
             faults.append(f"{kernel}: {used}")
             continue
         lines.append(table_row(one, arch, first, used))
-        known = known_spills(one.name, arch)
-        found_faults = find_faults(arch, used, first.endswith(SMALL), known, options.spills)
-        faults += [f"{kernel}: {fault}" for fault in found_faults]
+        faults += [f"{kernel}: {fault}" for fault in find_faults(arch, used, first.endswith(SMALL), options.spills)]
     table = "\n".join(lines)
     print(table)
     if options.save:

@@ -224,7 +224,7 @@ def collect_candidates(
     """Store the tokens with keys in [low, high) by rising index. Return their number, their weight, and the weight of
     those at or above high. Weight is number if uses_top_k, otherwise mass."""
     count = tl.full((), 0, tl.int32)
-    inner_weight = tl.zeros((TILE,), tl.float32)
+    inner_weight = tl.zeros((TILE // 2,), tl.float32)  # sums of pairs: half the registers
     weight_above = inner_weight
     for start in range(0, V, TILE):
         index = start + tl.arange(0, TILE)
@@ -233,8 +233,8 @@ def collect_candidates(
         is_above = key >= high
         is_candidate = (key >= low) & (key < high) & (index < V)
         weight = tl.where(uses_top_k, 1.0, tl.exp((x - largest) * inverse))
-        inner_weight += tl.where(is_candidate, weight, 0.0)
-        weight_above += tl.where(is_above, weight, 0.0)
+        inner_weight += tl.sum(tl.reshape(tl.where(is_candidate, weight, 0.0), (TILE // 2, 2)), axis=1)
+        weight_above += tl.sum(tl.reshape(tl.where(is_above, weight, 0.0), (TILE // 2, 2)), axis=1)
         num_candidates = tl.sum(is_candidate.to(tl.int32), axis=0)
         if num_candidates > 0:
             place = count + tl.cumsum(is_candidate.to(tl.int32), 0) - 1

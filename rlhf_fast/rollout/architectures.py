@@ -43,6 +43,8 @@ class LinearWeights(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     transposed: bool
+    is_split: bool = False
+    """`weight` is two side by side along its inputs, of which each is multiplied by x; see `split_weight`."""
 
     @property
     def out_features(self) -> int:
@@ -103,13 +105,18 @@ class RopeTable(NamedTuple):
 ReadLinear = Callable[[Any], LinearWeights]
 
 
-def read_weights(model: Model) -> DecoderWeights:
-    """Return the weights of `model`. Unsupported if its architecture or their layout is not known."""
+def read_weights(model: Model, split_sums: bool | None = None) -> DecoderWeights:
+    """Return the weights of `model`. Unsupported if its architecture or their layout is not known.
+
+    split_sums: whether sums of 16-bit weights and their adapters' products are split. None: on a GPU, which multiplies
+    16-bit numbers ten times as fast as float32."""
+    if split_sums is None:
+        split_sums = model.device.type == "cuda"
     decoder = model.decoder
     family = FAMILIES.get(type(decoder).__name__)
     if family is None or not type(decoder).__module__.startswith("transformers.models."):
         raise Unsupported(f"there is no step for {type(decoder).__name__}")
-    weights = family(decoder, _linear_reader(model.adapter_enabled))
+    weights = family(decoder, _linear_reader(model.adapter_enabled, split_sums))
     _check_shapes(weights, model.head_weight)
     _check_layout(weights, model.head_weight)
     return weights
@@ -172,21 +179,32 @@ def _embedding(layer: nn.Module) -> Tensor:
     return layer.weight.detach()
 
 
-def _linear_reader(adapter_enabled: bool) -> ReadLinear:
+def split_weight(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Return a float32 weight as two of a 16-bit dtype: its rounding, and beside it, along its inputs, the rounding of
+    what that leaves. x weight' is then [x, x] split', to 16 bits instead of 8 in bfloat16, in as much memory."""
+    limit = torch.finfo(dtype).max
+    high = weight.clamp(-limit, limit).to(dtype)
+    low = (weight - high.float()).clamp_(-limit, limit).to(dtype)
+    return torch.cat((high, low), dim=0 if transposed else 1)
+
+
+def _linear_reader(adapter_enabled: bool, split_sums: bool) -> ReadLinear:
     """Return the function that reads a linear layer, with its adapter's product added if `adapter_enabled`."""
 
     def read_linear(layer: Any) -> LinearWeights:
         base = getattr(layer, "base_layer", layer)
         if type(base) not in (nn.Linear, Conv1D):
             raise Unsupported(f"it has a {type(base).__name__} where a linear layer is expected")
-        weight = base.weight
+        weight, transposed, is_split = base.weight.detach(), isinstance(base, Conv1D), False
         if base is not layer and adapter_enabled:
             delta = lora.weight_delta(layer)
             if delta is None:
                 raise Unsupported(f"its adapter {type(layer).__name__} is more than a sum of weights")
             if isinstance(delta, Tensor):
-                weight = weight.detach().float() + delta.float()
-        return LinearWeights(weight.detach(), _detach(base.bias), isinstance(base, Conv1D))
+                is_split = split_sums and weight.dtype in (torch.bfloat16, torch.float16)
+                total = weight.float() + delta.float()
+                weight = split_weight(total, weight.dtype, transposed) if is_split else total
+        return LinearWeights(weight, _detach(base.bias), transposed, is_split)
 
     return read_linear
 

@@ -56,7 +56,8 @@ def _merge_layer(layer: LayerWeights) -> LayerWeights:
 
 def _merge(linears: Sequence[LinearWeights]) -> LinearWeights | None:
     """Return one layer with all outputs, or None if the weights or biases are not adjacent."""
-    weight = None if any(linear.transposed for linear in linears) else _join([linear.weight for linear in linears])
+    separate = any(linear.transposed or linear.is_split for linear in linears)
+    weight = None if separate else _join([linear.weight for linear in linears])
     if weight is None or all(linear.bias is None for linear in linears):
         return None if weight is None else LinearWeights(weight, None, transposed=False)
     bias = _join([linear.bias for linear in linears])

@@ -115,8 +115,10 @@ class OpStep:
 
 
 def _linear(linear: LinearWeights, x: Tensor) -> Tensor:
-    """Multiply in the dtype of the weight: a weight with an adapter is float32 also where x is half precision."""
+    """Multiply in the dtype of the weight: one with an adapter may be float32 also where x is half precision."""
     weight = linear.weight.t() if linear.transposed else linear.weight
+    if linear.is_split:
+        x = torch.cat((x, x), dim=-1)
     bias = linear.bias
     if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
         return F.linear(x, weight, bias)
