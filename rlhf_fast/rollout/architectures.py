@@ -1,7 +1,8 @@
 """The weights of a decoder, by architecture: one short function a family says where transformers keeps them.
 
 `read_weights(model)` returns the module's own tensors, without a copy. Only adapters cost memory: a weight that an
-active LoRA changes is returned as a float32 sum, because training does not round that sum either.
+active LoRA changes is returned as a float32 sum, because training does not round that sum either; on a GPU as two
+16-bit weights with that sum.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ ReadLinear = Callable[[Any], LinearWeights]
 def read_weights(model: Model, split_sums: bool | None = None) -> DecoderWeights:
     """Return the weights of `model`. Unsupported if its architecture or their layout is not known.
 
-    split_sums: whether sums of 16-bit weights and their adapters' products are split. None: on a GPU, which multiplies
-    16-bit numbers ten times as fast as float32."""
+    split_sums: whether sums of 16-bit weights and their adapters' products are split. None: on a GPU, whose tensor
+    cores multiply 16-bit numbers and no float32."""
     if split_sums is None:
         split_sums = model.device.type == "cuda"
     decoder = model.decoder
@@ -181,10 +182,11 @@ def _embedding(layer: nn.Module) -> Tensor:
 
 def split_weight(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
     """Return a float32 weight as two of a 16-bit dtype: its rounding, and beside it, along its inputs, the rounding of
-    what that leaves. x weight' is then [x, x] split', to 16 bits instead of 8 in bfloat16, in as much memory."""
+    what that leaves. In bfloat16 they keep 16 bits of the weight instead of 8, in as much memory as float32. Then
+    x weight' is [x, x] split'. float16's two reach twice its largest number."""
     limit = torch.finfo(dtype).max
-    high = weight.clamp(-limit, limit).to(dtype)
-    low = (weight - high.float()).clamp_(-limit, limit).to(dtype)
+    high = torch.where(weight.isinf(), weight, weight.clamp(-limit, limit)).to(dtype)
+    low = torch.where(high.isinf(), 0.0, weight - high.float()).to(dtype)
     return torch.cat((high, low), dim=0 if transposed else 1)
 
 

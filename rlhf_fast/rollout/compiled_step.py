@@ -228,6 +228,7 @@ class CompiledStep:
     def _matrix(self, linear: LinearWeights | None) -> _Matrix:
         if linear is None:
             return _Matrix()
+        assert not linear.is_split, "only a GPU's step multiplies split weights"
         bias = None if linear.bias is None else linear.bias.to(linear.weight.dtype)
         return _Matrix(
             weight=self._data_ptr(linear.weight),
