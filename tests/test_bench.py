@@ -276,6 +276,7 @@ def test_only_what_is_known_not_to_wait_is_captured(kernel, monkeypatch):
     """torch before 2.12 is spoilt by a failed capture, and a reference may wait for the device."""
     kernel(ops.gae, ops.gae.reference)
     captured = []
+    monkeypatch.setattr(compare, "MAX_CAPTURED", float("inf"))  # else a busy machine's calls are too long
     monkeypatch.setattr(Cpu, "graph_timer", lambda self, call: captured.append(call))
     assert measured(ops.gae, {"B": 3, "T": 17}).rows and len(captured) == 1
 
