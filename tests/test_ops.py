@@ -41,7 +41,7 @@ def cases(*, gradient=False, dtypes=DTYPES, every_backend=True):
                         yield pytest.param(o, size, device, dtype, backend, id=name)
 
 
-# The quick run takes one size of each op, device, backend and dtype, `pytest -m slow` three more, `-m ''` all.
+# The quick run takes one size of each op, device, backend and dtype, `pytest -m slow` two more, `-m ''` all.
 OF_EACH_KERNEL = pytest.mark.exhaustive(1, by=("op", "device", "backend", "dtype"))
 
 
