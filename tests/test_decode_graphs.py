@@ -23,13 +23,13 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.kernels import rope_store
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import cuda_graphs, fused, op_step
-from rlhf_fast.rollout.architectures import RopeTable, read_weights
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, StaticStep, bucket_size
 from rlhf_fast.rollout.input_batch import InputBatch
 from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.rollout.sampler import Sampler
+from rlhf_fast.rollout.weights import RopeTable, read_weights
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "mistral, sliding window"]
 DEVICES = [

@@ -16,8 +16,9 @@ from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._backends import COMPILED, forcing
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._op import OPS
+from rlhf_fast.model import architectures
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import architectures, compiled_step, fused
+from rlhf_fast.rollout import compiled_step, fused
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.kv_cache import PagedKVCache
@@ -319,9 +320,9 @@ def test_a_wrong_family_table_is_refused(monkeypatch):
     """verify_decoder refuses a family whose function reads one number wrong."""
     right = architectures.FAMILIES["LlamaModel"]
 
-    def wrong(decoder, linear):
-        weights = right(decoder, linear)
-        return weights._replace(layers=[layer._replace(scale=layer.scale * 1.2) for layer in weights.layers])
+    def wrong(decoder):
+        parts = right(decoder)
+        return parts._replace(layers=[layer._replace(scale=layer.scale * 1.2) for layer in parts.layers])
 
     monkeypatch.setitem(architectures.FAMILIES, "LlamaModel", wrong)
     with pytest.raises(Unsupported, match="hidden states over our cache are off by"):

@@ -15,7 +15,6 @@ from rlhf_fast.config.fields import LoraConfig, ModelConfig, OptimConfig
 from rlhf_fast.kernels._backends import forcing
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import op_step
-from rlhf_fast.rollout.architectures import read_weights
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs
 from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.kv_cache import PagedKVCache
@@ -23,6 +22,7 @@ from rlhf_fast.rollout.merged_linears import make_adjacent, merge_adjacent
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.rollout.sampler import Sampler
+from rlhf_fast.rollout.weights import read_weights
 from rlhf_fast.run import checkpoint
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import pretrain_loss

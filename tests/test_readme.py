@@ -21,7 +21,7 @@ from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
-from rlhf_fast.rollout.architectures import FAMILIES
+from rlhf_fast.model.architectures import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

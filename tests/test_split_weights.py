@@ -9,9 +9,9 @@ from test_fused import GPT, at_once, heads, hidden, random_rows
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.kernels._backends import forcing
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import architectures, fused, merged_linears, op_step
-from rlhf_fast.rollout.architectures import LinearWeights, read_weights, split_weight
+from rlhf_fast.rollout import fused, merged_linears, op_step
 from rlhf_fast.rollout.fused import FusedDecoder
+from rlhf_fast.rollout.weights import LinearWeights, read_weights, split_weight
 
 MODELS = {
     "llama, biases": build("Llama", **heads(4, 2, 8), attention_bias=True, mlp_bias=True),
@@ -66,7 +66,7 @@ def test_the_step_of_a_gpu_multiplies_no_float32(name, monkeypatch):
     monkeypatch.setattr(fused, "find_kernels", lambda _: None)
     with forcing("reference"):
         exact = torch.cat(hidden(FusedDecoder.make(model), rows, at_once(rows)))
-        read = architectures.read_weights
+        read = fused.read_weights
         monkeypatch.setattr(fused, "read_weights", lambda model: read(model, split_sums=True))
         dtypes, linear = [], op_step._linear
         monkeypatch.setattr(op_step, "_linear", lambda w, x: dtypes.append((w.weight.dtype, x.dtype)) or linear(w, x))

@@ -1,5 +1,5 @@
 // One forward pass of a decoder over N packed tokens, in one call: embedding, layers, final norm. It serves prefill and
-// decode; rlhf_fast/rollout/architectures.py says which tensor of an architecture goes where.
+// decode; rlhf_fast/model/architectures.py says which tensor of an architecture goes where.
 //
 //     tokens    | block of 64 | block of 64 | ...      each block goes through all layers
 //     layer     norm | q k v | rope, store | attention | out | norm | gate, up | down      a barrier after each

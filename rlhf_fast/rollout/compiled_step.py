@@ -12,9 +12,10 @@ from torch import Tensor
 from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._backends import COMPILED, forced_backend
 from rlhf_fast.kernels._launch import stream_or_threads
-from rlhf_fast.rollout.architectures import DecoderWeights, LayerWeights, LinearWeights, NormWeights, RopeTable
+from rlhf_fast.model.architectures import Norm
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import PagedKVCache
+from rlhf_fast.rollout.weights import DecoderWeights, LayerWeights, LinearWeights, RopeTable
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 MIN_NANOSECONDS_TO_THREAD = 1_000_000
@@ -214,7 +215,7 @@ class CompiledStep:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _norm(self, norm: NormWeights | None) -> _Norm:
+    def _norm(self, norm: Norm | None) -> _Norm:
         if norm is None:
             return _Norm()
         return _Norm(

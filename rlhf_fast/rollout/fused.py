@@ -1,4 +1,4 @@
-"""The fused decoder: our own forward pass over the module's tensors, for the families of rollout/architectures.py.
+"""The fused decoder: our own forward pass over the module's tensors, for the families of model/architectures.py.
 
 One call of compiled code runs all layers (csrc/cpu/decode_step.cpp). On a device without it, the same step is a
 sequence of ops (rollout/op_step.py).
@@ -16,13 +16,13 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout.architectures import DecoderWeights, read_weights, rope_table
 from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, CompiledStep, find_kernels
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
 from rlhf_fast.rollout.merged_linears import make_adjacent, merge_adjacent
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.verify import verify_decoder
+from rlhf_fast.rollout.weights import DecoderWeights, read_weights, rope_table
 
 
 class FusedDecoder:

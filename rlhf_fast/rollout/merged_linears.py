@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.rollout.architectures import DecoderWeights, LayerWeights, LinearWeights
+from rlhf_fast.rollout.weights import DecoderWeights, LayerWeights, LinearWeights
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """transformers' names of the layers that read the same input."""

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.rollout.architectures import DecoderWeights, LayerWeights, LinearWeights, NormWeights, RopeTable
+from rlhf_fast.model.architectures import Norm
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import PagedKVCache
 from rlhf_fast.rollout.prompt_attention import PromptAttention, fast_kernels
+from rlhf_fast.rollout.weights import DecoderWeights, LayerWeights, LinearWeights, RopeTable
 
 Attend = Callable[[int, LayerWeights, Tensor, Tensor, Tensor], Tensor]
 """(index of the layer, layer, q, k, v) -> the attention's output"""
@@ -126,12 +127,12 @@ def _linear(linear: LinearWeights, x: Tensor) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
-def _add_and_norm(norm: NormWeights, x: Tensor, out: Tensor | None) -> Tensor:
+def _add_and_norm(norm: Norm, x: Tensor, out: Tensor | None) -> Tensor:
     """Add `out` to x in place, and return the norm of x."""
     return _norm(norm, x) if out is None else _norm(norm, out, residual=x)
 
 
-def _norm(norm: NormWeights, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _norm(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Tensor:
     shape = x.shape
     x = x.reshape(-1, shape[-1])
     if norm.centered:
