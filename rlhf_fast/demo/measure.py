@@ -95,7 +95,7 @@ def reward_accuracy(reward: Model, ranked: Path) -> Estimate:
     rows = read_comparisons(DataConfig(path=str(ranked)), reward.tokenizer, context=reward.max_positions).train
     shares = []
     for batch in rows.in_order(1):
-        scores, ranks = reward.last_scores(batch.tokens, batch.lengths), batch.ranks
+        scores, ranks = reward.last_scores(batch.tokens, batch.lengths, batch.prompt_lengths), batch.ranks
         better = ranks[:, None] < ranks[None, :]
         right = (scores[:, None] > scores[None, :]) & better
         if better.any():

@@ -1,10 +1,12 @@
 """A Hugging Face causal language model, or one with a scalar head, as the stages use it.
 
-Forward passes run the model's own decoder. The head is ours: a fused op takes the decoder's hidden states and the
-output embedding, so that no logits are stored. When a model is created, a few tokens are run through both heads; a
-model whose head does more than a linear map, a scale and a soft cap is refused.
+The head is ours: a fused op takes the decoder's hidden states and the output embedding, so that no logits are stored.
+When a model is created, a few tokens are run through both heads; a model whose head does more than a linear map, a
+scale and a soft cap is refused.
 
-Rows are padded on the right and attention is causal, so no real token sees padding and no mask is needed.
+Forward passes run our own layers on packed rows where they serve the model (model/packed_decoder.py), else the model's
+own decoder: there rows are padded on the right and attention is causal, so no real token sees padding and no mask is
+needed.
 All dropout is off, unless `train_mode(dropout)` turns residual dropout on.
 """
 
@@ -24,7 +26,8 @@ from rlhf_fast import ops
 from rlhf_fast.batches import response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.model import checks, lora, packing
+from rlhf_fast.model import checks, lora, packed_decoder, packing
+from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.end_tokens import in_generation_config
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
@@ -58,6 +61,7 @@ class Model:
         disable_dropout(self.base)
         self._residual_dropout = ResidualDropout()
         self._packing_checked = False
+        self._packed_refusals: dict[tuple[bool, bool, bool], str | None] = {}
         self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
         self.logit_scale = 1.0
         self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
@@ -226,13 +230,50 @@ class Model:
         with self._adapter_context():
             return self.decoder(**kwargs)
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether forward passes run our own layers on packed rows."""
+        return self.packed_refusal is None
+
+    @property
+    def packed_refusal(self) -> str | None:
+        """Why forward passes run the module's own decoder on padded rows. None if they run ours on packed rows."""
+        if self.device.type != "cpu" or ops.varlen_attention.chosen("cpu") == "reference":
+            return "our layers are compiled for the CPU, and here they are not used"
+        if self._has_foreign_hooks():
+            return "its layers have hooks, which ours would not call"
+        trains = any(p.requires_grad for p in self.module.parameters())
+        key = (trains, self.module is self.base, self.adapter_enabled)
+        if key not in self._packed_refusals:
+            self._packed_refusals[key] = packed_decoder.find_refusal(self)
+        return self._packed_refusals[key]
+
+    def _has_foreign_hooks(self) -> bool:
+        own = self._residual_dropout
+        hooks = (
+            hook
+            for module in self.decoder.modules()
+            for kind in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+            for hook in kind.values()
+        )
+        return any(getattr(hook, "__self__", None) is not own for hook in hooks)
+
+    def run_packed(self, rows: packing.PackedRows, kept: Tensor) -> Tensor:
+        """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
+        computed by our own layers."""
+        with self._adapter_context():
+            return packed_decoder.packed_hidden(
+                read_decoder(self.decoder), rows, kept, self._residual_dropout.p, self.base.is_gradient_checkpointing
+            )
+
     def hidden_and_targets(
         self, tokens: Tensor, first: Tensor, lengths: Tensor, keep: Tensor | None = None, pack: bool = False
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return, for the N tokens first <= t < length of all rows, in row order: the hidden states (N, D) that predict
         them, scaled as the head expects; the tokens (N,); and their rows (N,) and columns t - first (N,), on the CPU.
 
-        `keep` (B, R) bool selects tokens. `pack` joins several rows into one before the forward pass.
+        `keep` (B, R) bool selects tokens. `pack` joins several rows into one before the module's own forward pass.
+        Rows whose tokens before `first` are equal share them, where our own layers run.
         `first` must be at least 1, because nothing predicts a row's first token.
         """
         tokens, first, lengths = tokens.cpu(), first.cpu(), lengths.cpu()
@@ -244,6 +285,18 @@ class Model:
         if keep is not None:
             valid &= keep.cpu()
         rows, columns = valid.nonzero(as_tuple=True)
+        last = first[rows] + columns - 1  # the token that predicts each
+        targets = tokens[rows, last + 1].to(self.device)
+        if self.packs_rows:
+            needed = torch.zeros_like(lengths).scatter_reduce(0, rows, last + 1, "amax")
+            packed_rows = packing.pack_rows(tokens, needed, torch.minimum(first, needed))
+            hidden = self.run_packed(packed_rows, packed_rows.index(rows, last))
+        else:
+            hidden = self._module_hidden(tokens, lengths, pack, rows, last)
+        return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
+
+    def _module_hidden(self, tokens: Tensor, lengths: Tensor, pack: bool, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the module's own hidden states (N, D) of the tokens at `columns` of `rows`."""
         if pack and len(tokens) > 1:
             if not self._packing_checked:
                 checks.check_packing(self)
@@ -255,10 +308,7 @@ class Model:
         else:
             hidden = self.hidden(tokens)
             starts = torch.arange(len(tokens)) * tokens.shape[1]
-        index = (starts[rows] + first[rows] + columns - 1).to(self.device)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[index]
-        targets = tokens[rows, first[rows] + columns].to(self.device)
-        return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
+        return hidden.reshape(-1, hidden.shape[-1])[(starts[rows] + columns).to(self.device)]
 
     def logprobs(
         self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0,
@@ -285,15 +335,24 @@ class Model:
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
         return zeros.index_put((rows.to(self.device), columns.to(self.device)), self.score_hidden(hidden))
 
-    def last_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def last_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
         """Return the scalar head's output (B,) float32 at the last token of each row that is not padding: transformers'
-        rule, which a head that was trained elsewhere may have learned with its end token as padding."""
-        hidden, tokens = self.hidden(tokens), tokens.to(self.device)
-        positions = torch.arange(tokens.shape[1], device=self.device)
-        inside = positions < lengths.to(self.device)[:, None]
+        rule, which a head that was trained elsewhere may have learned with its end token as padding.
+
+        prompt_lengths (B,): rows with equal prompts share them, where our own layers run."""
+        tokens, lengths = tokens.cpu(), lengths.cpu()
+        positions = torch.arange(tokens.shape[1])
+        inside = positions < lengths[:, None]
         if self.score_pad is not None:
             inside &= tokens != self.score_pad
-        return self.score_hidden(hidden[torch.arange(len(tokens), device=self.device), (positions * inside).argmax(1)])
+        rows, last = torch.arange(len(tokens)), (positions * inside).argmax(1)
+        if self.packs_rows:
+            prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths.cpu(), last + 1)
+            packed_rows = packing.pack_rows(tokens, last + 1, prompts)
+            hidden = self.run_packed(packed_rows, packed_rows.index(rows, last))
+        else:
+            hidden = self._module_hidden(tokens, lengths, False, rows, last)
+        return self.score_hidden(hidden)
 
     def score_hidden(self, hidden: Tensor) -> Tensor:
         """Return the scalar head's output (...) float32 on hidden states (..., D)."""

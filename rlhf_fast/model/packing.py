@@ -1,13 +1,89 @@
-"""Packing: several short rows in one, so that a forward pass computes little padding.
+"""Packing: the rows of a batch without padding, end to end.
 
-Positions start again at 0 with each row. From them transformers builds a block-diagonal causal mask, so that packed
-rows do not see one another.
+`pack_rows` lays them out for our own decoder (model/packed_decoder.py), with prompts that several rows share once.
+`pack` lays them out for transformers' modules: several short rows in one. Positions start again at 0 with each row;
+from them transformers builds a block-diagonal causal mask, so that packed rows do not see one another.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class PackedRows(NamedTuple):
+    """N tokens of S sequences that hold the B rows of a batch.
+
+    A row is one sequence, or two: a prompt that several rows share, which is computed once, and the rest of the row,
+    whose tokens also see that prompt.
+    """
+
+    tokens: Tensor
+    """(N,)"""
+    positions: Tensor
+    """(N,) of each token in its row."""
+    offsets: Tensor
+    """(S + 1,) of each sequence's first token; the last is N."""
+    parents: Tensor | None
+    """(S,) the sequence that this one's tokens see before their own, or -1. None = all are -1."""
+    shared_lengths: Tensor
+    """(B,) tokens of a row that are in the shared sequence; 0 = none."""
+    shared_starts: Tensor
+    """(B,) index of the first of them in `tokens`."""
+    own_starts: Tensor
+    """(B,) index of the row's other tokens in `tokens`."""
+
+    def index(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return where in `tokens` the tokens at `columns` of `rows` are, all three (n,)."""
+        shared = self.shared_lengths[rows]
+        own = self.own_starts[rows] + columns - shared
+        return torch.where(columns < shared, self.shared_starts[rows] + columns, own)
+
+
+def pack_rows(tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = None) -> PackedRows:
+    """Pack rows (B, T) of the given lengths (B,), all on the CPU. prompt_lengths (B,): rows with equal prompts share
+    them, unless they are a single token; None = no row shares a token."""
+    num_rows = len(lengths)
+    sizes = lengths.tolist()
+    prompt_sizes = [0] * num_rows if prompt_lengths is None else prompt_lengths.tolist()
+    groups: dict[bytes, list[int]] = {}
+    for row, size in enumerate(prompt_sizes):
+        if size > 1:
+            groups.setdefault(tokens[row, :size].numpy().tobytes(), []).append(row)
+    first_of = {row: group[0] for group in groups.values() if len(group) > 1 for row in group}
+    columns: list[tuple[int, int, int]] = []  # of each sequence: its row, and the first and last column in it
+    parents: list[int] = []
+    shared_sequence: dict[int, int] = {}  # first row of a group -> its prompt's sequence
+    own_sequence: list[int] = []
+    for row in range(num_rows):
+        parent, start = -1, 0
+        if row in first_of:
+            start = prompt_sizes[row]
+            if first_of[row] == row:
+                shared_sequence[row] = len(columns)
+                columns.append((row, 0, start))
+                parents.append(-1)
+            parent = shared_sequence[first_of[row]]
+        own_sequence.append(len(columns))
+        columns.append((row, start, sizes[row]))
+        parents.append(parent)
+    width = tokens.shape[1]
+    ranges = [torch.arange(row * width + start, row * width + end) for row, start, end in columns]
+    source = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
+    offsets = torch.tensor([0, *(end - start for _, start, end in columns)]).cumsum(0)
+    shared = torch.tensor([shared_sequence[first_of[row]] if row in first_of else 0 for row in range(num_rows)])
+    is_shared = torch.tensor([row in first_of for row in range(num_rows)], dtype=torch.bool)
+    return PackedRows(
+        tokens=tokens.reshape(-1)[source],
+        positions=source % max(width, 1),
+        offsets=offsets,
+        parents=torch.tensor(parents) if first_of else None,
+        shared_lengths=torch.tensor(prompt_sizes, dtype=torch.int64) * is_shared,
+        shared_starts=offsets[shared.long()],
+        own_starts=offsets[torch.tensor(own_sequence, dtype=torch.int64)],
+    )
 
 
 class Packed(NamedTuple):

@@ -108,7 +108,9 @@ def scored_rows(model: Model, data: Dataset[Comparisons], count: int) -> list[di
     if not rows:
         return []
     batch = data.join(rows, list(range(len(rows))))
-    scores = model.last_scores(batch.tokens, batch.lengths).split(batch.group_offsets.diff().tolist())
+    scores = model.last_scores(batch.tokens, batch.lengths, batch.prompt_lengths).split(
+        batch.group_offsets.diff().tolist()
+    )
     return [
         {
             "prompt": row.text,

@@ -147,7 +147,11 @@ def _logprobs(model: Model, part: Responses, temperature: float) -> Tensor:
 
 def _value_after_truncated(responses: Responses, value: Model, budget: int) -> Tensor:
     """Return (B,): the value after the last token of a response without end token, 0 for a finished one."""
-    after = _in_micro_batches(responses, budget, lambda part: value.last_scores(part.tokens, part.lengths)[:, None], 1)
+
+    def last_values(part: Responses) -> Tensor:
+        return value.last_scores(part.tokens, part.lengths, part.prompt_lengths)[:, None]
+
+    after = _in_micro_batches(responses, budget, last_values, 1)
     return torch.where(responses.finished, 0, after[:, 0])
 
 

@@ -35,9 +35,10 @@ def pretrain_loss(model: Model, batch: Texts, num_items: float, *, pack: bool = 
 def reward_loss(model: Model, batch: Comparisons, num_items: float) -> tuple[Tensor, Stats]:
     """Return the mean of -log sigmoid(better - worse) over the pairs of a prompt's responses, then over prompts.
 
-    Each response takes one forward pass, whatever the number of pairs. Tied pairs are dropped.
+    Each response takes one forward pass, whatever the number of pairs, and a prompt one, whatever the number of
+    responses, where our own layers run (model/packed_decoder.py). Tied pairs are dropped.
     """
-    scores = model.last_scores(batch.tokens, batch.lengths)
+    scores = model.last_scores(batch.tokens, batch.lengths, batch.prompt_lengths)
     num_groups = len(batch.group_offsets) - 1
     weights = scores.new_full((num_groups,), 1 / num_items)
     offsets, ranks = batch.group_offsets.to(scores.device), batch.ranks.to(scores.device)

@@ -62,7 +62,7 @@ class ModelReward:
     def __call__(self, responses: Responses) -> Tensor:
         scores = torch.zeros(len(responses.lengths))
         for index, part in micro_batches(responses, self.micro_batch_tokens):
-            scores[index] = self.model.last_scores(part.tokens, part.lengths).cpu()
+            scores[index] = self.model.last_scores(part.tokens, part.lengths, part.prompt_lengths).cpu()
         return check_scores(scores.tolist(), responses.uids.tolist(), self.model.name)
 
 

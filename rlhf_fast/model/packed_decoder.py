@@ -1,0 +1,203 @@
+"""The training forward: a decoder's layers on packed rows, without padding, built of our ops with gradients.
+
+It runs the families of model/architectures.py on the CPU, where a model's hidden states and gradients were found equal
+to those of its own module (`find_refusal`). Norms, rotation, activations and attention are ops. Linear layers are the
+module's own, called, so that adapters work as they do there. Activations have the module's dtype.
+
+A prompt that several rows share is computed once, and its gradient is the sum over these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_fast import ops
+from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.model import lora
+from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder
+from rlhf_fast.model.packing import PackedRows, pack_rows
+
+PROBE_LENGTHS = (8, 8, 5)
+"""Rows of the comparison with the module; the first two share PROBE_PROMPT tokens."""
+PROBE_PROMPT = 3
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (0.05, 0.25)}
+"""Relative differences, in norm, of hidden states and gradients that rounding explains, by the weights' dtype. Those of
+bfloat16 are what the module's own differ by from a float32 copy's."""
+
+
+def packed_hidden(
+    parts: Decoder, rows: PackedRows, kept: Tensor, dropout: float = 0.0, checkpoints: bool = False
+) -> Tensor:
+    """Return the hidden states (n, D) of the tokens at index `kept` (n,), after the final norm.
+
+    dropout: the probability of residual dropout. checkpoints: compute each layer again in the backward pass instead of
+    keeping its activations.
+    """
+    device = parts.embedding.weight.device
+    tokens, positions = rows.tokens.to(device), rows.positions.to(device)
+    x = parts.embedding(tokens)
+    if parts.position_embedding is not None:
+        x = x + parts.position_embedding(positions)
+    call = _Call(parts, rows, _angles(parts, x, positions), dropout)
+    for layer in parts.layers:
+        own_kept = kept.to(device) if layer is parts.layers[-1] else None
+        if checkpoints and torch.is_grad_enabled():
+            x = checkpoint(_layer, call, layer, x, own_kept, use_reentrant=False)
+        else:
+            x = _layer(call, layer, x, own_kept)
+    return _norm(parts.final_norm, x)
+
+
+class _Call(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    parts: Decoder
+    rows: PackedRows
+    rope: tuple[Tensor, Tensor] | None
+    """cos and sin (N, r / 2) float32 of each token's angles."""
+    dropout: float
+
+
+def _angles(parts: Decoder, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return cos and sin as the module rounds them; None without RoPE."""
+    if parts.rotary is None:
+        return None
+    with torch.no_grad():
+        cos, sin = parts.rotary(x, positions[None])
+    half = cos.shape[-1] // 2  # transformers repeats the angles in the second half
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the residual stream after `layer`; of the `kept` tokens alone, if they are given."""
+    attended = _attention(call, layer, _norm(layer.attention_norm, x))
+    if kept is not None:  # no later token reads the others
+        x, attended = x[kept], attended[kept]
+    out = _drop(call, layer.out(attended))
+    if call.parts.parallel_residual:
+        return x + out + _drop(call, _mlp(call, layer, _norm(layer.mlp_norm, x)))
+    x = x + out
+    return x + _drop(call, _mlp(call, layer, _norm(layer.mlp_norm, x)))
+
+
+def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
+    """Return the heads' outputs (N, H d), before the output projection."""
+    parts, d = call.parts, call.parts.head_dim
+    outputs = [linear(x) for linear in layer.qkv]
+    if parts.interleaved_qkv:
+        q, k, v = outputs[0].view(len(x), parts.num_heads, 3, d).unbind(2)
+    elif len(outputs) == 1:
+        sizes = [parts.num_heads, parts.num_kv_heads, parts.num_kv_heads]
+        q, k, v = outputs[0].view(len(x), -1, d).split(sizes, 1)
+    else:
+        q, k, v = (output.view(len(x), -1, d) for output in outputs)
+    if layer.q_norm is not None:
+        q = _norm(layer.q_norm, q)
+    if layer.k_norm is not None:
+        k = _norm(layer.k_norm, k)
+    if call.rope is not None and layer.uses_rope:
+        q, k = ops.rope(q, *call.rope), ops.rope(k, *call.rope)
+    rows = call.rows
+    out = ops.varlen_attention(q, k, v, rows.offsets, layer.scale, layer.window, parents=rows.parents)
+    return out.flatten(1)
+
+
+def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
+    if layer.gate is None:
+        return layer.down(_activate(call, layer.up(x)))
+    gate, up = layer.gate(x), layer.up(x)
+    return layer.down(ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up)
+
+
+def _activate(call: _Call, x: Tensor) -> Tensor:
+    if call.parts.activation == "silu":
+        return F.silu(x)
+    return ops.gelu(x, "tanh" if call.parts.activation == "gelu_tanh" else "none")
+
+
+def _norm(norm: Norm, x: Tensor) -> Tensor:
+    if norm.centered:
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return ops.rms_norm(x, norm.weight, norm.eps)
+
+
+def _drop(call: _Call, x: Tensor) -> Tensor:
+    return F.dropout(x, call.dropout) if call.dropout else x
+
+
+def find_refusal(model: Any) -> str | None:
+    """Return why `packed_hidden` cannot stand for the forward of `model`, a Model, or None if it can.
+
+    Hidden states are compared with the module's, and the gradients of the first and the last layer's parameters, which
+    pass through all others.
+    """
+    tolerances = TOLERANCES.get(model.head_weight.dtype)
+    if tolerances is None:
+        return f"weights of {model.head_weight.dtype} are not trained on the CPU"
+    try:
+        parts = read_decoder(model.decoder)
+        for layer in parts.layers:
+            for linear in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down):
+                if linear is not None:
+                    base_linear(linear)
+        with model.eval_mode(), lora.nonzero_adapters(model.module):
+            return _compare(model, parts, *tolerances)
+    except Unsupported as reason:
+        return str(reason)
+
+
+def _compare(model: Any, parts: Decoder, tolerance: float, gradient_tolerance: float) -> str | None:
+    """Return how the packed forward of a few rows differs from the module's, or None where rounding explains it."""
+    length = min(model.max_positions or PROBE_LENGTHS[0], PROBE_LENGTHS[0])
+    tokens = model.probe_tokens(len(PROBE_LENGTHS), length).cpu()
+    lengths = torch.tensor(PROBE_LENGTHS).clamp_max(length)
+    prompt = min(PROBE_PROMPT, length - 1)
+    tokens[1, :prompt] = tokens[0, :prompt]
+    rows = pack_rows(tokens, lengths, torch.full_like(lengths, prompt))
+    row_index, columns = (torch.arange(length) < lengths[:, None]).nonzero(as_tuple=True)
+    kept = rows.index(row_index, columns)
+    weights = torch.randn(len(kept), model.head_weight.shape[1], generator=torch.Generator().manual_seed(0))
+    ends = [p for layer in (parts.layers[0], parts.layers[-1]) for p in _parameters(layer) if p.requires_grad]
+    wanted = list({id(p): p for p in ends}.values())
+
+    def states_and_gradients(forward: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            states = forward()
+            total = (states.float() * weights.to(states.device)).sum()
+        # an adapter that is not active has no gradient
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
+        return states.detach(), list(gradients)
+
+    own, own_gradients = states_and_gradients(lambda: model.hidden(tokens)[row_index, columns])
+    packed, packed_gradients = states_and_gradients(lambda: model.run_packed(rows, kept))
+    if _difference(packed, own) > tolerance:
+        return f"its hidden states differ from the module's by {_difference(packed, own):.1e} of their norm"
+    for mine, theirs in zip(packed_gradients, own_gradients, strict=True):
+        if _difference(mine, theirs) > gradient_tolerance:
+            return f"a gradient differs from the module's by {_difference(mine, theirs):.1e} of its norm"
+    return None
+
+
+def _parameters(layer: Layer) -> list[Tensor]:
+    """Return the parameters of a layer's parts."""
+    found: list[Tensor] = []
+    for part in layer:
+        for item in part if type(part) is tuple else (part,):
+            if isinstance(item, nn.Module):
+                found += item.parameters()
+            elif isinstance(item, Norm):
+                found += [p for p in (item.weight, item.bias) if p is not None]
+    return found
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm of `expected`; infinity if it is not finite."""
+    norm = float(expected.double().norm())
+    difference = float((actual.double() - expected.double()).norm()) / (norm or 1.0)
+    return difference if difference == difference else float("inf")
