@@ -235,14 +235,15 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _launch(kernel, kernels, tensors, offsets, scale, window, softcap, parents, *, out, lse, outputs=()) -> None:
-    """Run the forward pass, or with `outputs` (grad_out, dq, dk, dv) the backward pass."""
+def _launch(kernels, tensors, offsets, scale, window, softcap, parents, *, lse, out=None, outputs=()) -> tuple:
+    """Run the forward pass, or with `outputs` (grad_out, dq, dk, dv) the backward pass. Return the tensors whose
+    addresses the kernel has: torch.compile would free one that is not read any more when it is called."""
     q = tensors[0]
     N, H, d = q.shape
     Hkv = tensors[1].shape[1]
     _check_sequences(offsets, parents, N)
     if not N:
-        return
+        return ()
     offsets = offsets.contiguous()
     order, tree_starts, max_tokens = _plan(offsets, parents)
     num_trees, threads = len(tree_starts) - 1, stream_or_threads(q)
@@ -252,16 +253,19 @@ def _launch(kernel, kernels, tensors, offsets, scale, window, softcap, parents, 
     block = lanes * kernels.varlen_attention_heads
     size = 2 * (max_tokens + rows) * narrow + block * (2 * narrow + kernels.varlen_attention_tile)
     if outputs:
-        size += 2 * (max_tokens + rows) * padded
-        size += block * (narrow + 2 * padded + kernels.varlen_attention_tile)
+        keys = max_tokens + 2 * rows
+        size = 2 * (max_tokens + rows) * (narrow + padded) + block * (3 * narrow + 2 * padded + 3 * keys)
     scratch = empty_float32(q, threads, _round_up(size, 32))
     partial = empty_float32(q, parts, 2, Hkv, N, padded) if outputs and parts > 1 else None
     strided = [number for x in tensors for number in (x.data_ptr(), *x.stride()[:2])]
-    gradients = [*data_ptrs(*outputs, partial)] if outputs else []
+    kernel, addresses = kernels.varlen_attention, data_ptrs(out)
+    if outputs:
+        kernel, addresses = kernels.varlen_attention_backward, data_ptrs(*outputs, partial)
     kernel(
-        *gradients, *strided, q.dtype == torch.bfloat16, *data_ptrs(out, lse, offsets, order, tree_starts, scratch),
+        *addresses, *strided, q.dtype == torch.bfloat16, *data_ptrs(lse, offsets, order, tree_starts, scratch),
         scratch.shape[1], num_trees, parts, N, H, Hkv, d, scale, window, softcap, threads,
     )  # fmt: skip
+    return *tensors, out, lse, *outputs, offsets, order, tree_starts, scratch, partial
 
 
 def _readable(*tensors: Tensor) -> list[Tensor]:
@@ -276,7 +280,7 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
 def _attend_on_cpu(kernels, q, k, v, *rest, lse: Tensor | None) -> Tensor:
     tensors = _readable(q, k, v)
     out = torch.empty(q.shape, dtype=tensors[0].dtype, device=q.device)
-    _launch(kernels.varlen_attention, kernels, tensors, *rest, out=out, lse=lse)
+    _launch(kernels, tensors, *rest, out=out, lse=lse)
     return out.to(q.dtype)
 
 
@@ -292,13 +296,11 @@ def _(kernels, q, *rest):
 
 
 @varlen_attention_backward.compiled(devices=("cpu",))
-def _(kernels, grad_out, out, lse, q, k, v, *rest):
+def _(kernels, grad_out, _out, lse, q, k, v, *rest):
     tensors = _readable(q, k, v)
-    grad_out, out = (x.detach().to(tensors[0].dtype).contiguous() for x in (grad_out, out))
-    lse = lse.contiguous()
+    grad_out, lse = grad_out.detach().to(tensors[0].dtype).contiguous(), lse.contiguous()
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
-    kernel = kernels.varlen_attention_backward
-    _launch(kernel, kernels, tensors, *rest, out=out, lse=lse, outputs=(grad_out, *grads))
+    _launch(kernels, tensors, *rest, lse=lse, outputs=(grad_out, *grads))
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
 
 

@@ -41,7 +41,10 @@ struct VarlenArgs {
   }
 };
 
+// Four numbers of a row, whatever W is.
 typedef float four __attribute__((vector_size(16)));
+typedef uint32_t four_words __attribute__((vector_size(16)));
+typedef uint16_t four_halves __attribute__((vector_size(8)));
 typedef int32_t four_ints __attribute__((vector_size(16)));
 
 INLINE four load_four(const float* p) {
@@ -50,17 +53,15 @@ INLINE four load_four(const float* p) {
   return v;
 }
 INLINE four load_four(const bf16* p) {
-  typedef uint16_t four_halves __attribute__((vector_size(8)));
-  typedef uint32_t four_words __attribute__((vector_size(16)));
   four_halves v;
   memcpy(&v, p, sizeof v);
   return (four)(__builtin_convertvector(v, four_words) << 16);
 }
 INLINE void store_four(float* p, four v) { memcpy(p, &v, sizeof v); }
-INLINE void store_four(bf16* p, four v) {
-  float lanes[W] = {};
-  memcpy(lanes, &v, sizeof v);
-  store_partial(p, load(lanes), 4);
+INLINE void store_four(bf16* p, four v) {  // rounded as round_to_bf16 does
+  const four_words bits = (four_words)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const four_halves halves = __builtin_convertvector((v != v) ? (bits >> 16) | 0x40u : rounded, four_halves);
+  memcpy(p, &halves, sizeof halves);
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -167,28 +168,26 @@ void differentiate_heads(const VarlenArgs& args, const Item& item, const Segment
   panels.q_rows = panels.dq + size;
   panels.grad_rows = panels.q_rows + rows_size;
   panels.p = panels.grad_rows + rows_size;
-  panels.ds = panels.p + TILE_KEYS * B * W;
+  panels.ds = panels.p + (item.num_rows + ROWS) * B * W;
+  panels.cap_grad = panels.ds + (item.num_rows + ROWS) * B * W;
   memset(panels.q_rows, 0, 2 * rows_size * sizeof(float));
-  f32 lse[B], delta[B];
+  f32 lse[B];
   for (int b = 0; b < B; ++b) {
     const T* const q = args.q.row<const T>(token, head + b);
     const T* const grad = args.grad_out.row<const T>(token, head + b);
-    float *const out = panels.dq + b * W, *const grad_panel = panels.grad_out + b * W;
-    rows_to_panel(q, args.q.token_stride, block.count, shape.d, shape.query_factor(), panels.q + b * W, B * W);
-    rows_to_panel(grad, args.grad_out.token_stride, block.count, shape.d, 1.f, grad_panel, B * W);
-    rows_to_panel(args.out.row<const T>(token, head + b), args.out.token_stride, block.count, shape.d, 1.f, out, B * W);
-    delta[b] = splat(0.f);
-    for (int64_t c = 0; c < shape.d; ++c) delta[b] += load(grad_panel + c * B * W) * load(out + c * B * W);
+    const int64_t q_stride = args.q.token_stride, grad_stride = args.grad_out.token_stride;
+    rows_to_panel(q, q_stride, block.count, shape.d, shape.query_factor(), panels.q + b * W, B * W);
+    rows_to_panel(grad, grad_stride, block.count, shape.d, 1.f, panels.grad_out + b * W, B * W);
     for (int i = 0; i < block.count; ++i) {
-      copy_row(q + i * args.q.token_stride, shape.d, panels.q_rows + (b * W + i) * shape.padded);
-      copy_row(grad + i * args.grad_out.token_stride, shape.d, panels.grad_rows + (b * W + i) * shape.padded);
+      copy_row(q + i * q_stride, shape.d, panels.q_rows + (b * W + i) * shape.padded);
+      copy_row(grad + i * grad_stride, shape.d, panels.grad_rows + (b * W + i) * shape.padded);
     }
     lse[b] = load_partial(args.lse + (head + b) * args.N + token, block.count, 0.f);
   }
   if (shape.softcap > 0.f)
-    differentiate_block<B, true>(segments, num_segments, block, shape, panels, lse, delta);
+    differentiate_block<B, true>(segments, num_segments, block, shape, panels, lse);
   else
-    differentiate_block<B, false>(segments, num_segments, block, shape, panels, lse, delta);
+    differentiate_block<B, false>(segments, num_segments, block, shape, panels, lse);
   for (int b = 0; b < B; ++b)
     panel_to_rows(panels.dq + b * W, B * W, shape.scale, block.count, shape.d, args.dq.row<T>(token, head + b),
                   args.dq.token_stride);
@@ -320,15 +319,14 @@ void run_items(const VarlenArgs& args) {
 View dense(uintptr_t data, int64_t heads, int64_t d) { return {data, heads * d, d}; }
 
 VarlenArgs make_args(uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token, int64_t k_head,
-                     uintptr_t v, int64_t v_token, int64_t v_head, bool is_bf16, uintptr_t out, uintptr_t lse,
-                     uintptr_t offsets, uintptr_t order, uintptr_t tree_starts, uintptr_t scratch, int64_t scratch_size,
-                     int64_t num_trees, int64_t parts, int64_t N, int64_t heads, int64_t kv_heads, int64_t d,
-                     float scale, int64_t window, float softcap, int threads) {
+                     uintptr_t v, int64_t v_token, int64_t v_head, bool is_bf16, uintptr_t lse, uintptr_t offsets,
+                     uintptr_t order, uintptr_t tree_starts, uintptr_t scratch, int64_t scratch_size, int64_t num_trees,
+                     int64_t parts, int64_t N, int64_t heads, int64_t kv_heads, int64_t d, float scale, int64_t window,
+                     float softcap, int threads) {
   VarlenArgs args = {};
   args.q = {q, q_token, q_head};
   args.k = {k, k_token, k_head};
   args.v = {v, v_token, v_head};
-  args.out = dense(out, heads, d);
   args.is_bf16 = is_bf16;
   args.lse = ptr<float>(lse);
   args.offsets = ptr<const int64_t>(offsets);
@@ -352,28 +350,29 @@ VarlenArgs make_args(uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, 
   return args;
 }
 
-void varlen_attention(uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token, int64_t k_head,
-                      uintptr_t v, int64_t v_token, int64_t v_head, bool is_bf16, uintptr_t out, uintptr_t lse,
+void varlen_attention(uintptr_t out, uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token,
+                      int64_t k_head, uintptr_t v, int64_t v_token, int64_t v_head, bool is_bf16, uintptr_t lse,
                       uintptr_t offsets, uintptr_t order, uintptr_t tree_starts, uintptr_t scratch,
                       int64_t scratch_size, int64_t num_trees, int64_t parts, int64_t N, int64_t heads,
                       int64_t kv_heads, int64_t d, float scale, int64_t window, float softcap, int threads) {
-  const VarlenArgs args = make_args(q, q_token, q_head, k, k_token, k_head, v, v_token, v_head, is_bf16, out, lse,
-                                    offsets, order, tree_starts, scratch, scratch_size, num_trees, parts, N, heads,
-                                    kv_heads, d, scale, window, softcap, threads);
+  VarlenArgs args =
+      make_args(q, q_token, q_head, k, k_token, k_head, v, v_token, v_head, is_bf16, lse, offsets, order, tree_starts,
+                scratch, scratch_size, num_trees, parts, N, heads, kv_heads, d, scale, window, softcap, threads);
+  args.out = dense(out, heads, d);
   is_bf16 ? run_items<bf16, false>(args) : run_items<float, false>(args);
 }
 
-// grad_out is dense, as out; partial: the parts' sums, or null for one part.
+// grad_out is dense; partial: the parts' sums, or null for one part.
 void varlen_attention_backward(uintptr_t grad_out, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t partial,
                                uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token,
                                int64_t k_head, uintptr_t v, int64_t v_token, int64_t v_head, bool is_bf16,
-                               uintptr_t out, uintptr_t lse, uintptr_t offsets, uintptr_t order, uintptr_t tree_starts,
+                               uintptr_t lse, uintptr_t offsets, uintptr_t order, uintptr_t tree_starts,
                                uintptr_t scratch, int64_t scratch_size, int64_t num_trees, int64_t parts, int64_t N,
                                int64_t heads, int64_t kv_heads, int64_t d, float scale, int64_t window, float softcap,
                                int threads) {
-  VarlenArgs args = make_args(q, q_token, q_head, k, k_token, k_head, v, v_token, v_head, is_bf16, out, lse, offsets,
-                              order, tree_starts, scratch, scratch_size, num_trees, parts, N, heads, kv_heads, d, scale,
-                              window, softcap, threads);
+  VarlenArgs args =
+      make_args(q, q_token, q_head, k, k_token, k_head, v, v_token, v_head, is_bf16, lse, offsets, order, tree_starts,
+                scratch, scratch_size, num_trees, parts, N, heads, kv_heads, d, scale, window, softcap, threads);
   args.grad_out = dense(grad_out, heads, d);
   args.dq = dense(dq, heads, d);
   args.dk = dense(dk, kv_heads, d);

@@ -272,47 +272,72 @@ void attend_block(const Segment* segments, int num_segments, const Block& block,
 struct BackwardPanels {
   float *q, *grad_out, *dq;   // (narrow, B) vectors; q is times query_factor
   float *q_rows, *grad_rows;  // (B, W) rows of `padded` floats
-  float *p, *ds;              // (TILE_KEYS, B) vectors
+  float *p, *ds, *cap_grad;   // (keys, B) vectors, the keys of each segment filled up to ROWS; the last for a soft cap
 };
 
 // Adds a block's part to the gradients of keys, without the scale, and values; its own dq, without the scale, is in
-// panels.dq. delta: the sum of grad_out * out of each lane.
+// panels.dq. The sums of p, which is 1 but for the rounding of lse, and of p dp, which is that of grad_out * out but
+// for the rounding of out, are made anew from all keys.
 template <int B, bool SOFTCAP>
 void differentiate_block(const Segment* segments, int num_segments, const Block& block, const Shape& shape,
-                         const BackwardPanels& panels, const f32 (&lse)[B], const f32 (&delta)[B]) {
+                         const BackwardPanels& panels, const f32 (&lse)[B]) {
   constexpr int M = tile_rows<B>();
   memset(panels.dq, 0, shape.narrow * B * W * sizeof(float));
-  f32 origin[B];
-  for (int b = 0; b < B; ++b) origin[b] = lse[b] * (float)LOG2_E;
+  f32 origin[B], total[B], delta[B];
+  for (int b = 0; b < B; ++b) {
+    origin[b] = lse[b] * (float)LOG2_E;
+    total[b] = splat(0.f);
+    delta[b] = splat(0.f);
+  }
+  int64_t at = 0;  // the tile's place in the panels of keys
   for_each_tile(segments, num_segments, block, shape, [&](const KeyTile& tile) {
-    for (int i = 0; i < tile.count; i += M) {
+    for (int i = 0; i < tile.count; i += M, at += M * B * W) {
       const bool all_see = tile.all_see(i, M);
-      f32 score[M][B], dp[M][B], cap_grad[M][B];
+      f32 score[M][B], dp[M][B];
       key_products(tile.k + i * shape.narrow, shape, panels.q, score);
       for (int m = 0; m < M; ++m)
         for (int b = 0; b < B; ++b) {
+          const int64_t place = at + (m * B + b) * W;
           f32 x = score[m][b];
           if (SOFTCAP) {
             const f32 y = tanh(x);
-            cap_grad[m][b] = 1.f - y * y;
+            store(panels.cap_grad + place, 1.f - y * y);
             x = y * shape.cap();
           }
-          f32 p = exp2_below(x - origin[b]);
-          if (!all_see) p = select(tile.sees(block, i + m), p, splat(0.f));
-          store(panels.p + ((i + m) * B + b) * W, p);
+          const f32 p = exp2_below(x - origin[b]);
+          total[b] += all_see ? p : select(tile.sees(block, i + m), p, splat(0.f));
+          store(panels.p + place, p);
         }
       key_products(tile.v + i * shape.narrow, shape, panels.grad_out, dp);
       for (int m = 0; m < M; ++m)
         for (int b = 0; b < B; ++b) {
-          f32 ds = load(panels.p + ((i + m) * B + b) * W) * (dp[m][b] - delta[b]);
-          if (SOFTCAP) ds = ds * cap_grad[m][b];
-          if (!all_see) ds = select(tile.sees(block, i + m), ds, splat(0.f));
-          store(panels.ds + ((i + m) * B + b) * W, ds);
+          const int64_t place = at + (m * B + b) * W;
+          const f32 product = load(panels.p + place) * dp[m][b];
+          delta[b] += all_see ? product : select(tile.sees(block, i + m), product, splat(0.f));
+          store(panels.ds + place, dp[m][b]);
         }
     }
-    add_values<B>(tile.k, shape, panels.ds, tile, block, panels.dq);
-    add_rows<B>(panels.p, panels.grad_rows, shape, tile, block, tile.dv);
-    add_rows<B>(panels.ds, panels.q_rows, shape, tile, block, tile.dk);
+  });
+  for (int b = 0; b < B; ++b) {
+    total[b] = splat(1.f) / total[b];
+    delta[b] *= total[b];
+  }
+  at = 0;
+  for_each_tile(segments, num_segments, block, shape, [&](const KeyTile& tile) {
+    float *const p = panels.p + at, *const ds = panels.ds + at;
+    for (int i = 0; i < tile.count; ++i)
+      for (int b = 0; b < B; ++b) {
+        const int64_t place = (i * B + b) * W;
+        const f32 weight = load(p + place) * total[b];
+        f32 x = weight * (load(ds + place) - delta[b]);
+        store(p + place, weight);
+        if (SOFTCAP) x = x * load(panels.cap_grad + at + place);
+        store(ds + place, x);
+      }
+    add_values<B>(tile.k, shape, ds, tile, block, panels.dq);
+    add_rows<B>(p, panels.grad_rows, shape, tile, block, tile.dv);
+    add_rows<B>(ds, panels.q_rows, shape, tile, block, tile.dk);
+    at += (tile.count + M - 1) / M * M * B * W;
   });
 }
 
