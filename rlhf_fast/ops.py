@@ -18,6 +18,7 @@ from rlhf_fast.kernels.rope_store import rope_store
 from rlhf_fast.kernels.sample_tokens import sample_tokens
 from rlhf_fast.kernels.swiglu import swiglu
 from rlhf_fast.kernels.token_logprobs import token_logprobs
+from rlhf_fast.kernels.varlen_attention import varlen_attention
 
 __all__ = [
     "decode_attention",
@@ -38,4 +39,5 @@ __all__ = [
     "sample_tokens",
     "swiglu",
     "token_logprobs",
+    "varlen_attention",
 ]
