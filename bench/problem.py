@@ -83,7 +83,7 @@ def cases(
         for size in op.small_sizes if small else op.large_sizes:
             for dtype in dtypes:
                 yield Case(op, size, dtype, False)
-                if op.has_gradient:
+                if op.has_gradient_at(size):
                     yield Case(op, size, dtype, True)
 
 

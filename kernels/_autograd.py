@@ -20,14 +20,14 @@ def autograd_function(
 ) -> Callable:
     """Return an op's call with its gradient; `Op.gradient` says what the functions are. `run` is the call without one.
 
-    A backend forced in the forward pass is forced in the backward pass too. torch.compile traces these functions: they
-    keep no Op in a closure.
+    A backend forced in the forward pass is forced in the backward pass too, where that has a kernel of it.
+    torch.compile traces these functions: they keep no Op in a closure.
     """
 
     def run_backward(ctx: Any, *grads: Any) -> Any:
         if ctx.backend is None:
             return _first_order_only(name, backward, ctx, grads)
-        with forcing(ctx.backend):
+        with forcing(ctx.backend, in_backward=True):
             return _first_order_only(name, backward, ctx, grads)
 
     functions: dict[str, Callable] = {"backward": run_backward}
@@ -44,6 +44,19 @@ def autograd_function(
 def refuse_backward(name: str, *_args: Any) -> Any:
     """Raise: torch.ops.rlhf_fast.<name> has no gradient. Without this, torch would give None or 0 for one."""
     raise NotImplementedError(f"{name}: torch.ops.rlhf_fast.{name} has no gradient; call rlhf_fast.ops.{name}")
+
+
+def refuse_gradient(name: str, torch_op: Callable) -> Callable:
+    """Return `torch_op` as a kernel for the dispatcher's key "Autograd", which raises where a tensor requires a
+    gradient."""
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            refuse_backward(name)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch_op(*args)
+
+    return run
 
 
 def _keeping_backend(function: Callable) -> Callable:

@@ -92,6 +92,7 @@ class _Forced(threading.local):
     """The backend that this thread forces; every thread starts with the environment's."""
 
     backend: str | None = os.environ.get("RLHF_FAST_BACKEND") or None
+    in_backward: bool = False
 
 
 _forced = _Forced()
@@ -99,19 +100,28 @@ _strict = os.environ.get("RLHF_FAST_STRICT") == "1"
 
 
 @contextlib.contextmanager
-def forcing(backend: str | None) -> Iterator[None]:
-    """Within the block, every op that this thread calls runs on `backend`; an op without that backend raises."""
-    before = _forced.backend
-    _forced.backend = backend
+def forcing(backend: str | None, *, in_backward: bool = False) -> Iterator[None]:
+    """Within the block, every op that this thread calls runs on `backend`; an op without that backend raises.
+
+    in_backward: the block is a backward pass, whose forward pass ran on `backend`. An op without it then runs on the
+        device's best.
+    """
+    before = _forced.backend, _forced.in_backward
+    _forced.backend, _forced.in_backward = backend, in_backward
     try:
         yield
     finally:
-        _forced.backend = before
+        _forced.backend, _forced.in_backward = before
 
 
 def forced_backend() -> str | None:
     """Return the backend that this thread forces, by `forcing` or RLHF_FAST_BACKEND."""
     return _forced.backend
+
+
+def is_backward() -> bool:
+    """Return True within a backward pass for which a backend is forced."""
+    return _forced.in_backward
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels._tensors import empty_float32, matrix_shape
+
 
 def fake(x: Tensor, *_rest: object) -> Tensor:
     """Return an empty output: contiguous, of the shape and dtype of x."""
@@ -19,3 +21,30 @@ def check(op: str, x: Tensor, vectors: dict[str, Tensor | None], residual: Tenso
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         given = f"{residual.dtype} {list(residual.shape)}"
         raise ValueError(f"{op}: residual must have x's dtype and shape, {x.dtype} {list(x.shape)}, got {given}")
+
+
+def empty_gradients(x: Tensor, *vectors: tuple[Tensor, bool]) -> tuple[Tensor, ...]:
+    """Return empty gradients of x and of each vector (D,), (0,) where that is not needed."""
+    lengths = [x.shape[-1] if needed else 0 for _, needed in vectors]
+    pairs = zip(vectors, lengths, strict=True)
+    return fake(x), *(torch.empty(n, dtype=vector.dtype, device=x.device) for (vector, _), n in pairs)
+
+
+def sum_rows(x: Tensor, like: Tensor, needed: bool) -> Tensor:
+    """Return the sum over the rows of x (..., D), in the dtype of `like`, or a tensor (0,) where it is not needed."""
+    return (x.reshape(-1, x.shape[-1]).sum(0) if needed else x.new_empty(0)).to(like.dtype)
+
+
+def empty_sums(x: Tensor, count: int, block_rows: int) -> Tensor:
+    """Return new memory for the sums (D,) of `count` vectors, one for each block of `block_rows` rows. It has at least
+    one block, and so an address."""
+    N, D = matrix_shape(x)
+    return empty_float32(x, count, max(1, -(-N // block_rows)), D)
+
+
+def cost(gradient: bool, x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> tuple[float, float]:
+    """Count x, the output and the vectors once, and the residual twice; with the gradient x, those of the output and of
+    x, and the vectors once more each, and their gradients."""
+    vector_bytes = sum(vector.nbytes for vector in vectors if vector is not None)
+    forward = 2 * x.nbytes + vector_bytes + (0 if residual is None else 2 * residual.nbytes)
+    return forward + (3 * x.nbytes + 2 * vector_bytes if gradient else 0), 0.0

@@ -7,7 +7,8 @@ reference. `op.backends` lists those that can run here, `op.why(device)` gives t
 `op.backend("reference")` forces one; kernels/_backends.py lists the environment variables.
 
 `op.gradient(wrt=...)` declares once which inputs have a gradient; no other has one, on no backend. A second derivative
-raises. In forward mode and in torch.func's transforms of gradients the reference runs, which torch differentiates.
+raises, and so does the first of a call that writes an argument in place. In forward mode and in torch.func's transforms
+of gradients the reference runs, which torch differentiates.
 
 A NaN reaches what is computed from it, and nothing else (tests/test_nan.py tries every op on every backend). It makes
 NaN of the outputs and gradients of its own token or row, and of sums and extremes over the batch, such as losses and
@@ -26,10 +27,12 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _gae                                            gae, gae_packed, ppo_advantages
     _sampling                                       sample_tokens, linear_sample_tokens
     _norm                                           rms_norm, layer_norm
+    _rope                                           rope, rope_store
 
-kernels/triton/ has _head, _ppo and _norm of its own, and launch for every op, _logits, _softmax and _target for
+kernels/triton/ has _head, _ppo, _norm and _rope of its own, and launch for every op, _logits, _softmax and _target for
 token_logprobs and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy
-and linear_ppo_loss, _scan for the ops of _gae, _gumbel and _filters for _sampling's.
+and linear_ppo_loss, _norm_backward for those of _norm's ops, _scan for the ops of _gae, _gumbel and _filters for
+_sampling's.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ from rlhf_fast.kernels._arguments import (
     has_tangents,
     is_transformed,
 )
-from rlhf_fast.kernels._autograd import autograd_function, refuse_backward
-from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing
+from rlhf_fast.kernels._autograd import autograd_function, refuse_backward, refuse_gradient
+from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing, is_backward
 from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
 from rlhf_fast.kernels._op_backends import Backends
 
@@ -126,7 +129,7 @@ class Op(Backends):
             if in_forward_mode:
                 return self._run_plain(*args)
             if self.gradient_inputs and torch.is_grad_enabled():
-                for i in self.gradient_inputs:
+                for i in self.gradient_inputs + self.mutates:
                     a = args[i]
                     if a is not None and a.requires_grad:
                         return self._run_differentiable(*args)
@@ -169,14 +172,25 @@ class Op(Backends):
 
     def _run_differentiable(self, *args):
         """Run the op with its gradient."""
+        self._check_nothing_is_written(args)
         if not torch.compiler.is_compiling() and is_transformed():
             return self._run_plain(*args)
         return self.differentiable(*args)
 
     def _run_plain(self, *args):
         """Run the reference, which torch differentiates itself, in forward mode and in functorch's transforms."""
+        self._check_nothing_is_written(args)
         self._report_fallback(TRANSFORMS, of_transforms=True)
         return self.reference(*self._without_other_gradients(args))
+
+    def _check_nothing_is_written(self, args: tuple) -> None:
+        """Raise ValueError where an argument would be written in place: the gradient needs what it was before."""
+        for i in self.mutates:
+            if args[i] is not None:
+                raise ValueError(
+                    f"{self.name}: there is no gradient where {self.names[i]} is written in place; add it to x before"
+                    " the call, or call within torch.no_grad()"
+                )
 
     def _without_other_gradients(self, args: tuple) -> list:
         return [
@@ -250,7 +264,9 @@ class Op(Backends):
             if args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         if forced is not None and not self.can_run(forced, device):
-            raise ValueError(self._missing_backend_error(forced, f" for {device} tensors"))
+            if not is_backward():
+                raise ValueError(self._missing_backend_error(forced, f" for {device} tensors"))
+            forced = None
         why = None
         for backend in self.preference[device] if forced is None else (forced,):
             if backend == "reference":
@@ -316,12 +332,21 @@ class Op(Backends):
             return OPS[name].run(*args)
 
         self.gradient_inputs = tuple(self.names.index(input_name) for input_name in wrt)
-        torch.library.register_autograd(f"rlhf_fast::{name}", functools.partial(refuse_backward, name), lib=_library)
+        if self.mutates:  # torch registers no gradient of an op that writes
+            _library.impl(name, refuse_gradient(name, self.torch_op), "Autograd")
+        else:
+            refuse = functools.partial(refuse_backward, name)
+            torch.library.register_autograd(f"rlhf_fast::{name}", refuse, lib=_library)
         self.differentiable = autograd_function(name, run, backward, setup_context, forward)
 
     @property
     def has_gradient(self) -> bool:
         return bool(self.gradient_inputs)
+
+    def has_gradient_at(self, size: dict) -> bool:
+        """Return whether the op has a gradient at one of its sizes: not where an argument is written in place, which a
+        size asks for by the argument's name."""
+        return self.has_gradient and not any(size.get(self.names[i]) for i in self.mutates)
 
     def variant(
         self,

@@ -1,4 +1,4 @@
-"""RMSNorm of rows, which also adds them to the residual stream in the same pass over memory."""
+"""RMSNorm of rows, with its gradients, which also adds them to the residual stream in the same pass over memory."""
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ def rms_norm(
         weight (D,), of any floating dtype; offset: 1 for Gemma's checkpoints, whose weights are stored less 1
         residual (..., D), in x's dtype: residual += x in place, and the rounded sum is normalized instead of x
 
-    No gradient: for inference.
+    Gradients: x and weight, in their dtypes; of the weight summed in float32 and rounded once. With a residual there is
+    none.
 
-    Raises ValueError where shapes or dtypes differ.
+    Raises ValueError where shapes or dtypes differ, or a gradient is asked for with a residual.
     """
     if residual is not None:
         x = residual.add_(x)
@@ -36,7 +37,6 @@ def rms_norm(
 @rms_norm.normalize
 def _(x, weight, eps, residual, offset):
     _norm.check("rms_norm", x, {"weight": weight}, residual)
-    x, weight, residual = detached((x, weight, residual))
     return x, weight, float(eps), residual, float(offset)
 
 
@@ -53,17 +53,84 @@ def _(kernels, x, weight, eps, residual, offset):
     return out
 
 
+def _fake_gradients(_grad, x, weight, _eps, _offset, needs_weight_grad):
+    return _norm.empty_gradients(x, (weight, needs_weight_grad))
+
+
+@op(fake=_fake_gradients)
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float, needs_weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of weight, (0,) where that is not needed, given that of the output."""
+    y, scaled = upcast(x), upcast(grad) * (upcast(weight) + offset)
+    inverse = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = y * inverse
+    x_grad = inverse * (scaled - y * (scaled * y).mean(-1, keepdim=True))
+    weight_grad = _norm.sum_rows(upcast(grad) * y, weight, needs_weight_grad)
+    return x_grad.to(x.dtype).contiguous(), weight_grad
+
+
+@rms_norm_backward.compiled
+def _(kernels, grad, x, weight, eps, offset, needs_weight_grad):
+    code, weight_code = dtype_codes(kernels, x, weight)
+    x_grad, weight_grad = _fake_gradients(grad, x, weight, eps, offset, needs_weight_grad)
+    grad, x, weight = contiguous(grad, x, weight)
+    N, D = matrix_shape(x)
+    sums = _norm.empty_sums(x, 1, kernels.rms_norm_block_rows) if needs_weight_grad else None
+    kernels.rms_norm_backward(
+        *data_ptrs(x, grad), code, weight.data_ptr(), weight_code, *data_ptrs(x_grad, weight_grad, sums), N, D, eps,
+        offset, stream_or_threads(x),
+    )  # fmt: skip
+    return x_grad, weight_grad
+
+
+def _setup_context(ctx, inputs, _output):
+    x, weight, ctx.eps, _residual, ctx.offset = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    needs_weight_grad = ctx.needs_input_grad[1]
+    x_grad, weight_grad = rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.offset, needs_weight_grad)
+    return x_grad if ctx.needs_input_grad[0] else None, weight_grad if needs_weight_grad else None, None, None, None
+
+
+rms_norm.gradient(_backward, wrt=("x", "weight"), setup_context=_setup_context)
+
+
+@rms_norm.cost
+def _(gradient, x, weight, eps, residual, offset):
+    return _norm.cost(gradient, x, residual, weight)
+
+
+SMALL = [
+    {"shape": (1, 1)},
+    {"shape": (3, 17), "spread": 30.0},
+    {"shape": (2, 3, 64), "offset": 1.0, "weight_dtype": torch.float32},
+    {"shape": (70, 65), "weight_dtype": torch.bfloat16},
+    {"shape": (0, 8)},
+]
+WITH_RESIDUAL = [
+    {"shape": (3, 17), "residual": True, "spread": 30.0},
+    {"shape": (5, 1031), "residual": True, "weight_dtype": torch.bfloat16},
+    {"shape": (0, 8), "residual": True},
+]
+LARGE = [{"shape": (2048, 4096)}]
+
+
 @rms_norm.inputs(
-    small_sizes=[
-        {"shape": (1, 1)},
-        {"shape": (3, 17), "residual": True, "spread": 30.0},
-        {"shape": (2, 3, 64), "offset": 1.0, "weight_dtype": torch.float32},
-        {"shape": (5, 1031), "residual": True, "weight_dtype": torch.bfloat16},
-        {"shape": (0, 8), "residual": True},
-    ],
-    large_sizes=[{"shape": (32, 576), "residual": True}, {"shape": (2048, 4096), "residual": True}],
+    small_sizes=SMALL[:2] + WITH_RESIDUAL[:1] + SMALL[2:] + WITH_RESIDUAL[1:],
+    large_sizes=[{"shape": (32, 576), "residual": True}, {"shape": (2048, 4096), "residual": True}, *LARGE],
 )
-def _(shape, device, dtype, residual=False, offset=0.0, spread=1.0, weight_dtype=None):
+def _make_inputs(shape, device, dtype, residual=False, offset=0.0, spread=1.0, weight_dtype=None):
     x = spread * torch.randn(shape, device=device, dtype=dtype)
     weight = torch.randn(shape[-1], device=device, dtype=weight_dtype or dtype)
-    return x, weight, 1e-6, torch.randn_like(x) if residual else None, offset
+    if residual:
+        return x, weight, 1e-6, torch.randn_like(x), offset
+    return x.requires_grad_(), weight.requires_grad_(), 1e-6, None, offset
+
+
+@rms_norm_backward.inputs(small_sizes=SMALL, large_sizes=LARGE)
+def _(**size):
+    x, weight, eps, _residual, offset = detached(_make_inputs(**size))
+    return torch.randn_like(x), x, weight, eps, offset, True

@@ -5,15 +5,8 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import contiguous, copy_back, detached, upcast
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x (N, heads, d) in at least float32, its first r dimensions rotated; cos and sin are (N, r/2)."""
-    half = cos.shape[1]
-    x1, x2, rest = upcast(x).split([half, half, x.shape[2] - 2 * half], dim=2)
-    cos, sin = upcast(cos)[:, None], upcast(sin)[:, None]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=2)
+from rlhf_fast.kernels._rope import rotate
+from rlhf_fast.kernels._tensors import contiguous, copy_back, detached
 
 
 def _check_slot_mapping(slot_mapping: Tensor, k_cache: Tensor) -> None:
@@ -49,9 +42,9 @@ def rope_store(
     _check_slot_mapping(slot_mapping, k_cache)
     P = k_cache.shape[2]
     page, position = slot_mapping // P, slot_mapping % P
-    k_cache[page, :, position] = _rotate(k, cos, sin).to(k_cache.dtype)
+    k_cache[page, :, position] = rotate(k, cos, sin).to(k_cache.dtype)
     v_cache[page, :, position] = v.to(v_cache.dtype)
-    return _rotate(q, cos, sin).to(q.dtype)
+    return rotate(q, cos, sin).to(q.dtype)
 
 
 @rope_store.normalize

@@ -14,6 +14,7 @@ from rlhf_fast.kernels.ppo_advantages import ppo_advantages
 from rlhf_fast.kernels.ppo_loss import ppo_loss
 from rlhf_fast.kernels.ranking_loss import ranking_loss
 from rlhf_fast.kernels.rms_norm import rms_norm
+from rlhf_fast.kernels.rope import rope
 from rlhf_fast.kernels.rope_store import rope_store
 from rlhf_fast.kernels.sample_tokens import sample_tokens
 from rlhf_fast.kernels.swiglu import swiglu
@@ -35,6 +36,7 @@ __all__ = [
     "ppo_loss",
     "ranking_loss",
     "rms_norm",
+    "rope",
     "rope_store",
     "sample_tokens",
     "swiglu",

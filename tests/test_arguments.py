@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from test_ops import detached, leaves, to
+from test_ops import LINEAR, detached, leaves, to
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _arguments
@@ -125,7 +125,9 @@ def test_transforms_of_gradients_are_right(op):
 
     y = x.clone().requires_grad_()
     (truth,) = torch.autograd.grad(plain(y), y, create_graph=True)
-    second = torch.autograd.grad((truth * direction).sum(), y, allow_unused=True, materialize_grads=True)[0]
+    second = torch.zeros_like(y)
+    if op.name not in LINEAR:
+        second = torch.autograd.grad((truth * direction).sum(), y, allow_unused=True, materialize_grads=True)[0]
     torch.testing.assert_close(torch.func.grad(ours)(x), truth.detach(), equal_nan=True)
     found = torch.func.grad(lambda x: (torch.func.grad(ours)(x) * direction).sum())(x)
     torch.testing.assert_close(found, second, equal_nan=True, rtol=1e-6, atol=1e-9)

@@ -23,6 +23,7 @@ from rlhf_fast.kernels._op import OPS
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
+LINEAR = {"rope"}  # their gradient does not depend on their input, so that the second derivative by it is 0
 ORDERS = 16
 SPREAD = 2
 
@@ -36,6 +37,8 @@ def cases(*, gradient=False, dtypes=DTYPES, every_backend=True):
             for backend in backends if every_backend else backends[-1:]:
                 for dtype in dtypes:
                     for size in o.small_sizes:
+                        if gradient and not o.has_gradient_at(size):
+                            continue
                         label = "-".join(f"{k}{v}" for k, v in size.items())
                         name = f"{o.name}-{label}-{backend}-{str(dtype)[6:]}"
                         yield pytest.param(o, size, device, dtype, backend, id=name)
@@ -267,7 +270,9 @@ def test_torchs_default_dtype_and_device_change_nothing(op, size, device, dtype,
             torch.testing.assert_close(a, b, equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", [o for o in OPS.values() if o.has_gradient], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "op", [o for o in OPS.values() if o.has_gradient and o.name not in LINEAR], ids=lambda o: o.name
+)
 def test_a_second_derivative_raises(op):
     args = op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[0])
     wrt = [a for a in leaves(args) if a.requires_grad]

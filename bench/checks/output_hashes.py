@@ -47,7 +47,7 @@ def hashes(op: Op, device: str, backends: list[str], sizes: list[dict]) -> tuple
     for backend in backends or [*kernels_of(op, device), "chosen"]:
         for size in sizes:
             for dtype in (torch.float32, torch.bfloat16):
-                case = Case(op, size, dtype, op.has_gradient)
+                case = Case(op, size, dtype, op.has_gradient_at(size))
                 torch.manual_seed(0)
                 try:
                     problem = Problem(case, device)

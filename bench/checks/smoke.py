@@ -42,7 +42,7 @@ def run(task: tuple[str, str, str, int]) -> tuple[int, str]:
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
     torch.use_deterministic_algorithms(True, warn_only=True)  # this also fills new memory
     cases = [
-        Case(op, size, dtype, op.has_gradient)
+        Case(op, size, dtype, op.has_gradient_at(size))
         for size in op.small_sizes[: num_sizes or None]
         for dtype in (torch.float32, torch.bfloat16)
     ]

@@ -1,6 +1,6 @@
-// LayerNorm of rows on the CPU; kernels/layer_norm.py defines it, norm.h has the algorithm. Floor: one read and one
-// write of memory.
-#include "norm.h"
+// LayerNorm of rows on the CPU, and its gradients; kernels/layer_norm.py defines it, norm.h and norm_backward.h have
+// the algorithms. Floor: one read and one write of memory; of the gradients two reads and one write.
+#include "norm_backward.h"
 
 namespace {
 
@@ -12,6 +12,15 @@ void layer_norm(uintptr_t x, bool is_bf16, uintptr_t weight, uintptr_t bias, boo
   });
 }
 
+void layer_norm_backward(uintptr_t x, uintptr_t grad, bool is_bf16, uintptr_t weight, bool weight_is_bf16,
+                         uintptr_t x_grad, uintptr_t weight_grad, uintptr_t bias_grad, bool bias_is_bf16,
+                         uintptr_t sums, int64_t N, int64_t D, float eps, int threads) {
+  norm_backward<true>({x, grad, weight, x_grad, weight_grad, bias_grad, sums, N, D, is_bf16, weight_is_bf16,
+                       bias_is_bf16, eps, 0.f, threads});
+}
+
+CONSTANT(layer_norm_block_rows, BLOCK_ROWS)
 KERNEL(layer_norm)
+KERNEL(layer_norm_backward)
 
 }  // namespace

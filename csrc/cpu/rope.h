@@ -7,7 +7,7 @@ namespace {
 // Rotates the first 2 * half_dim of the d elements of x, element i with element i + half_dim, into y, and copies the
 // rest. y may be x.
 template <class X, class Y>
-INLINE void rope(const X* x, const float* cos, const float* sin, int64_t half_dim, int64_t d, Y* y) {
+INLINE void rope_head(const X* x, const float* cos, const float* sin, int64_t half_dim, int64_t d, Y* y) {
   for (int64_t i = 0; i < half_dim; i += W) {
     const int n = (int)min<int64_t>(W, half_dim - i);
     const bool is_full = n == W;
@@ -33,7 +33,7 @@ INLINE void rope(const X* x, const float* cos, const float* sin, int64_t half_di
 // Rotates the first 2 * half_dim elements of a head in place.
 template <class X>
 INLINE void rope_in_place(X* head, const float* cos, const float* sin, int64_t half_dim) {
-  rope(head, cos, sin, half_dim, 2 * half_dim, head);
+  rope_head(head, cos, sin, half_dim, 2 * half_dim, head);
 }
 
 }  // namespace

@@ -24,13 +24,13 @@ void rope_store_tokens(const RopeStoreArgs& args) {
     const float *const cos = args.cos + n * args.half_dim, *const sin = args.sin + n * args.half_dim;
     for (int64_t h = 0; h < args.heads; ++h) {
       const int64_t head = n * args.heads + h;
-      rope(ptr<const X>(args.q) + head * d, cos, sin, args.half_dim, d, ptr<X>(args.out) + head * d);
+      rope_head(ptr<const X>(args.q) + head * d, cos, sin, args.half_dim, d, ptr<X>(args.out) + head * d);
     }
     const int64_t page = args.slot_mapping[n] / args.page_size, offset = args.slot_mapping[n] % args.page_size;
     for (int64_t h = 0; h < args.kv_heads; ++h) {
       const int64_t row = (page * args.kv_heads + h) * args.page_size + offset, head = n * args.kv_heads + h;
-      rope(ptr<const X>(args.k) + head * d, cos, sin, args.half_dim, d, ptr<KV>(args.k_cache) + row * d);
-      rope(ptr<const X>(args.v) + head * dv, cos, sin, 0, dv, ptr<KV>(args.v_cache) + row * dv);
+      rope_head(ptr<const X>(args.k) + head * d, cos, sin, args.half_dim, d, ptr<KV>(args.k_cache) + row * d);
+      rope_head(ptr<const X>(args.v) + head * dv, cos, sin, 0, dv, ptr<KV>(args.v_cache) + row * dv);
     }
   }
 }

@@ -9,6 +9,9 @@
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__) && !defined(SIMD_WIDTH)
+#include <immintrin.h>
+#endif
 
 #include "kernel.h"
 
@@ -79,23 +82,51 @@ INLINE void store(bf16* p, f32 v) {
   memcpy(p, &bits, sizeof bits);
 }
 
-// The first n < W elements at p; the other lanes hold `fill`.
+template <int... I>
+INLINE i32 lane_numbers(Indices<I...>) {
+  return i32{I...};
+}
+
+// load_partial returns the first n <= W elements at p, and `fill` in the other lanes; store_partial stores the first n.
+#if defined(__AVX512F__) && !defined(SIMD_WIDTH)
+INLINE f32 load_partial(const float* p, int n, float fill) {
+  return (f32)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+}
+INLINE f32 load_partial(const bf16* p, int n, float fill) {
+  const u16 v = (u16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+  const f32 x = (f32)(__builtin_convertvector(v, u32) << 16);
+  return select(lane_numbers(typename Count<W>::type()) < n, x, splat(fill));
+}
+INLINE void store_partial(float* p, f32 v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+INLINE void store_partial(bf16* p, f32 v, int n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)round_to_bf16(v));
+}
+#else
+// Copies n < W elements in pieces of powers of two: a memcpy of n elements would be a call.
+template <int SIZE = W / 2, class T>
+INLINE void copy_few(T* to, const T* from, int n) {
+  if (n & SIZE) {
+    memcpy(to, from, SIZE * sizeof(T));
+    to += SIZE;
+    from += SIZE;
+  }
+  if constexpr (SIZE > 1) copy_few<SIZE / 2>(to, from, n);
+}
 template <class T>
 INLINE f32 load_partial(const T* p, int n, float fill) {
-  T part[W];
-  float lanes[W];
-  memset(part, 0, sizeof part);
-  memcpy(part, p, n * sizeof(T));
-  store(lanes, load(part));
-  for (int i = n; i < W; ++i) lanes[i] = fill;
-  return load(lanes);
+  if (n == W) return load(p);
+  T part[W] = {};
+  copy_few(part, p, n);
+  return select(lane_numbers(typename Count<W>::type()) < n, load(part), splat(fill));
 }
 template <class T>
 INLINE void store_partial(T* p, f32 v, int n) {
+  if (n == W) return store(p, v);
   T part[W];
   store(part, v);
-  memcpy(p, part, n * sizeof(T));
+  copy_few(p, part, n);
 }
+#endif
 
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) {
@@ -182,9 +213,13 @@ INLINE f32 exp(f32 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
+#if defined(__AVX512F__) && !defined(SIMD_WIDTH)
+  f32 y = (f32)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)p, (__m512)n);
+#else
   // 2^n as two factors: 2^128 would overflow before the product does.
   const i32 exponent = as_int(shifted) - as_int(magic), half = exponent >> 1;
   f32 y = p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
+#endif
   y = select(x < splat(-87.33654f), splat(0.f), y);
   y = select(x > splat(88.72283f), splat(__builtin_inff()), y);
   return select(x != x, x, y);

@@ -12,55 +12,14 @@ q, k and v are read in place, for instance from the rows of one projection. A sl
 Floor: one read and one write of q, k and v. Elements are independent, so the result does not depend on the tiles.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from rlhf_fast.kernels._tensors import contiguous, copy_back
 from rlhf_fast.kernels.rope_store import _check_slot_mapping
 from rlhf_fast.kernels.triton import launch
-
-TILE = 512  # elements of a half
-
-
-class Heads(NamedTuple):
-    """Heads of the tokens (N, heads, d), with contiguous heads."""
-
-    x: Tensor
-    token_stride: int
-    head_stride: int
-
-    @staticmethod
-    def of(x: Tensor) -> "Heads":
-        x = x if x.stride(2) == 1 else x.contiguous()
-        return Heads(x, x.stride(0), x.stride(1))
-
-
-@triton.jit
-def rotate_heads(x, x_stride, y, y_stride, cos, sin, head, inside, D: tl.constexpr, HALF: tl.constexpr):
-    """Store the heads of x in y, their first 2 HALF of D elements rotated."""
-    x += head[:, None] * x_stride
-    y += head[:, None] * y_stride
-    if HALF:
-        BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-        column = tl.arange(0, BLOCK)[None, :]
-        in_half = column < HALF
-        mask = inside[:, None] & in_half
-        c = tl.load(cos + column, mask=in_half, other=0.0).to(tl.float32)
-        s = tl.load(sin + column, mask=in_half, other=0.0).to(tl.float32)
-        a = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x + HALF + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + column, launch.cast(a * c - b * s, y.dtype.element_ty), mask=mask)
-        tl.store(y + HALF + column, launch.cast(b * c + a * s, y.dtype.element_ty), mask=mask)
-    if 2 * HALF < D:
-        REST: tl.constexpr = triton.next_power_of_2(D - 2 * HALF)
-        column = 2 * HALF + tl.arange(0, REST)[None, :]
-        mask = inside[:, None] & (column < D)
-        rest = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + column, launch.cast(rest, y.dtype.element_ty), mask=mask)
+from rlhf_fast.kernels.triton._rope import NUM_WARPS, Heads, heads_per_program, rotate_heads
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -98,8 +57,7 @@ def rope_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping):
     num_pages, kv_heads, page_size, dv = v_pages.shape
     out = torch.empty(N, H, d, dtype=q.dtype, device=q.device)
     half = cos.shape[1]
-    rows = max(1, TILE // triton.next_power_of_2(max(half, d - 2 * half, dv // 2, 1)))
-    rows = min(rows, triton.next_power_of_2(max(H, kv_heads, 1)))
+    rows = heads_per_program(max(H, kv_heads), half, d - 2 * half, dv // 2)
     meta = {
         "H": H,
         "KV_HEADS": kv_heads,
@@ -108,7 +66,7 @@ def rope_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping):
         "HALF": half,
         "PAGE_SIZE": page_size,
         "ROWS": rows,
-        "num_warps": launch.num_warps_for(TILE, 8),
+        "num_warps": NUM_WARPS,
     }
     grid = (N, triton.cdiv(H, rows) + triton.cdiv(kv_heads, rows))
     inputs = (Heads.of(q), Heads.of(k), Heads.of(v), cos, sin)
