@@ -176,7 +176,9 @@ def ppo_update(
     for minibatch in minibatches(experience, cfg, seed=(cfg.seed * 1_000_003 + step) % 2**63):
         stats = _value_update(state.value_learner, minibatch, cfg)
         if step >= cfg.critic_warmup:
-            terms: list[Term] = [(loss, minibatch, 1.0)]
+            # until the policy's first step the weights are those that sampled
+            measure_gap = not rows and cfg.old_logprobs == "rollout"
+            terms: list[Term] = [(partial(loss, measure_gap=measure_gap), minibatch, 1.0)]
             if pretrain_data is not None:
                 position = state.policy_learner.steps * cfg.ptx_ratio * cfg.minibatch
                 text_batch = pretrain_data.batch(position, cfg.ptx_ratio * len(minibatch.lengths))

@@ -86,7 +86,7 @@ class Learner:
         losses, stats = self._backward(terms)
         norm = self._grad_norm()
         total = torch.stack(losses).sum() if losses else torch.zeros(())
-        result = _to_floats({**stats, "loss": total, "grad_norm": norm})
+        result = to_floats({**stats, "loss": total, "grad_norm": norm})
         if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
             self._raise_non_finite(terms, result)
         result["lr"] = self.apply_gradient(norm)
@@ -246,11 +246,13 @@ def evaluate(model: Trainable, loss: Loss, batches: Sequence[Batch], micro_batch
     for batch in batches if num_items else ():
         for _, micro_batch in micro_batches(batch, micro_batch_tokens):
             _combine(stats, loss(model, micro_batch, num_items)[1])
-    return _to_floats(stats) if stats else {}
+    return to_floats(stats)
 
 
-def _to_floats(stats: dict[str, Tensor]) -> dict[str, float]:
+def to_floats(stats: dict[str, Tensor]) -> dict[str, float]:
     """Divide the ratios and move all numbers from the device in one transfer."""
+    if not stats:
+        return {}
     pairs = [value if value.dim() else torch.stack([value, torch.ones_like(value)]) for value in stats.values()]
     numbers = torch.stack([pair.detach().double().to(pairs[-1].device) for pair in pairs]).tolist()
     return {name: a / b if b else 0.0 for name, (a, b) in zip(stats, numbers, strict=True)}
