@@ -23,8 +23,11 @@ needs_kernels = pytest.mark.skipif(not ISAS, reason="rlhf_fast._cpu is not built
 
 
 def parameters():
-    """Return masters whose gradients have many sizes, some of them 0."""
-    masters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    """Return masters whose gradients have many sizes, some of them 0. After each master 16 numbers are 7."""
+    masters = []
+    for shape in SHAPES:
+        memory = torch.cat([torch.randn(math.prod(shape)), torch.full((16,), 7.0)])
+        masters.append(torch.nn.Parameter(memory[:-16].view(shape)))
     for p in masters:
         p.grad = torch.randn_like(p) * 10 ** torch.randn(())
         p.grad.view(-1)[::7] = 0
@@ -37,8 +40,9 @@ def adam_of(masters, weight_decay=0.0):
 
 def twin_of(adam, masters):
     """Return copies of the masters, with their gradients, and an optimizer in the same state."""
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in masters]
+    twins = parameters()
     for twin, p in zip(twins, masters, strict=True):
+        twin.data.copy_(p.detach())
         twin.grad = None if p.grad is None else p.grad.clone()
     twin_adam = adam_of(twins, adam.param_groups[0]["weight_decay"])
     for twin, p in zip(twins, masters, strict=True):
@@ -85,6 +89,7 @@ def test_each_step_is_that_of_torchs_fused_adamw(isa, weight_decay):
         compiled_step(our_adam, ours, isa)
         their_adam.step()
         assert_same_step(isa, ours, our_adam, theirs, their_adam)
+        assert all((p.detach().as_strided((16,), (1,), p.numel()) == 7).all() for p in ours)
         for p, g in zip(theirs, parameters(), strict=True):
             p.grad = g.grad
 
