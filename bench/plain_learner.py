@@ -48,20 +48,20 @@ def response_values(model: Model, batch: Responses | Experience) -> Tensor:
 
 @torch.no_grad()
 def make_experience(
-    responses: Responses, policy: Model, reference: Model, value: Model, reward: RewardFunction, cfg: PPOConfig
+    responses: Responses, reference: Model, value: Model, reward: RewardFunction, cfg: PPOConfig
 ) -> Experience:
-    """Return what training/experience.py's function of this name returns, with whitened advantages."""
+    """Return what training/experience.py's function of this name returns, with whitened advantages. The policy makes no
+    pass here either: the old log-probabilities are the sampler's."""
     temperature, shape = cfg.sampling.temperature, responses.mask.shape
-    policy_logprobs, ref_logprobs, values = torch.zeros(3, *shape, device=policy.device)
+    ref_logprobs, values = torch.zeros(2, *shape, device=value.device)
     for index, part in micro_batches(responses, cfg.optim.micro_batch_tokens):
-        index = index.to(policy.device)
-        policy_logprobs[index] = response_logprobs(response_logits(policy, part, temperature), part)
+        index = index.to(value.device)
         ref_logprobs[index] = response_logprobs(response_logits(reference, part, temperature), part)
         values[index] = response_values(value, part)
-    old_logprobs, mask = responses.logprobs.to(policy.device), responses.mask.to(policy.device)
+    old_logprobs, mask = responses.logprobs.to(value.device), responses.mask.to(value.device)
     scores = reward(responses)
     advantages, returns, mean, variance = advantages_loop(
-        old_logprobs, ref_logprobs, values, scores.to(policy.device), mask.float(), cfg.kl.coef, cfg.gamma, cfg.lam
+        old_logprobs, ref_logprobs, values, scores.to(value.device), mask.float(), cfg.kl.coef, cfg.gamma, cfg.lam
     )
     advantages = torch.where(mask, (advantages - mean) * (variance + cfg.whiten_eps).rsqrt(), 0)
     return Experience(

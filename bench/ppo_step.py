@@ -103,7 +103,7 @@ class Bench:
             return self.experience
 
         def plain():
-            return plain_learner.make_experience(self.responses, *models, random_scores, self.cfg)
+            return plain_learner.make_experience(self.responses, self.reference, self.value, random_scores, self.cfg)
 
         found, expected = ours(), plain()
         errors = {

@@ -176,9 +176,24 @@ def test_old_logprobs_and_the_gap():
             batch, policy, policy, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg
         )
         torch.testing.assert_close(experience.old_logprobs, expected)
-        assert stats["rollout/gap_mean"] == pytest.approx(0.2 / 8, rel=1e-4)
-        assert stats["rollout/gap_p99"] == pytest.approx(0.2, rel=1e-4)
-        assert stats["rollout/ratio_outside"] == pytest.approx(1 / 8)
+        gap = {name: value for name, value in stats.items() if name.startswith("rollout/")}
+        if source == "rollout":
+            assert not gap, "the policy's first step measures it"
+        else:
+            assert gap == pytest.approx(
+                {"rollout/gap_mean": 0.2 / 8, "rollout/gap_max": 0.2, "rollout/ratio_outside": 1 / 8}, rel=1e-4
+            )
+
+
+@pytest.mark.parametrize("source, calls", [("rollout", 0), ("recompute", 3)])
+def test_the_policy_makes_a_forward_pass_only_for_old_logprobs(source, calls):
+    """With one row in a micro-batch it is called once a row."""
+    batch, count = responses(), []
+    policy = FixedModel(batch.logprobs)
+    policy.logprobs = lambda *args, **kwargs: count.append(1) or FixedModel.logprobs(policy, *args, **kwargs)
+    other, cfg = FixedModel(batch.logprobs), settings(old_logprobs=source, optim=OptimConfig(micro_batch_tokens=1))
+    make_experience(batch, policy, other, FixedModel(zeros(batch)), scores_of(0.0, 0.0, 0.0), cfg)
+    assert len(count) == calls
 
 
 def test_logprobs_are_taken_at_the_sampling_temperature():

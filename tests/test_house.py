@@ -108,11 +108,12 @@ def test_no_op_imports_another_op():
 
 
 def test_every_compiled_kernel_is_found_by_its_name():
-    """A source has the stem of its op, or of a family of ops, or of the rollout's step; each kernel in it is called by
-    that name there."""
-    callers = [*(ROOT / "kernels").glob("*.py"), ROOT / "rlhf_fast" / "rollout" / "compiled_step.py"]
+    """A source has the stem of its op, or of a family of ops, or of one of two whole steps; each kernel in it is called
+    by that name there."""
+    steps = ("rollout/compiled_step.py", "training/compiled_adamw.py")
+    callers = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "rlhf_fast" / step for step in steps)]
     launchers = "\n".join(p.read_text() for p in callers)
-    ops = {p.stem for p in callers} | {"driver", "decode_step"}  # what is asked at import, and a rollout's whole step
+    ops = {p.stem for p in callers} | {"driver", "decode_step", "adamw"}  # what is asked at import, and the two
     for path in [*(ROOT / "csrc").glob("cpu/*.cpp"), *(ROOT / "csrc").glob("cuda/*.cu")]:
         family = path.stem.partition("_")[0]
         assert path.stem in ops or any(op.startswith(f"{family}_") for op in ops), path.relative_to(ROOT)

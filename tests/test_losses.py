@@ -12,6 +12,7 @@ from rlhf_fast import ops
 from rlhf_fast.batches import Comparisons, Experience, micro_batches, pad_rows, response_mask
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.training.experience import token_weights, whiten
+from rlhf_fast.training.learner import evaluate
 from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss, reward_loss
 
 
@@ -80,6 +81,33 @@ def test_the_first_step_has_ratio_1():
     assert float(stats["val/ratio_max"]) == pytest.approx(1, abs=1e-4)
     assert float(stats["policy/clipfrac_avg"]) == 0
     assert float(stats["policy/approxkl_avg"]) < 1e-8
+
+
+@pytest.mark.parametrize("loss_mean", ["token", "sequence"])
+def test_the_gap_by_hand_in_any_micro_batches(loss_mean):
+    """One row is left out of the losses, and so of the gap. Each token counts once, whatever its weight."""
+    model = policy()
+    batch = experience(model, rows=7, loss_mean=loss_mean)
+    mask = batch.mask & (torch.arange(7) != 4)[:, None]
+    batch = batch._replace(mask=mask, weights=token_weights(mask, loss_mean))
+    logprobs = model.logprobs(*batch[:3], temperature=0.8)[0].detach()
+    gap = (logprobs - batch.old_logprobs)[mask].double()
+    outside = ((gap.exp() < 0.9) | (gap.exp() > 1.1)).double().mean()
+    expected = {"rollout/gap_mean": gap.abs().mean(), "rollout/gap_max": gap.abs().max()}
+    expected = {name: float(value) for name, value in (expected | {"rollout/ratio_outside": outside}).items()}
+    assert 0 < expected["rollout/ratio_outside"] < 1
+    for budget in (1, 12, 10_000):
+        loss = partial(ppo_policy_loss, temperature=0.8, entropy_coef=0.01, measure_gap=True)
+        found = evaluate(model, loss, [batch], budget)
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_a_valid_token_no_gap_is_reported():
+    model = policy()
+    batch = experience(model)
+    batch = batch._replace(mask=torch.zeros_like(batch.mask), weights=torch.zeros_like(batch.weights))
+    _, stats = ppo_policy_loss(model, batch, 1.0, measure_gap=True)
+    assert "loss/policy_avg" in stats and not any(name.startswith("rollout/") for name in stats)
 
 
 def test_value_loss_by_hand():

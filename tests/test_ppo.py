@@ -52,6 +52,9 @@ def test_ppo_writes_metrics_samples_and_folders_that_transformers_reads(folder):
     for one, other in (("ppo", "ppo/ema"), ("ppo/ema", "model"), ("ppo", "model")):
         assert not toy.same_weights(folder / one, folder / other)
     assert AutoModelForSequenceClassification.from_pretrained(folder / "ppo/value").config.num_labels == 1
+    for row in rows:  # the gap is that of the first of 4 steps: the later ones have other weights
+        assert 0 < row["rollout/gap_mean"] <= row["rollout/gap_max"] < 1e-4 < row["val/ratio_max"] - 1
+        assert row["rollout/ratio_outside"] == 0
     sample = toy.rows(folder / "ppo/samples.jsonl")[-1]
     assert {"prompt", "response", "length", "eos", "score", "kl"} <= sample.keys()
 
@@ -64,7 +67,7 @@ def test_the_value_model_starts_from_the_reward_model_and_learns_alone_at_first(
     ppo.run(cfg)
     rows = toy.rows(folder / "ppo/metrics.jsonl")
     assert toy.same_weights(folder / "model", folder / "ppo")
-    assert "loss/policy_avg" not in rows[-1]
+    assert not {"loss/policy_avg", "rollout/gap_mean"} & rows[-1].keys()
     assert "loss/value_avg" in rows[-1]
     reward_file, value_file = (folder / name / "model.safetensors" for name in ("reward", "ppo/value"))
     assert reward_file.read_bytes() != value_file.read_bytes()
@@ -93,7 +96,7 @@ def test_each_setting_runs_to_the_end(folder, changes):
     ppo.run(toy.ppo(folder, **changes))
     rows = toy.rows(folder / "ppo/metrics.jsonl")
     assert len(rows) == 6
-    assert all(isinstance(row["objective/kl"], float) for row in rows)
+    assert all(isinstance(row["objective/kl"], float) and row["rollout/gap_max"] < 1e-4 for row in rows)
 
 
 def test_target_kl_ends_a_batch_early(folder):

@@ -174,6 +174,14 @@ struct DoubleSums {
     memcpy(halves, &v, sizeof v);
     lanes += __builtin_convertvector(halves[0], Lanes) + __builtin_convertvector(halves[1], Lanes);
   }
+  INLINE void add_square(f32 v) {
+    Half halves[2];
+    memcpy(halves, &v, sizeof v);
+    for (int i = 0; i < 2; ++i) {
+      const Lanes x = __builtin_convertvector(halves[i], Lanes);
+      lanes += x * x;
+    }
+  }
   INLINE double total() const {
     double sums[W / 2];
     memcpy(sums, &lanes, sizeof lanes);

@@ -254,7 +254,8 @@ class PPOConfig(_Stage):
     paper and the others do not)."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """Log-probabilities in the ratio's denominator. rollout: the sampler's, the policy that really acted. recompute: a
-    forward pass of the trainer (TRL, verl, OpenRLHF), which hides the gap between the two. The gap is always logged."""
+    forward pass of the trainer (TRL, verl, OpenRLHF), which hides the gap between the two. The gap is logged with both;
+    rollout measures it in the policy's first step on a batch, without a pass of its own."""
 
     ptx_coef: float = 27.8
     """Gamma: weight of the pretraining gradient, which is added to the PPO gradient before the one optimizer step

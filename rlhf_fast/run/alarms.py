@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 # The first minibatch of a PPO batch is trained on by the very weights that sampled it, so its ratio differs from 1 only
 # by rounding. A larger gap means that sampling and training see different models (dropout, a stale cache, another
 # temperature). The same holds for the share of tokens whose probability differs by more than a tenth between the
-# trainer's forward pass and the sampler: it is 0 in float32.
+# trainer's forward pass on the same weights and the sampler: it is 0 in float32.
 MAX_RATIO_DEVIATION = 0.02
 MAX_SHARE_OUTSIDE = 0.01
 MAX_KL_PER_TOKEN = 1.0

@@ -31,6 +31,7 @@ from rlhf_fast.run.prompt_format import bind_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
+from rlhf_fast.training.gradient_buffers import GradientPool
 from rlhf_fast.training.kl import KLController
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss, pretrain_loss
@@ -96,9 +97,10 @@ class State(NamedTuple):
 
 def init_state(cfg: PPOConfig, models: Models, run_folder: RunFolder) -> State:
     """Return the state before the first batch."""
+    pool = GradientPool()
     return State(
-        policy_learner=Learner(models.policy, cfg.optim, cfg.steps, ema=cfg.ema),
-        value_learner=Learner(models.value, cfg.value_optim, cfg.steps),
+        policy_learner=Learner(models.policy, cfg.optim, cfg.steps, ema=cfg.ema, pool=pool),
+        value_learner=Learner(models.value, cfg.value_optim, cfg.steps, pool=pool),
         kl=KLController(cfg.kl),
         best=BestModel(run_folder),
     )
@@ -176,7 +178,9 @@ def ppo_update(
     for minibatch in minibatches(experience, cfg, seed=(cfg.seed * 1_000_003 + step) % 2**63):
         stats = _value_update(state.value_learner, minibatch, cfg)
         if step >= cfg.critic_warmup:
-            terms: list[Term] = [(loss, minibatch, 1.0)]
+            # until the policy's first step the weights are those that sampled
+            measure_gap = not rows and cfg.old_logprobs == "rollout"
+            terms: list[Term] = [(partial(loss, measure_gap=measure_gap), minibatch, 1.0)]
             if pretrain_data is not None:
                 position = state.policy_learner.steps * cfg.ptx_ratio * cfg.minibatch
                 text_batch = pretrain_data.batch(position, cfg.ptx_ratio * len(minibatch.lengths))

@@ -17,10 +17,9 @@ from rlhf_fast import ops
 from rlhf_fast.batches import Experience, Responses, micro_batches
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
+from rlhf_fast.training.learner import to_floats
 from rlhf_fast.training.rewards import RewardFunction
-
-RATIO_BAND = (0.9, 1.1)
-"""`rollout/ratio_outside` is the share of tokens whose probability ratio (trainer over sampler) is outside."""
+from rlhf_fast.training.rollout_gap import rollout_gap
 
 
 @torch.no_grad()
@@ -36,16 +35,19 @@ def make_experience(
     """Return the experience of a batch of responses, and metrics of the batch.
 
     kl_coef: the KL controller's current coefficient; None = cfg.kl.coef. The advantages are whitened here if cfg.whiten
-    is "batch".
+    is "batch". With cfg.old_logprobs "rollout" the policy makes no forward pass here: the first step of the policy
+    measures the gap between trainer and sampler (`ppo_policy_loss`, `measure_gap`).
     """
     kl_coef = cfg.kl.coef if kl_coef is None else kl_coef
     budget, temperature = cfg.optim.micro_batch_tokens, cfg.sampling.temperature
-    policy_logprobs = _in_micro_batches(responses, budget, lambda part: _logprobs(policy, part, temperature))
     ref_logprobs = _in_micro_batches(responses, budget, lambda part: _logprobs(reference, part, temperature))
     values = _in_micro_batches(
         responses, budget, lambda part: value.values(part.tokens, part.prompt_lengths, part.lengths)
     )
-    old_logprobs = responses.logprobs if cfg.old_logprobs == "rollout" else policy_logprobs
+    old_logprobs, gap = responses.logprobs, {}
+    if cfg.old_logprobs == "recompute":
+        old_logprobs = _in_micro_batches(responses, budget, lambda part: _logprobs(policy, part, temperature))
+        gap = to_floats(rollout_gap(old_logprobs[responses.mask], responses.logprobs[responses.mask]))
     scores = reward(responses)
     final, in_loss = final_scores(scores, responses.finished, cfg)
     mask = responses.mask & in_loss[:, None]
@@ -77,7 +79,7 @@ def make_experience(
         finished=responses.finished,
         uids=responses.uids,
     )
-    stats = _metrics(experience, responses, policy_logprobs, final, kl_coef, moments)
+    stats = _metrics(experience, responses, final, kl_coef, moments) | gap
     if cfg.whiten == "batch":
         experience = whiten(experience, cfg, moments)
     return experience, stats
@@ -171,22 +173,15 @@ def _in_micro_batches(
 def _metrics(
     experience: Experience,
     responses: Responses,
-    policy_logprobs: Tensor,
     final: Tensor,
     kl_coef: float,
     moments: Tensor,
 ) -> dict[str, float]:
-    """Return averages over the whole batch, dropped rows included.
-
-    KL and entropy are nats per response, or nats per token (`_token`). `rollout/gap_*` is the difference between the
-    trainer's and the sampler's log-probability of the same token.
-    """
+    """Return averages over the whole batch, dropped rows included. KL and entropy are nats per response, or nats per
+    token (`_token`)."""
     mask = responses.mask
     lengths = mask.sum(1).double()
     num_tokens = max(float(lengths.sum()), 1.0)
-    gap = (policy_logprobs - responses.logprobs)[mask].double()
-    ratio = gap.exp()
-    outside = (ratio < RATIO_BAND[0]) | (ratio > RATIO_BAND[1])
     kl = torch.where(mask, experience.old_logprobs - experience.ref_logprobs, 0).double().sum(1)
     error_m2, return_m2 = float(moments[2]), float(moments[4])
     stats: dict[str, float | Tensor] = {
@@ -202,8 +197,5 @@ def _metrics(
         "tokens/length": lengths.mean(),
         "tokens/eos_rate": responses.finished.double().mean(),
         "val/explained_variance": 1 - error_m2 / return_m2 if return_m2 > 0 else 0.0,
-        "rollout/gap_mean": gap.abs().mean() if len(gap) else 0.0,
-        "rollout/gap_p99": gap.abs().kthvalue(-(-len(gap) * 99 // 100)).values if len(gap) else 0.0,
-        "rollout/ratio_outside": outside.sum() / num_tokens,
     }
     return {name: float(number) for name, number in stats.items()}

@@ -19,6 +19,8 @@ from torch import Tensor
 from rlhf_fast.batches import Batch, micro_batches
 from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.errors import BadRows, UserError, listed
+from rlhf_fast.training.compiled_adamw import CompiledAdamW
+from rlhf_fast.training.gradient_buffers import GradientBuffers, GradientPool
 
 
 class Trainable(Protocol):
@@ -52,15 +54,23 @@ def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
 
 
 class Learner:
-    """AdamW (torch's fused kernel) over the parameters in `model.trainable()`.
+    """AdamW over the parameters in `model.trainable()`: torch's fused kernel, or on the CPU our own, with its formula.
 
     A bfloat16 weight has a float32 master copy and a float32 gradient here, as in the paper; the model's own weight is
     the rounded master. dropout: passed to `model.train_mode`. ema: if above 0, a moving average is kept that starts at
-    the first weights: average += (1 - ema) * (weights - average) after each step.
+    the first weights: average += (1 - ema) * (weights - average) after each step. pool: holds the memory of the
+    gradients between steps; learners that take turns can share one.
     """
 
     def __init__(
-        self, model: Trainable, optim: OptimConfig, total_steps: int, *, dropout: float | None = None, ema: float = 0.0
+        self,
+        model: Trainable,
+        optim: OptimConfig,
+        total_steps: int,
+        *,
+        dropout: float | None = None,
+        ema: float = 0.0,
+        pool: GradientPool | None = None,
     ):
         self.model, self.optim, self.total_steps = model, optim, total_steps
         self.dropout, self.ema = dropout, ema
@@ -68,7 +78,8 @@ class Learner:
         self.params = model.trainable()
         if any(p.dtype == torch.float16 for p in self.params.values()):
             raise UserError(f"{model.name}: float16 gradients underflow and loss scaling is not built; use bfloat16")
-        self.masters = {name: _master(p) for name, p in self.params.items()}
+        self.gradients = GradientBuffers(pool or GradientPool())
+        self.masters = {name: self.gradients.attach(name, p) for name, p in self.params.items()}
         self.average = {name: p.detach().clone() for name, p in self.masters.items()} if ema else {}
         matrices = [p for p in self.masters.values() if p.dim() > 1]
         vectors = [p for p in self.masters.values() if p.dim() <= 1]
@@ -76,6 +87,8 @@ class Learner:
         self.adam = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
         )
+        copies = [p if p is not self.masters[name] else None for name, p in self.params.items()]
+        self.compiled = CompiledAdamW(self.adam, [*self.masters.values()], copies, [*self.average.values()])
 
     def step(self, terms: Sequence[Term]) -> dict[str, float]:
         """Take one optimizer step on the sum of `coefficient * loss(model, batch)` over the terms.
@@ -86,7 +99,7 @@ class Learner:
         losses, stats = self._backward(terms)
         norm = self._grad_norm()
         total = torch.stack(losses).sum() if losses else torch.zeros(())
-        result = _to_floats({**stats, "loss": total, "grad_norm": norm})
+        result = to_floats({**stats, "loss": total, "grad_norm": norm})
         if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
             self._raise_non_finite(terms, result)
         result["lr"] = self.apply_gradient(norm)
@@ -96,15 +109,16 @@ class Learner:
         """Return the float32 gradient that `step` would use, before clipping, by parameter name. Takes no step."""
         self._backward(terms)
         gradients = {name: p.grad for name, p in self.masters.items() if p.grad is not None}
-        self.adam.zero_grad(set_to_none=True)
+        self.gradients.forget()
+        self._zero_grad()
         return gradients
 
     def _backward(self, terms: Sequence[Term]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Put the gradient of the terms into the masters; return the micro-batches' losses and the combined stats."""
-        self.adam.zero_grad(set_to_none=True)
+        self._zero_grad()
         losses: list[Tensor] = []
         stats: dict[str, Tensor] = {}
-        with self.model.train_mode(self.dropout):
+        with self.model.train_mode(self.dropout), self.gradients.kept():
             for loss, batch, coefficient in terms:
                 num_items = batch.num_items()
                 if not num_items:
@@ -117,7 +131,13 @@ class Learner:
                     _combine(stats, new_stats)
         return losses, stats
 
+    def _zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        self.gradients.release()
+
     def _grad_norm(self) -> Tensor:
+        if (kernels := self.compiled.kernels()) is not None:
+            return self.compiled.grad_norm(kernels)
         return torch.nn.utils.get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
 
     @torch.no_grad()
@@ -126,13 +146,18 @@ class Learner:
         rate = learning_rate(self.optim, self.steps, self.total_steps)
         for group in self.adam.param_groups:
             group["lr"] = rate
-        if self.optim.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.grad_clip, norm)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        self._copy_masters_to_model()
-        if self.ema:
-            torch._foreach_lerp_(list(self.average.values()), list(self.masters.values()), 1 - self.ema)
+        if (kernels := self.compiled.kernels()) is not None:
+            clip = self.optim.grad_clip
+            scale = float((clip / (norm + 1e-6)).clamp(max=1.0)) if clip else 1.0  # clip_grads_with_norm_'s factor
+            self.compiled.step(kernels, scale, 1 - self.ema)
+        else:
+            if self.optim.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.grad_clip, norm)
+            self.adam.step()
+            self._copy_masters_to_model()
+            if self.ema:
+                torch._foreach_lerp_(list(self.average.values()), list(self.masters.values()), 1 - self.ema)
+        self._zero_grad()
         self.steps += 1
         return rate
 
@@ -148,14 +173,14 @@ class Learner:
         bad = []
         for loss, batch, coefficient in terms:
             for index, row in micro_batches(batch, 1):
-                self.adam.zero_grad(set_to_none=True)
+                self._zero_grad()
                 value, _ = loss(self.model, row, batch.num_items())
                 if value.requires_grad:
                     (value * coefficient).backward()
                 if not (math.isfinite(float(value.detach())) and math.isfinite(float(self._grad_norm()))):
                     uids = index if batch.uids is None else batch.uids[index]
                     bad.append((type(batch).__name__, int(uids[0])))
-        self.adam.zero_grad(set_to_none=True)
+        self._zero_grad()
         bad.sort()
         source = f", from rows {listed([str(uid) for _, uid in bad])}" if bad else ", though from no row alone"
         raise BadRows(
@@ -209,21 +234,6 @@ class Learner:
         self.steps = int(state["steps"])
 
 
-def _master(p: torch.nn.Parameter) -> Tensor:
-    """Return the float32 tensor that the optimizer updates: p itself, or a copy that receives p's gradient."""
-    if p.dtype == torch.float32:
-        return p
-    master = p.detach().float()
-
-    def move_gradient(p: Tensor) -> None:
-        assert p.grad is not None
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    p.register_post_accumulate_grad_hook(move_gradient)
-    return master
-
-
 def _combine(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """Add `new` stats to `total`, in place."""
     for name, value in new.items():
@@ -246,11 +256,13 @@ def evaluate(model: Trainable, loss: Loss, batches: Sequence[Batch], micro_batch
     for batch in batches if num_items else ():
         for _, micro_batch in micro_batches(batch, micro_batch_tokens):
             _combine(stats, loss(model, micro_batch, num_items)[1])
-    return _to_floats(stats) if stats else {}
+    return to_floats(stats)
 
 
-def _to_floats(stats: dict[str, Tensor]) -> dict[str, float]:
+def to_floats(stats: dict[str, Tensor]) -> dict[str, float]:
     """Divide the ratios and move all numbers from the device in one transfer."""
+    if not stats:
+        return {}
     pairs = [value if value.dim() else torch.stack([value, torch.ones_like(value)]) for value in stats.values()]
     numbers = torch.stack([pair.detach().double().to(pairs[-1].device) for pair in pairs]).tolist()
     return {name: a / b if b else 0.0 for name, (a, b) in zip(stats, numbers, strict=True)}

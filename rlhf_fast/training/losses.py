@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.batches import Comparisons, Demonstrations, Experience, Texts
 from rlhf_fast.model.model import Model
+from rlhf_fast.training.rollout_gap import rollout_gap
 
 Stats = dict[str, Tensor]
 
@@ -61,8 +62,13 @@ def ppo_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float = 0.0,
     entropy_coef: float = 0.0,
+    measure_gap: bool = False,
 ) -> tuple[Tensor, Stats]:
-    """Return PPO's clipped objective, negated, minus entropy_coef times the entropy. temperature: the rollout's."""
+    """Return PPO's clipped objective, negated, minus entropy_coef times the entropy.
+
+    temperature: the rollout's. measure_gap: the weights are still those that sampled, and batch.old_logprobs are the
+    sampler's, so that their difference to this forward pass is `rollout_gap`'s, whose stats are returned too.
+    """
     hidden, targets, where = model.hidden_and_targets(
         batch.tokens, batch.prompt_lengths, batch.lengths, keep=batch.mask
     )
@@ -85,7 +91,9 @@ def ppo_policy_loss(
         bias=model.head_bias,
     )
     sums = dict(zip(ops.linear_ppo_loss.stats, sums, strict=True))
+    gap = rollout_gap(logprobs.detach(), old_logprobs) if measure_gap else {}
     return loss, {
+        **gap,
         "loss/policy_avg": loss,
         "policy/approxkl_avg": (weights * 0.5 * (logprobs.detach() - old_logprobs) ** 2).sum(),
         "policy/clipfrac_avg": sums["clipped_low"] + sums["clipped_high"],
