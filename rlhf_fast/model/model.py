@@ -252,7 +252,7 @@ class Model:
         own = self._residual_dropout
         hooks = (
             hook
-            for module in self.decoder.modules()
+            for module in packed_decoder.uncalled_modules(self.decoder)
             for kind in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
             for hook in kind.values()
         )
@@ -261,10 +261,10 @@ class Model:
     def run_packed(self, rows: packing.PackedRows, kept: Tensor) -> Tensor:
         """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
         computed by our own layers."""
+        parts, dropout = read_decoder(self.decoder), self._residual_dropout.p
+        checkpoints = any(vars(module).get("gradient_checkpointing") for module in self.decoder.modules())
         with self._adapter_context():
-            return packed_decoder.packed_hidden(
-                read_decoder(self.decoder), rows, kept, self._residual_dropout.p, self.base.is_gradient_checkpointing
-            )
+            return packed_decoder.packed_hidden(parts, rows, kept, dropout, checkpoints)
 
     def hidden_and_targets(
         self, tokens: Tensor, first: Tensor, lengths: Tensor, keep: Tensor | None = None, pack: bool = False

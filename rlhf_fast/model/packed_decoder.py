@@ -9,13 +9,14 @@ A prompt that several rows share is computed once, and its gradient is the sum o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast import ops
 from rlhf_fast.kernels._launch import Unsupported
@@ -94,9 +95,9 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
         q, k, v = outputs[0].view(len(x), parts.num_heads, 3, d).unbind(2)
     elif len(outputs) == 1:
         sizes = [parts.num_heads, parts.num_kv_heads, parts.num_kv_heads]
-        q, k, v = outputs[0].view(len(x), -1, d).split(sizes, 1)
+        q, k, v = outputs[0].view(len(x), sum(sizes), d).split(sizes, 1)
     else:
-        q, k, v = (output.view(len(x), -1, d) for output in outputs)
+        q, k, v = (output.view(len(x), output.shape[1] // d, d) for output in outputs)
     if layer.q_norm is not None:
         q = _norm(layer.q_norm, q)
     if layer.k_norm is not None:
@@ -129,6 +130,13 @@ def _norm(norm: Norm, x: Tensor) -> Tensor:
 
 def _drop(call: _Call, x: Tensor) -> Tensor:
     return F.dropout(x, call.dropout) if call.dropout else x
+
+
+def uncalled_modules(decoder: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of `decoder` that `packed_hidden` does not call, so that it does not run their hooks."""
+    for module in decoder.modules():
+        if not (isinstance(module, (nn.Embedding, nn.Linear, Conv1D)) or hasattr(module, "base_layer")):
+            yield module
 
 
 def find_refusal(model: Any) -> str | None:
@@ -170,8 +178,10 @@ def _compare(model: Any, parts: Decoder, tolerance: float, gradient_tolerance: f
         with torch.enable_grad():
             states = forward()
             total = (states.float() * weights.to(states.device)).sum()
+        if not (wanted and total.requires_grad):  # the reference of a model with adapters
+            return states, []
         # an adapter that is not active has no gradient
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
         return states.detach(), list(gradients)
 
     own, own_gradients = states_and_gradients(lambda: model.hidden(tokens)[row_index, columns])
