@@ -30,7 +30,6 @@ MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 MINUS_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 class Sequences(NamedTuple):
@@ -164,7 +163,7 @@ def attend_to_tile(
         acc = launch.dot(weight, finite_or_zero(values), acc)
         if tl.max(tl.max(is_bad.to(tl.int32), axis=1), axis=0) > 0:
             reached = launch.dot(seen.to(values.dtype), is_bad.to(values.dtype), tl.zeros_like(acc))
-            acc = tl.where(reached > 0.0, NAN, acc)
+            acc = tl.where(reached > 0.0, float("nan"), acc)
     else:
         acc = launch.dot(weight, values, acc)
     return State(m, s, acc)
