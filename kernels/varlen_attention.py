@@ -329,7 +329,6 @@ SMALL = [
     {"lengths": (), "H": 2, "Hkv": 1, "d": 8},
 ]
 LARGE = [
-    {"lengths": tuple(80 + i * 7 % 51 for i in range(48)), "H": 8, "Hkv": 4, "d": 8, "packed": True},
     {"lengths": (200, 137, 186, 91, 163, 120, 178, 125), "H": 9, "Hkv": 3, "d": 64, "packed": True},
     {"lengths": (64, *(48,) * 8), "H": 9, "Hkv": 3, "d": 64, "packed": True, "parents": (-1, *(0,) * 8)},
 ]

@@ -25,12 +25,12 @@ from torch import Tensor
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._tensors import empty_float32
 from rlhf_fast.kernels.triton import launch
+from rlhf_fast.kernels.varlen_attention import _check_sequences
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 MINUS_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 class Sequences(NamedTuple):
@@ -164,7 +164,7 @@ def attend_to_tile(
         acc = launch.dot(weight, finite_or_zero(values), acc)
         if tl.max(tl.max(is_bad.to(tl.int32), axis=1), axis=0) > 0:
             reached = launch.dot(seen.to(values.dtype), is_bad.to(values.dtype), tl.zeros_like(acc))
-            acc = tl.where(reached > 0.0, NAN, acc)
+            acc = tl.where(reached > 0.0, float("nan"), acc)
     else:
         acc = launch.dot(weight, values, acc)
     return State(m, s, acc)
@@ -381,14 +381,16 @@ def scales_of(scale: float, softcap: float) -> Scales:
     return Scales(scale / softcap if softcap else scale * LOG2_E, softcap * LOG2_E, scale)
 
 
-def check(q: Tensor) -> None:
+def check(q: Tensor, offsets: Tensor, parents: Tensor | None) -> None:
+    """Raise Unsupported for what the kernels do not serve, and ValueError for wrong sequences on a CPU."""
     launch.require_dtypes(q)
+    _check_sequences(offsets, parents, q.shape[0])
     if q.shape[2] > MAX_HEAD_DIM:
         raise Unsupported(f"no Triton kernel for heads wider than {MAX_HEAD_DIM}, got {q.shape[2]}")
 
 
 def attend(q, k, v, offsets, scale, window, softcap, parents, lse):
-    check(q)
+    check(q, offsets, parents)
     N, H, d = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not N:
@@ -412,7 +414,7 @@ def varlen_attention_with_statistics(q, *rest):
 
 
 def varlen_attention_backward(grad_out, _out, lse, q, k, v, offsets, scale, window, softcap, parents):
-    check(q)
+    check(q, offsets, parents)
     N, H, d = q.shape
     Hkv = k.shape[1]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
