@@ -27,7 +27,15 @@ from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._tensors import empty_float32
 
-KERNELS = ("head_init", "head_statistics", "head_results", "head_gradient", "head_kept_gradient", "bf16_product")
+KERNELS = (
+    "head_init",
+    "head_statistics",
+    "head_results",
+    "head_gradient",
+    "head_kept_gradient",
+    "bf16_product",
+    "advise_huge_pages",
+)
 LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, the products are 20 % slower
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
 KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
@@ -50,6 +58,13 @@ def has_bf16_product(kernels: ModuleType) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def empty_in_huge_pages(kernels: ModuleType, like: Tensor, *shape: int) -> Tensor:
+    """Return new memory of the dtype of `like`, in huge pages where the system has them."""
+    x = like.new_empty(shape)
+    kernels.advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 class LogitBlock(NamedTuple):
@@ -256,7 +271,7 @@ class CpuHead:
     def _kept_products(self, coefficients_of, needs_grad):
         """Three products in bfloat16: kept are not the logits but their exponentials, in bfloat16."""
         tile, width = self.kernels.head_tile, VOCAB_TILES * self.kernels.head_tile
-        kept = self.hidden.new_empty(self.N * self.V)
+        kept = empty_in_huge_pages(self.kernels, self.hidden, self.N * self.V)
         origins = empty_float32(self.hidden, self.N, -(-self.V // tile))
         chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(width, self.V)))
         buffer = empty_float32(self.hidden, (chunks[0][1] - chunks[0][0] + 1) * min(width, self.V))
@@ -305,7 +320,7 @@ class GradAccumulator:
         self.head = head
         self.whole_weight = whole_weight
         self.hidden = empty_float32(head.hidden, head.N, head.D).zero_() if needs_grad[0] else None
-        self.weight = head.weight.new_empty(head.V, head.D) if needs_grad[1] else None
+        self.weight = empty_in_huge_pages(head.kernels, head.weight, head.V, head.D) if needs_grad[1] else None
         self.bias = empty_float32(head.weight, head.V).zero_() if needs_grad[2] else None
         self.weight_sums: Tensor | None = None  # None: dW is float32 and its own sum
         if needs_grad[1] and head.weight.dtype != torch.float32:
