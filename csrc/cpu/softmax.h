@@ -237,7 +237,7 @@ struct GroupSums {
   }
 };
 
-// What add_columns tells of each tile and its exponentials.
+// Ignores what add_columns tells of each tile and its exponentials.
 struct NoRecord {
   INLINE void tile(int64_t, int, float) const {}
   INLINE void exponentials(int64_t, int, f32, f32) const {}

@@ -1,4 +1,4 @@
-// Asks the kernel for pages of 2 MiB in new memory. A first visit of 4 KiB costs about a microsecond, of 100 MiB a
+// Huge pages for the large tensors of a linear head. A first visit of 4 KiB costs about a microsecond, of 100 MiB a
 // tenth of the products of a training step.
 #include <stdint.h>
 #if defined(__linux__)
