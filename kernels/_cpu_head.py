@@ -9,7 +9,8 @@ Logits are float32. They are made in blocks of some rows (tokens) and some colum
 
 bfloat16 inputs become float32 a block at a time, and are exact there. Where the processor multiplies bfloat16 and there
 is enough to do, our product makes the logits instead. torch's then makes dX and dW from the gradient of the logits
-rounded to bfloat16 (torch has no mixed product), summed over blocks in float32.
+rounded to bfloat16 (torch has no mixed product), summed over blocks in float32. Without a softcap three products need
+no sum over chunks there: of all rows the exponentials are kept in bfloat16, in half the memory of the logits.
 """
 
 from __future__ import annotations
@@ -27,11 +28,20 @@ from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._tensors import empty_float32
 
-KERNELS = ("head_init", "head_statistics", "head_results", "head_gradient", "bf16_product")
+KERNELS = (
+    "head_init",
+    "head_statistics",
+    "head_results",
+    "head_gradient",
+    "head_kept_gradient",
+    "bf16_product",
+    "advise_huge_pages",
+)
 LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, the products are 20 % slower
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
+KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
 VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so the bits do not depend on it
-MIN_BF16_LOGITS = 1 << 22  # below, bfloat16 inputs are multiplied in float32
+MIN_BF16_LOGITS = 1 << 15  # below, bfloat16 inputs are multiplied in float32
 EMULATE_BF16 = False  # for tests: bfloat16 products by ordinary arithmetic, on any processor
 
 
@@ -49,6 +59,13 @@ def has_bf16_product(kernels: ModuleType) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def empty_in_huge_pages(kernels: ModuleType, like: Tensor, *shape: int) -> Tensor:
+    """Return new memory of the dtype of `like`, in huge pages where the system has them."""
+    x = like.new_empty(shape)
+    kernels.advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 class LogitBlock(NamedTuple):
@@ -93,14 +110,19 @@ class CpuHead:
         self.V, self.D = weight.shape
         self.vocab_block = VOCAB_TILES * kernels.head_tile
         self.use_bf16 = (
-            hidden.dtype == weight.dtype == torch.bfloat16
+            self.N > 0
+            and hidden.dtype == weight.dtype == torch.bfloat16
             and self.weight.stride(1) == 1
             and self.N * self.V >= MIN_BF16_LOGITS
             and (EMULATE_BF16 or has_bf16_product(kernels))
         )
+        if self.use_bf16:  # all rows at once where a tile of them fits: a block of dW needs no sums then
+            tiles = LOGITS_BYTES_4_GEMM // (4 * self.N * kernels.head_tile)
+            self.vocab_block = max(1, min(VOCAB_TILES, tiles)) * kernels.head_tile
         rows = self.gather_valid(hidden.detach().reshape(-1, hidden.shape[-1])).contiguous()
         self.hidden = rows if self.use_bf16 else rows.float()
         self.weight_buffer: Tensor | None = None
+        self.grad_buffer: Tensor | None = None
 
     def gather_valid(self, x: Tensor) -> Tensor:
         """Return the valid rows of flat x."""
@@ -152,15 +174,30 @@ class CpuHead:
                     ref_logits = reference.multiply(begin, end, ref_weight, ref_buffer[:count].view(shape))
                 yield LogitBlock(begin, end, first, logits, weight, ref_logits)
 
-    def run_kernel(self, kernel: str, block: LogitBlock, table: Tensor, reference: CpuHead | None = None) -> None:
-        """Run a row kernel on a block of logits. `table` holds some numbers for each of the N rows."""
+    def run_kernel(
+        self, kernel: str, block: LogitBlock, table: Tensor, reference: CpuHead | None = None, out: tuple = (0, 0)
+    ) -> None:
+        """Run a row kernel on a block of logits. `table` holds some numbers for each of the N rows; `out` are the
+        kernel's last arguments."""
         bias = None if self.bias is None else self.bias[block.first :]
         ref_bias = None if reference is None or reference.bias is None else reference.bias[block.first :]
         getattr(self.kernels, kernel)(
             *data_ptrs(block.logits, bias, block.ref_logits, ref_bias, self.targets[block.begin :]),
             table[block.begin :].data_ptr(), *block.logits.shape, block.logits.stride(0), block.first, *self.scalars,
-            self.threads,
+            self.threads, *out,
         )  # fmt: skip
+
+    def with_gradient(self, block: LogitBlock, coefficients: Tensor, reference: CpuHead | None = None) -> LogitBlock:
+        """Return a block with the gradient of its logits in their place, in the dtype of the products."""
+        if not self.use_bf16:
+            self.run_kernel("head_gradient", block, coefficients, reference, (0, 0))
+            return block
+        count = block.logits.numel()
+        if self.grad_buffer is None or len(self.grad_buffer) < count:
+            self.grad_buffer = self.hidden.new_empty(count)
+        grads = self.grad_buffer[:count].view(block.logits.shape)
+        self.run_kernel("head_gradient", block, coefficients, reference, (grads.data_ptr(), grads.stride(0)))
+        return block._replace(logits=grads)
 
     def new_state(self) -> Tensor:
         """Return (N, head_state_floats), the running statistics of rows of which no logit has been seen."""
@@ -180,7 +217,7 @@ class CpuHead:
         """Return the `results` of every row, beside a reference's head."""
         state = self.new_state()
         for block in self.logit_blocks(reference):
-            self.run_kernel("head_statistics", block, state, reference)
+            self.run_kernel("head_statistics", block, state, reference, (0, 0, 0, 0))
         return self.results(state, reference is not None)
 
     def grads(self, coefficients: Tensor, needs_grad: NeedsGrad, reference: CpuHead | None = None):
@@ -190,8 +227,7 @@ class CpuHead:
         """
         out = GradAccumulator(self, needs_grad, whole_weight=False)
         for block in self.logit_blocks(reference):
-            self.run_kernel("head_gradient", block, coefficients, reference)
-            out.add(block)
+            out.add(self.with_gradient(block, coefficients, reference))
         return out.finish()
 
     def results_and_grads(
@@ -203,6 +239,8 @@ class CpuHead:
         """
         if not any(needs_grad):
             return self.statistics(), self.no_grads()
+        if self.use_bf16 and self.scalars[1] == 0 and 2 * self.N * self.V <= KEPT_BYTES:
+            return self._kept_products(coefficients_of, needs_grad)
         max_rows = max(LOGITS_BYTES_3_GEMM // (4 * self.V), 1)
         if self.N > max_rows and needs_grad[1] and not self.can_sum_weight_grad():
             results = self.statistics()
@@ -221,15 +259,48 @@ class CpuHead:
                 weight = self.weight_block(first, stop)
                 logits = buffer[(end - begin) * first : (end - begin) * stop].view(end - begin, -1)
                 blocks.append(LogitBlock(begin, end, first, self.multiply(begin, end, weight, logits), None))
-                self.run_kernel("head_statistics", blocks[-1], state)
+                self.run_kernel("head_statistics", blocks[-1], state, None, (0, 0, 0, 0))
             results.append(self.results(state[begin:end]))
             coefficients[begin:end] = coefficients_of(results[-1], slice(begin, end))
             for block in reversed(blocks):  # the last ones are still in the cache
-                self.run_kernel("head_gradient", block, coefficients)
+                block = self.with_gradient(block, coefficients)
                 if needs_grad[0]:
                     block = block._replace(weight=self.weight_block(block.first, block.first + block.logits.shape[1]))
                 out.add(block)
         return torch.cat(results, 1) if results else self.results(state), out.finish()
+
+    def _kept_products(self, coefficients_of, needs_grad):
+        """Three products in bfloat16: kept are not the logits but their exponentials, in bfloat16."""
+        tile, width = self.kernels.head_tile, VOCAB_TILES * self.kernels.head_tile
+        kept = empty_in_huge_pages(self.kernels, self.hidden, self.N * self.V)
+        origins = empty_float32(self.hidden, self.N, -(-self.V // tile))
+        chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(width, self.V)))
+        buffer = empty_float32(self.hidden, (chunks[0][1] - chunks[0][0] + 1) * min(width, self.V))
+        state = self.new_state()
+        blocks = []
+        for first in range(0, self.V, width):
+            stop = min(first + width, self.V)
+            weight, exps = self.weight[first:stop], kept[self.N * first : self.N * stop].view(self.N, -1)
+            blocks.append(LogitBlock(0, self.N, first, exps, weight))
+            for begin, end in chunks:
+                logits = buffer[: (end - begin) * (stop - first)].view(end - begin, -1)
+                self.multiply(begin, end, weight, logits)
+                self.run_kernel(
+                    "head_statistics", LogitBlock(begin, end, first, logits, weight), state, None,
+                    (exps[begin:].data_ptr(), exps.stride(0), origins[begin:, first // tile].data_ptr(),
+                     origins.stride(0)),
+                )  # fmt: skip
+        results = self.results(state)
+        coefficients = coefficients_of(results, slice(None))
+        out = GradAccumulator(self, needs_grad, whole_weight=True)
+        for block in reversed(blocks):
+            self.kernels.head_kept_gradient(
+                *data_ptrs(block.logits, self.targets, coefficients), *block.logits.shape, block.logits.stride(0),
+                block.first, self.scalars[0], self.threads, origins[:, block.first // tile].data_ptr(),
+                origins.stride(0),
+            )  # fmt: skip
+            out.add(block)
+        return results, out.finish()
 
     def can_sum_weight_grad(self) -> bool:
         """Return whether dW may be summed over chunks: it is float32 itself, or its float32 sum is small."""
@@ -250,7 +321,7 @@ class GradAccumulator:
         self.head = head
         self.whole_weight = whole_weight
         self.hidden = empty_float32(head.hidden, head.N, head.D).zero_() if needs_grad[0] else None
-        self.weight = head.weight.new_empty(head.V, head.D) if needs_grad[1] else None
+        self.weight = empty_in_huge_pages(head.kernels, head.weight, head.V, head.D) if needs_grad[1] else None
         self.bias = empty_float32(head.weight, head.V).zero_() if needs_grad[2] else None
         self.weight_sums: Tensor | None = None  # None: dW is float32 and its own sum
         if needs_grad[1] and head.weight.dtype != torch.float32:
@@ -261,9 +332,7 @@ class GradAccumulator:
         """Add what a block contributes, whose logits have been overwritten with their gradient."""
         x = block.logits
         if self.bias is not None:
-            self.bias[block.first : block.first + x.shape[1]] += x.sum(0)
-        if self.head.use_bf16:
-            x = x.bfloat16()
+            self.bias[block.first : block.first + x.shape[1]] += x.sum(0, dtype=torch.float32)
         if self.hidden is not None and block.weight is not None:
             rows = self.hidden[block.begin : block.end]
             if self.head.use_bf16:

@@ -186,14 +186,17 @@ def _launch(kernels, *args):
         chunk_inputs = valid_inputs.map(lambda values: values[chunk])
         return x._replace(token_inputs=chunk_inputs).loss(*results[:2], chunk_inputs.weights != 0)
 
+    losses = []
+
     def coefficients_of(results, chunk):
         loss = loss_of(results, chunk)
+        losses.append(loss)
         logprobs, entropy, largest, sums = results
         grads = head.row_grads(loss.logprob_grad, loss.entropy_grad, logprobs, entropy, sums)
         return pack_row_grads(largest, grads)
 
     results, grads = cpu_head.results_and_grads(coefficients_of, args[-3:])
-    loss = loss_of(results, slice(None))
+    loss = losses[0] if len(losses) == 1 else loss_of(results, slice(None))  # a single chunk has all rows
     logprobs, entropy = map(cpu_head.scatter_valid, results[:2])
     return loss.loss, logprobs, entropy, torch.stack(loss.stats), *grads
 

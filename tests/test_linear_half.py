@@ -22,7 +22,7 @@ def multiply(kernels, x, w, emulate, threads=1):
 
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize(
-    "rows, columns, D", [(1, 1, 1), (3, 5, 31), (4, 4, 32), (9, 67, 33), (17, 130, 100), (0, 5, 8)]
+    "rows, columns, D", [(1, 1, 1), (3, 5, 31), (4, 64, 32), (9, 67, 33), (17, 130, 100), (0, 5, 8), (13, 80, 513)]
 )
 @pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "instruction"])
 def test_product(backend, rows, columns, D, emulate):
@@ -39,34 +39,96 @@ def test_product(backend, rows, columns, D, emulate):
         assert torch.equal(out[5:6, 1:2], multiply(kernels, x[5:6], w[1:2], emulate))  # alone as in a tile
 
 
-@pytest.mark.parametrize("rows_per_block", [7, 10**6])
-def test_head(monkeypatch, rows_per_block):
-    """Log-probabilities are exact, gradients as accurate as those of torch's own bfloat16 products."""
+@pytest.fixture
+def emulated(monkeypatch):
+    """bfloat16 products on any processor, at any size."""
     monkeypatch.setattr(cpu_head, "EMULATE_BF16", True)
     monkeypatch.setattr(cpu_head, "MIN_BF16_LOGITS", 0)
-    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 4 * 2100 * rows_per_block)
-    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 4 * 2100 * rows_per_block)
+
+
+def random_head():
     hidden = (2 * torch.randn(24, 33)).bfloat16().requires_grad_()
     weight = (torch.randn(2100, 33) / 6).bfloat16().requires_grad_()
-    targets = torch.randint(2100, (24,)).masked_fill(torch.rand(24) < 0.3, -100)
-    weights = torch.rand(24)
-    outputs = {
-        "cross_entropy": ops.linear_cross_entropy(hidden, weight, targets, weights),
-        "logprobs": ops.linear_logprobs(hidden, weight, targets),
-        "kl": ops.linear_kl(hidden, weight, 0.5 * hidden, weight, targets)[3:],
-    }
+    return hidden, weight, torch.randint(2100, (24,)).masked_fill(torch.rand(24) < 0.3, -100)
+
+
+KEPT = pytest.mark.parametrize("kept_bytes", [0, 1 << 20], ids=["logits made twice", "exponentials kept"])
+
+
+@KEPT
+@pytest.mark.parametrize("rows_per_block", [7, 10**6])
+def test_head(monkeypatch, emulated, rows_per_block, kept_bytes):
+    """Log-probabilities are exact, gradients as accurate as those of torch's own bfloat16 products."""
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 4 * 2100 * rows_per_block)
+    monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 4 * 2100 * rows_per_block)
+    monkeypatch.setattr(cpu_head, "KEPT_BYTES", kept_bytes)
+    hidden, weight, targets = random_head()
+    weights, bias = torch.rand(24), torch.randn(2100)
+    old, advantages = -5 * torch.rand(24), torch.randn(24)
     float64_inputs = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    ref = (0.5 * hidden).detach().double(), weight.detach().double()
-    truths = {
-        "cross_entropy": ops.linear_cross_entropy.reference(*float64_inputs, targets, weights.double()),
-        "logprobs": ops.linear_logprobs.reference(*float64_inputs, targets),
-        "kl": ops.linear_kl.reference(*float64_inputs, *ref, targets)[3:],
-    }
-    for name, truth in truths.items():
-        for results, exact in zip(outputs[name], truth, strict=True):
+
+    def outputs(x, w, dtype):
+        half = (0.5 * x).detach(), w.detach()
+        rows = old.to(dtype), advantages.to(dtype), weights.to(dtype)
+        options = {"entropy_coef": 0.3, "temperature": 0.7, "bias": bias.to(dtype)}
+        calls = {
+            "cross_entropy": (ops.linear_cross_entropy, (x, w, targets, rows[2]), {}),
+            "softcap": (ops.linear_cross_entropy, (x, w, targets, rows[2], bias.to(dtype), 3.0), {}),
+            "ppo": (ops.linear_ppo_loss, (x, w, targets, *rows), options),
+            "logprobs": (ops.linear_logprobs, (x, w, targets), {}),
+            "kl": (ops.linear_kl, (x, w, *half, targets), {}),
+        }
+        run = {n: (op.reference if dtype == torch.float64 else op)(*a, **k) for n, (op, a, k) in calls.items()}
+        return run | {"kl": run["kl"][3:], "ppo": run["ppo"][:3]}
+
+    truths = outputs(*float64_inputs, torch.float64)
+    for name, found in outputs(hidden, weight, torch.float32).items():
+        for results, exact in zip(found, truths[name], strict=True):
             torch.testing.assert_close(results.double(), exact, atol=5e-6, rtol=2e-6)
-        results = torch.autograd.grad(outputs[name][0].sum(), (hidden, weight))
-        exact = torch.autograd.grad(truth[0].sum(), float64_inputs)
+        results = torch.autograd.grad(found[0].sum(), (hidden, weight))
+        exact = torch.autograd.grad(truths[name][0].sum(), float64_inputs)
         for a, b in zip(results, exact, strict=True):
             assert a.dtype == torch.bfloat16
-            assert (a.double() - b).norm() <= 2**-8 * b.norm()
+            assert (a.double() - b).norm() <= 2**-8 * b.norm(), name
+
+
+def test_kept_exponentials_of_rising_tiles_and_banned_tokens(emulated):
+    """The largest logit comes last, a tile has no logit, and a token's probability is 0."""
+    hidden = torch.ones(3, 2).bfloat16().requires_grad_()
+    weight = torch.zeros(3000, 2).bfloat16().requires_grad_()
+    bias = torch.linspace(-60, 3, 3000).index_fill(0, torch.cat([torch.arange(1024), torch.tensor([2999])]), -torch.inf)
+    bias.requires_grad_()
+    targets = torch.tensor([1500, 2990, 2047])
+    ops.linear_cross_entropy(hidden, weight, targets, torch.ones(3), bias)[0].backward()
+    exact = bias.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(exact.expand(3, -1), targets, reduction="sum").backward()
+    assert (bias.grad[exact.grad == 0] == 0).all() and (exact.grad == 0).sum() == 1025
+    assert ((bias.grad.double() - exact.grad).abs() <= 2**-7 * exact.grad.abs() + 1e-30).all()
+
+
+def test_kept_exponentials_of_a_bad_row(emulated):
+    """A NaN in a row of hidden makes NaN of its own gradient, and of the weight's, which all rows share."""
+    hidden, weight, targets = random_head()
+    targets[:3] = torch.tensor([5, 7, -100])
+    with torch.no_grad():
+        hidden[1] = hidden[2] = torch.nan
+    ops.linear_cross_entropy(hidden, weight, targets, torch.ones(24))[0].backward()
+    assert hidden.grad[1].isnan().all() and weight.grad.isnan().all()
+    assert (hidden.grad[2] == 0).all() and hidden.grad[[0, *range(3, 24)]].isfinite().all()
+
+
+@KEPT
+def test_bits_of_the_head_do_not_depend_on_the_threads(monkeypatch, emulated, kept_bytes):
+    monkeypatch.setattr(cpu_head, "KEPT_BYTES", kept_bytes)
+    hidden, weight, targets = random_head()
+
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            loss, logprobs = ops.linear_cross_entropy(hidden, weight, targets)
+            return loss, logprobs, *torch.autograd.grad(loss, (hidden, weight))
+        finally:
+            torch.set_num_threads(before)
+
+    assert all(map(torch.equal, run(1), run(2)))

@@ -17,6 +17,7 @@ def test_memory(backend, dtype, monkeypatch):
     """Beyond inputs and gradients only the logits' budget and tensors of hidden's size are allocated."""
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", 1 << 20)
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 1 << 20)
+    monkeypatch.setattr(cpu_head, "KEPT_BYTES", 1 << 20)
     V, D = 8192, 48
 
     def cross_entropy(hidden, weight):

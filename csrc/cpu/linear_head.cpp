@@ -7,8 +7,8 @@
 // Floor of a training step over N rows: three products of 2 N D V operations. The row work is about 25 vector
 // operations a logit for the statistics and 25 for the gradient, under a tenth of the products from D = 512 on. A row's
 // bits depend on that row alone.
+#include "kept_exponentials.h"
 #include "kernel.h"
-#include "softmax.h"
 
 namespace {
 
@@ -101,10 +101,11 @@ void add_pair(HeadState& state, const float* x, const float* ref, const Block& b
 }
 
 // Adds a block of logits to the rows' states. x and ref: rows `stride` apart. state (rows, head_state_floats) must come
-// from head_init.
+// from head_init. Where `kept` is not null, there is neither a reference nor a softcap: the exponentials (rows,
+// columns) go there in bfloat16, and the origins of the block's tiles to `origins`.
 void head_statistics(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets, uintptr_t state,
                      int64_t rows, int64_t columns, int64_t stride, int64_t first, double temperature, float softcap,
-                     int threads) {
+                     int threads, uintptr_t kept, int64_t kept_stride, uintptr_t origins, int64_t origins_stride) {
   const Block block = {ptr<const float>(bias),
                        ptr<const float>(ref),
                        ptr<const float>(ref_bias),
@@ -125,6 +126,10 @@ void head_statistics(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_b
         add_pair<true>(s, logits, ref_logits, block, target, scaling);
       else
         add_pair<false>(s, logits, ref_logits, block, target, scaling);
+    } else if (kept) {
+      const KeptRow record = {ptr<bf16>(kept) + row * kept_stride, ptr<float>(origins) + row * origins_stride,
+                              scaling.lowest};
+      add_columns<false>(s.policy, logits, block.bias, columns, target, scaling, record);
     } else if (has_softcap) {
       add_columns<true>(s.policy, logits, block.bias, columns, target, scaling);
     } else {
@@ -170,20 +175,26 @@ void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool has_referen
   }
 }
 
-template <bool SOFTCAP>
-void block_gradient(float* x, const Block& block, const LogitGrad* grads, int64_t row, const Scaling& scaling) {
-  float* const logits = x + row * block.stride;
+template <bool VALUE>
+struct Flag {
+  static constexpr bool value = VALUE;
+};
+
+template <bool SOFTCAP, class Out>
+void block_gradient(const float* x, Out* out, const Block& block, const LogitGrad* grads, int64_t row,
+                    const Scaling& scaling) {
   if (block.ref && grads[row].c != 0)  // an unused KL may be infinite
-    row_gradient<SOFTCAP, Loss::KL>(logits, block.bias, block.ref + row * block.stride, block.ref_bias, logits,
-                                    block.columns, block.target(row), grads[row], scaling);
+    row_gradient<SOFTCAP, Loss::KL>(x, block.bias, block.ref + row * block.stride, block.ref_bias, out, block.columns,
+                                    block.target(row), grads[row], scaling);
   else
-    row_gradient<SOFTCAP>(logits, block.bias, logits, block.columns, block.target(row), grads[row], scaling);
+    row_gradient<SOFTCAP>(x, block.bias, out, block.columns, block.target(row), grads[row], scaling);
 }
 
-// Replaces a block of logits x by the gradient by them. row_coefficients (rows, 9): the LogitGrad of each row.
+// The gradient by a block of logits x: to `out` in bfloat16, or instead of x where `out` is null. row_coefficients
+// (rows, 9): the LogitGrad of each row.
 void head_gradient(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bias, uintptr_t targets,
                    uintptr_t row_coefficients, int64_t rows, int64_t columns, int64_t stride, int64_t first,
-                   double temperature, float softcap, int threads) {
+                   double temperature, float softcap, int threads, uintptr_t out, int64_t out_stride) {
   const Block block = {ptr<const float>(bias),
                        ptr<const float>(ref),
                        ptr<const float>(ref_bias),
@@ -192,15 +203,36 @@ void head_gradient(uintptr_t x, uintptr_t bias, uintptr_t ref, uintptr_t ref_bia
                        stride,
                        first};
   const LogitGrad* const grads = ptr<const LogitGrad>(row_coefficients);
-  float* const logits = ptr<float>(x);
   const Scaling scaling = make_scaling(temperature, softcap);
-  const bool has_softcap = softcap > 0.f;
+  const auto run = [&](auto has_softcap, auto* to, int64_t to_stride) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns > 16384)
+    for (int64_t row = 0; row < rows; ++row)
+      block_gradient<decltype(has_softcap)::value>(ptr<const float>(x) + row * stride, to + row * to_stride, block,
+                                                   grads, row, scaling);
+  };
+  const auto with_softcap = [&](auto has_softcap) {
+    if (out)
+      run(has_softcap, ptr<bf16>(out), out_stride);
+    else
+      run(has_softcap, ptr<float>(x), stride);
+  };
+  if (softcap > 0.f)
+    with_softcap(Flag<true>());
+  else
+    with_softcap(Flag<false>());
+}
+
+// Replaces the exponentials of a block, kept by head_statistics, by the gradient by its logits. The arguments are those
+// of both.
+void head_kept_gradient(uintptr_t kept, uintptr_t targets, uintptr_t row_coefficients, int64_t rows, int64_t columns,
+                        int64_t stride, int64_t first, double temperature, int threads, uintptr_t origins,
+                        int64_t origins_stride) {
+  const Scaling scaling = make_scaling(temperature, 0.f);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns > 16384)
   for (int64_t row = 0; row < rows; ++row) {
-    if (has_softcap)
-      block_gradient<true>(logits, block, grads, row, scaling);
-    else
-      block_gradient<false>(logits, block, grads, row, scaling);
+    const KeptRow record = {ptr<bf16>(kept) + row * stride, ptr<float>(origins) + row * origins_stride, scaling.lowest};
+    kept_row_gradient(record, columns, ptr<const int64_t>(targets)[row] - first,
+                      ptr<const LogitGrad>(row_coefficients)[row], scaling);
   }
 }
 
@@ -210,5 +242,6 @@ KERNEL(head_init)
 KERNEL(head_statistics)
 KERNEL(head_results)
 KERNEL(head_gradient)
+KERNEL(head_kept_gradient)
 
 }  // namespace

@@ -1,8 +1,8 @@
-// The product of a linear head in bfloat16 with float32 results, which torch does not have on the CPU; bf16_product.h
-// has the algorithm. It needs AVX512-BF16; on other processors kernels/_cpu_head.py multiplies in float32.
+// The product of a linear head in bfloat16 with float32 results, which torch does not have on the CPU; bf16_gemm.h has
+// the algorithm. It needs AVX512-BF16; on other processors kernels/_cpu_head.py multiplies in float32.
 //
-// Floor: 2 rows columns D operations, 64 a cycle and port. A thread takes 64 columns at a time, for all rows.
-#include "bf16_product.h"
+// A thread takes 64 columns at a time, for all rows.
+#include "bf16_gemm.h"
 #include "kernel.h"
 
 namespace {
@@ -12,16 +12,18 @@ namespace {
 const char* bf16_product(uintptr_t x, uintptr_t w, uintptr_t out, int64_t rows, int64_t columns, int64_t D,
                          int64_t x_stride, int64_t w_stride, int64_t out_stride, bool emulate, int threads) {
   if (!emulate && !has_bf16_dot()) return "this processor has no AVX512-BF16";
-  constexpr int64_t width = 64;
-  const int64_t num_parts = (columns + width - 1) / width;
+  if (!rows) return nullptr;
+  const int64_t num_parts = (columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns * D > 1 << 20)
   for (int64_t part = 0; part < num_parts; ++part) {
-    const int64_t begin = part * width, end = min(columns, begin + width);
-    const auto *const a = ptr<const uint16_t>(x), *const b = ptr<const uint16_t>(w);
+    const int64_t begin = part * PANEL_COLUMNS, end = min(columns, begin + PANEL_COLUMNS);
+    const int64_t after = min<int64_t>(columns - end, PANEL_COLUMNS);
+    const auto *const a = ptr<const uint16_t>(x), *const b = ptr<const uint16_t>(w) + begin * w_stride;
+    float* const to = ptr<float>(out) + begin;
     if (emulate)
-      bf16_columns<EmulatedDot>(a, x_stride, b, w_stride, ptr<float>(out), out_stride, rows, begin, end, D);
+      gemm_columns<EmulatedDot>(a, x_stride, rows, b, w_stride, end - begin, after, D, to, out_stride);
     else
-      bf16_columns<MachineDot>(a, x_stride, b, w_stride, ptr<float>(out), out_stride, rows, begin, end, D);
+      gemm_columns<MachineDot>(a, x_stride, rows, b, w_stride, end - begin, after, D, to, out_stride);
   }
   return nullptr;
 }

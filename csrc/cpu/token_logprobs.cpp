@@ -5,7 +5,7 @@
 // the exponential: on two cores of 2021 both take about as long. The backward pass reads a row twice, the second time
 // from the cache, and writes it once. A row's bits depend on that row alone.
 #include "dtypes.h"
-#include "softmax.h"
+#include "softmax_gradient.h"
 
 namespace {
 

@@ -1,0 +1,168 @@
+// X W' of bfloat16 X (rows, D) and W (columns, D) into float32, for the many rows of a training step.
+//
+//     panel    64 rows of W by 256 elements, transposed by pairs:  | pair 0 of rows 0 ... 63 | pair 1 ... | ...
+//     tile     6 rows of X by a panel: 24 vectors of sums in registers; a step broadcasts a pair of each row of X and
+//              multiplies it with the pairs of 16 columns, one instruction of AVX512-BF16
+//
+// A panel, 32 KiB, stays in the first-level cache while all rows of X come from the second. Meanwhile the next panel's
+// elements are prefetched, evenly over the tiles. Between two panels of a column the sums are in `out`. Every result is
+// one chain of sums over the pairs in their order, the same in any tile.
+//
+// Floor: 2 rows columns D operations, 64 an instruction.
+#pragma once
+#include "bf16_product.h"
+
+namespace {
+
+constexpr int PANEL_COLUMNS = 64, PANEL_PAIRS = 128, GEMM_ROWS = 6, COLUMN_VECTORS = PANEL_COLUMNS / 16;
+typedef int32_t Lanes16 __attribute__((vector_size(64)));
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// Lane l of the results is lane l of a or lane l - STEP of b, and lane l + STEP of a or lane l of b.
+template <int STEP, int... I>
+INLINE void exchange_lanes(Pairs& a, Pairs& b, Indices<I...>) {
+  const Pairs old = a;
+#if defined(__clang__)
+  a = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I - STEP : I)...);
+  b = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I : I + STEP)...);
+#else
+  a = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I - STEP : I)...});
+  b = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I : I + STEP)...});
+#endif
+}
+
+template <int STEP>
+INLINE void transpose_lanes(Pairs* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if (!(i & STEP)) exchange_lanes<STEP>(rows[i], rows[i + STEP], typename Count<16>::type());
+  if constexpr (STEP < 8) transpose_lanes<2 * STEP>(rows);
+}
+
+// panel[pair][column] of `columns` rows of W by `elements` of them; what is missing is 0.
+inline void pack_panel(const uint16_t* w, int64_t w_stride, int64_t columns, int64_t elements, uint32_t* panel) {
+  for (int64_t c = 0; c < PANEL_COLUMNS; c += 16)
+    for (int64_t k = 0; k < elements; k += 32) {
+      Pairs rows[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        rows[i] = Pairs{};
+        if (c + i < columns) load_pairs(rows[i], w + (c + i) * w_stride + k, elements - k);
+      }
+      transpose_lanes<1>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) memcpy(panel + (k / 2 + i) * PANEL_COLUMNS + c, &rows[i], sizeof rows[i]);
+    }
+}
+
+// Calls f(Number<0>()) ... f(Number<N - 1>()). An array that is indexed by them alone stays in registers; one that is
+// indexed in a loop may not, as compilers unroll after they have chosen.
+template <int... I, class F>
+INLINE void unrolled(Indices<I...>, F f) {
+  (f(Number<I>()), ...);
+}
+template <int N, class F>
+INLINE void unrolled(F f) {
+  unrolled(typename Count<N>::type(), f);
+}
+
+// R rows of X by a panel, added to the sums in `out` unless they are the first.
+template <class Dot, int R>
+INLINE void gemm_tile(const uint16_t* x, int64_t x_stride, const uint32_t* panel, int64_t elements, bool is_first,
+                      float* out, int64_t out_stride) {
+  constexpr int C = COLUMN_VECTORS;
+  Sums sums[R * C] = {};
+  if (!is_first)
+    unrolled<R * C>([&](auto i) __attribute__((always_inline)) {
+      constexpr int n = decltype(i)::value;
+      memcpy(&sums[n], out + n / C * out_stride + n % C * 16, sizeof sums[n]);
+    });
+  const auto step = [&](auto load_pair) __attribute__((always_inline)) {
+    Pairs b[C];
+    unrolled<C>([&](auto c) __attribute__((always_inline)) {
+      constexpr int n = decltype(c)::value;
+      memcpy(&b[n], panel + 16 * n, sizeof b[n]);
+    });
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      constexpr int row = decltype(r)::value;
+      const Pairs a = Pairs{} + load_pair(x + row * x_stride);
+      unrolled<C>([&](auto c) __attribute__((always_inline)) {
+        constexpr int n = decltype(c)::value;
+        Dot::step(sums[row * C + n], a, b[n]);
+      });
+    });
+    panel += PANEL_COLUMNS;
+    x += 2;
+  };
+  for (int64_t k = 0; k + 2 <= elements; k += 2)
+    step([](const uint16_t* p) __attribute__((always_inline)) {
+      uint32_t pair;
+      memcpy(&pair, p, sizeof pair);
+      return pair;
+    });
+  if (elements % 2) step([](const uint16_t* p) __attribute__((always_inline)) { return (uint32_t)*p; });
+  unrolled<R * C>([&](auto i) __attribute__((always_inline)) {
+    constexpr int n = decltype(i)::value;
+    memcpy(out + n / C * out_stride + n % C * 16, &sums[n], sizeof sums[n]);
+  });
+}
+
+template <class Dot>
+INLINE void gemm_rows(int64_t rows, const uint16_t* x, int64_t x_stride, const uint32_t* panel, int64_t elements,
+                      bool is_first, float* out, int64_t out_stride) {
+  const auto tile = [&](auto R) {
+    gemm_tile<Dot, decltype(R)::value>(x, x_stride, panel, elements, is_first, out, out_stride);
+  };
+  switch (rows) {
+    case 1:
+      return tile(Number<1>());
+    case 2:
+      return tile(Number<2>());
+    case 3:
+      return tile(Number<3>());
+    case 4:
+      return tile(Number<4>());
+    case 5:
+      return tile(Number<5>());
+    default:
+      return tile(Number<6>());
+  }
+}
+
+// `columns` <= 64 columns of the product. `after` of the rows of W behind them are prefetched.
+template <class Dot>
+inline void gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* w, int64_t w_stride,
+                         int64_t columns, int64_t after, int64_t D, float* out, int64_t out_stride) {
+  alignas(64) uint32_t panel[PANEL_PAIRS * PANEL_COLUMNS];
+  alignas(64) float part[GEMM_ROWS * PANEL_COLUMNS];  // of a panel that has fewer columns
+  const int64_t tiles = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
+  for (int64_t k = 0; k == 0 || k < D; k += 2 * PANEL_PAIRS) {
+    const int64_t elements = min<int64_t>(2 * PANEL_PAIRS, D - k);
+    pack_panel(w + k, w_stride, columns, elements, panel);
+    const bool is_last = k + elements >= D;
+    const uint16_t* const next = is_last ? w + columns * w_stride : w + k + elements;
+    const int64_t next_rows = is_last ? after : columns;
+    const int64_t lines = (min<int64_t>(2 * PANEL_PAIRS, is_last ? D : D - k - elements) + 31) / 32;
+    int64_t prefetched = 0;
+    for (int64_t t = 0, row = 0; t < tiles; ++t) {
+      const int64_t n = rows / tiles + (t < rows % tiles);
+      for (const int64_t until = next_rows * lines * (t + 1) / tiles; prefetched < until; ++prefetched)
+        __builtin_prefetch(next + prefetched / lines * w_stride + prefetched % lines * 32, 0, 2);
+      float* const to = out + row * out_stride;
+      if (columns == PANEL_COLUMNS) {
+        gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, to, out_stride);
+      } else {
+        for (int64_t r = 0; r < n && k; ++r) memcpy(part + r * PANEL_COLUMNS, to + r * out_stride, 4 * columns);
+        gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, part, PANEL_COLUMNS);
+        for (int64_t r = 0; r < n; ++r) memcpy(to + r * out_stride, part + r * PANEL_COLUMNS, 4 * columns);
+      }
+      row += n;
+    }
+  }
+}
+
+}  // namespace
