@@ -9,7 +9,7 @@ from rlhf_fast.bench.timing import Cpu, has_bf16_products
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SIZES = pytest.mark.parametrize("N, D, V", [(512, 768, 50257), (2048, 256, 8192)])
-BARE_TARGET = {torch.float32: 1 / 1.15, torch.bfloat16: 1 / 1.5}
+BARE_TARGET = {torch.float32: 1 / 1.15, torch.bfloat16: 1 / 1.2}
 VOCAB_BLOCK = 4096
 
 

@@ -47,9 +47,9 @@ def emulated(monkeypatch):
 
 
 def random_head():
-    hidden = (2 * torch.randn(24, 33)).bfloat16().requires_grad_()
+    hidden = (2 * torch.randn(96, 33)).bfloat16().requires_grad_()
     weight = (torch.randn(2100, 33) / 6).bfloat16().requires_grad_()
-    return hidden, weight, torch.randint(2100, (24,)).masked_fill(torch.rand(24) < 0.3, -100)
+    return hidden, weight, torch.randint(2100, (96,)).masked_fill(torch.rand(96) < 0.3, -100)
 
 
 KEPT = pytest.mark.parametrize("kept_bytes", [0, 1 << 20], ids=["logits made twice", "exponentials kept"])
@@ -63,8 +63,8 @@ def test_head(monkeypatch, emulated, rows_per_block, kept_bytes):
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", 4 * 2100 * rows_per_block)
     monkeypatch.setattr(cpu_head, "KEPT_BYTES", kept_bytes)
     hidden, weight, targets = random_head()
-    weights, bias = torch.rand(24), torch.randn(2100)
-    old, advantages = -5 * torch.rand(24), torch.randn(24)
+    weights, bias = torch.rand(96), torch.randn(2100)
+    old, advantages = -5 * torch.rand(96), torch.randn(96)
     float64_inputs = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
 
     def outputs(x, w, dtype):
@@ -112,9 +112,9 @@ def test_kept_exponentials_of_a_bad_row(emulated):
     targets[:3] = torch.tensor([5, 7, -100])
     with torch.no_grad():
         hidden[1] = hidden[2] = torch.nan
-    ops.linear_cross_entropy(hidden, weight, targets, torch.ones(24))[0].backward()
+    ops.linear_cross_entropy(hidden, weight, targets, torch.ones(96))[0].backward()
     assert hidden.grad[1].isnan().all() and weight.grad.isnan().all()
-    assert (hidden.grad[2] == 0).all() and hidden.grad[[0, *range(3, 24)]].isfinite().all()
+    assert (hidden.grad[2] == 0).all() and hidden.grad[[0, *range(3, 96)]].isfinite().all()
 
 
 @KEPT
