@@ -1,16 +1,18 @@
 """A PPO step in plain torch and transformers, as TRL and cleanrl write it, for ppo_step.py to measure ours beside.
 
-The logits of whole rows are stored, cut to the response and made float32; log_softmax and gather follow. All prompts
-of a batch have one length, and all responses another. Adam and the micro-batches are our Learner's, so that the
-difference is in the passes and the losses.
+The logits of whole rows are stored, cut to the response and made float32; log_softmax and gather follow. Prompts are
+padded on the left and responses on the right. Adam, its masters and the micro-batches are our Learner's, of torch's
+fused kernel, so that the difference is in the passes and the losses.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from rlhf_fast.batches import Experience, Responses, micro_batches
+from rlhf_fast.batches import Comparisons, Experience, Responses, micro_batches
 from rlhf_fast.bench.plain_torch import advantages_loop, policy_loss, value_loss
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
@@ -19,31 +21,54 @@ from rlhf_fast.training.experience import minibatches, token_weights
 from rlhf_fast.training.rewards import RewardFunction
 
 
-def response_span(batch: Responses | Experience) -> slice:
-    """Return the positions that predict the response."""
-    first, last = int(batch.prompt_lengths[0]), int(batch.lengths[0])
-    if (batch.prompt_lengths != first).any() or (batch.lengths != last).any():
-        raise ValueError("plain_learner: all prompts must have one length, and all responses")
-    return slice(first - 1, last - 1)
+def left_padded(batch: Responses | Experience, device: torch.device) -> tuple[dict[str, Tensor], slice]:
+    """Return the model's inputs (b, P + R), with each prompt at the end of its P columns and each response at the start
+    of its R, and the positions that predict the responses. Rows of one shape need no mask."""
+    width, size = int(batch.prompt_lengths.max()), int((batch.lengths - batch.prompt_lengths).max())
+    shift = width - batch.prompt_lengths[:, None]
+    columns = torch.arange(width + size) - shift
+    real = (columns >= 0) & (columns < batch.lengths[:, None])
+    tokens = batch.tokens.gather(1, columns.clamp(0, batch.tokens.shape[1] - 1)) * real
+    inputs = {"input_ids": tokens.to(device)}
+    if not real.all():
+        inputs |= {"attention_mask": real.long().to(device), "position_ids": columns.clamp_min(0).to(device)}
+    return inputs, slice(width - 1, width + size - 1)
 
 
 def response_logits(model: Model, batch: Responses | Experience, temperature: float) -> Tensor:
     """Return float32 logits (b, R, V)."""
-    logits = model.module(input_ids=batch.tokens.to(model.device), use_cache=False).logits
-    return logits[:, response_span(batch)].float() / temperature
+    inputs, span = left_padded(batch, model.device)
+    return model.module(**inputs, use_cache=False).logits[:, span].float() / temperature
 
 
 def response_logprobs(logits: Tensor, batch: Responses | Experience) -> Tensor:
-    """Return the log-probability (b, R) of each response token."""
-    span = response_span(batch)
-    targets = batch.tokens[:, span.start + 1 : span.stop + 1].to(logits.device)
+    """Return the log-probability (b, R) of each response token, of any other where there is none."""
+    inputs, span = left_padded(batch, logits.device)
+    targets = inputs["input_ids"][:, span.start + 1 :]
     return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
 def response_values(model: Model, batch: Responses | Experience) -> Tensor:
     """Return the value (b, R) before each response token."""
-    hidden = model.decoder(input_ids=batch.tokens.to(model.device), use_cache=False).last_hidden_state
-    return model.base.score(hidden)[:, response_span(batch), 0].float()
+    inputs, span = left_padded(batch, model.device)
+    hidden = model.decoder(**inputs, use_cache=False).last_hidden_state
+    return model.base.score(hidden)[:, span, 0].float()
+
+
+def last_scores(model: Model, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Return the scalar head's output (b,) at the last token of each row, padded on the right."""
+    hidden = model.decoder(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+    return model.base.score(hidden)[torch.arange(len(tokens)), lengths - 1, 0].float()
+
+
+def reward_loss(model: Model, batch: Comparisons, num_items: float):
+    """Return the mean of -log sigmoid(better - worse) over a prompt's pairs, then over prompts."""
+    scores, total = last_scores(model, batch.tokens, batch.lengths), 0.0
+    for first, last in pairwise(batch.group_offsets.tolist()):
+        better, worse = (batch.ranks[first:last, None] < batch.ranks[None, first:last]).nonzero(as_tuple=True)
+        if len(better):
+            total = total - logsigmoid(scores[first:last][better] - scores[first:last][worse]).mean() / num_items
+    return total, {"loss/reward": total}
 
 
 @torch.no_grad()
@@ -56,8 +81,11 @@ def make_experience(
     ref_logprobs, values = torch.zeros(2, *shape, device=value.device)
     for index, part in micro_batches(responses, cfg.optim.micro_batch_tokens):
         index = index.to(value.device)
-        ref_logprobs[index] = response_logprobs(response_logits(reference, part, temperature), part)
-        values[index] = response_values(value, part)
+        found = response_logprobs(response_logits(reference, part, temperature), part)
+        ref_logprobs[index, : found.shape[1]] = found
+        found = response_values(value, part)
+        values[index, : found.shape[1]] = found
+    ref_logprobs, values = (torch.where(responses.mask.to(x.device), x, 0) for x in (ref_logprobs, values))
     old_logprobs, mask = responses.logprobs.to(value.device), responses.mask.to(value.device)
     scores = reward(responses)
     advantages, returns, mean, variance = advantages_loop(

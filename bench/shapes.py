@@ -16,6 +16,10 @@ LLAMA_1B = COMMON | {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
     "rope_theta": 500000.0,
 }  # fmt: skip
+STORIES_260K = COMMON | {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 512, "rope_theta": 10000.0,
+}  # fmt: skip
 TINY = SMOLLM2_135M | {
     "vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 256,

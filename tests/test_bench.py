@@ -324,6 +324,21 @@ def test_the_ppo_step_runs_dry_and_both_sides_agree(tmp_path, decode_step_run, c
     assert capsys.readouterr().out.count("\n| PPO update") == 1 + len(update["kernels"])
 
 
+@pytest.mark.skipif(ops.linear_ppo_loss.chosen("cpu") == "reference", reason="no compiled kernels")
+def test_ragged_rows_and_reward_training_agree_with_plain_torch(tmp_path, monkeypatch):
+    for phase in ("baseline_rollout", "profile"):
+        monkeypatch.setattr(ppo_step.Bench, phase, lambda bench: None)
+    path = tmp_path / "ppo_step.json"
+    arguments = ["--device", "cpu", "--tiny", "--dtype", "float32", "--case", "135M-ragged", "--reward"]
+    assert ppo_step.main([*arguments, "--save", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert [row["row"].split(" ")[0] for row in found["rows"]] == ["PPO", "PPO", "PPO", "reward"]
+    for row in found["rows"][1:]:
+        assert row["checked"].startswith("agree") and max(row["errors"].values()) < 1e-4
+    sizes = ppo_step.ragged_lengths(500, 100, seed=0)
+    assert sizes.min() >= 1 and sizes.max() == 100 and 15 < sizes.median() < 25
+
+
 def test_a_ppo_step_that_differs_from_plain_torch_is_told(tmp_path, monkeypatch):
     right = plain_torch.policy_loss
     for phase in ("baseline_rollout", "profile"):
