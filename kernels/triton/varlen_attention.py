@@ -365,7 +365,8 @@ def tile_meta(d: int, dtype: torch.dtype, backward: bool) -> dict:
     if dtype == torch.float32:
         return {"BLOCK": block, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4 if block <= 64 else 8, "num_stages": 1}
     queries = 32 if backward and block == 256 else 64
-    keys, stages = (32, 2) if block <= 64 else (16, 1)
+    keys = 32 if block <= 64 else 16
+    stages = 2 if block <= 64 and d % 8 == 0 else 1  # else elements are loaded one by one
     return {"BLOCK": block, "BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
 
 
