@@ -35,8 +35,8 @@ constexpr int tile_rows() {
 
 // 2^x for x <= 0, or a rounding above.
 INLINE f32 exp2_below(f32 x) {
-  const f32 shifted = x + ROUND;
-  return select(x < splat(LOWEST_POWER), splat(0.f), power_of_two(shifted, x - (shifted - ROUND)));
+  const f32 clamped = max(splat(LOWEST_POWER), x), shifted = clamped + ROUND;  // a NaN stays a NaN
+  return select(x < splat(LOWEST_POWER), splat(0.f), power_of_two(shifted, clamped - (shifted - ROUND)));
 }
 
 // The queries of a block: their positions, and which keys they see.

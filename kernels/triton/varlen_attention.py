@@ -360,15 +360,14 @@ def children_of(parents: Tensor) -> Children:
 
 
 def tile_meta(d: int, dtype: torch.dtype, backward: bool) -> dict:
-    """Return the queries and keys of a tile, warps and stages, such that registers do not spill."""
+    """Return the queries and keys of a tile, warps and stages, such that registers do not spill for d up to 128."""
     block = launch.block_size(d)
     if dtype == torch.float32:
-        rows = 32 if block <= 64 else 16
-        return {"BLOCK": block, "BLOCK_M": rows, "BLOCK_N": rows, "num_warps": 4, "num_stages": 1}
-    rows = 64
-    stages = 2 if block <= 64 else 1
-    warps = 4 if block <= 64 and not backward else 8
-    return {"BLOCK": block, "BLOCK_M": rows, "BLOCK_N": rows, "num_warps": warps, "num_stages": stages}
+        return {"BLOCK": block, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4 if block <= 64 else 8, "num_stages": 1}
+    queries = 32 if backward and block == 256 else 64
+    keys = 32 if block <= 64 else 16
+    stages = 2 if block <= 64 and d % 8 == 0 else 1  # else elements are loaded one by one
+    return {"BLOCK": block, "BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
 
 
 def rows_of(*tensors: Tensor) -> list[Rows]:
@@ -426,10 +425,10 @@ def varlen_attention_backward(grad_out, _out, lse, q, k, v, offsets, scale, wind
     shape = {"H": H, "KV_HEADS": Hkv, "D": d, "SOFTCAP": softcap > 0, "HAS_PARENTS": parents is not None}
     inputs = rows_of(q, k, v, grad_out.to(q.dtype))
     scales = scales_of(scale, softcap)
-    blocks = len(sequences.block_first)
     args = *inputs, lse.contiguous(), delta, dq, sequences, scales, window, N
-    launch.run(varlen_attention_dq_kernel, (blocks, H), *args, **shape, **meta)
+    launch.run(varlen_attention_dq_kernel, (len(sequences.block_first), H), *args, **shape, **meta)
     children = None if parents is None else children_of(parents)
+    sequences = split_sequences(offsets, parents, N, meta["BLOCK_N"])
     args = *inputs, delta, dk, dv, sequences, children, scales, window, N
-    launch.run(varlen_attention_dkdv_kernel, (blocks, Hkv), *args, **shape, **meta)
+    launch.run(varlen_attention_dkdv_kernel, (len(sequences.block_first), Hkv), *args, **shape, **meta)
     return dq, dk, dv
