@@ -59,10 +59,10 @@ class Sizes:
 
     @property
     def words(self) -> str:
-        most = "up to " if self.ragged else ""
+        limit = "up to " if self.ragged else ""
         minibatches = f", minibatches of {self.minibatch}" if self.minibatch != self.batch else ""
         epochs = f", {self.inner_epochs} epochs" if self.inner_epochs > 1 else ""
-        return f"{self.batch} responses of {most}{self.prompt} + {self.new} tokens{minibatches}{epochs}"
+        return f"{self.batch} responses of {limit}{self.prompt} + {self.new} tokens{minibatches}{epochs}"
 
 
 TINY_SIZES = Sizes(TINY, prompt=5, new=6, batch=4, minibatch=4, micro_batch_tokens=22, rounds=1)
@@ -75,11 +75,11 @@ CASES = {
 """Sizes by name; the first is for a GPU, the others are for a CPU."""
 
 
-def ragged_lengths(count: int, most: int, seed: int) -> Tensor:
-    """Return (count,) lengths of 1 to `most`, log-normal around a fifth of `most`; the first is `most`."""
+def ragged_lengths(count: int, longest: int, seed: int) -> Tensor:
+    """Return (count,) lengths of 1 to `longest`, log-normal around a fifth of it; the first is `longest`."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = (most / 5 * torch.randn(count, generator=generator).exp()).long().clamp(1, most)
-    lengths[0] = most
+    lengths = (longest / 5 * torch.randn(count, generator=generator).exp()).long().clamp(1, longest)
+    lengths[0] = longest
     return lengths
 
 

@@ -236,8 +236,9 @@ def test_the_cost_of_an_op_is_at_most_its_tensors(op):
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         outputs = op.reference(*args)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        updated = [args[i] for i in op.mutates if args[i] is not None]  # read and written
         (moved, flops), with_gradient = op.cost_function(False, *args), op.cost_function(True, *args)
-        assert 0 <= moved <= sum(x.nbytes for x in [*tensors, *outputs]) and flops >= 0
+        assert 0 <= moved <= sum(x.nbytes for x in [*tensors, *outputs, *updated]) and flops >= 0
         assert moved <= with_gradient[0] <= 3 * moved + sum(x.nbytes for x in tensors)
         assert with_gradient[1] <= 3 * flops
 

@@ -32,7 +32,7 @@ class FixedModel:
     def values(self, tokens, prompt_lengths, lengths):
         return self.logprobs(tokens, prompt_lengths, lengths)[0]
 
-    def last_scores(self, tokens, _lengths):
+    def last_scores(self, tokens, _lengths, _prompt_lengths):
         return self.last[row_numbers(tokens)]
 
 

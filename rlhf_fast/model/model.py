@@ -232,7 +232,7 @@ class Model:
 
     @property
     def packs_rows(self) -> bool:
-        """Whether forward passes run our own layers on packed rows."""
+        """True where forward passes run our own layers on packed rows."""
         return self.packed_refusal is None
 
     @property

@@ -56,7 +56,7 @@ def packed_hidden(
 
 
 class _Call(NamedTuple):
-    """What all layers of one forward pass share."""
+    """A forward pass: what all its layers share."""
 
     parts: Decoder
     rows: PackedRows

@@ -3,6 +3,9 @@
 For every call of a device function the interpreter searches all of triton.language for functions to replace by numpy.
 After the first call from a module there is nothing left to replace, so only that call's search is kept. The interpreter
 also scans one element after the other, with a call for each; here a scan doubles its distance, as on a GPU.
+
+Its product is numpy's, whose library on some processors adds up the last rows of a matrix in another order than the
+others. Here all elements of a product are summed in one order, as on a GPU.
 """
 
 import functools
@@ -20,7 +23,7 @@ class NothingPatched:
 
 
 def speed_up() -> None:
-    """Replace the interpreter's search and its scan."""
+    """Replace the interpreter's search, its scan and its product."""
     patch_lang = interpreter._patch_lang
     run_grid = interpreter.GridExecutor.__call__
     searched: set[str] = set()  # modules, within one launch
@@ -40,6 +43,7 @@ def speed_up() -> None:
     interpreter._patch_lang = patch_lang_once
     interpreter.GridExecutor.__call__ = run_grid_and_forget
     interpreter.ScanOps.generic_scan = scan_by_doubling
+    interpreter.InterpreterBuilder.create_dot = dot_in_order
 
 
 def scan_by_doubling(self, inputs):
@@ -60,3 +64,9 @@ def scan_by_doubling(self, inputs):
         data = [np.where(index < distance, x, new.handle.data) for x, new in zip(data, combined, strict=True)]
         distance *= 2
     return to_tensors(data)
+
+
+def dot_in_order(self, a, b, d, *_):
+    """Return a @ b + d in the dtype of d: multiply-adds along the rows of b, one row after the other."""
+    x, y = (z.data.astype(d.data.dtype) for z in (a, b))
+    return interpreter.TensorHandle(np.einsum("...ij,...jk->...ik", x, y) + d.data, d.dtype.scalar)
