@@ -80,8 +80,8 @@ def test_pack_rows_holds_each_token_once_and_shares_equal_prompts():
     rows = pack_rows(tokens, lengths, prompts)
     assert len(rows.tokens) == 4 + 5 + 3 + 3 + 5
     b, t = (torch.arange(9) < lengths[:, None]).nonzero(as_tuple=True)
-    assert torch.equal(rows.tokens[rows.index(b, t)], tokens[b, t])
-    assert torch.equal(rows.positions[rows.index(b, t)], t)
+    assert torch.equal(rows.tokens[rows.locate(b, t)], tokens[b, t])
+    assert torch.equal(rows.positions[rows.locate(b, t)], t)
     assert rows.parents.tolist() == [-1, 0, 0, -1, -1, 0]
     plain = pack_rows(tokens, lengths)
     assert plain.parents is None and plain.offsets.diff().tolist() == lengths.tolist()
@@ -112,7 +112,7 @@ def test_a_shared_prompt_changes_no_score_and_no_gradient():
     found = []
     for prompts in (first, None):
         rows = pack_rows(tokens, lengths, prompts)
-        kept = rows.index(torch.arange(len(tokens)), lengths - 1)
+        kept = rows.locate(torch.arange(len(tokens)), lengths - 1)
         states = model.run_packed(rows, kept)
         weights = torch.linspace(-1, 1, states.numel(), dtype=torch.float64).view_as(states)
         found.append(states_and_gradients(states, list(model.module.model.parameters()), weights))

@@ -290,7 +290,7 @@ class Model:
         if self.packs_rows:
             needed = torch.zeros_like(lengths).scatter_reduce(0, rows, last + 1, "amax")
             packed_rows = packing.pack_rows(tokens, needed, torch.minimum(first, needed))
-            hidden = self.run_packed(packed_rows, packed_rows.index(rows, last))
+            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last))
         else:
             hidden = self._module_hidden(tokens, lengths, pack, rows, last)
         return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
@@ -349,7 +349,7 @@ class Model:
         if self.packs_rows:
             prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths.cpu(), last + 1)
             packed_rows = packing.pack_rows(tokens, last + 1, prompts)
-            hidden = self.run_packed(packed_rows, packed_rows.index(rows, last))
+            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last))
         else:
             hidden = self._module_hidden(tokens, lengths, False, rows, last)
         return self.score_hidden(hidden)

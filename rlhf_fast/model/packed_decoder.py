@@ -169,7 +169,7 @@ def _compare(model: Any, parts: Decoder, tolerance: float, gradient_tolerance: f
     tokens[1, :prompt] = tokens[0, :prompt]
     rows = pack_rows(tokens, lengths, torch.full_like(lengths, prompt))
     row_index, columns = (torch.arange(length) < lengths[:, None]).nonzero(as_tuple=True)
-    kept = rows.index(row_index, columns)
+    kept = rows.locate(row_index, columns)
     weights = torch.randn(len(kept), model.head_weight.shape[1], generator=torch.Generator().manual_seed(0))
     ends = [p for layer in (parts.layers[0], parts.layers[-1]) for p in _parameters(layer) if p.requires_grad]
     wanted = list({id(p): p for p in ends}.values())

@@ -35,7 +35,7 @@ class PackedRows(NamedTuple):
     own_starts: Tensor
     """(B,) index of the row's other tokens in `tokens`."""
 
-    def index(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def locate(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return where in `tokens` the tokens at `columns` of `rows` are, all three (n,)."""
         shared = self.shared_lengths[rows]
         own = self.own_starts[rows] + columns - shared
