@@ -16,7 +16,7 @@ from rlhf_fast.batches import Comparisons, Experience, Responses, micro_batches
 from rlhf_fast.bench.plain_torch import advantages_loop, policy_loss, value_loss
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
-from rlhf_fast.stages.ppo import State
+from rlhf_fast.stages.ppo import State, average_stats
 from rlhf_fast.training.experience import minibatches, token_weights
 from rlhf_fast.training.rewards import RewardFunction
 
@@ -132,10 +132,10 @@ def ppo_value_loss(model: Model, batch: Experience, num_items: float):
 
 
 def ppo_update(state: State, experience: Experience, cfg: PPOConfig, step: int) -> dict[str, float]:
-    """Take a step of both optimizers for each minibatch, those of stages/ppo.py; return the last one's metrics."""
-    loss, stats = partial(ppo_policy_loss, temperature=cfg.sampling.temperature), {}
+    """Take a step of both optimizers for each minibatch, those of stages/ppo.py; return the metrics' averages."""
+    loss, rows = partial(ppo_policy_loss, temperature=cfg.sampling.temperature), []
     for minibatch in minibatches(experience, cfg, seed=(cfg.seed * 1_000_003 + step) % 2**63):
         value = state.value_learner.step([(ppo_value_loss, minibatch, cfg.value_coef)])
         stats = {f"value/{name}" if name in ("loss", "grad_norm", "lr") else name: x for name, x in value.items()}
-        stats |= state.policy_learner.step([(loss, minibatch, 1.0)])
-    return stats
+        rows.append(stats | state.policy_learner.step([(loss, minibatch, 1.0)]))
+    return average_stats(rows)
