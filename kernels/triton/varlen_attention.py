@@ -366,8 +366,9 @@ def tile_meta(d: int, dtype: torch.dtype, backward: bool) -> dict:
         return {"BLOCK": block, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4 if block <= 64 else 8, "num_stages": 1}
     queries = 32 if backward and block == 256 else 64
     keys = 32 if block <= 64 else 16
-    stages = 2 if block <= 64 and d % 8 == 0 else 1  # else elements are loaded one by one
-    return {"BLOCK": block, "BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+    stages = 2 if not backward and block <= 64 and d % 16 == 0 else 1  # with odd sizes elements are loaded one by one
+    warps = 4 if block <= 16 else 8
+    return {"BLOCK": block, "BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def rows_of(*tensors: Tensor) -> list[Rows]:
