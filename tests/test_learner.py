@@ -1,7 +1,9 @@
 """The Learner: schedule, micro-batches, several terms, master copies, moving average, bad rows, resuming."""
 
 import copy
+import gc
 import math
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +14,7 @@ from rlhf_fast.batches import Demonstrations, Texts, pad_rows
 from rlhf_fast.config.fields import KLConfig, OptimConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels._backends import forcing
+from rlhf_fast.training import gradient_buffers
 from rlhf_fast.training.kl import KLController
 from rlhf_fast.training.learner import Learner, learning_rate
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
@@ -242,3 +245,19 @@ def test_adaptive_kl_by_hand():
     fixed = KLController(KLConfig(coef=0.02))
     fixed.update(100.0, 10.0, 512)
     assert fixed.coef == 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_learner_that_is_gone_holds_no_gradients(dtype, monkeypatch):
+    """Its hooks stay on the parameters, and leave the gradients to the next learner of the same model."""
+    monkeypatch.setattr(gradient_buffers, "MIN_KEPT_SIZE", 1)
+    model, steps = llama(dtype), []
+    for _ in range(2):
+        learner = Learner(model, optim(lr=0.0), 10)
+        steps.append(learner.step([(sft_loss, demonstrations(), 1.0)])["grad_norm"])
+        buffers = [weakref.ref(x) for free in learner.gradients.pool.free.values() for x in free]
+        assert buffers
+        del learner
+        gc.collect()
+        assert not any(buffer() is not None for buffer in buffers)
+    assert steps[0] == steps[1] > 0

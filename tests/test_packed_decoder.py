@@ -50,7 +50,7 @@ def distance(actual, expected) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_states_and_all_gradients_are_those_of_the_module(name, dtype):
-    """No further from a float64 copy than the module's own forward is, but for float32's last bits."""
+    """About as far from a float64 copy as the module's own forward is."""
     model = Model(MODELS[name]().to(dtype))
     assert model.packed_refusal is None
     tokens, first, lengths = random_batch(model, [17, 1, 5], [[11, 1, 25], [7, 7], [16]])
@@ -65,12 +65,12 @@ def test_states_and_all_gradients_are_those_of_the_module(name, dtype):
         )
     ]
     (ours, our_gradients), (theirs, their_gradients), (expected, gradients) = found
-    slack = 2e-6 if dtype == torch.float32 else 2e-3
-    assert distance(ours, expected) <= 1.5 * distance(theirs, expected) + slack
+    factor, slack = (1.5, 2e-6) if dtype == torch.float32 else (3, 5e-3)
+    assert distance(ours, expected) <= factor * distance(theirs, expected) + slack
     names = [name for name, _ in model.module.base_model.named_parameters()]
     for parameter, mine, other, right in zip(names, our_gradients, their_gradients, gradients, strict=True):
         if right.norm() > 1e-9 * max(g.norm() for g in gradients):  # a bias of keys shifts all scores alike
-            assert distance(mine, right) <= 1.5 * distance(other, right) + 5 * slack, parameter
+            assert distance(mine, right) <= factor * distance(other, right) + 5 * slack, parameter
 
 
 def test_pack_rows_holds_each_token_once_and_shares_equal_prompts():
@@ -148,6 +148,47 @@ def test_other_architectures_and_hooks_run_the_module():
     assert calls
     handle.remove()
     assert model.packs_rows
+    handle = model.decoder.h[0].register_full_backward_pre_hook(lambda *_: None)
+    assert "hooks" in model.packed_refusal
+    handle.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in model.packed_refusal
+    assert model.packs_rows
+
+
+def test_angles_that_depend_on_the_longest_row_are_refused():
+    model = Model(build("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})())
+    assert "depends on the longest row" in model.packed_refusal
+
+
+def test_a_module_that_is_replaced_is_looked_at_again():
+    model = Model(build("Llama")())
+    assert model.packs_rows
+    for layer in model.decoder.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+    assert "hidden states differ" in model.packed_refusal
+    model = Model(build("Llama")())
+    assert model.packs_rows
+    forward = model.decoder.layers[1].mlp.forward
+    model.decoder.layers[1].mlp.forward = lambda x: 2 * forward(x)
+    assert "hidden states differ" in model.packed_refusal
+
+
+def test_a_gradient_is_compared_where_only_a_middle_layer_is_trained(monkeypatch):
+    mlp = packed_decoder._mlp
+    monkeypatch.setattr(packed_decoder, "_mlp", lambda *args: 0.9 * (y := mlp(*args)) + 0.1 * y.detach())
+    model = Model(build("Llama", num_hidden_layers=3)())
+    model.module.requires_grad_(False)
+    model.decoder.layers[1].requires_grad_(True)
+    assert "a gradient differs" in model.packed_refusal
+
+
+def test_the_first_pass_may_be_in_inference_mode_and_lengths_of_int32():
+    model = Model(build("Llama")())
+    tokens, first, lengths = random_batch(model, [4, 3], [[5], [7, 2]])
+    with torch.inference_mode():
+        found = model.logprobs(tokens, first.int(), lengths.int())[0]
+    assert torch.equal(found.clone(), model.logprobs(tokens, first, lengths)[0].detach())
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ()], ids=["two", "all"])

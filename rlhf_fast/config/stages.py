@@ -116,8 +116,8 @@ class SFTConfig(_Stage):
     """Dropout probability on the output of every attention and feed-forward block. The paper's 0.2 is for GPT-3. It can
     ruin a model that was pretrained without dropout, as most are (SmolLM2-135M: loss 10.9 instead of 2.2)."""
     packing: bool = True
-    """Put several rows end to end in one sequence, without attention across them. Same loss, less padding. Where our own
-    layers run, on the CPU, rows are always packed."""
+    """Put several rows end to end in one sequence, without attention across them. Same loss, less padding. Our own
+    layers, on the CPU, always have packed rows."""
     pretrain_fraction: float = 0.0
     """Share of each step's sequences that are pretraining text (paper C.3, for the model that PPO starts from: 0.1)."""
     select: Literal["loss", "reward", "last"] = "loss"

@@ -76,11 +76,13 @@ class Decoder(NamedTuple):
     """Attention and MLP read the same input, and both outputs are added to it."""
 
 
-def read_decoder(decoder: nn.Module) -> Decoder:
+def read_decoder(decoder: Any) -> Decoder:
     """Return the parts of transformers' `decoder`. Unsupported if its architecture is not known here."""
     family = FAMILIES.get(type(decoder).__name__)
     if family is None or not type(decoder).__module__.startswith("transformers.models."):
         raise Unsupported(f"there is no step for {type(decoder).__name__}")
+    if not decoder.config.num_hidden_layers:
+        raise Unsupported("it has no layers")
     return family(decoder)
 
 
@@ -99,10 +101,10 @@ def _embedding(layer: nn.Module) -> nn.Embedding:
 
 
 def _norm(layer: Any) -> Norm:
-    if isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, nn.LayerNorm) and layer.weight is not None:
         return Norm(layer.weight, layer.bias, layer.eps, centered=True)
-    if not type(layer).__name__.endswith("RMSNorm"):
-        raise Unsupported(f"it has a {type(layer).__name__} where a norm is expected")
+    if not type(layer).__name__.endswith("RMSNorm") or not hasattr(layer, "variance_epsilon"):
+        raise Unsupported(f"it has a {type(layer).__name__} where a norm with a weight is expected")
     return Norm(layer.weight, None, layer.variance_epsilon, centered=False)
 
 

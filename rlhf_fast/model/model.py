@@ -61,7 +61,7 @@ class Model:
         disable_dropout(self.base)
         self._residual_dropout = ResidualDropout()
         self._packing_checked = False
-        self._packed_refusals: dict[tuple[bool, bool, bool], str | None] = {}
+        self._packed_refusals: dict[tuple[Any, ...], str | None] = {}
         self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
         self.logit_scale = 1.0
         self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
@@ -240,29 +240,22 @@ class Model:
         """Why forward passes run the module's own decoder on padded rows. None if they run ours on packed rows."""
         if self.device.type != "cpu" or ops.varlen_attention.chosen("cpu") == "reference":
             return "our layers are compiled for the CPU, and here they are not used"
-        if self._has_foreign_hooks():
-            return "its layers have hooks, which ours would not call"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        found = packed_decoder.inspect(self.decoder)
+        if any(getattr(hook, "__self__", None) is not self._residual_dropout for hook in found.hooks):
+            return "its modules have hooks, which ours would not call"
         trains = any(p.requires_grad for p in self.module.parameters())
-        key = (trains, self.module is self.base, self.adapter_enabled)
+        key = (found.kinds, self.head_layer.weight.dtype, trains, self.adapter_enabled)
         if key not in self._packed_refusals:
             self._packed_refusals[key] = packed_decoder.find_refusal(self)
         return self._packed_refusals[key]
-
-    def _has_foreign_hooks(self) -> bool:
-        own = self._residual_dropout
-        hooks = (
-            hook
-            for module in packed_decoder.uncalled_modules(self.decoder)
-            for kind in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-            for hook in kind.values()
-        )
-        return any(getattr(hook, "__self__", None) is not own for hook in hooks)
 
     def run_packed(self, rows: packing.PackedRows, kept: Tensor) -> Tensor:
         """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
         computed by our own layers."""
         parts, dropout = read_decoder(self.decoder), self._residual_dropout.p
-        checkpoints = any(vars(module).get("gradient_checkpointing") for module in self.decoder.modules())
+        checkpoints = packed_decoder.inspect(self.decoder).checkpoints
         with self._adapter_context():
             return packed_decoder.packed_hidden(parts, rows, kept, dropout, checkpoints)
 
@@ -276,7 +269,7 @@ class Model:
         Rows whose tokens before `first` are equal share them, where our own layers run.
         `first` must be at least 1, because nothing predicts a row's first token.
         """
-        tokens, first, lengths = tokens.cpu(), first.cpu(), lengths.cpu()
+        tokens, first, lengths = tokens.cpu(), first.cpu().long(), lengths.cpu().long()
         if len(first) and int(first.min()) < 1:
             raise ValueError(
                 "Model.hidden_and_targets: `first` must be at least 1, a row's first token has nothing before it"
@@ -340,14 +333,14 @@ class Model:
         rule, which a head that was trained elsewhere may have learned with its end token as padding.
 
         prompt_lengths (B,): rows with equal prompts share them, where our own layers run."""
-        tokens, lengths = tokens.cpu(), lengths.cpu()
+        tokens, lengths = tokens.cpu(), lengths.cpu().long()
         positions = torch.arange(tokens.shape[1])
         inside = positions < lengths[:, None]
         if self.score_pad is not None:
             inside &= tokens != self.score_pad
         rows, last = torch.arange(len(tokens)), (positions * inside).argmax(1)
         if self.packs_rows:
-            prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths.cpu(), last + 1)
+            prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths.cpu().long(), last + 1)
             packed_rows = packing.pack_rows(tokens, last + 1, prompts)
             hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last))
         else:

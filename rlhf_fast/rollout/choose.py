@@ -10,10 +10,10 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model.model import Model
+from rlhf_fast.model.rope_scaling import length_dependent_rope
 from rlhf_fast.rollout.attention import AttentionDecoder
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.fused import FusedDecoder
-from rlhf_fast.rollout.rope_scaling import length_dependent_rope
 
 log = getLogger("rlhf_fast")
 _warned: set[str] = set()

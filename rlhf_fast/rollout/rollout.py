@@ -15,6 +15,7 @@ from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.model.model import Model
+from rlhf_fast.model.rope_scaling import length_dependent_rope
 from rlhf_fast.rollout import hf_generate
 from rlhf_fast.rollout.choose import choose_decoder
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, decode_graphs
@@ -22,7 +23,6 @@ from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.hf_batch import BatchKind, choose_batch
 from rlhf_fast.rollout.kv_cache import PagedKVCache, cap_pages, create_cache, page_bytes, page_size_for
 from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
-from rlhf_fast.rollout.rope_scaling import length_dependent_rope
 from rlhf_fast.rollout.sampler import Sampler, rollout_key
 from rlhf_fast.rollout.scheduler import Scheduler, cache_lengths, pages_needed
 from rlhf_fast.rollout.stop_criteria import StopCriteria

@@ -40,8 +40,6 @@ class CompiledAdamW:
         averages: Sequence[Tensor],
     ):
         self.adam, self.masters, self.copies, self.averages = adam, masters, copies, averages
-        decays = {p: group["weight_decay"] for group in adam.param_groups for p in group["params"]}
-        self.weight_decays = array("d", [decays[p] for p in masters])
         self.sizes = array("q", [p.numel() for p in masters])
 
     def kernels(self) -> ModuleType | None:
@@ -74,6 +72,7 @@ class CompiledAdamW:
         grads = self._grads()
         states = [self._state(p, bool(grad)) for p, grad in zip(self.masters, grads, strict=True)]
         nothing = array("q", [0] * len(grads))
+        decays = {p: group["weight_decay"] for group in self.adam.param_groups for p in group["params"]}
         arrays = [
             self._first_chunks(kernels),
             self.sizes,
@@ -82,7 +81,7 @@ class CompiledAdamW:
             *(_pointers(state[name] if state else None for state in states) for name in STATE),
             _pointers(self.copies),
             _pointers(self.averages) if self.averages else nothing,
-            self.weight_decays,
+            array("d", [decays[p] for p in self.masters]),
         ]
         group = self.adam.param_groups[0]
         kernels.adamw_step(

@@ -6,8 +6,9 @@ copy from the memory that autograd has just written, and then uses again for the
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +34,8 @@ class GradientBuffers:
 
     def __init__(self, pool: GradientPool):
         self.pool = pool
+        self.masters: dict[str, Tensor] = {}
+        """The copies in float32 of parameters in another dtype."""
         self.taken: dict[str, Tensor] = {}
         self.keeping = False
 
@@ -49,11 +52,23 @@ class GradientBuffers:
         """Return the float32 master of a parameter: p itself, or a copy that receives p's gradients, in float32."""
         if p.dtype != torch.float32:
             master = p.detach().float()
-            p.register_post_accumulate_grad_hook(lambda p: self._move(name, p, master))
+            self.masters[name] = master
+            self._hook(name, p, GradientBuffers._move)
             return master
         if p.is_cpu and p.numel() >= MIN_KEPT_SIZE:
-            p.register_post_accumulate_grad_hook(lambda p: self._keep(name, p))
+            self._hook(name, p, GradientBuffers._keep)
         return p
+
+    def _hook(self, name: str, p: torch.nn.Parameter, act: Callable[[GradientBuffers, str, Tensor], None]) -> None:
+        """Call `act(self, name, p)` after each gradient of p, as long as these buffers are in use."""
+        reference = weakref.ref(self)
+
+        def run(p: Tensor) -> None:
+            buffers = reference()
+            if buffers is not None:
+                act(buffers, name, p)
+
+        p.register_post_accumulate_grad_hook(run)
 
     def release(self) -> None:
         """Let the next gradients overwrite these."""
@@ -72,12 +87,13 @@ class GradientBuffers:
 
     def _keep(self, name: str, p: Tensor) -> None:
         """Move a gradient that autograd has put elsewhere; it adds the next ones to it in place."""
-        if self.keeping and p.grad is not self.taken.get(name):
+        if self.keeping and p.is_cpu and p.grad is not self.taken.get(name):
             assert p.grad is not None
             p.grad = self._buffer(name, p.shape).copy_(p.grad)
 
-    def _move(self, name: str, p: Tensor, master: Tensor) -> None:
+    def _move(self, name: str, p: Tensor) -> None:
         assert p.grad is not None
+        master = self.masters[name]
         if master.grad is not None:
             master.grad.add_(p.grad)
         elif master.is_cpu:

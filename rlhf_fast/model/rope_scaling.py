@@ -6,9 +6,7 @@ would need new angles, and a sample would depend on its batch. Below that length
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from rlhf_fast.model.model import Model
+from typing import Any, NamedTuple
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """transformers' names of these `rope_type`s."""
@@ -21,8 +19,8 @@ class LengthDependentRope(NamedTuple):
     original_positions: int
 
 
-def length_dependent_rope(model: Model) -> LengthDependentRope | None:
-    """Return the length-dependent rotary embedding of `model`, or None. If kinds of layers have several, return the one
+def length_dependent_rope(model: Any) -> LengthDependentRope | None:
+    """Return the length-dependent rotary embedding of a Model, or None. If kinds of layers have several, return the one
     with the fewest original positions."""
     parameters = getattr(model.text_config, "rope_parameters", None) or {}
     found = []
