@@ -27,7 +27,7 @@ from rlhf_fast.model.rope_scaling import length_dependent_rope
 PROBE_LENGTHS = (8, 8, 5)
 """Rows of the comparison with the module; the first two share PROBE_PROMPT tokens."""
 PROBE_PROMPT = 3
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (0.05, 0.25)}
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.08, 0.4)}
 """Relative differences, in norm, of hidden states and gradients that rounding explains, by the weights' dtype. Those of
 bfloat16 are what the module's own differ by from a float32 copy's."""
 
