@@ -15,25 +15,6 @@
 namespace {
 
 constexpr int PANEL_COLUMNS = 64, PANEL_PAIRS = 128, GEMM_ROWS = 6, COLUMN_VECTORS = PANEL_COLUMNS / 16;
-typedef int32_t Lanes16 __attribute__((vector_size(64)));
-
-template <int N>
-struct Number {
-  static constexpr int value = N;
-};
-
-// Lane l of the results is lane l of a or lane l - STEP of b, and lane l + STEP of a or lane l of b.
-template <int STEP, int... I>
-INLINE void exchange_lanes(Pairs& a, Pairs& b, Indices<I...>) {
-  const Pairs old = a;
-#if defined(__clang__)
-  a = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I - STEP : I)...);
-  b = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I : I + STEP)...);
-#else
-  a = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I - STEP : I)...});
-  b = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I : I + STEP)...});
-#endif
-}
 
 template <int STEP>
 INLINE void transpose_lanes(Pairs* rows) {
@@ -57,17 +38,6 @@ inline void pack_panel(const uint16_t* w, int64_t w_stride, int64_t columns, int
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) memcpy(panel + (k / 2 + i) * PANEL_COLUMNS + c, &rows[i], sizeof rows[i]);
     }
-}
-
-// Calls f(Number<0>()) ... f(Number<N - 1>()). An array that is indexed by them alone stays in registers; one that is
-// indexed in a loop may not, as compilers unroll after they have chosen.
-template <int... I, class F>
-INLINE void unrolled(Indices<I...>, F f) {
-  (f(Number<I>()), ...);
-}
-template <int N, class F>
-INLINE void unrolled(F f) {
-  unrolled(typename Count<N>::type(), f);
 }
 
 // R rows of X by a panel, added to the sums in `out` unless they are the first.

@@ -4,7 +4,10 @@
 //     into w row 0   | 32 elements | 32 elements | ...  |     16 float32 sums: one instruction of AVX512-BF16
 //
 // A tile of 4 by 4 results loads 8 vectors for 16 such steps. Four rows of W stay in the first-level cache while the
-// rows of X, a few hundred kilobytes, come from the second. Every result is the same sum in any tile.
+// rows of X, a few hundred kilobytes, come from the second; meanwhile the next four rows of W are prefetched. The sums
+// of a tile are added over their lanes together. Every result is the same sum in any tile.
+//
+// Floor: W once from memory; beyond some 12 rows, the 2 rows columns D operations, 64 an instruction.
 #pragma once
 #include "simd.h"
 
@@ -45,48 +48,121 @@ INLINE void load_pairs(Pairs& to, const uint16_t* from, int64_t n) {
   }
 }
 
-// One fixed order: lane i is added to lane i + 8, then + 4, + 2, + 1.
-INLINE float reduce_dot(const Sums& sums) {
-  float lanes[16];
-  memcpy(lanes, &sums, sizeof lanes);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// Calls f(Number<0>()) ... f(Number<N - 1>()). An array that is indexed by them alone stays in registers; one that is
+// indexed in a loop may not, as compilers unroll after they have chosen.
+template <int... I, class F>
+INLINE void unrolled(Indices<I...>, [[maybe_unused]] F f) {
+  (f(Number<I>()), ...);
+}
+template <int N, class F>
+INLINE void unrolled(F f) {
+  unrolled(typename Count<N>::type(), f);
 }
 
-template <class Dot, int R, int C>
+typedef int32_t Lanes16 __attribute__((vector_size(64)));
+
+// Lane l of the results is lane l of a or lane l - STEP of b, and lane l + STEP of a or lane l of b.
+template <int STEP, class V, int... I>
+INLINE void exchange_lanes(V& a, V& b, Indices<I...>) {
+  const V old = a;
+#if defined(__clang__)
+  a = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I - STEP : I)...);
+  b = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I : I + STEP)...);
+#else
+  a = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I - STEP : I)...});
+  b = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I : I + STEP)...});
+#endif
+}
+
+// Lane l of sums[0] becomes the sum of all lanes of sums[l]. One fixed order: lane i is added to lane i + 8, then + 4,
+// + 2, + 1.
+template <int STEP = 8>
+INLINE void reduce_sixteen(Sums* sums) {
+  unrolled<STEP>([&](auto i) __attribute__((always_inline)) {
+    constexpr int n = decltype(i)::value;
+    exchange_lanes<STEP>(sums[n], sums[n + STEP], typename Count<16>::type());
+    sums[n] += sums[n + STEP];
+  });
+  if constexpr (STEP > 1) reduce_sixteen<STEP / 2>(sums);
+}
+
+// R rows of X by C rows of W. Meanwhile PREFETCH rows of W from `next` on are prefetched.
+template <class Dot, int R, int C, int PREFETCH>
 INLINE void bf16_tile(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
-                      int64_t out_stride, int64_t D) {
-  Sums sums[R][C] = {};
-  for (int64_t k = 0; k < D; k += 32) {
-    Pairs a[R], b[C];
-    for (int r = 0; r < R; ++r) load_pairs(a[r], x + r * x_stride + k, D - k);
-    for (int c = 0; c < C; ++c) load_pairs(b[c], w + c * w_stride + k, D - k);
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) Dot::step(sums[r][c], a[r], b[c]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r * out_stride + c] = reduce_dot(sums[r][c]);
+                      int64_t out_stride, int64_t D, const uint16_t* next) {
+  static_assert(R * C <= 16);
+  Sums sums[16] = {};
+  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    unrolled<PREFETCH>([&](auto c)
+                           __attribute__((always_inline)) { __builtin_prefetch(next + c.value * w_stride + k, 0, 2); });
+    Pairs b[C];
+    unrolled<C>([&](auto c) __attribute__((always_inline)) { load_pairs(b[c.value], w + c.value * w_stride + k, n); });
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      constexpr int first = decltype(r)::value * C;
+      Pairs a;
+      load_pairs(a, x + r.value * x_stride + k, n);
+      unrolled<C>([&](auto c) __attribute__((always_inline)) { Dot::step(sums[first + c.value], a, b[c.value]); });
+    });
+  };
+  int64_t k = 0;
+  for (; k + 32 <= D; k += 32) step(k, 32);
+  if (k < D) step(k, D - k);
+  reduce_sixteen(sums);
+  float lanes[16];
+  memcpy(lanes, &sums[0], sizeof lanes);
+  for (int r = 0; r < R; ++r) memcpy(out + r * out_stride, lanes + r * C, C * sizeof(float));
 }
 
-// Columns [begin, end) of the product.
+// `rows` of X by 4 rows of W: tiles of nearly one size. The next 4 rows of W are prefetched evenly over the tiles, as a
+// core can wait for a few cache lines at a time.
 template <class Dot>
-INLINE void bf16_columns(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
-                         int64_t out_stride, int64_t rows, int64_t begin, int64_t end, int64_t D) {
-  int64_t c = begin;
-  for (; c + 4 <= end; c += 4) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      bf16_tile<Dot, 4, 4>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, out + r * out_stride + c, out_stride,
-                           D);
-    for (; r < rows; ++r)
-      bf16_tile<Dot, 1, 4>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, out + r * out_stride + c, out_stride,
-                           D);
+INLINE void bf16_four_columns(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
+                              int64_t out_stride, int64_t rows, int64_t D) {
+  const uint16_t* next = w + 4 * w_stride;
+  const int64_t tiles = (rows + 3) / 4;
+  for (int64_t t = 0, left = 4; t < tiles; ++t) {
+    const int64_t n = rows / tiles + (t < rows % tiles);
+    const int64_t share = (left + tiles - t - 1) / (tiles - t);  // rows to prefetch during this tile
+    const auto tile = [&](auto R) {
+      constexpr int count = decltype(R)::value;
+      if (share == 0)
+        bf16_tile<Dot, count, 4, 0>(x, x_stride, w, w_stride, out, out_stride, D, next);
+      else if (share == 1)
+        bf16_tile<Dot, count, 4, 1>(x, x_stride, w, w_stride, out, out_stride, D, next);
+      else if (share == 2)
+        bf16_tile<Dot, count, 4, 2>(x, x_stride, w, w_stride, out, out_stride, D, next);
+      else
+        bf16_tile<Dot, count, 4, 4>(x, x_stride, w, w_stride, out, out_stride, D, next);
+    };
+    if (n == 1) tile(Number<1>());
+    if (n == 2) tile(Number<2>());
+    if (n == 3) tile(Number<3>());
+    if (n == 4) tile(Number<4>());
+    left -= share;
+    next += share * w_stride;
+    x += n * x_stride;
+    out += n * out_stride;
   }
-  for (; c < end; ++c)
+}
+
+// out = X W' of `columns` rows of W.
+template <class Dot>
+void bf16_columns(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
+                  int64_t out_stride, int64_t rows, int64_t columns, int64_t D) {
+  int64_t c = 0;
+  if (rows == 1)
+    for (; c + 16 <= columns; c += 16)
+      bf16_tile<Dot, 1, 16, 16>(x, 0, w + c * w_stride, w_stride, out + c, 0, D, w + (c + 16) * w_stride);
+  for (; c + 4 <= columns; c += 4)
+    bf16_four_columns<Dot>(x, x_stride, w + c * w_stride, w_stride, out + c, out_stride, rows, D);
+  for (; c < columns; ++c)
     for (int64_t r = 0; r < rows; ++r)
-      bf16_tile<Dot, 1, 1>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, out + r * out_stride + c, out_stride,
-                           D);
+      bf16_tile<Dot, 1, 1, 0>(x + r * x_stride, 0, w + c * w_stride, 0, out + r * out_stride + c, 0, D, w);
 }
 
 }  // namespace

@@ -70,16 +70,12 @@ INLINE f32x4 sum_four(f32 a, f32 b, f32 c, f32 d) {
 constexpr int TILE_ROWS = W == 16 ? 6 : 3;  // rows of X in a tile: by 4 columns, their sums fill the registers
 constexpr int PANEL_SIZE = 24 * 1024;       // floats, for rows of W converted to float32
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-// Calls f(Constant<n>()) for the n in 1 ... MAX.
+// Calls f(Number<n>()) for the n in 1 ... MAX.
 template <int MAX, class F>
 INLINE void with_constant(int64_t n, F f) {
   if constexpr (MAX > 1)
     if (n < MAX) return with_constant<MAX - 1>(n, f);
-  f(Constant<MAX>());
+  f(Number<MAX>());
 }
 
 // R rows of X by C (4, 8 or 1) rows of W. Meanwhile PREFETCH rows of W from `next` on are prefetched.
@@ -239,7 +235,7 @@ INLINE void multiply(const Activations& input, const Matrix& m, int64_t begin, i
   }
   const bf16* const w = (const bf16*)m.weight + begin * m.stride;
   if (input.x_bf16) {
-    bf16_columns<Dot>(input.x_bf16, input.stride, &w->bits, m.stride, out, out_stride, input.rows, 0, columns, K);
+    bf16_columns<Dot>(input.x_bf16, input.stride, &w->bits, m.stride, out, out_stride, input.rows, columns, K);
     return;
   }
   if (input.rows <= TILE_ROWS) {
