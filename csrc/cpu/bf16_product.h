@@ -3,11 +3,11 @@
 //     x row 0   | 32 elements | 32 elements | ...  |     a step multiplies 32 elements of x with 32 of w, in pairs,
 //     into w row 0   | 32 elements | 32 elements | ...  |     16 float32 sums: one instruction of AVX512-BF16
 //
-// A tile of 4 by 4 results loads 8 vectors for 16 such steps. Four rows of W stay in the first-level cache while the
-// rows of X, a few hundred kilobytes, come from the second; meanwhile the next four rows of W are prefetched. The sums
+// A tile of 3 by 8 results loads 11 vectors for 24 such steps. Eight rows of W stay in the first-level cache while the
+// rows of X, a few hundred kilobytes, come from the second; meanwhile the next eight rows of W are prefetched. The sums
 // of a tile are added over their lanes together. Every result is the same sum in any tile.
 //
-// Floor: W once from memory; beyond some 12 rows, the 2 rows columns D operations, 64 an instruction.
+// Floor: W once from memory; beyond some 24 rows, the 2 rows columns D operations, 64 an instruction.
 #pragma once
 #include "simd.h"
 
@@ -95,56 +95,62 @@ INLINE void reduce_sixteen(Sums* sums) {
 template <class Dot, int R, int C, int PREFETCH>
 INLINE void bf16_tile(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
                       int64_t out_stride, int64_t D, const uint16_t* next) {
-  static_assert(R * C <= 16);
-  Sums sums[16] = {};
+  constexpr int PARTS = (R * C + 15) / 16;
+  Sums sums[16 * PARTS] = {};
   const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     unrolled<PREFETCH>([&](auto c)
                            __attribute__((always_inline)) { __builtin_prefetch(next + c.value * w_stride + k, 0, 2); });
-    Pairs b[C];
-    unrolled<C>([&](auto c) __attribute__((always_inline)) { load_pairs(b[c.value], w + c.value * w_stride + k, n); });
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      constexpr int first = decltype(r)::value * C;
-      Pairs a;
-      load_pairs(a, x + r.value * x_stride + k, n);
-      unrolled<C>([&](auto c) __attribute__((always_inline)) { Dot::step(sums[first + c.value], a, b[c.value]); });
+    Pairs a[R];
+    unrolled<R>([&](auto r) __attribute__((always_inline)) { load_pairs(a[r.value], x + r.value * x_stride + k, n); });
+    unrolled<C>([&](auto c) __attribute__((always_inline)) {
+      constexpr int column = decltype(c)::value;
+      Pairs b;
+      load_pairs(b, w + column * w_stride + k, n);
+      unrolled<R>([&](auto r) __attribute__((always_inline)) { Dot::step(sums[r.value * C + column], a[r.value], b); });
     });
   };
   int64_t k = 0;
   for (; k + 32 <= D; k += 32) step(k, 32);
   if (k < D) step(k, D - k);
-  reduce_sixteen(sums);
-  float lanes[16];
-  memcpy(lanes, &sums[0], sizeof lanes);
-  for (int r = 0; r < R; ++r) memcpy(out + r * out_stride, lanes + r * C, C * sizeof(float));
+  float results[16 * PARTS];
+  unrolled<PARTS>([&](auto i) __attribute__((always_inline)) {
+    reduce_sixteen(sums + 16 * i.value);
+    memcpy(results + 16 * i.value, &sums[16 * i.value], sizeof(Sums));
+  });
+  for (int r = 0; r < R; ++r) memcpy(out + r * out_stride, results + r * C, C * sizeof(float));
 }
 
-// `rows` of X by 4 rows of W: tiles of nearly one size. The next 4 rows of W are prefetched evenly over the tiles, as a
+// `rows` of X by 8 rows of W: tiles of nearly one size. The next 8 rows of W are prefetched evenly over the tiles, as a
 // core can wait for a few cache lines at a time.
 template <class Dot>
-INLINE void bf16_four_columns(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
-                              int64_t out_stride, int64_t rows, int64_t D) {
-  const uint16_t* next = w + 4 * w_stride;
-  const int64_t tiles = (rows + 3) / 4;
-  for (int64_t t = 0, left = 4; t < tiles; ++t) {
+INLINE void bf16_eight_columns(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
+                               int64_t out_stride, int64_t rows, int64_t D) {
+  const uint16_t* next = w + 8 * w_stride;
+  const int64_t tiles = (rows + 2) / 3;
+  for (int64_t t = 0, left = 8; t < tiles; ++t) {
     const int64_t n = rows / tiles + (t < rows % tiles);
     const int64_t share = (left + tiles - t - 1) / (tiles - t);  // rows to prefetch during this tile
-    const auto tile = [&](auto R) {
-      constexpr int count = decltype(R)::value;
-      if (share == 0)
-        bf16_tile<Dot, count, 4, 0>(x, x_stride, w, w_stride, out, out_stride, D, next);
-      else if (share == 1)
-        bf16_tile<Dot, count, 4, 1>(x, x_stride, w, w_stride, out, out_stride, D, next);
-      else if (share == 2)
-        bf16_tile<Dot, count, 4, 2>(x, x_stride, w, w_stride, out, out_stride, D, next);
-      else
-        bf16_tile<Dot, count, 4, 4>(x, x_stride, w, w_stride, out, out_stride, D, next);
+    int64_t prefetched = 0;
+    const auto tile = [&](auto R, auto PREFETCH) {
+      bf16_tile<Dot, decltype(R)::value, 8, decltype(PREFETCH)::value>(x, x_stride, w, w_stride, out, out_stride, D,
+                                                                       next);
+      prefetched = PREFETCH.value;
     };
-    if (n == 1) tile(Number<1>());
-    if (n == 2) tile(Number<2>());
-    if (n == 3) tile(Number<3>());
-    if (n == 4) tile(Number<4>());
-    left -= share;
-    next += share * w_stride;
+    const auto tile_of = [&](auto R) {
+      if (share == 0)
+        tile(R, Number<0>());
+      else if (share <= 2)
+        tile(R, Number<2>());
+      else if (share <= 4)
+        tile(R, Number<4>());
+      else
+        tile(R, Number<8>());
+    };
+    if (n == 1) tile_of(Number<1>());
+    if (n == 2) tile_of(Number<2>());
+    if (n == 3) tile_of(Number<3>());
+    left = max<int64_t>(0, left - prefetched);
+    next += prefetched * w_stride;
     x += n * x_stride;
     out += n * out_stride;
   }
@@ -158,8 +164,8 @@ void bf16_columns(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_
   if (rows == 1)
     for (; c + 16 <= columns; c += 16)
       bf16_tile<Dot, 1, 16, 16>(x, 0, w + c * w_stride, w_stride, out + c, 0, D, w + (c + 16) * w_stride);
-  for (; c + 4 <= columns; c += 4)
-    bf16_four_columns<Dot>(x, x_stride, w + c * w_stride, w_stride, out + c, out_stride, rows, D);
+  for (; c + 8 <= columns; c += 8)
+    bf16_eight_columns<Dot>(x, x_stride, w + c * w_stride, w_stride, out + c, out_stride, rows, D);
   for (; c < columns; ++c)
     for (int64_t r = 0; r < rows; ++r)
       bf16_tile<Dot, 1, 1, 0>(x + r * x_stride, 0, w + c * w_stride, 0, out + r * out_stride + c, 0, D, w);
