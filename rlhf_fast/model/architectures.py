@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -84,6 +85,14 @@ def read_decoder(decoder: Any) -> Decoder:
     if not decoder.config.num_hidden_layers:
         raise Unsupported("it has no layers")
     return family(decoder)
+
+
+def rope_angles(rotary: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (N, r / 2) float32 of the angles at `positions` (N,), rounded to x's dtype by the module."""
+    with torch.no_grad():
+        cos, sin = rotary(x, positions[None])
+    half = cos.shape[-1] // 2  # transformers repeats the angles in the second half
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 
 def base_linear(layer: Any) -> Any:

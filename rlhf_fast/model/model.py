@@ -255,7 +255,7 @@ class Model:
         """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
         computed by our own layers."""
         parts, dropout = read_decoder(self.decoder), self._residual_dropout.p
-        checkpoints = packed_decoder.inspect(self.decoder).checkpoints
+        checkpoints = packed_decoder.uses_checkpoints(self.decoder)
         with self._adapter_context():
             return packed_decoder.packed_hidden(parts, rows, kept, dropout, checkpoints)
 

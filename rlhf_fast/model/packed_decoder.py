@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_fast import ops
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
-from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder
+from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
 from rlhf_fast.model.packing import PackedRows, pack_rows
 from rlhf_fast.model.rope_scaling import length_dependent_rope
 
@@ -30,8 +30,6 @@ PROBE_PROMPT = 3
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.08, 0.4)}
 """Relative differences, in norm, of hidden states and gradients that rounding explains, by the weights' dtype. Those of
 bfloat16 are what the module's own differ by from a float32 copy's."""
-
-
 NEGLIGIBLE = 0.05
 """A gradient's norm below this share of the largest is compared as if it had this share."""
 
@@ -49,7 +47,8 @@ def packed_hidden(
     x = parts.embedding(tokens)
     if parts.position_embedding is not None:
         x = x + parts.position_embedding(positions)
-    call = _Call(parts, rows, _angles(parts, x, positions), dropout)
+    rope = None if parts.rotary is None else rope_angles(parts.rotary, x, positions)
+    call = _Call(parts, rows, rope, dropout)
     for layer in parts.layers:
         own_kept = kept.to(device) if layer is parts.layers[-1] else None
         if checkpoints and torch.is_grad_enabled():
@@ -67,16 +66,6 @@ class _Call(NamedTuple):
     rope: tuple[Tensor, Tensor] | None
     """cos and sin (N, r / 2) float32 of each token's angles."""
     dropout: float
-
-
-def _angles(parts: Decoder, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return cos and sin as the module rounds them; None without RoPE."""
-    if parts.rotary is None:
-        return None
-    with torch.no_grad():
-        cos, sin = parts.rotary(x, positions[None])
-    half = cos.shape[-1] // 2  # transformers repeats the angles in the second half
-    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 
 def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
@@ -143,8 +132,6 @@ class Inspection(NamedTuple):
     """The class of each module, and whether its forward was replaced."""
     hooks: list[Any]
     """Hooks see other tensors here than in the module's own forward, or none."""
-    checkpoints: bool
-    """True where the activations of layers are computed again in the backward pass."""
 
 
 def inspect(decoder: nn.Module) -> Inspection:
@@ -164,8 +151,12 @@ def inspect(decoder: nn.Module) -> Inspection:
         if getattr(hook, "__name__", "") != "make_inputs_require_grads"  # transformers', on the embedding's output
     ]
     kinds = tuple((type(module), "forward" in vars(module)) for module in modules)
-    checkpoints = any(module.training and vars(module).get("gradient_checkpointing") for module in modules)
-    return Inspection(kinds, hooks, checkpoints)
+    return Inspection(kinds, hooks)
+
+
+def uses_checkpoints(decoder: nn.Module) -> bool:
+    """Return True where the activations of layers are computed again in the backward pass."""
+    return any(module.training and vars(module).get("gradient_checkpointing") for module in decoder.modules())
 
 
 def find_refusal(model: Any) -> str | None:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
-from rlhf_fast.model.architectures import Decoder, Norm, base_linear, read_decoder
+from rlhf_fast.model.architectures import Decoder, Norm, base_linear, read_decoder, rope_angles
 from rlhf_fast.model.model import Model
 
 
@@ -102,9 +102,7 @@ def rope_table(weights: DecoderWeights, num_positions: int) -> RopeTable | None:
     if weights.rotary is None:
         return None
     like = torch.empty(0, dtype=weights.embedding.dtype, device=weights.embedding.device)
-    cos, sin = weights.rotary(like, torch.arange(num_positions, device=like.device)[None])
-    half = cos.shape[-1] // 2  # transformers repeats the angles in the second half
-    return RopeTable(cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous())
+    return RopeTable(*rope_angles(weights.rotary, like, torch.arange(num_positions, device=like.device)))
 
 
 def _check_shapes(weights: DecoderWeights, head: Tensor) -> None:
