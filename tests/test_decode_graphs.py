@@ -16,7 +16,7 @@ import toy
 from architectures import SERVED, build, prompts, sampling
 from torch.utils._pytree import tree_map_only
 
-from rlhf_fast import ops
+from rlhf_fast import graph_capture, ops
 from rlhf_fast.batches import STOP
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
@@ -255,7 +255,7 @@ def test_a_capture_that_fails_runs_eagerly_with_one_warning(device, made, monkey
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda_graphs, "recorder_for", lambda _: Refuses())
-    monkeypatch.setattr(cuda_graphs, "_warned", set())
+    monkeypatch.setattr(graph_capture, "_warned", set())
     model, batch = make_model("llama", device), prompts(2, 9, 5, 3)
     graphed, eager = rollouts(model)
     with caplog.at_level(logging.WARNING, "rlhf_fast"):
@@ -287,15 +287,15 @@ def test_a_capture_that_fails_names_the_cause(error, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     with pytest.raises(error, match="the cause"):
-        cuda_graphs.CudaRecorder(torch.device("cuda")).capture(function)
+        graph_capture.CudaRecorder(torch.device("cuda")).capture(function)
 
 
 def test_they_can_be_turned_off(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: device)
-    assert cuda_graphs.recorder_for(cpu) is None and cuda_graphs.recorder_for(gpu) is gpu
+    monkeypatch.setattr(graph_capture, "CudaRecorder", lambda device: device)
+    assert graph_capture.recorder_for(cpu) is None and graph_capture.recorder_for(gpu) is gpu
     monkeypatch.setitem(os.environ, "RLHF_FAST_CUDA_GRAPHS", "0")
-    assert cuda_graphs.recorder_for(gpu) is None
+    assert graph_capture.recorder_for(gpu) is None
 
 
 def test_the_input_batch_pads_and_advances():

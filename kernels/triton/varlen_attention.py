@@ -7,7 +7,7 @@
 
     query blocks   | sequence 0: 0 | 1 | 2 | sequence 1: 0 | 1 | ... | unused |    at most N / BLOCK_M + S of them
 
-The blocks follow from shapes alone; which sequence a block is of is found on the device. Sums have a fixed order. The
+Their number follows from shapes alone; which sequence a block is of, a kernel finds. Sums have a fixed order. The
 sums of p and of p dp, which the backward pass needs first, are made anew from unrounded numbers by the program of dq.
 
 Floor: 4 d operations for a query and a key that it sees, 14 d more with the gradient as it is split here. Products of
@@ -28,6 +28,7 @@ from rlhf_fast.kernels.triton import launch
 from rlhf_fast.kernels.varlen_attention import _check_sequences
 
 MAX_HEAD_DIM = 256
+BLOCKS, SEQUENCES = 32, 128  # of a program that finds the sequences of blocks, and of its tile
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 MINUS_INF = tl.constexpr(float("-inf"))
@@ -335,6 +336,30 @@ def varlen_attention_dkdv_kernel(
     tl.store(dv + index, launch.cast(dv_acc, dv.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["S", "N", "num_blocks"])
+def blocks_kernel(
+    offsets, block_sequence, block_first, S, N, num_blocks,
+    BLOCK: tl.constexpr, SEQUENCES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Store the sequence of each of BLOCKS blocks, and its first token; unused blocks begin behind the last."""
+    index = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    sequence = tl.zeros((BLOCKS,), tl.int32)
+    before = tl.zeros((BLOCKS,), tl.int32)  # blocks of earlier sequences
+    total = 0
+    for start in range(0, S, SEQUENCES):
+        s = start + tl.arange(0, SEQUENCES)
+        begin = tl.load(offsets + s, mask=s < S, other=0)
+        end = tl.load(offsets + s + 1, mask=s < S, other=0)
+        ends = total + tl.cumsum(((end - begin + BLOCK - 1) // BLOCK).to(tl.int32), axis=0)
+        passed = (ends[None, :] <= index[:, None]) & (s < S)[None, :]
+        sequence += tl.sum(passed.to(tl.int32), axis=1)
+        before = tl.maximum(before, tl.max(tl.where(passed, ends[None, :], 0), axis=1))
+        total = tl.max(ends, axis=0)
+    first = tl.where(index < total, (index - before) * BLOCK, N)
+    tl.store(block_sequence + index, tl.minimum(sequence, S - 1), mask=index < num_blocks)
+    tl.store(block_first + index, first, mask=index < num_blocks)
+
+
 class Children(NamedTuple):
     """The sequences by their parents, and where those of each sequence begin among them."""
 
@@ -344,12 +369,13 @@ class Children(NamedTuple):
 
 def split_sequences(offsets: Tensor, parents: Tensor | None, N: int, block: int) -> Sequences:
     """Return the sequences in blocks of tokens, as many as there can be; unused ones begin behind the last sequence."""
-    blocks = (offsets.diff() + block - 1) // block
-    ends = blocks.cumsum(0)
-    index = torch.arange(triton.cdiv(N, block) + len(blocks), device=offsets.device)
-    sequence = torch.searchsorted(ends, index, right=True).clamp(max=len(blocks) - 1)
-    first = (index - (ends - blocks).gather(0, sequence)) * block
-    return Sequences(offsets.contiguous(), None if parents is None else parents.contiguous(), sequence, first)
+    offsets, S = offsets.contiguous(), len(offsets) - 1
+    num_blocks = triton.cdiv(N, block) + S
+    sequence, first = torch.empty((2, num_blocks), dtype=torch.int64, device=offsets.device).unbind(0)
+    grid = (triton.cdiv(num_blocks, BLOCKS),)
+    meta = {"BLOCK": block, "SEQUENCES": SEQUENCES, "BLOCKS": BLOCKS, "num_warps": 4}
+    launch.run(blocks_kernel, grid, offsets, sequence, first, S, N, num_blocks, **meta)
+    return Sequences(offsets, None if parents is None else parents.contiguous(), sequence, first)
 
 
 def children_of(parents: Tensor) -> Children:

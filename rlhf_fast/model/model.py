@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from rlhf_fast.model import checks, lora, packed_decoder, packing
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.end_tokens import in_generation_config
+from rlhf_fast.model.packed_graphs import PackedGraphs
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.pretrained import check_score_layer, config_number, load_module, load_tokenizer, quiet
 from rlhf_fast.model.vocabulary import Vocabulary
@@ -62,6 +64,7 @@ class Model:
         self._residual_dropout = ResidualDropout()
         self._packing_checked = False
         self._packed_refusals: dict[tuple[Any, ...], str | None] = {}
+        self._packed_graphs = PackedGraphs()
         self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
         self.logit_scale = 1.0
         self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
@@ -238,9 +241,10 @@ class Model:
     @property
     def packed_refusal(self) -> str | None:
         """Why forward passes run the module's own decoder on padded rows. None if they run ours on packed rows."""
-        if self.device.type != "cpu" or ops.varlen_attention.chosen("cpu") == "reference":
-            return "our layers are compiled for the CPU, and here they are not used"
-        if torch.is_autocast_enabled("cpu"):
+        device = self.device.type
+        if device not in ("cpu", "cuda") or ops.varlen_attention.chosen(device) == "reference":
+            return "our layers have no kernels here"
+        if torch.is_autocast_enabled(device):
             return "autocast is on"
         found = packed_decoder.inspect(self.decoder)
         if any(getattr(hook, "__self__", None) is not self._residual_dropout for hook in found.hooks):
@@ -251,12 +255,17 @@ class Model:
             self._packed_refusals[key] = packed_decoder.find_refusal(self)
         return self._packed_refusals[key]
 
-    def run_packed(self, rows: packing.PackedRows, kept: Tensor) -> Tensor:
+    def run_packed(self, rows: packing.PackedRows, kept: Tensor, graphs: bool = True) -> Tensor:
         """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
-        computed by our own layers."""
-        parts, dropout = read_decoder(self.decoder), self._residual_dropout.p
-        checkpoints = packed_decoder.uses_checkpoints(self.decoder)
+        computed by our own layers. graphs: as CUDA graphs, where that is possible."""
+        decoder, dropout = self.decoder, self._residual_dropout.p
+        parts, checkpoints = read_decoder(decoder), packed_decoder.uses_checkpoints(decoder)
         with self._adapter_context():
+            if graphs and not (dropout or checkpoints):
+                forward = partial(packed_decoder.packed_hidden, parts, kept=None)
+                states = self._packed_graphs.run(self, decoder, forward, rows, kept)
+                if states is not None:
+                    return states
             return packed_decoder.packed_hidden(parts, rows, kept, dropout, checkpoints)
 
     def hidden_and_targets(
@@ -279,7 +288,7 @@ class Model:
             valid &= keep.cpu()
         rows, columns = valid.nonzero(as_tuple=True)
         last = first[rows] + columns - 1  # the token that predicts each
-        targets = tokens[rows, last + 1].to(self.device)
+        targets = packing.to_device(tokens[rows, last + 1], self.device)
         if self.packs_rows:
             needed = torch.zeros_like(lengths).scatter_reduce(0, rows, last + 1, "amax")
             packed_rows = packing.pack_rows(tokens, needed, torch.minimum(first, needed))

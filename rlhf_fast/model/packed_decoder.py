@@ -1,7 +1,7 @@
 """The training forward: a decoder's layers on packed rows, without padding, built of our ops with gradients.
 
-It runs the families of model/architectures.py on the CPU, where a model's hidden states and gradients were found equal
-to those of its own module (`find_refusal`). Norms, rotation, activations and attention are ops. Linear layers are the
+It runs the families of model/architectures.py where a model's hidden states and gradients were found equal to those of
+its own module (`find_refusal`). Norms, rotation, activations and attention are ops. Linear layers are the
 module's own, called, so that adapters work as they do there. Activations have the module's dtype.
 
 A prompt that several rows share is computed once, and its gradient is the sum over these rows.
@@ -21,7 +21,7 @@ from rlhf_fast import ops
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
 from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
-from rlhf_fast.model.packing import PackedRows, pack_rows
+from rlhf_fast.model.packing import PackedRows, pack_rows, to_device
 from rlhf_fast.model.rope_scaling import length_dependent_rope
 
 PROBE_LENGTHS = (8, 8, 5)
@@ -35,22 +35,22 @@ NEGLIGIBLE = 0.05
 
 
 def packed_hidden(
-    parts: Decoder, rows: PackedRows, kept: Tensor, dropout: float = 0.0, checkpoints: bool = False
+    parts: Decoder, rows: PackedRows, kept: Tensor | None, dropout: float = 0.0, checkpoints: bool = False
 ) -> Tensor:
-    """Return the hidden states (n, D) of the tokens at index `kept` (n,), after the final norm.
+    """Return the hidden states (n, D) of the tokens at index `kept` (n,), None = all, after the final norm.
 
     dropout: the probability of residual dropout. checkpoints: compute each layer again in the backward pass instead of
     keeping its activations.
     """
     device = parts.embedding.weight.device
-    tokens, positions = rows.tokens.to(device), rows.positions.to(device)
-    x = parts.embedding(tokens)
+    rows, kept = rows.to(device), None if kept is None else to_device(kept, device)
+    x = parts.embedding(rows.tokens)
     if parts.position_embedding is not None:
-        x = x + parts.position_embedding(positions)
-    rope = None if parts.rotary is None else rope_angles(parts.rotary, x, positions)
+        x = x + parts.position_embedding(rows.positions)
+    rope = None if parts.rotary is None else rope_angles(parts.rotary, x, rows.positions)
     call = _Call(parts, rows, rope, dropout)
     for layer in parts.layers:
-        own_kept = kept.to(device) if layer is parts.layers[-1] else None
+        own_kept = kept if layer is parts.layers[-1] else None
         if checkpoints and torch.is_grad_enabled():
             x = checkpoint(_layer, call, layer, x, own_kept, use_reentrant=False)
         else:
@@ -166,7 +166,7 @@ def find_refusal(model: Any) -> str | None:
     """
     tolerances = TOLERANCES.get(model.head_weight.dtype)
     if tolerances is None:
-        return f"weights of {model.head_weight.dtype} are not trained on the CPU"
+        return f"weights of {model.head_weight.dtype} are not trained"
     if length_dependent_rope(model) is not None:
         return "its rotary embedding depends on the longest row of a call"
     try:
@@ -205,7 +205,7 @@ def _compare(model: Any, tolerance: float, gradient_tolerance: float) -> str | N
         return states.detach(), list(gradients)
 
     own, own_gradients = states_and_gradients(lambda: model.hidden(tokens)[row_index, columns])
-    packed, packed_gradients = states_and_gradients(lambda: model.run_packed(rows, kept))
+    packed, packed_gradients = states_and_gradients(lambda: model.run_packed(rows, kept, graphs=False))
     if _difference(packed, own) > tolerance:
         return f"its hidden states differ from the module's by {_difference(packed, own):.1e} of their norm"
     # some gradients are only rounding: a bias of the keys shifts all scores of a token alike

@@ -12,6 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PADDING_LENGTH = 64
+"""Tokens of a sequence of padding: short ones cost attention little."""
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on `device`. A GPU's earlier work is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
 
 class PackedRows(NamedTuple):
     """N tokens of S sequences that hold the B rows of a batch.
@@ -34,6 +42,16 @@ class PackedRows(NamedTuple):
     """(B,) index of the first of them in `tokens`."""
     own_starts: Tensor
     """(B,) index of the row's other tokens in `tokens`."""
+
+    def to(self, device: torch.device) -> PackedRows:
+        """Return the rows with what a forward pass reads on `device`, by one transfer."""
+        if self.tokens.device == device:
+            return self
+        read = [self.tokens, self.positions, self.offsets, *([] if self.parents is None else [self.parents])]
+        parts = to_device(torch.cat(read), device).split([len(x) for x in read])
+        return self._replace(
+            tokens=parts[0], positions=parts[1], offsets=parts[2], parents=None if self.parents is None else parts[3]
+        )
 
     def locate(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return where in `tokens` the tokens at `columns` of `rows` are, all three (n,)."""
@@ -84,6 +102,29 @@ def pack_rows(tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = N
         shared_starts=offsets[shared.long()],
         own_starts=offsets[torch.tensor(own_sequence, dtype=torch.int64)],
     )
+
+
+def pad(rows: PackedRows, num_tokens: int, num_sequences: int) -> PackedRows:
+    """Return the rows followed by sequences of padding, to `num_tokens` tokens in `num_sequences` sequences. At least
+    `padding_sequences` must be unused; those that are left are empty."""
+    N, S = len(rows.tokens), len(rows.offsets) - 1
+    unused = num_tokens - N
+    zeros = rows.tokens.new_zeros(unused)  # also the positions, of which a model may have few
+    ends = N + PADDING_LENGTH * torch.arange(1, num_sequences - S + 1)
+    parents = rows.parents
+    if parents is not None:
+        parents = torch.cat([parents, parents.new_full((num_sequences - S,), -1)])
+    return rows._replace(
+        tokens=torch.cat([rows.tokens, zeros]),
+        positions=torch.cat([rows.positions, zeros]),
+        offsets=torch.cat([rows.offsets, ends.clamp_max(num_tokens)]),
+        parents=parents,
+    )
+
+
+def padding_sequences(unused: int) -> int:
+    """Return the number of sequences that `unused` tokens of padding are."""
+    return -(-unused // PADDING_LENGTH)
 
 
 class Packed(NamedTuple):

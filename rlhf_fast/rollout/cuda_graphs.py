@@ -14,24 +14,18 @@ A graph holds addresses: of the cache, the weights, the input batch. DecodeGraph
 them before each rollout (`fit`). `Rollout(keep_cache=True)` keeps graphs for the next rollout: an optimizer updates
 weights in place. Without it, and for weights that are made for one rollout, such as sums with an adapter, each rollout
 captures its own.
-
-RLHF_FAST_CUDA_GRAPHS=0 turns graphs off. If a capture fails, steps run eagerly, with one warning; under
-RLHF_FAST_STRICT=1 it raises.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
-from logging import getLogger
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.graph_capture import Recorder, recorder_for, report_failure
 from rlhf_fast.rollout.decoder import Decoder, TokenBatch
 from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.input_batch import InputBatch
@@ -40,78 +34,16 @@ from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.response_buffer import TokenSample
 from rlhf_fast.rollout.sampler import Sampler
 
-log = getLogger("rlhf_fast")
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 BUCKET_STEP = 64
 """Larger buckets are its multiples."""
 SAMPLE_BYTES = 8 + 4 * 4
 """A row's TokenSample takes this memory."""
-_warned: set[str] = set()
 
 
 def bucket_size(n: int) -> int:
     """Return the size to which a batch of n rows is padded."""
     return next((size for size in BUCKETS if size >= n), -(-n // BUCKET_STEP) * BUCKET_STEP)
-
-
-class Recorder(Protocol):
-    """Turns a function without arguments into one call to the device."""
-
-    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
-        """Run the function as it will be captured, and return its result."""
-        ...
-
-    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return a function that runs the recorded work again. Its result is overwritten by the next call."""
-        ...
-
-
-class CudaRecorder:
-    """Captures CUDA graphs that share one pool of memory. They are replayed one after the other on one stream."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
-        """Run the function on the stream of the captures; see Recorder."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = function()
-        current.wait_stream(self.stream)
-        result.record_stream(current)
-        return result
-
-    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return the replay of a graph; see Recorder."""
-        # Not `torch.cuda.graph`: it returns all cached memory to the driver, which training would allocate again. Other
-        # threads may allocate during the capture ("thread_local").
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                result = function()
-            except BaseException:
-                with suppress(RuntimeError):  # it says that the capture failed, and would hide why
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
-
-
-def recorder_for(device: torch.device) -> Recorder | None:
-    """Return what captures steps on `device`, or None."""
-    if device.type != "cuda" or os.environ.get("RLHF_FAST_CUDA_GRAPHS") == "0":
-        return None
-    return CudaRecorder(device)
 
 
 def decode_graphs(
@@ -197,14 +129,9 @@ class DecodeGraphs:
 
     def _give_up(self, error: RuntimeError) -> None:
         """Run all further steps eagerly, with one warning. UserError under RLHF_FAST_STRICT=1."""
-        text = f"{self.static.sampler.model.name}: the decode step cannot be captured as a CUDA graph ({error})"
-        if os.environ.get("RLHF_FAST_STRICT") == "1":
-            raise UserError(f"RLHF_FAST_STRICT=1 and {text}; RLHF_FAST_CUDA_GRAPHS=0 turns graphs off") from error
+        report_failure(f"{self.static.sampler.model.name}: the decode step", error)
         self.failed = True
         self._replays.clear()
-        if text not in _warned:
-            _warned.add(text)
-            log.warning("%s; steps run op by op, slower", text)
 
 
 def _addresses(step: OpStep, sampler: Sampler) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Float32 memory for gradients on the CPU, kept from one optimizer step to the next.
+"""Float32 gradients: on the CPU in memory that is kept from one optimizer step to the next, on a GPU in fresh memory.
 
 A gradient in fresh memory costs the system a page fault, which zeroes 4 KiB, for every 1024 numbers, at every step. A
 copy from the memory that autograd has just written, and then uses again for the next parameter, costs less.
@@ -37,6 +37,8 @@ class GradientBuffers:
         self.masters: dict[str, Tensor] = {}
         """The copies in float32 of parameters in another dtype."""
         self.taken: dict[str, Tensor] = {}
+        self.gathered: list[tuple[Tensor, Tensor]] = []
+        """Parameters on a GPU and their masters."""
         self.keeping = False
 
     @contextmanager
@@ -53,7 +55,10 @@ class GradientBuffers:
         if p.dtype != torch.float32:
             master = p.detach().float()
             self.masters[name] = master
-            self._hook(name, p, GradientBuffers._move)
+            if p.is_cpu:
+                self._hook(name, p, GradientBuffers._move)
+            else:
+                self.gathered.append((p, master))
             return master
         if p.is_cpu and p.numel() >= MIN_KEPT_SIZE:
             self._hook(name, p, GradientBuffers._keep)
@@ -69,6 +74,27 @@ class GradientBuffers:
                 act(buffers, name, p)
 
         p.register_post_accumulate_grad_hook(run)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Add the gradients of parameters on a GPU to their masters', in a few launches. Call it after each backward
+        pass."""
+        pairs = [(p, master) for p, master in self.gathered if p.grad is not None]
+        if not pairs:
+            return
+        gradients = [torch.empty_like(master) for _, master in pairs]
+        torch._foreach_copy_(gradients, [p.grad for p, _ in pairs])
+        sums: list[Tensor] = []
+        addends: list[Tensor] = []
+        for (p, master), gradient in zip(pairs, gradients, strict=True):
+            p.grad = None
+            if master.grad is None:
+                master.grad = gradient
+            else:
+                sums.append(master.grad)
+                addends.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, addends)
 
     def release(self) -> None:
         """Let the next gradients overwrite these."""
@@ -96,8 +122,6 @@ class GradientBuffers:
         master = self.masters[name]
         if master.grad is not None:
             master.grad.add_(p.grad)
-        elif master.is_cpu:
-            master.grad = self._buffer(name, p.shape).copy_(p.grad)
         else:
-            master.grad = p.grad.float()
+            master.grad = self._buffer(name, p.shape).copy_(p.grad)
         p.grad = None

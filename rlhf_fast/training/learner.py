@@ -125,11 +125,16 @@ class Learner:
                     continue
                 for _, micro_batch in micro_batches(batch, self.optim.micro_batch_tokens):
                     value, new_stats = loss(self.model, micro_batch, num_items)
-                    if value.requires_grad:
-                        (value * coefficient).backward()
+                    self._add_gradient(value * coefficient)
                     losses.append(value.detach() * coefficient)
                     _combine(stats, new_stats)
         return losses, stats
+
+    def _add_gradient(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to the masters'."""
+        if loss.requires_grad:
+            loss.backward()
+            self.gradients.gather()
 
     def _zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
@@ -164,9 +169,9 @@ class Learner:
     @torch.no_grad()
     def _copy_masters_to_model(self) -> None:
         """Round the masters to the dtype of the model's weights."""
-        for name, p in self.params.items():
-            if p is not self.masters[name]:
-                p.copy_(self.masters[name])
+        copies = [(p, self.masters[name]) for name, p in self.params.items() if p is not self.masters[name]]
+        if copies:
+            torch._foreach_copy_([p for p, _ in copies], [master for _, master in copies])
 
     def _raise_non_finite(self, terms: Sequence[Term], result: dict[str, float]) -> NoReturn:
         """Find the rows whose own loss or gradient is not finite, one row at a time, and raise."""
@@ -175,8 +180,7 @@ class Learner:
             for index, row in micro_batches(batch, 1):
                 self._zero_grad()
                 value, _ = loss(self.model, row, batch.num_items())
-                if value.requires_grad:
-                    (value * coefficient).backward()
+                self._add_gradient(value * coefficient)
                 if not (math.isfinite(float(value.detach())) and math.isfinite(float(self._grad_norm()))):
                     uids = index if batch.uids is None else batch.uids[index]
                     bad.append((type(batch).__name__, int(uids[0])))
