@@ -18,7 +18,7 @@ LAYERS = [
     {"rollout", "training"},
     {"model"},
     {"data"},
-    {"config"},
+    {"config", "graph_capture"},
     {"ops", "batches", "errors"},
     {"kernels"},
 ]

@@ -214,7 +214,7 @@ def test_a_second_backward_pass_after_another_forward_raises(device):
 
 
 def test_adapters(device):
-    """Those that are on and those that are off have graphs of their own, over the same weights."""
+    """Graphs with them and without them share the weights."""
     model = Model(MODELS["llama"]().to(device), cfg=ModelConfig(lora=LoraConfig(rank=2)))
     model.module = lora.attach(model.module, model.cfg.lora, "lm", 0)
     model.module.eval()

@@ -40,13 +40,13 @@ Forward = Callable[[PackedRows], Tensor]
 
 
 class Size(NamedTuple):
-    """What a graph was captured for."""
+    """Sizes and switches of a captured pass."""
 
     num_tokens: int
     num_sequences: int
     has_parents: bool
     trained: tuple[int, ...]
-    """Which of the parameters have a gradient; () without a backward pass."""
+    """Indices of the parameters that have a gradient; () without a backward pass."""
     adapter_enabled: bool
 
 
@@ -109,7 +109,7 @@ class PackedGraphs:
         self._seen: set[Size] = set()
         self._graphs: dict[Size, _Graph] = {}
         self._gradients: dict[tuple[int, ...], list[Tensor]] = {}
-        """What backward graphs write, by their trained parameters."""
+        """Outputs of the backward graphs, by their trained parameters."""
 
     def __deepcopy__(self, memo: dict) -> PackedGraphs:
         """Return none: a copied model has its weights elsewhere."""
