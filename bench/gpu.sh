@@ -140,12 +140,13 @@ rollout() {
   local selected="(cuda or gpu) and not cpu"
   dry && selected=cpu
   pytests "tests: rollout and trainer" 90 tests/test_gpu_rollout.py tests/test_decode_graphs.py \
-    tests/test_prompt_attention.py tests/test_merged_linears.py -k "$selected"
+    tests/test_prompt_attention.py tests/test_merged_linears.py tests/test_packed_graphs.py -k "$selected"
 }
 
 tests() { # seconds for the ops' tests, and which of them
   pytests "tests: ops on CUDA tensors" "$1" tests/test_ops.py tests/test_cuda_graphs.py tests/test_cuda_decode.py \
-    tests/test_cuda_rows.py tests/test_decode_attention.py -k "$2"
+    tests/test_cuda_rows.py tests/test_decode_attention.py tests/test_varlen_attention.py \
+    tests/test_layer_gradients.py -k "$2"
 }
 
 spills() {

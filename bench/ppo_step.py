@@ -50,6 +50,8 @@ class Sizes:
     inner_epochs: int = 1
     micro_batch_tokens: int = 8192
     rounds: int = 3
+    warm_ups: int = 1
+    """Calls after the first and before the measured ones: on a GPU they capture graphs, for each size of micro-batch."""
     ragged: bool = False
     """Prompts of 1 to `prompt` tokens, as many short ones as people write; responses are cut to 1 to `new` tokens."""
 
@@ -69,7 +71,7 @@ TINY_SIZES = Sizes(TINY, prompt=5, new=6, batch=4, minibatch=4, micro_batch_toke
 CASES = {
     "135M": Sizes(SMOLLM2_135M),
     "135M-small": Sizes(SMOLLM2_135M, prompt=16, new=64, batch=8, minibatch=2),
-    "135M-ragged": Sizes(SMOLLM2_135M, prompt=128, new=128, batch=32, minibatch=8, ragged=True),
+    "135M-ragged": Sizes(SMOLLM2_135M, prompt=128, new=128, batch=32, minibatch=8, ragged=True, warm_ups=4),
     "260K": Sizes(STORIES_260K, prompt=16, new=64, batch=64, minibatch=16, inner_epochs=4, rounds=5),
 }
 """Sizes by name; the first is for a GPU, the others are for a CPU."""
@@ -224,6 +226,8 @@ class Bench:
     def _compared(self, name: str, ours, plain, errors: dict[str, float]) -> dict:
         """Return a row of both, timed by turns, with their peak memory and what ran on the device."""
         calls = {PLAIN: plain, "ours": ours}
+        for _ in range(self.sizes.warm_ups if self.run.options.device == "cuda" else 0):
+            ours()
         timers = {provider: lambda call=call: self.run.seconds(call) for provider, call in calls.items()}
         times = interleaved(timers, rounds=self.sizes.rounds if self.dtype == torch.bfloat16 else 1)
         best = {provider: min(taken) for provider, taken in times.items()}

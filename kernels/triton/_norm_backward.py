@@ -19,9 +19,9 @@ from rlhf_fast.kernels._tensors import contiguous, empty_float32, matrix_shape
 from rlhf_fast.kernels.triton import launch
 
 MAX_COLUMNS = 8192  # of a row that is held in registers, with its sums
-PROGRAMS_PER_SM = 2
-SUM_ROWS = 32
-SUM_COLUMNS = 64
+PROGRAMS_PER_SM = 8
+SUM_ROWS = 128
+SUM_COLUMNS = 16
 
 
 @triton.jit

@@ -33,6 +33,17 @@ LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 MINUS_INF = tl.constexpr(float("-inf"))
 
+SM90_TILES = {
+    ("forward", False): (64, 64, 4, 3),
+    ("dq", False): (64, 64, 4, 2),
+    ("dkdv", False): (64, 64, 4, 1),
+    ("forward", True): (64, 64, 4, 1),
+    ("dq", True): (64, 32, 4, 1),
+    ("dkdv", True): (64, 32, 8, 1),
+}
+"""Queries, keys, warps and stages of 16-bit tiles, by kernel and whether heads are wider than 64. A product of 64 rows
+by 4 warps takes an H100's own instruction."""
+
 
 class Sequences(NamedTuple):
     """The sequences, and for each block of tokens its sequence and its first token, counted from that one's."""
@@ -96,20 +107,24 @@ def power(score, scales, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def find_sequence(sequences, s, exists):
+    """Return where a sequence begins and its length: int64, as addresses are, and int32, as positions are."""
+    begin = tl.load(sequences.offsets + s, mask=exists, other=0)
+    return begin, (tl.load(sequences.offsets + s + 1, mask=exists, other=0) - begin).to(tl.int32)
+
+
+@triton.jit
 def find_block(sequences, block, HAS_PARENTS: tl.constexpr):
     """Return for a block of queries its first token of its sequence, where the sequence begins, its length, where its
     parent begins, and the parent's length."""
     s = tl.load(sequences.block_sequence + block)
     first = tl.load(sequences.block_first + block)
-    begin = tl.load(sequences.offsets + s)
-    length = tl.load(sequences.offsets + s + 1) - begin
+    begin, length = find_sequence(sequences, s, True)
     parent_begin = begin
     parent_length = length * 0
     if HAS_PARENTS:
         parent = tl.load(sequences.parents + s)
-        has_parent = parent >= 0
-        parent_begin = tl.load(sequences.offsets + parent, mask=has_parent, other=0)
-        parent_length = tl.load(sequences.offsets + parent + 1, mask=has_parent, other=0) - parent_begin
+        parent_begin, parent_length = find_sequence(sequences, parent, parent >= 0)
     return first, begin, length, parent_begin, parent_length
 
 
@@ -124,7 +139,7 @@ def key_tiles(first, length, parent_length, window, BLOCK_M: tl.constexpr, BLOCK
     whole_begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
     whole_begin = tl.minimum((whole_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N, tl.maximum(end, begin))
     whole_begin = tl.maximum((whole_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N, begin)
-    whole_end = tl.maximum((begin_position + 1) // BLOCK_N * BLOCK_N, whole_begin)
+    whole_end = tl.maximum(tl.minimum((begin_position + 1) // BLOCK_N * BLOCK_N, end), whole_begin)
     return begin, whole_begin, whole_end, end
 
 
@@ -287,8 +302,7 @@ def varlen_attention_dkdv_kernel(
     kv_head = tl.program_id(1)
     s = tl.load(sequences.block_sequence + tl.program_id(0))
     first = tl.load(sequences.block_first + tl.program_id(0))
-    begin = tl.load(sequences.offsets + s)
-    length = tl.load(sequences.offsets + s + 1) - begin
+    begin, length = find_sequence(sequences, s, True)
     key = first + tl.arange(0, BLOCK_N)
     inside = key < length
     keys = load_rows(k, kv_head, begin + key, inside, D, BLOCK)
@@ -310,8 +324,7 @@ def varlen_attention_dkdv_kernel(
             child = tl.load(children.sequences + child_begin + i // GROUP - 1, mask=is_child, other=0)
             source = tl.where(is_child, child, s)
             shift = tl.where(is_child, length, 0)  # of the queries' positions
-        query_begin = tl.load(sequences.offsets + source)
-        num_queries = tl.load(sequences.offsets + source + 1) - query_begin
+        query_begin, num_queries = find_sequence(sequences, source, True)
         low = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
         last_key = tl.minimum(first + BLOCK_N, length)
         high = tl.where(window > 0, tl.minimum(num_queries, last_key - 1 + window - shift), num_queries)
@@ -371,7 +384,7 @@ def split_sequences(offsets: Tensor, parents: Tensor | None, N: int, block: int)
     """Return the sequences in blocks of tokens, as many as there can be; unused ones begin behind the last sequence."""
     offsets, S = offsets.contiguous(), len(offsets) - 1
     num_blocks = triton.cdiv(N, block) + S
-    sequence, first = torch.empty((2, num_blocks), dtype=torch.int64, device=offsets.device).unbind(0)
+    sequence, first = torch.empty((2, num_blocks), dtype=torch.int32, device=offsets.device).unbind(0)
     grid = (triton.cdiv(num_blocks, BLOCKS),)
     meta = {"BLOCK": block, "SEQUENCES": SEQUENCES, "BLOCKS": BLOCKS, "num_warps": 4}
     launch.run(blocks_kernel, grid, offsets, sequence, first, S, N, num_blocks, **meta)
@@ -385,15 +398,20 @@ def children_of(parents: Tensor) -> Children:
     return Children(sequences, starts)
 
 
-def tile_meta(d: int, dtype: torch.dtype, backward: bool) -> dict:
+def tile_meta(kernel: str, q: Tensor) -> dict:
     """Return the queries and keys of a tile, warps and stages, such that registers do not spill for d up to 128."""
+    d = q.shape[2]
     block = launch.block_size(d)
-    if dtype == torch.float32:
-        return {"BLOCK": block, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4 if block <= 64 else 8, "num_stages": 1}
-    queries = 32 if backward and block == 256 else 64
-    keys = 32 if block <= 64 else 16
-    stages = 2 if not backward and block <= 64 and d % 16 == 0 else 1  # with odd sizes elements are loaded one by one
-    warps = 4 if block <= 16 else 8
+    if q.dtype == torch.float32:
+        queries, keys, warps, stages = 16, 16, 4 if block <= 64 else 8, 1
+    elif block <= 128 and launch.sm_arch(q) >= 90:
+        queries, keys, warps, stages = SM90_TILES[kernel, block == 128]
+    else:
+        queries = 64 if kernel == "forward" or block <= 128 else 32
+        keys = 32 if block <= 128 else 16
+        warps, stages = 4 if block <= 16 else 8, 2 if kernel == "dkdv" and block <= 64 else 1
+    if d % 16:  # elements are loaded one by one
+        stages = 1
     return {"BLOCK": block, "BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -421,7 +439,7 @@ def attend(q, k, v, offsets, scale, window, softcap, parents, lse):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not N:
         return out
-    meta = tile_meta(d, q.dtype, backward=False)
+    meta = tile_meta("forward", q)
     sequences = split_sequences(offsets, parents, N, meta["BLOCK_M"])
     shape = {"H": H, "KV_HEADS": k.shape[1], "D": d, "SOFTCAP": softcap > 0, "HAS_PARENTS": parents is not None}
     grid = (len(sequences.block_first), H)
@@ -446,7 +464,7 @@ def varlen_attention_backward(grad_out, _out, lse, q, k, v, offsets, scale, wind
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not N:
         return dq, dk, dv
-    meta = tile_meta(d, q.dtype, backward=True)
+    meta = tile_meta("dq", q)
     sequences = split_sequences(offsets, parents, N, meta["BLOCK_M"])
     delta = empty_float32(q, 2, H, N)
     shape = {"H": H, "KV_HEADS": Hkv, "D": d, "SOFTCAP": softcap > 0, "HAS_PARENTS": parents is not None}
@@ -455,6 +473,7 @@ def varlen_attention_backward(grad_out, _out, lse, q, k, v, offsets, scale, wind
     args = *inputs, lse.contiguous(), delta, dq, sequences, scales, window, N
     launch.run(varlen_attention_dq_kernel, (len(sequences.block_first), H), *args, **shape, **meta)
     children = None if parents is None else children_of(parents)
+    meta = tile_meta("dkdv", q)
     sequences = split_sequences(offsets, parents, N, meta["BLOCK_N"])
     args = *inputs, delta, dk, dv, sequences, children, scales, window, N
     launch.run(varlen_attention_dkdv_kernel, (len(sequences.block_first), Hkv), *args, **shape, **meta)

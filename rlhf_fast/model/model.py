@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +64,7 @@ class Model:
         self._packing_checked = False
         self._packed_refusals: dict[tuple[Any, ...], str | None] = {}
         self._packed_graphs = PackedGraphs()
+        self._inspected: packed_decoder.Inspection | None = None
         self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
         self.logit_scale = 1.0
         self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
@@ -246,7 +246,7 @@ class Model:
             return "our layers have no kernels here"
         if torch.is_autocast_enabled(device):
             return "autocast is on"
-        found = packed_decoder.inspect(self.decoder)
+        found = self._inspected = packed_decoder.inspect(self.decoder)
         if any(getattr(hook, "__self__", None) is not self._residual_dropout for hook in found.hooks):
             return "its modules have hooks, which ours would not call"
         trains = any(p.requires_grad for p in self.module.parameters())
@@ -258,15 +258,14 @@ class Model:
     def run_packed(self, rows: packing.PackedRows, kept: Tensor, graphs: bool = True) -> Tensor:
         """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
         computed by our own layers. graphs: as CUDA graphs, where that is possible."""
-        decoder, dropout = self.decoder, self._residual_dropout.p
-        parts, checkpoints = read_decoder(decoder), packed_decoder.uses_checkpoints(decoder)
+        found, self._inspected = self._inspected or packed_decoder.inspect(self.decoder), None
+        dropout = self._residual_dropout.p
         with self._adapter_context():
-            if graphs and not (dropout or checkpoints):
-                forward = partial(packed_decoder.packed_hidden, parts, kept=None)
-                states = self._packed_graphs.run(self, decoder, forward, rows, kept)
+            if graphs and not found.checkpoints:
+                states = self._packed_graphs.run(self, found, rows, kept, dropout)
                 if states is not None:
                     return states
-            return packed_decoder.packed_hidden(parts, rows, kept, dropout, checkpoints)
+            return packed_decoder.packed_hidden(read_decoder(self.decoder), rows, kept, dropout, found.checkpoints)
 
     def hidden_and_targets(
         self, tokens: Tensor, first: Tensor, lengths: Tensor, keep: Tensor | None = None, pack: bool = False
@@ -310,7 +309,7 @@ class Model:
         else:
             hidden = self.hidden(tokens)
             starts = torch.arange(len(tokens)) * tokens.shape[1]
-        return hidden.reshape(-1, hidden.shape[-1])[(starts[rows] + columns).to(self.device)]
+        return hidden.reshape(-1, hidden.shape[-1])[packing.to_device(starts[rows] + columns, self.device)]
 
     def logprobs(
         self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0,
@@ -326,7 +325,7 @@ class Model:
         logprobs, entropy = ops.linear_logprobs(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=self.softcap
         )
-        index = (rows.to(self.device), columns.to(self.device))
+        index = (packing.to_device(rows, self.device), packing.to_device(columns, self.device))
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
         return zeros.index_put(index, logprobs.float()), zeros.index_put(index, entropy.float())
 
@@ -335,7 +334,8 @@ class Model:
         0 outside the response."""
         hidden, _, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
         zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
-        return zeros.index_put((rows.to(self.device), columns.to(self.device)), self.score_hidden(hidden))
+        index = (packing.to_device(rows, self.device), packing.to_device(columns, self.device))
+        return zeros.index_put(index, self.score_hidden(hidden))
 
     def last_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
         """Return the scalar head's output (B,) float32 at the last token of each row that is not padding: transformers'

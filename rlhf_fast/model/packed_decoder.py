@@ -126,12 +126,16 @@ def _drop(call: _Call, x: Tensor) -> Tensor:
 
 
 class Inspection(NamedTuple):
-    """A decoder's modules, as far as our layers depend on them."""
+    """A decoder's modules and tensors, as far as our layers depend on them."""
 
     kinds: tuple[tuple[type, bool], ...]
     """The class of each module, and whether its forward was replaced."""
     hooks: list[Any]
     """Hooks see other tensors here than in the module's own forward, or none."""
+    parameters: list[Tensor]
+    buffers: list[Tensor]
+    checkpoints: bool
+    """True where the activations of layers are computed again in the backward pass."""
 
 
 def inspect(decoder: nn.Module) -> Inspection:
@@ -151,12 +155,10 @@ def inspect(decoder: nn.Module) -> Inspection:
         if getattr(hook, "__name__", "") != "make_inputs_require_grads"  # transformers', on the embedding's output
     ]
     kinds = tuple((type(module), "forward" in vars(module)) for module in modules)
-    return Inspection(kinds, hooks)
-
-
-def uses_checkpoints(decoder: nn.Module) -> bool:
-    """Return True where the activations of layers are computed again in the backward pass."""
-    return any(module.training and vars(module).get("gradient_checkpointing") for module in decoder.modules())
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    buffers = [x for module in modules for x in module._buffers.values() if x is not None]
+    checkpoints = any(module.training and vars(module).get("gradient_checkpointing") for module in modules)
+    return Inspection(kinds, hooks, parameters, buffers, checkpoints)
 
 
 def find_refusal(model: Any) -> str | None:

@@ -12,7 +12,7 @@ The graph holds the layers. The head and the loss run op by op on the states of 
 the parameters leave the graph as copies.
 
 All graphs of a device share one memory for activations. A forward pass occupies it until its backward pass has run;
-another that comes between runs op by op. Residual dropout and gradient checkpointing are never captured.
+another that comes between runs op by op. Passes with gradient checkpointing are never captured.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_fast.graph_capture import Recorder, recorder_for, report_failure
+from rlhf_fast.model.architectures import read_decoder
+from rlhf_fast.model.packed_decoder import Inspection, packed_hidden
 from rlhf_fast.model.packing import PackedRows, pad, padding_sequences, to_device
 
 MIN_STEP = 64
 """Buckets of tokens are multiples of this, and of an eighth of the power of two below them."""
 MIN_SEQUENCES = 16
-MAX_GRAPHS = 16
+MAX_GRAPHS = 32
 """More sizes of one model run op by op."""
-
-Forward = Callable[[PackedRows], Tensor]
-"""Maps rows on the device to the hidden states (N, D) of all tokens."""
 
 
 class Size(NamedTuple):
@@ -48,6 +47,8 @@ class Size(NamedTuple):
     trained: tuple[int, ...]
     """Indices of the parameters that have a gradient; () without a backward pass."""
     adapter_enabled: bool
+    dropout: float
+    """The probability of residual dropout."""
 
 
 def bucket_of(rows: PackedRows) -> tuple[int, int]:
@@ -105,7 +106,9 @@ class PackedGraphs:
     def __init__(self) -> None:
         self.failed = False
         """True after a capture that failed: all passes run op by op."""
-        self._key: Any = None
+        self._memory: SharedMemory | None = None
+        self._addresses: list[int] = []
+        """Addresses of the weights that the graphs read."""
         self._seen: set[Size] = set()
         self._graphs: dict[Size, _Graph] = {}
         self._gradients: dict[tuple[int, ...], list[Tensor]] = {}
@@ -119,43 +122,63 @@ class PackedGraphs:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
-    def run(self, model: Any, decoder: Any, forward: Forward, rows: PackedRows, kept: Tensor) -> Tensor | None:
+    def run(self, model: Any, found: Inspection, rows: PackedRows, kept: Tensor, dropout: float = 0.0) -> Tensor | None:
         """Return the hidden states (n, D) of the tokens at index `kept` (n,), None where they are not captured. Call it
         with the adapter as model.adapter_enabled says."""
-        memory = None if self.failed or not len(rows.tokens) else shared_memory(model.device)
-        if memory is None or memory.is_occupied:
+        if self.failed or not len(rows.tokens):
             return None
-        parameters = list(decoder.parameters())
-        key = [x.data_ptr() for x in (*parameters, *decoder.buffers())]
-        if key != self._key:
-            self._key = key
-            self._seen.clear()
-            self._graphs.clear()
-            self._gradients.clear()
-        index = tuple(i for i, p in enumerate(parameters) if p.requires_grad) if torch.is_grad_enabled() else ()
-        trained = [parameters[i] for i in index]
-        size = Size(*bucket_of(rows), rows.parents is not None, index, model.adapter_enabled)
+        memory = shared_memory(model.device)
+        if memory is None or (self._memory or memory).is_occupied:
+            return None
+        addresses = [x.data_ptr() for x in (*found.parameters, *found.buffers)]
+        if addresses != self._addresses:
+            self._clear()
+            self._addresses, self._memory = addresses, memory
+        trained = [i for i, p in enumerate(found.parameters) if p.requires_grad] if torch.is_grad_enabled() else []
+        size = Size(*bucket_of(rows), rows.parents is not None, tuple(trained), model.adapter_enabled, dropout)
         rows = pad(rows, size.num_tokens, size.num_sequences)
         if size not in self._seen:
             if len(self._seen) < MAX_GRAPHS:
                 self._seen.add(size)
             return None
+        parameters = [found.parameters[i] for i in trained]
         if size not in self._graphs:
             try:
                 with torch.inference_mode(False):
-                    if index not in self._gradients:
-                        self._gradients[index] = [torch.empty_like(p, requires_grad=False) for p in trained]
-                    self._graphs[size] = _Graph(memory, rows, forward, model.device, trained, self._gradients[index])
+                    self._graphs[size] = self._capture(model, size, rows, parameters)
             except RuntimeError as error:
-                report_failure(f"{model.name}: the training forward", error)
                 self.failed = True
-                self._graphs.clear()
-                self._gradients.clear()
+                self._clear()
+                _memories.pop(model.device, None)  # the recorder is in an unknown state
+                report_failure(f"{model.name}: the training forward", error)
                 return None
         graph, kept = self._graphs[size], to_device(kept, model.device)
-        if trained:
-            return _Replay.apply(graph, rows, kept, *trained)
+        if parameters:
+            return _Replay.apply(graph, rows, kept, *parameters)
         return graph.forward(rows)[kept]
+
+    def _clear(self) -> None:
+        self._seen.clear()
+        self._graphs.clear()
+        self._gradients.clear()
+
+    def _capture(self, model: Any, size: Size, rows: PackedRows, trained: Sequence[Tensor]) -> _Graph:
+        assert self._memory is not None
+        if size.trained not in self._gradients:
+            self._gradients[size.trained] = [torch.empty_like(p, requires_grad=False) for p in trained]
+        layers = _Layers(model.decoder, size.dropout)
+        return _Graph(self._memory, model.device, layers, rows, trained, self._gradients[size.trained])
+
+
+class _Layers(nn.Module):
+    """The training forward as a module, whose parameters torch.func can exchange."""
+
+    def __init__(self, decoder: nn.Module, dropout: float):
+        super().__init__()
+        self.decoder, self.dropout = decoder, dropout
+
+    def forward(self, rows: PackedRows) -> Tensor:
+        return packed_hidden(read_decoder(self.decoder), rows, None, self.dropout)
 
 
 class _Graph:
@@ -164,9 +187,9 @@ class _Graph:
     def __init__(
         self,
         memory: SharedMemory,
-        rows: PackedRows,
-        forward: Forward,
         device: torch.device,
+        layers: _Layers,
+        rows: PackedRows,
         trained: Sequence[Tensor],
         gradients: Sequence[Tensor],
     ):
@@ -178,16 +201,19 @@ class _Graph:
         if device.type == "cuda":  # memory that op by op passes have left cannot be freed during a capture
             torch.cuda.empty_cache()
         states: Tensor | None = None
+        # Of a parameter that earlier passes used, autograd's node may be alive; it would wait for their stream.
+        aliases = {id(p): nn.Parameter(p.detach()) for p in trained}
+        exchanged = {name: aliases[id(p)] for name, p in layers.named_parameters() if id(p) in aliases}
 
         def run_forward() -> Tensor:
             nonlocal states
             with torch.set_grad_enabled(bool(trained)):
-                states = forward(own_rows)
+                states = torch.func.functional_call(layers, exchanged, (own_rows,))
             return states.detach()
 
         def run_backward() -> Tensor:
             assert states is not None
-            found = torch.autograd.grad(states, trained, self.grad, allow_unused=True)
+            found = torch.autograd.grad(states, list(aliases.values()), self.grad, allow_unused=True)
             used = [i for i, gradient in enumerate(found) if gradient is not None]
             for i in used:
                 self.gradients[i] = gradients[i]
@@ -213,9 +239,7 @@ class _Graph:
         self.grad.zero_().index_put_((kept,), grad, accumulate=True)
         self.replay_backward()
         used = [gradient for gradient in self.gradients if gradient is not None]
-        copies = [torch.empty_like(gradient) for gradient in used]
-        torch._foreach_copy_(copies, used)
-        left = iter(copies)
+        left = iter(torch._foreach_mul(used, 1.0))  # copies, by one call
         return [None if gradient is None else next(left) for gradient in self.gradients]
 
 
@@ -243,10 +267,10 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.number != ctx.graph.memory.passes:
             raise RuntimeError(
-                "the activations of this forward pass were overwritten by a later one: they are kept for one backward"
-                " pass; RLHF_FAST_CUDA_GRAPHS=0 keeps them"
+                "the activations of this forward pass are gone: CUDA graphs keep them for one backward pass"
+                "; RLHF_FAST_CUDA_GRAPHS=0 runs the layers op by op, with retain_graph as usual"
             )
         gradients = ctx.graph.backward(ctx.kept, grad)
-        ctx.occupation = None
+        ctx.occupation = ctx.number = None
         ctx.graph.memory.release()
         return None, None, None, *gradients

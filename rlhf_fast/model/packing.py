@@ -17,8 +17,10 @@ PADDING_LENGTH = 64
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on `device`. A GPU's earlier work is not waited for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """Return a tensor on `device`. A GPU's earlier work is not waited for."""
+    if device.type == "cuda" and x.is_cpu:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class PackedRows(NamedTuple):

@@ -164,9 +164,9 @@ def _in_micro_batches(
     CPU. width: None = R, the longest response.
     """
     out = torch.zeros(len(responses.lengths), responses.mask.shape[1] if width is None else width)
-    for index, part in micro_batches(responses, budget):
-        result = function(part).cpu()
-        out[index, : result.shape[1]] = result
+    results = [(index, function(part)) for index, part in micro_batches(responses, budget)]
+    for index, result in results:  # after all passes: a GPU is not waited for between them
+        out[index, : result.shape[1]] = result.cpu()
     return out
 
 

@@ -82,7 +82,9 @@ class GradientBuffers:
         pairs = [(p, master) for p, master in self.gathered if p.grad is not None]
         if not pairs:
             return
-        gradients = [torch.empty_like(master) for _, master in pairs]
+        masters = [master for _, master in pairs]
+        flat = masters[0].new_empty(sum(master.numel() for master in masters))
+        gradients = torch._utils._unflatten_dense_tensors(flat, masters)
         torch._foreach_copy_(gradients, [p.grad for p, _ in pairs])
         sums: list[Tensor] = []
         addends: list[Tensor] = []

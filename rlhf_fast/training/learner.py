@@ -143,7 +143,8 @@ class Learner:
     def _grad_norm(self) -> Tensor:
         if (kernels := self.compiled.kernels()) is not None:
             return self.compiled.grad_norm(kernels)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
+        norms = torch._foreach_norm([p.grad for p in self.masters.values() if p.grad is not None])
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())  # get_total_norm's, faster
 
     @torch.no_grad()
     def apply_gradient(self, norm: Tensor) -> float:

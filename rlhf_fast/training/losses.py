@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.batches import Comparisons, Demonstrations, Experience, Texts
 from rlhf_fast.model.model import Model
+from rlhf_fast.model.packing import to_device
 from rlhf_fast.training.rollout_gap import rollout_gap
 
 Stats = dict[str, Tensor]
@@ -42,7 +43,7 @@ def reward_loss(model: Model, batch: Comparisons, num_items: float) -> tuple[Ten
     scores = model.last_scores(batch.tokens, batch.lengths, batch.prompt_lengths)
     num_groups = len(batch.group_offsets) - 1
     weights = scores.new_full((num_groups,), 1 / num_items)
-    offsets, ranks = batch.group_offsets.to(scores.device), batch.ranks.to(scores.device)
+    offsets, ranks = (to_device(x, scores.device) for x in (batch.group_offsets, batch.ranks))
     loss, sums = ops.ranking_loss(scores, offsets, ranks, weights)
     pairs, correct, margin = sums[:3]
     return loss, {
@@ -145,4 +146,4 @@ def _cross_entropy(
 
 def _gather(field: Tensor, where: tuple[Tensor, Tensor], hidden: Tensor) -> Tensor:
     """Return the entries (N,) of a (B, R) field at (rows, columns), on the device of `hidden`."""
-    return field[where].to(hidden.device)
+    return to_device(field[where], hidden.device)
