@@ -58,14 +58,18 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
-                result = function()
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    result = function()
+                except BaseException:
+                    with suppress(RuntimeError):  # it says that the capture failed, and would hide why
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):  # it says that the capture failed, and would hide why
-                    graph.capture_end()
+                self._release_generator()
                 raise
-            graph.capture_end()
 
         def replay() -> Tensor:
             graph.replay()
@@ -73,12 +77,24 @@ class CudaRecorder:
 
         return replay
 
+    def _release_generator(self) -> None:
+        """Capture a launch in a pool of its own. After a capture that failed, torch's random generator still believes
+        to be captured, and refuses all later draws; it leaves that state at the end of the next capture."""
+        with suppress(RuntimeError):
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+            torch.zeros((), device=self.device)
+            graph.capture_end()
+
+
+def captures_on(device: torch.device) -> bool:
+    """Return whether work on `device` is captured."""
+    return device.type == "cuda" and os.environ.get("RLHF_FAST_CUDA_GRAPHS") != "0"
+
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """Return what captures work on `device`, or None."""
-    if device.type != "cuda" or os.environ.get("RLHF_FAST_CUDA_GRAPHS") == "0":
-        return None
-    return CudaRecorder(device)
+    return CudaRecorder(device) if captures_on(device) else None
 
 
 def report_failure(work: str, error: RuntimeError) -> None:

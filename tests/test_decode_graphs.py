@@ -267,27 +267,45 @@ def test_a_capture_that_fails_runs_eagerly_with_one_warning(device, made, monkey
         rollouts(model)[0].generate(batch, 3)
 
 
+@pytest.mark.parametrize("step", ["capture_begin", "function", "capture_end"])
 @pytest.mark.parametrize("error", [RuntimeError, TypeError])
-def test_a_capture_that_fails_names_the_cause(error, monkeypatch):
-    """The end of a capture that has failed is an error of its own."""
+def test_a_capture_that_fails_names_the_cause(error, step, monkeypatch):
+    """The end of a capture that has failed is an error of its own. A capture in another pool follows, at whose end
+    torch's generator may be used again."""
+    graphs = []
 
     class Graph:
-        def capture_begin(self, **_):
-            pass
+        def __init__(self):
+            self.calls = []
+            graphs.append(self)
+
+        def capture_begin(self, *, pool, **_):
+            self.calls.append(pool)
+            if step == "capture_begin" and len(graphs) == 1:
+                raise error("the cause")
 
         def capture_end(self):
-            raise RuntimeError("operation failed due to a previous error during capture")
+            self.calls.append("end")
+            if len(graphs) == 1 and step == "function":
+                raise RuntimeError("operation failed due to a previous error during capture")
+            if len(graphs) == 1 and step == "capture_end":
+                raise error("the cause")
 
     def function():
-        raise error("the cause")
+        if step == "function":
+            raise error("the cause")
 
+    pools = iter(range(9))
     stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name, value in (("CUDAGraph", Graph), ("Stream", lambda _: stream), ("graph_pool_handle", lambda: (0, 1))):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    for name, value in (("CUDAGraph", Graph), ("Stream", lambda _: stream), ("graph_pool_handle", lambda: next(pools))):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     with pytest.raises(error, match="the cause"):
         graph_capture.CudaRecorder(torch.device("cuda")).capture(function)
+    assert [graph.calls for graph in graphs] == [[0] if step == "capture_begin" else [0, "end"], [1, "end"]]
 
 
 def test_they_can_be_turned_off(monkeypatch):

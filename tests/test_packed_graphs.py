@@ -5,6 +5,7 @@ graph does, so it fails where a pass depends on anything but the tensors that a 
 """
 
 import copy
+import gc
 import logging
 import os
 
@@ -50,6 +51,7 @@ class RunAgain:
 def device(request, monkeypatch):
     monkeypatch.setattr(packed_graphs, "_memories", {})
     if request.param == "cpu":
+        monkeypatch.setattr(packed_graphs, "captures_on", lambda _: True)
         monkeypatch.setattr(packed_graphs, "recorder_for", lambda _: RunAgain())
     return request.param
 
@@ -79,7 +81,7 @@ def states_and_gradients(model: Model, batch, seed: int = 0):
     return states.detach().clone(), [gradient.clone() for gradient in gradients]
 
 
-def assert_same(found, expected, tolerance: float = 2e-6):
+def assert_same(found, expected, tolerance: float = 5e-6):
     """Compare states and gradients. A padded product may round otherwise."""
     assert distance(found[0], expected[0]) < tolerance
     largest = max(float(gradient.double().norm()) for gradient in expected[1])
@@ -96,7 +98,7 @@ def test_replays_are_the_layers_op_by_op(device, name, dtype):
     for step, sizes in enumerate([(9, 14, 3), (20, 1), (5, 6, 7, 8), (2,) * 7, (31,)]):
         batch = batch_of(model, *sizes)
         found, expected = states_and_gradients(model, batch), states_and_gradients(plain, batch)
-        assert_same(found, expected, 2e-6 if dtype == torch.float32 else 2e-2)
+        assert_same(found, expected, 5e-6 if dtype == torch.float32 else 2e-2)
         assert model._packed_graphs.num_graphs == (step > 0)
 
 
@@ -291,13 +293,31 @@ def test_a_failed_capture_warns_once_and_runs_op_by_op(device, monkeypatch, capl
 
 def test_nothing_is_captured_where_graphs_are_off(monkeypatch):
     monkeypatch.setattr(packed_graphs, "_memories", {})
+    gpu = torch.device("cuda")
     assert packed_graphs.shared_memory(torch.device("cpu")) is None
-    monkeypatch.setattr(packed_graphs, "recorder_for", lambda _: RunAgain())
-    memory = packed_graphs.shared_memory(torch.device("cpu"))
-    assert memory is not None and packed_graphs.shared_memory(torch.device("cpu")) is memory
-    monkeypatch.setattr(packed_graphs, "recorder_for", graph_capture.recorder_for)
+    memory = packed_graphs.shared_memory(gpu)
+    assert memory is not None and packed_graphs.shared_memory(gpu) is memory
     monkeypatch.setitem(os.environ, "RLHF_FAST_CUDA_GRAPHS", "0")
-    assert packed_graphs.shared_memory(torch.device("cpu")) is None
+    assert packed_graphs.shared_memory(gpu) is None
+
+
+def test_a_pool_whose_graphs_are_gone_is_not_used_again(device, monkeypatch):
+    recorders, make = [], packed_graphs.recorder_for
+
+    def recorder_for(device):
+        recorders.append(make(device))
+        return recorders[-1]
+
+    monkeypatch.setattr(packed_graphs, "recorder_for", recorder_for)
+    for round in range(2):
+        models = [make_model(device), make_model(device, "qwen3")]
+        for model in models:
+            for _ in range(2):
+                states_and_gradients(model, batch_of(model, 9, 14))
+            assert model._packed_graphs.num_graphs == 1
+        assert len(recorders) == round + 1
+        del models, model
+        gc.collect()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

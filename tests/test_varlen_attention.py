@@ -10,6 +10,11 @@ op = ops.varlen_attention
 BACKENDS = [b for b in op.backends if op.can_run(b, "cpu")]
 CPU = [b for b in BACKENDS if b.startswith("cpu")]
 FAST = [b for b in BACKENDS if b not in ("reference", "triton")]
+if "triton" in BACKENDS:
+    import triton
+    import triton.language as tl
+
+    from rlhf_fast.kernels.triton import varlen_attention as kernels
 PARENTS = (-1, 0, 0, -1, 3, 0)
 
 
@@ -166,3 +171,46 @@ def test_wrong_shapes_dtypes_and_numbers_are_refused():
     for options in ({"window": -1}, {"softcap": -1.0}, {"softcap": float("inf")}):
         with pytest.raises(ValueError, match=r"varlen_attention: window and softcap must be 0 \(off\) or more"):
             op(q, k, v, offsets, 0.3, **options)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton interpreter")
+@pytest.mark.parametrize("num_sequences", [1, 5, 127, 128, 129, 300])
+def test_triton_finds_the_sequence_of_each_block(num_sequences):
+    lengths = torch.randint(0, 100, (num_sequences,))
+    lengths[0] = 70
+    offsets, block = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]), 16
+    N = int(offsets[-1])
+    found = kernels.split_sequences(offsets, None, N, block)
+    expected = [(s, first) for s, length in enumerate(lengths.tolist()) for first in range(0, length, block)]
+    blocks = list(zip(found.block_sequence.tolist(), found.block_first.tolist(), strict=True))
+    assert blocks[: len(expected)] == expected
+    assert blocks[len(expected) :] == [(num_sequences - 1, N)] * (len(blocks) - len(expected))
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton interpreter")
+@pytest.mark.parametrize("window", [0, 1, 20, 64, 100])
+def test_triton_visits_the_tiles_that_are_seen_and_no_other(window):
+    """An unused block, which begins behind the last sequence, visits none."""
+
+    @triton.jit
+    def kernel(out, first, length, parent_length, window, M: tl.constexpr, N: tl.constexpr):
+        begin, whole_begin, whole_end, end = kernels.key_tiles(first, length, parent_length, window, M, N)
+        tl.store(out, begin)
+        tl.store(out + 1, whole_begin)
+        tl.store(out + 2, whole_end)
+        tl.store(out + 3, end)
+
+    M, N = 32, 16
+    for first, length, parent_length in [(0, 5, 0), (0, 90, 0), (64, 90, 0), (32, 64, 37), (96, 110, 16), (500, 90, 3)]:
+        out = torch.full((4,), -1, dtype=torch.int64)
+        kernel[(1,)](out, first, length, parent_length, window, M, N)
+        begin, whole_begin, whole_end, end = out.tolist()
+        queries = [parent_length + q for q in range(first, min(first + M, length))]
+        seen = {
+            start: [all(start + i <= q and (not window or q - start - i < window) for q in queries) for i in range(N)]
+            for start in range(0, parent_length + length, N)
+            if any(start <= q and (not window or q - min(start + N - 1, q) < window) for q in queries)
+        }
+        visited = [*range(begin, whole_begin, N), *range(whole_begin, whole_end, N), *range(whole_end, end, N)]
+        assert visited == sorted(seen)
+        assert all(all(seen[start]) for start in range(whole_begin, whole_end, N))

@@ -17,7 +17,6 @@ another that comes between runs op by op. Passes with gradient checkpointing are
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlhf_fast.graph_capture import Recorder, recorder_for, report_failure
+from rlhf_fast.graph_capture import Recorder, captures_on, recorder_for, report_failure
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.packed_decoder import Inspection, packed_hidden
 from rlhf_fast.model.packing import PackedRows, pad, padding_sequences, to_device
@@ -63,8 +62,10 @@ def bucket_of(rows: PackedRows) -> tuple[int, int]:
 class SharedMemory:
     """The memory of all graphs of a device."""
 
-    def __init__(self, recorder: Recorder):
-        self.recorder = recorder
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._recorder: Recorder | None = None
+        self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self.passes = 0
         """Forward passes that have written to it."""
         self._holder: Callable[[], Any] | None = None
@@ -73,6 +74,15 @@ class SharedMemory:
     def is_occupied(self) -> bool:
         """True while a forward pass waits for its backward pass."""
         return self._holder is not None and self._holder() is not None
+
+    def add(self, graph: _Graph) -> Recorder:
+        """Return the recorder for a new graph. It is another where all earlier graphs are gone: torch gives a pool up
+        with its last graph, and cannot capture to it again."""
+        if self._recorder is None or not self._graphs:
+            self._recorder = recorder_for(self.device)
+        self._graphs.add(graph)
+        assert self._recorder is not None
+        return self._recorder
 
     def occupy(self) -> Occupation:
         occupation = Occupation()
@@ -92,12 +102,7 @@ _memories: dict[torch.device, SharedMemory] = {}
 
 def shared_memory(device: torch.device) -> SharedMemory | None:
     """Return the memory of a device's graphs, None where nothing is captured."""
-    if device not in _memories or os.environ.get("RLHF_FAST_CUDA_GRAPHS") == "0":
-        recorder = recorder_for(device)
-        if recorder is None:
-            return None
-        _memories[device] = SharedMemory(recorder)
-    return _memories[device]
+    return _memories.setdefault(device, SharedMemory(device)) if captures_on(device) else None
 
 
 class PackedGraphs:
@@ -149,7 +154,7 @@ class PackedGraphs:
             except RuntimeError as error:
                 self.failed = True
                 self._clear()
-                _memories.pop(model.device, None)  # the recorder is in an unknown state
+                _memories.pop(model.device, None)  # its recorder is in an unknown state
                 report_failure(f"{model.name}: the training forward", error)
                 return None
         graph, kept = self._graphs[size], to_device(kept, model.device)
@@ -220,11 +225,12 @@ class _Graph:
             torch._foreach_copy_([gradients[i] for i in used], [found[i] for i in used])
             return self.grad
 
-        self.replay_forward = memory.recorder.capture(run_forward)
+        recorder = memory.add(self)
+        self.replay_forward = recorder.capture(run_forward)
         if trained:
             assert states is not None
             self.grad = torch.zeros_like(states)
-            self.replay_backward = memory.recorder.capture(run_backward)
+            self.replay_backward = recorder.capture(run_backward)
         states = None  # the graphs know the addresses of the activations; others may write there now
 
     def forward(self, rows: PackedRows) -> Tensor:
