@@ -230,6 +230,43 @@ def test_adapters(device):
     assert model._packed_graphs.num_graphs == 3
 
 
+@pytest.mark.parametrize("change", ["scaling", "merge", "dropout", "active adapter"])
+def test_a_change_of_an_adapter_is_seen(device, change):
+    """Also without gradients, in place or by a switch that leaves all addresses as they are."""
+    model = Model(MODELS["llama"]().to(device), cfg=ModelConfig(lora=LoraConfig(rank=2, dropout=0.5)))
+    model.module = lora.attach(model.module, model.cfg.lora, "lm", 0)
+    if change == "active adapter":
+        model.module.add_adapter("other", model.module.peft_config["default"])
+    model.module.eval()
+    batch = batch_of(model, 9, 14)
+    with torch.no_grad():
+        for name, p in model.module.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.1 * torch.randn(p.shape))
+        before = [model.hidden_and_targets(*batch)[0] for _ in range(3)][-1]
+        assert model._packed_graphs.num_graphs == 1
+        layers = [module for module in model.module.modules() if hasattr(module, "lora_A")]
+        if change == "scaling":
+            for layer in layers:
+                layer.scaling["default"] *= 3
+        elif change == "merge":
+            for layer in layers:
+                layer.scaling["default"] *= 3
+                layer.merge()
+                layer.scaling["default"] /= 3
+        elif change == "active adapter":
+            model.module.set_adapter("other")
+        else:
+            torch.manual_seed(0)
+        for step in range(3):
+            with model.train_mode(0.0) if change == "dropout" else model.eval_mode():
+                found = model.hidden_and_targets(*batch)[0]
+            assert model._packed_graphs.num_graphs == (step > 0) + (change == "dropout")
+            assert distance(found, before) > 1e-3
+            if change != "dropout":
+                assert distance(found, without_graphs(model).hidden_and_targets(*batch)[0]) < 5e-6
+
+
 def test_gradient_checkpointing_runs_op_by_op(device):
     model = make_model(device)
     batch = batch_of(model, 9, 14)

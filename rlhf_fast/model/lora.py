@@ -68,6 +68,15 @@ def active_layer(layer: Any) -> Any:
     return layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
 
 
+def state_of(module: nn.Module) -> str:
+    """Return which adapters a layer applies and has merged, and their factors, in words to compare. "" for a layer
+    without adapters."""
+    attributes = vars(module)
+    if "_active_adapter" not in attributes:
+        return ""
+    return repr([attributes.get(name) for name in ("_active_adapter", "merged_adapters", "scaling")])
+
+
 def weight_delta(layer: Any) -> torch.Tensor | int | None:
     """Return the sum that the active adapters of a wrapped linear layer add to its weight: a tensor of its shape, 0 if
     none is active, None if an adapter does more than add (DoRA and other variants, biases, kinds not known here)."""

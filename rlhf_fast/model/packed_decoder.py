@@ -128,12 +128,14 @@ def _drop(call: _Call, x: Tensor) -> Tensor:
 class Inspection(NamedTuple):
     """A decoder's modules and tensors, as far as our layers depend on them."""
 
-    kinds: tuple[tuple[type, bool], ...]
-    """The class of each module, and whether its forward was replaced."""
+    kinds: tuple[tuple[type, bool, str], ...]
+    """The class of each module, whether its forward was replaced, and which adapters it applies, by which factors."""
     hooks: list[Any]
     """Hooks see other tensors here than in the module's own forward, or none."""
     parameters: list[Tensor]
     buffers: list[Tensor]
+    dropouts: tuple[bool, ...]
+    """Which of the adapters' dropouts are on."""
     checkpoints: bool
     """True where the activations of layers are computed again in the backward pass."""
 
@@ -154,11 +156,12 @@ def inspect(decoder: nn.Module) -> Inspection:
         for hook in hooks.values()
         if getattr(hook, "__name__", "") != "make_inputs_require_grads"  # transformers', on the embedding's output
     ]
-    kinds = tuple((type(module), "forward" in vars(module)) for module in modules)
+    kinds = tuple((type(module), "forward" in vars(module), lora.state_of(module)) for module in modules)
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     buffers = [x for module in modules for x in module._buffers.values() if x is not None]
     checkpoints = any(module.training and vars(module).get("gradient_checkpointing") for module in modules)
-    return Inspection(kinds, hooks, parameters, buffers, checkpoints)
+    dropouts = tuple(module.training for module in modules if isinstance(module, nn.Dropout) and module.p)
+    return Inspection(kinds, hooks, parameters, buffers, dropouts, checkpoints)
 
 
 def find_refusal(model: Any) -> str | None:

@@ -48,6 +48,8 @@ class Size(NamedTuple):
     adapter_enabled: bool
     dropout: float
     """The probability of residual dropout."""
+    dropouts: tuple[bool, ...]
+    """Which of the adapters' dropouts are on."""
 
 
 def bucket_of(rows: PackedRows) -> tuple[int, int]:
@@ -112,8 +114,8 @@ class PackedGraphs:
         self.failed = False
         """True after a capture that failed: all passes run op by op."""
         self._memory: SharedMemory | None = None
-        self._addresses: list[int] = []
-        """Addresses of the weights that the graphs read."""
+        self._key: Any = None
+        """The modules, and the addresses of the weights that the graphs read."""
         self._seen: set[Size] = set()
         self._graphs: dict[Size, _Graph] = {}
         self._gradients: dict[tuple[int, ...], list[Tensor]] = {}
@@ -135,12 +137,13 @@ class PackedGraphs:
         memory = shared_memory(model.device)
         if memory is None or (self._memory or memory).is_occupied:
             return None
-        addresses = [x.data_ptr() for x in (*found.parameters, *found.buffers)]
-        if addresses != self._addresses:
+        key = (found.kinds, [x.data_ptr() for x in (*found.parameters, *found.buffers)])
+        if key != self._key:
             self._clear()
-            self._addresses, self._memory = addresses, memory
+            self._key, self._memory = key, memory
         trained = [i for i, p in enumerate(found.parameters) if p.requires_grad] if torch.is_grad_enabled() else []
-        size = Size(*bucket_of(rows), rows.parents is not None, tuple(trained), model.adapter_enabled, dropout)
+        switches = (tuple(trained), model.adapter_enabled, dropout, found.dropouts)
+        size = Size(*bucket_of(rows), rows.parents is not None, *switches)
         rows = pad(rows, size.num_tokens, size.num_sequences)
         if size not in self._seen:
             if len(self._seen) < MAX_GRAPHS:
