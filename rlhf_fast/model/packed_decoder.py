@@ -135,7 +135,7 @@ class Inspection(NamedTuple):
     parameters: list[Tensor]
     buffers: list[Tensor]
     dropouts: tuple[bool, ...]
-    """Which of the adapters' dropouts are on."""
+    """Switches of the adapters' dropouts."""
     checkpoints: bool
     """True where the activations of layers are computed again in the backward pass."""
 

@@ -49,7 +49,7 @@ class Size(NamedTuple):
     dropout: float
     """The probability of residual dropout."""
     dropouts: tuple[bool, ...]
-    """Which of the adapters' dropouts are on."""
+    """Switches of the adapters' dropouts."""
 
 
 def bucket_of(rows: PackedRows) -> tuple[int, int]:
