@@ -51,7 +51,8 @@ class Sizes:
     micro_batch_tokens: int = 8192
     rounds: int = 3
     warm_ups: int = 1
-    """Calls after the first and before the measured ones: on a GPU they capture graphs, for each size of micro-batch."""
+    """Calls of both sides after the first and before the measured ones, on a GPU: ours capture graphs, for each size of
+    micro-batch."""
     ragged: bool = False
     """Prompts of 1 to `prompt` tokens, as many short ones as people write; responses are cut to 1 to `new` tokens."""
 
@@ -228,6 +229,7 @@ class Bench:
         calls = {PLAIN: plain, "ours": ours}
         for _ in range(self.sizes.warm_ups if self.run.options.device == "cuda" else 0):
             ours()
+            plain()
         timers = {provider: lambda call=call: self.run.seconds(call) for provider, call in calls.items()}
         times = interleaved(timers, rounds=self.sizes.rounds if self.dtype == torch.bfloat16 else 1)
         best = {provider: min(taken) for provider, taken in times.items()}

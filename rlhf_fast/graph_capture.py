@@ -68,7 +68,7 @@ class CudaRecorder:
                     raise
                 graph.capture_end()
             except BaseException:
-                self._release_generator()
+                self._recover()
                 raise
 
         def replay() -> Tensor:
@@ -77,9 +77,11 @@ class CudaRecorder:
 
         return replay
 
-    def _release_generator(self) -> None:
-        """Capture a launch in a pool of its own. After a capture that failed, torch's random generator still believes
-        to be captured, and refuses all later draws; it leaves that state at the end of the next capture."""
+    def _recover(self) -> None:
+        """Undo what torch leaves after a capture that failed: its allocator still records to the pool, and its random
+        generator refuses all draws until the end of another capture, which is of one launch in a pool of its own."""
+        with suppress(RuntimeError, AttributeError):  # the first is only needed where torch has not done it itself
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
         with suppress(RuntimeError):
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")

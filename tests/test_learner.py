@@ -52,6 +52,17 @@ on_both_paths = pytest.mark.parametrize(
 """Runs a test with the step that this machine takes, compiled if it can, and with torch's."""
 
 
+@on_both_paths
+def test_a_step_without_items_has_no_gradient(path):
+    """As a minibatch of comparisons that are all ties."""
+    learner = Learner(llama(), optim(), 10)
+    before = weights(learner.model)
+    with path():
+        found = learner.step([])
+    assert found["loss"] == found["grad_norm"] == 0 and learner.steps == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(learner.model).items())
+
+
 def test_schedule():
     cfg = OptimConfig(lr=2.0, schedule="constant", warmup_steps=10, warmup_start=0.1)
     assert learning_rate(cfg, 0, 100) == pytest.approx(0.2)

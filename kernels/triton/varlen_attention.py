@@ -42,7 +42,7 @@ SM90_TILES = {
     ("dkdv", True): (64, 32, 8, 1),
 }
 """Queries, keys, warps and stages of 16-bit tiles, by kernel and whether heads are wider than 64. A product of 64 rows
-by 4 warps takes an H100's own instruction."""
+by 4 warps is a wgmma."""
 
 
 class Sequences(NamedTuple):
@@ -404,7 +404,7 @@ def tile_meta(kernel: str, q: Tensor) -> dict:
     block = launch.block_size(d)
     if q.dtype == torch.float32:
         queries, keys, warps, stages = 16, 16, 4 if block <= 64 else 8, 1
-    elif block <= 128 and launch.sm_arch(q) >= 90:
+    elif block <= 128 and launch.sm_arch(q) == 90:  # others were not measured
         queries, keys, warps, stages = SM90_TILES[kernel, block == 128]
     else:
         queries = 64 if kernel == "forward" or block <= 128 else 32

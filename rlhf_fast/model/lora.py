@@ -69,12 +69,14 @@ def active_layer(layer: Any) -> Any:
 
 
 def state_of(module: nn.Module) -> str:
-    """Return which adapters a layer applies and has merged, and their factors, in words to compare. "" for a layer
+    """Return which adapters a layer applies and has merged, and their factors, as text to compare. "" for a layer
     without adapters."""
     attributes = vars(module)
     if "_active_adapter" not in attributes:
         return ""
-    return repr([attributes.get(name) for name in ("_active_adapter", "merged_adapters", "scaling")])
+    return repr(
+        [attributes.get(name) for name in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")]
+    )
 
 
 def weight_delta(layer: Any) -> torch.Tensor | int | None:

@@ -26,6 +26,7 @@ from rlhf_fast import ops
 from rlhf_fast.batches import response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
+from rlhf_fast.graph_capture import captures_on
 from rlhf_fast.model import checks, lora, packed_decoder, packing
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
@@ -64,7 +65,6 @@ class Model:
         self._packing_checked = False
         self._packed_refusals: dict[tuple[Any, ...], str | None] = {}
         self._packed_graphs = PackedGraphs()
-        self._inspected: packed_decoder.Inspection | None = None
         self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
         self.logit_scale = 1.0
         self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
@@ -241,25 +241,36 @@ class Model:
     @property
     def packed_refusal(self) -> str | None:
         """Why forward passes run the module's own decoder on padded rows. None if they run ours on packed rows."""
-        device = self.device.type
-        if device not in ("cpu", "cuda") or ops.varlen_attention.chosen(device) == "reference":
+        return self._find_packed_refusal(packed_decoder.inspect(self.decoder))
+
+    def _find_packed_refusal(self, found: packed_decoder.Inspection) -> str | None:
+        device = self.device
+        if device.type not in ("cpu", "cuda") or ops.varlen_attention.chosen(device.type) == "reference":
             return "our layers have no kernels here"
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device.type):
             return "autocast is on"
-        found = self._inspected = packed_decoder.inspect(self.decoder)
         if any(getattr(hook, "__self__", None) is not self._residual_dropout for hook in found.hooks):
             return "its modules have hooks, which ours would not call"
+        # launched op by op, our layers take the host longer than the module's, and a GPU waits for the host
+        if device.type == "cuda" and (found.checkpoints or self._packed_graphs.failed or not captures_on(device)):
+            return "on a GPU our layers run as CUDA graphs, which are off, failed, or cannot be: gradient checkpointing"
         trains = any(p.requires_grad for p in self.module.parameters())
-        key = (found.kinds, self.head_layer.weight.dtype, trains, self.adapter_enabled)
+        key = (found.kinds, device, self.head_layer.weight.dtype, trains, self.adapter_enabled)
         if key not in self._packed_refusals:
             self._packed_refusals[key] = packed_decoder.find_refusal(self)
         return self._packed_refusals[key]
 
-    def run_packed(self, rows: packing.PackedRows, kept: Tensor, graphs: bool = True) -> Tensor:
+    def run_packed(
+        self,
+        rows: packing.PackedRows,
+        kept: Tensor,
+        found: packed_decoder.Inspection | None = None,
+        graphs: bool = True,
+    ) -> Tensor:
         """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
-        computed by our own layers. graphs: as CUDA graphs, where that is possible."""
-        found, self._inspected = self._inspected or packed_decoder.inspect(self.decoder), None
-        dropout = self._residual_dropout.p
+        computed by our own layers. found: the decoder as it is now; None = it is looked at here. graphs: as CUDA
+        graphs, where that is possible."""
+        found, dropout = found or packed_decoder.inspect(self.decoder), self._residual_dropout.p
         with self._adapter_context():
             if graphs and not found.checkpoints:
                 states = self._packed_graphs.run(self, found, rows, kept, dropout)
@@ -288,10 +299,11 @@ class Model:
         rows, columns = valid.nonzero(as_tuple=True)
         last = first[rows] + columns - 1  # the token that predicts each
         targets = packing.to_device(tokens[rows, last + 1], self.device)
-        if self.packs_rows:
+        found = packed_decoder.inspect(self.decoder)
+        if self._find_packed_refusal(found) is None:
             needed = torch.zeros_like(lengths).scatter_reduce(0, rows, last + 1, "amax")
             packed_rows = packing.pack_rows(tokens, needed, torch.minimum(first, needed))
-            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last))
+            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last), found)
         else:
             hidden = self._module_hidden(tokens, lengths, pack, rows, last)
         return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
@@ -348,10 +360,11 @@ class Model:
         if self.score_pad is not None:
             inside &= tokens != self.score_pad
         rows, last = torch.arange(len(tokens)), (positions * inside).argmax(1)
-        if self.packs_rows:
+        found = packed_decoder.inspect(self.decoder)
+        if self._find_packed_refusal(found) is None:
             prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths.cpu().long(), last + 1)
             packed_rows = packing.pack_rows(tokens, last + 1, prompts)
-            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last))
+            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last), found)
         else:
             hidden = self._module_hidden(tokens, lengths, False, rows, last)
         return self.score_hidden(hidden)

@@ -128,8 +128,10 @@ def _drop(call: _Call, x: Tensor) -> Tensor:
 class Inspection(NamedTuple):
     """A decoder's modules and tensors, as far as our layers depend on them."""
 
-    kinds: tuple[tuple[type, bool, str], ...]
-    """The class of each module, whether its forward was replaced, and which adapters it applies, by which factors."""
+    kinds: tuple[tuple[type, bool], ...]
+    """The class of each module, and whether its forward was replaced."""
+    adapters: tuple[str, ...]
+    """Of each layer with adapters, which it applies, by which factors."""
     hooks: list[Any]
     """Hooks see other tensors here than in the module's own forward, or none."""
     parameters: list[Tensor]
@@ -156,12 +158,14 @@ def inspect(decoder: nn.Module) -> Inspection:
         for hook in hooks.values()
         if getattr(hook, "__name__", "") != "make_inputs_require_grads"  # transformers', on the embedding's output
     ]
-    kinds = tuple((type(module), "forward" in vars(module), lora.state_of(module)) for module in modules)
-    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    kinds = tuple((type(module), "forward" in vars(module)) for module in modules)
+    adapters = tuple(state for module in modules if (state := lora.state_of(module)))
+    # a parameter may belong to several modules
+    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
     buffers = [x for module in modules for x in module._buffers.values() if x is not None]
     checkpoints = any(module.training and vars(module).get("gradient_checkpointing") for module in modules)
     dropouts = tuple(module.training for module in modules if isinstance(module, nn.Dropout) and module.p)
-    return Inspection(kinds, hooks, parameters, buffers, dropouts, checkpoints)
+    return Inspection(kinds, adapters, hooks, [*parameters.values()], buffers, dropouts, checkpoints)
 
 
 def find_refusal(model: Any) -> str | None:

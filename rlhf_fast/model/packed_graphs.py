@@ -1,24 +1,27 @@
 """The training forward and its backward pass as CUDA graphs: the launches of all layers cost the host more time than a
 GPU needs to run them.
 
-    first call of a size    runs op by op
+    first call of a size    runs op by op, padded
     second call             is captured, forward and backward, and both graphs are replayed
     later calls             fill the graph's tensors with their rows, and replay
 
-    rows | padding, in sequences of at most 64 tokens |        N tokens, padded to a bucket, at most an eighth more;
-                                                               S sequences, padded to a power of two with empty ones
+    rows | padding, in sequences of at most 64 tokens |        N tokens, padded to a multiple of 256 and of an eighth of
+                                                               the power of two below N; S sequences, padded to a power
+                                                               of 4 with empty ones
 
 The graph holds the layers. The head and the loss run op by op on the states of the tokens that they need. Gradients of
 the parameters leave the graph as copies.
 
-All graphs of a device share one memory for activations. A forward pass occupies it until its backward pass has run;
-another that comes between runs op by op. Passes with gradient checkpointing are never captured.
+All graphs of a device share one pool of memory for activations. From a forward pass to its backward pass, another pass
+runs op by op and not padded. So do sizes of a model beyond MAX_GRAPHS, and those for which a capture found no memory.
 """
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,14 +33,12 @@ from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.packed_decoder import Inspection, packed_hidden
 from rlhf_fast.model.packing import PackedRows, pad, padding_sequences, to_device
 
-MIN_STEP = 64
-"""Buckets of tokens are multiples of this, and of an eighth of the power of two below them."""
+MIN_STEP = 256
 MIN_SEQUENCES = 16
 MAX_GRAPHS = 32
-"""More sizes of one model run op by op."""
 
 
-class Size(NamedTuple):
+class GraphKey(NamedTuple):
     """Sizes and switches of a captured pass."""
 
     num_tokens: int
@@ -46,6 +47,8 @@ class Size(NamedTuple):
     trained: tuple[int, ...]
     """Indices of the parameters that have a gradient; () without a backward pass."""
     adapter_enabled: bool
+    adapters: tuple[str, ...]
+    """Inspection.adapters."""
     dropout: float
     """The probability of residual dropout."""
     dropouts: tuple[bool, ...]
@@ -57,28 +60,30 @@ def bucket_of(rows: PackedRows) -> tuple[int, int]:
     N, S = len(rows.tokens), len(rows.offsets) - 1
     step = max(MIN_STEP, 1 << max((N - 1).bit_length() - 4, 0))
     num_tokens = -(-N // step) * step
-    S = max(S + padding_sequences(num_tokens - N), MIN_SEQUENCES)
-    return num_tokens, 1 << (S - 1).bit_length()
+    num_sequences = MIN_SEQUENCES
+    while num_sequences < S + padding_sequences(num_tokens - N):
+        num_sequences *= 4
+    return num_tokens, num_sequences
 
 
-class SharedMemory:
+class GraphPool:
     """The memory of all graphs of a device."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.num_passes = 0
+        """Forward passes that have written to it."""
         self._recorder: Recorder | None = None
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
-        self.passes = 0
-        """Forward passes that have written to it."""
-        self._holder: Callable[[], Any] | None = None
+        self._pending: Callable[[], PendingBackward | None] | None = None
 
     @property
-    def is_occupied(self) -> bool:
-        """True while a forward pass waits for its backward pass."""
-        return self._holder is not None and self._holder() is not None
+    def has_pending_backward(self) -> bool:
+        """True while the activations of a forward pass wait for its backward pass."""
+        return self._pending is not None and self._pending() is not None
 
-    def add(self, graph: _Graph) -> Recorder:
-        """Return the recorder for a new graph. It is another where all earlier graphs are gone: torch gives a pool up
+    def recorder_for(self, graph: _Graph) -> Recorder:
+        """Return the recorder for a new graph. It is another where all earlier graphs are gone: torch releases a pool
         with its last graph, and cannot capture to it again."""
         if self._recorder is None or not self._graphs:
             self._recorder = recorder_for(self.device)
@@ -86,25 +91,26 @@ class SharedMemory:
         assert self._recorder is not None
         return self._recorder
 
-    def occupy(self) -> Occupation:
-        occupation = Occupation()
-        self._holder = weakref.ref(occupation)
-        return occupation
+    def abandon_recorder(self) -> None:
+        """Capture no more to the pool of a capture that failed."""
+        self._recorder = None
 
-    def release(self) -> None:
-        self._holder = None
+    def begin(self) -> PendingBackward:
+        """Keep the activations of the newest forward pass as long as the result lives."""
+        pending = PendingBackward()
+        self._pending = weakref.ref(pending)
+        return pending
+
+    def end(self) -> None:
+        """Let the next pass overwrite the activations."""
+        self._pending = None
 
 
-class Occupation:
+class PendingBackward:
     """Lives as long as a backward pass can come."""
 
 
-_memories: dict[torch.device, SharedMemory] = {}
-
-
-def shared_memory(device: torch.device) -> SharedMemory | None:
-    """Return the memory of a device's graphs, None where nothing is captured."""
-    return _memories.setdefault(device, SharedMemory(device)) if captures_on(device) else None
+_pools: dict[torch.device, GraphPool] = {}
 
 
 class PackedGraphs:
@@ -112,12 +118,12 @@ class PackedGraphs:
 
     def __init__(self) -> None:
         self.failed = False
-        """True after a capture that failed: all passes run op by op."""
-        self._memory: SharedMemory | None = None
-        self._key: Any = None
-        """The modules, and the addresses of the weights that the graphs read."""
-        self._seen: set[Size] = set()
-        self._graphs: dict[Size, _Graph] = {}
+        """True after a capture that failed otherwise than for lack of memory."""
+        self._weights: Any = None
+        """The modules' classes, and the addresses of the tensors that the graphs read."""
+        self._seen: set[GraphKey] = set()
+        self._too_large: set[GraphKey] = set()
+        self._graphs: dict[GraphKey, _Graph] = {}
         self._gradients: dict[tuple[int, ...], list[Tensor]] = {}
         """Outputs of the backward graphs, by their trained parameters."""
 
@@ -130,52 +136,73 @@ class PackedGraphs:
         return len(self._graphs)
 
     def run(self, model: Any, found: Inspection, rows: PackedRows, kept: Tensor, dropout: float = 0.0) -> Tensor | None:
-        """Return the hidden states (n, D) of the tokens at index `kept` (n,), None where they are not captured. Call it
+        """Return the hidden states (n, D) of the tokens at index `kept` (n,), None where nothing is captured. Call it
         with the adapter as model.adapter_enabled says."""
-        if self.failed or not len(rows.tokens):
+        if self.failed or not len(rows.tokens) or not captures_on(model.device):
             return None
-        memory = shared_memory(model.device)
-        if memory is None or (self._memory or memory).is_occupied:
+        pool = _pools.setdefault(model.device, GraphPool(model.device))
+        if pool.has_pending_backward:
             return None
-        key = (found.kinds, [x.data_ptr() for x in (*found.parameters, *found.buffers)])
-        if key != self._key:
+        weights = (found.kinds, [x.data_ptr() for x in (*found.parameters, *found.buffers)])
+        if weights != self._weights:
             self._clear()
-            self._key, self._memory = key, memory
+            self._weights = weights
         trained = [i for i, p in enumerate(found.parameters) if p.requires_grad] if torch.is_grad_enabled() else []
-        switches = (tuple(trained), model.adapter_enabled, dropout, found.dropouts)
-        size = Size(*bucket_of(rows), rows.parents is not None, *switches)
-        rows = pad(rows, size.num_tokens, size.num_sequences)
-        if size not in self._seen:
-            if len(self._seen) < MAX_GRAPHS:
-                self._seen.add(size)
+        switches = (tuple(trained), model.adapter_enabled, found.adapters, dropout, found.dropouts)
+        key = GraphKey(*bucket_of(rows), rows.parents is not None, *switches)
+        if key in self._too_large or (key not in self._seen and len(self._seen) >= MAX_GRAPHS):
             return None
+        rows, kept = pad(rows, key.num_tokens, key.num_sequences), to_device(kept, model.device)
+        if key not in self._seen:
+            self._seen.add(key)
+            return _Layers(model.decoder, dropout)(rows)[kept]
         parameters = [found.parameters[i] for i in trained]
-        if size not in self._graphs:
-            try:
-                with torch.inference_mode(False):
-                    self._graphs[size] = self._capture(model, size, rows, parameters)
-            except RuntimeError as error:
-                self.failed = True
-                self._clear()
-                _memories.pop(model.device, None)  # its recorder is in an unknown state
-                report_failure(f"{model.name}: the training forward", error)
+        if key not in self._graphs:
+            graph = self._capture(pool, model, key, rows, parameters)
+            if graph is None:
                 return None
-        graph, kept = self._graphs[size], to_device(kept, model.device)
+            self._graphs[key] = graph
+        graph = self._graphs[key]
         if parameters:
             return _Replay.apply(graph, rows, kept, *parameters)
         return graph.forward(rows)[kept]
 
     def _clear(self) -> None:
-        self._seen.clear()
-        self._graphs.clear()
-        self._gradients.clear()
+        for found in (self._seen, self._too_large, self._graphs, self._gradients):
+            found.clear()
 
-    def _capture(self, model: Any, size: Size, rows: PackedRows, trained: Sequence[Tensor]) -> _Graph:
-        assert self._memory is not None
-        if size.trained not in self._gradients:
-            self._gradients[size.trained] = [torch.empty_like(p, requires_grad=False) for p in trained]
-        layers = _Layers(model.decoder, size.dropout)
-        return _Graph(self._memory, model.device, layers, rows, trained, self._gradients[size.trained])
+    def _capture(
+        self, pool: GraphPool, model: Any, key: GraphKey, rows: PackedRows, trained: Sequence[Tensor]
+    ) -> _Graph | None:
+        """Return a new graph, None if that fails."""
+        layers = _Layers(model.decoder, key.dropout)
+        try:
+            with torch.inference_mode(False), _no_garbage_collection():
+                if key.trained not in self._gradients:
+                    self._gradients[key.trained] = [torch.empty_like(p, requires_grad=False) for p in trained]
+                return _Graph(pool, layers, rows, trained, self._gradients[key.trained])
+        except RuntimeError as error:
+            pool.abandon_recorder()
+            if isinstance(error, torch.OutOfMemoryError):
+                self._too_large.add(key)
+            else:
+                self.failed = True
+                self._clear()
+            report_failure(f"{model.name}: a training forward of {key.num_tokens} tokens", error)
+            return None
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now and not within the block: a graph that is destroyed there would end the capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Layers(nn.Module):
@@ -194,19 +221,18 @@ class _Graph:
 
     def __init__(
         self,
-        memory: SharedMemory,
-        device: torch.device,
+        pool: GraphPool,
         layers: _Layers,
         rows: PackedRows,
         trained: Sequence[Tensor],
         gradients: Sequence[Tensor],
     ):
-        self.memory = memory
-        self.inputs = torch.cat(_read(rows)).to(device)
+        self.pool = pool
+        self.inputs = torch.cat(_read(rows)).to(pool.device)
         parts = self.inputs.split([len(x) for x in _read(rows)])
         own_rows = rows._replace(**dict(zip(READ, parts, strict=False)))
         self.gradients: list[Tensor | None] = [None] * len(trained)
-        if device.type == "cuda":  # memory that op by op passes have left cannot be freed during a capture
+        if pool.device.type == "cuda":  # memory that op by op passes have left cannot be freed during a capture
             torch.cuda.empty_cache()
         states: Tensor | None = None
         # Of a parameter that earlier passes used, autograd's node may be alive; it would wait for their stream.
@@ -228,7 +254,7 @@ class _Graph:
             torch._foreach_copy_([gradients[i] for i in used], [found[i] for i in used])
             return self.grad
 
-        recorder = memory.add(self)
+        recorder = pool.recorder_for(self)
         self.replay_forward = recorder.capture(run_forward)
         if trained:
             assert states is not None
@@ -240,7 +266,7 @@ class _Graph:
         """Return the states (N, D) of padded rows, which the next replay of any graph overwrites."""
         values = torch.cat(_read(rows))
         self.inputs.copy_(values.pin_memory() if self.inputs.is_cuda else values, non_blocking=True)
-        self.memory.passes += 1
+        self.pool.num_passes += 1
         return self.replay_forward()
 
     def backward(self, kept: Tensor, grad: Tensor) -> list[Tensor | None]:
@@ -268,18 +294,18 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, graph: _Graph, rows: PackedRows, kept: Tensor, *_trained: Tensor) -> Tensor:
         ctx.graph, ctx.kept = graph, kept
         states = graph.forward(rows)[kept]
-        ctx.occupation, ctx.number = graph.memory.occupy(), graph.memory.passes
+        ctx.pending, ctx.number = graph.pool.begin(), graph.pool.num_passes
         return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.number != ctx.graph.memory.passes:
+        if ctx.number != ctx.graph.pool.num_passes:
             raise RuntimeError(
                 "the activations of this forward pass are gone: CUDA graphs keep them for one backward pass"
                 "; RLHF_FAST_CUDA_GRAPHS=0 runs the layers op by op, with retain_graph as usual"
             )
         gradients = ctx.graph.backward(ctx.kept, grad)
-        ctx.occupation = ctx.number = None
-        ctx.graph.memory.release()
+        ctx.pending = ctx.number = None
+        ctx.graph.pool.end()
         return None, None, None, *gradients

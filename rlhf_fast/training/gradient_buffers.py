@@ -16,6 +16,8 @@ from torch import Tensor
 
 MIN_KEPT_SIZE = 2**18
 """A smaller float32 gradient stays where autograd puts it: the C library keeps so little memory itself."""
+CHUNK = 2**26
+"""Gradients of about so many numbers are converted to float32 together."""
 
 
 class GradientPool:
@@ -77,32 +79,27 @@ class GradientBuffers:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Add the gradients of parameters on a GPU to their masters', in a few launches. Call it after each backward
-        pass."""
-        pairs = [(p, master) for p, master in self.gathered if p.grad is not None]
-        if not pairs:
-            return
-        masters = [master for _, master in pairs]
-        flat = masters[0].new_empty(sum(master.numel() for master in masters))
-        gradients = torch._utils._unflatten_dense_tensors(flat, masters)
-        torch._foreach_copy_(gradients, [p.grad for p, _ in pairs])
-        sums: list[Tensor] = []
-        addends: list[Tensor] = []
-        for (p, master), gradient in zip(pairs, gradients, strict=True):
-            p.grad = None
-            if master.grad is None:
-                master.grad = gradient
-            else:
-                sums.append(master.grad)
-                addends.append(gradient)
-        if sums:
-            torch._foreach_add_(sums, addends)
+        """Add the gradients of parameters on a GPU to their masters', by a few launches for a chunk of parameters. Call
+        it after each backward pass."""
+        chunk: list[tuple[Tensor, Tensor]] = []
+        size = 0
+        for p, master in self.gathered:
+            if p.grad is not None:
+                chunk.append((p, master))
+                size += p.numel()
+                if size >= CHUNK:
+                    _add_gradients(chunk)
+                    chunk, size = [], 0
+        if chunk:
+            _add_gradients(chunk)
 
     def release(self) -> None:
         """Let the next gradients overwrite these."""
         for buffer in self.taken.values():
             self.pool.free[buffer.shape].append(buffer)
         self.taken.clear()
+        for p, _ in self.gathered:  # of a backward pass that did not end, or that was not ours
+            p.grad = None
 
     def forget(self) -> None:
         """Leave the gradients to whoever has them."""
@@ -127,3 +124,22 @@ class GradientBuffers:
         else:
             master.grad = self._buffer(name, p.shape).copy_(p.grad)
         p.grad = None
+
+
+def _add_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Move the gradients of parameters to their masters, all on one device."""
+    masters = [master for _, master in pairs]
+    flat = masters[0].new_empty(sum(master.numel() for master in masters))
+    gradients = torch._utils._unflatten_dense_tensors(flat, masters)
+    torch._foreach_copy_(gradients, [p.grad for p, _ in pairs])
+    sums: list[Tensor] = []
+    addends: list[Tensor] = []
+    for (p, master), gradient in zip(pairs, gradients, strict=True):
+        p.grad = None
+        if master.grad is None:
+            master.grad = gradient
+        else:
+            sums.append(master.grad)
+            addends.append(gradient)
+    if sums:
+        torch._foreach_add_(sums, addends)

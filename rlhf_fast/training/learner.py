@@ -143,8 +143,10 @@ class Learner:
     def _grad_norm(self) -> Tensor:
         if (kernels := self.compiled.kernels()) is not None:
             return self.compiled.grad_norm(kernels)
-        norms = torch._foreach_norm([p.grad for p in self.masters.values() if p.grad is not None])
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())  # get_total_norm's, faster
+        gradients = [p.grad for p in self.masters.values() if p.grad is not None]
+        if not gradients:
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # get_total_norm's, faster
 
     @torch.no_grad()
     def apply_gradient(self, norm: Tensor) -> float:
