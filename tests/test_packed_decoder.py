@@ -246,3 +246,15 @@ def test_residual_dropout_drops_on_packed_rows():
         assert torch.equal(seeded, model.hidden_and_targets(*batch)[0])
     assert distance(draws[0], expected) > 0.01 and distance(draws[0], draws[1]) > 0.01
     assert torch.equal(model.hidden_and_targets(*batch)[0], expected)
+
+
+def test_a_gpu_runs_the_modules_own_layers_where_ours_are_not_captured(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(type(ops.varlen_attention), "chosen", lambda *_: "triton")
+    find = packed_decoder.find_obstacle
+    assert find(gpu, False, False) is None and find(cpu, True, True) is None
+    assert "gradient checkpointing" in find(gpu, True, False)
+    assert "could not be captured" in find(gpu, False, True)
+    monkeypatch.setenv("RLHF_FAST_CUDA_GRAPHS", "0")
+    assert "are off" in find(gpu, False, False) and find(cpu, False, False) is None
+    assert "no kernels here" in find(torch.device("meta"), False, False)

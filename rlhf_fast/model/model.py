@@ -26,7 +26,6 @@ from rlhf_fast import ops
 from rlhf_fast.batches import response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.graph_capture import captures_on
 from rlhf_fast.model import checks, lora, packed_decoder, packing
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
@@ -244,18 +243,12 @@ class Model:
         return self._find_packed_refusal(packed_decoder.inspect(self.decoder))
 
     def _find_packed_refusal(self, found: packed_decoder.Inspection) -> str | None:
-        device = self.device
-        if device.type not in ("cpu", "cuda") or ops.varlen_attention.chosen(device.type) == "reference":
-            return "our layers have no kernels here"
-        if torch.is_autocast_enabled(device.type):
-            return "autocast is on"
         if any(getattr(hook, "__self__", None) is not self._residual_dropout for hook in found.hooks):
             return "its modules have hooks, which ours would not call"
-        # launched op by op, our layers take the host longer than the module's, and a GPU waits for the host
-        if device.type == "cuda" and (found.checkpoints or self._packed_graphs.failed or not captures_on(device)):
-            return "on a GPU our layers run as CUDA graphs, which are off, failed, or cannot be: gradient checkpointing"
+        if why := packed_decoder.find_obstacle(self.device, found.checkpoints, self._packed_graphs.failed):
+            return why
         trains = any(p.requires_grad for p in self.module.parameters())
-        key = (found.kinds, device, self.head_layer.weight.dtype, trains, self.adapter_enabled)
+        key = (found.kinds, self.device, self.head_layer.weight.dtype, trains, self.adapter_enabled)
         if key not in self._packed_refusals:
             self._packed_refusals[key] = packed_decoder.find_refusal(self)
         return self._packed_refusals[key]

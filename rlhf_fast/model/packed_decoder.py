@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast import ops
+from rlhf_fast.graph_capture import captures_on
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
 from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
@@ -131,7 +132,7 @@ class Inspection(NamedTuple):
     kinds: tuple[tuple[type, bool], ...]
     """The class of each module, and whether its forward was replaced."""
     adapters: tuple[str, ...]
-    """Of each layer with adapters, which it applies, by which factors."""
+    """Adapters that each layer applies, and their factors, as text to compare."""
     hooks: list[Any]
     """Hooks see other tensors here than in the module's own forward, or none."""
     parameters: list[Tensor]
@@ -166,6 +167,22 @@ def inspect(decoder: nn.Module) -> Inspection:
     checkpoints = any(module.training and vars(module).get("gradient_checkpointing") for module in modules)
     dropouts = tuple(module.training for module in modules if isinstance(module, nn.Dropout) and module.p)
     return Inspection(kinds, adapters, hooks, [*parameters.values()], buffers, dropouts, checkpoints)
+
+
+def find_obstacle(device: torch.device, checkpoints: bool, capture_failed: bool) -> str | None:
+    """Return why our layers do not run on `device` now, or None."""
+    if device.type not in ("cpu", "cuda") or ops.varlen_attention.chosen(device.type) == "reference":
+        return "our layers have no kernels here"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    if device.type == "cpu":
+        return None
+    # Launched op by op, our layers take the host more time than the module's, and a GPU waits for the host.
+    if checkpoints:
+        return "on a GPU our layers run as CUDA graphs, and gradient checkpointing cannot be captured"
+    if capture_failed or not captures_on(device):
+        return "on a GPU our layers run as CUDA graphs, which are off or could not be captured"
+    return None
 
 
 def find_refusal(model: Any) -> str | None:

@@ -148,8 +148,10 @@ class PackedGraphs:
             self._clear()
             self._weights = weights
         trained = [i for i, p in enumerate(found.parameters) if p.requires_grad] if torch.is_grad_enabled() else []
-        switches = (tuple(trained), model.adapter_enabled, found.adapters, dropout, found.dropouts)
-        key = GraphKey(*bucket_of(rows), rows.parents is not None, *switches)
+        key = GraphKey(
+            *bucket_of(rows), rows.parents is not None, tuple(trained),
+            model.adapter_enabled, found.adapters, dropout, found.dropouts,
+        )  # fmt: skip
         if key in self._too_large or (key not in self._seen and len(self._seen) >= MAX_GRAPHS):
             return None
         rows, kept = pad(rows, key.num_tokens, key.num_sequences), to_device(kept, model.device)
@@ -237,7 +239,9 @@ class _Graph:
         states: Tensor | None = None
         # Of a parameter that earlier passes used, autograd's node may be alive; it would wait for their stream.
         aliases = {id(p): nn.Parameter(p.detach()) for p in trained}
-        exchanged = {name: aliases[id(p)] for name, p in layers.named_parameters() if id(p) in aliases}
+        exchanged: dict[str, Tensor] = {
+            name: aliases[id(p)] for name, p in layers.named_parameters() if id(p) in aliases
+        }
 
         def run_forward() -> Tensor:
             nonlocal states

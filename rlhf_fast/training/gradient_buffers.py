@@ -131,7 +131,7 @@ def _add_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
     masters = [master for _, master in pairs]
     flat = masters[0].new_empty(sum(master.numel() for master in masters))
     gradients = torch._utils._unflatten_dense_tensors(flat, masters)
-    torch._foreach_copy_(gradients, [p.grad for p, _ in pairs])
+    torch._foreach_copy_(gradients, [p.grad for p, _ in pairs if p.grad is not None])
     sums: list[Tensor] = []
     addends: list[Tensor] = []
     for (p, master), gradient in zip(pairs, gradients, strict=True):
