@@ -307,7 +307,7 @@ class _Replay(torch.autograd.Function):
         if ctx.number != ctx.graph.pool.num_passes:
             raise RuntimeError(
                 "the activations of this forward pass are gone: CUDA graphs keep them for one backward pass"
-                "; RLHF_FAST_CUDA_GRAPHS=0 runs the layers op by op, with retain_graph as usual"
+                "; RLHF_FAST_CUDA_GRAPHS=0 turns graphs off, and retain_graph keeps them as usual"
             )
         gradients = ctx.graph.backward(ctx.kept, grad)
         ctx.pending = ctx.number = None
