@@ -96,7 +96,8 @@ def test_a_row_whose_target_is_outside_it_is_nan_and_nothing_outside_the_row_is_
     for x, truth in zip(ours[:2], last, strict=True):
         torch.testing.assert_close(x[2:].double(), truth, atol=5e-6, rtol=1e-6)
     row = ours[2][2].double()
-    assert row.isfinite().all() and row.sum().abs() <= 2e-7 * row.abs().sum() + 1e-6 * row.abs().max()
+    # a float32 log-sum-exp of 4 to 8 is rounded by up to 2.4e-7, and the temperature scales that
+    assert row.isfinite().all() and row.sum().abs() <= 6e-7 * row.abs().sum() + 1e-6 * row.abs().max()
 
 
 def test_the_gradient_from_a_row_s_coefficients(tmp_path):
