@@ -180,10 +180,10 @@ def sample_reference(
     shifted = logits - largest_of_all
     column = tokens[:, None]
     z = shifted / scale
-    mass = z.exp()
     logprobs, raw_logprobs = one_logprob(z, column)[:, 0], one_logprob(shifted, column)[:, 0]
     kept_logprobs = one_logprob(z.masked_fill(~kept, float("-inf")), column)[:, 0]
-    log_kept_mass = -torch.log1p((mass * ~kept).sum(-1) / (mass * kept).sum(-1))
+    kept_sum, other_sum = (z.masked_fill(~which, float("-inf")).logsumexp(-1) for which in (kept, ~kept))
+    log_kept_mass = -torch.logaddexp(other_sum - kept_sum, torch.zeros_like(kept_sum))
     logp = z.log_softmax(-1).scatter(1, column, logprobs[:, None])
     entropy = -(logp.exp() * zero_where_minus_inf(logp)).sum(-1)
 
