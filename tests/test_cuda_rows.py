@@ -95,8 +95,10 @@ def test_a_row_whose_target_is_outside_it_is_nan_and_nothing_outside_the_row_is_
     last = OPS["token_logprobs"].reference(logits[2:].double(), targets[2:], 0.7, 0.0)
     for x, truth in zip(ours[:2], last, strict=True):
         torch.testing.assert_close(x[2:].double(), truth, atol=5e-6, rtol=1e-6)
-    row = ours[2][2].double()
-    # a float32 log-sum-exp of 4 to 8 is rounded by up to 2.4e-7, and the temperature scales that
+    row, grads = ours[2][2].double(), torch.linspace(-1, 2, 6, device=device, dtype=torch.float64).view(2, -1)
+    truth = OPS["token_logprobs_backward"].reference(*grads[:, 2:], logits[2:].double(), targets[2:], 0.7, 0.0)[0]
+    assert (row - truth).norm() <= 1e-6 * truth.norm()
+    # float32 exponents up to 10 are rounded by up to 5e-7, each its own way
     assert row.isfinite().all() and row.sum().abs() <= 6e-7 * row.abs().sum() + 1e-6 * row.abs().max()
 
 
