@@ -3,6 +3,7 @@
 // split of an item: the same sums, so the same bits.
 #include "kernel.h"
 #include "paged_attention.h"
+#include "team.h"
 
 namespace {
 
@@ -43,19 +44,11 @@ struct AttentionArgs {
 template <class KV>
 void attend_items(const AttentionArgs& args) {
   const int64_t G = args.group_size();
-  int next_thread = 0;
-#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
-  {
-    int thread;
-#pragma omp atomic capture
-    thread = next_thread++;
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < args.num_items(); ++item) {
-      const int64_t n = item / args.kv_heads;
-      attend(args.q + item * G * args.d, args.d, G, args.kv<KV>(item), args.begin(n), args.end(n), args.scale,
-             args.softcap, args.out + item * G * args.dv, args.dv, args.scratch_of(thread));
-    }
-  }
+  parallel_items(args.threads, args.num_items(), [&](int64_t item, int thread) {
+    const int64_t n = item / args.kv_heads;
+    attend(args.q + item * G * args.d, args.d, G, args.kv<KV>(item), args.begin(n), args.end(n), args.scale,
+           args.softcap, args.out + item * G * args.dv, args.dv, args.scratch_of(thread));
+  });
 }
 
 // Merges the splits of query head g of an item, whose results are in scratch memory.

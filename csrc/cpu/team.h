@@ -71,4 +71,19 @@ inline void parallel_for(const Team& team, int64_t count, Body body) {
   for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) body(i);
 }
 
+// Without a team: calls body(i, thread) once for each i in [0, count), on the threads that are free. Threads are
+// numbered from 0 in the order in which they come.
+template <class Body>
+inline void parallel_items(int num_threads, int64_t count, Body body) {
+  int next_thread = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  {
+    int thread;
+#pragma omp atomic capture
+    thread = next_thread++;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) body(i, thread);
+  }
+}
+
 }  // namespace

@@ -10,6 +10,7 @@
 #include "varlen_attention.h"
 
 #include "dtypes.h"
+#include "team.h"
 
 namespace {
 
@@ -303,16 +304,9 @@ void add_parts(const VarlenArgs& args) {
 
 template <class T, bool BACKWARD>
 void run_items(const VarlenArgs& args) {
-  int next_thread = 0;
-#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
-  {
-    int thread;
-#pragma omp atomic capture
-    thread = next_thread++;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < args.num_trees * args.kv_heads * args.parts; ++i)
-      run_item<T, BACKWARD>(args, i, args.scratch + thread * args.scratch_size);
-  }
+  parallel_items(args.threads, args.num_trees * args.kv_heads * args.parts, [&](int64_t i, int thread) {
+    run_item<T, BACKWARD>(args, i, args.scratch + thread * args.scratch_size);
+  });
   if (BACKWARD && args.parts > 1) add_parts<T>(args);
 }
 

@@ -151,16 +151,27 @@ def sees(position, key_position, end, window):
 
 
 @triton.jit
+def load_tile(
+    k, v, kv_head, start, begin, parent_begin, parent_length, end,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return the positions of the BLOCK_N keys from `start` on, the keys and the values."""
+    key_position = start + tl.arange(0, BLOCK_N)
+    exists = key_position < end
+    token = tl.where(key_position < parent_length, parent_begin, begin - parent_length) + key_position
+    keys = load_rows(k, kv_head, token, exists, D, BLOCK)
+    return key_position, keys, load_rows(v, kv_head, token, exists, D, BLOCK)
+
+
+@triton.jit
 def attend_to_tile(
     state, query, k, v, kv_head, start, position, begin, parent_begin, parent_length, end, window, scales,
     PARTIAL: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return the `State` after one more tile of keys."""
-    key_position = start + tl.arange(0, BLOCK_N)
-    exists = key_position < end
-    token = tl.where(key_position < parent_length, parent_begin, begin - parent_length) + key_position
-    keys = load_rows(k, kv_head, token, exists, D, BLOCK)
-    values = load_rows(v, kv_head, token, exists, D, BLOCK)
+    key_position, keys, values = load_tile(
+        k, v, kv_head, start, begin, parent_begin, parent_length, end, D, BLOCK, BLOCK_N
+    )
     zeros = tl.zeros((query.shape[0], BLOCK_N), tl.float32)
     x, _grad = power(launch.dot(query, tl.trans(keys), zeros), scales, SOFTCAP)
     if PARTIAL:
@@ -261,10 +272,9 @@ def varlen_attention_dq_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(tile_begin, end, BLOCK_N):
-        key_position = start + tl.arange(0, BLOCK_N)
-        token = tl.where(key_position < parent_length, parent_begin, begin - parent_length) + key_position
-        keys = load_rows(k, kv_head, token, key_position < end, D, BLOCK)
-        values = load_rows(v, kv_head, token, key_position < end, D, BLOCK)
+        key_position, keys, values = load_tile(
+            k, v, kv_head, start, begin, parent_begin, parent_length, end, D, BLOCK, BLOCK_N
+        )
         seen = sees(position, key_position, end, window)
         p, dp, _cap_grad = pair_gradients(query, keys, values, grad, origin, seen, scales, SOFTCAP, BLOCK_M, BLOCK_N)
         total += tl.sum(p, axis=1)
@@ -276,10 +286,9 @@ def varlen_attention_dq_kernel(
     tl.store(delta + (head + H).to(tl.int64) * N + begin + row, mean, mask=inside)
     acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     for start in range(tile_begin, end, BLOCK_N):
-        key_position = start + tl.arange(0, BLOCK_N)
-        token = tl.where(key_position < parent_length, parent_begin, begin - parent_length) + key_position
-        keys = load_rows(k, kv_head, token, key_position < end, D, BLOCK)
-        values = load_rows(v, kv_head, token, key_position < end, D, BLOCK)
+        key_position, keys, values = load_tile(
+            k, v, kv_head, start, begin, parent_begin, parent_length, end, D, BLOCK, BLOCK_N
+        )
         seen = sees(position, key_position, end, window)
         p, dp, cap_grad = pair_gradients(query, keys, values, grad, origin, seen, scales, SOFTCAP, BLOCK_M, BLOCK_N)
         ds = tl.where(seen, p * (dp - mean[:, None]) * cap_grad, 0.0)

@@ -254,12 +254,9 @@ class Model:
         return self._packed_refusals[key]
 
     def run_packed(
-        self,
-        rows: packing.PackedRows,
-        kept: Tensor,
-        found: packed_decoder.Inspection | None = None,
+        self, rows: packing.PackedRows, kept: Tensor, found: packed_decoder.Inspection | None = None,
         graphs: bool = True,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the hidden states (n, D) after the final norm of the tokens at index `kept` (n,) of packed rows,
         computed by our own layers. found: the decoder as it is now; None = it is looked at here. graphs: as CUDA
         graphs, where that is possible."""
@@ -292,14 +289,21 @@ class Model:
         rows, columns = valid.nonzero(as_tuple=True)
         last = first[rows] + columns - 1  # the token that predicts each
         targets = packing.to_device(tokens[rows, last + 1], self.device)
-        found = packed_decoder.inspect(self.decoder)
-        if self._find_packed_refusal(found) is None:
-            needed = torch.zeros_like(lengths).scatter_reduce(0, rows, last + 1, "amax")
-            packed_rows = packing.pack_rows(tokens, needed, torch.minimum(first, needed))
-            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last), found)
-        else:
-            hidden = self._module_hidden(tokens, lengths, pack, rows, last)
+        hidden = self._hidden_at(tokens, first, lengths, rows, last, pack)
         return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
+
+    def _hidden_at(
+        self, tokens: Tensor, prompt_lengths: Tensor | None, lengths: Tensor, rows: Tensor, columns: Tensor,
+        pack: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Return the hidden states (N, D) of the tokens at `columns` of `rows`, by our own layers where they run."""
+        found = packed_decoder.inspect(self.decoder)
+        if self._find_packed_refusal(found) is not None:
+            return self._module_hidden(tokens, lengths, pack, rows, columns)
+        needed = torch.zeros_like(lengths).scatter_reduce(0, rows, columns + 1, "amax")
+        prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths, needed)
+        packed_rows = packing.pack_rows(tokens, needed, prompts)
+        return self.run_packed(packed_rows, packed_rows.locate(rows, columns), found)
 
     def _module_hidden(self, tokens: Tensor, lengths: Tensor, pack: bool, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the module's own hidden states (N, D) of the tokens at `columns` of `rows`."""
@@ -323,24 +327,26 @@ class Model:
         """Return the log-probability of each response token and the entropy of its distribution, both (B, R) float32
         nats at `temperature`, 0 outside the response. sampled_tokens_only: of the distribution that a rollout samples
         from, without a share for the embedding's rows that have no token; transformers counts all rows."""
-        hidden, targets, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
+        hidden, targets, where = self.hidden_and_targets(tokens, prompt_lengths, lengths)
         weight, bias = self.head_layer.weight, getattr(self.head_layer, "bias", None)
         if sampled_tokens_only:
             weight, bias = self.head_weight, self.head_bias
         logprobs, entropy = ops.linear_logprobs(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=self.softcap
         )
-        index = (packing.to_device(rows, self.device), packing.to_device(columns, self.device))
-        zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
-        return zeros.index_put(index, logprobs.float()), zeros.index_put(index, entropy.float())
+        shape = response_mask(prompt_lengths, lengths).shape
+        return self._scatter(logprobs, where, shape), self._scatter(entropy, where, shape)
 
     def values(self, tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
         """Return the scalar head's output (B, R) float32 before each response token, at the position that predicts it;
         0 outside the response."""
-        hidden, _, (rows, columns) = self.hidden_and_targets(tokens, prompt_lengths, lengths)
-        zeros = torch.zeros(response_mask(prompt_lengths, lengths).shape, device=self.device)
-        index = (packing.to_device(rows, self.device), packing.to_device(columns, self.device))
-        return zeros.index_put(index, self.score_hidden(hidden))
+        hidden, _, where = self.hidden_and_targets(tokens, prompt_lengths, lengths)
+        return self._scatter(self.score_hidden(hidden), where, response_mask(prompt_lengths, lengths).shape)
+
+    def _scatter(self, values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+        """Return (B, R) float32 with `values` (N,) at (rows, columns), 0 elsewhere."""
+        index = tuple(packing.to_device(x, self.device) for x in where)
+        return torch.zeros(shape, device=self.device).index_put(index, values.float())
 
     def last_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
         """Return the scalar head's output (B,) float32 at the last token of each row that is not padding: transformers'
@@ -353,14 +359,8 @@ class Model:
         if self.score_pad is not None:
             inside &= tokens != self.score_pad
         rows, last = torch.arange(len(tokens)), (positions * inside).argmax(1)
-        found = packed_decoder.inspect(self.decoder)
-        if self._find_packed_refusal(found) is None:
-            prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths.cpu().long(), last + 1)
-            packed_rows = packing.pack_rows(tokens, last + 1, prompts)
-            hidden = self.run_packed(packed_rows, packed_rows.locate(rows, last), found)
-        else:
-            hidden = self._module_hidden(tokens, lengths, False, rows, last)
-        return self.score_hidden(hidden)
+        prompts = None if prompt_lengths is None else prompt_lengths.cpu().long()
+        return self.score_hidden(self._hidden_at(tokens, prompts, lengths, rows, last))
 
     def score_hidden(self, hidden: Tensor) -> Tensor:
         """Return the scalar head's output (...) float32 on hidden states (..., D)."""

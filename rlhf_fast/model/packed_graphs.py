@@ -230,9 +230,8 @@ class _Graph:
         gradients: Sequence[Tensor],
     ):
         self.pool = pool
-        self.inputs = torch.cat(_read(rows)).to(pool.device)
-        parts = self.inputs.split([len(x) for x in _read(rows)])
-        own_rows = rows._replace(**dict(zip(READ, parts, strict=False)))
+        self.inputs = to_device(rows.flat(), pool.device)
+        own_rows = rows.with_flat(self.inputs)
         self.gradients: list[Tensor | None] = [None] * len(trained)
         if pool.device.type == "cuda":  # memory that op by op passes have left cannot be freed during a capture
             torch.cuda.empty_cache()
@@ -268,8 +267,7 @@ class _Graph:
 
     def forward(self, rows: PackedRows) -> Tensor:
         """Return the states (N, D) of padded rows, which the next replay of any graph overwrites."""
-        values = torch.cat(_read(rows))
-        self.inputs.copy_(values.pin_memory() if self.inputs.is_cuda else values, non_blocking=True)
+        self.inputs.copy_(to_device(rows.flat(), self.pool.device))
         self.pool.num_passes += 1
         return self.replay_forward()
 
@@ -280,15 +278,6 @@ class _Graph:
         used = [gradient for gradient in self.gradients if gradient is not None]
         left = iter(torch._foreach_mul(used, 1.0))  # copies, by one call
         return [None if gradient is None else next(left) for gradient in self.gradients]
-
-
-READ = ("tokens", "positions", "offsets", "parents")
-"""The fields of PackedRows that a forward pass reads."""
-
-
-def _read(rows: PackedRows) -> list[Tensor]:
-    fields = [getattr(rows, name) for name in READ]
-    return [field for field in fields if field is not None]
 
 
 class _Replay(torch.autograd.Function):

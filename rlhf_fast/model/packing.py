@@ -49,11 +49,21 @@ class PackedRows(NamedTuple):
         """Return the rows with what a forward pass reads on `device`, by one transfer."""
         if self.tokens.device == device:
             return self
-        read = [self.tokens, self.positions, self.offsets, *([] if self.parents is None else [self.parents])]
-        parts = to_device(torch.cat(read), device).split([len(x) for x in read])
-        return self._replace(
-            tokens=parts[0], positions=parts[1], offsets=parts[2], parents=None if self.parents is None else parts[3]
-        )
+        return self.with_flat(to_device(self.flat(), device))
+
+    def flat(self) -> Tensor:
+        """Return what a forward pass reads, end to end."""
+        return torch.cat([getattr(self, name) for name in self._read])
+
+    def with_flat(self, flat: Tensor) -> PackedRows:
+        """Return the rows with parts of `flat`, of the size of `flat()`, in the place of what a forward pass reads."""
+        parts = flat.split([len(getattr(self, name)) for name in self._read])
+        return self._replace(**dict(zip(self._read, parts, strict=True)))
+
+    @property
+    def _read(self) -> tuple[str, ...]:
+        names = ("tokens", "positions", "offsets")
+        return names if self.parents is None else (*names, "parents")
 
     def locate(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return where in `tokens` the tokens at `columns` of `rows` are, all three (n,)."""
