@@ -15,7 +15,6 @@ no sum over chunks there: of all rows the exponentials are kept in bfloat16, in 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from torch import Tensor
 from rlhf_fast.kernels._head import IGNORE_INDEX, NeedsGrad, RowGrads
 from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
+from rlhf_fast.kernels._product import f32_product, has_bf16_product
 from rlhf_fast.kernels._tensors import empty_float32
 
 KERNELS = (
@@ -49,16 +49,6 @@ def split_evenly(total: int, max_size: int) -> list[tuple[int, int]]:
     """Split [0, total) into the fewest parts of at most max_size, of nearly one size."""
     parts = -(-total // max(max_size, 1))
     return [(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
-
-
-@functools.cache
-def has_bf16_product(kernels: ModuleType) -> bool:
-    """Return whether this processor multiplies bfloat16."""
-    try:
-        kernels.bf16_product(0, 0, 0, 0, 0, 0, 0, 0, 0, False, 1)
-    except RuntimeError:
-        return False
-    return True
 
 
 def empty_in_huge_pages(kernels: ModuleType, like: Tensor, *shape: int) -> Tensor:
@@ -149,7 +139,7 @@ class CpuHead:
         """Write the raw logits of rows [begin, end) for a block of the weight to `out` (rows, columns)."""
         hidden = self.hidden[begin:end]
         if not self.use_bf16:
-            return torch.mm(hidden, weight.T, out=out)
+            return f32_product(self.kernels, hidden, weight.T, out)
         self.kernels.bf16_product(
             *data_ptrs(hidden, weight, out), *out.shape, self.D, hidden.stride(0), weight.stride(0), out.stride(0),
             EMULATE_BF16, self.threads,
@@ -338,7 +328,7 @@ class GradAccumulator:
             if self.head.use_bf16:
                 rows += torch.mm(x, block.weight)
             else:
-                rows.addmm_(x, block.weight)
+                f32_product(self.head.kernels, x, block.weight, rows, adds=True)
         if self.weight is not None:
             self._add_to_weight(self.weight[block.first : block.first + x.shape[1]], block, x)
 
@@ -359,10 +349,8 @@ class GradAccumulator:
                 sums.copy_(product)
             else:
                 sums.add_(product)
-        elif is_first:
-            torch.mm(x.T, hidden, out=sums)
         else:
-            sums.addmm_(x.T, hidden)
+            f32_product(self.head.kernels, x.T, hidden, sums, adds=not is_first)
         if self.weight_sums is not None and is_last:
             grad.copy_(sums)
 

@@ -5,6 +5,7 @@ from rlhf_fast.kernels.gae import gae
 from rlhf_fast.kernels.gae_packed import gae_packed
 from rlhf_fast.kernels.gelu import gelu
 from rlhf_fast.kernels.layer_norm import layer_norm
+from rlhf_fast.kernels.linear import linear
 from rlhf_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from rlhf_fast.kernels.linear_kl import linear_kl
 from rlhf_fast.kernels.linear_logprobs import linear_logprobs
@@ -27,6 +28,7 @@ __all__ = [
     "gae_packed",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprobs",

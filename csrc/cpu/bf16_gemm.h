@@ -14,15 +14,7 @@
 
 namespace {
 
-constexpr int PANEL_COLUMNS = 64, PANEL_PAIRS = 128, GEMM_ROWS = 6, COLUMN_VECTORS = PANEL_COLUMNS / 16;
-
-template <int STEP>
-INLINE void transpose_lanes(Pairs* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    if (!(i & STEP)) exchange_lanes<STEP>(rows[i], rows[i + STEP], typename Count<16>::type());
-  if constexpr (STEP < 8) transpose_lanes<2 * STEP>(rows);
-}
+constexpr int PANEL_COLUMNS = 64, PANEL_PAIRS = 128, BF16_ROWS = 6, COLUMN_VECTORS = PANEL_COLUMNS / 16;
 
 // panel[pair][column] of `columns` rows of W by `elements` of them; what is missing is 0.
 inline void pack_panel(const uint16_t* w, int64_t w_stride, int64_t columns, int64_t elements, uint32_t* panel) {
@@ -34,7 +26,7 @@ inline void pack_panel(const uint16_t* w, int64_t w_stride, int64_t columns, int
         rows[i] = Pairs{};
         if (c + i < columns) load_pairs(rows[i], w + (c + i) * w_stride + k, elements - k);
       }
-      transpose_lanes<1>(rows);
+      transpose(rows);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) memcpy(panel + (k / 2 + i) * PANEL_COLUMNS + c, &rows[i], sizeof rows[i]);
     }
@@ -42,8 +34,8 @@ inline void pack_panel(const uint16_t* w, int64_t w_stride, int64_t columns, int
 
 // R rows of X by a panel, added to the sums in `out` unless they are the first.
 template <class Dot, int R>
-INLINE void gemm_tile(const uint16_t* x, int64_t x_stride, const uint32_t* panel, int64_t elements, bool is_first,
-                      float* out, int64_t out_stride) {
+INLINE void bf16_gemm_tile(const uint16_t* x, int64_t x_stride, const uint32_t* panel, int64_t elements, bool is_first,
+                           float* out, int64_t out_stride) {
   constexpr int C = COLUMN_VECTORS;
   Sums sums[R * C] = {};
   if (!is_first)
@@ -82,10 +74,10 @@ INLINE void gemm_tile(const uint16_t* x, int64_t x_stride, const uint32_t* panel
 }
 
 template <class Dot>
-INLINE void gemm_rows(int64_t rows, const uint16_t* x, int64_t x_stride, const uint32_t* panel, int64_t elements,
-                      bool is_first, float* out, int64_t out_stride) {
+INLINE void bf16_gemm_rows(int64_t rows, const uint16_t* x, int64_t x_stride, const uint32_t* panel, int64_t elements,
+                           bool is_first, float* out, int64_t out_stride) {
   const auto tile = [&](auto R) {
-    gemm_tile<Dot, decltype(R)::value>(x, x_stride, panel, elements, is_first, out, out_stride);
+    bf16_gemm_tile<Dot, decltype(R)::value>(x, x_stride, panel, elements, is_first, out, out_stride);
   };
   switch (rows) {
     case 1:
@@ -105,11 +97,11 @@ INLINE void gemm_rows(int64_t rows, const uint16_t* x, int64_t x_stride, const u
 
 // `columns` <= 64 columns of the product. `after` of the rows of W behind them are prefetched.
 template <class Dot>
-inline void gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* w, int64_t w_stride,
-                         int64_t columns, int64_t after, int64_t D, float* out, int64_t out_stride) {
+inline void bf16_gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* w, int64_t w_stride,
+                              int64_t columns, int64_t after, int64_t D, float* out, int64_t out_stride) {
   alignas(64) uint32_t panel[PANEL_PAIRS * PANEL_COLUMNS];
-  alignas(64) float part[GEMM_ROWS * PANEL_COLUMNS];  // of a panel that has fewer columns
-  const int64_t tiles = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
+  alignas(64) float part[BF16_ROWS * PANEL_COLUMNS];  // of a panel that has fewer columns
+  const int64_t tiles = (rows + BF16_ROWS - 1) / BF16_ROWS;
   for (int64_t k = 0; k == 0 || k < D; k += 2 * PANEL_PAIRS) {
     const int64_t elements = min<int64_t>(2 * PANEL_PAIRS, D - k);
     pack_panel(w + k, w_stride, columns, elements, panel);
@@ -124,10 +116,10 @@ inline void gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows, cons
         __builtin_prefetch(next + prefetched / lines * w_stride + prefetched % lines * 32, 0, 2);
       float* const to = out + row * out_stride;
       if (columns == PANEL_COLUMNS) {
-        gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, to, out_stride);
+        bf16_gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, to, out_stride);
       } else {
         for (int64_t r = 0; r < n && k; ++r) memcpy(part + r * PANEL_COLUMNS, to + r * out_stride, 4 * columns);
-        gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, part, PANEL_COLUMNS);
+        bf16_gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, part, PANEL_COLUMNS);
         for (int64_t r = 0; r < n; ++r) memcpy(to + r * out_stride, part + r * PANEL_COLUMNS, 4 * columns);
       }
       row += n;

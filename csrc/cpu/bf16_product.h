@@ -64,19 +64,30 @@ INLINE void unrolled(F f) {
   unrolled(typename Count<N>::type(), f);
 }
 
-typedef int32_t Lanes16 __attribute__((vector_size(64)));
-
 // Lane l of the results is lane l of a or lane l - STEP of b, and lane l + STEP of a or lane l of b.
 template <int STEP, class V, int... I>
 INLINE void exchange_lanes(V& a, V& b, Indices<I...>) {
+  constexpr int LANES = sizeof...(I);
   const V old = a;
 #if defined(__clang__)
-  a = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I - STEP : I)...);
-  b = __builtin_shufflevector(old, b, ((I & STEP) ? 16 + I : I + STEP)...);
+  a = __builtin_shufflevector(old, b, ((I & STEP) ? LANES + I - STEP : I)...);
+  b = __builtin_shufflevector(old, b, ((I & STEP) ? LANES + I : I + STEP)...);
 #else
-  a = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I - STEP : I)...});
-  b = __builtin_shuffle(old, b, Lanes16{((I & STEP) ? 16 + I : I + STEP)...});
+  typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
+  a = __builtin_shuffle(old, b, Lanes{((I & STEP) ? LANES + I - STEP : I)...});
+  b = __builtin_shuffle(old, b, Lanes{((I & STEP) ? LANES + I : I + STEP)...});
 #endif
+}
+
+// Transposes as many vectors as one has lanes, of 4 bytes each.
+template <int STEP = 1, class V>
+INLINE void transpose(V* rows) {
+  constexpr int LANES = sizeof(V) / 4;
+  unrolled<LANES>([&](auto i) __attribute__((always_inline)) {
+    constexpr int n = decltype(i)::value;
+    if constexpr (!(n & STEP)) exchange_lanes<STEP>(rows[n], rows[n + STEP], typename Count<LANES>::type());
+  });
+  if constexpr (2 * STEP < LANES) transpose<2 * STEP>(rows);
 }
 
 // Lane l of sums[0] becomes the sum of all lanes of sums[l]. One fixed order: lane i is added to lane i + 8, then + 4,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast import ops
 from rlhf_fast.graph_capture import captures_on
@@ -74,7 +75,7 @@ def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
     attended = _attention(call, layer, _norm(layer.attention_norm, x))
     if kept is not None:  # no later token reads the others
         x, attended = x[kept], attended[kept]
-    out = _drop(call, layer.out(attended))
+    out = _drop(call, _linear(layer.out, attended))
     if call.parts.parallel_residual:
         return x + out + _drop(call, _mlp(call, layer, _norm(layer.mlp_norm, x)))
     x = x + out
@@ -84,7 +85,7 @@ def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
 def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     """Return the heads' outputs (N, H d), before the output projection."""
     parts, d = call.parts, call.parts.head_dim
-    outputs = [linear(x) for linear in layer.qkv]
+    outputs = [_linear(linear, x) for linear in layer.qkv]
     if parts.interleaved_qkv:
         q, k, v = outputs[0].view(len(x), parts.num_heads, 3, d).unbind(2)
     elif len(outputs) == 1:
@@ -105,9 +106,17 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
 
 def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     if layer.gate is None:
-        return layer.down(_activate(call, layer.up(x)))
-    gate, up = layer.gate(x), layer.up(x)
-    return layer.down(ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up)
+        return _linear(layer.down, _activate(call, _linear(layer.up, x)))
+    gate, up = _linear(layer.gate, x), _linear(layer.up, x)
+    return _linear(layer.down, ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """Multiply by a linear layer: by our product where it is the faster one and there is no adapter."""
+    kind = type(module)
+    if kind not in (nn.Linear, Conv1D) or not x.is_cpu or x.dtype != torch.float32:
+        return module(x)
+    return ops.linear(x, module.weight.t() if kind is Conv1D else module.weight, module.bias)
 
 
 def _activate(call: _Call, x: Tensor) -> Tensor:
