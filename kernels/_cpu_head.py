@@ -34,6 +34,7 @@ KERNELS = (
     "head_results",
     "head_gradient",
     "head_kept_gradient",
+    "f32_product",
     "bf16_product",
     "advise_huge_pages",
 )

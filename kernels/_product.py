@@ -1,21 +1,11 @@
-"""Matrix products on the CPU, for linear and the heads of linear_*: csrc/cpu/linear_product.cpp where it serves. Not an
-op."""
+"""Matrix products on the CPU, for linear and the heads of linear_*: csrc/cpu/linear_product.cpp. Not an op."""
 
 import functools
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from rlhf_fast.kernels._launch import data_ptrs, stream_or_threads
-
-MIN_LANES = 8
-
-
-def has_f32_product(kernels: ModuleType) -> bool:
-    """Return whether our float32 product is at least as fast as torch's: with AVX2 it is, and twice as fast with
-    AVX-512 on AMD's processors."""
-    return kernels.vector_lanes >= MIN_LANES
 
 
 @functools.cache
@@ -33,9 +23,6 @@ def f32_product(
 ) -> Tensor:
     """Write a b + bias (rows, columns) to `out`, or add it with `adds`; a (rows, K), b (K, columns), one of whose
     strides is 1."""
-    if not has_f32_product(kernels):
-        torch.addmm(out, a, b, beta=int(adds), out=out)
-        return out if bias is None else out.add_(bias)
     kernels.f32_product(
         a.data_ptr(), *a.stride(), b.data_ptr(), b.stride(1), b.stride(0), *data_ptrs(bias, out), out.stride(0),
         *out.shape, a.shape[1], adds, stream_or_threads(a),

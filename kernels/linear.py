@@ -1,5 +1,7 @@
 """A linear layer, x W' + b, with its gradients: in float32 on the CPU, and in the order of sums of the decode step."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,34 +9,32 @@ from torch import Tensor
 from rlhf_fast.kernels import linear_sample_tokens
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._product import f32_product, has_bf16_product, has_f32_product
+from rlhf_fast.kernels._product import f32_product, has_bf16_product
 from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, upcast
 
 
-def _fake(x, weight, *_rest):
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-
-
-def is_transposed(weight: Tensor) -> bool:
-    """Return whether weight (out, in) is the transpose of a row-major matrix."""
-    return weight.stride(1) != 1 and weight.stride(0) == 1
+def _fake(x, weight, _bias=None, _decode_order=False, transposed=False):
+    return torch.empty((*x.shape[:-1], weight.shape[int(transposed)]), dtype=x.dtype, device=x.device)
 
 
 @op(fake=_fake)
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, decode_order: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, decode_order: bool = False, transposed: bool = False
+) -> Tensor:
     """Return x W' + b, in the shape (..., out) and the dtype of x.
 
         x (..., in), in the dtype of weight or in float32; a product may round it to the former
-        weight (out, in), row-major, or the transpose of a row-major matrix, as GPT-2's are
+        weight (out, in), or with `transposed` (in, out), as GPT-2's
         bias (out,), in the dtype of weight
         decode_order: sum in the order of the CPU's compiled decode step, for x in float32: a row then has the bits that
             it has there
 
-    Sums are in float32. On a CPU with AVX2 a row's bits depend on that row and the weight alone, for weights in float32
-    and in decode_order; else it is torch's product. Gradients: x, weight and bias, in their dtypes.
+    Sums are in float32. On a CPU a row's bits depend on that row and the weight alone, for weights in float32 and in
+    decode_order; else it is torch's product. Gradients: x, weight and bias, in their dtypes.
 
     Raises ValueError where shapes or dtypes do not fit.
     """
+    weight = weight.t() if transposed else weight
     if x.dtype == weight.dtype:
         return F.linear(x, weight, bias)
     out = upcast(x.to(weight.dtype)) @ upcast(weight).t()
@@ -42,121 +42,112 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, decode_order: 
 
 
 @linear.normalize
-def _(x, weight, bias, decode_order):
-    if not x.dim() or weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.is_floating_point():
+def _(x, weight, bias, decode_order, transposed):
+    if (
+        not x.dim()
+        or weight.dim() != 2
+        or not weight.is_floating_point()
+        or weight.shape[not transposed] != x.shape[-1]
+    ):
+        form = "(in, out)" if transposed else "(out, in)"
         given = f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}"
-        raise ValueError(f"linear: x must be (..., in), weight (out, in) and floating point, got {given}")
+        raise ValueError(f"linear: x must be (..., in), weight {form} and floating point, got {given}")
     if x.dtype not in (weight.dtype, torch.float32):
         raise ValueError(f"linear: x must have weight's dtype, {weight.dtype}, or float32, got {x.dtype}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        rule = f"linear: bias must be {weight.dtype} of shape ({weight.shape[0]},)"
+    if bias is not None and (bias.shape != (weight.shape[int(transposed)],) or bias.dtype != weight.dtype):
+        rule = f"linear: bias must be {weight.dtype} of shape ({weight.shape[int(transposed)]},)"
         raise ValueError(f"{rule}, got {bias.dtype} {list(bias.shape)}")
-    return x, weight, bias, bool(decode_order)
+    return x, weight, bias, bool(decode_order), bool(transposed)
 
 
-@linear.compiled(devices=("cpu",))
-def _(kernels, x, weight, bias, decode_order):
-    _require_float32(kernels, x, weight, decode_order)
-    out, weight = _fake(x, weight), _dense(weight)
-    x, bias = as_matrix(x), None if bias is None else bias.contiguous()
+@linear.compiled(required_symbols=("f32_product", "decode_product"), devices=("cpu",))
+def _(kernels, x, weight, bias, decode_order, transposed):
+    require_dtypes(x, weight)
+    if x.dtype != torch.float32 or not (decode_order or weight.dtype == torch.float32):
+        raise Unsupported("torch multiplies bfloat16, but for decode_order")
+    out = _fake(x, weight, bias, decode_order, transposed)
+    x, weight, bias = as_matrix(x), as_matrix(weight), None if bias is None else bias.contiguous()
     if decode_order:
-        _decode_product(kernels, x, weight, bias, out)
+        _decode_product(kernels, x, weight, bias, transposed, out)
     else:
-        f32_product(kernels, x, weight.t(), out.view(-1, len(weight)), bias)
+        f32_product(kernels, x, weight if transposed else weight.t(), out.view(-1, out.shape[-1]), bias)
     return out
 
 
-def _require_float32(kernels, x: Tensor, weight: Tensor, decode_order: bool) -> None:
-    """Raise Unsupported for what torch multiplies."""
-    require_dtypes(x, weight)
-    if x.dtype != torch.float32:
-        raise Unsupported(f"torch multiplies {str(x.dtype)[6:]}")
-    if not decode_order and weight.dtype != torch.float32:
-        raise Unsupported("it multiplies bfloat16 weights in decode_order alone")
-    if not decode_order and not has_f32_product(kernels):
-        raise Unsupported("torch's product is faster on a processor without AVX2")
-
-
-def _dense(weight: Tensor) -> Tensor:
-    return weight if weight.stride(1) == 1 or is_transposed(weight) else weight.contiguous()
-
-
-def _decode_product(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    mode, transposed, is_bf16 = linear_sample_tokens.BF16_DOT, is_transposed(weight), weight.dtype == torch.bfloat16
+def _decode_product(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, out: Tensor) -> None:
+    mode, is_bf16 = linear_sample_tokens.BF16_DOT, weight.dtype == torch.bfloat16
     uses_bf16 = is_bf16 and not transposed and (mode == 2 or (mode == 1 and has_bf16_product(kernels)))
     x_bf16 = x.bfloat16() if uses_bf16 else None
     threads, size = stream_or_threads(x), max(kernels.decode_product_panel, 4 * x.shape[1])
     panels = empty_float32(x, threads, size) if is_bf16 and not uses_bf16 else None
     kernels.decode_product(
-        *data_ptrs(x, x_bf16), x.stride(0), *data_ptrs(weight, bias), is_bf16, weight.stride(1 if transposed else 0),
-        transposed, out.data_ptr(), len(x), *weight.shape, mode == 2, 0 if panels is None else panels.data_ptr(), size,
+        *data_ptrs(x, x_bf16), x.stride(0), *data_ptrs(weight, bias), is_bf16, weight.stride(0), transposed,
+        out.data_ptr(), len(x), out.shape[-1], x.shape[1], mode == 2, 0 if panels is None else panels.data_ptr(), size,
         threads,
     )  # fmt: skip
 
 
-def _fake_gradients(_grad, x, weight, needs_x, needs_weight, needs_bias):
-    def empty(needed, *shape):
-        return torch.empty(shape if needed else 0, dtype=weight.dtype, device=x.device)
-
-    w_grad = empty(needs_weight, *weight.t().shape).t() if is_transposed(weight) else empty(needs_weight, *weight.shape)
-    x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
-    return x_grad, w_grad, empty(needs_bias, weight.shape[0])
+def _fake_gradients(_grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
+    return (
+        torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device),
+        torch.empty(weight.shape if needs_weight else 0, dtype=weight.dtype, device=x.device),
+        torch.empty(weight.shape[int(transposed)] if needs_bias else 0, dtype=weight.dtype, device=x.device),
+    )
 
 
 @op(fake=_fake_gradients)
 def linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+    grad: Tensor, x: Tensor, weight: Tensor, transposed: bool, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias, (0,) where one is not needed, given that of the output."""
-    grads = _fake_gradients(grad, x, weight, needs_x, needs_weight, needs_bias)
-    grad, rows = grad.reshape(-1, len(weight)).to(weight.dtype), x.reshape(-1, weight.shape[1]).to(weight.dtype)
+    """Return the gradients of x, weight and bias, (0,) where one is not needed, given that of the output; x has the
+    dtype of weight."""
+    grads = _fake_gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
+    grad, rows = grad.reshape(-1, grad.shape[-1]).to(weight.dtype), x.reshape(-1, x.shape[-1])
     if needs_x:
-        grads[0].copy_((grad @ weight).view(x.shape))
+        grads[0].copy_((grad @ (weight.t() if transposed else weight)).view(x.shape))
     if needs_weight:
-        grads[1].copy_(grad.t() @ rows)
+        grads[1].copy_(rows.t() @ grad if transposed else grad.t() @ rows)
     if needs_bias:
         grads[2].copy_(grad.sum(0))
     return grads
 
 
-@linear_backward.compiled(devices=("cpu",))
-def _(kernels, grad, x, weight, needs_x, needs_weight, needs_bias):
-    if weight.dtype != torch.float32 or grad.dtype != torch.float32 or not has_f32_product(kernels):
-        raise Unsupported("torch multiplies bfloat16, and float32 on a processor without AVX2")
-    grads = _fake_gradients(grad, x, weight, needs_x, needs_weight, needs_bias)
-    weight, x, grad = _dense(weight), as_matrix(x), as_matrix(grad)
+@linear_backward.compiled(required_symbols=("f32_product",), devices=("cpu",))
+def _(kernels, grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
+    if not grad.dtype == x.dtype == weight.dtype == torch.float32:
+        raise Unsupported("torch multiplies bfloat16")
+    grads = _fake_gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
+    weight, x, grad = as_matrix(weight), as_matrix(x), as_matrix(grad)
     if needs_x:
-        f32_product(kernels, grad, weight, grads[0].view(-1, weight.shape[1]))
-    if needs_weight and is_transposed(grads[1]):
-        f32_product(kernels, x.t(), grad, grads[1].t())
-    elif needs_weight:
-        f32_product(kernels, grad.t(), x, grads[1])
+        f32_product(kernels, grad, weight.t() if transposed else weight, grads[0].view(-1, x.shape[1]))
+    if needs_weight:
+        f32_product(kernels, *((x.t(), grad) if transposed else (grad.t(), x)), grads[1])
     if needs_bias:
         torch.sum(grad, 0, out=grads[2])
     return grads
 
 
 def _setup_context(ctx, inputs, _output):
-    x, weight = inputs[:2]
+    x, weight, ctx.transposed = inputs[0], inputs[1], inputs[4]
     ctx.dtype = x.dtype
-    ctx.save_for_backward(x if x.dtype == weight.dtype else x.to(weight.dtype), weight)
+    ctx.save_for_backward(x.to(weight.dtype), weight)
 
 
 def _backward(ctx, grad):
     needed = ctx.needs_input_grad[:3]
-    grads = linear_backward(grad, *ctx.saved_tensors, *needed)
+    grads = linear_backward(grad, *ctx.saved_tensors, ctx.transposed, *needed)
     x_grad, *others = (g if is_needed else None for g, is_needed in zip(grads, needed, strict=True))
-    return None if x_grad is None else x_grad.to(ctx.dtype), *others, None
+    return None if x_grad is None else x_grad.to(ctx.dtype), *others, None, None
 
 
 linear.gradient(_backward, wrt=("x", "weight", "bias"), setup_context=_setup_context)
 
 
 @linear.cost
-def _(gradient, x, weight, bias, decode_order):
-    out = x.nbytes // max(x.shape[-1], 1) * weight.shape[0]
+def _(gradient, x, weight, bias, decode_order, transposed):
+    out = weight.shape[int(transposed)] * math.prod(x.shape[:-1])
     passes = 3 if gradient else 1
-    return passes * (x.nbytes + weight.nbytes + out), passes * 2.0 * x.numel() * weight.shape[0]
+    return passes * (x.nbytes + weight.nbytes + out * x.element_size()), passes * 2.0 * out * x.shape[-1]
 
 
 SMALL = [
@@ -176,14 +167,13 @@ SMALL = [
 def _make_inputs(shape, out, device, dtype, bias=False, transposed=False, decode_order=False):
     x = torch.randn(shape, device=device, dtype=dtype)
     x = x.float() if decode_order else x
-    weight = torch.randn(shape[-1], out, device=device, dtype=dtype).t() if transposed else None
-    weight = torch.randn(out, shape[-1], device=device, dtype=dtype) if weight is None else weight
+    weight = torch.randn((shape[-1], out) if transposed else (out, shape[-1]), device=device, dtype=dtype)
     b = torch.randn(out, device=device, dtype=dtype).requires_grad_() if bias else None
-    return x.requires_grad_(), weight.requires_grad_(), b, decode_order
+    return x.requires_grad_(), weight.requires_grad_(), b, decode_order, transposed
 
 
-@linear_backward.inputs(small_sizes=SMALL[:4] + SMALL[5:], large_sizes=[{"shape": (640, 576), "out": 1536}])
+@linear_backward.inputs(small_sizes=SMALL, large_sizes=[{"shape": (640, 576), "out": 1536}])
 def _(**size):
-    x, weight, bias, _ = detached(_make_inputs(**size))
-    x = x.to(weight.dtype)
-    return torch.randn_like(x[..., :1].expand(*x.shape[:-1], len(weight))), x, weight, True, True, bias is not None
+    x, weight, bias, _, transposed = detached(_make_inputs(**size))
+    grad = torch.randn(*x.shape[:-1], weight.shape[int(transposed)], device=x.device, dtype=weight.dtype)
+    return grad, x.to(weight.dtype), weight, transposed, True, True, bias is not None

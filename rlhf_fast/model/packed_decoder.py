@@ -116,7 +116,7 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     kind = type(module)
     if kind not in (nn.Linear, Conv1D) or not x.is_cpu or x.dtype != torch.float32:
         return module(x)
-    return ops.linear(x, module.weight.t() if kind is Conv1D else module.weight, module.bias)
+    return ops.linear(x, module.weight, module.bias, transposed=kind is Conv1D)
 
 
 def _activate(call: _Call, x: Tensor) -> Tensor:

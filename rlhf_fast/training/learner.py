@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_fast.batches import Batch, micro_batches
 from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.errors import BadRows, UserError, listed
+from rlhf_fast.training.allocator import keep_freed_memory
 from rlhf_fast.training.compiled_adamw import CompiledAdamW
 from rlhf_fast.training.gradient_buffers import GradientBuffers, GradientPool
 
@@ -60,6 +61,8 @@ class Learner:
     the rounded master. dropout: passed to `model.train_mode`. ema: if above 0, a moving average is kept that starts at
     the first weights: average += (1 - ema) * (weights - average) after each step. pool: holds the memory of the
     gradients between steps; learners that take turns can share one.
+
+    On a CPU it sets the process's C library to keep the memory of freed tensors.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Learner:
         self.params = model.trainable()
         if any(p.dtype == torch.float16 for p in self.params.values()):
             raise UserError(f"{model.name}: float16 gradients underflow and loss scaling is not built; use bfloat16")
+        if any(p.is_cpu for p in self.params.values()):
+            keep_freed_memory()
         self.gradients = GradientBuffers(pool or GradientPool())
         self.masters = {name: self.gradients.attach(name, p) for name, p in self.params.items()}
         self.average = {name: p.detach().clone() for name, p in self.masters.items()} if ema else {}
