@@ -19,8 +19,8 @@ import torch
 
 from rlhf_fast import ops  # noqa: F401  registers them
 from rlhf_fast.bench import report
-from rlhf_fast.bench.ppo_data import FILES
 from rlhf_fast.bench.timing import CLOCKS, SECONDS, Cpu, interleaved, median_ratios
+from rlhf_fast.bench.whole import FILES
 from rlhf_fast.kernels._backends import COMPILED
 from rlhf_fast.kernels._op import OPS
 

@@ -78,12 +78,6 @@ CASES = {
     "260K": Sizes(STORIES_260K, prompt=16, new=64, batch=64, minibatch=16, inner_epochs=4, rounds=5),
 }
 """Sizes by name; the first is for a GPU, the others are for a CPU. "real" ones need `--prompts` and `--tokenizer`."""
-FILES = {
-    "prompts": ("FILE.jsonl", "prompts of the real case, in the format of `rlhf-fast ppo`"),
-    "rankings": ("FILE.jsonl", "ranked responses of the real case, in the format of `rlhf-fast reward`"),
-    "tokenizer": ("FOLDER", "a tokenizer for --prompts and --rankings"),
-}
-"""Options of a real case: metavar and help."""
 
 
 class Records:

@@ -17,11 +17,11 @@ import torch
 
 from rlhf_fast.bench.decode_step import BASELINE
 from rlhf_fast.bench.device_profile import Profiler
-from rlhf_fast.bench.ppo_data import CASES, FILES, Records, Sizes
+from rlhf_fast.bench.ppo_data import CASES, Records, Sizes
 from rlhf_fast.bench.ppo_phases import OURS, PLAIN, TOLERANCE, Phase, Phases, checked
 from rlhf_fast.bench.process_memory import processes
 from rlhf_fast.bench.timing import interleaved, median_ratios
-from rlhf_fast.bench.whole import Run, parser_of
+from rlhf_fast.bench.whole import FILES, Run, parser_of
 from rlhf_fast.errors import UserError
 
 
