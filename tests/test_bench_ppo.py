@@ -13,6 +13,7 @@ from support import toy
 from rlhf_fast import ops
 from rlhf_fast.bench import decode_step, plain_learner, plain_torch, ppo_data, ppo_phases, ppo_step, process_memory
 from rlhf_fast.bench.shapes import TINY, random_model
+from rlhf_fast.bench.whole import Run, parser_of
 from rlhf_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,22 @@ def test_ragged_rows_and_reward_training_agree_with_plain_torch(folder, files, m
         assert row["checked"].startswith("agree") and max(row["errors"].values()) < 1e-4
         assert ("real lengths" in row["row"]) == (case == "135M-real")
     assert [row.get("asked") for row in rows[:4]] == [None, None, "update", None]
+
+
+@COMPILED
+def test_on_a_gpu_transformers_comes_last_and_then_the_total(tmp_path):
+    options = parser_of("").parse_args(["--device", "cpu", "--tiny"])
+    options.memory = False
+    bench = ppo_step.Bench(Run("ppo_step", options), ppo_data.TINY_SIZES, torch.float32)
+    bench.on_gpu = True  # the order of a GPU, on this machine
+    rollout = bench.rollout_row()
+    bench.run.add(rollout)
+    assert "others" not in rollout and rollout["seconds"] > 0
+    rows = [bench.experience_row(), bench.update_row()]
+    assert all(len(taken) == 1 for row in rows for taken in row["rounds"].values())
+    bench.baseline_rollout()
+    assert rollout["others"].keys() == {"transformers generate"}
+    assert bench.total_row()["seconds"] == sum(row["seconds"] for row in [rollout, *rows])
 
 
 def test_ragged_lengths_are_those_of_people():
