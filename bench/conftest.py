@@ -20,6 +20,7 @@ import torch
 from rlhf_fast import ops  # noqa: F401  registers them
 from rlhf_fast.bench import report
 from rlhf_fast.bench.timing import CLOCKS, SECONDS, Cpu, interleaved, median_ratios
+from rlhf_fast.bench.whole import FILES
 from rlhf_fast.kernels._backends import COMPILED
 from rlhf_fast.kernels._op import OPS
 
@@ -27,11 +28,11 @@ OURS = "ours"
 
 
 class Row(NamedTuple):
-    """One comparison: the case, our seconds a call, our share of the floor, the baseline, its ratio and the target."""
+    """One comparison: the case, our time or memory, our share of the floor, the baseline, its ratio and the target."""
 
     group: str
     case: str
-    seconds: float
+    ours: str
     share: float | None
     baseline: str
     ratio: float
@@ -73,6 +74,9 @@ def pytest_addoption(parser):
         "--compile-seconds", type=float, help="torch.compile's limit for a case (default 60); 0: leave it out"
     )
     group.addoption("--deadline", type=float, default=0, help="seconds after which no other case is started")
+    group = parser.getgroup("-k update")
+    for name, (metavar, text) in FILES.items():
+        group.addoption(f"--{name}", metavar=metavar, default="", help=text)
 
 
 def pytest_xdist_auto_num_workers():
@@ -146,7 +150,8 @@ def compare(request, benchmark, machine):
         seconds, ratios = statistics.median(times[OURS]), median_ratios(times, OURS)
         floor = max(bytes / machine["copy"], reads / machine["read"], flops / machine["flops"]) or None
         for name, ratio in ratios.items():
-            row = Row(benchmark.group, case, seconds, floor and floor / seconds, name, ratio, targets[name])
+            share = floor and floor / seconds
+            row = Row(benchmark.group, case, report.duration(seconds), share, name, ratio, targets[name])
             request.config.stash[ROWS].append(row)
         isa = next((name for name in reversed(COMPILED) if name.startswith("cpu")), "reference")
         benchmark.extra_info.update(
@@ -158,6 +163,17 @@ def compare(request, benchmark, machine):
     return run
 
 
+@pytest.fixture
+def add_row(request, machine) -> Callable:
+    """Return `add(case, ours, baseline, ratio, target=None)`, which adds to the table what was measured otherwise."""
+
+    def add(case: str, ours: str, baseline: str, ratio: float, target: float | None = None) -> None:
+        group = request.node.path.stem.removeprefix("test_bench_")
+        request.config.stash[ROWS].append(Row(group, case, ours, None, baseline, ratio, target))
+
+    return add
+
+
 def table(rows: list[Row]) -> list[list[str]]:
     """Return the cells of the rows' table, its header first."""
     cells = [["op and size", "ours", "of the floor", "baseline", "ratio", "target"]]
@@ -166,7 +182,7 @@ def table(rows: list[Row]) -> list[list[str]]:
         if row.target is not None:
             target = f"{row.target:.3g}x" + (" missed" if row.ratio < row.target else "")
         share = "" if row.share is None else f"{100 * row.share:.0f} %"
-        cells.append([row.case, report.duration(row.seconds), share, row.baseline, f"{row.ratio:.2f}x", target])
+        cells.append([row.case, row.ours, share, row.baseline, f"{row.ratio:.2f}x", target])
     return cells
 
 

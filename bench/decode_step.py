@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_fast.batches import Prompts
+from rlhf_fast.batches import Prompts, pad_rows
 from rlhf_fast.bench.device_profile import DeviceProfile, Profiler
 from rlhf_fast.bench.shapes import SHAPES, TINY, prefill_flops, random_model, step_bytes
 from rlhf_fast.bench.timing import interleaved, median_ratios
@@ -154,11 +154,18 @@ def prefill_profile(run: Run, model: Model, shape: dict, sizes: Sizes) -> dict:
     return found._asdict() if found else {}
 
 
+def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens (B, T) int64 with each row at the end, and the mask (B, T) int64 of its tokens."""
+    reversed_rows, lengths = pad_rows([row[::-1] for row in rows])
+    mask = torch.arange(reversed_rows.shape[1]) < lengths[:, None]
+    return reversed_rows.flip(1), mask.flip(1).long()
+
+
 def transformers_generate(model: Model, given: Prompts, new: int) -> None:
-    """Sample exactly `new` tokens a prompt by transformers' own loop and cache."""
-    ids = torch.tensor(given.tokens, device=model.device)
+    """Sample exactly `new` tokens a prompt by transformers' own loop and cache, short prompts padded on the left."""
+    ids, mask = (x.to(model.device) for x in left_padded(given.tokens))
     found = model.module.generate(
-        ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=True,
+        ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, do_sample=True,
         temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     if found.shape[1] != ids.shape[1] + new:

@@ -144,7 +144,7 @@ def whole_cells(rows: list[dict]) -> list[list[str]]:
     cells = [
         [
             "row", "ours", "on the device", "busy", "launches", "by the host", "floor", "of the floor", "tokens/s",
-            "others", "peak, others'", "checked",
+            "others", "peak, others'", "process's peak, others'", "checked",
         ]
     ]  # fmt: skip
     for row in rows:
@@ -152,7 +152,9 @@ def whole_cells(rows: list[dict]) -> list[list[str]]:
             f"{name} {duration(found['seconds'])}, {row['ratios'][name]:.2f}x"
             for name, found in row.get("others", {}).items()
         ]
-        peaks = [row.get("peak_bytes"), *(found.get("peak_bytes") for found in row.get("others", {}).values())]
+        sides = [row, *row.get("others", {}).values()]
+        peaks = [side.get("peak_bytes") for side in sides]
+        processes = [side["process"]["peak_bytes"] for side in sides if "process" in side]
         floor = row.get("floor_seconds")
         cells.append(
             [
@@ -161,10 +163,17 @@ def whole_cells(rows: list[dict]) -> list[list[str]]:
                 duration(floor), f"{100 * floor / row['seconds']:.0f} %" if floor else "",
                 _number(row.get("tokens_per_second")), "; ".join(others),
                 " / ".join(f"{peak / 1e9:.2f}" for peak in peaks if peak) + (" GB" if any(peaks) else ""),
+                " / ".join(f"{peak / 2**30:.2f}" for peak in processes) + (" GiB" if processes else ""),
                 row.get("checked", ""),
             ]
         )  # fmt: skip
     return cells
+
+
+def filled_columns(cells: list[list[str]]) -> list[list[str]]:
+    """Return the table without the columns that are empty below the header; the first stays."""
+    kept = [i for i in range(len(cells[0])) if i == 0 or any(line[i] for line in cells[1:])]
+    return [[line[i] for i in kept] for line in cells]
 
 
 def _number(x: float | None) -> str:
@@ -195,16 +204,15 @@ def whole_markdown(found: dict) -> str:
     ]
     notes = ["", "Left out:", "", *(f"- {note}" for note in found["notes"]), ""] if found["notes"] else []
     kernels = kernel_cells(found["rows"], 12)
-    tables = [markdown_table(whole_cells(found["rows"]))] + [markdown_table(kernels)] * (len(kernels) > 1)
+    cells = filled_columns(whole_cells(found["rows"]))
+    tables = [markdown_table(cells)] + [markdown_table(kernels)] * (len(kernels) > 1)
     return "\n".join([*facts, "", *tables, *notes])
 
 
 def few_columns(found: dict) -> list[str]:
     """Return a run's lines for the terminal."""
     if "bench" in found:
-        cells = whole_cells(found["rows"])
-        kept = [i for i in range(len(cells[0])) if i == 0 or any(line[i] for line in cells[1:])]
-        lines = aligned([[line[i] for i in kept] for line in cells])
+        lines = aligned(filled_columns(whole_cells(found["rows"])))
         kernels = kernel_cells(found["rows"], 5)
         lines += ["", *aligned([[cell[:70] for cell in line] for line in kernels])] if len(kernels) > 1 else []
         return lines + found["notes"]

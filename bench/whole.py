@@ -12,6 +12,13 @@ import torch
 from rlhf_fast.bench import report
 from rlhf_fast.bench.timing import CLOCKS, Cpu, Gpu
 
+FILES = {
+    "prompts": ("FILE.jsonl", "prompts of the PPO step's real case, in a format that `rlhf-fast ppo` reads"),
+    "rankings": ("FILE.jsonl", "ranked responses of the real case, in a format that `rlhf-fast reward` reads"),
+    "tokenizer": ("FOLDER", "a tokenizer for --prompts and --rankings"),
+}
+"""Options of a real case: metavar and help."""
+
 
 def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)

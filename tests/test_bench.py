@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_fast import ops
-from rlhf_fast.bench import compare, decode_step, device_profile, plain_learner, plain_torch, ppo_step, report
+from rlhf_fast.bench import compare, decode_step, device_profile, ppo_step, report
 from rlhf_fast.bench.baselines import Baseline
 from rlhf_fast.bench.problem import Case, Problem, cases, label, shrunk
 from rlhf_fast.bench.targets import TARGETS, Target
@@ -310,8 +310,12 @@ def test_the_ppo_step_runs_dry_and_both_sides_agree(tmp_path, decode_step_run, c
     assert ppo_step.main(["--device", "cpu", "--tiny", "--save", str(path), "--dtype", "float32"]) == 0
     found = json.loads(path.read_text())
     assert not found["notes"], found["notes"]
-    rollout, experience, update = found["rows"]
+    rollout, experience, update, total = found["rows"]
     assert rollout["ratios"].keys() == {"transformers generate"}
+    assert total["seconds"] == pytest.approx(sum(row["seconds"] for row in (rollout, experience, update)))
+    plain = total["phases"]["plain torch"]
+    assert plain["rollout"] == rollout["others"]["transformers generate"]["seconds"] and len(plain) == 3
+    assert total["ratios"]["plain torch"] == pytest.approx(sum(plain.values()) / total["seconds"])
     for row in (experience, update):
         assert row["checked"].startswith("agree") and max(row["errors"].values()) < 1e-4
         assert row["ratios"]["plain torch"] > 0 and row["peak_bytes"] > 0 and row["others"]["plain torch"]["kernels"]
@@ -323,31 +327,6 @@ def test_the_ppo_step_runs_dry_and_both_sides_agree(tmp_path, decode_step_run, c
     monkeypatch.setattr(sys, "argv", ["report", "--markdown", str(path)])
     report.main()
     assert capsys.readouterr().out.count("\n| PPO update") == 1 + len(update["kernels"])
-
-
-@pytest.mark.skipif(ops.linear_ppo_loss.chosen("cpu") == "reference", reason="no compiled kernels")
-def test_ragged_rows_and_reward_training_agree_with_plain_torch(tmp_path, monkeypatch):
-    for phase in ("baseline_rollout", "profile"):
-        monkeypatch.setattr(ppo_step.Bench, phase, lambda bench: None)
-    path = tmp_path / "ppo_step.json"
-    arguments = ["--device", "cpu", "--tiny", "--dtype", "float32", "--case", "135M-ragged", "--reward"]
-    assert ppo_step.main([*arguments, "--save", str(path)]) == 0
-    found = json.loads(path.read_text())
-    assert [row["row"].split(" ")[0] for row in found["rows"]] == ["PPO", "PPO", "PPO", "reward"]
-    for row in found["rows"][1:]:
-        assert row["checked"].startswith("agree") and max(row["errors"].values()) < 1e-4
-    sizes = ppo_step.ragged_lengths(500, 100, seed=0)
-    assert sizes.min() >= 1 and sizes.max() == 100 and 15 < sizes.median() < 25
-
-
-def test_a_ppo_step_that_differs_from_plain_torch_is_told(tmp_path, monkeypatch):
-    right = plain_torch.policy_loss
-    for phase in ("baseline_rollout", "profile"):
-        monkeypatch.setattr(ppo_step.Bench, phase, lambda bench: None)
-    monkeypatch.setattr(plain_learner, "policy_loss", lambda *a: (2 * right(*a)[0], right(*a)[1]))
-    path = tmp_path / "ppo_step.json"
-    assert ppo_step.main(["--device", "cpu", "--tiny", "--save", str(path), "--dtype", "float32"]) == 1
-    assert json.loads(path.read_text())["rows"][2]["checked"].startswith("DIFFER: grad_norm")
 
 
 def test_a_row_that_fails_and_a_deadline_leave_notes_and_the_other_rows(tmp_path, monkeypatch):
