@@ -296,10 +296,14 @@ def _attend_in_decode_order(kernels, q, k, v, offsets, scale, window, softcap, p
     _check_sequences(offsets, parents, N)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     offsets, parents = offsets.contiguous(), None if parents is None else parents.contiguous()
-    scratch = empty_float32(q, threads, H // Hkv * (kernels.decode_attention_state_floats + d))
+    first_blocks = torch.empty_like(offsets)
+    of_block = kernels.decode_order_vectors * (3 * d + kernels.decode_attention_split)
+    of_token = H // Hkv * (kernels.decode_attention_state_floats + d)
+    scratch = empty_float32(q, threads, _round_up(max(of_block, of_token), 32))
     kernels.varlen_attention_decode_order(
-        *data_ptrs(out, q, k, v, lse, offsets, parents, scratch), N, S, H, Hkv, d, scale, window, softcap, threads
-    )
+        *data_ptrs(out, q, k, v, lse, offsets, parents, first_blocks, scratch), scratch.shape[1], N, S, H, Hkv, d,
+        scale, window, softcap, threads,
+    )  # fmt: skip
     return out
 
 
