@@ -279,17 +279,18 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
-def _attend_on_cpu(kernels, q, k, v, *rest, lse: Tensor | None) -> Tensor:
-    *rest, decode_order = rest
+def _attend_on_cpu(kernels, q, k, v, *options, lse: Tensor | None) -> Tensor:
+    *rest, decode_order = options
     tensors = _readable(q, k, v)
     if decode_order:
-        return _attend_in_decode_order(kernels, *(x.float().contiguous() for x in tensors), *rest, lse).to(q.dtype)
+        tensors = [x.float().contiguous() for x in tensors]
+        return _attend_in_decode_order(kernels, *tensors, *rest, lse=lse).to(q.dtype)
     out = torch.empty(q.shape, dtype=tensors[0].dtype, device=q.device)
     _launch(kernels, tensors, *rest, out=out, lse=lse)
     return out.to(q.dtype)
 
 
-def _attend_in_decode_order(kernels, q, k, v, offsets, scale, window, softcap, parents, lse) -> Tensor:
+def _attend_in_decode_order(kernels, q, k, v, offsets, scale, window, softcap, parents, *, lse) -> Tensor:
     """Return the output in float32; q, k and v are float32 and contiguous."""
     N, H, d = q.shape
     Hkv, S, threads = k.shape[1], offsets.shape[0] - 1, stream_or_threads(q)
@@ -319,8 +320,8 @@ def _(kernels, q, *rest):
 
 
 @varlen_attention_backward.compiled(devices=("cpu",))
-def _(kernels, grad_out, _out, lse, q, k, v, *rest):
-    *rest, _decode_order = rest
+def _(kernels, grad_out, _out, lse, q, k, v, *options):
+    *rest, _decode_order = options
     tensors = _readable(q, k, v)
     grad_out, lse = grad_out.detach().to(tensors[0].dtype).contiguous(), lse.contiguous()
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]

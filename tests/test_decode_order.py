@@ -80,7 +80,7 @@ def test_a_cache_in_bfloat16(backend, dtype):
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("window", [0, 90])
 def test_bits_depend_neither_on_the_batch_nor_on_threads(backend, window):
-    """Of sequences alone, with a copy of their prompt, and of all together."""
+    """A sequence alone, with a copy of its prompt, has the bits that it has beside the others."""
     q, k, v, offsets = inputs(H=8, Hkv=4, d=8)
     before, call = torch.get_num_threads(), op.backend(backend)
     options = {"window": window, "decode_order": True}

@@ -60,7 +60,7 @@ struct DecodeOrderArgs {
   float scale, softcap;
 
   int64_t group_size() const { return heads / kv_heads; }
-  // Of the last sequence whose blocks begin at or before `block`: those of empty ones would end there too.
+  // The last sequence whose blocks begin at or before `block`: those of empty ones before it would begin there too.
   int64_t sequence_of(int64_t block) const {
     int64_t first = 0, last = S;
     while (last - first > 1) {
