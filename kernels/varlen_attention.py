@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import check_offsets, empty_float32, upcast
+from rlhf_fast.kernels._tensors import check_offsets, contiguous, empty_float32, upcast
 
 REFERENCE_ELEMENTS = 1 << 22  # of the keys that the reference copies at once
 MIN_ITEMS = 16  # that the CPU kernel's threads share; fewer trees and key heads are split
@@ -283,7 +283,7 @@ def _attend_on_cpu(kernels, q, k, v, *options, lse: Tensor | None) -> Tensor:
     *rest, decode_order = options
     tensors = _readable(q, k, v)
     if decode_order:
-        tensors = [x.float().contiguous() for x in tensors]
+        tensors = [x.float() for x in tensors]
         return _attend_in_decode_order(kernels, *tensors, *rest, lse=lse).to(q.dtype)
     out = torch.empty(q.shape, dtype=tensors[0].dtype, device=q.device)
     _launch(kernels, tensors, *rest, out=out, lse=lse)
@@ -291,8 +291,10 @@ def _attend_on_cpu(kernels, q, k, v, *options, lse: Tensor | None) -> Tensor:
 
 
 def _attend_in_decode_order(kernels, q, k, v, offsets, scale, window, softcap, parents, *, lse) -> Tensor:
-    """Return the output in float32; q, k and v are float32 and contiguous."""
+    """Return the output in float32; q, k and v are float32, with a contiguous last dimension."""
     N, H, d = q.shape
+    if k.stride() != v.stride() or k.stride(0) % d:  # the kernel finds both by one number of rows of d
+        k, v = contiguous(k, v)
     Hkv, S, threads = k.shape[1], offsets.shape[0] - 1, stream_or_threads(q)
     _check_sequences(offsets, parents, N)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
@@ -302,8 +304,9 @@ def _attend_in_decode_order(kernels, q, k, v, offsets, scale, window, softcap, p
     of_token = H // Hkv * (kernels.decode_attention_state_floats + d)
     scratch = empty_float32(q, threads, _round_up(max(of_block, of_token), 32))
     kernels.varlen_attention_decode_order(
-        *data_ptrs(out, q, k, v, lse, offsets, parents, first_blocks, scratch), scratch.shape[1], N, S, H, Hkv, d,
-        scale, window, softcap, threads,
+        *data_ptrs(out, q), *q.stride()[:2], *data_ptrs(k, v), *k.stride()[:2],
+        *data_ptrs(lse, offsets, parents, first_blocks, scratch), scratch.shape[1], N, S, H, Hkv, d, scale, window,
+        softcap, threads,
     )  # fmt: skip
     return out
 

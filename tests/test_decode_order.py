@@ -99,6 +99,18 @@ def test_bits_depend_neither_on_the_batch_nor_on_threads(backend, window):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("window", [0, 30])
+def test_slices_of_one_product_are_read_in_place(backend, window):
+    q, k, v, offsets = inputs(H=4, Hkv=2, d=12)
+    dense = [x.contiguous() for x in (q, k, v)]
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    padded = [torch.nn.functional.pad(x, (0, 5))[..., :12] for x in (q, k, v)]
+    expected = op.backend(backend)(*dense, offsets, 0.3, window, decode_order=True)
+    for given in (q, k, v), by_head, padded, (q, dense[1], v):
+        assert torch.equal(op.backend(backend)(*given, offsets, 0.3, window, decode_order=True), expected)
+
+
+@pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("window", [0, 12])
 def test_statistics_and_gradients(backend, window, poisoned):
     q, k, v, offsets = inputs((1, 17, 290), d=12)

@@ -39,24 +39,24 @@ INLINE f32 broadcast(float x) { return x - f32{}; }  // unlike splat's sum with 
 // The keys and values that the tokens of a sequence see, of one kv head.
 struct PackedView {
   using Element = float;
-  const float *k, *v;  // (N, kv_heads, d)
-  int64_t kv_head, kv_heads, parent_begin, parent_length, begin, d, dv;
+  const float *k, *v;                                             // of the kv head and token 0
+  int64_t token_rows, parent_begin, parent_length, begin, d, dv;  // tokens are token_rows rows of d apart
 
-  // The rows of positions [from, to) in k seen as rows of d.
+  // The rows of positions [from, to) in k and v seen as rows of d.
   INLINE void key_rows(int64_t from, int64_t to, int64_t* rows) const {
     for (int64_t position = from; position < to; ++position) {
       const int64_t token = position < parent_length ? parent_begin + position : begin + position - parent_length;
-      rows[position - from] = token * kv_heads + kv_head;
+      rows[position - from] = token * token_rows;
     }
   }
 };
 
 struct DecodeOrderArgs {
-  const float *q, *k, *v;            // (N, heads or kv_heads, d)
+  const float *q, *k, *v;            // (N, heads or kv_heads, d), strided as below
   const int64_t *offsets, *parents;  // (S + 1,), (S,) or null
   int64_t* first_blocks;             // (S + 1,): the number of blocks of the sequences before
   float *out, *lse, *scratch;        // (N, heads, d); (heads, N) or null; scratch_stride floats for each thread
-  int64_t N, S, heads, kv_heads, d, window;
+  int64_t q_token, q_head, kv_token, kv_head, N, S, heads, kv_heads, d, window;  // kv_token is a multiple of d
   float scale, softcap;
 
   int64_t group_size() const { return heads / kv_heads; }
@@ -69,10 +69,11 @@ struct DecodeOrderArgs {
     }
     return first;
   }
-  PackedView view(int64_t s, int64_t kv_head) const {
+  PackedView view(int64_t s, int64_t head) const {
     const int64_t parent = parents ? parents[s] : -1, parent_begin = parent < 0 ? 0 : offsets[parent];
     const int64_t parent_length = parent < 0 ? 0 : offsets[parent + 1] - parent_begin;
-    return {k, v, kv_head, kv_heads, parent_begin, parent_length, offsets[s], d, d};
+    const int64_t offset = head * kv_head;
+    return {k + offset, v + offset, kv_token / d, parent_begin, parent_length, offsets[s], d, d};
   }
 };
 
@@ -192,8 +193,9 @@ void attend_block(const DecodeOrderArgs& args, const Block& block, const PackedV
   constexpr int C = tile_columns<B>();
   const int64_t d = args.d, end = block.position + block.count, row = (block.token * args.heads + head) * d;
   const Panels<B> panels(scratch, d);
+  const float* const q = args.q + block.token * args.q_token + head * args.q_head;
   for (int b = 0; b < B; ++b)
-    rows_to_panel(args.q + row + b * d, args.heads * d, block.count, d, 1.f, panels.q + b * W, B * W);
+    rows_to_panel(q + b * args.q_head, args.q_token, block.count, d, 1.f, panels.q + b * W, B * W);
   f32 max_score[B] = {}, total[B] = {};
   for (int64_t from = 0; from < end; from = split_end(from, end)) {
     const int n = (int)(split_end(from, end) - from);
@@ -235,10 +237,12 @@ void attend_block(const DecodeOrderArgs& args, const Block& block, const PackedV
   }
 }
 
-void attend_token(const DecodeOrderArgs& args, int64_t token, int64_t position, const PackedView& kv, float* scratch) {
-  const int64_t G = args.group_size(), head = kv.kv_head * G, row = (token * args.heads + head) * args.d;
-  const int64_t end = position + 1, begin = args.window > 0 ? max<int64_t>(0, end - args.window) : 0;
-  attend(args.q + row, args.d, G, kv, begin, end, args.scale, args.softcap, args.out + row, args.d, scratch);
+// The query heads of one token from `head` on, with a window.
+void attend_token(const DecodeOrderArgs& args, int64_t token, int64_t position, const PackedView& kv, int64_t head,
+                  float* scratch) {
+  const int64_t G = args.group_size(), end = position + 1, begin = max<int64_t>(0, end - args.window);
+  attend(args.q + token * args.q_token + head * args.q_head, args.q_head, G, kv, begin, end, args.scale, args.softcap,
+         args.out + (token * args.heads + head) * args.d, args.d, scratch);
   if (!args.lse) return;
   const AttentionState* const states = (const AttentionState*)scratch;
   for (int64_t g = 0; g < G; ++g)
@@ -247,15 +251,17 @@ void attend_token(const DecodeOrderArgs& args, int64_t token, int64_t position, 
 
 void run_item(const DecodeOrderArgs& args, int64_t item, float* scratch) {
   const int64_t index = item / args.kv_heads, s = args.sequence_of(index), G = args.group_size();
-  const PackedView kv = args.view(s, item % args.kv_heads);
+  const int64_t kv_head = item % args.kv_heads, first_head = kv_head * G;
+  const PackedView kv = args.view(s, kv_head);
   const int64_t first = (index - args.first_blocks[s]) * W, left = args.offsets[s + 1] - args.offsets[s] - first;
   const Block block = {args.offsets[s] + first, kv.parent_length + first, (int)min<int64_t>(W, left)};
   if (args.window > 0 && args.window < block.position + block.count) {
-    for (int i = 0; i < block.count; ++i) attend_token(args, block.token + i, block.position + i, kv, scratch);
+    for (int i = 0; i < block.count; ++i)
+      attend_token(args, block.token + i, block.position + i, kv, first_head, scratch);
     return;
   }
   for (int64_t g = 0; g < G;) {
-    const int64_t heads = G - g == 4 ? 2 : min<int64_t>(G - g, MAX_HEADS), head = kv.kv_head * G + g;
+    const int64_t heads = G - g == 4 ? 2 : min<int64_t>(G - g, MAX_HEADS), head = first_head + g;
     if (heads == 1)
       attend_block<1>(args, block, kv, head, scratch);
     else if (heads == 2)
@@ -266,11 +272,12 @@ void run_item(const DecodeOrderArgs& args, int64_t item, float* scratch) {
   }
 }
 
-// first_blocks is written.
-void varlen_attention_decode_order(uintptr_t out, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t lse,
-                                   uintptr_t offsets, uintptr_t parents, uintptr_t first_blocks, uintptr_t scratch,
-                                   int64_t scratch_stride, int64_t N, int64_t S, int64_t heads, int64_t kv_heads,
-                                   int64_t d, float scale, int64_t window, float softcap, int threads) {
+// A token or head of q, and of both k and v, is as many floats apart; first_blocks is written.
+void varlen_attention_decode_order(uintptr_t out, uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k,
+                                   uintptr_t v, int64_t kv_token, int64_t kv_head, uintptr_t lse, uintptr_t offsets,
+                                   uintptr_t parents, uintptr_t first_blocks, uintptr_t scratch, int64_t scratch_stride,
+                                   int64_t N, int64_t S, int64_t heads, int64_t kv_heads, int64_t d, float scale,
+                                   int64_t window, float softcap, int threads) {
   DecodeOrderArgs args;
   args.q = ptr<const float>(q);
   args.k = ptr<const float>(k);
@@ -281,6 +288,10 @@ void varlen_attention_decode_order(uintptr_t out, uintptr_t q, uintptr_t k, uint
   args.out = ptr<float>(out);
   args.lse = ptr<float>(lse);
   args.scratch = ptr<float>(scratch);
+  args.q_token = q_token;
+  args.q_head = q_head;
+  args.kv_token = kv_token;
+  args.kv_head = kv_head;
   args.N = N;
   args.S = S;
   args.heads = heads;
