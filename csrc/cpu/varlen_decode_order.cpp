@@ -34,8 +34,6 @@ constexpr int tile_columns() {
   return W == 16 || B == 1 ? 8 : 4;
 }
 
-INLINE f32 broadcast(float x) { return x - f32{}; }  // unlike splat's sum with 0 it takes no instruction
-
 // The keys and values that the tokens of a sequence see, of one kv head.
 struct PackedView {
   using Element = float;
@@ -112,7 +110,7 @@ INLINE void lane_sums(const float* const* keys, const float* q, int64_t d, f32 (
       f32 x[B];
       for (int b = 0; b < B; ++b) x[b] = load(q + (c * B + b) * W);
       for (int m = 0; m < M; ++m) {
-        const f32 y = broadcast(keys[m][c]);
+        const f32 y = splat(keys[m][c]);
         for (int b = 0; b < B; ++b) sums[m][b] += x[b] * y;
       }
     }
@@ -174,7 +172,7 @@ INLINE void weigh_columns(const Block& block, const PackedView& kv, int64_t from
     f32 weight[B];
     for (int b = 0; b < B; ++b) weight[b] = load(weights + (i * B + b) * W);
     for (int j = 0; j < C; ++j) {
-      const f32 value = broadcast(row[j]);
+      const f32 value = splat(row[j]);
       for (int b = 0; b < B; ++b) sums[j][b] = accumulate(sums[j][b], weight[b], value);
     }
   };
