@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import check_offsets, empty_float32, upcast
+from rlhf_fast.kernels._tensors import check_offsets, contiguous, empty_float32, upcast
 
 REFERENCE_ELEMENTS = 1 << 22  # of the keys that the reference copies at once
 MIN_ITEMS = 16  # that the CPU kernel's threads share; fewer trees and key heads are split
@@ -29,6 +29,7 @@ def varlen_attention(
     window: int = 0,
     softcap: float = 0.0,
     parents: Tensor | None = None,
+    decode_order: bool = False,
 ) -> Tensor:
     """Return softmax(cap(scale q k)) v of N tokens of S packed sequences, (N, H, d) in q's dtype.
 
@@ -41,6 +42,8 @@ def varlen_attention(
         window: the number of positions that a token sees, its own included; 0 means all before it
         parents (S,) int64 or int32, on q's device: the sequence p < s, itself without a parent, whose tokens stand
             before those of s, or -1; a prompt is computed once for all of its responses
+        decode_order: sum in the order of `decode_attention`: on the CPU the outputs equal to the bit those that it
+            gives for the same queries over a cache of the same keys and values; elsewhere it changes nothing
 
     A token sees its own sequence up to itself, and its parent's tokens. Its position is its index in its sequence, plus
     the length of the parent. It is computed in float32 and rounded once. Gradients: q, k and v; those of a parent's k
@@ -132,7 +135,7 @@ def _check_sequences(offsets: Tensor, parents: Tensor | None, N: int) -> None:
 
 
 @varlen_attention.normalize
-def _(q, k, v, offsets, scale, window, softcap, parents):
+def _(q, k, v, offsets, scale, window, softcap, parents, decode_order):
     shapes_fit = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2] and q.shape[2] > 0
     if not shapes_fit or not k.shape[1] or q.shape[1] % k.shape[1]:
         shapes = [list(x.shape) for x in (q, k, v)]
@@ -154,7 +157,7 @@ def _(q, k, v, offsets, scale, window, softcap, parents):
         given = f"{window} and {softcap}"
         raise ValueError(f"varlen_attention: window and softcap must be 0 (off) or more, and finite, got {given}")
     offsets, parents = offsets.long(), None if parents is None else parents.long()
-    return q, k, v, offsets, float(scale), int(window), float(softcap), parents
+    return q, k, v, offsets, float(scale), int(window), float(softcap), parents, bool(decode_order)
 
 
 def _fake_with_statistics(q, *_rest):
@@ -163,7 +166,7 @@ def _fake_with_statistics(q, *_rest):
 
 
 @varlen_attention.variant(outputs=2, fake=_fake_with_statistics)
-def varlen_attention_with_statistics(q, k, v, offsets, scale, window, softcap, parents):
+def varlen_attention_with_statistics(q, k, v, offsets, scale, window, softcap, parents, _decode_order):
     """Return `varlen_attention`'s output and the log-sum-exp of each token's scores, (H, N) float32."""
     return _attend(q, k, v, offsets, scale, window, softcap, parents)
 
@@ -173,7 +176,7 @@ def _fake_backward(_grad_out, _out, _lse, q, k, v, *_rest):
 
 
 @varlen_attention.variant(outputs=3, tensors=("grad_out", "out", "lse"), fake=_fake_backward)
-def varlen_attention_backward(grad_out, _out, _lse, q, k, v, offsets, scale, window, softcap, parents):
+def varlen_attention_backward(grad_out, _out, _lse, q, k, v, offsets, scale, window, softcap, parents, _decode_order):
     """Return the gradients of q, k and v, in their dtypes. They are rounded once."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=upcast(x[:0]).dtype, device=x.device) for x in (q, k, v))
     for chunk in _chunks(k, offsets, window, parents):
@@ -192,7 +195,7 @@ def varlen_attention_backward(grad_out, _out, _lse, q, k, v, offsets, scale, win
 
 
 def _forward(ctx, *args):
-    q, k, v, offsets, ctx.scale, ctx.window, ctx.softcap, parents = args
+    q, k, v, offsets, ctx.scale, ctx.window, ctx.softcap, parents, ctx.decode_order = args
     out, lse = varlen_attention_with_statistics.run(*args)
     ctx.save_for_backward(q, k, v, offsets, parents, out, lse)
     return out
@@ -200,10 +203,9 @@ def _forward(ctx, *args):
 
 def _backward(ctx, grad_out):
     q, k, v, offsets, parents, out, lse = ctx.saved_tensors
-    grads = varlen_attention_backward.run(
-        grad_out, out, lse, q, k, v, offsets, ctx.scale, ctx.window, ctx.softcap, parents
-    )
-    return *grads, None, None, None, None, None
+    options = ctx.scale, ctx.window, ctx.softcap, parents, ctx.decode_order
+    grads = varlen_attention_backward.run(grad_out, out, lse, q, k, v, offsets, *options)
+    return *grads, None, None, None, None, None, None
 
 
 varlen_attention.gradient(_backward, wrt=("q", "k", "v"), forward=_forward)
@@ -277,11 +279,36 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
-def _attend_on_cpu(kernels, q, k, v, *rest, lse: Tensor | None) -> Tensor:
+def _attend_on_cpu(kernels, q, k, v, *options, lse: Tensor | None) -> Tensor:
+    *rest, decode_order = options
     tensors = _readable(q, k, v)
+    if decode_order:
+        tensors = [x.float() for x in tensors]
+        return _attend_in_decode_order(kernels, *tensors, *rest, lse=lse).to(q.dtype)
     out = torch.empty(q.shape, dtype=tensors[0].dtype, device=q.device)
     _launch(kernels, tensors, *rest, out=out, lse=lse)
     return out.to(q.dtype)
+
+
+def _attend_in_decode_order(kernels, q, k, v, offsets, scale, window, softcap, parents, *, lse) -> Tensor:
+    """Return the output in float32; q, k and v are float32, with a contiguous last dimension."""
+    N, H, d = q.shape
+    if k.stride() != v.stride() or k.stride(0) % d:  # the kernel finds both by one number of rows of d
+        k, v = contiguous(k, v)
+    Hkv, S, threads = k.shape[1], offsets.shape[0] - 1, stream_or_threads(q)
+    _check_sequences(offsets, parents, N)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    offsets, parents = offsets.contiguous(), None if parents is None else parents.contiguous()
+    first_blocks = torch.empty_like(offsets)
+    of_block = kernels.decode_order_vectors * (3 * d + kernels.decode_attention_split)
+    of_token = H // Hkv * (kernels.decode_attention_state_floats + d)
+    scratch = empty_float32(q, threads, _round_up(max(of_block, of_token), 32))
+    kernels.varlen_attention_decode_order(
+        *data_ptrs(out, q), *q.stride()[:2], *data_ptrs(k, v), *k.stride()[:2],
+        *data_ptrs(lse, offsets, parents, first_blocks, scratch), scratch.shape[1], N, S, H, Hkv, d, scale, window,
+        softcap, threads,
+    )  # fmt: skip
+    return out
 
 
 @varlen_attention.compiled(devices=("cpu",))
@@ -296,7 +323,8 @@ def _(kernels, q, *rest):
 
 
 @varlen_attention_backward.compiled(devices=("cpu",))
-def _(kernels, grad_out, _out, lse, q, k, v, *rest):
+def _(kernels, grad_out, _out, lse, q, k, v, *options):
+    *rest, _decode_order = options
     tensors = _readable(q, k, v)
     grad_out, lse = grad_out.detach().to(tensors[0].dtype).contiguous(), lse.contiguous()
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
@@ -305,7 +333,7 @@ def _(kernels, grad_out, _out, lse, q, k, v, *rest):
 
 
 @varlen_attention.cost
-def _(gradient, q, k, v, offsets, _scale, window, _softcap, parents):
+def _(gradient, q, k, v, offsets, _scale, window, _softcap, parents, _decode_order):
     """Count the pairs of a query and a key that it sees: two products of d, and four more with the gradients."""
     H, d = q.shape[1:]
     lengths = offsets.diff().tolist()
@@ -326,6 +354,7 @@ SMALL = [
     {"lengths": (33, 20), "H": 3, "Hkv": 1, "d": 64, "softcap": 2.0, "packed": True},
     {"lengths": (21, 4, 35), "H": 5, "Hkv": 1, "d": 20, "window": 16, "parents": (-1, 0, 0), "softcap": 5.0},
     {"lengths": (70,), "H": 2, "Hkv": 2, "d": 16, "spread": 3.0, "packed": True},
+    {"lengths": (12, 17, 5), "H": 4, "Hkv": 2, "d": 10, "parents": (-1, 0, -1), "window": 20, "decode_order": True},
     {"lengths": (), "H": 2, "Hkv": 1, "d": 8},
 ]
 LARGE = [
@@ -334,7 +363,10 @@ LARGE = [
 ]
 
 
-def _make(lengths, H, Hkv, d, device, dtype, window=0, softcap=0.0, parents=None, packed=False, spread=1.0, grad=True):
+def _make(
+    lengths, H, Hkv, d, device, dtype, window=0, softcap=0.0, parents=None, decode_order=False, packed=False,
+    spread=1.0, grad=True,
+):  # fmt: skip
     """With `packed`, q, k and v are slices of one product, as an attention layer has them."""
     N = sum(lengths)
     x = torch.randn(N, H + 2 * Hkv, d, device=device, dtype=dtype)
@@ -344,7 +376,7 @@ def _make(lengths, H, Hkv, d, device, dtype, window=0, softcap=0.0, parents=None
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     offsets = torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
     parents = None if parents is None else torch.tensor(parents, dtype=torch.int64, device=device)
-    return *(t.requires_grad_(grad) for t in (q, k, v)), offsets, d**-0.5, window, softcap, parents
+    return *(t.requires_grad_(grad) for t in (q, k, v)), offsets, d**-0.5, window, softcap, parents, decode_order
 
 
 varlen_attention.inputs(small_sizes=SMALL, large_sizes=LARGE)(_make)

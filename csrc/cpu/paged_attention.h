@@ -1,5 +1,5 @@
 // Attention of the query heads that share one key head over keys in pages, for decode_attention.cpp and the decode
-// step. kernels/decode_attention.py defines it.
+// step, and over keys of packed sequences, for varlen_decode_order.cpp. kernels/decode_attention.py defines it.
 //
 //     keys     | split 0: positions 0 ... 255 | split 1: 256 ... 511 | ...     from `begin` to `end`
 //     split    scores -> e^(score - largest) -> weighted sum of the values, for up to four query heads at a time
@@ -28,12 +28,22 @@ static_assert(SPLIT % W == 0, "a split has whole vectors");
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i32{__VA_ARGS__})
 #endif
 
-// The keys and values of one sequence and one kv head.
+// The keys and values of one sequence and one kv head. The functions below take any view with k, v, d, dv and key_rows.
 template <class KV>
 struct KvView {
+  using Element = KV;
   const KV *k, *v;             // (num_pages, kv_heads, page_size, d) and (..., dv)
   const int32_t* block_table;  // the sequence's row: entry m is the page of positions m page_size ... + page_size - 1
   int64_t kv_head, kv_heads, page_size, d, dv;
+
+  // The rows of positions [begin, end) in the cache seen as rows of d.
+  INLINE void key_rows(int64_t begin, int64_t end, int64_t* rows) const {
+    for (int64_t position = begin; position < end;) {
+      const int64_t m = position / page_size, page_end = min(end, (m + 1) * page_size);
+      const int64_t row = (block_table[m] * kv_heads + kv_head) * page_size - m * page_size;
+      for (; position < page_end; ++position) rows[position - begin] = row + position;
+    }
+  }
 };
 
 // The softmax state of a query head over some keys: the largest score, and the sum of e^(score - max).
@@ -162,8 +172,8 @@ INLINE void weighted_values(const float* weights, const KV* v, const int64_t* ke
 }
 
 // R query heads with the n keys in the rows `key_rows`.
-template <int R, class KV>
-void attend_heads(const float* q, int64_t q_stride, const KvView<KV>& kv, const int64_t* key_rows, int n, float scale,
+template <int R, class View>
+void attend_heads(const float* q, int64_t q_stride, const View& kv, const int64_t* key_rows, int n, float scale,
                   float softcap, float* out, int64_t out_stride, AttentionState* states) {
   constexpr int C = shared_by<R>();
   alignas(64) float scores[R * SPLIT];
@@ -176,24 +186,21 @@ void attend_heads(const float* q, int64_t q_stride, const KvView<KV>& kv, const 
     compute(scores, kv.v + c, key_rows, n, kv.dv, (int)(kv.dv - c), out + c, out_stride);
   };
   int64_t c = 0;
+  using KV = typename View::Element;
   for (; c + C * W <= kv.dv; c += C * W) columns_from(c, weighted_values<R, C, false, KV>);
   for (; c + W <= kv.dv; c += W) columns_from(c, weighted_values<R, 1, false, KV>);
   if (c < kv.dv) columns_from(c, weighted_values<R, 1, true, KV>);
 }
 
 // G query heads with the keys [begin, end) of one split: out (G, dv) = sums of e^(score - max) * value.
-template <class KV>
-INLINE void attend_split(const float* q, int64_t q_stride, int64_t G, const KvView<KV>& kv, int64_t begin, int64_t end,
+template <class View>
+INLINE void attend_split(const float* q, int64_t q_stride, int64_t G, const View& kv, int64_t begin, int64_t end,
                          float scale, float softcap, float* out, int64_t out_stride, AttentionState* states) {
-  int64_t key_rows[SPLIT];  // the keys' rows, in the cache seen as rows of d
+  int64_t key_rows[SPLIT];
   const int n = (int)(end - begin);
-  for (int64_t position = begin; position < end;) {
-    const int64_t m = position / kv.page_size, page_end = min(end, (m + 1) * kv.page_size);
-    const int64_t row = (kv.block_table[m] * kv.kv_heads + kv.kv_head) * kv.page_size - m * kv.page_size;
-    for (; position < page_end; ++position) key_rows[position - begin] = row + position;
-  }
-  constexpr decltype(&attend_heads<1, KV>) by_heads[] = {attend_heads<1, KV>, attend_heads<2, KV>, attend_heads<3, KV>,
-                                                         attend_heads<4, KV>};
+  kv.key_rows(begin, end, key_rows);
+  constexpr decltype(&attend_heads<1, View>) by_heads[] = {attend_heads<1, View>, attend_heads<2, View>,
+                                                           attend_heads<3, View>, attend_heads<4, View>};
   for (int64_t g = 0; g < G;) {
     const int64_t R = min<int64_t>(G - g, 4);
     by_heads[R - 1](q + g * q_stride, q_stride, kv, key_rows, n, scale, softcap, out + g * out_stride, out_stride,
@@ -223,9 +230,10 @@ INLINE int64_t split_end(int64_t begin, int64_t end) { return min(end, (begin / 
 constexpr int STATE_FLOATS = 2 * sizeof(AttentionState) / sizeof(float);
 INLINE int64_t attend_scratch(int64_t G, int64_t dv) { return G * (STATE_FLOATS + dv); }
 
-// G query heads with the keys [begin, end): out (G, dv); 0 if there are no keys.
-template <class KV>
-void attend(const float* q, int64_t q_stride, int64_t G, const KvView<KV>& kv, int64_t begin, int64_t end, float scale,
+// G query heads with the keys [begin, end): out (G, dv); 0 if there are no keys. The states over all keys are the first
+// G in scratch memory.
+template <class View>
+void attend(const float* q, int64_t q_stride, int64_t G, const View& kv, int64_t begin, int64_t end, float scale,
             float softcap, float* out, int64_t out_stride, float* scratch) {
   AttentionState *const states = (AttentionState*)scratch, *const next = states + G;
   float* const next_out = scratch + STATE_FLOATS * G;

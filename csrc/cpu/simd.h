@@ -43,10 +43,10 @@ INLINE T max(T a, T b) {
   return a < b ? b : a;
 }
 
-INLINE f32 splat(float x) { return f32{} + x; }
+INLINE f32 splat(float x) { return x - f32{}; }  // x + 0 would take an instruction, as it makes 0 of -0
 template <class F>
 INLINE F splat(float x) {
-  return F{} + x;
+  return x - F{};
 }
 INLINE i32 as_int(f32 x) { return (i32)x; }
 INLINE f32 as_float(i32 x) { return (f32)x; }

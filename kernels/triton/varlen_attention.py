@@ -442,7 +442,7 @@ def check(q: Tensor, offsets: Tensor, parents: Tensor | None) -> None:
         raise Unsupported(f"no Triton kernel for heads wider than {MAX_HEAD_DIM}, got {q.shape[2]}")
 
 
-def attend(q, k, v, offsets, scale, window, softcap, parents, lse):
+def attend(q, k, v, offsets, scale, window, softcap, parents, _decode_order, lse):
     check(q, offsets, parents)
     N, H, d = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -466,7 +466,7 @@ def varlen_attention_with_statistics(q, *rest):
     return attend(q, *rest, lse), lse
 
 
-def varlen_attention_backward(grad_out, _out, lse, q, k, v, offsets, scale, window, softcap, parents):
+def varlen_attention_backward(grad_out, _out, lse, q, k, v, offsets, scale, window, softcap, parents, _decode_order):
     check(q, offsets, parents)
     N, H, d = q.shape
     Hkv = k.shape[1]
