@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._head import IGNORE_INDEX, NeedsGrad, RowGrads
 from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
-from rlhf_fast.kernels._product import f32_product, has_bf16_product
+from rlhf_fast.kernels._product import f32_product
 from rlhf_fast.kernels._tensors import empty_float32
 
 KERNELS = (
@@ -42,8 +43,7 @@ LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, th
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
 KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
 VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so the bits do not depend on it
-MIN_BF16_LOGITS = 1 << 15  # below, bfloat16 inputs are multiplied in float32
-EMULATE_BF16 = False  # for tests: bfloat16 products by ordinary arithmetic, on any processor
+MIN_BF16_WEIGHT = 1 << 15  # elements; below, bfloat16 inputs are multiplied in float32, whatever their number
 
 
 def split_evenly(total: int, max_size: int) -> list[tuple[int, int]]:
@@ -104,8 +104,8 @@ class CpuHead:
             self.N > 0
             and hidden.dtype == weight.dtype == torch.bfloat16
             and self.weight.stride(1) == 1
-            and self.N * self.V >= MIN_BF16_LOGITS
-            and (EMULATE_BF16 or has_bf16_product(kernels))
+            and self.V * self.D >= MIN_BF16_WEIGHT
+            and _product.uses_bf16_product(kernels)
         )
         if self.use_bf16:  # all rows at once where a tile of them fits: a block of dW needs no sums then
             tiles = LOGITS_BYTES_4_GEMM // (4 * self.N * kernels.head_tile)
@@ -143,7 +143,7 @@ class CpuHead:
             return f32_product(self.kernels, hidden, weight.T, out)
         self.kernels.bf16_product(
             *data_ptrs(hidden, weight, out), *out.shape, self.D, hidden.stride(0), weight.stride(0), out.stride(0),
-            EMULATE_BF16, self.threads,
+            _product.BF16_DOT == 2, self.threads,
         )  # fmt: skip
         return out
 

@@ -7,6 +7,15 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import data_ptrs, stream_or_threads
 
+BF16_DOT = 1
+"""Products of bfloat16 on the CPU: 1 by the processor's instruction where it has one, 2 by emulating it (for tests),
+0 in float32."""
+
+
+def uses_bf16_product(kernels: ModuleType) -> bool:
+    """Return whether bfloat16 is multiplied as it is, not in float32."""
+    return BF16_DOT == 2 or (BF16_DOT == 1 and has_bf16_product(kernels))
+
 
 @functools.cache
 def has_bf16_product(kernels: ModuleType) -> bool:

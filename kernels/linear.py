@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fast.kernels import linear_sample_tokens
+from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._product import f32_product, has_bf16_product
+from rlhf_fast.kernels._product import f32_product
 from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, upcast
 
 
@@ -75,14 +75,14 @@ def _(kernels, x, weight, bias, decode_order, transposed):
 
 
 def _decode_product(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, out: Tensor) -> None:
-    mode, is_bf16 = linear_sample_tokens.BF16_DOT, weight.dtype == torch.bfloat16
-    uses_bf16 = is_bf16 and not transposed and (mode == 2 or (mode == 1 and has_bf16_product(kernels)))
+    is_bf16 = weight.dtype == torch.bfloat16
+    uses_bf16 = is_bf16 and not transposed and _product.uses_bf16_product(kernels)
     x_bf16 = x.bfloat16() if uses_bf16 else None
     threads, size = stream_or_threads(x), max(kernels.decode_product_panel, 4 * x.shape[1])
     panels = empty_float32(x, threads, size) if is_bf16 and not uses_bf16 else None
     kernels.decode_product(
         *data_ptrs(x, x_bf16), x.stride(0), *data_ptrs(weight, bias), is_bf16, weight.stride(0), transposed,
-        out.data_ptr(), len(x), out.shape[-1], x.shape[1], mode == 2, 0 if panels is None else panels.data_ptr(), size,
+        out.data_ptr(), len(x), out.shape[-1], x.shape[1], _product.BF16_DOT == 2, 0 if panels is None else panels.data_ptr(), size,
         threads,
     )  # fmt: skip
 

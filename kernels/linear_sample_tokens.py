@@ -9,14 +9,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._sampling import SamplingOptions, empty_outputs, normalize_options, sample_reference
 from rlhf_fast.kernels._tensors import contiguous, upcast
-
-BF16_DOT = 1
-"""Products of bfloat16 on the CPU: 1 by the processor's instruction where it has one, 2 by emulating it (for tests),
-0 in float32."""
 
 MIN_NANOSECONDS_TO_THREAD = 200_000
 """Work of one thread from which on others are called. Waiting for them takes some microseconds, and far more on a
@@ -141,13 +138,13 @@ def _(kernels, hidden, weight, *args):
     is_bf16 = weight.dtype == torch.bfloat16
     keeps_logits = banned is not None or any(x is not None for x in options[1:])
     threads = stream_or_threads(hidden)
-    size = _workspace_bytes(kernels, len(hidden), V, D, is_bf16, keeps_logits, BF16_DOT, threads)
+    size = _workspace_bytes(kernels, len(hidden), V, D, is_bf16, keeps_logits, _product.BF16_DOT, threads)
     workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cpu")
     outputs = _fake(hidden, weight)
     kernels.linear_sample_tokens(
         hidden.data_ptr(), hidden.dtype == torch.bfloat16, len(hidden), weight.data_ptr(), *data_ptrs(bias), V, D,
         weight.stride(0), is_bf16, softcap, *data_ptrs(*options), seed, row_ids_ptr, steps_ptr, banned_ptr, num_banned,
-        ban_rows_ptr, *data_ptrs(*outputs), BF16_DOT, MIN_NANOSECONDS_TO_THREAD, workspace.data_ptr(), 0, threads,
+        ban_rows_ptr, *data_ptrs(*outputs), _product.BF16_DOT, MIN_NANOSECONDS_TO_THREAD, workspace.data_ptr(), 0, threads,
     )  # fmt: skip
     return outputs
 

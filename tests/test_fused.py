@@ -12,7 +12,7 @@ from peak import peak_bytes
 
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.kernels import linear_sample_tokens
+from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._backends import COMPILED, forcing
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._op import OPS
@@ -125,7 +125,7 @@ def test_hidden_states_do_not_depend_on_the_batch(name, kind, monkeypatch):
     """Bit for bit: prefilled at once or token by token, in any batch, on any pages, with any number of threads."""
     monkeypatch.setattr(compiled_step, "MIN_NANOSECONDS_TO_THREAD", 0)  # always use threads
     if kind == "bfloat16 products":
-        monkeypatch.setattr(linear_sample_tokens, "BF16_DOT", 2)
+        monkeypatch.setattr(_product, "BF16_DOT", 2)
     model = Model(MODELS[name]().to(torch.float32 if kind == "float32" else torch.bfloat16))
     decoder, rows, threads = FusedDecoder.make(model), random_rows(30, 1, 9, 64, 5), torch.get_num_threads()
     first = hidden(decoder, rows, at_once(rows))
@@ -212,7 +212,7 @@ def test_products_in_bfloat16_are_accurate(monkeypatch):
     model, rows = Model(MODELS["llama 8/2 heads of 128"]().bfloat16()), random_rows(20)
     decoder, found = FusedDecoder.make(model), []
     for how in (0, 2, 1):  # upcast to float32; emulated instruction; the processor's instruction if it has one
-        monkeypatch.setattr(linear_sample_tokens, "BF16_DOT", how)
+        monkeypatch.setattr(_product, "BF16_DOT", how)
         found.append(hidden(decoder, rows, at_once(rows))[0])
     upcast, emulated, native = found
     assert not torch.equal(upcast, emulated), "the emulation did not run"

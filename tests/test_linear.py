@@ -37,7 +37,7 @@ def test_orders_and_sizes_of_blocks(backend, dtype, bytes_3_gemm, bytes_4_gemm, 
     """With chunks of one row, of some rows and of all, results differ from the exact ones by float32 rounding only."""
     hidden, weight, targets = random_head(37, 31, 5003, dtype)
     weights = torch.rand(37)
-    monkeypatch.setattr(cpu_head, "MIN_BF16_LOGITS", 1 << 40)  # test_linear_half.py has products in bfloat16
+    monkeypatch.setattr(cpu_head, "MIN_BF16_WEIGHT", 1 << 40)  # test_linear_half.py has products in bfloat16
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", bytes_3_gemm)
     monkeypatch.setattr(cpu_head, "LOGITS_BYTES_4_GEMM", bytes_4_gemm)
     loss, logprobs = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets, weights)

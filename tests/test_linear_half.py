@@ -5,6 +5,7 @@ import torch
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _cpu_head as cpu_head
+from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._backends import COMPILED
 
 CPU = [name for name in COMPILED if name.startswith("cpu")]
@@ -27,7 +28,7 @@ def multiply(kernels, x, w, emulate, threads=1):
 @pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "instruction"])
 def test_product(backend, rows, columns, D, emulate):
     kernels = COMPILED[backend]
-    if not emulate and not cpu_head.has_bf16_product(kernels):
+    if not emulate and not _product.has_bf16_product(kernels):
         pytest.skip("this processor has no AVX512-BF16")
     x, w = (torch.randn(n, D + 5).bfloat16()[:, :D] for n in (rows, columns))
     out = multiply(kernels, x, w, emulate)
@@ -42,8 +43,8 @@ def test_product(backend, rows, columns, D, emulate):
 @pytest.fixture
 def emulated(monkeypatch):
     """bfloat16 products on any processor, at any size."""
-    monkeypatch.setattr(cpu_head, "EMULATE_BF16", True)
-    monkeypatch.setattr(cpu_head, "MIN_BF16_LOGITS", 0)
+    monkeypatch.setattr(_product, "BF16_DOT", 2)
+    monkeypatch.setattr(cpu_head, "MIN_BF16_WEIGHT", 0)
 
 
 def random_head():

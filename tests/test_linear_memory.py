@@ -30,7 +30,7 @@ def test_memory(backend, dtype, monkeypatch):
         buffers = 0
         if dtype == torch.bfloat16:  # a block of the weight, and the sums of its gradient
             buffers = 4096 * D * (4 + 4)
-            if N * V >= cpu_head.MIN_BF16_LOGITS:  # the sums, a product, torch's own sums, and the logits' gradient
+            if D * V >= cpu_head.MIN_BF16_WEIGHT:  # the sums, a product, torch's own sums, and the logits' gradient
                 buffers = 4096 * D * (4 + 2 + 4) + (1 << 19)
         hidden = torch.randn(N, D).to(dtype).requires_grad_()
         weight = (torch.randn(V, D) / D**0.5).to(dtype).requires_grad_()

@@ -17,7 +17,8 @@ from rlhf_fast.batches import Comparisons, pad_rows
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model import lora, saved_model
-from rlhf_fast.model.model import SCORE_TOKEN, Model
+from rlhf_fast.model.model import Model
+from rlhf_fast.model.pretrained import SCORE_TOKEN
 from rlhf_fast.model.saved_model import PROBE, check_folder, check_saving, save_with_probe
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.stages import ppo, reward, sft

@@ -6,8 +6,7 @@ scale and a soft cap is refused.
 
 Forward passes run our own layers on packed rows where they serve the model (model/packed_decoder.py), else the model's
 own decoder: there rows are padded on the right and attention is causal, so no real token sees padding and no mask is
-needed.
-All dropout is off, unless `train_mode(dropout)` turns residual dropout on.
+needed. All dropout is off, unless `train_mode(dropout)` turns residual dropout on.
 """
 
 from __future__ import annotations
@@ -26,23 +25,17 @@ from rlhf_fast import ops
 from rlhf_fast.batches import response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
-from rlhf_fast.model import checks, lora, packed_decoder, packing
+from rlhf_fast.model import checks, lora, packed_decoder, packing, pretrained
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.end_tokens import in_generation_config
 from rlhf_fast.model.packed_graphs import PackedGraphs
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
-from rlhf_fast.model.pretrained import check_score_layer, config_number, load_module, load_tokenizer, quiet
 from rlhf_fast.model.vocabulary import Vocabulary
 
 Head = Literal["lm", "scalar"]
-SCORE_BIAS = "rlhf_fast_score_bias"
-"""Key of config.json for the constant that is added to the score: transformers' `score` layers have no bias. A program
-that does not know the key reads scores shifted by this constant; rankings and differences are the same."""
-SCORE_TOKEN = "rlhf_fast_score_token"
-"""Key of config.json for the token whose score is the row's. Folders without it, but with the bias, mean the last."""
+# names of the logits' soft cap in a config: Gemma; RecurrentGemma; xLSTM
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Names of the logits' soft cap in a config (Gemma; RecurrentGemma; xLSTM)."""
 
 
 class Model:
@@ -56,6 +49,7 @@ class Model:
         self.head: Head = head
         self.cfg = cfg or ModelConfig()
         self.adapter_enabled = True
+        self.exact = False  # True: repeat the arithmetic of the rollout's compiled decode step (rollout/exact.py)
         self._vocabulary: Vocabulary | None = None
         # transformers warns if the input holds padding and no mask; with padding on the right none is needed
         self.decoder.warn_if_padding_and_no_attention_mask = _no_warning
@@ -64,15 +58,16 @@ class Model:
         self._packing_checked = False
         self._packed_refusals: dict[tuple[Any, ...], str | None] = {}
         self._packed_graphs = PackedGraphs()
-        self.softcap = next(filter(None, (config_number(self.name, self.text_config, cap) for cap in SOFTCAPS)), 0.0)
+        caps = (pretrained.config_number(self.name, self.text_config, name) for name in SOFTCAPS)
+        self.softcap = next(filter(None, caps), 0.0)
         self.logit_scale = 1.0
-        self.score_bias = config_number(self.name, self.base.config, SCORE_BIAS)
+        self.score_bias = pretrained.config_number(self.name, self.base.config, pretrained.SCORE_BIAS)
         self.score_pad = self.text_config.pad_token_id if head == "scalar" else None
-        if hasattr(self.base.config, SCORE_BIAS) and not hasattr(self.base.config, SCORE_TOKEN):
+        if hasattr(self.base.config, pretrained.SCORE_BIAS) and not hasattr(self.base.config, pretrained.SCORE_TOKEN):
             self.score_pad = None  # written before reward models had a padding token that ends nothing
         self._always_eval: set[nn.Module] = set()
         if head == "scalar":
-            check_score_layer(self.base, self.name)
+            pretrained.check_score_layer(self.base, self.name)
         module.eval()
         try:
             self._always_eval = checks.check_decoder(self)
@@ -97,19 +92,19 @@ class Model:
         then a missing one is a row of N(0, 1 / (D + 1)) on a language model's decoder, drawn with `seed`, as in
         Stiennon et al. 2020."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        module, is_new_head = load_module(cfg, head, fresh_head, seed, device)
-        loaded_tokenizer = load_tokenizer(cfg, module) if tokenizer else None
+        module, is_new_head = pretrained.load_module(cfg, head, fresh_head, seed, device)
+        loaded_tokenizer = pretrained.load_tokenizer(cfg, module) if tokenizer else None
         config = module.config
-        older = hasattr(config, SCORE_BIAS) and not hasattr(config, SCORE_TOKEN)
+        older = hasattr(config, pretrained.SCORE_BIAS) and not hasattr(config, pretrained.SCORE_TOKEN)
         if is_new_head or (older and pad_ends_rows(module, loaded_tokenizer)):
-            with quiet():
+            with pretrained.quiet():
                 give_pad_token(module, loaded_tokenizer)
         if cfg.gradient_checkpointing:
-            with quiet():
+            with pretrained.quiet():
                 module.gradient_checkpointing_enable({"use_reentrant": False})
         model = cls(module, loaded_tokenizer, head, cfg)
         if cfg.lora.rank:
-            with quiet():
+            with pretrained.quiet():
                 model.module = lora.attach(module, cfg.lora, head, seed)
             model.module.eval()
         return model
@@ -248,7 +243,7 @@ class Model:
         if why := packed_decoder.find_obstacle(self.device, found.checkpoints, self._packed_graphs.failed):
             return why
         trains = any(p.requires_grad for p in self.module.parameters())
-        key = (found.kinds, self.device, self.head_layer.weight.dtype, trains, self.adapter_enabled)
+        key = (found.kinds, self.device, self.head_layer.weight.dtype, trains, self.adapter_enabled, self.exact)
         if key not in self._packed_refusals:
             self._packed_refusals[key] = packed_decoder.find_refusal(self)
         return self._packed_refusals[key]
@@ -266,7 +261,8 @@ class Model:
                 states = self._packed_graphs.run(self, found, rows, kept, dropout)
                 if states is not None:
                     return states
-            return packed_decoder.packed_hidden(read_decoder(self.decoder), rows, kept, dropout, found.checkpoints)
+            options = (dropout, found.checkpoints, self.exact)
+            return packed_decoder.packed_hidden(read_decoder(self.decoder), rows, kept, *options)
 
     def hidden_and_targets(
         self, tokens: Tensor, first: Tensor, lengths: Tensor, keep: Tensor | None = None, pack: bool = False
@@ -290,7 +286,12 @@ class Model:
         last = first[rows] + columns - 1  # the token that predicts each
         targets = packing.to_device(tokens[rows, last + 1], self.device)
         hidden = self._hidden_at(tokens, first, lengths, rows, last, pack)
-        return (hidden if self.logit_scale == 1 else hidden * self.logit_scale), targets, (rows, columns)
+        return self.for_head(hidden), targets, (rows, columns)
+
+    def for_head(self, hidden: Tensor) -> Tensor:
+        """Return hidden states as the output embedding's ops read them: scaled, and where `exact` in its dtype."""
+        scaled = hidden if self.logit_scale == 1 else hidden * self.logit_scale
+        return scaled.to(self.head_layer.weight.dtype) if self.exact else scaled
 
     def _hidden_at(
         self, tokens: Tensor, prompt_lengths: Tensor | None, lengths: Tensor, rows: Tensor, columns: Tensor,
@@ -372,10 +373,10 @@ class Model:
         """Write a Hugging Face folder that plain transformers loads. With LoRA, its weights have the adapter merged,
         and `adapter/` inside it holds the adapter alone. Return the share of the adapter's change that the merged
         weights keep: in half precision a small one is partly rounded away. It is 1 without an adapter."""
-        with writing(folder), quiet():
+        with writing(folder), pretrained.quiet():
             if self.head == "scalar":
-                setattr(self.base.config, SCORE_BIAS, self.score_bias)
-                setattr(self.base.config, SCORE_TOKEN, "last that is not padding")
+                setattr(self.base.config, pretrained.SCORE_BIAS, self.score_bias)
+                setattr(self.base.config, pretrained.SCORE_TOKEN, "last that is not padding")
             with in_generation_config(self):
                 share = lora.save(self.module, Path(folder))
             if self.tokenizer is not None:

@@ -37,20 +37,27 @@ NEGLIGIBLE = 0.05
 
 
 def packed_hidden(
-    parts: Decoder, rows: PackedRows, kept: Tensor | None, dropout: float = 0.0, checkpoints: bool = False
+    parts: Decoder,
+    rows: PackedRows,
+    kept: Tensor | None,
+    dropout: float = 0.0,
+    checkpoints: bool = False,
+    exact: bool = False,
 ) -> Tensor:
     """Return the hidden states (n, D) of the tokens at index `kept` (n,), None = all, after the final norm.
 
     dropout: the probability of residual dropout. checkpoints: compute each layer again in the backward pass instead of
-    keeping its activations.
+    keeping its activations. exact: in float32 and in the order of sums of the compiled decode step, so that the hidden
+    states are those of the rollout, to the bit; on the CPU.
     """
-    device = parts.embedding.weight.device
-    rows, kept = rows.to(device), None if kept is None else to_device(kept, device)
+    weight = parts.embedding.weight
+    rows, kept = rows.to(weight.device), None if kept is None else to_device(kept, weight.device)
     x = parts.embedding(rows.tokens)
+    x = x.float() if exact else x
     if parts.position_embedding is not None:
         x = x + parts.position_embedding(rows.positions)
-    rope = None if parts.rotary is None else rope_angles(parts.rotary, x, rows.positions)
-    call = _Call(parts, rows, rope, dropout)
+    rope = None if parts.rotary is None else rope_angles(parts.rotary, weight, rows.positions)
+    call = _Call(parts, rows, rope, dropout, exact)
     for layer in parts.layers:
         own_kept = kept if layer is parts.layers[-1] else None
         if checkpoints and torch.is_grad_enabled():
@@ -68,6 +75,15 @@ class _Call(NamedTuple):
     rope: tuple[Tensor, Tensor] | None
     """cos and sin (N, r / 2) float32 of each token's angles."""
     dropout: float
+    exact: bool
+
+    def linear(self, module: Any, x: Tensor) -> Tensor:
+        """Multiply by a linear layer: by our product where it is the faster one and there is no adapter."""
+        kind = type(module)
+        is_ours = self.exact or (x.is_cpu and x.dtype == torch.float32)
+        if not is_ours or kind not in (nn.Linear, Conv1D):
+            return module(x)
+        return ops.linear(x, module.weight, module.bias, self.exact, transposed=kind is Conv1D)
 
 
 def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
@@ -75,7 +91,7 @@ def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
     attended = _attention(call, layer, _norm(layer.attention_norm, x))
     if kept is not None:  # no later token reads the others
         x, attended = x[kept], attended[kept]
-    out = _drop(call, _linear(layer.out, attended))
+    out = _drop(call, call.linear(layer.out, attended))
     if call.parts.parallel_residual:
         return x + out + _drop(call, _mlp(call, layer, _norm(layer.mlp_norm, x)))
     x = x + out
@@ -85,7 +101,7 @@ def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
 def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     """Return the heads' outputs (N, H d), before the output projection."""
     parts, d = call.parts, call.parts.head_dim
-    outputs = [_linear(linear, x) for linear in layer.qkv]
+    outputs = [call.linear(linear, x) for linear in layer.qkv]
     if parts.interleaved_qkv:
         q, k, v = outputs[0].view(len(x), parts.num_heads, 3, d).unbind(2)
     elif len(outputs) == 1:
@@ -99,29 +115,28 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
         k = _norm(layer.k_norm, k)
     if call.rope is not None and layer.uses_rope:
         q, k = ops.rope(q, *call.rope), ops.rope(k, *call.rope)
+    if call.exact:  # the cache has the weights' dtype
+        dtype = parts.embedding.weight.dtype
+        k, v = k.to(dtype).float(), v.to(dtype).float()
     rows = call.rows
-    out = ops.varlen_attention(q, k, v, rows.offsets, layer.scale, layer.window, parents=rows.parents)
+    out = ops.varlen_attention(
+        q, k, v, rows.offsets, layer.scale, layer.window, parents=rows.parents, decode_order=call.exact
+    )
     return out.flatten(1)
 
 
 def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     if layer.gate is None:
-        return _linear(layer.down, _activate(call, _linear(layer.up, x)))
-    gate, up = _linear(layer.gate, x), _linear(layer.up, x)
-    return _linear(layer.down, ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up)
-
-
-def _linear(module: Any, x: Tensor) -> Tensor:
-    """Multiply by a linear layer: by our product where it is the faster one and there is no adapter."""
-    kind = type(module)
-    if kind not in (nn.Linear, Conv1D) or not x.is_cpu or x.dtype != torch.float32:
-        return module(x)
-    return ops.linear(x, module.weight, module.bias, transposed=kind is Conv1D)
+        return call.linear(layer.down, _activate(call, call.linear(layer.up, x)))
+    gate, up = call.linear(layer.gate, x), call.linear(layer.up, x)
+    return call.linear(
+        layer.down, ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up
+    )
 
 
 def _activate(call: _Call, x: Tensor) -> Tensor:
     if call.parts.activation == "silu":
-        return F.silu(x)
+        return ops.swiglu(x, torch.ones_like(x)) if call.exact else F.silu(x)
     return ops.gelu(x, "tanh" if call.parts.activation == "gelu_tanh" else "none")
 
 

@@ -28,6 +28,11 @@ from rlhf_fast.model.pad_token import PAD_TOKEN
 from rlhf_fast.model.vocabulary import tokens_of_rows
 
 log = getLogger("rlhf_fast")
+SCORE_BIAS = "rlhf_fast_score_bias"
+"""Key of config.json for the constant that is added to the score: transformers' `score` layers have no bias. A program
+that does not know the key reads scores shifted by this constant; rankings and differences are the same."""
+SCORE_TOKEN = "rlhf_fast_score_token"
+"""Key of config.json for the token whose score is the row's. Folders without it, but with the bias, mean the last."""
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model import lora
-from rlhf_fast.model.model import SCORE_BIAS, Model
-from rlhf_fast.model.pretrained import quiet
+from rlhf_fast.model.model import Model
+from rlhf_fast.model.pretrained import SCORE_BIAS, quiet
 from rlhf_fast.model.reduced import first_layers, float32, is_memory_error
 
 PROBE = "probe.json"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels import linear_sample_tokens
+from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._backends import COMPILED, forced_backend
 from rlhf_fast.kernels._launch import stream_or_threads
 from rlhf_fast.model.architectures import Norm
@@ -167,7 +167,7 @@ class CompiledStep:
             indices.data_ptr(),
             len(indices),
             hidden.data_ptr(),
-            linear_sample_tokens.BF16_DOT,
+            _product.BF16_DOT,
             MIN_NANOSECONDS_TO_THREAD,
             self.workspace.data_ptr(),
             num_threads,
@@ -176,7 +176,7 @@ class CompiledStep:
 
     def _reserve_workspace(self, num_tokens: int, num_threads: int) -> None:
         """Make the workspace large enough for a call. Its size is queried once for each key."""
-        key = (min(num_tokens, self.kernels.decode_step_block), num_threads, linear_sample_tokens.BF16_DOT)
+        key = (min(num_tokens, self.kernels.decode_step_block), num_threads, _product.BF16_DOT)
         if key not in self._workspace_bytes:
             size = torch.zeros(1, dtype=torch.int64, device="cpu")
             self.kernels.decode_step_workspace(
@@ -184,7 +184,7 @@ class CompiledStep:
                 ctypes.sizeof(_Decoder),
                 ctypes.sizeof(_Layer),
                 num_tokens,
-                linear_sample_tokens.BF16_DOT,
+                _product.BF16_DOT,
                 num_threads,
                 size.data_ptr(),
             )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.config.fields import SamplingConfig
+from rlhf_fast.kernels._head import IGNORE_INDEX
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.response_buffer import TokenSample
 
@@ -43,8 +44,7 @@ class Sampler:
         cfg, model = self.cfg, self.model
         device_key = self.device_key if device_key is None else device_key
         banned, ban_rows = (self.banned, steps < cfg.min_new_tokens) if bans else (None, None)
-        if model.logit_scale != 1:
-            hidden = hidden * model.logit_scale
+        hidden = model.for_head(hidden)
         token, logprobs, raw_logprobs, kept_logprobs, _, entropy = ops.linear_sample_tokens(
             hidden,
             model.head_weight,
@@ -61,6 +61,11 @@ class Sampler:
             ban_rows=ban_rows,
             device_seed=device_key,
         )
+        if model.exact and cfg.temperature:  # the training step's own op, whose sums have another order
+            targets = torch.where(token < 0, IGNORE_INDEX, token)
+            logprobs, entropy = ops.linear_logprobs(
+                hidden, model.head_weight, targets, model.head_bias, cfg.temperature, model.softcap
+            )
         # a greedy token is certain at temperature 0; what the model thinks of it is its log-probability at 1
         return TokenSample(token, logprobs if cfg.temperature else raw_logprobs, raw_logprobs, kept_logprobs, entropy)
 

@@ -24,6 +24,7 @@ from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.model.saved_model import save_with_probe
+from rlhf_fast.rollout.exact import make_exact
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
@@ -130,6 +131,8 @@ def load_models(cfg: PPOConfig, device: str | None) -> Models:
     value_cfg = replace(cfg.value, path=start)
     value = Model.load(value_cfg, head="scalar", fresh_head=fresh_head, seed=cfg.seed, device=device)
     check_tokenizers(policy.tokenizer, value.tokenizer, value.name)
+    if cfg.exact:
+        make_exact(policy, reference, value)
     return Models(policy, reference, value, reward)
 
 

@@ -1,0 +1,41 @@
+"""Training passes that repeat the rollout's arithmetic: the setting `exact` of PPO.
+
+On the CPU the decode step is one call of compiled code (csrc/cpu/decode_step.cpp). Its products, norms and attention
+have one order of summation each, whatever tokens are beside a token. With `exact` the training forward runs ops of the
+same order on float32 activations (model/packed_decoder.py), and the rollout's log-probabilities come from the op of the
+training step. So a token's log-probability is the same number in both, to the bit, in any batch or micro-batch.
+"""
+
+from __future__ import annotations
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, find_kernels
+from rlhf_fast.rollout.weights import read_weights
+
+
+def make_exact(*models: Model) -> None:
+    """Let all forward passes of `models` repeat the arithmetic of the compiled decode step. UserError for a model that
+    it does not serve, or without compiled kernels."""
+    for model in models:
+        if reason := _find_obstacle(model):
+            raise UserError(f"{model.name}: exact cannot be set, because {reason}; set exact to false")
+
+
+def _find_obstacle(model: Model) -> str | None:
+    """Set `model.exact`, and return why it must not stay set, or None."""
+    if model.device.type != "cpu" or find_kernels(model.device) is None:
+        return f"only the CPU's compiled decode step has an order of sums to repeat, and the device is {model.device}"
+    if model.head_layer.weight.dtype not in SUPPORTED_DTYPES:
+        return f"its weights are {model.head_layer.weight.dtype}, and it serves float32 and bfloat16"
+    if model.module is not model.base:
+        return "it has an adapter, which a rollout merges into the weights and a training step does not"
+    try:
+        read_weights(model)
+    except Unsupported as reason:
+        return str(reason)
+    model.exact = True
+    refusal = model.packed_refusal
+    model.exact = refusal is None
+    return refusal
