@@ -82,8 +82,7 @@ def _decode_product(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, tra
     panels = empty_float32(x, threads, size) if is_bf16 and not uses_bf16 else None
     kernels.decode_product(
         *data_ptrs(x, x_bf16), x.stride(0), *data_ptrs(weight, bias), is_bf16, weight.stride(0), transposed,
-        out.data_ptr(), len(x), out.shape[-1], x.shape[1], _product.BF16_DOT == 2, 0 if panels is None else panels.data_ptr(), size,
-        threads,
+        out.data_ptr(), len(x), out.shape[-1], x.shape[1], _product.BF16_DOT == 2, *data_ptrs(panels), size, threads,
     )  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def _(kernels, hidden, weight, *args):
     kernels.linear_sample_tokens(
         hidden.data_ptr(), hidden.dtype == torch.bfloat16, len(hidden), weight.data_ptr(), *data_ptrs(bias), V, D,
         weight.stride(0), is_bf16, softcap, *data_ptrs(*options), seed, row_ids_ptr, steps_ptr, banned_ptr, num_banned,
-        ban_rows_ptr, *data_ptrs(*outputs), _product.BF16_DOT, MIN_NANOSECONDS_TO_THREAD, workspace.data_ptr(), 0, threads,
+        ban_rows_ptr, *data_ptrs(*outputs), _product.BF16_DOT, MIN_NANOSECONDS_TO_THREAD, workspace.data_ptr(), 0,
+        threads,
     )  # fmt: skip
     return outputs
 
