@@ -1,6 +1,8 @@
-"""A linear layer, x W' + b, with its gradients: in float32 on the CPU, and in the order of sums of the decode step."""
+"""A linear layer, x W' + b, with its gradients, in the order of sums of the CPU's decode step."""
 
+import functools
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -13,36 +15,31 @@ from rlhf_fast.kernels._product import f32_product
 from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, upcast
 
 
-def _fake(x, weight, _bias=None, _decode_order=False, transposed=False):
+def _fake(x, weight, _bias=None, transposed=False):
     return torch.empty((*x.shape[:-1], weight.shape[int(transposed)]), dtype=x.dtype, device=x.device)
 
 
 @op(fake=_fake)
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, decode_order: bool = False, transposed: bool = False
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
     """Return x W' + b, in the shape (..., out) and the dtype of x.
 
-        x (..., in), in the dtype of weight or in float32; a product may round it to the former
+        x (..., in), in the dtype of weight, or in float32: a product may round it to the dtype of weight
         weight (out, in), or with `transposed` (in, out), as GPT-2's
         bias (out,), in the dtype of weight
-        decode_order: sum in the order of the CPU's compiled decode step, for x in float32: a row then has the bits that
-            it has there
 
-    Sums are in float32. On a CPU a row's bits depend on that row and the weight alone, for weights in float32 and in
-    decode_order; else it is torch's product. Gradients: x, weight and bias, in their dtypes.
+    Sums are in float32. On a CPU, for x in float32, they have the order of the rollout's compiled decode step: a row's
+    bits depend on that row and the weight alone. Gradients: x, weight and bias, in their dtypes.
 
     Raises ValueError where shapes or dtypes do not fit.
     """
-    weight = weight.t() if transposed else weight
     if x.dtype == weight.dtype:
-        return F.linear(x, weight, bias)
-    out = upcast(x.to(weight.dtype)) @ upcast(weight).t()
+        return F.linear(x, weight.t() if transposed else weight, bias)
+    out = upcast(x.to(weight.dtype)) @ upcast(weight if transposed else weight.t())
     return (out if bias is None else out + upcast(bias)).to(x.dtype)
 
 
 @linear.normalize
-def _(x, weight, bias, decode_order, transposed):
+def _(x, weight, bias, transposed):
     if (
         not x.dim()
         or weight.dim() != 2
@@ -57,33 +54,37 @@ def _(x, weight, bias, decode_order, transposed):
     if bias is not None and (bias.shape != (weight.shape[int(transposed)],) or bias.dtype != weight.dtype):
         rule = f"linear: bias must be {weight.dtype} of shape ({weight.shape[int(transposed)]},)"
         raise ValueError(f"{rule}, got {bias.dtype} {list(bias.shape)}")
-    return x, weight, bias, bool(decode_order), bool(transposed)
+    return x, weight, bias, bool(transposed)
 
 
 @linear.compiled(required_symbols=("f32_product", "decode_product"), devices=("cpu",))
-def _(kernels, x, weight, bias, decode_order, transposed):
+def _(kernels, x, weight, bias, transposed):
     require_dtypes(x, weight)
-    if x.dtype != torch.float32 or not (decode_order or weight.dtype == torch.float32):
-        raise Unsupported("torch multiplies bfloat16, but for decode_order")
-    out = _fake(x, weight, bias, decode_order, transposed)
+    if x.dtype != torch.float32:
+        raise Unsupported("torch multiplies bfloat16 by bfloat16")
+    out = _fake(x, weight, bias, transposed)
     x, weight, bias = as_matrix(x), as_matrix(weight), None if bias is None else bias.contiguous()
-    if decode_order:
-        _decode_product(kernels, x, weight, bias, transposed, out)
-    else:
-        f32_product(kernels, x, weight if transposed else weight.t(), out.view(-1, out.shape[-1]), bias)
+    if transposed and weight.dtype == torch.float32:  # the decode step has the same chain of sums there
+        f32_product(kernels, x, weight, out.view(-1, out.shape[-1]), bias)
+        return out
+    is_bf16 = weight.dtype == torch.bfloat16
+    x_bf16 = x.bfloat16() if is_bf16 and not transposed and _product.uses_bf16_product(kernels) else None
+    threads, panel_floats = stream_or_threads(x), _panel_floats(kernels, x.shape[1])
+    panels = empty_float32(x, threads, panel_floats)
+    kernels.decode_product(
+        *data_ptrs(x, x_bf16), x.stride(0), *data_ptrs(weight, bias), is_bf16, weight.stride(0), transposed,
+        out.data_ptr(), len(x), out.shape[-1], x.shape[1], _product.BF16_DOT == 2, panels.data_ptr(), panel_floats,
+        threads,
+    )  # fmt: skip
     return out
 
 
-def _decode_product(kernels, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, out: Tensor) -> None:
-    is_bf16 = weight.dtype == torch.bfloat16
-    uses_bf16 = is_bf16 and not transposed and _product.uses_bf16_product(kernels)
-    x_bf16 = x.bfloat16() if uses_bf16 else None
-    threads, size = stream_or_threads(x), max(kernels.decode_product_panel, 4 * x.shape[1])
-    panels = empty_float32(x, threads, size) if is_bf16 and not uses_bf16 else None
-    kernels.decode_product(
-        *data_ptrs(x, x_bf16), x.stride(0), *data_ptrs(weight, bias), is_bf16, weight.stride(0), transposed,
-        out.data_ptr(), len(x), out.shape[-1], x.shape[1], _product.BF16_DOT == 2, *data_ptrs(panels), size, threads,
-    )  # fmt: skip
+@functools.cache
+def _panel_floats(kernels: ModuleType, in_features: int) -> int:
+    """Return the scratch memory that each thread needs."""
+    size = torch.zeros(1, dtype=torch.int64, device="cpu")
+    kernels.decode_product_panel(in_features, size.data_ptr())
+    return int(size)
 
 
 def _fake_gradients(_grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
@@ -94,27 +95,35 @@ def _fake_gradients(_grad, x, weight, transposed, needs_x, needs_weight, needs_b
     )
 
 
+def _gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
+    """Return the gradients by torch's products, None where one is not needed."""
+    grad, rows = grad.reshape(-1, grad.shape[-1]).to(weight.dtype), x.reshape(-1, x.shape[-1])
+    return (
+        (grad @ (weight.t() if transposed else weight)).view(x.shape) if needs_x else None,
+        (rows.t() @ grad if transposed else grad.t() @ rows) if needs_weight else None,
+        grad.sum(0) if needs_bias else None,
+    )
+
+
 @op(fake=_fake_gradients)
 def linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, transposed: bool, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias, (0,) where one is not needed, given that of the output; x has the
     dtype of weight."""
-    grads = _fake_gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
-    grad, rows = grad.reshape(-1, grad.shape[-1]).to(weight.dtype), x.reshape(-1, x.shape[-1])
-    if needs_x:
-        grads[0].copy_((grad @ (weight.t() if transposed else weight)).view(x.shape))
-    if needs_weight:
-        grads[1].copy_(rows.t() @ grad if transposed else grad.t() @ rows)
-    if needs_bias:
-        grads[2].copy_(grad.sum(0))
-    return grads
+    first, second, third = _gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
+    empty = weight.new_empty(0)
+    return (
+        empty if first is None else first,
+        empty.clone() if second is None else second,
+        empty.clone() if third is None else third,
+    )
 
 
 @linear_backward.compiled(required_symbols=("f32_product",), devices=("cpu",))
 def _(kernels, grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
     if not grad.dtype == x.dtype == weight.dtype == torch.float32:
-        raise Unsupported("torch multiplies bfloat16")
+        raise Unsupported("torch multiplies bfloat16 by bfloat16")
     grads = _fake_gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
     weight, x, grad = as_matrix(weight), as_matrix(x), as_matrix(grad)
     if needs_x:
@@ -127,23 +136,24 @@ def _(kernels, grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
 
 
 def _setup_context(ctx, inputs, _output):
-    x, weight, ctx.transposed = inputs[0], inputs[1], inputs[4]
+    x, weight, _, ctx.transposed = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(x.to(weight.dtype), weight)
 
 
 def _backward(ctx, grad):
-    needed = ctx.needs_input_grad[:3]
-    grads = linear_backward(grad, *ctx.saved_tensors, ctx.transposed, *needed)
+    needed, (x, weight) = ctx.needs_input_grad[:3], ctx.saved_tensors
+    run = linear_backward if weight.dtype == torch.float32 else _gradients
+    grads = run(grad, x, weight, ctx.transposed, *needed)
     x_grad, *others = (g if is_needed else None for g, is_needed in zip(grads, needed, strict=True))
-    return None if x_grad is None else x_grad.to(ctx.dtype), *others, None, None
+    return None if x_grad is None else x_grad.to(ctx.dtype), *others, None
 
 
 linear.gradient(_backward, wrt=("x", "weight", "bias"), setup_context=_setup_context)
 
 
 @linear.cost
-def _(gradient, x, weight, bias, decode_order, transposed):
+def _(gradient, x, weight, bias, transposed):
     out = weight.shape[int(transposed)] * math.prod(x.shape[:-1])
     passes = 3 if gradient else 1
     return passes * (x.nbytes + weight.nbytes + out * x.element_size()), passes * 2.0 * out * x.shape[-1]
@@ -153,26 +163,25 @@ SMALL = [
     {"shape": (1, 1), "out": 1},
     {"shape": (17, 65), "out": 33, "bias": True},
     {"shape": (2, 5, 200), "out": 66, "transposed": True, "bias": True},
-    {"shape": (70, 130), "out": 48, "decode_order": True},
-    {"shape": (3, 40), "out": 9, "decode_order": True, "bias": True, "transposed": True},
+    {"shape": (70, 130), "out": 48, "x_dtype": torch.float32},
+    {"shape": (13, 40), "out": 9, "x_dtype": torch.float32, "bias": True, "transposed": True},
     {"shape": (0, 8), "out": 3, "bias": True},
 ]
 
 
 @linear.inputs(
     small_sizes=SMALL,
-    large_sizes=[{"shape": (640, 576), "out": 1536}, {"shape": (640, 576), "out": 1536, "decode_order": True}],
+    large_sizes=[{"shape": (640, 576), "out": 1536, "x_dtype": dtype} for dtype in (None, torch.float32)],
 )
-def _make_inputs(shape, out, device, dtype, bias=False, transposed=False, decode_order=False):
-    x = torch.randn(shape, device=device, dtype=dtype)
-    x = x.float() if decode_order else x
+def _make_inputs(shape, out, device, dtype, bias=False, transposed=False, x_dtype=None):
+    x = torch.randn(shape, device=device, dtype=dtype).to(x_dtype or dtype)
     weight = torch.randn((shape[-1], out) if transposed else (out, shape[-1]), device=device, dtype=dtype)
     b = torch.randn(out, device=device, dtype=dtype).requires_grad_() if bias else None
-    return x.requires_grad_(), weight.requires_grad_(), b, decode_order, transposed
+    return x.requires_grad_(), weight.requires_grad_(), b, transposed
 
 
 @linear_backward.inputs(small_sizes=SMALL, large_sizes=[{"shape": (640, 576), "out": 1536}])
 def _(**size):
-    x, weight, bias, _, transposed = detached(_make_inputs(**size))
+    x, weight, bias, transposed = detached(_make_inputs(**size))
     grad = torch.randn(*x.shape[:-1], weight.shape[int(transposed)], device=x.device, dtype=weight.dtype)
     return grad, x.to(weight.dtype), weight, transposed, True, True, bias is not None

@@ -9,7 +9,7 @@
 //
 // Floor: W once from memory; beyond some 24 rows, the 2 rows columns D operations, 64 an instruction.
 #pragma once
-#include "simd.h"
+#include "tiles.h"
 
 namespace {
 
@@ -46,48 +46,6 @@ INLINE void load_pairs(Pairs& to, const uint16_t* from, int64_t n) {
     memcpy(part, from, n * sizeof(uint16_t));
     memcpy(&to, part, sizeof to);
   }
-}
-
-template <int N>
-struct Number {
-  static constexpr int value = N;
-};
-
-// Calls f(Number<0>()) ... f(Number<N - 1>()). An array that is indexed by them alone stays in registers; one that is
-// indexed in a loop may not, as compilers unroll after they have chosen.
-template <int... I, class F>
-INLINE void unrolled(Indices<I...>, [[maybe_unused]] F f) {
-  (f(Number<I>()), ...);
-}
-template <int N, class F>
-INLINE void unrolled(F f) {
-  unrolled(typename Count<N>::type(), f);
-}
-
-// Lane l of the results is lane l of a or lane l - STEP of b, and lane l + STEP of a or lane l of b.
-template <int STEP, class V, int... I>
-INLINE void exchange_lanes(V& a, V& b, Indices<I...>) {
-  constexpr int LANES = sizeof...(I);
-  const V old = a;
-#if defined(__clang__)
-  a = __builtin_shufflevector(old, b, ((I & STEP) ? LANES + I - STEP : I)...);
-  b = __builtin_shufflevector(old, b, ((I & STEP) ? LANES + I : I + STEP)...);
-#else
-  typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
-  a = __builtin_shuffle(old, b, Lanes{((I & STEP) ? LANES + I - STEP : I)...});
-  b = __builtin_shuffle(old, b, Lanes{((I & STEP) ? LANES + I : I + STEP)...});
-#endif
-}
-
-// Transposes as many vectors as one has lanes, of 4 bytes each.
-template <int STEP = 1, class V>
-INLINE void transpose(V* rows) {
-  constexpr int LANES = sizeof(V) / 4;
-  unrolled<LANES>([&](auto i) __attribute__((always_inline)) {
-    constexpr int n = decltype(i)::value;
-    if constexpr (!(n & STEP)) exchange_lanes<STEP>(rows[n], rows[n + STEP], typename Count<LANES>::type());
-  });
-  if constexpr (2 * STEP < LANES) transpose<2 * STEP>(rows);
 }
 
 // Lane l of sums[0] becomes the sum of all lanes of sums[l]. One fixed order: lane i is added to lane i + 8, then + 4,

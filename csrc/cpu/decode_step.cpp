@@ -102,8 +102,9 @@ void norm_of_row(const Norm& norm, const Scratch& s, int64_t r, int64_t D, float
 }
 
 // Columns that a thread takes at a time: enough for their cost to be small, few enough that no thread waits long.
-INLINE int64_t columns_per_task(int64_t columns, const Team& team) {
-  return min(COLUMNS, max<int64_t>(8, columns / (4 * team.num_threads) / 8 * 8));
+INLINE int64_t columns_per_task(int64_t columns, int64_t rows, const Team& team) {
+  const int64_t unit = rows < DOT_MIN_ROWS ? 8 : max(8, W);  // of a tile of few rows, and of a panel
+  return min(COLUMNS, max(unit, columns / (4 * team.num_threads) / unit * unit));
 }
 INLINE int64_t num_tasks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 
@@ -124,7 +125,7 @@ void project_columns(const Activations& x, const Matrix& m, int64_t begin, int64
 template <class Dot>
 void project_and_add(const Activations& x, const Matrix& m, float* out, int64_t out_stride, float* panel,
                      const Team& team) {
-  const int64_t width = columns_per_task(m.out_features, team);
+  const int64_t width = columns_per_task(m.out_features, x.rows, team);
   parallel_for(team, num_tasks(m.out_features, width),
                [&](int64_t i) { project_columns<Dot>(x, m, i * width, width, out, out_stride, true, panel); });
 }
@@ -132,7 +133,7 @@ void project_and_add(const Activations& x, const Matrix& m, float* out, int64_t 
 // One to three matrices, their results side by side.
 template <class Dot>
 void project_qkv(const Layer& layer, const Activations& x, const Scratch& s, float* panel, const Team& team) {
-  const int64_t width = columns_per_task(s.qkv_width, team);
+  const int64_t width = columns_per_task(s.qkv_width, x.rows, team);
   int64_t count = 0;
   for (const Matrix& m : layer.qkv) count += num_tasks(m.out_features, width);
   parallel_for(team, count, [&](int64_t i) {
@@ -155,7 +156,7 @@ INLINE f32 activate(int32_t activation, f32 x) {
 template <class Dot>
 void project_inner(const Decoder& model, const Layer& layer, const Activations& x, const Scratch& s, float* panel,
                    const Team& team) {
-  const int64_t width = columns_per_task(layer.up.out_features, team);
+  const int64_t width = columns_per_task(layer.up.out_features, x.rows, team);
   const bool gated = layer.gate.out_features;
   parallel_for(team, num_tasks(layer.up.out_features, width), [&](int64_t i) {
     float gates[ROWS * COLUMNS], ups[ROWS * COLUMNS];
@@ -308,7 +309,7 @@ Scratch divide(const Decoder& model, int64_t rows, bool uses_bf16, int threads, 
   s.qkv_width = s.attended_width + 2 * model.num_kv_heads * model.head_dim;
   const int64_t max_width = max(max(model.hidden_size, model.mlp_size), s.attended_width);
   const int64_t for_attention = attend_scratch(model.num_heads / model.num_kv_heads, model.head_dim);
-  s.panel_size = max(max<int64_t>(PANEL_SIZE, 4 * max_width), for_attention);
+  s.panel_size = max(panel_size(max_width), for_attention);
   s.x = floats(rows * model.hidden_size);
   s.attention_input = floats(rows * model.hidden_size);
   s.mlp_input = floats(rows * model.hidden_size);

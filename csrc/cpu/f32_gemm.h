@@ -11,7 +11,7 @@
 //
 // Floor: 2 rows columns K operations, two vectors of fused multiply-adds a cycle.
 #pragma once
-#include "product.h"
+#include "tiles.h"
 
 namespace {
 

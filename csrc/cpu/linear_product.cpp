@@ -1,28 +1,28 @@
 // Products of linear layers and heads on the CPU, with float32 results. f32_gemm.h, bf16_gemm.h and product.h have the
 // algorithms.
 //
-//     f32_product       float32, any transposes: forward and backward of kernels/linear.py, and of heads
+//     f32_product       float32, any transposes: backward of kernels/linear.py, and heads
 //     bf16_product      bfloat16, which torch does not have with float32 results; it needs AVX512-BF16
-//     decode_product    x W' + b in the decode step's order of sums
+//     decode_product    x W' + b in the decode step's order of sums: forward of kernels/linear.py
 //
 // A thread takes some columns at a time, for all rows or a chunk of them.
 #include "bf16_gemm.h"
 #include "f32_gemm.h"
 #include "kernel.h"
+#include "product.h"
 #include "team.h"
 
 namespace {
 
 constexpr int64_t CHUNK_BYTES = 384 << 10;  // of the rows of A that stay in the second-level cache
-constexpr int64_t MIN_CHUNK_ROWS = 96;      // a panel is made anew for each chunk
-constexpr int64_t DECODE_ROWS = 64, DECODE_COLUMNS = 64;
+constexpr int64_t DECODE_COLUMNS = 64;
 
-// Rows of A that a thread takes at a time.
-int64_t chunk_rows(int64_t rows, int64_t K, int64_t panels, int threads) {
-  const int64_t cached = max(MIN_CHUNK_ROWS, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
-  const int64_t shared = (rows * panels + 4 * threads - 1) / (4 * threads);
-  const int64_t chunk = max(min(cached, shared), min(cached, MIN_CHUNK_ROWS));
-  return (chunk + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
+// Rows of A that a thread takes at a time: few enough to stay in the cache and to be shared out evenly, but at least
+// `least`, as a panel is made anew for each chunk.
+int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int64_t least, int threads) {
+  const int64_t cached = max<int64_t>(96, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
+  const int64_t shared = max(least, (rows * parts + 4 * threads - 1) / (4 * threads));
+  return (min(cached, shared) + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
 }
 
 // out (rows, columns) = A B + bias, or with `adds` out += A B + bias. Element (i, k) of A is at i a_stride + k a_k,
@@ -30,7 +30,8 @@ int64_t chunk_rows(int64_t rows, int64_t K, int64_t panels, int threads) {
 void f32_product(uintptr_t a, int64_t a_stride, int64_t a_k, uintptr_t b, int64_t b_stride, int64_t b_k, uintptr_t bias,
                  uintptr_t out, int64_t out_stride, int64_t rows, int64_t columns, int64_t K, bool adds, int threads) {
   const int64_t panels = (columns + GEMM_COLUMNS - 1) / GEMM_COLUMNS;
-  const int64_t chunk = chunk_rows(rows, K, panels, threads), chunks = (rows + chunk - 1) / chunk;
+  const int64_t chunk = chunk_rows(rows, K, panels, b_stride == 1 ? 24 : 48, threads),
+                chunks = (rows + chunk - 1) / chunk;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && rows * columns * K > 1 << 19)
   for (int64_t task = 0; task < chunks * panels; ++task) {
     const int64_t row = task / panels * chunk, column = task % panels * GEMM_COLUMNS;
@@ -67,22 +68,22 @@ const char* bf16_product(uintptr_t x, uintptr_t w, uintptr_t out, int64_t rows, 
 }
 
 // out (rows, columns) = x W' + bias. W is (columns, K), or with `transposed` (K, columns); x_bf16, x rounded, is null
-// where the product is in float32. `panels` holds panel_size floats for each thread.
+// where the product is in float32. `panels` holds panel_floats for each thread.
 void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t weight, uintptr_t bias,
                     bool weight_is_bf16, int64_t w_stride, bool transposed, uintptr_t out, int64_t rows,
-                    int64_t columns, int64_t K, bool emulate, uintptr_t panels, int64_t panel_size, int threads) {
+                    int64_t columns, int64_t K, bool emulate, uintptr_t panels, int64_t panel_floats, int threads) {
   const Matrix matrix = {
       ptr<const void>(weight), ptr<const void>(bias), columns, K, w_stride, weight_is_bf16, transposed};
   const int64_t parts = (columns + DECODE_COLUMNS - 1) / DECODE_COLUMNS;
-  const int64_t chunks = (rows + DECODE_ROWS - 1) / DECODE_ROWS;
+  const int64_t chunk = chunk_rows(rows, K, parts, 48, threads), chunks = (rows + chunk - 1) / chunk;
   const bool is_parallel = threads > 1 && rows * columns * K > 1 << 19;
   parallel_items(is_parallel ? threads : 1, chunks * parts, [&](int64_t task, int thread) {
-    const int64_t row = task / parts * DECODE_ROWS, begin = task % parts * DECODE_COLUMNS;
-    const int64_t n = min(DECODE_ROWS, rows - row), end = min(columns, begin + DECODE_COLUMNS);
+    const int64_t row = task / parts * chunk, begin = task % parts * DECODE_COLUMNS;
+    const int64_t n = min(chunk, rows - row), end = min(columns, begin + DECODE_COLUMNS);
     const Activations input = {ptr<const float>(x) + row * x_stride,
                                x_bf16 ? ptr<const uint16_t>(x_bf16) + row * x_stride : nullptr, x_stride, n};
     float* const to = ptr<float>(out) + row * columns + begin;
-    float* const panel = ptr<float>(panels) + thread * panel_size;
+    float* const panel = ptr<float>(panels) + thread * panel_floats;
     if (emulate)
       multiply<EmulatedDot>(input, matrix, begin, end, to, columns, panel);
     else
@@ -91,10 +92,12 @@ void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t w
   });
 }
 
-CONSTANT(decode_product_panel, PANEL_SIZE)
-CONSTANT(vector_lanes, W)
+// Writes the panel_floats of decode_product.
+void decode_product_panel(int64_t K, uintptr_t size) { *ptr<int64_t>(size) = panel_size(K); }
+
 KERNEL(f32_product)
 KERNEL(bf16_product)
 KERNEL(decode_product)
+KERNEL(decode_product_panel)
 
 }  // namespace

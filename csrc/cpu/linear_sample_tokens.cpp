@@ -153,7 +153,7 @@ struct Buffers {
 
 Buffers divide(Workspace& space, int64_t rows, int64_t D, int64_t V, bool keeps_logits, bool uses_bf16, int threads) {
   Buffers buffers = {};
-  buffers.panel_size = max<int64_t>(PANEL_SIZE, 4 * D);
+  buffers.panel_size = panel_size(D);
   buffers.x = space.take<float>(rows * D);
   buffers.x_bf16 = uses_bf16 ? space.take<uint16_t>(rows * D) : nullptr;
   buffers.logits = keeps_logits ? space.take<float>(rows * V) : nullptr;

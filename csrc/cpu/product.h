@@ -3,6 +3,7 @@
 //
 //     W (out, in):   dot_tile, R rows of X by 4 rows of W: lane l sums the elements l, l + W, ... of both, then the
 //                    lanes are added by halves
+//                    dot_gemm.h sums the same for many rows
 //     W (in, out):   outer_tile, R rows of X by 2 vectors of columns: lane l sums the `in` products of its column
 //
 // Rows of W pass through the first-level cache once: a panel of them meets all rows of X, which stay in the second
@@ -14,13 +15,7 @@
 // Floor: W once from memory; beyond some 12 rows, the 2 rows out in operations at two vectors a cycle.
 #pragma once
 #include "bf16_product.h"
-#include "simd.h"
-#if defined(__SSE2__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own header, its PR 105593
-#endif
-#include <immintrin.h>
-#endif
+#include "dot_gemm.h"
 
 namespace {
 
@@ -31,16 +26,6 @@ struct Matrix {
   int64_t out_features, in_features, stride;
   int32_t is_bf16, transposed;  // transposed: weight is (in, out)
 };
-
-INLINE f32 fma(f32 a, f32 b, f32 c) {
-#if defined(__AVX512F__) && (!defined(SIMD_WIDTH) || SIMD_WIDTH == 16)
-  return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && (!defined(SIMD_WIDTH) || SIMD_WIDTH == 8)
-  return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
 
 // The reduce_sum of four vectors.
 typedef float f32x4 __attribute__((vector_size(16)));
@@ -69,14 +54,6 @@ INLINE f32x4 sum_four(f32 a, f32 b, f32 c, f32 d) {
 
 constexpr int TILE_ROWS = W == 16 ? 6 : 3;  // rows of X in a tile: by 4 columns, their sums fill the registers
 constexpr int PANEL_SIZE = 24 * 1024;       // floats, for rows of W converted to float32
-
-// Calls f(Number<n>()) for the n in 1 ... MAX.
-template <int MAX, class F>
-INLINE void with_constant(int64_t n, F f) {
-  if constexpr (MAX > 1)
-    if (n < MAX) return with_constant<MAX - 1>(n, f);
-  f(Number<MAX>());
-}
 
 // R rows of X by C (4, 8 or 1) rows of W. Meanwhile PREFETCH rows of W from `next` on are prefetched.
 template <int R, int C, int PREFETCH, class T>
@@ -199,6 +176,9 @@ INLINE void outer_columns(const float* x, int64_t x_stride, int64_t rows, const 
                        out_stride);
 }
 
+// Floats of scratch memory that multiply needs for in_features <= K.
+INLINE int64_t panel_size(int64_t K) { return max(max<int64_t>(PANEL_SIZE, 4 * K), dot_panel_size(min(K, DOT_MAX_K))); }
+
 // X, and X rounded to bfloat16, or null if the product is in float32.
 struct Activations {
   const float* x;
@@ -213,7 +193,7 @@ INLINE void round_row(const float* x, int64_t n, uint16_t* y) {
   if (k < n) store_partial((bf16*)y + k, load_partial(x + k, (int)(n - k), 0.f), (int)(n - k));
 }
 
-// Columns [begin, end) of X W', without the bias; `out` points at column `begin`. `panel` holds max(PANEL_SIZE, 4 in)
+// Columns [begin, end) of X W', without the bias; `out` points at column `begin`. `panel` holds panel_size(in)
 // floats.
 template <class Dot>
 INLINE void multiply(const Activations& input, const Matrix& m, int64_t begin, int64_t end, float* out,
@@ -230,6 +210,8 @@ INLINE void multiply(const Activations& input, const Matrix& m, int64_t begin, i
   }
   if (!m.is_bf16) {
     const float* const w = (const float*)m.weight + begin * m.stride;
+    if (uses_dot_panel(input.rows, K))
+      return dot_panels(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride, panel);
     dot_columns<true>(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride);
     return;
   }
