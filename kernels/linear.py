@@ -15,20 +15,24 @@ from rlhf_fast.kernels._product import f32_product
 from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, upcast
 
 
-def _fake(x, weight, _bias=None, transposed=False):
+def _fake(x, weight, _bias=None, transposed=False, _decode_order=False):
     return torch.empty((*x.shape[:-1], weight.shape[int(transposed)]), dtype=x.dtype, device=x.device)
 
 
 @op(fake=_fake)
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False, decode_order: bool = False
+) -> Tensor:
     """Return x W' + b, in the shape (..., out) and the dtype of x.
 
         x (..., in), in the dtype of weight, or in float32: a product may round it to the dtype of weight
         weight (out, in), or with `transposed` (in, out), as GPT-2's
         bias (out,), in the dtype of weight
+        decode_order: for x in float32 on the CPU, sum in the order of the rollout's compiled decode step, so that a row
+            has the bits that it has there
 
-    Sums are in float32. On a CPU, for x in float32, they have the order of the rollout's compiled decode step: a row's
-    bits depend on that row and the weight alone. Gradients: x, weight and bias, in their dtypes.
+    Sums are in float32. On the CPU a row's bits depend on that row and the weight alone, if weight is float32 or in
+    decode_order; all else is torch's product. Gradients: x, weight and bias, in their dtypes.
 
     Raises ValueError where shapes or dtypes do not fit.
     """
@@ -39,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bo
 
 
 @linear.normalize
-def _(x, weight, bias, transposed):
+def _(x, weight, bias, transposed, decode_order):
     if (
         not x.dim()
         or weight.dim() != 2
@@ -54,20 +58,20 @@ def _(x, weight, bias, transposed):
     if bias is not None and (bias.shape != (weight.shape[int(transposed)],) or bias.dtype != weight.dtype):
         rule = f"linear: bias must be {weight.dtype} of shape ({weight.shape[int(transposed)]},)"
         raise ValueError(f"{rule}, got {bias.dtype} {list(bias.shape)}")
-    return x, weight, bias, bool(transposed)
+    return x, weight, bias, bool(transposed), bool(decode_order)
 
 
 @linear.compiled(required_symbols=("f32_product", "decode_product"), devices=("cpu",))
-def _(kernels, x, weight, bias, transposed):
+def _(kernels, x, weight, bias, transposed, decode_order):
     require_dtypes(x, weight)
-    if x.dtype != torch.float32:
-        raise Unsupported("torch multiplies bfloat16 by bfloat16")
+    is_bf16 = weight.dtype == torch.bfloat16
+    if x.dtype != torch.float32 or (is_bf16 and not decode_order):
+        raise Unsupported("torch multiplies bfloat16, but for decode_order")
     out = _fake(x, weight, bias, transposed)
     x, weight, bias = as_matrix(x), as_matrix(weight), None if bias is None else bias.contiguous()
-    if transposed and weight.dtype == torch.float32:  # the decode step has the same chain of sums there
-        f32_product(kernels, x, weight, out.view(-1, out.shape[-1]), bias)
+    if not is_bf16 and (transposed or not decode_order):  # transposed, the decode step has the same chain of sums
+        f32_product(kernels, x, weight if transposed else weight.t(), out.view(-1, out.shape[-1]), bias)
         return out
-    is_bf16 = weight.dtype == torch.bfloat16
     x_bf16 = x.bfloat16() if is_bf16 and not transposed and _product.uses_bf16_product(kernels) else None
     threads, panel_floats = stream_or_threads(x), _panel_floats(kernels, x.shape[1])
     panels = empty_float32(x, threads, panel_floats)
@@ -136,7 +140,7 @@ def _(kernels, grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
 
 
 def _setup_context(ctx, inputs, _output):
-    x, weight, _, ctx.transposed = inputs
+    x, weight, _, ctx.transposed, _ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(x.to(weight.dtype), weight)
 
@@ -146,14 +150,14 @@ def _backward(ctx, grad):
     run = linear_backward if weight.dtype == torch.float32 else _gradients
     grads = run(grad, x, weight, ctx.transposed, *needed)
     x_grad, *others = (g if is_needed else None for g, is_needed in zip(grads, needed, strict=True))
-    return None if x_grad is None else x_grad.to(ctx.dtype), *others, None
+    return None if x_grad is None else x_grad.to(ctx.dtype), *others, None, None
 
 
 linear.gradient(_backward, wrt=("x", "weight", "bias"), setup_context=_setup_context)
 
 
 @linear.cost
-def _(gradient, x, weight, bias, transposed):
+def _(gradient, x, weight, bias, transposed, decode_order):
     out = weight.shape[int(transposed)] * math.prod(x.shape[:-1])
     passes = 3 if gradient else 1
     return passes * (x.nbytes + weight.nbytes + out * x.element_size()), passes * 2.0 * out * x.shape[-1]
@@ -163,8 +167,8 @@ SMALL = [
     {"shape": (1, 1), "out": 1},
     {"shape": (17, 65), "out": 33, "bias": True},
     {"shape": (2, 5, 200), "out": 66, "transposed": True, "bias": True},
-    {"shape": (70, 130), "out": 48, "x_dtype": torch.float32},
-    {"shape": (13, 40), "out": 9, "x_dtype": torch.float32, "bias": True, "transposed": True},
+    {"shape": (70, 130), "out": 48, "decode_order": True},
+    {"shape": (13, 40), "out": 9, "decode_order": True, "bias": True, "transposed": True},
     {"shape": (0, 8), "out": 3, "bias": True},
 ]
 
@@ -173,15 +177,16 @@ SMALL = [
     small_sizes=SMALL,
     large_sizes=[{"shape": (640, 576), "out": 1536, "x_dtype": dtype} for dtype in (None, torch.float32)],
 )
-def _make_inputs(shape, out, device, dtype, bias=False, transposed=False, x_dtype=None):
-    x = torch.randn(shape, device=device, dtype=dtype).to(x_dtype or dtype)
+def _make_inputs(shape, out, device, dtype, bias=False, transposed=False, decode_order=False):
+    x = torch.randn(shape, device=device, dtype=dtype)
+    x = x.float() if decode_order else x
     weight = torch.randn((shape[-1], out) if transposed else (out, shape[-1]), device=device, dtype=dtype)
     b = torch.randn(out, device=device, dtype=dtype).requires_grad_() if bias else None
-    return x.requires_grad_(), weight.requires_grad_(), b, transposed
+    return x.requires_grad_(), weight.requires_grad_(), b, transposed, decode_order
 
 
 @linear_backward.inputs(small_sizes=SMALL, large_sizes=[{"shape": (640, 576), "out": 1536}])
 def _(**size):
-    x, weight, bias, transposed = detached(_make_inputs(**size))
+    x, weight, bias, transposed, _ = detached(_make_inputs(**size))
     grad = torch.randn(*x.shape[:-1], weight.shape[int(transposed)], device=x.device, dtype=weight.dtype)
     return grad, x.to(weight.dtype), weight, transposed, True, True, bias is not None

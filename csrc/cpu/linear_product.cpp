@@ -14,15 +14,16 @@
 
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 384 << 10;  // of the rows of A that stay in the second-level cache
+constexpr int64_t MIN_CHUNK_ROWS = 48, CHUNK_BYTES = 384 << 10;  // of the rows of A that stay in the second-level cache
 constexpr int64_t DECODE_COLUMNS = 64;
 
-// Rows of A that a thread takes at a time: few enough to stay in the cache and to be shared out evenly, but at least
-// `least`, as a panel is made anew for each chunk.
-int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int64_t least, int threads) {
+// Rows of A that a thread takes at a time: few enough to stay in the cache and to be shared out evenly, but not fewer
+// than MIN_CHUNK_ROWS, as a panel is made anew for each chunk.
+int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int threads) {
   const int64_t cached = max<int64_t>(96, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
-  const int64_t shared = max(least, (rows * parts + 4 * threads - 1) / (4 * threads));
-  return (min(cached, shared) + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
+  const int64_t shared = max(MIN_CHUNK_ROWS, (rows * parts + 4 * threads - 1) / (4 * threads));
+  const int64_t chunk = min(cached, shared), chunks = max<int64_t>(1, (rows + chunk - 1) / chunk);
+  return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
 }
 
 // out (rows, columns) = A B + bias, or with `adds` out += A B + bias. Element (i, k) of A is at i a_stride + k a_k,
@@ -30,8 +31,7 @@ int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int64_t least, int th
 void f32_product(uintptr_t a, int64_t a_stride, int64_t a_k, uintptr_t b, int64_t b_stride, int64_t b_k, uintptr_t bias,
                  uintptr_t out, int64_t out_stride, int64_t rows, int64_t columns, int64_t K, bool adds, int threads) {
   const int64_t panels = (columns + GEMM_COLUMNS - 1) / GEMM_COLUMNS;
-  const int64_t chunk = chunk_rows(rows, K, panels, b_stride == 1 ? 24 : 48, threads),
-                chunks = (rows + chunk - 1) / chunk;
+  const int64_t chunk = chunk_rows(rows, K, panels, threads), chunks = (rows + chunk - 1) / chunk;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && rows * columns * K > 1 << 19)
   for (int64_t task = 0; task < chunks * panels; ++task) {
     const int64_t row = task / panels * chunk, column = task % panels * GEMM_COLUMNS;
@@ -75,7 +75,7 @@ void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t w
   const Matrix matrix = {
       ptr<const void>(weight), ptr<const void>(bias), columns, K, w_stride, weight_is_bf16, transposed};
   const int64_t parts = (columns + DECODE_COLUMNS - 1) / DECODE_COLUMNS;
-  const int64_t chunk = chunk_rows(rows, K, parts, 48, threads), chunks = (rows + chunk - 1) / chunk;
+  const int64_t chunk = chunk_rows(rows, K, parts, threads), chunks = (rows + chunk - 1) / chunk;
   const bool is_parallel = threads > 1 && rows * columns * K > 1 << 19;
   parallel_items(is_parallel ? threads : 1, chunks * parts, [&](int64_t task, int thread) {
     const int64_t row = task / parts * chunk, begin = task % parts * DECODE_COLUMNS;

@@ -83,7 +83,7 @@ class _Call(NamedTuple):
         is_ours = self.exact or (x.is_cpu and x.dtype == torch.float32)
         if not is_ours or kind not in (nn.Linear, Conv1D):
             return module(x)
-        return ops.linear(x, module.weight, module.bias, transposed=kind is Conv1D)
+        return ops.linear(x, module.weight, module.bias, kind is Conv1D, decode_order=self.exact)
 
 
 def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
