@@ -23,6 +23,7 @@ from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.kernels._backends import forcing
 from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.exact import make_exact
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.stages.ppo import State, ppo_update
 from rlhf_fast.training.experience import make_experience
@@ -101,13 +102,17 @@ def reward_step(side: str, learner: Learner, batch: Comparisons) -> Step:
 class Phases:
     """The phases of a step in one dtype, for both sides. Each takes what the phases before it have made."""
 
-    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: str, records: Records | None = None):
+    def __init__(
+        self, sizes: Sizes, dtype: torch.dtype, device: str, records: Records | None = None, exact: bool = False
+    ):
         self.sizes, self.dtype, self.records = sizes, dtype, records
-        self.name = f"{sizes.name} {str(dtype)[6:]}, {sizes.words}"
+        self.name = f"{sizes.name} {str(dtype)[6:]}, {sizes.words}" + ", exact" * exact
         self.cfg = config_of(sizes)
         self.policy = random_model(sizes.shape, device, dtype)
         self.reference = random_model(sizes.shape, device, dtype, seed=1)
         self.value = value_model(sizes, device, dtype)
+        if exact:  # of ours
+            make_exact(self.policy, self.reference, self.value)
         self.prompts = make_prompts(sizes, records)
         self.sampler = Rollout(self.policy, self.cfg.sampling)
 

@@ -30,7 +30,7 @@ class Bench:
 
     def __init__(self, run: Run, sizes: Sizes, dtype: torch.dtype, records: Records | None = None):
         self.run, self.sizes, self.dtype = run, sizes, dtype
-        self.phases = Phases(sizes, dtype, run.options.device, records)
+        self.phases = Phases(sizes, dtype, run.options.device, records, run.options.exact)
         self.name = self.phases.name
         self.on_gpu = run.options.device == "cuda"
         self.profiled = self.on_gpu or run.options.tiny  # on a CPU the profiler keeps every op of an update in memory
@@ -145,6 +145,7 @@ def options_of(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[st
     )
     parser.add_argument("--reward", action="store_true", help="a step of reward training too")
     parser.add_argument("--memory", action="store_true", help="on a CPU, peaks of processes that only take the steps")
+    parser.add_argument("--exact", action="store_true", help="ours repeats the rollout's arithmetic, on a CPU")
     for name, (metavar, text) in FILES.items():
         parser.add_argument(f"--{name}", metavar=metavar, default="", help=text)
     options = parser.parse_args(arguments)

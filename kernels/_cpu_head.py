@@ -1,4 +1,4 @@
-"""A linear head on the CPU: torch's matrix products make blocks of logits, our row kernels reduce them. Not an op.
+"""A linear head on the CPU: matrix products make blocks of logits, our row kernels reduce them. Not an op.
 
 Logits are float32. They are made in blocks of some rows (tokens) and some columns (vocabulary), in one of two orders:
 
@@ -7,10 +7,11 @@ Logits are float32. They are made in blocks of some rows (tokens) and some colum
     four products   First pass: X W' for the statistics. Second pass: X W' again, one vocabulary block at a time, so
                     that a block of dW is complete before the next one begins.
 
-bfloat16 inputs become float32 a block at a time, and are exact there. Where the processor multiplies bfloat16 and there
-is enough to do, our product makes the logits instead. torch's then makes dX and dW from the gradient of the logits
-rounded to bfloat16 (torch has no mixed product), summed over blocks in float32. Without a softcap three products need
-no sum over chunks there: of all rows the exponentials are kept in bfloat16, in half the memory of the logits.
+Products in float32 are ours. bfloat16 inputs become float32 a block at a time, and are exact there. Where the processor
+multiplies bfloat16 and the weight is not tiny, our product of bfloat16 makes the logits instead; torch's then makes dX
+and dW from the gradient of the logits rounded to bfloat16 (torch has no mixed product), summed over blocks in float32.
+Without a softcap three products need no sum over chunks there: of all rows the exponentials are kept in bfloat16, in
+half the memory of the logits.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_ragged_rows_and_reward_training_agree_with_plain_torch(folder, files, m
 @COMPILED
 def test_on_a_gpu_transformers_comes_last_and_then_the_total(tmp_path):
     options = parser_of("").parse_args(["--device", "cpu", "--tiny"])
-    options.memory = False
+    options.memory = options.exact = False
     bench = ppo_step.Bench(Run("ppo_step", options), ppo_data.TINY_SIZES, torch.float32)
     bench.on_gpu = True  # the order of a GPU, on this machine
     rollout = bench.rollout_row()
@@ -64,6 +64,14 @@ def test_on_a_gpu_transformers_comes_last_and_then_the_total(tmp_path):
 def test_ragged_lengths_are_those_of_people():
     sizes = ppo_data.ragged_lengths(500, 100, seed=0)
     assert sizes.min() >= 1 and sizes.max() == 100 and 15 < sizes.median() < 25
+
+
+@COMPILED
+def test_an_exact_step_has_no_gap(tmp_path):
+    path = tmp_path / "ppo_step.json"
+    assert ppo_step.main([*TINY_RUN[:3], "--dtype", "bfloat16", "--exact", "--save", str(path)]) == 0
+    (update,) = [row for row in json.loads(path.read_text())["rows"] if row["row"].startswith("PPO update")]
+    assert ", exact" in update["row"] and update["stats"]["ours"]["rollout/gap_max"] == 0
 
 
 @COMPILED
