@@ -102,8 +102,8 @@ void norm_of_row(const Norm& norm, const Scratch& s, int64_t r, int64_t D, float
 }
 
 // Columns that a thread takes at a time: enough for their cost to be small, few enough that no thread waits long.
-INLINE int64_t columns_per_task(int64_t columns, int64_t rows, const Team& team) {
-  const int64_t unit = rows < DOT_MIN_ROWS ? 8 : max(8, W);  // of a tile of few rows, and of a panel
+INLINE int64_t columns_per_task(const Matrix& m, int64_t columns, int64_t rows, const Team& team) {
+  const int64_t unit = uses_dot_panel(rows, m.in_features) ? max(8, W) : 8;  // columns of a panel's vector, of a tile
   return min(COLUMNS, max(unit, columns / (4 * team.num_threads) / unit * unit));
 }
 INLINE int64_t num_tasks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
@@ -125,7 +125,7 @@ void project_columns(const Activations& x, const Matrix& m, int64_t begin, int64
 template <class Dot>
 void project_and_add(const Activations& x, const Matrix& m, float* out, int64_t out_stride, float* panel,
                      const Team& team) {
-  const int64_t width = columns_per_task(m.out_features, x.rows, team);
+  const int64_t width = columns_per_task(m, m.out_features, x.rows, team);
   parallel_for(team, num_tasks(m.out_features, width),
                [&](int64_t i) { project_columns<Dot>(x, m, i * width, width, out, out_stride, true, panel); });
 }
@@ -133,7 +133,7 @@ void project_and_add(const Activations& x, const Matrix& m, float* out, int64_t 
 // One to three matrices, their results side by side.
 template <class Dot>
 void project_qkv(const Layer& layer, const Activations& x, const Scratch& s, float* panel, const Team& team) {
-  const int64_t width = columns_per_task(s.qkv_width, x.rows, team);
+  const int64_t width = columns_per_task(layer.qkv[0], s.qkv_width, x.rows, team);
   int64_t count = 0;
   for (const Matrix& m : layer.qkv) count += num_tasks(m.out_features, width);
   parallel_for(team, count, [&](int64_t i) {
@@ -156,7 +156,7 @@ INLINE f32 activate(int32_t activation, f32 x) {
 template <class Dot>
 void project_inner(const Decoder& model, const Layer& layer, const Activations& x, const Scratch& s, float* panel,
                    const Team& team) {
-  const int64_t width = columns_per_task(layer.up.out_features, x.rows, team);
+  const int64_t width = columns_per_task(layer.up, layer.up.out_features, x.rows, team);
   const bool gated = layer.gate.out_features;
   parallel_for(team, num_tasks(layer.up.out_features, width), [&](int64_t i) {
     float gates[ROWS * COLUMNS], ups[ROWS * COLUMNS];

@@ -16,9 +16,12 @@
 namespace {
 
 constexpr int DOT_VECTORS = 2, DOT_COLUMNS = DOT_VECTORS * W, DOT_PAIRS = W / 2, DOT_ROWS = W == 16 ? 6 : 3;
-constexpr int64_t DOT_MIN_ROWS = 12, DOT_MAX_K = 4096;  // where a panel pays, and where it stays in the second level
+constexpr int64_t DOT_MAX_K = 4096;  // a panel stays in the second-level cache
 
-INLINE bool uses_dot_panel(int64_t rows, int64_t K) { return rows >= DOT_MIN_ROWS && K <= DOT_MAX_K; }
+// Whether a panel pays, by measurement: where K is small the lanes' sums of a dot_tile cost more than a panel.
+INLINE bool uses_dot_panel(int64_t rows, int64_t K) {
+  return K <= DOT_MAX_K && rows >= (K < 1024 ? max<int64_t>(8, K / 8) : 64);
+}
 INLINE int64_t dot_panel_size(int64_t K) { return (K + W - 1) / W * W * DOT_COLUMNS; }
 
 // Fills the panel of `columns` <= DOT_COLUMNS rows of W; what is missing is 0.
