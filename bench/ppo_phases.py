@@ -176,7 +176,8 @@ class Phases:
         model, real = self.name.partition(",")[0], ", real lengths" if self.sizes.real else ""
         few, many = int(counts.min()), int(counts.max())
         texts = f"{len(counts)} prompts of {few if few == many else f'{few} to {many}'} responses{real}"
-        return compared(f"reward step, {model}, {texts}", ours, plain, ("loss", "grad_norm"))
+        exact = ", exact" * self.value.exact
+        return compared(f"reward step, {model}, {texts}{exact}", ours, plain, ("loss", "grad_norm"))
 
 
 def compared(name: str, ours: Step, plain: Step, stats: tuple[str, ...]) -> Phase:

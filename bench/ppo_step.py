@@ -89,7 +89,7 @@ class Bench:
     def memory(self, row: dict, phase: str) -> None:
         """Add to a row the peaks of a process of ours and of one of plain torch that only take its steps."""
         batch = self.phases.comparisons if phase == "reward" else self.phases.experience
-        found = processes(self.sizes, self.dtype, batch)
+        found = processes(self.sizes, self.dtype, batch, self.run.options.exact)
         row["others"][PLAIN]["process"] = found[PLAIN]
         ratio = found[PLAIN]["peak_bytes"] / found[OURS]["peak_bytes"]
         self.run.extend(row, {"process": found[OURS], "process_ratio": ratio})

@@ -29,7 +29,9 @@ from rlhf_fast.bench.ppo_phases import (
     value_model,
 )
 from rlhf_fast.bench.shapes import random_model
+from rlhf_fast.rollout.exact import make_exact
 from rlhf_fast.run.memory import peak_memory, reset_peak_memory
+from rlhf_fast.training import learner
 
 STEPS = 2
 
@@ -42,6 +44,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     batch: Experience | Comparisons
     threads: int
+    exact: bool = False
 
 
 def measure(request: Request) -> dict[str, int]:
@@ -49,11 +52,17 @@ def measure(request: Request) -> dict[str, int]:
     torch.set_num_threads(request.threads)
     reset_peak_memory()
     imported = peak_memory()
+    if request.side == PLAIN:  # who writes it by hand has the C library's default
+        learner.keep_freed_memory = lambda: False
     cfg, value = config_of(request.sizes), value_model(request.sizes, "cpu", request.dtype)
+    if request.exact and request.side == OURS:
+        make_exact(value)
     if isinstance(request.batch, Comparisons):
         step = reward_step(request.side, reward_learner(value, cfg), request.batch)
     else:
         policy = random_model(request.sizes.shape, "cpu", request.dtype)
+        if request.exact and request.side == OURS:
+            make_exact(policy)
         step = update_step(request.side, state_of(policy, value, cfg), request.batch, cfg)
     reset_peak_memory()
     for _ in range(STEPS):
@@ -61,13 +70,15 @@ def measure(request: Request) -> dict[str, int]:
     return {"peak_bytes": peak_memory(), "imported_bytes": imported}
 
 
-def processes(sizes: Sizes, dtype: torch.dtype, batch: Experience | Comparisons) -> dict[str, dict[str, int]]:
+def processes(
+    sizes: Sizes, dtype: torch.dtype, batch: Experience | Comparisons, exact: bool = False
+) -> dict[str, dict[str, int]]:
     """Return what `measure` returns for each side, one process after the other."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "request.pt"
         for side in (OURS, PLAIN):
-            torch.save(Request(side, sizes, dtype, batch, torch.get_num_threads()), path)
+            torch.save(Request(side, sizes, dtype, batch, torch.get_num_threads(), exact), path)
             command = [sys.executable, "-m", "rlhf_fast.bench.process_memory", str(path)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:

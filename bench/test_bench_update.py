@@ -21,6 +21,7 @@ from rlhf_fast.bench.decode_step import BASELINE
 from rlhf_fast.bench.ppo_data import CASES, Records
 from rlhf_fast.bench.ppo_phases import OURS, PLAIN, TOLERANCE, Phase, Phases, checked
 from rlhf_fast.bench.process_memory import processes
+from rlhf_fast.errors import UserError
 
 TOTAL_TARGETS = {
     ("260K", torch.float32): 2.3, ("135M-small", torch.float32): 1.7, ("135M-small", torch.bfloat16): 1.8,
@@ -35,7 +36,11 @@ STEP = ("rollout", "experience", "update")
 @pytest.fixture(scope="module")
 def records(request) -> Records | None:
     options = request.config.option
-    return Records(options.prompts, options.rankings, options.tokenizer) if options.prompts else None
+    given = options.prompts or options.rankings or options.tokenizer
+    try:
+        return Records.of(options, [CASES["135M-real"]]) if given else None
+    except UserError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 @pytest.fixture(scope="module", params=["260K", "135M-small", "135M-real"])

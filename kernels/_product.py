@@ -3,10 +3,14 @@
 import functools
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
+from rlhf_fast.kernels._backends import COMPILED
 from rlhf_fast.kernels._launch import data_ptrs, stream_or_threads
 
+MIN_LANES = 8  # of the vectors with which our float32 products are as fast as torch's
+MIN_ROWS = 32  # for which a copy of the weight pays
 BF16_DOT = 1
 """Products of bfloat16 on the CPU: 1 by the processor's instruction where it has one, 2 by emulating it (for tests),
 0 in float32."""
@@ -27,13 +31,27 @@ def has_bf16_product(kernels: ModuleType) -> bool:
     return True
 
 
+def is_fast(kernels: ModuleType) -> bool:
+    """Return whether our float32 product is as fast as torch's or faster, for many rows."""
+    return kernels.vector_lanes >= MIN_LANES
+
+
 def f32_product(
     kernels: ModuleType, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, adds: bool = False
 ) -> Tensor:
     """Write a b + bias (rows, columns) to `out`, or add it with `adds`; a (rows, K), b (K, columns), one of whose
-    strides is 1."""
+    strides is 1. With AVX2 a row's bits depend on that row and b alone; else it is torch's product."""
+    if not is_fast(kernels):
+        torch.addmm(out, a, b, beta=int(adds), out=out)
+        return out if bias is None else out.add_(bias)
     kernels.f32_product(
         a.data_ptr(), *a.stride(), b.data_ptr(), b.stride(1), b.stride(0), *data_ptrs(bias, out), out.stride(0),
         *out.shape, a.shape[1], adds, stream_or_threads(a),
     )  # fmt: skip
     return out
+
+
+def f32_is_ours(rows: int) -> bool:
+    """Return whether our float32 product is the faster one on this processor, for so many rows."""
+    built = [module for name, module in COMPILED.items() if name.startswith("cpu:")]
+    return bool(built) and is_fast(built[-1]) and rows >= MIN_ROWS

@@ -12,7 +12,7 @@ from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._product import f32_product
-from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, upcast
+from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, matrix_shape, upcast
 
 
 def _fake(x, weight, _bias=None, transposed=False, _decode_order=False):
@@ -31,8 +31,8 @@ def linear(
         decode_order: for x in float32 on the CPU, sum in the order of the rollout's compiled decode step, so that a row
             has the bits that it has there
 
-    Sums are in float32. On the CPU a row's bits depend on that row and the weight alone, if weight is float32 or in
-    decode_order; all else is torch's product. Gradients: x, weight and bias, in their dtypes.
+    Sums are in float32. On a CPU with AVX2 a row's bits depend on that row and the weight alone, if weight is
+    float32 or in decode_order; all else is torch's product. Gradients: x, weight and bias, in their dtypes.
 
     Raises ValueError where shapes or dtypes do not fit.
     """
@@ -67,11 +67,15 @@ def _(kernels, x, weight, bias, transposed, decode_order):
     is_bf16 = weight.dtype == torch.bfloat16
     if x.dtype != torch.float32 or (is_bf16 and not decode_order):
         raise Unsupported("torch multiplies bfloat16, but for decode_order")
+    if not (x.numel() and weight.numel()):
+        return linear.reference(x, weight, bias, transposed, decode_order)
     out = _fake(x, weight, bias, transposed)
     x, weight, bias = as_matrix(x), as_matrix(weight), None if bias is None else bias.contiguous()
-    if not is_bf16 and (transposed or not decode_order):  # transposed, the decode step has the same chain of sums
+    # transposed, the decode step has the same chain of sums
+    if not is_bf16 and (not decode_order or (transposed and _product.is_fast(kernels))):
         f32_product(kernels, x, weight if transposed else weight.t(), out.view(-1, out.shape[-1]), bias)
         return out
+    x = x.contiguous()
     x_bf16 = x.bfloat16() if is_bf16 and not transposed and _product.uses_bf16_product(kernels) else None
     threads, panel_floats = stream_or_threads(x), _panel_floats(kernels, x.shape[1])
     panels = empty_float32(x, threads, panel_floats)
@@ -101,7 +105,7 @@ def _fake_gradients(_grad, x, weight, transposed, needs_x, needs_weight, needs_b
 
 def _gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
     """Return the gradients by torch's products, None where one is not needed."""
-    grad, rows = grad.reshape(-1, grad.shape[-1]).to(weight.dtype), x.reshape(-1, x.shape[-1])
+    grad, rows = grad.reshape(matrix_shape(grad)).to(weight.dtype), x.reshape(matrix_shape(x))
     return (
         (grad @ (weight.t() if transposed else weight)).view(x.shape) if needs_x else None,
         (rows.t() @ grad if transposed else grad.t() @ rows) if needs_weight else None,
@@ -128,6 +132,8 @@ def linear_backward(
 def _(kernels, grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
     if not grad.dtype == x.dtype == weight.dtype == torch.float32:
         raise Unsupported("torch multiplies bfloat16 by bfloat16")
+    if not (x.numel() and weight.numel()):
+        return linear_backward.reference(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
     grads = _fake_gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
     weight, x, grad = as_matrix(weight), as_matrix(x), as_matrix(grad)
     if needs_x:
@@ -170,6 +176,7 @@ SMALL = [
     {"shape": (70, 130), "out": 48, "decode_order": True},
     {"shape": (13, 40), "out": 9, "decode_order": True, "bias": True, "transposed": True},
     {"shape": (0, 8), "out": 3, "bias": True},
+    {"shape": (2, 5, 7), "out": 0},
 ]
 
 

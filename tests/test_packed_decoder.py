@@ -1,6 +1,7 @@
 """The training forward on packed rows: against the module's own in float64, and where it steps aside."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,7 +252,12 @@ def test_residual_dropout_drops_on_packed_rows():
 def test_a_gpu_runs_the_modules_own_layers_where_ours_are_not_captured(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(type(ops.varlen_attention), "chosen", lambda *_: "triton")
-    find = packed_decoder.find_obstacle
+
+    def find(device: torch.device, checkpoints: bool, capture_failed: bool) -> str | None:
+        model = SimpleNamespace(device=device, exact=False)
+        found = SimpleNamespace(hooks=[], checkpoints=checkpoints)
+        return packed_decoder.find_obstacle(model, found, None, capture_failed)
+
     assert find(gpu, False, False) is None and find(cpu, True, True) is None
     assert "gradient checkpointing" in find(gpu, True, False)
     assert "could not be captured" in find(gpu, False, True)

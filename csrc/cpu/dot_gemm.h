@@ -1,13 +1,11 @@
-// X W' of float32 X (rows, K) and W (columns, K) for many rows, in the order of sums of product.h's
-// dot_tile.
+// X W' of float32 X (rows, K) and W (columns, K) for many rows, in the order of sums of product.h's dot_tile.
 //
-//     dot_tile    lane l sums the elements l, l + W, l + 2 W, ... of a row of X and a row of W; then the lanes are
-//     added here        lanes are columns of the result; for a pair of l and l + W/2 at a time, two chains of sums for
-//     each
-//                 result are in registers, and the pairs' sums are added by halves in memory
+//     dot_tile    lane l sums the elements l, l + W, l + 2 W, ... of a row of X and of W; then the lanes are added
+//     here        lanes are columns of the result. For l and l + W / 2 at a time, two chains of sums of each result are
+//                 in registers; the sums of these pairs are added by halves in memory
 //
 // So nothing is added over lanes, which takes dot_tile longer than the products where K is small. A panel holds 2
-// vectors of columns, transposed: for each pair the elements l and l + W/2, then those W further, and so on.
+// vectors of columns, transposed: for each pair the elements l and l + W / 2, then those W further, and so on.
 //
 // Floor: 2 rows columns K operations, two vectors of fused multiply-adds a cycle.
 #pragma once
@@ -16,9 +14,9 @@
 namespace {
 
 constexpr int DOT_VECTORS = 2, DOT_COLUMNS = DOT_VECTORS * W, DOT_PAIRS = W / 2, DOT_ROWS = W == 16 ? 6 : 3;
-constexpr int64_t DOT_MAX_K = 4096;  // a panel stays in the second-level cache
+constexpr int64_t DOT_MAX_K = 4096;  // a panel of 512 KiB with AVX-512
 
-// Whether a panel pays, by measurement: where K is small the lanes' sums of a dot_tile cost more than a panel.
+// Says whether a panel pays, by measurement: where K is small the lanes' sums of a dot_tile cost more than a panel.
 INLINE bool uses_dot_panel(int64_t rows, int64_t K) {
   return K <= DOT_MAX_K && rows >= (K < 1024 ? max<int64_t>(8, K / 8) : 64);
 }

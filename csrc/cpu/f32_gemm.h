@@ -1,8 +1,7 @@
 // A B of float32 A (rows, K) and B (K, columns) for the many rows of a training step, into float32.
 //
 //     panel    4 vectors of columns of B by 128 elements, copied or transposed:  | k = 0 of the columns | k = 1 ... |
-//     ... tile     6 rows of A by a panel: 24 vectors of sums in registers; a step broadcasts an element of each row of
-//     A
+//     tile     6 rows of A by a panel: 24 vectors of sums in registers; a step broadcasts an element of each row
 //
 // So much with AVX-512; half the columns without. Either matrix may be the transpose of what is in memory. A panel
 // stays in the first-level cache while the rows of A come from the second; the next one is prefetched meanwhile.

@@ -95,6 +95,7 @@ void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t w
 // Writes the panel_floats of decode_product.
 void decode_product_panel(int64_t K, uintptr_t size) { *ptr<int64_t>(size) = panel_size(K); }
 
+CONSTANT(vector_lanes, W)
 KERNEL(f32_product)
 KERNEL(bf16_product)
 KERNEL(decode_product)

@@ -224,7 +224,7 @@ INLINE void multiply(const Activations& input, const Matrix& m, int64_t begin, i
     dot_columns<true>(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride);
     return;
   }
-  const int64_t panel_rows = max<int64_t>(4, PANEL_SIZE / K / 4 * 4);
+  const int64_t panel_rows = max<int64_t>(4, PANEL_SIZE / max<int64_t>(K, 1) / 4 * 4);
   for (int64_t c = 0; c < columns; c += panel_rows) {
     const int64_t count = min(panel_rows, columns - c);
     for (int64_t i = 0; i < count; ++i) {

@@ -259,8 +259,7 @@ class PPOConfig(_Stage):
     rollout measures it in the policy's first step on a batch, without a pass of its own."""
     exact: bool = False
     """Policy, reference and value model repeat the rollout's arithmetic in training, so that the gap is 0 for every
-    token, and a row's numbers do not depend on its micro-batch (no other system has it on a CPU). On the CPU, without
-    adapters."""
+    token, and a row's numbers do not depend on its micro-batch. On a CPU with AVX2, without adapters."""
 
     ptx_coef: float = 27.8
     """Gamma: weight of the pretraining gradient, which is added to the PPO gradient before the one optimizer step

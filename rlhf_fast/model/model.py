@@ -44,8 +44,7 @@ class Model:
     def __init__(self, module: nn.Module, tokenizer=None, head: Head = "lm", cfg: ModelConfig | None = None):
         """Wrap a module that is in memory. UserError if its head is not one that the fused ops can compute."""
         lora.check_mergeable(module)
-        self.module = module
-        self.tokenizer = tokenizer
+        self.module, self.tokenizer = module, tokenizer
         self.head: Head = head
         self.cfg = cfg or ModelConfig()
         self.adapter_enabled = True
@@ -238,9 +237,7 @@ class Model:
         return self._find_packed_refusal(packed_decoder.inspect(self.decoder))
 
     def _find_packed_refusal(self, found: packed_decoder.Inspection) -> str | None:
-        if any(getattr(hook, "__self__", None) is not self._residual_dropout for hook in found.hooks):
-            return "its modules have hooks, which ours would not call"
-        if why := packed_decoder.find_obstacle(self.device, found.checkpoints, self._packed_graphs.failed):
+        if why := packed_decoder.find_obstacle(self, found, self._residual_dropout, self._packed_graphs.failed):
             return why
         trains = any(p.requires_grad for p in self.module.parameters())
         key = (found.kinds, self.device, self.head_layer.weight.dtype, trains, self.adapter_enabled, self.exact)
@@ -299,7 +296,9 @@ class Model:
     ) -> Tensor:  # fmt: skip
         """Return the hidden states (N, D) of the tokens at `columns` of `rows`, by our own layers where they run."""
         found = packed_decoder.inspect(self.decoder)
-        if self._find_packed_refusal(found) is not None:
+        if (why := self._find_packed_refusal(found)) and self.exact:
+            raise UserError(f"{self.name}: a pass cannot be exact, because {why}; set exact to false")
+        if why:
             return self._module_hidden(tokens, lengths, pack, rows, columns)
         needed = torch.zeros_like(lengths).scatter_reduce(0, rows, columns + 1, "amax")
         prompts = None if prompt_lengths is None else torch.minimum(prompt_lengths, needed)
@@ -367,7 +366,8 @@ class Model:
         """Return the scalar head's output (...) float32 on hidden states (..., D)."""
         with self._adapter_context():
             bias = None if self.head_bias is None else self.head_bias.float()
-            return F.linear(hidden.float(), self.head_weight.float(), bias)[..., 0] + self.score_bias
+            linear = ops.linear if self.exact else F.linear  # the former's bits depend on the row alone
+            return linear(hidden.float(), self.head_weight.float(), bias)[..., 0] + self.score_bias
 
     def save(self, folder: str | Path) -> float:
         """Write a Hugging Face folder that plain transformers loads. With LoRA, its weights have the adapter merged,

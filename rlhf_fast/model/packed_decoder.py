@@ -1,8 +1,9 @@
 """The training forward: a decoder's layers on packed rows, without padding, built of our ops with gradients.
 
 It runs the families of model/architectures.py where a model's hidden states and gradients were found equal to those of
-its own module (`find_refusal`). Norms, rotation, activations and attention are ops. Linear layers are the
-module's own, called, so that adapters work as they do there. Activations have the module's dtype.
+its own module (`find_refusal`). Norms, rotation, activations and attention are ops, and in float32 on the CPU linear
+layers too; others, and those with an adapter, are the module's own, called. Activations have the module's dtype, or
+with `exact` float32.
 
 A prompt that several rows share is computed once, and its gradient is the sum over these rows.
 """
@@ -20,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast import ops
 from rlhf_fast.graph_capture import captures_on
+from rlhf_fast.kernels._backends import forced_backend
 from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._product import f32_is_ours
 from rlhf_fast.model import lora
 from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
 from rlhf_fast.model.packing import PackedRows, pack_rows, to_device
@@ -80,7 +83,7 @@ class _Call(NamedTuple):
     def linear(self, module: Any, x: Tensor) -> Tensor:
         """Multiply by a linear layer: by our product where it is the faster one and there is no adapter."""
         kind = type(module)
-        is_ours = self.exact or (x.is_cpu and x.dtype == torch.float32)
+        is_ours = self.exact or (x.is_cpu and x.dtype == torch.float32 and f32_is_ours(len(x)))
         if not is_ours or kind not in (nn.Linear, Conv1D):
             return module(x)
         return ops.linear(x, module.weight, module.bias, kind is Conv1D, decode_order=self.exact)
@@ -193,8 +196,16 @@ def inspect(decoder: nn.Module) -> Inspection:
     return Inspection(kinds, adapters, hooks, [*parameters.values()], buffers, dropouts, checkpoints)
 
 
-def find_obstacle(device: torch.device, checkpoints: bool, capture_failed: bool) -> str | None:
-    """Return why our layers do not run on `device` now, or None."""
+def find_obstacle(model: Any, found: Inspection, own_hooks: object, capture_failed: bool) -> str | None:
+    """Return why our layers do not run now for `model`, a Model, on its device, or None. Hooks of `own_hooks` are
+    allowed."""
+    if model.exact and model.module is not model.base:
+        return "it has an adapter, which a rollout merges into the weights and a training pass does not"
+    if model.exact and not (forced_backend() or "cpu:avx").startswith("cpu:avx"):
+        return f"RLHF_FAST_BACKEND={forced_backend()} replaces the kernels that it needs"
+    if any(getattr(hook, "__self__", None) is not own_hooks for hook in found.hooks):
+        return "its modules have hooks, which ours would not call"
+    device = model.device
     if device.type not in ("cpu", "cuda") or ops.varlen_attention.chosen(device.type) == "reference":
         return "our layers have no kernels here"
     if torch.is_autocast_enabled(device.type):
@@ -202,7 +213,7 @@ def find_obstacle(device: torch.device, checkpoints: bool, capture_failed: bool)
     if device.type == "cpu":
         return None
     # Launched op by op, our layers take the host more time than the module's, and a GPU waits for the host.
-    if checkpoints:
+    if found.checkpoints:
         return "on a GPU our layers run as CUDA graphs, and gradient checkpointing cannot be captured"
     if capture_failed or not captures_on(device):
         return "on a GPU our layers run as CUDA graphs, which are off or could not be captured"

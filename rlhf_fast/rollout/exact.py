@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels._launch import Unsupported
+from rlhf_fast.kernels._product import is_fast
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, find_kernels
 from rlhf_fast.rollout.weights import read_weights
@@ -17,25 +18,29 @@ from rlhf_fast.rollout.weights import read_weights
 
 def make_exact(*models: Model) -> None:
     """Let all forward passes of `models` repeat the arithmetic of the compiled decode step. UserError for a model that
-    it does not serve, or without compiled kernels."""
+    it does not serve, or without compiled kernels; a model that is changed later is refused at its next pass."""
     for model in models:
-        if reason := _find_obstacle(model):
+        model.exact = False
+        reason = _find_obstacle(model)
+        if reason is None:
+            model.exact = True
+            reason = model.packed_refusal
+        if reason is not None:
+            model.exact = False
             raise UserError(f"{model.name}: exact cannot be set, because {reason}; set exact to false")
 
 
 def _find_obstacle(model: Model) -> str | None:
-    """Set `model.exact`, and return why it must not stay set, or None."""
-    if model.device.type != "cpu" or find_kernels(model.device) is None:
+    """Return why the decode step does not serve `model`, or None."""
+    kernels = find_kernels(model.device) if model.device.type == "cpu" else None
+    if kernels is None:
         return f"only the CPU's compiled decode step has an order of sums to repeat, and the device is {model.device}"
+    if not is_fast(kernels):
+        return "this processor, or RLHF_FAST_ISA or RLHF_FAST_BACKEND, leaves only kernels without AVX2"
     if model.head_layer.weight.dtype not in SUPPORTED_DTYPES:
         return f"its weights are {model.head_layer.weight.dtype}, and it serves float32 and bfloat16"
-    if model.module is not model.base:
-        return "it has an adapter, which a rollout merges into the weights and a training step does not"
     try:
         read_weights(model)
     except Unsupported as reason:
         return str(reason)
-    model.exact = True
-    refusal = model.packed_refusal
-    model.exact = refusal is None
-    return refusal
+    return None

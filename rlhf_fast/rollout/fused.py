@@ -37,6 +37,11 @@ class FusedDecoder:
         self._weights: DecoderWeights | None = None
         self._step: CompiledStep | OpStep | None = None
 
+    @property
+    def is_compiled(self) -> bool:
+        """True where the step is one call of compiled code, not a sequence of ops."""
+        return find_kernels(self.model.device) is not None and self.dtype in SUPPORTED_DTYPES
+
     @classmethod
     @torch.no_grad()
     def make(cls, model: Model) -> FusedDecoder:
@@ -89,7 +94,6 @@ class FusedDecoder:
 
     def _make_step(self, weights: DecoderWeights, cache: PagedKVCache) -> CompiledStep | OpStep:
         rope = rope_table(weights, cache.max_pages_per_slot * cache.page_size)
-        kernels = find_kernels(self.model.device)
-        if kernels is None or self.dtype not in SUPPORTED_DTYPES:
+        if not self.is_compiled:
             return OpStep(merge_adjacent(weights), cache, rope)
-        return CompiledStep(kernels, weights, cache, rope)
+        return CompiledStep(find_kernels(self.model.device), weights, cache, rope)

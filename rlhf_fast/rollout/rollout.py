@@ -20,6 +20,7 @@ from rlhf_fast.rollout import hf_generate
 from rlhf_fast.rollout.choose import choose_decoder
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, decode_graphs
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
+from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.hf_batch import BatchKind, choose_batch
 from rlhf_fast.rollout.kv_cache import PagedKVCache, cap_pages, create_cache, page_bytes, page_size_for
 from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
@@ -128,9 +129,15 @@ class Rollout:
         """Return the decoder. It is chosen at creation, and again after the model is moved, converted or wrapped; the
         kept cache is then dropped."""
         model = self.model
-        key = (model.module, model.device, model.head_weight.dtype)
+        key = (model.module, model.device, model.head_weight.dtype, model.exact)
         if self._decoder_key != key:
             self._decoder = choose_decoder(model, self._requested_decode_path)
+            if model.exact and not (isinstance(self._decoder, FusedDecoder) and self._decoder.is_compiled):
+                name = "transformers" if self._decoder is None else self._decoder.name
+                raise UserError(
+                    f"{model.name}: exact needs the compiled step of the decode path fused, and the path is {name};"
+                    " set exact to false"
+                )
             self._batch_kind = choose_batch(model) if self._decoder is None else None
             self._decoder_key = key
             self._cache = self._graphs = None

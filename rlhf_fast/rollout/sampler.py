@@ -66,6 +66,7 @@ class Sampler:
             logprobs, entropy = ops.linear_logprobs(
                 hidden, model.head_weight, targets, model.head_bias, cfg.temperature, model.softcap
             )
+            raw_logprobs = logprobs if cfg.temperature == 1 else raw_logprobs
         # a greedy token is certain at temperature 0; what the model thinks of it is its log-probability at 1
         return TokenSample(token, logprobs if cfg.temperature else raw_logprobs, raw_logprobs, kept_logprobs, entropy)
 

@@ -62,7 +62,7 @@ class Learner:
     the first weights: average += (1 - ema) * (weights - average) after each step. pool: holds the memory of the
     gradients between steps; learners that take turns can share one.
 
-    On a CPU it sets the process's C library to keep the memory of freed tensors.
+    On a CPU it sets the process's C library to keep the memory of freed tensors (training/allocator.py).
     """
 
     def __init__(

@@ -1,0 +1,64 @@
+"""The op `linear`: a row's bits beside other rows, odd sizes, strides, the order of the decode step."""
+
+import pytest
+import torch
+
+from rlhf_fast import ops
+from rlhf_fast.kernels import _product
+from rlhf_fast.kernels._backends import COMPILED
+
+AVX = [backend for backend in COMPILED if backend.startswith("cpu:avx")]
+SIZES = [(1, 1, 1), (5, 7, 17), (13, 64, 31), (49, 130, 65), (96, 171, 3), (385, 33, 70), (12, 4100, 9)]
+"""(rows, in, out)"""
+
+
+def inputs(rows, size, out, dtype, transposed):
+    x = torch.randn(rows, size + 3)[:, :size]
+    weight = torch.randn((size, out) if transposed else (out, size)).to(dtype)
+    return x, weight, torch.randn(out).to(dtype)
+
+
+@pytest.mark.parametrize("backend", AVX)
+@pytest.mark.parametrize("rows, size, out", SIZES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype, decode_order", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+def test_a_row_has_the_bits_that_it_has_alone(backend, rows, size, out, transposed, dtype, decode_order):
+    linear = ops.linear.backend(backend)
+    x, weight, bias = inputs(rows, size, out, dtype, transposed)
+    found = linear(x, weight, bias, transposed, decode_order)
+    matrix = weight.t() if transposed else weight
+    rounded = dtype == torch.bfloat16
+    truth = x.double() @ matrix.double().t() + bias.double()
+    scale = x.double().abs() @ matrix.double().abs().t() + bias.double().abs()
+    assert ((found.double() - truth).abs() <= (2**-8 if rounded else 3e-7 * (size**0.5 + 1)) * scale).all()
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(linear(x[row : row + 1], weight, bias, transposed, decode_order), found[row : row + 1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 3)
+        assert torch.equal(linear(x, weight, bias, transposed, decode_order), found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("how", [0, 1, 2], ids=["in float32", "by the instruction", "emulated"])
+def test_strided_rows_in_bfloat16(how, monkeypatch):
+    """The rounded copy of x is dense, x need not be."""
+    monkeypatch.setattr(_product, "BF16_DOT", how)
+    x, weight, bias = inputs(40, 64, 48, torch.bfloat16, False)
+    assert x.stride(0) == 67
+    assert torch.equal(ops.linear(x, weight, bias, False, True), ops.linear(x.clone(), weight, bias, False, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, out", [((7, 0), 5), ((2, 5, 0), 3), ((4, 8), 0), ((0, 8), 3), ((0, 0), 0)])
+@pytest.mark.parametrize("decode_order", [False, True])
+def test_nothing_to_multiply(dtype, shape, out, decode_order):
+    x = torch.randn(shape, requires_grad=True)
+    weight, bias = (torch.randn(size).to(dtype).requires_grad_() for size in ((out, shape[-1]), (out,)))
+    if dtype == torch.bfloat16 and not decode_order:
+        x = x.detach().bfloat16().requires_grad_()
+    found = ops.linear(x, weight, bias, decode_order=decode_order)
+    assert torch.equal(found, bias.detach().to(x.dtype).expand(*shape[:-1], out))
+    found.sum().backward()
+    assert x.grad.shape == x.shape and weight.grad.shape == weight.shape and not weight.grad.any()
