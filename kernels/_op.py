@@ -22,7 +22,7 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _op, _op_backends, _arguments, _autograd, _backends, _launch, _tensors      every op
     _head, _head_checks, _head_inputs               token_logprobs, linear_{logprobs,cross_entropy,kl,ppo_loss}
     _cpu_head                                       these linear_* ops on the CPU
-    _product                                        linear and _cpu_head
+    _product                                        linear, linear_sample_tokens and _cpu_head; switch of bfloat16
     _ppo                                            ppo_loss, linear_ppo_loss; KL estimates of ppo_advantages
     _ppo_loss                                       ppo_loss
     _gae                                            gae, gae_packed, ppo_advantages
