@@ -364,6 +364,8 @@ def test_a_step_does_not_wait_for_its_device(name, settings):
     static.input_batch._all = tree_map_only(torch.Tensor, move, static.input_batch._all)
     sampler.banned = move(sampler.banned)
     head = move(model.head_weight)
-    sampler.model = SimpleNamespace(head_weight=head, head_bias=None, logit_scale=2.0, softcap=0.0)
+    sampler.model = SimpleNamespace(
+        head_weight=head, head_bias=None, softcap=0.0, exact=False, for_head=lambda hidden: 2.0 * hidden
+    )
     packed = static.run(4, bans=bool(settings))
     assert packed.device.type == "meta" and packed.shape == (4 * cuda_graphs.SAMPLE_BYTES,)

@@ -24,6 +24,7 @@ from rlhf_fast.rollout import compiled_step
 from rlhf_fast.rollout.exact import make_exact
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.stages import ppo
+from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.training.experience import make_experience
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import ppo_policy_loss
@@ -177,18 +178,26 @@ def test_a_stage_has_no_gap(folder):
     assert len(rows) == 2 and [row["rollout/gap_max"] for row in rows] == [0, 0]
     assert [row["val/ratio_first"] for row in rows] == pytest.approx([1, 1], abs=1e-6)  # a mean
     with_adapter = replace(toy.ppo(folder).policy, lora=LoraConfig(rank=2))
-    with pytest.raises(UserError, match="exact cannot be set, because it has an adapter"):
-        ppo.run(toy.ppo(folder, "other", exact=True, policy=with_adapter))
+    with pytest.raises(UserError, match="exact must be false with an adapter"):  # before any stage of a recipe
+        toy.ppo(folder, "other", exact=True, policy=with_adapter)
+
+
+def test_a_recipe_is_refused_before_its_first_stage(folder):
+    with forcing("reference"), pytest.raises(UserError, match="ppo: exact cannot be set, because it needs compiled"):
+        check_fit(toy.ppo(folder, exact=True), [toy.sft(folder)])
 
 
 def test_it_refuses_what_it_cannot_repeat():
     model = Model(build("Llama")())
-    with forcing("reference"), pytest.raises(UserError, match="exact cannot be set, because only the CPU's compiled"):
+    with (
+        forcing("reference"),
+        pytest.raises(UserError, match="exact cannot be set, because it needs compiled kernels with AVX2"),
+    ):
         make_exact(model)
     assert not model.exact
     with pytest.raises(UserError, match=r"weights are torch\.float16"):
         make_exact(Model(build("Llama")().half()))
-    with pytest.raises(UserError, match="exact cannot be set"):
+    with pytest.raises(UserError, match=r"the decode path fused \(docs/rollouts.md\) does not serve it"):
         make_exact(Model(build("Gemma", head_dim=8)()))
     model.module = lora.attach(model.module, LoraConfig(rank=2), "lm", 0)
     with pytest.raises(UserError, match="it has an adapter"):

@@ -23,7 +23,7 @@ from rlhf_fast.kernels._op import OPS
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
-LINEAR = {"rope"}  # their gradient does not depend on their input, so that the second derivative by it is 0
+LINEAR = {"linear", "rope"}  # their gradient does not depend on their input, so that the second derivative by it is 0
 ORDERS = 16
 SPREAD = 2
 

@@ -259,7 +259,8 @@ class PPOConfig(_Stage):
     rollout measures it in the policy's first step on a batch, without a pass of its own."""
     exact: bool = False
     """Policy, reference and value model repeat the rollout's arithmetic in training, so that the gap is 0 for every
-    token, and a row's numbers do not depend on its micro-batch. On a CPU with AVX2, without adapters."""
+    token, and a row's numbers do not depend on its micro-batch. On a CPU with AVX2, for the models of the decode path
+    fused (docs/rollouts.md), without adapters."""
 
     ptx_coef: float = 27.8
     """Gamma: weight of the pretraining gradient, which is added to the PPO gradient before the one optimizer step
@@ -293,6 +294,8 @@ class PPOConfig(_Stage):
         require(self, math.isfinite(self.missing_eos_value), "missing_eos_value", "must be a number")
         if not self.sampling.temperature > 0:
             raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
+        rule = "must be false with an adapter, which a rollout merges into the weights and a training pass does not"
+        require(self, not (self.exact and (self.policy.lora.rank or self.value.lora.rank)), "exact", rule)
         for name, off in self.sampling.biased_filters.items():
             rule = (
                 f"must be {off} in PPO, which trains on the log-probabilities of all tokens; to train with a biased"

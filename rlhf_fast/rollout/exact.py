@@ -8,6 +8,8 @@ training step. So a token's log-probability is the same number in both, to the b
 
 from __future__ import annotations
 
+import os
+
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._product import is_fast
@@ -30,17 +32,26 @@ def make_exact(*models: Model) -> None:
             raise UserError(f"{model.name}: exact cannot be set, because {reason}; set exact to false")
 
 
+def find_kernel_obstacle() -> str | None:
+    """Return why this machine and the environment have no kernels for it, or None."""
+    kernels = find_kernels()
+    if kernels is not None and is_fast(kernels):
+        return None
+    variables = [name for name in ("RLHF_FAST_BACKEND", "RLHF_FAST_ISA", "RLHF_FAST_EXT") if os.environ.get(name)]
+    setting = " and ".join(f"{name}={os.environ[name]}" for name in variables)
+    return "it needs compiled kernels with AVX2, and there are none" + (f" with {setting}" if setting else "")
+
+
 def _find_obstacle(model: Model) -> str | None:
     """Return why the decode step does not serve `model`, or None."""
-    kernels = find_kernels(model.device) if model.device.type == "cpu" else None
-    if kernels is None:
+    if model.device.type != "cpu":
         return f"only the CPU's compiled decode step has an order of sums to repeat, and the device is {model.device}"
-    if not is_fast(kernels):
-        return "this processor, or RLHF_FAST_ISA or RLHF_FAST_BACKEND, leaves only kernels without AVX2"
+    if why := find_kernel_obstacle():
+        return why
     if model.head_layer.weight.dtype not in SUPPORTED_DTYPES:
         return f"its weights are {model.head_layer.weight.dtype}, and it serves float32 and bfloat16"
     try:
         read_weights(model)
     except Unsupported as reason:
-        return str(reason)
+        return f"the decode path fused (docs/rollouts.md) does not serve it: {reason}"
     return None

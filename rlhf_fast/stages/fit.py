@@ -21,6 +21,7 @@ from rlhf_fast.data.rows import read_examples
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
 from rlhf_fast.model.vocabulary import tokens_of_rows
+from rlhf_fast.rollout.exact import find_kernel_obstacle
 from rlhf_fast.run.info import TOKENIZER_FILES, sha256
 from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.run.outputs import check_hub_names
@@ -60,6 +61,8 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     """
     check_device(cfg.stage, cfg.device)
     check_sinks(cfg.log.sinks)
+    if isinstance(cfg, PPOConfig) and cfg.exact and (why := find_kernel_obstacle()):
+        raise UserError(f"ppo: exact cannot be set, because {why}; set exact to false")
     _check_first_rows(cfg)
     for spec in filter(is_function, cfg.model_paths()):
         source_file(spec)  # UserError if it cannot be imported
