@@ -30,8 +30,15 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
 from rlhf_fast.bench.checks import driver_stub
-from rlhf_fast.bench.checks.triton_resources import KERNELS, NUM_SMS, check_names, file_stem, scale_gradients
-from rlhf_fast.kernels._op import OPS, Op
+from rlhf_fast.bench.checks.triton_resources import (
+    KERNELS,
+    NUM_SMS,
+    check_names,
+    file_stem,
+    has_kernels,
+    scale_gradients,
+)
+from rlhf_fast.kernels._op import OPS
 from rlhf_fast.kernels.triton import _head, launch
 
 SM_ARCH = 90
@@ -110,10 +117,6 @@ def describe(error: BaseException) -> str:
         lines = [line for line in str(one).splitlines() if line.strip(" ^")] or [""]
         texts.append(f"{type(one).__name__}: {lines[-1].strip()}")
     return f"{', by '.join(texts)} ({place.filename}:{place.lineno})"
-
-
-def has_kernels(op: Op) -> bool:
-    return (KERNELS / f"{file_stem(op)}.py").is_file()
 
 
 def main() -> int:

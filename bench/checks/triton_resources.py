@@ -155,6 +155,11 @@ def file_stem(op: Op) -> str:
     return Path(op.reference.__code__.co_filename).stem
 
 
+def has_kernels(op: Op) -> bool:
+    """Return whether the op has a file in kernels/triton/."""
+    return (KERNELS / f"{file_stem(op)}.py").is_file()
+
+
 def record_launches(call: Callable[[], object], arch: int) -> list[Launch]:
     """Return the launches that a call on fake CUDA tensors makes. None of them is run."""
     recorded: list[Launch] = []
@@ -242,7 +247,7 @@ def collect(names: list[str], archs: Iterable[int]) -> dict[tuple[Launch, int], 
     for op in sorted(OPS.values(), key=lambda op: not op.large_sizes):
         stem = file_stem(op)
         is_wanted = not names or op.name in names or stem in names
-        if not is_wanted or not (KERNELS / f"{stem}.py").is_file():
+        if not is_wanted or not has_kernels(op):
             continue
         for dtype in (torch.float32, torch.bfloat16):
             for size in op.large_sizes or op.small_sizes[1:3]:
