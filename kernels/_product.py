@@ -51,7 +51,13 @@ def f32_product(
     return out
 
 
+@functools.cache
+def _is_fast_here() -> bool:
+    """Return `is_fast` for the best instruction set."""
+    built = [module for name, module in COMPILED.items() if name.startswith("cpu:")]
+    return bool(built) and is_fast(built[-1])
+
+
 def f32_is_ours(rows: int) -> bool:
     """Return whether our float32 product is the faster one on this processor, for so many rows."""
-    built = [module for name, module in COMPILED.items() if name.startswith("cpu:")]
-    return bool(built) and is_fast(built[-1]) and rows >= MIN_ROWS
+    return rows >= MIN_ROWS and _is_fast_here()

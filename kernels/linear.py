@@ -1,4 +1,4 @@
-"""A linear layer, x W' + b, with its gradients, in the order of sums of the CPU's decode step."""
+"""A linear layer, x W' + b, with its gradients; on request in the order of sums of the CPU's decode step."""
 
 import functools
 import math
@@ -103,28 +103,17 @@ def _fake_gradients(_grad, x, weight, transposed, needs_x, needs_weight, needs_b
     )
 
 
-def _gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
-    """Return the gradients by torch's products, None where one is not needed."""
-    grad, rows = grad.reshape(matrix_shape(grad)).to(weight.dtype), x.reshape(matrix_shape(x))
-    return (
-        (grad @ (weight.t() if transposed else weight)).view(x.shape) if needs_x else None,
-        (rows.t() @ grad if transposed else grad.t() @ rows) if needs_weight else None,
-        grad.sum(0) if needs_bias else None,
-    )
-
-
 @op(fake=_fake_gradients)
 def linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, transposed: bool, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias, (0,) where one is not needed, given that of the output; x has the
+    """Return the gradients of x, weight and bias, (0,) where one is not needed, given that of the output; all have the
     dtype of weight."""
-    first, second, third = _gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
-    empty = weight.new_empty(0)
+    g, rows = grad.reshape(matrix_shape(grad)), x.reshape(matrix_shape(x))
     return (
-        empty if first is None else first,
-        empty.clone() if second is None else second,
-        empty.clone() if third is None else third,
+        (g @ (weight.t() if transposed else weight)).view(x.shape) if needs_x else weight.new_empty(0),
+        (rows.t() @ g if transposed else g.t() @ rows) if needs_weight else weight.new_empty(0),
+        g.sum(0) if needs_bias else weight.new_empty(0),
     )
 
 
@@ -153,8 +142,8 @@ def _setup_context(ctx, inputs, _output):
 
 def _backward(ctx, grad):
     needed, (x, weight) = ctx.needs_input_grad[:3], ctx.saved_tensors
-    run = linear_backward if weight.dtype == torch.float32 else _gradients
-    grads = run(grad, x, weight, ctx.transposed, *needed)
+    run = linear_backward if weight.dtype == torch.float32 else linear_backward.reference  # there is no other
+    grads = run(grad.to(weight.dtype), x, weight, ctx.transposed, *needed)
     x_grad, *others = (g if is_needed else None for g, is_needed in zip(grads, needed, strict=True))
     return None if x_grad is None else x_grad.to(ctx.dtype), *others, None, None
 

@@ -250,7 +250,7 @@ def _launch(kernels, tensors, offsets, scale, window, softcap, parents, *, lse, 
     order, tree_starts, max_tokens = _plan(offsets, parents)
     num_trees, threads = len(tree_starts) - 1, stream_or_threads(q)
     parts = max(1, min(-(-MIN_ITEMS // (num_trees * Hkv)), max_tokens // MIN_PART))
-    lanes, rows = kernels.varlen_attention_lanes, kernels.varlen_attention_rows
+    lanes, rows = kernels.vector_lanes, kernels.varlen_attention_rows
     narrow, padded = _round_up(d, rows), _round_up(d, max(rows, lanes))
     block = lanes * kernels.varlen_attention_heads
     size = 2 * (max_tokens + rows) * narrow + block * (2 * narrow + kernels.varlen_attention_tile)

@@ -73,28 +73,6 @@ INLINE void bf16_gemm_tile(const uint16_t* x, int64_t x_stride, const uint32_t* 
   });
 }
 
-template <class Dot>
-INLINE void bf16_gemm_rows(int64_t rows, const uint16_t* x, int64_t x_stride, const uint32_t* panel, int64_t elements,
-                           bool is_first, float* out, int64_t out_stride) {
-  const auto tile = [&](auto R) {
-    bf16_gemm_tile<Dot, decltype(R)::value>(x, x_stride, panel, elements, is_first, out, out_stride);
-  };
-  switch (rows) {
-    case 1:
-      return tile(Number<1>());
-    case 2:
-      return tile(Number<2>());
-    case 3:
-      return tile(Number<3>());
-    case 4:
-      return tile(Number<4>());
-    case 5:
-      return tile(Number<5>());
-    default:
-      return tile(Number<6>());
-  }
-}
-
 // `columns` <= 64 columns of the product. `after` of the rows of W behind them are prefetched.
 template <class Dot>
 inline void bf16_gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows, const uint16_t* w, int64_t w_stride,
@@ -109,6 +87,11 @@ inline void bf16_gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows,
     const uint16_t* const next = is_last ? w + columns * w_stride : w + k + elements;
     const int64_t next_rows = is_last ? after : columns;
     const int64_t lines = (min<int64_t>(2 * PANEL_PAIRS, is_last ? D : D - k - elements) + 31) / 32;
+    const auto multiply_rows = [&](int64_t n, const uint16_t* from, float* to, int64_t stride) {
+      with_constant<BF16_ROWS>(n, [&](auto R) {
+        bf16_gemm_tile<Dot, decltype(R)::value>(from, x_stride, panel, elements, k == 0, to, stride);
+      });
+    };
     int64_t prefetched = 0;
     for (int64_t t = 0, row = 0; t < tiles; ++t) {
       const int64_t n = rows / tiles + (t < rows % tiles);
@@ -116,10 +99,10 @@ inline void bf16_gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows,
         __builtin_prefetch(next + prefetched / lines * w_stride + prefetched % lines * 32, 0, 2);
       float* const to = out + row * out_stride;
       if (columns == PANEL_COLUMNS) {
-        bf16_gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, to, out_stride);
+        multiply_rows(n, x + row * x_stride + k, to, out_stride);
       } else {
         for (int64_t r = 0; r < n && k; ++r) memcpy(part + r * PANEL_COLUMNS, to + r * out_stride, 4 * columns);
-        bf16_gemm_rows<Dot>(n, x + row * x_stride + k, x_stride, panel, elements, k == 0, part, PANEL_COLUMNS);
+        multiply_rows(n, x + row * x_stride + k, part, PANEL_COLUMNS);
         for (int64_t r = 0; r < n; ++r) memcpy(to + r * out_stride, part + r * PANEL_COLUMNS, 4 * columns);
       }
       row += n;

@@ -1,9 +1,9 @@
 // Products of linear layers and heads on the CPU, with float32 results. f32_gemm.h, bf16_gemm.h and product.h have the
 // algorithms.
 //
-//     f32_product       float32, any transposes: backward of kernels/linear.py, and heads
+//     f32_product       float32, any transposes: kernels/linear.py and heads
 //     bf16_product      bfloat16, which torch does not have with float32 results; it needs AVX512-BF16
-//     decode_product    x W' + b in the decode step's order of sums: forward of kernels/linear.py
+//     decode_product    x W' + b in the decode step's order of sums: kernels/linear.py with decode_order
 //
 // A thread takes some columns at a time, for all rows or a chunk of them.
 #include "bf16_gemm.h"

@@ -294,7 +294,6 @@ void varlen_attention_backward(uintptr_t grad_out, uintptr_t dq, uintptr_t dk, u
   is_bf16 ? run_items<bf16, true>(args) : run_items<float, true>(args);
 }
 
-CONSTANT(varlen_attention_lanes, W)
 CONSTANT(varlen_attention_tile, TILE_KEYS)
 CONSTANT(varlen_attention_heads, MAX_HEADS)
 CONSTANT(varlen_attention_rows, ROWS)
