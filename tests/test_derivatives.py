@@ -61,7 +61,7 @@ def test_a_second_derivative_by_any_way_raises(op, way):
     for i in op.gradient_inputs:
         if args[i] is not None:
             given = SECOND[way], args[i], torch.randn_like(args[i])
-            if op.name in LINEAR:
+            if op.name in LINEAR - {"linear"}:  # which saves its inputs, for one another's gradients, and so refuses
                 assert_as_plain(of_one_input(op, args, i), of_one_input(reference(op), args, i), *given)
                 continue
             with pytest.raises(RuntimeError, match=f"{op.name}: {REFUSED}"):
@@ -73,7 +73,7 @@ def assert_as_plain(ours, plain, second, x, v):
     try:
         truth = second(plain, x, v)
     except RuntimeError as error:
-        with pytest.raises(RuntimeError, match=f"{re.escape(str(error)[:60])}|{re.escape(REFUSED)}"):
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:60])):
             second(ours, x, v)
         return
     try:
