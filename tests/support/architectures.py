@@ -20,7 +20,13 @@ GPT = {
 
 
 def build(name: str, shape: dict = SMALL, **changes):
-    """Return a function that makes the module. `name` is transformers' prefix of Config and ForCausalLM."""
+    """Return a function that makes the module. `name` is transformers' prefix of Config and ForCausalLM.
+
+    A wider module gets smaller weights. Those of the shape's own width would make its float32 forward ill-conditioned:
+    two correct orders of sums then differ by more than the decoders' check against the module allows."""
+    if "hidden_size" in changes:
+        widening = changes["hidden_size"] / shape["hidden_size"]
+        changes.setdefault("initializer_range", shape["initializer_range"] / max(1, widening))
 
     def make():
         kind = getattr(t, f"{name}ForCausalLM", None) or getattr(t, f"{name}LMHeadModel")
