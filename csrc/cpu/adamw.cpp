@@ -12,13 +12,7 @@
 // Floor: 4 bytes a weight in pass 1, 28 in pass 2, and 2 for a copy, 8 for an average.
 //
 // Chunks depend on the sizes alone, and each element has one formula: the bits do not depend on the number of threads.
-#if defined(__SSE2__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own header, its PR 105593
-#endif
-#include <immintrin.h>
-#endif
-
+#include "intrinsics.h"
 #include "kernel.h"
 #include "simd.h"
 

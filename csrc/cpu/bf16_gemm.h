@@ -79,7 +79,7 @@ inline void bf16_gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows,
                               int64_t columns, int64_t after, int64_t D, float* out, int64_t out_stride) {
   alignas(64) uint32_t panel[PANEL_PAIRS * PANEL_COLUMNS];
   alignas(64) float part[BF16_ROWS * PANEL_COLUMNS];  // of a panel that has fewer columns
-  const int64_t tiles = (rows + BF16_ROWS - 1) / BF16_ROWS;
+  const bool is_full = columns == PANEL_COLUMNS;
   for (int64_t k = 0; k == 0 || k < D; k += 2 * PANEL_PAIRS) {
     const int64_t elements = min<int64_t>(2 * PANEL_PAIRS, D - k);
     pack_panel(w + k, w_stride, columns, elements, panel);
@@ -87,26 +87,17 @@ inline void bf16_gemm_columns(const uint16_t* x, int64_t x_stride, int64_t rows,
     const uint16_t* const next = is_last ? w + columns * w_stride : w + k + elements;
     const int64_t next_rows = is_last ? after : columns;
     const int64_t lines = (min<int64_t>(2 * PANEL_PAIRS, is_last ? D : D - k - elements) + 31) / 32;
-    const auto multiply_rows = [&](int64_t n, const uint16_t* from, float* to, int64_t stride) {
-      with_constant<BF16_ROWS>(n, [&](auto R) {
-        bf16_gemm_tile<Dot, decltype(R)::value>(from, x_stride, panel, elements, k == 0, to, stride);
-      });
+    const auto prefetch = [&](int64_t line) {
+      __builtin_prefetch(next + line / lines * w_stride + line % lines * 32, 0, 2);
     };
-    int64_t prefetched = 0;
-    for (int64_t t = 0, row = 0; t < tiles; ++t) {
-      const int64_t n = rows / tiles + (t < rows % tiles);
-      for (const int64_t until = next_rows * lines * (t + 1) / tiles; prefetched < until; ++prefetched)
-        __builtin_prefetch(next + prefetched / lines * w_stride + prefetched % lines * 32, 0, 2);
+    by_tiles<BF16_ROWS>(rows, next_rows * lines, prefetch, [&](int64_t row, auto R) {
+      constexpr int n = decltype(R)::value;
       float* const to = out + row * out_stride;
-      if (columns == PANEL_COLUMNS) {
-        multiply_rows(n, x + row * x_stride + k, to, out_stride);
-      } else {
-        for (int64_t r = 0; r < n && k; ++r) memcpy(part + r * PANEL_COLUMNS, to + r * out_stride, 4 * columns);
-        multiply_rows(n, x + row * x_stride + k, part, PANEL_COLUMNS);
-        for (int64_t r = 0; r < n; ++r) memcpy(to + r * out_stride, part + r * PANEL_COLUMNS, 4 * columns);
-      }
-      row += n;
-    }
+      for (int r = 0; r < n && k && !is_full; ++r) memcpy(part + r * PANEL_COLUMNS, to + r * out_stride, 4 * columns);
+      bf16_gemm_tile<Dot, n>(x + row * x_stride + k, x_stride, panel, elements, k == 0, is_full ? to : part,
+                             is_full ? out_stride : PANEL_COLUMNS);
+      for (int r = 0; r < n && !is_full; ++r) memcpy(to + r * out_stride, part + r * PANEL_COLUMNS, 4 * columns);
+    });
   }
 }
 

@@ -95,25 +95,21 @@ INLINE void dot_panel_tile(const float* x, int64_t x_stride, const float* panel,
 // dot_panel_size(K) floats.
 inline void dot_panels(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride,
                        int64_t columns, int64_t K, float* out, int64_t out_stride, float* panel) {
-  const int64_t tiles = (rows + DOT_ROWS - 1) / DOT_ROWS, lines = (K + 15) / 16;
+  const int64_t lines = (K + 15) / 16;
   for (int64_t first = 0; first < columns; first += DOT_COLUMNS) {
     const int64_t count = min<int64_t>(DOT_COLUMNS, columns - first);
     const float* const next = w + (first + count) * w_stride;
     fill_dot_panel(w + first * w_stride, w_stride, count, K, panel);
-    int64_t prefetched = 0;
-    for (int64_t t = 0, row = 0; t < tiles; ++t) {
-      const int64_t n = rows / tiles + (t < rows % tiles);
-      for (const int64_t until = count * lines * (t + 1) / tiles; prefetched < until; ++prefetched)
-        __builtin_prefetch(next + prefetched / lines * w_stride + prefetched % lines * 16, 0, 2);
+    const auto prefetch = [&](int64_t line) {
+      __builtin_prefetch(next + line / lines * w_stride + line % lines * 16, 0, 2);
+    };
+    by_tiles<DOT_ROWS>(rows, count * lines, prefetch, [&](int64_t row, auto R) {
       const float* const from = x + row * x_stride;
       float* const to = out + row * out_stride + first;
-      with_constant<DOT_ROWS>(n, [&](auto R) {
-        with_constant<DOT_VECTORS>((count + W - 1) / W, [&](auto C) {
-          dot_panel_tile<decltype(R)::value, decltype(C)::value>(from, x_stride, panel, K, count, to, out_stride);
-        });
+      with_constant<DOT_VECTORS>((count + W - 1) / W, [&](auto C) {
+        dot_panel_tile<decltype(R)::value, decltype(C)::value>(from, x_stride, panel, K, count, to, out_stride);
       });
-      row += n;
-    }
+    });
   }
 }
 

@@ -92,7 +92,7 @@ inline void gemm_columns(const GemmMatrix& a, int64_t rows, const GemmMatrix& b,
                          float* out, int64_t out_stride) {
   alignas(64) float panel[GEMM_K * GEMM_COLUMNS];
   alignas(64) float part[GEMM_ROWS * GEMM_COLUMNS];  // of columns that end within a vector
-  const int64_t vectors = (columns + W - 1) / W, tiles = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
+  const int64_t vectors = (columns + W - 1) / W;
   const bool is_full = columns % W == 0;
   for (int64_t k = 0; k == 0 || k < K; k += GEMM_K) {
     const int64_t count = min(GEMM_K, K - k), next_count = min(GEMM_K, K - k - count);
@@ -100,24 +100,19 @@ inline void gemm_columns(const GemmMatrix& a, int64_t rows, const GemmMatrix& b,
     const GemmMatrix next = {b.data + (k + count) * b.k_stride, b.stride, b.k_stride};
     const int64_t lines = b.stride == 1 ? next_count * ((columns + 15) / 16) : columns * ((next_count + 15) / 16);
     const bool is_first = k == 0 && !adds;
-    int64_t prefetched = 0;
-    for (int64_t t = 0, row = 0; t < tiles; ++t) {
-      const int64_t n = rows / tiles + (t < rows % tiles);
-      for (const int64_t until = lines * (t + 1) / tiles; prefetched < until; ++prefetched)
-        prefetch_line(next, columns, next_count, prefetched);
+    const auto prefetch = [&](int64_t line) { prefetch_line(next, columns, next_count, line); };
+    by_tiles<GEMM_ROWS>(rows, lines, prefetch, [&](int64_t row, auto R) {
+      constexpr int n = decltype(R)::value;
       const GemmMatrix from = {a.data + row * a.stride + k * a.k_stride, a.stride, a.k_stride};
       float* const to = out + row * out_stride;
-      for (int64_t r = 0; r < n && !is_first && !is_full; ++r)
+      for (int r = 0; r < n && !is_first && !is_full; ++r)
         memcpy(part + r * GEMM_COLUMNS, to + r * out_stride, 4 * columns);
-      with_constant<GEMM_ROWS>(n, [&](auto R) {
-        with_constant<GEMM_VECTORS>(vectors, [&](auto C) {
-          gemm_tile<decltype(R)::value, decltype(C)::value>(from, panel, count, is_first, is_full ? to : part,
-                                                            is_full ? out_stride : GEMM_COLUMNS);
-        });
+      with_constant<GEMM_VECTORS>(vectors, [&](auto C) {
+        gemm_tile<n, decltype(C)::value>(from, panel, count, is_first, is_full ? to : part,
+                                         is_full ? out_stride : GEMM_COLUMNS);
       });
-      for (int64_t r = 0; r < n && !is_full; ++r) memcpy(to + r * out_stride, part + r * GEMM_COLUMNS, 4 * columns);
-      row += n;
-    }
+      for (int r = 0; r < n && !is_full; ++r) memcpy(to + r * out_stride, part + r * GEMM_COLUMNS, 4 * columns);
+    });
   }
 }
 

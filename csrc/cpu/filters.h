@@ -13,13 +13,8 @@
 //
 // Floor: 2 to 5 passes over the row, mostly from the cache. Counts are exact; masses are summed in one fixed order.
 #pragma once
+#include "intrinsics.h"
 #include "sampling.h"
-#if defined(__SSE2__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own header, its PR 105593
-#endif
-#include <immintrin.h>
-#endif
 
 namespace {
 

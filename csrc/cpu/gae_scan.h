@@ -22,11 +22,7 @@ constexpr int64_t MIN_TOKENS_TO_THREAD = 65536;
 // Lane i gets lane i + D of x followed by fill.
 template <int D, int... I>
 INLINE f32 shift_lanes(f32 x, f32 fill, Indices<I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, fill, (I + D)...);
-#else
-  return __builtin_shuffle(x, fill, i32{(I + D)...});
-#endif
+  return SHUFFLE(x, fill, (I + D)...);
 }
 template <int D>
 INLINE f32 shift(f32 x, f32 fill) {

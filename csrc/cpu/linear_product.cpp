@@ -26,24 +26,26 @@ int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int threads) {
   return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
 }
 
+// Few products are done before other threads are awake.
+int useful_threads(int64_t products, int threads) { return products > 1 << 19 ? threads : 1; }
+
 // out (rows, columns) = A B + bias, or with `adds` out += A B + bias. Element (i, k) of A is at i a_stride + k a_k,
 // element (k, c) of B at c b_stride + k b_k, of which one is 1; bias (columns,) or null.
 void f32_product(uintptr_t a, int64_t a_stride, int64_t a_k, uintptr_t b, int64_t b_stride, int64_t b_k, uintptr_t bias,
                  uintptr_t out, int64_t out_stride, int64_t rows, int64_t columns, int64_t K, bool adds, int threads) {
   const int64_t panels = (columns + GEMM_COLUMNS - 1) / GEMM_COLUMNS;
   const int64_t chunk = chunk_rows(rows, K, panels, threads), chunks = (rows + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && rows * columns * K > 1 << 19)
-  for (int64_t task = 0; task < chunks * panels; ++task) {
+  parallel_items(useful_threads(rows * columns * K, threads), chunks * panels, [&](int64_t task, int) {
     const int64_t row = task / panels * chunk, column = task % panels * GEMM_COLUMNS;
     const int64_t n = min(chunk, rows - row), count = min<int64_t>(GEMM_COLUMNS, columns - column);
     float* const to = ptr<float>(out) + row * out_stride + column;
     gemm_columns({ptr<const float>(a) + row * a_stride, a_stride, a_k}, n,
                  {ptr<const float>(b) + column * b_stride, b_stride, b_k}, count, K, adds, to, out_stride);
-    if (!bias) continue;
+    if (!bias) return;
     const float* const shift = ptr<const float>(bias) + column;
     for (int64_t r = 0; r < n; ++r)
       for (int64_t c = 0; c < count; ++c) to[r * out_stride + c] += shift[c];
-  }
+  });
 }
 
 // out (rows, columns) = x (rows, D) w (columns, D)', strides in elements. With 0 rows it only says whether the
@@ -76,8 +78,7 @@ void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t w
       ptr<const void>(weight), ptr<const void>(bias), columns, K, w_stride, weight_is_bf16, transposed};
   const int64_t parts = (columns + DECODE_COLUMNS - 1) / DECODE_COLUMNS;
   const int64_t chunk = chunk_rows(rows, K, parts, threads), chunks = (rows + chunk - 1) / chunk;
-  const bool is_parallel = threads > 1 && rows * columns * K > 1 << 19;
-  parallel_items(is_parallel ? threads : 1, chunks * parts, [&](int64_t task, int thread) {
+  parallel_items(useful_threads(rows * columns * K, threads), chunks * parts, [&](int64_t task, int thread) {
     const int64_t row = task / parts * chunk, begin = task % parts * DECODE_COLUMNS;
     const int64_t n = min(chunk, rows - row), end = min(columns, begin + DECODE_COLUMNS);
     const Activations input = {ptr<const float>(x) + row * x_stride,

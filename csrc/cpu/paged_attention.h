@@ -22,12 +22,6 @@ namespace {
 constexpr int SPLIT = 256;
 static_assert(SPLIT % W == 0, "a split has whole vectors");
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i32{__VA_ARGS__})
-#endif
-
 // The keys and values of one sequence and one kv head. The functions below take any view with k, v, d, dv and key_rows.
 template <class KV>
 struct KvView {
@@ -251,7 +245,5 @@ void attend(const float* q, int64_t q_stride, int64_t G, const View& kv, int64_t
   if (begin < end)
     for (int64_t g = 0; g < G; ++g) normalize(states[g], out + g * out_stride, kv.dv);
 }
-
-#undef SHUFFLE
 
 }  // namespace

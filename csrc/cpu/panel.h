@@ -1,7 +1,7 @@
 // Rows of some queries as a panel, a number for each dimension and lane, and back; for varlen_attention.cpp and
 // varlen_decode_order.cpp. Rows are transposed four by four.
 #pragma once
-#include "simd.h"
+#include "tiles.h"
 
 namespace {
 
@@ -9,7 +9,6 @@ namespace {
 typedef float four __attribute__((vector_size(16)));
 typedef uint32_t four_words __attribute__((vector_size(16)));
 typedef uint16_t four_halves __attribute__((vector_size(8)));
-typedef int32_t four_ints __attribute__((vector_size(16)));
 
 INLINE four load_four(const float* p) {
   four v;
@@ -27,22 +26,6 @@ INLINE void store_four(bf16* p, four v) {  // rounded as round_to_bf16 does
   const four_halves halves = __builtin_convertvector((v != v) ? (bits >> 16) | 0x40u : rounded, four_halves);
   memcpy(p, &halves, sizeof halves);
 }
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE_FOUR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE_FOUR(a, b, ...) __builtin_shuffle(a, b, four_ints{__VA_ARGS__})
-#endif
-
-INLINE void transpose(four (&x)[4]) {
-  const four a = SHUFFLE_FOUR(x[0], x[1], 0, 4, 1, 5), b = SHUFFLE_FOUR(x[2], x[3], 0, 4, 1, 5);
-  const four c = SHUFFLE_FOUR(x[0], x[1], 2, 6, 3, 7), d = SHUFFLE_FOUR(x[2], x[3], 2, 6, 3, 7);
-  x[0] = SHUFFLE_FOUR(a, b, 0, 1, 4, 5);
-  x[1] = SHUFFLE_FOUR(a, b, 2, 3, 6, 7);
-  x[2] = SHUFFLE_FOUR(c, d, 0, 1, 4, 5);
-  x[3] = SHUFFLE_FOUR(c, d, 2, 3, 6, 7);
-}
-#undef SHUFFLE_FOUR
 
 template <class T>
 INLINE void copy_row(const T* from, int64_t d, float* to) {

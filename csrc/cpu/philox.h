@@ -8,13 +8,8 @@
 // A round is then 2 multiplies, 2 shifts and 4 xors, without a shuffle. 10 rounds for two registers of counters give 4
 // words a counter.
 #pragma once
+#include "intrinsics.h"
 #include "sampling.h"
-#if defined(__SSE2__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own header, its PR 105593
-#endif
-#include <immintrin.h>
-#endif
 
 namespace {
 

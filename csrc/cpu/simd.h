@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__) && !defined(SIMD_WIDTH)
-#include <immintrin.h>
+#include "intrinsics.h"
 #endif
 
 #include "kernel.h"
@@ -33,6 +33,13 @@ typedef uint32_t u32 __attribute__((vector_size(W * 4)));
 typedef uint16_t u16 __attribute__((vector_size(W * 2)));
 
 #define INLINE __attribute__((always_inline)) inline
+
+// Vector of the lanes of a and b with the given numbers; b's follow a's.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
+#endif
 
 template <class T>
 INLINE T min(T a, T b) {
@@ -143,11 +150,7 @@ INLINE f32 abs(f32 x) { return as_float(as_int(x) & 0x7fffffff); }
 // Lane i of the result is lane (i + D) % W of x.
 template <int D, int... I>
 INLINE f32 rotate_lanes(f32 x, Indices<I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, x, ((I + D) % W)...);
-#else
-  return __builtin_shuffle(x, i32{((I + D) % W)...});
-#endif
+  return SHUFFLE(x, x, ((I + D) % W)...);
 }
 
 template <int D = W / 2>

@@ -1,12 +1,7 @@
 // Register tiles: loops unrolled at compile time, a fused multiply-add, transposes of as many vectors as one has lanes.
 #pragma once
+#include "intrinsics.h"
 #include "simd.h"
-#if defined(__SSE2__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own header, its PR 105593
-#endif
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -41,14 +36,8 @@ template <int STEP, class V, int... I>
 INLINE void exchange_lanes(V& a, V& b, Indices<I...>) {
   constexpr int LANES = sizeof...(I);
   const V old = a;
-#if defined(__clang__)
-  a = __builtin_shufflevector(old, b, ((I & STEP) ? LANES + I - STEP : I)...);
-  b = __builtin_shufflevector(old, b, ((I & STEP) ? LANES + I : I + STEP)...);
-#else
-  typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
-  a = __builtin_shuffle(old, b, Lanes{((I & STEP) ? LANES + I - STEP : I)...});
-  b = __builtin_shuffle(old, b, Lanes{((I & STEP) ? LANES + I : I + STEP)...});
-#endif
+  a = SHUFFLE(old, b, ((I & STEP) ? LANES + I - STEP : I)...);
+  b = SHUFFLE(old, b, ((I & STEP) ? LANES + I : I + STEP)...);
 }
 
 // Transposes as many vectors as one has lanes, of 4 bytes each.
@@ -68,6 +57,20 @@ INLINE void with_constant(int64_t n, F f) {
   if constexpr (MAX > 1)
     if (n < MAX) return with_constant<MAX - 1>(n, f);
   f(Number<MAX>());
+}
+
+// Calls f(row, Number<n>()) for tiles of n <= MAX rows, of which no two differ by more than one row. Before them it
+// calls prefetch(line) for the cache lines 0 ... lines - 1, as many before each: a core waits for a few at a time.
+template <int MAX, class Prefetch, class F>
+INLINE void by_tiles(int64_t rows, int64_t lines, Prefetch prefetch, F f) {
+  const int64_t tiles = (rows + MAX - 1) / MAX;
+  int64_t line = 0, row = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t n = rows / tiles + (t < rows % tiles);
+    for (const int64_t until = lines * (t + 1) / tiles; line < until; ++line) prefetch(line);
+    with_constant<MAX>(n, [&](auto R) { f(row, R); });
+    row += n;
+  }
 }
 
 }  // namespace
