@@ -264,6 +264,13 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
     return positions < sizes[:, None]
 
 
+def last_columns(tokens: Tensor, lengths: Tensor, pad: int | None) -> Tensor:
+    """Return the column (B,) of each row's last token that is not `pad`, None = of its last token."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    inside = positions < lengths[:, None]
+    return (positions * (inside if pad is None else inside & (tokens != pad))).argmax(1)
+
+
 def take_rows(batch: RowWise, index: Tensor | Sequence[int]) -> RowWise:
     """Return rows `index` of a batch, its padding cut to the longest row among them."""
     index = torch.as_tensor(index, dtype=torch.int64)

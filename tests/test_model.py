@@ -28,6 +28,7 @@ from transformers import (
 from rlhf_fast.batches import Demonstrations, pad_rows
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.errors import UserError
+from rlhf_fast.model import checks
 from rlhf_fast.model.model import Model
 from rlhf_fast.training.losses import sft_loss
 
@@ -202,6 +203,42 @@ def test_scalar_head(tmp_path, kind):
     torch.testing.assert_close(plain(input_ids=tokens[:1]).logits[0, 0] + 1.25, last[0])
     with pytest.raises(UserError, match="is a reward model"):
         Model.load(ModelConfig(str(tmp_path / "reward")))
+
+
+def test_rounding_alone_refuses_no_score_head(monkeypatch):
+    """In bfloat16 the layers of two forward passes may round to scores that differ by a tenth; one pass has one."""
+    gaps, right = [], checks._allclose
+
+    def allclose(actual, expected, weight):
+        gaps.append(float((actual - expected).abs().max() / expected.abs().max().clamp_min(1)))
+        return right(actual, expected, weight)
+
+    monkeypatch.setattr(checks, "_allclose", allclose)
+    config = LlamaConfig(**SMALL | {"pad_token_id": 0}, num_labels=1, initializer_range=0.3)
+    for _ in range(20):
+        Model(LlamaForSequenceClassification(config).bfloat16(), head="scalar")
+    assert len(gaps) == 60 and max(gaps) < 0.01, "a plain row, one with an end token, a padded one, of 20 models"
+
+
+class ScoresTheTokenBefore(LlamaForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return super().forward(input_ids[:, :-1], None if attention_mask is None else attention_mask[:, :-1], **kwargs)
+
+
+class ReadsPadding(LlamaForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        found = super().forward(input_ids, attention_mask, **kwargs)
+        found.logits = self.score(self.model(input_ids).last_hidden_state[:, -1])
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, words", [(ScoresTheTokenBefore, "state$"), (ReadsPadding, "that is not padding")])
+def test_a_score_of_another_token_is_refused(kind, words, dtype):
+    torch.manual_seed(0)  # a few random models have nearly the same score at both tokens
+    config = LlamaConfig(**SMALL | {"pad_token_id": 0}, num_labels=1, initializer_range=0.3)
+    with pytest.raises(UserError, match=f"its score is not a linear map of the last token's hidden.*{words}"):
+        Model(kind(config).to(dtype), head="scalar")
 
 
 def test_padding_does_not_change_a_score():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast import ops
-from rlhf_fast.batches import response_mask
+from rlhf_fast.batches import last_columns, response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model import checks, lora, packed_decoder, packing, pretrained
@@ -354,11 +354,7 @@ class Model:
 
         prompt_lengths (B,): rows with equal prompts share them, where our own layers run."""
         tokens, lengths = tokens.cpu(), lengths.cpu().long()
-        positions = torch.arange(tokens.shape[1])
-        inside = positions < lengths[:, None]
-        if self.score_pad is not None:
-            inside &= tokens != self.score_pad
-        rows, last = torch.arange(len(tokens)), (positions * inside).argmax(1)
+        rows, last = torch.arange(len(tokens)), last_columns(tokens, lengths, self.score_pad)
         prompts = None if prompt_lengths is None else prompt_lengths.cpu().long()
         return self.score_hidden(self._hidden_at(tokens, prompts, lengths, rows, last))
 
