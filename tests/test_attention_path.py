@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from architectures import REFUSED, SERVED, V, build, greedy, llama, prompts, sampling
+from architectures import REFUSED, SERVED, V, build, greedy, llama, prompts, prompts_without_ties, sampling
 
 from rlhf_fast import ops
 from rlhf_fast.config.fields import LoraConfig
@@ -40,7 +40,8 @@ def test_equals_transformers(make, monkeypatch):
     """Greedy tokens of prompts of different lengths in one batch, on pages of 4. Small random models often repeat one
     token, so the hidden states of prefilled and decoded rows are compared too."""
     monkeypatch.setitem(PAGE_SIZE, "cpu", 4)
-    model, batch = Model(make()), prompts(1, 7, 3, 12)
+    model = Model(make())
+    batch = prompts_without_ties(model.module, 1, 7, 3, 12)
     rollout = Rollout(model, sampling(temperature=0.0), decode_path="attention")
     found = rollout.generate(batch).response_ids()
     assert rollout.decode_path == "attention"
@@ -62,7 +63,8 @@ def test_equals_transformers(make, monkeypatch):
 @pytest.mark.parametrize("make, reason", REFUSED.values(), ids=REFUSED)
 def test_an_unsupported_model_falls_back_with_a_reason(make, reason, monkeypatch, caplog):
     """GPT-J and BLOOM never call the interface, StableLM drops the keyword: both would give wrong tokens, no error."""
-    model, batch = Model(make()), prompts(1, 7, 3)
+    model = Model(make())
+    batch = prompts_without_ties(model.module, 1, 7, 3)
     name = model.module.config._attn_implementation
     monkeypatch.setattr(choose, "_warned", set())
     rollout = Rollout(model, sampling(temperature=0.0))

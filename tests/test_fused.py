@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import GPT, V, build, greedy, prompts, sampling
+from architectures import GPT, V, build, greedy, prompts, prompts_without_ties, sampling
 from peak import peak_bytes
 
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
@@ -222,7 +222,8 @@ def test_products_in_bfloat16_are_accurate(monkeypatch):
 
 def test_greedy_is_transformers_generate(make):
     """Prompts of different lengths in one batch, each against generate() alone."""
-    model, batch = Model(make()), prompts(1, 7, 3, 12)
+    model = Model(make())
+    batch = prompts_without_ties(model.module, 1, 7, 3, 12)
     rollout = Rollout(model, sampling(temperature=0.0), decode_path="fused")
     assert rollout.generate(batch).response_ids() == [greedy(model.module, tokens) for tokens in batch.tokens]
     assert rollout.decode_path == "fused"

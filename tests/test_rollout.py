@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from architectures import END, SERVED, V, build, greedy, llama, prompts, sampling
+from architectures import END, SERVED, V, build, greedy, llama, prompts, prompts_without_ties, sampling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -40,7 +40,8 @@ def decode_path(request):
 def test_greedy_is_transformers_generate(name):
     """Prompts of different lengths in one batch, each against generate() alone, over transformers' own cache. The other
     paths are in test_fused.py and test_attention_path.py."""
-    model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12)
+    model = Model(SERVED[name]())
+    batch = prompts_without_ties(model.module, 1, 7, 3, 12)
     found = Rollout(model, sampling(temperature=0.0), decode_path="transformers").generate(batch).response_ids()
     assert found == [greedy(model.module, tokens) for tokens in batch.tokens]
 
@@ -58,7 +59,8 @@ def padded_greedy(module, batch: Prompts, count: int) -> list[list[int]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_that_of_a_batch_padded_on_the_left(name):
     """Prompts of different lengths in float32, on the fastest path that serves the family."""
-    model, batch = Model(SERVED[name]()), prompts(1, 7, 3, 12, 5)
+    model = Model(SERVED[name]())
+    batch = prompts_without_ties(model.module, 1, 7, 3, 12, 5)
     rollout = Rollout(model, sampling(temperature=0.0), decode_path="fused" if name in FUSED else "attention")
     assert rollout.generate(batch).response_ids() == padded_greedy(model.module, batch, 12)
 

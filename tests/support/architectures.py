@@ -149,5 +149,26 @@ def sampling(**settings) -> SamplingConfig:
 
 def greedy(module, tokens: list[int], count: int = 12) -> list[int]:
     """Return transformers' own greedy response to one prompt."""
+    return _generate(module, tokens, count).sequences[0, len(tokens) :].tolist()
+
+
+def prompts_without_ties(module, *lengths: int) -> Prompts:
+    """Return random prompts in whose greedy responses each token is the likeliest by more than rounding could change:
+    of two that are equally likely either would be right."""
+    found = prompts(*lengths)
+    for row, length in enumerate(lengths):
+        draws = (prompts(length).tokens[0] for _ in range(100))
+        found.tokens[row] = next(tokens for tokens in draws if _smallest_lead(module, tokens) > 1e-3)
+    return found
+
+
+def _smallest_lead(module, tokens: list[int]) -> float:
+    """Return by how much the likeliest token's logit exceeds the next one's, at the least, in a greedy response."""
+    top = torch.cat(_generate(module, tokens, 12).logits).topk(2).values
+    return float((top[:, 0] - top[:, 1]).min())
+
+
+def _generate(module, tokens: list[int], count: int):
     ids = torch.tensor([tokens], device=module.device)
-    return module.generate(ids, do_sample=False, max_new_tokens=count, pad_token_id=0)[0, len(tokens) :].tolist()
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    return module.generate(ids, do_sample=False, max_new_tokens=count, pad_token_id=0, **options)
