@@ -18,7 +18,8 @@ from rlhf_fast.rollout import op_step
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs
 from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.kv_cache import PagedKVCache
-from rlhf_fast.rollout.merged_linears import make_adjacent, merge_adjacent
+from rlhf_fast.model.adjacent_weights import make_adjacent
+from rlhf_fast.rollout.merged_linears import merge_adjacent
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.rollout.sampler import Sampler

@@ -26,6 +26,7 @@ from rlhf_fast.batches import last_columns, response_mask
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model import checks, lora, packed_decoder, packing, pretrained
+from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.end_tokens import in_generation_config
@@ -173,6 +174,11 @@ class Model:
     def max_positions(self) -> int:
         """Maximum number of tokens in a row; 0 if the config names no limit."""
         return max(int(getattr(self.text_config, "max_position_embeddings", None) or 0), 0)
+
+    def prepare_training(self) -> None:
+        """Move weights that one product can serve next to one another, on a CPU; on a GPU a rollout does."""
+        if self.device.type == "cpu":
+            make_adjacent(self.decoder)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters to train, by name: all, or with LoRA the adapters (and the score row)."""

@@ -17,15 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast import ops
 from rlhf_fast.graph_capture import captures_on
 from rlhf_fast.kernels._backends import forced_backend
 from rlhf_fast.kernels._launch import Unsupported
-from rlhf_fast.kernels._product import f32_is_ours
 from rlhf_fast.model import lora
 from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
+from rlhf_fast.model.packed_linears import linear, linears
 from rlhf_fast.model.packing import PackedRows, pack_rows, to_device
 from rlhf_fast.model.rope_scaling import length_dependent_rope
 
@@ -80,21 +79,13 @@ class _Call(NamedTuple):
     dropout: float
     exact: bool
 
-    def linear(self, module: Any, x: Tensor) -> Tensor:
-        """Multiply by a linear layer: by our product where it is the faster one and there is no adapter."""
-        kind = type(module)
-        is_ours = self.exact or (x.is_cpu and x.dtype == torch.float32 and f32_is_ours(len(x)))
-        if not is_ours or kind not in (nn.Linear, Conv1D):
-            return module(x)
-        return ops.linear(x, module.weight, module.bias, kind is Conv1D, decode_order=self.exact)
-
 
 def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
     """Return the residual stream after `layer`; of the `kept` tokens alone, if they are given."""
     attended = _attention(call, layer, _norm(layer.attention_norm, x))
     if kept is not None:  # no later token reads the others
         x, attended = x[kept], attended[kept]
-    out = _drop(call, call.linear(layer.out, attended))
+    out = _drop(call, linear(layer.out, attended, call.exact))
     if call.parts.parallel_residual:
         return x + out + _drop(call, _mlp(call, layer, _norm(layer.mlp_norm, x)))
     x = x + out
@@ -104,7 +95,7 @@ def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
 def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     """Return the heads' outputs (N, H d), before the output projection."""
     parts, d = call.parts, call.parts.head_dim
-    outputs = [call.linear(linear, x) for linear in layer.qkv]
+    outputs = linears(layer.qkv, x, call.exact)
     if parts.interleaved_qkv:
         q, k, v = outputs[0].view(len(x), parts.num_heads, 3, d).unbind(2)
     elif len(outputs) == 1:
@@ -130,11 +121,11 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
 
 def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     if layer.gate is None:
-        return call.linear(layer.down, _activate(call, call.linear(layer.up, x)))
-    gate, up = call.linear(layer.gate, x), call.linear(layer.up, x)
-    return call.linear(
-        layer.down, ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up
-    )
+        inner = _activate(call, linear(layer.up, x, call.exact))
+    else:
+        gate, up = linears((layer.gate, layer.up), x, call.exact)
+        inner = ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up
+    return linear(layer.down, inner, call.exact)
 
 
 def _activate(call: _Call, x: Tensor) -> Tensor:
@@ -233,9 +224,9 @@ def find_refusal(model: Any) -> str | None:
     try:
         parts = read_decoder(model.decoder)
         for layer in parts.layers:
-            for linear in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down):
-                if linear is not None:
-                    base_linear(linear)
+            for module in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down):
+                if module is not None:
+                    base_linear(module)
         with torch.inference_mode(False), model.eval_mode(), lora.nonzero_adapters(model.module):
             return _compare(model, *tolerances)
     except Unsupported as reason:

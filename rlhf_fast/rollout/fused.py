@@ -19,7 +19,8 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, CompiledStep, find_kernels
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
-from rlhf_fast.rollout.merged_linears import make_adjacent, merge_adjacent
+from rlhf_fast.model.adjacent_weights import make_adjacent
+from rlhf_fast.rollout.merged_linears import merge_adjacent
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.verify import verify_decoder
 from rlhf_fast.rollout.weights import DecoderWeights, read_weights, rope_table

@@ -54,7 +54,7 @@ class LayerWeights(NamedTuple):
     """Norm over each head before RoPE, as `k_norm`."""
     k_norm: Norm | None = None
     gate_up: LinearWeights | None = None
-    """`gate` and `up` as one, where their weights are adjacent in memory; see rollout/merged_linears.py."""
+    """`gate` and `up` as one, where their weights are adjacent in memory; see model/adjacent_weights.py."""
 
 
 class DecoderWeights(NamedTuple):

@@ -30,6 +30,8 @@ class Trainable(Protocol):
     @property
     def name(self) -> str: ...
 
+    def prepare_training(self) -> None: ...
+
     def trainable(self) -> dict[str, torch.nn.Parameter]: ...
 
     def train_mode(self, dropout: float | None) -> AbstractContextManager[None]: ...
@@ -78,6 +80,7 @@ class Learner:
         self.model, self.optim, self.total_steps = model, optim, total_steps
         self.dropout, self.ema = dropout, ema
         self.steps = 0
+        model.prepare_training()
         self.params = model.trainable()
         if any(p.dtype == torch.float16 for p in self.params.values()):
             raise UserError(f"{model.name}: float16 gradients underflow and loss scaling is not built; use bfloat16")
