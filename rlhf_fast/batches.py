@@ -324,8 +324,8 @@ def micro_batches(batch: S, tokens: int, packed: bool = False) -> Iterator[tuple
     part share once. Rows with equal prompts then stay together where the budget allows, and parts are of similar sizes,
     for which few CUDA graphs are captured. Else padding counts, and the longest rows come first.
     """
-    grouped = isinstance(batch, Comparisons)
-    spans = list(pairwise(batch.group_offsets.tolist() if grouped else range(len(batch.lengths) + 1)))
+    offsets = batch.group_offsets.tolist() if isinstance(batch, Comparisons) else range(len(batch.lengths) + 1)
+    spans = list(pairwise(offsets))
     for part in _packed_parts(batch, spans, tokens) if packed else _padded_parts(batch, spans, tokens):
         index = torch.tensor(part)
         yield index, batch.take(index)
@@ -354,31 +354,31 @@ def _packed_parts(batch: Splittable, spans: list[tuple[int, int]], budget: int) 
     with_prompt: dict[int, list[int]] = {}
     for i, (start, _) in enumerate(spans):
         with_prompt.setdefault(first_of.get(start, start), []).append(i)
-    pieces: list[tuple[int, list[int]]] = []  # tokens, and spans of one prompt
+    chunks: list[tuple[int, list[int]]] = []  # tokens, and spans of one prompt
     for first, same in with_prompt.items():
         shared = 0 if prompt_lengths is None or first not in first_of else int(prompt_lengths[first])
         own = {i: sum(lengths[slice(*spans[i])]) - shared * (spans[i][1] - spans[i][0]) for i in same}
-        size, piece = shared, list[int]()
+        size, chunk = shared, list[int]()
         for i in sorted(same, key=lambda i: -own[i]):
-            if piece and size + own[i] > budget:
-                pieces.append((size, piece))
-                size, piece = shared, []
+            if chunk and size + own[i] > budget:
+                chunks.append((size, chunk))
+                size, chunk = shared, []
             size += own[i]
-            piece.append(i)
-        pieces.append((size, piece))
-    pieces.sort(key=lambda sized: -sized[0])
-    fewest = max(-(-sum(size for size, _ in pieces) // budget), 1)
-    for count in range(min(fewest, len(pieces)), len(pieces) + 1):
-        parts = _level(pieces, count)
+            chunk.append(i)
+        chunks.append((size, chunk))
+    chunks.sort(key=lambda sized: -sized[0])
+    fewest = max(-(-sum(size for size, _ in chunks) // budget), 1)
+    for count in range(min(fewest, len(chunks)), len(chunks) + 1):
+        parts = _level(chunks, count)
         if all(size <= budget or len(part) == 1 for size, part in parts):
             break
     return [part for _, part in parts if part]
 
 
-def _level(pieces: list[tuple[int, list[int]]], count: int) -> list[tuple[int, list[int]]]:
-    """Return `count` parts (tokens, spans) of all pieces, each piece added to the smallest part, the largest first."""
+def _level(chunks: list[tuple[int, list[int]]], count: int) -> list[tuple[int, list[int]]]:
+    """Return `count` parts (tokens, spans) of all chunks, each chunk added to the smallest part, the largest first."""
     heap = [(0, number, list[int]()) for number in range(count)]
-    for size, piece in pieces:
+    for size, chunk in chunks:
         total, number, part = heap[0]
-        heapq.heapreplace(heap, (total + size, number, part + piece))
+        heapq.heapreplace(heap, (total + size, number, part + chunk))
     return [(total, part) for total, _, part in sorted(heap, key=lambda sized: (-sized[0], sized[1]))]

@@ -1,4 +1,4 @@
-"""How a batch is split by a budget of tokens: counted with padding, or as a pass over packed rows computes them."""
+"""A batch is split by a budget of tokens: counted with padding, or as a pass over packed rows computes them."""
 
 from collections import Counter
 from itertools import accumulate
