@@ -16,6 +16,7 @@ A loss takes a batch with `num_items()`, the number of things its loss is averag
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -39,6 +40,9 @@ RESPONSE_FIELDS = frozenset(
 
 class Splittable(Protocol):
     """A batch that `micro_batches` can split."""
+
+    @property
+    def tokens(self) -> Tensor: ...
 
     @property
     def lengths(self) -> Tensor: ...
@@ -301,29 +305,80 @@ def cat(batches: Sequence[RowWise]) -> RowWise:
     return type(batches[0])(**fields)
 
 
-def micro_batches(batch: S, tokens: int) -> Iterator[tuple[Tensor, S]]:
-    """Yield (index, part) with at most `tokens` tokens in each part, padding included, the longest rows first.
+def shared_prompts(tokens: Tensor, prompt_lengths: Tensor) -> dict[int, int]:
+    """Return {row: first row with an equal prompt} of the rows that share theirs. A single token is not shared."""
+    rows_of: dict[bytes, list[int]] = {}
+    for row, size in enumerate(prompt_lengths.tolist()):
+        if size > 1:
+            rows_of.setdefault(tokens[row, :size].numpy().tobytes(), []).append(row)
+    return {row: rows[0] for rows in rows_of.values() if len(rows) > 1 for row in rows}
+
+
+def micro_batches(batch: S, tokens: int, packed: bool = False) -> Iterator[tuple[Tensor, S]]:
+    """Yield (index, part) with at most `tokens` tokens in each part.
 
     A part is made of whole rows, or of whole groups of Comparisons. One that is longer than the budget is a part of its
-    own.
+    own. The parts depend on the arguments alone.
+
+    packed: count what a pass over packed rows computes (`Model.packs_rows`): no padding, and a prompt that rows of a
+    part share once. Rows with equal prompts then stay together where the budget allows, and parts are of similar sizes,
+    for which few CUDA graphs are captured. Else padding counts, and the longest rows come first.
     """
-    if isinstance(batch, Comparisons):
-        offsets = batch.group_offsets.tolist()
-        spans = list(pairwise(offsets))
-        longest = [int(batch.lengths[start:end].max()) if end > start else 0 for start, end in spans]
-        num_rows = [end - start for start, end in spans]
-    else:
-        longest = batch.lengths.tolist()
-        num_rows = [1] * len(longest)
-    part: list[int] = []
+    offsets = batch.group_offsets.tolist() if isinstance(batch, Comparisons) else range(len(batch.lengths) + 1)
+    spans = list(pairwise(offsets))
+    for part in _packed_parts(batch, spans, tokens) if packed else _padded_parts(batch, spans, tokens):
+        index = torch.tensor(part)
+        yield index, batch.take(index)
+
+
+def _padded_parts(batch: Splittable, spans: list[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Return parts as lists of spans, whose rows (first, last + 1) stay together, by padded size."""
+    lengths = batch.lengths.tolist()
+    longest = [max(lengths[start:end], default=0) for start, end in spans]
+    parts: list[list[int]] = []
     rows = width = 0
-    for i in sorted(range(len(num_rows)), key=lambda i: -longest[i]):
-        if part and (rows + num_rows[i]) * max(width, longest[i]) > tokens:
-            yield torch.tensor(part), batch.take(torch.tensor(part))
-            part = []
-            rows = width = 0
-        part.append(i)
-        rows += num_rows[i]
-        width = max(width, longest[i])
-    if part:
-        yield torch.tensor(part), batch.take(torch.tensor(part))
+    for i in sorted(range(len(spans)), key=lambda i: -longest[i]):
+        num_rows = spans[i][1] - spans[i][0]
+        if not parts or (rows + num_rows) * width > budget:
+            parts.append([])
+            rows, width = 0, longest[i]
+        parts[-1].append(i)
+        rows += num_rows
+    return parts
+
+
+def _packed_parts(batch: Splittable, spans: list[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Return parts as lists of spans, whose rows (first, last + 1) stay together, by tokens without padding."""
+    lengths, prompt_lengths = batch.lengths.tolist(), getattr(batch, "prompt_lengths", None)
+    first_of = {} if prompt_lengths is None else shared_prompts(batch.tokens, prompt_lengths)
+    with_prompt: dict[int, list[int]] = {}
+    for i, (start, _) in enumerate(spans):
+        with_prompt.setdefault(first_of.get(start, start), []).append(i)
+    chunks: list[tuple[int, list[int]]] = []  # tokens, and spans of one prompt
+    for first, same in with_prompt.items():
+        shared = 0 if prompt_lengths is None or first not in first_of else int(prompt_lengths[first])
+        own = {i: sum(lengths[slice(*spans[i])]) - shared * (spans[i][1] - spans[i][0]) for i in same}
+        size, chunk = shared, list[int]()
+        for i in sorted(same, key=lambda i: -own[i]):
+            if chunk and size + own[i] > budget:
+                chunks.append((size, chunk))
+                size, chunk = shared, []
+            size += own[i]
+            chunk.append(i)
+        chunks.append((size, chunk))
+    chunks.sort(key=lambda sized: -sized[0])
+    fewest = max(-(-sum(size for size, _ in chunks) // budget), 1)
+    for count in range(min(fewest, len(chunks)), len(chunks) + 1):
+        parts = _level(chunks, count)
+        if all(size <= budget or len(part) == 1 for size, part in parts):
+            break
+    return [part for _, part in parts if part]
+
+
+def _level(chunks: list[tuple[int, list[int]]], count: int) -> list[tuple[int, list[int]]]:
+    """Return `count` parts (tokens, spans) of all chunks, each chunk added to the smallest part, the largest first."""
+    heap = [(0, number, list[int]()) for number in range(count)]
+    for size, chunk in chunks:
+        total, number, part = heap[0]
+        heapq.heapreplace(heap, (total + size, number, part + chunk))
+    return [(total, part) for total, _, part in sorted(heap, key=lambda sized: (-sized[0], sized[1]))]

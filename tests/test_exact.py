@@ -48,7 +48,7 @@ def sampled(model: Model, batch: int = 4, given: Prompts | None = None, **settin
 def trained(model: Model, responses: Responses, budget: int, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probabilities (B, R) of a training pass in micro-batches of `budget` tokens, with gradients."""
     found = torch.full_like(responses.logprobs, torch.nan)
-    for index, part in micro_batches(responses, budget):
+    for index, part in micro_batches(responses, budget, packed=True):
         logprobs, _ = model.logprobs(
             part.tokens, part.prompt_lengths, part.lengths, temperature, sampled_tokens_only=True
         )
@@ -166,7 +166,7 @@ def test_values_and_scores_do_not_depend_on_the_micro_batch(dtype):
     for find in (value.values, lambda tokens, prompts, lengths: value.last_scores(tokens, lengths, prompts)[:, None]):
         whole = find(responses.tokens, responses.prompt_lengths, responses.lengths)
         for budget in (1, 60, 300):
-            for index, part in micro_batches(responses, budget):
+            for index, part in micro_batches(responses, budget, packed=True):
                 found = find(part.tokens, part.prompt_lengths, part.lengths)
                 assert torch.equal(found, whole[index, : found.shape[1]])
 

@@ -21,8 +21,8 @@ END = 2
 class FixedModel:
     """A model that returns given numbers: (B, R) log-probabilities or values, and (B,) scores of the last token."""
 
-    def __init__(self, numbers, last=None):
-        self.numbers, self.last = numbers, last
+    def __init__(self, numbers, last=None, packs_rows=True):
+        self.numbers, self.last, self.packs_rows = numbers, last, packs_rows
 
     def logprobs(self, tokens, prompt_lengths, lengths, temperature=1.0, sampled_tokens_only=True):
         assert sampled_tokens_only
@@ -204,9 +204,10 @@ def test_logprobs_are_taken_at_the_sampling_temperature():
     torch.testing.assert_close(experience.old_logprobs, batch.logprobs / 0.5)
 
 
-def test_micro_batches_do_not_change_the_experience():
+@pytest.mark.parametrize("packs_rows", [False, True])
+def test_micro_batches_do_not_change_the_experience(packs_rows):
     batch = responses((3, 1, 4, 2), (True, True, False, True))
-    models = [FixedModel(random_numbers(batch)) for _ in range(3)]
+    models = [FixedModel(random_numbers(batch), packs_rows=packs_rows) for _ in range(3)]
     reward = scores_of(1.0, 2.0, 3.0, 4.0)
     budgets = [OptimConfig(micro_batch_tokens=tokens) for tokens in (1, 9, 1000)]
     found = [make_experience(batch, *models, reward, settings(optim=optim))[0] for optim in budgets]

@@ -136,7 +136,7 @@ def test_any_micro_batches_give_the_same_loss_and_gradient(make, loss, loss_mean
     batch = batch._replace(mask=mask, weights=token_weights(mask, loss_mean))
     found = []
     for budget in (1, 12, 10_000):
-        parts = [loss(model, part, batch.num_items()) for _, part in micro_batches(batch, budget)]
+        parts = [loss(model, part, batch.num_items()) for _, part in micro_batches(batch, budget, packed=True)]
         total = sum(value for value, _ in parts)
         found.append((total.detach(), gradients(model, total)))
     for value, gradient in found[:-1]:
@@ -217,7 +217,7 @@ def test_the_ranking_loss_is_the_mean_over_pairs():
     torch.testing.assert_close(loss, truth / num_groups, rtol=1e-5, atol=1e-6)
     assert_same_gradients(ours, gradients(model, truth / num_groups))
     assert stats["reward/accuracy"].tolist() == [correct, pairs]
-    split = [reward_loss(model, part, batch.num_items()) for _, part in micro_batches(batch, 30)]
+    split = [reward_loss(model, part, batch.num_items()) for _, part in micro_batches(batch, 30, packed=True)]
     assert len(split) > 1
     torch.testing.assert_close(sum(value for value, _ in split), loss, rtol=1e-5, atol=1e-6)
     assert sum(s["reward/accuracy"] for _, s in split).tolist() == [correct, pairs]

@@ -198,7 +198,8 @@ class OptimConfig:
     final_ratio: float = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
     micro_batch_tokens: int = 8192
-    """Tokens per forward pass, padding included. It limits memory and does not change results (up to rounding)."""
+    """Tokens per forward pass. Where our own layers run, a prompt that several rows share counts once and padding does
+    not; elsewhere padding counts. It limits memory and does not change results (up to rounding)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "eps")

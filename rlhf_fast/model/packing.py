@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.batches import shared_prompts
+
 PADDING_LENGTH = 64
 """Tokens of a sequence of padding: short ones cost attention little."""
 
@@ -78,11 +80,7 @@ def pack_rows(tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = N
     num_rows = len(lengths)
     sizes = lengths.tolist()
     prompt_sizes = [0] * num_rows if prompt_lengths is None else prompt_lengths.tolist()
-    groups: dict[bytes, list[int]] = {}
-    for row, size in enumerate(prompt_sizes):
-        if size > 1:
-            groups.setdefault(tokens[row, :size].numpy().tobytes(), []).append(row)
-    first_of = {row: group[0] for group in groups.values() if len(group) > 1 for row in group}
+    first_of = {} if prompt_lengths is None else shared_prompts(tokens, prompt_lengths)
     columns: list[tuple[int, int, int]] = []  # of each sequence: its row, and the first and last column in it
     parents: list[int] = []
     shared_sequence: dict[int, int] = {}  # first row of a group -> its prompt's sequence

@@ -40,13 +40,13 @@ def make_experience(
     """
     kl_coef = cfg.kl.coef if kl_coef is None else kl_coef
     budget, temperature = cfg.optim.micro_batch_tokens, cfg.sampling.temperature
-    ref_logprobs = _in_micro_batches(responses, budget, lambda part: _logprobs(reference, part, temperature))
+    ref_logprobs = _in_micro_batches(reference, responses, budget, lambda part: _logprobs(reference, part, temperature))
     values = _in_micro_batches(
-        responses, budget, lambda part: value.values(part.tokens, part.prompt_lengths, part.lengths)
+        value, responses, budget, lambda part: value.values(part.tokens, part.prompt_lengths, part.lengths)
     )
     old_logprobs, gap = responses.logprobs, {}
     if cfg.old_logprobs == "recompute":
-        old_logprobs = _in_micro_batches(responses, budget, lambda part: _logprobs(policy, part, temperature))
+        old_logprobs = _in_micro_batches(policy, responses, budget, lambda part: _logprobs(policy, part, temperature))
         gap = to_floats(rollout_gap(old_logprobs[responses.mask], responses.logprobs[responses.mask]))
     scores = reward(responses)
     final, in_loss = final_scores(scores, responses.finished, cfg)
@@ -153,18 +153,19 @@ def _value_after_truncated(responses: Responses, value: Model, budget: int) -> T
     def last_values(part: Responses) -> Tensor:
         return value.last_scores(part.tokens, part.lengths, part.prompt_lengths)[:, None]
 
-    after = _in_micro_batches(responses, budget, last_values, 1)
+    after = _in_micro_batches(value, responses, budget, last_values, 1)
     return torch.where(responses.finished, 0, after[:, 0])
 
 
 def _in_micro_batches(
-    responses: Responses, budget: int, function: Callable[[Responses], Tensor], width: int | None = None
+    model: Model, responses: Responses, budget: int, function: Callable[[Responses], Tensor], width: int | None = None
 ) -> Tensor:
-    """Apply `function` to micro-batches of at most `budget` tokens and join its (b, r) results to (B, width) on the
-    CPU. width: None = R, the longest response.
+    """Apply `function`, a pass of `model`, to micro-batches of at most `budget` tokens and join its (b, r) results to
+    (B, width) on the CPU. width: None = R, the longest response.
     """
     out = torch.zeros(len(responses.lengths), responses.mask.shape[1] if width is None else width)
-    results = [(index, function(part)) for index, part in micro_batches(responses, budget)]
+    parts = micro_batches(responses, budget, packed=model.packs_rows)
+    results = [(index, function(part)) for index, part in parts]
     for index, result in results:  # after all passes: a GPU is not waited for between them
         out[index, : result.shape[1]] = result.cpu()
     return out

@@ -30,6 +30,8 @@ class Trainable(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def packs_rows(self) -> bool: ...
     def prepare_training(self) -> None: ...
 
     def trainable(self) -> dict[str, torch.nn.Parameter]: ...
@@ -131,7 +133,8 @@ class Learner:
                 num_items = batch.num_items()
                 if not num_items:
                     continue
-                for _, micro_batch in micro_batches(batch, self.optim.micro_batch_tokens):
+                budget = self.optim.micro_batch_tokens
+                for _, micro_batch in micro_batches(batch, budget, packed=self.model.packs_rows):
                     value, new_stats = loss(self.model, micro_batch, num_items)
                     self._add_gradient(value * coefficient)
                     losses.append(value.detach() * coefficient)
@@ -269,7 +272,7 @@ def evaluate(model: Trainable, loss: Loss, batches: Sequence[Batch], micro_batch
     num_items = sum(batch.num_items() for batch in batches)
     stats: dict[str, Tensor] = {}
     for batch in batches if num_items else ():
-        for _, micro_batch in micro_batches(batch, micro_batch_tokens):
+        for _, micro_batch in micro_batches(batch, micro_batch_tokens, packed=model.packs_rows):
             _combine(stats, loss(model, micro_batch, num_items)[1])
     return to_floats(stats)
 

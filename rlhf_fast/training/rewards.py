@@ -61,7 +61,7 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
         scores = torch.zeros(len(responses.lengths))
-        for index, part in micro_batches(responses, self.micro_batch_tokens):
+        for index, part in micro_batches(responses, self.micro_batch_tokens, packed=self.model.packs_rows):
             scores[index] = self.model.last_scores(part.tokens, part.lengths, part.prompt_lengths).cpu()
         return check_scores(scores.tolist(), responses.uids.tolist(), self.model.name)
 
