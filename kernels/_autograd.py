@@ -17,8 +17,9 @@ SMALL = 1 << 22
 
 def autograd_function(
     name: str, run: Callable, backward: Callable, setup_context: Callable | None, forward: Callable | None
-) -> Callable:
-    """Return an op's call with its gradient; `Op.gradient` says what the functions are. `run` is the call without one.
+) -> type[torch.autograd.Function]:
+    """Return the function whose `apply` is an op's call with its gradient; `Op.gradient` says what the arguments are.
+    `run` is the call without one.
 
     A backend forced in the forward pass is forced in the backward pass too, where that has a kernel of it.
     torch.compile traces these functions: they keep no Op in a closure.
@@ -36,8 +37,7 @@ def autograd_function(
     elif setup_context is not None:
         functions["forward"] = _keeping_backend(_with_context(run, setup_context))
     methods = {name: staticmethod(function) for name, function in functions.items()}
-    function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
-    return function.apply
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def refuse_backward(name: str, *_args: Any) -> Any:

@@ -92,7 +92,8 @@ class Op(Backends):
     stats: tuple[str, ...]  # the names of the op's statistics, if it returns any
     gradient_inputs: tuple[int, ...]  # indices of the arguments that have a gradient, on every backend
     torch_op: Callable  # torch.ops.rlhf_fast.<name>
-    differentiable: Callable  # torch_op with the gradient that `gradient` registered
+    autograd: type[torch.autograd.Function]  # the gradient that `gradient` registered
+    differentiable: Callable  # torch_op with that gradient
 
     def __init__(self, body: Callable, fake: Callable | None = None, mutates: tuple[str, ...] = ()):
         functools.update_wrapper(self, body)
@@ -338,7 +339,8 @@ class Op(Backends):
         else:
             refuse = functools.partial(refuse_backward, name)
             torch.library.register_autograd(f"rlhf_fast::{name}", refuse, lib=_library)
-        self.differentiable = autograd_function(name, run, backward, setup_context, forward)
+        self.autograd = autograd_function(name, run, backward, setup_context, forward)
+        self.differentiable = self.autograd.apply
 
     @property
     def has_gradient(self) -> bool:

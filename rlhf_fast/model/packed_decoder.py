@@ -11,6 +11,7 @@ A prompt that several rows share is computed once, and its gradient is the sum o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ from rlhf_fast.kernels._backends import forced_backend
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
 from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
-from rlhf_fast.model.packed_linears import linear, linears
 from rlhf_fast.model.packing import PackedRows, pack_rows, to_device
 from rlhf_fast.model.rope_scaling import length_dependent_rope
+from rlhf_fast.model.tape import Autograd, TapedLayer, is_plain
 
 PROBE_LENGTHS = (8, 8, 5)
 """Rows of the comparison with the module; the first two share PROBE_PROMPT tokens."""
@@ -59,14 +60,17 @@ def packed_hidden(
     if parts.position_embedding is not None:
         x = x + parts.position_embedding(rows.positions)
     rope = None if parts.rotary is None else rope_angles(parts.rotary, weight, rows.positions)
-    call = _Call(parts, rows, rope, dropout, exact)
+    call = _Call(parts, rows, rope, dropout, exact, Autograd())
     for layer in parts.layers:
         own_kept = kept if layer is parts.layers[-1] else None
-        if checkpoints and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _can_be_taped(call, layer, x):
+            run = partial(_run_layer, call, layer, own_kept)
+            x = TapedLayer.apply(run, checkpoints, x, *_parameters(layer))
+        elif checkpoints and torch.is_grad_enabled():
             x = checkpoint(_layer, call, layer, x, own_kept, use_reentrant=False)
         else:
             x = _layer(call, layer, x, own_kept)
-    return _norm(parts.final_norm, x)
+    return _norm(call, parts.final_norm, x)
 
 
 class _Call(NamedTuple):
@@ -78,66 +82,90 @@ class _Call(NamedTuple):
     """cos and sin (N, r / 2) float32 of each token's angles."""
     dropout: float
     exact: bool
+    do: Autograd
+    """The operations."""
+
+
+def _can_be_taped(call: _Call, layer: Layer, x: Tensor) -> bool:
+    """Return whether a tape has all operations of a layer."""
+    has_all = call.parts.activation != "silu" if layer.gate is None else call.parts.activation == "silu"
+    return x.is_cpu and not call.dropout and has_all and all(map(is_plain, _linears(layer)))
+
+
+def _linears(layer: Layer) -> list[Any]:
+    linears = (*layer.qkv, layer.out, layer.gate, layer.up, layer.down)
+    return [module for module in linears if module is not None]
+
+
+def _parameters(layer: Layer) -> list[Tensor]:
+    """Return the weights and biases of a layer whose linear layers have no adapters."""
+    norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+    parts = [part for part in (*norms, *_linears(layer)) if part is not None]
+    return [p for part in parts for p in (part.weight, part.bias) if p is not None]
+
+
+def _run_layer(call: _Call, layer: Layer, kept: Tensor | None, do: Autograd, x: Tensor) -> Tensor:
+    return _layer(call._replace(do=do), layer, x, kept)
 
 
 def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
     """Return the residual stream after `layer`; of the `kept` tokens alone, if they are given."""
-    attended = _attention(call, layer, _norm(layer.attention_norm, x))
+    do = call.do
+    attended = _attention(call, layer, _norm(call, layer.attention_norm, x))
     if kept is not None:  # no later token reads the others
-        x, attended = x[kept], attended[kept]
-    out = _drop(call, linear(layer.out, attended, call.exact))
+        is_unique = call.rows.parents is None  # rows that share a prompt keep its last token, each for itself
+        x, attended = do.rows(x, kept, is_unique), do.rows(attended, kept, is_unique)
+    out = _drop(call, do.linear(layer.out, attended, call.exact))
     if call.parts.parallel_residual:
-        return x + out + _drop(call, _mlp(call, layer, _norm(layer.mlp_norm, x)))
-    x = x + out
-    return x + _drop(call, _mlp(call, layer, _norm(layer.mlp_norm, x)))
+        return do.add(do.add(x, out), _drop(call, _mlp(call, layer, _norm(call, layer.mlp_norm, x))))
+    x = do.add(x, out)
+    return do.add(x, _drop(call, _mlp(call, layer, _norm(call, layer.mlp_norm, x))))
 
 
 def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     """Return the heads' outputs (N, H d), before the output projection."""
-    parts, d = call.parts, call.parts.head_dim
-    outputs = linears(layer.qkv, x, call.exact)
+    do, parts, d = call.do, call.parts, call.parts.head_dim
+    outputs = do.linears(layer.qkv, x, call.exact)
     if parts.interleaved_qkv:
-        q, k, v = outputs[0].view(len(x), parts.num_heads, 3, d).unbind(2)
+        q, k, v = do.unbind(do.view(outputs[0], len(x), parts.num_heads, 3, d), 2)
     elif len(outputs) == 1:
         sizes = [parts.num_heads, parts.num_kv_heads, parts.num_kv_heads]
-        q, k, v = outputs[0].view(len(x), sum(sizes), d).split(sizes, 1)
+        q, k, v = do.split(do.view(outputs[0], len(x), sum(sizes), d), sizes, 1)
     else:
-        q, k, v = (output.view(len(x), output.shape[1] // d, d) for output in outputs)
-    if layer.q_norm is not None:
-        q = _norm(layer.q_norm, q)
-    if layer.k_norm is not None:
-        k = _norm(layer.k_norm, k)
+        q, k, v = (do.view(output, len(x), output.shape[1] // d, d) for output in outputs)
+    q = q if layer.q_norm is None else _norm(call, layer.q_norm, q)
+    k = k if layer.k_norm is None else _norm(call, layer.k_norm, k)
     if call.rope is not None and layer.uses_rope:
-        q, k = ops.rope(q, *call.rope), ops.rope(k, *call.rope)
+        q, k = do.apply(ops.rope, q, *call.rope), do.apply(ops.rope, k, *call.rope)
     if call.exact:  # the cache has the weights' dtype
         dtype = parts.embedding.weight.dtype
-        k, v = k.to(dtype).float(), v.to(dtype).float()
+        k, v = do.rounded(k, dtype), do.rounded(v, dtype)
     rows = call.rows
-    out = ops.varlen_attention(
-        q, k, v, rows.offsets, layer.scale, layer.window, parents=rows.parents, decode_order=call.exact
-    )
-    return out.flatten(1)
+    options = rows.offsets, layer.scale, layer.window, 0.0, rows.parents, call.exact
+    return do.view(do.apply(ops.varlen_attention, q, k, v, *options), len(x), parts.num_heads * d)
 
 
 def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
+    do = call.do
     if layer.gate is None:
-        inner = _activate(call, linear(layer.up, x, call.exact))
+        inner = _activate(call, do.linear(layer.up, x, call.exact))
     else:
-        gate, up = linears((layer.gate, layer.up), x, call.exact)
-        inner = ops.swiglu(gate, up) if call.parts.activation == "silu" else _activate(call, gate) * up
-    return linear(layer.down, inner, call.exact)
+        gate, up = do.linears((layer.gate, layer.up), x, call.exact)
+        is_silu = call.parts.activation == "silu"
+        inner = do.apply(ops.swiglu, gate, up) if is_silu else _activate(call, gate) * up
+    return do.linear(layer.down, inner, call.exact)
 
 
 def _activate(call: _Call, x: Tensor) -> Tensor:
     if call.parts.activation == "silu":
         return ops.swiglu(x, torch.ones_like(x)) if call.exact else F.silu(x)
-    return ops.gelu(x, "tanh" if call.parts.activation == "gelu_tanh" else "none")
+    return call.do.apply(ops.gelu, x, "tanh" if call.parts.activation == "gelu_tanh" else "none")
 
 
-def _norm(norm: Norm, x: Tensor) -> Tensor:
+def _norm(call: _Call, norm: Norm, x: Tensor) -> Tensor:
     if norm.centered:
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    return ops.rms_norm(x, norm.weight, norm.eps)
+        return call.do.apply(ops.layer_norm, x, norm.weight, norm.bias, norm.eps)
+    return call.do.apply(ops.rms_norm, x, norm.weight, norm.eps)
 
 
 def _drop(call: _Call, x: Tensor) -> Tensor:
@@ -224,9 +252,8 @@ def find_refusal(model: Any) -> str | None:
     try:
         parts = read_decoder(model.decoder)
         for layer in parts.layers:
-            for module in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down):
-                if module is not None:
-                    base_linear(module)
+            for module in _linears(layer):
+                base_linear(module)
         with torch.inference_mode(False), model.eval_mode(), lora.nonzero_adapters(model.module):
             return _compare(model, *tolerances)
     except Unsupported as reason:

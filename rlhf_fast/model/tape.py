@@ -1,0 +1,260 @@
+"""The operations of a decoder layer, by autograd or on a tape of our own.
+
+Autograd makes a node for each op, which costs a small model on a CPU as much time as its kernels. On a tape a layer is
+one node: `Tape` runs the same ops, records them, and calls their gradients in the reverse order. Only what the gradients
+read is kept. Layer code takes an `Autograd` or a `Tape` and computes with its methods alone.
+
+    TapedLayer      forward    run(tape, x): y = tape.apply(ops.rms_norm, x, weight, eps), ...
+                    backward   the gradient functions of these ops (Op.gradient), last op first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast import ops
+from rlhf_fast.kernels._op import Op
+from rlhf_fast.kernels._product import f32_is_ours
+from rlhf_fast.model.adjacent_weights import join
+
+
+class Autograd:
+    """Operations whose gradients are autograd's."""
+
+    def apply(self, op: Op, *args: Any) -> Tensor:
+        """Call an op with one output."""
+        return op(*args)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def rows(self, x: Tensor, index: Tensor, is_unique: bool) -> Tensor:
+        """Return the rows of x (N, D) at `index` (n,). is_unique: none comes twice."""
+        return x[index]
+
+    def view(self, x: Tensor, *shape: int) -> Tensor:
+        return x.view(*shape)
+
+    def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
+        return x.split(sizes, dim)
+
+    def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
+        return x.unbind(dim)
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x with the values of `dtype`."""
+        return x.to(dtype).to(x.dtype)
+
+    def linear(self, module: Any, x: Tensor, exact: bool) -> Tensor:
+        """Multiply x (N, D) by a linear layer: by our product where that is the faster one and there is no adapter.
+        exact: in the order of sums of the decode step."""
+        if not is_plain(module) or not (exact or _is_ours(x)):
+            return module(x)
+        return self.apply(ops.linear, x, module.weight, module.bias, type(module) is Conv1D, exact)
+
+    def linears(self, modules: Sequence[Any], x: Tensor, exact: bool) -> Sequence[Tensor]:
+        """Multiply x (N, D) by linear layers that read the same input."""
+        return [self.linear(module, x, exact) for module in modules]
+
+
+class Tape(Autograd):
+    """Operations that are recorded, without autograd. leaves: the tensors whose gradients are wanted.
+
+    Linear layers have no adapters. Those with adjacent weights (model/adjacent_weights.py) are one product.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]):
+        self._numbers: dict[int, int] = {}
+        """id of a tensor that depends on the leaves -> its number. The newest tensor with an id has it."""
+        self._count = 0
+        self._steps: list[tuple[Callable[..., Sequence[Tensor | None]], list[int | None], list[int]]] = []
+        """Gradient function, numbers of the inputs, numbers of the outputs."""
+        self._num_leaves = len(leaves)
+        for leaf in leaves:
+            self._number(leaf)
+
+    def gradients(self, output: int, grad: Tensor) -> list[Tensor | None]:
+        """Return the gradients of the leaves, given that of the tensor with number `output`. The tape is empty then."""
+        grads: dict[int, Tensor] = {output: grad}
+        while self._steps:
+            gradient, inputs, outputs = self._steps.pop()
+            of_outputs = [grads.pop(number, None) for number in outputs]
+            if of_outputs[0] is None:  # nothing that `output` depends on
+                continue
+            found = gradient(*of_outputs)
+            for number, g in zip(inputs, found if isinstance(found, tuple) else (found,), strict=True):
+                if number is not None and g is not None:
+                    grads[number] = grads[number] + g if number in grads else g
+        return [grads.get(number) for number in range(self._num_leaves)]
+
+    def number_of(self, x: Tensor) -> int:
+        return self._numbers[id(x)]
+
+    def apply(self, op: Op, *args: Any) -> Tensor:
+        inputs: list[int | None] = [None] * len(op.names)
+        for i in op.gradient_inputs:
+            if i < len(args):
+                inputs[i] = self._numbers.get(id(args[i]))
+        context = _Context([number is not None for number in inputs])
+        out = op.autograd.forward(context, *op.normalized(*args))
+        return self._record(partial(op.autograd.backward, context), inputs, out)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._record(lambda g: (g, g), self._of(x, y), x + y)
+
+    def rows(self, x: Tensor, index: Tensor, is_unique: bool) -> Tensor:
+        shape = x.shape
+
+        def gradient(g: Tensor) -> Tensor:
+            zeros = g.new_zeros(shape)
+            return zeros.index_copy_(0, index, g) if is_unique else zeros.index_put_((index,), g, accumulate=True)
+
+        return self._record(gradient, self._of(x), x[index])
+
+    def view(self, x: Tensor, *shape: int) -> Tensor:
+        before = x.shape
+        return self._record(lambda g: g.reshape(before), self._of(x), x.view(*shape))
+
+    def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
+        return self._record_all(lambda *grads: _whole(grads, dim), self._of(x), x.split(sizes, dim))
+
+    def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
+        return self._record_all(lambda *grads: torch.stack(grads, dim), self._of(x), x.unbind(dim))
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype == dtype:
+            return x
+        return self._record(lambda g: g.to(dtype).to(g.dtype), self._of(x), x.to(dtype).to(x.dtype))
+
+    def linear(self, module: Any, x: Tensor, exact: bool) -> Tensor:
+        return self._product(x, module.weight, module.bias, type(module) is Conv1D, exact)
+
+    def linears(self, modules: Sequence[Any], x: Tensor, exact: bool) -> Sequence[Tensor]:
+        separate = len(modules) == 1 or any(type(module) is not nn.Linear for module in modules)
+        weight = None if separate else self._join([module.weight for module in modules])
+        has_bias = any(module.bias is not None for module in modules)
+        bias = self._join([module.bias for module in modules]) if has_bias and weight is not None else None
+        if weight is None or (has_bias and bias is None):
+            return [self.linear(module, x, exact) for module in modules]
+        return self.split(self._product(x, weight, bias, False, exact), [len(module.weight) for module in modules], 1)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, exact: bool) -> Tensor:
+        if exact or _is_ours(x):
+            return self.apply(ops.linear, x, weight, bias, transposed, exact)
+        inputs = self._of(x, weight, bias)
+
+        def gradient(g: Tensor) -> Sequence[Tensor | None]:
+            to_x, to_weight, to_bias = (number is not None for number in inputs)
+            return (
+                (g @ weight.t() if transposed else g @ weight) if to_x else None,
+                (x.t() @ g if transposed else g.t() @ x) if to_weight else None,
+                g.sum(0) if to_bias else None,
+            )
+
+        return self._record(gradient, inputs, F.linear(x, weight.t() if transposed else weight, bias))
+
+    def _join(self, parameters: Sequence[Tensor | None]) -> Tensor | None:
+        """Return adjacent parameters as one tensor, or None."""
+        joint = join(parameters)
+        if joint is None:
+            return None
+        sizes = [len(p) for p in parameters if p is not None]
+        return self._record(lambda g: g.split(sizes), self._of(*parameters), joint)
+
+    def _of(self, *tensors: Tensor | None) -> list[int | None]:
+        return [self._numbers.get(id(x)) for x in tensors]
+
+    def _number(self, x: Tensor) -> int:
+        self._numbers[id(x)] = self._count
+        self._count += 1
+        return self._count - 1
+
+    def _record(self, gradient: Callable[..., Any], inputs: list[int | None], out: Tensor) -> Tensor:
+        return self._record_all(gradient, inputs, (out,))[0]
+
+    def _record_all(
+        self, gradient: Callable[..., Any], inputs: list[int | None], outputs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Record a step, unless no input depends on a leaf."""
+        if any(number is not None for number in inputs):
+            self._steps.append((gradient, inputs, [self._number(out) for out in outputs]))
+        else:
+            for out in outputs:  # the tensor that had this id is gone
+                self._numbers.pop(id(out), None)
+        return outputs
+
+
+class TapedLayer(torch.autograd.Function):
+    """run(tape, x) as one node of autograd. parameters: those that it reads. recompute: keep x alone, and run again in
+    the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[[Tape, Tensor], Tensor], recompute: bool, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.run, ctx.recompute = run, recompute
+        ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        ctx.save_for_backward(x, *parameters)
+        tape = Tape([] if recompute else _leaves(ctx, x, *parameters))
+        out = run(tape, x)
+        ctx.recorded = None if recompute else (tape, tape.number_of(out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if ctx.recompute:
+            tape = Tape(_leaves(ctx, *saved))
+            output = tape.number_of(ctx.run(tape, saved[0]))
+        elif ctx.recorded is None:
+            raise RuntimeError("the activations of this forward pass are gone: they are kept for one backward pass")
+        else:
+            tape, output = ctx.recorded
+            ctx.recorded = None
+        found = dict(zip(ctx.wanted, tape.gradients(output, grad), strict=True))
+        return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
+
+
+def _leaves(ctx: Any, x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """Return the inputs that need a gradient."""
+    return [(x, *parameters)[i - 2] for i in ctx.wanted]
+
+
+class _Context:
+    """An op's context in the place of autograd's."""
+
+    def __init__(self, needs_input_grad: Sequence[bool]):
+        self.needs_input_grad = needs_input_grad
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+def is_plain(module: Any) -> bool:
+    """Return whether a linear layer has no adapter."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _is_ours(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and f32_is_ours(len(x))
+
+
+def _whole(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return torch.cat(parts, dim); without a copy where they are the columns of one matrix."""
+    first, begin = parts[0], parts[0].data_ptr()
+    storage, width = first.untyped_storage().data_ptr(), sum(part.shape[1] for part in parts)
+    for part in parts:
+        is_next = part.data_ptr() == begin and part.untyped_storage().data_ptr() == storage
+        if part.dim() > 2 or not is_next or part.stride() != (width, 1):
+            return torch.cat(list(parts), dim)
+        begin += part.shape[1] * part.element_size()
+    return first.as_strided((len(first), width), (width, 1))
