@@ -33,7 +33,7 @@ def config_without_dropout(module: nn.Module) -> Iterator[None]:
     of it they are the model's own, because they are saved with it."""
     configs = {
         id(config): config
-        for part in module.modules()
+        for part in all_modules(module)
         if isinstance(config := vars(part).get("config"), PreTrainedConfig)
     }
     changed = [

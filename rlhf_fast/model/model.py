@@ -30,6 +30,7 @@ from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.end_tokens import in_generation_config
+from rlhf_fast.model.modules import all_modules
 from rlhf_fast.model.packed_graphs import PackedGraphs
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.vocabulary import Vocabulary
@@ -198,28 +199,29 @@ class Model:
         """Set training mode within the block. `dropout` is the probability of residual dropout: on the outputs that
         attention and MLP add to the residual stream. None turns the adapters' dropout off too, which PPO needs. The
         architecture's own dropouts (embedding, attention weights and so on) are always off."""
-        training = self.module.training
-        self.module.train()
-        for module in self.module.modules():
-            if module in self._always_eval or (dropout is None and isinstance(module, nn.modules.dropout._DropoutNd)):
-                module.training = False
+        modes = self._modes()
+        for module, _ in modes:
+            is_off = dropout is None and isinstance(module, nn.modules.dropout._DropoutNd)
+            vars(module)["training"] = not is_off and module not in self._always_eval
         try:
             with config_without_dropout(self.base), self._residual_dropout.enabled(self.decoder, dropout or 0.0):
                 yield
         finally:
-            self.module.train(training)
+            _set_modes(modes)
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Set evaluating mode within the block, in `train_mode` too."""
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
+        modes = self._modes()
+        _set_modes([(module, False) for module, _ in modes])
         try:
             with self._residual_dropout.enabled(self.decoder, 0.0):
                 yield
         finally:
-            for module, training in modes:
-                module.training = training
+            _set_modes(modes)
+
+    def _modes(self) -> list[tuple[nn.Module, bool]]:
+        return [(module, module.training) for module in all_modules(self.module)]
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, T, D) of the last layer after the final norm. `positions` (B, T) that start
@@ -245,7 +247,7 @@ class Model:
     def _find_packed_refusal(self, found: packed_decoder.Inspection) -> str | None:
         if why := packed_decoder.find_obstacle(self, found, self._residual_dropout, self._packed_graphs.failed):
             return why
-        trains = any(p.requires_grad for p in self.module.parameters())
+        trains = any(p.requires_grad for p in (*found.parameters, self.head_layer.weight))
         key = (found.kinds, self.device, self.head_layer.weight.dtype, trains, self.adapter_enabled, self.exact)
         if key not in self._packed_refusals:
             self._packed_refusals[key] = packed_decoder.find_refusal(self)
@@ -396,6 +398,12 @@ class Model:
 
     def _adapter_context(self):
         return nullcontext() if self.adapter_enabled else lora.adapter_disabled(self.module)
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Set training mode module by module: nn.Module's own attributes take several times as long."""
+    for module, training in modes:
+        vars(module)["training"] = training
 
 
 def _no_warning(*_) -> None:

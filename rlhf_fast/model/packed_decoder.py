@@ -25,6 +25,7 @@ from rlhf_fast.kernels._backends import forced_backend
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
 from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
+from rlhf_fast.model.modules import all_modules
 from rlhf_fast.model.packing import PackedRows, pack_rows, to_device
 from rlhf_fast.model.rope_scaling import length_dependent_rope
 from rlhf_fast.model.tape import Autograd, TapedLayer, is_plain
@@ -191,7 +192,7 @@ class Inspection(NamedTuple):
 
 def inspect(decoder: nn.Module) -> Inspection:
     """Look at the modules of `decoder`, before each pass."""
-    modules = list(decoder.modules())
+    modules = all_modules(decoder)
     hooks = [
         hook
         for module in modules

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rlhf_fast.garbage_collection import paused_garbage_collection
 from rlhf_fast.graph_capture import Recorder, captures_on, recorder_for, report_failure
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.packed_decoder import Inspection, packed_hidden
@@ -198,13 +199,8 @@ class PackedGraphs:
 def _no_garbage_collection() -> Iterator[None]:
     """Collect garbage now and not within the block: a graph that is destroyed there would end the capture."""
     gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with paused_garbage_collection():
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Layers(nn.Module):

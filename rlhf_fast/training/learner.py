@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_fast.batches import Batch, micro_batches
 from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.errors import BadRows, UserError, listed
+from rlhf_fast.garbage_collection import paused_garbage_collection
 from rlhf_fast.training.allocator import keep_freed_memory
 from rlhf_fast.training.compiled_adamw import CompiledAdamW
 from rlhf_fast.training.gradient_buffers import GradientBuffers, GradientPool
@@ -107,7 +108,8 @@ class Learner:
         Returns each loss's stats under its own names, and `loss`, `grad_norm` (before clipping) and `lr`. A loss or
         gradient that is not finite is a UserError that names the rows; the weights are then as before.
         """
-        losses, stats = self._backward(terms)
+        with paused_garbage_collection():
+            losses, stats = self._backward(terms)
         norm = self._grad_norm()
         total = torch.stack(losses).sum() if losses else torch.zeros(())
         result = to_floats({**stats, "loss": total, "grad_norm": norm})
@@ -149,7 +151,8 @@ class Learner:
             self.gradients.gather()
 
     def _zero_grad(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
+        for p in self.masters.values():  # zero_grad looks for a profiler first
+            p.grad = None
         self.gradients.release()
 
     def _grad_norm(self) -> Tensor:

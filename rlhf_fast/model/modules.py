@@ -1,0 +1,19 @@
+"""The modules of a model, looked at in every pass: torch's own walk costs a small model as much as some layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def all_modules(root: nn.Module) -> list[nn.Module]:
+    """Return what root.modules() yields, in its order."""
+    found: dict[nn.Module, None] = {}
+    _add(root, found)
+    return list(found)
+
+
+def _add(module: nn.Module, found: dict[nn.Module, None]) -> None:
+    found[module] = None
+    for child in module._modules.values():
+        if child is not None and child not in found:
+            _add(child, found)
