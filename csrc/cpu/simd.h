@@ -65,27 +65,43 @@ struct bf16 {
   uint16_t bits;
 };
 
-INLINE f32 load(const float* p) {
-  f32 v;
+// Vectors of N floats, or of numbers of 32 and 16 bits; of W by default.
+template <int N>
+struct Vectors {
+  typedef float f32 __attribute__((vector_size(N * 4)));
+  typedef uint32_t u32 __attribute__((vector_size(N * 4)));
+  typedef uint16_t u16 __attribute__((vector_size(N * 2)));
+};
+
+template <int N = W>
+INLINE typename Vectors<N>::f32 load(const float* p) {
+  typename Vectors<N>::f32 v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-INLINE f32 load(const bf16* p) {
-  u16 v;
+template <int N = W>
+INLINE typename Vectors<N>::f32 load(const bf16* p) {
+  typename Vectors<N>::u16 v;
   memcpy(&v, p, sizeof v);
-  return (f32)(__builtin_convertvector(v, u32) << 16);
+  return (typename Vectors<N>::f32)(__builtin_convertvector(v, typename Vectors<N>::u32) << 16);
 }
-INLINE void store(float* p, f32 v) { memcpy(p, &v, sizeof v); }
+template <class F>
+INLINE void store(float* p, F v) {
+  memcpy(p, &v, sizeof v);
+}
 
 // Round to nearest even, as torch does; a NaN stays a NaN.
-INLINE u16 round_to_bf16(f32 v) {
-  const u32 bits = (u32)v;
-  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const u32 quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((v != v) ? quiet : rounded, u16);
+template <class F, int N = sizeof(F) / 4>
+INLINE typename Vectors<N>::u16 round_to_bf16(F v) {
+  typedef typename Vectors<N>::u32 Bits;
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((v != v) ? quiet : rounded, typename Vectors<N>::u16);
 }
-INLINE void store(bf16* p, f32 v) {
-  const u16 bits = round_to_bf16(v);
+template <class F>
+INLINE void store(bf16* p, F v) {
+  const auto bits = round_to_bf16(v);
   memcpy(p, &bits, sizeof bits);
 }
 
