@@ -179,7 +179,7 @@ INLINE float to_float(bf16 x) {
   return f;
 }
 
-// Where one of them is a NaN or both are 0, the result is b.
+// The result is b where one of them is a NaN or both are 0.
 #if defined(__AVX512F__) && !defined(SIMD_WIDTH)  // beside another comparison with a, GCC makes two instructions of one
 INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b); }
 INLINE f32 min(f32 a, f32 b) { return (f32)_mm512_maskz_min_ps((__mmask16)-1, (__m512)a, (__m512)b); }
