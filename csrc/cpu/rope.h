@@ -4,26 +4,23 @@
 
 namespace {
 
+// Rotates elements i to half_dim with elements i + half_dim to 2 * half_dim, N of them at a time and the last few in
+// vectors of half the size: a masked load or store takes longer than any of them.
+template <int N = W, class X, class Y>
+INLINE void rotate_from(int64_t i, const X* x, const float* cos, const float* sin, int64_t half_dim, Y* y) {
+  for (; i + N <= half_dim; i += N) {
+    const auto a = load<N>(x + i), b = load<N>(x + half_dim + i), c = load<N>(cos + i), s = load<N>(sin + i);
+    store(y + i, a * c - b * s);
+    store(y + half_dim + i, b * c + a * s);
+  }
+  if constexpr (N > 1) rotate_from<N / 2>(i, x, cos, sin, half_dim, y);
+}
+
 // Rotates the first 2 * half_dim of the d elements of x, element i with element i + half_dim, into y, and copies the
 // rest. y may be x.
 template <class X, class Y>
 INLINE void rope_head(const X* x, const float* cos, const float* sin, int64_t half_dim, int64_t d, Y* y) {
-  for (int64_t i = 0; i < half_dim; i += W) {
-    const int n = (int)min<int64_t>(W, half_dim - i);
-    const bool is_full = n == W;
-    const f32 a = is_full ? load(x + i) : load_partial(x + i, n, 0.f);
-    const f32 b = is_full ? load(x + half_dim + i) : load_partial(x + half_dim + i, n, 0.f);
-    const f32 c = is_full ? load(cos + i) : load_partial(cos + i, n, 0.f);
-    const f32 s = is_full ? load(sin + i) : load_partial(sin + i, n, 0.f);
-    const f32 first = a * c - b * s, second = b * c + a * s;
-    if (is_full) {
-      store(y + i, first);
-      store(y + half_dim + i, second);
-    } else {
-      store_partial(y + i, first, n);
-      store_partial(y + half_dim + i, second, n);
-    }
-  }
+  rotate_from(0, x, cos, sin, half_dim, y);
   if ((const void*)x == (const void*)y) return;
   int64_t i = 2 * half_dim;
   for (; i + W <= d; i += W) store(y + i, load(x + i));

@@ -65,27 +65,63 @@ struct bf16 {
   uint16_t bits;
 };
 
-INLINE f32 load(const float* p) {
-  f32 v;
+// Vectors of N floats, or of numbers of 32 and 16 bits; of W by default.
+template <int N>
+struct Vectors {
+  typedef float f32 __attribute__((vector_size(N * 4)));
+  typedef uint32_t u32 __attribute__((vector_size(N * 4)));
+  typedef uint16_t u16 __attribute__((vector_size(N * 2)));
+};
+
+// Conversions of W numbers have an instruction that GCC 12 does not find.
+template <int N>
+INLINE typename Vectors<N>::u32 widen(typename Vectors<N>::u16 v) {
+  return __builtin_convertvector(v, typename Vectors<N>::u32);
+}
+template <int N>
+INLINE typename Vectors<N>::u16 narrow(typename Vectors<N>::u32 v) {
+  return __builtin_convertvector(v, typename Vectors<N>::u16);
+}
+#if defined(__AVX512F__) && !defined(SIMD_WIDTH)
+template <>
+INLINE u32 widen<W>(u16 v) {
+  return (u32)_mm512_cvtepu16_epi32((__m256i)v);
+}
+template <>
+INLINE u16 narrow<W>(u32 v) {
+  return (u16)_mm512_cvtepi32_epi16((__m512i)v);
+}
+#endif
+
+template <int N = W>
+INLINE typename Vectors<N>::f32 load(const float* p) {
+  typename Vectors<N>::f32 v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-INLINE f32 load(const bf16* p) {
-  u16 v;
+template <int N = W>
+INLINE typename Vectors<N>::f32 load(const bf16* p) {
+  typename Vectors<N>::u16 v;
   memcpy(&v, p, sizeof v);
-  return (f32)(__builtin_convertvector(v, u32) << 16);
+  return (typename Vectors<N>::f32)(widen<N>(v) << 16);
 }
-INLINE void store(float* p, f32 v) { memcpy(p, &v, sizeof v); }
+template <class F>
+INLINE void store(float* p, F v) {
+  memcpy(p, &v, sizeof v);
+}
 
 // Round to nearest even, as torch does; a NaN stays a NaN.
-INLINE u16 round_to_bf16(f32 v) {
-  const u32 bits = (u32)v;
-  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const u32 quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((v != v) ? quiet : rounded, u16);
+template <class F, int N = sizeof(F) / 4>
+INLINE typename Vectors<N>::u16 round_to_bf16(F v) {
+  typedef typename Vectors<N>::u32 Bits;
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits quiet = (bits >> 16) | 0x40u;
+  return narrow<N>((v != v) ? quiet : rounded);
 }
-INLINE void store(bf16* p, f32 v) {
-  const u16 bits = round_to_bf16(v);
+template <class F>
+INLINE void store(bf16* p, F v) {
+  const auto bits = round_to_bf16(v);
   memcpy(p, &bits, sizeof bits);
 }
 
@@ -101,7 +137,7 @@ INLINE f32 load_partial(const float* p, int n, float fill) {
 }
 INLINE f32 load_partial(const bf16* p, int n, float fill) {
   const u16 v = (u16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
-  const f32 x = (f32)(__builtin_convertvector(v, u32) << 16);
+  const f32 x = (f32)(widen<W>(v) << 16);
   return select(lane_numbers(typename Count<W>::type()) < n, x, splat(fill));
 }
 INLINE void store_partial(float* p, f32 v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
@@ -143,8 +179,14 @@ INLINE float to_float(bf16 x) {
   return f;
 }
 
+// The result is b where one of them is a NaN or both are 0.
+#if defined(__AVX512F__) && !defined(SIMD_WIDTH)  // beside another comparison with a, GCC makes two instructions of one
+INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b); }
+INLINE f32 min(f32 a, f32 b) { return (f32)_mm512_maskz_min_ps((__mmask16)-1, (__m512)a, (__m512)b); }
+#else
 INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
+#endif
 INLINE f32 abs(f32 x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // Lane i of the result is lane (i + D) % W of x.
@@ -212,8 +254,8 @@ INLINE double log1p(double x) { return __builtin_log1p(x); }
 // e^x within 1.2 ulp; 0 below -87.3 (no denormals), inf above 88.7, NaN for NaN.
 // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a minimax polynomial (Cephes' coefficients), scaled by 2^n.
 INLINE f32 exp(f32 x) {
-  const f32 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32 clamped = min(max(x, splat(-87.33654f)), splat(88.72283f));
+  const f32 magic = splat(12582912.f);                                   // 1.5 * 2^23: adding it rounds to an integer
+  const f32 clamped = min(splat(88.72283f), max(splat(-87.33654f), x));  // a NaN stays a NaN
   const f32 shifted = clamped * 1.44269504088896341f + magic;
   const f32 n = shifted - magic;
   const f32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -232,8 +274,7 @@ INLINE f32 exp(f32 x) {
   f32 y = p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
 #endif
   y = select(x < splat(-87.33654f), splat(0.f), y);
-  y = select(x > splat(88.72283f), splat(__builtin_inff()), y);
-  return select(x != x, x, y);
+  return select(x > splat(88.72283f), splat(__builtin_inff()), y);
 }
 
 // ln x within 1 ulp for normal x > 0; -inf for 0, inf for inf, NaN for x < 0 and NaN (Cephes' coefficients).
