@@ -37,12 +37,16 @@ INLINE void update_threshold(GumbelArgmax& argmax) {
   argmax.threshold = argmax.best.token < 0 ? __builtin_inff() : (float)bound;
 }
 
-// Tokens come in rising order: of equal scores the first one stays.
 __attribute__((noinline)) void try_token(GumbelArgmax& argmax, float x, int32_t v, double noise) {
-  const double score = x / argmax.params.temperature + noise;
-  if (!(score > argmax.best.score)) return;
-  argmax.best = {score, x, v};
+  argmax.best.update(x / argmax.params.temperature + noise, x, v);
   update_threshold(argmax);
+}
+
+// Token v, of a large logit x. Before any other, it spares the first block from being tried as a whole.
+INLINE void try_first(GumbelArgmax& argmax, float x, int32_t v) {
+  uint32_t words[4 * quads_per_call];
+  philox(argmax.params.key, (uint32_t)v / 4, words);
+  try_token(argmax, x, v, gumbel(words[v % 4]));
 }
 
 // BLOCK tokens from v on, with their logits x and their p.
@@ -127,13 +131,14 @@ struct KahanSum {
 
 // The largest of n logits; NaN if one is NaN.
 template <class T>
-INLINE float find_max(const T* x, int64_t n) {
+INLINE float find_max(const T* x, int32_t n) {
   f32 largest = splat(-__builtin_inff());
   i32 is_nan = {};
-  for (int64_t v = 0; v < n; v += W) {
-    const f32 logits = n - v >= W ? load(x + v) : load_partial(x + v, (int)(n - v), -__builtin_inff());
-    largest = max(largest, logits);
-    is_nan |= logits != logits;
+  for (int32_t v = 0; v < n; v += BLOCK) {
+    f32 logits[4];
+    load_block(x, n, v, logits);
+    largest = max(largest, max(max(logits[0], logits[1]), max(logits[2], logits[3])));
+    for (const f32& block : logits) is_nan |= block != block;
   }
   return any(is_nan) ? __builtin_nanf("") : reduce_max(largest);
 }
@@ -182,22 +187,26 @@ LogitSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n)
   if (!(max_logit > -__builtin_inff() && max_logit < __builtin_inff())) return {max_logit, 0, 0, 0};
   if (SAMPLE) {
     argmax.shift = max_logit / argmax.params.temperature;
-    update_threshold(argmax);
+    if (argmax.best.token < 0)
+      try_first(argmax, max_logit, begin + find_logit(x, n, max_logit));
+    else
+      update_threshold(argmax);
   }
+  const f32 lowest = splat(MIN_EXPONENT);
   KahanSum raw_mass, mass, moment;
   for (int32_t v = 0; v < n; v += BLOCK) {
-    f32 logits[4], p[4], terms[4];
+    f32 logits[4], p[4], terms[4], raw[4];
     load_block(x, n, v, logits);
     for (int j = 0; j < 4; ++j) {
-      const f32 z = TEMPERED ? (logits[j] - max_logit) * argmax.params.inverse_temperature : logits[j] - max_logit;
-      p[j] = exp(z);
-      terms[j] = p[j] * max(z, splat(-100.f));
+      const f32 distance = logits[j] - max_logit;
+      const f32 z = max(TEMPERED ? distance * argmax.params.inverse_temperature : distance, lowest);
+      p[j] = fast_exp(z);
+      terms[j] = p[j] * z;
+      if (TEMPERED) raw[j] = fast_exp(max(distance, lowest));
     }
     mass.add((p[0] + p[1]) + (p[2] + p[3]));
     moment.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
-    if (TEMPERED)
-      raw_mass.add((exp(logits[0] - max_logit) + exp(logits[1] - max_logit)) +
-                   (exp(logits[2] - max_logit) + exp(logits[3] - max_logit)));
+    if (TEMPERED) raw_mass.add((raw[0] + raw[1]) + (raw[2] + raw[3]));
     if (SAMPLE) try_block(argmax, begin + v, logits, p);
   }
   const double others = mass.value() - 1.;
