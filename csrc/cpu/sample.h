@@ -239,11 +239,12 @@ LogitSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
 // BLOCK logits from v on; -inf in place of those beyond the cutoff.
 template <class T>
 INLINE void load_kept(const LogitsRow<T>& row, Cutoff cutoff, int32_t v, f32* x) {
-  i32 lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
+  const i32 lane = lane_numbers(typename Count<W>::type());
   load_block(row.x, row.V, v, x);
   for (int j = 0; j < 4; ++j) {
-    const i32 kept = (x[j] > cutoff.logit) | ((x[j] == cutoff.logit) & (lane + (v + j * W) <= cutoff.token));
+    i32 kept = x[j] > cutoff.logit;
+    const i32 tied = x[j] == cutoff.logit;
+    if (any(tied)) kept |= tied & (lane + (v + j * W) <= cutoff.token);
     x[j] = select(kept, x[j], splat(-__builtin_inff()));
   }
 }
@@ -287,7 +288,7 @@ __attribute__((noinline)) double kept_behind_leader(const LogitsRow<T>& row, Cut
 // Behind a leader the mass keeps its digits if it `is_exact`; a filter adds it to 1.
 template <bool SAMPLE, class T>
 double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff, bool is_exact = true) {
-  double total = 0;
+  KahanSum mass;
   int64_t others_like_it = -1;
   f32 largest_other = splat(-__builtin_inff());
   KeptBlocks blocks;
@@ -314,9 +315,9 @@ double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff, 
       for (int i = 0; i < W; ++i) others_like_it += ties[i];
     }
     largest_other = max(largest_other, max(max(x[0], x[1]), max(x[2], x[3])));
-    total += reduce_sum((p[0] + p[1]) + (p[2] + p[3]));
+    mass.add((p[0] + p[1]) + (p[2] + p[3]));
   }
-  const double others = total + others_like_it;
+  const double others = mass.value() + others_like_it;
   return is_exact && others < 0.5 ? kept_behind_leader(row, cutoff, blocks, reduce_max(largest_other)) : others;
 }
 
@@ -325,10 +326,10 @@ template <class T>
 Cutoff filter_cutoff(const LogitsRow<T>& row, GumbelArgmax& argmax, double mass) {
   const SamplingParams& params = argmax.params;
   Cutoff cutoff = no_cutoff();
-  if (params.top_k) cutoff = find_cutoff<false>(row, (double)params.top_k, row.V);
+  if (params.top_k) cutoff = top_k_cutoff(row, params.top_k);
   if (params.top_p < 1) {
     const double kept_mass = params.top_k ? 1. + visit_kept<false>(row, argmax, cutoff, false) : mass;
-    cutoff = tighter(cutoff, find_cutoff<true>(row, params.top_p * kept_mass, mass));
+    cutoff = tighter(cutoff, top_p_cutoff(row, params.top_p * kept_mass, mass, cutoff.logit));
   }
   if (params.min_p > 0)
     cutoff = tighter(cutoff, {min_p_threshold(row.max_logit, row.temperature, params.min_p), all_equal});
