@@ -15,7 +15,7 @@
 // below the k-th largest of the maxima of groups. A group has the tokens v with the same v % num_groups.
 //
 // Floor: 2 or 3 passes over the row, from the cache; for a token of the bracket e^z and an addition in memory. Counts
-// are exact; masses are added by rising index.
+// are exact; masses are added in one fixed order.
 #pragma once
 #include "intrinsics.h"
 #include "sampling.h"
@@ -54,7 +54,7 @@ struct LogitsRow {
     const f32 z = (logits - max_logit) * inverse_temperature, lowest = splat(MIN_EXPONENT);
     return zero_unless(z > lowest, fast_exp(max(z, lowest)));
   }
-  INLINE double exact_mass(int32_t v) const { return exp(((double)to_float(x[v]) - max_logit) / temperature); }
+  INLINE double exact_mass(float logit) const { return exp(((double)logit - max_logit) / temperature); }
 };
 
 // BLOCK of the n logits, from `begin` on; beyond the n they are -inf.
@@ -97,15 +97,18 @@ INLINE i32 order_keys(f32 x) {
   return ((as_int(x) & 0x7fffffff) ^ sign) - sign;
 }
 
-// A bracket of order keys, [low, high), and its tokens' number or mass by bins from the top.
+// A bracket of order keys, [low, high), and its tokens' number or mass by bins from the top. Of equal tokens each
+// addition to a bin would wait for the one before it, so consecutive tokens have different copies of the bins.
 struct Histogram {
+  static constexpr int COPIES = 2;
   int64_t low, high;
   int shift;  // a bin has 2^shift keys
-  double bins[NUM_BINS] = {};
+  double bins[COPIES][NUM_BINS] = {};
 
   INLINE Histogram(int64_t low, int64_t high) : low(low), high(high), shift(0) {
     while ((high - low - 1) >> shift >= NUM_BINS) ++shift;
   }
+  INLINE double bin(int i) const { return bins[0][i] + bins[1][i]; }
   INLINE int64_t bin_low(int bin) const { return max(low, high - ((int64_t)(bin + 1) << shift)); }
   INLINE int64_t bin_high(int bin) const { return high - ((int64_t)bin << shift); }
 };
@@ -133,7 +136,7 @@ void fill(Histogram& histogram, const LogitsRow<T>& row) {
       memcpy(bin + i, &steps, sizeof steps);
       if (BY_MASS) store(p + i, row.mass(logits));
     }
-    for (int i = 0; i < n; ++i) histogram.bins[bin[i]] += BY_MASS ? (double)p[i] : 1.;
+    for (int i = 0; i < n; ++i) histogram.bins[i % Histogram::COPIES][bin[i]] += BY_MASS ? (double)p[i] : 1.;
   }
 }
 
@@ -177,7 +180,7 @@ bool cutoff_by_rank(const LogitsRow<T>& row, float low, float high, double mass_
   for (int i = 0; i < n && mass_before < target; ++i) {
     cutoff->token = (int32_t)order[i];
     cutoff->logit = to_float(row.x[cutoff->token]);
-    mass_before += BY_MASS ? row.exact_mass(cutoff->token) : 1;
+    mass_before += BY_MASS ? row.exact_mass(cutoff->logit) : 1;
   }
   return true;
 }
@@ -186,9 +189,10 @@ bool cutoff_by_rank(const LogitsRow<T>& row, float low, float high, double mass_
 template <bool BY_MASS, class T>
 Cutoff cutoff_among_ties(const LogitsRow<T>& row, float low, float high, double mass_before, double target) {
   Cutoff cutoff = {low, all_equal};
+  const double mass = BY_MASS ? row.exact_mass(low) : 1;
   for_each_between(row, low, high, [&](int32_t v) {
     cutoff.token = v;
-    mass_before += BY_MASS ? row.exact_mass(v) : 1;
+    mass_before += mass;
     return mass_before < target;
   });
   return cutoff;
@@ -198,14 +202,14 @@ Cutoff cutoff_among_ties(const LogitsRow<T>& row, float low, float high, double 
 // first looked for among the logits from `bottom` on.
 template <bool BY_MASS, class T>
 Cutoff find_cutoff(const LogitsRow<T>& row, double target, float bottom) {
-  const int64_t lowest = order_key(-__builtin_inff()), end_key = order_key(row.max_logit) + 1;
-  int64_t low = order_key(bottom), high = end_key;
+  const int64_t lowest = order_key(-FLT_MAX), end_key = order_key(row.max_logit) + 1;
+  int64_t low = max(order_key(bottom), lowest), high = end_key;
   double mass_before = 0;  // count or mass above the bracket
   while (true) {
     Histogram histogram(low, high);
     fill<BY_MASS>(histogram, row);
     int bin = 0;
-    while (bin < NUM_BINS && mass_before + histogram.bins[bin] < target) mass_before += histogram.bins[bin++];
+    while (bin < NUM_BINS && mass_before + histogram.bin(bin) < target) mass_before += histogram.bin(bin++);
     if (bin < NUM_BINS) {
       low = histogram.bin_low(bin);
       high = histogram.bin_high(bin);

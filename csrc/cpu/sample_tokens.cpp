@@ -17,7 +17,7 @@ void sample_tokens(uintptr_t logits, int is_bf16, int64_t B, int32_t V, uintptr_
       ptr<const int64_t>(row_ids),   ptr<const int64_t>(steps), ptr<const float>(noise)};
   const Outputs out = {ptr<int64_t>(tokens),      ptr<float>(logprobs),      ptr<float>(raw_logprobs),
                        ptr<float>(kept_logprobs), ptr<float>(log_kept_mass), ptr<float>(entropy)};
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && B > 1 && B * V > 4096)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && B > 1 && B * V > 16384)
   for (int64_t b = 0; b < B; ++b) {
     const SamplingParams params = sampling_params(args, b, V);
     if (is_bf16)
