@@ -40,12 +40,10 @@ INLINE void philox(const NoiseKey& key, uint32_t quad, uint32_t* words) {
   constexpr int groups = sizeof(Register) / 16;  // 128-bit parts, which the unpacks below stay within
   // Lane 4 h + r of the packed result holds counter groups * r + h, so that a 4x4 transpose within each part
   // leaves the words of consecutive tokens side by side.
-  uint64_t first[2][sizeof(Register) / 8];
+  Lanes word[2][4], first[2];
   for (int h = 0; h < groups; ++h)
-    for (int r = 0; r < 4; ++r) first[r % 2][2 * h + r / 2] = quad + groups * r + h;
-  Lanes word[2][4];
-  memcpy(&word[0][0], first[0], sizeof(Register));
-  memcpy(&word[1][0], first[1], sizeof(Register));
+    for (int r = 0; r < 4; ++r) first[r % 2][2 * h + r / 2] = groups * r + h;
+  for (int i = 0; i < 2; ++i) word[i][0] = first[i] + quad;
   for (auto& c : word) {
     c[1] = Lanes{} + key.step;
     c[2] = Lanes{} + key.row_id[0];

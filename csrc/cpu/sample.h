@@ -37,12 +37,16 @@ INLINE void update_threshold(GumbelArgmax& argmax) {
   argmax.threshold = argmax.best.token < 0 ? __builtin_inff() : (float)bound;
 }
 
-// Tokens come in rising order: of equal scores the first one stays.
 __attribute__((noinline)) void try_token(GumbelArgmax& argmax, float x, int32_t v, double noise) {
-  const double score = x / argmax.params.temperature + noise;
-  if (!(score > argmax.best.score)) return;
-  argmax.best = {score, x, v};
+  argmax.best.update(x / argmax.params.temperature + noise, x, v);
   update_threshold(argmax);
+}
+
+// Token v, of a large logit x. Before any other, it spares the first block from being tried as a whole.
+INLINE void try_first(GumbelArgmax& argmax, float x, int32_t v) {
+  uint32_t words[4 * quads_per_call];
+  philox(argmax.params.key, (uint32_t)v / 4, words);
+  try_token(argmax, x, v, gumbel(words[v % 4]));
 }
 
 // BLOCK tokens from v on, with their logits x and their p.
@@ -127,13 +131,14 @@ struct KahanSum {
 
 // The largest of n logits; NaN if one is NaN.
 template <class T>
-INLINE float find_max(const T* x, int64_t n) {
+INLINE float find_max(const T* x, int32_t n) {
   f32 largest = splat(-__builtin_inff());
   i32 is_nan = {};
-  for (int64_t v = 0; v < n; v += W) {
-    const f32 logits = n - v >= W ? load(x + v) : load_partial(x + v, (int)(n - v), -__builtin_inff());
-    largest = max(largest, logits);
-    is_nan |= logits != logits;
+  for (int32_t v = 0; v < n; v += BLOCK) {
+    f32 logits[4];
+    load_block(x, n, v, logits);
+    largest = max(largest, max(max(logits[0], logits[1]), max(logits[2], logits[3])));
+    for (const f32& block : logits) is_nan |= block != block;
   }
   return any(is_nan) ? __builtin_nanf("") : reduce_max(largest);
 }
@@ -182,22 +187,26 @@ LogitSums visit_tile(GumbelArgmax& argmax, const T* x, int32_t begin, int32_t n)
   if (!(max_logit > -__builtin_inff() && max_logit < __builtin_inff())) return {max_logit, 0, 0, 0};
   if (SAMPLE) {
     argmax.shift = max_logit / argmax.params.temperature;
-    update_threshold(argmax);
+    if (argmax.best.token < 0)
+      try_first(argmax, max_logit, begin + find_logit(x, n, max_logit));
+    else
+      update_threshold(argmax);
   }
+  const f32 lowest = splat(MIN_EXPONENT);
   KahanSum raw_mass, mass, moment;
   for (int32_t v = 0; v < n; v += BLOCK) {
-    f32 logits[4], p[4], terms[4];
+    f32 logits[4], p[4], terms[4], raw[4];
     load_block(x, n, v, logits);
     for (int j = 0; j < 4; ++j) {
-      const f32 z = TEMPERED ? (logits[j] - max_logit) * argmax.params.inverse_temperature : logits[j] - max_logit;
-      p[j] = exp(z);
-      terms[j] = p[j] * max(z, splat(-100.f));
+      const f32 distance = logits[j] - max_logit;
+      const f32 z = max(TEMPERED ? distance * argmax.params.inverse_temperature : distance, lowest);
+      p[j] = fast_exp(z);
+      terms[j] = p[j] * z;
+      if (TEMPERED) raw[j] = fast_exp(max(distance, lowest));
     }
     mass.add((p[0] + p[1]) + (p[2] + p[3]));
     moment.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
-    if (TEMPERED)
-      raw_mass.add((exp(logits[0] - max_logit) + exp(logits[1] - max_logit)) +
-                   (exp(logits[2] - max_logit) + exp(logits[3] - max_logit)));
+    if (TEMPERED) raw_mass.add((raw[0] + raw[1]) + (raw[2] + raw[3]));
     if (SAMPLE) try_block(argmax, begin + v, logits, p);
   }
   const double others = mass.value() - 1.;
@@ -230,11 +239,12 @@ LogitSums visit_row(GumbelArgmax& argmax, const T* x, int32_t V) {
 // BLOCK logits from v on; -inf in place of those beyond the cutoff.
 template <class T>
 INLINE void load_kept(const LogitsRow<T>& row, Cutoff cutoff, int32_t v, f32* x) {
-  i32 lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
+  const i32 lane = lane_numbers(typename Count<W>::type());
   load_block(row.x, row.V, v, x);
   for (int j = 0; j < 4; ++j) {
-    const i32 kept = (x[j] > cutoff.logit) | ((x[j] == cutoff.logit) & (lane + (v + j * W) <= cutoff.token));
+    i32 kept = x[j] > cutoff.logit;
+    const i32 tied = x[j] == cutoff.logit;
+    if (any(tied)) kept |= tied & (lane + (v + j * W) <= cutoff.token);
     x[j] = select(kept, x[j], splat(-__builtin_inff()));
   }
 }
@@ -278,7 +288,7 @@ __attribute__((noinline)) double kept_behind_leader(const LogitsRow<T>& row, Cut
 // Behind a leader the mass keeps its digits if it `is_exact`; a filter adds it to 1.
 template <bool SAMPLE, class T>
 double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff, bool is_exact = true) {
-  double total = 0;
+  KahanSum mass;
   int64_t others_like_it = -1;
   f32 largest_other = splat(-__builtin_inff());
   KeptBlocks blocks;
@@ -305,9 +315,9 @@ double visit_kept(const LogitsRow<T>& row, GumbelArgmax& argmax, Cutoff cutoff, 
       for (int i = 0; i < W; ++i) others_like_it += ties[i];
     }
     largest_other = max(largest_other, max(max(x[0], x[1]), max(x[2], x[3])));
-    total += reduce_sum((p[0] + p[1]) + (p[2] + p[3]));
+    mass.add((p[0] + p[1]) + (p[2] + p[3]));
   }
-  const double others = total + others_like_it;
+  const double others = mass.value() + others_like_it;
   return is_exact && others < 0.5 ? kept_behind_leader(row, cutoff, blocks, reduce_max(largest_other)) : others;
 }
 
@@ -316,10 +326,10 @@ template <class T>
 Cutoff filter_cutoff(const LogitsRow<T>& row, GumbelArgmax& argmax, double mass) {
   const SamplingParams& params = argmax.params;
   Cutoff cutoff = no_cutoff();
-  if (params.top_k) cutoff = find_cutoff<false>(row, (double)params.top_k, row.V);
+  if (params.top_k) cutoff = top_k_cutoff(row, params.top_k);
   if (params.top_p < 1) {
     const double kept_mass = params.top_k ? 1. + visit_kept<false>(row, argmax, cutoff, false) : mass;
-    cutoff = tighter(cutoff, find_cutoff<true>(row, params.top_p * kept_mass, mass));
+    cutoff = tighter(cutoff, top_p_cutoff(row, params.top_p * kept_mass, mass, cutoff.logit));
   }
   if (params.min_p > 0)
     cutoff = tighter(cutoff, {min_p_threshold(row.max_logit, row.temperature, params.min_p), all_equal});

@@ -9,7 +9,7 @@
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__) && !defined(SIMD_WIDTH)
+#if defined(__AVX2__) && !defined(SIMD_WIDTH)
 #include "intrinsics.h"
 #endif
 
@@ -90,6 +90,11 @@ INLINE u32 widen<W>(u16 v) {
 template <>
 INLINE u16 narrow<W>(u32 v) {
   return (u16)_mm512_cvtepi32_epi16((__m512i)v);
+}
+#elif defined(__AVX2__) && !defined(SIMD_WIDTH)
+template <>
+INLINE u32 widen<W>(u16 v) {
+  return (u32)_mm256_cvtepu16_epi32((__m128i)v);
 }
 #endif
 
@@ -275,6 +280,29 @@ INLINE f32 exp(f32 x) {
 #endif
   y = select(x < splat(-87.33654f), splat(0.f), y);
   return select(x > splat(88.72283f), splat(__builtin_inff()), y);
+}
+
+constexpr float MIN_EXPONENT = -87.f;  // e^-87 is 1.6e-38: it adds nothing to the 1 of the largest logit
+constexpr double LOG2_E = 1.44269504088896340736;
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// 2^n 2^f by a minimax polynomial; `shifted` is n + ROUND.
+INLINE f32 power_of_two(f32 shifted, f32 f) {
+  f32 p = splat(1.535336159e-04f);
+  p = p * f + 1.339887452e-03f;
+  p = p * f + 9.618437360e-03f;
+  p = p * f + 5.550332471e-02f;
+  p = p * f + 2.402264791e-01f;
+  p = p * f + 6.931472029e-01f;
+  p = p * f + 1.f;
+  return p * as_float((as_int(shifted) << 23) + 0x3f800000);
+}
+
+// e^x for MIN_EXPONENT <= x <= 0, in half the time of exp. Within 1 ulp near 0; below, the absolute error, which
+// matters in a sum with the 1 of the largest logit, is no larger.
+INLINE f32 fast_exp(f32 x) {
+  const f32 shifted = x * (float)LOG2_E + ROUND;
+  return power_of_two(shifted, x * (float)LOG2_E - (shifted - ROUND));
 }
 
 // ln x within 1 ulp for normal x > 0; -inf for 0, inf for inf, NaN for x < 0 and NaN (Cephes' coefficients).

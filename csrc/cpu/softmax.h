@@ -21,8 +21,6 @@
 namespace {
 
 constexpr int TILE = 1024, GROUP = 8;  // columns, vectors
-constexpr float MIN_EXPONENT = -87.f;  // e^-87 is 1.6e-38: it adds nothing to the 1 of the largest logit
-constexpr double LOG2_E = 1.44269504088896340736;
 
 // Positions are raw logits, or with softcap tanh(x / softcap); one of them is `unit` nats.
 struct Scaling {
@@ -65,27 +63,6 @@ inline Scaling make_scaling(double temperature, float softcap) {
   scaling.exponent_rest = scaling.exponent[1] / LOG2_E;
   scaling.lowest = (float)(MIN_EXPONENT / scaling.unit);
   return scaling;
-}
-
-constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-
-// 2^n 2^f by a minimax polynomial; `shifted` is n + ROUND.
-INLINE f32 power_of_two(f32 shifted, f32 f) {
-  f32 p = splat(1.535336159e-04f);
-  p = p * f + 1.339887452e-03f;
-  p = p * f + 9.618437360e-03f;
-  p = p * f + 5.550332471e-02f;
-  p = p * f + 2.402264791e-01f;
-  p = p * f + 6.931472029e-01f;
-  p = p * f + 1.f;
-  return p * as_float((as_int(shifted) << 23) + 0x3f800000);
-}
-
-// e^x for MIN_EXPONENT <= x <= 0, in half the time of exp. Within 1 ulp near 0; below, the absolute error, which
-// matters in a sum with the 1 of the largest logit, is no larger.
-INLINE f32 fast_exp(f32 x) {
-  const f32 shifted = x * (float)LOG2_E + ROUND;
-  return power_of_two(shifted, x * (float)LOG2_E - (shifted - ROUND));
 }
 
 // e^z of a distance not below scaling.lowest; garbage where it is so far above 0 that 2^n overflows. ROUNDED leaves the

@@ -1,4 +1,4 @@
-"""csrc/cuda's search of sample_tokens' cutoff, on a GPU or run on the CPU by tests/simt, in rows of several blocks.
+"""The search of sample_tokens' cutoff in csrc/cpu, and in csrc/cuda on a GPU or run on the CPU by tests/simt.
 
 Rows are chosen so that every branch is taken: the cutoff lies within the bins or below them, the bracket has few
 tokens, more than the list holds, or none; ties, tokens of -inf, numbers of the smallest and of the largest size.
@@ -10,12 +10,15 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_cuda_rows import BACKENDS, at_offset, for_each_dtype, on_each_backend
+from test_cuda_rows import BACKENDS, at_offset, on_each_backend
 
 from rlhf_fast import ops
 
 home = import_module("rlhf_fast.kernels.sample_tokens")
-pytestmark = pytest.mark.skipif(not BACKENDS, reason="no CUDA kernels here")
+KERNELS = BACKENDS + [(b, "cpu") for b in ops.sample_tokens.backends if b.startswith("cpu")]
+CASES = [(*kernel, dtype) for kernel in KERNELS for dtype in (torch.float32, torch.bfloat16)]
+CASES += [(*kernel, torch.float16) for kernel in BACKENDS]
+on_each_kernel = pytest.mark.parametrize("backend, device", KERNELS, ids=[b for b, _ in KERNELS])
 INFINITY = float("inf")
 V = 6007
 
@@ -47,8 +50,9 @@ def make_rows():
 
 OPTIONS = [
     {"top_p": 0.9}, {"top_p": 0.5, "temperature": 0.3}, {"top_p": 0.999}, {"top_p": 1e-6}, {"top_k": 1}, {"top_k": 50},
-    {"top_k": V // 2}, {"top_k": 1000, "top_p": 0.9}, {"top_k": V // 3, "top_p": 0.5, "temperature": 2.0},
-    {"min_p": 0.05}, {"min_p": 0.3, "top_p": 0.95, "top_k": 500}, {"min_p": 1e-5, "top_p": 0.9}, {"temperature": 0.0},
+    {"top_k": V // 2}, {"top_k": 5000}, {"top_k": 1000, "top_p": 0.9},
+    {"top_k": V // 3, "top_p": 0.5, "temperature": 2.0}, {"min_p": 0.05},
+    {"min_p": 0.3, "top_p": 0.95, "top_k": 500}, {"min_p": 1e-5, "top_p": 0.9}, {"temperature": 0.0},
 ]  # fmt: skip
 
 
@@ -57,8 +61,7 @@ def sample(backend, logits, **options):
     return ops.sample_tokens.backend(backend)(logits, **{"seed": 9, "row_ids": ids, "steps": 4} | options)
 
 
-@on_each_backend
-@for_each_dtype
+@pytest.mark.parametrize("backend, device, dtype", CASES, ids=[f"{b}-{str(dtype)[6:]}" for b, _, dtype in CASES])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.exhaustive(6, by=("backend",))
 def test_rows_of_every_kind_are_as_in_the_reference(backend, device, dtype, options):
@@ -69,7 +72,7 @@ def test_rows_of_every_kind_are_as_in_the_reference(backend, device, dtype, opti
     torch.testing.assert_close(ours[1:], truth[1:], atol=2e-5, rtol=1e-5)
 
 
-@on_each_backend
+@on_each_kernel
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("temperature") != 0], ids=str)
 @pytest.mark.exhaustive(6, by=("backend",))
 def test_the_last_token_kept_is_kept_and_the_next_one_is_not(backend, device, options):
