@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.model.modules import all_modules
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn")
