@@ -1,14 +1,13 @@
 """Shared by rms_norm and layer_norm."""
 
-import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._tensors import empty_float32, matrix_shape
+from rlhf_fast.kernels._tensors import empty_contiguous, empty_float32, matrix_shape
 
 
 def fake(x: Tensor, *_rest: object) -> Tensor:
     """Return an empty output: contiguous, of the shape and dtype of x."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return empty_contiguous(x)
 
 
 def check(op: str, x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
@@ -27,7 +26,7 @@ def empty_gradients(x: Tensor, *vectors: tuple[Tensor, bool]) -> tuple[Tensor, .
     """Return empty gradients of x and of each vector (D,), (0,) where that is not needed."""
     lengths = [x.shape[-1] if needed else 0 for _, needed in vectors]
     pairs = zip(vectors, lengths, strict=True)
-    return fake(x), *(torch.empty(n, dtype=vector.dtype, device=x.device) for (vector, _), n in pairs)
+    return fake(x), *(vector.new_empty(n) for (vector, _), n in pairs)
 
 
 def sum_rows(x: Tensor, like: Tensor, needed: bool) -> Tensor:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import contiguous, detached, upcast
+from rlhf_fast.kernels._tensors import contiguous, detached, empty_contiguous, upcast
 
 
 def _fake(x, *_rest):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return empty_contiguous(x)
 
 
 @op(fake=_fake)

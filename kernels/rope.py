@@ -6,11 +6,11 @@ from torch import Tensor
 from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._rope import rotate
-from rlhf_fast.kernels._tensors import contiguous_float32, detached
+from rlhf_fast.kernels._tensors import contiguous_float32, detached, empty_contiguous
 
 
 def _fake(x, *_rest):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return empty_contiguous(x)
 
 
 @op(fake=_fake)

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import as_matrix, detached, upcast
+from rlhf_fast.kernels._tensors import as_matrix, detached, empty_contiguous, upcast
 
 
 def _fake(gate, _up):
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return empty_contiguous(gate)
 
 
 @op(fake=_fake)

@@ -1,6 +1,7 @@
 """Causal attention over packed sequences, without padding, and its gradient. Sequences may share a parent's tokens."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import check_offsets, contiguous, empty_float32, upcast
+from rlhf_fast.kernels._tensors import check_offsets, contiguous, empty_contiguous, empty_float32, upcast
 
 REFERENCE_ELEMENTS = 1 << 22  # of the keys that the reference copies at once
 MIN_ITEMS = 16  # that the CPU kernel's threads share; fewer trees and key heads are split
@@ -16,7 +17,7 @@ MIN_PART = 128  # tokens
 
 
 def _fake(q, *_rest):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return empty_contiguous(q)
 
 
 @op(fake=_fake)
@@ -172,7 +173,7 @@ def varlen_attention_with_statistics(q, k, v, offsets, scale, window, softcap, p
 
 
 def _fake_backward(_grad_out, _out, _lse, q, k, v, *_rest):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return tuple(map(empty_contiguous, (q, k, v)))
 
 
 @varlen_attention.variant(outputs=3, tensors=("grad_out", "out", "lse"), fake=_fake_backward)
@@ -219,7 +220,37 @@ class _Plan(NamedTuple):
     max_tokens: int  # of a tree
 
 
-def _plan(offsets: Tensor, parents: Tensor | None) -> _Plan:
+class _Newest(NamedTuple):
+    """The newest plan, which all layers of a pass share."""
+
+    offsets: Callable[[], Tensor | None]
+    parents: Callable[[], Tensor | None]
+    versions: tuple[int, ...]
+    plan: _Plan | None
+
+
+_newest = _Newest(lambda: None, lambda: None, (), None)
+
+
+def _plan_of(offsets: Tensor, parents: Tensor | None, N: int) -> _Plan:
+    """Return the plan of checked sequences of N tokens."""
+    global _newest
+    given = [x for x in (offsets, parents) if x is not None]
+    can_change = any(x.is_inference() for x in given)  # and has no version
+    versions = (N, *([] if can_change else [x._version for x in given]))
+    known = _newest  # other threads may exchange it
+    if not can_change and known.offsets() is offsets and known.parents() is parents and known.versions == versions:
+        assert known.plan is not None
+        return known.plan
+    _check_sequences(offsets, parents, N)
+    plan = _make_plan(offsets, parents)
+    if not can_change:
+        of_parents = (lambda: None) if parents is None else weakref.ref(parents)
+        _newest = _Newest(weakref.ref(offsets), of_parents, versions, plan)
+    return plan
+
+
+def _make_plan(offsets: Tensor, parents: Tensor | None) -> _Plan:
     ends = offsets.tolist()
     trees: dict[int, list[int]] = {}
     for s, p in enumerate([-1] * (len(ends) - 1) if parents is None else parents.tolist()):
@@ -243,11 +274,10 @@ def _launch(kernels, tensors, offsets, scale, window, softcap, parents, *, lse, 
     q = tensors[0]
     N, H, d = q.shape
     Hkv = tensors[1].shape[1]
-    _check_sequences(offsets, parents, N)
+    order, tree_starts, max_tokens = _plan_of(offsets, parents, N)
     if not N:
         return ()
     offsets = offsets.contiguous()
-    order, tree_starts, max_tokens = _plan(offsets, parents)
     num_trees, threads = len(tree_starts) - 1, stream_or_threads(q)
     parts = max(1, min(-(-MIN_ITEMS // (num_trees * Hkv)), max_tokens // MIN_PART))
     lanes, rows = kernels.vector_lanes, kernels.varlen_attention_rows
@@ -285,7 +315,7 @@ def _attend_on_cpu(kernels, q, k, v, *options, lse: Tensor | None) -> Tensor:
     if decode_order:
         tensors = [x.float() for x in tensors]
         return _attend_in_decode_order(kernels, *tensors, *rest, lse=lse).to(q.dtype)
-    out = torch.empty(q.shape, dtype=tensors[0].dtype, device=q.device)
+    out = empty_contiguous(tensors[0])
     _launch(kernels, tensors, *rest, out=out, lse=lse)
     return out.to(q.dtype)
 
@@ -327,7 +357,7 @@ def _(kernels, grad_out, _out, lse, q, k, v, *options):
     *rest, _decode_order = options
     tensors = _readable(q, k, v)
     grad_out, lse = grad_out.detach().to(tensors[0].dtype).contiguous(), lse.contiguous()
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    grads = list(map(empty_contiguous, tensors))
     _launch(kernels, tensors, *rest, lse=lse, outputs=(grad_out, *grads))
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
 

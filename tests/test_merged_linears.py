@@ -13,12 +13,12 @@ from test_fused import heads
 from rlhf_fast.batches import Texts, pad_rows
 from rlhf_fast.config.fields import LoraConfig, ModelConfig, OptimConfig
 from rlhf_fast.kernels._backends import forcing
+from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout import op_step
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs
 from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.kv_cache import PagedKVCache
-from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.rollout.merged_linears import merge_adjacent
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.rollout import Rollout

@@ -173,6 +173,10 @@ def _drop(call: _Call, x: Tensor) -> Tensor:
     return F.dropout(x, call.dropout) if call.dropout else x
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""torch's names of a module's hooks."""
+
+
 class Inspection(NamedTuple):
     """A decoder's modules and tensors, as far as our layers depend on them."""
 
@@ -192,28 +196,29 @@ class Inspection(NamedTuple):
 
 def inspect(decoder: nn.Module) -> Inspection:
     """Look at the modules of `decoder`, before each pass."""
-    modules = all_modules(decoder)
-    hooks = [
-        hook
-        for module in modules
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        if hooks
-        for hook in hooks.values()
-        if getattr(hook, "__name__", "") != "make_inputs_require_grads"  # transformers', on the embedding's output
-    ]
-    kinds = tuple((type(module), "forward" in vars(module)) for module in modules)
-    adapters = tuple(state for module in modules if (state := lora.state_of(module)))
-    # a parameter may belong to several modules
-    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-    buffers = [x for module in modules for x in module._buffers.values() if x is not None]
-    checkpoints = any(module.training and vars(module).get("gradient_checkpointing") for module in modules)
-    dropouts = tuple(module.training for module in modules if isinstance(module, nn.Dropout) and module.p)
-    return Inspection(kinds, adapters, hooks, [*parameters.values()], buffers, dropouts, checkpoints)
+    kinds, adapters, hooks, buffers, dropouts = [], [], [], [], []
+    parameters: dict[int, Tensor] = {}  # one may belong to several modules
+    checkpoints = False
+    for module in all_modules(decoder):
+        attributes = vars(module)
+        kinds.append((type(module), "forward" in attributes))
+        if state := lora.state_of(module):
+            adapters.append(state)
+        for name in HOOKS:
+            if attributes[name]:
+                hooks += attributes[name].values()
+        for p in attributes["_parameters"].values():
+            if p is not None:
+                parameters[id(p)] = p
+        if attributes["_buffers"]:
+            buffers += [x for x in attributes["_buffers"].values() if x is not None]
+        if isinstance(module, nn.Dropout) and module.p:
+            dropouts.append(module.training)
+        checkpoints |= module.training and bool(attributes.get("gradient_checkpointing"))
+    # transformers' hook on the embedding's output
+    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
+    found = [*parameters.values()], buffers
+    return Inspection(tuple(kinds), tuple(adapters), hooks, *found, tuple(dropouts), checkpoints)
 
 
 def find_obstacle(model: Any, found: Inspection, own_hooks: object, capture_failed: bool) -> str | None:

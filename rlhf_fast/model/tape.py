@@ -1,8 +1,8 @@
 """The operations of a decoder layer, by autograd or on a tape of our own.
 
-Autograd makes a node for each op, which costs a small model on a CPU as much time as its kernels. On a tape a layer is
-one node: `Tape` runs the same ops, records them, and calls their gradients in the reverse order. Only what the gradients
-read is kept. Layer code takes an `Autograd` or a `Tape` and computes with its methods alone.
+Autograd makes a node for each op, which costs a small model on a CPU as much time as some kernels. On a tape a layer is
+one node: `Tape` runs the same ops, records them, and calls their gradients in the reverse order. Only what the
+gradients read is kept. Layer code takes an `Autograd` or a `Tape` and computes with its methods alone.
 
     TapedLayer      forward    run(tape, x): y = tape.apply(ops.rms_norm, x, weight, eps), ...
                     backward   the gradient functions of these ops (Op.gradient), last op first
@@ -36,7 +36,7 @@ class Autograd:
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
 
-    def rows(self, x: Tensor, index: Tensor, is_unique: bool) -> Tensor:
+    def rows(self, x: Tensor, index: Tensor, is_unique: bool) -> Tensor:  # noqa: ARG002
         """Return the rows of x (N, D) at `index` (n,). is_unique: none comes twice."""
         return x[index]
 

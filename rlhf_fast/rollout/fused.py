@@ -15,11 +15,11 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
+from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.compiled_step import SUPPORTED_DTYPES, CompiledStep, find_kernels
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import KVShape, PagedKVCache
-from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.rollout.merged_linears import merge_adjacent
 from rlhf_fast.rollout.op_step import OpStep
 from rlhf_fast.rollout.verify import verify_decoder

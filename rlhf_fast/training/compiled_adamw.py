@@ -41,6 +41,8 @@ class CompiledAdamW:
     ):
         self.adam, self.masters, self.copies, self.averages = adam, masters, copies, averages
         self.sizes = array("q", [p.numel() for p in masters])
+        of_master = {p: i for i, group in enumerate(adam.param_groups) for p in group["params"]}
+        self.group_numbers = [of_master[p] for p in masters]
 
     def kernels(self) -> ModuleType | None:
         """Return the compiled module, None if it does not serve these tensors as they are now."""
@@ -72,7 +74,7 @@ class CompiledAdamW:
         grads = self._grads()
         states = [self._state(p, bool(grad)) for p, grad in zip(self.masters, grads, strict=True)]
         nothing = array("q", [0] * len(grads))
-        decays = {p: group["weight_decay"] for group in self.adam.param_groups for p in group["params"]}
+        groups = self.adam.param_groups
         arrays = [
             self._first_chunks(kernels),
             self.sizes,
@@ -81,9 +83,9 @@ class CompiledAdamW:
             *(_pointers(state[name] if state else None for state in states) for name in STATE),
             _pointers(self.copies),
             _pointers(self.averages) if self.averages else nothing,
-            array("d", [decays[p] for p in self.masters]),
+            array("d", [groups[i]["weight_decay"] for i in self.group_numbers]),
         ]
-        group = self.adam.param_groups[0]
+        group = groups[0]
         kernels.adamw_step(
             len(grads),
             *map(_address, arrays),
