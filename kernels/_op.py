@@ -27,8 +27,8 @@ in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of ker
     _ppo_loss                                       ppo_loss
     _gae                                            gae, gae_packed, ppo_advantages
     _sampling                                       sample_tokens, linear_sample_tokens
-    _norm                                           rms_norm, layer_norm
-    _rope                                           rope, rope_store
+    _norm, _rope                                    rms_norm, layer_norm; rope, rope_store
+    _varlen_plan                                    varlen_attention
 
 kernels/triton/ has _head, _ppo, _norm and _rope of its own, and launch for every op, _logits, _softmax and _target for
 token_logprobs and linear_*, _scoring for linear_* without gradient, _scale for the gradients of linear_cross_entropy
@@ -92,8 +92,8 @@ class Op(Backends):
     stats: tuple[str, ...]  # the names of the op's statistics, if it returns any
     gradient_inputs: tuple[int, ...]  # indices of the arguments that have a gradient, on every backend
     torch_op: Callable  # torch.ops.rlhf_fast.<name>
-    autograd: type[torch.autograd.Function]  # the gradient that `gradient` registered
-    differentiable: Callable  # torch_op with that gradient
+    autograd: type[torch.autograd.Function]  # torch_op with the gradient that `gradient` registered
+    differentiable: Callable  # its apply, or torch_op without a gradient
 
     def __init__(self, body: Callable, fake: Callable | None = None, mutates: tuple[str, ...] = ()):
         functools.update_wrapper(self, body)

@@ -1,7 +1,6 @@
 """Causal attention over packed sequences, without padding, and its gradient. Sequences may share a parent's tokens."""
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import check_offsets, contiguous, empty_contiguous, empty_float32, upcast
+from rlhf_fast.kernels._tensors import contiguous, empty_contiguous, empty_float32, upcast
+from rlhf_fast.kernels._varlen_plan import check_sequences, plan_of
 
 REFERENCE_ELEMENTS = 1 << 22  # of the keys that the reference copies at once
 MIN_ITEMS = 16  # that the CPU kernel's threads share; fewer trees and key heads are split
@@ -67,7 +67,7 @@ class _Chunk(NamedTuple):
 
 def _chunks(k: Tensor, offsets: Tensor, window: int, parents: Tensor | None) -> Iterator[_Chunk]:
     """Yield chunks of tokens, so small that a copy of the keys for each token is not too large."""
-    _check_sequences(offsets, parents, k.shape[0])
+    check_sequences(offsets, parents, k.shape[0])
     ends = offsets.tolist()
     parent_of = [-1] * (len(ends) - 1) if parents is None else parents.tolist()
     for s, parent in enumerate(parent_of):
@@ -118,21 +118,6 @@ def _attend(q, k, v, offsets, scale, window, softcap, parents) -> tuple[Tensor, 
         outs.append((w.weights @ w.values).flatten(1, 2))
         lses.append(w.lse)
     return torch.cat(outs).to(q.dtype), torch.cat(lses).T.contiguous()
-
-
-def _check_sequences(offsets: Tensor, parents: Tensor | None, N: int) -> None:
-    """Raise ValueError unless the sequences are all tokens, and each parent stands before its children and has none
-    itself. On a GPU nothing is checked: it would wait for the device."""
-    check_offsets("varlen_attention", "offsets", offsets, N)
-    if parents is None or parents.device.type != "cpu":
-        return
-    given = parents.tolist()
-    for s, p in enumerate(given):
-        if not -1 <= p < s or (p >= 0 and given[p] >= 0):
-            raise ValueError(
-                "varlen_attention: parents must be -1, or an earlier sequence that has no parent itself, got"
-                f" parents[{s}] = {p}" + (f" and parents[{p}] = {given[p]}" if 0 <= p < s else "")
-            )
 
 
 @varlen_attention.normalize
@@ -212,58 +197,6 @@ def _backward(ctx, grad_out):
 varlen_attention.gradient(_backward, wrt=("q", "k", "v"), forward=_forward)
 
 
-class _Plan(NamedTuple):
-    """Trees of sequences in the order in which the CPU's threads take them, the largest first."""
-
-    order: Tensor  # (S,): sequences; a parent is directly before its children
-    tree_starts: Tensor  # (num_trees + 1,)
-    max_tokens: int  # of a tree
-
-
-class _Newest(NamedTuple):
-    """The newest plan, which all layers of a pass share."""
-
-    offsets: Callable[[], Tensor | None]
-    parents: Callable[[], Tensor | None]
-    versions: tuple[int, ...]
-    plan: _Plan | None
-
-
-_newest = _Newest(lambda: None, lambda: None, (), None)
-
-
-def _plan_of(offsets: Tensor, parents: Tensor | None, N: int) -> _Plan:
-    """Return the plan of checked sequences of N tokens."""
-    global _newest
-    given = [x for x in (offsets, parents) if x is not None]
-    can_change = any(x.is_inference() for x in given)  # and has no version
-    versions = (N, *([] if can_change else [x._version for x in given]))
-    known = _newest  # other threads may exchange it
-    if not can_change and known.offsets() is offsets and known.parents() is parents and known.versions == versions:
-        assert known.plan is not None
-        return known.plan
-    _check_sequences(offsets, parents, N)
-    plan = _make_plan(offsets, parents)
-    if not can_change:
-        of_parents = (lambda: None) if parents is None else weakref.ref(parents)
-        _newest = _Newest(weakref.ref(offsets), of_parents, versions, plan)
-    return plan
-
-
-def _make_plan(offsets: Tensor, parents: Tensor | None) -> _Plan:
-    ends = offsets.tolist()
-    trees: dict[int, list[int]] = {}
-    for s, p in enumerate([-1] * (len(ends) - 1) if parents is None else parents.tolist()):
-        trees.setdefault(s if p < 0 else p, []).append(s)
-    tokens = {root: sum(ends[s + 1] - ends[s] for s in tree) for root, tree in trees.items()}
-    roots = sorted(trees, key=lambda root: -tokens[root])
-    starts = [0]
-    for root in roots:
-        starts.append(starts[-1] + len(trees[root]))
-    order = torch.tensor([s for root in roots for s in trees[root]], dtype=torch.int64, device="cpu")
-    return _Plan(order, torch.tensor(starts, dtype=torch.int64, device="cpu"), max(tokens.values(), default=0))
-
-
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -274,7 +207,7 @@ def _launch(kernels, tensors, offsets, scale, window, softcap, parents, *, lse, 
     q = tensors[0]
     N, H, d = q.shape
     Hkv = tensors[1].shape[1]
-    order, tree_starts, max_tokens = _plan_of(offsets, parents, N)
+    order, tree_starts, max_tokens = plan_of(offsets, parents, N)
     if not N:
         return ()
     offsets = offsets.contiguous()
@@ -326,7 +259,7 @@ def _attend_in_decode_order(kernels, q, k, v, offsets, scale, window, softcap, p
     if k.stride() != v.stride() or k.stride(0) % d:  # the kernel finds both by one number of rows of d
         k, v = contiguous(k, v)
     Hkv, S, threads = k.shape[1], offsets.shape[0] - 1, stream_or_threads(q)
-    _check_sequences(offsets, parents, N)
+    check_sequences(offsets, parents, N)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     offsets, parents = offsets.contiguous(), None if parents is None else parents.contiguous()
     first_blocks = torch.empty_like(offsets)

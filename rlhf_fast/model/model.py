@@ -30,7 +30,7 @@ from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.end_tokens import in_generation_config
-from rlhf_fast.model.modules import all_modules
+from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packed_graphs import PackedGraphs
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.vocabulary import Vocabulary
@@ -177,7 +177,7 @@ class Model:
         return max(int(getattr(self.text_config, "max_position_embeddings", None) or 0), 0)
 
     def prepare_training(self) -> None:
-        """Move weights that one product can serve next to one another, on a CPU; on a GPU a rollout does."""
+        """Move weights for which one product serves next to one another, on a CPU; on a GPU a rollout does."""
         if self.device.type == "cpu":
             make_adjacent(self.decoder)
 
@@ -199,29 +199,25 @@ class Model:
         """Set training mode within the block. `dropout` is the probability of residual dropout: on the outputs that
         attention and MLP add to the residual stream. None turns the adapters' dropout off too, which PPO needs. The
         architecture's own dropouts (embedding, attention weights and so on) are always off."""
-        modes = self._modes()
-        for module, _ in modes:
-            is_off = dropout is None and isinstance(module, nn.modules.dropout._DropoutNd)
-            vars(module)["training"] = not is_off and module not in self._always_eval
+        modes = training_modes(self.module)
+        in_eval = nn.modules.dropout._DropoutNd if dropout is None else ()
+        set_training_modes([(m, m not in self._always_eval and not isinstance(m, in_eval)) for m, _ in modes])
         try:
             with config_without_dropout(self.base), self._residual_dropout.enabled(self.decoder, dropout or 0.0):
                 yield
         finally:
-            _set_modes(modes)
+            set_training_modes(modes)
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Set evaluating mode within the block, in `train_mode` too."""
-        modes = self._modes()
-        _set_modes([(module, False) for module, _ in modes])
+        modes = training_modes(self.module)
+        set_training_modes([(module, False) for module, _ in modes])
         try:
             with self._residual_dropout.enabled(self.decoder, 0.0):
                 yield
         finally:
-            _set_modes(modes)
-
-    def _modes(self) -> list[tuple[nn.Module, bool]]:
-        return [(module, module.training) for module in all_modules(self.module)]
+            set_training_modes(modes)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, T, D) of the last layer after the final norm. `positions` (B, T) that start
@@ -398,12 +394,6 @@ class Model:
 
     def _adapter_context(self):
         return nullcontext() if self.adapter_enabled else lora.adapter_disabled(self.module)
-
-
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Set training mode module by module: nn.Module's own attributes take several times as long."""
-    for module, training in modes:
-        vars(module)["training"] = training
 
 
 def _no_warning(*_) -> None:

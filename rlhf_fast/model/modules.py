@@ -12,6 +12,17 @@ def all_modules(root: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def training_modes(root: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Return all modules with their switches `training`."""
+    return [(module, module.training) for module in all_modules(root)]
+
+
+def set_training_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Set the switches of modules, around nn.Module's slow assignment."""
+    for module, training in modes:
+        vars(module)["training"] = training
+
+
 def _add(module: nn.Module, found: dict[nn.Module, None]) -> None:
     found[module] = None
     for child in module._modules.values():

@@ -64,10 +64,12 @@ def packed_hidden(
     call = _Call(parts, rows, rope, dropout, exact, Autograd())
     for layer in parts.layers:
         own_kept = kept if layer is parts.layers[-1] else None
-        if torch.is_grad_enabled() and _can_be_taped(call, layer, x):
+        if not torch.is_grad_enabled():
+            x = _layer(call, layer, x, own_kept)
+        elif _can_be_taped(call, layer, x):
             run = partial(_run_layer, call, layer, own_kept)
             x = TapedLayer.apply(run, checkpoints, x, *_parameters(layer))
-        elif checkpoints and torch.is_grad_enabled():
+        elif checkpoints:
             x = checkpoint(_layer, call, layer, x, own_kept, use_reentrant=False)
         else:
             x = _layer(call, layer, x, own_kept)
@@ -88,9 +90,10 @@ class _Call(NamedTuple):
 
 
 def _can_be_taped(call: _Call, layer: Layer, x: Tensor) -> bool:
-    """Return whether a tape has all operations of a layer."""
-    has_all = call.parts.activation != "silu" if layer.gate is None else call.parts.activation == "silu"
-    return x.is_cpu and not call.dropout and has_all and all(map(is_plain, _linears(layer)))
+    """Return whether a tape has all operations of a layer, and a gradient is needed."""
+    if not x.is_cpu or call.dropout or not all(map(is_plain, _linears(layer))):
+        return False
+    return x.requires_grad or any(p.requires_grad for p in _parameters(layer))
 
 
 def _linears(layer: Layer) -> list[Any]:
@@ -153,13 +156,13 @@ def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     else:
         gate, up = do.linears((layer.gate, layer.up), x, call.exact)
         is_silu = call.parts.activation == "silu"
-        inner = do.apply(ops.swiglu, gate, up) if is_silu else _activate(call, gate) * up
+        inner = do.apply(ops.swiglu, gate, up) if is_silu else do.multiply(_activate(call, gate), up)
     return do.linear(layer.down, inner, call.exact)
 
 
 def _activate(call: _Call, x: Tensor) -> Tensor:
     if call.parts.activation == "silu":
-        return ops.swiglu(x, torch.ones_like(x)) if call.exact else F.silu(x)
+        return call.do.silu(x, call.exact)
     return call.do.apply(ops.gelu, x, "tanh" if call.parts.activation == "gelu_tanh" else "none")
 
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlhf_fast.garbage_collection import paused_garbage_collection
 from rlhf_fast.graph_capture import Recorder, captures_on, recorder_for, report_failure
 from rlhf_fast.model.architectures import read_decoder
+from rlhf_fast.model.garbage_collection import paused_garbage_collection
 from rlhf_fast.model.packed_decoder import Inspection, packed_hidden
 from rlhf_fast.model.packing import PackedRows, pad, padding_sequences, to_device
 

@@ -36,6 +36,13 @@ class Autograd:
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
 
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    def silu(self, x: Tensor, exact: bool) -> Tensor:
+        """Return x / (1 + exp(-x)). exact: as the decode step computes it."""
+        return ops.swiglu(x, torch.ones_like(x)) if exact else F.silu(x)
+
     def rows(self, x: Tensor, index: Tensor, is_unique: bool) -> Tensor:  # noqa: ARG002
         """Return the rows of x (N, D) at `index` (n,). is_unique: none comes twice."""
         return x[index]
@@ -109,6 +116,14 @@ class Tape(Autograd):
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return self._record(lambda g: (g, g), self._of(x, y), x + y)
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._record(lambda g: (g * y, g * x), self._of(x, y), x * y)
+
+    def silu(self, x: Tensor, exact: bool) -> Tensor:  # noqa: ARG002, it is the decode step's anyway
+        ones = torch.ones_like(x)
+        self._numbers.pop(id(ones), None)
+        return self.apply(ops.swiglu, x, ones)
 
     def rows(self, x: Tensor, index: Tensor, is_unique: bool) -> Tensor:
         shape = x.shape

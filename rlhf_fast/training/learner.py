@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf_fast.batches import Batch, micro_batches
 from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.errors import BadRows, UserError, listed
-from rlhf_fast.garbage_collection import paused_garbage_collection
+from rlhf_fast.model.garbage_collection import paused_garbage_collection
 from rlhf_fast.training.allocator import keep_freed_memory
 from rlhf_fast.training.compiled_adamw import CompiledAdamW
 from rlhf_fast.training.gradient_buffers import GradientBuffers, GradientPool
