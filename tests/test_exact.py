@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import toy
-from architectures import SMALL, build, prompts, sampling
+from architectures import SMALL, build, halved, prompts, sampling
 from test_fused import MODELS
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -130,16 +130,6 @@ def build_value(**changes):
     config = LlamaConfig(**{**SMALL, **changes}, num_labels=1)
     config.pad_token_id = 0
     return LlamaForSequenceClassification(config)
-
-
-def halved(module: torch.nn.Module) -> torch.nn.Module:
-    """Halve the weights of a module. Attention over larger ones is so sharp that the rounding of bfloat16
-    is enlarged, and that the gradients of two correct passes differ by up to a quarter."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
-                parameter *= 0.5
-    return module
 
 
 def loss_weights(length: int) -> torch.Tensor:
