@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import GPT, build
+from architectures import GPT, build, halved
 from test_fused import MODELS
 
 from rlhf_fast import ops
@@ -52,7 +52,7 @@ def distance(actual, expected) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_states_and_all_gradients_are_those_of_the_module(name, dtype):
     """About as far from a float64 copy as the module's own forward is."""
-    model = Model(MODELS[name]().to(dtype))
+    model = Model(halved(MODELS[name]()).to(dtype))
     assert model.packed_refusal is None
     tokens, first, lengths = random_batch(model, [17, 1, 5], [[11, 1, 25], [7, 7], [16]])
     exact = copy.deepcopy(model.module).double()
