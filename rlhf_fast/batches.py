@@ -326,7 +326,11 @@ def micro_batches(batch: S, tokens: int, packed: bool = False) -> Iterator[tuple
     """
     offsets = batch.group_offsets.tolist() if isinstance(batch, Comparisons) else range(len(batch.lengths) + 1)
     spans = list(pairwise(offsets))
-    for part in _packed_parts(batch, spans, tokens) if packed else _padded_parts(batch, spans, tokens):
+    parts = _packed_parts(batch, spans, tokens) if packed else _padded_parts(batch, spans, tokens)
+    if len(parts) == 1:  # without a copy
+        yield torch.arange(len(spans)), batch
+        return
+    for part in parts:
         index = torch.tensor(part)
         yield index, batch.take(index)
 

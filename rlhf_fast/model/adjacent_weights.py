@@ -52,7 +52,7 @@ def join(tensors: Sequence[Tensor | None]) -> Tensor | None:
         if not in_place or not tensor.is_contiguous():
             return None
         end += tensor.nbytes
-        rows += len(tensor)
+        rows += tensor.shape[0]
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 

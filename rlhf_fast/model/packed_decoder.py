@@ -128,25 +128,30 @@ def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
 
 def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     """Return the heads' outputs (N, H d), before the output projection."""
-    do, parts, d = call.do, call.parts, call.parts.head_dim
+    do, parts, N, d = call.do, call.parts, x.shape[0], call.parts.head_dim
+    H, Hkv = parts.num_heads, parts.num_kv_heads
+    rope = call.rope if layer.uses_rope else None
     outputs = do.linears(layer.qkv, x, call.exact)
-    if parts.interleaved_qkv:
-        q, k, v = do.unbind(do.view(outputs[0], len(x), parts.num_heads, 3, d), 2)
-    elif len(outputs) == 1:
-        sizes = [parts.num_heads, parts.num_kv_heads, parts.num_kv_heads]
-        q, k, v = do.split(do.view(outputs[0], len(x), sum(sizes), d), sizes, 1)
-    else:
-        q, k, v = (do.view(output, len(x), output.shape[1] // d, d) for output in outputs)
+    if len(outputs) == 3:
+        q, k, v = (do.view(output, N, heads, d) for output, heads in zip(outputs, (H, Hkv, Hkv), strict=True))
+    elif parts.interleaved_qkv:
+        q, k, v = do.unbind(do.view(outputs[0], N, H, 3, d), 2)
+    elif rope is None or layer.q_norm is not None or layer.k_norm is not None:
+        q, k, v = do.split(do.view(outputs[0], N, H + 2 * Hkv, d), [H, Hkv, Hkv], 1)
+    else:  # q and k by one call
+        both, v = do.split(do.view(outputs[0], N, H + 2 * Hkv, d), [H + Hkv, Hkv], 1)
+        q, k = do.split(do.apply(ops.rope, both, *rope), [H, Hkv], 1)
+        rope = None
     q = q if layer.q_norm is None else _norm(call, layer.q_norm, q)
     k = k if layer.k_norm is None else _norm(call, layer.k_norm, k)
-    if call.rope is not None and layer.uses_rope:
-        q, k = do.apply(ops.rope, q, *call.rope), do.apply(ops.rope, k, *call.rope)
+    if rope is not None:
+        q, k = do.apply(ops.rope, q, *rope), do.apply(ops.rope, k, *rope)
     if call.exact:  # the cache has the weights' dtype
         dtype = parts.embedding.weight.dtype
         k, v = do.rounded(k, dtype), do.rounded(v, dtype)
     rows = call.rows
     options = rows.offsets, layer.scale, layer.window, 0.0, rows.parents, call.exact
-    return do.view(do.apply(ops.varlen_attention, q, k, v, *options), len(x), parts.num_heads * d)
+    return do.view(do.apply(ops.varlen_attention, q, k, v, *options), N, H * d)
 
 
 def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
@@ -154,7 +159,8 @@ def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
     if layer.gate is None:
         inner = _activate(call, do.linear(layer.up, x, call.exact))
     else:
-        gate, up = do.linears((layer.gate, layer.up), x, call.exact)
+        outputs = do.linears((layer.gate, layer.up), x, call.exact)
+        gate, up = outputs if len(outputs) == 2 else do.split(outputs[0], [outputs[0].shape[1] // 2] * 2, 1)
         is_silu = call.parts.activation == "silu"
         inner = do.apply(ops.swiglu, gate, up) if is_silu else do.multiply(_activate(call, gate), up)
     return do.linear(layer.down, inner, call.exact)

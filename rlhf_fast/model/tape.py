@@ -68,7 +68,7 @@ class Autograd:
         return self.apply(ops.linear, x, module.weight, module.bias, type(module) is Conv1D, exact)
 
     def linears(self, modules: Sequence[Any], x: Tensor, exact: bool) -> Sequence[Tensor]:
-        """Multiply x (N, D) by linear layers that read the same input."""
+        """Multiply x (N, D) by linear layers that read the same input: one output for each, or all as one."""
         return [self.linear(module, x, exact) for module in modules]
 
 
@@ -159,7 +159,7 @@ class Tape(Autograd):
         bias = self._join([module.bias for module in modules]) if has_bias and weight is not None else None
         if weight is None or (has_bias and bias is None):
             return [self.linear(module, x, exact) for module in modules]
-        return self.split(self._product(x, weight, bias, False, exact), [len(module.weight) for module in modules], 1)
+        return [self._product(x, weight, bias, False, exact)]
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, exact: bool) -> Tensor:
         if exact or _is_ours(x):
@@ -181,7 +181,7 @@ class Tape(Autograd):
         joint = join(parameters)
         if joint is None:
             return None
-        sizes = [len(p) for p in parameters if p is not None]
+        sizes = [p.shape[0] for p in parameters if p is not None]
         return self._record(lambda g: g.split(sizes), self._of(*parameters), joint)
 
     def _of(self, *tensors: Tensor | None) -> list[int | None]:
@@ -260,7 +260,7 @@ def is_plain(module: Any) -> bool:
 
 
 def _is_ours(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.float32 and f32_is_ours(len(x))
+    return x.is_cpu and x.dtype == torch.float32 and f32_is_ours(x.shape[0])
 
 
 def _whole(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -272,4 +272,4 @@ def _whole(parts: Sequence[Tensor], dim: int) -> Tensor:
         if part.dim() > 2 or not is_next or part.stride() != (width, 1):
             return torch.cat(list(parts), dim)
         begin += part.shape[1] * part.element_size()
-    return first.as_strided((len(first), width), (width, 1))
+    return first.as_strided((first.shape[0], width), (width, 1))
