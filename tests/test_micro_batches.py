@@ -167,6 +167,9 @@ class Recording:
         self.packs_rows, self.sizes = packs_rows, []
         self.weight = torch.nn.Parameter(torch.ones(()))
 
+    def prepare_training(self):
+        pass
+
     def trainable(self):
         return {"weight": self.weight}
 
