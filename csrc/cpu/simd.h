@@ -295,7 +295,7 @@ INLINE f32 power_of_two(f32 shifted, f32 f) {
   p = p * f + 2.402264791e-01f;
   p = p * f + 6.931472029e-01f;
   p = p * f + 1.f;
-  return p * as_float((as_int(shifted) << 23) + 0x3f800000);
+  return p * (f32)(((u32)shifted << 23) + 0x3f800000u);  // unsigned: the sum wraps
 }
 
 // e^x for MIN_EXPONENT <= x <= 0, in half the time of exp. Within 1 ulp near 0; below, the absolute error, which
