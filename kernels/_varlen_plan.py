@@ -1,7 +1,5 @@
 """The sequences of varlen_attention: checked, and in the order in which the CPU's threads take them."""
 
-import weakref
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,32 +32,29 @@ class Plan(NamedTuple):
 
 
 class _Newest(NamedTuple):
-    """The newest plan, which all layers of a pass share."""
+    """The newest plan, which all layers of a pass share, and copies of what it was made of."""
 
-    offsets: Callable[[], Tensor | None]
-    parents: Callable[[], Tensor | None]
-    versions: tuple[int, ...]
-    plan: Plan | None
+    N: int
+    offsets: Tensor
+    parents: Tensor | None
+    plan: Plan
 
 
-_newest = _Newest(lambda: None, lambda: None, (), None)
+_newest: _Newest | None = None
 
 
 def plan_of(offsets: Tensor, parents: Tensor | None, N: int) -> Plan:
     """Return the plan of checked sequences of N tokens."""
     global _newest
-    given = [x for x in (offsets, parents) if x is not None]
-    can_change = any(x.is_inference() for x in given)  # and has no version
-    versions = (N, *([] if can_change else [x._version for x in given]))
     known = _newest  # other threads may exchange it
-    if not can_change and known.offsets() is offsets and known.parents() is parents and known.versions == versions:
-        assert known.plan is not None
-        return known.plan
+    if known is not None and known.N == N and (known.parents is None) == (parents is None):
+        same_parents = parents is None or known.parents is None or torch.equal(parents, known.parents)
+        if same_parents and torch.equal(offsets, known.offsets):
+            return known.plan
     check_sequences(offsets, parents, N)
     plan = _make_plan(offsets, parents)
-    if not can_change:
-        of_parents = (lambda: None) if parents is None else weakref.ref(parents)
-        _newest = _Newest(weakref.ref(offsets), of_parents, versions, plan)
+    with torch.inference_mode(False):
+        _newest = _Newest(N, offsets.clone(), None if parents is None else parents.clone(), plan)
     return plan
 
 

@@ -327,12 +327,19 @@ def micro_batches(batch: S, tokens: int, packed: bool = False) -> Iterator[tuple
     offsets = batch.group_offsets.tolist() if isinstance(batch, Comparisons) else range(len(batch.lengths) + 1)
     spans = list(pairwise(offsets))
     parts = _packed_parts(batch, spans, tokens) if packed else _padded_parts(batch, spans, tokens)
-    if len(parts) == 1:  # without a copy
+    if len(parts) == 1 and _is_trimmed(batch):  # without a copy
         yield torch.arange(len(spans)), batch
         return
     for part in parts:
         index = torch.tensor(part)
         yield index, batch.take(index)
+
+
+def _is_trimmed(batch: Splittable) -> bool:
+    """Return whether `take` of all rows would cut no padding."""
+    in_response = batch.lengths - getattr(batch, "prompt_lengths", 0)
+    fields = [(getattr(batch, name, None), in_response) for name in RESPONSE_FIELDS] + [(batch.tokens, batch.lengths)]
+    return all(x is None or (len(x) > 0 and x.shape[1] == int(size.max())) for x, size in fields)
 
 
 def _padded_parts(batch: Splittable, spans: list[tuple[int, int]], budget: int) -> list[list[int]]:
@@ -371,12 +378,16 @@ def _packed_parts(batch: Splittable, spans: list[tuple[int, int]], budget: int) 
             chunk.append(i)
         chunks.append((size, chunk))
     chunks.sort(key=lambda sized: -sized[0])
-    fewest = max(-(-sum(size for size, _ in chunks) // budget), 1)
-    for count in range(min(fewest, len(chunks)), len(chunks) + 1):
-        parts = _level(chunks, count)
-        if all(size <= budget or len(part) == 1 for size, part in parts):
-            break
-    return [part for _, part in parts if part]
+    large = [chunk for size, chunk in chunks if size > budget]  # single rows, and groups of Comparisons
+    rest = chunks[len(large) :]
+    if not rest:
+        return large
+    count = -(-sum(size for size, _ in rest) // budget)
+    parts = _level(rest, count)
+    while parts[0][0] > budget:  # the largest
+        count = min(count + 1 + count // 16, len(rest))
+        parts = _level(rest, count)
+    return large + [part for _, part in parts if part]
 
 
 def _level(chunks: list[tuple[int, list[int]]], count: int) -> list[tuple[int, list[int]]]:
@@ -384,5 +395,6 @@ def _level(chunks: list[tuple[int, list[int]]], count: int) -> list[tuple[int, l
     heap = [(0, number, list[int]()) for number in range(count)]
     for size, chunk in chunks:
         total, number, part = heap[0]
-        heapq.heapreplace(heap, (total + size, number, part + chunk))
+        part += chunk
+        heapq.heapreplace(heap, (total + size, number, part))
     return [(total, part) for total, _, part in sorted(heap, key=lambda sized: (-sized[0], sized[1]))]

@@ -69,6 +69,38 @@ def test_imports_run_downwards(name):
         assert layer(other) > layer(here), f"{name} must not import {other}"
 
 
+def defined_names(path: Path) -> set[str]:
+    """Names that a file defines or imports at its top level, within `if` and `try` too."""
+    names: set[str] = set()
+    left: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while left:
+        node = left.pop()
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+        else:
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            left += [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.ExceptHandler))]
+    return names
+
+
+def test_imported_names_are_there():
+    """In files too that only a GPU imports."""
+    files = {**FILES, **{f"rlhf_fast.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}": path
+                         for path in (ROOT / "kernels").rglob("*.py")}}  # fmt: skip
+    checked = 0
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("rlhf_fast."):
+                continue
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" not in files and node.module in files:
+                    checked += 1
+                    assert alias.name in defined_names(files[node.module]), f"{path.name}: {node.module}.{alias.name}"
+    assert checked > 300
+
+
 def test_no_circles_between_files():
     # rlhf_fast/__init__.py imports lazily; what others take from it, `__version__`, is there from the start.
     graph = {name: imported_files(path) - {"rlhf_fast"} for name, path in FILES.items()}

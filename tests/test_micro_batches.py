@@ -6,6 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
+from rlhf_fast import batches
 from rlhf_fast.batches import (
     Comparisons,
     Demonstrations,
@@ -75,7 +76,8 @@ def test_each_row_is_in_one_part_within_the_budget(budget, packed):
         for index, part in parts:
             assert len(index) and rows_of(part, slice(None)) == rows_of(batch, index)
             assert len(index) == 1 or (computed(part) if packed else part.tokens.numel()) <= budget
-        assert len(parts) == (len(batch.lengths) if budget == 1 else 1 if budget == 100_000 else len(parts))
+        expected = {1: len(batch.lengths), 100_000: 1}
+        assert budget not in expected or len(parts) == expected[budget]
 
 
 @pytest.mark.parametrize("budget", [2048, 8192])
@@ -93,6 +95,30 @@ def test_full_parts_are_filled_by_rows_that_do_not_fit_together():
     """Six rows of 6 tokens at a budget of 10 are six parts, and the small rows fill them."""
     batch = Texts(torch.ones(12, 6).long(), torch.tensor([6] * 6 + [2] * 6))
     assert [computed(part) for _, part in micro_batches(batch, 10, packed=True)] == [8] * 6
+
+
+def test_a_row_beyond_the_budget_costs_no_other_part():
+    batch = Texts(torch.ones(21, 500).long(), torch.tensor([500] + [10] * 20))
+    assert [computed(part) for _, part in micro_batches(batch, 100, packed=True)] == [500, 100, 100]
+
+
+def test_many_rows_that_fill_parts_badly_take_few_trials(monkeypatch):
+    trials = []
+    level = batches._level
+    monkeypatch.setattr(batches, "_level", lambda *args: trials.append(1) or level(*args))
+    batch = Texts(torch.ones(3000, 51).long(), torch.full((3000,), 51))
+    assert len(list(micro_batches(batch, 100, packed=True))) == 3000 and len(trials) < 30
+
+
+def test_one_part_is_the_batch_itself_unless_it_has_padding_to_cut():
+    lengths = torch.tensor([7, 6])
+    (_, part), *more = micro_batches(texts := Texts(torch.ones(2, 7).long(), lengths), 100)
+    assert part is texts and not more
+    ((_, part),) = micro_batches(Texts(torch.ones(2, 20).long(), lengths), 100)
+    assert part.tokens.shape == (2, 7)
+    padded = Demonstrations(torch.ones(2, 7).long(), torch.tensor([2, 2]), lengths, None, torch.ones(2, 18).bool())
+    ((_, part),) = micro_batches(padded, 100)
+    assert part.loss_mask.shape == (2, 5)
 
 
 def test_rows_with_equal_prompts_are_in_the_same_part():

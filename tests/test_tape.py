@@ -99,6 +99,9 @@ def test_a_learner_moves_weights_next_to_one_another():
     assert join(weights) is None
     Learner(model, OptimConfig(), 10)
     assert join(weights) is not None
+    shared = build("Llama")().share_memory()
+    Learner(Model(shared), OptimConfig(), 10)
+    assert all(p.is_shared() for p in shared.parameters()), "other processes would not see the next steps"
     pytest.importorskip("peft")
     from rlhf_fast.model import lora
 
@@ -122,22 +125,34 @@ def test_adapters_and_dropout_stay_on_autograd():
         assert taped_nodes(model.hidden_and_targets(*batch)[0])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_backward_pass_comes_once(recompute):
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_backward_pass_can_be_repeated(checkpoints):
+    """The first one takes the tape's activations; each later one computes the layers again from their inputs."""
     model, batch, _ = prepared("Llama")
-    model.packs_rows  # noqa: B018, its check is a pass of its own
+    assert model.packs_rows
+    if checkpoints:
+        model.module.gradient_checkpointing_enable()
+    parameters = list(model.decoder.layers.parameters())
     with model.train_mode():
-        if recompute:
-            model.module.gradient_checkpointing_enable()
-            assert model.packs_rows
         hidden, _, _ = model.hidden_and_targets(*batch)
         total = hidden.square().sum()
-        total.backward(retain_graph=True)
-        if recompute:
-            total.backward()  # from the layers' inputs
-            return
-        with pytest.raises(RuntimeError, match="kept for one backward pass"):
-            total.backward()
+        first, second = (torch.autograd.grad(total, parameters, retain_graph=True) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+        torch.autograd.grad(total, parameters)
+        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+            torch.autograd.grad(total, parameters)
+
+
+def test_a_parameter_that_is_exchanged_before_a_layer_is_computed_again_is_refused():
+    model, batch, _ = prepared("Llama")
+    assert model.packs_rows
+    model.module.gradient_checkpointing_enable()
+    with model.train_mode():
+        hidden, _, _ = model.hidden_and_targets(*batch)
+        projection = model.decoder.layers[1].self_attn.q_proj
+        projection.weight = nn.Parameter(projection.weight.detach().clone())
+        with pytest.raises(RuntimeError, match="parameters were exchanged between"):
+            hidden.sum().backward()
 
 
 def test_weights_that_changed_since_the_forward_pass_are_refused():
@@ -161,7 +176,7 @@ def test_a_second_derivative_is_refused():
 def test_activations_are_freed_during_the_backward_pass():
     model, batch, _ = prepared("Llama")
     hidden, _, _ = model.hidden_and_targets(*batch)
-    (first, *_) = (node for node in taped_nodes(hidden))
+    first = taped_nodes(hidden)[0]
     recorded = weakref.ref(first.recorded[0])
     assert recorded()._steps
     gc.disable()
@@ -221,6 +236,17 @@ def test_training_mode_is_set_and_restored_module_by_module():
     assert {name: module.training for name, module in model.module.named_modules()} == before
 
 
+def test_a_module_with_a_mode_of_its_own_keeps_it():
+    class Frozen(nn.Dropout):
+        def train(self, _mode=True):
+            return super().train(False)
+
+    model = Model(build("Llama")())
+    model.decoder.frozen = Frozen().train()
+    with model.train_mode(0.1):
+        assert model.decoder.training and not model.decoder.frozen.training
+
+
 def test_no_garbage_is_collected_within_a_step(monkeypatch):
     model = Model(build("Llama")())
     learner = Learner(model, OptimConfig(lr=1e-3), 10)
@@ -249,16 +275,30 @@ def test_no_garbage_is_collected_within_a_step(monkeypatch):
         gc.enable()
 
 
-def test_plans_of_attention_follow_offsets_that_change_in_place():
+def in_place(offsets, end):
+    offsets[1] = end
+
+
+def through_numpy(offsets, end):
+    offsets.numpy()[1] = end
+
+
+def by_data(offsets, end):
+    offsets.data = torch.tensor([0, end, int(offsets[2])])
+
+
+@pytest.mark.parametrize("change", [in_place, through_numpy, by_data])
+def test_plans_of_attention_follow_offsets_that_change(change):
     N = 12
     q, k, v = (torch.randn(N, 2, 8) for _ in range(3))
     offsets = torch.tensor([0, 5, N])
     parents = torch.tensor([-1, -1])
     for end, parent in ((5, -1), (8, -1), (8, 0)):
-        offsets[1], parents[1] = end, parent
+        change(offsets, end)
+        parents[1] = parent
         actual = ops.varlen_attention(q, k, v, offsets, 0.3, parents=parents)
         expected = ops.varlen_attention.reference(q, k, v, offsets, 0.3, 0, 0.0, parents, False)
         torch.testing.assert_close(actual, expected)
-    offsets[1] = 20
+    change(offsets, 20)
     with pytest.raises(ValueError, match="offsets must rise"):
         ops.varlen_attention(q, k, v, offsets, 0.3, parents=parents)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.kernels._tensors import empty_float32
+from rlhf_fast.kernels._varlen_plan import check_sequences
 from rlhf_fast.kernels.triton import launch
-from rlhf_fast.kernels.varlen_attention import _check_sequences
 
 MAX_HEAD_DIM = 256
 BLOCKS, SEQUENCES = 32, 128  # of a program that finds the sequences of blocks, and of its tile
@@ -437,7 +437,7 @@ def scales_of(scale: float, softcap: float) -> Scales:
 def check(q: Tensor, offsets: Tensor, parents: Tensor | None) -> None:
     """Raise Unsupported for what the kernels do not serve, and ValueError for wrong sequences on a CPU."""
     launch.require_dtypes(q)
-    _check_sequences(offsets, parents, q.shape[0])
+    check_sequences(offsets, parents, q.shape[0])
     if q.shape[2] > MAX_HEAD_DIM:
         raise Unsupported(f"no Triton kernel for heads wider than {MAX_HEAD_DIM}, got {q.shape[2]}")
 

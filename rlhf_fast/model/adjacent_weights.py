@@ -29,8 +29,13 @@ ALIGNMENT = 16
 def make_adjacent(module: nn.Module) -> None:
     """Move weights of linear layers that read the same input next to one another. A layer with an adapter is left
     where it is: its weight is a sum, which is computed for each rollout. So are weights that share their memory with
-    another parameter, which would not see the ones that are moved."""
-    owners = Counter(p.untyped_storage().data_ptr() for p in module.parameters() if type(p) is nn.Parameter)
+    another parameter or buffer of `module`, or with other processes, which would not see the ones that are moved.
+
+    A tensor outside of `module` that shared a weight's memory does not see it any more. torch.save of a single weight
+    writes the joint tensor, and safetensors' save_model refuses it; save_file, save_pretrained and Model.save do not.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    owners = Counter(x.untyped_storage().data_ptr() for x in tensors if type(x) in (Tensor, nn.Parameter))
     for parent in module.modules():
         for names in SAME_INPUT:
             linears: list[Any] = [getattr(parent, name, None) for name in names]
@@ -69,7 +74,7 @@ def _move(parameters: Sequence[nn.Parameter | None], owners: Counter[int]) -> No
         same_kind = p.dtype == first.dtype and p.device == first.device and p.shape[1:] == first.shape[1:]
         storage = p.untyped_storage()
         owns_memory = p.is_contiguous() and storage.nbytes() == p.nbytes and owners[storage.data_ptr()] == 1
-        if not same_kind or not owns_memory or p.nbytes % ALIGNMENT:
+        if not same_kind or not owns_memory or p.is_shared() or p.nbytes % ALIGNMENT:
             return
     with torch.inference_mode(False):  # training cannot use a tensor that was made in inference mode
         joint = torch.cat([p.detach() for p in present])

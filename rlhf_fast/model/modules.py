@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
+
+PLAIN = (nn.Module.train, PreTrainedModel.train)
+"""Methods that set the switch and no more; transformers' does more for kernels of its hub."""
 
 
 def all_modules(root: nn.Module) -> list[nn.Module]:
@@ -18,9 +22,13 @@ def training_modes(root: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def set_training_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Set the switches of modules, around nn.Module's slow assignment."""
+    """Set the switches of modules, parents first, around nn.Module's slow assignment. A class with a `train` of its own
+    sets them itself."""
     for module, training in modes:
-        vars(module)["training"] = training
+        if type(module).train in PLAIN:
+            vars(module)["training"] = training
+        elif module.training != training:
+            module.train(training)
 
 
 def _add(module: nn.Module, found: dict[nn.Module, None]) -> None:

@@ -2,8 +2,8 @@
 
 It runs the families of model/architectures.py where a model's hidden states and gradients were found equal to those of
 its own module (`find_refusal`). Norms, rotation, activations and attention are ops, and in float32 on the CPU linear
-layers too; others, and those with an adapter, are the module's own, called. Activations have the module's dtype, or
-with `exact` float32.
+layers too; model/tape.py says how others are multiplied and where gradients come from. Linear layers with an adapter
+are the module's own, called. Activations have the module's dtype, or with `exact` float32.
 
 A prompt that several rows share is computed once, and its gradient is the sum over these rows.
 """
@@ -140,6 +140,7 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
         q, k, v = do.split(do.view(outputs[0], N, H + 2 * Hkv, d), [H, Hkv, Hkv], 1)
     else:  # q and k by one call
         both, v = do.split(do.view(outputs[0], N, H + 2 * Hkv, d), [H + Hkv, Hkv], 1)
+        v = do.contiguous(v)  # else it keeps the product until the backward pass
         q, k = do.split(do.apply(ops.rope, both, *rope), [H, Hkv], 1)
         rope = None
     q = q if layer.q_norm is None else _norm(call, layer.q_norm, q)

@@ -53,6 +53,10 @@ class Autograd:
     def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
         return x.split(sizes, dim)
 
+    def contiguous(self, x: Tensor) -> Tensor:
+        """Return x, or a copy that does not keep the tensor of which it is a part."""
+        return x.contiguous()
+
     def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         return x.unbind(dim)
 
@@ -94,8 +98,9 @@ class Tape(Autograd):
         while self._steps:
             gradient, inputs, outputs = self._steps.pop()
             of_outputs = [grads.pop(number, None) for number in outputs]
-            if of_outputs[0] is None:  # nothing that `output` depends on
+            if all(g is None for g in of_outputs):  # nothing that `output` depends on
                 continue
+            assert not any(g is None for g in of_outputs), "a layer reads all parts of a split"
             found = gradient(*of_outputs)
             for number, g in zip(inputs, found if isinstance(found, tuple) else (found,), strict=True):
                 if number is not None and g is not None:
@@ -104,6 +109,11 @@ class Tape(Autograd):
 
     def number_of(self, x: Tensor) -> int:
         return self._numbers[id(x)]
+
+    def has_read_all(self, leaves: Sequence[Tensor]) -> bool:
+        """Return whether a step has read each of these leaves."""
+        read = {number for _, inputs, _ in self._steps for number in inputs}
+        return all(self._numbers[id(leaf)] in read for leaf in leaves)
 
     def apply(self, op: Op, *args: Any) -> Tensor:
         inputs: list[int | None] = [None] * len(op.names)
@@ -141,13 +151,16 @@ class Tape(Autograd):
     def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
         return self._record_all(lambda *grads: _whole(grads, dim), self._of(x), x.split(sizes, dim))
 
+    def contiguous(self, x: Tensor) -> Tensor:
+        return self._record(lambda g: g, self._of(x), x.contiguous())
+
     def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         return self._record_all(lambda *grads: torch.stack(grads, dim), self._of(x), x.unbind(dim))
 
     def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype == dtype:
             return x
-        return self._record(lambda g: g.to(dtype).to(g.dtype), self._of(x), x.to(dtype).to(x.dtype))
+        return self._record(lambda g: g, self._of(x), x.to(dtype).to(x.dtype))
 
     def linear(self, module: Any, x: Tensor, exact: bool) -> Tensor:
         return self._product(x, module.weight, module.bias, type(module) is Conv1D, exact)
@@ -209,13 +222,13 @@ class Tape(Autograd):
 
 class TapedLayer(torch.autograd.Function):
     """run(tape, x) as one node of autograd. parameters: those that it reads. recompute: keep x alone, and run again in
-    the backward pass."""
+    the backward pass, as a second backward pass does (retain_graph)."""
 
     @staticmethod
     def forward(
         ctx: Any, run: Callable[[Tape, Tensor], Tensor], recompute: bool, x: Tensor, *parameters: Tensor
     ) -> Tensor:
-        ctx.run, ctx.recompute = run, recompute
+        ctx.run = run
         ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         ctx.save_for_backward(x, *parameters)
         tape = Tape([] if recompute else _leaves(ctx, x, *parameters))
@@ -226,15 +239,16 @@ class TapedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if ctx.recompute:
-            tape = Tape(_leaves(ctx, *saved))
+        saved = ctx.saved_tensors  # raises after a backward pass without retain_graph
+        if ctx.recorded is None:
+            leaves = _leaves(ctx, *saved)
+            tape = Tape(leaves)
             output = tape.number_of(ctx.run(tape, saved[0]))
-        elif ctx.recorded is None:
-            raise RuntimeError("the activations of this forward pass are gone: they are kept for one backward pass")
+            if not tape.has_read_all(leaves):
+                raise RuntimeError("a layer's parameters were exchanged between its forward and its backward pass")
         else:
             tape, output = ctx.recorded
-            ctx.recorded = None
+            ctx.recorded = None  # a tape serves once
         found = dict(zip(ctx.wanted, tape.gradients(output, grad), strict=True))
         return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
