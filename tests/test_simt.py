@@ -213,9 +213,10 @@ def test_every_kernel_is_clean_under_the_sanitizers():
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
     }
-    names = ("ops", "gae", "ppo_advantages", "ppo_loss", "cuda_rows", "cuda_decode", "cuda_filters")
+    names = ("ops", "gae", "ppo_advantages", "ppo_loss", "cuda_rows", "cuda_decode", "filters")
     files = [f"tests/test_{name}.py" for name in names]
     selected = "simt and as_near_the_truth or split or number_of_blocks or test_cuda and not coefficients"
+    selected += " or test_filters and simt"
     tests = [*files, "-k", selected, "-n", "0", "-m", "not slow and not full", "-p", "no:cacheprovider", "-rN"]
     completed = subprocess.run(
         [sys.executable, "-m", "pytest", *tests], capture_output=True, text=True, env=env, cwd=root, timeout=900
