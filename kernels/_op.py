@@ -362,13 +362,13 @@ class Op(Backends):
         """Return a decorator that makes another op, which this op's forward or backward pass runs.
 
         Its parameters are the Tensors `tensors`, then this op's parameters without their defaults, then the bools
-        `flags`. It returns `outputs` tensors. The decorated function has its name and takes the arguments by position.
-        """
+        `flags`. It returns a tensor, or a tuple of `outputs` tensors. The decorated function has its name."""
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(name, kind, annotation=Tensor) for name in tensors]
         parameters += [p.replace(default=p.empty) for p in self.signature.parameters.values()]
         parameters += [inspect.Parameter(name, kind, annotation=bool) for name in flags]
-        signature = inspect.Signature(parameters, return_annotation=GenericAlias(tuple, (Tensor,) * outputs))
+        result = Tensor if outputs == 1 else GenericAlias(tuple, (Tensor,) * outputs)
+        signature = inspect.Signature(parameters, return_annotation=result)
 
         def register(body: Callable) -> Op:
             vars(body)["__signature__"] = signature

@@ -57,37 +57,38 @@ def _(kernels, x, weight, bias, eps, residual):
     return out
 
 
-def _fake_gradients(_grad, x, weight, bias, _eps, *needs):
+def _fake_gradients(_grad, _residual_grad, x, weight, bias, _eps, *needs):
     vectors = weight, weight if bias is None else bias
     return _norm.empty_gradients(x, *zip(vectors, needs, strict=True))
 
 
 @op(fake=_fake_gradients)
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, needs_weight_grad: bool,
-    needs_bias_grad: bool,
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+    needs_weight_grad: bool, needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, weight and bias, (0,) for one of the last two that is not needed, given that of the
-    output."""
+    output. residual_grad: the gradient that x has from the residual stream, which is added before the one rounding."""
     y, scaled = upcast(x), upcast(grad) * upcast(weight)
     y = y - y.mean(-1, keepdim=True)
     inverse = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     y = y * inverse
     x_grad = inverse * (scaled - scaled.mean(-1, keepdim=True) - y * (scaled * y).mean(-1, keepdim=True))
+    x_grad = x_grad if residual_grad is None else x_grad + upcast(residual_grad)
     weight_grad = _norm.sum_rows(upcast(grad) * y, weight, needs_weight_grad)
     bias_grad = _norm.sum_rows(upcast(grad), weight if bias is None else bias, needs_bias_grad)
     return x_grad.to(x.dtype).contiguous(), weight_grad, bias_grad
 
 
 @layer_norm_backward.compiled
-def _(kernels, grad, x, weight, bias, eps, needs_weight_grad, needs_bias_grad):
+def _(kernels, grad, residual_grad, x, weight, bias, eps, needs_weight_grad, needs_bias_grad):
     code, weight_code, bias_code = dtype_codes(kernels, x, weight, bias)
     needs = needs_weight_grad, needs_bias_grad
-    x_grad, weight_grad, bias_grad = _fake_gradients(grad, x, weight, bias, eps, *needs)
-    grad, x, weight = contiguous(grad, x, weight)
+    x_grad, weight_grad, bias_grad = _fake_gradients(grad, residual_grad, x, weight, bias, eps, *needs)
+    grad, residual_grad, x, weight = contiguous(grad, residual_grad, x, weight)
     sums = _norm.empty_sums(x, 2, kernels.layer_norm_block_rows) if any(needs) else None
     kernels.layer_norm_backward(
-        *data_ptrs(x, grad), code, weight.data_ptr(), weight_code, x_grad.data_ptr(),
+        *data_ptrs(x, grad, residual_grad), code, weight.data_ptr(), weight_code, x_grad.data_ptr(),
         *data_ptrs(*(g if needed else None for g, needed in zip((weight_grad, bias_grad), needs, strict=True))),
         bias_code, *data_ptrs(sums), *matrix_shape(x), eps, stream_or_threads(x),
     )  # fmt: skip
@@ -95,13 +96,13 @@ def _(kernels, grad, x, weight, bias, eps, needs_weight_grad, needs_bias_grad):
 
 
 def _setup_context(ctx, inputs, _output):
-    x, weight, bias, ctx.eps, _residual = inputs
-    ctx.save_for_backward(x, weight, bias)
+    x, weight, bias, ctx.eps, residual = inputs
+    ctx.save_for_backward(x if residual is None else residual, weight, bias)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, residual_grad=None):
     needs_x_grad, *needs = ctx.needs_input_grad[:3]
-    x_grad, *sums = layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps, *needs)
+    x_grad, *sums = layer_norm_backward(grad, residual_grad, *ctx.saved_tensors, ctx.eps, *needs)
     sums = [g if needed else None for g, needed in zip(sums, needs, strict=True)]
     return x_grad if needs_x_grad else None, *sums, None, None
 
@@ -145,7 +146,7 @@ def _make_inputs(shape, device, dtype, residual=False, bias=True, mean=0.0, weig
     return x, weight, shift, 1e-5, None
 
 
-@layer_norm_backward.inputs(small_sizes=SMALL, large_sizes=LARGE)
+@layer_norm_backward.inputs(small_sizes=SMALL + WITH_RESIDUAL, large_sizes=LARGE)
 def _(**size):
-    x, weight, bias, eps, _residual = detached(_make_inputs(**size))
-    return torch.randn_like(x), x, weight, bias, eps, True, bias is not None
+    x, weight, bias, eps, residual = detached(_make_inputs(**size))
+    return torch.randn_like(x), residual, x, weight, bias, eps, True, bias is not None

@@ -97,9 +97,9 @@ def _panel_floats(kernels: ModuleType, in_features: int) -> int:
 
 def _fake_gradients(_grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
     return (
-        torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device),
-        torch.empty(weight.shape if needs_weight else 0, dtype=weight.dtype, device=x.device),
-        torch.empty(weight.shape[int(transposed)] if needs_bias else 0, dtype=weight.dtype, device=x.device),
+        x.new_empty(x.shape if needs_x else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        weight.new_empty(weight.shape[int(transposed)] if needs_bias else 0),
     )
 
 

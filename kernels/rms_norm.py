@@ -53,45 +53,50 @@ def _(kernels, x, weight, eps, residual, offset):
     return out
 
 
-def _fake_gradients(_grad, x, weight, _eps, _offset, needs_weight_grad):
+def _fake_gradients(_grad, _residual_grad, x, weight, _eps, _offset, needs_weight_grad):
     return _norm.empty_gradients(x, (weight, needs_weight_grad))
 
 
 @op(fake=_fake_gradients)
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float, needs_weight_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of weight, (0,) where that is not needed, given that of the output."""
+    grad: Tensor, residual_grad: Tensor | None, x: Tensor, weight: Tensor, eps: float, offset: float,
+    needs_weight_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of x and of weight, (0,) where that is not needed, given that of the output. residual_grad:
+    the gradient that x has from the residual stream, which is added before the one rounding."""
     y, scaled = upcast(x), upcast(grad) * (upcast(weight) + offset)
     inverse = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     y = y * inverse
     x_grad = inverse * (scaled - y * (scaled * y).mean(-1, keepdim=True))
     weight_grad = _norm.sum_rows(upcast(grad) * y, weight, needs_weight_grad)
+    x_grad = x_grad if residual_grad is None else x_grad + upcast(residual_grad)
     return x_grad.to(x.dtype).contiguous(), weight_grad
 
 
 @rms_norm_backward.compiled
-def _(kernels, grad, x, weight, eps, offset, needs_weight_grad):
+def _(kernels, grad, residual_grad, x, weight, eps, offset, needs_weight_grad):
     code, weight_code = dtype_codes(kernels, x, weight)
-    x_grad, weight_grad = _fake_gradients(grad, x, weight, eps, offset, needs_weight_grad)
-    grad, x, weight = contiguous(grad, x, weight)
+    x_grad, weight_grad = _fake_gradients(grad, residual_grad, x, weight, eps, offset, needs_weight_grad)
+    grad, residual_grad, x, weight = contiguous(grad, residual_grad, x, weight)
     N, D = matrix_shape(x)
     sums = _norm.empty_sums(x, 1, kernels.rms_norm_block_rows) if needs_weight_grad else None
     kernels.rms_norm_backward(
-        *data_ptrs(x, grad), code, weight.data_ptr(), weight_code, *data_ptrs(x_grad, weight_grad, sums), N, D, eps,
-        offset, stream_or_threads(x),
+        *data_ptrs(x, grad, residual_grad), code, weight.data_ptr(), weight_code,
+        *data_ptrs(x_grad, weight_grad, sums), N, D, eps, offset, stream_or_threads(x),
     )  # fmt: skip
     return x_grad, weight_grad
 
 
 def _setup_context(ctx, inputs, _output):
-    x, weight, ctx.eps, _residual, ctx.offset = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, ctx.eps, residual, ctx.offset = inputs
+    ctx.save_for_backward(x if residual is None else residual, weight)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, residual_grad=None):
     needs_weight_grad = ctx.needs_input_grad[1]
-    x_grad, weight_grad = rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.offset, needs_weight_grad)
+    x_grad, weight_grad = rms_norm_backward(
+        grad, residual_grad, *ctx.saved_tensors, ctx.eps, ctx.offset, needs_weight_grad
+    )
     return x_grad if ctx.needs_input_grad[0] else None, weight_grad if needs_weight_grad else None, None, None, None
 
 
@@ -130,7 +135,7 @@ def _make_inputs(shape, device, dtype, residual=False, offset=0.0, spread=1.0, w
     return x.requires_grad_(), weight.requires_grad_(), eps, None, offset
 
 
-@rms_norm_backward.inputs(small_sizes=SMALL, large_sizes=LARGE)
+@rms_norm_backward.inputs(small_sizes=SMALL + WITH_RESIDUAL, large_sizes=LARGE)
 def _(**size):
-    x, weight, eps, _residual, offset = detached(_make_inputs(**size))
-    return torch.randn_like(x), x, weight, eps, offset, True
+    x, weight, eps, residual, offset = detached(_make_inputs(**size))
+    return torch.randn_like(x), residual, x, weight, eps, offset, True

@@ -157,13 +157,14 @@ def varlen_attention_with_statistics(q, k, v, offsets, scale, window, softcap, p
     return _attend(q, k, v, offsets, scale, window, softcap, parents)
 
 
-def _fake_backward(_grad_out, _out, _lse, q, k, v, *_rest):
-    return tuple(map(empty_contiguous, (q, k, v)))
+def _fake_backward(_grad_out, _out, _lse, q, k, *_rest):
+    return q.new_empty(q.shape[0], q.shape[1] + 2 * k.shape[1], q.shape[2])
 
 
-@varlen_attention.variant(outputs=3, tensors=("grad_out", "out", "lse"), fake=_fake_backward)
+@varlen_attention.variant(outputs=1, tensors=("grad_out", "out", "lse"), fake=_fake_backward)
 def varlen_attention_backward(grad_out, _out, _lse, q, k, v, offsets, scale, window, softcap, parents, _decode_order):
-    """Return the gradients of q, k and v, in their dtypes. They are rounded once."""
+    """Return the gradients of q, k and v, (N, H + 2 Hkv, d) in their dtype: by heads side by side, as one product has
+    made them in most layers. They are rounded once."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=upcast(x[:0]).dtype, device=x.device) for x in (q, k, v))
     for chunk in _chunks(k, offsets, window, parents):
         w = _weights(q, k, v, chunk, scale, softcap)
@@ -177,7 +178,7 @@ def varlen_attention_backward(grad_out, _out, _lse, q, k, v, offsets, scale, win
         for total, by_token in (dk, d_scores.mT @ w.query), (dv, w.weights.mT @ grad):
             seen = torch.where(chunk.visible[:, None, :, None], by_token, 0)  # (T, Hkv, K, d)
             total.index_add_(0, chunk.keys, seen.sum(0).transpose(0, 1))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return torch.cat([dq, dk, dv], 1).to(q.dtype)
 
 
 def _forward(ctx, *args):
@@ -191,7 +192,7 @@ def _backward(ctx, grad_out):
     q, k, v, offsets, parents, out, lse = ctx.saved_tensors
     options = ctx.scale, ctx.window, ctx.softcap, parents, ctx.decode_order
     grads = varlen_attention_backward.run(grad_out, out, lse, q, k, v, offsets, *options)
-    return *grads, None, None, None, None, None, None
+    return *grads.split([q.shape[1], k.shape[1], k.shape[1]], 1), None, None, None, None, None, None
 
 
 varlen_attention.gradient(_backward, wrt=("q", "k", "v"), forward=_forward)
@@ -202,7 +203,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _launch(kernels, tensors, offsets, scale, window, softcap, parents, *, lse, out=None, outputs=()) -> tuple:
-    """Run the forward pass, or with `outputs` (grad_out, dq, dk, dv) the backward pass. Return the tensors whose
+    """Run the forward pass, or with `outputs` (grad_out, grads) the backward pass. Return the tensors whose
     addresses the kernel has: torch.compile would free one that is not read any more when it is called."""
     q = tensors[0]
     N, H, d = q.shape
@@ -290,9 +291,9 @@ def _(kernels, grad_out, _out, lse, q, k, v, *options):
     *rest, _decode_order = options
     tensors = _readable(q, k, v)
     grad_out, lse = grad_out.detach().to(tensors[0].dtype).contiguous(), lse.contiguous()
-    grads = list(map(empty_contiguous, tensors))
-    _launch(kernels, tensors, *rest, lse=lse, outputs=(grad_out, *grads))
-    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+    grads = _fake_backward(grad_out, _out, lse, *tensors)
+    _launch(kernels, tensors, *rest, lse=lse, outputs=(grad_out, grads))
+    return grads.to(q.dtype)
 
 
 @varlen_attention.cost

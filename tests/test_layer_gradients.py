@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from rlhf_fast import ops
 from rlhf_fast.kernels._backends import forcing
 from rlhf_fast.kernels._op import OPS
+from rlhf_fast.model.tape import _whole
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of the largest value; half of its rounding
@@ -137,6 +138,33 @@ def test_swiglu_gives_the_gradient_of_one_product_without_a_copy():
     assert found[0].untyped_storage().data_ptr() == found[1].untyped_storage().data_ptr()
 
 
+def test_rope_copies_the_heads_that_it_does_not_rotate():
+    both = torch.randn(7, 9, 10)
+    x, angles = both[:, 1:].requires_grad_(), 6 * torch.rand(7, 4)
+    upstream = torch.randn(7, 8, 10)
+    out = ops.rope(x, angles.cos(), angles.sin(), 5)
+    rotated = ops.rope(x[:, :5], angles.cos(), angles.sin())
+    assert torch.equal(out[:, :5], rotated) and torch.equal(out[:, 5:], x[:, 5:])
+    (found,) = torch.autograd.grad(out, x, upstream)
+    (expected,) = torch.autograd.grad(rotated, x, upstream[:, :5])
+    assert torch.equal(found[:, :5], expected[:, :5]) and torch.equal(found[:, 5:], upstream[:, 5:])
+    for count in (-1, 9):
+        with pytest.raises(ValueError, match="rope: num_rotated must be 0 to 8"):
+            ops.rope(x, angles.cos(), angles.sin(), count)
+
+
+def test_attention_gives_the_gradients_of_one_product_without_a_copy():
+    product = torch.randn(9, 8, 16).requires_grad_()
+    q, k, v = product.split([4, 2, 2], 1)
+    offsets = torch.tensor([0, 4, 9])
+    found = torch.autograd.grad(ops.varlen_attention(q, k, v, offsets, 0.25), (q, k, v), torch.randn(9, 4, 16))
+    whole = _whole(found, 1)
+    assert whole.data_ptr() == found[0].data_ptr() and torch.equal(whole, torch.cat(found, 1))
+    for others in (found[1:], found[::-1]):
+        copied = _whole(others, 1)
+        assert torch.equal(copied, torch.cat(others, 1)) and copied.is_contiguous()
+
+
 def test_a_backward_pass_runs_on_the_best_backend_where_the_forced_one_has_no_kernel(monkeypatch):
     op, backward = OPS["rms_norm"], OPS["rms_norm_backward"]
     monkeypatch.setitem(op.implementations, "cpu:forward", op.reference)
@@ -145,4 +173,4 @@ def test_a_backward_pass_runs_on_the_best_backend_where_the_forced_one_has_no_ke
     found = torch.autograd.grad(op.backend("cpu:forward")(x, weight).sum(), (x, weight))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with forcing("cpu:forward"), pytest.raises(ValueError, match="rms_norm_backward: no backend 'cpu:forward' here"):
-        backward(torch.ones(3, 8), x.detach(), weight.detach(), 1e-6, 0.0, True)
+        backward(torch.ones(3, 8), None, x.detach(), weight.detach(), 1e-6, 0.0, True)

@@ -1,7 +1,7 @@
 // The gradients of RMSNorm and LayerNorm, for rms_norm.cpp and layer_norm.cpp. With n = (x - mean) / std, g the
 // gradient of the output, a = g (weight + offset), and for RMSNorm mean = 0 and no mean of a:
 //
-//     x      (a - mean of a - n mean of (a n)) / std
+//     x      (a - mean of a - n mean of (a n)) / std, plus the gradient of the residual stream, if there is one
 //     weight the sum over rows of g n           bias   the sum over rows of g
 //
 // The statistics are computed again from the row, which is in the first-level cache then: they are not stored.
@@ -11,7 +11,7 @@
 //     blocks
 //
 // A block's rows are added in their order, whatever the number of threads: the bits of a sum depend on N alone. Floor:
-// two reads and one write of memory.
+// two reads and one write of memory, and one more read of a residual gradient.
 #pragma once
 #include "norm.h"
 
@@ -20,15 +20,20 @@ namespace {
 constexpr int64_t BLOCK_ROWS = 32;
 constexpr int QUAD = 4;
 
-// x, grad and x_grad are (N, D) of one dtype, weight and weight_grad (D,) of another; bias_grad (D,) has its own. sums
-// is float32: (blocks, D) of the weight and, for LayerNorm, as many of the bias. Without `sums` only x_grad is
-// computed.
+// x, grad, residual_grad (or null) and x_grad are (N, D) of one dtype, weight and weight_grad (D,) of another;
+// bias_grad (D,) has its own. sums is float32: (blocks, D) of the weight and, for LayerNorm, as many of the bias.
+// Without `sums` only x_grad is computed.
 struct NormBackwardJob {
-  uintptr_t x, grad, weight, x_grad, weight_grad, bias_grad, sums;
+  uintptr_t x, grad, residual_grad, weight, x_grad, weight_grad, bias_grad, sums;
   int64_t N, D;
   bool is_bf16, weight_is_bf16, bias_is_bf16;
   float eps, offset;
   int threads;
+};
+
+template <int N>
+struct RowCount {
+  static constexpr int value = N;
 };
 
 struct RowStats {
@@ -81,8 +86,8 @@ INLINE RowStats row_stats(const X* x, const X* grad, const Wt* weight, float off
 
 // The gradients of R rows. Their part of the sums is added to weight_sums and bias_sums, unless these are null.
 template <bool CENTERED, int R, class X, class Wt>
-INLINE void norm_backward_rows(const X* x, const X* grad, const Wt* weight, float offset, float eps, int64_t D,
-                               X* x_grad, float* weight_sums, float* bias_sums) {
+INLINE void norm_backward_rows(const X* x, const X* grad, const X* residual_grad, const Wt* weight, float offset,
+                               float eps, int64_t D, X* x_grad, float* weight_sums, float* bias_sums) {
   RowStats stats[R];
   for (int r = 0; r < R; ++r) stats[r] = row_stats<CENTERED>(x + r * D, grad + r * D, weight, offset, eps, D);
   for (int64_t i = 0; i < D; i += W) {
@@ -94,7 +99,8 @@ INLINE void norm_backward_rows(const X* x, const X* grad, const Wt* weight, floa
       const int64_t at = r * D + i;
       const f32 g = is_full ? load(grad + at) : load_partial(grad + at, n, 0.f);
       const f32 centered = (is_full ? load(x + at) : load_partial(x + at, n, 0.f)) - stats[r].mean;
-      const f32 dx = (g * scale - stats[r].mean_scaled - centered * stats[r].projection) * stats[r].x_factor;
+      f32 dx = (g * scale - stats[r].mean_scaled - centered * stats[r].projection) * stats[r].x_factor;
+      if (residual_grad) dx += is_full ? load(residual_grad + at) : load_partial(residual_grad + at, n, 0.f);
       if (is_full)
         store(x_grad + at, dx);
       else
@@ -134,6 +140,7 @@ template <bool CENTERED, class X, class Wt>
 void norm_backward_of(const NormBackwardJob& job) {
   const int64_t D = job.D, blocks = (job.N + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const X *const x = ptr<const X>(job.x), *const grad = ptr<const X>(job.grad);
+  const X* const residual_grad = ptr<const X>(job.residual_grad);
   const Wt* const weight = ptr<const Wt>(job.weight);
   float* const sums = ptr<float>(job.sums);
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1 && job.N * D > 32768)
@@ -149,12 +156,15 @@ void norm_backward_of(const NormBackwardJob& job) {
       }
       const int64_t end = min(job.N, (block + 1) * BLOCK_ROWS);
       int64_t row = block * BLOCK_ROWS;
-      for (; row + QUAD <= end; row += QUAD)
-        norm_backward_rows<CENTERED, QUAD>(x + row * D, grad + row * D, weight, job.offset, job.eps, D,
-                                           ptr<X>(job.x_grad) + row * D, weight_sums, bias_sums);
-      for (; row < end; ++row)
-        norm_backward_rows<CENTERED, 1>(x + row * D, grad + row * D, weight, job.offset, job.eps, D,
-                                        ptr<X>(job.x_grad) + row * D, weight_sums, bias_sums);
+      const auto run = [&](auto rows) {
+        constexpr int R = decltype(rows)::value;
+        const int64_t at = row * D;
+        norm_backward_rows<CENTERED, R>(x + at, grad + at, residual_grad ? residual_grad + at : nullptr, weight,
+                                        job.offset, job.eps, D, ptr<X>(job.x_grad) + at, weight_sums, bias_sums);
+        row += R;
+      };
+      while (row + QUAD <= end) run(RowCount<QUAD>());
+      while (row < end) run(RowCount<1>());
     }
     if (sums) {
 #pragma omp for

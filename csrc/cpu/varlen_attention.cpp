@@ -275,21 +275,24 @@ void varlen_attention(uintptr_t out, uintptr_t q, int64_t q_token, int64_t q_hea
   is_bf16 ? run_items<bf16, false>(args) : run_items<float, false>(args);
 }
 
-// grad_out is dense; partial: the parts' sums, or null for one part.
-void varlen_attention_backward(uintptr_t grad_out, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t partial,
-                               uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token,
-                               int64_t k_head, uintptr_t v, int64_t v_token, int64_t v_head, bool is_bf16,
-                               uintptr_t lse, uintptr_t offsets, uintptr_t order, uintptr_t tree_starts,
-                               uintptr_t scratch, int64_t scratch_size, int64_t num_trees, int64_t parts, int64_t N,
-                               int64_t heads, int64_t kv_heads, int64_t d, float scale, int64_t window, float softcap,
-                               int threads) {
+// grad_out is dense; grads: (N, heads + 2 * kv_heads, d), those of q, k and v; partial: the parts' sums, or null for
+// one part.
+void varlen_attention_backward(uintptr_t grad_out, uintptr_t grads, uintptr_t partial, uintptr_t q, int64_t q_token,
+                               int64_t q_head, uintptr_t k, int64_t k_token, int64_t k_head, uintptr_t v,
+                               int64_t v_token, int64_t v_head, bool is_bf16, uintptr_t lse, uintptr_t offsets,
+                               uintptr_t order, uintptr_t tree_starts, uintptr_t scratch, int64_t scratch_size,
+                               int64_t num_trees, int64_t parts, int64_t N, int64_t heads, int64_t kv_heads, int64_t d,
+                               float scale, int64_t window, float softcap, int threads) {
   VarlenArgs args =
       make_args(q, q_token, q_head, k, k_token, k_head, v, v_token, v_head, is_bf16, lse, offsets, order, tree_starts,
                 scratch, scratch_size, num_trees, parts, N, heads, kv_heads, d, scale, window, softcap, threads);
   args.grad_out = dense(grad_out, heads, d);
-  args.dq = dense(dq, heads, d);
-  args.dk = dense(dk, kv_heads, d);
-  args.dv = dense(dv, kv_heads, d);
+  const auto part = [&](int64_t first_head) {
+    return View{grads + first_head * d * (is_bf16 ? sizeof(bf16) : sizeof(float)), (heads + 2 * kv_heads) * d, d};
+  };
+  args.dq = part(0);
+  args.dk = part(heads);
+  args.dv = part(heads + kv_heads);
   args.partial = ptr<float>(partial);
   is_bf16 ? run_items<bf16, true>(args) : run_items<float, true>(args);
 }

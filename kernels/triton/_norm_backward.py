@@ -7,9 +7,11 @@ With n = (x - mean) / std and a = grad (weight + offset), for RMSNorm with mean 
 
     x      (a - mean of a - n mean of (a n)) / std        weight    the sum of grad n        bias    the sum of grad
 
+and to that of x a residual stream's gradient is added, if there is one.
+
 The statistics are computed again. There are no atomics: the second kernel adds up the programs in their order. Their
 number follows from N and the GPU, so the bits of the sums repeat on one kind of GPU. Floor: two reads and one write of
-x's bytes; wide rows are read again from the caches.
+x's bytes, and one read of a residual gradient; wide rows are read again from the caches.
 """
 
 import triton
@@ -32,6 +34,14 @@ def load_rows(x, grad, index, inside):
 
 
 @triton.jit
+def add_residual(y, residual_grad, index, inside):
+    """Return y plus the gradient of the residual stream, if there is one."""
+    if residual_grad is not None:
+        y += tl.load(residual_grad + index, mask=inside, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def load_scale(weight, offset, column, D):
     """Return the factor of each column, weight + offset."""
     return (tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32) + offset)[None, :]
@@ -46,7 +56,7 @@ def add_in_memory(sums, column, inside, part):
 
 @triton.jit(do_not_specialize=["N", "rows_per_program"])
 def norm_backward_kernel(
-    x, grad, weight, x_grad, weight_sums, bias_sums, N, rows_per_program, D, eps, offset,
+    x, grad, residual_grad, weight, x_grad, weight_sums, bias_sums, N, rows_per_program, D, eps, offset,
     CENTERED: tl.constexpr, IN_REGISTERS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of the program's rows, ROWS of them at a time, and its sums. CENTERED: LayerNorm."""
@@ -76,6 +86,7 @@ def norm_backward_kernel(
             projection = (tl.sum(scaled * normalized, axis=1) / D)[:, None]
             factor = tl.where(CENTERED & (D == 1), 0.0, inverse_std)
             y = factor * (scaled - mean_scaled - normalized * projection)
+            y = add_residual(y, residual_grad, index, inside)
             tl.store(x_grad + index, launch.cast(y, x_grad.dtype.element_ty), mask=inside)
             if weight_sums is not None:
                 weight_sum += g * normalized
@@ -131,6 +142,7 @@ def norm_backward_kernel(
                 v, g = load_rows(x, grad, index, inside)
                 normalized = tl.where(inside, (v - mean) * inverse_std, 0.0)
                 y = inverse_std * (g * load_scale(weight, offset, column, D) - mean_scaled - normalized * projection)
+                y = add_residual(y, residual_grad, index, inside)
                 tl.store(x_grad + index, launch.cast(y, x_grad.dtype.element_ty), mask=inside)
                 if weight_sums is not None:
                     add_in_memory(weight_row, column, column < D, g * normalized)
@@ -150,13 +162,13 @@ def norm_sums_kernel(sums, out, P, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + column, launch.cast(tl.sum(total, axis=0), out.dtype.element_ty), mask=column < D)
 
 
-def norm_backward(grad, x, weight, eps, offset, grads, is_centered):
+def norm_backward(grad, residual_grad, x, weight, eps, offset, grads, is_centered):
     """Store in `grads` the gradients of x (..., D), the weight and, for LayerNorm, the bias, unless they are empty.
 
     is_centered: LayerNorm, otherwise RMSNorm."""
     launch.require_dtypes(x, weight, *grads)
     N, D = matrix_shape(x)
-    grad, x, weight = contiguous(grad, x, weight)
+    grad, residual_grad, x, weight = contiguous(grad, residual_grad, x, weight)
     in_registers = D <= MAX_COLUMNS
     block = launch.block_size(D, MAX_COLUMNS if in_registers else 2048)
     rows = max(1, 1024 // block)
@@ -174,7 +186,8 @@ def norm_backward(grad, x, weight, eps, offset, grads, is_centered):
         "num_warps": launch.num_warps_for(rows * block, 8),
     }
     options = (N, rows_per_program, D, eps, offset)
-    launch.run(norm_backward_kernel, (programs,), x, grad, weight, x_grad, weight_sums, bias_sums, *options, **meta)
+    tensors = x, grad, residual_grad, weight, x_grad, weight_sums, bias_sums
+    launch.run(norm_backward_kernel, (programs,), *tensors, *options, **meta)
     for part, vector in zip(sums, vectors, strict=True):
         if part is not None:
             grid = (triton.cdiv(D, SUM_COLUMNS),)

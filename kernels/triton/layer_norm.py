@@ -9,8 +9,8 @@ def layer_norm(x, weight, bias, eps, residual):
     return normalize(x, weight, bias, residual, eps, 0.0, is_centered=True)
 
 
-def layer_norm_backward(grad, x, weight, bias, eps, needs_weight_grad, needs_bias_grad):
+def layer_norm_backward(grad, residual_grad, x, weight, bias, eps, needs_weight_grad, needs_bias_grad):
     bias = weight if bias is None else bias
     grads = empty_gradients(x, (weight, needs_weight_grad), (bias, needs_bias_grad))
-    norm_backward(grad, x, weight, eps, 0.0, grads, is_centered=True)
+    norm_backward(grad, residual_grad, x, weight, eps, 0.0, grads, is_centered=True)
     return grads

@@ -9,7 +9,7 @@ def rms_norm(x, weight, eps, residual, offset):
     return normalize(x, weight, None, residual, eps, offset, is_centered=False)
 
 
-def rms_norm_backward(grad, x, weight, eps, offset, needs_weight_grad):
+def rms_norm_backward(grad, residual_grad, x, weight, eps, offset, needs_weight_grad):
     grads = empty_gradients(x, (weight, needs_weight_grad))
-    norm_backward(grad, x, weight, eps, offset, grads, is_centered=False)
+    norm_backward(grad, residual_grad, x, weight, eps, offset, grads, is_centered=False)
     return grads

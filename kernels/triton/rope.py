@@ -17,23 +17,27 @@ from rlhf_fast.kernels.triton._rope import NUM_WARPS, Heads, heads_per_program, 
 
 @triton.jit
 def rope_kernel(
-    x, cos, sin, out, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr
+    x, cos, sin, out, H: tl.constexpr, NUM_ROTATED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rotate ROWS heads of a token."""
+    """Rotate ROWS heads of a token; those from NUM_ROTATED on are copied."""
     n = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     token = x.x + n * x.token_stride
     y = out + n * H * D
-    rotate_heads(token, x.head_stride, y, D, cos + n * HALF, sin + n * HALF, head, head < H, D, HALF)
+    is_rotated = head < NUM_ROTATED
+    rotate_heads(token, x.head_stride, y, D, cos + n * HALF, sin + n * HALF, head, is_rotated, D, HALF)
+    if NUM_ROTATED < H:
+        rotate_heads(token, x.head_stride, y, D, cos, sin, head, (head < H) & (head >= NUM_ROTATED), D, 0)
 
 
-def rope(x, cos, sin):
+def rope(x, cos, sin, num_rotated):
     launch.require_dtypes(x, cos, sin)
     cos, sin = contiguous(cos, sin)
     N, H, d = x.shape
     half = cos.shape[1]
     out = torch.empty((N, H, d), dtype=x.dtype, device=x.device)
     rows = heads_per_program(H, half, d - 2 * half)
-    meta = {"H": H, "D": d, "HALF": half, "ROWS": rows, "num_warps": NUM_WARPS}
+    meta = {"H": H, "NUM_ROTATED": num_rotated, "D": d, "HALF": half, "ROWS": rows, "num_warps": NUM_WARPS}
     launch.run(rope_kernel, (N, triton.cdiv(H, rows)), Heads.of(x), cos, sin, out, **meta)
     return out

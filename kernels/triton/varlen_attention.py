@@ -252,7 +252,7 @@ def pair_gradients(
 
 @triton.jit(do_not_specialize=["window", "N"])
 def varlen_attention_dq_kernel(
-    q, k, v, grad_out, lse, delta, dq, sequences, scales, window, N,
+    q, k, v, grad_out, lse, delta, grads, sequences, scales, window, N,
     H: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PARENTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -294,14 +294,14 @@ def varlen_attention_dq_kernel(
         ds = tl.where(seen, p * (dp - mean[:, None]) * cap_grad, 0.0)
         acc = launch.dot(launch.cast(ds, keys.dtype), finite_or_zero(keys), acc)
     column = tl.arange(0, BLOCK)[None, :]
-    index = ((begin + row)[:, None] * H + head) * D + column
-    y = launch.cast(acc * scales.gradient, dq.dtype.element_ty)
-    tl.store(dq + index, y, mask=inside[:, None] & (column < D))
+    index = ((begin + row)[:, None] * (H + 2 * KV_HEADS) + head) * D + column
+    y = launch.cast(acc * scales.gradient, grads.dtype.element_ty)
+    tl.store(grads + index, y, mask=inside[:, None] & (column < D))
 
 
 @triton.jit(do_not_specialize=["window", "N"])
 def varlen_attention_dkdv_kernel(
-    q, k, v, grad_out, delta, dk, dv, sequences, children, scales, window, N,
+    q, k, v, grad_out, delta, grads, sequences, children, scales, window, N,
     H: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PARENTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -352,10 +352,10 @@ def varlen_attention_dkdv_kernel(
             dv_acc = launch.dot(tl.trans(launch.cast(p, values.dtype)), grad, dv_acc)
             dk_acc = launch.dot(tl.trans(launch.cast(ds, keys.dtype)), finite_or_zero(query), dk_acc)
     column = tl.arange(0, BLOCK)[None, :]
-    index = ((begin + key)[:, None] * KV_HEADS + kv_head) * D + column
+    index = ((begin + key)[:, None] * (H + 2 * KV_HEADS) + H + kv_head) * D + column
     mask = inside[:, None] & (column < D)
-    tl.store(dk + index, launch.cast(dk_acc * scales.gradient, dk.dtype.element_ty), mask=mask)
-    tl.store(dv + index, launch.cast(dv_acc, dv.dtype.element_ty), mask=mask)
+    tl.store(grads + index, launch.cast(dk_acc * scales.gradient, grads.dtype.element_ty), mask=mask)
+    tl.store(grads + index + KV_HEADS * D, launch.cast(dv_acc, grads.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S", "N", "num_blocks"])
@@ -470,20 +470,20 @@ def varlen_attention_backward(grad_out, _out, lse, q, k, v, offsets, scale, wind
     check(q, offsets, parents)
     N, H, d = q.shape
     Hkv = k.shape[1]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grads = torch.empty(N, H + 2 * Hkv, d, dtype=q.dtype, device=q.device)
     if not N:
-        return dq, dk, dv
+        return grads
     meta = tile_meta("dq", q)
     sequences = split_sequences(offsets, parents, N, meta["BLOCK_M"])
     delta = empty_float32(q, 2, H, N)
     shape = {"H": H, "KV_HEADS": Hkv, "D": d, "SOFTCAP": softcap > 0, "HAS_PARENTS": parents is not None}
     inputs = rows_of(q, k, v, grad_out.to(q.dtype))
     scales = scales_of(scale, softcap)
-    args = *inputs, lse.contiguous(), delta, dq, sequences, scales, window, N
+    args = *inputs, lse.contiguous(), delta, grads, sequences, scales, window, N
     launch.run(varlen_attention_dq_kernel, (len(sequences.block_first), H), *args, **shape, **meta)
     children = None if parents is None else children_of(parents)
     meta = tile_meta("dkdv", q)
     sequences = split_sequences(offsets, parents, N, meta["BLOCK_N"])
-    args = *inputs, delta, dk, dv, sequences, children, scales, window, N
+    args = *inputs, delta, grads, sequences, children, scales, window, N
     launch.run(varlen_attention_dkdv_kernel, (len(sequences.block_first), Hkv), *args, **shape, **meta)
-    return dq, dk, dv
+    return grads

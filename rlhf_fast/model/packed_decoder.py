@@ -24,7 +24,7 @@ from rlhf_fast.graph_capture import captures_on
 from rlhf_fast.kernels._backends import forced_backend
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora
-from rlhf_fast.model.architectures import Decoder, Layer, Norm, base_linear, read_decoder, rope_angles
+from rlhf_fast.model.architectures import Decoder, Layer, base_linear, read_decoder, rope_angles
 from rlhf_fast.model.modules import all_modules
 from rlhf_fast.model.packing import PackedRows, pack_rows, to_device
 from rlhf_fast.model.rope_scaling import length_dependent_rope
@@ -73,7 +73,7 @@ def packed_hidden(
             x = checkpoint(_layer, call, layer, x, own_kept, use_reentrant=False)
         else:
             x = _layer(call, layer, x, own_kept)
-    return _norm(call, parts.final_norm, x)
+    return call.do.norm(parts.final_norm, x)
 
 
 class _Call(NamedTuple):
@@ -115,15 +115,16 @@ def _run_layer(call: _Call, layer: Layer, kept: Tensor | None, do: Autograd, x: 
 def _layer(call: _Call, layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
     """Return the residual stream after `layer`; of the `kept` tokens alone, if they are given."""
     do = call.do
-    attended = _attention(call, layer, _norm(call, layer.attention_norm, x))
+    attended = _attention(call, layer, do.norm(layer.attention_norm, x))
     if kept is not None:  # no later token reads the others
         is_unique = call.rows.parents is None  # rows that share a prompt keep its last token, each for itself
         x, attended = do.rows(x, kept, is_unique), do.rows(attended, kept, is_unique)
     out = _drop(call, do.linear(layer.out, attended, call.exact))
     if call.parts.parallel_residual:
-        return do.add(do.add(x, out), _drop(call, _mlp(call, layer, _norm(call, layer.mlp_norm, x))))
-    x = do.add(x, out)
-    return do.add(x, _drop(call, _mlp(call, layer, _norm(call, layer.mlp_norm, x))))
+        normed = do.norm(layer.mlp_norm, x)
+        return do.add(do.add(x, out), _drop(call, _mlp(call, layer, normed)))
+    x, normed = do.add_norm(layer.mlp_norm, x, out)
+    return do.add(x, _drop(call, _mlp(call, layer, normed)))
 
 
 def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
@@ -136,15 +137,13 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
         q, k, v = (do.view(output, N, heads, d) for output, heads in zip(outputs, (H, Hkv, Hkv), strict=True))
     elif parts.interleaved_qkv:
         q, k, v = do.unbind(do.view(outputs[0], N, H, 3, d), 2)
-    elif rope is None or layer.q_norm is not None or layer.k_norm is not None:
-        q, k, v = do.split(do.view(outputs[0], N, H + 2 * Hkv, d), [H, Hkv, Hkv], 1)
-    else:  # q and k by one call
-        both, v = do.split(do.view(outputs[0], N, H + 2 * Hkv, d), [H + Hkv, Hkv], 1)
-        v = do.contiguous(v)  # else it keeps the product until the backward pass
-        q, k = do.split(do.apply(ops.rope, both, *rope), [H, Hkv], 1)
-        rope = None
-    q = q if layer.q_norm is None else _norm(call, layer.q_norm, q)
-    k = k if layer.k_norm is None else _norm(call, layer.k_norm, k)
+    else:
+        heads = do.view(outputs[0], N, H + 2 * Hkv, d)
+        if rope is not None and layer.q_norm is None and layer.k_norm is None:  # q and k by one call
+            heads, rope = do.apply(ops.rope, heads, *rope, H + Hkv), None
+        q, k, v = do.split(heads, [H, Hkv, Hkv], 1)
+    q = q if layer.q_norm is None else do.norm(layer.q_norm, q)
+    k = k if layer.k_norm is None else do.norm(layer.k_norm, k)
     if rope is not None:
         q, k = do.apply(ops.rope, q, *rope), do.apply(ops.rope, k, *rope)
     if call.exact:  # the cache has the weights' dtype
@@ -171,12 +170,6 @@ def _activate(call: _Call, x: Tensor) -> Tensor:
     if call.parts.activation == "silu":
         return call.do.silu(x, call.exact)
     return call.do.apply(ops.gelu, x, "tanh" if call.parts.activation == "gelu_tanh" else "none")
-
-
-def _norm(call: _Call, norm: Norm, x: Tensor) -> Tensor:
-    if norm.centered:
-        return call.do.apply(ops.layer_norm, x, norm.weight, norm.bias, norm.eps)
-    return call.do.apply(ops.rms_norm, x, norm.weight, norm.eps)
 
 
 def _drop(call: _Call, x: Tensor) -> Tensor:

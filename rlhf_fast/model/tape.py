@@ -24,6 +24,7 @@ from rlhf_fast import ops
 from rlhf_fast.kernels._op import Op
 from rlhf_fast.kernels._product import f32_is_ours
 from rlhf_fast.model.adjacent_weights import join
+from rlhf_fast.model.architectures import Norm
 
 
 class Autograd:
@@ -32,6 +33,16 @@ class Autograd:
     def apply(self, op: Op, *args: Any) -> Tensor:
         """Call an op with one output."""
         return op(*args)
+
+    def norm(self, norm: Norm, x: Tensor) -> Tensor:
+        """Return the RMSNorm or LayerNorm of x."""
+        op, *args = _norm_call(norm)
+        return self.apply(op, x, *args)
+
+    def add_norm(self, norm: Norm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + y and its norm. y may be overwritten."""
+        x = x + y
+        return x, self.norm(norm, x)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -52,10 +63,6 @@ class Autograd:
 
     def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
         return x.split(sizes, dim)
-
-    def contiguous(self, x: Tensor) -> Tensor:
-        """Return x, or a copy that does not keep the tensor of which it is a part."""
-        return x.contiguous()
 
     def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         return x.unbind(dim)
@@ -100,7 +107,6 @@ class Tape(Autograd):
             of_outputs = [grads.pop(number, None) for number in outputs]
             if all(g is None for g in of_outputs):  # nothing that `output` depends on
                 continue
-            assert not any(g is None for g in of_outputs), "a layer reads all parts of a split"
             found = gradient(*of_outputs)
             for number, g in zip(inputs, found if isinstance(found, tuple) else (found,), strict=True):
                 if number is not None and g is not None:
@@ -116,13 +122,34 @@ class Tape(Autograd):
         return all(self._numbers[id(leaf)] in read for leaf in leaves)
 
     def apply(self, op: Op, *args: Any) -> Tensor:
-        inputs: list[int | None] = [None] * len(op.names)
-        for i in op.gradient_inputs:
-            if i < len(args):
-                inputs[i] = self._numbers.get(id(args[i]))
+        inputs = self._inputs(op, args)
         context = _Context([number is not None for number in inputs])
         out = op.autograd.forward(context, *op.normalized(*args))
         return self._record(partial(op.autograd.backward, context), inputs, out)
+
+    def norm(self, norm: Norm, x: Tensor) -> Tensor:
+        op, *args = _norm_call(norm)
+        inputs = self._inputs(op, (x, *args))
+        context = _Context([number is not None for number in inputs])
+        out = op.autograd.forward(context, *op.normalized(x, *args))
+        if inputs[0] is None:
+            return self._record(partial(op.autograd.backward, context), inputs, out)
+        # x goes through this step, under a new number: what reads it later leaves a gradient, which the op adds
+        self._record_all(partial(_norm_gradients, op, context), inputs, (x, out))
+        return out
+
+    def add_norm(self, norm: Norm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        op, *args = _norm_call(norm)
+        inputs = self._inputs(op, (x, *args))
+        context = _Context([True, *(number is not None for number in inputs[1:])])
+        out = op.autograd.forward(context, *op.normalized(x, *args, residual=y))  # y is the sum then
+
+        def gradient(g: Tensor | None, g_out: Tensor | None) -> Sequence[Tensor | None]:
+            found = _norm_gradients(op, context, g, g_out)
+            return found[0], *found
+
+        self._record_all(gradient, [*self._of(y), *inputs], (y, out))
+        return y, out
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return self._record(lambda g: (g, g), self._of(x, y), x + y)
@@ -150,9 +177,6 @@ class Tape(Autograd):
 
     def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
         return self._record_all(lambda *grads: _whole(grads, dim), self._of(x), x.split(sizes, dim))
-
-    def contiguous(self, x: Tensor) -> Tensor:
-        return self._record(lambda g: g, self._of(x), x.contiguous())
 
     def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         return self._record_all(lambda *grads: torch.stack(grads, dim), self._of(x), x.unbind(dim))
@@ -196,6 +220,14 @@ class Tape(Autograd):
             return None
         sizes = [p.shape[0] for p in parameters if p is not None]
         return self._record(lambda g: g.split(sizes), self._of(*parameters), joint)
+
+    def _inputs(self, op: Op, args: Sequence[Any]) -> list[int | None]:
+        """Return the numbers of an op's arguments that depend on the leaves, None for others."""
+        inputs: list[int | None] = [None] * len(op.names)
+        for i in op.gradient_inputs:
+            if i < len(args):
+                inputs[i] = self._numbers.get(id(args[i]))
+        return inputs
 
     def _of(self, *tensors: Tensor | None) -> list[int | None]:
         return [self._numbers.get(id(x)) for x in tensors]
@@ -268,6 +300,20 @@ class _Context:
         self.saved_tensors = tensors
 
 
+def _norm_call(norm: Norm) -> tuple[Any, ...]:
+    """Return the op of a norm and its arguments behind x."""
+    if norm.centered:
+        return ops.layer_norm, norm.weight, norm.bias, norm.eps
+    return ops.rms_norm, norm.weight, norm.eps
+
+
+def _norm_gradients(op: Op, context: _Context, of_sum: Tensor | None, of_out: Tensor | None) -> tuple[Any, ...]:
+    """Return the gradients of a norm's arguments, given those of what it reads and of its output."""
+    if of_out is None:
+        return of_sum, *[None] * (len(op.names) - 1)
+    return op.autograd.backward(context, of_out, of_sum)
+
+
 def is_plain(module: Any) -> bool:
     """Return whether a linear layer has no adapter."""
     return type(module) in (nn.Linear, Conv1D)
@@ -278,12 +324,14 @@ def _is_ours(x: Tensor) -> bool:
 
 
 def _whole(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Return torch.cat(parts, dim); without a copy where they are the columns of one matrix."""
+    """Return torch.cat(parts, dim), dim = 1; without a copy where they stand side by side in the rows of one tensor."""
     first, begin = parts[0], parts[0].data_ptr()
     storage, width = first.untyped_storage().data_ptr(), sum(part.shape[1] for part in parts)
+    rest = first.shape[2:]
+    stride = torch.empty(0, width, *rest, device="meta").stride()
     for part in parts:
         is_next = part.data_ptr() == begin and part.untyped_storage().data_ptr() == storage
-        if part.dim() > 2 or not is_next or part.stride() != (width, 1):
+        if not is_next or part.stride() != stride:
             return torch.cat(list(parts), dim)
-        begin += part.shape[1] * part.element_size()
-    return first.as_strided((first.shape[0], width), (width, 1))
+        begin += part.shape[1] * stride[1] * part.element_size()
+    return first.as_strided((first.shape[0], width, *rest), stride)
