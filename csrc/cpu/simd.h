@@ -256,13 +256,14 @@ INLINE double exp(double x) { return __builtin_exp(x); }
 INLINE double log(double x) { return __builtin_log(x); }
 INLINE double log1p(double x) { return __builtin_log1p(x); }
 
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+
 // e^x within 1.2 ulp; 0 below -87.3 (no denormals), inf above 88.7, NaN for NaN.
 // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by a minimax polynomial (Cephes' coefficients), scaled by 2^n.
 INLINE f32 exp(f32 x) {
-  const f32 magic = splat(12582912.f);                                   // 1.5 * 2^23: adding it rounds to an integer
   const f32 clamped = min(splat(88.72283f), max(splat(-87.33654f), x));  // a NaN stays a NaN
-  const f32 shifted = clamped * 1.44269504088896341f + magic;
-  const f32 n = shifted - magic;
+  const f32 shifted = clamped * 1.44269504088896341f + ROUND;
+  const f32 n = shifted - ROUND;
   const f32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   f32 p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -275,7 +276,7 @@ INLINE f32 exp(f32 x) {
   f32 y = (f32)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)p, (__m512)n);
 #else
   // 2^n as two factors: 2^128 would overflow before the product does.
-  const i32 exponent = as_int(shifted) - as_int(magic), half = exponent >> 1;
+  const i32 exponent = as_int(shifted) - as_int(splat(ROUND)), half = exponent >> 1;
   f32 y = p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
 #endif
   y = select(x < splat(-87.33654f), splat(0.f), y);
@@ -284,7 +285,6 @@ INLINE f32 exp(f32 x) {
 
 constexpr float MIN_EXPONENT = -87.f;  // e^-87 is 1.6e-38: it adds nothing to the 1 of the largest logit
 constexpr double LOG2_E = 1.44269504088896340736;
-constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
 
 // 2^n 2^f by a minimax polynomial; `shifted` is n + ROUND.
 INLINE f32 power_of_two(f32 shifted, f32 f) {

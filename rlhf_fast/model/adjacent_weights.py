@@ -61,6 +61,16 @@ def join(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
+def joined(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Return the weight and the bias of one linear layer with all outputs of `linears`, whose weights are (out, in); or
+    None unless their weights, and their biases if one has any, are adjacent."""
+    weight, biases = join([linear.weight for linear in linears]), [linear.bias for linear in linears]
+    if weight is None or all(bias is None for bias in biases):
+        return None if weight is None else (weight, None)
+    bias = join(biases)
+    return None if bias is None else (weight, bias)
+
+
 def _move(parameters: Sequence[nn.Parameter | None], owners: Counter[int]) -> None:
     """Make the parameters views of one new tensor, unless they are adjacent already, or cannot be. owners: the number
     of parameters by the address of their memory."""

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_fast import ops
 from rlhf_fast.kernels._op import Op
 from rlhf_fast.kernels._product import f32_is_ours
-from rlhf_fast.model.adjacent_weights import join
+from rlhf_fast.model.adjacent_weights import joined
 from rlhf_fast.model.architectures import Norm
 
 
@@ -191,11 +191,13 @@ class Tape(Autograd):
 
     def linears(self, modules: Sequence[Any], x: Tensor, exact: bool) -> Sequence[Tensor]:
         separate = len(modules) == 1 or any(type(module) is not nn.Linear for module in modules)
-        weight = None if separate else self._join([module.weight for module in modules])
-        has_bias = any(module.bias is not None for module in modules)
-        bias = self._join([module.bias for module in modules]) if has_bias and weight is not None else None
-        if weight is None or (has_bias and bias is None):
+        joint = None if separate else joined(modules)
+        if joint is None:
             return [self.linear(module, x, exact) for module in modules]
+        weight, bias = joint
+        self._record_parts([module.weight for module in modules], weight)
+        if bias is not None:
+            self._record_parts([module.bias for module in modules], bias)
         return [self._product(x, weight, bias, False, exact)]
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, exact: bool) -> Tensor:
@@ -213,13 +215,10 @@ class Tape(Autograd):
 
         return self._record(gradient, inputs, F.linear(x, weight.t() if transposed else weight, bias))
 
-    def _join(self, parameters: Sequence[Tensor | None]) -> Tensor | None:
-        """Return adjacent parameters as one tensor, or None."""
-        joint = join(parameters)
-        if joint is None:
-            return None
-        sizes = [p.shape[0] for p in parameters if p is not None]
-        return self._record(lambda g: g.split(sizes), self._of(*parameters), joint)
+    def _record_parts(self, parameters: Sequence[Tensor], joint: Tensor) -> None:
+        """Record that `joint` has the rows of the parameters."""
+        sizes = [p.shape[0] for p in parameters]
+        self._record(lambda g: g.split(sizes), self._of(*parameters), joint)
 
     def _inputs(self, op: Op, args: Sequence[Any]) -> list[int | None]:
         """Return the numbers of an op's arguments that depend on the leaves, None for others."""

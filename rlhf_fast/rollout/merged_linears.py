@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf_fast.model.adjacent_weights import join
+from rlhf_fast.model.adjacent_weights import joined
 from rlhf_fast.rollout.weights import DecoderWeights, LayerWeights, LinearWeights
 
 
@@ -25,8 +25,5 @@ def _merge_layer(layer: LayerWeights) -> LayerWeights:
 def _merge(linears: Sequence[LinearWeights]) -> LinearWeights | None:
     """Return one layer with all outputs, or None if the weights or biases are not adjacent."""
     separate = any(linear.transposed or linear.is_split for linear in linears)
-    weight = None if separate else join([linear.weight for linear in linears])
-    if weight is None or all(linear.bias is None for linear in linears):
-        return None if weight is None else LinearWeights(weight, None, transposed=False)
-    bias = join([linear.bias for linear in linears])
-    return None if bias is None else LinearWeights(weight, bias, transposed=False)
+    joint = None if separate else joined(linears)
+    return None if joint is None else LinearWeights(*joint, transposed=False)
