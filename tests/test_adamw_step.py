@@ -51,10 +51,18 @@ def twin_of(adam, masters):
     return twin_adam, twins
 
 
-def compiled_step(adam, masters, isa, copies=None, averages=(), grad_scale=1.0, average_weight=0.0):
+def compiled_step(adam, masters, isa, copies=None, averages=(), grad_scale=1.0, average_weight=0.0, grads=None):
     CompiledAdamW(adam, masters, copies or [None] * len(masters), list(averages)).step(
-        COMPILED[isa], grad_scale, average_weight
+        COMPILED[isa], grads_of(masters) if grads is None else grads, grad_scale, average_weight
     )
+
+
+def grads_of(masters):
+    return [p.grad for p in masters]
+
+
+def compiled_norm(adam, masters, isa, grads=None):
+    return CompiledAdamW(adam, masters, [], []).grad_norm(COMPILED[isa], grads_of(masters) if grads is None else grads)
 
 
 def ulps(ours, theirs):
@@ -152,12 +160,12 @@ def test_the_norm_is_that_of_float64(isa):
     for factor in (1.0, 1e20, 1e-25):
         for p in masters:
             p.grad *= factor
-        norm = CompiledAdamW(adam_of(masters), masters, [], []).grad_norm(COMPILED[isa])
+        norm = compiled_norm(adam_of(masters), masters, isa)
         truth = torch.cat([p.grad.flatten().double() for p in masters]).norm()
         assert norm.dtype == torch.float32 and float(norm) == pytest.approx(float(truth), rel=1e-7)
     masters[1].grad[3] = math.inf
     masters[2].grad = None
-    assert CompiledAdamW(adam_of(masters), masters, [], []).grad_norm(COMPILED[isa]) == math.inf
+    assert compiled_norm(adam_of(masters), masters, isa) == math.inf
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -168,7 +176,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(isa):
         for number in (1, 2, 3):
             torch.set_num_threads(number)
             adam, twins = twin_of(adam_of(masters), masters)
-            norm = CompiledAdamW(adam, twins, [], []).grad_norm(COMPILED[isa])
+            norm = compiled_norm(adam, twins, isa)
             compiled_step(adam, twins, isa)
             found.append([norm, *twins, *(x for state in adam.state.values() for x in state.values())])
     finally:
@@ -176,6 +184,63 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(isa):
     assert sum(p.numel() for p in masters) > 65536, "the smallest number of weights that threads share"
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def bfloat16_parameters():
+    """Return masters with gradients in float32 that bfloat16 holds, and the same ones in bfloat16; one has none, and
+    one that is float32 only. Sizes are at the edges of vectors and chunks."""
+    sizes = [1, 17, 16383, 16384, 16385, 40_001, 33, 5, 70_000]
+    masters = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    for p in masters:
+        p.grad = (torch.randn_like(p) * 10 ** torch.randn(())).bfloat16().float()
+        p.grad[::7] = 0
+    masters[6].grad = None
+    masters[7].grad = torch.randn(5) / 3
+    return masters, [p.grad if i in (6, 7) else p.grad.bfloat16() for i, p in enumerate(masters)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_bfloat16_gradient_gives_the_bits_of_the_same_in_float32(isa, threads):
+    """Weights, moments, copies, averages and norms, through steps that begin and continue the state. No byte beyond a
+    gradient is read."""
+    found, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for as_bfloat16 in (True, False):
+            torch.manual_seed(7)
+            masters, grads = bfloat16_parameters()
+            adam = adam_of(masters, 0.1)
+            copies = [torch.full_like(p, torch.nan, dtype=torch.bfloat16) for p in masters]
+            averages = [torch.randn_like(p).detach() for p in masters]
+            for step in range(3):
+                given = [g if g is None or g.dtype == torch.float32 else followed_by_nan(g) for g in grads]
+                given = given if as_bfloat16 else grads_of(masters)
+                norm = compiled_norm(adam, masters, isa, given)
+                compiled_step(adam, masters, isa, copies, averages, 0.3, 0.2, given)
+                assert norm.isfinite() and float(norm) > 0
+                if step == 0:
+                    assert all((p in adam.state) == (g is not None) for p, g in zip(masters, grads, strict=True))
+                found.append([norm, *(x.detach().clone() for x in (*masters, *copies, *averages))])
+                found[-1] += [x.clone() for state in adam.state.values() for x in state.values()]
+    finally:
+        torch.set_num_threads(before)
+    for ours, expected in zip(found[:3], found[3:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def followed_by_nan(x):
+    """Return a copy of x (n,) in memory where 16 NaN follow."""
+    return torch.cat([x, torch.full((16,), torch.nan, dtype=x.dtype)])[: len(x)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_infinite_and_nan_bfloat16_gradients_make_the_norm_so(isa):
+    for value, position in ((math.inf, 16_384), (math.nan, 3)):
+        masters, grads = bfloat16_parameters()
+        grads[4][position] = value
+        norm = float(compiled_norm(adam_of(masters), masters, isa, grads))
+        assert norm == value or (math.isnan(norm) and math.isnan(value))
 
 
 @needs_kernels
@@ -243,12 +308,12 @@ def test_a_learner_steps_as_by_torch_and_takes_over_its_state(dtype):
     assert all(int(x["step"]) == 5 for x in ours.state_dict()["adam"].values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_kept_in_the_same_memory(monkeypatch, dtype):
+@pytest.mark.parametrize(("dtype", "budgets"), [(torch.float32, (9, 1000)), (torch.bfloat16, (9, 20))])
+def test_gradients_are_kept_in_the_same_memory(monkeypatch, dtype, budgets):
     """Learners that share a pool use the same, in turn. Several micro-batches add up in it."""
     monkeypatch.setattr(gradient_buffers, "MIN_KEPT_SIZE", 1)
     pool, found = GradientPool(), []
-    learners = [Learner(llama(dtype), optim(micro_batch_tokens=budget), 10, pool=pool) for budget in (9, 1000)]
+    learners = [Learner(llama(dtype), optim(micro_batch_tokens=budget), 10, pool=pool) for budget in budgets]
     for learner in [*learners, *learners]:
         learner._backward([(sft_loss, demonstrations(), 1.0)])
         assert not any(pool.free.values())

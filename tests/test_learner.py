@@ -264,7 +264,7 @@ def test_a_learner_that_is_gone_holds_no_gradients(dtype, monkeypatch):
     monkeypatch.setattr(gradient_buffers, "MIN_KEPT_SIZE", 1)
     model, steps = llama(dtype), []
     for _ in range(2):
-        learner = Learner(model, optim(lr=1e-30), 10)
+        learner = Learner(model, optim(lr=1e-30, micro_batch_tokens=20), 10)
         steps.append(learner.step([(sft_loss, demonstrations(), 1.0)])["grad_norm"])
         buffers = [weakref.ref(x) for free in learner.gradients.pool.free.values() for x in free]
         assert buffers

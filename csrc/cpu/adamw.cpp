@@ -9,7 +9,8 @@
 //     2. adamw_step     reads gradient, weight and moments; writes moments, weight, the model's 16-bit copy, the
 //     average
 //
-// Floor: 4 bytes a weight in pass 1, 28 in pass 2, and 2 for a copy, 8 for an average.
+// Floor: 4 bytes a weight in pass 1, 28 in pass 2, and 2 for a copy, 8 for an average; a gradient in bfloat16 takes 2
+// less in each pass. It is converted as it is read, which is exact: the bits are those of the same gradient in float32.
 //
 // Chunks depend on the sizes alone, and each element has one formula: the bits do not depend on the number of threads.
 #include "intrinsics.h"
@@ -25,7 +26,8 @@ struct Parameters {
   int64_t count;
   const int64_t* first_chunks;  // count + 1: parameter i has the chunks first_chunks[i] <= c < first_chunks[i + 1]
   const int64_t* sizes;
-  float* const* grads;  // null: the step leaves weight and moments as they are
+  const void* const* grads;       // null: the step leaves weight and moments as they are
+  const int64_t* are_grads_bf16;  // 0: the gradient is float32
   float* const* weights;
   float* const* exp_avgs;
   float* const* exp_avg_sqs;
@@ -102,6 +104,12 @@ Factors make_factors(const Settings& s, double weight_decay, double step) {
   return f;
 }
 
+struct NoGrad {};
+template <class Grad>
+constexpr bool HAS_GRAD = true;
+template <>
+constexpr bool HAS_GRAD<NoGrad> = false;
+
 struct FullVector {
   template <class T>
   INLINE f32 read(const T* p) const {
@@ -124,11 +132,11 @@ struct PartialVector {
   }
 };
 
-template <bool HAS_GRAD, bool HAS_COPY, bool HAS_AVERAGE, class Vector>
+template <class Grad, bool HAS_COPY, bool HAS_AVERAGE, class Vector>
 INLINE void update(const Parameters& p, const Settings& s, const Factors& f, int64_t i, int64_t j, Vector vector) {
   f32 weight = vector.read(p.weights[i] + j);
-  if constexpr (HAS_GRAD) {
-    const f32 grad = rounded(vector.read(p.grads[i] + j) * s.grad_scale);
+  if constexpr (HAS_GRAD<Grad>) {
+    const f32 grad = rounded(vector.read((const Grad*)p.grads[i] + j) * s.grad_scale);
     const f32 exp_avg = lerp(vector.read(p.exp_avgs[i] + j), grad, f.exp_avg_weight);
     const f32 exp_avg_sq = f.exp_avg_sq_weight * grad * grad + rounded(vector.read(p.exp_avg_sqs[i] + j) * f.beta2);
     const f32 denominator = sqrt(exp_avg_sq) / f.bias_correction2_sqrt + f.eps;
@@ -143,68 +151,79 @@ INLINE void update(const Parameters& p, const Settings& s, const Factors& f, int
     vector.write(p.averages[i] + j, lerp(vector.read(p.averages[i] + j), weight, s.average_weight));
 }
 
-template <bool HAS_GRAD, bool HAS_COPY, bool HAS_AVERAGE>
+template <class Grad, bool HAS_COPY, bool HAS_AVERAGE>
 void update_span(const Parameters& p, const Settings& s, Span span) {
   const int64_t i = span.parameter;
-  const Factors f = HAS_GRAD ? make_factors(s, p.weight_decays[i], *p.steps[i]) : Factors{};
+  const Factors f = HAS_GRAD<Grad> ? make_factors(s, p.weight_decays[i], *p.steps[i]) : Factors{};
   int64_t j = span.begin;
-  for (; j + W <= span.end; j += W) update<HAS_GRAD, HAS_COPY, HAS_AVERAGE>(p, s, f, i, j, FullVector{});
-  if (j < span.end) update<HAS_GRAD, HAS_COPY, HAS_AVERAGE>(p, s, f, i, j, PartialVector{(int)(span.end - j)});
+  for (; j + W <= span.end; j += W) update<Grad, HAS_COPY, HAS_AVERAGE>(p, s, f, i, j, FullVector{});
+  if (j < span.end) update<Grad, HAS_COPY, HAS_AVERAGE>(p, s, f, i, j, PartialVector{(int)(span.end - j)});
 }
 
-template <bool HAS_GRAD>
+template <class Grad>
 void update_span(const Parameters& p, const Settings& s, Span span) {
   const bool has_copy = p.copies[span.parameter], has_average = p.averages[span.parameter];
   if (has_copy && has_average)
-    update_span<HAS_GRAD, true, true>(p, s, span);
+    update_span<Grad, true, true>(p, s, span);
   else if (has_copy)
-    update_span<HAS_GRAD, true, false>(p, s, span);
+    update_span<Grad, true, false>(p, s, span);
   else if (has_average)
-    update_span<HAS_GRAD, false, true>(p, s, span);
-  else if (HAS_GRAD)
-    update_span<HAS_GRAD, false, false>(p, s, span);
+    update_span<Grad, false, true>(p, s, span);
+  else if (HAS_GRAD<Grad>)
+    update_span<Grad, false, false>(p, s, span);
+}
+
+// Returns the sum of the squares of a chunk's gradients.
+template <class Grad>
+double chunk_sum_squares(const Grad* grad, Span span) {
+  DoubleSums squares[2];
+  int64_t j = span.begin;
+  for (; j + 2 * W <= span.end; j += 2 * W) {
+    squares[0].add_square(load(grad + j));
+    squares[1].add_square(load(grad + j + W));
+  }
+  for (; j < span.end; j += W) squares[0].add_square(load_partial(grad + j, (int)min<int64_t>(W, span.end - j), 0.f));
+  return squares[0].total() + squares[1].total();
 }
 
 // Writes to *sums the sum of the squares of all gradients. sums: room for one number a chunk, whose sums are added in
 // order.
-void sum_squares(int64_t count, uintptr_t first_chunks, uintptr_t sizes, uintptr_t grads, uintptr_t sums, int threads) {
+void sum_squares(int64_t count, uintptr_t first_chunks, uintptr_t sizes, uintptr_t grads, uintptr_t are_grads_bf16,
+                 uintptr_t sums, int threads) {
   Parameters p = {};
   p.count = count;
   p.first_chunks = ptr<const int64_t>(first_chunks);
   p.sizes = ptr<const int64_t>(sizes);
-  p.grads = ptr<float* const>(grads);
+  p.grads = ptr<const void* const>(grads);
+  p.are_grads_bf16 = ptr<const int64_t>(are_grads_bf16);
   const int64_t num_chunks = p.first_chunks[count];
   double* const out = ptr<double>(sums);
 #pragma omp parallel for schedule(dynamic, 8) \
     num_threads(threads) if (threads > 1 && num_chunks * CHUNK > MIN_WEIGHTS_TO_THREAD)
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     const Span span = find_span(p, chunk);
-    const float* const grad = p.grads[span.parameter];
-    DoubleSums squares[2];
-    if (grad) {
-      int64_t j = span.begin;
-      for (; j + 2 * W <= span.end; j += 2 * W) {
-        squares[0].add_square(load(grad + j));
-        squares[1].add_square(load(grad + j + W));
-      }
-      for (; j < span.end; j += W)
-        squares[0].add_square(load_partial(grad + j, (int)min<int64_t>(W, span.end - j), 0.f));
-    }
-    out[chunk] = squares[0].total() + squares[1].total();
+    const void* const grad = p.grads[span.parameter];
+    if (!grad)
+      out[chunk] = 0;
+    else if (p.are_grads_bf16[span.parameter])
+      out[chunk] = chunk_sum_squares((const bf16*)grad, span);
+    else
+      out[chunk] = chunk_sum_squares((const float*)grad, span);
   }
   for (int64_t chunk = 1; chunk < num_chunks; ++chunk) out[0] += out[chunk];
 }
 
 // One step of AdamW with decoupled weight decay, on gradients that are multiplied by grad_scale. A parameter without
 // gradient is skipped; its copy and average are written all the same.
-void adamw_step(int64_t count, uintptr_t first_chunks, uintptr_t sizes, uintptr_t grads, uintptr_t weights,
-                uintptr_t steps, uintptr_t exp_avgs, uintptr_t exp_avg_sqs, uintptr_t copies, uintptr_t averages,
-                uintptr_t weight_decays, double lr, double beta1, double beta2, double eps, float grad_scale,
-                float average_weight, int threads) {
+void adamw_step(int64_t count, uintptr_t first_chunks, uintptr_t sizes, uintptr_t grads, uintptr_t are_grads_bf16,
+                uintptr_t weights, uintptr_t steps, uintptr_t exp_avgs, uintptr_t exp_avg_sqs, uintptr_t copies,
+                uintptr_t averages, uintptr_t weight_decays, double lr, double beta1, double beta2, double eps,
+                float grad_scale, float average_weight, int threads) {
   const Parameters p = {count,
                         ptr<const int64_t>(first_chunks),
                         ptr<const int64_t>(sizes),
-                        ptr<float* const>(grads),
+                        ptr<const void* const>(grads),
+                        ptr<const int64_t>(are_grads_bf16),
                         ptr<float* const>(weights),
                         ptr<float* const>(exp_avgs),
                         ptr<float* const>(exp_avg_sqs),
@@ -220,10 +239,12 @@ void adamw_step(int64_t count, uintptr_t first_chunks, uintptr_t sizes, uintptr_
     num_threads(threads) if (threads > 1 && num_chunks * CHUNK > MIN_WEIGHTS_TO_THREAD)
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     const Span span = find_span(p, chunk);
-    if (p.grads[span.parameter])
-      update_span<true>(p, s, span);
+    if (!p.grads[span.parameter])
+      update_span<NoGrad>(p, s, span);
+    else if (p.are_grads_bf16[span.parameter])
+      update_span<bf16>(p, s, span);
     else
-      update_span<false>(p, s, span);
+      update_span<float>(p, s, span);
   }
 }
 

@@ -1,8 +1,9 @@
 """AdamW over all parameters as two calls of compiled code, csrc/cpu/adamw.cpp: the gradient's norm, and the step.
 
-The step is that of torch.optim.AdamW (fused), whose state it uses, on gradients that are multiplied by one factor. In
-the same pass over memory it rounds the weights to the model's bfloat16 ones and moves their average. Learner has the
-same in plain torch, which runs on other devices and where the reference is forced.
+The step is that of torch.optim.AdamW (fused), whose state it uses, on gradients that are multiplied by one factor. A
+gradient in bfloat16 gives the bits of the same numbers in float32. In the same pass over memory the step rounds the
+weights to the model's bfloat16 ones and moves their average. Learner has the same in plain torch, which runs on other
+devices and where the reference is forced.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ def find_kernels() -> ModuleType | None:
     forced = forced_backend()
     able = [name for name, module in COMPILED.items() if hasattr(module, "adamw_step") and forced in (None, name)]
     return COMPILED[able[-1]] if able else None
+
+
+Gradients = Sequence[Tensor | None]
+"""Float32 or bfloat16, one for each master; None where there is none."""
 
 
 class CompiledAdamW:
@@ -53,32 +58,35 @@ class CompiledAdamW:
             return None
         return kernels
 
-    def grad_norm(self, kernels: ModuleType) -> Tensor:
+    def grad_norm(self, kernels: ModuleType, grads: Gradients) -> Tensor:
         """Return the 2-norm () float32 of all gradients, summed in float64 in an order that the sizes fix."""
         first_chunks = self._first_chunks(kernels)
         sums = torch.empty(first_chunks[-1], dtype=torch.float64, device="cpu")
-        grads = self._grads()
+        grads = _contiguous(grads)
+        addresses, are_bf16 = _pointers(grads), _are_bf16(grads)
         kernels.sum_squares(
             len(self.masters),
             _address(first_chunks),
             _address(self.sizes),
-            _address(grads),
+            _address(addresses),
+            _address(are_bf16),
             sums.data_ptr(),
             stream_or_threads(sums),
         )
         return sums[0].sqrt().float()
 
-    def step(self, kernels: ModuleType, grad_scale: float, average_weight: float) -> None:
+    def step(self, kernels: ModuleType, grads: Gradients, grad_scale: float, average_weight: float) -> None:
         """Update the weights by their gradients, times grad_scale, and move the averages by average_weight. A master
         without gradient is left as it is, and its state too."""
-        grads = self._grads()
-        states = [self._state(p, bool(grad)) for p, grad in zip(self.masters, grads, strict=True)]
+        grads = _contiguous(grads)
+        states = [self._state(p, grad is not None) for p, grad in zip(self.masters, grads, strict=True)]
         nothing = array("q", [0] * len(grads))
         groups = self.adam.param_groups
         arrays = [
             self._first_chunks(kernels),
             self.sizes,
-            grads,
+            _pointers(grads),
+            _are_bf16(grads),
             _pointers(self.masters),
             *(_pointers(state[name] if state else None for state in states) for name in STATE),
             _pointers(self.copies),
@@ -100,12 +108,6 @@ class CompiledAdamW:
             if x is not None:  # autograd does not see a kernel's writes
                 torch.autograd.graph.increment_version(x)
 
-    def _grads(self) -> array[int]:
-        for p in self.masters:
-            if p.grad is not None and not p.grad.is_contiguous():
-                p.grad = p.grad.contiguous()
-        return _pointers(p.grad for p in self.masters)
-
     def _state(self, p: Tensor, has_grad: bool) -> dict[str, Tensor]:
         """Return a master's state, which begins at its first gradient, as in torch's optimizers."""
         if has_grad and p not in self.adam.state:
@@ -124,6 +126,14 @@ STATE = ("step", "exp_avg", "exp_avg_sq")
 
 def _all_dense(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     return all(x is None or (x.is_cpu and x.dtype == dtype and x.is_contiguous()) for x in tensors)
+
+
+def _contiguous(grads: Gradients) -> Gradients:
+    return [None if grad is None else grad.contiguous() for grad in grads]
+
+
+def _are_bf16(grads: Gradients) -> array[int]:
+    return array("q", [grad is not None and grad.dtype == torch.bfloat16 for grad in grads])
 
 
 def _pointers(tensors: Iterable[Tensor | None]) -> array[int]:

@@ -1,7 +1,9 @@
-"""Float32 gradients: on the CPU in memory that is kept from one optimizer step to the next, on a GPU in fresh memory.
+"""The gradients of an optimizer step: of one backward pass as autograd made them, of several as float32 sums.
 
-A gradient in fresh memory costs the system a page fault, which zeroes 4 KiB, for every 1024 numbers, at every step. A
-copy from the memory that autograd has just written, and then uses again for the next parameter, costs less.
+A float32 gradient on the CPU is in memory that is kept from one optimizer step to the next, on a GPU in fresh memory.
+One in fresh memory costs the system a page fault, which zeroes 4 KiB, for every 1024 numbers, at every step. A copy
+from the memory that autograd has just written, and then uses again for the next parameter, costs less. A bfloat16
+gradient of the only backward pass is not copied: on the CPU the compiled optimizer reads it (compiled_adamw.py).
 """
 
 from __future__ import annotations
@@ -38,22 +40,27 @@ class GradientBuffers:
         self.pool = pool
         self.masters: dict[str, Tensor] = {}
         """The copies in float32 of parameters in another dtype."""
+        self.unconverted: dict[str, Tensor] = {}
+        """Gradients of such parameters on the CPU, in their dtype."""
         self.taken: dict[str, Tensor] = {}
         self.gathered: list[tuple[Tensor, Tensor]] = []
         """Parameters on a GPU and their masters."""
-        self.keeping = False
+        self.keeping, self.converting = False, True
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Move large float32 gradients to kept memory within the block. Elsewhere they are autograd's own."""
-        self.keeping = True
+    def kept(self, converting: bool) -> Iterator[None]:
+        """Move large float32 gradients to kept memory within the block. Elsewhere they are autograd's own.
+
+        converting: make gradients of another dtype float32 as they come, which is needed to add several.
+        """
+        self.keeping, self.converting = True, converting
         try:
             yield
         finally:
-            self.keeping = False
+            self.keeping, self.converting = False, True
 
     def attach(self, name: str, p: torch.nn.Parameter) -> Tensor:
-        """Return the float32 master of a parameter: p itself, or a copy that receives p's gradients, in float32."""
+        """Return the float32 master of a parameter: p itself, or a copy whose gradients are p's."""
         if p.dtype != torch.float32:
             master = p.detach().float()
             self.masters[name] = master
@@ -93,8 +100,19 @@ class GradientBuffers:
         if chunk:
             _add_gradients(chunk)
 
+    def of(self, name: str, master: Tensor) -> Tensor | None:
+        """Return the gradient of a master: float32, or in the dtype of its parameter."""
+        return self.unconverted.get(name, master.grad)
+
+    @torch.no_grad()
+    def convert(self) -> None:
+        """Give all gradients to the masters, in float32."""
+        while self.unconverted:
+            self._add(*self.unconverted.popitem())
+
     def release(self) -> None:
         """Let the next gradients overwrite these."""
+        self.unconverted.clear()
         for buffer in self.taken.values():
             self.pool.free[buffer.shape].append(buffer)
         self.taken.clear()
@@ -117,13 +135,22 @@ class GradientBuffers:
             p.grad = self._buffer(name, p.shape).copy_(p.grad)
 
     def _move(self, name: str, p: Tensor) -> None:
+        """Take a gradient from p, where autograd would add the next one to it in p's dtype."""
         assert p.grad is not None
+        gradient, p.grad = p.grad, None
+        if name in self.unconverted:  # a pass within the pass, as of reentrant checkpointing
+            self._add(name, self.unconverted.pop(name))
+        elif not self.converting and self.masters[name].grad is None:
+            self.unconverted[name] = gradient
+            return
+        self._add(name, gradient)
+
+    def _add(self, name: str, gradient: Tensor) -> None:
         master = self.masters[name]
-        if master.grad is not None:
-            master.grad.add_(p.grad)
+        if master.grad is None:
+            master.grad = self._buffer(name, gradient.shape).copy_(gradient)
         else:
-            master.grad = self._buffer(name, p.shape).copy_(p.grad)
-        p.grad = None
+            master.grad.add_(gradient)
 
 
 def _add_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:

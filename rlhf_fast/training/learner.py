@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, islice
+from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -63,10 +65,10 @@ def learning_rate(cfg: OptimConfig, step: int, total_steps: int) -> float:
 class Learner:
     """AdamW over the parameters in `model.trainable()`: torch's fused kernel, or on the CPU our own, with its formula.
 
-    A bfloat16 weight has a float32 master copy and a float32 gradient here, as in the paper; the model's own weight is
-    the rounded master. dropout: passed to `model.train_mode`. ema: if above 0, a moving average is kept that starts at
-    the first weights: average += (1 - ema) * (weights - average) after each step. pool: holds the memory of the
-    gradients between steps; learners that take turns can share one.
+    A bfloat16 weight has a float32 master copy here, as in the paper, and the gradients of several micro-batches are
+    added in float32; the model's own weight is the rounded master. dropout: passed to `model.train_mode`. ema: if above
+    0, a moving average is kept that starts at the first weights: average += (1 - ema) * (weights - average) after each
+    step. pool: holds the memory of the gradients between steps; learners that take turns can share one.
 
     On a CPU it sets the process's C library to keep the memory of freed tensors (training/allocator.py).
     """
@@ -121,31 +123,38 @@ class Learner:
     def gradient(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """Return the float32 gradient that `step` would use, before clipping, by parameter name. Takes no step."""
         self._backward(terms)
+        self.gradients.convert()
         gradients = {name: p.grad for name, p in self.masters.items() if p.grad is not None}
         self.gradients.forget()
         self._zero_grad()
         return gradients
 
     def _backward(self, terms: Sequence[Term]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Put the gradient of the terms into the masters; return the micro-batches' losses and the combined stats."""
+        """Put the gradient of the terms into `gradients`; return the micro-batches' losses and the combined stats."""
         self._zero_grad()
         losses: list[Tensor] = []
         stats: dict[str, Tensor] = {}
-        with self.model.train_mode(self.dropout), self.gradients.kept():
-            for loss, batch, coefficient in terms:
-                num_items = batch.num_items()
-                if not num_items:
-                    continue
-                budget = self.optim.micro_batch_tokens
-                for _, micro_batch in micro_batches(batch, budget, packed=self.model.packs_rows):
+        with self.model.train_mode(self.dropout):
+            parts = self._micro_batches(terms)
+            first_two = list(islice(parts, 2))
+            with self.gradients.kept(converting=len(first_two) > 1 or self.compiled.kernels() is None):
+                for loss, micro_batch, coefficient, num_items in chain(first_two, parts):
                     value, new_stats = loss(self.model, micro_batch, num_items)
                     self._add_gradient(value * coefficient)
                     losses.append(value.detach() * coefficient)
                     _combine(stats, new_stats)
         return losses, stats
 
+    def _micro_batches(self, terms: Sequence[Term]) -> Iterator[tuple[Loss, Batch, float, float]]:
+        """Yield (loss, micro-batch, coefficient, number of the batch's items)."""
+        for loss, batch, coefficient in terms:
+            if num_items := batch.num_items():
+                budget = self.optim.micro_batch_tokens
+                for _, micro_batch in micro_batches(batch, budget, packed=self.model.packs_rows):
+                    yield loss, micro_batch, coefficient, num_items
+
     def _add_gradient(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to the masters'."""
+        """Add the gradient of a loss to `gradients`."""
         if loss.requires_grad:
             loss.backward()
             self.gradients.gather()
@@ -156,23 +165,33 @@ class Learner:
         self.gradients.release()
 
     def _grad_norm(self) -> Tensor:
-        if (kernels := self.compiled.kernels()) is not None:
-            return self.compiled.grad_norm(kernels)
+        if (kernels := self._kernels()) is not None:
+            return self.compiled.grad_norm(kernels, self._gradients())
         gradients = [p.grad for p in self.masters.values() if p.grad is not None]
         if not gradients:
             return torch.zeros(())
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # get_total_norm's, faster
 
+    def _kernels(self) -> ModuleType | None:
+        """Return the compiled step, None if torch's runs, which reads the masters' float32 gradients."""
+        kernels = self.compiled.kernels()
+        if kernels is None:
+            self.gradients.convert()
+        return kernels
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [self.gradients.of(name, p) for name, p in self.masters.items()]
+
     @torch.no_grad()
     def apply_gradient(self, norm: Tensor) -> float:
-        """Clip the masters' gradients of norm `norm`, update the weights by them, and return the learning rate."""
+        """Clip the gradients of norm `norm`, update the weights by them, and return the learning rate."""
         rate = learning_rate(self.optim, self.steps, self.total_steps)
         for group in self.adam.param_groups:
             group["lr"] = rate
-        if (kernels := self.compiled.kernels()) is not None:
+        if (kernels := self._kernels()) is not None:
             clip = self.optim.grad_clip
             scale = float((clip / (norm + 1e-6)).clamp(max=1.0)) if clip else 1.0  # clip_grads_with_norm_'s factor
-            self.compiled.step(kernels, scale, 1 - self.ema)
+            self.compiled.step(kernels, self._gradients(), scale, 1 - self.ema)
         else:
             if self.optim.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.optim.grad_clip, norm)
