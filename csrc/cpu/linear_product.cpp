@@ -4,6 +4,7 @@
 //     f32_product       float32, any transposes: kernels/linear.py and heads
 //     bf16_product      bfloat16, which torch does not have with float32 results; it needs AVX512-BF16
 //     decode_product    x W' + b in the decode step's order of sums: kernels/linear.py with decode_order
+//     bf16_linear_gradients    its gradients with a weight in bfloat16; it needs AVX512-BF16
 //
 // A thread takes some columns at a time, for all rows or a chunk of them.
 #include "bf16_gemm.h"
@@ -69,20 +70,27 @@ const char* bf16_product(uintptr_t x, uintptr_t w, uintptr_t out, int64_t rows, 
   return nullptr;
 }
 
-// out (rows, columns) = x W' + bias. W is (columns, K), or with `transposed` (K, columns); x_bf16, x rounded, is null
-// where the product is in float32. `panels` holds panel_floats for each thread.
-void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t weight, uintptr_t bias,
-                    bool weight_is_bf16, int64_t w_stride, bool transposed, uintptr_t out, int64_t rows,
-                    int64_t columns, int64_t K, bool emulate, uintptr_t panels, int64_t panel_floats, int threads) {
+// out (rows, columns) = x W' + bias of x (rows, K), dense. W is (columns, K), or with `transposed` (K, columns).
+// x_bf16, of x's shape or null, receives x rounded, which is what is multiplied with `in_bf16`. `panels` holds
+// panel_floats for each thread.
+void decode_product(uintptr_t x, uintptr_t x_bf16, bool in_bf16, uintptr_t weight, uintptr_t bias, bool weight_is_bf16,
+                    int64_t w_stride, bool transposed, uintptr_t out, int64_t rows, int64_t columns, int64_t K,
+                    bool emulate, uintptr_t panels, int64_t panel_floats, int threads) {
   const Matrix matrix = {
       ptr<const void>(weight), ptr<const void>(bias), columns, K, w_stride, weight_is_bf16, transposed};
   const int64_t parts = (columns + DECODE_COLUMNS - 1) / DECODE_COLUMNS;
   const int64_t chunk = chunk_rows(rows, K, parts, threads), chunks = (rows + chunk - 1) / chunk;
-  parallel_items(useful_threads(rows * columns * K, threads), chunks * parts, [&](int64_t task, int thread) {
+  const int team = useful_threads(rows * columns * K, threads);
+  if (x_bf16)
+    parallel_items(team, chunks, [&](int64_t c, int) {
+      const int64_t begin = c * chunk * K, end = min(rows, (c + 1) * chunk) * K;
+      round_row(ptr<const float>(x) + begin, end - begin, ptr<uint16_t>(x_bf16) + begin);
+    });
+  parallel_items(team, chunks * parts, [&](int64_t task, int thread) {
     const int64_t row = task / parts * chunk, begin = task % parts * DECODE_COLUMNS;
     const int64_t n = min(chunk, rows - row), end = min(columns, begin + DECODE_COLUMNS);
-    const Activations input = {ptr<const float>(x) + row * x_stride,
-                               x_bf16 ? ptr<const uint16_t>(x_bf16) + row * x_stride : nullptr, x_stride, n};
+    const Activations input = {ptr<const float>(x) + row * K, in_bf16 ? ptr<const uint16_t>(x_bf16) + row * K : nullptr,
+                               K, n};
     float* const to = ptr<float>(out) + row * columns + begin;
     float* const panel = ptr<float>(panels) + thread * panel_floats;
     if (emulate)
@@ -96,10 +104,90 @@ void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t w
 // Writes the panel_floats of decode_product.
 void decode_product_panel(int64_t K, uintptr_t size) { *ptr<int64_t>(size) = panel_size(K); }
 
+// out (rows, columns) = A B, dense; `rounded`, of its shape or null, receives it in bfloat16. bf16_gemm.h says what B
+// is.
+template <class Dot>
+void multiply_pairs(const PairRows& a, const uint16_t* b, int64_t b_stride, bool by_rows, int64_t rows, int64_t columns,
+                    int64_t K, float* out, uint16_t* rounded, int threads) {
+  const int64_t parts = (columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
+  const int64_t chunk = chunk_rows(rows, K, parts, threads), chunks = (rows + chunk - 1) / chunk;
+  parallel_items(useful_threads(rows * columns * K, threads), chunks * parts, [&](int64_t task, int) {
+    const int64_t row = task / parts * chunk, column = task % parts * PANEL_COLUMNS;
+    const int64_t n = min(chunk, rows - row), count = min<int64_t>(PANEL_COLUMNS, columns - column);
+    float* const to = out + row * columns + column;
+    bf16_gemm_columns<Dot>(a.from(row, 0), n, b + column * (by_rows ? b_stride : 1), b_stride, by_rows, count, K, to,
+                           columns);
+    for (int64_t r = 0; r < n && rounded; ++r)
+      round_row(to + r * columns, count, rounded + (row + r) * columns + column);
+  });
+}
+
+// What bf16_linear_gradients reads and writes; kernels/linear.py has the shapes.
+struct LinearGradients {
+  const float* grad;
+  const uint16_t *x, *weight;
+  float *x_grad, *sums;  // null: not needed
+  uint16_t *weight_grad, *grad_rows, *pairs;
+  int64_t grad_stride, x_stride, w_stride, rows, in, out;
+  bool transposed;
+};
+
+template <class Dot>
+void find_gradients(const LinearGradients& g, int threads) {
+  const int64_t out = g.out, in = g.in, width = g.transposed ? in : out, num_pairs = (g.rows + 1) / 2;
+  constexpr int64_t chunk = MIN_CHUNK_ROWS / 2;  // of pairs of rows
+  parallel_items(useful_threads(g.rows * out * in, threads), (num_pairs + chunk - 1) / chunk, [&](int64_t c, int) {
+    for (int64_t p = c * chunk; p < min(num_pairs, (c + 1) * chunk); ++p) {
+      const int64_t count = min<int64_t>(2, g.rows - 2 * p);
+      for (int64_t r = 2 * p; r < 2 * p + count; ++r) round_row(g.grad + r * g.grad_stride, out, g.grad_rows + r * out);
+      if (!g.weight_grad) continue;
+      const int64_t stride = g.transposed ? g.x_stride : out;
+      const uint16_t* const first = (g.transposed ? g.x : g.grad_rows) + 2 * p * stride;
+      for (int64_t k = 0; k < width; k += 16) {
+        const Pairs pairs = interleave(first + k, count == 2 ? first + stride + k : nullptr, width - k);
+        memcpy(g.pairs + 2 * (p * width + k), &pairs, 4 * min<int64_t>(16, width - k));
+      }
+    }
+  });
+  if (g.x_grad)
+    multiply_pairs<Dot>({g.grad_rows, out, 2}, g.weight, g.w_stride, g.transposed, g.rows, in, out, g.x_grad, nullptr,
+                        threads);
+  if (g.weight_grad)
+    multiply_pairs<Dot>({g.pairs, 2, 2 * width}, g.transposed ? g.grad_rows : g.x, g.transposed ? out : g.x_stride,
+                        false, width, g.transposed ? out : in, g.rows, g.sums, g.weight_grad, threads);
+}
+
+// The gradients of x (rows, in) and of the weight, (out, in) or with `transposed` (in, out), given that of the output,
+// (rows, out): x_grad in float32, weight_grad in bfloat16, or null. x and weight are in bfloat16, grad is in float32,
+// and is rounded. Scratch memory: grad_rows (rows, out) and pairs, 2 ceil(rows / 2) by the rows of the weight, in
+// bfloat16; sums, of the weight's shape, in float32.
+void bf16_linear_gradients(uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride, uintptr_t weight,
+                           int64_t w_stride, bool transposed, uintptr_t x_grad, uintptr_t weight_grad,
+                           uintptr_t grad_rows, uintptr_t pairs, uintptr_t sums, int64_t rows, int64_t in, int64_t out,
+                           bool emulate, int threads) {
+  const LinearGradients g = {ptr<const float>(grad),
+                             ptr<const uint16_t>(x),
+                             ptr<const uint16_t>(weight),
+                             ptr<float>(x_grad),
+                             ptr<float>(sums),
+                             ptr<uint16_t>(weight_grad),
+                             ptr<uint16_t>(grad_rows),
+                             ptr<uint16_t>(pairs),
+                             grad_stride,
+                             x_stride,
+                             w_stride,
+                             rows,
+                             in,
+                             out,
+                             transposed};
+  emulate ? find_gradients<EmulatedDot>(g, threads) : find_gradients<MachineDot>(g, threads);
+}
+
 CONSTANT(vector_lanes, W)
 KERNEL(f32_product)
 KERNEL(bf16_product)
 KERNEL(decode_product)
+KERNEL(bf16_linear_gradients)
 KERNEL(decode_product_panel)
 
 }  // namespace
