@@ -14,6 +14,9 @@ from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._product import f32_product
 from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, matrix_shape, upcast
 
+MAX_BF16_WEIGHT = 1 << 17
+"""Elements of a weight in bfloat16. The gradients of a larger one are torch's products, which are faster there."""
+
 
 def _fake(x, weight, _bias=None, transposed=False, _decode_order=False):
     return torch.empty((*x.shape[:-1], weight.shape[int(transposed)]), dtype=x.dtype, device=x.device)
@@ -156,7 +159,8 @@ def _(kernels, grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
     is_bf16 = weight.dtype == torch.bfloat16
     if x.dtype != weight.dtype or grad.dtype != torch.float32:
         raise Unsupported("torch multiplies bfloat16 by bfloat16")
-    if not (x.numel() and weight.numel()) or (is_bf16 and not _product.uses_bf16_product(kernels)):
+    torchs = is_bf16 and (weight.numel() > MAX_BF16_WEIGHT or not _product.uses_bf16_product(kernels))
+    if torchs or not (x.numel() and weight.numel()):
         return linear_backward.reference(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
     grads = _fake_gradients(grad, x, weight, transposed, needs_x, needs_weight, needs_bias)
     weight, x, grad = as_matrix(weight), as_matrix(x), as_matrix(grad)
@@ -177,11 +181,10 @@ def _(kernels, grad, x, weight, transposed, needs_x, needs_weight, needs_bias):
 def _bf16_gradients(kernels, grad, x, weight, transposed, x_grad, weight_grad):
     """Write the gradients that are not None: that of x in float32, that of weight in bfloat16."""
     N, width = len(x), len(weight)
-    grad_rows = torch.empty(grad.shape, dtype=weight.dtype, device=x.device)
-    pairs = sums = None
+    sizes = [0, 0, (grad.numel() + 1) // 2]
     if weight_grad is not None:
-        pairs = torch.empty((N + N % 2, width), dtype=weight.dtype, device=x.device)
-        sums = empty_float32(x, *weight.shape)
+        sizes[:2] = weight.numel(), (N + 1) // 2 * width
+    sums, pairs, grad_rows = empty_float32(x, sum(sizes)).split(sizes)  # the last two hold bfloat16
     kernels.bf16_linear_gradients(
         grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), transposed,
         *data_ptrs(x_grad, weight_grad, grad_rows, pairs, sums), *x.shape, grad.shape[1], _product.BF16_DOT == 2,
@@ -242,7 +245,8 @@ def _make_inputs(shape, out, device, dtype, bias=False, transposed=False, decode
 
 
 @linear_with_rounded_input.inputs(small_sizes=SMALL, large_sizes=[])
-def _(dtype, **size):  # noqa: ARG001, x is in float32 and the weight is not
+def _(dtype, **size):
+    del dtype  # x is in float32, the weight is not
     return detached(_make_inputs(dtype=torch.bfloat16, **size))
 
 

@@ -29,29 +29,21 @@ struct PairRows {
   }
 };
 
-// The interleaved elements of two rows, of n <= 16; pairs of 0 behind them. `second` may be null: 0.
-INLINE Pairs interleave(const uint16_t* first, const uint16_t* second, int64_t n) {
-  typedef uint16_t halves __attribute__((vector_size(32)));
-  halves a = {}, b = {};
-  if (n >= 16) {
-    memcpy(&a, first, sizeof a);
-    if (second) memcpy(&b, second, sizeof b);
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      a[i] = first[i];
-      if (second) b[i] = second[i];
-    }
-  }
-  return __builtin_convertvector(a, Pairs) | (__builtin_convertvector(b, Pairs) << 16);
+// The interleaved elements of two rows, of n or of W, and 0 behind them. `second` may be null: 0.
+INLINE u32 interleave(const uint16_t* first, const uint16_t* second, int64_t n) {
+  const auto bits = [&](const uint16_t* p) __attribute__((always_inline)) {
+    return (u32)(n >= W ? load((const bf16*)p) : load_partial((const bf16*)p, (int)n, 0.f));
+  };
+  return bits(first) >> 16 | (second ? bits(second) : u32{});
 }
 
 // panel[pair][column] of `columns` <= 64 columns of B by `elements` rows; what is missing is 0.
 inline void interleave_panel(const uint16_t* b, int64_t b_stride, int64_t columns, int64_t elements, uint32_t* panel) {
   for (int64_t k = 0; k < elements; k += 2)
-    for (int64_t c = 0; c < PANEL_COLUMNS; c += 16) {
+    for (int64_t c = 0; c < PANEL_COLUMNS; c += W) {
       const uint16_t* const first = b + k * b_stride + c;
-      const Pairs pairs =
-          c < columns ? interleave(first, k + 1 < elements ? first + b_stride : nullptr, columns - c) : Pairs{};
+      u32 pairs = {};
+      if (c < columns) pairs = interleave(first, k + 1 < elements ? first + b_stride : nullptr, columns - c);
       memcpy(panel + k / 2 * PANEL_COLUMNS + c, &pairs, sizeof pairs);
     }
 }

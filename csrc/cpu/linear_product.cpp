@@ -18,13 +18,18 @@ namespace {
 constexpr int64_t MIN_CHUNK_ROWS = 48, CHUNK_BYTES = 384 << 10;  // of the rows of A that stay in the second-level cache
 constexpr int64_t DECODE_COLUMNS = 64;
 
+// Divides rows into the fewest chunks of at most `limit`, of nearly one size, which tiles divide.
+int64_t even_chunk(int64_t rows, int64_t limit) {
+  const int64_t chunks = max<int64_t>(1, (rows + limit - 1) / limit);
+  return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
+}
+
 // Rows of A that a thread takes at a time: few enough to stay in the cache and to be shared out evenly, but not fewer
 // than MIN_CHUNK_ROWS, as a panel is made anew for each chunk.
 int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int threads) {
   const int64_t cached = max<int64_t>(96, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
   const int64_t shared = max(MIN_CHUNK_ROWS, (rows * parts + 4 * threads - 1) / (4 * threads));
-  const int64_t chunk = min(cached, shared), chunks = max<int64_t>(1, (rows + chunk - 1) / chunk);
-  return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
+  return even_chunk(rows, min(cached, shared));
 }
 
 // Few products are done before other threads are awake.
@@ -110,8 +115,12 @@ template <class Dot>
 void multiply_pairs(const PairRows& a, const uint16_t* b, int64_t b_stride, bool by_rows, int64_t rows, int64_t columns,
                     int64_t K, float* out, uint16_t* rounded, int threads) {
   const int64_t parts = (columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
-  const int64_t chunk = chunk_rows(rows, K, parts, threads), chunks = (rows + chunk - 1) / chunk;
-  parallel_items(useful_threads(rows * columns * K, threads), chunks * parts, [&](int64_t task, int) {
+  const int team = useful_threads(rows * columns * K, threads);
+  const int64_t cached = CHUNK_BYTES / (4 * PANEL_PAIRS);  // rows of A, of a panel's elements
+  const int64_t shared = max<int64_t>(2 * MIN_CHUNK_ROWS, (rows * parts + 2 * team - 1) / (2 * team));
+  const int64_t chunk = even_chunk(rows, team > 1 ? min(cached, shared) : cached);
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  parallel_items(team, chunks * parts, [&](int64_t task, int) {
     const int64_t row = task / parts * chunk, column = task % parts * PANEL_COLUMNS;
     const int64_t n = min(chunk, rows - row), count = min<int64_t>(PANEL_COLUMNS, columns - column);
     float* const to = out + row * columns + column;
@@ -126,8 +135,8 @@ void multiply_pairs(const PairRows& a, const uint16_t* b, int64_t b_stride, bool
 struct LinearGradients {
   const float* grad;
   const uint16_t *x, *weight;
-  float *x_grad, *sums;  // null: not needed
-  uint16_t *weight_grad, *grad_rows, *pairs;
+  float *x_grad, *sums, *pairs;
+  uint16_t *weight_grad, *grad_rows;  // x_grad or weight_grad is null where it is not needed
   int64_t grad_stride, x_stride, w_stride, rows, in, out;
   bool transposed;
 };
@@ -139,13 +148,23 @@ void find_gradients(const LinearGradients& g, int threads) {
   parallel_items(useful_threads(g.rows * out * in, threads), (num_pairs + chunk - 1) / chunk, [&](int64_t c, int) {
     for (int64_t p = c * chunk; p < min(num_pairs, (c + 1) * chunk); ++p) {
       const int64_t count = min<int64_t>(2, g.rows - 2 * p);
-      for (int64_t r = 2 * p; r < 2 * p + count; ++r) round_row(g.grad + r * g.grad_stride, out, g.grad_rows + r * out);
+      for (int64_t r = 2 * p; r < 2 * p + count; ++r) {
+        const float* const from = g.grad + r * g.grad_stride;
+        uint16_t* const to = g.grad_rows + r * out;
+        int64_t k = 0;
+        for (; k + 16 <= out; k += 16) Dot::round(load<16>(from + k), to + k);
+        round_row(from + k, out - k, to + k);
+      }
       if (!g.weight_grad) continue;
       const int64_t stride = g.transposed ? g.x_stride : out;
       const uint16_t* const first = (g.transposed ? g.x : g.grad_rows) + 2 * p * stride;
-      for (int64_t k = 0; k < width; k += 16) {
-        const Pairs pairs = interleave(first + k, count == 2 ? first + stride + k : nullptr, width - k);
-        memcpy(g.pairs + 2 * (p * width + k), &pairs, 4 * min<int64_t>(16, width - k));
+      float* const to = g.pairs + p * width;  // pairs of bfloat16, moved as floats
+      for (int64_t k = 0; k < width; k += W) {
+        const u32 pairs = interleave(first + k, count == 2 ? first + stride + k : nullptr, width - k);
+        if (width - k >= W)
+          store(to + k, (f32)pairs);
+        else
+          store_partial(to + k, (f32)pairs, (int)(width - k));
       }
     }
   });
@@ -153,8 +172,9 @@ void find_gradients(const LinearGradients& g, int threads) {
     multiply_pairs<Dot>({g.grad_rows, out, 2}, g.weight, g.w_stride, g.transposed, g.rows, in, out, g.x_grad, nullptr,
                         threads);
   if (g.weight_grad)
-    multiply_pairs<Dot>({g.pairs, 2, 2 * width}, g.transposed ? g.grad_rows : g.x, g.transposed ? out : g.x_stride,
-                        false, width, g.transposed ? out : in, g.rows, g.sums, g.weight_grad, threads);
+    multiply_pairs<Dot>({(const uint16_t*)g.pairs, 2, 2 * width}, g.transposed ? g.grad_rows : g.x,
+                        g.transposed ? out : g.x_stride, false, width, g.transposed ? out : in, g.rows, g.sums,
+                        g.weight_grad, threads);
 }
 
 // The gradients of x (rows, in) and of the weight, (out, in) or with `transposed` (in, out), given that of the output,
@@ -170,9 +190,9 @@ void bf16_linear_gradients(uintptr_t grad, int64_t grad_stride, uintptr_t x, int
                              ptr<const uint16_t>(weight),
                              ptr<float>(x_grad),
                              ptr<float>(sums),
+                             ptr<float>(pairs),
                              ptr<uint16_t>(weight_grad),
                              ptr<uint16_t>(grad_rows),
-                             ptr<uint16_t>(pairs),
                              grad_stride,
                              x_stride,
                              w_stride,
