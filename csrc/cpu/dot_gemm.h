@@ -14,7 +14,7 @@
 
 namespace {
 
-// What a lane multiplies: a float, or two bfloat16.
+// A lane multiplies a float, or with PairLanes two bfloat16.
 struct FloatLanes {
   using Element = float;
   using Operand = f32;

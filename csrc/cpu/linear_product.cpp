@@ -131,7 +131,7 @@ void multiply_pairs(const PairRows& a, const uint16_t* b, int64_t b_stride, bool
   });
 }
 
-// What bf16_linear_gradients reads and writes; kernels/linear.py has the shapes.
+// These are the arguments of bf16_linear_gradients.
 struct LinearGradients {
   const float* grad;
   const uint16_t *x, *weight;
