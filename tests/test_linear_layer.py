@@ -62,3 +62,41 @@ def test_nothing_to_multiply(dtype, shape, out, decode_order):
     assert torch.equal(found, bias.detach().to(x.dtype).expand(*shape[:-1], out))
     found.sum().backward()
     assert x.grad.shape == x.shape and weight.grad.shape == weight.shape and not weight.grad.any()
+
+
+@pytest.mark.parametrize("how", [1, 2], ids=["by the instruction", "emulated"])
+@pytest.mark.parametrize("rows, size, out", [(1, 1, 1), (65, 172, 17), (96, 80, 65), (385, 33, 70), (129, 64, 344)])
+def test_sums_over_lanes_are_those_of_a_row_alone_in_bfloat16(rows, size, out, how, monkeypatch):
+    """Many rows are multiplied by a panel whose lanes are columns; one row by a tile that adds over its lanes."""
+    monkeypatch.setattr(_product, "BF16_DOT", how)
+    x, weight, bias = inputs(rows, size, out, torch.bfloat16, False)
+    found = ops.linear(x, weight, bias, False, True)
+    alone = torch.cat([ops.linear(row[None], weight, bias, False, True) for row in x])
+    assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("how", [0, 1, 2], ids=["in float32", "by the instruction", "emulated"])
+@pytest.mark.parametrize("rows, size, out", [(1, 1, 1), (5, 7, 17), (49, 130, 65), (385, 33, 70), (800, 172, 64)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_a_weight_in_bfloat16(rows, size, out, transposed, how, monkeypatch, poisoned):
+    """They are those of the rounded upstream in float64, have the dtypes of the inputs, and no thread changes a bit."""
+    monkeypatch.setattr(_product, "BF16_DOT", how)
+    x, weight, bias = (t.detach().requires_grad_() for t in inputs(rows, size, out, torch.bfloat16, transposed))
+    upstream = torch.randn(rows, out)
+
+    def gradients():
+        return torch.autograd.grad(ops.linear(x, weight, bias, transposed, True), (x, weight, bias), upstream)
+
+    g, rounded, matrix = upstream.bfloat16().double(), x.detach().bfloat16().double(), weight.detach().double()
+    to_weight = rounded.t() @ g if transposed else g.t() @ rounded
+    truth = g @ (matrix.t() if transposed else matrix), to_weight, upstream.double().sum(0)
+    found = gradients()
+    assert [f.dtype for f in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    for f, t in zip(found, truth, strict=True):
+        assert f.shape == t.shape and (f.double() - t).abs().max() <= 0.01 * t.abs().max()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 3)
+        assert all(map(torch.equal, found, gradients()))
+    finally:
+        torch.set_num_threads(threads)

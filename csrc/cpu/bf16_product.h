@@ -22,6 +22,7 @@ struct EmulatedDot {
     sums += (Sums)(a & 0xffff0000u) * (Sums)(b & 0xffff0000u);
     sums += (Sums)(a << 16) * (Sums)(b << 16);
   }
+  static INLINE void round(const Sums& x, uint16_t* y) { store((bf16*)y, x); }
 };
 
 #if defined(__AVX512F__) && defined(__x86_64__)
@@ -30,6 +31,12 @@ struct EmulatedDot {
 struct MachineDot {
   static INLINE void step(Sums& sums, const Pairs& a, const Pairs& b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+  }
+  // Denormal numbers become 0, as they count in a step.
+  static INLINE void round(const Sums& x, uint16_t* y) {
+    u16 halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+    memcpy(y, &halves, sizeof halves);
   }
 };
 bool has_bf16_dot() { return __builtin_cpu_supports("avx512bf16"); }

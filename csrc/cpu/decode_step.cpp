@@ -103,7 +103,8 @@ void norm_of_row(const Norm& norm, const Scratch& s, int64_t r, int64_t D, float
 
 // Columns that a thread takes at a time: enough for their cost to be small, few enough that no thread waits long.
 INLINE int64_t columns_per_task(const Matrix& m, int64_t columns, int64_t rows, const Team& team) {
-  const int64_t unit = uses_dot_panel(rows, m.in_features) ? max(8, W) : 8;  // columns of a panel's vector, of a tile
+  const int64_t unit =
+      uses_dot_panel<FloatLanes>(rows, m.in_features) ? max(8, W) : 8;  // columns of a panel's vector, of a tile
   return min(COLUMNS, max(unit, columns / (4 * team.num_threads) / unit * unit));
 }
 INLINE int64_t num_tasks(int64_t columns, int64_t width) { return (columns + width - 1) / width; }

@@ -4,6 +4,7 @@
 //     f32_product       float32, any transposes: kernels/linear.py and heads
 //     bf16_product      bfloat16, which torch does not have with float32 results; it needs AVX512-BF16
 //     decode_product    x W' + b in the decode step's order of sums: kernels/linear.py with decode_order
+//     bf16_linear_gradients    its gradients with a weight in bfloat16; it needs AVX512-BF16
 //
 // A thread takes some columns at a time, for all rows or a chunk of them.
 #include "bf16_gemm.h"
@@ -17,13 +18,18 @@ namespace {
 constexpr int64_t MIN_CHUNK_ROWS = 48, CHUNK_BYTES = 384 << 10;  // of the rows of A that stay in the second-level cache
 constexpr int64_t DECODE_COLUMNS = 64;
 
+// Divides rows into the fewest chunks of at most `limit`, of nearly one size, which tiles divide.
+int64_t even_chunk(int64_t rows, int64_t limit) {
+  const int64_t chunks = max<int64_t>(1, (rows + limit - 1) / limit);
+  return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
+}
+
 // Rows of A that a thread takes at a time: few enough to stay in the cache and to be shared out evenly, but not fewer
 // than MIN_CHUNK_ROWS, as a panel is made anew for each chunk.
 int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int threads) {
   const int64_t cached = max<int64_t>(96, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
   const int64_t shared = max(MIN_CHUNK_ROWS, (rows * parts + 4 * threads - 1) / (4 * threads));
-  const int64_t chunk = min(cached, shared), chunks = max<int64_t>(1, (rows + chunk - 1) / chunk);
-  return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
+  return even_chunk(rows, min(cached, shared));
 }
 
 // Few products are done before other threads are awake.
@@ -69,20 +75,27 @@ const char* bf16_product(uintptr_t x, uintptr_t w, uintptr_t out, int64_t rows, 
   return nullptr;
 }
 
-// out (rows, columns) = x W' + bias. W is (columns, K), or with `transposed` (K, columns); x_bf16, x rounded, is null
-// where the product is in float32. `panels` holds panel_floats for each thread.
-void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t weight, uintptr_t bias,
-                    bool weight_is_bf16, int64_t w_stride, bool transposed, uintptr_t out, int64_t rows,
-                    int64_t columns, int64_t K, bool emulate, uintptr_t panels, int64_t panel_floats, int threads) {
+// out (rows, columns) = x W' + bias of x (rows, K), dense. W is (columns, K), or with `transposed` (K, columns).
+// x_bf16, of x's shape or null, receives x rounded, which is what is multiplied with `in_bf16`. `panels` holds
+// panel_floats for each thread.
+void decode_product(uintptr_t x, uintptr_t x_bf16, bool in_bf16, uintptr_t weight, uintptr_t bias, bool weight_is_bf16,
+                    int64_t w_stride, bool transposed, uintptr_t out, int64_t rows, int64_t columns, int64_t K,
+                    bool emulate, uintptr_t panels, int64_t panel_floats, int threads) {
   const Matrix matrix = {
       ptr<const void>(weight), ptr<const void>(bias), columns, K, w_stride, weight_is_bf16, transposed};
   const int64_t parts = (columns + DECODE_COLUMNS - 1) / DECODE_COLUMNS;
   const int64_t chunk = chunk_rows(rows, K, parts, threads), chunks = (rows + chunk - 1) / chunk;
-  parallel_items(useful_threads(rows * columns * K, threads), chunks * parts, [&](int64_t task, int thread) {
+  const int team = useful_threads(rows * columns * K, threads);
+  if (x_bf16)
+    parallel_items(team, chunks, [&](int64_t c, int) {
+      const int64_t begin = c * chunk * K, end = min(rows, (c + 1) * chunk) * K;
+      round_row(ptr<const float>(x) + begin, end - begin, ptr<uint16_t>(x_bf16) + begin);
+    });
+  parallel_items(team, chunks * parts, [&](int64_t task, int thread) {
     const int64_t row = task / parts * chunk, begin = task % parts * DECODE_COLUMNS;
     const int64_t n = min(chunk, rows - row), end = min(columns, begin + DECODE_COLUMNS);
-    const Activations input = {ptr<const float>(x) + row * x_stride,
-                               x_bf16 ? ptr<const uint16_t>(x_bf16) + row * x_stride : nullptr, x_stride, n};
+    const Activations input = {ptr<const float>(x) + row * K, in_bf16 ? ptr<const uint16_t>(x_bf16) + row * K : nullptr,
+                               K, n};
     float* const to = ptr<float>(out) + row * columns + begin;
     float* const panel = ptr<float>(panels) + thread * panel_floats;
     if (emulate)
@@ -96,10 +109,105 @@ void decode_product(uintptr_t x, uintptr_t x_bf16, int64_t x_stride, uintptr_t w
 // Writes the panel_floats of decode_product.
 void decode_product_panel(int64_t K, uintptr_t size) { *ptr<int64_t>(size) = panel_size(K); }
 
+// out (rows, columns) = A B, dense; `rounded`, of its shape or null, receives it in bfloat16. bf16_gemm.h says what B
+// is.
+template <class Dot>
+void multiply_pairs(const PairRows& a, const uint16_t* b, int64_t b_stride, bool by_rows, int64_t rows, int64_t columns,
+                    int64_t K, float* out, uint16_t* rounded, int threads) {
+  const int64_t parts = (columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
+  const int team = useful_threads(rows * columns * K, threads);
+  const int64_t cached = CHUNK_BYTES / (4 * PANEL_PAIRS);  // rows of A, of a panel's elements
+  const int64_t shared = max<int64_t>(2 * MIN_CHUNK_ROWS, (rows * parts + 2 * team - 1) / (2 * team));
+  const int64_t chunk = even_chunk(rows, team > 1 ? min(cached, shared) : cached);
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  parallel_items(team, chunks * parts, [&](int64_t task, int) {
+    const int64_t row = task / parts * chunk, column = task % parts * PANEL_COLUMNS;
+    const int64_t n = min(chunk, rows - row), count = min<int64_t>(PANEL_COLUMNS, columns - column);
+    float* const to = out + row * columns + column;
+    bf16_gemm_columns<Dot>(a.from(row, 0), n, b + column * (by_rows ? b_stride : 1), b_stride, by_rows, count, K, to,
+                           columns);
+    for (int64_t r = 0; r < n && rounded; ++r)
+      round_row(to + r * columns, count, rounded + (row + r) * columns + column);
+  });
+}
+
+// These are the arguments of bf16_linear_gradients.
+struct LinearGradients {
+  const float* grad;
+  const uint16_t *x, *weight;
+  float *x_grad, *sums, *pairs;
+  uint16_t *weight_grad, *grad_rows;  // x_grad or weight_grad is null where it is not needed
+  int64_t grad_stride, x_stride, w_stride, rows, in, out;
+  bool transposed;
+};
+
+template <class Dot>
+void find_gradients(const LinearGradients& g, int threads) {
+  const int64_t out = g.out, in = g.in, width = g.transposed ? in : out, num_pairs = (g.rows + 1) / 2;
+  constexpr int64_t chunk = MIN_CHUNK_ROWS / 2;  // of pairs of rows
+  parallel_items(useful_threads(g.rows * out * in, threads), (num_pairs + chunk - 1) / chunk, [&](int64_t c, int) {
+    for (int64_t p = c * chunk; p < min(num_pairs, (c + 1) * chunk); ++p) {
+      const int64_t count = min<int64_t>(2, g.rows - 2 * p);
+      for (int64_t r = 2 * p; r < 2 * p + count; ++r) {
+        const float* const from = g.grad + r * g.grad_stride;
+        uint16_t* const to = g.grad_rows + r * out;
+        int64_t k = 0;
+        for (; k + 16 <= out; k += 16) Dot::round(load<16>(from + k), to + k);
+        round_row(from + k, out - k, to + k);
+      }
+      if (!g.weight_grad) continue;
+      const int64_t stride = g.transposed ? g.x_stride : out;
+      const uint16_t* const first = (g.transposed ? g.x : g.grad_rows) + 2 * p * stride;
+      float* const to = g.pairs + p * width;  // pairs of bfloat16, moved as floats
+      for (int64_t k = 0; k < width; k += W) {
+        const u32 pairs = interleave(first + k, count == 2 ? first + stride + k : nullptr, width - k);
+        if (width - k >= W)
+          store(to + k, (f32)pairs);
+        else
+          store_partial(to + k, (f32)pairs, (int)(width - k));
+      }
+    }
+  });
+  if (g.x_grad)
+    multiply_pairs<Dot>({g.grad_rows, out, 2}, g.weight, g.w_stride, g.transposed, g.rows, in, out, g.x_grad, nullptr,
+                        threads);
+  if (g.weight_grad)
+    multiply_pairs<Dot>({(const uint16_t*)g.pairs, 2, 2 * width}, g.transposed ? g.grad_rows : g.x,
+                        g.transposed ? out : g.x_stride, false, width, g.transposed ? out : in, g.rows, g.sums,
+                        g.weight_grad, threads);
+}
+
+// The gradients of x (rows, in) and of the weight, (out, in) or with `transposed` (in, out), given that of the output,
+// (rows, out): x_grad in float32, weight_grad in bfloat16, or null. x and weight are in bfloat16, grad is in float32,
+// and is rounded. Scratch memory: grad_rows (rows, out) and pairs, 2 ceil(rows / 2) by the rows of the weight, in
+// bfloat16; sums, of the weight's shape, in float32.
+void bf16_linear_gradients(uintptr_t grad, int64_t grad_stride, uintptr_t x, int64_t x_stride, uintptr_t weight,
+                           int64_t w_stride, bool transposed, uintptr_t x_grad, uintptr_t weight_grad,
+                           uintptr_t grad_rows, uintptr_t pairs, uintptr_t sums, int64_t rows, int64_t in, int64_t out,
+                           bool emulate, int threads) {
+  const LinearGradients g = {ptr<const float>(grad),
+                             ptr<const uint16_t>(x),
+                             ptr<const uint16_t>(weight),
+                             ptr<float>(x_grad),
+                             ptr<float>(sums),
+                             ptr<float>(pairs),
+                             ptr<uint16_t>(weight_grad),
+                             ptr<uint16_t>(grad_rows),
+                             grad_stride,
+                             x_stride,
+                             w_stride,
+                             rows,
+                             in,
+                             out,
+                             transposed};
+  emulate ? find_gradients<EmulatedDot>(g, threads) : find_gradients<MachineDot>(g, threads);
+}
+
 CONSTANT(vector_lanes, W)
 KERNEL(f32_product)
 KERNEL(bf16_product)
 KERNEL(decode_product)
+KERNEL(bf16_linear_gradients)
 KERNEL(decode_product_panel)
 
 }  // namespace

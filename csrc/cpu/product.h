@@ -14,7 +14,6 @@
 //
 // Floor: W once from memory; beyond some 12 rows, the 2 rows out in operations at two vectors a cycle.
 #pragma once
-#include "bf16_product.h"
 #include "dot_gemm.h"
 
 namespace {
@@ -177,7 +176,9 @@ INLINE void outer_columns(const float* x, int64_t x_stride, int64_t rows, const 
 }
 
 // Floats of scratch memory that multiply needs for in_features <= K.
-INLINE int64_t panel_size(int64_t K) { return max(max<int64_t>(PANEL_SIZE, 4 * K), dot_panel_size(min(K, DOT_MAX_K))); }
+INLINE int64_t panel_size(int64_t K) {
+  return max(max<int64_t>(PANEL_SIZE, 4 * K), dot_panel_size<FloatLanes>(min(K, DOT_MAX_K)));
+}
 
 // X, and X rounded to bfloat16, or null if the product is in float32.
 struct Activations {
@@ -210,13 +211,16 @@ INLINE void multiply(const Activations& input, const Matrix& m, int64_t begin, i
   }
   if (!m.is_bf16) {
     const float* const w = (const float*)m.weight + begin * m.stride;
-    if (uses_dot_panel(input.rows, K))
-      return dot_panels(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride, panel);
+    if (uses_dot_panel<FloatLanes>(input.rows, K))
+      return dot_panels<FloatLanes>(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride, panel);
     dot_columns<true>(input.x, input.stride, input.rows, w, m.stride, columns, K, out, out_stride);
     return;
   }
   const bf16* const w = (const bf16*)m.weight + begin * m.stride;
   if (input.x_bf16) {
+    if (uses_dot_panel<PairLanes<Dot>>(input.rows, K))
+      return dot_panels<PairLanes<Dot>>(input.x_bf16, input.stride, input.rows, &w->bits, m.stride, columns, K, out,
+                                        out_stride, panel);
     bf16_columns<Dot>(input.x_bf16, input.stride, &w->bits, m.stride, out, out_stride, input.rows, columns, K);
     return;
   }

@@ -33,6 +33,7 @@ typedef uint32_t u32 __attribute__((vector_size(W * 4)));
 typedef uint16_t u16 __attribute__((vector_size(W * 2)));
 
 #define INLINE __attribute__((always_inline)) inline
+#define NOINLINE __attribute__((noinline))  // for what loses its registers in a large function
 
 // Vector of the lanes of a and b with the given numbers; b's follow a's.
 #if defined(__clang__) || __GNUC__ >= 12
