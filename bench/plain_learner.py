@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_fast.batches import Comparisons, Experience, Responses, micro_batches
+from rlhf_fast.batches import Comparisons, Experience, Responses
 from rlhf_fast.bench.plain_torch import advantages_loop, policy_loss, value_loss
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.stages.ppo import State, average_stats
 from rlhf_fast.training.experience import minibatches, token_weights
+from rlhf_fast.training.micro_batches import micro_batches
 from rlhf_fast.training.rewards import RewardFunction
 
 

@@ -12,7 +12,7 @@ from architectures import SMALL, build, halved, prompts, sampling
 from test_fused import MODELS
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from rlhf_fast.batches import Prompts, Responses, micro_batches
+from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.config.fields import LoraConfig
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.errors import UserError
@@ -28,6 +28,7 @@ from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.training.experience import make_experience
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import ppo_policy_loss
+from rlhf_fast.training.micro_batches import micro_batches
 
 pytestmark = pytest.mark.skipif(compiled_step.find_kernels() is None, reason="no compiled kernels for this processor")
 LENGTHS = (1, 7, 3, 12, 30)

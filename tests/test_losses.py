@@ -9,11 +9,12 @@ from tiny_llama import VOCABULARY, assert_same_gradients, gradients, policy, sco
 from torch.nn.functional import logsigmoid
 
 from rlhf_fast import ops
-from rlhf_fast.batches import Comparisons, Experience, micro_batches, pad_rows, response_mask
+from rlhf_fast.batches import Comparisons, Experience, pad_rows, response_mask
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.training.experience import token_weights, whiten
 from rlhf_fast.training.learner import evaluate
 from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss, reward_loss
+from rlhf_fast.training.micro_batches import micro_batches
 
 
 def experience(model=None, rows=5, loss_mean="token"):

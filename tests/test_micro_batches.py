@@ -6,20 +6,20 @@ from itertools import accumulate
 import pytest
 import torch
 
-from rlhf_fast import batches
 from rlhf_fast.batches import (
     Comparisons,
     Demonstrations,
     Responses,
     Texts,
-    micro_batches,
     pad_rows,
     response_mask,
     shared_prompts,
 )
 from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.model.packing import pack_rows
+from rlhf_fast.training import micro_batches as micro_batches_module
 from rlhf_fast.training.learner import Learner, evaluate
+from rlhf_fast.training.micro_batches import micro_batches
 from rlhf_fast.training.rewards import ModelReward
 
 
@@ -104,8 +104,8 @@ def test_a_row_beyond_the_budget_costs_no_other_part():
 
 def test_many_rows_that_fill_parts_badly_take_few_trials(monkeypatch):
     trials = []
-    level = batches._level
-    monkeypatch.setattr(batches, "_level", lambda *args: trials.append(1) or level(*args))
+    level = micro_batches_module._level
+    monkeypatch.setattr(micro_batches_module, "_level", lambda *args: trials.append(1) or level(*args))
     batch = Texts(torch.ones(3000, 51).long(), torch.full((3000,), 51))
     assert len(list(micro_batches(batch, 100, packed=True))) == 3000 and len(trials) < 30
 

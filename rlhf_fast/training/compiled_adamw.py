@@ -104,9 +104,8 @@ class CompiledAdamW:
             average_weight,
             stream_or_threads(self.masters[0]),
         )
-        for x in (*self.masters, *self.copies):
-            if x is not None:  # autograd does not see a kernel's writes
-                torch.autograd.graph.increment_version(x)
+        written = (x for x in (*self.masters, *self.copies) if x is not None)
+        torch.autograd.graph.increment_version(written)  # autograd does not see a kernel's writes
 
     def _state(self, p: Tensor, has_grad: bool) -> dict[str, Tensor]:
         """Return a master's state, which begins at its first gradient, as in torch's optimizers."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.batches import Experience, Responses, micro_batches
+from rlhf_fast.batches import Experience, Responses
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.training.learner import to_floats
+from rlhf_fast.training.micro_batches import micro_batches
 from rlhf_fast.training.rewards import RewardFunction
 from rlhf_fast.training.rollout_gap import rollout_gap
 
@@ -164,7 +165,7 @@ def _in_micro_batches(
     (B, width) on the CPU. width: None = R, the longest response.
     """
     out = torch.zeros(len(responses.lengths), responses.mask.shape[1] if width is None else width)
-    parts = micro_batches(responses, budget, packed=model.packs_rows)
+    parts = micro_batches(responses, budget, packed=lambda: model.packs_rows)
     results = [(index, function(part)) for index, part in parts]
     for index, result in results:  # after all passes: a GPU is not waited for between them
         out[index, : result.shape[1]] = result.cpu()

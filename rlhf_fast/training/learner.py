@@ -18,13 +18,14 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_fast.batches import Batch, micro_batches
+from rlhf_fast.batches import Batch
 from rlhf_fast.config.fields import OptimConfig
 from rlhf_fast.errors import BadRows, UserError, listed
 from rlhf_fast.model.garbage_collection import paused_garbage_collection
 from rlhf_fast.training.allocator import keep_freed_memory
 from rlhf_fast.training.compiled_adamw import CompiledAdamW
 from rlhf_fast.training.gradient_buffers import GradientBuffers, GradientPool
+from rlhf_fast.training.micro_batches import micro_batches
 
 
 class Trainable(Protocol):
@@ -150,7 +151,7 @@ class Learner:
         for loss, batch, coefficient in terms:
             if num_items := batch.num_items():
                 budget = self.optim.micro_batch_tokens
-                for _, micro_batch in micro_batches(batch, budget, packed=self.model.packs_rows):
+                for _, micro_batch in micro_batches(batch, budget, packed=lambda: self.model.packs_rows):
                     yield loss, micro_batch, coefficient, num_items
 
     def _add_gradient(self, loss: Tensor) -> None:
@@ -295,7 +296,7 @@ def evaluate(model: Trainable, loss: Loss, batches: Sequence[Batch], micro_batch
     num_items = sum(batch.num_items() for batch in batches)
     stats: dict[str, Tensor] = {}
     for batch in batches if num_items else ():
-        for _, micro_batch in micro_batches(batch, micro_batch_tokens, packed=model.packs_rows):
+        for _, micro_batch in micro_batches(batch, micro_batch_tokens, packed=lambda: model.packs_rows):
             _combine(stats, loss(model, micro_batch, num_items)[1])
     return to_floats(stats)
 

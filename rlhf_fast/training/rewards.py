@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.batches import Responses, micro_batches
+from rlhf_fast.batches import Responses
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import BadRows, UserError, listed
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
+from rlhf_fast.training.micro_batches import micro_batches
 
 RewardFunction = Callable[[Responses], Tensor]
 
@@ -61,7 +62,7 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
         scores = torch.zeros(len(responses.lengths))
-        for index, part in micro_batches(responses, self.micro_batch_tokens, packed=self.model.packs_rows):
+        for index, part in micro_batches(responses, self.micro_batch_tokens, packed=lambda: self.model.packs_rows):
             scores[index] = self.model.last_scores(part.tokens, part.lengths, part.prompt_lengths).cpu()
         return check_scores(scores.tolist(), responses.uids.tolist(), self.model.name)
 
