@@ -48,7 +48,7 @@ def varlen_attention(
 
     A token sees its own sequence up to itself, and its parent's tokens. Its position is its index in its sequence, plus
     the length of the parent. It is computed in float32 and rounded once. Gradients: q, k and v; those of a parent's k
-    and v are sums over itself and its children, in a fixed order.
+    and v are sums over itself and its children, in a fixed order. All three are parts of one tensor (N, H + 2 Hkv, d).
 
     Raises ValueError where shapes or dtypes differ, or offsets or parents are out of range (the last two only on the
     CPU).

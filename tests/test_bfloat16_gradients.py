@@ -67,6 +67,18 @@ def test_only_gradients_of_one_backward_pass_stay_in_bfloat16():
 
 
 @needs_kernels
+def test_no_bfloat16_gradient_is_held_through_another_forward_pass():
+    learner = bfloat16_learner(ONE_PASS)
+    held = []
+
+    def watching(loss):
+        return lambda *args: held.append(len(learner.gradients.unconverted)) or loss(*args)
+
+    learner._backward([(watching(loss), batch, coefficient) for loss, batch, coefficient in terms(count=2)])
+    assert held == [0, 0]
+
+
+@needs_kernels
 def test_the_reference_has_float32_gradients_of_the_same_numbers():
     """It is forced for the whole step, or only for what follows the backward pass."""
     whole, late, ours = (bfloat16_learner() for _ in range(3))

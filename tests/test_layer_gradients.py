@@ -158,10 +158,10 @@ def test_attention_gives_the_gradients_of_one_product_without_a_copy():
     q, k, v = product.split([4, 2, 2], 1)
     offsets = torch.tensor([0, 4, 9])
     found = torch.autograd.grad(ops.varlen_attention(q, k, v, offsets, 0.25), (q, k, v), torch.randn(9, 4, 16))
-    whole = _whole(found, 1)
+    whole = _whole(found)
     assert whole.data_ptr() == found[0].data_ptr() and torch.equal(whole, torch.cat(found, 1))
     for others in (found[1:], found[::-1]):
-        copied = _whole(others, 1)
+        copied = _whole(others)
         assert torch.equal(copied, torch.cat(others, 1)) and copied.is_contiguous()
 
 

@@ -1,5 +1,7 @@
 """The op `linear`: a row's bits beside other rows, odd sizes, strides, the order of the decode step."""
 
+import sys
+
 import pytest
 import torch
 
@@ -75,12 +77,16 @@ def test_sums_over_lanes_are_those_of_a_row_alone_in_bfloat16(rows, size, out, h
     assert torch.equal(found, alone)
 
 
-@pytest.mark.parametrize("how", [0, 1, 2], ids=["in float32", "by the instruction", "emulated"])
+@pytest.mark.parametrize("how", [0, 1, 2, "torch's"], ids=["in float32", "by the instruction", "emulated", "torch's"])
 @pytest.mark.parametrize("rows, size, out", [(1, 1, 1), (5, 7, 17), (49, 130, 65), (385, 33, 70), (800, 172, 64)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_of_a_weight_in_bfloat16(rows, size, out, transposed, how, monkeypatch, poisoned):
     """They are those of the rounded upstream in float64, have the dtypes of the inputs, and no thread changes a bit."""
-    monkeypatch.setattr(_product, "BF16_DOT", how)
+    is_ours = how == 2 or (how == 1 and COMPILED and _product.has_bf16_product(list(COMPILED.values())[-1]))
+    if how == "torch's":
+        monkeypatch.setattr(sys.modules["rlhf_fast.kernels.linear"], "MAX_BF16_WEIGHT", 0)
+    else:
+        monkeypatch.setattr(_product, "BF16_DOT", how)
     x, weight, bias = (t.detach().requires_grad_() for t in inputs(rows, size, out, torch.bfloat16, transposed))
     upstream = torch.randn(rows, out)
 
@@ -92,8 +98,10 @@ def test_gradients_of_a_weight_in_bfloat16(rows, size, out, transposed, how, mon
     truth = g @ (matrix.t() if transposed else matrix), to_weight, upstream.double().sum(0)
     found = gradients()
     assert [f.dtype for f in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    for f, t in zip(found, truth, strict=True):
-        assert f.shape == t.shape and (f.double() - t).abs().max() <= 0.01 * t.abs().max()
+    # our kernel rounds the gradient of x to no bfloat16, and that of the weight once
+    bounds = (2e-5, 0.004, 0.01) if is_ours else (0.01, 0.01, 0.01)
+    for f, t, bound in zip(found, truth, bounds, strict=True):
+        assert f.shape == t.shape and (f.double() - t).abs().max() <= bound * t.abs().max()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 3)

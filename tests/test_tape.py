@@ -1,6 +1,7 @@
 """Decoder layers on a tape: the gradients are autograd's, and what the tape keeps, frees and refuses."""
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -53,6 +54,21 @@ def prepared(name: str, dtype=torch.float32) -> tuple[Model, tuple, torch.Tensor
     batch = random_batch(model, [17, 5], [[11, 1, 25], [16]])
     width = model.head_layer.weight.shape[1]
     return model, batch, torch.randn(int((batch[2] - batch[1]).sum()), width, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "the embedding", "norms", "attention"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_frozen_parameters_change_no_gradient_of_the_others(name, frozen, monkeypatch):
+    model, batch, weights = prepared(name)
+    words = {"nothing": "nothing", "the embedding": "embed|wte|wpe", "norms": "norm|ln_", "attention": "attn"}[frozen]
+    for parameter_name, p in model.module.named_parameters():
+        p.requires_grad_(re.search(words, parameter_name) is None)
+    states, ours = gradients(model, batch, weights)
+    assert taped_nodes(states)
+    monkeypatch.setattr(packed_decoder, "_can_be_taped", lambda *_: False)
+    _, expected = gradients(model, batch, weights)
+    for actual, right in zip(ours, expected, strict=True):
+        assert (actual - right).norm() < 1e-5 * right.norm() + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -202,9 +218,9 @@ def test_a_tensor_that_takes_the_id_of_another_is_not_taken_for_it():
 def test_columns_of_one_matrix_are_joined_without_a_copy():
     whole = torch.randn(5, 12)
     parts = whole.split([4, 6, 2], 1)
-    assert tape._whole(parts, 1).data_ptr() == whole.data_ptr() and torch.equal(tape._whole(parts, 1), whole)
+    assert tape._whole(parts).data_ptr() == whole.data_ptr() and torch.equal(tape._whole(parts), whole)
     for wrong in (parts[:2], parts[::-1], [part.clone() for part in parts], [parts[0], parts[0]]):
-        joined = tape._whole(wrong, 1)
+        joined = tape._whole(wrong)
         assert joined.data_ptr() != whole.data_ptr() and torch.equal(joined, torch.cat(list(wrong), 1))
 
 

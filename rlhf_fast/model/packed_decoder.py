@@ -141,7 +141,7 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
         heads = do.view(outputs[0], N, H + 2 * Hkv, d)
         if rope is not None and layer.q_norm is None and layer.k_norm is None:  # q and k by one call
             heads, rope = do.apply(ops.rope, heads, *rope, H + Hkv), None
-        q, k, v = do.split(heads, [H, Hkv, Hkv], 1)
+        q, k, v = do.split(heads, [H, Hkv, Hkv])
     q = q if layer.q_norm is None else do.norm(layer.q_norm, q)
     k = k if layer.k_norm is None else do.norm(layer.k_norm, k)
     if rope is not None:
@@ -160,7 +160,7 @@ def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
         inner = _activate(call, do.linear(layer.up, x, call.exact))
     else:
         outputs = do.linears((layer.gate, layer.up), x, call.exact)
-        gate, up = outputs if len(outputs) == 2 else do.split(outputs[0], [outputs[0].shape[1] // 2] * 2, 1)
+        gate, up = outputs if len(outputs) == 2 else do.split(outputs[0], [outputs[0].shape[1] // 2] * 2)
         is_silu = call.parts.activation == "silu"
         inner = do.apply(ops.swiglu, gate, up) if is_silu else do.multiply(_activate(call, gate), up)
     return do.linear(layer.down, inner, call.exact)

@@ -61,8 +61,9 @@ class Autograd:
     def view(self, x: Tensor, *shape: int) -> Tensor:
         return x.view(*shape)
 
-    def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
-        return x.split(sizes, dim)
+    def split(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        """Split dimension 1."""
+        return x.split(sizes, 1)
 
     def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         return x.unbind(dim)
@@ -132,7 +133,7 @@ class Tape(Autograd):
         inputs = self._inputs(op, (x, *args))
         context = _Context([number is not None for number in inputs])
         out = op.autograd.forward(context, *op.normalized(x, *args))
-        if inputs[0] is None:
+        if inputs[0] is None:  # nothing to add to: only the weight has a gradient
             return self._record(partial(op.autograd.backward, context), inputs, out)
         # x goes through this step, under a new number: what reads it later leaves a gradient, which the op adds
         self._record_all(partial(_norm_gradients, op, context), inputs, (x, out))
@@ -141,6 +142,7 @@ class Tape(Autograd):
     def add_norm(self, norm: Norm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         op, *args = _norm_call(norm)
         inputs = self._inputs(op, (x, *args))
+        # the sum's gradient is needed for y even where x has none
         context = _Context([True, *(number is not None for number in inputs[1:])])
         out = op.autograd.forward(context, *op.normalized(x, *args, residual=y))  # y is the sum then
 
@@ -175,8 +177,8 @@ class Tape(Autograd):
         before = x.shape
         return self._record(lambda g: g.reshape(before), self._of(x), x.view(*shape))
 
-    def split(self, x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
-        return self._record_all(lambda *grads: _whole(grads, dim), self._of(x), x.split(sizes, dim))
+    def split(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        return self._record_all(lambda *grads: _whole(grads), self._of(x), x.split(sizes, 1))
 
     def unbind(self, x: Tensor, dim: int) -> Sequence[Tensor]:
         return self._record_all(lambda *grads: torch.stack(grads, dim), self._of(x), x.unbind(dim))
@@ -322,8 +324,8 @@ def _is_ours(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32 and f32_is_ours(x.shape[0])
 
 
-def _whole(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Return torch.cat(parts, dim), dim = 1; without a copy where they stand side by side in the rows of one tensor."""
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """Return torch.cat(parts, 1); without a copy where they stand side by side in the rows of one tensor."""
     first, begin = parts[0], parts[0].data_ptr()
     storage, width = first.untyped_storage().data_ptr(), sum(part.shape[1] for part in parts)
     rest = first.shape[2:]
@@ -331,6 +333,6 @@ def _whole(parts: Sequence[Tensor], dim: int) -> Tensor:
     for part in parts:
         is_next = part.data_ptr() == begin and part.untyped_storage().data_ptr() == storage
         if not is_next or part.stride() != stride:
-            return torch.cat(list(parts), dim)
+            return torch.cat(list(parts), 1)
         begin += part.shape[1] * stride[1] * part.element_size()
     return first.as_strided((first.shape[0], width, *rest), stride)

@@ -51,7 +51,8 @@ class GradientBuffers:
     def kept(self, converting: bool) -> Iterator[None]:
         """Move large float32 gradients to kept memory within the block. Elsewhere they are autograd's own.
 
-        converting: make gradients of another dtype float32 as they come, which is needed to add several.
+        converting: make gradients of another dtype float32 as they come. Else the first of several would lie beside the
+        activations of the second pass, and be converted then.
         """
         self.keeping, self.converting = True, converting
         try:
