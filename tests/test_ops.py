@@ -64,11 +64,11 @@ def detached(args, requires=False):
     return tree_map_only(torch.Tensor, copy, args)
 
 
-def assert_near(ours, plain, truth, what, *, slack_of_largest=False):
+def assert_near(ours, plain, truth, what, *, slack_of_largest=False, spread=SPREAD):
     """Assert that no element is further from the truth than plain torch at its worst, plus rounding of the value.
 
     `plain()` computes in plain torch what `ours` is. Torch's order of summation may be a lucky one: where its error is
-    smaller, SPREAD times its worst over ORDERS random orders is allowed. `slack_of_largest` counts the rounding of the
+    smaller, `spread` times its worst over ORDERS random orders is allowed. `slack_of_largest` counts the rounding of the
     tensor's largest value for each element.
     """
     ours, theirs, truth = leaves(ours), leaves(plain()), leaves(truth)
@@ -91,7 +91,7 @@ def assert_near(ours, plain, truth, what, *, slack_of_largest=False):
         worst, allowed = (error(o) - slack).max(), error(p).max()
         if worst > allowed:
             reordered = reordered or [leaves(shuffled(plain)) for _ in range(ORDERS)]
-            allowed = SPREAD * max(error(x[i]).max() for x in reordered)
+            allowed = spread * max(error(x[i]).max() for x in reordered)
         assert worst <= allowed, f"{what} {i}: {worst:.3g} from the truth, plain torch {allowed:.3g}"
 
 
@@ -183,8 +183,11 @@ def test_gradient(op, size, device, dtype, backend, poisoned):
     def plain():
         return gradients(reference(op), detached(made, True), upstream)
 
+    # A GPU's products read the weights' gradients rounded to the inputs' dtype. Plain torch keeps them in float32.
+    rounds = op.name == "varlen_attention" and backend == "triton" and dtype != torch.float32
     # A row's KL is rounded between the two passes, where the errors of autograd's two softmaxes cancel.
-    assert_near(ours, plain, truth, "gradient", slack_of_largest=op.name.startswith("linear_kl"))
+    is_kl = op.name.startswith("linear_kl")
+    assert_near(ours, plain, truth, "gradient", slack_of_largest=is_kl, spread=2 * SPREAD if rounds else SPREAD)
 
 
 def test_accuracy_is_no_matter_of_one_draw_and_a_less_accurate_kernel_is_found():
