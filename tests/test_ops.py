@@ -68,8 +68,8 @@ def assert_near(ours, plain, truth, what, *, slack_of_largest=False, spread=SPRE
     """Assert that no element is further from the truth than plain torch at its worst, plus rounding of the value.
 
     `plain()` computes in plain torch what `ours` is. Torch's order of summation may be a lucky one: where its error is
-    smaller, `spread` times its worst over ORDERS random orders is allowed. `slack_of_largest` counts the rounding of the
-    tensor's largest value for each element.
+    smaller, `spread` times its worst over ORDERS random orders is allowed. `slack_of_largest` counts the rounding of
+    the tensor's largest value for each element.
     """
     ours, theirs, truth = leaves(ours), leaves(plain()), leaves(truth)
     reordered = []
