@@ -14,6 +14,7 @@ LAYERS = [
     {"cli"},
     {"demo"},
     {"stages"},
+    {"eval"},
     {"run"},
     {"rollout", "training"},
     {"model"},

@@ -1,0 +1,1 @@
+"""The paper's evaluation: tasks, judges, and figures with their intervals, for any number of models side by side."""

@@ -1,0 +1,1 @@
+"""Judges of answers: refusal, toxicity, truth, informativeness and preference."""
