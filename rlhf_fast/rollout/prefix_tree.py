@@ -9,7 +9,7 @@ nodes       [a b] -> [c d] -> [e f]         a sequence is the tokens of the node
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 
@@ -18,21 +18,24 @@ class PrefixNode:
     """Tokens at positions start to end - 1 of every sequence that passes through the node."""
 
     tokens: Sequence[int]
-    start: int
     parent: PrefixNode | None
+    start: int = field(init=False)
+    end: int = field(init=False)
+    level: int = field(init=False)
+    """Number of nodes above it."""
 
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-    @property
-    def level(self) -> int:
-        """Number of nodes above it."""
-        return 0 if self.parent is None else self.parent.level + 1
+    def __post_init__(self) -> None:
+        self.start = 0 if self.parent is None else self.parent.end
+        self.end = self.start + len(self.tokens)
+        self.level = 0 if self.parent is None else self.parent.level + 1
 
     def path(self) -> list[PrefixNode]:
         """Return the nodes from the root to this one."""
-        return [self] if self.parent is None else [*self.parent.path(), self]
+        nodes, node = [self], self.parent
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -66,7 +69,7 @@ def build_prefix_tree(
             while last + 1 < stop and min(shared, lengths[last]) - start >= min_shared:
                 shared = min(shared, lengths[last])
                 last += 1
-            node = PrefixNode(sequences[first][start:shared], start, parent)
+            node = PrefixNode(sequences[first][start:shared], parent)
             if first == last:
                 ends[first] = node
             else:

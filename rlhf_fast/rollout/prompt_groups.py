@@ -42,7 +42,7 @@ class PromptGroup:
     prompt: list[int]
     num_waiting: int
     prefixes: list[SharedPrefix] = field(default_factory=list)
-    """What it shares with other prompts, shortest first."""
+    """Prefixes that it shares with other prompts, shortest first."""
     pages: list[int] = field(default_factory=list)
     """The prompt's pages, from prefill until all its responses have started. Only one response at a time may append to
     the last page if it is partly filled."""
