@@ -199,7 +199,7 @@ class Scorer:
                 wanted.append(np.arange(start + skipped, start + skipped + count))
                 row_of[node] = total - skipped  # the row of its first token, if that were asked for
                 total, start = total + count, start + len(node.tokens)
-            segments = [Segment(slots[node].index, node.start, node.tokens) for node in levels[level]]
+            segments = [Segment(slots[node].row, node.start, node.tokens) for node in levels[level]]
             hidden.append(prefill(decoder, cache, segments, np.concatenate(wanted)))
             self.tokens_read += start
         rows = []
@@ -234,7 +234,7 @@ class Scorer:
 class _Slot(NamedTuple):
     """A node's row of the block table, and its pages from position 0 on."""
 
-    index: int
+    row: int
     pages: list[int]
 
 
@@ -294,4 +294,4 @@ def _allocate(cache: PagedKVCache, nodes: Sequence[PrefixNode], slots: dict[Pref
                 copies.append((inherited[full], own[0]))
         slots[node].pages.extend(own)
     cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
-    cache.assign_rows({slots[node].index: slots[node].pages for node in nodes})
+    cache.assign_rows({slots[node].row: slots[node].pages for node in nodes})
