@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +36,19 @@ class Estimate(NamedTuple):
         """Return whether a value lies outside the interval."""
         return self.low > value or self.high < value
 
+    def fields(self) -> dict[str, float | int | None]:
+        """Return value, low, high and n for JSON, with None for a number that is not finite."""
+        numbers = {name: float(x) for name, x in zip(("value", "low", "high"), self[:3], strict=True)}
+        return {**{name: x if math.isfinite(x) else None for name, x in numbers.items()}, "n": self.n}
+
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def estimate_from(fields: Mapping[str, Any]) -> Estimate:
+    """Return the estimate that `Estimate.fields` wrote; other keys of a record are ignored."""
+    value, low, high = (math.nan if fields[name] is None else float(fields[name]) for name in ("value", "low", "high"))
+    return Estimate(value, low, high, int(fields["n"]))
 
 
 class Agreement(NamedTuple):
@@ -113,7 +124,7 @@ def difference(
     for row, weights in zip(sizes, (weights_a, weights_b), strict=True):
         if weights is not None:
             row[:] = weights
-    kept = ~np.isnan(rows + sizes).any(axis=0)
+    kept = ~np.isnan(rows[0] + rows[1] + sizes[0] + sizes[1])
     rows, sizes, codes = rows[:, kept], sizes[:, kept], _codes(groups, kept)
     count = int(codes.max()) + 1 if len(codes) else 0
     totals = sizes.sum(1)

@@ -61,7 +61,7 @@ def result_record(model: str, task: str, measure: Measure, seconds: float = 0.0)
         "model": model,
         "task": task,
         "measure": measure.name,
-        **estimate_fields(measure.estimate()),
+        **measure.estimate().fields(),
         "unit": measure.unit,
         "judge": measure.judge,
         "seconds": seconds,
@@ -75,15 +75,9 @@ def difference_record(model: str, baseline: str, task: str, ours: Measure, their
         "baseline": baseline,
         "task": task,
         "measure": ours.name,
-        **estimate_fields(paired_difference(ours, theirs)),
+        **paired_difference(ours, theirs).fields(),
         "unit": difference_unit(ours),
     }
-
-
-def estimate_fields(estimate: Estimate) -> dict[str, float | int | None]:
-    """Return value, low, high and n as JSON has them."""
-    numbers = {name: float(number) for name, number in zip(("value", "low", "high"), estimate[:3], strict=True)}
-    return {**{name: x if math.isfinite(x) else None for name, x in numbers.items()}, "n": estimate.n}
 
 
 def _bounded(unit: str) -> bool | None:
