@@ -92,9 +92,13 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a table under its header. A cell may hold line breaks if it is quoted."""
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     csv.field_size_limit(MAX_CELL)
-    table = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    table = csv.reader(
+        io.StringIO(_read_text(path), newline=""),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
+        strict=True,
+    )
     try:
         header = next(table, [])
         line = table.line_num + 1
