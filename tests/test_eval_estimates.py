@@ -72,7 +72,12 @@ def test_mean_of_odd_rows(values, options, expected):
 
 def test_mean_by_hand():
     # Three values: standard error of the mean .2 / sqrt 3, and Student's t with 2 degrees of freedom.
-    assert near(mean([0.2, 0.4, 0.6]), 0.4, 0.0, 0.4 + 4.30265 * 0.2 / 3**0.5, 3)
+    half = 4.30265 * 0.2 / 3**0.5
+    assert near(mean([0.2, 0.4, 0.6], bounded=False), 0.4, 0.4 - half, 0.4 + half, 3)
+    # In [0, 1]: the bounds are where |bound - mean| is half a width, scaled by sqrt(bound (1 - bound) / (.4 x .6)).
+    found = mean([0.2, 0.4, 0.6])
+    for bound in (found.low, found.high):
+        assert abs(bound - 0.4) == pytest.approx(half * math.sqrt(bound * (1 - bound) / 0.24))
     # Ratio 10 / 5 over two groups with sums 7 of weight 3 and 3 of weight 2: residuals 1 and -1, over 5.
     half = 12.7062 * math.sqrt(2 * 2) / 5
     assert near(mean([3, 4, 3], "aab", [1, 2, 2]), 2, 2 - half, 2 + half, 2)
@@ -134,7 +139,10 @@ def test_coverage():
         alone, together = mean(votes), mean(votes, groups)
         naive += alone.low <= 0.5 <= alone.high
         clustered += together.low <= 0.5 <= together.high
-    assert clustered >= 930 and naive < 850
+    assert clustered >= 940 and naive < 850
+    groups = np.repeat(np.arange(50), 4).tolist()  # rare things that come together
+    votes = (random.random((1000, 200)) < np.repeat(random.beta(0.1, 4.9, (1000, 50)), 4, axis=1)) * 1.0
+    assert np.mean([e.low <= 0.02 <= e.high for e in (mean(row, groups) for row in votes)]) >= 0.94
 
 
 def test_coverage_of_paired_differences_of_ratios():

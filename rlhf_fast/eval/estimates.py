@@ -64,13 +64,7 @@ class Agreement(NamedTuple):
 
 def wilson(k: float, n: int) -> Estimate:
     """Return the share k / n with Wilson's score interval (JASA 22, 1927)."""
-    if not n:
-        return NOTHING
-    share, scale = k / n, 1 + Z * Z / n
-    center = (share + Z * Z / (2 * n)) / scale
-    half = Z * math.sqrt(max(share * (1 - share), 0.0) / n + Z * Z / (4 * n * n)) / scale
-    # At 0 and 1 the bound is the share itself, which rounding must not move.
-    return Estimate(share, min(max(center - half, 0.0), share), max(min(center + half, 1.0), share), n)
+    return Estimate(k / n, *_score_interval(k / n, n), n) if n else NOTHING
 
 
 def mean(
@@ -82,10 +76,11 @@ def mean(
     """Return the mean of `values`, or with `weights` the ratio sum(values) / sum(weights).
 
     Rows of one group belong together; without groups each row is its own. Wilson's interval is taken where every value
-    is 0 or 1 and its own group. Otherwise the interval is that of a clustered, linearised ratio (Cochran, Sampling
-    Techniques, 6.5), with Student's t for the number of groups.
-    bounded: the values are in [0, 1], so is the interval, and it has a width even if all values are equal. None = judge
-    by the values.
+    is 0 or 1 and its own group. Otherwise half the interval is the standard error of a clustered, linearised ratio
+    (Cochran, Sampling Techniques, 6.5), times Student's t for the number of groups.
+    bounded: the mean is in [0, 1]. Its interval is Wilson's then, for the number of independent values that would have
+    this standard error (Dean and Pagano, J. Survey Statistics and Methodology 3, 2015): it stays in [0, 1], and has a
+    width even if all values are equal. None = judge by the values.
     """
     rows = np.asarray(list(values), dtype=np.float64)
     sizes = np.ones_like(rows) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -101,10 +96,11 @@ def mean(
     value = float(rows.sum() / sizes.sum())
     residuals = _group_sums(rows - value * sizes, codes, count) / sizes.sum()
     half = _half_width(residuals)
-    if bounded and (math.isnan(half) or half < 1e-12):
-        return wilson(value * count, count)  # no spread was seen: the widest interval that values in [0, 1] can need
-    low, high = value - half, value + half
-    return Estimate(value, max(low, 0.0), min(high, 1.0), count) if bounded else Estimate(value, low, high, count)
+    if not bounded:
+        return Estimate(value, value - half, value + half, count)
+    no_spread = math.isnan(half) or half < 1e-12
+    effective = count if no_spread else Z * Z * value * (1 - value) / half**2
+    return Estimate(value, *_score_interval(value, effective), count)
 
 
 def difference(
@@ -213,6 +209,15 @@ def student_t(degrees: int) -> float:
     )
 
 
+def _score_interval(share: float, n: float) -> tuple[float, float]:
+    """Return Wilson's interval; n may be an effective number."""
+    scale = 1 + Z * Z / n
+    center = (share + Z * Z / (2 * n)) / scale
+    half = Z * math.sqrt(max(share * (1 - share), 0.0) / n + Z * Z / (4 * n * n)) / scale
+    # At 0 and 1 the bound is the share itself, which rounding must not move.
+    return min(max(center - half, 0.0), share), max(min(center + half, 1.0), share)
+
+
 def _half_width(residuals: Array) -> float:
     """Return half the interval's width from the groups' residuals, which sum to 0; NaN for a single group."""
     count = len(residuals)
@@ -223,7 +228,7 @@ def _half_width(residuals: Array) -> float:
 
 def _codes(groups: Groups | None, kept: NDArray[Any]) -> NDArray[np.intp]:
     """Return a number from 0 on for the group of each kept row."""
-    if not groups:
+    if groups is None or not len(groups):
         return np.arange(int(kept.sum()))
     if len(groups) != len(kept):
         raise ValueError(f"{len(groups)} groups for {len(kept)} rows")
