@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rlhf_fast.eval import cells
 from rlhf_fast.eval.estimates import Estimate, unpaired_difference
+from rlhf_fast.eval.paper import HELD_OUT_AGREEMENT, TRAINING_AGREEMENT
 from rlhf_fast.run.terminal import aligned
 
 Numbers = Mapping[str, Estimate]
@@ -135,8 +136,10 @@ def rows(n: Numbers) -> Iterator[Row]:
         is_higher(n["loss/ppo-ptx"], n["loss/ppo"]),
         nats,
     )
-    yield line("two labelers agree, new pairs", "72.6 ± 1.5 %", "agreement", overlaps(n["agreement"], 0.711, 0.741))
-    others = overlaps(n["agreement/held-out"], 0.760, 0.786)
+    yield line(
+        "two labelers agree, new pairs", "72.6 ± 1.5 %", "agreement", overlaps(n["agreement"], *TRAINING_AGREEMENT)
+    )
+    others = overlaps(n["agreement/held-out"], *HELD_OUT_AGREEMENT)
     yield line("two held-out labelers agree", "77.3 ± 1.3 %", "agreement/held-out", others)
     yield line("reward model right, its labelers", "72.4 ± 0.4 %", "accuracy", exceeds(n["accuracy"]))
     right = exceeds(n["accuracy/held-out"])
