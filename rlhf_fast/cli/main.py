@@ -14,7 +14,7 @@ Command = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
-RESUMES = ("sft", "reward", "ppo", "run", "demo")
+RESUMES = ("sft", "reward", "ppo", "run", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
 
@@ -160,6 +160,17 @@ def _run(argv: Sequence[str]) -> int:
 
     run_recipe(options.recipe)
     return 0
+
+
+@command("eval", "the paper's evaluation of models side by side: truth, toxicity, bias, tax, refusals, preference")
+def _eval(argv: Sequence[str]) -> int:
+    from rlhf_fast.config.evaluation import EvalOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(EvalOptions, argv, "eval")
+    from rlhf_fast.cli.evaluation import run_eval
+
+    return run_eval(options)
 
 
 @command("generate", "sample responses to a file of prompts")

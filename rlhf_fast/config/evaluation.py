@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from rlhf_fast.config.fields import expand_home, require_range
 from rlhf_fast.errors import UserError
@@ -124,12 +124,11 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(EvalConfig):
     """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
     and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
     same command goes on where it was stopped, and another judge needs no sampling."""
 
-    config: OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
     list: bool = False
     """List the tasks, the file that each needs, what it measures and its judge; then stop."""
     check_judges: bool = False

@@ -85,46 +85,6 @@ def _prepare_folder(cfg: EvalConfig) -> None:
             write_json(out / SETTINGS, {"made_by": f"rlhf-fast {__version__} eval"})
 
 
-def _read_tasks(
-    cfg: EvalConfig, models: Mapping[str, str], notes: list[str], files: dict[str, str]
-) -> list[TaskRows]:
-    """Return the tasks that can be run, with their rows. notes: gets what was left out. files: set -> checksum."""
-    folder = Path(cfg.data) if cfg.data else DEMO_SETS
-    if not cfg.data:
-        notes.append("The sets are those of the demo's world: they show that everything works, and are no benchmark.")
-    named = {name.strip() for entry in cfg.tasks for name in entry.split(",")} & TASKS.keys()
-    rows: dict[str, list[Row]] = {}
-    found = []
-    for task in select_tasks(cfg.tasks):
-        has_judge = isinstance(task, LikelihoodTask) or PREFERENCE not in task.judges or cfg.judge.preference
-        if task.name in named:
-            require_set(task.set, folder)
-        paths = find_set(task.set, folder)
-        if not paths or not has_judge or (task.group == PREFERENCE and len(models) < 2):
-            why = (
-                f"no file of the set {task.set} in {folder}" if not paths
-                else "it compares models, and there is only one" if has_judge
-                else "no judge: give --judge.preference a reward model's folder, module:function or a file of labels"
-            )  # fmt: skip
-            if task.name in named:
-                raise UserError(f"eval: {task.name} cannot be run: {why}")
-            notes.append(f"{task.name} was left out: {why}.")
-            continue
-        if task.set not in rows:
-            rows[task.set] = read_set(task.set, paths, cfg.limit, notes)
-            files[task.set] = checksum(paths)
-            notes += training_notes(paths, models) if task.set == "text" else ()
-        if not rows[task.set]:
-            notes.append(f"{task.name} was left out: {', '.join(map(str, paths))} has no row for it.")
-            continue
-        found.append(TaskRows(task, rows[task.set]))
-    if not found:
-        raise UserError(f"eval: there is nothing to do: {' '.join(notes)}")
-    if 0 < cfg.limit < SMALL_SAMPLE:
-        notes.append(f"With {cfg.limit} rows, intervals are wider than ± 10 points.")
-    return found
-
-
 def _load_judges(cfg: EvalConfig, tasks: Sequence[Task], num_models: int) -> dict[str, Judge | PairJudge]:
     """Return the judges that the tasks need, by role."""
     roles = dict.fromkeys(role for task in tasks if isinstance(task, GenerationTask) for role in task.judges)
@@ -239,7 +199,10 @@ def _write(cfg: EvalConfig, results: Mapping[str, Any]) -> None:
     with writing(out):
         write_json(out / RESULTS, results)
         (out / REPORT).write_text(report.markdown(results, GROUPS), encoding="utf-8")
-        draw(results, GROUPS, out / FIGURE)
+    try:
+        draw(results["results"], GROUPS, out / FIGURE)
+    except UserError as error:  # matplotlib is an extra
+        print(f"eval: no picture: {error}", file=sys.stderr)
 
 
 def _progress(echo: Echo, model: str, task: Task, rows: Sequence[Row]) -> Callable[[int], None]:
