@@ -13,11 +13,12 @@ from rlhf_fast.demo.answers import QUESTIONS
 from rlhf_fast.demo.corpus import Web
 from rlhf_fast.demo.labelers import AGREEMENT, agreement, calibrate, judge, make_labelers
 from rlhf_fast.demo.materials import HELD_OUT, TRAINING, Plan, draw_materials, read_rows, write_materials
-from rlhf_fast.demo.measure import Estimate, estimate, load_model
+from rlhf_fast.demo.measure import load_model
 from rlhf_fast.demo.pretrain import SHAPES, make_model, make_tokenizer, pretrain
 from rlhf_fast.demo.tasks import CATEGORIES, KINDS, Task, draw_task, draw_tasks
 from rlhf_fast.demo.world import RELATIONS, SENTENCES, WORDS, World, fill, is_rude, parse, split_sentences
 from rlhf_fast.errors import UserError
+from rlhf_fast.eval.estimates import Estimate, mean
 
 WORLD = World(0)
 
@@ -125,23 +126,28 @@ def test_labelers_agree_as_often_as_they_are_set_to():
     pairs = [(task, task.answer(rng, WORLD), draw_task(rng, task.kind, 0.0).answer(rng, WORLD)) for task in tasks]
     pairs = [pair for pair in pairs if pair[1] != pair[2]]
     noise = calibrate(TRAINING, 0, pairs, WORLD)
-    reached = estimate(agreement(make_labelers(TRAINING, 0, noise), pairs, WORLD))
+    reached = agreement(make_labelers(TRAINING, 0, noise), pairs, WORLD)
     assert noise > 0 and abs(reached.value - AGREEMENT) < 0.02
-    fresh = estimate(agreement(make_labelers(HELD_OUT, 0, noise), pairs, WORLD))
+    fresh = agreement(make_labelers(HELD_OUT, 0, noise), pairs, WORLD)
     assert abs(fresh.value - AGREEMENT) < 0.1
 
 
-def test_intervals_and_verdicts():
-    assert estimate([0.2, 0.4, 0.6]) == pytest.approx((0.4, 1.96 * (0.04 / 3) ** 0.5))
-    assert estimate([1, 0, 1, 0]) == pytest.approx((0.5, 1.96 * (1 / 12) ** 0.5))
-    assert 0.03 < estimate([0] * 100).high < 0.06 and estimate([0] * 100).value == 0
-    low, high, uncertain = Estimate(0.2, 0.05), Estimate(0.4, 0.05), Estimate(0.3, 0.3)
+def around(value, error):
+    return Estimate(value, value - error, value + error, 100)
+
+
+def test_verdicts():
+    low, high, uncertain = around(0.2, 0.05), around(0.4, 0.05), around(0.3, 0.3)
     assert [report.is_higher(*pair) for pair in ((low, high), (high, low), (low, uncertain))] == [
         report.AGREES, report.DISAGREES, report.UNDECIDED,
     ]  # fmt: skip
-    assert [report.exceeds(rate) for rate in (Estimate(0.6, 0.05), Estimate(0.4, 0.05), uncertain)] == [
+    assert [report.exceeds(rate) for rate in (around(0.6, 0.05), around(0.4, 0.05), uncertain, mean([]))] == [
+        report.AGREES, report.DISAGREES, report.UNDECIDED, report.UNDECIDED,
+    ]  # fmt: skip
+    assert [report.overlaps(e, 0.71, 0.74) for e in (around(0.7, 0.02), low, mean([]))] == [
         report.AGREES, report.DISAGREES, report.UNDECIDED,
     ]  # fmt: skip
+    assert report.percent(mean([1, 0] * 50), mean([0] * 40), mean([])) == "50.0 ± 9.6 % -> 0.0 [0.0, 8.8] % -> none"
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -209,12 +215,19 @@ def test_no_text_is_both_held_out_and_trained_on(tmp_path):
     assert len(held) > 250 and not trained & held
 
 
-def test_intervals_and_verdicts_need_evidence():
-    assert estimate([0.0] * 200).error == pytest.approx(0.0188, abs=1e-3)  # Wilson's bound for none of 200
-    assert estimate([1.0]).error > 0.5
-    uncertain, low, high = Estimate(0.3, 0.2), Estimate(0.3, 0.01), Estimate(0.31, 0.01)
+def test_verdicts_need_evidence():
+    uncertain, low, high = around(0.3, 0.2), around(0.3, 0.01), around(0.31, 0.01)
     assert report.is_not_lower(uncertain, uncertain) == report.UNDECIDED
-    assert (
-        report.is_not_lower(low, high) == report.AGREES
-        and report.is_not_lower(Estimate(0.5, 0.01), low) == report.DISAGREES
-    )
+    assert report.is_not_lower(low, high) == report.AGREES
+    assert report.is_not_lower(around(0.5, 0.01), low) == report.DISAGREES
+
+
+def test_demo_of_another_version_is_said_to_be_one(tmp_path):
+    trial = run.Trial(tmp_path / "demo", 0, run.QUICK, draw_materials(run.QUICK, 0))
+    run.prepare_folder(trial)
+    run.prepare_folder(trial)
+    settings = json.loads((trial.out / "demo.json").read_text())
+    del settings["version"]
+    (trial.out / "demo.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="another version"):
+        run.prepare_folder(trial)

@@ -24,10 +24,13 @@ from rlhf_fast.demo.world import (
     parse,
     split_sentences,
 )
+from rlhf_fast.eval import estimates
+from rlhf_fast.eval.estimates import Estimate
 
 AGREEMENT = 0.73  # 72.6 +- 1.5 % among the paper's training labelers
 TOO_LONG = 30  # words
 TIE_MARGIN = 0.25  # scores closer than this are a tie
+TIE = 0.5  # the vote for a tie
 Pair = tuple[Task, str, str]
 """A prompt and two responses to it."""
 _NAMES = frozenset([*PEOPLE, *CITIES, *ANIMALS, *THINGS, *PLACES, *FOODS])
@@ -118,23 +121,18 @@ def votes(labelers: Sequence[Labeler], pair: Pair, world: World) -> list[float]:
     found = []
     for labeler in labelers:
         first, second = (labeler.score(task.prompt, response, judgement) for response, judgement in judged)
-        found.append(0.5 if abs(first - second) < TIE_MARGIN else float(first > second))
+        found.append(TIE if abs(first - second) < TIE_MARGIN else float(first > second))
     return found
 
 
-def agreement(labelers: Sequence[Labeler], pairs: Sequence[Pair], world: World) -> list[float]:
-    """Return for each pair of responses the share of labelers' pairs that agree.
+def agreement(labelers: Sequence[Labeler], pairs: Sequence[Pair], world: World) -> Estimate:
+    """Return how often two labelers agree on a pair of responses; a pair is one value.
 
     Ties do not count, as the paper leaves them out of its rankings. Pairs with fewer than two votes are left out.
     """
-    shares = []
-    for pair in pairs:
-        found = votes(labelers, pair, world)
-        num_first, num_second = found.count(1.0), found.count(0.0)
-        if num_first + num_second > 1:
-            agreeing = math.comb(num_first, 2) + math.comb(num_second, 2)
-            shares.append(agreeing / math.comb(num_first + num_second, 2))
-    return shares
+    return estimates.agreement(
+        [vote for vote in votes(labelers, pair, world) if vote != TIE] for pair in pairs
+    ).pairwise
 
 
 def calibrate(names: Sequence[str], seed: int, pairs: Sequence[Pair], world: World, target: float = AGREEMENT) -> float:
@@ -142,8 +140,7 @@ def calibrate(names: Sequence[str], seed: int, pairs: Sequence[Pair], world: Wor
     low, high = 0.0, 16.0
     for _ in range(10):
         middle = (low + high) / 2
-        shares = agreement(make_labelers(names, seed, middle), pairs, world)
-        if sum(shares) / len(shares) > target:
+        if agreement(make_labelers(names, seed, middle), pairs, world).value > target:
             low = middle
         else:
             high = middle

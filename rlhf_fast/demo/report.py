@@ -12,7 +12,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_fast.demo.measure import Estimate
+from rlhf_fast.eval import cells
+from rlhf_fast.eval.estimates import Estimate, unpaired_difference
+from rlhf_fast.eval.paper import HELD_OUT_AGREEMENT, TRAINING_AGREEMENT
 from rlhf_fast.run.terminal import aligned
 
 Numbers = Mapping[str, Estimate]
@@ -32,43 +34,39 @@ class Row(NamedTuple):
 
 def is_higher(low: Estimate, high: Estimate) -> str:
     """Judge whether `high` is above `low`; within the noise of two independent means (95 %) it is undecided."""
-    difference, error = high.value - low.value, math.hypot(low.error, high.error)
-    if difference > error:
-        return AGREES
-    return DISAGREES if difference < -error else UNDECIDED
+    return exceeds(unpaired_difference(high, low), 0.0)
 
 
 def is_not_lower(before: Estimate, after: Estimate, margin: float = 0.05) -> str:
     """Judge whether `after` is not below `before` by more than `margin` (95 %)."""
-    difference, error = after.value - before.value, math.hypot(after.error, before.error)
-    if difference + error < 0:
+    found = unpaired_difference(after, before)
+    if found.high < 0:
         return DISAGREES
-    return AGREES if difference - error > -margin else UNDECIDED
+    return AGREES if found.low > -margin else UNDECIDED
 
 
-def exceeds(rate: Estimate, level: float = 0.5) -> str:
-    """Judge whether a rate is above `level`; undecided if its interval has `level` in it."""
-    if rate.low > level:
+def exceeds(figure: Estimate, level: float = 0.5) -> str:
+    """Judge whether a figure is above `level`; undecided if its interval has `level` in it."""
+    if figure.low > level:
         return AGREES
-    return DISAGREES if rate.high < level else UNDECIDED
+    return DISAGREES if figure.high < level else UNDECIDED
 
 
-def overlaps(ours: Estimate, theirs: Estimate) -> str:
-    """Judge whether two intervals overlap."""
+def overlaps(ours: Estimate, low: float, high: float) -> str:
+    """Judge whether an interval overlaps that from `low` to `high`."""
     if math.isnan(ours.value):
         return UNDECIDED
-    return AGREES if abs(ours.value - theirs.value) <= ours.error + theirs.error else DISAGREES
+    return AGREES if ours.low <= high and low <= ours.high else DISAGREES
 
 
 def percent(*estimates: Estimate) -> str:
     """Return shares as percentages with their intervals."""
-    shown = ("none" if math.isnan(e.value) else f"{100 * e.value:.1f} ± {100 * e.error:.1f} %" for e in estimates)
-    return " -> ".join(shown)
+    return " -> ".join(cells.percent(e) if e.n else "none" for e in estimates)
 
 
 def nats(*estimates: Estimate) -> str:
     """Return losses with their intervals."""
-    return " -> ".join(f"{e.value:.3f} ± {e.error:.3f}" for e in estimates)
+    return " -> ".join(map(cells.show, estimates))
 
 
 def rows(n: Numbers) -> Iterator[Row]:
@@ -139,9 +137,9 @@ def rows(n: Numbers) -> Iterator[Row]:
         nats,
     )
     yield line(
-        "two labelers agree, new pairs", "72.6 ± 1.5 %", "agreement", overlaps(n["agreement"], Estimate(0.726, 0.015))
+        "two labelers agree, new pairs", "72.6 ± 1.5 %", "agreement", overlaps(n["agreement"], *TRAINING_AGREEMENT)
     )
-    others = overlaps(n["agreement/held-out"], Estimate(0.773, 0.013))
+    others = overlaps(n["agreement/held-out"], *HELD_OUT_AGREEMENT)
     yield line("two held-out labelers agree", "77.3 ± 1.3 %", "agreement/held-out", others)
     yield line("reward model right, its labelers", "72.4 ± 0.4 %", "accuracy", exceeds(n["accuracy"]))
     right = exceeds(n["accuracy/held-out"])

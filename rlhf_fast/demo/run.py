@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import random
 import sys
 import time
@@ -32,18 +31,12 @@ from rlhf_fast.demo.materials import (
     write_materials,
     write_rows,
 )
-from rlhf_fast.demo.measure import (
-    Estimate,
-    estimate,
-    load_model,
-    reward_accuracy,
-    sample_responses,
-    text_loss,
-    win_rate,
-)
+from rlhf_fast.demo.measure import load_model, sample_responses, text_loss, win_rate
 from rlhf_fast.demo.recipes import ppo_config, reward_config, sft_config
 from rlhf_fast.demo.tasks import CLOSED, Task
 from rlhf_fast.errors import UserError, writing
+from rlhf_fast.eval.estimates import Estimate, estimate_from, mean
+from rlhf_fast.eval.reward_report import reward_accuracy
 from rlhf_fast.run.checkpoint import write_json
 from rlhf_fast.run.outputs import check_empty_folder, read_json, require_writable_folder
 from rlhf_fast.stages import ppo, reward, sft
@@ -65,6 +58,9 @@ QUICK = Plan(
     minibatch=16,
     batches=2,
 )
+
+VERSION = 2
+"""Version of the files of results. 1: estimates were a mean and half the width of its interval."""
 
 Results = Mapping[str, float | Estimate]
 
@@ -126,11 +122,13 @@ def one_thread() -> Iterator[None]:
 def prepare_folder(trial: Trial) -> None:
     """Create the folder, or check that it holds this demo. UserError if it holds another one."""
     path = trial.out / "demo.json"
-    settings = {"seed": trial.seed, "plan": dataclasses.asdict(trial.plan)}
+    settings = {"seed": trial.seed, "plan": dataclasses.asdict(trial.plan), "version": VERSION}
     require_writable_folder(trial.out)
     saved = read_json(path)
     if saved == settings:
         return
+    if isinstance(saved, dict) and {"seed", "plan"} <= saved.keys() and saved.get("version") != VERSION:
+        raise UserError(f"{trial.out}: holds a demo of another version of rlhf-fast; choose another --out")
     if isinstance(saved, dict) and saved.keys() == settings.keys():
         raise UserError(f"{trial.out}: holds a demo with other settings (demo.json); choose another --out")
     may_hold = () if any((trial.out / "steps").glob("*")) else ("steps", "demo.json.tmp")
@@ -150,14 +148,10 @@ def run_steps(trial: Trial) -> None:
         left = time_left(time.perf_counter() - start, finished_cost, number - 1)
         message(f"[{number}/{len(STEPS)}] {step.title}" + (f"  (about {left} to the table)" if left else ""))
         step_start = time.perf_counter()
-        results = {name: null_if_nan(value) for name, value in (step.run(trial) or {}).items()}
+        found = step.run(trial) or {}
+        results = {name: value.fields() if isinstance(value, Estimate) else value for name, value in found.items()}
         write_json(trial.result_file(step.name), {**results, "seconds": time.perf_counter() - step_start})
         finished_cost += step.cost
-
-
-def null_if_nan(value: float | Estimate) -> float | Estimate | None:
-    """Return None for an estimate from no values, since JSON has no NaN."""
-    return None if isinstance(value, Estimate) and math.isnan(value.value) else value
 
 
 def message(text: str) -> None:
@@ -221,8 +215,8 @@ def rank(trial: Trial) -> Results:
     new_pairs = draw_pairs(answers["held"], rng)
     return {
         "noise": noise,
-        "agreement": estimate(agreement(groups[""], new_pairs, world)),
-        "agreement/held-out": estimate(agreement(groups["_by_held_out"], new_pairs, world)),
+        "agreement": agreement(groups[""], new_pairs, world),
+        "agreement/held-out": agreement(groups["_by_held_out"], new_pairs, world),
     }
 
 
@@ -274,8 +268,8 @@ def measure(trial: Trial) -> Results:
                 trial.materials.world,
             )
     reward_model = load_model(trial.out / "reward", "scalar")
-    results["accuracy"] = reward_accuracy(reward_model, trial.data / "rankings_held.jsonl")
-    results["accuracy/held-out"] = reward_accuracy(reward_model, trial.data / "rankings_held_by_held_out.jsonl")
+    results["accuracy"] = reward_accuracy(reward_model, str(trial.data / "rankings_held.jsonl"))
+    results["accuracy/held-out"] = reward_accuracy(reward_model, str(trial.data / "rankings_held_by_held_out.jsonl"))
     return results
 
 
@@ -288,14 +282,14 @@ def judge_responses(trial: Trial, responses: Mapping[str, list[str]]) -> dict[st
     held = judged["held"]
     closed = [j for task, j in zip(trial.materials.held, held, strict=True) if task.category in CLOSED]
     return {
-        "true": estimate(j.truthful for j in judged["questions"]),
-        "false": estimate(j.false / (j.true + j.false) for j in held if j.true + j.false),
-        "invented": estimate(j.invented for j in closed),
-        "impolite": estimate(j.rude for j in held),
-        "rude": estimate(j.rude for j in judged["rude"]),
-        "polite": estimate(j.rude for j in judged["polite"]),
-        "helpful": estimate(j.helpful for j in held),
-        "words": estimate(j.words for j in held),
+        "true": mean(j.truthful for j in judged["questions"]),
+        "false": mean(j.false / (j.true + j.false) for j in held if j.true + j.false),
+        "invented": mean(j.invented for j in closed),
+        "impolite": mean(j.rude for j in held),
+        "rude": mean(j.rude for j in judged["rude"]),
+        "polite": mean(j.rude for j in judged["polite"]),
+        "helpful": mean(j.helpful for j in held),
+        "words": mean((j.words for j in held), bounded=False),
     }
 
 
@@ -316,7 +310,7 @@ def write_results(trial: Trial) -> list[report.Row]:
     results = [trial.result(step) for step in ("rank", "respond", "measure")]
     noise = results[0]["noise"]
     values = {name: value for found in results for name, value in found.items() if name not in ("noise", "seconds")}
-    numbers = {name: Estimate(*(value or (math.nan, math.nan))) for name, value in values.items()}
+    numbers = {name: estimate_from(fields) for name, fields in values.items()}
     seconds = sum(trial.result(step.name)["seconds"] for step in STEPS)
     notes = [
         "A quick run: too little of everything for these numbers to mean anything." if trial.plan == QUICK else "",
@@ -331,7 +325,7 @@ def write_results(trial: Trial) -> list[report.Row]:
     with writing(trial.out):
         text = "\n".join([report.plain_table(lines), *notes]) + "\n"
         (trial.out / "table.txt").write_text(text, encoding="utf-8")
-    measured = {name: value._asdict() for name, value in numbers.items() if not math.isnan(value.value)}
+    measured = {name: value.fields() for name, value in numbers.items() if value.n}
     write_json(trial.out / "numbers.json", measured)
     return lines
 

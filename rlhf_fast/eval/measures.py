@@ -1,0 +1,85 @@
+"""Measures: one number a row of a task for a model, from which its estimate and its difference to another follow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from rlhf_fast.eval.estimates import Estimate, difference, mean
+
+PERPLEXITY, NATS = "perplexity", "nats"
+MAX_NATS = 700.0
+"""A mean above it is a perplexity that no float64 holds."""
+
+
+class Measure(NamedTuple):
+    """One measure of one model on the rows of a task."""
+
+    name: str
+    values: tuple[float, ...]
+    """One a row. NaN = the row has none."""
+    groups: tuple[str, ...] = ()
+    """The group of each row, within which rows belong together. () = each row is its own."""
+    weights: tuple[float, ...] = ()
+    """If given, the measure is sum(values) / sum(weights)."""
+    unit: str = "share"
+    """share, bits, nats/token, bits/byte, perplexity, score or tokens. The values of a perplexity are negative
+    log-probabilities."""
+    judge: str = ""
+    """Name of the judge whose scores it counts."""
+    higher_is_better: bool | None = True
+
+    def estimate(self) -> Estimate:
+        """Return the measure with its interval. A perplexity's is exp of the mean's."""
+        found = mean(self.values, self.groups or None, self.weights or None, _bounded(self.unit))
+        if self.unit != PERPLEXITY:
+            return found
+        value, low, high = (math.inf if x > MAX_NATS else math.exp(x) for x in found[:3])
+        return Estimate(value, low, high, found.n)
+
+
+def paired_difference(ours: Measure, baseline: Measure) -> Estimate:
+    """Return ours - baseline, paired by row. Rows where either is NaN are left out.
+
+    The difference of perplexities is that of the mean negative log-probabilities, in nats (`difference_unit`).
+    """
+    if (ours.name, ours.unit, len(ours.values)) != (baseline.name, baseline.unit, len(baseline.values)):
+        raise ValueError(f"{ours.name} of {len(ours.values)} rows and {baseline.name} of {len(baseline.values)}")
+    groups = ours.groups or baseline.groups or None
+    weights = ours.weights or None, baseline.weights or None
+    return difference(ours.values, baseline.values, groups, *weights, bounded=_bounded(ours.unit))
+
+
+def difference_unit(measure: Measure) -> str:
+    """Return the unit of a paired difference."""
+    return NATS if measure.unit == PERPLEXITY else measure.unit
+
+
+def result_record(model: str, task: str, measure: Measure, seconds: float = 0.0) -> dict[str, Any]:
+    """Return the flat record of a measure for results.json, with None for what is not a finite number."""
+    return {
+        "model": model,
+        "task": task,
+        "measure": measure.name,
+        **measure.estimate().fields(),
+        "unit": measure.unit,
+        "judge": measure.judge,
+        "seconds": seconds,
+    }
+
+
+def difference_record(model: str, baseline: str, task: str, ours: Measure, theirs: Measure) -> dict[str, Any]:
+    """Return the flat record of a paired difference."""
+    return {
+        "model": model,
+        "baseline": baseline,
+        "task": task,
+        "measure": ours.name,
+        **paired_difference(ours, theirs).fields(),
+        "unit": difference_unit(ours),
+    }
+
+
+def _bounded(unit: str) -> bool | None:
+    """Return whether values of a unit are in [0, 1]; None where the values say so."""
+    return True if unit == "share" else None if unit in ("score", "bits") else False

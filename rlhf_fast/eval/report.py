@@ -1,0 +1,164 @@
+"""report.md and the terminal's table, from the flat records of results.json; and the thresholds of --fail-under."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_fast.errors import UserError, listed
+from rlhf_fast.eval.tables import (
+    EXCLUDES_ZERO,
+    Grid,
+    Groups,
+    Record,
+    difference_tables,
+    main_measure,
+    models_of,
+    result_tables,
+    split_to_fit,
+)
+from rlhf_fast.run.terminal import aligned
+
+TITLE = "Evaluation (95 % intervals)"
+NOT_VALIDATED = "not validated"
+VALIDATION = (
+    ("accuracy", "accuracy"),
+    ("recall", "recall"),
+    ("false_alarms", "false alarms"),
+    ("auc", "AUC"),
+)
+"""(field of a validation, its name in the report)"""
+ONLY_SHARES = "only shares and differences may be read, since its mean score depends on the mix of texts"
+
+
+def markdown(results: Mapping[str, Any], groups: Groups) -> str:
+    """Return report.md. `results`: what results.json holds. `groups`: group -> tasks, in the report's order."""
+    tables = (f"## {grid.title}\n\n" + "\n".join(_markdown_rows(grid)) for grid in _tables(results, groups))
+    lists = (f"## {title}\n\n" + "\n".join(f"- {_escaped(x)}" for x in lines) for title, lines in _lists(results))
+    return "\n\n".join([f"# {TITLE}", *tables, *lists]) + "\n"
+
+
+def print_report(results: Mapping[str, Any], groups: Groups, console: Console | None = None) -> None:
+    """Print the tables without details, the judges and the notes: with lines on a terminal, else as aligned text."""
+    console = console or Console(highlight=False, soft_wrap=False)
+    for grid in _tables(results, groups):
+        if grid.title == "Details":
+            continue
+        if console.is_terminal:
+            for part in split_to_fit(grid, console.width):
+                console.print(_rich_table(part))
+        else:
+            print("\n".join([grid.title, *aligned([grid.header, *grid.rows]), ""]), file=console.file)
+    for title, lines in _lists(results):
+        print("\n".join([title, *(f"  {line}" for line in lines)]), file=console.file)
+
+
+def judge_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return a line on each judge: who labelled the answers that it was validated on, how many, and how it did.
+
+    A judge that a result names and `judges` lacks gets a line too, so that no figure stands without one.
+    """
+    judges: Mapping[str, Any] = results.get("judges") or {}
+    lines = []
+    for role, judge in judges.items():
+        validation, threshold = judge.get("validation"), judge.get("threshold")
+        above = "" if threshold is None else f" (yes above {threshold:g})"
+        line = f"{role}: {judge['name']}{above}: {_validation_text(validation) if validation else NOT_VALIDATED}"
+        lines.append(f"{line}; {ONLY_SHARES}" if role == "toxicity" else line)
+    named = {judge["name"] for judge in judges.values()}
+    used = dict.fromkeys(record["judge"] for record in results.get("results", ()) if record.get("judge"))
+    others = [name for name in used if name not in named and not named.issuperset(name.split(" and "))]
+    return lines + [f"{name}: {NOT_VALIDATED}" for name in others]
+
+
+def note_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return the notes, and a line on the settings that the figures hang on."""
+    meta: Mapping[str, Any] = results.get("meta") or {}
+    limit = meta.get("limit")
+    settings = [f"the first {limit} rows of each set"] if limit else []
+    settings += [f"{name} {meta[name]}" for name in ("seed", "template", "dtype") if meta.get(name) not in (None, "")]
+    return [*results.get("notes", ()), *([f"Settings: {', '.join(settings)}."] if settings else [])]
+
+
+def check_thresholds(records: Sequence[Record], thresholds: Mapping[str, float]) -> list[str]:
+    """Return a sentence for each threshold of --fail-under that is not reached; [] if all are.
+
+    A name is `task` or `task.measure`, and concerns the last model; `model:task` and `model:task.measure` another one.
+    `task` alone is the task's main measure, the one in the figure. The value itself is compared, not its interval: it
+    fails if it is smaller than the threshold, or if there is none. UserError for a name that no record has.
+    """
+    failures = []
+    for name, threshold in thresholds.items():
+        record = _record_of(name, records)
+        what = f"{record['model']}: {record['task']}.{record['measure']}"
+        value = record["value"]
+        if value is None or math.isnan(value):
+            failures.append(f"{what} has no value (n {record['n']}); at least {threshold:g} is asked for")
+        elif value < threshold:
+            failures.append(f"{what} is {value:.4g} (n {record['n']}), below {threshold:g}")
+    return failures
+
+
+def _record_of(name: str, records: Sequence[Record]) -> Record:
+    """Return the record that a name of --fail-under means."""
+    models = models_of(records)
+    model = next((model for model in models if name.startswith(f"{model}:")), None)
+    chosen = [record for record in records if record["model"] == (model or (models or [""])[-1])]
+    wanted = name if model is None else name[len(model) + 1 :]
+    task, _, measure = wanted.partition(".")
+    measure = measure or main_measure(task, chosen)
+    for record in chosen:
+        if (record["task"], record["measure"]) == (task, measure):
+            return record
+    known = list(dict.fromkeys(x for r in chosen for x in (r["task"], f"{r['task']}.{r['measure']}")))
+    near = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {listed(known) or 'no results'}"
+    where = f"of {chosen[0]['model']}" if chosen else "of any model"
+    raise UserError(f"--fail-under {name}: no result {where} has that name; {hint}")
+
+
+def _tables(results: Mapping[str, Any], groups: Groups) -> list[Grid]:
+    main, *details = result_tables(results.get("results", ()), groups) or [Grid("Results", ("",), ())]
+    return [main, *difference_tables(results.get("differences", ()), groups), *details]
+
+
+def _lists(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return the titles and lines of what stands below the tables."""
+    return [pair for pair in (("Judges", judge_lines(results)), ("Notes", note_lines(results))) if pair[1]]
+
+
+def _validation_text(validation: Mapping[str, Any]) -> str:
+    """Return who labelled, n and the figures that the validation has."""
+    figures = [
+        f"{name} {validation[field]:.3f}"
+        for field, name in VALIDATION
+        if validation.get(field) is not None and math.isfinite(validation[field])
+    ]
+    text = ", ".join([f"labels by {validation['labels']}", f"n {validation['n']}", *figures])
+    return "; ".join([text, *(str(validation[field]) for field in ("date", "note") if validation.get(field))])
+
+
+def _markdown_rows(grid: Grid) -> list[str]:
+    rows = ["| " + " | ".join(map(_escaped, row)) + " |" for row in (grid.header, *grid.rows)]
+    return [rows[0], "|---" * len(grid.header) + "|", *rows[1:]]
+
+
+def _escaped(text: str) -> str:
+    """Return text in which markdown sees no table, emphasis or tag."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").replace("\n", " ")
+
+
+def _rich_table(grid: Grid) -> Table:
+    """Return a table for the terminal, differences that exclude 0 in bold."""
+    table = Table(title=Text(grid.title), title_justify="left")
+    for number, name in enumerate(grid.header):
+        table.add_column(Text(name), overflow="fold", no_wrap=0 < number < len(grid.header) - 1)
+    for row in grid.rows:
+        table.add_row(*(Text(cell, "bold" if cell.endswith(EXCLUDES_ZERO) else "") for cell in row))
+    return table

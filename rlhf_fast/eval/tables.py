@@ -1,0 +1,156 @@
+"""The tables of a report, made from flat records: which rows, in which order, and the text of each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlhf_fast.eval.cells import MISSING, show
+from rlhf_fast.eval.estimates import Estimate, estimate_from
+from rlhf_fast.eval.paper import paper_text
+
+Record = Mapping[str, Any]
+"""A flat record of results.json."""
+Groups = Mapping[str, Sequence[str]]
+"""Group -> its tasks, both in the order of the report (eval/tasks.py, GROUPS)."""
+Key = tuple[str, str]
+"""(task, measure)"""
+
+MAIN = {
+    "preference": "win_rate",
+    "truthfulqa": "true_and_informative",
+    "truthfulqa_instruction": "true_and_informative",
+    "hellaswag": "acc_token",
+    "text": "bits_per_byte",
+}
+"""The measure that stands for a task in the figure and in --fail-under, where it is not the task's first one."""
+DETAILS = ("empty", "unjudged", "words", "toxic_bin_", "refusal_rate_")
+"""Beginnings of the names of measures that are left to the table of details."""
+OTHER = "other"
+FIXED = 2
+"""Number of columns before those of the models: the label and n."""
+EXCLUDES_ZERO = "*"
+
+
+class Grid(NamedTuple):
+    """A table as text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def split_to_fit(grid: Grid, width: int, border: int = 3) -> list[Grid]:
+    """Return the table in parts of at most `width` characters if one column more than the label and n fits.
+
+    Each part has the label and n. border: characters between two columns.
+    """
+    widths = [max(map(len, column)) + border for column in zip(grid.header, *grid.rows, strict=True)]
+    parts: list[list[int]] = [[]]
+    for column in range(FIXED, len(widths)):
+        taken = sum(widths[:FIXED]) + sum(widths[i] for i in parts[-1]) + 1
+        if parts[-1] and taken + widths[column] > width:
+            parts.append([])
+        parts[-1].append(column)
+    chosen = [[*range(FIXED), *part] for part in parts]
+    rows = [[tuple(row[i] for i in part) for row in (grid.header, *grid.rows)] for part in chosen]
+    return [Grid(grid.title, header, tuple(rest)) for header, *rest in rows]
+
+
+def models_of(records: Iterable[Record]) -> list[str]:
+    """Return the names of the models, in the order given."""
+    return list(dict.fromkeys(record["model"] for record in records))
+
+
+def in_order(records: Sequence[Record], groups: Groups) -> list[Key]:
+    """Return each (task, measure), tasks in the order of the groups, measures in that of the records."""
+    order = [task for tasks in groups.values() for task in tasks]
+    keys = list(dict.fromkeys((record["task"], record["measure"]) for record in records))
+    first = {task: number for number, task in enumerate(dict.fromkeys([*order, *(task for task, _ in keys)]))}
+    return sorted(keys, key=lambda key: first[key[0]])
+
+
+def group_of(task: str, groups: Groups) -> str:
+    return next((group for group, tasks in groups.items() if task in tasks), OTHER)
+
+
+def main_measure(task: str, records: Iterable[Record]) -> str:
+    """Return the measure that stands for a task, or "" if the records have none of it."""
+    found = list(dict.fromkeys(record["measure"] for record in records if record["task"] == task))
+    return MAIN[task] if MAIN.get(task) in found else found[0] if found else ""
+
+
+def is_level_meaningless(record: Record) -> bool:
+    """Return whether only differences of a measure mean something: a toxicity judge's mean score."""
+    return record["measure"] == "toxicity"
+
+
+def result_tables(records: Sequence[Record], groups: Groups) -> list[Grid]:
+    """Return the main table and that of details, each with the paper's column if it has a figure of it."""
+    shown = [record for record in records if not is_level_meaningless(record)]
+    details = [key for key in in_order(shown, groups) if key[1].startswith(DETAILS)]
+    main = [key for key in in_order(shown, groups) if key not in details]
+    models = models_of(records)
+    cells = {(record["model"], record["task"], record["measure"]): record for record in shown}
+    grids = []
+    for title, keys, paper in (("Results", main, True), ("Details", details, False)):
+        rows = []
+        for task, measure in keys:
+            found = [cells.get((model, task, measure)) for model in models]
+            unit = next(record["unit"] for record in found if record)
+            last = (paper_text(task, measure),) if paper else ()
+            rows.append((label(task, measure, unit), counts(found), *map(cell, found), *last))
+        header = ("", "n", *models, *(["InstructGPT paper"] if paper else []))
+        if rows:
+            grids.append(Grid(title, header, tuple(rows)))
+    return grids
+
+
+def difference_tables(records: Sequence[Record], groups: Groups) -> list[Grid]:
+    """Return for each baseline the paired differences to it, with a mark where the interval excludes 0."""
+    grids = []
+    for baseline in dict.fromkeys(record["baseline"] for record in records):
+        kept = [record for record in records if record["baseline"] == baseline]
+        kept = [record for record in kept if not record["measure"].startswith(DETAILS)]
+        models = models_of(kept)
+        cells = {(record["model"], record["task"], record["measure"]): record for record in kept}
+        rows = []
+        for task, measure in in_order(kept, groups):
+            found = [cells.get((model, task, measure)) for model in models]
+            unit = next(record["unit"] for record in found if record)
+            rows.append((label(task, measure, unit), counts(found), *map(difference_cell, found)))
+        if rows:
+            title = f"Differences to {baseline} (paired by row; {EXCLUDES_ZERO} where the interval excludes 0)"
+            grids.append(Grid(title, ("", "n", *models), tuple(rows)))
+    return grids
+
+
+def label(task: str, measure: str, unit: str) -> str:
+    """Return the name of a row: the task, the measure, and the unit unless it is a share or said already."""
+    said = unit in ("share", "") or unit.replace("/", "_per_") == measure or unit == measure
+    return f"{task}: {measure}" + ("" if said else f" ({unit})")
+
+
+def cell(record: Record | None) -> str:
+    return show(estimate_from(record), digits(estimate_from(record))) if record else MISSING
+
+
+def difference_cell(record: Record | None) -> str:
+    """Return a difference with its sign, and the mark if its interval excludes 0."""
+    if not record:
+        return MISSING
+    found = estimate_from(record)
+    return show(found, digits(found), sign=True) + (f" {EXCLUDES_ZERO}" if found.excludes(0) else "")
+
+
+def digits(estimate: Estimate) -> int:
+    """Return the number of decimals that are shown of an estimate: three below 10, fewer above."""
+    size = abs(estimate.value)
+    return 3 if not size >= 10 else 2 if size < 100 else 1
+
+
+def counts(records: Iterable[Record | None]) -> str:
+    """Return the n of a row's cells: one number if all are equal, else one for each."""
+    found = [str(record["n"]) if record else MISSING for record in records]
+    different = set(found) - {MISSING}
+    return different.pop() if len(different) == 1 else " / ".join(found)

@@ -1,0 +1,190 @@
+"""Intervals hold what they promise, and every odd number of rows has an honest one."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_fast.eval.estimates import Estimate as E
+from rlhf_fast.eval.estimates import (
+    Z,
+    agreement,
+    bootstrap,
+    difference,
+    mean,
+    student_t,
+    unpaired_difference,
+    wilson,
+)
+from rlhf_fast.eval.measures import Measure, difference_record, paired_difference, result_record
+
+NAN = math.nan
+
+
+def near(estimate, *expected):
+    return estimate == pytest.approx(expected, abs=5e-4, nan_ok=True)
+
+
+def test_published_values():
+    assert near(wilson(8, 10), 0.8, 0.490, 0.943, 10)
+    # Fleiss' example: how many of 14 labelers gave 10 units each of 5 labels, in hexadecimal.
+    counts = ["0000e", "02642", "00356", "03920", "22811", "77000", "32630", "25322", "65210", "02237"]
+    table = [[label for label, k in enumerate(row) for _ in range(int(k, 16))] for row in counts]
+    assert agreement(table).fleiss == pytest.approx(0.210, abs=5e-4)
+    # Krippendorff's example: 4 labelers, 12 units, some labels missing.
+    labelers = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
+    units = [[None if label == "." else label for label in unit] for unit in zip(*labelers, strict=True)]
+    found = agreement(units)
+    assert found.krippendorff == pytest.approx(0.743, abs=5e-4)
+    assert math.isnan(found.fleiss) and found.pairwise.n == 11
+
+
+def test_agreement_where_there_is_little_to_agree_on():
+    assert agreement([]).pairwise.n == agreement([[1], [None, 2], [NAN, 1.0]]).pairwise.n == 0
+    alike = agreement([["a", "a"], ["a", "a"]])
+    assert alike.pairwise.value == 1 and alike.pairwise.low < 0.5
+    assert math.isnan(alike.krippendorff) and math.isnan(alike.fleiss)
+    assert agreement([["a", "b"], ["b", "a"]]).pairwise.value == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "expected"),
+    [
+        ([], {}, (NAN, NAN, NAN, 0)),
+        ([NAN], {}, (NAN, NAN, NAN, 0)),
+        ([1, NAN], {}, wilson(1, 1)),
+        ([0.25], {}, wilson(0.25, 1)),
+        ([3.0], {}, (3.0, NAN, NAN, 1)),
+        ([2.0, 2.0], {}, (2.0, 2.0, 2.0, 2)),
+        ([0.5] * 9, {}, wilson(4.5, 9)),
+        ([0, 0, 0, 0], {}, wilson(0, 4)),
+        ([1, 1, 1, 1], {"groups": "aabb"}, wilson(2, 2)),  # all right, but only two groups
+        ([1, 1, 1], {"groups": "aaa"}, wilson(1, 1)),
+        ([1, 1, 1], {"bounded": False}, (1.0, 1.0, 1.0, 3)),  # answers of one token each, no shares
+        ([1, NAN, 3], {"weights": [1, 5, 1]}, mean([1.0, 3.0])),
+        ([6, 2], {"weights": [3, 1]}, (2.0, 2.0, 2.0, 2)),
+        ([1.0, 2.0], {"weights": [0, 0]}, (NAN, NAN, NAN, 0)),
+    ],
+)
+def test_mean_of_odd_rows(values, options, expected):
+    assert near(mean(values, **options), *expected)
+
+
+def test_mean_by_hand():
+    # Three values: standard error of the mean .2 / sqrt 3, and Student's t with 2 degrees of freedom.
+    half = 4.30265 * 0.2 / 3**0.5
+    assert near(mean([0.2, 0.4, 0.6], bounded=False), 0.4, 0.4 - half, 0.4 + half, 3)
+    # In [0, 1]: the bounds are where |bound - mean| is half a width, scaled by sqrt(bound (1 - bound) / (.4 x .6)).
+    found = mean([0.2, 0.4, 0.6])
+    for bound in (found.low, found.high):
+        assert abs(bound - 0.4) == pytest.approx(half * math.sqrt(bound * (1 - bound) / 0.24))
+    # Ratio 10 / 5 over two groups with sums 7 of weight 3 and 3 of weight 2: residuals 1 and -1, over 5.
+    half = 12.7062 * math.sqrt(2 * 2) / 5
+    assert near(mean([3, 4, 3], "aab", [1, 2, 2]), 2, 2 - half, 2 + half, 2)
+    assert mean([1, 0, 1, 0], [5, 6, 7, 8]) == wilson(2, 4)
+    assert mean([1, 0, 1], groups=[1, 1, 2]).n == 2
+    with pytest.raises(ValueError, match="2 groups for 3 rows"):
+        mean([1, 2, 3], groups="ab")
+
+
+def test_student_t():
+    for degrees, exact in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (30, 2.04227), (10**6, Z)):
+        assert student_t(degrees) == pytest.approx(exact, rel=2e-3)
+
+
+def test_difference_by_hand():
+    a, b = [1, 1, 0, NAN, 1], [0, 1, 0, 1, NAN]
+    half = student_t(2) * math.sqrt((2 / 3) ** 2 + 2 * (1 / 3) ** 2) * math.sqrt(3 / 2) / 3
+    assert near(difference(a, b), 1 / 3, max(1 / 3 - half, -1), min(1 / 3 + half, 1), 3)
+    assert near(difference([], []), NAN, NAN, NAN, 0)
+    assert near(difference([5.0], [3.0]), 2, NAN, NAN, 1)
+    width = Z * Z / (4 + Z * Z)  # nothing differs in four rows: that proves little
+    assert near(difference([1, 0, 1, 0], [1, 0, 1, 0]), 0, -width, width, 4)
+    assert near(difference([1] * 4, [0] * 4), 1, 1 - width, 1, 4)
+    assert near(difference([7.5, 3.0], [7.5, 3.0]), 0, 0, 0, 2)
+    # Ratios 9 / 4 and 5; residuals -3/16 and 3/16 against -1/2 and 1/2.
+    half = 12.7062 * 2 * (1 / 2 - 3 / 16)
+    assert near(difference([6, 3], [4, 6], None, [3, 1], [1, 1]), -2.75, -2.75 - half, -2.75 + half, 2)
+
+
+def test_pairing_narrows_the_interval():
+    random = np.random.default_rng(0)
+    a = (random.random(400) < 0.4) * 1.0
+    b = np.where(random.random(400) < 0.1, 1 - a, a)
+    paired, apart = difference(a, b), unpaired_difference(mean(a), mean(b))
+    assert paired.value == pytest.approx(apart.value) and paired.half_width < 0.5 * apart.half_width
+
+
+def test_unpaired_difference_of_asymmetric_intervals():
+    found = unpaired_difference(E(0.5, 0.4, 0.7, 10), E(0.2, 0.1, 0.5, 20))
+    assert near(found, 0.3, 0.3 - math.hypot(0.1, 0.3), 0.3 + math.hypot(0.2, 0.1), 10)
+    assert not found.excludes(0) and E(0.2, 0.1, 0.5, 3).excludes(0) and not E(0.0, 0.0, 0.0, 3).excludes(0)
+    assert not E(0.2, NAN, NAN, 1).excludes(0)
+
+
+def test_coverage():
+    """Over 1,000 draws the interval holds the true mean as often as it says; where rows belong together, only with
+    their groups."""
+    random = np.random.default_rng(0)
+    for n, share in ((30, 0.5), (30, 0.95), (200, 0.05)):
+        found = [mean(row) for row in (random.random((1000, n)) < share) * 1.0]
+        assert np.mean([e.low <= share <= e.high for e in found]) >= 0.93
+    found = [mean(random.exponential(1.0, 40)) for _ in range(1000)]
+    assert np.mean([e.low <= 1 <= e.high for e in found]) >= 0.9  # a skewed mean of 40 values
+    groups = np.repeat(np.arange(60), 4).tolist()  # four labelers a prompt, and prompts differ much
+    naive = clustered = 0
+    for _ in range(1000):
+        prompt = np.repeat(random.beta(0.5, 0.5, 60), 4)
+        votes = (random.random(240) < prompt) * 1.0
+        alone, together = mean(votes), mean(votes, groups)
+        naive += alone.low <= 0.5 <= alone.high
+        clustered += together.low <= 0.5 <= together.high
+    assert clustered >= 940 and naive < 850
+    groups = np.repeat(np.arange(50), 4).tolist()  # rare things that come together
+    votes = (random.random((1000, 200)) < np.repeat(random.beta(0.1, 4.9, (1000, 50)), 4, axis=1)) * 1.0
+    assert np.mean([e.low <= 0.02 <= e.high for e in (mean(row, groups) for row in votes)]) >= 0.94
+
+
+def test_coverage_of_paired_differences_of_ratios():
+    random = np.random.default_rng(1)
+    held = 0
+    for _ in range(1000):
+        tokens = random.integers(5, 60, 50)
+        document = random.normal(0, 0.3, 50)  # what makes a document hard is hard for both models
+        ours, theirs = (tokens * (level + document + random.normal(0, 0.1, 50)) for level in (2.0, 2.1))
+        found = difference(ours, theirs, None, tokens, tokens)
+        held += found.low <= -0.1 <= found.high
+    assert held >= 930
+
+
+def test_bootstrap_is_near_the_formula():
+    random = np.random.default_rng(2)
+    values, groups = random.random(120), np.repeat(np.arange(40), 3).tolist()
+    exact = mean(values, groups)
+    found = bootstrap(lambda rows: float(values[rows].mean()), 120, groups)
+    assert found.value == pytest.approx(exact.value) and found.n == 40
+    assert found.half_width == pytest.approx(exact.half_width, rel=0.12)
+    assert found == bootstrap(lambda rows: float(values[rows].mean()), 120, groups)
+    assert near(bootstrap(lambda rows: 1.0, 0), NAN, NAN, NAN, 0)
+
+
+def test_measures():
+    perplexity = Measure("ppl", (2.0, 4.0, 3.0), unit="perplexity", higher_is_better=False)
+    nats = mean([2.0, 4.0, 3.0])
+    assert near(perplexity.estimate(), *map(math.exp, nats[:3]), 3)
+    other = perplexity._replace(values=(1.0, 3.0, 2.0))
+    assert near(paired_difference(perplexity, other), 1, 1, 1, 3)
+    record = difference_record("sft", "base", "lambada", perplexity, other)
+    assert (record["unit"], record["baseline"], record["n"]) == ("nats", "base", 3)
+    overflow = result_record("sft", "lambada", perplexity._replace(values=(900.0, 800.0)))
+    assert overflow["value"] is None and overflow["n"] == 2
+    accuracy = Measure("acc", (1.0, 0.0, NAN, 1.0), groups=("a", "b", "b", "c"))
+    assert accuracy.estimate() == wilson(2, 3)
+    assert near(Measure("words", (1.0, 1.0), unit="tokens").estimate(), 1, 1, 1, 2)
+    assert Measure("pairs", (3.0, 2.0), weights=(3.0, 2.0)).estimate() == wilson(2, 2)
+    assert result_record("m", "t", Measure("acc", ()), 2.5) == {
+        "model": "m", "task": "t", "measure": "acc", "value": None, "low": None, "high": None, "n": 0, "unit": "share",
+        "judge": "", "seconds": 2.5,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="of 4 rows"):
+        paired_difference(accuracy, accuracy._replace(values=(1.0,)))

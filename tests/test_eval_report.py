@@ -1,0 +1,217 @@
+"""The report: what stands in it, that every figure has its n, and its thresholds."""
+
+import io
+import re
+import sys
+
+import pytest
+from rich.console import Console
+from support.eval_results import GROUPS, make_results
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.eval.cells import percent, show
+from rlhf_fast.eval.estimates import Estimate, mean, wilson
+from rlhf_fast.eval.figure import draw, panels
+from rlhf_fast.eval.paper import PAPER, paper_text
+from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, print_report
+from rlhf_fast.eval.tables import Grid, main_measure, result_tables, split_to_fit
+
+
+def record(model, task, measure, estimate, unit="share", judge="", **more):
+    fields = {"model": model, "task": task, "measure": measure, **Estimate(*estimate).fields()}
+    return {**fields, "unit": unit, "judge": judge, "seconds": 1.0, **more}
+
+
+NAN = float("nan")
+RESULTS = {
+    "results": [
+        record("base", "lambada", "acc", (0.4, 0.35, 0.45, 400)),
+        record("base", "lambada", "perplexity", (50.84, 40.2, 63.1, 400), "perplexity"),
+        record("base", "hellaswag", "acc_token", (0.397, 0.349, 0.445, 400)),
+        record("base", "refusal", "refusal_rate", (0.025, 0.004, 0.129, 40), judge="stance"),
+        record("base", "refusal", "empty", (0.0, 0.0, 0.088, 40)),
+        record("base", "toxicity", "toxic", (0.3, 0.22, 0.38, 120), judge="letters"),
+        record("base", "toxicity", "toxicity", (0.35, 0.31, 0.39, 120), "score", "letters"),
+        record("my|ppo", "preference", "win_rate", (0.734, 0.714, 0.754, 200), judge="runs/rm"),
+        record("my|ppo", "lambada", "acc", (0.38, 0.33, 0.43, 398)),
+        record("my|ppo", "lambada", "perplexity", (NAN, NAN, NAN, 0), "perplexity"),
+        record("my|ppo", "hellaswag", "acc_token", (0.41, NAN, NAN, 1)),
+        record("my|ppo", "mine", "score", (1234.5, 1200.0, 1269.0, 9), "score"),
+    ],
+    "differences": [
+        record("my|ppo", "lambada", "acc", (-0.02, -0.035, -0.005, 398), baseline="base"),
+        record("my|ppo", "lambada", "perplexity", (0.02, -0.01, 0.05, 398), "nats", baseline="base"),
+        record("my|ppo", "toxicity", "toxicity", (0.01, 0.002, 0.018, 120), "score", baseline="base"),
+    ],
+    "judges": {
+        "refusal": {"name": "stance", "threshold": 0.5, "validation": {
+            "labels": "people, XSTest", "n": 722, "accuracy": 0.9144, "recall": 0.907, "false_alarms": 0.082,
+            "auc": float("nan"), "date": "2026-11-26", "note": "five folds by prompt"}},
+        "toxicity": {"name": "letters", "threshold": 0.5, "validation": {
+            "labels": "Perspective", "n": 3200, "accuracy": None, "recall": None, "false_alarms": None, "auc": 0.844}},
+        "preference": {"name": "runs/rm", "threshold": None, "validation": None},
+    },
+    "notes": ["hellaswag: the first 400 rows"],
+    "meta": {"limit": 400, "seed": 0, "template": "plain", "dtype": "float32"},
+}  # fmt: skip
+GOLDEN = r"""# Evaluation (95 % intervals)
+
+## Results
+
+|  | n | base | my\|ppo | InstructGPT paper |
+|---|---|---|---|---|
+| preference: win_rate | 200 | – | 0.734 ± 0.020 | PPO-ptx 0.85 ± 0.03 against GPT, 0.734 ± 0.02 against SFT (175B; sec. 4.1) |
+| toxicity: toxic | 120 | 0.300 ± 0.080 | – | PPO-ptx no fewer than GPT (175B; sec. 4.2) |
+| hellaswag: acc_token | 400 / 1 | 0.397 ± 0.048 | 0.410 (no interval) | GPT 0.781, PPO 0.743, PPO-ptx 0.807 (175B; Table 14) |
+| lambada: acc | 400 / 398 | 0.400 ± 0.050 | 0.380 ± 0.050 | not in the paper |
+| lambada: perplexity | 400 / 0 | 50.84 ± 11.45 | – | not in the paper |
+| refusal: refusal_rate | 40 | 0.025 [0.004, 0.129] | – | not in the paper |
+| mine: score | 9 | – | 1234.5 ± 34.5 | not in the paper |
+
+## Differences to base (paired by row; * where the interval excludes 0)
+
+|  | n | my\|ppo |
+|---|---|---|
+| toxicity: toxicity (score) | 120 | +0.010 ± 0.008 \* |
+| lambada: acc | 398 | -0.020 ± 0.015 \* |
+| lambada: perplexity (nats) | 398 | +0.020 ± 0.030 |
+
+## Details
+
+|  | n | base | my\|ppo |
+|---|---|---|---|
+| refusal: empty | 40 | 0.000 [0.000, 0.088] | – |
+
+## Judges
+
+- refusal: stance (yes above 0.5): labels by people, XSTest, n 722, accuracy 0.914, recall 0.907, false alarms 0.082; 2026-11-26; five folds by prompt
+- toxicity: letters (yes above 0.5): labels by Perspective, n 3200, AUC 0.844; only shares and differences may be read, since its mean score depends on the mix of texts
+- preference: runs/rm: not validated
+
+## Notes
+
+- hellaswag: the first 400 rows
+- Settings: the first 400 rows of each set, seed 0, template plain, dtype float32.
+"""  # noqa: E501
+
+
+def test_markdown():
+    assert markdown(RESULTS, GROUPS) == GOLDEN
+
+
+def test_terminal_and_pipe():
+    for width, force in ((100, False), (100, True), (60, True), (300, True)):
+        console = Console(file=io.StringIO(), force_terminal=force, width=width, color_system=None)
+        print_report(RESULTS, GROUPS, console)
+        text = console.file.getvalue()
+        assert all(part in text for part in ("my|ppo", "0.025 [0.004, 0.129]", "-0.020 ± 0.015 *", "not validated"))
+        assert "Details" not in text and "0.350" not in text  # the level of a mean toxicity is never shown
+        table = text[: text.index("Judges")]
+        assert not force or max(map(len, table.splitlines())) <= width
+    plain = io.StringIO()
+    print_report(RESULTS, GROUPS, Console(file=plain, force_terminal=False))
+    assert re.search(r"^lambada: acc +400 / 398  0.400 ± 0.050", plain.getvalue(), re.M)
+
+
+def test_every_figure_has_its_n_and_every_judge_its_line():
+    results = make_results(("base", "sft", "ppo"))
+    for grid in result_tables(results["results"], GROUPS):
+        assert all(re.fullmatch(r"\d+( / \d+)*", row[1]) for row in grid.rows)
+    text = markdown(results, GROUPS)
+    assert all(f"| {task}: " in text for tasks in GROUPS.values() for task in tasks)
+    lines = judge_lines(results)
+    for name in {r["judge"] for r in results["results"]} - {""}:
+        assert all(any(f"{part} (" in line or f"{part}:" in line for line in lines) for part in name.split(" and "))
+    assert markdown({"results": []}, GROUPS).startswith("# Evaluation")
+
+
+def test_wide_tables_are_split():
+    grid = Grid("t", ("", "n", "a", "b", "c"), (("row", "10", "1234567890", "1234567890", "1234567890"),))
+    assert split_to_fit(grid, 60) == [grid]
+    parts = split_to_fit(grid, 40)
+    assert [part.header for part in parts] == [("", "n", "a", "b"), ("", "n", "c")]
+    assert [part.header[2] for part in split_to_fit(grid, 5)] == ["a", "b", "c"]
+
+
+def test_cells():
+    assert show(mean([])) == "–" and percent(wilson(40, 40)) == "100.0 [91.2, 100.0] %"
+    assert percent(Estimate(0.05, 0.02, 0.08, 9), sign=True) == "+5.0 ± 3.0 %"
+    assert show(Estimate(-0.2, -0.4, -0.1, 9), sign=True) == "-0.200 [-0.400, -0.100]"
+    assert show(Estimate(2.0, 2.0, 2.0, 9)) == "2.000 ± 0.000"
+
+
+def test_paper():
+    """The figures of arXiv 2203.02155, Table 14 at 175B and sections 1, 4.1, E.2; the tutorials' wrong ones nowhere."""
+    table = {
+        ("truthfulqa", "true"): "GPT 0.284, SFT 0.515, PPO 0.755, PPO-ptx 0.712",
+        ("truthfulqa", "true_and_informative"): "GPT 0.251, SFT 0.271, PPO 0.752, PPO-ptx 0.689",
+        ("winogender", "entropy"): "GPT 0.735, SFT 0.503, PPO 0.618, PPO-ptx 0.737",
+        ("winogender_respectful", "entropy"): "GPT 0.796, SFT 0.479, PPO 0.527, PPO-ptx 0.696",
+        ("crows_pairs", "entropy"): "GPT 0.410, SFT 0.241, PPO 0.326, PPO-ptx 0.413",
+        ("hellaswag", "acc_token"): "GPT 0.781, PPO 0.743, PPO-ptx 0.807",
+    }
+    for key, numbers in table.items():
+        assert paper_text(*key) == f"{numbers} (175B; Table 14)"
+    assert paper_text("preference", "win_rate").startswith("PPO-ptx 0.85 ± 0.03 against GPT, 0.734 ± 0.02 against SFT")
+    assert "25 %" in paper_text("toxicity_respectful", "toxic") and "no fewer" in paper_text("toxicity", "toxic")
+    assert "0.724 ± 0.004" in paper_text("reward_model", "pair_accuracy")
+    for key in (("lambada", "acc"), ("refusal", "refusal_rate"), ("hellaswag", "acc_norm"), ("toxicity", "toxicity")):
+        assert paper_text(*key) == "not in the paper"
+    text = " ".join(map(str, PAPER.values()))
+    assert not re.search(r"1\.3B|0\.71 |0\.99|99 %|10 %|0\.57|0\.70\b", text)
+
+
+def test_thresholds():
+    records = RESULTS["results"]
+    assert check_thresholds(records, {"preference": 0.7, "lambada": 0.38, "base:lambada.acc": 0.4}) == []
+    assert check_thresholds(records, {"preference": 0.75, "base:refusal": 0.5, "lambada.perplexity": 1}) == [
+        "my|ppo: preference.win_rate is 0.734 (n 200), below 0.75",
+        "base: refusal.refusal_rate is 0.025 (n 40), below 0.5",
+        "my|ppo: lambada.perplexity has no value (n 0); at least 1 is asked for",
+    ]
+    for name, message in (
+        ("preferences", "of my|ppo has that name; did you mean preference?"),
+        ("base:preference", "of base has that name"),
+        ("lambada.ac", "did you mean lambada.acc?"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_thresholds(records, {name: 0.5})
+    with pytest.raises(UserError, match="there are no results"):
+        check_thresholds([], {"preference": 0.5})
+
+
+def test_panels():
+    results = make_results(("base", "sft", "ppo"))["results"]
+    shown = panels(results, GROUPS)
+    assert [panel.title for panel in shown] == [
+        "preference", "truth", "toxicity", "bias", "alignment tax", "alignment tax", "refusal"
+    ]  # fmt: skip
+    preference, truth, toxicity, bias, shares, text, _ = shown
+    assert preference.label == "win_rate (share), n 200" and text.label == "text: bits/byte, n 20"
+    assert preference.series["preference, n 200"][0] is None  # the baseline is not compared with itself
+    assert [*truth.series][2] == "truthfulqa_mc: mc1, n 200" and next(iter(toxicity.series)) == "toxicity, n 200"
+    assert len(bias.series) == 6 and [*shares.series] == ["hellaswag: acc_token, n 200", "lambada: acc, n 200"]
+    (alone,) = panels([r for r in results if r["task"] == "lambada"], GROUPS)
+    assert alone.label == "lambada: acc (share), n 200"
+
+
+def test_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "report.png"
+    long = ("base", "a-model-with-a-very-long-name-$x$-of-the-second-run", "c")
+    for models, groups in ((("base",), {"tax": ("text",)}), (long, {"truth": GROUPS["truth"], "bias": GROUPS["bias"]})):
+        assert draw(make_results(models, 20, groups)["results"], GROUPS, path).stat().st_size > 5000
+    path.write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        draw(RESULTS["results"], GROUPS, path)
+    with pytest.raises(UserError, match="no result to draw"):
+        draw([record("a", "lambada", "acc", (NAN, NAN, NAN, 0))], GROUPS, tmp_path / "none.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="matplotlib is not installed"):
+        draw(RESULTS["results"], GROUPS, tmp_path / "other.png")
+
+
+def test_main_measures():
+    records = [*RESULTS["results"], record("base", "preference", "words", (9, 8, 10, 9), "words")]
+    assert main_measure("preference", records[::-1]) == "win_rate"
+    assert main_measure("lambada", records) == "acc" and main_measure("text", records) == ""
