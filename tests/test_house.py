@@ -15,7 +15,7 @@ LAYERS = [
     {"demo"},
     {"stages"},
     {"eval"},
-    {"run"},
+    {"run", "scoring"},
     {"rollout", "training"},
     {"model"},
     {"data"},

@@ -9,7 +9,7 @@ from architectures import build, llama, prompts, sampling
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import kv_cache, scheduler
+from rlhf_fast.rollout import kv_cache, prefill
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.kv_cache import MIB, PAGE_SIZE, KVShape, OutOfPages, PagedKVCache, create_cache
 from rlhf_fast.rollout.rollout import Rollout
@@ -190,7 +190,7 @@ def test_nothing_is_computed_twice(decode_path):
 def test_long_prompts_are_prefilled_in_several_calls(decode_path, monkeypatch):
     model, batch = llama(), prompts(2, 9, 5, 3, 16)
     expected = Rollout(model, sampling(), decode_path=decode_path).generate(batch, samples=2)
-    monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", {"cpu": 7})
+    monkeypatch.setattr(prefill, "MAX_PREFILL_TOKENS", {"cpu": 7})
     rollout, calls = recorded(model, decode_path)
     found = rollout.generate(batch, samples=2)
     assert [len(positions) for positions, _ in calls[:7]] == [7, 7, 2, 7, 2, 5, 5]

@@ -11,13 +11,14 @@ from torch.nn.attention import SDPBackend
 from rlhf_fast.kernels._backends import forcing
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout import prompt_attention, scheduler
+from rlhf_fast.rollout import prefill as prefill_module
+from rlhf_fast.rollout import prompt_attention
 from rlhf_fast.rollout.decoder import TokenBatch
 from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.kv_cache import PagedKVCache
+from rlhf_fast.rollout.prefill import prefill_passes
 from rlhf_fast.rollout.prompt_attention import PromptAttention
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.rollout.scheduler import _prefill_passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 4
@@ -124,7 +125,7 @@ def test_repeated_keys_are_as_shared_ones(monkeypatch, served):
 @pytest.mark.parametrize("batch", [3, 8])
 def test_rollouts_are_those_of_the_compiled_step(monkeypatch, served, batch):
     """Prompts that are shared, refilled slots, and one prompt that is longer than a pass."""
-    monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", {"cpu": 16})
+    monkeypatch.setattr(prefill_module, "MAX_PREFILL_TOKENS", {"cpu": 16})
     model, given = Model(build("Llama", **heads(4, 2, 8))()), prompts(5, 21, 1, 7, 6)
     cfg = sampling(max_new_tokens=6, batch=batch)
     compiled = Rollout(model, cfg, 3, decode_path="fused").generate(given, samples=2)
@@ -140,7 +141,7 @@ def test_rollouts_are_those_of_the_compiled_step(monkeypatch, served, batch):
 
 @pytest.mark.parametrize("lengths", [[20, 9, 7, 7, 2, 1], [16], [17], [1] * 40, [8, 8, 8], [50, 33, 16, 1]], ids=str)
 def test_a_pass_is_whole_prompts_or_a_part_of_a_longer_one(lengths):
-    passes = list(_prefill_passes(lengths, 16))
+    passes = list(prefill_passes(lengths, 16))
     assert [part.start for part, _ in passes] == [0, *(part.stop for part, _ in passes[:-1])]
     assert passes[-1][0].stop == sum(lengths)
     assert all(part.stop - part.start <= 16 for part, _ in passes)

@@ -24,8 +24,9 @@ DecodePath = Literal["auto", "fused", "attention", "transformers"]
 class TokenBatch(NamedTuple):
     """N tokens of one call, of one or more sequences.
 
-    Tokens of one sequence are adjacent, with rising positions, and their predecessors are in the cache already. When
-    decoding there is one token of each sequence.
+    Tokens of one sequence are adjacent, with rising positions. Their predecessors are in the cache already, or earlier
+    in the batch, there also as tokens of another sequence that shares the page. When decoding there is one token of
+    each sequence.
     """
 
     tokens: Tensor

@@ -4,15 +4,13 @@ Each step runs one decode pass over the running responses, then prefill passes f
 Where the decode step is a CUDA graph, it samples too, and the sampling call is for new prompts alone.
 
 Requests wait in a queue, longest prompt first, those of one prompt together. A prompt is prefilled once, with others in
-a pass of at most MAX_PREFILL_TOKENS tokens; its responses share its full pages. A finished response releases its pages
-and leaves the batch; once MIN_FREE_FRACTION of the slots is free, waiting requests are admitted.
+one pass. Its responses share its full pages, and prompts share those of a common prefix (rollout/prompt_groups.py). A
+finished response releases its pages and leaves the batch; once MIN_FREE_FRACTION of the slots is free, waiting requests
+are admitted.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -24,28 +22,14 @@ from rlhf_fast.rollout.cuda_graphs import DecodeGraphs
 from rlhf_fast.rollout.decoder import Decoder, TokenBatch
 from rlhf_fast.rollout.input_batch import InputBatch, Inputs
 from rlhf_fast.rollout.kv_cache import PagedKVCache
+from rlhf_fast.rollout.prefill import Segment, prefill
+from rlhf_fast.rollout.prompt_groups import PromptGroup, waiting_queue
 from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer, TokenSample
 from rlhf_fast.rollout.sampler import Sampler
 from rlhf_fast.rollout.stop_criteria import StopCriteria
 
-MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Prompt tokens of one prefill pass at most, by device. On a GPU the launches of a smaller pass take longer than its
-products."""
 MIN_FREE_FRACTION = 1 / 8
 """Requests are admitted when at least this share of the slots is free."""
-
-
-@dataclass
-class _Group:
-    """The requests for one prompt."""
-
-    prompt: list[int]
-    num_waiting: int
-    pages: list[int] = field(default_factory=list)
-    """The prompt's pages, from prefill until all its responses have started. Only one response at a time may append to
-    the last page if it is partly filled."""
-    last_hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(D,) the hidden state of the prompt's last token, after prefill."""
 
 
 class _Admitted(NamedTuple):
@@ -53,8 +37,9 @@ class _Admitted(NamedTuple):
 
     response: int
     slot: int
-    group: _Group
-    needs_prefill: bool
+    group: PromptGroup
+    num_computed: int
+    """Tokens of its prompt whose keys and values other prompts have computed; all, if the group started before."""
     copy_on_write: tuple[int, int] | None
     """Source and target if the prompt's last page must be copied."""
 
@@ -116,7 +101,7 @@ class Scheduler:
         self.progress = progress
         self.graphs = graphs
         self.device = cache.memory.device
-        self.waiting = _waiting_queue(buffer.requests)
+        self.waiting = waiting_queue(buffer.requests, cache.page_size, self.device)
         self.free_slots = list(range(cache.num_slots - 1, -1, -1))
         self.pages: dict[int, list[int]] = {}
         """The pages of each occupied slot."""
@@ -199,38 +184,46 @@ class Scheduler:
             self.cache.assign_rows({a.slot: self.pages[a.slot] for a in admitted})
         return admitted
 
-    def _plan_pages(self, group: _Group) -> tuple[list[int], int]:
-        """Return the prompt's pages that the group's next response shares, and how many new pages it needs.
+    def _plan_pages(self, group: PromptGroup) -> tuple[list[int], int]:
+        """Return the pages that the group's next response shares, and how many new pages it needs.
 
-        Full pages are always shared. The last, partly filled page is shared if only the group holds it, for then no
-        running response writes to it.
+        The first response shares the computed pages of its prompt's prefixes. Later ones share the prompt's full pages,
+        and the last, partly filled one if only the group holds it, for then no running response writes to it.
         """
-        shared = group.pages[: len(group.prompt) // self.cache.page_size]
-        if len(shared) < len(group.pages) and self.cache.refcount(group.pages[-1]) == 1:
+        if not group.pages:
+            shared = group.computed_pages()
+        elif self.cache.refcount(group.pages[-1]) == 1:
             shared = group.pages
+        else:
+            shared = group.pages[: len(group.prompt) // self.cache.page_size]
         total = self.cache.pages_for(len(group.prompt) + self.cfg.max_new_tokens - 1)
         return shared, total - len(shared)
 
-    def _start(self, response: int, group: _Group, shared: list[int], num_new: int) -> _Admitted:
+    def _start(self, response: int, group: PromptGroup, shared: list[int], num_new: int) -> _Admitted:
         """Give `response` a slot, the `shared` pages and `num_new` new ones."""
         slot = self.free_slots.pop()
         new = self.cache.allocate(num_new)
         self.cache.incref(shared)
-        needs_prefill = not group.pages
+        self.pages[slot] = shared + new
+        num_computed = len(group.prompt)
         copy_on_write = None
-        if needs_prefill:
-            group.pages = new[: self.cache.pages_for(len(group.prompt))]
+        if not group.pages:
+            num_computed = len(shared) * self.cache.page_size
+            group.pages = self.pages[slot][: self.cache.pages_for(len(group.prompt))]
             self.cache.incref(group.pages)
+            group.keep_prefixes(self.cache, group.pages)
         elif len(shared) < len(group.pages):
             copy_on_write = (group.pages[-1], new[0])
-        self.pages[slot] = shared + new
         group.num_waiting -= 1
-        return _Admitted(response, slot, group, needs_prefill, copy_on_write)
+        return _Admitted(response, slot, group, num_computed, copy_on_write)
 
     def _prefill(self, admitted: list[_Admitted]) -> Tensor:
         """Run the prompts that are new, and append the admitted responses to the running ones. Return the hidden
         states (n, D) of their prompts' last tokens."""
-        self._run_prompts([(a.slot, a.group) for a in admitted if a.needs_prefill])
+        new = [a for a in admitted if a.num_computed < len(a.group.prompt)]
+        # prompts from their start on, which have kernels of their own, and then those that read what others computed
+        self._run_prompts([a for a in new if not a.num_computed])
+        self._run_prompts([a for a in new if a.num_computed])
         copies = [a.copy_on_write for a in admitted if a.copy_on_write is not None]
         self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
         hidden = torch.stack([a.group.last_hidden for a in admitted])
@@ -247,23 +240,14 @@ class Scheduler:
         self._set_running(_Running(*(np.concatenate(parts) for parts in zip(self.running, started, strict=True))))
         return hidden
 
-    def _run_prompts(self, prompts: list[tuple[int, _Group]]) -> None:
-        """Run the prompts, each in its slot, and keep the hidden states of their last tokens."""
-        if not prompts:
+    def _run_prompts(self, admitted: list[_Admitted]) -> None:
+        """Run what is not computed of the prompts, and keep the hidden states of their last tokens."""
+        if not admitted:
             return
-        lengths = np.array([len(group.prompt) for _, group in prompts])
-        ends = lengths.cumsum() - 1
-        tokens = torch.tensor([token for _, group in prompts for token in group.prompt], device=self.device)
-        positions = torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]))
-        slots = torch.from_numpy(np.repeat(np.array([slot for slot, _ in prompts], dtype=np.int32), lengths))
-        positions, slots = positions.to(self.device), slots.to(self.device)
-        last_hidden = []
-        for part, whole in _prefill_passes(lengths.tolist(), MAX_PREFILL_TOKENS.get(self.device.type, 16384)):
-            last = torch.from_numpy(ends[(ends >= part.start) & (ends < part.stop)] - part.start).to(self.device)
-            batch = TokenBatch(tokens[part], positions[part], slots[part], self.cache.block_table, last, whole)
-            last_hidden.append(self.decoder.hidden(self.cache, batch))
-        for (_, group), hidden in zip(prompts, torch.cat(last_hidden), strict=True):
-            group.last_hidden = hidden
+        segments = [Segment(a.slot, a.num_computed, a.group.prompt[a.num_computed :]) for a in admitted]
+        last = np.array([len(segment.tokens) for segment in segments]).cumsum() - 1
+        for a, hidden in zip(admitted, prefill(self.decoder, self.cache, segments, last), strict=True):
+            a.group.last_hidden = hidden
 
     def _sample(self, hidden: list[Tensor], decoded: TokenSample | None) -> np.ndarray:
         """Sample a token for each running response; the first ones may be in `decoded` already, and `hidden` is that of
@@ -300,34 +284,3 @@ class Scheduler:
             self.free_slots.append(slot)
         self._set_running(self.running.select(~stops.finished))
         return len(retired.responses)
-
-
-def _prefill_passes(lengths: list[int], max_tokens: int) -> Iterator[tuple[slice, tuple[int, ...] | None]]:
-    """Yield the tokens of each pass, at most `max_tokens`: of as many whole prompts as fit, and their lengths; or of a
-    part of a longer prompt, and None."""
-    start, total = 0, 0
-    whole: list[int] = []
-    for length in lengths:
-        if whole and total + length > max_tokens:
-            yield slice(start, start + total), tuple(whole)
-            start, whole, total = start + total, [], 0
-        if length <= max_tokens:
-            whole.append(length)
-            total += length
-            continue
-        for part in range(0, length, max_tokens):
-            yield slice(start + part, start + min(part + max_tokens, length)), None
-        start += length
-    if whole:
-        yield slice(start, start + total), tuple(whole)
-
-
-def _waiting_queue(requests: Requests) -> deque[tuple[int, _Group]]:
-    """Return (response, group) of all requests, longest prompt first."""
-    responses_by_prompt = requests.responses_by_prompt()
-    order = sorted(range(len(requests.prompts)), key=lambda i: -len(requests.prompts[i]))
-    queue: deque[tuple[int, _Group]] = deque()
-    for i in order:
-        group = _Group(requests.prompts[i], num_waiting=len(responses_by_prompt[i]))
-        queue.extend((response, group) for response in responses_by_prompt[i])
-    return queue

@@ -1,0 +1,138 @@
+"""The settings of an evaluation: those of `rlhf-fast eval`, and of the section `eval` of a recipe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from rlhf_fast.config.fields import expand_home, require_range
+from rlhf_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Judges by what they decide. Empty = the built-in one; or module:function; or a JSONL file of people's labels; or
+    chat:FOLDER, a language model that is asked for A or B."""
+
+    truth: str = ""
+    """Whether an answer is true (TruthfulQA)."""
+    informative: str = ""
+    """Whether an answer says anything on its question (TruthfulQA)."""
+    toxicity: str = ""
+    """Whether a text is toxic."""
+    refusal: str = ""
+    """Whether an answer refuses what it was asked."""
+    preference: str = ""
+    """Which of two answers is better. Also the folder of a reward model. There is no built-in one."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
+    and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
+    same command goes on where it was stopped, and another judge needs no sampling."""
+
+    models: Annotated[tuple[str, ...], arg(metavar="NAME=MODEL")] = ()
+    """Language models: folders or hub names, each with the name that the tables give it (base=MODEL sft=runs/sft). Without
+    NAME= it is called by the last part of its path."""
+    data: str = ""
+    """Folder with the sets, as `--list` names their files. Empty = small sets of the demo's world, which come with the
+    package: they show that everything works, and are no benchmark."""
+    out: str = "runs/eval"
+    """Folder for results.json, report.md, report.png and the models' answers."""
+    tasks: tuple[str, ...] = ("all",)
+    """Names of tasks or groups of them (preference, truth, toxicity, bias, tax, refusal, all), also with commas between
+    them. A task of a group whose file is not there is left out; one that is named must have its file."""
+    limit: int = 0
+    """Rows of each set: the first ones, but of prompts of several kinds the same number of each. 0 = all."""
+    baseline: str = ""
+    """Model to which the others are compared. Empty = the first."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Judges of the answers."""
+    judge_labels: str = ""
+    """JSONL file of answers that people have judged (role, prompt, answer, label): each judge is compared with it, and
+    the report shows that comparison instead of the judge's own."""
+    reward: str = ""
+    """Folder of a reward model, or module:function, to report on with the ranked responses of `data` (comparisons,
+    rankings or preferences.jsonl). Empty = none."""
+    fail_under: Annotated[tuple[str, ...], arg(metavar="TASK=VALUE")] = ()
+    """Exit with status 1 if a figure of the last model is below a value: preference=0.5, truthfulqa.true=0.4, or of another
+    model sft:lambada=0.3."""
+    template: Literal["auto", "chat", "plain", "dialog"] = "auto"
+    """Format of prompts. auto: answers are asked for in the format that the model has learned, and log-probabilities taken
+    of plain text, as in lm-eval. Another one holds for both."""
+    temperature: float = 0.0
+    """Sampling temperature of answers (paper: 0)."""
+    max_new_tokens: int = 0
+    """Longest answer in tokens. 0 = each task's own."""
+    batch: int = 64
+    """Answers generated at a time."""
+    seed: int = 0
+    """Seed of sampling with a temperature above 0."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of weights and activations. Half precision changes close decisions."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto = cuda if there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "data", "out", "reward", "judge_labels")
+        require_range(self, 0, math.inf, "limit", "temperature", "max_new_tokens")
+        require_range(self, 1, math.inf, "batch")
+        self.thresholds()
+
+    def model_paths(self) -> dict[str, str]:
+        """Return name -> path of the models. UserError for two of one name, or none."""
+        found: dict[str, str] = {}
+        for entry in self.models:
+            name, separator, path = entry.partition("=")
+            path = str(Path(path if separator else entry).expanduser())
+            name = name if separator else Path(path).name
+            if not name or not path or "/" in name or name.startswith("."):
+                raise UserError(f"eval: models: {entry!r} is not NAME=MODEL; write for instance sft=runs/sft")
+            if name in found:
+                raise UserError(
+                    f"eval: models: two are called {name} ({found[name]} and {path}); give them names, as in"
+                    f" {name}-2={path}"
+                )
+            found[name] = path
+        if not found:
+            raise UserError("eval: models is empty; give --models NAME=MODEL, for instance sft=runs/sft")
+        return found
+
+    def baseline_of(self, names: tuple[str, ...]) -> str:
+        """Return the name of the model to which the others are compared."""
+        if self.baseline and self.baseline not in names:
+            raise UserError(f"eval: baseline {self.baseline} is not one of the models {', '.join(names)}")
+        return self.baseline or names[0]
+
+    def thresholds(self) -> dict[str, float]:
+        """Return the figures of `fail_under` and their least values."""
+        found = {}
+        for entry in self.fail_under:
+            name, separator, value = entry.rpartition("=")
+            try:
+                found[name] = float(value)
+            except ValueError:
+                separator = ""
+            if not separator or not name or math.isnan(found[name]):
+                raise UserError(f"eval: fail_under: {entry!r} is not TASK=VALUE; write for instance preference=0.5")
+        return found
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
+    and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
+    same command goes on where it was stopped, and another judge needs no sampling."""
+
+    config: OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
+    list: bool = False
+    """List the tasks, the file that each needs, what it measures and its judge; then stop."""
+    check_judges: bool = False
+    """Compare the built-in judges with the labelled answers that are in `data`; then stop."""
+    label: int = 0
+    """Also write so many answers a judge, half of them judged yes, to out/to_label.jsonl, for people to judge."""

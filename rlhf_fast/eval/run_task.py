@@ -1,0 +1,138 @@
+"""A model on the rows of a task: log-probabilities by the Scorer, or answers by a rollout, kept in an AnswerFile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast.batches import Prompts
+from rlhf_fast.config.evaluation import EvalConfig
+from rlhf_fast.config.fields import ModelConfig, SamplingConfig
+from rlhf_fast.errors import BadRows, UserError
+from rlhf_fast.eval.answers import AnswerFile, row_key
+from rlhf_fast.eval.encoding import PLAIN, Encoder
+from rlhf_fast.eval.files import Row
+from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.likelihood import LikelihoodTask
+from rlhf_fast.model.model import Model
+from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.info import model_sha256
+from rlhf_fast.run.prompt_format import model_prompt_format, recorded_format
+from rlhf_fast.scoring import Score, Scorer
+
+Task = LikelihoodTask | GenerationTask
+BLOCK = 256
+"""Rows that are computed and kept together."""
+
+
+class EvaluatedModel:
+    """A model by its name and path. It is loaded when an answer is missing."""
+
+    def __init__(self, name: str, path: str, cfg: EvalConfig):
+        self.name, self.path, self.cfg = name, path, cfg
+        self.weights = model_sha256(path) if Path(path).is_dir() else path
+        self.prompt_format = ""
+        """Format of the prompts that answers are asked with; "" before the model is loaded."""
+        self._model: Model | None = None
+
+    def made_with(self, task: Task) -> dict[str, Any]:
+        """Return everything but the row that the answers to a task depend on."""
+        cfg = self.cfg
+        found: dict[str, Any] = {"model": self.weights, "dtype": cfg.dtype, "template": cfg.template, "version": 1}
+        if isinstance(task, GenerationTask):
+            found["recorded_template"] = recorded_format(self.path).get("kind")
+            found["max_new_tokens"] = cfg.max_new_tokens or task.max_new_tokens
+            found["temperature"] = cfg.temperature
+            if cfg.temperature:
+                found["seed"] = cfg.seed
+        return found
+
+    def run(self, task: Task, rows: Sequence[Row], progress: Callable[[int], None] | None = None) -> AnswerFile:
+        """Return the answers to all rows; those that are missing are computed, block by block.
+
+        progress: called after each block with the number of rows that are done.
+        """
+        file = AnswerFile(self.cfg.out, self.name, task.name, self.made_with(task))
+        known = file.keys
+        missing = list({key: row for row in rows if (key := row_key(row)) not in known}.values())
+        for start in range(0, len(missing), BLOCK):
+            block = missing[start : start + BLOCK]
+            began = time.perf_counter()
+            encoder = self._encoder(task)
+            try:
+                if isinstance(task, LikelihoodTask):
+                    records = self._score(task, block, encoder)
+                else:
+                    records = self._answer(task, block, encoder)
+            except BadRows as error:
+                raise UserError(f"{task.name}: {self.name}: {error}") from error
+            if encoder.overlong:
+                file.info["overlong"] = file.info.get("overlong", 0) + encoder.overlong
+            file.info["template"] = encoder.template
+            file.append(block, records, time.perf_counter() - began)
+            if progress is not None:
+                progress(len(rows) - len(missing) + start + len(block))
+        return file
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def model(self) -> Model:
+        if self._model is None:
+            device = None if self.cfg.device == "auto" else self.cfg.device
+            self._model = Model.load(ModelConfig(path=self.path, dtype=self.cfg.dtype), device=device)
+        return self._model
+
+    def _encoder(self, task: Task) -> Encoder:
+        template = self.cfg.template
+        if isinstance(task, LikelihoodTask) and template == "auto":
+            return Encoder(self.model.tokenizer, self.model.max_positions, PLAIN)
+        setting = "eval: template"
+        prompt_format, _ = model_prompt_format(self.path, self.model.tokenizer, template, setting, strict=False)
+        return Encoder(self.model.tokenizer, self.model.max_positions, prompt_format)
+
+    def _score(self, task: LikelihoodTask, rows: Sequence[Row], encoder: Encoder) -> list[dict[str, Any]]:
+        requests = [task.requests(row, encoder) for row in rows]
+        scores = iter(Scorer(self.model)([request for found in requests for request in found]))
+        records = []
+        for found in requests:
+            own = [next(scores) for _ in found]
+            records.append(
+                {
+                    "logprobs": [score.logprob for score in own],
+                    "greedy": [score.greedy for score in own],
+                    "num_tokens": [score.num_tokens for score in own],
+                }
+            )
+        return records
+
+    def _answer(self, task: GenerationTask, rows: Sequence[Row], encoder: Encoder) -> list[dict[str, Any]]:
+        cfg, model = self.cfg, self.model
+        max_new_tokens = encoder.max_new_tokens(cfg.max_new_tokens or task.max_new_tokens)
+        sampling = SamplingConfig(
+            temperature=cfg.temperature, max_new_tokens=max_new_tokens, stop=task.stop, batch=cfg.batch
+        )
+        tokens = [encoder.prompt(task.prompt(row), max_new_tokens) for row in rows]
+        # the noise of a row hangs on the row, so that it is the same whatever was computed before
+        uids = [int(row_key(row)[:12], 16) for row in rows]
+        responses = Rollout(model, sampling, cfg.seed).generate(Prompts(uids, tokens, [""] * len(rows)))
+        texts = responses.texts(model.tokenizer)
+        finished = responses.finished.tolist()
+        return [
+            {"prompt": task.question(row), "answer": task.cut(text), "tokens": len(ids), "finished": done}
+            for row, text, ids, done in zip(rows, texts, responses.response_ids(), finished, strict=True)
+        ]
+
+
+def read_scores(record: dict[str, Any]) -> list[Score]:
+    """Return the scores of a row's requests from its record."""
+    parts = zip(record["logprobs"], record["greedy"], record["num_tokens"], strict=True)
+    return [Score(*part) for part in parts]

@@ -1,0 +1,207 @@
+"""The tasks of the paper's evaluation, in its order: preference, truth, toxicity, bias, alignment tax, and refusals."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf_fast.errors import UserError, listed
+from rlhf_fast.eval import generation, likelihood
+from rlhf_fast.eval.files import Row
+from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.instructions import question_prompt
+from rlhf_fast.eval.likelihood import LikelihoodTask
+from rlhf_fast.eval.sets import SETS, find_set, read_set
+
+Task = LikelihoodTask | GenerationTask
+MANNERS = {"": "", "respectful": " after a respectful instruction", "biased": " after a biased instruction"}
+ALL = "all"
+
+
+def _truth(name: str, summary: str, prompt: Callable[[Row], str]) -> GenerationTask:
+    return GenerationTask(
+        name,
+        "truth",
+        "truthfulqa",
+        summary,
+        prompt,
+        ("truth", "informative"),
+        generation.truth_measures,
+        max_new_tokens=64,
+        stop=("\n",),
+        cut=generation.first_line,
+        question=lambda row: row["question"],
+    )
+
+
+def _name(task: str, manner: str) -> str:
+    return f"{task}_{manner}" if manner else task
+
+
+TASK_LIST: tuple[Task, ...] = (
+    GenerationTask(
+        "preference",
+        "preference",
+        "prompts",
+        "how often a model's answer is preferred to the baseline's",
+        lambda row: row["prompt"],
+        ("preference",),
+        generation.length_measures,
+        max_new_tokens=256,
+    ),
+    _truth("truthfulqa", "true and informative answers after six example questions", question_prompt),
+    _truth(
+        "truthfulqa_instruction",
+        "true and informative answers, told to have no comment unless certain",
+        generation.literal_prompt,
+    ),
+    LikelihoodTask(
+        "truthfulqa_mc",
+        "truth",
+        "truthfulqa",
+        "mc1: the best answer is likelier than every false one (chance .23 on the whole set); mc2: probability of the"
+        " true ones",
+        likelihood.truthfulqa_requests,
+        likelihood.truthfulqa_measures,
+        likelihood.truthfulqa_chance,
+    ),
+    *(
+        GenerationTask(
+            _name("toxicity", manner),
+            "toxicity",
+            "toxicity_prompts",
+            f"toxic continuations of a sentence{words}; of their mean score only differences mean something",
+            generation.manner_prompt(manner),
+            ("toxicity",),
+            generation.toxicity_measures,
+            max_new_tokens=20,
+        )
+        for manner, words in MANNERS.items()
+    ),
+    *(
+        LikelihoodTask(
+            _name("winogender", manner),
+            "bias",
+            "winogender",
+            f"entropy in bits of the choice of a pronoun{words} (1: no bias), and its direction",
+            likelihood.pair_requests("male", "female", manner),
+            likelihood.winogender_measures,
+        )
+        for manner, words in MANNERS.items()
+    ),
+    *(
+        LikelihoodTask(
+            _name("crows_pairs", manner),
+            "bias",
+            "crows_pairs",
+            f"entropy in bits of the choice between two groups{words} (1: no bias), and its direction",
+            likelihood.pair_requests("a", "b", manner),
+            likelihood.crows_pairs_measures,
+        )
+        for manner, words in MANNERS.items()
+    ),
+    LikelihoodTask(
+        "hellaswag",
+        "tax",
+        "hellaswag",
+        "the right ending is the likeliest: acc, acc_norm by character, acc_token by token, the paper's (chance .25)",
+        likelihood.hellaswag_requests,
+        likelihood.hellaswag_measures,
+        likelihood.hellaswag_chance,
+    ),
+    LikelihoodTask(
+        "lambada",
+        "tax",
+        "lambada",
+        "acc: the last word is the likeliest (chance 0); perplexity of a word",
+        likelihood.lambada_requests,
+        likelihood.lambada_measures,
+    ),
+    LikelihoodTask(
+        "text",
+        "tax",
+        "text",
+        "loss on held-out text in nats a token and bits a byte",
+        likelihood.text_requests,
+        likelihood.text_measures,
+    ),
+    GenerationTask(
+        "refusal",
+        "refusal",
+        "harmful_prompts",
+        "refusals of harmful prompts, in all and by source",
+        lambda row: row["prompt"],
+        ("refusal",),
+        generation.refusal_measures(higher_is_better=True),
+        max_new_tokens=128,
+    ),
+    GenerationTask(
+        "over_refusal",
+        "refusal",
+        "safe_prompts",
+        "refusals of safe prompts that look harmful",
+        lambda row: row["prompt"],
+        ("refusal",),
+        generation.refusal_measures(higher_is_better=False),
+        max_new_tokens=128,
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in TASK_LIST}
+GROUPS: dict[str, tuple[str, ...]] = {
+    group: tuple(task.name for task in TASK_LIST if task.group == group)
+    for group in dict.fromkeys(task.group for task in TASK_LIST)
+}
+
+
+def select_tasks(names: Iterable[str]) -> list[Task]:
+    """Return the tasks of these names and groups, each once, in the paper's order; "all" and no name give all.
+
+    A name may hold several with commas, as lm-eval's. UserError for an unknown one.
+    """
+    wanted = [name.strip() for entry in names for name in entry.split(",") if name.strip()]
+    selected: set[str] = set()
+    for name in wanted or [ALL]:
+        if name != ALL and name not in TASKS and name not in GROUPS:
+            known = list(dict.fromkeys([*GROUPS, ALL, *TASKS]))
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"tasks: there is no {name!r}; {hint}known are {listed(known, len(known))}")
+        selected.update(TASKS if name == ALL else GROUPS.get(name, (name,)))
+    return [task for task in TASK_LIST if task.name in selected]
+
+
+class Description(NamedTuple):
+    """A task for `--list`."""
+
+    task: str
+    group: str
+    file: str
+    """File that is there, or the name that is looked for first."""
+    rows: int | None
+    """Number of rows in it; None = no file."""
+    summary: str
+    judges: tuple[str, ...]
+    """Roles of the judges."""
+    error: str = ""
+    """Sentence on a file that cannot be read."""
+
+
+def describe(folder: str | Path) -> list[Description]:
+    """Return each task with the file of its set in a folder and the number of its rows."""
+    counts: dict[str, tuple[str, int | None, str]] = {}
+    for name, data in SETS.items():
+        paths, count, error = find_set(name, folder), None, ""
+        try:
+            count = len(read_set(name, paths)) if paths else None
+        except UserError as fault:
+            error = str(fault)
+        files = " + ".join(path.name for path in paths) or f"{data.stems[0]}.jsonl"
+        counts[name] = (files, count, error)
+    found = []
+    for task in TASK_LIST:
+        file, rows, error = counts[task.set]
+        judges = task.judges if isinstance(task, GenerationTask) else ()
+        found.append(Description(task.name, task.group, file, rows, task.summary, judges, error))
+    return found
