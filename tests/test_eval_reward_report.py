@@ -13,7 +13,7 @@ from rlhf_fast.data import read_comparisons
 from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.estimates import mean
-from rlhf_fast.eval.gold_curve import best_of_n_curve, curve_lines, read_samples, step_curve
+from rlhf_fast.eval.gold_curve import best_of_n_curve, curve_lines, read_samples, run_curve, step_curve
 from rlhf_fast.eval.reward_report import (
     Ranked,
     calibration,
@@ -165,6 +165,10 @@ def test_curve_of_a_run(tmp_path):
     assert [(p.at, p.proxy.value, p.gold.value, p.gold.n, p.kl) for p in curve] == [
         (1, 2.5, -2.5, 2, 0.5), (10, 11.5, -11.5, 2, 0.5),
     ]  # fmt: skip
+    (whole,) = step_curve(samples, [0.0] * 8, num_points=1)
+    assert (whole.at, whole.proxy.value, whole.gold) == (10, 7.0, (0.0, 0.0, 0.0, 2))
+    assert step_curve([], []) == []
+    assert [p.gold.value for p in run_curve(tmp_path, lambda texts: map(len, texts))] == [3.0, 3.0]
     assert curve_lines(curve)[2].startswith("| 1 | 0.50 | 2.500 ± ") and curve_lines(curve)[2].endswith("| 2 |")
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "p", "response": "x"}\n')
     with pytest.raises(UserError, match=r"samples.jsonl:1: has no step, prompt, response and score"):

@@ -17,14 +17,17 @@ from rlhf_fast.data.json_lines import parse_object, read_lines
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.cells import show
 from rlhf_fast.eval.estimates import Array, Estimate, mean
+from rlhf_fast.eval.reward_report import TextReward, score_texts
 from rlhf_fast.run.logs import SAMPLES
+
+NUM_POINTS = 10
 
 
 class CurvePoint(NamedTuple):
-    """Mean rewards of the responses at one step of a run, or of the best of n."""
+    """Mean rewards of the responses at some steps of a run, or of the best of n."""
 
     at: int
-    """Step, or n."""
+    """Last of the steps, or n."""
     proxy: Estimate
     gold: Estimate
     kl: float = math.nan
@@ -61,18 +64,31 @@ def read_samples(run: str | Path) -> list[Sample]:
     return samples
 
 
-def step_curve(samples: Sequence[Sample], gold: Sequence[float]) -> list[CurvePoint]:
-    """Return a point for each step, in order. gold: the second reward of each sample. Samples of one prompt belong
-    together."""
+def run_curve(run: str | Path, gold: TextReward, num_points: int = NUM_POINTS) -> list[CurvePoint]:
+    """Return the curve of a PPO run's logged samples. gold: a reward function of texts, which the run has not seen."""
+    samples = read_samples(run)
+    prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
+    return step_curve(samples, score_texts(gold, prompts, responses), num_points)
+
+
+def step_curve(samples: Sequence[Sample], gold: Sequence[float], num_points: int = NUM_POINTS) -> list[CurvePoint]:
+    """Return at most `num_points` points in the order of the steps, each over as many consecutive steps.
+
+    gold: the second reward of each sample. Samples of one prompt belong together. A point stands at its last step.
+    """
     if len(gold) != len(samples):
         raise ValueError(f"{len(gold)} rewards for {len(samples)} samples")
+    steps = sorted({sample.step for sample in samples})
     points = []
-    for step in sorted({sample.step for sample in samples}):
-        rows = [(sample, reward) for sample, reward in zip(samples, gold, strict=True) if sample.step == step]
+    for chosen in np.array_split(np.array(steps, dtype=np.int64), min(num_points, len(steps)) or 1):
+        part = {int(step) for step in chosen}
+        rows = [(sample, reward) for sample, reward in zip(samples, gold, strict=True) if sample.step in part]
+        if not rows:
+            continue
         prompts = [sample.prompt for sample, _ in rows]
         kl = mean([sample.kl for sample, _ in rows], bounded=False).value
         proxy = mean([sample.score for sample, _ in rows], prompts, bounded=False)
-        points.append(CurvePoint(step, proxy, mean([reward for _, reward in rows], prompts, bounded=False), kl))
+        points.append(CurvePoint(max(part), proxy, mean([reward for _, reward in rows], prompts, bounded=False), kl))
     return points
 
 
