@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from rlhf_fast.config.evaluation import EvalConfig, EvalOptions
-from rlhf_fast.errors import shortened
-from rlhf_fast.eval.evaluate import FIGURE, REPORT, evaluate
+from rlhf_fast.eval.evaluate import evaluate_and_print
 from rlhf_fast.eval.judges.check import check_judges
-from rlhf_fast.eval.report import check_thresholds, print_report
+from rlhf_fast.eval.judges.validation_table import table
 from rlhf_fast.eval.sets import DEMO_SETS
-from rlhf_fast.eval.tasks import GROUPS, describe
+from rlhf_fast.eval.tasks import describe
 from rlhf_fast.run.terminal import aligned
 from rlhf_fast.stages.fit import check_device
 
@@ -25,20 +23,11 @@ def run_eval(options: EvalOptions) -> int:
         print("\n".join(task_list(options)))
         return 0
     if options.check_judges:
-        print(check_judges(options.data or DEMO_SETS))
+        checked, notes = check_judges(options.data or DEMO_SETS)
+        print("\n".join([table(checked), *notes]))
         return 0
     check_device("eval", options.device)
-    return evaluate_and_print(options, options.label)
-
-
-def evaluate_and_print(cfg: EvalConfig, label: int = 0) -> int:
-    """Evaluate, print the report, and return the exit status."""
-    results = evaluate(cfg, label=label)
-    print_report(results, GROUPS)
-    out = Path(cfg.out)
-    written = [str(out / name) for name in (REPORT, FIGURE) if (out / name).is_file()]
-    print(f"eval: {' and '.join(map(shortened, written))}", file=sys.stderr)
-    failures = check_thresholds(results["results"], cfg.thresholds())
+    failures = evaluate_and_print(options, options.label)
     for failure in failures:
         print(f"eval: {failure}", file=sys.stderr)
     return BELOW if failures else 0

@@ -10,11 +10,11 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.held_out import checksum, training_notes
+from rlhf_fast.eval.judges import PREFERENCE
 from rlhf_fast.eval.sets import DEMO_SETS, find_set, read_set, require_set
 from rlhf_fast.eval.tasks import TASKS, Task, select_tasks
 
 SMALL_SAMPLE = 100
-PREFERENCE = "preference"
 
 
 class TaskRows(NamedTuple):

@@ -15,7 +15,6 @@ from rlhf_fast.eval.judges.labels import LabelledAnswer, read_answer_labels, wri
 from rlhf_fast.eval.judges.probability import area_under_curve
 from rlhf_fast.eval.judges.protocol import Judge, Validation, Verdict
 
-
 REFERENCES = ("question", "correct_answers", "incorrect_answers")
 """Keys of a task's row that the judges of truth and informativeness read, and that help a person."""
 
