@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from rlhf_fast.config.evaluation import EvalConfig, EvalOptions
 from rlhf_fast.eval.evaluate import evaluate_and_print
 from rlhf_fast.eval.judges.check import check_judges
@@ -13,24 +11,18 @@ from rlhf_fast.eval.tasks import describe
 from rlhf_fast.run.terminal import aligned
 from rlhf_fast.stages.fit import check_device
 
-BELOW = 1
-"""Exit status where a figure is below its threshold."""
 
-
-def run_eval(options: EvalOptions) -> int:
-    """Run one form of the command and return the exit status."""
+def run_eval(options: EvalOptions) -> list[str]:
+    """Run one form of the command. Return a sentence for each figure that is below its threshold."""
     if options.list:
         print("\n".join(task_list(options)))
-        return 0
+        return []
     if options.check_judges:
         checked, notes = check_judges(options.data or DEMO_SETS)
         print("\n".join([table(checked), *notes]))
-        return 0
+        return []
     check_device("eval", options.device)
-    failures = evaluate_and_print(options, options.label)
-    for failure in failures:
-        print(f"eval: {failure}", file=sys.stderr)
-    return BELOW if failures else 0
+    return evaluate_and_print(options, options.label)
 
 
 def task_list(cfg: EvalConfig) -> list[str]:
