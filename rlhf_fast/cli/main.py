@@ -29,8 +29,8 @@ def command(name: str, summary: str) -> Callable[[Command], Command]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for a figure below its threshold, 2 for bad input or settings, 130
-    when interrupted."""
+    """Run one command and return the exit status: 0, 1 for a figure below its threshold, 2 for bad input or settings,
+    130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with safe_streams():
         try:

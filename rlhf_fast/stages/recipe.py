@@ -131,8 +131,8 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def _models(stages: Mapping[str, StageConfig]) -> dict[str, str]:
-    """Return name -> folder of the language models of a recipe: the one that it starts from, and those that it makes."""
-    models = {}
+    """Return name -> folder of a recipe's language models: the one that it starts from, and those that it makes."""
+    models: dict[str, str] = {}
     for stage, cfg in stages.items():
         if isinstance(cfg, SFTConfig):
             models |= {"base": cfg.model.path, stage: cfg.out}
