@@ -68,8 +68,8 @@ class EvalConfig:
     """Exit with status 1 if a figure of the last model is below a value: preference=0.5, truthfulqa.true=0.4, or of
     another model sft:lambada=0.3."""
     template: Literal["auto", "chat", "plain", "dialog"] = "auto"
-    """Format of prompts. auto: answers are asked for in the format that the model has learned, and log-probabilities
-    are those of plain text, as in lm-eval. Another one holds for both."""
+    """Format of prompts. auto: requests to an assistant (refusal, preference) are in the format that the model has
+    learned, and all other texts plain, as in the paper and lm-eval. Another one holds for all."""
     temperature: float = 0.0
     """Sampling temperature of answers (paper: 0)."""
     max_new_tokens: int = 0

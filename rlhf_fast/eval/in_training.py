@@ -52,5 +52,6 @@ class TrainingEvaluation:
             records = score_rows(self.model, task, rows, Encoder(tokenizer, positions, PLAIN))
         else:
             greedy = SamplingConfig(temperature=0.0, max_new_tokens=task.max_new_tokens)
-            records = answer_rows(self.model, task, rows, Encoder(tokenizer, positions, self.prompt_format), greedy)
+            encoder = Encoder(tokenizer, positions, self.prompt_format if task.is_dialog else PLAIN)
+            records = answer_rows(self.model, task, rows, encoder, greedy)
         return measures_of(task, rows, records, self._judges)

@@ -98,10 +98,15 @@ class EvaluatedModel:
     def _encoder(self, task: Task) -> Encoder:
         template = self.cfg.template
         prompt_format = PLAIN
-        if isinstance(task, GenerationTask) or template != "auto":
+        if is_dialog(task) or template != "auto":
             tokenizer, setting = self.model.tokenizer, "eval: template"
             prompt_format, _ = model_prompt_format(self.path, tokenizer, template, setting, strict=False)
         return Encoder(self.model.tokenizer, self.model.max_positions, prompt_format)
+
+
+def is_dialog(task: Task) -> bool:
+    """Return whether a task's prompts are put in the format that the model has learned."""
+    return isinstance(task, GenerationTask) and task.is_dialog
 
 
 def score_rows(model: Model, task: LikelihoodTask, rows: Sequence[Row], encoder: Encoder) -> list[Record]:
