@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rlhf_fast import __version__
 from rlhf_fast.batches import Prompts
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
@@ -46,7 +47,8 @@ class EvaluatedModel:
     def made_with(self, task: Task) -> dict[str, Any]:
         """Return everything but the row that the answers to a task depend on."""
         cfg = self.cfg
-        found: dict[str, Any] = {"model": self.weights, "dtype": cfg.dtype, "template": cfg.template, "version": 1}
+        found: dict[str, Any] = {"model": self.weights, "dtype": cfg.dtype, "template": cfg.template}
+        found["version"] = __version__
         if isinstance(task, GenerationTask):
             found["recorded_template"] = recorded_format(self.path).get("kind")
             found["max_new_tokens"] = min(task.max_new_tokens, self.sampling.max_new_tokens)
