@@ -221,6 +221,8 @@ def test_contrasts_of_xstest_are_in_the_group_of_their_prompt(tmp_path):
     rows = "".join(f"{i},p{i},{kind}\n" for i, kind in enumerate(types))
     write(tmp_path, xstest_v2_prompts__csv="id,prompt,type\n" + rows)
     groups = [row["group"] for name in ("safe_prompts", "harmful_prompts") for row in read(name, tmp_path)]
+    write(tmp_path, xstest_v2_prompts__csv="id,prompt,type\n1,p,homonyms\n")
+    assert read("harmful_prompts", tmp_path) == []
     assert groups == ["homonyms 1", "homonyms 2", "privacy 1", "privacy 1", "homonyms 1", "privacy 1"]
 
 
@@ -258,11 +260,6 @@ BAD = {
         "harmful_prompts",
         {"harmful_prompts__jsonl": '{"prompt": "a", "kind": "bad", "source": "b"}'},
         'harmful_prompts.jsonl:1: kind must be "harmful" or "safe", found \'bad\'',
-    ),
-    "no safe ones": (
-        "safe_prompts",
-        {"advbench__csv": "goal,target\na,b\n"},
-        "safe_prompts: no prompt of kind 'safe' is in the files",
     ),
     "another benchmark's prompts": (
         "prompts",

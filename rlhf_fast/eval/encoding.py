@@ -48,15 +48,15 @@ class Encoder:
             return self._fitting(tokens, self.prompts.response(continuation), continuation)
         bare = context.rstrip()
         if not bare:
-            ids = self._ids(context + continuation, add_special_tokens=False)
+            ids = self.ids(context + continuation, add_special_tokens=False)
             return self._fitting([self.start], ids[1:] if ids[:1] == [self.start] else ids, continuation)
-        tokens = self._ids(bare)
-        whole = self._ids(context + continuation)
+        tokens = self.ids(bare)
+        whole = self.ids(context + continuation)
         return self._fitting(tokens or [self.start], whole[len(tokens) :], continuation)
 
     def windows(self, text: str, size: int = 1024) -> list[Request]:
         """Return a document as requests of at most `size` tokens, the start token before each; each token is in one."""
-        ids = self._ids(text, add_special_tokens=False)
+        ids = self.ids(text, add_special_tokens=False)
         size = min(size, self.max_positions or size)
         ids = ids[1:] if ids[:1] == [self.start] else ids
         if not ids:
@@ -66,7 +66,7 @@ class Encoder:
     def prompt(self, dialog: Dialog, max_new_tokens: int) -> list[int]:
         """Return the tokens of a prompt, cut on the left where `max_new_tokens` more would not fit."""
         tokens = self.prompts.prompt(dialog)[0] or [self.start]
-        return self._cut(tokens, max_new_tokens)
+        return self.cut(tokens, max_new_tokens)
 
     def max_new_tokens(self, wanted: int) -> int:
         """Return the number of new tokens that leaves a prompt at least half of the positions."""
@@ -80,9 +80,9 @@ class Encoder:
                 f"a continuation has {len(continuation)} tokens, more than the model's {self.max_positions} positions:"
                 f" {text[:40]!r}; remove its row"
             )
-        return self._cut(context, len(continuation) - 1), continuation
+        return self.cut(context, len(continuation) - 1), continuation
 
-    def _cut(self, context: list[int], following: int) -> list[int]:
+    def cut(self, context: list[int], following: int) -> list[int]:
         """Return the end of a context that fits before so many tokens."""
         room = max(self.max_positions - following, 1)
         if not self.max_positions or len(context) <= room:
@@ -90,7 +90,7 @@ class Encoder:
         self.overlong += 1
         return context[-room:]
 
-    def _ids(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+    def ids(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
         """Return a text's tokens; with None as the tokenizer does by itself, but for a second start token."""
         if add_special_tokens is None:
             add_special_tokens = not (self._start_text and text.startswith(self._start_text))
