@@ -10,25 +10,25 @@ from rlhf_fast.eval.judges.labelled import missing_files, read_family, read_labe
 from rlhf_fast.eval.judges.make import fold_validation, require_sklearn
 from rlhf_fast.eval.judges.protocol import ROLES, Judge, Validation
 from rlhf_fast.eval.judges.validation import compare_with_labels
-from rlhf_fast.eval.judges.validation_table import Checked
+from rlhf_fast.eval.judges.validation_table import Checked, table
 
 
-def check_judges(folder: str | Path) -> tuple[list[Checked], list[str]]:
+def check_judges(folder: str | Path) -> str:
+    """Return the table of the built-in judges' figures on the labelled files in a folder, and notes below it."""
+    found, notes = run_checks(Path(folder))
+    return "\n".join([table(found), *(f"- {note}" for note in notes)])
+
+
+def run_checks(folder: Path) -> tuple[list[Checked], list[str]]:
     """Return the figures of each built-in judge, and notes on what could not be checked.
 
     Folds are computed again where scikit-learn is installed; else the stored ones are given, and the shipped judge on
-    the answers that it was made from. UserError if the folder has no labelled file at all.
+    the answers that it was made from. UserError if there is no such folder.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the one with the labelled files")
     families = xstest_families(folder)
     present = [role for role in ROLES if not missing_files(role, folder)]
-    if not present and not families:
-        raise UserError(
-            f"{folder}: has no labelled file (refusal_labels.jsonl, toxicity_prompts.jsonl, truth_judge.jsonl with"
-            " truthfulqa.jsonl, XSTest's xstest_v2_completions_*.csv); give the folder with one of them"
-        )
     found, notes = [], []
     try:
         require_sklearn()

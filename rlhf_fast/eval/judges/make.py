@@ -43,7 +43,7 @@ from rlhf_fast.eval.judges.validation_table import Checked, table
 from rlhf_fast.eval.judges.weight_files import FOLDER, write_json, write_npz
 
 DATE = "2026-11-28"
-"""Of the validation. Today's date would make the bytes differ from one day to the next."""
+"""The validations' date. Today's date would make the bytes differ from one day to the next."""
 FOLDS = 5
 INFORMATIVE_CHARS = 300
 FEATURE_SCALE = 0.3
@@ -124,7 +124,6 @@ def fit_informative(labelled: Labelled, references: ReferenceWords | None) -> tu
     return InformativeJudge("informative", saved, references), saved
 
 
-FIGURES = ("accuracy", "recall", "false_alarms", "auc")
 FITS: dict[str, Callable[[Labelled, ReferenceWords | None], tuple[Judge, dict[str, Any]]]] = {
     "refusal": fit_refusal,
     "toxicity": fit_toxicity,
@@ -160,7 +159,8 @@ def fold_validation(role: str, folder: Path) -> Validation:
         notes.append("its features were picked on the same folds")
     note = "; ".join(filter(None, notes))
     found = compare_with_labels(labelled.yes, verdicts, threshold, labels=labelled.source, date=DATE, note=note)
-    return found._replace(**{key: _rounded(getattr(found, key), 4) for key in FIGURES})
+    accuracy, recall, false_alarms, auc = (None if value is None else _rounded(value, 4) for value in found[2:6])
+    return found._replace(accuracy=accuracy, recall=recall, false_alarms=false_alarms, auc=auc)
 
 
 def reference_words(role: str, folder: Path) -> ReferenceWords | None:
