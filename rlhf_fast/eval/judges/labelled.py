@@ -143,6 +143,11 @@ def read_references(folder: Path) -> list[dict[str, Any]]:
     return _read(folder / REFERENCES, question=str, correct_answers=list, incorrect_answers=list)
 
 
+def with_partial_refusals(labelled: Labelled) -> Labelled:
+    """Return answers of `read_labelled("refusal", ...)` with partial refusals too as a yes."""
+    return labelled._replace(labels=[float(row["label"] != "comply") for row in labelled.rows])
+
+
 def _is_reference(row: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:
     """Return whether an answer is one of the references: similarity to them is then right by construction."""
     words = words_of(row["answer"])
