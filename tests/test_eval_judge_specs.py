@@ -335,7 +335,7 @@ class Marks:
 
 
 def test_people_label_half_of_each_kind_and_their_labels_are_weighted_back(folder):
-    """Of 100 answers judged yes 1 in 4 is one, of 300 judged no 1 in 10: the weighted figures are those of all."""
+    """A yes is one in 4 of 100 that are judged so and one in 10 of 300 others; weighted figures are those of all."""
     answers = [f"answer {i} {0.9 if i < 100 else 0.1}" for i in range(400)] + ["?"]
     truth = [i % 4 == 0 if i < 100 else i % 10 == 0 for i in range(400)]
     verdicts = Marks()(answers, answers, [])
