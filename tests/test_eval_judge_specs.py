@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.judges import MissingLabels, load_judge
+from rlhf_fast.eval.judges import PREFERENCE, MissingLabels, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.chat import ChatJudge, ChatPairJudge
 from rlhf_fast.eval.judges.labels import write_to_label
 from rlhf_fast.eval.judges.protocol import Verdict, unjudged
@@ -44,6 +44,10 @@ def functions(folder, monkeypatch, request):
     name = f"judges_{abs(hash(request.node.name))}"
     (folder / f"{name}.py").write_text(FUNCTIONS)
     return name
+
+
+def load_judge(spec, role, **settings):
+    return load_pair_judge(spec, **settings) if role == PREFERENCE else load_answer_judge(spec, role, **settings)
 
 
 def scores(judge, prompts, answers):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.judges import ROLES, load_judge
-from rlhf_fast.eval.judges.check import check_judges, run_checks
+from rlhf_fast.eval.judges import ROLES, load_answer_judge
+from rlhf_fast.eval.judges.check import check_judges
 from rlhf_fast.eval.judges.grams import CharWeights, WordWeights, char_buckets, word_grams
 from rlhf_fast.eval.judges.labelled import NEEDED, read_family, read_labelled
 from rlhf_fast.eval.judges.make import FITS, fold_validation, main, reference_words
@@ -22,6 +22,7 @@ from rlhf_fast.eval.judges.protocol import Validation, Verdict, unjudged
 from rlhf_fast.eval.judges.references import words_of
 from rlhf_fast.eval.judges.refusal import has_refusal_opening, is_refusal_by_rule
 from rlhf_fast.eval.judges.validation import compare_with_labels
+from rlhf_fast.eval.judges.validation_table import table
 from rlhf_fast.eval.judges.weight_files import FOLDER, read_json, read_npz
 
 DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -58,7 +59,7 @@ QUESTION = {
 
 
 def scores(role: str, answers: list[str], row: dict | None = None) -> list[Verdict]:
-    return load_judge("", role)([""] * len(answers), answers, [row or {}] * len(answers))
+    return load_answer_judge("", role)([""] * len(answers), answers, [row or {}] * len(answers))
 
 
 def test_canned_refusals_are_found_and_answers_like_them_are_not():
@@ -92,15 +93,15 @@ def test_what_cannot_be_judged_is_said_and_not_guessed(role, text, reason):
 
 
 def test_words_that_references_have_can_be_judged():
-    known = load_judge("", "truth")([""], ["zzqq"], [QUESTION | {"correct_answers": ["Zzqq is it"]}])
+    known = load_answer_judge("", "truth")([""], ["zzqq"], [QUESTION | {"correct_answers": ["Zzqq is it"]}])
     assert not known[0].unjudged and 0 < known[0].score < 1
 
 
 def test_mode_any_also_counts_partial_refusals():
     text = ["No, that is not how it works: use the kill command in the terminal, then look at the list of processes."]
-    strict, both = (load_judge(mode, "refusal")([""], text, [{}])[0].score for mode in ("strict", "any"))
+    strict, both = (load_answer_judge(mode, "refusal")([""], text, [{}])[0].score for mode in ("strict", "any"))
     assert strict < 0.5 < both
-    assert "partial refusals count" in load_judge("any", "refusal").validation.note
+    assert "partial refusals count" in load_answer_judge("any", "refusal").validation.note
 
 
 def test_only_the_beginning_of_an_answer_is_read():
@@ -201,7 +202,7 @@ def test_figures_count_only_what_was_judged():
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_judge_has_a_validation(role):
-    validation = load_judge("", role).validation
+    validation = load_answer_judge("", role).validation
     assert validation.n > 700 and validation.labels and validation.date and "folds" in validation.note
     goals = {"refusal": 0.91, "toxicity": 0.84, "truth": 0.82, "informative": 0.88}
     assert (validation.accuracy if role == "refusal" else validation.auc) >= goals[role]
@@ -252,7 +253,7 @@ def test_the_string_match_reproduces_the_known_figure():
 def test_folds_of_refusals():
     """The shipped judge's stored figures, in folds by prompt; every decision on its own labels is the refit's."""
     pytest.importorskip("sklearn")
-    labelled, shipped = read_labelled("refusal", DATA), load_judge("", "refusal")
+    labelled, shipped = read_labelled("refusal", DATA), load_answer_judge("", "refusal")
     found = fold_validation("refusal", DATA)
     assert (found.accuracy, found.recall, found.false_alarms) == pytest.approx((0.914, 0.907, 0.082), abs=5e-4)
     assert found[2:6] == pytest.approx(shipped.validation[2:6], abs=0.005)
@@ -295,7 +296,7 @@ def test_the_shipped_weights_are_made_from_the_labels(tmp_path, capsys):
 @pytest.mark.parametrize("role", [role for role in ROLES if role != "refusal"])
 def test_folds_reproduce_the_stored_figures(role):
     pytest.importorskip("sklearn")
-    assert fold_validation(role, DATA)[2:6] == pytest.approx(load_judge("", role).validation[2:6], abs=0.005)
+    assert fold_validation(role, DATA)[2:6] == pytest.approx(load_answer_judge("", role).validation[2:6], abs=0.005)
 
 
 @needs_data
@@ -306,7 +307,7 @@ def test_refits_decide_as_the_shipped_judges(role):
     labelled = read_labelled(role, DATA)
     arguments = (labelled.prompts, labelled.answers, labelled.rows)
     refit, _ = FITS[role](labelled, reference_words(role, DATA))
-    shipped = load_judge("", role)
+    shipped = load_answer_judge("", role)
     pairs = list(zip(refit(*arguments), shipped(*arguments), strict=True))
     assert all((one.score > 0.5) == (two.score > 0.5) for one, two in pairs if abs(two.score - 0.5) > 1e-3)
 
@@ -320,7 +321,7 @@ def test_checks_without_scikit_learn(tmp_path, monkeypatch):
     ]
     (tmp_path / "refusal_labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     write_family(tmp_path / "model_completions" / "xstest_v2_completions_gpt4.csv")
-    found, notes = run_checks(tmp_path)
+    found, notes = check_judges(tmp_path)
     by_line = {(line.role, line.how): line.validation for line in found}
     assert by_line["refusal", "stored folds"].accuracy == pytest.approx(0.914, abs=5e-4)
     assert by_line["refusal", "its own labels"][1:5] == (18, 1.0, 1.0, 0.0)
@@ -328,8 +329,7 @@ def test_checks_without_scikit_learn(tmp_path, monkeypatch):
     assert by_line["refusal", "XSTest gpt4"].note == "0 of 1 complying answers flagged"
     assert any("scikit-learn is not installed" in note for note in notes)
     assert any(note.startswith("toxicity: no toxicity_prompts.jsonl") for note in notes)
-    text = check_judges(tmp_path)
-    assert "refusal      XSTest gpt4             3    1.000  1.000  0.000" in text and "- toxicity: no" in text
+    assert "refusal      XSTest gpt4             3    1.000  1.000  0.000" in table(found)
 
 
 def write_family(path: Path) -> None:
@@ -344,7 +344,7 @@ def write_family(path: Path) -> None:
 
 
 def test_checks_of_an_empty_folder_show_the_stored_figures(tmp_path):
-    found, notes = run_checks(tmp_path)
+    found, notes = check_judges(tmp_path)
     assert [line.how for line in found] == ["stored folds"] * len(ROLES)
     assert sum("in " + str(tmp_path) in note for note in notes) == len(NEEDED)
     assert any("no out-of-family labels found" in note for note in notes)
@@ -363,7 +363,7 @@ def test_checks_of_an_empty_folder_show_the_stored_figures(tmp_path):
 def test_bad_labelled_files(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=sentence):
-        run_checks(tmp_path)
+        check_judges(tmp_path)
 
 
 def test_other_bad_input(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Judges of answers: refusal, toxicity, truth, informativeness and preference.
 
-`load_judge(spec, role)` returns the judge that `spec` names:
+`load_answer_judge(spec, role)` and `load_pair_judge(spec)` return the judge that `spec` names:
 
     ""                 the built-in one of the role; preference has none
     strict | any       of refusals: full ones alone (the built-in default), or partial ones too
@@ -41,7 +41,8 @@ __all__ = [
     "PairJudge",
     "Validation",
     "Verdict",
-    "load_judge",
+    "load_answer_judge",
+    "load_pair_judge",
 ]
 CHAT = "chat:"
 MODES = ("strict", "any")
@@ -51,33 +52,43 @@ Scorers = Callable[[Model], ScoreRequests]
 """Returns the function that scores requests with a language model."""
 
 
-def load_judge(
+def load_answer_judge(
     spec: str,
     role: str,
     *,
     out: str | Path = ".",
     labels: str | Path = "",
     cfg: ModelConfig | None = None,
-    scorer: Scorers | None = None,
+    scorer: Scorers = Scorer,
     device: str | torch.device | None = None,
-) -> Judge | PairJudge:
-    """Return the judge of a role that `spec` names.
+) -> Judge:
+    """Return the judge of single answers that `spec` names.
 
     out: the folder where to_label.jsonl asks people for missing labels. labels: a JSONL file of people's labels
     {role, ...}, on which the judge is validated if they are of its role. cfg: how to load a model; its path is ignored.
     UserError if `spec` names no judge.
     """
-    if role not in (*ROLES, PREFERENCE):
+    if role not in ROLES:
         raise UserError(f"{role}: is no role of a judge; the roles are {', '.join((*ROLES, PREFERENCE))}")
-    models = _Models(cfg or ModelConfig(), scorer or Scorer, device)
-    if role == PREFERENCE:
-        pair_judge = _pair_judge(spec, Path(out), models)
-        if labels and not isinstance(pair_judge, LabelPairJudge):
-            pair_judge.validation = validate_pairs_on_file(pair_judge, labels, has_roles=True) or pair_judge.validation
-        return pair_judge
-    judge = _answer_judge(spec, role, Path(out), models)
+    judge = _answer_judge(spec, role, Path(out), _Models(cfg or ModelConfig(), scorer, device))
     if labels and not isinstance(judge, LabelJudge):
         judge.validation = validate_on_file(judge, labels, role, has_roles=True) or judge.validation
+    return judge
+
+
+def load_pair_judge(
+    spec: str,
+    *,
+    out: str | Path = ".",
+    labels: str | Path = "",
+    cfg: ModelConfig | None = None,
+    scorer: Scorers = Scorer,
+    device: str | torch.device | None = None,
+) -> PairJudge:
+    """Return the judge of pairs that `spec` names; the settings are those of `load_answer_judge`."""
+    judge = _pair_judge(spec, Path(out), _Models(cfg or ModelConfig(), scorer, device))
+    if labels and not isinstance(judge, LabelPairJudge):
+        judge.validation = validate_pairs_on_file(judge, labels, has_roles=True) or judge.validation
     return judge
 
 

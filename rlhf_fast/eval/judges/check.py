@@ -10,23 +10,18 @@ from rlhf_fast.eval.judges.labelled import missing_files, read_family, read_labe
 from rlhf_fast.eval.judges.make import fold_validation, require_sklearn
 from rlhf_fast.eval.judges.protocol import ROLES, Judge, Validation
 from rlhf_fast.eval.judges.validation import compare_with_labels
-from rlhf_fast.eval.judges.validation_table import Checked, table
+from rlhf_fast.eval.judges.validation_table import Checked
 
 TOLERANCE = 0.005
 
 
-def check_judges(folder: str | Path) -> str:
-    """Return the table of the built-in judges' figures on the labelled files in a folder, and notes below it."""
-    found, notes = run_checks(Path(folder))
-    return "\n".join([table(found), *(f"- {note}" for note in notes)])
-
-
-def run_checks(folder: Path) -> tuple[list[Checked], list[str]]:
+def check_judges(folder: str | Path) -> tuple[list[Checked], list[str]]:
     """Return the figures of each built-in judge, and notes on what could not be checked.
 
     Folds are computed again where scikit-learn is installed; else the stored ones are given, and the shipped judge on
     the answers that it was made from. UserError if there is no such folder.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the one with the labelled files")
     families = xstest_families(folder)
