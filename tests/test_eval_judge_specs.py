@@ -361,6 +361,14 @@ def test_people_label_half_of_each_kind_and_their_labels_are_weighted_back(folde
     every = [{"role": "truth", "prompt": a, "answer": a, "label": t} for a, t in zip(answers, truth, strict=False)]
     whole = validate_on_file(Marks(), toy.jsonl(folder / "all.jsonl", every), "truth")
     assert (whole.accuracy, whole.recall, whole.false_alarms) == pytest.approx((295 / 400, 25 / 55, 75 / 345))
+    repeated = ["a 0.9"] * 6 + ["b 0.9", "c 0.1"]
+    drawn = choose_to_label(path, "refusal", repeated, repeated, Marks()(repeated, repeated, []), 0.5, 6)
+    assert drawn == 3, "one answer six times is one to label"
+    assert {row["answer"]: row["weight"] for row in toy.rows(path)} == {"a 0.9": 6, "b 0.9": 1, "c 0.1": 1}
+    toy.jsonl(path, [row | {"label": True} if row["answer"] == "b 0.9" else row for row in toy.rows(path)])
+    write_to_label(path, [{"prompt": "p", "answer": "p", "label": None}], "truth")
+    choose_to_label(path, "refusal", ["d 0.1", "e 0.9"], ["d 0.1", "e 0.9"], [Verdict(0.1), Verdict(0.9)], 0.5, 2)
+    assert sorted(row["answer"] for row in toy.rows(path)) == ["b 0.9", "d 0.1", "e 0.9", "p"], "what has a label stays"
     with pytest.raises(UserError, match="1 answers to label: give at least 2"):
         choose_to_label(path, "refusal", answers, answers, verdicts, 0.5, 1)
 

@@ -173,12 +173,17 @@ def _ask(path: Path, out: Path, rows: list[dict[str, Any]], role: str, total: in
     )
 
 
-def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: str) -> None:
-    """Add rows for people to label to a file. Rows that it has stay, with their labels, and are not added again."""
+def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: str, *, redraw: bool = False) -> None:
+    """Add rows for people to label to a file. Rows that it has stay, with their labels, and are not added again.
+
+    redraw: the rows are a sample that replaces an earlier one: rows of the role with a weight and no label are removed.
+    """
     path = Path(path)
     kept: list[dict[str, Any]] = []
     if path.is_file() and path.stat().st_size:
         kept = [_row_at(path, number, line) for number, line in read_lines(path)]
+    if redraw:
+        kept = [r for r in kept if r.get("role") != role or r.get("label") is not None or "weight" not in r]
     known = {_identity(row, str(row.get("role", role))) for row in kept}
     for row in rows:
         if (identity := _identity(row, role)) not in known:

@@ -128,21 +128,25 @@ def choose_to_label(
     """Write `count` answers for a person to label, half of them judged yes and half no; return their number.
 
     A row's weight is the number of answers that it stands for, so that `validate_on_file` counts as if all answers had
-    been labelled. Where one half has too few answers, the other has more. rows: with the references of a task, whose
+    been labelled. Where one half has too few answers, the other has more. Rows that an earlier call has written and
+    nobody has labelled are taken out again. rows: with the references of a task, whose
     keys go along.
     """
     if count < 2:
         raise UserError(f"{count} answers to label: give at least 2, one judged yes and one judged no")
-    halves: tuple[list[int], list[int]] = ([], [])
+    copies: tuple[dict[int, int], dict[int, int]] = ({}, {})  # an answer's first place -> how often it was given
+    first_place: dict[tuple[str, str], int] = {}
     for i, verdict in enumerate(verdicts):
         if not verdict.unjudged:
-            halves[verdict.score > threshold].append(i)
-    take = [min(len(halves[0]), count // 2), min(len(halves[1]), count - count // 2)]
-    take = [min(len(half), count - other) for half, other in zip(halves, take[::-1], strict=True)]
+            first = first_place.setdefault((prompts[i], answers[i]), i)
+            half = copies[verdict.score > threshold]
+            half[first] = half.get(first, 0) + 1
+    take = [min(len(copies[0]), count // 2), min(len(copies[1]), count - count // 2)]
+    take = [min(len(half), count - other) for half, other in zip(copies, take[::-1], strict=True)]
     rng = random.Random(seed)
     chosen = []
-    for half, number in zip(halves, take, strict=True):
-        chosen += [(i, len(half) / number) for i in rng.sample(half, number)]
+    for half, number in zip(copies, take, strict=True):
+        chosen += [(i, half[i] * len(half) / number) for i in rng.sample(sorted(half), number)]
     rng.shuffle(chosen)  # the order must not give the judge's opinion away
     write_to_label(
         path,
@@ -157,5 +161,6 @@ def choose_to_label(
             for i, weight in chosen
         ],
         role,
+        redraw=True,
     )
     return len(chosen)
