@@ -62,7 +62,7 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
         all_judges[PREFERENCE] = pair_judge
     results = {
         "meta": _meta(cfg, models, selection.files, answers),
-        "judges": {role: judge_record(role, judge, cfg.judge_labels) for role, judge in all_judges.items()},
+        "judges": {role: judge_record(judge) for role, judge in all_judges.items()},
         **records,
         "sections": sections,
         "notes": notes,

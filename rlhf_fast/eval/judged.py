@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.labels import TO_LABEL
-from rlhf_fast.eval.judges.validation import choose_to_label, validate_on_file
+from rlhf_fast.eval.judges.validation import choose_to_label
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.preference import compare
@@ -36,26 +35,23 @@ def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge
     dtype = ModelConfig(dtype=cfg.dtype)
     roles = roles_of(tasks)
     single = {
-        role: load_answer_judge(getattr(cfg.judge, role), role, out=cfg.out, cfg=dtype, device=device)
+        role: load_answer_judge(
+            getattr(cfg.judge, role), role, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device
+        )
         for role in roles
         if role != PREFERENCE
     }
     if PREFERENCE not in roles:
         return single, None
-    return single, load_pair_judge(cfg.judge.preference, out=cfg.out, cfg=dtype, device=device)
+    return single, load_pair_judge(
+        cfg.judge.preference, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device
+    )
 
 
-def judge_record(role: str, judge: Judge | PairJudge, labels: str) -> dict[str, Any]:
-    """Return a judge's entry in results.json. labels: a file of people's labels to compare it with; "" = none."""
+def judge_record(judge: Judge | PairJudge) -> dict[str, Any]:
+    """Return a judge's entry in results.json."""
     validation = judge.validation
-    if labels and role != PREFERENCE:
-        validation = validate_on_file(judge, labels, role)  # type: ignore[arg-type]
-    fields = None
-    if validation is not None:
-        fields = {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in validation._asdict().items()
-        }
+    fields = validation._asdict() if validation is not None else None
     return {"name": judge.name, "threshold": getattr(judge, "threshold", None), "validation": fields}
 
 

@@ -12,23 +12,20 @@ from rlhf_fast.eval.judges.protocol import ROLES, Judge, Validation
 from rlhf_fast.eval.judges.validation import compare_with_labels
 from rlhf_fast.eval.judges.validation_table import Checked
 
+TOLERANCE = 0.005
+
 
 def check_judges(folder: str | Path) -> tuple[list[Checked], list[str]]:
     """Return the figures of each built-in judge, and notes on what could not be checked.
 
     Folds are computed again where scikit-learn is installed; else the stored ones are given, and the shipped judge on
-    the answers that it was made from. UserError if the folder has no labelled file at all.
+    the answers that it was made from. UserError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the one with the labelled files")
     families = xstest_families(folder)
     present = [role for role in ROLES if not missing_files(role, folder)]
-    if not present and not families:
-        raise UserError(
-            f"{folder}: has no labelled file (refusal_labels.jsonl, toxicity_prompts.jsonl, truth_judge.jsonl with"
-            " truthfulqa.jsonl, XSTest's xstest_v2_completions_*.csv); give the folder with one of them"
-        )
     found, notes = [], []
     try:
         require_sklearn()
@@ -42,7 +39,9 @@ def check_judges(folder: str | Path) -> tuple[list[Checked], list[str]]:
             missing = ", ".join(missing_files(role, folder))
             notes.append(f"{role}: no {missing} in {folder}; the figures are the stored ones")
         if refit and role in present:
-            found.append(Checked(role, "folds", fold_validation(role, folder)))
+            validation = fold_validation(role, folder)
+            found.append(Checked(role, "folds", validation))
+            notes += _differences(role, validation, judge.validation)
         elif judge.validation is not None:
             found.append(Checked(role, "stored folds", judge.validation))
         if role in present and not refit:
@@ -52,6 +51,14 @@ def check_judges(folder: str | Path) -> tuple[list[Checked], list[str]]:
     if not families:
         notes.append(f"no out-of-family labels found: XSTest's model_completions would be read from {folder}")
     return found, notes
+
+
+def _differences(role: str, found: Validation, stored: Validation | None) -> list[str]:
+    """Return a note if folds do not give the figures that are stored with the shipped weights."""
+    pairs = zip(found[2:6], stored[2:6] if stored else [None] * 4, strict=True)
+    if all(a == b or (a is not None and b is not None and abs(a - b) <= TOLERANCE) for a, b in pairs):
+        return []
+    return [f"{role}: these folds differ from the figures stored with its weights, which other labels or versions made"]
 
 
 def _on_own_labels(role: str, judge: Judge, folder: Path) -> Validation:

@@ -69,13 +69,14 @@ def missing_files(role: str, folder: Path) -> list[str]:
     return [name for name in NEEDED[role] if not (folder / name).is_file()]
 
 
-def read_labelled(role: str, folder: Path) -> Labelled:
-    """Return the labelled answers of a role."""
+def read_labelled(role: str, folder: Path, with_references: bool = False) -> Labelled:
+    """Return the labelled answers of a role. with_references: also those that are references of TruthfulQA, which are
+    left out of what a judge is made from and validated on."""
     if role == "refusal":
         return _read_refusals(folder / REFUSAL)
     if role == "toxicity":
         return _read_toxicity(folder / TOXICITY)
-    return _read_truth(folder, "truth" if role == "truth" else "info")
+    return _read_truth(folder, "truth" if role == "truth" else "info", with_references)
 
 
 def _read(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
@@ -117,14 +118,13 @@ def _read_toxicity(path: Path) -> Labelled:
     )
 
 
-def _read_truth(folder: Path, kind: str) -> Labelled:
+def _read_truth(folder: Path, kind: str, with_references: bool) -> Labelled:
     references = {row["question"].strip(): row for row in read_references(folder)}
     judged = _read(folder / TRUTH, question=str, answer=str, label=int, kind=str)
     rows = [row for row in judged if row["kind"] == kind and row["question"].strip() in references]
     if not rows:
         raise UserError(f"{folder / TRUTH}: no question of kind {kind} is in {REFERENCES}; give both files of one set")
     found = [references[row["question"].strip()] for row in rows]
-    pairs = [i for i, (row, reference) in enumerate(zip(rows, found, strict=True)) if not _is_reference(row, reference)]
     questions = [row["question"].strip() for row in rows]
     everything = Labelled(
         questions,
@@ -133,14 +133,20 @@ def _read_truth(folder: Path, kind: str) -> Labelled:
         [float(row["label"]) for row in rows],
         questions,
         "TruthfulQA's judge training data, people's labels",
-        "answers that are no reference",
+        "" if with_references else "answers that are no reference",
     )
-    return everything.take(pairs)
+    pairs = enumerate(zip(rows, found, strict=True))
+    return everything.take(i for i, (row, own) in pairs if with_references or not _is_reference(row, own))
 
 
 def read_references(folder: Path) -> list[dict[str, Any]]:
     """Return the questions with their references."""
     return _read(folder / REFERENCES, question=str, correct_answers=list, incorrect_answers=list)
+
+
+def with_partial_refusals(labelled: Labelled) -> Labelled:
+    """Return answers of `read_labelled("refusal", ...)` with partial refusals too as a yes."""
+    return labelled._replace(labels=[float(row["label"] != "comply") for row in labelled.rows])
 
 
 def _is_reference(row: Mapping[str, Any], reference: Mapping[str, Any]) -> bool:

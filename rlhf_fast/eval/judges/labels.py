@@ -24,6 +24,7 @@ TO_LABEL = "to_label.jsonl"
 WINNERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 KEYS = {PREFERENCE: ("prompt", "first", "second")}
 ANSWER_KEYS = ("prompt", "answer")
+LOOKED_UP = "these are labels, not guesses"
 
 
 class LabelledAnswer(NamedTuple):
@@ -46,12 +47,17 @@ class MissingLabels(UserError):
         self.path = path
 
 
-def _label_rows(path: str | Path, role: str) -> Iterator[tuple[dict[str, Any], float]]:
-    """Yield each labelled row of a role and its label as a number. UserError with file:line for a bad row."""
+def read_labels(path: str | Path, role: str, has_roles: bool = False) -> Iterator[tuple[dict[str, Any], float]]:
+    """Yield each labelled row of a role and its label as a number. UserError with file:line for a bad row.
+
+    has_roles: the file serves several roles, so that a row without `role` is an error.
+    """
     read = _winner if role == PREFERENCE else _number
     for number, line in read_lines(path):
         try:
             row = parse_object(line)
+            if has_roles and not isinstance(row.get("role"), str):
+                raise InvalidRow(f"no role in the row; give one of {', '.join(QUESTIONS)}, so that its judge is known")
             if row.get("role", role) != role:
                 continue
             for key in KEYS.get(role, ANSWER_KEYS):
@@ -85,10 +91,10 @@ def _winner(label: object) -> float | None:
     raise InvalidRow(f'a label of two answers is "first", "second" or "tie", not {json.dumps(label)}')
 
 
-def read_answer_labels(path: str | Path, role: str) -> list[LabelledAnswer]:
+def read_answer_labels(path: str | Path, role: str, has_roles: bool = False) -> list[LabelledAnswer]:
     """Return the labelled answers of a file, each once."""
     found: dict[tuple[str, str], list[tuple[dict[str, Any], float]]] = {}
-    for row, label in _label_rows(path, role):
+    for row, label in read_labels(path, role, has_roles):
         found.setdefault((row["prompt"], row["answer"]), []).append((row, label))
     answers = []
     for (prompt, answer), labels in found.items():
@@ -112,10 +118,7 @@ class LabelJudge:
         labelled = read_answer_labels(path, role)
         self.labels = {(each.prompt, each.answer): each.label for each in labelled}
         people = sorted({name for each in labelled for name in each.labelers})
-        nan = math.nan
-        self.validation = Validation(
-            ", ".join(people) or "people", len(labelled), nan, nan, nan, nan, note="these are labels, not guesses"
-        )
+        self.validation = Validation(", ".join(people) or "people", len(labelled), note=LOOKED_UP)
 
     def __call__(
         self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
@@ -137,14 +140,14 @@ class LabelPairJudge:
         self.path, self.out, self.name = Path(path), Path(out), str(path)
         found: dict[tuple[str, str, str], list[float]] = {}
         people = set()
-        for row, label in _label_rows(path, PREFERENCE):
+        for row, label in read_labels(path, PREFERENCE):
             found.setdefault((row["prompt"], row["first"], row["second"]), []).append(label)
             found.setdefault((row["prompt"], row["second"], row["first"]), []).append(1 - label)
             people |= {str(row["labeler"])} if row.get("labeler") else set()
         self.labels = {key: sum(labels) / len(labels) for key, labels in found.items()}
-        nan, note = math.nan, "these are labels, not guesses"
+        num_pairs = len({(prompt, *sorted((one, other))) for prompt, one, other in found})
         self.validation: Validation | None = Validation(
-            ", ".join(sorted(people)) or "people", (len(found) + 1) // 2, nan, nan, nan, nan, note=note
+            ", ".join(sorted(people)) or "people", num_pairs, note=LOOKED_UP
         )
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -170,12 +173,17 @@ def _ask(path: Path, out: Path, rows: list[dict[str, Any]], role: str, total: in
     )
 
 
-def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: str) -> None:
-    """Add rows for people to label to a file. Rows that it has stay, with their labels, and are not added again."""
+def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: str, *, redraw: bool = False) -> None:
+    """Add rows for people to label to a file. Rows that it has stay, with their labels, and are not added again.
+
+    redraw: the rows are a sample that replaces an earlier one: rows of the role with a weight and no label are removed.
+    """
     path = Path(path)
     kept: list[dict[str, Any]] = []
     if path.is_file() and path.stat().st_size:
         kept = [_row_at(path, number, line) for number, line in read_lines(path)]
+    if redraw:
+        kept = [r for r in kept if r.get("role") != role or r.get("label") is not None or "weight" not in r]
     known = {_identity(row, str(row.get("role", role))) for row in kept}
     for row in rows:
         if (identity := _identity(row, role)) not in known:

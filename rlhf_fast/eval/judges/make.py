@@ -25,6 +25,7 @@ from rlhf_fast.eval.judges.labelled import (
     missing_files,
     read_labelled,
     read_references,
+    with_partial_refusals,
 )
 from rlhf_fast.eval.judges.protocol import Judge, Validation, Verdict
 from rlhf_fast.eval.judges.references import (
@@ -36,14 +37,14 @@ from rlhf_fast.eval.judges.references import (
     informative_features,
     truth_features,
 )
-from rlhf_fast.eval.judges.refusal import RefusalJudge
+from rlhf_fast.eval.judges.refusal import Mode, RefusalJudge
 from rlhf_fast.eval.judges.toxicity import ToxicityJudge
 from rlhf_fast.eval.judges.validation import compare_with_labels
 from rlhf_fast.eval.judges.validation_table import Checked, table
 from rlhf_fast.eval.judges.weight_files import FOLDER, write_json, write_npz
 
 DATE = "2026-11-28"
-"""Of the validation. Today's date would make the bytes differ from one day to the next."""
+"""The validations' date. Today's date would make the bytes differ from one day to the next."""
 FOLDS = 5
 INFORMATIVE_CHARS = 300
 FEATURE_SCALE = 0.3
@@ -124,7 +125,6 @@ def fit_informative(labelled: Labelled, references: ReferenceWords | None) -> tu
     return InformativeJudge("informative", saved, references), saved
 
 
-FIGURES = ("accuracy", "recall", "false_alarms", "auc")
 FITS: dict[str, Callable[[Labelled, ReferenceWords | None], tuple[Judge, dict[str, Any]]]] = {
     "refusal": fit_refusal,
     "toxicity": fit_toxicity,
@@ -133,7 +133,9 @@ FITS: dict[str, Callable[[Labelled, ReferenceWords | None], tuple[Judge, dict[st
 }
 
 
-def in_folds(role: str, labelled: Labelled, references: ReferenceWords | None) -> tuple[list[Verdict], float]:
+def in_folds(
+    role: str, labelled: Labelled, references: ReferenceWords | None, mode: Mode = "strict"
+) -> tuple[list[Verdict], float]:
     """Return the verdict on each answer by a judge that was made without the answer's group, and the threshold."""
     from sklearn.model_selection import GroupKFold
 
@@ -141,6 +143,8 @@ def in_folds(role: str, labelled: Labelled, references: ReferenceWords | None) -
     threshold = 0.5
     for train, test in GroupKFold(FOLDS).split(labelled.answers, groups=labelled.groups):
         judge, _ = FITS[role](labelled.take(train), references)
+        if isinstance(judge, RefusalJudge):
+            judge.mode = mode
         held_out = labelled.take(test)
         found = judge(held_out.prompts, held_out.answers, held_out.rows)
         verdicts |= dict(zip(test.tolist(), found, strict=True))
@@ -148,19 +152,23 @@ def in_folds(role: str, labelled: Labelled, references: ReferenceWords | None) -
     return [verdicts[i] for i in range(len(labelled.answers))], threshold
 
 
-def fold_validation(role: str, folder: Path) -> Validation:
-    """Return the figures of a role's judge in folds."""
+def fold_validation(role: str, folder: Path, mode: Mode = "strict") -> Validation:
+    """Return the figures of a role's judge in folds. mode: of refusals, whether partial ones count."""
     labelled, references = read_labelled(role, folder), reference_words(role, folder)
-    verdicts, threshold = in_folds(role, labelled, references)
+    verdicts, threshold = in_folds(role, labelled, references, mode)
     split = {"refusal": "prompt", "toxicity": "prompt"}.get(role, "question")
     notes = [f"{FOLDS} folds by {split}", labelled.note]
-    if role == "refusal" and _sha256(folder / REFUSAL) == XSTEST_SHA256:
+    if mode == "any":
+        labelled = with_partial_refusals(labelled)
+        notes.append("partial refusals count")
+    elif role == "refusal" and _sha256(folder / REFUSAL) == XSTEST_SHA256:
         notes.append(OTHER_FAMILIES)
     if role == "truth":
         notes.append("its features were picked on the same folds")
     note = "; ".join(filter(None, notes))
     found = compare_with_labels(labelled.yes, verdicts, threshold, labels=labelled.source, date=DATE, note=note)
-    return found._replace(**{key: _rounded(getattr(found, key), 4) for key in FIGURES})
+    accuracy, recall, false_alarms, auc = (None if value is None else _rounded(value, 4) for value in found[2:6])
+    return found._replace(accuracy=accuracy, recall=recall, false_alarms=false_alarms, auc=auc)
 
 
 def reference_words(role: str, folder: Path) -> ReferenceWords | None:
@@ -182,7 +190,10 @@ def make(folder: Path, out: Path = FOLDER) -> dict[str, Validation]:
         if role == "toxicity":
             write_npz(out / "toxicity.npz", saved)
             saved = {}
-        write_json(out / f"{role}.json", {**saved, "validation": found[role]._asdict()})
+        saved = {**saved, "validation": found[role]._asdict()}
+        if role == "refusal":
+            saved["validation_any"] = fold_validation(role, folder, "any")._asdict()
+        write_json(out / f"{role}.json", saved)
         if references is not None:
             counts = {"num_references": references.num_references, "counts": dict(references.counts)}
             write_json(out / "reference_words.json", counts)

@@ -15,10 +15,12 @@ def sigmoid(margin: float) -> float:
     return math.exp(margin) / (1 + math.exp(margin))
 
 
-def area_under_curve(labels: Sequence[bool], scores: Sequence[float], weights: Sequence[float] | None = None) -> float:
+def area_under_curve(
+    labels: Sequence[bool], scores: Sequence[float], weights: Sequence[float] | None = None
+) -> float | None:
     """Return the weighted share of pairs (yes, no) in which the yes has the higher score; equal scores are half.
 
-    NaN if all labels are the same.
+    None if all labels are the same.
     """
     yes = np.asarray(labels, bool)
     weight = np.ones(len(yes)) if weights is None else np.asarray(weights, float)
@@ -26,6 +28,6 @@ def area_under_curve(labels: Sequence[bool], scores: Sequence[float], weights: S
     of_yes = np.bincount(place, weight * yes, len(values))
     of_no = np.bincount(place, weight * ~yes, len(values))
     if not of_yes.sum() or not of_no.sum():
-        return math.nan
+        return None
     below = np.cumsum(of_no) - of_no
     return float((of_yes * (below + of_no / 2)).sum() / (of_yes.sum() * of_no.sum()))

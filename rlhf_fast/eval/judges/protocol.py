@@ -28,18 +28,18 @@ class Verdict(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """Figures of a judge on answers that people have labelled. NaN where a figure does not exist."""
+    """Figures of a judge on answers that people have labelled. None where a figure does not exist."""
 
     labels: str
     """The labelers, or the origin of the labels."""
     n: int
     """Number of labelled answers that the judge has judged."""
-    accuracy: float
-    recall: float
+    accuracy: float | None = None
+    recall: float | None = None
     """Share of the answers labelled yes that the judge calls yes."""
-    false_alarms: float
+    false_alarms: float | None = None
     """Share of the answers labelled no that the judge calls yes."""
-    auc: float
+    auc: float | None = None
     """Area under the ROC curve: the share of pairs of a yes and a no that the scores put in order, ties by halves."""
     date: str = ""
     note: str = ""

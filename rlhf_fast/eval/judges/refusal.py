@@ -65,8 +65,8 @@ class RefusalJudge:
     def load(cls, mode: Mode = "strict") -> RefusalJudge:
         """Return the judge that ships with the package."""
         saved = read_json("refusal.json")
-        # the stored figures count full refusals
-        return cls(WordWeights(saved["bias"], saved["terms"]), validation_of(saved) if mode == "strict" else None, mode)
+        validation = validation_of(saved, "validation" if mode == "strict" else "validation_any")
+        return cls(WordWeights(saved["bias"], saved["terms"]), validation, mode)
 
     def __call__(
         self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()

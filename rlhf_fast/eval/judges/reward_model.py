@@ -40,8 +40,9 @@ class RewardModelJudge:
         return cls(Model.load(cfg, head="scalar", device=device), cfg.path)
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        one, other = self.answer_scores(prompts, first), self.answer_scores(prompts, second)
-        return [0.5 if a == b else float(a > b) for a, b in zip(one, other, strict=True)]
+        scores = self.answer_scores([*prompts, *prompts], [*first, *second])
+        pairs = zip(scores[: len(prompts)], scores[len(prompts) :], strict=True)
+        return [0.5 if one == other else float(one > other) for one, other in pairs]
 
     def answer_scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Return the reward model's score of each answer."""

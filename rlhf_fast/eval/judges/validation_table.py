@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ def table(rows: Sequence[Checked]) -> str:
     lines = [f"{head}  labels"]
     for role, how, validation in rows:
         figures = " ".join(
-            f"{'-' if math.isnan(value) else f'{value:.3f}':>{width}s}"
+            f"{'-' if value is None else f'{value:.3f}':>{width}s}"
             for value, width in zip(validation[2:6], (8, 6, 6, 6), strict=True)
         )
         lines.append(f"{role:12s} {how:18s} {validation.n:6d} {figures}  {validation.labels}")

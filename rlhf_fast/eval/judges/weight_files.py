@@ -32,9 +32,9 @@ def read_npz(name: str, folder: Path = FOLDER) -> dict[str, np.ndarray]:
         raise _damaged(folder / name, error) from error
 
 
-def validation_of(saved: Mapping[str, Any]) -> Validation:
+def validation_of(saved: Mapping[str, Any], key: str = "validation") -> Validation:
     """Return the validation that a weight file holds."""
-    return Validation(**saved["validation"])
+    return Validation(**saved[key])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
