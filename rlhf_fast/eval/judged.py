@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,18 @@ def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge
     }
     if PREFERENCE not in roles:
         return single, None
-    return single, load_pair_judge(
-        cfg.judge.preference, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device
-    )
+    return single, load_pair_judge(cfg.judge.preference, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device)
 
 
 def judge_record(judge: Judge | PairJudge) -> dict[str, Any]:
-    """Return a judge's entry in results.json."""
-    validation = judge.validation
-    fields = validation._asdict() if validation is not None else None
-    return {"name": judge.name, "threshold": getattr(judge, "threshold", None), "validation": fields}
+    """Return a judge's entry in results.json, with null for a figure that does not exist."""
+    validation: dict[str, Any] | None = None
+    if judge.validation is not None:
+        validation = {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in judge.validation._asdict().items()
+        }
+    return {"name": judge.name, "threshold": getattr(judge, "threshold", None), "validation": validation}
 
 
 def measures_of(task: Task, rows: Sequence[Row], records: Sequence[Record], judges: Judges) -> list[Measure]:
