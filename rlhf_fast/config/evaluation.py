@@ -96,7 +96,7 @@ class EvalConfig:
         found: dict[str, str] = {}
         for entry in self.models:
             name, separator, path = entry.partition("=")
-            path = str(Path(path if separator else entry).expanduser())
+            path = path if separator else entry
             name = name if separator else Path(path).name
             if not name or not path or "/" in name or name.startswith("."):
                 raise UserError(f"eval: models: {entry!r} is not NAME=MODEL; write for instance sft=runs/sft")
@@ -105,7 +105,7 @@ class EvalConfig:
                     f"eval: models: two are called {name} ({found[name]} and {path}); give them names, as in"
                     f" {name}-2={path}"
                 )
-            found[name] = path
+            found[name] = str(Path(path).expanduser())
         if not found:
             raise UserError("eval: models is empty; give --models NAME=MODEL, for instance sft=runs/sft")
         return found

@@ -68,4 +68,4 @@ def paper_text(task: str, measure: str) -> str:
     key = (task, measure)
     if key in PAPER:
         return str(PAPER[key])
-    return "see the paper's app. E" if key in UNCOPIED else NOT_THERE
+    return "in the paper, not copied here" if key in UNCOPIED else NOT_THERE

@@ -26,9 +26,8 @@ def find_comparisons(folder: str) -> Path:
             if (path := Path(folder) / f"{name}{suffix}").is_file():
                 return path
     names = ", ".join(f"{name}.jsonl" for name in COMPARISONS)
-    raise UserError(
-        f"eval: reward: {folder or 'no --data folder'} has none of {names}, which a reward model is tried on"
-    )
+    where = folder or "the package's folder of sets"
+    raise UserError(f"eval: reward: {where} has no file of ranked responses ({names}); give another --data")
 
 
 def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:

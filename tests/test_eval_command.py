@@ -1,0 +1,277 @@
+"""`rlhf-fast eval` from end to end, on the demo's base models and the sets of its world."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy
+
+from rlhf_fast.cli.main import main
+from rlhf_fast.config.evaluation import EvalConfig, JudgeConfig
+from rlhf_fast.config.fields import LogConfig, ModelConfig
+from rlhf_fast.demo.run import BASE_MODELS
+from rlhf_fast.errors import UserError
+from rlhf_fast.eval import evaluate as evaluate_module
+from rlhf_fast.eval import run_task
+from rlhf_fast.eval.evaluate import evaluate
+from rlhf_fast.eval.sets import DEMO_SETS
+from rlhf_fast.eval.tasks import TASKS
+from rlhf_fast.model.model import Model
+from rlhf_fast.run.logs import read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread", "folder")
+SMALL, LARGE = str(BASE_MODELS / "small"), str(BASE_MODELS / "large")
+MODELS = (f"base={SMALL}", f"large={LARGE}")
+JUDGES = """
+import math
+
+def shorter(prompts, first, second):
+    return [0.5 if len(a) == len(b) else float(len(a) < len(b)) for a, b in zip(first, second)]
+
+def first_always(prompts, first, second):
+    return [1.0 for _ in first]
+
+def all_refused(answers):
+    return [1.0 for _ in answers]
+
+def nan_at_three(answers):
+    return [math.nan if i == 3 else 0.0 for i in range(len(answers))]
+
+def one_too_few(answers):
+    return [0.0 for _ in answers[1:]]
+"""
+
+
+def config(**changes) -> EvalConfig:
+    return EvalConfig(**{"models": MODELS, "out": "runs/eval", "limit": 8, **changes})
+
+
+def quiet(_line: str) -> None:
+    """Say nothing."""
+
+
+def without_seconds(results: dict) -> dict:
+    return {**results, "results": [{**record, "seconds": None} for record in results["results"]]}
+
+
+def forbid_loading(monkeypatch) -> None:
+    def fail(*_args, **_kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Model, "load", fail)
+
+
+@pytest.fixture
+def judges(folder, monkeypatch):
+    (folder / "eval_judges.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(str(folder))
+    return "eval_judges"
+
+
+def test_all_tasks_of_two_models(judges, monkeypatch, capsys):
+    """The results, a run that is killed and started again, one with nothing to do, and another judge."""
+    cfg = config(judge=JudgeConfig(preference=f"{judges}:shorter"))
+    results = evaluate(cfg, quiet)
+    found = {(record["model"], record["task"]) for record in results["results"]}
+    assert found == {(model, task) for model in ("base", "large") for task in TASKS}
+    for record in results["results"]:
+        assert record["n"] > 0 and record["value"] is not None
+        assert record["low"] <= record["value"] <= record["high"], record
+    compared = {record["task"] for record in results["differences"]}
+    assert compared == set(TASKS) and {r["baseline"] for r in results["differences"]} == {"base"}
+    assert results["judges"].keys() == {"truth", "informative", "toxicity", "refusal", "preference"}
+    assert results["judges"]["preference"]["validation"] is None
+    report = Path("runs/eval/report.md").read_text()
+    assert "preference: eval_judges:shorter: not validated" in report and "InstructGPT paper" in report
+    assert Path("runs/eval/report.png").stat().st_size > 10_000
+    written = json.loads(Path("runs/eval/results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+
+    # killed within a task of the second model
+    calls = []
+    score = run_task.score_rows
+
+    def killed(model, task, rows, encoder):
+        calls.append(task.name)
+        if len(calls) == 26:
+            raise KeyboardInterrupt
+        return score(model, task, rows, encoder)
+
+    monkeypatch.setattr(run_task, "BLOCK", 3)
+    monkeypatch.setattr(run_task, "score_rows", killed)
+    again = config(out="runs/killed", judge=cfg.judge)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(again, quiet)
+    assert not Path("runs/killed/results.json").exists()
+    half = next(Path("runs/killed/answers/base").glob(f"{calls[-1]}.jsonl"))
+    assert 0 < len(half.read_text().splitlines()) < 8
+    with half.open("a") as stream:  # torn by the kill
+        stream.write('{"key": "1234')
+    assert without_seconds(evaluate(again, quiet)) == without_seconds(results)
+
+    # nothing to do, and another judge: no model is loaded
+    forbid_loading(monkeypatch)
+    assert without_seconds(evaluate(cfg, quiet)) == without_seconds(results)
+    other = evaluate(replace(cfg, judge=replace(cfg.judge, refusal=f"{judges}:all_refused")), quiet)
+    rates = [r["value"] for r in other["results"] if r["measure"] == "refusal_rate"]
+    assert rates == [1.0] * 4 and other["judges"]["refusal"]["name"] == f"{judges}:all_refused"
+
+
+def test_more_rows_are_added_to_what_is_there(monkeypatch):
+    evaluate(config(tasks=("lambada",), limit=4), quiet)
+    asked = []
+    score = run_task.score_rows
+
+    def counted(model, task, rows, encoder):
+        asked.append(len(rows))
+        return score(model, task, rows, encoder)
+
+    monkeypatch.setattr(run_task, "score_rows", counted)
+    more = evaluate(config(tasks=("lambada",), limit=9), quiet)
+    new = asked[0]
+    assert asked == [new, new] and 0 < new <= 5
+    assert {r["n"] for r in more["results"]} == {9}
+    fewer = evaluate(config(tasks=("lambada",), limit=4), quiet)
+    assert len(asked) == 2 and {r["n"] for r in fewer["results"]} == {4}
+
+
+def test_answers_hang_on_the_model_and_the_settings(monkeypatch):
+    """Answers that were made with another model, dtype, template or temperature are made again."""
+    asked = []
+    answer = run_task.answer_rows
+
+    def counted(model, task, rows, *others):
+        asked.append(len(rows))
+        return answer(model, task, rows, *others)
+
+    monkeypatch.setattr(run_task, "answer_rows", counted)
+    one = {"tasks": ("over_refusal",), "models": (f"base={SMALL}",)}
+    for changes in ({}, {"dtype": "bfloat16"}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 1},
+                    {"max_new_tokens": 5}, {"models": (f"base={LARGE}",)}):  # fmt: skip
+        before = len(asked)
+        for _ in range(2):
+            evaluate(config(**{**one, **changes}), quiet)
+        assert len(asked) == before + 1, changes
+
+
+def test_win_rates(judges):
+    cfg = config(tasks=("preference",), judge=JudgeConfig(preference=f"{judges}:first_always"))
+    found = {r["measure"]: r for r in evaluate(cfg, quiet)["results"] if r["model"] == "large"}
+    assert found["win_rate"]["value"] == 0.5 and found["flips"]["value"] == 1.0
+    assert found["win_rate"]["n"] == found["longer_wins"]["n"] == 8
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("--models base={small} base={large}", "models: two are called base ("),
+        ("--models {small} {small}", "models: two are called small ("),
+        ("--models", "models"),
+        ("--models a=", "models: 'a=' is not NAME=MODEL; write for instance sft=runs/sft"),
+        ("--models base={small} --tasks hellaswagg", "tasks: there is no 'hellaswagg'; did you mean hellaswag?"),
+        ("--models base={small} --baseline sft", "baseline sft is not one of the models base"),
+        ("--models base={small} --tasks lambada --data nowhere", "nowhere: is no folder that can be read"),
+        ("--models base={small} --tasks lambada --data empty", "empty: has no file of the set lambada: lambada"),
+        ("--models base={small} --tasks preference", "preference cannot be run: it compares models"),
+        ("--models base={small} x={large} --tasks preference", "preference cannot be run: no judge"),
+        ("--models base={small} --fail-under preference", "fail_under: 'preference' is not TASK=VALUE"),
+        ("--models base={small} --tasks lambada --fail-under lambda=0.1", "--fail-under lambda: no result of base"),
+        ("--models base={small} --tasks lambada --out other", "other: is not empty and no evaluation of ours is in it"),
+        ("--models base={small} --tasks refusal --judge.refusal eval_judges:nan_at_three", "not finite"),
+        ("--models base={small} --tasks refusal --judge.refusal eval_judges:one_too_few", "for 8 answers"),
+        ("--models base={small} --tasks refusal --judge.refusal eval_judges:nothing", "cannot be imported"),
+        ("--models base={small} --tasks refusal --judge.refusal missing.jsonl", "missing.jsonl"),
+        ("--models base={small} --gold x:y", "gold is compared with `reward`, which is not set"),
+        ("--models base={small} --tasks lambada --reward {small}", "has no file of ranked responses"),
+    ],
+)
+def test_bad_input(judges, folder, capsys, arguments, sentence):
+    (folder / "empty").mkdir()
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.txt").write_text("mine")
+    words = arguments.format(small=SMALL, large=LARGE).split()
+    assert main(["eval", *words, "--limit", "8"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rlhf-fast: error: ") and sentence in error, error
+    assert (folder / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_missing_labels_are_asked_for_and_nothing_is_lost(folder, capsys, monkeypatch):
+    (folder / "labels.jsonl").write_text("")
+    rows = ["eval", "--models", f"base={SMALL}", "--tasks", "over_refusal", "--limit", "8", "--out", "out"]
+    (folder / "labels.jsonl").write_text('{"prompt": "another", "answer": "no", "label": true, "labeler": "a"}\n')
+    assert main([*rows, "--judge.refusal", "labels.jsonl"]) == 2
+    assert "to_label.jsonl" in capsys.readouterr().err
+    asked = [json.loads(line) for line in (folder / "out" / "to_label.jsonl").read_text().splitlines()]
+    assert 0 < len(asked) <= 8 and all(row["label"] is None for row in asked)
+    filled = [{**row, "label": i % 2 == 0, "labeler": "a"} for i, row in enumerate(asked)]
+    (folder / "filled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in filled))
+    forbid_loading(monkeypatch)  # the answers are there
+    assert main([*rows, "--judge.refusal", "filled.jsonl"]) == 0
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert next(r["value"] for r in results["results"] if r["measure"] == "refusal_rate") > 0
+    assert main([*rows, "--judge-labels", "filled.jsonl"]) == 0
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["judges"]["refusal"]["validation"]["labels"] == "a"
+
+
+def test_a_threshold_is_an_exit_status(capsys):
+    rows = ["eval", "--models", *MODELS, "--tasks", "lambada", "--limit", "8"]
+    assert main([*rows, "--fail-under", "lambada=0.99", "base:lambada=0"]) == 1
+    captured = capsys.readouterr()
+    assert "large: lambada.acc is" in captured.err and "below 0.99" in captured.err and "Results" in captured.out
+    assert main([*rows, "--fail-under", "lambada=0"]) == 0
+
+
+def test_the_list_names_every_task(capsys):
+    assert main(["eval", "--list"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert listed == set(TASKS)
+
+
+def test_a_task_of_a_group_without_its_file_is_left_out(folder):
+    (folder / "sets").mkdir()
+    rows = (DEMO_SETS / "lambada.jsonl").read_text().splitlines()[:5]
+    (folder / "sets" / "lambada.jsonl").write_text("\n".join(rows) + "\n")
+    results = evaluate(config(data="sets", tasks=("tax", "bias")), quiet)
+    assert {record["task"] for record in results["results"]} == {"lambada"}
+    assert any(note.startswith("hellaswag was left out: no file of the set hellaswag") for note in results["notes"])
+
+
+def test_people_are_asked_about_answers(folder):
+    results = evaluate(config(tasks=("toxicity",)), quiet, label=6)
+    rows = [json.loads(line) for line in (folder / "runs/eval/to_label.jsonl").read_text().splitlines()]
+    assert len(rows) <= 6 and {row["role"] for row in rows} == {"toxicity"} and results["judges"].keys() == {"toxicity"}
+
+
+def test_a_missing_matplotlib_costs_the_picture_alone(monkeypatch, folder, capsys):
+    def fail(*_):
+        raise UserError("matplotlib is not installed")
+
+    monkeypatch.setattr(evaluate_module, "draw", fail)
+    evaluate(config(tasks=("lambada",)), quiet)
+    assert "no picture: matplotlib is not installed" in capsys.readouterr().err
+    assert (folder / "runs/eval/report.md").is_file() and not (folder / "runs/eval/report.png").exists()
+
+
+def test_figures_in_training_are_those_of_the_command(folder):
+    """log.eval_every: the last step's metrics, and the finished folder's results."""
+    from rlhf_fast.stages import sft
+
+    model = toy.model(folder / "model")
+    text = {"text": "a b c . a b c"}
+    (folder / "sets").mkdir()
+    toy.jsonl(folder / "sets" / "text.jsonl", [text, {"text": "d e f . d"}, {"text": "h a . h"}])
+    toy.jsonl(folder / "sets" / "lambada.jsonl", [{"context": "a b", "target": "c"}, {"context": "d", "target": "e"}])
+    prompts = [{"prompt": f"{a} {b} .", "kind": "harmful", "category": "x", "source": "y"} for a in "ab" for b in "cd"]
+    toy.jsonl(folder / "sets" / "harmful_prompts.jsonl", prompts)
+    log = LogConfig(live=False, eval_every=2, eval_data="sets", eval_tasks=("tax", "refusal"))
+    cfg = toy.sft(folder, log=log, select="last", model=ModelConfig(path=model))
+    sft.run(cfg)
+    rows = [row for row in read_metrics(cfg.out) if "eval/lambada.acc" in row]
+    assert len(rows) >= 2 and rows[-1]["step"] == read_metrics(cfg.out)[-1]["step"]
+    results = evaluate(EvalConfig(models=(f"sft={cfg.out}",), data="sets", tasks=("tax", "refusal")), quiet)
+    for record in results["results"]:
+        metric = rows[-1][f"eval/{record['task']}.{record['measure']}"]
+        assert metric == pytest.approx(record["value"], rel=1e-6), record
