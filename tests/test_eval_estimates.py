@@ -11,6 +11,7 @@ from rlhf_fast.eval.estimates import (
     agreement,
     bootstrap,
     difference,
+    estimate_from,
     mean,
     student_t,
     unpaired_difference,
@@ -145,6 +146,18 @@ def test_coverage():
     assert np.mean([e.low <= 0.02 <= e.high for e in (mean(row, groups) for row in votes)]) >= 0.94
 
 
+def test_coverage_of_paired_differences_of_decisions():
+    random = np.random.default_rng(3)
+    for n, only_ours, only_theirs in ((200, 0.03, 0.03), (50, 0.1, 0.02), (200, 0.01, 0.01)):
+        held = 0
+        for drawn in random.random((1000, n)):
+            both = drawn > 0.6
+            ours, theirs = (drawn < only_ours) | both, ((drawn >= only_ours) & (drawn < only_ours + only_theirs)) | both
+            found = difference(ours, theirs)
+            held += found.low <= only_ours - only_theirs <= found.high
+        assert held >= 930
+
+
 def test_coverage_of_paired_differences_of_ratios():
     random = np.random.default_rng(1)
     held = 0
@@ -182,6 +195,8 @@ def test_measures():
     assert accuracy.estimate() == wilson(2, 3)
     assert near(Measure("words", (1.0, 1.0), unit="tokens").estimate(), 1, 1, 1, 2)
     assert Measure("pairs", (3.0, 2.0), weights=(3.0, 2.0)).estimate() == wilson(2, 2)
+    assert estimate_from(result_record("m", "t", accuracy)) == accuracy.estimate()
+    assert math.isnan(estimate_from(overflow).value)
     assert result_record("m", "t", Measure("acc", ()), 2.5) == {
         "model": "m", "task": "t", "measure": "acc", "value": None, "low": None, "high": None, "n": 0, "unit": "share",
         "judge": "", "seconds": 2.5,

@@ -213,5 +213,5 @@ def test_figure(tmp_path, monkeypatch):
 
 def test_main_measures():
     records = [*RESULTS["results"], record("base", "preference", "words", (9, 8, 10, 9), "words")]
-    assert main_measure("preference", records[::-1]) == "win_rate"
+    assert main_measure("preference", records[::-1]) == "win_rate" and main_measure("preference", records[-1:]) == ""
     assert main_measure("lambada", records) == "acc" and main_measure("text", records) == ""

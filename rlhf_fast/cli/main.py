@@ -14,7 +14,7 @@ Command = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
-RESUMES = ("sft", "reward", "ppo", "run", "demo")
+RESUMES = ("sft", "reward", "ppo", "run", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
 
@@ -29,7 +29,8 @@ def command(name: str, summary: str) -> Callable[[Command], Command]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for bad input or settings, 130 when interrupted."""
+    """Run one command and return the exit status: 0, 1 for a figure below its threshold, 2 for bad input or settings,
+    130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with safe_streams():
         try:
@@ -95,6 +96,13 @@ def _fail(sentence: str) -> int:
     return 2
 
 
+def _status(failures: Sequence[str]) -> int:
+    """Print the figures that are below their thresholds, and return the exit status: 1 if there are any."""
+    for failure in failures:
+        print(f"rlhf-fast: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     commands = "\n".join(f"  {name:<{width}}{summary}" for name, (summary, _) in COMMANDS.items())
@@ -158,8 +166,18 @@ def _run(argv: Sequence[str]) -> int:
     options = parse(RunOptions, argv, "run")
     from rlhf_fast.stages.recipe import run_recipe
 
-    run_recipe(options.recipe)
-    return 0
+    return _status(run_recipe(options.recipe))
+
+
+@command("eval", "the paper's evaluation of models side by side: truth, toxicity, bias, tax, refusals, preference")
+def _eval(argv: Sequence[str]) -> int:
+    from rlhf_fast.config.evaluation import EvalOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(EvalOptions, argv, "eval")
+    from rlhf_fast.cli.evaluation import run_eval
+
+    return _status(run_eval(options))
 
 
 @command("generate", "sample responses to a file of prompts")

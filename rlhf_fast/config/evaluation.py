@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
 from rlhf_fast.config.fields import expand_home, require_range
 from rlhf_fast.errors import UserError
@@ -36,9 +36,11 @@ class EvalConfig:
     and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
     same command goes on where it was stopped, and another judge needs no sampling."""
 
+    stage: ClassVar[str] = "eval"
+
     models: Annotated[tuple[str, ...], arg(metavar="NAME=MODEL")] = ()
-    """Language models: folders or hub names, each with the name that the tables give it (base=MODEL sft=runs/sft). Without
-    NAME= it is called by the last part of its path."""
+    """Language models: folders or hub names, each with its name in the tables (base=MODEL sft=runs/sft). Without NAME=
+    it is called by the last part of its path."""
     data: str = ""
     """Folder with the sets, as `--list` names their files. Empty = small sets of the demo's world, which come with the
     package: they show that everything works, and are no benchmark."""
@@ -59,12 +61,15 @@ class EvalConfig:
     reward: str = ""
     """Folder of a reward model, or module:function, to report on with the ranked responses of `data` (comparisons,
     rankings or preferences.jsonl). Empty = none."""
+    gold: str = ""
+    """Second reward (a reward model's folder, or module:function) that no policy was trained against: the report shows
+    it beside the reward of the samples of each model that PPO has trained, step by step. Needs `reward`."""
     fail_under: Annotated[tuple[str, ...], arg(metavar="TASK=VALUE")] = ()
-    """Exit with status 1 if a figure of the last model is below a value: preference=0.5, truthfulqa.true=0.4, or of another
-    model sft:lambada=0.3."""
+    """Exit with status 1 if a figure of the last model is below a value: preference=0.5, truthfulqa.true=0.4, or of
+    another model sft:lambada=0.3."""
     template: Literal["auto", "chat", "plain", "dialog"] = "auto"
-    """Format of prompts. auto: answers are asked for in the format that the model has learned, and log-probabilities taken
-    of plain text, as in lm-eval. Another one holds for both."""
+    """Format of prompts. auto: requests to an assistant (refusal, preference) are in the format that the model has
+    learned, and all other texts plain, as in the paper and lm-eval. Another one holds for all."""
     temperature: float = 0.0
     """Sampling temperature of answers (paper: 0)."""
     max_new_tokens: int = 0
@@ -79,9 +84,11 @@ class EvalConfig:
     """cpu, cuda, ...; auto = cuda if there is one, else cpu."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "data", "out", "reward", "judge_labels")
+        expand_home(self, "data", "out", "reward", "gold", "judge_labels")
         require_range(self, 0, math.inf, "limit", "temperature", "max_new_tokens")
         require_range(self, 1, math.inf, "batch")
+        if self.gold and not self.reward:
+            raise UserError("eval: gold is compared with `reward`, which is not set; give --reward FOLDER")
         self.thresholds()
 
     def model_paths(self) -> dict[str, str]:
@@ -124,12 +131,11 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(EvalConfig):
     """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
     and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
     same command goes on where it was stopped, and another judge needs no sampling."""
 
-    config: OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
     list: bool = False
     """List the tasks, the file that each needs, what it measures and its judge; then stop."""
     check_judges: bool = False

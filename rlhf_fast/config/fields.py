@@ -229,10 +229,19 @@ class LogConfig:
     """Show progress: one live line on a terminal, plain lines elsewhere."""
     sinks: tuple[str, ...] = ()
     """Other loggers that get the metrics: tensorboard, trackio, wandb (extra [log])."""
+    eval_every: int = 0
+    """Steps (PPO: batches) between evaluations by tasks of `rlhf-fast eval`, with the same figures: metrics
+    eval/TASK.MEASURE. 0 = none. With any other number the last step evaluates too. Not for reward models."""
+    eval_tasks: tuple[str, ...] = ("all",)
+    """Names and groups of these tasks. Preference, which compares two models, is left out."""
+    eval_data: str = ""
+    """Folder with their sets. Empty = the small sets that come with the package."""
+    eval_limit: int = 100
+    """Rows of each set. 0 = all."""
 
     def __post_init__(self) -> None:
         require_range(self, 1, math.inf, "every", "keep")
-        require_range(self, 0, math.inf, "samples", "validate_every", "checkpoint_every")
+        require_range(self, 0, math.inf, "samples", "validate_every", "checkpoint_every", "eval_every", "eval_limit")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from rlhf_fast.config.stages import STAGES
 from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.errors import UserError
 
+EVAL = "eval"
+"""The section of the evaluation, which runs after the stages."""
 SHARED = ("out", "preset", "seed", "device")
 """Settings for all stages."""
 PASSED_ON = ("seed", "device")
@@ -30,7 +32,7 @@ def split_sections(
         elif name in SHARED:
             shared[name] = setting
         else:
-            known = ", ".join([*SHARED, *STAGES])
+            known = ", ".join([*SHARED, *STAGES, EVAL])
             raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({setting.origin})')
     return shared, sections
 
@@ -63,4 +65,4 @@ def shared_text(shared: Mapping[str, Setting], name: str, default: str) -> str:
 
 def _is_in_section(name: str, setting: Setting) -> bool:
     stage, dot, _ = name.partition(".")
-    return stage in STAGES and (bool(dot) or setting.value is None)
+    return stage in (*STAGES, EVAL) and (bool(dot) or setting.value is None)

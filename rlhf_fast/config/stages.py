@@ -165,6 +165,10 @@ class RewardConfig(_Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, 1, math.inf, "epochs", "batch")
+        if self.log.eval_every:
+            error = BadSetting(self.log, "eval_every", "must be 0 here: a reward model answers no task")
+            error.name = "log.eval_every"
+            raise error
 
 
 @dataclass(frozen=True)

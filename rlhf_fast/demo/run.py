@@ -320,6 +320,7 @@ def write_results(trial: Trial) -> list[report.Row]:
         f" {report.nats(numbers['loss/large'])}.",
         plot_curves(trial),
         f"Took {seconds / 60:.1f} minutes. All responses: {trial.out / 'answers'}; models, metrics: {trial.out}.",
+        f"More on these models: {eval_command(trial)}",
     ]
     lines = report.print_table(numbers, notes)
     with writing(trial.out):
@@ -328,6 +329,12 @@ def write_results(trial: Trial) -> list[report.Row]:
     measured = {name: value.fields() for name, value in numbers.items() if value.n}
     write_json(trial.out / "numbers.json", measured)
     return lines
+
+
+def eval_command(trial: Trial) -> str:
+    """Return the command that evaluates the demo's models on the sets of its world, with its reward model as judge."""
+    models = " ".join(f"{name}={trial.model(name)}" for name in ("base", "sft", "ppo", "ppo-ptx"))
+    return f"rlhf-fast eval --models {models} --judge.preference {trial.out / 'reward'} --out {trial.out / 'eval'}"
 
 
 def plot_curves(trial: Trial) -> str:

@@ -1,7 +1,7 @@
 """The answers of a model to a task's rows, kept as JSON lines: what is there is not computed again.
 
-    out/answers/MODEL/TASK.jsonl    a line for each row, in whole blocks
-    out/answers/MODEL/TASK.json     what they were made with, and in how many seconds
+out/answers/MODEL/TASK.jsonl    a line for each row, in whole blocks
+out/answers/MODEL/TASK.json     what they were made with, and in how many seconds
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def row_key(row: Row) -> str:
 
 
 class AnswerFile:
-    """The answers to one task by one model.
+    """Answers to one task by one model.
 
-    made_with: everything but the row that an answer depends on. Answers that were made with something else are replaced.
+    made_with: everything but the row that an answer depends on. Answers made with something else are replaced.
     """
 
     def __init__(self, out: str | Path, model: str, task: str, made_with: Mapping[str, Any]):
@@ -38,6 +38,8 @@ class AnswerFile:
         self.rows_path, self.info_path = folder / f"{task}.jsonl", folder / f"{task}.json"
         self.made_with = dict(made_with)
         self.seconds = 0.0
+        self.has_new = False
+        """True once answers were added."""
         self.info: dict[str, Any] = {}
         """What the model's run of the task had to say: the format of prompts, the number of contexts that were cut."""
         self._records: dict[str, dict[str, Any]] = {}
@@ -55,9 +57,7 @@ class AnswerFile:
     def append(self, rows: Sequence[Row], records: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Add the records of a block of rows to the file."""
         added = {row_key(row): dict(record) for row, record in zip(rows, records, strict=True)}
-        lines = "".join(
-            json.dumps({"key": key, **record}, ensure_ascii=False) + "\n" for key, record in added.items()
-        )
+        lines = "".join(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n" for key, record in added.items())
         with writing(self.rows_path):
             self.rows_path.parent.mkdir(parents=True, exist_ok=True)
             if not self._records:
@@ -68,6 +68,7 @@ class AnswerFile:
                 os.fsync(stream.fileno())
         self._records |= added
         self.seconds += seconds
+        self.has_new = True
         self._write_info()
 
     def _read(self) -> None:

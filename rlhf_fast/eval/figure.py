@@ -16,9 +16,12 @@ SOFTWARE = "rlhf-fast eval"
 """Signs the PNG, by which a later call knows that it may replace it."""
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "x"))
 """Colours of Okabe and Ito, which the colour-blind can tell apart, each with a marker of its own."""
-WIDTH, PANEL_HEIGHT, LINE_HEIGHT, DPI = 10.0, 2.4, 0.15, 120
+WIDTHS = {1: 5.0, 2: 8.0, 3: 10.0}
+"""Panels side by side -> inches of the picture."""
+PANEL_HEIGHT, LINE_HEIGHT, DPI = 2.4, 0.15, 120
 """Inches, and dots an inch. A panel grows by a line for each entry of its legend."""
-NUM_COLUMNS = 3
+MANY = 6
+"""Models; of more, two panels stand side by side instead of three."""
 MAX_NAME = 22
 """Characters of a model's name that are shown."""
 CHARACTERS = 26
@@ -87,11 +90,11 @@ def draw(records: Sequence[Record], groups: Groups, path: str | Path) -> Path:
     from matplotlib import pyplot
 
     labels = [_shortened(name) for name in models_of(records)]
-    num_columns = min(NUM_COLUMNS, len(shown))
+    num_columns = min(3 if len(labels) <= MANY else 2, len(shown))
     rows = [shown[start : start + num_columns] for start in range(0, len(shown), num_columns)]
     turned = 0.04 * max(map(len, labels)) if _are_turned(labels) else 0.0
     heights = [PANEL_HEIGHT + turned + LINE_HEIGHT * max(len(panel.series) for panel in row) for row in rows]
-    size = (WIDTH * num_columns / NUM_COLUMNS, sum(heights))
+    size = (WIDTHS[num_columns], sum(heights))
     figure, axes = pyplot.subplots(len(rows), num_columns, figsize=size, squeeze=False)
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.08)
     for axis, panel in zip(axes.flat, shown, strict=False):

@@ -72,6 +72,9 @@ class GenerationTask(NamedTuple):
     """Function from an answer to the part that is judged and kept."""
     question: Callable[[Row], Dialog] = lambda row: row["prompt"]
     """Function from a row to the prompt that a judge reads, without instructions and examples."""
+    is_dialog: bool = False
+    """True for a request to an assistant, which is put in the format that the model has learned. Others are texts that
+    every model goes on with."""
 
 
 def manner_prompt(manner: str) -> Callable[[Row], str]:

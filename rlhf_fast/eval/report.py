@@ -41,7 +41,8 @@ def markdown(results: Mapping[str, Any], groups: Groups) -> str:
     """Return report.md. `results`: what results.json holds. `groups`: group -> tasks, in the report's order."""
     tables = (f"## {grid.title}\n\n" + "\n".join(_markdown_rows(grid)) for grid in _tables(results, groups))
     lists = (f"## {title}\n\n" + "\n".join(f"- {_escaped(x)}" for x in lines) for title, lines in _lists(results))
-    return "\n\n".join([f"# {TITLE}", *tables, *lists]) + "\n"
+    sections = (f"## {_escaped(title)}\n\n" + "\n".join(lines) for title, lines in _sections(results))
+    return "\n\n".join([f"# {TITLE}", *tables, *sections, *lists]) + "\n"
 
 
 def print_report(results: Mapping[str, Any], groups: Groups, console: Console | None = None) -> None:
@@ -55,6 +56,8 @@ def print_report(results: Mapping[str, Any], groups: Groups, console: Console | 
                 console.print(_rich_table(part))
         else:
             print("\n".join([grid.title, *aligned([grid.header, *grid.rows]), ""]), file=console.file)
+    for title, lines in _sections(results):
+        print("\n".join([title, *lines, ""]), file=console.file)
     for title, lines in _lists(results):
         print("\n".join([title, *(f"  {line}" for line in lines)]), file=console.file)
 
@@ -126,6 +129,11 @@ def _record_of(name: str, records: Sequence[Record]) -> Record:
 def _tables(results: Mapping[str, Any], groups: Groups) -> list[Grid]:
     main, *details = result_tables(results.get("results", ()), groups) or [Grid("Results", ("",), ())]
     return [main, *difference_tables(results.get("differences", ()), groups), *details]
+
+
+def _sections(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return the titles and lines of markdown of what is no table of tasks: a reward model's report."""
+    return list((results.get("sections") or {}).items())
 
 
 def _lists(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

@@ -118,9 +118,9 @@ def pair_accuracy(ranked: Sequence[Ranked]) -> Measure:
     right, pairs = [], []
     for row in ranked:
         differences = list(row.pairs())
-        right.append(sum(0.5 + 0.5 * np.sign(difference) for difference in differences))
+        right.append(float(sum(0.5 + 0.5 * np.sign(differences))) if differences else math.nan)
         pairs.append(float(len(differences)))
-    return Measure("pair_accuracy", tuple(map(float, right)), weights=tuple(pairs))
+    return Measure("pair_accuracy", tuple(right), weights=tuple(pairs))
 
 
 def best_of_k(ranked: Sequence[Ranked]) -> tuple[Measure, ...]:
@@ -140,7 +140,7 @@ def best_of_k(ranked: Sequence[Ranked]) -> tuple[Measure, ...]:
     best, random, rank, random_rank = zip(*values, strict=True) if values else ((), (), (), ())
     return (
         Measure("best_of_k", best),
-        Measure("best_of_k_random", random, higher_is_better=None),
+        Measure("best_of_k_random", random, unit="chance", higher_is_better=None),
         Measure("rank", rank, unit="rank", higher_is_better=False),
         Measure("rank_random", random_rank, unit="rank", higher_is_better=None),
     )
@@ -154,7 +154,7 @@ def ties(ranked: Sequence[Ranked]) -> tuple[Measure, Measure]:
         pairs.append(float(math.comb(len(row.ranks), 2)))
         labelled.append(float(len(differences)))
         labels.append(pairs[-1] - labelled[-1])
-        scores.append(float(differences.count(0.0)))
+        scores.append(float(differences.count(0.0)) if differences else math.nan)
     return (
         Measure("label_ties", tuple(labels), weights=tuple(pairs), higher_is_better=None),
         Measure("score_ties", tuple(scores), weights=tuple(labelled), higher_is_better=False),
@@ -194,8 +194,8 @@ def report_lines(found: RewardReport) -> list[str]:
     lines = [
         f"- pair accuracy {cell('pair_accuracy')} ({found.num_pairs} pairs of {n} prompts; ties of the labels"
         f" {cell('label_ties')} left out, ties of the scores {cell('score_ties')} count half)",
-        f"- the response it puts first is the best in {cell('best_of_k')} (random {cell('best_of_k_random')}), with"
-        f" mean rank {cell('rank', 2)} (random {cell('rank_random', 2)}), n {n}",
+        f"- the response it puts first is the best in {cell('best_of_k')}, its mean rank is {cell('rank', 2)} (random"
+        f" {estimates['best_of_k_random'].value:.3f}, mean rank {estimates['rank_random'].value:.2f}), n {n}",
     ]
     if found.calibration:
         lines.append(f"- calibration error {found.calibration_error:.3f} (n {found.num_pairs} pairs)")

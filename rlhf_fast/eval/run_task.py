@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_fast import __version__
 from rlhf_fast.batches import Prompts
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
@@ -25,6 +28,7 @@ from rlhf_fast.run.prompt_format import model_prompt_format, recorded_format
 from rlhf_fast.scoring import Score, Scorer
 
 Task = LikelihoodTask | GenerationTask
+Record = dict[str, Any]
 BLOCK = 256
 """Rows that are computed and kept together."""
 
@@ -35,17 +39,19 @@ class EvaluatedModel:
     def __init__(self, name: str, path: str, cfg: EvalConfig):
         self.name, self.path, self.cfg = name, path, cfg
         self.weights = model_sha256(path) if Path(path).is_dir() else path
-        self.prompt_format = ""
-        """Format of the prompts that answers are asked with; "" before the model is loaded."""
+        self.sampling = SamplingConfig(
+            temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens or sys.maxsize, batch=cfg.batch
+        )
         self._model: Model | None = None
 
     def made_with(self, task: Task) -> dict[str, Any]:
         """Return everything but the row that the answers to a task depend on."""
         cfg = self.cfg
-        found: dict[str, Any] = {"model": self.weights, "dtype": cfg.dtype, "template": cfg.template, "version": 1}
+        found: dict[str, Any] = {"model": self.weights, "dtype": cfg.dtype, "template": cfg.template}
+        found["version"] = __version__
         if isinstance(task, GenerationTask):
             found["recorded_template"] = recorded_format(self.path).get("kind")
-            found["max_new_tokens"] = cfg.max_new_tokens or task.max_new_tokens
+            found["max_new_tokens"] = min(task.max_new_tokens, self.sampling.max_new_tokens)
             found["temperature"] = cfg.temperature
             if cfg.temperature:
                 found["seed"] = cfg.seed
@@ -65,9 +71,9 @@ class EvaluatedModel:
             encoder = self._encoder(task)
             try:
                 if isinstance(task, LikelihoodTask):
-                    records = self._score(task, block, encoder)
+                    records = score_rows(self.model, task, block, encoder)
                 else:
-                    records = self._answer(task, block, encoder)
+                    records = answer_rows(self.model, task, block, encoder, self.sampling, self.cfg.seed)
             except BadRows as error:
                 raise UserError(f"{task.name}: {self.name}: {error}") from error
             if encoder.overlong:
@@ -93,46 +99,49 @@ class EvaluatedModel:
 
     def _encoder(self, task: Task) -> Encoder:
         template = self.cfg.template
-        if isinstance(task, LikelihoodTask) and template == "auto":
-            return Encoder(self.model.tokenizer, self.model.max_positions, PLAIN)
-        setting = "eval: template"
-        prompt_format, _ = model_prompt_format(self.path, self.model.tokenizer, template, setting, strict=False)
+        prompt_format = PLAIN
+        if is_dialog(task) or template != "auto":
+            tokenizer, setting = self.model.tokenizer, "eval: template"
+            prompt_format, _ = model_prompt_format(self.path, tokenizer, template, setting, strict=False)
         return Encoder(self.model.tokenizer, self.model.max_positions, prompt_format)
 
-    def _score(self, task: LikelihoodTask, rows: Sequence[Row], encoder: Encoder) -> list[dict[str, Any]]:
-        requests = [task.requests(row, encoder) for row in rows]
-        scores = iter(Scorer(self.model)([request for found in requests for request in found]))
-        records = []
-        for found in requests:
-            own = [next(scores) for _ in found]
-            records.append(
-                {
-                    "logprobs": [score.logprob for score in own],
-                    "greedy": [score.greedy for score in own],
-                    "num_tokens": [score.num_tokens for score in own],
-                }
-            )
-        return records
 
-    def _answer(self, task: GenerationTask, rows: Sequence[Row], encoder: Encoder) -> list[dict[str, Any]]:
-        cfg, model = self.cfg, self.model
-        max_new_tokens = encoder.max_new_tokens(cfg.max_new_tokens or task.max_new_tokens)
-        sampling = SamplingConfig(
-            temperature=cfg.temperature, max_new_tokens=max_new_tokens, stop=task.stop, batch=cfg.batch
-        )
-        tokens = [encoder.prompt(task.prompt(row), max_new_tokens) for row in rows]
-        # the noise of a row hangs on the row, so that it is the same whatever was computed before
-        uids = [int(row_key(row)[:12], 16) for row in rows]
-        responses = Rollout(model, sampling, cfg.seed).generate(Prompts(uids, tokens, [""] * len(rows)))
-        texts = responses.texts(model.tokenizer)
-        finished = responses.finished.tolist()
-        return [
-            {"prompt": task.question(row), "answer": task.cut(text), "tokens": len(ids), "finished": done}
-            for row, text, ids, done in zip(rows, texts, responses.response_ids(), finished, strict=True)
-        ]
+def is_dialog(task: Task) -> bool:
+    """Return whether a task's prompts are put in the format that the model has learned."""
+    return isinstance(task, GenerationTask) and task.is_dialog
 
 
-def read_scores(record: dict[str, Any]) -> list[Score]:
+def score_rows(model: Model, task: LikelihoodTask, rows: Sequence[Row], encoder: Encoder) -> list[Record]:
+    """Return for each row the scores of its requests."""
+    requests = [task.requests(row, encoder) for row in rows]
+    scores = iter(Scorer(model)([request for found in requests for request in found]))
+    records: list[Record] = []
+    for found in requests:
+        own = [next(scores) for _ in found]
+        logprobs, greedy = [score.logprob for score in own], [score.greedy for score in own]
+        records.append({"logprobs": logprobs, "greedy": greedy, "num_tokens": [score.num_tokens for score in own]})
+    return records
+
+
+def answer_rows(
+    model: Model, task: GenerationTask, rows: Sequence[Row], encoder: Encoder, sampling: SamplingConfig, seed: int = 0
+) -> list[Record]:
+    """Return for each row an answer, as far as it is judged. The task's stop texts and length replace those of
+    `sampling`, unless that asks for a shorter one."""
+    wanted = min(task.max_new_tokens, sampling.max_new_tokens)
+    sampling = replace(sampling, max_new_tokens=encoder.max_new_tokens(wanted), stop=task.stop)
+    tokens = [encoder.prompt(task.prompt(row), sampling.max_new_tokens) for row in rows]
+    # the noise of an answer hangs on its row, so that it is the same whatever was computed before
+    uids = [int(row_key(row)[:12], 16) for row in rows]
+    responses = Rollout(model, sampling, seed).generate(Prompts(uids, tokens, [""] * len(rows)))
+    texts, finished = responses.texts(model.tokenizer), responses.finished.tolist()
+    return [
+        {"prompt": task.question(row), "answer": task.cut(text), "tokens": len(ids), "finished": done}
+        for row, text, ids, done in zip(rows, texts, responses.response_ids(), finished, strict=True)
+    ]
+
+
+def read_scores(record: Record) -> list[Score]:
     """Return the scores of a row's requests from its record."""
     parts = zip(record["logprobs"], record["greedy"], record["num_tokens"], strict=True)
     return [Score(*part) for part in parts]

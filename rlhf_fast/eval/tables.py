@@ -76,7 +76,8 @@ def group_of(task: str, groups: Groups) -> str:
 
 def main_measure(task: str, records: Iterable[Record]) -> str:
     """Return the measure that stands for a task, or "" if the records have none of it."""
-    found = list(dict.fromkeys(record["measure"] for record in records if record["task"] == task))
+    named = dict.fromkeys(record["measure"] for record in records if record["task"] == task)
+    found = [measure for measure in named if not measure.startswith(DETAILS)]
     return MAIN[task] if MAIN.get(task) in found else found[0] if found else ""
 
 

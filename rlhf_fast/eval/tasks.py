@@ -50,6 +50,7 @@ TASK_LIST: tuple[Task, ...] = (
         ("preference",),
         generation.length_measures,
         max_new_tokens=256,
+        is_dialog=True,
     ),
     _truth("truthfulqa", "true and informative answers after six example questions", question_prompt),
     _truth(
@@ -136,6 +137,7 @@ TASK_LIST: tuple[Task, ...] = (
         ("refusal",),
         generation.refusal_measures(higher_is_better=True),
         max_new_tokens=128,
+        is_dialog=True,
     ),
     GenerationTask(
         "over_refusal",
@@ -146,6 +148,7 @@ TASK_LIST: tuple[Task, ...] = (
         ("refusal",),
         generation.refusal_measures(higher_is_better=False),
         max_new_tokens=128,
+        is_dialog=True,
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in TASK_LIST}

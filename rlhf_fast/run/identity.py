@@ -21,6 +21,7 @@ MAY_DIFFER_ON_RESUME = (
     "out",
     "resume",
     *(f"log.{name}" for name in ("every", "samples", "checkpoint_every", "keep", "live", "sinks")),
+    *(f"log.eval_{name}" for name in ("every", "tasks", "data", "limit")),
 )
 """Settings that do not change the weights that `out` gets. log.validate_every does: it decides at which steps there are
 weights to select from."""

@@ -62,6 +62,12 @@ def bind_prompt_format(
     return prompt_format
 
 
+def bound_prompt_format(run_folder: RunFolder) -> PromptFormat:
+    """Return the format that `bind_prompt_format` has put into the run's run.json."""
+    recorded = run_folder.manifest[TEMPLATE]
+    return PromptFormat(recorded["kind"], _date(recorded))
+
+
 def model_prompt_format(
     path: str, tokenizer: Any, template: Template, setting: str, *, strict: bool
 ) -> tuple[PromptFormat, list[str]]:

@@ -21,6 +21,7 @@ from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
 from rlhf_fast.errors import UserError, row_locations
+from rlhf_fast.eval.in_training import TrainingEvaluation
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.model.saved_model import save_with_probe
@@ -28,7 +29,7 @@ from rlhf_fast.rollout.exact import make_exact
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
-from rlhf_fast.run.prompt_format import bind_prompt_format, check_same_format
+from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
@@ -54,6 +55,8 @@ def run(cfg: PPOConfig) -> None:
         models = load_models(cfg, run_folder.device)
         prompt_data, pretrain_data = load_data(cfg, models.policy, run_folder, context)
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
+        evaluation = TrainingEvaluation(cfg.log, models.policy, bound_prompt_format(run_folder))
+        run_folder.notes += evaluation.notes
         state = init_state(cfg, models, run_folder)
         log = run_folder.start_or_resume(cfg.num_batches, PROGRESS_METRICS, state.parts())
         with row_locations(**row_locators(prompt_data.train, pretrain_data)):
@@ -67,6 +70,9 @@ def run(cfg: PPOConfig) -> None:
                     stats |= ppo_update(state, experience, pretrain_data, cfg, step)
                 with log.phase("validate"):
                     stats |= validate(rollout, models, state, prompt_data, cfg, step)
+                if evaluation.is_due(step + 1, cfg.num_batches):
+                    with log.phase("evaluate"):
+                        stats |= evaluation()
                 state.kl.update(stats["objective/kl"], stats["objective/kl_token"], episodes=cfg.batch)
                 log_step(log, step + 1, stats, prompts, responses, experience, models.policy, cfg)
                 run_folder.checkpoint(step + 1, state.parts())

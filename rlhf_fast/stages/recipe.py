@@ -2,7 +2,8 @@
 
 A recipe holds `out`, `preset`, `seed` and `device` for all stages, and a section for each stage that is to run. By
 default a stage writes to out/<stage>, the reward model and the policy start from the sft folder, and PPO's reward is
-the reward folder. A finished stage is skipped; a stage whose settings have changed since is refused.
+the reward folder. A finished stage is skipped; a stage whose settings have changed since is refused. With a section
+`eval` all models are evaluated afterwards, by default the one that sft starts from, sft's and ppo's.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.presets import preset
 from rlhf_fast.config.resolve import resolve
-from rlhf_fast.config.sections import PASSED_ON, shared_text, split_sections
-from rlhf_fast.config.stages import STAGES, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.config.sections import EVAL, PASSED_ON, shared_text, split_sections
+from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.data.json_lines import require_file
 from rlhf_fast.errors import UserError, writing
@@ -66,14 +68,20 @@ ppo:                   # policy from the sft folder, reward from the reward fold
   episodes: 10240
   sampling.max_new_tokens: 128
   kl.coef: 0.02
+
+# eval:                  # then compare the models before and after (`rlhf-fast eval --list --data sets`)
+#   data: sets                       # folder with truthfulqa.jsonl, hellaswag.jsonl and so on
+#   tasks: [truth, toxicity, bias, tax, refusal]
+#   limit: 200
 """
 
 
 class Recipe(NamedTuple):
-    """A recipe's output folder, and the settings of its stages in order."""
+    """A recipe's output folder, the settings of its stages in order, and those of the evaluation, if it has one."""
 
     out: Path
     stages: dict[str, StageConfig]
+    evaluation: EvalConfig | None = None
 
 
 def write_template(path: str | Path) -> Path:
@@ -113,11 +121,30 @@ def read_recipe(path: str | Path) -> Recipe:
         for file in cfg.data_files():
             require_file(file)
         stages[stage] = cfg
-    return Recipe(out, stages)
+    evaluation = None
+    if EVAL in sections:
+        models = tuple(f"{name}={folder}" for name, folder in _models(stages).items())
+        defaults = {"out": Setting(str(out / EVAL), "the recipe"), "models": Setting(models, "the recipe")}
+        evaluation = resolve(EvalConfig, defaults, common, sections[EVAL])
+        evaluation.baseline_of(tuple(evaluation.model_paths()))
+    return Recipe(out, stages, evaluation)
 
 
-def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> None:
-    """Run the stages that are not finished, in order, and print the table."""
+def _models(stages: Mapping[str, StageConfig]) -> dict[str, str]:
+    """Return name -> folder of a recipe's language models: the one that it starts from, and those that it makes."""
+    models: dict[str, str] = {}
+    for stage, cfg in stages.items():
+        if isinstance(cfg, SFTConfig):
+            models |= {"base": cfg.model.path, stage: cfg.out}
+        elif isinstance(cfg, PPOConfig):
+            models |= {} if "sft" in stages else {"sft": cfg.policy.path}
+            models[stage] = cfg.out
+    return models
+
+
+def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> list[str]:
+    """Run the stages that are not finished, in order, and print the table; then evaluate. Return a sentence for each
+    figure that is below its threshold."""
     recipe = read_recipe(path)
     done = {stage: finished(cfg) for stage, cfg in recipe.stages.items()}
     measurements = _read_measurements(recipe.out)
@@ -135,6 +162,11 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> None:
         else:
             _run_measured(stage, recipe, measurements)
     echo("\n".join(table(recipe, measurements)))
+    if recipe.evaluation is None:
+        return []
+    from rlhf_fast.eval.evaluate import evaluate_and_print
+
+    return evaluate_and_print(recipe.evaluation)
 
 
 def _check_stages(to_run: Sequence[StageConfig], stages: Sequence[StageConfig]) -> None:

@@ -9,12 +9,13 @@ import torch
 from rlhf_fast.config.stages import SFTConfig
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
 from rlhf_fast.errors import UserError, row_locations
+from rlhf_fast.eval.in_training import TrainingEvaluation
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
-from rlhf_fast.run.prompt_format import bind_prompt_format, check_same_format
+from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
@@ -35,6 +36,8 @@ def run(cfg: SFTConfig) -> None:
         data, pretrain_data, reward = load_data(cfg, model, run_folder, context)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
+        evaluation = TrainingEvaluation(cfg.log, model, bound_prompt_format(run_folder))
+        run_folder.notes += evaluation.notes
         best, save = BestModel(run_folder), partial(save_with_probe, model)
         state: dict[str, Stateful] = {"learner": learner, "best": best}
         text_location = pretrain_data.location if pretrain_data else None
@@ -50,6 +53,9 @@ def run(cfg: SFTConfig) -> None:
                 if cfg.select != "last":
                     score = stats["valid/scores"] if cfg.select == "reward" else -stats["valid/sft"]
                     best.update(step, score, save)
+            if evaluation.is_due(step, steps):
+                with log.phase("evaluate"):
+                    stats |= evaluation()
             log.metrics(step, stats, tokens=sum(int(batch.lengths.sum()) for _, batch, _ in terms))
             run_folder.checkpoint(step, state)
         run_folder.finish(best.writer(steps, save), {"step": best.step or steps, "score": best.score})

@@ -42,7 +42,7 @@ def load_reward(
     tokenizer: the policy's. cfg: how to load a model; its path is ignored.
     """
     if is_function(spec):
-        return PythonReward(_import_function(spec), tokenizer, spec)
+        return PythonReward(import_function(spec), tokenizer, spec)
     model = Model.load(replace(cfg or ModelConfig(), path=spec), head="scalar", device=device)
     check_tokenizers(tokenizer, model.tokenizer, spec)
     return ModelReward(model, micro_batch_tokens)
@@ -73,15 +73,13 @@ class PythonReward:
     def __init__(self, function: Callable[..., Any], tokenizer: Any, name: str = ""):
         self.function, self.tokenizer = function, tokenizer
         self.name = name or getattr(function, "__name__", "reward")
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(function).parameters.values()
-        required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
-        if len(required) not in (1, 2):
+        required = num_required(function)
+        if required not in (1, 2):
             raise UserError(
                 f"{self.name}: a reward function takes a list of texts, or a list of prompts and a list of responses;"
-                f" it takes {len(required)} arguments"
+                f" it takes {required} arguments"
             )
-        self.takes_prompts = len(required) == 2
+        self.takes_prompts = required == 2
 
     def __call__(self, responses: Responses) -> Tensor:
         if self.takes_prompts:
@@ -95,6 +93,13 @@ class PythonReward:
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def num_required(function: Callable[..., Any]) -> int:
+    """Return the number of positional arguments that a function must be given."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
 
 
 def check_scores(scores: Sequence[Any], uids: Sequence[int], name: str) -> Tensor:
@@ -115,12 +120,13 @@ def check_scores(scores: Sequence[Any], uids: Sequence[int], name: str) -> Tenso
 
 def source_file(spec: str) -> Path | None:
     """Return the file of the module in module:function, or None if it has none."""
-    _import_function(spec)
+    import_function(spec)
     file = getattr(sys.modules[spec.rpartition(":")[0]], "__file__", None)
     return Path(file) if file else None
 
 
-def _import_function(spec: str) -> Callable[..., Any]:
+def import_function(spec: str, kind: str = "reward") -> Callable[..., Any]:
+    """Return the function that module:function names; the working directory is searched too. kind: for messages."""
     module, _, name = spec.rpartition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -128,7 +134,7 @@ def _import_function(spec: str) -> Callable[..., Any]:
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"reward {spec}: cannot be imported ({error}); write module:function") from error
+        raise UserError(f"{kind} {spec}: cannot be imported ({error}); write module:function") from error
     if not callable(function):
-        raise UserError(f"reward {spec}: is a {type(function).__name__}, not a function")
+        raise UserError(f"{kind} {spec}: is a {type(function).__name__}, not a function")
     return function

@@ -1,0 +1,36 @@
+"""`rlhf-fast eval`: the evaluation, the list of tasks, and the comparison of judges with people's labels."""
+
+from __future__ import annotations
+
+from rlhf_fast.config.evaluation import EvalConfig, EvalOptions
+from rlhf_fast.eval.evaluate import evaluate_and_print
+from rlhf_fast.eval.judges.check import check_judges
+from rlhf_fast.eval.judges.validation_table import table
+from rlhf_fast.eval.sets import DEMO_SETS
+from rlhf_fast.eval.tasks import describe
+from rlhf_fast.run.terminal import aligned
+from rlhf_fast.stages.fit import check_device
+
+
+def run_eval(options: EvalOptions) -> list[str]:
+    """Run one form of the command. Return a sentence for each figure that is below its threshold."""
+    if options.list:
+        print("\n".join(task_list(options)))
+        return []
+    if options.check_judges:
+        checked, notes = check_judges(options.data or DEMO_SETS)
+        print("\n".join([table(checked), *notes]))
+        return []
+    check_device("eval", options.device)
+    return evaluate_and_print(options, options.label)
+
+
+def task_list(cfg: EvalConfig) -> list[str]:
+    """Return a line on each task: the file that it needs and has, what it measures, and its judge."""
+    rows = [("task", "group", "file", "rows", "judge", "what it measures")]
+    notes = []
+    for found in describe(cfg.data or DEMO_SETS):
+        count = "-" if found.rows is None else str(found.rows)
+        rows.append((found.task, found.group, found.file, count, ", ".join(found.judges) or "-", found.summary))
+        notes += [found.error] if found.error else []
+    return [*aligned(rows), *notes]

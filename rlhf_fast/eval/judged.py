@@ -1,0 +1,112 @@
+"""Measures from answers: which judges the tasks need, what they say, and what people are asked to say themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.config.evaluation import EvalConfig
+from rlhf_fast.config.fields import ModelConfig
+from rlhf_fast.data.datasets import prompt_as_text
+from rlhf_fast.eval.answers import AnswerFile
+from rlhf_fast.eval.files import Row
+from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge, load_answer_judge, load_pair_judge
+from rlhf_fast.eval.judges.labels import TO_LABEL
+from rlhf_fast.eval.judges.validation import choose_to_label
+from rlhf_fast.eval.likelihood import LikelihoodTask
+from rlhf_fast.eval.measures import Measure, result_record
+from rlhf_fast.eval.preference import compare
+from rlhf_fast.eval.run_task import Record, Task, read_scores
+
+Judges = Mapping[str, Judge]
+"""Role -> the judge of single answers."""
+
+
+def roles_of(tasks: Sequence[Task]) -> list[str]:
+    """Return the roles of the judges that tasks need, each once."""
+    return list(dict.fromkeys(role for task in tasks if isinstance(task, GenerationTask) for role in task.judges))
+
+
+def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge], PairJudge | None]:
+    """Return the judges of single answers that the tasks need, by role, and that of pairs if they need one."""
+    device = None if cfg.device == "auto" else cfg.device
+    dtype = ModelConfig(dtype=cfg.dtype)
+    roles = roles_of(tasks)
+    single = {
+        role: load_answer_judge(
+            getattr(cfg.judge, role), role, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device
+        )
+        for role in roles
+        if role != PREFERENCE
+    }
+    if PREFERENCE not in roles:
+        return single, None
+    return single, load_pair_judge(cfg.judge.preference, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device)
+
+
+def judge_record(judge: Judge | PairJudge) -> dict[str, Any]:
+    """Return a judge's entry in results.json, with null for a figure that does not exist."""
+    validation: dict[str, Any] | None = None
+    if judge.validation is not None:
+        validation = {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in judge.validation._asdict().items()
+        }
+    return {"name": judge.name, "threshold": getattr(judge, "threshold", None), "validation": validation}
+
+
+def measures_of(task: Task, rows: Sequence[Row], records: Sequence[Record], judges: Judges) -> list[Measure]:
+    """Return the measures of a task from one model's records."""
+    if isinstance(task, LikelihoodTask):
+        return task.measures(rows, [read_scores(record) for record in records])
+    answers = [record["answer"] for record in records]
+    prompts = questions(task, rows)
+    verdicts = {role: judges[role](prompts, answers, rows) for role in task.judges if role != PREFERENCE}
+    return task.measures(rows, answers, verdicts, judges)
+
+
+def questions(task: GenerationTask, rows: Sequence[Row]) -> list[str]:
+    """Return the prompts as judges read them."""
+    return [prompt_as_text(task.question(row)) for row in rows]
+
+
+def preference_records(
+    task: GenerationTask, rows: Sequence[Row], name: str, files: tuple[AnswerFile, AnswerFile], judge: PairJudge
+) -> list[dict[str, Any]]:
+    """Return the records of a model's win rate against the baseline. files: the model's and the baseline's answers."""
+    ours, theirs = ([record["answer"] for record in file.records(rows)] for file in files)
+    found = compare(judge, questions(task, rows), ours, theirs)
+    records = [result_record(name, task.name, measure) for measure in found.measures()]
+    controlled = found.estimates()["win_rate_length_controlled"]
+    if controlled is not None:
+        named = {"model": name, "task": task.name, "measure": "win_rate_length_controlled"}
+        records.insert(1, {**named, **controlled.fields(), "unit": "share", "judge": judge.name, "seconds": 0.0})
+    return records
+
+
+def ask_people(
+    out: str, count: int, tasks: Sequence[tuple[Task, list[Row]]], answers: Mapping[Any, AnswerFile], judges: Judges
+) -> list[str]:
+    """Write `count` answers of each judge to to_label.jsonl. Return a sentence on each judge."""
+    notes = []
+    path = Path(out) / TO_LABEL
+    for role, judge in judges.items():
+        prompts: list[str] = []
+        texts: list[str] = []
+        rows: list[Row] = []
+        for task, own in tasks:
+            if isinstance(task, GenerationTask) and role in task.judges:
+                for (_, name), file in answers.items():
+                    if name == task.name:
+                        prompts += questions(task, own)
+                        texts += [record["answer"] for record in file.records(own)]
+                        rows += own
+        verdicts = judge(prompts, texts, rows)
+        asked = choose_to_label(path, role, prompts, texts, verdicts, judge.threshold, count, rows=rows)
+        notes.append(
+            f"{role}: {asked} of {len(texts)} answers are in {path}; fill in `label`, then --judge-labels {path}"
+        )
+    return notes

@@ -1,0 +1,208 @@
+"""Judges that look up people's labels in a JSONL file, and the file that asks people for the labels that are missing.
+
+    roles of single answers   {"prompt", "answer", "label"}: true, false, "yes", "no" or a number; null = not labelled
+    preference                {"prompt", "first", "second", "label"}: "first", "second" or "tie"
+
+Rows may have "labeler", and "role" where one file serves several roles. Several labels of one answer are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_fast.data.fields import InvalidRow, json_type
+from rlhf_fast.data.json_lines import parse_object, read_lines
+from rlhf_fast.errors import UserError
+from rlhf_fast.eval.judges.protocol import PREFERENCE, QUESTIONS, Validation, Verdict, unjudged
+from rlhf_fast.run.outputs import replacing
+
+TO_LABEL = "to_label.jsonl"
+WINNERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
+KEYS = {PREFERENCE: ("prompt", "first", "second")}
+ANSWER_KEYS = ("prompt", "answer")
+LOOKED_UP = "these are labels, not guesses"
+
+
+class LabelledAnswer(NamedTuple):
+    """One answer with the mean of its labels."""
+
+    prompt: str
+    answer: str
+    label: float
+    labelers: tuple[str, ...]
+    weight: float | None
+    row: Mapping[str, Any]
+    """The first of its rows."""
+
+
+class MissingLabels(UserError):
+    """Answers have no label. `path` is the file that asks for them."""
+
+    def __init__(self, message: str, path: Path):
+        super().__init__(message)
+        self.path = path
+
+
+def read_labels(path: str | Path, role: str, has_roles: bool = False) -> Iterator[tuple[dict[str, Any], float]]:
+    """Yield each labelled row of a role and its label as a number. UserError with file:line for a bad row.
+
+    has_roles: the file serves several roles, so that a row without `role` is an error.
+    """
+    read = _winner if role == PREFERENCE else _number
+    for number, line in read_lines(path):
+        try:
+            row = parse_object(line)
+            if has_roles and not isinstance(row.get("role"), str):
+                raise InvalidRow(f"no role in the row; give one of {', '.join(QUESTIONS)}, so that its judge is known")
+            if row.get("role", role) != role:
+                continue
+            for key in KEYS.get(role, ANSWER_KEYS):
+                if not isinstance(row.get(key), str):
+                    raise InvalidRow(f"{key} must be text, found {json_type(row.get(key))}")
+            if "label" not in row:
+                raise InvalidRow("no label in the row; give one, or null if nobody has labelled it yet")
+            label = read(row["label"])
+        except InvalidRow as error:
+            raise UserError(f"{path}:{number}: {error}") from error
+        if label is not None:
+            yield row, label
+
+
+def _number(label: object) -> float | None:
+    """Return a label as a number. InvalidRow for what is no label."""
+    if label is None:
+        return None
+    if isinstance(label, str) and label.strip().lower() in ("yes", "no"):
+        return float(label.strip().lower() == "yes")
+    if isinstance(label, (bool, int, float)) and math.isfinite(label):
+        return float(label)
+    raise InvalidRow(f'a label is true, false, "yes", "no" or a number, not {json.dumps(label)}')
+
+
+def _winner(label: object) -> float | None:
+    if label is None:
+        return None
+    if isinstance(label, str) and label in WINNERS:
+        return WINNERS[label]
+    raise InvalidRow(f'a label of two answers is "first", "second" or "tie", not {json.dumps(label)}')
+
+
+def read_answer_labels(path: str | Path, role: str, has_roles: bool = False) -> list[LabelledAnswer]:
+    """Return the labelled answers of a file, each once."""
+    found: dict[tuple[str, str], list[tuple[dict[str, Any], float]]] = {}
+    for row, label in read_labels(path, role, has_roles):
+        found.setdefault((row["prompt"], row["answer"]), []).append((row, label))
+    answers = []
+    for (prompt, answer), labels in found.items():
+        people = tuple(sorted({str(row["labeler"]) for row, _ in labels if row.get("labeler")}))
+        mean = sum(label for _, label in labels) / len(labels)
+        weight = labels[0][0].get("weight")
+        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+            raise UserError(f"{path}: a weight must be a number above 0, not {json.dumps(weight)}")
+        answers.append(LabelledAnswer(prompt, answer, mean, people, weight, labels[0][0]))
+    return answers
+
+
+class LabelJudge:
+    """Looks the label of an answer up by its prompt and text. out: the folder for TO_LABEL."""
+
+    threshold = 0.5
+    validation: Validation | None
+
+    def __init__(self, path: str | Path, role: str, out: str | Path = "."):
+        self.path, self.role, self.out, self.name = Path(path), role, Path(out), str(path)
+        labelled = read_answer_labels(path, role)
+        self.labels = {(each.prompt, each.answer): each.label for each in labelled}
+        people = sorted({name for each in labelled for name in each.labelers})
+        self.validation = Validation(", ".join(people) or "people", len(labelled), note=LOOKED_UP)
+
+    def __call__(
+        self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Verdict]:
+        """Return the labels. MissingLabels if an answer has none; an empty one needs none."""
+        del rows
+        keys = list(zip(prompts, answers, strict=True))
+        missing = [i for i, key in enumerate(keys) if key not in self.labels and key[1].strip()]
+        if missing:
+            asked = [{"prompt": prompts[i], "answer": answers[i], "label": None} for i in missing]
+            _ask(self.path, self.out, asked, self.role, len(set(keys)), "answers")
+        return [Verdict(self.labels[key]) if key in self.labels else unjudged("empty") for key in keys]
+
+
+class LabelPairJudge:
+    """Looks the label of two answers up, in either order. out: the folder for TO_LABEL."""
+
+    def __init__(self, path: str | Path, out: str | Path = "."):
+        self.path, self.out, self.name = Path(path), Path(out), str(path)
+        found: dict[tuple[str, str, str], list[float]] = {}
+        people = set()
+        for row, label in read_labels(path, PREFERENCE):
+            found.setdefault((row["prompt"], row["first"], row["second"]), []).append(label)
+            found.setdefault((row["prompt"], row["second"], row["first"]), []).append(1 - label)
+            people |= {str(row["labeler"])} if row.get("labeler") else set()
+        self.labels = {key: sum(labels) / len(labels) for key, labels in found.items()}
+        num_pairs = len({(prompt, *sorted((one, other))) for prompt, one, other in found})
+        self.validation: Validation | None = Validation(
+            ", ".join(sorted(people)) or "people", num_pairs, note=LOOKED_UP
+        )
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """Return the labels. MissingLabels if a pair has none; two equal answers are a tie."""
+        keys = list(zip(prompts, first, second, strict=True))
+        pairs = {(prompt, *sorted((one, other))) for prompt, one, other in keys}
+        missing = [key for key in keys if key not in self.labels and key[1] != key[2]]
+        if missing:
+            asked = [{"prompt": p, "first": one, "second": other, "label": None} for p, one, other in missing]
+            _ask(self.path, self.out, asked, PREFERENCE, len(pairs), "pairs")
+        return [self.labels.get(key, 0.5) for key in keys]
+
+
+def _ask(path: Path, out: Path, rows: list[dict[str, Any]], role: str, total: int, what: str) -> None:
+    """Write the rows to TO_LABEL and raise MissingLabels."""
+    num = len({_identity(row, role) for row in rows})
+    target = out / TO_LABEL
+    write_to_label(target, rows, role)
+    raise MissingLabels(
+        f"{path}: {num} of {total} {what} have no label of {role}; they are in {target}: fill in `label` there, append"
+        f" its rows to {path.name} and start the same command again",
+        target,
+    )
+
+
+def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: str, *, redraw: bool = False) -> None:
+    """Add rows for people to label to a file. Rows that it has stay, with their labels, and are not added again.
+
+    redraw: the rows are a sample that replaces an earlier one: rows of the role with a weight and no label are removed.
+    """
+    path = Path(path)
+    kept: list[dict[str, Any]] = []
+    if path.is_file() and path.stat().st_size:
+        kept = [_row_at(path, number, line) for number, line in read_lines(path)]
+    if redraw:
+        kept = [r for r in kept if r.get("role") != role or r.get("label") is not None or "weight" not in r]
+    known = {_identity(row, str(row.get("role", role))) for row in kept}
+    for row in rows:
+        if (identity := _identity(row, role)) not in known:
+            known.add(identity)
+            kept.append({"role": role, "question_for_people": QUESTIONS[role], **row})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+
+
+def _row_at(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(line)
+    except InvalidRow as error:
+        raise UserError(f"{path}:{number}: {error}") from error
+
+
+def _identity(row: Mapping[str, Any], role: str) -> Hashable:
+    """Return what makes two rows ask the same question; the order of two answers does not matter."""
+    if role == PREFERENCE:
+        return role, row.get("prompt"), *sorted((str(row.get("first")), str(row.get("second"))))
+    return role, row.get("prompt"), row.get("answer")

@@ -1,0 +1,62 @@
+"""The part of an evaluation that is on a reward model: how it orders ranked responses, and gold against proxy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.config.evaluation import EvalConfig
+from rlhf_fast.config.fields import DataConfig, ModelConfig
+from rlhf_fast.errors import UserError
+from rlhf_fast.eval import gold_curve, reward_report
+from rlhf_fast.eval.judges.reward_model import RewardModelJudge
+from rlhf_fast.eval.reward_report import TextReward
+from rlhf_fast.model.model import Model
+from rlhf_fast.run.prompt_format import model_prompt_format
+from rlhf_fast.training.rewards import import_function, is_function
+
+COMPARISONS = ("comparisons", "rankings", "preferences")
+SAMPLES = "samples.jsonl"
+
+
+def find_comparisons(folder: str) -> Path:
+    """Return the file of ranked responses in a folder. UserError if there is none."""
+    for name in COMPARISONS:
+        for suffix in (".jsonl", ".jsonl.gz"):
+            if (path := Path(folder) / f"{name}{suffix}").is_file():
+                return path
+    names = ", ".join(f"{name}.jsonl" for name in COMPARISONS)
+    raise UserError(
+        f"eval: reward: {folder or 'no --data folder'} has none of {names}, which a reward model is tried on"
+    )
+
+
+def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Return the records of the reward model, and sections of the report: title -> lines of markdown.
+
+    With a second reward (cfg.gold), there is a section on each of the models that PPO has trained.
+    """
+    device = None if cfg.device == "auto" else cfg.device
+    data = DataConfig(path=str(find_comparisons(cfg.data)), limit=cfg.limit)
+    if is_function(cfg.reward):
+        ranked = reward_report.score_comparisons(import_function(cfg.reward, "eval: reward"), data)
+    else:
+        model = Model.load(ModelConfig(path=cfg.reward, dtype=cfg.dtype), head="scalar", device=device)
+        prompt_format, _ = model_prompt_format(cfg.reward, model.tokenizer, "auto", "eval: reward", strict=False)
+        ranked = reward_report.score_comparisons(model, data, prompt_format)
+    found = reward_report.report(ranked)
+    sections = {f"Reward model {cfg.reward} on {Path(data.path).name}": reward_report.report_lines(found)}
+    if cfg.gold:
+        gold = load_gold(cfg, device)
+        for name, path in models.items():
+            if (Path(path) / SAMPLES).is_file():
+                points = gold_curve.run_curve(path, gold)
+                sections[f"{name}: its reward (proxy) and {cfg.gold} (gold)"] = gold_curve.curve_lines(points)
+    return reward_report.records(found, cfg.reward), sections
+
+
+def load_gold(cfg: EvalConfig, device: str | None) -> TextReward:
+    """Return the second reward, as a function of prompts and responses."""
+    if is_function(cfg.gold):
+        return import_function(cfg.gold, "eval: gold")
+    return RewardModelJudge.load(ModelConfig(path=cfg.gold, dtype=cfg.dtype), device).answer_scores

@@ -1,0 +1,74 @@
+"""The tasks that can be run on a folder of sets, with their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.eval.files import Row
+from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.held_out import checksum, training_notes
+from rlhf_fast.eval.judges import PREFERENCE
+from rlhf_fast.eval.sets import DEMO_SETS, find_set, read_set, require_set
+from rlhf_fast.eval.tasks import TASKS, Task, select_tasks
+
+SMALL_SAMPLE = 100
+
+
+class TaskRows(NamedTuple):
+    """A task and the rows of its set."""
+
+    task: Task
+    rows: list[Row]
+
+
+class Selection(NamedTuple):
+    """What is run."""
+
+    tasks: list[TaskRows]
+    notes: list[str]
+    """Sentences on what was left out, and on the rows."""
+    files: dict[str, str]
+    """Set -> checksum of its files."""
+
+
+def select_rows(
+    names: Sequence[str], data: str, limit: int, models: Mapping[str, str], missing_preference: str = ""
+) -> Selection:
+    """Return the tasks of these names and groups whose sets are in the folder `data` ("" = the demo's sets).
+
+    models: name -> path. missing_preference: why models cannot be compared; "" if they can.
+    UserError for a task that is named and cannot be run, and if there is none.
+    """
+    folder = Path(data) if data else DEMO_SETS
+    notes = [] if data else ["The sets are of the demo's world: they show that everything works, and are no benchmark."]
+    named = {name.strip() for entry in names for name in entry.split(",")} & TASKS.keys()
+    rows: dict[str, list[Row]] = {}
+    files: dict[str, str] = {}
+    found = []
+    for task in select_tasks(names):
+        if task.name in named:
+            require_set(task.set, folder)
+        paths = find_set(task.set, folder)
+        compares = isinstance(task, GenerationTask) and PREFERENCE in task.judges
+        why = "" if paths else f"no file of the set {task.set} in {folder}"
+        if why := why or (missing_preference if compares else ""):
+            if task.name in named:
+                raise UserError(f"eval: {task.name} cannot be run: {why}")
+            notes.append(f"{task.name} was left out: {why}.")
+            continue
+        if task.set not in rows:
+            rows[task.set] = read_set(task.set, paths, limit, notes)
+            files[task.set] = checksum(paths)
+            notes += training_notes(paths, models) if task.set == "text" else ()
+        if rows[task.set]:
+            found.append(TaskRows(task, rows[task.set]))
+        else:
+            notes.append(f"{task.name} was left out: {', '.join(path.name for path in paths)} has no row for it.")
+    if not found:
+        raise UserError(f"eval: there is nothing to do. {' '.join(notes)}")
+    if 0 < limit < SMALL_SAMPLE:
+        notes.append(f"With {limit} rows, intervals are wider than ± 10 points.")
+    return Selection(found, notes, files)
