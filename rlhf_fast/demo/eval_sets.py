@@ -7,6 +7,7 @@ file. They are a smoke test, not a benchmark.
 import argparse
 import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,9 @@ def lambada(rng: Rng, _world: World) -> Rows:
 
 
 def text(rng: Rng, world: World) -> Rows:
-    web, found = Web(world, rng), []
-    while len(found) < ROWS:
-        document = web.document()
-        if len(document.split()) >= MIN_WORDS:
-            found.append({"text": document})
-    return found
+    web = Web(world, rng)
+    documents = (document for _ in range(9999) if len((document := web.document()).split()) >= MIN_WORDS)
+    return [{"text": document} for document in islice(documents, ROWS)]
 
 
 def harmful_prompts(rng: Rng, _world: World) -> Rows:

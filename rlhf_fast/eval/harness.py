@@ -62,8 +62,7 @@ class RlhfFastLM(TemplateLM):
         self.tokenizer = self.model.tokenizer
         self.encoder = Encoder(self.tokenizer, self.model.max_positions)
         self.scorer = Scorer(self.model)
-        sizes = (batch_size, max_batch_size, 64)
-        self.batch = next(int(size) for size in sizes if isinstance(size, int) or str(size).isdigit())
+        self.batch = next(int(size) for size in map(str, (batch_size, max_batch_size, 64)) if size.isdigit())
 
     @property
     def eot_token_id(self) -> int | None:
@@ -90,11 +89,11 @@ class RlhfFastLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Return log-probability and greedy flag of each continuation. Long contexts are cut on the left."""
-        pairs = [(self.encoder.cut(context, len(answer) - 1), answer) for _, context, answer in requests]
+        pairs = [(self.encoder.cut(context, len(answer) - 1), answer) for _text, context, answer in requests]
         found = [(score.logprob, score.greedy) for score in self.scorer(pairs)]
-        for (names, _, _), answer in zip(requests, found, strict=True):
-            if names is not None:
-                self.cache_hook.add_partial("loglikelihood", names, answer)
+        for request, answer in zip(requests, found, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
