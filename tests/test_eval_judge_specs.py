@@ -244,7 +244,8 @@ def test_a_file_of_labels_validates_any_judge(folder, functions):
     pairs = load_judge(f"{functions}:longer", "preference", labels=path)
     assert pairs.validation[:3] == ("labels.jsonl", 2, 0.5)
     always_first = load_judge(f"{functions}:with_prompts", "preference")
-    assert validate_pairs_on_file(always_first, path).accuracy == 0.5, "in both orders a favoured position wins nothing"
+    first = toy.jsonl(folder / "first.jsonl", labels[4:5])
+    assert validate_pairs_on_file(always_first, first).accuracy == 0.5, "a favoured position wins nothing"
     assert load_judge("", "refusal", labels=path).validation.n == 722, "no label of this role: the stored figures"
     assert load_judge(path, "toxicity", labels=path).validation.note == "these are labels, not guesses"
     with pytest.raises(UserError, match=r"labels\.jsonl:1: no role in the row; give one of truth"):
