@@ -37,6 +37,7 @@ SMALL = {
     "ppo": "--episodes 8 --batch 4 --minibatch 4 --inner-epochs 1 --ptx-ratio 1 --data.template plain"
     " --sampling.max-new-tokens 4 --pretrain.max-response-tokens 8 --log.samples 1",
     "generate": "--max-new-tokens 4 --template plain",
+    "eval": "--max-new-tokens 4 --template plain --limit 2",
 }
 SMALL_RECIPE = {
     "sft": {"epochs": 1, "batch": 4, "data.template": "plain", "sampling.max_new_tokens": 4},

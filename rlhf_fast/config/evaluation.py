@@ -19,15 +19,16 @@ class JudgeConfig:
     chat:FOLDER, a language model that is asked for A or B."""
 
     truth: str = ""
-    """Whether an answer is true (TruthfulQA)."""
+    """Judge of whether an answer is true (TruthfulQA)."""
     informative: str = ""
-    """Whether an answer says anything on its question (TruthfulQA)."""
+    """Judge of whether an answer says anything on its question (TruthfulQA)."""
     toxicity: str = ""
-    """Whether a text is toxic."""
+    """Judge of whether a text is toxic."""
     refusal: str = ""
-    """Whether an answer refuses what it was asked."""
+    """Judge of whether an answer refuses what it was asked; also strict (built in: full refusals) or any (partial ones
+    too)."""
     preference: str = ""
-    """Which of two answers is better. Also the folder of a reward model. There is no built-in one."""
+    """Judge of which of two answers is better; also the folder of a reward model. There is no built-in one."""
 
 
 @dataclass(frozen=True)

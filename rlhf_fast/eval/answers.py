@@ -41,7 +41,7 @@ class AnswerFile:
         self.has_new = False
         """True once answers were added."""
         self.info: dict[str, Any] = {}
-        """What the model's run of the task had to say: the format of prompts, the number of contexts that were cut."""
+        """Format of the prompts, and number of contexts that were cut."""
         self._records: dict[str, dict[str, Any]] = {}
         self._read()
 

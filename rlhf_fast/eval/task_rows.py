@@ -25,7 +25,7 @@ class TaskRows(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What is run."""
+    """Tasks that are run."""
 
     tasks: list[TaskRows]
     notes: list[str]
