@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_fast.errors import UserError
     from rlhf_fast.model.model import Model
     from rlhf_fast.rollout.rollout import Rollout
+    from rlhf_fast.scoring import Score, Scorer
     from rlhf_fast.stages.recipe import run_stage
 
 __version__ = "0.1.0"
@@ -41,6 +42,8 @@ __all__ = [
     "Rollout",
     "SFTConfig",
     "SamplingConfig",
+    "Score",
+    "Scorer",
     "UserError",
     "__version__",
     "ops",
@@ -63,6 +66,8 @@ _MODULES = {
     "Rollout": "rollout.rollout",
     "SFTConfig": "config.stages",
     "SamplingConfig": "config.fields",
+    "Score": "scoring",
+    "Scorer": "scoring",
     "UserError": "errors",
     "ops": "ops",
     "run_stage": "stages.recipe",
