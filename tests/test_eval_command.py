@@ -275,3 +275,32 @@ def test_figures_in_training_are_those_of_the_command(folder):
     for record in results["results"]:
         metric = rows[-1][f"eval/{record['task']}.{record['measure']}"]
         assert metric == pytest.approx(record["value"], rel=1e-6), record
+
+
+def test_a_recipe_evaluates_its_models(folder, capsys):
+    """The model that it starts from and those that it makes, without a word on them; and its thresholds."""
+    model = toy.model(folder / "model")
+    toy.demonstrations(folder / "demonstrations.jsonl", 24)
+    (folder / "sets").mkdir()
+    toy.jsonl(folder / "sets" / "lambada.jsonl", [{"context": "a b", "target": "c"}, {"context": "d", "target": "e"}])
+    recipe = f"""\
+out: runs
+sft:
+  model.path: {model}
+  data.path: demonstrations.jsonl
+  epochs: 1
+  log.live: false
+eval:
+  data: sets
+  tasks: [tax]
+  fail_under: ["lambada=2", "base:lambada=0"]
+"""
+    (folder / "recipe.yaml").write_text(recipe)
+    for _ in range(2):  # the second time all is there
+        assert main(["run", "recipe.yaml"]) == 1
+        assert "sft: lambada.acc is" in capsys.readouterr().err
+    results = json.loads((folder / "runs" / "eval" / "results.json").read_text())
+    assert list(results["meta"]["models"]) == ["base", "sft"]
+    (folder / "recipe.yaml").write_text(recipe.replace("tasks: [tax]", "taskz: [tax]"))
+    assert main(["run", "recipe.yaml"]) == 2
+    assert 'eval: no setting "taskz"; did you mean tasks? (recipe.yaml:9)' in capsys.readouterr().err

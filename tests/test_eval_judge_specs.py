@@ -159,6 +159,19 @@ def test_labels_of_pairs_hold_in_both_orders(folder):
     assert [(row["first"], row["second"]) for row in toy.rows(folder / "to_label.jsonl")] == [("d", "b")]
 
 
+def test_labelers_agreement_stands_beside_their_labels(folder):
+    """Two of three answers have two labels, and one of these two is the same."""
+    rows = [("a", True, "x"), ("a", True, "y"), ("b", True, "x"), ("b", False, "y"), ("c", False, "x")]
+    lines = [{"prompt": "p", "answer": a, "label": label, "labeler": who} for a, label, who in rows]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    note = load_answer_judge("labels.jsonl", "refusal").validation.note
+    assert "two labelers agree on 0.500" in note and "n 2" in note and "Fleiss' kappa -0.333" in note
+    pairs = [("a", "b", "first", "x"), ("b", "a", "second", "y"), ("a", "c", "tie", "x")]
+    lines = [{"prompt": "p", "first": f, "second": s, "label": label, "labeler": who} for f, s, label, who in pairs]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "two labelers agree on 1.000" in load_pair_judge("pairs.jsonl").validation.note
+
+
 @pytest.mark.parametrize(
     ("row", "role", "sentence"),
     [
@@ -247,7 +260,8 @@ def test_a_file_of_labels_validates_any_judge(folder, functions):
     first = toy.jsonl(folder / "first.jsonl", labels[4:5])
     assert validate_pairs_on_file(always_first, first).accuracy == 0.5, "a favoured position wins nothing"
     assert load_judge("", "refusal", labels=path).validation.n == 722, "no label of this role: the stored figures"
-    assert load_judge(path, "toxicity", labels=path).validation.note == "these are labels, not guesses"
+    looked_up = load_judge(path, "toxicity", labels=path).validation.note
+    assert looked_up.startswith("these are labels, not guesses; two labelers agree on 0.000")
     with pytest.raises(UserError, match=r"labels\.jsonl:1: no role in the row; give one of truth"):
         load_judge(
             "", "refusal", labels=toy.jsonl(folder / "labels.jsonl", [{"prompt": "p", "answer": "a", "label": 1}])

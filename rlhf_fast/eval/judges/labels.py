@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from rlhf_fast.data.fields import InvalidRow, json_type
 from rlhf_fast.data.json_lines import parse_object, read_lines
 from rlhf_fast.errors import UserError
+from rlhf_fast.eval.cells import show
+from rlhf_fast.eval.estimates import agreement
 from rlhf_fast.eval.judges.protocol import PREFERENCE, QUESTIONS, Validation, Verdict, unjudged
 from rlhf_fast.run.outputs import replacing
 
@@ -33,6 +35,8 @@ class LabelledAnswer(NamedTuple):
     prompt: str
     answer: str
     label: float
+    labels: tuple[float, ...]
+    """Labels that the mean is of."""
     labelers: tuple[str, ...]
     weight: float | None
     row: Mapping[str, Any]
@@ -103,7 +107,7 @@ def read_answer_labels(path: str | Path, role: str, has_roles: bool = False) -> 
         weight = labels[0][0].get("weight")
         if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
             raise UserError(f"{path}: a weight must be a number above 0, not {json.dumps(weight)}")
-        answers.append(LabelledAnswer(prompt, answer, mean, people, weight, labels[0][0]))
+        answers.append(LabelledAnswer(prompt, answer, mean, tuple(x for _, x in labels), people, weight, labels[0][0]))
     return answers
 
 
@@ -118,7 +122,8 @@ class LabelJudge:
         labelled = read_answer_labels(path, role)
         self.labels = {(each.prompt, each.answer): each.label for each in labelled}
         people = sorted({name for each in labelled for name in each.labelers})
-        self.validation = Validation(", ".join(people) or "people", len(labelled), note=LOOKED_UP)
+        note = _agreement_note([each.labels for each in labelled])
+        self.validation = Validation(", ".join(people) or "people", len(labelled), note=note)
 
     def __call__(
         self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
@@ -145,9 +150,9 @@ class LabelPairJudge:
             found.setdefault((row["prompt"], row["second"], row["first"]), []).append(1 - label)
             people |= {str(row["labeler"])} if row.get("labeler") else set()
         self.labels = {key: sum(labels) / len(labels) for key, labels in found.items()}
-        num_pairs = len({(prompt, *sorted((one, other))) for prompt, one, other in found})
+        table = [labels for (_, one, other), labels in found.items() if one <= other]  # each pair in one order
         self.validation: Validation | None = Validation(
-            ", ".join(sorted(people)) or "people", num_pairs, note=LOOKED_UP
+            ", ".join(sorted(people)) or "people", len(table), note=_agreement_note(table)
         )
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -159,6 +164,16 @@ class LabelPairJudge:
             asked = [{"prompt": p, "first": one, "second": other, "label": None} for p, one, other in missing]
             _ask(self.path, self.out, asked, PREFERENCE, len(pairs), "pairs")
         return [self.labels.get(key, 0.5) for key in keys]
+
+
+def _agreement_note(table: Sequence[Sequence[float]]) -> str:
+    """Return a note on labels, and how often two labelers give the same one."""
+    found = agreement(table)
+    if not found.pairwise.n:
+        return LOOKED_UP
+    others = [("Fleiss' kappa", found.fleiss), ("Krippendorff's alpha", found.krippendorff)]
+    shown = "".join(f", {name} {value:.3f}" for name, value in others if not math.isnan(value))
+    return f"{LOOKED_UP}; two labelers agree on {show(found.pairwise)} (n {found.pairwise.n}{shown})"
 
 
 def _ask(path: Path, out: Path, rows: list[dict[str, Any]], role: str, total: int, what: str) -> None:
