@@ -134,13 +134,13 @@ def _records(
         files = {name: answers[name, task.name] for name in models}
         measures = {name: measures_of(task, rows, file.records(rows), judges) for name, file in files.items()}
         others = [name for name in models if name != baseline]
-        if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
-            for name in others:
-                results += preference_records(task, rows, name, (files[name], files[baseline]), pair_judge)
         for name in models:
             results += [result_record(name, task.name, measure, files[name].seconds) for measure in measures[name]]
             if overlong := files[name].info.get("overlong"):
                 notes.append(f"{task.name}: {name}: {overlong} contexts were cut on the left to fit its positions.")
+        if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
+            for name in others:
+                results += preference_records(task, rows, name, (files[name], files[baseline]), pair_judge)
         theirs = {measure.name: measure for measure in measures[baseline]}
         differences += [
             difference_record(name, baseline, task.name, measure, theirs[measure.name])

@@ -6,7 +6,7 @@ from rlhf_fast.config.fields import LogConfig, SamplingConfig
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.eval.encoding import PLAIN, Encoder
 from rlhf_fast.eval.files import Row
-from rlhf_fast.eval.judged import measures_of, roles_of
+from rlhf_fast.eval.judged import default_judge, measures_of, roles_of
 from rlhf_fast.eval.judges import Judge, load_answer_judge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure
@@ -32,7 +32,8 @@ class TrainingEvaluation:
             return
         self._tasks, notes, _ = select_rows(cfg.eval_tasks, cfg.eval_data, cfg.eval_limit, {}, NO_BASELINE)
         self.notes = [f"log.eval_every: {note}" for note in notes]
-        self._judges = {role: load_answer_judge("", role) for role in roles_of([task for task, _ in self._tasks])}
+        roles = roles_of([task for task, _ in self._tasks])
+        self._judges = {role: load_answer_judge(default_judge(cfg.eval_data, role), role) for role in roles}
 
     def is_due(self, step: int, last: int) -> bool:
         """Return whether the model is evaluated after step 1, 2, ..., `last`."""

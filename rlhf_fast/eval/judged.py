@@ -20,6 +20,7 @@ from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.preference import compare
 from rlhf_fast.eval.run_task import Record, Task, read_scores
+from rlhf_fast.eval.sets import DEMO_JUDGES
 
 Judges = Mapping[str, Judge]
 """Role -> the judge of single answers."""
@@ -37,7 +38,12 @@ def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge
     roles = roles_of(tasks)
     single = {
         role: load_answer_judge(
-            getattr(cfg.judge, role), role, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device
+            getattr(cfg.judge, role) or default_judge(cfg.data, role),
+            role,
+            out=cfg.out,
+            labels=cfg.judge_labels,
+            cfg=dtype,
+            device=device,
         )
         for role in roles
         if role != PREFERENCE
@@ -45,6 +51,12 @@ def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge
     if PREFERENCE not in roles:
         return single, None
     return single, load_pair_judge(cfg.judge.preference, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device)
+
+
+def default_judge(data: str, role: str) -> str:
+    """Return the judge of a role where none is asked for: "", the built-in one, but for the demo's sets (no `data`) one
+    that knows their words."""
+    return "" if data else DEMO_JUDGES.get(role, "")
 
 
 def judge_record(judge: Judge | PairJudge) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from rlhf_fast.eval.selection import Stratum, join_winogender, of_kind, same_num
 DEMO_SETS = Path(__file__).parent / "demo_sets"
 """Small sets of the demo's world, one file each, in our layouts: a smoke test of every task, not a benchmark."""
 
+DEMO_JUDGES = {"toxicity": "rlhf_fast.demo.eval_sets:rude"}
+"""Judges that know the demo's words better than the built-in ones, by role."""
+
 
 class DataSet(NamedTuple):
     """A set of rows: the names of its files without their endings, and the layouts that they may have."""
