@@ -34,23 +34,14 @@ def roles_of(tasks: Sequence[Task]) -> list[str]:
 def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge], PairJudge | None]:
     """Return the judges of single answers that the tasks need, by role, and that of pairs if they need one."""
     device = None if cfg.device == "auto" else cfg.device
-    dtype = ModelConfig(dtype=cfg.dtype)
     roles = roles_of(tasks)
-    single = {
-        role: load_answer_judge(
-            getattr(cfg.judge, role) or default_judge(cfg.data, role),
-            role,
-            out=cfg.out,
-            labels=cfg.judge_labels,
-            cfg=dtype,
-            device=device,
-        )
-        for role in roles
-        if role != PREFERENCE
-    }
+    model = ModelConfig(dtype=cfg.dtype)
+    common: dict[str, Any] = {"out": cfg.out, "labels": cfg.judge_labels, "cfg": model, "device": device}
+    specs = {role: getattr(cfg.judge, role) or default_judge(cfg.data, role) for role in roles if role != PREFERENCE}
+    single = {role: load_answer_judge(spec, role, **common) for role, spec in specs.items()}
     if PREFERENCE not in roles:
         return single, None
-    return single, load_pair_judge(cfg.judge.preference, out=cfg.out, labels=cfg.judge_labels, cfg=dtype, device=device)
+    return single, load_pair_judge(cfg.judge.preference, **common)
 
 
 def default_judge(data: str, role: str) -> str:
