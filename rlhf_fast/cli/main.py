@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
-            hint = "; the same command goes on from the newest checkpoint" if argv[0] in RESUMES else ""
+            start = "after the answers that it has" if argv[0] == "eval" else "from the newest checkpoint"
+            hint = f"; the same command goes on {start}" if argv[0] in RESUMES else ""
             print(f"rlhf-fast: stopped{hint}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `rlhf-fast ... | head` closed stdout; the flush at exit must not raise once more

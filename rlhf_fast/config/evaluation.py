@@ -143,3 +143,8 @@ class EvalOptions(EvalConfig):
     """Compare the built-in judges with the labelled answers that are in `data`; then stop."""
     label: int = 0
     """Also write so many answers a judge, half of them judged yes, to out/to_label.jsonl, for people to judge."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label < 0 or self.label == 1:
+            raise UserError(f"eval: label must be at least 2, one judged yes and one judged no, got {self.label}")

@@ -1,7 +1,8 @@
 """The answers of a model to a task's rows, kept as JSON lines: what is there is not computed again.
 
-out/answers/MODEL/TASK.jsonl    a line for each row, in whole blocks
-out/answers/MODEL/TASK.json     what they were made with, and in how many seconds
+    out/answers/MODEL/TASK.jsonl    a line for each row: its key, what it was made with, and the answer
+
+Lines that were made with another model or other settings are replaced; a torn last line of a killed run is dropped.
 """
 
 from __future__ import annotations
@@ -10,39 +11,43 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.errors import UserError, writing
+from rlhf_fast.errors import writing
 from rlhf_fast.eval.files import Row
-from rlhf_fast.run.checkpoint import write_json
-from rlhf_fast.run.outputs import read_json
+from rlhf_fast.run.outputs import replacing
 
 FOLDER = "answers"
+KEY, MADE_WITH, SECONDS, TEMPLATE, OVERLONG, UNKNOWN = "key", "made_with", "seconds", "template", "overlong", "unknown"
+"""Columns of every line. The last is the share of tokens that the tokenizer does not know."""
 
 
 def row_key(row: Row) -> str:
     """Return a checksum of a row, by which its answer is found again."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+    return _checksum(row)
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class AnswerFile:
     """Answers to one task by one model.
 
-    made_with: everything but the row that an answer depends on. Answers made with something else are replaced.
+    made_with: everything but the row that an answer depends on. Each line has its checksum, so that no other answer can
+    be taken for one of these, whenever a run is killed.
     """
 
     def __init__(self, out: str | Path, model: str, task: str, made_with: Mapping[str, Any]):
-        folder = Path(out) / FOLDER / model
-        self.rows_path, self.info_path = folder / f"{task}.jsonl", folder / f"{task}.json"
-        self.made_with = dict(made_with)
-        self.seconds = 0.0
+        self.path = Path(out) / FOLDER / model / f"{task}.jsonl"
+        self.made_with = _checksum(made_with)
         self.has_new = False
         """True once answers were added."""
-        self.info: dict[str, Any] = {}
-        """Format of the prompts, and number of contexts that were cut."""
+        self.num_stale = 0
+        """Number of lines that were made with something else."""
         self._records: dict[str, dict[str, Any]] = {}
+        self._is_clean = False
         self._read()
 
     @property
@@ -54,50 +59,45 @@ class AnswerFile:
         """Return the records of these rows, which must all be there."""
         return [self._records[row_key(row)] for row in rows]
 
-    def append(self, rows: Sequence[Row], records: Sequence[Mapping[str, Any]], seconds: float) -> None:
+    def append(self, rows: Sequence[Row], records: Sequence[Mapping[str, Any]]) -> None:
         """Add the records of a block of rows to the file."""
         added = {row_key(row): dict(record) for row, record in zip(rows, records, strict=True)}
-        lines = "".join(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n" for key, record in added.items())
-        with writing(self.rows_path):
-            self.rows_path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._records:
-                self.rows_path.write_text("", encoding="utf-8")
-            with self.rows_path.open("a", encoding="utf-8") as stream:
-                stream.write(lines)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._is_clean:
+                with replacing(self.path) as unfinished:
+                    unfinished.write_text(self._lines(self._records), encoding="utf-8")
+                self._is_clean = True
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(self._lines(added))
                 stream.flush()
                 os.fsync(stream.fileno())
         self._records |= added
-        self.seconds += seconds
         self.has_new = True
-        self._write_info()
+
+    def _lines(self, records: Mapping[str, Mapping[str, Any]]) -> str:
+        lines = ({KEY: key, MADE_WITH: self.made_with, **record} for key, record in records.items())
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _read(self) -> None:
-        found = None
-        with suppress(UserError):  # torn, or another program's: made again
-            found = read_json(self.info_path)
-        if not isinstance(found, dict) or found.get("made_with") != json.loads(json.dumps(self.made_with)):
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except OSError:
             return
-        self.seconds, self.info = float(found["seconds"]), dict(found["info"])
-        with suppress(OSError):
-            for line in self.rows_path.read_bytes().split(b"\n")[: int(found["rows"])]:
-                record = json.loads(line)
-                self._records[record.pop("key")] = record
-            self._write_rows()
+        self._is_clean = True
+        for line in lines:
+            record = _record(line)
+            if record is not None and record.pop(MADE_WITH) == self.made_with:
+                self._records[record.pop(KEY)] = record
+            else:
+                self._is_clean = False
+                self.num_stale += record is not None
 
-    def _write_rows(self) -> None:
-        """Drop what a killed run has written behind its last whole block."""
-        lines = [json.dumps({"key": key, **r}, ensure_ascii=False) for key, r in self._records.items()]
-        text = "".join(f"{line}\n" for line in lines)
-        if text.encode() != self.rows_path.read_bytes():
-            with writing(self.rows_path):
-                self.rows_path.write_text(text, encoding="utf-8")
 
-    def _write_info(self) -> None:
-        content = {
-            "made_with": self.made_with,
-            "rows": len(self._records),
-            "seconds": self.seconds,
-            "info": self.info,
-        }
-        with writing(self.info_path):
-            write_json(self.info_path, content)
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a whole line, or None for one that is torn or not ours."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get(KEY), str) and MADE_WITH in record else None

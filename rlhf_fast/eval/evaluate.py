@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +13,17 @@ from rich.console import Console
 
 from rlhf_fast import __version__
 from rlhf_fast.config.evaluation import EvalConfig
-from rlhf_fast.errors import UserError, shortened, writing
+from rlhf_fast.errors import UserError, listed, shortened, writing
 from rlhf_fast.eval import report
-from rlhf_fast.eval.answers import AnswerFile
+from rlhf_fast.eval.answers import FOLDER, OVERLONG, SECONDS, TEMPLATE, UNKNOWN, AnswerFile
 from rlhf_fast.eval.figure import draw
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
-from rlhf_fast.eval.judged import ask_people, judge_record, load_judges, measures_of, preference_records
+from rlhf_fast.eval.judged import ask_people, judge_record, load_judges, measures_of, preference_records, roles_of
 from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import difference_record, result_record
-from rlhf_fast.eval.reward_records import reward_records
+from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
 from rlhf_fast.eval.task_rows import Selection, select_rows
 from rlhf_fast.eval.tasks import GROUPS
@@ -33,6 +34,7 @@ from rlhf_fast.run.outputs import check_empty_folder, read_json
 RESULTS, REPORT, FIGURE, SETTINGS = "results.json", "report.md", "report.png", "eval.json"
 NO_BASELINE = "it compares models, and there is only one"
 NO_JUDGE = "no judge; give judge.preference a reward model's folder, module:function, a file of labels or chat:FOLDER"
+MAX_UNKNOWN = 0.01
 Echo = Callable[[str], None]
 Answers = dict[tuple[str, str], AnswerFile]
 """(model, task) -> its answers."""
@@ -47,30 +49,56 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     echo = echo or _print
     paths = cfg.model_paths()
     baseline = cfg.baseline_of(tuple(paths))
-    missing_preference = NO_BASELINE if len(paths) < 2 else "" if cfg.judge.preference else NO_JUDGE
-    selection = select_rows(cfg.tasks, cfg.data, cfg.limit, paths, missing_preference)
+    selection = check(cfg, asks_people=label > 0)
     _prepare_folder(cfg)
     judges, pair_judge = load_judges(cfg, [task for task, _ in selection.tasks])
+    reward, sections = reward_records(cfg, paths) if cfg.reward else ([], {})
     models = [EvaluatedModel(name, path, cfg) for name, path in paths.items()]
     answers = _answers(models, selection, echo)
     notes = list(selection.notes)
     records = _records(selection, judges, pair_judge, answers, list(paths), baseline, notes)
-    own, sections = reward_records(cfg, paths) if cfg.reward else ([], {})
-    records["results"] += own
     all_judges: dict[str, Judge | PairJudge] = dict(judges)
     if pair_judge is not None:
         all_judges[PREFERENCE] = pair_judge
     results = {
-        "meta": _meta(cfg, models, selection.files, answers),
+        "meta": _meta(cfg, models, selection, answers),
         "judges": {role: judge_record(judge) for role, judge in all_judges.items()},
         **records,
+        "reward": reward,
         "sections": sections,
         "notes": notes,
     }
     _write(cfg, results)
+    shown = {task.name for task, _ in selection.tasks}
+    kept = {path.stem for path in (Path(cfg.out) / FOLDER).glob("*/*.jsonl")} - shown
+    if kept:
+        echo(f"the report has the tasks of this command; answers are also there to {', '.join(sorted(kept))}")
     for note in ask_people(cfg.out, label, selection.tasks, answers, judges) if label else ():
         echo(note)
     return results
+
+
+def check(cfg: EvalConfig, asks_people: bool = False) -> Selection:
+    """Return the tasks that will run, with their rows. UserError for all that can be seen to be wrong before a model is
+    loaded; the models themselves need not be there yet."""
+    paths = cfg.model_paths()
+    cfg.baseline_of(tuple(paths))
+    missing_preference = NO_BASELINE if len(paths) < 2 else "" if cfg.judge.preference else NO_JUDGE
+    selection = select_rows(cfg.tasks, cfg.data, cfg.limit, paths, missing_preference, may_be_empty=bool(cfg.reward))
+    tasks = [task for task, _ in selection.tasks]
+    if cfg.reward:
+        find_comparisons(cfg.data)
+    if asks_people and not roles_of(tasks):
+        raise UserError("eval: label: none of the tasks has a judge, so there is nothing for people to label")
+    known = [task.name for task in tasks] + (["reward_model"] if cfg.reward else [])
+    for name in cfg.thresholds():
+        model, separator, rest = name.partition(":")
+        task = (rest if separator and model in paths else name).partition(".")[0]
+        if task not in known:
+            near = difflib.get_close_matches(task, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {listed(known)}"
+            raise UserError(f"eval: fail_under {name}: no task that runs has that name; {hint}")
+    return selection
 
 
 def evaluate_and_print(cfg: EvalConfig, label: int = 0) -> list[str]:
@@ -79,7 +107,7 @@ def evaluate_and_print(cfg: EvalConfig, label: int = 0) -> list[str]:
     report.print_report(results, GROUPS, Console(highlight=False, soft_wrap=False))
     written = [str(path) for name in (REPORT, FIGURE) if (path := Path(cfg.out) / name).is_file()]
     _print(f"{' and '.join(map(shortened, written))} written")
-    return report.check_thresholds(results["results"], cfg.thresholds())
+    return report.check_thresholds([*results["results"], *results["reward"]], cfg.thresholds())
 
 
 def _print(line: str) -> None:
@@ -104,6 +132,8 @@ def _answers(models: Sequence[EvaluatedModel], selection: Selection, echo: Echo)
             start = time.perf_counter()
             file = answers[model.name, task.name] = model.run(task, rows, _progress(echo, model.name, task, rows))
             how = f"{time.perf_counter() - start:.1f} s" if file.has_new else "done before"
+            if file.num_stale:
+                how += f"; {file.num_stale} answers of another {model.name}, or by other settings, were replaced"
             echo(f"{model.name}: {task.name}: {len(rows)} rows, {how}")
         model.close()
     return answers
@@ -135,8 +165,16 @@ def _records(
         measures = {name: measures_of(task, rows, file.records(rows), judges) for name, file in files.items()}
         others = [name for name in models if name != baseline]
         for name in models:
-            results += [result_record(name, task.name, measure, files[name].seconds) for measure in measures[name]]
-            if overlong := files[name].info.get("overlong"):
+            records = files[name].records(rows)
+            seconds = sum(record[SECONDS] for record in records)
+            results += [result_record(name, task.name, measure, seconds) for measure in measures[name]]
+            unknown = sum(record[UNKNOWN] for record in records) / len(records)
+            if unknown > MAX_UNKNOWN:
+                notes.append(
+                    f"{task.name}: {100 * unknown:.0f} % of the tokens are unknown to {name}'s tokenizer, one for a"
+                    " word of any length: its figures cannot be compared."
+                )
+            if overlong := sum(record[OVERLONG] for record in records):
                 notes.append(f"{task.name}: {name}: {overlong} contexts were cut on the left to fit its positions.")
         if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
             for name in others:
@@ -154,20 +192,19 @@ def _records(
     return {"results": results, "differences": differences}
 
 
-def _meta(
-    cfg: EvalConfig, models: Sequence[EvaluatedModel], files: Mapping[str, str], answers: Answers
-) -> dict[str, Any]:
+def _meta(cfg: EvalConfig, models: Sequence[EvaluatedModel], selection: Selection, answers: Answers) -> dict[str, Any]:
     """Return what the figures hang on."""
+    rows = {task.name: own for task, own in selection.tasks}
     formats: dict[str, set[str]] = {model.name: set() for model in models}
-    for (name, _), file in answers.items():
-        formats[name].add(file.info.get("template", ""))
+    for (name, task), file in answers.items():
+        formats[name] |= {record[TEMPLATE] for record in file.records(rows[task])}
     versions = {"rlhf-fast": __version__, **{name: package_version(name) for name in PACKAGES}}
     settings = {name: getattr(cfg, name) for name in ("seed", "limit", "template", "dtype", "temperature")}
     entries = {
         model.name: {"path": model.path, "weights": model.weights, "templates": sorted(formats[model.name])}
         for model in models
     }
-    return {"versions": versions, **settings, "files": dict(files), "models": entries}
+    return {"versions": versions, **settings, "files": selection.files, "models": entries}
 
 
 def _write(cfg: EvalConfig, results: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.data.datasets import prompt_as_text
-from rlhf_fast.eval.answers import AnswerFile
+from rlhf_fast.eval.answers import AnswerFile, row_key
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge, load_answer_judge, load_pair_judge
@@ -63,6 +63,15 @@ def judge_record(judge: Judge | PairJudge) -> dict[str, Any]:
 
 def measures_of(task: Task, rows: Sequence[Row], records: Sequence[Record], judges: Judges) -> list[Measure]:
     """Return the measures of a task from one model's records."""
+    keys = tuple(map(row_key, rows))
+    measures = _measures_of(task, rows, records, judges)
+    if len(set(keys)) == len(keys):
+        return measures
+    # equal rows are one thing that is independent
+    return [measure if measure.groups else measure._replace(groups=keys) for measure in measures]
+
+
+def _measures_of(task: Task, rows: Sequence[Row], records: Sequence[Record], judges: Judges) -> list[Measure]:
     if isinstance(task, LikelihoodTask):
         return task.measures(rows, [read_scores(record) for record in records])
     answers = [record["answer"] for record in records]

@@ -15,7 +15,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.training.rewards import import_function, is_function
 
-COMPARISONS = ("comparisons", "rankings", "preferences")
+COMPARISONS = ("comparisons", "rankings", "preferences", "rankings_held")
 SAMPLES = "samples.jsonl"
 
 

@@ -16,7 +16,7 @@ from rlhf_fast.batches import Prompts
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
 from rlhf_fast.errors import BadRows, UserError
-from rlhf_fast.eval.answers import AnswerFile, row_key
+from rlhf_fast.eval.answers import OVERLONG, SECONDS, TEMPLATE, UNKNOWN, AnswerFile, row_key
 from rlhf_fast.eval.encoding import PLAIN, Encoder
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
@@ -29,7 +29,7 @@ from rlhf_fast.scoring import Score, Scorer
 
 Task = LikelihoodTask | GenerationTask
 Record = dict[str, Any]
-BLOCK = 256
+BLOCK = {"scored": 64, "answered": 128}
 """Rows that are computed and kept together."""
 
 
@@ -65,24 +65,27 @@ class EvaluatedModel:
         file = AnswerFile(self.cfg.out, self.name, task.name, self.made_with(task))
         known = file.keys
         missing = list({key: row for row in rows if (key := row_key(row)) not in known}.values())
-        for start in range(0, len(missing), BLOCK):
-            block = missing[start : start + BLOCK]
-            began = time.perf_counter()
-            encoder = self._encoder(task)
-            try:
-                if isinstance(task, LikelihoodTask):
-                    records = score_rows(self.model, task, block, encoder)
-                else:
-                    records = answer_rows(self.model, task, block, encoder, self.sampling, self.cfg.seed)
-            except BadRows as error:
-                raise UserError(f"{task.name}: {self.name}: {error}") from error
-            if encoder.overlong:
-                file.info["overlong"] = file.info.get("overlong", 0) + encoder.overlong
-            file.info["template"] = encoder.template
-            file.append(block, records, time.perf_counter() - began)
+        size = BLOCK["scored" if isinstance(task, LikelihoodTask) else "answered"]
+        for start in range(0, len(missing), size):
+            block = missing[start : start + size]
+            file.append(block, self._compute(task, block))
             if progress is not None:
                 progress(len(rows) - len(missing) + start + len(block))
         return file
+
+    def _compute(self, task: Task, rows: Sequence[Row]) -> list[Record]:
+        """Return the records of rows, each with its share of the seconds, and whether its context was cut."""
+        began = time.perf_counter()
+        encoder = self._encoder(task)
+        try:
+            if isinstance(task, LikelihoodTask):
+                records = score_rows(self.model, task, rows, encoder)
+            else:
+                records = answer_rows(self.model, task, rows, encoder, self.sampling, self.cfg.seed)
+        except BadRows as error:
+            raise UserError(f"{task.name}: {self.name}: {error}") from error
+        seconds = (time.perf_counter() - began) / len(rows)
+        return [{**record, SECONDS: seconds, TEMPLATE: encoder.template} for record in records]
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -113,13 +116,21 @@ def is_dialog(task: Task) -> bool:
 
 def score_rows(model: Model, task: LikelihoodTask, rows: Sequence[Row], encoder: Encoder) -> list[Record]:
     """Return for each row the scores of its requests."""
-    requests = [task.requests(row, encoder) for row in rows]
+    requests, cut = [], []
+    for row in rows:
+        before = encoder.overlong
+        requests.append(task.requests(row, encoder))
+        cut.append(encoder.overlong > before)
     scores = iter(Scorer(model)([request for found in requests for request in found]))
     records: list[Record] = []
-    for found in requests:
+    for found, is_cut in zip(requests, cut, strict=True):
         own = [next(scores) for _ in found]
         logprobs, greedy = [score.logprob for score in own], [score.greedy for score in own]
-        records.append({"logprobs": logprobs, "greedy": greedy, "num_tokens": [score.num_tokens for score in own]})
+        num_tokens = [score.num_tokens for score in own]
+        unknown = unknown_share(encoder, [token for context, answer in found for token in (*context, *answer)])
+        records.append(
+            {"logprobs": logprobs, "greedy": greedy, "num_tokens": num_tokens, OVERLONG: is_cut, UNKNOWN: unknown}
+        )
     return records
 
 
@@ -130,15 +141,35 @@ def answer_rows(
     `sampling`, unless that asks for a shorter one."""
     wanted = min(task.max_new_tokens, sampling.max_new_tokens)
     sampling = replace(sampling, max_new_tokens=encoder.max_new_tokens(wanted), stop=task.stop)
-    tokens = [encoder.prompt(task.prompt(row), sampling.max_new_tokens) for row in rows]
+    tokens, cut = [], []
+    for row in rows:
+        before = encoder.overlong
+        tokens.append(encoder.prompt(task.prompt(row), sampling.max_new_tokens))
+        cut.append(encoder.overlong > before)
     # the noise of an answer hangs on its row, so that it is the same whatever was computed before
     uids = [int(row_key(row)[:12], 16) for row in rows]
     responses = Rollout(model, sampling, seed).generate(Prompts(uids, tokens, [""] * len(rows)))
     texts, finished = responses.texts(model.tokenizer), responses.finished.tolist()
+    unknown = [unknown_share(encoder, prompt) for prompt in tokens]
+    parts = zip(rows, texts, responses.response_ids(), finished, cut, unknown, strict=True)
     return [
-        {"prompt": task.question(row), "answer": task.cut(text), "tokens": len(ids), "finished": done}
-        for row, text, ids, done in zip(rows, texts, responses.response_ids(), finished, strict=True)
+        {
+            "prompt": task.question(row),
+            "answer": task.cut(text),
+            "tokens": len(ids),
+            "finished": done,
+            OVERLONG: is_cut,
+            UNKNOWN: share,
+        }
+        for row, text, ids, done, is_cut, share in parts
     ]
+
+
+def unknown_share(encoder: Encoder, tokens: Sequence[int]) -> float:
+    """Return the share of tokens that stand for a text that the tokenizer does not know."""
+    unknown = encoder.tokenizer.unk_token_id
+    ends = (encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id)  # GPT-2's are all one
+    return 0.0 if unknown is None or unknown in ends else sum(token == unknown for token in tokens) / len(tokens)
 
 
 def read_scores(record: Record) -> list[Score]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, listed
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.held_out import checksum, training_notes
 from rlhf_fast.eval.judges import PREFERENCE
 from rlhf_fast.eval.sets import DEMO_SETS, find_set, read_set, require_set
-from rlhf_fast.eval.tasks import TASKS, Task, select_tasks
+from rlhf_fast.eval.tasks import GROUPS, TASKS, Task, select_tasks
 
 SMALL_SAMPLE = 100
 
@@ -35,29 +35,38 @@ class Selection(NamedTuple):
 
 
 def select_rows(
-    names: Sequence[str], data: str, limit: int, models: Mapping[str, str], missing_preference: str = ""
+    names: Sequence[str],
+    data: str,
+    limit: int,
+    models: Mapping[str, str],
+    missing_preference: str = "",
+    may_be_empty: bool = False,
 ) -> Selection:
     """Return the tasks of these names and groups whose sets are in the folder `data` ("" = the demo's sets).
 
     models: name -> path. missing_preference: why models cannot be compared; "" if they can.
-    UserError for a task that is named and cannot be run, and if there is none.
+    UserError for a task that is named and cannot be run, and if there is none, unless that may be.
     """
     folder = Path(data) if data else DEMO_SETS
     notes = [] if data else ["The sets are of the demo's world: they show that everything works, and are no benchmark."]
-    named = {name.strip() for entry in names for name in entry.split(",")} & TASKS.keys()
+    given = {name.strip() for entry in names for name in entry.split(",")} & TASKS.keys()
+    named = {name for name in given if len(GROUPS.get(name, (name,))) == 1}  # not groups of several tasks
     rows: dict[str, list[Row]] = {}
     files: dict[str, str] = {}
+    without_file: list[str] = []
     found = []
     for task in select_tasks(names):
         if task.name in named:
             require_set(task.set, folder)
         paths = find_set(task.set, folder)
         compares = isinstance(task, GenerationTask) and PREFERENCE in task.judges
-        why = "" if paths else f"no file of the set {task.set} in {folder}"
-        if why := why or (missing_preference if compares else ""):
+        if not paths:
+            without_file.append(f"{task.name} ({task.set})")
+            continue
+        if compares and missing_preference:
             if task.name in named:
-                raise UserError(f"eval: {task.name} cannot be run: {why}")
-            notes.append(f"{task.name} was left out: {why}.")
+                raise UserError(f"eval: {task.name} cannot be run: {missing_preference}")
+            notes.append(f"{task.name} was left out: {missing_preference}.")
             continue
         if task.set not in rows:
             rows[task.set] = read_set(task.set, paths, limit, notes)
@@ -67,8 +76,21 @@ def select_rows(
             found.append(TaskRows(task, rows[task.set]))
         else:
             notes.append(f"{task.name} was left out: {', '.join(path.name for path in paths)} has no row for it.")
-    if not found:
-        raise UserError(f"eval: there is nothing to do. {' '.join(notes)}")
+    if without_file:
+        notes.append(f"Left out, because {folder} has no file of their set: {', '.join(without_file)}.")
+    if not found and not may_be_empty:
+        raise UserError(_nothing(folder, notes, len(without_file)))
     if 0 < limit < SMALL_SAMPLE:
         notes.append(f"With {limit} rows, intervals are wider than ± 10 points.")
     return Selection(found, notes, files)
+
+
+def _nothing(folder: Path, notes: Sequence[str], num_without_file: int) -> str:
+    """Return the sentence for a folder in which no task finds what it needs."""
+    if not num_without_file:
+        return f"eval: there is nothing to do. {' '.join(notes)}"
+    entries = sorted(path.name for path in folder.iterdir()) or ["nothing"]
+    return (
+        f"{folder}: has no set that these tasks read (it holds {listed(entries, 4)}); `rlhf-fast eval --list` names"
+        " their files"
+    )

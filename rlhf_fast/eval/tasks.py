@@ -159,13 +159,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def select_tasks(names: Iterable[str]) -> list[Task]:
-    """Return the tasks of these names and groups, each once, in the paper's order; "all" and no name give all.
+    """Return the tasks of these names and groups, each once, in the paper's order.
 
-    A name may hold several with commas, as lm-eval's. UserError for an unknown one.
+    A name may hold several with commas, as lm-eval's. UserError for an unknown one, and for none.
     """
     wanted = [name.strip() for entry in names for name in entry.split(",") if name.strip()]
     selected: set[str] = set()
-    for name in wanted or [ALL]:
+    if not wanted:
+        raise UserError(f"tasks: no name is given; known are {listed([*GROUPS, ALL, *TASKS], 99)}")
+    for name in wanted:
         if name != ALL and name not in TASKS and name not in GROUPS:
             known = list(dict.fromkeys([*GROUPS, ALL, *TASKS]))
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

@@ -155,6 +155,10 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> list[st
                     f"{cfg.out}: was made from another {source} run than the one the recipe has now;"
                     " move it away to run the stage again, or choose another `out`"
                 )
+    if recipe.evaluation is not None:  # its mistakes are known before days of training
+        from rlhf_fast.eval.evaluate import check
+
+        check(recipe.evaluation)
     _check_stages([cfg for stage, cfg in recipe.stages.items() if not done[stage]], list(recipe.stages.values()))
     for stage, cfg in recipe.stages.items():
         if done[stage]:
