@@ -21,6 +21,7 @@ from rlhf_fast.eval.sets import DEMO_SETS
 from rlhf_fast.eval.tasks import TASKS
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.logs import read_metrics
+from rlhf_fast.run.plot import panels
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 SMALL, LARGE = str(BASE_MODELS / "small"), str(BASE_MODELS / "large")
@@ -347,6 +348,8 @@ def test_figures_in_training_are_those_of_the_command(folder):
     sft.run(cfg)
     rows = [row for row in read_metrics(cfg.out) if "eval/lambada.acc" in row]
     assert len(rows) >= 2 and rows[-1]["step"] == read_metrics(cfg.out)[-1]["step"]
+    titles = [title for title, _ in panels(read_metrics(cfg.out))]
+    assert {"eval/lambada", "eval/text", "eval/refusal"} <= set(titles)
     results = evaluate(EvalConfig(models=(f"sft={cfg.out}",), data="sets", tasks=("tax", "refusal")), quiet)
     for record in results["results"]:
         metric = rows[-1][f"eval/{record['task']}.{record['measure']}"]

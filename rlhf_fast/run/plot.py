@@ -19,8 +19,10 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("entropy, nats a token", ("objective/entropy_token", "policy/entropy_avg")),
     ("accuracy", ("reward/accuracy", "valid/accuracy", "valid/longer_wins")),
 )
-"""(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME."""
-
+"""(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME, and each task of eval."""
+EVAL = "eval/"
+EVAL_DETAILS = ("empty", "unjudged", "words", "_bin_", "refusal_rate_", "nats")
+"""Parts of the names of measures that are left out: details, and losses that a task has in bits too."""
 
 CURVES = "curves.png"
 SOFTWARE = "rlhf-fast plot"
@@ -35,6 +37,9 @@ def panels(rows: list[dict]) -> list[tuple[str, Curves]]:
     names = dict.fromkeys(name for row in rows for name in row)
     losses = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
     candidates = [*PANELS, *((f"loss: {name}", (f"loss/{name}", f"valid/{name}")) for name in losses)]
+    evaluated = [name for name in names if name.startswith(EVAL) and not any(part in name for part in EVAL_DETAILS)]
+    tasks = dict.fromkeys(name.partition(".")[0] for name in evaluated)
+    candidates += [(task, tuple(name for name in evaluated if name.startswith(f"{task}."))) for task in tasks]
     found = []
     for title, metrics in candidates:
         curves: Curves = {}
