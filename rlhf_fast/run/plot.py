@@ -19,7 +19,8 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("entropy, nats a token", ("objective/entropy_token", "policy/entropy_avg")),
     ("accuracy", ("reward/accuracy", "valid/accuracy", "valid/longer_wins")),
 )
-"""(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME, and each task of eval."""
+"""(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME; each task of eval one
+too."""
 EVAL = "eval/"
 EVAL_DETAILS = ("empty", "unjudged", "words", "_bin_", "refusal_rate_", "nats")
 """Parts of the names of measures that are left out: details, and losses that a task has in bits too."""
