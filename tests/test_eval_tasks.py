@@ -75,6 +75,25 @@ def test_perplexity_of_two_words():
     assert accuracy.values == (1, 0) and perplexity.estimate().value == pytest.approx(4)
 
 
+@pytest.mark.parametrize("bad", [NAN, -math.inf])
+def test_scores_that_are_not_finite_give_no_figure(bad):
+    """Neither as the right answer's nor as a wrong one's; the other rows keep theirs."""
+    rows = [{"endings": ["a", "b"], "label": 0}] * 3
+    scores = [[Score(bad), Score(-1)], [Score(-1), Score(bad)], [Score(-1), Score(-2)]]
+    for measure in likelihood.hellaswag_measures(rows, scores):
+        assert same(measure.values, (NAN, NAN, 1)) and measure.estimate().n == 1
+    for measure in likelihood.lambada_measures([{}, {}], [[Score(bad)], [Score(0.0, True)]]):
+        assert math.isnan(measure.values[0]) and measure.estimate().value == 1
+    row = {"question": "q", "best_answer": "b", "correct_answers": ["b"], "incorrect_answers": ["d"]}
+    scores = [[Score(-1)] * 3 for _ in range(3)] + [[Score(-1), Score(-1), Score(-1e4)]]
+    for i in range(3):
+        scores[i][i] = Score(bad)
+    for measure in likelihood.truthfulqa_measures([row] * 4, scores):
+        assert same(measure.values, (NAN, NAN, NAN, 1))
+    for measure in likelihood.text_measures([{"text": "a"}] * 2, [[Score(bad), Score(-1)], [Score(-1)]]):
+        assert math.isnan(measure.values[0]) and measure.estimate().n == 1
+
+
 def test_truthfulqa_closes_answers_and_stays_in_log_space(tokenizer):
     row = {"question": "q", "best_answer": "b", "correct_answers": ["b.", "b", "c"], "incorrect_answers": ["d", "e."]}
     assert likelihood.closed(["a", "a.", "b ."]) == ["a.", "b ."]
