@@ -199,7 +199,7 @@ def test_measures():
     assert math.isnan(estimate_from(overflow).value)
     assert result_record("m", "t", Measure("acc", ()), 2.5) == {
         "model": "m", "task": "t", "measure": "acc", "value": None, "low": None, "high": None, "n": 0, "unit": "share",
-        "judge": "", "seconds": 2.5,
+        "judge": "", "seconds": 2.5, "higher_is_better": True,
     }  # fmt: skip
     with pytest.raises(ValueError, match="of 4 rows"):
         paired_difference(accuracy, accuracy._replace(values=(1.0,)))

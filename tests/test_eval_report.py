@@ -12,6 +12,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.eval.cells import percent, show
 from rlhf_fast.eval.estimates import Estimate, mean, wilson
 from rlhf_fast.eval.figure import draw, panels
+from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.paper import PAPER, paper_text
 from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, print_report
 from rlhf_fast.eval.tables import Grid, main_measure, result_tables, split_to_fit
@@ -169,6 +170,11 @@ def test_thresholds():
         "base: refusal.refusal_rate is 0.025 (n 40), below 0.5",
         "my|ppo: lambada.perplexity has no value (n 0); at least 1 is asked for",
     ]
+    lower = [result_record("m", "text", Measure("bits_per_byte", (b,), unit="bits/byte", higher_is_better=False))
+             for b in (1.2, NAN)]  # fmt: skip
+    assert check_thresholds(lower[:1], {"text": 1.25}) == check_thresholds(lower[:1], {"text": 1.2}) == []
+    assert check_thresholds(lower[:1], {"text": 1.1}) == ["m: text.bits_per_byte is 1.2 (n 1), above 1.1"]
+    assert "at most 1.1 is asked for" in check_thresholds(lower[1:], {"text": 1.1})[0]
     for name, message in (
         ("preferences", "of my|ppo has that name; did you mean preference?"),
         ("base:preference", "of base has that name"),

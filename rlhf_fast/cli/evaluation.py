@@ -13,7 +13,7 @@ from rlhf_fast.stages.fit import check_device
 
 
 def run_eval(options: EvalOptions) -> list[str]:
-    """Run one form of the command. Return a sentence for each figure that is below its threshold."""
+    """Run one form of the command. Return a sentence for each figure on the wrong side of its threshold."""
     if options.list:
         print("\n".join(task_list(options)))
         return []

@@ -65,6 +65,7 @@ def result_record(model: str, task: str, measure: Measure, seconds: float = 0.0)
         "unit": measure.unit,
         "judge": measure.judge,
         "seconds": seconds,
+        "higher_is_better": measure.higher_is_better,
     }
 
 

@@ -94,17 +94,19 @@ def check_thresholds(records: Sequence[Record], thresholds: Mapping[str, float])
 
     A name is `task` or `task.measure`, and concerns the last model; `model:task` and `model:task.measure` another one.
     `task` alone is the task's main measure, the one in the figure. The value itself is compared, not its interval: it
-    fails if it is smaller than the threshold, or if there is none. UserError for a name that no record has.
+    fails if it is below the threshold, or above it where lower is better (perplexity, toxic), or if there is none.
+    UserError for a name that no record has.
     """
     failures = []
     for name, threshold in thresholds.items():
         record = _record_of(name, records)
         what = f"{record['model']}: {record['task']}.{record['measure']}"
-        value = record["value"]
+        value, lower_is_better = record["value"], record.get("higher_is_better") is False
+        limit, side = ("at most", "above") if lower_is_better else ("at least", "below")
         if value is None or math.isnan(value):
-            failures.append(f"{what} has no value (n {record['n']}); at least {threshold:g} is asked for")
-        elif value < threshold:
-            failures.append(f"{what} is {value:.4g} (n {record['n']}), below {threshold:g}")
+            failures.append(f"{what} has no value (n {record['n']}); {limit} {threshold:g} is asked for")
+        elif value > threshold if lower_is_better else value < threshold:
+            failures.append(f"{what} is {value:.4g} (n {record['n']}), {side} {threshold:g}")
     return failures
 
 
