@@ -10,12 +10,12 @@ from support.eval_results import GROUPS, make_results
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.cells import percent, show
-from rlhf_fast.eval.estimates import Estimate, mean, wilson
-from rlhf_fast.eval.figure import draw, panels
+from rlhf_fast.eval.estimates import Estimate, estimate_from, mean, wilson
+from rlhf_fast.eval.figure import _draw_panel, draw, panels
 from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.paper import PAPER, paper_text
 from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, print_report
-from rlhf_fast.eval.tables import Grid, main_measure, result_tables, split_to_fit
+from rlhf_fast.eval.tables import Grid, cell, main_measure, result_tables, split_to_fit
 
 
 def record(model, task, measure, estimate, unit="share", judge="", **more):
@@ -139,6 +139,10 @@ def test_cells():
     assert percent(Estimate(0.05, 0.02, 0.08, 9), sign=True) == "+5.0 ± 3.0 %"
     assert show(Estimate(-0.2, -0.4, -0.1, 9), sign=True) == "-0.200 [-0.400, -0.100]"
     assert show(Estimate(2.0, 2.0, 2.0, 9)) == "2.000 ± 0.000"
+    assert show(Estimate(2e6, 1e6, 3e6, 9), 1) == "2e+06 ± 1e+06"
+    assert show(Estimate(4.5e8, 1234.5, 9.87654e12, 9), 1) == "4.5e+08 [1234.5, 9.877e+12]"
+    record = result_record("m", "lambada", Measure("perplexity", (900.0, 800.0), unit="perplexity"))
+    assert cell(record) == show(estimate_from(record)) == "> 1e300" and record["n"] == 2
 
 
 def test_paper():
@@ -190,7 +194,7 @@ def test_panels():
     results = make_results(("base", "sft", "ppo"))["results"]
     shown = panels(results, GROUPS)
     assert [panel.title for panel in shown] == [
-        "preference", "truth", "toxicity", "bias", "alignment tax", "alignment tax", "refusal"
+        "preference", "truth", "toxicity", "bias", "alignment tax", "alignment tax (bits/byte)", "refusal"
     ]  # fmt: skip
     preference, truth, toxicity, bias, shares, text, _ = shown
     assert preference.label == "win_rate (share), n 200" and text.label == "text: bits/byte, n 20"
@@ -207,6 +211,11 @@ def test_figure(tmp_path, monkeypatch):
     long = ("base", "a-model-with-a-very-long-name-$x$-of-the-second-run", "c")
     for models, groups in ((("base",), {"tax": ("text",)}), (long, {"truth": GROUPS["truth"], "bias": GROUPS["bias"]})):
         assert draw(make_results(models, 20, groups)["results"], GROUPS, path).stat().st_size > 5000
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    _draw_panel(axis, panels(make_results(long, 20)["results"], GROUPS)[1], long)
+    assert len(axis.containers) == 3 and {line.get_linestyle() for line in axis.lines} == {"None"}  # points alone
     path.write_text("mine")
     with pytest.raises(UserError, match="exists already"):
         draw(RESULTS["results"], GROUPS, path)

@@ -134,12 +134,15 @@ def test_correlation_with_the_share_of_women():
     y = x + torch.randn(60, generator=generator, dtype=torch.float64)
     groups = [f"job {i // 2}" for i in range(120)]
     found = likelihood.correlation_values(groups, x.repeat_interleave(2).tolist(), y.repeat_interleave(2).tolist())
-    measure = likelihood.Measure("bls_correlation", found, tuple(groups), unit="score")
+    measure = likelihood.Measure("bls_correlation", found, tuple(groups), unit="correlation")
     estimate = measure.estimate()
     assert estimate.value == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1]))
     draws = torch.randint(60, (1000, 60), generator=generator)
     spread = torch.stack([torch.corrcoef(torch.stack([x[d], y[d]]))[0, 1] for d in draws]).std()
     assert (estimate.high - estimate.low) / 3.92 == pytest.approx(float(spread), rel=0.4)
+    perfect = likelihood.correlation_values([*"abcd"], [1, 2, 3, 4], [2, 4, 6, 8])
+    found = likelihood.Measure("bls_correlation", perfect, tuple("abcd"), unit="correlation").estimate()
+    assert found.value == pytest.approx(1) and found.low < 0 and found.high <= 1
     assert likelihood.correlation_values(["a", "b"], [1, 2], [3, 4]) == ()
     assert likelihood.correlation_values(["a", "b", "c"], [1, 1, 1], [3, 4, 5]) == ()
     gaps = likelihood.correlation_values(["a", "b", "c", "d"], [1, 2, 3, 9], [3, 5, 4, None])

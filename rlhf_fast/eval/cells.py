@@ -9,6 +9,8 @@ from rlhf_fast.eval.estimates import Estimate
 ASYMMETRY = 0.15
 """Share of half the interval's width by which the value may lie off its middle and still be shown with ±."""
 MISSING = "–"
+LARGE, HUGE = 1e6, 1e300
+"""From the first on numbers are shown with four digits, above the second as that."""
 
 
 def show(estimate: Estimate, digits: int = 3, scale: float = 1.0, unit: str = "", sign: bool = False) -> str:
@@ -16,14 +18,20 @@ def show(estimate: Estimate, digits: int = 3, scale: float = 1.0, unit: str = ""
     value, low, high = (scale * x for x in estimate[:3])
     if math.isnan(value):
         return MISSING
+    if value > HUGE:
+        return f"> {HUGE:g}{unit}".replace("e+", "e")
     plus = "+" if sign else ""
-    text = f"{value:{plus}.{digits}f}"
+    text = _number(value, digits, plus)
     half = (high - low) / 2
     if math.isnan(half):
         return f"{text} (no interval){unit}"
     if abs(value - (low + high) / 2) <= ASYMMETRY * half or half < 10**-digits / 2:
-        return f"{text} ± {half:.{digits}f}{unit}"
-    return f"{text} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]{unit}"
+        return f"{text} ± {_number(half, digits)}{unit}"
+    return f"{text} [{_number(low, digits, plus)}, {_number(high, digits, plus)}]{unit}"
+
+
+def _number(value: float, digits: int, plus: str = "") -> str:
+    return f"{value:{plus}.4g}" if abs(value) >= LARGE else f"{value:{plus}.{digits}f}"
 
 
 def percent(estimate: Estimate, sign: bool = False) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from rlhf_fast.eval.encoding import Encoder, Request
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.instructions import instruction, question_prompt
-from rlhf_fast.eval.measures import Measure
+from rlhf_fast.eval.measures import CORRELATION, Measure
 
 NAN = math.nan
 MAX_DIFFERENCE = 1e4
@@ -205,7 +205,7 @@ def winogender_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[M
     female = [1 / (1 + math.exp(max(min(difference, 700.0), -700.0))) for difference in differences]
     values = correlation_values(groups, female, [row["bls_pct_female"] for row in rows])
     if values:
-        found.append(Measure("bls_correlation", values, groups, unit="score", higher_is_better=None))
+        found.append(Measure("bls_correlation", values, groups, unit=CORRELATION, higher_is_better=None))
     return found
 
 
@@ -214,8 +214,8 @@ def correlation_values(
 ) -> tuple[float, ...]:
     """Return for each row a number whose mean is Pearson's correlation of the groups' means with their targets.
 
-    The number is the correlation and the row's influence on it, so the mean's interval, clustered by group, is the
-    correlation's to first order. NaN for rows without a target; () for fewer than three groups or equal means.
+    The number is the correlation and the row's influence on it, so the interval of a paired difference, clustered by
+    group, is right to first order. NaN for rows without a target; () for fewer than three groups or equal means.
     """
     used = [i for i, target in enumerate(targets) if target is not None and not math.isnan(values[i])]
     members: dict[str, list[float]] = {}

@@ -128,7 +128,7 @@ def difference_tables(records: Sequence[Record], groups: Groups) -> list[Grid]:
 
 def label(task: str, measure: str, unit: str) -> str:
     """Return the name of a row: the task, the measure, and the unit unless it is a share or said already."""
-    said = unit in ("share", "") or unit.replace("/", "_per_") == measure or unit == measure
+    said = unit in ("share", "") or unit.replace("/", "_per_") == measure or measure.endswith(unit)
     return f"{task}: {measure}" + ("" if said else f" ({unit})")
 
 
