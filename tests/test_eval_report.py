@@ -9,13 +9,13 @@ from rich.console import Console
 from support.eval_results import GROUPS, make_results
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.cells import percent, show
+from rlhf_fast.eval.cells import percent, show, show_short
 from rlhf_fast.eval.estimates import Estimate, estimate_from, mean, wilson
 from rlhf_fast.eval.figure import _draw_panel, draw, panels
 from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.paper import PAPER, paper_text
 from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, print_report
-from rlhf_fast.eval.tables import Grid, cell, main_measure, result_tables, split_to_fit
+from rlhf_fast.eval.tables import Grid, cell, counts, main_measure, result_tables, split_to_fit
 
 
 def record(model, task, measure, estimate, unit="share", judge="", **more):
@@ -101,17 +101,41 @@ def test_markdown():
 
 
 def test_terminal_and_pipe():
-    for width, force in ((100, False), (100, True), (60, True), (300, True)):
+    for width, force in ((100, False), (100, True), (50, True), (300, True)):
         console = Console(file=io.StringIO(), force_terminal=force, width=width, color_system=None)
         print_report(RESULTS, GROUPS, console)
         text = console.file.getvalue()
-        assert all(part in text for part in ("my|ppo", "0.025 [0.004, 0.129]", "-0.020 ± 0.015 *", "not validated"))
+        levels = ".03±.06" if force and width < 300 else "0.025 [0.004, 0.129]"
+        change = "-.020±.015*" if force and width == 50 else "-0.020 ± 0.015 *"
+        assert all(part in text for part in ("my|ppo", levels, change, "not validated"))
         assert "Details" not in text and "0.350" not in text  # the level of a mean toxicity is never shown
         table = text[: text.index("Judges")]
         assert not force or max(map(len, table.splitlines())) <= width
     plain = io.StringIO()
     print_report(RESULTS, GROUPS, Console(file=plain, force_terminal=False))
     assert re.search(r"^lambada: acc +400 / 398  0.400 ± 0.050", plain.getvalue(), re.M)
+
+
+def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
+    """Task above measure, half the intervals' widths, and no column of what the paper has not."""
+    models = ("base", "sft", "ppo", "ppo-ptx")
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None)
+    print_report(make_results(models), GROUPS, console)
+    text = console.file.getvalue()
+    tables = text[: text.index("Judges")]
+    lines = tables.splitlines()
+    assert console.width == 80 and max(map(len, lines)) <= 80
+    heads = [re.findall(r"[\w-]+", line) for line in lines if line.startswith("┃")]
+    assert ["n", *models] in heads and ["n", *models[1:]] in heads  # the results, the differences
+    assert re.search(r"│ truthfulqa +│ +│ +│ +│ +│ +│\n│   true +│ 200 +(│ \.\d\d±\.\d\d +){4}│\n", tables)
+    assert re.search(r"│   acc +│ 200 +(│ [+-]\.\d{3}±\.\d{3}\*? +){3}│", tables)
+    assert "not in the paper" not in tables and "GPT 0.781" in tables and "half the interval's width" in tables
+    assert show_short(Estimate(50.84, 40.2, 63.1, 9)) == "50.8±11.4"
+    assert show_short(Estimate(1.0, 0.9, 1.0, 9)) == "1.00±.05" and show_short(Estimate(0.4, NAN, NAN, 1)) == ".40"
+    assert show_short(mean([])) == "–" and show_short(Estimate(1e304, 1e304, 1e304, 2)) == "> 1e300"
+    assert show_short(Estimate(3e6, 2e6, 4e6, 2)) == "3e+06±1e+06"
+    assert counts([{"n": 9}, None, {"n": 10}, {"n": 8}], short=True) == "8–10"
 
 
 def test_every_figure_has_its_n_and_every_judge_its_line():

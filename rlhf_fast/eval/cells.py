@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from rlhf_fast.eval.estimates import Estimate
 
@@ -32,6 +33,17 @@ def show(estimate: Estimate, digits: int = 3, scale: float = 1.0, unit: str = ""
 
 def _number(value: float, digits: int, plus: str = "") -> str:
     return f"{value:{plus}.4g}" if abs(value) >= LARGE else f"{value:{plus}.{digits}f}"
+
+
+def show_short(estimate: Estimate, sign: bool = False) -> str:
+    """Return value and half the interval's width for a narrow table: `.36±.09`. With `sign` a digit more."""
+    value, half = estimate.value, estimate.half_width
+    if math.isnan(value) or value > HUGE:
+        return show(estimate)
+    digits = max(2 + sign - (abs(value) >= 10) - (abs(value) >= 100), 0)
+    text = _number(value, digits, "+" if sign else "")
+    text = text if math.isnan(half) else f"{text}±{'>1e300' if half > HUGE else _number(half, digits)}"
+    return re.sub(r"(^|[-+±])0\.", r"\1.", text)
 
 
 def percent(estimate: Estimate, sign: bool = False) -> str:

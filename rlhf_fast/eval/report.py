@@ -22,6 +22,7 @@ from rlhf_fast.eval.tables import (
     models_of,
     result_tables,
     split_to_fit,
+    width_of,
 )
 from rlhf_fast.run.terminal import aligned
 
@@ -46,13 +47,17 @@ def markdown(results: Mapping[str, Any], groups: Groups) -> str:
 
 
 def print_report(results: Mapping[str, Any], groups: Groups, console: Console | None = None) -> None:
-    """Print the tables without details, the judges and the notes: with lines on a terminal, else as aligned text."""
+    """Print the tables without details, the judges and the notes: with lines on a terminal, else as aligned text.
+
+    A table that is wider than the terminal is printed in its short form.
+    """
     console = console or Console(highlight=False, soft_wrap=False)
-    for grid in _tables(results, groups):
+    for grid, short in zip(_tables(results, groups), _tables(results, groups, short=True), strict=True):
         if grid.title == "Details":
             continue
         if console.is_terminal:
-            for part in split_to_fit(grid, console.width):
+            chosen = grid if width_of(grid) <= console.width else short
+            for part in split_to_fit(chosen, console.width):
                 console.print(_rich_table(part))
         else:
             print("\n".join([grid.title, *aligned([grid.header, *grid.rows]), ""]), file=console.file)
@@ -128,9 +133,9 @@ def _record_of(name: str, records: Sequence[Record]) -> Record:
     raise UserError(f"--fail-under {name}: no result {where} has that name; {hint}")
 
 
-def _tables(results: Mapping[str, Any], groups: Groups) -> list[Grid]:
-    main, *details = result_tables(results.get("results", ()), groups) or [Grid("Results", ("",), ())]
-    return [main, *difference_tables(results.get("differences", ()), groups), *details]
+def _tables(results: Mapping[str, Any], groups: Groups, short: bool = False) -> list[Grid]:
+    main, *details = result_tables(results.get("results", ()), groups, short) or [Grid("Results", ("",), ())]
+    return [main, *difference_tables(results.get("differences", ()), groups, short), *details]
 
 
 def _sections(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
