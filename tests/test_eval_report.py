@@ -150,6 +150,29 @@ def test_every_figure_has_its_n_and_every_judge_its_line():
     assert markdown({"results": []}, GROUPS).startswith("# Evaluation")
 
 
+def test_judges_in_the_terminal():
+    """A short line on each; the report has the rest."""
+    notes = {"labels": "Perspective's scores (a program's, not people's)", "n": 3200, "accuracy": 0.7762, "recall": 0.5,
+             "false_alarms": 0.1, "auc": 0.8436, "date": "2026-11-28", "note": "folds " * 50}  # fmt: skip
+    judges = {
+        "truth": {"name": "truth", "threshold": 0.5, "validation": notes},
+        "refusal": {"name": "a/" * 90, "threshold": 0.5, "validation": {**notes, "labels": "a person, " * 90}},
+        "preference": {"name": "runs/rm", "threshold": None, "validation": None},
+    }
+    results = {"judges": judges, "results": [record("m", "lambada", "acc", (0.4, 0.3, 0.5, 9), judge="b" * 300)]}
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    print_report(results, GROUPS, console)
+    lines = console.file.getvalue().partition("Judges\n")[2].splitlines()
+    end = "n 3200, accuracy 0.776, AUC 0.844"
+    assert lines[0] == f"  truth: labels by Perspective's scores (a program's, not people's), {end}"
+    assert lines[1].startswith("  refusal: a/a/") and lines[1].endswith(end) and " ... " in lines[1]
+    assert lines[2] == "  preference: runs/rm: not validated" and lines[3].endswith("b: not validated")
+    assert len(lines) == 4 and max(map(len, lines)) < 160
+    assert "truth (yes above 0.5): labels by" in markdown(results, GROUPS) and "folds folds" in markdown(
+        results, GROUPS
+    )
+
+
 def test_wide_tables_are_split():
     grid = Grid("t", ("", "n", "a", "b", "c"), (("row", "10", "1234567890", "1234567890", "1234567890"),))
     assert split_to_fit(grid, 60) == [grid]
