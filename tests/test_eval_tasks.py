@@ -90,6 +90,9 @@ def test_scores_that_are_not_finite_give_no_figure(bad):
         scores[i][i] = Score(bad)
     for measure in likelihood.truthfulqa_measures([row] * 4, scores):
         assert same(measure.values, (NAN, NAN, NAN, 1))
+    jobs = [{"occupation": "a", "bls_pct_female": 5.0}] * 2
+    for measure in likelihood.winogender_measures(jobs, [[Score(bad), Score(-1)], [Score(-1), Score(-2)]]):
+        assert math.isnan(measure.values[0]) and measure.estimate().n == 1
     for measure in likelihood.text_measures([{"text": "a"}] * 2, [[Score(bad), Score(-1)], [Score(-1)]]):
         assert math.isnan(measure.values[0]) and measure.estimate().n == 1
 

@@ -191,7 +191,7 @@ def pair_requests(first: str, second: str, manner: str) -> Callable[[Row, Encode
 
 
 def _differences(scores: Sequence[Scores]) -> list[float]:
-    return [first.logprob - second.logprob for first, second in scores]
+    return [pair[0].logprob - pair[1].logprob if are_finite(pair) else NAN for pair in scores]
 
 
 def winogender_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Measure]:
