@@ -111,6 +111,7 @@ def test_terminal_and_pipe():
         assert "Details" not in text and "0.350" not in text  # the level of a mean toxicity is never shown
         table = text[: text.index("Judges")]
         assert not force or max(map(len, table.splitlines())) <= width
+    print_report({"results": []}, GROUPS, Console(file=io.StringIO(), force_terminal=True, width=3))
     plain = io.StringIO()
     print_report(RESULTS, GROUPS, Console(file=plain, force_terminal=False))
     assert re.search(r"^lambada: acc +400 / 398  0.400 ± 0.050", plain.getvalue(), re.M)

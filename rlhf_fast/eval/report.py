@@ -142,7 +142,7 @@ def _record_of(name: str, records: Sequence[Record]) -> Record:
 
 
 def _tables(results: Mapping[str, Any], groups: Groups, short: bool = False) -> list[Grid]:
-    main, *details = result_tables(results.get("results", ()), groups, short) or [Grid("Results", ("",), ())]
+    main, *details = result_tables(results.get("results", ()), groups, short) or [Grid("Results", ("", "n"), ())]
     return [main, *difference_tables(results.get("differences", ()), groups, short), *details]
 
 
