@@ -300,10 +300,17 @@ def test_a_threshold_is_an_exit_status(capsys):
     assert main([*rows, "--fail-under", "lambada=0"]) == 0
 
 
-def test_the_list_names_every_task(capsys):
-    assert main(["eval", "--list"]) == 0
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert listed == set(TASKS)
+def test_the_list_names_every_task(capsys, monkeypatch):
+    """Each on a line, and on a narrow terminal with its summary below it."""
+    for columns in ("1000", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["eval", "--list"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {line.split()[0] for line in lines[1:] if not line.startswith(" ")} == set(TASKS)
+        assert max(map(len, lines)) <= int(columns)
+        assert len(lines) == 1 + len(TASKS) or columns == "80"
+    text = " ".join(" ".join(lines).split())
+    assert f"{TASKS['truthfulqa'].summary}; judge: truth, informative" in text and TASKS["lambada"].summary in text
 
 
 def test_a_task_of_a_group_without_its_file_is_left_out(folder):

@@ -10,6 +10,7 @@ from rlhf_fast.eval.estimates import (
     Z,
     agreement,
     bootstrap,
+    correlation,
     difference,
     estimate_from,
     mean,
@@ -123,6 +124,16 @@ def test_unpaired_difference_of_asymmetric_intervals():
     assert not E(0.2, NAN, NAN, 1).excludes(0)
 
 
+def test_correlation():
+    # Fisher's z by hand: atanh .5 = .5493, and half a width of 1.96 / sqrt 25.
+    assert near(correlation(0.5, 28), 0.5, math.tanh(0.549306 - Z / 5), math.tanh(0.549306 + Z / 5), 28)
+    for value in (1.0, 1 + 1e-12, -1.0, 0.9999999):
+        for n in (3, 4, 10, 60):
+            found = correlation(value, n)
+            assert -1 <= found.low <= found.value <= found.high <= 1 and found.high - found.low > 1 / n**2
+    assert correlation(0.3, 3) == (0.3, -1, 1, 3) and correlation(NAN, 0).n == 0
+
+
 def test_coverage():
     """Over 1,000 draws the interval holds the true mean as often as it says; where rows belong together, only with
     their groups."""
@@ -190,16 +201,16 @@ def test_measures():
     record = difference_record("sft", "base", "lambada", perplexity, other)
     assert (record["unit"], record["baseline"], record["n"]) == ("nats", "base", 3)
     overflow = result_record("sft", "lambada", perplexity._replace(values=(900.0, 800.0)))
-    assert overflow["value"] is None and overflow["n"] == 2
+    assert 1e300 < overflow["value"] < math.inf and overflow["n"] == 2
     accuracy = Measure("acc", (1.0, 0.0, NAN, 1.0), groups=("a", "b", "b", "c"))
     assert accuracy.estimate() == wilson(2, 3)
     assert near(Measure("words", (1.0, 1.0), unit="tokens").estimate(), 1, 1, 1, 2)
     assert Measure("pairs", (3.0, 2.0), weights=(3.0, 2.0)).estimate() == wilson(2, 2)
     assert estimate_from(result_record("m", "t", accuracy)) == accuracy.estimate()
-    assert math.isnan(estimate_from(overflow).value)
+    assert math.isnan(estimate_from(result_record("m", "t", Measure("acc", (NAN,)))).value)
     assert result_record("m", "t", Measure("acc", ()), 2.5) == {
         "model": "m", "task": "t", "measure": "acc", "value": None, "low": None, "high": None, "n": 0, "unit": "share",
-        "judge": "", "seconds": 2.5,
+        "judge": "", "seconds": 2.5, "higher_is_better": True,
     }  # fmt: skip
     with pytest.raises(ValueError, match="of 4 rows"):
         paired_difference(accuracy, accuracy._replace(values=(1.0,)))

@@ -140,4 +140,7 @@ def test_length_control_of_groups_and_of_winners_of_all():
     assert doubled.value == pytest.approx(alone.value, abs=5e-3)
     assert doubled.half_width == pytest.approx(alone.half_width, rel=0.15)
     won = length_controlled([1.0] * 40, [5.0, -5.0] * 20)
+    few = [1.0, 0.0] * 10, [5.0, -5.0, -5.0, 5.0] * 5
+    assert length_controlled(*few, [f"{i % 9}" for i in range(20)]) is length_controlled(few[0][:9], few[1][:9]) is None
+    assert length_controlled(*few, [f"{i % 10}" for i in range(20)]).n == 10
     assert won.value > 0.98 and won.low < 0.93 and won.n == 40

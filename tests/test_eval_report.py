@@ -9,12 +9,13 @@ from rich.console import Console
 from support.eval_results import GROUPS, make_results
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.cells import percent, show
-from rlhf_fast.eval.estimates import Estimate, mean, wilson
-from rlhf_fast.eval.figure import draw, panels
+from rlhf_fast.eval.cells import percent, show, show_short
+from rlhf_fast.eval.estimates import Estimate, estimate_from, mean, wilson
+from rlhf_fast.eval.figure import _draw_panel, draw, panels
+from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.paper import PAPER, paper_text
 from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, print_report
-from rlhf_fast.eval.tables import Grid, main_measure, result_tables, split_to_fit
+from rlhf_fast.eval.tables import Grid, cell, counts, main_measure, result_tables, split_to_fit
 
 
 def record(model, task, measure, estimate, unit="share", judge="", **more):
@@ -100,17 +101,42 @@ def test_markdown():
 
 
 def test_terminal_and_pipe():
-    for width, force in ((100, False), (100, True), (60, True), (300, True)):
+    for width, force in ((100, False), (100, True), (50, True), (300, True)):
         console = Console(file=io.StringIO(), force_terminal=force, width=width, color_system=None)
         print_report(RESULTS, GROUPS, console)
         text = console.file.getvalue()
-        assert all(part in text for part in ("my|ppo", "0.025 [0.004, 0.129]", "-0.020 ± 0.015 *", "not validated"))
+        levels = ".03±.06" if force and width < 300 else "0.025 [0.004, 0.129]"
+        change = "-.020±.015*" if force and width == 50 else "-0.020 ± 0.015 *"
+        assert all(part in text for part in ("my|ppo", levels, change, "not validated"))
         assert "Details" not in text and "0.350" not in text  # the level of a mean toxicity is never shown
         table = text[: text.index("Judges")]
         assert not force or max(map(len, table.splitlines())) <= width
+    print_report({"results": []}, GROUPS, Console(file=io.StringIO(), force_terminal=True, width=3))
     plain = io.StringIO()
     print_report(RESULTS, GROUPS, Console(file=plain, force_terminal=False))
     assert re.search(r"^lambada: acc +400 / 398  0.400 ± 0.050", plain.getvalue(), re.M)
+
+
+def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
+    """Task above measure, half the intervals' widths, and no column of what the paper has not."""
+    models = ("base", "sft", "ppo", "ppo-ptx")
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None)
+    print_report(make_results(models), GROUPS, console)
+    text = console.file.getvalue()
+    tables = text[: text.index("Judges")]
+    lines = tables.splitlines()
+    assert console.width == 80 and max(map(len, lines)) <= 80
+    heads = [re.findall(r"[\w-]+", line) for line in lines if line.startswith("┃")]
+    assert ["n", *models] in heads and ["n", *models[1:]] in heads  # the results, the differences
+    assert re.search(r"│ truthfulqa +│ +│ +│ +│ +│ +│\n│   true +│ 200 +(│ \.\d\d±\.\d\d +){4}│\n", tables)
+    assert re.search(r"│   acc +│ 200 +(│ [+-]\.\d{3}±\.\d{3}\*? +){3}│", tables)
+    assert "not in the paper" not in tables and "GPT 0.781" in tables and "half the interval's width" in tables
+    assert show_short(Estimate(50.84, 40.2, 63.1, 9)) == "50.8±11.4"
+    assert show_short(Estimate(1.0, 0.9, 1.0, 9)) == "1.00±.05" and show_short(Estimate(0.4, NAN, NAN, 1)) == ".40"
+    assert show_short(mean([])) == "–" and show_short(Estimate(1e304, 1e304, 1e304, 2)) == "> 1e300"
+    assert show_short(Estimate(3e6, 2e6, 4e6, 2)) == "3e+06±1e+06"
+    assert counts([{"n": 9}, None, {"n": 10}, {"n": 8}], short=True) == "8–10"
 
 
 def test_every_figure_has_its_n_and_every_judge_its_line():
@@ -123,6 +149,29 @@ def test_every_figure_has_its_n_and_every_judge_its_line():
     for name in {r["judge"] for r in results["results"]} - {""}:
         assert all(any(f"{part} (" in line or f"{part}:" in line for line in lines) for part in name.split(" and "))
     assert markdown({"results": []}, GROUPS).startswith("# Evaluation")
+
+
+def test_judges_in_the_terminal():
+    """A short line on each; the report has the rest."""
+    notes = {"labels": "Perspective's scores (a program's, not people's)", "n": 3200, "accuracy": 0.7762, "recall": 0.5,
+             "false_alarms": 0.1, "auc": 0.8436, "date": "2026-11-28", "note": "folds " * 50}  # fmt: skip
+    judges = {
+        "truth": {"name": "truth", "threshold": 0.5, "validation": notes},
+        "refusal": {"name": "a/" * 90, "threshold": 0.5, "validation": {**notes, "labels": "a person, " * 90}},
+        "preference": {"name": "runs/rm", "threshold": None, "validation": None},
+    }
+    results = {"judges": judges, "results": [record("m", "lambada", "acc", (0.4, 0.3, 0.5, 9), judge="b" * 300)]}
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    print_report(results, GROUPS, console)
+    lines = console.file.getvalue().partition("Judges\n")[2].splitlines()
+    end = "n 3200, accuracy 0.776, AUC 0.844"
+    assert lines[0] == f"  truth: labels by Perspective's scores (a program's, not people's), {end}"
+    assert lines[1].startswith("  refusal: a/a/") and lines[1].endswith(end) and " ... " in lines[1]
+    assert lines[2] == "  preference: runs/rm: not validated" and lines[3].endswith("b: not validated")
+    assert len(lines) == 4 and max(map(len, lines)) < 160
+    assert "truth (yes above 0.5): labels by" in markdown(results, GROUPS) and "folds folds" in markdown(
+        results, GROUPS
+    )
 
 
 def test_wide_tables_are_split():
@@ -138,6 +187,10 @@ def test_cells():
     assert percent(Estimate(0.05, 0.02, 0.08, 9), sign=True) == "+5.0 ± 3.0 %"
     assert show(Estimate(-0.2, -0.4, -0.1, 9), sign=True) == "-0.200 [-0.400, -0.100]"
     assert show(Estimate(2.0, 2.0, 2.0, 9)) == "2.000 ± 0.000"
+    assert show(Estimate(2e6, 1e6, 3e6, 9), 1) == "2e+06 ± 1e+06"
+    assert show(Estimate(4.5e8, 1234.5, 9.87654e12, 9), 1) == "4.5e+08 [1234.5, 9.877e+12]"
+    record = result_record("m", "lambada", Measure("perplexity", (900.0, 800.0), unit="perplexity"))
+    assert cell(record) == show(estimate_from(record)) == "> 1e300" and record["n"] == 2
 
 
 def test_paper():
@@ -169,6 +222,11 @@ def test_thresholds():
         "base: refusal.refusal_rate is 0.025 (n 40), below 0.5",
         "my|ppo: lambada.perplexity has no value (n 0); at least 1 is asked for",
     ]
+    lower = [result_record("m", "text", Measure("bits_per_byte", (b,), unit="bits/byte", higher_is_better=False))
+             for b in (1.2, NAN)]  # fmt: skip
+    assert check_thresholds(lower[:1], {"text": 1.25}) == check_thresholds(lower[:1], {"text": 1.2}) == []
+    assert check_thresholds(lower[:1], {"text": 1.1}) == ["m: text.bits_per_byte is 1.2 (n 1), above 1.1"]
+    assert "at most 1.1 is asked for" in check_thresholds(lower[1:], {"text": 1.1})[0]
     for name, message in (
         ("preferences", "of my|ppo has that name; did you mean preference?"),
         ("base:preference", "of base has that name"),
@@ -184,7 +242,7 @@ def test_panels():
     results = make_results(("base", "sft", "ppo"))["results"]
     shown = panels(results, GROUPS)
     assert [panel.title for panel in shown] == [
-        "preference", "truth", "toxicity", "bias", "alignment tax", "alignment tax", "refusal"
+        "preference", "truth", "toxicity", "bias", "alignment tax", "alignment tax (bits/byte)", "refusal"
     ]  # fmt: skip
     preference, truth, toxicity, bias, shares, text, _ = shown
     assert preference.label == "win_rate (share), n 200" and text.label == "text: bits/byte, n 20"
@@ -201,6 +259,11 @@ def test_figure(tmp_path, monkeypatch):
     long = ("base", "a-model-with-a-very-long-name-$x$-of-the-second-run", "c")
     for models, groups in ((("base",), {"tax": ("text",)}), (long, {"truth": GROUPS["truth"], "bias": GROUPS["bias"]})):
         assert draw(make_results(models, 20, groups)["results"], GROUPS, path).stat().st_size > 5000
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    _draw_panel(axis, panels(make_results(long, 20)["results"], GROUPS)[1], long)
+    assert len(axis.containers) == 3 and {line.get_linestyle() for line in axis.lines} == {"None"}  # points alone
     path.write_text("mine")
     with pytest.raises(UserError, match="exists already"):
         draw(RESULTS["results"], GROUPS, path)

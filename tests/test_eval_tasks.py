@@ -75,6 +75,28 @@ def test_perplexity_of_two_words():
     assert accuracy.values == (1, 0) and perplexity.estimate().value == pytest.approx(4)
 
 
+@pytest.mark.parametrize("bad", [NAN, -math.inf])
+def test_scores_that_are_not_finite_give_no_figure(bad):
+    """Neither as the right answer's nor as a wrong one's; the other rows keep theirs."""
+    rows = [{"endings": ["a", "b"], "label": 0}] * 3
+    scores = [[Score(bad), Score(-1)], [Score(-1), Score(bad)], [Score(-1), Score(-2)]]
+    for measure in likelihood.hellaswag_measures(rows, scores):
+        assert same(measure.values, (NAN, NAN, 1)) and measure.estimate().n == 1
+    for measure in likelihood.lambada_measures([{}, {}], [[Score(bad)], [Score(0.0, True)]]):
+        assert math.isnan(measure.values[0]) and measure.estimate().value == 1
+    row = {"question": "q", "best_answer": "b", "correct_answers": ["b"], "incorrect_answers": ["d"]}
+    scores = [[Score(-1)] * 3 for _ in range(3)] + [[Score(-1), Score(-1), Score(-1e4)]]
+    for i in range(3):
+        scores[i][i] = Score(bad)
+    for measure in likelihood.truthfulqa_measures([row] * 4, scores):
+        assert same(measure.values, (NAN, NAN, NAN, 1))
+    jobs = [{"occupation": "a", "bls_pct_female": 5.0}] * 2
+    for measure in likelihood.winogender_measures(jobs, [[Score(bad), Score(-1)], [Score(-1), Score(-2)]]):
+        assert math.isnan(measure.values[0]) and measure.estimate().n == 1
+    for measure in likelihood.text_measures([{"text": "a"}] * 2, [[Score(bad), Score(-1)], [Score(-1)]]):
+        assert math.isnan(measure.values[0]) and measure.estimate().n == 1
+
+
 def test_truthfulqa_closes_answers_and_stays_in_log_space(tokenizer):
     row = {"question": "q", "best_answer": "b", "correct_answers": ["b.", "b", "c"], "incorrect_answers": ["d", "e."]}
     assert likelihood.closed(["a", "a.", "b ."]) == ["a.", "b ."]
@@ -115,12 +137,15 @@ def test_correlation_with_the_share_of_women():
     y = x + torch.randn(60, generator=generator, dtype=torch.float64)
     groups = [f"job {i // 2}" for i in range(120)]
     found = likelihood.correlation_values(groups, x.repeat_interleave(2).tolist(), y.repeat_interleave(2).tolist())
-    measure = likelihood.Measure("bls_correlation", found, tuple(groups), unit="score")
+    measure = likelihood.Measure("bls_correlation", found, tuple(groups), unit="correlation")
     estimate = measure.estimate()
     assert estimate.value == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1]))
     draws = torch.randint(60, (1000, 60), generator=generator)
     spread = torch.stack([torch.corrcoef(torch.stack([x[d], y[d]]))[0, 1] for d in draws]).std()
     assert (estimate.high - estimate.low) / 3.92 == pytest.approx(float(spread), rel=0.4)
+    perfect = likelihood.correlation_values([*"abcd"], [1, 2, 3, 4], [2, 4, 6, 8])
+    found = likelihood.Measure("bls_correlation", perfect, tuple("abcd"), unit="correlation").estimate()
+    assert found.value == pytest.approx(1) and found.low < 0 and found.high <= 1
     assert likelihood.correlation_values(["a", "b"], [1, 2], [3, 4]) == ()
     assert likelihood.correlation_values(["a", "b", "c"], [1, 1, 1], [3, 4, 5]) == ()
     gaps = likelihood.correlation_values(["a", "b", "c", "d"], [1, 2, 3, 9], [3, 5, 4, None])

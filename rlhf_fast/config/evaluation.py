@@ -66,8 +66,8 @@ class EvalConfig:
     """Second reward (a reward model's folder, or module:function) that no policy was trained against: the report shows
     it beside the reward of the samples of each model that PPO has trained, step by step. Needs `reward`."""
     fail_under: Annotated[tuple[str, ...], arg(metavar="TASK=VALUE")] = ()
-    """Exit with status 1 if a figure of the last model is below a value: preference=0.5, truthfulqa.true=0.4, or of
-    another model sft:lambada=0.3."""
+    """Exit with status 1 if a figure of the last model is below a value, or above it where lower is better (perplexity,
+    toxic, empty): preference=0.5, toxicity.toxic=0.2, or of another model sft:lambada=0.3."""
     template: Literal["auto", "chat", "plain", "dialog"] = "auto"
     """Format of prompts. auto: requests to an assistant (refusal, preference) are in the format that the model has
     learned, and all other texts plain, as in the paper and lm-eval. Another one holds for all."""

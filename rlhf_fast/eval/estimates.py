@@ -139,6 +139,21 @@ def difference(
     return Estimate(value, max(value - half, -1.0), min(value + half, 1.0), count)
 
 
+def correlation(value: float, n: int) -> Estimate:
+    """Return a correlation of n pairs with the interval of Fisher's z (Metron 1, 1921); [-1, 1] for up to three pairs.
+
+    At -1 and 1 z is infinite, and no few pairs prove that. So the interval's middle is at most 1 - 1 / n**2.
+    """
+    if math.isnan(value):
+        return NOTHING
+    value = min(max(value, -1.0), 1.0)
+    if n <= 3:
+        return Estimate(value, -1.0, 1.0, n)
+    bound = 1 - 1 / n**2
+    z, half = math.atanh(min(max(value, -bound), bound)), Z / math.sqrt(n - 3)
+    return Estimate(value, min(math.tanh(z - half), value), max(math.tanh(z + half), value), n)
+
+
 def unpaired_difference(a: Estimate, b: Estimate) -> Estimate:
     """Return a - b of two independent estimates, whose intervals may be asymmetric (Newcombe's method, 1998)."""
     value = a.value - b.value

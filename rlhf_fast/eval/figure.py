@@ -52,7 +52,13 @@ def panels(records: Sequence[Record], groups: Groups) -> list[Panel]:
         estimates = [estimate_from(record) if record and record["value"] is not None else None for record in chosen]
         if any(estimates):
             found.setdefault((group_of(task, groups), first["unit"]), {})[task, measure] = estimates
-    return [_panel(TITLES.get(group, group), unit, series) for (group, unit), series in found.items()]
+    shown: list[Panel] = []
+    for (group, unit), series in found.items():
+        title = TITLES.get(group, group)
+        if any(panel.title == title for panel in shown):
+            title += f" ({unit})"
+        shown.append(_panel(title, unit, series))
+    return shown
 
 
 def _panel(title: str, unit: str, series: dict[tuple[str, str], list[Estimate | None]]) -> Panel:
@@ -116,7 +122,6 @@ def _draw_panel(axis: Any, panel: Panel, labels: Sequence[str]) -> None:
         points = [(i + shift, e) for i, e in enumerate(estimates) if e]
         x, y = [place for place, _ in points], [e.value for _, e in points]
         bars = [[_length(e.value - e.low) for _, e in points], [_length(e.high - e.value) for _, e in points]]
-        axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
         axis.errorbar(
             x, y, bars, color=colour, marker=marker, markersize=4.5, linestyle="none", elinewidth=1.3, label=name
         )

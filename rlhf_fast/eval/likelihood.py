@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from rlhf_fast.eval.encoding import Encoder, Request
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.instructions import instruction, question_prompt
-from rlhf_fast.eval.measures import Measure
+from rlhf_fast.eval.measures import CORRELATION, Measure
 
 NAN = math.nan
 MAX_DIFFERENCE = 1e4
@@ -73,6 +73,11 @@ def preference(difference: float) -> float:
     return NAN if math.isnan(difference) else 0.5 * (1 + (difference > 0) - (difference < 0))
 
 
+def are_finite(scores: Scores) -> bool:
+    """Return whether a row's scores say anything: NaN has no order, and -inf is what weights that overflow give."""
+    return all(math.isfinite(score.logprob) for score in scores)
+
+
 def mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
@@ -88,6 +93,8 @@ def hellaswag_requests(row: Row, encoder: Encoder) -> list[Request]:
 def hellaswag_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Measure]:
     """Return accuracies by log-probability, by that over the ending's characters, and by that over its tokens.
 
+    A row with a score that is not finite has none.
+
     The last is the paper's, the second lm-eval's acc_norm: its characters do not count the space before the ending.
     """
 
@@ -95,7 +102,7 @@ def hellaswag_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Me
         values = []
         for row, found in zip(rows, scores, strict=True):
             scaled = [score.logprob / n for score, n in zip(found, lengths(row, found), strict=True)]
-            values.append(float(argmax(scaled) == row["label"]))
+            values.append(float(argmax(scaled) == row["label"]) if are_finite(found) else NAN)
         return Measure(name, tuple(values))
 
     return [
@@ -118,9 +125,11 @@ def lambada_requests(row: Row, encoder: Encoder) -> list[Request]:
 
 
 def lambada_measures(_rows: Sequence[Row], scores: Sequence[Scores]) -> list[Measure]:
-    """Return the share of words whose tokens are all the likeliest, and the perplexity of a word."""
-    greedy = tuple(float(found[0].greedy) for found in scores)
-    loss = tuple(-found[0].logprob for found in scores)
+    """Return the share of words whose tokens are all the likeliest, and the perplexity of a word.
+
+    A row with a score that is not finite has neither."""
+    greedy = tuple(float(found[0].greedy) if are_finite(found) else NAN for found in scores)
+    loss = tuple(-found[0].logprob if are_finite(found) else NAN for found in scores)
     return [Measure("acc", greedy), Measure("perplexity", loss, unit="perplexity", higher_is_better=False)]
 
 
@@ -144,9 +153,13 @@ def truthfulqa_requests(row: Row, encoder: Encoder) -> list[Request]:
 
 def truthfulqa_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Measure]:
     """Return MC1, whether the best answer is likelier than all incorrect ones, and MC2, the share of the probability
-    that the correct answers have."""
+    that the correct answers have. A row with a score that is not finite has neither."""
     first, second = [], []
     for row, found in zip(rows, scores, strict=True):
+        if not are_finite(found):
+            first.append(NAN)
+            second.append(NAN)
+            continue
         logprobs = [score.logprob for score in found]
         start = 1 + len(_answers(row)[1])
         best, correct, incorrect = logprobs[0], logprobs[1:start], logprobs[start:]
@@ -178,7 +191,7 @@ def pair_requests(first: str, second: str, manner: str) -> Callable[[Row, Encode
 
 
 def _differences(scores: Sequence[Scores]) -> list[float]:
-    return [first.logprob - second.logprob for first, second in scores]
+    return [pair[0].logprob - pair[1].logprob if are_finite(pair) else NAN for pair in scores]
 
 
 def winogender_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Measure]:
@@ -192,7 +205,7 @@ def winogender_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[M
     female = [1 / (1 + math.exp(max(min(difference, 700.0), -700.0))) for difference in differences]
     values = correlation_values(groups, female, [row["bls_pct_female"] for row in rows])
     if values:
-        found.append(Measure("bls_correlation", values, groups, unit="score", higher_is_better=None))
+        found.append(Measure("bls_correlation", values, groups, unit=CORRELATION, higher_is_better=None))
     return found
 
 
@@ -201,8 +214,8 @@ def correlation_values(
 ) -> tuple[float, ...]:
     """Return for each row a number whose mean is Pearson's correlation of the groups' means with their targets.
 
-    The number is the correlation and the row's influence on it, so the mean's interval, clustered by group, is the
-    correlation's to first order. NaN for rows without a target; () for fewer than three groups or equal means.
+    The number is the correlation and the row's influence on it, so the interval of a paired difference, clustered by
+    group, is right to first order. NaN for rows without a target; () for fewer than three groups or equal means.
     """
     used = [i for i, target in enumerate(targets) if target is not None and not math.isnan(values[i])]
     members: dict[str, list[float]] = {}
@@ -247,8 +260,9 @@ def text_requests(row: Row, encoder: Encoder) -> list[Request]:
 
 
 def text_measures(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Measure]:
-    """Return the loss of a token, and that of a byte of UTF-8, which compares tokenizers."""
-    losses = [-sum(score.logprob for score in found) for found in scores]
+    """Return the loss of a token, and that of a byte of UTF-8, which compares tokenizers. A row with a score
+    that is not finite has neither."""
+    losses = [-sum(score.logprob for score in found) if are_finite(found) else NAN for found in scores]
     tokens = tuple(float(sum(score.num_tokens for score in found)) for found in scores)
     sizes = tuple(float(len(row["text"].encode())) for row in rows)
     bits = tuple(loss / math.log(2) for loss in losses)

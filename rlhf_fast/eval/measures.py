@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from rlhf_fast.eval.estimates import Estimate, difference, mean
+from rlhf_fast.eval.estimates import Estimate, correlation, difference, mean
 
-PERPLEXITY, NATS = "perplexity", "nats"
+PERPLEXITY, NATS, CORRELATION = "perplexity", "nats", "correlation"
 MAX_NATS = 700.0
-"""A mean above it is a perplexity that no float64 holds."""
+"""A perplexity is shown as exp of this at the most: float64 holds little more."""
 
 
 class Measure(NamedTuple):
@@ -23,18 +23,20 @@ class Measure(NamedTuple):
     weights: tuple[float, ...] = ()
     """If given, the measure is sum(values) / sum(weights)."""
     unit: str = "share"
-    """share, bits, nats/token, bits/byte, perplexity, score or tokens. The values of a perplexity are negative
-    log-probabilities."""
+    """share, bits, nats/token, bits/byte, perplexity, correlation, score or tokens. The values of a perplexity are
+    negative log-probabilities, those of a correlation `likelihood.correlation_values`."""
     judge: str = ""
     """Name of the judge whose scores it counts."""
     higher_is_better: bool | None = True
 
     def estimate(self) -> Estimate:
-        """Return the measure with its interval. A perplexity's is exp of the mean's."""
+        """Return the measure with its interval. A perplexity's is exp of the mean's, capped at MAX_NATS."""
         found = mean(self.values, self.groups or None, self.weights or None, _bounded(self.unit))
+        if self.unit == CORRELATION:
+            return correlation(found.value, found.n)
         if self.unit != PERPLEXITY:
             return found
-        value, low, high = (math.inf if x > MAX_NATS else math.exp(x) for x in found[:3])
+        value, low, high = (x if math.isnan(x) else math.exp(min(x, MAX_NATS)) for x in found[:3])
         return Estimate(value, low, high, found.n)
 
 
@@ -65,6 +67,7 @@ def result_record(model: str, task: str, measure: Measure, seconds: float = 0.0)
         "unit": measure.unit,
         "judge": measure.judge,
         "seconds": seconds,
+        "higher_is_better": measure.higher_is_better,
     }
 
 

@@ -14,6 +14,8 @@ from rlhf_fast.eval.measures import Measure
 
 MIN_OTHER_SIGN = 0.05
 """Share of pairs in which either model must be the longer one, for length and quality to be told apart."""
+MIN_GROUPS = 10
+"""Groups of pairs below which resampling them says nothing about the spread."""
 INTERCEPT_SD, COEFFICIENT_SD = 10.0, 2.5
 """Standard deviations of the normal priors on the logistic regression's two coefficients."""
 RESAMPLES = 1000
@@ -85,13 +87,15 @@ def length_controlled(
 
     It is that of AlpacaEval 2 (arXiv 2404.04475) without its per-prompt difficulties: a logistic regression of the
     score on tanh(d / sd(d)), d the difference in length, read off at d = 0. Where one model is nearly always the longer
-    one (the other in fewer than 5 % of the pairs), length and quality cannot be told apart.
+    one (the other in fewer than 5 % of the pairs), length and quality cannot be told apart. Fewer than 10 groups of
+    pairs give no interval.
     """
     wins, lengths = np.asarray(scores, dtype=np.float64), np.asarray(longer, dtype=np.float64)
     kept = ~np.isnan(wins + lengths)
     wins, lengths = wins[kept], lengths[kept]
     chosen = [group for group, keep in zip(groups, kept, strict=True) if keep] if groups else None
-    if not len(wins) or min((lengths > 0).mean(), (lengths < 0).mean()) < MIN_OTHER_SIGN:
+    count = len(set(chosen)) if chosen else len(wins)
+    if count < MIN_GROUPS or min((lengths > 0).mean(), (lengths < 0).mean()) < MIN_OTHER_SIGN:
         return None
     scaled = np.tanh(lengths / lengths.std())
     found = bootstrap(lambda rows: _rate_at_equal_length(wins[rows], scaled[rows]), len(wins), chosen, RESAMPLES, seed)

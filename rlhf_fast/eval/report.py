@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_fast.errors import UserError, listed
+from rlhf_fast.errors import UserError, listed, shortened
 from rlhf_fast.eval.tables import (
     EXCLUDES_ZERO,
     Grid,
@@ -22,6 +22,7 @@ from rlhf_fast.eval.tables import (
     models_of,
     result_tables,
     split_to_fit,
+    width_of,
 )
 from rlhf_fast.run.terminal import aligned
 
@@ -34,6 +35,9 @@ VALIDATION = (
     ("auc", "AUC"),
 )
 """(field of a validation, its name in the report)"""
+SHORT_VALIDATION = (VALIDATION[0], VALIDATION[-1])
+MAX_JUDGE, MAX_NAME = 150, 60
+"""Characters of a judge's line in the terminal, and of its name there."""
 ONLY_SHARES = "only shares and differences may be read, since its mean score depends on the mix of texts"
 
 
@@ -46,38 +50,47 @@ def markdown(results: Mapping[str, Any], groups: Groups) -> str:
 
 
 def print_report(results: Mapping[str, Any], groups: Groups, console: Console | None = None) -> None:
-    """Print the tables without details, the judges and the notes: with lines on a terminal, else as aligned text."""
+    """Print the tables without details, the judges and the notes: with lines on a terminal, else as aligned text.
+
+    A table that is wider than the terminal is printed in its short form.
+    """
     console = console or Console(highlight=False, soft_wrap=False)
-    for grid in _tables(results, groups):
+    for grid, short in zip(_tables(results, groups), _tables(results, groups, short=True), strict=True):
         if grid.title == "Details":
             continue
         if console.is_terminal:
-            for part in split_to_fit(grid, console.width):
+            chosen = grid if width_of(grid) <= console.width else short
+            for part in split_to_fit(chosen, console.width):
                 console.print(_rich_table(part))
         else:
             print("\n".join([grid.title, *aligned([grid.header, *grid.rows]), ""]), file=console.file)
     for title, lines in _sections(results):
         print("\n".join([title, *lines, ""]), file=console.file)
-    for title, lines in _lists(results):
+    for title, lines in _lists(results, short=True):
         print("\n".join([title, *(f"  {line}" for line in lines)]), file=console.file)
 
 
-def judge_lines(results: Mapping[str, Any]) -> list[str]:
+def judge_lines(results: Mapping[str, Any], short: bool = False) -> list[str]:
     """Return a line on each judge: who labelled the answers that it was validated on, how many, and how it did.
 
     A judge that a result names and `judges` lacks gets a line too, so that no figure stands without one.
+    short: accuracy and AUC alone, in at most MAX_JUDGE characters.
     """
     judges: Mapping[str, Any] = results.get("judges") or {}
     lines = []
     for role, judge in judges.items():
         validation, threshold = judge.get("validation"), judge.get("threshold")
+        if short:
+            lines.append(_short_judge(_judge_name(role, shortened(judge["name"], MAX_NAME)), validation))
+            continue
         above = "" if threshold is None else f" (yes above {threshold:g})"
-        line = f"{role}: {judge['name']}{above}: {_validation_text(validation) if validation else NOT_VALIDATED}"
+        text = _validation_text(validation) if validation else NOT_VALIDATED
+        line = f"{_judge_name(role, judge['name'])}{above}: {text}"
         lines.append(f"{line}; {ONLY_SHARES}" if role == "toxicity" else line)
     named = {judge["name"] for judge in judges.values()}
     used = dict.fromkeys(record["judge"] for record in results.get("results", ()) if record.get("judge"))
     others = [name for name in used if name not in named and not named.issuperset(name.split(" and "))]
-    return lines + [f"{name}: {NOT_VALIDATED}" for name in others]
+    return lines + [f"{shortened(name, MAX_NAME) if short else name}: {NOT_VALIDATED}" for name in others]
 
 
 def note_lines(results: Mapping[str, Any]) -> list[str]:
@@ -94,17 +107,19 @@ def check_thresholds(records: Sequence[Record], thresholds: Mapping[str, float])
 
     A name is `task` or `task.measure`, and concerns the last model; `model:task` and `model:task.measure` another one.
     `task` alone is the task's main measure, the one in the figure. The value itself is compared, not its interval: it
-    fails if it is smaller than the threshold, or if there is none. UserError for a name that no record has.
+    fails if it is below the threshold, or above it where lower is better (perplexity, toxic), or if there is none.
+    UserError for a name that no record has.
     """
     failures = []
     for name, threshold in thresholds.items():
         record = _record_of(name, records)
         what = f"{record['model']}: {record['task']}.{record['measure']}"
-        value = record["value"]
+        value, lower_is_better = record["value"], record.get("higher_is_better") is False
+        limit, side = ("at most", "above") if lower_is_better else ("at least", "below")
         if value is None or math.isnan(value):
-            failures.append(f"{what} has no value (n {record['n']}); at least {threshold:g} is asked for")
-        elif value < threshold:
-            failures.append(f"{what} is {value:.4g} (n {record['n']}), below {threshold:g}")
+            failures.append(f"{what} has no value (n {record['n']}); {limit} {threshold:g} is asked for")
+        elif value > threshold if lower_is_better else value < threshold:
+            failures.append(f"{what} is {value:.4g} (n {record['n']}), {side} {threshold:g}")
     return failures
 
 
@@ -126,9 +141,9 @@ def _record_of(name: str, records: Sequence[Record]) -> Record:
     raise UserError(f"--fail-under {name}: no result {where} has that name; {hint}")
 
 
-def _tables(results: Mapping[str, Any], groups: Groups) -> list[Grid]:
-    main, *details = result_tables(results.get("results", ()), groups) or [Grid("Results", ("",), ())]
-    return [main, *difference_tables(results.get("differences", ()), groups), *details]
+def _tables(results: Mapping[str, Any], groups: Groups, short: bool = False) -> list[Grid]:
+    main, *details = result_tables(results.get("results", ()), groups, short) or [Grid("Results", ("", "n"), ())]
+    return [main, *difference_tables(results.get("differences", ()), groups, short), *details]
 
 
 def _sections(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -136,19 +151,37 @@ def _sections(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     return list((results.get("sections") or {}).items())
 
 
-def _lists(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _lists(results: Mapping[str, Any], short: bool = False) -> list[tuple[str, list[str]]]:
     """Return the titles and lines of what stands below the tables."""
-    return [pair for pair in (("Judges", judge_lines(results)), ("Notes", note_lines(results))) if pair[1]]
+    return [pair for pair in (("Judges", judge_lines(results, short)), ("Notes", note_lines(results))) if pair[1]]
+
+
+def _judge_name(role: str, name: str) -> str:
+    """Return role and name of a judge, or the name alone where it says the role."""
+    return name if name == role or name.startswith(f"{role},") else f"{role}: {name}"
+
+
+def _short_judge(name: str, validation: Mapping[str, Any] | None) -> str:
+    """Return a judge's line for the terminal. The middle of long labels is left out."""
+    if not validation:
+        return f"{name}: {NOT_VALIDATED}"
+    start, end = f"{name}: labels by ", ", ".join(["", *_figures(validation, SHORT_VALIDATION)])
+    return start + shortened(validation["labels"], MAX_JUDGE - len(start) - len(end)) + end
+
+
+def _figures(validation: Mapping[str, Any], fields: Sequence[tuple[str, str]] = VALIDATION) -> list[str]:
+    """Return n and the figures that a validation has."""
+    figures = [
+        f"{name} {validation[field]:.3f}"
+        for field, name in fields
+        if validation.get(field) is not None and math.isfinite(validation[field])
+    ]
+    return [f"n {validation['n']}", *figures]
 
 
 def _validation_text(validation: Mapping[str, Any]) -> str:
     """Return who labelled, n and the figures that the validation has."""
-    figures = [
-        f"{name} {validation[field]:.3f}"
-        for field, name in VALIDATION
-        if validation.get(field) is not None and math.isfinite(validation[field])
-    ]
-    text = ", ".join([f"labels by {validation['labels']}", f"n {validation['n']}", *figures])
+    text = ", ".join([f"labels by {validation['labels']}", *_figures(validation)])
     return "; ".join([text, *(str(validation[field]) for field in ("date", "note") if validation.get(field))])
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_fast.eval.cells import MISSING, show
+from rlhf_fast.eval.cells import MISSING, show, show_short
 from rlhf_fast.eval.estimates import Estimate, estimate_from
-from rlhf_fast.eval.paper import paper_text
+from rlhf_fast.eval.paper import NOT_THERE, paper_text
 
 Record = Mapping[str, Any]
 """A flat record of results.json."""
@@ -30,6 +30,10 @@ OTHER = "other"
 FIXED = 2
 """Number of columns before those of the models: the label and n."""
 EXCLUDES_ZERO = "*"
+PAPER = "InstructGPT paper"
+MIN_PAPER = 30
+"""Characters in which the paper's column may be folded."""
+HALF_WIDTHS = "± half the interval's width"
 
 
 class Grid(NamedTuple):
@@ -40,12 +44,24 @@ class Grid(NamedTuple):
     rows: tuple[tuple[str, ...], ...]
 
 
+def width_of(grid: Grid, border: int = 3) -> int:
+    """Return the characters of a table's lines. border: characters between two columns."""
+    return sum(_widths(grid, border)) + 1
+
+
+def _widths(grid: Grid, border: int) -> list[int]:
+    return [max(map(len, column)) + border for column in zip(grid.header, *grid.rows, strict=True)]
+
+
 def split_to_fit(grid: Grid, width: int, border: int = 3) -> list[Grid]:
     """Return the table in parts of at most `width` characters if one column more than the label and n fits.
 
-    Each part has the label and n. border: characters between two columns.
+    Each part has the label and n, and the rows that say something there. The paper's column may be folded. border:
+    characters between two columns.
     """
-    widths = [max(map(len, column)) + border for column in zip(grid.header, *grid.rows, strict=True)]
+    widths = _widths(grid, border)
+    if grid.header[-1] == PAPER:
+        widths[-1] = min(widths[-1], MIN_PAPER + border)
     parts: list[list[int]] = [[]]
     for column in range(FIXED, len(widths)):
         taken = sum(widths[:FIXED]) + sum(widths[i] for i in parts[-1]) + 1
@@ -54,7 +70,32 @@ def split_to_fit(grid: Grid, width: int, border: int = 3) -> list[Grid]:
         parts[-1].append(column)
     chosen = [[*range(FIXED), *part] for part in parts]
     rows = [[tuple(row[i] for i in part) for row in (grid.header, *grid.rows)] for part in chosen]
-    return [Grid(grid.title, header, tuple(rest)) for header, *rest in rows]
+    return [Grid(grid.title, header, _with_content(rest)) for header, *rest in rows]
+
+
+def _with_content(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Return the rows with a cell of a model or the paper, each below its heading, which has none."""
+    kept: list[tuple[str, ...]] = []
+    heading: list[tuple[str, ...]] = []
+    for row in rows:
+        if not row[1]:
+            heading = [row]
+        elif any(row[FIXED:]):
+            kept += [*heading, row]
+            heading = []
+    return tuple(kept)
+
+
+def _with_headings(rows: Iterable[tuple[Key, tuple[str, ...]]]) -> tuple[tuple[str, ...], ...]:
+    """Return the rows of a narrow table: a task as a heading, its measures indented below it."""
+    found: list[tuple[str, ...]] = []
+    last = ""
+    for (task, _), (name, *rest) in rows:
+        if task != last:
+            found.append((task, *("" for _ in rest)))
+        found.append((f"  {name.removeprefix(f'{task}: ')}", *rest))
+        last = task
+    return tuple(found)
 
 
 def models_of(records: Iterable[Record]) -> list[str]:
@@ -86,8 +127,11 @@ def is_level_meaningless(record: Record) -> bool:
     return record["measure"] == "toxicity"
 
 
-def result_tables(records: Sequence[Record], groups: Groups) -> list[Grid]:
-    """Return the main table and that of details, each with the paper's column if it has a figure of it."""
+def result_tables(records: Sequence[Record], groups: Groups, short: bool = False) -> list[Grid]:
+    """Return the main table, with the paper's column, and that of details.
+
+    short: for a narrow terminal, with headings, half the intervals' widths, and nothing where the paper has no figure.
+    """
     shown = [record for record in records if not is_level_meaningless(record)]
     details = [key for key in in_order(shown, groups) if key[1].startswith(DETAILS)]
     main = [key for key in in_order(shown, groups) if key not in details]
@@ -100,15 +144,26 @@ def result_tables(records: Sequence[Record], groups: Groups) -> list[Grid]:
             found = [cells.get((model, task, measure)) for model in models]
             unit = next(record["unit"] for record in found if record)
             last = (paper_text(task, measure),) if paper else ()
-            rows.append((label(task, measure, unit), counts(found), *map(cell, found), *last))
-        header = ("", "n", *models, *(["InstructGPT paper"] if paper else []))
+            texts = [cell(record, short) for record in found]
+            last = ("",) if short and last == (NOT_THERE,) else last
+            rows.append(((task, measure), (label(task, measure, unit), counts(found, short), *texts, *last)))
+        header = ("", "n", *models, *([PAPER] if paper else []))
         if rows:
-            grids.append(Grid(title, header, tuple(rows)))
+            grids.append(_grid(title, header, rows, short))
     return grids
 
 
-def difference_tables(records: Sequence[Record], groups: Groups) -> list[Grid]:
-    """Return for each baseline the paired differences to it, with a mark where the interval excludes 0."""
+def _grid(title: str, header: tuple[str, ...], rows: list[tuple[Key, tuple[str, ...]]], short: bool) -> Grid:
+    if short:
+        return Grid(f"{title}; {HALF_WIDTHS}", header, _with_headings(rows))
+    return Grid(title, header, tuple(row for _, row in rows))
+
+
+def difference_tables(records: Sequence[Record], groups: Groups, short: bool = False) -> list[Grid]:
+    """Return for each baseline the paired differences to it, with a mark where the interval excludes 0.
+
+    short: for a narrow terminal, as `result_tables`.
+    """
     grids = []
     for baseline in dict.fromkeys(record["baseline"] for record in records):
         kept = [record for record in records if record["baseline"] == baseline]
@@ -119,28 +174,34 @@ def difference_tables(records: Sequence[Record], groups: Groups) -> list[Grid]:
         for task, measure in in_order(kept, groups):
             found = [cells.get((model, task, measure)) for model in models]
             unit = next(record["unit"] for record in found if record)
-            rows.append((label(task, measure, unit), counts(found), *map(difference_cell, found)))
+            shown = [difference_cell(record, short) for record in found]
+            rows.append(((task, measure), (label(task, measure, unit), counts(found, short), *shown)))
         if rows:
             title = f"Differences to {baseline} (paired by row; {EXCLUDES_ZERO} where the interval excludes 0)"
-            grids.append(Grid(title, ("", "n", *models), tuple(rows)))
+            grids.append(_grid(title, ("", "n", *models), rows, short))
     return grids
 
 
 def label(task: str, measure: str, unit: str) -> str:
     """Return the name of a row: the task, the measure, and the unit unless it is a share or said already."""
-    said = unit in ("share", "") or unit.replace("/", "_per_") == measure or unit == measure
+    said = unit in ("share", "") or unit.replace("/", "_per_") == measure or measure.endswith(unit)
     return f"{task}: {measure}" + ("" if said else f" ({unit})")
 
 
-def cell(record: Record | None) -> str:
-    return show(estimate_from(record), digits(estimate_from(record))) if record else MISSING
+def cell(record: Record | None, short: bool = False) -> str:
+    if not record:
+        return MISSING
+    found = estimate_from(record)
+    return show_short(found) if short else show(found, digits(found))
 
 
-def difference_cell(record: Record | None) -> str:
+def difference_cell(record: Record | None, short: bool = False) -> str:
     """Return a difference with its sign, and the mark if its interval excludes 0."""
     if not record:
         return MISSING
     found = estimate_from(record)
+    if short:
+        return show_short(found, sign=True) + (EXCLUDES_ZERO if found.excludes(0) else "")
     return show(found, digits(found), sign=True) + (f" {EXCLUDES_ZERO}" if found.excludes(0) else "")
 
 
@@ -150,8 +211,10 @@ def digits(estimate: Estimate) -> int:
     return 3 if not size >= 10 else 2 if size < 100 else 1
 
 
-def counts(records: Iterable[Record | None]) -> str:
-    """Return the n of a row's cells: one number if all are equal, else one for each."""
+def counts(records: Sequence[Record | None], short: bool = False) -> str:
+    """Return the n of a row's cells: one number if all are equal, else one for each, or the least and the largest."""
     found = [str(record["n"]) if record else MISSING for record in records]
     different = set(found) - {MISSING}
+    if short and len(different) > 1:
+        return "–".join(sorted(different, key=int)[:: len(different) - 1])
     return different.pop() if len(different) == 1 else " / ".join(found)
