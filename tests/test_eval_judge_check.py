@@ -28,7 +28,7 @@ def test_checks_without_scikit_learn(tmp_path, monkeypatch):
     found, notes = check_judges(tmp_path)
     by_line = {(line.role, line.how): line.validation for line in found}
     assert by_line["refusal", "stored folds"].accuracy == pytest.approx(0.914, abs=5e-4)
-    assert by_line["refusal", "its own labels"][1:5] == (18, 1.0, 1.0, 0.0)
+    assert by_line["refusal", "its own labels"][1:5] == (len(REFUSALS + ANSWERS), 1.0, 1.0, 0.0)
     assert by_line["refusal", "XSTest gpt4"][1:4] == (3, 1.0, 1.0)
     assert by_line["refusal", "XSTest gpt4"].note == "0 of 1 complying answers flagged"
     assert any("scikit-learn is not installed" in note for note in notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -28,9 +29,15 @@ BUCKETS = 1 << 15
 CHAR_SIZES = (3, 4, 5)
 
 
+APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛′ʼ`´", "'"))
+
+
 def lowered(text: str) -> str:
-    """Return a text in lower case with straight apostrophes."""
-    return text.replace("’", "'").replace("‘", "'").lower()
+    """Return a text in lower case with straight apostrophes; letters of full width and ligatures become plain (NFKC).
+
+    The apostrophes go first: NFKC makes a space and an accent of an acute accent that stands alone.
+    """
+    return unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
 
 
 def spelled_out(text: str, max_chars: int | None = None) -> str:
