@@ -95,7 +95,8 @@ def preference_records(
     controlled = found.estimates()["win_rate_length_controlled"]
     if controlled is not None:
         named = {"model": name, "task": task.name, "measure": "win_rate_length_controlled"}
-        records.insert(1, {**named, **controlled.fields(), "unit": "share", "judge": judge.name, "seconds": 0.0})
+        others = {"unit": "share", "judge": judge.name, "seconds": 0.0, "higher_is_better": True}
+        records.insert(1, {**named, **controlled.fields(), **others})
     return records
 
 
