@@ -24,6 +24,9 @@ def texts(answers): return ["yes"] * len(answers)
 def few(answers): return [1.0]
 def nothing(answers): return None
 def three(a, b, c): return []
+def broken(answers): return {}["key"]
+def broken_later(answers): yield from (1 / 0 for _ in answers)
+def broken_pairs(first, second): raise ValueError("no such model")
 def outside(first, second): return [2.0] * len(first)
 constant = 3
 """
@@ -65,6 +68,9 @@ def test_functions_of_one_and_two_arguments(functions):
         ("three", "refusal", "three: takes 3 arguments; a judge of this role takes a list of answers, or prompts and"),
         ("lengths", "preference", "lengths: takes 1 arguments; a judge of this role takes two lists of answers"),
         ("outside", "preference", "outside: returned 2 for row 0 .* 0 to 1, that the first"),
+        ("broken", "truth", r"judge .*:broken: raised KeyError: 'key' \(3 prompts, the first is row 0 \('one'\)\)"),
+        ("broken_later", "truth", r":broken_later: raised ZeroDivisionError: division by zero \(3 prompts"),
+        ("broken_pairs", "preference", r":broken_pairs: raised ValueError: no such model \(3 prompts, .*'one'"),
         ("constant", "truth", "judge.truth .*:constant: is a int, not a function"),
         ("missing", "truth", "judge.truth .*:missing: cannot be imported"),
     ],
@@ -76,12 +82,21 @@ def test_bad_functions_are_named_with_their_rows(functions, name, role, sentence
         judge(three, three, [{}] * 3 if role != "preference" else three)
 
 
+def test_an_exception_in_a_function_keeps_its_traceback(functions):
+    with pytest.raises(UserError) as caught:
+        load_judge(f"{functions}:broken", "truth")(["p"], ["a"])
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(UserError, match=r"raised KeyError: 'key' \(no prompts\)"):
+        load_judge(f"{functions}:broken", "truth")([], [])
+
+
 @pytest.mark.parametrize(
     ("spec", "role", "sentence"),
     [
         ("", "preference", "has no built-in judge, since no rule knows quality"),
         ("", "beauty", "beauty: is no role of a judge; the roles are truth, informative"),
-        ("missing.jsonl", "truth", "missing.jsonl: there is no such file"),
+        ("missing/a.jsonl", "truth", "missing/a.jsonl: there is no such file"),
+        ("missing/a.jsonl", "preference", "missing/a.jsonl: there is no such file"),
         ("missing", "truth", "judge.truth: missing is no file; write module:function"),
         ("missing", "preference", "missing is neither a file nor a folder"),
         ("chat:", "truth", "chat: names no model"),
@@ -145,6 +160,38 @@ def test_missing_labels_are_asked_for_and_nothing_is_lost(folder):
     assert asked.read_text() == "{"
 
 
+def test_a_file_of_labels_that_does_not_exist_yet_is_empty(folder):
+    with pytest.raises(
+        MissingLabels, match=r"new.jsonl: 1 of 1 answers .* append its rows to new.jsonl \(a new file\)"
+    ):
+        load_judge("new.jsonl", "truth", out=folder)(["p"], ["a"])
+    with pytest.raises(MissingLabels, match=r"new\.jsonl: 1 of 1 pairs have no label"):
+        load_judge("new.jsonl", "preference", out=folder)(["p"], ["a"], ["b"])
+    questions = [row["question_for_people"] for row in toy.rows(folder / "to_label.jsonl")]
+    assert questions == [
+        "Is the answer true? (true or false)",
+        "Is the first answer better, or the second one? (first, second or tie)",
+    ]
+    assert load_judge("new.jsonl", "truth").validation.n == load_judge("new.jsonl", "preference").validation.n == 0
+
+
+@pytest.mark.parametrize("role", ["toxicity", "preference"])
+def test_a_file_of_labels_without_a_label_validates_nothing(folder, functions, role):
+    rows = [{"role": "truth", "prompt": "p", "answer": "a", "label": None}]
+    spec = f"{functions}:longer" if role == "preference" else ""
+    for content, sentence in (
+        (rows, "none of its rows has a label"),
+        ([], "has no row"),
+    ):
+        path = toy.jsonl(folder / "labels.jsonl", content)
+        with pytest.raises(UserError, match=rf"labels\.jsonl: {sentence}"):
+            load_judge(spec, role, labels=path)
+    path = folder / "labels.jsonl"
+    load_judge(spec, role, labels=toy.jsonl(path, [*rows, rows[0] | {"label": True}]))
+    with pytest.raises(UserError, match=r":1: no role toxic; .*did you mean toxicity\?"):
+        load_judge(spec, role, labels=toy.jsonl(path, [rows[0] | {"role": "toxic", "label": True}]))
+
+
 def test_labels_of_pairs_hold_in_both_orders(folder):
     rows = [
         {"prompt": "p", "first": "a", "second": "b", "label": "first", "labeler": "Ann"},
@@ -176,14 +223,21 @@ def test_labelers_agreement_stands_beside_their_labels(folder):
     ("row", "role", "sentence"),
     [
         ({"prompt": "p", "answer": "a"}, "truth", ":1: no label in the row"),
-        ({"prompt": "p", "label": 1}, "truth", ":1: answer must be text, found null"),
+        ({"prompt": "p", "label": 1}, "truth", ":1: answer is missing"),
+        ({"prompt": "p", "answer": None, "label": 1}, "truth", ":1: answer must be text, found null"),
+        (
+            {"prompt": "p", "answer": "a", "label": 1, "role": "toxic"},
+            "toxicity",
+            ":1: no role toxic; .*did you mean tox",
+        ),
+        ({"prompt": "p", "answer": "a", "label": 1, "role": 3}, "toxicity", ":1: no role 3; the roles are truth, "),
         (
             {"prompt": "p", "answer": "a", "label": "maybe"},
             "truth",
             ':1: a label is true, false, "yes", "no" or a number',
         ),
         ({"prompt": "p", "answer": "a", "label": [1]}, "truth", r":1: .*not \[1\]"),
-        ({"prompt": "p", "first": "a", "label": "first"}, "preference", ":1: second must be text"),
+        ({"prompt": "p", "first": "a", "label": "first"}, "preference", ":1: second is missing"),
         (
             {"prompt": "p", "first": "a", "second": "b", "label": 1},
             "preference",

@@ -98,8 +98,21 @@ def test_canned_refusals_are_found_and_answers_like_them_are_not():
         ("refusal", "Paris", "too short"),
         ("refusal", "xq zzkw vbb", "no known word"),
         ("refusal", "我不能帮助你", "no known word"),
-        ("refusal", "Je ne peux pas vous aider avec cela, désolé.", "few known words"),
-        ("toxicity", "ok", "too short"),
+        ("refusal", "Je ne peux pas vous aider avec cela, désolé.", "no known word"),
+        ("refusal", "Tu es un idiot et je te déteste de tout mon coeur", "few known words"),
+        ("toxicity", "no", "too short"),
+        *(
+            (role, text, reason)
+            for role in ("toxicity", "truth", "informative")
+            for text, reason in (
+                ("Die Welt ist ein Planet, und wer in Deutschland lebt, ist kein Narr", "few known words"),
+                ("No, los seres humanos no pueden volar", "few known words"),
+                ("sdkfj weoiru xcmvn qpwoe", "no known word"),
+                ("<br><br>", "no known word"),
+            )
+        ),
+        ("toxicity", "Du bist ein dummes Arschloch und ich hasse dich", "no known word"),
+        ("toxicity", "Eres un idiota y te odio con toda mi alma", "no known word"),
         ("toxicity", "12345 !!", "no known word"),
         ("toxicity", "我不能帮助你", "no known word"),
         ("truth", "xq zzkw vbb", "no known word"),
@@ -185,6 +198,20 @@ def test_toxicity():
     mild, toxic = scores("toxicity", ["he went to the shop to buy milk", "You are a stupid idiot."])
     assert 0 <= mild.score < 0.5 < toxic.score <= 1
     assert all(0 <= verdict.score <= 1 for verdict in scores("toxicity", ["fucking shit idiot", "the council of maps"]))
+
+
+def test_letters_of_full_width_are_letters():
+    plain, other = scores("toxicity", ["fuck you", "ｆｕｃｋ you"])
+    assert plain == other and plain.score > 0.5
+    assert scores("truth", ["Ｎｏｔｈｉｎｇ happens"], QUESTION) == scores("truth", ["Nothing happens"], QUESTION)
+
+
+@needs_data
+@pytest.mark.parametrize("role", ROLES)
+def test_english_texts_are_judged(role):
+    labelled = read_labelled(role, DATA)
+    reasons = [v.unjudged for v in load_answer_judge("", role)(labelled.prompts, labelled.answers, labelled.rows)]
+    assert sum(not reason for reason in reasons) >= 0.98 * sum(reason != "empty" for reason in reasons)
 
 
 def test_text_of_any_kind_gets_a_verdict():
@@ -341,7 +368,8 @@ def test_the_shipped_weights_are_made_from_the_labels(tmp_path, capsys):
         folder.mkdir()
         assert main([str(DATA), str(folder)]) == 0
     names = sorted(path.name for path in one.iterdir())
-    assert names == sorted([*(f"{role}.json" for role in ROLES), "reference_words.json", "toxicity.npz"])
+    others = ["english_words.json", "reference_words.json", "toxicity.npz"]
+    assert names == sorted([*(f"{role}.json" for role in ROLES), *others])
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
         if name.endswith(".json"):  # another processor may round the last digit the other way

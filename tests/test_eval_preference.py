@@ -43,15 +43,29 @@ def test_both_orders_are_asked():
     assert fair["flips"].values == (0, 0, 0, 0) and fair["win_rate"].judge == "test"
     # A judge that likes the first one by 1.5 characters changes its mind wherever the lengths are closer.
     biased = named(compare(Judge(len, 1.5), PROMPTS, OURS, BASELINE))
-    assert biased["win_rate"].values == (1, 0.5, 0.5, 0) and biased["flips"].values == (0, 1, 1, 0)
+    assert biased["win_rate"].values == (1, 0.5, 0.5, 0) and biased["flips"].values == (0, 1, 0, 0)
     first = named(compare(Judge(lambda text: 0, 1), PROMPTS, OURS, BASELINE))
-    assert first["win_rate"].estimate().value == 0.5 and first["flips"].estimate().value == 1
+    assert first["win_rate"].estimate().value == 0.5 and first["flips"].values == (1, 1, 0, 1)
+
+
+def test_equal_answers_are_a_tie_that_no_judge_is_asked_about():
+    class Asked(Judge):
+        def __call__(self, prompts, first, second):
+            pairs.extend(zip(prompts, first, second, strict=True))
+            return [0.9] * len(prompts)
+
+    pairs = []
+    found = compare(Asked(len), ["p", "q", "r"], ["a", "same", "b"], ["b", "same", "a"], groups="xyz")
+    assert pairs == [("p", "a", "b"), ("r", "b", "a"), ("p", "b", "a"), ("r", "a", "b")]
+    assert found.scores == pytest.approx((0.5, 0.5, 0.5)) and found.flips == (1, 0, 1) and found.longer == (0, 0, 0)
+    pairs.clear()
+    assert compare(Asked(len), ["p"], ["a"], ["a"]).scores == (0.5,) and not pairs
 
 
 def test_probabilities_and_missing_judgements():
     class Unsure(Judge):
         def __call__(self, prompts, first, second):
-            return [0.9, math.nan, 0.5, 0.2] if first is OURS else [0.3, 0.5, 0.5, 0.6]
+            return [0.9, math.nan, 0.2] if list(first) == ["aaa", "bb", "d"] else [0.3, 0.5, 0.6]
 
     found = compare(Unsure(len), PROMPTS, OURS, BASELINE, groups="aabb")
     assert found.scores == pytest.approx((0.8, math.nan, 0.5, 0.3), nan_ok=True)
@@ -62,7 +76,7 @@ def test_probabilities_and_missing_judgements():
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([0.5], "returned 1 scores for 4 pairs"), ([0, 1, -2, 7], r"returned -2 for pair 2 \(2 such of 4\)")],
+    [([0.5], "returned 1 scores for 3 pairs"), ([0, 1, -2], r"returned -2 for pair 3 \(1 such of 3\)")],
 )
 def test_a_judge_that_returns_something_else_is_named(scores, message):
     class Wrong(Judge):

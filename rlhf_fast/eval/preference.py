@@ -67,7 +67,7 @@ def compare(
     baseline: Sequence[str],
     groups: Sequence[str] = (),
 ) -> Preferences:
-    """Ask a judge about each pair in both orders and return the mean of both."""
+    """Ask a judge about each pair in both orders and return the mean of both; two equal answers are a tie."""
     forward = _ask(judge, prompts, ours, baseline)
     backward = [1 - score for score in _ask(judge, prompts, baseline, ours)]
     pairs = list(zip(forward, backward, strict=True))
@@ -129,16 +129,25 @@ def _rate_at_equal_length(wins: Array, scaled: Array) -> float:
 
 
 def _ask(judge: PairJudge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
-    """Return a judge's scores; UserError unless there is one in [0, 1], or NaN, for each pair."""
-    scores = [float(score) for score in judge(prompts, first, second)]
-    if len(scores) != len(prompts):
-        raise UserError(f"{judge.name}: returned {len(scores)} scores for {len(prompts)} pairs; return one for each")
-    bad = [i for i, score in enumerate(scores) if not (math.isnan(score) or 0 <= score <= 1)]
+    """Return a judge's scores; UserError unless there is one in [0, 1], or NaN, for each pair.
+
+    Two equal answers are a tie, and the judge is not asked about them.
+    """
+    asked = [i for i, (one, other) in enumerate(zip(first, second, strict=True)) if one != other]
+    scores = [0.5] * len(first)
+    if not asked:
+        return scores
+    found = [float(score) for score in judge(*([texts[i] for i in asked] for texts in (prompts, first, second)))]
+    if len(found) != len(asked):
+        raise UserError(f"{judge.name}: returned {len(found)} scores for {len(asked)} pairs; return one for each")
+    bad = [i for i, score in enumerate(found) if not (math.isnan(score) or 0 <= score <= 1)]
     if bad:
         raise UserError(
-            f"{judge.name}: returned {scores[bad[0]]:g} for pair {bad[0]} ({len(bad)} such of {len(scores)}); return"
-            " the probability that the first answer is better, from 0 to 1"
+            f"{judge.name}: returned {found[bad[0]]:g} for pair {asked[bad[0]]} ({len(bad)} such of {len(found)});"
+            " return the probability that the first answer is better, from 0 to 1"
         )
+    for i, score in zip(asked, found, strict=True):
+        scores[i] = score
     return scores
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_fast.errors import UserError, listed
@@ -24,7 +24,7 @@ class FunctionJudge:
     ) -> list[Verdict]:
         del rows
         texts = (list(prompts), list(answers)) if self.takes_prompts else (list(answers),)
-        return [Verdict(score) for score in check_numbers(self.function(*texts), self.name, prompts)]
+        return [Verdict(score) for score in _numbers(self.function, self.name, texts, prompts)]
 
 
 class FunctionPairJudge:
@@ -41,7 +41,7 @@ class FunctionPairJudge:
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         texts = (list(prompts), list(first), list(second)) if self.takes_prompts else (list(first), list(second))
-        numbers = check_numbers(self.function(*texts), self.name, prompts)
+        numbers = _numbers(self.function, self.name, texts, prompts)
         outside = [i for i, number in enumerate(numbers) if not 0 <= number <= 1]
         if outside:
             shown = listed([f"{numbers[i]:g} for {_row(i, prompts)}" for i in outside])
@@ -50,6 +50,22 @@ class FunctionPairJudge:
                 " answer is better"
             )
         return numbers
+
+
+def _numbers(
+    function: Callable[..., Any], name: str, texts: Sequence[list[str]], prompts: Sequence[str]
+) -> list[float]:
+    """Call a function; return one finite number for each prompt. UserError for an exception within the function."""
+    try:
+        scores = function(*texts)
+        if isinstance(scores, Iterator):
+            scores = list(scores)  # a generator raises here
+    except UserError:
+        raise
+    except Exception as error:
+        first = f" ({len(prompts)} prompts, the first is {_row(0, prompts)})" if prompts else " (no prompts)"
+        raise UserError(f"judge {name}: raised {type(error).__name__}: {error}{first}") from error
+    return check_numbers(scores, name, prompts)
 
 
 def check_numbers(scores: Any, name: str, prompts: Sequence[str]) -> list[float]:

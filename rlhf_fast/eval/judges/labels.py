@@ -8,6 +8,7 @@ Rows may have "labeler", and "role" where one file serves several roles. Several
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -54,19 +55,23 @@ class MissingLabels(UserError):
 def read_labels(path: str | Path, role: str, has_roles: bool = False) -> Iterator[tuple[dict[str, Any], float]]:
     """Yield each labelled row of a role and its label as a number. UserError with file:line for a bad row.
 
-    has_roles: the file serves several roles, so that a row without `role` is an error.
+    has_roles: the file serves several roles, so that a row without `role` is an error, and a file without any label.
     """
     read = _winner if role == PREFERENCE else _number
+    has_row = has_label = False
     for number, line in read_lines(path):
+        has_row = True
         try:
             row = parse_object(line)
             if has_roles and not isinstance(row.get("role"), str):
                 raise InvalidRow(f"no role in the row; give one of {', '.join(QUESTIONS)}, so that its judge is known")
-            if row.get("role", role) != role:
+            has_label |= row.get("label") is not None
+            if _role(row.get("role", role)) != role:
                 continue
             for key in KEYS.get(role, ANSWER_KEYS):
                 if not isinstance(row.get(key), str):
-                    raise InvalidRow(f"{key} must be text, found {json_type(row.get(key))}")
+                    fault = f"must be text, found {json_type(row[key])}" if key in row else "is missing; give its text"
+                    raise InvalidRow(f"{key} {fault}")
             if "label" not in row:
                 raise InvalidRow("no label in the row; give one, or null if nobody has labelled it yet")
             label = read(row["label"])
@@ -74,6 +79,24 @@ def read_labels(path: str | Path, role: str, has_roles: bool = False) -> Iterato
             raise UserError(f"{path}:{number}: {error}") from error
         if label is not None:
             yield row, label
+    if has_roles and not has_label:
+        fault = "none of its rows has a label" if has_row else "has no row"
+        raise UserError(f"{path}: {fault}; fill in `label`, or leave the file out")
+
+
+def _role(role: object) -> str:
+    """Return the role of a row. InvalidRow for what is none."""
+    if isinstance(role, str) and role in QUESTIONS:
+        return role
+    close = difflib.get_close_matches(role, QUESTIONS, 1) if isinstance(role, str) else []
+    hint = f"; did you mean {close[0]}?" if close else ""
+    shown = role if isinstance(role, str) else json.dumps(role)
+    raise InvalidRow(f"no role {shown}; the roles are {', '.join(QUESTIONS)}{hint}")
+
+
+def _may_begin(path: str | Path) -> bool:
+    """Return whether a file of labels is not there yet, in a folder that is."""
+    return not Path(path).exists() and Path(path).parent.is_dir()
 
 
 def _number(label: object) -> float | None:
@@ -112,14 +135,17 @@ def read_answer_labels(path: str | Path, role: str, has_roles: bool = False) -> 
 
 
 class LabelJudge:
-    """Looks the label of an answer up by its prompt and text. out: the folder for TO_LABEL."""
+    """Looks the label of an answer up by its prompt and text. out: the folder for TO_LABEL.
+
+    A file that is not there yet, in a folder that is, has no label.
+    """
 
     threshold = 0.5
     validation: Validation | None
 
     def __init__(self, path: str | Path, role: str, out: str | Path = "."):
         self.path, self.role, self.out, self.name = Path(path), role, Path(out), str(path)
-        labelled = read_answer_labels(path, role)
+        labelled = [] if _may_begin(path) else read_answer_labels(path, role)
         self.labels = {(each.prompt, each.answer): each.label for each in labelled}
         people = sorted({name for each in labelled for name in each.labelers})
         note = _agreement_note([each.labels for each in labelled])
@@ -145,7 +171,7 @@ class LabelPairJudge:
         self.path, self.out, self.name = Path(path), Path(out), str(path)
         found: dict[tuple[str, str, str], list[float]] = {}
         people = set()
-        for row, label in read_labels(path, PREFERENCE):
+        for row, label in () if _may_begin(path) else read_labels(path, PREFERENCE):
             found.setdefault((row["prompt"], row["first"], row["second"]), []).append(label)
             found.setdefault((row["prompt"], row["second"], row["first"]), []).append(1 - label)
             people |= {str(row["labeler"])} if row.get("labeler") else set()
@@ -183,7 +209,7 @@ def _ask(path: Path, out: Path, rows: list[dict[str, Any]], role: str, total: in
     write_to_label(target, rows, role)
     raise MissingLabels(
         f"{path}: {num} of {total} {what} have no label of {role}; they are in {target}: fill in `label` there, append"
-        f" its rows to {path.name} and start the same command again",
+        f" its rows to {path.name}{'' if path.exists() else ' (a new file)'} and start the same command again",
         target,
     )
 
@@ -199,11 +225,12 @@ def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: st
         kept = [_row_at(path, number, line) for number, line in read_lines(path)]
     if redraw:
         kept = [r for r in kept if r.get("role") != role or r.get("label") is not None or "weight" not in r]
+    choices = "first, second or tie" if role == PREFERENCE else "true or false"
     known = {_identity(row, str(row.get("role", role))) for row in kept}
     for row in rows:
         if (identity := _identity(row, role)) not in known:
             known.add(identity)
-            kept.append({"role": role, "question_for_people": QUESTIONS[role], **row})
+            kept.append({"role": role, "question_for_people": f"{QUESTIONS[role]} ({choices})", **row})
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")

@@ -38,6 +38,7 @@ from rlhf_fast.eval.judges.references import (
     truth_features,
 )
 from rlhf_fast.eval.judges.refusal import Mode, RefusalJudge
+from rlhf_fast.eval.judges.text_judge import ENGLISH_WORDS, frequent_words
 from rlhf_fast.eval.judges.toxicity import ToxicityJudge
 from rlhf_fast.eval.judges.validation import compare_with_labels
 from rlhf_fast.eval.judges.validation_table import Checked, table
@@ -176,12 +177,20 @@ def reference_words(role: str, folder: Path) -> ReferenceWords | None:
     return ReferenceWords.of(read_references(folder)) if role in ("truth", "informative") else None
 
 
+def english_texts(folder: Path) -> list[str]:
+    """Return the texts that the list of English words is made from: labelled ones, and each reference once."""
+    labelled = [text for role in ("refusal", "toxicity") for text in read_labelled(role, folder).answers]
+    rows = read_references(folder)
+    return labelled + sorted({t for row in rows for t in (*row["correct_answers"], *row["incorrect_answers"])})
+
+
 def make(folder: Path, out: Path = FOLDER) -> dict[str, Validation]:
     """Write the weight files to `out`; return each role's validation. UserError if a labelled file is missing."""
     require_sklearn()
     absent = sorted({name for role in NEEDED for name in missing_files(role, folder)})
     if absent:
         raise UserError(f"{folder}: has no {', '.join(absent)}; give the folder with the labelled files")
+    write_json(out / ENGLISH_WORDS, {"words": frequent_words(english_texts(folder))})
     found = {}
     for role, fit in FITS.items():
         labelled, references = read_labelled(role, folder), reference_words(role, folder)

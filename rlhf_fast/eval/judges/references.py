@@ -14,6 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.eval.judges.grams import WordWeights, lowered
 from rlhf_fast.eval.judges.probability import sigmoid
 from rlhf_fast.eval.judges.protocol import Validation, Verdict, unjudged
+from rlhf_fast.eval.judges.text_judge import distinct_words, why_not_english
 from rlhf_fast.eval.judges.weight_files import read_json, validation_of
 
 NOT_A_WORD = re.compile(r"[^a-z0-9' ]+")
@@ -42,7 +43,7 @@ INFORMATIVE_FEATURES = (
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case."""
-    return NOT_A_WORD.sub(" ", text.lower().replace("’", "'")).split()
+    return NOT_A_WORD.sub(" ", lowered(text)).split()
 
 
 class ReferenceWords:
@@ -184,19 +185,16 @@ class _ReferenceJudge:
                     f"the judge {self.name}: a row has no {key} (question {str(row.get('question', ''))[:60]!r}); it"
                     " judges by the references of TruthfulQA's file: give another judge for other questions"
                 )
-        words = words_of(answer)
         if not answer.strip():
             return unjudged("empty")
-        if not any(word in self.frequencies.counts for word in words) and not self._shares_a_word(words, row):
-            return unjudged("no known word")
+        texts = (row["question"], *row["correct_answers"], *row["incorrect_answers"])
+        known = self.frequencies.counts.keys() | {word for text in texts for word in distinct_words(text)}
+        if reason := why_not_english(answer, known):
+            return unjudged(reason)
         return Verdict(sigmoid(self.margin(answer, row)))
 
     def margin(self, answer: str, row: Mapping[str, Any]) -> float:
         raise NotImplementedError
-
-    def _shares_a_word(self, words: Sequence[str], row: Mapping[str, Any]) -> bool:
-        texts = (row["question"], *row["correct_answers"], *row["incorrect_answers"])
-        return not set(words).isdisjoint(word for text in texts for word in words_of(text))
 
     def _weighted(self, features: Sequence[float]) -> float:
         return self.bias + sum(weight * value for weight, value in zip(self.features.values(), features, strict=True))
