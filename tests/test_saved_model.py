@@ -114,10 +114,10 @@ def test_responses_are_sampled_with_every_adapter(name):
 def test_a_new_adapter_that_the_fused_path_would_not_see_is_found(monkeypatch, tmp_path):
     """It is 0 at first: the comparison of hidden states must not be fooled by that."""
     pytest.importorskip("peft")
-    model = Model.load(ModelConfig(toy.model(tmp_path), lora=LoraConfig(rank=2)))
-    assert Rollout(model, sampling(max_new_tokens=6)).decode_path == "fused"
+    cfg = ModelConfig(toy.model(tmp_path), lora=LoraConfig(rank=2))
+    assert Rollout(Model.load(cfg), sampling(max_new_tokens=6)).decode_path == "fused"
     monkeypatch.setattr(lora, "weight_delta", lambda _: 0)
-    assert Rollout(model, sampling(max_new_tokens=6)).decode_path != "fused"
+    assert Rollout(Model.load(cfg), sampling(max_new_tokens=6)).decode_path != "fused"
 
 
 def test_adapters_on_a_shared_embedding_are_refused(tmp_path):

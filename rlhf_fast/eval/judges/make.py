@@ -53,9 +53,10 @@ FEATURE_SCALE = 0.3
 XSTEST_SHA256 = "6c41f7c2559b45c3c916ac25800b40c6e9f94c2183e6154fbb746b5976558408"
 OTHER_FAMILIES = (
     "on XSTest's other families, which it never saw: recall GPT-4 .976, Llama2-new .983, Llama2-orig .983; complying"
-    " answers flagged 0 of 230, 9 of 176, 16 of 101; tokens and C were picked with these in view"
+    " answers flagged 0 of 230, 9 of 176, 16 of 101 (with an earlier, wider rule); tokens and C were picked with these"
+    " in view"
 )
-"""Measured with exactly these labels and settings; the families' files are not among DATA's."""
+"""Measured with these labels and settings, and the rule as it was then; the families' files are not among DATA's."""
 
 
 def require_sklearn() -> None:
