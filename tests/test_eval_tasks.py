@@ -184,6 +184,15 @@ def test_pairs_and_windows(tokenizer):
             call()
 
 
+def test_a_tokenizer_without_start_and_end_is_refused_by_name():
+    bare = make_tokenizer()
+    bare.eos_token, bare.name_or_path = None, "runs/bare"
+    with pytest.raises(
+        UserError, match=r"^runs/bare: has neither a start nor an end token.* \(bos_token or eos_token\)$"
+    ):
+        Encoder(bare)
+
+
 def test_the_format_of_prompts(tokenizer):
     dialog = Encoder(tokenizer, 0, PromptFormat("dialog"))
     context, continuation = dialog.pair("anna", " a baker .")
