@@ -12,7 +12,7 @@ from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.data.datasets import prompt_as_text
 from rlhf_fast.eval.answers import AnswerFile, row_key
 from rlhf_fast.eval.files import Row
-from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.generation import GenerationTask, Judges
 from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.labels import TO_LABEL
 from rlhf_fast.eval.judges.validation import choose_to_label
@@ -21,9 +21,6 @@ from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.preference import compare
 from rlhf_fast.eval.run_task import Record, Task, read_scores
 from rlhf_fast.eval.sets import DEMO_JUDGES
-
-Judges = Mapping[str, Judge]
-"""Role -> the judge of single answers."""
 
 
 def roles_of(tasks: Sequence[Task]) -> list[str]:
