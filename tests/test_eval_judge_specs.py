@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.judges import PREFERENCE, MissingLabels, load_answer_judge, load_pair_judge
+from rlhf_fast.eval.judges import PREFERENCE, JudgeSettings, MissingLabels, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.labels import write_to_label
 from rlhf_fast.eval.judges.protocol import Verdict, unjudged
 from rlhf_fast.eval.judges.validation import choose_to_label, validate_on_file, validate_pairs_on_file
@@ -41,7 +41,8 @@ def functions(folder, monkeypatch, request):
 
 
 def load_judge(spec, role, **settings):
-    return load_pair_judge(spec, **settings) if role == PREFERENCE else load_answer_judge(spec, role, **settings)
+    own = JudgeSettings(**settings)
+    return load_pair_judge(spec, own) if role == PREFERENCE else load_answer_judge(spec, role, own)
 
 
 def scores(judge, prompts, answers):

@@ -13,7 +13,7 @@ from rlhf_fast.data.datasets import prompt_as_text
 from rlhf_fast.eval.answers import AnswerFile, row_key
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask, Judges
-from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge, load_answer_judge, load_pair_judge
+from rlhf_fast.eval.judges import PREFERENCE, Judge, JudgeSettings, PairJudge, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.labels import TO_LABEL
 from rlhf_fast.eval.judges.validation import choose_to_label
 from rlhf_fast.eval.likelihood import LikelihoodTask
@@ -32,13 +32,12 @@ def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge
     """Return the judges of single answers that the tasks need, by role, and that of pairs if they need one."""
     device = None if cfg.device == "auto" else cfg.device
     roles = roles_of(tasks)
-    model = ModelConfig(dtype=cfg.dtype)
-    common: dict[str, Any] = {"out": cfg.out, "labels": cfg.judge_labels, "cfg": model, "device": device}
+    settings = JudgeSettings(cfg.out, cfg.judge_labels, ModelConfig(dtype=cfg.dtype), device)
     specs = {role: getattr(cfg.judge, role) or default_judge(cfg.data, role) for role in roles if role != PREFERENCE}
-    single = {role: load_answer_judge(spec, role, **common) for role, spec in specs.items()}
+    single = {role: load_answer_judge(spec, role, settings) for role, spec in specs.items()}
     if PREFERENCE not in roles:
         return single, None
-    return single, load_pair_judge(cfg.judge.preference, **common)
+    return single, load_pair_judge(cfg.judge.preference, settings)
 
 
 def default_judge(data: str, role: str) -> str:

@@ -14,9 +14,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -37,6 +36,7 @@ __all__ = [
     "PREFERENCE",
     "ROLES",
     "Judge",
+    "JudgeSettings",
     "MissingLabels",
     "PairJudge",
     "Validation",
@@ -46,73 +46,59 @@ __all__ = [
 ]
 CHAT = "chat:"
 MODES = ("strict", "any")
-
-
 Scorers = Callable[[Model], ScoreRequests]
 """Returns the function that scores requests with a language model."""
 
 
-def load_answer_judge(
-    spec: str,
-    role: str,
-    *,
-    out: str | Path = ".",
-    labels: str | Path = "",
-    cfg: ModelConfig | None = None,
-    scorer: Scorers = Scorer,
-    device: str | torch.device | None = None,
-) -> Judge:
-    """Return the judge of single answers that `spec` names.
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Settings of judges of every kind."""
 
-    out: the folder where to_label.jsonl asks people for missing labels. labels: a JSONL file of people's labels
-    {role, ...}, on which the judge is validated if they are of its role. cfg: how to load a model; its path is ignored.
-    UserError if `spec` names no judge.
-    """
+    out: str | Path = "."
+    """Folder where to_label.jsonl asks people for missing labels."""
+    labels: str | Path = ""
+    """JSONL file of people's labels {role, ...}, on which a judge is validated if they are of its role."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Settings of a model that is loaded; their path is ignored."""
+    device: str | torch.device | None = None
+    """Device of a model. None = cuda if there is one, else cpu."""
+    scorer: Scorers = Scorer
+
+
+def load_answer_judge(spec: str, role: str, settings: JudgeSettings | None = None) -> Judge:
+    """Return the judge of single answers that `spec` names. UserError if it names none."""
     if role not in ROLES:
         raise UserError(f"{role}: is no role of a judge; the roles are {', '.join((*ROLES, PREFERENCE))}")
-    judge = _answer_judge(spec, role, Path(out), _Models(cfg or ModelConfig(), scorer, device))
-    if labels and not isinstance(judge, LabelJudge):
-        judge.validation = validate_on_file(judge, labels, role, has_roles=True) or judge.validation
+    settings = settings or JudgeSettings()
+    judge = _answer_judge(spec, role, settings)
+    if settings.labels and not isinstance(judge, LabelJudge):
+        judge.validation = validate_on_file(judge, settings.labels, role, has_roles=True) or judge.validation
     return judge
 
 
-def load_pair_judge(
-    spec: str,
-    *,
-    out: str | Path = ".",
-    labels: str | Path = "",
-    cfg: ModelConfig | None = None,
-    scorer: Scorers = Scorer,
-    device: str | torch.device | None = None,
-) -> PairJudge:
-    """Return the judge of pairs that `spec` names; the settings are those of `load_answer_judge`."""
-    judge = _pair_judge(spec, Path(out), _Models(cfg or ModelConfig(), scorer, device))
-    if labels and not isinstance(judge, LabelPairJudge):
-        judge.validation = validate_pairs_on_file(judge, labels, has_roles=True) or judge.validation
+def load_pair_judge(spec: str, settings: JudgeSettings | None = None) -> PairJudge:
+    """Return the judge of pairs that `spec` names. UserError if it names none."""
+    settings = settings or JudgeSettings()
+    judge = _pair_judge(spec, settings)
+    if settings.labels and not isinstance(judge, LabelPairJudge):
+        judge.validation = validate_pairs_on_file(judge, settings.labels, has_roles=True) or judge.validation
     return judge
 
 
-class _Models(NamedTuple):
-    """The settings of judges that are models."""
-
-    cfg: ModelConfig
-    scorer: Scorers
-    device: str | torch.device | None
-
-    def language_model(self, spec: str, role: str) -> tuple[Model, ScoreRequests, str]:
-        """Return the model that chat:FOLDER names, the function that scores its requests, and the folder."""
-        folder = spec.removeprefix(CHAT)
-        if not folder:
-            raise UserError(f"judge.{role}: {spec} names no model; write chat:FOLDER")
-        model = Model.load(replace(self.cfg, path=folder), device=self.device)
-        return model, self.scorer(model), folder
+def _language_model(spec: str, role: str, settings: JudgeSettings) -> tuple[Model, ScoreRequests, str]:
+    """Return the model that chat:FOLDER names, the function that scores its requests, and the folder."""
+    folder = spec.removeprefix(CHAT)
+    if not folder:
+        raise UserError(f"judge.{role}: {spec} names no model; write chat:FOLDER")
+    model = Model.load(replace(settings.model, path=folder), device=settings.device)
+    return model, settings.scorer(model), folder
 
 
-def _answer_judge(spec: str, role: str, out: Path, models: _Models) -> Judge:
+def _answer_judge(spec: str, role: str, settings: JudgeSettings) -> Judge:
     if not spec or (role == "refusal" and spec in MODES):
         return load_builtin(role, spec)
     if spec.startswith(CHAT):
-        model, scorer, folder = models.language_model(spec, role)
+        model, scorer, folder = _language_model(spec, role, settings)
         return ChatJudge(model, role, scorer, folder)
     if is_function(spec):
         return FunctionJudge(import_function(spec, f"judge.{role}"), spec)
@@ -123,28 +109,28 @@ def _answer_judge(spec: str, role: str, out: Path, models: _Models) -> Judge:
             " as a language model"
         )
     if _is_labels(path):
-        return LabelJudge(path, role, out)
+        return LabelJudge(path, role, settings.out)
     raise UserError(
         f"judge.{role}: {spec} is no file; write module:function, a JSONL file of labels or chat:FOLDER, or leave it"
         " out for the built-in judge"
     )
 
 
-def _pair_judge(spec: str, out: Path, models: _Models) -> PairJudge:
+def _pair_judge(spec: str, settings: JudgeSettings) -> PairJudge:
     if not spec:
         raise UserError(
             "preference has no built-in judge, since no rule knows quality; give judge.preference a reward model's"
             " folder, module:function, a JSONL file of people's labels, or chat:FOLDER"
         )
     if spec.startswith(CHAT):
-        return ChatPairJudge(*models.language_model(spec, PREFERENCE))
+        return ChatPairJudge(*_language_model(spec, PREFERENCE, settings))
     if is_function(spec):
         return FunctionPairJudge(import_function(spec, "judge.preference"), spec)
     path = Path(spec)
     if path.is_dir():
-        return RewardModelJudge.load(replace(models.cfg, path=spec), models.device)
+        return RewardModelJudge.load(replace(settings.model, path=spec), settings.device)
     if _is_labels(path):
-        return LabelPairJudge(path, out)
+        return LabelPairJudge(path, settings.out)
     raise UserError(
         f"judge.preference: {spec} is neither a file nor a folder; write module:function, a JSONL file of labels, a"
         " reward model's folder or chat:FOLDER"
