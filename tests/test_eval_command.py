@@ -41,6 +41,11 @@ def all_refused(answers):
 def nan_at_three(answers):
     return [math.nan if i == 3 else 0.0 for i in range(len(answers))]
 
+def counted(prompts, answers):
+    with open("asked.txt", "a") as stream:
+        stream.writelines(f"{pair!r}\\n" for pair in zip(prompts, answers))
+    return [float(len(answer) % 2) for answer in answers]
+
 def one_too_few(answers):
     return [0.0 for _ in answers[1:]]
 """
@@ -323,8 +328,18 @@ def test_a_task_of_a_group_without_its_file_is_left_out(folder):
     assert "hellaswag (hellaswag)" in left_out and "winogender_biased (winogender)" in left_out
 
 
-def test_people_are_asked_about_answers(folder):
-    results = evaluate(config(tasks=("toxicity",)), quiet, label=6)
+def test_people_are_asked_about_answers(folder, judges):
+    """And the judge is asked about none of them again, nor twice about two models' equal answers."""
+    models = (*MODELS, f"again={SMALL}")
+    cfg = config(models=models, tasks=("toxicity",), judge=JudgeConfig(toxicity=f"{judges}:counted"))
+    results = evaluate(cfg, quiet, label=6)
+    answers = {
+        (row["prompt"], row["answer"])
+        for file in Path("runs/eval/answers").glob("*/*.jsonl")
+        for row in map(json.loads, file.read_text().splitlines())
+    }
+    asked = (folder / "asked.txt").read_text().splitlines()
+    assert len(asked) == len(answers) == len(set(asked)) > 8
     rows = [json.loads(line) for line in (folder / "runs/eval/to_label.jsonl").read_text().splitlines()]
     assert len(rows) <= 6 and {row["role"] for row in rows} == {"toxicity"} and results["judges"].keys() == {"toxicity"}
 

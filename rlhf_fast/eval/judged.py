@@ -14,6 +14,7 @@ from rlhf_fast.eval.answers import AnswerFile, row_key
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask, Judges
 from rlhf_fast.eval.judges import PREFERENCE, Judge, JudgeSettings, PairJudge, load_answer_judge, load_pair_judge
+from rlhf_fast.eval.judges.cached import CachedJudge
 from rlhf_fast.eval.judges.labels import TO_LABEL
 from rlhf_fast.eval.judges.validation import choose_to_label
 from rlhf_fast.eval.likelihood import LikelihoodTask
@@ -21,6 +22,9 @@ from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.preference import compare
 from rlhf_fast.eval.run_task import Record, Task, read_scores
 from rlhf_fast.eval.sets import DEMO_JUDGES
+
+Answers = Mapping[tuple[str, str], AnswerFile]
+"""(model, task) -> its answers."""
 
 
 def roles_of(tasks: Sequence[Task]) -> list[str]:
@@ -34,7 +38,9 @@ def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge
     roles = roles_of(tasks)
     settings = JudgeSettings(cfg.out, cfg.judge_labels, ModelConfig(dtype=cfg.dtype), device)
     specs = {role: getattr(cfg.judge, role) or default_judge(cfg.data, role) for role in roles if role != PREFERENCE}
-    single = {role: load_answer_judge(spec, role, settings) for role, spec in specs.items()}
+    single: dict[str, Judge] = {
+        role: CachedJudge(load_answer_judge(spec, role, settings)) for role, spec in specs.items()
+    }
     if PREFERENCE not in roles:
         return single, None
     return single, load_pair_judge(cfg.judge.preference, settings)
@@ -97,25 +103,33 @@ def preference_records(
 
 
 def ask_people(
-    out: str, count: int, tasks: Sequence[tuple[Task, list[Row]]], answers: Mapping[Any, AnswerFile], judges: Judges
+    out: str, count: int, tasks: Sequence[tuple[Task, list[Row]]], answers: Answers, judges: Judges
 ) -> list[str]:
     """Write `count` answers of each judge to to_label.jsonl. Return a sentence on each judge."""
     notes = []
     path = Path(out) / TO_LABEL
     for role, judge in judges.items():
-        prompts: list[str] = []
-        texts: list[str] = []
-        rows: list[Row] = []
-        for task, own in tasks:
-            if isinstance(task, GenerationTask) and role in task.judges:
-                for (_, name), file in answers.items():
-                    if name == task.name:
-                        prompts += questions(task, own)
-                        texts += [record["answer"] for record in file.records(own)]
-                        rows += own
+        prompts, texts, rows = _judged_answers(role, tasks, answers)
         verdicts = judge(prompts, texts, rows)
         asked = choose_to_label(path, role, prompts, texts, verdicts, judge.threshold, count, rows=rows)
         notes.append(
             f"{role}: {asked} of {len(texts)} answers are in {path}; fill in `label`, then --judge-labels {path}"
         )
     return notes
+
+
+def _judged_answers(
+    role: str, tasks: Sequence[tuple[Task, list[Row]]], answers: Answers
+) -> tuple[list[str], list[str], list[Row]]:
+    """Return all answers that a role judges: their prompts, texts and rows."""
+    prompts: list[str] = []
+    texts: list[str] = []
+    rows: list[Row] = []
+    for task, own in tasks:
+        if isinstance(task, GenerationTask) and role in task.judges:
+            for (_, name), file in answers.items():
+                if name == task.name:
+                    prompts += questions(task, own)
+                    texts += [record["answer"] for record in file.records(own)]
+                    rows += own
+    return prompts, texts, rows
