@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,6 +234,32 @@ def test_missing_labels_are_asked_for_and_nothing_is_lost(folder, capsys, monkey
     assert main([*rows, "--judge-labels", "filled.jsonl"]) == 0
     results = json.loads((folder / "out" / "results.json").read_text())
     assert results["judges"]["refusal"]["validation"]["labels"] == "a"
+
+
+def test_all_missing_labels_are_asked_for_at_once(folder, capsys, monkeypatch):
+    """The file has those of every task and role, and the same command goes on when they are there."""
+    flags = ["--judge.toxicity", "labels.jsonl", "--judge.refusal", "labels.jsonl", "--judge.preference", "pairs.jsonl"]
+    rows = ["eval", "--models", *MODELS, "--tasks", "preference,toxicity,refusal", "--limit", "8", "--out", "out"]
+    assert main([*rows, *flags]) == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    asked = [json.loads(line) for line in (folder / "out" / "to_label.jsonl").read_text().splitlines()]
+    count = Counter(row["role"] for row in asked)
+    assert min(count.values()) >= 5 and count.keys() == {"toxicity", "refusal", "preference"}
+    for role, number in count.items():
+        assert re.search(rf"\b{number} of \d+ {'pairs' if role == 'preference' else 'answers'} have no label", error)
+    assert "append its rows to labels.jsonl (a new file) and to pairs.jsonl (a new file) and start the same" in error
+    ours = {
+        row["answer"] for row in map(json.loads, Path("out/answers/large/preference.jsonl").read_text().splitlines())
+    }
+    sides = [row["first"] in ours for row in asked if row["role"] == "preference"]
+    assert any(sides) and not all(sides), "the order gives the model away"
+    filled = [{**row, "label": "first" if row["role"] == "preference" else True} for row in asked]
+    for name in ("labels.jsonl", "pairs.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in filled))
+    forbid_loading(monkeypatch)
+    assert main([*rows, *flags]) == 0
+    results = json.loads((folder / "out" / "results.json").read_text())["results"]
+    assert {r["value"] for r in results if r["measure"] == "refusal_rate"} == {1.0}
 
 
 def test_a_kill_between_two_writes_leaves_no_other_models_answers(monkeypatch):

@@ -204,7 +204,10 @@ def test_labels_of_pairs_hold_in_both_orders(folder):
     assert (judge.validation.labels, judge.validation.n) == ("Ann, Bob", 2)
     with pytest.raises(MissingLabels, match="1 of 2 pairs have no label of preference"):
         judge(["p"] * 3, ["a", "d", "b"], ["b", "b", "d"])
-    assert [(row["first"], row["second"]) for row in toy.rows(folder / "to_label.jsonl")] == [("d", "b")]
+    (asked,) = toy.rows(folder / "to_label.jsonl")
+    assert {asked["first"], asked["second"]} == {"d", "b"}
+    with pytest.raises(MissingLabels, match="fill in `label` there and start the same command again"):
+        load_judge(str(folder / "to_label.jsonl"), "preference", out=folder)(["p"], ["d"], ["b"])
 
 
 def test_labelers_agreement_stands_beside_their_labels(folder):

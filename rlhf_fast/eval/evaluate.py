@@ -19,7 +19,15 @@ from rlhf_fast.eval.answers import FOLDER, OVERLONG, SECONDS, TEMPLATE, UNKNOWN,
 from rlhf_fast.eval.figure import draw
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
-from rlhf_fast.eval.judged import ask_people, judge_record, load_judges, measures_of, preference_records, roles_of
+from rlhf_fast.eval.judged import (
+    ask_people,
+    judge_record,
+    load_judges,
+    measures_of,
+    preference_records,
+    require_all_labels,
+    roles_of,
+)
 from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import difference_record, result_record
@@ -55,6 +63,7 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     reward, sections = reward_records(cfg, paths) if cfg.reward else ([], {})
     models = [EvaluatedModel(name, path, cfg) for name, path in paths.items()]
     answers = _answers(models, selection, echo)
+    require_all_labels(cfg.out, selection.tasks, answers, judges, pair_judge, baseline)
     notes = list(selection.notes)
     records = _records(selection, judges, pair_judge, answers, list(paths), baseline, notes)
     all_judges: dict[str, Judge | PairJudge] = dict(judges)

@@ -15,7 +15,7 @@ from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask, Judges
 from rlhf_fast.eval.judges import PREFERENCE, Judge, JudgeSettings, PairJudge, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.cached import CachedJudge
-from rlhf_fast.eval.judges.labels import TO_LABEL
+from rlhf_fast.eval.judges.labels import TO_LABEL, LabelJudge, LabelPairJudge, require_labels
 from rlhf_fast.eval.judges.validation import choose_to_label
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure, result_record
@@ -38,8 +38,9 @@ def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge
     roles = roles_of(tasks)
     settings = JudgeSettings(cfg.out, cfg.judge_labels, ModelConfig(dtype=cfg.dtype), device)
     specs = {role: getattr(cfg.judge, role) or default_judge(cfg.data, role) for role in roles if role != PREFERENCE}
+    loaded = {role: load_answer_judge(spec, role, settings) for role, spec in specs.items()}
     single: dict[str, Judge] = {
-        role: CachedJudge(load_answer_judge(spec, role, settings)) for role, spec in specs.items()
+        role: judge if isinstance(judge, LabelJudge) else CachedJudge(judge) for role, judge in loaded.items()
     }
     if PREFERENCE not in roles:
         return single, None
@@ -102,6 +103,30 @@ def preference_records(
     return records
 
 
+def require_all_labels(
+    out: str,
+    tasks: Sequence[tuple[Task, list[Row]]],
+    answers: Answers,
+    judges: Judges,
+    pair_judge: PairJudge | None,
+    baseline: str,
+) -> None:
+    """Raise MissingLabels if judges that are files of labels have none of some answers or pairs, of whatever task;
+    to_label.jsonl then asks for all of them."""
+    found = []
+    for role, judge in judges.items():
+        if isinstance(judge, LabelJudge):
+            prompts, texts, _ = _judged_answers(role, tasks, answers)
+            found.append(judge.unlabelled(prompts, texts))
+    if isinstance(pair_judge, LabelPairJudge):
+        others = [name for name in dict.fromkeys(name for name, _ in answers) if name != baseline]
+        ours = [_judged_answers(PREFERENCE, tasks, answers, [name]) for name in others]
+        prompts, theirs, _ = _judged_answers(PREFERENCE, tasks, answers, [baseline])
+        first = [text for _, texts, _ in ours for text in texts]
+        found.append(pair_judge.unlabelled(prompts * len(others), first, theirs * len(others)))
+    require_labels(found, out)
+
+
 def ask_people(
     out: str, count: int, tasks: Sequence[tuple[Task, list[Row]]], answers: Answers, judges: Judges
 ) -> list[str]:
@@ -119,16 +144,16 @@ def ask_people(
 
 
 def _judged_answers(
-    role: str, tasks: Sequence[tuple[Task, list[Row]]], answers: Answers
+    role: str, tasks: Sequence[tuple[Task, list[Row]]], answers: Answers, models: Sequence[str] = ()
 ) -> tuple[list[str], list[str], list[Row]]:
-    """Return all answers that a role judges: their prompts, texts and rows."""
+    """Return all answers that a role judges: their prompts, texts and rows. models: () = all."""
     prompts: list[str] = []
     texts: list[str] = []
     rows: list[Row] = []
     for task, own in tasks:
         if isinstance(task, GenerationTask) and role in task.judges:
-            for (_, name), file in answers.items():
-                if name == task.name:
+            for (model, name), file in answers.items():
+                if name == task.name and (not models or model in models):
                     prompts += questions(task, own)
                     texts += [record["answer"] for record in file.records(own)]
                     rows += own

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,22 @@ class LabelledAnswer(NamedTuple):
     weight: float | None
     row: Mapping[str, Any]
     """The first of its rows."""
+
+
+class Unlabelled(NamedTuple):
+    """Answers, or pairs of them, that a file of labels has no label for."""
+
+    path: Path
+    """The file of labels."""
+    role: str
+    rows: list[dict[str, Any]]
+    """Rows that ask for them, each once."""
+    total: int
+    """Number of different answers or pairs that were looked up."""
+
+    def __str__(self) -> str:
+        what = "pairs" if self.role == PREFERENCE else "answers"
+        return f"{len(self.rows)} of {self.total} {what} have no label of {self.role}"
 
 
 class MissingLabels(UserError):
@@ -156,12 +173,16 @@ class LabelJudge:
     ) -> list[Verdict]:
         """Return the labels. MissingLabels if an answer has none; an empty one needs none."""
         del rows
-        keys = list(zip(prompts, answers, strict=True))
-        missing = [i for i, key in enumerate(keys) if key not in self.labels and key[1].strip()]
-        if missing:
-            asked = [{"prompt": prompts[i], "answer": answers[i], "label": None} for i in missing]
-            _ask(self.path, self.out, asked, self.role, len(set(keys)), "answers")
+        require_labels([self.unlabelled(prompts, answers)], self.out)
+        keys = zip(prompts, answers, strict=True)
         return [Verdict(self.labels[key]) if key in self.labels else unjudged("empty") for key in keys]
+
+    def unlabelled(self, prompts: Sequence[str], answers: Sequence[str]) -> Unlabelled:
+        """Return the answers that need a label and have none."""
+        keys = dict.fromkeys(zip(prompts, answers, strict=True))
+        missing = [key for key in keys if key not in self.labels and key[1].strip()]
+        rows = [{"prompt": prompt, "answer": answer, "label": None} for prompt, answer in missing]
+        return Unlabelled(self.path, self.role, rows, len(keys))
 
 
 class LabelPairJudge:
@@ -183,13 +204,21 @@ class LabelPairJudge:
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """Return the labels. MissingLabels if a pair has none; two equal answers are a tie."""
-        keys = list(zip(prompts, first, second, strict=True))
-        pairs = {(prompt, *sorted((one, other))) for prompt, one, other in keys}
-        missing = [key for key in keys if key not in self.labels and key[1] != key[2]]
-        if missing:
-            asked = [{"prompt": p, "first": one, "second": other, "label": None} for p, one, other in missing]
-            _ask(self.path, self.out, asked, PREFERENCE, len(pairs), "pairs")
-        return [self.labels.get(key, 0.5) for key in keys]
+        require_labels([self.unlabelled(prompts, first, second)], self.out)
+        return [self.labels.get(key, 0.5) for key in zip(prompts, first, second, strict=True)]
+
+    def unlabelled(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Unlabelled:
+        """Return the pairs that need a label and have none, each in an order that says nothing on the models."""
+        pairs = dict.fromkeys(
+            (prompt, *sorted((one, other))) for prompt, one, other in zip(prompts, first, second, strict=True)
+        )
+        missing = [pair for pair in pairs if pair not in self.labels and pair[1] != pair[2]]
+        rows = []
+        for prompt, *answers in missing:
+            if zlib.crc32("\0".join((prompt, *answers)).encode(errors="replace")) % 2:
+                answers.reverse()
+            rows.append({"prompt": prompt, "first": answers[0], "second": answers[1], "label": None})
+        return Unlabelled(self.path, PREFERENCE, rows, len(pairs))
 
 
 def _agreement_note(table: Sequence[Sequence[float]]) -> str:
@@ -202,15 +231,28 @@ def _agreement_note(table: Sequence[Sequence[float]]) -> str:
     return f"{LOOKED_UP}; two labelers agree on {show(found.pairwise)} (n {found.pairwise.n}{shown})"
 
 
-def _ask(path: Path, out: Path, rows: list[dict[str, Any]], role: str, total: int, what: str) -> None:
-    """Write the rows to TO_LABEL and raise MissingLabels."""
-    num = len({_identity(row, role) for row in rows})
-    target = out / TO_LABEL
-    write_to_label(target, rows, role)
+def require_labels(found: Sequence[Unlabelled], out: str | Path) -> None:
+    """Raise MissingLabels if labels are missing, and write all rows that ask for them to TO_LABEL in the folder `out`.
+
+    The sentence has the numbers of each role.
+    """
+    missing = [each for each in found if each.rows]
+    if not missing:
+        return
+    target = Path(out) / TO_LABEL
+    sentences: dict[Path, list[str]] = {}
+    for each in missing:
+        write_to_label(target, each.rows, each.role)
+        sentences.setdefault(each.path, []).append(str(each))
+    files = [
+        f"{path.name}{'' if path.exists() else ' (a new file)'}"
+        for path in sentences
+        if path.resolve() != target.resolve()
+    ]
+    append = f", append its rows to {' and to '.join(files)}" if files else ""
+    numbers = "; ".join(f"{path}: {', '.join(parts)}" for path, parts in sentences.items())
     raise MissingLabels(
-        f"{path}: {num} of {total} {what} have no label of {role}; they are in {target}: fill in `label` there, append"
-        f" its rows to {path.name}{'' if path.exists() else ' (a new file)'} and start the same command again",
-        target,
+        f"{numbers}; they are in {target}: fill in `label` there{append} and start the same command again", target
     )
 
 
