@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig
@@ -13,12 +13,13 @@ from rlhf_fast.data.datasets import prompt_as_text
 from rlhf_fast.eval.answers import AnswerFile, row_key
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask, Judges
-from rlhf_fast.eval.judges import PREFERENCE, Judge, JudgeSettings, PairJudge, load_answer_judge, load_pair_judge
+from rlhf_fast.eval.judges import PREFERENCE, Judge, JudgeSettings, PairJudge, find_answer_judge, find_pair_judge
 from rlhf_fast.eval.judges.cached import CachedJudge
 from rlhf_fast.eval.judges.labels import TO_LABEL, LabelJudge, LabelPairJudge, require_labels
 from rlhf_fast.eval.judges.validation import choose_to_label
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure, result_record
+from rlhf_fast.eval.model_check import Planned
 from rlhf_fast.eval.preference import compare
 from rlhf_fast.eval.run_task import Record, Task, read_scores
 from rlhf_fast.eval.sets import DEMO_JUDGES
@@ -32,19 +33,33 @@ def roles_of(tasks: Sequence[Task]) -> list[str]:
     return list(dict.fromkeys(role for task in tasks if isinstance(task, GenerationTask) for role in task.judges))
 
 
-def load_judges(cfg: EvalConfig, tasks: Sequence[Task]) -> tuple[dict[str, Judge], PairJudge | None]:
-    """Return the judges of single answers that the tasks need, by role, and that of pairs if they need one."""
+class FoundJudges(NamedTuple):
+    """Functions that load the judges that tasks need."""
+
+    single: dict[str, Callable[[], Judge]]
+    """Role -> that of single answers."""
+    pair: Callable[[], PairJudge] | None
+
+    def load(self) -> tuple[dict[str, Judge], PairJudge | None]:
+        """Return the judges of single answers by role, each asked once about an answer, and that of pairs."""
+        judges = {role: load() for role, load in self.single.items()}
+        cached: dict[str, Judge] = {
+            role: judge if isinstance(judge, LabelJudge) else CachedJudge(judge) for role, judge in judges.items()
+        }
+        return cached, None if self.pair is None else self.pair()
+
+
+def find_judges(cfg: EvalConfig, tasks: Sequence[Task], planned: Planned) -> FoundJudges:
+    """Return the judges that the tasks need. UserError for all that can be seen to be wrong before a model is loaded.
+
+    planned: folders of models that need not be there yet.
+    """
     device = None if cfg.device == "auto" else cfg.device
     roles = roles_of(tasks)
-    settings = JudgeSettings(cfg.out, cfg.judge_labels, ModelConfig(dtype=cfg.dtype), device)
+    settings = JudgeSettings(cfg.out, cfg.judge_labels, ModelConfig(dtype=cfg.dtype), device, planned=planned)
     specs = {role: getattr(cfg.judge, role) or default_judge(cfg.data, role) for role in roles if role != PREFERENCE}
-    loaded = {role: load_answer_judge(spec, role, settings) for role, spec in specs.items()}
-    single: dict[str, Judge] = {
-        role: judge if isinstance(judge, LabelJudge) else CachedJudge(judge) for role, judge in loaded.items()
-    }
-    if PREFERENCE not in roles:
-        return single, None
-    return single, load_pair_judge(cfg.judge.preference, settings)
+    single = {role: find_answer_judge(spec, role, settings) for role, spec in specs.items()}
+    return FoundJudges(single, find_pair_judge(cfg.judge.preference, settings) if PREFERENCE in roles else None)
 
 
 def default_judge(data: str, role: str) -> str:

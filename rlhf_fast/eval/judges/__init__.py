@@ -27,7 +27,8 @@ from rlhf_fast.eval.judges.functions import FunctionJudge, FunctionPairJudge
 from rlhf_fast.eval.judges.labels import LabelJudge, LabelPairJudge, MissingLabels
 from rlhf_fast.eval.judges.protocol import PREFERENCE, ROLES, Judge, PairJudge, Validation, Verdict
 from rlhf_fast.eval.judges.reward_model import RewardModelJudge
-from rlhf_fast.eval.judges.validation import validate_on_file, validate_pairs_on_file
+from rlhf_fast.eval.judges.validation import check_labels, validate_on_file, validate_pairs_on_file
+from rlhf_fast.eval.model_check import Planned, check_model, planned_head
 from rlhf_fast.model.model import Model
 from rlhf_fast.scoring import Scorer
 from rlhf_fast.training.rewards import import_function, is_function
@@ -41,6 +42,8 @@ __all__ = [
     "PairJudge",
     "Validation",
     "Verdict",
+    "find_answer_judge",
+    "find_pair_judge",
     "load_answer_judge",
     "load_pair_judge",
 ]
@@ -63,78 +66,124 @@ class JudgeSettings:
     device: str | torch.device | None = None
     """Device of a model. None = cuda if there is one, else cpu."""
     scorer: Scorers = Scorer
+    planned: Planned = field(default_factory=dict)
+    """Folders of models that a judge may name before they are there."""
 
 
 def load_answer_judge(spec: str, role: str, settings: JudgeSettings | None = None) -> Judge:
     """Return the judge of single answers that `spec` names. UserError if it names none."""
-    if role not in ROLES:
-        raise UserError(f"{role}: is no role of a judge; the roles are {', '.join((*ROLES, PREFERENCE))}")
-    settings = settings or JudgeSettings()
-    judge = _answer_judge(spec, role, settings)
-    if settings.labels and not isinstance(judge, LabelJudge):
-        judge.validation = validate_on_file(judge, settings.labels, role, has_roles=True) or judge.validation
-    return judge
+    return find_answer_judge(spec, role, settings or JudgeSettings())()
 
 
 def load_pair_judge(spec: str, settings: JudgeSettings | None = None) -> PairJudge:
     """Return the judge of pairs that `spec` names. UserError if it names none."""
-    settings = settings or JudgeSettings()
-    judge = _pair_judge(spec, settings)
-    if settings.labels and not isinstance(judge, LabelPairJudge):
-        judge.validation = validate_pairs_on_file(judge, settings.labels, has_roles=True) or judge.validation
-    return judge
+    return find_pair_judge(spec, settings or JudgeSettings())()
 
 
-def _language_model(spec: str, role: str, settings: JudgeSettings) -> tuple[Model, ScoreRequests, str]:
-    """Return the model that chat:FOLDER names, the function that scores its requests, and the folder."""
-    folder = spec.removeprefix(CHAT)
-    if not folder:
-        raise UserError(f"judge.{role}: {spec} names no model; write chat:FOLDER")
-    model = Model.load(replace(settings.model, path=folder), device=settings.device)
-    return model, settings.scorer(model), folder
+def find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable[[], Judge]:
+    """Return a function that loads the judge of single answers that `spec` names.
+
+    UserError for all that can be seen to be wrong before a model is loaded.
+    """
+    if role not in ROLES:
+        raise UserError(f"{role}: is no role of a judge; the roles are {', '.join((*ROLES, PREFERENCE))}")
+    load = _find_answer_judge(spec, role, settings)
+    if not settings.labels:
+        return load
+    check_labels(settings.labels, role)
+
+    def load_and_validate() -> Judge:
+        judge = load()
+        if not isinstance(judge, LabelJudge):
+            judge.validation = validate_on_file(judge, settings.labels, role, has_roles=True) or judge.validation
+        return judge
+
+    return load_and_validate
 
 
-def _answer_judge(spec: str, role: str, settings: JudgeSettings) -> Judge:
+def find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudge]:
+    """Return a function that loads the judge of pairs that `spec` names, as `find_answer_judge` does."""
+    load = _find_pair_judge(spec, settings)
+    if not settings.labels:
+        return load
+    check_labels(settings.labels, PREFERENCE)
+
+    def load_and_validate() -> PairJudge:
+        judge = load()
+        if not isinstance(judge, LabelPairJudge):
+            judge.validation = validate_pairs_on_file(judge, settings.labels, has_roles=True) or judge.validation
+        return judge
+
+    return load_and_validate
+
+
+def _find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable[[], Judge]:
     if not spec or (role == "refusal" and spec in MODES):
-        return load_builtin(role, spec)
+        return lambda: load_builtin(role, spec)
     if spec.startswith(CHAT):
-        model, scorer, folder = _language_model(spec, role, settings)
-        return ChatJudge(model, role, scorer, folder)
+        folder = _chat_folder(spec, role, settings)
+        return lambda: _load_chat_judge(folder, role, settings)
     if is_function(spec):
-        return FunctionJudge(import_function(spec, f"judge.{role}"), spec)
+        function = FunctionJudge(import_function(spec, f"judge.{role}"), spec)
+        return lambda: function
     path = Path(spec)
-    if path.is_dir():
+    if path.is_dir() or planned_head(spec, settings.planned):
         raise UserError(
             f"judge.{role}: {spec} is a folder, and a reward model judges preference alone; write chat:{spec} to ask it"
             " as a language model"
         )
     if _is_labels(path):
-        return LabelJudge(path, role, settings.out)
+        labels = LabelJudge(path, role, settings.out)
+        return lambda: labels
     raise UserError(
         f"judge.{role}: {spec} is no file; write module:function, a JSONL file of labels or chat:FOLDER, or leave it"
         " out for the built-in judge"
     )
 
 
-def _pair_judge(spec: str, settings: JudgeSettings) -> PairJudge:
+def _find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudge]:
     if not spec:
         raise UserError(
             "preference has no built-in judge, since no rule knows quality; give judge.preference a reward model's"
             " folder, module:function, a JSONL file of people's labels, or chat:FOLDER"
         )
     if spec.startswith(CHAT):
-        return ChatPairJudge(*_language_model(spec, PREFERENCE, settings))
+        folder = _chat_folder(spec, PREFERENCE, settings)
+        return lambda: ChatPairJudge(*_load_chat(folder, settings), folder)
     if is_function(spec):
-        return FunctionPairJudge(import_function(spec, "judge.preference"), spec)
+        function = FunctionPairJudge(import_function(spec, "judge.preference"), spec)
+        return lambda: function
     path = Path(spec)
-    if path.is_dir():
-        return RewardModelJudge.load(replace(settings.model, path=spec), settings.device)
+    if path.is_dir() or planned_head(spec, settings.planned):
+        check_model(spec, "scalar", "judge.preference", settings.planned)
+        return lambda: RewardModelJudge.load(replace(settings.model, path=spec), settings.device)
     if _is_labels(path):
-        return LabelPairJudge(path, settings.out)
+        labels = LabelPairJudge(path, settings.out)
+        return lambda: labels
     raise UserError(
         f"judge.preference: {spec} is neither a file nor a folder; write module:function, a JSONL file of labels, a"
         " reward model's folder or chat:FOLDER"
     )
+
+
+def _chat_folder(spec: str, role: str, settings: JudgeSettings) -> str:
+    """Return the language model that chat:FOLDER names."""
+    folder = spec.removeprefix(CHAT)
+    if not folder:
+        raise UserError(f"judge.{role}: {spec} names no model; write chat:FOLDER")
+    check_model(folder, "lm", f"judge.{role}", settings.planned)
+    return folder
+
+
+def _load_chat(folder: str, settings: JudgeSettings) -> tuple[Model, ScoreRequests]:
+    """Return a language model, and the function that scores its requests."""
+    model = Model.load(replace(settings.model, path=folder), device=settings.device)
+    return model, settings.scorer(model)
+
+
+def _load_chat_judge(folder: str, role: str, settings: JudgeSettings) -> ChatJudge:
+    model, scorer = _load_chat(folder, settings)
+    return ChatJudge(model, role, scorer, folder)
 
 
 def _is_labels(path: Path) -> bool:

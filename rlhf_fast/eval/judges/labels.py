@@ -111,9 +111,10 @@ def _role(role: object) -> str:
     raise InvalidRow(f"no role {shown}; the roles are {', '.join(QUESTIONS)}{hint}")
 
 
-def _may_begin(path: str | Path) -> bool:
-    """Return whether a file of labels is not there yet, in a folder that is."""
-    return not Path(path).exists() and Path(path).parent.is_dir()
+def _may_begin(path: str | Path, out: str | Path) -> bool:
+    """Return whether a file of labels is not there yet, in a folder that is, or will be since it is `out`."""
+    folder = Path(path).parent
+    return not Path(path).exists() and (folder.is_dir() or folder.absolute() == Path(out).absolute())
 
 
 def _number(label: object) -> float | None:
@@ -162,7 +163,7 @@ class LabelJudge:
 
     def __init__(self, path: str | Path, role: str, out: str | Path = "."):
         self.path, self.role, self.out, self.name = Path(path), role, Path(out), str(path)
-        labelled = [] if _may_begin(path) else read_answer_labels(path, role)
+        labelled = [] if _may_begin(path, out) else read_answer_labels(path, role)
         self.labels = {(each.prompt, each.answer): each.label for each in labelled}
         people = sorted({name for each in labelled for name in each.labelers})
         note = _agreement_note([each.labels for each in labelled])
@@ -192,7 +193,7 @@ class LabelPairJudge:
         self.path, self.out, self.name = Path(path), Path(out), str(path)
         found: dict[tuple[str, str, str], list[float]] = {}
         people = set()
-        for row, label in () if _may_begin(path) else read_labels(path, PREFERENCE):
+        for row, label in () if _may_begin(path, out) else read_labels(path, PREFERENCE):
             found.setdefault((row["prompt"], row["first"], row["second"]), []).append(label)
             found.setdefault((row["prompt"], row["second"], row["first"]), []).append(1 - label)
             people |= {str(row["labeler"])} if row.get("labeler") else set()

@@ -100,6 +100,15 @@ def validate_pairs_on_file(judge: PairJudge, path: str | Path, has_roles: bool =
     return Validation(_names(people, path), len(rows), sum(hits) / len(hits))
 
 
+def check_labels(path: str | Path, role: str) -> None:
+    """Raise UserError if a file of people's labels, with a role in each row, cannot validate the judge of a role."""
+    if role == PREFERENCE:
+        for _ in read_labels(path, role, has_roles=True):
+            pass
+    else:
+        _weights([answer for answer in read_answer_labels(path, role, has_roles=True) if answer.label != 0.5], path)
+
+
 def _names(people: Sequence[str], path: str | Path) -> str:
     return listed(sorted(set(people))) or Path(path).name
 
