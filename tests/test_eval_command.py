@@ -189,6 +189,10 @@ def test_win_rates(judges):
         ("--models base={small} --tasks ,", "tasks: no name is given"),
         ("--models base={small} --label 1", "label must be at least 2"),
         ("--models base={small} --tasks lambada --label 4", "label: none of the tasks has a judge"),
+        (
+            "--models base={small} x={large} --tasks preference --judge.preference eval_judges:shorter --label 4",
+            "label: none of the tasks has a judge of single answers",
+        ),
         ("--models base={small} --tasks lambada --fail-under base:text=1", "fail_under base:text: no task"),
         ("--models base={small} --tasks preference tax", "preference cannot be run: it compares models"),
         ("--models base={small} --tasks preference", "preference cannot be run: it compares models"),
@@ -302,12 +306,16 @@ def test_a_damaged_file_of_answers_is_made_again():
         assert file.read_bytes().count(b"\n") == 8
 
 
-def test_equal_rows_are_one_independent_thing(folder):
+def test_equal_rows_are_one_independent_thing(folder, judges):
     (folder / "sets").mkdir()
     rows = (DEMO_SETS / "lambada.jsonl").read_text().splitlines()[:5]
     (folder / "sets" / "lambada.jsonl").write_text("\n".join(rows * 20) + "\n")
-    results = evaluate(config(data="sets", tasks=("lambada",), limit=0), quiet)
-    assert {record["n"] for record in results["results"]} == {5}
+    prompts = [{"prompt": f"is {name} a {thing} ?"} for name in ("gus", "kurt") for thing in ("dog", "hen")]
+    toy.jsonl(folder / "sets" / "prompts.jsonl", prompts * 3)
+    judge = JudgeConfig(preference=f"{judges}:shorter")
+    results = evaluate(config(data="sets", tasks=("lambada", "preference"), limit=0, judge=judge), quiet)
+    assert {(record["task"], record["n"]) for record in results["results"]} == {("lambada", 5), ("preference", 4)}
+    assert any(record["measure"] == "win_rate" for record in results["results"])
 
 
 def test_unknown_tokens_are_said(folder):
@@ -365,6 +373,7 @@ def test_models_that_a_recipe_will_make_need_not_be_there(folder):
         ({"judge": {"truth": "runs/rm"}}, "judge.truth: runs/rm is a folder, and a reward model judges preference"),
         ({"judge": {"truth": "eval_judges:no"}}, "judge.truth eval_judges:no: cannot be imported"),
         ({"judge": {"truth": "eval_judges:shorter"}}, "takes 3 arguments"),
+        ({"judge": {"truth": ""}}, "the judge truth: a row has no question"),
         ({"judge_labels": "gone.jsonl"}, "gone.jsonl: there is no such file"),
         ({"judge_labels": "bad.jsonl"}, "bad.jsonl:1: no role in the row"),
         ({"models": ("runs/sft", "runs/poo")}, "models: poo: runs/poo: there is no such folder"),

@@ -104,6 +104,8 @@ def test_an_exception_in_a_function_keeps_its_traceback(functions):
         ("chat:./missing", "truth", "./missing: there is no such folder"),
         (".", "truth", "a reward model judges preference alone; write chat:."),
         ("any", "toxicity", "judge.toxicity: any is no file"),
+        ("~/no-judge", "truth", r"judge.truth: /\S*/no-judge is no file"),
+        ("chat:~/no-judge", "truth", r"judge.truth: /\S*/no-judge: there is no such folder"),
     ],
 )
 def test_specs_that_name_no_judge(folder, spec, role, sentence):
@@ -173,6 +175,12 @@ def test_a_file_of_labels_that_does_not_exist_yet_is_empty(folder):
         "Is the answer true? (true or false)",
         "Is the first answer better, or the second one? (first, second or tie)",
     ]
+    row = {"question": "q", "correct_answers": ["a"], "incorrect_answers": ["b"], "category": "c"}
+    with pytest.raises(MissingLabels, match="1 of 2 answers"):
+        load_judge("new.jsonl", "truth", out=folder)(["q", "q", "q"], ["a", "", "a"], [row, row, {}])
+    assert toy.rows(folder / "to_label.jsonl")[-1].keys() - {"role", "question_for_people", "prompt"} == {
+        *("answer", "label", "question", "correct_answers", "incorrect_answers")
+    }, "the references go along"
     assert load_judge("new.jsonl", "truth").validation.n == load_judge("new.jsonl", "preference").validation.n == 0
 
 
@@ -241,6 +249,8 @@ def test_labelers_agreement_stands_beside_their_labels(folder):
             ':1: a label is true, false, "yes", "no" or a number',
         ),
         ({"prompt": "p", "answer": "a", "label": [1]}, "truth", r":1: .*not \[1\]"),
+        ({"prompt": "p", "answer": "a", "label": 10**400}, "truth", ":1: .*not 1000"),
+        ({"prompt": "p", "answer": "a", "label": 1, "weight": 10**400}, "truth", "a weight must be a number above 0"),
         ({"prompt": "p", "first": "a", "label": "first"}, "preference", ":1: second is missing"),
         (
             {"prompt": "p", "first": "a", "second": "b", "label": 1},

@@ -83,7 +83,7 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     shown = {task.name for task, _ in selection.tasks}
     kept = {path.stem for path in (Path(cfg.out) / FOLDER).glob("*/*.jsonl")} - shown
     if kept:
-        echo(f"the report has the tasks of this command; answers are also there to {', '.join(sorted(kept))}")
+        echo(f"the report has the tasks of this command; there are also answers to {', '.join(sorted(kept))}")
     for note in ask_people(cfg.out, label, selection.tasks, answers, judges) if label else ():
         echo(note)
     return results
@@ -103,8 +103,8 @@ def check(cfg: EvalConfig, asks_people: bool = False, planned: Planned | None = 
     tasks = [task for task, _ in selection.tasks]
     if cfg.reward:
         find_comparisons(cfg.data)
-    if asks_people and not roles_of(tasks):
-        raise UserError("eval: label: none of the tasks has a judge, so there is nothing for people to label")
+    if asks_people and not {*roles_of(tasks)} - {PREFERENCE}:
+        raise UserError("eval: label: none of the tasks has a judge of single answers, which people could label")
     known = [task.name for task in tasks] + (["reward_model"] if cfg.reward else [])
     for name in cfg.thresholds():
         model, separator, rest = name.partition(":")

@@ -81,12 +81,15 @@ def judge_record(judge: Judge | PairJudge) -> dict[str, Any]:
 
 def measures_of(task: Task, rows: Sequence[Row], records: Sequence[Record], judges: Judges) -> list[Measure]:
     """Return the measures of a task from one model's records."""
-    keys = tuple(map(row_key, rows))
+    groups = _groups_of_equal(rows)
     measures = _measures_of(task, rows, records, judges)
-    if len(set(keys)) == len(keys):
-        return measures
-    # equal rows are one thing that is independent
-    return [measure if measure.groups else measure._replace(groups=keys) for measure in measures]
+    return [measure if measure.groups else measure._replace(groups=groups) for measure in measures]
+
+
+def _groups_of_equal(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the group of each row, since equal rows are one thing that is independent; () if all rows differ."""
+    keys = tuple(map(row_key, rows))
+    return keys if len(set(keys)) < len(keys) else ()
 
 
 def _measures_of(task: Task, rows: Sequence[Row], records: Sequence[Record], judges: Judges) -> list[Measure]:
@@ -108,7 +111,7 @@ def preference_records(
 ) -> list[dict[str, Any]]:
     """Return the records of a model's win rate against the baseline. files: the model's and the baseline's answers."""
     ours, theirs = ([record["answer"] for record in file.records(rows)] for file in files)
-    found = compare(judge, questions(task, rows), ours, theirs)
+    found = compare(judge, questions(task, rows), ours, theirs, _groups_of_equal(rows))
     records = [result_record(name, task.name, measure) for measure in found.measures()]
     controlled = found.estimates()["win_rate_length_controlled"]
     if controlled is not None:
@@ -131,8 +134,7 @@ def require_all_labels(
     found = []
     for role, judge in judges.items():
         if isinstance(judge, LabelJudge):
-            prompts, texts, _ = _judged_answers(role, tasks, answers)
-            found.append(judge.unlabelled(prompts, texts))
+            found.append(judge.unlabelled(*_judged_answers(role, tasks, answers)))
     if isinstance(pair_judge, LabelPairJudge):
         others = [name for name in dict.fromkeys(name for name, _ in answers) if name != baseline]
         ours = [_judged_answers(PREFERENCE, tasks, answers, [name]) for name in others]

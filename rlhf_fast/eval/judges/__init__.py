@@ -87,6 +87,7 @@ def find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable
     """
     if role not in ROLES:
         raise UserError(f"{role}: is no role of a judge; the roles are {', '.join((*ROLES, PREFERENCE))}")
+    spec = _with_home(spec)
     load = _find_answer_judge(spec, role, settings)
     if not settings.labels:
         return load
@@ -98,12 +99,15 @@ def find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable
             judge.validation = validate_on_file(judge, settings.labels, role, has_roles=True) or judge.validation
         return judge
 
+    if _is_builtin(spec, role):  # no model, and labels may lack what it reads
+        judge = load_and_validate()
+        return lambda: judge
     return load_and_validate
 
 
 def find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudge]:
     """Return a function that loads the judge of pairs that `spec` names, as `find_answer_judge` does."""
-    load = _find_pair_judge(spec, settings)
+    load = _find_pair_judge(_with_home(spec), settings)
     if not settings.labels:
         return load
     check_labels(settings.labels, PREFERENCE)
@@ -118,7 +122,7 @@ def find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudg
 
 
 def _find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable[[], Judge]:
-    if not spec or (role == "refusal" and spec in MODES):
+    if _is_builtin(spec, role):
         return lambda: load_builtin(role, spec)
     if spec.startswith(CHAT):
         folder = _chat_folder(spec, role, settings)
@@ -184,6 +188,16 @@ def _load_chat(folder: str, settings: JudgeSettings) -> tuple[Model, ScoreReques
 def _load_chat_judge(folder: str, role: str, settings: JudgeSettings) -> ChatJudge:
     model, scorer = _load_chat(folder, settings)
     return ChatJudge(model, role, scorer, folder)
+
+
+def _with_home(spec: str) -> str:
+    """Replace a leading ~ of a path, which no shell has done in a YAML file."""
+    prefix, path = (CHAT, spec.removeprefix(CHAT)) if spec.startswith(CHAT) else ("", spec)
+    return prefix + str(Path(path).expanduser()) if path.startswith("~") else spec
+
+
+def _is_builtin(spec: str, role: str) -> bool:
+    return not spec or (role == "refusal" and spec in MODES)
 
 
 def _is_labels(path: Path) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,16 +19,18 @@ from typing import Any, NamedTuple
 
 from rlhf_fast.data.fields import InvalidRow, json_type
 from rlhf_fast.data.json_lines import parse_object, read_lines
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, writing
 from rlhf_fast.eval.cells import show
 from rlhf_fast.eval.estimates import agreement
 from rlhf_fast.eval.judges.protocol import PREFERENCE, QUESTIONS, Validation, Verdict, unjudged
 from rlhf_fast.run.outputs import replacing
 
 TO_LABEL = "to_label.jsonl"
+LARGEST = sys.float_info.max
 WINNERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 KEYS = {PREFERENCE: ("prompt", "first", "second")}
 ANSWER_KEYS = ("prompt", "answer")
+REFERENCES = ("question", "correct_answers", "incorrect_answers")
 LOOKED_UP = "these are labels, not guesses"
 
 
@@ -123,7 +126,7 @@ def _number(label: object) -> float | None:
         return None
     if isinstance(label, str) and label.strip().lower() in ("yes", "no"):
         return float(label.strip().lower() == "yes")
-    if isinstance(label, (bool, int, float)) and math.isfinite(label):
+    if isinstance(label, (bool, int, float)) and abs(label) <= LARGEST:
         return float(label)
     raise InvalidRow(f'a label is true, false, "yes", "no" or a number, not {json.dumps(label)}')
 
@@ -146,7 +149,7 @@ def read_answer_labels(path: str | Path, role: str, has_roles: bool = False) -> 
         people = tuple(sorted({str(row["labeler"]) for row, _ in labels if row.get("labeler")}))
         mean = sum(label for _, label in labels) / len(labels)
         weight = labels[0][0].get("weight")
-        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight <= LARGEST):
             raise UserError(f"{path}: a weight must be a number above 0, not {json.dumps(weight)}")
         answers.append(LabelledAnswer(prompt, answer, mean, tuple(x for _, x in labels), people, weight, labels[0][0]))
     return answers
@@ -173,17 +176,21 @@ class LabelJudge:
         self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
     ) -> list[Verdict]:
         """Return the labels. MissingLabels if an answer has none; an empty one needs none."""
-        del rows
-        require_labels([self.unlabelled(prompts, answers)], self.out)
+        require_labels([self.unlabelled(prompts, answers, rows)], self.out)
         keys = zip(prompts, answers, strict=True)
         return [Verdict(self.labels[key]) if key in self.labels else unjudged("empty") for key in keys]
 
-    def unlabelled(self, prompts: Sequence[str], answers: Sequence[str]) -> Unlabelled:
-        """Return the answers that need a label and have none."""
-        keys = dict.fromkeys(zip(prompts, answers, strict=True))
-        missing = [key for key in keys if key not in self.labels and key[1].strip()]
-        rows = [{"prompt": prompt, "answer": answer, "label": None} for prompt, answer in missing]
-        return Unlabelled(self.path, self.role, rows, len(keys))
+    def unlabelled(
+        self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> Unlabelled:
+        """Return the answers that need a label and have none. rows: with the references of a task, which go along."""
+        keys = list(zip(prompts, answers, strict=True))
+        given = dict(zip(reversed(keys), reversed(rows), strict=True)) if rows else {}  # the first of equal ones
+        missing = [key for key in dict.fromkeys(keys) if key not in self.labels and key[1].strip()]
+        asked = [
+            {"prompt": key[0], "answer": key[1], "label": None, **references_of(given.get(key, {}))} for key in missing
+        ]
+        return Unlabelled(self.path, self.role, asked, len(set(keys)))
 
 
 class LabelPairJudge:
@@ -257,6 +264,11 @@ def require_labels(found: Sequence[Unlabelled], out: str | Path) -> None:
     )
 
 
+def references_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a task's row that the judges of truth and informativeness read, and that help a person."""
+    return {key: row[key] for key in REFERENCES if key in row}
+
+
 def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: str, *, redraw: bool = False) -> None:
     """Add rows for people to label to a file. Rows that it has stay, with their labels, and are not added again.
 
@@ -274,7 +286,8 @@ def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: st
         if (identity := _identity(row, role)) not in known:
             known.add(identity)
             kept.append({"role": role, "question_for_people": f"{QUESTIONS[role]} ({choices})", **row})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
 
