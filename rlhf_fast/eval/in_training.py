@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_fast.config.fields import LogConfig, SamplingConfig
 from rlhf_fast.data.encode import PromptFormat
+from rlhf_fast.errors import UserError
 from rlhf_fast.eval.encoding import PLAIN, Encoder
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.judged import default_judge, measures_of, roles_of
@@ -11,10 +12,18 @@ from rlhf_fast.eval.judges import Judge, load_answer_judge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure
 from rlhf_fast.eval.run_task import Task, answer_rows, is_dialog, score_rows
-from rlhf_fast.eval.task_rows import TaskRows, select_rows
+from rlhf_fast.eval.task_rows import Selection, TaskRows, select_rows
 from rlhf_fast.model.model import Model
 
 NO_BASELINE = "it compares models, and here is only one"
+
+
+def select_for_training(cfg: LogConfig) -> Selection:
+    """Return the tasks of a stage with their rows. UserError for an unknown one, and for sets that cannot be read."""
+    try:
+        return select_rows(cfg.eval_tasks, cfg.eval_data, cfg.eval_limit, {}, NO_BASELINE)
+    except UserError as error:
+        raise UserError(f"log.eval_every: {error}") from error
 
 
 class TrainingEvaluation:
@@ -31,7 +40,7 @@ class TrainingEvaluation:
         self._judges: dict[str, Judge] = {}
         if not cfg.eval_every:
             return
-        self._tasks, notes, _ = select_rows(cfg.eval_tasks, cfg.eval_data, cfg.eval_limit, {}, NO_BASELINE)
+        self._tasks, notes, _ = select_for_training(cfg)
         self.notes = [f"log.eval_every: {note}" for note in notes]
         for task, _ in self._tasks:
             own = prompt_format if is_dialog(task) else PLAIN

@@ -65,7 +65,7 @@ def select_rows(
             continue
         if compares and missing_preference:
             if task.name in named:
-                raise UserError(f"eval: {task.name} cannot be run: {missing_preference}")
+                raise UserError(f"{task.name} cannot be run: {missing_preference}")
             notes.append(f"{task.name} was left out: {missing_preference}.")
             continue
         if task.set not in rows:
@@ -88,7 +88,7 @@ def select_rows(
 def _nothing(folder: Path, notes: Sequence[str], num_without_file: int) -> str:
     """Return the sentence for a folder in which no task finds what it needs."""
     if not num_without_file:
-        return f"eval: there is nothing to do. {' '.join(notes)}"
+        return f"there is nothing to do. {' '.join(notes)}"
     entries = sorted(path.name for path in folder.iterdir()) or ["nothing"]
     return (
         f"{folder}: has no set that these tasks read (it holds {listed(entries, 4)}); `rlhf-fast eval --list` names"

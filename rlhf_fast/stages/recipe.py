@@ -181,12 +181,18 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> list[st
 
 
 def _check_stages(to_run: Sequence[StageConfig], stages: Sequence[StageConfig]) -> None:
-    """Raise UserError, before the first stage runs, if the models or folders of one of them will not fit."""
+    """Raise UserError, before the first stage runs, if the models, folders or tasks of one of them will not do."""
     if to_run:
+        from rlhf_fast.eval.in_training import select_for_training
         from rlhf_fast.stages.fit import check_fit
     for cfg in to_run:
         check_run_folder(cfg.out, {f"{other.stage}.out": other.out for other in stages if other is not cfg})
         check_fit(cfg, stages)
+        if cfg.log.eval_every:
+            try:
+                select_for_training(cfg.log)
+            except UserError as error:
+                raise UserError(f"{cfg.stage}: {error}") from error
 
 
 def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, Any]]) -> None:

@@ -135,6 +135,10 @@ def import_function(spec: str, kind: str = "reward") -> Callable[..., Any]:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{kind} {spec}: cannot be imported ({error}); write module:function") from error
+    except Exception as error:  # the module's own, as a SyntaxError
+        raise UserError(
+            f"{kind} {spec}: cannot be imported ({type(error).__name__}: {error}); mend {module}"
+        ) from error
     if not callable(function):
         raise UserError(f"{kind} {spec}: is a {type(function).__name__}, not a function")
     return function
