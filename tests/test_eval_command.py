@@ -171,6 +171,16 @@ def test_win_rates(judges):
         ("--models base={small} base={large}", "models: two are called base ("),
         ("--models {small} {small}", "models: two are called small ("),
         ("--models", "models"),
+        ("{small}", "models are given by a flag; write --models NAME={small}"),
+        ("a={small} {large} --tasks tax", "write --models a={small} NAME={large}"),
+        ("--models base={small} --taks tax", "Unrecognized options: --taks, tax; did you mean --tasks?"),
+        ("--models base={small} --judge.refusel x", "did you mean --judge.refusal?"),
+        ("--list False", "--list takes no value: give --list alone"),
+        ("--models base={small} --temperature inf", "eval: temperature must be at least 0 and finite, got inf"),
+        ("--models base={small} --temperature nan", "eval: temperature must be at least 0 and finite, got nan"),
+        ("--models base={small} --temperature -1", "eval: temperature must be at least 0, got -1.0"),
+        ("--models base={small} --fail-under lambada=inf", "fail_under: 'lambada=inf' is not TASK=VALUE"),
+        ("--models base={small} --seed -1", "eval: seed must be from 0 to below 2**63, got -1"),
         ("--models a=", "models: 'a=' is not NAME=MODEL; write for instance sft=runs/sft"),
         ("--models base={small} --tasks hellaswagg", "tasks: there is no 'hellaswagg'; did you mean hellaswag?"),
         ("--models base={small} --baseline sft", "baseline sft is not one of the models base"),
@@ -206,8 +216,22 @@ def test_bad_input(judges, folder, capsys, arguments, sentence):
     words = arguments.format(small=SMALL, large=LARGE).split()
     assert main(["eval", *words, "--limit", "8"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("rlhf-fast: error: ") and sentence in error, error
+    assert error.startswith("rlhf-fast: error: ") and sentence.format(small=SMALL, large=LARGE) in error, error
     assert (folder / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_help_at_80_columns(capsys, monkeypatch):
+    """Lines are full, or end a sentence; and most flags have their text beside them."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    lines = [line.strip("│| ") for line in capsys.readouterr().out.splitlines()[5:] if set(line) - set("│-─ ")]
+    flags = [line for line in lines if line.startswith("-")]
+    assert len(lines) < 90 and len(flags) > 25 and sum("  " in line for line in flags) > 12
+    for line, following in zip(lines, lines[1:], strict=False):
+        text = line.rpartition("  ")[2]
+        if not following.startswith("-") and not text.startswith("-") and text[-1:] not in ".)" and text != "judge options":
+            assert len(text) + len(following.split()[0]) > 56, text
 
 
 def test_missing_labels_are_asked_for_and_nothing_is_lost(folder, capsys, monkeypatch):
