@@ -3,6 +3,7 @@
 import contextlib
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,14 @@ def test_win_rates(judges):
         ("--models base={small} --temperature -1", "eval: temperature must be at least 0, got -1.0"),
         ("--models base={small} --fail-under lambada=inf", "fail_under: 'lambada=inf' is not TASK=VALUE"),
         ("--models base={small} --seed -1", "eval: seed must be from 0 to below 2**63, got -1"),
+        (
+            "--models base={small} y={small}/..",
+            "{small}/..: is the folder of no model (it has no config.json); give one",
+        ),
+        ("--models base={small} y=other/thesis.txt", "other/thesis.txt: is a file; give the folder of a model"),
+        ("--models base={small} y=empty", "empty: is the folder of no model (it has no config.json); look at the path"),
+        ("--models base={small} --reward empty", "empty: is the folder of no model"),
+        ("--models base={small} y=rm", "rm: is a reward model, not a language model; give a base or SFT model"),
         ("--models a=", "models: 'a=' is not NAME=MODEL; write for instance sft=runs/sft"),
         ("--models base={small} --tasks hellaswagg", "tasks: there is no 'hellaswagg'; did you mean hellaswag?"),
         ("--models base={small} --baseline sft", "baseline sft is not one of the models base"),
@@ -213,6 +222,8 @@ def test_bad_input(judges, folder, capsys, arguments, sentence):
     (folder / "empty").mkdir()
     (folder / "other").mkdir()
     (folder / "other" / "thesis.txt").write_text("mine")
+    (folder / "rm").mkdir()
+    toy.jsonl(folder / "rm" / "config.json", [{"architectures": ["LlamaForSequenceClassification"]}])
     words = arguments.format(small=SMALL, large=LARGE).split()
     assert main(["eval", *words, "--limit", "8"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -228,9 +239,9 @@ def test_help_at_80_columns(capsys, monkeypatch):
     lines = [line.strip("│| ") for line in capsys.readouterr().out.splitlines()[5:] if set(line) - set("│-─ ")]
     flags = [line for line in lines if line.startswith("-")]
     assert len(lines) < 90 and len(flags) > 25 and sum("  " in line for line in flags) > 12
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(lines):
         text = line.rpartition("  ")[2]
-        if not following.startswith("-") and not text.startswith("-") and text[-1:] not in ".)" and text != "judge options":
+        if not following.startswith("-") and not text.startswith("-") and text[-1:] not in ".)s":
             assert len(text) + len(following.split()[0]) > 56, text
 
 

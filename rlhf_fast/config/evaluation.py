@@ -12,7 +12,6 @@ from tyro.conf import FlagCreatePairsOff, arg
 from rlhf_fast.config.fields import expand_home, require, require_range
 from rlhf_fast.errors import UserError
 
-
 JudgeSpec = Annotated[str, arg(metavar="JUDGE")]
 Switch = Annotated[bool, FlagCreatePairsOff]
 
