@@ -189,6 +189,7 @@ def test_win_rates(judges):
         ("--models base={small} y=other/thesis.txt", "other/thesis.txt: is a file; give the folder of a model"),
         ("--models base={small} y=empty", "empty: is the folder of no model (it has no config.json); look at the path"),
         ("--models base={small} --reward empty", "empty: is the folder of no model"),
+        ("--models base={small} --template chat", "eval: template is chat, but the tokenizer of {small} has no chat"),
         ("--models base={small} y=rm", "rm: is a reward model, not a language model; give a base or SFT model"),
         ("--models a=", "models: 'a=' is not NAME=MODEL; write for instance sft=runs/sft"),
         ("--models base={small} --tasks hellaswagg", "tasks: there is no 'hellaswagg'; did you mean hellaswag?"),
