@@ -210,6 +210,7 @@ def test_paper():
     assert "0.724 ± 0.004" in paper_text("reward_model", "pair_accuracy")
     for key in (("lambada", "acc"), ("refusal", "refusal_rate"), ("hellaswag", "acc_norm"), ("toxicity", "toxicity")):
         assert paper_text(*key) == "not in the paper"
+    assert paper_text("winogender_biased", "entropy") == "see its Table 14"
     text = " ".join(map(str, PAPER.values()))
     assert not re.search(r"1\.3B|0\.71 |0\.99|99 %|10 %|0\.57|0\.70\b", text)
 
