@@ -44,6 +44,9 @@ def nan_at_three(answers):
 
 def one_too_few(answers):
     return [0.0 for _ in answers[1:]]
+
+def length(texts):
+    return [float(len(text)) for text in texts]
 """
 
 
@@ -216,7 +219,12 @@ def test_win_rates(judges):
         ("--models base={small} --tasks refusal --judge.refusal eval_judges:nothing", "cannot be imported"),
         ("--models base={small} --tasks refusal --judge.refusal missing.jsonl", "missing.jsonl"),
         ("--models base={small} --gold x:y", "gold is compared with `reward`, which is not set"),
-        ("--models base={small} --tasks lambada --reward {small}", "has no file of ranked responses"),
+        ("--models base={small} --data empty --reward {small}", "eval: reward: empty has no file of ranked responses"),
+        ("--models base={small} --tasks lambada --reward {small}", "its scalar head was never trained"),
+        (
+            "--models base={small} --tasks lambada --reward eval_judges:length --gold eval_judges:length",
+            "gold: none of the models (base) is the folder of a PPO run with samples.jsonl",
+        ),
     ],
 )
 def test_bad_input(judges, folder, capsys, arguments, sentence):
@@ -334,6 +342,19 @@ def test_a_threshold_is_an_exit_status(capsys):
     captured = capsys.readouterr()
     assert "large: lambada.acc is" in captured.err and "below 0.99" in captured.err and "Results" in captured.out
     assert main([*rows, "--fail-under", "lambada=0"]) == 0
+
+
+def test_a_reward_on_the_demos_ranked_responses(judges, capsys):
+    """Without --data. Thresholds are those of the last language model, or the reward's own."""
+    rows = ["eval", "--models", *MODELS, "--tasks", "lambada", "--limit", "8", "--reward", f"{judges}:length"]
+    assert main([*rows, "--fail-under", "lambada=0.99", "reward_model=0.99", "base:lambada=0"]) == 1
+    captured = capsys.readouterr()
+    assert "large: lambada.acc is" in captured.err and f"{judges}:length: reward_model.pair_accuracy is" in captured.err
+    title = f"Reward model {judges}:length on rankings.jsonl"
+    assert title in captured.out and "|" not in captured.out and "pairs of 8 prompts" in captured.out
+    results = json.loads(Path("runs/eval/results.json").read_text())
+    assert {(r["task"], r["model"]) for r in results["reward"]} == {("reward_model", f"{judges}:length")}
+    assert f"## {title}" in Path("runs/eval/report.md").read_text()
 
 
 def test_the_list_names_every_task(capsys, monkeypatch):

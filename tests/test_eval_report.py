@@ -174,6 +174,14 @@ def test_judges_in_the_terminal():
     )
 
 
+def test_the_mean_of_toxicity_in_the_terminal():
+    assert judge_lines(RESULTS, short=True)[1:] == [
+        "toxicity: letters: labels by Perspective, n 3200, AUC 0.844",
+        "toxicity: of its mean score only differences mean something",
+        "preference: runs/rm: not validated",
+    ]
+
+
 def test_wide_tables_are_split():
     grid = Grid("t", ("", "n", "a", "b", "c"), (("row", "10", "1234567890", "1234567890", "1234567890"),))
     assert split_to_fit(grid, 60) == [grid]
@@ -237,6 +245,26 @@ def test_thresholds():
             check_thresholds(records, {name: 0.5})
     with pytest.raises(UserError, match="there are no results"):
         check_thresholds([], {"preference": 0.5})
+
+
+def test_thresholds_beside_a_reward_model():
+    reward = record("runs/rm", "reward_model", "pair_accuracy", (0.7, 0.6, 0.8, 40))
+    records = [*RESULTS["results"], reward]
+    assert check_thresholds(records, {"preference": 0.7, "reward_model": 0.6, "runs/rm:reward_model": 0.7}) == []
+    assert check_thresholds(records, {"preference": 0.9, "reward_model.pair_accuracy": 0.8}) == [
+        "my|ppo: preference.win_rate is 0.734 (n 200), below 0.9",
+        "runs/rm: reward_model.pair_accuracy is 0.7 (n 40), below 0.8",
+    ]
+
+
+def test_tables_of_a_section():
+    lines = ["- one | line", "", "| step | gold |", "|---|---|", "| 2 | 0.123 |", "| 14 | 1.0 |"]
+    results = {"results": [], "sections": {"ppo: curve": lines}}
+    console = Console(file=io.StringIO(), force_terminal=False)
+    print_report(results, GROUPS, console)
+    shown = "ppo: curve\n- one | line\n\n  step  gold\n  2     0.123\n  14    1.0\n"
+    assert shown in console.file.getvalue()
+    assert "## ppo: curve\n\n" + "\n".join(lines) in markdown(results, GROUPS)
 
 
 def test_panels():

@@ -12,8 +12,16 @@ from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import read_comparisons
 from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.estimates import mean
-from rlhf_fast.eval.gold_curve import best_of_n_curve, curve_lines, read_samples, run_curve, step_curve
+from rlhf_fast.eval.estimates import Estimate, mean
+from rlhf_fast.eval.gold_curve import (
+    CurvePoint,
+    best_of_n_curve,
+    change_line,
+    curve_lines,
+    read_samples,
+    run_curve,
+    step_curve,
+)
 from rlhf_fast.eval.reward_report import (
     Ranked,
     calibration,
@@ -153,6 +161,24 @@ def test_best_of_n():
         best_of_n_curve(proxy.tolist(), gold.tolist(), (6,))
 
 
+@pytest.mark.parametrize(
+    "proxy, gold, verdict",
+    [
+        (1, 1, "both rise."),
+        (1, -1, "the policy exploits the proxy."),
+        (1, 0, "the gold one's direction is not decided by so few samples."),
+        (0, -1, "the proxy's rise is not decided by so few samples."),
+        (0, 0, "neither direction is decided by so few samples."),
+    ],
+)
+def test_verdict_on_a_curve(proxy, gold, verdict):
+    def around(value):
+        return Estimate(value, value - 0.2, value + 0.2, 9)
+
+    points = [CurvePoint(1, around(0.0), around(0.0)), CurvePoint(9, around(proxy), around(gold))]
+    assert change_line(points).endswith(f": {verdict}")
+
+
 def test_curve_of_a_run(tmp_path):
     rows = [
         {"step": step, "prompt": f"p{i // 2}", "response": "x", "length": 1, "eos": True, "score": step + i, "kl": 0.5}
@@ -169,6 +195,16 @@ def test_curve_of_a_run(tmp_path):
     assert (whole.at, whole.proxy.value, whole.gold) == (10, 7.0, (0.0, 0.0, 0.0, 2))
     assert step_curve([], []) == []
     assert [p.gold.value for p in run_curve(tmp_path, lambda texts: map(len, texts))] == [3.0, 3.0]
+    assert change_line(curve).startswith(
+        "From the first steps to the last the proxy changes by +9.000 ± 17.969 and the gold"
+    )
+    assert change_line(curve[:1]) == ""
+    many = [{"step": i // 4, "prompt": f"p{i}", "response": "x", "score": i / 100} for i in range(80)]
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    assert [(p.at, p.proxy.n) for p in run_curve(tmp_path / "many", lambda texts: map(len, texts))] == [
+        (3, 16), (7, 16), (11, 16), (15, 16), (19, 16),
+    ]  # fmt: skip
     assert curve_lines(curve)[2].startswith("| 1 | 0.50 | 2.500 ± ") and curve_lines(curve)[2].endswith("| 2 |")
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "p", "response": "x"}\n')
     with pytest.raises(UserError, match=r"samples.jsonl:1: has no step, prompt, response and score"):

@@ -24,6 +24,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.eval.cells import show
 from rlhf_fast.eval.estimates import Estimate, mean
 from rlhf_fast.eval.measures import Measure, result_record
+from rlhf_fast.eval.paper import paper_text
 from rlhf_fast.model.model import Model
 from rlhf_fast.training.rewards import PythonReward, check_scores
 
@@ -196,6 +197,7 @@ def report_lines(found: RewardReport) -> list[str]:
         f" {cell('label_ties')} left out, ties of the scores {cell('score_ties')} count half)",
         f"- the response it puts first is the best in {cell('best_of_k')}, its mean rank is {cell('rank', 2)} (random"
         f" {estimates['best_of_k_random'].value:.3f}, mean rank {estimates['rank_random'].value:.2f}), n {n}",
+        f"- pair accuracy in the InstructGPT paper: {paper_text('reward_model', 'pair_accuracy')}",
     ]
     if found.calibration:
         lines.append(f"- calibration error {found.calibration_error:.3f} (n {found.num_pairs} pairs)")
