@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
+from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import read_comparisons
 from rlhf_fast.demo.run import BASE_MODELS
@@ -22,6 +24,7 @@ from rlhf_fast.eval.gold_curve import (
     run_curve,
     step_curve,
 )
+from rlhf_fast.eval.reward_records import ppo_models, reward_records
 from rlhf_fast.eval.reward_report import (
     Ranked,
     calibration,
@@ -33,6 +36,7 @@ from rlhf_fast.eval.reward_report import (
     score_comparisons,
 )
 from rlhf_fast.model.model import Model
+from rlhf_fast.run.info import sha256
 
 RANKED = [
     Ranked((3.0, 2.0, 1.0), (0, 1, 2)),  # 3 of 3 right, the best first
@@ -127,7 +131,9 @@ def test_a_model(tmp_path, one_thread):
     ]  # fmt: skip
     path = tmp_path / "ranked.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ranked = score_comparisons(model, str(path))
+    notes = []
+    ranked = score_comparisons(model, str(path), notes=notes)
+    assert notes == [f"{path}: 3 comparisons"]
     right, pairs = [], []
     data = read_comparisons(DataConfig(path=str(path)), model.tokenizer).train
     for found, row in zip(ranked, data.rows, strict=True):
@@ -212,3 +218,33 @@ def test_curve_of_a_run(tmp_path):
     (tmp_path / "samples.jsonl").write_text("{\n")
     with pytest.raises(UserError, match=r"samples.jsonl:1: not JSON"):
         read_samples(tmp_path / "samples.jsonl")
+
+
+def run_json(folder, stage, data=()):
+    """Write the run.json of a run of ours."""
+    parts = {"config": {}, "data": {str(path): sha256(path) for path in data}, "versions": {}, "machine": {}}
+    (folder / "run.json").write_text(json.dumps({"stage": stage, **parts}))
+
+
+def test_a_reward_model_on_what_it_was_trained_on(folder, one_thread):
+    row = {"prompt": "who is anna ?", "responses": ["anna is a cook .", "a .", "the ."], "ranks": [0, 1, 1]}
+    (folder / "rankings.jsonl").write_text(json.dumps(row) + "\n")
+    Model.load(ModelConfig(str(BASE_MODELS / "small")), head="scalar", fresh_head=True).save(folder / "rm")
+    cfg = EvalConfig(models=("a=b",), data=".", reward="rm")
+    for data in ((), (folder / "rankings.jsonl",)):
+        run_json(folder / "rm", "reward", data)
+        _, sections = reward_records(cfg, {})
+        (lines,) = sections.values()
+        assert lines[0] == "- rankings.jsonl: 1 comparisons"
+        assert any("rankings.jsonl: rm was trained on this file" in line for line in lines) == bool(data)
+
+
+def test_models_that_ppo_has_trained(folder):
+    for name in ("sft", "ppo", "other"):
+        (folder / name).mkdir()
+        (folder / name / "samples.jsonl").write_text("")
+    run_json(folder / "sft", "sft")
+    run_json(folder / "ppo", "ppo")
+    assert ppo_models({"a": "sft", "b": "ppo", "c": "other", "d": "nowhere"}) == {"b": "ppo"}
+    with pytest.raises(UserError, match=re.escape("gold: none of the models (a, c) is the folder of a PPO run")):
+        ppo_models({"a": "sft", "c": "other"})

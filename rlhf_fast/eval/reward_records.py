@@ -10,6 +10,7 @@ from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval import gold_curve, reward_report
+from rlhf_fast.eval.held_out import training_notes
 from rlhf_fast.eval.judges.reward_model import RewardModelJudge
 from rlhf_fast.eval.reward_report import TextReward
 from rlhf_fast.eval.sets import DEMO_SETS
@@ -39,14 +40,17 @@ def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[s
     """
     device = None if cfg.device == "auto" else cfg.device
     data = DataConfig(path=str(find_comparisons(cfg.data)), limit=cfg.limit)
+    notes: list[str] = []
     if is_function(cfg.reward):
         ranked = reward_report.score_comparisons(import_function(cfg.reward, "eval: reward"), data)
     else:
         model = Model.load(ModelConfig(path=cfg.reward, dtype=cfg.dtype), head="scalar", device=device)
         prompt_format, _ = model_prompt_format(cfg.reward, model.tokenizer, "auto", "eval: reward", strict=False)
-        ranked = reward_report.score_comparisons(model, data, prompt_format)
+        ranked = reward_report.score_comparisons(model, data, prompt_format, notes)
+        notes += training_notes([Path(data.path)], {cfg.reward: cfg.reward})
     found = reward_report.report(ranked)
-    sections = {f"Reward model {cfg.reward} on {Path(data.path).name}": reward_report.report_lines(found)}
+    lines = [*(f"- {note}" for note in notes), *reward_report.report_lines(found)]
+    sections = {f"Reward model {cfg.reward} on {Path(data.path).name}": lines}
     if cfg.gold:
         gold = load_gold(cfg, device)
         for name, path in ppo_models(models).items():

@@ -79,15 +79,21 @@ def reward_accuracy(reward: Model | TextReward, data: str | DataConfig) -> Estim
 
 
 def score_comparisons(
-    reward: Model | TextReward, data: str | DataConfig, prompt_format: PromptFormat | None = None
+    reward: Model | TextReward,
+    data: str | DataConfig,
+    prompt_format: PromptFormat | None = None,
+    notes: list[str] | None = None,
 ) -> list[Ranked]:
     """Return the rewards and ranks of each row of a comparisons file.
 
     prompt_format: that of a model's run, which replaces the file's template. A function reads prompts as plain text.
+    notes: gets a sentence on the rows that a model reads, and on those that are left out.
     """
     cfg = DataConfig(path=data) if isinstance(data, str) else data
     if isinstance(reward, Model):
         rows = read_comparisons(cfg, reward.tokenizer, context=reward.max_positions, prompt_format=prompt_format).train
+        if notes is not None:
+            notes.append(rows.notes)
         return [_score_batch(reward, batch) for batch in rows.in_order(1)]
     examples = read_examples(cfg.path, "comparisons", cfg.columns, cfg.limit, cfg.remove_columns)
     prompts = [prompt_as_text(example.prompt) for example in examples for _ in example.responses]
