@@ -245,7 +245,10 @@ def test_help_at_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
-    lines = [line.strip("│| ") for line in capsys.readouterr().out.splitlines()[5:] if set(line) - set("│-─ ")]
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) == 80 and "\n- each figure with" in shown
+    boxes = shown[shown.index("  -h, --help") :].splitlines()
+    lines = [line.strip("│| ") for line in boxes if set(line) - set("│-─ ")]
     flags = [line for line in lines if line.startswith("-")]
     assert len(lines) < 90 and len(flags) > 25 and sum("  " in line for line in flags) > 12
     for line, following in pairwise(lines):

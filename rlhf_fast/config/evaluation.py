@@ -36,11 +36,14 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
-    and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
-    same command goes on where it was stopped, and another judge needs no sampling."""
+    """Run the paper's evaluation on any number of models, side by side:
+    - truth, toxicity, bias, the alignment tax, refusals and preference
+    - each figure with a 95 % interval, and differences paired by row
+    - the same command goes on where it was stopped, by the answers in `out`
+    - another judge needs no sampling
+    """
 
-    # --help keeps the line breaks of these texts, so each line of them is a sentence.
+    # --help keeps the line breaks of these texts, so each line of them is a sentence. It wraps no description above.
     stage: ClassVar[str] = "eval"
 
     models: Annotated[tuple[str, ...], arg(metavar="NAME=MODEL")] = ()
@@ -139,9 +142,12 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class EvalOptions(EvalConfig):
-    """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
-    and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
-    same command goes on where it was stopped, and another judge needs no sampling."""
+    """Run the paper's evaluation on any number of models, side by side:
+    - truth, toxicity, bias, the alignment tax, refusals and preference
+    - each figure with a 95 % interval, and differences paired by row
+    - the same command goes on where it was stopped, by the answers in `out`
+    - another judge needs no sampling
+    """
 
     list: Switch = False
     """List the tasks, the file that each needs, what it measures and its judge; then stop."""
