@@ -273,7 +273,8 @@ def test_thresholds():
 
 def test_thresholds_beside_a_reward_model():
     reward = record("runs/rm", "reward_model", "pair_accuracy", (0.7, 0.6, 0.8, 40))
-    records = [*RESULTS["results"], reward]
+    curve = [record(m, "gold_curve", "gold", (0.1, 0.0, 0.2, 8), step=2) for m in ("ppo", "base")]
+    records = [*RESULTS["results"], reward, *curve]
     assert check_thresholds(records, {"preference": 0.7, "reward_model": 0.6, "runs/rm:reward_model": 0.7}) == []
     assert check_thresholds(records, {"preference": 0.9, "reward_model.pair_accuracy": 0.8}) == [
         "my|ppo: preference.win_rate is 0.734 (n 200), below 0.9",

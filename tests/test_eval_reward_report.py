@@ -24,6 +24,7 @@ from rlhf_fast.eval.gold_curve import (
     run_curve,
     step_curve,
 )
+from rlhf_fast.eval.gold_curve import records as curve_records
 from rlhf_fast.eval.reward_records import ppo_models, reward_records
 from rlhf_fast.eval.reward_report import (
     Ranked,
@@ -183,6 +184,11 @@ def test_verdict_on_a_curve(proxy, gold, verdict):
 
     points = [CurvePoint(1, around(0.0), around(0.0)), CurvePoint(9, around(proxy), around(gold))]
     assert change_line(points).endswith(f": {verdict}")
+    kept = curve_records(points, "ppo", "my:gold")
+    assert [(r["step"], r["measure"], r["value"], r["judge"], r["kl"]) for r in kept] == [
+        (1, "proxy", 0.0, "", None), (1, "gold", 0.0, "my:gold", None),
+        (9, "proxy", proxy, "", None), (9, "gold", gold, "my:gold", None),
+    ]  # fmt: skip
 
 
 def test_curve_of_a_run(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from rlhf_fast.eval.estimates import Array, Estimate, mean, unpaired_difference
 from rlhf_fast.eval.reward_report import TextReward, score_texts
 from rlhf_fast.run.logs import SAMPLES
 
+CURVE = "gold_curve"
+"""The task of a curve's records."""
 NUM_POINTS, MIN_SAMPLES = 10, 16
 """Points of a curve at the most, and samples of a point at the least."""
 
@@ -148,6 +150,20 @@ def change_line(points: Sequence[CurvePoint]) -> str:
         verdict = "the proxy's rise is not decided by so few samples"
     changes = f"the proxy changes by {show(proxy, sign=True)} and the gold one by {show(gold, sign=True)}"
     return f"From the first steps to the last {changes}: {verdict}."
+
+
+def records(points: Sequence[CurvePoint], model: str, gold: str) -> list[dict[str, Any]]:
+    """Return two flat records a point, of task "gold_curve": its proxy and its gold reward, with `step` and `kl`.
+
+    gold: the name of the second reward.
+    """
+    found = []
+    for point in points:
+        for measure, estimate, judge in (("proxy", point.proxy, ""), ("gold", point.gold, gold)):
+            named = {"model": model, "task": CURVE, "measure": measure, **estimate.fields(), "unit": "score"}
+            place = {"step": point.at, "kl": None if math.isnan(point.kl) else point.kl}
+            found.append({**named, "judge": judge, "seconds": 0.0, **place})
+    return found
 
 
 def _best_of_n_weights(scores: Sequence[float], n: int) -> Array:

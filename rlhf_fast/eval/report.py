@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.errors import UserError, listed, shortened
+from rlhf_fast.eval.gold_curve import CURVE
 from rlhf_fast.eval.tables import (
     EXCLUDES_ZERO,
     Grid,
@@ -136,9 +137,9 @@ def _record_of(name: str, records: Sequence[Record]) -> Record:
     model = next((model for model in models if name.startswith(f"{model}:")), None)
     wanted = name if model is None else name[len(model) + 1 :]
     task, _, measure = wanted.partition(".")
-    # a reward model's records are of its own task
-    others = models_of([record for record in records if (record["task"] == REWARD) == (task == REWARD)])
-    chosen = [record for record in records if record["model"] == (model or (others or [""])[-1])]
+    reports = (REWARD, CURVE)  # whose models are none of those that the other tasks compare, or in another order
+    others = [r for r in records if (r["task"] == task if task in reports else r["task"] not in reports)]
+    chosen = [record for record in records if record["model"] == (model or (models_of(others) or [""])[-1])]
     measure = measure or main_measure(task, chosen)
     for record in chosen:
         if (record["task"], record["measure"]) == (task, measure):

@@ -51,13 +51,15 @@ def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[s
     found = reward_report.report(ranked)
     lines = [*(f"- {note}" for note in notes), *reward_report.report_lines(found)]
     sections = {f"Reward model {cfg.reward} on {Path(data.path).name}": lines}
+    records = reward_report.records(found, cfg.reward)
     if cfg.gold:
         gold = load_gold(cfg, device)
         for name, path in ppo_models(models).items():
             points = gold_curve.run_curve(path, gold)
             lines = [*gold_curve.curve_lines(points), "", gold_curve.change_line(points)]
+            records += gold_curve.records(points, name, cfg.gold)
             sections[f"{name}: its reward (proxy) and {cfg.gold} (gold)"] = lines
-    return reward_report.records(found, cfg.reward), sections
+    return records, sections
 
 
 def ppo_models(models: Mapping[str, str]) -> dict[str, str]:
