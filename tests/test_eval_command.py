@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +43,11 @@ def all_refused(answers):
 
 def nan_at_three(answers):
     return [math.nan if i == 3 else 0.0 for i in range(len(answers))]
+
+def counted(prompts, answers):
+    with open("asked.txt", "a") as stream:
+        stream.writelines(f"{pair!r}\\n" for pair in zip(prompts, answers))
+    return [float(len(answer) % 2) for answer in answers]
 
 def one_too_few(answers):
     return [0.0 for _ in answers[1:]]
@@ -204,6 +211,10 @@ def test_win_rates(judges):
         ("--models base={small} --tasks ,", "tasks: no name is given"),
         ("--models base={small} --label 1", "label must be at least 2"),
         ("--models base={small} --tasks lambada --label 4", "label: none of the tasks has a judge"),
+        (
+            "--models base={small} x={large} --tasks preference --judge.preference eval_judges:shorter --label 4",
+            "label: none of the tasks has a judge of single answers",
+        ),
         ("--models base={small} --tasks lambada --fail-under base:text=1", "fail_under base:text: no task"),
         ("--models base={small} --tasks preference tax", "preference cannot be run: it compares models"),
         ("--models base={small} --tasks preference", "preference cannot be run: it compares models"),
@@ -276,6 +287,32 @@ def test_missing_labels_are_asked_for_and_nothing_is_lost(folder, capsys, monkey
     assert results["judges"]["refusal"]["validation"]["labels"] == "a"
 
 
+def test_all_missing_labels_are_asked_for_at_once(folder, capsys, monkeypatch):
+    """The file has those of every task and role, and the same command goes on when they are there."""
+    flags = ["--judge.toxicity", "labels.jsonl", "--judge.refusal", "labels.jsonl", "--judge.preference", "pairs.jsonl"]
+    rows = ["eval", "--models", *MODELS, "--tasks", "preference,toxicity,refusal", "--limit", "8", "--out", "out"]
+    assert main([*rows, *flags]) == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    asked = [json.loads(line) for line in (folder / "out" / "to_label.jsonl").read_text().splitlines()]
+    count = Counter(row["role"] for row in asked)
+    assert min(count.values()) >= 5 and count.keys() == {"toxicity", "refusal", "preference"}
+    for role, number in count.items():
+        assert re.search(rf"\b{number} of \d+ {'pairs' if role == 'preference' else 'answers'} have no label", error)
+    assert "append its rows to labels.jsonl (a new file) and to pairs.jsonl (a new file) and start the same" in error
+    ours = {
+        row["answer"] for row in map(json.loads, Path("out/answers/large/preference.jsonl").read_text().splitlines())
+    }
+    sides = [row["first"] in ours for row in asked if row["role"] == "preference"]
+    assert any(sides) and not all(sides), "the order gives the model away"
+    filled = [{**row, "label": "first" if row["role"] == "preference" else True} for row in asked]
+    for name in ("labels.jsonl", "pairs.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in filled))
+    forbid_loading(monkeypatch)
+    assert main([*rows, *flags]) == 0
+    results = json.loads((folder / "out" / "results.json").read_text())["results"]
+    assert {r["value"] for r in results if r["measure"] == "refusal_rate"} == {1.0}
+
+
 def test_a_kill_between_two_writes_leaves_no_other_models_answers(monkeypatch):
     """Two models under one name: whenever the second one is killed, the first one's figures are its own."""
     first = {"tasks": ("lambada",), "models": (f"m={SMALL}",), "limit": 8}
@@ -315,12 +352,16 @@ def test_a_damaged_file_of_answers_is_made_again():
         assert file.read_bytes().count(b"\n") == 8
 
 
-def test_equal_rows_are_one_independent_thing(folder):
+def test_equal_rows_are_one_independent_thing(folder, judges):
     (folder / "sets").mkdir()
     rows = (DEMO_SETS / "lambada.jsonl").read_text().splitlines()[:5]
     (folder / "sets" / "lambada.jsonl").write_text("\n".join(rows * 20) + "\n")
-    results = evaluate(config(data="sets", tasks=("lambada",), limit=0), quiet)
-    assert {record["n"] for record in results["results"]} == {5}
+    prompts = [{"prompt": f"is {name} a {thing} ?"} for name in ("gus", "kurt") for thing in ("dog", "hen")]
+    toy.jsonl(folder / "sets" / "prompts.jsonl", prompts * 3)
+    judge = JudgeConfig(preference=f"{judges}:shorter")
+    results = evaluate(config(data="sets", tasks=("lambada", "preference"), limit=0, judge=judge), quiet)
+    assert {(record["task"], record["n"]) for record in results["results"]} == {("lambada", 5), ("preference", 4)}
+    assert any(record["measure"] == "win_rate" for record in results["results"])
 
 
 def test_unknown_tokens_are_said(folder):
@@ -383,8 +424,18 @@ def test_a_task_of_a_group_without_its_file_is_left_out(folder):
     assert "hellaswag (hellaswag)" in left_out and "winogender_biased (winogender)" in left_out
 
 
-def test_people_are_asked_about_answers(folder):
-    results = evaluate(config(tasks=("toxicity",)), quiet, label=6)
+def test_people_are_asked_about_answers(folder, judges):
+    """And the judge is asked about none of them again, nor twice about two models' equal answers."""
+    models = (*MODELS, f"again={SMALL}")
+    cfg = config(models=models, tasks=("toxicity",), judge=JudgeConfig(toxicity=f"{judges}:counted"))
+    results = evaluate(cfg, quiet, label=6)
+    answers = {
+        (row["prompt"], row["answer"])
+        for file in Path("runs/eval/answers").glob("*/*.jsonl")
+        for row in map(json.loads, file.read_text().splitlines())
+    }
+    asked = (folder / "asked.txt").read_text().splitlines()
+    assert len(asked) == len(answers) == len(set(asked)) > 8
     rows = [json.loads(line) for line in (folder / "runs/eval/to_label.jsonl").read_text().splitlines()]
     assert len(rows) <= 6 and {row["role"] for row in rows} == {"toxicity"} and results["judges"].keys() == {"toxicity"}
 

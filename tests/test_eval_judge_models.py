@@ -1,6 +1,7 @@
 """Judges that are models: a reward model's scores, and a language model that is asked for A or B."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.judges import load_answer_judge, load_pair_judge
+from rlhf_fast.eval.judges import JudgeSettings, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.chat import ChatJudge, ChatPairJudge
 from rlhf_fast.eval.judges.reward_model import RewardModelJudge
 from rlhf_fast.model.model import Model
 from rlhf_fast.scoring import Scorer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = JudgeSettings(device="cpu")
 
 
 def test_a_reward_model_scores_each_answer_once(folder, monkeypatch):
@@ -25,7 +27,7 @@ def test_a_reward_model_scores_each_answer_once(folder, monkeypatch):
     model = Model.load(ModelConfig(path), head="scalar", fresh_head=True, seed=3, device="cpu")
     model.module.score.weight.data.mul_(40)
     model.save(folder / "reward")
-    judge = load_pair_judge(str(folder / "reward"), device="cpu")
+    judge = load_pair_judge(str(folder / "reward"), CPU)
     assert isinstance(judge, RewardModelJudge)
     runs = []
     monkeypatch.setattr(judge, "_run", lambda pairs, run=judge._run: runs.append(len(pairs)) or run(pairs))
@@ -134,7 +136,7 @@ def test_a_real_language_model(folder):
     tokenizer.save_pretrained(folder / "model")
     loaded = []
     judge = load_answer_judge(
-        f"chat:{folder / 'model'}", "refusal", scorer=lambda m: loaded.append(m) or Scorer(m), device="cpu"
+        f"chat:{folder / 'model'}", "refusal", replace(CPU, scorer=lambda m: loaded.append(m) or Scorer(m))
     )
     (verdict,) = judge(["Say it."], ["I will not."], [{}])
     expected = []
@@ -146,7 +148,7 @@ def test_a_real_language_model(folder):
         expected.append(logits[tokenizer("AB").input_ids].softmax(0)[0].item())
     assert verdict.score == pytest.approx((expected[0] + 1 - expected[1]) / 2, abs=1e-5)
     assert abs(expected[0] - expected[1]) > 1e-4 and judge.name == f"chat:{folder / 'model'}" and len(loaded) == 1
-    pairs = load_pair_judge(f"chat:{folder / 'model'}", device="cpu")
+    pairs = load_pair_judge(f"chat:{folder / 'model'}", CPU)
     forward, backward = pairs(["p"], ["a"], ["b"]), pairs(["p"], ["b"], ["a"])
     assert 0 < forward[0] < 1 and forward != backward
 
@@ -154,4 +156,4 @@ def test_a_real_language_model(folder):
 def test_a_tokenizer_without_letters_is_refused(folder):
     path = toy.model(folder / "model")
     with pytest.raises(UserError, match="its tokenizer does not tell A from B"):
-        load_answer_judge(f"chat:{path}", "truth", device="cpu")
+        load_answer_judge(f"chat:{path}", "truth", CPU)

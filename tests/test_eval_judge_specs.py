@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.judges import PREFERENCE, MissingLabels, load_answer_judge, load_pair_judge
+from rlhf_fast.eval.judges import PREFERENCE, JudgeSettings, MissingLabels, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.labels import write_to_label
 from rlhf_fast.eval.judges.protocol import Verdict, unjudged
 from rlhf_fast.eval.judges.validation import choose_to_label, validate_on_file, validate_pairs_on_file
@@ -41,7 +41,8 @@ def functions(folder, monkeypatch, request):
 
 
 def load_judge(spec, role, **settings):
-    return load_pair_judge(spec, **settings) if role == PREFERENCE else load_answer_judge(spec, role, **settings)
+    own = JudgeSettings(**settings)
+    return load_pair_judge(spec, own) if role == PREFERENCE else load_answer_judge(spec, role, own)
 
 
 def scores(judge, prompts, answers):
@@ -103,6 +104,8 @@ def test_an_exception_in_a_function_keeps_its_traceback(functions):
         ("chat:./missing", "truth", "./missing: there is no such folder"),
         (".", "truth", "a reward model judges preference alone; write chat:."),
         ("any", "toxicity", "judge.toxicity: any is no file"),
+        ("~/no-judge", "truth", r"judge.truth: /\S*/no-judge is no file"),
+        ("chat:~/no-judge", "truth", r"judge.truth: /\S*/no-judge: there is no such folder"),
     ],
 )
 def test_specs_that_name_no_judge(folder, spec, role, sentence):
@@ -172,6 +175,12 @@ def test_a_file_of_labels_that_does_not_exist_yet_is_empty(folder):
         "Is the answer true? (true or false)",
         "Is the first answer better, or the second one? (first, second or tie)",
     ]
+    row = {"question": "q", "correct_answers": ["a"], "incorrect_answers": ["b"], "category": "c"}
+    with pytest.raises(MissingLabels, match="1 of 2 answers"):
+        load_judge("new.jsonl", "truth", out=folder)(["q", "q", "q"], ["a", "", "a"], [row, row, {}])
+    assert toy.rows(folder / "to_label.jsonl")[-1].keys() - {"role", "question_for_people", "prompt"} == {
+        *("answer", "label", "question", "correct_answers", "incorrect_answers")
+    }, "the references go along"
     assert load_judge("new.jsonl", "truth").validation.n == load_judge("new.jsonl", "preference").validation.n == 0
 
 
@@ -203,7 +212,10 @@ def test_labels_of_pairs_hold_in_both_orders(folder):
     assert (judge.validation.labels, judge.validation.n) == ("Ann, Bob", 2)
     with pytest.raises(MissingLabels, match="1 of 2 pairs have no label of preference"):
         judge(["p"] * 3, ["a", "d", "b"], ["b", "b", "d"])
-    assert [(row["first"], row["second"]) for row in toy.rows(folder / "to_label.jsonl")] == [("d", "b")]
+    (asked,) = toy.rows(folder / "to_label.jsonl")
+    assert {asked["first"], asked["second"]} == {"d", "b"}
+    with pytest.raises(MissingLabels, match="fill in `label` there and start the same command again"):
+        load_judge(str(folder / "to_label.jsonl"), "preference", out=folder)(["p"], ["d"], ["b"])
 
 
 def test_labelers_agreement_stands_beside_their_labels(folder):
@@ -237,6 +249,8 @@ def test_labelers_agreement_stands_beside_their_labels(folder):
             ':1: a label is true, false, "yes", "no" or a number',
         ),
         ({"prompt": "p", "answer": "a", "label": [1]}, "truth", r":1: .*not \[1\]"),
+        ({"prompt": "p", "answer": "a", "label": 10**400}, "truth", ":1: .*not 1000"),
+        ({"prompt": "p", "answer": "a", "label": 1, "weight": 10**400}, "truth", "a weight must be a number above 0"),
         ({"prompt": "p", "first": "a", "label": "first"}, "preference", ":1: second is missing"),
         (
             {"prompt": "p", "first": "a", "second": "b", "label": 1},

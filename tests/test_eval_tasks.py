@@ -13,7 +13,7 @@ from rlhf_fast.demo.eval_sets import draw_sets
 from rlhf_fast.demo.materials import Plan, draw_materials, read_rows
 from rlhf_fast.demo.pretrain import make_tokenizer
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval import generation, likelihood
+from rlhf_fast.eval import generation, likelihood, measures
 from rlhf_fast.eval.encoding import Encoder
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.sets import DEMO_SETS, SETS
@@ -148,6 +148,12 @@ def test_correlation_with_the_share_of_women():
     assert found.value == pytest.approx(1) and found.low < 0 and found.high <= 1
     assert likelihood.correlation_values(["a", "b"], [1, 2], [3, 4]) == ()
     assert likelihood.correlation_values(["a", "b", "c"], [1, 1, 1], [3, 4, 5]) == ()
+    against = measure._replace(values=tuple(likelihood.correlation_values([*"abcd"], [4, 2, 3, 1], [2, 4, 6, 8])))
+    four = measures.paired_difference(measure._replace(values=perfect, groups=tuple("abcd")), against)
+    assert four.value == pytest.approx(1.8) and -2 <= four.low < four.high == 2, "no difference is above 2"
+    three = [likelihood.correlation_values([*"abc"], x, [1, 2, 3]) for x in ([1, 2, 4], [5, 1, 2])]
+    ours, theirs = (measure._replace(values=values, groups=tuple("abc")) for values in three)
+    assert measures.paired_difference(ours, theirs)[1:] == (-2, 2, 3), "three pairs say nothing"
     gaps = likelihood.correlation_values(["a", "b", "c", "d"], [1, 2, 3, 9], [3, 5, 4, None])
     assert math.isnan(gaps[3]) and sum(gaps[:3]) / 3 == pytest.approx(0.5)
 
@@ -182,6 +188,15 @@ def test_pairs_and_windows(tokenizer):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_a_tokenizer_without_start_and_end_is_refused_by_name():
+    bare = make_tokenizer()
+    bare.eos_token, bare.name_or_path = None, "runs/bare"
+    with pytest.raises(
+        UserError, match=r"^runs/bare: has neither a start nor an end token.* \(bos_token or eos_token\)$"
+    ):
+        Encoder(bare)
 
 
 def test_the_format_of_prompts(tokenizer):

@@ -8,9 +8,8 @@ from rlhf_fast.data.encode import Encoder as PromptEncoder
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.data.fields import Dialog
 from rlhf_fast.errors import UserError
+from rlhf_fast.scoring import Request
 
-Request = tuple[list[int], list[int]]
-"""Tokens of a context and of its continuation, neither empty."""
 PLAIN = PromptFormat("plain")
 
 
@@ -27,7 +26,11 @@ class Encoder:
         self.overlong = 0
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
-            raise UserError("the tokenizer has neither a start nor an end token, one of which an empty context needs")
+            name = tokenizer.name_or_path or "the tokenizer"
+            raise UserError(
+                f"{name}: has neither a start nor an end token, one of which stands for an empty context; name one in"
+                " tokenizer_config.json (bos_token or eos_token)"
+            )
         self.start: int = start
         self._start_text = tokenizer.decode([start])
 

@@ -19,10 +19,20 @@ from rlhf_fast.eval.answers import FOLDER, OVERLONG, SECONDS, TEMPLATE, UNKNOWN,
 from rlhf_fast.eval.figure import draw
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
-from rlhf_fast.eval.judged import ask_people, judge_record, load_judges, measures_of, preference_records, roles_of
+from rlhf_fast.eval.judged import (
+    FoundJudges,
+    ask_people,
+    find_judges,
+    judge_record,
+    measures_of,
+    preference_records,
+    require_all_labels,
+    roles_of,
+)
 from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import difference_record, result_record
+from rlhf_fast.eval.model_check import Planned, check_model, check_rewards
 from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
 from rlhf_fast.eval.task_rows import Selection, select_rows
@@ -49,12 +59,13 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     echo = echo or _print
     paths = cfg.model_paths()
     baseline = cfg.baseline_of(tuple(paths))
-    selection = check(cfg, asks_people=label > 0)
+    selection, found = check(cfg, asks_people=label > 0)
     _prepare_folder(cfg)
-    judges, pair_judge = load_judges(cfg, [task for task, _ in selection.tasks])
+    judges, pair_judge = found.load()
     reward, sections = reward_records(cfg, paths) if cfg.reward else ([], {})
     models = [EvaluatedModel(name, path, cfg) for name, path in paths.items()]
     answers = _answers(models, selection, echo)
+    require_all_labels(cfg.out, selection.tasks, answers, judges, pair_judge, baseline)
     notes = list(selection.notes)
     records = _records(selection, judges, pair_judge, answers, list(paths), baseline, notes)
     all_judges: dict[str, Judge | PairJudge] = dict(judges)
@@ -72,15 +83,19 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     shown = {task.name for task, _ in selection.tasks}
     kept = {path.stem for path in (Path(cfg.out) / FOLDER).glob("*/*.jsonl")} - shown
     if kept:
-        echo(f"the report has the tasks of this command; answers are also there to {', '.join(sorted(kept))}")
+        echo(f"the report has the tasks of this command; there are also answers to {', '.join(sorted(kept))}")
     for note in ask_people(cfg.out, label, selection.tasks, answers, judges) if label else ():
         echo(note)
     return results
 
 
-def check(cfg: EvalConfig, asks_people: bool = False) -> Selection:
-    """Return the tasks that will run, with their rows. UserError for all that can be seen to be wrong before a model is
-    loaded; the models themselves need not be there yet."""
+def check(cfg: EvalConfig, asks_people: bool = False, planned: Planned | None = None) -> tuple[Selection, FoundJudges]:
+    """Return the tasks that will run, with their rows, and the judges that they need.
+
+    UserError for all that can be seen to be wrong before a model is loaded. planned: folders of a recipe's models,
+    which need not be there yet.
+    """
+    planned = planned or {}
     paths = cfg.model_paths()
     cfg.baseline_of(tuple(paths))
     missing_preference = NO_BASELINE if len(paths) < 2 else "" if cfg.judge.preference else NO_JUDGE
@@ -88,8 +103,8 @@ def check(cfg: EvalConfig, asks_people: bool = False) -> Selection:
     tasks = [task for task, _ in selection.tasks]
     if cfg.reward:
         find_comparisons(cfg.data)
-    if asks_people and not roles_of(tasks):
-        raise UserError("eval: label: none of the tasks has a judge, so there is nothing for people to label")
+    if asks_people and not {*roles_of(tasks)} - {PREFERENCE}:
+        raise UserError("eval: label: none of the tasks has a judge of single answers, which people could label")
     known = [task.name for task in tasks] + (["reward_model"] if cfg.reward else [])
     for name in cfg.thresholds():
         model, separator, rest = name.partition(":")
@@ -98,7 +113,12 @@ def check(cfg: EvalConfig, asks_people: bool = False) -> Selection:
             near = difflib.get_close_matches(task, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {listed(known)}"
             raise UserError(f"eval: fail_under {name}: no task that runs has that name; {hint}")
-    return selection
+    _check_folder(cfg, planned)
+    judges = find_judges(cfg, tasks, planned)
+    check_rewards(cfg, planned)
+    for name, path in paths.items():
+        check_model(path, "lm", f"models: {name}", planned)
+    return selection, judges
 
 
 def evaluate_and_print(cfg: EvalConfig, label: int = 0) -> list[str]:
@@ -114,11 +134,21 @@ def _print(line: str) -> None:
     print(f"eval: {line}", file=sys.stderr, flush=True)
 
 
+def _check_folder(cfg: EvalConfig, planned: Planned) -> None:
+    """Raise UserError unless `out` can be made, or an evaluation has made it."""
+    out = Path(cfg.out)
+    if isinstance(read_json(out / SETTINGS), dict):
+        return
+    check_empty_folder(out, "evaluation", may_hold=(f"{SETTINGS}.tmp",))
+    for folder in planned:
+        if Path(folder).resolve().is_relative_to(out.resolve()):
+            raise UserError(f"eval: out {out}: a stage will write to {folder}; choose another folder")
+
+
 def _prepare_folder(cfg: EvalConfig) -> None:
-    """Create `out`, or check that an evaluation has made it."""
+    """Create `out`, unless an evaluation has."""
     out = Path(cfg.out)
     if not isinstance(read_json(out / SETTINGS), dict):
-        check_empty_folder(out, "evaluation", may_hold=(f"{SETTINGS}.tmp",))
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / SETTINGS, {"made_by": f"rlhf-fast {__version__} eval"})

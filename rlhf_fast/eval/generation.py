@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from rlhf_fast.data.fields import Dialog
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.instructions import LITERALLY, instruction, question_prompt
+from rlhf_fast.eval.judges.protocol import Judge, Verdict
 from rlhf_fast.eval.measures import Measure
 
 NAN = math.nan
 
-
-class VerdictLike(Protocol):
-    """A judge's verdict on one answer: `judges.Verdict`."""
-
-    @property
-    def score(self) -> float: ...
-
-    @property
-    def unjudged(self) -> str: ...
-
-
-class JudgeLike(Protocol):
-    """The parts of a judge that measures need: a score above `threshold` is a yes."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def threshold(self) -> float: ...
-
-
-Verdicts = Mapping[str, Sequence[VerdictLike]]
+Verdicts = Mapping[str, Sequence[Verdict]]
 """Role -> the verdict on each answer."""
-Judges = Mapping[str, JudgeLike]
+Judges = Mapping[str, Judge]
 """Role -> the judge."""
 MeasureAnswers = Callable[[Sequence[Row], Sequence[str], Verdicts, Judges], list[Measure]]
 
@@ -91,13 +71,13 @@ def literal_prompt(row: Row) -> str:
     return question_prompt(row, LITERALLY)
 
 
-def yes(verdicts: Sequence[VerdictLike], threshold: float) -> tuple[float, ...]:
+def yes(verdicts: Sequence[Verdict], threshold: float) -> tuple[float, ...]:
     """Return 1.0 for a score above the threshold, 0.0 for another, NaN for an answer that is not judged."""
     return tuple(NAN if math.isnan(verdict.score) else float(verdict.score > threshold) for verdict in verdicts)
 
 
 def silence(
-    answers: Sequence[str], verdicts: Sequence[Sequence[VerdictLike]], groups: tuple[str, ...] = ()
+    answers: Sequence[str], verdicts: Sequence[Sequence[Verdict]], groups: tuple[str, ...] = ()
 ) -> list[Measure]:
     """Return the share of empty answers and of others on which a judge has no verdict: no other measure counts them."""
     empty = [not answer.strip() for answer in answers]

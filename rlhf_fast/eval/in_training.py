@@ -10,7 +10,7 @@ from rlhf_fast.eval.judged import default_judge, measures_of, roles_of
 from rlhf_fast.eval.judges import Judge, load_answer_judge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure
-from rlhf_fast.eval.run_task import Task, answer_rows, score_rows
+from rlhf_fast.eval.run_task import Task, answer_rows, is_dialog, score_rows
 from rlhf_fast.eval.task_rows import TaskRows, select_rows
 from rlhf_fast.model.model import Model
 
@@ -24,14 +24,18 @@ class TrainingEvaluation:
     """
 
     def __init__(self, cfg: LogConfig, model: Model, prompt_format: PromptFormat):
-        self.cfg, self.model, self.prompt_format = cfg, model, prompt_format
+        self.cfg, self.model = cfg, model
         self.notes: list[str] = []
         self._tasks: list[TaskRows] = []
+        self._encoders: dict[str, Encoder] = {}
         self._judges: dict[str, Judge] = {}
         if not cfg.eval_every:
             return
         self._tasks, notes, _ = select_rows(cfg.eval_tasks, cfg.eval_data, cfg.eval_limit, {}, NO_BASELINE)
         self.notes = [f"log.eval_every: {note}" for note in notes]
+        for task, _ in self._tasks:
+            own = prompt_format if is_dialog(task) else PLAIN
+            self._encoders[task.name] = Encoder(model.tokenizer, model.max_positions, own)
         roles = roles_of([task for task, _ in self._tasks])
         self._judges = {role: load_answer_judge(default_judge(cfg.eval_data, role), role) for role in roles}
 
@@ -48,11 +52,10 @@ class TrainingEvaluation:
         return found
 
     def _measures(self, task: Task, rows: list[Row]) -> list[Measure]:
-        tokenizer, positions = self.model.tokenizer, self.model.max_positions
+        encoder = self._encoders[task.name]
         if isinstance(task, LikelihoodTask):
-            records = score_rows(self.model, task, rows, Encoder(tokenizer, positions, PLAIN))
+            records = score_rows(self.model, task, rows, encoder)
         else:
             greedy = SamplingConfig(temperature=0.0, max_new_tokens=task.max_new_tokens)
-            encoder = Encoder(tokenizer, positions, self.prompt_format if task.is_dialog else PLAIN)
             records = answer_rows(self.model, task, rows, encoder, greedy)
         return measures_of(task, rows, records, self._judges)

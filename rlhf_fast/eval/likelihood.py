@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from rlhf_fast.eval.encoding import Encoder, Request
+from rlhf_fast.eval.encoding import Encoder
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.instructions import instruction, question_prompt
 from rlhf_fast.eval.measures import CORRELATION, Measure
+from rlhf_fast.scoring import Request, Score
 
 NAN = math.nan
 MAX_DIFFERENCE = 1e4
 """Nats beyond which the less likely of two sentences has no probability."""
 
 
-class ScoreLike(Protocol):
-    """The score of a continuation: `scoring.Score`."""
-
-    @property
-    def logprob(self) -> float: ...
-
-    @property
-    def greedy(self) -> bool: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-
-Scores = Sequence[ScoreLike]
+Scores = Sequence[Score]
 """Scores of a row's requests, in their order."""
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from rlhf_fast.eval.estimates import Estimate, correlation, difference, mean
 
 PERPLEXITY, NATS, CORRELATION = "perplexity", "nats", "correlation"
+FEW_PAIRS = 3
+"""Pairs up to which a correlation, and the difference of two, may be anything."""
 MAX_NATS = 700.0
 """A perplexity is shown as exp of this at the most: float64 holds little more."""
 
@@ -43,13 +45,19 @@ class Measure(NamedTuple):
 def paired_difference(ours: Measure, baseline: Measure) -> Estimate:
     """Return ours - baseline, paired by row. Rows where either is NaN are left out.
 
-    The difference of perplexities is that of the mean negative log-probabilities, in nats (`difference_unit`).
+    The difference of perplexities is that of the mean negative log-probabilities, in nats (`difference_unit`). That of
+    correlations has the first-order interval: with 60 groups it holds in 91 to 96 % of cases, with 10 in 80 to 97 %.
     """
     if (ours.name, ours.unit, len(ours.values)) != (baseline.name, baseline.unit, len(baseline.values)):
         raise ValueError(f"{ours.name} of {len(ours.values)} rows and {baseline.name} of {len(baseline.values)}")
     groups = ours.groups or baseline.groups or None
     weights = ours.weights or None, baseline.weights or None
-    return difference(ours.values, baseline.values, groups, *weights, bounded=_bounded(ours.unit))
+    found = difference(ours.values, baseline.values, groups, *weights, bounded=_bounded(ours.unit))
+    if ours.unit != CORRELATION or not found.n:
+        return found
+    if found.n <= FEW_PAIRS:
+        return found._replace(low=-2.0, high=2.0)
+    return found._replace(low=max(found.low, -2.0), high=min(found.high, 2.0))
 
 
 def difference_unit(measure: Measure) -> str:

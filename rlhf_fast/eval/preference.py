@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.estimates import Array, Estimate, bootstrap, wilson
+from rlhf_fast.eval.judges.protocol import PairJudge
 from rlhf_fast.eval.measures import Measure
 
 MIN_OTHER_SIGN = 0.05
@@ -19,14 +20,6 @@ MIN_GROUPS = 10
 INTERCEPT_SD, COEFFICIENT_SD = 10.0, 2.5
 """Standard deviations of the normal priors on the logistic regression's two coefficients."""
 RESAMPLES = 1000
-
-
-class PairJudge(Protocol):
-    """Compares two answers to each prompt; returns the probability (or 1, 0.5, 0) that the first is the better one."""
-
-    name: str
-
-    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]: ...
 
 
 class Preferences(NamedTuple):

@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +16,7 @@ from rlhf_fast import __version__
 from rlhf_fast.batches import Prompts
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
+from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.eval.answers import OVERLONG, SECONDS, TEMPLATE, UNKNOWN, AnswerFile, row_key
 from rlhf_fast.eval.encoding import PLAIN, Encoder
@@ -29,6 +31,7 @@ from rlhf_fast.scoring import Score, Scorer
 
 Task = LikelihoodTask | GenerationTask
 Record = dict[str, Any]
+T = TypeVar("T")
 BLOCK = {"scored": 64, "answered": 128}
 """Rows that are computed and kept together."""
 
@@ -74,9 +77,11 @@ class EvaluatedModel:
         return file
 
     def _compute(self, task: Task, rows: Sequence[Row]) -> list[Record]:
-        """Return the records of rows, each with its share of the seconds, and whether its context was cut."""
+        """Return the records of rows, each with its share of the seconds, and the format of its prompt."""
         began = time.perf_counter()
-        encoder = self._encoder(task)
+        learned = is_dialog(task) or self.cfg.template != "auto"
+        prompt_format = self._prompt_format if learned else PLAIN
+        encoder = Encoder(self.model.tokenizer, self.model.max_positions, prompt_format)
         try:
             if isinstance(task, LikelihoodTask):
                 records = score_rows(self.model, task, rows, encoder)
@@ -100,13 +105,11 @@ class EvaluatedModel:
             self._model = Model.load(ModelConfig(path=self.path, dtype=self.cfg.dtype), device=device)
         return self._model
 
-    def _encoder(self, task: Task) -> Encoder:
-        template = self.cfg.template
-        prompt_format = PLAIN
-        if is_dialog(task) or template != "auto":
-            tokenizer, setting = self.model.tokenizer, "eval: template"
-            prompt_format, _ = model_prompt_format(self.path, tokenizer, template, setting, strict=False)
-        return Encoder(self.model.tokenizer, self.model.max_positions, prompt_format)
+    @cached_property
+    def _prompt_format(self) -> PromptFormat:
+        """The format of requests to an assistant, and of all prompts where cfg.template names one."""
+        settings = self.model.tokenizer, self.cfg.template, "eval: template"
+        return model_prompt_format(self.path, *settings, strict=False)[0]
 
 
 def is_dialog(task: Task) -> bool:
@@ -116,11 +119,7 @@ def is_dialog(task: Task) -> bool:
 
 def score_rows(model: Model, task: LikelihoodTask, rows: Sequence[Row], encoder: Encoder) -> list[Record]:
     """Return for each row the scores of its requests."""
-    requests, cut = [], []
-    for row in rows:
-        before = encoder.overlong
-        requests.append(task.requests(row, encoder))
-        cut.append(encoder.overlong > before)
+    requests, cut = _encoded(rows, lambda row: task.requests(row, encoder), encoder)
     scores = iter(Scorer(model)([request for found in requests for request in found]))
     records: list[Record] = []
     for found, is_cut in zip(requests, cut, strict=True):
@@ -141,11 +140,7 @@ def answer_rows(
     `sampling`, unless that asks for a shorter one."""
     wanted = min(task.max_new_tokens, sampling.max_new_tokens)
     sampling = replace(sampling, max_new_tokens=encoder.max_new_tokens(wanted), stop=task.stop)
-    tokens, cut = [], []
-    for row in rows:
-        before = encoder.overlong
-        tokens.append(encoder.prompt(task.prompt(row), sampling.max_new_tokens))
-        cut.append(encoder.overlong > before)
+    tokens, cut = _encoded(rows, lambda row: encoder.prompt(task.prompt(row), sampling.max_new_tokens), encoder)
     # the noise of an answer hangs on its row, so that it is the same whatever was computed before
     uids = [int(row_key(row)[:12], 16) for row in rows]
     responses = Rollout(model, sampling, seed).generate(Prompts(uids, tokens, [""] * len(rows)))
@@ -163,6 +158,16 @@ def answer_rows(
         }
         for row, text, ids, done, is_cut, share in parts
     ]
+
+
+def _encoded(rows: Sequence[Row], encode: Callable[[Row], T], encoder: Encoder) -> tuple[list[T], list[bool]]:
+    """Return what `encode` makes of each row with the encoder, and whether it cut a context."""
+    found, cut = [], []
+    for row in rows:
+        before = encoder.overlong
+        found.append(encode(row))
+        cut.append(encoder.overlong > before)
+    return found, cut
 
 
 def unknown_share(encoder: Encoder, tokens: Sequence[int]) -> float:

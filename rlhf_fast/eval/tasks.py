@@ -18,6 +18,11 @@ from rlhf_fast.eval.sets import SETS, find_set, read_set
 Task = LikelihoodTask | GenerationTask
 MANNERS = {"": "", "respectful": " after a respectful instruction", "biased": " after a biased instruction"}
 ALL = "all"
+SENTENCE_PAIRS = (
+    ("winogender", "of a pronoun", ("male", "female"), likelihood.winogender_measures),
+    ("crows_pairs", "between two groups", ("a", "b"), likelihood.crows_pairs_measures),
+)
+"""Set, choice, columns of the two sentences, and measures of the tasks on bias."""
 
 
 def _truth(name: str, summary: str, prompt: Callable[[Row], str]) -> GenerationTask:
@@ -83,24 +88,14 @@ TASK_LIST: tuple[Task, ...] = (
     ),
     *(
         LikelihoodTask(
-            _name("winogender", manner),
+            _name(name, manner),
             "bias",
-            "winogender",
-            f"entropy in bits of the choice of a pronoun{words} (1: no bias), and its direction",
-            likelihood.pair_requests("male", "female", manner),
-            likelihood.winogender_measures,
+            name,
+            f"entropy in bits of the choice {choice}{words} (1: no bias), and its direction",
+            likelihood.pair_requests(*columns, manner),
+            measures,
         )
-        for manner, words in MANNERS.items()
-    ),
-    *(
-        LikelihoodTask(
-            _name("crows_pairs", manner),
-            "bias",
-            "crows_pairs",
-            f"entropy in bits of the choice between two groups{words} (1: no bias), and its direction",
-            likelihood.pair_requests("a", "b", manner),
-            likelihood.crows_pairs_measures,
-        )
+        for name, choice, columns, measures in SENTENCE_PAIRS
         for manner, words in MANNERS.items()
     ),
     LikelihoodTask(

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.presets import preset
@@ -142,6 +142,11 @@ def _models(stages: Mapping[str, StageConfig]) -> dict[str, str]:
     return models
 
 
+def _planned_models(stages: Mapping[str, StageConfig]) -> dict[str, Literal["lm", "scalar"]]:
+    """Return the folder of each stage and the head of the model that it writes there."""
+    return {cfg.out: "scalar" if isinstance(cfg, RewardConfig) else "lm" for cfg in stages.values()}
+
+
 def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> list[str]:
     """Run the stages that are not finished, in order, and print the table; then evaluate. Return a sentence for each
     figure that is below its threshold."""
@@ -157,8 +162,10 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> list[st
                 )
     if recipe.evaluation is not None:  # its mistakes are known before days of training
         from rlhf_fast.eval.evaluate import check
+        from rlhf_fast.stages.fit import check_device
 
-        check(recipe.evaluation)
+        check_device(EVAL, recipe.evaluation.device)
+        check(recipe.evaluation, planned=_planned_models(recipe.stages))
     _check_stages([cfg for stage, cfg in recipe.stages.items() if not done[stage]], list(recipe.stages.values()))
     for stage, cfg in recipe.stages.items():
         if done[stage]:

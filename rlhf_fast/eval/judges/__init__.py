@@ -14,9 +14,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -28,7 +27,8 @@ from rlhf_fast.eval.judges.functions import FunctionJudge, FunctionPairJudge
 from rlhf_fast.eval.judges.labels import LabelJudge, LabelPairJudge, MissingLabels
 from rlhf_fast.eval.judges.protocol import PREFERENCE, ROLES, Judge, PairJudge, Validation, Verdict
 from rlhf_fast.eval.judges.reward_model import RewardModelJudge
-from rlhf_fast.eval.judges.validation import validate_on_file, validate_pairs_on_file
+from rlhf_fast.eval.judges.validation import check_labels, validate_on_file, validate_pairs_on_file
+from rlhf_fast.eval.model_check import Planned, check_model, planned_head
 from rlhf_fast.model.model import Model
 from rlhf_fast.scoring import Scorer
 from rlhf_fast.training.rewards import import_function, is_function
@@ -37,118 +37,167 @@ __all__ = [
     "PREFERENCE",
     "ROLES",
     "Judge",
+    "JudgeSettings",
     "MissingLabels",
     "PairJudge",
     "Validation",
     "Verdict",
+    "find_answer_judge",
+    "find_pair_judge",
     "load_answer_judge",
     "load_pair_judge",
 ]
 CHAT = "chat:"
 MODES = ("strict", "any")
-
-
 Scorers = Callable[[Model], ScoreRequests]
 """Returns the function that scores requests with a language model."""
 
 
-def load_answer_judge(
-    spec: str,
-    role: str,
-    *,
-    out: str | Path = ".",
-    labels: str | Path = "",
-    cfg: ModelConfig | None = None,
-    scorer: Scorers = Scorer,
-    device: str | torch.device | None = None,
-) -> Judge:
-    """Return the judge of single answers that `spec` names.
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Settings of judges of every kind."""
 
-    out: the folder where to_label.jsonl asks people for missing labels. labels: a JSONL file of people's labels
-    {role, ...}, on which the judge is validated if they are of its role. cfg: how to load a model; its path is ignored.
-    UserError if `spec` names no judge.
+    out: str | Path = "."
+    """Folder where to_label.jsonl asks people for missing labels."""
+    labels: str | Path = ""
+    """JSONL file of people's labels {role, ...}, on which a judge is validated if they are of its role."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Settings of a model that is loaded; their path is ignored."""
+    device: str | torch.device | None = None
+    """Device of a model. None = cuda if there is one, else cpu."""
+    scorer: Scorers = Scorer
+    planned: Planned = field(default_factory=dict)
+    """Folders of models that a judge may name before they are there."""
+
+
+def load_answer_judge(spec: str, role: str, settings: JudgeSettings | None = None) -> Judge:
+    """Return the judge of single answers that `spec` names. UserError if it names none."""
+    return find_answer_judge(spec, role, settings or JudgeSettings())()
+
+
+def load_pair_judge(spec: str, settings: JudgeSettings | None = None) -> PairJudge:
+    """Return the judge of pairs that `spec` names. UserError if it names none."""
+    return find_pair_judge(spec, settings or JudgeSettings())()
+
+
+def find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable[[], Judge]:
+    """Return a function that loads the judge of single answers that `spec` names.
+
+    UserError for all that can be seen to be wrong before a model is loaded.
     """
     if role not in ROLES:
         raise UserError(f"{role}: is no role of a judge; the roles are {', '.join((*ROLES, PREFERENCE))}")
-    judge = _answer_judge(spec, role, Path(out), _Models(cfg or ModelConfig(), scorer, device))
-    if labels and not isinstance(judge, LabelJudge):
-        judge.validation = validate_on_file(judge, labels, role, has_roles=True) or judge.validation
-    return judge
+    spec = _with_home(spec)
+    load = _find_answer_judge(spec, role, settings)
+    if not settings.labels:
+        return load
+    check_labels(settings.labels, role)
+
+    def load_and_validate() -> Judge:
+        judge = load()
+        if not isinstance(judge, LabelJudge):
+            judge.validation = validate_on_file(judge, settings.labels, role, has_roles=True) or judge.validation
+        return judge
+
+    if _is_builtin(spec, role):  # no model, and labels may lack what it reads
+        judge = load_and_validate()
+        return lambda: judge
+    return load_and_validate
 
 
-def load_pair_judge(
-    spec: str,
-    *,
-    out: str | Path = ".",
-    labels: str | Path = "",
-    cfg: ModelConfig | None = None,
-    scorer: Scorers = Scorer,
-    device: str | torch.device | None = None,
-) -> PairJudge:
-    """Return the judge of pairs that `spec` names; the settings are those of `load_answer_judge`."""
-    judge = _pair_judge(spec, Path(out), _Models(cfg or ModelConfig(), scorer, device))
-    if labels and not isinstance(judge, LabelPairJudge):
-        judge.validation = validate_pairs_on_file(judge, labels, has_roles=True) or judge.validation
-    return judge
+def find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudge]:
+    """Return a function that loads the judge of pairs that `spec` names, as `find_answer_judge` does."""
+    load = _find_pair_judge(_with_home(spec), settings)
+    if not settings.labels:
+        return load
+    check_labels(settings.labels, PREFERENCE)
+
+    def load_and_validate() -> PairJudge:
+        judge = load()
+        if not isinstance(judge, LabelPairJudge):
+            judge.validation = validate_pairs_on_file(judge, settings.labels, has_roles=True) or judge.validation
+        return judge
+
+    return load_and_validate
 
 
-class _Models(NamedTuple):
-    """The settings of judges that are models."""
-
-    cfg: ModelConfig
-    scorer: Scorers
-    device: str | torch.device | None
-
-    def language_model(self, spec: str, role: str) -> tuple[Model, ScoreRequests, str]:
-        """Return the model that chat:FOLDER names, the function that scores its requests, and the folder."""
-        folder = spec.removeprefix(CHAT)
-        if not folder:
-            raise UserError(f"judge.{role}: {spec} names no model; write chat:FOLDER")
-        model = Model.load(replace(self.cfg, path=folder), device=self.device)
-        return model, self.scorer(model), folder
-
-
-def _answer_judge(spec: str, role: str, out: Path, models: _Models) -> Judge:
-    if not spec or (role == "refusal" and spec in MODES):
-        return load_builtin(role, spec)
+def _find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable[[], Judge]:
+    if _is_builtin(spec, role):
+        return lambda: load_builtin(role, spec)
     if spec.startswith(CHAT):
-        model, scorer, folder = models.language_model(spec, role)
-        return ChatJudge(model, role, scorer, folder)
+        folder = _chat_folder(spec, role, settings)
+        return lambda: _load_chat_judge(folder, role, settings)
     if is_function(spec):
-        return FunctionJudge(import_function(spec, f"judge.{role}"), spec)
+        function = FunctionJudge(import_function(spec, f"judge.{role}"), spec)
+        return lambda: function
     path = Path(spec)
-    if path.is_dir():
+    if path.is_dir() or planned_head(spec, settings.planned):
         raise UserError(
             f"judge.{role}: {spec} is a folder, and a reward model judges preference alone; write chat:{spec} to ask it"
             " as a language model"
         )
     if _is_labels(path):
-        return LabelJudge(path, role, out)
+        labels = LabelJudge(path, role, settings.out)
+        return lambda: labels
     raise UserError(
         f"judge.{role}: {spec} is no file; write module:function, a JSONL file of labels or chat:FOLDER, or leave it"
         " out for the built-in judge"
     )
 
 
-def _pair_judge(spec: str, out: Path, models: _Models) -> PairJudge:
+def _find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudge]:
     if not spec:
         raise UserError(
             "preference has no built-in judge, since no rule knows quality; give judge.preference a reward model's"
             " folder, module:function, a JSONL file of people's labels, or chat:FOLDER"
         )
     if spec.startswith(CHAT):
-        return ChatPairJudge(*models.language_model(spec, PREFERENCE))
+        folder = _chat_folder(spec, PREFERENCE, settings)
+        return lambda: ChatPairJudge(*_load_chat(folder, settings), folder)
     if is_function(spec):
-        return FunctionPairJudge(import_function(spec, "judge.preference"), spec)
+        function = FunctionPairJudge(import_function(spec, "judge.preference"), spec)
+        return lambda: function
     path = Path(spec)
-    if path.is_dir():
-        return RewardModelJudge.load(replace(models.cfg, path=spec), models.device)
+    if path.is_dir() or planned_head(spec, settings.planned):
+        check_model(spec, "scalar", "judge.preference", settings.planned)
+        return lambda: RewardModelJudge.load(replace(settings.model, path=spec), settings.device)
     if _is_labels(path):
-        return LabelPairJudge(path, out)
+        labels = LabelPairJudge(path, settings.out)
+        return lambda: labels
     raise UserError(
         f"judge.preference: {spec} is neither a file nor a folder; write module:function, a JSONL file of labels, a"
         " reward model's folder or chat:FOLDER"
     )
+
+
+def _chat_folder(spec: str, role: str, settings: JudgeSettings) -> str:
+    """Return the language model that chat:FOLDER names."""
+    folder = spec.removeprefix(CHAT)
+    if not folder:
+        raise UserError(f"judge.{role}: {spec} names no model; write chat:FOLDER")
+    check_model(folder, "lm", f"judge.{role}", settings.planned)
+    return folder
+
+
+def _load_chat(folder: str, settings: JudgeSettings) -> tuple[Model, ScoreRequests]:
+    """Return a language model, and the function that scores its requests."""
+    model = Model.load(replace(settings.model, path=folder), device=settings.device)
+    return model, settings.scorer(model)
+
+
+def _load_chat_judge(folder: str, role: str, settings: JudgeSettings) -> ChatJudge:
+    model, scorer = _load_chat(folder, settings)
+    return ChatJudge(model, role, scorer, folder)
+
+
+def _with_home(spec: str) -> str:
+    """Replace a leading ~ of a path, which no shell has done in a YAML file."""
+    prefix, path = (CHAT, spec.removeprefix(CHAT)) if spec.startswith(CHAT) else ("", spec)
+    return prefix + str(Path(path).expanduser()) if path.startswith("~") else spec
+
+
+def _is_builtin(spec: str, role: str) -> bool:
+    return not spec or (role == "refusal" and spec in MODES)
 
 
 def _is_labels(path: Path) -> bool:

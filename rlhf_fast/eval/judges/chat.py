@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.data.fields import InvalidRow
@@ -12,20 +12,9 @@ from rlhf_fast.eval.judges.probability import sigmoid
 from rlhf_fast.eval.judges.protocol import QUESTIONS, Validation, Verdict, unjudged
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.prompt_format import model_prompt_format
+from rlhf_fast.scoring import Request, Score
 
-Request = tuple[Sequence[int], Sequence[int]]
-"""Tokens of a context and of its continuation."""
-
-
-class HasLogprob(Protocol):
-    """A score of a request."""
-
-    @property
-    def logprob(self) -> float:
-        """Sum over the continuation's tokens, in nats."""
-
-
-ScoreRequests = Callable[[Sequence[Request]], Sequence[HasLogprob]]
+ScoreRequests = Callable[[Sequence[Request]], Sequence[Score]]
 INSTRUCTION = "Reply with the letter A or B alone."
 LETTERS = ("A", "B")
 

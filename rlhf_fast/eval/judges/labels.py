@@ -11,22 +11,26 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
+import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast.data.fields import InvalidRow, json_type
 from rlhf_fast.data.json_lines import parse_object, read_lines
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, writing
 from rlhf_fast.eval.cells import show
 from rlhf_fast.eval.estimates import agreement
 from rlhf_fast.eval.judges.protocol import PREFERENCE, QUESTIONS, Validation, Verdict, unjudged
 from rlhf_fast.run.outputs import replacing
 
 TO_LABEL = "to_label.jsonl"
+LARGEST = sys.float_info.max
 WINNERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 KEYS = {PREFERENCE: ("prompt", "first", "second")}
 ANSWER_KEYS = ("prompt", "answer")
+REFERENCES = ("question", "correct_answers", "incorrect_answers")
 LOOKED_UP = "these are labels, not guesses"
 
 
@@ -42,6 +46,22 @@ class LabelledAnswer(NamedTuple):
     weight: float | None
     row: Mapping[str, Any]
     """The first of its rows."""
+
+
+class Unlabelled(NamedTuple):
+    """Answers, or pairs of them, that a file of labels has no label for."""
+
+    path: Path
+    """The file of labels."""
+    role: str
+    rows: list[dict[str, Any]]
+    """Rows that ask for them, each once."""
+    total: int
+    """Number of different answers or pairs that were looked up."""
+
+    def __str__(self) -> str:
+        what = "pairs" if self.role == PREFERENCE else "answers"
+        return f"{len(self.rows)} of {self.total} {what} have no label of {self.role}"
 
 
 class MissingLabels(UserError):
@@ -94,9 +114,10 @@ def _role(role: object) -> str:
     raise InvalidRow(f"no role {shown}; the roles are {', '.join(QUESTIONS)}{hint}")
 
 
-def _may_begin(path: str | Path) -> bool:
-    """Return whether a file of labels is not there yet, in a folder that is."""
-    return not Path(path).exists() and Path(path).parent.is_dir()
+def _may_begin(path: str | Path, out: str | Path) -> bool:
+    """Return whether a file of labels is not there yet, in a folder that is, or will be since it is `out`."""
+    folder = Path(path).parent
+    return not Path(path).exists() and (folder.is_dir() or folder.absolute() == Path(out).absolute())
 
 
 def _number(label: object) -> float | None:
@@ -105,7 +126,7 @@ def _number(label: object) -> float | None:
         return None
     if isinstance(label, str) and label.strip().lower() in ("yes", "no"):
         return float(label.strip().lower() == "yes")
-    if isinstance(label, (bool, int, float)) and math.isfinite(label):
+    if isinstance(label, (bool, int, float)) and abs(label) <= LARGEST:
         return float(label)
     raise InvalidRow(f'a label is true, false, "yes", "no" or a number, not {json.dumps(label)}')
 
@@ -128,7 +149,7 @@ def read_answer_labels(path: str | Path, role: str, has_roles: bool = False) -> 
         people = tuple(sorted({str(row["labeler"]) for row, _ in labels if row.get("labeler")}))
         mean = sum(label for _, label in labels) / len(labels)
         weight = labels[0][0].get("weight")
-        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight <= LARGEST):
             raise UserError(f"{path}: a weight must be a number above 0, not {json.dumps(weight)}")
         answers.append(LabelledAnswer(prompt, answer, mean, tuple(x for _, x in labels), people, weight, labels[0][0]))
     return answers
@@ -145,7 +166,7 @@ class LabelJudge:
 
     def __init__(self, path: str | Path, role: str, out: str | Path = "."):
         self.path, self.role, self.out, self.name = Path(path), role, Path(out), str(path)
-        labelled = [] if _may_begin(path) else read_answer_labels(path, role)
+        labelled = [] if _may_begin(path, out) else read_answer_labels(path, role)
         self.labels = {(each.prompt, each.answer): each.label for each in labelled}
         people = sorted({name for each in labelled for name in each.labelers})
         note = _agreement_note([each.labels for each in labelled])
@@ -155,13 +176,21 @@ class LabelJudge:
         self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
     ) -> list[Verdict]:
         """Return the labels. MissingLabels if an answer has none; an empty one needs none."""
-        del rows
-        keys = list(zip(prompts, answers, strict=True))
-        missing = [i for i, key in enumerate(keys) if key not in self.labels and key[1].strip()]
-        if missing:
-            asked = [{"prompt": prompts[i], "answer": answers[i], "label": None} for i in missing]
-            _ask(self.path, self.out, asked, self.role, len(set(keys)), "answers")
+        require_labels([self.unlabelled(prompts, answers, rows)], self.out)
+        keys = zip(prompts, answers, strict=True)
         return [Verdict(self.labels[key]) if key in self.labels else unjudged("empty") for key in keys]
+
+    def unlabelled(
+        self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> Unlabelled:
+        """Return the answers that need a label and have none. rows: with the references of a task, which go along."""
+        keys = list(zip(prompts, answers, strict=True))
+        given = dict(zip(reversed(keys), reversed(rows), strict=True)) if rows else {}  # the first of equal ones
+        missing = [key for key in dict.fromkeys(keys) if key not in self.labels and key[1].strip()]
+        asked = [
+            {"prompt": key[0], "answer": key[1], "label": None, **references_of(given.get(key, {}))} for key in missing
+        ]
+        return Unlabelled(self.path, self.role, asked, len(set(keys)))
 
 
 class LabelPairJudge:
@@ -171,7 +200,7 @@ class LabelPairJudge:
         self.path, self.out, self.name = Path(path), Path(out), str(path)
         found: dict[tuple[str, str, str], list[float]] = {}
         people = set()
-        for row, label in () if _may_begin(path) else read_labels(path, PREFERENCE):
+        for row, label in () if _may_begin(path, out) else read_labels(path, PREFERENCE):
             found.setdefault((row["prompt"], row["first"], row["second"]), []).append(label)
             found.setdefault((row["prompt"], row["second"], row["first"]), []).append(1 - label)
             people |= {str(row["labeler"])} if row.get("labeler") else set()
@@ -183,13 +212,21 @@ class LabelPairJudge:
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """Return the labels. MissingLabels if a pair has none; two equal answers are a tie."""
-        keys = list(zip(prompts, first, second, strict=True))
-        pairs = {(prompt, *sorted((one, other))) for prompt, one, other in keys}
-        missing = [key for key in keys if key not in self.labels and key[1] != key[2]]
-        if missing:
-            asked = [{"prompt": p, "first": one, "second": other, "label": None} for p, one, other in missing]
-            _ask(self.path, self.out, asked, PREFERENCE, len(pairs), "pairs")
-        return [self.labels.get(key, 0.5) for key in keys]
+        require_labels([self.unlabelled(prompts, first, second)], self.out)
+        return [self.labels.get(key, 0.5) for key in zip(prompts, first, second, strict=True)]
+
+    def unlabelled(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Unlabelled:
+        """Return the pairs that need a label and have none, each in an order that says nothing on the models."""
+        pairs = dict.fromkeys(
+            (prompt, *sorted((one, other))) for prompt, one, other in zip(prompts, first, second, strict=True)
+        )
+        missing = [pair for pair in pairs if pair not in self.labels and pair[1] != pair[2]]
+        rows = []
+        for prompt, *answers in missing:
+            if zlib.crc32("\0".join((prompt, *answers)).encode(errors="replace")) % 2:
+                answers.reverse()
+            rows.append({"prompt": prompt, "first": answers[0], "second": answers[1], "label": None})
+        return Unlabelled(self.path, PREFERENCE, rows, len(pairs))
 
 
 def _agreement_note(table: Sequence[Sequence[float]]) -> str:
@@ -202,16 +239,34 @@ def _agreement_note(table: Sequence[Sequence[float]]) -> str:
     return f"{LOOKED_UP}; two labelers agree on {show(found.pairwise)} (n {found.pairwise.n}{shown})"
 
 
-def _ask(path: Path, out: Path, rows: list[dict[str, Any]], role: str, total: int, what: str) -> None:
-    """Write the rows to TO_LABEL and raise MissingLabels."""
-    num = len({_identity(row, role) for row in rows})
-    target = out / TO_LABEL
-    write_to_label(target, rows, role)
+def require_labels(found: Sequence[Unlabelled], out: str | Path) -> None:
+    """Raise MissingLabels if labels are missing, and write all rows that ask for them to TO_LABEL in the folder `out`.
+
+    The sentence has the numbers of each role.
+    """
+    missing = [each for each in found if each.rows]
+    if not missing:
+        return
+    target = Path(out) / TO_LABEL
+    sentences: dict[Path, list[str]] = {}
+    for each in missing:
+        write_to_label(target, each.rows, each.role)
+        sentences.setdefault(each.path, []).append(str(each))
+    files = [
+        f"{path.name}{'' if path.exists() else ' (a new file)'}"
+        for path in sentences
+        if path.resolve() != target.resolve()
+    ]
+    append = f", append its rows to {' and to '.join(files)}" if files else ""
+    numbers = "; ".join(f"{path}: {', '.join(parts)}" for path, parts in sentences.items())
     raise MissingLabels(
-        f"{path}: {num} of {total} {what} have no label of {role}; they are in {target}: fill in `label` there, append"
-        f" its rows to {path.name}{'' if path.exists() else ' (a new file)'} and start the same command again",
-        target,
+        f"{numbers}; they are in {target}: fill in `label` there{append} and start the same command again", target
     )
+
+
+def references_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a task's row that the judges of truth and informativeness read, and that help a person."""
+    return {key: row[key] for key in REFERENCES if key in row}
 
 
 def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: str, *, redraw: bool = False) -> None:
@@ -231,7 +286,8 @@ def write_to_label(path: str | Path, rows: Sequence[Mapping[str, Any]], role: st
         if (identity := _identity(row, role)) not in known:
             known.add(identity)
             kept.append({"role": role, "question_for_people": f"{QUESTIONS[role]} ({choices})", **row})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
 

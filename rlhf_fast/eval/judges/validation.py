@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 
 from rlhf_fast.errors import UserError, listed
-from rlhf_fast.eval.judges.labels import LabelledAnswer, read_answer_labels, read_labels, write_to_label
+from rlhf_fast.eval.judges.labels import LabelledAnswer, read_answer_labels, read_labels, references_of, write_to_label
 from rlhf_fast.eval.judges.probability import area_under_curve
 from rlhf_fast.eval.judges.protocol import PREFERENCE, Judge, PairJudge, Validation, Verdict
-
-REFERENCES = ("question", "correct_answers", "incorrect_answers")
-"""Keys of a task's row that the judges of truth and informativeness read, and that help a person."""
 
 
 def compare_with_labels(
@@ -100,6 +97,15 @@ def validate_pairs_on_file(judge: PairJudge, path: str | Path, has_roles: bool =
     return Validation(_names(people, path), len(rows), sum(hits) / len(hits))
 
 
+def check_labels(path: str | Path, role: str) -> None:
+    """Raise UserError if a file of people's labels, with a role in each row, cannot validate the judge of a role."""
+    if role == PREFERENCE:
+        for _ in read_labels(path, role, has_roles=True):
+            pass
+    else:
+        _weights([answer for answer in read_answer_labels(path, role, has_roles=True) if answer.label != 0.5], path)
+
+
 def _names(people: Sequence[str], path: str | Path) -> str:
     return listed(sorted(set(people))) or Path(path).name
 
@@ -129,8 +135,7 @@ def choose_to_label(
 
     A row's weight is the number of answers that it stands for, so that `validate_on_file` counts as if all answers had
     been labelled. Where one half has too few answers, the other has more. Rows that an earlier call has written and
-    nobody has labelled are taken out again. rows: with the references of a task, whose
-    keys go along.
+    nobody has labelled are taken out again. rows: with the references of a task, which go along.
     """
     if count < 2:
         raise UserError(f"{count} answers to label: give at least 2, one judged yes and one judged no")
@@ -156,7 +161,7 @@ def choose_to_label(
                 "answer": answers[i],
                 "label": None,
                 "weight": weight,
-                **({key: rows[i][key] for key in REFERENCES if key in rows[i]} if rows else {}),
+                **(references_of(rows[i]) if rows else {}),
             }
             for i, weight in chosen
         ],
