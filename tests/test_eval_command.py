@@ -200,7 +200,7 @@ def test_win_rates(judges):
         ("--models base={small} y=empty", "empty: is the folder of no model (it has no config.json); look at the path"),
         ("--models base={small} --reward empty", "empty: is the folder of no model"),
         ("--models base={small} --template chat", "eval: template is chat, but the tokenizer of {small} has no chat"),
-        ("--models base={small} y=rm", "rm: is a reward model, not a language model; give a base or SFT model"),
+        ("--models base={small} y=rm", "eval: models: y: rm"),
         ("--models a=", "models: 'a=' is not NAME=MODEL; write for instance sft=runs/sft"),
         ("--models base={small} --tasks hellaswagg", "tasks: there is no 'hellaswagg'; did you mean hellaswag?"),
         ("--models base={small} --baseline sft", "baseline sft is not one of the models base"),
@@ -231,7 +231,7 @@ def test_win_rates(judges):
         ("--models base={small} --tasks refusal --judge.refusal missing.jsonl", "missing.jsonl"),
         ("--models base={small} --gold x:y", "gold is compared with `reward`, which is not set"),
         ("--models base={small} --data empty --reward {small}", "eval: reward: empty has no file of ranked responses"),
-        ("--models base={small} --tasks lambada --reward {small}", "its scalar head was never trained"),
+        ("--models base={small} --tasks lambada --reward {small}", "reward: {small} is no reward model"),
         (
             "--models base={small} --tasks lambada --reward eval_judges:length --gold eval_judges:length",
             "gold: none of the models (base) is the folder of a PPO run with samples.jsonl",

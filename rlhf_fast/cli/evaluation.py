@@ -12,10 +12,8 @@ from rlhf_fast.eval.judges.check import check_judges
 from rlhf_fast.eval.judges.validation_table import table
 from rlhf_fast.eval.sets import DEMO_SETS
 from rlhf_fast.eval.tasks import describe
-from rlhf_fast.model.pretrained import check_model
 from rlhf_fast.run.terminal import aligned
 from rlhf_fast.stages.fit import check_device
-from rlhf_fast.training.rewards import is_function
 
 
 def run_eval(options: EvalOptions) -> list[str]:
@@ -29,11 +27,6 @@ def run_eval(options: EvalOptions) -> list[str]:
         print("\n".join([table(checked), *notes]))
         return []
     check_device("eval", options.device)
-    for path in options.model_paths().values():
-        check_model(path)
-    for path in (options.reward, options.gold):
-        if path and not is_function(path):
-            check_model(path, "scalar")
     return evaluate_and_print(options, options.label)
 
 

@@ -59,13 +59,13 @@ def load_module(
     score row is drawn with `seed`. UserError if another weight is missing."""
     if not cfg.path:
         raise UserError("model: no path given; give a folder or a hub name, for instance --model.path out/sft")
-    check_model(cfg.path, head, fresh_head)
+    check_folder(cfg.path, head, fresh_head)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
         scalar = any("SequenceClassification" in name for name in config.architectures or ())
         if head == "lm" and scalar:
-            raise _is_no_language_model(cfg.path)
+            raise UserError(f"{cfg.path}: is a reward model, not a language model; give a base or SFT model")
         if head == "scalar" and scalar and config.num_labels != 1:
             raise UserError(f"{cfg.path}: its head has {config.num_labels} outputs; a reward model has one, the score")
         auto: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
@@ -181,22 +181,20 @@ def check_path(path: str) -> None:
         ) from error
 
 
-def check_model(path: str, head: str = "lm", fresh_head: bool = False) -> None:
-    """Raise UserError if `path` is neither a hub name nor the folder of a model, before any weight is read.
+def check_folder(path: str, head: str = "lm", fresh_head: bool = False) -> None:
+    """Raise UserError if `path` is neither a hub name nor the folder of a model, before its config is read.
 
-    Where the folder has none, but holds folders of models of the wanted kind, they are named.
+    Where the folder has none, but holds folders of models with this head, they are named.
     """
     check_path(path)
     folder = Path(path)
-    is_reward = head == "scalar" and not fresh_head
     if folder.is_file():
         raise UserError(f"{path}: is a file; give the folder of a model")
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{path}: holds an adapter alone; give the folder with the merged weights above it")
-    if (folder / CONFIG).is_file() and head == "lm" and _is_scalar(folder / CONFIG):
-        raise _is_no_language_model(path)
     if not folder.is_dir() or (folder / CONFIG).is_file():
         return
+    is_reward = head == "scalar" and not fresh_head
     models = [
         [str(file.parent) for file in sorted(folder.glob(f"{stars}/{CONFIG}")) if _is_scalar(file) == is_reward]
         for stars in ("*", "*/*")
@@ -204,10 +202,6 @@ def check_model(path: str, head: str = "lm", fresh_head: bool = False) -> None:
     kind, below = "reward" if is_reward else "language", models[0] or models[1]
     hint = f"give one of the {kind} models in it: {listed(below)}" if below else "look at the path"
     raise UserError(f"{path}: is the folder of no model (it has no {CONFIG}); {hint}")
-
-
-def _is_no_language_model(path: str) -> UserError:
-    return UserError(f"{path}: is a reward model, not a language model; give a base or SFT model")
 
 
 def _is_scalar(config: Path) -> bool:
