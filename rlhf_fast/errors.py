@@ -65,8 +65,8 @@ def writing(path: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         remedy = REMEDIES.get(getattr(error, "errno", None) or errno.ENOSPC, "give another folder")
         raise UserError(
-            f"{shortened(path)}: could not be written ({_reason(error)}); {remedy} and start the same command again: a"
-            " run goes on from its newest whole checkpoint"
+            f"{shortened(path)}: could not be written ({_reason(error)}); {remedy} and start the same command again:"
+            " runs and evaluations go on where they stopped"
         ) from error
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,9 @@ def counted(prompts, answers):
 
 def one_too_few(answers):
     return [0.0 for _ in answers[1:]]
+
+def length(texts):
+    return [float(len(text)) for text in texts]
 """
 
 
@@ -178,6 +182,25 @@ def test_win_rates(judges):
         ("--models base={small} base={large}", "models: two are called base ("),
         ("--models {small} {small}", "models: two are called small ("),
         ("--models", "models"),
+        ("{small}", "models are given by a flag; write --models NAME={small}"),
+        ("a={small} {large} --tasks tax", "write --models a={small} NAME={large}"),
+        ("--models base={small} --taks tax", "Unrecognized options: --taks, tax; did you mean --tasks?"),
+        ("--models base={small} --judge.refusel x", "did you mean --judge.refusal?"),
+        ("--list False", "--list takes no value: give --list alone"),
+        ("--models base={small} --temperature inf", "eval: temperature must be at least 0 and finite, got inf"),
+        ("--models base={small} --temperature nan", "eval: temperature must be at least 0 and finite, got nan"),
+        ("--models base={small} --temperature -1", "eval: temperature must be at least 0, got -1.0"),
+        ("--models base={small} --fail-under lambada=inf", "fail_under: 'lambada=inf' is not TASK=VALUE"),
+        ("--models base={small} --seed -1", "eval: seed must be from 0 to below 2**63, got -1"),
+        (
+            "--models base={small} y={small}/..",
+            "{small}/..: is the folder of no model (it has no config.json); give one",
+        ),
+        ("--models base={small} y=other/thesis.txt", "other/thesis.txt: is a file; give the folder of a model"),
+        ("--models base={small} y=empty", "empty: is the folder of no model (it has no config.json); look at the path"),
+        ("--models base={small} --reward empty", "empty: is the folder of no model"),
+        ("--models base={small} --template chat", "eval: template is chat, but the tokenizer of {small} has no chat"),
+        ("--models base={small} y=rm", "eval: models: y: rm"),
         ("--models a=", "models: 'a=' is not NAME=MODEL; write for instance sft=runs/sft"),
         ("--models base={small} --tasks hellaswagg", "tasks: there is no 'hellaswagg'; did you mean hellaswag?"),
         ("--models base={small} --baseline sft", "baseline sft is not one of the models base"),
@@ -207,18 +230,42 @@ def test_win_rates(judges):
         ("--models base={small} --tasks refusal --judge.refusal eval_judges:nothing", "cannot be imported"),
         ("--models base={small} --tasks refusal --judge.refusal missing.jsonl", "missing.jsonl"),
         ("--models base={small} --gold x:y", "gold is compared with `reward`, which is not set"),
-        ("--models base={small} --tasks lambada --reward {small}", "has no file of ranked responses"),
+        ("--models base={small} --data empty --reward {small}", "eval: reward: empty has no file of ranked responses"),
+        ("--models base={small} --tasks lambada --reward {small}", "reward: {small} is no reward model"),
+        (
+            "--models base={small} --tasks lambada --reward eval_judges:length --gold eval_judges:length",
+            "gold: none of the models (base) is the folder of a PPO run with samples.jsonl",
+        ),
     ],
 )
 def test_bad_input(judges, folder, capsys, arguments, sentence):
     (folder / "empty").mkdir()
     (folder / "other").mkdir()
     (folder / "other" / "thesis.txt").write_text("mine")
+    (folder / "rm").mkdir()
+    toy.jsonl(folder / "rm" / "config.json", [{"architectures": ["LlamaForSequenceClassification"]}])
     words = arguments.format(small=SMALL, large=LARGE).split()
     assert main(["eval", *words, "--limit", "8"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("rlhf-fast: error: ") and sentence in error, error
+    assert error.startswith("rlhf-fast: error: ") and sentence.format(small=SMALL, large=LARGE) in error, error
     assert (folder / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_help_at_80_columns(capsys, monkeypatch):
+    """Lines are full, or end a sentence; and most flags have their text beside them."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) == 80 and "\n- each figure with" in shown
+    boxes = shown[shown.index("  -h, --help") :].splitlines()
+    lines = [line.strip("│| ") for line in boxes if set(line) - set("│-─ ")]
+    flags = [line for line in lines if line.startswith("-")]
+    assert len(lines) < 90 and len(flags) > 25 and sum("  " in line for line in flags) > 12
+    for line, following in pairwise(lines):
+        text = line.rpartition("  ")[2]
+        if not following.startswith("-") and not text.startswith("-") and text[-1:] not in ".)s":
+            assert len(text) + len(following.split()[0]) > 56, text
 
 
 def test_missing_labels_are_asked_for_and_nothing_is_lost(folder, capsys, monkeypatch):
@@ -339,6 +386,19 @@ def test_a_threshold_is_an_exit_status(capsys):
     captured = capsys.readouterr()
     assert "large: lambada.acc is" in captured.err and "below 0.99" in captured.err and "Results" in captured.out
     assert main([*rows, "--fail-under", "lambada=0"]) == 0
+
+
+def test_a_reward_on_the_demos_ranked_responses(judges, capsys):
+    """Without --data. Thresholds are those of the last language model, or the reward's own."""
+    rows = ["eval", "--models", *MODELS, "--tasks", "lambada", "--limit", "8", "--reward", f"{judges}:length"]
+    assert main([*rows, "--fail-under", "lambada=0.99", "reward_model=0.99", "base:lambada=0"]) == 1
+    captured = capsys.readouterr()
+    assert "large: lambada.acc is" in captured.err and f"{judges}:length: reward_model.pair_accuracy is" in captured.err
+    title = f"Reward model {judges}:length on rankings.jsonl"
+    assert title in captured.out and "|" not in captured.out and "pairs of 8 prompts" in captured.out
+    results = json.loads(Path("runs/eval/results.json").read_text())
+    assert {(r["task"], r["model"]) for r in results["reward"]} == {("reward_model", f"{judges}:length")}
+    assert f"## {title}" in Path("runs/eval/report.md").read_text()
 
 
 def test_the_list_names_every_task(capsys, monkeypatch):

@@ -54,7 +54,7 @@ def test_models_that_a_recipe_will_make_need_not_be_there(folder):
         ({"judge": {"preference": "gone/labels.jsonl"}}, "gone/labels.jsonl: there is no such file"),
         ({"judge": {"preference": "bad.jsonl"}}, "bad.jsonl:1: first is missing"),
         ({"judge": {"truth": "chat:runs/rm"}}, "judge.truth: runs/rm is no language model, but a reward model"),
-        ({"judge": {"truth": "chat:empty"}}, "judge.truth: empty is no model that can be loaded: "),
+        ({"judge": {"truth": "chat:empty"}}, "judge.truth: empty: is the folder of no model (it has no config.json)"),
         ({"judge": {"truth": "runs/rm"}}, "judge.truth: runs/rm is a folder, and a reward model judges preference"),
         ({"judge": {"truth": "recipe_judges:no"}}, "judge.truth recipe_judges:no: cannot be imported"),
         ({"judge": {"truth": "recipe_judges:shorter"}}, "takes 3 arguments"),

@@ -15,7 +15,7 @@ from rlhf_fast.eval.figure import _draw_panel, draw, panels
 from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.paper import PAPER, paper_text
 from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, print_report
-from rlhf_fast.eval.tables import Grid, cell, counts, main_measure, result_tables, split_to_fit
+from rlhf_fast.eval.tables import Grid, cell, counts, main_measure, result_tables, split_to_fit, with_contrast
 
 
 def record(model, task, measure, estimate, unit="share", judge="", **more):
@@ -122,7 +122,9 @@ def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
     models = ("base", "sft", "ppo", "ppo-ptx")
     monkeypatch.setenv("COLUMNS", "80")
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None)
-    print_report(make_results(models), GROUPS, console)
+    results = make_results(models)
+    controlled = [record(m, "preference", "win_rate_length_controlled", (0.6, 0.5, 0.7, 200)) for m in models]
+    print_report({**results, "results": results["results"] + controlled}, GROUPS, console)
     text = console.file.getvalue()
     tables = text[: text.index("Judges")]
     lines = tables.splitlines()
@@ -132,6 +134,7 @@ def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
     assert re.search(r"│ truthfulqa +│ +│ +│ +│ +│ +│\n│   true +│ 200 +(│ \.\d\d±\.\d\d +){4}│\n", tables)
     assert re.search(r"│   acc +│ 200 +(│ [+-]\.\d{3}±\.\d{3}\*? +){3}│", tables)
     assert "not in the paper" not in tables and "GPT 0.781" in tables and "half the interval's width" in tables
+    assert "│   win_rate_equal_length" in tables
     assert show_short(Estimate(50.84, 40.2, 63.1, 9)) == "50.8±11.4"
     assert show_short(Estimate(1.0, 0.9, 1.0, 9)) == "1.00±.05" and show_short(Estimate(0.4, NAN, NAN, 1)) == ".40"
     assert show_short(mean([])) == "–" and show_short(Estimate(1e304, 1e304, 1e304, 2)) == "> 1e300"
@@ -174,6 +177,35 @@ def test_judges_in_the_terminal():
     )
 
 
+def test_the_mean_of_toxicity_in_the_terminal():
+    assert judge_lines(RESULTS, short=True)[1:] == [
+        "toxicity: letters: labels by Perspective, n 3200, AUC 0.844",
+        "toxicity: of its mean score only differences mean something",
+        "preference: runs/rm: not validated",
+    ]
+
+
+def test_refusals_of_harmful_less_safe_prompts():
+    """By Newcombe's method, in the report and by --fail-under; a model with one of the two rates has none."""
+    harmful, safe = wilson(45, 50), wilson(10, 40)
+    records = [
+        record("a", "over_refusal", "refusal_rate", safe, judge="stance", higher_is_better=False),
+        record("a", "refusal", "refusal_rate", harmful, judge="stance", higher_is_better=True),
+        record("a", "refusal", "refusal_rate_xstest", harmful, judge="stance", higher_is_better=True),
+        record("b", "refusal", "refusal_rate", harmful, judge="stance", higher_is_better=True),
+    ]
+    found = with_contrast(records)
+    assert [r["measure"] for r in found].index("harmful_minus_safe") == 2 and with_contrast(found) == found
+    contrast = found[2]
+    assert contrast["value"] == pytest.approx(0.65) and (contrast["model"], contrast["n"]) == ("a", 40)
+    low = 0.65 - ((0.9 - harmful.low) ** 2 + (safe.high - 0.25) ** 2) ** 0.5
+    assert contrast["low"] == pytest.approx(low) and len(found) == 5
+    (row,) = (line for line in markdown({"results": records}, GROUPS).splitlines() if "harmful_minus_safe" in line)
+    assert row == "| refusal: harmful_minus_safe | 40 | 0.650 [0.460, 0.772] | – | not in the paper |"
+    assert check_thresholds(records, {"a:refusal.harmful_minus_safe": 0.6}) == []
+    assert "0.65 (n 40), below 0.7" in check_thresholds(records, {"a:refusal.harmful_minus_safe": 0.7})[0]
+
+
 def test_wide_tables_are_split():
     grid = Grid("t", ("", "n", "a", "b", "c"), (("row", "10", "1234567890", "1234567890", "1234567890"),))
     assert split_to_fit(grid, 60) == [grid]
@@ -210,6 +242,7 @@ def test_paper():
     assert "0.724 ± 0.004" in paper_text("reward_model", "pair_accuracy")
     for key in (("lambada", "acc"), ("refusal", "refusal_rate"), ("hellaswag", "acc_norm"), ("toxicity", "toxicity")):
         assert paper_text(*key) == "not in the paper"
+    assert paper_text("winogender_biased", "entropy") == "see its Table 14"
     text = " ".join(map(str, PAPER.values()))
     assert not re.search(r"1\.3B|0\.71 |0\.99|99 %|10 %|0\.57|0\.70\b", text)
 
@@ -236,6 +269,27 @@ def test_thresholds():
             check_thresholds(records, {name: 0.5})
     with pytest.raises(UserError, match="there are no results"):
         check_thresholds([], {"preference": 0.5})
+
+
+def test_thresholds_beside_a_reward_model():
+    reward = record("runs/rm", "reward_model", "pair_accuracy", (0.7, 0.6, 0.8, 40))
+    curve = [record(m, "gold_curve", "gold", (0.1, 0.0, 0.2, 8), step=2) for m in ("ppo", "base")]
+    records = [*RESULTS["results"], reward, *curve]
+    assert check_thresholds(records, {"preference": 0.7, "reward_model": 0.6, "runs/rm:reward_model": 0.7}) == []
+    assert check_thresholds(records, {"preference": 0.9, "reward_model.pair_accuracy": 0.8}) == [
+        "my|ppo: preference.win_rate is 0.734 (n 200), below 0.9",
+        "runs/rm: reward_model.pair_accuracy is 0.7 (n 40), below 0.8",
+    ]
+
+
+def test_tables_of_a_section():
+    lines = ["- one | line", "", "| step | gold |", "|---|---|", "| 2 | 0.123 |", "| 14 | 1.0 |"]
+    results = {"results": [], "sections": {"ppo: curve": lines}}
+    console = Console(file=io.StringIO(), force_terminal=False)
+    print_report(results, GROUPS, console)
+    shown = "ppo: curve\n- one | line\n\n  step  gold\n  2     0.123\n  14    1.0\n"
+    assert shown in console.file.getvalue()
+    assert "## ppo: curve\n\n" + "\n".join(lines) in markdown(results, GROUPS)
 
 
 def test_panels():

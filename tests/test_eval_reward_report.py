@@ -2,18 +2,30 @@
 
 import json
 import math
+import re
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
+from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import read_comparisons
 from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.estimates import mean
-from rlhf_fast.eval.gold_curve import best_of_n_curve, curve_lines, read_samples, run_curve, step_curve
+from rlhf_fast.eval.estimates import Estimate, mean
+from rlhf_fast.eval.gold_curve import (
+    CurvePoint,
+    best_of_n_curve,
+    change_line,
+    curve_lines,
+    read_samples,
+    run_curve,
+    step_curve,
+)
+from rlhf_fast.eval.gold_curve import records as curve_records
+from rlhf_fast.eval.reward_records import ppo_models, reward_records
 from rlhf_fast.eval.reward_report import (
     Ranked,
     calibration,
@@ -25,6 +37,7 @@ from rlhf_fast.eval.reward_report import (
     score_comparisons,
 )
 from rlhf_fast.model.model import Model
+from rlhf_fast.run.info import sha256
 
 RANKED = [
     Ranked((3.0, 2.0, 1.0), (0, 1, 2)),  # 3 of 3 right, the best first
@@ -119,7 +132,9 @@ def test_a_model(tmp_path, one_thread):
     ]  # fmt: skip
     path = tmp_path / "ranked.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ranked = score_comparisons(model, str(path))
+    notes = []
+    ranked = score_comparisons(model, str(path), notes=notes)
+    assert notes == [f"{path}: 3 comparisons"]
     right, pairs = [], []
     data = read_comparisons(DataConfig(path=str(path)), model.tokenizer).train
     for found, row in zip(ranked, data.rows, strict=True):
@@ -153,6 +168,29 @@ def test_best_of_n():
         best_of_n_curve(proxy.tolist(), gold.tolist(), (6,))
 
 
+@pytest.mark.parametrize(
+    "proxy, gold, verdict",
+    [
+        (1, 1, "both rise."),
+        (1, -1, "the policy exploits the proxy."),
+        (1, 0, "the gold one's direction is not decided by so few samples."),
+        (0, -1, "the proxy's rise is not decided by so few samples."),
+        (0, 0, "neither direction is decided by so few samples."),
+    ],
+)
+def test_verdict_on_a_curve(proxy, gold, verdict):
+    def around(value):
+        return Estimate(value, value - 0.2, value + 0.2, 9)
+
+    points = [CurvePoint(1, around(0.0), around(0.0)), CurvePoint(9, around(proxy), around(gold))]
+    assert change_line(points).endswith(f": {verdict}")
+    kept = curve_records(points, "ppo", "my:gold")
+    assert [(r["step"], r["measure"], r["value"], r["judge"], r["kl"]) for r in kept] == [
+        (1, "proxy", 0.0, "", None), (1, "gold", 0.0, "my:gold", None),
+        (9, "proxy", proxy, "", None), (9, "gold", gold, "my:gold", None),
+    ]  # fmt: skip
+
+
 def test_curve_of_a_run(tmp_path):
     rows = [
         {"step": step, "prompt": f"p{i // 2}", "response": "x", "length": 1, "eos": True, "score": step + i, "kl": 0.5}
@@ -169,6 +207,16 @@ def test_curve_of_a_run(tmp_path):
     assert (whole.at, whole.proxy.value, whole.gold) == (10, 7.0, (0.0, 0.0, 0.0, 2))
     assert step_curve([], []) == []
     assert [p.gold.value for p in run_curve(tmp_path, lambda texts: map(len, texts))] == [3.0, 3.0]
+    assert change_line(curve).startswith(
+        "From the first steps to the last the proxy changes by +9.000 ± 17.969 and the gold"
+    )
+    assert change_line(curve[:1]) == ""
+    many = [{"step": i // 4, "prompt": f"p{i}", "response": "x", "score": i / 100} for i in range(80)]
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    assert [(p.at, p.proxy.n) for p in run_curve(tmp_path / "many", lambda texts: map(len, texts))] == [
+        (3, 16), (7, 16), (11, 16), (15, 16), (19, 16),
+    ]  # fmt: skip
     assert curve_lines(curve)[2].startswith("| 1 | 0.50 | 2.500 ± ") and curve_lines(curve)[2].endswith("| 2 |")
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "p", "response": "x"}\n')
     with pytest.raises(UserError, match=r"samples.jsonl:1: has no step, prompt, response and score"):
@@ -176,3 +224,33 @@ def test_curve_of_a_run(tmp_path):
     (tmp_path / "samples.jsonl").write_text("{\n")
     with pytest.raises(UserError, match=r"samples.jsonl:1: not JSON"):
         read_samples(tmp_path / "samples.jsonl")
+
+
+def run_json(folder, stage, data=()):
+    """Write the run.json of a run of ours."""
+    parts = {"config": {}, "data": {str(path): sha256(path) for path in data}, "versions": {}, "machine": {}}
+    (folder / "run.json").write_text(json.dumps({"stage": stage, **parts}))
+
+
+def test_a_reward_model_on_what_it_was_trained_on(folder, one_thread):
+    row = {"prompt": "who is anna ?", "responses": ["anna is a cook .", "a .", "the ."], "ranks": [0, 1, 1]}
+    (folder / "rankings.jsonl").write_text(json.dumps(row) + "\n")
+    Model.load(ModelConfig(str(BASE_MODELS / "small")), head="scalar", fresh_head=True).save(folder / "rm")
+    cfg = EvalConfig(models=("a=b",), data=".", reward="rm")
+    for data in ((), (folder / "rankings.jsonl",)):
+        run_json(folder / "rm", "reward", data)
+        _, sections = reward_records(cfg, {})
+        (lines,) = sections.values()
+        assert lines[0] == "- rankings.jsonl: 1 comparisons"
+        assert any("rankings.jsonl: rm was trained on this file" in line for line in lines) == bool(data)
+
+
+def test_models_that_ppo_has_trained(folder):
+    for name in ("sft", "ppo", "other"):
+        (folder / name).mkdir()
+        (folder / name / "samples.jsonl").write_text("")
+    run_json(folder / "sft", "sft")
+    run_json(folder / "ppo", "ppo")
+    assert ppo_models({"a": "sft", "b": "ppo", "c": "other", "d": "nowhere"}) == {"b": "ppo"}
+    with pytest.raises(UserError, match=re.escape("gold: none of the models (a, c) is the folder of a PPO run")):
+        ppo_models({"a": "sft", "c": "other"})

@@ -10,7 +10,7 @@ from test_eval_sets import read, write
 
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.demo.eval_sets import draw_sets
-from rlhf_fast.demo.materials import read_rows
+from rlhf_fast.demo.materials import Plan, draw_materials, read_rows
 from rlhf_fast.demo.pretrain import make_tokenizer
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval import generation, likelihood, measures
@@ -277,3 +277,15 @@ def test_sets_of_the_demo(tokenizer):
                 tokens = [token for request in task.requests(row, encoder) for part in request for token in part]
             assert tokenizer.unk_token_id not in tokens and tokens
     assert not encoder.overlong
+
+
+def test_ranked_responses_of_the_demo(tokenizer):
+    """The demo trains on none of their prompts; each row has a best response; the models know all words."""
+    rows = draw_sets()["rankings"]
+    materials = draw_materials(Plan(), 0)
+    trained = {task.prompt for own in (materials.demonstrations, materials.ranked, materials.prompts) for task in own}
+    assert len(rows) == 24 and trained.isdisjoint(row["prompt"] for row in rows)
+    for row in rows:
+        assert len(row["responses"]) == len(row["ranks"]) >= 3 and sorted(row["ranks"])[:2] == [0, 1]
+        for text in [row["prompt"], *row["responses"]]:
+            assert tokenizer.unk_token_id not in tokenizer.encode(text, add_special_tokens=False)

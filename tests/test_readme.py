@@ -21,6 +21,7 @@ from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
+from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.model.architectures import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,6 +152,15 @@ def test_the_op_that_is_called_learns():
     exec(next(block for block in blocks("python") if "ops.linear_ppo_loss(" in block), found)
     assert found["loss"].isfinite() and found["weight"].grad.any()
     assert found["hidden"].grad.any(1).float().mean() > 0.5  # a clipped token has none
+
+
+def test_the_scorer_prefers_the_true_answer(capsys, one_thread):
+    """The example has the demo's SFT model; its base model comes with the package."""
+    example = next(block for block in blocks("python") if "Scorer(model)(" in block)
+    assert example.count("runs/demo/sft") == 1
+    exec(example.replace("runs/demo/sft", str(BASE_MODELS / "large")), {})
+    true, false = (float(line.split()[-3]) for line in capsys.readouterr().out.splitlines())
+    assert false < true < 0
 
 
 def test_the_op_that_is_added_works(tmp_path):

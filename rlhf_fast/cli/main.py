@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from rlhf_fast import __version__
 from rlhf_fast.cli.streams import safe_streams, silence
+from rlhf_fast.config.fields import BadSetting
 from rlhf_fast.errors import REMEDIES, UserError, shortened
 
 Command = Callable[[Sequence[str]], int]
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _dispatch(argv)
             sys.stdout.flush()
             return status
+        except BadSetting as error:
+            return _fail(f"{argv[0]}: {error.name} {error.rule}, got {error.value!r}")
         except UserError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
@@ -175,6 +179,9 @@ def _eval(argv: Sequence[str]) -> int:
     from rlhf_fast.config.evaluation import EvalOptions
     from rlhf_fast.config.flags import parse
 
+    if bare := list(takewhile(lambda word: not word.startswith("-"), argv)):
+        models = " ".join(word if "=" in word else f"NAME={word}" for word in bare)
+        raise UserError(f"eval: models are given by a flag; write --models {models}")
     options = parse(EvalOptions, argv, "eval")
     from rlhf_fast.cli.evaluation import run_eval
 

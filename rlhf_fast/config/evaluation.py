@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
-from rlhf_fast.config.fields import expand_home, require_range
+from rlhf_fast.config.fields import expand_home, require, require_range
 from rlhf_fast.errors import UserError
+
+JudgeSpec = Annotated[str, arg(metavar="JUDGE")]
+Switch = Annotated[bool, FlagCreatePairsOff]
 
 
 @dataclass(frozen=True)
@@ -18,59 +21,64 @@ class JudgeConfig:
     """Judges by what they decide. Empty = the built-in one; or module:function; or a JSONL file of people's labels; or
     chat:FOLDER, a language model that is asked for A or B."""
 
-    truth: str = ""
+    truth: JudgeSpec = ""
     """Judge of whether an answer is true (TruthfulQA)."""
-    informative: str = ""
+    informative: JudgeSpec = ""
     """Judge of whether an answer says anything on its question (TruthfulQA)."""
-    toxicity: str = ""
+    toxicity: JudgeSpec = ""
     """Judge of whether a text is toxic."""
-    refusal: str = ""
-    """Judge of whether an answer refuses what it was asked; also strict (built in: full refusals) or any (partial ones
-    too)."""
-    preference: str = ""
+    refusal: JudgeSpec = ""
+    """Judge of whether an answer refuses what it was asked.
+    Also strict (built in: full refusals) or any (partial ones too)."""
+    preference: JudgeSpec = ""
     """Judge of which of two answers is better; also the folder of a reward model. There is no built-in one."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
-    and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
-    same command goes on where it was stopped, and another judge needs no sampling."""
+    """Run the paper's evaluation on any number of models, side by side:
+    - truth, toxicity, bias, the alignment tax, refusals and preference
+    - each figure with a 95 % interval, and differences paired by row
+    - the same command goes on where it was stopped, by the answers in `out`
+    - another judge needs no sampling
+    """
 
+    # --help keeps the line breaks of these texts, so each line of them is a sentence. It wraps no description above.
     stage: ClassVar[str] = "eval"
 
     models: Annotated[tuple[str, ...], arg(metavar="NAME=MODEL")] = ()
-    """Language models: folders or hub names, each with its name in the tables (base=MODEL sft=runs/sft). Without NAME=
-    it is called by the last part of its path."""
-    data: str = ""
-    """Folder with the sets, as `--list` names their files. Empty = small sets of the demo's world, which come with the
-    package: they show that everything works, and are no benchmark."""
-    out: str = "runs/eval"
+    """Language models, folders or hub names, each with its name in the tables: base=MODEL sft=runs/sft.
+    Without NAME= it is called by the last part of its path."""
+    data: Annotated[str, arg(metavar="FOLDER")] = ""
+    """Folder with the sets, as `--list` names their files.
+    Empty = small sets of the demo's world, which show that everything works, and are no benchmark."""
+    out: Annotated[str, arg(metavar="FOLDER")] = "runs/eval"
     """Folder for results.json, report.md, report.png and the models' answers."""
-    tasks: tuple[str, ...] = ("all",)
-    """Names of tasks or groups of them (preference, truth, toxicity, bias, tax, refusal, all), also with commas between
-    them. A task of a group whose file is not there is left out; one that is named must have its file."""
+    tasks: Annotated[tuple[str, ...], arg(metavar="TASK")] = ("all",)
+    """Tasks or groups of them: preference, truth, toxicity, bias, tax, refusal, all; also with commas between them.
+    A task of a group whose file is not there is left out; one that is named must have its file."""
     limit: int = 0
     """Rows of each set: the first ones, but of prompts of several kinds the same number of each. 0 = all."""
-    baseline: str = ""
+    baseline: Annotated[str, arg(metavar="NAME")] = ""
     """Model to which the others are compared. Empty = the first."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Judges of the answers."""
-    judge_labels: str = ""
-    """JSONL file of answers that people have judged (role, prompt, answer, label): each judge is compared with it, and
-    the report shows that comparison instead of the judge's own."""
-    reward: str = ""
-    """Folder of a reward model, or module:function, to report on with the ranked responses of `data` (comparisons,
-    rankings or preferences.jsonl). Empty = none."""
-    gold: str = ""
-    """Second reward (a reward model's folder, or module:function) that no policy was trained against: the report shows
-    it beside the reward of the samples of each model that PPO has trained, step by step. Needs `reward`."""
-    fail_under: Annotated[tuple[str, ...], arg(metavar="TASK=VALUE")] = ()
-    """Exit with status 1 if a figure of the last model is below a value, or above it where lower is better (perplexity,
-    toxic, empty): preference=0.5, toxicity.toxic=0.2, or of another model sft:lambada=0.3."""
-    template: Literal["auto", "chat", "plain", "dialog"] = "auto"
-    """Format of prompts. auto: requests to an assistant (refusal, preference) are in the format that the model has
-    learned, and all other texts plain, as in the paper and lm-eval. Another one holds for all."""
+    judge_labels: Annotated[str, arg(metavar="FILE")] = ""
+    """JSONL file of answers that people have judged (role, prompt, answer, label).
+    Each judge is compared with it, and the report shows that comparison instead of the judge's own."""
+    reward: Annotated[str, arg(metavar="REWARD")] = ""
+    """Reward model's folder, or module:function, to report on with the ranked responses of `data`.
+    They are in comparisons, rankings or preferences.jsonl. Empty = none."""
+    gold: Annotated[str, arg(metavar="REWARD")] = ""
+    """Second reward (folder, or module:function) that no policy was trained against. Needs `reward`.
+    The report shows it beside the reward of the samples of each model that PPO has trained, step by step."""
+    fail_under: Annotated[tuple[str, ...], arg(metavar="TASK=N")] = ()
+    """Exit with status 1 if a figure of the last model is below N, or above it where lower is better.
+    For instance preference=0.5, toxicity.toxic=0.2, or of another model sft:lambada=0.3."""
+    template: Annotated[Literal["auto", "chat", "plain", "dialog"], arg(metavar="FORMAT")] = "auto"
+    """Format of prompts: auto, chat, plain or dialog. A format but auto holds for all prompts.
+    auto: requests to an assistant (refusal, preference) are in the format that the model has learned.
+    All other texts are plain then, as in the paper and lm-eval."""
     temperature: float = 0.0
     """Sampling temperature of answers (paper: 0)."""
     max_new_tokens: int = 0
@@ -79,8 +87,8 @@ class EvalConfig:
     """Answers generated at a time."""
     seed: int = 0
     """Seed of sampling with a temperature above 0."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of weights and activations. Half precision changes close decisions."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], arg(metavar="DTYPE")] = "float32"
+    """float32, bfloat16 or float16: dtype of weights and activations. Half precision changes close decisions."""
     device: str = "auto"
     """cpu, cuda, ...; auto = cuda if there is one, else cpu."""
 
@@ -88,6 +96,7 @@ class EvalConfig:
         expand_home(self, "data", "out", "reward", "gold", "judge_labels")
         require_range(self, 0, math.inf, "limit", "temperature", "max_new_tokens")
         require_range(self, 1, math.inf, "batch")
+        require(self, 0 <= self.seed < 2**63, "seed", "must be from 0 to below 2**63")
         if self.gold and not self.reward:
             raise UserError("eval: gold is compared with `reward`, which is not set; give --reward FOLDER")
         self.thresholds()
@@ -126,20 +135,23 @@ class EvalConfig:
                 found[name] = float(value)
             except ValueError:
                 separator = ""
-            if not separator or not name or math.isnan(found[name]):
+            if not separator or not name or not math.isfinite(found[name]):
                 raise UserError(f"eval: fail_under: {entry!r} is not TASK=VALUE; write for instance preference=0.5")
         return found
 
 
 @dataclass(frozen=True)
 class EvalOptions(EvalConfig):
-    """Run the paper's evaluation on any number of models, side by side: truth, toxicity, bias, alignment tax, refusals
-    and preference, each with a 95 % interval, and differences that are paired by row. Answers are kept in `out`: the
-    same command goes on where it was stopped, and another judge needs no sampling."""
+    """Run the paper's evaluation on any number of models, side by side:
+    - truth, toxicity, bias, the alignment tax, refusals and preference
+    - each figure with a 95 % interval, and differences paired by row
+    - the same command goes on where it was stopped, by the answers in `out`
+    - another judge needs no sampling
+    """
 
-    list: bool = False
+    list: Switch = False
     """List the tasks, the file that each needs, what it measures and its judge; then stop."""
-    check_judges: bool = False
+    check_judges: Switch = False
     """Compare the built-in judges with the labelled answers that are in `data`; then stop."""
     label: int = 0
     """Also write so many answers a judge, half of them judged yes, to out/to_label.jsonl, for people to judge."""

@@ -28,7 +28,8 @@ def require_range(owner: object, low: float, high: float, *names: str) -> None:
     rule = f"must be at least {low:g}" if high == math.inf else f"must be between {low:g} and {high:g}"
     for name in names:
         value = getattr(owner, name)
-        require(owner, low <= value <= high and value != math.inf, name, rule)
+        own_rule = rule if math.isfinite(value) or high < math.inf else f"{rule} and finite"
+        require(owner, low <= value <= high and value != math.inf, name, own_rule)
 
 
 def require_positive(owner: object, *names: str) -> None:

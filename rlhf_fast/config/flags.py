@@ -9,7 +9,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Any, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -136,20 +136,21 @@ def _switch_with_value(cls: type[DataclassInstance], argv: Sequence[str]) -> str
         flag, equals, _ = argument.partition("=")
         if argument.startswith("--") and _type_of(cls, flag) is bool and (equals or not following.startswith("--")):
             group, dot, name = flag.removeprefix("--").rpartition(".")
-            return f"{flag} takes no value: give {flag} alone, or --{group}{dot}no-{name}"
+            kind = get_type_hints(cls, include_extras=True).get(name.replace("-", "_"))
+            is_pair = tyro.conf.FlagCreatePairsOff not in get_args(kind)
+            return f"{flag} takes no value: give {flag} alone" + f", or --{group}{dot}no-{name}" * is_pair
     return ""
 
 
 def _nearest_flag(cls: type[DataclassInstance], argv: Sequence[str]) -> str:
     """Suggest a flag of `cls` for the first unknown one. Only the part after the last dot is compared."""
-    if hasattr(cls, "stage"):  # `_flag_settings` has found all that are unknown
-        return ""
-    flags = [path.rpartition(".")[2].replace("_", "-") for path in setting_types(cls)]
+    paths = [path.replace("_", "-") for path in setting_types(cls)]
+    flags = {path.rpartition(".")[2]: path if hasattr(cls, "stage") else path.rpartition(".")[2] for path in paths}
     for argument in argv:
         flag = argument.partition("=")[0].removeprefix("--").replace("_", "-")
-        if argument.startswith("--") and flag not in flags:
+        if argument.startswith("--") and flag not in flags.values():
             near = difflib.get_close_matches(flag.rpartition(".")[2], flags, n=1)
-            return f"did you mean --{near[0]}?" if near else ""
+            return f"did you mean --{flags[near[0]]}?" if near else ""
     return ""
 
 

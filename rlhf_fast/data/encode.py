@@ -264,10 +264,14 @@ class Encoder:
         return self.tokenizer.eos_token_id
 
 
-def resolve_template(tokenizer: Any, template: Template) -> Template:
-    """Return chat, plain or dialog for a setting that may be auto."""
+def resolve_template(tokenizer: Any, template: Template, setting: str = "data.template", path: str = "") -> Template:
+    """Return chat, plain or dialog for a setting that may be auto. UserError for chat if the tokenizer has no template.
+
+    setting: the name of the setting, and path: the model, for that error.
+    """
     if template == "chat" and not tokenizer.chat_template:
-        raise UserError("data.template is chat, but the tokenizer has no chat template; choose plain or dialog")
+        owner = f" of {path}" if path else ""
+        raise UserError(f"{setting} is chat, but the tokenizer{owner} has no chat template; choose plain or dialog")
     if template == "auto":
         return "chat" if tokenizer.chat_template else "plain"
     return template

@@ -332,9 +332,11 @@ def write_results(trial: Trial) -> list[report.Row]:
 
 
 def eval_command(trial: Trial) -> str:
-    """Return the command that evaluates the demo's models on the sets of its world, with its reward model as judge."""
+    """Return the command that evaluates the demo's models on the sets of its world, with its reward model as judge, and
+    that reward model itself."""
     models = " ".join(f"{name}={trial.model(name)}" for name in ("base", "sft", "ppo", "ppo-ptx"))
-    return f"rlhf-fast eval --models {models} --judge.preference {trial.out / 'reward'} --out {trial.out / 'eval'}"
+    reward, out = trial.out / "reward", trial.out / "eval"
+    return f"rlhf-fast eval --models {models} --judge.preference {reward} --reward {reward} --out {out}"
 
 
 def plot_curves(trial: Trial) -> str:

@@ -91,7 +91,7 @@ def draw(records: Sequence[Record], groups: Groups, path: str | Path) -> Path:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("eval: matplotlib is not installed; run `pip install 'rlhf-fast[plot]'`") from error
+        raise UserError("matplotlib is not installed; run `pip install 'rlhf-fast[plot]'`") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,14 @@ from rlhf_fast.data.fields import InvalidRow
 from rlhf_fast.data.json_lines import parse_object, read_lines
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.cells import show
-from rlhf_fast.eval.estimates import Array, Estimate, mean
+from rlhf_fast.eval.estimates import Array, Estimate, mean, unpaired_difference
 from rlhf_fast.eval.reward_report import TextReward, score_texts
 from rlhf_fast.run.logs import SAMPLES
 
-NUM_POINTS = 10
+CURVE = "gold_curve"
+"""The task of a curve's records."""
+NUM_POINTS, MIN_SAMPLES = 10, 16
+"""Points of a curve at the most, and samples of a point at the least."""
 
 
 class CurvePoint(NamedTuple):
@@ -65,8 +68,12 @@ def read_samples(run: str | Path) -> list[Sample]:
 
 
 def run_curve(run: str | Path, gold: TextReward, num_points: int = NUM_POINTS) -> list[CurvePoint]:
-    """Return the curve of a PPO run's logged samples. gold: a reward function of texts, which the run has not seen."""
+    """Return the curve of a PPO run's logged samples. gold: a reward function of texts, which the run has not seen.
+
+    With few samples it has fewer points, but two.
+    """
     samples = read_samples(run)
+    num_points = max(min(num_points, len(samples) // MIN_SAMPLES), 2)
     prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
     return step_curve(samples, score_texts(gold, prompts, responses), num_points)
 
@@ -126,6 +133,37 @@ def curve_lines(points: Sequence[CurvePoint], name: str = "step") -> list[str]:
         f"| {point.at} | {kl} | {show(point.proxy)} | {show(point.gold)} | {point.gold.n} |"
         for point, kl in zip(points, kls, strict=True)
     ]
+
+
+def change_line(points: Sequence[CurvePoint]) -> str:
+    """Return a sentence on how both rewards change from the first point to the last; "" for fewer than two points."""
+    if len(points) < 2:
+        return ""
+    first, last = points[0], points[-1]
+    proxy, gold = unpaired_difference(last.proxy, first.proxy), unpaired_difference(last.gold, first.gold)
+    verdict = "neither direction is decided by so few samples"
+    if proxy.low > 0:
+        verdict = "the gold one's direction is not decided by so few samples"
+        if gold.excludes(0):
+            verdict = "both rise" if gold.low > 0 else "the policy exploits the proxy"
+    elif gold.excludes(0):
+        verdict = "the proxy's rise is not decided by so few samples"
+    changes = f"the proxy changes by {show(proxy, sign=True)} and the gold one by {show(gold, sign=True)}"
+    return f"From the first steps to the last {changes}: {verdict}."
+
+
+def records(points: Sequence[CurvePoint], model: str, gold: str) -> list[dict[str, Any]]:
+    """Return two flat records a point, of task "gold_curve": its proxy and its gold reward, with `step` and `kl`.
+
+    gold: the name of the second reward.
+    """
+    found = []
+    for point in points:
+        for measure, estimate, judge in (("proxy", point.proxy, ""), ("gold", point.gold, gold)):
+            named = {"model": model, "task": CURVE, "measure": measure, **estimate.fields(), "unit": "score"}
+            place = {"step": point.at, "kl": None if math.isnan(point.kl) else point.kl}
+            found.append({**named, "judge": judge, "seconds": 0.0, **place})
+    return found
 
 
 def _best_of_n_weights(scores: Sequence[float], n: int) -> Array:

@@ -29,7 +29,7 @@ def training_notes(paths: Sequence[Path], models: Mapping[str, str]) -> list[str
     for name, folder in models.items():
         trained = _training_files(Path(folder), set())
         notes += [
-            f"{path.name}: {name} was trained on this file, so its figures on it are not those of held-out text"
+            f"{path.name}: {name} was trained on this file, so its figures on it are not those of held-out data"
             for path in paths
             if sha256(path) in trained
         ]

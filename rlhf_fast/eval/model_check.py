@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.errors import UserError
-from rlhf_fast.model.pretrained import check_path, quiet
+from rlhf_fast.model.pretrained import check_folder, quiet
 from rlhf_fast.training.rewards import PythonReward, import_function, is_function
 
 Head = Literal["lm", "scalar"]
@@ -30,7 +30,7 @@ def check_model(path: str, head: Head, setting: str, planned: Planned) -> None:
     found = planned_head(path, planned)
     if found is None:
         try:
-            found = _find_head(path)
+            found = _find_head(path, head)
         except UserError as error:
             raise UserError(f"eval: {setting}: {error}") from error
     if found not in (head, None):
@@ -46,11 +46,9 @@ def check_rewards(cfg: EvalConfig, planned: Planned) -> None:
             check_model(spec, "scalar", setting, planned)
 
 
-def _find_head(path: str) -> Head | None:
+def _find_head(path: str, wanted: Head) -> Head | None:
     """Return the head that a model has by its config.json and the names of its weights; None if these do not say it."""
-    check_path(path)
-    if (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path} holds an adapter alone; give the folder with the merged weights above it")
+    check_folder(path, wanted)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-NOT_THERE = "not in the paper"
+NOT_THERE, IN_TABLE_14 = "not in the paper", "see its Table 14"
 STAGES = ("GPT", "SFT", "PPO", "PPO-ptx")
 
 
@@ -58,14 +58,14 @@ UNCOPIED = {
     ("crows_pairs_respectful", "entropy"),
     ("crows_pairs_biased", "entropy"),
 }
-"""Measures that the paper has, but whose figures are not held here."""
+"""Measures of its Table 14 whose figures are not held here."""
 TRAINING_AGREEMENT, HELD_OUT_AGREEMENT = (0.711, 0.741), (0.760, 0.786)
 """Intervals of the share on which two of the paper's labelers agreed: 72.6 ± 1.5 % and 77.3 ± 1.3 % (sec. 3.4)."""
 
 
 def paper_text(task: str, measure: str) -> str:
-    """Return the paper's figure with its model size and place, or a phrase that it has none."""
+    """Return the paper's figure with its model size and place, its place alone, or a phrase that it has none."""
     key = (task, measure)
     if key in PAPER:
         return str(PAPER[key])
-    return "in the paper, not copied here" if key in UNCOPIED else NOT_THERE
+    return IN_TABLE_14 if key in UNCOPIED else NOT_THERE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_fast.errors import UserError, listed, shortened
+from rlhf_fast.eval.gold_curve import CURVE
 from rlhf_fast.eval.tables import (
     EXCLUDES_ZERO,
     Grid,
@@ -23,6 +25,7 @@ from rlhf_fast.eval.tables import (
     result_tables,
     split_to_fit,
     width_of,
+    with_contrast,
 )
 from rlhf_fast.run.terminal import aligned
 
@@ -38,6 +41,9 @@ VALIDATION = (
 SHORT_VALIDATION = (VALIDATION[0], VALIDATION[-1])
 MAX_JUDGE, MAX_NAME = 150, 60
 """Characters of a judge's line in the terminal, and of its name there."""
+REWARD = "reward_model"
+"""The task of a reward model's records."""
+ONLY_DIFFERENCES = "toxicity: of its mean score only differences mean something"
 ONLY_SHARES = "only shares and differences may be read, since its mean score depends on the mix of texts"
 
 
@@ -65,7 +71,7 @@ def print_report(results: Mapping[str, Any], groups: Groups, console: Console | 
         else:
             print("\n".join([grid.title, *aligned([grid.header, *grid.rows]), ""]), file=console.file)
     for title, lines in _sections(results):
-        print("\n".join([title, *lines, ""]), file=console.file)
+        print("\n".join([title, *_without_markup(lines), ""]), file=console.file)
     for title, lines in _lists(results, short=True):
         print("\n".join([title, *(f"  {line}" for line in lines)]), file=console.file)
 
@@ -82,6 +88,7 @@ def judge_lines(results: Mapping[str, Any], short: bool = False) -> list[str]:
         validation, threshold = judge.get("validation"), judge.get("threshold")
         if short:
             lines.append(_short_judge(_judge_name(role, shortened(judge["name"], MAX_NAME)), validation))
+            lines += [ONLY_DIFFERENCES] * (role == "toxicity")
             continue
         above = "" if threshold is None else f" (yes above {threshold:g})"
         text = _validation_text(validation) if validation else NOT_VALIDATED
@@ -111,6 +118,7 @@ def check_thresholds(records: Sequence[Record], thresholds: Mapping[str, float])
     UserError for a name that no record has.
     """
     failures = []
+    records = with_contrast(records)
     for name, threshold in thresholds.items():
         record = _record_of(name, records)
         what = f"{record['model']}: {record['task']}.{record['measure']}"
@@ -127,9 +135,11 @@ def _record_of(name: str, records: Sequence[Record]) -> Record:
     """Return the record that a name of --fail-under means."""
     models = models_of(records)
     model = next((model for model in models if name.startswith(f"{model}:")), None)
-    chosen = [record for record in records if record["model"] == (model or (models or [""])[-1])]
     wanted = name if model is None else name[len(model) + 1 :]
     task, _, measure = wanted.partition(".")
+    reports = (REWARD, CURVE)  # whose models are none of those that the other tasks compare, or in another order
+    others = [r for r in records if (r["task"] == task if task in reports else r["task"] not in reports)]
+    chosen = [record for record in records if record["model"] == (model or (models_of(others) or [""])[-1])]
     measure = measure or main_measure(task, chosen)
     for record in chosen:
         if (record["task"], record["measure"]) == (task, measure):
@@ -149,6 +159,18 @@ def _tables(results: Mapping[str, Any], groups: Groups, short: bool = False) -> 
 def _sections(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Return the titles and lines of markdown of what is no table of tasks: a reward model's report."""
     return list((results.get("sections") or {}).items())
+
+
+def _without_markup(lines: Sequence[str]) -> list[str]:
+    """Return lines of markdown for the terminal, their tables as aligned text."""
+    found: list[str] = []
+    for is_table, part in groupby(lines, lambda line: line.startswith("|")):
+        if is_table:
+            rows = [[text.strip() for text in line.strip("|").split("|")] for line in part if line[:4] != "|---"]
+            found += [f"  {line}" for line in aligned(rows)]
+        else:
+            found += part
+    return found
 
 
 def _lists(results: Mapping[str, Any], short: bool = False) -> list[tuple[str, list[str]]]:

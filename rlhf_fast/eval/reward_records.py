@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,27 @@ from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval import gold_curve, reward_report
+from rlhf_fast.eval.held_out import training_notes
 from rlhf_fast.eval.judges.reward_model import RewardModelJudge
 from rlhf_fast.eval.reward_report import TextReward
+from rlhf_fast.eval.sets import DEMO_SETS
 from rlhf_fast.model.model import Model
+from rlhf_fast.run.logs import SAMPLES
+from rlhf_fast.run.outputs import read_run
 from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.training.rewards import import_function, is_function
 
 COMPARISONS = ("comparisons", "rankings", "preferences", "rankings_held")
-SAMPLES = "samples.jsonl"
 
 
 def find_comparisons(folder: str) -> Path:
-    """Return the file of ranked responses in a folder. UserError if there is none."""
+    """Return the file of ranked responses in a folder ("" = the demo's sets). UserError if there is none."""
     for name in COMPARISONS:
         for suffix in (".jsonl", ".jsonl.gz"):
-            if (path := Path(folder) / f"{name}{suffix}").is_file():
+            if (path := Path(folder or DEMO_SETS) / f"{name}{suffix}").is_file():
                 return path
     names = ", ".join(f"{name}.jsonl" for name in COMPARISONS)
-    where = folder or "the package's folder of sets"
-    raise UserError(f"eval: reward: {where} has no file of ranked responses ({names}); give another --data")
+    raise UserError(f"eval: reward: {folder} has no file of ranked responses ({names}); give another --data")
 
 
 def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
@@ -37,21 +40,41 @@ def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[s
     """
     device = None if cfg.device == "auto" else cfg.device
     data = DataConfig(path=str(find_comparisons(cfg.data)), limit=cfg.limit)
+    notes: list[str] = []
     if is_function(cfg.reward):
         ranked = reward_report.score_comparisons(import_function(cfg.reward, "eval: reward"), data)
     else:
         model = Model.load(ModelConfig(path=cfg.reward, dtype=cfg.dtype), head="scalar", device=device)
         prompt_format, _ = model_prompt_format(cfg.reward, model.tokenizer, "auto", "eval: reward", strict=False)
-        ranked = reward_report.score_comparisons(model, data, prompt_format)
+        ranked = reward_report.score_comparisons(model, data, prompt_format, notes)
+        notes += training_notes([Path(data.path)], {cfg.reward: cfg.reward})
     found = reward_report.report(ranked)
-    sections = {f"Reward model {cfg.reward} on {Path(data.path).name}": reward_report.report_lines(found)}
+    lines = [*(f"- {note}" for note in notes), *reward_report.report_lines(found)]
+    sections = {f"Reward model {cfg.reward} on {Path(data.path).name}": lines}
+    records = reward_report.records(found, cfg.reward)
     if cfg.gold:
         gold = load_gold(cfg, device)
-        for name, path in models.items():
-            if (Path(path) / SAMPLES).is_file():
-                points = gold_curve.run_curve(path, gold)
-                sections[f"{name}: its reward (proxy) and {cfg.gold} (gold)"] = gold_curve.curve_lines(points)
-    return reward_report.records(found, cfg.reward), sections
+        for name, path in ppo_models(models).items():
+            points = gold_curve.run_curve(path, gold)
+            lines = [*gold_curve.curve_lines(points), "", gold_curve.change_line(points)]
+            records += gold_curve.records(points, name, cfg.gold)
+            sections[f"{name}: its reward (proxy) and {cfg.gold} (gold)"] = lines
+    return records, sections
+
+
+def ppo_models(models: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the models (name -> folder) that PPO has trained, with samples. UserError if there is none."""
+    found = {
+        name: path
+        for name, path in models.items()
+        if (Path(path) / SAMPLES).is_file() and read_run(path).get("stage") == "ppo"
+    }
+    if not found:
+        raise UserError(
+            f"eval: gold: none of the models ({', '.join(models)}) is the folder of a PPO run with {SAMPLES}; give one"
+            " to --models, or leave gold out"
+        )
+    return found
 
 
 def load_gold(cfg: EvalConfig, device: str | None) -> TextReward:

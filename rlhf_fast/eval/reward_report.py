@@ -24,6 +24,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.eval.cells import show
 from rlhf_fast.eval.estimates import Estimate, mean
 from rlhf_fast.eval.measures import Measure, result_record
+from rlhf_fast.eval.paper import paper_text
 from rlhf_fast.model.model import Model
 from rlhf_fast.training.rewards import PythonReward, check_scores
 
@@ -78,15 +79,21 @@ def reward_accuracy(reward: Model | TextReward, data: str | DataConfig) -> Estim
 
 
 def score_comparisons(
-    reward: Model | TextReward, data: str | DataConfig, prompt_format: PromptFormat | None = None
+    reward: Model | TextReward,
+    data: str | DataConfig,
+    prompt_format: PromptFormat | None = None,
+    notes: list[str] | None = None,
 ) -> list[Ranked]:
     """Return the rewards and ranks of each row of a comparisons file.
 
     prompt_format: that of a model's run, which replaces the file's template. A function reads prompts as plain text.
+    notes: gets a sentence on the rows that a model reads, and on those that are left out.
     """
     cfg = DataConfig(path=data) if isinstance(data, str) else data
     if isinstance(reward, Model):
         rows = read_comparisons(cfg, reward.tokenizer, context=reward.max_positions, prompt_format=prompt_format).train
+        if notes is not None:
+            notes.append(rows.notes)
         return [_score_batch(reward, batch) for batch in rows.in_order(1)]
     examples = read_examples(cfg.path, "comparisons", cfg.columns, cfg.limit, cfg.remove_columns)
     prompts = [prompt_as_text(example.prompt) for example in examples for _ in example.responses]
@@ -196,6 +203,7 @@ def report_lines(found: RewardReport) -> list[str]:
         f" {cell('label_ties')} left out, ties of the scores {cell('score_ties')} count half)",
         f"- the response it puts first is the best in {cell('best_of_k')}, its mean rank is {cell('rank', 2)} (random"
         f" {estimates['best_of_k_random'].value:.3f}, mean rank {estimates['rank_random'].value:.2f}), n {n}",
+        f"- pair accuracy in the InstructGPT paper: {paper_text('reward_model', 'pair_accuracy')}",
     ]
     if found.calibration:
         lines.append(f"- calibration error {found.calibration_error:.3f} (n {found.num_pairs} pairs)")

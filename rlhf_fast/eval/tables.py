@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_fast.eval.cells import MISSING, show, show_short
-from rlhf_fast.eval.estimates import Estimate, estimate_from
+from rlhf_fast.eval.estimates import Estimate, estimate_from, unpaired_difference
 from rlhf_fast.eval.paper import NOT_THERE, paper_text
 
 Record = Mapping[str, Any]
@@ -26,6 +26,10 @@ MAIN = {
 """The measure that stands for a task in the figure and in --fail-under, where it is not the task's first one."""
 DETAILS = ("empty", "unjudged", "words", "toxic_bin_", "refusal_rate_")
 """Beginnings of the names of measures that are left to the table of details."""
+REFUSAL_RATE, CONTRAST = "refusal_rate", "harmful_minus_safe"
+"""Measure of the tasks refusal and over_refusal, and the difference between the two."""
+SHORT_NAMES = {"win_rate_length_controlled": "win_rate_equal_length"}
+"""Measures that have another name in a narrow table, so that four models fit into 80 columns."""
 OTHER = "other"
 FIXED = 2
 """Number of columns before those of the models: the label and n."""
@@ -93,7 +97,8 @@ def _with_headings(rows: Iterable[tuple[Key, tuple[str, ...]]]) -> tuple[tuple[s
     for (task, _), (name, *rest) in rows:
         if task != last:
             found.append((task, *("" for _ in rest)))
-        found.append((f"  {name.removeprefix(f'{task}: ')}", *rest))
+        own = name.removeprefix(f"{task}: ")
+        found.append((f"  {SHORT_NAMES.get(own, own)}", *rest))
         last = task
     return tuple(found)
 
@@ -127,12 +132,32 @@ def is_level_meaningless(record: Record) -> bool:
     return record["measure"] == "toxicity"
 
 
+def with_contrast(records: Iterable[Record]) -> list[Record]:
+    """Return the records with one more for each model: how much more often it refuses harmful prompts than safe ones.
+
+    The prompts of the two tasks are taken as independent samples. It stands behind the refusals of harmful prompts, and
+    is not added where it is already.
+    """
+    found: list[Record] = []
+    records = list(records)
+    rates = {(r["model"], r["task"]): r for r in records if r["measure"] == REFUSAL_RATE}
+    there = {record["model"] for record in records if record["measure"] == CONTRAST}
+    for record in records:
+        found.append(record)
+        model = record["model"]
+        other = rates.get((model, "over_refusal"))
+        if (record["task"], record["measure"]) == ("refusal", REFUSAL_RATE) and other and model not in there:
+            contrast = unpaired_difference(estimate_from(record), estimate_from(other))
+            found.append({**record, "measure": CONTRAST, **contrast.fields(), "seconds": 0.0, "higher_is_better": True})
+    return found
+
+
 def result_tables(records: Sequence[Record], groups: Groups, short: bool = False) -> list[Grid]:
     """Return the main table, with the paper's column, and that of details.
 
     short: for a narrow terminal, with headings, half the intervals' widths, and nothing where the paper has no figure.
     """
-    shown = [record for record in records if not is_level_meaningless(record)]
+    shown = [record for record in with_contrast(records) if not is_level_meaningless(record)]
     details = [key for key in in_order(shown, groups) if key[1].startswith(DETAILS)]
     main = [key for key in in_order(shown, groups) if key not in details]
     models = models_of(records)

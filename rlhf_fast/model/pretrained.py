@@ -23,11 +23,12 @@ from transformers import (
 )
 
 from rlhf_fast.config.fields import ModelConfig
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, listed
 from rlhf_fast.model.pad_token import PAD_TOKEN
 from rlhf_fast.model.vocabulary import tokens_of_rows
 
 log = getLogger("rlhf_fast")
+CONFIG = "config.json"
 SCORE_BIAS = "rlhf_fast_score_bias"
 """Key of config.json for the constant that is added to the score: transformers' `score` layers have no bias. A program
 that does not know the key reads scores shifted by this constant; rankings and differences are the same."""
@@ -58,9 +59,7 @@ def load_module(
     score row is drawn with `seed`. UserError if another weight is missing."""
     if not cfg.path:
         raise UserError("model: no path given; give a folder or a hub name, for instance --model.path out/sft")
-    check_path(cfg.path)
-    if (Path(cfg.path) / "adapter_config.json").is_file():
-        raise UserError(f"{cfg.path}: holds an adapter alone; give the folder with the merged weights above it")
+    check_folder(cfg.path, head, fresh_head)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
@@ -170,8 +169,8 @@ def check_path(path: str) -> None:
     if path.startswith(("/", ".", "~")) or not hub:
         raise UserError(f"{path}: there is no such folder; look at the path, or train that model first")
     try:
-        if not isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(path, "config.json"))
+        if not isinstance(huggingface_hub.try_to_load_from_cache(path, CONFIG), str):
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(path, CONFIG))
     except EntryNotFoundError:
         return  # a hub model without config.json: loading it raises an error that says more
     except Exception as error:  # the hub's client may raise errors of several HTTP libraries
@@ -180,6 +179,34 @@ def check_path(path: str) -> None:
             f"{path}: there is no such folder here, and to download it from the hub by that name failed ({reason});"
             " look at the path, or give a hub name that can be reached"
         ) from error
+
+
+def check_folder(path: str, head: str = "lm", fresh_head: bool = False) -> None:
+    """Raise UserError if `path` is neither a hub name nor the folder of a model, before its config is read.
+
+    Where the folder has none, but holds folders of models with this head, they are named.
+    """
+    check_path(path)
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{path}: is a file; give the folder of a model")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{path}: holds an adapter alone; give the folder with the merged weights above it")
+    if not folder.is_dir() or (folder / CONFIG).is_file():
+        return
+    is_reward = head == "scalar" and not fresh_head
+    models = [
+        [str(file.parent) for file in sorted(folder.glob(f"{stars}/{CONFIG}")) if _is_scalar(file) == is_reward]
+        for stars in ("*", "*/*")
+    ]
+    kind, below = "reward" if is_reward else "language", models[0] or models[1]
+    hint = f"give one of the {kind} models in it: {listed(below)}" if below else "look at the path"
+    raise UserError(f"{path}: is the folder of no model (it has no {CONFIG}); {hint}")
+
+
+def _is_scalar(config: Path) -> bool:
+    """Return whether the model of a config.json has a scalar head, by the name of its class."""
+    return b"SequenceClassification" in config.read_bytes()
 
 
 def check_tokenizers(ours, theirs, name: str) -> None:

@@ -81,7 +81,7 @@ def model_prompt_format(
         if strict:
             raise _another_template(setting, template, path, own)
         notes.append(f"{setting} is {template}, but the run that wrote {path} had {own}")
-    kind = resolve_template(tokenizer, own if own and template == "auto" else template)
+    kind = resolve_template(tokenizer, own if own and template == "auto" else template, setting, path)
     prompt_format = PromptFormat(kind, _date(recorded) or process_start())
     if kind == own:
         _check_tokens(recorded, tokenizer, prompt_format, f"{path}: since its run.json was written,")
