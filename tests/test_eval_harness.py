@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_fast.demo.materials import read_rows
 from rlhf_fast.errors import UserError
@@ -102,6 +103,15 @@ def test_its_command_knows_our_model():
         [*command, f"pretrained={MODEL}", "--tasks", "no_such_task"], capture_output=True, text=True, cwd=ROOT
     )
     assert "no_such_task" in found.stdout + found.stderr and "rlhf_fast" not in found.stderr.split("no_such_task")[-1]
+
+
+def test_without_a_gpu_the_default_device_is_the_cpu(monkeypatch):
+    """lm-eval's command passes cuda:0 where nobody has named a device."""
+    pytest.importorskip("lm_eval")
+    from rlhf_fast.eval.harness import RlhfFastLM
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert RlhfFastLM(str(MODEL), device="cuda:0").model.device.type == "cpu"
 
 
 def test_bad_arguments(ours):

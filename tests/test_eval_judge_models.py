@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import UserError
+from rlhf_fast.eval.generation import verdict_measures
 from rlhf_fast.eval.judges import JudgeSettings, load_answer_judge, load_pair_judge
 from rlhf_fast.eval.judges.chat import ChatJudge, ChatPairJudge
 from rlhf_fast.eval.judges.reward_model import RewardModelJudge
+from rlhf_fast.eval.judges.validation import compare_with_labels
 from rlhf_fast.model.model import Model
 from rlhf_fast.scoring import Scorer
 
@@ -44,7 +46,9 @@ def test_a_reward_model_scores_each_answer_once(folder, monkeypatch):
                 expected.append(model.last_scores(torch.tensor([ids]), torch.tensor([len(ids)])).item())
         assert judge.answer_scores([prompt, prompt], [one, other]) == pytest.approx(expected, abs=1e-5)
         assert value == float(expected[0] > expected[1])
-    assert math.isfinite(judge.answer_scores(["a " * 500], ["b " * 10])[0]), "the start is cut off"
+    runs.clear()
+    long = judge(["a b .", "a " * 500], ["a b", "b"], ["b", "c"])
+    assert long[0] == won[0] and math.isnan(long[1]) and not runs, "more tokens than the model has positions"
     model.module.score.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match=r"returned nan for row 0 \('a'\)"):
         RewardModelJudge(model, "made here")(["a"], ["a"], ["b"])
@@ -98,8 +102,9 @@ def test_a_language_model_is_asked_in_both_orders(template):
         found = ChatJudge(model, role, yes)(*arguments)
         assert [verdict.score for verdict in found] == pytest.approx([probability, math.nan, probability], nan_ok=True)
         assert found[1].unjudged == "empty"
+        assert found[0].flipped == found[2].flipped == 0 and math.isnan(found[1].flipped)
         (neither,) = ChatJudge(model, role, position)(["p"], ["a"], [{}])
-        assert neither.score == pytest.approx(0.5), "a favoured position is no opinion"
+        assert neither.score == pytest.approx(0.5) and neither.flipped == 1, "a favoured position is no opinion"
     truth, toxicity = yes.contexts[0], yes.contexts[8]
     assert "Question:\nIs this so?\n\nAnswer:\nIt is so.\n\nIs the answer true?\nA: Yes\nB: No\n" in truth
     assert "Is this so?" not in toxicity and "Text:\nIt is so." in toxicity
@@ -114,12 +119,49 @@ def test_a_language_model_is_asked_in_both_orders(template):
     )
 
 
-def test_a_long_question_loses_its_beginning():
+def test_what_is_too_long_is_not_judged():
+    """A question of which a part would be cut off is not asked; one that just fits is."""
     tokenizer = byte_tokenizer()
-    opinion = Opinion(tokenizer, says_a)
-    model = SimpleNamespace(tokenizer=tokenizer, name="none", max_positions=60)
-    ChatJudge(model, "truth", opinion)(["p"], ["x" * 500], [{}])
-    assert all(len(context) == 58 and context.endswith("Letter:") for context in opinion.contexts)
+    opinion = Opinion(tokenizer, says_yes)
+    model = SimpleNamespace(tokenizer=tokenizer, name="none", max_positions=0)
+    ChatJudge(model, "truth", opinion)(["p"], ["x" * 90], [{}])
+    model.max_positions = max(map(len, opinion.contexts)) + 2  # and a letter, with the space before it
+    fits, long, short = ChatJudge(model, "truth", opinion)(["p"] * 3, ["x" * 90, "x" * 91, "y"], [{}] * 3)
+    assert fits.score == short.score > 0.9 and (fits.unjudged, short.unjudged) == ("", "")
+    assert math.isnan(long.score) and long.unjudged == "too long" and math.isnan(long.flipped)
+    opinion.contexts.clear()
+    pairs = ChatPairJudge(model, opinion)(["p", "p"], ["x", "x" * 200], ["y", "y"])
+    assert math.isfinite(pairs[0]) and math.isnan(pairs[1]) and len(opinion.contexts) == 2
+
+
+def test_a_position_that_decides_is_said():
+    """In the measures of single answers, and in the comparison with people's labels."""
+    tokenizer = byte_tokenizer()
+    model = SimpleNamespace(tokenizer=tokenizer, name="none", max_positions=0)
+    for favours, share, note in ((says_a, 1.0, "the order in which it reads them decides 2 of 2"), (says_yes, 0.0, "")):
+        judge = ChatJudge(model, "toxicity", Opinion(tokenizer, favours))
+        answers = ["one", "two", ""]
+        verdicts = {"toxicity": judge(["p"] * 3, answers, [{}] * 3)}
+        found = {measure.name: measure for measure in verdict_measures(answers, verdicts, {"toxicity": judge})}
+        assert (found["flips_toxicity"].estimate().value, found["flips_toxicity"].estimate().n) == (share, 2)
+        validation = compare_with_labels([True, False], verdicts["toxicity"][:2], 0.5)
+        assert validation.note == note
+
+
+def test_a_language_model_of_several_roles_is_loaded_once(folder, monkeypatch):
+    loads = []
+
+    def load(cfg, **_):
+        loads.append(cfg.path)
+        return SimpleNamespace(tokenizer=byte_tokenizer(), name=cfg.path, max_positions=0)
+
+    toy.model(folder / "model")
+    monkeypatch.setattr(Model, "load", load)
+    settings = JudgeSettings(device="cpu", scorer=lambda _: None)
+    for role in ("truth", "refusal"):
+        load_answer_judge(f"chat:{folder / 'model'}", role, settings)
+    load_pair_judge(f"chat:{folder / 'model'}", settings)
+    assert loads == [str(folder / "model")]
 
 
 def test_a_real_language_model(folder):

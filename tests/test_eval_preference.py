@@ -72,6 +72,7 @@ def test_probabilities_and_missing_judgements():
     assert named(found)["win_rate"].estimate() == pytest.approx(mean([0.8, 0.5, 0.3], "abb"))
     assert named(found)["longer_wins"].values == pytest.approx((1, math.nan, 0.5, 0), nan_ok=True)
     assert named(found)["flips"].values == pytest.approx((0, math.nan, 0, 0), nan_ok=True)
+    assert named(found)["unjudged"].values == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize(

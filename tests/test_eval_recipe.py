@@ -102,8 +102,8 @@ eval: {{data: sets, tasks: [preference], judge.preference: runs/rm, reward: runs
         (recipe.replace("preference: runs/rm", "preference: runs/rn"), "judge.preference: runs/rn is neither"),
         (recipe.replace("tasks:", "device: nowhere, tasks:"), "eval: device nowhere cannot be used"),
         (
-            recipe
-            + "ppo: {data.path: sets/prompts.jsonl, sampling.max_new_tokens: 8, log: {eval_every: 1, eval_tasks: [helaswag]}}\n",
+            recipe + "ppo: {data.path: sets/prompts.jsonl, sampling.max_new_tokens: 8, log: {eval_every: 1,"
+            " eval_tasks: [helaswag]}}\n",
             "ppo: log.eval_every: tasks: there is no 'helaswag'; did you mean hellaswag?",
         ),
     ):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.eval.held_out import checksum, training_notes
+from rlhf_fast.eval.held_out import checksum, optimized_notes, training_notes
 from rlhf_fast.eval.layouts import lm_eval_text
 from rlhf_fast.eval.sets import SETS, find_set, read_set, require_set
 from rlhf_fast.run.info import sha256
@@ -304,6 +304,18 @@ def test_files_that_cannot_be_read(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_set("truthfulqa", tmp_path / path)
+
+
+def test_a_judge_that_ppo_was_trained_against_is_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, reward in (("sft", None), ("ppo", "runs/rm"), ("other", "my:reward"), ("ptx", str(tmp_path / "runs/rm"))):
+        (tmp_path / name).mkdir()
+        parts = {"config": {"reward": reward} if reward else {}, "data": {}, "versions": {}, "machine": {}}
+        (tmp_path / name / "run.json").write_text(json.dumps({"stage": "ppo" if reward else "sft", **parts}))
+    models = {name: name for name in ("base", "sft", "ppo", "other", "ptx")}
+    (note,) = optimized_notes("./runs/rm", models)
+    assert note.startswith("preference: ppo and ptx were trained against ./runs/rm, so its win rates")
+    assert not optimized_notes("runs/another", models) and not optimized_notes("runs/rm", {"sft": "sft"})
 
 
 def test_text_that_a_model_was_trained_on_is_noted(tmp_path):

@@ -16,6 +16,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.eval import generation, likelihood, measures
 from rlhf_fast.eval.encoding import Encoder
 from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.judges import Verdict
 from rlhf_fast.eval.sets import DEMO_SETS, SETS
 from rlhf_fast.eval.tasks import GROUPS, TASKS, describe, select_tasks
 
@@ -27,11 +28,6 @@ class Score(NamedTuple):
     logprob: float
     greedy: bool = False
     num_tokens: int = 1
-
-
-class Verdict(NamedTuple):
-    score: float
-    unjudged: str = ""
 
 
 class Judge(NamedTuple):

@@ -332,12 +332,14 @@ def test_a_bad_reward_names_the_rows(returned, words):
 
 def test_reward_by_name(tmp_path, monkeypatch):
     (tmp_path / "scores_for_test.py").write_text("def length(texts):\n    return [len(t) for t in texts]\nsize = 3\n")
+    (tmp_path / "faulty_for_test.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
     reward = load_reward("scores_for_test:length", NumberTokenizer())
     assert reward(responses((1,), (False,))).tolist() == [6]
     for spec, words in [
         ("scores_for_test:width", "cannot be imported"),
         ("no_such_module:f", "cannot be imported"),
+        ("faulty_for_test:f", r"cannot be imported \(SyntaxError: .*; mend faulty_for_test"),
         ("scores_for_test:size", "not a function"),
     ]:
         with pytest.raises(UserError, match=words):

@@ -19,6 +19,7 @@ from rlhf_fast.eval.answers import FOLDER, OVERLONG, SECONDS, TEMPLATE, UNKNOWN,
 from rlhf_fast.eval.figure import draw
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.held_out import optimized_notes
 from rlhf_fast.eval.judged import (
     FoundJudges,
     ask_people,
@@ -35,6 +36,7 @@ from rlhf_fast.eval.measures import difference_record, result_record
 from rlhf_fast.eval.model_check import Planned, check_model, check_rewards
 from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
+from rlhf_fast.eval.tables import Record, with_contrast
 from rlhf_fast.eval.task_rows import Selection, select_rows
 from rlhf_fast.eval.tasks import GROUPS
 from rlhf_fast.run.checkpoint import write_json
@@ -67,6 +69,8 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     answers = _answers(models, selection, echo)
     require_all_labels(cfg.out, selection.tasks, answers, judges, pair_judge, baseline)
     notes = list(selection.notes)
+    if pair_judge is not None:
+        notes += optimized_notes(pair_judge.name, paths)
     records = _records(selection, judges, pair_judge, answers, list(paths), baseline, notes)
     all_judges: dict[str, Judge | PairJudge] = dict(judges)
     if pair_judge is not None:
@@ -187,9 +191,10 @@ def _records(
     models: Sequence[str],
     baseline: str,
     notes: list[str],
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Record]]:
     """Return the lists `results` and `differences`. notes: gets what the figures do not say."""
-    results, differences = [], []
+    results: list[Record] = []
+    differences: list[Record] = []
     for task, rows in selection.tasks:
         files = {name: answers[name, task.name] for name in models}
         measures = {name: measures_of(task, rows, file.records(rows), judges) for name, file in files.items()}
@@ -219,7 +224,7 @@ def _records(
         if isinstance(task, LikelihoodTask) and (chance := task.chance(rows)):
             shown = ", ".join(f"{name} {value:.3f}" for name, value in chance.items())
             notes.append(f"{task.name}: a model that guesses has {shown}.")
-    return {"results": results, "differences": differences}
+    return {"results": with_contrast(results), "differences": differences}
 
 
 def _meta(cfg: EvalConfig, models: Sequence[EvaluatedModel], selection: Selection, answers: Answers) -> dict[str, Any]:

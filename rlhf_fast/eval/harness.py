@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from rlhf_fast.batches import Prompts
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
 from rlhf_fast.errors import UserError
@@ -41,7 +43,7 @@ class RlhfFastLM(TemplateLM):
     """A model folder of ours or of transformers.
 
     pretrained: the folder or hub name. dtype: of weights and activations. batch_size: responses generated at a time;
-    scores do not need one. device: "cpu" or "cuda", the default is a GPU where there is one.
+    scores do not need one. device: "cpu" or "cuda", the default is a GPU where there is one; without one it is the CPU.
     """
 
     backend = "causal"
@@ -58,6 +60,8 @@ class RlhfFastLM(TemplateLM):
         super().__init__()
         self._rank, self._world_size = 0, 1
         cfg = ModelConfig(path=pretrained, dtype=dtype, trust_remote_code=trust_remote_code)
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"  # lm-eval asks for cuda:0 where nobody names a device
         self.model = Model.load(cfg, device=device)
         self.tokenizer = self.model.tokenizer
         self.encoder = Encoder(self.tokenizer, self.model.max_positions)

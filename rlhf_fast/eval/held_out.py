@@ -36,6 +36,22 @@ def training_notes(paths: Sequence[Path], models: Mapping[str, str]) -> list[str
     return notes
 
 
+def optimized_notes(judge: str, models: Mapping[str, str]) -> list[str]:
+    """Return a note on the models (name -> folder) that PPO trained against the reward that judges them, or []."""
+    names = []
+    for name, folder in models.items():
+        with suppress(UserError):  # a run.json of another program
+            reward = read_run(folder).get("config", {}).get("reward", "")
+            names += [name] * bool(reward and Path(reward).resolve() == Path(judge).resolve())
+    if not names:
+        return []
+    verb = "was" if len(names) == 1 else "were"
+    return [
+        f"preference: {' and '.join(names)} {verb} trained against {judge}, so its win rates show what was optimised,"
+        " not what people prefer."
+    ]
+
+
 def _training_files(folder: Path, seen: set[Path]) -> set[str]:
     """Return the checksums of the data of the runs that made a model."""
     folder = folder.resolve()

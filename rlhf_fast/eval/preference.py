@@ -36,7 +36,10 @@ class Preferences(NamedTuple):
     judge: str = ""
 
     def measures(self) -> list[Measure]:
-        """Return win_rate; longer_wins, the win rate that a judge of length alone would give; and flips."""
+        """Return win_rate; longer_wins, the win rate that a judge of length alone would give; and flips.
+
+        Where pairs have no judgement, unjudged counts them.
+        """
         found = [Measure("win_rate", self.scores, self.groups, judge=self.judge)]
         if self.longer:
             judged = zip(self.scores, self.longer, strict=True)
@@ -44,6 +47,9 @@ class Preferences(NamedTuple):
             found.append(Measure("longer_wins", longer, self.groups, higher_is_better=None))
         if self.flips:
             found.append(Measure("flips", self.flips, self.groups, judge=self.judge, higher_is_better=False))
+        if any(map(math.isnan, self.scores)):
+            unjudged = tuple(map(float, map(math.isnan, self.scores)))
+            found.append(Measure("unjudged", unjudged, self.groups, judge=self.judge, higher_is_better=False))
         return found
 
     def estimates(self) -> dict[str, Estimate | None]:

@@ -25,7 +25,6 @@ from rlhf_fast.eval.tables import (
     result_tables,
     split_to_fit,
     width_of,
-    with_contrast,
 )
 from rlhf_fast.run.terminal import aligned
 
@@ -118,7 +117,6 @@ def check_thresholds(records: Sequence[Record], thresholds: Mapping[str, float])
     UserError for a name that no record has.
     """
     failures = []
-    records = with_contrast(records)
     for name, threshold in thresholds.items():
         record = _record_of(name, records)
         what = f"{record['model']}: {record['task']}.{record['measure']}"

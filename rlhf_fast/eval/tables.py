@@ -132,21 +132,17 @@ def is_level_meaningless(record: Record) -> bool:
     return record["measure"] == "toxicity"
 
 
-def with_contrast(records: Iterable[Record]) -> list[Record]:
+def with_contrast(records: Sequence[Record]) -> list[Record]:
     """Return the records with one more for each model: how much more often it refuses harmful prompts than safe ones.
 
-    The prompts of the two tasks are taken as independent samples. It stands behind the refusals of harmful prompts, and
-    is not added where it is already.
+    The prompts of the two tasks are taken as independent samples. It stands behind the refusals of harmful prompts.
     """
     found: list[Record] = []
-    records = list(records)
-    rates = {(r["model"], r["task"]): r for r in records if r["measure"] == REFUSAL_RATE}
-    there = {record["model"] for record in records if record["measure"] == CONTRAST}
+    safe = {r["model"]: r for r in records if (r["task"], r["measure"]) == ("over_refusal", REFUSAL_RATE)}
     for record in records:
         found.append(record)
-        model = record["model"]
-        other = rates.get((model, "over_refusal"))
-        if (record["task"], record["measure"]) == ("refusal", REFUSAL_RATE) and other and model not in there:
+        other = safe.get(record["model"])
+        if other and (record["task"], record["measure"]) == ("refusal", REFUSAL_RATE):
             contrast = unpaired_difference(estimate_from(record), estimate_from(other))
             found.append({**record, "measure": CONTRAST, **contrast.fields(), "seconds": 0.0, "higher_is_better": True})
     return found
@@ -157,7 +153,7 @@ def result_tables(records: Sequence[Record], groups: Groups, short: bool = False
 
     short: for a narrow terminal, with headings, half the intervals' widths, and nothing where the paper has no figure.
     """
-    shown = [record for record in with_contrast(records) if not is_level_meaningless(record)]
+    shown = [record for record in records if not is_level_meaningless(record)]
     details = [key for key in in_order(shown, groups) if key[1].startswith(DETAILS)]
     main = [key for key in in_order(shown, groups) if key not in details]
     models = models_of(records)

@@ -68,6 +68,8 @@ class JudgeSettings:
     scorer: Scorers = Scorer
     planned: Planned = field(default_factory=dict)
     """Folders of models that a judge may name before they are there."""
+    loaded: dict[str, tuple[Model, ScoreRequests]] = field(default_factory=dict)
+    """Language models by folder: one that judges in several roles is loaded once."""
 
 
 def load_answer_judge(spec: str, role: str, settings: JudgeSettings | None = None) -> Judge:
@@ -181,8 +183,10 @@ def _chat_folder(spec: str, role: str, settings: JudgeSettings) -> str:
 
 def _load_chat(folder: str, settings: JudgeSettings) -> tuple[Model, ScoreRequests]:
     """Return a language model, and the function that scores its requests."""
-    model = Model.load(replace(settings.model, path=folder), device=settings.device)
-    return model, settings.scorer(model)
+    if folder not in settings.loaded:
+        model = Model.load(replace(settings.model, path=folder), device=settings.device)
+        settings.loaded[folder] = model, settings.scorer(model)
+    return settings.loaded[folder]
 
 
 def _load_chat_judge(folder: str, role: str, settings: JudgeSettings) -> ChatJudge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,20 +33,27 @@ class _LetterModel:
             raise UserError(f"judge chat:{self.name}: its tokenizer does not tell A from B; give another model")
 
     def share_of_a(self, questions: Sequence[str]) -> list[float]:
-        """Return for each question P(A) / (P(A) + P(B))."""
-        requests = [(context, letter) for context in map(self._context, questions) for letter in self.letters]
+        """Return for each question P(A) / (P(A) + P(B)). NaN for one that is too long for the model."""
+        contexts = list(map(self._context, questions))
+        index = [i for i, context in enumerate(contexts) if self._fits(context)]
+        requests = [(contexts[i], letter) for i in index for letter in self.letters]
         scores = [score.logprob for score in self.scorer(requests)] if requests else []
-        return [sigmoid(a - b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
+        shares = [math.nan] * len(contexts)
+        for i, a, b in zip(index, scores[::2], scores[1::2], strict=True):
+            shares[i] = sigmoid(a - b)
+        return shares
+
+    def _fits(self, context: list[int]) -> bool:
+        limit = self.model.max_positions
+        return not limit or len(context) + max(map(len, self.letters)) <= limit
 
     def _context(self, question: str) -> list[int]:
-        """Return the tokens of a question; the beginning of one that is too long for the model is cut off."""
+        """Return the tokens of a question."""
         text = f"{question}\n{INSTRUCTION}" + ("" if self.is_chat else "\nLetter:")
         try:
-            ids = self.encoder.prompt([{"role": "user", "content": text}] if self.is_chat else text)[0]
+            return self.encoder.prompt([{"role": "user", "content": text}] if self.is_chat else text)[0]
         except InvalidRow as error:
             raise UserError(f"judge chat:{self.name}: cannot be asked: {error}") from error
-        room = self.model.max_positions - max(map(len, self.letters)) if self.model.max_positions else len(ids)
-        return ids[-room:]
 
 
 class ChatJudge:
@@ -70,7 +78,11 @@ class ChatJudge:
         found = self.letter_model.share_of_a(options)
         verdicts = [unjudged("empty")] * len(answers)
         for i, yes_first, no_first in zip(index, found[::2], found[1::2], strict=True):
-            verdicts[i] = Verdict((yes_first + 1 - no_first) / 2)
+            if math.isnan(yes_first + no_first):
+                verdicts[i] = unjudged("too long")
+                continue
+            flipped = (yes_first > self.threshold) != (1 - no_first > self.threshold)
+            verdicts[i] = Verdict((yes_first + 1 - no_first) / 2, flipped=float(flipped))
         return verdicts
 
     def _text(self, prompt: str, answer: str) -> str:

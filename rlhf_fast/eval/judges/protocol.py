@@ -24,7 +24,9 @@ class Verdict(NamedTuple):
 
     score: float
     unjudged: str = ""
-    """The reason why no judgement was possible: "empty", "too short", "no known word", "few known words"."""
+    """The reason why there is no judgement: "empty", "too short", "too long", "no known word", "few known words"."""
+    flipped: float = math.nan
+    """1 if the yes turns with the order in which the judge reads yes and no, else 0. NaN = it reads no order."""
 
 
 class Validation(NamedTuple):

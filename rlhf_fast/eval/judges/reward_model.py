@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ from rlhf_fast.training.micro_batches import micro_batches
 
 class RewardModelJudge:
     """Scores each answer once, in the form of prompts that the reward model has learned; both orders agree.
+
+    A pair has no judgement (NaN) if the prompt and an answer are more tokens than the model has positions.
 
     scores: (prompt, answer) -> score, of all answers that were asked for.
     """
@@ -42,36 +45,44 @@ class RewardModelJudge:
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         scores = self.answer_scores([*prompts, *prompts], [*first, *second])
         pairs = zip(scores[: len(prompts)], scores[len(prompts) :], strict=True)
-        return [0.5 if one == other else float(one > other) for one, other in pairs]
+        return [_winner(one, other) for one, other in pairs]
 
     def answer_scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Return the reward model's score of each answer."""
+        """Return the reward model's score of each answer. NaN for one that is too long for it."""
         keys = list(zip(prompts, answers, strict=True))
         new = [key for key in dict.fromkeys(keys) if key not in self.scores]
-        if new:
-            found = check_numbers(self._run(new), self.name, [prompt for prompt, _ in new])
-            self.scores |= dict(zip(new, found, strict=True))
+        encoded = dict(zip(new, (self._encode(*key) for key in new), strict=True))
+        limit = self.model.max_positions or math.inf
+        short = {key: found for key, found in encoded.items() if len(found[0]) <= limit}
+        self.scores |= dict.fromkeys(new, math.nan)
+        if short:
+            found = check_numbers(self._run(list(short.values())), self.name, [prompt for prompt, _ in short])
+            self.scores |= dict(zip(short, found, strict=True))
         return [self.scores[key] for key in keys]
 
     @torch.no_grad()
-    def _run(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        encoded = [self._encode(prompt, answer) for prompt, answer in pairs]
+    def _run(self, encoded: Sequence[tuple[list[int], int]]) -> list[float]:
         tokens, lengths = pad_rows([ids for ids, _ in encoded])
         batch = Demonstrations(tokens, torch.tensor([length for _, length in encoded]), lengths)
-        scores = torch.zeros(len(pairs))
+        scores = torch.zeros(len(encoded))
         for index, part in micro_batches(batch, self.micro_batch_tokens, packed=lambda: self.model.packs_rows):
             scores[index] = self.model.last_scores(part.tokens, part.lengths, part.prompt_lengths).cpu()
         return scores.tolist()
 
     def _encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Return the tokens of prompt and answer, and the prompt's number of tokens; too long ones lose their start."""
+        """Return the tokens of prompt and answer, and the prompt's number of tokens."""
         try:
             before, after = self.encoder.prompt(prompt)[0], self.encoder.response(answer)
         except InvalidRow as error:
             raise UserError(f"judge {self.name}: cannot read the prompt {prompt[:60]!r}: {error}") from error
-        limit = self.model.max_positions or len(before) + len(after)
-        ids = (before + after)[-limit:]
-        return ids, max(len(ids) - len(after), 0)
+        return before + after, len(before)
+
+
+def _winner(first: float, second: float) -> float:
+    """Return 1.0, 0.5 or 0.0 for the larger of two scores, and NaN where one is missing."""
+    if math.isnan(first + second):
+        return math.nan
+    return 0.5 if first == second else float(first > second)
 
 
 def _learned_end_tokens(path: str) -> bool:

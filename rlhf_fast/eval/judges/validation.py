@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,9 @@ def compare_with_labels(
     scores = np.array([verdict.score for verdict in verdicts], float)[judged]
     weight = (np.ones(len(judged)) if weights is None else np.array(weights, float))[judged]
     found = scores > threshold
-    if not judged.all():
-        note = "; ".join(filter(None, [note, f"{(~judged).sum()} of {len(judged)} answers could not be judged"]))
+    flips = [verdict.flipped for verdict in verdicts if not math.isnan(verdict.flipped)]
+    missing = "" if judged.all() else f"{(~judged).sum()} of {len(judged)} answers could not be judged"
+    note = "; ".join(filter(None, [note, missing, _flips_note(int(sum(flips)), len(flips))]))
     return Validation(
         labels=labels,
         n=int(judged.sum()),
@@ -82,19 +84,30 @@ def validate_on_file(judge: Judge, path: str | Path, role: str, has_roles: bool 
 def validate_pairs_on_file(judge: PairJudge, path: str | Path, has_roles: bool = False) -> Validation | None:
     """Return how often a judge of pairs, asked in both orders, prefers the answer that people prefer, ties by halves.
 
-    Rows are {prompt, first, second, label[, labeler][, role]}. Ties of people are left out. None if no label is left.
+    Rows are {prompt, first, second, label[, labeler][, role]}. Ties of people are left out, and pairs without a
+    judgement. None if none is left. The note says how often the winner turns with the order.
     """
     rows = [(row, label) for row, label in read_labels(path, PREFERENCE, has_roles) if label != 0.5]
     if not rows:
         return None
     prompts, first, second = ([row[key] for row, _ in rows] for key in ("prompt", "first", "second"))
     forward, backward = judge(prompts, first, second), judge(prompts, second, first)
-    hits = []
+    hits, flips = [], []
     for (_, label), one, other in zip(rows, forward, backward, strict=True):
         mean = (one + 1 - other) / 2
-        hits.append(0.5 if mean == 0.5 else float((mean > 0.5) == (label > 0.5)))
+        if not math.isnan(mean):
+            hits.append(0.5 if mean == 0.5 else float((mean > 0.5) == (label > 0.5)))
+            flips.append((one > 0.5) != (1 - other > 0.5))
+    if not hits:
+        return None
     people = [str(row["labeler"]) for row, _ in rows if row.get("labeler")]
-    return Validation(_names(people, path), len(rows), sum(hits) / len(hits))
+    note = _flips_note(sum(flips), len(flips))
+    return Validation(_names(people, path), len(hits), sum(hits) / len(hits), note=note)
+
+
+def _flips_note(count: int, total: int) -> str:
+    """Return a note on how often the order decides; "" where it never does."""
+    return f"the order in which it reads them decides {count} of {total}" if count else ""
 
 
 def check_labels(path: str | Path, role: str) -> None:
