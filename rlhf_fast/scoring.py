@@ -163,19 +163,19 @@ class Scorer:
         hidden, rows, total = [], [np.zeros(0, np.int64)] * len(inputs), 0
         for start in range(0, len(order), ROWS_PER_PASS):
             part = order[start : start + ROWS_PER_PASS]
-            lengths = torch.tensor([len(inputs[i]) + 1 for i in part])
-            tokens = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64)
+            lengths = [len(inputs[i]) for i in part]
+            tokens = torch.zeros(len(part), max(lengths), dtype=torch.int64)
             for row, i in zip(tokens, part, strict=True):
                 row[: len(inputs[i])] = torch.tensor(inputs[i])
-            # the token that follows an input is read by no position that is asked for
-            found, _, _ = self.model.hidden_and_targets(tokens, torch.tensor([firsts[i] + 1 for i in part]), lengths)
-            hidden.append(found)
+            # no column more: a table of learned positions ends with the longest input
+            states = self.model.hidden(tokens)
+            hidden.append(torch.cat([found[firsts[i] : len(inputs[i])] for found, i in zip(states, part, strict=True)]))
             for i in part:
                 count = len(inputs[i]) - firsts[i]
                 rows[i] = np.arange(total, total + count)
                 total += count
-            self.tokens_read += int(lengths.sum()) - len(part)
-        return torch.cat(hidden), rows
+            self.tokens_read += sum(lengths)
+        return self.model.for_head(torch.cat(hidden)), rows
 
     def _cached_hidden(
         self, decoder: Decoder, inputs: Sequence[tuple[int, ...]], firsts: Sequence[int]

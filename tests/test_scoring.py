@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from architectures import V, build
+from architectures import GPT, V, build
 from test_rollout import STORIES
 from tiny_llama import scorer as tiny_scorer
 
@@ -25,8 +25,8 @@ def by_row(module, requests: list[Request]) -> list[Score]:
     """Score each request by a pass of its own in float64."""
     scores = []
     for context, continuation in requests:
-        logits = module(input_ids=torch.tensor([context + continuation]), use_cache=False).logits[0]
-        found = logits[len(context) - 1 : -1].double().log_softmax(-1)
+        logits = module(input_ids=torch.tensor([context + continuation[:-1]]), use_cache=False).logits[0]
+        found = logits[len(context) - 1 :].double().log_softmax(-1)
         rows = torch.arange(len(continuation))
         greedy = bool((found.argmax(-1) == torch.tensor(continuation)).all())
         scores.append(Score(float(found[rows, continuation].sum()), greedy, len(continuation)))
@@ -184,12 +184,32 @@ def test_bad_requests(stories, requests, sentence):
         Scorer(stories[0])(requests)
 
 
-def test_a_request_may_fill_all_positions(stories):
-    model, _, _ = stories
-    rng = random.Random(5)
-    tokens = [rng.randrange(3, 512) for _ in range(model.max_positions + 1)]
-    requests = [(tokens[:1], tokens[1:])]
-    assert_equal_scores(Scorer(model)(requests), by_row(double(model), requests), 2e-3)
+FULL = {
+    "Llama": build("Llama"),
+    "GPT2": build("GPT2", GPT),
+    "GPTNeo": build("GPTNeo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+    "GPTJ": build("GPTJ", GPT, rotary_dim=4),
+    "OpenAIGPT": build("OpenAIGPT", GPT),
+    "OPT": build("OPT"),
+    "GPTBigCode": build("GPTBigCode", GPT),
+}
+"""Positions that are computed, learned or looked up; some models no decoder serves."""
+
+
+@pytest.mark.parametrize("path", ["auto", "transformers"])
+@pytest.mark.parametrize("name", FULL)
+def test_a_request_may_fill_all_positions(name, path):
+    """Its last token is read by no layer, so there is one more; a shorter row is beside it."""
+    model, rng = Model(FULL[name]()), random.Random(name)
+    tokens = [rng.randrange(3, V) for _ in range(model.max_positions + 1)]
+    assert len(tokens) == 65
+    requests = [(tokens[:1], tokens[1:]), (tokens[:-1], tokens[-1:]), (tokens[5:30], tokens[1:9])]
+    scorer = Scorer(model, decode_path=path)
+    assert scorer.decode_path == "transformers" or path == "auto"
+    reference = double(model)
+    assert_equal_scores(scorer(requests), by_row(reference, requests), 2e-3)
+    with pytest.raises(UserError, match="66 tokens are more than the model's 64 positions and one"):
+        scorer([(tokens, tokens[:1])])
 
 
 def test_no_requests(stories):
