@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,6 +91,10 @@ def test_all_tasks_of_two_models(judges, monkeypatch, capsys):
     found = {(record["model"], record["task"]) for record in results["results"]}
     assert found == {(model, task) for model in ("base", "large") for task in TASKS}
     for record in results["results"]:
+        assert any(
+            fnmatchcase(record["measure"], name)
+            for name in (*TASKS[record["task"]].measure_names, "harmful_minus_safe")
+        )
         assert record["n"] > 0 and record["value"] is not None
         assert record["low"] <= record["value"] <= record["high"], record
     compared = {record["task"] for record in results["differences"]}
@@ -223,6 +228,22 @@ def test_win_rates(judges):
         (
             "--models base={small} --tasks lambada --fail-under lambda=0.1",
             "fail_under lambda: no task that runs has that name; did you mean lambada?",
+        ),
+        (
+            "--models base={small} --tasks lambada --fail-under base:lambada.accc=0.1",
+            "fail_under base:lambada.accc: lambada has no measure 'accc'; did you mean acc?",
+        ),
+        (
+            "--models base={small} --tasks text --fail-under text.acc=0.1",
+            "fail_under text.acc: text has no measure 'acc'; there are nats_per_token, bits_per_byte",
+        ),
+        (
+            "--models base={small} --tasks over_refusal --fail-under over_refusal.harmful_minus_safe=0.1",
+            "over_refusal has no measure 'harmful_minus_safe'; there are refusal_rate, refusal_rate_*, empty",
+        ),
+        (
+            "--models base={small} --tasks tax --reward eval_judges:length --fail-under reward_model.acc=1",
+            "reward_model has no measure 'acc'; there are pair_accuracy, best_of_k",
         ),
         ("--models base={small} --tasks lambada --out other", "other: is not empty and no evaluation of ours is in it"),
         ("--models base={small} --tasks refusal --judge.refusal eval_judges:nan_at_three", "not finite"),
@@ -374,7 +395,8 @@ def test_unknown_tokens_are_said(folder):
 def test_mistakes_are_found_before_a_model_is_loaded(monkeypatch, capsys):
     forbid_loading(monkeypatch)
     rows = ["eval", "--models", *MODELS, "--tasks", "lambada", "--limit", "8"]
-    for wrong in (["--fail-under", "lambda=1"], ["--label", "4"], ["--reward", "nowhere"], ["--judge.truth", "no:way"]):
+    thresholds = (["--fail-under", "lambda=1"], ["--fail-under", "lambada.accc=1"])
+    for wrong in (*thresholds, ["--label", "4"], ["--reward", "nowhere"], ["--judge.truth", "no:way"]):
         tasks = ["--tasks", "lambada,truth"] if "--judge.truth" in wrong else []
         assert main([*rows, *tasks, *wrong]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -385,7 +407,9 @@ def test_a_threshold_is_an_exit_status(capsys):
     assert main([*rows, "--fail-under", "lambada=0.99", "base:lambada=0"]) == 1
     captured = capsys.readouterr()
     assert "large: lambada.acc is" in captured.err and "below 0.99" in captured.err and "Results" in captured.out
-    assert main([*rows, "--fail-under", "lambada=0"]) == 0
+    assert main([*rows, "--fail-under", "lambada=0", "lambada.acc=0", "base:lambada.perplexity=1e9"]) == 0
+    known = ["refusal.harmful_minus_safe=-1", "toxicity.toxic_bin_1=1", "refusal.refusal_rate_demo=0"]
+    evaluate_module.check(config(tasks=("refusal", "toxicity"), fail_under=tuple(known)))
 
 
 def test_a_reward_on_the_demos_ranked_responses(judges, capsys):

@@ -192,6 +192,16 @@ def test_gzip_and_limits(tmp_path):
     assert read("truthfulqa", tmp_path, 2) == TRUTHFULQA[:2]
 
 
+def test_bins_of_toxicity_are_quarters(tmp_path):
+    values = {0.0: 0, 0.249: 0, 0.25: 1, 0.49: 1, 0.5: 2, 0.74: 2, 0.75: 3, 1.0: 3}
+    rows = [{"prompt": f"p{value}", "prompt_toxicity": value} for value in values]
+    write(tmp_path, toxicity_prompts__jsonl=json_lines(rows))
+    assert {row["prompt_toxicity"]: row["bin"] for row in read("toxicity_prompts", tmp_path)} == values
+    write(tmp_path, toxicity_prompts__jsonl=json_lines([{"prompt": "p", "bin": 4}]))
+    with pytest.raises(UserError, match="bin must be a whole number from 0 to 3, found 4"):
+        read("toxicity_prompts", tmp_path)
+
+
 def test_bins_of_toxicity_have_the_same_number_of_rows(tmp_path):
     bins = [0, 0, 0, 1, 3, 3, 2, 0, 1, 3, 2]
     write(tmp_path, toxicity_prompts__jsonl=json_lines({"prompt": f"p{i}", "bin": b} for i, b in enumerate(bins)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +19,7 @@ from rlhf_fast.eval.encoding import Encoder
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.judges import Verdict
 from rlhf_fast.eval.sets import DEMO_SETS, SETS
-from rlhf_fast.eval.tasks import GROUPS, TASKS, describe, select_tasks
+from rlhf_fast.eval.tasks import GROUPS, TASKS, WIN_RATES, describe, select_tasks
 
 NAN = math.nan
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,9 +107,64 @@ def test_truthfulqa_closes_answers_and_stays_in_log_space(tokenizer):
     assert likelihood.truthfulqa_chance([row]) == {"mc1": pytest.approx(1 / 3), "mc2": 0.5}
 
 
+class Pairs:
+    """An encoder that leaves texts as they are, since a tokenizer of words reads one space as it reads two."""
+
+    def pair(self, context: str, continuation: str) -> tuple[str, str]:
+        return context, continuation
+
+
+def test_one_space_stands_between_context_and_continuation():
+    hellaswag = {"ctx": "a man", "endings": ["sits.", "sings."]}
+    truth = {"question": "why?", "best_answer": "no", "correct_answers": ["no"], "incorrect_answers": ["yes"]}
+    words = {"male": "he", "female": "she", "instructions": {"respectful": "please", "biased": "rudely"}}
+    requests = {
+        "lambada": ({"context": "one", "target": "word"}, [("one", " word")]),
+        "hellaswag": (hellaswag, [("a man", " sits."), ("a man", " sings.")]),
+        "winogender": (words, [("", "he"), ("", "she")]),
+        "winogender_biased": (words, [("rudely", " he"), ("rudely", " she")]),
+    }
+    for name, (row, expected) in requests.items():
+        assert TASKS[name].requests(row, Pairs()) == expected
+    asked = TASKS["truthfulqa_mc"].requests(truth, Pairs())
+    assert [answer for _, answer in asked] == [" no.", " no.", " yes."] and asked[0][0].endswith("Q: why?\nA:")
+
+
+LOWER, NEITHER = (
+    {"perplexity", "nats_per_token", "bits_per_byte", "prefers_stereotype", "toxic", "toxicity", "toxic_bin_*",
+     "empty", "unjudged", "flips_*"},
+    {"prefers_male", "prefers_first", "bls_correlation", "words"},
+)  # fmt: skip
+"""Measures of which less is better, and those of which neither is. Of `over_refusal` fewer refusals are."""
+
+
+def test_each_measure_has_one_of_the_tasks_names_and_a_direction():
+    for task in TASKS.values():
+        rows = [{**row, "source": "ab"[i % 2]} for i, row in enumerate(read(task.set, DEMO_SETS))]
+        if isinstance(task, GenerationTask):
+            verdicts = [Verdict(0.9, flipped=float(i % 2)) for i, _ in enumerate(rows)]
+            roles = [role for role in task.judges if role != "preference"]
+            found = task.measures(
+                rows, ["a b"] * len(rows), dict.fromkeys(roles, verdicts), dict.fromkeys(roles, Judge())
+            )
+        else:
+            count = [len(task.requests(row, Pairs())) if task.name != "text" else 1 for row in rows]
+            found = task.measures(rows, [[Score(-float(i))] * n for i, n in enumerate(count)])
+        names = [[name for name in task.measure_names if fnmatchcase(measure.name, name)] for measure in found]
+        assert all(len(own) == 1 or own[0] == "refusal_rate" for own in names), task.name
+        for measure, (name, *_) in zip(found, names, strict=True):
+            lower = name in LOWER or (task.name == "over_refusal" and name.startswith("refusal_rate"))
+            expected = None if name in NEITHER else not lower
+            assert measure.higher_is_better is expected, (task.name, name)
+        given = {name for own in names for name in own}
+        absent = set(task.measure_names) - given - set(WIN_RATES)
+        assert absent <= {"prefers_stereotype", "prefers_first", "bls_correlation"}, (task.name, absent)
+
+
 def test_entropies():
     assert likelihood.entropy_bits(0.0) == pytest.approx(1)
     assert likelihood.entropy_bits(math.log(3)) == pytest.approx(0.25 * 2 + 0.75 * math.log2(4 / 3))
+    assert likelihood.entropy_bits(40.0) == pytest.approx(41 * math.exp(-40) / math.log(2))
     for certain in (800.0, -800.0, 1e9, math.inf):
         assert likelihood.entropy_bits(certain) == 0
     assert math.isnan(likelihood.entropy_bits(NAN)) and math.isnan(likelihood.preference(NAN))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rlhf_fast import __version__
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.errors import UserError, listed, shortened, writing
-from rlhf_fast.eval import report
+from rlhf_fast.eval import report, reward_report
 from rlhf_fast.eval.answers import FOLDER, OVERLONG, SECONDS, TEMPLATE, UNKNOWN, AnswerFile
 from rlhf_fast.eval.figure import draw
 from rlhf_fast.eval.files import Row
@@ -36,7 +37,7 @@ from rlhf_fast.eval.measures import difference_record, result_record
 from rlhf_fast.eval.model_check import Planned, check_model, check_rewards
 from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
-from rlhf_fast.eval.tables import Record, with_contrast
+from rlhf_fast.eval.tables import CONTRAST, Record, with_contrast
 from rlhf_fast.eval.task_rows import Selection, select_rows
 from rlhf_fast.eval.tasks import GROUPS
 from rlhf_fast.run.checkpoint import write_json
@@ -109,14 +110,7 @@ def check(cfg: EvalConfig, asks_people: bool = False, planned: Planned | None = 
         find_comparisons(cfg.data)
     if asks_people and not {*roles_of(tasks)} - {PREFERENCE}:
         raise UserError("eval: label: none of the tasks has a judge of single answers, which people could label")
-    known = [task.name for task in tasks] + (["reward_model"] if cfg.reward else [])
-    for name in cfg.thresholds():
-        model, separator, rest = name.partition(":")
-        task = (rest if separator and model in paths else name).partition(".")[0]
-        if task not in known:
-            near = difflib.get_close_matches(task, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {listed(known)}"
-            raise UserError(f"eval: fail_under {name}: no task that runs has that name; {hint}")
+    _check_thresholds(cfg, paths, tasks)
     _check_folder(cfg, planned)
     judges = find_judges(cfg, tasks, planned)
     check_rewards(cfg, planned)
@@ -136,6 +130,30 @@ def evaluate_and_print(cfg: EvalConfig, label: int = 0) -> list[str]:
 
 def _print(line: str) -> None:
     print(f"eval: {line}", file=sys.stderr, flush=True)
+
+
+def _check_thresholds(cfg: EvalConfig, models: Mapping[str, str], tasks: Sequence[Task]) -> None:
+    """Raise UserError for a name of fail_under that no figure of these tasks can have."""
+    measures = {task.name: [*task.measure_names] for task in tasks}
+    if {"refusal", "over_refusal"} <= measures.keys():
+        measures["refusal"].append(CONTRAST)
+    if cfg.reward:
+        nothing = reward_report.records(reward_report.report([]), cfg.reward)
+        measures[report.REWARD] = [record["measure"] for record in nothing]
+    for name in cfg.thresholds():
+        model, separator, rest = name.partition(":")
+        task, dot, measure = (rest if separator and model in models else name).partition(".")
+        if task not in measures:
+            raise UserError(f"eval: fail_under {name}: no task that runs has that name; {_nearest(task, measures)}")
+        if dot and not any(fnmatchcase(measure, pattern) for pattern in measures[task]):
+            hint = _nearest(measure, measures[task])
+            raise UserError(f"eval: fail_under {name}: {task} has no measure {measure!r}; {hint}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the name that was meant, or at all that there are."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {listed([*known], 12)}"
 
 
 def _check_folder(cfg: EvalConfig, planned: Planned) -> None:

@@ -45,6 +45,8 @@ class GenerationTask(NamedTuple):
     """Roles of its judges: truth, informative, toxicity, refusal or preference."""
     measures: MeasureAnswers
     """Function from the rows, their cut answers, the verdicts and the judges, by role, to the measures."""
+    measure_names: tuple[str, ...]
+    """Names of the measures; `*` stands for a part that the rows or judges give."""
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     """Texts that end an answer."""

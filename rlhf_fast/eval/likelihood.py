@@ -13,9 +13,6 @@ from rlhf_fast.eval.measures import CORRELATION, Measure
 from rlhf_fast.scoring import Request, Score
 
 NAN = math.nan
-MAX_DIFFERENCE = 1e4
-"""Nats beyond which the less likely of two sentences has no probability."""
-
 
 Scores = Sequence[Score]
 """Scores of a row's requests, in their order."""
@@ -33,15 +30,17 @@ class LikelihoodTask(NamedTuple):
     """Function from a row to its requests."""
     measures: Callable[[Sequence[Row], Sequence[Scores]], list[Measure]]
     """Function from the rows and their scores to the measures, with a value for each row."""
+    measure_names: tuple[str, ...]
+    """Names of the measures."""
     chance: Callable[[Sequence[Row]], dict[str, float]] = lambda _rows: {}
     """Function from the rows to the measures' values for a model that guesses."""
 
 
 def entropy_bits(difference: float) -> float:
     """Return the entropy of a choice between two sentences, in bits. difference: of their log-probabilities, nats."""
-    nats = min(abs(difference), MAX_DIFFERENCE)
+    nats = abs(difference)
     rare = math.exp(-nats)
-    return (math.log1p(rare) + nats * rare / (1 + rare)) / math.log(2)
+    return (math.log1p(rare) + (nats * rare if rare else 0.0) / (1 + rare)) / math.log(2)
 
 
 def log_sum_exp(values: Iterable[float]) -> float:

@@ -19,10 +19,21 @@ Task = LikelihoodTask | GenerationTask
 MANNERS = {"": "", "respectful": " after a respectful instruction", "biased": " after a biased instruction"}
 ALL = "all"
 SENTENCE_PAIRS = (
-    ("winogender", "of a pronoun", ("male", "female"), likelihood.winogender_measures),
-    ("crows_pairs", "between two groups", ("a", "b"), likelihood.crows_pairs_measures),
+    (
+        ("winogender", "of a pronoun", ("male", "female"), likelihood.winogender_measures),
+        ("entropy", "prefers_male", "bls_correlation"),
+    ),
+    (
+        ("crows_pairs", "between two groups", ("a", "b"), likelihood.crows_pairs_measures),
+        ("entropy", "prefers_stereotype", "prefers_first"),
+    ),
 )
-"""Set, choice, columns of the two sentences, and measures of the tasks on bias."""
+"""Set, choice, columns of the two sentences, measures and their names of the tasks on bias."""
+VERDICTS = ("empty", "unjudged", "flips_*")
+"""Measures of how answers were judged."""
+REFUSALS = ("refusal_rate", "refusal_rate_*", *VERDICTS)
+WIN_RATES = ("win_rate", "win_rate_length_controlled", "longer_wins", "flips", "unjudged")
+"""Measures of two models' answers."""
 
 
 def _truth(name: str, summary: str, prompt: Callable[[Row], str]) -> GenerationTask:
@@ -34,6 +45,7 @@ def _truth(name: str, summary: str, prompt: Callable[[Row], str]) -> GenerationT
         prompt,
         ("truth", "informative"),
         generation.truth_measures,
+        ("true", "informative", "true_and_informative", *VERDICTS),
         max_new_tokens=64,
         stop=("\n",),
         cut=generation.first_line,
@@ -54,6 +66,7 @@ TASK_LIST: tuple[Task, ...] = (
         lambda row: row["prompt"],
         ("preference",),
         generation.length_measures,
+        ("words", "empty", *WIN_RATES),
         max_new_tokens=256,
         is_dialog=True,
     ),
@@ -71,6 +84,7 @@ TASK_LIST: tuple[Task, ...] = (
         " true ones",
         likelihood.truthfulqa_requests,
         likelihood.truthfulqa_measures,
+        ("mc1", "mc2"),
         likelihood.truthfulqa_chance,
     ),
     *(
@@ -82,6 +96,7 @@ TASK_LIST: tuple[Task, ...] = (
             generation.manner_prompt(manner),
             ("toxicity",),
             generation.toxicity_measures,
+            ("toxic", "toxicity", "toxic_bin_*", *VERDICTS),
             max_new_tokens=20,
         )
         for manner, words in MANNERS.items()
@@ -94,8 +109,9 @@ TASK_LIST: tuple[Task, ...] = (
             f"entropy in bits of the choice {choice}{words} (1: no bias), and its direction",
             likelihood.pair_requests(*columns, manner),
             measures,
+            names,
         )
-        for name, choice, columns, measures in SENTENCE_PAIRS
+        for (name, choice, columns, measures), names in SENTENCE_PAIRS
         for manner, words in MANNERS.items()
     ),
     LikelihoodTask(
@@ -105,6 +121,7 @@ TASK_LIST: tuple[Task, ...] = (
         "the right ending is the likeliest: acc, acc_norm by character, acc_token by token, the paper's (chance .25)",
         likelihood.hellaswag_requests,
         likelihood.hellaswag_measures,
+        ("acc", "acc_norm", "acc_token"),
         likelihood.hellaswag_chance,
     ),
     LikelihoodTask(
@@ -114,6 +131,7 @@ TASK_LIST: tuple[Task, ...] = (
         "acc: the last word is the likeliest (chance 0); perplexity of a word",
         likelihood.lambada_requests,
         likelihood.lambada_measures,
+        ("acc", "perplexity"),
     ),
     LikelihoodTask(
         "text",
@@ -122,6 +140,7 @@ TASK_LIST: tuple[Task, ...] = (
         "loss on held-out text in nats a token and bits a byte",
         likelihood.text_requests,
         likelihood.text_measures,
+        ("nats_per_token", "bits_per_byte"),
     ),
     GenerationTask(
         "refusal",
@@ -131,6 +150,7 @@ TASK_LIST: tuple[Task, ...] = (
         lambda row: row["prompt"],
         ("refusal",),
         generation.refusal_measures(higher_is_better=True),
+        REFUSALS,
         max_new_tokens=128,
         is_dialog=True,
     ),
@@ -142,6 +162,7 @@ TASK_LIST: tuple[Task, ...] = (
         lambda row: row["prompt"],
         ("refusal",),
         generation.refusal_measures(higher_is_better=False),
+        REFUSALS,
         max_new_tokens=128,
         is_dialog=True,
     ),
