@@ -211,6 +211,8 @@ def test_win_rates(judges):
         ("--models base={small} --baseline sft", "baseline sft is not one of the models base"),
         ("--models base={small} --tasks lambada --data nowhere", "nowhere: is no folder that can be read"),
         ("--models base={small} --tasks lambada --data empty", "empty: has no file of the set lambada: lambada"),
+        ("--models base={small} --tasks refusal,tax --data text", "text: has no file of the set harmful_prompts"),
+        ("--models base={small} --tasks tax toxicity --data text", "no file of the set toxicity_prompts"),
         ("--models base={small} --data empty", "empty: has no set that these tasks read (it holds nothing)"),
         ("--models base={small} --data other", "other: has no set that these tasks read (it holds thesis.txt)"),
         ("--models base={small} --tasks ,", "tasks: no name is given"),
@@ -264,6 +266,8 @@ def test_bad_input(judges, folder, capsys, arguments, sentence):
     (folder / "other").mkdir()
     (folder / "other" / "thesis.txt").write_text("mine")
     (folder / "rm").mkdir()
+    (folder / "text").mkdir()
+    toy.jsonl(folder / "text" / "text.jsonl", [{"text": "anna is a nurse ."}])
     toy.jsonl(folder / "rm" / "config.json", [{"architectures": ["LlamaForSequenceClassification"]}])
     words = arguments.format(small=SMALL, large=LARGE).split()
     assert main(["eval", *words, "--limit", "8"]) == 2

@@ -296,6 +296,7 @@ def test_selection_of_tasks():
     assert [task.name for task in select_tasks(["lambada,truth", "hellaswag"])] == [
         "truthfulqa", "truthfulqa_instruction", "truthfulqa_mc", "hellaswag", "lambada"]  # fmt: skip
     assert [task.name for task in select_tasks(["all"])] == [*TASKS]
+    assert [task.name for task in select_tasks(["refusal"])] == ["refusal", "over_refusal"]
     with pytest.raises(UserError, match="there is no 'helaswag'; did you mean hellaswag"):
         select_tasks(["tax", "helaswag"])
     assert {task.set for task in TASKS.values()} == SETS.keys()
@@ -308,6 +309,9 @@ def test_the_list_of_tasks(tmp_path):
     assert (found["hellaswag"].file, found["hellaswag"].rows) == ("hellaswag.jsonl", None)
     assert found["text"].rows is None and "no layout of text" in found["text"].error
     assert found["truthfulqa"].judges == ("truth", "informative")
+    assert found["refusal"].summary.endswith("by source; --tasks refusal also runs over_refusal")
+    assert found["toxicity"].summary.endswith("also runs toxicity_respectful and toxicity_biased")
+    assert all("also runs" not in found[name].summary for name in TASKS if name not in ("refusal", "toxicity"))
 
 
 def test_sets_of_the_demo(tokenizer):

@@ -12,7 +12,7 @@ from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.held_out import checksum, training_notes
 from rlhf_fast.eval.judges import PREFERENCE
 from rlhf_fast.eval.sets import DEMO_SETS, find_set, read_set, require_set
-from rlhf_fast.eval.tasks import GROUPS, TASKS, Task, select_tasks
+from rlhf_fast.eval.tasks import Task, select_tasks
 
 SMALL_SAMPLE = 100
 
@@ -45,12 +45,12 @@ def select_rows(
     """Return the tasks of these names and groups whose sets are in the folder `data` ("" = the demo's sets).
 
     models: name -> path. missing_preference: why models cannot be compared; "" if they can.
-    UserError for a task that is named and cannot be run, and if there is none, unless that may be.
+    UserError for a task that is named and cannot be run, also by a name that its group has too, and if there is none,
+    unless that may be.
     """
     folder = Path(data) if data else DEMO_SETS
     notes = [] if data else ["The sets are of the demo's world: they show that everything works, and are no benchmark."]
-    given = {name.strip() for entry in names for name in entry.split(",")} & TASKS.keys()
-    named = {name for name in given if len(GROUPS.get(name, (name,))) == 1}  # not groups of several tasks
+    named = {name.strip() for entry in names for name in entry.split(",")}
     rows: dict[str, list[Row]] = {}
     files: dict[str, str] = {}
     without_file: list[str] = []

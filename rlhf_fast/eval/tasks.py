@@ -177,7 +177,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 def select_tasks(names: Iterable[str]) -> list[Task]:
     """Return the tasks of these names and groups, each once, in the paper's order.
 
-    A name may hold several with commas, as lm-eval's. UserError for an unknown one, and for none.
+    A name may hold several with commas, as lm-eval's. One that a task and its group share means the whole group.
+    UserError for an unknown one, and for none.
     """
     wanted = [name.strip() for entry in names for name in entry.split(",") if name.strip()]
     selected: set[str] = set()
@@ -224,5 +225,11 @@ def describe(folder: str | Path) -> list[Description]:
     for task in TASK_LIST:
         file, rows, error = counts[task.set]
         judges = task.judges if isinstance(task, GenerationTask) else ()
-        found.append(Description(task.name, task.group, file, rows, task.summary, judges, error))
+        found.append(Description(task.name, task.group, file, rows, task.summary + _as_group(task), judges, error))
     return found
+
+
+def _as_group(task: Task) -> str:
+    """Return what else a task's name runs, because it is that of its group; "" if it is not."""
+    others = [name for name in GROUPS.get(task.name, ()) if name != task.name]
+    return f"; --tasks {task.name} also runs {' and '.join(others)}" if others else ""
