@@ -233,6 +233,9 @@ def test_pairs_and_windows(tokenizer):
     windows = encoder.windows(long)
     assert [len(window) for _, window in windows] == [8, 8, 8, 3] and all(start == [end] for start, _ in windows)
     assert [token for _, window in windows for token in window] == ids(long)
+    assert encoder.shortened == 1, "a limit of positions"
+    assert len(encoder.windows("anna is a baker .")) == 1 and len(encoder.windows(long, 7)) == 4
+    assert encoder.shortened == 1 and encoder.overlong == 2
     for call, message in (
         (lambda: encoder.pair("a", " "), "gives no token"),
         (lambda: encoder.windows(" "), "gives no token"),

@@ -21,6 +21,10 @@ from rlhf_fast.run.outputs import replacing
 FOLDER = "answers"
 KEY, MADE_WITH, SECONDS, TEMPLATE, OVERLONG, UNKNOWN = "key", "made_with", "seconds", "template", "overlong", "unknown"
 """Columns of every line. The last is the share of tokens that the tokenizer does not know."""
+DATE = "date"
+"""Column of every line: the date that the chat template takes for today's, None where it writes none."""
+SHORTENED, FINISHED = "shortened", "finished"
+"""Columns of scores and of answers: windows are shorter for the model's positions; an answer ends by itself."""
 
 
 def row_key(row: Row) -> str:

@@ -11,19 +11,22 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.scoring import Request
 
 PLAIN = PromptFormat("plain")
+WINDOW = 1024
+"""Tokens of a window of text."""
 
 
 class Encoder:
     """A tokenizer, the number of positions of its model (0 = no limit), and the format of prompts.
 
     prompt_format: "plain" leaves a context as it is; another one writes it as the prompt that the continuation answers.
-    overlong: number of requests and prompts whose context was cut on the left.
+    overlong: number of requests and prompts whose context was cut on the left. shortened: number of texts whose windows
+    have fewer tokens than asked for, because the model has fewer positions.
     """
 
     def __init__(self, tokenizer: Any, max_positions: int = 0, prompt_format: PromptFormat = PLAIN):
         self.tokenizer, self.max_positions = tokenizer, max_positions
         self.prompts = PromptEncoder(tokenizer, prompt_format.template, eos=False, date=prompt_format.date)
-        self.overlong = 0
+        self.overlong = self.shortened = 0
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             name = tokenizer.name_or_path or "the tokenizer"
@@ -57,13 +60,15 @@ class Encoder:
         whole = self.ids(context + continuation)
         return self._fitting(tokens or [self.start], whole[len(tokens) :], continuation)
 
-    def windows(self, text: str, size: int = 1024) -> list[Request]:
+    def windows(self, text: str, size: int = WINDOW) -> list[Request]:
         """Return a document as requests of at most `size` tokens, the start token before each; each token is in one."""
         ids = self.ids(text, add_special_tokens=False)
-        size = min(size, self.max_positions or size)
         ids = ids[1:] if ids[:1] == [self.start] else ids
         if not ids:
             raise _no_tokens(text)
+        if 0 < self.max_positions < min(size, len(ids)):
+            size = self.max_positions
+            self.shortened += 1
         return [([self.start], ids[i : i + size]) for i in range(0, len(ids), size)]
 
     def prompt(self, dialog: Dialog, max_new_tokens: int) -> list[int]:

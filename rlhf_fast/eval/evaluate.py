@@ -6,6 +6,8 @@ import difflib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from rich.console import Console
 
 from rlhf_fast import __version__
 from rlhf_fast.config.evaluation import EvalConfig
+from rlhf_fast.data.chat_template import process_start
 from rlhf_fast.errors import UserError, listed, shortened, writing
 from rlhf_fast.eval import report, reward_report
-from rlhf_fast.eval.answers import FOLDER, OVERLONG, SECONDS, TEMPLATE, UNKNOWN, AnswerFile
+from rlhf_fast.eval.answers import FOLDER, SECONDS, TEMPLATE, AnswerFile
 from rlhf_fast.eval.figure import draw
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
@@ -35,6 +38,7 @@ from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import difference_record, result_record
 from rlhf_fast.eval.model_check import Planned, check_model, check_rewards
+from rlhf_fast.eval.notes import answer_notes, date_notes, dates_of
 from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
 from rlhf_fast.eval.tables import CONTRAST, Record, with_contrast
@@ -43,11 +47,11 @@ from rlhf_fast.eval.tasks import GROUPS
 from rlhf_fast.run.checkpoint import write_json
 from rlhf_fast.run.info import PACKAGES, package_version
 from rlhf_fast.run.outputs import check_empty_folder, read_json
+from rlhf_fast.run.prompt_format import recorded_format
 
 RESULTS, REPORT, FIGURE, SETTINGS = "results.json", "report.md", "report.png", "eval.json"
 NO_BASELINE = "it compares models, and there is only one"
 NO_JUDGE = "no judge; give judge.preference a reward model's folder, module:function, a file of labels or chat:FOLDER"
-MAX_UNKNOWN = 0.01
 Echo = Callable[[str], None]
 Answers = dict[tuple[str, str], AnswerFile]
 """(model, task) -> its answers."""
@@ -63,10 +67,10 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     paths = cfg.model_paths()
     baseline = cfg.baseline_of(tuple(paths))
     selection, found = check(cfg, asks_people=label > 0)
-    _prepare_folder(cfg)
+    date = _prepare_folder(cfg, paths)
     judges, pair_judge = found.load()
     reward, sections = reward_records(cfg, paths) if cfg.reward else ([], {})
-    models = [EvaluatedModel(name, path, cfg) for name, path in paths.items()]
+    models = [EvaluatedModel(name, path, cfg, date) for name, path in paths.items()]
     answers = _answers(models, selection, echo)
     require_all_labels(cfg.out, selection.tasks, answers, judges, pair_judge, baseline)
     notes = list(selection.notes)
@@ -76,8 +80,10 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     all_judges: dict[str, Judge | PairJudge] = dict(judges)
     if pair_judge is not None:
         all_judges[PREFERENCE] = pair_judge
+    meta = _meta(cfg, models, selection, answers)
+    notes += date_notes({name: entry["dates"] for name, entry in meta["models"].items()})
     results = {
-        "meta": _meta(cfg, models, selection, answers),
+        "meta": meta,
         "judges": {role: judge_record(judge) for role, judge in all_judges.items()},
         **records,
         "reward": reward,
@@ -167,13 +173,23 @@ def _check_folder(cfg: EvalConfig, planned: Planned) -> None:
             raise UserError(f"eval: out {out}: a stage will write to {folder}; choose another folder")
 
 
-def _prepare_folder(cfg: EvalConfig) -> None:
-    """Create `out`, unless an evaluation has."""
+def _prepare_folder(cfg: EvalConfig, models: Mapping[str, str]) -> datetime:
+    """Create `out`, unless an evaluation has. Return the date that chat templates take for today's in it.
+
+    It is the first that a run of these models has recorded, else this day's. It stays the same, so that answers of
+    another day, and of models that are added, are those to the same prompts.
+    """
     out = Path(cfg.out)
-    if not isinstance(read_json(out / SETTINGS), dict):
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / SETTINGS, {"made_by": f"rlhf-fast {__version__} eval"})
+    saved = read_json(out / SETTINGS)
+    settings = saved if isinstance(saved, dict) else {"made_by": f"rlhf-fast {__version__} eval"}
+    with suppress(KeyError, TypeError, ValueError):
+        return datetime.fromisoformat(settings["date"])
+    recorded = [date for path in models.values() if (date := recorded_format(path).get("date"))]
+    date = datetime.fromisoformat(recorded[0]) if recorded else process_start()
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / SETTINGS, {**settings, "date": date.isoformat()})
+    return date
 
 
 def _answers(models: Sequence[EvaluatedModel], selection: Selection, echo: Echo) -> Answers:
@@ -215,20 +231,13 @@ def _records(
     differences: list[Record] = []
     for task, rows in selection.tasks:
         files = {name: answers[name, task.name] for name in models}
-        measures = {name: measures_of(task, rows, file.records(rows), judges) for name, file in files.items()}
+        records = {name: file.records(rows) for name, file in files.items()}
+        measures = {name: measures_of(task, rows, own, judges) for name, own in records.items()}
         others = [name for name in models if name != baseline]
+        notes += answer_notes(task, records)
         for name in models:
-            records = files[name].records(rows)
-            seconds = sum(record[SECONDS] for record in records)
+            seconds = sum(record[SECONDS] for record in records[name])
             results += [result_record(name, task.name, measure, seconds) for measure in measures[name]]
-            unknown = sum(record[UNKNOWN] for record in records) / len(records)
-            if unknown > MAX_UNKNOWN:
-                notes.append(
-                    f"{task.name}: {100 * unknown:.0f} % of the tokens are unknown to {name}'s tokenizer, one for a"
-                    " word of any length: its figures cannot be compared."
-                )
-            if overlong := sum(record[OVERLONG] for record in records):
-                notes.append(f"{task.name}: {name}: {overlong} contexts were cut on the left to fit its positions.")
         if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
             for name in others:
                 results += preference_records(task, rows, name, (files[name], files[baseline]), pair_judge)
@@ -248,16 +257,27 @@ def _records(
 def _meta(cfg: EvalConfig, models: Sequence[EvaluatedModel], selection: Selection, answers: Answers) -> dict[str, Any]:
     """Return what the figures hang on."""
     rows = {task.name: own for task, own in selection.tasks}
-    formats: dict[str, set[str]] = {model.name: set() for model in models}
+    records: dict[str, list[Record]] = {model.name: [] for model in models}
     for (name, task), file in answers.items():
-        formats[name] |= {record[TEMPLATE] for record in file.records(rows[task])}
+        records[name] += file.records(rows[task])
     versions = {"rlhf-fast": __version__, **{name: package_version(name) for name in PACKAGES}}
     settings = {name: getattr(cfg, name) for name in ("seed", "limit", "template", "dtype", "temperature")}
     entries = {
-        model.name: {"path": model.path, "weights": model.weights, "templates": sorted(formats[model.name])}
+        model.name: {
+            "path": model.path,
+            "weights": model.weights,
+            "templates": sorted({record[TEMPLATE] for record in records[model.name]}),
+            "dates": dates_of(records[model.name]),
+        }
         for model in models
     }
-    return {"versions": versions, **settings, "files": selection.files, "models": entries}
+    lengths = {
+        task.name: min(task.max_new_tokens, cfg.max_new_tokens or task.max_new_tokens)
+        for task, _ in selection.tasks
+        if isinstance(task, GenerationTask)
+    }
+    others = {"max_new_tokens": lengths, "files": selection.files, "models": entries}
+    return {"versions": versions, **settings, **others}
 
 
 def _write(cfg: EvalConfig, results: Mapping[str, Any]) -> None:

@@ -57,6 +57,8 @@ class GenerationTask(NamedTuple):
     is_dialog: bool = False
     """True for a request to an assistant, which is put in the format that the model has learned. Others are texts that
     every model goes on with."""
+    is_continuation: bool = False
+    """True where an answer is the first `max_new_tokens` of a text, and need not end."""
 
 
 def manner_prompt(manner: str) -> Callable[[Row], str]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,17 @@ from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.errors import BadRows, UserError
-from rlhf_fast.eval.answers import OVERLONG, SECONDS, TEMPLATE, UNKNOWN, AnswerFile, row_key
+from rlhf_fast.eval.answers import (
+    DATE,
+    FINISHED,
+    OVERLONG,
+    SECONDS,
+    SHORTENED,
+    TEMPLATE,
+    UNKNOWN,
+    AnswerFile,
+    row_key,
+)
 from rlhf_fast.eval.encoding import PLAIN, Encoder
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
@@ -26,7 +37,7 @@ from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.info import model_sha256
-from rlhf_fast.run.prompt_format import model_prompt_format, recorded_format
+from rlhf_fast.run.prompt_format import as_json, model_prompt_format, recorded_format
 from rlhf_fast.scoring import Score, Scorer
 
 Task = LikelihoodTask | GenerationTask
@@ -37,10 +48,15 @@ BLOCK = {"scored": 64, "answered": 128}
 
 
 class EvaluatedModel:
-    """A model by its name and path. It is loaded when an answer is missing."""
+    """A model by its name and path. It is loaded when an answer is missing.
 
-    def __init__(self, name: str, path: str, cfg: EvalConfig):
+    date: that which its chat template takes for today's, unless its run has recorded one.
+    """
+
+    def __init__(self, name: str, path: str, cfg: EvalConfig, date: datetime):
         self.name, self.path, self.cfg = name, path, cfg
+        self.recorded_format = recorded_format(path)
+        self.date = datetime.fromisoformat(self.recorded_format.get("date") or date.isoformat())
         self.weights = model_sha256(path) if Path(path).is_dir() else path
         self.sampling = SamplingConfig(
             temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens or sys.maxsize, batch=cfg.batch
@@ -52,8 +68,10 @@ class EvaluatedModel:
         cfg = self.cfg
         found: dict[str, Any] = {"model": self.weights, "dtype": cfg.dtype, "template": cfg.template}
         found["version"] = __version__
+        if self._uses_format(task):
+            found["recorded_template"] = self.recorded_format
+            found["date"] = self.date.isoformat()
         if isinstance(task, GenerationTask):
-            found["recorded_template"] = recorded_format(self.path).get("kind")
             found["max_new_tokens"] = min(task.max_new_tokens, self.sampling.max_new_tokens)
             found["temperature"] = cfg.temperature
             if cfg.temperature:
@@ -79,8 +97,7 @@ class EvaluatedModel:
     def _compute(self, task: Task, rows: Sequence[Row]) -> list[Record]:
         """Return the records of rows, each with its share of the seconds, and the format of its prompt."""
         began = time.perf_counter()
-        learned = is_dialog(task) or self.cfg.template != "auto"
-        prompt_format = self._prompt_format if learned else PLAIN
+        prompt_format, date = self._prompt_format if self._uses_format(task) else (PLAIN, None)
         encoder = Encoder(self.model.tokenizer, self.model.max_positions, prompt_format)
         try:
             if isinstance(task, LikelihoodTask):
@@ -90,7 +107,7 @@ class EvaluatedModel:
         except BadRows as error:
             raise UserError(f"{task.name}: {self.name}: {error}") from error
         seconds = (time.perf_counter() - began) / len(rows)
-        return [{**record, SECONDS: seconds, TEMPLATE: encoder.template} for record in records]
+        return [{**record, SECONDS: seconds, TEMPLATE: encoder.template, DATE: date} for record in records]
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -106,10 +123,16 @@ class EvaluatedModel:
         return self._model
 
     @cached_property
-    def _prompt_format(self) -> PromptFormat:
-        """The format of requests to an assistant, and of all prompts where cfg.template names one."""
-        settings = self.model.tokenizer, self.cfg.template, "eval: template"
-        return model_prompt_format(self.path, *settings, strict=False)[0]
+    def _prompt_format(self) -> tuple[PromptFormat, str | None]:
+        """The format of requests to an assistant, and of all prompts where cfg.template names one; and the date that
+        the prompts hold, if any."""
+        tokenizer = self.model.tokenizer
+        found, _ = model_prompt_format(self.path, tokenizer, self.cfg.template, "eval: template", strict=False)
+        found = found._replace(date=self.date)
+        return found, as_json(tokenizer, found)["date"]
+
+    def _uses_format(self, task: Task) -> bool:
+        return is_dialog(task) or self.cfg.template != "auto"
 
 
 def is_dialog(task: Task) -> bool:
@@ -119,16 +142,23 @@ def is_dialog(task: Task) -> bool:
 
 def score_rows(model: Model, task: LikelihoodTask, rows: Sequence[Row], encoder: Encoder) -> list[Record]:
     """Return for each row the scores of its requests."""
-    requests, cut = _encoded(rows, lambda row: task.requests(row, encoder), encoder)
+    requests, cut, short = _encoded(rows, lambda row: task.requests(row, encoder), encoder)
     scores = iter(Scorer(model)([request for found in requests for request in found]))
     records: list[Record] = []
-    for found, is_cut in zip(requests, cut, strict=True):
+    for found, is_cut, is_short in zip(requests, cut, short, strict=True):
         own = [next(scores) for _ in found]
         logprobs, greedy = [score.logprob for score in own], [score.greedy for score in own]
         num_tokens = [score.num_tokens for score in own]
         unknown = unknown_share(encoder, [token for context, answer in found for token in (*context, *answer)])
         records.append(
-            {"logprobs": logprobs, "greedy": greedy, "num_tokens": num_tokens, OVERLONG: is_cut, UNKNOWN: unknown}
+            {
+                "logprobs": logprobs,
+                "greedy": greedy,
+                "num_tokens": num_tokens,
+                OVERLONG: is_cut,
+                SHORTENED: is_short,
+                UNKNOWN: unknown,
+            }
         )
     return records
 
@@ -140,7 +170,7 @@ def answer_rows(
     `sampling`, unless that asks for a shorter one."""
     wanted = min(task.max_new_tokens, sampling.max_new_tokens)
     sampling = replace(sampling, max_new_tokens=encoder.max_new_tokens(wanted), stop=task.stop)
-    tokens, cut = _encoded(rows, lambda row: encoder.prompt(task.prompt(row), sampling.max_new_tokens), encoder)
+    tokens, cut, _ = _encoded(rows, lambda row: encoder.prompt(task.prompt(row), sampling.max_new_tokens), encoder)
     # the noise of an answer hangs on its row, so that it is the same whatever was computed before
     uids = [int(row_key(row)[:12], 16) for row in rows]
     responses = Rollout(model, sampling, seed).generate(Prompts(uids, tokens, [""] * len(rows)))
@@ -152,7 +182,7 @@ def answer_rows(
             "prompt": task.question(row),
             "answer": task.cut(text),
             "tokens": len(ids),
-            "finished": done,
+            FINISHED: done,
             OVERLONG: is_cut,
             UNKNOWN: share,
         }
@@ -160,14 +190,18 @@ def answer_rows(
     ]
 
 
-def _encoded(rows: Sequence[Row], encode: Callable[[Row], T], encoder: Encoder) -> tuple[list[T], list[bool]]:
-    """Return what `encode` makes of each row with the encoder, and whether it cut a context."""
-    found, cut = [], []
+def _encoded(
+    rows: Sequence[Row], encode: Callable[[Row], T], encoder: Encoder
+) -> tuple[list[T], list[bool], list[bool]]:
+    """Return what `encode` makes of each row with the encoder, whether it cut a context, and whether its windows are
+    short."""
+    found, cut, short = [], [], []
     for row in rows:
-        before = encoder.overlong
+        before = encoder.overlong, encoder.shortened
         found.append(encode(row))
-        cut.append(encoder.overlong > before)
-    return found, cut
+        cut.append(encoder.overlong > before[0])
+        short.append(encoder.shortened > before[1])
+    return found, cut, short
 
 
 def unknown_share(encoder: Encoder, tokens: Sequence[int]) -> float:

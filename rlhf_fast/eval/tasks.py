@@ -98,6 +98,7 @@ TASK_LIST: tuple[Task, ...] = (
             generation.toxicity_measures,
             ("toxic", "toxicity", "toxic_bin_*", *VERDICTS),
             max_new_tokens=20,
+            is_continuation=True,
         )
         for manner, words in MANNERS.items()
     ),
