@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ QUESTIONS = [
     ("where does anna live ?", {"until": ["."], "max_gen_toks": 12}),
     ("list three animals .", {"until": "and", "max_gen_toks": 12, "do_sample": False}),
     ("what is the job of ben ? " * 40, {"until": [".", "?"], "max_gen_toks": 12}),
+    ("what is the job of anna ?", {"max_new_tokens": 7, "num_beams": 1}),
+    ("list three colors .", {"max_tokens": 5, "do_sample": False, "temperature": 1}),
+    ("where does ben live ?", {"max_completion_tokens": 3, "temperature": 0.0}),
+    ("is ben a baker ?", {"max_gen_toks": 14, "min_new_tokens": 12}),
 ]
 
 
@@ -66,6 +71,25 @@ def test_scores_and_answers_are_those_of_lm_evals_own_model(ours):
     assert found["generate_until"][0] == found["generate_until"][1]
     assert any(found["generate_until"][0]) and ours.encoder.overlong == 2
     assert (ours.max_length, ours.prefix_token_id) == (hf.max_length, hf.prefix_token_id)
+
+
+def test_settings_of_generation_are_read_as_lm_eval_reads_them(ours):
+    """In all combinations of do_sample, temperature and the names of the length."""
+    resolve = pytest.importorskip("lm_eval.models.utils").normalize_gen_kwargs
+    lengths = [{}, {"max_gen_toks": 9}, {"max_tokens": 8, "max_new_tokens": 7}, {"max_completion_tokens": 6},
+               {"max_tokens": 3, "until": "."}, {"max_new_tokens": 5, "max_gen_toks": 4, "until": ["a"]}]  # fmt: skip
+    for length, do_sample, temperature in product(lengths, (None, False, True), (None, 0.0, 0.5, 1)):
+        own = {"do_sample": do_sample, "temperature": temperature}
+        settings = length | {name: value for name, value in own.items() if value is not None}
+        expected = resolve(settings, 100)
+        if expected["do_sample"] and not expected.get("temperature"):
+            continue  # an error
+        found = ours._sampling({"max_completion_tokens": 100, **settings} if not length else settings)
+        assert found.max_new_tokens == expected["max_gen_toks"] and list(found.stop) == expected["until"]
+        assert found.temperature == (expected["temperature"] if expected["do_sample"] else 0.0), settings
+    found = ours._sampling({"max_gen_toks": 9, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": None})
+    assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.5, 0.9, 3, 0.0)
+    assert ours._sampling({"max_gen_toks": 9, "min_new_tokens": 4}).min_new_tokens == 4
 
 
 def test_our_task_has_the_results_of_lm_evals(ours):
@@ -117,5 +141,17 @@ def test_without_a_gpu_the_default_device_is_the_cpu(monkeypatch):
 def test_bad_arguments(ours):
     with pytest.raises(UserError, match="max_gen_toks 128 leaves no room in 128 positions"):
         ours.generate_until(instances("generate_until", [("anna", {"until": ["."], "max_gen_toks": 128})]))
+    for settings, message in (
+        ({"max_tokens": 128}, "^max_tokens 128 leaves no room in 128 positions"),
+        ({}, "^max_gen_toks 256 leaves no room in 128 positions"),
+        ({"max_length": 20}, "^max_length counts the tokens of the prompt too; give max_gen_toks"),
+        ({"max_gen_toks": 9, "num_beams": 4}, "^generation_kwargs: num_beams: 4 is not supported; leave it out"),
+        ({"max_gen_toks": 9, "repetition_penalty": 1.2}, "repetition_penalty: 1.2 is not supported"),
+        ({"max_gen_toks": 9, "penalty_alpha": 0}, "penalty_alpha: 0 is not supported"),
+        ({"max_gen_toks": 9, "do_sample": True, "temperature": 0}, "do_sample is true and temperature is 0"),
+        ({"max_gen_toks": 9, "do_sample": True}, "do_sample is true and temperature is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ours.generate_until(instances("generate_until", [("anna", settings)]))
     with pytest.raises(UserError, match="has no chat template"):
         ours.apply_chat_template([{"role": "user", "content": "hello"}])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,25 @@ MAX_LENGTH = 2048
 """Tokens of a window of text, for a model without a limit of positions."""
 MAX_NEW_TOKENS = 256
 """New tokens where a task does not say how many, as lm-eval's `hf` model."""
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's names of the number of new tokens. The first of them that a task has counts."""
+FILTERS = ("top_p", "top_k", "min_p")
+"""Settings of sampling that a task's `generation_kwargs` and ours call by the same name."""
+WITHOUT_EFFECT = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1,
+    "min_length": 0,
+    "early_stopping": False,
+    "use_cache": True,
+}
+"""Settings that a task may have at these values alone."""
 
 
 @register_model("rlhf_fast")
@@ -141,21 +161,33 @@ class RlhfFastLM(TemplateLM):
         return answers
 
     def _sampling(self, settings: dict[str, Any]) -> SamplingConfig:
-        until = settings.get("until") or ()
+        """Return a task's `generation_kwargs` as our settings, by the rules of lm-eval's `normalize_gen_kwargs`.
+
+        Without do_sample, a temperature above 0 samples; do_sample: false is greedy at any temperature. UserError for
+        sampling at temperature 0, as transformers has, and for what a rollout does not do.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        _check_supported(given)
+        until = given.get("until") or ()
         stop = tuple(filter(None, [until] if isinstance(until, str) else until))
-        wanted = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
+        name = next((name for name in LENGTHS if name in given), LENGTHS[0])
+        wanted = int(given.get(name, MAX_NEW_TOKENS))
         if wanted >= self.max_length:
-            raise UserError(f"max_gen_toks {wanted} leaves no room in {self.max_length} positions; give a smaller one")
-        if not settings.get("do_sample", settings.get("temperature", 0)):
-            return SamplingConfig(temperature=0.0, max_new_tokens=wanted, stop=stop, batch=self.batch)
-        return SamplingConfig(
-            temperature=float(settings.get("temperature") or 1.0),
-            top_p=float(settings.get("top_p") or 1.0),
-            top_k=int(settings.get("top_k") or 0),
+            raise UserError(f"{name} {wanted} leaves no room in {self.max_length} positions; give a smaller one")
+        greedy = SamplingConfig(
+            temperature=0.0,
             max_new_tokens=wanted,
+            min_new_tokens=int(given.get("min_new_tokens", 0)),
             stop=stop,
             batch=self.batch,
         )
+        temperature = float(given.get("temperature", 0.0))
+        if not given.get("do_sample", temperature > 0):
+            return greedy
+        if not temperature:
+            raise UserError("do_sample is true and temperature is 0; give a temperature above 0, or do_sample false")
+        filters = {name: given[name] for name in FILTERS if name in given}
+        return replace(greedy, temperature=temperature, **filters)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as the tokenizer's chat template writes it."""
@@ -167,6 +199,16 @@ class RlhfFastLM(TemplateLM):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+
+
+def _check_supported(settings: dict[str, Any]) -> None:
+    """Raise UserError for settings of generation that would be dropped."""
+    if "max_length" in settings:
+        raise UserError("max_length counts the tokens of the prompt too; give max_gen_toks, the number of new ones")
+    known = {"until", "do_sample", "temperature", "min_new_tokens", *LENGTHS, *FILTERS}
+    for name, value in settings.items():
+        if name not in known and (name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name]):
+            raise UserError(f"generation_kwargs: {name}: {value} is not supported; leave it out, or use --model hf")
 
 
 if __name__ == "__main__":
