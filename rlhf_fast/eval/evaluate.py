@@ -23,7 +23,9 @@ from rlhf_fast.eval.held_out import optimized_notes
 from rlhf_fast.eval.judged import (
     FoundJudges,
     ask_people,
+    constant_answers_note,
     find_judges,
+    frequent_answer_note,
     judge_record,
     measures_of,
     preference_records,
@@ -209,6 +211,8 @@ def _records(
                     f"{task.name}: {100 * unknown:.0f} % of the tokens are unknown to {name}'s tokenizer, one for a"
                     " word of any length: its figures cannot be compared."
                 )
+            if note := frequent_answer_note(name, task, records):
+                notes.append(note)
             if overlong := sum(record[OVERLONG] for record in records):
                 notes.append(f"{task.name}: {name}: {overlong} contexts were cut on the left to fit its positions.")
         if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
@@ -224,6 +228,8 @@ def _records(
         if isinstance(task, LikelihoodTask) and (chance := task.chance(rows)):
             shown = ", ".join(f"{name} {value:.3f}" for name, value in chance.items())
             notes.append(f"{task.name}: a model that guesses has {shown}.")
+        if note := constant_answers_note(task, rows, judges):
+            notes.append(note)
     return {"results": with_contrast(results), "differences": differences}
 
 
