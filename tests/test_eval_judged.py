@@ -1,4 +1,4 @@
-"""What the figures do not say: answers that are all the same, and reasoning before an answer."""
+"""Notes on answers that are all the same, and reasoning before an answer."""
 
 import pytest
 from test_eval_judges import QUESTION
