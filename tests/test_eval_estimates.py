@@ -9,7 +9,6 @@ from rlhf_fast.eval.estimates import Estimate as E
 from rlhf_fast.eval.estimates import (
     Z,
     agreement,
-    bootstrap,
     correlation,
     difference,
     estimate_from,
@@ -217,17 +216,6 @@ def test_coverage_of_paired_differences_of_ratios():
         found = difference(ours, theirs, None, tokens, tokens)
         held += found.low <= -0.1 <= found.high
     assert held >= 930
-
-
-def test_bootstrap_is_near_the_formula():
-    random = np.random.default_rng(2)
-    values, groups = random.random(120), np.repeat(np.arange(40), 3).tolist()
-    exact = mean(values, groups)
-    found = bootstrap(lambda rows: float(values[rows].mean()), 120, groups)
-    assert found.value == pytest.approx(exact.value) and found.n == 40
-    assert found.half_width == pytest.approx(exact.half_width, rel=0.12)
-    assert found == bootstrap(lambda rows: float(values[rows].mean()), 120, groups)
-    assert near(bootstrap(lambda rows: 1.0, 0), NAN, NAN, NAN, 0)
 
 
 def test_measures():

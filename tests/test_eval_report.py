@@ -134,7 +134,7 @@ def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
     assert re.search(r"│ truthfulqa +│ +│ +│ +│ +│ +│\n│   true +│ 200 +(│ \.\d\d±\.\d\d +){4}│\n", tables)
     assert re.search(r"│   acc +│ 200 +(│ [+-]\.\d{3}±\.\d{3}\*? +){3}│", tables)
     assert "not in the paper" not in tables and "GPT 0.781" in tables and "half the interval's width" in tables
-    assert "│   win_rate_equal_length" in tables
+    assert "│   win_rate_even_lengths" in tables
     assert show_short(Estimate(50.84, 40.2, 63.1, 9)) == "50.8±11.4"
     assert show_short(Estimate(1.0, 0.9, 1.0, 9)) == "1.00±.05" and show_short(Estimate(0.4, NAN, NAN, 1)) == ".40"
     assert show_short(mean([])) == "–" and show_short(Estimate(1e304, 1e304, 1e304, 2)) == "> 1e300"

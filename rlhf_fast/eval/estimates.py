@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals: shares, clustered means and ratios, paired differences, agreement, the bootstrap.
+"""Estimates with 95 % intervals: shares, clustered means and ratios, paired differences, agreement.
 
 The n of an estimate counts independent things (prompts, documents), not judgements. NaN is a value that a row does not
 have; such rows are left out. Where nothing is left, value, low and high are NaN and n is 0.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,32 +168,6 @@ def unpaired_difference(a: Estimate, b: Estimate) -> Estimate:
     below = math.hypot(a.value - a.low, b.high - b.value)
     above = math.hypot(a.high - a.value, b.value - b.low)
     return Estimate(value, value - below, value + above, min(a.n, b.n))
-
-
-def bootstrap(
-    statistic: Callable[[NDArray[np.intp]], float],
-    num_rows: int,
-    groups: Groups | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Return statistic(all rows) with the percentile interval over resampled groups of rows.
-
-    statistic: a function of row indices, in which a row may occur several times.
-    """
-    codes = _codes(groups, np.ones(num_rows, dtype=bool))
-    count = int(codes.max()) + 1 if num_rows else 0
-    if not count:
-        return NOTHING
-    order = np.argsort(codes, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
-    generator = np.random.default_rng(seed)
-    found = []
-    for drawn in generator.integers(0, count, (resamples, count)):
-        rows = drawn if count == num_rows else np.concatenate([members[i] for i in drawn])
-        found.append(statistic(rows))
-    low, high = np.nanquantile(found, [0.025, 0.975])
-    return Estimate(statistic(np.arange(num_rows)), float(low), float(high), count)
 
 
 def agreement(table: Iterable[Sequence[Any]]) -> Agreement:
