@@ -91,7 +91,7 @@ def length_controlled(scores: Sequence[float], longer: Sequence[float], groups: 
     judged = ~np.isnan(wins + lengths)
     weights = np.zeros_like(wins)
     weights[judged] = _balancing_weights(lengths[judged])
-    kept = np.flatnonzero(weights)
+    kept = np.flatnonzero(weights).tolist()
     names = [groups[i] if groups else i for i in kept]
     signs = [{name for name, i in zip(names, kept, strict=True) if sign * lengths[i] > 0} for sign in (1, -1)]
     if min(map(len, signs)) < MIN_OTHER_SIGN:
