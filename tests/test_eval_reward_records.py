@@ -8,6 +8,7 @@ import toy
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.eval import reward_report
+from rlhf_fast.eval.report import check_thresholds
 from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.model.model import Model
 
@@ -35,3 +36,20 @@ def test_held_out_responses_come_first(folder):
     for name in ("rankings", "comparisons", "rankings_held"):
         toy.jsonl(folder / f"{name}.jsonl", [{}])
         assert find_comparisons(".").name == f"{name}.jsonl"
+
+
+def test_a_threshold_of_the_calibration_error_is_a_highest_value(folder):
+    """Two scores that are sure of the wrong order."""
+    toy.jsonl(
+        folder / "rankings.jsonl",
+        [
+            {"prompt": "a", "responses": ["bb", "c"], "ranks": [1, 0]},
+            {"prompt": "b", "responses": ["c", "dd"], "ranks": [0, 1]},
+        ],
+    )
+    (folder / "own_reward.py").write_text("def length(texts):\n    return [40.0 * len(text) for text in texts]\n")
+    records, _ = reward_records(EvalConfig(models=("a=b",), data=".", reward="own_reward:length"), {})
+    name = "own_reward:length:reward_model.calibration_error"
+    assert check_thresholds(records, {name: 1.0}) == []
+    (sentence,) = check_thresholds(records, {name: 0.9})
+    assert sentence.endswith("is 1 (n 2), above 0.9")

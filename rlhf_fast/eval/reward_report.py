@@ -243,4 +243,4 @@ def records(found: RewardReport, model: str) -> list[dict[str, Any]]:
     kept = [result_record(model, "reward_model", measure) for measure in found.measures]
     error = Estimate(found.calibration_error, math.nan, math.nan, found.measures[0].estimate().n)
     last = {"model": model, "task": "reward_model", "measure": "calibration_error", **error.fields(), "unit": "share"}
-    return [*kept, {**last, "judge": "", "seconds": 0.0}]
+    return [*kept, {**last, "judge": "", "seconds": 0.0, "higher_is_better": False}]
