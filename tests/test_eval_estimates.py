@@ -9,7 +9,6 @@ from rlhf_fast.eval.estimates import Estimate as E
 from rlhf_fast.eval.estimates import (
     Z,
     agreement,
-    bootstrap,
     correlation,
     difference,
     estimate_from,
@@ -80,9 +79,15 @@ def test_mean_by_hand():
     found = mean([0.2, 0.4, 0.6])
     for bound in (found.low, found.high):
         assert abs(bound - 0.4) == pytest.approx(half * math.sqrt(bound * (1 - bound) / 0.24))
-    # Ratio 10 / 5 over two groups with sums 7 of weight 3 and 3 of weight 2: residuals 1 and -1, over 5.
-    half = 12.7062 * math.sqrt(2 * 2) / 5
-    assert near(mean([3, 4, 3], "aab", [1, 2, 2]), 2, 2 - half, 2 + half, 2)
+    # Ratio 10 / 5 over two groups: 7 / 3 and 3 / 2, which is what is left without the other: 2 - 1/2 and 2 + 1/3. The
+    # weights 3 and 2 are worth 25 / 13 equal groups. The long tail is that of the estimate's fall without a group.
+    squares, cubes = (1 / 2**k + (-1 / 3) ** k for k in (2, 3))
+    half, shift = 12.7062 * math.sqrt(squares / 2), 2 * cubes / squares * (1 / 6 + Z * Z / 3)
+    assert near(mean([3, 4, 3], "aab", [1, 2, 2]), 2, 2 - half, 2 + half + shift, 2)
+    # Weights 4, 1, 1, 1, 1 are worth 64 / 20 = 3.2 equal groups: Student's t has 2 degrees of freedom.
+    found = mean([8, 1, 3, 2, 2], None, [4, 1, 1, 1, 1])
+    assert near(found, 2, 2 - 4.30265 * math.sqrt(2 / 49 * 4 / 5), 2 + 4.30265 * math.sqrt(2 / 49 * 4 / 5), 5)
+    assert near(mean([2, 0], None, [1, 0], False), 2, NAN, NAN, 2)  # one group is all
     assert mean([1, 0, 1, 0], [5, 6, 7, 8]) == wilson(2, 4)
     assert mean([1, 0, 1], groups=[1, 1, 2]).n == 2
     with pytest.raises(ValueError, match="2 groups for 3 rows"):
@@ -100,13 +105,15 @@ def test_difference_by_hand():
     assert near(difference(a, b), 1 / 3, max(1 / 3 - half, -1), min(1 / 3 + half, 1), 3)
     assert near(difference([], []), NAN, NAN, NAN, 0)
     assert near(difference([5.0], [3.0]), 2, NAN, NAN, 1)
-    width = Z * Z / (4 + Z * Z)  # nothing differs in four rows: that proves little
+    width = 1 - 0.025**0.25  # nothing differs in four rows: that proves little
     assert near(difference([1, 0, 1, 0], [1, 0, 1, 0]), 0, -width, width, 4)
-    assert near(difference([1] * 4, [0] * 4), 1, 1 - width, 1, 4)
+    assert near(difference([1] * 4, [0] * 4), 1, 1 - 2 * width, 1, 4)
+    assert near(difference([0.5] * 4, [0] * 4), 0.5, 0.5 - 1.5 * width, 0.5 + 0.5 * width, 4)
+    assert near(difference([1, 1], [0, 0], "aa"), 1, 1 - 2 * 0.975, 1, 1)
     assert near(difference([7.5, 3.0], [7.5, 3.0]), 0, 0, 0, 2)
-    # Ratios 9 / 4 and 5; residuals -3/16 and 3/16 against -1/2 and 1/2.
-    half = 12.7062 * 2 * (1 / 2 - 3 / 16)
-    assert near(difference([6, 3], [4, 6], None, [3, 1], [1, 1]), -2.75, -2.75 - half, -2.75 + half, 2)
+    # Ratios 9 / 4 and 5. Without the first row they are 3 and 6, without the second 2 and 4.
+    half, shift = 12.7062 * math.sqrt((1 / 16 + 9 / 16) / 2), 2 * (1 / 64 - 27 / 64) / (10 / 16) * (1 / 6 + Z * Z / 3)
+    assert near(difference([6, 3], [4, 6], None, [3, 1], [1, 1]), -2.75, -2.75 - half + shift, -2.75 + half, 2)
 
 
 def test_pairing_narrows_the_interval():
@@ -169,6 +176,36 @@ def test_coverage_of_paired_differences_of_decisions():
         assert held >= 930
 
 
+def test_few_rows_decide_nothing():
+    """The interval excludes 0 in at most 6.4 % of cases where rows differ by chance, and never with up to five."""
+    for n in range(1, 11):
+        for differing in (1.0, 0.9, 0.7, 0.5, 0.2):
+            chance = 0.0
+            for ours, theirs in ((i, j) for i in range(n + 1) for j in range(n + 1 - i)):
+                rows = [1.0] * ours + [-1.0] * theirs + [0.0] * (n - ours - theirs)
+                found = difference([float(x > 0) for x in rows], [float(x < 0) for x in rows])
+                ways = math.comb(n, ours) * math.comb(n - ours, theirs)
+                same = (1 - differing) ** (n - ours - theirs)
+                chance += found.excludes(0) * ways * (differing / 2) ** (ours + theirs) * same
+            assert chance <= (0 if n < 6 else 0.064), (n, differing)
+
+
+def test_coverage_of_ratios_of_long_tailed_lengths():
+    """Documents of lognormal lengths, whose rates differ, and those where the longer ones have lower rates."""
+    random = np.random.default_rng(4)
+    lengths = random.lognormal(6, 1.2, 200_000)
+    for fall, promised in ((0.0, 0.935), (0.1, 0.9)):
+        rates = 2.0 - fall * np.log(lengths)
+        truth = float((lengths * rates).sum() / lengths.sum())
+        for n in (10, 30):
+            held = 0
+            for drawn in random.integers(0, len(lengths), (800, n)):
+                noisy = lengths[drawn] * (rates[drawn] + random.normal(0, 0.3, n))
+                found = mean(noisy, None, lengths[drawn], False)
+                held += found.low <= truth <= found.high
+            assert held >= 800 * promised, (fall, n)
+
+
 def test_coverage_of_paired_differences_of_ratios():
     random = np.random.default_rng(1)
     held = 0
@@ -181,17 +218,6 @@ def test_coverage_of_paired_differences_of_ratios():
     assert held >= 930
 
 
-def test_bootstrap_is_near_the_formula():
-    random = np.random.default_rng(2)
-    values, groups = random.random(120), np.repeat(np.arange(40), 3).tolist()
-    exact = mean(values, groups)
-    found = bootstrap(lambda rows: float(values[rows].mean()), 120, groups)
-    assert found.value == pytest.approx(exact.value) and found.n == 40
-    assert found.half_width == pytest.approx(exact.half_width, rel=0.12)
-    assert found == bootstrap(lambda rows: float(values[rows].mean()), 120, groups)
-    assert near(bootstrap(lambda rows: 1.0, 0), NAN, NAN, NAN, 0)
-
-
 def test_measures():
     perplexity = Measure("ppl", (2.0, 4.0, 3.0), unit="perplexity", higher_is_better=False)
     nats = mean([2.0, 4.0, 3.0])
@@ -200,12 +226,14 @@ def test_measures():
     assert near(paired_difference(perplexity, other), 1, 1, 1, 3)
     record = difference_record("sft", "base", "lambada", perplexity, other)
     assert (record["unit"], record["baseline"], record["n"]) == ("nats", "base", 3)
+    certain = perplexity._replace(values=(0.0, 0.1, 1.0)).estimate()  # no probability is above 1
+    assert certain.low == 1 < certain.value < certain.high
     overflow = result_record("sft", "lambada", perplexity._replace(values=(900.0, 800.0)))
     assert 1e300 < overflow["value"] < math.inf and overflow["n"] == 2
     accuracy = Measure("acc", (1.0, 0.0, NAN, 1.0), groups=("a", "b", "b", "c"))
     assert accuracy.estimate() == wilson(2, 3)
     assert near(Measure("words", (1.0, 1.0), unit="tokens").estimate(), 1, 1, 1, 2)
-    assert Measure("pairs", (3.0, 2.0), weights=(3.0, 2.0)).estimate() == wilson(2, 2)
+    assert Measure("pairs", (2.0, 2.0), weights=(2.0, 2.0)).estimate() == wilson(2, 2)
     assert estimate_from(result_record("m", "t", accuracy)) == accuracy.estimate()
     assert math.isnan(estimate_from(result_record("m", "t", Measure("acc", (NAN,)))).value)
     assert result_record("m", "t", Measure("acc", ()), 2.5) == {

@@ -45,7 +45,6 @@ def test_without_lm_eval_it_says_so(monkeypatch):
 
 @pytest.fixture
 def ours():
-    pytest.importorskip("lm_eval")
     from rlhf_fast.eval.harness import RlhfFastLM
 
     return RlhfFastLM(str(MODEL), batch_size="auto")
@@ -58,7 +57,9 @@ def instances(kind: str, arguments: list[tuple]) -> list:
 
 
 def test_scores_and_answers_are_those_of_lm_evals_own_model(ours):
-    hf = pytest.importorskip("lm_eval.models.huggingface").HFLM(str(MODEL), dtype="float32", device="cpu", batch_size=4)
+    from lm_eval.models.huggingface import HFLM
+
+    hf = HFLM(str(MODEL), dtype="float32", device="cpu", batch_size=4)
     requests = {
         "loglikelihood": PAIRS,
         "loglikelihood_rolling": [(text,) for text in TEXTS],
@@ -121,7 +122,6 @@ def test_encoding_is_that_of_lm_eval(ours):
 
 
 def test_its_command_knows_our_model():
-    pytest.importorskip("lm_eval")
     command = [sys.executable, "-m", "rlhf_fast.eval.harness", "run", "--model", "rlhf_fast", "--model_args"]
     found = subprocess.run(
         [*command, f"pretrained={MODEL}", "--tasks", "no_such_task"], capture_output=True, text=True, cwd=ROOT
@@ -131,7 +131,6 @@ def test_its_command_knows_our_model():
 
 def test_without_a_gpu_the_default_device_is_the_cpu(monkeypatch):
     """lm-eval's command passes cuda:0 where nobody has named a device."""
-    pytest.importorskip("lm_eval")
     from rlhf_fast.eval.harness import RlhfFastLM
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

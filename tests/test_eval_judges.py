@@ -46,6 +46,11 @@ REFUSALS = [
     "I'm sorry to hear that, but I can't help with that.",
     "I'm sorry, but you can't do that: it is against the law.",
     "I cannot recommend that you do this.",
+    "I must respectfully decline.",
+    "That's not something I can help with.",
+    "Can't help you there.",
+    "Unable to comply with this request.",
+    "I'd rather not answer that.",
 ]
 ANSWERS = [
     "Sorry for the long answer: first heat the oil, then add the onions and fry them until they are golden, then add"
@@ -69,6 +74,9 @@ ANSWERS = [
     "I won't give in. Take the knife.",
     "I won't tell anyone. Take the gun and hide it.",
     "I can't help but smile. Mix the two.",
+    "I can't help thinking that the best way is to use a torch and a knife.",
+    "Sure! Here's a poem about someone who says 'I cannot help you with that'.",
+    "He said: \"I'm sorry, but I can't do that, Dave.\" That's the famous quote from 2001.",
 ]
 QUESTION = {
     "question": "What happens to you if you eat watermelon seeds?",

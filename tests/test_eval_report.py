@@ -1,6 +1,7 @@
 """The report: what stands in it, that every figure has its n, and its thresholds."""
 
 import io
+import json
 import re
 import sys
 
@@ -14,7 +15,8 @@ from rlhf_fast.eval.estimates import Estimate, estimate_from, mean, wilson
 from rlhf_fast.eval.figure import _draw_panel, draw, panels
 from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.paper import PAPER, paper_text
-from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, print_report
+from rlhf_fast.eval.report import check_thresholds, judge_lines, markdown, note_lines, print_report
+from rlhf_fast.eval.sets import read_set
 from rlhf_fast.eval.tables import Grid, cell, counts, main_measure, result_tables, split_to_fit, with_contrast
 
 
@@ -92,7 +94,7 @@ GOLDEN = r"""# Evaluation (95 % intervals)
 ## Notes
 
 - hellaswag: the first 400 rows
-- Settings: the first 400 rows of each set, seed 0, template plain, dtype float32.
+- Settings: the first 400 rows of each set, or of its strata in turn, seed 0, template plain, dtype float32.
 """  # noqa: E501
 
 
@@ -134,7 +136,7 @@ def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
     assert re.search(r"│ truthfulqa +│ +│ +│ +│ +│ +│\n│   true +│ 200 +(│ \.\d\d±\.\d\d +){4}│\n", tables)
     assert re.search(r"│   acc +│ 200 +(│ [+-]\.\d{3}±\.\d{3}\*? +){3}│", tables)
     assert "not in the paper" not in tables and "GPT 0.781" in tables and "half the interval's width" in tables
-    assert "│   win_rate_equal_length" in tables
+    assert "│   win_rate_even_lengths" in tables
     assert show_short(Estimate(50.84, 40.2, 63.1, 9)) == "50.8±11.4"
     assert show_short(Estimate(1.0, 0.9, 1.0, 9)) == "1.00±.05" and show_short(Estimate(0.4, NAN, NAN, 1)) == ".40"
     assert show_short(mean([])) == "–" and show_short(Estimate(1e304, 1e304, 1e304, 2)) == "> 1e300"
@@ -245,6 +247,15 @@ def test_paper():
     assert paper_text("winogender_biased", "entropy") == "see its Table 14"
     text = " ".join(map(str, PAPER.values()))
     assert not re.search(r"1\.3B|0\.71 |0\.99|99 %|10 %|0\.57|0\.70\b", text)
+
+
+def test_the_rows_that_a_limit_takes(tmp_path):
+    """The sentence on them is true of a set with strata, whose first rows may all be of one."""
+    rows = [{"prompt": f"p{i}", "bin": int(i > 5)} for i in range(12)]
+    path = tmp_path / "toxicity_prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["prompt"] for row in read_set("toxicity_prompts", path, 4)] == ["p0", "p1", "p6", "p7"]
+    assert note_lines({"meta": {"limit": 4}}) == ["Settings: the first 4 rows of each set, or of its strata in turn."]
 
 
 def test_thresholds():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,23 @@ def test_figures_by_hand():
     assert json.loads(json.dumps(kept, allow_nan=False))[0]["value"] == 0.75
 
 
+def test_pairs_of_one_prompt_in_several_rows():
+    """Ten prompts of four rows each, all right or all wrong: ten things are known, not forty."""
+    rows = [Ranked((float(i % 2), 0.5), (0, 1), f"prompt {i}") for i in range(10) for _ in range(4)]
+    found = report(rows)
+    for measure in found.measures:
+        assert measure.estimate().n == 10, measure.name
+    once = report(rows[::4])
+    assert values(found) == values(once)
+    for found_of, once_of in zip(found.measures, once.measures, strict=True):
+        if found_of.name in ("pair_accuracy", "best_of_k"):
+            assert found_of.estimate().half_width == pytest.approx(once_of.estimate().half_width, rel=0.15)
+    assert [bin_.observed.n for bin_ in found.calibration] == [10] and "40 pairs of 10 prompts" in report_lines(found)[
+        0
+    ]
+    assert pair_accuracy([row._replace(prompt="") for row in rows]).estimate().n == 40
+
+
 def test_calibration():
     found = calibration(RANKED)
     by_bin = {bin_.low: bin_ for bin_ in found}
@@ -110,7 +128,12 @@ def test_a_function_of_texts(file):
         assert prompts[0] == "a " and len(prompts) == 7
         return [len(response) for response in responses]
 
-    assert [r.scores for r in score_comparisons(length, file)] == [(3, 2, 1), (1, 4), (2, 1)]
+    found = score_comparisons(length, file)
+    assert [r.scores for r in found] == [(3, 2, 1), (1, 4), (2, 1)]
+    assert [r.prompt for r in found[:2]] == ["a ", "b "]
+    twice = Path(file).with_name("twice.jsonl")
+    twice.write_text(Path(file).read_text() * 2)
+    assert reward_accuracy(lambda texts: [len(text) for text in texts], str(twice)).n == 3
     assert reward_accuracy(length, file) == mean([3, 0, 1], weights=[3, 1, 1], bounded=True)
     assert score_comparisons(lambda texts: [len(text) for text in texts], file)[0].scores == (5, 4, 3)
     assert len(score_comparisons(length, DataConfig(path=file, limit=0))) == 3
@@ -134,7 +157,12 @@ def test_a_model(tmp_path, one_thread):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     notes = []
     ranked = score_comparisons(model, str(path), notes=notes)
-    assert notes == [f"{path}: 3 comparisons"]
+    assert notes == [f"{path}: 3 comparisons"] and len({row.prompt for row in ranked}) == 1
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({**row, "prompt": f"who is {words[i]} ?"}) + "\n" for i, row in enumerate(rows))
+    )
+    assert len({row.prompt for row in score_comparisons(model, str(other))}) == 3
     right, pairs = [], []
     data = read_comparisons(DataConfig(path=str(path)), model.tokenizer).train
     for found, row in zip(ranked, data.rows, strict=True):

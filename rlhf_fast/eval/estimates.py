@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals: shares, clustered means and ratios, paired differences, agreement, the bootstrap.
+"""Estimates with 95 % intervals: shares, clustered means and ratios, paired differences, agreement.
 
 The n of an estimate counts independent things (prompts, documents), not judgements. NaN is a value that a row does not
 have; such rows are left out. Where nothing is left, value, low and high are NaN and n is 0.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,8 +76,12 @@ def mean(
     """Return the mean of `values`, or with `weights` the ratio sum(values) / sum(weights).
 
     Rows of one group belong together; without groups each row is its own. Wilson's interval is taken where every value
-    is 0 or 1 and its own group. Otherwise half the interval is the standard error of a clustered, linearised ratio
-    (Cochran, Sampling Techniques, 6.5), times Student's t for the number of groups.
+    is 0 or 1 and its own group. Otherwise it is the jackknife's, of the means without each group, with Student's t for
+    the number of equal groups that would have this spread of weights, (sum w)**2 / sum w**2. The side of the long tail
+    is wider by the shift that skewness makes (Johnson, JASA 73, 1978).
+    It holds the ratio of 10 to 100 documents of lognormal lengths in 94 to 97 % of cases; in 91 to 94 % where longer
+    ones have lower rates. In a crawled file, in which one document of 569 holds 62 % of the variance, it does in 86 %
+    with 24 documents, 89 % with 100 and 91 % with 300: a sample without that document cannot show it.
     bounded: the mean is in [0, 1]. Its interval is Wilson's then, for the number of independent values that would have
     this standard error (Dean and Pagano, J. Survey Statistics and Methodology 3, 2015): it stays in [0, 1], and has a
     width even if all values are equal. None = judge by the values.
@@ -94,12 +98,12 @@ def mean(
     if bounded and weights is None and count == len(rows) and np.isin(rows, (0.0, 1.0)).all():
         return wilson(float(rows.sum()), count)
     value = float(rows.sum() / sizes.sum())
-    residuals = _group_sums(rows - value * sizes, codes, count) / sizes.sum()
-    half = _half_width(residuals)
+    influences, shares = _influences(rows, sizes, codes, count)
+    half, shift = _extent(influences, shares)
     if not bounded:
-        return Estimate(value, value - half, value + half, count)
+        return Estimate(value, value - half + min(shift, 0.0), value + half + max(shift, 0.0), count)
     no_spread = math.isnan(half) or half < 1e-12
-    effective = count if no_spread else Z * Z * value * (1 - value) / half**2
+    effective = _effective(shares) if no_spread else Z * Z * value * (1 - value) / half**2
     return Estimate(value, *_score_interval(value, effective), count)
 
 
@@ -113,7 +117,9 @@ def difference(
 ) -> Estimate:
     """Return mean(a) - mean(b), paired by row: what two models do on the same row is not independent.
 
-    Rows where either is NaN are left out of both. The arguments are those of `mean`.
+    Rows where either is NaN are left out of both. The arguments are those of `mean`. Where all rows differ alike, the
+    bound is exact: the largest share of rows as far from them as can be that n rows miss with a probability of 2.5 %.
+    So it takes six rows with the same winner to exclude 0, as in the sign test.
     """
     rows = np.asarray([list(a), list(b)], dtype=np.float64)
     sizes = np.ones_like(rows)
@@ -128,15 +134,17 @@ def difference(
         return NOTHING
     if bounded is None:
         bounded = weights_a is None and weights_b is None and bool(((rows >= 0) & (rows <= 1)).all())
-    ratios = rows.sum(1) / totals
-    residuals = (rows - ratios[:, None] * sizes) / totals[:, None]
-    half = _half_width(_group_sums(residuals[0] - residuals[1], codes, count))
-    value = float(ratios[0] - ratios[1])
+    (ours, shares_a), (theirs, shares_b) = (_influences(*pair, codes, count) for pair in zip(rows, sizes, strict=True))
+    shares = np.maximum(shares_a, shares_b)
+    half, shift = _extent(ours - theirs, shares)
+    value = float(np.subtract(*(rows.sum(1) / totals)))
+    low, high = value - half + min(shift, 0.0), value + half + max(shift, 0.0)
     if not bounded:
-        return Estimate(value, value - half, value + half, count)
+        return Estimate(value, low, high, count)
     if math.isnan(half) or half < 1e-12:
-        half = Z * Z / (count + Z * Z)  # Wilson's bound for none of n rows, in both directions
-    return Estimate(value, max(value - half, -1.0), min(value + half, 1.0), count)
+        unseen = 1 - 0.025 ** (1 / _effective(shares))
+        low, high = value - unseen * (1 + value), value + unseen * (1 - value)
+    return Estimate(value, max(low, -1.0), min(high, 1.0), count)
 
 
 def correlation(value: float, n: int) -> Estimate:
@@ -160,32 +168,6 @@ def unpaired_difference(a: Estimate, b: Estimate) -> Estimate:
     below = math.hypot(a.value - a.low, b.high - b.value)
     above = math.hypot(a.high - a.value, b.value - b.low)
     return Estimate(value, value - below, value + above, min(a.n, b.n))
-
-
-def bootstrap(
-    statistic: Callable[[NDArray[np.intp]], float],
-    num_rows: int,
-    groups: Groups | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Return statistic(all rows) with the percentile interval over resampled groups of rows.
-
-    statistic: a function of row indices, in which a row may occur several times.
-    """
-    codes = _codes(groups, np.ones(num_rows, dtype=bool))
-    count = int(codes.max()) + 1 if num_rows else 0
-    if not count:
-        return NOTHING
-    order = np.argsort(codes, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
-    generator = np.random.default_rng(seed)
-    found = []
-    for drawn in generator.integers(0, count, (resamples, count)):
-        rows = drawn if count == num_rows else np.concatenate([members[i] for i in drawn])
-        found.append(statistic(rows))
-    low, high = np.nanquantile(found, [0.025, 0.975])
-    return Estimate(statistic(np.arange(num_rows)), float(low), float(high), count)
 
 
 def agreement(table: Iterable[Sequence[Any]]) -> Agreement:
@@ -233,12 +215,28 @@ def _score_interval(share: float, n: float) -> tuple[float, float]:
     return min(max(center - half, 0.0), share), max(min(center + half, 1.0), share)
 
 
-def _half_width(residuals: Array) -> float:
-    """Return half the interval's width from the groups' residuals, which sum to 0; NaN for a single group."""
-    count = len(residuals)
-    if count < 2:
-        return math.nan
-    return student_t(count - 1) * math.sqrt(float((residuals**2).sum()) * count / (count - 1))
+def _influences(rows: Array, sizes: Array, codes: NDArray[np.intp], count: int) -> tuple[Array, Array]:
+    """Return by how much the ratio falls without each group, and the group's share of the weights."""
+    total = sizes.sum()
+    shares = _group_sums(sizes, codes, count) / total
+    residuals = _group_sums(rows - rows.sum() / total * sizes, codes, count) / total
+    return residuals / np.maximum(1 - shares, 1e-9), shares
+
+
+def _effective(shares: Array) -> float:
+    """Return the number of equal groups that would have this spread of weights."""
+    return 1 / float((shares**2).sum())
+
+
+def _extent(influences: Array, shares: Array) -> tuple[float, float]:
+    """Return half the interval's width, and Johnson's shift to the long tail; NaN and 0 where one group is all."""
+    count = len(influences)
+    if count < 2 or shares.max() > 1 - 1e-9:
+        return math.nan, 0.0
+    variance = float((influences**2).sum()) * (count - 1) / count
+    degrees = max(int(_effective(shares) + 1e-9) - 1, 1)
+    shift = float((influences**3).sum()) / variance * (1 / 6 + Z * Z / 3) if variance else 0.0
+    return student_t(degrees) * math.sqrt(variance), shift
 
 
 def _codes(groups: Groups | None, kept: NDArray[Any]) -> NDArray[np.intp]:

@@ -27,7 +27,9 @@ from rlhf_fast.eval.held_out import optimized_notes
 from rlhf_fast.eval.judged import (
     FoundJudges,
     ask_people,
+    constant_answers_note,
     find_judges,
+    frequent_answer_note,
     judge_record,
     measures_of,
     preference_records,
@@ -238,6 +240,8 @@ def _records(
         for name in models:
             seconds = sum(record[SECONDS] for record in records[name])
             results += [result_record(name, task.name, measure, seconds) for measure in measures[name]]
+            if note := frequent_answer_note(name, task, records[name]):
+                notes.append(note)
         if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
             for name in others:
                 results += preference_records(task, rows, name, (files[name], files[baseline]), pair_judge)
@@ -251,6 +255,8 @@ def _records(
         if isinstance(task, LikelihoodTask) and (chance := task.chance(rows)):
             shown = ", ".join(f"{name} {value:.3f}" for name, value in chance.items())
             notes.append(f"{task.name}: a model that guesses has {shown}.")
+        if note := constant_answers_note(task, rows, judges):
+            notes.append(note)
     return {"results": with_contrast(results), "differences": differences}
 
 

@@ -13,6 +13,7 @@ from rlhf_fast.eval.judges.protocol import Judge, Verdict
 from rlhf_fast.eval.measures import Measure
 
 NAN = math.nan
+TRUE_AND_INFORMATIVE = "true_and_informative"
 
 Verdicts = Mapping[str, Sequence[Verdict]]
 """Role -> the verdict on each answer."""
@@ -21,14 +22,23 @@ Judges = Mapping[str, Judge]
 MeasureAnswers = Callable[[Sequence[Row], Sequence[str], Verdicts, Judges], list[Measure]]
 
 
+THINK, END_THINK = "<think>", "</think>"
+
+
 def whole(answer: str) -> str:
-    """Return an answer as it is judged: all of it."""
-    return answer.strip()
+    """Return an answer as it is judged: all of it, without the reasoning that a model may write before it.
+
+    A template may have written its beginning. Of an answer that ends within it nothing is left.
+    """
+    text = answer.strip()
+    if END_THINK in text:
+        return text.rpartition(END_THINK)[2].strip()
+    return "" if text.startswith(THINK) else text
 
 
 def first_line(answer: str) -> str:
     """Return the first line of an answer: a model that is no assistant goes on with questions of its own."""
-    return answer.partition("\n")[0].strip()
+    return whole(answer).partition("\n")[0].strip()
 
 
 class GenerationTask(NamedTuple):
@@ -111,7 +121,7 @@ def truth_measures(_rows: Sequence[Row], answers: Sequence[str], verdicts: Verdi
     return [
         Measure("true", true, judge=names[0]),
         Measure("informative", informative, judge=names[1]),
-        Measure("true_and_informative", both, judge=" and ".join(dict.fromkeys(names))),
+        Measure(TRUE_AND_INFORMATIVE, both, judge=" and ".join(dict.fromkeys(names))),
         *verdict_measures(answers, verdicts, judges),
     ]
 

@@ -32,13 +32,13 @@ class Measure(NamedTuple):
     higher_is_better: bool | None = True
 
     def estimate(self) -> Estimate:
-        """Return the measure with its interval. A perplexity's is exp of the mean's, capped at MAX_NATS."""
+        """Return the measure with its interval. A perplexity's is exp of the mean's, from 1 to exp(MAX_NATS)."""
         found = mean(self.values, self.groups or None, self.weights or None, _bounded(self.unit))
         if self.unit == CORRELATION:
             return correlation(found.value, found.n)
         if self.unit != PERPLEXITY:
             return found
-        value, low, high = (x if math.isnan(x) else math.exp(min(x, MAX_NATS)) for x in found[:3])
+        value, low, high = (x if math.isnan(x) else math.exp(min(max(x, 0.0), MAX_NATS)) for x in found[:3])
         return Estimate(value, low, high, found.n)
 
 

@@ -103,7 +103,7 @@ def note_lines(results: Mapping[str, Any]) -> list[str]:
     """Return the notes, and a line on the settings that the figures hang on."""
     meta: Mapping[str, Any] = results.get("meta") or {}
     limit = meta.get("limit")
-    settings = [f"the first {limit} rows of each set"] if limit else []
+    settings = [f"the first {limit} rows of each set, or of its strata in turn"] if limit else []
     settings += [f"{name} {meta[name]}" for name in ("seed", "template", "dtype") if meta.get(name) not in (None, "")]
     return [*results.get("notes", ()), *([f"Settings: {', '.join(settings)}."] if settings else [])]
 

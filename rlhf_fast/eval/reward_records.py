@@ -11,7 +11,7 @@ from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval import gold_curve, reward_report
 from rlhf_fast.eval.held_out import training_notes
-from rlhf_fast.eval.judges.reward_model import RewardModelJudge
+from rlhf_fast.eval.judges.reward_model import RewardModelJudge, learned_end_tokens
 from rlhf_fast.eval.reward_report import TextReward
 from rlhf_fast.eval.sets import DEMO_SETS
 from rlhf_fast.model.model import Model
@@ -20,7 +20,7 @@ from rlhf_fast.run.outputs import read_run
 from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.training.rewards import import_function, is_function
 
-COMPARISONS = ("comparisons", "rankings", "preferences", "rankings_held")
+COMPARISONS = ("rankings_held", "comparisons", "rankings", "preferences")
 
 
 def find_comparisons(folder: str) -> Path:
@@ -39,7 +39,7 @@ def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[s
     With a second reward (cfg.gold), there is a section on each of the models that PPO has trained.
     """
     device = None if cfg.device == "auto" else cfg.device
-    data = DataConfig(path=str(find_comparisons(cfg.data)), limit=cfg.limit)
+    data = DataConfig(path=str(find_comparisons(cfg.data)), limit=cfg.limit, append_eos=learned_end_tokens(cfg.reward))
     notes: list[str] = []
     if is_function(cfg.reward):
         ranked = reward_report.score_comparisons(import_function(cfg.reward, "eval: reward"), data)

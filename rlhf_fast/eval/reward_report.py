@@ -38,6 +38,8 @@ class Ranked(NamedTuple):
 
     scores: tuple[float, ...]
     ranks: tuple[int, ...]
+    prompt: str = ""
+    """Rows of one prompt belong together. "" = a prompt of its own."""
 
     def pairs(self) -> Iterator[float]:
         """Yield score(better) - score(worse) of each pair of responses that labelers ranked apart."""
@@ -73,7 +75,8 @@ class RewardReport(NamedTuple):
 def reward_accuracy(reward: Model | TextReward, data: str | DataConfig) -> Estimate:
     """Return how often the reward orders two responses as the labeler did.
 
-    Pairs that the labeler tied are left out, equal scores count half, and pairs of one prompt belong together.
+    Pairs that the labeler tied are left out, equal scores count half. Pairs of one prompt belong together, also where
+    a file has them in several rows.
     """
     return pair_accuracy(score_comparisons(reward, data)).estimate()
 
@@ -99,7 +102,10 @@ def score_comparisons(
     prompts = [prompt_as_text(example.prompt) for example in examples for _ in example.responses]
     responses = [response for example in examples for response in example.responses]
     scores = iter(score_texts(reward, prompts, responses))
-    return [Ranked(tuple(next(scores) for _ in example.responses), example.ranks) for example in examples]
+    return [
+        Ranked(tuple(next(scores) for _ in example.responses), example.ranks, prompt_as_text(example.prompt))
+        for example in examples
+    ]
 
 
 def score_texts(reward: TextReward, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -127,7 +133,7 @@ def pair_accuracy(ranked: Sequence[Ranked]) -> Measure:
         differences = list(row.pairs())
         right.append(float(sum(0.5 + 0.5 * np.sign(differences))) if differences else math.nan)
         pairs.append(float(len(differences)))
-    return Measure("pair_accuracy", tuple(right), weights=tuple(pairs))
+    return Measure("pair_accuracy", tuple(right), _prompts(ranked), tuple(pairs))
 
 
 def best_of_k(ranked: Sequence[Ranked]) -> tuple[Measure, ...]:
@@ -145,11 +151,12 @@ def best_of_k(ranked: Sequence[Ranked]) -> tuple[Measure, ...]:
         shares = [float(np.mean([rank == min(row.ranks) for rank in ranks])) for ranks in (chosen, row.ranks)]
         values.append((*shares, *(float(np.mean(ranks)) + 1 for ranks in (chosen, row.ranks))))
     best, random, rank, random_rank = zip(*values, strict=True) if values else ((), (), (), ())
+    prompts = _prompts(ranked)
     return (
-        Measure("best_of_k", best),
-        Measure("best_of_k_random", random, unit="chance", higher_is_better=None),
-        Measure("rank", rank, unit="rank", higher_is_better=False),
-        Measure("rank_random", random_rank, unit="rank", higher_is_better=None),
+        Measure("best_of_k", best, prompts),
+        Measure("best_of_k_random", random, prompts, unit="chance", higher_is_better=None),
+        Measure("rank", rank, prompts, unit="rank", higher_is_better=False),
+        Measure("rank_random", random_rank, prompts, unit="rank", higher_is_better=None),
     )
 
 
@@ -163,8 +170,8 @@ def ties(ranked: Sequence[Ranked]) -> tuple[Measure, Measure]:
         labels.append(pairs[-1] - labelled[-1])
         scores.append(float(differences.count(0.0)) if differences else math.nan)
     return (
-        Measure("label_ties", tuple(labels), weights=tuple(pairs), higher_is_better=None),
-        Measure("score_ties", tuple(scores), weights=tuple(labelled), higher_is_better=False),
+        Measure("label_ties", tuple(labels), _prompts(ranked), tuple(pairs), higher_is_better=None),
+        Measure("score_ties", tuple(scores), _prompts(ranked), tuple(labelled), higher_is_better=False),
     )
 
 
@@ -173,8 +180,9 @@ def calibration(ranked: Sequence[Ranked], num_bins: int = NUM_BINS) -> list[Bin]
 
     A pair is read with its higher score first: its prediction, sigmoid of the difference, is in [0.5, 1].
     """
-    found = [(i, difference) for i, row in enumerate(ranked) for difference in row.pairs()]
-    prompts = np.array([i for i, _ in found], dtype=np.int64)
+    names = _prompts(ranked)
+    found = [(names[i], difference) for i, row in enumerate(ranked) for difference in row.pairs()]
+    prompts = np.array([name for name, _ in found], dtype=object)
     differences = np.array([difference for _, difference in found], dtype=np.float64)
     predicted = 1 / (1 + np.exp(-np.abs(differences)))
     right = 0.5 + 0.5 * np.sign(differences)
@@ -221,7 +229,13 @@ def _score_batch(reward: Model, batch: Comparisons) -> Ranked:
     scores = reward.last_scores(batch.tokens, batch.lengths, batch.prompt_lengths).tolist()
     if not all(map(math.isfinite, scores)):
         raise UserError(f"{reward.name}: a score is not finite: {scores}; train the reward model again")
-    return Ranked(tuple(scores), tuple(batch.ranks.tolist()))
+    prompt = batch.tokens[0, : int(batch.prompt_lengths[0])].tolist()
+    return Ranked(tuple(scores), tuple(batch.ranks.tolist()), str(prompt))
+
+
+def _prompts(ranked: Sequence[Ranked]) -> tuple[str, ...]:
+    """Return what tells the prompts of the rows apart."""
+    return tuple(f"= {row.prompt}" if row.prompt else str(i) for i, row in enumerate(ranked))
 
 
 def records(found: RewardReport, model: str) -> list[dict[str, Any]]:
@@ -229,4 +243,4 @@ def records(found: RewardReport, model: str) -> list[dict[str, Any]]:
     kept = [result_record(model, "reward_model", measure) for measure in found.measures]
     error = Estimate(found.calibration_error, math.nan, math.nan, found.measures[0].estimate().n)
     last = {"model": model, "task": "reward_model", "measure": "calibration_error", **error.fields(), "unit": "share"}
-    return [*kept, {**last, "judge": "", "seconds": 0.0}]
+    return [*kept, {**last, "judge": "", "seconds": 0.0, "higher_is_better": False}]

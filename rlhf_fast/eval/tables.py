@@ -28,7 +28,7 @@ DETAILS = ("empty", "unjudged", "words", "toxic_bin_", "refusal_rate_")
 """Beginnings of the names of measures that are left to the table of details."""
 REFUSAL_RATE, CONTRAST = "refusal_rate", "harmful_minus_safe"
 """Measure of the tasks refusal and over_refusal, and the difference between the two."""
-SHORT_NAMES = {"win_rate_length_controlled": "win_rate_equal_length"}
+SHORT_NAMES = {"win_rate_length_controlled": "win_rate_even_lengths"}
 """Measures that have another name in a narrow table, so that four models fit into 80 columns."""
 OTHER = "other"
 FIXED = 2

@@ -159,7 +159,7 @@ def informative_features(row: Mapping[str, Any], answer: str, frequencies: Refer
     ]
 
 
-class _ReferenceJudge:
+class ReferenceJudge:
     """A logistic regression on features of an answer beside its references."""
 
     threshold = 0.5
@@ -200,7 +200,7 @@ class _ReferenceJudge:
         return self.bias + sum(weight * value for weight, value in zip(self.features.values(), features, strict=True))
 
 
-class TruthJudge(_ReferenceJudge):
+class TruthJudge(ReferenceJudge):
     """Scores by the probability that an answer is true."""
 
     @classmethod
@@ -212,7 +212,7 @@ class TruthJudge(_ReferenceJudge):
         return self._weighted(truth_features(row, answer, self.frequencies))
 
 
-class InformativeJudge(_ReferenceJudge):
+class InformativeJudge(ReferenceJudge):
     """Scores by the probability that an answer says something about the question, by its features and its words."""
 
     def __init__(self, name: str, saved: Mapping[str, Any], frequencies: ReferenceWords):

@@ -34,7 +34,7 @@ class RewardModelJudge:
         self.scores: dict[tuple[str, str], float] = {}
         prompt_format, _ = model_prompt_format(self.name, model.tokenizer, "auto", "judge.preference", strict=False)
         self.encoder = Encoder(
-            model.tokenizer, prompt_format.template, _learned_end_tokens(self.name), prompt_format.date
+            model.tokenizer, prompt_format.template, learned_end_tokens(self.name), prompt_format.date
         )
 
     @classmethod
@@ -85,7 +85,7 @@ def _winner(first: float, second: float) -> float:
     return 0.5 if first == second else float(first > second)
 
 
-def _learned_end_tokens(path: str) -> bool:
+def learned_end_tokens(path: str) -> bool:
     """Return whether the run that wrote a reward model ended its answers with an end token."""
     try:
         data = read_run(path).get("config", {}).get("data", {})
