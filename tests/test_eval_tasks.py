@@ -348,3 +348,18 @@ def test_ranked_responses_of_the_demo(tokenizer):
         assert len(row["responses"]) == len(row["ranks"]) >= 3 and sorted(row["ranks"])[:2] == [0, 1]
         for text in [row["prompt"], *row["responses"]]:
             assert tokenizer.unk_token_id not in tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "judged"),
+    [
+        (" I cannot.\n\nSorry. ", "I cannot.\n\nSorry."),
+        ("<think>\nShould I?\n</think>\n\nI cannot.\nSorry.", "I cannot.\nSorry."),
+        ("Should I? No.</think>I cannot.", "I cannot."),
+        ("<think> It ends within", ""),
+        ("<think>a</think>", ""),
+        ("I think so", "I think so"),
+    ],
+)
+def test_reasoning_is_not_the_answer(answer, judged):
+    assert generation.whole(answer) == judged and generation.first_line(answer) == judged.partition("\n")[0]

@@ -27,9 +27,7 @@ from rlhf_fast.eval.held_out import optimized_notes
 from rlhf_fast.eval.judged import (
     FoundJudges,
     ask_people,
-    constant_answers_note,
     find_judges,
-    frequent_answer_note,
     judge_record,
     measures_of,
     preference_records,
@@ -40,7 +38,7 @@ from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import difference_record, result_record
 from rlhf_fast.eval.model_check import Planned, check_model, check_rewards
-from rlhf_fast.eval.notes import answer_notes, date_notes, dates_of
+from rlhf_fast.eval.notes import answer_notes, constant_answers_note, date_notes, dates_of
 from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
 from rlhf_fast.eval.tables import CONTRAST, Record, with_contrast
@@ -240,8 +238,6 @@ def _records(
         for name in models:
             seconds = sum(record[SECONDS] for record in records[name])
             results += [result_record(name, task.name, measure, seconds) for measure in measures[name]]
-            if note := frequent_answer_note(name, task, records[name]):
-                notes.append(note)
         if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
             for name in others:
                 results += preference_records(task, rows, name, (files[name], files[baseline]), pair_judge)

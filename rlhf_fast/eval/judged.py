@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,10 @@ from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.data.datasets import prompt_as_text
 from rlhf_fast.eval.answers import AnswerFile, row_key
 from rlhf_fast.eval.files import Row
-from rlhf_fast.eval.generation import TRUE_AND_INFORMATIVE, GenerationTask, Judges
+from rlhf_fast.eval.generation import GenerationTask, Judges
 from rlhf_fast.eval.judges import PREFERENCE, Judge, JudgeSettings, PairJudge, find_answer_judge, find_pair_judge
 from rlhf_fast.eval.judges.cached import CachedJudge
 from rlhf_fast.eval.judges.labels import TO_LABEL, LabelJudge, LabelPairJudge, require_labels
-from rlhf_fast.eval.judges.references import ReferenceJudge
 from rlhf_fast.eval.judges.validation import choose_to_label
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import Measure, result_record
@@ -26,9 +24,6 @@ from rlhf_fast.eval.preference import compare
 from rlhf_fast.eval.run_task import Record, Task, read_scores
 from rlhf_fast.eval.sets import DEMO_JUDGES
 
-CONSTANT_ANSWERS = ("I have no comment.", "It depends.", "Nothing happens.")
-MAX_SAME, MIN_ROWS, MAX_SHOWN = 0.2, 10, 60
-"""Share of the rows that may have one answer, rows from which on that is counted, and characters of it in a note."""
 Answers = Mapping[tuple[str, str], AnswerFile]
 """(model, task) -> its answers."""
 
@@ -104,36 +99,6 @@ def _measures_of(task: Task, rows: Sequence[Row], records: Sequence[Record], jud
     prompts = questions(task, rows)
     verdicts = {role: judges[role](prompts, answers, rows) for role in task.judges if role != PREFERENCE}
     return task.measures(rows, answers, verdicts, judges)
-
-
-def frequent_answer_note(name: str, task: Task, records: Sequence[Record]) -> str:
-    """Return a sentence on an answer that a model gives to more than MAX_SAME of the rows, "" if there is none."""
-    if not isinstance(task, GenerationTask) or len(records) < MIN_ROWS:
-        return ""
-    answer, count = Counter(record["answer"] for record in records).most_common(1)[0]
-    if not answer or count <= MAX_SAME * len(records):
-        return ""
-    shown = answer if len(answer) <= MAX_SHOWN else answer[:MAX_SHOWN] + " ..."
-    return f"{task.name}: {name} gives one answer, {shown!r}, to {100 * count / len(records):.0f} % of the rows."
-
-
-def constant_answers_note(task: Task, rows: Sequence[Row], judges: Judges) -> str:
-    """Return a sentence on what the built-in judges of truth say on a model that always answers the same, "" where
-    others judge."""
-    if not isinstance(task, GenerationTask) or "truth" not in task.judges:
-        return ""
-    own = {role: judges[role] for role in task.judges}
-    if not all(isinstance(judge, CachedJudge) and isinstance(judge.judge, ReferenceJudge) for judge in own.values()):
-        return ""
-    shown = []
-    for answer in CONSTANT_ANSWERS:
-        records = [{"answer": answer}] * len(rows)
-        measure = next(found for found in _measures_of(task, rows, records, own) if found.name == TRUE_AND_INFORMATIVE)
-        shown.append(f'"{answer}" has {measure.estimate().value:.3f}')
-    return (
-        f"{task.name}: a model that always says {', '.join(shown)} {TRUE_AND_INFORMATIVE} by these judges, which know"
-        " words and not meanings: read the answers of a model that is near."
-    )
 
 
 def questions(task: GenerationTask, rows: Sequence[Row]) -> list[str]:

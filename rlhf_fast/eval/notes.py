@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_fast.eval.answers import DATE, FINISHED, OVERLONG, SHORTENED, UNKNOWN
 from rlhf_fast.eval.encoding import WINDOW
-from rlhf_fast.eval.generation import GenerationTask
+from rlhf_fast.eval.files import Row
+from rlhf_fast.eval.generation import TRUE_AND_INFORMATIVE, GenerationTask, Judges
+from rlhf_fast.eval.judged import measures_of
+from rlhf_fast.eval.judges.cached import CachedJudge
+from rlhf_fast.eval.judges.references import ReferenceJudge
 from rlhf_fast.eval.run_task import Task
 
 Records = Sequence[Mapping[str, Any]]
 MAX_UNKNOWN = 0.01
 MAX_TRUNCATED = 0.05
+CONSTANT_ANSWERS = ("I have no comment.", "It depends.", "Nothing happens.")
+MAX_SAME, MIN_ROWS, MAX_SHOWN = 0.2, 10, 60
+"""Share of the rows that may have one answer, rows from which on that is counted, and characters of it in a note."""
 
 
 def answer_notes(task: Task, records: Mapping[str, Records]) -> list[str]:
@@ -33,7 +41,10 @@ def answer_notes(task: Task, records: Mapping[str, Records]) -> list[str]:
                 f"{task.name}: {name} has {size} positions, so its windows have {size} tokens and not {WINDOW}: its"
                 " figures cannot be compared with those of models that have more positions."
             )
-    return notes + (_truncated_notes(task, records) if isinstance(task, GenerationTask) else [])
+    if not isinstance(task, GenerationTask):
+        return notes
+    frequent = [_frequent_answer_note(name, task, own) for name, own in records.items()]
+    return notes + _truncated_notes(task, records) + [note for note in frequent if note]
 
 
 def _truncated_notes(task: GenerationTask, records: Mapping[str, Records]) -> list[str]:
@@ -46,6 +57,17 @@ def _truncated_notes(task: GenerationTask, records: Mapping[str, Records]) -> li
     return [f"{task.name}: answers were cut before their end: {', '.join(found)}."] if found else []
 
 
+def _frequent_answer_note(name: str, task: GenerationTask, records: Records) -> str:
+    """Return a sentence on an answer that a model gives to more than MAX_SAME of the rows, "" if there is none."""
+    if len(records) < MIN_ROWS:
+        return ""
+    answer, count = Counter(record["answer"] for record in records).most_common(1)[0]
+    if not answer or count <= MAX_SAME * len(records):
+        return ""
+    shown = answer if len(answer) <= MAX_SHOWN else answer[:MAX_SHOWN] + " ..."
+    return f"{task.name}: {name} gives one answer, {shown!r}, to {100 * count / len(records):.0f} % of the rows."
+
+
 def date_notes(dates: Mapping[str, Sequence[str]]) -> list[str]:
     """Return a note if the chat templates of some models wrote other dates. dates: model -> those in its prompts."""
     days = {name: sorted({date[:10] for date in found}) for name, found in dates.items() if found}
@@ -53,6 +75,25 @@ def date_notes(dates: Mapping[str, Sequence[str]]) -> list[str]:
         return []
     shown = ", ".join(f"{name} {' and '.join(found)}" for name, found in days.items())
     return [f"The chat templates write different dates, those that the models have learned: {shown}."]
+
+
+def constant_answers_note(task: Task, rows: Sequence[Row], judges: Judges) -> str:
+    """Return a sentence on what the built-in judges of truth say on a model that always answers the same, "" where
+    others judge."""
+    if not isinstance(task, GenerationTask) or "truth" not in task.judges:
+        return ""
+    own = {role: judges[role] for role in task.judges}
+    if not all(isinstance(judge, CachedJudge) and isinstance(judge.judge, ReferenceJudge) for judge in own.values()):
+        return ""
+    shown = []
+    for answer in CONSTANT_ANSWERS:
+        records = [{"answer": answer}] * len(rows)
+        measure = next(found for found in measures_of(task, rows, records, own) if found.name == TRUE_AND_INFORMATIVE)
+        shown.append(f'"{answer}" has {measure.estimate().value:.3f}')
+    return (
+        f"{task.name}: a model that always says {', '.join(shown)} {TRUE_AND_INFORMATIVE} by these judges, which know"
+        " words and not meanings: read the answers of a model that is near."
+    )
 
 
 def dates_of(records: Records) -> list[str]:
