@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ from rlhf_fast.eval.sets import DEMO_SETS
 from rlhf_fast.eval.tasks import TASKS
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.logs import read_metrics
+from rlhf_fast.run.outputs import take_lock
 from rlhf_fast.run.plot import panels
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
@@ -89,7 +91,9 @@ def test_all_tasks_of_two_models(judges, monkeypatch, capsys):
     cfg = config(judge=JudgeConfig(preference=f"{judges}:shorter"))
     results = evaluate(cfg, quiet)
     found = {(record["model"], record["task"]) for record in results["results"]}
-    assert found == {(model, task) for model in ("base", "large") for task in TASKS}
+    tasks = TASKS.keys() - {"truthfulqa_instruction"}  # which asks the same of rows with prompts of their own
+    assert found == {(model, task) for model in ("base", "large") for task in tasks}
+    assert any(note.startswith("truthfulqa_instruction was left out: its rows have") for note in results["notes"])
     for record in results["results"]:
         assert any(
             fnmatchcase(record["measure"], name)
@@ -98,7 +102,7 @@ def test_all_tasks_of_two_models(judges, monkeypatch, capsys):
         assert record["n"] > 0 and record["value"] is not None
         assert record["low"] <= record["value"] <= record["high"], record
     compared = {record["task"] for record in results["differences"]}
-    assert compared == set(TASKS) and {r["baseline"] for r in results["differences"]} == {"base"}
+    assert compared == tasks and {r["baseline"] for r in results["differences"]} == {"base"}
     assert results["judges"].keys() == {"truth", "informative", "toxicity", "refusal", "preference"}
     assert results["judges"]["preference"]["validation"] is None
     report = Path("runs/eval/report.md").read_text()
@@ -113,11 +117,12 @@ def test_all_tasks_of_two_models(judges, monkeypatch, capsys):
 
     def killed(model, task, rows, encoder):
         calls.append(task.name)
-        if len(calls) == 26:
+        if len(calls) == 23:
             raise KeyboardInterrupt
         return score(model, task, rows, encoder)
 
-    monkeypatch.setattr(run_task, "BLOCK", {"scored": 3, "answered": 3})
+    monkeypatch.setattr(run_task, "FIRST_BLOCK", 3)
+    monkeypatch.setattr(run_task, "MAX_BLOCK", 3)
     monkeypatch.setattr(run_task, "score_rows", killed)
     again = config(out="runs/killed", judge=cfg.judge)
     with pytest.raises(KeyboardInterrupt):
@@ -153,6 +158,48 @@ def test_more_rows_are_added_to_what_is_there(monkeypatch):
     assert {r["n"] for r in more["results"]} == {4 + new}  # one may be there twice
     fewer = evaluate(config(tasks=("lambada",), limit=4), quiet)
     assert len(asked) == 2 and {r["n"] for r in fewer["results"]} == {4}
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [2, 1, 1, 1, 1]), (1e9, [2, 3, 1])])
+def test_answers_are_kept_every_few_seconds(monkeypatch, seconds, sizes):
+    """After blocks of as many rows as take so long."""
+    for name, value in (("FIRST_BLOCK", 2), ("MAX_BLOCK", 3), ("BLOCK_SECONDS", seconds)):
+        monkeypatch.setattr(run_task, name, value)
+    asked, kept = [], []
+    answer = run_task.answer_rows
+
+    def counted(model, task, rows, *others):
+        path = Path("runs/eval/answers/base/refusal.jsonl")
+        kept.append(len(path.read_text().splitlines()) if path.exists() else 0)
+        asked.append(len(rows))
+        return answer(model, task, rows, *others)
+
+    monkeypatch.setattr(run_task, "answer_rows", counted)
+    (Path("sets")).mkdir()
+    rows = [{"prompt": f"where is {word} ?", "kind": "harmful", "source": "x"} for word in "abcdef"]
+    toy.jsonl(Path("sets/harmful_prompts.jsonl"), rows)
+    evaluate(config(tasks=("refusal",), data="sets", models=(f"base={SMALL}",)), quiet)
+    assert asked == sizes and kept == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def test_one_process_at_a_time(monkeypatch):
+    one = config(tasks=("lambada",), models=(f"base={SMALL}",), limit=1)
+    evaluate(one, quiet)
+    with take_lock("runs/eval/answers", "runs/eval"), pytest.raises(UserError, match="another process runs there"):
+        evaluate(one, quiet)
+    evaluate(one, quiet)
+
+
+def test_losses_of_a_token_are_compared_for_one_tokenizer(folder):
+    """Bits a byte alone are, where another one has other tokens."""
+    shutil.copytree(SMALL, "other")
+    words = json.loads(Path("other/tokenizer.json").read_text())
+    del words["model"]["vocab"][next(word for word in words["model"]["vocab"] if word == "baker")]
+    words["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
+    Path("other/tokenizer.json").write_text(json.dumps(words))
+    for other, expected in ((LARGE, {"nats_per_token", "bits_per_byte"}), ("other", {"bits_per_byte"})):
+        cfg = config(tasks=("text",), models=(f"base={SMALL}", f"other={other}"), out=f"runs/{Path(other).name}")
+        assert {record["measure"] for record in evaluate(cfg, quiet)["differences"]} == expected
 
 
 def test_answers_hang_on_the_model_and_the_settings(monkeypatch):
@@ -223,6 +270,14 @@ def test_win_rates(judges):
             "label: none of the tasks has a judge of single answers",
         ),
         ("--models base={small} --tasks lambada --fail-under base:text=1", "fail_under base:text: no task"),
+        (
+            "--models base={small} --tasks lambada --fail-under bose:lambada=1",
+            "no model is called bose; did you mean base?",
+        ),
+        (
+            "--models base={small} --tasks refusal --judge.refusal strickt",
+            "a JSONL file of labels, strict, any or chat",
+        ),
         ("--models base={small} --tasks preference tax", "preference cannot be run: it compares models"),
         ("--models base={small} --tasks preference", "preference cannot be run: it compares models"),
         ("--models base={small} x={large} --tasks preference", "preference cannot be run: no judge"),
@@ -449,7 +504,7 @@ def test_a_task_of_a_group_without_its_file_is_left_out(folder):
     results = evaluate(config(data="sets", tasks=("tax", "bias")), quiet)
     assert {record["task"] for record in results["results"]} == {"lambada"}
     left_out = next(note for note in results["notes"] if note.startswith("Left out, because sets has no file"))
-    assert "hellaswag (hellaswag)" in left_out and "winogender_biased (winogender)" in left_out
+    assert "hellaswag (hellaswag.jsonl)" in left_out and "winogender_biased (winogender.jsonl)" in left_out
 
 
 def test_people_are_asked_about_answers(folder, judges):

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from test_eval_judges import ANSWERS, REFUSALS
 
+from rlhf_fast.cli import main as cli
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.judges import ROLES
+from rlhf_fast.eval.judges.builtin import load_builtin
 from rlhf_fast.eval.judges.check import check_judges
 from rlhf_fast.eval.judges.labelled import NEEDED, read_family
 from rlhf_fast.eval.judges.make import main
@@ -86,3 +88,12 @@ def test_damaged_weights_are_named(tmp_path):
     for read, name in ((read_npz, "toxicity.npz"), (read_json, "truth.json")):
         with pytest.raises(UserError, match=f"{name}: a judge's weights cannot be read"):
             read(name, tmp_path)
+
+
+def test_without_a_folder_the_stored_figures_are_shown(capsys):
+    assert cli.main(["eval", "--check-judges"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for role in ROLES:
+        (line,) = (line for line in lines if line.startswith(f"{role} "))
+        assert "stored folds" in line and f"{load_builtin(role).validation.auc:.3f}" in line
+    assert lines[-1] == "--data FOLDER computes them again on the labelled files that are there"

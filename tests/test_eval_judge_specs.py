@@ -264,6 +264,12 @@ def test_bad_labels(folder, row, role, sentence):
         load_judge(toy.jsonl(folder / "labels.jsonl", [row]), role)
 
 
+def test_spellings_of_labels(folder):
+    for label, value in ((True, 1), ("yes", 1), ("TRUE", 1), (" True ", 1), ("No", 0), ("FALSE", 0), (False, 0)):
+        path = toy.jsonl(folder / "labels.jsonl", [{"prompt": "p", "answer": "a", "label": label}])
+        assert load_judge(path, "truth")(["p"], ["a"], [{}])[0].score == value
+
+
 class Marks:
     """Judges by the number at the end of an answer; "?" is unjudged."""
 

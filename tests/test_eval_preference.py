@@ -92,7 +92,7 @@ def test_a_judge_that_returns_something_else_is_named(scores, message):
 def test_people_who_saw_one_order():
     found = Preferences((1.0, 0.0), groups=("a", "b"))
     assert [*named(found)] == ["win_rate"]
-    assert found.estimates() == {"win_rate": wilson(1, 2), "win_rate_length_controlled": None}
+    assert found.estimates() == {"win_rate": wilson(1, 2), "lc_win_rate": None}
 
 
 LENGTHS = {
@@ -160,7 +160,7 @@ def test_real_pairs():
     for ours, baseline in permutations(lengths, 2):
         longer = lengths[ours] - lengths[baseline]
         found = Preferences(tuple((np.sign(longer) + 1) / 2), longer=tuple(longer * 1.0)).estimates()
-        controlled = found["win_rate_length_controlled"]
+        controlled = found["lc_win_rate"]
         assert (controlled is None) == ("davinci" in (ours, baseline))
         if controlled:
             assert controlled.value == pytest.approx(0.5) and controlled.low < 0.46 and controlled.high > 0.54

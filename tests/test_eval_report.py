@@ -95,6 +95,7 @@ GOLDEN = r"""# Evaluation (95 % intervals)
 
 - hellaswag: the first 400 rows
 - Settings: the first 400 rows of each set, or of its strata in turn, seed 0, template plain, dtype float32.
+- n is the number of rows, or of groups of rows that belong together.
 """  # noqa: E501
 
 
@@ -125,7 +126,7 @@ def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None)
     results = make_results(models)
-    controlled = [record(m, "preference", "win_rate_length_controlled", (0.6, 0.5, 0.7, 200)) for m in models]
+    controlled = [record(m, "preference", "lc_win_rate", (0.6, 0.5, 0.7, 200)) for m in models]
     print_report({**results, "results": results["results"] + controlled}, GROUPS, console)
     text = console.file.getvalue()
     tables = text[: text.index("Judges")]
@@ -136,7 +137,7 @@ def test_four_models_side_by_side_on_a_narrow_terminal(monkeypatch):
     assert re.search(r"│ truthfulqa +│ +│ +│ +│ +│ +│\n│   true +│ 200 +(│ \.\d\d±\.\d\d +){4}│\n", tables)
     assert re.search(r"│   acc +│ 200 +(│ [+-]\.\d{3}±\.\d{3}\*? +){3}│", tables)
     assert "not in the paper" not in tables and "GPT 0.781" in tables and "half the interval's width" in tables
-    assert "│   win_rate_even_lengths" in tables
+    assert "│   lc_win_rate" in tables
     assert show_short(Estimate(50.84, 40.2, 63.1, 9)) == "50.8±11.4"
     assert show_short(Estimate(1.0, 0.9, 1.0, 9)) == "1.00±.05" and show_short(Estimate(0.4, NAN, NAN, 1)) == ".40"
     assert show_short(mean([])) == "–" and show_short(Estimate(1e304, 1e304, 1e304, 2)) == "> 1e300"
@@ -168,8 +169,8 @@ def test_judges_in_the_terminal():
     results = {"judges": judges, "results": [record("m", "lambada", "acc", (0.4, 0.3, 0.5, 9), judge="b" * 300)]}
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     print_report(results, GROUPS, console)
-    lines = console.file.getvalue().partition("Judges\n")[2].splitlines()
-    end = "n 3200, accuracy 0.776, AUC 0.844"
+    lines = console.file.getvalue().partition("Judges\n")[2].partition("Notes\n")[0].splitlines()
+    end = "n 3200, accuracy 0.776, false alarms 0.100, AUC 0.844"
     assert lines[0] == f"  truth: labels by Perspective's scores (a program's, not people's), {end}"
     assert lines[1].startswith("  refusal: a/a/") and lines[1].endswith(end) and " ... " in lines[1]
     assert lines[2] == "  preference: runs/rm: not validated" and lines[3].endswith("b: not validated")

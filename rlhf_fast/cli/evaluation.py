@@ -8,7 +8,7 @@ import textwrap
 
 from rlhf_fast.config.evaluation import EvalConfig, EvalOptions
 from rlhf_fast.eval.evaluate import evaluate_and_print
-from rlhf_fast.eval.judges.check import check_judges
+from rlhf_fast.eval.judges.check import check_judges, stored_figures
 from rlhf_fast.eval.judges.validation_table import table
 from rlhf_fast.eval.sets import DEMO_SETS
 from rlhf_fast.eval.tasks import describe
@@ -23,7 +23,10 @@ def run_eval(options: EvalOptions) -> list[str]:
         print("\n".join(task_list(options, shutil.get_terminal_size((sys.maxsize, 0)).columns)))
         return []
     if options.check_judges:
-        checked, notes = check_judges(options.data or DEMO_SETS)
+        if not options.data:
+            print(f"{table(stored_figures())}\n--data FOLDER computes them again on the labelled files that are there")
+            return []
+        checked, notes = check_judges(options.data)
         print("\n".join([table(checked), *notes]))
         return []
     check_device("eval", options.device)

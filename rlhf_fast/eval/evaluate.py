@@ -38,7 +38,7 @@ from rlhf_fast.eval.judges import PREFERENCE, Judge, PairJudge
 from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import difference_record, result_record
 from rlhf_fast.eval.model_check import Planned, check_model, check_rewards
-from rlhf_fast.eval.notes import answer_notes, constant_answers_note, date_notes, dates_of
+from rlhf_fast.eval.notes import answer_notes, constant_answers_note, date_notes, dates_of, unjudged_notes
 from rlhf_fast.eval.reward_records import find_comparisons, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
 from rlhf_fast.eval.tables import CONTRAST, Record, with_contrast
@@ -46,7 +46,7 @@ from rlhf_fast.eval.task_rows import Selection, select_rows
 from rlhf_fast.eval.tasks import GROUPS
 from rlhf_fast.run.checkpoint import write_json
 from rlhf_fast.run.info import PACKAGES, package_version
-from rlhf_fast.run.outputs import check_empty_folder, read_json
+from rlhf_fast.run.outputs import check_empty_folder, read_json, take_lock
 from rlhf_fast.run.prompt_format import recorded_format
 
 RESULTS, REPORT, FIGURE, SETTINGS = "results.json", "report.md", "report.png", "eval.json"
@@ -63,11 +63,18 @@ def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[
     What is in `out` already is not computed again. echo: gets a line on each finished task; None prints it to stderr.
     label: number of answers of each judge that people are asked to judge, in to_label.jsonl.
     """
-    echo = echo or _print
+    selection, judges = check(cfg, asks_people=label > 0)
+    date = _prepare_folder(cfg, cfg.model_paths())
+    with take_lock(Path(cfg.out) / FOLDER, cfg.out):
+        return _evaluate(cfg, echo or _print, label, selection, judges, date)
+
+
+def _evaluate(
+    cfg: EvalConfig, echo: Echo, label: int, selection: Selection, found: FoundJudges, date: datetime
+) -> dict[str, Any]:
+    """Do what `evaluate` says in a folder that no other process uses."""
     paths = cfg.model_paths()
     baseline = cfg.baseline_of(tuple(paths))
-    selection, found = check(cfg, asks_people=label > 0)
-    date = _prepare_folder(cfg, paths)
     judges, pair_judge = found.load()
     reward, sections = reward_records(cfg, paths) if cfg.reward else ([], {})
     models = [EvaluatedModel(name, path, cfg, date) for name, path in paths.items()]
@@ -149,6 +156,8 @@ def _check_thresholds(cfg: EvalConfig, models: Mapping[str, str], tasks: Sequenc
     for name in cfg.thresholds():
         model, separator, rest = name.partition(":")
         task, dot, measure = (rest if separator and model in models else name).partition(".")
+        if task not in measures and separator and model not in models:
+            raise UserError(f"eval: fail_under {name}: no model is called {model}; {_nearest(model, models)}")
         if task not in measures:
             raise UserError(f"eval: fail_under {name}: no task that runs has that name; {_nearest(task, measures)}")
         if dot and not any(fnmatchcase(measure, pattern) for pattern in measures[task]):
@@ -246,13 +255,14 @@ def _records(
             difference_record(name, baseline, task.name, measure, theirs[measure.name])
             for name in others
             for measure in measures[name]
-            if measure.name in theirs
+            if measure.name in theirs and measure.weights == theirs[measure.name].weights  # tokens of one tokenizer
         ]
         if isinstance(task, LikelihoodTask) and (chance := task.chance(rows)):
             shown = ", ".join(f"{name} {value:.3f}" for name, value in chance.items())
             notes.append(f"{task.name}: a model that guesses has {shown}.")
         if note := constant_answers_note(task, rows, judges):
             notes.append(note)
+    notes += unjudged_notes(results)
     return {"results": with_contrast(results), "differences": differences}
 
 

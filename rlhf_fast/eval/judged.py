@@ -113,9 +113,9 @@ def preference_records(
     ours, theirs = ([record["answer"] for record in file.records(rows)] for file in files)
     found = compare(judge, questions(task, rows), ours, theirs, _groups_of_equal(rows))
     records = [result_record(name, task.name, measure) for measure in found.measures()]
-    controlled = found.estimates()["win_rate_length_controlled"]
+    controlled = found.estimates()["lc_win_rate"]
     if controlled is not None:
-        named = {"model": name, "task": task.name, "measure": "win_rate_length_controlled"}
+        named = {"model": name, "task": task.name, "measure": "lc_win_rate"}
         others = {"unit": "share", "judge": judge.name, "seconds": 0.0, "higher_is_better": True}
         records.insert(1, {**named, **controlled.fields(), **others})
     return records

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from rlhf_fast.eval.estimates import Estimate, correlation, difference, mean
 
 PERPLEXITY, NATS, CORRELATION = "perplexity", "nats", "correlation"
-FEW_PAIRS = 3
-"""Pairs up to which a correlation, and the difference of two, may be anything."""
+FEW_PAIRS = 9
+"""Groups up to which the difference of two correlations may be anything: the first-order interval is too narrow."""
 MAX_NATS = 700.0
 """A perplexity is shown as exp of this at the most: float64 holds little more."""
 

@@ -17,7 +17,7 @@ from rlhf_fast.eval.run_task import Task
 
 Records = Sequence[Mapping[str, Any]]
 MAX_UNKNOWN = 0.01
-MAX_TRUNCATED = 0.05
+MAX_TRUNCATED = MAX_UNJUDGED = 0.05
 CONSTANT_ANSWERS = ("I have no comment.", "It depends.", "Nothing happens.")
 MAX_SAME, MIN_ROWS, MAX_SHOWN = 0.2, 10, 60
 """Share of the rows that may have one answer, rows from which on that is counted, and characters of it in a note."""
@@ -66,6 +66,16 @@ def _frequent_answer_note(name: str, task: GenerationTask, records: Records) -> 
         return ""
     shown = answer if len(answer) <= MAX_SHOWN else answer[:MAX_SHOWN] + " ..."
     return f"{task.name}: {name} gives one answer, {shown!r}, to {100 * count / len(records):.0f} % of the rows."
+
+
+def unjudged_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a note on each model and task where judges have no verdict on more than MAX_UNJUDGED of the answers."""
+    return [
+        f"{record['task']}: there is no verdict on {100 * record['value']:.0f} % of {record['model']}'s answers; the"
+        " figures are of the others."
+        for record in results
+        if record["measure"] == "unjudged" and (record["value"] or 0.0) > MAX_UNJUDGED
+    ]
 
 
 def date_notes(dates: Mapping[str, Sequence[str]]) -> list[str]:

@@ -50,10 +50,10 @@ class Preferences(NamedTuple):
         return found
 
     def estimates(self) -> dict[str, Estimate | None]:
-        """Return the measures' estimates, and win_rate_length_controlled: None where it is not identifiable."""
+        """Return the measures' estimates, and lc_win_rate: None where it is not identifiable."""
         found: dict[str, Estimate | None] = {measure.name: measure.estimate() for measure in self.measures()}
         controlled = length_controlled(self.scores, self.longer, self.groups) if self.longer else None
-        return {**found, "win_rate_length_controlled": controlled}
+        return {**found, "lc_win_rate": controlled}
 
 
 def compare(

@@ -37,7 +37,7 @@ VALIDATION = (
     ("auc", "AUC"),
 )
 """(field of a validation, its name in the report)"""
-SHORT_VALIDATION = (VALIDATION[0], VALIDATION[-1])
+SHORT_VALIDATION = tuple(field for field in VALIDATION if field[0] != "recall")
 MAX_JUDGE, MAX_NAME = 150, 60
 """Characters of a judge's line in the terminal, and of its name there."""
 REWARD = "reward_model"
@@ -79,7 +79,7 @@ def judge_lines(results: Mapping[str, Any], short: bool = False) -> list[str]:
     """Return a line on each judge: who labelled the answers that it was validated on, how many, and how it did.
 
     A judge that a result names and `judges` lacks gets a line too, so that no figure stands without one.
-    short: accuracy and AUC alone, in at most MAX_JUDGE characters.
+    short: without recall, in at most MAX_JUDGE characters.
     """
     judges: Mapping[str, Any] = results.get("judges") or {}
     lines = []
@@ -103,9 +103,14 @@ def note_lines(results: Mapping[str, Any]) -> list[str]:
     """Return the notes, and a line on the settings that the figures hang on."""
     meta: Mapping[str, Any] = results.get("meta") or {}
     limit = meta.get("limit")
+    count = "n is the number of rows, or of groups of rows that belong together."
+    models = [f"{name} is {shortened(entry['path'], MAX_JUDGE)}" for name, entry in (meta.get("models") or {}).items()]
+    made_by = [f"rlhf-fast {version}" for version in [(meta.get("versions") or {}).get("rlhf-fast")] if version]
     settings = [f"the first {limit} rows of each set, or of its strata in turn"] if limit else []
     settings += [f"{name} {meta[name]}" for name in ("seed", "template", "dtype") if meta.get(name) not in (None, "")]
-    return [*results.get("notes", ()), *([f"Settings: {', '.join(settings)}."] if settings else [])]
+    settings += [*made_by, *models]
+    lines = [f"Settings: {', '.join(settings)}."] if settings else []
+    return [*results.get("notes", ()), *lines, *([count] if results.get("results") else [])]
 
 
 def check_thresholds(records: Sequence[Record], thresholds: Mapping[str, float]) -> list[str]:

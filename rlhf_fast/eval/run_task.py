@@ -43,8 +43,8 @@ from rlhf_fast.scoring import Score, Scorer
 Task = LikelihoodTask | GenerationTask
 Record = dict[str, Any]
 T = TypeVar("T")
-BLOCK = {"scored": 64, "answered": 128}
-"""Rows that are computed and kept together."""
+FIRST_BLOCK, MAX_BLOCK, BLOCK_SECONDS = 16, 128, 20.0
+"""Rows that are computed and kept together: so many at first and at the most, and as many as take these seconds."""
 
 
 class EvaluatedModel:
@@ -86,12 +86,16 @@ class EvaluatedModel:
         file = AnswerFile(self.cfg.out, self.name, task.name, self.made_with(task))
         known = file.keys
         missing = list({key: row for row in rows if (key := row_key(row)) not in known}.values())
-        size = BLOCK["scored" if isinstance(task, LikelihoodTask) else "answered"]
-        for start in range(0, len(missing), size):
-            block = missing[start : start + size]
+        done, size = len(rows) - len(missing), FIRST_BLOCK
+        while missing:
+            block, missing = missing[:size], missing[size:]
+            began = time.perf_counter()
             file.append(block, self._compute(task, block))
+            done += len(block)
+            rate = len(block) / max(time.perf_counter() - began, 1e-9)
+            size = max(1, min(MAX_BLOCK, round(rate * BLOCK_SECONDS)))
             if progress is not None:
-                progress(len(rows) - len(missing) + start + len(block))
+                progress(done)
         return file
 
     def _compute(self, task: Task, rows: Sequence[Row]) -> list[Record]:

@@ -28,8 +28,6 @@ DETAILS = ("empty", "unjudged", "words", "toxic_bin_", "refusal_rate_")
 """Beginnings of the names of measures that are left to the table of details."""
 REFUSAL_RATE, CONTRAST = "refusal_rate", "harmful_minus_safe"
 """Measure of the tasks refusal and over_refusal, and the difference between the two."""
-SHORT_NAMES = {"win_rate_length_controlled": "win_rate_even_lengths"}
-"""Measures that have another name in a narrow table, so that four models fit into 80 columns."""
 OTHER = "other"
 FIXED = 2
 """Number of columns before those of the models: the label and n."""
@@ -97,8 +95,7 @@ def _with_headings(rows: Iterable[tuple[Key, tuple[str, ...]]]) -> tuple[tuple[s
     for (task, _), (name, *rest) in rows:
         if task != last:
             found.append((task, *("" for _ in rest)))
-        own = name.removeprefix(f"{task}: ")
-        found.append((f"  {SHORT_NAMES.get(own, own)}", *rest))
+        found.append((f"  {name.removeprefix(f'{task}: ')}", *rest))
         last = task
     return tuple(found)
 

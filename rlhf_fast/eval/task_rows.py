@@ -11,10 +11,14 @@ from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.held_out import checksum, training_notes
 from rlhf_fast.eval.judges import PREFERENCE
-from rlhf_fast.eval.sets import DEMO_SETS, find_set, read_set, require_set
+from rlhf_fast.eval.sets import DEMO_SETS, SETS, find_set, read_set, require_set
 from rlhf_fast.eval.tasks import Task, select_tasks
 
 SMALL_SAMPLE = 100
+DEMO_NOTE = (
+    "The sets are of the demo's world: they show that everything works, and are no benchmark. How often the built-in"
+    " judges agree with people was measured on other texts."
+)
 
 
 class TaskRows(NamedTuple):
@@ -49,19 +53,19 @@ def select_rows(
     unless that may be.
     """
     folder = Path(data) if data else DEMO_SETS
-    notes = [] if data else ["The sets are of the demo's world: they show that everything works, and are no benchmark."]
+    notes = [] if data else [DEMO_NOTE]
     named = {name.strip() for entry in names for name in entry.split(",")}
     rows: dict[str, list[Row]] = {}
     files: dict[str, str] = {}
     without_file: list[str] = []
-    found = []
+    found: list[TaskRows] = []
     for task in select_tasks(names):
         if task.name in named:
             require_set(task.set, folder)
         paths = find_set(task.set, folder)
         compares = isinstance(task, GenerationTask) and PREFERENCE in task.judges
         if not paths:
-            without_file.append(f"{task.name} ({task.set})")
+            without_file.append(f"{task.name} ({SETS[task.set].stems[0]}.jsonl)")
             continue
         if compares and missing_preference:
             if task.name in named:
@@ -72,10 +76,13 @@ def select_rows(
             rows[task.set] = read_set(task.set, paths, limit, notes)
             files[task.set] = checksum(paths)
             notes += training_notes(paths, models) if task.set == "text" else ()
-        if rows[task.set]:
-            found.append(TaskRows(task, rows[task.set]))
-        else:
+        same = _same_requests(task, rows[task.set], found)
+        if not rows[task.set]:
             notes.append(f"{task.name} was left out: {', '.join(path.name for path in paths)} has no row for it.")
+        elif same and task.name not in named:
+            notes.append(f"{task.name} was left out: its rows have prompts of their own, and {same} asks the same.")
+        else:
+            found.append(TaskRows(task, rows[task.set]))
     if without_file:
         notes.append(f"Left out, because {folder} has no file of their set: {', '.join(without_file)}.")
     if not found and not may_be_empty:
@@ -83,6 +90,16 @@ def select_rows(
     if 0 < limit < SMALL_SAMPLE:
         notes.append(f"With {limit} rows, intervals are wider than ± 10 points.")
     return Selection(found, notes, files)
+
+
+def _same_requests(task: Task, rows: Sequence[Row], found: Sequence[TaskRows]) -> str:
+    """Return the name of an earlier task of the same set that asks and judges the same, "" if there is none."""
+    if isinstance(task, GenerationTask):
+        for other, _ in found:
+            alike = isinstance(other, GenerationTask) and (other.set, other.judges) == (task.set, task.judges)
+            if alike and isinstance(other, GenerationTask) and all(task.prompt(r) == other.prompt(r) for r in rows):
+                return other.name
+    return ""
 
 
 def _nothing(folder: Path, notes: Sequence[str], num_without_file: int) -> str:

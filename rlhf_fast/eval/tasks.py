@@ -32,7 +32,7 @@ SENTENCE_PAIRS = (
 VERDICTS = ("empty", "unjudged", "flips_*")
 """Measures of how answers were judged."""
 REFUSALS = ("refusal_rate", "refusal_rate_*", *VERDICTS)
-WIN_RATES = ("win_rate", "win_rate_length_controlled", "longer_wins", "flips", "unjudged")
+WIN_RATES = ("win_rate", "lc_win_rate", "longer_wins", "flips", "unjudged")
 """Measures of two models' answers."""
 
 

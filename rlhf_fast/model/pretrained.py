@@ -152,6 +152,8 @@ def load_tokenizer(cfg: ModelConfig, module: PreTrainedModel | None = None):
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
     except Exception as error:  # its files are foreign: they may fail in any way
         raise UserError(f"{cfg.path}: has no tokenizer that loads: {_describe(error)}") from error
+    # lengths are checked here, by the model's positions; transformers' own warning says that indexing will fail
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if module is not None:
         vocabulary = getattr(module.config.get_text_config(), "vocab_size", 0)
         num_tokens = len(tokens_of_rows(tokenizer, vocabulary))

@@ -8,7 +8,6 @@ end of the step and exit with 143, 129 and 130.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
@@ -28,7 +27,7 @@ from rlhf_fast.run import checkpoint
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
-from rlhf_fast.run.outputs import RUN, check_run_folder, move_in
+from rlhf_fast.run.outputs import RUN, check_run_folder, move_in, take_lock
 from rlhf_fast.training.learner import Learner
 
 BEST = "best"
@@ -98,7 +97,7 @@ class RunFolder:
 
         `log.start` is the number of steps done.
         """
-        self._take_lock()
+        self._lock = take_lock(self.checkpoints, self.out)
         saved = check_run_folder(self.cfg.out, self.cfg.input_paths())  # what has changed while the models were loaded
         if "finished" in saved:
             raise UserError(f"{self.out}: another process has finished this run meanwhile; nothing is left to do")
@@ -160,15 +159,6 @@ class RunFolder:
         for note in notes:
             self.log.message(note)
         self.log.message(f"finished; the model is in {self.out}")
-
-    def _take_lock(self) -> None:
-        with writing(self.out):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.checkpoints / "lock").open("a", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.out}: another process runs there; wait for it or choose another `out`") from error
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self._signal:

@@ -5,6 +5,7 @@ Paths are compared by what they lead to (links, bind mounts, hard links, `..`), 
 
 from __future__ import annotations
 
+import fcntl
 import filecmp
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.errors import UserError, listed, shortened, writing
@@ -112,6 +113,22 @@ def read_json(path: str | Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is not JSON"
         raise UserError(f"{path}: cannot be read: {reason}; choose another folder, or move that file away") from error
+
+
+def take_lock(folder: str | Path, out: str | Path) -> TextIO:
+    """Return the open file `lock` in a folder, which is made if need be; closing it frees the folder.
+
+    UserError if another process has it. out: the folder that the sentence names.
+    """
+    with writing(out):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = (Path(folder) / "lock").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(f"{out}: another process runs there; wait for it or choose another `out`") from error
+    return lock
 
 
 def require_writable_folder(folder: str | Path) -> None:

@@ -141,9 +141,10 @@ def _find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callabl
     if _is_labels(path):
         labels = LabelJudge(path, role, settings.out)
         return lambda: labels
+    modes = ", strict, any" if role == "refusal" else ""
     raise UserError(
-        f"judge.{role}: {spec} is no file; write module:function, a JSONL file of labels or chat:FOLDER, or leave it"
-        " out for the built-in judge"
+        f"judge.{role}: {spec} is no file; write module:function, a JSONL file of labels{modes} or chat:FOLDER, or"
+        " leave it out for the built-in judge"
     )
 
 

@@ -15,6 +15,12 @@ from rlhf_fast.eval.judges.validation_table import Checked
 TOLERANCE = 0.005
 
 
+def stored_figures() -> list[Checked]:
+    """Return the figures that are stored with each built-in judge."""
+    judges = {role: load_builtin(role) for role in ROLES}
+    return [Checked(role, "stored folds", judge.validation) for role, judge in judges.items() if judge.validation]
+
+
 def check_judges(folder: str | Path) -> tuple[list[Checked], list[str]]:
     """Return the figures of each built-in judge, and notes on what could not be checked.
 

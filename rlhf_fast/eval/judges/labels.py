@@ -124,8 +124,8 @@ def _number(label: object) -> float | None:
     """Return a label as a number. InvalidRow for what is no label."""
     if label is None:
         return None
-    if isinstance(label, str) and label.strip().lower() in ("yes", "no"):
-        return float(label.strip().lower() == "yes")
+    if isinstance(label, str) and (word := label.strip().lower()) in ("yes", "no", "true", "false"):
+        return float(word in ("yes", "true"))
     if isinstance(label, (bool, int, float)) and abs(label) <= LARGEST:
         return float(label)
     raise InvalidRow(f'a label is true, false, "yes", "no" or a number, not {json.dumps(label)}')
