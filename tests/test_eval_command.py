@@ -182,6 +182,17 @@ def test_answers_are_kept_every_few_seconds(monkeypatch, seconds, sizes):
     assert asked == sizes and kept == [sum(sizes[:i]) for i in range(len(sizes))]
 
 
+def test_progress_is_said_every_few_seconds(monkeypatch):
+    """Not after each block, where these are short."""
+    monkeypatch.setattr(run_task, "FIRST_BLOCK", 1)
+    monkeypatch.setattr(run_task, "MAX_BLOCK", 1)
+    for seconds, out, expected in ((5.0, "slow", 0), (0.0, "fast", 3)):
+        monkeypatch.setattr(evaluate_module, "PROGRESS_SECONDS", seconds)
+        lines = []
+        evaluate(config(tasks=("text",), models=(f"base={SMALL}",), limit=4, out=out), lines.append)
+        assert len([line for line in lines if " of 4 rows" in line]) == expected and "4 rows, " in lines[-1]
+
+
 def test_one_process_at_a_time(monkeypatch):
     one = config(tasks=("lambada",), models=(f"base={SMALL}",), limit=1)
     evaluate(one, quiet)

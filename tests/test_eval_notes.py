@@ -130,7 +130,14 @@ def test_an_answer_that_is_given_to_many_rows_is_said():
 
     assert notes("aaabcdefgh") == ["refusal: sft gives one answer, 'a', to 30 % of the rows."]
     assert notes(["long " * 50] * 10)[0].endswith("long  ...', to 100 % of the rows.")
-    assert notes("aabcdefghi") == notes("aaabcdefg") == notes([""] * 20) == notes("a" * 20, "hellaswag") == []
+    assert (
+        notes("aabcdefghi")
+        == notes("aaabcdefg")
+        == notes([""] * 20)
+        == notes("a" * 20, "hellaswag")
+        == notes("a" * 20, "toxicity")
+        == []
+    )
 
 
 def test_constant_answers_are_shown_beside_the_judges_of_words():

@@ -324,7 +324,7 @@ def test_a_judge_that_ppo_was_trained_against_is_noted(tmp_path, monkeypatch):
         (tmp_path / name / "run.json").write_text(json.dumps({"stage": "ppo" if reward else "sft", **parts}))
     models = {name: name for name in ("base", "sft", "ppo", "other", "ptx")}
     (note,) = optimized_notes("./runs/rm", models)
-    assert note.startswith("preference: ppo and ptx were trained against ./runs/rm, so its win rates")
+    assert note.startswith("preference: ppo and ptx were trained against ./runs/rm, so these win rates")
     assert not optimized_notes("runs/another", models) and not optimized_notes("runs/rm", {"sft": "sft"})
 
 

@@ -52,6 +52,7 @@ from rlhf_fast.run.prompt_format import recorded_format
 RESULTS, REPORT, FIGURE, SETTINGS = "results.json", "report.md", "report.png", "eval.json"
 NO_BASELINE = "it compares models, and there is only one"
 NO_JUDGE = "no judge; give judge.preference a reward model's folder, module:function, a file of labels or chat:FOLDER"
+PROGRESS_SECONDS = 5.0
 Echo = Callable[[str], None]
 Answers = dict[tuple[str, str], AnswerFile]
 """(model, task) -> its answers."""
@@ -217,10 +218,13 @@ def _answers(models: Sequence[EvaluatedModel], selection: Selection, echo: Echo)
 
 
 def _progress(echo: Echo, model: str, task: Task, rows: Sequence[Row]) -> Callable[[int], None]:
-    """Return a function that says how many rows are done, while there are more."""
+    """Return a function that says how many rows are done, while there are more, every PROGRESS_SECONDS."""
+    said = time.monotonic()
 
     def show(done: int) -> None:
-        if done < len(rows):
+        nonlocal said
+        if done < len(rows) and time.monotonic() >= said + PROGRESS_SECONDS:
+            said = time.monotonic()
             echo(f"{model}: {task.name}: {done} of {len(rows)} rows")
 
     return show

@@ -47,7 +47,7 @@ def optimized_notes(judge: str, models: Mapping[str, str]) -> list[str]:
         return []
     verb = "was" if len(names) == 1 else "were"
     return [
-        f"preference: {' and '.join(names)} {verb} trained against {judge}, so its win rates show what was optimised,"
+        f"preference: {' and '.join(names)} {verb} trained against {judge}, so these win rates show what was optimised,"
         " not what people prefer."
     ]
 

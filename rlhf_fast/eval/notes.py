@@ -59,7 +59,7 @@ def _truncated_notes(task: GenerationTask, records: Mapping[str, Records]) -> li
 
 def _frequent_answer_note(name: str, task: GenerationTask, records: Records) -> str:
     """Return a sentence on an answer that a model gives to more than MAX_SAME of the rows, "" if there is none."""
-    if len(records) < MIN_ROWS:
+    if len(records) < MIN_ROWS or task.is_continuation:  # a few words of a text are often the same
         return ""
     answer, count = Counter(record["answer"] for record in records).most_common(1)[0]
     if not answer or count <= MAX_SAME * len(records):
