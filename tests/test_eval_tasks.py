@@ -185,14 +185,14 @@ def test_bias_says_its_direction():
 def test_correlation_with_the_share_of_women():
     """By hand, and its interval against bootstrap's standard error."""
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**31)
-    x = torch.randn(60, generator=generator, dtype=torch.float64)
-    y = x + torch.randn(60, generator=generator, dtype=torch.float64)
-    groups = [f"job {i // 2}" for i in range(120)]
+    x = torch.randn(600, generator=generator, dtype=torch.float64)
+    y = x + torch.randn(600, generator=generator, dtype=torch.float64)
+    groups = [f"job {i // 2}" for i in range(1200)]
     found = likelihood.correlation_values(groups, x.repeat_interleave(2).tolist(), y.repeat_interleave(2).tolist())
     measure = likelihood.Measure("bls_correlation", found, tuple(groups), unit="correlation")
     estimate = measure.estimate()
     assert estimate.value == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1]))
-    draws = torch.randint(60, (1000, 60), generator=generator)
+    draws = torch.randint(600, (1000, 600), generator=generator)
     spread = torch.stack([torch.corrcoef(torch.stack([x[d], y[d]]))[0, 1] for d in draws]).std()
     assert (estimate.high - estimate.low) / 3.92 == pytest.approx(float(spread), rel=0.4)
     perfect = likelihood.correlation_values([*"abcd"], [1, 2, 3, 4], [2, 4, 6, 8])

@@ -19,12 +19,13 @@ from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.data.chat_template import process_start
 from rlhf_fast.errors import UserError, listed, shortened, writing
 from rlhf_fast.eval import report, reward_report
-from rlhf_fast.eval.answers import FOLDER, SECONDS, TEMPLATE, AnswerFile
+from rlhf_fast.eval.answers import FOLDER, SECONDS, TEMPLATE
 from rlhf_fast.eval.figure import draw
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
 from rlhf_fast.eval.held_out import optimized_notes
 from rlhf_fast.eval.judged import (
+    Answers,
     FoundJudges,
     ask_people,
     find_judges,
@@ -54,8 +55,6 @@ NO_BASELINE = "it compares models, and there is only one"
 NO_JUDGE = "no judge; give judge.preference a reward model's folder, module:function, a file of labels or chat:FOLDER"
 PROGRESS_SECONDS = 5.0
 Echo = Callable[[str], None]
-Answers = dict[tuple[str, str], AnswerFile]
-"""(model, task) -> its answers."""
 
 
 def evaluate(cfg: EvalConfig, echo: Echo | None = None, label: int = 0) -> dict[str, Any]:
@@ -204,11 +203,12 @@ def _prepare_folder(cfg: EvalConfig, models: Mapping[str, str]) -> datetime:
 
 def _answers(models: Sequence[EvaluatedModel], selection: Selection, echo: Echo) -> Answers:
     """Return all answers, those that are missing computed, one model in memory at a time."""
-    answers: Answers = {}
+    answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for model in models:
         for task, rows in selection.tasks:
             start = time.perf_counter()
-            file = answers[model.name, task.name] = model.run(task, rows, _progress(echo, model.name, task, rows))
+            file = model.run(task, rows, _progress(echo, model.name, task, rows))
+            answers[model.name, task.name] = file.records(rows)
             how = f"{time.perf_counter() - start:.1f} s" if file.has_new else "done before"
             if file.num_stale:
                 how += f"; {file.num_stale} answers of another {model.name}, or by other settings, were replaced"
@@ -243,8 +243,7 @@ def _records(
     results: list[Record] = []
     differences: list[Record] = []
     for task, rows in selection.tasks:
-        files = {name: answers[name, task.name] for name in models}
-        records = {name: file.records(rows) for name, file in files.items()}
+        records = {name: answers[name, task.name] for name in models}
         measures = {name: measures_of(task, rows, own, judges) for name, own in records.items()}
         others = [name for name in models if name != baseline]
         notes += answer_notes(task, records)
@@ -253,7 +252,7 @@ def _records(
             results += [result_record(name, task.name, measure, seconds) for measure in measures[name]]
         if isinstance(task, GenerationTask) and PREFERENCE in task.judges and pair_judge is not None:
             for name in others:
-                results += preference_records(task, rows, name, (files[name], files[baseline]), pair_judge)
+                results += preference_records(task, rows, name, (records[name], records[baseline]), pair_judge)
         theirs = {measure.name: measure for measure in measures[baseline]}
         differences += [
             difference_record(name, baseline, task.name, measure, theirs[measure.name])
@@ -272,10 +271,9 @@ def _records(
 
 def _meta(cfg: EvalConfig, models: Sequence[EvaluatedModel], selection: Selection, answers: Answers) -> dict[str, Any]:
     """Return what the figures hang on."""
-    rows = {task.name: own for task, own in selection.tasks}
     records: dict[str, list[Record]] = {model.name: [] for model in models}
-    for (name, task), file in answers.items():
-        records[name] += file.records(rows[task])
+    for (name, _), own in answers.items():
+        records[name] += own
     versions = {"rlhf-fast": __version__, **{name: package_version(name) for name in PACKAGES}}
     settings = {name: getattr(cfg, name) for name in ("seed", "limit", "template", "dtype", "temperature")}
     entries = {

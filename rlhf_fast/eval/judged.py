@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.data.datasets import prompt_as_text
-from rlhf_fast.eval.answers import AnswerFile, row_key
+from rlhf_fast.eval.answers import row_key
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask, Judges
 from rlhf_fast.eval.judges import PREFERENCE, Judge, JudgeSettings, PairJudge, find_answer_judge, find_pair_judge
@@ -24,8 +24,8 @@ from rlhf_fast.eval.preference import compare
 from rlhf_fast.eval.run_task import Record, Task, read_scores
 from rlhf_fast.eval.sets import DEMO_JUDGES
 
-Answers = Mapping[tuple[str, str], AnswerFile]
-"""(model, task) -> its answers."""
+Answers = Mapping[tuple[str, str], Sequence[Record]]
+"""(model, task) -> the records of its answers, in the order of the task's rows."""
 
 
 def roles_of(tasks: Sequence[Task]) -> list[str]:
@@ -107,10 +107,14 @@ def questions(task: GenerationTask, rows: Sequence[Row]) -> list[str]:
 
 
 def preference_records(
-    task: GenerationTask, rows: Sequence[Row], name: str, files: tuple[AnswerFile, AnswerFile], judge: PairJudge
+    task: GenerationTask,
+    rows: Sequence[Row],
+    name: str,
+    answers: tuple[Sequence[Record], Sequence[Record]],
+    judge: PairJudge,
 ) -> list[dict[str, Any]]:
-    """Return the records of a model's win rate against the baseline. files: the model's and the baseline's answers."""
-    ours, theirs = ([record["answer"] for record in file.records(rows)] for file in files)
+    """Return the records of a model's win rate against the baseline. answers: the model's and the baseline's."""
+    ours, theirs = ([record["answer"] for record in own] for own in answers)
     found = compare(judge, questions(task, rows), ours, theirs, _groups_of_equal(rows))
     records = [result_record(name, task.name, measure) for measure in found.measures()]
     controlled = found.estimates()["lc_win_rate"]
@@ -169,9 +173,9 @@ def _judged_answers(
     rows: list[Row] = []
     for task, own in tasks:
         if isinstance(task, GenerationTask) and role in task.judges:
-            for (model, name), file in answers.items():
+            for (model, name), records in answers.items():
                 if name == task.name and (not models or model in models):
                     prompts += questions(task, own)
-                    texts += [record["answer"] for record in file.records(own)]
+                    texts += [record["answer"] for record in records]
                     rows += own
     return prompts, texts, rows

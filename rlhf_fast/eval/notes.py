@@ -27,7 +27,7 @@ def answer_notes(task: Task, records: Mapping[str, Records]) -> list[str]:
     """Return notes on the answers to a task. records: model -> those of its answers."""
     notes = []
     for name, own in records.items():
-        unknown = _mean(own, UNKNOWN)
+        unknown = sum(record[UNKNOWN] for record in own) / len(own)
         if unknown > MAX_UNKNOWN:
             notes.append(
                 f"{task.name}: {100 * unknown:.0f} % of the tokens are unknown to {name}'s tokenizer, one for a"
@@ -109,7 +109,3 @@ def constant_answers_note(task: Task, rows: Sequence[Row], judges: Judges) -> st
 def dates_of(records: Records) -> list[str]:
     """Return the dates in the prompts of answers, each once."""
     return sorted({record[DATE] for record in records if record.get(DATE)})
-
-
-def _mean(records: Records, column: str) -> float:
-    return sum(record[column] for record in records) / len(records)

@@ -94,12 +94,11 @@ def select_rows(
 
 def _same_requests(task: Task, rows: Sequence[Row], found: Sequence[TaskRows]) -> str:
     """Return the name of an earlier task of the same set that asks and judges the same, "" if there is none."""
-    if isinstance(task, GenerationTask):
-        for other, _ in found:
-            alike = isinstance(other, GenerationTask) and (other.set, other.judges) == (task.set, task.judges)
-            if alike and isinstance(other, GenerationTask) and all(task.prompt(r) == other.prompt(r) for r in rows):
-                return other.name
-    return ""
+    if not isinstance(task, GenerationTask):
+        return ""
+    others = [other for other, _ in found if isinstance(other, GenerationTask)]
+    alike = (other for other in others if (other.set, other.judges) == (task.set, task.judges))
+    return next((other.name for other in alike if all(task.prompt(row) == other.prompt(row) for row in rows)), "")
 
 
 def _nothing(folder: Path, notes: Sequence[str], num_without_file: int) -> str:

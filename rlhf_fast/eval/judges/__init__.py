@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -49,6 +50,7 @@ __all__ = [
 ]
 CHAT = "chat:"
 MODES = ("strict", "any")
+J = TypeVar("J", Judge, PairJudge)
 Scorers = Callable[[Model], ScoreRequests]
 """Returns the function that scores requests with a language model."""
 
@@ -95,16 +97,11 @@ def find_answer_judge(spec: str, role: str, settings: JudgeSettings) -> Callable
         return load
     check_labels(settings.labels, role)
 
-    def load_and_validate() -> Judge:
-        judge = load()
-        if not isinstance(judge, LabelJudge):
-            judge.validation = validate_on_file(judge, settings.labels, role, has_roles=True) or judge.validation
-        return judge
-
+    validated = _validated(load, lambda judge: validate_on_file(judge, settings.labels, role, has_roles=True))
     if _is_builtin(spec, role):  # no model, and labels may lack what it reads
-        judge = load_and_validate()
+        judge = validated()
         return lambda: judge
-    return load_and_validate
+    return validated
 
 
 def find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudge]:
@@ -114,10 +111,16 @@ def find_pair_judge(spec: str, settings: JudgeSettings) -> Callable[[], PairJudg
         return load
     check_labels(settings.labels, PREFERENCE)
 
-    def load_and_validate() -> PairJudge:
+    return _validated(load, lambda judge: validate_pairs_on_file(judge, settings.labels, has_roles=True))
+
+
+def _validated(load: Callable[[], J], validate: Callable[[J], Validation | None]) -> Callable[[], J]:
+    """Return a function that loads a judge and validates it on people's labels, unless it is such labels itself."""
+
+    def load_and_validate() -> J:
         judge = load()
-        if not isinstance(judge, LabelPairJudge):
-            judge.validation = validate_pairs_on_file(judge, settings.labels, has_roles=True) or judge.validation
+        if not isinstance(judge, (LabelJudge, LabelPairJudge)):
+            judge.validation = validate(judge) or judge.validation
         return judge
 
     return load_and_validate
