@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_fast.run.contention import shorten_spins
+
 if TYPE_CHECKING:
     from rlhf_fast import ops
     from rlhf_fast.batches import Prompts, Responses
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from rlhf_fast.rollout.rollout import Rollout
     from rlhf_fast.scoring import Score, Scorer
     from rlhf_fast.stages.recipe import run_stage
+
+shorten_spins()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -19,11 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import torch
+
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import check_finished, check_saving
 from rlhf_fast.run import checkpoint
+from rlhf_fast.run.contention import contention_note
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
@@ -113,7 +116,7 @@ class RunFolder:
         path = checkpoint.latest(self.checkpoints)
         done = checkpoint.step_of(path) if path else 0
         self._log = log = Log(self.out, self.cfg.log, self.stage, total, done, progress_metrics)
-        for note in self.notes:
+        for note in filter(None, [*self.notes, contention_note(torch.get_num_threads())]):
             log.message(note)
         if path:
             saved = checkpoint.load(path)
