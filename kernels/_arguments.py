@@ -77,6 +77,8 @@ def check_tensors(op: str, signature: inspect.Signature, args: Sequence, error: 
             continue
         can_be_one = is_number or isinstance(x, (list, tuple)) or hasattr(x, "__array__")
         mend = "; torch.as_tensor makes one" if can_be_one else ""
+        if name == "weight" and isinstance(getattr(x, name, None), Tensor):  # a module
+            mend = "; give its .weight"
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}{mend}") from error
 
 

@@ -43,6 +43,10 @@ class Backends:
         self.has_warned = self.has_warned_of_transforms = False
         self._register_triton()
 
+    def __reduce__(self) -> str:
+        """Return the name by which pickle and copy find the op again: it is one object of its module."""
+        return self.name
+
     def _register_triton(self) -> None:
         """Register the function with the op's name in the file of kernels/triton/ with the name of the op's own file.
         That file is imported by the first call."""

@@ -165,6 +165,14 @@ def test_what_is_no_tensor_is_refused_by_name(op):
     assert tried >= 4
 
 
+@pytest.mark.parametrize("name", ["linear_ppo_loss", "rms_norm"])
+def test_a_module_in_place_of_its_weight_gets_the_way_to_it(name):
+    op = OPS[name]
+    args, i = inputs(op), op.names.index("weight")
+    with pytest.raises(TypeError, match=r"weight must be a torch.Tensor, got Linear; give its \.weight$"):
+        op(*replaced(args, i, torch.nn.Linear(2, 2)))
+
+
 @pytest.mark.parametrize("around", [contextlib.nullcontext, forward_ad.dual_level], ids=["", "dual_level"])
 @pytest.mark.parametrize("op", PUBLIC, **by_name)
 def test_vmap_is_right_or_refused(op, around):

@@ -4,7 +4,9 @@ The truth is the op's reference, run in float64, and autograd through it. A new 
 """
 
 import contextlib
+import copy
 import inspect
+import pickle
 import pydoc
 import subprocess
 import sys
@@ -376,6 +378,14 @@ def test_help_shows_the_arguments_and_errors(name):
         member = op
 
     assert Holder().member is Holder.member is op  # it does not bind to an instance, as functions do
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_pickle_and_copy_give_the_op_itself(name):
+    """A trainer that is sent to another process, or copied, may hold an op."""
+    op = OPS[name]
+    assert pickle.loads(pickle.dumps(op)) is op
+    assert copy.deepcopy({"loss": op})["loss"] is op
 
 
 def test_a_source_tree_without_kernels_is_reported():
