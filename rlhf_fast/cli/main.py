@@ -10,7 +10,7 @@ from itertools import takewhile
 from rlhf_fast import __version__
 from rlhf_fast.cli.streams import safe_streams, silence
 from rlhf_fast.config.fields import BadSetting
-from rlhf_fast.errors import REMEDIES, UserError, shortened
+from rlhf_fast.errors import REMEDIES, UserError, did_you_mean, shortened
 
 Command = Callable[[Sequence[str]], int]
 
@@ -87,10 +87,7 @@ def _dispatch(argv: list[str]) -> int:
         print(f"rlhf-fast {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "`rlhf-fast --help` lists them"
+        hint = did_you_mean(argv[0], COMMANDS, "`rlhf-fast --help` lists them")
         raise UserError(f'no command "{argv[0]}"; {hint}')
     _, function = COMMANDS[argv[0]]
     return function(argv[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 import textwrap
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 import tyro
 
 from rlhf_fast.config.fields import BadSetting
+from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import coerce, resolve, setting_error, setting_types, unknown_setting
 from rlhf_fast.config.sections import read_stage
@@ -143,14 +143,13 @@ def _switch_with_value(cls: type[DataclassInstance], argv: Sequence[str]) -> str
 
 
 def _nearest_flag(cls: type[DataclassInstance], argv: Sequence[str]) -> str:
-    """Suggest a flag of `cls` for the first unknown one. Only the part after the last dot is compared."""
-    paths = [path.replace("_", "-") for path in setting_types(cls)]
-    flags = {path.rpartition(".")[2]: path if hasattr(cls, "stage") else path.rpartition(".")[2] for path in paths}
+    """Suggest a flag of `cls` for the first unknown one."""
+    flags = [path if hasattr(cls, "stage") else path.rpartition(".")[2] for path in setting_types(cls)]
     for argument in argv:
-        flag = argument.partition("=")[0].removeprefix("--").replace("_", "-")
-        if argument.startswith("--") and flag not in flags.values():
-            near = difflib.get_close_matches(flag.rpartition(".")[2], flags, n=1)
-            return f"did you mean --{flags[near[0]]}?" if near else ""
+        flag = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and flag not in flags:
+            meant = meant_setting(flag, flags).replace("_", "-").replace(" and ", " and --")
+            return f"did you mean --{meant}?" if meant else ""
     return ""
 
 
