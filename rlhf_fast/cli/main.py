@@ -198,6 +198,18 @@ def _generate(argv: Sequence[str]) -> int:
     return 0
 
 
+@command("chat", "talk to a model in the terminal")
+def _chat(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import ChatOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(ChatOptions, argv, "chat")
+    from rlhf_fast.cli.chat import chat
+
+    chat(options)
+    return 0
+
+
 @command("check", "look at a data file: errors, lengths, duplicates; with --tokenizer DIR one row as tokens")
 def _check(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.options import CheckOptions

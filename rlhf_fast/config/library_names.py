@@ -181,7 +181,7 @@ def meant_setting(name: str, settings: Sequence[str]) -> str:
     Names are compared without their groups; of equal ones that with the most similar group is meant. For a name of
     another library for two settings, both are returned with "and" between them, and for a switch the setting's value.
     """
-    group, dot, rest = name.partition(".")
+    group, _, rest = name.partition(".")
     if f"{SAME_ROLE.get(group)}.{rest}" in settings:  # the stages differ in it
         return f"{SAME_ROLE[group]}.{rest}"
     last = _last(name)
