@@ -81,48 +81,45 @@ class _Chat:
             self.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
 
     def run(self) -> None:
-        with suppress(_Leave):
-            for line in self._lines():
-                try:
+        """Take messages and commands until the input ends or one of them is /exit."""
+        if self.on_terminal:
+            with suppress(ImportError):  # not in every build of Python
+                import readline  # noqa: F401  input() then edits the line and remembers earlier ones
+        while True:
+            try:
+                line = self._message()
+                if line is None:
+                    return
+                if line.strip():
                     self._take(line)
-                except UserError as error:
-                    if not self.on_terminal:  # a script must not go on as if nothing had happened
-                        raise UserError(f"chat: {error}") from error
-                    self.note(str(error))
+            except _Leave:  # noqa: PERF203
+                return
+            except KeyboardInterrupt:
+                if not self.on_terminal:
+                    raise
+                print()
+            except UserError as error:
+                if not self.on_terminal:  # a script must not go on as if nothing had happened
+                    raise UserError(f"chat: {error}") from error
+                self.note(str(error))
 
     def note(self, text: str) -> None:
         """Print a sentence that is no part of the conversation."""
         sys.stdout.flush()
         print(f"chat: {text}", file=sys.stderr, flush=True)
 
-    def _lines(self) -> Iterator[str]:
-        """Yield the messages and commands. A line that ends with a backslash goes on in the next one."""
+    def _message(self) -> str | None:
+        """Return the next message or command, None at the end of the input. A line that ends with a backslash goes on
+        in the next one."""
         parts: list[str] = []
-        if self.on_terminal:
-            with suppress(ImportError):  # not in every build of Python
-                import readline  # noqa: F401  input() then edits the line and remembers earlier ones
-        while True:
-            try:
-                line = self._line(CONTINUED if parts else PROMPT)
-            except UnicodeDecodeError as error:
-                raise UserError("chat: standard input is not UTF-8; convert it, for instance with iconv") from error
-            except KeyboardInterrupt:
-                if not self.on_terminal:
-                    raise
-                print()
-                parts = []
-                continue
-            if line is None:
-                if parts:
-                    yield "\n".join(parts)
-                return
-            if line.endswith("\\"):
-                parts.append(line[:-1])
-                continue
-            message = "\n".join([*parts, line])
-            parts = []
-            if message.strip():
-                yield message
+        try:
+            while (line := self._line(CONTINUED if parts else PROMPT)) is not None:
+                parts.append(line.removesuffix("\\"))
+                if not line.endswith("\\"):
+                    break
+        except UnicodeDecodeError as error:
+            raise UserError("standard input is not UTF-8; convert it, for instance with iconv") from error
+        return "\n".join(parts) if parts else None
 
     def _line(self, prompt: str) -> str | None:
         """Return a line without its end; None at the end of the input."""
@@ -185,10 +182,10 @@ class _Chat:
 
     @contextmanager
     def _stop_at_interrupt(self) -> Iterator[Callable[[], bool]]:
-        """Let Ctrl-C on a terminal end the answer at its next token; a second one ends the program."""
+        """Let Ctrl-C on a terminal end the answer at its next token; a second one breaks it off at once."""
         interrupted = False
 
-        def stop(number: int, frame: Any) -> None:
+        def stop(*_: object) -> None:
             nonlocal interrupted
             interrupted = True
             signal.signal(signal.SIGINT, before)
