@@ -292,5 +292,17 @@ def _show_config(argv: Sequence[str]) -> int:
     return 0
 
 
+@command("completion", "a script that completes commands and flags in bash, zsh or fish")
+def _completion(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import CompletionOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(CompletionOptions, argv, "completion")
+    from rlhf_fast.cli.completion import script
+
+    print(script(options.shell, {name: summary for name, (summary, _) in COMMANDS.items()}), end="")
+    return 0
+
+
 if __name__ == "__main__":
     sys.exit(main())

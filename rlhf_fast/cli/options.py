@@ -124,6 +124,16 @@ class CheckOptions:
 
 
 @dataclass(frozen=True)
+class CompletionOptions:
+    """Print the script with which a shell completes rlhf-fast's commands, flags, values and file names.
+    bash: eval "$(rlhf-fast completion bash)" in ~/.bashrc. zsh: the same with zsh in ~/.zshrc, after compinit.
+    fish: rlhf-fast completion fish > ~/.config/fish/completions/rlhf-fast.fish."""
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """The shell."""
+
+
+@dataclass(frozen=True)
 class EnvOptions:
     """Versions, machine, and for each op and device the backend that runs it and why no faster one does."""
 
