@@ -142,11 +142,12 @@ _rlhf_fast() {{
         _describe command values
         return
     fi
-    compset -P '--*='
-    case "$words[2] ${{${{words[CURRENT]}}%%=*}}" in
-{_cases(flags, "compadd -- {words}; return", "return", has_equals=True)}
-    esac
-    case "$words[2] $words[CURRENT-1]" in
+    local previous=$words[CURRENT-1]
+    if [[ $words[CURRENT] == --*=* ]]; then
+        previous=${{words[CURRENT]%%=*}}
+        compset -P '--*='
+    fi
+    case "$words[2] $previous" in
 {_cases(flags, "compadd -- {words}; return", "return")}
     esac
     if [[ $PREFIX == -* ]]; then
@@ -155,7 +156,7 @@ _rlhf_fast() {{
         esac
         return
     fi
-    if [[ $words[CURRENT-1] != -* ]]; then
+    if [[ $previous != -* ]]; then
         case "$words[2]" in
 {_positional(flags, "compadd -- {words}; return")}
         esac
@@ -166,7 +167,7 @@ compdef _rlhf_fast rlhf-fast
 """
 
 
-def _cases(flags: Mapping[str, list[Flag]], choose: str, nothing: str, has_equals: bool = False) -> str:
+def _cases(flags: Mapping[str, list[Flag]], choose: str, nothing: str) -> str:
     """Return the branches of a `case` over "COMMAND FLAG" of the flags whose value is a choice, or no file's name."""
     lines = []
     for command, found in flags.items():
@@ -180,7 +181,7 @@ def _cases(flags: Mapping[str, list[Flag]], choose: str, nothing: str, has_equal
                 lines.append(f"        {'|'.join(patterns)}) {action} ;;")
             elif not flag.is_text:
                 numbers += patterns
-        if numbers and not has_equals:
+        if numbers:
             lines.append(f"        {'|'.join(numbers)}) {nothing} ;;")
     return "\n".join(lines)
 
@@ -209,11 +210,15 @@ def _fish(commands: Mapping[str, str], flags: Mapping[str, list[Flag]]) -> str:
     first = "-n 'test (count (commandline -opc)) = 1'"
     lines = [
         "# fish completion of rlhf-fast: rlhf-fast completion fish > ~/.config/fish/completions/rlhf-fast.fish",
+        "function __rlhf_fast_command",
+        "    set -l words (commandline -opc)",
+        "    set -q words[2]; and test $words[2] = $argv[1]",
+        "end",
         f"complete -c rlhf-fast {first} -f",
     ]
     for command, summary in commands.items():
         lines.append(f"complete -c rlhf-fast {first} -f -a {command} -d {_fish_quoted(summary)}")
-        condition = f"-n 'test (commandline -opc)[2] = {command}'"
+        condition = f"-n '__rlhf_fast_command {command}'"
         for flag in flags[command]:
             words = _fish_quoted(" ".join(flag.choices))
             if not flag.names:
