@@ -129,8 +129,8 @@ class CompletionOptions:
     bash: eval "$(rlhf-fast completion bash)" in ~/.bashrc. zsh: the same with zsh in ~/.zshrc, after compinit.
     fish: rlhf-fast completion fish > ~/.config/fish/completions/rlhf-fast.fish."""
 
-    shell: Positional[Literal["bash", "zsh", "fish"]]
-    """The shell."""
+    shell: Positional[Annotated[Literal["bash", "zsh", "fish"], arg(metavar="SHELL")]]
+    """bash, zsh or fish."""
 
 
 @dataclass(frozen=True)
