@@ -100,11 +100,11 @@ def test_greedy_answers_are_those_of_rollout_on_the_chat_template_of_the_history
     assert "template: chat" in err and err.count("cut at 9 tokens") == 2
 
     system = [{"role": "system", "content": "Be brief."}]
-    told, _ = rollout_answer(model, rendered(model, system + turns_of("Hi")), **greedy)
+    answered, _ = rollout_answer(model, rendered(model, system + turns_of("Hi")), **greedy)
     flags = ("--temperature", 0, "--max-new-tokens", 9)
-    assert talk(model, ["Hi"], *flags, "--system", "Be brief.")[1] == f"{told.lstrip()}\n"
+    assert talk(model, ["Hi"], *flags, "--system", "Be brief.")[1] == f"{answered.lstrip()}\n"
     lines = ["Hi", "/clear", "/system Be brief.", "Hi", "/undo", "/system", "Hi"]
-    assert talk(model, lines, *flags)[1] == "".join(f"{text.lstrip()}\n" for text in (first, told, first))
+    assert talk(model, lines, *flags)[1] == "".join(f"{text.lstrip()}\n" for text in (first, answered, first))
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs the stories260K folder")
@@ -229,36 +229,36 @@ def test_help_and_exit(tmp_path, talk):
     )
 
 
-def pieces_of(words, ids, stops=(), stop=""):
+def chunks_of(words, ids, stops=(), stop=""):
     stream = TextStream(words, stops)
-    pieces = [stream.push(token) for token in ids]
-    return [*pieces, stream.finish(stop)], stream
+    chunks = [stream.push(token) for token in ids]
+    return [*chunks, stream.finish(stop)], stream
 
 
 def test_a_stream_gives_whole_characters_and_together_the_decoded_text():
     words = byte_tokenizer()
     for text in ("a\u00e4\u20ac\U0001f600b", "\u4f60\u597d \u2028", "plain"):
         ids = words(text).input_ids
-        pieces, stream = pieces_of(words, ids)
-        assert "".join(pieces) == stream.text == text and "\ufffd" not in "".join(pieces[:-1])
-        assert pieces[0] == ("a" if text[0] == "a" else "p" if text[0] == "p" else "")  # a byte alone is no character
+        chunks, stream = chunks_of(words, ids)
+        assert "".join(chunks) == stream.text == text and "\ufffd" not in "".join(chunks[:-1])
+        assert chunks[0] == ("a" if text[0] == "a" else "p" if text[0] == "p" else "")  # a byte alone is no character
     ids = [*words("ab\U0001f600").input_ids[:-1], words.eos_token_id]
-    pieces, stream = pieces_of(words, ids)
-    assert "".join(pieces) == stream.text == words.decode(ids, skip_special_tokens=True)
+    chunks, stream = chunks_of(words, ids)
+    assert "".join(chunks) == stream.text == words.decode(ids, skip_special_tokens=True)
 
 
 def test_a_stream_holds_back_what_may_be_a_stop_text():
     words = byte_tokenizer()
     stops = ("STOP", "TO")
-    pieces, stream = pieces_of(words, words("a ST b STOP").input_ids, ("STOP",), "STOP")
-    assert "".join(pieces) == stream.text == "a ST b "
-    assert pieces[2:5] == ["", "", "ST "]  # held back until it was none
-    pieces, _ = pieces_of(words, words("xSTO").input_ids, stops, "TO")
-    assert "".join(pieces) == "xS"
-    pieces, _ = pieces_of(words, words("xSTO").input_ids, stops)  # the response ended by its length instead
-    assert "".join(pieces) == "xSTO"
-    pieces, _ = pieces_of(words, words("STOP it STOP").input_ids, ("STOP",), "STOP")  # the first before min_new_tokens
-    assert "".join(pieces) == "STOP it "
+    chunks, stream = chunks_of(words, words("a ST b STOP").input_ids, ("STOP",), "STOP")
+    assert "".join(chunks) == stream.text == "a ST b "
+    assert chunks[2:5] == ["", "", "ST "]  # held back until it was none
+    chunks, _ = chunks_of(words, words("xSTO").input_ids, stops, "TO")
+    assert "".join(chunks) == "xS"
+    chunks, _ = chunks_of(words, words("xSTO").input_ids, stops)  # the response ended by its length instead
+    assert "".join(chunks) == "xSTO"
+    chunks, _ = chunks_of(words, words("STOP it STOP").input_ids, ("STOP",), "STOP")  # the first before min_new_tokens
+    assert "".join(chunks) == "STOP it "
 
 
 class Terminal:

@@ -115,8 +115,8 @@ def test_every_name_of_another_library_leads_to_a_setting():
         # values
         (
             "check f --as comparison",
-            "check: --as must be one of auto, demonstrations, comparisons, prompts, texts (did you mean comparisons?), got"
-            " comparison;",
+            "check: --as must be one of auto, demonstrations, comparisons, prompts, texts (did you mean comparisons?),"
+            " got comparison;",
         ),
         ("show-config foo", "show-config: stage must be one of all, sft, reward, ppo, got foo;"),
         ("show-config --diff paper", "show-config: --diff takes two names, got paper;"),

@@ -21,7 +21,7 @@ from rlhf_fast.rollout.text_stream import TextStream
 
 
 class Stopped(Exception):
-    """Raised by the receiver of a piece of text, to end the answer."""
+    """Raised by the receiver of a chunk of text, to end the answer."""
 
 
 class Answer(NamedTuple):
@@ -107,7 +107,7 @@ class Conversation:
     def ask(self, message: str, show: Callable[[str], None], prompt: PromptOfTurn | None = None) -> Answer:
         """Sample the answer to a message, and append both to the conversation.
 
-        show: called with each piece of the answer's text as soon as it is certain; it may raise Stopped.
+        show: called with each chunk of the answer's text as soon as it is certain; it may raise Stopped.
         prompt: that of `self.prompt(message)`, if it is known.
         """
         tokens, text, _ = prompt or self.prompt(message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 
-LEAST_ALIKE = 0.7
+CUTOFF = 0.7
 """Two names mean the same only if they have this share of their characters in common, in one order."""
 
 SAME_ROLE = {"model": "policy", "policy": "model"}
@@ -189,12 +189,12 @@ def meant_setting(name: str, settings: Sequence[str]) -> str:
         alias: found for alias, found in ((a, _existing(t, settings)) for a, t in LIBRARY_NAMES.items()) if found
     }
     if last in targets and last not in map(_last, settings):
-        return _most_alike(name, targets[last])
+        return _best_match(name, targets[last])
     known = {**targets, **{_last(path): [p for p in settings if _last(p) == _last(path)] for path in settings}}
     near = max(known, key=lambda other: _alike(last, other), default="")
-    if not near or _alike(last, near) < LEAST_ALIKE:
+    if not near or _alike(last, near) < CUTOFF:
         return ""
-    return _most_alike(name, known[near])
+    return _best_match(name, known[near])
 
 
 def _existing(targets: Sequence[str], settings: Sequence[str]) -> list[str]:
@@ -207,7 +207,7 @@ def _existing(targets: Sequence[str], settings: Sequence[str]) -> list[str]:
     return []
 
 
-def _most_alike(name: str, paths: Sequence[str]) -> str:
+def _best_match(name: str, paths: Sequence[str]) -> str:
     """Return the path whose group is most like that of `name`, of several the first."""
     group = name.rpartition(".")[0]
     return max(paths, key=lambda path: _alike(group, path.partition(" ")[0].rpartition(".")[0]) if group else 0)

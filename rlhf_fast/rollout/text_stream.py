@@ -10,7 +10,7 @@ REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """Turns tokens into pieces of text. Together with `finish` they are the decoded response, without special tokens.
+    """Turns tokens into chunks of text. Together with `finish` they are the decoded response, without special tokens.
 
     stops: texts that end the response. What may be the beginning of one is held back.
     """
@@ -19,7 +19,7 @@ class TextStream:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.tokens: list[int] = []
         self.text = ""
-        """The text of all pieces so far."""
+        """The text of all chunks so far."""
         self._held = ""
         """Decoded, but perhaps a part of a stop text."""
         self._start = self._end = 0
@@ -33,14 +33,14 @@ class TextStream:
         if len(now) <= len(before) or now.endswith(REPLACEMENT):
             return ""
         self._start, self._end = self._end, len(self.tokens)
-        piece = ""
+        chunk = ""
         if any(stop in self._held for stop in self.stops):  # one before min_new_tokens: the response has gone on
-            piece, self._held = self._held, ""
+            chunk, self._held = self._held, ""
         self._held += now[len(before) :]
         certain = min((self._first_start(stop) for stop in self.stops), default=len(self._held))
-        piece, self._held = piece + self._held[:certain], self._held[certain:]
-        self.text += piece
-        return piece
+        chunk, self._held = chunk + self._held[:certain], self._held[certain:]
+        self.text += chunk
+        return chunk
 
     def finish(self, stop: str = "") -> str:
         """Return the rest of the text, without the stop text that ended it and what follows."""
