@@ -65,7 +65,8 @@ def _flags(cls: Any, docs: Mapping[str, str], path: str, prefix: str) -> Iterato
     """Yield the flags of a group of settings. prefix: what stands before their names, with a dot."""
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        kind, marks = hints[field.name], ()
+        kind: Any = hints[field.name]
+        marks: list[Any] = []
         if get_origin(kind) is Annotated:
             kind, *marks = get_args(kind)
         inner = f"{path}{field.name}"
@@ -78,10 +79,8 @@ def _flags(cls: Any, docs: Mapping[str, str], path: str, prefix: str) -> Iterato
         name = getattr(config, "name", None) or _dashed(field.name)
         origin = get_origin(kind) or kind
         if kind is bool:
-            names = (f"--{prefix}{name}",)
-            if FlagCreatePairsOff not in marks:
-                names += (f"--{prefix}no-{name}",)
-            yield Flag(names, help_, takes_value=False)
+            pair = () if FlagCreatePairsOff in marks else (f"--{prefix}no-{name}",)
+            yield Flag((f"--{prefix}{name}", *pair), help_, takes_value=False)
             continue
         choices = tuple(map(str, get_args(kind))) if origin is Literal else DEVICES if name == "device" else ()
         names = () if Positional in marks else (f"--{prefix}{name}", *(getattr(config, "aliases", None) or ()))
