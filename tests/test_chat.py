@@ -117,7 +117,7 @@ def test_a_model_without_template_continues_each_message(talk):
     assert status == 0 and out == f"{answer}\n{answer}\n"
     assert err.count("this model continues texts") == 1
     status, _, err = talk(STORIES, ["Hi"], "--system", "Be brief.")
-    assert status == 2 and "plain, which has no system turn" in err
+    assert status == 2 and "error: chat: --system: the format of prompts is plain, which has no system turn" in err
 
 
 def test_dialog_is_hh_text_and_its_stop_text_is_not_printed(tmp_path, talk):
@@ -259,6 +259,38 @@ def test_a_stream_holds_back_what_may_be_a_stop_text():
     assert "".join(chunks) == "xSTO"
     chunks, _ = chunks_of(words, words("STOP it STOP").input_ids, ("STOP",), "STOP")  # the first before min_new_tokens
     assert "".join(chunks) == "STOP it "
+
+
+class Blanks:
+    """A tokenizer whose blanks before a full stop are gone only in a text of more than three words."""
+
+    def decode(self, tokens, skip_special_tokens):
+        text = " ".join("abcd."[token] for token in tokens)
+        return text.replace(" .", ".") if len(tokens) > 3 else text
+
+
+def test_a_stream_ends_with_the_whole_text_of_a_tokenizer_that_changes_blanks():
+    chunks, stream = chunks_of(Blanks(), [0, 4, 1, 2], ("c", "d"), "c")
+    assert "".join(chunks) == "a . b " and stream.text == "a. b "
+    chunks, stream = chunks_of(Blanks(), [0, 4, 1, 2], ("cd",))
+    assert "".join(chunks) == "a . b c" and stream.text == "a. b c"
+
+
+@pytest.mark.parametrize("path", ["fused", "attention", "transformers"])
+def test_a_rollout_hands_out_its_tokens_as_it_samples_them(tmp_path, path):
+    model = Model.load(ModelConfig(byte_model(tmp_path / "model")), device="cpu")
+    rollout = Rollout(model, SamplingConfig(max_new_tokens=7, batch=2), seed=2, decode_path=path)
+    tokens, logprobs = {}, {}
+
+    def receive(responses, sampled, sample):
+        for response, token, logprob in zip(responses.tolist(), sampled.tolist(), sample.raw_logprobs, strict=True):
+            tokens.setdefault(response, []).append(token)
+            logprobs.setdefault(response, []).append(float(logprob))
+
+    responses = rollout.generate(["ab", "c", "def"], samples=2, on_tokens=receive)
+    assert [tokens[i] for i in range(6)] == responses.response_ids()
+    for i, row in logprobs.items():
+        torch.testing.assert_close(torch.tensor(row), responses.raw_logprobs[i, : len(row)], rtol=0, atol=0)
 
 
 class Terminal:

@@ -57,7 +57,11 @@ def chat(options: ChatOptions) -> None:
             f"{options.model} has only {positions} positions, prompt included; an answer has at most"
             f" {sampling.max_new_tokens} tokens"
         )
-    conversation = Conversation(model, prompt_format, sampling, options.seed, options.system)
+    conversation = Conversation(model, prompt_format, sampling, options.seed)
+    try:
+        conversation.set_system(options.system)
+    except UserError as error:
+        raise UserError(f"chat: --system: {error}") from error
     notes += conversation.encoder.notes(learned=False)
     if not conversation.has_turns:
         notes.append(

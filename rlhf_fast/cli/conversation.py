@@ -57,9 +57,7 @@ def positions_of(model: Model) -> int:
 class Conversation:
     """The turns so far. With a format of prompts without turns (plain) each message is a prompt of its own."""
 
-    def __init__(
-        self, model: Model, prompt_format: PromptFormat, sampling: SamplingConfig, seed: int = 0, system: str = ""
-    ):
+    def __init__(self, model: Model, prompt_format: PromptFormat, sampling: SamplingConfig, seed: int = 0):
         self.model, self.sampling = model, sampling
         self.encoder = Encoder(model.tokenizer, prompt_format.template, eos=False, date=prompt_format.date)
         self.exchanges: list[Exchange] = []
@@ -67,8 +65,7 @@ class Conversation:
         self._rollout = Rollout(model, sampling, seed, keep_cache=True)
         self._calls = 0
         self.system = ""
-        if system:
-            self.set_system(system)
+        """Text of the system turn; "" = none."""
 
     @property
     def has_turns(self) -> bool:

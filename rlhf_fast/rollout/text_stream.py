@@ -45,9 +45,14 @@ class TextStream:
     def finish(self, stop: str = "") -> str:
         """Return the rest of the text, without the stop text that ended it and what follows."""
         whole = self._decode(self.tokens)
-        if stop and (at := whole.find(stop, len(self.text))) >= 0:
-            whole = whole[:at]
-        rest = whole[len(self.text) :] if whole.startswith(self.text) else ""
+        if whole.startswith(self.text):
+            rest = whole[len(self.text) :]
+        else:  # a tokenizer that changes the blanks of the whole text
+            before, now = (self._decode(self.tokens[self._start : end]) for end in (self._end, None))
+            rest = self._held + now[len(before) :]
+        if stop and stop in rest:
+            rest = rest.partition(stop)[0]
+            whole = whole[: whole.rfind(stop)] if stop in whole else whole
         self.text = whole
         return rest
 
