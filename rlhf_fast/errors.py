@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,25 @@ class BadRows(UserError):
 def listed(items: Sequence[str], shown: int = SHOWN) -> str:
     """Join the first `shown` items with commas; ", ..." stands for the rest."""
     return ", ".join(items[:shown]) + (", ..." if len(items) > shown else "")
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the known name that is most like `name`; "" if none has this share of its characters in this order."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
+
+
+def nearest_file(name: str, files: Iterable[str]) -> str:
+    """Return the file name that is most like `name`; "" if none is near. A common ending such as .jsonl says nothing
+    about that, so the parts before it are compared."""
+    names = {file: file.partition(".")[0] for file in files if file != name}
+    near = nearest(name.partition(".")[0], names.values(), cutoff=0.75)
+    return nearest(name, [file for file, stem in names.items() if near and stem == near], cutoff=0.0)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """Return the hint at the known name that was meant, or `otherwise` if none is near."""
+    near = nearest(name, known, cutoff)
+    return f"did you mean {near}?" if near else otherwise
 
 
 @contextmanager

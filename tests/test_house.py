@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a sour
 
 # From the top down: a package imports only from layers below its own. rlhf_fast/__init__.py is above all of them.
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"demo"},
     {"stages"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"ops", "batches", "errors"},
     {"kernels"},
 ]
-MAX_ENTRIES = 16
+MAX_ENTRIES = 17
 
 
 def package_files() -> dict[str, Path]:

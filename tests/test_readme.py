@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import io
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ SMALL = {
     "ppo": "--episodes 8 --batch 4 --minibatch 4 --inner-epochs 1 --ptx-ratio 1 --data.template plain"
     " --sampling.max-new-tokens 4 --pretrain.max-response-tokens 8 --log.samples 1",
     "generate": "--max-new-tokens 4 --template plain",
+    "chat": "--max-new-tokens 4 --template dialog",
     "eval": "--max-new-tokens 4 --template plain --limit 2",
 }
 SMALL_RECIPE = {
@@ -105,7 +107,7 @@ def workplace(folder, one_thread):
     "page",
     [pytest.param(p, marks=[pytest.mark.slow] * (p.name == "adding-an-op.md"), id=p.name) for p in PAGES],
 )
-def test_the_commands_run(page, workplace, capsys):
+def test_the_commands_run(page, workplace, capsys, monkeypatch):
     """`rlhf-fast` commands run in the page's order, with small sizes; the others are tried as far as is quick."""
     model = toy.model(workplace / "MODEL", letters="abcdefghijklmnopqrstuvwxyz")
     shown = [command for command in commands(page) if not is_elsewhere(command)]
@@ -116,6 +118,7 @@ def test_the_commands_run(page, workplace, capsys):
             if name == "run":  # after `init`
                 recipe = Path(argv[0])
                 recipe.write_text(small_recipe(recipe.read_text(encoding="utf-8"), model), encoding="utf-8")
+            monkeypatch.setattr(sys, "stdin", io.StringIO("a b .\n"))
             assert main([name, *argv, *SMALL.get(name, "").split()]) == 0, f"{command}\n{capsys.readouterr().err}"
         elif words[0] == "pytest":
             quick = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", *words[1:]]

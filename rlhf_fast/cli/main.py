@@ -10,7 +10,7 @@ from itertools import takewhile
 from rlhf_fast import __version__
 from rlhf_fast.cli.streams import safe_streams, silence
 from rlhf_fast.config.fields import BadSetting
-from rlhf_fast.errors import REMEDIES, UserError, shortened
+from rlhf_fast.errors import REMEDIES, UserError, did_you_mean, shortened
 
 Command = Callable[[Sequence[str]], int]
 
@@ -87,10 +87,7 @@ def _dispatch(argv: list[str]) -> int:
         print(f"rlhf-fast {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "`rlhf-fast --help` lists them"
+        hint = did_you_mean(argv[0], COMMANDS, "`rlhf-fast --help` lists them")
         raise UserError(f'no command "{argv[0]}"; {hint}')
     _, function = COMMANDS[argv[0]]
     return function(argv[1:])
@@ -201,6 +198,18 @@ def _generate(argv: Sequence[str]) -> int:
     return 0
 
 
+@command("chat", "talk to a model in the terminal")
+def _chat(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import ChatOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(ChatOptions, argv, "chat")
+    from rlhf_fast.cli.chat import chat
+
+    chat(options)
+    return 0
+
+
 @command("check", "look at a data file: errors, lengths, duplicates; with --tokenizer DIR one row as tokens")
 def _check(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.options import CheckOptions
@@ -280,6 +289,18 @@ def _show_config(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.show_config import show_config
 
     print("\n".join(show_config(options.stage, options.preset, options.config, options.diff)))
+    return 0
+
+
+@command("completion", "a script that completes commands and flags in bash, zsh or fish")
+def _completion(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import CompletionOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(CompletionOptions, argv, "completion")
+    from rlhf_fast.cli.completion import script
+
+    print(script(options.shell, {name: summary for name, (summary, _) in COMMANDS.items()}), end="")
     return 0
 
 

@@ -74,6 +74,30 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """Talk to a model in the terminal. Its format of prompts is the one that it was trained with. /help lists the
+    commands. Input that is no terminal is read line by line: each line is a message or a command, and the answers go to
+    standard output."""
+
+    model: Positional[Annotated[str, arg(metavar="MODEL")]]
+    """Directory or hub name of a language model."""
+    system: str = ""
+    """Text of the system turn, which stands before all others. Empty = none."""
+    sampling: OmitArgPrefixes[SamplingConfig] = field(default_factory=lambda: SamplingConfig(max_new_tokens=512))
+    seed: int = 0
+    """The same seed and the same input give the same answers."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of weights and activations."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto = cuda if there is one, else cpu."""
+    template: Template = "auto"
+    """Format of prompts (see `data.template` of the stages). plain: each message is a text that the model continues."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "model")
+
+
+@dataclass(frozen=True)
 class CheckOptions:
     """Report the contents of a data file and its errors. The exit status is 2 if there are errors."""
 
@@ -97,6 +121,16 @@ class CheckOptions:
     """Longest response in tokens (see `data.max_response_tokens` of the stages)."""
     limit: int = 0
     """Read only this many rows. 0 = all."""
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """Print the script with which a shell completes rlhf-fast's commands, flags, values and file names.
+    bash: eval "$(rlhf-fast completion bash)" in ~/.bashrc. zsh: the same with zsh in ~/.zshrc, after compinit.
+    fish: rlhf-fast completion fish > ~/.config/fish/completions/rlhf-fast.fish."""
+
+    shell: Positional[Annotated[Literal["bash", "zsh", "fish"], arg(metavar="SHELL")]]
+    """bash, zsh or fish."""
 
 
 @dataclass(frozen=True)

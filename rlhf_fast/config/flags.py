@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby, takewhile
@@ -14,15 +14,25 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 import tyro
 
 from rlhf_fast.config.fields import BadSetting
+from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import coerce, resolve, setting_error, setting_types, unknown_setting
 from rlhf_fast.config.sections import read_stage
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.config.yaml_file import Setting
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+SENTENCES = {
+    r"Error parsing (\S+): invalid literal for int\(\).*: '(.*)'": "{} must be a whole number, got {}",
+    r"Error parsing (\S+): could not convert string to float: '(.*)'": "{} must be a number, got {}",
+    r"Error parsing (\S+): Failed to parse key-value pairs!": "{0} takes pairs of names, as in {0} prompt question",
+    r"Error parsing (\S+): no type matching .*\{STR STR\} could be .* from \['(.*)'\]": "{} takes two names, got {}",
+    r"Missing value for argument '(.*)'\. Expected 1 values?": "{} needs a value",
+}
+"""Sentence of tyro's, as a pattern, -> ours."""
 
 T = TypeVar("T", bound="DataclassInstance")
 S = TypeVar("S", bound=StageConfig)
@@ -91,7 +101,25 @@ def _message(box: str) -> str:
     names = [line.split()[0].rstrip(",") for line in first[1:] if line.startswith("    ") and line[4:5].strip()]
     if first[0].startswith("Missing from") and names:
         return f"{' and '.join(names)} must be given"
-    return first[0].rstrip(".")
+    return _in_our_words(first[0].rstrip("."))
+
+
+def _in_our_words(sentence: str) -> str:
+    """Return a sentence of tyro's on one argument as this package writes it; one that is not known stays as it is."""
+    if found := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*?),?\)", sentence):
+        value, flag, choices = found.groups()
+        names = [name.strip("' ") for name in choices.split(",")]
+        hint = did_you_mean(value, names, "")
+        return f"{_last_name(flag)} must be one of {', '.join(names)}{f' ({hint})' * bool(hint)}, got {value}"
+    for pattern, words in SENTENCES.items():
+        if found := re.fullmatch(pattern, sentence):
+            return words.format(_last_name(found[1]), *found.groups()[1:])
+    return sentence
+
+
+def _last_name(flag: str) -> str:
+    """Return the last of a flag's names, -n/--n."""
+    return flag.rpartition("/")[2]
 
 
 def _type_of(cls: type[DataclassInstance], flag: str) -> Any:
@@ -143,14 +171,13 @@ def _switch_with_value(cls: type[DataclassInstance], argv: Sequence[str]) -> str
 
 
 def _nearest_flag(cls: type[DataclassInstance], argv: Sequence[str]) -> str:
-    """Suggest a flag of `cls` for the first unknown one. Only the part after the last dot is compared."""
-    paths = [path.replace("_", "-") for path in setting_types(cls)]
-    flags = {path.rpartition(".")[2]: path if hasattr(cls, "stage") else path.rpartition(".")[2] for path in paths}
+    """Suggest a flag of `cls` for the first unknown one."""
+    flags = [path if hasattr(cls, "stage") else path.rpartition(".")[2] for path in setting_types(cls)]
     for argument in argv:
-        flag = argument.partition("=")[0].removeprefix("--").replace("_", "-")
-        if argument.startswith("--") and flag not in flags.values():
-            near = difflib.get_close_matches(flag.rpartition(".")[2], flags, n=1)
-            return f"did you mean --{flags[near[0]]}?" if near else ""
+        flag = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and flag not in flags:
+            meant = meant_setting(flag, flags).replace("_", "-").replace(" and ", " and --")
+            return f"did you mean --{meant}?" if meant else ""
     return ""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -29,9 +28,10 @@ from typing import (
 )
 
 from rlhf_fast.config.fields import BadSetting
+from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.stages import STAGES, StageConfig
 from rlhf_fast.config.yaml_file import WIDTH, Setting, dump_yaml
-from rlhf_fast.errors import UserError, listed, shortened
+from rlhf_fast.errors import UserError, did_you_mean, listed, shortened
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -165,11 +165,18 @@ def unknown_setting(cls: type[DataclassInstance], path: str, origin: str) -> Use
     if inside:
         hint = f"it is a group, of {listed(inside, 4)}"
         return UserError(f'{stage_name(cls)}: "{path}" takes no value; {hint} ({origin})')
-    near = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
-    if not near:  # `--lr` for optim.lr: compare the last part alone
-        near = [name for name in names if name.rpartition(".")[2] == path.rpartition(".")[2]][:1]
-    hint = f"did you mean {near[0]}?" if near else f"`rlhf-fast show-config {stage_name(cls)}` lists them"
+    meant = meant_setting(path, names)
+    hint = f"did you mean {meant}?" if meant else f"{_listing(cls)} lists them"
     return UserError(f'{stage_name(cls)}: no setting "{path}"; {hint} ({origin})')
+
+
+def _listing(cls: type) -> str:
+    """Return the command that lists the settings of a tree."""
+    return (
+        f"`rlhf-fast show-config {stage_name(cls)}`"
+        if cls in STAGES.values()
+        else f"`rlhf-fast {stage_name(cls)} --help`"
+    )
 
 
 def coerce(cls: type[DataclassInstance], path: str, setting: Setting) -> Any:
@@ -208,9 +215,8 @@ def _coerce(kind: Any, value: Any) -> Any:
 def _coerce_choice(choices: tuple[Any, ...], value: Any) -> Any:
     if value not in choices:
         names = list(map(str, choices))
-        near = difflib.get_close_matches(str(value), names, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"must be one of {', '.join(names)}{hint}")
+        hint = did_you_mean(str(value), names, "")
+        raise ValueError(f"must be one of {', '.join(names)}{f' ({hint})' * bool(hint)}")
     return value
 
 

@@ -6,7 +6,6 @@ in the prompt already or `remove_columns` names it.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from rlhf_fast.data.fields import InvalidRow, column_names, is_empty, shown
 from rlhf_fast.data.meaning import NO_LOSS, THOUGHT, Rule, compact, is_question, rule_of, says_no
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, did_you_mean, nearest
 
 COLUMNS = (
     *("prompt", "completion", "messages", "chosen", "rejected", "responses", "ranks", "scores", "text", "group"),
@@ -180,8 +179,7 @@ def require_our_names(path: object, columns: Mapping[str, str]) -> None:
     """Raise UserError for a name in `columns` that is none of ours, and for a column that is mapped twice."""
     for name in columns:
         if name not in COLUMNS:
-            near = difflib.get_close_matches(name, COLUMNS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COLUMNS)}"
+            hint = did_you_mean(name, COLUMNS, f"there are {', '.join(COLUMNS)}")
             raise UserError(f"{path}: columns: no column of ours is called {name!r}; {hint}")
     ours_of: dict[str, str] = {}
     for ours, theirs in columns.items():
@@ -225,9 +223,9 @@ def missing_column(row: Columns, kind: str, wanted: tuple[str, ...]) -> InvalidR
     columns = {}
     for name in absent:
         near = [other for other in ALIASES.get(name, ()) if other in row and other not in wanted]
-        near += difflib.get_close_matches(name, [key for key in row if key not in wanted], n=1, cutoff=0.7)
-        if near:
-            columns[name] = near[0]
+        near.append(nearest(name, [key for key in row if key not in wanted], cutoff=0.7))
+        if any(near):
+            columns[name] = next(filter(None, near))
     hint = ""
     if columns:
         pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import gzip
 import json
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.fields import InvalidRow, json_type
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, nearest_file
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP_START = b"\x1f"
@@ -29,8 +28,8 @@ def require_file(path: str | Path, pipe: bool = False) -> None:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        near = difflib.get_close_matches(path.name, [name for name in _siblings(path) if name != path.name], n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "look at the path"
+        near = nearest_file(path.name, _siblings(path))
+        hint = f"did you mean {path.parent / near}?" if near else "look at the path"
         raise UserError(f"{path}: there is no such file; {hint}") from error
     if stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a folder; give the JSONL file in it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from rich.console import Console
 from rlhf_fast import __version__
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.data.chat_template import process_start
-from rlhf_fast.errors import UserError, listed, shortened, writing
+from rlhf_fast.errors import UserError, did_you_mean, listed, shortened, writing
 from rlhf_fast.eval import report, reward_report
 from rlhf_fast.eval.answers import FOLDER, SECONDS, TEMPLATE
 from rlhf_fast.eval.figure import draw
@@ -167,8 +166,7 @@ def _check_thresholds(cfg: EvalConfig, models: Mapping[str, str], tasks: Sequenc
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint at the name that was meant, or at all that there are."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {listed([*known], 12)}"
+    return did_you_mean(name, known, f"there are {listed([*known], 12)}")
 
 
 def _check_folder(cfg: EvalConfig, planned: Planned) -> None:

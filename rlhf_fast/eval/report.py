@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_fast.errors import UserError, listed, shortened
+from rlhf_fast.errors import UserError, did_you_mean, listed, shortened
 from rlhf_fast.eval.gold_curve import CURVE
 from rlhf_fast.eval.tables import (
     EXCLUDES_ZERO,
@@ -148,8 +147,7 @@ def _record_of(name: str, records: Sequence[Record]) -> Record:
         if (record["task"], record["measure"]) == (task, measure):
             return record
     known = list(dict.fromkeys(x for r in chosen for x in (r["task"], f"{r['task']}.{r['measure']}")))
-    near = difflib.get_close_matches(wanted, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {listed(known) or 'no results'}"
+    hint = did_you_mean(wanted, known, f"there are {listed(known) or 'no results'}")
     where = f"of {chosen[0]['model']}" if chosen else "of any model"
     raise UserError(f"--fail-under {name}: no result {where} has that name; {hint}")
 

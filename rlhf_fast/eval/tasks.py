@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_fast.errors import UserError, listed
+from rlhf_fast.errors import UserError, did_you_mean, listed
 from rlhf_fast.eval import generation, likelihood
 from rlhf_fast.eval.files import Row
 from rlhf_fast.eval.generation import GenerationTask
@@ -188,9 +187,10 @@ def select_tasks(names: Iterable[str]) -> list[Task]:
     for name in wanted:
         if name != ALL and name not in TASKS and name not in GROUPS:
             known = list(dict.fromkeys([*GROUPS, ALL, *TASKS]))
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"tasks: there is no {name!r}; {hint}known are {listed(known, len(known))}")
+            hint = did_you_mean(name, known, "", cutoff=0.4)
+            raise UserError(
+                f"tasks: there is no {name!r}; {hint}{' ' * bool(hint)}known are {listed(known, len(known))}"
+            )
         selected.update(TASKS if name == ALL else GROUPS.get(name, (name,)))
     return [task for task in TASK_LIST if task.name in selected]
 

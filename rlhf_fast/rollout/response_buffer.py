@@ -17,6 +17,11 @@ ProgressCallback = Callable[[int, int], None]
 """Called after each step with the number of tokens sampled and the number of responses finished in it."""
 
 
+TokenCallback = Callable[["np.ndarray", "np.ndarray", "TokenSample"], None]
+"""Called at each step with the responses (n,) that get a token, the tokens (n,), and what the sampler knows of them. An
+exception in it ends the rollout."""
+
+
 class Requests(NamedTuple):
     """B requested responses, `samples` for each prompt, those of one prompt next to each other."""
 
@@ -72,8 +77,9 @@ class TokenSample(NamedTuple):
 class ResponseBuffer:
     """All tokens of a rollout, stored in the order of sampling and sorted into rows at the end."""
 
-    def __init__(self, requests: Requests):
+    def __init__(self, requests: Requests, on_tokens: TokenCallback | None = None):
         self.requests = requests
+        self.on_tokens = on_tokens
         self.lengths = np.zeros(requests.num_responses, dtype=np.int64)
         self.reasons = np.zeros(requests.num_responses, dtype=np.uint8)
         self.stop_indices = np.full(requests.num_responses, -1, dtype=np.int64)
@@ -97,6 +103,8 @@ class ResponseBuffer:
         self._indices.append((responses, steps))
         self._tokens.append(tokens)
         self._statistics.append(sample[1:])
+        if self.on_tokens is not None:
+            self.on_tokens(responses, tokens, sample)
         return tokens
 
     def finish(self, responses: np.ndarray, lengths: np.ndarray, stops: Stops) -> None:

@@ -23,7 +23,7 @@ from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.fused import FusedDecoder
 from rlhf_fast.rollout.hf_batch import BatchKind, choose_batch
 from rlhf_fast.rollout.kv_cache import PagedKVCache, cap_pages, create_cache, page_bytes, page_size_for
-from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer
+from rlhf_fast.rollout.response_buffer import ProgressCallback, Requests, ResponseBuffer, TokenCallback
 from rlhf_fast.rollout.sampler import Sampler, rollout_key
 from rlhf_fast.rollout.scheduler import Scheduler, cache_lengths, pages_needed
 from rlhf_fast.rollout.stop_criteria import StopCriteria
@@ -78,6 +78,7 @@ class Rollout:
         samples: int = 1,
         step: int = 0,
         progress: ProgressCallback | None = None,
+        on_tokens: TokenCallback | None = None,
     ) -> Responses:
         """Return `samples` responses for each prompt, those of one prompt next to each other, in the prompts' order.
 
@@ -85,6 +86,7 @@ class Rollout:
         step: the same seed, step, uids and `samples` give the same noise; another step gives new samples. PPO
             passes the number of its batch.
         progress: called after each step with the number of tokens sampled and of responses finished in it.
+        on_tokens: called with the tokens themselves as soon as they are sampled, for instance to show them.
 
         torch's random state is not used, and the model's training mode is kept. UserError for prompts that the model
         cannot answer.
@@ -92,7 +94,7 @@ class Rollout:
         if not isinstance(prompts, Prompts):
             prompts = self._encode(prompts)
         self._check(prompts)
-        buffer = ResponseBuffer(Requests.from_prompts(prompts, samples))
+        buffer = ResponseBuffer(Requests.from_prompts(prompts, samples), on_tokens)
         if not buffer.requests.num_responses:
             return buffer.to_responses()
         decoder = self._get_decoder()

@@ -18,7 +18,7 @@ from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data import read_prompts
 from rlhf_fast.data.rows import read_examples
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, nearest, shortened
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
 from rlhf_fast.model.vocabulary import tokens_of_rows
 from rlhf_fast.rollout.exact import find_kernel_obstacle
@@ -30,6 +30,8 @@ from rlhf_fast.training.rewards import is_function, source_file
 
 ROWS_TRIED = 64
 """Rows of each file that are read first, to see whether they are rows of the stage and whether any prompt fits."""
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "meta")
+"""Kinds of devices that torch runs on, first those that we are tested on."""
 
 
 class Role(NamedTuple):
@@ -225,8 +227,33 @@ def check_device(command: str, device: str) -> None:
     """Raise UserError for a device that torch does not know or that is not there."""
     if device == "auto":
         return
+    if fault := _device_fault(device):
+        raise UserError(f"{command}: device {device} cannot be used: {fault}")
     try:
         torch.zeros(1, device=device).cpu()  # `meta` has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{command}: device {device} cannot be used: {reason}; choose cpu or auto") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without XPU
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise UserError(
+            f"{command}: device {device} cannot be used: {shortened(reason, 160)}; choose cpu or auto"
+        ) from error
+
+
+def _device_fault(device: str) -> str:
+    """Return why a device cannot be used, and the remedy; "" if there is no known reason."""
+    kind, _, index = device.partition(":")
+    if kind not in DEVICES or (index and not index.isdigit()):
+        named = "cuda" if kind.lower() in ("gpu", "nvidia", "rocm", "hip") else nearest(kind.lower(), DEVICES)
+        meant = f"did you mean {named}? " if named and kind not in DEVICES else ""
+        return f"there is no such device; {meant}choose auto, cpu, cuda, cuda:1 (the second GPU) or mps (a Mac's)"
+    if kind == "cuda" and not torch.backends.cuda.is_built() and not torch.version.hip:
+        return "this build of torch has no CUDA; choose cpu or auto, or install torch with CUDA (pytorch.org)"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU; choose cpu or auto, or look at the driver and CUDA_VISIBLE_DEVICES (`nvidia-smi`)"
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        return f"torch sees only {there}; choose one of them, cpu or auto"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "it is the GPU of a Mac, which torch does not see here; choose cpu or auto"
+    if kind == "cpu" and int(index or 0):
+        return "there is one CPU; choose cpu or auto"
+    return ""

@@ -8,7 +8,6 @@ Rows may have "labeler", and "role" where one file serves several roles. Several
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import sys
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from rlhf_fast.data.fields import InvalidRow, json_type
 from rlhf_fast.data.json_lines import parse_object, read_lines
-from rlhf_fast.errors import UserError, writing
+from rlhf_fast.errors import UserError, did_you_mean, writing
 from rlhf_fast.eval.cells import show
 from rlhf_fast.eval.estimates import agreement
 from rlhf_fast.eval.judges.protocol import PREFERENCE, QUESTIONS, Validation, Verdict, unjudged
@@ -108,10 +107,9 @@ def _role(role: object) -> str:
     """Return the role of a row. InvalidRow for what is none."""
     if isinstance(role, str) and role in QUESTIONS:
         return role
-    close = difflib.get_close_matches(role, QUESTIONS, 1) if isinstance(role, str) else []
-    hint = f"; did you mean {close[0]}?" if close else ""
     shown = role if isinstance(role, str) else json.dumps(role)
-    raise InvalidRow(f"no role {shown}; the roles are {', '.join(QUESTIONS)}{hint}")
+    hint = did_you_mean(shown, QUESTIONS, "")
+    raise InvalidRow(f"no role {shown}; the roles are {', '.join(QUESTIONS)}{'; ' * bool(hint)}{hint}")
 
 
 def _may_begin(path: str | Path, out: str | Path) -> bool:

@@ -1,0 +1,121 @@
+"""`rlhf-fast completion`: the scripts in the shells themselves, and their flags against those of --help."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_fast.cli.completion import CLASSES, flags_of, script
+from rlhf_fast.cli.main import COMMANDS, main
+
+SUMMARIES = {name: summary for name, (summary, _) in COMMANDS.items()}
+
+
+def complete_in_bash(folder, line):
+    """Return what bash offers at the end of a line."""
+    (folder / "bash").write_text(script("bash", SUMMARIES))
+    words = [word for part in line.split(" ") for word in re.split("(=)", part) if word or not part]
+    code = (
+        f"source ./bash; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _rlhf_fast;"
+        " printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    run = subprocess.run(["bash", "--norc", "-c", code], capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def complete_in_fish(folder, line):
+    (folder / "fish").write_text(script("fish", SUMMARIES))
+    code = f"source ./fish; complete -C {shlex.quote(line)}"
+    run = subprocess.run(["fish", "--no-config", "-c", code], capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    return [offer.partition("\t")[0] for offer in run.stdout.splitlines()]
+
+
+def complete_in_zsh(folder, line):
+    """Return what the function gives to zsh's own ones, which print it here, of that what fits the line."""
+    (folder / "zsh").write_text(script("zsh", SUMMARIES))
+    words = line.split(" ")
+    current = words[-1].rpartition("=")[2]
+    code = f"""
+        compdef() {{ }}
+        compadd() {{ shift; print -l -- "$@" }}
+        _describe() {{ print -l -- "${{(@)${{(P@)2}}%%:*}}" }}
+        _files() {{ print -l -- *(N) }}
+        compset() {{ PREFIX=${{PREFIX#*=}} }}
+        source ./zsh
+        words=({shlex.join(words)}) CURRENT={len(words)} PREFIX={shlex.quote(words[-1])}
+        _rlhf_fast
+    """
+    run = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, cwd=folder)
+    assert not run.stderr, run.stderr
+    return [word for word in run.stdout.split() if word.startswith(current)]
+
+
+SHELLS = [
+    pytest.param(complete, marks=pytest.mark.skipif(not shutil.which(name), reason=f"needs {name}"), id=name)
+    for name, complete in (("bash", complete_in_bash), ("zsh", complete_in_zsh), ("fish", complete_in_fish))
+]
+
+
+@pytest.mark.parametrize("complete", SHELLS)
+def test_commands_flags_values_and_files_are_completed(complete, tmp_path):
+    (tmp_path / "prompts.jsonl").touch()
+    assert set(COMMANDS) <= set(complete(tmp_path, "rlhf-fast "))
+    assert {"chat", "check"} <= set(complete(tmp_path, "rlhf-fast ch"))
+    assert "sft" not in complete(tmp_path, "rlhf-fast ch")
+    offered = complete(tmp_path, "rlhf-fast ppo --kl.")
+    assert {"--kl.coef", "--kl.estimator", "--kl.controller", "--kl.target", "--kl.horizon"} <= set(offered)
+    assert "--clip-low" not in offered
+    assert {"--model.dtype"} <= set(complete(tmp_path, "rlhf-fast sft --epochs 3 --model.dt"))
+    assert "--model.dtype" not in complete(tmp_path, "rlhf-fast show-config sft --")
+    assert {"float32", "bfloat16", "float16"} <= set(complete(tmp_path, "rlhf-fast chat m --dtype "))
+    assert "float16" not in complete(tmp_path, "rlhf-fast chat m --dtype b")
+    assert {"paper", "tutorial"} <= set(complete(tmp_path, "rlhf-fast ppo --preset "))
+    assert {"sft", "reward", "ppo"} <= set(complete(tmp_path, "rlhf-fast show-config "))
+    assert {"bash", "zsh", "fish"} <= set(complete(tmp_path, "rlhf-fast completion "))
+    if complete is complete_in_bash:  # readline itself completes the names of files, where the function offers nothing
+        assert complete(tmp_path, "rlhf-fast generate --prompts p") == []
+    else:
+        assert any(word.endswith("prompts.jsonl") for word in complete(tmp_path, "rlhf-fast generate --prompts p"))
+    if complete is not complete_in_fish:  # fish itself knows of `=`, and offers the flag with it
+        assert complete(tmp_path, "rlhf-fast chat m --dtype=b") == ["bfloat16"]
+        assert len(complete(tmp_path, "rlhf-fast chat m --dtype=")) == 3
+        assert complete(tmp_path, "rlhf-fast chat m --dtype") == ["--dtype"]
+    assert not any("jsonl" in word for word in complete(tmp_path, "rlhf-fast generate --limit "))
+
+
+def test_bash_uses_the_names_of_files(tmp_path):
+    (tmp_path / "bash").write_text(script("bash", SUMMARIES))
+    run = subprocess.run(
+        ["bash", "--norc", "-c", "source ./bash; complete -p rlhf-fast"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.stdout.split() == ["complete", "-o", "default", "-F", "_rlhf_fast", "rlhf-fast"]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_flags_are_those_of_the_command(command, capsys):
+    assert command in CLASSES, f"add the class of its flags to CLASSES in {flags_of.__module__}"
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    shown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*(?<!\.)", re.sub(r"`[^`]*`", "", text)))
+    ours = {name for flag in flags_of(command) for name in flag.names if name.startswith("--")}
+    starts = [match.group(1) for line in text.splitlines() if (match := re.match(r"[│| ]*(-[-\w., ]*)", line))]
+    listed = {name for start in starts for name in re.findall(r"--[a-z][\w.-]*", start)}
+    assert ours <= shown and listed <= ours
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_is_printed_without_torch(shell, capsys):
+    assert main(["completion", shell]) == 0
+    printed = capsys.readouterr().out
+    assert printed == script(shell, SUMMARIES)
+    code = "import sys; from rlhf_fast.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code, "completion", shell], capture_output=True, text=True, env=env)
+    assert run.returncode == 0 and run.stdout == printed
