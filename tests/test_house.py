@@ -14,7 +14,7 @@ LAYERS = [
     {"cli"},
     {"demo"},
     {"stages"},
-    {"eval"},
+    {"eval", "export"},
     {"run", "scoring"},
     {"rollout", "training"},
     {"model"},

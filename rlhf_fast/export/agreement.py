@@ -23,6 +23,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 
 NEW_TOKENS = 64
+LIKELIEST = 8
 TEXTS = (
     "Once upon a time",
     "Why is the sky blue?",
@@ -107,11 +108,14 @@ def _kept(logits: Tensor, prompt: int) -> Tensor:
 
 
 def rounding(rows: Sequence[Row], logits: Logits) -> float:
-    """Return the largest change of a log-probability's gap, in nats: of our logits on other weights."""
+    """Return how far other weights move our logits, in nats: the largest change of the gap between our token and one of
+    the likeliest at its position."""
     largest = 0.0
     for row in rows:
         change = _kept(logits(row.tokens), len(row.prompt)) - row.logits
-        largest = max(largest, float((change.amax(1) - change.amin(1)).max()))
+        near = row.logits.topk(min(LIKELIEST, row.logits.shape[1]), 1).indices
+        of_ours = change.gather(1, torch.tensor(row.response)[:, None])
+        largest = max(largest, float((change.gather(1, near) - of_ours).abs().max()))
     return largest
 
 

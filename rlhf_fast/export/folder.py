@@ -42,7 +42,7 @@ def write_folder(model: Model, folder: Path, dtype: str, rows: list[Row]) -> str
     moved = rounding(rows, logits_of(model.base))
     with quiet():
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = compare(rows, logits_of(again.eval()), 2 * moved + ARITHMETIC, model.num_tokens, str(folder))
+    found = compare(rows, logits_of(again.eval()), moved + ARITHMETIC, model.num_tokens, str(folder))
     return found.sentence(f"transformers on {dtype}", len(rows))
 
 
@@ -72,7 +72,7 @@ def merge_adapter(run: str, model: Model) -> str:
         )
     merged = _merged_weights(str(base), folder, model)
     state: dict[str, Any] = dict(model.base.named_parameters())
-    saved = _saved_dtype(run)
+    saved = saved_dtype(run)
     changed = 0.0
     for name, value in merged.items():
         if name not in state:
@@ -105,7 +105,7 @@ def _merged_weights(base: str, adapter: Path, model: Model) -> dict[str, torch.T
     return lora.merged_state_dict(lora.unwrap(wrapped))
 
 
-def _saved_dtype(run: str) -> str:
+def saved_dtype(run: str) -> str:
     """Return the dtype in the run's config.json."""
     config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")

@@ -37,6 +37,9 @@ TEKKEN = (
 )
 
 
+NORMALIZES = "the tokenizer composes characters (NFC) before it splits a text, llama.cpp does not: give it composed texts"
+
+
 def _split(pattern: str) -> PreTokenizer:
     """Return the splits by a regular expression, as bytes."""
     return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -64,12 +67,12 @@ PRE = {
 class TokenizerFacts(NamedTuple):
     """The tokenizer's part of a GGUF file."""
 
-    kind: str
-    """tokenizer.ggml.model: gpt2 or llama."""
     metadata: list[tuple[str, Any]]
     """Pairs of a method of gguf's writer and its argument."""
     ends: list[int]
     """Tokens that end a response."""
+    note: str = ""
+    """A sentence for the user."""
 
 
 def tokenizer_facts(model: Model, encoder: Encoder) -> TokenizerFacts:
@@ -97,7 +100,8 @@ def tokenizer_facts(model: Model, encoder: Encoder) -> TokenizerFacts:
         metadata += [("add_tokenizer_model", "gpt2"), ("add_tokenizer_pre", pre), ("add_token_merges", merges)]
     metadata += [("add_token_list", tokens), ("add_token_types", types)]
     special, ends = _special_tokens(model, encoder)
-    return TokenizerFacts("llama" if bpe.get("byte_fallback") else "gpt2", metadata + special, ends)
+    normalizes = bool(backend.normalizer) and not bpe.get("byte_fallback")
+    return TokenizerFacts(metadata + special, ends, NORMALIZES if normalizes else "")
 
 
 def pre_tokenizer_name(name: str, backend: Tokenizer, ignore_merges: bool) -> str:

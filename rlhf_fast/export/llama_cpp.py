@@ -58,7 +58,7 @@ def check(
             engine.eval(list(tokens))
             return torch.from_numpy(engine.scores[: len(tokens)].copy())
 
-        allowed = (4 if quantized else 2) * rounding + ARITHMETIC[activation]
+        allowed = (2 if quantized else 1) * rounding + ARITHMETIC[activation]
         return compare(rows, logits, allowed, num_tokens, PROGRAM)
     finally:
         engine.close()
