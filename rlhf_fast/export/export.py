@@ -19,7 +19,7 @@ from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.errors import UserError, listed, writing
 from rlhf_fast.export import gguf_file, llama_cpp, modelfile
-from rlhf_fast.export.agreement import Row, compare, greedy_rows, logits_of, rounding
+from rlhf_fast.export.agreement import NEAR_TIE, Row, compare, greedy_rows, logits_of, rounding
 from rlhf_fast.export.folder import merge_adapter, saved_dtype, write_folder
 from rlhf_fast.export.gguf_tensors import FAMILIES, Contents, contents
 from rlhf_fast.export.gguf_vocabulary import TokenizerFacts, tokenizer_facts
@@ -122,20 +122,21 @@ def _write_gguf(
     gguf_file.write(path, model.name, kind, held, facts)
     counts = gguf_file.read_back(path, held)
     types = ", ".join(f"{count} {name.lower()}" for name, count in sorted(counts.items()))
-    yield f"{path.name}: {sum(counts.values())} tensors ({types}) read back as they are, within the rounding of their types"
+    yield f"{path.name}: {sum(counts.values())} tensors ({types}) read back within the rounding of their types"
     if facts.note:
         yield facts.note
     own, moved = logits_of(model.base), rounding(rows, logits_of(model.base))
-    found = compare(rows, own, moved, model.num_tokens, "the file's weights in our own forward pass")
-    yield found.sentence("the file's weights in our own forward pass", len(rows))
+    name = f"the {kind} weights in our own forward pass"
+    found = compare(rows, own, min(moved, NEAR_TIE[kind]), model.num_tokens, name)
+    yield found.sentence(name, len(rows))
     if not llama_cpp.is_installed():
         yield "llama.cpp was not there to compare with; pip install llama-cpp-python, and export again"
         return
     exact_gelu = getattr(model.text_config, "hidden_act", "") == "gelu"
     activation = "gelu" if exact_gelu else FAMILIES[type(model.base).__name__].activation
     found = llama_cpp.check(
-        path, rows, is_chat=is_chat, ends=facts.ends, activation=activation, rounding=moved,
-        quantized=kind == "q8_0", num_tokens=model.num_tokens,
+        path, rows, is_chat=is_chat, ends=facts.ends, activation=activation, kind=kind, rounding=moved,
+        num_tokens=model.num_tokens,
     )  # fmt: skip
     yield found.sentence(llama_cpp.PROGRAM, len(rows))
 

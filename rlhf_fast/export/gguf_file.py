@@ -70,7 +70,9 @@ def _rounded(weight: Weight, type_: Any, gguf: Any) -> np.ndarray:
     """Return the tensor in its type."""
     value = weight.to_file().numpy()
     if not np.isfinite(value).all():
-        raise UserError(f"{weight.name}: has weights that are not finite; train the model again, or give an earlier one")
+        raise UserError(
+            f"{weight.name}: has weights that are not finite; train the model again, or give an earlier one"
+        )
     if type_.name == "F16" and np.abs(value).max(initial=0) > np.finfo(np.float16).max:
         raise UserError(f"{weight.name}: has weights above 65504, which f16 cannot hold; choose --gguf bf16 or f32")
     with np.errstate(all="ignore"):

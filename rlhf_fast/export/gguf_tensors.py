@@ -101,7 +101,9 @@ def contents(model: Model, gguf: Any) -> Contents:
     except Unsupported as error:
         raise UserError(f"{model.name}: {name} is not exported to GGUF, because {error}") from error
     if refused := _difference(model, decoder, family):
-        raise UserError(f"{model.name}: is not exported to GGUF, because {refused}, and llama.cpp computes {refused.llama}")
+        raise UserError(
+            f"{model.name}: is not exported to GGUF, because {refused}, and llama.cpp computes {refused.llama}"
+        )
     length, notes = _context_length(model, decoder)
     rope, factors = _rope(model, decoder, family, gguf)
     weights = _weights(model, decoder, family, gguf)
@@ -184,9 +186,7 @@ def _shape(model: Model, decoder: Decoder, length: int) -> list[tuple[str, Any]]
     return sizes
 
 
-def _rope(
-    model: Model, decoder: Decoder, family: Family, gguf: Any
-) -> tuple[list[tuple[str, Any]], Tensor | None]:
+def _rope(model: Model, decoder: Decoder, family: Family, gguf: Any) -> tuple[list[tuple[str, Any]], Tensor | None]:
     """Return the metadata of the rotation, and the factors of its frequencies if it has some."""
     if decoder.rotary is None:
         return [], None
@@ -196,14 +196,20 @@ def _rope(
     inverse = rotary.inv_freq.detach().float().cpu()
     size = 2 * len(inverse)
     if family.interleaved_rope and size != decoder.head_dim:
-        raise UserError(f"{model.name}: is not exported to GGUF, because it rotates {size} of {decoder.head_dim} elements")
+        raise UserError(
+            f"{model.name}: is not exported to GGUF, because it rotates {size} of {decoder.head_dim} elements"
+        )
     metadata: list[tuple[str, Any]] = [("add_rope_dimension_count", size), ("add_rope_freq_base", base)]
     factors = 1.0 / (base ** (torch.arange(0, size, 2).float() / size)) / inverse
     if kind == "default" and torch.allclose(factors, torch.ones(()), rtol=1e-5):
         return metadata, None
     if kind == "linear" and torch.allclose(factors, factors[0], rtol=1e-5):
         factor = float(settings["factor"])
-        return [*metadata, ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR), ("add_rope_scaling_factor", factor)], None
+        return [
+            *metadata,
+            ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR),
+            ("add_rope_scaling_factor", factor),
+        ], None
     if kind == "llama3" and family.rope_factors and rotary.attention_scaling == 1:
         return metadata, factors
     raise UserError(

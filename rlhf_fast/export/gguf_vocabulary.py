@@ -24,9 +24,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "▁"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 PROBE = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    🚀 (normal) 😶\u200d🌫️ ✅ 3 33 333 3333 33333 333333 3.3 3..3 3...3 កាន់តែពិសេស"
-    "😁 ?我想在apple工作1314151天～ ------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been"
-    " 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL  HelloWorld/path_x \r\n"
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    🚀 (normal) 😶\u200d🌫️ ✅ 3 33 333 3333 33333 333333 3.3 3..3 3...3"
+    ' កាន់តែពិសេស😁 ?我想在apple工作1314151天～ ------======= нещо на Български ```````""""......!!!!!!??????'
+    " I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL "
+    " HelloWorld/path_x \r\n"
 )
 """A text on which the known ways to split differ."""
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -37,7 +38,9 @@ TEKKEN = (
 )
 
 
-NORMALIZES = "the tokenizer composes characters (NFC) before it splits a text, llama.cpp does not: give it composed texts"
+NORMALIZES = (
+    "the tokenizer composes characters (NFC) before it splits a text, llama.cpp does not: give it composed texts"
+)
 
 
 def _split(pattern: str) -> PreTokenizer:
@@ -79,7 +82,9 @@ def tokenizer_facts(model: Model, encoder: Encoder) -> TokenizerFacts:
     """Return the tokenizer as llama.cpp reads it; UserError for one that it cannot read."""
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"{model.name}: its tokenizer is not one of the package tokenizers, so that GGUF cannot hold it")
+        raise UserError(
+            f"{model.name}: its tokenizer is not one of the package tokenizers, so that GGUF cannot hold it"
+        )
     state = json.loads(backend.to_str())
     bpe, kind = state["model"], state["model"]["type"]
     if kind != "BPE":
@@ -185,7 +190,9 @@ def _adds_space(model: Model, backend: Tokenizer) -> bool:
     bare = backend.encode("a b  c", add_special_tokens=False).tokens
     text = "".join(bare)
     if text not in (f"{SPACE}a{SPACE}b{SPACE}{SPACE}c", f"a{SPACE}b{SPACE}{SPACE}c"):
-        raise UserError(f"{model.name}: its tokenizer changes a text in a way that GGUF cannot hold ('a b  c' to {text!r})")
+        raise UserError(
+            f"{model.name}: its tokenizer changes a text in a way that GGUF cannot hold ('a b  c' to {text!r})"
+        )
     return text.startswith(SPACE)
 
 

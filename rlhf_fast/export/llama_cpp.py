@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.export.agreement import Agreement, Row, compare
+from rlhf_fast.export.agreement import NEAR_TIE, Agreement, Row, compare
 
 PROGRAM = "llama.cpp"
 ARITHMETIC = {"silu": 2e-3, "gelu_tanh": 2e-2, "gelu": 5e-2}
@@ -25,14 +25,14 @@ def is_installed() -> bool:
 
 
 def check(
-    path: Path, rows: Sequence[Row], *, is_chat: bool, ends: Sequence[int], activation: str, rounding: float,
-    quantized: bool, num_tokens: int,
+    path: Path, rows: Sequence[Row], *, is_chat: bool, ends: Sequence[int], activation: str, kind: str,
+    rounding: float, num_tokens: int,
 ) -> Agreement:  # fmt: skip
     """Compare the file with the model's greedy responses. UserError if a prompt has other tokens in llama.cpp, an end
     token ends nothing, or it says other tokens.
 
-    rounding: how far the file's weights move a logit. quantized: llama.cpp rounds the activations too, which counts
-    once more.
+    rounding: how far the file's weights, of type `kind`, move a logit. For q8_0 llama.cpp rounds the activations too,
+    which counts once more.
     """
     import llama_cpp
 
@@ -58,7 +58,7 @@ def check(
             engine.eval(list(tokens))
             return torch.from_numpy(engine.scores[: len(tokens)].copy())
 
-        allowed = (2 if quantized else 1) * rounding + ARITHMETIC[activation]
+        allowed = min((2 if kind == "q8_0" else 1) * rounding, NEAR_TIE[kind]) + ARITHMETIC[activation]
         return compare(rows, logits, allowed, num_tokens, PROGRAM)
     finally:
         engine.close()

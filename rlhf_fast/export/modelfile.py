@@ -39,10 +39,13 @@ class GoTemplate(NamedTuple):
 
     def source(self) -> str:
         """Return the template in Go's language, as Ollama executes it: over .Messages."""
-        default = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_go(self.first)}{{{{ end }}}}' if self.first else ""
+        default = (
+            f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_go(self.first)}{{{{ end }}}}' if self.first else ""
+        )
         cases = ""
         for role, (before, after) in self.around.items():
-            cases += f'{{{{ {"else " if cases else ""}if eq $m.Role "{role}" }}}}{_go(before)}{{{{ $m.Content }}}}{_go(after)}'
+            word = "else if" if cases else "if"
+            cases += f'{{{{ {word} eq $m.Role "{role}" }}}}{_go(before)}{{{{ $m.Content }}}}{_go(after)}'
         between = f"{{{{ if $i }}}}{_go(self.between)}{{{{ end }}}}" if self.between else ""
         turns = f"{{{{ range $i, $m := .Messages }}}}{between}{cases}{{{{ end }}}}{{{{ end }}}}"
         return f"{default}{turns}{_go(self.last)}"
@@ -82,7 +85,11 @@ CHECKS: tuple[list[Message], ...] = (
     [_turn("user", "What is 2 + 2, ä and <b>?\nSay it.")],
     [_turn("system", "Be brief."), _turn("user", "Why?")],
     [_turn("user", "One."), _turn("assistant", "Two.\n\nThree."), _turn("user", "Four")],
-    [_turn("system", "A"), *(_turn(role, f"{role} {i}") for i in range(3) for role in ("user", "assistant")), _turn("user", "?")],
+    [
+        _turn("system", "A"),
+        *(_turn(role, f"{role} {i}") for i in range(3) for role in ("user", "assistant")),
+        _turn("user", "?"),
+    ],
 )
 """Conversations on which a template and the format must be the same."""
 
@@ -100,6 +107,7 @@ def _dialog_template() -> GoTemplate:
 
 def _chat_template(encoder: Encoder, start: str) -> GoTemplate:
     """Return a template with what the chat template writes around marked contents."""
+
     def pieces(*roles: str) -> list[str]:
         """Return the texts before, between and behind the contents of a conversation with these roles."""
         text, found = _prompt(encoder, [_turn(role, MARK.format(i)) for i, role in enumerate(roles)], start), []
