@@ -5,6 +5,7 @@ llama.cpp computes the files where llama-cpp-python is installed; elsewhere its 
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_rows_of_q_and_k_suit_the_rotation_of_llama_cpp(tmp_path):
     ours = scores(q.weight, q.bias, k.weight, k.bias, rotate_halves)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
     wrong = scores(q.weight, q.bias, k.weight, k.bias, rotate_pairs)
-    assert float((wrong - ours).abs().max()) > 1e-2
+    assert float((wrong - ours).detach().abs().max()) > 1e-2
 
 
 def test_fused_projections_are_in_the_order_of_llama_cpp(tmp_path):
@@ -247,7 +248,7 @@ def test_a_damaged_file_is_noticed(tmp_path):
 def test_f16_that_overflows_is_refused(tmp_path):
     model = model_of("llama")
     model.base.model.layers[0].mlp.up_proj.weight.data[3, 3] = 1e5
-    with pytest.raises(UserError, match="above 65504.*bf16"):
+    with pytest.raises(UserError, match=r"above 65504.*bf16"):
         written(model, tmp_path / "x.gguf", "f16")
 
 
@@ -270,13 +271,13 @@ def test_splits_are_named_by_behaviour(pre, tmp_path):
 def test_unknown_splits_and_normalizers_are_refused():
     backend = bpe_tokenizer().backend_tokenizer
     assert gguf_vocabulary.pre_tokenizer_name("m", backend, False) == "gpt-2"
-    with pytest.raises(UserError, match="none of llama.cpp's"):
+    with pytest.raises(UserError, match=r"none of llama.cpp's"):
         gguf_vocabulary.pre_tokenizer_name("m", backend, True)  # GPT-2's splits with merges that are ignored
     backend.normalizer = normalizers.Lowercase()
     with pytest.raises(UserError, match="changes a text before it splits"):
         gguf_vocabulary.pre_tokenizer_name("m", backend, False)
     backend.normalizer, backend.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(UserError, match="none of llama.cpp's"):
+    with pytest.raises(UserError, match=r"none of llama.cpp's"):
         gguf_vocabulary.pre_tokenizer_name("m", backend, False)
 
 
@@ -351,8 +352,9 @@ def test_only_near_ties_may_differ():
 def test_llama_cpp_says_the_same_tokens(kind, tmp_path):
     run = folder_of(tmp_path / "run", kind, bpe_tokenizer("qwen2", CHATML))
     lines = list(export(Request(run, str(tmp_path / "out"), "f32")))
-    assert any(line.startswith("llama.cpp: 256 of 256 greedy tokens") for line in lines) or "gpt" in kind, lines
-    assert any(line.startswith("llama.cpp: ") for line in lines)
+    [line] = [line for line in lines if line.startswith("llama.cpp: ")]
+    equal, tokens = map(int, re.match(r"llama.cpp: (\d+) of (\d+) greedy tokens", line).groups())
+    assert tokens >= 32 and (equal == tokens or "gpt" in kind), line  # GELU is a table of half precision there
 
 
 @needs_llama_cpp
@@ -368,7 +370,7 @@ def test_llama_cpp_shows_rows_in_a_wrong_order(kind, tmp_path, monkeypatch):
         monkeypatch.setattr(gguf_file, "_rounded", flipped)
         monkeypatch.setattr(gguf_file, "_allowed", lambda value, kind: value.abs() + 1e9)
     run = folder_of(tmp_path / "run", kind)
-    with pytest.raises(UserError, match="other tokens than|other log-probabilities"):
+    with pytest.raises(UserError, match=r"other tokens than|other log-probabilities"):
         list(export(Request(run, str(tmp_path / "out"), "f32")))
     assert not (tmp_path / "out").exists() and [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -489,7 +491,7 @@ def test_adapters_that_cannot_be_merged(tmp_path):
     with pytest.raises(UserError, match="there is no such folder here"):
         list(export(Request(str(run), str(tmp_path / "out"), merge_lora=True)))
     folder_of(tmp_path / "base", "llama", initializer_range=0.05)
-    with pytest.raises(UserError, match="its weights are not those of"):
+    with pytest.raises(UserError, match=r"its weights are not those of"):
         list(export(Request(str(run), str(tmp_path / "out"), merge_lora=True)))
     assert not (tmp_path / "out").exists()
 
