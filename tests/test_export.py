@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import toy
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 
 from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
@@ -294,14 +297,14 @@ def test_merges_that_scores_cannot_express_are_refused():
 
 
 REFUSED = {
-    "gemma": (lambda: (t.GemmaForCausalLM, t.GemmaConfig, SHAPE | {"head_dim": 16}), {}, "GemmaForCausalLM is not exported"),
+    "gemma": (lambda: (t.GemmaForCausalLM, t.GemmaConfig, SHAPE | {"head_dim": 16}), {}, "GemmaForCausalLM is not"),
     "gelu": (lambda: MODELS["llama"], {"hidden_act": "gelu"}, "its activation is gelu"),
     "n_inner": (lambda: MODELS["gpt2"], {"n_inner": 100}, "n_inner is 100"),
     "by layer": (lambda: MODELS["gpt2"], {"scale_attn_by_inverse_layer_idx": True}, "scales attention scores"),
     "layers": (lambda: MODELS["smollm3"], {"no_rope_layers": [1, 0, 1, 1]}, "not every 4th"),
     "yarn": (
         lambda: MODELS["llama"],
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}},
+        {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}},
         "rotation is yarn",
     ),
     "mlp bias": (lambda: MODELS["qwen2"], {"head_dim": 32}, "128 elements together"),
@@ -345,6 +348,45 @@ def test_only_near_ties_may_differ():
         compare([row], theirs([0.0, 2.0, 1.98], [9.0, 0.0, 0.0]), 0.01, 3, "it")
     with pytest.raises(UserError, match="other tokens"):
         compare([row], theirs([float("nan")] * 3, [3.0, 0.0, 0.0]), 0.1, 3, "it")
+
+
+def checked(path: Path, row: Row):
+    options = {"is_chat": False, "ends": [2], "activation": "silu", "kind": "f32", "rounding": 0.0, "num_tokens": 3}
+    return llama_cpp.check(path, [row], **options)
+
+
+def answers(monkeypatch, prompts: list, ends: list, logits: Tensor, status: int = 0):
+    """Let llama.cpp's process answer so."""
+
+    def run(command, input, **options):
+        folder = Path(json.loads(input)["folder"])
+        np.save(folder / "0.npy", logits.numpy())
+        (folder / "found.json").write_text(json.dumps({"prompts": prompts, "ends": ends}))
+        return subprocess.CompletedProcess(command, status, "", "Traceback\nValueError: no such architecture")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_what_llama_cpp_answers_is_compared(tmp_path, monkeypatch):
+    row = row_of([0.0, 2.0, 1.0], [3.0, 0.0, 0.0])
+    same = torch.cat([row.logits, torch.zeros(1, 3)])
+    answers(monkeypatch, [[1]], [True], same)
+    assert checked(tmp_path / "x.gguf", row).tokens == 2
+    answers(monkeypatch, [[7]], [True], same)
+    with pytest.raises(UserError, match="reads the prompt 'text' as other tokens than the model: token 1 is 7, ours 1"):
+        checked(tmp_path / "x.gguf", row)
+    answers(monkeypatch, [[1]], [False], same)
+    with pytest.raises(UserError, match=r"token 2 ends our responses, and does not end llama.cpp's"):
+        checked(tmp_path / "x.gguf", row)
+    answers(monkeypatch, [[1]], [True], same.flip(1))
+    with pytest.raises(UserError, match=r"llama.cpp says other tokens than the model"):
+        checked(tmp_path / "x.gguf", row)
+    answers(monkeypatch, [[1]], [True], same, -signal.SIGILL)
+    with pytest.raises(UserError, match=r"ended by SIGILL.*compiled for instructions"):
+        checked(tmp_path / "x.gguf", row)
+    answers(monkeypatch, [[1]], [True], same, 1)
+    with pytest.raises(UserError, match=r"x.gguf: llama.cpp cannot read it: ValueError: no such architecture"):
+        checked(tmp_path / "x.gguf", row)
 
 
 @needs_llama_cpp
