@@ -1,4 +1,4 @@
-"""Whether another program says what the model says: greedy tokens of ours, checked one by one in its logits.
+"""Compare another program with the model: greedy tokens of ours, checked one by one in its logits.
 
 The other program reads the prompt and our greedy response, and its likeliest token must be ours at every position: then
 its own greedy response is ours. A file of rounded weights may prefer another token where two are nearly equally likely.
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How far another program agrees."""
+    """The result of a comparison with another program."""
 
     tokens: int
     ties: list[str]

@@ -20,7 +20,7 @@ from rlhf_fast.data.encode import Encoder
 from rlhf_fast.errors import UserError, listed, writing
 from rlhf_fast.export import gguf_file, llama_cpp, modelfile
 from rlhf_fast.export.agreement import NEAR_TIE, Row, compare, greedy_rows, logits_of, rounding
-from rlhf_fast.export.folder import merge_adapter, saved_dtype, write_folder
+from rlhf_fast.export.folder import merge_adapter, require_adapter, saved_dtype, write_folder
 from rlhf_fast.export.gguf_tensors import FAMILIES, Contents, contents
 from rlhf_fast.export.gguf_vocabulary import TokenizerFacts, tokenizer_facts
 from rlhf_fast.model.model import Head, Model
@@ -34,7 +34,7 @@ MODELFILE = "Modelfile"
 
 
 class Request(NamedTuple):
-    """What to write. Without `gguf` or `dtype` there is no such file."""
+    """The files to write. Without `gguf` or `dtype` there is no such file."""
 
     run: str
     out: str
@@ -93,6 +93,8 @@ def _completed(request: Request) -> Request:
     if request.gguf:
         gguf_file.require_gguf()
     check_folder(request.run)
+    if request.merge_lora:
+        require_adapter(request.run)
     if request.merge_lora and not request.gguf and not request.dtype:
         request = request._replace(dtype=saved_dtype(request.run))
     if not request.gguf and not request.dtype:
@@ -119,7 +121,7 @@ def _write_gguf(
 ) -> Iterator[str]:
     """Write the file, read it back, and let llama.cpp read it where it is installed; yield lines."""
     yield from held.notes
-    gguf_file.write(path, model.name, kind, held, facts)
+    gguf_file.write(path, path.stem.removesuffix(f"-{kind}"), kind, held, facts)
     counts = gguf_file.read_back(path, held)
     types = ", ".join(f"{count} {name.lower()}" for name, count in sorted(counts.items()))
     yield f"{path.name}: {sum(counts.values())} tensors ({types}) read back within the rounding of their types"

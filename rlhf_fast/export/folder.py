@@ -63,9 +63,7 @@ def merge_adapter(run: str, model: Model) -> str:
     has no adapter, its base is not there, or they are not what the run's weights were merged from.
     """
     folder = Path(run) / ADAPTER
-    config = folder / ADAPTER_CONFIG
-    if not config.is_file():
-        raise UserError(f"{run}: has no {ADAPTER}/, so that there is nothing to merge; leave --merge-lora out")
+    config = require_adapter(run)
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base or not (Path(base) / "config.json").is_file():
         raise UserError(
@@ -76,10 +74,10 @@ def merge_adapter(run: str, model: Model) -> str:
     state: dict[str, Any] = dict(model.base.named_parameters())
     saved = saved_dtype(run)
     changed = 0.0
-    for name, value in merged.items():
-        if name not in state:
-            continue
-        before = state[name].detach()
+    if missing := sorted(state.keys() - merged.keys()):
+        raise UserError(f"{base}: has no weight {missing[0]}, which {run} has; it is not the adapter's base model")
+    for name in state:
+        value, before = merged[name], state[name].detach()
         size = max(float(value.abs().max()), 1e-30)
         changed = max(changed, float((before - value).abs().max()) / size)
         state[name].data.copy_(value)
@@ -92,6 +90,14 @@ def merge_adapter(run: str, model: Model) -> str:
         f"{base} and {folder} merged in float32; the run's own weights, in {saved}, differ by up to {changed:.1g} of"
         " the largest weight of a matrix"
     )
+
+
+def require_adapter(run: str) -> Path:
+    """Return the config file of the run's adapter; UserError if it has none."""
+    config = Path(run) / ADAPTER / ADAPTER_CONFIG
+    if not config.is_file():
+        raise UserError(f"{run}: has no {ADAPTER}/, so that there is nothing to merge; leave --merge-lora out")
+    return config
 
 
 def _merged_weights(base: str, adapter: Path, model: Model) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ class Weight(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a GGUF file says of a model, its tokenizer apart."""
+    """The contents of a GGUF file, its tokenizer apart."""
 
     family: Family
     metadata: list[tuple[str, Any]]

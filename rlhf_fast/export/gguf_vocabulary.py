@@ -115,9 +115,9 @@ def pre_tokenizer_name(name: str, backend: Tokenizer, ignore_merges: bool) -> st
     if text != PROBE:
         raise UserError(f"{name}: its tokenizer changes a text before it splits it, which llama.cpp does not do")
     split = backend.pre_tokenizer
-    pieces = split.pre_tokenize_str(PROBE) if split else None
+    chunks = split.pre_tokenize_str(PROBE) if split else None
     for pre, known in PRE.items():
-        if pieces == known.split.pre_tokenize_str(PROBE) and ignore_merges == known.ignore_merges:
+        if chunks == known.split.pre_tokenize_str(PROBE) and ignore_merges == known.ignore_merges:
             return pre
     raise UserError(
         f"{name}: its tokenizer splits texts in a way that is none of llama.cpp's which are known here"
@@ -202,7 +202,7 @@ def _special_tokens(model: Model, encoder: Encoder) -> tuple[list[tuple[str, Any
     start = bos[0] if bos else tokenizer.bos_token_id
     if len(bos) > 1:
         raise UserError(f"{model.name}: its tokenizer puts {len(bos)} tokens before a text, and llama.cpp at most one")
-    ends = end_token_ids(model)
+    ends = [id for id in end_token_ids(model) if 0 <= id < model.num_rows]
     if not ends:
         raise UserError(f"{model.name}: no token ends its responses; give its tokenizer an end token (eos_token)")
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
@@ -215,7 +215,7 @@ def _special_tokens(model: Model, encoder: Encoder) -> tuple[list[tuple[str, Any
     metadata += list(zip(("add_eot_token_id", "add_eom_token_id"), others, strict=False))
     for name, id in (("bos", start), ("unk", tokenizer.unk_token_id), ("pad", tokenizer.pad_token_id)):
         if id is not None and id < model.num_rows:
-            metadata.append((f"add_{'pad' if name == 'pad' else name}_token_id", id))
+            metadata.append((f"add_{name}_token_id", id))
     if isinstance(tokenizer.chat_template, str) and tokenizer.chat_template:
         metadata.append(("add_chat_template", tokenizer.chat_template))
     return metadata, ends

@@ -108,7 +108,7 @@ def _dialog_template() -> GoTemplate:
 def _chat_template(encoder: Encoder, start: str) -> GoTemplate:
     """Return a template with what the chat template writes around marked contents."""
 
-    def pieces(*roles: str) -> list[str]:
+    def chunks(*roles: str) -> list[str]:
         """Return the texts before, between and behind the contents of a conversation with these roles."""
         text, found = _prompt(encoder, [_turn(role, MARK.format(i)) for i, role in enumerate(roles)], start), []
         for i in range(len(roles)):
@@ -121,9 +121,9 @@ def _chat_template(encoder: Encoder, start: str) -> GoTemplate:
     answer = encoder.chat.answer if encoder.chat else None
     if answer is None:
         raise InvalidRow("it has no form of its own for an answer")
-    system, after_system, _ = pieces("system", "user")
-    bare, _ = pieces("user")
-    _, after_user, after_answer, end = pieces("user", "assistant", "user")
+    system, after_system, _ = chunks("system", "user")
+    bare, _ = chunks("user")
+    _, after_user, after_answer, end = chunks("user", "assistant", "user")
     header = after_answer.removeprefix(answer.tail)
     user_end = end.removesuffix(answer.opening)
     around = {
