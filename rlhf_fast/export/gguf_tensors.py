@@ -145,7 +145,8 @@ def _difference(model: Model, decoder: Decoder, family: Family) -> _Refused | No
     inner = getattr(config, "n_inner", None)
     if family.name == "GPT2" and inner not in (None, 4 * width):
         return _Refused(f"its n_inner is {inner}", f"with {4 * width}, four times the hidden size")
-    rows = {len(model.base.get_input_embeddings().weight), len(model.head_layer.weight)}  # type: ignore[union-attr]
+    embedding: Any = model.base.get_input_embeddings()
+    rows = {len(embedding.weight), len(model.head_layer.weight)}
     return _Refused(f"its embeddings have {sorted(rows)} rows", "with one number of rows") if len(rows) > 1 else None
 
 
@@ -190,7 +191,7 @@ def _rope(model: Model, decoder: Decoder, family: Family, gguf: Any) -> tuple[li
     """Return the metadata of the rotation, and the factors of its frequencies if it has some."""
     if decoder.rotary is None:
         return [], None
-    rotary = decoder.rotary
+    rotary: Any = decoder.rotary
     settings = getattr(model.text_config, "rope_parameters", None) or {}
     kind, base = settings.get("rope_type", "default"), float(settings.get("rope_theta", 10000.0))
     inverse = rotary.inv_freq.detach().float().cpu()
