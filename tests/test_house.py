@@ -15,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"demo"},
     {"stages"},
-    {"eval"},
+    {"eval", "export"},
     {"run", "scoring"},
     {"rollout", "training"},
     {"model"},

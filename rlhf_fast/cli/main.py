@@ -267,6 +267,18 @@ def _plot(argv: Sequence[str]) -> int:
     return 0
 
 
+@command("export", "a model for llama.cpp and Ollama (GGUF), or as a folder in another dtype, checked against it")
+def _export(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import ExportOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(ExportOptions, argv, "export")
+    from rlhf_fast.cli.export import write
+
+    write(options)
+    return 0
+
+
 @command("init", "write a commented recipe.yaml")
 def _init(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.options import InitOptions

@@ -152,6 +152,29 @@ class PlotOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """Write a model for other programs: a GGUF file for llama.cpp and Ollama, a Hugging Face folder in another dtype.
+    Each file is read again and compared with the model, its greedy tokens too."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Folder that a stage wrote, or any model's folder or hub name."""
+    out: str = ""
+    """Folder to write, new or of an earlier export. Empty = RUN-export beside RUN."""
+    gguf: Literal["", "q8_0", "f16", "bf16", "f32"] = ""
+    """Write a GGUF file (extra [export]) whose matrices have this type."""
+    ollama: bool = False
+    """Write a Modelfile beside the GGUF file (q8_0 unless --gguf says otherwise): template, stop texts, sampling."""
+    safetensors_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Write a Hugging Face folder in this dtype."""
+    merge_lora: bool = False
+    """Merge RUN/adapter into its base model anew, in float32. RUN's own weights have it merged already, in the dtype of
+    the training."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "run", "out")
+
+
+@dataclass(frozen=True)
 class InitOptions:
     """Write a commented recipe for `rlhf-fast run`."""
 
