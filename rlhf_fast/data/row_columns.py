@@ -1,0 +1,64 @@
+"""Columns of the rows that reward functions ask for. A row keeps only those."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from rlhf_fast.batches import GivenRow
+from rlhf_fast.data.fields import shown
+from rlhf_fast.data.rows import Example
+from rlhf_fast.errors import UserError
+
+NOT_PASSED = frozenset({"prompt", "completion", "completion_ids"})
+"""Columns that `**kwargs` does not get, as in TRL."""
+
+
+class Wanted(NamedTuple):
+    """What a function that is called by the names of its parameters reads of a row."""
+
+    reward: str
+    """The function's name, for messages."""
+    required: tuple[str, ...] = ()
+    """Columns without which it cannot be called."""
+    optional: tuple[str, ...] = ()
+    """Columns that it has a default for."""
+    rest: bool = False
+    """It has **kwargs, which get every other column."""
+
+    def takes(self, column: str, removed: Collection[str] = ()) -> bool:
+        """Return whether a column reaches the function. removed: the columns of data.remove_columns, which only a
+        function gets that names them."""
+        if column in self.required or column in self.optional:
+            return True
+        return self.rest and column not in NOT_PASSED and column not in removed
+
+
+def given_row(example: Example, wanted: Sequence[Wanted], removed: Collection[str]) -> GivenRow | None:
+    """Return the prompt and the columns of a row that any of the functions reads; None if there is no function."""
+    if not wanted:
+        return None
+    kept = {name: value for name, value in example.row.items() if any(each.takes(name, removed) for each in wanted)}
+    return GivenRow(example.prompt, kept)
+
+
+def taken_columns(examples: Iterable[Example], wanted: Sequence[Wanted], removed: Collection[str]) -> set[str]:
+    """Return the columns of the rows that reach a function."""
+    names = {name for example in examples for name in example.row} if wanted else set()
+    return {name for name in names if any(each.takes(name, removed) for each in wanted)}
+
+
+def require_columns(path: str, examples: Sequence[Example], wanted: Sequence[Wanted]) -> None:
+    """Raise UserError if a function needs a column that no row has."""
+    names = dict.fromkeys(name for example in examples for name in example.row) if wanted else {}
+    for each in wanted:
+        for column in each.required:
+            if column in names:
+                continue
+            near = difflib.get_close_matches(column, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "give the parameter a default, or the rows the column"
+            raise UserError(
+                f"reward {each.reward}: its parameter {column} is neither prompts, completions, completion_ids nor a"
+                f" column of {path}, which has {', '.join(map(shown, names)) or 'none'}; {hint}"
+            )
