@@ -223,6 +223,7 @@ def encode(
 ) -> tuple[list[Row], Counter[str]]:
     """Return the rows, and the number of dropped examples for each reason."""
     rows: list[Row] = []
+    taken = taken_columns(examples, wanted, cfg.remove_columns)
     dropped: Counter[str] = Counter()
     prefixes: set[str] = set()
     for example in examples:
@@ -231,7 +232,7 @@ def encode(
             row = encode_example(example, kind, encoder, cfg)
         except InvalidRow as error:
             raise UserError(f"{location}: {error}") from error
-        row = row._replace(location=location, given=given_row(example, wanted, cfg.remove_columns))
+        row = row._replace(location=location, given=given_row(example, taken, cfg) if wanted else None)
         if kind == "texts":
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue

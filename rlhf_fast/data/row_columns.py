@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from rlhf_fast.batches import GivenRow
+from rlhf_fast.config.fields import DataConfig
+from rlhf_fast.data.encode import has_loss
 from rlhf_fast.data.fields import shown
 from rlhf_fast.data.rows import Example
 from rlhf_fast.errors import UserError
@@ -35,18 +37,19 @@ class Wanted(NamedTuple):
         return self.rest and column not in NOT_PASSED and column not in removed
 
 
-def given_row(example: Example, wanted: Sequence[Wanted], removed: Collection[str]) -> GivenRow | None:
-    """Return the prompt and the columns of a row that any of the functions reads; None if there is no function."""
-    if not wanted:
-        return None
-    kept = {name: value for name, value in example.row.items() if any(each.takes(name, removed) for each in wanted)}
-    return GivenRow(example.prompt, kept)
+def given_row(example: Example, taken: Collection[str], cfg: DataConfig) -> GivenRow:
+    """Return the prompt of a row and its columns `taken`; a column that only other rows have is None."""
+    prompt = example.prompt
+    if cfg.turns == "all" and isinstance(prompt, list):  # the model is asked what comes before the first answer
+        learned = (i for i, turn in enumerate(prompt) if turn["role"] == "assistant" and has_loss(turn))
+        prompt = prompt[: next(learned, len(prompt))]
+    return GivenRow(prompt, {name: example.row.get(name) for name in taken})
 
 
-def taken_columns(examples: Iterable[Example], wanted: Sequence[Wanted], removed: Collection[str]) -> set[str]:
+def taken_columns(examples: Iterable[Example], wanted: Sequence[Wanted], removed: Collection[str]) -> list[str]:
     """Return the columns of the rows that reach a function."""
-    names = {name for example in examples for name in example.row} if wanted else set()
-    return {name for name in names if any(each.takes(name, removed) for each in wanted)}
+    names = dict.fromkeys(name for example in examples for name in example.row) if wanted else {}
+    return [name for name in names if any(each.takes(name, removed) for each in wanted)]
 
 
 def require_columns(path: str, examples: Sequence[Example], wanted: Sequence[Wanted]) -> None:

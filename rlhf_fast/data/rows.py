@@ -77,7 +77,7 @@ class Example(NamedTuple):
     """The whole conversation of a demonstrations row that is given as turns, with the last answer; else empty."""
     unused: tuple[str, ...] = ()
     """Columns of the row and keys of its turns that are not read."""
-    row: Mapping[str, Any] = {}  # noqa: RUF012  (never changed)
+    row: Mapping[str, Any] = {}
     """The row as the file has it, for reward functions. Texts have none."""
 
 

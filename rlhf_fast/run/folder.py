@@ -24,6 +24,7 @@ from rlhf_fast.errors import UserError, writing
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import check_finished, check_saving
 from rlhf_fast.run import checkpoint
+from rlhf_fast.run.function_source import unreadable_notes
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
@@ -71,6 +72,7 @@ class RunFolder:
             check_same_run(saved, cfg, self._checksums)
             self.notes += self._environment_notes(saved)
             self.finished = "finished" in saved
+        self.notes += unreadable_notes(cfg.rewards().values())
 
     def __enter__(self) -> RunFolder:
         if self.finished:
