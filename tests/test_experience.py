@@ -323,7 +323,7 @@ def test_reward_functions_get_texts():
         ([1.0, float("nan"), 2.0], "nan for prompt 71"),
         ([float("inf"), 1.0, float("-inf")], "inf for prompt 70 .*-inf for prompt 72"),
         ([1.0, 2.0], "2 rewards for 3 responses"),
-        ([1.0, None, 2.0], "one number for each response"),
+        ([1.0, None, 2.0], "returned None for prompt 71 .*needs a number from one function"),
         (3.0, "one number for each response"),
     ],
 )

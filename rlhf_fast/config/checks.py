@@ -58,16 +58,21 @@ def settings(cls: type[T]) -> type[T]:
             raise UserError(f"{cls.__name__}: {twice} is given twice, once by its position; give all by name")
         hints = _hints(made)
         for name, value in {**values, **kwargs}.items():
-            try:
-                values[name] = typed(hints[name], value)
-            except ValueError as error:
-                owner = object.__new__(made)
-                object.__setattr__(owner, name, value)
-                raise BadSetting(owner, name, str(error)) from None
+            values[name] = _value_of(made, name, hints[name], value)
         plain(self, **values)
 
     made.__init__ = checked
     return made
+
+
+def _value_of(cls: type, name: str, kind: Any, value: Any) -> Any:
+    """Return a field's value in its type; BadSetting if it has another."""
+    try:
+        return typed(kind, value)
+    except ValueError as error:
+        owner = object.__new__(cls)
+        object.__setattr__(owner, name, value)
+        raise BadSetting(owner, name, str(error)) from None
 
 
 @functools.cache
@@ -146,13 +151,14 @@ def _entries(kinds: Sequence[Any], value: Any) -> tuple[Any, ...]:
         raise ValueError("must be a list or tuple")
     if kinds[-1] is not Ellipsis and len(value) != len(kinds):
         raise ValueError(f"must have {len(kinds)} entries")
-    found = []
-    for i, entry in enumerate(value, 1):
-        try:
-            found.append(typed(kinds[0], entry))
-        except ValueError as error:
-            raise ValueError(f"{error} for entry {i}") from None
-    return tuple(found)
+    return tuple(_entry(kinds[0], entry, i) for i, entry in enumerate(value, 1))
+
+
+def _entry(kind: Any, value: Any, number: int) -> Any:
+    try:
+        return typed(kind, value)
+    except ValueError as error:
+        raise ValueError(f"{error} for entry {number}") from None
 
 
 def _number(kind: type, value: Any) -> int | float:

@@ -36,10 +36,10 @@ def make_experience(
 ) -> tuple[Experience, dict[str, float]]:
     """Return the experience of a batch of responses, and metrics of the batch.
 
-    kl_coef: the KL controller's current coefficient; None = cfg.kl.coef. prompts: those of the responses, which have the
-    columns that reward functions ask for. The advantages are whitened here if cfg.whiten
-    is "batch". With cfg.old_logprobs "rollout" the policy makes no forward pass here: the first step of the policy
-    measures the gap between trainer and sampler (`ppo_policy_loss`, `measure_gap`).
+    kl_coef: the KL controller's current coefficient; None = cfg.kl.coef. prompts: those of the responses, with the
+    columns that reward functions ask for. The advantages are whitened here if cfg.whiten is "batch". With
+    cfg.old_logprobs "rollout" the policy makes no forward pass here: the first step of the policy measures the gap
+    between trainer and sampler (`ppo_policy_loss`, `measure_gap`).
     """
     kl_coef = cfg.kl.coef if kl_coef is None else kl_coef
     budget, temperature = cfg.optim.micro_batch_tokens, cfg.sampling.temperature

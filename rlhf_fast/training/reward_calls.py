@@ -137,10 +137,8 @@ def _next_wait(
 ) -> float:
     """Return the seconds until the next call; BadRows if there is none."""
     if isinstance(error, _Slow):
-        what, remedy = (
-            f"took longer than reward_timeout ({limits.timeout:g} s)",
-            "raise it, or make the function faster",
-        )
+        what = f"took longer than reward_timeout ({limits.timeout:g} s)"
+        remedy = "raise it, or make the function faster"
     else:
         what = f"raised {type(error).__name__}: {' '.join(str(error).split())}{_place(error)}"
         remedy = "mend the function"

@@ -121,12 +121,10 @@ class Reward:
         functions = [part for part in self.parts if isinstance(part, FunctionReward)]
         calls = [part.call(responses, prompts) for part in functions]
         returned = iter(call_all(calls, self.limits, self.notify))
-        columns: list[Sequence[float | None]] = [
-            part(responses).tolist()
-            if isinstance(part, ModelReward)
-            else check_numbers(next(returned), uids, part.name)
-            for part in self.parts
-        ]
+        columns: list[Sequence[float | None]] = []
+        for part in self.parts:
+            is_model = isinstance(part, ModelReward)
+            columns.append(part(responses).tolist() if is_model else check_numbers(next(returned), uids, part.name))
         self._require_a_number(columns, uids)
         total = [
             math.fsum(weight * number for weight, number in zip(self.weights, row, strict=True) if number is not None)
@@ -151,8 +149,8 @@ class Reward:
         shown = listed([f"prompt {uids[i]} (row {i} of the batch)" for i in bad])
         who = f"reward {self.parts[0].name}: returned None" if len(self.parts) == 1 else "reward: all returned None"
         raise BadRows(
-            f"{who} for {shown}; {len(bad)} of {len(uids)} responses have no reward, and each needs one number for each"
-            " response from one reward at least",
+            f"{who} for {shown}; {len(bad)} of {len(uids)} responses have no reward, and each needs a number from one"
+            " function at least",
             [("Responses", uids[i]) for i in bad],
         )
 
