@@ -70,7 +70,7 @@ def _value_of(cls: type, name: str, kind: Any, value: Any) -> Any:
     try:
         return typed(kind, value)
     except ValueError as error:
-        owner = object.__new__(cls)
+        owner: Any = object.__new__(cls)
         object.__setattr__(owner, name, value)
         raise BadSetting(owner, name, str(error)) from None
 
@@ -85,6 +85,7 @@ def _hint(name: str, cls: type) -> str:
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for group, kind in _hints(cls).items():
         if dataclasses.is_dataclass(kind) and name in [field.name for field in dataclasses.fields(kind)]:
+            assert isinstance(kind, type)
             return f"it is one of the group {group}: {group}={kind.__name__}({name}=...)"
     near = difflib.get_close_matches(name, fields, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
@@ -169,7 +170,7 @@ def _number(kind: type, value: Any) -> int | float:
     if isinstance(value, Integral):
         return int(value)
     if math.isfinite(value) and float(value).is_integer():  # 1e5
-        return int(value)
+        return int(float(value))
     raise ValueError("must be a whole number")
 
 

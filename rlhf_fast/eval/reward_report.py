@@ -103,8 +103,8 @@ def score_comparisons(
     examples = read_examples(cfg.path, "comparisons", cfg.columns, cfg.limit, cfg.remove_columns)
     prompts = [prompt_as_text(example.prompt) for example in examples for _ in example.responses]
     responses = [response for example in examples for response in example.responses]
-    rows = [GivenRow(example.prompt, example.row) for example in examples for _ in example.responses]
-    scores = iter(score_texts(reward, prompts, responses, rows))
+    given = [GivenRow(example.prompt, example.row) for example in examples for _ in example.responses]
+    scores = iter(score_texts(reward, prompts, responses, given))
     return [
         Ranked(tuple(next(scores) for _ in example.responses), example.ranks, prompt_as_text(example.prompt))
         for example in examples

@@ -123,8 +123,10 @@ class Reward:
         returned = iter(call_all(calls, self.limits, self.notify))
         columns: list[Sequence[float | None]] = []
         for part in self.parts:
-            is_model = isinstance(part, ModelReward)
-            columns.append(part(responses).tolist() if is_model else check_numbers(next(returned), uids, part.name))
+            if isinstance(part, ModelReward):
+                columns.append(part(responses).tolist())
+            else:
+                columns.append(check_numbers(next(returned), uids, part.name))
         self._require_a_number(columns, uids)
         total = [
             math.fsum(weight * number for weight, number in zip(self.weights, row, strict=True) if number is not None)
@@ -134,7 +136,7 @@ class Reward:
 
     def _stats(self, columns: Sequence[Sequence[float | None]]) -> dict[str, float]:
         """Return rewards/NAME/mean and /std over the responses that have a number, if there are several rewards."""
-        stats = {}
+        stats: dict[str, float] = {}
         for name, column in zip(self.names, columns, strict=True) if len(columns) > 1 else ():
             numbers = torch.tensor([number for number in column if number is not None], dtype=torch.float64)
             if len(numbers):
