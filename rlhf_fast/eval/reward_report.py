@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from rlhf_fast.batches import Comparisons, GivenRow
 from rlhf_fast.config.fields import DataConfig
-from rlhf_fast.data import read_comparisons
+from rlhf_fast.data import Dataset, read_comparisons
 from rlhf_fast.data.datasets import prompt_as_text
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.data.rows import read_examples
@@ -99,7 +99,7 @@ def score_comparisons(
         rows = read_comparisons(cfg, reward.tokenizer, context=reward.max_positions, prompt_format=prompt_format).train
         if notes is not None:
             notes.append(rows.notes)
-        return [_score_batch(reward, batch) for batch in rows.in_order(1)]
+        return score_rows(reward, rows)
     examples = read_examples(cfg.path, "comparisons", cfg.columns, cfg.limit, cfg.remove_columns)
     prompts = [prompt_as_text(example.prompt) for example in examples for _ in example.responses]
     responses = [response for example in examples for response in example.responses]
@@ -109,6 +109,11 @@ def score_comparisons(
         Ranked(tuple(next(scores) for _ in example.responses), example.ranks, prompt_as_text(example.prompt))
         for example in examples
     ]
+
+
+def score_rows(reward: Model, rows: Dataset[Comparisons], limit: int = 0) -> list[Ranked]:
+    """Return the rewards and ranks of the first `limit` rows; 0 = all."""
+    return [_score_batch(reward, batch) for batch in islice(rows.in_order(1), limit or None)]
 
 
 def score_texts(
