@@ -56,6 +56,13 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def _one_input(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Return whether two names may be those of one input that was moved. Two functions of one file are two."""
+    if not (isinstance(was, str) and isinstance(value, str) and was in before and value in now):
+        return False
+    return not is_function(value) or was.rpartition(":")[2] == value.rpartition(":")[2]
+
+
 def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mapping[str, Mapping[str, str]]) -> None:
     """Raise UserError if run.json (`saved`) is of another stage, or of other settings, data or models.
 
@@ -70,7 +77,7 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
     for name, was, value in difference(from_json(cfg.stage, saved["config"], f"{out}/run.json"), cfg):
         pairs = list(zip(_as_tuple(was), _as_tuple(value), strict=False))
         equal_length = len(_as_tuple(was)) == len(_as_tuple(value))
-        are_inputs = equal_length and all(a == b or (a in before and b in now) for a, b in pairs)
+        are_inputs = equal_length and all(a == b or _one_input(a, b, before, now) for a, b in pairs)
         same = are_inputs and all(a == b or before[a] == now[b] for a, b in pairs)
         if name not in MAY_DIFFER_ON_RESUME and not same:
             note = " with other contents" if are_inputs else ""

@@ -65,7 +65,7 @@ def call_form(function: Callable[..., Any], name: str) -> CallForm:
     named = [p for p in named if p.name not in bound]
     names = [p.name for p in named]
     required = num_required(function)
-    if {"completions", *IDS}.intersection(names) or (
+    if {"completions", *IDS}.intersection(p.name for p in parameters if p.name not in bound) or (
         not {"texts", "responses"}.intersection(names) and (rest or (names and not _positional(function)))
     ):
         if any(p.kind is kinds.POSITIONAL_ONLY and p.default is kinds.empty for p in parameters):
