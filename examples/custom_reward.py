@@ -52,7 +52,9 @@ def main(out: str = "runs/custom-reward", batches: int = 12) -> None:
     )
     rows = [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in (rows[0], rows[-1]):
-        print(f"batch {row['step']}: score {row['score']:.0f}, KL {row['kl']:.1f}: {row['prompt']} -> {row['response']}")
+        print(
+            f"batch {row['step']}: score {row['score']:.0f}, KL {row['kl']:.1f}: {row['prompt']} -> {row['response']}"
+        )
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def test_python_has_its_imports(source):
         if isinstance(node, ast.Import | ast.ImportFrom):
             exec(compile(ast.Module([node], []), "a page", "exec"), {})
             known |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.FunctionDef):
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             known.add(node.name)
     assert {node.id for node in names} <= known
 

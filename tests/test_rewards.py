@@ -2,14 +2,20 @@
 
 import asyncio
 import functools
+import json
+import re
+import shlex
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-import toy
 import torch
+import toy
 
 from rlhf_fast.batches import GivenRow, Prompts
+from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, SamplingConfig
 from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.eval.reward_report import score_comparisons, score_texts
@@ -195,7 +201,7 @@ def test_async_functions_wait_together(policy, prompts, responses):
     def make(number):
         async def function(completions, **_kwargs):
             started.append(number)
-            while len(started) < 3:  # noqa: ASYNC110
+            while len(started) < 3:
                 await asyncio.sleep(0.001)
             return [float(number)] * len(completions)
 
@@ -409,6 +415,95 @@ def test_the_evaluation_calls_functions_by_name_too(folder):
     assert [found.scores for found in ranked] == [(1.0, 0.0)] * 3
     with pytest.raises(UserError, match="reward is_best: needs best, which these rows do not have"):
         score_texts(is_best, ["a ."], ["a"])
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="not a source checkout")
+def test_the_page_shows_what_runs(folder, monkeypatch):
+    """The three commands, the row with its function, and the script that TRL's documentation could have."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delitem(sys.modules, "my", raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+    toy.model(folder / "runs" / "sft")
+    reward.run(toy.reward(folder, "runs/rm", epochs=1))
+    (row,) = blocks("jsonl")
+    rows = [json.loads(row) | {"prompt": text} for text in toy.prompts(8)]
+    toy.jsonl(folder / "prompts.jsonl", rows)
+    correct, script = blocks("python")
+    (folder / "my.py").write_text(correct)
+    commands = [shlex.split(line) for line in blocks("")[0].splitlines()]
+    small = ["--episodes=4", "--batch=4", "--minibatch=4", "--sampling.max-new-tokens=4", "--data.template=plain"]
+    for number, words in enumerate(commands):
+        assert main([*words[1:], *small, f"--out=runs/{number}"]) == 0
+    (metrics,) = read_metrics("runs/2")
+    assert metrics["rewards/correct/mean"] == 0 and "rewards/rm/mean" in metrics and number == 2
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    shorter = "out='runs/verified', episodes=4, batch=4, minibatch=4,"
+    found = {"__name__": "__main__"}
+    exec(script.replace('out="runs/verified",', shorter).replace("=128", "=4"), found)
+    (metrics,) = read_metrics("runs/verified")
+    assert metrics["rewards/format_reward/mean"] == metrics["rewards/accuracy_reward/mean"] == 0
+    good = {"completions": [r"It is \boxed{4}.", r"\boxed{5}", "4"], "answer": ["4", "4", "4"]}
+    assert found["format_reward"](**good) == [1, 1, 0]
+    assert asyncio.run(found["accuracy_reward"](**good)) == [1, 0, 0]
+
+
+# TRL's own examples of reward functions (its page on the GRPO trainer), as short: by tokens, by a reference, by turns,
+# by the task of a row, and one that waits.
+TRL_SCRIPT = """
+import asyncio
+import re
+
+from rlhf_fast import DataConfig, ModelConfig, PPOConfig, SamplingConfig, run_stage
+
+def length_reward(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+def reference_reward(completions, ground_truth, **kwargs):
+    return [1.0 if c[0]["content"].split()[:1] == [gt] else 0.0 for c, gt in zip(completions, ground_truth)]
+
+def math_reward(prompts, completions, task, **kwargs):
+    return [float(len(p[-1]["content"])) if t == "math" else None for p, c, t in zip(prompts, completions, task)]
+
+def coding_reward(prompts, completions, task, **kwargs):
+    return [-1.0 if t == "coding" else None for t in task]
+
+async def slow_reward(prompts, completions, **kwargs):
+    await asyncio.sleep(0.01)
+    return [1.0 if c else 0.0 for c in completions]
+
+functions = [length_reward, reference_reward, math_reward, coding_reward, slow_reward]
+run_stage(PPOConfig(out="out", policy=ModelConfig("model"), reward=functions, data=DataConfig("data.jsonl"),
+                    sampling=SamplingConfig(max_new_tokens=4), episodes=8, batch=8, minibatch=8))
+"""
+
+
+def test_trls_kinds_of_functions_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    toy.model_at(folder)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": text}],
+            "ground_truth": "a",
+            "task": ("math", "coding")[i % 2],
+            "solution": "a",
+        }
+        for i, text in enumerate(["a b"] * 4 + ["c"] * 4)
+    ]
+    toy.jsonl(folder / "data.jsonl", rows)
+    exec(TRL_SCRIPT, {"__name__": "trl_script"})
+    (row,) = read_metrics("out")
+    assert row["rewards/math_reward/mean"] == 2.0 and row["rewards/coding_reward/mean"] == -1.0
+    assert row["rewards/length_reward/mean"] == row["tokens/length"] and row["rewards/slow_reward/mean"] == 1.0
+    parts = row["rewards/length_reward/mean"] + row["rewards/reference_reward/mean"] + 1.0
+    assert row["objective/scores"] == pytest.approx(parts + (2.0 - 1.0) / 2, abs=1e-6)
 
 
 def test_rewards_stand_alone_too(policy, responses):
