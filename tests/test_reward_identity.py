@@ -110,7 +110,7 @@ def test_functions_without_a_name_of_their_own_differ_by_text_and_values(folder,
     cfg = toy.ppo(folder, reward=one)
     start(cfg)
     RunFolder(cfg)
-    with pytest.raises(UserError, match="has changed since|was started with reward"):
+    with pytest.raises(UserError, match=r"has changed since|was started with reward"):
         RunFolder(replace(cfg, reward=other))
 
 

@@ -1,4 +1,4 @@
-"""Rewards: what each function receives, sums with weights, None, async functions, timeouts, retries, and their errors."""
+"""Rewards: what each function receives, sums with weights, None, async functions, timeouts, retries, errors."""
 
 import asyncio
 import functools
