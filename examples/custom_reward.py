@@ -1,9 +1,9 @@
 """PPO against a reward function of your own, with the built-in trainer, on the demo's small model.
 
 The reward counts polite words in the response. It is called by the names of its parameters, as in TRL, and returns one
-number for each response (docs/rewards.md). It ends in reward hacking, as any reward does that leaves out what one wants:
-the score rises, while the letters forget what they are about and no longer end. The KL grows with it, and a larger
-`kl.coef` holds the model back. The script prints a response of the first batch and one of the last to show it.
+number for each response (docs/rewards.md). It ends in reward hacking, as any reward does that leaves out what one
+wants: the score rises, while the letters forget what they are about and no longer end. The KL grows with it, and a
+larger `kl.coef` holds the model back. The script prints a response of the first batch and one of the last to show it.
 
     python examples/custom_reward.py
 """
@@ -52,9 +52,8 @@ def main(out: str = "runs/custom-reward", batches: int = 12) -> None:
     )
     rows = [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in (rows[0], rows[-1]):
-        print(
-            f"batch {row['step']}: score {row['score']:.0f}, KL {row['kl']:.1f}: {row['prompt']} -> {row['response']}"
-        )
+        numbers = f"score {row['score']:.0f}, KL {row['kl']:.1f}"
+        print(f"batch {row['step']}: {numbers}: {row['prompt']} -> {row['response']}")
 
 
 if __name__ == "__main__":

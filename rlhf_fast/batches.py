@@ -144,7 +144,7 @@ class GivenRow(NamedTuple):
     prompt: str | list[dict[str, Any]]
     """A text or messages, before any template."""
     columns: Mapping[str, Any]
-    """Those that the functions ask for."""
+    """The columns that the functions ask for, by name."""
 
 
 class Prompts(NamedTuple):

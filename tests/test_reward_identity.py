@@ -1,4 +1,4 @@
-"""Whether a resumed run knows its reward again: names in run.json, checksums of functions, another function refused."""
+"""A resumed run knows its reward again: names in run.json, checksums of functions, another function refused."""
 
 import functools
 import json

@@ -80,7 +80,7 @@ def short_names(specs: Sequence[RewardSpec]) -> list[str]:
 
 
 def _from_words(words: list[str]) -> Any:
-    return reward_value(words)
+    return words[0] if len(words) == 1 else tuple(words)  # the dataclass has the checks
 
 
 def _as_words(value: Any) -> list[str]:

@@ -41,7 +41,7 @@ class Row(NamedTuple):
     loss_mask: tuple[bool, ...] = ()
     """For each token of a demonstration's response, whether it has a loss. Empty = all have one."""
     given: GivenRow | None = None
-    """What reward functions ask for. None = nothing."""
+    """The row as its file has it, for reward functions that ask for columns. None = none does."""
 
 
 class Dataset(Generic[B]):

@@ -18,7 +18,7 @@ NOT_PASSED = frozenset({"prompt", "completion", "completion_ids"})
 
 
 class Wanted(NamedTuple):
-    """What a function that is called by the names of its parameters reads of a row."""
+    """The columns that a function, called by the names of its parameters, reads of a row."""
 
     reward: str
     """The function's name, for messages."""

@@ -36,7 +36,7 @@ class CallForm(NamedTuple):
     by_name: bool
     num_positional: int = 0
     given: tuple[str, ...] = ()
-    """Those of GIVEN that it takes."""
+    """The names of GIVEN that it takes."""
     required: tuple[str, ...] = ()
     """Columns that it takes, without a default."""
     optional: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ class FunctionReward:
 
     @property
     def wanted(self) -> Wanted | None:
-        """What the function reads of the rows; None if it is not called by names."""
+        """The columns that the function reads; None if it is not called by names."""
         form = self.form
         return Wanted(self.name, form.required, form.optional, form.rest) if form.by_name else None
 

@@ -101,7 +101,7 @@ class Reward:
 
     @property
     def wanted(self) -> list[Wanted]:
-        """What the functions that are called by names read of the rows."""
+        """The columns that the functions read which are called by names."""
         found = [part.wanted for part in self.parts if isinstance(part, FunctionReward)]
         return [wanted for wanted in found if wanted is not None]
 
