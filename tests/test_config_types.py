@@ -79,7 +79,7 @@ def test_rewards_in_flags_yaml_and_python_are_the_same(folder):
     for cfg in (stage_config(PPOConfig, flags), stage_config(PPOConfig, ["--config", str(yaml)])):
         assert cfg == made and cfg.rewards() == {"reward[1]": "runs/rm", "reward[2]": "my:format"}
     assert stage_config(PPOConfig, ["--config", str(yaml), "--reward", "a", "--reward-weights", "2"]).reward == "a"
-    for one in ("runs/rm", ["runs/rm"], ("runs/rm",)):
+    for one in ("runs/rm", ["runs/rm"], ("runs/rm",), Path("runs/rm"), [Path("runs/rm")]):
         assert PPOConfig(reward=one).reward == "runs/rm"
     assert PPOConfig(reward="~/rm").reward == PPOConfig(reward=["~/rm"]).reward == str(Path.home() / "rm")
     assert from_json("ppo", to_plain(made)) == made and "- my:format" in to_yaml(made)

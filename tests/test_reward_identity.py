@@ -69,6 +69,7 @@ def test_a_list_is_in_run_json_with_its_weights(folder):
     assert saved["config"]["reward"] == [spec_name(words), "toy:share_of_a"]
     assert saved["config"]["reward_weights"] == [1, 0.5] and len(saved["functions"]) == 2
     RunFolder(cfg)
+    RunFolder(replace(cfg, reward_timeout=9.0, reward_retries=3))  # a run that ended for want of time goes on
     for other, name in (
         (replace(cfg, reward_weights=(1, 2)), "reward_weights"),
         (replace(cfg, reward=("toy:share_of_a", words)), "reward"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -27,10 +28,13 @@ def reward_value(value: object) -> RewardSpec | tuple[RewardSpec, ...]:
         return ""
     if isinstance(value, str) or callable(value):
         return _expanded(value)
+    if isinstance(value, os.PathLike):
+        value = [value]
     if not isinstance(value, (list, tuple)):
         raise ValueError(EXPECTED)
     entries: list[RewardSpec] = []
-    for i, entry in enumerate(value, 1):
+    for i, given in enumerate(value, 1):
+        entry = str(given) if isinstance(given, os.PathLike) else given
         if not entry or not (isinstance(entry, str) or callable(entry)):
             raise ValueError(f"{EXPECTED}; entry {i} is none")
         if (spec := _expanded(entry)) in entries:
@@ -91,7 +95,7 @@ RewardSpecs = Annotated[
     RewardSpec | Sequence[RewardSpec],
     PrimitiveConstructorSpec(
         nargs="*",
-        metavar="REWARD",
+        metavar="REWARD [REWARD ...]",
         instance_from_str=_from_words,
         is_instance=lambda value: isinstance(value, (str, tuple)) or callable(value),
         str_from_instance=_as_words,

@@ -195,11 +195,12 @@ class PPOConfig(_Stage):
     """Directory of the reference model of the KL penalty. Empty = the model that the policy starts from (paper C.3)."""
     value: ModelConfig = field(default_factory=ModelConfig)
     """The model that the value model starts from; it is a network of its own. No path: the reward model (paper, N+,
-    DS-Chat; lm-hp and trlx share the policy's trunk), or the policy's trunk if `reward` is a Python function."""
+    DS-Chat; lm-hp and trlx share the policy's trunk), the first of several, or the policy's trunk if no reward is a
+    model."""
     reward: RewardSpecs = ""
-    """Directory of a reward model, or module:function; in Python also the function itself; or a list of these. The
-    function is called by the names of its parameters, as TRL does: prompts, completions, completion_ids and the columns
-    of the rows; or with a list of texts, or of prompts and of responses (docs/rewards.md)."""
+    """Directory of a reward model, or module:function (in Python also the function itself), or a list of these. The
+    function is called by the names of its parameters, as in TRL: prompts, completions, completion_ids and the columns
+    of the rows; or with a list of texts, or with lists of prompts and of responses (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """Factor of each reward in their sum, which is the score. Empty = 1 each (TRL has the same)."""
     reward_timeout: float = 0.0

@@ -21,6 +21,8 @@ from rlhf_fast.run.info import model_sha256, sha256
 MAY_DIFFER_ON_RESUME = (
     "out",
     "resume",
+    "reward_timeout",
+    "reward_retries",
     *(f"log.{name}" for name in ("every", "samples", "checkpoint_every", "keep", "live", "sinks")),
     *(f"log.eval_{name}" for name in ("every", "tasks", "data", "limit")),
 )

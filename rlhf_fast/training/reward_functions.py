@@ -31,7 +31,7 @@ FORMS = "a list of texts, a list of prompts and a list of responses, or by name 
 
 
 class CallForm(NamedTuple):
-    """How a function is called. by_name: with keywords; else with `num_positional` lists."""
+    """The way in which a function is called. by_name: with keywords; else with `num_positional` lists."""
 
     by_name: bool
     num_positional: int = 0
