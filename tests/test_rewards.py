@@ -304,6 +304,13 @@ def test_a_slow_function_is_called_again_and_given_up(policy, prompts, responses
     assert calls == [False] * 4 and time.monotonic() - start < 20
 
 
+def test_an_iterator_of_scores_is_read_once(policy, prompts, responses):
+    def scores(completions):
+        return (float(i) for i, _ in enumerate(completions))
+
+    assert combined(policy, scores)(responses, prompts).tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_text_is_no_number(policy, prompts, responses):
     for returned in ("123456", ["1", "2", "3", "4", "5", "6"]):
         with pytest.raises(UserError, match="must return one number for each response"):

@@ -167,9 +167,10 @@ def score_responses(reward: RewardFunction, responses: Responses, prompts: Promp
 def check_numbers(scores: Any, uids: Sequence[int], name: str) -> list[float | None]:
     """Return one finite number or None for each row; raise UserError naming the rows otherwise."""
     try:
-        if isinstance(scores, (str, bytes)) or any(isinstance(score, (str, bytes)) for score in scores):
+        found = [scores] if isinstance(scores, (str, bytes)) else list(scores)
+        if any(isinstance(score, (str, bytes)) for score in found):
             raise TypeError("found text")
-        numbers = [None if score is None else float(score) for score in scores]
+        numbers = [None if score is None else float(score) for score in found]
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: a reward must return one number for each response ({error})") from error
     if len(numbers) != len(uids):
