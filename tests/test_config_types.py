@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_fast import DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.cli.main import main
+from rlhf_fast.config.checks import settings
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import LoraConfig, SamplingConfig
 from rlhf_fast.config.flags import stage_config
@@ -59,6 +60,20 @@ def score(texts):
 def test_what_is_wrong_is_refused_where_it_is_given(make, sentence):
     with pytest.raises(UserError, match=sentence):
         make()
+
+
+def test_a_class_may_take_other_forms():
+    @settings
+    class Size:
+        width: int = 0
+
+        @classmethod
+        def prepared(cls, name, value):
+            return len(value) if isinstance(value, list) else value
+
+    assert Size([1, 2]).width == Size(width=[1, 2]).width == 2
+    with pytest.raises(UserError, match="Size: width must be a whole number, got 'x'"):
+        Size("x")
 
 
 def test_what_stands_for_a_type_becomes_it():

@@ -40,7 +40,8 @@ def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass whose values have the types of its fields.
 
     A list becomes a tuple, a path text, a NumPy number one of Python's. UserError for a name that is no field, with the
-    nearest one; BadSetting for a value of another type.
+    nearest one; BadSetting for a value of another type. A class may have a classmethod `prepared(name, value)`, which
+    turns what else may be given for a field into its type, before the check.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     plain = made.__init__
@@ -58,7 +59,8 @@ def settings(cls: type[T]) -> type[T]:
             raise UserError(f"{cls.__name__}: {twice} is given twice, once by its position; give all by name")
         hints = _hints(made)
         for name, value in {**values, **kwargs}.items():
-            values[name] = _value_of(made, name, hints[name], value)
+            prepared = made.prepared(name, value) if hasattr(made, "prepared") else value
+            values[name] = _value_of(made, name, hints[name], prepared)
         plain(self, **values)
 
     made.__init__ = checked
