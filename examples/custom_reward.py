@@ -1,7 +1,9 @@
 """PPO against a reward function of your own, with the built-in trainer, on the demo's small model.
 
-The reward counts polite words in the response. A reward function takes the prompts and the responses as two lists of
-texts (or one list of both together) and returns one number for each response.
+The reward counts polite words in the response. It is called by the names of its parameters, as in TRL, and returns one
+number for each response (docs/rewards.md). It ends in reward hacking, as any reward does that leaves out what one
+wants: the score rises, while the letters forget what they are about and no longer end. The KL grows with it, and a
+larger `kl.coef` holds the model back. The script prints a response of the first batch and one of the last to show it.
 
     python examples/custom_reward.py
 """
@@ -19,9 +21,9 @@ PROMPTS = ("write a letter to {} about the map .", "write a letter to {} about t
 NAMES = ("adam", "bella", "emil", "fay", "gus", "hana", "ivan", "jane")
 
 
-def politeness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def politeness(completions: Sequence[str]) -> list[float]:
     """Return the number of different polite words in each response."""
-    return [float(len(POLITE & set(response.split()))) for response in responses]
+    return [float(len(POLITE & set(completion.split()))) for completion in completions]
 
 
 def main(out: str = "runs/custom-reward", batches: int = 12) -> None:
@@ -35,7 +37,7 @@ def main(out: str = "runs/custom-reward", batches: int = 12) -> None:
         PPOConfig(
             out=out,
             policy=ModelConfig(path=str(BASE_MODELS / "small")),
-            reward="custom_reward:politeness",  # module:function, imported from the script's folder
+            reward=politeness,  # on the command line: --reward custom_reward:politeness
             data=DataConfig(path=str(data), template="plain"),
             sampling=SamplingConfig(max_new_tokens=24),
             kl=KLConfig(coef=0.05),
@@ -48,6 +50,10 @@ def main(out: str = "runs/custom-reward", batches: int = 12) -> None:
             inner_epochs=2,
         )
     )
+    rows = [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in (rows[0], rows[-1]):
+        numbers = f"score {row['score']:.0f}, KL {row['kl']:.1f}"
+        print(f"batch {row['step']}: {numbers}: {row['prompt']} -> {row['response']}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ A loss takes a batch with `num_items()`, the number of things its loss is averag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -138,6 +138,15 @@ class Comparisons(NamedTuple):
         )
 
 
+class GivenRow(NamedTuple):
+    """The row of a prompt as its file has it, for reward functions that are called by the names of their parameters."""
+
+    prompt: str | list[dict[str, Any]]
+    """A text or messages, before any template."""
+    columns: Mapping[str, Any]
+    """The columns that the functions ask for, by name."""
+
+
 class Prompts(NamedTuple):
     """Prompts to answer."""
 
@@ -145,6 +154,8 @@ class Prompts(NamedTuple):
     """A prompt's number in the whole run. The noise of the prompt's samples depends on it and on their number."""
     tokens: list[list[int]]
     texts: list[str]
+    rows: list[GivenRow] | None = None
+    """The row of each prompt. None = no reward function asks for them."""
 
     @classmethod
     def from_texts(cls, tokenizer: Any, texts: Sequence[str]) -> Prompts:
@@ -160,6 +171,7 @@ class Prompts(NamedTuple):
             uids=[self.uids[i] for i in index],
             tokens=[self.tokens[i] for i in index],
             texts=[self.texts[i] for i in index],
+            rows=None if self.rows is None else [self.rows[i] for i in index],
         )
 
 

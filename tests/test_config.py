@@ -12,7 +12,8 @@ import rlhf_fast
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.cli.show_config import show_config
 from rlhf_fast.config import fields, stages
-from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.checks import BadSetting
+from rlhf_fast.config.fields import DataConfig, LogConfig, OptimConfig, SamplingConfig
 from rlhf_fast.config.flags import parse, stage_config
 from rlhf_fast.config.presets import PRESETS, preset
 from rlhf_fast.config.resolve import (

@@ -99,7 +99,7 @@ def test_formats(kind, row, prompt, responses, ranks):
 def test_columns_are_renamed():
     columns = {"prompt": "q", "completion": "a", "group": "t"}
     example = parse_row({"q": "p", "a": "c", "t": 3}, "demonstrations", columns)
-    assert example == (0, "p", ("c",), (), "3", (), (), ())
+    assert example == (0, "p", ("c",), (), "3", (), (), (), {"q": "p", "a": "c", "t": 3})
 
 
 INVALID = [

@@ -8,12 +8,14 @@ import toy
 
 from rlhf_fast.batches import Prompts, Responses, cat, pad_rows, response_mask
 from rlhf_fast.config.fields import KLConfig, ModelConfig, OptimConfig, SamplingConfig
+from rlhf_fast.config.rewards import is_function
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.training.experience import final_scores, make_experience, minibatches, token_weights, whiten
-from rlhf_fast.training.rewards import PythonReward, check_scores, is_function, load_reward
+from rlhf_fast.training.reward_functions import FunctionReward
+from rlhf_fast.training.rewards import Reward, check_scores, load_reward
 
 END = 2
 
@@ -310,8 +312,8 @@ def test_reward_functions_get_texts():
         calls.append((prompts, answers))
         return torch.tensor([0.5, 1.5])
 
-    assert PythonReward(score_texts, NumberTokenizer())(batch).tolist() == [8, 8]
-    assert PythonReward(score_answers, NumberTokenizer())(batch).tolist() == [0.5, 1.5]
+    assert Reward([FunctionReward(score_texts, NumberTokenizer())])(batch).tolist() == [8, 8]
+    assert Reward([FunctionReward(score_answers, NumberTokenizer())])(batch).tolist() == [0.5, 1.5]
     assert calls == [["10 5 6 6", "11 5 5 6"], (["10 5", "11 5 5"], ["6 6", "6"])]
 
 
@@ -321,13 +323,13 @@ def test_reward_functions_get_texts():
         ([1.0, float("nan"), 2.0], "nan for prompt 71"),
         ([float("inf"), 1.0, float("-inf")], "inf for prompt 70 .*-inf for prompt 72"),
         ([1.0, 2.0], "2 rewards for 3 responses"),
-        ([1.0, None, 2.0], "one number for each response"),
+        ([1.0, None, 2.0], "returned None for prompt 71 .*needs a number from one function"),
         (3.0, "one number for each response"),
     ],
 )
 def test_a_bad_reward_names_the_rows(returned, words):
     with pytest.raises(UserError, match=words):
-        PythonReward(lambda _texts: returned, NumberTokenizer(), "mine")(responses())
+        Reward([FunctionReward(lambda _texts: returned, NumberTokenizer(), "mine")])(responses())
 
 
 def test_reward_by_name(tmp_path, monkeypatch):
@@ -345,7 +347,7 @@ def test_reward_by_name(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=words):
             load_reward(spec, NumberTokenizer())
     with pytest.raises(UserError, match="takes 3 arguments"):
-        PythonReward(lambda a, b, c: (a, b, c), NumberTokenizer())
+        FunctionReward(lambda a, b, c: (a, b, c), NumberTokenizer())
     assert is_function("a.b:c")
     assert not is_function(str(tmp_path))
 

@@ -21,6 +21,14 @@ from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 
 
+def test_a_message_is_printed_as_it_is(tmp_path, capfd):
+    """No part of it is markup, or the name of a picture, as `:boom:` of a module:function is to rich."""
+    log = logs.Log(tmp_path, LogConfig(live=False), "ppo", total=1)
+    log.message("reward my:boom: [bold]raised")
+    log.close()
+    assert "ppo: reward my:boom: [bold]raised" in capfd.readouterr().err
+
+
 def test_rows_hold_metrics_phases_and_speed(tmp_path):
     log = logs.Log(tmp_path, LogConfig(samples=2), "ppo", total=3, progress_metrics=("objective/kl",))
     with log.phase("generate"):

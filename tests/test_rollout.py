@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast import batches
 from rlhf_fast.batches import LENGTH, STOP, Prompts
-from rlhf_fast.config.fields import BadSetting, ModelConfig, SamplingConfig
+from rlhf_fast.config.checks import BadSetting
+from rlhf_fast.config.fields import ModelConfig, SamplingConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout

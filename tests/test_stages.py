@@ -124,6 +124,18 @@ def test_sft_samples_only_prompts_that_leave_room_for_the_longest_response(folde
 # Reward
 
 
+def test_a_reward_model_at_chance_is_named(folder, capfd):
+    """Trained on ranks drawn at random it gets the sentence; trained on an order that can be learned it does not."""
+    rng = random.Random(0)
+    pairs = [{"prompt": text, "chosen": "a a", "rejected": "b b"} for text in toy.prompts(80)]
+    noise = [row if rng.random() < 0.5 else row | {"chosen": "b b", "rejected": "a a"} for row in pairs]
+    for name, rows, expected in (("noise", noise, True), ("pairs", pairs, False)):
+        data = DataConfig(toy.jsonl(folder / f"{name}.jsonl", rows), valid_fraction=0.3)
+        reward.run(toy.reward(folder, name, data=data, demonstrations=DataConfig(), epochs=2))
+        printed = " ".join(capfd.readouterr().err.split())
+        assert ("the reward model may be guessing: it orders" in printed) is expected, printed
+
+
 def test_reward_learns_ragged_rankings(folder):
     cfg = toy.reward(folder)
     reward.run(cfg)

@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from rlhf_fast import __version__
 from rlhf_fast.cli.streams import safe_streams, silence
-from rlhf_fast.config.fields import BadSetting
+from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.errors import REMEDIES, UserError, did_you_mean, shortened
 
 Command = Callable[[Sequence[str]], int]

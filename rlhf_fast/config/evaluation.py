@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
+from rlhf_fast.config.checks import settings
 from rlhf_fast.config.fields import expand_home, require, require_range
 from rlhf_fast.errors import UserError
 
@@ -16,7 +17,7 @@ JudgeSpec = Annotated[str, arg(metavar="JUDGE")]
 Switch = Annotated[bool, FlagCreatePairsOff]
 
 
-@dataclass(frozen=True)
+@settings
 class JudgeConfig:
     """Judges by what they decide. Empty = the built-in one; or module:function; or a JSONL file of people's labels; or
     chat:FOLDER, a language model that is asked for A or B."""
@@ -34,7 +35,7 @@ class JudgeConfig:
     """Judge of which of two answers is better; also the folder of a reward model. There is no built-in one."""
 
 
-@dataclass(frozen=True)
+@settings
 class EvalConfig:
     """Run the paper's evaluation on any number of models, side by side:
     - truth, toxicity, bias, the alignment tax, refusals and preference
@@ -140,7 +141,7 @@ class EvalConfig:
         return found
 
 
-@dataclass(frozen=True)
+@settings
 class EvalOptions(EvalConfig):
     """Run the paper's evaluation on any number of models, side by side:
     - truth, toxicity, bias, the alignment tax, refusals and preference

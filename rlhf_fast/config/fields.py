@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
-from rlhf_fast.errors import UserError
-
-
-class BadSetting(UserError):
-    """A setting that breaks its rule. `name` is the field; resolve.py adds the whole path and the value's origin."""
-
-    def __init__(self, owner: object, name: str, rule: str):
-        self.name, self.rule, self.value = name, rule, getattr(owner, name)
-        super().__init__(f"{type(owner).__name__}: {name} {rule}, got {self.value!r}")
+from rlhf_fast.config.checks import BadSetting, settings
 
 
 def require(owner: object, condition: bool, name: str, rule: str) -> None:
@@ -44,7 +36,7 @@ def expand_home(owner: object, *names: str) -> None:
             object.__setattr__(owner, name, str(os.path.expanduser(getattr(owner, name))))  # noqa: PTH111
 
 
-@dataclass(frozen=True)
+@settings
 class LoraConfig:
     """Low-rank adapters by `peft` (extra [lora]). Without them the whole model is trained."""
 
@@ -63,7 +55,7 @@ class LoraConfig:
         require_range(self, 0, 0.99, "dropout")
 
 
-@dataclass(frozen=True)
+@settings
 class ModelConfig:
     """A causal language model of Hugging Face transformers, or one with a scalar head."""
 
@@ -84,7 +76,7 @@ class ModelConfig:
         expand_home(self, "path")
 
 
-@dataclass(frozen=True)
+@settings
 class DataConfig:
     """A JSONL file (.gz too) and how its rows become tokens. `rlhf-fast check FILE` shows the result."""
 
@@ -128,7 +120,7 @@ class DataConfig:
         require_range(self, 0, math.inf, "limit", "dedupe_prefix")
 
 
-@dataclass(frozen=True)
+@settings
 class SamplingConfig:
     """Sampling of responses. Filters apply in the order temperature, top-k, top-p, min-p."""
 
@@ -176,7 +168,7 @@ class SamplingConfig:
         return {name: off for name, off in without_effect.items() if getattr(self, name) != off}
 
 
-@dataclass(frozen=True)
+@settings
 class OptimConfig:
     """AdamW (torch, fused) and its learning rate over the optimizer steps."""
 
@@ -210,7 +202,7 @@ class OptimConfig:
         require_range(self, 1, math.inf, "micro_batch_tokens")
 
 
-@dataclass(frozen=True)
+@settings
 class LogConfig:
     """Files that a run writes and lines that it prints. Only validate_every can change the weights in `out` (see
     `select`)."""
@@ -245,7 +237,7 @@ class LogConfig:
         require_range(self, 0, math.inf, "samples", "validate_every", "checkpoint_every", "eval_every", "eval_limit")
 
 
-@dataclass(frozen=True)
+@settings
 class KLConfig:
     """The penalty on the KL divergence from the reference model, subtracted from every token's reward."""
 

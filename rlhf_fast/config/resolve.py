@@ -27,8 +27,9 @@ from typing import (
     get_type_hints,
 )
 
-from rlhf_fast.config.fields import BadSetting
+from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.config.library_names import meant_setting
+from rlhf_fast.config.rewards import REWARD_SPECS, reward_value, spec_name
 from rlhf_fast.config.stages import STAGES, StageConfig
 from rlhf_fast.config.yaml_file import WIDTH, Setting, dump_yaml
 from rlhf_fast.errors import UserError, did_you_mean, listed, shortened
@@ -155,7 +156,7 @@ def show(value: object) -> str:
     """Return a value as it would be in a YAML file, on one line."""
     if isinstance(value, str) and value and not set(value) & set(" :#'\""):
         return value
-    return shortened(json.dumps(value, ensure_ascii=False))
+    return shortened(json.dumps(to_plain(value), ensure_ascii=False, default=repr))
 
 
 def unknown_setting(cls: type[DataclassInstance], path: str, origin: str) -> UserError:
@@ -191,6 +192,8 @@ def coerce(cls: type[DataclassInstance], path: str, setting: Setting) -> Any:
 
 def _coerce(kind: Any, value: Any) -> Any:
     origin = get_origin(kind)
+    if kind == REWARD_SPECS:
+        return reward_value(value)
     if origin is Literal:
         return _coerce_choice(get_args(kind), value)
     if origin is tuple:
@@ -282,10 +285,13 @@ def _commented_yaml(cfg: DataclassInstance, docs: Mapping[str, str], prefix: str
 
 
 def to_plain(value: Any) -> Any:
-    """Return a tree as nested dicts, or one value, with lists for tuples: run.json's `config`."""
+    """Return a tree as nested dicts, or one value, with lists for tuples and names for functions: run.json's
+    `config`."""
     if dataclasses.is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [to_plain(entry) for entry in value]
+    return spec_name(value) if callable(value) else value
 
 
 def from_json(stage: str, tree: Mapping[str, Any], file: str = "run.json") -> StageConfig:
@@ -307,5 +313,12 @@ def _json_settings(
 
 def difference(a: DataclassInstance, b: DataclassInstance) -> list[tuple[str, Any, Any]]:
     """Return (path, value in a, value in b) of every setting in which two trees of one stage differ."""
-    left, right = flatten(a), flatten(b)
+    left, right = ({path: _with_names(value) for path, value in flatten(cfg).items()} for cfg in (a, b))
     return [(path, left[path], right[path]) for path in left if left[path] != right[path]]
+
+
+def _with_names(value: Any) -> Any:
+    """Return a setting's value with the names of functions in their place, as run.json has them."""
+    if isinstance(value, tuple):
+        return tuple(map(_with_names, value))
+    return spec_name(value) if callable(value) else value

@@ -18,12 +18,12 @@ NeMo-Aligner. Some differences are not settings, because one choice is right or 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from rlhf_fast.config.checks import BadSetting, settings
 from rlhf_fast.config.fields import (
-    BadSetting,
     DataConfig,
     KLConfig,
     LogConfig,
@@ -35,10 +35,11 @@ from rlhf_fast.config.fields import (
     require_positive,
     require_range,
 )
+from rlhf_fast.config.rewards import RewardSpec, RewardSpecs, reward_specs, short_names
 from rlhf_fast.errors import UserError
 
 
-@dataclass(frozen=True)
+@settings
 class _Stage:
     """Settings and checks that the three stages share."""
 
@@ -55,7 +56,7 @@ class _Stage:
     """Resume from the newest complete checkpoint in `out`. False: refuse an `out` that holds a run."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "out", *(name for name in ("reference", "reward", "select_reward") if hasattr(self, name)))
+        expand_home(self, "out", *(name for name in ("reference",) if hasattr(self, name)))
         require(self, 0 <= self.seed < 2**63, "seed", "must be from 0 to below 2**63")
 
     def ready(self) -> None:
@@ -67,10 +68,18 @@ class _Stage:
             if not value:
                 raise UserError(f"{self.stage}: {name} is not set; give --{name} PATH, or put it in the YAML file")
 
+    def rewards(self) -> dict[str, RewardSpec]:
+        """Return every reward that the stage names: setting -> reward, with its number if there are several."""
+        found: dict[str, RewardSpec] = {}
+        for name in ("reward", "select_reward"):
+            specs = reward_specs(getattr(self, name, ""))
+            found |= {f"{name}[{i}]" if len(specs) > 1 else name: spec for i, spec in enumerate(specs, 1)}
+        return found
+
     def model_paths(self) -> list[str]:
         """Return the path of every model that the stage loads: a folder, a hub name, or a reward's module:function."""
         models = [value.path for value in vars(self).values() if isinstance(value, ModelConfig)]
-        models += [getattr(self, name, "") for name in ("reference", "reward", "select_reward")]
+        models += [getattr(self, "reference", ""), *(spec for spec in self.rewards().values() if isinstance(spec, str))]
         return list(dict.fromkeys(path for path in models if path))
 
     def input_paths(self) -> dict[str, str]:
@@ -81,8 +90,9 @@ class _Stage:
                 paths[f"{name}.path"] = value.path
             elif isinstance(value, DataConfig):
                 paths |= {f"{name}.path": value.path, f"{name}.valid": value.valid}
-            elif name in ("reference", "reward", "select_reward"):
+            elif name == "reference":
                 paths[name] = value
+        paths |= {name: spec for name, spec in self.rewards().items() if isinstance(spec, str)}
         return {name: path for name, path in paths.items() if path and Path(path).exists()}
 
     def data_files(self) -> list[str]:
@@ -91,7 +101,7 @@ class _Stage:
         return [file for cfg in configs for file in (cfg.path, cfg.valid) if file]
 
 
-@dataclass(frozen=True)
+@settings
 class SFTConfig(_Stage):
     """Supervised fine-tuning on demonstrations (paper C.1)."""
 
@@ -123,8 +133,8 @@ class SFTConfig(_Stage):
     select: Literal["loss", "reward", "last"] = "loss"
     """Weights that `out` gets. loss: lowest validation loss. reward: highest mean score by `select_reward` of responses
     to the validation prompts (the paper's way, which needs a reward model first). last: those of the last step."""
-    select_reward: str = ""
-    """Directory of the reward model for select=reward."""
+    select_reward: RewardSpecs = ""
+    """Reward for select=reward: as PPO's `reward`, several of them with equal weights."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling of the responses that select=reward scores and samples.jsonl shows."""
 
@@ -138,7 +148,7 @@ class SFTConfig(_Stage):
         require(self, self.select != "reward" or bool(self.select_reward), "select", rule)
 
 
-@dataclass(frozen=True)
+@settings
 class RewardConfig(_Stage):
     """A reward model from ranked responses (paper C.2)."""
 
@@ -171,7 +181,7 @@ class RewardConfig(_Stage):
             raise error
 
 
-@dataclass(frozen=True)
+@settings
 class PPOConfig(_Stage):
     """Reinforcement learning against a reward with a KL penalty (paper C.3, C.4), with or without PPO-ptx."""
 
@@ -185,10 +195,18 @@ class PPOConfig(_Stage):
     """Directory of the reference model of the KL penalty. Empty = the model that the policy starts from (paper C.3)."""
     value: ModelConfig = field(default_factory=ModelConfig)
     """The model that the value model starts from; it is a network of its own. No path: the reward model (paper, N+,
-    DS-Chat; lm-hp and trlx share the policy's trunk), or the policy's trunk if `reward` is a Python function."""
-    reward: str = ""
-    """Directory of a reward model, or module:function. The function returns the scores of a list of texts (prompt and
-    response together), or of a list of prompts and a list of responses."""
+    DS-Chat; lm-hp and trlx share the policy's trunk), the first of several, or the policy's trunk if no reward is a
+    model."""
+    reward: RewardSpecs = ""
+    """Directory of a reward model, or module:function (in Python also the function itself), or a list of these. The
+    function is called by the names of its parameters, as in TRL: prompts, completions, completion_ids and the columns
+    of the rows; or with a list of texts, or with lists of prompts and of responses (docs/rewards.md)."""
+    reward_weights: tuple[float, ...] = ()
+    """Factor of each reward in their sum, which is the score. Empty = 1 each (TRL has the same)."""
+    reward_timeout: float = 0.0
+    """Seconds that a reward function may take for a batch. 0 = any."""
+    reward_retries: int = 0
+    """Times that a reward function is called again if it raises or takes too long, after 1, 2, 4, ... seconds."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts."""
     pretrain: DataConfig = field(default_factory=DataConfig)
@@ -288,7 +306,7 @@ class PPOConfig(_Stage):
         require(self, self.batch % self.minibatch == 0, "batch", f"must be a multiple of minibatch ({self.minibatch})")
         require_range(self, 0, 1, "gamma", "lam", "ema", "clip_low")
         require_range(self, 0, math.inf, "clip_high", "value_clip", "value_coef", "score_clip", "ptx_coef")
-        require_range(self, 0, math.inf, "critic_warmup", "target_kl")
+        require_range(self, 0, math.inf, "critic_warmup", "target_kl", "reward_timeout", "reward_retries")
         require(self, self.dual_clip == 0 or self.dual_clip > 1, "dual_clip", "must be 0 (none) or above 1")
         require_positive(self, "whiten_eps", "score_scale")
         require(self, self.ema < 1, "ema", "must be below 1")
@@ -296,6 +314,7 @@ class PPOConfig(_Stage):
         rule = "must be above 0 with missing_eos=subtract: it is the amount taken off"
         require(self, self.missing_eos != "subtract" or self.missing_eos_value > 0, "missing_eos_value", rule)
         require(self, math.isfinite(self.missing_eos_value), "missing_eos_value", "must be a number")
+        self._check_reward_weights()
         if not self.sampling.temperature > 0:
             raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
         rule = "must be false with an adapter, which a rollout merges into the weights and a training pass does not"
@@ -308,6 +327,14 @@ class PPOConfig(_Stage):
             error = BadSetting(self.sampling, name, rule)
             error.name = f"sampling.{name}"
             raise error
+
+    def _check_reward_weights(self) -> None:
+        """Raise BadSetting unless there are no weights, or a finite one for each reward and not all 0."""
+        weights, names = self.reward_weights, short_names(reward_specs(self.reward))
+        rule = f"must have one number for each reward ({', '.join(names) or 'none is set'})"
+        require(self, not weights or len(weights) == len(names), "reward_weights", rule)
+        require(self, all(map(math.isfinite, weights)), "reward_weights", "must be finite numbers")
+        require(self, not weights or any(weights), "reward_weights", "must not all be 0")
 
     @property
     def num_batches(self) -> int:

@@ -14,11 +14,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from rlhf_fast.batches import Comparisons, Demonstrations, Prompts, Texts, pad_rows, response_mask
+from rlhf_fast.batches import Comparisons, Demonstrations, GivenRow, Prompts, Texts, pad_rows, response_mask
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder, PromptFormat, has_loss
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message
 from rlhf_fast.data.notes import row_notes
+from rlhf_fast.data.row_columns import Wanted, given_row, require_columns, taken_columns
 from rlhf_fast.data.rows import Example, read_examples
 from rlhf_fast.errors import UserError
 
@@ -39,6 +40,8 @@ class Row(NamedTuple):
     """Keys of a split: rows that share one stay on the same side."""
     loss_mask: tuple[bool, ...] = ()
     """For each token of a demonstration's response, whether it has a loss. Empty = all have one."""
+    given: GivenRow | None = None
+    """The row as its file has it, for reward functions that ask for columns. None = none does."""
 
 
 class Dataset(Generic[B]):
@@ -98,13 +101,18 @@ class Split(NamedTuple, Generic[B]):
 
 
 def read_demonstrations(
-    cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0, prompt_format: PromptFormat | None = None
+    cfg: DataConfig,
+    tokenizer: Any,
+    seed: int = 0,
+    context: int = 0,
+    prompt_format: PromptFormat | None = None,
+    wanted: Sequence[Wanted] = (),
 ) -> Split[Demonstrations]:
     """Return prompts with a response. Rows of more than `context` tokens are dropped; 0 = no limit.
 
-    prompt_format: the run's, which replaces cfg.template.
+    prompt_format: the run's, which replaces cfg.template. wanted: what reward functions read of the rows.
     """
-    return _read(cfg, "demonstrations", tokenizer, join_demonstrations, seed, context, prompt_format)
+    return _read(cfg, "demonstrations", tokenizer, join_demonstrations, seed, context, prompt_format, wanted)
 
 
 def read_comparisons(
@@ -115,10 +123,15 @@ def read_comparisons(
 
 
 def read_prompts(
-    cfg: DataConfig, tokenizer: Any, seed: int = 0, context: int = 0, prompt_format: PromptFormat | None = None
+    cfg: DataConfig,
+    tokenizer: Any,
+    seed: int = 0,
+    context: int = 0,
+    prompt_format: PromptFormat | None = None,
+    wanted: Sequence[Wanted] = (),
 ) -> Split[Prompts]:
-    """Return prompts. `context` is the model's longest sequence less the longest response."""
-    return _read(cfg, "prompts", tokenizer, join_prompts, seed, context, prompt_format)
+    """Return prompts. `context` is the model's longest sequence less the longest response. wanted: as above."""
+    return _read(cfg, "prompts", tokenizer, join_prompts, seed, context, prompt_format, wanted)
 
 
 def read_texts(
@@ -147,7 +160,8 @@ def join_comparisons(rows: Sequence[Row], uids: list[int]) -> Comparisons:
 
 
 def join_prompts(rows: Sequence[Row], uids: list[int]) -> Prompts:
-    return Prompts(uids, [row.prompt for row in rows], [row.text for row in rows])
+    given = [row.given for row in rows if row.given is not None]
+    return Prompts(uids, [row.prompt for row in rows], [row.text for row in rows], given or None)
 
 
 def join_texts(rows: Sequence[Row], uids: list[int]) -> Texts:
@@ -163,12 +177,13 @@ def _read(
     seed: int,
     context: int,
     prompt_format: PromptFormat | None,
+    wanted: Sequence[Wanted] = (),
 ) -> Split[B]:
     template, date = prompt_format or PromptFormat(cfg.template)
     encoder = Encoder(tokenizer, template, cfg.append_eos, date)
-    rows, notes = _read_rows(cfg.path, cfg.limit, kind, encoder, cfg, context)
+    rows, notes = _read_rows(cfg.path, cfg.limit, kind, encoder, cfg, context, wanted)
     if cfg.valid:
-        held_out, valid_notes = _read_rows(cfg.valid, 0, kind, encoder, cfg, context)
+        held_out, valid_notes = _read_rows(cfg.valid, 0, kind, encoder, cfg, context, wanted)
         notes = f"{notes}. {valid_notes}"
     else:
         rows, held_out = split_rows(rows, cfg.valid_fraction)
@@ -177,32 +192,47 @@ def _read(
 
 
 def _read_rows(
-    path: str, limit: int, kind: str, encoder: Encoder, cfg: DataConfig, context: int
+    path: str,
+    limit: int,
+    kind: str,
+    encoder: Encoder,
+    cfg: DataConfig,
+    context: int,
+    wanted: Sequence[Wanted] = (),
 ) -> tuple[list[Row], str]:
     """Return the rows of a file, and a sentence on them."""
     examples = read_examples(path, kind, cfg.columns, limit, cfg.remove_columns)
-    rows, dropped = encode(examples, path, kind, encoder, cfg, context)
+    require_columns(path, examples, wanted)
+    rows, dropped = encode(examples, path, kind, encoder, cfg, context, wanted)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not rows:
         raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
     sequences = (ids for row in rows for ids in (row.prompt, *row.responses))
-    notes = row_notes(path, examples, sequences, encoder, cfg)
+    notes = row_notes(path, examples, sequences, encoder, cfg, taken_columns(examples, wanted, cfg.remove_columns))
     return rows, "; ".join([f"{path}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
 
 
 def encode(
-    examples: Sequence[Example], path: str, kind: str, encoder: Encoder, cfg: DataConfig, context: int = 0
+    examples: Sequence[Example],
+    path: str,
+    kind: str,
+    encoder: Encoder,
+    cfg: DataConfig,
+    context: int = 0,
+    wanted: Sequence[Wanted] = (),
 ) -> tuple[list[Row], Counter[str]]:
     """Return the rows, and the number of dropped examples for each reason."""
     rows: list[Row] = []
+    taken = taken_columns(examples, wanted, cfg.remove_columns)
     dropped: Counter[str] = Counter()
     prefixes: set[str] = set()
     for example in examples:
         location = f"{path}:{example.line}"
         try:
-            row = encode_example(example, kind, encoder, cfg)._replace(location=location)
+            row = encode_example(example, kind, encoder, cfg)
         except InvalidRow as error:
             raise UserError(f"{location}: {error}") from error
+        row = row._replace(location=location, given=given_row(example, taken, cfg) if wanted else None)
         if kind == "texts":
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue

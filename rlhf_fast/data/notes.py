@@ -32,12 +32,15 @@ class Markers(NamedTuple):
     """Lines of the rows whose prompt begins or whose response ends with one: a template was applied before."""
 
 
-def unused_columns(examples: Iterable[Example]) -> str:
-    """Return the columns and keys that no format reads, each with the number of its rows; "" if there are none."""
+def unused_columns(examples: Iterable[Example], taken: Collection[str] = ()) -> str:
+    """Return the columns and keys that no format reads, each with the number of its rows; "" if there are none.
+
+    taken: columns that reach a reward function.
+    """
     counts: Counter[str] = Counter()
     total = 0
     for example in examples:
-        counts.update(example.unused)
+        counts.update(name for name in example.unused if name not in taken)
         total += 1
     return ", ".join(f"{shown(name)} ({count} of {total} rows)" for name, count in counts.items())
 
@@ -158,17 +161,22 @@ def answers_without_loss(examples: Iterable[Example], turns: str) -> str:
 
 
 def row_notes(
-    path: str, examples: Sequence[Example], sequences: Iterable[Sequence[int]], encoder: Encoder, cfg: DataConfig
+    path: str,
+    examples: Sequence[Example],
+    sequences: Iterable[Sequence[int]],
+    encoder: Encoder,
+    cfg: DataConfig,
+    taken: Collection[str] = (),
 ) -> list[str]:
     """Return the sentences on a file that a stage reads. UserError if most of its rows are rendered already.
 
-    sequences: prompts and responses as tokens.
+    sequences: prompts and responses as tokens. taken: columns that reach a reward function.
     """
     markers = find_markers(examples, encoder.special, encoder.template == "chat")
     fault = rendered_rows(markers, len(examples))
     if fault:
         raise UserError(f"{path}: {fault}")
-    unused = unused_columns(examples)
+    unused = unused_columns(examples, taken)
     notes = [f"not used: {unused}" if unused else "", absent_columns(examples, cfg.remove_columns)]
     notes.append(answers_without_loss(examples, cfg.turns))
     notes += [unknown_tokens(examples, sequences, encoder), spelled_markers(markers)]

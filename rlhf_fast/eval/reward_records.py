@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import DataConfig, ModelConfig
+from rlhf_fast.config.rewards import is_function
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval import gold_curve, reward_report
 from rlhf_fast.eval.held_out import training_notes
@@ -18,7 +19,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.run.logs import SAMPLES
 from rlhf_fast.run.outputs import read_run
 from rlhf_fast.run.prompt_format import model_prompt_format
-from rlhf_fast.training.rewards import import_function, is_function
+from rlhf_fast.training.rewards import import_function
 
 COMPARISONS = ("rankings_held", "comparisons", "rankings", "preferences")
 

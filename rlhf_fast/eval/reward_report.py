@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from rlhf_fast.batches import Comparisons
+from rlhf_fast.batches import Comparisons, GivenRow
 from rlhf_fast.config.fields import DataConfig
-from rlhf_fast.data import read_comparisons
+from rlhf_fast.data import Dataset, read_comparisons
 from rlhf_fast.data.datasets import prompt_as_text
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.data.rows import read_examples
@@ -26,7 +26,9 @@ from rlhf_fast.eval.estimates import Estimate, mean
 from rlhf_fast.eval.measures import Measure, result_record
 from rlhf_fast.eval.paper import paper_text
 from rlhf_fast.model.model import Model
-from rlhf_fast.training.rewards import PythonReward, check_scores
+from rlhf_fast.training.reward_calls import call_all, print_note
+from rlhf_fast.training.reward_functions import FunctionReward
+from rlhf_fast.training.rewards import NO_LIMITS, check_scores
 
 NUM_BINS = 5
 TextReward = Callable[..., Sequence[float]]
@@ -97,24 +99,34 @@ def score_comparisons(
         rows = read_comparisons(cfg, reward.tokenizer, context=reward.max_positions, prompt_format=prompt_format).train
         if notes is not None:
             notes.append(rows.notes)
-        return [_score_batch(reward, batch) for batch in rows.in_order(1)]
+        return score_rows(reward, rows)
     examples = read_examples(cfg.path, "comparisons", cfg.columns, cfg.limit, cfg.remove_columns)
     prompts = [prompt_as_text(example.prompt) for example in examples for _ in example.responses]
     responses = [response for example in examples for response in example.responses]
-    scores = iter(score_texts(reward, prompts, responses))
+    given = [GivenRow(example.prompt, example.row) for example in examples for _ in example.responses]
+    scores = iter(score_texts(reward, prompts, responses, given))
     return [
         Ranked(tuple(next(scores) for _ in example.responses), example.ranks, prompt_as_text(example.prompt))
         for example in examples
     ]
 
 
-def score_texts(reward: TextReward, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Return a reward function's score of each response. UserError unless it gives a finite number for each."""
-    checked = PythonReward(reward, None)
-    texts = (
-        (prompts, responses) if checked.takes_prompts else ([p + r for p, r in zip(prompts, responses, strict=True)],)
-    )
-    return check_scores(reward(*texts), range(len(prompts)), checked.name).tolist()
+def score_rows(reward: Model, rows: Dataset[Comparisons], limit: int = 0) -> list[Ranked]:
+    """Return the rewards and ranks of the first `limit` rows; 0 = all."""
+    return [_score_batch(reward, batch) for batch in islice(rows.in_order(1), limit or None)]
+
+
+def score_texts(
+    reward: TextReward, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[GivenRow] = ()
+) -> list[float]:
+    """Return a reward function's score of each response. UserError unless it gives a finite number for each.
+
+    rows: the row of each response, for a function that is called by the names of its parameters.
+    """
+    function = FunctionReward(reward, None)
+    call = function.call_with_texts(prompts, responses, rows)
+    (scores,) = call_all([call], NO_LIMITS, print_note)
+    return check_scores(scores, range(len(prompts)), function.name).tolist()
 
 
 def report(ranked: Sequence[Ranked]) -> RewardReport:

@@ -27,6 +27,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import check_finished, check_saving
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.contention import contention_note
+from rlhf_fast.run.function_source import unreadable_notes
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
@@ -74,6 +75,7 @@ class RunFolder:
             check_same_run(saved, cfg, self._checksums)
             self.notes += self._environment_notes(saved)
             self.finished = "finished" in saved
+        self.notes += unreadable_notes(cfg.rewards().values())
 
     def __enter__(self) -> RunFolder:
         if self.finished:

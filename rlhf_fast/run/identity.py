@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config.resolve import difference, from_json, show
+from rlhf_fast.config.rewards import is_function, spec_name
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.function_source import function_source
 from rlhf_fast.run.info import model_sha256, sha256
-from rlhf_fast.training.rewards import is_function, source_file
 
 MAY_DIFFER_ON_RESUME = (
     "out",
     "resume",
+    "reward_timeout",
+    "reward_retries",
     *(f"log.{name}" for name in ("every", "samples", "checkpoint_every", "keep", "live", "sinks")),
     *(f"log.eval_{name}" for name in ("every", "tasks", "data", "limit")),
 )
@@ -32,18 +35,34 @@ INPUTS = ("data", "models", "functions")
 
 def input_checksums(cfg: StageConfig) -> dict[str, dict[str, str]]:
     """Return the checksums of the data files, model folders and reward functions that are there, by their names in
-    `cfg`: the INPUTS sections of run.json. A function has that of its source file."""
+    `cfg`: the INPUTS sections of run.json. A function has that of its source (function_source.py)."""
     found: dict[str, dict[str, str]] = {section: {} for section in INPUTS}
     for path in cfg.input_paths().values():
         if Path(path).is_dir():
             found["models"][path] = model_sha256(path)
         elif Path(path).is_file():
             found["data"][path] = sha256(path)
-    for spec in filter(is_function, cfg.model_paths()):
+    for spec in filter(is_function, cfg.rewards().values()):
         with suppress(UserError):  # a finished run does not need it
-            if source := source_file(spec):
-                found["functions"][spec] = found["data"][str(source)] = sha256(source)
+            source, name = function_source(spec), spec_name(spec)
+            if source.checksum:
+                taken = sum(key.partition("#")[0] == name for key in found["functions"])  # two lambdas of one name
+                found["functions"][f"{name}#{taken + 1}" if taken else name] = source.checksum
+            if source.file:
+                found["data"][str(source.file)] = source.checksum
     return found
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return the names that a setting holds; none of a setting that is no name of an input."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _one_input(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Return whether two names may be those of one input that was moved. Two functions of one file are two."""
+    if not (isinstance(was, str) and isinstance(value, str) and was in before and value in now):
+        return False
+    return not is_function(value) or was.rpartition(":")[2] == value.rpartition(":")[2]
 
 
 def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mapping[str, Mapping[str, str]]) -> None:
@@ -58,8 +77,11 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
     now = {name: digest for section in INPUTS for name, digest in checksums[section].items()}
     differ = []
     for name, was, value in difference(from_json(cfg.stage, saved["config"], f"{out}/run.json"), cfg):
-        are_inputs = isinstance(was, str) and isinstance(value, str) and was in before and value in now
-        if name not in MAY_DIFFER_ON_RESUME and not (are_inputs and before[was] == now[value]):
+        pairs = list(zip(_as_tuple(was), _as_tuple(value), strict=False))
+        equal_length = len(_as_tuple(was)) == len(_as_tuple(value))
+        are_inputs = equal_length and all(a == b or _one_input(a, b, before, now) for a, b in pairs)
+        same = are_inputs and all(a == b or before[a] == now[b] for a, b in pairs)
+        if name not in MAY_DIFFER_ON_RESUME and not same:
             note = " with other contents" if are_inputs else ""
             differ.append(f"{name} = {show(was)}, now {show(value)}{note}")
     if differ:

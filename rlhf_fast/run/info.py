@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_fast import __version__
+from rlhf_fast.config.resolve import to_plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -43,7 +43,7 @@ def run_info(stage: str, cfg: DataclassInstance) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "stage": stage,
-        "config": json.loads(json.dumps(dataclasses.asdict(cfg))),
+        "config": json.loads(json.dumps(to_plain(cfg))),
         "versions": versions,
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "command": sys.argv,

@@ -60,7 +60,7 @@ class Log:
             _drop_rows_after(self.directory / SAMPLES, start)
             self._metrics = _open_to_append(self.directory / METRICS)
             self._samples = _open_to_append(self.directory / SAMPLES)
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self._live: LiveLine | None = None
         if cfg.live and self.console.is_terminal:
             self._live = LiveLine(self.console, title, total, start)

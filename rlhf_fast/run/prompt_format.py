@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config.fields import DataConfig
+from rlhf_fast.config.rewards import is_function
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data.chat_template import process_start
 from rlhf_fast.data.encode import Encoder, PromptFormat, Template, resolve_template
@@ -143,9 +144,12 @@ def _start(cfg: StageConfig) -> str:
 def _other_models(cfg: StageConfig) -> dict[str, str]:
     """Return the models that read the prompts beside the one that is trained: setting -> path."""
     if isinstance(cfg, PPOConfig):
-        models = {"reward": cfg.reward, "reference": cfg.reference, "value.path": cfg.value.path}
+        models = {"reference": cfg.reference, "value.path": cfg.value.path}
+    elif not (isinstance(cfg, SFTConfig) and cfg.select == "reward"):
+        return {}
     else:
-        models = {"select_reward": cfg.select_reward} if isinstance(cfg, SFTConfig) and cfg.select == "reward" else {}
+        models = {}
+    models |= {setting: str(spec) for setting, spec in cfg.rewards().items() if not is_function(spec)}
     return {setting: path for setting, path in models.items() if path}
 
 

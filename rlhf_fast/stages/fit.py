@@ -15,8 +15,10 @@ import torch
 from transformers import AutoConfig
 
 from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
+from rlhf_fast.config.rewards import is_function, model_specs, reward_specs, spec_name
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data import read_prompts
+from rlhf_fast.data.row_columns import require_columns
 from rlhf_fast.data.rows import read_examples
 from rlhf_fast.errors import UserError, nearest, shortened
 from rlhf_fast.model.pretrained import check_path, check_tokenizers, load_tokenizer, quiet
@@ -26,7 +28,8 @@ from rlhf_fast.run.info import TOKENIZER_FILES, sha256
 from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.run.outputs import check_hub_names
 from rlhf_fast.run.prompt_format import check_planned_format
-from rlhf_fast.training.rewards import is_function, source_file
+from rlhf_fast.training.reward_functions import FunctionReward
+from rlhf_fast.training.rewards import find_function
 
 ROWS_TRIED = 64
 """Rows of each file that are read first, to see whether they are rows of the stage and whether any prompt fits."""
@@ -66,8 +69,7 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     if isinstance(cfg, PPOConfig) and cfg.exact and (why := find_kernel_obstacle()):
         raise UserError(f"ppo: exact cannot be set, because {why}; set exact to false")
     _check_first_rows(cfg)
-    for spec in filter(is_function, cfg.model_paths()):
-        source_file(spec)  # UserError if it cannot be imported
+    _check_functions(cfg)
     roles = list(_roles(cfg))
     for role in roles:
         if role.trained and role.cfg.dtype == "float16":
@@ -122,20 +124,41 @@ def _check_first_rows(cfg: StageConfig) -> None:
                 read_examples(file, kind, data.columns, min(limit or ROWS_TRIED, ROWS_TRIED), data.remove_columns)
 
 
+def _check_functions(cfg: StageConfig) -> None:
+    """Raise UserError if a reward function cannot be imported or called, or needs a column that no row has."""
+    if isinstance(cfg, RewardConfig):
+        return
+    specs = reward_specs(cfg.reward if isinstance(cfg, PPOConfig) else cfg.select_reward)
+    functions = [FunctionReward(find_function(spec), None, spec_name(spec)) for spec in specs if is_function(spec)]
+    wanted = [found for function in functions if (found := function.wanted)]
+    if not any(found.required for found in wanted) or (isinstance(cfg, SFTConfig) and cfg.select != "reward"):
+        return
+    kind = "prompts" if isinstance(cfg, PPOConfig) else "demonstrations"
+    for file, limit in ((cfg.data.path, cfg.data.limit), (cfg.data.valid, 0)):
+        for tried in (min(limit or ROWS_TRIED, ROWS_TRIED), limit) if file else ():
+            examples = read_examples(file, kind, cfg.data.columns, tried, cfg.data.remove_columns)
+            try:
+                require_columns(file, examples, wanted)
+                break
+            except UserError:  # the first rows may lack what later ones have
+                if tried == limit or len(examples) < tried:
+                    raise
+
+
 def _roles(cfg: StageConfig) -> Iterator[Role]:
     """Yield the models that the stage loads, the one that samples first."""
     if isinstance(cfg, RewardConfig):
         yield Role("model.path", cfg.model, "scalar", trained=True, fresh_head=True)
     elif isinstance(cfg, SFTConfig):
         yield Role("model.path", cfg.model, "lm", trained=True)
-        if cfg.select == "reward" and not is_function(cfg.select_reward):
-            yield Role("select_reward", replace(cfg.model, path=cfg.select_reward), "scalar", trained=False)
+        for path in model_specs(cfg.select_reward) if cfg.select == "reward" else ():
+            yield Role("select_reward", replace(cfg.model, path=path), "scalar", trained=False)
     else:
         yield Role("policy.path", cfg.policy, "lm", trained=True)
         if cfg.reference:
             yield Role("reference", replace(cfg.policy, path=cfg.reference), "lm", trained=False)
-        if not is_function(cfg.reward):
-            yield Role("reward", replace(cfg.value, path=cfg.reward), "scalar", trained=False)
+        for path in model_specs(cfg.reward):
+            yield Role("reward", replace(cfg.value, path=path), "scalar", trained=False)
         if cfg.value.path:
             yield Role("value.path", cfg.value, "scalar", trained=True)
         elif cfg.value.dtype == "float16":

@@ -18,6 +18,7 @@ import torch
 
 from rlhf_fast.batches import Experience, Prompts, Responses
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
+from rlhf_fast.config.rewards import model_specs
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
 from rlhf_fast.errors import UserError, row_locations
@@ -37,7 +38,8 @@ from rlhf_fast.training.gradient_buffers import GradientPool
 from rlhf_fast.training.kl import KLController
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss, pretrain_loss
-from rlhf_fast.training.rewards import RewardFunction, is_function, load_reward
+from rlhf_fast.training.reward_calls import CallLimits
+from rlhf_fast.training.rewards import Reward, load_reward
 
 PROGRESS_METRICS = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 
@@ -53,19 +55,20 @@ def run(cfg: PPOConfig) -> None:
         context = check_fit(cfg)
         torch.manual_seed(cfg.seed)
         models = load_models(cfg, run_folder.device)
-        prompt_data, pretrain_data = load_data(cfg, models.policy, run_folder, context)
+        prompt_data, pretrain_data = load_data(cfg, models, run_folder, context)
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
         evaluation = TrainingEvaluation(cfg.log, models.policy, bound_prompt_format(run_folder))
         run_folder.notes += evaluation.notes
         state = init_state(cfg, models, run_folder)
         log = run_folder.start_or_resume(cfg.num_batches, PROGRESS_METRICS, state.parts())
+        models.reward.notify = log.message
         with row_locations(**row_locators(prompt_data.train, pretrain_data)):
             for step in range(log.start, cfg.num_batches):
                 prompts = prompt_data.train.batch(step * cfg.batch, cfg.batch)
                 with log.phase("generate"):
                     responses = rollout.generate(prompts, step=step)
                 with log.phase("score"):
-                    experience, stats = make_experience(responses, *models, cfg, state.kl.coef)
+                    experience, stats = make_experience(responses, *models, cfg, state.kl.coef, prompts)
                 with log.phase("learn"):
                     stats |= ppo_update(state, experience, pretrain_data, cfg, step)
                 with log.phase("validate"):
@@ -86,7 +89,7 @@ class Models(NamedTuple):
     policy: Model
     reference: Model
     value: Model
-    reward: RewardFunction
+    reward: Reward
 
 
 class State(NamedTuple):
@@ -116,8 +119,8 @@ def init_state(cfg: PPOConfig, models: Models, run_folder: RunFolder) -> State:
 def load_models(cfg: PPOConfig, device: str | None) -> Models:
     """Load the four models; raise UserError if their tokenizers differ or a scalar head was never trained.
 
-    If the reward is a Python function and no value model is given, the value model starts from the policy's initial
-    weights, with a new scalar head drawn with variance 1 / (D + 1).
+    If no value model is given, the value model starts from the first reward model. If no reward is a model, it starts
+    from the policy's initial weights, with a new scalar head drawn with variance 1 / (D + 1).
     """
     policy = Model.load(cfg.policy, seed=cfg.seed, device=device)
     if cfg.reference or not cfg.policy.lora.rank:
@@ -129,11 +132,14 @@ def load_models(cfg: PPOConfig, device: str | None) -> Models:
         cfg.reward,
         policy.tokenizer,
         _frozen_config(cfg.value, cfg.value.path),
+        weights=cfg.reward_weights,
+        limits=CallLimits(cfg.reward_timeout, cfg.reward_retries),
         micro_batch_tokens=cfg.optim.micro_batch_tokens,
         device=device,
     )
-    fresh_head = is_function(cfg.reward) and not cfg.value.path
-    start = cfg.value.path or (cfg.policy.path if fresh_head else cfg.reward)
+    scorers = model_specs(cfg.reward)
+    fresh_head = not scorers and not cfg.value.path
+    start = cfg.value.path or (scorers[0] if scorers else cfg.policy.path)
     value_cfg = replace(cfg.value, path=start)
     value = Model.load(value_cfg, head="scalar", fresh_head=fresh_head, seed=cfg.seed, device=device)
     check_tokenizers(policy.tokenizer, value.tokenizer, value.name)
@@ -147,18 +153,19 @@ def _frozen_config(cfg: ModelConfig, path: str) -> ModelConfig:
     return replace(cfg, path=path, lora=LoraConfig(), gradient_checkpointing=False)
 
 
-def load_data(cfg: PPOConfig, policy: Model, run_folder: RunFolder, context: int) -> tuple[Split, Dataset | None]:
+def load_data(cfg: PPOConfig, models: Models, run_folder: RunFolder, context: int) -> tuple[Split, Dataset | None]:
     """Return the prompts, and the pretraining text of PPO-ptx if there is any. `context`: of the smallest model."""
+    policy, reward = models.policy, models.reward
     max_prompt = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
     prompt_format = bind_prompt_format(run_folder, cfg.policy.path, policy.tokenizer, {"data": cfg.data})
     run_folder.notes += check_same_format(prompt_format, cfg)
-    prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt, prompt_format)
+    prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt, prompt_format, reward.wanted)
     if cfg.select == "reward" and not len(prompt_data.valid):
         raise UserError(
             "ppo: select=reward needs validation prompts, and there are none; set data.valid to a file or"
             " data.valid_fraction above 0"
         )
-    run_folder.notes.append(prompt_data.train.notes)
+    run_folder.notes += [prompt_data.train.notes, *reward.notes()]
     if not cfg.pretrain.path:
         return prompt_data, None
     pretrain_data = read_texts(cfg.pretrain, policy.tokenizer, cfg.seed, policy.max_positions).train
@@ -235,12 +242,14 @@ def validate(
     ):
         return {}
     with row_locations(Responses=prompt_data.valid.location):
-        responses = rollout.generate(validation_prompts(prompt_data.valid))
-        _, stats = make_experience(responses, *models, cfg, state.kl.coef)
+        prompts = validation_prompts(prompt_data.valid)
+        responses = rollout.generate(prompts)
+        _, stats = make_experience(responses, *models, cfg, state.kl.coef, prompts)
     if cfg.select == "reward":
         state.best.update(done, stats["objective/rlhf_reward"], partial(save_with_probe, models.policy))
     names = ("objective/rlhf_reward", "objective/scores", "objective/kl", "tokens/length", "tokens/eos_rate")
-    return {f"valid/{name.partition('/')[2]}": stats[name] for name in names}
+    rewards = {f"valid/{name}": number for name, number in stats.items() if name.startswith("rewards/")}
+    return {f"valid/{name.partition('/')[2]}": stats[name] for name in names} | rewards
 
 
 def row_locators(prompts: Dataset, pretrain_data: Dataset | None) -> dict[str, Callable[[int], str] | None]:

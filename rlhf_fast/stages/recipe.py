@@ -62,7 +62,8 @@ reward:                # learn from ranked responses; starts from the sft folder
   optim.lr: 9e-6
 
 ppo:                   # policy from the sft folder, reward from the reward folder
-  # reward: my_module:my_function  # instead: a function from a list of texts to their scores; drop `reward:` above
+  # reward: my_module:my_function  # instead: f(completions, COLUMN, **kwargs), as in TRL; drop `reward:` above
+  # reward: [runs/first/reward, my_module:my_function]   # or both, with reward_weights: [1, 0.5]
   data.path: prompts.jsonl         # rows: prompt
   # pretrain.path: texts.jsonl     # rows: text; adds PPO-ptx
   episodes: 10240

@@ -13,6 +13,7 @@ from rlhf_fast.config.stages import RewardConfig
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.errors import UserError, row_locations
+from rlhf_fast.eval.reward_report import pair_accuracy, score_rows
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.run.folder import RunFolder
@@ -22,6 +23,8 @@ from rlhf_fast.stages.validation import should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
 
+CHANCE_ROWS = 1000
+"""Held-out prompts that show at the end whether the reward model beats chance."""
 PROGRESS_METRICS = ("loss/reward", "reward/accuracy", "valid/accuracy")
 
 
@@ -57,6 +60,8 @@ def run(cfg: RewardConfig) -> None:
                 log.samples(step, scored_rows(model, data.valid, cfg.log.samples))
             log.metrics(step, stats, tokens=int(batch.lengths.sum()))
             run_folder.checkpoint(step, state)
+        if note := chance_note(model, data.valid):
+            log.message(note, style="yellow")
         if demonstrations is not None:
             model.score_bias -= mean_score(model, demonstrations)
         run_folder.finish(partial(save_with_probe, model), {"bias": model.score_bias})
@@ -71,6 +76,18 @@ def load_demonstrations(cfg: RewardConfig, model: Model, prompt_format: PromptFo
     if not len(demonstrations):
         raise UserError(f"{cfg.demonstrations.path}: holds no demonstration that fits, so no mean score can be taken")
     return demonstrations
+
+
+def chance_note(model: Model, data: Dataset[Comparisons]) -> str:
+    """Return a sentence if the held-out pairs do not show that the reward model beats chance; else ""."""
+    found = pair_accuracy(score_rows(model, data, CHANCE_ROWS)).estimate()
+    if not found.n or not found.low <= 0.5:
+        return ""
+    return (
+        f"the reward model may be guessing: it orders {found.value:.1%} of the held-out pairs as the labelers did, 95 %"
+        f" interval {found.low:.1%} to {found.high:.1%} on {found.n} prompts, and a coin 50 %; give more comparisons,"
+        " another optim.lr or more epochs, or hold out more rows to see (data.valid_fraction)"
+    )
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
-from rlhf_fast.training.rewards import RewardFunction, load_reward
+from rlhf_fast.training.rewards import Reward, load_reward
 
 PROGRESS_METRICS = ("loss/sft", "valid/sft", "valid/scores")
 
@@ -63,32 +63,35 @@ def run(cfg: SFTConfig) -> None:
 
 def load_data(
     cfg: SFTConfig, model: Model, run_folder: RunFolder, context: int
-) -> tuple[Split, Dataset | None, RewardFunction | None]:
+) -> tuple[Split, Dataset | None, Reward | None]:
     """Return the demonstrations, the pretraining text if any is mixed in, and the reward model if it selects.
 
     context: positions of the smaller model.
     """
     prompt_format = bind_prompt_format(run_folder, cfg.model.path, model.tokenizer, {"data": cfg.data}, teaches=True)
-    data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions, prompt_format)
+    reward = None
+    if cfg.select == "reward":
+        budget = cfg.optim.micro_batch_tokens
+        reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=run_folder.device)
+    wanted = reward.wanted if reward else ()
+    data = read_demonstrations(cfg.data, model.tokenizer, cfg.seed, model.max_positions, prompt_format, wanted)
     if cfg.select != "last" and not len(data.valid):
         raise UserError(
             f"sft: select={cfg.select} needs validation rows, and there are none; set data.valid to a file or"
             " data.valid_fraction above 0, or choose select=last"
         )
     run_folder.notes.append(data.train.notes)
-    pretrain_data = reward = None
+    pretrain_data = None
     if cfg.pretrain_fraction:
         pretrain_data = read_texts(cfg.pretrain, model.tokenizer, cfg.seed, model.max_positions).train
         run_folder.notes.append(pretrain_data.notes)
-    if cfg.select == "reward":
+    if reward is not None:
         if not validation_prompts(data.valid, context, cfg.sampling.max_new_tokens).uids:
             raise UserError(
                 f"sft: select=reward: no validation prompt leaves room for sampling.max_new_tokens"
                 f" ({cfg.sampling.max_new_tokens}) in {context} positions; lower it"
             )
-        run_folder.notes += check_same_format(prompt_format, cfg)
-        budget = cfg.optim.micro_batch_tokens
-        reward = load_reward(cfg.select_reward, model.tokenizer, micro_batch_tokens=budget, device=run_folder.device)
+        run_folder.notes += [*check_same_format(prompt_format, cfg), *reward.notes()]
     return data, pretrain_data, reward
 
 
@@ -112,7 +115,7 @@ def step_terms(cfg: SFTConfig, data: Dataset, pretrain_data: Dataset | None, ste
 
 
 def validate(
-    cfg: SFTConfig, model: Model, data: Dataset, reward: RewardFunction | None, log: Log, step: int, context: int
+    cfg: SFTConfig, model: Model, data: Dataset, reward: Reward | None, log: Log, step: int, context: int
 ) -> dict[str, float]:
     """Return the validation loss, and with a reward model the mean score of responses to the validation prompts.
 
@@ -131,12 +134,13 @@ def validate(
     with row_locations(Responses=data.location):
         responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
         if reward:
-            columns["score"] = reward(responses)
+            columns["score"], rewards = reward.score(responses, prompts)
     if reward:
         stats |= {
             "valid/scores": float(columns["score"].double().mean()),
             "valid/length": float((responses.lengths - responses.prompt_lengths).double().mean()),
             "valid/eos_rate": float(responses.finished.double().mean()),
+            **{f"valid/{name}": number for name, number in rewards.items()},
         }
     log.samples(step, sample_rows(responses, prompts.texts, model.tokenizer, **columns))
     return stats

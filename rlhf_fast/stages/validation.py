@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.data import Dataset
+from rlhf_fast.data.datasets import join_prompts
 from rlhf_fast.model.model import Model
 from rlhf_fast.training.learner import Loss, evaluate
 
@@ -37,7 +38,7 @@ def validation_prompts(data: Dataset, context: int = 0, max_new_tokens: int = 0)
     Prompts that leave no room for max_new_tokens in the model's `context` are left out; 0 = any length.
     """
     rows = [i for i, row in enumerate(data.rows) if not context or len(row.prompt) + max_new_tokens <= context]
-    return Prompts(rows, [data.rows[i].prompt for i in rows], [data.rows[i].text for i in rows])
+    return join_prompts([data.rows[i] for i in rows], rows)
 
 
 def sample_rows(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.batches import Experience, Responses
+from rlhf_fast.batches import Experience, Prompts, Responses
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.training.learner import to_floats
 from rlhf_fast.training.micro_batches import micro_batches
-from rlhf_fast.training.rewards import RewardFunction
+from rlhf_fast.training.rewards import RewardFunction, score_responses
 from rlhf_fast.training.rollout_gap import rollout_gap
 
 
@@ -32,12 +32,14 @@ def make_experience(
     reward: RewardFunction,
     cfg: PPOConfig,
     kl_coef: float | None = None,
+    prompts: Prompts | None = None,
 ) -> tuple[Experience, dict[str, float]]:
     """Return the experience of a batch of responses, and metrics of the batch.
 
-    kl_coef: the KL controller's current coefficient; None = cfg.kl.coef. The advantages are whitened here if cfg.whiten
-    is "batch". With cfg.old_logprobs "rollout" the policy makes no forward pass here: the first step of the policy
-    measures the gap between trainer and sampler (`ppo_policy_loss`, `measure_gap`).
+    kl_coef: the KL controller's current coefficient; None = cfg.kl.coef. prompts: those of the responses, with the
+    columns that reward functions ask for. The advantages are whitened here if cfg.whiten is "batch". With
+    cfg.old_logprobs "rollout" the policy makes no forward pass here: the first step of the policy measures the gap
+    between trainer and sampler (`ppo_policy_loss`, `measure_gap`).
     """
     kl_coef = cfg.kl.coef if kl_coef is None else kl_coef
     budget, temperature = cfg.optim.micro_batch_tokens, cfg.sampling.temperature
@@ -49,7 +51,7 @@ def make_experience(
     if cfg.old_logprobs == "recompute":
         old_logprobs = _in_micro_batches(policy, responses, budget, lambda part: _logprobs(policy, part, temperature))
         gap = to_floats(rollout_gap(old_logprobs[responses.mask], responses.logprobs[responses.mask]))
-    scores = reward(responses)
+    scores, reward_stats = score_responses(reward, responses, prompts)
     final, in_loss = final_scores(scores, responses.finished, cfg)
     mask = responses.mask & in_loss[:, None]
     bootstrap = _value_after_truncated(responses, value, budget) if cfg.bootstrap_truncated else None
@@ -80,7 +82,7 @@ def make_experience(
         finished=responses.finished,
         uids=responses.uids,
     )
-    stats = _metrics(experience, responses, final, kl_coef, moments) | gap
+    stats = _metrics(experience, responses, final, kl_coef, moments) | reward_stats | gap
     if cfg.whiten == "batch":
         experience = whiten(experience, cfg, moments)
     return experience, stats

@@ -1,56 +1,61 @@
-"""Reward functions: a reward model's folder, or any Python function.
+"""Rewards: models and Python functions, alone or as a weighted sum.
 
-A reward function is a callable `(Responses) -> (B,)` float32 scores. `load_reward("out/reward", ...)` loads a model;
-`load_reward("my_module:my_function", ...)` imports a function, which takes either a list of texts (prompt and response
-together) or two lists, prompts and responses, and returns one number for each.
+A reward is a callable `(Responses) -> (B,)` float32 scores. `load_reward("out/reward", ...)` loads a model,
+`load_reward("my_module:my_function", ...)` imports a function, a function stands for itself, and a list of these is
+their sum (docs/rewards.md). reward_functions.py has the ways in which a function is called.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.batches import Responses
+from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.config.fields import ModelConfig
+from rlhf_fast.config.rewards import RewardSpec, is_function, reward_specs, short_names, spec_name
+from rlhf_fast.data.row_columns import Wanted
 from rlhf_fast.errors import BadRows, UserError, listed
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.training.micro_batches import micro_batches
+from rlhf_fast.training.reward_calls import CallLimits, call_all, print_note
+from rlhf_fast.training.reward_functions import FunctionReward
 
 RewardFunction = Callable[[Responses], Tensor]
+NO_LIMITS = CallLimits()
 
 
 def load_reward(
-    spec: str,
+    specs: RewardSpec | Sequence[RewardSpec],
     tokenizer: Any,
     cfg: ModelConfig | None = None,
     *,
+    weights: Sequence[float] = (),
+    limits: CallLimits = NO_LIMITS,
     micro_batch_tokens: int = 8192,
     device: str | torch.device | None = None,
-) -> RewardFunction:
-    """Return the reward function that `spec` names.
+) -> Reward:
+    """Return the reward that `specs` names: one, or the sum of several, each times its weight (none = 1).
 
-    tokenizer: the policy's. cfg: how to load a model; its path is ignored.
+    tokenizer: the policy's. cfg: how to load a model; its path is ignored. limits: of the functions' calls.
     """
-    if is_function(spec):
-        return PythonReward(import_function(spec), tokenizer, spec)
-    model = Model.load(replace(cfg or ModelConfig(), path=spec), head="scalar", device=device)
-    check_tokenizers(tokenizer, model.tokenizer, spec)
-    return ModelReward(model, micro_batch_tokens)
-
-
-def is_function(spec: str) -> bool:
-    """Return True for module:function, False for a folder or hub name."""
-    return ":" in spec and not Path(spec).exists()
+    parts: list[ModelReward | FunctionReward] = []
+    for spec in reward_specs(specs):
+        if is_function(spec):
+            parts.append(FunctionReward(find_function(spec), tokenizer, spec_name(spec)))
+        else:
+            model = Model.load(replace(cfg or ModelConfig(), path=str(spec)), head="scalar", device=device)
+            check_tokenizers(tokenizer, model.tokenizer, str(spec))
+            parts.append(ModelReward(model, micro_batch_tokens))
+    return Reward(parts, weights, short_names(reward_specs(specs)), limits)
 
 
 class ModelReward:
@@ -58,6 +63,7 @@ class ModelReward:
 
     def __init__(self, model: Model, micro_batch_tokens: int = 8192):
         self.model, self.micro_batch_tokens = model, micro_batch_tokens
+        self.name = model.name
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
@@ -67,55 +73,128 @@ class ModelReward:
         return check_scores(scores.tolist(), responses.uids.tolist(), self.model.name)
 
 
-class PythonReward:
-    """Scores a response by a function of texts, decoded by the policy's tokenizer without special tokens."""
+class Scores(NamedTuple):
+    """The score of each response, and the mean and standard deviation of each of several rewards."""
 
-    def __init__(self, function: Callable[..., Any], tokenizer: Any, name: str = ""):
-        self.function, self.tokenizer = function, tokenizer
-        self.name = name or getattr(function, "__name__", "reward")
-        required = num_required(function)
-        if required not in (1, 2):
-            raise UserError(
-                f"{self.name}: a reward function takes a list of texts, or a list of prompts and a list of responses;"
-                f" it takes {required} arguments"
-            )
-        self.takes_prompts = required == 2
-
-    def __call__(self, responses: Responses) -> Tensor:
-        if self.takes_prompts:
-            spans = zip(responses.tokens, responses.prompt_lengths.tolist(), strict=True)
-            prompts = self._decode([row[:length].tolist() for row, length in spans])
-            scores = self.function(prompts, self._decode(responses.response_ids()))
-        else:
-            spans = zip(responses.tokens, responses.lengths.tolist(), strict=True)
-            scores = self.function(self._decode([row[:length].tolist() for row, length in spans]))
-        return check_scores(scores, responses.uids.tolist(), self.name)
-
-    def _decode(self, rows: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    total: Tensor
+    """(B,) float32"""
+    stats: dict[str, float]
 
 
-def num_required(function: Callable[..., Any]) -> int:
-    """Return the number of positional arguments that a function must be given."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
+class Reward:
+    """The weighted sum of rewards. A reward that has no number for a response, None, adds nothing there.
+
+    notify: gets a sentence for each call of a function that failed and is made again.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[ModelReward | FunctionReward],
+        weights: Sequence[float] = (),
+        names: Sequence[str] = (),
+        limits: CallLimits = NO_LIMITS,
+    ):
+        self.parts, self.limits = list(parts), limits
+        self.weights = [*weights] or [1.0] * len(self.parts)
+        self.names = [*names] or [part.name for part in self.parts]
+        self.notify: Callable[[str], object] = print_note
+
+    @property
+    def wanted(self) -> list[Wanted]:
+        """The columns that the functions read which are called by names."""
+        found = [part.wanted for part in self.parts if isinstance(part, FunctionReward)]
+        return [wanted for wanted in found if wanted is not None]
+
+    def notes(self) -> list[str]:
+        """Return a sentence on how each function is called."""
+        functions = [part for part in self.parts if isinstance(part, FunctionReward)]
+        return [f"reward {part.name}: is called with {part.form}" for part in functions]
+
+    def __call__(self, responses: Responses, prompts: Prompts | None = None) -> Tensor:
+        return self.score(responses, prompts).total
+
+    @torch.no_grad()
+    def score(self, responses: Responses, prompts: Prompts | None = None) -> Scores:
+        """Return the scores. prompts: the batch's, which have the columns that functions ask for. BadRows for a
+        response to which no reward gives a number."""
+        uids = responses.uids.tolist()
+        functions = [part for part in self.parts if isinstance(part, FunctionReward)]
+        calls = [part.call(responses, prompts) for part in functions]
+        returned = iter(call_all(calls, self.limits, self.notify))
+        columns: list[Sequence[float | None]] = []
+        for part in self.parts:
+            if isinstance(part, ModelReward):
+                columns.append(part(responses).tolist())
+            else:
+                columns.append(check_numbers(next(returned), uids, part.name))
+        self._require_a_number(columns, uids)
+        total = [
+            math.fsum(weight * number for weight, number in zip(self.weights, row, strict=True) if number is not None)
+            for row in zip(*columns, strict=True)
+        ]
+        return Scores(check_scores(total, uids, "the sum of the rewards"), self._stats(columns))
+
+    def _stats(self, columns: Sequence[Sequence[float | None]]) -> dict[str, float]:
+        """Return rewards/NAME/mean and /std over the responses that have a number, if there are several rewards."""
+        stats: dict[str, float] = {}
+        for name, column in zip(self.names, columns, strict=True) if len(columns) > 1 else ():
+            numbers = torch.tensor([number for number in column if number is not None], dtype=torch.float64)
+            if len(numbers):
+                stats |= {f"rewards/{name}/mean": float(numbers.mean())}
+                stats |= {f"rewards/{name}/std": float(numbers.std(correction=0))}
+        return stats
+
+    def _require_a_number(self, columns: Sequence[Sequence[float | None]], uids: Sequence[int]) -> None:
+        bad = [i for i, row in enumerate(zip(*columns, strict=True)) if all(number is None for number in row)]
+        if not bad:
+            return
+        shown = listed([f"prompt {uids[i]} (row {i} of the batch)" for i in bad])
+        who = f"reward {self.parts[0].name}: returned None" if len(self.parts) == 1 else "reward: all returned None"
+        raise BadRows(
+            f"{who} for {shown}; {len(bad)} of {len(uids)} responses have no reward, and each needs a number from one"
+            " function at least",
+            [("Responses", uids[i]) for i in bad],
+        )
 
 
-def check_scores(scores: Sequence[Any], uids: Sequence[int], name: str) -> Tensor:
-    """Return one finite number for each row as (B,) float32; raise UserError naming the rows otherwise."""
+def score_responses(reward: RewardFunction, responses: Responses, prompts: Prompts | None) -> Scores:
+    """Return what a reward gives, ours or any other callable."""
+    if isinstance(reward, Reward):
+        return reward.score(responses, prompts)
+    return Scores(reward(responses), {})
+
+
+def check_numbers(scores: Any, uids: Sequence[int], name: str) -> list[float | None]:
+    """Return one finite number or None for each row; raise UserError naming the rows otherwise."""
     try:
-        numbers = [float(score) for score in scores]
+        found = [scores] if isinstance(scores, (str, bytes)) else list(scores)
+        if any(isinstance(score, (str, bytes)) for score in found):
+            raise TypeError("found text")
+        numbers = [None if score is None else float(score) for score in found]
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: a reward must return one number for each response ({error})") from error
     if len(numbers) != len(uids):
         raise UserError(f"{name}: returned {len(numbers)} rewards for {len(uids)} responses")
-    bad = [i for i, number in enumerate(numbers) if not math.isfinite(number)]
+    bad = [i for i, number in enumerate(numbers) if number is not None and not math.isfinite(number)]
     if bad:
         shown = listed([f"{numbers[i]} for prompt {uids[i]} (row {i} of the batch)" for i in bad])
         what = f"{name}: returned {shown}; {len(bad)} of {len(uids)} rewards are not finite numbers"
         raise BadRows(what, [("Responses", uids[i]) for i in bad])
+    return numbers
+
+
+def check_scores(scores: Any, uids: Sequence[int], name: str) -> Tensor:
+    """Return one finite number for each row as (B,) float32; raise UserError naming the rows otherwise."""
+    numbers = check_numbers(scores, uids, name)
+    if missing := [i for i, number in enumerate(numbers) if number is None]:
+        shown = listed([f"prompt {uids[i]} (row {i} of the batch)" for i in missing])
+        raise UserError(f"{name}: a reward must return one number for each response, and returned None for {shown}")
     return torch.tensor(numbers, dtype=torch.float32)
+
+
+def find_function(spec: RewardSpec, kind: str = "reward") -> Callable[..., Any]:
+    """Return a function as it was given, or the one that module:function names."""
+    return import_function(spec, kind) if isinstance(spec, str) else spec
 
 
 def source_file(spec: str) -> Path | None:

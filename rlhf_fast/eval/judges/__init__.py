@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 
 from rlhf_fast.config.fields import ModelConfig
+from rlhf_fast.config.rewards import is_function
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.judges.builtin import load_builtin
 from rlhf_fast.eval.judges.chat import ChatJudge, ChatPairJudge, ScoreRequests
@@ -32,7 +33,7 @@ from rlhf_fast.eval.judges.validation import check_labels, validate_on_file, val
 from rlhf_fast.eval.model_check import Planned, check_model, planned_head
 from rlhf_fast.model.model import Model
 from rlhf_fast.scoring import Scorer
-from rlhf_fast.training.rewards import import_function, is_function
+from rlhf_fast.training.rewards import import_function
 
 __all__ = [
     "PREFERENCE",

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_fast.errors import UserError, listed
 from rlhf_fast.eval.judges.protocol import Validation, Verdict
-from rlhf_fast.training.rewards import num_required
+from rlhf_fast.training.reward_functions import num_required
 
 
 class FunctionJudge:

@@ -1,0 +1,67 @@
+"""Columns of the rows that reward functions ask for. A row keeps only those."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from rlhf_fast.batches import GivenRow
+from rlhf_fast.config.fields import DataConfig
+from rlhf_fast.data.encode import has_loss
+from rlhf_fast.data.fields import shown
+from rlhf_fast.data.rows import Example
+from rlhf_fast.errors import UserError
+
+NOT_PASSED = frozenset({"prompt", "completion", "completion_ids"})
+"""Columns that `**kwargs` does not get, as in TRL."""
+
+
+class Wanted(NamedTuple):
+    """The columns that a function, called by the names of its parameters, reads of a row."""
+
+    reward: str
+    """The function's name, for messages."""
+    required: tuple[str, ...] = ()
+    """Columns without which it cannot be called."""
+    optional: tuple[str, ...] = ()
+    """Columns that it has a default for."""
+    rest: bool = False
+    """It has **kwargs, which get every other column."""
+
+    def takes(self, column: str, removed: Collection[str] = ()) -> bool:
+        """Return whether a column reaches the function. removed: the columns of data.remove_columns, which only a
+        function gets that names them."""
+        if column in self.required or column in self.optional:
+            return True
+        return self.rest and column not in NOT_PASSED and column not in removed
+
+
+def given_row(example: Example, taken: Collection[str], cfg: DataConfig) -> GivenRow:
+    """Return the prompt of a row and its columns `taken`; a column that only other rows have is None."""
+    prompt = example.prompt
+    if cfg.turns == "all" and isinstance(prompt, list):  # the model is asked what comes before the first answer
+        learned = (i for i, turn in enumerate(prompt) if turn["role"] == "assistant" and has_loss(turn))
+        prompt = prompt[: next(learned, len(prompt))]
+    return GivenRow(prompt, {name: example.row.get(name) for name in taken})
+
+
+def taken_columns(examples: Iterable[Example], wanted: Sequence[Wanted], removed: Collection[str]) -> list[str]:
+    """Return the columns of the rows that reach a function."""
+    names = dict.fromkeys(name for example in examples for name in example.row) if wanted else {}
+    return [name for name in names if any(each.takes(name, removed) for each in wanted)]
+
+
+def require_columns(path: str, examples: Sequence[Example], wanted: Sequence[Wanted]) -> None:
+    """Raise UserError if a function needs a column that no row has."""
+    names = dict.fromkeys(name for example in examples for name in example.row) if wanted else {}
+    for each in wanted:
+        for column in each.required:
+            if column in names:
+                continue
+            near = difflib.get_close_matches(column, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "give the parameter a default, or the rows the column"
+            raise UserError(
+                f"reward {each.reward}: its parameter {column} is neither prompts, completions, completion_ids nor a"
+                f" column of {path}, which has {', '.join(map(shown, names)) or 'none'}; {hint}"
+            )

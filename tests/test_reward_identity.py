@@ -1,0 +1,153 @@
+"""A resumed run knows its reward again: names in run.json, checksums of functions, another function refused."""
+
+import functools
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy
+
+from rlhf_fast.config.fields import LogConfig
+from rlhf_fast.config.rewards import short_names, spec_name
+from rlhf_fast.errors import UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.function_source import function_source
+
+
+def words(texts):
+    return [float(len(text.split())) for text in texts]
+
+
+def letters(texts):
+    return [float(len(text)) for text in texts]
+
+
+def scaled(factor):
+    def reward(texts):
+        return [factor * len(text) for text in texts]
+
+    return reward
+
+
+class Counter:
+    def __init__(self, letter):
+        self.letter = letter
+
+    def __call__(self, texts):
+        return [float(text.count(self.letter)) for text in texts]
+
+    def method(self, texts):
+        return self(texts)
+
+
+def start(cfg):
+    """Begin a run; return what run.json holds."""
+    with RunFolder(cfg) as run:
+        run.start_or_resume(1, (), {})
+        notes = run.notes
+    return json.loads((Path(cfg.out) / "run.json").read_text()), notes
+
+
+def test_a_function_is_in_run_json_by_its_name_and_source(folder):
+    saved, notes = start(toy.ppo(folder, reward=words))
+    name = f"{words.__module__}:words"
+    assert saved["config"]["reward"] == name and not notes
+    assert saved["functions"] == {name: function_source(words).checksum}
+    assert function_source(words) == function_source(name)  # the object and its name are one
+    RunFolder(toy.ppo(folder, reward=name))
+    with pytest.raises(UserError, match=r"was started with reward = .*:words\"?, now .*:letters"):
+        RunFolder(toy.ppo(folder, reward=letters))
+
+
+def test_a_list_is_in_run_json_with_its_weights(folder):
+    cfg = toy.ppo(folder, reward=[words, "toy:share_of_a"], reward_weights=[1, 0.5])
+    saved, _ = start(cfg)
+    assert saved["config"]["reward"] == [spec_name(words), "toy:share_of_a"]
+    assert saved["config"]["reward_weights"] == [1, 0.5] and len(saved["functions"]) == 2
+    RunFolder(cfg)
+    RunFolder(replace(cfg, reward_timeout=9.0, reward_retries=3))  # a run that ended for want of time goes on
+    for other, name in (
+        (replace(cfg, reward_weights=(1, 2)), "reward_weights"),
+        (replace(cfg, reward=("toy:share_of_a", words)), "reward"),
+    ):
+        with pytest.raises(UserError, match=f"was started with {name} = "):
+            RunFolder(other)
+
+
+def test_a_run_of_an_earlier_version_with_one_name_goes_on(folder):
+    cfg = toy.ppo(folder)
+    start(cfg)
+    saved = json.loads((folder / "ppo/run.json").read_text())
+    assert saved["config"]["reward"] == "toy:share_of_a"
+    for name in ("reward_weights", "reward_timeout", "reward_retries"):
+        del saved["config"][name]
+    (folder / "ppo/run.json").write_text(json.dumps(saved))
+    RunFolder(replace(cfg, reward=["toy:share_of_a"], log=LogConfig()))
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (scaled(2), scaled(3)),
+        (functools.partial(letters), functools.partial(words)),
+        (functools.partial(scaled, 1), functools.partial(scaled, 2)),
+        (Counter("a"), Counter("b")),
+        (Counter("a").method, Counter("b").method),
+        (
+            lambda texts: [1.0] * len(texts),
+            lambda texts: [2.0] * len(texts),
+        ),
+    ],
+    ids=["closure", "partial of a function", "partial of values", "object", "method", "lambda"],
+)
+def test_functions_without_a_name_of_their_own_differ_by_text_and_values(folder, one, other):
+    found = function_source(one)
+    assert found.checksum and found.file is None and found == function_source(one)
+    assert function_source(other).checksum != found.checksum
+    cfg = toy.ppo(folder, reward=one)
+    start(cfg)
+    RunFolder(cfg)
+    with pytest.raises(UserError, match=r"has changed since|was started with reward"):
+        RunFolder(replace(cfg, reward=other))
+
+
+def test_a_function_without_a_source_is_noted(folder):
+    made = {}
+    exec("def reward(texts): return [0.0] * len(texts)", made)
+    cfg = toy.ppo(folder, reward=made["reward"])
+    _, notes = start(cfg)
+    assert any("its source cannot be read, so a resumed run cannot tell" in note for note in notes)
+
+
+def test_a_script_may_change_its_settings_and_not_its_reward(folder):
+    """A function of the script that runs is compared by its own text, not by its file."""
+    script = """
+        import sys
+        sys.path.insert(0, {support!r})
+        import toy
+        from pathlib import Path
+        from rlhf_fast.run.folder import RunFolder
+
+        def reward(texts):
+            return [{number} for _ in texts]
+
+        with RunFolder(toy.ppo(Path({folder!r}), reward=reward)) as run:  # {remark}
+            run.start_or_resume(1, (), {{}})
+    """
+    support = str(Path(toy.__file__).parent)
+    toy.model_at(folder)
+    for number, remark, status in ((1.0, "first", 0), (1.0, "second", 0), (2.0, "third", 1)):
+        text = textwrap.dedent(script).format(support=support, folder=str(folder), number=number, remark=remark)
+        (folder / "train.py").write_text(text)
+        done = subprocess.run([sys.executable, "train.py"], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+    assert "__main__:reward: has changed since" in done.stderr
+
+
+def test_metrics_have_short_names_and_no_two_are_alike():
+    specs = ["runs/a/reward", "runs/b/reward", "my.module:f", lambda texts: texts, Counter("a"), words]
+    assert short_names(specs) == ["reward", "reward-2", "f", "<lambda>", "Counter", "words"]
