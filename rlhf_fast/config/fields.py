@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_fast.config.data_path import as_data_path, expand_user
 from rlhf_fast.errors import UserError
 
 
@@ -86,12 +87,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A JSONL file (.gz too) and how its rows become tokens. `rlhf-fast check FILE` shows the result."""
+    """Rows and how they become tokens. `rlhf-fast check FILE` shows the result."""
 
-    path: str = ""
-    """The file."""
-    valid: str = ""
-    """A file for validation. It replaces `valid_fraction`."""
+    path: str | tuple[str, ...] = ""
+    """JSONL, JSON array, parquet, csv or tsv (.gz too); a pattern, data/*.jsonl; org/name[/config][:split] of the hub
+    (extra [hub]); or a list of these. In Python also a list of dicts or a datasets.Dataset."""
+    valid: str | tuple[str, ...] = ""
+    """Rows for validation, as `path`. They replace `valid_fraction`."""
     valid_fraction: float = 0.0
     """Share of the prompts held out for validation: whole groups, and no prompt on both sides."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -122,7 +124,8 @@ class DataConfig:
     long common prefix" without a length. 0 = keep all."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "path", "valid")
+        for name in ("path", "valid"):
+            object.__setattr__(self, name, expand_user(as_data_path(getattr(self, name))))
         require_range(self, 0, 0.9, "valid_fraction")
         require_range(self, 1, math.inf, "max_prompt_tokens", "max_response_tokens")
         require_range(self, 0, math.inf, "limit", "dedupe_prefix")

@@ -22,6 +22,7 @@ from typing import (
     Literal,
     TypeGuard,
     TypeVar,
+    Union,
     cast,
     get_args,
     get_origin,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT = "the default"
+UNIONS = (Union, types.UnionType)
 
 
 def _cached(function: F) -> F:
@@ -184,6 +186,10 @@ def coerce(cls: type[DataclassInstance], path: str, setting: Setting) -> Any:
 
 def _coerce(kind: Any, value: Any) -> Any:
     origin = get_origin(kind)
+    if origin in UNIONS:  # one text, or a list of them
+        listed = isinstance(value, (list, tuple))
+        kind = next(each for each in get_args(kind) if (get_origin(each) is tuple) == listed)
+        origin = get_origin(kind)
     if origin is Literal:
         return _coerce_choice(get_args(kind), value)
     if origin is tuple:
@@ -279,7 +285,7 @@ def to_plain(value: Any) -> Any:
     """Return a tree as nested dicts, or one value, with lists for tuples: run.json's `config`."""
     if dataclasses.is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
 
 
 def from_json(stage: str, tree: Mapping[str, Any], file: str = "run.json") -> StageConfig:

@@ -18,10 +18,11 @@ NeMo-Aligner. Some differences are not settings, because one choice is right or 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from rlhf_fast.config.data_path import DataPath, parts
 from rlhf_fast.config.fields import (
     BadSetting,
     DataConfig,
@@ -55,6 +56,10 @@ class _Stage:
     """Resume from the newest complete checkpoint in `out`. False: refuse an `out` that holds a run."""
 
     def __post_init__(self) -> None:
+        for each in fields(self):  # data=rows is short for data=DataConfig(path=rows), with the stage's defaults
+            value = getattr(self, each.name)
+            if each.type == "DataConfig" and not isinstance(value, DataConfig) and callable(each.default_factory):
+                object.__setattr__(self, each.name, replace(each.default_factory(), path=value))
         expand_home(self, "out", *(name for name in ("reference", "reward", "select_reward") if hasattr(self, name)))
         require(self, 0 <= self.seed < 2**63, "seed", "must be from 0 to below 2**63")
 
@@ -80,15 +85,18 @@ class _Stage:
             if isinstance(value, ModelConfig):
                 paths[f"{name}.path"] = value.path
             elif isinstance(value, DataConfig):
-                paths |= {f"{name}.path": value.path, f"{name}.valid": value.valid}
+                for setting in ("path", "valid"):
+                    files = parts(getattr(value, setting))
+                    numbers = [f"[{i}]" for i in range(len(files))] if len(files) > 1 else [""]
+                    paths |= {f"{name}.{setting}{i}": file for i, file in zip(numbers, files, strict=True)}
             elif name in ("reference", "reward", "select_reward"):
                 paths[name] = value
         return {name: path for name, path in paths.items() if path and Path(path).exists()}
 
-    def data_files(self) -> list[str]:
-        """Return the path of every data file that the stage reads."""
+    def data_paths(self) -> list[DataPath]:
+        """Return the value of every setting that names data of the stage."""
         configs = [value for value in vars(self).values() if isinstance(value, DataConfig)]
-        return [file for cfg in configs for file in (cfg.path, cfg.valid) if file]
+        return [path for cfg in configs for path in (cfg.path, cfg.valid) if path]
 
 
 @dataclass(frozen=True)

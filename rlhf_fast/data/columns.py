@@ -222,15 +222,24 @@ def _holds(text: str, part: str) -> bool:
 def missing_column(row: Columns, kind: str, wanted: tuple[str, ...]) -> InvalidRow:
     """Return the error for missing columns, with the `columns` that may supply them."""
     absent = [name for name in wanted if name not in row]
-    columns = {}
-    for name in absent:
-        near = [other for other in ALIASES.get(name, ()) if other in row and other not in wanted]
-        near += difflib.get_close_matches(name, [key for key in row if key not in wanted], n=1, cutoff=0.7)
-        if near:
-            columns[name] = near[0]
+    columns = suggested_columns(row, wanted)
     hint = ""
     if columns:
         pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
         hint = f"; if that is what they are, set columns: {{{pairs}}}"
     missing = " and ".join(f'"{name}"' for name in absent)
     return InvalidRow(f"no {missing} in the row; found {column_names(row)}; expected {EXPECTED[kind]}{hint}")
+
+
+def suggested_columns(names: Collection[str], wanted: Sequence[str]) -> dict[str, str]:
+    """Return for each of our columns that `names` lack the one that may be it, by its name, if there is one."""
+    columns: dict[str, str] = {}
+    for ours in wanted:
+        if ours in names:
+            continue
+        left = {name.lower(): name for name in names if name not in wanted and name not in columns.values()}
+        near = [left[other] for other in (ours, *ALIASES.get(ours, ())) if other in left]
+        near += [left[name] for name in difflib.get_close_matches(ours, left, n=1, cutoff=0.7)]
+        if near:
+            columns[ours] = near[0]
+    return columns

@@ -6,13 +6,16 @@ place is not.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.config.data_path import DataPath, PythonRows, hub_name, parts, shown_path
 from rlhf_fast.config.resolve import difference, from_json, show
 from rlhf_fast.config.stages import StageConfig
+from rlhf_fast.data.hub import split_sha256
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.info import model_sha256, sha256
 from rlhf_fast.training.rewards import is_function, source_file
@@ -39,10 +42,32 @@ def input_checksums(cfg: StageConfig) -> dict[str, dict[str, str]]:
             found["models"][path] = model_sha256(path)
         elif Path(path).is_file():
             found["data"][path] = sha256(path)
+    for data in cfg.data_paths():
+        found["data"] |= data_checksums(data)
     for spec in filter(is_function, cfg.model_paths()):
         with suppress(UserError):  # a finished run does not need it
             if source := source_file(spec):
                 found["functions"][spec] = found["data"][str(source)] = sha256(source)
+    return found
+
+
+def data_checksums(path: DataPath) -> dict[str, str]:
+    """Return the checksum of each file and data set that a path names, and one of all together under the path's own
+    name, which shows that a pattern has other files than before. A data set of the hub that cannot be read has none."""
+    found: dict[str, str] = {}
+    for part in parts(path):
+        if isinstance(part, PythonRows):
+            found[str(part)] = part.sha256
+        elif Path(part).is_file():
+            found[part] = sha256(part)
+        elif hub_name(part):
+            with suppress(UserError):  # a finished run does not need it
+                found[part] = split_sha256(part)
+    name = shown_path(path)
+    if name not in found and len(found) == 1:
+        found[name] = next(iter(found.values()))
+    elif name not in found and found:
+        found[name] = hashlib.sha256("\n".join(found.values()).encode()).hexdigest()
     return found
 
 
@@ -58,8 +83,9 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
     now = {name: digest for section in INPUTS for name, digest in checksums[section].items()}
     differ = []
     for name, was, value in difference(from_json(cfg.stage, saved["config"], f"{out}/run.json"), cfg):
-        are_inputs = isinstance(was, str) and isinstance(value, str) and was in before and value in now
-        if name not in MAY_DIFFER_ON_RESUME and not (are_inputs and before[was] == now[value]):
+        one, other = _input_name(was), _input_name(value)
+        are_inputs = one in before and other in now
+        if name not in MAY_DIFFER_ON_RESUME and not (are_inputs and before[one] == now[other]):
             note = " with other contents" if are_inputs else ""
             differ.append(f"{name} = {show(was)}, now {show(value)}{note}")
     if differ:
@@ -71,3 +97,8 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
         if before.get(name, digest) != digest:
             what = "the model in it has" if name in checksums["models"] else "has"
             raise UserError(f"{name}: {what} changed since {out} was started with it; choose another `out`")
+
+
+def _input_name(value: object) -> str:
+    """Return the name that a setting's value has among the checksums."""
+    return shown_path(value) if isinstance(value, (str, tuple)) else ""
