@@ -164,7 +164,7 @@ def test_files_that_cannot_be_read(tmp_path):
         return str(error.value)
 
     (tmp_path / "prompts.jsonl").write_text("")
-    assert "the file is empty, 0 bytes; expected rows with prompt" in sentence(tmp_path / "prompts.jsonl")
+    assert "the file holds no rows (it is empty); expected rows with prompt" in sentence(tmp_path / "prompts.jsonl")
     assert f"did you mean {tmp_path / 'prompts.jsonl'}?" in sentence(tmp_path / "prompt.jsonl")
     assert "is a folder" in sentence(tmp_path)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")

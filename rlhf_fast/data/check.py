@@ -132,7 +132,8 @@ def examine(cfg: DataConfig, kind: str = "") -> Report:
         if cfg.limit and len(report.examples) + len(report.errors) == cfg.limit:
             break
     if not report.examples and not report.errors:
-        raise UserError(no_rows(cfg.path, EXPECTED[kind] if kind else _expected_of_kinds()))
+        expected = EXPECTED[kind] if kind else "prompt + completion, prompt + chosen + rejected, prompt, or text"
+        raise UserError(no_rows(cfg.path, expected))
     return report
 
 

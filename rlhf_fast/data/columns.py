@@ -141,7 +141,8 @@ class Columns(dict[str, Any]):
             if self.kind == "demonstrations" and path == name and says_no(value):
                 found = json.dumps(value)
                 raise InvalidRow(
-                    f"{shown(path)} is {found}, which marks a bad answer; remove the row, or {removal(path)}"
+                    f"{shown(path)} is {found}, which marks a bad answer (KTO's form), and sft learns every answer;"
+                    f" keep the rows whose {shown(path)} is true; {removal(path)}"
                 )
         elif rule.kind == "text":
             if value is not False and not _all_held(_prompt_parts(value), texts):

@@ -5,6 +5,7 @@ A set that was loaded before is read from its cache, without a network.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -31,10 +32,15 @@ def load_split(part: str) -> Any:
     name, config, split = hub_name(part) or (part, "", "train")
     import datasets
 
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
     try:
+        logger.setLevel(logging.ERROR)  # a line for each try to reach the hub
         return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # foreign code, which may fail in any way
         raise UserError(f"{part}: {_reason(error, name, split)}") from error
+    finally:
+        logger.setLevel(before)
 
 
 @lru_cache(maxsize=8)

@@ -156,8 +156,9 @@ def read_examples(
 def no_rows(path: DataPath, expected: str) -> str:
     """Return the sentence for data without rows. expected: the columns that rows would have."""
     is_empty_file = isinstance(path, str) and Path(path).is_file() and not Path(path).stat().st_size
-    fault = "the file is empty, 0 bytes" if is_empty_file else "the file holds no rows"
-    return f"{shown_path(path)}: {fault}; expected rows with {expected}"
+    return (
+        f"{shown_path(path)}: the file holds no rows{' (it is empty)' * is_empty_file}; expected rows with {expected}"
+    )
 
 
 def parse_row(
