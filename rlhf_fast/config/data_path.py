@@ -72,11 +72,11 @@ def as_data_path(value: object) -> DataPath:
         if splits := [str(name) for name, part in value.items() if hasattr(part, "column_names")]:
             raise UserError(f"data: is a {kind} of the splits {listed(splits)}; give one, dataset[{splits[0]!r}]")
         raise UserError("data: is a dict, not rows; give a list of dicts, one for each row")
+    if hasattr(value, "to_pylist"):
+        raise UserError(f"data: is a {kind} of pyarrow; give table.to_pylist()")
     if hasattr(value, "column_names") and hasattr(value, "__iter__"):
         if not hasattr(value, "__len__"):
             raise UserError(f"data: is an {kind}, which is read as a stream; give list(dataset.take(10_000)), say")
-        if hasattr(value, "to_pylist"):
-            raise UserError(f"data: is a {kind} of pyarrow; give table.to_pylist()")
         return PythonRows(value, kind)
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
         raise UserError(f'data: is a {kind}; give frame.to_dict("records")')

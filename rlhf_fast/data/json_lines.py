@@ -109,11 +109,11 @@ def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 def _require_text(path: Path, line: bytes) -> None:
     """Raise UserError if the first line shows that a file is UTF-16 or of a format that is no text."""
-    if line.startswith(UTF16) or b"\0" in line[:64]:
-        raise UserError(f"{path}: is UTF-16, not UTF-8; `iconv -f UTF-16 -t UTF-8 {path} > NEW` converts it")
     for start, (kind, remedy) in FORMATS.items():
         if line.startswith(start):
             raise UserError(f"{path}: is {kind}, not text; {remedy}")
+    if line.startswith(UTF16) or b"\0" in line[:64]:
+        raise UserError(f"{path}: is UTF-16, not UTF-8; `iconv -f UTF-16 -t UTF-8 {path} > NEW` converts it")
 
 
 def decoding_fault(error: UnicodeDecodeError, start: int = 0) -> InvalidRow:
