@@ -13,7 +13,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from rlhf_fast.errors import UserError, listed
@@ -77,7 +77,7 @@ def as_data_path(value: object) -> DataPath:
     if hasattr(value, "column_names") and hasattr(value, "__iter__"):
         if not hasattr(value, "__len__"):
             raise UserError(f"data: is an {kind}, which is read as a stream; give list(dataset.take(10_000)), say")
-        return PythonRows(value, kind)
+        return PythonRows(cast(Sequence[Mapping[str, Any]], value), kind)
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
         raise UserError(f'data: is a {kind}; give frame.to_dict("records")')
     raise UserError(f"data: must be a path, a list of paths, a list of dicts, or a datasets.Dataset, found {kind}")

@@ -91,7 +91,7 @@ def offered_columns(names: Collection[str], columns: Mapping[str, str] | None = 
         for wanted in alternatives:
             mapped = suggested_columns(have, wanted)
             if mapped and all(name in have or name in mapped for name in wanted):
-                pairs = (columns or {}) | mapped
+                pairs = dict(columns or {}) | mapped
                 words = [word for pair in pairs.items() for word in pair]
                 offers.setdefault(kind, f"--columns {' '.join(map(shlex.quote, words))}")
     return offers
@@ -143,8 +143,8 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
     examples, errors = report.examples, report.errors
     echo(f"{shown_path(cfg.path)}: {len(examples) + len(errors)} rows read as {report.kind}, {len(errors)} with errors")
     if errors:
-        counts = Counter(fault.error.category for fault in errors)
-        found = [f"{counts[category]} {words}" for category, words in CATEGORIES.items() if category in counts]
+        by_category = Counter(fault.error.category for fault in errors)
+        found = [f"{by_category[name]} {words}" for name, words in CATEGORIES.items() if name in by_category]
         echo(f"  errors: {', '.join(found)}")
         _echo_faults(errors, echo)
     if not examples:

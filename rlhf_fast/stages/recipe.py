@@ -118,8 +118,8 @@ def read_recipe(path: str | Path) -> Recipe:
                 defaults[name] = Setting(stages[source].out, f"the {source} stage")
         cfg = resolve(cls, preset(stage, preset_name), defaults, common, sections[stage])
         cfg.ready()
-        for path in cfg.data_paths():
-            require_data(path)
+        for data in cfg.data_paths():
+            require_data(data)
         stages[stage] = cfg
     evaluation = None
     if EVAL in sections:
