@@ -29,6 +29,8 @@ LISTS = ("messages", "conversations", "responses", "ranks", "scores", "completio
 """Columns that hold lists, which a cell of a table has as JSON."""
 TURNS = ("prompt", "chosen", "rejected", "completion", "response")
 """Columns that may hold a list of turns."""
+HOLDERS = ("data", "rows", "examples", "instances", "items", "records", "train")
+"""Names under which an object holds a list of rows."""
 MAX_CELL = 1 << 30
 """Largest number of characters in a cell of a table."""
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -175,8 +177,8 @@ def _require_rows(path: str, line: bytes, rest: bytes) -> None:
     except InvalidRow:
         return
     inner = [name for name, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if b"\n" not in line.strip() and not rest.strip() and not any(name not in (*LISTS, *TURNS) for name in inner):
-        return  # one row on one line
+    if not rest.strip():  # one line, which may be a row that holds a list of objects
+        inner = [name for name in inner if name in HOLDERS and len(inner) == 1]
     if inner:
         raise UserError(f"{path}: is one JSON object; the rows are in it: `jq '.{inner[0]}' {path} > rows.json`")
     if not rest.strip():
@@ -188,14 +190,14 @@ def _require_rows(path: str, line: bytes, rest: bytes) -> None:
 def read_table(
     path: str, delimiter: str = ",", columns: Mapping[str, str] | None = None, quoting: int = csv.QUOTE_MINIMAL
 ) -> Iterator[tuple[int, Content]]:
-    """Yield the rows of a table under its header, each with the line at which it begins. All cells are text, but those
-    of columns that hold lists or turns, which are read as JSON."""
+    """Yield the rows of a table under its header, each with the line at which it begins. All cells are text; but with
+    `columns` (our name -> the table's) those of columns that hold lists or turns are read as JSON."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))
     faults: dict[int, InvalidRow] = {}
     table = csv.reader(_text_lines(path, faults), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     line = 1
     header: list[str] = []
-    lists, turns = _names(LISTS, columns or {}), _names(TURNS, columns or {})
+    lists, turns = (set() if columns is None else _names(ours, columns) for ours in (LISTS, TURNS))
     try:
         for cells in table:
             last = table.line_num
@@ -243,7 +245,7 @@ def _names(ours: Iterable[str], columns: Mapping[str, str]) -> set[str]:
 def _require_header(path: str, line: int, header: list[str], delimiter: str, fault: InvalidRow | None) -> None:
     if fault:
         raise UserError(f"{path}:{line}: {fault}")
-    if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+    if twice := [name for i, name in enumerate(header) if name and name in header[:i]]:
         raise UserError(f"{path}:{line}: the header has the column {twice[0]!r} twice; rename one of them")
     others = [other for other in ";\t,|" if other != delimiter and other in header[0]]
     if len(header) == 1 and others:
