@@ -107,7 +107,7 @@ def test_each_form_gives_the_rows_of_json_lines(tmp_path, form, kind):
     expected = read_examples(write(tmp_path / "expected.txt", ROWS[kind]), kind)
     found = read_examples(in_form(form, tmp_path, ROWS[kind]), kind)
     assert len(found) == len(ROWS[kind])
-    # an indented array and quoted line breaks have other line numbers
+    # An indented array and quoted line breaks have other line numbers
     assert [row._replace(line=0, file="") for row in found] == [row._replace(line=0, file="") for row in expected]
 
 
@@ -518,6 +518,8 @@ def test_check_reads_several_files(tmp_path, monkeypatch, capsys):
     write(tmp_path / "b.jsonl", ROWS["demonstrations"][1:])
     assert main(["check", "rows.parquet", "b.jsonl"]) == 0
     assert capsys.readouterr().out.startswith("rows.parquet, b.jsonl: 3 rows read as demonstrations, 0 with errors")
+    assert main(["check", *["b.jsonl"] * 4, "--as", "prompts"]) == 0
+    assert capsys.readouterr().out.startswith("b.jsonl, b.jsonl and 2 more: 8 rows read as prompts")
     assert main(["check"]) == 2
     assert "check: FILE must be given" in capsys.readouterr().err
 
@@ -546,6 +548,21 @@ def test_tokens_with_a_loss_have_a_colour_on_a_terminal_and_a_star_everywhere(mo
     with redirect_stdout(io.StringIO()) as out:
         check(DataConfig([{"prompt": "What is it?", "completion": "It is."}]), tokenizer=tokenizer)
     assert "\x1b" not in out.getvalue() and "* has a loss" in out.getvalue()
+
+
+def test_generate_reads_another_form(folder, one_thread, capsys):
+    model = toy.model_at(folder)
+    options = ["--model", model, "--max-new-tokens", "4", "--out"]
+    pq.write_table(pa.Table.from_pylist([{"prompt": row["prompt"]} for row in DATA]), folder / "p.parquet")
+    assert main(["generate", "--prompts", "p.parquet", *options, "a.jsonl"]) == 0
+    toy.jsonl(folder / "p.jsonl", [{"prompt": row["prompt"]} for row in DATA])
+    assert main(["generate", "--prompts", "p.jsonl", *options, "b.jsonl"]) == 0
+    assert (folder / "a.jsonl").read_bytes() == (folder / "b.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(["generate", "--prompts", "q*.jsonl", *options, "c.jsonl"]) == 2
+    assert "q*.jsonl: no file is called so" in capsys.readouterr().err
+    assert main(["sft", "--model.path", model, "--data.path", "p.jsonl", "q.csv", "--out", "run"]) == 2
+    assert "q.csv: there is no such file" in capsys.readouterr().err
 
 
 def test_the_loss_of_a_conversation_is_told():

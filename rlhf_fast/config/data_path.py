@@ -91,8 +91,15 @@ def expand_user(path: DataPath) -> DataPath:
 
 
 def shown_path(path: DataPath) -> str:
-    """Return a path as text: settings, checksums and messages name it so."""
-    return path if isinstance(path, str) else ", ".join(path)
+    """Return a path for messages, of a long list the first parts."""
+    if isinstance(path, str):
+        return path
+    return ", ".join(path) if len(path) <= 3 else f"{path[0]}, {path[1]} and {len(path) - 2} more"
+
+
+def path_key(path: DataPath) -> str:
+    """Return the whole path as one text, by which its checksum is kept."""
+    return str(path) if isinstance(path, str) else ", ".join(path)
 
 
 def command_path(path: DataPath) -> str:
@@ -132,7 +139,7 @@ def hub_name(part: str) -> tuple[str, str, str] | None:
     A file that is there, or whose first folder is, is no hub name, and neither is one with the suffix of a data file.
     """
     match = None if isinstance(part, PythonRows) else HUB_NAME.fullmatch(part)
-    if match is None or os.path.lexists(part) or Path(part.partition("/")[0]).is_dir():
+    if match is None or os.path.lexists(part) or os.path.isdir(part.partition("/")[0]):  # noqa: PTH112
         return None
     last = (match["config"] or match["name"]).rpartition(".")[2].lower()
     if last in (*SUFFIXES, *FOREIGN, *OTHER_SUFFIXES):

@@ -66,7 +66,7 @@ def _reason(error: BaseException, name: str, split: str) -> str:
         )
     if names & set(OFFLINE):
         return (
-            "the hub cannot be reached, and the data set is not in the cache; give a local file, or load it once with"
-            " a network"
+            "there is no such file, the hub cannot be reached, and no such data set is in its cache; give a local file,"
+            " or load it once with a network"
         )
     return f"the data set cannot be loaded: {text[:200]}; look at its page on the hub"

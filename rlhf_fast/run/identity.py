@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.config.data_path import DataPath, PythonRows, hub_name, parts, shown_path
+from rlhf_fast.config.data_path import DataPath, PythonRows, hub_name, parts, path_key
 from rlhf_fast.config.resolve import difference, from_json, show
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.data.hub import split_sha256
@@ -63,7 +63,7 @@ def data_checksums(path: DataPath) -> dict[str, str]:
         elif hub_name(part):
             with suppress(UserError):  # a finished run does not need it
                 found[part] = split_sha256(part)
-    name = shown_path(path)
+    name = path_key(path)
     if name not in found and len(found) == 1:
         found[name] = next(iter(found.values()))
     elif name not in found and found:
@@ -101,4 +101,4 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
 
 def _input_name(value: object) -> str:
     """Return the name that a setting's value has among the checksums."""
-    return shown_path(value) if isinstance(value, (str, tuple)) else ""
+    return path_key(value) if isinstance(value, (str, tuple)) else ""
