@@ -336,6 +336,7 @@ def test_checksums_of_every_file(tmp_path, monkeypatch):
     assert found["b.jsonl"] == sha256("b.jsonl") and len(set(found.values())) == 4
     assert input_checksums(SFTConfig(data=["b.jsonl", "a.jsonl"]))["data"]["b.jsonl, a.jsonl"] != found["[ab].jsonl"]
     assert input_checksums(SFTConfig(data=["a.jsonl", "b.jsonl"]))["data"]["a.jsonl, b.jsonl"] == found["[ab].jsonl"]
+    assert input_checksums(SFTConfig(data=["a.jsonl"] * 2))["data"]["a.jsonl, a.jsonl"] != found["a.jsonl"]
     rows = SFTConfig(data=[{"prompt": "a"}])
     assert input_checksums(rows)["data"] == {str(rows.data.path): rows.data.path.sha256}
 
@@ -361,6 +362,8 @@ def test_a_stage_on_rows_in_python_and_on_parquet_gives_the_weights_of_json_line
     assert "list is finished already" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"data\.path = .<list of 6 rows, sha256 \w+>., now .<list of 5 rows"):
         sft.run(replace(again, data=replace(again.data, path=DATA[1:])))
+    with pytest.raises(UserError, match=r"optim\.betas = .*, now \[0\.8, 0\.9\]"):  # a tuple that is no path
+        sft.run(replace(again, optim=replace(again.optim, betas=(0.8, 0.9))))
     write(folder / "part9.jsonl", [DATA[0]])
     with pytest.raises(UserError, match=r"part\*\.jsonl: has changed since pattern was started with it"):
         sft.run(replace(again, out="pattern", data=DataConfig(path=runs["pattern"], valid_fraction=0.3)))

@@ -161,7 +161,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, (date, time)):  # a datetime is a date too
         return value.isoformat()

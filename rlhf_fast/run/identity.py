@@ -63,11 +63,11 @@ def data_checksums(path: DataPath) -> dict[str, str]:
         elif hub_name(part):
             with suppress(UserError):  # a finished run does not need it
                 found[part] = split_sha256(part)
-    name = path_key(path)
-    if name not in found and len(found) == 1:
-        found[name] = next(iter(found.values()))
-    elif name not in found and found:
-        found[name] = hashlib.sha256("\n".join(found.values()).encode()).hexdigest()
+    digests = [found[part] for part in parts(path) if part in found]  # a file that is given twice is read twice
+    if len(digests) == 1:
+        found[path_key(path)] = digests[0]
+    elif digests:
+        found[path_key(path)] = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return found
 
 
@@ -101,4 +101,5 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
 
 def _input_name(value: object) -> str:
     """Return the name that a setting's value has among the checksums."""
-    return path_key(value) if isinstance(value, (str, tuple)) else ""
+    entries = value if isinstance(value, tuple) else (value,)
+    return ", ".join(map(str, entries)) if all(isinstance(entry, str) for entry in entries) else ""
