@@ -174,18 +174,20 @@ def test_a_model_that_is_neither_here_nor_on_the_hub(capsys, folder, monkeypatch
     assert f"({str(failure).splitlines()[0]})" in error and len(urls) == 1  # no second try
 
 
-def test_check_lists_twenty_problems_and_fails(capsys, folder):
-    rows = [GOOD] + [{"prompt": "a .", "completion": None}] * 25
-    path = toy.jsonl(folder / "d.jsonl", rows)
+def test_check_names_each_error_once_with_its_rows_and_fails(capsys, folder):
+    nulls = [{"prompt": "a .", "completion": None}] * 25
+    path = toy.jsonl(folder / "d.jsonl", [GOOD, *nulls, *({"prompt": "a .", "completion": 5 + i} for i in range(3))])
     assert main(["check", path]) == 2
     lines = capsys.readouterr().out.splitlines()
-    assert sum("completion is null" in line for line in lines) == 20 and any("and 5 more" in line for line in lines)
-    assert f"  {path}:2: completion is null; give a text or remove the row" in lines
-    toy.jsonl(folder / "d.jsonl", [GOOD])
-    assert main(["check", path, "--tokenizer", toy.model_at(folder)]) == 0
-    assert "* has a loss (2 of 4)" in capsys.readouterr().out
-    assert main(["check", path, "--as", "comparisons"]) == 2
-    assert main(["check", path, "--as", "prompts"]) == 0
+    first = lines.index(f"  {path}:2: completion is null; give a text or remove the row")
+    assert lines[first + 1] == "    25 rows have this error: lines 2, 3, 4, 5, 6, ..."
+    assert lines[first + 2] == f"  {path}:27: completion must be text, found a number"
+    assert lines[first + 3] == "    3 rows have this error: lines 27, 28, 29"
+    thoughts = [{"prompt": "a .", "completion": "c", f"{'a' * i}_thinking": "x"} for i in range(1, 26)]
+    assert main(["check", toy.jsonl(folder / "e.jsonl", thoughts)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(f"  {folder}/e.jsonl:") for line in lines) == 20
+    assert "  ... and 5 more, of 5 other kinds" in lines
 
 
 def test_show_config(capsys):

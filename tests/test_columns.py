@@ -552,11 +552,11 @@ def test_names_that_no_row_has_and_lines_that_are_no_rows(tmp_path):
     assert f"  {sentence}" in lines and '  not used: "" (1 of 1 rows), hint (1 of 1 rows)' in lines
     assert sentence in read_demonstrations(cfg, byte_level()).train.notes
     (tmp_path / "d.jsonl").write_text("\n{'prompt': 1}\n[1]\n")
-    with pytest.raises(UserError, match=r"no line is a JSON object \(line 2: not JSON: .* at column 2"):
+    with pytest.raises(UserError, match=r"d\.jsonl:2: not JSON: .* at column 2; .* \(none of the 2 rows can be read\)"):
         check(DataConfig(path), echo=lines.append)
 
 
 def test_a_file_of_no_lines(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"d\.jsonl: the file holds no rows; expected JSON lines with prompt"):
+    with pytest.raises(UserError, match=r"d\.jsonl: the file holds no rows; expected rows with prompt"):
         check(DataConfig(str(tmp_path / "d.jsonl")), echo=print)

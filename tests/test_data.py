@@ -99,12 +99,12 @@ def test_formats(kind, row, prompt, responses, ranks):
 def test_columns_are_renamed():
     columns = {"prompt": "q", "completion": "a", "group": "t"}
     example = parse_row({"q": "p", "a": "c", "t": 3}, "demonstrations", columns)
-    assert example == (0, "p", ("c",), (), "3", (), (), (), {"q": "p", "a": "c", "t": 3})
+    assert example == (0, "p", ("c",), (), "3", (), (), (), {"q": "p", "a": "c", "t": 3}, "")
 
 
 INVALID = [
     ("demonstrations", "{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
-    ("demonstrations", "[1, 2]", "is one JSON array"),
+    ("demonstrations", "[1, 2]", "expected a JSON object with the fields of a row, found a number"),
     ("demonstrations", '"x"', "expected a JSON object"),
     ("demonstrations", {"prompt": "p"}, 'no "completion" in the row; found prompt; expected prompt + completion'),
     ("demonstrations", {"question": "p", "answer": "c"}, "set columns: {prompt: question, completion: answer}"),
@@ -154,7 +154,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, kind, row, sentence):
     with pytest.raises(UserError) as error:
         read_examples(path, kind)
     assert sentence in str(error.value) and "\n" not in str(error.value)
-    assert str(error.value).startswith(path if array else f"{path}:3: ")
+    assert str(error.value).startswith(f"{path}:{1 if array else 3}: ")
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -164,11 +164,11 @@ def test_files_that_cannot_be_read(tmp_path):
         return str(error.value)
 
     (tmp_path / "prompts.jsonl").write_text("")
-    assert "the file holds no rows" in sentence(tmp_path / "prompts.jsonl")
+    assert "the file holds no rows (it is empty); expected rows with prompt" in sentence(tmp_path / "prompts.jsonl")
     assert f"did you mean {tmp_path / 'prompts.jsonl'}?" in sentence(tmp_path / "prompt.jsonl")
     assert "is a folder" in sentence(tmp_path)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    assert "is parquet, not JSON lines" in sentence(tmp_path / "x.parquet")
+    assert "x.parquet: cannot be read as parquet after row 0: " in sentence(tmp_path / "x.parquet")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "ok"}\n{"prompt": "caf\xe9"}\n')
     assert "latin.jsonl:2: not UTF-8 at byte 16" in sentence(tmp_path / "latin.jsonl")
     whole = gzip.compress(b'{"prompt": "a long enough prompt"}\n' * 2000)
@@ -177,7 +177,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "no.jsonl.gz").write_bytes(b"plain")
     assert "the gzip file is damaged" in sentence(tmp_path / "no.jsonl.gz")
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
-    assert "is one JSON array" in sentence(tmp_path / "deep.jsonl")
+    assert "deep.jsonl:1: not a row: nested too deeply" in sentence(tmp_path / "deep.jsonl")
     (tmp_path / "nest.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "\n")
     assert "nest.jsonl:1:" in sentence(tmp_path / "nest.jsonl")
     with pytest.raises(UserError, match=r"no column of ours is called 'complation'; did you mean completion\?"):

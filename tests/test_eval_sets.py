@@ -245,7 +245,7 @@ BAD = {
     "broken": ("lambada", {"lambada__jsonl": '{"text": "a b"}\n{"text"'}, "lambada.jsonl:2: not JSON"),
     "a broken array": ("truthfulqa", {"mc_task__json": choices(False)[:-9]}, "mc_task.json:38: not JSON"),
     "no object": ("lambada", {"lambada__jsonl": '{"text": "a b"}\n3'}, "lambada.jsonl:2: expected a JSON object"),
-    "an array of numbers": ("lambada", {"lambada__json": "[\n3]"}, "lambada.json:2: expected a JSON object, found"),
+    "an array of numbers": ("lambada", {"lambada__json": "[\n3]"}, "lambada.json:2: expected a JSON object with"),
     "a column": ("lambada", {"lambada__jsonl": '{"text": "a b"}\n{"t": "a b"}'}, "lambada.jsonl:2: the column text is"),
     "a type": ("lambada", {"lambada__jsonl": '{"text": "a b"}\n{"text": 3}'}, "lambada.jsonl:2: text must be text"),
     "one word": ("lambada", {"lambada__jsonl": '{"text": "word"}'}, "lambada.jsonl:1: text must be words with"),
@@ -259,8 +259,12 @@ BAD = {
         {"hellaswag__jsonl": '{"ctx": "a", "endings": ["b", null], "label": 1}'},
         "hellaswag.jsonl:1: entry 2 of endings is null",
     ),
-    "cells": ("truthfulqa", {"truthfulqa__csv": TRUTHFULQA_CSV + "a,b\n"}, "truthfulqa.csv:5: has 2 cells where the"),
-    "a quote": ("truthfulqa", {"truthfulqa__csv": TRUTHFULQA_CSV + '"a"b,c\n'}, "truthfulqa.csv:5: ',' expected after"),
+    "cells": ("truthfulqa", {"truthfulqa__csv": TRUTHFULQA_CSV + "a,b\n"}, "truthfulqa.csv:5: has 2 cells, the header"),
+    "a quote": (
+        "truthfulqa",
+        {"truthfulqa__csv": TRUTHFULQA_CSV + '"a"b,c\n'},
+        "truthfulqa.csv:5: not csv: ',' expected after",
+    ),
     "a sentence": (
         "winogender",
         {"all_sentences__tsv": "sentid\tsentence\ncook.guest.1.male.txt\tHe.\n"},
@@ -302,7 +306,7 @@ def test_bad_files_are_one_sentence(case, tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-20])
     (tmp_path / "truthfulqa.csv").write_bytes(TRUTHFULQA_CSV.encode() + b"\xff\n")
-    for name, message in (("text", "damaged"), ("truthfulqa", "truthfulqa.csv:5: is not UTF-8")):
+    for name, message in (("text", "damaged"), ("truthfulqa", "truthfulqa.csv:5: not UTF-8")):
         with pytest.raises(UserError, match=message):
             read(name, tmp_path)
     with pytest.raises(UserError, match="is no folder that can be read"):

@@ -17,7 +17,7 @@ from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.cli.streams import is_closed, is_utf8
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.data import Dataset, read_prompts
-from rlhf_fast.data.json_lines import require_file
+from rlhf_fast.data.files import require_data
 from rlhf_fast.errors import UserError, listed, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
@@ -159,7 +159,7 @@ class _Progress:
 
 def _check_output(options: GenerateOptions) -> None:
     """Raise UserError, before anything is loaded, if the responses cannot be written or would replace other rows."""
-    require_file(options.prompts, pipe=True)
+    require_data(options.prompts, pipe=True)
     if options.out != "-":
         inputs = {"--prompts": options.prompts, "--model": options.model}
         check_new_file(options.out, _is_output, {name: path for name, path in inputs.items() if Path(path).exists()})

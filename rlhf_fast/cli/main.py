@@ -136,11 +136,11 @@ def _stage(name: str, argv: Sequence[str]) -> int:
 
     cfg = stage_config(STAGES[name], argv)
     cfg.ready()
-    from rlhf_fast.data.json_lines import require_file
+    from rlhf_fast.data.files import require_data
     from rlhf_fast.stages.recipe import run_stage
 
-    for file in cfg.data_files():  # fail before a model is loaded for minutes
-        require_file(file)
+    for path in cfg.data_paths():  # fail before a model is loaded for minutes
+        require_data(path)
     run_stage(cfg)
     return 0
 

@@ -101,8 +101,9 @@ class ChatOptions:
 class CheckOptions:
     """Report the contents of a data file and its errors. The exit status is 2 if there are errors."""
 
-    file: Positional[Annotated[str, arg(metavar="FILE")]]
-    """JSONL file, .gz too."""
+    file: Positional[Annotated[tuple[str, ...], arg(metavar="FILE")]]
+    """JSONL, JSON array, parquet, csv or tsv (.gz too), a pattern, a hub name, or several of these (see `data.path` of
+    the stages)."""
     kind: Annotated[Literal["auto", "demonstrations", "comparisons", "prompts", "texts"], arg(name="as")] = "auto"
     """Kind of the rows. auto = recognised by their columns."""
     tokenizer: str = ""
@@ -121,6 +122,10 @@ class CheckOptions:
     """Longest response in tokens (see `data.max_response_tokens` of the stages)."""
     limit: int = 0
     """Read only this many rows. 0 = all."""
+
+    def __post_init__(self) -> None:
+        if not self.file:
+            raise UserError("check: FILE must be given; see `rlhf-fast check --help`")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ given, in Python too."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -13,8 +12,9 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.rewards import REWARD_SPECS, reward_value
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -84,13 +84,14 @@ def _hints(cls: type) -> Mapping[str, Any]:
 
 def _hint(name: str, cls: type) -> str:
     """Return the field that an unknown name is nearest to, or the group that has it."""
-    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for group, kind in _hints(cls).items():
-        if dataclasses.is_dataclass(kind) and name in [field.name for field in dataclasses.fields(kind)]:
-            assert isinstance(kind, type)
-            return f"it is one of the group {group}: {group}={kind.__name__}({name}=...)"
-    near = difflib.get_close_matches(name, fields, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+    groups = {group: kind for group, kind in _hints(cls).items() if dataclasses.is_dataclass(kind)}
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    inner = [f"{group}.{field.name}" for group, kind in groups.items() for field in dataclasses.fields(kind)]
+    near = meant_setting(name, [*names, *inner])
+    if near in inner:
+        group, _, field = near.partition(".")
+        return f"did you mean {group}={getattr(groups[group], '__name__', group)}({field}=...)?"
+    return f"did you mean {near}?" if near else f"there are {', '.join(names)}"
 
 
 def typed(kind: Any, value: Any) -> Any:
@@ -130,8 +131,8 @@ def _group(kind: Any, value: Any) -> Any:
 
 def _choice(choices: Sequence[Any], value: Any) -> Any:
     if not any(value == choice and type(value) is type(choice) for choice in choices):
-        near = difflib.get_close_matches(str(value), list(map(str, choices)), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        near = nearest(str(value), map(str, choices))
+        hint = f" (did you mean {near}?)" if near else ""
         raise ValueError(f"must be one of {', '.join(map(str, choices))}{hint}")
     return value
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import field
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_fast.config.checks import BadSetting, settings
+from rlhf_fast.config.data_path import as_data_path, expand_user
 
 
 def require(owner: object, condition: bool, name: str, rule: str) -> None:
@@ -78,12 +79,13 @@ class ModelConfig:
 
 @settings
 class DataConfig:
-    """A JSONL file (.gz too) and how its rows become tokens. `rlhf-fast check FILE` shows the result."""
+    """Rows and how they become tokens. `rlhf-fast check FILE` shows the result."""
 
-    path: str = ""
-    """The file."""
-    valid: str = ""
-    """A file for validation. It replaces `valid_fraction`."""
+    path: str | tuple[str, ...] = ""
+    """JSONL, JSON array, parquet, csv or tsv (.gz too); a pattern, data/*.jsonl; org/name[/config][:split] of the hub
+    (extra [hub]); or a list of these. In Python also a list of dicts or a datasets.Dataset."""
+    valid: str | tuple[str, ...] = ""
+    """Rows for validation, as `path`. They replace `valid_fraction`."""
     valid_fraction: float = 0.0
     """Share of the prompts held out for validation: whole groups, and no prompt on both sides."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -113,8 +115,12 @@ class DataConfig:
     """Drop a prompt whose first so many characters are those of an earlier prompt (prompts only). The paper drops "a
     long common prefix" without a length. 0 = keep all."""
 
+    @classmethod
+    def prepared(cls, name: str, value: Any) -> Any:
+        """Return a value for a field, with rows in Python as a path (see `settings`)."""
+        return expand_user(as_data_path(value)) if name in ("path", "valid") else value
+
     def __post_init__(self) -> None:
-        expand_home(self, "path", "valid")
         require_range(self, 0, 0.9, "valid_fraction")
         require_range(self, 1, math.inf, "max_prompt_tokens", "max_response_tokens")
         require_range(self, 0, math.inf, "limit", "dedupe_prefix")

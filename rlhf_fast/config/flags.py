@@ -16,7 +16,7 @@ import tyro
 from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.presets import PRESETS, preset
-from rlhf_fast.config.resolve import coerce, resolve, setting_error, setting_types, unknown_setting
+from rlhf_fast.config.resolve import UNIONS, coerce, resolve, setting_error, setting_types, unknown_setting
 from rlhf_fast.config.rewards import REWARD_SPECS
 from rlhf_fast.config.sections import read_stage
 from rlhf_fast.config.stages import StageConfig
@@ -149,7 +149,7 @@ def _checked(cls: type[DataclassInstance], argv: Sequence[str], command: str) ->
                 if not value.isdigit() and float(value).is_integer():
                     number = str(int(value) if value.lstrip("+-").isdigit() else int(float(value)))
                     arguments[i if equals else i + 1] = f"{flag}={number}" if equals else number
-        elif get_origin(kind) in (dict, tuple) or kind == REWARD_SPECS:
+        elif get_origin(kind) in (dict, tuple, *UNIONS) or kind == REWARD_SPECS:
             if flag.replace("_", "-") in seen:
                 raise UserError(f"{command}: {flag} is given twice, and only one would count; give all after one")
             seen.add(flag.replace("_", "-"))

@@ -21,6 +21,7 @@ from typing import (
     Literal,
     TypeGuard,
     TypeVar,
+    Union,
     cast,
     get_args,
     get_origin,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT = "the default"
+UNIONS = (Union, types.UnionType)
 
 
 def _cached(function: F) -> F:
@@ -194,6 +196,10 @@ def _coerce(kind: Any, value: Any) -> Any:
     origin = get_origin(kind)
     if kind == REWARD_SPECS:
         return reward_value(value)
+    if origin in UNIONS:  # one text, or a list of them
+        listed = isinstance(value, (list, tuple))
+        kind = next(each for each in get_args(kind) if (get_origin(each) is tuple) == listed)
+        origin = get_origin(kind)
     if origin is Literal:
         return _coerce_choice(get_args(kind), value)
     if origin is tuple:
@@ -291,6 +297,8 @@ def to_plain(value: Any) -> Any:
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [to_plain(entry) for entry in value]
+    if isinstance(value, str):  # rows in Python are a text of another class
+        return str(value)
     return spec_name(value) if callable(value) else value
 
 

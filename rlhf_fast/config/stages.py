@@ -18,11 +18,12 @@ NeMo-Aligner. Some differences are not settings, because one choice is right or 
 from __future__ import annotations
 
 import math
-from dataclasses import field
+from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf_fast.config.checks import BadSetting, settings
+from rlhf_fast.config.data_path import DataPath, parts
 from rlhf_fast.config.fields import (
     DataConfig,
     KLConfig,
@@ -54,6 +55,14 @@ class _Stage:
     """cpu, cuda, cuda:1, ...; auto = cuda if there is one, else cpu."""
     resume: bool = True
     """Resume from the newest complete checkpoint in `out`. False: refuse an `out` that holds a run."""
+
+    @classmethod
+    def prepared(cls, name: str, value: Any) -> Any:
+        """Return a value for a field: data=rows is short for data=DataConfig(path=rows) with the stage's defaults."""
+        field = next(field for field in fields(cls) if field.name == name)
+        if field.type == "DataConfig" and not isinstance(value, DataConfig) and callable(field.default_factory):
+            return replace(field.default_factory(), path=value)
+        return value
 
     def __post_init__(self) -> None:
         expand_home(self, "out", *(name for name in ("reference",) if hasattr(self, name)))
@@ -89,16 +98,19 @@ class _Stage:
             if isinstance(value, ModelConfig):
                 paths[f"{name}.path"] = value.path
             elif isinstance(value, DataConfig):
-                paths |= {f"{name}.path": value.path, f"{name}.valid": value.valid}
+                for setting in ("path", "valid"):
+                    files = parts(getattr(value, setting))
+                    numbers = [f"[{i}]" for i in range(len(files))] if len(files) > 1 else [""]
+                    paths |= {f"{name}.{setting}{i}": file for i, file in zip(numbers, files, strict=True)}
             elif name == "reference":
                 paths[name] = value
         paths |= {name: spec for name, spec in self.rewards().items() if isinstance(spec, str)}
         return {name: path for name, path in paths.items() if path and Path(path).exists()}
 
-    def data_files(self) -> list[str]:
-        """Return the path of every data file that the stage reads."""
+    def data_paths(self) -> list[DataPath]:
+        """Return the value of every setting that names data of the stage."""
         configs = [value for value in vars(self).values() if isinstance(value, DataConfig)]
-        return [file for cfg in configs for file in (cfg.path, cfg.valid) if file]
+        return [path for cfg in configs for path in (cfg.path, cfg.valid) if path]
 
 
 @settings

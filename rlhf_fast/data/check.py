@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
+from rlhf_fast.config.data_path import DataPath, shown_path
 from rlhf_fast.config.fields import DataConfig
-from rlhf_fast.data.columns import EXPECTED, require_our_names
+from rlhf_fast.data.columns import EXPECTED, require_our_names, suggested_columns
 from rlhf_fast.data.datasets import Row, encode_example, exceeded_limit, prompt_as_text, remove_long_responses
 from rlhf_fast.data.encode import Encoder
-from rlhf_fast.data.fields import InvalidRow
-from rlhf_fast.data.json_lines import parse_object, read_lines
+from rlhf_fast.data.fields import InvalidRow, shown
+from rlhf_fast.data.files import Record, read_records
 from rlhf_fast.data.notes import (
     SHOWN_LINES,
     absent_columns,
     answers_without_loss,
     find_markers,
+    places,
     rendered_rows,
     spelled_markers,
     unknown_tokens,
     unused_columns,
 )
-from rlhf_fast.data.rows import KINDS, Example, parse_lines
+from rlhf_fast.data.rows import KINDS, Example, Fault, columns_of, no_rows, parse_records
+from rlhf_fast.data.token_view import echo_row
 from rlhf_fast.errors import UserError, listed
 
 GUESS_ROWS = 50
 SHOWN_ERRORS = 20
-SHOWN_TOKENS = 48
+VARIABLE = re.compile(r""" "(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\d+ """, re.VERBOSE)
+"""Parts of an error that differ from row to row: quoted texts and numbers."""
+WANTED = {
+    "comparisons": (("prompt", "chosen", "rejected"), ("prompt", "responses", "ranks")),
+    "demonstrations": (("messages",), ("prompt", "completion")),
+    "prompts": (("prompt",),),
+    "texts": (("text",),),
+}
+"""Kind -> the columns that make it, by which others are offered for them."""
 CATEGORIES = {"null": "null fields", "empty": "empty fields", "equal": "chosen equal to rejected", "other": "other"}
 
 Echo = Callable[[str], None]
@@ -39,20 +51,15 @@ Echo = Callable[[str], None]
 
 @dataclass
 class Report:
-    """Examples and errors of a file. Errors are pairs (line, error); a file without any can be trained on."""
+    """Examples and faulty rows of a file; one without any can be trained on."""
 
     kind: str
     examples: list[Example] = field(default_factory=list)
-    errors: list[tuple[int, InvalidRow]] = field(default_factory=list)
+    errors: list[Fault] = field(default_factory=list)
 
 
-def guess_kind(
-    path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], first_error: str = ""
-) -> str:
-    """Return the kind whose columns most of the rows have. UserError if no row fits a kind.
-
-    first_error: line and fault of the first line that is no JSON object.
-    """
+def guess_kind(path: DataPath, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Return the kind whose columns most of the rows have. UserError if no row fits a kind."""
     counts: Counter[str] = Counter()
     found: Counter[str] = Counter()
     for row in rows:
@@ -67,11 +74,27 @@ def guess_kind(
         elif "text" in names:
             counts["texts"] += 1
     if not counts:
-        columns_found = (
-            f"it has the columns {', '.join(found)}" if found else f"no line is a JSON object ({first_error})"
+        offers = [f"{flag} reads them as {kind}" for kind, flag in offered_columns(found, columns).items()]
+        hint = ", ".join(offers) if offers else f"expected {_expected_of_kinds()}"
+        raise UserError(
+            f"{shown_path(path)}: cannot tell what the rows are: they have the columns"
+            f" {', '.join(map(shown, found))}; {hint}"
         )
-        raise UserError(f"{path}: cannot tell what the rows are: {columns_found}; expected {_expected_of_kinds()}")
     return counts.most_common(1)[0][0]
+
+
+def offered_columns(names: Collection[str], columns: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return, for each kind that other names of the columns would make of the rows, the flag that maps them."""
+    offers: dict[str, str] = {}
+    have = [*names, *(ours for ours, theirs in (columns or {}).items() if theirs in names)]
+    for kind, alternatives in WANTED.items():
+        for wanted in alternatives:
+            mapped = suggested_columns(have, wanted)
+            if mapped and all(name in have or name in mapped for name in wanted):
+                pairs = dict(columns or {}) | mapped
+                words = [word for pair in pairs.items() for word in pair]
+                offers.setdefault(kind, f"--columns {' '.join(map(shlex.quote, words))}")
+    return offers
 
 
 def _expected_of_kinds() -> str:
@@ -80,35 +103,37 @@ def _expected_of_kinds() -> str:
 
 def examine(cfg: DataConfig, kind: str = "") -> Report:
     """Read every row, once, so that a pipe will do. UserError only for a file that cannot be read or holds no rows."""
-    path = cfg.path
-    require_our_names(path, cfg.columns)
-    lines = read_lines(path)
-    first: list[tuple[int, bytes]] = []
+    require_our_names(shown_path(cfg.path), cfg.columns)
+    records = read_records(cfg.path, cfg.columns)
+    first: list[Record] = []
     if not kind:
         rows: list[Mapping[str, Any]] = []
-        first_error = ""
-        for number, line in lines:
-            first.append((number, line))
+        fault = ""
+        for record in records:
+            first.append(record)
             try:
-                rows.append(parse_object(line, unique_keys=False))
+                rows.append(columns_of(record.row, unique_keys=False))
             except InvalidRow as error:
-                first_error = first_error or f"line {number}: {error}"
+                fault = fault or f"{record.file}:{record.line}: {error}"
                 continue
             if len(rows) == GUESS_ROWS:
                 break
+        if first and not rows:
+            others = f" (none of the {len(first)} rows can be read)" if len(first) > 1 else ""
+            raise UserError(f"{fault}{others}")
         if first:
-            kind = guess_kind(path, rows, cfg.columns, first_error)
+            kind = guess_kind(cfg.path, rows, cfg.columns)
     report = Report(kind)
-    for number, found in parse_lines(chain(first, lines), kind, cfg.columns, cfg.remove_columns):
-        if isinstance(found, InvalidRow):
-            report.errors.append((number, found))
+    for found in parse_records(chain(first, records), kind, cfg.columns, cfg.remove_columns):
+        if isinstance(found, Fault):
+            report.errors.append(found)
         else:
             report.examples.append(found)
         if cfg.limit and len(report.examples) + len(report.errors) == cfg.limit:
             break
     if not report.examples and not report.errors:
-        expected = EXPECTED[kind] if kind else _expected_of_kinds()
-        raise UserError(f"{path}: the file holds no rows; expected JSON lines with {expected}")
+        expected = EXPECTED[kind] if kind else "prompt + completion, prompt + chosen + rejected, prompt, or text"
+        raise UserError(no_rows(cfg.path, expected))
     return report
 
 
@@ -116,9 +141,12 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
     """Print the report and return the number of errors."""
     report = examine(cfg, kind)
     examples, errors = report.examples, report.errors
-    echo(f"{cfg.path}: {len(examples) + len(errors)} rows read as {report.kind}, {len(errors)} with errors")
+    echo(f"{shown_path(cfg.path)}: {len(examples) + len(errors)} rows read as {report.kind}, {len(errors)} with errors")
     if errors:
-        _echo_errors(cfg.path, errors, echo)
+        by_category = Counter(fault.error.category for fault in errors)
+        found = [f"{by_category[name]} {words}" for name, words in CATEGORIES.items() if name in by_category]
+        echo(f"  errors: {', '.join(found)}")
+        _echo_faults(errors, echo)
     if not examples:
         return len(errors)
     unused, earlier = unused_columns(examples), answers_without_loss(examples, cfg.turns)
@@ -135,6 +163,11 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
         echo("  responses a prompt: " + ", ".join(f"{count}: {counts[count]} rows" for count in sorted(counts)))
         ties = sum(len(example.ranks) > len(set(example.ranks)) for example in examples)
         echo(f"  rows with ties: {ties}")
+    if report.kind == "prompts" and not kind:
+        names = {name for example in examples for name in (*example.unused, "prompt")}
+        for other, flag in offered_columns(names).items():
+            if other in ("demonstrations", "comparisons"):
+                echo(f"  {flag} reads them as {other}")
     if tokenizer is None:
         markers = spelled_markers(find_markers(examples, ()))
         if markers:
@@ -144,25 +177,31 @@ def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = p
     return len(errors) + _echo_tokens(cfg, report, tokenizer, echo)
 
 
-def _echo_errors(path: str, errors: Sequence[tuple[int, InvalidRow]], echo: Echo) -> None:
-    counts = Counter(error.category for _, error in errors)
-    found = [f"{counts[category]} {words}" for category, words in CATEGORIES.items() if category in counts]
-    echo(f"  errors: {', '.join(found)}")
-    for line, error in errors[:SHOWN_ERRORS]:
-        echo(f"  {path}:{line}: {error}")
-    if len(errors) > SHOWN_ERRORS:
-        echo(f"  ... and {len(errors) - SHOWN_ERRORS} more")
+def _echo_faults(faults: Sequence[Fault], echo: Echo) -> None:
+    """Print each fault once, with the rows that have it. Numbers and quoted texts do not make another fault."""
+    alike: dict[str, list[Fault]] = {}
+    for fault in faults:
+        alike.setdefault(VARIABLE.sub("?", str(fault.error)), []).append(fault)
+    place_of = dict(zip(map(id, faults), places(faults), strict=True))
+    for group in list(alike.values())[:SHOWN_ERRORS]:
+        echo(f"  {group[0].location}: {group[0].error}")
+        if len(group) > 1:
+            lines = listed([place_of[id(fault)] for fault in group], SHOWN_LINES)
+            echo(f"    {len(group)} rows have this error: lines {lines}")
+    if len(alike) > SHOWN_ERRORS:
+        hidden = sum(map(len, list(alike.values())[SHOWN_ERRORS:]))
+        echo(f"  ... and {hidden} more, of {len(alike) - SHOWN_ERRORS} other kinds")
 
 
 def _echo_repeats(report: Report, echo: Echo) -> None:
-    first_line: dict[str, int] = {}
+    first_place: dict[str, str] = {}
     repeats: list[str] = []
     prompts: set[str] = set()
-    for example in report.examples:
+    for example, place in zip(report.examples, places(report.examples), strict=True):
         row = (example.prompt, example.responses, example.ranks, example.tools, example.conversation)
-        first = first_line.setdefault(repr(row), example.line)
-        if first != example.line:
-            repeats.append(f"{example.line} = {first}")
+        first = first_place.setdefault(repr(row), place)
+        if first != place:
+            repeats.append(f"{place} = {first}")
         prompts.add(prompt_as_text(example.prompt))
     lines = f" (lines {listed(repeats, SHOWN_LINES)})" if repeats else ""
     echo(f"  duplicate rows: {len(repeats)}{lines}")
@@ -183,19 +222,18 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
     encoder = Encoder(tokenizer, cfg.template, cfg.append_eos)
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
-    num_refused = 0
-    for example in report.examples:
+    refused: list[Fault] = []
+    for example, place in zip(report.examples, places(report.examples), strict=True):
         try:
             row = encode_example(example, report.kind, encoder, cfg)
         except InvalidRow as error:
-            num_refused += 1
-            if num_refused <= SHOWN_ERRORS:
-                echo(f"  {cfg.path}:{example.line}: {error}")
+            refused.append(Fault(example.file, example.line, error))
             continue
-        rows.append(row._replace(location=f"line {example.line}"))
+        rows.append(row._replace(location=f"line {place}" if place.isdigit() else place))
         reason = exceeded_limit(remove_long_responses(row, cfg)[0], cfg) if report.kind != "texts" else ""
         if reason:
             dropped[reason] += 1
+    _echo_faults(refused, echo)
     start, end = _token_names(tokenizer, encoder.bos), _token_names(tokenizer, encoder.end)
     echo(f"  template: {encoder.template}; start token {start}, end token {end}")
     learns = report.kind == "demonstrations"
@@ -214,42 +252,11 @@ def _echo_tokens(cfg: DataConfig, report: Report, tokenizer: Any, echo: Echo) ->
             echo(f"  {note}")
     fault = rendered_rows(markers, len(report.examples))
     if fault:
-        echo(f"  {cfg.path}: {fault}")
+        echo(f"  {shown_path(cfg.path)}: {fault}")
     if rows:
-        _echo_row(rows[0], tokenizer, echo)
-    return num_refused + (len(markers.rendered) if fault else 0)
+        echo_row(rows[0], tokenizer, echo)
+    return len(refused) + (len(markers.rendered) if fault else 0)
 
 
 def _token_names(tokenizer: Any, ids: list[int]) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(ids)) or "none"
-
-
-def _echo_row(row: Row, tokenizer: Any, echo: Echo) -> None:
-    """Print the row's tokens as `id token`; a star marks those with a loss."""
-    response = row.responses[0] if row.responses else []
-    # The first token of a text is not predicted.
-    mask = row.loss_mask or [i > 0 or bool(row.prompt) for i in range(len(response))]
-    note = f"; * has a loss ({sum(mask)} of {len(row.prompt) + len(response)})" if response else ""
-    echo(f"  the row of {row.location} as tokens{note}:")
-    prompt_cells = [f" {token}" for token in _id_and_token(tokenizer, row.prompt)]
-    tokens = zip(mask, _id_and_token(tokenizer, response), strict=True)
-    response_cells = [f"{'*' if has_loss else ' '}{token}" for has_loss, token in tokens]
-    text = "   "
-    for cell in [*_elided(prompt_cells), *_elided(response_cells)]:
-        if len(text) + len(cell) + 1 > 110:
-            echo(text)
-            text = "   "
-        text += " " + cell
-    echo(text)
-
-
-def _elided(cells: list[str]) -> list[str]:
-    """Replace the middle of a long list by a count."""
-    if len(cells) <= SHOWN_TOKENS:
-        return cells
-    half = SHOWN_TOKENS // 2
-    return [*cells[:half], f" ... {len(cells) - SHOWN_TOKENS} more ...", *cells[-half:]]
-
-
-def _id_and_token(tokenizer: Any, ids: list[int]) -> list[str]:
-    return [f"{i} {repr(token)[1:-1]}" for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)]

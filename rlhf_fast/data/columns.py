@@ -140,7 +140,8 @@ class Columns(dict[str, Any]):
             if self.kind == "demonstrations" and path == name and says_no(value):
                 found = json.dumps(value)
                 raise InvalidRow(
-                    f"{shown(path)} is {found}, which marks a bad answer; remove the row, or {removal(path)}"
+                    f"{shown(path)} is {found}, which marks a bad answer (KTO's form), and sft learns every answer;"
+                    f" keep the rows whose {shown(path)} is true; {removal(path)}"
                 )
         elif rule.kind == "text":
             if value is not False and not _all_held(_prompt_parts(value), texts):
@@ -220,15 +221,23 @@ def _holds(text: str, part: str) -> bool:
 def missing_column(row: Columns, kind: str, wanted: tuple[str, ...]) -> InvalidRow:
     """Return the error for missing columns, with the `columns` that may supply them."""
     absent = [name for name in wanted if name not in row]
-    columns = {}
-    for name in absent:
-        near = [other for other in ALIASES.get(name, ()) if other in row and other not in wanted]
-        near.append(nearest(name, [key for key in row if key not in wanted], cutoff=0.7))
-        if any(near):
-            columns[name] = next(filter(None, near))
+    columns = suggested_columns(row, wanted)
     hint = ""
     if columns:
         pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
         hint = f"; if that is what they are, set columns: {{{pairs}}}"
     missing = " and ".join(f'"{name}"' for name in absent)
     return InvalidRow(f"no {missing} in the row; found {column_names(row)}; expected {EXPECTED[kind]}{hint}")
+
+
+def suggested_columns(names: Collection[str], wanted: Sequence[str]) -> dict[str, str]:
+    """Return for each of our columns that `names` lack the one that may be it, by its name, if there is one."""
+    columns: dict[str, str] = {}
+    for ours in wanted:
+        if ours in names:
+            continue
+        left = {name.lower(): name for name in names if name not in wanted and name not in columns.values()}
+        near = [left[other] for other in (ours, *ALIASES.get(ours, ())) if other in left]
+        if near or (name := nearest(ours, left, cutoff=0.7)):
+            columns[ours] = near[0] if near else left[name]
+    return columns

@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from rlhf_fast.batches import Comparisons, Demonstrations, GivenRow, Prompts, Texts, pad_rows, response_mask
+from rlhf_fast.config.data_path import DataPath, shown_path
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder, PromptFormat, has_loss
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message
@@ -192,7 +193,7 @@ def _read(
 
 
 def _read_rows(
-    path: str,
+    path: DataPath,
     limit: int,
     kind: str,
     encoder: Encoder,
@@ -202,19 +203,19 @@ def _read_rows(
 ) -> tuple[list[Row], str]:
     """Return the rows of a file, and a sentence on them."""
     examples = read_examples(path, kind, cfg.columns, limit, cfg.remove_columns)
-    require_columns(path, examples, wanted)
-    rows, dropped = encode(examples, path, kind, encoder, cfg, context, wanted)
+    require_columns(shown_path(path), examples, wanted)
+    rows, dropped = encode(examples, kind, encoder, cfg, context, wanted)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    name = shown_path(path)
     if not rows:
-        raise UserError(f"{path}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
+        raise UserError(f"{name}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
     sequences = (ids for row in rows for ids in (row.prompt, *row.responses))
-    notes = row_notes(path, examples, sequences, encoder, cfg, taken_columns(examples, wanted, cfg.remove_columns))
-    return rows, "; ".join([f"{path}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
+    notes = row_notes(name, examples, sequences, encoder, cfg, taken_columns(examples, wanted, cfg.remove_columns))
+    return rows, "; ".join([f"{name}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
 
 
 def encode(
     examples: Sequence[Example],
-    path: str,
     kind: str,
     encoder: Encoder,
     cfg: DataConfig,
@@ -227,12 +228,11 @@ def encode(
     dropped: Counter[str] = Counter()
     prefixes: set[str] = set()
     for example in examples:
-        location = f"{path}:{example.line}"
         try:
             row = encode_example(example, kind, encoder, cfg)
         except InvalidRow as error:
-            raise UserError(f"{location}: {error}") from error
-        row = row._replace(location=location, given=given_row(example, taken, cfg) if wanted else None)
+            raise UserError(f"{example.location}: {error}") from error
+        row = row._replace(location=example.location, given=given_row(example, taken, cfg) if wanted else None)
         if kind == "texts":
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder, has_loss
 from rlhf_fast.data.fields import is_blank, shown
-from rlhf_fast.data.rows import Example
+from rlhf_fast.data.rows import Example, Fault
 from rlhf_fast.errors import UserError, listed
 
 SHOWN_LINES = 5
@@ -26,10 +26,10 @@ class Markers(NamedTuple):
 
     counts: Counter[str]
     """Number of texts in which each of them stands."""
-    lines: list[int]
-    """Lines of the rows that hold one."""
-    rendered: list[int]
-    """Lines of the rows whose prompt begins or whose response ends with one: a template was applied before."""
+    lines: list[str]
+    """Places of the rows that hold one."""
+    rendered: list[str]
+    """Places of the rows whose prompt begins or whose response ends with one: a template was applied before."""
 
 
 def unused_columns(examples: Iterable[Example], taken: Collection[str] = ()) -> str:
@@ -51,7 +51,13 @@ def absent_columns(examples: Iterable[Example], removed: Collection[str]) -> str
     return f"remove_columns names what no row has: {', '.join(map(shown, sorted(absent)))}" if absent else ""
 
 
-def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool = False) -> Markers:
+def places(rows: Sequence[Example | Fault]) -> list[str]:
+    """Return the line of each row, with the file before it if the rows are of several files."""
+    alone = len({row.file for row in rows}) < 2
+    return [str(row.line) if alone else row.location for row in rows]
+
+
+def find_markers(examples: Sequence[Example], special: Sequence[str], chat: bool = False) -> Markers:
     """Return the special tokens and the markers of common templates that the data spell.
 
     chat: a chat template will be applied, so that markers which the tokenizer does not know show a rendered row too.
@@ -61,7 +67,7 @@ def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool
     telling = {*special, *(CHAT_MARKERS if chat else ())}
     starts = {name[:2] for name in names}
     found = Markers(Counter(), [], [])
-    for example in examples:
+    for example, place in zip(examples, places(examples), strict=True):
         texts = _texts(example)
         if not any(start in text for text in texts for start in starts):
             continue
@@ -69,11 +75,11 @@ def find_markers(examples: Iterable[Example], special: Sequence[str], chat: bool
         if not here:
             continue
         found.counts.update(here)
-        found.lines.append(example.line)
+        found.lines.append(place)
         markers, num_turns = tuple(telling & here.keys()), len(texts) - len(example.responses)
         begins = any(text.lstrip().startswith(markers) for text in texts[:num_turns])
         if begins or any(text.rstrip().endswith(markers) for text in example.responses):
-            found.rendered.append(example.line)
+            found.rendered.append(place)
     return found
 
 
@@ -83,8 +89,8 @@ def rendered_rows(markers: Markers, total: int) -> str:
         return ""
     return (
         f"{len(markers.rendered)} of {total} rows hold the markers of a chat template already"
-        f" ({listed(list(markers.counts), SHOWN_LINES)}; lines {_lines(markers.rendered)}), and text never becomes a"
-        " special token; give the bare texts, or messages, to which the template is applied"
+        f" ({listed(list(markers.counts), SHOWN_LINES)}; lines {listed(markers.rendered, SHOWN_LINES)}), and text never"
+        " becomes a special token; give the bare texts, or messages, to which the template is applied"
     )
 
 
@@ -93,7 +99,9 @@ def spelled_markers(markers: Markers) -> str:
     if not markers.counts:
         return ""
     found = ", ".join(f"{name} {count} times" for name, count in markers.counts.items())
-    return f"special tokens spelled out in the text (they stay text): {found}, lines {_lines(markers.lines)}"
+    return (
+        f"special tokens spelled out in the text (they stay text): {found}, lines {listed(markers.lines, SHOWN_LINES)}"
+    )
 
 
 def unknown_tokens(examples: Iterable[Example], sequences: Iterable[Sequence[int]], encoder: Encoder) -> str:
@@ -181,7 +189,3 @@ def row_notes(
     notes.append(answers_without_loss(examples, cfg.turns))
     notes += [unknown_tokens(examples, sequences, encoder), spelled_markers(markers)]
     return [note for note in notes if note]
-
-
-def _lines(lines: Sequence[Any]) -> str:
-    return listed([str(line) for line in lines], SHOWN_LINES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import has_loss
 from rlhf_fast.data.fields import shown
 from rlhf_fast.data.rows import Example
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, did_you_mean
 
 NOT_PASSED = frozenset({"prompt", "completion", "completion_ids"})
 """Columns that `**kwargs` does not get, as in TRL."""
@@ -59,8 +58,7 @@ def require_columns(path: str, examples: Sequence[Example], wanted: Sequence[Wan
         for column in each.required:
             if column in names:
                 continue
-            near = difflib.get_close_matches(column, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else "give the parameter a default, or the rows the column"
+            hint = did_you_mean(column, names, "give the parameter a default, or the rows the column")
             raise UserError(
                 f"reward {each.reward}: its parameter {column} is neither prompts, completions, completion_ids nor a"
                 f" column of {path}, which has {', '.join(map(shown, names)) or 'none'}; {hint}"

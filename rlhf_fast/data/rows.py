@@ -1,4 +1,4 @@
-"""Rows of a JSONL file as examples: the formats that are understood, and the errors of the rows that are not.
+"""Rows of a file as examples: the formats that are understood, and the errors of the rows that are not.
 
 A prompt is a text or a conversation: a list of {"role", "content"} that ends with the turn to answer. The column names
 are TRL's; `columns` maps others to them. The first format that fits a row is taken:
@@ -6,7 +6,8 @@ are TRL's; `columns` maps others to them. The first format that fits a row is ta
     demonstrations  messages | conversations (sharegpt) | instruction (+ input or context) + output or response (alpaca,
                     Dolly) | prompt + completion | prompt + response
     comparisons     prompt + responses + ranks (0 is best, equal is a tie) or scores (the highest is best) | prompt +
-                    chosen + rejected | chosen + rejected that both begin with the prompt, as text, messages, or HH's
+                    completions that are objects with response and overall_score (UltraFeedback) | prompt + chosen +
+                    rejected | chosen + rejected that both begin with the prompt, as text, messages, or HH's
                     "Human: ... Assistant: ..."; the prompt may also be messages, conversations or an instruction
     prompts         prompt | messages | conversations | instruction (+ input or context); a last answer is left out
     texts           text
@@ -17,14 +18,11 @@ named, or refused if it changes the meaning of the row (columns.py).
 
 from __future__ import annotations
 
-import json
-import sys
-import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_fast.config.data_path import DataPath, as_data_path, command_path, is_python, shown_path
 from rlhf_fast.data.columns import EXPECTED, Columns, missing_column, removal, require_our_names
 from rlhf_fast.data.fields import (
     HH_TURN,
@@ -39,7 +37,9 @@ from rlhf_fast.data.fields import (
     text_or_number,
     text_value,
 )
-from rlhf_fast.data.json_lines import parse_object, read_lines
+from rlhf_fast.data.files import Content, Record, read_records
+from rlhf_fast.data.json_lines import parse_object
+from rlhf_fast.data.rankings import has_objects, ranked_responses, scored_completions
 from rlhf_fast.data.turns import (
     conversation,
     ending_with_user,
@@ -54,10 +54,6 @@ from rlhf_fast.errors import UserError
 
 KINDS = ("demonstrations", "comparisons", "prompts", "texts")
 ANSWERS = ("completion", "response", "output")
-FROM_OBJECTS = (
-    "`jq -c '{prompt: .instruction, responses: [.completions[].response], scores: [.completions[].overall_score]}'`"
-    " converts UltraFeedback's rows"
-)
 
 
 class Example(NamedTuple):
@@ -79,51 +75,92 @@ class Example(NamedTuple):
     """Columns of the row and keys of its turns that are not read."""
     row: Mapping[str, Any] = {}
     """The row as the file has it, for reward functions. Texts have none."""
+    file: str = ""
+    """File that holds the row, or the name of the hub's data set, <list> and <Dataset>."""
+
+    @property
+    def location(self) -> str:
+        """file:line"""
+        return f"{self.file}:{self.line}"
+
+
+class Fault(NamedTuple):
+    """A row that is no example."""
+
+    file: str
+    line: int
+    error: InvalidRow
+
+    @property
+    def location(self) -> str:
+        """file:line"""
+        return f"{self.file}:{self.line}"
 
 
 def scan_examples(
-    path: str | Path, kind: str, columns: Mapping[str, str] | None = None, removed: Collection[str] = ()
-) -> Iterator[tuple[int, Example | InvalidRow]]:
-    """Yield the line number and the example, or its error, of every row that is not blank."""
-    require_our_names(path, columns or {})
-    return parse_lines(read_lines(path), kind, columns or {}, removed)
+    path: object, kind: str, columns: Mapping[str, str] | None = None, removed: Collection[str] = ()
+) -> Iterator[Example | Fault]:
+    """Yield the example, or its fault, of every row that is not blank. path: what `data.path` may be."""
+    path = as_data_path(path)
+    require_our_names(shown_path(path), columns or {})
+    return parse_records(read_records(path, columns or {}), kind, columns or {}, removed)
 
 
-def parse_lines(
-    lines: Iterable[tuple[int, bytes]], kind: str, columns: Mapping[str, str], removed: Collection[str] = ()
-) -> Iterator[tuple[int, Example | InvalidRow]]:
-    """Yield the number and the example, or its error, of every line."""
-    for number, line in lines:
-        yield number, _parse_line(line, kind, columns, number, removed)
+def parse_records(
+    records: Iterable[Record], kind: str, columns: Mapping[str, str], removed: Collection[str] = ()
+) -> Iterator[Example | Fault]:
+    """Yield the example, or its fault, of every record."""
+    for record in records:
+        yield _parse_record(record, kind, columns, removed)
 
 
-def _parse_line(
-    line: bytes, kind: str, columns: Mapping[str, str], number: int, removed: Collection[str]
-) -> Example | InvalidRow:
+def _parse_record(record: Record, kind: str, columns: Mapping[str, str], removed: Collection[str]) -> Example | Fault:
+    file, line, row = record
     try:
-        return parse_row(parse_object(line), kind, columns, number, removed)
+        return parse_row(columns_of(row), kind, columns, line, removed, file)
     except InvalidRow as error:
-        return error
+        return Fault(file, line, error)
+
+
+def columns_of(row: Content, unique_keys: bool = True) -> Mapping[str, Any]:
+    """Return the columns of a record. InvalidRow if it is none."""
+    if isinstance(row, bytes):
+        return parse_object(row, unique_keys)
+    if isinstance(row, InvalidRow):
+        raise row
+    return row
 
 
 def read_examples(
-    path: str | Path,
+    path: object,
     kind: str,
     columns: Mapping[str, str] | None = None,
     limit: int = 0,
     removed: Collection[str] = (),
 ) -> list[Example]:
     """Return the first `limit` examples (0 = all). UserError at the first invalid row, or if there is no row."""
-    examples = []
-    for number, found in scan_examples(path, kind, columns, removed):
-        if isinstance(found, InvalidRow):
-            raise UserError(f"{path}:{number}: {found}; `rlhf-fast check {path} --as {kind}` lists every such row")
+    path = as_data_path(path)
+    examples: list[Example] = []
+    for found in scan_examples(path, kind, columns, removed):
+        if isinstance(found, Fault):
+            hint = (
+                "" if is_python(path) else f"; `rlhf-fast check {command_path(path)} --as {kind}` lists every such row"
+            )
+            raise UserError(f"{found.location}: {found.error}{hint}")
         examples.append(found)
         if len(examples) == limit:
             break
     if not examples:
-        raise UserError(f"{path}: the file holds no rows; expected JSON lines with {EXPECTED[kind]}")
+        raise UserError(no_rows(path, EXPECTED[kind]))
     return examples
+
+
+def no_rows(path: DataPath, expected: str) -> str:
+    """Return the sentence for data without rows. expected: the columns that rows would have."""
+    is_empty_file = isinstance(path, str) and Path(path).is_file() and not Path(path).stat().st_size
+    return (
+        f"{shown_path(path)}: the file holds no rows{' (it is empty)' * is_empty_file}; expected rows with {expected}"
+    )
 
 
 def parse_row(
@@ -132,6 +169,7 @@ def parse_row(
     columns: Mapping[str, str] | None = None,
     line: int = 0,
     removed: Collection[str] = (),
+    file: str = "",
 ) -> Example:
     """Return the row as an example of `kind`. InvalidRow if it is none."""
     found = Columns(row, columns or {}, removed, kind)
@@ -143,7 +181,7 @@ def parse_row(
     found.require_meaning(texts)
     group = "" if group is None else str(group)
     given = row if kind != "texts" else {}
-    return example._replace(line=line, group=group, tools=tools, unused=found.unused(), row=given)
+    return example._replace(line=line, group=group, tools=tools, unused=found.unused(), row=given, file=file)
 
 
 def _demonstration(row: Columns) -> Example:
@@ -208,8 +246,11 @@ def _require_weight(turns: Iterable[Message]) -> None:
 def _comparison(row: Columns) -> Example:
     if "responses" in row or "ranks" in row:
         return _ranked(row)
-    if _has_objects(row.get("completions")):
-        raise InvalidRow(f"completions[0] must be text, found an object; {FROM_OBJECTS}")
+    if has_objects(row.get("completions")):
+        prompt = _given_prompt(row)
+        if prompt is None:
+            raise missing_column(row, "comparisons", ("prompt",))
+        return Example(0, with_context(row, prompt), *scored_completions(row))
     if "chosen" not in row or "rejected" not in row:
         raise missing_column(row, "comparisons", ("prompt", "chosen", "rejected"))
     chosen, rejected = (_transcript(row, name) for name in ("chosen", "rejected"))
@@ -243,50 +284,8 @@ def _ranked(row: Columns) -> Example:
     prompt = _given_prompt(row)
     if prompt is None or "responses" not in row or levels_name not in row:
         raise missing_column(row, "comparisons", ("prompt", "responses", "ranks"))
-    responses, ranks = row["responses"], row[levels_name]
-    for name in ("responses", levels_name):
-        if not isinstance(row[name], list):
-            raise InvalidRow(f"{name} must be a list, found {json_type(row[name])}")
-    if _has_objects(responses):
-        raise InvalidRow(f"responses[0] must be text, found an object; {FROM_OBJECTS}")
-    if len(responses) != len(ranks):
-        raise InvalidRow(f"{len(responses)} responses but {len(ranks)} {levels_name}; each response needs one")
-    texts = tuple(text_value(text, f"responses[{i}]") for i, text in enumerate(responses))
-    for i, rank in enumerate(ranks):
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not abs(rank) <= sys.float_info.max:
-            found = textwrap.shorten(json.dumps(rank), 40, placeholder="...")
-            best = "0 is best" if levels_name == "ranks" else "the highest is best"
-            raise InvalidRow(f"{levels_name}[{i}] must be a number ({best}, equal numbers are a tie), found {found}")
-    levels = sorted(set(ranks), reverse=levels_name == "scores")
-    if len(levels) < 2:
-        raise InvalidRow(f"{len(ranks)} responses, all of one rank: nothing is preferred; remove the row")
-    if levels_name == "ranks" and row.filled("scores"):
-        _require_same_order(ranks, row["scores"])
-    rank_of: dict[str, float] = {}
-    for i, (text, rank) in enumerate(zip(texts, ranks, strict=True)):
-        if rank_of.setdefault(text, rank) != rank:
-            first = texts.index(text)
-            raise InvalidRow(f"responses[{first}] and responses[{i}] are equal but ranked {rank_of[text]} and {rank}")
-    return Example(0, with_context(row, prompt), texts, tuple(levels.index(rank) for rank in ranks))
-
-
-def _require_same_order(ranks: list[float], scores: object) -> None:
-    """Raise InvalidRow if scores beside ranks order two responses the other way, or cannot be compared."""
-    numbers = [score for score in scores if isinstance(score, (int, float))] if isinstance(scores, list) else []
-    if len(numbers) != len(ranks):
-        raise InvalidRow(f"scores beside ranks must be a list of {len(ranks)} numbers; {removal('scores')}")
-    for (i, (rank, score)), (j, (other, lower)) in combinations(enumerate(zip(ranks, numbers, strict=True)), 2):
-        if (rank < other and score < lower) or (rank > other and score > lower):
-            raise InvalidRow(
-                f"ranks and scores contradict each other: responses[{i}] has rank {rank} and score {score},"
-                f" responses[{j}] rank {other} and score {lower} (rank 0 is best, the highest score is best);"
-                f" {removal('scores')}"
-            )
-
-
-def _has_objects(responses: object) -> bool:
-    """Return whether responses are objects with a "response" each, as UltraFeedback's."""
-    return isinstance(responses, list) and any(isinstance(entry, dict) and "response" in entry for entry in responses)
+    texts, ranks = ranked_responses(row, levels_name)
+    return Example(0, with_context(row, prompt), texts, ranks)
 
 
 def _prompt(row: Columns) -> Example:

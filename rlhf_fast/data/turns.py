@@ -17,6 +17,12 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
+OTHER_ROLES = {
+    "assistant": ("bot", "model", "ai", "chatbot", "chatgpt", "gpt-4", "bard", "bing", "claude", "agent", "response"),
+    "user": ("customer", "client", "prompter", "question", "instruction", "inquirer"),
+    "system": ("instructions", "context", "system_prompt"),
+}
+"""Names of roles elsewhere, which are not read, to suggest ours."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of the parts of a content that are text."""
 LOSS_FLAGS = ("weight", "loss", "loss_weight", "train", "training", "masked")
@@ -54,10 +60,11 @@ def turn_value(row: Columns, turn: object, name: str, weights: bool = False) -> 
             raise InvalidRow(f'{name} has no "{key}"; found {column_names(turn)}')
     turn = row.kept_keys(name, turn)
     given = turn[role_key]
-    role = ROLES.get(given) if isinstance(given, str) else None
+    role = ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
-        hint = "; give the call as tool_calls of an assistant's turn" if given == "function_call" else ""
-        raise InvalidRow(f"{name}.{role_key} must be system, user, assistant or tool, found {json.dumps(given)}{hint}")
+        raise InvalidRow(
+            f"{name}.{role_key} must be system, user, assistant or tool, found {json.dumps(given)}{_role_hint(given)}"
+        )
     message: Message = {"role": role}
     content = turn.get(content_key)
     may_be_empty = (role == "assistant" and calls_tools and is_empty(content)) or (role == "tool" and content == "")
@@ -73,9 +80,18 @@ def turn_value(row: Columns, turn: object, name: str, weights: bool = False) -> 
     if weights:
         read |= _read_weight(turn, name, message)
     for key in turn.keys() - read:
-        repeats = turn[key] == message["content"] or (key == "role" and ROLES.get(turn[key]) == role)
+        repeats = turn[key] == message["content"] or (key == "role" and ROLES.get(str(turn[key]).lower()) == role)
         row.leave_key(name, key, None if repeats else turn[key])
     return message
+
+
+def _role_hint(given: object) -> str:
+    """Return the remedy for a role of another name."""
+    if given == "function_call":
+        return "; give the call as tool_calls of an assistant's turn"
+    name = given.lower() if isinstance(given, str) else ""
+    ours = next((ours for ours, names in OTHER_ROLES.items() if name in names), "")
+    return f"; if that is the {ours}, write {ours} instead" if ours else "; rename it"
 
 
 def _content(row: Columns, value: object, name: str) -> str:

@@ -40,7 +40,8 @@ def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[s
     With a second reward (cfg.gold), there is a section on each of the models that PPO has trained.
     """
     device = None if cfg.device == "auto" else cfg.device
-    data = DataConfig(path=str(find_comparisons(cfg.data)), limit=cfg.limit, append_eos=learned_end_tokens(cfg.reward))
+    file = find_comparisons(cfg.data)
+    data = DataConfig(path=str(file), limit=cfg.limit, append_eos=learned_end_tokens(cfg.reward))
     notes: list[str] = []
     if is_function(cfg.reward):
         ranked = reward_report.score_comparisons(import_function(cfg.reward, "eval: reward"), data)
@@ -48,10 +49,10 @@ def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[s
         model = Model.load(ModelConfig(path=cfg.reward, dtype=cfg.dtype), head="scalar", device=device)
         prompt_format, _ = model_prompt_format(cfg.reward, model.tokenizer, "auto", "eval: reward", strict=False)
         ranked = reward_report.score_comparisons(model, data, prompt_format, notes)
-        notes += training_notes([Path(data.path)], {cfg.reward: cfg.reward})
+        notes += training_notes([file], {cfg.reward: cfg.reward})
     found = reward_report.report(ranked)
     lines = [*(f"- {note}" for note in notes), *reward_report.report_lines(found)]
-    sections = {f"Reward model {cfg.reward} on {Path(data.path).name}": lines}
+    sections = {f"Reward model {cfg.reward} on {file.name}": lines}
     records = reward_report.records(found, cfg.reward)
     if cfg.gold:
         gold = load_gold(cfg, device)

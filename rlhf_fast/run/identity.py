@@ -6,14 +6,17 @@ place is not.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.config.data_path import DataPath, PythonRows, hub_name, parts, path_key
 from rlhf_fast.config.resolve import difference, from_json, show
 from rlhf_fast.config.rewards import is_function, spec_name
 from rlhf_fast.config.stages import StageConfig
+from rlhf_fast.data.hub import split_sha256
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.function_source import function_source
 from rlhf_fast.run.info import model_sha256, sha256
@@ -42,6 +45,8 @@ def input_checksums(cfg: StageConfig) -> dict[str, dict[str, str]]:
             found["models"][path] = model_sha256(path)
         elif Path(path).is_file():
             found["data"][path] = sha256(path)
+    for data in cfg.data_paths():
+        found["data"] |= data_checksums(data)
     for spec in filter(is_function, cfg.rewards().values()):
         with suppress(UserError):  # a finished run does not need it
             source, name = function_source(spec), spec_name(spec)
@@ -51,6 +56,32 @@ def input_checksums(cfg: StageConfig) -> dict[str, dict[str, str]]:
             if source.file:
                 found["data"][str(source.file)] = source.checksum
     return found
+
+
+def data_checksums(path: DataPath) -> dict[str, str]:
+    """Return the checksum of each file and data set that a path names, and one of all together under the path's own
+    name, which shows that a pattern has other files than before. A data set of the hub that cannot be read has none."""
+    found: dict[str, str] = {}
+    for part in parts(path):
+        if isinstance(part, PythonRows):
+            found[str(part)] = part.sha256
+        elif Path(part).is_file():
+            found[part] = sha256(part)
+        elif hub_name(part):
+            with suppress(UserError):  # a finished run does not need it
+                found[part] = split_sha256(part)
+    digests = [found[part] for part in parts(path) if part in found]  # a file that is given twice is read twice
+    if len(digests) == 1:
+        found[path_key(path)] = digests[0]
+    elif digests:
+        found[path_key(path)] = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return found
+
+
+def _input_name(value: object) -> str:
+    """Return the name that a setting's value has among the checksums."""
+    entries = value if isinstance(value, tuple) else (value,)
+    return ", ".join(map(str, entries)) if all(isinstance(entry, str) for entry in entries) else ""
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -65,6 +96,17 @@ def _one_input(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str
     return not is_function(value) or was.rpartition(":")[2] == value.rpartition(":")[2]
 
 
+def _are_inputs(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str, str]) -> tuple[bool, bool]:
+    """Return whether two values of a setting name inputs, and whether these have the same contents."""
+    one, other = _input_name(was), _input_name(value)
+    if one in before and other in now and not is_function(other):  # all files of a path together
+        return True, before[one] == now[other]
+    pairs = list(zip(_as_tuple(was), _as_tuple(value), strict=False))
+    equal_length = len(_as_tuple(was)) == len(_as_tuple(value))
+    are_inputs = equal_length and all(a == b or _one_input(a, b, before, now) for a, b in pairs)
+    return are_inputs, are_inputs and all(a == b or before[a] == now[b] for a, b in pairs)
+
+
 def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mapping[str, Mapping[str, str]]) -> None:
     """Raise UserError if run.json (`saved`) is of another stage, or of other settings, data or models.
 
@@ -77,10 +119,7 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
     now = {name: digest for section in INPUTS for name, digest in checksums[section].items()}
     differ = []
     for name, was, value in difference(from_json(cfg.stage, saved["config"], f"{out}/run.json"), cfg):
-        pairs = list(zip(_as_tuple(was), _as_tuple(value), strict=False))
-        equal_length = len(_as_tuple(was)) == len(_as_tuple(value))
-        are_inputs = equal_length and all(a == b or _one_input(a, b, before, now) for a, b in pairs)
-        same = are_inputs and all(a == b or before[a] == now[b] for a, b in pairs)
+        are_inputs, same = _are_inputs(was, value, before, now)
         if name not in MAY_DIFFER_ON_RESUME and not same:
             note = " with other contents" if are_inputs else ""
             differ.append(f"{name} = {show(was)}, now {show(value)}{note}")

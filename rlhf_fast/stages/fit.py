@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
+from rlhf_fast.config.data_path import shown_path
 from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
 from rlhf_fast.config.rewards import is_function, model_specs, reward_specs, spec_name
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
@@ -138,7 +139,7 @@ def _check_functions(cfg: StageConfig) -> None:
         for tried in (min(limit or ROWS_TRIED, ROWS_TRIED), limit) if file else ():
             examples = read_examples(file, kind, cfg.data.columns, tried, cfg.data.remove_columns)
             try:
-                require_columns(file, examples, wanted)
+                require_columns(shown_path(file), examples, wanted)
                 break
             except UserError:  # the first rows may lack what later ones have
                 if tried == limit or len(examples) < tried:

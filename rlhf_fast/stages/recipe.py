@@ -21,7 +21,7 @@ from rlhf_fast.config.resolve import resolve
 from rlhf_fast.config.sections import EVAL, PASSED_ON, shared_text, split_sections
 from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.config.yaml_file import Setting, read_yaml
-from rlhf_fast.data.json_lines import require_file
+from rlhf_fast.data.files import require_data
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.run.memory import peak_memory, reset_peak_memory
@@ -119,8 +119,8 @@ def read_recipe(path: str | Path) -> Recipe:
                 defaults[name] = Setting(stages[source].out, f"the {source} stage")
         cfg = resolve(cls, preset(stage, preset_name), defaults, common, sections[stage])
         cfg.ready()
-        for file in cfg.data_files():
-            require_file(file)
+        for data in cfg.data_paths():
+            require_data(data)
         stages[stage] = cfg
     evaluation = None
     if EVAL in sections:
