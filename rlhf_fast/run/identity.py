@@ -20,7 +20,7 @@ from rlhf_fast.training.rewards import is_function, source_file
 MAY_DIFFER_ON_RESUME = (
     "out",
     "resume",
-    *(f"log.{name}" for name in ("every", "samples", "checkpoint_every", "keep", "live", "sinks")),
+    *(f"log.{name}" for name in ("every", "samples", "show_samples", "checkpoint_every", "keep", "live", "sinks")),
     *(f"log.eval_{name}" for name in ("every", "tasks", "data", "limit")),
 )
 """Settings that do not change the weights that `out` gets. log.validate_every does: it decides at which steps there are

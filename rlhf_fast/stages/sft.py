@@ -138,5 +138,5 @@ def validate(
             "valid/length": float((responses.lengths - responses.prompt_lengths).double().mean()),
             "valid/eos_rate": float(responses.finished.double().mean()),
         }
-    log.samples(step, sample_rows(responses, prompts.texts, model.tokenizer, **columns))
+    log.samples(step, sample_rows(responses, [data[uid] for uid in prompts.uids], model.tokenizer, **columns))
     return stats
