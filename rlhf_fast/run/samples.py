@@ -28,7 +28,8 @@ def responses_of(row: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if "responses" not in row:
         return [(str(row.get("response", "")), {name: row[name] for name in (*NUMBERS, "eos") if name in row})]
     ranked = sorted(zip(row["ranks"], row["responses"], row["scores"], strict=True), key=lambda entry: entry[0])
-    return [(str(text), {"rank": rank, "score": score}) for rank, text, score in ranked]
+    best = min(row["ranks"], default=0)
+    return [(str(text), {"rank": rank - best + 1, "score": score}) for rank, text, score in ranked]
 
 
 def numbers_text(numbers: Mapping[str, Any]) -> str:

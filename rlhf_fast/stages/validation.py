@@ -42,9 +42,7 @@ def validation_prompts(data: Dataset, context: int = 0, max_new_tokens: int = 0)
     return Prompts(rows, [data.rows[i].prompt for i in rows], [data.rows[i].text for i in rows])
 
 
-def sample_rows(
-    responses: Responses, rows: Sequence[Row], tokenizer: Any, **columns: Tensor
-) -> list[dict[str, Any]]:
+def sample_rows(responses: Responses, rows: Sequence[Row], tokenizer: Any, **columns: Tensor) -> list[dict[str, Any]]:
     """Return a row for samples.jsonl of each response: prompt, text, length, whether it ended, and `columns`.
 
     rows: the rows of the data set whose prompts are answered.
