@@ -245,17 +245,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         require_range(self, 1, math.inf, "every", "keep")
-        require_range(
-            self,
-            0,
-            math.inf,
-            "samples",
-            "show_samples",
-            "validate_every",
-            "checkpoint_every",
-            "eval_every",
-            "eval_limit",
-        )
+        counts = ("samples", "show_samples", "validate_every", "checkpoint_every", "eval_every", "eval_limit")
+        require_range(self, 0, math.inf, *counts)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rlhf_fast.run.compare_page import FIRST_BYTES, Answer, Page, write_page
 from rlhf_fast.run.identity import INPUTS
 from rlhf_fast.run.logs import METRICS, SAMPLES, read_metrics, read_rows
 from rlhf_fast.run.outputs import RUN, check_new_file, read_run
-from rlhf_fast.run.plot import Line, check_smooth, load_pyplot, panels
+from rlhf_fast.run.plot import Curves, Line, check_smooth, load_pyplot, panels
 from rlhf_fast.run.samples import given_prompt, numbers_text, responses_of
 from rlhf_fast.run.terminal import aligned, format_duration, format_speed
 
@@ -148,12 +148,11 @@ def value_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
     curves = [{name: points for _, panel in panels(run.metrics) for name, points in panel.items()} for run in runs]
     rows = [("steps", *(f"{run.metrics[-1]['step']:g}{_state(run)}" for run in runs))]
     rows += [(metric, *(_last_value(curve.get(metric)) for curve in curves)) for metric in shown]
-    seconds = [math.fsum(_numbers(run, "time/step")) for run in runs]
+    times = [_numbers(run, "time/step") for run in runs]
+    seconds = list(map(math.fsum, times))
+    speeds = [_numbers(run, "perf/tokens_per_second") for run in runs]
     tokens = [
-        math.fsum(
-            a * b for a, b in zip(_numbers(run, "time/step"), _numbers(run, "perf/tokens_per_second"), strict=True)
-        )
-        for run in runs
+        math.fsum(a * b for a, b in zip(time, speed, strict=True)) for time, speed in zip(times, speeds, strict=True)
     ]
     rows.append(("time", *(format_duration(each) for each in seconds)))
     rows.append(("speed", *(format_speed(t / s) if s else "-" for t, s in zip(tokens, seconds, strict=True))))
@@ -178,32 +177,42 @@ def _last_value(points: tuple[list[float], list[float]] | None) -> str:
 
 def _lines(runs: Sequence[Compared]) -> list[tuple[str, list[Line]]]:
     """Return the panels that any run has, with a colour for each run and a style for each metric of a panel."""
-    titles: dict[str, dict[str, str]] = {}
-    found = [dict(panels(run.metrics)) for run in runs]
+    metrics: dict[str, dict[str, None]] = {}
+    found = [_few_a_panel(panels(run.metrics)) for run in runs]
     for shown in found:
         for title, curves in shown.items():
-            for metric in curves:
-                styles = titles.setdefault(title, {})
-                styles.setdefault(metric, ("-", "--", ":", "-.")[len(styles) % 4])
+            metrics.setdefault(title, {}).update(dict.fromkeys(curves))
+    styles = ("-", "--", ":", "-.")
     return [
         (
             title,
             [
-                Line(*shown[title][metric], metric, f"C{i}", style)
+                Line(*shown[title][metric], metric, f"C{i}", styles[j % len(styles)])
                 for i, shown in enumerate(found)
-                for metric, style in styles.items()
+                for j, metric in enumerate(names)
                 if metric in shown.get(title, {})
             ],
         )
-        for title, styles in titles.items()
+        for title, names in metrics.items()
     ]
+
+
+def _few_a_panel(shown: Iterable[tuple[str, Curves]]) -> dict[str, Curves]:
+    """Return the panels; one of more than two metrics is split by their names after the slash, so that a metric shares
+    the axes with its validation only."""
+    found: dict[str, Curves] = {}
+    for title, curves in shown:
+        for metric, points in curves.items():
+            name = metric.rpartition("/")[2]
+            found.setdefault(f"{title}: {name}" if len(curves) > 2 else title, {})[metric] = points
+    return found
 
 
 def shared_samples(runs: Sequence[Compared], count: int) -> tuple[list[tuple[str, str, list[Answer | None]]], str]:
     """Return (step, prompt, each run's answer) of at most `count` prompts, newest steps first, and a sentence on them.
 
-    They are prompts that two or more runs answered at the same step; if there are none, prompts that they answered at
-    any step, each with its newest answer.
+    They are prompts that two or more runs answered at the same step, each at its newest; if there are none, prompts
+    that they answered at any step, each with its newest answer.
     """
     if not count:
         return [], ""
@@ -212,7 +221,9 @@ def shared_samples(runs: Sequence[Compared], count: int) -> tuple[list[tuple[str
     by_step = [{(row["step"], given_prompt(row)): row for row in run.samples if "step" in row} for run in runs]
     keys = [key for key in dict.fromkeys(key for rows in by_step for key in rows) if _shared(key, by_step)]
     if keys:
-        chosen = sorted(keys, key=lambda key: -key[0])[:count]
+        newest_first = sorted(keys, key=lambda key: -key[0])
+        steps = {prompt: step for step, prompt in reversed(newest_first)}
+        chosen = [(step, prompt) for step, prompt in newest_first if steps[prompt] == step][:count]
         return [
             (f"step {step:g}", prompt, [_answer(rows.get((step, prompt))) for rows in by_step])
             for step, prompt in chosen

@@ -23,7 +23,8 @@ td, th { border: 1px solid #ddd; padding: 4px 10px; text-align: left; vertical-a
 th { background: #f5f5f5; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.setting { font-family: ui-monospace, monospace; font-size: 13px; overflow-wrap: anywhere; }
 .samples { table-layout: fixed; width: 100%; } .samples td { overflow-wrap: anywhere; }
-.text { white-space: pre-wrap; } .prompt { background: #fafafa; } .note, .numbers { color: #666; font-size: 13px; }
+.text, .numbers { white-space: pre-wrap; }
+.prompt { background: #fafafa; } .note, .numbers { color: #666; font-size: 13px; }
 .key { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
 img { max-width: 100%; }
 """
@@ -85,7 +86,8 @@ def _page(page: Page, picture: str) -> Iterator[str]:
     yield f'<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style></head>'
     yield f"<body><h1>Runs of {_text(page.stage)}</h1><ul>"
     for i, (name, folder) in enumerate(zip(page.names, page.folders, strict=True)):
-        yield f"<li>{_key(i)}<b>{_text(name)}</b> <span class=note>{_text(folder)}</span></li>"
+        where = f" <span class=note>{_text(folder)}</span>" if folder != name else ""
+        yield f"<li>{_key(i)}<b>{_text(name)}</b>{where}</li>"
     yield "</ul><h2>Settings that differ</h2>"
     if page.settings:
         yield from _table(page.names, page.settings, "setting")
