@@ -9,11 +9,14 @@ import pytest
 import toy
 from rich.text import Text
 
-from rlhf_fast.config.fields import BadSetting, LogConfig
+from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig
+from rlhf_fast.data import read_comparisons, read_demonstrations, read_prompts
 from rlhf_fast.run import logs
 from rlhf_fast.run.identity import MAY_DIFFER_ON_RESUME
 from rlhf_fast.run.samples import numbers_text, responses_of, sample_lines
 from rlhf_fast.run.terminal import format_speed, shortened_lines
+from rlhf_fast.stages import ppo
+from rlhf_fast.stages.validation import prompt_columns
 
 WIDTHS = (60, 80, 100, 160)
 
@@ -128,8 +131,8 @@ def test_long_texts_are_shortened_and_cannot_move_the_cursor():
     assert lines[0] == "word word word word word word" and lines[-1].endswith(" …")
     assert shortened_lines("one\n\ntwo", 30, 3) == ["one", "", "two"]
     assert shortened_lines("", 30, 3) == [""]
-    wide = shortened_lines("漢字" * 100, 31, 2)
-    assert len(wide) == 2 and all(Text(line).cell_len <= 31 for line in wide)
+    chinese = shortened_lines("漢字" * 100, 31, 2)
+    assert len(chinese) == 2 and all(Text(line).cell_len <= 31 for line in chinese)
     assert shortened_lines("a\x1b[2Jb\rc\x07", 30, 1) == ["a\ufffd[2Jb\ufffdc\ufffd"]
     shown = sample_lines(3, {"prompt": "x " * 500, "response": text}, 60, "ppo")
     assert len(shown) == 1 + 3 + 6 and all(line.cell_len <= 60 for line in shown)
@@ -142,3 +145,40 @@ def test_of_a_ranking_the_best_and_the_worst_are_shown():
     assert lines == ["sample at step 4", "prompt    p", "response  best", "rank 1  score 1.25", "response  worst",
                      "rank 3  score -3"]  # fmt: skip
     assert numbers_text({"score": None, "length": 4, "eos": True}) == "length 4"
+
+
+def test_prompts_of_samples_are_those_of_the_data_not_the_template(tmp_path, one_thread):
+    data = DataConfig(toy.prompt_file(tmp_path / "prompts.jsonl"), valid_fraction=0.1, template="dialog")
+    cfg = toy.ppo(tmp_path, data=data, episodes=3 * 16, log=LogConfig(samples=3, live=False))
+    ppo.run(cfg)
+    words = toy.tokenizer()
+    read = read_prompts(data, words, cfg.seed).train
+    given = {row["prompt"] for row in toy.rows(tmp_path / "prompts.jsonl")}
+    rows = toy.rows(tmp_path / "ppo/samples.jsonl")
+    for step in (1, 2, 3):
+        asked = read.batch((step - 1) * 16, 3)
+        shown = [row for row in rows if row["step"] == step]
+        assert [row["prompt"] for row in shown] == asked.texts
+        assert [row["prompt"] for row in shown] == [f"Human: {row['raw_prompt']}\n\nAssistant:" for row in shown]
+        assert all(row["raw_prompt"] in given for row in shown)
+
+    demonstrations = DataConfig(toy.demonstrations(tmp_path / "demonstrations.jsonl"), template="dialog")
+    plain = DataConfig(demonstrations.path, template="plain")
+    first = toy.rows(tmp_path / "demonstrations.jsonl")[0]["prompt"]
+    assert prompt_columns(read_demonstrations(demonstrations, words).train[0])["raw_prompt"] == first
+    assert prompt_columns(read_demonstrations(plain, words).train[0]) == {"prompt": first}
+
+    turns = [{"role": "user", "content": "a ."}, {"role": "assistant", "content": "b"},
+             {"role": "user", "content": "c ."}, {"role": "assistant", "content": "d"}]  # fmt: skip
+    words.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content }}{{ eos_token if m.role == 'assistant' else ' . ' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    path = toy.jsonl(tmp_path / "talk.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    last = read_demonstrations(DataConfig(path), words).train
+    assert [row.raw_prompt for row in last.rows] == ["user: a .\nassistant: b\nuser: c .", "a ."]
+    every = read_demonstrations(DataConfig(path, turns="all"), words).train
+    assert [row.raw_prompt for row in every.rows] == ["a .", "a ."]
+    ranked = toy.jsonl(tmp_path / "ranked.jsonl", [{"prompt": turns[:1], "responses": ["b", "c"], "ranks": [1, 2]}])
+    (row,) = read_comparisons(DataConfig(ranked), words).train.rows
+    assert row.raw_prompt == "a ." and row.text == "user a . . assistant "
