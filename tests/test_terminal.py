@@ -89,6 +89,19 @@ def test_a_run_in_a_terminal_shows_samples_above_its_line(tmp_path, columns):
     assert sum("ETA" in line for line in seen.end) == 1
 
 
+def test_generate_in_a_terminal_and_in_a_dumb_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts, model = toy.prompt_file(tmp_path / "p.jsonl"), toy.model(tmp_path / "model")
+    command = [sys.executable, "-m", "rlhf_fast.cli.main", "generate", "--model", model, "--prompts", prompts]
+    command += ["--template", "plain", "--max-new-tokens", "6"]
+    seen = pseudo_terminal.run([*command, "--out", "a.jsonl"], 60)
+    assert seen.status == 0, seen.end
+    (line,) = (line for line in seen.end if "ETA" in line)
+    assert re.fullmatch(r"generate  (━+  )?40/40  ETA 0:00:00  [\d.]+[kM]? tok/s", line), seen.end
+    seen = pseudo_terminal.run([*command, "--out", "b.jsonl"], 60, env={"TERM": "dumb"})
+    assert re.fullmatch(r"generate: 40/40  [\d.]+[kM]? tok/s", seen.end[-2]), seen.end
+
+
 @pytest.mark.parametrize(("value", "text"), [
     (0, "0 tok/s"), (85.24, "85.2 tok/s"), (850, "850 tok/s"), (999.4, "999 tok/s"), (999.6, "1k tok/s"),
     (1773, "1.77k tok/s"), (17_730, "17.7k tok/s"), (999_900, "1M tok/s"), (1_200_000, "1.2M tok/s"),
@@ -130,7 +143,9 @@ def test_long_texts_are_shortened_and_cannot_move_the_cursor():
     assert len(lines) == 3 and all(Text(line).cell_len <= 30 for line in lines)
     assert lines[0] == "word word word word word word" and lines[-1].endswith(" …")
     assert shortened_lines("one\n\ntwo", 30, 3) == ["one", "", "two"]
-    assert shortened_lines("", 30, 3) == [""]
+    assert shortened_lines("", 30, 3) == [""] and shortened_lines("\n" * 999 + "x\n", 30, 3) == ["x"]
+    (accents,) = shortened_lines("e" + "\u0301" * 999, 30, 3)  # no column wide, and cut all the same
+    assert accents.startswith("e\u0301") and accents.endswith(" …")
     chinese = shortened_lines("漢字" * 100, 31, 2)
     assert len(chinese) == 2 and all(Text(line).cell_len <= 31 for line in chinese)
     assert shortened_lines("a\x1b[2Jb\rc\x07", 30, 1) == ["a\ufffd[2Jb\ufffdc\ufffd"]

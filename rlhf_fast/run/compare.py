@@ -146,7 +146,7 @@ def value_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
     """Return (metric, its last value in each run): the mean of the last tenth of its points; steps, time and speed."""
     shown = dict.fromkeys(metric for run in runs for _, curves in panels(run.metrics) for metric in curves)
     curves = [{name: points for _, panel in panels(run.metrics) for name, points in panel.items()} for run in runs]
-    rows = [("steps", *(f"{run.metrics[-1]['step']:g}{_state(run)}" for run in runs))]
+    rows = [("steps", *(f"{run.metrics[-1]['step']:.0f}{_state(run)}" for run in runs))]
     rows += [(metric, *(_last_value(curve.get(metric)) for curve in curves)) for metric in shown]
     times = [_numbers(run, "time/step") for run in runs]
     seconds = list(map(math.fsum, times))
@@ -225,7 +225,7 @@ def shared_samples(runs: Sequence[Compared], count: int) -> tuple[list[tuple[str
         steps = {prompt: step for step, prompt in reversed(newest_first)}
         chosen = [(step, prompt) for step, prompt in newest_first if steps[prompt] == step][:count]
         return [
-            (f"step {step:g}", prompt, [_answer(rows.get((step, prompt))) for rows in by_step])
+            (f"step {step:.0f}", prompt, [_answer(rows.get((step, prompt))) for rows in by_step])
             for step, prompt in chosen
         ], "Prompts that the runs answered at the same step, the newest first."
     newest = [{given_prompt(row): row for row in run.samples} for run in runs]

@@ -24,7 +24,7 @@ from rlhf_fast.config.fields import LogConfig
 from rlhf_fast.errors import UserError, shortened, writing
 from rlhf_fast.run.alarms import Alarms
 from rlhf_fast.run.samples import sample_lines
-from rlhf_fast.run.terminal import LiveLine, format_duration, format_speed
+from rlhf_fast.run.terminal import LiveLine, format_duration, format_speed, has_cursor
 
 SINKS = ("tensorboard", "trackio", "wandb")
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -63,7 +63,7 @@ class Log:
             self._samples = _open_to_append(self.directory / SAMPLES)
         self.console = Console(stderr=True, highlight=False)
         self._live: LiveLine | None = None
-        if cfg.live and self.console.is_terminal:
+        if cfg.live and has_cursor(self.console):
             self._live = LiveLine(self.console, title, total, start)
         self._started = self._last_row = time.perf_counter()
         self._last_printed, self._last_shown = 0.0, -math.inf
@@ -120,8 +120,9 @@ class Log:
                 self.console.print(line, soft_wrap=True)
 
     def message(self, text: str, style: str = "") -> None:
-        """Print one line, above the live line if there is one."""
-        self.console.print(f"{self.title}: {text}", style=style, markup=False, soft_wrap=True)
+        """Print a sentence, above the live line if there is one. On a terminal it wraps between words."""
+        soft_wrap = not self.console.is_terminal
+        self.console.print(f"{self.title}: {text}", style=style, markup=False, soft_wrap=soft_wrap)
 
     def close(self) -> None:
         """End the live line and close the files."""

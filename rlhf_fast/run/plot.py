@@ -174,7 +174,8 @@ def _draw_panel(axis: Any, title: str, lines: Sequence[Line], smooth: float | No
     if max(values) - min(values) < MIN_RANGE * largest:
         middle = (max(values) + min(values)) / 2
         axis.set_ylim(middle - MIN_RANGE * largest, middle + MIN_RANGE * largest)
-    axis.ticklabel_format(axis="both", useOffset=False)
+    axis.ticklabel_format(axis="x", style="plain", useOffset=False)
+    axis.ticklabel_format(axis="y", useOffset=False)
     if len({line.label for line in lines if line.label}) > 1:
         axis.legend(fontsize=7)
 

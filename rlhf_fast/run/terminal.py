@@ -50,15 +50,20 @@ def printable(text: str) -> str:
 
 def shortened_lines(text: str, width: int, count: int) -> list[str]:
     """Return a text as at most `count` lines of at most `width` columns; the last ends in an ellipsis if it goes on."""
-    console = Console(width=width, file=None, color_system=None)
-    # Characters that are left out anyway need no wrapping.
-    part = printable(text[: width * (count + 1)]).strip("\n")
-    lines = [line.plain.rstrip() for line in Text(part).wrap(console, width)]
+    text = text.strip("\r\n")
+    part = printable(text[: width * (count + 1)])  # characters that are left out anyway need no wrapping
+    lines = [line.plain.rstrip() for line in Text(part).wrap(Console(width=width), width)] or [""]
     if len(lines) <= count and len(text) <= width * (count + 1):
-        return lines or [""]
-    last = Text(lines[count - 1])
-    last.truncate(width - 2)
-    return [*lines[: count - 1], last.plain.rstrip() + " …"]
+        return lines
+    *first, last = lines[:count]
+    shorter = Text(last)
+    shorter.truncate(width - 2)
+    return [*first, shorter.plain.rstrip() + " …"]
+
+
+def has_cursor(console: Console) -> bool:
+    """Return whether a line that was printed can be drawn anew: a terminal, and not one of TERM=dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class LiveLine:
