@@ -206,6 +206,17 @@ def test_three_runs_of_sft_and_of_reward_training(tmp_path, capsys, monkeypatch)
     assert samples[1] == ["step 1 | p", *["y | rank 1  score 2 | x | rank 2  score 0.5"] * 3]
 
 
+def test_a_metric_of_two_runs_has_one_panel_whatever_else_they_logged(tmp_path):
+    more = {"objective/rlhf_reward": 0.5, "valid/scores": 2.0, "valid/rlhf_reward": 1.0}
+    folders = [write_run(tmp_path / "a", metrics=ppo_rows([0.0, 1.0])),
+               write_run(tmp_path / "b", metrics=ppo_rows([0.5, 0.75], **more))]  # fmt: skip
+    lines = dict(comparing._lines(comparing._read(folders)))
+    assert list(lines) == ["reward: scores", "reward: rlhf_reward"]
+    shown = [(line.label, line.colour, line.style, list(line.values)) for line in lines["reward: scores"]]
+    assert shown == [("objective/scores", "C0", "-", [0.0, 1.0]), ("objective/scores", "C1", "-", [0.5, 0.75]),
+                     ("valid/scores", "C1", "--", [2.0, 2.0])]  # fmt: skip
+
+
 def test_short_names():
     assert short_names(["runs/a", "runs/b/"]) == ["a", "b"]
     assert short_names(["a/ppo", "b/ppo"]) == ["a/ppo", "b/ppo"]

@@ -14,9 +14,9 @@ from rlhf_fast.run.compare_page import FIRST_BYTES, Answer, Page, write_page
 from rlhf_fast.run.identity import INPUTS
 from rlhf_fast.run.logs import METRICS, SAMPLES, read_metrics, read_rows
 from rlhf_fast.run.outputs import RUN, check_new_file, read_run
-from rlhf_fast.run.plot import Curves, Line, check_smooth, load_pyplot, panels
+from rlhf_fast.run.plot import Line, check_smooth, load_pyplot, panels
 from rlhf_fast.run.samples import given_prompt, numbers_text, responses_of
-from rlhf_fast.run.terminal import aligned, format_duration, format_speed
+from rlhf_fast.run.terminal import aligned, format_duration, format_speed, printable
 
 MAX_RUNS = 10
 """As many as there are colours."""
@@ -176,16 +176,25 @@ def _last_value(points: tuple[list[float], list[float]] | None) -> str:
 
 
 def _lines(runs: Sequence[Compared]) -> list[tuple[str, list[Line]]]:
-    """Return the panels that any run has, with a colour for each run and a style for each metric of a panel."""
+    """Return the panels that any run has, with a colour for each run and a style for each metric of a panel.
+
+    One of more than two metrics is split by their names after the slash, so that a metric shares the axes with its
+    validation only.
+    """
+    found = [dict(panels(run.metrics)) for run in runs]
     metrics: dict[str, dict[str, None]] = {}
-    found = [_few_a_panel(panels(run.metrics)) for run in runs]
     for shown in found:
         for title, curves in shown.items():
             metrics.setdefault(title, {}).update(dict.fromkeys(curves))
+    titles: dict[tuple[str, str], list[str]] = {}
+    for title, names in metrics.items():
+        for metric in names:
+            part = f"{title}: {metric.rpartition('/')[2]}" if len(names) > 2 else title
+            titles.setdefault((title, part), []).append(metric)
     styles = ("-", "--", ":", "-.")
     return [
         (
-            title,
+            part,
             [
                 Line(*shown[title][metric], metric, f"C{i}", styles[j % len(styles)])
                 for i, shown in enumerate(found)
@@ -193,19 +202,8 @@ def _lines(runs: Sequence[Compared]) -> list[tuple[str, list[Line]]]:
                 if metric in shown.get(title, {})
             ],
         )
-        for title, names in metrics.items()
+        for (title, part), names in titles.items()
     ]
-
-
-def _few_a_panel(shown: Iterable[tuple[str, Curves]]) -> dict[str, Curves]:
-    """Return the panels; one of more than two metrics is split by their names after the slash, so that a metric shares
-    the axes with its validation only."""
-    found: dict[str, Curves] = {}
-    for title, curves in shown:
-        for metric, points in curves.items():
-            name = metric.rpartition("/")[2]
-            found.setdefault(f"{title}: {name}" if len(curves) > 2 else title, {})[metric] = points
-    return found
 
 
 def shared_samples(runs: Sequence[Compared], count: int) -> tuple[list[tuple[str, str, list[Answer | None]]], str]:
@@ -255,5 +253,5 @@ def _is_page(file: Path) -> bool:
 
 def _cut(cell: str) -> str:
     """Return a value for a table of the terminal: one line, without its middle if it is long."""
-    line = " ".join(cell.split())
+    line = printable(" ".join(cell.split()))
     return line if len(line) <= CELL else f"{line[: CELL // 2 - 1]}…{line[-CELL // 2 :]}"
