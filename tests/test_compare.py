@@ -217,6 +217,22 @@ def test_a_metric_of_two_runs_has_one_panel_whatever_else_they_logged(tmp_path):
                      ("valid/scores", "C1", "--", [2.0, 2.0])]  # fmt: skip
 
 
+def test_names_of_folders_are_no_formulas(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [r"$\frac$", "_hidden", "<b>"]
+    for name in names:
+        write_run(tmp_path / name, metrics=ppo_rows([1.0, 2.0]))
+        assert main(["plot", name]) == 0
+    pyplot = load_pyplot("compare")
+    shown = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: shown.append(figure))
+    assert main(["compare", *names]) == 0
+    (legend,) = shown[0].legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
+    page = (tmp_path / "compare.html").read_text()
+    assert "<b>$\\frac$</b>" in page and "<b>&lt;b&gt;</b>" in page
+
+
 def test_short_names():
     assert short_names(["runs/a", "runs/b/"]) == ["a", "b"]
     assert short_names(["a/ppo", "b/ppo"]) == ["a/ppo", "b/ppo"]

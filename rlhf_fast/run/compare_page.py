@@ -28,7 +28,7 @@ td.setting { font-family: ui-monospace, monospace; font-size: 13px; overflow-wra
 .key { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
 img { max-width: 100%; }
 """
-
+LEGEND_COLUMNS = 5
 COLOURS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
     *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
@@ -61,9 +61,15 @@ def write_page(target: Path, page: Page, pyplot: Any, lines: Sequence[tuple[str,
     for legend in filter(None, (axis.get_legend() for axis in figure.axes)):
         for handle in legend.legend_handles:  # it names the style of a metric; a colour is a run's
             handle.set_color("0.3")
-    keys = [pyplot.Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(page.names)]
-    figure.legend(handles=keys, loc="upper left", ncols=min(len(keys), 5), fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
+    # matplotlib leaves a label that begins with "_" out of a legend, and reads what stands between $ as a formula.
+    names = [f" {name}" if name.startswith("_") else name for name in page.names]
+    keys = [pyplot.Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(names)]
+    columns = min(len(keys), LEGEND_COLUMNS)
+    legend = figure.legend(handles=keys, loc="upper left", ncols=columns, fontsize=9, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    height = 0.15 + 0.2 * -(-len(keys) // columns)
+    figure.tight_layout(rect=(0, 0, 1, 1 - height / figure.get_figheight()))
     figure.savefig(picture, format="png", dpi=DPI)
     pyplot.close(figure)
     html = "".join(_page(page, base64.b64encode(picture.getvalue()).decode()))

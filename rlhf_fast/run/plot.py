@@ -111,7 +111,7 @@ def plot(run: str | Path, out: str | Path = "", smooth: float | None = None) -> 
         for title, curves in shown
     ]
     figure = draw(pyplot, lines, smooth)
-    figure.suptitle(str(run), fontsize=10)
+    figure.suptitle(str(run), fontsize=10, parse_math=False)
     figure.tight_layout()
     with replacing(target) as unfinished:
         figure.savefig(unfinished, format="png", dpi=DPI, metadata={"Software": f"{SOFTWARE}, Matplotlib"})
