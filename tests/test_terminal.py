@@ -28,14 +28,13 @@ from rlhf_fast.run.logs import Log
 
 metrics = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 log = Log(sys.argv[1], LogConfig(show_samples=0), "ppo", 1200, 117, metrics)
-time.sleep(0.3)
 for step in range(118, 121):
     with log.phase("generate"):
         time.sleep(0.2)
     with log.phase("learn"):
         time.sleep(0.2)
     log.metrics(step, dict(zip(metrics, (-0.84123, 12.34567, 123.4567, -1.25))), tokens=700)
-    time.sleep(0.3)
+    log._live._live.refresh()  # on a busy machine the next step may be done before the line is drawn by itself
 log.message("a note above the line")
 log.close()
 """

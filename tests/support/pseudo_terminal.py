@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import termios
@@ -21,7 +22,7 @@ class Seen(NamedTuple):
 
     status: int
     during: list[list[str]]
-    """The screen after every write that arrived."""
+    """The screen before each return to the start of a line."""
     end: list[str]
 
 
@@ -38,7 +39,8 @@ def run(command: list[str], columns: int, cwd: Path | None = None, env: dict[str
         os.close(theirs)
         screen = pyte.Screen(columns, LINES)
         stream = pyte.ByteStream(screen)
-        during = []
+        during: list[list[str]] = []
+        left = b""
         while True:
             try:
                 written = os.read(ours, 65536)
@@ -48,8 +50,11 @@ def run(command: list[str], columns: int, cwd: Path | None = None, env: dict[str
                 break
             if not written:
                 break
-            stream.feed(written)
-            during.append(_lines(screen))
+            *whole, left = re.split(rb"(?=\r)", left + written)  # a line is drawn anew from its start
+            for part in filter(None, whole):
+                stream.feed(part)
+                during.append(_lines(screen))
+        stream.feed(left)
         os.close(ours)
     return Seen(process.returncode, during, _lines(screen))
 
