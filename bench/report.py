@@ -162,7 +162,7 @@ def whole_cells(rows: list[dict]) -> list[list[str]]:
                 duration(row.get("busy_seconds")), _number(row.get("launches")), _number(row.get("host_launches")),
                 duration(floor), f"{100 * floor / row['seconds']:.0f} %" if floor else "",
                 _number(row.get("tokens_per_second")), "; ".join(others),
-                " / ".join(f"{peak / 1e9:.2f}" for peak in peaks if peak) + (" GB" if any(peaks) else ""),
+                " / ".join(f"{peak / 2**30:.2f}" for peak in peaks if peak) + (" GiB" if any(peaks) else ""),
                 " / ".join(f"{peak / 2**30:.2f}" for peak in processes) + (" GiB" if processes else ""),
                 row.get("checked", ""),
             ]

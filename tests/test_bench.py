@@ -51,6 +51,16 @@ def bench(*arguments, select="ops", only=""):
 @pytest.mark.skipif(ops.gae.chosen("cpu") == "reference", reason="no compiled kernels")
 @SOURCE
 @pytest.mark.slow
+def test_a_report_writes_memory_in_one_unit():
+    """The peaks of both sides and of their processes, all in GiB."""
+    other = {"seconds": 2.0, "peak_bytes": 3 << 30}
+    row = {"row": "update", "seconds": 1.0, "peak_bytes": 3 << 29, "process": {"peak_bytes": 1 << 30}}
+    row |= {"ratios": {"b": 2.0}, "others": {"b": other}}
+    head, cells = report.whole_cells([row])
+    assert cells[head.index("peak, others'")] == "1.50 / 3.00 GiB"
+    assert cells[head.index("process's peak, others'")] == "1.00 GiB"
+
+
 def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     path = tmp_path / "made" / "table.md"
     done = bench(

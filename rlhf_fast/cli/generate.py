@@ -24,7 +24,7 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.logs import read_rows
 from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
 from rlhf_fast.run.prompt_format import model_prompt_format
-from rlhf_fast.run.terminal import LiveLine
+from rlhf_fast.run.terminal import LiveLine, format_speed, has_cursor
 from rlhf_fast.stages.fit import check_device
 
 COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
@@ -127,7 +127,7 @@ class _Progress:
         self.finished, self.tokens = 0, 0
         self.start = self.last_shown = time.perf_counter()
         self.live: LiveLine | None = None
-        if self.console.is_terminal and not (to_stdout and sys.stdout.isatty()):
+        if has_cursor(self.console) and not (to_stdout and sys.stdout.isatty()):
             self.live = LiveLine(self.console, "generate", total, redirect=False)
 
     def __enter__(self) -> _Progress:
@@ -150,9 +150,9 @@ class _Progress:
 
     def _show(self, now: float) -> None:
         self.last_shown = now
-        speed = f"{self.tokens / max(now - self.start, 1e-9):.3g} tok/s"
+        speed = format_speed(self.tokens / max(now - self.start, 1e-9))
         if self.live:
-            self.live.update(self.finished, speed)
+            self.live.update(self.finished, [speed])
         else:
             self.console.print(f"generate: {self.finished}/{self.total}  {speed}", markup=False, soft_wrap=True)
 

@@ -260,10 +260,24 @@ def _plot(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.options import PlotOptions
     from rlhf_fast.config.flags import parse
 
+    if len(bare := list(takewhile(lambda word: not word.startswith("-"), argv))) > 1:
+        raise UserError(f"plot: draws one run; `rlhf-fast compare {' '.join(bare)}` draws several over one another")
     options = parse(PlotOptions, argv, "plot")
     from rlhf_fast.run.plot import plot
 
-    print(plot(options.run, options.out))
+    print(plot(options.run, options.out, options.smooth))
+    return 0
+
+
+@command("compare", "runs beside one another in an HTML file: settings that differ, curves, samples")
+def _compare(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.options import CompareOptions
+    from rlhf_fast.config.flags import parse
+
+    options = parse(CompareOptions, argv, "compare")
+    from rlhf_fast.run.compare import compare
+
+    print("\n".join(compare(options.runs, options.out, options.samples, options.smooth)))
     return 0
 
 

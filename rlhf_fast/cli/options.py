@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -151,6 +152,9 @@ class PlotOptions:
     """Folder that a stage wrote."""
     out: str = ""
     """The PNG. Empty = curves.png in that folder."""
+    smooth: float | None = None
+    """Weight of the running mean (TensorBoard's smoothing), from 0 (as logged) to below 1. None = by the number of
+    steps; below 50 none."""
 
     def __post_init__(self) -> None:
         expand_home(self, "run", "out")
@@ -177,6 +181,25 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         expand_home(self, "run", "out")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare runs of one stage: settings that differ, last values, curves over one another and samples side by
+    side. Writes one HTML file and prints its tables."""
+
+    runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN RUN ...")]]
+    """Folders that a stage wrote, two or more."""
+    out: str = "compare.html"
+    """The HTML file. It needs no other file and no network."""
+    samples: int = 8
+    """Prompts whose responses are shown."""
+    smooth: float | None = None
+    """Weight of the running mean (see `plot`)."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "out")
+        object.__setattr__(self, "runs", tuple(os.path.expanduser(run) for run in self.runs))  # noqa: PTH111
 
 
 @dataclass(frozen=True)

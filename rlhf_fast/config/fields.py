@@ -217,6 +217,9 @@ class LogConfig:
     """Steps between rows of metrics.jsonl (PPO: batches)."""
     samples: int = 4
     """Responses written to samples.jsonl at each such step."""
+    show_samples: int = 10
+    """Steps (PPO: batches) between samples that are printed: a prompt, the response and its score, the first of those
+    that go to samples.jsonl. SFT and reward training make samples where they validate. 0 = none."""
     validate_every: int = 0
     """Steps (PPO: batches) between validations. 0 = once an epoch. The last step always validates."""
     checkpoint_every: int = 100
@@ -240,7 +243,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         require_range(self, 1, math.inf, "every", "keep")
-        require_range(self, 0, math.inf, "samples", "validate_every", "checkpoint_every", "eval_every", "eval_limit")
+        counts = ("samples", "show_samples", "validate_every", "checkpoint_every", "eval_every", "eval_limit")
+        require_range(self, 0, math.inf, *counts)
 
 
 @settings

@@ -43,6 +43,8 @@ class Row(NamedTuple):
     """For each token of a demonstration's response, whether it has a loss. Empty = all have one."""
     given: GivenRow | None = None
     """The row as its file has it, for reward functions that ask for columns. None = none does."""
+    raw_prompt: str = ""
+    """The prompt as the data have it: its text, that of its only turn, or turns after the names of their roles."""
 
 
 class Dataset(Generic[B]):
@@ -261,14 +263,24 @@ def encode_example(example: Example, kind: str, encoder: Encoder, cfg: DataConfi
         earlier = example.prompt if isinstance(example.prompt, list) else []  # HH text too is a prompt
         if cfg.turns == "all" and any(turn["role"] == "assistant" and has_loss(turn) for turn in earlier):
             found = encoder.all_answers([*earlier, answer], tools)
-            return Row("", found.prompt, found.text, (found.response,), (), keys, tuple(found.loss_mask))
+            first = next(i for i, turn in enumerate(earlier) if turn["role"] == "assistant" and has_loss(turn))
+            raw = _raw_prompt(earlier[:first])
+            return Row("", found.prompt, found.text, (found.response,), (), keys, tuple(found.loss_mask), raw)
         if not has_loss(answer):
             return Row("", [], "", ([],), (), keys, (False,))
         prompt, text = encoder.prompt(example.prompt, tools)
-        return Row("", prompt, text, (encoder.answer(example.prompt, answer, tools),), (), keys)
+        response = encoder.answer(example.prompt, answer, tools)
+        return Row("", prompt, text, (response,), (), keys, raw_prompt=_raw_prompt(example.prompt))
     prompt, text = encoder.prompt(example.prompt, tools)
     responses = tuple(encoder.answer(example.prompt, _answer(text), tools) for text in example.responses)
-    return Row("", prompt, text, responses, example.ranks, keys)
+    return Row("", prompt, text, responses, example.ranks, keys, raw_prompt=_raw_prompt(example.prompt))
+
+
+def _raw_prompt(prompt: Dialog) -> str:
+    """Return a prompt as a person reads it. A single turn needs no name of its role."""
+    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0].get("content") or ""
+    return prompt_as_text(prompt)
 
 
 def _answer(text: str) -> Message:

@@ -23,7 +23,8 @@ from rich.console import Console
 from rlhf_fast.config.fields import LogConfig
 from rlhf_fast.errors import UserError, shortened, writing
 from rlhf_fast.run.alarms import Alarms
-from rlhf_fast.run.terminal import LiveLine, format_duration
+from rlhf_fast.run.samples import sample_lines
+from rlhf_fast.run.terminal import LiveLine, format_duration, format_speed, has_cursor
 
 SINKS = ("tensorboard", "trackio", "wandb")
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -62,10 +63,11 @@ class Log:
             self._samples = _open_to_append(self.directory / SAMPLES)
         self.console = Console(stderr=True, highlight=False, emoji=False)
         self._live: LiveLine | None = None
-        if cfg.live and self.console.is_terminal:
+        if cfg.live and has_cursor(self.console):
             self._live = LiveLine(self.console, title, total, start)
         self._started = self._last_row = time.perf_counter()
-        self._last_printed = 0.0
+        self._last_printed, self._last_shown = 0.0, -math.inf
+        self._latest: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -104,13 +106,23 @@ class Log:
         self.tokens = 0
 
     def samples(self, step: int, rows: Iterable[Mapping[str, object]]) -> None:
-        """Write up to `cfg.samples` rows (prompt, response, score, ...) of this step to samples.jsonl."""
-        for row in islice(rows, self.cfg.samples):
+        """Write up to `cfg.samples` rows (prompt, response, score, ...) of this step to samples.jsonl.
+
+        The first is printed too, if the last one that was is `cfg.show_samples` steps ago, and at the last step.
+        """
+        kept = list(islice(rows, self.cfg.samples))
+        for row in kept:
             self._append(self._samples, {"step": step, **row})
+        every = self.cfg.show_samples
+        if kept and every and self.cfg.live and (step - self._last_shown >= every or step == self.total):
+            self._last_shown = step
+            for line in sample_lines(step, kept[0], self.console.width, self.title):
+                self.console.print(line, soft_wrap=True)
 
     def message(self, text: str, style: str = "") -> None:
-        """Print one line, above the live line if there is one."""
-        self.console.print(f"{self.title}: {text}", style=style, markup=False, soft_wrap=True)
+        """Print a sentence, above the live line if there is one. On a terminal it wraps between words."""
+        soft_wrap = not self.console.is_terminal
+        self.console.print(f"{self.title}: {text}", style=style, markup=False, soft_wrap=soft_wrap)
 
     def close(self) -> None:
         """End the live line and close the files."""
@@ -125,22 +137,38 @@ class Log:
             stream.flush()
 
     def _show_progress(self, step: int, row: Mapping[str, Any], elapsed: float) -> None:
-        labels = {name: name.replace("valid/", "valid ").rpartition("/")[2] for name in self.progress_metrics}
-        shown = [f"{labels[name]} {row[name]:.4g}" for name in self.progress_metrics if name in row]
+        self._latest.update({name: row[name] for name in self.progress_metrics if name in row})
+        # The live line keeps the last value of what only some steps measure; a plain line has what its step did.
+        values = self._latest if self._live else row
+        shown = [
+            f"{_label(name, self.progress_metrics)} {values[name]:.4g}"
+            for name in self.progress_metrics
+            if name in values
+        ]
         phases = [
             f"{name} {seconds / elapsed:.0%}" for name, seconds in self.seconds.items() if seconds >= 0.01 * elapsed
         ]
-        summary = "  ".join([*shown, f"{row['perf/tokens_per_second']:.3g} tok/s", *phases])
+        parts = [*shown, format_speed(row["perf/tokens_per_second"]), *phases]
         if self._live:
-            self._live.update(step, summary)
+            self._live.update(step, parts)
             return
         # Without a terminal one line a second is enough; metrics.jsonl has every row.
         now = time.perf_counter()
         if self.cfg.live and (now - self._last_printed >= 1 or step == self.total):
             self._last_printed = now
             remaining = (now - self._started) / max(step - self.start, 1) * (self.total - step)
-            line = f"{self.title} {step}/{self.total}  ETA {format_duration(remaining)}  {summary}"
+            line = f"{self.title} {step}/{self.total}  ETA {format_duration(remaining)}  {'  '.join(parts)}"
             self.console.print(line, markup=False, soft_wrap=True)
+
+
+def _label(metric: str, others: tuple[str, ...]) -> str:
+    """Return the name of a metric on a line: `loss` of loss/sft, `valid loss` of valid/sft, `kl` of objective/kl."""
+    group, _, name = metric.rpartition("/")
+    if group == "loss":
+        return "loss"
+    if group == "valid":
+        return "valid loss" if f"loss/{name}" in others else f"valid {name}"
+    return name
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def run(cfg: PPOConfig) -> None:
                     with log.phase("evaluate"):
                         stats |= evaluation()
                 state.kl.update(stats["objective/kl"], stats["objective/kl_token"], episodes=cfg.batch)
-                log_step(log, step + 1, stats, prompts, responses, experience, models.policy, cfg)
+                log_step(log, step + 1, stats, prompt_data.train, responses, experience, models.policy, cfg)
                 run_folder.checkpoint(step + 1, state.parts())
         summary = {"kl_coef": state.kl.coef, "step": state.best.step or cfg.num_batches}
         run_folder.finish(partial(save_models, cfg, models, state), summary)
@@ -265,7 +265,7 @@ def log_step(
     log: Log,
     step: int,
     stats: dict[str, float],
-    prompts: Prompts,
+    prompt_data: Dataset[Prompts],
     responses: Responses,
     experience: Experience,
     policy: Model,
@@ -277,8 +277,8 @@ def log_step(
         count = min(cfg.log.samples, len(responses.lengths))
         kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
         shown = responses.take(range(count))
-        rows = sample_rows(shown, prompts.texts[:count], policy.tokenizer, score=experience.scores, kl=kl)
-        log.samples(step, rows)
+        asked = [prompt_data[prompt_data.row_at((step - 1) * cfg.batch + i)] for i in range(count)]
+        log.samples(step, sample_rows(shown, asked, policy.tokenizer, score=experience.scores, kl=kl))
 
 
 def save_models(cfg: PPOConfig, models: Models, state: State, folder: Path) -> None:

@@ -26,7 +26,7 @@ from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.run.memory import peak_memory, reset_peak_memory
 from rlhf_fast.run.outputs import check_run_folder, read_json
-from rlhf_fast.run.terminal import aligned, format_duration
+from rlhf_fast.run.terminal import aligned, format_duration, format_speed
 
 MEASUREMENTS = "recipe.json"
 UPSTREAM = {"reward": (("model.path", "sft"),), "ppo": (("policy.path", "sft"), ("reward", "reward"))}
@@ -260,14 +260,14 @@ def _is_measurement(stage: str, value: object) -> bool:
 
 def table(recipe: Recipe, measurements: Mapping[str, dict[str, Any]]) -> list[str]:
     """Return one line a stage: time, tokens per second, peak memory, first and last value of its metrics."""
-    rows = [("stage", "time", "tokens/s", "peak memory", "result", "folder")]
+    rows = [("stage", "time", "speed", "peak memory", "result", "folder")]
     for stage, cfg in recipe.stages.items():
         metrics = read_metrics(cfg.out)
         measured = measurements.get(stage, {})
         logged = sum(row.get("time/step", 0.0) for row in metrics)
         tokens = sum(row.get("perf/tokens_per_second", 0.0) * row.get("time/step", 0.0) for row in metrics)
         duration = format_duration(measured.get("seconds") or logged)
-        speed = f"{tokens / logged:.0f}" if logged else "-"
+        speed = format_speed(tokens / logged) if logged else "-"
         peak = f"{measured['peak'] / 2**30:.2f} GiB" if measured.get("peak") else "-"
         rows.append((stage, duration, speed, peak, _summary(stage, metrics), cfg.out))
     return aligned(rows)

@@ -19,7 +19,7 @@ from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.prompt_format import bind_prompt_format
 from rlhf_fast.stages.fit import check_fit
-from rlhf_fast.stages.validation import should_validate, validation_metrics
+from rlhf_fast.stages.validation import prompt_columns, should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
 
@@ -130,7 +130,7 @@ def scored_rows(model: Model, data: Dataset[Comparisons], count: int) -> list[di
     )
     return [
         {
-            "prompt": row.text,
+            **prompt_columns(row),
             "responses": model.tokenizer.batch_decode(list(row.responses), skip_special_tokens=True),
             "ranks": list(row.ranks),
             "scores": [float(score) for score in group_scores],

@@ -142,5 +142,5 @@ def validate(
             "valid/eos_rate": float(responses.finished.double().mean()),
             **{f"valid/{name}": number for name, number in rewards.items()},
         }
-    log.samples(step, sample_rows(responses, prompts.texts, model.tokenizer, **columns))
+    log.samples(step, sample_rows(responses, [data[uid] for uid in prompts.uids], model.tokenizer, **columns))
     return stats

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.data import Dataset
-from rlhf_fast.data.datasets import join_prompts
+from rlhf_fast.data.datasets import Row, join_prompts
 from rlhf_fast.model.model import Model
+from rlhf_fast.run.samples import RAW_PROMPT
 from rlhf_fast.training.learner import Loss, evaluate
 
 
@@ -41,15 +42,22 @@ def validation_prompts(data: Dataset, context: int = 0, max_new_tokens: int = 0)
     return join_prompts([data.rows[i] for i in rows], rows)
 
 
-def sample_rows(
-    responses: Responses, prompts: Sequence[str], tokenizer: Any, **columns: Tensor
-) -> list[dict[str, Any]]:
-    """Return a row for samples.jsonl of each response: prompt, text, length, whether it ended, and `columns`."""
+def sample_rows(responses: Responses, rows: Sequence[Row], tokenizer: Any, **columns: Tensor) -> list[dict[str, Any]]:
+    """Return a row for samples.jsonl of each response: prompt, text, length, whether it ended, and `columns`.
+
+    rows: the rows of the data set whose prompts are answered.
+    """
     texts = responses.texts(tokenizer)
     lengths = (responses.lengths - responses.prompt_lengths).tolist()
     finished = responses.finished.tolist()
-    rows = []
-    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        row = {"prompt": prompt, "response": text, "length": lengths[i], "eos": finished[i]}
-        rows.append(row | {name: float(values[i]) for name, values in columns.items()})
-    return rows
+    return [
+        prompt_columns(row)
+        | {"response": text, "length": lengths[i], "eos": finished[i]}
+        | {name: float(values[i]) for name, values in columns.items()}
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+    ]
+
+
+def prompt_columns(row: Row) -> dict[str, str]:
+    """Return the columns of samples.jsonl for a prompt: its text, and as the data have it where the two differ."""
+    return {"prompt": row.text} | ({RAW_PROMPT: row.raw_prompt} if row.raw_prompt != row.text else {})
