@@ -29,14 +29,6 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Run the stages of a recipe in order, skipping finished ones. `rlhf-fast init` writes a recipe to start from."""
-
-    recipe: Positional[Annotated[str, arg(metavar="RECIPE")]]
-    """YAML file with sections sft, reward, ppo."""
-
-
-@dataclass(frozen=True)
 class GenerateOptions:
     """Sample responses to prompts. Each line of the output: prompt, completion, tokens, finished, finish_reason (stop
     or length), stop_reason (the end token or stop text), logprob (nats; of greedy responses at temperature 1)."""

@@ -46,14 +46,19 @@ def input_checksums(cfg: StageConfig) -> dict[str, dict[str, str]]:
     return found
 
 
-def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mapping[str, Mapping[str, str]]) -> None:
+def check_same_run(
+    saved: Mapping[str, Any],
+    cfg: StageConfig,
+    checksums: Mapping[str, Mapping[str, str]],
+    remedy: str = "choose another `out`",
+) -> None:
     """Raise UserError if run.json (`saved`) is of another stage, or of other settings, data or models.
 
-    checksums: what `input_checksums` returns now.
+    checksums: what `input_checksums` returns now. remedy: the end of the sentence.
     """
     out = cfg.out
     if saved["stage"] != cfg.stage:
-        raise UserError(f"{out}: holds a run of {saved['stage']}, not {cfg.stage}; choose another `out`")
+        raise UserError(f"{out}: holds a run of {saved['stage']}, not {cfg.stage}; {remedy}")
     before = {name: digest for section in INPUTS for name, digest in saved.get(section, {}).items()}
     now = {name: digest for section in INPUTS for name, digest in checksums[section].items()}
     differ = []
@@ -65,9 +70,9 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
     if differ:
         raise UserError(
             f"{out}: was {'finished' if 'finished' in saved else 'started'} with {'; '.join(differ)}; set"
-            f" {'them' if len(differ) > 1 else 'it'} back or choose another `out`"
+            f" {'them' if len(differ) > 1 else 'it'} back or {remedy}"
         )
     for name, digest in now.items():
         if before.get(name, digest) != digest:
             what = "the model in it has" if name in checksums["models"] else "has"
-            raise UserError(f"{name}: {what} changed since {out} was started with it; choose another `out`")
+            raise UserError(f"{name}: {what} changed since {out} was started with it; {remedy}")
