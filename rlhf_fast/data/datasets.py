@@ -39,6 +39,8 @@ class Row(NamedTuple):
     """Keys of a split: rows that share one stay on the same side."""
     loss_mask: tuple[bool, ...] = ()
     """For each token of a demonstration's response, whether it has a loss. Empty = all have one."""
+    source: Example | None = None
+    """The example that a prompt is made from, with the row of the file; None for other kinds."""
 
 
 class Dataset(Generic[B]):
@@ -200,9 +202,10 @@ def encode(
     for example in examples:
         location = f"{path}:{example.line}"
         try:
-            row = encode_example(example, kind, encoder, cfg)._replace(location=location)
+            row = encode_example(example, kind, encoder, cfg)
         except InvalidRow as error:
             raise UserError(f"{location}: {error}") from error
+        row = row._replace(location=location, source=example if kind == "prompts" else None)
         if kind == "texts":
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue

@@ -77,6 +77,8 @@ class Example(NamedTuple):
     """The whole conversation of a demonstrations row that is given as turns, with the last answer; else empty."""
     unused: tuple[str, ...] = ()
     """Columns of the row and keys of its turns that are not read."""
+    row: Mapping[str, Any] = {}
+    """The row of a prompt as the file has it; other kinds have none."""
 
 
 def scan_examples(
@@ -140,7 +142,8 @@ def parse_row(
     texts = [example.prompt] if isinstance(example.prompt, str) else [turn["content"] for turn in example.prompt]
     found.require_meaning(texts)
     group = "" if group is None else str(group)
-    return example._replace(line=line, group=group, tools=tools, unused=found.unused())
+    example = example._replace(line=line, group=group, tools=tools, unused=found.unused())
+    return example._replace(row=row) if kind == "prompts" else example
 
 
 def _demonstration(row: Columns) -> Example:
