@@ -131,8 +131,8 @@ class InitOptions:
 class ShowConfigOptions:
     """Print every setting of a stage as YAML with its meaning, or the settings in which two presets differ."""
 
-    stage: Positional[Literal["all", "sft", "reward", "ppo"]] = "all"
-    """The stage, or all of them."""
+    stage: Positional[Literal["all", "sft", "reward", "ppo", "eval"]] = "all"
+    """The stage, or all three of them; eval: the section of a recipe, and the flags of `rlhf-fast eval`."""
     preset: str = ""
     """default, paper, tutorial; for sft also paper-init. Empty = that of the YAML file, else default."""
     config: str = ""

@@ -173,6 +173,8 @@ def combinations(flags: Sequence[Flag], command: str) -> list[Combination]:
         else:
             fixed.append(flag)
     if not axes:
+        if commas := [flag for flag in flags if flag.kind in (int, float) and any("," in word for word in flag.words)]:
+            raise UserError(f"{command}: {commas[0].name}: give the values with spaces between them, without commas")
         raise UserError(
             f"{command}: give a setting several values, as in --ppo.kl.coef 0.01 0.05 0.1; one run is `rlhf-fast run`"
         )

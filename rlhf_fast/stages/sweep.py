@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ def run_sweep(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with take_lock(out, out):
-        (out / "lock").touch()
+        if not (out / RESULTS).exists():
+            _write(out, [])  # signs the folder, so that the same command goes on there
         if shared.stages:
             run_stages(shared, echo)
         outcomes = []
@@ -110,8 +112,9 @@ def plan(path: str | Path, chosen: Sequence[Combination], folder: str = "") -> l
     for values, flags in chosen:
         settings = overrides(flags, COMMAND)
         recipe = read_recipe(path, settings)
-        swept = {setting.partition(".")[0] for setting in values if "." in setting}
-        stages = dependents(recipe.stages, swept if len(swept) == len(values) else [*recipe.stages])
+        for_all = any("." not in setting for setting in values)
+        swept = {setting.partition(".")[0] for setting in values}
+        stages = dependents(recipe.stages, [*recipe.stages] if for_all else swept)
         for stage in stages:
             if "out" in settings.get(stage, {}):
                 raise UserError(
@@ -147,7 +150,7 @@ def _check(runs: Sequence[Run], out: Path, folder: str) -> None:
     """Raise UserError, before the first run starts, for all that can be seen to be wrong in one of them."""
     saved = read_json(out / RESULTS)
     if saved is None:
-        check_empty_folder(out, COMMAND, may_hold=[_folder_name(run.values) for run in runs] + ["lock"])
+        check_empty_folder(out, COMMAND, may_hold=("lock", f"{RESULTS}.tmp"))
     elif not isinstance(saved, dict) or COMMAND not in str(saved.get("made_by")):
         raise UserError(f"{out / RESULTS}: was not written by a sweep of ours; give another --sweep.out, or move it")
     for run in runs:
@@ -189,7 +192,7 @@ def _check_evaluation(evaluation: EvalConfig, runs: Sequence[Run]) -> None:
 
 
 def _run(run: Run, echo: Callable[[str], None]) -> Outcome:
-    """Run the stages of a combination. Any error but that of a bug in torch or the system ends this run alone."""
+    """Run the stages of a combination. An error, but no signal, ends this run alone."""
     start = time.perf_counter()
     error = ""
     try:
@@ -220,7 +223,9 @@ def _end_metrics(run: Run) -> dict[str, tuple[float, float]]:
     """Return the first and the last value of the main metrics of the run's own stages."""
     found = {}
     for stage in run.stages:
-        rows = read_metrics(run.recipe.stages[stage].out)
+        rows: list[dict[str, Any]] = []
+        with suppress(UserError):  # a run that failed early has none
+            rows = read_metrics(run.recipe.stages[stage].out)
         for name in SUMMARY_METRICS[stage]:
             values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
             if values:
@@ -229,7 +234,7 @@ def _end_metrics(run: Run) -> dict[str, tuple[float, float]]:
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return a line for each run: its values, the first and last value of its main metrics, its time and folder."""
+    """Return a line for each run: its values, the last value of each of its main metrics, its time and folder."""
     return aligned(_cells(outcomes))
 
 
@@ -239,8 +244,7 @@ def _cells(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     for outcome in outcomes:
         cells = []
         for name in names:
-            first, last = outcome.metrics.get(name, (None, None))
-            cells.append("-" if last is None else f"{first:.4g} -> {last:.4g}" if first != last else f"{last:.4g}")
+            cells.append(f"{outcome.metrics[name][1]:.4g}" if name in outcome.metrics else "-")
         place = str(Path(outcome.run.recipe.stages[outcome.run.stages[-1]].out).parent)
         end = f"failed: {outcome.error}" if outcome.error else place
         rows.append((*outcome.run.values.values(), *cells, format_duration(outcome.seconds), end))
@@ -263,6 +267,8 @@ def _write(out: Path, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes
     ]
     write_json(out / RESULTS, json.loads(json.dumps({"made_by": f"rlhf-fast {__version__} {COMMAND}", "runs": rows})))
+    if not outcomes:
+        return
     head, *lines = _cells(outcomes)
     cells = [head, tuple("---" for _ in head), *lines]
     text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)
