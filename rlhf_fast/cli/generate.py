@@ -127,7 +127,10 @@ def _input_rows(prompts: Dataset, options: GenerateOptions) -> Iterator[dict[str
         yield {"prompt": prompt} | {renamed.get(name, name): value for name, value in given.items()}
     if renamed:
         names = ", ".join(f"{name} as {other}" for name, other in renamed.items())
-        print(f"generate: {options.prompts}: columns that generate writes itself are kept as others: {names}", file=sys.stderr)
+        print(
+            f"generate: {options.prompts}: columns that generate writes itself are kept as others: {names}",
+            file=sys.stderr,
+        )
 
 
 def _scorers(options: GenerateOptions, model: Model, device: str | None) -> Iterator[tuple[str, RewardFunction]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_fast.config.presets import preset
-from rlhf_fast.config.resolve import difference, resolve, show, to_commented_yaml, to_plain
 from rlhf_fast.config.recipe_flags import SECTIONS
+from rlhf_fast.config.resolve import difference, resolve, show, to_commented_yaml, to_plain
 from rlhf_fast.config.sections import EVAL, read_stage
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.errors import UserError

@@ -145,7 +145,9 @@ def _value(flag: Flag, command: str) -> object:
     if get_origin(kind) is dict:
         keys = words[::2]
         if not words or len(words) % 2:
-            raise UserError(f"{command}: {flag.name} needs pairs of a name and a value, got {' '.join(words) or 'none'}")
+            raise UserError(
+                f"{command}: {flag.name} needs pairs of a name and a value, got {' '.join(words) or 'none'}"
+            )
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise UserError(f"{command}: {flag.name} has {twice[0]} twice, and only one can be meant")
         return dict(zip(keys, words[1::2], strict=True))
@@ -180,9 +182,7 @@ def combinations(flags: Sequence[Flag], command: str) -> list[Combination]:
         )
     overrides(fixed, command)
     return [
-        Combination(
-            {setting: text for setting, text, _ in chosen}, [*fixed, *(single for *_, single in chosen)]
-        )
+        Combination({setting: text for setting, text, _ in chosen}, [*fixed, *(single for *_, single in chosen)])
         for chosen in itertools.product(*axes)
     ]
 
@@ -192,7 +192,9 @@ def _swept_values(flag: Flag, command: str) -> list[tuple[str, Flag]]:
     if len(flag.words) < 2 or _is_collection(flag.kind):
         return []
     if flag.section == EVAL or flag.path in ("out", "resume"):
-        raise UserError(f"{command}: {flag.name} takes one value, since it changes no weights; got {' '.join(flag.words)}")
+        raise UserError(
+            f"{command}: {flag.name} takes one value, since it changes no weights; got {' '.join(flag.words)}"
+        )
     found = []
     for word in flag.words:
         if flag.kind is bool:
@@ -219,9 +221,7 @@ def _swept_values(flag: Flag, command: str) -> list[tuple[str, Flag]]:
 def section_help(width: int) -> Iterator[str]:
     """Yield lines with the names of the settings of each section; a group stands as NAME.*."""
     for section, cls in SECTIONS.items():
-        names = dict.fromkeys(
-            f"{name.partition('.')[0]}.*" if "." in name else name for name in setting_types(cls)
-        )
+        names = dict.fromkeys(f"{name.partition('.')[0]}.*" if "." in name else name for name in setting_types(cls))
         start = f"  --{section}.".ljust(12)
         yield from textwrap.wrap(
             "  ".join(names), width, initial_indent=start, subsequent_indent=" " * 12, break_on_hyphens=False

@@ -79,4 +79,3 @@ def _place(value: object, base: Path, always: bool) -> object:
     if not isinstance(value, str) or not value or os.path.isabs(value) or value.startswith("~"):
         return value
     return str(base / value) if always or (base / value).exists() else value
-

@@ -349,7 +349,11 @@ def measurement_key(stage: str, recipe: Recipe) -> str:
 
 def _is_measurement(stage: str, value: object) -> bool:
     """Return whether `_run_measured` may have written the value of a stage."""
-    if stage.partition(": ")[0] not in STAGES or not isinstance(value, dict) or not {"seconds"} <= value.keys() <= {"seconds", "peak"}:
+    if (
+        stage.partition(": ")[0] not in STAGES
+        or not isinstance(value, dict)
+        or not {"seconds"} <= value.keys() <= {"seconds", "peak"}
+    ):
         return False
     numbers = [number for number in value.values() if type(number) in (int, float)]
     return len(numbers) == len(value) and all(0 <= number < math.inf for number in numbers)

@@ -136,7 +136,9 @@ def _folder(recipe: Recipe, folder: str) -> Path:
 
 def _folder_name(values: dict[str, str]) -> str:
     """Return the name of a combination's folder. Of a path only letters that every file system has are kept."""
-    pairs = (f"{setting}={re.sub('[^A-Za-z0-9.+-]+', '_', value).strip('_') or '_'}" for setting, value in values.items())
+    pairs = (
+        f"{setting}={re.sub('[^A-Za-z0-9.+-]+', '_', value).strip('_') or '_'}" for setting, value in values.items()
+    )
     return ",".join(pairs)
 
 
