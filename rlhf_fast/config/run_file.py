@@ -57,7 +57,7 @@ def _directory(file: Path, run: Mapping[str, Any]) -> Path:
     project may be moved; else the recorded one."""
     folder = Path(os.path.normpath(file.absolute())).parent
     out = run["config"].get("out")
-    parts = Path(os.path.normpath(out)).parts if isinstance(out, str) and not os.path.isabs(out) else ()
+    parts = Path(os.path.normpath(out)).parts if isinstance(out, str) and not Path(out).is_absolute() else ()
     if parts and ".." not in parts and folder.parts[-len(parts) :] == parts:
         return Path(*folder.parts[: -len(parts)])
     recorded = run.get("directory")
@@ -76,6 +76,6 @@ def _placed(name: str, setting: Setting, base: Path) -> Setting:
 
 def _place(value: object, base: Path, always: bool) -> object:
     """Return an absolute path for a relative one of `base`; any other value, such as a hub name, as it is."""
-    if not isinstance(value, str) or not value or os.path.isabs(value) or value.startswith("~"):
+    if not isinstance(value, str) or not value or Path(value).is_absolute() or value.startswith("~"):
         return value
     return str(base / value) if always or (base / value).exists() else value

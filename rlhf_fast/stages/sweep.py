@@ -8,8 +8,7 @@ first starts. One that fails is said in the table, and the others go on. The sam
 from __future__ import annotations
 
 import gc
-import json
-import os
+import math
 import re
 import sys
 import time
@@ -80,7 +79,7 @@ def run_sweep(
     out = _folder(runs[0].recipe, folder)
     shared = _shared(runs[0])
     evaluation = _evaluation(runs, out)
-    _check(runs, out, folder)
+    _check(runs, out)
     if evaluation is not None:
         _check_evaluation(evaluation, runs)
     with writing(out):
@@ -148,7 +147,7 @@ def _shared(run: Run) -> Recipe:
     return Recipe(run.recipe.out, stages)
 
 
-def _check(runs: Sequence[Run], out: Path, folder: str) -> None:
+def _check(runs: Sequence[Run], out: Path) -> None:
     """Raise UserError, before the first run starts, for all that can be seen to be wrong in one of them."""
     saved = read_json(out / RESULTS)
     if saved is None:
@@ -229,7 +228,8 @@ def _end_metrics(run: Run) -> dict[str, tuple[float, float]]:
         with suppress(UserError):  # a run that failed early has none
             rows = read_metrics(run.recipe.stages[stage].out)
         for name in SUMMARY_METRICS[stage]:
-            values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
+            values = [float(row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+            values = [value for value in values if math.isfinite(value)]
             if values:
                 found[name] = (values[0], values[-1])
     return found
@@ -244,9 +244,7 @@ def _cells(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.metrics))
     rows = [(*outcomes[0].run.values, *names, "time", "folder")]
     for outcome in outcomes:
-        cells = []
-        for name in names:
-            cells.append(f"{outcome.metrics[name][1]:.4g}" if name in outcome.metrics else "-")
+        cells = [f"{outcome.metrics[name][1]:.4g}" if name in outcome.metrics else "-" for name in names]
         place = str(Path(outcome.run.recipe.stages[outcome.run.stages[-1]].out).parent)
         end = f"failed: {outcome.error}" if outcome.error else place
         rows.append((*outcome.run.values.values(), *cells, format_duration(outcome.seconds), end))
@@ -268,7 +266,7 @@ def _write(out: Path, outcomes: Sequence[Outcome]) -> None:
         }
         for outcome in outcomes
     ]
-    write_json(out / RESULTS, json.loads(json.dumps({"made_by": f"rlhf-fast {__version__} {COMMAND}", "runs": rows})))
+    write_json(out / RESULTS, {"made_by": f"rlhf-fast {__version__} {COMMAND}", "runs": rows})
     if not outcomes:
         return
     head, *lines = _cells(outcomes)
@@ -277,4 +275,4 @@ def _write(out: Path, outcomes: Sequence[Outcome]) -> None:
     with writing(out / TABLE):
         unfinished = out / f"{TABLE}.tmp"
         unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, out / TABLE)
+        unfinished.replace(out / TABLE)
