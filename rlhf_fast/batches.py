@@ -145,6 +145,8 @@ class GivenRow(NamedTuple):
     """A text or messages, before any template."""
     columns: Mapping[str, Any]
     """The columns that the functions ask for, by name."""
+    absent: frozenset[str] = frozenset()
+    """Columns that are None because only other rows have them."""
 
 
 class Prompts(NamedTuple):

@@ -9,8 +9,13 @@ import sys
 
 import pytest
 
-from rlhf_fast.cli.completion import CLASSES, flags_of, script
+from rlhf_fast.cli.completion import CLASSES, OF_RECIPES, flags_of, script
 from rlhf_fast.cli.main import COMMANDS, main
+from rlhf_fast.config.recipe_flags import SECTIONS, read_flags
+from rlhf_fast.config.resolve import setting_types
+from rlhf_fast.config.sections import SHARED
+
+EXTRA = ("sweep.out",)
 
 SUMMARIES = {name: summary for name, (summary, _) in COMMANDS.items()}
 
@@ -97,7 +102,7 @@ def test_bash_uses_the_names_of_files(tmp_path):
     assert run.stdout.split() == ["complete", "-o", "default", "-F", "_rlhf_fast", "rlhf-fast"]
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - set(OF_RECIPES)))
 def test_flags_are_those_of_the_command(command, capsys):
     assert command in CLASSES, f"add the class of its flags to CLASSES in {flags_of.__module__}"
     with pytest.raises(SystemExit):
@@ -108,6 +113,21 @@ def test_flags_are_those_of_the_command(command, capsys):
     starts = [match.group(1) for line in text.splitlines() if (match := re.match(r"[│| ]*(-[-\w., ]*)", line))]
     listed = {name for start in starts for name in re.findall(r"--[a-z][\w.-]*", start)}
     assert ours <= shown and listed <= ours
+
+
+@pytest.mark.parametrize("command", OF_RECIPES)
+def test_flags_of_a_recipe_are_those_that_it_takes(command, capsys):
+    """Each is read without an error, and all settings are there."""
+    flags = [flag for flag in flags_of(command) if flag.names and flag.names[0] not in ("--help", "--dry-run")]
+    names = [name for flag in flags for name in flag.names]
+    read = read_flags([word for name in names for word in ([name] if "no-" in name else [name, "1"])], command, EXTRA)
+    assert len(read) == len(names)
+    settings = {f"{section}.{path}" for section, cls in SECTIONS.items() for path in setting_types(cls)}
+    assert {flag.names[0].removeprefix("--").replace("-", "_") for flag in flags} - settings <= {*SHARED, *EXTRA}
+    assert settings <= {flag.names[0].removeprefix("--").replace("-", "_") for flag in flags}
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--out DIR" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -192,7 +192,7 @@ def prompts(folder):
     ],
 )
 def test_generate_writes_over_nothing_of_the_users(folder, prompts, capsys, monkeypatch, out, sentence):
-    rows = [dict.fromkeys(generate_module.COLUMNS, "once .")]
+    rows = [dict.fromkeys(("prompt", *generate_module.RESPONSE), "once .")]
     toy.jsonl(folder / "o.jsonl.partial", rows)  # an earlier call's rows, which are prompts now
     os.link(folder / "o.jsonl.partial", folder / "hard.out.partial")
     (folder / "link_to_o.jsonl").symlink_to("o.jsonl")

@@ -12,24 +12,28 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from rlhf_fast.cli import options
 from rlhf_fast.config.evaluation import EvalOptions
 from rlhf_fast.config.presets import PRESETS
+from rlhf_fast.config.recipe_flags import SECTIONS
 from rlhf_fast.config.resolve import setting_docs
 from rlhf_fast.config.stages import STAGES
 
 CLASSES: Mapping[str, Any] = {
     **STAGES,
     "demo": options.DemoOptions,
-    "run": options.RunOptions,
     "eval": EvalOptions,
     "generate": options.GenerateOptions,
     "chat": options.ChatOptions,
     "check": options.CheckOptions,
     "env": options.EnvOptions,
+    "export": options.ExportOptions,
     "plot": options.PlotOptions,
+    "compare": options.CompareOptions,
     "init": options.InitOptions,
     "show-config": options.ShowConfigOptions,
     "completion": options.CompletionOptions,
 }
 """Command -> the class of its flags."""
+OF_RECIPES = ("run", "sweep")
+"""Commands whose flags are the settings of a recipe."""
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -53,12 +57,31 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
 
 def flags_of(command: str) -> Iterator[Flag]:
     """Yield the flags of a command as tyro names them."""
+    if command in OF_RECIPES:
+        yield from _recipe_flags(command)
+        return
     cls = CLASSES.get(command, options.EnvOptions)  # with no flag but --help
     if command in STAGES:
         yield Flag(("--preset",), "settings to start from", ("default", *PRESETS[command]))
         yield Flag(("--config",), "YAML file with settings", is_text=True)
     yield from _flags(cls, setting_docs(cls), "", "")
     yield Flag(("--help", "-h"), "show all flags", takes_value=False)
+
+
+def _recipe_flags(command: str) -> Iterator[Flag]:
+    """Yield the flags of a command that runs a recipe."""
+    yield Flag((), "the recipe's YAML file", is_text=True)
+    yield Flag(("--out",), "folder of all stages", is_text=True)
+    yield Flag(("--preset",), "settings under those of the recipe", ("default", "paper", "tutorial"))
+    yield Flag(("--seed",), "seed of all stages")
+    yield Flag(("--device",), "device of all stages", DEVICES)
+    for section, cls in SECTIONS.items():
+        yield from _flags(cls, setting_docs(cls), "", f"{section}.")
+    if command == "run":
+        yield Flag(("--dry-run",), "print what each stage takes, and stop there", takes_value=False)
+    else:
+        yield Flag(("--sweep.out",), "folder of the runs", is_text=True)
+    yield Flag(("--help", "-h"), "show the usage", takes_value=False)
 
 
 def _flags(cls: Any, docs: Mapping[str, str], path: str, prefix: str) -> Iterator[Flag]:
@@ -79,12 +102,14 @@ def _flags(cls: Any, docs: Mapping[str, str], path: str, prefix: str) -> Iterato
         name = getattr(config, "name", None) or _dashed(field.name)
         origin = get_origin(kind) or kind
         if kind is bool:
-            pair = () if FlagCreatePairsOff in marks else (f"--{prefix}no-{name}",)
-            yield Flag((f"--{prefix}{name}", *pair), help_, takes_value=False)
+            names = [f"--{prefix}{name}", *(getattr(config, "aliases", None) or ())]
+            if FlagCreatePairsOff not in marks:
+                names += [f"--{prefix}no-{other.removeprefix(f'--{prefix}')}" for other in names]
+            yield Flag(tuple(names), help_, takes_value=False)
             continue
         choices = tuple(map(str, get_args(kind))) if origin is Literal else DEVICES if name == "device" else ()
-        names = () if Positional in marks else (f"--{prefix}{name}", *(getattr(config, "aliases", None) or ()))
-        yield Flag(names, help_, choices, is_text=not choices and _is_text(kind))
+        spelled = () if Positional in marks else (f"--{prefix}{name}", *(getattr(config, "aliases", None) or ()))
+        yield Flag(spelled, help_, choices, is_text=not choices and _is_text(kind))
 
 
 def _is_text(kind: Any) -> bool:

@@ -1,11 +1,15 @@
-"""`rlhf-fast generate`: sample responses to a file of prompts and write them as JSON lines."""
+"""`rlhf-fast generate`: sample responses to a file of prompts and write them as JSON lines.
+
+A line has the columns of its input row and ours: first the prompt as given, at the end RESPONSE and SCORES, by which
+the files that this command wrote are known again.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,9 +20,12 @@ from rlhf_fast.batches import EOS, LENGTH, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.cli.streams import is_closed, is_utf8
 from rlhf_fast.config.fields import DataConfig, ModelConfig
+from rlhf_fast.config.rewards import is_function
 from rlhf_fast.data import Dataset, read_prompts
 from rlhf_fast.data.files import require_data
+from rlhf_fast.data.row_columns import NOT_PASSED, Wanted
 from rlhf_fast.errors import UserError, listed, row_locations
+from rlhf_fast.eval.model_check import check_model
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.logs import read_rows
@@ -26,9 +33,15 @@ from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
 from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.run.terminal import LiveLine, format_speed, has_cursor
 from rlhf_fast.stages.fit import check_device
+from rlhf_fast.training.reward_functions import FunctionReward
+from rlhf_fast.training.rewards import Reward, import_function, load_reward
 
-COLUMNS = ("prompt", "completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
-"""Columns of a row."""
+RESPONSE = ("completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
+SCORES = ("reward", "value")
+"""Columns at the end of a row."""
+ALL_COLUMNS = Wanted("generate", optional=tuple(NOT_PASSED), rest=True)
+RENAMED = "input_"
+"""Prefix of a column of the input row that has the name of one of ours."""
 FIRST_BYTES = b'{"prompt": '
 """Start of every line of the output."""
 
@@ -42,8 +55,10 @@ def generate(options: GenerateOptions) -> int:
     check_device("generate", options.device)
     device = None if options.device == "auto" else options.device
     model = Model.load(ModelConfig(path=options.model, dtype=options.dtype), device=device)
-    prompts = _read_prompts(options, model)
+    scorers = dict(_scorers(options, model, device))
+    prompts = _read_prompts(options, model, [wanted for scorer in scorers.values() for wanted in scorer.wanted])
     print(f"generate: {prompts.notes}", file=sys.stderr)
+    rows = list(_input_rows(prompts, options))
     rollout = Rollout(model, options.sampling, options.seed)
     prompts_per_call = max(BATCHES_PER_CALL * options.sampling.batch // options.n, 1)
     written = 0
@@ -51,16 +66,20 @@ def generate(options: GenerateOptions) -> int:
         for batch in prompts.in_order(prompts_per_call):
             with row_locations(Responses=prompts.location):
                 responses = rollout.generate(batch, options.n, progress=progress)
+                scores = {name: scorer(responses, batch).tolist() for name, scorer in scorers.items()}
             for i, row in enumerate(_rows(model, options, responses)):
-                row = {"prompt": batch.texts[i // options.n]} | row
+                given = rows[batch.uids[i // options.n]] | {"rendered_prompt": batch.texts[i // options.n]}
+                row = given | row | {name: values[i] for name, values in scores.items()}
                 stream.write(json.dumps(row, ensure_ascii=not is_utf8(stream)) + "\n")
                 written += 1
             stream.flush()
     return written
 
 
-def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
-    """Return the prompts. UserError if one of them and max_new_tokens do not fit the model's positions."""
+def _read_prompts(options: GenerateOptions, model: Model, wanted: Sequence[Wanted]) -> Dataset:
+    """Return the prompts with the columns of their rows. wanted: those that the reward reads.
+
+    UserError if one of them and max_new_tokens do not fit the model's positions."""
     max_new_tokens, positions = options.sampling.max_new_tokens, model.max_positions
     if positions and max_new_tokens >= positions:
         raise UserError(
@@ -80,7 +99,7 @@ def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
     )
     for note in notes:
         print(f"generate: {note}", file=sys.stderr)
-    prompts = read_prompts(cfg, model.tokenizer, prompt_format=prompt_format).train
+    prompts = read_prompts(cfg, model.tokenizer, prompt_format=prompt_format, wanted=[ALL_COLUMNS, *wanted]).train
     limit = positions - max_new_tokens
     too_long = [row.location for row in prompts.rows if positions and len(row.prompt) > limit]
     if too_long:
@@ -90,6 +109,44 @@ def _read_prompts(options: GenerateOptions, model: Model) -> Dataset:
             f" ({listed(too_long)})"
         )
     return prompts
+
+
+def _input_rows(prompts: Dataset, options: GenerateOptions) -> Iterator[dict[str, Any]]:
+    """Yield for each prompt its row: the prompt as given, then the other columns. One that has the name of a column of
+    ours is renamed, and named on stderr."""
+    written = ("prompt", "rendered_prompt", *RESPONSE, *(name for name in SCORES if getattr(options, name)))
+    renamed: dict[str, str] = {}
+    for row in prompts.rows:
+        assert row.given is not None
+        left_out = {*options.remove_columns, *row.given.absent}
+        given = {name: value for name, value in row.given.columns.items() if name not in left_out}
+        prompt = row.given.prompt
+        if options.columns.get("prompt", "prompt") == "prompt" and "prompt" in given:
+            prompt = given.pop("prompt")
+        clashes = [name for name in given if name in written]
+        if taken := [name for name in clashes if f"{RENAMED}{name}" in given]:
+            raise UserError(
+                f"{row.location}: has {listed(taken)}, which generate writes itself, and also the names that they would"
+                f" get, {listed([f'{RENAMED}{name}' for name in taken])}; leave some out with --remove-columns"
+                f" {' '.join(taken)}"
+            )
+        renamed |= {name: f"{RENAMED}{name}" for name in clashes}
+        yield {"prompt": prompt} | {renamed.get(name, name): value for name, value in given.items()}
+    if renamed:
+        names = ", ".join(f"{name} as {other}" for name, other in renamed.items())
+        print(
+            f"generate: {options.prompts}: columns that generate writes itself are kept as others: {names}",
+            file=sys.stderr,
+        )
+
+
+def _scorers(options: GenerateOptions, model: Model, device: str | None) -> Iterator[tuple[str, Reward]]:
+    """Yield the functions that fill the columns reward and value. A value model scores as a reward model does."""
+    cfg = ModelConfig(dtype=options.dtype)
+    if options.reward:
+        yield "reward", load_reward(options.reward, model.tokenizer, cfg, device=device)
+    if options.value:
+        yield "value", load_reward(options.value, model.tokenizer, cfg, device=device)
 
 
 def _rows(model: Model, options: GenerateOptions, responses: Responses) -> Iterator[dict[str, Any]]:
@@ -160,8 +217,17 @@ class _Progress:
 def _check_output(options: GenerateOptions) -> None:
     """Raise UserError, before anything is loaded, if the responses cannot be written or would replace other rows."""
     require_data(options.prompts, pipe=True)
+    if is_function(options.value):
+        raise UserError(f"generate: value is {options.value}, a function; give the folder of a value model")
+    for name, spec in (("reward", options.reward), ("value", options.value)):
+        if is_function(spec):
+            FunctionReward(import_function(spec, f"generate: {name}"), None, spec)
+        elif spec:
+            check_model(spec, "scalar", name, {}, "generate")
     if options.out != "-":
         inputs = {"--prompts": options.prompts, "--model": options.model}
+        inputs |= {"--reward": options.reward} if options.reward else {}
+        inputs |= {"--value": options.value} if options.value else {}
         check_new_file(options.out, _is_output, {name: path for name, path in inputs.items() if Path(path).exists()})
         out = Path(options.out)
         if out.is_file() and out.stat().st_size and not options.overwrite:  # they may have been edited since
@@ -183,7 +249,16 @@ def _is_output(file: Path) -> bool:
     torn = lines[len(rows) :]
     if torn and (file.suffix != PARTIAL or not torn[0].startswith(FIRST_BYTES[: len(torn[0])])):
         return False
-    return all(row.keys() == set(COLUMNS) for row in rows)
+    return all(_is_ours(row) for row in rows)
+
+
+def _is_ours(row: Mapping[str, Any]) -> bool:
+    """Return whether a row begins and ends with the columns that `generate` writes, in their order. A column that a
+    user has added stands behind them."""
+    names = list(row)
+    while names and names[-1] in SCORES:
+        names.pop()
+    return names[:1] == ["prompt"] and tuple(names[-len(RESPONSE) :]) == RESPONSE
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Command = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
-RESUMES = ("sft", "reward", "ppo", "run", "demo", "eval")
+RESUMES = ("sft", "reward", "ppo", "run", "sweep", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
 
@@ -160,15 +160,20 @@ def _ppo(argv: Sequence[str]) -> int:
     return _stage("ppo", argv)
 
 
-@command("run", "all stages of a recipe.yaml in order; finished ones are skipped")
+@command("run", "all stages of a recipe.yaml in order; finished ones are skipped; flags replace its values")
 def _run(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import RunOptions
-    from rlhf_fast.config.flags import parse
+    from rlhf_fast.cli.recipe import run
 
-    options = parse(RunOptions, argv, "run")
-    from rlhf_fast.stages.recipe import run_recipe
+    return _status(run(argv))
 
-    return _status(run_recipe(options.recipe))
+
+@command("sweep", "a recipe once for each value of a setting, one after another, with a table")
+def _sweep(argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.recipe import sweep
+
+    failed, below = sweep(argv)
+    status = _status([*failed, *below])
+    return 2 if failed else status
 
 
 @command("eval", "the paper's evaluation of models side by side: truth, toxicity, bias, tax, refusals, preference")

@@ -30,17 +30,11 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Run the stages of a recipe in order, skipping finished ones. `rlhf-fast init` writes a recipe to start from."""
-
-    recipe: Positional[Annotated[str, arg(metavar="RECIPE")]]
-    """YAML file with sections sft, reward, ppo."""
-
-
-@dataclass(frozen=True)
 class GenerateOptions:
-    """Sample responses to prompts. Each line of the output: prompt, completion, tokens, finished, finish_reason (stop
-    or length), stop_reason (the end token or stop text), logprob (nats; of greedy responses at temperature 1)."""
+    """Sample responses to prompts. Each line of the output: the prompt as given, all other columns of its row, then
+    rendered_prompt (the text that the model read), completion, tokens, finished, finish_reason (stop or length),
+    stop_reason (the end token or stop text), logprob (nats; of greedy responses at temperature 1), and where they are
+    asked for reward and value. A column of the row that has such a name is kept as input_NAME."""
 
     model: str
     """Directory or hub name of a language model."""
@@ -50,8 +44,12 @@ class GenerateOptions:
     """Responses to each prompt."""
     out: str = "-"
     """File to write, which must be new or empty. - = standard output."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, arg(aliases=["--force"])] = False
     """Replace the responses that an earlier call has written to `out`."""
+    reward: str = ""
+    """Reward model's folder, or module:function: adds the column reward, the score of each response."""
+    value: str = ""
+    """Folder of a value model, such as runs/ppo/value: adds the column value, that of the last token."""
     sampling: OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
     seed: int = 0
     """The same seed gives the same responses, whatever the batch size."""
@@ -66,10 +64,11 @@ class GenerateOptions:
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column and the file's, for instance: prompt question."""
     remove_columns: tuple[str, ...] = ()
-    """Columns to leave out although they would change the meaning of rows (see `data.remove_columns` of the stages)."""
+    """Columns to leave out, of the output too, although they may change the meaning of rows (see `data.remove_columns`
+    of the stages)."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "model", "prompts", "out")
+        expand_home(self, "model", "prompts", "out", "reward", "value")
         if self.n < 1:
             raise UserError(f"generate: n must be at least 1, got {self.n}")
 
@@ -217,8 +216,8 @@ class InitOptions:
 class ShowConfigOptions:
     """Print every setting of a stage as YAML with its meaning, or the settings in which two presets differ."""
 
-    stage: Positional[Literal["all", "sft", "reward", "ppo"]] = "all"
-    """The stage, or all of them."""
+    stage: Positional[Literal["all", "sft", "reward", "ppo", "eval"]] = "all"
+    """The stage, or all three of them; eval: the section of a recipe, and the flags of `rlhf-fast eval`."""
     preset: str = ""
     """default, paper, tutorial; for sft also paper-init. Empty = that of the YAML file, else default."""
     config: str = ""

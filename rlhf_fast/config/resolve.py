@@ -305,16 +305,16 @@ def to_plain(value: Any) -> Any:
 def from_json(stage: str, tree: Mapping[str, Any], file: str = "run.json") -> StageConfig:
     """Return the settings of a stage from run.json's `config`. Rules of today are not applied to an older run."""
     cls = STAGES[stage]
-    return resolve(cls, dict(_json_settings(cls, tree, "", file)), check=False)
+    return resolve(cls, dict(json_settings(cls, tree, "", file)), check=False)
 
 
-def _json_settings(
+def json_settings(
     cls: type[DataclassInstance], tree: Mapping[str, Any], prefix: str, file: str
 ) -> Iterator[tuple[str, Setting]]:
     for name, value in tree.items():
         path = prefix + name
         if isinstance(value, Mapping) and path not in setting_types(cls):
-            yield from _json_settings(cls, value, f"{path}.", file)
+            yield from json_settings(cls, value, f"{path}.", file)
         else:
             yield path, Setting(value, file)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlhf_fast.config.run_file import read_run_file, run_settings
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.errors import UserError
@@ -39,7 +40,9 @@ def split_sections(
 
 def read_stage(path: str | Path, stage: str) -> tuple[str, dict[str, Setting]]:
     """Return the preset and the settings that a file has for one stage: all that it holds, or of a recipe the stage's
-    section and what holds for all stages. The recipe's `out` gets the stage's name."""
+    section and what holds for all stages. The recipe's `out` gets the stage's name. A run.json gives its run back."""
+    if run := read_run_file(path):
+        return "", run_settings(path, run, stage)
     values = read_yaml(path)
     own = "reward" if stage == "ppo" else ""  # an empty `reward:` is a setting of PPO
     if not any(_is_in_section(name, setting) for name, setting in values.items() if name != own):

@@ -265,7 +265,8 @@ def encode_example(example: Example, kind: str, encoder: Encoder, cfg: DataConfi
             found = encoder.all_answers([*earlier, answer], tools)
             first = next(i for i, turn in enumerate(earlier) if turn["role"] == "assistant" and has_loss(turn))
             raw = _raw_prompt(earlier[:first])
-            return Row("", found.prompt, found.text, (found.response,), (), keys, tuple(found.loss_mask), raw)
+            mask = tuple(found.loss_mask)
+            return Row("", found.prompt, found.text, (found.response,), (), keys, mask, raw_prompt=raw)
         if not has_loss(answer):
             return Row("", [], "", ([],), (), keys, (False,))
         prompt, text = encoder.prompt(example.prompt, tools)

@@ -42,7 +42,8 @@ def given_row(example: Example, taken: Collection[str], cfg: DataConfig) -> Give
     if cfg.turns == "all" and isinstance(prompt, list):  # the model is asked what comes before the first answer
         learned = (i for i, turn in enumerate(prompt) if turn["role"] == "assistant" and has_loss(turn))
         prompt = prompt[: next(learned, len(prompt))]
-    return GivenRow(prompt, {name: example.row.get(name) for name in taken})
+    columns = {name: example.row.get(name) for name in taken}
+    return GivenRow(prompt, columns, frozenset(columns.keys() - example.row.keys()))
 
 
 def taken_columns(examples: Iterable[Example], wanted: Sequence[Wanted], removed: Collection[str]) -> list[str]:

@@ -27,16 +27,16 @@ def planned_head(path: str, planned: Planned) -> Head | None:
     return next((head for folder, head in planned.items() if Path(folder).resolve() == Path(path).resolve()), None)
 
 
-def check_model(path: str, head: Head, setting: str, planned: Planned) -> None:
+def check_model(path: str, head: Head, setting: str, planned: Planned, command: str = "eval") -> None:
     """Raise UserError if `path` is no model with this head. No weights are read."""
     found = planned_head(path, planned)
     if found is None:
         try:
             found = _find_head(path, head)
         except UserError as error:
-            raise UserError(f"eval: {setting}: {error}") from error
+            raise UserError(f"{command}: {setting}: {error}") from error
     if found not in (head, None):
-        raise UserError(f"eval: {setting}: {path} is no {KINDS[head]}, but a {KINDS[found]}; give a {KINDS[head]}")
+        raise UserError(f"{command}: {setting}: {path} is no {KINDS[head]}, but a {KINDS[found]}; give a {KINDS[head]}")
 
 
 def check_rewards(cfg: EvalConfig, planned: Planned) -> None:

@@ -78,14 +78,7 @@ def data_checksums(path: DataPath) -> dict[str, str]:
     return found
 
 
-def _input_name(value: object) -> str:
-    """Return the name that a setting's value has among the checksums."""
-    entries = value if isinstance(value, tuple) else (value,)
-    return ", ".join(map(str, entries)) if all(isinstance(entry, str) for entry in entries) else ""
-
-
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return the names that a setting holds; none of a setting that is no name of an input."""
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -98,8 +91,8 @@ def _one_input(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str
 
 def _are_inputs(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str, str]) -> tuple[bool, bool]:
     """Return whether two values of a setting name inputs, and whether these have the same contents."""
-    one, other = _input_name(was), _input_name(value)
-    if one in before and other in now and not is_function(other):  # all files of a path together
+    one, other = (", ".join(map(str, _as_tuple(names))) for names in (was, value))
+    if one in before and other in now and not is_function(other):  # the files of a path, all together
         return True, before[one] == now[other]
     pairs = list(zip(_as_tuple(was), _as_tuple(value), strict=False))
     equal_length = len(_as_tuple(was)) == len(_as_tuple(value))
@@ -107,14 +100,19 @@ def _are_inputs(was: Any, value: Any, before: Mapping[str, str], now: Mapping[st
     return are_inputs, are_inputs and all(a == b or before[a] == now[b] for a, b in pairs)
 
 
-def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mapping[str, Mapping[str, str]]) -> None:
+def check_same_run(
+    saved: Mapping[str, Any],
+    cfg: StageConfig,
+    checksums: Mapping[str, Mapping[str, str]],
+    remedy: str = "choose another `out`",
+) -> None:
     """Raise UserError if run.json (`saved`) is of another stage, or of other settings, data or models.
 
-    checksums: what `input_checksums` returns now.
+    checksums: what `input_checksums` returns now. remedy: the end of the sentence.
     """
     out = cfg.out
     if saved["stage"] != cfg.stage:
-        raise UserError(f"{out}: holds a run of {saved['stage']}, not {cfg.stage}; choose another `out`")
+        raise UserError(f"{out}: holds a run of {saved['stage']}, not {cfg.stage}; {remedy}")
     before = {name: digest for section in INPUTS for name, digest in saved.get(section, {}).items()}
     now = {name: digest for section in INPUTS for name, digest in checksums[section].items()}
     differ = []
@@ -126,9 +124,9 @@ def check_same_run(saved: Mapping[str, Any], cfg: StageConfig, checksums: Mappin
     if differ:
         raise UserError(
             f"{out}: was {'finished' if 'finished' in saved else 'started'} with {'; '.join(differ)}; set"
-            f" {'them' if len(differ) > 1 else 'it'} back or choose another `out`"
+            f" {'them' if len(differ) > 1 else 'it'} back or {remedy}"
         )
     for name, digest in now.items():
         if before.get(name, digest) != digest:
             what = "the model in it has" if name in checksums["models"] else "has"
-            raise UserError(f"{name}: {what} changed since {out} was started with it; choose another `out`")
+            raise UserError(f"{name}: {what} changed since {out} was started with it; {remedy}")

@@ -47,6 +47,7 @@ def run_info(stage: str, cfg: DataclassInstance) -> dict[str, Any]:
         "versions": versions,
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "command": sys.argv,
+        "directory": str(Path.cwd()),
     }
 
 

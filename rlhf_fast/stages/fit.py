@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,12 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
     _check_functions(cfg)
     roles = list(_roles(cfg))
     for role in roles:
+        if role.trained and role.cfg.lora.rank and find_spec("peft") is None:
+            name = role.setting.replace("path", "lora.rank")
+            raise UserError(
+                f"{cfg.stage}: {name} is {role.cfg.lora.rank}, which needs the package peft; pip install"
+                f" 'rlhf-fast[lora]', or set {name} to 0"
+            )
         if role.trained and role.cfg.dtype == "float16":
             name = role.setting.replace("path", "dtype")
             raise UserError(f"{cfg.stage}: {name} is float16, whose gradients underflow; set it to bfloat16 or float32")
