@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ from rlhf_fast.training.learner import Learner
 BEST = "best"
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 """Signals that end a run after its step."""
+clock = time.monotonic
 STOPPING = b"\nthe step is being finished and saved, then the run stops; a second Ctrl-C stops it at once\n"
 
 
@@ -62,6 +64,7 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._handlers: dict[int, Any] = {}
         self._signal = 0
+        self._last_save = 0.0
         saved = check_run_folder(cfg.out, cfg.input_paths())  # before models are read
         self._checksums = input_checksums(cfg)
         self.manifest = run_info(self.stage, cfg) | self._checksums
@@ -124,16 +127,20 @@ class RunFolder:
         for part in state.values():
             if isinstance(part, Learner) and isinstance(part.model, Model):
                 check_saving(part.model, self.checkpoints)
+        self._last_save = clock()
         return log
 
     def checkpoint(self, step: int, state: Mapping[str, Stateful]) -> None:
-        """Save `state` every log.checkpoint_every steps and at the last step; after a signal, save it and exit."""
-        every = self.cfg.log.checkpoint_every
-        if (every and step % every == 0) or step == self.log.total or self._signal:
+        """Save `state` every log.checkpoint_every steps, log.checkpoint_minutes after the last save, and at the last
+        step; after a signal, save it and exit."""
+        every, minutes = self.cfg.log.checkpoint_every, self.cfg.log.checkpoint_minutes
+        is_due = (every and step % every == 0) or (minutes and clock() - self._last_save >= 60 * minutes)
+        if is_due or step == self.log.total or self._signal:
             with self.log.phase("save"):
                 saved = {name: part.state_dict() for name, part in state.items()}
                 saved["random"] = checkpoint.random_states()
                 checkpoint.save(self.checkpoints, step, saved, self.cfg.log.keep)
+            self._last_save = clock()
         if self._signal:
             self.log.message(f"stopped by signal {self._signal} after step {step}; the same command goes on from here")
             raise SystemExit(128 + self._signal)

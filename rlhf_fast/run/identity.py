@@ -20,7 +20,8 @@ from rlhf_fast.training.rewards import is_function, source_file
 MAY_DIFFER_ON_RESUME = (
     "out",
     "resume",
-    *(f"log.{name}" for name in ("every", "samples", "checkpoint_every", "keep", "live", "sinks")),
+    *(f"log.{name}" for name in ("every", "samples", "keep", "live", "sinks", "check_fit")),
+    *(f"log.checkpoint_{name}" for name in ("every", "minutes")),
     *(f"log.eval_{name}" for name in ("every", "tasks", "data", "limit")),
 )
 """Settings that do not change the weights that `out` gets. log.validate_every does: it decides at which steps there are
