@@ -16,6 +16,8 @@ Command = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
+DRY_RUN = "--dry-run"
+"""Flag of the stages and of `run`: say what the run takes, and stop there."""
 RESUMES = ("sft", "reward", "ppo", "run", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
@@ -137,14 +139,14 @@ def _stage(name: str, argv: Sequence[str]) -> int:
     from rlhf_fast.config.flags import stage_config
     from rlhf_fast.config.stages import STAGES
 
-    cfg = stage_config(STAGES[name], argv)
+    cfg = stage_config(STAGES[name], [word for word in argv if word != DRY_RUN])
     cfg.ready()
     from rlhf_fast.data.json_lines import require_file
     from rlhf_fast.stages.recipe import run_stage
 
     for file in cfg.data_files():  # fail before a model is loaded for minutes
         require_file(file)
-    run_stage(cfg)
+    run_stage(cfg, dry_run=DRY_RUN in argv)
     return 0
 
 

@@ -28,6 +28,7 @@ from rlhf_fast.run import checkpoint
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
+from rlhf_fast.run.machine import resident_memory
 from rlhf_fast.run.outputs import RUN, check_run_folder, move_in, take_lock
 from rlhf_fast.training.learner import Learner
 
@@ -49,12 +50,13 @@ class Stateful(Protocol):
 class RunFolder:
     """The folder `cfg.out` of one stage's run, as a context manager.
 
-    finished: nothing is left to do. notes: sentences on the data, which `start_or_resume` prints. device: None =
-    automatic.
+    finished: nothing is left to do. notes: sentences on the data, which `start_or_resume` prints if no one has taken
+    them. device: None = automatic. base_memory: bytes that the process held before it has read a model.
     """
 
     def __init__(self, cfg: StageConfig):
         cfg.ready()
+        self.base_memory = resident_memory()
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
         self.finished = False
@@ -95,6 +97,15 @@ class RunFolder:
             raise RuntimeError("RunFolder: call start_or_resume() first")
         return self._log
 
+    def take_notes(self) -> list[str]:
+        """Return the notes that are not printed yet."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    def steps_done(self) -> int:
+        """Return the steps before the newest checkpoint, which is not read yet."""
+        return max(map(checkpoint.step_of, checkpoint.all_steps(self.checkpoints)), default=0)
+
     def start_or_resume(self, total: int, progress_metrics: tuple[str, ...], state: Mapping[str, Stateful]) -> Log:
         """Lock the folder, restore `state` from the newest checkpoint, and open the log of a run of `total` steps.
 
@@ -116,7 +127,7 @@ class RunFolder:
         path = checkpoint.latest(self.checkpoints)
         done = checkpoint.step_of(path) if path else 0
         self._log = log = Log(self.out, self.cfg.log, self.stage, total, done, progress_metrics)
-        for note in self.notes:
+        for note in self.take_notes():
             log.message(note)
         if path:
             saved = checkpoint.load(path)

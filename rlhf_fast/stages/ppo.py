@@ -31,6 +31,7 @@ from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit
+from rlhf_fast.stages.forecast import forecast_ppo
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
 from rlhf_fast.training.gradient_buffers import GradientPool
@@ -42,10 +43,11 @@ from rlhf_fast.training.rewards import RewardFunction, is_function, load_reward
 PROGRESS_METRICS = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 
 
-def run(cfg: PPOConfig) -> None:
+def run(cfg: PPOConfig, dry_run: bool = False) -> None:
     """Train cfg.policy on the prompts of cfg.data; write the selected weights (cfg.select) to cfg.out.
 
     cfg.out becomes an ordinary causal LM folder, with the moving average in `ema/` and the value model in `value/`.
+    dry_run: print what the run takes, and write nothing.
     """
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
@@ -58,6 +60,9 @@ def run(cfg: PPOConfig) -> None:
         evaluation = TrainingEvaluation(cfg.log, models.policy, bound_prompt_format(run_folder))
         run_folder.notes += evaluation.notes
         state = init_state(cfg, models, run_folder)
+        learners = (state.policy_learner, state.value_learner)
+        if forecast_ppo(cfg, run_folder, models, learners, prompt_data, pretrain_data, dry_run):
+            return
         log = run_folder.start_or_resume(cfg.num_batches, PROGRESS_METRICS, state.parts())
         with row_locations(**row_locators(prompt_data.train, pretrain_data)):
             for step in range(log.start, cfg.num_batches):

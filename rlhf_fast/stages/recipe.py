@@ -211,16 +211,16 @@ def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, 
             write_json(recipe.out / MEASUREMENTS, measurements)
 
 
-def run_stage(cfg: StageConfig) -> None:
-    """Run one stage. The stages are imported here, so that a faulty recipe is refused before torch is loaded."""
+def run_stage(cfg: StageConfig, dry_run: bool = False) -> None:
+    """Run one stage, or with dry_run print what it takes. The stages are imported here, so that a faulty recipe is refused before torch is loaded."""
     from rlhf_fast.stages import ppo, reward, sft
 
     if isinstance(cfg, SFTConfig):
-        sft.run(cfg)
+        sft.run(cfg, dry_run)
     elif isinstance(cfg, RewardConfig):
-        reward.run(cfg)
+        reward.run(cfg, dry_run)
     else:
-        ppo.run(cfg)
+        ppo.run(cfg, dry_run)
 
 
 def finished(cfg: StageConfig) -> bool:

@@ -18,6 +18,7 @@ from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.prompt_format import bind_prompt_format
 from rlhf_fast.stages.fit import check_fit
+from rlhf_fast.stages.forecast import forecast_reward
 from rlhf_fast.stages.validation import should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
@@ -25,10 +26,11 @@ from rlhf_fast.training.losses import reward_loss
 PROGRESS_METRICS = ("loss/reward", "reward/accuracy", "valid/accuracy")
 
 
-def run(cfg: RewardConfig) -> None:
+def run(cfg: RewardConfig, dry_run: bool = False) -> None:
     """Train cfg.model with a scalar head on cfg.data; write AutoModelForSequenceClassification to cfg.out.
 
     The head starts as a row of N(0, 1 / (D + 1)) (Stiennon et al. 2020), the decoder as cfg.model's.
+    dry_run: print what the run takes, and write nothing.
     """
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
@@ -43,6 +45,8 @@ def run(cfg: RewardConfig) -> None:
         demonstrations = load_demonstrations(cfg, model, prompt_format)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps)
+        if forecast_reward(cfg, run_folder, learner, data, dry_run):
+            return
         state = {"learner": learner}
         log = run_folder.start_or_resume(steps, PROGRESS_METRICS, state)
         for step in range(log.start + 1, steps + 1):

@@ -17,6 +17,7 @@ from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit
+from rlhf_fast.stages.forecast import forecast_sft
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
@@ -25,8 +26,11 @@ from rlhf_fast.training.rewards import RewardFunction, load_reward
 PROGRESS_METRICS = ("loss/sft", "valid/sft", "valid/scores")
 
 
-def run(cfg: SFTConfig) -> None:
-    """Train cfg.model on cfg.data; write the selected weights (cfg.select) to cfg.out, an ordinary causal LM folder."""
+def run(cfg: SFTConfig, dry_run: bool = False) -> None:
+    """Train cfg.model on cfg.data; write the selected weights (cfg.select) to cfg.out, an ordinary causal LM folder.
+
+    dry_run: print what the run takes, and write nothing.
+    """
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
@@ -38,6 +42,8 @@ def run(cfg: SFTConfig) -> None:
         learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
         evaluation = TrainingEvaluation(cfg.log, model, bound_prompt_format(run_folder))
         run_folder.notes += evaluation.notes
+        if forecast_sft(cfg, run_folder, learner, data, pretrain_data, dry_run):
+            return
         best, save = BestModel(run_folder), partial(save_with_probe, model)
         state: dict[str, Stateful] = {"learner": learner, "best": best}
         text_location = pretrain_data.location if pretrain_data else None

@@ -1,0 +1,224 @@
+"""Time a few passes of a stage before its first step, without a trace in the run.
+
+No optimizer step is taken. Random states and the CUDA graphs of training are put back, so that a run with these passes
+ends with the same weights, to the bit, as one without.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from rlhf_fast.batches import Prompts, Responses, pad_rows, response_mask
+from rlhf_fast.config.stages import PPOConfig
+from rlhf_fast.model.model import Model
+from rlhf_fast.model.packed_graphs import PackedGraphs
+from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.checkpoint import random_states, restore_random_states
+from rlhf_fast.run.estimate import sizes_up_to
+from rlhf_fast.training.experience import make_experience
+from rlhf_fast.training.learner import Learner, Loss
+from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss
+from rlhf_fast.training.rewards import ModelReward, RewardFunction
+
+clock = time.perf_counter
+MIN_SECONDS = 10.0
+"""A run that takes less by a guess from its sizes is not timed."""
+GUESSED_FLOPS = {"cpu": 2e10, "cuda": 1e14}
+"""Operations per second of the guess."""
+SHARE = 0.01
+"""Share of the guessed time that each timing of a pass may take, above MIN_BUDGET and below MAX_BUDGET seconds."""
+MIN_BUDGET, MAX_BUDGET = 0.5, 5.0
+DECODE_STEPS = 4
+FORWARD_SHARE = 1 / 3
+"""Time of a forward pass alone, of one with its backward pass."""
+OPTIMIZER_BYTES = {False: 36, True: 48}
+"""Bytes that an optimizer step reads and writes for each trained weight, without and with a moving average."""
+
+
+class Rates(NamedTuple):
+    """Seconds of each token of a micro-batch, forward and backward, and of an optimizer step."""
+
+    token: float
+    step: float
+
+
+class PPORates(NamedTuple):
+    """Seconds of PPO's phases: per prompt token, per decode step of all slots, and per token of a whole response."""
+
+    prefill: float
+    decode: float
+    score: float
+    policy: float
+    value: float
+    step: float
+
+
+def guessed_seconds(operations: float, device: torch.device) -> float:
+    """Return a guess of the time of so many multiplications and additions."""
+    return operations / GUESSED_FLOPS.get(device.type, GUESSED_FLOPS["cpu"])
+
+
+@contextmanager
+def no_trace(*models: Model) -> Iterator[None]:
+    """Put random states and the models' CUDA graphs back at the end of the block."""
+    states = random_states()
+    graphs = [(model, model._packed_graphs) for model in models]
+    for model in models:
+        model._packed_graphs = PackedGraphs()
+    try:
+        yield
+    finally:
+        for model, own in graphs:
+            model._packed_graphs = own
+        restore_random_states(states)
+
+
+def rates_of(learner: Learner, loss: Loss, batch_of: Callable[[int], object], rows: int, seconds: float) -> Rates:
+    """Time micro-batches of 1, 2, 4, ... to `rows` rows, as long as they take a small share of `seconds`."""
+    model = learner.model
+    assert isinstance(model, Model)
+    with no_trace(model):
+        size, elapsed = _largest_timed(
+            lambda size: learner.rehearse([(loss, batch_of(size), 1.0)]), sizes_up_to(rows), seconds, model.device
+        )
+        step = optimizer_seconds(learner, model.device)
+    return Rates(elapsed / max(int(batch_of(size).lengths.sum()), 1), step)
+
+
+def optimizer_seconds(learner: Learner, device: torch.device) -> float:
+    """Return about the time of an optimizer step, from the speed at which an update of vectors reads and writes."""
+    numbers = sum(p.numel() for p in learner.params.values())
+    size = min(numbers, 2**22)
+    x, y = (torch.zeros(size, device=device) for _ in range(2))
+    x.lerp_(y, 0.5)
+    elapsed = _time(lambda: x.lerp_(y, 0.5), device)
+    return elapsed / (12 * max(size, 1)) * OPTIMIZER_BYTES[bool(learner.ema)] * numbers
+
+
+def ppo_rates(
+    cfg: PPOConfig,
+    models: tuple[Model, Model, Model, RewardFunction],
+    learners: tuple[Learner, Learner],
+    prompts: Prompts,
+    seconds: float,
+) -> PPORates:
+    """Time a few decode steps, then scoring and learning on responses of full length made of the tokens sampled.
+
+    prompts: those of the first batch. A reward that is a Python function is not called: it may count its calls.
+    """
+    policy, reference, value, reward = models
+    own = [model for model in models if isinstance(model, Model)]
+    if isinstance(reward, ModelReward):
+        own.append(reward.model)
+    scored = replace(cfg, missing_eos="keep", score_clip=0.0)
+    with no_trace(*own):
+        slots = min(cfg.sampling.batch, cfg.batch, len(prompts.uids))
+        found: dict[int, tuple[float, float, Responses]] = {}
+
+        def generate(size: int) -> None:
+            found[size] = _few_steps(policy, cfg, prompts.take(range(size)))
+
+        size, _ = _largest_timed(generate, sizes_up_to(slots), seconds, policy.device)
+        prefill, decode, sampled = found[size]
+        rows = _full_length(sampled, cfg.sampling.max_new_tokens)
+        no_reward = reward if isinstance(reward, ModelReward) else _zeros
+
+        def score(size: int):
+            return make_experience(rows.take(range(size)), policy, reference, value, no_reward, scored)[0]
+
+        budget = cfg.optim.micro_batch_tokens // max(int(rows.lengths.max()), 1)
+        sizes = sizes_up_to(max(1, min(len(rows.lengths), budget)))
+        experience = {size: score(size) for size in sizes[:1]}
+
+        def learn(learner: Learner, loss: Loss) -> Callable[[int], None]:
+            def run(size: int) -> None:
+                if size not in experience:
+                    experience[size] = score(size)
+                learner.rehearse([(loss, experience[size], 1.0)])
+
+            return run
+
+        timed = [_largest_timed(lambda size: score(size), sizes, seconds, policy.device)]
+        for learner, loss in zip(learners, (ppo_policy_loss, ppo_value_loss), strict=True):
+            largest = [size for size in sizes if size <= timed[0][0]]
+            experience |= {size: score(size) for size in largest if size not in experience}
+            timed.append(_largest_timed(learn(learner, loss), largest, seconds, policy.device))
+        step = sum(optimizer_seconds(learner, policy.device) for learner in learners)
+    tokens = rows.lengths.cumsum(0).tolist()
+    per_token = [elapsed / tokens[size - 1] for size, elapsed in timed]
+    return PPORates(prefill, decode * slots / size, *per_token, step)
+
+
+def _few_steps(policy: Model, cfg: PPOConfig, prompts: Prompts) -> tuple[float, float, Responses]:
+    """Sample a few tokens; return seconds per prompt token, seconds of a decode step, and the responses."""
+    steps = min(DECODE_STEPS, cfg.sampling.max_new_tokens)
+    sampling = replace(cfg.sampling, max_new_tokens=steps, min_new_tokens=steps, stop=(), allow_biased_filters=True)
+    rollout = Rollout(policy, sampling, cfg.seed)
+    times = [clock()]
+    responses = rollout.generate(prompts, progress=lambda *_: times.append(clock()))
+    between = [after - before for before, after in zip(times, times[1:], strict=False)]
+    first, *others = between
+    return first / max(sum(map(len, prompts.tokens)), 1), median(others or between), responses
+
+
+def _full_length(sampled: Responses, new_tokens: int) -> Responses:
+    """Return responses of `new_tokens` tokens each, made of those of `sampled` again and again."""
+    rows = []
+    for tokens, start, end in zip(
+        sampled.tokens, sampled.prompt_lengths.tolist(), sampled.lengths.tolist(), strict=True
+    ):
+        own = tokens[start:end].tolist() or tokens[:1].tolist()
+        rows.append(tokens[:start].tolist() + (own * new_tokens)[:new_tokens])
+    tokens, lengths = pad_rows(rows)
+    mask = response_mask(sampled.prompt_lengths, lengths)
+    logprobs = torch.full(mask.shape, -1.0) * mask
+    return sampled._replace(
+        tokens=tokens, lengths=lengths, mask=mask, logprobs=logprobs, raw_logprobs=logprobs, kept_logprobs=logprobs,
+        entropy=-logprobs,
+    )  # fmt: skip
+
+
+def _zeros(responses: Responses) -> torch.Tensor:
+    return torch.zeros(len(responses.lengths))
+
+
+def _largest_timed(
+    run: Callable[[int], object], sizes: Sequence[int], seconds: float, device: torch.device
+) -> tuple[int, float]:
+    """Return the largest size that fits a small share of `seconds`, and the time of `run(size)`.
+
+    The first call loads what later ones have: it counts only where a second one would take too long.
+    """
+    budget = min(max(SHARE * seconds, MIN_BUDGET), MAX_BUDGET)
+    size, elapsed = sizes[0], _time(lambda: run(sizes[0]), device)
+    spent = elapsed
+    if spent + elapsed <= budget:
+        elapsed = _time(lambda: run(sizes[0]), device)
+        spent += elapsed
+    for larger in sizes[1:]:
+        if spent + elapsed * larger / size > budget:
+            break
+        size, elapsed = larger, _time(lambda larger=larger: run(larger), device)
+        spent += elapsed
+    return size, elapsed
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of `run`. On a GPU those of its third call: the first two make kernels and CUDA graphs."""
+    on_gpu = device.type == "cuda"
+    for _ in range(2 if on_gpu else 0):
+        run()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    start = clock()
+    run()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return clock() - start
