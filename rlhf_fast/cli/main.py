@@ -17,7 +17,7 @@ Command = Callable[[Sequence[str]], int]
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
 DRY_RUN = "--dry-run"
-"""Flag of the stages and of `run`: say what the run takes, and stop there."""
+"""Flag of a stage: print what the run takes, and stop there."""
 RESUMES = ("sft", "reward", "ppo", "run", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
@@ -173,7 +173,7 @@ def _run(argv: Sequence[str]) -> int:
     options = parse(RunOptions, argv, "run")
     from rlhf_fast.stages.recipe import run_recipe
 
-    return _status(run_recipe(options.recipe))
+    return _status(run_recipe(options.recipe, dry_run=options.dry_run))
 
 
 @command("eval", "the paper's evaluation of models side by side: truth, toxicity, bias, tax, refusals, preference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from rlhf_fast.config.fields import SamplingConfig, expand_home
 from rlhf_fast.errors import UserError
@@ -34,6 +34,8 @@ class RunOptions:
 
     recipe: Positional[Annotated[str, arg(metavar="RECIPE")]]
     """YAML file with sections sft, reward, ppo."""
+    dry_run: FlagCreatePairsOff[bool] = False
+    """Print what each stage takes (rows, steps, time, memory, disk), and stop there."""
 
 
 @dataclass(frozen=True)

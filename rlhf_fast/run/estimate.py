@@ -64,7 +64,9 @@ class ModelSize(NamedTuple):
         D, F, H, K = self.hidden, self.inner, self.heads, self.kv
         if not self.packed:  # norms in float32, keys and values of each query's head
             numbers = 9 * D + 4 * F + 8 * H
-        elif self.adapters or dropout:  # by autograd, op by op
+        elif self.adapters:  # by autograd, op by op, and each adapter's product beside its layer's
+            numbers = 8 * D + 6 * F + 6 * H + 6 * K
+        elif dropout:
             numbers = 6 * D + 4 * F + 4 * H + 4 * K
         else:
             numbers = 4 * D + 3 * F + 3 * H + 3 * K
@@ -231,6 +233,8 @@ def gib(size: float) -> str:
 
 def size_in_gib(size: float) -> str:
     value = size / GIB
+    if 0 < value < 0.005:
+        return "under 0.01"
     return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 99.5 else f"{value:,.0f}"
 
 

@@ -189,6 +189,22 @@ def _start(cfg: ModelConfig, earlier: Sequence[StageConfig]) -> tuple[ModelConfi
     return cfg, ""
 
 
+def planned(cfg: StageConfig, earlier: Sequence[StageConfig]) -> StageConfig:
+    """Return the settings with each folder that a stage of `earlier` has yet to write replaced by the model which that
+    stage starts from: of the same sizes, though perhaps without a trained scalar head."""
+
+    def start_of(path: str) -> str:
+        return _start(ModelConfig(path), earlier)[0].path if path and not is_function(path) else path
+
+    changes: dict[str, Any] = {}
+    for name, value in vars(cfg).items():
+        if isinstance(value, ModelConfig):
+            changes[name] = replace(value, path=start_of(value.path))
+        elif name in ("reference", "reward", "select_reward"):
+            changes[name] = start_of(value)
+    return replace(cfg, **changes)
+
+
 def _check_room(stage: str, sampling: SamplingConfig, smallest: Sizes) -> None:
     if sampling.max_new_tokens >= smallest.positions:
         raise UserError(

@@ -100,7 +100,7 @@ def forecast_ppo(
     dry_run: bool,
 ) -> bool:
     """Print what is left of the run; return whether it is to end here."""
-    policy, reference, value, reward = models
+    policy, reference, _, reward = models
     data, new_tokens = prompt_data.train, cfg.sampling.max_new_tokens
     done = min(run_folder.steps_done(), cfg.num_batches)
     left = cfg.num_batches - done
@@ -161,7 +161,8 @@ def forecast_ppo(
     plan = Plan(
         counts, left, work, operations, sampled, time,
         checkpoint=(16 if cfg.ema else 12) * policy_size.trained + 12 * value_size.trained,
-        saved=copies * policy_size.weights + value_size.weights, best=policy_size.weights if cfg.select == "reward" else 0,
+        saved=copies * policy_size.weights + value_size.weights,
+        best=policy_size.weights if cfg.select == "reward" else 0,
     )  # fmt: skip
     return tell(cfg, run_folder, policy, plan, dry_run)
 

@@ -147,9 +147,9 @@ def _planned_models(stages: Mapping[str, StageConfig]) -> dict[str, Literal["lm"
     return {cfg.out: "scalar" if isinstance(cfg, RewardConfig) else "lm" for cfg in stages.values()}
 
 
-def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> list[str]:
+def run_recipe(path: str | Path, echo: Callable[[str], None] = print, dry_run: bool = False) -> list[str]:
     """Run the stages that are not finished, in order, and print the table; then evaluate. Return a sentence for each
-    figure that is below its threshold."""
+    figure that is below its threshold. dry_run: only print what each of these stages takes."""
     recipe = read_recipe(path)
     done = {stage: finished(cfg) for stage, cfg in recipe.stages.items()}
     measurements = _read_measurements(recipe.out)
@@ -170,8 +170,12 @@ def run_recipe(path: str | Path, echo: Callable[[str], None] = print) -> list[st
     for stage, cfg in recipe.stages.items():
         if done[stage]:
             echo(f"{stage}: finished already, in {cfg.out}")
+        elif dry_run:
+            run_stage(cfg, dry_run, list(recipe.stages.values()))
         else:
             _run_measured(stage, recipe, measurements)
+    if dry_run:
+        return []
     echo("\n".join(table(recipe, measurements)))
     if recipe.evaluation is None:
         return []
@@ -211,16 +215,17 @@ def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, 
             write_json(recipe.out / MEASUREMENTS, measurements)
 
 
-def run_stage(cfg: StageConfig, dry_run: bool = False) -> None:
-    """Run one stage, or with dry_run print what it takes. The stages are imported here, so that a faulty recipe is refused before torch is loaded."""
+def run_stage(cfg: StageConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
+    """Run one stage; dry_run: print what it takes instead. The stages are imported here, so that a faulty recipe is
+    refused before torch is loaded."""
     from rlhf_fast.stages import ppo, reward, sft
 
     if isinstance(cfg, SFTConfig):
-        sft.run(cfg, dry_run)
+        sft.run(cfg, dry_run, earlier)
     elif isinstance(cfg, RewardConfig):
-        reward.run(cfg, dry_run)
+        reward.run(cfg, dry_run, earlier)
     else:
-        ppo.run(cfg, dry_run)
+        ppo.run(cfg, dry_run, earlier)
 
 
 def finished(cfg: StageConfig) -> bool:

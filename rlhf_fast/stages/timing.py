@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -163,17 +164,15 @@ def _few_steps(policy: Model, cfg: PPOConfig, prompts: Prompts) -> tuple[float, 
     rollout = Rollout(policy, sampling, cfg.seed)
     times = [clock()]
     responses = rollout.generate(prompts, progress=lambda *_: times.append(clock()))
-    between = [after - before for before, after in zip(times, times[1:], strict=False)]
-    first, *others = between
+    first, *others = between = [after - before for before, after in pairwise(times)]
     return first / max(sum(map(len, prompts.tokens)), 1), median(others or between), responses
 
 
 def _full_length(sampled: Responses, new_tokens: int) -> Responses:
     """Return responses of `new_tokens` tokens each, made of those of `sampled` again and again."""
     rows = []
-    for tokens, start, end in zip(
-        sampled.tokens, sampled.prompt_lengths.tolist(), sampled.lengths.tolist(), strict=True
-    ):
+    spans = zip(sampled.tokens, sampled.prompt_lengths.tolist(), sampled.lengths.tolist(), strict=True)
+    for tokens, start, end in spans:
         own = tokens[start:end].tolist() or tokens[:1].tolist()
         rows.append(tokens[:start].tolist() + (own * new_tokens)[:new_tokens])
     tokens, lengths = pad_rows(rows)

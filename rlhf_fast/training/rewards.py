@@ -36,14 +36,16 @@ def load_reward(
     *,
     micro_batch_tokens: int = 8192,
     device: str | torch.device | None = None,
+    fresh_head: bool = False,
 ) -> RewardFunction:
     """Return the reward function that `spec` names.
 
-    tokenizer: the policy's. cfg: how to load a model; its path is ignored.
+    tokenizer: the policy's. cfg: how to load a model; its path is ignored. fresh_head: as in Model.load.
     """
     if is_function(spec):
         return PythonReward(import_function(spec), tokenizer, spec)
-    model = Model.load(replace(cfg or ModelConfig(), path=spec), head="scalar", device=device)
+    path = replace(cfg or ModelConfig(), path=spec)
+    model = Model.load(path, head="scalar", fresh_head=fresh_head, device=device)
     check_tokenizers(tokenizer, model.tokenizer, spec)
     return ModelReward(model, micro_batch_tokens)
 
