@@ -49,7 +49,7 @@ def forecast_sft(
         loss = partial(sft_loss, pack=cfg.packing)
         rates = timing.rates_of(learner, loss, partial(data.train.batch, first), rows_at_once, seconds)
         total = rates.token * (tokens + timing.FORWARD_SHARE * held_out) + rates.step * (steps - done)
-        return total, f"{count(tokens / max(total, 1e-9))} tokens/s in a timed micro-batch"
+        return total, f"about {duration(total)} ({count(tokens / max(total, 1e-9))} tokens/s by a timed micro-batch)"
 
     saved = size.weights  # merged, and an adapter beside it
     plan = Plan(
@@ -81,7 +81,7 @@ def forecast_reward(cfg: RewardConfig, run_folder: RunFolder, learner: Learner, 
         rows_at_once = _rows_of_a_pass(data.train, first, batch, cfg.optim.micro_batch_tokens)
         rates = timing.rates_of(learner, reward_loss, partial(data.train.batch, first), rows_at_once, seconds)
         total = rates.token * (tokens + timing.FORWARD_SHARE * held_out) + rates.step * (steps - done)
-        return total, f"{count(tokens / max(total, 1e-9))} tokens/s in a timed micro-batch"
+        return total, f"about {duration(total)} ({count(tokens / max(total, 1e-9))} tokens/s by a timed micro-batch)"
 
     plan = Plan(
         f"{counts}; {_tokens(tokens, done, cfg.epochs)}", steps - done, work, 6 * size.params * tokens, tokens, time,
@@ -154,8 +154,8 @@ def forecast_ppo(
         total = left * batch + validations * (generate + score)
         phases = {"generate": generate, "score": score, "learn": learn}
         shares = ", ".join(f"{name} {spent / max(batch, 1e-9):.0%}" for name, spent in phases.items())
-        unknown = "" if isinstance(reward, ModelReward) else ", reward function not timed"
-        return total, f"a batch {duration(batch)} if all responses are {new_tokens} tokens long: {shares}{unknown}"
+        unknown = "" if isinstance(reward, ModelReward) else " and the reward function's"
+        return total, f"at most about {duration(total)}{unknown}, {duration(batch)} a batch: {shares}"
 
     copies = 1 + bool(cfg.ema) + (cfg.select == "ema")
     plan = Plan(

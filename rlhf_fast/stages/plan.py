@@ -14,7 +14,7 @@ from rlhf_fast.config.stages import PPOConfig, StageConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.run import estimate, machine
-from rlhf_fast.run.estimate import Disk, Knobs, Work, duration, gib
+from rlhf_fast.run.estimate import Disk, Knobs, Work, gib
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.stages import timing
 
@@ -31,7 +31,7 @@ class Plan:
     """Multiplications and additions, roughly."""
     tokens: int
     time: Callable[[float], tuple[float, str]]
-    """Guessed seconds -> measured seconds, and how they were found."""
+    """Guessed seconds -> measured seconds, and the sentence on them."""
     checkpoint: int
     """Bytes of a checkpoint."""
     saved: int
@@ -61,8 +61,8 @@ def tell(cfg: StageConfig, run_folder: RunFolder, model: Model, plan: Plan, dry_
     if not problems:  # a pass might exhaust the memory
         guess = timing.guessed_seconds(plan.operations, model.device)
         if plan.steps and guess >= timing.MIN_SECONDS:
-            seconds, how = plan.time(guess)
-            message(f"about {duration(seconds)} ({how})")
+            seconds, sentence = plan.time(guess)
+            message(sentence)
     disk = _disk(cfg, plan, seconds)
     free = machine.free_disk(cfg.out) + machine.size_of(run_folder.checkpoints)
     if disk.running > free:

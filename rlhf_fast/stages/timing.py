@@ -29,13 +29,15 @@ from rlhf_fast.training.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_fast.training.rewards import ModelReward, RewardFunction
 
 clock = time.perf_counter
-MIN_SECONDS = 10.0
+MIN_SECONDS = 20.0
 """A run that takes less by a guess from its sizes is not timed."""
 GUESSED_FLOPS = {"cpu": 2e10, "cuda": 1e14}
 """Operations per second of the guess."""
 SHARE = 0.01
 """Share of the guessed time that each timing of a pass may take, above MIN_BUDGET and below MAX_BUDGET seconds."""
-MIN_BUDGET, MAX_BUDGET = 0.5, 5.0
+MIN_BUDGET, MAX_BUDGET = 0.3, 5.0
+WARM_UP_LIMIT = 1.5
+"""A first pass of more seconds is not repeated, though it also loads what later ones have."""
 DECODE_STEPS = 4
 FORWARD_SHARE = 1 / 3
 """Time of a forward pass alone, of one with its backward pass."""
@@ -193,12 +195,12 @@ def _largest_timed(
 ) -> tuple[int, float]:
     """Return the largest size that fits a small share of `seconds`, and the time of `run(size)`.
 
-    The first call loads what later ones have: it counts only where a second one would take too long.
+    The first call counts only where a second one would take too long.
     """
     budget = min(max(SHARE * seconds, MIN_BUDGET), MAX_BUDGET)
     size, elapsed = sizes[0], _time(lambda: run(sizes[0]), device)
     spent = elapsed
-    if spent + elapsed <= budget:
+    if elapsed <= max(WARM_UP_LIMIT, budget / 2):
         elapsed = _time(lambda: run(sizes[0]), device)
         spent += elapsed
     for larger in sizes[1:]:
