@@ -1,4 +1,4 @@
-"""What a stage says before its first step: true counts, a dry run that leaves nothing, refusals, no trace in the run."""
+"""What a stage says before its first step: counts that are true, a dry run that leaves nothing, refusals, no trace."""
 
 import json
 import re
@@ -148,7 +148,7 @@ def test_memory_is_refused_with_a_setting_that_fits(folder, stage, monkeypatch):
     monkeypatch.setattr("rlhf_fast.run.folder.resident_memory", lambda: 10**8)
     usable = need(cfg, stage, monkeypatch) - 1000
     monkeypatch.setattr(machine, "usable_memory", lambda _: usable)
-    rule = rf"{stage}: needs about [\d.]+ GiB of memory, and [\d.]+ GiB can be had: (.*) would take .*log.check_fit to"
+    rule = rf"{stage}: needs about [\d.]+ GiB of memory, and [\d.]+ GiB can be had: .* would take .*log.check_fit to"
     with pytest.raises(UserError, match=rule) as error:
         STAGES[stage].run(cfg)
     assert not (folder / "out").exists()
@@ -162,7 +162,7 @@ def test_memory_is_refused_with_a_setting_that_fits(folder, stage, monkeypatch):
 def test_a_run_that_never_fits_may_go_on_all_the_same(folder, monkeypatch, capsys):
     cfg = MAKE["sft"](folder, "out")
     monkeypatch.setattr(machine, "usable_memory", lambda _: 1000)
-    with pytest.raises(UserError, match="no setting makes this model fit, the least is .*set log.check_fit to false"):
+    with pytest.raises(UserError, match=r"no setting makes this model fit, the least is .*set log.check_fit to false"):
         sft.run(cfg)
     sft.run(replace(cfg, log=replace(cfg.log, check_fit=False)))
     assert "log.check_fit is false, so it goes on" in capsys.readouterr().err

@@ -64,12 +64,13 @@ class ModelSize(NamedTuple):
         D, F, H, K = self.hidden, self.inner, self.heads, self.kv
         if not self.packed:  # norms in float32, keys and values of each query's head
             numbers = 9 * D + 4 * F + 8 * H
-        elif self.adapters:  # by autograd, op by op, and each adapter's product beside its layer's
-            numbers = 8 * D + 6 * F + 6 * H + 6 * K
-        elif dropout:
+        elif self.adapters or dropout:  # by autograd, op by op
             numbers = 6 * D + 4 * F + 4 * H + 4 * K
         else:
             numbers = 4 * D + 3 * F + 3 * H + 3 * K
+        if self.adapters:  # in float32: their products, and their inputs where those are not
+            own = 2 * (D + F + H + K) + (0 if self.itemsize == 4 else 2 * D + H + F)
+            numbers += own * 4 // self.itemsize
         kept = numbers + (self.layers - 1) * (D if self.checkpointing else numbers)
         return tokens * (kept + 3 * F + 4 * D) * self.itemsize
 
