@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import AutoConfig
@@ -27,6 +27,8 @@ from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.run.outputs import check_hub_names
 from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.rewards import is_function, source_file
+
+S = TypeVar("S", bound=StageConfig)
 
 ROWS_TRIED = 64
 """Rows of each file that are read first, to see whether they are rows of the stage and whether any prompt fits."""
@@ -189,7 +191,7 @@ def _start(cfg: ModelConfig, earlier: Sequence[StageConfig]) -> tuple[ModelConfi
     return cfg, ""
 
 
-def planned(cfg: StageConfig, earlier: Sequence[StageConfig]) -> StageConfig:
+def planned(cfg: S, earlier: Sequence[StageConfig]) -> S:
     """Return the settings with each folder that a stage of `earlier` has yet to write replaced by the model which that
     stage starts from: of the same sizes, though perhaps without a trained scalar head."""
 

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from rlhf_fast.batches import Prompts, Responses, pad_rows, response_mask
+from rlhf_fast.batches import Batch, Experience, Prompts, Responses, pad_rows, response_mask
 from rlhf_fast.config.stages import PPOConfig
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.packed_graphs import PackedGraphs
@@ -83,7 +84,7 @@ def no_trace(*models: Model) -> Iterator[None]:
         restore_random_states(states)
 
 
-def rates_of(learner: Learner, loss: Loss, batch_of: Callable[[int], object], rows: int, seconds: float) -> Rates:
+def rates_of(learner: Learner, loss: Loss, batch_of: Callable[[int], Batch], rows: int, seconds: float) -> Rates:
     """Time micro-batches of 1, 2, 4, ... to `rows` rows, as long as they take a small share of `seconds`."""
     model = learner.model
     assert isinstance(model, Model)
@@ -128,35 +129,35 @@ def ppo_rates(
         def generate(size: int) -> None:
             found[size] = _few_steps(policy, cfg, prompts.take(range(size)))
 
-        size, _ = _largest_timed(generate, sizes_up_to(slots), seconds, policy.device)
-        prefill, decode, sampled = found[size]
+        asked, _ = _largest_timed(generate, sizes_up_to(slots), seconds, policy.device)
+        prefill, decode, sampled = found[asked]
         rows = _full_length(sampled, cfg.sampling.max_new_tokens)
-        no_reward = reward if isinstance(reward, ModelReward) else _zeros
+        scorer = reward if isinstance(reward, ModelReward) else _zeros
+        experience: dict[int, Experience] = {}
 
-        def score(size: int):
-            return make_experience(rows.take(range(size)), policy, reference, value, no_reward, scored)[0]
+        def score(size: int) -> None:
+            part = rows.take(range(size))
+            experience[size], _ = make_experience(part, policy, reference, value, scorer, scored)
 
-        budget = cfg.optim.micro_batch_tokens // max(int(rows.lengths.max()), 1)
-        sizes = sizes_up_to(max(1, min(len(rows.lengths), budget)))
-        experience = {size: score(size) for size in sizes[:1]}
+        fit = cfg.optim.micro_batch_tokens // max(int(rows.lengths.max()), 1)
+        sizes = sizes_up_to(max(1, min(len(rows.lengths), fit)))
+        tokens = rows.lengths.cumsum(0).tolist()
 
-        def learn(learner: Learner, loss: Loss) -> Callable[[int], None]:
-            def run(size: int) -> None:
-                if size not in experience:
-                    experience[size] = score(size)
-                learner.rehearse([(loss, experience[size], 1.0)])
+        def per_token(run: Callable[[int], object], sizes: Sequence[int]) -> float:
+            size, elapsed = _largest_timed(run, sizes, seconds, policy.device)
+            return elapsed / tokens[size - 1]
 
-            return run
+        def learning(learner: Learner, loss: Loss) -> float:
+            return per_token(lambda size: learner.rehearse([(loss, experience[size], 1.0)]), sorted(experience))
 
-        timed = [_largest_timed(lambda size: score(size), sizes, seconds, policy.device)]
-        for learner, loss in zip(learners, (ppo_policy_loss, ppo_value_loss), strict=True):
-            largest = [size for size in sizes if size <= timed[0][0]]
-            experience |= {size: score(size) for size in largest if size not in experience}
-            timed.append(_largest_timed(learn(learner, loss), largest, seconds, policy.device))
-        step = sum(optimizer_seconds(learner, policy.device) for learner in learners)
-    tokens = rows.lengths.cumsum(0).tolist()
-    per_token = [elapsed / tokens[size - 1] for size, elapsed in timed]
-    return PPORates(prefill, decode * slots / size, *per_token, step)
+        return PPORates(
+            prefill,
+            decode * slots / asked,
+            score=per_token(score, sizes),
+            policy=learning(learners[0], ppo_policy_loss),
+            value=learning(learners[1], ppo_value_loss),
+            step=sum(optimizer_seconds(learner, policy.device) for learner in learners),
+        )
 
 
 def _few_steps(policy: Model, cfg: PPOConfig, prompts: Prompts) -> tuple[float, float, Responses]:
@@ -198,15 +199,15 @@ def _largest_timed(
     The first call counts only where a second one would take too long.
     """
     budget = min(max(SHARE * seconds, MIN_BUDGET), MAX_BUDGET)
-    size, elapsed = sizes[0], _time(lambda: run(sizes[0]), device)
+    size, elapsed = sizes[0], _time(partial(run, sizes[0]), device)
     spent = elapsed
     if elapsed <= max(WARM_UP_LIMIT, budget / 2):
-        elapsed = _time(lambda: run(sizes[0]), device)
+        elapsed = _time(partial(run, sizes[0]), device)
         spent += elapsed
     for larger in sizes[1:]:
         if spent + elapsed * larger / size > budget:
             break
-        size, elapsed = larger, _time(lambda larger=larger: run(larger), device)
+        size, elapsed = larger, _time(partial(run, larger), device)
         spent += elapsed
     return size, elapsed
 
