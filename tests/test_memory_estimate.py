@@ -45,7 +45,7 @@ def measured(stage: str, case: str, folder: str) -> None:
     path = Path(folder)
     name = toy.model_at(path) if case == "small" else str(path / "large")
     model = ModelConfig(name, **CASES[case])
-    letters = ["a b c d e f g h " * 8] * 24
+    letters = ["a b c d e f g h " * 5] * 24
     prompts = [f"{' '.join(toy.LETTERS[: 2 + i % 6])} {'a ' * (i // 6 + 1)}." for i in range(24)]
     demonstrations = [{"prompt": p, "completion": text} for p, text in zip(prompts, letters, strict=True)]
     data = DataConfig(toy.jsonl(path / "d.jsonl", demonstrations))
@@ -53,7 +53,7 @@ def measured(stage: str, case: str, folder: str) -> None:
         changes = {"model": model, "data": data, "select": "last", "pretrain_fraction": 0.0, "residual_dropout": 0.0}
         sft.run(toy.sft(path, optim=OPTIM, log=LOG, epochs=1, batch=12, **changes))
     elif stage == "reward":
-        rows = [{"prompt": p, "chosen": "a " * 60, "rejected": "b " * 60} for p in prompts]
+        rows = [{"prompt": p, "chosen": "a " * 40, "rejected": "b " * 40} for p in prompts]
         data = DataConfig(toy.jsonl(path / "r.jsonl", rows))
         reward.run(toy.reward(path, model=model, data=data, optim=OPTIM, log=LOG, epochs=1, batch=12))
     else:

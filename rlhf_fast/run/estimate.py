@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 GIB, MIB = 2**30, 2**20
 WARM_UP = 100 * MIB
-"""What the libraries load and allocate at their first use."""
+"""Bytes that the libraries load and allocate at their first use."""
 HEAD_LOGITS, HEAD_KEPT = 36 * MIB, 128 * MIB
 """Logits and exponentials that the fused heads hold (kernels/_cpu_head.py)."""
 PREFILL_TOKENS = 2048
@@ -32,7 +32,7 @@ class ModelSize(NamedTuple):
     params: int
     """In memory."""
     trained: int
-    """Those of them that get a gradient."""
+    """Number of them that get a gradient."""
     itemsize: int
     """Bytes of a weight."""
     layers: int
@@ -101,7 +101,7 @@ class Knobs:
     checkpointing: bool = False
     bfloat16: bool = False
     rank: int = 0
-    """Of adapters that the models as they are do not have."""
+    """Rank of adapters that the models as they are do not have."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ class Work:
     """The model that learns, or policy and value model."""
     frozen: tuple[ModelSize, ...] = ()
     step_tokens: int = 0
-    """Of the largest optimizer step."""
+    """Tokens of the largest optimizer step."""
     longest: int = 1
     """Tokens that one forward pass must take: of a row, or of all responses to a prompt."""
     rows_tokens: int = 0
-    """Of the data sets."""
+    """Tokens of the data sets."""
     ema: bool = False
     dropout: bool = False
     prompts: tuple[int, ...] = ()
@@ -195,18 +195,18 @@ def smaller(work: Work, knobs: Knobs) -> Iterator[Knobs]:
         caches = [replace(knobs, cache_mb=size) for size in mib]
         yield from caches
         yield from (replace(caches[-1], micro_batch_tokens=size) for size in sizes if caches)
-    least = replace(caches[-1] if caches else knobs, micro_batch_tokens=sizes[-1] if sizes else start)
+    smallest = replace(caches[-1] if caches else knobs, micro_batch_tokens=sizes[-1] if sizes else start)
     adapters = any(size.adapters for size in work.trained)
     half = any(size.itemsize == 4 for size in (*work.trained, *work.frozen))
     checkpoints = not all(size.checkpointing for size in work.trained)
-    for first in (knobs, least):
+    for first in (knobs, smallest):
         if checkpoints:
             yield replace(first, checkpointing=True)
         if half:
             yield replace(first, bfloat16=True)
         if not adapters:
             yield replace(first, rank=SMALL_RANK)
-    yield replace(least, checkpointing=checkpoints, bfloat16=half, rank=0 if adapters else SMALL_RANK)
+    yield replace(smallest, checkpointing=checkpoints, bfloat16=half, rank=0 if adapters else SMALL_RANK)
 
 
 class Disk(NamedTuple):
@@ -257,6 +257,6 @@ def duration(seconds: float) -> str:
     return "forever"
 
 
-def sizes_up_to(most: int) -> Sequence[int]:
-    """Return 1, 2, 4, ... and `most`."""
-    return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
+def sizes_up_to(largest: int) -> Sequence[int]:
+    """Return 1, 2, 4, ... and `largest`."""
+    return [*(2**n for n in range(largest.bit_length()) if 2**n < largest), largest]

@@ -108,13 +108,13 @@ def _settings(cfg: StageConfig, before: Knobs, after: Knobs) -> str:
 
 def _too_little_memory(cfg: StageConfig, work: Work, knobs: Knobs, name: str, needed: int, usable: int) -> str:
     text = f"needs about {gib(needed)} of {name}, and {gib(usable)} can be had"
-    least = needed
+    smallest = needed
     for tried in estimate.smaller(work, knobs):
         size = estimate.memory_needed(work, tried)
-        least = min(least, size)
+        smallest = min(smallest, size)
         if size <= usable:
             return f"{text}: {_settings(cfg, knobs, tried)} would take {gib(size)}"
-    return f"{text}; no setting makes this model fit, the least is {gib(least)}"
+    return f"{text}; no setting makes this model fit, the least is {gib(smallest)}"
 
 
 def _disk(cfg: StageConfig, plan: Plan, seconds: float, keep: int = 0) -> Disk:
