@@ -1,4 +1,4 @@
-"""What a stage says before its first step: counts that are true, a dry run that leaves nothing, refusals, no trace."""
+"""A stage says before its first step what it takes: true counts, dry runs that leave nothing, refusals, no trace."""
 
 import json
 import re
@@ -221,8 +221,8 @@ def test_a_run_that_was_timed_has_the_same_weights(folder, stage, monkeypatch):
             model = ModelConfig(toy.model_at(folder), dtype="bfloat16", lora=LoraConfig(rank=2, dropout=0.1))
             changes = {"policy": model, "value": replace(model, path="")} if stage == "ppo" else {"model": model}
         timed.clear()
-        for out, least in ((f"{kind}-timed", 0.0), (f"{kind}-not", 1e30)):
-            monkeypatch.setattr(timing, "MIN_SECONDS", least)
+        for out, threshold in ((f"{kind}-timed", 0.0), (f"{kind}-not", 1e30)):
+            monkeypatch.setattr(timing, "MIN_SECONDS", threshold)
             STAGES[stage].run(MAKE[stage](folder, out, **changes))
         assert len(timed) == 1 and all(rate > 0 for rate in timed[0])
         a, b = folder / f"{kind}-timed", folder / f"{kind}-not"

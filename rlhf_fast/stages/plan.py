@@ -21,7 +21,7 @@ from rlhf_fast.stages import timing
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left of a run."""
+    """The rest of a run: what it does and takes."""
 
     counts: str
     """The sentence on rows, steps and tokens."""
