@@ -21,6 +21,7 @@ import toy
 
 from rlhf_fast.config.fields import LogConfig, LoraConfig, ModelConfig
 from rlhf_fast.run import checkpoint
+from rlhf_fast.run import folder as run_folder
 from rlhf_fast.stages import ppo, reward, sft
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
@@ -33,8 +34,9 @@ CONFIGS = {
 pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL"), pytest.mark.usefixtures("one_thread")]
 
 
-def attempt(stage: str, folder: str, out: str, die_at: int) -> None:
-    """Run the stage in a child process, with SIGKILL instead of the `die_at`-th fsync (0: none)."""
+def attempt(stage: str, folder: str, out: str, die_at: int, minutes: float = 0) -> None:
+    """Run the stage in a child process, with SIGKILL instead of the `die_at`-th fsync (0: none). minutes: write
+    checkpoints by time instead."""
     import torch
 
     torch.set_num_threads(1)
@@ -48,7 +50,10 @@ def attempt(stage: str, folder: str, out: str, die_at: int) -> None:
         fsync(descriptor)
 
     os.fsync = counted
-    STAGES[stage].run(CONFIGS[stage](Path(folder), out))
+    cfg = CONFIGS[stage](Path(folder), out)
+    if minutes:
+        cfg = replace(cfg, log=replace(LOG, checkpoint_every=0, checkpoint_minutes=minutes))
+    STAGES[stage].run(cfg)
     Path(folder, "fsyncs").write_text(str(count[0]))
 
 
@@ -190,6 +195,58 @@ def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch):
     cfg = CONFIGS[stage](folder, "seldom")
     STAGES[stage].run(replace(cfg, log=replace(LOG, checkpoint_every=0)))
     assert weights(folder / "seldom") == weights(folder / "whole")
+
+
+def test_checkpoints_by_time(uninterrupted, monkeypatch):
+    """One is written by the first step that ends checkpoint_minutes after the last one, whatever wrote that."""
+    stage, folder, *_ = uninterrupted
+    monkeypatch.chdir(folder)
+    cfg = CONFIGS[stage](folder, "minutes")
+    now, written, steps = [0.0], [], len(toy.metrics(folder / "whole"))
+    save, metrics = checkpoint.save, run_folder.Log.metrics
+
+    def at_a_step(self, step, *arguments, **options):
+        now[0] += 60.0
+        metrics(self, step, *arguments, **options)
+
+    monkeypatch.setattr(run_folder, "clock", lambda: now[0])
+    monkeypatch.setattr(run_folder.Log, "metrics", at_a_step)
+    monkeypatch.setattr(checkpoint, "save", lambda *a: written.append(a[1]) or save(*a))
+    by_time = replace(LOG, checkpoint_every=0, checkpoint_minutes=1.5)
+    STAGES[stage].run(replace(cfg, log=by_time))
+    assert written == sorted({*range(2, steps + 1, 2), steps})
+    assert weights(folder / "minutes") == weights(folder / "whole")
+    written.clear()
+    both = replace(LOG, checkpoint_every=4, checkpoint_minutes=3)
+    STAGES[stage].run(replace(CONFIGS[stage](folder, "both"), log=both))
+    expected = {step for step in range(1, steps + 1) if step % 4 in (0, 3)} | {steps}
+    assert written == sorted(expected)
+    written.clear()
+    STAGES[stage].run(
+        replace(CONFIGS[stage](folder, "none"), log=replace(both, checkpoint_every=0, checkpoint_minutes=0))
+    )
+    assert written == [steps]
+
+
+def test_killed_between_checkpoints_by_time(uninterrupted, processes):
+    """A run whose only checkpoints are those by time goes on after SIGKILL from the last one, with the same weights."""
+    stage, folder, *_ = uninterrupted
+    steps = len(toy.metrics(folder / "whole"))
+    metrics = folder / "timed/metrics.jsonl"
+    process = processes.Process(target=attempt, args=(stage, str(folder), "timed", 0, 1e-9))
+    process.start()
+    while process.is_alive() and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps // 2):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
+    path = checkpoint.latest(folder / "timed/checkpoints")
+    assert path is not None and checkpoint.step_of(path) >= steps // 2 - 1
+    process = processes.Process(target=attempt, args=(stage, str(folder), "timed", 0, 1e-9))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert_same_run(folder, "timed")
 
 
 @pytest.mark.parametrize("stage", list(STAGES))

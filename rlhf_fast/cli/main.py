@@ -16,6 +16,8 @@ Command = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
+DRY_RUN = "--dry-run"
+"""Flag of a stage: print what the run takes, and stop there."""
 RESUMES = ("sft", "reward", "ppo", "run", "sweep", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
@@ -134,14 +136,14 @@ def _stage(name: str, argv: Sequence[str]) -> int:
     from rlhf_fast.config.flags import stage_config
     from rlhf_fast.config.stages import STAGES
 
-    cfg = stage_config(STAGES[name], argv)
+    cfg = stage_config(STAGES[name], [word for word in argv if word != DRY_RUN])
     cfg.ready()
     from rlhf_fast.data.files import require_data
     from rlhf_fast.stages.recipe import run_stage
 
     for path in cfg.data_paths():  # fail before a model is loaded for minutes
         require_data(path)
-    run_stage(cfg)
+    run_stage(cfg, dry_run=DRY_RUN in argv)
     return 0
 
 

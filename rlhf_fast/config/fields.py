@@ -223,10 +223,15 @@ class LogConfig:
     validate_every: int = 0
     """Steps (PPO: batches) between validations. 0 = once an epoch. The last step always validates."""
     checkpoint_every: int = 100
-    """Steps (PPO: batches) between checkpoints to resume from. 0 = none before the end."""
+    """Steps (PPO: batches) between checkpoints to resume from. 0 = none by steps."""
+    checkpoint_minutes: float = 10.0
+    """Longest time without a checkpoint: the first step that ends later than this after the last one writes one too, so
+    that a killed run loses minutes. 0 = none by time."""
     keep: int = 2
     """Checkpoints kept during the run. Each holds the weights, two moments and any averages of every trained model. A
     finished run keeps none."""
+    check_fit: bool = True
+    """Refuse a run that by the estimate does not fit into memory or onto the disk. False: only say so, and go on."""
     live: bool = True
     """Show progress: one live line on a terminal, plain lines elsewhere."""
     sinks: tuple[str, ...] = ()
@@ -244,7 +249,7 @@ class LogConfig:
     def __post_init__(self) -> None:
         require_range(self, 1, math.inf, "every", "keep")
         counts = ("samples", "show_samples", "validate_every", "checkpoint_every", "eval_every", "eval_limit")
-        require_range(self, 0, math.inf, *counts)
+        require_range(self, 0, math.inf, *counts, "checkpoint_minutes")
 
 
 @settings

@@ -48,8 +48,8 @@ def stage_config(cls: type[S], argv: Sequence[str]) -> S:
     given: dict[str, Setting] = {path: setting for layer in layers for path, setting in layer.items()}
     given |= _flag_settings(cls, flags)
     description = (
-        f"{cls.__doc__} Also: --preset {{default,{','.join(PRESETS[cls.stage])}}}, and --config FILE, a YAML file with"
-        " the same names. Default < preset < file < flag."
+        f"{cls.__doc__} Also: --preset {{default,{','.join(PRESETS[cls.stage])}}}, --config FILE, a YAML file with the"
+        " same names (default < preset < file < flag), and --dry-run: print what the run takes, and stop there."
     )
     # A flag may correct what a preset or file breaks, so the rules are checked only with the flags.
     default = resolve(cls, *layers, check=False)

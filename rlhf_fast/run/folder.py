@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,12 +32,14 @@ from rlhf_fast.run.function_source import unreadable_notes
 from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
+from rlhf_fast.run.machine import resident_memory
 from rlhf_fast.run.outputs import RUN, check_run_folder, move_in, take_lock
 from rlhf_fast.training.learner import Learner
 
 BEST = "best"
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 """Signals that end a run after its step."""
+clock = time.monotonic
 STOPPING = b"\nthe step is being finished and saved, then the run stops; a second Ctrl-C stops it at once\n"
 
 
@@ -51,12 +54,13 @@ class Stateful(Protocol):
 class RunFolder:
     """The folder `cfg.out` of one stage's run, as a context manager.
 
-    finished: nothing is left to do. notes: sentences on the data, which `start_or_resume` prints. device: None =
-    automatic.
+    finished: nothing is left to do. notes: sentences on the data, which `start_or_resume` prints if no one has taken
+    them. device: None = automatic. base_memory: bytes that the process held before it has read a model.
     """
 
     def __init__(self, cfg: StageConfig):
         cfg.ready()
+        self.base_memory = resident_memory()
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
         self.finished = False
@@ -66,6 +70,7 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._handlers: dict[int, Any] = {}
         self._signal = 0
+        self._last_save = 0.0
         saved = check_run_folder(cfg.out, cfg.input_paths())  # before models are read
         self._checksums = input_checksums(cfg)
         self.manifest = run_info(self.stage, cfg) | self._checksums
@@ -97,6 +102,15 @@ class RunFolder:
             raise RuntimeError("RunFolder: call start_or_resume() first")
         return self._log
 
+    def take_notes(self) -> list[str]:
+        """Return the notes that are not printed yet."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    def steps_done(self) -> int:
+        """Return the steps before the newest checkpoint, which is not read yet."""
+        return max(map(checkpoint.step_of, checkpoint.all_steps(self.checkpoints)), default=0)
+
     def start_or_resume(self, total: int, progress_metrics: tuple[str, ...], state: Mapping[str, Stateful]) -> Log:
         """Lock the folder, restore `state` from the newest checkpoint, and open the log of a run of `total` steps.
 
@@ -118,7 +132,7 @@ class RunFolder:
         path = checkpoint.latest(self.checkpoints)
         done = checkpoint.step_of(path) if path else 0
         self._log = log = Log(self.out, self.cfg.log, self.stage, total, done, progress_metrics)
-        for note in filter(None, [*self.notes, contention_note(torch.get_num_threads())]):
+        for note in filter(None, [*self.take_notes(), contention_note(torch.get_num_threads())]):
             log.message(note)
         if path:
             saved = checkpoint.load(path)
@@ -129,16 +143,20 @@ class RunFolder:
         for part in state.values():
             if isinstance(part, Learner) and isinstance(part.model, Model):
                 check_saving(part.model, self.checkpoints)
+        self._last_save = clock()
         return log
 
     def checkpoint(self, step: int, state: Mapping[str, Stateful]) -> None:
-        """Save `state` every log.checkpoint_every steps and at the last step; after a signal, save it and exit."""
-        every = self.cfg.log.checkpoint_every
-        if (every and step % every == 0) or step == self.log.total or self._signal:
+        """Save `state` every log.checkpoint_every steps, log.checkpoint_minutes after the last save, and at the last
+        step; after a signal, save it and exit."""
+        every, minutes = self.cfg.log.checkpoint_every, self.cfg.log.checkpoint_minutes
+        is_due = (every and step % every == 0) or (minutes and clock() - self._last_save >= 60 * minutes)
+        if is_due or step == self.log.total or self._signal:
             with self.log.phase("save"):
                 saved = {name: part.state_dict() for name, part in state.items()}
                 saved["random"] = checkpoint.random_states()
                 checkpoint.save(self.checkpoints, step, saved, self.cfg.log.keep)
+            self._last_save = clock()
         if self._signal:
             self.log.message(f"stopped by signal {self._signal} after step {step}; the same command goes on from here")
             raise SystemExit(128 + self._signal)

@@ -26,7 +26,8 @@ MAY_DIFFER_ON_RESUME = (
     "resume",
     "reward_timeout",
     "reward_retries",
-    *(f"log.{name}" for name in ("every", "samples", "show_samples", "checkpoint_every", "keep", "live", "sinks")),
+    *(f"log.{name}" for name in ("every", "samples", "show_samples", "keep", "live", "sinks", "check_fit")),
+    *(f"log.checkpoint_{name}" for name in ("every", "minutes")),
     *(f"log.eval_{name}" for name in ("every", "tasks", "data", "limit")),
 )
 """Settings that do not change the weights that `out` gets. log.validate_every does: it decides at which steps there are

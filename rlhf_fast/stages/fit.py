@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import AutoConfig
 
 from rlhf_fast.config.data_path import shown_path
 from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
-from rlhf_fast.config.rewards import is_function, model_specs, reward_specs, spec_name
+from rlhf_fast.config.rewards import RewardSpec, is_function, model_specs, reward_specs, spec_name
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data import read_prompts
 from rlhf_fast.data.row_columns import require_columns
@@ -32,6 +32,8 @@ from rlhf_fast.run.outputs import check_hub_names
 from rlhf_fast.run.prompt_format import check_planned_format
 from rlhf_fast.training.reward_functions import FunctionReward
 from rlhf_fast.training.rewards import find_function
+
+S = TypeVar("S", bound=StageConfig)
 
 ROWS_TRIED = 64
 """Rows of each file that are read first, to see whether they are rows of the stage and whether any prompt fits."""
@@ -220,6 +222,27 @@ def _start(cfg: ModelConfig, earlier: Sequence[StageConfig]) -> tuple[ModelConfi
             others = [other for other in earlier if other is not stage]
             return _start(begins, others)[0], "scalar" if isinstance(stage, RewardConfig) else "lm"
     return cfg, ""
+
+
+def planned(cfg: S, earlier: Sequence[StageConfig]) -> S:
+    """Return the settings with each folder that a stage of `earlier` has yet to write replaced by the model which that
+    stage starts from: of the same sizes, though perhaps without a trained scalar head."""
+
+    def start_of(path: str) -> str:
+        return _start(ModelConfig(path), earlier)[0].path if path else path
+
+    def start_of_reward(spec: RewardSpec) -> RewardSpec:
+        return start_of(spec) if isinstance(spec, str) and not is_function(spec) else spec
+
+    changes: dict[str, Any] = {}
+    for name, value in vars(cfg).items():
+        if isinstance(value, ModelConfig):
+            changes[name] = replace(value, path=start_of(value.path))
+        elif name == "reference":
+            changes[name] = start_of(value)
+        elif name in ("reward", "select_reward"):
+            changes[name] = tuple(map(start_of_reward, reward_specs(value)))
+    return replace(cfg, **changes)
 
 
 def _check_room(stage: str, sampling: SamplingConfig, smallest: Sizes) -> None:

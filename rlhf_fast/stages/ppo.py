@@ -8,7 +8,7 @@ kl_coef, which stays 0 here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from rlhf_fast.batches import Experience, Prompts, Responses
 from rlhf_fast.config.fields import LoraConfig, ModelConfig
 from rlhf_fast.config.rewards import model_specs
-from rlhf_fast.config.stages import PPOConfig
+from rlhf_fast.config.stages import PPOConfig, StageConfig
 from rlhf_fast.data import Dataset, Split, read_prompts, read_texts
 from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.eval.in_training import TrainingEvaluation
@@ -31,7 +31,8 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
-from rlhf_fast.stages.fit import check_fit
+from rlhf_fast.stages.fit import check_fit, planned
+from rlhf_fast.stages.forecast import forecast_ppo
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
 from rlhf_fast.training.gradient_buffers import GradientPool
@@ -44,22 +45,28 @@ from rlhf_fast.training.rewards import Reward, load_reward
 PROGRESS_METRICS = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 
 
-def run(cfg: PPOConfig) -> None:
+def run(cfg: PPOConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
     """Train cfg.policy on the prompts of cfg.data; write the selected weights (cfg.select) to cfg.out.
 
     cfg.out becomes an ordinary causal LM folder, with the moving average in `ema/` and the value model in `value/`.
+    dry_run: print what the run takes, and write nothing. earlier: stages that by then will have written models which
+    this one reads; theirs are taken now.
     """
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
-        context = check_fit(cfg)
+        context = check_fit(cfg, earlier)
+        cfg = planned(cfg, earlier) if dry_run else cfg
         torch.manual_seed(cfg.seed)
-        models = load_models(cfg, run_folder.device)
+        models = load_models(cfg, run_folder.device, untrained=bool(dry_run and earlier))
         prompt_data, pretrain_data = load_data(cfg, models, run_folder, context)
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
         evaluation = TrainingEvaluation(cfg.log, models.policy, bound_prompt_format(run_folder))
         run_folder.notes += evaluation.notes
         state = init_state(cfg, models, run_folder)
+        learners = (state.policy_learner, state.value_learner)
+        if forecast_ppo(cfg, run_folder, models, learners, prompt_data, pretrain_data, dry_run):
+            return
         log = run_folder.start_or_resume(cfg.num_batches, PROGRESS_METRICS, state.parts())
         models.reward.notify = log.message
         with row_locations(**row_locators(prompt_data.train, pretrain_data)):
@@ -116,11 +123,12 @@ def init_state(cfg: PPOConfig, models: Models, run_folder: RunFolder) -> State:
     )
 
 
-def load_models(cfg: PPOConfig, device: str | None) -> Models:
+def load_models(cfg: PPOConfig, device: str | None, untrained: bool = False) -> Models:
     """Load the four models; raise UserError if their tokenizers differ or a scalar head was never trained.
 
     If no value model is given, the value model starts from the first reward model. If no reward is a model, it starts
-    from the policy's initial weights, with a new scalar head drawn with variance 1 / (D + 1).
+    from the policy's initial weights, with a new scalar head drawn with variance 1 / (D + 1). untrained: give one to
+    the reward models too, which are only to be measured.
     """
     policy = Model.load(cfg.policy, seed=cfg.seed, device=device)
     if cfg.reference or not cfg.policy.lora.rank:
@@ -136,10 +144,11 @@ def load_models(cfg: PPOConfig, device: str | None) -> Models:
         limits=CallLimits(cfg.reward_timeout, cfg.reward_retries),
         micro_batch_tokens=cfg.optim.micro_batch_tokens,
         device=device,
+        fresh_head=untrained,
     )
     scorers = model_specs(cfg.reward)
-    fresh_head = not scorers and not cfg.value.path
-    start = cfg.value.path or (scorers[0] if scorers else cfg.policy.path)
+    from_policy = not scorers and not cfg.value.path
+    start, fresh_head = cfg.value.path or (scorers[0] if scorers else cfg.policy.path), from_policy or untrained
     value_cfg = replace(cfg.value, path=start)
     value = Model.load(value_cfg, head="scalar", fresh_head=fresh_head, seed=cfg.seed, device=device)
     check_tokenizers(policy.tokenizer, value.tokenizer, value.name)

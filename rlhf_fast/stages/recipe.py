@@ -180,12 +180,16 @@ def planned_models(stages: Mapping[str, StageConfig]) -> dict[str, Literal["lm",
     return {cfg.out: "scalar" if isinstance(cfg, RewardConfig) else "lm" for cfg in stages.values()}
 
 
-def run_recipe(path: str | Path, echo: Callable[[str], None] = print, flags: Overrides | None = None) -> list[str]:
+def run_recipe(
+    path: str | Path, echo: Callable[[str], None] = print, flags: Overrides | None = None, dry_run: bool = False
+) -> list[str]:
     """Run the stages that are not finished, in order, and print the table; then evaluate. Return a sentence for each
-    figure that is below its threshold."""
+    figure that is below its threshold. dry_run: only print what each of these stages takes."""
     recipe = read_recipe(path, flags)
     check_recipe(recipe)
-    measurements = run_stages(recipe, echo)
+    measurements = run_stages(recipe, echo, dry_run)
+    if dry_run:
+        return []
     echo("\n".join(table(recipe, measurements)))
     if recipe.evaluation is None:
         return []
@@ -212,13 +216,15 @@ def check_recipe(recipe: Recipe, remedy: Callable[[str], str] | None = None) -> 
     _check_stages([cfg for stage, cfg in recipe.stages.items() if not done[stage]], list(recipe.stages.values()))
 
 
-def run_stages(recipe: Recipe, echo: Callable[[str], None] = print) -> dict[str, dict[str, Any]]:
-    """Run the stages that are not finished, in order; return the measurements of all."""
+def run_stages(recipe: Recipe, echo: Callable[[str], None] = print, dry_run: bool = False) -> dict[str, dict[str, Any]]:
+    """Run the stages that are not finished, in order; return the measurements of all. dry_run: as of `run_recipe`."""
     done = _finished_stages(recipe, partial(new_folders, recipe))
     measurements = read_measurements(recipe.out)
     for stage, cfg in recipe.stages.items():
         if done[stage]:
             echo(f"{stage}: finished already, in {cfg.out}")
+        elif dry_run:
+            run_stage(cfg, dry_run, list(recipe.stages.values()))
         else:
             _run_measured(stage, recipe, measurements)
     return measurements
@@ -304,16 +310,17 @@ def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, 
             write_json(recipe.out / MEASUREMENTS, measurements)
 
 
-def run_stage(cfg: StageConfig) -> None:
-    """Run one stage. The stages are imported here, so that a faulty recipe is refused before torch is loaded."""
+def run_stage(cfg: StageConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
+    """Run one stage; dry_run: print what it takes instead. The stages are imported here, so that a faulty recipe is
+    refused before torch is loaded."""
     from rlhf_fast.stages import ppo, reward, sft
 
     if isinstance(cfg, SFTConfig):
-        sft.run(cfg)
+        sft.run(cfg, dry_run, earlier)
     elif isinstance(cfg, RewardConfig):
-        reward.run(cfg)
+        reward.run(cfg, dry_run, earlier)
     else:
-        ppo.run(cfg)
+        ppo.run(cfg, dry_run, earlier)
 
 
 def finished(cfg: StageConfig, remedy: str = OTHER_FOLDER) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise, permutations
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.batches import Comparisons
-from rlhf_fast.config.stages import RewardConfig
+from rlhf_fast.config.stages import RewardConfig, StageConfig
 from rlhf_fast.data import Dataset, read_comparisons, read_demonstrations
 from rlhf_fast.data.encode import PromptFormat
 from rlhf_fast.errors import UserError, row_locations
@@ -18,7 +19,8 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import save_with_probe
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.prompt_format import bind_prompt_format
-from rlhf_fast.stages.fit import check_fit
+from rlhf_fast.stages.fit import check_fit, planned
+from rlhf_fast.stages.forecast import forecast_reward
 from rlhf_fast.stages.validation import prompt_columns, should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
@@ -28,15 +30,18 @@ CHANCE_ROWS = 1000
 PROGRESS_METRICS = ("loss/reward", "reward/accuracy", "valid/accuracy")
 
 
-def run(cfg: RewardConfig) -> None:
+def run(cfg: RewardConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
     """Train cfg.model with a scalar head on cfg.data; write AutoModelForSequenceClassification to cfg.out.
 
     The head starts as a row of N(0, 1 / (D + 1)) (Stiennon et al. 2020), the decoder as cfg.model's.
+    dry_run: print what the run takes, and write nothing. earlier: stages that by then will have written models which
+    this one reads; theirs are taken now.
     """
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
-        check_fit(cfg)
+        check_fit(cfg, earlier)
+        cfg = planned(cfg, earlier) if dry_run else cfg
         torch.manual_seed(cfg.seed)
         model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=run_folder.device)
         sources = {"data": cfg.data, "demonstrations": cfg.demonstrations}
@@ -46,6 +51,8 @@ def run(cfg: RewardConfig) -> None:
         demonstrations = load_demonstrations(cfg, model, prompt_format)
         steps = -(-cfg.epochs * len(data.train) // cfg.batch)
         learner = Learner(model, cfg.optim, steps)
+        if forecast_reward(cfg, run_folder, learner, data, dry_run):
+            return
         state = {"learner": learner}
         log = run_folder.start_or_resume(steps, PROGRESS_METRICS, state)
         for step in range(log.start + 1, steps + 1):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from rlhf_fast.config.stages import SFTConfig
+from rlhf_fast.config.stages import SFTConfig, StageConfig
 from rlhf_fast.data import Dataset, Split, read_demonstrations, read_texts
 from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.eval.in_training import TrainingEvaluation
@@ -16,7 +17,8 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import BestModel, RunFolder, Stateful
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
-from rlhf_fast.stages.fit import check_fit
+from rlhf_fast.stages.fit import check_fit, planned
+from rlhf_fast.stages.forecast import forecast_sft
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
@@ -25,12 +27,17 @@ from rlhf_fast.training.rewards import Reward, load_reward
 PROGRESS_METRICS = ("loss/sft", "valid/sft", "valid/scores")
 
 
-def run(cfg: SFTConfig) -> None:
-    """Train cfg.model on cfg.data; write the selected weights (cfg.select) to cfg.out, an ordinary causal LM folder."""
+def run(cfg: SFTConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
+    """Train cfg.model on cfg.data; write the selected weights (cfg.select) to cfg.out, an ordinary causal LM folder.
+
+    dry_run: print what the run takes, and write nothing. earlier: stages that by then will have written models which
+    this one reads; theirs are taken now.
+    """
     with RunFolder(cfg) as run_folder:
         if run_folder.finished:
             return
-        context = check_fit(cfg)
+        context = check_fit(cfg, earlier)
+        cfg = planned(cfg, earlier) if dry_run else cfg
         torch.manual_seed(cfg.seed)
         model = Model.load(cfg.model, seed=cfg.seed, device=run_folder.device)
         data, pretrain_data, reward = load_data(cfg, model, run_folder, context)
@@ -38,6 +45,8 @@ def run(cfg: SFTConfig) -> None:
         learner = Learner(model, cfg.optim, steps, dropout=cfg.residual_dropout)
         evaluation = TrainingEvaluation(cfg.log, model, bound_prompt_format(run_folder))
         run_folder.notes += evaluation.notes
+        if forecast_sft(cfg, run_folder, learner, data, pretrain_data, dry_run):
+            return
         best, save = BestModel(run_folder), partial(save_with_probe, model)
         state: dict[str, Stateful] = {"learner": learner, "best": best}
         text_location = pretrain_data.location if pretrain_data else None

@@ -130,6 +130,13 @@ class Learner:
         self._zero_grad()
         return gradients
 
+    def rehearse(self, terms: Sequence[Term]) -> None:
+        """Compute the gradient of the terms and forget it, to see how long that takes. All that steps depend on stays,
+        but for torch's random state."""
+        with paused_garbage_collection():
+            self._backward(terms)
+        self._zero_grad()
+
     def _backward(self, terms: Sequence[Term]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Put the gradient of the terms into `gradients`; return the micro-batches' losses and the combined stats."""
         self._zero_grad()

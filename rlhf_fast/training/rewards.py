@@ -42,17 +42,20 @@ def load_reward(
     limits: CallLimits = NO_LIMITS,
     micro_batch_tokens: int = 8192,
     device: str | torch.device | None = None,
+    fresh_head: bool = False,
 ) -> Reward:
     """Return the reward that `specs` names: one, or the sum of several, each times its weight (none = 1).
 
     tokenizer: the policy's. cfg: how to load a model; its path is ignored. limits: of the functions' calls.
+    fresh_head: as in Model.load.
     """
     parts: list[ModelReward | FunctionReward] = []
     for spec in reward_specs(specs):
         if is_function(spec):
             parts.append(FunctionReward(find_function(spec), tokenizer, spec_name(spec)))
         else:
-            model = Model.load(replace(cfg or ModelConfig(), path=str(spec)), head="scalar", device=device)
+            model_cfg = replace(cfg or ModelConfig(), path=str(spec))
+            model = Model.load(model_cfg, head="scalar", fresh_head=fresh_head, device=device)
             check_tokenizers(tokenizer, model.tokenizer, str(spec))
             parts.append(ModelReward(model, micro_batch_tokens))
     return Reward(parts, weights, short_names(reward_specs(specs)), limits)
@@ -104,6 +107,10 @@ class Reward:
         """The columns that the functions read which are called by names."""
         found = [part.wanted for part in self.parts if isinstance(part, FunctionReward)]
         return [wanted for wanted in found if wanted is not None]
+
+    def models(self) -> list[Model]:
+        """Return the reward models among the parts."""
+        return [part.model for part in self.parts if isinstance(part, ModelReward)]
 
     def notes(self) -> list[str]:
         """Return a sentence on how each function is called."""
