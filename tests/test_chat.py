@@ -340,7 +340,9 @@ def test_a_terminal_shows_tokens_as_they_come_and_control_c_stops_the_answer(tmp
         terminal.send("/logprobs\n")
         shown = terminal.until(r"(\d+) tokens?, .* at temperature 1\r\n> $")
         assert 1 <= int(re.search(r"(\d+) tokens?, ", shown).group(1)) < 90000
-        terminal.send("half a line\x03")  # at the prompt it drops the line
+        terminal.send("half a line")
+        terminal.until("half a line")  # it is being read: before, readline misses a signal until the next key
+        terminal.send("\x03")  # at the prompt it drops the line
         terminal.until(r"\n> $")
         terminal.send("/nothing\n")
         terminal.until(r"chat: no command /nothing; [\s\S]*> $")  # and the conversation goes on

@@ -30,7 +30,7 @@ def score(texts):
             r"optim must be an OptimConfig; write OptimConfig\(lr=\.\.\.\), got {'lr'",
         ),
         (lambda: PPOConfig(episode=3), 'no setting "episode"; did you mean episodes?'),
-        (lambda: PPOConfig(lr=3), r"it is one of the group optim: optim=OptimConfig\(lr=\.\.\.\)"),
+        (lambda: PPOConfig(lr=3), r"did you mean optim=OptimConfig\(lr=\.\.\.\)\?"),
         (lambda: PPOConfig(xyzzy=3), 'no setting "xyzzy"; there are out, seed'),
         (lambda: PPOConfig(episodes="3"), "episodes must be a whole number, got '3'"),
         (lambda: PPOConfig(episodes=2.5), "episodes must be a whole number, got 2.5"),

@@ -289,7 +289,7 @@ def test_ppo_counts_steps_of_decoding_and_full_responses(folder, monkeypatch, ca
     ppo.run(cfg, dry_run=True)
     batch = 6 * -(-cfg.batch // 4)
     said = capsys.readouterr().err
-    assert f"at most about {estimate.duration(batch * cfg.num_batches)} and the reward function's" in said
+    assert f"at most about {estimate.duration(batch * cfg.num_batches)} and the reward functions'" in said
     assert f"{estimate.duration(batch)} a batch: generate 100%, score 0%, learn 0%" in said
 
 

@@ -24,7 +24,7 @@ LAYERS = [
     {"ops", "batches", "errors"},
     {"kernels"},
 ]
-MAX_ENTRIES = 17
+MAX_ENTRIES = 16
 
 
 def package_files() -> dict[str, Path]:
@@ -123,7 +123,7 @@ def test_no_circles_between_files():
 def test_the_package_can_be_taken_in_at_a_glance():
     entries = {path.name for path in (ROOT / "rlhf_fast").iterdir() if path.suffix == ".py" or [*path.glob("*.py")]}
     assert {name.removesuffix(".py") for name in entries} - {"__init__"} == set().union(*LAYERS) - {"kernels"}
-    assert len(entries) <= MAX_ENTRIES
+    assert len([name for name in entries if not name.startswith("__")]) <= MAX_ENTRIES
 
 
 def test_stages_do_not_import_one_another():

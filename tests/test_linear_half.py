@@ -107,6 +107,14 @@ def test_kept_exponentials_of_rising_tiles_and_banned_tokens(emulated):
     assert ((bias.grad.double() - exact.grad).abs() <= 2**-7 * exact.grad.abs() + 1e-30).all()
 
 
+def torch_reads_the_next_row():
+    """Return whether torch's own bfloat16 product of 2100 columns makes NaN of a row before one that is NaN: oneDNN's
+    does by AMX, which multiplies what lies behind a row by 0 where the columns are no multiple of 32."""
+    x = torch.zeros(96, 2100, dtype=torch.bfloat16)
+    x[1] = torch.nan
+    return bool((x @ torch.ones(2100, 33, dtype=torch.bfloat16))[0].isnan().any())
+
+
 def test_kept_exponentials_of_a_bad_row(emulated):
     """A NaN in a row of hidden makes NaN of its own gradient, and of the weight's, which all rows share."""
     hidden, weight, targets = random_head()
@@ -115,7 +123,8 @@ def test_kept_exponentials_of_a_bad_row(emulated):
         hidden[1] = hidden[2] = torch.nan
     ops.linear_cross_entropy(hidden, weight, targets, torch.ones(96))[0].backward()
     assert hidden.grad[1].isnan().all() and weight.grad.isnan().all()
-    assert (hidden.grad[2] == 0).all() and hidden.grad[[0, *range(3, 96)]].isfinite().all()
+    others = [0] * (not torch_reads_the_next_row()) + [*range(3, 96)]
+    assert (hidden.grad[2] == 0).all() and hidden.grad[others].isfinite().all()
 
 
 @KEPT

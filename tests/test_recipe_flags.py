@@ -37,7 +37,7 @@ def started(monkeypatch):
     """Collect the settings of the stages that run, which write only that they are finished."""
     found = []
 
-    def run(cfg):
+    def run(cfg, *_):
         found.append(cfg)
         Path(cfg.out).mkdir(parents=True)
         (Path(cfg.out) / "config.json").write_text("{}")
@@ -184,7 +184,7 @@ def test_a_swept_sft_setting_trains_all_that_follows(recipe, started):
 def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(capsys, recipe, started, monkeypatch):
     run = ppo.run
 
-    def failing(cfg):
+    def failing(cfg, *_):
         if cfg.kl.coef == 0.05:
             raise ZeroDivisionError("division by zero")
         if cfg.kl.coef == 0.07:

@@ -47,8 +47,8 @@ class Counter:
 def start(cfg):
     """Begin a run; return what run.json holds."""
     with RunFolder(cfg) as run:
+        notes = list(run.notes)
         run.start_or_resume(1, (), {})
-        notes = run.notes
     return json.loads((Path(cfg.out) / "run.json").read_text()), notes
 
 

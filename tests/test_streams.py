@@ -89,8 +89,11 @@ def test_rows_are_json_in_every_encoding(tmp_path, monkeypatch, encoding, one_th
         ("generate", "generate: --model and --prompts must be given"),
         ("check", "check: FILE must be given"),
         ("plot --out x.png", "plot: RUN must be given"),
-        ("generate --model m --prompts x --dtype f9", "invalid choice 'f9' for argument '--dtype'. Expected one of ("),
-        ("generate --model", "Missing value for argument '--model'"),
+        (
+            "generate --model m --prompts x --dtype f9",
+            "generate: --dtype must be one of float32, bfloat16, float16, got f9",
+        ),
+        ("generate --model", "generate: --model needs a value"),
         ("generate --modle m --prompts x", "Unrecognized options: --modle"),
         ("show-config all --diff paper", "--diff"),
     ],

@@ -118,7 +118,7 @@ def test_every_name_of_another_library_leads_to_a_setting():
             "check: --as must be one of auto, demonstrations, comparisons, prompts, texts (did you mean comparisons?),"
             " got comparison;",
         ),
-        ("show-config foo", "show-config: stage must be one of all, sft, reward, ppo, got foo;"),
+        ("show-config foo", "show-config: stage must be one of all, sft, reward, ppo, eval, got foo;"),
         ("show-config --diff paper", "show-config: --diff takes two names, got paper;"),
         ("check f --columns prompt", "check: --columns takes pairs of names, as in --columns prompt question;"),
         ("check f --limit x", "check: --limit must be a whole number, got x;"),

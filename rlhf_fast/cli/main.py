@@ -16,8 +16,6 @@ Command = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[str, Command]] = {}
 """Command -> (summary, function from the arguments to the exit status)."""
-DRY_RUN = "--dry-run"
-"""Flag of a stage: print what the run takes, and stop there."""
 RESUMES = ("sft", "reward", "ppo", "run", "sweep", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
@@ -133,6 +131,7 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _stage(name: str, argv: Sequence[str]) -> int:
+    from rlhf_fast.cli.recipe import DRY_RUN
     from rlhf_fast.config.flags import stage_config
     from rlhf_fast.config.stages import STAGES
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from rlhf_fast.config.recipe_flags import combinations, overrides, read_flags, section_help
 from rlhf_fast.errors import UserError
 
+DRY_RUN = "--dry-run"
+"""Flag of `run` and of a stage: print what it takes, and stop there."""
 SWEEP_OUT = "sweep.out"
 HELP = {
     "run": """\
@@ -19,6 +21,7 @@ A flag replaces a value of the recipe:
 
     rlhf-fast run recipe.yaml --ppo.kl.coef 0.1 --ppo.out runs/b     # another PPO run; sft and reward stay
     rlhf-fast run recipe.yaml --out runs/second --seed 1             # everything anew
+    rlhf-fast run recipe.yaml --dry-run     # rows, steps, time, memory and disk of each stage, and nothing else
 """,
     "sweep": """\
 usage: rlhf-fast sweep RECIPE --SETTING VALUE VALUE ... [--SETTING VALUE ...]
@@ -36,11 +39,11 @@ that is swept are run once. Several swept settings: each value with each.
 
 def run(argv: Sequence[str]) -> list[str]:
     """Run a recipe. Return a sentence for each figure that is below its threshold."""
-    recipe, words = _recipe("run", argv)
+    recipe, words = _recipe("run", [word for word in argv if word != DRY_RUN])
     settings = overrides(read_flags(words, "run"), "run")
     from rlhf_fast.stages.recipe import run_recipe
 
-    return run_recipe(recipe, flags=settings)
+    return run_recipe(recipe, flags=settings, dry_run=DRY_RUN in argv)
 
 
 def sweep(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -65,8 +68,8 @@ def _recipe(command: str, argv: Sequence[str]) -> tuple[str, list[str]]:
         print("\n".join(_help(command)))
         sys.exit(0)
     if not argv or argv[0].startswith("--"):
-        hint = f"write `rlhf-fast {command} recipe.yaml {' '.join(argv[:2])} ...`" if argv else "see --help"
-        raise UserError(f"{command}: RECIPE must be given, first of all; {hint}")
+        example = f", before the flags: `rlhf-fast {command} recipe.yaml {' '.join(argv[:2])} ...`" if argv else ""
+        raise UserError(f"{command}: RECIPE must be given{example or f'; see `rlhf-fast {command} --help`'}")
     return argv[0], list(argv[1:])
 
 
