@@ -191,6 +191,38 @@ def test_other_contents_under_the_same_name_are_a_difference(tmp_path):
     assert rows == [("data.path (sha256)", "0" * 12, "1" * 12)]
 
 
+def test_lists_of_files_and_of_rewards_have_checksums_too(tmp_path):
+    """A list of files has one of all, a list of rewards one each."""
+
+    def run(folder, files, function):
+        sums = {"1.jsonl, 2.jsonl": files * 64, "1.jsonl": "0" * 64, "2.jsonl": files * 64}
+        run = write_run(folder, metrics=ppo_rows([1.0]), reward=["m:f", "m:g"])
+        manifest = json.loads((folder / "run.json").read_text())
+        manifest["config"]["data"]["path"] = ["1.jsonl", "2.jsonl"]
+        manifest |= {"data": sums, "functions": {"m:f": "a" * 64, "m:g": function * 64}}
+        (folder / "run.json").write_text(json.dumps(manifest))
+        return run
+
+    runs = comparing._read([run(tmp_path / "a", "1", "c"), run(tmp_path / "b", "2", "d")])
+    rows = {name: cells for name, *cells in comparing.setting_rows(runs)}
+    assert rows["data.path (sha256)"] == ["1" * 12, "2" * 12]
+    assert rows["reward (sha256)"] == [f"{'a' * 12} {'c' * 12}", f"{'a' * 12} {'d' * 12}"]
+
+
+def test_long_values_that_differ_are_not_cut_to_the_same():
+    one, other = (f"/data/project/experiments/{name}/reward-model-of-the-week" for name in "ab")
+    cells = comparing._cut([one, other])
+    assert len(set(cells)) == 2 and all(len(cell) <= comparing.CELL for cell in cells)
+    assert comparing._cut(["short", "x" * 99])[0] == "short"
+
+
+def test_each_of_several_rewards_has_a_panel():
+    rows = [{"step": 1, "rewards/rm/mean": 0.5, "rewards/rm/std": 0.1, "valid/rewards/rm/mean": 0.4}]
+    assert [(title, list(curves)) for title, curves in panels(rows)] == [
+        ("rewards/rm", ["rewards/rm/mean", "valid/rewards/rm/mean"])
+    ]
+
+
 def test_three_runs_of_sft_and_of_reward_training(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for stage, metric in (("sft", "loss/sft"), ("reward", "loss/reward")):

@@ -14,6 +14,7 @@ from rlhf_fast.cli.main import COMMANDS, main
 from rlhf_fast.config.recipe_flags import SECTIONS, read_flags
 from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.sections import SHARED
+from rlhf_fast.config.stages import STAGES
 
 EXTRA = ("sweep.out",)
 
@@ -113,12 +114,15 @@ def test_flags_are_those_of_the_command(command, capsys):
     starts = [match.group(1) for line in text.splitlines() if (match := re.match(r"[│| ]*(-[-\w., ]*)", line))]
     listed = {name for start in starts for name in re.findall(r"--[a-z][\w.-]*", start)}
     assert ours <= shown and listed <= ours
+    assert ("--dry-run" in ours) == (command in STAGES)
 
 
 @pytest.mark.parametrize("command", OF_RECIPES)
 def test_flags_of_a_recipe_are_those_that_it_takes(command, capsys):
     """Each is read without an error, and all settings are there."""
-    flags = [flag for flag in flags_of(command) if flag.names and flag.names[0] not in ("--help", "--dry-run")]
+    flags = [flag for flag in flags_of(command) if flag.names and flag.names[0] != "--help"]
+    assert any("--dry-run" in flag.names for flag in flags) == (command == "run")
+    flags = [flag for flag in flags if "--dry-run" not in flag.names]  # taken before the others are read
     names = [name for flag in flags for name in flag.names]
     read = read_flags([word for name in names for word in ([name] if "no-" in name else [name, "1"])], command, EXTRA)
     assert len(read) == len(names)

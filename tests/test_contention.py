@@ -83,6 +83,8 @@ def test_note_where_other_programs_keep_cores_busy(machine):
     assert "about 30.0 of 64 cores" in contention_note(64) and "OMP_NUM_THREADS=34" in contention_note(64)
     assert "GOMP_SPINCOUNT" in contention_note(64)
     assert contention_note(34) == "", "there are cores enough"
+    machine(load=5.0, cores=2, too_late=True)
+    assert contention_note(1) == "other programs keep about 2.0 of 2 cores busy, so steps take longer"
 
 
 def test_no_note_for_its_own_threads(machine):

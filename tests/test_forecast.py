@@ -84,7 +84,10 @@ def test_a_resumed_run_says_what_is_left(folder, stage, plans, monkeypatch, caps
         with pytest.raises(KeyboardInterrupt):
             STAGES[stage].run(cfg)
     capsys.readouterr()
-    STAGES[stage].run(cfg)
+    damaged = folder / "out/checkpoints/step_99"  # a newer one that is no checkpoint does not count
+    damaged.mkdir()
+    with pytest.warns(UserWarning, match="step_99: skipped"):
+        STAGES[stage].run(cfg)
     rows = toy.rows(folder / "out/metrics.jsonl")
     assert plans[1].steps == len(rows) - 2
     name = "batches" if stage == "ppo" else "steps"
@@ -345,6 +348,12 @@ def test_every_proposal_needs_less_and_changes_least_first():
     assert tried[-1].bfloat16 and tried[-1].rank and tried[-1].checkpointing
     assert memory_needed(work, tried[-1]) == min(memory_needed(work, knobs) for knobs in tried)
     assert min(knobs.micro_batch_tokens for knobs in tried) == work.longest
+
+
+def test_no_adapter_is_proposed_where_none_is_allowed():
+    work = replace(WORK, may_adapt=False)
+    assert not any(knobs.rank for knobs in smaller(work, Knobs(8192)))
+    assert any(knobs.rank for knobs in smaller(WORK, Knobs(8192)))
 
 
 def test_disk_keeps_one_more_checkpoint_while_it_is_written():

@@ -64,6 +64,7 @@ def flags_of(command: str) -> Iterator[Flag]:
     if command in STAGES:
         yield Flag(("--preset",), "settings to start from", ("default", *PRESETS[command]))
         yield Flag(("--config",), "YAML file with settings", is_text=True)
+        yield Flag(("--dry-run",), "print what the run takes, and stop there", takes_value=False)
     yield from _flags(cls, setting_docs(cls), "", "")
     yield Flag(("--help", "-h"), "show all flags", takes_value=False)
 

@@ -131,18 +131,19 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _stage(name: str, argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.recipe import DRY_RUN
+    from rlhf_fast.cli.recipe import split_dry_run
     from rlhf_fast.config.flags import stage_config
     from rlhf_fast.config.stages import STAGES
 
-    cfg = stage_config(STAGES[name], [word for word in argv if word != DRY_RUN])
+    argv, dry_run = split_dry_run(argv)
+    cfg = stage_config(STAGES[name], argv)
     cfg.ready()
     from rlhf_fast.data.files import require_data
     from rlhf_fast.stages.recipe import run_stage
 
     for path in cfg.data_paths():  # fail before a model is loaded for minutes
         require_data(path)
-    run_stage(cfg, dry_run=DRY_RUN in argv)
+    run_stage(cfg, dry_run=dry_run)
     return 0
 
 

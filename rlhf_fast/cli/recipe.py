@@ -37,13 +37,20 @@ that is swept are run once. Several swept settings: each value with each.
 }
 
 
+def split_dry_run(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the arguments without --dry-run, and whether it was among them."""
+    rest = [word for word in argv if word.replace("_", "-") != DRY_RUN]
+    return rest, len(rest) < len(argv)
+
+
 def run(argv: Sequence[str]) -> list[str]:
     """Run a recipe. Return a sentence for each figure that is below its threshold."""
-    recipe, words = _recipe("run", [word for word in argv if word != DRY_RUN])
+    argv, dry_run = split_dry_run(argv)
+    recipe, words = _recipe("run", argv)
     settings = overrides(read_flags(words, "run"), "run")
     from rlhf_fast.stages.recipe import run_recipe
 
-    return run_recipe(recipe, flags=settings, dry_run=DRY_RUN in argv)
+    return run_recipe(recipe, flags=settings, dry_run=dry_run)
 
 
 def sweep(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def compare(folders: Sequence[str], out: str | Path, num_samples: int, smooth: f
     page = Page(str(runs[0].manifest["stage"]), tuple(run.folder for run in runs), names, values, settings, pairs, note)
     write_page(target, page, pyplot, lines, smooth)
     main = [row for row in values if row[0].startswith(SHOWN_ON_TERMINAL)]
-    shown = [[_cut(cell) for cell in row] for row in settings]
+    shown = [[name, *_cut(cells)] for name, *cells in settings]
     return [
         *aligned([("last values", *names), *main]),
         "",
@@ -110,25 +111,31 @@ def short_names(folders: Sequence[str]) -> list[str]:
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of run.json as text under their names, checksums of inputs and versions included."""
-    found = dict(_flat("", manifest["config"]))
-    for section in INPUTS:
-        inputs = manifest.get(section)
-        for path, digest in inputs.items() if isinstance(inputs, dict) else ():
-            # Under the name of the setting, so that two files of equal contents are no difference.
-            names = [name for name, value in found.items() if value == _text(path)]
-            found |= {f"{name} (sha256)": str(digest)[:12] for name in names}
-    found |= dict(_flat("versions.", manifest["versions"]))
+    values = dict(_flat("", manifest["config"]))
+    found = {name: _text(value) for name, value in values.items()}
+    sections = [manifest.get(section) for section in INPUTS]
+    inputs = {
+        path: str(digest) for section in sections if isinstance(section, dict) for path, digest in section.items()
+    }
+    for name, value in values.items():
+        # Under the name of the setting, so that two files of equal contents are no difference.
+        paths = list(map(str, value)) if isinstance(value, list) else [value]
+        whole = inputs.get(", ".join(paths)) if all(isinstance(path, str) for path in paths) else None
+        digests = [whole] if whole else [inputs[path] for path in paths if isinstance(path, str) and path in inputs]
+        if digests:
+            found[f"{name} (sha256)"] = " ".join(digest[:12] for digest in digests)
+    found |= {name: _text(value) for name, value in _flat("versions.", manifest["versions"])}
     machine = manifest["machine"]
     return found | {f"machine.{name}": _text(machine[name]) for name in ("threads", "gpu") if name in machine}
 
 
-def _flat(prefix: str, tree: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _flat(prefix: str, tree: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     for name, value in tree.items():
         # A mapping that a user gives, such as data.columns, is a value of one setting; sections have names of ours.
         if isinstance(value, dict) and value and name != "columns":
             yield from _flat(f"{prefix}{name}.", value)
         else:
-            yield prefix + name, _text(value)
+            yield prefix + name, value
 
 
 def _text(value: object) -> str:
@@ -251,7 +258,14 @@ def _is_page(file: Path) -> bool:
         return stream.read(len(FIRST_BYTES)) == FIRST_BYTES
 
 
-def _cut(cell: str) -> str:
-    """Return a value for a table of the terminal: one line, without its middle if it is long."""
-    line = printable(" ".join(cell.split()))
-    return line if len(line) <= CELL else f"{line[: CELL // 2 - 1]}…{line[-CELL // 2 :]}"
+def _cut(cells: Sequence[str]) -> list[str]:
+    """Return values that differ for a table of the terminal: each on one line, a long one without its middle, or from
+    shortly before the place where they differ if that is in the middle."""
+    lines = [printable(" ".join(cell.split())) for cell in cells]
+    shown = [line if len(line) <= CELL else f"{line[: CELL // 2 - 1]}…{line[-CELL // 2 :]}" for line in lines]
+    if len(set(shown)) == len(set(lines)):
+        return shown
+    columns = zip(*lines, strict=False)
+    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    start = max(same - CELL // 4, 0)
+    return [f"…{line[start : start + CELL - 2]}{'…' * (len(line) > start + CELL - 2)}" for line in lines]

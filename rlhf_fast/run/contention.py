@@ -44,7 +44,10 @@ def contention_note(num_threads: int) -> str:
     others = load - time.process_time() / elapsed * (1 - math.exp(-elapsed / LOAD_SECONDS))
     if others < 1 or others + num_threads <= cores:
         return ""
-    remedy = f"OMP_NUM_THREADS={max(cores - round(others), 1)} leaves them theirs"
-    if _too_late:
-        remedy += f", and `import rlhf_fast` before torch, or GOMP_SPINCOUNT={SPIN_COUNT}, keeps waiting threads short"
-    return f"other programs keep about {others:.1f} of {cores} cores busy, so steps take longer; {remedy}"
+    remedies = []
+    if (fewer := max(cores - round(others), 1)) < num_threads:
+        remedies.append(f"OMP_NUM_THREADS={fewer} leaves them theirs")
+    if _too_late and num_threads > 1:
+        remedies.append(f"`import rlhf_fast` before torch, or GOMP_SPINCOUNT={SPIN_COUNT}, lets waiting threads sleep")
+    busy = f"other programs keep about {min(others, cores):.1f} of {cores} cores busy, so steps take longer"
+    return f"{busy}; {', and '.join(remedies)}" if remedies else busy

@@ -127,6 +127,8 @@ class Work:
     page: int = 32
     """Positions of a page of keys and values."""
     on_gpu: bool = False
+    may_adapt: bool = True
+    """Whether adapters are allowed."""
 
     def with_knobs(self, knobs: Knobs) -> Work:
         """Return the work with the models that these settings give."""
@@ -196,7 +198,7 @@ def smaller(work: Work, knobs: Knobs) -> Iterator[Knobs]:
         yield from caches
         yield from (replace(caches[-1], micro_batch_tokens=size) for size in sizes if caches)
     smallest = replace(caches[-1] if caches else knobs, micro_batch_tokens=sizes[-1] if sizes else start)
-    adapters = any(size.adapters for size in work.trained)
+    adapters = any(size.adapters for size in work.trained) or not work.may_adapt
     half = any(size.itemsize == 4 for size in (*work.trained, *work.frozen))
     checkpoints = not all(size.checkpointing for size in work.trained)
     for first in (knobs, smallest):

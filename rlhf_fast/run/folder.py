@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -108,8 +109,11 @@ class RunFolder:
         return notes
 
     def steps_done(self) -> int:
-        """Return the steps before the newest checkpoint, which is not read yet."""
-        return max(map(checkpoint.step_of, checkpoint.all_steps(self.checkpoints)), default=0)
+        """Return the steps before the newest undamaged checkpoint, which is not read yet."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `start_or_resume` warns of a damaged one
+            path = checkpoint.latest(self.checkpoints)
+        return checkpoint.step_of(path) if path else 0
 
     def start_or_resume(self, total: int, progress_metrics: tuple[str, ...], state: Mapping[str, Stateful]) -> Log:
         """Lock the folder, restore `state` from the newest checkpoint, and open the log of a run of `total` steps.

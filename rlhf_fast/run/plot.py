@@ -21,8 +21,8 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("entropy, nats a token", ("objective/entropy_token", "policy/entropy_avg")),
     ("accuracy", ("reward/accuracy", "valid/accuracy", "valid/longer_wins")),
 )
-"""(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME; each task of eval one
-too, or one for each unit of its measures."""
+"""(title, metrics that share the axes). Each loss/NAME gets a panel of its own, with valid/NAME; so does each of
+several rewards, and each task of eval, or each unit of its measures."""
 EVAL = "eval/"
 EVAL_DETAILS = ("empty", "unjudged", "words", "_bin_", "refusal_rate_", "nats")
 """Parts of the names of measures that are left out: details, and losses that a task has in bits too."""
@@ -63,6 +63,8 @@ def panels(rows: list[dict]) -> list[tuple[str, Curves]]:
     names = dict.fromkeys(name for row in rows for name in row)
     losses = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
     candidates = [*PANELS, *((f"loss: {name}", (f"loss/{name}", f"valid/{name}")) for name in losses)]
+    rewards = [name for name in names if name.startswith("rewards/") and name.endswith("/mean")]
+    candidates += [(name.removesuffix("/mean"), (name, f"valid/{name}")) for name in rewards]
     candidates += _eval_panels(names)
     found = []
     for title, metrics in candidates:

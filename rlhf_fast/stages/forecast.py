@@ -124,7 +124,7 @@ def forecast_ppo(
     work = replace(
         _work(run_folder, policy, (policy_size, value_size), parts, max(sizes)),
         frozen=tuple(frozen_sizes), longest=longest, ema=bool(cfg.ema), prompts=answered, new_tokens=new_tokens,
-        page=page_size_for(policy.device),
+        page=page_size_for(policy.device), may_adapt=not cfg.exact,
     )  # fmt: skip
     response_tokens = prompt_tokens + new_tokens * cfg.batch
     scored = sum(size.params for size in (policy_size, value_size, *frozen_sizes))

@@ -42,7 +42,7 @@ class Plan:
 
 def tell(cfg: StageConfig, run_folder: RunFolder, model: Model, plan: Plan, dry_run: bool) -> bool:
     """Print the plan, and return `dry_run`. UserError for a run that does not fit."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
 
     def message(text: str, style: str = "") -> None:
         console.print(f"{cfg.stage}: {text}", style=style, markup=False, soft_wrap=True)

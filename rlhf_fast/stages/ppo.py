@@ -282,7 +282,7 @@ def log_step(
 ) -> None:
     """Write one row of metrics and a few of samples after step 1, 2, ..."""
     log.metrics(step, {"episode": step * cfg.batch, **stats}, tokens=int(responses.mask.sum()))
-    if step % cfg.log.every == 0:
+    if step % cfg.log.every == 0 or step == cfg.num_batches:
         count = min(cfg.log.samples, len(responses.lengths))
         kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
         shown = responses.take(range(count))
