@@ -5,9 +5,10 @@ import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toy
 
@@ -113,6 +114,53 @@ def test_functions_without_a_name_of_their_own_differ_by_text_and_values(folder,
     RunFolder(cfg)
     with pytest.raises(UserError, match=r"has changed since|was started with reward"):
         RunFolder(replace(cfg, reward=other))
+
+
+@dataclass
+class Constant:
+    scale: float
+
+    def __call__(self, completions, **kwargs):
+        return [self.scale] * len(completions)
+
+
+def test_two_functions_of_one_name_and_a_dataclass_resume(folder):
+    rewards = [scaled(1.0), scaled(2.0), Constant(0.5)]
+    saved, _ = start(toy.ppo(folder, reward=rewards))
+    assert len(saved["functions"]) == 3 and all(isinstance(name, str) for name in saved["config"]["reward"])
+    RunFolder(toy.ppo(folder, reward=[scaled(1.0), scaled(2.0), Constant(0.5)]))
+    for others in ([scaled(1.0), scaled(3.0), Constant(0.5)], [scaled(1.0), scaled(2.0), Constant(0.7)]):
+        with pytest.raises(UserError, match="was started with|has changed since"):
+            RunFolder(toy.ppo(folder, reward=others))
+
+
+def test_what_a_function_holds_counts():
+    def make(value):
+        def reward(texts, *, factor=value):
+            return [factor] * len(texts)
+
+        return reward
+
+    class Slots:
+        __slots__ = ("value",)
+
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, texts):
+            return [self.value] * len(texts)
+
+    for kind in (make, Slots, lambda value: scaled(np.float64(value))):
+        one, same, other = (function_source(kind(value)).checksum for value in (1.0, 1.0, 2.0))
+        assert one == same != other
+
+
+def test_the_file_of_a_function_that_a_package_passes_on_counts(folder, monkeypatch):
+    (folder / "pack").mkdir()
+    (folder / "pack/__init__.py").write_text("from pack.inner import good\n")
+    (folder / "pack/inner.py").write_text("def good(texts): return [0.0] * len(texts)\n")
+    monkeypatch.syspath_prepend(str(folder))
+    assert function_source("pack:good").file == folder / "pack/inner.py"
 
 
 def test_a_function_without_a_source_is_noted(folder):

@@ -17,7 +17,7 @@ import toy
 from rlhf_fast.batches import GivenRow, Prompts
 from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, SamplingConfig
-from rlhf_fast.errors import UserError, row_locations
+from rlhf_fast.errors import BadRows, UserError, row_locations
 from rlhf_fast.eval.reward_report import score_comparisons, score_texts
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
@@ -25,7 +25,7 @@ from rlhf_fast.run.logs import read_metrics
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.fit import check_fit
 from rlhf_fast.training import reward_calls
-from rlhf_fast.training.reward_calls import CallLimits
+from rlhf_fast.training.reward_calls import Call, CallLimits, call_all
 from rlhf_fast.training.reward_functions import FunctionReward, call_form
 from rlhf_fast.training.rewards import Reward, load_reward
 
@@ -517,3 +517,19 @@ def test_rewards_stand_alone_too(policy, responses):
     """Without prompts, a function that is called by names gets the decoded prompts."""
     found = Reward([FunctionReward(lambda prompts, completions: [float(len(p)) for p in prompts], policy.tokenizer)])
     assert found(responses).tolist() == [5.0, 5.0, 3.0, 3.0, 7.0, 7.0]
+
+
+@pytest.mark.parametrize("timeout", [0.0, 5.0])
+@pytest.mark.parametrize("kind", ["async", "plain"])
+def test_a_function_that_exits_is_an_error(kind, timeout):
+    """Out of a task of asyncio an exit ends the loop, and the run would wait for ever."""
+
+    async def leaves(completions, **kwargs):
+        sys.exit(3)
+
+    def plain_leaves(completions, **kwargs):
+        sys.exit(3)
+
+    call = Call("leaves", functools.partial(leaves if kind == "async" else plain_leaves, ["a"]), [0], kind == "async")
+    with pytest.raises(BadRows, match="SystemExit"):
+        call_all([call], CallLimits(timeout, 0), print)

@@ -39,7 +39,7 @@ class GenerateOptions:
     model: str
     """Directory or hub name of a language model."""
     prompts: str
-    """JSONL file with a `prompt` (or messages) in every row."""
+    """Rows with a `prompt` (or messages): a file, a pattern or a hub name (see `data.path` of the stages)."""
     n: Annotated[int, arg(aliases=["-n"])] = 1
     """Responses to each prompt."""
     out: str = "-"

@@ -169,7 +169,7 @@ def _number(kind: type, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError("must be a whole number" if kind is int else "must be a number")
     if kind is float:
-        return value if isinstance(value, (int, float)) else float(value)
+        return value if type(value) is int else float(value)  # NumPy's float64 is a float
     if isinstance(value, Integral):
         return int(value)
     if math.isfinite(value) and float(value).is_integer():  # 1e5

@@ -156,7 +156,7 @@ def rows_sha256(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of Python, numpy or arrow in the types of JSON. Bytes, and what has no JSON, stay as they are."""
+    """Return a value of Python, NumPy, torch or arrow in the types of JSON. Bytes, and what has none, stay."""
     if value is None or isinstance(value, (str, bool, int, float, bytes)):
         return value
     if isinstance(value, Mapping):
@@ -169,7 +169,7 @@ def plain(value: Any) -> Any:
         return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
     if isinstance(value, (UUID, timedelta)):
         return str(value)
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+    if hasattr(value, "tolist"):  # NumPy's, torch's
         return plain(value.tolist())
     return value
 

@@ -31,6 +31,7 @@ SENTENCES = {
     r"Error parsing (\S+): could not convert string to float: '(.*)'": "{} must be a number, got {}",
     r"Error parsing (\S+): Failed to parse key-value pairs!": "{0} takes pairs of names, as in {0} prompt question",
     r"Error parsing (\S+): no type matching .*\{STR STR\} could be .* from \['(.*)'\]": "{} takes two names, got {}",
+    r"Error parsing (\S+): Could not find valid parse for arguments: (.*)": "{} has a value of the wrong type in {}",
     r"Missing value for argument '(.*)'\. Expected 1 values?": "{} needs a value",
 }
 """Sentence of tyro's, as a pattern, -> ours."""

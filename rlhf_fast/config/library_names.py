@@ -36,6 +36,7 @@ LIBRARY_NAMES: Mapping[str, tuple[str, ...]] = {
     "sft_model_path": ("policy.path", "model.path"),
     "actor_model": ("policy.path",),
     "reward_model": ("reward",),
+    "reward_funcs": ("reward",),
     "reward_model_path": ("reward",),
     "reward_pretrain": ("reward",),
     "ref_model": ("reference",),

@@ -205,7 +205,8 @@ def _swept_values(flag: Flag, command: str) -> list[tuple[str, Flag]]:
         text = word
         if flag.section or flag.path in PASSED_ON:
             try:
-                text = show(to_plain(coerce(cls, flag.path, Setting(word, flag.name))))
+                value = to_plain(coerce(cls, flag.path, Setting(word, flag.name)))
+                text = value if isinstance(value, str) else show(value)
             except UserError as error:
                 if "," in word:
                     raise UserError(f"{error}; give the values with spaces between them") from error

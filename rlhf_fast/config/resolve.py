@@ -293,13 +293,15 @@ def _commented_yaml(cfg: DataclassInstance, docs: Mapping[str, str], prefix: str
 def to_plain(value: Any) -> Any:
     """Return a tree as nested dicts, or one value, with lists for tuples and names for functions: run.json's
     `config`."""
+    if callable(value):
+        return spec_name(value)
     if dataclasses.is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [to_plain(entry) for entry in value]
     if isinstance(value, str):  # rows in Python are a text of another class
         return str(value)
-    return spec_name(value) if callable(value) else value
+    return value
 
 
 def from_json(stage: str, tree: Mapping[str, Any], file: str = "run.json") -> StageConfig:

@@ -37,9 +37,7 @@ def reward_value(value: object) -> RewardSpec | tuple[RewardSpec, ...]:
         entry = str(given) if isinstance(given, os.PathLike) else given
         if not entry or not (isinstance(entry, str) or callable(entry)):
             raise ValueError(f"{EXPECTED}; entry {i} is none")
-        if (spec := _expanded(entry)) in entries:
-            raise ValueError(f"names {spec_name(spec)} twice; give it once, with the sum of the weights")
-        entries.append(spec)
+        entries.append(_expanded(entry))
     return entries[0] if len(entries) == 1 else tuple(entries) or ""
 
 

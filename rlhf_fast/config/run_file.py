@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.config.data_path import is_pattern
 from rlhf_fast.config.resolve import json_settings, setting_types
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.config.yaml_file import Setting
@@ -49,6 +51,8 @@ def run_settings(path: str | Path, run: Mapping[str, Any], stage: str) -> dict[s
             file=sys.stderr,
         )
     base = _directory(Path(path).expanduser(), run)
+    if str(base) not in sys.path:  # a reward's module may lie there
+        sys.path.append(str(base))
     return {name: _placed(name, setting, base) for name, setting in settings.items() if name not in unknown}
 
 
@@ -78,4 +82,6 @@ def _place(value: object, base: Path, always: bool) -> object:
     """Return an absolute path for a relative one of `base`; any other value, such as a hub name, as it is."""
     if not isinstance(value, str) or not value or Path(value).is_absolute() or value.startswith("~"):
         return value
-    return str(base / value) if always or (base / value).exists() else value
+    path = str(base / value)
+    there = (base / value).exists() or (is_pattern(path) and bool(glob.glob(path, recursive=True)))  # noqa: PTH207
+    return path if always or there else value

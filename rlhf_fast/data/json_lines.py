@@ -40,6 +40,8 @@ def suffix_of(path: str | Path) -> str:
 
 def require_file(path: str | Path, pipe: bool = False) -> None:
     """Raise UserError unless `path` is a file that can hold rows, or with `pipe` a pipe."""
+    if " rows, sha256 " in str(path):
+        raise UserError(f"{path}: stands for rows that a script gave; start the script again, or give --data.path")
     path = Path(path)
     try:
         mode = path.stat().st_mode

@@ -63,6 +63,8 @@ def _text(function: Any) -> Iterator[str]:
         function = function.__func__
     if isinstance(function, FunctionType):
         yield repr([_plain(value) for value in function.__defaults__ or ()])
+        if function.__kwdefaults__:
+            yield repr(_plain(dict(sorted(function.__kwdefaults__.items()))))
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # a cell that is not filled
                 yield repr(_plain(cell.cell_contents))
@@ -73,8 +75,17 @@ def _text(function: Any) -> Iterator[str]:
 
 
 def _attributes(owner: object) -> Iterator[str]:
-    for name, value in sorted(getattr(owner, "__dict__", {}).items() if not inspect.ismodule(owner) else ()):
+    if inspect.ismodule(owner):
+        return
+    slots = [name for cls in type(owner).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
+    values = {name: getattr(owner, name) for name in slots if hasattr(owner, name)} | getattr(owner, "__dict__", {})
+    for name, value in sorted(values.items()):
         yield f"{name}={_plain(value)!r}"
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    """Return the attributes that __slots__ names, without those that Python itself reads."""
+    return [name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__")]
 
 
 def _plain(value: Any) -> Any:
@@ -83,6 +94,8 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, dict):
         return [(_plain(key), _plain(entry)) for key, entry in value.items()]
+    if hasattr(value, "tolist"):  # NumPy's, torch's
+        return _plain(value.tolist())
     return value if isinstance(value, PLAIN) else type(value).__qualname__
 
 

@@ -234,8 +234,9 @@ def _finished_stages(recipe: Recipe, remedy: Callable[[str], str]) -> dict[str, 
     """Return for each stage whether it is finished. UserError if its folder holds another run."""
     done = {stage: finished(cfg, remedy(stage)) for stage, cfg in recipe.stages.items()}
     for stage, cfg in recipe.stages.items():
-        for source in _sources(stage, recipe) if done[stage] else ():
-            if not done[source]:
+        read = {Path(path) for path in cfg.model_paths()} if done[stage] else set()
+        for source, earlier in recipe.stages.items():
+            if Path(earlier.out) in read and not done[source]:
                 raise UserError(
                     f"{cfg.out}: was made from another {source} run than the one the recipe has now;"
                     f" move it away to run the stage again, or {remedy(stage)}"
@@ -332,11 +333,6 @@ def finished(cfg: StageConfig, remedy: str = OTHER_FOLDER) -> bool:
 
         check_same_run(saved, cfg, input_checksums(cfg), remedy)
     return "finished" in saved
-
-
-def _sources(stage: str, recipe: Recipe) -> list[str]:
-    """Return the earlier stages of the recipe whose folders the stage reads."""
-    return [source for _, source in UPSTREAM.get(stage, ()) if source in recipe.stages]
 
 
 def read_measurements(out: Path) -> dict[str, dict[str, Any]]:

@@ -77,7 +77,7 @@ def _call(call: Call, limits: CallLimits, notify: Callable[[str], object]) -> An
     for attempt in range(limits.retries + 1):
         try:
             return _in_thread(call.function, limits.timeout) if limits.timeout else call.function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             wait = _next_wait(call, error, attempt, limits, notify)
         threading.Event().wait(wait)
     raise AssertionError("the last failure raises")
@@ -101,8 +101,16 @@ async def _await(call: Call, limits: CallLimits, notify: Callable[[str], object]
     raise AssertionError("the last failure raises")
 
 
+async def _guarded(result: Awaitable[Any]) -> Any:
+    """Return the result. An exit within the function is its error: out of a task it would end the loop instead."""
+    try:
+        return await result
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"{type(error).__name__} {error}") from error
+
+
 async def _within(result: Awaitable[Any], timeout: float) -> Any:
-    task = asyncio.ensure_future(result)
+    task = asyncio.ensure_future(_guarded(result))
     await asyncio.wait({task}, timeout=timeout or None)
     if not task.done():
         task.cancel()
@@ -133,7 +141,7 @@ def _in_thread(function: Callable[[], Any], timeout: float) -> Any:
 
 
 def _next_wait(
-    call: Call, error: Exception, attempt: int, limits: CallLimits, notify: Callable[[str], object]
+    call: Call, error: BaseException, attempt: int, limits: CallLimits, notify: Callable[[str], object]
 ) -> float:
     """Return the seconds until the next call; BadRows if there is none."""
     if isinstance(error, _Slow):

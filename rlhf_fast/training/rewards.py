@@ -7,9 +7,11 @@ their sum (docs/rewards.md). reward_functions.py has the ways in which a functio
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.config.fields import ModelConfig
-from rlhf_fast.config.rewards import RewardSpec, is_function, reward_specs, short_names, spec_name
+from rlhf_fast.config.rewards import RewardSpec, bare_function, is_function, reward_specs, short_names, spec_name
 from rlhf_fast.data.row_columns import Wanted
 from rlhf_fast.errors import BadRows, UserError, listed
 from rlhf_fast.model.model import Model
@@ -205,9 +207,12 @@ def find_function(spec: RewardSpec, kind: str = "reward") -> Callable[..., Any]:
 
 
 def source_file(spec: str) -> Path | None:
-    """Return the file of the module in module:function, or None if it has none."""
-    import_function(spec)
+    """Return the file in which the function of module:function is written, which may be another than the module's;
+    that of its module if Python does not know it; None if there is none."""
+    function = bare_function(import_function(spec))
     file = getattr(sys.modules[spec.rpartition(":")[0]], "__file__", None)
+    with suppress(TypeError):
+        file = inspect.getsourcefile(inspect.unwrap(function)) or file
     return Path(file) if file else None
 
 
@@ -219,8 +224,13 @@ def import_function(spec: str, kind: str = "reward") -> Callable[..., Any]:
         sys.path.insert(0, folder)
     try:
         function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{kind} {spec}: cannot be imported ({error}); write module:function") from error
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        remedy = "write module:function"
+        if module == "__main__" or "<" in name:
+            remedy = "it is a function of a script: start the script again, or give another reward"
+        elif module.endswith(".py") or "/" in module:
+            remedy = f"write {Path(module).stem}:{name}, the module's name, from its folder"
+        raise UserError(f"{kind} {spec}: cannot be imported ({error}); {remedy}") from error
     except Exception as error:  # the module's own, as a SyntaxError
         raise UserError(
             f"{kind} {spec}: cannot be imported ({type(error).__name__}: {error}); mend {module}"
