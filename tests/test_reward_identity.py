@@ -130,7 +130,7 @@ def test_two_functions_of_one_name_and_a_dataclass_resume(folder):
     assert len(saved["functions"]) == 3 and all(isinstance(name, str) for name in saved["config"]["reward"])
     RunFolder(toy.ppo(folder, reward=[scaled(1.0), scaled(2.0), Constant(0.5)]))
     for others in ([scaled(1.0), scaled(3.0), Constant(0.5)], [scaled(1.0), scaled(2.0), Constant(0.7)]):
-        with pytest.raises(UserError, match="was started with|has changed since"):
+        with pytest.raises(UserError, match=r"was started with|has changed since"):
             RunFolder(toy.ppo(folder, reward=others))
 
 

@@ -67,13 +67,10 @@ class _Stage:
     def __post_init__(self) -> None:
         expand_home(self, "out", *(name for name in ("reference",) if hasattr(self, name)))
         require(self, 0 <= self.seed < 2**63, "seed", "must be from 0 to below 2**63")
-        for name, remedy in (
-            ("reward", "give it once, with the sum of the weights"),
-            ("select_reward", "give it once"),
-        ):
+        for name, remedy in (("reward", "once, with the sum of the weights"), ("select_reward", "once")):
             specs = reward_specs(getattr(self, name, ""))
             twice = [spec for i, spec in enumerate(specs) if spec in specs[:i]]
-            require(self, not twice, name, f"names {spec_name(twice[0]) if twice else ''} twice; {remedy}")
+            require(self, not twice, name, f"names {spec_name(twice[0]) if twice else ''} twice; give it {remedy}")
 
     def ready(self) -> None:
         """Raise UserError if a required path is not set."""
