@@ -564,7 +564,8 @@ def test_a_relative_base_is_that_of_the_directory_of_the_run(tmp_path, monkeypat
     assert lines[0].startswith(f"{tmp_path / 'project' / 'base'} and project/run/adapter merged in float32")
     (run / "run.json").unlink()
     monkeypatch.chdir(tmp_path / "project")
-    assert list(export(Request("run", "out", dtype="float32", merge_lora=True)))[0].startswith("base and run/adapter")
+    lines = list(export(Request("run", "out", dtype="float32", merge_lora=True)))
+    assert lines[0].startswith("base and run/adapter")
 
 
 def test_adapters_that_cannot_be_merged(tmp_path):
