@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_fast.batches import Prompts
+from rlhf_fast.batches import EOS, Prompts
+from rlhf_fast.cli.conversation import Answer, Conversation, Exchange
 from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
 from rlhf_fast.model.model import Model
@@ -222,6 +223,37 @@ def test_bad_input_of_a_script_is_one_sentence_and_ends_it(tmp_path, talk, lines
     assert status == 2 and sentence in err.splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_control_characters_of_an_answer_do_not_reach_a_terminal(tmp_path, talk, monkeypatch, is_terminal):
+    chunks = ["a\x1b[2Jb\r", "\n", "c\td\x9b\re", "\u202ef\x1b]0;t\x07", "g\r"]
+    tokens = byte_tokenizer()("a\x7f").input_ids
+
+    def ask(self, message, show, prompt):
+        for chunk in chunks:
+            show(chunk)
+        answer = Answer("".join(chunks), tokens, [-1.0] * len(tokens), EOS)
+        self.exchanges.append(Exchange(message, answer))
+        return answer
+
+    model = byte_model(tmp_path / "model")
+    monkeypatch.setattr(Conversation, "ask", ask)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    status, out, _ = talk(model, ["Hi"])
+    shown = "a\ufffd[2Jb\nc\td\ufffd\ufffde\ufffdf\ufffd]0;t\ufffdg\n"
+    assert status == 0 and out == (shown if is_terminal else "".join(chunks) + "\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)  # no colours, which are sequences of ours
+    status, out, err = talk(model, ["H\x9b\u2028\x1bi", "/logprobs", "/undo"])
+    assert status == 0 and '  "a"\n' in out and '  "\\u007f"\n' in out
+    assert r'forgotten: "H\u009b\u2028\u001bi" and its answer' in err
+
+
+def test_input_that_is_not_utf8_is_named_in_the_c_locale_too(tmp_path, monkeypatch, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors="surrogateescape")  # as of C.UTF-8
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["chat", byte_model(tmp_path / "model"), "--max-new-tokens", "2"]) == 2
+    assert "error: chat: standard input is not UTF-8; convert it" in capsys.readouterr().err
+
+
 def test_help_and_exit(tmp_path, talk):
     status, out, _ = talk(byte_model(tmp_path / "model"), ["/help", "/exit", "never read"])
     assert status == 0 and all(
@@ -259,6 +291,16 @@ def test_a_stream_holds_back_what_may_be_a_stop_text():
     assert "".join(chunks) == "xSTO"
     chunks, _ = chunks_of(words, words("STOP it STOP").input_ids, ("STOP",), "STOP")  # the first before min_new_tokens
     assert "".join(chunks) == "STOP it "
+
+
+def test_a_stop_text_twice_in_the_last_token_is_cut_once_for_screen_and_conversation():
+    class Words:
+        def decode(self, tokens, skip_special_tokens):
+            return "".join(["Hello", "\n\n", "aaa"][token] for token in tokens)
+
+    for ids, stop in (([0, 1], "\n"), ([0, 1, 1], "\n"), ([0, 2], "aa")):
+        chunks, stream = chunks_of(Words(), ids, (stop,), stop)
+        assert "".join(chunks) == stream.text == ("Hello\n\n" if len(ids) == 3 else "Hello")
 
 
 class Blanks:

@@ -3,6 +3,8 @@
 llama.cpp computes the files where llama-cpp-python is installed; elsewhere its conventions are written out here.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import re
@@ -441,6 +443,32 @@ def test_modelfile_renders_the_models_prompts(template):
         assert "Human: {{ $m.Content }}" in text and text.count("\n\nAssistant:") == 1
 
 
+def go_parts(source: str) -> list[str]:
+    """Return texts and actions of a template as Go's lexer finds them: an action begins at the first two braces."""
+    return re.split(r"\{\{(.*?)\}\}", source, flags=re.DOTALL)
+
+
+def test_a_brace_before_an_action_of_the_modelfile():
+    braces = (
+        "{% for m in messages %}{{ '{' + m['role'] + '}{' + m['content'] + '}<|im_end|>{' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '{assistant}{' }}{% endif %}"
+    )
+    tokenizer = bpe_tokenizer(template=braces)
+    encoder = Encoder(tokenizer, "auto", eos=False)
+    source = modelfile.go_template(model_of("llama", tokenizer), encoder)
+    parts = go_parts(source)
+    actions = {action.strip() for action in parts[1::2]}
+    conditions = {f'{word} eq $m.Role "{role}"' for word in ("if", "else if") for role in modelfile.ROLES}
+    assert actions <= conditions | {'"{"', "$m.Content", "end", "range $i, $m := .Messages"}
+    begin = next(i for i, part in enumerate(parts) if part.strip() == 'else if eq $m.Role "user"' or
+                 part.strip() == 'if eq $m.Role "user"')  # fmt: skip
+    rest = ["Hi" if part.strip() == "$m.Content" else part.strip().strip('"') if part.strip() == '"{"' else part
+            for part in parts[begin + 1 :]]  # fmt: skip
+    turn = "".join(rest[: next(i for i, part in enumerate(rest) if part.strip().startswith(("else", "end")))])
+    last = "".join(rest[len(rest) - 1 - rest[::-1].index(" end ") + 1 :])
+    assert turn + last == encoder.prompt([{"role": "user", "content": "Hi"}])[1]
+
+
 def test_modelfile_of_plain_prompts_and_of_a_template_that_is_no_sequence_of_turns():
     model = model_of("llama")
     assert '"""{{ .Prompt }}"""' in modelfile.modelfile(
@@ -492,6 +520,8 @@ def test_reward_models(tmp_path, capsys):
     assert main(["export", str(tmp_path / "rm"), "--gguf", "f16", "--out", out]) == 2
     assert "llama.cpp has no scalar head" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "rm"), "--safetensors-dtype", "bfloat16", "--out", out]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "export: bfloat16: scores equal to the model's" and f"{out}." not in "".join(lines)
     again = t.AutoModelForSequenceClassification.from_pretrained(out, dtype="auto")
     assert again.dtype == torch.bfloat16 and again.score.weight.shape == (1, 64)
 
@@ -520,6 +550,22 @@ def test_adapter_is_merged_in_float32(tmp_path):
         for m in (merged, plain)
     ]
     assert distance[0] < 1e-6 < 1e-4 < distance[1]  # the run's own weights are rounded to bfloat16
+
+
+def test_a_relative_base_is_that_of_the_directory_of_the_run(tmp_path, monkeypatch):
+    run = lora_run(tmp_path / "project")
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}))
+    saved = {"stage": "sft", "config": {"out": "elsewhere"}, "directory": str(tmp_path / "project")}
+    (run / "run.json").write_text(json.dumps(saved))
+    folder_of(tmp_path / "base", "llama", initializer_range=0.05)  # another model, at the path from here
+    monkeypatch.chdir(tmp_path)
+    lines = list(export(Request("project/run", "out", dtype="float32", merge_lora=True)))
+    assert lines[0].startswith(f"{tmp_path / 'project' / 'base'} and project/run/adapter merged in float32")
+    (run / "run.json").unlink()
+    monkeypatch.chdir(tmp_path / "project")
+    lines = list(export(Request("run", "out", dtype="float32", merge_lora=True)))
+    assert lines[0].startswith("base and run/adapter")
 
 
 def test_adapters_that_cannot_be_merged(tmp_path):
@@ -554,6 +600,63 @@ def test_nothing_of_others_is_written_over(tmp_path, capsys):
     assert main(["export", run, "--out", run, "--gguf", "f16"]) == 2
     assert "is not empty and no export of ours is in it" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_an_export_that_is_killed_while_it_moves_files_is_repeated(tmp_path, monkeypatch):
+    run, out = folder_of(tmp_path / "run"), tmp_path / "out"
+
+    def calls(dtype, moves=None):
+        """Export; with `moves`, up to the move of that number, as a killed process does."""
+        replace, left = Path.replace, [moves]
+
+        def moved(self, target):
+            if moves is not None and self.parent.parent == tmp_path and Path(target).parent == out:
+                if self.name != "export.json.tmp" and not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= self.name != "export.json.tmp"
+            return replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", moved)
+            list(export(Request(run, str(out), dtype=dtype)))
+
+    def sums():
+        return json.loads((out / "export.json").read_text())["files"]
+
+    for number in (0, 3, 1):  # the first into a new folder
+        with pytest.raises(KeyboardInterrupt):
+            calls(("bfloat16", "float32", "float16")[number % 3], number)
+    weights = out / "model.safetensors"
+    assert isinstance(sums()["model.safetensors"], list)
+    calls("float32")
+    assert set(sums()) == {path.name for path in out.iterdir()} - {"export.json"}
+    assert sums() == {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in sums()}
+    assert t.AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
+    with pytest.raises(KeyboardInterrupt):
+        calls("bfloat16", 2)
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(UserError, match="was changed since"):
+        calls("bfloat16")
+
+
+def test_what_killed_exports_leave_beside_the_folder_is_removed(tmp_path):
+    run, out = folder_of(tmp_path / "run"), tmp_path / "out"
+    names = ["out.export-abcdef12", "out.export-locked_1", "out.export-notes", "out.12345678", "other.export-abcdef12"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("x")
+    lock = os.open(tmp_path / names[1], os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    out.mkdir()
+    (out / "export.json.tmp").write_text('{\n  "rl')
+    list(export(Request(run, str(out), dtype="bfloat16")))
+    os.close(lock)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out", *names[1:]}
+    assert not (out / "export.json.tmp").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "export.json.tmp").write_text("{}")
+    with pytest.raises(UserError, match="is not empty"):
+        list(export(Request(run, str(tmp_path / "mine"), dtype="bfloat16")))
 
 
 def test_bad_calls(tmp_path, capsys, monkeypatch):

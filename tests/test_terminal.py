@@ -1,5 +1,6 @@
 """A terminal of 60, 80, 100 and 160 columns: parts of the live line are whole, samples stand beside their score."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from rlhf_fast.data import read_comparisons, read_demonstrations, read_prompts
 from rlhf_fast.run import logs
 from rlhf_fast.run.identity import MAY_DIFFER_ON_RESUME
 from rlhf_fast.run.samples import numbers_text, responses_of, sample_lines
-from rlhf_fast.run.terminal import format_speed, shortened_lines
+from rlhf_fast.run.terminal import format_speed, printable, quoted, shortened_lines
 from rlhf_fast.stages import ppo
 from rlhf_fast.stages.validation import prompt_columns
 
@@ -108,6 +109,17 @@ def test_generate_in_a_terminal_and_in_a_dumb_one(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_speeds_are_written_as_people_do(value, text):
     assert format_speed(value) == text
+
+
+def test_printable_text_moves_no_cursor_and_turns_no_direction():
+    bad = ["\x1b", "\r", "\x07", "\x7f", "\x85", "\x9b", "\u2028", "\u2029"]
+    bad += [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))]
+    for char in bad:
+        assert printable(f"a{char}b") == "a\ufffdb"
+        assert quoted(f'"{char}') != json.dumps(f'"{char}', ensure_ascii=False) or char < " "
+        assert quoted(f'"{char}').isprintable() and json.loads(quoted(f'"{char}')) == f'"{char}'
+    assert printable("a\r\nb\tc \u2027\u202f\u2065\u206a\u05d0") == "a\nb   c \u2027\u202f\u2065\u206a\u05d0"
+    assert quoted("\u05d0\U0001f600\t") == '"\u05d0\U0001f600\\t"'
 
 
 def test_samples_on_plain_output(tmp_path, capsys, monkeypatch):

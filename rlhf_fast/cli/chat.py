@@ -21,7 +21,7 @@ from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.errors import REMEDIES, UserError, did_you_mean
 from rlhf_fast.model.model import Model
 from rlhf_fast.run.prompt_format import model_prompt_format
-from rlhf_fast.run.terminal import aligned
+from rlhf_fast.run.terminal import aligned, quoted, without_controls
 from rlhf_fast.stages.fit import check_device
 
 PROMPT = "> "
@@ -44,6 +44,8 @@ class Command(NamedTuple):
 
 def chat(options: ChatOptions) -> None:
     """Read messages and commands until the input ends."""
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):
+        reconfigure(errors="strict")  # in the C locale, bytes that are no text would be read as half surrogate pairs
     check_device("chat", options.device)
     device = None if options.device == "auto" else options.device
     model = Model.load(ModelConfig(path=options.model, dtype=options.dtype), device=device)
@@ -162,9 +164,18 @@ class _Chat:
         self._show(lambda show: self.conversation.ask(message, show, prompt))
 
     def _show(self, sample: Callable[[Callable[[str], None]], Any]) -> None:
-        """Print an answer while it is sampled."""
-        strips = self.conversation.has_turns
-        printed = False
+        """Print an answer while it is sampled; on a terminal, with U+FFFD for its control characters."""
+        strips, cleans = self.conversation.has_turns, sys.stdout.isatty()
+        printed, held = False, ""
+
+        def write(text: str) -> None:
+            nonlocal held
+            if cleans:
+                text = held + text
+                held = "\r" if text.endswith("\r") else ""  # the line feed of a CRLF may come in the next chunk
+                text = without_controls(text.removesuffix("\r").replace("\r\n", "\n"))
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
         with self._stop_at_interrupt() as is_stopped:
 
@@ -173,14 +184,12 @@ class _Chat:
                 text = text if printed or not strips else text.lstrip()  # the blank before an answer
                 if text:
                     printed = True
-                    sys.stdout.write(text)
-                    sys.stdout.flush()
+                    write(text)
                 if is_stopped():
                     raise Stopped
 
             answer = sample(show)
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write("\n")
         if sentence := ending(answer, self.conversation.sampling):
             self.note(sentence)
 
@@ -214,7 +223,7 @@ class _Chat:
         texts = self.conversation.token_texts(answer.tokens)
         for text, logprob in zip(texts, answer.logprobs, strict=True):
             color = "green" if logprob >= LIKELY else "red" if logprob < UNLIKELY else "yellow"
-            self.console.print(Text(f"{logprob:>10.4f}  {json.dumps(text, ensure_ascii=False)}", style=color))
+            self.console.print(Text(f"{logprob:>10.4f}  {quoted(text)}", style=color))
         total = math.fsum(answer.logprobs)
         mean = total / len(answer.logprobs)
         self.console.print(
@@ -223,7 +232,7 @@ class _Chat:
 
     def undo(self, _: str) -> None:
         message = self.conversation.undo().message
-        self.note(f"forgotten: {json.dumps(message, ensure_ascii=False)} and its answer")
+        self.note(f"forgotten: {quoted(message)} and its answer")
 
     def clear(self, _: str) -> None:
         self.conversation.exchanges.clear()

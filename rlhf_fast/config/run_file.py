@@ -50,13 +50,13 @@ def run_settings(path: str | Path, run: Mapping[str, Any], stage: str) -> dict[s
             f" {'they are' if len(unknown) > 1 else 'it is'} left out",
             file=sys.stderr,
         )
-    base = _directory(Path(path).expanduser(), run)
+    base = run_directory(Path(path).expanduser(), run)
     if str(base) not in sys.path:  # a reward's module may lie there
         sys.path.append(str(base))
     return {name: _placed(name, setting, base) for name, setting in settings.items() if name not in unknown}
 
 
-def _directory(file: Path, run: Mapping[str, Any]) -> Path:
+def run_directory(file: Path, run: Mapping[str, Any]) -> Path:
     """Return the directory in which a run was started: that from which its `out` is the folder of the file, so that a
     project may be moved; else the recorded one."""
     folder = Path(os.path.normpath(file.absolute())).parent

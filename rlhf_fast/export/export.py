@@ -1,16 +1,21 @@
 """`rlhf-fast export`: a model for other programs, each file checked against the model before it takes its place.
 
 Files are written to a folder beside the target first. export.json in the target lists what this command wrote, with
-checksums: a later call replaces those files, and no others.
+checksums: a later call replaces those files, and no others. While files are moved it lists both checksums of each, so
+that a call that is killed meanwhile leaves no file that a later one takes for another's.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
+import glob
+import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import AutoConfig
 
@@ -25,12 +30,18 @@ from rlhf_fast.export.gguf_tensors import FAMILIES, Contents, contents
 from rlhf_fast.export.gguf_vocabulary import TokenizerFacts, tokenizer_facts
 from rlhf_fast.model.model import Head, Model
 from rlhf_fast.model.pretrained import check_folder, quiet
+from rlhf_fast.run.checkpoint import write_json
 from rlhf_fast.run.info import sha256
 from rlhf_fast.run.outputs import check_empty_folder, read_json
 from rlhf_fast.run.prompt_format import model_prompt_format
 
 MANIFEST = "export.json"
 MODELFILE = "Modelfile"
+FIRST_BYTES = b'{\n  "rlhf-fast": "'
+"""Start of every export.json."""
+
+Sums = dict[str, list[str]]
+"""File -> its checksum; several if an export was killed while it moved files, which may have any of them then."""
 
 
 class Request(NamedTuple):
@@ -67,8 +78,8 @@ def export(request: Request) -> Iterator[str]:
     encoder = Encoder(model.tokenizer, prompt_format.template, eos=False, date=prompt_format.date)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as name:
-        workspace, rows = Path(name), []
+    with _workspace(out) as workspace:
+        rows: list[Row] = []
         if request.gguf:
             facts = tokenizer_facts(model, encoder)
             held = contents(model, gguf_file.require_gguf())
@@ -143,37 +154,77 @@ def _write_gguf(
     yield found.sentence(llama_cpp.PROGRAM, len(rows))
 
 
-def _earlier(out: Path) -> dict[str, str]:
+@contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` that is gone afterwards. Those which killed exports to `out` left are removed."""
+    prefix = f"{out.name}.export-"
+    for left in list(out.parent.glob(glob.escape(prefix) + "[a-z0-9_]" * 8)):
+        if left.is_dir() and not left.is_symlink():
+            with _locked(left) as is_free:
+                if is_free:
+                    shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder, and yield whether no other process has it locked."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:  # its process has removed it, or it is another user's
+        yield False
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = True
+    except OSError:
+        is_free = False
+    try:
+        yield is_free
+    finally:
+        os.close(number)
+
+
+def _earlier(out: Path) -> Sums:
     """Return the files that an earlier call wrote to `out`, with checksums. UserError for a folder that is not ours."""
     saved = read_json(out / MANIFEST)
     if saved is None:
-        check_empty_folder(out, "export")
+        unfinished = out / f"{MANIFEST}.tmp"  # of a call that was killed before it moved a file
+        head = unfinished.read_bytes()[: len(FIRST_BYTES)] if unfinished.is_file() else b"?"
+        check_empty_folder(out, "export", [unfinished.name] if FIRST_BYTES.startswith(head) else [])
         return {}
     files = saved.get("files") if isinstance(saved, dict) and "rlhf-fast" in saved else None
     if not isinstance(files, dict):
         raise UserError(f"{out / MANIFEST}: was not written by an export of ours; choose another --out")
-    return files
+    return {name: sums if isinstance(sums, list) else [sums] for name, sums in files.items()}
 
 
-def _check_free(out: Path, names: list[str], earlier: dict[str, str]) -> None:
+def _check_free(out: Path, names: list[str], earlier: Sums) -> None:
     """Raise UserError if a file would be written over that no export wrote, or that was changed since."""
     for name in names:
         file = out / name
-        if file.exists() and (name not in earlier or sha256(file) != earlier[name]):
+        if file.exists() and (name not in earlier or sha256(file) not in earlier[name]):
             what = "was changed since the export that wrote it" if name in earlier else "was not written by an export"
             raise UserError(f"{file}: {what}; move it away, or choose another --out")
 
 
-def _move_in(workspace: Path, out: Path, earlier: dict[str, str], request: Request) -> list[str]:
+def _move_in(workspace: Path, out: Path, earlier: Sums, request: Request) -> list[str]:
     """Move the files to `out` and list them in its export.json; return their names."""
     names = sorted(path.relative_to(workspace).as_posix() for path in workspace.rglob("*") if path.is_file())
     _check_free(out, names, earlier)
-    sums = {name: sha256(workspace / name) for name in names}
-    manifest: dict[str, Any] = {"rlhf-fast": __version__, "of": request.run, "files": earlier | sums}
+    sums = {name: [sha256(workspace / name)] for name in names}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _write_manifest(out, request, earlier | {name: sums[name] + earlier.get(name, []) for name in names})
         for name in names:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (workspace / name).replace(out / name)
+        _write_manifest(out, request, earlier | sums)
     return names
+
+
+def _write_manifest(out: Path, request: Request, files: Mapping[str, list[str]]) -> None:
+    """Write export.json, with one checksum of a file as it is, and several as a list."""
+    short = {name: sums[0] if len(set(sums)) == 1 else sorted(set(sums)) for name, sums in files.items()}
+    write_json(out / MANIFEST, {"rlhf-fast": __version__, "of": request.run, "files": short})

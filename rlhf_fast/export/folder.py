@@ -10,12 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.config.fields import ModelConfig
+from rlhf_fast.config.run_file import read_run_file, run_directory
 from rlhf_fast.errors import UserError
 from rlhf_fast.export.agreement import NEAR_TIE, Row, compare, logits_of, rounding
 from rlhf_fast.model import lora
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import quiet
 from rlhf_fast.model.saved_model import check_folder, save_with_probe
+from rlhf_fast.run.outputs import RUN
 
 ADAPTER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
 ROUNDING = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-10}
@@ -39,7 +41,7 @@ def write_folder(model: Model, folder: Path, dtype: str, rows: list[Row]) -> str
     check_folder(folder)
     model.module.to(torch.float32)
     if not rows:
-        return f"{folder}: {dtype}, scores equal to the model's"
+        return f"{dtype}: scores equal to the model's"
     moved = rounding(rows, logits_of(model.base))
     with quiet():
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -64,10 +66,11 @@ def merge_adapter(run: str, model: Model) -> str:
     """
     folder = Path(run) / ADAPTER
     config = require_adapter(run)
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base or not (Path(base) / "config.json").is_file():
+    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _base_folder(run, named) if named else None
+    if not base:
         raise UserError(
-            f"{config}: the adapter's base model is {base!r}, and there is no such folder here; put its path into"
+            f"{config}: the adapter's base model is {named!r}, and there is no such folder here; put its path into"
             " base_model_name_or_path, or leave --merge-lora out: the run's own weights have the adapter merged"
         )
     merged = _merged_weights(str(base), folder, model)
@@ -90,6 +93,15 @@ def merge_adapter(run: str, model: Model) -> str:
         f"{base} and {folder} merged in float32; the run's own weights, in {saved}, differ by up to {changed:.1g} of"
         " the largest weight of a matrix"
     )
+
+
+def _base_folder(run: str, name: str) -> Path | None:
+    """Return the folder of the adapter's base model, None if it is not there. A relative path is that of the directory
+    in which the run was started, or else of the working directory."""
+    file = Path(run) / RUN
+    found = read_run_file(file)
+    places = [run_directory(file, found) / name] if found else []
+    return next((place for place in [*places, Path(name)] if (place / "config.json").is_file()), None)
 
 
 def require_adapter(run: str) -> Path:

@@ -58,7 +58,8 @@ def _go(text: str) -> str:
     """Return a text as Go's template has it. UserError for marks that would end the text or the template."""
     if "{{" in text or "}}" in text or '"""' in text:
         raise UserError(f"export: --ollama cannot write the format of prompts, which has {text!r} in it; leave it out")
-    return text
+    # Go takes the first two of "{{{" for the start of an action
+    return text[:-1] + '{{ "{" }}' if text.endswith("{") else text
 
 
 def go_template(model: Model, encoder: Encoder) -> str:

@@ -51,8 +51,10 @@ class TextStream:
             before, now = (self._decode(self.tokens[self._start : end]) for end in (self._end, None))
             rest = self._held + now[len(before) :]
         if stop and stop in rest:
-            rest = rest.partition(stop)[0]
-            whole = whole[: whole.rfind(stop)] if stop in whole else whole
+            certain = rest.partition(stop)[0]
+            tail, rest = rest[len(certain) :], certain
+            # the same cut as in `rest`: the tail may hold the stop text more than once
+            whole = whole.removesuffix(tail) if whole.endswith(tail) else self.text + rest
         self.text = whole
         return rest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -16,6 +17,9 @@ BAR = 20
 SMALLEST_BAR = 8
 GAP = "  "
 """Stands between two parts of a live line."""
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Characters that move a cursor, change colours, end a line or turn the direction of a text. Tab and newline are not
+among them."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -44,8 +48,18 @@ def format_speed(tokens_per_second: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text without what moves a cursor or changes colours: a model may have sampled it."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n").expandtabs(4))
+    """Return a text without controls, and with blanks for tabs: a model may have sampled it."""
+    return without_controls(text.replace("\r\n", "\n").expandtabs(4))
+
+
+def without_controls(text: str) -> str:
+    """Return a text, or a part of one, with U+FFFD for each control character; tabs and newlines stay."""
+    return CONTROLS.sub("\ufffd", text)
+
+
+def quoted(text: str) -> str:
+    """Return a text as a JSON string in which control characters are escaped and all others stand as they are."""
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def shortened_lines(text: str, width: int, count: int) -> list[str]:
