@@ -128,7 +128,7 @@ class Work:
     """Positions of a page of keys and values."""
     on_gpu: bool = False
     may_adapt: bool = True
-    """Whether adapters are allowed."""
+    """Adapters are allowed."""
 
     def with_knobs(self, knobs: Knobs) -> Work:
         """Return the work with the models that these settings give."""
