@@ -562,6 +562,9 @@ def test_a_relative_base_is_that_of_the_directory_of_the_run(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     lines = list(export(Request("project/run", "out", dtype="float32", merge_lora=True)))
     assert lines[0].startswith(f"{tmp_path / 'project' / 'base'} and project/run/adapter merged in float32")
+    shutil.copytree(run, run / "last", ignore=shutil.ignore_patterns("run.json"))  # a folder inside the run's
+    lines = list(export(Request("project/run/last", "out-last", dtype="float32", merge_lora=True)))
+    assert lines[0].startswith(f"{tmp_path / 'project' / 'base'} and project/run/last/adapter")
     (run / "run.json").unlink()
     monkeypatch.chdir(tmp_path / "project")
     lines = list(export(Request("run", "out", dtype="float32", merge_lora=True)))

@@ -18,6 +18,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import quiet
 from rlhf_fast.model.saved_model import check_folder, save_with_probe
 from rlhf_fast.run.outputs import RUN
+from rlhf_fast.run.prompt_format import PARTS_OF_A_RUN
 
 ADAPTER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
 ROUNDING = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-10}
@@ -98,9 +99,9 @@ def merge_adapter(run: str, model: Model) -> str:
 def _base_folder(run: str, name: str) -> Path | None:
     """Return the folder of the adapter's base model, None if it is not there. A relative path is that of the directory
     in which the run was started, or else of the working directory."""
-    file = Path(run) / RUN
-    found = read_run_file(file)
-    places = [run_directory(file, found) / name] if found else []
+    folder = Path(run).resolve()
+    files = [folder / RUN, *([folder.parent / RUN] if folder.name in PARTS_OF_A_RUN else [])]
+    places = [run_directory(file, found) / name for file in files if (found := read_run_file(file))]
     return next((place for place in [*places, Path(name)] if (place / "config.json").is_file()), None)
 
 
