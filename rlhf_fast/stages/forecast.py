@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from rlhf_fast.run.estimate import ModelSize, Work, count, duration
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.stages import timing
 from rlhf_fast.stages.plan import Plan, tell
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.learner import Learner, Loss
 from rlhf_fast.training.losses import reward_loss, sft_loss
 from rlhf_fast.training.rewards import Reward
 
@@ -26,68 +26,79 @@ def forecast_sft(
     cfg: SFTConfig, run_folder: RunFolder, learner: Learner, data: Split, pretrain: Dataset | None, dry_run: bool
 ) -> bool:
     """Print what is left of the run; return whether it is to end here."""
-    model = _model_of(learner)
-    rows, batch = cfg.epochs * len(data.train), cfg.batch
-    steps = -(-rows // batch)
-    done = run_folder.steps_done()
-    first = min(done * batch, rows)
-    tokens = tokens_between(data.train, first, rows)
-    sizes, parts = [step_tokens(data.train, batch, model.packs_rows)], [data.train, data.valid]
+    left = _left(cfg, run_folder, learner, data, partial(sft_loss, pack=cfg.packing))
+    sizes, parts = [step_tokens(data.train, cfg.batch, left.model.packs_rows)], [data.train, data.valid]
     if pretrain is not None:
-        per_step = cfg.pretrain_fraction / (1 - cfg.pretrain_fraction) * batch
-        tokens += tokens_between(pretrain, round(done * per_step), round(steps * per_step))
+        per_step = cfg.pretrain_fraction / (1 - cfg.pretrain_fraction) * cfg.batch
+        left.tokens += tokens_between(pretrain, round(left.done * per_step), round(left.steps * per_step))
         sizes.append(-(-int(per_step * 100) // 100) * max(map(row_tokens, pretrain.rows)))
         parts.append(pretrain)
-    size = model_size(model, learner)
-    work = _work(run_folder, model, (size,), parts, max(sizes), dropout=bool(cfg.residual_dropout))
-    counts = f"{len(data.train):,} rows, {_plural(cfg.epochs, 'epoch')}, {_steps(steps, done)} of {batch}"
-    validations = _validations(cfg, len(data.train), batch, steps - done)
-    held_out = validations * sum(map(row_tokens, data.valid.rows))
-
-    def time(seconds: float) -> tuple[float, str]:
-        rows_at_once = _rows_of_a_pass(data.train, first, batch, cfg.optim.micro_batch_tokens)
-        loss = partial(sft_loss, pack=cfg.packing)
-        rates = timing.rates_of(learner, loss, partial(data.train.batch, first), rows_at_once, seconds)
-        total = rates.token * (tokens + timing.FORWARD_SHARE * held_out) + rates.step * (steps - done)
-        return total, f"about {duration(total)} ({count(tokens / max(total, 1e-9))} tokens/s by a timed micro-batch)"
-
+    size = model_size(left.model, learner)
+    work = _work(run_folder, left.model, (size,), parts, max(sizes), dropout=bool(cfg.residual_dropout))
     saved = size.weights  # merged, and an adapter beside it
-    plan = Plan(
-        f"{counts}; {_tokens(tokens, done, cfg.epochs)}", steps - done, work, 6 * size.params * tokens, tokens, time,
-        checkpoint=12 * size.trained, saved=saved, best=0 if cfg.select == "last" or not len(data.valid) else saved,
-    )  # fmt: skip
-    return tell(cfg, run_folder, model, plan, dry_run)
+    best = 0 if cfg.select == "last" or not len(data.valid) else saved
+    return tell(cfg, run_folder, left.model, left.plan(f"{len(data.train):,} rows", work, size, best), dry_run)
 
 
 def forecast_reward(cfg: RewardConfig, run_folder: RunFolder, learner: Learner, data: Split, dry_run: bool) -> bool:
     """Print what is left of the run; return whether it is to end here."""
-    model = _model_of(learner)
-    rows, batch = cfg.epochs * len(data.train), cfg.batch
-    steps = -(-rows // batch)
-    done = run_folder.steps_done()
-    first = min(done * batch, rows)
-    tokens = tokens_between(data.train, first, rows)
-    size = model_size(model, learner)
-    largest = step_tokens(data.train, batch, model.packs_rows)
-    work = _work(run_folder, model, (size,), [data.train, data.valid], largest)
+    left = _left(cfg, run_folder, learner, data, reward_loss)
+    size = model_size(left.model, learner)
+    largest = step_tokens(data.train, cfg.batch, left.model.packs_rows)
+    work = _work(run_folder, left.model, (size,), [data.train, data.valid], largest)
     responses = sum(len(row.responses) for row in data.train.rows)
-    counts = (
-        f"{len(data.train):,} prompts with {responses:,} responses, {_plural(cfg.epochs, 'epoch')},"
-        f" {_steps(steps, done)} of {batch}"
-    )
-    held_out = _validations(cfg, len(data.train), batch, steps - done) * sum(map(row_tokens, data.valid.rows))
+    rows = f"{len(data.train):,} prompts with {responses:,} responses"
+    return tell(cfg, run_folder, left.model, left.plan(rows, work, size, best=0), dry_run)
 
-    def time(seconds: float) -> tuple[float, str]:
-        rows_at_once = _rows_of_a_pass(data.train, first, batch, cfg.optim.micro_batch_tokens)
-        rates = timing.rates_of(learner, reward_loss, partial(data.train.batch, first), rows_at_once, seconds)
-        total = rates.token * (tokens + timing.FORWARD_SHARE * held_out) + rates.step * (steps - done)
-        return total, f"about {duration(total)} ({count(tokens / max(total, 1e-9))} tokens/s by a timed micro-batch)"
 
-    plan = Plan(
-        f"{counts}; {_tokens(tokens, done, cfg.epochs)}", steps - done, work, 6 * size.params * tokens, tokens, time,
-        checkpoint=12 * size.trained, saved=size.weights, best=0,
+@dataclass
+class _Left:
+    """What is left of a run that takes its rows in epochs."""
+
+    cfg: SFTConfig | RewardConfig
+    learner: Learner
+    loss: Loss
+    train: Dataset
+    model: Model
+    steps: int
+    """Of the whole run."""
+    done: int
+    """Steps that an earlier process has made."""
+    first: int
+    """The position of the next row over all epochs."""
+    tokens: int
+    held_out: int
+    """Tokens of all validations."""
+
+    def plan(self, rows: str, work: Work, size: ModelSize, best: int) -> Plan:
+        """Return the plan. rows: how many there are, in words."""
+        epochs, steps = self.cfg.epochs, self.steps - self.done
+        counts = f"{rows}, {_plural(epochs, 'epoch')}, {_steps(self.steps, self.done)} of {self.cfg.batch}"
+        return Plan(
+            f"{counts}; {_tokens(self.tokens, self.done, epochs)}", steps, work, 6 * size.params * self.tokens,
+            self.tokens, self._time, checkpoint=12 * size.trained, saved=size.weights, best=best,
+        )  # fmt: skip
+
+    def _time(self, seconds: float) -> tuple[float, str]:
+        rows = _rows_of_a_pass(self.train, self.first, self.cfg.batch, self.cfg.optim.micro_batch_tokens)
+        rates = timing.rates_of(self.learner, self.loss, partial(self.train.batch, self.first), rows, seconds)
+        tokens = self.tokens + timing.FORWARD_SHARE * self.held_out
+        total = rates.token * tokens + rates.step * (self.steps - self.done)
+        speed = count(self.tokens / max(total, 1e-9))
+        return total, f"about {duration(total)} ({speed} tokens/s by a timed micro-batch)"
+
+
+def _left(cfg: SFTConfig | RewardConfig, run_folder: RunFolder, learner: Learner, data: Split, loss: Loss) -> _Left:
+    assert isinstance(learner.model, Model)
+    rows = cfg.epochs * len(data.train)
+    steps = -(-rows // cfg.batch)
+    done = run_folder.steps_done()
+    first = min(done * cfg.batch, rows)
+    validations = _validations(cfg, len(data.train), cfg.batch, steps - done)
+    return _Left(
+        cfg, learner, loss, data.train, learner.model, steps, done, first,
+        tokens=tokens_between(data.train, first, rows), held_out=validations * sum(map(row_tokens, data.valid.rows)),
     )  # fmt: skip
-    return tell(cfg, run_folder, model, plan, dry_run)
 
 
 def forecast_ppo(
@@ -229,11 +240,6 @@ def model_size(model: Any, learner: Learner | None = None) -> ModelSize:
         checkpointing=model.cfg.gradient_checkpointing,
         packed=model.packs_rows,
     )
-
-
-def _model_of(learner: Learner) -> Model:
-    assert isinstance(learner.model, Model)
-    return learner.model
 
 
 def _work(
