@@ -2,10 +2,12 @@
 it. Rewards in flags, YAML and Python."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf_fast import DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.cli.main import main
@@ -74,6 +76,54 @@ def test_a_class_may_take_other_forms():
     assert Size([1, 2]).width == Size(width=[1, 2]).width == 2
     with pytest.raises(UserError, match="Size: width must be a whole number, got 'x'"):
         Size("x")
+
+
+@dataclass(frozen=True)
+class OwnPPO(PPOConfig):
+    """A user's settings, made by dataclasses.dataclass."""
+
+    penalty: float = 0.0
+    scores: tuple[int, ...] = ()
+    device_map: "dict[str, torch.device] | None" = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.penalty < 0:
+            raise UserError("penalty is negative")
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"episodes": "3"}, "OwnPPO: episodes must be a whole number, got '3'"),
+        ({"optim": {"lr": 1}}, "OwnPPO: optim must be an OptimConfig"),
+        ({"policy": ModelConfig(), "resume": 1}, "OwnPPO: resume must be True or False, got 1"),
+        ({"penalty": "1"}, "OwnPPO: penalty must be a number, got '1'"),
+        ({"penalty": -1}, "penalty is negative"),
+        ({"scores": [1, None]}, "OwnPPO: scores must have a value for entry 2"),
+    ],
+)
+def test_a_subclass_by_dataclass_keeps_the_checks(wrong, sentence):
+    with pytest.raises(UserError, match=sentence):
+        OwnPPO(**wrong)
+
+
+def test_a_subclass_by_dataclass_gets_values_in_their_types():
+    cfg = OwnPPO(policy=ModelConfig(Path("a") / "b"), batch=np.int64(8), minibatch=8, data=["a", "b"], scores=[1, 2])
+    assert cfg.data.path == ("a", "b") and type(cfg.batch) is int and cfg.scores == (1, 2)
+    assert replace(cfg, sampling=SamplingConfig(stop=["x"])).sampling.stop == ("x",)
+    with pytest.raises(UserError, match="batch must be a whole number"):
+        replace(cfg, batch="8")
+
+
+def test_a_subclass_may_have_a_type_that_only_a_type_checker_finds():
+    @dataclass(frozen=True)
+    class Own(LoraConfig):
+        layers: "Layers" = ()  # noqa: F821
+
+    assert Own(layers=[3]).layers == [3]
+    with pytest.raises(UserError, match="Own: rank must be a whole number"):
+        Own(rank="3", layers=[3])
 
 
 def test_what_stands_for_a_type_becomes_it():

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import os
-from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from rlhf_fast.config.library_names import meant_setting
-from rlhf_fast.config.rewards import REWARD_SPECS, reward_value
-from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.config.typed import PYTHON, typed
+from rlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -41,8 +37,16 @@ def settings(cls: type[T]) -> type[T]:
 
     A list becomes a tuple, a path text, a NumPy number one of Python's. UserError for a name that is no field, with the
     nearest one; BadSetting for a value of another type. A class may have a classmethod `prepared(name, value)`, which
-    turns what else may be given for a field into its type, before the check.
+    turns what else may be given for a field into its type, before the check. It gets its own result too.
     """
+    rules = getattr(cls, "__post_init__", None)
+
+    def post_init(self: Any, *args: Any) -> None:  # a subclass by dataclasses.dataclass has another __init__
+        _check_types(self)
+        if rules:
+            rules(self, *args)
+
+    cls.__post_init__ = post_init  # type: ignore[attr-defined]
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     plain = made.__init__
     names = [field.name for field in dataclasses.fields(made)]
@@ -54,32 +58,37 @@ def settings(cls: type[T]) -> type[T]:
             raise UserError(f'{cls.__name__}: no setting "{unknown}"; {_hint(unknown, made)}')
         if len(args) > len(names):
             raise UserError(f"{cls.__name__}: has {len(names)} settings, got {len(args)} values; give them by name")
-        values = dict(zip(names, args, strict=False))
-        if twice := next((name for name in kwargs if name in values), ""):
+        if twice := next((name for name in kwargs if name in names[: len(args)]), ""):
             raise UserError(f"{cls.__name__}: {twice} is given twice, once by its position; give all by name")
-        hints = _hints(made)
-        for name, value in {**values, **kwargs}.items():
-            prepared = made.prepared(name, value) if hasattr(made, "prepared") else value
-            values[name] = _value_of(made, name, hints[name], prepared)
-        plain(self, **values)
+        plain(self, *args, **kwargs)
 
     made.__init__ = checked
     return made
 
 
-def _value_of(cls: type, name: str, kind: Any, value: Any) -> Any:
-    """Return a field's value in its type; BadSetting if it has another."""
-    try:
-        return typed(kind, value)
-    except ValueError as error:
-        owner: Any = object.__new__(cls)
-        object.__setattr__(owner, name, value)
-        raise BadSetting(owner, name, str(error)) from None
+def _check_types(cfg: Any) -> None:
+    """Put every field's value in its type; BadSetting if it has another."""
+    cls = type(cfg)
+    hints = _hints(cls)
+    for name in (field.name for field in dataclasses.fields(cls) if field.init):
+        value = getattr(cfg, name)
+        if hasattr(cls, "prepared"):
+            value = cls.prepared(name, value)
+        try:
+            object.__setattr__(cfg, name, typed(hints.get(name, Any), value, PYTHON))
+        except ValueError as error:
+            raise BadSetting(cfg, name, str(error)) from None
 
 
 @functools.cache
 def _hints(cls: type) -> Mapping[str, Any]:
-    return get_type_hints(cls)
+    """Return the types of the fields. A subclass may have some that only a type checker can find: those of its base."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        if cls.__base__ in (None, object):
+            raise
+        return _hints(cls.__base__)
 
 
 def _hint(name: str, cls: type) -> str:
@@ -92,96 +101,3 @@ def _hint(name: str, cls: type) -> str:
         group, _, field = near.partition(".")
         return f"did you mean {group}={getattr(groups[group], '__name__', group)}({field}=...)?"
     return f"did you mean {near}?" if near else f"there are {', '.join(names)}"
-
-
-def typed(kind: Any, value: Any) -> Any:
-    """Return a value that has a setting's type, or stands for one that does. ValueError says what it must be."""
-    origin = get_origin(kind)
-    if kind == REWARD_SPECS:
-        return reward_value(value)
-    if dataclasses.is_dataclass(kind):
-        return _group(kind, value)
-    if origin is Literal:
-        return _choice(get_args(kind), value)
-    if origin in (Union, UnionType):
-        return _one_of(get_args(kind), value)
-    if origin is tuple:
-        return _entries(get_args(kind), value)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError("must be a dict such as {'completion': 'answer'}")
-        return {typed(str, key): typed(get_args(kind)[1], entry) for key, entry in value.items()}
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError("must be True or False")
-    elif kind in (int, float):
-        return _number(kind, value)
-    elif kind is str:
-        return _text(value)
-    return value
-
-
-def _group(kind: Any, value: Any) -> Any:
-    if isinstance(value, kind):
-        return value
-    inner = ", ".join(f"{name}=..." for name in value) if isinstance(value, Mapping) else "..."
-    article = "an" if kind.__name__[0] in "AEIO" else "a"
-    raise ValueError(f"must be {article} {kind.__name__}; write {kind.__name__}({inner})")
-
-
-def _choice(choices: Sequence[Any], value: Any) -> Any:
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        near = nearest(str(value), map(str, choices))
-        hint = f" (did you mean {near}?)" if near else ""
-        raise ValueError(f"must be one of {', '.join(map(str, choices))}{hint}")
-    return value
-
-
-def _one_of(kinds: Sequence[Any], value: Any) -> Any:
-    """Return the value in the first of the types that takes it. A type that is not checked takes every value."""
-    rules = []
-    for kind in kinds:
-        if kind is type(None) and value is None:
-            return None
-        try:
-            return typed(kind, value)
-        except ValueError as error:
-            rules.append(str(error))
-    raise ValueError(" or ".join(dict.fromkeys(rules)))
-
-
-def _entries(kinds: Sequence[Any], value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("must be a list or tuple")
-    if kinds[-1] is not Ellipsis and len(value) != len(kinds):
-        raise ValueError(f"must have {len(kinds)} entries")
-    return tuple(_entry(kinds[0], entry, i) for i, entry in enumerate(value, 1))
-
-
-def _entry(kind: Any, value: Any, number: int) -> Any:
-    try:
-        return typed(kind, value)
-    except ValueError as error:
-        raise ValueError(f"{error} for entry {number}") from None
-
-
-def _number(kind: type, value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError("must be a whole number" if kind is int else "must be a number")
-    if kind is float:
-        return value if type(value) is int else float(value)  # NumPy's float64 is a float
-    if isinstance(value, Integral):
-        return int(value)
-    if math.isfinite(value) and float(value).is_integer():  # 1e5
-        return int(float(value))
-    raise ValueError("must be a whole number")
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    return value

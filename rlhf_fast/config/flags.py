@@ -16,10 +16,11 @@ import tyro
 from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.presets import PRESETS, preset
-from rlhf_fast.config.resolve import UNIONS, coerce, resolve, setting_error, setting_types, unknown_setting
+from rlhf_fast.config.resolve import coerce, resolve, setting_error, setting_types, unknown_setting
 from rlhf_fast.config.rewards import REWARD_SPECS
 from rlhf_fast.config.sections import read_stage
 from rlhf_fast.config.stages import StageConfig
+from rlhf_fast.config.typed import UNIONS
 from rlhf_fast.config.yaml_file import Setting
 from rlhf_fast.errors import UserError, did_you_mean
 

@@ -11,29 +11,25 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
-    Literal,
     TypeGuard,
     TypeVar,
-    Union,
     cast,
-    get_args,
-    get_origin,
     get_type_hints,
 )
 
 from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.config.library_names import meant_setting
-from rlhf_fast.config.rewards import REWARD_SPECS, reward_value, spec_name
+from rlhf_fast.config.rewards import spec_name
 from rlhf_fast.config.stages import STAGES, StageConfig
+from rlhf_fast.config.typed import WRITTEN, typed
 from rlhf_fast.config.yaml_file import WIDTH, Setting, dump_yaml
-from rlhf_fast.errors import UserError, did_you_mean, listed, shortened
+from rlhf_fast.errors import UserError, listed, shortened
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -41,7 +37,6 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT = "the default"
-UNIONS = (Union, types.UnionType)
 
 
 def _cached(function: F) -> F:
@@ -187,77 +182,9 @@ def coerce(cls: type[DataclassInstance], path: str, setting: Setting) -> Any:
     if path not in setting_types(cls):
         raise unknown_setting(cls, path, setting.origin)
     try:
-        return _coerce(setting_types(cls)[path], setting.value)
+        return typed(setting_types(cls)[path], setting.value, WRITTEN)
     except ValueError as error:
         raise UserError(f"{stage_name(cls)}: {path} {error}, got {show(setting.value)} ({setting.origin})") from error
-
-
-def _coerce(kind: Any, value: Any) -> Any:
-    origin = get_origin(kind)
-    if kind == REWARD_SPECS:
-        return reward_value(value)
-    if origin in UNIONS:  # one text, or a list of them
-        listed = isinstance(value, (list, tuple))
-        kind = next(each for each in get_args(kind) if (get_origin(each) is tuple) == listed)
-        origin = get_origin(kind)
-    if origin is Literal:
-        return _coerce_choice(get_args(kind), value)
-    if origin is tuple:
-        return _coerce_tuple(get_args(kind), value)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError("must be a map such as {completion: answer}")
-        return {str(key): _coerce_entry(get_args(kind)[1], item, str(key)) for key, item in value.items()}
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise ValueError("must be true or false")
-    if kind in (int, float) and not isinstance(value, bool):
-        return _coerce_number(kind, value)
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is str and value is None:
-        return ""
-    raise ValueError("must be text (in quotes, if it looks like a number)" if kind is str else "must be a number")
-
-
-def _coerce_choice(choices: tuple[Any, ...], value: Any) -> Any:
-    if value not in choices:
-        names = list(map(str, choices))
-        hint = did_you_mean(str(value), names, "")
-        raise ValueError(f"must be one of {', '.join(names)}{f' ({hint})' * bool(hint)}")
-    return value
-
-
-def _coerce_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("must be a list")
-    if kinds[-1] is not Ellipsis and len(value) != len(kinds):
-        raise ValueError(f"must be a list of {len(kinds)}")
-    return tuple(_coerce_entry(kinds[0], item, f"entry {i}") for i, item in enumerate(value, 1))
-
-
-def _coerce_entry(kind: Any, item: Any, name: str) -> Any:
-    """Return one value of a map or list. Its error says which."""
-    if item is None:
-        raise ValueError(f"must have a value for {name}")
-    try:
-        return _coerce(kind, item)
-    except ValueError as error:
-        raise ValueError(f"{error} for {name}") from error
-
-
-def _coerce_number(kind: type, value: Any) -> int | float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if kind is float and math.isfinite(number):
-        return number
-    if kind is int and number.is_integer():
-        text = str(value).strip()
-        return int(text) if text.lstrip("+-").isdigit() else int(number)  # a float cannot hold every large int
-    raise ValueError("must be a whole number" if kind is int else "must be a number")
 
 
 def to_yaml(cfg: object) -> str:
