@@ -378,11 +378,25 @@ def test_reward_and_ppo_on_rows_in_python(folder, one_thread):
     reward.run(replace(toy.reward(folder), out="rm", data=datasets.Dataset.from_list(rankings), epochs=1))
     saved = json.loads((folder / "rm" / "run.json").read_text())
     assert saved["config"]["data"]["path"].startswith("<Dataset of 48 rows, sha256 ")
+    with pytest.raises(UserError, match=r"rows, sha256 .* stands for rows that a script gave; start the script again"):
+        reward.run(replace(toy.reward(folder), out="again", data=saved["config"]["data"]["path"]))
     assert saved["data"][saved["config"]["data"]["path"]].startswith(saved["config"]["data"]["path"][-17:-1])
     cfg = toy.ppo(folder)
     ppo.run(replace(cfg, out="po", data=[{"prompt": row["prompt"]} for row in DATA], episodes=cfg.batch))
     prompts = {row["prompt"] for row in toy.rows(folder / "po" / "samples.jsonl")}
     assert prompts and prompts <= {row["prompt"] for row in DATA}
+
+
+def test_a_file_may_have_rows_in_its_name(tmp_path):
+    """Only the text of rows in Python, and nothing that is like it, stands for them."""
+    (file := tmp_path / "<list of 3 rows, sha256 ab>.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    require_data(str(file))
+    with pytest.raises(UserError, match="there is no such file"):
+        require_data(str(tmp_path / "5 rows, sha256 x.jsonl"))
+    text = str(PythonRows([{"prompt": "a"}], "MyDataset"))
+    with pytest.raises(UserError, match="stands for rows"):
+        require_data(text)
+    require_data(PythonRows([{"prompt": "a"}], "MyDataset"))
 
 
 def test_hub_names(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """Flags over a recipe's values, a run.json given back, and sweeps."""
 
+import copy
 import json
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +15,16 @@ from rlhf_fast.cli.main import main
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.recipe_flags import combinations, overrides, read_flags
 from rlhf_fast.config.resolve import resolve, setting_types
-from rlhf_fast.config.stages import STAGES, SFTConfig
+from rlhf_fast.config.rewards import FunctionOfRun
+from rlhf_fast.config.stages import STAGES, PPOConfig, SFTConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import write_json
+from rlhf_fast.run.function_source import function_source
 from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.recipe import read_recipe
+from rlhf_fast.training.rewards import find_function
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 
@@ -294,6 +300,33 @@ def test_its_paths_are_those_of_the_directory_where_it_was_started(folder, monke
     found = stage_config(SFTConfig, ["--config", "../" + place.name + "/runs/x/run.json"])
     assert (found.model.path, found.data.path) == (str(place / "model"), str(place / "demonstrations.jsonl"))
     assert (found.out, found.select_reward, found.data.valid) == (str(place / "runs/x"), "org/name", "")
+
+
+def test_its_functions_are_those_of_the_directory_where_it_was_started(folder, monkeypatch):
+    """A function is imported from there, with what its module imports, and sys.path is as before."""
+    (project := folder / "project").mkdir()
+    own = "from letters_of_run import letters\n\ndef score(texts):\n    return letters(texts)\n"
+    (project / "scores_of_run.py").write_text(own)
+    (project / "letters_of_run.py").write_text("def letters(texts):\n    return [float(len(text)) for text in texts]\n")
+    cfg = toy.ppo(folder, out="runs/x", reward=("scores_of_run:score", "math:fsum", "org/name"))
+    (project / "runs" / "x").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(project)
+        (project / "runs/x/run.json").write_text(json.dumps(run_info("ppo", cfg)))
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "scores_of_run.py").write_text("raise RuntimeError\n")
+    monkeypatch.chdir(folder / "elsewhere")
+    monkeypatch.setattr(sys, "path", [str(folder / "elsewhere"), *sys.path])
+    before = list(sys.path)
+    found = replace(stage_config(PPOConfig, ["--config", "../project/runs/x/run.json"]), seed=3).reward
+    assert found == cfg.reward and sys.path == before
+    function = find_function(copy.deepcopy(found)[0])
+    assert function(["abc"]) == [3.0] and sys.path == before
+    assert function_source(found[0]).file == project / "scores_of_run.py"
+    assert find_function(found[1]) is math.fsum
+    with pytest.raises(UserError, match="reward scores_of_run:other: cannot be imported"):
+        find_function(FunctionOfRun("scores_of_run:other", str(project)))
+    assert sys.path == before
 
 
 def test_settings_that_are_gone_are_named_and_left_out(folder, capsys):

@@ -27,6 +27,8 @@ OTHER_SUFFIXES = ("zst", "bz2", "xz", "txt", "md", "yaml", "yml", "log")
 """More suffixes that a hub name does not have."""
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.%:+\[\]-]+))?")
 GLOB = re.compile(r"[*?\[]")
+PYTHON_ROWS = re.compile(r"<\w+ of \d+ rows, sha256 [0-9a-f]{16}>")
+"""The text of PythonRows."""
 
 
 class PythonRows(str):
@@ -110,6 +112,11 @@ def command_path(path: DataPath) -> str:
 def is_python(path: DataPath) -> bool:
     """Return whether a path is rows in Python, which no command can read again."""
     return isinstance(path, PythonRows)
+
+
+def names_python_rows(part: str) -> bool:
+    """Return whether a text is that of rows in Python, which run.json has in their place."""
+    return PYTHON_ROWS.fullmatch(part) is not None
 
 
 def parts(path: DataPath) -> list[str]:

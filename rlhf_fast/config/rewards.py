@@ -15,6 +15,20 @@ RewardSpec = str | Callable[..., Any]
 EXPECTED = "must be a reward model's folder, module:function, a Python function, or a list of these"
 
 
+class FunctionOfRun(str):
+    """module:function of a run that was started in another directory, `folder`, which holds the module perhaps."""
+
+    folder: str
+
+    def __new__(cls, name: str, folder: str) -> FunctionOfRun:
+        self = super().__new__(cls, name)
+        self.folder = folder
+        return self
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        return str(self), self.folder
+
+
 def reward_specs(value: RewardSpec | Sequence[RewardSpec]) -> tuple[RewardSpec, ...]:
     """Return the rewards that a setting names; () if it names none."""
     if isinstance(value, str) or callable(value):

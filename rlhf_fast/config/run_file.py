@@ -12,11 +12,13 @@ from typing import Any
 
 from rlhf_fast.config.data_path import is_pattern
 from rlhf_fast.config.resolve import json_settings, setting_types
+from rlhf_fast.config.rewards import FunctionOfRun, is_function
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.config.yaml_file import Setting
 from rlhf_fast.errors import UserError, listed
 
-PATHS = ("out", "reference", "reward", "select_reward", "log.eval_data")
+REWARDS = ("reward", "select_reward")
+PATHS = ("out", "reference", *REWARDS, "log.eval_data")
 """Settings that may name a folder or file, beside those of a model's or data group's path."""
 
 
@@ -51,8 +53,6 @@ def run_settings(path: str | Path, run: Mapping[str, Any], stage: str) -> dict[s
             file=sys.stderr,
         )
     base = run_directory(Path(path).expanduser(), run)
-    if str(base) not in sys.path:  # a reward's module may lie there
-        sys.path.append(str(base))
     return {name: _placed(name, setting, base) for name, setting in settings.items() if name not in unknown}
 
 
@@ -69,19 +69,21 @@ def run_directory(file: Path, run: Mapping[str, Any]) -> Path:
 
 
 def _placed(name: str, setting: Setting, base: Path) -> Setting:
-    """Return a setting whose paths lead to the same place from the working directory."""
+    """Return a setting whose paths lead to the same place from the working directory, and whose functions are found."""
     if base == Path.cwd() or not (name in PATHS or name.endswith((".path", ".valid"))):
         return setting
     value = setting.value
     if isinstance(value, list):
-        return Setting([_place(entry, base, name == "out") for entry in value], setting.origin)
-    return Setting(_place(value, base, name == "out"), setting.origin)
+        return Setting([_place(entry, base, name) for entry in value], setting.origin)
+    return Setting(_place(value, base, name), setting.origin)
 
 
-def _place(value: object, base: Path, always: bool) -> object:
+def _place(value: object, base: Path, name: str) -> object:
     """Return an absolute path for a relative one of `base`; any other value, such as a hub name, as it is."""
     if not isinstance(value, str) or not value or Path(value).is_absolute() or value.startswith("~"):
         return value
     path = str(base / value)
     there = (base / value).exists() or (is_pattern(path) and bool(glob.glob(path, recursive=True)))  # noqa: PTH207
-    return path if always or there else value
+    if name == "out" or there:
+        return path
+    return FunctionOfRun(value, str(base)) if name in REWARDS and is_function(value) else value

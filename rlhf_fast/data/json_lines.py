@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.config.data_path import FOREIGN, SUFFIXES
+from rlhf_fast.config.data_path import FOREIGN, SUFFIXES, names_python_rows
 from rlhf_fast.data.fields import InvalidRow, json_type
 from rlhf_fast.errors import UserError, nearest_file
 
@@ -40,7 +40,7 @@ def suffix_of(path: str | Path) -> str:
 
 def require_file(path: str | Path, pipe: bool = False) -> None:
     """Raise UserError unless `path` is a file that can hold rows, or with `pipe` a pipe."""
-    if " rows, sha256 " in str(path):
+    if names_python_rows(str(path)):
         raise UserError(f"{path}: stands for rows that a script gave; start the script again, or give --data.path")
     path = Path(path)
     try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,15 @@ from torch import Tensor
 
 from rlhf_fast.batches import Prompts, Responses
 from rlhf_fast.config.fields import ModelConfig
-from rlhf_fast.config.rewards import RewardSpec, bare_function, is_function, reward_specs, short_names, spec_name
+from rlhf_fast.config.rewards import (
+    FunctionOfRun,
+    RewardSpec,
+    bare_function,
+    is_function,
+    reward_specs,
+    short_names,
+    spec_name,
+)
 from rlhf_fast.data.row_columns import Wanted
 from rlhf_fast.errors import BadRows, UserError, listed
 from rlhf_fast.model.model import Model
@@ -217,13 +225,17 @@ def source_file(spec: str) -> Path | None:
 
 
 def import_function(spec: str, kind: str = "reward") -> Callable[..., Any]:
-    """Return the function that module:function names; the working directory is searched too. kind: for messages."""
+    """Return the function that module:function names; the working directory is searched too. kind: for messages.
+
+    The folder of a FunctionOfRun is searched first, and only for this import.
+    """
     module, _, name = spec.rpartition(":")
     folder = str(Path.cwd())
-    if folder not in sys.path:
+    if folder not in sys.path:  # for good: a function may import modules when it is called
         sys.path.insert(0, folder)
     try:
-        function = getattr(import_module(module), name)
+        with _searched(spec.folder) if isinstance(spec, FunctionOfRun) else nullcontext():
+            function = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         remedy = "write module:function"
         if module == "__main__" or "<" in name:
@@ -238,3 +250,14 @@ def import_function(spec: str, kind: str = "reward") -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{kind} {spec}: is a {type(function).__name__}, not a function")
     return function
+
+
+@contextmanager
+def _searched(folder: str) -> Iterator[None]:
+    """Search a folder for modules first, within the block."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the module may have removed it
+            sys.path.remove(folder)
