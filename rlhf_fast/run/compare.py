@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_fast.errors import UserError, listed
 from rlhf_fast.run.compare_page import FIRST_BYTES, Answer, Page, write_page
-from rlhf_fast.run.identity import INPUTS
+from rlhf_fast.run.identity import by_name, contents_of
 from rlhf_fast.run.logs import METRICS, SAMPLES, read_metrics, read_rows
 from rlhf_fast.run.outputs import RUN, check_new_file, read_run
 from rlhf_fast.run.plot import Line, check_smooth, load_pyplot, panels
@@ -113,16 +113,10 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of run.json as text under their names, checksums of inputs and versions included."""
     values = dict(_flat("", manifest["config"]))
     found = {name: _text(value) for name, value in values.items()}
-    sections = [manifest.get(section) for section in INPUTS]
-    inputs = {
-        path: str(digest) for section in sections if isinstance(section, dict) for path, digest in section.items()
-    }
+    inputs = by_name(manifest)
     for name, value in values.items():
         # Under the name of the setting, so that two files of equal contents are no difference.
-        paths = list(map(str, value)) if isinstance(value, list) else [value]
-        whole = inputs.get(", ".join(paths)) if all(isinstance(path, str) for path in paths) else None
-        digests = [whole] if whole else [inputs[path] for path in paths if isinstance(path, str) and path in inputs]
-        if digests:
+        if digests := list(filter(None, contents_of(value, inputs).checksums)):
             found[f"{name} (sha256)"] = " ".join(digest[:12] for digest in digests)
     found |= {name: _text(value) for name, value in _flat("versions.", manifest["versions"])}
     machine = manifest["machine"]

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_fast.config.data_path import DataPath, PythonRows, hub_name, parts, path_key
 from rlhf_fast.config.resolve import difference, from_json, show
@@ -79,26 +79,34 @@ def data_checksums(path: DataPath) -> dict[str, str]:
     return found
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def by_name(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Return the checksums of all INPUTS sections of a run.json."""
+    found = (sections.get(section) for section in INPUTS)
+    return {name: str(digest) for section in found if isinstance(section, dict) for name, digest in section.items()}
 
 
-def _one_input(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    """Return whether two names may be those of one input that was moved. Two functions of one file are two."""
-    if not (isinstance(was, str) and isinstance(value, str) and was in before and value in now):
-        return False
-    return not is_function(value) or was.rpartition(":")[2] == value.rpartition(":")[2]
+class Contents(NamedTuple):
+    """What a setting's value stands for. Two values are of one run if it is the same, whatever paths they are."""
+
+    checksums: tuple[str, ...]
+    """One of all files of a data path, else one of each entry; "" for what is no input."""
+    names: tuple[Any, ...]
+    """What the checksums do not say: the name of a function, as its file may have several; a value that is no input."""
 
 
-def _are_inputs(was: Any, value: Any, before: Mapping[str, str], now: Mapping[str, str]) -> tuple[bool, bool]:
-    """Return whether two values of a setting name inputs, and whether these have the same contents."""
-    one, other = (", ".join(map(str, _as_tuple(names))) for names in (was, value))
-    if one in before and other in now and not is_function(other):  # the files of a path, all together
-        return True, before[one] == now[other]
-    pairs = list(zip(_as_tuple(was), _as_tuple(value), strict=False))
-    equal_length = len(_as_tuple(was)) == len(_as_tuple(value))
-    are_inputs = equal_length and all(a == b or _one_input(a, b, before, now) for a, b in pairs)
-    return are_inputs, are_inputs and all(a == b or before[a] == now[b] for a, b in pairs)
+def contents_of(value: Any, checksums: Mapping[str, str]) -> Contents:
+    """Return what a setting's value stands for. checksums: of the run's inputs, by name."""
+    entries = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(entry, str) for entry in entries):
+        return Contents(("",), (value,))
+    if (whole := path_key(entries)) in checksums:
+        entries = (whole,)
+    found = tuple(checksums.get(entry, "") for entry in entries)
+    names = [
+        (entry.rpartition(":")[2] if is_function(entry) else "") if digest else entry
+        for entry, digest in zip(entries, found, strict=True)
+    ]
+    return Contents(found, tuple(names))
 
 
 def check_same_run(
@@ -114,13 +122,12 @@ def check_same_run(
     out = cfg.out
     if saved["stage"] != cfg.stage:
         raise UserError(f"{out}: holds a run of {saved['stage']}, not {cfg.stage}; {remedy}")
-    before = {name: digest for section in INPUTS for name, digest in saved.get(section, {}).items()}
-    now = {name: digest for section in INPUTS for name, digest in checksums[section].items()}
+    before, now = by_name(saved), by_name(checksums)
     differ = []
     for name, was, value in difference(from_json(cfg.stage, saved["config"], f"{out}/run.json"), cfg):
-        are_inputs, same = _are_inputs(was, value, before, now)
-        if name not in MAY_DIFFER_ON_RESUME and not same:
-            note = " with other contents" if are_inputs else ""
+        old, new = contents_of(was, before), contents_of(value, now)
+        if name not in MAY_DIFFER_ON_RESUME and old != new:
+            note = " with other contents" if any(new.checksums) and old.names == new.names else ""
             differ.append(f"{name} = {show(was)}, now {show(value)}{note}")
     if differ:
         raise UserError(
