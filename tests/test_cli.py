@@ -76,7 +76,7 @@ def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
 
 def test_interruption_full_disk_and_broken_pipe(monkeypatch, capsys):
     def raising(error, name="env"):
-        monkeypatch.setitem(COMMANDS, name, ("", lambda argv: (_ for _ in ()).throw(error)))
+        monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(run=lambda argv: (_ for _ in ()).throw(error)))
 
     raising(KeyboardInterrupt())
     assert main(["env"]) == 130

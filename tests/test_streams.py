@@ -61,7 +61,7 @@ def test_files_of_a_run_never_get_the_number_of_a_closed_stream(tmp_path):
     code = """
         import os, sys
         from rlhf_fast.cli.main import COMMANDS, main
-        COMMANDS["env"] = ("", lambda argv: os._exit(os.open("file", os.O_CREAT) > 2))
+        COMMANDS["env"] = COMMANDS["env"]._replace(run=lambda argv: os._exit(os.open("file", os.O_CREAT) > 2))
         main(["env"])
     """
     shell = f"{sys.executable} -c '{textwrap.dedent(code)}' <&- >&- 2>&-"

@@ -9,31 +9,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 
-from rlhf_fast.cli import options
-from rlhf_fast.config.evaluation import EvalOptions
 from rlhf_fast.config.presets import PRESETS
 from rlhf_fast.config.recipe_flags import SECTIONS
 from rlhf_fast.config.resolve import setting_docs
 from rlhf_fast.config.stages import STAGES
-
-CLASSES: Mapping[str, Any] = {
-    **STAGES,
-    "demo": options.DemoOptions,
-    "eval": EvalOptions,
-    "generate": options.GenerateOptions,
-    "chat": options.ChatOptions,
-    "check": options.CheckOptions,
-    "env": options.EnvOptions,
-    "export": options.ExportOptions,
-    "plot": options.PlotOptions,
-    "compare": options.CompareOptions,
-    "init": options.InitOptions,
-    "show-config": options.ShowConfigOptions,
-    "completion": options.CompletionOptions,
-}
-"""Command -> the class of its flags."""
-OF_RECIPES = ("run", "sweep")
-"""Commands whose flags are the settings of a recipe."""
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -49,18 +28,18 @@ class Flag(NamedTuple):
     """Without choices: whether the value may be the name of a file."""
 
 
-def script(shell: str, commands: Mapping[str, str]) -> str:
-    """Return the script of a shell. commands: command -> its summary."""
-    flags = {name: list(flags_of(name)) for name in commands}
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands, flags)
+def script(shell: str, commands: Mapping[str, tuple[str, Any]]) -> str:
+    """Return the script of a shell. commands: command -> its summary and the class of its flags."""
+    flags = {name: list(flags_of(name, cls)) for name, (_, cls) in commands.items()}
+    summaries = {name: summary for name, (summary, _) in commands.items()}
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](summaries, flags)
 
 
-def flags_of(command: str) -> Iterator[Flag]:
-    """Yield the flags of a command as tyro names them."""
-    if command in OF_RECIPES:
+def flags_of(command: str, cls: Any) -> Iterator[Flag]:
+    """Yield the flags of a command as tyro names them. cls: their class; None for the settings of a recipe."""
+    if cls is None:
         yield from _recipe_flags(command)
         return
-    cls = CLASSES.get(command, options.EnvOptions)  # with no flag but --help
     if command in STAGES:
         yield Flag(("--preset",), "settings to start from", ("default", *PRESETS[command]))
         yield Flag(("--config",), "YAML file with settings", is_text=True)

@@ -5,29 +5,54 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import takewhile
+from typing import Any, NamedTuple
 
 from rlhf_fast import __version__
 from rlhf_fast.cli.streams import safe_streams, silence
 from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.errors import REMEDIES, UserError, did_you_mean, shortened
 
-Command = Callable[[Sequence[str]], int]
+Function = Callable[[Sequence[str]], int]
+"""From the arguments to the exit status."""
+RECIPE = ""
+"""Stands for the class of the flags of a command that takes the settings of a recipe."""
 
-COMMANDS: dict[str, tuple[str, Command]] = {}
-"""Command -> (summary, function from the arguments to the exit status)."""
+
+class Command(NamedTuple):
+    """A command of rlhf-fast. flags: module:class of its flags in this package, which is imported when it is needed."""
+
+    summary: str
+    flags: str
+    run: Function
+
+    def flags_class(self) -> Any:
+        """Return the class of the command's flags, None for RECIPE."""
+        module, _, name = self.flags.rpartition(":")
+        return getattr(import_module(f"rlhf_fast.{module}"), name) if name else None
+
+
+COMMANDS: dict[str, Command] = {}
 RESUMES = ("sft", "reward", "ppo", "run", "sweep", "demo", "eval")
 """Commands that go on from a checkpoint when they are started again."""
 
 
-def command(name: str, summary: str) -> Callable[[Command], Command]:
+def command(name: str, summary: str, flags: str) -> Callable[[Function], Function]:
     """Register a function as the command `name`."""
 
-    def register(function: Command) -> Command:
-        COMMANDS[name] = (summary, function)
+    def register(function: Function) -> Function:
+        COMMANDS[name] = Command(summary, flags, function)
         return function
 
     return register
+
+
+def _parse(name: str, argv: Sequence[str]) -> Any:
+    """Return the flags of a command, an object of its class."""
+    from rlhf_fast.config.flags import parse
+
+    return parse(COMMANDS[name].flags_class(), argv, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,8 +114,7 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         hint = did_you_mean(argv[0], COMMANDS, "`rlhf-fast --help` lists them")
         raise UserError(f'no command "{argv[0]}"; {hint}')
-    _, function = COMMANDS[argv[0]]
-    return function(argv[1:])
+    return COMMANDS[argv[0]].run(argv[1:])
 
 
 def _fail(sentence: str) -> int:
@@ -107,7 +131,7 @@ def _status(failures: Sequence[str]) -> int:
 
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
-    commands = "\n".join(f"  {name:<{width}}{summary}" for name, (summary, _) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<{width}}{summary}" for name, (summary, *_) in COMMANDS.items())
     return f"""\
 usage: rlhf-fast COMMAND [options]        rlhf-fast COMMAND --help        rlhf-fast --version
 
@@ -118,12 +142,13 @@ Supervised fine-tuning, reward modelling and PPO as in InstructGPT, on fused ker
 start with: rlhf-fast demo"""
 
 
-@command("demo", "the whole experiment on a small generated world, minutes on 2 cores, no download")
+@command(
+    "demo",
+    "the whole experiment on a small generated world, minutes on 2 cores, no download",
+    "cli.options:DemoOptions",
+)
 def _demo(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import DemoOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(DemoOptions, argv, "demo")
+    options = _parse("demo", argv)
     from rlhf_fast.demo.run import run
 
     run(out=options.out, seed=options.seed, quick=options.quick)
@@ -133,10 +158,9 @@ def _demo(argv: Sequence[str]) -> int:
 def _stage(name: str, argv: Sequence[str]) -> int:
     from rlhf_fast.cli.recipe import split_dry_run
     from rlhf_fast.config.flags import stage_config
-    from rlhf_fast.config.stages import STAGES
 
     argv, dry_run = split_dry_run(argv)
-    cfg = stage_config(STAGES[name], argv)
+    cfg = stage_config(COMMANDS[name].flags_class(), argv)
     cfg.ready()
     from rlhf_fast.data.files import require_data
     from rlhf_fast.stages.recipe import run_stage
@@ -147,29 +171,29 @@ def _stage(name: str, argv: Sequence[str]) -> int:
     return 0
 
 
-@command("sft", "fine-tune a language model on demonstrations")
+@command("sft", "fine-tune a language model on demonstrations", "config.stages:SFTConfig")
 def _sft(argv: Sequence[str]) -> int:
     return _stage("sft", argv)
 
 
-@command("reward", "train a reward model on ranked responses")
+@command("reward", "train a reward model on ranked responses", "config.stages:RewardConfig")
 def _reward(argv: Sequence[str]) -> int:
     return _stage("reward", argv)
 
 
-@command("ppo", "train a policy against a reward, held to a reference")
+@command("ppo", "train a policy against a reward, held to a reference", "config.stages:PPOConfig")
 def _ppo(argv: Sequence[str]) -> int:
     return _stage("ppo", argv)
 
 
-@command("run", "all stages of a recipe.yaml in order; finished ones are skipped; flags replace its values")
+@command("run", "all stages of a recipe.yaml in order; finished ones are skipped; flags replace its values", RECIPE)
 def _run(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.recipe import run
 
     return _status(run(argv))
 
 
-@command("sweep", "a recipe once for each value of a setting, one after another, with a table")
+@command("sweep", "a recipe once for each value of a setting, one after another, with a table", RECIPE)
 def _sweep(argv: Sequence[str]) -> int:
     from rlhf_fast.cli.recipe import sweep
 
@@ -178,26 +202,24 @@ def _sweep(argv: Sequence[str]) -> int:
     return 2 if failed else status
 
 
-@command("eval", "the paper's evaluation of models side by side: truth, toxicity, bias, tax, refusals, preference")
+@command(
+    "eval",
+    "the paper's evaluation of models side by side: truth, toxicity, bias, tax, refusals, preference",
+    "config.evaluation:EvalOptions",
+)
 def _eval(argv: Sequence[str]) -> int:
-    from rlhf_fast.config.evaluation import EvalOptions
-    from rlhf_fast.config.flags import parse
-
     if bare := list(takewhile(lambda word: not word.startswith("-"), argv)):
         models = " ".join(word if "=" in word else f"NAME={word}" for word in bare)
         raise UserError(f"eval: models are given by a flag; write --models {models}")
-    options = parse(EvalOptions, argv, "eval")
+    options = _parse("eval", argv)
     from rlhf_fast.cli.evaluation import run_eval
 
     return _status(run_eval(options))
 
 
-@command("generate", "sample responses to a file of prompts")
+@command("generate", "sample responses to a file of prompts", "cli.options:GenerateOptions")
 def _generate(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import GenerateOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(GenerateOptions, argv, "generate")
+    options = _parse("generate", argv)
     from rlhf_fast.cli.generate import generate
 
     written = generate(options)
@@ -205,24 +227,22 @@ def _generate(argv: Sequence[str]) -> int:
     return 0
 
 
-@command("chat", "talk to a model in the terminal")
+@command("chat", "talk to a model in the terminal", "cli.options:ChatOptions")
 def _chat(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import ChatOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(ChatOptions, argv, "chat")
+    options = _parse("chat", argv)
     from rlhf_fast.cli.chat import chat
 
     chat(options)
     return 0
 
 
-@command("check", "look at a data file: errors, lengths, duplicates; with --tokenizer DIR one row as tokens")
+@command(
+    "check",
+    "look at a data file: errors, lengths, duplicates; with --tokenizer DIR one row as tokens",
+    "cli.options:CheckOptions",
+)
 def _check(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import CheckOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(CheckOptions, argv, "check")
+    options = _parse("check", argv)
     from rlhf_fast.config.fields import DataConfig, ModelConfig
     from rlhf_fast.data.check import check
 
@@ -250,62 +270,55 @@ def _check(argv: Sequence[str]) -> int:
     return 2 if errors else 0
 
 
-@command("env", "versions, machine, and which backend answers for each op, and why")
+@command("env", "versions, machine, and which backend answers for each op, and why", "cli.options:EnvOptions")
 def _env(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import EnvOptions
-    from rlhf_fast.config.flags import parse
-
-    parse(EnvOptions, argv, "env")
+    _parse("env", argv)
     from rlhf_fast.cli.env import report
 
     print("\n".join(report()))
     return 0
 
 
-@command("plot", "a run's curves as a PNG")
+@command("plot", "a run's curves as a PNG", "cli.options:PlotOptions")
 def _plot(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import PlotOptions
-    from rlhf_fast.config.flags import parse
-
     if len(bare := list(takewhile(lambda word: not word.startswith("-"), argv))) > 1:
         raise UserError(f"plot: draws one run; `rlhf-fast compare {' '.join(bare)}` draws several over one another")
-    options = parse(PlotOptions, argv, "plot")
+    options = _parse("plot", argv)
     from rlhf_fast.run.plot import plot
 
     print(plot(options.run, options.out, options.smooth))
     return 0
 
 
-@command("compare", "runs beside one another in an HTML file: settings that differ, curves, samples")
+@command(
+    "compare",
+    "runs beside one another in an HTML file: settings that differ, curves, samples",
+    "cli.options:CompareOptions",
+)
 def _compare(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import CompareOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(CompareOptions, argv, "compare")
+    options = _parse("compare", argv)
     from rlhf_fast.run.compare import compare
 
     print("\n".join(compare(options.runs, options.out, options.samples, options.smooth)))
     return 0
 
 
-@command("export", "a model for llama.cpp and Ollama (GGUF), or as a folder in another dtype, checked against it")
+@command(
+    "export",
+    "a model for llama.cpp and Ollama (GGUF), or as a folder in another dtype, checked against it",
+    "cli.options:ExportOptions",
+)
 def _export(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import ExportOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(ExportOptions, argv, "export")
+    options = _parse("export", argv)
     from rlhf_fast.cli.export import write
 
     write(options)
     return 0
 
 
-@command("init", "write a commented recipe.yaml")
+@command("init", "write a commented recipe.yaml", "cli.options:InitOptions")
 def _init(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import InitOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(InitOptions, argv, "init")
+    options = _parse("init", argv)
     from rlhf_fast.stages.recipe import write_template
 
     path = write_template(options.path)
@@ -313,27 +326,28 @@ def _init(argv: Sequence[str]) -> int:
     return 0
 
 
-@command("show-config", "every setting of a stage and its meaning; with --diff the difference between two presets")
+@command(
+    "show-config",
+    "every setting of a stage and its meaning; with --diff the difference between two presets",
+    "cli.options:ShowConfigOptions",
+)
 def _show_config(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import ShowConfigOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(ShowConfigOptions, argv, "show-config")
+    options = _parse("show-config", argv)
     from rlhf_fast.cli.show_config import show_config
 
     print("\n".join(show_config(options.stage, options.preset, options.config, options.diff)))
     return 0
 
 
-@command("completion", "a script that completes commands and flags in bash, zsh or fish")
+@command(
+    "completion", "a script that completes commands and flags in bash, zsh or fish", "cli.options:CompletionOptions"
+)
 def _completion(argv: Sequence[str]) -> int:
-    from rlhf_fast.cli.options import CompletionOptions
-    from rlhf_fast.config.flags import parse
-
-    options = parse(CompletionOptions, argv, "completion")
+    options = _parse("completion", argv)
     from rlhf_fast.cli.completion import script
 
-    print(script(options.shell, {name: summary for name, (summary, _) in COMMANDS.items()}), end="")
+    commands = {name: (command.summary, command.flags_class()) for name, command in COMMANDS.items()}
+    print(script(options.shell, commands), end="")
     return 0
 
 
