@@ -33,8 +33,7 @@ from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
 from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.run.terminal import LiveLine, format_speed, has_cursor
 from rlhf_fast.stages.fit import check_device
-from rlhf_fast.training.reward_functions import FunctionReward
-from rlhf_fast.training.rewards import Reward, import_function, load_reward
+from rlhf_fast.training.rewards import Reward, check_function, load_reward
 
 RESPONSE = ("completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
 SCORES = ("reward", "value")
@@ -221,7 +220,7 @@ def _check_output(options: GenerateOptions) -> None:
         raise UserError(f"generate: value is {options.value}, a function; give the folder of a value model")
     for name, spec in (("reward", options.reward), ("value", options.value)):
         if is_function(spec):
-            FunctionReward(import_function(spec, f"generate: {name}"), None, spec)
+            check_function(spec, f"generate: {name}")
         elif spec:
             check_model(spec, "scalar", name, {}, "generate")
     if options.out != "-":

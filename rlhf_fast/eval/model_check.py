@@ -13,8 +13,7 @@ from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.rewards import is_function
 from rlhf_fast.errors import UserError
 from rlhf_fast.model.pretrained import check_folder, quiet
-from rlhf_fast.training.reward_functions import FunctionReward
-from rlhf_fast.training.rewards import import_function
+from rlhf_fast.training.rewards import check_function
 
 Head = Literal["lm", "scalar"]
 Planned = Mapping[str, Head]
@@ -43,7 +42,7 @@ def check_rewards(cfg: EvalConfig, planned: Planned) -> None:
     """Raise UserError if the reward that is reported on or the second one is neither a function nor a reward model."""
     for setting, spec in (("reward", cfg.reward), ("gold", cfg.gold)):
         if is_function(spec):
-            FunctionReward(import_function(spec, f"eval: {setting}"), None, spec)
+            check_function(spec, f"eval: {setting}")
         elif spec:
             check_model(spec, "scalar", setting, planned)
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from rlhf_fast.config.data_path import shown_path
 from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
-from rlhf_fast.config.rewards import RewardSpec, is_function, model_specs, reward_specs, spec_name
+from rlhf_fast.config.rewards import RewardSpec, is_function, model_specs, reward_specs
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data import read_prompts
 from rlhf_fast.data.row_columns import require_columns
@@ -30,8 +30,7 @@ from rlhf_fast.run.info import TOKENIZER_FILES, sha256
 from rlhf_fast.run.logs import check_sinks
 from rlhf_fast.run.outputs import check_hub_names
 from rlhf_fast.run.prompt_format import check_planned_format
-from rlhf_fast.training.reward_functions import FunctionReward
-from rlhf_fast.training.rewards import find_function
+from rlhf_fast.training.rewards import check_function
 
 S = TypeVar("S", bound=StageConfig)
 
@@ -139,8 +138,7 @@ def _check_functions(cfg: StageConfig) -> None:
     if isinstance(cfg, RewardConfig):
         return
     specs = reward_specs(cfg.reward if isinstance(cfg, PPOConfig) else cfg.select_reward)
-    functions = [FunctionReward(find_function(spec), None, spec_name(spec)) for spec in specs if is_function(spec)]
-    wanted = [found for function in functions if (found := function.wanted)]
+    wanted = [found for spec in specs if is_function(spec) and (found := check_function(spec))]
     if not any(found.required for found in wanted) or (isinstance(cfg, SFTConfig) and cfg.select != "reward"):
         return
     kind = "prompts" if isinstance(cfg, PPOConfig) else "demonstrations"

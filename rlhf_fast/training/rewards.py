@@ -209,6 +209,12 @@ def check_scores(scores: Any, uids: Sequence[int], name: str) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
+def check_function(spec: RewardSpec, kind: str = "reward") -> Wanted | None:
+    """Return the columns that a function reads, None if it is not called by names; UserError if it cannot be imported
+    or called."""
+    return FunctionReward(find_function(spec, kind), None, spec_name(spec)).wanted
+
+
 def find_function(spec: RewardSpec, kind: str = "reward") -> Callable[..., Any]:
     """Return a function as it was given, or the one that module:function names."""
     return import_function(spec, kind) if isinstance(spec, str) else spec
