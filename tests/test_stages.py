@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.stages import reward, sft
+from rlhf_fast.stages import ppo, reward, sft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,6 +221,25 @@ def test_two_processes_cannot_share_a_folder(folder):
             two.start_or_resume(1, (), {})
 
 
+@pytest.mark.parametrize("stage", [sft, reward, ppo], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_a_second_process_is_refused_before_it_plans(folder, stage, monkeypatch, capsys):
+    """It reads no data or model. A dry run, which starts nothing, still tells what is left."""
+    cfg = getattr(toy, stage.__name__.rpartition(".")[2])(folder)
+    with RunFolder(cfg) as first:
+        first.start_or_resume(1, (), {})
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "check_fit", lambda *_: pytest.fail("it plans"))
+            with pytest.raises(UserError, match="another process runs there; wait for it"):
+                stage.run(cfg)
+        capsys.readouterr()
+        stage.run(cfg, dry_run=True)
+        assert "a dry run ends here" in capsys.readouterr().err
+    with RunFolder(cfg) as second:
+        with pytest.raises(UserError, match="another process runs there"), RunFolder(cfg):
+            pytest.fail("two have the folder")
+        second.start_or_resume(1, (), {})
+
+
 def test_a_missing_path_is_named(folder):
     with pytest.raises(UserError, match=r"data\.path is not set"):
         sft.run(toy.sft(folder, data=DataConfig()))
@@ -231,8 +250,6 @@ def test_a_missing_path_is_named(folder):
 
 def test_a_run_resumes_only_with_its_own_models(folder, monkeypatch):
     """The weights and the source of a reward function must be unchanged; a run.json in a model's folder may change."""
-    from rlhf_fast.stages import ppo
-
     (folder / "f2_reward.py").write_text("def score(texts):\n    return [0.0] * len(texts)\n")
     monkeypatch.syspath_prepend(str(folder))
     cfg = toy.ppo(folder, reward="f2_reward:score", episodes=16)

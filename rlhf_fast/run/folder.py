@@ -34,7 +34,7 @@ from rlhf_fast.run.identity import check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.machine import resident_memory
-from rlhf_fast.run.outputs import RUN, check_run_folder, move_in, take_lock
+from rlhf_fast.run.outputs import LOCK, RUN, check_run_folder, move_in, take_lock
 from rlhf_fast.training.learner import Learner
 
 BEST = "best"
@@ -56,11 +56,13 @@ class RunFolder:
     """The folder `cfg.out` of one stage's run, as a context manager.
 
     finished: nothing is left to do. notes: sentences on the data, which `start_or_resume` prints if no one has taken
-    them. device: None = automatic. base_memory: bytes that the process held before it has read a model.
+    them. device: None = automatic. base_memory: bytes that the process held before it has read a model. dry_run: the
+    run will not start, so that another process may have the folder.
     """
 
-    def __init__(self, cfg: StageConfig):
+    def __init__(self, cfg: StageConfig, dry_run: bool = False):
         cfg.ready()
+        self.dry_run = dry_run
         self.base_memory = resident_memory()
         self.cfg, self.stage, self.out = cfg, cfg.stage, Path(cfg.out)
         self.checkpoints = self.out / "checkpoints"
@@ -86,6 +88,8 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if self.finished:
             print(f"{self.stage}: {self.out} is finished already; nothing is done", file=sys.stderr)
+        elif not self.dry_run and (self.checkpoints / LOCK).exists():  # a run that began there may still go on
+            self._lock = take_lock(self.checkpoints, self.out)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -120,7 +124,7 @@ class RunFolder:
 
         `log.start` is the number of steps done.
         """
-        self._lock = take_lock(self.checkpoints, self.out)
+        self._lock = self._lock or take_lock(self.checkpoints, self.out)
         saved = check_run_folder(self.cfg.out, self.cfg.input_paths())  # what has changed while the models were loaded
         if "finished" in saved:
             raise UserError(f"{self.out}: another process has finished this run meanwhile; nothing is left to do")

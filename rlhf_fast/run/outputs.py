@@ -19,6 +19,7 @@ from rlhf_fast.config.stages import STAGES
 from rlhf_fast.errors import UserError, listed, shortened, writing
 
 RUN = "run.json"
+LOCK = "lock"
 PARTIAL = ".partial"
 """Suffix of a file that is being written beside the one that it will replace."""
 STARTED = ("checkpoints", RUN + ".tmp")
@@ -67,7 +68,7 @@ def _is_of_a_start(path: Path) -> bool:
         return False
     if path.name == STARTED[0]:
         entries = list(path.iterdir()) if path.is_dir() else [path]
-        return all(entry.name == "lock" and entry.is_file() and not entry.stat().st_size for entry in entries)
+        return all(entry.name == LOCK and entry.is_file() and not entry.stat().st_size for entry in entries)
     content = path.read_bytes()[: len(FIRST_BYTES)] if path.is_file() else b"?"
     return content == FIRST_BYTES[: len(content)]
 
@@ -122,7 +123,7 @@ def take_lock(folder: str | Path, out: str | Path) -> TextIO:
     """
     with writing(out):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = (Path(folder) / "lock").open("a", encoding="utf-8")
+        lock = (Path(folder) / LOCK).open("a", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -52,7 +52,7 @@ def run(cfg: PPOConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = 
     dry_run: print what the run takes, and write nothing. earlier: stages that by then will have written models which
     this one reads; theirs are taken now.
     """
-    with RunFolder(cfg) as run_folder:
+    with RunFolder(cfg, dry_run) as run_folder:
         if run_folder.finished:
             return
         context = check_fit(cfg, earlier)
