@@ -86,9 +86,10 @@ def _hints(cls: type) -> Mapping[str, Any]:
     try:
         return get_type_hints(cls)
     except NameError:
-        if cls.__base__ in (None, object):
+        base: Any = cls.__base__
+        if base is object:
             raise
-        return _hints(cls.__base__)
+        return _hints(base)
 
 
 def _hint(name: str, cls: type) -> str:

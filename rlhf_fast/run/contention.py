@@ -13,9 +13,9 @@ import sys
 import time
 
 SPIN_COUNT = "3000"
-# Measured with PPO of a 260K model, 16 x 100 tokens, on two cores of a Xeon with AMX: at 1, 3000, 10000 and GNU's default
-# learning takes 0.100, 0.105, 0.113 and 0.108 s alone, which is noise, and beside a second torch program with the same
-# setting 0.177, 0.188, 0.271 and 2.89 s.
+# Two cores of a Xeon with AMX, PPO of a 260K model, 16 x 100 tokens: with counts of 1, 3000, 10000 and GNU's default
+# learning took 0.100, 0.105, 0.113 and 0.108 s alone, which is noise, and 0.177, 0.188, 0.271 and 2.89 s beside a
+# second torch program with the same count.
 ENVIRONMENT = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """OpenMP's own variables; a user who sets one of them has chosen."""
 LOAD_SECONDS = 60.0
