@@ -30,7 +30,7 @@ class Source(NamedTuple):
 def typed(kind: Any, value: Any, source: Source) -> Any:
     """Return a value that has a setting's type, or stands for one that does. ValueError says what it must be.
 
-    A type that is none of a setting's, as a subclass may have, takes every value.
+    A type that no setting of ours has, as one of a subclass, takes every value.
     """
     origin = get_origin(kind)
     if kind == REWARD_SPECS:
