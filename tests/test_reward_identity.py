@@ -198,7 +198,7 @@ def test_a_script_may_change_its_settings_and_not_its_reward(folder):
 
 
 def test_a_setting_stands_for_the_contents_of_its_inputs():
-    """Of a list of rewards each, of a path's files all together; two functions of one file are two."""
+    """Each reward of a list counts, and all files of a path together; two functions of one file are two."""
     sums = {"rm": "1", "moved/rm": "1", "other": "2", "m:f": "3", "m:g": "3", "a.jsonl": "4", "a.jsonl, b.jsonl": "5"}
     sums |= {"x/*.jsonl": "5"}
     files = ("a.jsonl", "b.jsonl")

@@ -68,7 +68,7 @@ def settings(cls: type[T]) -> type[T]:
 
 def _check_types(cfg: Any) -> None:
     """Put every field's value in its type; BadSetting if it has another."""
-    cls = type(cfg)
+    cls: Any = type(cfg)
     hints = _hints(cls)
     for name in (field.name for field in dataclasses.fields(cls) if field.init):
         value = getattr(cfg, name)

@@ -18,7 +18,7 @@ UNIONS = (Union, UnionType)
 
 
 class Source(NamedTuple):
-    """What differs between values of Python and those of a file: how numbers and texts are read, and the words."""
+    """The readers of numbers and texts, and the words of errors, by which values of Python and of a file differ."""
 
     number: Callable[[type, Any], int | float]
     text: Callable[[Any], str]

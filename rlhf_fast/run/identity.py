@@ -86,12 +86,13 @@ def by_name(sections: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Contents(NamedTuple):
-    """What a setting's value stands for. Two values are of one run if it is the same, whatever paths they are."""
+    """The contents that a setting's value stands for. Two values with the same ones are of one run, whatever paths they
+    are."""
 
     checksums: tuple[str, ...]
-    """One of all files of a data path, else one of each entry; "" for what is no input."""
+    """One of all files of a data path, else one of each entry; "" for an entry that is no input."""
     names: tuple[Any, ...]
-    """What the checksums do not say: the name of a function, as its file may have several; a value that is no input."""
+    """The rest: the name of a function, as its file may have several; a value that is no input."""
 
 
 def contents_of(value: Any, checksums: Mapping[str, str]) -> Contents:

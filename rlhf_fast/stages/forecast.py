@@ -53,7 +53,7 @@ def forecast_reward(cfg: RewardConfig, run_folder: RunFolder, learner: Learner, 
 
 @dataclass
 class _Left:
-    """What is left of a run that takes its rows in epochs."""
+    """The rest of a run that takes its rows in epochs."""
 
     cfg: SFTConfig | RewardConfig
     learner: Learner
@@ -61,7 +61,7 @@ class _Left:
     train: Dataset
     model: Model
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     done: int
     """Steps that an earlier process has made."""
     first: int
