@@ -196,6 +196,13 @@ def test_a_wrong_setting_is_named_with_its_place(cls, values, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_group_of_a_wrong_value_is_named(tmp_path):
+    """Two groups of one kind are given, and the rules of both are checked only with the flags."""
+    (tmp_path / "r.yaml").write_text("optim.lr: 1\nvalue_optim.lr: -1\n")
+    with pytest.raises(UserError, match=r"^ppo: value_optim\.lr must be above 0, got -1\.0 \(.*r\.yaml:2\)$"):
+        stage_config(PPOConfig, ["--config", str(tmp_path / "r.yaml")])
+
+
 def test_ppo_samples_with_filters_only_where_that_is_allowed():
     """Filters are no fault elsewhere: sft's sampling is for showing responses and choosing among weights."""
     for setting in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"min_new_tokens": 2}):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf_fast import DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.cli.main import main
@@ -84,6 +85,24 @@ def test_what_stands_for_a_type_becomes_it():
     assert SFTConfig(sampling=SamplingConfig(stop=["x"])).sampling.stop == ("x",)
     assert RewardConfig(seed=3).seed == 3
     json.dumps(to_plain(cfg))
+
+
+def test_scalars_of_numpy_and_torch_are_those_of_python():
+    cfg = PPOConfig(
+        resume=np.bool_(False), whiten=np.str_("none"), seed=torch.tensor(3), lam=np.float64(0.5), whiten_eps=np.int8(1),
+        reward_weights=[np.float32(2)], reward=[np.str_("my:format")], optim=OptimConfig(betas=(np.float16(0.5), 0)),
+    )  # fmt: skip
+    plain = PPOConfig(
+        resume=False, whiten="none", seed=3, lam=0.5, whiten_eps=1, reward_weights=[2.0], reward="my:format",
+        optim=OptimConfig(betas=(0.5, 0)),
+    )  # fmt: skip
+    assert cfg == plain and json.dumps(to_plain(cfg)) == json.dumps(to_plain(plain))
+    assert {type(cfg.resume), type(cfg.whiten), type(cfg.seed), type(cfg.reward)} == {bool, str, int}
+    for make in (lambda: PPOConfig(seed=np.bool_(True)), lambda: PPOConfig(seed=np.float64(0.5))):
+        with pytest.raises(UserError, match="seed must be a whole number, got np"):
+            make()
+    with pytest.raises(UserError, match="resume must be True or False, got np.int64"):
+        PPOConfig(resume=np.int64(1))
 
 
 def test_rewards_in_flags_yaml_and_python_are_the_same(folder):

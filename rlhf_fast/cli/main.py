@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except BadSetting as error:
-            return _fail(f"{argv[0]}: {error.name} {error.rule}, got {error.value!r}")
+            return _fail(f"{argv[0]}: {error.name} {error.rule}{error.got}")
         except UserError as error:
             return _fail(str(error))
         except KeyboardInterrupt:

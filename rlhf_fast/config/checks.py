@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.rewards import REWARD_SPECS, reward_value
-from rlhf_fast.errors import UserError, nearest
+from rlhf_fast.errors import UserError, nearest, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -28,20 +28,25 @@ T = TypeVar("T")
 
 
 class BadSetting(UserError):
-    """A setting that breaks its rule. `name` is the field; resolve.py adds the whole path and the value's origin."""
+    """A setting that breaks its rule. `name` is the field; resolve.py adds the whole path and the value's origin.
+
+    got: the end of the sentence. It is empty for a value whose text has several lines, such as a table.
+    """
 
     def __init__(self, owner: object, name: str, rule: str):
         self.name, self.rule, self.value = name, rule, getattr(owner, name)
-        super().__init__(f"{type(owner).__name__}: {name} {rule}, got {self.value!r}")
+        text = repr(self.value)
+        self.got = "" if "\n" in text else f", got {shortened(text)}"
+        super().__init__(f"{type(owner).__name__}: {name} {rule}{self.got}")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass whose values have the types of its fields.
 
-    A list becomes a tuple, a path text, a NumPy number one of Python's. UserError for a name that is no field, with the
+    A list becomes a tuple, a path text, a scalar of NumPy's one of Python's. UserError for a name that is no field, with the
     nearest one; BadSetting for a value of another type. A class may have a classmethod `prepared(name, value)`, which
-    turns what else may be given for a field into its type, before the check.
+    turns what else may be given for a field into its type, before the check; its ValueError becomes a BadSetting.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     plain = made.__init__
@@ -59,18 +64,17 @@ def settings(cls: type[T]) -> type[T]:
             raise UserError(f"{cls.__name__}: {twice} is given twice, once by its position; give all by name")
         hints = _hints(made)
         for name, value in {**values, **kwargs}.items():
-            prepared = made.prepared(name, value) if hasattr(made, "prepared") else value
-            values[name] = _value_of(made, name, hints[name], prepared)
+            values[name] = _value_of(made, name, hints[name], value)
         plain(self, **values)
 
     made.__init__ = checked
     return made
 
 
-def _value_of(cls: type, name: str, kind: Any, value: Any) -> Any:
+def _value_of(cls: Any, name: str, kind: Any, value: Any) -> Any:
     """Return a field's value in its type; BadSetting if it has another."""
     try:
-        return typed(kind, value)
+        return typed(kind, cls.prepared(name, value) if hasattr(cls, "prepared") else value)
     except ValueError as error:
         owner: Any = object.__new__(cls)
         object.__setattr__(owner, name, value)
@@ -97,6 +101,8 @@ def _hint(name: str, cls: type) -> str:
 def typed(kind: Any, value: Any) -> Any:
     """Return a value that has a setting's type, or stands for one that does. ValueError says what it must be."""
     origin = get_origin(kind)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a scalar of NumPy's or torch's
+        value = value.item()
     if kind == REWARD_SPECS:
         return reward_value(value)
     if dataclasses.is_dataclass(kind):

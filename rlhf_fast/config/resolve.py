@@ -147,7 +147,8 @@ def setting_error(root: type, error: BadSetting, path: str, settings: Mapping[st
     """Return the sentence of a broken rule with the setting's whole path and its origin."""
     origin = settings[path].origin if path in settings else DEFAULT
     source = f" ({origin})" if origin != DEFAULT else ""
-    return UserError(f"{stage_name(root)}: {path} {error.rule}, got {show(error.value)}{source}")
+    got = f", got {show(error.value)}" if error.got else ""
+    return UserError(f"{stage_name(root)}: {path} {error.rule}{got}{source}")
 
 
 def stage_name(cls: type) -> str:

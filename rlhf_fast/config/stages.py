@@ -61,7 +61,10 @@ class _Stage:
         """Return a value for a field: data=rows is short for data=DataConfig(path=rows) with the stage's defaults."""
         field = next(field for field in fields(cls) if field.name == name)
         if field.type == "DataConfig" and not isinstance(value, DataConfig) and callable(field.default_factory):
-            return replace(field.default_factory(), path=value)
+            try:
+                return replace(field.default_factory(), path=value)
+            except BadSetting as error:
+                raise ValueError(error.rule) from None
         return value
 
     def __post_init__(self) -> None:
