@@ -90,7 +90,7 @@ def test_what_stands_for_a_type_becomes_it():
 def test_scalars_of_numpy_and_torch_are_those_of_python():
     cfg = PPOConfig(
         resume=np.bool_(False), whiten=np.str_("none"), seed=torch.tensor(3), lam=np.float64(0.5), whiten_eps=np.int8(1),
-        reward_weights=[np.float32(2)], reward=[np.str_("my:format")], optim=OptimConfig(betas=(np.float16(0.5), 0)),
+        reward_weights=[np.float32(2)], reward=np.str_("my:format"), optim=OptimConfig(betas=(np.float16(0.5), 0)),
     )  # fmt: skip
     plain = PPOConfig(
         resume=False, whiten="none", seed=3, lam=0.5, whiten_eps=1, reward_weights=[2.0], reward="my:format",
