@@ -455,6 +455,23 @@ def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
         assert resolve(cls, settings) == cls() and preset_name == ""
 
 
+MAPS = [
+    ("ppo", "policy.path: m\nreward:\n  a: runs/rm\n", r'^ppo: reward must be a reward model.*, not a map with "a" \(.*:3\)$'),
+    ("ppo", "episodes: 8\nreward: {runs/rm: 1}\n", r'not a map with "runs/rm" \(.*:2\)$'),
+    ("ppo", "ppo:\n  reward: {a: runs/rm}\n", r'^ppo: reward must be .*, not a map with "a" \(.*:2\)$'),
+    ("ppo", "seed: 1\nreward: {data.path: r.jsonl}\n", "has no section ppo; it has reward$"),
+    ("sft", "data.path: {a: 3}\n", r'^sft: data\.path takes a value; there is no setting "a" in it \(.*:1\)$'),
+]
+
+
+@pytest.mark.parametrize(("stage", "text", "sentence"), MAPS)
+def test_a_map_in_the_place_of_a_value_is_refused(tmp_path, stage, text, sentence):
+    """The reward of a file for ppo alone is no section of a recipe."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        stage_config(STAGES[stage], ["--config", str(tmp_path / "c.yaml")])
+
+
 def test_difference_sees_every_setting():
     cfg = PPOConfig()
     assert difference(cfg, PPOConfig()) == []

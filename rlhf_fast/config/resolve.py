@@ -30,7 +30,7 @@ from typing import (
 
 from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.config.library_names import meant_setting
-from rlhf_fast.config.rewards import REWARD_SPECS, reward_value, spec_name
+from rlhf_fast.config.rewards import EXPECTED, REWARD_SPECS, reward_value, spec_name
 from rlhf_fast.config.stages import STAGES, StageConfig
 from rlhf_fast.config.yaml_file import WIDTH, Setting, dump_yaml
 from rlhf_fast.errors import UserError, did_you_mean, listed, shortened
@@ -169,6 +169,12 @@ def unknown_setting(cls: type[DataclassInstance], path: str, origin: str) -> Use
     if inside:
         hint = f"it is a group, of {listed(inside, 4)}"
         return UserError(f'{stage_name(cls)}: "{path}" takes no value; {hint} ({origin})')
+    if taken := next((name for name in names if path.startswith(name + ".")), ""):
+        inner = path.removeprefix(taken + ".")
+        rule = f'takes a value; there is no setting "{inner}" in it'
+        if setting_types(cls)[taken] == REWARD_SPECS:
+            rule = f'{EXPECTED}, not a map with "{inner}"'
+        return UserError(f"{stage_name(cls)}: {taken} {rule} ({origin})")
     meant = meant_setting(path, names)
     hint = f"did you mean {meant}?" if meant else f"{_listing(cls)} lists them"
     return UserError(f'{stage_name(cls)}: no setting "{path}"; {hint} ({origin})')
