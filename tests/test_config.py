@@ -456,7 +456,7 @@ def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
 
 
 MAPS = [
-    ("ppo", "policy.path: m\nreward:\n  a: runs/rm\n", r'^ppo: reward must be a reward model.*, not a map with "a" \(.*:3\)$'),
+    ("ppo", "policy.path: m\nreward:\n  a: r\n", r'^ppo: reward must be a reward.*, not a map with "a" \(.*:3\)$'),
     ("ppo", "episodes: 8\nreward: {runs/rm: 1}\n", r'not a map with "runs/rm" \(.*:2\)$'),
     ("ppo", "ppo:\n  reward: {a: runs/rm}\n", r'^ppo: reward must be .*, not a map with "a" \(.*:2\)$'),
     ("ppo", "seed: 1\nreward: {data.path: r.jsonl}\n", "has no section ppo; it has reward$"),

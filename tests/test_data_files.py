@@ -299,7 +299,7 @@ def test_rows_in_python_are_one_text_for_settings():
     assert SFTConfig(data="d.jsonl").data == DataConfig("d.jsonl", valid_fraction=0.05)
     assert replace(cfg, seed=1).data.path.rows == tuple(rows)
     assert f"path: {cfg.data.path}" in to_yaml(cfg).replace("'", "").replace("\n    ", " ")
-    with pytest.raises(UserError, match="^PPOConfig: data must be a path.* got 3$"):
+    with pytest.raises(UserError, match=r"^PPOConfig: data must be a path.* got 3$"):
         PPOConfig(data=3)
 
 

@@ -44,9 +44,10 @@ class BadSetting(UserError):
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass whose values have the types of its fields.
 
-    A list becomes a tuple, a path text, a scalar of NumPy's one of Python's. UserError for a name that is no field, with the
-    nearest one; BadSetting for a value of another type. A class may have a classmethod `prepared(name, value)`, which
-    turns what else may be given for a field into its type, before the check; its ValueError becomes a BadSetting.
+    A list becomes a tuple, a path text, a scalar of NumPy's one of Python's. UserError for a name that is no field,
+    with the nearest one; BadSetting for a value of another type. A class may have a classmethod `prepared(name,
+    value)`, which turns what else may be given for a field into its type, before the check; its ValueError becomes a
+    BadSetting.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     plain = made.__init__

@@ -143,7 +143,7 @@ def validate(
     with row_locations(Responses=data.location):
         responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
         if reward:
-            columns["score"], rewards = reward.score(responses, prompts)
+            columns["score"], rewards, _ = reward.score(responses, prompts)
     if reward:
         stats |= {
             "valid/scores": float(columns["score"].double().mean()),
