@@ -19,6 +19,7 @@ from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.recipe import read_recipe
+from rlhf_fast.stages.sweep import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 
@@ -226,6 +227,21 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(capsys, recipe, s
 def test_a_wrong_sweep_starts_nothing(capsys, recipe, started, words, sentence):
     assert sentence in error_of(capsys, "sweep", recipe, *words.split())
     assert not started and not Path("runs").exists()
+
+
+def test_a_swept_reward_is_one_and_leaves_the_recipes_weights_out(capsys, recipe, started):
+    text = Path(recipe).read_text().replace("ppo:\n", "ppo:\n  reward: [m:a, m:b]\n  reward_weights: [1, 0.5]\n")
+    Path(recipe).write_text(text)
+    argv = ["sweep", recipe, "--ppo.reward", "m:a", "m:b"]
+    error = error_of(capsys, *argv)
+    assert error.startswith("ppo: reward_weights must have one number for each reward (a), got [1.0, 0.5] (r.yaml:")
+    assert error.endswith("is one alone: --ppo.reward-weights without a value leaves the recipe's weights out")
+    assert "one alone" not in error_of(capsys, "run", recipe, "--ppo.reward", "m:a")  # no sweep
+    runs = plan(recipe, combinations(read_flags([*argv[2:], "--ppo.reward-weights"], "sweep"), "sweep"))
+    assert [run.recipe.stages["ppo"].reward for run in runs] == ["m:a", "m:b"]
+    assert all(run.recipe.stages["ppo"].reward_weights == () for run in runs)
+    runs = plan(recipe, combinations(read_flags([*argv[2:], "--ppo.reward-weights", "2"], "sweep"), "sweep"))
+    assert all(run.recipe.stages["ppo"].reward_weights == (2,) for run in runs)
 
 
 def test_a_sweep_writes_over_nothing(capsys, recipe, started):

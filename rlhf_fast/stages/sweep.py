@@ -110,7 +110,15 @@ def plan(path: str | Path, chosen: Sequence[Combination], folder: str = "") -> l
     runs: list[Run] = []
     for values, flags in chosen:
         settings = overrides(flags, COMMAND)
-        recipe = read_recipe(path, settings)
+        try:
+            recipe = read_recipe(path, settings)
+        except UserError as error:
+            if "ppo.reward" in values and getattr(error.__cause__, "name", "") == "reward_weights":
+                raise UserError(
+                    f"{error}; each value of a swept reward is one alone: --ppo.reward-weights without a value leaves"
+                    " the recipe's weights out"
+                ) from error
+            raise
         for_all = any("." not in setting for setting in values)
         swept = {setting.partition(".")[0] for setting in values}
         stages = dependents(recipe.stages, [*recipe.stages] if for_all else swept)
