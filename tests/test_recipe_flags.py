@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import toy
 from test_cli import RECIPE, error_of
 
 from rlhf_fast.cli.main import main
+from rlhf_fast.config.fields import LogConfig, ModelConfig, SamplingConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.recipe_flags import combinations, overrides, read_flags
 from rlhf_fast.config.resolve import resolve, setting_types
@@ -335,6 +337,23 @@ def test_a_run_goes_on_from_another_directory(folder, monkeypatch, capsys):
     assert "../x is finished already" in capsys.readouterr().err
     assert main(["sft", "--config", "../x/run.json"]) == 0
     assert "x is finished already" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_its_data_no_more(folder, capsys):
+    """Rows that a script gave are in no file, and those of a file may be gone."""
+    rows = toy.rows(toy.demonstrations(folder / "demonstrations.jsonl", 16))
+    made = {"epochs": 1, "select": "last", "sampling": SamplingConfig(max_new_tokens=4), "log": LogConfig(live=False)}
+    for out, data in (("rows", rows), ("set", datasets.Dataset.from_list(rows)), ("file", "demonstrations.jsonl")):
+        sft.run(SFTConfig(out=out, model=ModelConfig(toy.model_at(folder)), data=data, **made))
+        if out == "file":
+            (folder / "demonstrations.jsonl").unlink()
+        capsys.readouterr()
+        again = ["sft", "--config", f"{out}/run.json"]
+        assert main(again) == main([*again, "--dry-run"]) == 0
+        assert f"sft: {out} is finished already; nothing is done" in capsys.readouterr().err
+        assert f"{out}: was finished with seed = 0, now 1" in error_of(capsys, *again, "--seed", "1")
+        sentence = "there is no such file" if out == "file" else "stands for rows that a script gave; start the script"
+        assert sentence in error_of(capsys, *again, "--out", "another")
 
 
 # what is found before the first stage

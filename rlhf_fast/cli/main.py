@@ -139,9 +139,9 @@ def _stage(name: str, argv: Sequence[str]) -> int:
     cfg = stage_config(STAGES[name], argv)
     cfg.ready()
     from rlhf_fast.data.files import require_data
-    from rlhf_fast.stages.recipe import run_stage
+    from rlhf_fast.stages.recipe import finished, run_stage
 
-    for path in cfg.data_paths():  # fail before a model is loaded for minutes
+    for path in [] if finished(cfg) else cfg.data_paths():  # fail before a model is loaded for minutes
         require_data(path)
     run_stage(cfg, dry_run=dry_run)
     return 0
