@@ -17,7 +17,7 @@ from rich.console import Console
 from test_data import TURNS, byte_level, write
 
 from rlhf_fast.cli.main import main
-from rlhf_fast.config.data_path import PythonRows, as_data_path, hub_name, parts, plain
+from rlhf_fast.config.data_path import PythonRows, as_data_path, hub_name, parts, plain, rows_sha256
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.resolve import from_json, resolve, to_yaml
@@ -301,6 +301,18 @@ def test_rows_in_python_are_one_text_for_settings():
     assert f"path: {cfg.data.path}" in to_yaml(cfg).replace("'", "").replace("\n    ", " ")
     with pytest.raises(UserError, match=r"^PPOConfig: data must be a path.* got 3$"):
         PPOConfig(data=3)
+
+
+def test_rows_in_python_are_those_of_the_time_when_they_were_given():
+    rows = [{"messages": [{"role": "user", "content": "p"}], "n": 1}, {"prompt": "q"}]
+    cfg, text = DataConfig(rows), str(DataConfig(rows).path)
+    rows[0]["messages"][0]["content"] = "changed"
+    rows[1]["prompt"] = "changed"
+    rows.append({"prompt": "r"})
+    first, second = read_examples(cfg.path, "prompts")
+    assert first.prompt == [{"role": "user", "content": "p"}] and second.prompt == "q"
+    assert str(cfg.path) == text and rows_sha256(cfg.path.rows) == cfg.path.sha256  # of what is read
+    assert DataConfig(rows).path != cfg.path
 
 
 def test_values_that_are_not_json():

@@ -69,7 +69,7 @@ def path_value(value: object) -> DataPath:
         if not value:
             raise ValueError("is an empty list; give at least one file or row")
         if all(isinstance(entry, Mapping) for entry in value):
-            return PythonRows(tuple(value), "list")
+            return PythonRows(tuple(map(plain, value)), "list")  # a copy: the script may change its rows later
         if all(isinstance(entry, (str, os.PathLike)) for entry in value):
             paths = tuple(entry if isinstance(entry, str) else os.fspath(entry) for entry in value)
             return paths[0] if len(paths) == 1 else paths
