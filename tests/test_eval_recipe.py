@@ -83,8 +83,11 @@ def test_models_that_a_recipe_will_make_need_not_be_there(folder):
             " column of sets/rankings.jsonl, which has prompt, responses, ranks; give the parameter a default",
         ),
         ({"reward": "recipe_judges:short"}, "eval: reward: recipe_judges:short needs completion_ids, and responses of"),
-        ({"gold": "recipe_judges:right"}, "eval: gold: recipe_judges:right needs answer, and the samples of a PPO run"),
-        ({"gold": "recipe_judges:short"}, "eval: gold: recipe_judges:short needs completion_ids, and samples.jsonl has"),
+        ({"gold": "recipe_judges:right"}, "eval: gold: recipe_judges:right needs answer, and the samples of a PPO"),
+        (
+            {"gold": "recipe_judges:short"},
+            "eval: gold: recipe_judges:short needs completion_ids, and samples.jsonl has",
+        ),
         ({"out": "runs"}, "out runs: a stage will write to runs/sft; choose another folder"),
         ({"out": "lm"}, "lm: is not empty and no evaluation of ours is in it"),
     ],

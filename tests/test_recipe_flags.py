@@ -40,7 +40,9 @@ def started(monkeypatch):
     """Collect the settings of the stages that run, which write only that they are finished."""
     found = []
 
-    def run(cfg, *_):
+    def run(cfg, dry_run=False, *_):
+        if dry_run:
+            return
         found.append(cfg)
         Path(cfg.out).mkdir(parents=True)
         (Path(cfg.out) / "config.json").write_text("{}")
@@ -187,7 +189,9 @@ def test_a_swept_sft_setting_trains_all_that_follows(recipe, started):
 def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(capsys, recipe, started, monkeypatch):
     run = ppo.run
 
-    def failing(cfg, *_):
+    def failing(cfg, dry_run=False, *_):
+        if dry_run:
+            return
         if cfg.kl.coef == 0.05:
             raise ZeroDivisionError("division by zero")
         if cfg.kl.coef == 0.07:
