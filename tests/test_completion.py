@@ -89,7 +89,8 @@ def test_commands_flags_values_and_files_are_completed(complete, tmp_path):
     if complete is complete_in_bash:  # readline itself completes the names of files, where the function offers nothing
         assert complete(tmp_path, "rlhf-fast generate --prompts p") == []
     else:
-        assert any(word.endswith("prompts.jsonl") for word in complete(tmp_path, "rlhf-fast generate --prompts p"))
+        for flags in ("generate --prompts", "sft --data.path", "ppo --reward"):  # a text, or several
+            assert any(word.endswith("prompts.jsonl") for word in complete(tmp_path, f"rlhf-fast {flags} p"))
     if complete is not complete_in_fish:  # fish itself knows of `=`, and offers the flag with it
         assert complete(tmp_path, "rlhf-fast chat m --dtype=b") == ["bfloat16"]
         assert len(complete(tmp_path, "rlhf-fast chat m --dtype=")) == 3

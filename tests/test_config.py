@@ -196,6 +196,13 @@ def test_a_wrong_setting_is_named_with_its_place(cls, values, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_group_of_a_wrong_value_is_named(tmp_path):
+    """Two groups of one kind are given, and the rules of both are checked only with the flags."""
+    (tmp_path / "r.yaml").write_text("optim.lr: 1\nvalue_optim.lr: -1\n")
+    with pytest.raises(UserError, match=r"^ppo: value_optim\.lr must be above 0, got -1\.0 \(.*r\.yaml:2\)$"):
+        stage_config(PPOConfig, ["--config", str(tmp_path / "r.yaml")])
+
+
 def test_ppo_samples_with_filters_only_where_that_is_allowed():
     """Filters are no fault elsewhere: sft's sampling is for showing responses and choosing among weights."""
     for setting in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"min_new_tokens": 2}):
@@ -446,6 +453,23 @@ def test_all_stages_can_be_shown_as_one_recipe(tmp_path):
     for stage, cls in STAGES.items():
         preset_name, settings = read_stage(file, stage)
         assert resolve(cls, settings) == cls() and preset_name == ""
+
+
+MAPS = [
+    ("ppo", "policy.path: m\nreward:\n  a: r\n", r'^ppo: reward must be a reward.*, not a map with "a" \(.*:3\)$'),
+    ("ppo", "episodes: 8\nreward: {runs/rm: 1}\n", r'not a map with "runs/rm" \(.*:2\)$'),
+    ("ppo", "ppo:\n  reward: {a: runs/rm}\n", r'^ppo: reward must be .*, not a map with "a" \(.*:2\)$'),
+    ("ppo", "seed: 1\nreward: {data.path: r.jsonl}\n", "has no section ppo; it has reward$"),
+    ("sft", "data.path: {a: 3}\n", r'^sft: data\.path takes a value; there is no setting "a" in it \(.*:1\)$'),
+]
+
+
+@pytest.mark.parametrize(("stage", "text", "sentence"), MAPS)
+def test_a_map_in_the_place_of_a_value_is_refused(tmp_path, stage, text, sentence):
+    """The reward of a file for ppo alone is no section of a recipe."""
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        stage_config(STAGES[stage], ["--config", str(tmp_path / "c.yaml")])
 
 
 def test_difference_sees_every_setting():

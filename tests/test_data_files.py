@@ -17,7 +17,7 @@ from rich.console import Console
 from test_data import TURNS, byte_level, write
 
 from rlhf_fast.cli.main import main
-from rlhf_fast.config.data_path import PythonRows, as_data_path, hub_name, parts, plain
+from rlhf_fast.config.data_path import PythonRows, as_data_path, hub_name, parts, plain, rows_sha256
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.resolve import from_json, resolve, to_yaml
@@ -269,18 +269,23 @@ def test_rows_in_python(tmp_path):
     assert sentence(rows, "demonstrations") == "<list>:2: completion is null; give a text or remove the row"
     assert sentence(datasets.Dataset.from_list(rows), "demonstrations").startswith("<Dataset>:2: completion is null")
     for value, words in (
-        ([], "the list is empty"),
-        ([{"prompt": "a"}, "b.jsonl"], "one kind alone; found dict, str"),
+        ([], "is an empty list; give at least one file or row, got []"),
+        ([{"prompt": "a"}, "b.jsonl"], "not of both; found dict, str"),
         ({"prompt": ["a"]}, "is a dict, not rows"),
-        (3, "found int"),
+        (3, "or a datasets.Dataset, got 3"),
         (datasets.DatasetDict(train=datasets.Dataset.from_list(rows)), "give one, dataset['train']"),
         (datasets.Dataset.from_list(rows).to_iterable_dataset(), "is read as a stream"),
         (datasets.Dataset.from_list(rows).to_pandas(), 'frame.to_dict("records")'),
         (pa.Table.from_pylist(rows), "table.to_pylist()"),
     ):
-        with pytest.raises(UserError, match=r"^data: ") as error:
+        with pytest.raises(UserError, match=r"^DataConfig: path (is|must be) ") as error:
             DataConfig(path=value)
+        assert words in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(UserError, match=r"^PPOConfig: data (is|must be) ") as error:
+            PPOConfig(data=value)
         assert words in str(error.value)
+        with pytest.raises(UserError, match=r"^data: (is|must be) "):
+            read_examples(value, "prompts")
     assert as_data_path([Path("a"), "b"]) == ("a", "b") and as_data_path(["a"]) == "a"
 
 
@@ -294,8 +299,20 @@ def test_rows_in_python_are_one_text_for_settings():
     assert SFTConfig(data="d.jsonl").data == DataConfig("d.jsonl", valid_fraction=0.05)
     assert replace(cfg, seed=1).data.path.rows == tuple(rows)
     assert f"path: {cfg.data.path}" in to_yaml(cfg).replace("'", "").replace("\n    ", " ")
-    with pytest.raises(UserError, match="data: must be a path"):
+    with pytest.raises(UserError, match=r"^PPOConfig: data must be a path.* got 3$"):
         PPOConfig(data=3)
+
+
+def test_rows_in_python_are_those_of_the_time_when_they_were_given():
+    rows = [{"messages": [{"role": "user", "content": "p"}], "n": 1}, {"prompt": "q"}]
+    cfg, text = DataConfig(rows), str(DataConfig(rows).path)
+    rows[0]["messages"][0]["content"] = "changed"
+    rows[1]["prompt"] = "changed"
+    rows.append({"prompt": "r"})
+    first, second = read_examples(cfg.path, "prompts")
+    assert first.prompt == [{"role": "user", "content": "p"}] and second.prompt == "q"
+    assert str(cfg.path) == text and rows_sha256(cfg.path.rows) == cfg.path.sha256  # of what is read
+    assert DataConfig(rows).path != cfg.path
 
 
 def test_values_that_are_not_json():
@@ -325,6 +342,13 @@ def test_paths_of_flags_yaml_and_run_json(tmp_path):
     (tmp_path / "bad.yaml").write_text("data.path: 3\n")
     with pytest.raises(UserError, match=r"data\.path must be text"):
         resolve(SFTConfig, read_yaml(tmp_path / "bad.yaml"))
+    for text in ("path", "valid"):
+        (tmp_path / "bad.yaml").write_text(f"seed: 1\ndata.{text}: []\n")
+        sentence = rf"^sft: data\.{text} is an empty list; give at least one file or row, got \[\] \(\S*bad\.yaml:2\)$"
+        with pytest.raises(UserError, match=sentence):
+            resolve(SFTConfig, read_yaml(tmp_path / "bad.yaml"))
+        with pytest.raises(UserError, match=sentence):  # model.path has the same name in its group
+            stage_config(SFTConfig, ["--config", str(tmp_path / "bad.yaml"), "--model.path", "m"])
 
 
 def test_checksums_of_every_file(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Mistakes in a recipe's evaluation are found before anything is trained, and what the recipe makes is none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rlhf_fast.cli.main import main
 from rlhf_fast.config.evaluation import EvalConfig, JudgeConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.eval.evaluate import check
+from rlhf_fast.eval.reward_records import reward_records
 from rlhf_fast.stages import recipe as recipe_module
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
@@ -18,6 +20,14 @@ def shorter(prompts, first, second):
 
 def refused(answers):
     return [1.0 for _ in answers]
+
+
+def right(completions, answer):
+    return [float(text == right) for text, right in zip(completions, answer)]
+
+
+def short(completion_ids):
+    return [float(-len(ids)) for ids in completion_ids]
 """
 QUESTION = {"question": "q", "best_answer": "a", "correct_answers": ["a"], "incorrect_answers": ["b"]}
 PLANNED = {"runs/sft": "lm", "runs/rm": "scalar", "runs/ppo": "lm"}
@@ -67,6 +77,17 @@ def test_models_that_a_recipe_will_make_need_not_be_there(folder):
         ({"reward": "lm"}, "reward: lm is no reward model, but a language model; give a reward model"),
         ({"reward": "recipe_judges:shorter"}, "it takes 3 arguments"),
         ({"gold": "recipe_judges:no"}, "gold recipe_judges:no: cannot be imported"),
+        (
+            {"reward": "recipe_judges:right"},
+            "reward recipe_judges:right: its parameter answer is neither prompts, completions, completion_ids nor a"
+            " column of sets/rankings.jsonl, which has prompt, responses, ranks; give the parameter a default",
+        ),
+        ({"reward": "recipe_judges:short"}, "eval: reward: recipe_judges:short needs completion_ids, and responses of"),
+        ({"gold": "recipe_judges:right"}, "eval: gold: recipe_judges:right needs answer, and the samples of a PPO"),
+        (
+            {"gold": "recipe_judges:short"},
+            "eval: gold: recipe_judges:short needs completion_ids, and samples.jsonl has",
+        ),
         ({"out": "runs"}, "out runs: a stage will write to runs/sft; choose another folder"),
         ({"out": "lm"}, "lm: is not empty and no evaluation of ours is in it"),
     ],
@@ -80,6 +101,16 @@ def test_mistakes_are_found_before_a_recipe_trains(folder, changes, sentence):
     with pytest.raises(UserError) as caught:
         check(planned_recipe(folder, **changes), planned=PLANNED)
     assert sentence in str(caught.value)
+
+
+def test_a_reward_finds_the_columns_of_the_comparisons(folder):
+    (folder / "recipe_judges.py").write_text(JUDGES)
+    cfg = planned_recipe(folder, reward="recipe_judges:right")
+    rows = toy.rows(folder / "sets" / "rankings.jsonl")
+    toy.jsonl(folder / "sets" / "rankings.jsonl", [*rows[:-1], {**rows[-1], "answer": rows[-1]["responses"][0]}])
+    check(cfg, planned=PLANNED)
+    records, _ = reward_records(replace(cfg, gold=""), {})
+    assert records
 
 
 def test_a_recipe_knows_the_models_that_it_will_make(folder, capsys, monkeypatch):

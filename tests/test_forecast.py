@@ -132,7 +132,61 @@ def test_a_recipe_says_it_of_each_stage(folder, capsys):
     assert not (folder / "runs").exists()
 
 
+def recipe_with(folder, **sections):
+    """Write a recipe of all stages on the toy model, with further settings of each section."""
+    data = {"sft": toy.demonstrations(folder / "d.jsonl"), "reward": toy.rankings(folder / "r.jsonl")}
+    data["ppo"] = toy.prompt_file(folder / "p.jsonl")
+    own = {"sft": [f"model.path: {toy.model_at(folder)}", "epochs: 1", "select: last"], "reward": [], "ppo": []}
+    own["ppo"] += ["episodes: 16", "batch: 16", "minibatch: 8", "sampling.max_new_tokens: 4"]
+    parts = {name: [f"data.path: {data[name]}", *own[name], *sections.get(name, [])] for name in STAGES}
+    (folder / "r.yaml").write_text(
+        "out: runs/r\n" + "".join(f"{name}: {{{', '.join(part)}}}\n" for name, part in parts.items())
+    )
+    return ["run", "r.yaml"]
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_a_recipe_refuses_a_later_stage_before_the_first_one_trains(folder, stage, monkeypatch, capsys):
+    """Only that stage does not fit. With log.check_fit false, or where all fit, the first stage runs."""
+    usable, run_of = 2**40, STAGES[stage].run
+
+    def with_little_memory(*args):
+        nonlocal usable
+        usable = 2**20
+        try:
+            return run_of(*args)
+        finally:
+            usable = 2**40
+
+    monkeypatch.setattr(machine, "usable_memory", lambda device: usable)
+    monkeypatch.setattr(STAGES[stage], "run", with_little_memory)
+    argv = recipe_with(folder)
+    assert main(argv) == 2
+    text = capsys.readouterr().err
+    assert f"rlhf-fast: error: {stage}: needs about" in text and "of memory, and under 0.01 GiB can be had" in text
+    assert not (folder / "runs").exists()
+    assert main(recipe_with(folder, **{stage: ["log.check_fit: false"]})) == 0
+    assert (folder / "runs/r/ppo/run.json").exists()
+
+
+def test_a_recipe_looks_at_its_later_stages_once_and_times_nothing(folder, monkeypatch, capsys):
+    """The later stages read their prompts in the format that sft teaches the model, not in its own."""
+    monkeypatch.setattr(timing, "MIN_SECONDS", 1e9)
+    (folder / "model").mkdir()
+    toy.model(folder / "model")
+    run = {"stage": "sft", "config": {"data": {"template": "dialog"}}, "data": {}, "versions": {}, "machine": {}}
+    (folder / "model" / "run.json").write_text(json.dumps(run))
+    argv = recipe_with(folder, sft=["data.template: plain"])
+    assert main(argv) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "will take memory about" in line]
+    assert [line.partition(":")[0] for line in lines] == ["reward", "ppo"]
+    templates = [json.loads((folder / f"runs/r/{name}/run.json").read_text())["template"] for name in STAGES]
+    assert [template["kind"] for template in templates] == ["plain"] * 3
+    assert main([*argv, "--ppo.out", "runs/b", "--ppo.seed", "3"]) == 0
+    assert "will take memory" not in capsys.readouterr().err  # one stage alone, which looks itself
 
 
 def need(cfg, stage, monkeypatch) -> int:

@@ -109,6 +109,52 @@ def test_scores_are_those_of_the_model_on_the_line(folder, capsys):
     assert not (folder / "n.jsonl").exists()
 
 
+def length_or_none(completions):
+    return [None if i == 0 else len(text) for i, text in enumerate(completions)]
+
+
+def test_several_rewards_each_have_a_column(folder, capsys):
+    """The column reward is their sum with the weights, in which a reward without a number counts as 0."""
+    rm = scalar_model(folder, "rm")
+    rewards = ["--reward", rm, "toy:share_of_a", f"{__name__}:length_or_none"]
+    prompts = [{"prompt": text, "rewards/rm": "mine"} for text in toy.prompts(3)]
+    rows = generated(folder, prompts, *rewards, "--reward-weights", "2", "-1", "0.5")
+    names = ["rewards/rm", "rewards/share_of_a", "rewards/length_or_none"]
+    assert [list(row)[-4:] for row in rows] == [["reward", *names]] * 3
+    for i, row in enumerate(rows):
+        model, share, length = (row[name] for name in names)
+        words = row["completion"].split()
+        assert share == pytest.approx(words.count("a") / max(len(words), 1))
+        assert length == (None if i == 0 else len(row["completion"])) and row["input_rewards/rm"] == "mine"
+        assert row["reward"] == pytest.approx(2 * model - share + 0.5 * (length or 0))
+    alone = generated(folder, prompts, "--reward", rm, "--force")  # the first of both are known as its own files
+    assert [row["reward"] for row in alone] == [row["rewards/rm"] for row in rows]
+    assert "rewards/share_of_a" not in alone[0]
+    assert len(generated(folder, prompts, *rewards, "--force")) == 3
+    argv = ["generate", "--model", toy.model_at(folder), "--prompts", "p.jsonl", "--out", "n.jsonl"]
+    for more, sentence in [
+        (["--reward-weights", "1"], "--reward-weights must have one number for each reward (none is set), got 1.0"),
+        ([*rewards, "--reward-weights", "1"], "one number for each reward (rm, share_of_a, length_or_none), got 1.0"),
+        (["--reward", rm, "toy:share_of_a", rm], "generate: --reward names rm twice; give it once"),
+        (["--reward", rm, "toy:no"], "generate: reward toy:no: cannot be imported"),
+    ]:
+        assert sentence in error_of(capsys, *argv, *more)
+
+
+def test_prompts_of_several_files(folder, capsys):
+    for name in ("a", "b"):
+        toy.jsonl(folder / f"{name}.jsonl", [{"prompt": text, "id": name} for text in toy.prompts(2)])
+    argv = ["generate", "--model", toy.model_at(folder), "--max-new-tokens", "3", "--out"]
+    assert main([*argv, "o.jsonl", "--prompts", "b.jsonl", "a.jsonl"]) == 0
+    assert [row["id"] for row in toy.rows("o.jsonl")] == ["b", "b", "a", "a"]
+    assert main([*argv, "p.jsonl", "--prompts", "[ab].jsonl"]) == 0
+    assert [row["id"] for row in toy.rows("p.jsonl")] == ["a", "a", "b", "b"]
+    for files in (["a.jsonl", "o.jsonl"], ["?.jsonl"]):
+        error = error_of(capsys, *argv, "o.jsonl", "--force", "--prompts", *files)
+        assert error.startswith("o.jsonl: is the file that --prompts names")
+    assert error_of(capsys, *argv, "n.jsonl", "--prompts", "a.jsonl", "c.jsonl").startswith("c.jsonl: there is no such")
+
+
 def test_its_own_files_are_known_with_any_columns(folder, capsys):
     rows = [{"prompt": "a b .", "id": 1, "reward": 2}]
     first = generated(folder, rows)

@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import toy
 from test_cli import RECIPE, error_of
 
 from rlhf_fast.cli.main import main
+from rlhf_fast.config.fields import LogConfig, ModelConfig, SamplingConfig
 from rlhf_fast.config.flags import stage_config
 from rlhf_fast.config.recipe_flags import combinations, overrides, read_flags
 from rlhf_fast.config.resolve import resolve, setting_types
@@ -24,6 +26,7 @@ from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.recipe import read_recipe
+from rlhf_fast.stages.sweep import plan
 from rlhf_fast.training.rewards import find_function
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
@@ -43,7 +46,9 @@ def started(monkeypatch):
     """Collect the settings of the stages that run, which write only that they are finished."""
     found = []
 
-    def run(cfg, *_):
+    def run(cfg, dry_run=False, *_):
+        if dry_run:
+            return
         found.append(cfg)
         Path(cfg.out).mkdir(parents=True)
         (Path(cfg.out) / "config.json").write_text("{}")
@@ -190,7 +195,9 @@ def test_a_swept_sft_setting_trains_all_that_follows(recipe, started):
 def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(capsys, recipe, started, monkeypatch):
     run = ppo.run
 
-    def failing(cfg, *_):
+    def failing(cfg, dry_run=False, *_):
+        if dry_run:
+            return
         if cfg.kl.coef == 0.05:
             raise ZeroDivisionError("division by zero")
         if cfg.kl.coef == 0.07:
@@ -232,6 +239,21 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(capsys, recipe, s
 def test_a_wrong_sweep_starts_nothing(capsys, recipe, started, words, sentence):
     assert sentence in error_of(capsys, "sweep", recipe, *words.split())
     assert not started and not Path("runs").exists()
+
+
+def test_a_swept_reward_is_one_and_leaves_the_recipes_weights_out(capsys, recipe, started):
+    text = Path(recipe).read_text().replace("ppo:\n", "ppo:\n  reward: [m:a, m:b]\n  reward_weights: [1, 0.5]\n")
+    Path(recipe).write_text(text)
+    argv = ["sweep", recipe, "--ppo.reward", "m:a", "m:b"]
+    error = error_of(capsys, *argv)
+    assert error.startswith("ppo: reward_weights must have one number for each reward (a), got [1.0, 0.5] (r.yaml:")
+    assert error.endswith("is one alone: --ppo.reward-weights without a value leaves the recipe's weights out")
+    assert "one alone" not in error_of(capsys, "run", recipe, "--ppo.reward", "m:a")  # no sweep
+    runs = plan(recipe, combinations(read_flags([*argv[2:], "--ppo.reward-weights"], "sweep"), "sweep"))
+    assert [run.recipe.stages["ppo"].reward for run in runs] == ["m:a", "m:b"]
+    assert all(run.recipe.stages["ppo"].reward_weights == () for run in runs)
+    runs = plan(recipe, combinations(read_flags([*argv[2:], "--ppo.reward-weights", "2"], "sweep"), "sweep"))
+    assert all(run.recipe.stages["ppo"].reward_weights == (2,) for run in runs)
 
 
 def test_a_sweep_writes_over_nothing(capsys, recipe, started):
@@ -352,6 +374,23 @@ def test_a_run_goes_on_from_another_directory(folder, monkeypatch, capsys):
     assert "../x is finished already" in capsys.readouterr().err
     assert main(["sft", "--config", "../x/run.json"]) == 0
     assert "x is finished already" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_its_data_no_more(folder, capsys):
+    """Rows that a script gave are in no file, and those of a file may be gone."""
+    rows = toy.rows(toy.demonstrations(folder / "demonstrations.jsonl", 16))
+    made = {"epochs": 1, "select": "last", "sampling": SamplingConfig(max_new_tokens=4), "log": LogConfig(live=False)}
+    for out, data in (("rows", rows), ("set", datasets.Dataset.from_list(rows)), ("file", "demonstrations.jsonl")):
+        sft.run(SFTConfig(out=out, model=ModelConfig(toy.model_at(folder)), data=data, **made))
+        if out == "file":
+            (folder / "demonstrations.jsonl").unlink()
+        capsys.readouterr()
+        again = ["sft", "--config", f"{out}/run.json"]
+        assert main(again) == main([*again, "--dry-run"]) == 0
+        assert f"sft: {out} is finished already; nothing is done" in capsys.readouterr().err
+        assert f"{out}: was finished with seed = 0, now 1" in error_of(capsys, *again, "--seed", "1")
+        sentence = "there is no such file" if out == "file" else "stands for rows that a script gave; start the script"
+        assert sentence in error_of(capsys, *again, "--out", "another")
 
 
 # what is found before the first stage

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 
@@ -94,6 +95,8 @@ def _flags(cls: Any, docs: Mapping[str, str], path: str, prefix: str) -> Iterato
 
 def _is_text(kind: Any) -> bool:
     """Return whether a value of the type is a text, or several."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(map(_is_text, get_args(kind)))
     return kind is str or (get_origin(kind) is tuple and get_args(kind)[0] is str)
 
 

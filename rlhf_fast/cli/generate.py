@@ -16,11 +16,12 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from rlhf_fast.batches import EOS, LENGTH, Responses
+from rlhf_fast.batches import EOS, LENGTH, Prompts, Responses
 from rlhf_fast.cli.options import GenerateOptions
 from rlhf_fast.cli.streams import is_closed, is_utf8
+from rlhf_fast.config.data_path import parts, shown_path
 from rlhf_fast.config.fields import DataConfig, ModelConfig
-from rlhf_fast.config.rewards import is_function
+from rlhf_fast.config.rewards import is_function, reward_specs, short_names, spec_name
 from rlhf_fast.data import Dataset, read_prompts
 from rlhf_fast.data.files import require_data
 from rlhf_fast.data.row_columns import NOT_PASSED, Wanted
@@ -38,6 +39,8 @@ from rlhf_fast.training.rewards import Reward, check_function, load_reward
 RESPONSE = ("completion", "tokens", "finished", "finish_reason", "stop_reason", "logprob")
 SCORES = ("reward", "value")
 """Columns at the end of a row."""
+PART = "rewards/"
+"""Start of the name of the column of each of several rewards, behind SCORES."""
 ALL_COLUMNS = Wanted("generate", optional=tuple(NOT_PASSED), rest=True)
 RENAMED = "input_"
 """Prefix of a column of the input row that has the name of one of ours."""
@@ -65,7 +68,7 @@ def generate(options: GenerateOptions) -> int:
         for batch in prompts.in_order(prompts_per_call):
             with row_locations(Responses=prompts.location):
                 responses = rollout.generate(batch, options.n, progress=progress)
-                scores = {name: scorer(responses, batch).tolist() for name, scorer in scorers.items()}
+                scores = _scores(scorers, responses, batch)
             for i, row in enumerate(_rows(model, options, responses)):
                 given = rows[batch.uids[i // options.n]] | {"rendered_prompt": batch.texts[i // options.n]}
                 row = given | row | {name: values[i] for name, values in scores.items()}
@@ -113,7 +116,7 @@ def _read_prompts(options: GenerateOptions, model: Model, wanted: Sequence[Wante
 def _input_rows(prompts: Dataset, options: GenerateOptions) -> Iterator[dict[str, Any]]:
     """Yield for each prompt its row: the prompt as given, then the other columns. One that has the name of a column of
     ours is renamed, and named on stderr."""
-    written = ("prompt", "rendered_prompt", *RESPONSE, *(name for name in SCORES if getattr(options, name)))
+    written = ("prompt", "rendered_prompt", *RESPONSE, *_score_names(options))
     renamed: dict[str, str] = {}
     for row in prompts.rows:
         assert row.given is not None
@@ -134,7 +137,7 @@ def _input_rows(prompts: Dataset, options: GenerateOptions) -> Iterator[dict[str
     if renamed:
         names = ", ".join(f"{name} as {other}" for name, other in renamed.items())
         print(
-            f"generate: {options.prompts}: columns that generate writes itself are kept as others: {names}",
+            f"generate: {shown_path(options.prompts)}: columns that generate writes itself are kept as others: {names}",
             file=sys.stderr,
         )
 
@@ -143,9 +146,29 @@ def _scorers(options: GenerateOptions, model: Model, device: str | None) -> Iter
     """Yield the functions that fill the columns reward and value. A value model scores as a reward model does."""
     cfg = ModelConfig(dtype=options.dtype)
     if options.reward:
-        yield "reward", load_reward(options.reward, model.tokenizer, cfg, device=device)
+        weights = options.reward_weights
+        yield "reward", load_reward(options.reward, model.tokenizer, cfg, weights=weights, device=device)
     if options.value:
         yield "value", load_reward(options.value, model.tokenizer, cfg, device=device)
+
+
+def _score_names(options: GenerateOptions) -> list[str]:
+    """Return the names of the columns with scores."""
+    names = short_names(reward_specs(options.reward))
+    own = [f"{PART}{name}" for name in names] if len(names) > 1 else []
+    return [*(name for name in SCORES if getattr(options, name)), *own]
+
+
+def _scores(scorers: Mapping[str, Reward], responses: Responses, prompts: Prompts) -> dict[str, Sequence[float | None]]:
+    """Return the columns with the scores: the sum of several rewards, and each of them."""
+    found: dict[str, Sequence[float | None]] = {}
+    own: dict[str, Sequence[float | None]] = {}
+    for name, scorer in scorers.items():
+        scores = scorer.score(responses, prompts)
+        found[name] = scores.total.tolist()
+        if len(scorer.parts) > 1:
+            own = {f"{PART}{part}": column for part, column in zip(scorer.names, scores.columns, strict=True)}
+    return found | own
 
 
 def _rows(model: Model, options: GenerateOptions, responses: Responses) -> Iterator[dict[str, Any]]:
@@ -218,16 +241,17 @@ def _check_output(options: GenerateOptions) -> None:
     require_data(options.prompts, pipe=True)
     if is_function(options.value):
         raise UserError(f"generate: value is {options.value}, a function; give the folder of a value model")
-    for name, spec in (("reward", options.reward), ("value", options.value)):
-        if is_function(spec):
-            check_function(spec, f"generate: {name}")
-        elif spec:
-            check_model(spec, "scalar", name, {}, "generate")
+    for name, specs in (("reward", options.reward), ("value", options.value)):
+        for spec in reward_specs(specs):
+            if is_function(spec):
+                check_function(spec, f"generate: {name}")
+            else:
+                check_model(str(spec), "scalar", name, {}, "generate")
     if options.out != "-":
-        inputs = {"--prompts": options.prompts, "--model": options.model}
-        inputs |= {"--reward": options.reward} if options.reward else {}
-        inputs |= {"--value": options.value} if options.value else {}
-        check_new_file(options.out, _is_output, {name: path for name, path in inputs.items() if Path(path).exists()})
+        inputs = [("--prompts", path) for path in parts(options.prompts)]
+        inputs += [("--model", options.model), ("--value", options.value)]
+        inputs += [("--reward", spec_name(spec)) for spec in reward_specs(options.reward)]
+        check_new_file(options.out, _is_output, [(name, path) for name, path in inputs if path and Path(path).exists()])
         out = Path(options.out)
         if out.is_file() and out.stat().st_size and not options.overwrite:  # they may have been edited since
             raise UserError(
@@ -255,7 +279,7 @@ def _is_ours(row: Mapping[str, Any]) -> bool:
     """Return whether a row begins and ends with the columns that `generate` writes, in their order. A column that a
     user has added stands behind them."""
     names = list(row)
-    while names and names[-1] in SCORES:
+    while names and (names[-1] in SCORES or names[-1].startswith(PART)):
         names.pop()
     return names[:1] == ["prompt"] and tuple(names[-len(RESPONSE) :]) == RESPONSE
 

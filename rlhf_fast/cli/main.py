@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except BadSetting as error:
-            return _fail(f"{argv[0]}: {error.name} {error.rule}, got {error.value!r}")
+            return _fail(f"{argv[0]}: {error.name} {error.rule}{error.got}")
         except UserError as error:
             return _fail(str(error))
         except KeyboardInterrupt:
@@ -163,9 +163,9 @@ def _stage(name: str, argv: Sequence[str]) -> int:
     cfg = stage_config(COMMANDS[name].flags_class(), argv)
     cfg.ready()
     from rlhf_fast.data.files import require_data
-    from rlhf_fast.stages.recipe import run_stage
+    from rlhf_fast.stages.recipe import finished, run_stage
 
-    for path in cfg.data_paths():  # fail before a model is loaded for minutes
+    for path in [] if finished(cfg) else cfg.data_paths():  # fail before a model is loaded for minutes
         require_data(path)
     run_stage(cfg, dry_run=dry_run)
     return 0

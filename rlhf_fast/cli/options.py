@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from rlhf_fast.config.data_path import expand_user
 from rlhf_fast.config.fields import SamplingConfig, expand_home
+from rlhf_fast.config.rewards import RewardSpecs, given_twice, reward_value, weights_rule
 from rlhf_fast.errors import UserError
 
 Template = Literal["auto", "chat", "plain", "dialog"]
@@ -38,16 +40,19 @@ class GenerateOptions:
 
     model: str
     """Directory or hub name of a language model."""
-    prompts: str
-    """Rows with a `prompt` (or messages): a file, a pattern or a hub name (see `data.path` of the stages)."""
+    prompts: str | tuple[str, ...]
+    """Rows with a `prompt` (or messages): files, patterns or hub names (see `data.path` of the stages)."""
     n: Annotated[int, arg(aliases=["-n"])] = 1
     """Responses to each prompt."""
     out: str = "-"
     """File to write, which must be new or empty. - = standard output."""
     overwrite: Annotated[bool, arg(aliases=["--force"])] = False
     """Replace the responses that an earlier call has written to `out`."""
-    reward: str = ""
-    """Reward model's folder, or module:function: adds the column reward, the score of each response."""
+    reward: RewardSpecs = ""
+    """Reward model's folder, or module:function: adds the column reward, the score of each response. Of several it is
+    the sum, and each has a column of its own, rewards/NAME, by the last part of its name."""
+    reward_weights: tuple[float, ...] = ()
+    """Factor of each reward in the sum. Empty = 1 each."""
     value: str = ""
     """Folder of a value model, such as runs/ppo/value: adds the column value, that of the last token."""
     sampling: OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
@@ -68,9 +73,15 @@ class GenerateOptions:
     of the stages)."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "model", "prompts", "out", "reward", "value")
+        expand_home(self, "model", "out", "value")
+        object.__setattr__(self, "prompts", expand_user(self.prompts))
+        object.__setattr__(self, "reward", reward_value(self.reward))
         if self.n < 1:
             raise UserError(f"generate: n must be at least 1, got {self.n}")
+        if twice := given_twice(self.reward):
+            raise UserError(f"generate: --reward names {twice} twice; give it once")
+        if rule := weights_rule(self.reward_weights, self.reward):
+            raise UserError(f"generate: --reward-weights {rule}, got {' '.join(map(str, self.reward_weights))}")
 
 
 @dataclass(frozen=True)

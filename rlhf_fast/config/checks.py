@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.typed import PYTHON, typed
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -24,20 +24,26 @@ T = TypeVar("T")
 
 
 class BadSetting(UserError):
-    """A setting that breaks its rule. `name` is the field; resolve.py adds the whole path and the value's origin."""
+    """A setting that breaks its rule. `name` is the field; resolve.py adds the whole path and the value's origin.
+
+    got: the end of the sentence. It is empty for a value whose text has several lines, such as a table.
+    """
 
     def __init__(self, owner: object, name: str, rule: str):
         self.name, self.rule, self.value = name, rule, getattr(owner, name)
-        super().__init__(f"{type(owner).__name__}: {name} {rule}, got {self.value!r}")
+        text = repr(self.value)
+        self.got = "" if "\n" in text else f", got {shortened(text)}"
+        super().__init__(f"{type(owner).__name__}: {name} {rule}{self.got}")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass whose values have the types of its fields.
 
-    A list becomes a tuple, a path text, a NumPy number one of Python's. UserError for a name that is no field, with the
-    nearest one; BadSetting for a value of another type. A class may have a classmethod `prepared(name, value)`, which
-    turns what else may be given for a field into its type, before the check. It gets its own result too.
+    A list becomes a tuple, a path text, a scalar of NumPy's one of Python's. UserError for a name that is no field,
+    with the nearest one; BadSetting for a value of another type. A class may have a classmethod `prepared(name,
+    value)`, which turns what else may be given for a field into its type, before the check; its ValueError becomes a
+    BadSetting. It gets its own result too.
     """
     rules = getattr(cls, "__post_init__", None)
 
@@ -72,9 +78,9 @@ def _check_types(cfg: Any) -> None:
     hints = _hints(cls)
     for name in (field.name for field in dataclasses.fields(cls) if field.init):
         value = getattr(cfg, name)
-        if hasattr(cls, "prepared"):
-            value = cls.prepared(name, value)
         try:
+            if hasattr(cls, "prepared"):
+                value = cls.prepared(name, value)
             object.__setattr__(cfg, name, typed(hints.get(name, Any), value, PYTHON))
         except ValueError as error:
             raise BadSetting(cfg, name, str(error)) from None

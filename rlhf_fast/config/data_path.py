@@ -54,35 +54,44 @@ class PythonRows(str):
 
 
 def as_data_path(value: object) -> DataPath:
-    """Return a setting's value as a path: text, a list of texts, a list of dicts, or a datasets.Dataset."""
+    """Return what names data as a path. UserError for a value that `path_value` does not take."""
+    try:
+        return path_value(value)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from None
+
+
+def path_value(value: object) -> DataPath:
+    """Return a setting's value as a path: text, a list of texts, a list of dicts, or a datasets.Dataset. ValueError for
+    others."""
     if isinstance(value, (str, os.PathLike)):
         return value if isinstance(value, str) else os.fspath(value)
     kind = type(value).__name__
     if isinstance(value, (list, tuple)):
         if not value:
-            raise UserError("data: the list is empty; give at least one file or row")
+            raise ValueError("is an empty list; give at least one file or row")
         if all(isinstance(entry, Mapping) for entry in value):
-            return PythonRows(tuple(value), "list")
+            return PythonRows(tuple(map(plain, value)), "list")  # a copy: the script may change its rows later
         if all(isinstance(entry, (str, os.PathLike)) for entry in value):
             paths = tuple(entry if isinstance(entry, str) else os.fspath(entry) for entry in value)
             return paths[0] if len(paths) == 1 else paths
-        raise UserError(
-            "data: a list holds either paths or rows (dicts), one kind alone; found"
+        raise ValueError(
+            "must be a list of paths or one of rows (dicts), not of both; found"
             f" {listed(list(dict.fromkeys(type(entry).__name__ for entry in value)))}"
         )
     if isinstance(value, Mapping):
         if splits := [str(name) for name, part in value.items() if hasattr(part, "column_names")]:
-            raise UserError(f"data: is a {kind} of the splits {listed(splits)}; give one, dataset[{splits[0]!r}]")
-        raise UserError("data: is a dict, not rows; give a list of dicts, one for each row")
+            raise ValueError(f"is a {kind} of the splits {listed(splits)}; give one, dataset[{splits[0]!r}]")
+        raise ValueError("is a dict, not rows; give a list of dicts, one for each row")
     if hasattr(value, "to_pylist"):
-        raise UserError(f"data: is a {kind} of pyarrow; give table.to_pylist()")
+        raise ValueError(f"is a {kind} of pyarrow; give table.to_pylist()")
     if hasattr(value, "column_names") and hasattr(value, "__iter__"):
         if not hasattr(value, "__len__"):
-            raise UserError(f"data: is an {kind}, which is read as a stream; give list(dataset.take(10_000)), say")
+            raise ValueError(f"is an {kind}, which is read as a stream; give list(dataset.take(10_000)), say")
         return PythonRows(cast(Sequence[Mapping[str, Any]], value), kind)
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
-        raise UserError(f'data: is a {kind}; give frame.to_dict("records")')
-    raise UserError(f"data: must be a path, a list of paths, a list of dicts, or a datasets.Dataset, found {kind}")
+        raise ValueError(f'is a {kind}; give frame.to_dict("records")')
+    raise ValueError("must be a path, a list of paths, a list of dicts, or a datasets.Dataset")
 
 
 def expand_user(path: DataPath) -> DataPath:

@@ -8,7 +8,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 from rlhf_fast.config.checks import BadSetting, settings
-from rlhf_fast.config.data_path import as_data_path, expand_user
+from rlhf_fast.config.data_path import expand_user, path_value
 
 
 def require(owner: object, condition: bool, name: str, rule: str) -> None:
@@ -118,7 +118,7 @@ class DataConfig:
     @classmethod
     def prepared(cls, name: str, value: Any) -> Any:
         """Return a value for a field, with rows in Python as a path (see `settings`)."""
-        return expand_user(as_data_path(value)) if name in ("path", "valid") else value
+        return expand_user(path_value(value)) if name in ("path", "valid") else value
 
     def __post_init__(self) -> None:
         require_range(self, 0, 0.9, "valid_fraction")

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -59,8 +59,16 @@ def stage_config(cls: type[S], argv: Sequence[str]) -> S:
         return parse(cls, flags, cls.stage, default=default, description=description)
     except BadSetting as error:
         paths = [path for path in setting_types(cls) if f".{path}".endswith(f".{error.name}")]
-        path = next((path for path in paths if path in given), paths[0])
+        paths = [path for path in paths if path in given] or paths[:1]  # of several groups with this setting
+        path = next((path for path in paths if _has_value(cls, path, given, error.value)), paths[0])
         raise setting_error(cls, error, path, given) from error
+
+
+def _has_value(cls: type[S], path: str, given: Mapping[str, Setting], value: object) -> bool:
+    """Return whether a setting was given with this value."""
+    with contextlib.suppress(UserError, KeyError):
+        return bool(coerce(cls, path, given[path]) == value)
+    return False
 
 
 def parse(cls: type[T], argv: Sequence[str], command: str, **options: Any) -> T:

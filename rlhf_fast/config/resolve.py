@@ -25,7 +25,7 @@ from typing import (
 
 from rlhf_fast.config.checks import BadSetting
 from rlhf_fast.config.library_names import meant_setting
-from rlhf_fast.config.rewards import spec_name
+from rlhf_fast.config.rewards import EXPECTED, REWARD_SPECS, spec_name
 from rlhf_fast.config.stages import STAGES, StageConfig
 from rlhf_fast.config.typed import WRITTEN, typed
 from rlhf_fast.config.yaml_file import WIDTH, Setting, dump_yaml
@@ -142,7 +142,8 @@ def setting_error(root: type, error: BadSetting, path: str, settings: Mapping[st
     """Return the sentence of a broken rule with the setting's whole path and its origin."""
     origin = settings[path].origin if path in settings else DEFAULT
     source = f" ({origin})" if origin != DEFAULT else ""
-    return UserError(f"{stage_name(root)}: {path} {error.rule}, got {show(error.value)}{source}")
+    got = f", got {show(error.value)}" if error.got else ""
+    return UserError(f"{stage_name(root)}: {path} {error.rule}{got}{source}")
 
 
 def stage_name(cls: type) -> str:
@@ -163,6 +164,12 @@ def unknown_setting(cls: type[DataclassInstance], path: str, origin: str) -> Use
     if inside:
         hint = f"it is a group, of {listed(inside, 4)}"
         return UserError(f'{stage_name(cls)}: "{path}" takes no value; {hint} ({origin})')
+    if taken := next((name for name in names if path.startswith(name + ".")), ""):
+        inner = path.removeprefix(taken + ".")
+        rule = f'takes a value; there is no setting "{inner}" in it'
+        if setting_types(cls)[taken] == REWARD_SPECS:
+            rule = f'{EXPECTED}, not a map with "{inner}"'
+        return UserError(f"{stage_name(cls)}: {taken} {rule} ({origin})")
     meant = meant_setting(path, names)
     hint = f"did you mean {meant}?" if meant else f"{_listing(cls)} lists them"
     return UserError(f'{stage_name(cls)}: no setting "{path}"; {hint} ({origin})')

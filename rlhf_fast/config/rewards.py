@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,6 +94,22 @@ def short_names(specs: Sequence[RewardSpec]) -> list[str]:
         last = name.rpartition(":")[2].rpartition(".")[2] if is_function(spec) else Path(name).name
         names.append(last if last not in names else f"{last}-{len(names) + 1}")
     return names
+
+
+def weights_rule(weights: Sequence[float], value: RewardSpec | Sequence[RewardSpec]) -> str:
+    """Return what weights of rewards must be, if they are not: none, or a finite one for each and not all 0."""
+    names = short_names(reward_specs(value))
+    if weights and len(weights) != len(names):
+        return f"must have one number for each reward ({', '.join(names) or 'none is set'})"
+    if not all(map(math.isfinite, weights)):
+        return "must be finite numbers"
+    return "must not all be 0" if weights and not any(weights) else ""
+
+
+def given_twice(value: RewardSpec | Sequence[RewardSpec]) -> str:
+    """Return the name of a reward that a setting names twice; "" if there is none."""
+    specs = reward_specs(value)
+    return next((spec_name(spec) for i, spec in enumerate(specs) if spec in specs[:i]), "")
 
 
 def _from_words(words: list[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.run_file import read_run_file, run_settings
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.config.yaml_file import Setting, read_yaml
@@ -45,7 +46,9 @@ def read_stage(path: str | Path, stage: str) -> tuple[str, dict[str, Setting]]:
         return "", run_settings(path, run, stage)
     values = read_yaml(path)
     own = "reward" if stage == "ppo" else ""  # an empty `reward:` is a setting of PPO
-    if not any(_is_in_section(name, setting) for name, setting in values.items() if name != own):
+    named = {name.partition(".")[0] for name, setting in values.items() if _is_in_section(name, setting)}
+    settings_of_stage = [name for name in values if name in setting_types(STAGES[stage]) and name not in SHARED]
+    if not named or (named == {own} and settings_of_stage):  # the reward may be a map, which is refused later
         return "", values
     shared, sections = split_sections(path, values)
     if stage not in sections:

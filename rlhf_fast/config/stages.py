@@ -36,7 +36,7 @@ from rlhf_fast.config.fields import (
     require_positive,
     require_range,
 )
-from rlhf_fast.config.rewards import RewardSpec, RewardSpecs, reward_specs, short_names, spec_name
+from rlhf_fast.config.rewards import RewardSpec, RewardSpecs, given_twice, reward_specs, weights_rule
 from rlhf_fast.errors import UserError
 
 
@@ -61,16 +61,18 @@ class _Stage:
         """Return a value for a field: data=rows is short for data=DataConfig(path=rows) with the stage's defaults."""
         field = next(field for field in fields(cls) if field.name == name)
         if field.type == "DataConfig" and not isinstance(value, DataConfig) and callable(field.default_factory):
-            return replace(field.default_factory(), path=value)
+            try:
+                return replace(field.default_factory(), path=value)
+            except BadSetting as error:
+                raise ValueError(error.rule) from None
         return value
 
     def __post_init__(self) -> None:
         expand_home(self, "out", *(name for name in ("reference",) if hasattr(self, name)))
         require(self, 0 <= self.seed < 2**63, "seed", "must be from 0 to below 2**63")
         for name, remedy in (("reward", "once, with the sum of the weights"), ("select_reward", "once")):
-            specs = reward_specs(getattr(self, name, ""))
-            twice = [spec for i, spec in enumerate(specs) if spec in specs[:i]]
-            require(self, not twice, name, f"names {spec_name(twice[0]) if twice else ''} twice; give it {remedy}")
+            twice = given_twice(getattr(self, name, ""))
+            require(self, not twice, name, f"names {twice} twice; give it {remedy}")
 
     def ready(self) -> None:
         """Raise UserError if a required path is not set."""
@@ -330,7 +332,8 @@ class PPOConfig(_Stage):
         rule = "must be above 0 with missing_eos=subtract: it is the amount taken off"
         require(self, self.missing_eos != "subtract" or self.missing_eos_value > 0, "missing_eos_value", rule)
         require(self, math.isfinite(self.missing_eos_value), "missing_eos_value", "must be a number")
-        self._check_reward_weights()
+        rule = weights_rule(self.reward_weights, self.reward)
+        require(self, not rule, "reward_weights", rule)
         if not self.sampling.temperature > 0:
             raise UserError("ppo: sampling.temperature must be above 0: a greedy policy has no log-probabilities")
         rule = "must be false with an adapter, which a rollout merges into the weights and a training pass does not"
@@ -343,14 +346,6 @@ class PPOConfig(_Stage):
             error = BadSetting(self.sampling, name, rule)
             error.name = f"sampling.{name}"
             raise error
-
-    def _check_reward_weights(self) -> None:
-        """Raise BadSetting unless there are no weights, or a finite one for each reward and not all 0."""
-        weights, names = self.reward_weights, short_names(reward_specs(self.reward))
-        rule = f"must have one number for each reward ({', '.join(names) or 'none is set'})"
-        require(self, not weights or len(weights) == len(names), "reward_weights", rule)
-        require(self, all(map(math.isfinite, weights)), "reward_weights", "must be finite numbers")
-        require(self, not weights or any(weights), "reward_weights", "must not all be 0")
 
     @property
     def num_batches(self) -> int:

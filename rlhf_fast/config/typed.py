@@ -33,6 +33,8 @@ def typed(kind: Any, value: Any, source: Source) -> Any:
     A type that no setting of ours has, as one of a subclass, takes every value.
     """
     origin = get_origin(kind)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a scalar of NumPy's or torch's
+        value = value.item()
     if kind == REWARD_SPECS:
         return reward_value(value)
     if dataclasses.is_dataclass(kind):

@@ -39,7 +39,7 @@ from rlhf_fast.eval.likelihood import LikelihoodTask
 from rlhf_fast.eval.measures import difference_record, result_record
 from rlhf_fast.eval.model_check import Planned, check_model, check_rewards
 from rlhf_fast.eval.notes import answer_notes, constant_answers_note, date_notes, dates_of, unjudged_notes
-from rlhf_fast.eval.reward_records import find_comparisons, ppo_models, reward_records
+from rlhf_fast.eval.reward_records import check_columns, find_comparisons, ppo_models, reward_records
 from rlhf_fast.eval.run_task import EvaluatedModel, Task
 from rlhf_fast.eval.tables import CONTRAST, Record, with_contrast
 from rlhf_fast.eval.task_rows import Selection, select_rows
@@ -126,6 +126,7 @@ def check(cfg: EvalConfig, asks_people: bool = False, planned: Planned | None = 
     _check_folder(cfg, planned)
     judges = find_judges(cfg, tasks, planned)
     check_rewards(cfg, planned)
+    check_columns(cfg)
     if cfg.gold and not planned:
         ppo_models(paths)
     for name, path in paths.items():

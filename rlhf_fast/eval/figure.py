@@ -87,7 +87,7 @@ def draw(records: Sequence[Record], groups: Groups, path: str | Path) -> Path:
     shown = panels(records, groups)
     if not shown:
         raise UserError(f"{target}: there is no result to draw")
-    check_new_file(target, _is_ours, {})
+    check_new_file(target, _is_ours, ())
     try:
         import matplotlib
     except ImportError as error:

@@ -9,7 +9,9 @@ from typing import Any
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.fields import DataConfig, ModelConfig
 from rlhf_fast.config.rewards import is_function
-from rlhf_fast.errors import UserError
+from rlhf_fast.data.row_columns import require_columns
+from rlhf_fast.data.rows import read_examples
+from rlhf_fast.errors import UserError, listed
 from rlhf_fast.eval import gold_curve, reward_report
 from rlhf_fast.eval.held_out import training_notes
 from rlhf_fast.eval.judges.reward_model import RewardModelJudge, learned_end_tokens
@@ -19,6 +21,7 @@ from rlhf_fast.model.model import Model
 from rlhf_fast.run.logs import SAMPLES
 from rlhf_fast.run.outputs import read_run
 from rlhf_fast.run.prompt_format import model_prompt_format
+from rlhf_fast.training.reward_functions import IDS, FunctionReward
 from rlhf_fast.training.rewards import import_function
 
 COMPARISONS = ("rankings_held", "comparisons", "rankings", "preferences")
@@ -32,6 +35,30 @@ def find_comparisons(folder: str) -> Path:
                 return path
     names = ", ".join(f"{name}.jsonl" for name in COMPARISONS)
     raise UserError(f"eval: reward: {folder} has no file of ranked responses ({names}); give another --data")
+
+
+def check_columns(cfg: EvalConfig) -> None:
+    """Raise UserError if a function that is a reward needs what its rows do not have, before anything is generated."""
+    if is_function(cfg.reward):
+        function = FunctionReward(import_function(cfg.reward, "eval: reward"), None, cfg.reward)
+        _require_no_tokens("reward", function, "responses of a file are texts")
+        if function.form.required and function.wanted:
+            file = find_comparisons(cfg.data)
+            examples = read_examples(str(file), "comparisons", limit=cfg.limit)
+            require_columns(str(file), examples, [function.wanted])
+    if is_function(cfg.gold):
+        function = FunctionReward(import_function(cfg.gold, "eval: gold"), None, cfg.gold)
+        _require_no_tokens("gold", function, f"{SAMPLES} has texts")
+        if needed := function.form.required:
+            raise UserError(
+                f"eval: gold: {cfg.gold} needs {listed(needed)}, and the samples of a PPO run have prompts and"
+                " completions alone; give the parameter a default"
+            )
+
+
+def _require_no_tokens(setting: str, function: FunctionReward, why: str) -> None:
+    if ids := [name for name in function.form.given if name in IDS]:
+        raise UserError(f"eval: {setting}: {function.name} needs {ids[0]}, and {why}; take completions instead")
 
 
 def reward_records(cfg: EvalConfig, models: dict[str, str]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:

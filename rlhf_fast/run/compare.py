@@ -51,7 +51,7 @@ def compare(folders: Sequence[str], out: str | Path, num_samples: int, smooth: f
         raise UserError(f"compare: samples must be at least 0, got {num_samples}")
     check_smooth("compare", smooth)
     runs = _read(folders)
-    check_new_file(target, _is_page, {})
+    check_new_file(target, _is_page, ())
     lines = _lines(runs)
     if not lines:
         raise UserError(f"compare: {METRICS} of {listed(folders, 4)} have none of the metrics that can be drawn")

@@ -1,12 +1,21 @@
-"""Peak memory between two calls: of torch's allocator if a GPU was used, else of the process."""
+"""Peak memory between two calls: of torch's allocator if a GPU was used, else of the process. And free memory."""
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, a GPU's too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory() -> None:

@@ -10,7 +10,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -152,14 +152,14 @@ def require_writable_folder(folder: str | Path) -> None:
         raise UserError(f"{folder}: you may not write to {nearest}; give another folder, or change its permissions")
 
 
-def check_new_file(path: str | Path, is_ours: Callable[[Path], bool], inputs: Mapping[str, str]) -> None:
+def check_new_file(path: str | Path, is_ours: Callable[[Path], bool], inputs: Iterable[tuple[str, str]]) -> None:
     """Raise UserError unless a file may be written at `path`: nothing is there, or what `is_ours` accepts.
 
-    `inputs`: setting -> file that the command reads. A device or a pipe is written as it is.
+    `inputs`: settings and the files of theirs that the command reads. A device or a pipe is written as it is.
     """
     target = Path(os.path.realpath(path))
     places = (target, target.with_name(target.name + PARTIAL))
-    for setting, file in inputs.items():
+    for setting, file in inputs:
         if _is_same(target, file):
             raise UserError(f"{path}: is the file that {setting} names; choose another --out")
         if (target.is_file() or not target.exists()) and _is_same(places[1], file):

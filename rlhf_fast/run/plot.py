@@ -103,7 +103,7 @@ def plot(run: str | Path, out: str | Path = "", smooth: float | None = None) -> 
     if target.suffix.lower() not in (".png", ""):
         raise UserError(f"{target}: is to be a PNG; give --out a name that ends in .png")
     check_smooth("plot", smooth)
-    check_new_file(target, _is_plot, {})
+    check_new_file(target, _is_plot, ())
     shown = panels(rows)
     if not shown:
         raise UserError(f"{run}: {METRICS} has none of the metrics that can be drawn")

@@ -20,6 +20,7 @@ from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
 from rlhf_fast.config.rewards import RewardSpec, is_function, model_specs, reward_specs
 from rlhf_fast.config.stages import PPOConfig, RewardConfig, SFTConfig, StageConfig
 from rlhf_fast.data import read_prompts
+from rlhf_fast.data.encode import Template
 from rlhf_fast.data.row_columns import require_columns
 from rlhf_fast.data.rows import read_examples
 from rlhf_fast.errors import UserError, nearest, shortened
@@ -232,15 +233,29 @@ def planned(cfg: S, earlier: Sequence[StageConfig]) -> S:
     def start_of_reward(spec: RewardSpec) -> RewardSpec:
         return start_of(spec) if isinstance(spec, str) and not is_function(spec) else spec
 
+    template = _planned_template((cfg.policy if isinstance(cfg, PPOConfig) else cfg.model).path, earlier)
     changes: dict[str, Any] = {}
     for name, value in vars(cfg).items():
         if isinstance(value, ModelConfig):
             changes[name] = replace(value, path=start_of(value.path))
+        elif isinstance(value, DataConfig) and value.template == "auto":
+            changes[name] = replace(value, template=template)
         elif name == "reference":
             changes[name] = start_of(value)
         elif name in ("reward", "select_reward"):
             changes[name] = tuple(map(start_of_reward, reward_specs(value)))
     return replace(cfg, **changes)
+
+
+def _planned_template(path: str, earlier: Sequence[StageConfig]) -> Template:
+    """Return the template that a model will have learned by the settings of the stages which have yet to write it."""
+    for stage in earlier:
+        if Path(path).absolute() == Path(stage.out).absolute() and not (Path(path) / "config.json").exists():
+            if stage.data.template != "auto":
+                return stage.data.template
+            begins = stage.policy if isinstance(stage, PPOConfig) else stage.model
+            return _planned_template(begins.path, [other for other in earlier if other is not stage])
+    return "auto"
 
 
 def _check_room(stage: str, sampling: SamplingConfig, smallest: Sizes) -> None:

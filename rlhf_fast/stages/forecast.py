@@ -16,14 +16,14 @@ from rlhf_fast.rollout.kv_cache import page_size_for
 from rlhf_fast.run.estimate import ModelSize, Work, count, duration
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.stages import timing
-from rlhf_fast.stages.plan import Plan, tell
+from rlhf_fast.stages.plan import DryRun, Plan, tell
 from rlhf_fast.training.learner import Learner, Loss
 from rlhf_fast.training.losses import reward_loss, sft_loss
 from rlhf_fast.training.rewards import Reward
 
 
 def forecast_sft(
-    cfg: SFTConfig, run_folder: RunFolder, learner: Learner, data: Split, pretrain: Dataset | None, dry_run: bool
+    cfg: SFTConfig, run_folder: RunFolder, learner: Learner, data: Split, pretrain: Dataset | None, dry_run: DryRun
 ) -> bool:
     """Print what is left of the run; return whether it is to end here."""
     left = _left(cfg, run_folder, learner, data, partial(sft_loss, pack=cfg.packing))
@@ -40,7 +40,7 @@ def forecast_sft(
     return tell(cfg, run_folder, left.model, left.plan(f"{len(data.train):,} rows", work, size, best), dry_run)
 
 
-def forecast_reward(cfg: RewardConfig, run_folder: RunFolder, learner: Learner, data: Split, dry_run: bool) -> bool:
+def forecast_reward(cfg: RewardConfig, run_folder: RunFolder, learner: Learner, data: Split, dry_run: DryRun) -> bool:
     """Print what is left of the run; return whether it is to end here."""
     left = _left(cfg, run_folder, learner, data, reward_loss)
     size = model_size(left.model, learner)
@@ -108,7 +108,7 @@ def forecast_ppo(
     learners: tuple[Learner, Learner],
     prompt_data: Split,
     pretrain: Dataset | None,
-    dry_run: bool,
+    dry_run: DryRun,
 ) -> bool:
     """Print what is left of the run; return whether it is to end here."""
     policy, reference, _, reward = models

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console
 
@@ -40,16 +41,21 @@ class Plan:
     """Bytes of the weights that are kept to select from."""
 
 
-def tell(cfg: StageConfig, run_folder: RunFolder, model: Model, plan: Plan, dry_run: bool) -> bool:
-    """Print the plan, and return `dry_run`. UserError for a run that does not fit."""
+DryRun = bool | Literal["fit"]
+"""Whether a stage only says what it takes. fit: only what of memory and disk, before the earlier stages of a recipe."""
+
+
+def tell(cfg: StageConfig, run_folder: RunFolder, model: Model, plan: Plan, dry_run: DryRun) -> bool:
+    """Print the plan, and return whether the run ends here. UserError for a run that does not fit."""
     console = Console(stderr=True, highlight=False, emoji=False)
 
     def message(text: str, style: str = "") -> None:
         console.print(f"{cfg.stage}: {text}", style=style, markup=False, soft_wrap=True)
 
-    for note in run_folder.take_notes():
+    for note in run_folder.take_notes() if dry_run != "fit" else ():
         message(note)
-    message(plan.counts)
+    if dry_run != "fit":
+        message(plan.counts)
     knobs = _knobs(cfg, plan.work)
     needed = estimate.memory_needed(plan.work, knobs)
     usable = machine.usable_memory(model.device)
@@ -58,7 +64,7 @@ def tell(cfg: StageConfig, run_folder: RunFolder, model: Model, plan: Plan, dry_
     if usable is not None and needed > usable:
         problems.append(_too_little_memory(cfg, plan.work, knobs, of_device, needed, usable))
     seconds = 0.0
-    if not problems:  # a pass might exhaust the memory
+    if not problems and dry_run != "fit":  # a pass might exhaust the memory
         guess = timing.guessed_seconds(plan.operations, model.device)
         if plan.steps and guess >= timing.MIN_SECONDS:
             seconds, sentence = plan.time(guess)
@@ -70,15 +76,16 @@ def tell(cfg: StageConfig, run_folder: RunFolder, model: Model, plan: Plan, dry_
     memory = f"{of_device} about {gib(needed)}" if usable is None else (
         f"{of_device} about {estimate.size_in_gib(needed)} of {gib(usable)}"
     )  # fmt: skip
-    message(f"{memory}; disk {gib(disk.running)}, later {estimate.size_in_gib(disk.after)}, of {gib(free)} free")
+    will = "will take " if dry_run == "fit" else ""
+    message(f"{will}{memory}; disk {gib(disk.running)}, later {estimate.size_in_gib(disk.after)}, of {gib(free)} free")
     if problems and cfg.log.check_fit:
         way = "to go on all the same set log.check_fit to false"
         raise UserError(f"{cfg.stage}: {'; '.join(problems)}; {way}")
     for problem in problems:
         message(f"{problem}; log.check_fit is false, so it goes on", style="yellow")
-    if dry_run:
+    if dry_run is True:
         message("a dry run ends here; nothing is written")
-    return dry_run
+    return bool(dry_run)
 
 
 def _knobs(cfg: StageConfig, work: Work) -> Knobs:

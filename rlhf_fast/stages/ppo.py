@@ -33,6 +33,7 @@ from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit, planned
 from rlhf_fast.stages.forecast import forecast_ppo
+from rlhf_fast.stages.plan import DryRun
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_prompts
 from rlhf_fast.training.experience import make_experience, minibatches
 from rlhf_fast.training.gradient_buffers import GradientPool
@@ -45,21 +46,22 @@ from rlhf_fast.training.rewards import Reward, load_reward
 PROGRESS_METRICS = ("objective/scores", "objective/kl", "tokens/length", "valid/rlhf_reward")
 
 
-def run(cfg: PPOConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
+def run(cfg: PPOConfig, dry_run: DryRun = False, earlier: Sequence[StageConfig] = ()) -> None:
     """Train cfg.policy on the prompts of cfg.data; write the selected weights (cfg.select) to cfg.out.
 
     cfg.out becomes an ordinary causal LM folder, with the moving average in `ema/` and the value model in `value/`.
-    dry_run: print what the run takes, and write nothing. earlier: stages that by then will have written models which
-    this one reads; theirs are taken now.
+    dry_run: print what the run takes, and write nothing; fit: only what of memory and disk. earlier: stages that by
+    then will have written models which this one reads; theirs are taken now.
     """
-    with RunFolder(cfg, dry_run) as run_folder:
+    with RunFolder(cfg, bool(dry_run)) as run_folder:
         if run_folder.finished:
             return
         context = check_fit(cfg, earlier)
         cfg = planned(cfg, earlier) if dry_run else cfg
         torch.manual_seed(cfg.seed)
-        models = load_models(cfg, run_folder.device, untrained=bool(dry_run and earlier))
-        prompt_data, pretrain_data = load_data(cfg, models, run_folder, context)
+        stand_ins = bool(dry_run and earlier)
+        models = load_models(cfg, run_folder.device, untrained=stand_ins)
+        prompt_data, pretrain_data = load_data(cfg, models, run_folder, context, stand_ins)
         rollout = Rollout(models.policy, cfg.sampling, cfg.seed)
         evaluation = TrainingEvaluation(cfg.log, models.policy, bound_prompt_format(run_folder))
         run_folder.notes += evaluation.notes
@@ -162,12 +164,18 @@ def _frozen_config(cfg: ModelConfig, path: str) -> ModelConfig:
     return replace(cfg, path=path, lora=LoraConfig(), gradient_checkpointing=False)
 
 
-def load_data(cfg: PPOConfig, models: Models, run_folder: RunFolder, context: int) -> tuple[Split, Dataset | None]:
-    """Return the prompts, and the pretraining text of PPO-ptx if there is any. `context`: of the smallest model."""
+def load_data(
+    cfg: PPOConfig, models: Models, run_folder: RunFolder, context: int, stand_ins: bool = False
+) -> tuple[Split, Dataset | None]:
+    """Return the prompts, and the pretraining text of PPO-ptx if there is any.
+
+    context: of the smallest model. stand_ins: the models are not yet those that learn the format of the prompts.
+    """
     policy, reward = models.policy, models.reward
     max_prompt = max(context - cfg.sampling.max_new_tokens, 1) if context else 0
-    prompt_format = bind_prompt_format(run_folder, cfg.policy.path, policy.tokenizer, {"data": cfg.data})
-    run_folder.notes += check_same_format(prompt_format, cfg)
+    sources = {"data": cfg.data}
+    prompt_format = bind_prompt_format(run_folder, cfg.policy.path, policy.tokenizer, sources, teaches=stand_ins)
+    run_folder.notes += [] if stand_ins else check_same_format(prompt_format, cfg)
     prompt_data = read_prompts(cfg.data, policy.tokenizer, cfg.seed, max_prompt, prompt_format, reward.wanted)
     if cfg.select == "reward" and not len(prompt_data.valid):
         raise UserError(

@@ -28,7 +28,7 @@ from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.data.files import require_data
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
-from rlhf_fast.run.memory import peak_memory, reset_peak_memory
+from rlhf_fast.run.memory import free_memory, peak_memory, reset_peak_memory
 from rlhf_fast.run.outputs import RUN, check_run_folder, read_json
 from rlhf_fast.run.terminal import aligned, format_duration, format_speed
 
@@ -220,6 +220,8 @@ def run_stages(recipe: Recipe, echo: Callable[[str], None] = print, dry_run: boo
     """Run the stages that are not finished, in order; return the measurements of all. dry_run: as of `run_recipe`."""
     done = _finished_stages(recipe, partial(new_folders, recipe))
     measurements = read_measurements(recipe.out)
+    if not dry_run:
+        check_room(recipe)
     for stage, cfg in recipe.stages.items():
         if done[stage]:
             echo(f"{stage}: finished already, in {cfg.out}")
@@ -228,6 +230,15 @@ def run_stages(recipe: Recipe, echo: Callable[[str], None] = print, dry_run: boo
         else:
             _run_measured(stage, recipe, measurements)
     return measurements
+
+
+def check_room(recipe: Recipe) -> None:
+    """Raise UserError, before the first stage trains, if memory or disk is too small for a later one."""
+    stages = list(recipe.stages.values())
+    later = [cfg for cfg in stages if not finished(cfg)][1:]  # the first one looks itself
+    for cfg in filter(lambda cfg: cfg.log.check_fit, later):
+        run_stage(cfg, "fit", stages)
+        free_memory()
 
 
 def _finished_stages(recipe: Recipe, remedy: Callable[[str], str]) -> dict[str, bool]:
@@ -311,9 +322,9 @@ def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, 
             write_json(recipe.out / MEASUREMENTS, measurements)
 
 
-def run_stage(cfg: StageConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
-    """Run one stage; dry_run: print what it takes instead. The stages are imported here, so that a faulty recipe is
-    refused before torch is loaded."""
+def run_stage(cfg: StageConfig, dry_run: bool | Literal["fit"] = False, earlier: Sequence[StageConfig] = ()) -> None:
+    """Run one stage; dry_run: print what it takes instead, fit: whether it fits. The stages are imported here, so that
+    a faulty recipe is refused before torch is loaded."""
     from rlhf_fast.stages import ppo, reward, sft
 
     if isinstance(cfg, SFTConfig):

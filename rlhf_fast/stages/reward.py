@@ -21,6 +21,7 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.prompt_format import bind_prompt_format
 from rlhf_fast.stages.fit import check_fit, planned
 from rlhf_fast.stages.forecast import forecast_reward
+from rlhf_fast.stages.plan import DryRun
 from rlhf_fast.stages.validation import prompt_columns, should_validate, validation_metrics
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.losses import reward_loss
@@ -30,14 +31,14 @@ CHANCE_ROWS = 1000
 PROGRESS_METRICS = ("loss/reward", "reward/accuracy", "valid/accuracy")
 
 
-def run(cfg: RewardConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
+def run(cfg: RewardConfig, dry_run: DryRun = False, earlier: Sequence[StageConfig] = ()) -> None:
     """Train cfg.model with a scalar head on cfg.data; write AutoModelForSequenceClassification to cfg.out.
 
     The head starts as a row of N(0, 1 / (D + 1)) (Stiennon et al. 2020), the decoder as cfg.model's.
-    dry_run: print what the run takes, and write nothing. earlier: stages that by then will have written models which
-    this one reads; theirs are taken now.
+    dry_run: print what the run takes, and write nothing; fit: only what of memory and disk. earlier: stages that by
+    then will have written models which this one reads; theirs are taken now.
     """
-    with RunFolder(cfg, dry_run) as run_folder:
+    with RunFolder(cfg, bool(dry_run)) as run_folder:
         if run_folder.finished:
             return
         check_fit(cfg, earlier)
@@ -45,7 +46,8 @@ def run(cfg: RewardConfig, dry_run: bool = False, earlier: Sequence[StageConfig]
         torch.manual_seed(cfg.seed)
         model = Model.load(cfg.model, head="scalar", fresh_head=True, seed=cfg.seed, device=run_folder.device)
         sources = {"data": cfg.data, "demonstrations": cfg.demonstrations}
-        prompt_format = bind_prompt_format(run_folder, cfg.model.path, model.tokenizer, sources)
+        is_stand_in = bool(dry_run and earlier)  # the model that learns the format is not there yet
+        prompt_format = bind_prompt_format(run_folder, cfg.model.path, model.tokenizer, sources, teaches=is_stand_in)
         data = read_comparisons(cfg.data, model.tokenizer, cfg.seed, model.max_positions, prompt_format)
         run_folder.notes.append(data.train.notes)
         demonstrations = load_demonstrations(cfg, model, prompt_format)

@@ -19,6 +19,7 @@ from rlhf_fast.run.logs import Log
 from rlhf_fast.run.prompt_format import bind_prompt_format, bound_prompt_format, check_same_format
 from rlhf_fast.stages.fit import check_fit, planned
 from rlhf_fast.stages.forecast import forecast_sft
+from rlhf_fast.stages.plan import DryRun
 from rlhf_fast.stages.validation import sample_rows, should_validate, validation_metrics, validation_prompts
 from rlhf_fast.training.learner import Learner, Term
 from rlhf_fast.training.losses import pretrain_loss, sft_loss
@@ -27,13 +28,13 @@ from rlhf_fast.training.rewards import Reward, load_reward
 PROGRESS_METRICS = ("loss/sft", "valid/sft", "valid/scores")
 
 
-def run(cfg: SFTConfig, dry_run: bool = False, earlier: Sequence[StageConfig] = ()) -> None:
+def run(cfg: SFTConfig, dry_run: DryRun = False, earlier: Sequence[StageConfig] = ()) -> None:
     """Train cfg.model on cfg.data; write the selected weights (cfg.select) to cfg.out, an ordinary causal LM folder.
 
-    dry_run: print what the run takes, and write nothing. earlier: stages that by then will have written models which
-    this one reads; theirs are taken now.
+    dry_run: print what the run takes, and write nothing; fit: only what of memory and disk. earlier: stages that by
+    then will have written models which this one reads; theirs are taken now.
     """
-    with RunFolder(cfg, dry_run) as run_folder:
+    with RunFolder(cfg, bool(dry_run)) as run_folder:
         if run_folder.finished:
             return
         context = check_fit(cfg, earlier)
@@ -143,7 +144,7 @@ def validate(
     with row_locations(Responses=data.location):
         responses = Rollout(model, cfg.sampling, cfg.seed).generate(prompts)
         if reward:
-            columns["score"], rewards = reward.score(responses, prompts)
+            columns["score"], rewards, _ = reward.score(responses, prompts)
     if reward:
         stats |= {
             "valid/scores": float(columns["score"].double().mean()),

@@ -7,7 +7,6 @@ first starts. One that fails is said in the table, and the others go on. The sam
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 import sys
@@ -27,12 +26,14 @@ from rlhf_fast.config.stages import PPOConfig, SFTConfig
 from rlhf_fast.config.yaml_file import Setting
 from rlhf_fast.errors import UserError, writing
 from rlhf_fast.run.logs import read_metrics
+from rlhf_fast.run.memory import free_memory
 from rlhf_fast.run.outputs import check_empty_folder, read_json, take_lock
 from rlhf_fast.run.terminal import aligned, format_duration
 from rlhf_fast.stages.recipe import (
     SUMMARY_METRICS,
     Recipe,
     check_recipe,
+    check_room,
     dependents,
     measurement_key,
     planned_models,
@@ -88,6 +89,7 @@ def run_sweep(
         if not (out / RESULTS).exists():
             _write(out, [])  # signs the folder, so that the same command goes on there
         if shared.stages:
+            check_room(runs[0].recipe)
             run_stages(shared, echo)
         outcomes = []
         for i, run in enumerate(runs, 1):
@@ -110,7 +112,15 @@ def plan(path: str | Path, chosen: Sequence[Combination], folder: str = "") -> l
     runs: list[Run] = []
     for values, flags in chosen:
         settings = overrides(flags, COMMAND)
-        recipe = read_recipe(path, settings)
+        try:
+            recipe = read_recipe(path, settings)
+        except UserError as error:
+            if "ppo.reward" in values and getattr(error.__cause__, "name", "") == "reward_weights":
+                raise UserError(
+                    f"{error}; each value of a swept reward is one alone: --ppo.reward-weights without a value leaves"
+                    " the recipe's weights out"
+                ) from error
+            raise
         for_all = any("." not in setting for setting in values)
         swept = {setting.partition(".")[0] for setting in values}
         stages = dependents(recipe.stages, [*recipe.stages] if for_all else swept)
@@ -205,19 +215,10 @@ def _run(run: Run, echo: Callable[[str], None]) -> Outcome:
         error = f"{type(found).__name__}: {(str(found).splitlines() or [''])[0]}"
     if error:
         print(f"{COMMAND}: {run.label}: failed: {error}", file=sys.stderr)
-    _free_memory()
+    free_memory()
     measured = read_measurements(run.recipe.out)
     times = [measured.get(measurement_key(stage, run.recipe), {}).get("seconds", 0.0) for stage in run.stages]
     return Outcome(run, sum(times) or time.perf_counter() - start, _end_metrics(run), error)
-
-
-def _free_memory() -> None:
-    """Give back the memory of a run that has ended, a GPU's too."""
-    gc.collect()
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _end_metrics(run: Run) -> dict[str, tuple[float, float]]:

@@ -51,7 +51,7 @@ def make_experience(
     if cfg.old_logprobs == "recompute":
         old_logprobs = _in_micro_batches(policy, responses, budget, lambda part: _logprobs(policy, part, temperature))
         gap = to_floats(rollout_gap(old_logprobs[responses.mask], responses.logprobs[responses.mask]))
-    scores, reward_stats = score_responses(reward, responses, prompts)
+    scores, reward_stats, _ = score_responses(reward, responses, prompts)
     final, in_loss = final_scores(scores, responses.finished, cfg)
     mask = responses.mask & in_loss[:, None]
     bootstrap = _value_after_truncated(responses, value, budget) if cfg.bootstrap_truncated else None

@@ -92,6 +92,8 @@ class Scores(NamedTuple):
     total: Tensor
     """(B,) float32"""
     stats: dict[str, float]
+    columns: Sequence[Sequence[float | None]] = ()
+    """The numbers that each reward gave the responses."""
 
 
 class Reward:
@@ -149,7 +151,7 @@ class Reward:
             math.fsum(weight * number for weight, number in zip(self.weights, row, strict=True) if number is not None)
             for row in zip(*columns, strict=True)
         ]
-        return Scores(check_scores(total, uids, "the sum of the rewards"), self._stats(columns))
+        return Scores(check_scores(total, uids, "the sum of the rewards"), self._stats(columns), columns)
 
     def _stats(self, columns: Sequence[Sequence[float | None]]) -> dict[str, float]:
         """Return rewards/NAME/mean and /std over the responses that have a number, if there are several rewards."""
