@@ -73,11 +73,28 @@ def gencode(archs: str) -> str:
     return " ".join(flags)
 
 
-def has_openmp(cxx: list[str], folder: Path) -> bool:
-    probe = folder / "openmp.cpp"
-    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [*cxx, "-fopenmp", str(probe), "-o", str(folder / "openmp")]
-    return subprocess.run(command, capture_output=True).returncode == 0
+OPENMP_PROBE = """#include <omp.h>
+int main() {
+  int n = 0;
+#pragma omp parallel reduction(+ : n)
+  n += omp_get_num_threads();
+  return n < 1;
+}
+"""
+
+
+def openmp_flags(cxx: list[str], folder: Path) -> tuple[str, str]:
+    """Return the flags of compiler and linker for OpenMP, empty where the compiler has none.
+
+    On Linux g++ code is linked without libgomp: kernels/_openmp.py gives it the one that torch brings. A second one in
+    the process would have its own threads beside torch's.
+    """
+    probe, program = folder / "openmp.cpp", folder / "openmp"
+    probe.write_text(OPENMP_PROBE)
+    if subprocess.run([*cxx, "-fopenmp", str(probe), "-o", str(program)], capture_output=True).returncode:
+        return "", ""
+    for_torchs = platform.system() == "Linux" and b"GOMP_parallel" in program.read_bytes()
+    return "-fopenmp", "" if for_torchs else "-fopenmp"
 
 
 RULES = """
@@ -115,13 +132,13 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
 
     cxx = find_cxx()
     assert cxx is not None
-    openmp = "-fopenmp" if has_openmp(cxx, folder) else ""
+    openmp, ldflags = openmp_flags(cxx, folder)
     warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
     warnings += "" if openmp else " -Wno-unused-parameter"  # num_threads, without OpenMP
     includes = " ".join(
         f'-I"{dollars(path)}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC)
     )
-    ldflags = openmp + (" -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL")
+    ldflags += (" -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL")
     lines = [
         f"cxx = {shlex.join(cxx).replace('$', '$$')}",
         f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}",

@@ -97,7 +97,7 @@ step() {
 build() {
   local made=rlhf_fast/_cuda$suffix
   if [[ -f $made && -z $(find csrc setup.py -newer "$made" -print -quit) ]] &&
-    "$python" -c 'import rlhf_fast._cpu, rlhf_fast._cuda' 2>>"$log"; then
+    "$python" -c 'import torch, rlhf_fast._cpu, rlhf_fast._cuda' 2>>"$log"; then
     summary+=("build: up to date")
     return
   fi

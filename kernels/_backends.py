@@ -22,6 +22,8 @@ from types import ModuleType
 
 import torch
 
+from rlhf_fast.kernels._openmp import share_openmp
+
 DEVICES = ("cpu", "cuda")
 
 
@@ -40,6 +42,7 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
     missing: dict[str, str] = {}
     if path := os.environ.get("RLHF_FAST_SIMT"):
         found["simt"] = _load_file("_simt", path).simt
+    share_openmp()
     try:
         cpu = import_module("rlhf_fast._cpu")
         wanted = os.environ.get("RLHF_FAST_ISA")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -81,7 +82,32 @@ def test_sdist_then_wheel_then_use_from_elsewhere(source, tmp_path):
         assert used.returncode == 0 and used.stdout.strip() == "1.0", used.stdout + used.stderr
     libraries = [line.split()[0] for line in run("ldd", *site.glob("rlhf_fast/_cpu*.so")).stdout.splitlines()]
     assert any(name.startswith("libc.so") for name in libraries), libraries
-    assert not any("torch" in name or "c10" in name for name in libraries), libraries
+    assert not any("torch" in name or "c10" in name or "gomp" in name for name in libraries), libraries
+
+
+def test_sdist_holds_what_git_holds(tmp_path):
+    """Nothing but the repository's own settings is missing, and nothing that a build or a run leaves is there."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0:
+        pytest.skip("not a checkout of git")
+    files = {name for name in tracked.stdout.split("\0") if name and (ROOT / name).is_file()}
+    copy = tmp_path / "source"
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    for name in (
+        "rlhf_fast/_cpu.cpython-311-x86_64-linux-gnu.so", "rlhf_fast/__pycache__/errors.cpython-311.pyc",
+        "build/simt/a.o", "tests/simt/a.o", "runs/demo/run.json", "docs/examples/.ipynb_checkpoints/sft.ipynb", ".venv/bin/python",
+    ):  # fmt: skip
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).touch()
+    made = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=copy)
+    assert made.returncode == 0, made.stderr
+    (sdist,) = tmp_path.glob("rlhf_fast-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    of_setuptools = {"PKG-INFO", "setup.cfg"} | {name for name in held if name.startswith("rlhf_fast.egg-info/")}
+    assert held - of_setuptools == {name for name in files if not name.startswith(".")}
 
 
 def test_a_checkout_does_not_hide_another_package_named_kernels(source, tmp_path):
