@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from run_notebook import code_cells, source
 
-from rlhf_fast.cli.main import COMMANDS
+from rlhf_fast.cli.main import COMMANDS, main
 from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.stages import STAGES
+from rlhf_fast.run.plot import load_pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "support" / "run_notebook.py"
@@ -121,27 +122,36 @@ def shown_commands() -> list[str]:
     return [line.partition("  #")[0].strip() for block in shown for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", shown_commands())
-def test_a_command_that_is_shown_exists(command):
+def is_ours(command: str) -> bool:
+    return command.startswith("rlhf-fast ")
+
+
+@pytest.mark.parametrize("command", [command for command in shown_commands() if is_ours(command)])
+def test_a_command_of_ours_that_is_shown_exists(command, capsys):
+    _, name, *words = shlex.split(command)
+    flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    assert name in COMMANDS
+    if name in STAGES:
+        assert flags <= {"config", *setting_types(STAGES[name])}
+        return
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert flags <= {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", capsys.readouterr().out)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in shown_commands() if not is_ours(command)])
+def test_another_command_that_is_shown_runs(command):
+    """As far as is quick: pytest collects, a program prints its help, a report of no file is empty."""
     words = shlex.split(command)
     flags = [word for word in words if word.startswith("--")]
-    if words[0] == "rlhf-fast":
-        assert words[1] in COMMANDS
-        if words[1] in STAGES:
-            known = {"config", *setting_types(STAGES[words[1]])}
-            assert {flag.removeprefix("--").replace("-", "_") for flag in flags} <= known
-            return
-        tried = [sys.executable, "-m", "rlhf_fast", words[1], "--help"]
-    elif words[0] == "pytest":
+    if words[0] == "pytest":
         words = [word for word in words if word not in ("--device", "cuda")]  # it is refused where there is no GPU
-        tried = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", *words[1:]]
-        flags = []
+        tried, flags = ["-m", "pytest", "--collect-only", "-q", "-n", "0", *words[1:]], []
     else:
         assert words[:2] == ["python", "-m"], f"no test tries `{command}`"
-        tried = [sys.executable, "-m", words[2], "--help"]
-        if words[2].endswith(".report"):  # it takes files alone
-            tried, flags = [sys.executable, "-m", words[2]], []
-    done = subprocess.run(tried, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+        tried = [*words[1:3], *["--help"] * (not words[2].endswith(".report"))]
+    done = subprocess.run([sys.executable, *tried], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert not [flag for flag in flags if flag not in done.stdout]
 
@@ -172,3 +182,19 @@ def test_the_runner_gives_functions_their_source(tmp_path):
     done = run(path, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "__main__ def double(x):\n    return 2 * x\n"
+
+
+def test_drawing_leaves_a_notebook_its_backend(monkeypatch):
+    """After `plot` or an evaluation the user's own figures are still shown."""
+    matplotlib = pytest.importorskip("matplotlib")
+    try:
+        for in_notebook, expected in ((True, "svg"), (False, "agg")):
+            matplotlib.use("svg")
+            with monkeypatch.context() as patched:
+                patched.delitem(sys.modules, "ipykernel", raising=False)
+                if in_notebook:
+                    patched.setitem(sys.modules, "ipykernel", matplotlib)
+                load_pyplot("plot")
+            assert matplotlib.get_backend().lower() == expected
+    finally:
+        matplotlib.use("Agg")
