@@ -141,8 +141,11 @@ def load_pyplot(command: str) -> Any:
 
 
 def choose_backend(matplotlib: Any) -> None:
-    """Let pyplot draw into files, without a display. A notebook keeps its own backend, which draws into files too: under
-    another the user's later figures would not be shown."""
+    """Let pyplot draw into files, without a display.
+
+    A notebook keeps its own backend, which draws into files too: under another the user's later figures would not be
+    shown.
+    """
     if "ipykernel" not in sys.modules:
         matplotlib.use("Agg")
 
