@@ -6,6 +6,7 @@
 
 import contextlib
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -128,6 +129,7 @@ class Cpu:
     def peak_bytes(self, call: Callable) -> int:
         """Return the most bytes that torch holds at a time for what `call` allocates, its results included."""
         gc.collect()
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch 2.13 writes two lines to stderr
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             results = call()
         held = peak = 0

@@ -11,6 +11,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.eval.estimates import Estimate, estimate_from
 from rlhf_fast.eval.tables import Groups, Record, group_of, in_order, is_level_meaningless, main_measure, models_of
 from rlhf_fast.run.outputs import check_new_file, replacing
+from rlhf_fast.run.plot import choose_backend
 
 SOFTWARE = "rlhf-fast eval"
 """Signs the PNG, by which a later call knows that it may replace it."""
@@ -92,7 +93,7 @@ def draw(records: Sequence[Record], groups: Groups, path: str | Path) -> Path:
         import matplotlib
     except ImportError as error:
         raise UserError("matplotlib is not installed; run `pip install 'rlhf-fast[plot]'`") from error
-    matplotlib.use("Agg")
+    choose_backend(matplotlib)
     from matplotlib import pyplot
 
     labels = [_shortened(name) for name in models_of(records)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,10 +134,20 @@ def load_pyplot(command: str) -> Any:
         import matplotlib
     except ImportError as error:
         raise UserError(f"{command}: matplotlib is not installed; run `pip install 'rlhf-fast[plot]'`") from error
-    matplotlib.use("Agg")
+    choose_backend(matplotlib)
     from matplotlib import pyplot
 
     return pyplot
+
+
+def choose_backend(matplotlib: Any) -> None:
+    """Let pyplot draw into files, without a display.
+
+    A notebook keeps its own backend, which draws into files too: under another the user's later figures would not be
+    shown.
+    """
+    if "ipykernel" not in sys.modules:
+        matplotlib.use("Agg")
 
 
 def draw(pyplot: Any, shown: Sequence[tuple[str, Sequence[Line]]], smooth: float | None) -> Any:
