@@ -28,6 +28,7 @@ def faults(call: str, monkeypatch, **environment) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not allocator.keep_freed_memory(), reason="a C library without mallopt, or one that is set")
 def test_a_freed_tensor_costs_no_page_faults_again(monkeypatch):
     fresh = faults("", monkeypatch, MALLOC_MMAP_THRESHOLD_="131072")  # its default, and fixed

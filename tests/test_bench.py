@@ -61,6 +61,7 @@ def test_a_report_writes_memory_in_one_unit():
     assert cells[head.index("process's peak, others'")] == "1.00 GiB"
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
     path = tmp_path / "made" / "table.md"
     done = bench(

@@ -67,6 +67,7 @@ def test_ragged_lengths_are_those_of_people():
 
 
 @COMPILED
+@pytest.mark.slow
 def test_an_exact_step_has_no_gap(tmp_path):
     path = tmp_path / "ppo_step.json"
     assert ppo_step.main([*TINY_RUN[:3], "--dtype", "bfloat16", "--exact", "--save", str(path)]) == 0

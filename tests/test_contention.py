@@ -40,6 +40,7 @@ def processor_seconds(**chosen: str) -> float:
     return min(float(subprocess.run(command, **options).stdout) for _ in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's OpenMP")
 def test_waiting_threads_leave_the_cores_to_others():
     """Processor time is the same on a busy machine. GNU's spins take some 10 times as much as ours."""

@@ -93,6 +93,7 @@ def test_settings_of_generation_are_read_as_lm_eval_reads_them(ours):
     assert ours._sampling({"max_gen_toks": 9, "min_new_tokens": 4}).min_new_tokens == 4
 
 
+@pytest.mark.slow
 def test_our_task_has_the_results_of_lm_evals(ours):
     """On the rows of the demo's world, with the same model."""
     import lm_eval
@@ -121,6 +122,7 @@ def test_encoding_is_that_of_lm_eval(ours):
         assert Encoder(ours.tokenizer).pair(context, continuation) == ours._encode_pair(context, continuation)
 
 
+@pytest.mark.slow
 def test_its_command_knows_our_model():
     command = [sys.executable, "-m", "rlhf_fast.eval.harness", "run", "--model", "rlhf_fast", "--model_args"]
     found = subprocess.run(

@@ -187,6 +187,7 @@ def test_the_op_step_on_triton_is_the_compiled_step(name, dtype):
 
 
 @triton
+@pytest.mark.slow
 def test_a_rollout_on_triton_samples_the_same_tokens(monkeypatch):
     sampler = OPS["linear_sample_tokens"]
     if not sampler.can_run("triton", "cpu"):  # the sampler then runs its reference

@@ -1,6 +1,7 @@
 """Rules of the repository, read from the files: who may import whom, where things are, how long a file may grow."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_imports_run_downwards(name):
         assert layer(other) > layer(here), f"{name} must not import {other}"
 
 
+@functools.cache
 def defined_names(path: Path) -> set[str]:
     """Names that a file defines or imports at its top level, within `if` and `try` too."""
     names: set[str] = set()

@@ -172,6 +172,7 @@ def test_a_function_without_a_source_is_noted(folder):
     assert any("its source cannot be read, so a resumed run cannot tell" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_script_may_change_its_settings_and_not_its_reward(folder):
     """A function of the script that runs is compared by its own text, not by its file."""
     script = """

@@ -18,7 +18,10 @@ FLAGS = [
     "-U_FORTIFY_SOURCE",  # some systems' default, whose longjmp refuses to leave a stack for another
     *WARNINGS,
 ]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZERS = [
+    *["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    *["-O0", "-g1"],  # g++ takes four times as long to optimize code with checks
+]
 
 
 def compiler() -> str | None:
