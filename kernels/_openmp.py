@@ -13,8 +13,8 @@ import torch
 def share_openmp() -> None:
     """Make torch's libgomp visible to libraries that are loaded later and, as the kernels, are linked against none.
 
-    torch loads it for all to see with its `libtorch_global_deps.so`; some builds of torch have no such file. Its name is
-    torch's own: `torch/lib/libgomp.so.1`, in older wheels `torch.libs/libgomp-<hash>.so.1.0.0`, or the system's.
+    torch does that itself with its `libtorch_global_deps.so`; some builds of torch have no such file. The library is
+    `torch/lib/libgomp.so.1`, in older wheels `torch.libs/libgomp-<hash>.so.1.0.0`, or the system's.
     """
     if sys.platform != "linux" or hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return

@@ -17,10 +17,9 @@ import transformers as t
 from test_rollout import SMOLLM2, STORIES
 
 from rlhf_fast.cli.main import main
-from rlhf_fast.config.fields import LoraConfig, ModelConfig
+from rlhf_fast.config.fields import ModelConfig
 from rlhf_fast.data.encode import Encoder
 from rlhf_fast.export.agreement import TEXTS, Row, greedy_rows, logits_of
-from rlhf_fast.model import lora
 from rlhf_fast.model.model import Model
 
 PYTHON = os.environ.get("RLHF_FAST_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else "")
@@ -57,14 +56,14 @@ def widen_heads(source: Path, out: Path) -> None:
         kind = name.split(".")[-2]
         if kind in ("q_proj", "k_proj", "v_proj"):
             heads = weight.reshape(-1, width, weight.shape[1])
-            wide = torch.zeros(len(heads), HEAD, weight.shape[1])
-            wide[:, places] = heads * (times**0.5 if kind == "q_proj" else 1)
-            weight = wide.flatten(0, 1)
+            padded = torch.zeros(len(heads), HEAD, weight.shape[1])
+            padded[:, places] = heads * (times**0.5 if kind == "q_proj" else 1)
+            weight = padded.flatten(0, 1)
         elif kind == "o_proj":
             heads = weight.reshape(len(weight), -1, width)
-            wide = torch.zeros(len(weight), heads.shape[1], HEAD)
-            wide[:, :, places] = heads
-            weight = wide.flatten(1)
+            padded = torch.zeros(len(weight), heads.shape[1], HEAD)
+            padded[:, :, places] = heads
+            weight = padded.flatten(1)
         state[name] = weight
     config.head_dim = HEAD
     wider = t.LlamaForCausalLM(config)
@@ -183,13 +182,15 @@ def test_stories260k(tmp_path):
     """A stage's own folder, its export in bfloat16, and a run with an adapter, merged anew."""
     pytest.importorskip("peft")
     widen_heads(STORIES, tmp_path / "wide")
-    lines = [{"prompt": "Once upon a time", "completion": " there was a dog."}, {"prompt": "Tom", "completion": " ran."}]
+    lines = [
+        {"prompt": "Once upon a time", "completion": " there was a dog."},
+        {"prompt": "Tom", "completion": " ran."},
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines * 8))
-    arguments = ["--model.path", tmp_path / "wide", "--data.path", tmp_path / "data.jsonl", "--optim.lr", "1e-3"]
-    assert main([str(x) for x in ("sft", *arguments, "--out", tmp_path / "run")]) == 0
-    model = Model.load(ModelConfig(str(tmp_path / "wide"), dtype="bfloat16", lora=LoraConfig(rank=2)), device="cpu")
-    with lora.nonzero_adapters(model.module):
-        model.save(tmp_path / "adapted")
+    arguments = ["sft", "--model.path", tmp_path / "wide", "--data.path", tmp_path / "data.jsonl", "--optim.lr", "1e-3"]
+    adapter = ["--model.lora.rank", "2", "--model.dtype", "bfloat16"]
+    for options in (["--out", tmp_path / "run"], [*adapter, "--out", tmp_path / "adapted"]):
+        assert main([str(x) for x in (*arguments, *options)]) == 0
     export(tmp_path / "run", "--safetensors-dtype", "bfloat16", "--out", tmp_path / "half")
     export(tmp_path / "adapted", "--merge-lora", "--safetensors-dtype", "float32", "--out", tmp_path / "merged")
     cases = [case_of(tmp_path / name) for name in ("run", "half", "merged")]

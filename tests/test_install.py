@@ -97,7 +97,8 @@ def test_sdist_holds_what_git_holds(tmp_path):
         shutil.copy(ROOT / name, copy / name)
     for name in (
         "rlhf_fast/_cpu.cpython-311-x86_64-linux-gnu.so", "rlhf_fast/__pycache__/errors.cpython-311.pyc",
-        "build/simt/a.o", "tests/simt/a.o", "runs/demo/run.json", "docs/examples/.ipynb_checkpoints/sft.ipynb", ".venv/bin/python",
+        "build/simt/a.o", "tests/simt/a.o", "runs/demo/run.json", "docs/examples/.ipynb_checkpoints/sft.ipynb",
+        ".venv/bin/python",
     ):  # fmt: skip
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).touch()
