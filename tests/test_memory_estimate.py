@@ -1,4 +1,5 @@
-"""The memory that a stage names before its first step is the peak of its process, within 25 %, and never 15 % too low.
+"""The memory that a stage names before its first step is the peak of its process, within 25 %, and never 15 % too low;
+of adapters within the bounds of docs/running.md.
 
 Each run is a process of its own, whose high-water mark is its own.
 """
@@ -68,6 +69,7 @@ def measured(stage: str, case: str, folder: str) -> None:
     [
         *((stage, case) for stage in ("sft", "reward", "ppo") for case in ("small", "float32")),
         *(("sft", case) for case in ("bfloat16", "adapters", "checkpointing")),
+        ("ppo", "adapters"),
     ],
 )
 def test_the_estimate_is_near_the_peak(tmp_path, stage, case):
@@ -88,4 +90,5 @@ def test_the_estimate_is_near_the_peak(tmp_path, stage, case):
     assert process.exitcode == 0
     estimate, peak = map(int, (tmp_path / "measured").read_text().split())
     print(f"{stage} {case}: estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB, ratio {estimate / peak:.2f}")
-    assert 0.85 < estimate / peak < 1.25
+    low, high = (0.97, 1.22) if case == "adapters" else (0.85, 1.25)
+    assert low < estimate / peak < high

@@ -1,13 +1,18 @@
 """A terminal of 60, 80, 100 and 160 columns: parts of the live line are whole, samples stand beside their score."""
 
+import io
 import json
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pseudo_terminal
 import pytest
+import rich.live
 import toy
+from rich.console import Console
 from rich.text import Text
 
 from rlhf_fast.config.fields import BadSetting, DataConfig, LogConfig
@@ -15,7 +20,7 @@ from rlhf_fast.data import read_comparisons, read_demonstrations, read_prompts
 from rlhf_fast.run import logs
 from rlhf_fast.run.identity import MAY_DIFFER_ON_RESUME
 from rlhf_fast.run.samples import numbers_text, responses_of, sample_lines
-from rlhf_fast.run.terminal import format_speed, printable, quoted, shortened_lines
+from rlhf_fast.run.terminal import LiveLine, format_speed, printable, quoted, shortened_lines
 from rlhf_fast.stages import ppo
 from rlhf_fast.stages.validation import prompt_columns
 
@@ -208,3 +213,19 @@ def test_prompts_of_samples_are_those_of_the_data_not_the_template(tmp_path, one
     ranked = toy.jsonl(tmp_path / "ranked.jsonl", [{"prompt": turns[:1], "responses": ["b", "c"], "ranks": [1, 2]}])
     (row,) = read_comparisons(DataConfig(ranked), words).train.rows
     assert row.raw_prompt == "a ." and row.text == "user a . . assistant "
+
+
+def test_the_thread_of_a_live_line_ends_with_it(monkeypatch):
+    """rich does not wait for it, and Python may shut down while it wakes."""
+
+    class Slow(rich.live._RefreshThread):
+        def run(self) -> None:
+            super().run()
+            time.sleep(0.3)
+
+    monkeypatch.setattr(rich.live, "_RefreshThread", Slow)
+    line = LiveLine(Console(file=io.StringIO(), force_terminal=True), "ppo", 3)
+    assert any(isinstance(thread, Slow) for thread in threading.enumerate())
+    line.stop()
+    assert not any(isinstance(thread, Slow) for thread in threading.enumerate())
+    line.stop()  # twice does no harm

@@ -64,7 +64,7 @@ def stage_config(cls: type[S], argv: Sequence[str]) -> S:
         raise setting_error(cls, error, path, given) from error
 
 
-def _has_value(cls: type[S], path: str, given: Mapping[str, Setting], value: object) -> bool:
+def _has_value(cls: type[DataclassInstance], path: str, given: Mapping[str, Setting], value: object) -> bool:
     """Return whether a setting was given with this value."""
     with contextlib.suppress(UserError, KeyError):
         return bool(coerce(cls, path, given[path]) == value)

@@ -46,9 +46,9 @@ def read_stage(path: str | Path, stage: str) -> tuple[str, dict[str, Setting]]:
         return "", run_settings(path, run, stage)
     values = read_yaml(path)
     own = "reward" if stage == "ppo" else ""  # an empty `reward:` is a setting of PPO
-    named = {name.partition(".")[0] for name, setting in values.items() if _is_in_section(name, setting)}
-    settings_of_stage = [name for name in values if name in setting_types(STAGES[stage]) and name not in SHARED]
-    if not named or (named == {own} and settings_of_stage):  # the reward may be a map, which is refused later
+    found = {name.partition(".")[0] for name, setting in values.items() if _is_in_section(name, setting)}
+    has_own = bool(own) and any(name in setting_types(STAGES[stage]) and name not in SHARED for name in values)
+    if not found or (found == {own} and has_own):  # the reward may be a map, which is refused later
         return "", values
     shared, sections = split_sections(path, values)
     if stage not in sections:

@@ -80,6 +80,10 @@ def has_cursor(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
+JOIN_SECONDS = 2.0
+"""Longest wait for the thread of a live line."""
+
+
 class LiveLine:
     """One line of a terminal that shows work done, the time left and a summary in parts. It appears at once.
 
@@ -108,8 +112,14 @@ class LiveLine:
         self._completed, self._parts, self._updated = completed, parts, time.perf_counter()
 
     def stop(self) -> None:
-        """Leave the line as it is and go on below it."""
+        """Leave the line as it is and go on below it.
+
+        Its thread has ended then: rich only tells it to, and one that wakes while Python shuts down can crash there.
+        """
+        thread = getattr(self._live, "_refresh_thread", None)
         self._live.stop()
+        if thread is not None:
+            thread.join(JOIN_SECONDS)
 
     def remaining(self) -> str:
         """Return the time left as h:mm:ss, by the pace so far; -:--:-- before anything is done."""

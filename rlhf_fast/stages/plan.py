@@ -42,7 +42,7 @@ class Plan:
 
 
 DryRun = bool | Literal["fit"]
-"""Whether a stage only says what it takes. fit: only what of memory and disk, before the earlier stages of a recipe."""
+"""A dry run says what the stage takes, and ends. fit: only what of memory and disk, before earlier stages have run."""
 
 
 def tell(cfg: StageConfig, run_folder: RunFolder, model: Model, plan: Plan, dry_run: DryRun) -> bool:
