@@ -136,6 +136,7 @@ def test_several_rewards_each_have_a_column(folder, capsys):
         (["--reward-weights", "1"], "--reward-weights must have one number for each reward (none is set), got 1.0"),
         ([*rewards, "--reward-weights", "1"], "one number for each reward (rm, share_of_a, length_or_none), got 1.0"),
         (["--reward", rm, "toy:share_of_a", rm], "generate: --reward names rm twice; give it once"),
+        (["--reward", rm, ""], "generate: --reward must be a reward model's folder, module:function"),
         (["--reward", rm, "toy:no"], "generate: reward toy:no: cannot be imported"),
     ]:
         assert sentence in error_of(capsys, *argv, *more)
@@ -152,6 +153,8 @@ def test_prompts_of_several_files(folder, capsys):
     for files in (["a.jsonl", "o.jsonl"], ["?.jsonl"]):
         error = error_of(capsys, *argv, "o.jsonl", "--force", "--prompts", *files)
         assert error.startswith("o.jsonl: is the file that --prompts names")
+    for nothing in ([], [""]):
+        assert error_of(capsys, *argv, "n.jsonl", "--prompts", *nothing) == "generate: --prompts needs a value"
     assert error_of(capsys, *argv, "n.jsonl", "--prompts", "a.jsonl", "c.jsonl").startswith("c.jsonl: there is no such")
 
 

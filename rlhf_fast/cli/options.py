@@ -75,7 +75,12 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         expand_home(self, "model", "out", "value")
         object.__setattr__(self, "prompts", expand_user(self.prompts))
-        object.__setattr__(self, "reward", reward_value(self.reward))
+        try:
+            object.__setattr__(self, "reward", reward_value(self.reward))
+        except ValueError as error:
+            raise UserError(f"generate: --reward {error}") from error
+        if not self.prompts:
+            raise UserError("generate: --prompts needs a value")
         if self.n < 1:
             raise UserError(f"generate: n must be at least 1, got {self.n}")
         if twice := given_twice(self.reward):
