@@ -20,7 +20,7 @@ FLAGS = [
 ]
 SANITIZERS = [
     *["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
-    *["-O0", "-g1"],  # g++ takes four times as long to optimize code with checks
+    "-g1",  # files and lines
 ]
 
 
