@@ -1,5 +1,6 @@
 """Count and time what runs on the device in a span of time, kernel by kernel, by torch's profiler."""
 
+import os
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ class Profiler:
     def __init__(self, device: str):
         self.wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
         activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+        # else each start and stop writes a line `USDT: ...` to standard error; kineto reads this at its first profile
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self.profile = profile(activities=[activity])
 
     def start(self) -> None:

@@ -20,6 +20,19 @@ from rlhf_fast.kernels._backends import (
 )
 
 log = logging.getLogger("rlhf_fast")
+FOR_CALLERS = (
+    "backend",
+    "backends",
+    "can_run",
+    "chosen",
+    "has_gradient",
+    "name",
+    "reference",
+    "signature",
+    "stats",
+    "why",
+)
+"""The attributes that `dir(op)` and completion list; the others are for who writes an op."""
 _TRITON_FILES = Path(__file__).parent / "triton"
 
 
@@ -46,6 +59,9 @@ class Backends:
     def __reduce__(self) -> str:
         """Return the name by which pickle and copy find the op again: it is one object of its module."""
         return self.name
+
+    def __dir__(self) -> list[str]:
+        return [*FOR_CALLERS, *(name for name in super().__dir__() if name.startswith("__"))]
 
     def _register_triton(self) -> None:
         """Register the function with the op's name in the file of kernels/triton/ with the name of the op's own file.

@@ -33,9 +33,14 @@ def detached(args: Iterable) -> tuple:
     return tuple(x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in args)
 
 
-def as_bool(mask: Tensor) -> Tensor:
-    """Return mask in bool."""
-    return mask if mask.dtype == torch.bool else mask.bool()
+def as_bool(op: str, mask: Tensor) -> Tensor:
+    """Return mask in bool. Raise ValueError where its dtype holds weights: 0.5 would count as a whole token."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point():
+        dtype = str(mask.dtype).removeprefix("torch.")
+        raise ValueError(f"{op}: mask must be bool, or integers 0 and 1, got {dtype}; pass mask.bool()")
+    return mask.bool()
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

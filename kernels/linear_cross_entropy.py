@@ -29,8 +29,9 @@ def linear_cross_entropy(
 
         loss = -sum weights * log p(target), log p as `linear_logprobs` defines it
 
-    hidden (..., D), weight (V, D), bias (V,): as in `linear_logprobs`.
-    targets (...): as in `linear_logprobs`. Rows of target -100 are ignored.
+    hidden (..., D), weight (V, D), bias (V,): as in `linear_logprobs`, with its rules of dtypes and torch.autocast.
+    targets (...): as in `linear_logprobs`. Row t predicts targets[t]: of a causal model's output pass hidden[:, :-1]
+        with labels[:, 1:]. Rows of target -100 are ignored.
     weights (...): with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up. None stands for
         1 / (targets of this call that are not ignored).
 

@@ -34,9 +34,10 @@ def linear_kl(
     The value is exact; k1, k2 and k3 estimate it from the sampled token alone. It is infinite where the reference gives
     probability 0 to a token that the policy may sample.
 
-    hidden (..., D), weight (V, D), bias (V,): the policy's.
+    hidden (..., D), weight (V, D), bias (V,): the policy's. Dtypes and torch.autocast: as in `linear_logprobs`.
     ref_hidden (..., E), ref_weight (V, E), ref_bias (V,): the reference's.
-    targets (...): as in `linear_logprobs`. Rows of target -100 are ignored: their outputs and gradients are 0.
+    targets (...): as in `linear_logprobs`. Row t predicts targets[t]: of a causal model's output pass hidden[:, :-1]
+        with labels[:, 1:]. Rows of target -100 are ignored: their outputs and gradients are 0.
 
     Gradients: of logprobs, entropy and kl with respect to hidden, weight and bias; the reference is frozen.
     Raises ValueError where shapes or vocabulary sizes do not fit, or a target is out of range (on CPU only).

@@ -31,8 +31,13 @@ def linear_logprobs(
 
     log p and its gradient keep their relative precision where log p is near 0, as in `token_logprobs`.
 
+    Row t predicts targets[t]: of a causal model's output pass hidden[:, :-1] with labels[:, 1:]. Nothing is shifted
+    here.
+
     hidden (..., D), weight (V, D), bias (V,): floating point; the logits are float32 whatever their dtype. Only a block
-        of logits exists at a time.
+        of logits exists at a time. Dtypes may differ, as of a bfloat16 hidden and a float32 weight: the products are
+        then in float32, and nothing is rounded. torch.autocast does not change them; a hidden that it has made bfloat16
+        is such a case. For products in bfloat16 pass weight.bfloat16().
     targets (...): int64 or int32. Rows of target -100 are ignored: their outputs and gradients are 0, their hidden is
         not read. On a CPU they take no products. On a GPU the library multiplies them too, unless 16-bit rows of at
         most 2048 numbers are scored without a gradient: where many are ignored, index them away first.

@@ -59,7 +59,9 @@ def linear_ppo_loss(
     (Schulman et al. 2017, arXiv 1707.06347, eq. 7.)
 
     hidden (..., D), weight (V, D), bias (V,), targets (...), temperature, softcap: as in `linear_logprobs`, which
-        defines logprobs and entropy. Rows of target -100 are ignored.
+        defines logprobs and entropy, and has the rules of dtypes and torch.autocast. (...) is (B, T) or (N,). Row t
+        predicts targets[t]: of a causal model's output pass hidden[:, :-1] with labels[:, 1:]. Rows of target -100 are
+        ignored.
     old_logprobs, advantages, ref_logprobs (...): not read where the target is ignored or the weight 0.
     weights (...): with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up.
     dual_clip: c > 0 bounds the clipped term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729).
@@ -71,7 +73,8 @@ def linear_ppo_loss(
 
     Gradients: of the loss with respect to hidden, weight and bias, in their dtypes, summed in float32. A frozen tensor
     costs nothing. At a clip bound and at a tie with the dual clip the gradient is that of torch.clamp and
-    torch.maximum; beyond log_ratio_clamp it is 0. logprobs, entropy and stats have none.
+    torch.maximum; beyond log_ratio_clamp it is 0. logprobs, entropy and stats have none: for a term of one's own in the
+    loss call `linear_logprobs`, whose outputs have gradients.
     Raises ValueError where shapes do not fit, a target is out of range (on CPU only), kl_estimator is unknown, or
     kl_coef is not 0 without ref_logprobs.
 

@@ -35,6 +35,9 @@ def token_logprobs(
         targets (...), int64 or int32: a target of -100 is ignored: its outputs and gradients are 0, and its logits are
             not read
 
+    Row t predicts targets[t]: of a causal model's output pass logits[:, :-1] with labels[:, 1:]. Nothing is shifted
+    here.
+
     A log-probability is never positive. Gradients: logits, through both outputs.
 
     Raises ValueError where shapes differ, or a target is out of range (the last only on the CPU).

@@ -235,3 +235,12 @@ def test_launches_that_may_run_at_the_same_time_have_tickets_of_their_own(monkey
     assert len({first, second, *captured}) == 6
     state.capturing, state.stream = False, 1
     assert address() == first
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_dir_lists_what_a_caller_needs(name):
+    op = getattr(ops, name)
+    shown = {attribute for attribute in dir(op) if not attribute.startswith("_")}
+    assert shown >= {"backend", "backends", "chosen", "why", "reference", "stats", "has_gradient"} and len(shown) < 12
+    assert all(hasattr(op, attribute) for attribute in shown)
+    assert op.__doc__ and "__call__" in dir(op)

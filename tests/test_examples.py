@@ -1,12 +1,16 @@
 """The examples do what their first lines say."""
 
 import ast
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import toy
 
+from rlhf_fast.cli.main import main
+from rlhf_fast.demo.materials import Plan, draw_materials, write_rows
+from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.stages.recipe import read_recipe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -66,6 +70,24 @@ def test_the_recipe_is_whole(folder):
     assert list(plan.stages) == ["sft", "reward", "ppo"]
     assert plan.stages["reward"].model.path == plan.stages["sft"].out == plan.stages["ppo"].policy.path
     assert plan.stages["ppo"].reward == plan.stages["reward"].out
+
+
+def test_the_demos_recipe_runs(folder, one_thread, capsys):
+    """On rows and a model of the demo, in the places that the demo writes."""
+    data = Path("runs/demo/data")
+    plan = Plan(demonstrations=16, prompts=12)
+    materials = draw_materials(plan, seed=0)
+    shutil.copytree(BASE_MODELS / "small", "runs/demo/sft")
+    write_rows(
+        data / "demonstrations.jsonl", [{"prompt": t.prompt, "completion": "yes ."} for t in materials.demonstrations]
+    )
+    write_rows(data / "prompts.jsonl", [{"prompt": t.prompt} for t in materials.prompts])
+    rows = [{"prompt": t.prompt, "responses": ["yes .", "no ."], "ranks": [1, 2]} for t in materials.demonstrations]
+    write_rows(data / "rankings_train.jsonl", rows)
+    small = "--sft.epochs 1 --reward.epochs 1 --ppo.episodes 16 --ppo.batch 8 --ppo.minibatch 8"
+    assert main(["run", str(EXAMPLES / "demo.yaml"), *small.split()]) == 0, capsys.readouterr().err
+    assert len(toy.rows(Path("runs/first/ppo/metrics.jsonl"))) == 2
+    assert Path("runs/first/ppo/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import toy
+from transformers import AutoModelForCausalLM
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _cpu_head as cpu_head
@@ -364,3 +366,26 @@ def test_errors_say_what_came(backend):
     for message, call in calls.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_shifted_labels_give_a_models_own_loss(kind, tmp_path):
+    """The ops shift nothing: row t predicts targets[t]. Unshifted labels give another loss."""
+    net = AutoModelForCausalLM.from_pretrained(toy.model(tmp_path, kind))
+    labels = torch.randint(3, net.config.vocab_size, (3, 9))
+    out = net(labels, labels=labels.index_fill(1, torch.tensor([0, 4]), -100), output_hidden_states=True)
+    labels = labels.index_fill(1, torch.tensor([0, 4]), -100)
+    hidden, weight = out.hidden_states[-1], net.get_output_embeddings().weight
+    inputs, targets = hidden[:, :-1], labels[:, 1:]
+    loss, rows = ops.linear_cross_entropy(inputs, weight, targets)
+    torch.testing.assert_close(loss, out.loss)
+    for logprobs in (
+        rows,
+        ops.token_logprobs(out.logits[:, :-1], targets)[0],
+        ops.linear_logprobs(inputs, weight, targets)[0],
+        ops.linear_kl(inputs, weight, inputs, weight, targets)[0],
+        ops.linear_ppo_loss(inputs, weight, targets, rows, rows, torch.ones_like(rows))[1],
+    ):
+        assert logprobs.shape == targets.shape == (3, 8)
+        torch.testing.assert_close(-logprobs.sum() / (targets != -100).sum(), out.loss)
+    assert abs(ops.linear_cross_entropy(hidden, weight, labels)[0] - out.loss) > 1e-3

@@ -263,3 +263,22 @@ def test_16_bit_inputs_are_read_as_they_are(dtypes, B, T, monkeypatch):
     ours, again = op(*args), op(*args)
     for a, b, c in zip(ours, op(*copies), again, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_a_mask_of_integers_is_read_and_one_of_weights_is_refused():
+    """A tokenizer's attention_mask is int64. A mask of 0.5 would count as whole tokens."""
+    logprobs, ref, values, scores, mask = batch()
+    cu_seqlens = torch.arange(0, mask.numel() + 1, mask.shape[1])
+    flat = [x.flatten() for x in (ref, values)]
+    calls = {
+        "ppo_advantages": lambda m: ops.ppo_advantages(logprobs, ref, values, scores, m),
+        "gae": lambda m: ops.gae(ref, values, m),
+        "gae_packed": lambda m: ops.gae_packed(*flat, m.flatten(), cu_seqlens),
+    }
+    for name, call in calls.items():
+        for dtype in (torch.int64, torch.int32, torch.uint8):
+            assert all(map(torch.equal, call(mask), call(mask.to(dtype))))
+        for weights in (mask * 0.5, mask.float(), mask.bfloat16()):
+            dtype = str(weights.dtype).removeprefix("torch.")
+            with pytest.raises(ValueError, match=f"^{name}: mask must be bool, or integers 0 and 1, got {dtype}; pass"):
+                call(weights)
