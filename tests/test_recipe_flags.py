@@ -21,13 +21,12 @@ from rlhf_fast.config.rewards import FunctionOfRun
 from rlhf_fast.config.stages import STAGES, PPOConfig, SFTConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import write_json
-from rlhf_fast.run.function_source import function_source
 from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.recipe import read_recipe
 from rlhf_fast.stages.sweep import plan
-from rlhf_fast.training.rewards import find_function
+from rlhf_fast.training.rewards import find_function, source_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 
@@ -344,7 +343,7 @@ def test_its_functions_are_those_of_the_directory_where_it_was_started(folder, m
     assert found == cfg.reward and sys.path == before
     function = find_function(copy.deepcopy(found)[0])
     assert function(["abc"]) == [3.0] and sys.path == before
-    assert function_source(found[0]).file == project / "scores_of_run.py"
+    assert source_file(found[0]) == project / "scores_of_run.py"
     assert find_function(found[1]) is math.fsum
     with pytest.raises(UserError, match="reward scores_of_run:other: cannot be imported"):
         find_function(FunctionOfRun("scores_of_run:other", str(project)))

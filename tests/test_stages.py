@@ -257,7 +257,7 @@ def test_a_run_resumes_only_with_its_own_models(folder, monkeypatch):
     (folder / "model/run.json").write_text("{}")
     ppo.run(cfg)
     (folder / "f2_reward.py").write_text("def score(texts):\n    return [1.0] * len(texts)\n")
-    with pytest.raises(UserError, match=r"f2_reward.py: has changed since"):
+    with pytest.raises(UserError, match=r"f2_reward:score: has changed since"):
         ppo.run(cfg)
     (folder / "f2_reward.py").write_text("def score(texts):\n    return [0.0] * len(texts)\n")
     toy.model(folder / "model", seed=1)

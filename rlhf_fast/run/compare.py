@@ -21,7 +21,7 @@ from rlhf_fast.run.terminal import aligned, format_duration, format_speed, print
 
 MAX_RUNS = 10
 """As many as there are colours."""
-OTHER = ("out", "resume", "log.live", "log.sinks")
+OTHER = ("out", "resume", "resume_with_changed_reward", "log.live", "log.sinks")
 """Settings that say where and how a run is shown."""
 LAST = 10
 """Share of a metric's points, 1 / LAST, whose mean is its last value: a single step of PPO is noisy."""
