@@ -185,7 +185,7 @@ BROKEN = [
     (SFTConfig, {"pretrain_fraction": 0.1}, "sft: pretrain_fraction needs pretrain.path, the text to mix in, got 0.1"),
     (SFTConfig, {"select": "reward"}, "sft: select needs select_reward, the reward model's directory"),
     (SFTConfig, {"packing": "yes"}, "sft: packing must be true or false, got yes (r.yaml:12)"),
-    (RewardConfig, {"model.dtype": "fp8"}, "reward: model.dtype must be one of float32, bfloat16, float16"),
+    (RewardConfig, {"model.dtype": "fp8"}, r"reward: model.dtype must be one of float32, bfloat16, got fp8"),
 ]
 
 

@@ -204,10 +204,10 @@ def test_a_row_of_parquet_has_a_number(tmp_path):
 def test_without_pyarrow_or_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "d.parquet").touch()
-    with pytest.raises(UserError, match=r"parquet needs pyarrow; pip install 'rlhf-fast\[parquet\]'"):
+    with pytest.raises(UserError, match=r"parquet needs pyarrow; pip install pyarrow"):
         require_data(str(tmp_path / "d.parquet"))
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^org/rows:train: there is no such file; .*'rlhf-fast\[hub\]'"):
+    with pytest.raises(UserError, match=r"^org/rows:train: there is no such file; .*pip install datasets"):
         require_data("org/rows:train")
 
 

@@ -1,7 +1,7 @@
 """A stage's output folder: when a run may resume, from which step, and what it saves on SIGTERM.
 
 `out/` becomes an ordinary Hugging Face folder and holds run.json, metrics.jsonl, samples.jsonl and checkpoints/, which
-is emptied at the end. The same command resumes from the newest undamaged checkpoint. With other settings, data or
+is removed at the end. The same command resumes from the newest undamaged checkpoint. With other settings, data or
 models it is refused; once the run is finished it does nothing. SIGTERM, SIGHUP and Ctrl-C write a checkpoint at the
 end of the step and exit with 143, 129 and 130.
 """
@@ -125,7 +125,7 @@ class RunFolder:
     def take_notes(self) -> list[str]:
         """Return the notes that are not printed yet."""
         notes, self.notes = self.notes, []
-        return notes
+        return [line for note in notes for line in note.split("\n")]
 
     def steps_done(self) -> int:
         """Return the steps before the newest undamaged checkpoint, which is not read yet."""
@@ -201,6 +201,9 @@ class RunFolder:
         )
         for folder in (self.checkpoints / BEST, *checkpoint.all_steps(self.checkpoints)):  # it never resumes
             shutil.rmtree(folder, ignore_errors=True)
+        (self.checkpoints / LOCK).unlink(missing_ok=True)  # who waits for it sees in run.json that nothing is left
+        with suppress(OSError):  # a file of the user's is in it
+            self.checkpoints.rmdir()
         self.finished = True
         for note in notes:
             self.log.message(note)
