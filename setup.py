@@ -138,7 +138,7 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
     includes = " ".join(
         f'-I"{dollars(path)}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"], CSRC)
     )
-    ldflags += " -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL"
+    ldflags += (" -undefined dynamic_lookup" if platform.system() == "Darwin" else " -Wl,--exclude-libs,ALL")
     lines = [
         f"cxx = {shlex.join(cxx).replace('$', '$$')}",
         f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {warnings} {openmp} {includes}",

@@ -553,6 +553,21 @@ def test_check_offers_more_of_prompts(tmp_path):
     assert "  --columns completion answer reads them as demonstrations" in lines
 
 
+def test_check_reports_files_of_different_kinds_one_by_one(tmp_path, monkeypatch, capsys):
+    """All were read as the kind that most rows had, and the rows of the others were errors."""
+    monkeypatch.chdir(tmp_path)
+    for kind in ("comparisons", "demonstrations"):
+        write(tmp_path / f"{kind}.jsonl", ROWS[kind])
+    write(tmp_path / "more.jsonl", ROWS["comparisons"])
+    assert main(["check", "comparisons.jsonl", "demonstrations.jsonl", "more.jsonl"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if " rows read as " in line]
+    counts = {kind: len(ROWS[kind]) for kind in ("comparisons", "demonstrations")}
+    assert shown == [
+        f"comparisons.jsonl, more.jsonl: {2 * counts['comparisons']} rows read as comparisons, 0 with errors",
+        f"demonstrations.jsonl: {counts['demonstrations']} rows read as demonstrations, 0 with errors",
+    ]
+
+
 def test_check_reads_several_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     in_form(".parquet", tmp_path, ROWS["demonstrations"][:1])

@@ -183,10 +183,7 @@ def test_stories260k(tmp_path):
     """A stage's own folder, its export in bfloat16, and a run with an adapter, merged anew."""
     pytest.importorskip("peft")
     widen_heads(STORIES, tmp_path / "wide")
-    lines = [
-        {"prompt": "Once upon a time", "completion": " there was a dog."},
-        {"prompt": "Tom", "completion": " ran."},
-    ]
+    lines = [{"prompt": "Once upon a time", "completion": " there was a dog."}, {"prompt": "Tom", "completion": " ran."}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines * 8))
     arguments = ["--model.path", tmp_path / "wide", "--data.path", tmp_path / "data.jsonl", "--optim.lr", "1e-3"]
     assert main([str(x) for x in ("sft", *arguments, "--out", tmp_path / "run")]) == 0

@@ -25,7 +25,7 @@ from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.recipe import read_recipe
-from rlhf_fast.stages.sweep import plan
+from rlhf_fast.stages.sweep import Outcome, Run, equal_rows, plan
 from rlhf_fast.training.rewards import find_function, source_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
@@ -92,6 +92,10 @@ def test_flags_go_over_the_values_of_a_recipe(recipe):
         ("--ppo.log.sinks a --ppo.log.sinks b", "--ppo.log.sinks is given twice, and only one would count"),
         ("--kl.coef 1", "run: there is no flag --kl.coef; write --ppo.kl.coef"),
         ("--optim.lr 1", "write --sft.optim.lr or --reward.optim.lr or --ppo.optim.lr"),
+        (
+            "--pp0.episodes 1",
+            "there is no flag --pp0.episodes; there is no section pp0 either; did you mean --ppo.epis",
+        ),
         ("--sed 1", "run: there is no flag --sed; did you mean --seed?"),
         ("--seed x", "sft: seed must be a whole number, got x (--seed)"),
         ("--ppo 1", "write --ppo.SETTING for a setting of that section"),
@@ -182,6 +186,26 @@ def test_a_sweep_runs_each_value_once_and_shares_the_rest(capsys, folder, recipe
     started.clear()
     assert main([*argv, "4"]) == 0  # one value more
     assert [cfg.seed for cfg in started] == [4, 4]
+
+
+def test_a_misspelt_section_of_a_recipe(capsys, folder, recipe, started):
+    text = Path(recipe).read_text()
+    Path(recipe).write_text(text + "\npp0.episodes: 8\n")
+    assert 'no section "pp0"; did you mean ppo? (' in error_of(capsys, "run", recipe)
+    Path(recipe).write_text(text + "\nvalue.path: x\n")  # a group of a stage, which is near eval
+    assert 'no setting "value.path" for all stages' in error_of(capsys, "run", recipe)
+    Path(recipe).write_text(text + "\nsft.model.dtype: fp16\n")
+    assert "sft: model.dtype must be one of float32, bfloat16, got fp16" in error_of(capsys, "run", recipe)
+
+
+def test_equal_rows_of_a_sweep_are_not_without_a_word(recipe):
+    runs = [Run({"ppo.kl.coef": value}, None, []) for value in ("0.1", "0.2")]
+    one, other = {"objective/kl": (0.0, 0.5)}, {"objective/kl": (0.0, 0.6)}
+    (said,) = equal_rows([Outcome(run, 1.0 + i, one) for i, run in enumerate(runs)])
+    assert "all figures are equal: the runs are too short to differ, or ppo.kl.coef has no effect" in said
+    assert not equal_rows([Outcome(runs[0], 1.0, one), Outcome(runs[1], 1.0, other)])
+    assert not equal_rows([Outcome(runs[0], 1.0, one), Outcome(runs[1], 1.0, one, "failed")])
+    assert not equal_rows([Outcome(runs[0], 1.0, one)])
 
 
 def test_a_swept_sft_setting_trains_all_that_follows(recipe, started):

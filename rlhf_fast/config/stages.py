@@ -229,8 +229,8 @@ class PPOConfig(_Stage):
     reward_retries: int = 0
     """Times that a reward function is called again if it raises or takes too long, after 1, 2, 4, ... seconds."""
     resume_with_changed_reward: bool = False
-    """Go on from the checkpoint although a reward function has changed since. run.json keeps its old checksum. Before the
-    first checkpoint a function may change without it."""
+    """Go on from the checkpoint although a reward function has changed since. run.json keeps its old checksum. Before
+    the first checkpoint a function may change without it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts."""
     pretrain: DataConfig = field(default_factory=DataConfig)

@@ -157,9 +157,8 @@ def _files_by_kind(cfg: DataConfig) -> dict[str, list[str]]:
 def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = print) -> int:
     """Print the report and return the number of errors. Files of different kinds get a report each."""
     if not kind and len(files := _files_by_kind(cfg)) > 1:
-        return sum(
-            check(replace(cfg, path=tuple(each)), each_kind, tokenizer, echo) for each_kind, each in files.items()
-        )
+        reports = ((replace(cfg, path=tuple(names)), own) for own, names in files.items())
+        return sum(check(each, own, tokenizer, echo) for each, own in reports)
     report = examine(cfg, kind)
     examples, errors = report.examples, report.errors
     echo(f"{shown_path(cfg.path)}: {len(examples) + len(errors)} rows read as {report.kind}, {len(errors)} with errors")

@@ -243,10 +243,10 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 def equal_rows(outcomes: Sequence[Outcome]) -> list[str]:
     """Return a sentence on runs of different values whose figures are all the same."""
-    first, *others = [outcome for outcome in outcomes if outcome.metrics and not outcome.error] or [None]
-    if first is None or not others or any(outcome.metrics != first.metrics for outcome in others):
+    finished = [outcome for outcome in outcomes if outcome.metrics and not outcome.error]
+    if len(finished) < 2 or any(outcome.metrics != finished[0].metrics for outcome in finished):
         return []
-    names = " and ".join(first.run.values)
+    names = " and ".join(finished[0].run.values)
     return [f"{COMMAND}: all figures are equal: the runs are too short to differ, or {names} has no effect in them"]
 
 
