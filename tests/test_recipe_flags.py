@@ -94,7 +94,7 @@ def test_flags_go_over_the_values_of_a_recipe(recipe):
         ("--optim.lr 1", "write --sft.optim.lr or --reward.optim.lr or --ppo.optim.lr"),
         (
             "--pp0.episodes 1",
-            "there is no flag --pp0.episodes; there is no section pp0 either; did you mean --ppo.epis",
+            "there is no flag --pp0.episodes; there is no section pp0 either; did you mean --ppo.e",
         ),
         ("--sed 1", "run: there is no flag --sed; did you mean --seed?"),
         ("--seed x", "sft: seed must be a whole number, got x (--seed)"),

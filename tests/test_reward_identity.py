@@ -270,18 +270,8 @@ def score(texts):
 
 def command(folder, *more):
     args = ["--policy.path", "model", "--data.path", "prompts.jsonl", "--reward", "faulty:score", "--out", "run"]
-    args += [
-        "--episodes",
-        "24",
-        "--batch",
-        "8",
-        "--minibatch",
-        "8",
-        "--sampling.max-new-tokens",
-        "4",
-        "--log.checkpoint-every",
-        "1",
-    ]
+    args += ["--episodes", "24", "--batch", "8", "--minibatch", "8", "--sampling.max-new-tokens", "4"]
+    args += ["--log.checkpoint-every", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "rlhf_fast", "ppo", *args, *more]
     done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True)

@@ -216,8 +216,9 @@ def test_a_run_resumes_only_with_its_own_settings_and_data(folder, capsys):
 
 def test_texts_that_the_tokenizer_cannot_read_get_a_line_of_their_own(folder, capsys):
     """The share stood in the middle of a line, and the stage trained."""
-    rows = [{"prompt": "a .", "completion": "Ω Ψ Φ"}] * 40
-    sft.run(toy.sft(folder, data=DataConfig(toy.jsonl(folder / "foreign.jsonl", rows))), dry_run=True)
+    rows = [{"prompt": f"a {letter}", "completion": "Ω Ψ Φ"} for letter in "abcdefgh"] * 5
+    data = DataConfig(toy.jsonl(folder / "foreign.jsonl", rows), valid_fraction=0.1)
+    sft.run(toy.sft(folder, data=data), dry_run=True)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "of the tokens as <unk>; it cannot learn these texts: start from another" in line]
     assert not any("it cannot learn" in line and "demonstrations" in line for line in lines)
