@@ -105,7 +105,7 @@ class FunctionReward:
 
     @property
     def place(self) -> str:
-        """Where the function is written, for messages: " (FILE:LINE)"; "" if it has no code of its own."""
+        """The file and line of the function, for messages: " (FILE:LINE)"; "" if it has no code of its own."""
         code = getattr(inspect.unwrap(bare_function(self.function)), "__code__", None)
         return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
 
