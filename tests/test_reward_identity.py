@@ -285,10 +285,15 @@ def test_a_function_that_raises_is_mended_and_the_run_goes_on(folder):
     file = folder / "faulty.py"
     file.write_text(FAULTY.replace("FAILS_AT", "1"))
     status, said = command(folder)
-    assert status == 2 and "raised ValueError: no" in said and said.endswith("then the same command starts again")
+    assert (
+        status == 2
+        and "raised ValueError: no" in said
+        and said.endswith("with the function mended, the same command starts again")
+    )
     file.write_text(FAULTY.replace("FAILS_AT", "3"))  # no step was taken: a changed function is no question
     status, said = command(folder)
-    assert status == 2 and f"goes on from step 2, with {flag} (in a recipe --ppo.resume" in said
+    recipe_flag = "--ppo.resume-with-changed-reward"
+    assert status == 2 and said.endswith(f"the same command and {flag} (in a recipe {recipe_flag}) goes on from step 2")
     first = json.loads((folder / "run/run.json").read_text())
     assert "earlier_functions" not in first
     file.write_text(FAULTY.replace("FAILS_AT", "9"))

@@ -112,8 +112,8 @@ class RunFolder:
         """Return what the same command does once a function is mended."""
         if done := self.steps_done():
             flag = CHANGED_FLAG.format(stage=self.stage)
-            return f"then the same command goes on from step {done}, with {flag} if the function has changed"
-        return "then the same command starts again"
+            return f"with the function mended, the same command and {flag} goes on from step {done}"
+        return "with the function mended, the same command starts again"
 
     @property
     def log(self) -> Log:
