@@ -293,7 +293,8 @@ def test_a_function_that_raises_is_mended_and_the_run_goes_on(folder):
     file.write_text(FAULTY.replace("FAILS_AT", "3"))  # no step was taken: a changed function is no question
     status, said = command(folder)
     recipe_flag = "--ppo.resume-with-changed-reward"
-    assert status == 2 and said.endswith(f"the same command and {flag} (in a recipe {recipe_flag}) goes on from step 2")
+    assert status == 2
+    assert said.endswith(f"the same command and {flag} (in a recipe {recipe_flag}) goes on from step 2")
     first = json.loads((folder / "run/run.json").read_text())
     assert "earlier_functions" not in first
     file.write_text(FAULTY.replace("FAILS_AT", "9"))

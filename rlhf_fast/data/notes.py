@@ -131,8 +131,8 @@ def unknown_warning(sequences: Iterable[Sequence[int]], encoder: Encoder) -> str
     if count <= MANY_UNKNOWN * total:
         return ""
     return (
-        f"this model's tokenizer reads {100 * count / total:.0f} % of the tokens as {name}; it cannot learn these texts: start"
-        " from another model"
+        f"this model's tokenizer reads {100 * count / total:.0f} % of the tokens as {name}; it cannot learn these"
+        " texts: start from another model"
     )
 
 
