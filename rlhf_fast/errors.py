@@ -18,12 +18,19 @@ class UserError(Exception):
     """Bad input, not a bug: the command line prints the sentence without a traceback and exits with status 2."""
 
 
-class BadRows(UserError):
-    """Rows of the data cause the error. `rows`: pairs (type of the batch, uid), which `row_locations` looks up."""
+class FunctionFailed(UserError):
+    """A function of the user's raised, was too slow, or returned what is no reward: it can be mended."""
 
-    def __init__(self, message: str, rows: Sequence[tuple[str, int]]):
-        super().__init__(message)
-        self.rows = list(rows)
+
+class BadRows(UserError):
+    """Rows of the data cause the error. `rows`: pairs (type of the batch, uid), which `row_locations` looks up.
+
+    unlocated: the rows in words, for where no file has them. by_function: a function is to be mended, not the rows.
+    """
+
+    def __init__(self, message: str, rows: Sequence[tuple[str, int]], unlocated: str = "", by_function: bool = False):
+        super().__init__(f"{message} ({unlocated})" if unlocated else message)
+        self.message, self.rows, self.by_function = message, list(rows), by_function
 
 
 def listed(items: Sequence[str], shown: int = SHOWN) -> str:
@@ -57,7 +64,8 @@ def row_locations(**locations: Callable[[int], str] | None) -> Iterator[None]:
         yield
     except BadRows as error:
         found = [location(uid) for kind, uid in error.rows if (location := locations.get(kind))]
-        raise UserError(f"{error} ({listed(found)})" if found else str(error)) from error
+        kind = FunctionFailed if error.by_function else UserError
+        raise kind(f"{error.message} ({listed(found)})" if found else str(error)) from error
 
 
 def shortened(path: object, width: int = 80) -> str:

@@ -10,6 +10,7 @@ import pytest
 import toy
 
 from rlhf_fast.cli.main import main
+from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.config.resolve import to_plain
 from rlhf_fast.run import compare as comparing
 from rlhf_fast.run.compare import short_names
@@ -189,6 +190,15 @@ def test_other_contents_under_the_same_name_are_a_difference(tmp_path):
         runs.append(str(tmp_path / name))
     rows = comparing.setting_rows(comparing._read(runs))
     assert rows == [("data.path (sha256)", "0" * 12, "1" * 12)]
+
+
+def test_settings_without_effect_are_no_difference(tmp_path):
+    """ptx_ratio stood there of runs without pretraining text."""
+    plain = DataConfig()
+    runs = [write_run(tmp_path / str(n), metrics=ppo_rows([1.0]), ptx_ratio=n, pretrain=plain) for n in (1, 8)]
+    assert not [row for row in comparing.setting_rows(comparing._read(runs)) if row[0].startswith(("ptx", "pretrain"))]
+    mixed = [write_run(tmp_path / f"m{n}", metrics=ppo_rows([1.0]), ptx_ratio=n) for n in (1, 8)]
+    assert ("ptx_ratio", "1", "8") in comparing.setting_rows(comparing._read(mixed))
 
 
 def test_lists_of_files_and_of_rewards_have_checksums_too(tmp_path):

@@ -185,7 +185,7 @@ BROKEN = [
     (SFTConfig, {"pretrain_fraction": 0.1}, "sft: pretrain_fraction needs pretrain.path, the text to mix in, got 0.1"),
     (SFTConfig, {"select": "reward"}, "sft: select needs select_reward, the reward model's directory"),
     (SFTConfig, {"packing": "yes"}, "sft: packing must be true or false, got yes (r.yaml:12)"),
-    (RewardConfig, {"model.dtype": "fp8"}, "reward: model.dtype must be one of float32, bfloat16, float16"),
+    (RewardConfig, {"model.dtype": "fp8"}, r"reward: model.dtype must be one of float32, bfloat16, got fp8"),
 ]
 
 
@@ -328,6 +328,7 @@ REFUSED_YAML = [
     ("sampling.stop: [[a]]", "{file}:1: no setting is a list or map of lists or maps"),
     ("seed: 1\n---\nseed: 2", "{file}:2: not YAML: a second document begins"),
     ("optim:\n\tlr: 1", "{file}:2: not YAML: found character"),
+    ("out: a: b", "{file}:1: not YAML: mapping values are not allowed here; look at the indentation of this line and"),
     ("seed: " + "1" * 5000, "{file}:1: 11111"),
     ("out: *nowhere", "{file}:1: not YAML: found undefined alias"),
     ("just text", "{file}:1: expected settings such as `seed: 1`, found scalar"),

@@ -204,10 +204,10 @@ def test_a_row_of_parquet_has_a_number(tmp_path):
 def test_without_pyarrow_or_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "d.parquet").touch()
-    with pytest.raises(UserError, match=r"parquet needs pyarrow; pip install 'rlhf-fast\[parquet\]'"):
+    with pytest.raises(UserError, match=r"parquet needs pyarrow; pip install pyarrow"):
         require_data(str(tmp_path / "d.parquet"))
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^org/rows:train: there is no such file; .*'rlhf-fast\[hub\]'"):
+    with pytest.raises(UserError, match=r"^org/rows:train: there is no such file; .*pip install datasets"):
         require_data("org/rows:train")
 
 
@@ -551,6 +551,21 @@ def test_check_offers_more_of_prompts(tmp_path):
     lines: list[str] = []
     assert check(DataConfig([{"prompt": "p", "answer": "a"}]), echo=lines.append) == 0
     assert "  --columns completion answer reads them as demonstrations" in lines
+
+
+def test_check_reports_files_of_different_kinds_one_by_one(tmp_path, monkeypatch, capsys):
+    """All were read as the kind that most rows had, and the rows of the others were errors."""
+    monkeypatch.chdir(tmp_path)
+    for kind in ("comparisons", "demonstrations"):
+        write(tmp_path / f"{kind}.jsonl", ROWS[kind])
+    write(tmp_path / "more.jsonl", ROWS["comparisons"])
+    assert main(["check", "comparisons.jsonl", "demonstrations.jsonl", "more.jsonl"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if " rows read as " in line]
+    counts = {kind: len(ROWS[kind]) for kind in ("comparisons", "demonstrations")}
+    assert shown == [
+        f"comparisons.jsonl, more.jsonl: {2 * counts['comparisons']} rows read as comparisons, 0 with errors",
+        f"demonstrations.jsonl: {counts['demonstrations']} rows read as demonstrations, 0 with errors",
+    ]
 
 
 def test_check_reads_several_files(tmp_path, monkeypatch, capsys):

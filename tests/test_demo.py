@@ -188,6 +188,7 @@ def test_demo_ends_in_a_table_of_measured_numbers(tmp_path, capsys, one_thread):
         assert 0 < numbers[f"loss/{name}"]["value"] < 7
     assert all(Path(out, name, "model.safetensors").exists() for name in ("sft", "reward", "ppo", "ppo-ptx"))
     assert (out / "table.txt").read_text().startswith("InstructGPT")
+    assert report.LEGEND in text and report.LEGEND in (out / "table.txt").read_text()
 
     before = (out / "ppo" / "model.safetensors").stat().st_mtime_ns
     (out / "steps" / "measure.json").unlink()

@@ -1,5 +1,7 @@
 """Experience by hand: rewards, rules for missing end tokens, whitening, the gap to the rollout; reward functions."""
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from rlhf_fast.batches import Prompts, Responses, cat, pad_rows, response_mask
 from rlhf_fast.config.fields import KLConfig, ModelConfig, OptimConfig, SamplingConfig
 from rlhf_fast.config.rewards import is_function
 from rlhf_fast.config.stages import PPOConfig
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, row_locations
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.training.experience import final_scores, make_experience, minibatches, token_weights, whiten
@@ -320,16 +322,26 @@ def test_reward_functions_get_texts():
 @pytest.mark.parametrize(
     "returned, words",
     [
-        ([1.0, float("nan"), 2.0], "nan for prompt 71"),
-        ([float("inf"), 1.0, float("-inf")], "inf for prompt 70 .*-inf for prompt 72"),
-        ([1.0, 2.0], "2 rewards for 3 responses"),
-        ([1.0, None, 2.0], "returned None for prompt 71 .*needs a number from one function"),
+        ([1.0, float("nan"), 2.0], r"returned nan; 1 of 3 .* \(prompt 71, row 1 of the batch\)$"),
+        ([float("inf"), 1.0, float("-inf")], "returned inf and -inf; 2 of 3 .*prompt 70, row 0 .*prompt 72, row 2 "),
+        ([1.0, 2.0], rf"^mine \({re.escape(__file__)}:\d+\): returned 2 rewards for 3 responses"),
+        ([1.0, None, 2.0], "returned None; 1 of 3 .*needs a number from one function at least .prompt 71, row 1 "),
         (3.0, "one number for each response"),
     ],
 )
 def test_a_bad_reward_names_the_rows(returned, words):
     with pytest.raises(UserError, match=words):
         Reward([FunctionReward(lambda _texts: returned, NumberTokenizer(), "mine")])(responses())
+
+
+def test_rows_of_a_file_are_named_once():
+    """Eight rows stood there by their number in the batch, and again by file and line."""
+    reward = Reward([FunctionReward(lambda texts: [math.nan] * len(texts), NumberTokenizer(), "mine")])
+    with pytest.raises(UserError) as info, row_locations(Responses=lambda uid: f"p.jsonl:{uid}"):
+        reward(responses())
+    said = str(info.value)
+    assert said.endswith("3 of 3 rewards are not finite numbers (p.jsonl:70, p.jsonl:71, p.jsonl:72)")
+    assert "of the batch" not in said
 
 
 def test_reward_by_name(tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ from test_cli import error_of
 from rlhf_fast.batches import Demonstrations
 from rlhf_fast.cli.generate import RESPONSE
 from rlhf_fast.cli.main import main
-from rlhf_fast.config.fields import DataConfig, ModelConfig
+from rlhf_fast.config.fields import DataConfig, ModelConfig, SamplingConfig
 from rlhf_fast.data import read_demonstrations
 from rlhf_fast.data.rows import parse_row
 from rlhf_fast.model.model import Model
+from rlhf_fast.run.info import run_info
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 OURS = ["rendered_prompt", *RESPONSE]
@@ -41,6 +42,22 @@ def test_a_line_has_the_row_of_its_prompt(folder):
         assert {name: row[name] for name in given} == given
         assert row["rendered_prompt"] == "Human: a b .\n\nAssistant:"
     assert found[2]["prompt"] == turns  # as messages, without the answer that is left out
+
+
+def test_the_longest_response_is_that_of_the_training(folder, capsys):
+    """The default of 128 failed on a model with 64 positions that PPO had just trained with 5."""
+    model = toy.model_at(folder)
+    prompts = toy.jsonl(folder / "p.jsonl", [{"prompt": "a b ."}])
+    cfg = toy.ppo(folder, out="made", sampling=SamplingConfig(max_new_tokens=5))
+    (folder / "model/run.json").write_text(json.dumps(run_info("ppo", cfg) | {"data": {}}))
+    command = ["generate", "--model", model, "--prompts", prompts, "--out"]
+    assert main([*command, "a.jsonl"]) == 0
+    assert "generate: max_new_tokens is 5, with which" in capsys.readouterr().err
+    assert all(row["tokens"] <= 5 for row in toy.rows(folder / "a.jsonl"))
+    assert main([*command, "b.jsonl", "--max_new_tokens=7"]) == 0
+    assert "with which" not in capsys.readouterr().err
+    (folder / "model/run.json").write_text("{}")  # another program's
+    assert "max_new_tokens is 128, but" in error_of(capsys, *command, "c.jsonl")
 
 
 def test_a_column_under_another_name_is_the_prompt(folder):

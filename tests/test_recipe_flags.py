@@ -21,13 +21,12 @@ from rlhf_fast.config.rewards import FunctionOfRun
 from rlhf_fast.config.stages import STAGES, PPOConfig, SFTConfig
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import write_json
-from rlhf_fast.run.function_source import function_source
 from rlhf_fast.run.identity import input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.stages import ppo, reward, sft
 from rlhf_fast.stages.recipe import read_recipe
-from rlhf_fast.stages.sweep import plan
-from rlhf_fast.training.rewards import find_function
+from rlhf_fast.stages.sweep import Outcome, Run, equal_rows, plan
+from rlhf_fast.training.rewards import find_function, source_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 
@@ -93,6 +92,10 @@ def test_flags_go_over_the_values_of_a_recipe(recipe):
         ("--ppo.log.sinks a --ppo.log.sinks b", "--ppo.log.sinks is given twice, and only one would count"),
         ("--kl.coef 1", "run: there is no flag --kl.coef; write --ppo.kl.coef"),
         ("--optim.lr 1", "write --sft.optim.lr or --reward.optim.lr or --ppo.optim.lr"),
+        (
+            "--pp0.episodes 1",
+            "there is no flag --pp0.episodes; there is no section pp0 either; did you mean --ppo.e",
+        ),
         ("--sed 1", "run: there is no flag --sed; did you mean --seed?"),
         ("--seed x", "sft: seed must be a whole number, got x (--seed)"),
         ("--ppo 1", "write --ppo.SETTING for a setting of that section"),
@@ -183,6 +186,26 @@ def test_a_sweep_runs_each_value_once_and_shares_the_rest(capsys, folder, recipe
     started.clear()
     assert main([*argv, "4"]) == 0  # one value more
     assert [cfg.seed for cfg in started] == [4, 4]
+
+
+def test_a_misspelt_section_of_a_recipe(capsys, folder, recipe, started):
+    text = Path(recipe).read_text()
+    Path(recipe).write_text(text + "\npp0.episodes: 8\n")
+    assert 'no section "pp0"; did you mean ppo? (' in error_of(capsys, "run", recipe)
+    Path(recipe).write_text(text + "\nvalue.path: x\n")  # a group of a stage, which is near eval
+    assert 'no setting "value.path" for all stages' in error_of(capsys, "run", recipe)
+    Path(recipe).write_text(text + "\nsft.model.dtype: fp16\n")
+    assert "sft: model.dtype must be one of float32, bfloat16, got fp16" in error_of(capsys, "run", recipe)
+
+
+def test_equal_rows_of_a_sweep_are_not_without_a_word(recipe):
+    runs = [Run({"ppo.kl.coef": value}, None, []) for value in ("0.1", "0.2")]
+    one, other = {"objective/kl": (0.0, 0.5)}, {"objective/kl": (0.0, 0.6)}
+    (said,) = equal_rows([Outcome(run, 1.0 + i, one) for i, run in enumerate(runs)])
+    assert "all figures are equal: the runs are too short to differ, or ppo.kl.coef has no effect" in said
+    assert not equal_rows([Outcome(runs[0], 1.0, one), Outcome(runs[1], 1.0, other)])
+    assert not equal_rows([Outcome(runs[0], 1.0, one), Outcome(runs[1], 1.0, one, "failed")])
+    assert not equal_rows([Outcome(runs[0], 1.0, one)])
 
 
 def test_a_swept_sft_setting_trains_all_that_follows(recipe, started):
@@ -344,7 +367,7 @@ def test_its_functions_are_those_of_the_directory_where_it_was_started(folder, m
     assert found == cfg.reward and sys.path == before
     function = find_function(copy.deepcopy(found)[0])
     assert function(["abc"]) == [3.0] and sys.path == before
-    assert function_source(found[0]).file == project / "scores_of_run.py"
+    assert source_file(found[0]) == project / "scores_of_run.py"
     assert find_function(found[1]) is math.fsum
     with pytest.raises(UserError, match="reward scores_of_run:other: cannot be imported"):
         find_function(FunctionOfRun("scores_of_run:other", str(project)))
@@ -399,7 +422,7 @@ def test_a_finished_run_needs_its_data_no_more(folder, capsys):
 def test_a_missing_peft_is_found_before_the_first_stage(capsys, recipe, started, monkeypatch):
     monkeypatch.setattr("rlhf_fast.stages.fit.find_spec", lambda name: None)
     error = error_of(capsys, "run", recipe, "--ppo.policy.lora.rank", "4")
-    assert error.startswith("ppo: policy.lora.rank is 4, which needs the package peft; pip install 'rlhf-fast[lora]'")
+    assert error.startswith("ppo: policy.lora.rank is 4, which needs the package peft; pip install peft")
     assert not started
 
 

@@ -1,7 +1,9 @@
 """A resumed run knows its reward again: names in run.json, checksums of functions, another function refused."""
 
 import functools
+import importlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,7 +18,7 @@ from rlhf_fast.config.fields import LogConfig
 from rlhf_fast.config.rewards import short_names, spec_name
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.function_source import function_source
+from rlhf_fast.run.function_source import function_checksum
 from rlhf_fast.run.identity import contents_of
 
 
@@ -47,10 +49,11 @@ class Counter:
 
 
 def start(cfg):
-    """Begin a run; return what run.json holds."""
+    """Take a run's first step; return what run.json holds."""
     with RunFolder(cfg) as run:
         notes = list(run.notes)
         run.start_or_resume(1, (), {})
+        run.checkpoint(1, {})
     return json.loads((Path(cfg.out) / "run.json").read_text()), notes
 
 
@@ -58,8 +61,8 @@ def test_a_function_is_in_run_json_by_its_name_and_source(folder):
     saved, notes = start(toy.ppo(folder, reward=words))
     name = f"{words.__module__}:words"
     assert saved["config"]["reward"] == name and not notes
-    assert saved["functions"] == {name: function_source(words).checksum}
-    assert function_source(words) == function_source(name)  # the object and its name are one
+    assert saved["functions"] == {name: function_checksum(words)}
+    assert function_checksum(words) == function_checksum(name)  # the object and its name are one
     RunFolder(toy.ppo(folder, reward=name))
     with pytest.raises(UserError, match=r"was started with reward = .*:words\"?, now .*:letters"):
         RunFolder(toy.ppo(folder, reward=letters))
@@ -107,9 +110,8 @@ def test_a_run_of_an_earlier_version_with_one_name_goes_on(folder):
     ids=["closure", "partial of a function", "partial of values", "object", "method", "lambda"],
 )
 def test_functions_without_a_name_of_their_own_differ_by_text_and_values(folder, one, other):
-    found = function_source(one)
-    assert found.checksum and found.file is None and found == function_source(one)
-    assert function_source(other).checksum != found.checksum
+    found = function_checksum(one)
+    assert found and found == function_checksum(one) != function_checksum(other)
     cfg = toy.ppo(folder, reward=one)
     start(cfg)
     RunFolder(cfg)
@@ -152,7 +154,7 @@ def test_what_a_function_holds_counts():
             return [self.value] * len(texts)
 
     for kind in (make, Slots, lambda value: scaled(np.float64(value))):
-        one, same, other = (function_source(kind(value)).checksum for value in (1.0, 1.0, 2.0))
+        one, same, other = (function_checksum(kind(value)) for value in (1.0, 1.0, 2.0))
         assert one == same != other
 
 
@@ -161,7 +163,9 @@ def test_the_file_of_a_function_that_a_package_passes_on_counts(folder, monkeypa
     (folder / "pack/__init__.py").write_text("from pack.inner import good\n")
     (folder / "pack/inner.py").write_text("def good(texts): return [0.0] * len(texts)\n")
     monkeypatch.syspath_prepend(str(folder))
-    assert function_source("pack:good").file == folder / "pack/inner.py"
+    before = function_checksum("pack:good")
+    (folder / "pack/inner.py").write_text("def good(texts): return [1.0] * len(texts)\n")
+    assert before and function_checksum("pack:good") != before
 
 
 def test_a_function_without_a_source_is_noted(folder):
@@ -187,6 +191,7 @@ def test_a_script_may_change_its_settings_and_not_its_reward(folder):
 
         with RunFolder(toy.ppo(Path({folder!r}), reward=reward)) as run:  # {remark}
             run.start_or_resume(1, (), {{}})
+            run.checkpoint(1, {{}})
     """
     support = str(Path(toy.__file__).parent)
     toy.model_at(folder)
@@ -196,6 +201,117 @@ def test_a_script_may_change_its_settings_and_not_its_reward(folder):
         done = subprocess.run([sys.executable, "train.py"], cwd=folder, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
     assert "__main__:reward: has changed since" in done.stderr
+
+
+MODULE = """
+import functools
+
+import os
+
+SCALE = 2.0
+OTHER = 1
+
+
+def helper(text):
+    return SCALE * len(text)
+
+
+class Box:
+    def __call__(self, texts):
+        return [0.0 for text in texts]
+
+
+def reward(texts):
+    # a remark
+    return [helper(text) for text in texts]
+
+
+box = Box()
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, counts",
+    [
+        ("    # a remark\n", "\n", False),
+        ("OTHER = 1", "OTHER = 2", False),
+        ("import os\n", "import os\nimport sys\n\n\ndef more(texts):\n    return SCALE, OTHER\n", False),
+        ("helper(text) for", "-helper(text) for", True),
+        ("SCALE = 2.0", "SCALE = 3.0", True),
+        ("SCALE * len", "SCALE + len", True),
+    ],
+)
+def test_of_a_module_the_lines_that_the_function_uses_count(folder, monkeypatch, old, new, counts):
+    """Any edit in the module's file refused the resume. An object of the module still has the checksum of the file."""
+    monkeypatch.syspath_prepend(str(folder))
+    assert MODULE.count(old) == 1
+    sums = []
+    for text in (MODULE, MODULE.replace(old, new)):
+        (folder / "own_text.py").write_text(text)
+        sys.modules.pop("own_text", None)
+        importlib.invalidate_caches()
+        sums.append((function_checksum("own_text:reward"), function_checksum("own_text:box")))
+        assert sums[-1][0] == function_checksum(sys.modules["own_text"].reward)
+    (was, was_box), (now, now_box) = sums
+    assert was and (was != now) == counts and was_box != now_box
+
+
+FAULTY = """
+calls = 0
+
+
+def score(texts):
+    global calls
+    calls += 1
+    if calls == FAILS_AT:
+        raise ValueError("no")
+    return [1.0] * len(texts)
+"""
+
+
+def command(folder, *more):
+    args = ["--policy.path", "model", "--data.path", "prompts.jsonl", "--reward", "faulty:score", "--out", "run"]
+    args += ["--episodes", "24", "--batch", "8", "--minibatch", "8", "--sampling.max-new-tokens", "4"]
+    args += ["--log.checkpoint-every", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "rlhf_fast", "ppo", *args, *more]
+    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True)
+    return done.returncode, " ".join(done.stderr.split())
+
+
+def test_a_function_that_raises_is_mended_and_the_run_goes_on(folder):
+    """The error said "mend the function", and the mended function was refused."""
+    toy.ppo(folder)  # its model and prompts
+    flag = "--resume-with-changed-reward"
+    file = folder / "faulty.py"
+    file.write_text(FAULTY.replace("FAILS_AT", "1"))
+    status, said = command(folder)
+    assert (
+        status == 2
+        and "raised ValueError: no" in said
+        and said.endswith("with the function mended, the same command starts again")
+    )
+    file.write_text(FAULTY.replace("FAILS_AT", "3"))  # no step was taken: a changed function is no question
+    status, said = command(folder)
+    recipe_flag = "--ppo.resume-with-changed-reward"
+    assert status == 2
+    assert said.endswith(f"the same command and {flag} (in a recipe {recipe_flag}) goes on from step 2")
+    first = json.loads((folder / "run/run.json").read_text())
+    assert "earlier_functions" not in first
+    file.write_text(FAULTY.replace("FAILS_AT", "9"))
+    status, said = command(folder)
+    assert status == 2 and "faulty:score: has changed since run was started with it; to go on from step 2" in said
+    assert flag in said
+    status, said = command(folder, flag)
+    assert status == 0, said
+    assert "from step 2 on this is no longer a run of a single reward" in said and "goes on after step 2 of 3" in said
+    saved = json.loads((folder / "run/run.json").read_text())
+    assert saved["earlier_functions"] == [{"until_step": 2, "functions": first["functions"]}]
+    assert saved["functions"] != first["functions"] and "finished" in saved
+    assert command(folder)[0] == 0  # finished already
+    file.write_text(FAULTY.replace("FAILS_AT", "8"))
+    status, said = command(folder, flag)
+    assert status == 2 and "has changed since run was finished with it; choose another `out`" in said
 
 
 def test_a_setting_stands_for_the_contents_of_its_inputs():

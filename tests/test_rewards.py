@@ -188,7 +188,7 @@ def test_a_row_without_any_reward_is_named(policy, prompts, responses):
         return [None] * 6
 
     with (
-        pytest.raises(UserError, match=r"all returned None for prompt 71 \(row 2 of the batch\).*\(rows:71\)"),
+        pytest.raises(UserError, match=r"all returned None; 1 of 6 .* at least \(rows:71\)$"),
         row_locations(Responses=lambda uid: f"rows:{uid}"),
     ):
         combined(policy, none, other)(responses, prompts)

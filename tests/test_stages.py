@@ -196,6 +196,7 @@ def test_a_run_resumes_only_with_its_own_settings_and_data(folder, capsys):
     cfg = toy.sft(folder)
     sft.run(cfg)
     assert "finished" in capsys.readouterr().err
+    assert not (folder / "sft/checkpoints").exists()
     before = (folder / "sft/model.safetensors").stat().st_mtime_ns
     sft.run(replace(cfg, log=LogConfig(every=5)))
     assert "sft is finished already" in capsys.readouterr().err
@@ -211,6 +212,18 @@ def test_a_run_resumes_only_with_its_own_settings_and_data(folder, capsys):
     toy.jsonl(folder / "demonstrations.jsonl", [{"prompt": "a .", "completion": "a"}] * 40)
     with pytest.raises(UserError, match=r"demonstrations.jsonl: has changed since"):
         sft.run(cfg)
+
+
+def test_texts_that_the_tokenizer_cannot_read_get_a_line_of_their_own(folder, capsys):
+    """The share stood in the middle of a line, and the stage trained."""
+    rows = [{"prompt": f"a {letter}", "completion": "Ω Ψ Φ"} for letter in "abcdefgh"] * 5
+    data = DataConfig(toy.jsonl(folder / "foreign.jsonl", rows), valid_fraction=0.1)
+    sft.run(toy.sft(folder, data=data), dry_run=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "of the tokens as <unk>; it cannot learn these texts: start from another" in line]
+    assert not any("it cannot learn" in line and "demonstrations" in line for line in lines)
+    sft.run(toy.sft(folder), dry_run=True)
+    assert "cannot learn" not in capsys.readouterr().err
 
 
 def test_two_processes_cannot_share_a_folder(folder):
@@ -257,7 +270,7 @@ def test_a_run_resumes_only_with_its_own_models(folder, monkeypatch):
     (folder / "model/run.json").write_text("{}")
     ppo.run(cfg)
     (folder / "f2_reward.py").write_text("def score(texts):\n    return [1.0] * len(texts)\n")
-    with pytest.raises(UserError, match=r"f2_reward.py: has changed since"):
+    with pytest.raises(UserError, match=r"f2_reward:score: has changed since"):
         ppo.run(cfg)
     (folder / "f2_reward.py").write_text("def score(texts):\n    return [0.0] * len(texts)\n")
     toy.model(folder / "model", seed=1)

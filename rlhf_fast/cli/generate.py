@@ -10,7 +10,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +31,7 @@ from rlhf_fast.eval.model_check import check_model
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.logs import read_rows
-from rlhf_fast.run.outputs import PARTIAL, check_new_file, replacing
+from rlhf_fast.run.outputs import PARTIAL, check_new_file, read_run, replacing
 from rlhf_fast.run.prompt_format import model_prompt_format
 from rlhf_fast.run.terminal import LiveLine, format_speed, has_cursor
 from rlhf_fast.stages.fit import check_device
@@ -76,6 +77,18 @@ def generate(options: GenerateOptions) -> int:
                 written += 1
             stream.flush()
     return written
+
+
+def with_trained_length(options: GenerateOptions) -> GenerateOptions:
+    """Return the options with the longest response that PPO has trained the model with, if a run of ours wrote it."""
+    saved: dict[str, Any] = {}
+    with suppress(UserError):  # a run.json of another program says nothing
+        saved = read_run(options.model)
+    length = saved["config"].get("sampling", {}).get("max_new_tokens", 0) if saved.get("stage") == "ppo" else 0
+    if not length or length == options.sampling.max_new_tokens:
+        return options
+    print(f"generate: max_new_tokens is {length}, with which {options.model} was trained", file=sys.stderr)
+    return replace(options, sampling=replace(options.sampling, max_new_tokens=length))
 
 
 def _read_prompts(options: GenerateOptions, model: Model, wanted: Sequence[Wanted]) -> Dataset:

@@ -220,8 +220,10 @@ def _eval(argv: Sequence[str]) -> int:
 @command("generate", "sample responses to a file of prompts", "cli.options:GenerateOptions")
 def _generate(argv: Sequence[str]) -> int:
     options = _parse("generate", argv)
-    from rlhf_fast.cli.generate import generate
+    from rlhf_fast.cli.generate import generate, with_trained_length
 
+    given = any(word.partition("=")[0].replace("_", "-") == "--max-new-tokens" for word in argv)
+    options = options if given else with_trained_length(options)
     written = generate(options)
     print(f"generate: {written} responses", file=sys.stderr)
     return 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 from rlhf_fast.config.evaluation import EvalConfig
 from rlhf_fast.config.library_names import meant_setting
 from rlhf_fast.config.resolve import coerce, setting_types, show, to_plain, unknown_setting
-from rlhf_fast.config.sections import EVAL, PASSED_ON, SHARED
+from rlhf_fast.config.sections import EVAL, PASSED_ON, SHARED, meant_section
 from rlhf_fast.config.stages import STAGES, SFTConfig
 from rlhf_fast.config.yaml_file import Setting
 from rlhf_fast.errors import UserError
@@ -99,6 +99,9 @@ def _hint(path: str) -> str:
     inside = [f"--{section}.{path}" for section, cls in SECTIONS.items() if path in setting_types(cls)]
     if inside:
         return f"write {' or '.join(inside)}"
+    section, dot, rest = path.partition(".")
+    if dot and (meant := meant_section(section)):
+        return f"there is no section {section} either; did you mean --{meant}.{rest}?"
     names = [*SHARED, *(f"{section}.{name}" for section, cls in SECTIONS.items() for name in setting_types(cls))]
     near = meant_setting(path, names)
     return f"did you mean --{near}?" if near else "`rlhf-fast show-config all` lists the settings"

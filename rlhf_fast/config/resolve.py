@@ -191,7 +191,9 @@ def coerce(cls: type[DataclassInstance], path: str, setting: Setting) -> Any:
     try:
         return typed(setting_types(cls)[path], setting.value, WRITTEN)
     except ValueError as error:
-        raise UserError(f"{stage_name(cls)}: {path} {error}, got {show(setting.value)} ({setting.origin})") from error
+        is_trained = cls in STAGES.values() and path.endswith(".dtype")
+        rule = "must be one of float32, bfloat16" if is_trained else str(error)  # no stage trains in float16
+        raise UserError(f"{stage_name(cls)}: {path} {rule}, got {show(setting.value)} ({setting.origin})") from error
 
 
 def to_yaml(cfg: object) -> str:

@@ -9,7 +9,7 @@ from rlhf_fast.config.resolve import setting_types
 from rlhf_fast.config.run_file import read_run_file, run_settings
 from rlhf_fast.config.stages import STAGES
 from rlhf_fast.config.yaml_file import Setting, read_yaml
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, nearest
 
 EVAL = "eval"
 """The section of the evaluation, which runs after the stages."""
@@ -34,6 +34,8 @@ def split_sections(
         elif name in SHARED:
             shared[name] = setting
         else:
+            if dot and (near := meant_section(stage)):
+                raise UserError(f'{path}: no section "{stage}"; did you mean {near}? ({setting.origin})')
             known = ", ".join([*SHARED, *STAGES, EVAL])
             raise UserError(f'{path}: no setting "{name}" for all stages; there are {known} ({setting.origin})')
     return shared, sections
@@ -57,6 +59,12 @@ def read_stage(path: str | Path, stage: str) -> tuple[str, dict[str, Setting]]:
     if out := shared_text(shared, "out", ""):
         layer["out"] = Setting(str(Path(out) / stage), shared["out"].origin)
     return shared_text(shared, "preset", ""), layer | sections[stage]
+
+
+def meant_section(name: str) -> str:
+    """Return the section that was meant by a name; "" for that of a stage's own group, as model, or if none is near."""
+    groups = {path.partition(".")[0] for cls in STAGES.values() for path in setting_types(cls)}
+    return "" if name in groups else nearest(name, [*STAGES, EVAL])
 
 
 def shared_text(shared: Mapping[str, Setting], name: str, default: str) -> str:

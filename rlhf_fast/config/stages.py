@@ -153,6 +153,9 @@ class SFTConfig(_Stage):
     to the validation prompts (the paper's way, which needs a reward model first). last: those of the last step."""
     select_reward: RewardSpecs = ""
     """Reward for select=reward: as PPO's `reward`, several of them with equal weights."""
+    resume_with_changed_reward: bool = False
+    """Go on from the checkpoint although a function of select_reward has changed since. run.json keeps its
+    old checksum. Before the first checkpoint a function may change without it."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling of the responses that select=reward scores and samples.jsonl shows."""
 
@@ -225,6 +228,9 @@ class PPOConfig(_Stage):
     """Seconds that a reward function may take for a batch. 0 = any."""
     reward_retries: int = 0
     """Times that a reward function is called again if it raises or takes too long, after 1, 2, 4, ... seconds."""
+    resume_with_changed_reward: bool = False
+    """Go on from the checkpoint although a reward function has changed since. run.json keeps its old checksum. Before
+    the first checkpoint a function may change without it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts."""
     pretrain: DataConfig = field(default_factory=DataConfig)

@@ -76,6 +76,8 @@ def read_yaml(path: str | Path) -> dict[str, Setting]:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         if problem == "but found another document":
             problem = "a second document begins; give one document in a file"
+        elif problem == "mapping values are not allowed here":
+            problem += "; look at the indentation of this line and the one before, and quote a text that has a colon"
         raise UserError(f"{path}{line}: not YAML: {problem}") from error
     if root is None:
         return {}

@@ -7,11 +7,12 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from rlhf_fast.config.data_path import DataPath, shown_path
+from rlhf_fast.config.data_path import DataPath, parts, shown_path
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.columns import EXPECTED, require_our_names, suggested_columns
 from rlhf_fast.data.datasets import Row, encode_example, exceeded_limit, prompt_as_text, remove_long_responses
@@ -137,8 +138,27 @@ def examine(cfg: DataConfig, kind: str = "") -> Report:
     return report
 
 
+def _files_by_kind(cfg: DataConfig) -> dict[str, list[str]]:
+    """Return the files of each kind, by their first rows; {} unless there are several, all of which can be read
+    twice."""
+    files: dict[str, list[str]] = {}
+    names = [part for part in parts(cfg.path) if isinstance(part, str)]
+    if len(names) < 2 or len(names) < len(parts(cfg.path)) or not all(Path(name).is_file() for name in names):
+        return files
+    for name in names:
+        try:
+            kind = examine(replace(cfg, path=name, limit=GUESS_ROWS)).kind
+        except UserError:  # the report of all says it
+            return {}
+        files.setdefault(kind, []).append(name)
+    return files
+
+
 def check(cfg: DataConfig, kind: str = "", tokenizer: Any = None, echo: Echo = print) -> int:
-    """Print the report and return the number of errors."""
+    """Print the report and return the number of errors. Files of different kinds get a report each."""
+    if not kind and len(files := _files_by_kind(cfg)) > 1:
+        reports = ((replace(cfg, path=tuple(names)), own) for own, names in files.items())
+        return sum(check(each, own, tokenizer, echo) for each, own in reports)
     report = examine(cfg, kind)
     examples, errors = report.examples, report.errors
     echo(f"{shown_path(cfg.path)}: {len(examples) + len(errors)} rows read as {report.kind}, {len(errors)} with errors")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from rlhf_fast.config.data_path import DataPath, shown_path
 from rlhf_fast.config.fields import DataConfig
 from rlhf_fast.data.encode import Encoder, PromptFormat, has_loss
 from rlhf_fast.data.fields import Dialog, InvalidRow, Message
-from rlhf_fast.data.notes import row_notes
+from rlhf_fast.data.notes import row_notes, unknown_warning
 from rlhf_fast.data.row_columns import Wanted, given_row, require_columns, taken_columns
 from rlhf_fast.data.rows import Example, read_examples
 from rlhf_fast.errors import UserError
@@ -184,13 +184,14 @@ def _read(
 ) -> Split[B]:
     template, date = prompt_format or PromptFormat(cfg.template)
     encoder = Encoder(tokenizer, template, cfg.append_eos, date)
-    rows, notes = _read_rows(cfg.path, cfg.limit, kind, encoder, cfg, context, wanted)
+    rows, notes, warning = _read_rows(cfg.path, cfg.limit, kind, encoder, cfg, context, wanted)
     if cfg.valid:
-        held_out, valid_notes = _read_rows(cfg.valid, 0, kind, encoder, cfg, context, wanted)
+        held_out, valid_notes, _ = _read_rows(cfg.valid, 0, kind, encoder, cfg, context, wanted)
         notes = f"{notes}. {valid_notes}"
     else:
         rows, held_out = split_rows(rows, cfg.valid_fraction)
         notes += f"; {len(held_out)} of them held out" if held_out else ""
+    notes += f"\n{warning}" if warning else ""
     return Split(Dataset(rows, join, seed, notes), Dataset(held_out, join, seed, notes))
 
 
@@ -202,18 +203,29 @@ def _read_rows(
     cfg: DataConfig,
     context: int,
     wanted: Sequence[Wanted] = (),
-) -> tuple[list[Row], str]:
-    """Return the rows of a file, and a sentence on them."""
+) -> tuple[list[Row], str, str]:
+    """Return the rows of a file, a sentence on them, and one if the model cannot learn them."""
     examples = read_examples(path, kind, cfg.columns, limit, cfg.remove_columns)
     require_columns(shown_path(path), examples, wanted)
     rows, dropped = encode(examples, kind, encoder, cfg, context, wanted)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     name = shown_path(path)
     if not rows:
-        raise UserError(f"{name}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}")
-    sequences = (ids for row in rows for ids in (row.prompt, *row.responses))
+        raise UserError(
+            f"{name}: none of the {len(examples)} rows is left: {reasons or 'each is a single token'}{_remedy(dropped)}"
+        )
+    sequences = [ids for row in rows for ids in (row.prompt, *row.responses)]
     notes = row_notes(name, examples, sequences, encoder, cfg, taken_columns(examples, wanted, cfg.remove_columns))
-    return rows, "; ".join([f"{name}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
+    sentence = "; ".join([f"{name}: {len(rows)} {kind}", *([f"left out: {reasons}"] if reasons else []), *notes])
+    return rows, sentence, unknown_warning(sequences, encoder)
+
+
+def _remedy(dropped: Mapping[str, int]) -> str:
+    """Return what helps against the limits that left no row."""
+    if any("that the model leaves" in reason for reason in dropped):
+        return "; shorten the rows, take a model with more positions, or lower sampling.max_new_tokens (PPO)"
+    limits = [name for name in ("max_prompt_tokens", "max_response_tokens") if any(name in each for each in dropped)]
+    return f"; shorten the rows, or raise {' and '.join(f'data.{name}' for name in limits)}" if limits else ""
 
 
 def encode(

@@ -303,5 +303,5 @@ def _pyarrow(path: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: parquet needs pyarrow; pip install 'rlhf-fast[parquet]'") from error
+        raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow") from error
     return pyarrow

@@ -21,7 +21,7 @@ def require_datasets(part: str) -> None:
     """Raise UserError if the library that reads the hub is not installed."""
     if find_spec("datasets") is None:
         raise UserError(
-            f"{part}: there is no such file; if it is a data set of the hub, pip install 'rlhf-fast[hub]' to read it"
+            f"{part}: there is no such file; if it is a data set of the hub, pip install datasets to read it"
         )
 
 

@@ -13,6 +13,8 @@ from rlhf_fast.data.rows import Example, Fault
 from rlhf_fast.errors import UserError, listed
 
 SHOWN_LINES = 5
+MANY_UNKNOWN = 0.2
+"""Share of unknown tokens above which a model cannot learn the texts."""
 CHAT_MARKERS = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "<start_of_turn>"),
     *("<end_of_turn>", "[INST]", "[/INST]", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>"),
@@ -114,14 +116,33 @@ def unknown_tokens(examples: Iterable[Example], sequences: Iterable[Sequence[int
         return _dropped_characters(examples, encoder.tokenizer)
     if unknown in (*encoder.bos, *encoder.end):  # one token for everything, of a tokenizer that knows every byte
         return ""
+    count, total, name = _count_unknown(sequences, encoder, unknown)
+    if not count:
+        return ""
+    return f"{count} of {total} tokens ({count / total:.1%}) are unknown to the tokenizer ({name})"
+
+
+def unknown_warning(sequences: Iterable[Sequence[int]], encoder: Encoder) -> str:
+    """Return a sentence on texts that the model cannot learn, since too many of their tokens are unknown; "" else."""
+    unknown = _unknown_id(encoder.tokenizer)
+    if unknown is None or unknown in (*encoder.bos, *encoder.end):
+        return ""
+    count, total, name = _count_unknown(sequences, encoder, unknown)
+    if count <= MANY_UNKNOWN * total:
+        return ""
+    return (
+        f"this model's tokenizer reads {100 * count / total:.0f} % of the tokens as {name}; it cannot learn these"
+        " texts: start from another model"
+    )
+
+
+def _count_unknown(sequences: Iterable[Sequence[int]], encoder: Encoder, unknown: int) -> tuple[int, int, str]:
+    """Return how many tokens are the unknown one, how many there are, and its name."""
     count = total = 0
     for ids in sequences:
         count += list(ids).count(unknown)
         total += len(ids)
-    if not count:
-        return ""
-    name = encoder.tokenizer.convert_ids_to_tokens(unknown)
-    return f"{count} of {total} tokens ({count / total:.1%}) are unknown to the tokenizer ({name})"
+    return count, total, encoder.tokenizer.convert_ids_to_tokens(unknown)
 
 
 def _unknown_id(tokenizer: Any) -> int | None:

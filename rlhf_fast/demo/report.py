@@ -20,6 +20,11 @@ from rlhf_fast.run.terminal import aligned
 Numbers = Mapping[str, Estimate]
 AGREES, DISAGREES, UNDECIDED = "as in the paper", "not as in the paper", "not decided here"
 TITLE = "InstructGPT at the smallest scale (95 % intervals)"
+LEGEND = (
+    "verdict: whether the direction is the paper's, not the size. The 95 % interval here must lie wholly on the paper's"
+    " side: above 50 % for a preference or accuracy, above 0 for the difference between two models (no fewer: not 5 %"
+    " below). Where two labelers agree, it must overlap the paper's range."
+)
 HEADER = ("", "paper", "measured here", "verdict")
 
 
@@ -160,6 +165,7 @@ def print_table(numbers: Numbers, notes: list[str]) -> list[Row]:
         console.print(table)
     else:
         print(plain_table(lines))
+    print(LEGEND)
     for note in notes:
         print(note)
     return lines

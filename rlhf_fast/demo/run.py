@@ -324,7 +324,7 @@ def write_results(trial: Trial) -> list[report.Row]:
     ]
     lines = report.print_table(numbers, notes)
     with writing(trial.out):
-        text = "\n".join([report.plain_table(lines), *notes]) + "\n"
+        text = "\n".join([report.plain_table(lines), report.LEGEND, *notes]) + "\n"
         (trial.out / "table.txt").write_text(text, encoding="utf-8")
     measured = {name: value.fields() for name, value in numbers.items() if value.n}
     write_json(trial.out / "numbers.json", measured)

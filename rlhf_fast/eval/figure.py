@@ -92,7 +92,7 @@ def draw(records: Sequence[Record], groups: Groups, path: str | Path) -> Path:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("matplotlib is not installed; run `pip install 'rlhf-fast[plot]'`") from error
+        raise UserError("matplotlib is not installed; run `pip install matplotlib`") from error
     choose_backend(matplotlib)
     from matplotlib import pyplot
 

@@ -118,7 +118,7 @@ def _merged_weights(base: str, adapter: Path, model: Model) -> dict[str, torch.T
     try:
         import peft
     except ImportError as error:
-        raise UserError("export: --merge-lora needs the package peft; pip install 'rlhf-fast[lora]'") from error
+        raise UserError("export: --merge-lora needs the package peft; pip install peft") from error
     plain = Model.load(ModelConfig(path=base), head=model.head, tokenizer=False, fresh_head=True, device="cpu")
     rows = len(model.base.get_input_embeddings().weight)  # type: ignore[arg-type,union-attr]
     if len(plain.base.get_input_embeddings().weight) != rows:  # type: ignore[arg-type,union-attr]

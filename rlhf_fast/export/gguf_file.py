@@ -25,7 +25,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UserError("export: --gguf needs the package gguf; pip install 'rlhf-fast[export]'") from error
+        raise UserError("export: --gguf needs the package gguf; pip install gguf") from error
     return gguf
 
 

@@ -24,7 +24,7 @@ def attach(module: PreTrainedModel, cfg: LoraConfig, head: str, seed: int) -> nn
     try:
         import peft
     except ImportError as error:
-        raise UserError("lora: needs the package peft; pip install 'rlhf-fast[lora]', or set lora.rank=0") from error
+        raise UserError("lora: needs the package peft; pip install peft, or set lora.rank=0") from error
     if head == "scalar" and "score" in cfg.targets:
         raise UserError("lora.targets: names `score`, which is trained as a whole beside the adapters; leave it out")
     alpha: Any = cfg.alpha  # peft's annotation is int, but it only divides alpha by the rank

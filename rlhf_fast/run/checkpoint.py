@@ -83,6 +83,14 @@ def step_of(path: str | Path) -> int:
     return int(Path(path).name.removeprefix("step_"))
 
 
+def steps_done(out: str | Path) -> int:
+    """Return the steps before the newest undamaged checkpoint of the run in `out`, which is not read yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a run that starts warns of a damaged one
+        path = latest(Path(out) / "checkpoints")
+    return step_of(path) if path else 0
+
+
 def random_states() -> dict[str, Any]:
     """Return the states of torch's (CPU and, where used, CUDA), Python's and numpy's generators, for `save`."""
     kind, keys, *rest = np.random.get_state()

@@ -21,8 +21,9 @@ from rlhf_fast.run.terminal import aligned, format_duration, format_speed, print
 
 MAX_RUNS = 10
 """As many as there are colours."""
-OTHER = ("out", "resume", "log.live", "log.sinks")
+OTHER = ("out", "resume", "resume_with_changed_reward", "log.live", "log.sinks")
 """Settings that say where and how a run is shown."""
+PRETRAIN = ("ptx_", "pretrain.", "pretrain_fraction")
 LAST = 10
 """Share of a metric's points, 1 / LAST, whose mean is its last value: a single step of PPO is noisy."""
 CELL = 40
@@ -112,6 +113,8 @@ def short_names(folders: Sequence[str]) -> list[str]:
 def _settings(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of run.json as text under their names, checksums of inputs and versions included."""
     values = dict(_flat("", manifest["config"]))
+    if not values.get("pretrain.path"):  # then these have no effect
+        values = {name: value for name, value in values.items() if not name.startswith(PRETRAIN)}
     found = {name: _text(value) for name, value in values.items()}
     inputs = by_name(manifest)
     for name, value in values.items():

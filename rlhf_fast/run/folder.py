@@ -1,7 +1,7 @@
 """A stage's output folder: when a run may resume, from which step, and what it saves on SIGTERM.
 
 `out/` becomes an ordinary Hugging Face folder and holds run.json, metrics.jsonl, samples.jsonl and checkpoints/, which
-is emptied at the end. The same command resumes from the newest undamaged checkpoint. With other settings, data or
+is removed at the end. The same command resumes from the newest undamaged checkpoint. With other settings, data or
 models it is refused; once the run is finished it does nothing. SIGTERM, SIGHUP and Ctrl-C write a checkpoint at the
 end of the step and exit with 143, 129 and 130.
 """
@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,13 +23,13 @@ from typing import Any, Protocol, TextIO
 import torch
 
 from rlhf_fast.config.stages import StageConfig
-from rlhf_fast.errors import UserError, writing
+from rlhf_fast.errors import BadRows, FunctionFailed, UserError, writing
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.saved_model import check_finished, check_saving
 from rlhf_fast.run import checkpoint
 from rlhf_fast.run.contention import contention_note
 from rlhf_fast.run.function_source import unreadable_notes
-from rlhf_fast.run.identity import check_same_run, input_checksums
+from rlhf_fast.run.identity import CHANGED_FLAG, check_same_run, input_checksums
 from rlhf_fast.run.info import run_info
 from rlhf_fast.run.logs import Log
 from rlhf_fast.run.machine import resident_memory
@@ -38,6 +37,8 @@ from rlhf_fast.run.outputs import LOCK, RUN, check_run_folder, move_in, take_loc
 from rlhf_fast.training.learner import Learner
 
 BEST = "best"
+EARLIER = "earlier_functions"
+"""Section of run.json: the checksums of functions that have changed since, and the step until which each counted."""
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 """Signals that end a run after its step."""
 clock = time.monotonic
@@ -80,7 +81,12 @@ class RunFolder:
         if saved:
             if not cfg.resume:
                 raise UserError(f"{self.out}: holds a run already; choose another `out`, or set resume to true")
-            check_same_run(saved, cfg, self._checksums)
+            changed = check_same_run(saved, cfg, self._checksums)
+            if changed and (done := self.steps_done()):
+                self.notes.append(
+                    f"{', '.join(changed)}: has changed, so from step {done} on this is no longer a run of a single"
+                    f" reward; {RUN} has both checksums"
+                )
             self.notes += self._environment_notes(saved)
             self.finished = "finished" in saved
         self.notes += unreadable_notes(cfg.rewards().values())
@@ -92,13 +98,22 @@ class RunFolder:
             self._lock = take_lock(self.checkpoints, self.out)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._log:
             self._log.close()
         if self._lock:
             self._lock.close()
+        if isinstance(error, FunctionFailed) or (isinstance(error, BadRows) and error.by_function):
+            raise UserError(f"{error}; {self._after_mending()}") from error
+
+    def _after_mending(self) -> str:
+        """Return what the same command does once a function is mended."""
+        if done := self.steps_done():
+            flag = CHANGED_FLAG.format(stage=self.stage)
+            return f"with the function mended, the same command and {flag} goes on from step {done}"
+        return "with the function mended, the same command starts again"
 
     @property
     def log(self) -> Log:
@@ -110,14 +125,11 @@ class RunFolder:
     def take_notes(self) -> list[str]:
         """Return the notes that are not printed yet."""
         notes, self.notes = self.notes, []
-        return notes
+        return [line for note in notes for line in note.split("\n")]
 
     def steps_done(self) -> int:
         """Return the steps before the newest undamaged checkpoint, which is not read yet."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `start_or_resume` warns of a damaged one
-            path = checkpoint.latest(self.checkpoints)
-        return checkpoint.step_of(path) if path else 0
+        return checkpoint.steps_done(self.out)
 
     def start_or_resume(self, total: int, progress_metrics: tuple[str, ...], state: Mapping[str, Stateful]) -> Log:
         """Lock the folder, restore `state` from the newest checkpoint, and open the log of a run of `total` steps.
@@ -128,17 +140,20 @@ class RunFolder:
         saved = check_run_folder(self.cfg.out, self.cfg.input_paths())  # what has changed while the models were loaded
         if "finished" in saved:
             raise UserError(f"{self.out}: another process has finished this run meanwhile; nothing is left to do")
-        if saved:
-            check_same_run(saved, self.cfg, self._checksums)
+        changed = check_same_run(saved, self.cfg, self._checksums) if saved else {}
         if threading.current_thread() is threading.main_thread():
             self._handlers = {
                 number: signal.signal(number, self._on_signal)
                 for number in STOPS
                 if signal.getsignal(number) != signal.SIG_IGN  # nohup and `&` have them ignored
             }
-        checkpoint.write_json(self.out / RUN, self.manifest)
         path = checkpoint.latest(self.checkpoints)
         done = checkpoint.step_of(path) if path else 0
+        earlier = saved.get(EARLIER, []) if done else []
+        if changed and done:
+            earlier = [*earlier, {"until_step": done, "functions": changed}]
+        self.manifest |= {EARLIER: earlier} if earlier else {}
+        checkpoint.write_json(self.out / RUN, self.manifest)
         self._log = log = Log(self.out, self.cfg.log, self.stage, total, done, progress_metrics)
         for note in filter(None, [*self.take_notes(), contention_note(torch.get_num_threads())]):
             log.message(note)
@@ -186,6 +201,9 @@ class RunFolder:
         )
         for folder in (self.checkpoints / BEST, *checkpoint.all_steps(self.checkpoints)):  # it never resumes
             shutil.rmtree(folder, ignore_errors=True)
+        (self.checkpoints / LOCK).unlink(missing_ok=True)  # who waits for it sees in run.json that nothing is left
+        with suppress(OSError):  # a file of the user's is in it
+            self.checkpoints.rmdir()
         self.finished = True
         for note in notes:
             self.log.message(note)

@@ -6,45 +6,37 @@ import ast
 import functools
 import hashlib
 import inspect
+import symtable
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf_fast.config.rewards import RewardSpec, bare_function, is_function, spec_name
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.info import sha256
-from rlhf_fast.training.rewards import source_file
+from rlhf_fast.training.rewards import import_function, source_file
 
 PLAIN = (str, int, float, bool, bytes, type(None))
 
 
-class FunctionSource(NamedTuple):
-    """The source of a function. checksum: "" if it cannot be read."""
+def function_checksum(spec: RewardSpec) -> str:
+    """Return the checksum of a function's source, "" if it cannot be read.
 
-    checksum: str
-    file: Path | None = None
-    """The file of its module, which is what the checksum is of; None for one of the function's own text."""
-
-
-def function_source(spec: RewardSpec) -> FunctionSource:
-    """Return the source of a function.
-
-    A function that its module has under its name has the checksum of the module's file. One of the script that runs, a
-    lambda and a function in another function have that of their own text, with the plain values that they hold: the
-    script's settings may change. UserError if module:function cannot be imported.
+    A function, of a module or of the script that runs, has that of its own text, of the plain values that it holds and
+    of the lines of its file that define the names which it uses: the other lines may change. A class or object that a
+    module has under a name has that of the module's file. UserError if module:function cannot be imported.
     """
-    if isinstance(spec, str) or _is_importable(spec):
+    function = import_function(spec) if isinstance(spec, str) else spec
+    if isinstance(function, FunctionType) or not (isinstance(spec, str) or _is_importable(function)):
+        with suppress(OSError, TypeError, SyntaxError, ValueError):
+            return hashlib.sha256("\n".join(_text(function)).encode()).hexdigest()
+    if isinstance(spec, str) or _is_importable(function):
         file = source_file(spec_name(spec))
-        return FunctionSource(sha256(file), file) if file and file.is_file() else FunctionSource("")
-    try:
-        text = "\n".join(_text(spec))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return FunctionSource("")
-    return FunctionSource(hashlib.sha256(text.encode()).hexdigest())
+        return sha256(file) if file and file.is_file() else ""
+    return ""
 
 
 def _is_importable(function: Callable[..., Any]) -> bool:
@@ -68,7 +60,9 @@ def _text(function: Any) -> Iterator[str]:
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # a cell that is not filled
                 yield repr(_plain(cell.cell_contents))
-        yield _lambda_text(function) if function.__name__ == "<lambda>" else _own_text(function)
+        own = _lambda_text(function) if function.__name__ == "<lambda>" else _own_text(function)
+        yield own
+        yield from _definitions(function, own)
     else:
         yield from _attributes(function)
         yield _own_text(owner)
@@ -104,6 +98,47 @@ def _own_text(owner: Any) -> str:
     return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(owner))))
 
 
+def _definitions(function: FunctionType, own: str) -> Iterator[str]:
+    """Yield the statements of the function's file that define the names which `own` uses, and those that they use."""
+    try:
+        statements = ast.parse("".join(inspect.findsource(inspect.unwrap(function))[0])).body
+        names = _global_names(own)
+    except SyntaxError:  # a cell of a notebook may hold more than Python
+        return
+    left = {ast.unparse(statement): _defined(statement) for statement in statements}
+    found = {own}
+    while new := [text for text, defined in left.items() if defined & names and text not in found]:
+        found.update(new)
+        names = names.union(*map(_global_names, new))
+    yield from (text for text in left if text in found and text != own)
+
+
+def _defined(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement of a module defines."""
+    if isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test):  # what a script does
+        return set()
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {statement.name}
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return {(name.asname or name.name).partition(".")[0] for name in statement.names}
+    nodes = list(ast.walk(statement))
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    inner = [node for node in ast.iter_child_nodes(statement) if isinstance(node, ast.stmt)]
+    return stored.union(*map(_defined, inner))
+
+
+def _global_names(text: str) -> set[str]:
+    """Return the names that a text uses and that are not local to a function in it."""
+    top = symtable.symtable(text, "reward", "exec")
+    tables, names = [top], set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        symbols = [symbol for symbol in table.get_symbols() if symbol.is_referenced()]
+        names |= {symbol.get_name() for symbol in symbols if table is top or symbol.is_global()}
+    return names
+
+
 def _lambda_text(function: FunctionType) -> str:
     """Return the lambdas that begin in the function's line: what stands around them may change."""
     lines, _ = inspect.findsource(function)
@@ -119,5 +154,5 @@ def unreadable_notes(specs: Iterable[RewardSpec]) -> Iterator[str]:
     """Yield a note for each function without a source: a resumed run does not see that it has changed."""
     for spec in specs:
         with suppress(UserError):  # check_fit says it
-            if is_function(spec) and not function_source(spec).checksum:
+            if is_function(spec) and not function_checksum(spec):
                 yield f"reward {spec_name(spec)}: its source cannot be read, so a resumed run cannot tell if it changed"

@@ -18,12 +18,14 @@ from rlhf_fast.config.rewards import is_function, spec_name
 from rlhf_fast.config.stages import StageConfig
 from rlhf_fast.data.hub import split_sha256
 from rlhf_fast.errors import UserError
-from rlhf_fast.run.function_source import function_source
+from rlhf_fast.run.checkpoint import steps_done
+from rlhf_fast.run.function_source import function_checksum
 from rlhf_fast.run.info import model_sha256, sha256
 
 MAY_DIFFER_ON_RESUME = (
     "out",
     "resume",
+    "resume_with_changed_reward",
     "reward_timeout",
     "reward_retries",
     *(f"log.{name}" for name in ("every", "samples", "show_samples", "keep", "live", "sinks", "check_fit")),
@@ -32,6 +34,8 @@ MAY_DIFFER_ON_RESUME = (
 )
 """Settings that do not change the weights that `out` gets. log.validate_every does: it decides at which steps there are
 weights to select from."""
+
+CHANGED_FLAG = "--resume-with-changed-reward (in a recipe --{stage}.resume-with-changed-reward)"
 
 INPUTS = ("data", "models", "functions")
 """Sections of run.json with the checksums of what a run reads."""
@@ -50,12 +54,10 @@ def input_checksums(cfg: StageConfig) -> dict[str, dict[str, str]]:
         found["data"] |= data_checksums(data)
     for spec in filter(is_function, cfg.rewards().values()):
         with suppress(UserError):  # a finished run does not need it
-            source, name = function_source(spec), spec_name(spec)
-            if source.checksum:
+            checksum, name = function_checksum(spec), spec_name(spec)
+            if checksum:
                 taken = sum(key.partition("#")[0] == name for key in found["functions"])  # two lambdas of one name
-                found["functions"][f"{name}#{taken + 1}" if taken else name] = source.checksum
-            if source.file:
-                found["data"][str(source.file)] = source.checksum
+                found["functions"][f"{name}#{taken + 1}" if taken else name] = checksum
     return found
 
 
@@ -115,8 +117,10 @@ def check_same_run(
     cfg: StageConfig,
     checksums: Mapping[str, Mapping[str, str]],
     remedy: str = "choose another `out`",
-) -> None:
-    """Raise UserError if run.json (`saved`) is of another stage, or of other settings, data or models.
+) -> dict[str, str]:
+    """Return the functions that have changed and may, with their old checksums: before the first checkpoint, from which
+    nothing is left, or by resume_with_changed_reward. UserError if run.json (`saved`) is of another stage, or of other
+    settings, data, models or functions.
 
     checksums: what `input_checksums` returns now. remedy: the end of the sentence.
     """
@@ -135,7 +139,16 @@ def check_same_run(
             f"{out}: was {'finished' if 'finished' in saved else 'started'} with {'; '.join(differ)}; set"
             f" {'them' if len(differ) > 1 else 'it'} back or {remedy}"
         )
-    for name, digest in now.items():
-        if before.get(name, digest) != digest:
-            what = "the model in it has" if name in checksums["models"] else "has"
-            raise UserError(f"{name}: {what} changed since {out} was started with it; {remedy}")
+    changed = {name: before[name] for name, digest in now.items() if before.get(name, digest) != digest}
+    functions = {name: digest for name, digest in changed.items() if name in checksums["functions"]}
+    for name in changed.keys() - functions.keys():
+        what = "the model in it has" if name in checksums["models"] else "has"
+        raise UserError(f"{name}: {what} changed since {out} was started with it; {remedy}")
+    if functions and "finished" in saved:
+        raise UserError(f"{next(iter(functions))}: has changed since {out} was finished with it; {remedy}")
+    if functions and not getattr(cfg, "resume_with_changed_reward", False) and (done := steps_done(out)):
+        raise UserError(
+            f"{next(iter(functions))}: has changed since {out} was started with it; to go on from step {done} with the"
+            f" changed function add {CHANGED_FLAG.format(stage=cfg.stage)}, or {remedy}"
+        )
+    return functions

@@ -133,7 +133,7 @@ def load_pyplot(command: str) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError(f"{command}: matplotlib is not installed; run `pip install 'rlhf-fast[plot]'`") from error
+        raise UserError(f"{command}: matplotlib is not installed; run `pip install matplotlib`") from error
     choose_backend(matplotlib)
     from matplotlib import pyplot
 

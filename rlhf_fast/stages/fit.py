@@ -79,8 +79,8 @@ def check_fit(cfg: StageConfig, earlier: Sequence[StageConfig] = ()) -> int:
         if role.trained and role.cfg.lora.rank and find_spec("peft") is None:
             name = role.setting.replace("path", "lora.rank")
             raise UserError(
-                f"{cfg.stage}: {name} is {role.cfg.lora.rank}, which needs the package peft; pip install"
-                f" 'rlhf-fast[lora]', or set {name} to 0"
+                f"{cfg.stage}: {name} is {role.cfg.lora.rank}, which needs the package peft; pip install peft"
+                f", or set {name} to 0"
             )
         if role.trained and role.cfg.dtype == "float16":
             name = role.setting.replace("path", "dtype")

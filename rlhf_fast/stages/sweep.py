@@ -96,7 +96,7 @@ def run_sweep(
             echo(f"{COMMAND}: run {i} of {len(runs)}: {run.label}")
             outcomes.append(_run(run, echo))
             _write(out, outcomes)
-        echo("\n".join(table(outcomes)))
+        echo("\n".join([*table(outcomes), *equal_rows(outcomes)]))
         echo(f"{COMMAND}: the table is in {out / TABLE}")
     failures = [f"{outcome.run.label}: failed: {outcome.error}" for outcome in outcomes if outcome.error]
     finished = [outcome.run for outcome in outcomes if not outcome.error]
@@ -239,6 +239,15 @@ def _end_metrics(run: Run) -> dict[str, tuple[float, float]]:
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """Return a line for each run: its values, the last value of each of its main metrics, its time and folder."""
     return aligned(_cells(outcomes))
+
+
+def equal_rows(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return a sentence on runs of different values whose figures are all the same."""
+    finished = [outcome for outcome in outcomes if outcome.metrics and not outcome.error]
+    if len(finished) < 2 or any(outcome.metrics != finished[0].metrics for outcome in finished):
+        return []
+    names = " and ".join(finished[0].run.values)
+    return [f"{COMMAND}: all figures are equal: the runs are too short to differ, or {names} has no effect in them"]
 
 
 def _cells(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:

@@ -157,8 +157,9 @@ def _next_wait(
     times = f", the last of {attempt + 1} calls" if attempt else ""
     uids = list(dict.fromkeys(call.uids))
     raise BadRows(
-        f"reward {call.name}: {what}{times}; {remedy}. It was called with {len(call.uids)} responses",
+        f"reward {call.name}: {what}{times}, called with {len(call.uids)} responses; {remedy}",
         [("Responses", uid) for uid in uids],
+        by_function=True,
     ) from error
 
 

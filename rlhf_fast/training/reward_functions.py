@@ -104,6 +104,12 @@ class FunctionReward:
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
     @property
+    def place(self) -> str:
+        """The file and line of the function, for messages: " (FILE:LINE)"; "" if it has no code of its own."""
+        code = getattr(inspect.unwrap(bare_function(self.function)), "__code__", None)
+        return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+
+    @property
     def wanted(self) -> Wanted | None:
         """The columns that the function reads; None if it is not called by names."""
         form = self.form

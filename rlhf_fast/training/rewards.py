@@ -32,7 +32,7 @@ from rlhf_fast.config.rewards import (
     spec_name,
 )
 from rlhf_fast.data.row_columns import Wanted
-from rlhf_fast.errors import BadRows, UserError, listed
+from rlhf_fast.errors import BadRows, FunctionFailed, UserError, listed
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.pretrained import check_tokenizers
 from rlhf_fast.training.micro_batches import micro_batches
@@ -145,7 +145,7 @@ class Reward:
             if isinstance(part, ModelReward):
                 columns.append(part(responses).tolist())
             else:
-                columns.append(check_numbers(next(returned), uids, part.name))
+                columns.append(check_numbers(next(returned), uids, f"{part.name}{part.place}", by_function=True))
         self._require_a_number(columns, uids)
         total = [
             math.fsum(weight * number for weight, number in zip(self.weights, row, strict=True) if number is not None)
@@ -167,12 +167,13 @@ class Reward:
         bad = [i for i, row in enumerate(zip(*columns, strict=True)) if all(number is None for number in row)]
         if not bad:
             return
-        shown = listed([f"prompt {uids[i]} (row {i} of the batch)" for i in bad])
         who = f"reward {self.parts[0].name}: returned None" if len(self.parts) == 1 else "reward: all returned None"
         raise BadRows(
-            f"{who} for {shown}; {len(bad)} of {len(uids)} responses have no reward, and each needs a number from one"
-            " function at least",
+            f"{who}; {len(bad)} of {len(uids)} responses have no reward, and each needs a number from one function at"
+            " least",
             [("Responses", uids[i]) for i in bad],
+            unlocated=_batch_rows(bad, uids),
+            by_function=True,
         )
 
 
@@ -183,22 +184,28 @@ def score_responses(reward: RewardFunction, responses: Responses, prompts: Promp
     return Scores(reward(responses), {})
 
 
-def check_numbers(scores: Any, uids: Sequence[int], name: str) -> list[float | None]:
-    """Return one finite number or None for each row; raise UserError naming the rows otherwise."""
+def _batch_rows(bad: Sequence[int], uids: Sequence[int]) -> str:
+    return listed([f"prompt {uids[i]}, row {i} of the batch" for i in bad])
+
+
+def check_numbers(scores: Any, uids: Sequence[int], name: str, by_function: bool = False) -> list[float | None]:
+    """Return one finite number or None for each row; raise UserError naming the rows otherwise. by_function: they are
+    what a user's function returned, which FunctionFailed says."""
+    kind = FunctionFailed if by_function else UserError
     try:
         found = [scores] if isinstance(scores, (str, bytes)) else list(scores)
         if any(isinstance(score, (str, bytes)) for score in found):
             raise TypeError("found text")
         numbers = [None if score is None else float(score) for score in found]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: a reward must return one number for each response ({error})") from error
+        raise kind(f"{name}: a reward must return one number for each response ({error})") from error
     if len(numbers) != len(uids):
-        raise UserError(f"{name}: returned {len(numbers)} rewards for {len(uids)} responses")
+        raise kind(f"{name}: returned {len(numbers)} rewards for {len(uids)} responses")
     bad = [i for i, number in enumerate(numbers) if number is not None and not math.isfinite(number)]
     if bad:
-        shown = listed([f"{numbers[i]} for prompt {uids[i]} (row {i} of the batch)" for i in bad])
-        what = f"{name}: returned {shown}; {len(bad)} of {len(uids)} rewards are not finite numbers"
-        raise BadRows(what, [("Responses", uids[i]) for i in bad])
+        values = " and ".join(dict.fromkeys(str(numbers[i]) for i in bad))
+        what = f"{name}: returned {values}; {len(bad)} of {len(uids)} rewards are not finite numbers"
+        raise BadRows(what, [("Responses", uids[i]) for i in bad], _batch_rows(bad, uids), by_function)
     return numbers
 
 
@@ -206,7 +213,7 @@ def check_scores(scores: Any, uids: Sequence[int], name: str) -> Tensor:
     """Return one finite number for each row as (B,) float32; raise UserError naming the rows otherwise."""
     numbers = check_numbers(scores, uids, name)
     if missing := [i for i, number in enumerate(numbers) if number is None]:
-        shown = listed([f"prompt {uids[i]} (row {i} of the batch)" for i in missing])
+        shown = _batch_rows(missing, uids)
         raise UserError(f"{name}: a reward must return one number for each response, and returned None for {shown}")
     return torch.tensor(numbers, dtype=torch.float32)
 

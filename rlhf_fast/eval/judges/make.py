@@ -1,6 +1,6 @@
 """Make the weight files of the built-in judges: `python -m rlhf_fast.eval.judges.make DATA [OUT]`.
 
-DATA holds the labelled files (labelled.py names them). Needs scikit-learn: pip install "rlhf-fast[judges]". Equal files
+DATA holds the labelled files (labelled.py names them). Needs scikit-learn: pip install scikit-learn. Equal files
 give equal bytes. Each judge's validation is stored with it: five folds, split by prompt or question.
 """
 
@@ -64,7 +64,7 @@ def require_sklearn() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise UserError('scikit-learn is not installed; pip install "rlhf-fast[judges]"') from error
+        raise UserError("scikit-learn is not installed; pip install scikit-learn") from error
 
 
 def fit_refusal(labelled: Labelled, references: ReferenceWords | None = None) -> tuple[RefusalJudge, dict[str, Any]]:
