@@ -273,7 +273,7 @@ def test_the_last_failure_names_rows_and_line(policy, prompts, responses, no_wai
     text = str(caught.value)
     assert "raised KeyError: 'key' (" in text and f"{__file__}:" in text
     assert ("the last of 2 calls" in text) is bool(retries) and len(found.said) == retries
-    assert text.endswith("called with 6 responses (rows.jsonl:70, rows.jsonl:71, rows.jsonl:72)")
+    assert text.endswith("called with 6 responses; mend the function (rows.jsonl:70, rows.jsonl:71, rows.jsonl:72)")
     assert isinstance(caught.value.__cause__.__cause__, KeyError)  # its traceback is printed by Python
 
 

@@ -58,7 +58,7 @@ def test_sft_keeps_the_epoch_with_the_best_validation_loss(folder):
     assert best < len(losses["loss"]) - 1, "the test needs a run whose last epoch is not its best"
     assert not toy.same_weights(folder / "loss", folder / "last")
     assert json.loads((folder / "loss/run.json").read_text())["finished"]["score"] == -min(losses["loss"])
-    assert [entry.name for entry in (folder / "loss/checkpoints").iterdir()] == ["lock"]
+    assert not (folder / "loss/checkpoints").exists()
 
 
 def test_sft_mixes_in_pretraining_text_by_its_share(folder):

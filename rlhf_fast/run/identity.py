@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rlhf_fast.config.data_path import DataPath, PythonRows, hub_name, parts, path_key
 from rlhf_fast.config.resolve import difference, from_json, show
 from rlhf_fast.config.rewards import is_function, spec_name
-from rlhf_fast.config.stages import StageConfig
+from rlhf_fast.config.stages import RewardConfig, StageConfig
 from rlhf_fast.data.hub import split_sha256
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import steps_done
@@ -146,7 +146,8 @@ def check_same_run(
         raise UserError(f"{name}: {what} changed since {out} was started with it; {remedy}")
     if functions and "finished" in saved:
         raise UserError(f"{next(iter(functions))}: has changed since {out} was finished with it; {remedy}")
-    if functions and not getattr(cfg, "resume_with_changed_reward", False) and (done := steps_done(out)):
+    may_change = isinstance(cfg, RewardConfig) or cfg.resume_with_changed_reward
+    if functions and not may_change and (done := steps_done(out)):
         raise UserError(
             f"{next(iter(functions))}: has changed since {out} was started with it; to go on from step {done} with the"
             f" changed function add {CHANGED_FLAG.format(stage=cfg.stage)}, or {remedy}"
