@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from importlib import import_module
@@ -36,6 +37,14 @@ def _load_file(name: str, path: str) -> ModuleType:
     return module
 
 
+def _cannot_load(name: str, error: ImportError) -> str:
+    """Return why an extension that is there does not load. Those of g++ have OpenMP's symbols from another library."""
+    remedy = "install rlhf-fast again, on this machine and for this Python"
+    if re.search(r"undefined symbol: (GOMP|omp)_", str(error)):
+        remedy = "neither torch nor the system has the OpenMP runtime libgomp.so.1; install it (Debian: libgomp1)"
+    return f"{name} is built, but cannot be loaded ({error}); {remedy}"
+
+
 def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
     """Return the modules of compiled kernels by backend, best last, and for each device without one the reason."""
     found: dict[str, ModuleType] = {}
@@ -49,7 +58,7 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
         if wanted and wanted not in cpu.groups:
             raise ValueError(f"RLHF_FAST_ISA={wanted} does not run here; this machine has: {', '.join(cpu.groups)}")
         found |= {f"cpu:{isa}": getattr(cpu, isa) for isa in cpu.groups if not wanted or isa == wanted}
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         missing["cpu"] = f"rlhf_fast._cpu is not built ({error}): no C++ compiler at the install, or RLHF_FAST_EXT=0"
         tree = Path(__file__).resolve().parent.parent
         if (tree / "csrc").is_dir():  # a source tree in the working directory hides an installed package
@@ -57,6 +66,8 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
                 f"the source tree {tree} is imported, not an installed package, and its rlhf_fast._cpu is not built"
                 f" ({error}); leave that folder, or install with `pip install -e .` and a C++ compiler"
             )
+    except ImportError as error:
+        missing["cpu"] = _cannot_load("rlhf_fast._cpu", error)
     try:
         cuda = import_module("rlhf_fast._cuda").cuda
         cuda.why_not()  # raises where the driver cannot run this build
@@ -64,8 +75,10 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
             found["cuda"] = cuda
         else:
             missing["cuda"] = "rlhf_fast._cuda is built, but no CUDA device is visible to torch"
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         missing["cuda"] = f"rlhf_fast._cuda is not built ({error}): installed without nvcc, or with RLHF_FAST_CUDA=0"
+    except ImportError as error:
+        missing["cuda"] = _cannot_load("rlhf_fast._cuda", error)
     except RuntimeError as error:
         missing["cuda"] = f"rlhf_fast._cuda is built, but {str(error).partition(': ')[2]}"
     return found, missing

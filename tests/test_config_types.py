@@ -3,6 +3,7 @@ it. Rewards in flags, YAML and Python."""
 
 import json
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ def score(texts):
         (lambda: PPOConfig(episodes=True), "episodes must be a whole number, got True"),
         (lambda: PPOConfig(gamma="1"), "gamma must be a number, got '1'"),
         (lambda: PPOConfig(whiten="batches"), r"whiten must be one of batch, minibatch, none \(did you mean batch\?\)"),
+        (lambda: PPOConfig(gamma=10**400), "gamma must be a number, got 1000"),
+        (lambda: PPOConfig(missing_eos_value=10**400), "missing_eos_value must be a number, got 1000"),
+        (lambda: PPOConfig(whiten=np.array(["batch", "none"])), "whiten must be one of batch, minibatch, none"),
         (lambda: PPOConfig(resume=1), "resume must be True or False, got 1"),
         (lambda: PPOConfig(policy="runs/sft"), r"policy must be a ModelConfig; write ModelConfig\(\.\.\.\)"),
         (lambda: ModelConfig(path=3), "path must be text, got 3"),
@@ -134,6 +138,11 @@ def test_what_stands_for_a_type_becomes_it():
     assert SFTConfig(sampling=SamplingConfig(stop=["x"])).sampling.stop == ("x",)
     assert RewardConfig(seed=3).seed == 3
     json.dumps(to_plain(cfg))
+
+
+def test_a_member_of_an_enum_of_texts_is_its_text():
+    whiten = PPOConfig(whiten=Enum("Whiten", {"NONE": "none"}, type=str).NONE).whiten
+    assert (whiten, type(whiten)) == ("none", str)
 
 
 def test_scalars_of_numpy_and_torch_are_those_of_python():

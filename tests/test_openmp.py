@@ -51,3 +51,23 @@ def test_one_openmp_runtime_in_the_process(start):
     folder = Path(torch.__file__).resolve().parent
     bundled = [*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]
     assert not bundled or Path(runtime).resolve() in [path.resolve() for path in bundled]
+
+
+def test_kernels_without_a_runtime_say_so():
+    """They are built: a compiler would not help."""
+    refuses = HIDES_OPENMP.replace(
+        "ctypes.CDLL = loads\n",
+        """
+def refusing(name, *args, **others):
+    if name and "libgomp" in name:
+        raise OSError(f"{name}: cannot open shared object file")
+    return loads(name, *args, **others)
+
+ctypes.CDLL = refusing
+""",
+    )
+    code = refuses + "from rlhf_fast.kernels._backends import WHY_MISSING; print(WHY_MISSING['cpu'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rlhf_fast._cpu is built, but cannot be loaded (")
+    assert "undefined symbol: " in done.stdout and "install it (Debian: libgomp1)" in done.stdout

@@ -399,6 +399,26 @@ def test_a_run_goes_on_from_another_directory(folder, monkeypatch, capsys):
     assert "x is finished already" in capsys.readouterr().err
 
 
+def test_a_copy_of_a_copied_run_has_the_functions_of_the_first(folder, monkeypatch):
+    """The directory of the copy may have another function of that name, which would train another model."""
+    for name, value in (("first", 1.0), ("second", 2.0)):
+        (folder / name / "runs" / "x").mkdir(parents=True)
+        (folder / name / "scores_of_copy.py").write_text(f"def score(texts):\n    return [{value}] * len(texts)\n")
+    cfg = toy.ppo(folder, out="runs/x", reward="scores_of_copy:score")
+    with monkeypatch.context() as patch:
+        patch.chdir(folder / "first")
+        Path("runs/x/run.json").write_text(json.dumps(run_info("ppo", cfg)))
+        patch.chdir(folder / "second")
+        copied = stage_config(PPOConfig, ["--config", "../first/runs/x/run.json", "--out", "runs/x"])
+        Path("runs/x/run.json").write_text(json.dumps(run_info("ppo", copied)))
+        here = stage_config(PPOConfig, ["--config", "runs/x/run.json"]).reward
+    monkeypatch.chdir(folder)
+    there = stage_config(PPOConfig, ["--config", "second/runs/x/run.json"]).reward
+    assert here.folder == there.folder == str(folder / "first")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert find_function(there)(["abc"]) == [1.0]
+
+
 def test_a_finished_run_needs_its_data_no_more(folder, capsys):
     """Rows that a script gave are in no file, and those of a file may be gone."""
     rows = toy.rows(toy.demonstrations(folder / "demonstrations.jsonl", 16))

@@ -18,6 +18,8 @@ from rlhf_fast.config.yaml_file import Setting
 from rlhf_fast.errors import UserError, listed
 
 REWARDS = ("reward", "select_reward")
+FUNCTIONS_FROM = "function_directories"
+"""Key of run.json: function -> the directory of an earlier run, whose settings named it."""
 PATHS = ("out", "reference", *REWARDS, "log.eval_data")
 """Settings that may name a folder or file, beside those of a model's or data group's path."""
 
@@ -53,7 +55,9 @@ def run_settings(path: str | Path, run: Mapping[str, Any], stage: str) -> dict[s
             file=sys.stderr,
         )
     base = run_directory(Path(path).expanduser(), run)
-    return {name: _placed(name, setting, base) for name, setting in settings.items() if name not in unknown}
+    found = run.get(FUNCTIONS_FROM)
+    folders = found if isinstance(found, dict) else {}
+    return {name: _placed(name, setting, base, folders) for name, setting in settings.items() if name not in unknown}
 
 
 def run_directory(file: Path, run: Mapping[str, Any]) -> Path:
@@ -68,19 +72,26 @@ def run_directory(file: Path, run: Mapping[str, Any]) -> Path:
     return Path(recorded) if isinstance(recorded, str) and Path(recorded).is_dir() else Path.cwd()
 
 
-def _placed(name: str, setting: Setting, base: Path) -> Setting:
-    """Return a setting whose paths lead to the same place from the working directory, and whose functions are found."""
-    if base == Path.cwd() or not (name in PATHS or name.endswith((".path", ".valid"))):
+def _placed(name: str, setting: Setting, base: Path, folders: Mapping[str, str]) -> Setting:
+    """Return a setting whose paths lead to the same place from the working directory, and whose functions are found.
+
+    folders: of functions that are not in `base`.
+    """
+    if not (name in PATHS or name.endswith((".path", ".valid"))):
         return setting
     value = setting.value
     if isinstance(value, list):
-        return Setting([_place(entry, base, name) for entry in value], setting.origin)
-    return Setting(_place(value, base, name), setting.origin)
+        return Setting([_place(entry, base, name, folders) for entry in value], setting.origin)
+    return Setting(_place(value, base, name, folders), setting.origin)
 
 
-def _place(value: object, base: Path, name: str) -> object:
+def _place(value: object, base: Path, name: str, folders: Mapping[str, str]) -> object:
     """Return an absolute path for a relative one of `base`; any other value, such as a hub name, as it is."""
-    if not isinstance(value, str) or not value or Path(value).is_absolute() or value.startswith("~"):
+    if name in REWARDS and isinstance(value, str) and value in folders:
+        return FunctionOfRun(value, str(folders[value]))
+    if base == Path.cwd() or not isinstance(value, str) or not value or Path(value).is_absolute():
+        return value
+    if value.startswith("~"):
         return value
     path = str(base / value)
     there = (base / value).exists() or (is_pattern(path) and bool(glob.glob(path, recursive=True)))  # noqa: PTH207

@@ -68,11 +68,12 @@ def _group(kind: Any, value: Any) -> Any:
 
 
 def _choice(choices: Sequence[Any], value: Any) -> Any:
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        names = list(map(str, choices))
-        hint = did_you_mean(str(value), names, "")
-        raise ValueError(f"must be one of {', '.join(names)}{f' ({hint})' * bool(hint)}")
-    return value
+    for choice in choices:
+        if (type(value) is type(choice) or isinstance(value, str)) and value == choice:  # a text may be of an enum
+            return choice
+    names = list(map(str, choices))
+    hint = did_you_mean(str(value), names, "")
+    raise ValueError(f"must be one of {', '.join(names)}{f' ({hint})' * bool(hint)}")
 
 
 def _one_of(kinds: Sequence[Any], value: Any, source: Source) -> Any:
@@ -119,7 +120,11 @@ def _python_number(kind: type, value: Any) -> int | float:
     if not isinstance(value, Real):
         raise _not_a(kind)
     if kind is float:
-        return value if type(value) is int else float(value)  # NumPy's float64 is a float
+        try:
+            number = float(value)  # NumPy's float64 is a float
+        except OverflowError:
+            raise _not_a(kind) from None
+        return value if type(value) is int else number
     if isinstance(value, Integral):
         return int(value)
     if math.isfinite(value) and float(value).is_integer():  # 1e5

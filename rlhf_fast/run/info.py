@@ -16,6 +16,8 @@ import torch
 
 from rlhf_fast import __version__
 from rlhf_fast.config.resolve import to_plain
+from rlhf_fast.config.rewards import FunctionOfRun, reward_specs
+from rlhf_fast.config.run_file import FUNCTIONS_FROM, REWARDS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -41,6 +43,8 @@ def run_info(stage: str, cfg: DataclassInstance) -> dict[str, Any]:
         if found := package_version(package):
             versions[package] = found
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    rewards = [spec for name in REWARDS for spec in reward_specs(getattr(cfg, name, ""))]
+    elsewhere = {str(spec): spec.folder for spec in rewards if isinstance(spec, FunctionOfRun)}
     return {
         "stage": stage,
         "config": json.loads(json.dumps(to_plain(cfg))),
@@ -48,6 +52,7 @@ def run_info(stage: str, cfg: DataclassInstance) -> dict[str, Any]:
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "command": sys.argv,
         "directory": str(Path.cwd()),
+        **({FUNCTIONS_FROM: elsewhere} if elsewhere else {}),
     }
 
 
