@@ -174,7 +174,7 @@ def test_the_runner_names_the_cell_that_fails(cell, said, tmp_path):
     path.write_text(notebook("x = 1", f"assert x == 1\n{cell}", "print('never')"), encoding="utf-8")
     done = run(path, tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert "bad.ipynb: cell 2 failed" in done.stderr and said in done.stderr
+    assert "bad.ipynb, cell 2 failed" in done.stderr and said in done.stderr
     assert cell.splitlines()[-1] in done.stderr  # the traceback shows the line
 
 

@@ -242,6 +242,31 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(capsys, recipe, s
     assert [cfg.kl.coef for cfg in started] == [0.05, 0.07]  # the same command does what is left
 
 
+@pytest.mark.parametrize("coefs", [("0.05", "0.1"), ("0.1", "0.05")])
+def test_a_sweep_says_before_it_trains_which_runs_will_not_fit(capsys, recipe, started, monkeypatch, coefs):
+    """A run that does not fit is named whichever its place, and the others are made; without others nothing is."""
+    run = ppo.run
+
+    def too_large(cfg, dry_run=False, *_):
+        if cfg.kl.coef < 0.1:
+            raise UserError("ppo: needs about 99 GiB")
+        if not dry_run:
+            run(cfg)
+
+    monkeypatch.setattr(ppo, "run", too_large)
+    assert main(["sweep", recipe, "--ppo.kl.coef", "0.05", "0.07"]) == 2
+    assert not started and "rlhf-fast: error: ppo: needs about 99 GiB" in capsys.readouterr().err
+    assert main(["sweep", recipe, "--ppo.kl.coef", *coefs]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    warned = lines.index("sweep: ppo.kl.coef=0.05 will fail: ppo: needs about 99 GiB")
+    assert warned < min(i for i, line in enumerate(lines) if line.startswith("sweep: run 1 of 2"))
+    statuses = {
+        run["values"]["ppo.kl.coef"]: run["status"]
+        for run in json.loads(Path("runs/toy/sweep/sweep.json").read_text())["runs"]
+    }
+    assert statuses == {"0.05": "failed", "0.1": "finished"}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -232,12 +232,11 @@ def run_stages(recipe: Recipe, echo: Callable[[str], None] = print, dry_run: boo
     return measurements
 
 
-def check_room(recipe: Recipe) -> None:
-    """Raise UserError, before the first stage trains, if memory or disk is too small for a later one."""
-    stages = list(recipe.stages.values())
-    later = [cfg for cfg in stages if not finished(cfg)][1:]  # the first one looks itself
-    for cfg in filter(lambda cfg: cfg.log.check_fit, later):
-        run_stage(cfg, "fit", stages)
+def check_room(recipe: Recipe, names: Collection[str] = STAGES) -> None:
+    """Raise UserError, before the first stage trains, if memory or disk is too small for a later one of `names`."""
+    left = [(name, cfg) for name, cfg in recipe.stages.items() if not finished(cfg)][1:]  # the first one looks itself
+    for cfg in [cfg for name, cfg in left if name in names and cfg.log.check_fit]:
+        run_stage(cfg, "fit", list(recipe.stages.values()))
         free_memory()
 
 

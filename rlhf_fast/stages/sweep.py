@@ -35,6 +35,7 @@ from rlhf_fast.stages.recipe import (
     check_recipe,
     check_room,
     dependents,
+    finished,
     measurement_key,
     planned_models,
     read_measurements,
@@ -88,8 +89,9 @@ def run_sweep(
     with take_lock(out, out):
         if not (out / RESULTS).exists():
             _write(out, [])  # signs the folder, so that the same command goes on there
+        if not all(map(finished, shared.stages.values())):
+            _check_room(runs, echo)
         if shared.stages:
-            check_room(runs[0].recipe)
             run_stages(shared, echo)
         outcomes = []
         for i, run in enumerate(runs, 1):
@@ -99,12 +101,12 @@ def run_sweep(
         echo("\n".join([*table(outcomes), *equal_rows(outcomes)]))
         echo(f"{COMMAND}: the table is in {out / TABLE}")
     failures = [f"{outcome.run.label}: failed: {outcome.error}" for outcome in outcomes if outcome.error]
-    finished = [outcome.run for outcome in outcomes if not outcome.error]
-    if evaluation is None or not finished:
+    made = [outcome.run for outcome in outcomes if not outcome.error]
+    if evaluation is None or not made:
         return failures, []
     from rlhf_fast.eval.evaluate import evaluate_and_print
 
-    return failures, evaluate_and_print(_evaluation(finished, out) or evaluation)
+    return failures, evaluate_and_print(_evaluation(made, out) or evaluation)
 
 
 def plan(path: str | Path, chosen: Sequence[Combination], folder: str = "") -> list[Run]:
@@ -155,6 +157,22 @@ def _shared(run: Run) -> Recipe:
     """Return the recipe of the stages that all runs share."""
     stages = {stage: cfg for stage, cfg in run.recipe.stages.items() if stage not in run.stages}
     return Recipe(run.recipe.out, stages)
+
+
+def _check_room(runs: Sequence[Run], echo: Callable[[str], None]) -> None:
+    """Say which runs will not fit into memory or on the disk, before any stage trains. UserError if none will."""
+    errors = list(filter(None, (_room_error(run, echo) for run in runs)))
+    if len(errors) == len(runs):
+        raise errors[0]
+
+
+def _room_error(run: Run, echo: Callable[[str], None]) -> UserError | None:
+    try:
+        check_room(run.recipe, run.stages)
+    except UserError as error:
+        echo(f"{COMMAND}: {run.label} will fail: {error}")
+        return error
+    return None
 
 
 def _check(runs: Sequence[Run], out: Path) -> None:

@@ -32,14 +32,15 @@ def refuse_connections(event: str, args: tuple) -> None:
 def run(path: Path) -> int:
     """Run a notebook in this process's `__main__`; return the exit status."""
     namespace = vars(sys.modules["__main__"])  # so that functions of a cell belong to __main__, as in Jupyter
-    for number, cell in enumerate(code_cells(path), 1):
-        text, file = source(cell), f"<{path.name}, cell {number}>"
-        linecache.cache[file] = (len(text), None, text.splitlines(True), file)  # for tracebacks and inspect.getsource
+    cells = [(source(cell), f"<{path.name}, cell {i}>") for i, cell in enumerate(code_cells(path), 1)]
+    lines, print_traceback, stderr = linecache.cache, traceback.print_exc, sys.stderr  # a cell may use these names
+    for text, file in cells:
+        lines[file] = (len(text), None, text.splitlines(True), file)  # for tracebacks and inspect.getsource
         try:
             exec(compile(text, file, "exec"), namespace)
         except BaseException:
-            traceback.print_exc()
-            print(f"{path.name}: cell {number} failed", file=sys.stderr)
+            print_traceback()
+            stderr.write(f"{file[1:-1]} failed\n")
             return 1
     return 0
 
