@@ -86,8 +86,8 @@ def test_the_demos_recipe_runs(folder, one_thread, capsys):
     write_rows(data / "rankings_train.jsonl", rows)
     small = "--sft.epochs 1 --reward.epochs 1 --ppo.episodes 16 --ppo.batch 8 --ppo.minibatch 8"
     assert main(["run", str(EXAMPLES / "demo.yaml"), *small.split()]) == 0, capsys.readouterr().err
-    assert len(toy.rows(Path("runs/first/ppo/metrics.jsonl"))) == 2
-    assert Path("runs/first/ppo/model.safetensors").is_file()
+    assert len(toy.rows(Path("runs/demo-recipe/ppo/metrics.jsonl"))) == 2
+    assert Path("runs/demo-recipe/ppo/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
