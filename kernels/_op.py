@@ -19,7 +19,7 @@ matrix, may also reach the gradients of ignored rows. `sample_tokens` has no tok
 An op is kernels/<op>.py: signature, reference, checks, launchers of compiled kernels, inputs for tests. Its kernels are
 in csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu and kernels/triton/<op>.py. Files of kernels/ that begin with _ are shared:
 
-    _op, _op_backends, _arguments, _autograd, _backends, _launch, _tensors      every op
+    _op, _op_backends, _arguments, _autograd, _backends, _launch, _openmp, _tensors     every op
     _head, _head_checks, _head_inputs               token_logprobs, linear_{logprobs,cross_entropy,kl,ppo_loss}
     _cpu_head                                       these linear_* ops on the CPU
     _product                                        linear, linear_sample_tokens and _cpu_head; switch of bfloat16

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import toy
@@ -177,9 +178,9 @@ def test_tokenizers_that_differ_are_refused(folder):
 
 def test_nan_in_the_reward_names_the_rows(folder, monkeypatch):
     monkeypatch.setattr(toy, "share_of_a", lambda texts: [float("nan") if t.startswith("b") else 0.0 for t in texts])
-    with pytest.raises(UserError, match=r"toy:share_of_a: returned nan .*prompts.jsonl:\d+") as caught:
+    with pytest.raises(UserError, match=r"toy:share_of_a \(.*\): returned nan; .*prompts.jsonl:\d+") as caught:
         ppo.run(toy.ppo(folder))
-    line = int(str(caught.value).rpartition("prompts.jsonl:")[2].rstrip(")").split(",")[0])
+    line = int(re.findall(r"prompts\.jsonl:(\d+)", str(caught.value))[-1])
     assert toy.rows(folder / "prompts.jsonl")[line - 1]["prompt"].startswith("b")
 
 
