@@ -53,6 +53,31 @@ def test_orders_and_sizes_of_blocks(backend, dtype, bytes_3_gemm, bytes_4_gemm, 
         assert ((ours.grad.double() - exact.grad).abs() <= bound).all()
 
 
+def norm_of_error(x, truth):
+    return ((x.double() - truth).norm() / truth.norm()).item()
+
+
+@each_backend
+def test_long_sums_are_as_near_the_truth_as_plain_torchs(backend):
+    """The gradient of hidden sums over the vocabulary, the one of weight over the rows, a product over the width."""
+    if backend in ("simt", "triton"):
+        pytest.skip("a simulator would take minutes")
+    hidden, weight, targets = random_head(48, 64, 30011, ignored=0)
+    exact = to_float64(hidden, weight)
+    ops.linear_cross_entropy.reference(*exact, targets)[0].backward()
+    plain = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    torch.nn.functional.cross_entropy(plain[0] @ plain[1].T, targets).backward()
+    ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)[0].backward()
+    for ours, theirs, truth in zip((hidden, weight), plain, exact, strict=True):
+        assert norm_of_error(ours.grad, truth.grad) <= 1.5 * norm_of_error(theirs.grad, truth.grad)
+
+    for rows in (1, 48):
+        x, w = torch.randn(rows, 30011), torch.randn(40, 30011)
+        truth = x.double() @ w.double().T
+        ours = ops.linear.backend(backend)(x, w)
+        assert norm_of_error(ours, truth) <= 1.5 * norm_of_error(x @ w.T, truth)
+
+
 @compiled
 def test_bits_do_not_depend_on_the_vocabulary_block_or_the_op(backend, monkeypatch):
     hidden, weight, targets = random_head(64, 40, 9001)

@@ -5,8 +5,8 @@
 //
 // So much with AVX-512; half the columns without. Either matrix may be the transpose of what is in memory. A panel
 // stays in the first-level cache while the rows of A come from the second; the next one is prefetched meanwhile.
-// Between two panels of a column the sums are in `out`. Every result is one chain of fused multiply-adds over k in its
-// order, the same in any tile.
+// The sums of a panel are one chain of fused multiply-adds over its k in their order, and are then added to `out`: the
+// same in any tile, and the error grows with 128 + K / 128, where one chain's would grow with K.
 //
 // Floor: 2 rows columns K operations, two vectors of fused multiply-adds a cycle.
 #pragma once
@@ -28,11 +28,6 @@ template <int R, int C>
 INLINE void gemm_tile(const GemmMatrix& a, const float* panel, int64_t K, bool is_first, float* out,
                       int64_t out_stride) {
   f32 sums[R * C] = {};
-  if (!is_first)
-    unrolled<R * C>([&](auto i) __attribute__((always_inline)) {
-      constexpr int n = decltype(i)::value;
-      sums[n] = load(out + n / C * out_stride + n % C * W);
-    });
   const float* x = a.data;
   for (int64_t k = 0; k < K; ++k) {
     f32 b[C];
@@ -50,7 +45,8 @@ INLINE void gemm_tile(const GemmMatrix& a, const float* panel, int64_t K, bool i
   }
   unrolled<R * C>([&](auto i) __attribute__((always_inline)) {
     constexpr int n = decltype(i)::value;
-    store(out + n / C * out_stride + n % C * W, sums[n]);
+    float* const to = out + n / C * out_stride + n % C * W;
+    store(to, is_first ? sums[n] : load(to) + sums[n]);
   });
 }
 
