@@ -1,9 +1,9 @@
 """Shared by all tests: a fresh but printed seed, NaN in uninitialised memory, worker processes, and two sizes.
 
 `pytest` runs the quick tests in one process a core, `pytest -m slow` longer ones, `pytest -m ''` all. A cross product
-marked `exhaustive(keep, by)` is sampled: of the cases with the same values of the parameters `by`, `keep` are drawn for
-the quick run, 2 keep others are slow, and the rest is `full`: `-m ''` alone runs it. RLHF_FAST_TEST_SEED draws them if
-it is set (CI sets it from the commit, so that each commit tries others), else 0.
+marked `exhaustive(keep, by, slow)` is sampled: of the cases with the same values of the parameters `by`, `keep` are
+drawn for the quick run, `slow` others (2 keep by default) are slow, and the rest is `full`: `-m ''` alone runs it.
+RLHF_FAST_TEST_SEED draws them if it is set (CI sets it from the commit, so that each commit tries others), else 0.
 """
 
 import os
@@ -62,14 +62,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if mark := item.get_closest_marker("exhaustive"):
             values = [item.callspec.params[name] for name in mark.kwargs.get("by", ())]
-            key = (item.function, mark.args[0], *(getattr(value, "name", repr(value)) for value in values))
+            (keep,), slow = mark.args, mark.kwargs.get("slow", 2 * mark.args[0])
+            key = (item.function, keep, slow, *(getattr(value, "name", repr(value)) for value in values))
             groups.setdefault(key, []).append(item)
-    for (function, keep, *names), members in groups.items():
+    for (function, keep, slow, *names), members in groups.items():
         draw = random.Random(f"{SAMPLE} {function.__qualname__} {names}")
         order = draw.sample(members, len(members))
-        for item in order[keep : 3 * keep]:
+        for item in order[keep : keep + slow]:
             item.add_marker("slow")
-        for item in order[3 * keep :]:
+        for item in order[keep + slow :]:
             item.add_marker("full")
 
 

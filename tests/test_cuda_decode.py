@@ -8,14 +8,14 @@ from importlib import import_module
 
 import pytest
 import torch
+from cuda_kernels import cuda_backends, on_each_backend
 from test_decode_attention import Sequences
 from test_ops import assert_near, detached, reference, results, to
 
 from rlhf_fast.kernels._op import OPS
 
-BACKENDS = [(b, d) for b, d in (("simt", "cpu"), ("cuda", "cuda")) if b in OPS["decode_attention"].backends]
-pytestmark = pytest.mark.skipif(not BACKENDS, reason="no CUDA kernels here")
-on_each_backend = pytest.mark.parametrize("backend, device", BACKENDS, ids=[b for b, _ in BACKENDS])
+pytestmark = pytest.mark.skipif(not cuda_backends("decode_attention"), reason="no CUDA kernels here")
+on_each_backend = on_each_backend("decode_attention")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 for_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 

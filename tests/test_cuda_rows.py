@@ -8,6 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from cuda_kernels import at_offset, cuda_backends, on_each_backend
 from test_ops import assert_near, detached, reference, results, to
 from test_simt import build, run
 
@@ -16,19 +17,11 @@ from rlhf_fast.kernels import _head_checks as head_checks
 from rlhf_fast.kernels._op import OPS
 
 NAMES = ("token_logprobs", "token_logprobs_backward", "ranking_loss_with_gradients", "rms_norm", "layer_norm")
-BACKENDS = [(b, d) for b, d in (("simt", "cpu"), ("cuda", "cuda")) if b in OPS["swiglu"].backends]
-pytestmark = pytest.mark.skipif(not BACKENDS, reason="no CUDA kernels here")
-on_each_backend = pytest.mark.parametrize("backend, device", BACKENDS, ids=[b for b, _ in BACKENDS])
+pytestmark = pytest.mark.skipif(not cuda_backends("token_logprobs"), reason="no CUDA kernels here")
+on_each_backend = on_each_backend("token_logprobs")
 for_each_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
 )
-
-
-def at_offset(x, offset):
-    """Return a contiguous copy of x, `offset` numbers into memory that is NaN around it."""
-    memory = torch.full((x.numel() + offset + 16,), torch.nan, dtype=x.dtype, device=x.device)
-    view = memory[offset : offset + x.numel()].view(x.shape)
-    return view.copy_(x)
 
 
 def forward_and_backward(backend, logits, targets, softcap=0.0):

@@ -10,14 +10,16 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_cuda_rows import BACKENDS, at_offset, on_each_backend
+from cuda_kernels import at_offset, cuda_backends, on_each_backend
 
 from rlhf_fast import ops
 
 home = import_module("rlhf_fast.kernels.sample_tokens")
+BACKENDS = cuda_backends("sample_tokens")
 KERNELS = BACKENDS + [(b, "cpu") for b in ops.sample_tokens.backends if b.startswith("cpu")]
 CASES = [(*kernel, dtype) for kernel in KERNELS for dtype in (torch.float32, torch.bfloat16)]
 CASES += [(*kernel, torch.float16) for kernel in BACKENDS]
+on_each_backend = on_each_backend("sample_tokens")
 on_each_kernel = pytest.mark.parametrize("backend, device", KERNELS, ids=[b for b, _ in KERNELS])
 INFINITY = float("inf")
 V = 6007

@@ -197,8 +197,21 @@ def test_launches_that_a_gpu_refuses_are_errors(tmp_path):
         assert status == 3 and output.startswith("simt: "), output
 
 
-@pytest.mark.slow
-def test_every_kernel_is_clean_under_the_sanitizers():
+SANITIZED = [  # the tests of each group, beside those of test_ops.py
+    (["decode_attention", "rope_store"], ["cuda_decode"]),
+    (["gae", "gae_packed", "ppo_advantages"], ["gae", "ppo_advantages"]),
+    (["ppo_loss", "sample_tokens"], ["ppo_loss", "filters"]),
+    (["token_logprobs", "ranking_loss", "rms_norm", "layer_norm", "gelu", "swiglu"], ["cuda_rows"]),
+]
+
+
+def test_every_kernel_is_in_a_group_for_the_sanitizers():
+    assert sorted(name for kernels, _ in SANITIZED for name in kernels) == build.kernels()
+
+
+@pytest.mark.exhaustive(0, slow=1)
+@pytest.mark.parametrize("kernels, files", SANITIZED, ids=[kernels[0] for kernels, _ in SANITIZED])
+def test_kernels_are_clean_under_the_sanitizers(kernels, files):
     """Run tests of all ops, of work split over blocks and of unaligned rows with AddressSanitizer and UBSan.
 
     torch then uses the sanitizer's allocator, so its tensors have red zones around them.
@@ -209,17 +222,18 @@ def test_every_kernel_is_clean_under_the_sanitizers():
         for name in ("libasan.so", "libubsan.so")
     ]
     env = os.environ | {
-        "RLHF_FAST_SIMT": str(build.build(root / "build" / "simt", sanitize=True)),
+        "RLHF_FAST_SIMT": str(build.build(root / "build" / "simt", sanitize=True, only=kernels)),
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
     }
-    names = ("ops", "gae", "ppo_advantages", "ppo_loss", "cuda_rows", "cuda_decode", "filters")
-    files = [f"tests/test_{name}.py" for name in names]
+    paths = [f"tests/test_{name}.py" for name in ("ops", *files)]
     selected = "simt and as_near_the_truth or split or number_of_blocks or test_cuda and not coefficients"
     selected += " or test_filters and simt"
-    tests = [*files, "-k", selected, "-n", "0", "-m", "not slow and not full", "-p", "no:cacheprovider", "-rN"]
+    options = ["-k", selected, "-n", "0", "-m", "not slow and not full", "-p", "no:cacheprovider", "-rN", "-vv"]
     completed = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests], capture_output=True, text=True, env=env, cwd=root, timeout=900
+        [sys.executable, "-m", "pytest", *paths, *options], capture_output=True, text=True, env=env, cwd=root
     )
     assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
-    assert completed.stdout.count(".") > 120, completed.stdout
+    passed = [line for line in completed.stdout.splitlines() if line.split()[1:2] == ["PASSED"]]
+    for name in [*kernels, *(f"tests/test_{file}.py" for file in files)]:
+        assert any(name in line for line in passed), completed.stdout

@@ -261,10 +261,10 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 def equal_rows(outcomes: Sequence[Outcome]) -> list[str]:
     """Return a sentence on runs of different values whose figures are all the same."""
-    finished = [outcome for outcome in outcomes if outcome.metrics and not outcome.error]
-    if len(finished) < 2 or any(outcome.metrics != finished[0].metrics for outcome in finished):
+    made = [outcome for outcome in outcomes if outcome.metrics and not outcome.error]
+    if len(made) < 2 or any(outcome.metrics != made[0].metrics for outcome in made):
         return []
-    names = " and ".join(finished[0].run.values)
+    names = " and ".join(made[0].run.values)
     return [f"{COMMAND}: all figures are equal: the runs are too short to differ, or {names} has no effect in them"]
 
 

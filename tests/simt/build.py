@@ -40,16 +40,23 @@ def modified(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def build(folder: Path, sanitize: bool = False) -> Path:
-    """Return the module. Compile what is older than its source or than any header."""
+def kernels() -> list[str]:
+    """Return the names of the files of csrc/cuda with kernels."""
+    return sorted(
+        path.stem for path in (CSRC / "cuda").glob("*.cu") if path.stem != "driver"
+    )  # it calls CUDA's runtime
+
+
+def build(folder: Path, sanitize: bool = False, only: list[str] | None = None) -> Path:
+    """Return the module, of the kernels `only` or of all. Compile what is older than its source or than any header."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix, flags = (".san", FLAGS + SANITIZERS) if sanitize else ("", FLAGS)
     headers = [*HERE.glob("*.h"), *CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.cuh"), Path(__file__)]
     newest_header = max(map(modified, headers))
-    jobs = [(source, ["-x", "c++", '-DKERNEL_GROUP="simt"']) for source in sorted((CSRC / "cuda").glob("*.cu"))]
-    jobs = [job for job in jobs if job[0].stem != "driver"]  # it calls the CUDA runtime
+    sources = [CSRC / "cuda" / f"{name}.cu" for name in (only or kernels())]
+    jobs = [(source, ["-x", "c++", '-DKERNEL_GROUP="simt"']) for source in sources]
     jobs.append((CSRC / "module.cpp", ["-DEXTENSION=_simt"]))
-    module = folder / f"_simt{suffix}.so"
+    module = folder / f"_simt{suffix}{'.' + only[0] if only else ''}.so"
     if not module.exists():
         print("compiling csrc/cuda for the CPU (tests/simt): a minute, once", file=sys.stderr, flush=True)
 
