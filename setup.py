@@ -133,6 +133,9 @@ def ninja_file(name: str, folder: Path, target: Path) -> str:
     cxx = find_cxx()
     assert cxx is not None
     openmp, ldflags = openmp_flags(cxx, folder)
+    if not openmp and name.endswith("_cpu"):
+        report(f"{shlex.join(cxx)} does not compile with -fopenmp: the CPU kernels will run on ONE thread. To use all")
+        report("cores set CXX to a g++ or a clang++ that has OpenMP, and install rlhf-fast again.")
     warnings = "-Wall -Wextra -Wno-psabi -Wno-unused-function -Wno-unknown-pragmas"
     warnings += "" if openmp else " -Wno-unused-parameter"  # num_threads, without OpenMP
     includes = " ".join(

@@ -82,4 +82,9 @@ PYBIND11_MODULE(EXTENSION, m) {
     if (!is_empty && processor_supports(group)) groups.append(group);
   }
   m.attr("groups") = groups;
+#if defined(_OPENMP)
+  m.attr("has_openmp") = true;
+#else
+  m.attr("has_openmp") = false;
+#endif
 }

@@ -163,6 +163,21 @@ def older_extensions(source):
     return found
 
 
+def test_a_compiler_without_openmp_gives_kernels_of_one_thread_and_says_so(small_source):
+    compiler = small_source / "c++-without-openmp"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*) echo "unsupported option" >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=small_source, CXX=str(compiler))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "does not compile with -fopenmp: the CPU kernels will run on ONE thread" in done.stdout
+    for folder, expected in ((small_source, True), (ROOT, False)):
+        shown = run(sys.executable, "-m", "rlhf_fast", "env", cwd=folder, PYTHONPATH=str(folder))
+        assert shown.returncode == 0, shown.stderr
+        assert ("(the last is used), on one thread: built without OpenMP\n" in shown.stdout) == expected, shown.stdout
+
+
 @pytest.mark.parametrize("required", ["0", "1"])
 @pytest.mark.parametrize("fault", ["source", "header", "compiler crashes", "compiler fails"])
 def test_a_compiler_that_does_not_compile_is_an_error(small_source, fault, required):
