@@ -268,7 +268,10 @@ def test_rows_in_python(tmp_path):
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": None}]
     assert sentence(rows, "demonstrations") == "<list>:2: completion is null; give a text or remove the row"
     assert sentence(datasets.Dataset.from_list(rows), "demonstrations").startswith("<Dataset>:2: completion is null")
+    cyclic: dict[str, object] = {"prompt": "a"}
+    cyclic["self"] = [cyclic]
     for value, words in (
+        ([rows[0], cyclic], "is a list whose row 2 contains itself; give rows that JSON could hold"),
         ([], "is an empty list; give at least one file or row, got []"),
         ([{"prompt": "a"}, "b.jsonl"], "not of both; found dict, str"),
         ({"prompt": ["a"]}, "is a dict, not rows"),

@@ -172,6 +172,7 @@ def test_prompts_of_several_files(folder, capsys):
         assert error.startswith("o.jsonl: is the file that --prompts names")
     for nothing in ([], [""]):
         assert error_of(capsys, *argv, "n.jsonl", "--prompts", *nothing) == "generate: --prompts needs a value"
+    assert error_of(capsys, *argv, "n.jsonl", "--prompts", "a.jsonl", "--reward") == "generate: --reward needs a value"
     assert error_of(capsys, *argv, "n.jsonl", "--prompts", "a.jsonl", "c.jsonl").startswith("c.jsonl: there is no such")
 
 

@@ -75,6 +75,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         expand_home(self, "model", "out", "value")
         object.__setattr__(self, "prompts", expand_user(self.prompts))
+        if self.reward == ():  # an empty variable of the shell
+            raise UserError("generate: --reward needs a value")
         try:
             object.__setattr__(self, "reward", reward_value(self.reward))
         except ValueError as error:

@@ -71,7 +71,8 @@ def path_value(value: object) -> DataPath:
         if not value:
             raise ValueError("is an empty list; give at least one file or row")
         if all(isinstance(entry, Mapping) for entry in value):
-            return PythonRows(tuple(map(plain, value)), "list")  # a copy: the script may change its rows later
+            # A copy: the script may change its rows later.
+            return PythonRows(tuple(_plain_row(number, row) for number, row in enumerate(value, 1)), "list")
         if all(isinstance(entry, (str, os.PathLike)) for entry in value):
             paths = tuple(entry if isinstance(entry, str) else os.fspath(entry) for entry in value)
             return paths[0] if len(paths) == 1 else paths
@@ -169,6 +170,13 @@ def rows_sha256(rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         digest.update(json.dumps(plain(row), sort_keys=True, default=_unread).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _plain_row(number: int, row: Mapping[str, Any]) -> Any:
+    try:
+        return plain(row)
+    except RecursionError:
+        raise ValueError(f"is a list whose row {number} contains itself; give rows that JSON could hold") from None
 
 
 def plain(value: Any) -> Any:
