@@ -2,7 +2,7 @@
 
 `pytest` runs the quick tests in one process a core, `pytest -m slow` longer ones, `pytest -m ''` all. A cross product
 marked `exhaustive(keep, by, slow)` is sampled: of the cases with the same values of the parameters `by`, `keep` are
-drawn for the quick run, `slow` others (2 keep by default) are slow, and the rest is `full`: `-m ''` alone runs it.
+drawn for the quick run, `slow` others (as many by default) are slow, and the rest is `full`: `-m ''` alone runs it.
 RLHF_FAST_TEST_SEED draws them if it is set (CI sets it from the commit, so that each commit tries others), else 0.
 """
 
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if mark := item.get_closest_marker("exhaustive"):
             values = [item.callspec.params[name] for name in mark.kwargs.get("by", ())]
-            (keep,), slow = mark.args, mark.kwargs.get("slow", 2 * mark.args[0])
+            (keep,), slow = mark.args, mark.kwargs.get("slow", mark.args[0])
             key = (item.function, keep, slow, *(getattr(value, "name", repr(value)) for value in values))
             groups.setdefault(key, []).append(item)
     for (function, keep, slow, *names), members in groups.items():

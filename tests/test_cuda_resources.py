@@ -76,7 +76,7 @@ def test_a_spill_is_found_and_a_kernel_without_one_is_not_reported(tmp_path):
     assert completed.returncode == 2 and "planted.fatbin has no kernel of gae; it has: planted" in completed.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive(0, slow=5)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_nvcc_prints_no_warning(source, tmp_path):

@@ -103,7 +103,7 @@ TRACED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive(0, by=("op",), slow=2)
 @pytest.mark.parametrize("way", TRACED)
 @pytest.mark.parametrize("op", DIFFERENTIABLE, **by_name)
 def test_torch_compile_of_a_transform_is_right(op, way):

@@ -19,10 +19,7 @@ from rlhf_fast.config.fields import DataConfig, LogConfig, LoraConfig, ModelConf
 from rlhf_fast.run.estimate import GIB
 from rlhf_fast.run.memory import peak_memory
 
-pytestmark = [
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc"),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
 LOG = LogConfig(checkpoint_every=1, keep=1, live=False)
 OPTIM = OptimConfig(micro_batch_tokens=1024)
 CASES = {
@@ -64,6 +61,7 @@ def measured(stage: str, case: str, folder: str) -> None:
     (path / "measured").write_text(f"{found[0]} {peak_memory()}")
 
 
+@pytest.mark.exhaustive(0, slow=5)
 @pytest.mark.parametrize(
     ("stage", "case"),
     [
@@ -90,5 +88,6 @@ def test_the_estimate_is_near_the_peak(tmp_path, stage, case):
     assert process.exitcode == 0
     estimate, peak = map(int, (tmp_path / "measured").read_text().split())
     print(f"{stage} {case}: estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB, ratio {estimate / peak:.2f}")
-    low, high = (0.97, 1.22) if case == "adapters" else (0.85, 1.25)
+    # A busy machine drops pages of files, which lowers a peak.
+    low, high = (0.97, 1.3) if case == "adapters" else (0.85, 1.3)
     assert low < estimate / peak < high

@@ -158,18 +158,21 @@ def run_tool(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive(0, slow=2)
 @pytest.mark.skipif(runtime_stub.nvcc() is None or sass.cuobjdump() is None, reason="no nvcc")
-def test_the_tool_predicts_every_target(tmp_path):
+@pytest.mark.parametrize("op", sorted({target.op for target in TARGETS}))
+def test_the_tool_predicts_every_target(op, tmp_path):
     pytest.importorskip("triton")
-    result = run_tool("--save", tmp_path / "table.md")
+    result = run_tool(op, "--save", tmp_path / "table.md")
     assert result.returncode == 0, result.stderr[-2000:]
     rows, committed = read_rows(tmp_path / "table.md"), read_rows(TABLE)
     check_rows(rows)
-    assert {f"{name}, triton" for name in names_of_targets()} <= rows.keys() <= committed.keys()
+    targets = {f"{name}, triton" for name in names_of_targets() if name.split()[0] == op}
+    assert targets and targets <= rows.keys() <= committed.keys()
     for name, row in rows.items():  # another compiler makes other code
         assert 0.8 < seconds(row["predicted"]) / seconds(committed[name]["predicted"]) < 1.25, name
-    assert re.search(r"decode_attention\.attend_kernel<__nv_bfloat16, 4, true> .* by hand", result.stdout)
+    if op == "decode_attention":
+        assert re.search(r"decode_attention\.attend_kernel<__nv_bfloat16, 4, true> .* by hand", result.stdout)
 
 
 @pytest.mark.slow

@@ -35,14 +35,15 @@ def kernel_names():
     return names
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive(0, slow=1)
 @pytest.mark.skipif(not (ROOT / "kernels" / "triton").is_dir(), reason="not a source checkout")
-def test_no_kernel_spills_and_products_use_tensor_cores(tmp_path):
-    result = run_tool("--save", tmp_path / "table.md")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_kernel_spills_and_products_use_tensor_cores(arch, tmp_path):
+    result = run_tool("--arch", arch, "--save", tmp_path / "table.md")
     assert result.returncode == 0, result.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:]]
     compiled = {(row[0], row[3]) for row in rows}
-    missing = {(name, sm) for name in kernel_names() for sm in ("sm_80", "sm_90")} - compiled
+    missing = {(name, f"sm_{arch}") for name in kernel_names()} - compiled
     assert not missing, f"launched by no op's large inputs: {sorted(missing)}"
     assert (tmp_path / "table.md").read_text().count("\n| ") == len(rows) + 1
 
@@ -158,19 +159,20 @@ def check(found, dtype, size):
     shared = tool.compile_launch(found, GPUTarget("hip", "gfx942", 64)).metadata.shared
     print("FAULT" * (shared > 64 << 10), found.name, dtype, size, shared)
 
-for dtype in (torch.bfloat16, torch.float32):
-    for op in filter(tool.has_kernels, OPS.values()):
-        for size in op.large_sizes + op.small_sizes[1:2] + op.small_sizes[4:6]:
-            for found, _ in tool.op_launches(op, size, dtype, (0,)):
-                check(found, dtype, size)
-    for found in tool.record_launches(lambda: tool.scale_gradients(dtype), 0):
-        check(found, dtype, "backward")
+dtype = torch.%s
+for op in filter(tool.has_kernels, OPS.values()):
+    for size in op.large_sizes + op.small_sizes[1:2] + op.small_sizes[4:6]:
+        for found, _ in tool.op_launches(op, size, dtype, (0,)):
+            check(found, dtype, size)
+for found in tool.record_launches(lambda: tool.scale_gradients(dtype), 0):
+    check(found, dtype, "backward")
 """
 
 
-@pytest.mark.slow
-def test_kernels_compile_for_an_amd_gpu_and_fit_its_shared_memory(tmp_path):
-    result = run_code(ON_AMD, tmp_path / "amd.py")
+@pytest.mark.exhaustive(0, slow=1)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_compile_for_an_amd_gpu_and_fit_its_shared_memory(dtype, tmp_path):
+    result = run_code(ON_AMD % dtype, tmp_path / "amd.py")
     assert result.returncode == 0 and "FAULT" not in result.stdout, result.stdout[-2000:] + result.stderr[-2000:]
     compiled = {line.split()[0] for line in result.stdout.splitlines()}
     assert compiled >= kernel_names(), sorted(kernel_names() - compiled)
