@@ -6,6 +6,7 @@ drawn for the quick run, `slow` others (as many by default) are slow, and the re
 RLHF_FAST_TEST_SEED draws them if it is set (CI sets it from the commit, so that each commit tries others), else 0.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -35,9 +36,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 
 import build as simt  # noqa: E402
 
-if "RLHF_FAST_SIMT" not in os.environ and simt.compiler() and (ROOT / "csrc").is_dir():  # csrc/cuda, run on the CPU
-    os.environ["RLHF_FAST_SIMT"] = str(simt.build(ROOT / "build" / "simt"))
-
 # Under nohup and behind `&` both are ignored, and with them what the tests send to the processes that they start.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -45,6 +43,15 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 SEED = int(os.environ["RLHF_FAST_TEST_SEED"])
 SAMPLE = os.environ["RLHF_FAST_TEST_SAMPLE"]
+
+
+def pytest_configure(config):
+    """Compile csrc/cuda for the CPU, before rlhf_fast is imported and workers start. It says so past the capture."""
+    if "RLHF_FAST_SIMT" in os.environ or not simt.compiler() or not (ROOT / "csrc").is_dir():
+        return
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        os.environ["RLHF_FAST_SIMT"] = str(simt.build(ROOT / "build" / "simt"))
 
 
 def pytest_report_header():

@@ -193,6 +193,19 @@ def test_progress_is_said_every_few_seconds(monkeypatch):
         assert len([line for line in lines if " of 4 rows" in line]) == expected and "4 rows, " in lines[-1]
 
 
+def test_models_that_leave_the_report_are_said(monkeypatch):
+    """Their answers stay, and naming them again computes nothing."""
+    evaluate(config(tasks=("lambada",)), quiet)
+    lines: list[str] = []
+    evaluate(config(models=MODELS[:1], tasks=("lambada",)), lines.append)
+    (said,) = [line for line in lines if line.startswith("the report in runs/eval had also large, whose answers")]
+    assert "name them again in models for a report of all, or give another out" in said
+    forbid_loading(monkeypatch)
+    lines.clear()
+    results = evaluate(config(tasks=("lambada",)), lines.append)
+    assert results["meta"]["models"].keys() == {"base", "large"} and not any("had also" in line for line in lines)
+
+
 def test_one_process_at_a_time(monkeypatch):
     one = config(tasks=("lambada",), models=(f"base={SMALL}",), limit=1)
     evaluate(one, quiet)

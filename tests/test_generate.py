@@ -57,7 +57,14 @@ def test_the_longest_response_is_that_of_the_training(folder, capsys):
     assert main([*command, "b.jsonl", "--max_new_tokens=7"]) == 0
     assert "with which" not in capsys.readouterr().err
     (folder / "model/run.json").write_text("{}")  # another program's
-    assert "max_new_tokens is 128, but" in error_of(capsys, *command, "c.jsonl")
+    toy.jsonl(folder / "p.jsonl", [{"prompt": "a b ."}, {"prompt": "a " * 40}])
+    assert main([*command, "c.jsonl"]) == 0
+    said = capsys.readouterr().err
+    assert "max_new_tokens is 24, as the longest prompt takes 40 of the 64 positions" in said
+    assert all(row["tokens"] <= 24 for row in toy.rows(folder / "c.jsonl"))
+    assert "max_new_tokens is 128, but" in error_of(capsys, *command, "d.jsonl", "--max-new-tokens", "128")
+    toy.jsonl(folder / "p.jsonl", [{"prompt": "a b ."}, {"prompt": "a " * 60}])
+    assert "max_new_tokens is 128, but" in error_of(capsys, *command, "d.jsonl")  # 4 tokens for all are no answers
 
 
 def test_a_column_under_another_name_is_the_prompt(folder):

@@ -25,7 +25,6 @@ from rlhf_fast.kernels._op import OPS
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16]
-LINEAR = {"linear", "rope"}  # their gradient does not depend on their input, so that the second derivative by it is 0
 ORDERS = 16
 SPREAD = 2
 
@@ -46,7 +45,7 @@ def cases(*, gradient=False, dtypes=DTYPES, every_backend=True):
                         yield pytest.param(o, size, device, dtype, backend, id=name)
 
 
-# The quick run takes one size of each op, device, backend and dtype, `pytest -m slow` two more, `-m ''` all.
+# The quick run takes one size of each op, device, backend and dtype, `pytest -m slow` one more, `-m ''` all.
 OF_EACH_KERNEL = pytest.mark.exhaustive(1, by=("op", "device", "backend", "dtype"))
 
 
@@ -122,6 +121,22 @@ def reference(op):
     return lambda *args: op.reference(*op.normalized(*args))
 
 
+def is_linear(op):
+    """Return whether no gradient depends on the inputs that have one, so that the second derivatives are 0."""
+    size = next(size for size in op.small_sizes if op.has_gradient_at(size))
+    args = op.make_inputs(device="cpu", dtype=torch.float32, **size)
+    wrt = [a for a in leaves(args) if a.requires_grad]
+    outs = [o for o in leaves(reference(op)(*args)) if o.requires_grad]
+    if not wrt or not outs:
+        return False
+    grads = torch.autograd.grad([o.sum() for o in outs], wrt, create_graph=True, allow_unused=True)
+    return not any(g is not None and g.requires_grad for g in grads)
+
+
+# `linear` is so in each of its two inputs, not in both.
+LINEAR = {"linear"} | {op.name for op in OPS.values() if op.has_gradient and is_linear(op)}
+
+
 def results(op, call, args):
     """Return what `call` returns on a copy of the arguments, and the arguments that it wrote in place."""
     args = op.bind(*detached(args, True))
@@ -162,6 +177,7 @@ def test_arguments_are_written_where_the_op_says(op, size, device, dtype, backen
 def gradients(call, args, upstream):
     """Return the gradients of all inputs that require grad, given `upstream` for each differentiable output."""
     wrt = [a for a in leaves(args) if a.requires_grad]
+    assert wrt, "an op with a gradient must have `inputs` that ask for it: requires_grad=True"
     outs = [o for o in leaves(call(*args)) if o.requires_grad]
     grads = [g.to(o.dtype) for o, g in zip(outs, upstream, strict=False)]
     return torch.autograd.grad(outs, wrt, grads, allow_unused=True, materialize_grads=True)
@@ -283,6 +299,7 @@ def test_torchs_default_dtype_and_device_change_nothing(op, size, device, dtype,
 def test_a_second_derivative_raises(op):
     args = op.make_inputs(device="cpu", dtype=torch.float32, **op.small_sizes[0])
     wrt = [a for a in leaves(args) if a.requires_grad]
+    assert wrt, "an op with a gradient must have `inputs` that ask for it: requires_grad=True"
     first = next(o for o in leaves(op(*args)) if o.requires_grad)
     grads = torch.autograd.grad(first.sum(), wrt, create_graph=True, allow_unused=True)
     loss = sum(g.square().sum() for g in grads if g is not None) + sum(w.sum() for w in wrt)

@@ -195,7 +195,7 @@ OF_ALL_OPS = "every_op or every_shared_file or without_a_cuda_kernel or links_an
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_an_op_added_by_the_page_passes_the_tests(tmp_path):
-    """To the letter, in a copy of the sources that has no other CPU kernel, with its kernels and without."""
+    """To the letter, in a copy of the sources that has no other CPU kernel, with its kernels, without, and with a gradient."""
     page = ROOT / "docs" / "adding-an-op.md"
     tree = tmp_path / "tree"
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "runs", "__pycache__")
@@ -227,7 +227,21 @@ def test_an_op_added_by_the_page_passes_the_tests(tmp_path):
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     built = subprocess.run(build, cwd=tree, capture_output=True, text=True, env=env)
     assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
-    assert run_tests() > without
+    without_gradient = run_tests()
+    assert without_gradient > without
+
+    (gradient,) = (block for block in blocks("py", page) if "twice.gradient(" in block)
+    file = tree / "kernels" / "twice.py"
+    text = file.read_text(encoding="utf-8") + gradient
+    for old, new in (  # what the page says below that block
+        ("return (x.detach(),)", "return (x,)"),
+        ("dtype=dtype),)", "dtype=dtype, requires_grad=True),)"),
+        ("No gradient.", "Gradients for x."),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text, encoding="utf-8")
+    assert run_tests() > without_gradient
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/rollouts.md"])

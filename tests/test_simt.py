@@ -1,6 +1,7 @@
 """tests/simt runs CUDA source on the CPU: it computes the right results and detects faults."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,24 @@ def test_launches_that_a_gpu_refuses_are_errors(tmp_path):
     for options in ({"shared": "228 << 10"}, {"grid": "dim3(1, 65536)"}, {"grid": "0"}):
         status, output = run(tmp_path, kernel, **options)
         assert status == 3 and output.startswith("simt: "), output
+
+
+def test_the_first_pytest_says_that_it_compiles(tmp_path):
+    """In a checkout with one kernel, as a person sees it: without -s."""
+    root = build.CSRC.parent
+    for folder in ("csrc", "tests/simt", "tests/support"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (tmp_path / "csrc" / "cuda").glob("*.cu"):
+        if path.stem != "swiglu":
+            path.unlink()
+    shutil.copy(root / "tests" / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "test_one.py").write_text("import os\ndef test(): assert os.environ['RLHF_FAST_SIMT']\n")
+    env = {k: v for k, v in os.environ.items() if k != "RLHF_FAST_SIMT" and not k.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    shown = [subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True) for _ in range(2)]
+    assert all(done.returncode == 0 for done in shown), shown
+    said = [done.stdout + done.stderr for done in shown]
+    assert "compiling csrc/cuda for the CPU (tests/simt): a minute, once" in said[0] and "compiling" not in said[1]
 
 
 SANITIZED = [  # the tests of each group, beside those of test_ops.py

@@ -52,8 +52,11 @@ BATCHES_PER_CALL = 8
 """Batches of responses per rollout, so that waiting prompts can refill freed slots. Rows are written after each."""
 
 
-def generate(options: GenerateOptions) -> int:
-    """Write the responses, rollout by rollout, and return their number."""
+def generate(options: GenerateOptions, may_shorten: bool = False) -> int:
+    """Write the responses, rollout by rollout, and return their number.
+
+    may_shorten: where the prompts and max_new_tokens do not fit the model's positions, responses are shorter.
+    """
     _check_output(options)
     check_device("generate", options.device)
     device = None if options.device == "auto" else options.device
@@ -61,6 +64,9 @@ def generate(options: GenerateOptions) -> int:
     scorers = dict(_scorers(options, model, device))
     prompts = _read_prompts(options, model, [wanted for scorer in scorers.values() for wanted in scorer.wanted])
     print(f"generate: {prompts.notes}", file=sys.stderr)
+    if may_shorten:
+        options = _with_length_that_fits(options, model, prompts)
+    _check_lengths(options, model, prompts)
     rows = list(_input_rows(prompts, options))
     rollout = Rollout(model, options.sampling, options.seed)
     prompts_per_call = max(BATCHES_PER_CALL * options.sampling.batch // options.n, 1)
@@ -92,15 +98,7 @@ def with_trained_length(options: GenerateOptions) -> GenerateOptions:
 
 
 def _read_prompts(options: GenerateOptions, model: Model, wanted: Sequence[Wanted]) -> Dataset:
-    """Return the prompts with the columns of their rows. wanted: those that the reward reads.
-
-    UserError if one of them and max_new_tokens do not fit the model's positions."""
-    max_new_tokens, positions = options.sampling.max_new_tokens, model.max_positions
-    if positions and max_new_tokens >= positions:
-        raise UserError(
-            f"generate: max_new_tokens is {max_new_tokens}, but {options.model} has only {positions} positions, prompt"
-            " included; give a smaller --max-new-tokens"
-        )
+    """Return the prompts with the columns of their rows. wanted: those that the reward reads."""
     cfg = DataConfig(
         path=options.prompts,
         limit=options.limit,
@@ -114,7 +112,34 @@ def _read_prompts(options: GenerateOptions, model: Model, wanted: Sequence[Wante
     )
     for note in notes:
         print(f"generate: {note}", file=sys.stderr)
-    prompts = read_prompts(cfg, model.tokenizer, prompt_format=prompt_format, wanted=[ALL_COLUMNS, *wanted]).train
+    return read_prompts(cfg, model.tokenizer, prompt_format=prompt_format, wanted=[ALL_COLUMNS, *wanted]).train
+
+
+def _with_length_that_fits(options: GenerateOptions, model: Model, prompts: Dataset) -> GenerateOptions:
+    """Return the options with the longest response for which every prompt leaves the positions.
+
+    One prompt alone does not make them tiny: below an eighth of the positions nothing is changed, and it is refused."""
+    longest = max((len(row.prompt) for row in prompts.rows), default=0)
+    room, sampling = model.max_positions - longest, options.sampling
+    least = max(sampling.min_new_tokens, model.max_positions // 8, 1)
+    if not model.max_positions or sampling.max_new_tokens <= room or room < least:
+        return options
+    print(
+        f"generate: max_new_tokens is {room}, as the longest prompt takes {longest} of the {model.max_positions} positions"
+        f" of {options.model}",
+        file=sys.stderr,
+    )
+    return replace(options, sampling=replace(sampling, max_new_tokens=room))
+
+
+def _check_lengths(options: GenerateOptions, model: Model, prompts: Dataset) -> None:
+    """Raise UserError if a prompt and max_new_tokens do not fit the model's positions."""
+    max_new_tokens, positions = options.sampling.max_new_tokens, model.max_positions
+    if positions and max_new_tokens >= positions:
+        raise UserError(
+            f"generate: max_new_tokens is {max_new_tokens}, but {options.model} has only {positions} positions, prompt"
+            " included; give a smaller --max-new-tokens"
+        )
     limit = positions - max_new_tokens
     too_long = [row.location for row in prompts.rows if positions and len(row.prompt) > limit]
     if too_long:
@@ -123,7 +148,6 @@ def _read_prompts(options: GenerateOptions, model: Model, wanted: Sequence[Wante
             f" {max_new_tokens} leaves of {positions} positions; give a smaller --max-new-tokens or remove them"
             f" ({listed(too_long)})"
         )
-    return prompts
 
 
 def _input_rows(prompts: Dataset, options: GenerateOptions) -> Iterator[dict[str, Any]]:

@@ -224,7 +224,7 @@ def _generate(argv: Sequence[str]) -> int:
 
     given = any(word.partition("=")[0].replace("_", "-") == "--max-new-tokens" for word in argv)
     options = options if given else with_trained_length(options)
-    written = generate(options)
+    written = generate(options, may_shorten=not given)
     print(f"generate: {written} responses", file=sys.stderr)
     return 0
 

@@ -96,6 +96,11 @@ def _evaluate(
         "sections": sections,
         "notes": notes,
     }
+    if dropped := [name for name in _models_of_report(cfg) if name not in paths]:
+        echo(
+            f"the report in {cfg.out} had also {', '.join(dropped)}, whose answers are kept: name them again in models"
+            " for a report of all, or give another out"
+        )
     _write(cfg, results)
     shown = {task.name for task, _ in selection.tasks}
     kept = {path.stem for path in (Path(cfg.out) / FOLDER).glob("*/*.jsonl")} - shown
@@ -200,6 +205,13 @@ def _prepare_folder(cfg: EvalConfig, models: Mapping[str, str]) -> datetime:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SETTINGS, {**settings, "date": date.isoformat()})
     return date
+
+
+def _models_of_report(cfg: EvalConfig) -> list[str]:
+    """Return the names of the models in the report that is in `out`, none where there is no report."""
+    with suppress(AttributeError, KeyError, TypeError):
+        return list(read_json(Path(cfg.out) / RESULTS)["meta"]["models"])
+    return []
 
 
 def _answers(models: Sequence[EvaluatedModel], selection: Selection, echo: Echo) -> Answers:

@@ -42,9 +42,8 @@ def modified(path: Path) -> float:
 
 def kernels() -> list[str]:
     """Return the names of the files of csrc/cuda with kernels."""
-    return sorted(
-        path.stem for path in (CSRC / "cuda").glob("*.cu") if path.stem != "driver"
-    )  # it calls CUDA's runtime
+    names = [path.stem for path in (CSRC / "cuda").glob("*.cu")]
+    return sorted(name for name in names if name != "driver")  # which calls the CUDA runtime
 
 
 def build(folder: Path, sanitize: bool = False, only: list[str] | None = None) -> Path:
