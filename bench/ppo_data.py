@@ -46,7 +46,7 @@ class Sizes:
 
     @property
     def name(self) -> str:
-        return "260K" if self.shape is STORIES_260K else "135M"
+        return next((name for name, shape in NAMES if self.shape is shape), "tiny")
 
     @property
     def words(self) -> str:
@@ -67,6 +67,7 @@ class Sizes:
         return replace(TINY_SIZES, shape=shape, ragged=self.ragged, real=self.real)
 
 
+NAMES = (("135M", SMOLLM2_135M), ("260K", STORIES_260K))
 TINY_SIZES = Sizes(TINY, prompt=5, new=6, batch=4, minibatch=4, micro_batch_tokens=22, rounds=1)
 CASES = {
     "135M": Sizes(SMOLLM2_135M),

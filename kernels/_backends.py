@@ -87,6 +87,11 @@ def _load_compiled() -> tuple[dict[str, ModuleType], dict[str, str]]:
 COMPILED, WHY_MISSING = _load_compiled()
 
 
+def cpu_kernels_have_openmp() -> bool:
+    """Return whether the compiled CPU kernels, which must be there, use more than one thread."""
+    return bool(import_module("rlhf_fast._cpu").has_openmp)
+
+
 def _triton_devices() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the devices where Triton's kernels run by default, and the devices where they can be forced."""
     if find_spec("triton") is None:

@@ -20,7 +20,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_fast.batches import EOS, Prompts
-from rlhf_fast.cli.conversation import Answer, Conversation, Exchange
+from rlhf_fast.cli.conversation import Answer, Conversation, Exchange, ending
 from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
 from rlhf_fast.model.model import Model
@@ -131,6 +131,12 @@ def test_dialog_is_hh_text_and_its_stop_text_is_not_printed(tmp_path, talk):
     assert talk(model, ["Hi"], *flags)[1] == f"{whole.lstrip()}\n"
     status, out, err = talk(model, ["Hi"], *flags, "--stop", stop)
     assert status == 0 and out == whole[: whole.find(stop)].lstrip() + "\n" and "cut at" not in err
+
+
+def test_an_empty_answer_is_said():
+    sampling = SamplingConfig()
+    assert ending(Answer(" \n", [1], [0.0], EOS), sampling).startswith("the answer is empty: after this prompt")
+    assert ending(Answer("a", [5, 1], [0.0, 0.0], EOS), sampling) == ""
 
 
 def test_regenerate_draws_another_sample_that_the_seed_gives_again(tmp_path, talk):

@@ -402,6 +402,14 @@ def test_no_prompt_and_no_group_is_on_both_sides(tmp_path):
     assert len(read_comparisons(DataConfig(path), byte_level()).valid) == 0
 
 
+def test_more_rows_than_asked_for_are_explained(tmp_path):
+    for prompts, why in ((2, ", as rows with one prompt stay together"), (20, "")):
+        rows = [{"prompt": f"p{i % prompts}", "completion": f"c{i}"} for i in range(20)]
+        data = DataConfig(write(tmp_path / "d.jsonl", rows), valid_fraction=0.05)
+        split = read_demonstrations(data, byte_level())
+        assert split.train.notes.endswith(f"20 demonstrations; {len(split.valid)} of them held out{why}")
+
+
 def test_a_file_of_its_own_for_validation(tmp_path):
     path = demonstrations(tmp_path)
     valid = write(tmp_path / "v.jsonl", [{"prompt": "Why?", "completion": "So."}])

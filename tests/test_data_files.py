@@ -129,7 +129,7 @@ def test_a_table_names_the_first_line_of_a_bad_record(tmp_path):
     )
     found = faults(tmp_path / "d.csv", "demonstrations")
     assert [place for place, _ in found] == ["d.csv:5", "d.csv:6", "d.csv:8", "d.csv:9"]
-    assert found[0][1].startswith("has 1 cells, the header 2 (prompt, completion); put quotes around")
+    assert found[0][1].startswith("has 1 cell, the header 2 (prompt, completion); put quotes around")
     assert found[1][1].startswith("has 3 cells, the header 2") and "prompt is empty" in found[2][1]
     assert found[3][1].startswith("not UTF-8 at byte 4 (0xe9, in Windows-1252 'é'); save the file as UTF-8")
     good = [row for row in scan_examples(tmp_path / "d.csv", "demonstrations") if not isinstance(row, Fault)]

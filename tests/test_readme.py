@@ -195,7 +195,7 @@ OF_ALL_OPS = "every_op or every_shared_file or without_a_cuda_kernel or links_an
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_an_op_added_by_the_page_passes_the_tests(tmp_path):
-    """To the letter, in a copy of the sources that has no other CPU kernel, with its kernels, without, and with a gradient."""
+    """To the letter, in a copy of the sources that has no other CPU kernel: with kernels, without, with a gradient."""
     page = ROOT / "docs" / "adding-an-op.md"
     tree = tmp_path / "tree"
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "runs", "__pycache__")

@@ -133,7 +133,7 @@ def test_a_reward_model_at_chance_is_named(folder, capfd):
         data = DataConfig(toy.jsonl(folder / f"{name}.jsonl", rows), valid_fraction=0.3)
         reward.run(toy.reward(folder, name, data=data, demonstrations=DataConfig(), epochs=2))
         printed = " ".join(capfd.readouterr().err.split())
-        assert ("the reward model may be guessing: it orders" in printed) is expected, printed
+        assert ("do not show that the reward model is better than a coin: it orders" in printed) is expected, printed
 
 
 def test_reward_learns_ragged_rankings(folder):

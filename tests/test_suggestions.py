@@ -109,6 +109,10 @@ def test_every_name_of_another_library_leads_to_a_setting():
         ("generate", "generate: --model and --prompts must be given; see `rlhf-fast generate --help`"),
         ("check", "check: FILE must be given; see `rlhf-fast check --help`"),
         ("run", "run: RECIPE must be given; see `rlhf-fast run --help`"),
+        (
+            "run --recipe r.yaml --out x",
+            "run: RECIPE is given without --recipe: `rlhf-fast run r.yaml --out ...`",
+        ),
         ("plot", "plot: RUN must be given; see `rlhf-fast plot --help`"),
         ("chat", "chat: MODEL must be given; see `rlhf-fast chat --help`"),
         ("completion", "completion: SHELL must be given; see `rlhf-fast completion --help`"),
@@ -121,6 +125,7 @@ def test_every_name_of_another_library_leads_to_a_setting():
         ("show-config foo", "show-config: stage must be one of all, sft, reward, ppo, eval, got foo;"),
         ("show-config --diff paper", "show-config: --diff takes two names, got paper;"),
         ("check f --columns prompt", "check: --columns takes pairs of names, as in --columns prompt question;"),
+        ("export r --out o --gguf q4_0", "must be one of q8_0, f16, bf16, f32 (did you mean q8_0?), got q4_0;"),
         ("check f --limit x", "check: --limit must be a whole number, got x;"),
         ("chat m --top-p x", "chat: --top-p must be a number, got x;"),
         ("generate --model m --prompts p -n", "generate: --n needs a value;"),

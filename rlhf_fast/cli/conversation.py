@@ -198,7 +198,11 @@ class Conversation:
 
 
 def ending(answer: Answer, sampling: SamplingConfig) -> str:
-    """Return a sentence on an answer that did not end by itself; "" for one that did."""
+    """Return a sentence on an answer that is empty or did not end by itself; "" for others."""
     if answer.reason == LENGTH:
         return f"cut at {sampling.max_new_tokens} tokens; --max-new-tokens sets the limit"
-    return "" if answer.reason in (EOS, STOP) else "stopped"
+    if answer.reason not in (EOS, STOP):
+        return "stopped"
+    if not answer.text.strip():
+        return "the answer is empty: after this prompt the model ends at once; end it as those of its training did"
+    return ""

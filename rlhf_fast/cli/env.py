@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "matplotlib")
@@ -46,13 +45,11 @@ def _packages() -> Iterator[str]:
 def _machine() -> Iterator[str]:
     import torch
 
-    from rlhf_fast.kernels._backends import COMPILED, WHY_MISSING
+    from rlhf_fast.kernels._backends import COMPILED, WHY_MISSING, cpu_kernels_have_openmp
 
     yield f"processor      {_processor()}; {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"
     isas = [backend.partition(":")[2] for backend in COMPILED if backend.startswith("cpu:")]
-    one_thread = (
-        ", on one thread: built without OpenMP" if isas and not import_module("rlhf_fast._cpu").has_openmp else ""
-    )
+    one_thread = "" if not isas or cpu_kernels_have_openmp() else ", on one thread: built without OpenMP"
     yield f"cpu kernels    {', '.join(isas) + f' (the last is used){one_thread}' if isas else WHY_MISSING['cpu']}"
     yield f"cuda kernels   {'built, and a device is there' if 'cuda' in COMPILED else WHY_MISSING['cuda']}"
     yield f"triton kernels {WHY_MISSING.get('triton') or 'answers on CUDA devices where no compiled kernel does'}"

@@ -121,12 +121,12 @@ def _with_length_that_fits(options: GenerateOptions, model: Model, prompts: Data
     One prompt alone does not make them tiny: below an eighth of the positions nothing is changed, and it is refused."""
     longest = max((len(row.prompt) for row in prompts.rows), default=0)
     room, sampling = model.max_positions - longest, options.sampling
-    least = max(sampling.min_new_tokens, model.max_positions // 8, 1)
-    if not model.max_positions or sampling.max_new_tokens <= room or room < least:
+    smallest = max(sampling.min_new_tokens, model.max_positions // 8, 1)
+    if not model.max_positions or sampling.max_new_tokens <= room or room < smallest:
         return options
     print(
-        f"generate: max_new_tokens is {room}, as the longest prompt takes {longest} of the {model.max_positions} positions"
-        f" of {options.model}",
+        f"generate: max_new_tokens is {room}, as the longest prompt takes {longest} of the {model.max_positions}"
+        f" positions of {options.model}",
         file=sys.stderr,
     )
     return replace(options, sampling=replace(sampling, max_new_tokens=room))

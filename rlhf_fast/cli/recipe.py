@@ -74,6 +74,9 @@ def _recipe(command: str, argv: Sequence[str]) -> tuple[str, list[str]]:
     if {"-h", "--help"} & {*argv}:
         print("\n".join(_help(command)))
         sys.exit(0)
+    if argv and argv[0] in ("--recipe", "--config") and len(argv) > 1:
+        written = " ".join([*argv[1:3], "..."])
+        raise UserError(f"{command}: RECIPE is given without {argv[0]}: `rlhf-fast {command} {written}`")
     if not argv or argv[0].startswith("--"):
         example = f", before the flags: `rlhf-fast {command} recipe.yaml {' '.join(argv[:2])} ...`" if argv else ""
         raise UserError(f"{command}: RECIPE must be given{example or f'; see `rlhf-fast {command} --help`'}")

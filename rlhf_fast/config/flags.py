@@ -119,7 +119,7 @@ def _in_our_words(sentence: str) -> str:
     """Return a sentence of tyro's on one argument as this package writes it; one that is not known stays as it is."""
     if found := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*?),?\)", sentence):
         value, flag, choices = found.groups()
-        names = [name.strip("' ") for name in choices.split(",")]
+        names = list(filter(None, (name.strip("' ") for name in choices.split(","))))
         hint = did_you_mean(value, names, "")
         return f"{_last_name(flag)} must be one of {', '.join(names)}{f' ({hint})' * bool(hint)}, got {value}"
     for pattern, words in SENTENCES.items():

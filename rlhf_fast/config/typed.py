@@ -71,7 +71,7 @@ def _choice(choices: Sequence[Any], value: Any) -> Any:
     for choice in choices:
         if (type(value) is type(choice) or isinstance(value, str)) and value == choice:  # a text may be of an enum
             return choice
-    names = list(map(str, choices))
+    names = [str(choice) for choice in choices if choice != ""]  # the empty text is "not given"
     hint = did_you_mean(str(value), names, "")
     raise ValueError(f"must be one of {', '.join(names)}{f' ({hint})' * bool(hint)}")
 

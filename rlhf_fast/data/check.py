@@ -207,7 +207,8 @@ def _echo_faults(faults: Sequence[Fault], echo: Echo) -> None:
         echo(f"  {group[0].location}: {group[0].error}")
         if len(group) > 1:
             lines = listed([place_of[id(fault)] for fault in group], SHOWN_LINES)
-            echo(f"    {len(group)} rows have this error: lines {lines}")
+            which = "this error" if len({str(fault.error) for fault in group}) == 1 else "such an error"
+            echo(f"    {len(group)} rows have {which}: lines {lines}")
     if len(alike) > SHOWN_ERRORS:
         hidden = sum(map(len, list(alike.values())[SHOWN_ERRORS:]))
         echo(f"  ... and {hidden} more, of {len(alike) - SHOWN_ERRORS} other kinds")

@@ -190,7 +190,10 @@ def _read(
         notes = f"{notes}. {valid_notes}"
     else:
         rows, held_out = split_rows(rows, cfg.valid_fraction)
-        notes += f"; {len(held_out)} of them held out" if held_out else ""
+        if held_out:
+            wanted_rows = cfg.valid_fraction * (len(rows) + len(held_out))
+            why = ", as rows with one prompt stay together" if len(held_out) > 1.5 * wanted_rows + 1 else ""
+            notes += f"; {len(held_out)} of them held out{why}"
     notes += f"\n{warning}" if warning else ""
     return Split(Dataset(rows, join, seed, notes), Dataset(held_out, join, seed, notes))
 

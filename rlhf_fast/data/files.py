@@ -256,9 +256,9 @@ def _require_header(path: str, line: int, header: list[str], delimiter: str, fau
 
 def _uneven(cells: list[str], header: list[str], delimiter: str) -> InvalidRow:
     sign = "tab" if delimiter == "\t" else "comma"
-    names = ", ".join(header)
+    found = f"{len(cells)} cell" if len(cells) == 1 else f"{len(cells)} cells"
     return InvalidRow(
-        f"has {len(cells)} cells, the header {len(header)} ({names}); put quotes around a cell with a {sign} or a line"
+        f"has {found}, the header {len(header)} ({', '.join(header)}); put quotes around a cell with a {sign} or a line"
         " break in it"
     )
 

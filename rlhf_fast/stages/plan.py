@@ -131,7 +131,9 @@ def _disk(cfg: StageConfig, plan: Plan, seconds: float, keep: int = 0) -> Disk:
 
 
 def _too_little_disk(cfg: StageConfig, plan: Plan, disk: Disk, free: int, seconds: float) -> str:
-    text = f"needs about {gib(disk.running)} of disk in {cfg.out} while it runs, and {gib(free)} are free"
+    needed = gib(disk.running)
+    needed = needed if needed.startswith("under") else f"about {needed}"
+    text = f"needs {needed} of disk in {cfg.out} while it runs, and {gib(free)} are free"
     for keep in range(cfg.log.keep - 1, 0, -1):
         if (size := _disk(cfg, plan, seconds, keep).running) <= free:
             return f"{text}: log.keep {keep} would take {gib(size)}"

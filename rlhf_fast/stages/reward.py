@@ -93,8 +93,9 @@ def chance_note(model: Model, data: Dataset[Comparisons]) -> str:
     if not found.n or not found.low <= 0.5:
         return ""
     return (
-        f"the reward model may be guessing: it orders {found.value:.1%} of the held-out pairs as the labelers did, 95 %"
-        f" interval {found.low:.1%} to {found.high:.1%} on {found.n} prompts, and a coin 50 %; give more comparisons,"
+        "the held-out pairs do not show that the reward model is better than a coin: it orders"
+        f" {found.value:.1%} of them as the labelers did, 95 % interval {found.low:.1%} to {found.high:.1%} on"
+        f" {found.n} prompts, and a coin 50 %; give more comparisons,"
         " another optim.lr or more epochs, or hold out more rows to see (data.valid_fraction)"
     )
 
