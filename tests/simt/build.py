@@ -55,7 +55,7 @@ def build(folder: Path, sanitize: bool = False, only: list[str] | None = None) -
     sources = [CSRC / "cuda" / f"{name}.cu" for name in (only or kernels())]
     jobs = [(source, ["-x", "c++", '-DKERNEL_GROUP="simt"']) for source in sources]
     jobs.append((CSRC / "module.cpp", ["-DEXTENSION=_simt"]))
-    module = folder / f"_simt{suffix}{'.' + only[0] if only else ''}.so"
+    module = folder / f"_simt{suffix}.so"
     if not module.exists():
         print("compiling csrc/cuda for the CPU (tests/simt): a minute, once", file=sys.stderr, flush=True)
 
