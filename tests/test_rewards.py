@@ -121,6 +121,9 @@ def test_kwargs_get_everything_and_the_older_forms_go_on(policy, prompts, respon
         (lambda x: x, "texts (prompt and response together)"),
         (lambda prompts, responses: responses, "prompts and responses"),
         (lambda a, b, *, scale=1: (a, b, scale), "prompts and responses"),
+        (lambda prompt, response: (prompt, response), "prompts and responses"),
+        (lambda prompts, answers: (prompts, answers), "prompts and responses"),
+        (lambda prompts, texts, k=1: (prompts, texts, k), "prompts and responses"),
         (lambda prompts, completions: (prompts, completions), "prompts, completions, by name"),
         (lambda completions, **kwargs: (completions, kwargs), "completions, all other columns, by name"),
         (lambda *, completions, answer: (completions, answer), "completions, answer, by name"),
@@ -131,6 +134,23 @@ def test_kwargs_get_everything_and_the_older_forms_go_on(policy, prompts, respon
 )
 def test_the_form_follows_from_the_names(function, expected):
     assert str(call_form(function, "f")) == expected
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda completion: completion, "completion would get prompt and response together, .* completions and add"),
+        (lambda completion, answer: (completion, answer), "completion would get the prompts, .* or name it prompts if"),
+        (lambda prompts, completion: (prompts, completion), "completion would get the responses, .* name it responses"),
+        (lambda completion_id: completion_id, "completion_id would get prompt .* name it completion_ids and"),
+        (lambda prompts: prompts, "prompts would get prompt and response together"),
+        (lambda response: response, "response would get prompt and response together, .* name it completions and"),
+        (lambda responses, prompts: (responses, prompts), "responses would get the prompts, by its position"),
+    ],
+)
+def test_a_name_that_says_another_list_is_refused(policy, function, words):
+    with pytest.raises(UserError, match=f"^reward f: its parameter {words}"):
+        FunctionReward(function, policy.tokenizer, "f")
 
 
 def test_what_cannot_be_called_is_refused(policy):
@@ -377,6 +397,32 @@ def test_a_column_that_no_row_has_is_named_before_anything_is_loaded(folder):
 
     assert check_fit(settings(folder, reward=late, data=data(folder, many))) == 64
     ppo.run(settings(folder, reward=late, data=data(folder, many), episodes=8))
+
+
+@pytest.mark.parametrize("stage", ["ppo", "sft"])
+def test_a_column_that_a_function_would_not_get_is_named_before_anything_is_loaded(folder, stage):
+    def by_position(outputs, answer):
+        return [1.0] * len(answer)
+
+    def with_default(texts, answer=None):
+        return [1.0] * len(texts)
+
+    def own(texts, *, factor=2.0):
+        return [factor] * len(texts)
+
+    made = data(folder, [{"prompt": t, "completion": t[:1], "answer": "a", "texts": "b"} for t in toy.prompts(8)])
+    nowhere = ModelConfig(str(folder / "nowhere"))
+    for function, lists in ((by_position, "prompts and responses"), (with_default, "texts ")):
+        cfg = (
+            settings(folder, reward=[own, function], data=made, policy=nowhere)
+            if stage == "ppo"
+            else toy.sft(folder, select="reward", select_reward=function, data=made, model=nowhere)
+        )
+        words = rf"its parameter answer is a column of \S+answers.jsonl, .* called with {lists}.* take .* completions"
+        with pytest.raises(UserError, match=words):
+            check_fit(cfg)
+    ppo.run(settings(folder, reward=own, data=made, episodes=8))
+    assert read_metrics(folder / "ppo")[-1]["objective/scores"] == 2.0
 
 
 def test_several_rewards_in_a_run_each_have_their_metrics(folder):
