@@ -139,12 +139,15 @@ def test_the_form_follows_from_the_names(function, expected):
 @pytest.mark.parametrize(
     "function, words",
     [
-        (lambda completion: completion, "completion would get prompt and response together, .* completions and add"),
+        (
+            lambda completion: completion,
+            "completion would get prompt and response together, .* completions, or name it texts if",
+        ),
         (lambda completion, answer: (completion, answer), "completion would get the prompts, .* or name it prompts if"),
         (lambda prompts, completion: (prompts, completion), "completion would get the responses, .* name it responses"),
-        (lambda completion_id: completion_id, "completion_id would get prompt .* name it completion_ids and"),
-        (lambda prompts: prompts, "prompts would get prompt and response together"),
-        (lambda response: response, "response would get prompt and response together, .* name it completions and"),
+        (lambda completion_id: completion_id, "completion_id would get prompt .* name it completion_ids, or"),
+        (lambda prompts: prompts, r"prompts would get prompt and response together, .* and add \*\*kwargs, or"),
+        (lambda response: response, "response would get prompt and response together, .* name it completions, or"),
         (lambda responses, prompts: (responses, prompts), "responses would get the prompts, by its position"),
     ],
 )

@@ -99,10 +99,10 @@ def _check_positions(name: str, parameters: Sequence[str]) -> None:
     for parameter, (own, content) in zip(parameters, BY_POSITION[len(parameters)].items(), strict=True):
         meant = nearest(parameter, ("responses", *GIVEN), cutoff=0.8)
         if meant and meant != own:
-            by_name = "completions" if meant == "responses" else meant
+            by_name = {"responses": "completions", "prompts": "prompts and add **kwargs"}.get(meant, meant)
             raise UserError(
                 f"reward {name}: its parameter {parameter} would get {content}, by its position; to be called by names,"
-                f" as in TRL, name it {by_name} and add **kwargs, or name it {own} if that is what it reads"
+                f" as in TRL, name it {by_name}, or name it {own} if that is what it reads"
             )
 
 
