@@ -8,12 +8,14 @@ import shlex
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import toy
 
+import rlhf_fast
 from rlhf_fast.batches import GivenRow, Prompts
 from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, SamplingConfig
@@ -501,9 +503,12 @@ def test_the_page_shows_what_runs(folder, monkeypatch):
     assert metrics["rewards/correct/mean"] == 0 and "rewards/rm/mean" in metrics and number == 2
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    shorter = "out='runs/verified', episodes=4, batch=4, minibatch=4,"
-    found = {"__name__": "__main__"}
-    exec(script.replace('out="runs/verified",', shorter).replace("=128", "=4"), found)
+    found, run, shown = {"__name__": "__main__"}, rlhf_fast.run_stage, []
+    monkeypatch.setattr(rlhf_fast, "run_stage", shown.append)
+    exec(script, found)
+    (cfg,) = shown
+    toy.assert_is_short(cfg)
+    run(replace(cfg, sampling=SamplingConfig(max_new_tokens=4), episodes=4, batch=4, minibatch=4))
     (metrics,) = read_metrics("runs/verified")
     assert metrics["rewards/format_reward/mean"] == metrics["rewards/accuracy_reward/mean"] == 0
     good = {"completions": [r"It is \boxed{4}.", r"\boxed{5}", "4"], "answer": ["4", "4", "4"]}
