@@ -384,7 +384,7 @@ def test_a_missing_file_and_a_missing_path():
     ],
 )
 def test_a_setting_that_is_missing_is_named_in_python_too(given, missing, written):
-    """What the sentence tells to write sets it."""
+    """The setting is there once the code of the sentence has been written."""
     words = f"ppo: {missing} is not set; give --{missing} PATH, put it in the YAML file, or in Python write PPOConfig"
     with pytest.raises(UserError, match=f"^{re.escape(f'{words}({written})')}$"):
         PPOConfig(**given).ready()

@@ -243,7 +243,7 @@ def test_the_rollouts_run(page, workplace, capsys):
 
 
 def test_the_stage_that_is_run_from_python(workplace, monkeypatch):
-    """What the page shows is a short run, and runs once it is shorter still."""
+    """The page shows a short run, which runs here once it is shorter still."""
     toy.model(workplace / "runs" / "sft")
     source = next(block for block in blocks("python", ROOT / "docs" / "running.md") if "ppo.run(" in block)
     run, shown = ppo.run, []

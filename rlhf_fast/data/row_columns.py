@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
 
     @property
     def depends_on_columns(self) -> bool:
-        """Whether `require_columns` has something to look for."""
+        """`require_columns` has something to look for."""
         return bool(self.required or self.positional)
 
     def takes(self, column: str, removed: Collection[str] = ()) -> bool:
