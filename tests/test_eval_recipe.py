@@ -88,7 +88,7 @@ def test_models_that_a_recipe_will_make_need_not_be_there(folder):
         ),
         (
             {"reward": "recipe_judges:sorts"},
-            "reward recipe_judges:sorts: its parameter ranks is a column of sets/rankings.jsonl, which it would not get",
+            "reward recipe_judges:sorts: its parameter ranks is a column of sets/rankings.jsonl, which it would not",
         ),
         ({"reward": "recipe_judges:short"}, "eval: reward: recipe_judges:short needs completion_ids, and responses of"),
         ({"gold": "recipe_judges:right"}, "eval: gold: recipe_judges:right needs answer, and the samples of a PPO"),
