@@ -12,18 +12,19 @@ prefilled together, and only tokens that predict one of a continuation reach the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, shortened
 from rlhf_fast.kernels.linear_logprobs import linear_logprobs_with_statistics
 from rlhf_fast.model.model import Model
-from rlhf_fast.rollout.choose import choose_decoder
+from rlhf_fast.rollout.choose import choose_decoder, require_model
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.kv_cache import PAGE_SIZE, PagedKVCache, create_cache
 from rlhf_fast.rollout.prefill import Segment, prefill
@@ -40,6 +41,7 @@ ROWS_PER_PASS = 16
 
 Request = tuple[Sequence[int], Sequence[int]]
 """Tokens of a context and of its continuation, at least one of each."""
+REQUEST = "pairs of token lists, (context, continuation)"
 
 
 class Score(NamedTuple):
@@ -70,6 +72,7 @@ class Scorer:
     """
 
     def __init__(self, model: Model, *, decode_path: DecodePath = "auto", max_tokens: int = MAX_TOKENS):
+        require_model("Scorer", model)
         if model.head != "lm":
             raise UserError(f"scoring: {model.name} has no language-model head, which log-probabilities need")
         self.model = model
@@ -118,7 +121,8 @@ class Scorer:
 
     def _check(self, requests: Sequence[Request]) -> None:
         vocab_size, limit = self.model.num_rows, self.model.max_positions
-        for i, (context, continuation) in enumerate(requests):
+        for i, request in enumerate(_listed(requests)):
+            context, continuation = _as_pair(i, request)
             if not len(context) or not len(continuation):
                 part = "continuation" if len(context) else "context"
                 raise UserError(f"scoring: request {i} has no {part}; give it at least one token")
@@ -229,6 +233,30 @@ class Scorer:
             part = slice(start, start + len(span.continuation))
             yield Score(float(logprobs[part].sum()), bool(largest[part].all()), len(span.continuation))
             start = part.stop
+
+
+def _listed(requests: Any) -> Sequence[Any]:
+    """Return requests that are several. UserError for others."""
+    if isinstance(requests, (str, Mapping)) or not hasattr(requests, "__len__"):
+        raise UserError(f"scoring: requests are of type {type(requests).__name__}; give a list of {REQUEST}")
+    return requests
+
+
+def _as_pair(number: int, request: Any) -> Request:
+    """Return a request. UserError if it is not two lists of numbers."""
+    is_pair = isinstance(request, (list, tuple)) and len(request) == 2
+    if not is_pair or not all(hasattr(part, "__len__") for part in request):
+        raise UserError(f"scoring: request {number} is {shortened(repr(request))}; give {REQUEST}")
+    context, continuation = request
+    kinds = {*map(type, context), *map(type, continuation)}
+    if str in kinds or isinstance(context, str) or isinstance(continuation, str):
+        raise UserError(
+            f"scoring: request {number} has text; give {REQUEST}, which are model.tokenizer(context).input_ids and"
+            " model.tokenizer(continuation, add_special_tokens=False).input_ids"
+        )
+    if wrong := [kind.__name__ for kind in kinds if not issubclass(kind, (Integral, Tensor))]:
+        raise UserError(f"scoring: request {number} has tokens of type {wrong[0]}; give {REQUEST}")
+    return context, continuation
 
 
 class _Slot(NamedTuple):

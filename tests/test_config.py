@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -372,6 +373,35 @@ def test_a_missing_file_and_a_missing_path():
         read_yaml("nowhere.yaml")
     with pytest.raises(UserError, match=r"ppo: policy.path is not set; give --policy.path PATH"):
         PPOConfig().ready()
+
+
+@pytest.mark.parametrize(
+    "given, missing, written",
+    [
+        ({}, "policy.path", "policy=ModelConfig(path=...)"),
+        ({"policy": fields.ModelConfig("m")}, "reward", "reward=..."),
+        ({"policy": fields.ModelConfig("m"), "reward": "r"}, "data.path", "data=DataConfig(path=...)"),
+    ],
+)
+def test_a_setting_that_is_missing_is_named_in_python_too(given, missing, written):
+    """The setting is there once the code of the sentence has been written."""
+    words = f"ppo: {missing} is not set; give --{missing} PATH, put it in the YAML file, or in Python write PPOConfig"
+    with pytest.raises(UserError, match=f"^{re.escape(f'{words}({written})')}$"):
+        PPOConfig(**given).ready()
+    made = eval(
+        f"PPOConfig({written.replace('...', repr('x'))}, **given)", {**vars(fields), **globals()}, {"given": {}}
+    )
+    assert getattr(made, missing.partition(".")[0]) in ("x", fields.ModelConfig("x"), DataConfig("x"))
+
+
+@pytest.mark.parametrize("given, name", [({"out": "x"}, "dict"), ("x", "str"), (SamplingConfig(), "SamplingConfig")])
+def test_what_are_no_settings_of_a_stage_is_named(given, name):
+    inner = "out=..." if isinstance(given, dict) else "..."
+    words = (
+        rf"^run_stage: takes the settings of a stage \(SFTConfig, .*\), got {name}; write for .* PPOConfig\({inner}\)$"
+    )
+    with pytest.raises(UserError, match=words):
+        rlhf_fast.run_stage(given)
 
 
 def test_library_users_get_the_same_rules():

@@ -26,6 +26,10 @@ def right(completions, answer):
     return [float(text == right) for text, right in zip(completions, answer)]
 
 
+def sorts(texts, ranks=None):
+    return [1.0 for _ in texts]
+
+
 def short(completion_ids):
     return [float(-len(ids)) for ids in completion_ids]
 """
@@ -81,6 +85,10 @@ def test_models_that_a_recipe_will_make_need_not_be_there(folder):
             {"reward": "recipe_judges:right"},
             "reward recipe_judges:right: its parameter answer is neither prompts, completions, completion_ids nor a"
             " column of sets/rankings.jsonl, which has prompt, responses, ranks; give the parameter a default",
+        ),
+        (
+            {"reward": "recipe_judges:sorts"},
+            "reward recipe_judges:sorts: its parameter ranks is a column of sets/rankings.jsonl, which it would not",
         ),
         ({"reward": "recipe_judges:short"}, "eval: reward: recipe_judges:short needs completion_ids, and responses of"),
         ({"gold": "recipe_judges:right"}, "eval: gold: recipe_judges:right needs answer, and the samples of a PPO"),

@@ -58,6 +58,25 @@ MODULES = {
 }
 
 
+def test_a_model_is_loaded_from_its_path_alone(tmp_path):
+    folder = toy.model(tmp_path / "model")
+    settings = ModelConfig(folder)
+    for given in (folder, tmp_path / "model", settings):
+        model = Model.load(given)
+        assert model.cfg == settings and model.tokenizer is not None
+    weight = Model.load(tmp_path / "model", tokenizer=False).head_weight
+    assert torch.equal(weight, Model.load(settings, tokenizer=False).head_weight)
+
+
+def test_what_is_no_path_and_no_module_is_named():
+    module = MODULES["llama"]()
+    for given, name in ((3, "int"), ({"path": "x"}, "dict"), (module, "LlamaForCausalLM")):
+        with pytest.raises(UserError, match=rf"takes a folder, .* got {name}; write .* or Model\(module, tokenizer\)"):
+            Model.load(given)
+    with pytest.raises(UserError, match=r"wraps a module that is in memory, got str; Model.load\(path\) loads"):
+        Model("runs/first/sft")
+
+
 def demonstrations(*shapes, vocabulary=61):
     """Return rows of random tokens, one for each (prompt length, length)."""
     tokens, lengths = pad_rows([torch.randint(3, vocabulary, (length,)).tolist() for _, length in shapes])

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from rlhf_fast.config.stages import STAGES
 from rlhf_fast.data.check import examine
 from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.model.architectures import FAMILIES
+from rlhf_fast.stages import ppo
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -254,13 +256,17 @@ def test_the_rollouts_run(page, workplace, capsys):
     assert len(found["responses"].lengths) == 8 and capsys.readouterr().out
 
 
-def test_the_stage_that_is_run_from_python(workplace):
+def test_the_stage_that_is_run_from_python(workplace, monkeypatch):
+    """The page shows a short run, which runs here once it is shorter still."""
     toy.model(workplace / "runs" / "sft")
     source = next(block for block in blocks("python", ROOT / "docs" / "running.md") if "ppo.run(" in block)
-    small = "reward='toy:share_of_a', episodes=4, batch=4, minibatch=4, data=prompts"
-    source = source.replace('reward="runs/rm", data=prompts', small)
-    source = source.replace('path="prompts.jsonl"', 'path="prompts.jsonl", template="plain"')
+    run, shown = ppo.run, []
+    monkeypatch.setattr(ppo, "run", shown.append)
     exec(source, {})
+    (cfg,) = shown
+    toy.assert_is_short(cfg)
+    small = {"reward": "toy:share_of_a", "episodes": 4, "batch": 4, "minibatch": 4}
+    run(replace(cfg, data=replace(cfg.data, template="plain"), **small))
     assert (workplace / "runs" / "from-python" / "model.safetensors").is_file()
 
 

@@ -8,12 +8,14 @@ import shlex
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import toy
 
+import rlhf_fast
 from rlhf_fast.batches import GivenRow, Prompts
 from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import DataConfig, LogConfig, ModelConfig, SamplingConfig
@@ -121,6 +123,9 @@ def test_kwargs_get_everything_and_the_older_forms_go_on(policy, prompts, respon
         (lambda x: x, "texts (prompt and response together)"),
         (lambda prompts, responses: responses, "prompts and responses"),
         (lambda a, b, *, scale=1: (a, b, scale), "prompts and responses"),
+        (lambda prompt, response: (prompt, response), "prompts and responses"),
+        (lambda prompts, answers: (prompts, answers), "prompts and responses"),
+        (lambda prompts, texts, k=1: (prompts, texts, k), "prompts and responses"),
         (lambda prompts, completions: (prompts, completions), "prompts, completions, by name"),
         (lambda completions, **kwargs: (completions, kwargs), "completions, all other columns, by name"),
         (lambda *, completions, answer: (completions, answer), "completions, answer, by name"),
@@ -131,6 +136,26 @@ def test_kwargs_get_everything_and_the_older_forms_go_on(policy, prompts, respon
 )
 def test_the_form_follows_from_the_names(function, expected):
     assert str(call_form(function, "f")) == expected
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (
+            lambda completion: completion,
+            "completion would get prompt and response together, .* completions, or name it texts if",
+        ),
+        (lambda completion, answer: (completion, answer), "completion would get the prompts, .* or name it prompts if"),
+        (lambda prompts, completion: (prompts, completion), "completion would get the responses, .* name it responses"),
+        (lambda completion_id: completion_id, "completion_id would get prompt .* name it completion_ids, or"),
+        (lambda prompts: prompts, r"prompts would get prompt and response together, .* and add \*\*kwargs, or"),
+        (lambda response: response, "response would get prompt and response together, .* name it completions, or"),
+        (lambda responses, prompts: (responses, prompts), "responses would get the prompts, by its position"),
+    ],
+)
+def test_a_name_that_says_another_list_is_refused(policy, function, words):
+    with pytest.raises(UserError, match=f"^reward f: its parameter {words}"):
+        FunctionReward(function, policy.tokenizer, "f")
 
 
 def test_what_cannot_be_called_is_refused(policy):
@@ -379,6 +404,32 @@ def test_a_column_that_no_row_has_is_named_before_anything_is_loaded(folder):
     ppo.run(settings(folder, reward=late, data=data(folder, many), episodes=8))
 
 
+@pytest.mark.parametrize("stage", ["ppo", "sft"])
+def test_a_column_that_a_function_would_not_get_is_named_before_anything_is_loaded(folder, stage):
+    def by_position(outputs, answer):
+        return [1.0] * len(answer)
+
+    def with_default(texts, answer=None):
+        return [1.0] * len(texts)
+
+    def own(texts, *, factor=2.0):
+        return [factor] * len(texts)
+
+    made = data(folder, [{"prompt": t, "completion": t[:1], "answer": "a", "texts": "b"} for t in toy.prompts(8)])
+    nowhere = ModelConfig(str(folder / "nowhere"))
+    for function, lists in ((by_position, "prompts and responses"), (with_default, "texts ")):
+        cfg = (
+            settings(folder, reward=[own, function], data=made, policy=nowhere)
+            if stage == "ppo"
+            else toy.sft(folder, select="reward", select_reward=function, data=made, model=nowhere)
+        )
+        words = rf"its parameter answer is a column of \S+answers.jsonl, .* called with {lists}.* take .* completions"
+        with pytest.raises(UserError, match=words):
+            check_fit(cfg)
+    ppo.run(settings(folder, reward=own, data=made, episodes=8))
+    assert read_metrics(folder / "ppo")[-1]["objective/scores"] == 2.0
+
+
 def test_several_rewards_in_a_run_each_have_their_metrics(folder):
     """A reward model in a list has the checks that it has alone, and the value model starts from it."""
     reward.run(toy.reward(folder, epochs=1))
@@ -452,9 +503,12 @@ def test_the_page_shows_what_runs(folder, monkeypatch):
     assert metrics["rewards/correct/mean"] == 0 and "rewards/rm/mean" in metrics and number == 2
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    shorter = "out='runs/verified', episodes=4, batch=4, minibatch=4,"
-    found = {"__name__": "__main__"}
-    exec(script.replace('out="runs/verified",', shorter).replace("=128", "=4"), found)
+    found, run, shown = {"__name__": "__main__"}, rlhf_fast.run_stage, []
+    monkeypatch.setattr(rlhf_fast, "run_stage", shown.append)
+    exec(script, found)
+    (cfg,) = shown
+    toy.assert_is_short(cfg)
+    run(replace(cfg, sampling=SamplingConfig(max_new_tokens=4), episodes=4, batch=4, minibatch=4))
     (metrics,) = read_metrics("runs/verified")
     assert metrics["rewards/format_reward/mean"] == metrics["rewards/accuracy_reward/mean"] == 0
     good = {"completions": [r"It is \boxed{4}.", r"\boxed{5}", "4"], "answer": ["4", "4", "4"]}

@@ -424,6 +424,52 @@ def test_one_text_is_not_a_list_of_texts(toy_model):
         Rollout(toy_model, sampling()).generate("a b")
 
 
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ([[1, 2, 3]], r"prompt 0 is of type list; give texts, or token ids as Prompts\(uids="),
+        (torch.tensor([[1, 2]]), "prompt 0 is of type Tensor; give texts, or token ids"),
+        (["a b", 3], "prompt 1 is of type int; give texts"),
+        ([{"role": "user", "content": "a"}], r"prompt 0 is a chat message; give a text .*apply_chat_template\("),
+        (["a", [{"role": "user", "content": "a"}]], "prompt 1 is a list of chat messages; give a text"),
+        ({"input_ids": [[1]]}, "prompts are of type dict; give a list of texts, or Prompts"),
+        (None, "prompts are of type NoneType; give a list of texts"),
+    ],
+)
+def test_prompts_that_are_no_texts_are_named(toy_model, given, words):
+    with pytest.raises(UserError, match=f"^rollout: {words}"):
+        Rollout(toy_model, sampling()).generate(given)
+
+
+def test_what_is_no_model_and_no_sampling_is_named(toy_model):
+    for given, name in ((toy_model.module, "LlamaForCausalLM"), ("runs/sft", "str")):
+        with pytest.raises(UserError, match=rf"^Rollout: model must be a Model, got {name}; Model.load\(path\) makes"):
+            Rollout(given, sampling())
+    for given, written in (({"max_new_tokens": 4}, "max_new_tokens=..."), (None, "...")):
+        with pytest.raises(UserError, match=rf"^Rollout: sampling must be .* write SamplingConfig\({written}\), got"):
+            Rollout(toy_model, given)
+
+
+@pytest.mark.parametrize(
+    "length, new, remedy",
+    [
+        (70, 4, "shorten the prompt to at most 60 tokens$"),
+        (62, 4, "shorten the prompt to at most 60 tokens, or set max_new_tokens to at most 2$"),
+        (3, 64, "set max_new_tokens to at most 61$"),
+        (64, 70, "shorten the prompt and lower max_new_tokens$"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_told_what_helps(toy_model, length, new, remedy):
+    """The remedies are tried: with each the prompt is answered."""
+    rollout = Rollout(toy_model, SamplingConfig(max_new_tokens=new))
+    words = rf"^prompt 1: {length} tokens and max_new_tokens {new} are more than the model's 64 positions; {remedy}"
+    with pytest.raises(UserError, match=words):
+        rollout.generate(Prompts([1], [[3] * length], [""]))
+    for kept, allowed in ((60, 4), (62, 2), (3, 61)):
+        found = Rollout(toy_model, SamplingConfig(max_new_tokens=allowed)).generate(Prompts([0], [[3] * kept], [""]))
+        assert int(found.lengths[0]) > kept
+
+
 def test_updated_weights_are_used_and_the_training_mode_is_kept(decode_path):
     model, batch = llama(eos_token_id=None), prompts(4)
     rollout = Rollout(model, sampling(temperature=0.0), decode_path=decode_path)
@@ -557,7 +603,10 @@ def test_length_dependent_rope_is_served_up_to_its_original_length(make, caplog,
         ours, _ = model.logprobs(*alone)
         torch.testing.assert_close(found.logprobs[row, : ours.shape[1]], ours[0], rtol=0, atol=TOLERANCE)
     for decode_path in ("auto", "transformers"):
-        with pytest.raises(UserError, match=r"prompt 101: 5 tokens and max_new_tokens 12 .* original 16 positions"):
+        with pytest.raises(
+            UserError,
+            match=r"prompt 101: 5 tokens and max_new_tokens 12 .* original 16 positions, .* at most 4 .*in a stage: ",
+        ):
             Rollout(model, sampling(), decode_path=decode_path).generate(prompts(4, 5))
 
 

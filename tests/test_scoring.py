@@ -177,11 +177,22 @@ def test_what_auto_takes(stories):
         ([([1, 99999], [3])], "request 0: token 99999 is not one of the model's"),
         ([([1, -1], [3])], "request 0: token -1 is not one of the model's"),
         ([([1] * 600, [3])], "request 0: 601 tokens are more than the model's 512 positions and one"),
+        ([([1], [3]), ("a", "b")], "request 1 has text; give pairs of token lists, .*tokenizer.context.*input_ids"),
+        ([(["a"], [3])], "request 0 has text; give pairs of token lists"),
+        ([([1.5], [3])], "request 0 has tokens of type float; give pairs"),
+        ([[1, 2, 3]], "request 0 is .1, 2, 3.; give pairs of token lists, .context, continuation"),
+        ([([1, 2], 3)], "request 0 is .*; give pairs of token lists"),
+        ("ab", "requests are of type str; give a list of pairs"),
     ],
 )
 def test_bad_requests(stories, requests, sentence):
     with pytest.raises(UserError, match=sentence.replace("'", ".")):
         Scorer(stories[0])(requests)
+
+
+def test_what_is_no_model_is_named(stories):
+    with pytest.raises(UserError, match=r"^Scorer: model must be a Model, got LlamaForCausalLM; Model.load\(path\)"):
+        Scorer(stories[0].module)
 
 
 FULL = {

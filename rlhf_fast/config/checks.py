@@ -31,9 +31,21 @@ class BadSetting(UserError):
 
     def __init__(self, owner: object, name: str, rule: str):
         self.name, self.rule, self.value = name, rule, getattr(owner, name)
-        text = repr(self.value)
-        self.got = "" if "\n" in text else f", got {shortened(text)}"
+        self.got = _got(self.value)
         super().__init__(f"{type(owner).__name__}: {name} {rule}{self.got}")
+
+
+def _got(value: object) -> str:
+    text = repr(value)
+    return "" if "\n" in text else f", got {shortened(text)}"
+
+
+def require_settings(caller: str, name: str, kind: type, value: object) -> None:
+    """Raise UserError if an argument of a function is not the settings that it takes, such as a dict of them."""
+    try:
+        typed(kind, value, PYTHON)
+    except ValueError as error:
+        raise UserError(f"{caller}: {name} {error}{_got(value)}") from None
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))

@@ -18,6 +18,7 @@ NeMo-Aligner. Some differences are not settings, because one choice is right or 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -81,7 +82,12 @@ class _Stage:
             for part in name.split("."):
                 value = getattr(value, part)
             if not value:
-                raise UserError(f"{self.stage}: {name} is not set; give --{name} PATH, or put it in the YAML file")
+                group, _, field = name.partition(".")
+                inner = f"{group}={type(getattr(self, group)).__name__}({field}=...)" if field else f"{name}=..."
+                raise UserError(
+                    f"{self.stage}: {name} is not set; give --{name} PATH, put it in the YAML file, or in Python write"
+                    f" {type(self).__name__}({inner})"
+                )
 
     def rewards(self) -> dict[str, RewardSpec]:
         """Return every reward that the stage names: setting -> reward, with its number if there are several."""
@@ -367,3 +373,14 @@ class PPOConfig(_Stage):
 StageConfig = SFTConfig | RewardConfig | PPOConfig
 
 STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+
+
+def require_stage(cfg: object) -> None:
+    """Raise UserError for what are not the settings of a stage, such as a dict of them."""
+    if not isinstance(cfg, StageConfig):
+        inner = ", ".join(f"{name}=..." for name in cfg) if isinstance(cfg, Mapping) else "..."
+        names = ", ".join(cls.__name__ for cls in STAGES.values())
+        raise UserError(
+            f"run_stage: takes the settings of a stage ({names}), got {type(cfg).__name__}; write for instance"
+            f" PPOConfig({inner})"
+        )

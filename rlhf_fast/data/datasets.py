@@ -242,6 +242,7 @@ def encode(
     """Return the rows, and the number of dropped examples for each reason."""
     rows: list[Row] = []
     taken = taken_columns(examples, wanted, cfg.remove_columns)
+    keeps_rows = any(not each.lists for each in wanted)
     dropped: Counter[str] = Counter()
     prefixes: set[str] = set()
     for example in examples:
@@ -249,7 +250,7 @@ def encode(
             row = encode_example(example, kind, encoder, cfg)
         except InvalidRow as error:
             raise UserError(f"{example.location}: {error}") from error
-        row = row._replace(location=example.location, given=given_row(example, taken, cfg) if wanted else None)
+        row = row._replace(location=example.location, given=given_row(example, taken, cfg) if keeps_rows else None)
         if kind == "texts":
             rows += _chunks(row, cfg.max_response_tokens, context)
             continue

@@ -14,10 +14,12 @@ from rlhf_fast.errors import UserError, did_you_mean
 
 NOT_PASSED = frozenset({"prompt", "completion", "completion_ids"})
 """Columns that `**kwargs` does not get, as in TRL."""
+LISTS = frozenset({"texts", "prompts", "responses", "prompt"})
+"""Parameters that a function called by position may have although a column is called the same."""
 
 
 class Wanted(NamedTuple):
-    """The columns that a function, called by the names of its parameters, reads of a row."""
+    """The columns that a function reads of a row: none if it is called by position."""
 
     reward: str
     """The function's name, for messages."""
@@ -27,6 +29,15 @@ class Wanted(NamedTuple):
     """Columns that it has a default for."""
     rest: bool = False
     """It has **kwargs, which get every other column."""
+    lists: str = ""
+    """The lists that it is called with, by position, in words. "" = it is called by the names of its parameters."""
+    positional: tuple[str, ...] = ()
+    """The names of its parameters if it is called by position. None may be a column, which it would not get."""
+
+    @property
+    def depends_on_columns(self) -> bool:
+        """`require_columns` has something to look for."""
+        return bool(self.required or self.positional)
 
     def takes(self, column: str, removed: Collection[str] = ()) -> bool:
         """Return whether a column reaches the function. removed: the columns of data.remove_columns, which only a
@@ -53,9 +64,15 @@ def taken_columns(examples: Iterable[Example], wanted: Sequence[Wanted], removed
 
 
 def require_columns(path: str, examples: Sequence[Example], wanted: Sequence[Wanted]) -> None:
-    """Raise UserError if a function needs a column that no row has."""
+    """Raise UserError if a function needs a column that no row has, or has a column's name for what is none."""
     names = dict.fromkeys(name for example in examples for name in example.row) if wanted else {}
     for each in wanted:
+        if column := next((name for name in each.positional if name in names and name not in LISTS), ""):
+            raise UserError(
+                f"reward {each.reward}: its parameter {column} is a column of {path}, which it would not get: it is"
+                f" called with {each.lists}, by position; to be called by names, as in TRL, take the responses as"
+                f" completions, or rename {column}"
+            )
         for column in each.required:
             if column in names:
                 continue

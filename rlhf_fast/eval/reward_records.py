@@ -42,7 +42,7 @@ def check_columns(cfg: EvalConfig) -> None:
     if is_function(cfg.reward):
         function = FunctionReward(import_function(cfg.reward, "eval: reward"), None, cfg.reward)
         _require_no_tokens("reward", function, "responses of a file are texts")
-        if function.form.required and function.wanted:
+        if function.wanted.depends_on_columns:
             file = find_comparisons(cfg.data)
             examples = read_examples(str(file), "comparisons", limit=cfg.limit)
             require_columns(str(file), examples, [function.wanted])

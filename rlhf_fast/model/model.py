@@ -45,7 +45,7 @@ class Model:
 
     def __init__(self, module: nn.Module, tokenizer=None, head: Head = "lm", cfg: ModelConfig | None = None):
         """Wrap a module that is in memory. UserError if its head is not one that the fused ops can compute."""
-        lora.check_mergeable(module)
+        lora.check_mergeable(pretrained.require_module(module))
         self.module, self.tokenizer = module, tokenizer
         self.head: Head = head
         self.cfg = cfg or ModelConfig()
@@ -86,17 +86,17 @@ class Model:
 
     @classmethod
     def load(
-        cls, cfg: ModelConfig, head: Head = "lm", *, tokenizer: bool = True, fresh_head: bool = False, seed: int = 0,
-        device: str | torch.device | None = None,
+        cls, cfg: ModelConfig | str | Path, head: Head = "lm", *, tokenizer: bool = True, fresh_head: bool = False,
+        seed: int = 0, device: str | torch.device | None = None,
     ) -> Model:  # fmt: skip
-        """Load a model from a folder or hub name. A scalar head must have been trained, unless `fresh_head` is set:
-        then a missing one is a row of N(0, 1 / (D + 1)) on a language model's decoder, drawn with `seed`, as in
-        Stiennon et al. 2020."""
+        """Load a model from a folder or hub name, which may be given alone, without a ModelConfig. A scalar head must
+        have been trained, unless `fresh_head` is set: then a missing one is a row of N(0, 1 / (D + 1)) on a language
+        model's decoder, drawn with `seed`, as in Stiennon et al. 2020."""
+        cfg = pretrained.model_config(cfg)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         module, is_new_head = pretrained.load_module(cfg, head, fresh_head, seed, device)
         loaded_tokenizer = pretrained.load_tokenizer(cfg, module) if tokenizer else None
-        config = module.config
-        older = hasattr(config, pretrained.SCORE_BIAS) and not hasattr(config, pretrained.SCORE_TOKEN)
+        older = hasattr(module.config, pretrained.SCORE_BIAS) and not hasattr(module.config, pretrained.SCORE_TOKEN)
         if is_new_head or (older and pad_ends_rows(module, loaded_tokenizer)):
             with pretrained.quiet():
                 give_pad_token(module, loaded_tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,28 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
+
+
+def model_config(given: object) -> ModelConfig:
+    """Return the settings of a model to load, of which the path alone may be given."""
+    if isinstance(given, (str, os.PathLike)):
+        return ModelConfig(path=os.fspath(given))
+    if not isinstance(given, ModelConfig):
+        raise UserError(
+            f"Model.load: takes a folder, a hub name or a ModelConfig, got {type(given).__name__}; write"
+            " Model.load(path), or Model(module, tokenizer) for a module that is in memory"
+        )
+    return given
+
+
+def require_module(given: object) -> nn.Module:
+    """Return what Model wraps. UserError if it is no module."""
+    if not isinstance(given, nn.Module):
+        raise UserError(
+            f"Model: wraps a module that is in memory, got {type(given).__name__}; Model.load(path) loads a folder or"
+            " hub name"
+        )
+    return given
 
 
 def load_module(

@@ -19,6 +19,15 @@ log = getLogger("rlhf_fast")
 _warned: set[str] = set()
 
 
+def require_model(caller: str, given: object) -> None:
+    """Raise UserError for what is no Model, such as a path or a module of transformers."""
+    if not isinstance(given, Model):
+        raise UserError(
+            f"{caller}: model must be a Model, got {type(given).__name__}; Model.load(path) makes one of a folder or"
+            " hub name, and Model(module, tokenizer) of a module that is in memory"
+        )
+
+
 def choose_decoder(model: Model, decode_path: DecodePath = "auto") -> Decoder | None:
     """Return the fastest decoder that serves `model`, or None for transformers' own cache. A `decode_path` other than
     "auto" is the only one tried; UserError if it cannot serve the model."""

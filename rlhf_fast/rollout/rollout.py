@@ -7,17 +7,19 @@ noise; another batch or order of scheduling does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from rlhf_fast.batches import Prompts, Responses
+from rlhf_fast.config.checks import require_settings
 from rlhf_fast.config.fields import SamplingConfig
 from rlhf_fast.errors import BadRows, UserError
 from rlhf_fast.model.model import Model
 from rlhf_fast.model.rope_scaling import length_dependent_rope
 from rlhf_fast.rollout import hf_generate
-from rlhf_fast.rollout.choose import choose_decoder
+from rlhf_fast.rollout.choose import choose_decoder, require_model
 from rlhf_fast.rollout.cuda_graphs import DecodeGraphs, decode_graphs
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
 from rlhf_fast.rollout.fused import FusedDecoder
@@ -49,6 +51,8 @@ class Rollout:
         decode_path: DecodePath = "auto",
         cuda_graphs: bool = True,
     ):
+        require_model("Rollout", model)
+        require_settings("Rollout", "sampling", SamplingConfig, sampling)
         self.model = model
         self.sampling = sampling
         self.seed = seed
@@ -168,6 +172,11 @@ class Rollout:
     def _encode(self, texts: Sequence[str]) -> Prompts:
         if isinstance(texts, str):
             raise UserError("rollout: prompts is one text; give a list of texts")
+        if isinstance(texts, Mapping) or not hasattr(texts, "__getitem__"):
+            raise UserError(f"rollout: prompts are of type {type(texts).__name__}; give a list of texts, or Prompts")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"rollout: prompt {number} is {_described(text)}")
         if self.model.tokenizer is None:
             raise UserError(
                 f"rollout: {self.model.name} has no tokenizer, which prompts given as texts need; give Prompts with"
@@ -194,14 +203,32 @@ class Rollout:
             if limit and len(tokens) + max_new_tokens > limit:
                 raise BadRows(
                     f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {max_new_tokens} are more than the model's"
-                    f" {limit} positions; lower sampling.max_new_tokens or data.max_prompt_tokens",
+                    f" {limit} positions; {_remedy(len(tokens), max_new_tokens, limit)}",
                     rows,
                 )
             if rope and len(tokens) + max_new_tokens > rope.original_positions:
                 raise BadRows(
                     f"prompt {uid}: {len(tokens)} tokens and max_new_tokens {max_new_tokens} are more than the model's"
                     f" original {rope.original_positions} positions, after which its rotation ({rope.kind}) depends on"
-                    " the length of the text, and samples on the batch; lower sampling.max_new_tokens or"
-                    " data.max_prompt_tokens",
+                    " the length of the text, and samples on the batch;"
+                    f" {_remedy(len(tokens), max_new_tokens, rope.original_positions)} (in a stage: lower"
+                    " sampling.max_new_tokens or data.max_prompt_tokens)",
                     rows,
                 )
+
+
+def _remedy(length: int, max_new_tokens: int, limit: int) -> str:
+    """Return what lets a prompt and its response fit in `limit` positions: either change, where it can be enough."""
+    ways = [f"shorten the prompt to at most {limit - max_new_tokens} tokens"] if max_new_tokens < limit else []
+    ways += [f"set max_new_tokens to at most {limit - length}"] if length < limit else []
+    return ", or ".join(ways) or "shorten the prompt and lower max_new_tokens"
+
+
+def _described(prompt: Any) -> str:
+    """Return the kind of a prompt that is no text, and what to give instead."""
+    if isinstance(prompt, Mapping) or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping)):
+        how = "model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) is one"
+        kind = "a chat message" if isinstance(prompt, Mapping) else "a list of chat messages"
+        return f"{kind}; give a text for each conversation, as the model was trained to read it: {how}"
+    kind = type(prompt).__name__
+    return f"of type {kind}; give texts, or token ids as Prompts(uids=[0], tokens=[[...]], texts=[''])"

@@ -135,12 +135,12 @@ def _check_first_rows(cfg: StageConfig) -> None:
 
 
 def _check_functions(cfg: StageConfig) -> None:
-    """Raise UserError if a reward function cannot be imported or called, or needs a column that no row has."""
+    """Raise UserError if a reward function cannot be imported or called, or does not go with the rows' columns."""
     if isinstance(cfg, RewardConfig):
         return
     specs = reward_specs(cfg.reward if isinstance(cfg, PPOConfig) else cfg.select_reward)
-    wanted = [found for spec in specs if is_function(spec) and (found := check_function(spec))]
-    if not any(found.required for found in wanted) or (isinstance(cfg, SFTConfig) and cfg.select != "reward"):
+    wanted = [check_function(spec) for spec in specs if is_function(spec)]
+    if not any(found.depends_on_columns for found in wanted) or (isinstance(cfg, SFTConfig) and cfg.select != "reward"):
         return
     kind = "prompts" if isinstance(cfg, PPOConfig) else "demonstrations"
     for file, limit in ((cfg.data.path, cfg.data.limit), (cfg.data.valid, 0)):

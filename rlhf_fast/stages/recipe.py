@@ -23,7 +23,7 @@ from rlhf_fast.config.presets import preset
 from rlhf_fast.config.recipe_flags import Overrides
 from rlhf_fast.config.resolve import resolve
 from rlhf_fast.config.sections import EVAL, PASSED_ON, shared_text, split_sections
-from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.config.stages import STAGES, PPOConfig, RewardConfig, SFTConfig, StageConfig, require_stage
 from rlhf_fast.config.yaml_file import Setting, read_yaml
 from rlhf_fast.data.files import require_data
 from rlhf_fast.errors import UserError, writing
@@ -324,6 +324,7 @@ def _run_measured(stage: str, recipe: Recipe, measurements: dict[str, dict[str, 
 def run_stage(cfg: StageConfig, dry_run: bool | Literal["fit"] = False, earlier: Sequence[StageConfig] = ()) -> None:
     """Run one stage; dry_run: print what it takes instead, fit: whether it fits. The stages are imported here, so that
     a faulty recipe is refused before torch is loaded."""
+    require_stage(cfg)
     from rlhf_fast.stages import ppo, reward, sft
 
     if isinstance(cfg, SFTConfig):

@@ -5,7 +5,8 @@
     f(prompts, completions, answer, ...)   TRL's: by names, any of prompts, completions, completion_ids, and columns
 
 A function is called by names if one of its parameters is called completions or completion_ids, or if it has `**kwargs`
-or only parameters that must be named. One of texts or responses among them keeps the other forms.
+or only parameters that must be named. One of texts or responses among them keeps the other forms. There a parameter
+whose name says another thing than it would get is refused, as is the name of a column (data/row_columns.py).
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ import torch
 from rlhf_fast.batches import GivenRow, Prompts, Responses
 from rlhf_fast.config.rewards import bare_function
 from rlhf_fast.data.row_columns import NOT_PASSED, Wanted
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, nearest
 from rlhf_fast.training.reward_calls import Call
 
 IDS = ("completion_ids", "completions_ids")
 """TRL's code has the first name, its documentation the second."""
 GIVEN = ("prompts", "completions", *IDS)
 """Parameters that are no columns."""
+BY_POSITION = {
+    1: {"texts": "prompt and response together"},
+    2: {"prompts": "the prompts", "responses": "the responses"},
+}
+"""Number of lists -> what each is called, and what it holds."""
 FORMS = "a list of texts, a list of prompts and a list of responses, or by name prompts, completions and columns"
 
 
@@ -42,6 +48,8 @@ class CallForm(NamedTuple):
     optional: tuple[str, ...] = ()
     rest: bool = False
     """It has **kwargs."""
+    positional: tuple[str, ...] = ()
+    """The names of all parameters of a function that is not called by names."""
 
     def __str__(self) -> str:
         if not self.by_name:
@@ -80,7 +88,22 @@ def call_form(function: Callable[..., Any], name: str) -> CallForm:
         )
     if required not in (1, 2):
         raise UserError(f"{name}: a reward function takes {FORMS}; it takes {required} arguments")
-    return CallForm(False, required)
+    _check_positions(name, [p.name for p in _positional(function) if p.name not in bound][:required])
+    stars = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    own = tuple(p.name for p in parameters if p.kind not in stars and p.name not in bound)
+    return CallForm(False, required, positional=own)
+
+
+def _check_positions(name: str, parameters: Sequence[str]) -> None:
+    """Raise UserError for a parameter that has, or nearly has, the name of another list than it would get."""
+    for parameter, (own, content) in zip(parameters, BY_POSITION[len(parameters)].items(), strict=True):
+        meant = nearest(parameter, ("responses", *GIVEN), cutoff=0.8)
+        if meant and meant != own:
+            by_name = {"responses": "completions", "prompts": "prompts and add **kwargs"}.get(meant, meant)
+            raise UserError(
+                f"reward {name}: its parameter {parameter} would get {content}, by its position; to be called by names,"
+                f" as in TRL, name it {by_name}, or name it {own} if that is what it reads"
+            )
 
 
 def num_required(function: Callable[..., Any]) -> int:
@@ -110,10 +133,11 @@ class FunctionReward:
         return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
 
     @property
-    def wanted(self) -> Wanted | None:
-        """The columns that the function reads; None if it is not called by names."""
+    def wanted(self) -> Wanted:
+        """The columns that the function reads."""
         form = self.form
-        return Wanted(self.name, form.required, form.optional, form.rest) if form.by_name else None
+        lists = "" if form.by_name else str(form)
+        return Wanted(self.name, form.required, form.optional, form.rest, lists, form.positional)
 
     def call(self, responses: Responses, prompts: Prompts | None = None) -> Call:
         """Return the call of the function for a batch. prompts: the batch's, which have the columns of the rows."""

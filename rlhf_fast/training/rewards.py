@@ -116,9 +116,8 @@ class Reward:
 
     @property
     def wanted(self) -> list[Wanted]:
-        """The columns that the functions read which are called by names."""
-        found = [part.wanted for part in self.parts if isinstance(part, FunctionReward)]
-        return [wanted for wanted in found if wanted is not None]
+        """The columns that the functions read."""
+        return [part.wanted for part in self.parts if isinstance(part, FunctionReward)]
 
     def models(self) -> list[Model]:
         """Return the reward models among the parts."""
@@ -218,9 +217,8 @@ def check_scores(scores: Any, uids: Sequence[int], name: str) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def check_function(spec: RewardSpec, kind: str = "reward") -> Wanted | None:
-    """Return the columns that a function reads, None if it is not called by names; UserError if it cannot be imported
-    or called."""
+def check_function(spec: RewardSpec, kind: str = "reward") -> Wanted:
+    """Return the columns that a function reads. UserError if it cannot be imported or called."""
     return FunctionReward(find_function(spec, kind), None, spec_name(spec)).wanted
 
 

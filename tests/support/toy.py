@@ -89,6 +89,15 @@ def prompt_file(path: Path, count: int = 40) -> str:
     return jsonl(path, [{"prompt": text} for text in prompts(count, seed=3)])
 
 
+def assert_is_short(cfg: PPOConfig) -> None:
+    """Check that a run which a page shows ends in minutes on a small model, and is no warm-up alone."""
+    plain = PPOConfig()
+    assert cfg.episodes <= 4096 and cfg.episodes * cfg.sampling.max_new_tokens <= 2**19
+    for ours, default in ((cfg.optim, plain.optim), (cfg.value_optim, plain.value_optim)):
+        assert 0 < ours.warmup_steps <= cfg.steps / 8
+        assert replace(ours, warmup_steps=default.warmup_steps) == default
+
+
 def share_of_a(texts: list[str]) -> list[float]:
     """Return a reward for each text: the share of the answer's words that are the letter a."""
     answers = [text.partition(".")[2].split() for text in texts]
