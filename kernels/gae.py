@@ -39,8 +39,8 @@ def gae(
     This is eq. 16 of Schulman et al. 2016 (arXiv 1506.02438). next(t) is the next token inside the mask.
 
         rewards, values (B, T)
-        mask (B, T), bool or integers (nonzero is inside): a token outside it is skipped, as in verl and NeMo-RL, and both
-            of its outputs are 0
+        mask (B, T), bool or integers (nonzero is inside): a token outside it is skipped, as in verl and NeMo-RL, and
+            both of its outputs are 0
         bootstrap (B,): V after the last token: the value of the state where a row was truncated, 0 where it ended
             by itself; None means 0 for all rows
 
