@@ -417,9 +417,9 @@ def test_an_unknown_backend_or_argument_is_refused():
         ops.gae(*args[:3], gama=0.9)
     with pytest.raises(TypeError, match=r"^gae has no argument 'xyz'; it takes rewards"):
         ops.gae(*args[:3], xyz=0.9)
-    with pytest.raises(TypeError, match="^gae: mask was given twice, by its position and by its name$"):
+    with pytest.raises(TypeError, match=r"^gae: mask was given twice, by its position and by its name$"):
         ops.gae(*args[:3], mask=args[2])
-    with pytest.raises(TypeError, match="gae misses the argument 'mask'"):
+    with pytest.raises(TypeError, match=r"^gae misses the argument 'mask'"):
         ops.gae(*args[:2])
 
 
