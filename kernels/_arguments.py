@@ -1,4 +1,4 @@
-"""The tensors that a kernel cannot read by their data pointer, and the derivatives that no op has.
+"""The arguments that no op takes, by a sentence that names them, and the derivatives that no op has.
 
 Kernels read dense tensors of plain numbers. torch's lazily negated, conjugated and zero tensors are made plain by its
 dispatcher; the others of this file, and transforms of an op that would be silently wrong, are refused by a sentence.

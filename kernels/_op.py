@@ -212,7 +212,7 @@ class Op(Backends):
         device = None
         has_cpu = False
         try:
-            for a, refused in zip(args, self.refused_dtypes, strict=False):
+            for a, refused in zip(args, self.refused_dtypes):  # noqa: B905  (`strict` takes time)
                 kind = type(a)
                 if kind is Tensor or kind is Parameter:
                     if a.is_cpu:
