@@ -1,4 +1,4 @@
-"""The tensors that a kernel cannot read by their data pointer, and the derivatives that no op has.
+"""The arguments that no op takes, by a sentence that names them, and the derivatives that no op has.
 
 Kernels read dense tensors of plain numbers. torch's lazily negated, conjugated and zero tensors are made plain by its
 dispatcher; the others of this file, and transforms of an op that would be silently wrong, are refused by a sentence.
@@ -6,8 +6,10 @@ dispatcher; the others of this file, and transforms of an op that would be silen
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +20,41 @@ REFUSED_DTYPES = frozenset(
     for name in ("complex32", "complex64", "complex128", "qint8", "quint8", "qint32", "quint4x2", "quint2x4")
 )
 
-MAY_BE_NUMBERS = frozenset(
-    ("temperature", "top_k", "top_p", "min_p", "steps", "advantage_shift", "advantage_scale")
-)  # parameters of type Tensor that also take a number
+INTEGERS = frozenset(
+    getattr(torch, name) for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+)
+
+MUST_BE_FLOATING = frozenset((
+    "advantages", "bias", "bootstrap", "cos", "gate", "hidden", "k", "k_cache", "logits", "logprobs", "noise",
+    "old_logprobs", "old_values", "q", "ref_bias", "ref_hidden", "ref_logprobs", "ref_weight", "residual", "returns",
+    "rewards", "sampler_logprobs", "scores", "sin", "up", "v", "v_cache", "values", "weight", "x",
+))  # fmt: skip
+"""The parameters, of any op, that take no tensor of integers. Weights of 0 and 1 may be integers."""
+
+
+def refused_dtypes(name: str) -> frozenset[torch.dtype]:
+    """Return the dtypes that no op takes for its parameter `name`."""
+    return REFUSED_DTYPES | INTEGERS if name in MUST_BE_FLOATING else REFUSED_DTYPES
+
+
+def may_be_number(annotation: object) -> bool:
+    """Return whether a parameter takes a number in a tensor's place. The op's normalizer makes a tensor of it."""
+    kinds = get_args(annotation)
+    return Tensor in kinds and (float in kinds or int in kinds)
+
+
+def schema(body: Callable, mutates: tuple[str, ...]) -> str:
+    """Return the schema of an op, in which a parameter that also takes a number is a tensor or None."""
+    signature = inspect.signature(body)
+    parameters = [
+        p.replace(annotation=Tensor | None) if may_be_number(p.annotation) else p for p in signature.parameters.values()
+    ]
+
+    def prototype() -> None:
+        """Stand for the body."""
+
+    vars(prototype)["__signature__"] = signature.replace(parameters=parameters)
+    return torch.library.infer_schema(prototype, mutates_args=mutates)
 
 
 def is_transformed() -> bool:
@@ -42,6 +76,8 @@ def why_unreadable(x: Tensor) -> str:
     if x.dtype in REFUSED_DTYPES:
         kind = "complex; pass its real part" if x.is_complex() else "quantized; pass x.dequantize()"
         return f"is {kind}"
+    if torch.compiler.is_compiling():  # its tensors are fake, and it cannot trace what follows
+        return ""
     if torch._is_functional_tensor(x):
         return "is functionalized by torch.func.functionalize; call the op outside of it"
     if type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda") and not _has_memory(x):
@@ -57,8 +93,17 @@ def _has_memory(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() > 0
 
 
+def check_floating(op: str, names: Sequence[str], args: Sequence) -> None:
+    """Raise ValueError for the first tensor of integers that must be one of floating-point numbers."""
+    for name, x in zip(names, args, strict=False):
+        if isinstance(x, Tensor) and x.dtype in INTEGERS and name in MUST_BE_FLOATING:
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise ValueError(f"{op}: {name} must be floating point, got {dtype}; pass {name}.float()")
+
+
 def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
     """Raise ValueError for the first tensor that kernels cannot read."""
+    check_floating(op, names, args)
     for name, x in zip(names, args, strict=False):
         if isinstance(x, Tensor) and (why := why_unreadable(x)):
             raise ValueError(f"{op}: {name} {why}")
@@ -67,19 +112,60 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
 def check_tensors(op: str, signature: inspect.Signature, args: Sequence, error: Exception | None = None) -> None:
     """Raise TypeError for the first argument that must be a tensor and is none, from the `error` that it has caused."""
     for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
-        may_be_none = parameter.annotation == (Tensor | None)
+        number_too = may_be_number(parameter.annotation)
+        may_be_none = number_too or parameter.annotation == (Tensor | None)
         if not may_be_none and parameter.annotation is not Tensor:
             continue
         if isinstance(x, Tensor) or (x is None and may_be_none):
             continue
         is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
-        if is_number and name in MAY_BE_NUMBERS:
-            continue
+        if number_too:
+            if is_number:
+                continue
+            raise TypeError(f"{op}: {name} must be a number or a torch.Tensor, got {_shown(x)}") from error
         can_be_one = is_number or isinstance(x, (list, tuple)) or hasattr(x, "__array__")
         mend = "; torch.as_tensor makes one" if can_be_one else ""
         if name == "weight" and isinstance(getattr(x, name, None), Tensor):  # a module
             mend = "; give its .weight"
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}{mend}") from error
+
+
+def check_numbers(op: str, signature: inspect.Signature, args: Sequence, error: Exception) -> None:
+    """Raise TypeError for the first argument that must be a number and is none, from the `error` that it has caused.
+    Normalizers compare it, or convert it by float(+x): float(".9") alone would read the text."""
+    for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
+        kinds = get_args(parameter.annotation) or (parameter.annotation,)
+        if kinds[0] not in (float, int, bool) or Tensor in kinds or (x is None and len(kinds) > 1):
+            continue
+        if not hasattr(x, "__float__"):
+            kind = "True or False" if kinds[0] is bool else "a number"
+            raise TypeError(f"{op}: {name} must be {kind}, got {_shown(x)}") from error
+
+
+def _shown(x: object) -> str:
+    return f"the text {x!r}" if isinstance(x, (str, bytes)) else type(x).__name__
+
+
+def explain(op: str, signature: inspect.Signature, args: Sequence, error: Exception) -> None:
+    """Raise a clearer error in place of one that an argument has caused which no kernel can read. Where this returns,
+    the caller raises the `error` itself."""
+    if not isinstance(error, RuntimeError):
+        check_tensors(op, signature, args, error)
+        check_numbers(op, signature, args, error)
+    check_readable(op, tuple(signature.parameters), args)
+    check_transformed(op, error)
+
+
+def unexpected_argument(op: str, names: Sequence[str], given: str) -> str:
+    """Return the error for a keyword that the op does not take, or that an argument by position has given before."""
+    if given in names:
+        return f"{op}: {given} was given twice, by its position and by its name"
+    near = difflib.get_close_matches(given, names, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return f"{op} has no argument {given!r}{meant}; it takes {', '.join(names)}"
+
+
+unexpected_argument._dynamo_marked_constant = True  # type: ignore[attr-defined]  # difflib cannot be traced
 
 
 def check_transformed(op: str, error: Exception) -> None:

@@ -4,6 +4,13 @@ import torch
 from torch import Tensor
 
 
+def discounts(op: str, gamma: float, lam: float) -> tuple[float, float]:
+    """Return both as floats. Raise ValueError unless they are within [0, 1]."""
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"{op}: gamma and lam must be within [0, 1], got {gamma} and {lam}")
+    return float(gamma), float(lam)
+
+
 def gae_reference(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
 ) -> tuple[Tensor, Tensor]:

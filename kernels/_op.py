@@ -50,12 +50,15 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from rlhf_fast.kernels._arguments import (
-    REFUSED_DTYPES,
+    check_floating,
     check_readable,
     check_tensors,
-    check_transformed,
+    explain,
     has_tangents,
     is_transformed,
+    refused_dtypes,
+    schema,
+    unexpected_argument,
 )
 from rlhf_fast.kernels._autograd import autograd_function, refuse_backward, refuse_gradient
 from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing, is_backward
@@ -83,6 +86,7 @@ class Op(Backends):
     defaults: dict[str, Any]
     default_args: tuple  # one per parameter; None for a parameter without a default
     required_tensors: tuple[int, ...]  # indices of the arguments that may not be None
+    refused_dtypes: tuple[frozenset[torch.dtype], ...]  # one set per parameter
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
     normalizer: Callable | None  # registered by `normalize`
     cost_function: Callable | None  # registered by `cost`
@@ -101,15 +105,15 @@ class Op(Backends):
         self.names = tuple(self.signature.parameters)
         self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
         self.default_args = tuple(self.defaults.get(name) for name in self.names)
-        types = [parameter.annotation for parameter in self.signature.parameters.values()]
-        self.required_tensors = tuple(i for i, kind in enumerate(types) if kind is Tensor)
+        parameters = self.signature.parameters.values()
+        self.required_tensors = tuple(i for i, p in enumerate(parameters) if p.annotation is Tensor)
+        self.refused_dtypes = tuple(refused_dtypes(name) for name in self.names)
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         super().__init__(body.__name__, body)
         self.normalizer = None
         self.cost_function = None
-        self.stats = ()
-        self.gradient_inputs = ()
-        _library.define(self.name + torch.library.infer_schema(body, mutates_args=mutates))
+        self.stats = self.gradient_inputs = ()
+        _library.define(self.name + schema(body, mutates))
         for device in DEVICES:
             _library.impl(self.name, functools.partial(self._run_dispatched, device), device.upper())
         torch.library.register_fake(f"rlhf_fast::{self.name}", self._on_one_device(fake or body), lib=_library)
@@ -140,10 +144,7 @@ class Op(Backends):
                     return self._run_plain(*args)
             return self.run(*args)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # perhaps of what is no dense tensor
-            if not isinstance(error, RuntimeError):
-                check_tensors(self.name, self.signature, args, error)
-            check_readable(self.name, self.names, args)
-            check_transformed(self.name, error)
+            explain(self.name, self.signature, args, error)
             raise
 
     def __get__(self, instance: object, owner: type | None = None) -> Op:
@@ -167,9 +168,7 @@ class Op(Backends):
             else:
                 raise TypeError(f"{self.name} misses the argument {name!r}")
         if kwargs:
-            raise TypeError(
-                f"{self.name} has no argument {next(iter(kwargs))!r}, or it was given twice; it takes {self.names}"
-            )
+            raise TypeError(unexpected_argument(self.name, self.names, next(iter(kwargs))))
         return tuple(bound)
 
     def _run_differentiable(self, *args):
@@ -213,7 +212,7 @@ class Op(Backends):
         device = None
         has_cpu = False
         try:
-            for a in args:
+            for a, refused in zip(args, self.refused_dtypes):  # noqa: B905  (`strict` takes time)
                 kind = type(a)
                 if kind is Tensor or kind is Parameter:
                     if a.is_cpu:
@@ -222,7 +221,7 @@ class Op(Backends):
                         device = a.device
                     elif a.device != device:
                         raise self._mixed_devices_error(args)
-                    if a.dtype in REFUSED_DTYPES or a.is_neg() or (not a.data_ptr() and a.numel() and a.device != META):
+                    if a.dtype in refused or a.is_neg() or (not a.data_ptr() and a.numel() and a.device != META):
                         check_readable(self.name, self.names, args)
                         return self.torch_op(*args)
                 elif isinstance(a, Tensor):
@@ -250,6 +249,7 @@ class Op(Backends):
         def run(*args):
             if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
                 raise self._mixed_devices_error(args)
+            check_floating(self.name, self.names, args)
             return fake(*args)
 
         return run

@@ -57,7 +57,11 @@ def normalize_options(
 ) -> SamplingOptions:
     """Check the options of an op, numbers or tensors, for `logits` (B, ...), and return them as tensors (B,)."""
     if row_ids is None or steps is None:
-        raise ValueError(f"{op}: row_ids and steps must be given, they key the noise; got None")
+        missing = "row_ids" if row_ids is None else "steps"
+        raise ValueError(
+            f"{op}: row_ids, int64 of shape ({logits.shape[0]},), and steps, the same or an int, must be given: they"
+            f" key the noise; {missing} is None"
+        )
     steps = torch.full_like(row_ids, steps) if isinstance(steps, int) else steps
     if row_ids.shape != logits.shape[:1] or steps.shape != logits.shape[:1]:
         shapes = [list(row_ids.shape), list(steps.shape)]

@@ -39,7 +39,7 @@ def as_bool(op: str, mask: Tensor) -> Tensor:
         return mask
     if mask.is_floating_point():
         dtype = str(mask.dtype).removeprefix("torch.")
-        raise ValueError(f"{op}: mask must be bool, or integers 0 and 1, got {dtype}; pass mask.bool()")
+        raise ValueError(f"{op}: mask must be bool or integers, got {dtype}; pass mask.bool()")
     return mask.bool()
 
 

@@ -108,7 +108,7 @@ def _(q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
         given = f"{window} and {softcap}"
         raise ValueError(f"decode_attention: window and softcap must be 0 (off) or more, and finite, got {given}")
     tables = (x if x.dtype == torch.int32 else x.int() for x in (block_table, lengths, rows))
-    return *(x.detach() for x in (q, k_cache, v_cache)), *tables, float(scale), int(window), float(softcap)
+    return *(x.detach() for x in (q, k_cache, v_cache)), *tables, float(+scale), int(window), float(softcap)
 
 
 def _shapes_fit(q, k_cache, v_cache, block_table, lengths, rows) -> bool:

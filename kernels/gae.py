@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import chunking, gae_reference
+from rlhf_fast.kernels._gae import chunking, discounts, gae_reference
 from rlhf_fast.kernels._launch import data_ptrs, ptrs_and_codes, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._tensors import (
@@ -39,14 +39,15 @@ def gae(
     This is eq. 16 of Schulman et al. 2016 (arXiv 1506.02438). next(t) is the next token inside the mask.
 
         rewards, values (B, T)
-        mask (B, T), bool or integers 0 and 1: a token outside it is skipped, as in verl and NeMo-RL, and both of its
-            outputs are 0
+        mask (B, T), bool or integers (nonzero is inside): a token outside it is skipped, as in verl and NeMo-RL, and
+            both of its outputs are 0
         bootstrap (B,): V after the last token: the value of the state where a row was truncated, 0 where it ended
             by itself; None means 0 for all rows
 
     No gradient: advantages are targets.
 
-    Raises ValueError where shapes differ, or mask is floating point.
+    Raises ValueError where shapes differ, mask is floating point, rewards, values or bootstrap are integers, or gamma
+    or lam is not within [0, 1].
     """
     return gae_reference(upcast(rewards), upcast(values), mask, gamma, lam, bootstrap)
 
@@ -59,7 +60,7 @@ def _(rewards, values, mask, gamma, lam, bootstrap):
     if bootstrap is not None and bootstrap.shape != rewards.shape[:1]:
         raise ValueError(f"gae: bootstrap must have shape ({rewards.shape[0]},), got {list(bootstrap.shape)}")
     rewards, values, bootstrap = promote_to_float64(*detached((rewards, values, bootstrap)))
-    return rewards, values, as_bool("gae", mask), float(gamma), float(lam), bootstrap
+    return rewards, values, as_bool("gae", mask), *discounts("gae", gamma, lam), bootstrap
 
 
 def _outputs(rewards):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import chunking, gae_reference
+from rlhf_fast.kernels._gae import chunking, discounts, gae_reference
 from rlhf_fast.kernels._launch import data_ptrs, ptrs_and_codes, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._tensors import (
@@ -37,14 +37,14 @@ def gae_packed(
     """Return advantages and returns, each (N,) float32, of S packed responses. `gae` has the formula.
 
         rewards, values (N,)
-        mask (N,), bool or integers 0 and 1: a token outside it is skipped, and both of its outputs are 0
+        mask (N,), bool or integers (nonzero is inside): a token outside it is skipped, and both of its outputs are 0
         cu_seqlens (S + 1,), int32 or int64: response s is tokens cu_seqlens[s] to cu_seqlens[s + 1]; it may be empty
         bootstrap (S,): V after the last token of each response; None means 0
 
     No gradient: advantages are targets.
 
-    Raises ValueError where shapes differ, mask is floating point, or cu_seqlens does not rise from 0 to N (this only
-    on the CPU).
+    Raises ValueError where shapes differ, mask is floating point, rewards, values or bootstrap are integers, gamma or
+    lam is not within [0, 1], or cu_seqlens does not rise from 0 to N (this only on the CPU).
     """
     check_offsets("gae_packed", "cu_seqlens", cu_seqlens, rewards.shape[0])
     starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]
@@ -72,7 +72,7 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     if bootstrap is not None and bootstrap.shape != (S,):
         raise ValueError(f"gae_packed: bootstrap must have shape ({S},), got {list(bootstrap.shape)}")
     rewards, values, bootstrap = promote_to_float64(*detached((rewards, values, bootstrap)))
-    return rewards, values, as_bool("gae_packed", mask), cu_seqlens, float(gamma), float(lam), bootstrap
+    return rewards, values, as_bool("gae_packed", mask), cu_seqlens, *discounts("gae_packed", gamma, lam), bootstrap
 
 
 def _outputs(rewards):

@@ -26,7 +26,8 @@ def layer_norm(
     Gradients: x, weight and bias, in their dtypes; of the last two summed in float32 and rounded once. With a residual
     there is none.
 
-    Raises ValueError where shapes or dtypes differ, or a gradient is asked for with a residual.
+    Raises ValueError where shapes or dtypes differ, one is not floating point, or a gradient is asked for with a
+    residual.
     """
     if residual is not None:
         x = residual.add_(x)
@@ -39,7 +40,7 @@ def layer_norm(
 @layer_norm.normalize
 def _(x, weight, bias, eps, residual):
     _norm.check("layer_norm", x, {"weight": weight, "bias": bias}, residual)
-    return x, weight, bias, float(eps), residual
+    return x, weight, bias, float(+eps), residual
 
 
 @layer_norm.compiled

@@ -61,7 +61,7 @@ def _(x, weight, bias, transposed, decode_order):
     if bias is not None and (bias.shape != (weight.shape[int(transposed)],) or bias.dtype != weight.dtype):
         rule = f"linear: bias must be {weight.dtype} of shape ({weight.shape[int(transposed)]},)"
         raise ValueError(f"{rule}, got {bias.dtype} {list(bias.shape)}")
-    return x, weight, bias, bool(transposed), bool(decode_order)
+    return x, weight, bias, bool(+transposed), bool(+decode_order)
 
 
 @linear.compiled(required_symbols=("f32_product", "decode_product"), devices=("cpu",))

@@ -46,8 +46,8 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     softcap: float = 0.0,
     bias: Tensor | None = None,
-    advantage_shift: Tensor | None = None,
-    advantage_scale: Tensor | None = None,
+    advantage_shift: float | Tensor | None = None,
+    advantage_scale: float | Tensor | None = None,
     log_ratio_clamp: float = 20.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss (), logprobs and entropy of each row (...), and stats (13,), all float32.
@@ -156,9 +156,9 @@ def _(*args):
     return x._replace(
         token_inputs=token_inputs,
         whitening=Whitening.normalize("linear_ppo_loss", *x.whitening, x.hidden),
-        clip=Clip(*map(float, x.clip)),
-        kl=KL(float(x.kl.coef), x.kl.estimator),
-        entropy_coef=float(x.entropy_coef),
+        clip=Clip(*(float(+bound) for bound in x.clip)),
+        kl=KL(float(+x.kl.coef), x.kl.estimator),
+        entropy_coef=float(+x.entropy_coef),
         temperature=float(x.temperature),
         softcap=float(x.softcap),
     ).flat()

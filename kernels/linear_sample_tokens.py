@@ -28,13 +28,13 @@ def _fake(hidden, _weight, *_options):
 def linear_sample_tokens(
     hidden: Tensor,
     weight: Tensor,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     seed: int = 0,
     row_ids: Tensor | None = None,
-    steps: Tensor | None = None,
+    steps: int | Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float = 0.0,
     banned: Tensor | None = None,
@@ -42,6 +42,7 @@ def linear_sample_tokens(
     device_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sample one token for each row of `hidden` (B, D) under the head `weight` (V, D); all outputs (B,), nats.
+    `row_ids` and `steps` are required: they key the noise.
 
         logits = cap(hidden weight' + bias), cap(x) = softcap tanh(x / softcap) or x where softcap is 0
         outputs = sample_tokens(logits, temperature, top_k, top_p, min_p, seed, row_ids, steps)
@@ -66,7 +67,7 @@ def linear_sample_tokens(
         allowed = torch.ones_like(logits, dtype=torch.bool).index_fill(1, banned, False) | ~ban_rows[:, None]
     assert row_ids is not None and steps is not None  # the normalizer has checked it
     key = seed if device_seed is None else device_seed
-    options = SamplingOptions(temperature, top_k, top_p, min_p, key, row_ids, steps)
+    options = SamplingOptions._make((temperature, top_k, top_p, min_p, key, row_ids, steps))
     return sample_reference(logits, options, allowed=allowed)
 
 

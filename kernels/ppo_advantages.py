@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import chunking, gae_reference
+from rlhf_fast.kernels._gae import chunking, discounts, gae_reference
 from rlhf_fast.kernels._launch import (
     data_ptrs,
     ptrs_and_codes,
@@ -59,8 +59,8 @@ def ppo_advantages(
         logprobs, ref_logprobs (B, T): nats, of the policy and of the reference model
         values (B, T): V before each token
         scores (B,): rewards of whole responses; score_clip 0 does not clip them
-        mask (B, T), bool or integers 0 and 1: a token outside it is skipped, whatever is stored there, and its outputs
-            are 0; a row without a token inside counts for nothing, its score included
+        mask (B, T), bool or integers (nonzero is inside): a token outside it is skipped, whatever is stored there, and
+            its outputs are 0; a row without a token inside counts for nothing, its score included
         bootstrap (B,): V after the last token; None means 0
         kl: sum of kl_t over each row, in nats per sequence, the unit of KL targets
 
@@ -75,7 +75,8 @@ def ppo_advantages(
     1 - m2 / return_m2. Two parts of a batch merge by Chan's rule:
     m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
 
-    Raises ValueError where shapes differ, mask is floating point, or kl_estimator is another word.
+    Raises ValueError where shapes differ, mask is floating point, another tensor is of integers, gamma or lam is not
+    within [0, 1], or kl_estimator is another word.
     """
     logprobs, ref_logprobs, values, scores = map(upcast, (logprobs, ref_logprobs, values, scores))
     kl = torch.where(mask, kl_estimate(logprobs - ref_logprobs, kl_estimator), 0)
@@ -113,7 +114,7 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
         )
     tensors = detached((logprobs, ref_logprobs, values, scores, bootstrap))
     *tensors, bootstrap = promote_to_float64(*tensors)
-    scalars = float(kl_coef), kl_estimator, float(gamma), float(lam), float(score_clip)
+    scalars = float(+kl_coef), kl_estimator, *discounts("ppo_advantages", gamma, lam), float(+score_clip)
     return *tensors, as_bool("ppo_advantages", mask), *scalars, bootstrap
 
 

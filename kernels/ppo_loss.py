@@ -42,8 +42,8 @@ def ppo_loss(
     returns: Tensor | None = None,
     value_weights: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
-    advantage_shift: Tensor | None = None,
-    advantage_scale: Tensor | None = None,
+    advantage_shift: float | Tensor | None = None,
+    advantage_scale: float | Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 0.0,
@@ -92,11 +92,11 @@ def ppo_loss(
     and two extremes, to be joined by max and min:
         ratio_max, ratio_min: the largest and the smallest ratio; -inf and inf without a token
     """
-    x = Inputs(
+    x = Inputs._make((
         logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
         advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
         importance_mode,
-    )  # fmt: skip
+    ))  # fmt: skip
     out = losses(x)
     return out.policy, out.value, out.stats
 
@@ -115,7 +115,7 @@ def _(*args):
     tensors = promote_to_float64(*x.token_tensors)
     _, _, _, weights, *_ = tensors
     whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, weights)
-    return *tensors, *whitening, *map(float, x.scalars), x.importance_mode
+    return *tensors, *whitening, *(float(+scalar) for scalar in x.scalars), x.importance_mode
 
 
 def _fake_with_gradients(*args):

@@ -25,7 +25,8 @@ def rms_norm(
     Gradients: x and weight, in their dtypes; of the weight summed in float32 and rounded once. With a residual there is
     none.
 
-    Raises ValueError where shapes or dtypes differ, or a gradient is asked for with a residual.
+    Raises ValueError where shapes or dtypes differ, one is not floating point, or a gradient is asked for with a
+    residual.
     """
     if residual is not None:
         x = residual.add_(x)
@@ -37,7 +38,7 @@ def rms_norm(
 @rms_norm.normalize
 def _(x, weight, eps, residual, offset):
     _norm.check("rms_norm", x, {"weight": weight}, residual)
-    return x, weight, float(eps), residual, float(offset)
+    return x, weight, float(+eps), residual, float(+offset)
 
 
 @rms_norm.compiled

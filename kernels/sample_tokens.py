@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlhf_fast.kernels._arguments import check_floating
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._sampling import SamplingOptions, empty_outputs, normalize_options, sample_reference
@@ -19,16 +20,17 @@ def _fake(logits, *_options):
 @op(fake=_fake)
 def sample_tokens(
     logits: Tensor,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     seed: int = 0,
     row_ids: Tensor | None = None,
-    steps: Tensor | None = None,
+    steps: int | Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sample one token for each row of `logits` (B, V), and return it with its log-probabilities in nats, all (B,).
+    `row_ids` and `steps` are required: they key the noise.
 
         z = logits / temperature        token = argmax over kept v of z_v + gumbel(seed, row id, step, v)
 
@@ -39,8 +41,8 @@ def sample_tokens(
         min_p keeps of those the ones at least min_p times as probable as the most probable token.
     temperature 0: takes the largest logit, the lowest index among equals. That choice has probability one: logprobs,
         kept_logprobs, log_kept_mass and entropy are 0; raw_logprobs is as with any temperature.
-    row_ids (B,) int64: names each sample, say prompt * samples + sample; required.
-    steps (B,) or an int: counts the tokens of each sample; required.
+    row_ids (B,) int64: names each sample, say prompt * samples + sample.
+    steps (B,) or an int: counts the tokens of each sample.
     noise (B, V): Gumbel values that replace the keyed noise; a token whose noise is NaN is not sampled.
 
     Returns, the first int64, the others float32:
@@ -56,7 +58,7 @@ def sample_tokens(
     Raises ValueError where shapes differ, a number is out of range, or row_ids or steps are missing.
     """
     assert row_ids is not None and steps is not None  # the normalizer has checked it
-    options = SamplingOptions(temperature, top_k, top_p, min_p, seed, row_ids, steps)
+    options = SamplingOptions._make((temperature, top_k, top_p, min_p, seed, row_ids, steps))
     return sample_reference(logits, options, noise)
 
 
@@ -69,6 +71,7 @@ def _(logits, *args):
         )
     if noise is not None and noise.shape != logits.shape:
         raise ValueError(f"sample_tokens: noise must have shape {list(logits.shape)}, got {list(noise.shape)}")
+    check_floating("sample_tokens", ("noise",), (noise,))  # before it is converted
     options = normalize_options("sample_tokens", logits, *options)
     return logits.detach(), *options, noise if noise is None else noise.float()
 

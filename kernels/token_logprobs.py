@@ -40,7 +40,8 @@ def token_logprobs(
 
     A log-probability is never positive. Gradients: logits, through both outputs.
 
-    Raises ValueError where shapes differ, or a target is out of range (the last only on the CPU).
+    Raises ValueError where shapes differ, logits are not floating point, or a target is out of range (the last only
+    on the CPU).
     """
     head_checks.check_targets("token_logprobs", targets, logits.shape[-1])
     x = upcast(logits).masked_fill((targets == head.IGNORE_INDEX)[..., None], 0)

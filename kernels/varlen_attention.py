@@ -143,7 +143,7 @@ def _(q, k, v, offsets, scale, window, softcap, parents, decode_order):
         given = f"{window} and {softcap}"
         raise ValueError(f"varlen_attention: window and softcap must be 0 (off) or more, and finite, got {given}")
     offsets, parents = offsets.long(), None if parents is None else parents.long()
-    return q, k, v, offsets, float(scale), int(window), float(softcap), parents, bool(decode_order)
+    return q, k, v, offsets, float(+scale), int(window), float(softcap), parents, bool(+decode_order)
 
 
 def _fake_with_statistics(q, *_rest):

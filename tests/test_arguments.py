@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -155,14 +156,76 @@ def test_what_is_no_tensor_is_refused_by_name(op):
     for i, parameter in enumerate(parameters):
         if parameter.annotation not in (torch.Tensor, torch.Tensor | None):
             continue
-        others = [[1.0], "x", np.ones(3)]
-        others += [] if parameter.name in _arguments.MAY_BE_NUMBERS else [3]
+        others = [[1.0], "x", np.ones(3), 3]
         others += [None] if parameter.annotation is torch.Tensor else []
         for other in others:
             with pytest.raises(TypeError, match=f"^{op.name}: {parameter.name} must be a torch.Tensor, got"):
                 op(*replaced(args, i, other))
             tried += 1
     assert tried >= 4
+
+
+def kinds_of(parameter):
+    return typing.get_args(parameter.annotation) or (parameter.annotation,)
+
+
+@pytest.mark.parametrize("op", PUBLIC, **by_name)
+def test_what_is_no_number_is_refused_by_name(op):
+    """Also text that float() would read, and a flag that any object would set."""
+    args = inputs(op)
+    for i, (name, parameter) in enumerate(op.signature.parameters.items()):
+        kinds = kinds_of(parameter)
+        if not {float, int, bool} & set(kinds):
+            continue
+        rule = (
+            "True or False" if bool in kinds else "a number or a torch.Tensor" if torch.Tensor in kinds else "a number"
+        )
+        for other in ("abc", ".9", b"1", [1.0]) if type(None) in kinds else ("abc", ".9", b"1", [1.0], None):
+            given = f"the text {other!r}" if isinstance(other, (str, bytes)) else type(other).__name__
+            with pytest.raises(TypeError) as error:
+                op(*replaced(args, i, other))
+            assert str(error.value) == f"{op.name}: {name} must be {rule}, got {given}"
+
+
+WEIGHTS_OR_OPTIONS = {"weights", "value_weights", "temperature", "top_p", "min_p", "advantage_shift", "advantage_scale"}
+
+
+@pytest.mark.parametrize("op", PUBLIC, **by_name)
+def test_integers_in_place_of_floats_are_refused_by_name(op):
+    """But for weights, which may be 0 and 1, and for options, which take a number of either kind."""
+    tried = 0
+    for size, dtype in itertools.product(range(len(op.small_sizes)), (torch.int64, torch.uint8, torch.bool)):
+        args = inputs(op, size=size)
+        for i, x in tensors(args):
+            if x.is_floating_point() and op.names[i] not in WEIGHTS_OR_OPTIONS:
+                with pytest.raises(ValueError, match=f"^{op.name}.*{op.names[i]}.* must .*{str(dtype)[6:]}"):
+                    op(*replaced(args, i, x.nan_to_num(0, 0, 0).clamp(0, 1).to(dtype)))
+                tried += 1
+    assert tried
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know how to trace")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_refusal_can_be_read_under_torch_compile(fullgraph):
+    x, mask = torch.randn(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    targets = torch.zeros(2, dtype=torch.int64)
+    cases = {
+        "gae: rewards, values and mask must have one shape (B, T), got [[2, 3], [2, 5], [2, 5]]": (
+            lambda x: ops.gae(x[:, :3], x, mask)[0]
+        ),
+        "gae: mask must be bool or integers, got float32": lambda x: ops.gae(x, x, mask.float())[0],
+        "gae: gamma must be a number, got the text '.9'": lambda x: ops.gae(x, x, mask, gamma=".9")[0],
+        "gae: values must be floating point, got int64": lambda x: ops.gae(x, x.long(), mask)[0],
+        "swiglu: gate and up must have one shape": lambda x: ops.swiglu(x, x[:, :2]),
+        "token_logprobs has no argument 'temprature' (did you mean temperature?)": (
+            lambda x: ops.token_logprobs(x, targets, temprature=1.0)[0]
+        ),
+    }
+    for sentence, call in cases.items():
+        torch._dynamo.reset()
+        with pytest.raises(Exception) as error:  # the op's, or dynamo's around it
+            torch.compile(call, fullgraph=fullgraph, backend="eager")(x)
+        assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["linear_ppo_loss", "rms_norm"])

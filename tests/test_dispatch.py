@@ -201,6 +201,15 @@ def test_a_variant_has_the_ops_parameters_between_its_own(monkeypatch):
         gae_variant_of_this_test(x, x, x, x.bool())
 
 
+def test_a_signature_says_where_a_number_may_stand_for_a_tensor():
+    """The schema has a tensor there: the normalizer makes one."""
+    for op in (ops.sample_tokens, ops.linear_sample_tokens):
+        kinds = {name: op.signature.parameters[name].annotation for name in op.names}
+        assert all(kinds[name] == float | torch.Tensor | None for name in ("temperature", "top_p", "min_p"))
+        assert kinds["top_k"] == kinds["steps"] == int | torch.Tensor | None and kinds["row_ids"] == torch.Tensor | None
+        assert "Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None" in str(op.torch_op._schema)
+
+
 def test_the_docstring_names_every_shared_file():
     folder = Path(_op.__file__).parent
     shared = {path.stem for path in [*folder.glob("_*.py"), *folder.glob("triton/_*.py")]}

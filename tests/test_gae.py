@@ -367,6 +367,33 @@ def test_a_long_undiscounted_row_is_as_accurate_as_the_loop(center):
     assert error("triton") <= error("reference")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_every_integer_but_0_is_inside_the_mask(gae, dtype):
+    """Also 256, whose low byte is 0."""
+    rewards, values = torch.randn(2, 3, 9)
+    mask = torch.rand(3, 9) > 0.4
+    mask[:, 3:6] = True
+    numbers = torch.tensor([2, 255 if dtype == torch.uint8 else -1, 256 if dtype.itemsize > 1 else 64])[:, None] * mask
+    assert same_bits(gae(rewards, values, numbers.to(dtype)), gae(rewards, values, mask))
+
+
+def test_discounts_out_of_range_are_refused():
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    calls = {
+        "gae": lambda **options: ops.gae(x, x, mask, **options),
+        "gae_packed": lambda **options: ops.gae_packed(*map(torch.flatten, (x, x, mask)), offsets, **options),
+        "ppo_advantages": lambda **options: ops.ppo_advantages(x, x, x, x[:, 0], mask, **options),
+    }
+    offsets = torch.tensor([0, 6])
+    for name, call in calls.items():
+        for key in ("gamma", "lam"):
+            for bad in (float("nan"), 2.0, -0.1, float("inf")):
+                with pytest.raises(ValueError, match=rf"^{name}: gamma and lam must be within \[0, 1\], got .*{bad}"):
+                    call(**{key: bad})
+            call(**{key: 0})
+            call(**{key: 1})
+
+
 def test_bad_arguments_name_the_rule():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"gae: rewards, values and mask must have one shape \(B, T\), got \[\[2, 3\]"):

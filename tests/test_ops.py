@@ -427,7 +427,16 @@ def test_an_unknown_backend_or_argument_is_refused():
         ops.gae.backend("tpu")
     with pytest.raises(TypeError, match="gae has no argument 'lambda_'"):
         ops.gae(*args[:3], lambda_=0.9)
-    with pytest.raises(TypeError, match="gae misses the argument 'mask'"):
+    typo = (
+        r"^gae has no argument 'gama' \(did you mean gamma\?\); it takes rewards, values, mask, gamma, lam, bootstrap$"
+    )
+    with pytest.raises(TypeError, match=typo):
+        ops.gae(*args[:3], gama=0.9)
+    with pytest.raises(TypeError, match=r"^gae has no argument 'xyz'; it takes rewards"):
+        ops.gae(*args[:3], xyz=0.9)
+    with pytest.raises(TypeError, match=r"^gae: mask was given twice, by its position and by its name$"):
+        ops.gae(*args[:3], mask=args[2])
+    with pytest.raises(TypeError, match=r"^gae misses the argument 'mask'"):
         ops.gae(*args[:2])
 
 

@@ -454,7 +454,11 @@ def test_bad_arguments_are_named():
         ({"top_p": torch.ones(4)}, r"top_p must be a number or have shape \(3,\), got \[4\]"),
         ({"noise": torch.zeros(3, 4)}, r"noise must have shape \[3, 5\], got \[3, 4\]"),
         ({"steps": torch.zeros(2)}, r"row_ids and steps must have shape \(3,\), got \[\[3\], \[2\]\]"),
-        ({"steps": None}, "row_ids and steps must be given"),
+        (
+            {"steps": None},
+            r"row_ids, int64 of shape \(3,\), and steps, the same or an int, must be given: .*; steps is None",
+        ),
+        ({"row_ids": None}, "row_ids, int64 .*; row_ids is None"),
     ]:
         with pytest.raises(ValueError, match=f"sample_tokens: {message}"):
             sample_tokens(logits, **{**keys, **options})
