@@ -72,7 +72,7 @@ def _(kernels, x, weight, bias, transposed, decode_order):
         raise Unsupported("torch multiplies bfloat16, but for decode_order")
     if not (x.numel() and weight.numel()):
         return linear.reference(x, weight, bias, transposed, decode_order)
-    # transposed, the decode step has the same chain of sums
+    # transposed, the decode step has the same sums of chains
     if not is_bf16 and (not decode_order or (transposed and _product.is_fast(kernels))):
         out = _fake(x, weight, bias, transposed)
         x, weight, bias = as_matrix(x), as_matrix(weight), None if bias is None else bias.contiguous()

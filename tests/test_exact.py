@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import toy
-from architectures import SMALL, build, halved, prompts, sampling
+from architectures import GPT, SMALL, build, halved, prompts, sampling
 from test_fused import MODELS
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -58,10 +58,14 @@ def trained(model: Model, responses: Responses, budget: int, temperature: float 
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+# GPT-2's sums over inputs are those of chains of 128.
+WIDE = {"gpt2 of width 160": build("GPT2", GPT, n_embd=160, initializer_range=0.06)}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *WIDE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logprobs_are_the_rollouts(name, dtype):
-    model = exact_model(MODELS[name], dtype)
+    model = exact_model((MODELS | WIDE)[name], dtype)
     responses = sampled(model)
     mask = responses.mask
     for budget in (40, 100_000):

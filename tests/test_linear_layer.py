@@ -1,6 +1,7 @@
 """The op `linear`: a row's bits beside other rows, odd sizes, strides, the order of the decode step."""
 
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_a_row_has_the_bits_that_it_has_alone(backend, rows, size, out, transpos
         assert torch.equal(linear(x, weight, bias, transposed, decode_order), found)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", AVX)
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 300, 1031])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_order_of_the_decode_step_is_that_of_its_kernel(backend, size, transposed):
+    """Of a transposed weight the product of a training step serves, which sums in the same order."""
+    home = import_module("rlhf_fast.kernels.linear")
+    for rows in (1, 7, 50):
+        x, weight, bias = inputs(rows, size, 45, torch.float32, transposed)
+        decoded = home._decode_product(COMPILED[backend], x, weight, bias, transposed, False, None)
+        assert torch.equal(ops.linear.backend(backend)(x, weight, bias, transposed, True), decoded)
 
 
 @pytest.mark.parametrize("how", [0, 1, 2], ids=["in float32", "by the instruction", "emulated"])

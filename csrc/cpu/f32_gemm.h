@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int GEMM_VECTORS = W == 16 ? 4 : 2, GEMM_COLUMNS = GEMM_VECTORS * W, GEMM_ROWS = 6;
-constexpr int64_t GEMM_K = 128;
+constexpr int64_t GEMM_K = CHAIN_K;
 
 // A matrix with K on one side: element (i, k), of a row of A or a column of B, is at i stride + k k_stride.
 struct GemmMatrix {

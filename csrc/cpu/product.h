@@ -5,12 +5,13 @@
 //                    lanes are added by halves
 //                    dot_gemm.h sums the same for many rows
 //     W (in, out):   outer_tile, R rows of X by 2 vectors of columns: lane l sums the `in` products of its column
+//                    f32_gemm.h sums the same for many rows
 //
 // Rows of W pass through the first-level cache once: a panel of them meets all rows of X, which stay in the second
 // level. bfloat16 is converted once a panel.
 //
-// Every result is one chain of fused multiply-adds in a fixed order, so a token's numbers do not depend on the tile, on
-// the other rows or on the threads.
+// Every result is a chain of fused multiply-adds in a fixed order, or the sum of chains of CHAIN_K in theirs, so a
+// token's numbers do not depend on the tile, on the other rows or on the threads.
 //
 // Floor: W once from memory; beyond some 12 rows, the 2 rows out in operations at two vectors a cycle.
 #pragma once
@@ -132,33 +133,36 @@ INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, const T*
 template <int R, int C, class T>
 INLINE void outer_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns, int64_t K,
                        float* out, int64_t out_stride) {
-  f32 sums[R][C] = {};
   const bool is_full = columns >= C * W;
-  for (int64_t k = 0; k < K; ++k) {
-    const T* const row = w + k * w_stride;
-    __builtin_prefetch(row + 8 * w_stride, 0, 2);
-    f32 b[C];
-    for (int c = 0; c < C; ++c) {
-      const int64_t left = columns - c * W;
-      b[c] = splat(0.f);
-      if (is_full || left >= W)
-        b[c] = load(row + c * W);
-      else if (left > 0)
-        b[c] = load_partial(row + c * W, (int)left, 0.f);
+  for (int64_t first = 0; first == 0 || first < K; first += CHAIN_K) {
+    f32 sums[R][C] = {};
+    for (int64_t k = first; k < min(K, first + CHAIN_K); ++k) {
+      const T* const row = w + k * w_stride;
+      __builtin_prefetch(row + 8 * w_stride, 0, 2);
+      f32 b[C];
+      for (int c = 0; c < C; ++c) {
+        const int64_t left = columns - c * W;
+        b[c] = splat(0.f);
+        if (is_full || left >= W)
+          b[c] = load(row + c * W);
+        else if (left > 0)
+          b[c] = load_partial(row + c * W, (int)left, 0.f);
+      }
+      for (int r = 0; r < R; ++r) {
+        const f32 a = splat(x[r * x_stride + k]);
+        for (int c = 0; c < C; ++c) sums[r][c] = fma(a, b[c], sums[r][c]);
+      }
     }
-    for (int r = 0; r < R; ++r) {
-      const f32 a = splat(x[r * x_stride + k]);
-      for (int c = 0; c < C; ++c) sums[r][c] = fma(a, b[c], sums[r][c]);
-    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) {
+        const int64_t left = columns - c * W;
+        float* const to = out + r * out_stride + c * W;
+        if (left >= W)
+          store(to, first ? load(to) + sums[r][c] : sums[r][c]);
+        else if (left > 0)
+          store_partial(to, first ? load_partial(to, (int)left, 0.f) + sums[r][c] : sums[r][c], (int)left);
+      }
   }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) {
-      const int64_t left = columns - c * W;
-      if (left >= W)
-        store(out + r * out_stride + c * W, sums[r][c]);
-      else if (left > 0)
-        store_partial(out + r * out_stride + c * W, sums[r][c], (int)left);
-    }
 }
 
 template <class T>

@@ -15,6 +15,10 @@ INLINE f32 fma(f32 a, f32 b, f32 c) {
 #endif
 }
 
+// Products that are one chain of fused multiply-adds where a lane has a column: f32_gemm.h and outer_tile of product.h
+// add the chains of a longer sum in their order, and so give the same bits.
+constexpr int64_t CHAIN_K = 128;
+
 template <int N>
 struct Number {
   static constexpr int value = N;
