@@ -132,7 +132,7 @@ def check_tensors(op: str, signature: inspect.Signature, args: Sequence, error: 
 
 def check_numbers(op: str, signature: inspect.Signature, args: Sequence, error: Exception) -> None:
     """Raise TypeError for the first argument that must be a number and is none, from the `error` that it has caused.
-    Normalizers compare it, or convert it by float(+x): float(".9") alone would read the text."""
+    Normalizers compare it, or convert it by `as_float`: float(".9") would read the text."""
     for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
         kinds = get_args(parameter.annotation) or (parameter.annotation,)
         if kinds[0] not in (float, int, bool) or Tensor in kinds or (x is None and len(kinds) > 1):

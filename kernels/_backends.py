@@ -89,7 +89,7 @@ COMPILED, WHY_MISSING = _load_compiled()
 
 def cpu_kernels_have_openmp() -> bool:
     """Return whether the compiled CPU kernels, which must be there, use more than one thread."""
-    return bool(import_module("rlhf_fast._cpu").has_openmp)
+    return bool(getattr(import_module("rlhf_fast._cpu"), "has_openmp", True))  # an older build has it
 
 
 def _triton_devices() -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -43,6 +43,20 @@ def as_bool(op: str, mask: Tensor) -> Tensor:
     return mask.bool()
 
 
+def as_float(x: object) -> float:
+    """Return x as a float. TypeError for text, which float() would read; `Op` makes a sentence of it."""
+    if isinstance(x, (str, bytes)):
+        raise TypeError(x)
+    return float(x)  # type: ignore[arg-type]
+
+
+def as_flag(x: object) -> bool:
+    """Return x as a bool. TypeError for what bool() would only look for being empty."""
+    if x is None or isinstance(x, (str, bytes, list, tuple, dict)):
+        raise TypeError(x)
+    return bool(x)
+
+
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return dense tensors, and None for None."""
     return [x if x is None else x.contiguous() for x in tensors]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, dtype_codes, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import contiguous
+from rlhf_fast.kernels._tensors import as_float, contiguous
 
 BLOCKS_PER_SM = 32  # more than ten times what an SM runs at once
 MAX_STATE_BYTES = 64 << 20  # of the splits' states, where there are enough blocks without sharing tokens
@@ -108,7 +108,7 @@ def _(q, k_cache, v_cache, block_table, lengths, rows, scale, window, softcap):
         given = f"{window} and {softcap}"
         raise ValueError(f"decode_attention: window and softcap must be 0 (off) or more, and finite, got {given}")
     tables = (x if x.dtype == torch.int32 else x.int() for x in (block_table, lengths, rows))
-    return *(x.detach() for x in (q, k_cache, v_cache)), *tables, float(+scale), int(window), float(softcap)
+    return *(x.detach() for x in (q, k_cache, v_cache)), *tables, as_float(scale), int(window), float(softcap)
 
 
 def _shapes_fit(q, k_cache, v_cache, block_table, lengths, rows) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor
 from rlhf_fast.kernels import _norm
 from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import contiguous, copy_back, detached, matrix_shape, upcast
+from rlhf_fast.kernels._tensors import as_float, contiguous, copy_back, detached, matrix_shape, upcast
 
 
 @op(fake=_norm.fake, mutates=("residual",))
@@ -40,7 +40,7 @@ def layer_norm(
 @layer_norm.normalize
 def _(x, weight, bias, eps, residual):
     _norm.check("layer_norm", x, {"weight": weight, "bias": bias}, residual)
-    return x, weight, bias, float(+eps), residual
+    return x, weight, bias, as_float(eps), residual
 
 
 @layer_norm.compiled

@@ -12,7 +12,7 @@ from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, require_dtypes, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._product import f32_product
-from rlhf_fast.kernels._tensors import as_matrix, detached, empty_float32, matrix_shape, upcast
+from rlhf_fast.kernels._tensors import as_flag, as_matrix, detached, empty_float32, matrix_shape, upcast
 
 MAX_BF16_WEIGHT = 1 << 17
 """Elements of a weight in bfloat16. The gradients of a larger one are torch's products, which are faster there."""
@@ -61,7 +61,7 @@ def _(x, weight, bias, transposed, decode_order):
     if bias is not None and (bias.shape != (weight.shape[int(transposed)],) or bias.dtype != weight.dtype):
         rule = f"linear: bias must be {weight.dtype} of shape ({weight.shape[int(transposed)]},)"
         raise ValueError(f"{rule}, got {bias.dtype} {list(bias.shape)}")
-    return x, weight, bias, bool(+transposed), bool(+decode_order)
+    return x, weight, bias, as_flag(transposed), as_flag(decode_order)
 
 
 @linear.compiled(required_symbols=("f32_product", "decode_product"), devices=("cpu",))

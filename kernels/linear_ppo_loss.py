@@ -20,7 +20,7 @@ from rlhf_fast.kernels._ppo import (
     Whitening,
     policy_loss,
 )
-from rlhf_fast.kernels._tensors import detached
+from rlhf_fast.kernels._tensors import as_float, detached
 
 
 def _fake(hidden, _weight, targets, *_options):
@@ -156,9 +156,9 @@ def _(*args):
     return x._replace(
         token_inputs=token_inputs,
         whitening=Whitening.normalize("linear_ppo_loss", *x.whitening, x.hidden),
-        clip=Clip(*(float(+bound) for bound in x.clip)),
-        kl=KL(float(+x.kl.coef), x.kl.estimator),
-        entropy_coef=float(+x.entropy_coef),
+        clip=Clip(*(as_float(bound) for bound in x.clip)),
+        kl=KL(as_float(x.kl.coef), x.kl.estimator),
+        entropy_coef=as_float(x.entropy_coef),
         temperature=float(x.temperature),
         softcap=float(x.softcap),
     ).flat()

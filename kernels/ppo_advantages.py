@@ -16,6 +16,7 @@ from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._ppo import KL_ESTIMATORS, kl_estimate
 from rlhf_fast.kernels._tensors import (
     as_bool,
+    as_float,
     contiguous_float32,
     contiguous_floats,
     detached,
@@ -114,7 +115,7 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
         )
     tensors = detached((logprobs, ref_logprobs, values, scores, bootstrap))
     *tensors, bootstrap = promote_to_float64(*tensors)
-    scalars = float(+kl_coef), kl_estimator, *discounts("ppo_advantages", gamma, lam), float(+score_clip)
+    scalars = as_float(kl_coef), kl_estimator, *discounts("ppo_advantages", gamma, lam), as_float(score_clip)
     return *tensors, as_bool("ppo_advantages", mask), *scalars, bootstrap
 
 

@@ -18,6 +18,7 @@ from rlhf_fast.kernels._op import is_tracing, op
 from rlhf_fast.kernels._ppo import Whitening
 from rlhf_fast.kernels._ppo_loss import IMPORTANCE_MODES, STATS, Inputs, check, losses
 from rlhf_fast.kernels._tensors import (
+    as_float,
     contiguous_float32,
     contiguous_floats,
     empty_float32,
@@ -115,7 +116,7 @@ def _(*args):
     tensors = promote_to_float64(*x.token_tensors)
     _, _, _, weights, *_ = tensors
     whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, weights)
-    return *tensors, *whitening, *(float(+scalar) for scalar in x.scalars), x.importance_mode
+    return *tensors, *whitening, *(as_float(scalar) for scalar in x.scalars), x.importance_mode
 
 
 def _fake_with_gradients(*args):

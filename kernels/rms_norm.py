@@ -6,7 +6,7 @@ from torch import Tensor
 from rlhf_fast.kernels import _norm
 from rlhf_fast.kernels._launch import data_ptrs, dtype_codes, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import contiguous, copy_back, detached, matrix_shape, upcast
+from rlhf_fast.kernels._tensors import as_float, contiguous, copy_back, detached, matrix_shape, upcast
 
 
 @op(fake=_norm.fake, mutates=("residual",))
@@ -38,7 +38,7 @@ def rms_norm(
 @rms_norm.normalize
 def _(x, weight, eps, residual, offset):
     _norm.check("rms_norm", x, {"weight": weight}, residual)
-    return x, weight, float(+eps), residual, float(+offset)
+    return x, weight, as_float(eps), residual, as_float(offset)
 
 
 @rms_norm.compiled

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported, data_ptrs, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import contiguous, empty_contiguous, empty_float32, upcast
+from rlhf_fast.kernels._tensors import as_flag, as_float, contiguous, empty_contiguous, empty_float32, upcast
 from rlhf_fast.kernels._varlen_plan import check_sequences, plan_of
 
 REFERENCE_ELEMENTS = 1 << 22  # of the keys that the reference copies at once
@@ -143,7 +143,7 @@ def _(q, k, v, offsets, scale, window, softcap, parents, decode_order):
         given = f"{window} and {softcap}"
         raise ValueError(f"varlen_attention: window and softcap must be 0 (off) or more, and finite, got {given}")
     offsets, parents = offsets.long(), None if parents is None else parents.long()
-    return q, k, v, offsets, float(+scale), int(window), float(softcap), parents, bool(+decode_order)
+    return q, k, v, offsets, as_float(scale), int(window), float(softcap), parents, as_flag(decode_order)
 
 
 def _fake_with_statistics(q, *_rest):

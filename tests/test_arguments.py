@@ -187,6 +187,13 @@ def test_what_is_no_number_is_refused_by_name(op):
             assert str(error.value) == f"{op.name}: {name} must be {rule}, got {given}"
 
 
+def test_numbers_of_numpy_are_numbers():
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    assert torch.equal(ops.linear(x, weight, None, np.bool_(False)), ops.linear(x, weight))
+    with_python = ops.rms_norm(x, weight[0], 1e-5, offset=1.0)
+    assert torch.equal(ops.rms_norm(x, weight[0], np.float64(1e-5), offset=np.bool_(True)), with_python)
+
+
 WEIGHTS_OR_OPTIONS = {"weights", "value_weights", "temperature", "top_p", "min_p", "advantage_shift", "advantage_scale"}
 
 

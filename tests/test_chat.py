@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_fast.batches import EOS, Prompts
+from rlhf_fast.batches import EOS, STOP, Prompts
 from rlhf_fast.cli.conversation import Answer, Conversation, Exchange, ending
 from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import ModelConfig, SamplingConfig
@@ -135,7 +135,8 @@ def test_dialog_is_hh_text_and_its_stop_text_is_not_printed(tmp_path, talk):
 
 def test_an_empty_answer_is_said():
     sampling = SamplingConfig()
-    assert ending(Answer(" \n", [1], [0.0], EOS), sampling).startswith("the answer is empty: after this prompt")
+    assert ending(Answer(" \n", [1], [0.0], EOS), sampling) == "the answer is empty: the model ended at once"
+    assert ending(Answer(" \n", [5, 5, 7], [0.0] * 3, STOP), sampling) == "the answer is empty"
     assert ending(Answer("a", [5, 1], [0.0, 0.0], EOS), sampling) == ""
 
 

@@ -403,7 +403,7 @@ def test_no_prompt_and_no_group_is_on_both_sides(tmp_path):
 
 
 def test_more_rows_than_asked_for_are_explained(tmp_path):
-    for prompts, why in ((2, ", as rows with one prompt stay together"), (20, "")):
+    for prompts, why in ((2, ", as rows of one prompt, group or text stay together"), (20, "")):
         rows = [{"prompt": f"p{i % prompts}", "completion": f"c{i}"} for i in range(20)]
         data = DataConfig(write(tmp_path / "d.jsonl", rows), valid_fraction=0.05)
         split = read_demonstrations(data, byte_level())

@@ -202,6 +202,7 @@ def test_models_that_leave_the_report_are_said(monkeypatch):
     assert "name them again in models for a report of all, or give another out" in said
     forbid_loading(monkeypatch)
     lines.clear()
+    Path("runs/eval/results.json").write_text("{")  # damaged, which costs nothing but that line
     results = evaluate(config(tasks=("lambada",)), lines.append)
     assert results["meta"]["models"].keys() == {"base", "large"} and not any("had also" in line for line in lines)
 

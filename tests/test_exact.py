@@ -59,13 +59,13 @@ def trained(model: Model, responses: Responses, budget: int, temperature: float 
 
 
 # GPT-2's sums over inputs are those of chains of 128.
-WIDE = {"gpt2 of width 160": build("GPT2", GPT, n_embd=160, initializer_range=0.06)}
+SEVERAL_CHAINS = {"gpt2 of width 160": build("GPT2", GPT, n_embd=160, initializer_range=0.06)}
 
 
-@pytest.mark.parametrize("name", [*MODELS, *WIDE])
+@pytest.mark.parametrize("name", [*MODELS, *SEVERAL_CHAINS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logprobs_are_the_rollouts(name, dtype):
-    model = exact_model((MODELS | WIDE)[name], dtype)
+    model = exact_model((MODELS | SEVERAL_CHAINS)[name], dtype)
     responses = sampled(model)
     mask = responses.mask
     for budget in (40, 100_000):

@@ -48,7 +48,7 @@ def test_a_row_has_the_bits_that_it_has_alone(backend, rows, size, out, transpos
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 300, 1031])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_order_of_the_decode_step_is_that_of_its_kernel(backend, size, transposed):
-    """Of a transposed weight the product of a training step serves, which sums in the same order."""
+    """With a transposed weight a training step multiplies by another kernel, which sums in the same order."""
     home = import_module("rlhf_fast.kernels.linear")
     for rows in (1, 7, 50):
         x, weight, bias = inputs(rows, size, 45, torch.float32, transposed)

@@ -88,6 +88,6 @@ def test_the_estimate_is_near_the_peak(tmp_path, stage, case):
     assert process.exitcode == 0
     estimate, peak = map(int, (tmp_path / "measured").read_text().split())
     print(f"{stage} {case}: estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB, ratio {estimate / peak:.2f}")
-    # A busy machine drops pages of files, which lowers a peak.
-    low, high = (0.97, 1.3) if case == "adapters" else (0.85, 1.3)
+    # A busy machine drops pages of files, which lowers a peak: 1.26 was seen of 1.11.
+    low, high = (0.97, 1.3) if case == "adapters" else (0.85, 1.25)
     assert low < estimate / peak < high

@@ -161,7 +161,7 @@ def run_tool(*arguments):
 @pytest.mark.exhaustive(0, slow=2)
 @pytest.mark.skipif(runtime_stub.nvcc() is None or sass.cuobjdump() is None, reason="no nvcc")
 @pytest.mark.parametrize("op", sorted({target.op for target in TARGETS}))
-def test_the_tool_predicts_every_target(op, tmp_path):
+def test_the_tool_predicts_the_targets_of_an_op(op, tmp_path):
     pytest.importorskip("triton")
     result = run_tool(op, "--save", tmp_path / "table.md")
     assert result.returncode == 0, result.stderr[-2000:]

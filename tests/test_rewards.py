@@ -125,6 +125,7 @@ def test_kwargs_get_everything_and_the_older_forms_go_on(policy, prompts, respon
         (lambda a, b, *, scale=1: (a, b, scale), "prompts and responses"),
         (lambda prompt, response: (prompt, response), "prompts and responses"),
         (lambda prompts, answers: (prompts, answers), "prompts and responses"),
+        (lambda prompt, completion: (prompt, completion), "prompts and responses"),
         (lambda prompts, texts, k=1: (prompts, texts, k), "prompts and responses"),
         (lambda prompts, completions: (prompts, completions), "prompts, completions, by name"),
         (lambda completions, **kwargs: (completions, kwargs), "completions, all other columns, by name"),
@@ -146,7 +147,6 @@ def test_the_form_follows_from_the_names(function, expected):
             "completion would get prompt and response together, .* completions, or name it texts if",
         ),
         (lambda completion, answer: (completion, answer), "completion would get the prompts, .* or name it prompts if"),
-        (lambda prompts, completion: (prompts, completion), "completion would get the responses, .* name it responses"),
         (lambda completion_id: completion_id, "completion_id would get prompt .* name it completion_ids, or"),
         (lambda prompts: prompts, r"prompts would get prompt and response together, .* and add \*\*kwargs, or"),
         (lambda response: response, "response would get prompt and response together, .* name it completions, or"),
@@ -428,6 +428,17 @@ def test_a_column_that_a_function_would_not_get_is_named_before_anything_is_load
             check_fit(cfg)
     ppo.run(settings(folder, reward=own, data=made, episodes=8))
     assert read_metrics(folder / "ppo")[-1]["objective/scores"] == 2.0
+
+
+def test_the_files_own_name_of_the_prompt_may_be_a_parameters(folder):
+    def judge(question, output):
+        assert all(text in toy.prompts(8) for text in question)
+        return [3.0] * len(output)
+
+    made = toy.jsonl(folder / "q.jsonl", [{"question": text} for text in toy.prompts(8)])
+    cfg = settings(folder, reward=judge, data=DataConfig(made, columns={"prompt": "question"}), episodes=8)
+    ppo.run(cfg)
+    assert read_metrics(folder / "ppo")[-1]["objective/scores"] == 3.0
 
 
 def test_several_rewards_in_a_run_each_have_their_metrics(folder):

@@ -111,8 +111,10 @@ def test_every_name_of_another_library_leads_to_a_setting():
         ("run", "run: RECIPE must be given; see `rlhf-fast run --help`"),
         (
             "run --recipe r.yaml --out x",
-            "run: RECIPE is given without --recipe: `rlhf-fast run r.yaml --out ...`",
+            "run: RECIPE is given without --recipe, before the flags: `rlhf-fast run r.yaml --out x`",
         ),
+        ("run --out x --recipe=r.yaml", "before the flags: `rlhf-fast run r.yaml --out x`"),
+        ("run --recipe --out x", "run: RECIPE must be given"),
         ("plot", "plot: RUN must be given; see `rlhf-fast plot --help`"),
         ("chat", "chat: MODEL must be given; see `rlhf-fast chat --help`"),
         ("completion", "completion: SHELL must be given; see `rlhf-fast completion --help`"),

@@ -204,5 +204,5 @@ def ending(answer: Answer, sampling: SamplingConfig) -> str:
     if answer.reason not in (EOS, STOP):
         return "stopped"
     if not answer.text.strip():
-        return "the answer is empty: after this prompt the model ends at once; end it as those of its training did"
+        return "the answer is empty" + (": the model ended at once" if len(answer.tokens) <= 1 else "")
     return ""

@@ -29,6 +29,7 @@ from rlhf_fast.data.row_columns import NOT_PASSED, Wanted
 from rlhf_fast.errors import UserError, listed, row_locations
 from rlhf_fast.eval.model_check import check_model
 from rlhf_fast.model.model import Model
+from rlhf_fast.model.rope_scaling import length_dependent_rope
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.logs import read_rows
 from rlhf_fast.run.outputs import PARTIAL, check_new_file, read_run, replacing
@@ -120,12 +121,14 @@ def _with_length_that_fits(options: GenerateOptions, model: Model, prompts: Data
 
     One prompt alone does not make them tiny: below an eighth of the positions nothing is changed, and it is refused."""
     longest = max((len(row.prompt) for row in prompts.rows), default=0)
-    room, sampling = model.max_positions - longest, options.sampling
-    smallest = max(sampling.min_new_tokens, model.max_positions // 8, 1)
-    if not model.max_positions or sampling.max_new_tokens <= room or room < smallest:
+    rope = length_dependent_rope(model)
+    positions = rope.original_positions if rope else model.max_positions  # a rollout ends where the rotation switches
+    room, sampling = positions - longest, options.sampling
+    smallest = max(sampling.min_new_tokens, positions // 8, 1)
+    if not positions or sampling.max_new_tokens <= room or room < smallest:
         return options
     print(
-        f"generate: max_new_tokens is {room}, as the longest prompt takes {longest} of the {model.max_positions}"
+        f"generate: max_new_tokens is {room}, as the longest prompt takes {longest} of the {positions}"
         f" positions of {options.model}",
         file=sys.stderr,
     )

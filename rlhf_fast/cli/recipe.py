@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -74,9 +75,13 @@ def _recipe(command: str, argv: Sequence[str]) -> tuple[str, list[str]]:
     if {"-h", "--help"} & {*argv}:
         print("\n".join(_help(command)))
         sys.exit(0)
-    if argv and argv[0] in ("--recipe", "--config") and len(argv) > 1:
-        written = " ".join([*argv[1:3], "..."])
-        raise UserError(f"{command}: RECIPE is given without {argv[0]}: `rlhf-fast {command} {written}`")
+    for i, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        given = value or next(iter(argv[i + 1 :]), "")
+        if name in ("--recipe", "--config") and given and not given.startswith("-"):
+            others = [*argv[:i], *argv[i + (1 if value else 2) :]]
+            written = shlex.join([command, given, *others])
+            raise UserError(f"{command}: RECIPE is given without {name}, before the flags: `rlhf-fast {written}`")
     if not argv or argv[0].startswith("--"):
         example = f", before the flags: `rlhf-fast {command} recipe.yaml {' '.join(argv[:2])} ...`" if argv else ""
         raise UserError(f"{command}: RECIPE must be given{example or f'; see `rlhf-fast {command} --help`'}")

@@ -190,10 +190,11 @@ def _read(
         notes = f"{notes}. {valid_notes}"
     else:
         rows, held_out = split_rows(rows, cfg.valid_fraction)
-        if held_out:
-            wanted_rows = cfg.valid_fraction * (len(rows) + len(held_out))
-            why = ", as rows with one prompt stay together" if len(held_out) > 1.5 * wanted_rows + 1 else ""
-            notes += f"; {len(held_out)} of them held out{why}"
+        if cfg.valid_fraction:
+            asked = cfg.valid_fraction * (len(rows) + len(held_out))
+            is_near = asked / 1.5 - 1 <= len(held_out) <= asked * 1.5 + 1
+            why = "" if is_near else ", as rows of one prompt, group or text stay together"
+            notes += f"; {len(held_out) or 'none'} of them held out{why}" if held_out or why else ""
     notes += f"\n{warning}" if warning else ""
     return Split(Dataset(rows, join, seed, notes), Dataset(held_out, join, seed, notes))
 

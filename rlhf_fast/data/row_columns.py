@@ -14,7 +14,7 @@ from rlhf_fast.errors import UserError, did_you_mean
 
 NOT_PASSED = frozenset({"prompt", "completion", "completion_ids"})
 """Columns that `**kwargs` does not get, as in TRL."""
-LISTS = frozenset({"texts", "prompts", "responses", "prompt"})
+LISTS = frozenset({"texts", "text", "prompts", "prompt", "responses", "response"})
 """Parameters that a function called by position may have although a column is called the same."""
 
 
@@ -63,11 +63,18 @@ def taken_columns(examples: Iterable[Example], wanted: Sequence[Wanted], removed
     return [name for name in names if any(each.takes(name, removed) for each in wanted)]
 
 
+def _is_the_prompt(name: str, wanted: Wanted, examples: Sequence[Example]) -> bool:
+    """Return whether a column is the prompt under the file's own name, and the parameter the one that gets prompts."""
+    gets_prompts = wanted.lists.startswith("prompts") and name == wanted.positional[0]
+    return gets_prompts and bool(examples) and examples[0].row.get(name) == examples[0].prompt
+
+
 def require_columns(path: str, examples: Sequence[Example], wanted: Sequence[Wanted]) -> None:
     """Raise UserError if a function needs a column that no row has, or has a column's name for what is none."""
     names = dict.fromkeys(name for example in examples for name in example.row) if wanted else {}
     for each in wanted:
-        if column := next((name for name in each.positional if name in names and name not in LISTS), ""):
+        taken = [name for name in each.positional if name in names and name not in LISTS]
+        if column := next((name for name in taken if not _is_the_prompt(name, each, examples)), ""):
             raise UserError(
                 f"reward {each.reward}: its parameter {column} is a column of {path}, which it would not get: it is"
                 f" called with {each.lists}, by position; to be called by names, as in TRL, take the responses as"

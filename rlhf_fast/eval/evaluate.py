@@ -209,7 +209,7 @@ def _prepare_folder(cfg: EvalConfig, models: Mapping[str, str]) -> datetime:
 
 def _models_of_report(cfg: EvalConfig) -> list[str]:
     """Return the names of the models in the report that is in `out`, none where there is no report."""
-    with suppress(AttributeError, KeyError, TypeError):
+    with suppress(AttributeError, KeyError, TypeError, UserError):  # what is there is written over in any case
         return list(read_json(Path(cfg.out) / RESULTS)["meta"]["models"])
     return []
 

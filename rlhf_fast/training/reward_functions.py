@@ -28,9 +28,9 @@ IDS = ("completion_ids", "completions_ids")
 """TRL's code has the first name, its documentation the second."""
 GIVEN = ("prompts", "completions", *IDS)
 """Parameters that are no columns."""
-BY_POSITION = {
-    1: {"texts": "prompt and response together"},
-    2: {"prompts": "the prompts", "responses": "the responses"},
+BY_POSITION: dict[int, dict[tuple[str, ...], str]] = {
+    1: {("texts",): "prompt and response together"},
+    2: {("prompts",): "the prompts", ("responses", "completions"): "the responses"},
 }
 """Number of lists -> what each is called, and what it holds."""
 FORMS = "a list of texts, a list of prompts and a list of responses, or by name prompts, completions and columns"
@@ -96,13 +96,13 @@ def call_form(function: Callable[..., Any], name: str) -> CallForm:
 
 def _check_positions(name: str, parameters: Sequence[str]) -> None:
     """Raise UserError for a parameter that has, or nearly has, the name of another list than it would get."""
-    for parameter, (own, content) in zip(parameters, BY_POSITION[len(parameters)].items(), strict=True):
+    for parameter, (own_names, content) in zip(parameters, BY_POSITION[len(parameters)].items(), strict=True):
         meant = nearest(parameter, ("responses", *GIVEN), cutoff=0.8)
-        if meant and meant != own:
+        if meant and meant not in own_names:
             by_name = {"responses": "completions", "prompts": "prompts and add **kwargs"}.get(meant, meant)
             raise UserError(
                 f"reward {name}: its parameter {parameter} would get {content}, by its position; to be called by names,"
-                f" as in TRL, name it {by_name}, or name it {own} if that is what it reads"
+                f" as in TRL, name it {by_name}, or name it {own_names[0]} if that is what it reads"
             )
 
 
