@@ -160,7 +160,7 @@ def test_the_op_that_is_called_learns():
     found = {}
     exec(next(block for block in blocks("python") if "ops.linear_ppo_loss(" in block), found)
     assert found["loss"].isfinite() and found["weight"].grad.any()
-    assert found["hidden"].grad.any(1).float().mean() > 0.5  # a clipped token has none
+    assert 0.3 < found["hidden"].grad.any(1).float().mean() < 0.8  # a clipped token has none, here about half
 
 
 def test_the_scorer_prefers_the_true_answer(capsys, one_thread):
