@@ -175,4 +175,6 @@ def test_kernels_compile_for_an_amd_gpu_and_fit_its_shared_memory(dtype, tmp_pat
     result = run_code(ON_AMD % dtype, tmp_path / "amd.py")
     assert result.returncode == 0 and "FAULT" not in result.stdout, result.stdout[-2000:] + result.stderr[-2000:]
     compiled = {line.split()[0] for line in result.stdout.splitlines()}
-    assert compiled >= kernel_names(), sorted(kernel_names() - compiled)
+    of_halves = {name for name in kernel_names() if name.startswith("_scoring.")}  # they multiply 16 bits
+    expected = kernel_names() - (of_halves if dtype == "float32" else set())
+    assert of_halves and compiled >= expected, sorted(expected - compiled)
