@@ -129,40 +129,50 @@ INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, const T*
       dot_tile<1, 1, 0>(x + r * x_stride, x_stride, w + c * w_stride, w_stride, K, out + r * out_stride + c, 0, w);
 }
 
-// R rows of X by C vectors of columns of W (in, out); only `columns` of them exist.
+// R rows of X by C vectors of columns of W (in, out), of which `columns` exist, added to `out` unless they are the
+// first.
+template <int R, int C, class T>
+INLINE void outer_chain(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns, int64_t K,
+                        bool is_first, float* out, int64_t out_stride) {
+  f32 sums[R * C] = {};
+  const bool is_full = columns >= C * W;
+  for (int64_t k = 0; k < K; ++k) {
+    const T* const row = w + k * w_stride;
+    __builtin_prefetch(row + 8 * w_stride, 0, 2);
+    f32 b[C];
+    unrolled<C>([&](auto c) __attribute__((always_inline)) {
+      const int64_t left = columns - c.value * W;
+      b[c.value] = is_full || left >= W ? load(row + c.value * W)
+                   : left > 0           ? load_partial(row + c.value * W, (int)left, 0.f)
+                                        : splat(0.f);
+    });
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      constexpr int first = decltype(r)::value * C;
+      const f32 a = splat(x[r.value * x_stride + k]);
+      unrolled<C>([&](auto c) __attribute__((always_inline)) {
+        constexpr int n = first + decltype(c)::value;
+        sums[n] = fma(a, b[decltype(c)::value], sums[n]);
+      });
+    });
+  }
+  unrolled<R * C>([&](auto i) __attribute__((always_inline)) {
+    constexpr int n = decltype(i)::value;
+    const int64_t left = columns - n % C * W;
+    float* const to = out + n / C * out_stride + n % C * W;
+    if (left >= W)
+      store(to, is_first ? sums[n] : load(to) + sums[n]);
+    else if (left > 0)
+      store_partial(to, is_first ? sums[n] : load_partial(to, (int)left, 0.f) + sums[n], (int)left);
+  });
+}
+
+// All of K, by chains.
 template <int R, int C, class T>
 INLINE void outer_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t columns, int64_t K,
                        float* out, int64_t out_stride) {
-  const bool is_full = columns >= C * W;
-  for (int64_t first = 0; first == 0 || first < K; first += CHAIN_K) {
-    f32 sums[R][C] = {};
-    for (int64_t k = first; k < min(K, first + CHAIN_K); ++k) {
-      const T* const row = w + k * w_stride;
-      __builtin_prefetch(row + 8 * w_stride, 0, 2);
-      f32 b[C];
-      for (int c = 0; c < C; ++c) {
-        const int64_t left = columns - c * W;
-        b[c] = splat(0.f);
-        if (is_full || left >= W)
-          b[c] = load(row + c * W);
-        else if (left > 0)
-          b[c] = load_partial(row + c * W, (int)left, 0.f);
-      }
-      for (int r = 0; r < R; ++r) {
-        const f32 a = splat(x[r * x_stride + k]);
-        for (int c = 0; c < C; ++c) sums[r][c] = fma(a, b[c], sums[r][c]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) {
-        const int64_t left = columns - c * W;
-        float* const to = out + r * out_stride + c * W;
-        if (left >= W)
-          store(to, first ? load(to) + sums[r][c] : sums[r][c]);
-        else if (left > 0)
-          store_partial(to, first ? load_partial(to, (int)left, 0.f) + sums[r][c] : sums[r][c], (int)left);
-      }
-  }
+  for (int64_t k = 0; k == 0 || k < K; k += CHAIN_K)
+    outer_chain<R, C>(x + k, x_stride, w + k * w_stride, w_stride, columns, min(CHAIN_K, K - k), k == 0, out,
+                      out_stride);
 }
 
 template <class T>
