@@ -231,7 +231,7 @@ def test_every_kernel_is_in_a_group_for_the_sanitizers():
 @pytest.mark.exhaustive(0, slow=1)
 @pytest.mark.parametrize("kernels, files", SANITIZED, ids=[kernels[0] for kernels, _ in SANITIZED])
 def test_kernels_are_clean_under_the_sanitizers(kernels, files):
-    """Run tests of all ops, of work split over blocks and of unaligned rows with AddressSanitizer and UBSan.
+    """Run tests of the group's ops, of split work and of unaligned rows with AddressSanitizer and UBSan.
 
     torch then uses the sanitizer's allocator, so its tensors have red zones around them.
     """

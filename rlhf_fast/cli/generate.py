@@ -122,7 +122,7 @@ def _with_length_that_fits(options: GenerateOptions, model: Model, prompts: Data
     One prompt alone does not make them tiny: below an eighth of the positions nothing is changed, and it is refused."""
     longest = max((len(row.prompt) for row in prompts.rows), default=0)
     rope = length_dependent_rope(model)
-    positions = rope.original_positions if rope else model.max_positions  # a rollout ends where the rotation switches
+    positions = rope.original_positions if rope else model.max_positions  # a rollout refuses more
     room, sampling = positions - longest, options.sampling
     smallest = max(sampling.min_new_tokens, positions // 8, 1)
     if not positions or sampling.max_new_tokens <= room or room < smallest:
