@@ -112,10 +112,10 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
 def check_tensors(op: str, signature: inspect.Signature, args: Sequence, error: Exception | None = None) -> None:
     """Raise TypeError for the first argument that must be a tensor and is none, from the `error` that it has caused."""
     for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
-        number_too = may_be_number(parameter.annotation)
-        may_be_none = number_too or parameter.annotation == (Tensor | None)
-        if not may_be_none and parameter.annotation is not Tensor:
+        kinds = get_args(parameter.annotation) or (parameter.annotation,)
+        if Tensor not in kinds:
             continue
+        number_too, may_be_none = may_be_number(parameter.annotation), type(None) in kinds
         if isinstance(x, Tensor) or (x is None and may_be_none):
             continue
         is_number = isinstance(x, (int, float)) and not isinstance(x, bool)

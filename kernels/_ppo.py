@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._tensors import upcast, upcast_dtype
+from rlhf_fast.kernels._tensors import as_float, upcast, upcast_dtype
 
 
 class Clip(NamedTuple):
@@ -59,6 +59,15 @@ def _one_element(op: str, name: str, x: Tensor | float | None, like: Tensor) -> 
         raise ValueError(f"{op}: {name} must be a number or one element, got shape {list(x.shape)}")
     x = x.detach() if x.requires_grad else x
     return x.reshape(()) if x.dim() else x
+
+
+def token_weights(weights: Tensor | float, like: Tensor, shape: torch.Size) -> Tensor:
+    """Return weights of `shape`, which a number or a tensor () stands for, on the device of `like`. Bools become 0 and
+    1."""
+    if not isinstance(weights, Tensor):
+        weights = torch.full((), as_float(weights), dtype=upcast_dtype(like), device=like.device)
+    weights = weights.float() if weights.dtype == torch.bool else weights
+    return weights if weights.dim() else weights.expand(shape)
 
 
 class TokenInputs(NamedTuple):

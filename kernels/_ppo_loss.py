@@ -7,7 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._ppo import KL, Clip, PolicyLoss, TokenInputs, Whitening, policy_loss, value_loss, where_valid
+from rlhf_fast.kernels._ppo import (
+    KL,
+    Clip,
+    PolicyLoss,
+    TokenInputs,
+    Whitening,
+    clamp,
+    policy_loss,
+    value_loss,
+    where_valid,
+)
 from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 
 IMPORTANCE_MODES = ("truncate", "mask")
@@ -59,6 +69,7 @@ class Inputs(NamedTuple):
     log_ratio_clamp: float
     importance_cap: float
     importance_mode: str
+    importance_floor: float
 
     @property
     def token_tensors(self) -> tuple[Tensor | None, ...]:
@@ -122,16 +133,19 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
     is_capped = torch.zeros_like(valid)
     if x.sampler_logprobs is not None:
         importance = (where_valid(valid, x.old_logprobs) - where_valid(valid, x.sampler_logprobs)).exp()
-        is_capped = importance > x.importance_cap
-        importance = torch.where(is_capped, 0.0 if x.importance_mode == "mask" else x.importance_cap, importance)
+        is_capped = (importance > x.importance_cap) | (importance < x.importance_floor)
+        if x.importance_mode == "mask":
+            importance = torch.where(is_capped, 0.0, importance)
+        else:
+            importance = clamp(importance, x.importance_floor, x.importance_cap)
         policy = loss_with(weights * importance)
     stats["importance"] = torch.where(valid, weights * importance, 0).sum()
     stats["importance_capped"] = torch.where(valid & is_capped, weights, 0).sum()
     return policy, stats
 
 
-def check(x: Inputs) -> None:
-    """Raise ValueError for arguments that do not fit together."""
+def check_parts(x: Inputs) -> None:
+    """Raise ValueError where a part, of the policy or of the value, lacks some of its arguments."""
     num_missing = (x.logprobs is None) + (x.old_logprobs is None) + (x.advantages is None)
     if num_missing and (num_missing < 3 or x.sampler_logprobs is not None):
         raise ValueError("ppo_loss: the policy part needs logprobs, old_logprobs and advantages, or none of them")
@@ -142,6 +156,10 @@ def check(x: Inputs) -> None:
         raise ValueError("ppo_loss: the value part needs values and returns, or none of them")
     if x.values is not None and x.value_clip > 0 and x.old_values is None:
         raise ValueError(f"ppo_loss: value_clip={x.value_clip} needs old_values; value_clip=0 does without")
+
+
+def check(x: Inputs) -> None:
+    """Raise ValueError for arguments that do not fit together."""
     shape = x.weights.shape
     shapes = [t.shape for t in x.token_tensors if t is not None]
     if shapes != [shape] * len(shapes):
@@ -150,3 +168,6 @@ def check(x: Inputs) -> None:
     if x.importance_mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
         raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance_mode!r}")
+    if x.importance_floor > 0 and x.importance_floor > x.importance_cap:
+        bounds = f"importance_floor={x.importance_floor} is above importance_cap={x.importance_cap}"
+        raise ValueError(f"ppo_loss: {bounds}; no importance weight would be left as it is")

@@ -19,6 +19,7 @@ from rlhf_fast.kernels._ppo import (
     TokenInputs,
     Whitening,
     policy_loss,
+    token_weights,
 )
 from rlhf_fast.kernels._tensors import as_float, detached
 
@@ -35,7 +36,7 @@ def linear_ppo_loss(
     targets: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    weights: Tensor,
+    weights: Tensor | float,
     ref_logprobs: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -63,7 +64,8 @@ def linear_ppo_loss(
         predicts targets[t]: of a causal model's output pass hidden[:, :-1] with labels[:, 1:]. Rows of target -100 are
         ignored.
     old_logprobs, advantages, ref_logprobs (...): not read where the target is ignored or the weight 0.
-    weights (...): with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up.
+    weights (...): with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up. A number or a
+        tensor () is the weight of every row.
     dual_clip: c > 0 bounds the clipped term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729).
     kl_estimator: of KL(policy || reference), from d = logprobs - ref_logprobs: "k1" d, "k2" d^2 / 2, "k3"
         exp(-d) - 1 + d with d clamped like the log-ratio (Schulman 2020, joschu.net/blog/kl-approx.html). As a loss,
@@ -144,17 +146,16 @@ class Inputs(NamedTuple):
 def _(*args):
     x = Inputs.bundle(*args)
     check_head("linear_ppo_loss", x.hidden, x.weight, x.targets, x.bias, x.temperature, x.softcap)
+    weights = token_weights(x.token_inputs.weights, x.hidden, x.targets.shape)
+    x = x._replace(token_inputs=x.token_inputs._replace(weights=weights))
     check_rows("linear_ppo_loss", x.targets, **x.token_inputs._asdict())
     if x.kl.estimator not in LOSS_ESTIMATORS:
         names = ", ".join(LOSS_ESTIMATORS)
         raise ValueError(f"linear_ppo_loss: kl_estimator must be one of {names}, got {x.kl.estimator!r}")
     if x.kl.coef and x.token_inputs.ref_logprobs is None:
         raise ValueError(f"linear_ppo_loss: kl_coef={x.kl.coef} needs ref_logprobs")
-    token_inputs = x.token_inputs.map(Tensor.detach)
-    if token_inputs.weights.dtype == torch.bool:
-        token_inputs = token_inputs._replace(weights=token_inputs.weights.float())
     return x._replace(
-        token_inputs=token_inputs,
+        token_inputs=x.token_inputs.map(Tensor.detach),
         whitening=Whitening.normalize("linear_ppo_loss", *x.whitening, x.hidden),
         clip=Clip(*(as_float(bound) for bound in x.clip)),
         kl=KL(as_float(x.kl.coef), x.kl.estimator),
@@ -250,16 +251,21 @@ SMALL = [
     {"N": 9, "D": 8, "V": 2050, "reference": True, "kl_coef": 0.3, "entropy_coef": 0.1, "clip_high": 0.28},
     {"N": 9, "D": 8, "V": 50, **ALL, "kl_estimator": "k3", "frozen_weight": True},
     {"N": 0, "D": 4, "V": 5},
+    {"N": 11, "D": 8, "V": 70, "reference": True, "kl_coef": 0.3, "weights": 0.125},
 ]
 LARGE = [{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
+
+
+SCALARS = {"weights", *linear_ppo_loss.defaults} - {"bias"}
 
 
 @linear_ppo_loss.inputs(small_sizes=SMALL, large_sizes=LARGE)
 def _make_inputs(N, D, V, device, dtype, far=False, whiten=False, reference=False, **options):
     """far: log-ratios beyond every bound. Rows are NaN where the target is ignored or the weight 0."""
-    scalars = {name: options.pop(name) for name in list(options) if name in linear_ppo_loss.defaults and name != "bias"}
+    scalars = {name: options.pop(name) for name in list(options) if name in SCALARS}
     hidden, weight, targets, bias = random_head_inputs(N, D, V, device, dtype, **options)
     has_no_weight = (torch.rand(N, device=device) < 0.2) & (torch.arange(N, device=device) > 0)
+    has_no_weight &= "weights" not in scalars
     weights = (torch.rand(N, device=device) + 0.1).masked_fill(has_no_weight, 0) / max(N, 1)
     invalid = (targets == head.IGNORE_INDEX) | (weights == 0)
     with torch.no_grad():

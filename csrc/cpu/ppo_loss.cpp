@@ -24,8 +24,8 @@ struct PpoArgs {
   float *logprobs_grad, *values_grad;
   float shift, scale;  // A = (advantages - shift) * scale
   PpoClip clip;
-  float max_importance;  // of pi_old / pi_sampler
-  bool drop_capped;      // a larger one: weight 0, else max_importance
+  float max_importance, min_importance;  // of pi_old / pi_sampler
+  bool drop_capped;                      // one beyond them: weight 0, else the bound
 };
 
 struct ChunkSums {
@@ -85,8 +85,10 @@ INLINE void policy_step(const PpoArgs& args, int64_t t, Vector vector, f32 uncli
   if (args.sampler_logprobs) {
     const f32 log_importance = vector.read(args.old_logprobs + t) - vector.read(args.sampler_logprobs + t);
     importance = exp(zero_unless(valid, log_importance));
-    is_capped = importance > splat(args.max_importance);
-    importance = select(is_capped, splat(args.drop_capped ? 0.f : args.max_importance), importance);
+    const i32 is_high = importance > splat(args.max_importance), is_low = importance < splat(args.min_importance);
+    is_capped = is_high | is_low;
+    importance = select(is_high, splat(args.drop_capped ? 0.f : args.max_importance), importance);
+    importance = select(is_low, splat(args.drop_capped ? 0.f : args.min_importance), importance);
     coefficient = w * importance;
   }
   const i32 counts = coefficient != splat(0.f);
@@ -183,8 +185,8 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
               uintptr_t old_values, uintptr_t returns, uintptr_t value_weights, uintptr_t sampler_logprobs,
               uintptr_t shift, uintptr_t scale, uintptr_t policy_loss, uintptr_t value_loss, uintptr_t stats,
               uintptr_t logprobs_grad, uintptr_t values_grad, int64_t N, float clip_low, float clip_high,
-              float dual_clip, float value_clip, float log_ratio_clamp, float max_importance, int drop_capped,
-              int threads) {
+              float dual_clip, float value_clip, float log_ratio_clamp, float max_importance, float min_importance,
+              int drop_capped, int threads) {
   PpoArgs args;
   args.logprobs = ptr<const float>(logprobs);
   args.old_logprobs = ptr<const float>(old_logprobs);
@@ -202,6 +204,7 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   args.clip = {1.f - clip_low, 1.f + clip_high, dual_clip, value_clip,
                log_ratio_clamp > 0.f ? log_ratio_clamp : __builtin_inff()};
   args.max_importance = max_importance;
+  args.min_importance = min_importance;
   args.drop_capped = drop_capped;
 
   const int64_t even = (N + MAX_CHUNKS - 1) / MAX_CHUNKS;

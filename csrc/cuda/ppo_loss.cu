@@ -178,7 +178,7 @@ const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advan
                      uintptr_t value_loss, uintptr_t stats, uintptr_t logprobs_grad, uintptr_t values_grad,
                      uintptr_t partials, uintptr_t ticket, int64_t dtypes, int64_t num_blocks, int64_t N,
                      float clip_low, float clip_high, float dual_clip, float value_clip, float log_ratio_clamp,
-                     float max_importance, int drop_capped, uintptr_t stream) {
+                     float max_importance, float min_importance, int drop_capped, uintptr_t stream) {
   const uintptr_t inputs[] = {logprobs, old_logprobs,  advantages,       weights, values, old_values,
                               returns,  value_weights, sampler_logprobs, shift,   scale};
   PpoArrays arrays;
@@ -199,6 +199,7 @@ const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advan
     args.clip.value = value_clip > 0.f ? value_clip : INFINITY;
     args.clip.log_ratio = log_ratio_clamp > 0.f ? log_ratio_clamp : INFINITY;
     args.max_importance = max_importance;
+    args.min_importance = min_importance;
     args.drop_capped = drop_capped;
     return launch_loss(args, arrays, value_clip > 0.f, stream);
   };

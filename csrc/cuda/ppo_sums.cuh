@@ -24,9 +24,9 @@ struct PpoArgs {
   float *policy_loss, *value_loss, *stats;
   int64_t N, num_blocks;
   PpoClip clip;
-  float max_importance;  // of pi_old / pi_sampler
-  bool drop_capped;      // a larger one: weight 0, else max_importance
-  bool aligned;          // four tokens of any array are one load
+  float max_importance, min_importance;  // of pi_old / pi_sampler
+  bool drop_capped;                      // one beyond them: weight 0, else the bound
+  bool aligned;                          // four tokens of any array are one load
 };
 
 struct Quad {
@@ -108,9 +108,10 @@ struct PolicySums {
     bool is_capped = false;
     if (HAS_SAMPLER) {
       const float importance = expf(old_logprob - sampler_logprob);
-      is_capped = importance > args.max_importance;
-      const float capped_importance = args.drop_capped ? 0.f : args.max_importance;
-      coefficient = w * (is_capped ? capped_importance : importance);
+      const bool is_high = importance > args.max_importance, is_low = importance < args.min_importance;
+      is_capped = is_high || is_low;
+      const float bound = is_high ? args.max_importance : args.min_importance;
+      coefficient = w * (is_capped ? (args.drop_capped ? 0.f : bound) : importance);
     }
     const bool counts = coefficient != 0.f;
     sum[PpoSum::WEIGHT] += w;

@@ -65,7 +65,7 @@ def load_and_mask(x, index, loaded, valid):
 
 @triton.jit
 def policy_terms(
-    w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap,
+    w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, importance_floor,
     DUAL: tl.constexpr, IMPORTANCE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Return the tokens' terms of the loss, their gradients, their 10 terms of the statistics, and the ratio."""
@@ -74,8 +74,11 @@ def policy_terms(
     is_capped = w < w
     if IMPORTANCE:
         importance = tl.exp(old_logprob - sampler_logprob)
-        is_capped = importance > importance_cap
-        coefficient = w * tl.where(is_capped, 0.0 if MASK else importance_cap, importance)
+        is_high = importance > importance_cap
+        is_low = importance < importance_floor
+        is_capped = is_high | is_low
+        importance = tl.where(is_high, 0.0 if MASK else importance_cap, importance)
+        coefficient = w * tl.where(is_low, 0.0 if MASK else importance_floor, importance)
     counts = coefficient != 0
     stats = ppo.policy_stats(w, terms) + (coefficient, tl.where(is_capped, w, 0.0))
     loss = tl.where(counts, coefficient * terms.loss, 0.0)
@@ -115,7 +118,7 @@ def add_terms(sums, terms, N: tl.constexpr):
 
 @triton.jit
 def ppo_loss_kernel(
-    tokens, logprob_grads, value_grads, parts, N, clip, value_clip, importance_cap,
+    tokens, logprob_grads, value_grads, parts, N, clip, value_clip, importance_cap, importance_floor,
     DUAL: tl.constexpr, CLIP: tl.constexpr, MASK: tl.constexpr,
     THREADS: tl.constexpr, TOKENS_PER_THREAD: tl.constexpr,
 ):  # fmt: skip
@@ -160,8 +163,9 @@ def ppo_loss_kernel(
         if tokens.logprobs is not None:
             advantage = tl.where(valid, (advantage - shift) * scale, 0.0)
             loss, grad, terms, ratio = policy_terms(
-                w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, DUAL, IMPORTANCE, MASK
-            )
+                w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, importance_floor,
+                DUAL, IMPORTANCE, MASK,
+            )  # fmt: skip
             policy_loss = add_terms(policy_loss, (loss,), 1)
             policy_stats = add_terms(policy_stats, terms, 10)
             ratio_max = tl.maximum(ratio_max, tl.max(tl.where(valid, ratio, float("-inf")), axis=1))
@@ -227,7 +231,7 @@ def run_kernels(args: tuple, needs_grad: tuple[bool, bool], round_grads: bool):
         "TOKENS_PER_THREAD": TOKENS_PER_THREAD,
         "num_warps": THREADS // 32,
     }
-    options = (clip, x.value_clip, x.importance_cap)
+    options = (clip, x.value_clip, x.importance_cap, x.importance_floor)
     launch.run(ppo_loss_kernel, (programs,), tokens, *grads, parts, N, *options, **meta)
     block = launch.block_size(programs)
     meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 8)}
