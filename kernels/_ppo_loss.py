@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from rlhf_fast.kernels._ppo import (
     TokenInputs,
     Whitening,
     clamp,
+    mean_over_rows,
     policy_loss,
+    share_over_rows,
     value_loss,
     where_valid,
 )
@@ -70,6 +73,8 @@ class Inputs(NamedTuple):
     importance_cap: float
     importance_mode: str
     importance_floor: float
+    clip_mode: str
+    ratio_level: str
 
     @property
     def token_tensors(self) -> tuple[Tensor | None, ...]:
@@ -87,7 +92,8 @@ class Inputs(NamedTuple):
 
     @property
     def clip(self) -> Clip:
-        return Clip(self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
+        bounds = (self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
+        return Clip(*bounds, self.clip_mode, self.ratio_level)
 
 
 class Losses(NamedTuple):
@@ -125,7 +131,7 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
 
     def loss_with(weights: Tensor) -> PolicyLoss:
         inputs = TokenInputs(x.old_logprobs, x.advantages, weights)
-        return policy_loss(logprobs, no_entropy, weights != 0, inputs, whitening, x.clip, KL(0.0, "k1"), 0.0)
+        return policy_loss(logprobs, no_entropy, weights != 0, inputs, whitening, x.clip, KL(0.0, "k1"), 0.0, valid)
 
     policy = loss_with(weights)
     stats = {name: total for name, total in policy.stats._asdict().items() if name in PPOStats._fields}
@@ -142,6 +148,30 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
     stats["importance"] = torch.where(valid, weights * importance, 0).sum()
     stats["importance_capped"] = torch.where(valid & is_capped, weights, 0).sum()
     return policy, stats
+
+
+class RowRatios(NamedTuple):
+    """Kernels for GPUs take a token's log-ratio from here, if it is its row's."""
+
+    log_ratios: Tensor | None = None  # (B, 1) float32, the rows' means
+    length: int = 1  # tokens of a row
+
+
+def run_with_row_ratios(launch: Callable[..., tuple], x: Inputs, needs_grad: tuple[bool, bool], rounds: bool) -> list:
+    """Return what `launch(x, needs_grad, rounds, row_ratios)` returns, whose kernels have token-wise gradients: both
+    losses, stats, and the gradients of logprobs and of values, or None."""
+    if x.logprobs is None or not x.clip.is_by_row:
+        return list(launch(x, needs_grad, rounds, RowRatios()))
+    valid = x.weights != 0
+    means = mean_over_rows(where_valid(valid, x.logprobs) - where_valid(valid, x.old_logprobs), valid)
+    row_ratios = RowRatios(means, x.weights.shape[1])
+    if not x.clip.shares_grad:
+        return list(launch(x, needs_grad, rounds, row_ratios))
+    # The tokens' gradients by the mean are not rounded: their dtype is that of logprobs.
+    out = list(launch(x._replace(logprobs=x.logprobs.float()), needs_grad, rounds, row_ratios))
+    if out[3] is not None:
+        out[3] = share_over_rows(out[3], valid).to(x.logprobs.dtype if rounds else torch.float32)
+    return out
 
 
 def check_parts(x: Inputs) -> None:
@@ -165,6 +195,7 @@ def check(x: Inputs) -> None:
     if shapes != [shape] * len(shapes):
         got = list(map(list, shapes))
         raise ValueError(f"ppo_loss: all must have the shape of weights, {list(shape)}, got {got}")
+    x.clip.check("ppo_loss", shape)
     if x.importance_mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
         raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance_mode!r}")

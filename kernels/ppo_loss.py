@@ -1,5 +1,7 @@
 """PPO's clipped losses of policy and value, their gradients and metrics, in one pass over memory."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -16,7 +18,16 @@ from rlhf_fast.kernels._launch import (
 )
 from rlhf_fast.kernels._op import is_tracing, op
 from rlhf_fast.kernels._ppo import Whitening, token_weights
-from rlhf_fast.kernels._ppo_loss import IMPORTANCE_MODES, STATS, Inputs, check, check_parts, losses
+from rlhf_fast.kernels._ppo_loss import (
+    IMPORTANCE_MODES,
+    STATS,
+    Inputs,
+    RowRatios,
+    check,
+    check_parts,
+    losses,
+    run_with_row_ratios,
+)
 from rlhf_fast.kernels._tensors import (
     as_float,
     contiguous_float32,
@@ -53,6 +64,8 @@ def ppo_loss(
     importance_cap: float = 2.0,
     importance_mode: str = "truncate",
     importance_floor: float = 0.0,
+    clip_mode: str = "ppo",
+    ratio_level: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return policy_loss (), value_loss () and stats (17,), all float32, of tokens in one shape.
 
@@ -99,7 +112,7 @@ def ppo_loss(
     x = Inputs._make((
         logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
         advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
-        importance_mode, importance_floor,
+        importance_mode, importance_floor, clip_mode, ratio_level,
     ))  # fmt: skip
     out = losses(x)
     return out.policy, out.value, out.stats
@@ -120,7 +133,7 @@ def _(*args):
     _, _, _, weights, *_ = tensors
     whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, weights)
     scalars = (as_float(scalar) for scalar in x.scalars)
-    return *tensors, *whitening, *scalars, x.importance_mode, as_float(x.importance_floor)
+    return *tensors, *whitening, *scalars, x.importance_mode, as_float(x.importance_floor), x.clip_mode, x.ratio_level
 
 
 def _fake_with_gradients(*args):
@@ -170,8 +183,8 @@ def _launch_cpu(kernels, args, needs_grad, rounds):
     _, _, _, weights, *_ = tensors
     out = [*_empty_sums(weights), *empty_grads(x, needs_grad, False)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out), weights.numel(), *x.scalars, x.importance_floor,
-        IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
+        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if x.clip.is_by_row else 0, *x.scalars,
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.clip.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     if rounds:
         out[3:] = (g if g is None else g.to(t.dtype) for g, t in zip(out[3:], (x.logprobs, x.values), strict=True))
@@ -181,6 +194,10 @@ def _launch_cpu(kernels, args, needs_grad, rounds):
 def _launch_cuda(kernels, args, needs_grad, rounds):
     x = Inputs(*args)
     refuse_float64(x.weights)
+    return run_with_row_ratios(functools.partial(_run_cuda, kernels), x, needs_grad, rounds)
+
+
+def _run_cuda(kernels, x: Inputs, needs_grad, rounds, row_ratios: RowRatios):
     tensors = contiguous_floats(*x.tensors)
     _, _, _, weights, *_ = tensors
     N = weights.numel()
@@ -191,9 +208,9 @@ def _launch_cuda(kernels, args, needs_grad, rounds):
     partial_sums = empty_float32(weights, kernels.ppo_loss_num_partials, blocks)
     numbers, index = ticket(weights)
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *sums, *grads, partial_sums), ticket_ptr(numbers, index),
-        sum(code << 2 * i for i, code in enumerate(codes)), blocks, N, *x.scalars, x.importance_floor,
-        IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
+        *data_ptrs(*tensors, *sums, *grads, partial_sums, row_ratios.log_ratios), ticket_ptr(numbers, index),
+        sum(code << 2 * i for i, code in enumerate(codes)), blocks, N, row_ratios.length, *x.scalars,
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.clip.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     return *sums, *grads
 
@@ -299,6 +316,7 @@ def _make_inputs(
     return tuple(given.get(name, ppo_loss.defaults.get(name)) for name in ppo_loss.names)
 
 
+CISPO, SEQUENCE = {"clip_mode": "cispo"}, {"ratio_level": "sequence"}
 SMALL = [
     {"shape": (1,), "value_clip": 0.0},
     {"shape": (3, 17), "whiten": True},
@@ -311,12 +329,19 @@ SMALL = [
     {"shape": (5, 9), "value": False, "sampler": "truncate", "importance_floor": 0.8},
     {"shape": (41,), "value": False, "sampler": "mask", "importance_floor": 0.9, "dual_clip": 3.0},
     {"shape": (2, 19), "weights": 0.03, "value_weights": 0.07},
+    {"shape": (3, 21), **CISPO, "clip_high": 0.1, "whiten": True},
+    {"shape": (7, 5), **CISPO, "far": True, "value": False, "sampler": "mask", "importance_floor": 0.8},
+    {"shape": (4, 33), **SEQUENCE, "clip_low": 0.05, "clip_high": 0.02, "sampler": "truncate"},
+    {"shape": (3, 70), **SEQUENCE, "far": True, "dual_clip": 3.0, "log_ratio_clamp": 3.0, "whiten": True},
+    {"shape": (5, 17), **SEQUENCE, "value": False, "sampler": "mask", "importance_floor": 0.8},
+    {"shape": (2, 300), **SEQUENCE, **CISPO, "clip_high": 0.01, "sampler": "mask"},
+    {"shape": (2, 0), **SEQUENCE},
 ]
 LARGE = [{"shape": (64, 128)}, {"shape": (64, 1024)}, {"shape": (512, 1024)}]
 ppo_loss.inputs(small_sizes=SMALL, large_sizes=LARGE)(_make_inputs)
 
 
-@ppo_loss_with_gradients.inputs(small_sizes=SMALL[:1] + SMALL[2:6], large_sizes=[])
+@ppo_loss_with_gradients.inputs(small_sizes=SMALL[:1] + SMALL[2:6] + SMALL[11:], large_sizes=[])
 def _(logprobs_need_grad=True, values_need_grad=True, round_grads=True, **size):
     policy, value = size.get("policy", True), size.get("value", True)
     return *_make_inputs(grad=False, **size), logprobs_need_grad and policy, values_need_grad and value, round_grads
