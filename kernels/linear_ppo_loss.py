@@ -74,17 +74,22 @@ def linear_ppo_loss(
         k2 has the exact KL's gradient in expectation; k1 has none.
     advantage_shift, advantage_scale: numbers or tensors of one element, to whiten the advantages.
     log_ratio_clamp: 0 turns it off.
+    clip_mode, ratio_level: as in `ppo_loss`: "cispo" has the clipped term -A min(ratio, 1 + clip_high) logprobs;
+        "sequence", for (B, T), one ratio for each row, from its tokens with a target and a weight. kl and entropy stay
+        those of tokens. "sequence" needs all log-probabilities before the first gradient: a fourth matrix product
+        beside the three of "token", always on a GPU, on a CPU where the logits take more than 36 MB.
 
     Gradients: of the loss with respect to hidden, weight and bias, in their dtypes, summed in float32. A frozen tensor
     costs nothing. At a clip bound and at a tie with the dual clip the gradient is that of torch.clamp and
-    torch.maximum; beyond log_ratio_clamp it is 0. logprobs, entropy and stats have none: for a term of one's own in the
-    loss call `linear_logprobs`, whose outputs have gradients.
-    Raises ValueError where shapes do not fit, a target is out of range (on CPU only), kl_estimator is unknown, or
-    kl_coef is not 0 without ref_logprobs.
+    torch.maximum; beyond log_ratio_clamp it is 0, but not that of "cispo". logprobs, entropy and stats have none: for a
+    term of one's own in the loss call `linear_logprobs`, whose outputs have gradients.
+    Raises ValueError where shapes do not fit, a target is out of range (on CPU only), kl_estimator, clip_mode or
+    ratio_level is unknown, kl_coef is not 0 without ref_logprobs, "cispo" is given a dual_clip, or "sequence" a shape
+    that is not (B, T).
 
     stats, named in `linear_ppo_loss.stats`, are sums over rows of weight * x that add up over micro-batches, with x:
         weight: 1
-        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0
+        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0; of "cispo" as in `ppo_loss`
         kl_k1, kl_k3: -log ratio and ratio - 1 - log ratio, two estimates of KL(old || new)
         ratio, ratio_square: ratio and its square
         policy_loss: the clipped term

@@ -86,18 +86,29 @@ def ppo_loss(
         tokens whose w is beyond one of them: their w is 0.
     advantage_shift, advantage_scale: numbers or tensors of one element, to whiten the advantages.
     dual_clip: c > 0 bounds the policy term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729).
+    clip_mode: "ppo" as above. "cispo": the policy term is -A min(ratio, 1 + clip_high) logprobs, and the ratio has no
+        gradient, so that no token loses its own (MiniMax-M1, Chen et al. 2025, arXiv 2506.13585). clip_low is not used.
+        TRL's loss_type="cispo" is the same; its epsilon_high is 1 + clip_high.
+    ratio_level: "token" as above. "sequence", for tensors (B, T): the log-ratio of each token is the mean of its row's,
+        of the tokens whose weight is not 0, clamped as above (GSPO, Zheng et al. 2025, arXiv 2507.18071; TRL's
+        importance_sampling_level). The paper's loss has the weights 1 / (sequences * tokens of the row). Costs a second
+        and a third visit of a row, which a CPU's cache still has; on a GPU a few small launches of torch.
     value_clip, log_ratio_clamp, dual_clip, importance_floor: 0 turns them off.
 
     Gradients: with respect to logprobs and values, computed by the forward pass. They equal autograd's: at a clip bound
     a ratio or a value counts as not clipped. The gradient is halved at a tie with the bound of dual_clip, and where a
-    value beyond its clip has equal clipped and unclipped errors. Beyond log_ratio_clamp it is 0.
+    value beyond its clip has equal clipped and unclipped errors. Beyond log_ratio_clamp it is 0. That of a row's ratio
+    is shared by the row's tokens: 1 / n of the sum of their terms' derivatives. "cispo" has for each token
+    -A min(ratio, 1 + clip_high), also beyond log_ratio_clamp.
 
-    Raises ValueError where shapes differ, a part is incomplete, value_clip has no old_values, importance_mode is
-    unknown, or importance_floor is above importance_cap.
+    Raises ValueError where shapes differ, a part is incomplete, value_clip has no old_values, importance_mode,
+    clip_mode or ratio_level is unknown, importance_floor is above importance_cap, "cispo" is given a dual_clip, or
+    "sequence" a shape that is not (B, T).
 
     stats, named in `ppo_loss.stats`, are sums over tokens of weight * x that add up over micro-batches, with x:
         weight: 1
-        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0
+        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0; of "cispo" clipped_high is 1 where
+            ratio > 1 + clip_high, whatever the sign of A, and the other two are 0
         kl_k1, kl_k3: -log ratio and ratio - 1 - log ratio, two estimates of KL(old || new) in nats
         ratio, ratio_square: ratio and its square
         importance, importance_capped: w after importance_mode, and 1 where it was above the cap or below the floor,

@@ -183,7 +183,7 @@ def test_cispo_by_hand(backend):
 
 
 def trl_loss(logps, old, advantages, mask, level, low, high, loss_type):
-    """Return GRPOTrainer._compute_loss's, trl 0.24, for advantages (B,): the lines of GSPO and of CISPO."""
+    """Return GRPOTrainer._compute_loss's, trl 1.16, for advantages (B,): the lines of GSPO and of CISPO."""
     log_ratio = logps - old
     if level == "token":
         log_importance_weights = log_ratio

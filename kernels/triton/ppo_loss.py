@@ -68,8 +68,8 @@ def policy_terms(
     w, log_ratio, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, importance_floor,
     DUAL: tl.constexpr, CISPO: tl.constexpr, IMPORTANCE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return the tokens' terms of the loss, their gradients by the log-ratio or, of CISPO, by the log-probability, their
-    10 terms of the statistics, and the ratio."""
+    """Return the tokens' terms of the loss, their gradients by the log-ratio (CISPO's by the log-probability), their 10
+    terms of the statistics, and the ratio."""
     terms = ppo.surrogate(log_ratio, logprob, advantage, clip, DUAL, CISPO)
     coefficient = w
     is_capped = w < w
