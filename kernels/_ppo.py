@@ -89,6 +89,11 @@ def _one_element(op: str, name: str, x: Tensor | float | None, like: Tensor) -> 
     return x.reshape(()) if x.dim() else x
 
 
+def has_full_weights(weights: object) -> bool:
+    """Return whether `token_weights` would leave them as they are."""
+    return isinstance(weights, Tensor) and weights.dtype != torch.bool and weights.dim() > 0
+
+
 def token_weights(weights: Tensor | float, like: Tensor, shape: torch.Size) -> Tensor:
     """Return weights of `shape`, which a number or a tensor () stands for, on the device of `like`. Bools become 0 and
     1."""

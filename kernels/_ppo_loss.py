@@ -91,6 +91,14 @@ class Inputs(NamedTuple):
         return self[11:17]
 
     @property
+    def is_cispo(self) -> bool:
+        return self.clip_mode == "cispo"
+
+    @property
+    def is_by_row(self) -> bool:
+        return self.ratio_level == "sequence"
+
+    @property
     def clip(self) -> Clip:
         bounds = (self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
         return Clip(*bounds, self.clip_mode, self.ratio_level)
@@ -160,7 +168,7 @@ class RowRatios(NamedTuple):
 def run_with_row_ratios(launch: Callable[..., tuple], x: Inputs, needs_grad: tuple[bool, bool], rounds: bool) -> list:
     """Return what `launch(x, needs_grad, rounds, row_ratios)` returns, whose kernels have token-wise gradients: both
     losses, stats, and the gradients of logprobs and of values, or None."""
-    if x.logprobs is None or not x.clip.is_by_row:
+    if x.logprobs is None or not x.is_by_row:
         return list(launch(x, needs_grad, rounds, RowRatios()))
     valid = x.weights != 0
     means = mean_over_rows(where_valid(valid, x.logprobs) - where_valid(valid, x.old_logprobs), valid)
@@ -195,7 +203,8 @@ def check(x: Inputs) -> None:
     if shapes != [shape] * len(shapes):
         got = list(map(list, shapes))
         raise ValueError(f"ppo_loss: all must have the shape of weights, {list(shape)}, got {got}")
-    x.clip.check("ppo_loss", shape)
+    if x.clip_mode != "ppo" or x.ratio_level != "token":
+        x.clip.check("ppo_loss", shape)
     if x.importance_mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
         raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance_mode!r}")

@@ -17,7 +17,7 @@ from rlhf_fast.kernels._launch import (
     ticket_ptr,
 )
 from rlhf_fast.kernels._op import is_tracing, op
-from rlhf_fast.kernels._ppo import Whitening, token_weights
+from rlhf_fast.kernels._ppo import Whitening, has_full_weights, token_weights
 from rlhf_fast.kernels._ppo_loss import (
     IMPORTANCE_MODES,
     STATS,
@@ -136,9 +136,10 @@ ppo_loss.stats = STATS
 def _(*args):
     x = Inputs(*args)
     check_parts(x)
-    like = x.values if x.logprobs is None else x.logprobs
-    value_weights = None if x.value_weights is None else token_weights(x.value_weights, like, like.shape)
-    x = x._replace(weights=token_weights(x.weights, like, like.shape), value_weights=value_weights)
+    if not (has_full_weights(x.weights) and (x.value_weights is None or has_full_weights(x.value_weights))):
+        like = x.values if x.logprobs is None else x.logprobs
+        value_weights = None if x.value_weights is None else token_weights(x.value_weights, like, like.shape)
+        x = x._replace(weights=token_weights(x.weights, like, like.shape), value_weights=value_weights)
     check(x)
     tensors = promote_to_float64(*x.token_tensors)
     _, _, _, weights, *_ = tensors
@@ -194,8 +195,8 @@ def _launch_cpu(kernels, args, needs_grad, rounds):
     _, _, _, weights, *_ = tensors
     out = [*_empty_sums(weights), *empty_grads(x, needs_grad, False)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if x.clip.is_by_row else 0, *x.scalars,
-        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.clip.is_cispo, stream_or_threads(weights),
+        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if x.is_by_row else 0, *x.scalars,
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     if rounds:
         out[3:] = (g if g is None else g.to(t.dtype) for g, t in zip(out[3:], (x.logprobs, x.values), strict=True))
@@ -221,7 +222,7 @@ def _run_cuda(kernels, x: Inputs, needs_grad, rounds, row_ratios: RowRatios):
     kernels.ppo_loss(
         *data_ptrs(*tensors, *sums, *grads, partial_sums, row_ratios.log_ratios), ticket_ptr(numbers, index),
         sum(code << 2 * i for i, code in enumerate(codes)), blocks, N, row_ratios.length, *x.scalars,
-        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.clip.is_cispo, stream_or_threads(weights),
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     return *sums, *grads
 
