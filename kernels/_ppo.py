@@ -285,8 +285,8 @@ def policy_loss(
     entropy = at_valid(entropy)
     advantage = at_valid(whitening.apply(inputs.advantages))
     log_ratio = logprobs - at_valid(inputs.old_logprobs)
+    row_tokens = valid if row_tokens is None else row_tokens
     if clip.is_by_row:
-        row_tokens = valid if row_tokens is None else row_tokens
         differences = where_valid(row_tokens, all_logprobs) - where_valid(row_tokens, inputs.old_logprobs)
         log_ratio = torch.where(valid, mean_over_rows(differences.to(dtype), row_tokens), 0)
     terms = surrogate(log_ratio, logprobs, advantage, clip)

@@ -168,7 +168,7 @@ class RowRatios(NamedTuple):
 def run_with_row_ratios(launch: Callable[..., tuple], x: Inputs, needs_grad: tuple[bool, bool], rounds: bool) -> list:
     """Return what `launch(x, needs_grad, rounds, row_ratios)` returns, whose kernels have token-wise gradients: both
     losses, stats, and the gradients of logprobs and of values, or None."""
-    if x.logprobs is None or not x.is_by_row:
+    if x.logprobs is None or x.old_logprobs is None or not x.is_by_row:
         return list(launch(x, needs_grad, rounds, RowRatios()))
     valid = x.weights != 0
     means = mean_over_rows(where_valid(valid, x.logprobs) - where_valid(valid, x.old_logprobs), valid)

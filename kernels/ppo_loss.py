@@ -22,7 +22,6 @@ from rlhf_fast.kernels._ppo_loss import (
     IMPORTANCE_MODES,
     STATS,
     Inputs,
-    RowRatios,
     check,
     check_parts,
     losses,
@@ -209,7 +208,7 @@ def _launch_cuda(kernels, args, needs_grad, rounds):
     return run_with_row_ratios(functools.partial(_run_cuda, kernels), x, needs_grad, rounds)
 
 
-def _run_cuda(kernels, x: Inputs, needs_grad, rounds, row_ratios: RowRatios):
+def _run_cuda(kernels, x, needs_grad, rounds, row_ratios):
     tensors = contiguous_floats(*x.tensors)
     _, _, _, weights, *_ = tensors
     N = weights.numel()

@@ -220,7 +220,7 @@ def test_gspo_and_cispo_are_trls(backend):
 @pytest.mark.parametrize("mode, level", MODES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_in_its_row(backend, mode, level):
-    """Of a token that counts; those of weight 0 are NaN already."""
+    """The token counts; those of weight 0 are NaN already."""
     tokens = random_tokens((4, 13))
     row, column = 2, int((tokens[3][2] != 0).int().argmax())
     clean = run(backend, tokens, mode, level, 0.0, "mask")[1]

@@ -5,8 +5,9 @@
 //     chunk    | block of 32 W | block | ...                          lane i sums the tokens i, i + W, ... of a block
 //     block    two passes for the policy: ratios, then the rest; one for the values
 //
-// Where a sequence has one ratio, a chunk is some rows. A row has three passes, while the caches have it: the mean of its
-// log-ratios, the tokens' terms, and their gradient by the mean, shared by all tokens (none for CISPO).
+// Sequences with one ratio each are taken row by row, some rows a chunk. A row has three passes, while the caches have
+// it: the mean of its log-ratios, the tokens' terms, and their gradient by the mean, shared by all tokens (none for
+// CISPO).
 //
 // Floor: at most 32 bytes a token in (two log-probabilities, advantage, weight, two values, return, second weight) and
 // 8 out, against about 90 instructions for W tokens, a third of them sums for the statistics.
