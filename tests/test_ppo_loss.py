@@ -56,6 +56,8 @@ OPTIONS = [
     {"value": False, "sampler": "truncate"},
     {"value": False, "sampler": "mask"},
     {"policy": False},
+    {"ratio_level": "sequence", "clip_low": 0.05, "clip_high": 0.05, "sampler": "mask", "importance_floor": 0.8},
+    {"ratio_level": "sequence", "far": True, "log_ratio_clamp": 2.0, "dual_clip": 3.0, "whiten": True},
 ]
 
 
