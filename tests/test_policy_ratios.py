@@ -1,12 +1,14 @@
 """ratio_level and clip_mode of ppo_loss and linear_ppo_loss: gradients of formulas that autograd takes, in float64, and
 those of GSPO and CISPO as TRL computes them."""
 
+import importlib
 import itertools
 
 import pytest
 import torch
 
 from rlhf_fast import ops
+from rlhf_fast.kernels import _cpu_head as cpu_head
 
 BACKENDS = ops.ppo_loss.backends
 LINEAR_BACKENDS = ops.linear_ppo_loss.backends
@@ -352,15 +354,17 @@ def test_linear_ppo_loss_is_the_formula(backend, mode, level, dual):
                 )
 
 
-@pytest.mark.parametrize("backend", [name for name in LINEAR_BACKENDS if name.startswith("cpu")])
+@pytest.mark.parametrize("backend", [name for name in LINEAR_BACKENDS if name.startswith(("cpu", "triton"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sequences_whose_logits_are_not_kept(backend, dtype, monkeypatch):
     """Four products give what three do."""
-    from rlhf_fast.kernels import _cpu_head as cpu_head
-
     rows = random_rows((5, 8), 40, 1031, dtype)
     found = []
     for kept in (1 << 30, 1 << 14):
+        if backend == "triton":
+            gpu_head = importlib.import_module("rlhf_fast.kernels.triton._head")
+            monkeypatch.setattr(gpu_head, "CHUNK_BYTES", kept)
+            monkeypatch.setattr(gpu_head, "MIN_CHUNK_ROWS", 16)
         monkeypatch.setattr(cpu_head, "LOGITS_BYTES_3_GEMM", kept)
         monkeypatch.setattr(cpu_head, "KEPT_BYTES", kept)
         hidden, weight = (x.clone().requires_grad_() for x in rows[:2])

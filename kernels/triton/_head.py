@@ -31,6 +31,7 @@ bits from run to run. The bits of a row may depend on the number of rows, as the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -323,6 +324,27 @@ def train(head: GpuHead, loss: Loss, needs_grad: NeedsGrad) -> tuple[Statistics,
         y = head.gradient_memory(logits)
         compute_statistics(logits, out, loss, y, head.loss_gain)
         grads.add_chunk(begin, end, y.narrow(1, 0, head.V))
+    return out, grads.finish()
+
+
+def train_at_once(
+    head: GpuHead, row_grads_of: Callable[[Statistics], RowGrads], needs_grad: NeedsGrad
+) -> tuple[Statistics, tuple[Tensor, Tensor, Tensor]]:
+    """Return what `train` returns, by a loss whose gradients by log p and entropy need the statistics of all rows.
+
+    Several chunks take four products: the logits of one alone are still there when all statistics are known."""
+    _, needs_weight, _ = needs_grad
+    chunks = head.chunks(needs_weight)
+    if len(chunks) != 1 or not any(needs_grad):
+        out = compute_head_statistics(head)
+        return out, compute_input_grads(head, out, row_grads_of(out), needs_grad, gain=head.loss_gain)
+    out = Statistics.empty(head.targets)
+    logits = head.logits(0, head.N, head.empty_logits(chunks))
+    y = head.gradient_memory(logits)
+    grads = InputGrads(head, needs_grad, chunks, head.loss_gain)
+    compute_statistics(logits, out)
+    compute_gradient(logits, out, row_grads_of(out), y, head.loss_gain)
+    grads.add_chunk(0, head.N, y.narrow(1, 0, head.V))
     return out, grads.finish()
 
 

@@ -3,7 +3,8 @@
 For each row that kernel makes the statistics, the gradients of PPO's loss, and the gradient of the logits. _head.py
 has the products, the floor and the picture. The loss and its statistics are sums over all rows at the end (_ppo.py).
 
-Where a sequence has one ratio, the loss needs all rows' statistics first: four products, and plain torch between them.
+Where a sequence has one ratio, the loss needs all rows' statistics first, and is plain torch: four products if there is
+more than one chunk.
 """
 
 import torch
@@ -19,11 +20,16 @@ from rlhf_fast.kernels.triton._logits import Loss, RowGrads
 def loss_of_sequences(policy: head.GpuHead, inputs: TokenInputs, *options):
     """Return what linear_ppo_loss_with_gradients returns, where the loss is not known before all rows' statistics."""
     *options, needs_grad = options
-    statistics = head.compute_head_statistics(policy)
     valid = (policy.targets != IGNORE_INDEX) & (inputs.weights != 0)
-    loss = policy_loss(statistics.logprobs, statistics.entropy, valid, inputs, *options)
-    row_grads = RowGrads(*contiguous(loss.logprob_grad, loss.entropy_grad))
-    grads = head.compute_input_grads(policy, statistics, row_grads, needs_grad, gain=policy.loss_gain)
+    losses = []
+
+    def row_grads_of(statistics):
+        loss = policy_loss(statistics.logprobs, statistics.entropy, valid, inputs, *options)
+        losses.append(loss)
+        return RowGrads(*contiguous(loss.logprob_grad, loss.entropy_grad))
+
+    statistics, grads = head.train_at_once(policy, row_grads_of, needs_grad)
+    (loss,) = losses
     return loss.loss, statistics.logprobs, statistics.entropy, torch.stack(loss.stats), *grads
 
 
