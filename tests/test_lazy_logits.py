@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rlhf_fast.integrations import lazy_head, status
+from rlhf_fast.integrations.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {**SMALL, "vocab_size": 97, "initializer_range": 0.15}

@@ -258,10 +258,7 @@ def _writes(func: Any) -> bool:
     return name in WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
-WRITES = {
-    f"__{name}__"
-    for name in ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"]
-}
+WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
 
 
 class _Node(torch.autograd.Function):
