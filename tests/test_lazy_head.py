@@ -256,6 +256,17 @@ def test_the_compiled_model():
     assert found.made == 0
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_reader(dynamic):
+    """OpenRLHF and verl compile their entropy: it is given lazy logits, and reads them as if it were not compiled."""
+
+    def entropy(z):
+        return torch.logsumexp(z, -1) - (F.softmax(z, -1) * z).sum(-1)
+
+    ids, read = batch()["input_ids"], torch.compile(entropy, backend="eager", dynamic=dynamic)
+    assert_one_answer(compare(llama(), lambda model: read(model(input_ids=ids).logits[:, :-1] / 0.8)))
+
+
 def test_a_compiled_decoder():
     model, inputs = llama(), batch()
     model.model = torch.compile(model.model, backend="eager")

@@ -156,10 +156,11 @@ class LazyLogits(Tensor):
         ties = [x for x in self.all_ties() if x.requires_grad]
         return _Tie.apply(out, *ties) if ties and out.requires_grad else out
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({self.form}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
+    @torch.compiler.disable  # a compiled function that is given lazy logits reads them as it would uncompiled
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in NATIVE:
@@ -173,7 +174,9 @@ class LazyLogits(Tensor):
         return _on_made(func, args, kwargs) if answer is NotImplemented else answer
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         """Answer those who come past Python: torch's wrappers pass outputs through an autograd.Function as they are."""
         is_view = func is torch.ops.aten.view.default
         if func in PASSED and (not is_view or tuple(args[1]) == tuple(args[0].shape)):
@@ -284,13 +287,13 @@ class _Node(torch.autograd.Function):
                 "lazy_head: logits that were written in place were read by an autograd.Function; write into a copy:"
                 " logits = logits / temperature"
             )
-        hidden, weight, bias = ctx.saved_tensors
+        inputs: list[Any] = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        hidden, weight, bias = inputs
         with torch.enable_grad():
-            hidden, weight, bias = (None if x is None else x.detach().requires_grad_() for x in (hidden, weight, bias))
             head = LinearHead(weight, bias, ctx.head.scale, ctx.head.inner, ctx.head.capped)
             rows = Rows(hidden, head, Source(Record("", counts=False), hidden, head))
             z = LazyLogits.of(rows, ctx.size, ctx.kind, ctx.form, ctx.factor, attached=False).make()
-        wanted = [x for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False) if need]
+        wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         grads = iter(torch.autograd.grad(z, wanted, grad))
         return *(next(grads) if need else None for need in ctx.needs_input_grad[:3]), None
 
@@ -355,9 +358,9 @@ NATIVE = {
 """Functions that shape, dtype and place alone answer."""
 REFUSED = {
     Tensor.retain_grad: "retain_grad()",
-    Tensor.requires_grad.__set__: "setting requires_grad",
+    Tensor.requires_grad.__set__: "setting requires_grad",  # type: ignore[attr-defined]
     Tensor.requires_grad_: "requires_grad_()",
-    Tensor.grad.__set__: "setting grad",
-    Tensor.data.__set__: "setting data",
+    Tensor.grad.__set__: "setting grad",  # type: ignore[union-attr]
+    Tensor.data.__set__: "setting data",  # type: ignore[attr-defined]
     Tensor.set_: "set_()",
 }
