@@ -127,6 +127,20 @@ def test_ddp(gloo, options, outside):
     assert (status(wrapped).answered, status(wrapped).made) == (3, 0)
 
 
+def test_collectives(gloo):
+    """As accelerate gathers an evaluation's logits."""
+    model, inputs = llama(), batch()
+    with lazy_head(model), torch.no_grad():
+        logits = model(**inputs).logits
+        found = torch.empty(logits.shape)
+        torch.distributed.all_gather_into_tensor(found, logits)
+        (listed,) = lists = [torch.empty(logits.shape)]
+        torch.distributed.all_gather(lists, logits)
+        with pytest.raises(NotImplementedError, match="writes into logits that are not made"):
+            torch.distributed.all_reduce(logits)
+    assert torch.equal(found, model(**inputs).logits) and torch.equal(listed, found)
+
+
 @pytest.mark.parametrize("outside", [False, True], ids=["loss inside", "loss outside"])
 @pytest.mark.parametrize("reshard", [False, True], ids=["layers stay", "layers resharded"])
 def test_fsdp2(gloo, outside, reshard):

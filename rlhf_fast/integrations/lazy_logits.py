@@ -141,9 +141,10 @@ class LazyLogits(Tensor):
         shape = tuple(self.shape)
         if self.form == "transposed":
             shape = (*shape[:-2], shape[-1], shape[-2])
-        logits = self.rows.logits().view(shape)
-        made = FORMS[self.form](logits.to(self.dtype))
-        made = made if self.factor == 1 else made * self.factor
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.rows.logits().view(shape)
+            made = FORMS[self.form](logits.to(self.dtype))
+            made = made if self.factor == 1 else made * self.factor
         if made.data_ptr() == logits.data_ptr():
             if not self.copied:
                 return made
@@ -177,16 +178,33 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Answer those who come past Python: torch's wrappers pass outputs through an autograd.Function as they are."""
+        """Answer those who come past Python, such as collectives: by the logits, whose gradient _Node has. torch's
+        wrappers pass outputs through an autograd.Function as they are."""
         is_view = func is torch.ops.aten.view.default
         if func in PASSED and (not is_view or tuple(args[1]) == tuple(args[0].shape)):
             return args[0].passed()
-        raise NotImplementedError(
-            f"lazy_head: {func} reads the memory of logits that are not made (it was called past torch's Python"
-            f" functions); {REMEDY}"
-        )
+        schema, kwargs = func._schema, kwargs or {}
+        if any(x.alias_info is not None for x in schema.returns) or _written_lazy(schema, args, kwargs):
+            raise NotImplementedError(
+                f"lazy_head: {func} writes into logits that are not made, or shares their memory, and was called past"
+                f" torch's Python functions; {REMEDY}"
+            )
+        with torch.no_grad():
+            args, kwargs = tree_map(lambda x: x.make() if isinstance(x, LazyLogits) else x, (args, kwargs))
+        return func(*args, **kwargs)
 
 
+def _written_lazy(schema: Any, args: tuple, kwargs: dict) -> bool:
+    """Return whether an operator writes into lazy logits. Collectives do not say so: those of GATHERS read all but the
+    first argument."""
+    if schema.name.startswith("c10d::"):
+        return schema.name not in GATHERS or any(isinstance(x, LazyLogits) for x in tree_leaves(args[0]))
+    given = {argument.name: x for argument, x in zip(schema.arguments, args, strict=False)} | kwargs
+    written = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+    return any(isinstance(x, LazyLogits) for x in tree_leaves([given.get(name) for name in written]))
+
+
+GATHERS = {"c10d::allgather_", "c10d::_allgather_base_", "c10d::gather_"}
 REMEDY = "pass logits.make() instead"
 
 
