@@ -300,6 +300,20 @@ def test_a_loss_and_an_entropy_of_the_same_logits():
     assert (found.answered, found.made) == (1, 0)
 
 
+def test_ignored_rows_of_a_loss_have_an_entropy():
+    """The op gives 0 for a row without a label; the next reading is of every row."""
+
+    def read(z, y):
+        z, y = cut(z).reshape(-1, V), y.reshape(-1)
+        loss = F.cross_entropy(z, y.where(y > 40, -100), reduction="none")
+        return torch.stack(
+            [loss, verl_entropy_from_logits(z), z.logsumexp(-1), picked(z, y), z.gather(-1, y[:, None])[:, 0]]
+        )
+
+    found = compare(made_by("plain"), reading(read), out_tolerance=2e-5, grad_tolerance=5e-5)
+    assert found.made == 0
+
+
 def test_token_accuracy():
     """argmax keeps no logits, and is that of the logits in their dtype."""
     model, ids = made_by("soft cap"), torch.randint(3, V, (3, 9))

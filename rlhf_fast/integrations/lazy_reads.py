@@ -67,7 +67,7 @@ def _loss(function: Any, x: LazyLogits, target: Any, ignore_index: int, reductio
     dtype = result_dtype(function, x)
     rows = target.reshape(-1)
     if reduction == "none":
-        return x.answered(-x.rows.statistics(rows)[0].view(target.shape).to(dtype))
+        return x.answered(-x.rows.statistics(rows, some_ignored=True)[0].view(target.shape).to(dtype))
     x.rows.note_answer()
     loss = x.rows.head.cross_entropy(x.rows.hidden, rows, 1.0 if reduction == "sum" else None)
     if reduction == "mean":  # torch's mean of no tokens is nan, and its gradient 0
