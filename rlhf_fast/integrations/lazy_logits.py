@@ -33,10 +33,13 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Memory:
-    """Count the writes into what would be one memory: all views of the same logits see them."""
+    """Count the writes into what would be one memory: all views of the same logits see them.
+
+    shown: tensors of which a part was given away as a plain tensor, by their storage, and their versions then."""
 
     def __init__(self) -> None:
         self.writes, self.where = 0, ""
+        self.shown: dict[int, tuple[Tensor, int]] = {}
 
 
 class LazyLogits(Tensor):
@@ -118,6 +121,7 @@ class LazyLogits(Tensor):
                 " view, or write into logits.clone()"
             )
         written = self.cache is not None and version_of(self.cache) != self.cache_version
+        written |= any(version_of(shown) != version for shown, version in self.memory.shown.values())
         if self.own is None and (written or self.rows.written_through_a_view()):
             raise RuntimeError(
                 "lazy_head: these logits were written in place through a view of a part of the vocabulary; write by"
@@ -261,18 +265,31 @@ def _on_made(func: Any, args: tuple, kwargs: dict) -> Any:
     args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
     with torch._C.DisableTorchFunctionSubclass():
         out = func(*args, **kwargs)
+    given = {_storage(x) for x in tree_leaves(out) if type(x) is Tensor and x.device.type != "meta"}
+    for key, x in lazy.items():
+        if _storage(made[key]) in given:
+            x.memory.shown[_storage(made[key])] = made[key].detach(), version_of(made[key])
     written = [x for key, x in lazy.items() if version_of(made[key]) != versions[key]]
     if isinstance(first, LazyLogits) and made[id(first)].is_inference() and _writes(func):
         written = [first]
     for x in written[:1] if len({id(x.memory) for x in written}) < 2 else written:
         if x.requires_grad and not torch.is_grad_enabled():
             raise NotImplementedError(f"lazy_head: logits with a gradient were written under no_grad; {REMEDY}")
+        if x.memory.shown.keys() - {_storage(made[id(x)])}:
+            raise NotImplementedError(
+                f"lazy_head: logits were written of which a part was taken before, by another view; {REMEDY}, once"
+            )
         if x.own is None:
             x.rows.forget_logits()
         x.own = made[id(x)]
+        x.memory.shown = {at: (shown, version_of(shown)) for at, (shown, _) in x.memory.shown.items()}
         x.note_write()
         out = x if out is x.own else out
     return out
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 def _writes(func: Any) -> bool:
