@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rlhf_fast.integrations.head import LinearHead
 from rlhf_fast.integrations.lazy_rows import Rows, Source, version_of
 from rlhf_fast.integrations.record import Record, caller
+from rlhf_fast.integrations.torch_functions import COMMUTATIVE, GATHERS, NATIVE, PASSED, REFUSED, WRITES
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda z: z,
@@ -208,7 +209,6 @@ def _written_lazy(schema: Any, args: tuple, kwargs: dict) -> bool:
     return any(isinstance(x, LazyLogits) for x in tree_leaves([given.get(name) for name in written]))
 
 
-GATHERS = {"c10d::allgather_", "c10d::_allgather_base_", "c10d::gather_"}
 REMEDY = "pass logits.make() instead"
 
 
@@ -225,7 +225,6 @@ def handles(*functions: Any) -> Callable[[Callable], Callable]:
 
 
 HANDLERS: dict[Any, tuple[Callable, inspect.Signature]] = {}
-COMMUTATIVE = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 
 
 def _handled(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -296,9 +295,6 @@ def _writes(func: Any) -> bool:
     """Say whether a function writes into its first argument. Tensors of inference mode count no versions."""
     name = getattr(func, "__name__", "")
     return name in WRITES or (name.endswith("_") and not name.endswith("__"))
-
-
-WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
 
 
 class _Node(torch.autograd.Function):
@@ -378,26 +374,3 @@ def result_dtype(func: Any, x: Tensor, *options: Any) -> torch.dtype:
 def count(shape: tuple[int, ...]) -> int:
     """Return the number of elements of a shape."""
     return prod(shape)
-
-
-PASSED = {torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default}
-NATIVE = {
-    *(getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized",
-        "is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "requires_grad", "grad_fn", "is_leaf", "retains_grad",
-        "grad", "output_nr", "_version", "_base", "is_mkldnn", "is_sparse_csr", "is_vulkan",
-    )),
-    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.get_device,
-    Tensor.is_inference, Tensor.is_signed, Tensor.storage_offset, Tensor.__hash__, torch.is_floating_point,
-    torch.is_complex, torch.numel, torch.is_inference, torch.is_signed,
-}  # fmt: skip
-"""Functions that shape, dtype and place alone answer."""
-REFUSED = {
-    Tensor.retain_grad: "retain_grad()",
-    Tensor.requires_grad.__set__: "setting requires_grad",  # type: ignore[attr-defined]
-    Tensor.requires_grad_: "requires_grad_()",
-    Tensor.grad.__set__: "setting grad",  # type: ignore[union-attr]
-    Tensor.data.__set__: "setting data",  # type: ignore[attr-defined]
-    Tensor.set_: "set_()",
-}
