@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ def upcast_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def promote_to_float64(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Convert all tensors to float64 if one of them is. Kernels do not serve float64, so the reference then runs."""
-    for x in tensors:
-        if x is not None and x.dtype == torch.float64:
-            return tuple(x if x is None else x.double() for x in tensors)
-    return tensors
+def promote_to_float64(*args: Any) -> tuple:
+    """Convert all tensors among args to float64 if one of them is. Kernels do not serve float64, so the reference then
+    runs."""
+    for x in args:
+        if getattr(x, "dtype", None) == torch.float64:  # isinstance takes seven times as long for what is no tensor
+            return tuple(x.double() if isinstance(x, Tensor) else x for x in args)
+    return args
 
 
 def detached(args: Iterable) -> tuple:
@@ -57,14 +59,17 @@ def as_flag(x: object) -> bool:
     return bool(x)
 
 
-def as_weights(weights: Tensor | float | None, shape: torch.Size, like: Tensor) -> Tensor | None:
-    """Return the weights of a loss without a gradient. Of a number or tensor () they are a view in `shape`, and float64
-    only if `like` is."""
-    if weights is None:
-        return None
+def has_full_weights(weights: object) -> bool:
+    """Return whether `token_weights` would leave them as they are."""
+    return isinstance(weights, Tensor) and weights.dtype != torch.bool and weights.dim() > 0
+
+
+def token_weights(weights: Tensor | float, like: Tensor, shape: torch.Size) -> Tensor:
+    """Return weights of `shape`, which a number or a tensor () stands for, on the device of `like` and float64 only if
+    it is. Bools become 0 and 1."""
     if not isinstance(weights, Tensor):
         weights = torch.full((), as_float(weights), dtype=upcast_dtype(like), device=like.device)
-    weights = weights.detach() if weights.requires_grad else weights
+    weights = weights.float() if weights.dtype == torch.bool else weights
     return weights if weights.dim() else weights.to(upcast_dtype(like)).expand(shape)
 
 
