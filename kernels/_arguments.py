@@ -45,14 +45,15 @@ def may_be_number(annotation: object) -> bool:
 
 
 def may_be_rows(annotation: object) -> bool:
-    """Return whether a number may also be a tensor of one number per row: `float | Tensor`. It stays a number where it
-    is one, so that no memory of a device is needed for it."""
-    return may_be_number(annotation) and type(None) not in get_args(annotation)
+    """Return whether a number may also be a tensor of one number per row: `float | Tensor`, in this order. It stays a
+    number where it is one, so that no memory of a device is needed for it."""
+    kinds = get_args(annotation)
+    return may_be_number(annotation) and type(None) not in kinds and kinds[0] is not Tensor
 
 
 def schema(body: Callable, mutates: tuple[str, ...]) -> str:
-    """Return the schema of an op. `float | Tensor | None` is a tensor or None in it. torch has no type for `float |
-    Tensor`: it is a number, and NAME_rows, a tensor or None, stands behind all other parameters."""
+    """Return the schema of an op. `Tensor | float` and `float | Tensor | None` are a tensor or None in it. torch has no
+    type for `float | Tensor`: it is a number, and NAME_rows, a tensor or None, stands behind all other parameters."""
     signature = inspect.signature(body)
     parameters, rows = [], []
     for p in signature.parameters.values():
