@@ -131,6 +131,21 @@ def test_bfloat16():
     assert error(ours) <= 1.5 * error(theirs)
 
 
+def test_the_comparison_runs_once_and_again_after_a_change(monkeypatch):
+    model, compared = MODELS["llama"]().train(), []
+    find = layers.packed_decoder.find_difference
+    monkeypatch.setattr(layers.packed_decoder, "find_difference", lambda *args: compared.append(1) or find(*args))
+    with layers.fused(model):
+        for _ in range(2):
+            model(**batch("right")).loss.backward()
+        assert len(compared) == 1
+        model.model.embed_tokens.weight.requires_grad_(False)
+        model.model.layers[0].requires_grad_(False)
+        model(**batch("right")).loss.backward()
+        assert len(compared) == 2
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
 def test_a_reward_model():
     model = transformers.LlamaForSequenceClassification(MODELS["llama"]().config)
     model.config.pad_token_id, model.config.num_labels = 0, 1

@@ -93,6 +93,7 @@ class FusedLayers(contextlib.AbstractContextManager):
         if why := self._find_refusal():
             raise UserError(f"{self.name}: our layers do not run here, {why}")
         self.decoder.forward = self.forward
+        self._refusals[_key(packed_decoder.inspect(self.decoder))] = None
 
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.decoder).forward(self.decoder, *args, **kwargs)
@@ -163,7 +164,7 @@ class FusedLayers(contextlib.AbstractContextManager):
             return "autocast is on"
         if has_dropout(self.decoder):
             return "it trains with dropout"
-        key = found.kinds, found.adapters, found.parameters[0].dtype
+        key = _key(found)
         if key not in self._refusals:
             self._refusals[key] = self._find_refusal()
         return self._refusals[key]
@@ -216,6 +217,12 @@ def fused(model: Any) -> FusedLayers:
     handle = FusedLayers(model)
     handle.install()
     return handle
+
+
+def _key(found: packed_decoder.Inspection) -> tuple[Any, ...]:
+    """Return what a comparison of our layers with the own ones depends on."""
+    trained = tuple(p.requires_grad for p in found.parameters)
+    return found.kinds, found.adapters, found.parameters[0].dtype, trained
 
 
 def _unwrap(model: Any) -> Any:
