@@ -28,6 +28,17 @@ def disable_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Return whether a forward pass drops something now, outside of adapters."""
+    for name, part in module.named_modules():
+        if part.training and "lora_dropout" not in name:
+            for key, value in vars(part).items():
+                is_dropout = isinstance(part, nn.modules.dropout._DropoutNd) or "drop" in key
+                if is_dropout and isinstance(value, float) and value:
+                    return True
+    return False
+
+
 @contextmanager
 def config_without_dropout(module: nn.Module) -> Iterator[None]:
     """Set every dropout probability of the configs to 0 within the block, for forwards that read them there. Outside

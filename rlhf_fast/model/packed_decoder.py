@@ -151,7 +151,10 @@ def _attention(call: _Call, layer: Layer, x: Tensor) -> Tensor:
         k, v = do.rounded(k, dtype), do.rounded(v, dtype)
     rows = call.rows
     options = rows.offsets, layer.scale, layer.window, 0.0, rows.parents, call.exact
-    return do.view(do.apply(ops.varlen_attention, q, k, v, *options), N, H * d)
+    attended = do.apply(ops.varlen_attention, q, k, v, *options)
+    if rows.attends is not None:
+        attended = do.multiply(attended, rows.attends[:, None, None].to(attended.dtype))
+    return do.view(attended, N, H * d)
 
 
 def _mlp(call: _Call, layer: Layer, x: Tensor) -> Tensor:
@@ -253,8 +256,7 @@ def find_refusal(model: Any) -> str | None:
 
     Hidden states are compared with the module's, and the gradients of all parameters that are trained.
     """
-    tolerances = TOLERANCES.get(model.head_weight.dtype)
-    if tolerances is None:
+    if model.head_weight.dtype not in TOLERANCES:
         return f"weights of {model.head_weight.dtype} are not trained"
     if length_dependent_rope(model) is not None:
         return "its rotary embedding depends on the longest row of a call"
@@ -263,28 +265,39 @@ def find_refusal(model: Any) -> str | None:
         for layer in parts.layers:
             for module in _linears(layer):
                 base_linear(module)
+        length = min(model.max_positions or PROBE_LENGTHS[0], PROBE_LENGTHS[0])
+        tokens = model.probe_tokens(len(PROBE_LENGTHS), length)
         with torch.inference_mode(False), model.eval_mode(), lora.nonzero_adapters(model.module):
-            return _compare(model, *tolerances)
+            return find_difference(model.decoder, tokens, model.hidden, partial(model.run_packed, graphs=False))
     except Unsupported as reason:
         return str(reason)
 
 
-def _compare(model: Any, tolerance: float, gradient_tolerance: float) -> str | None:
-    """Return how the packed forward of a few rows differs from the module's, or None where rounding explains it."""
-    length = min(model.max_positions or PROBE_LENGTHS[0], PROBE_LENGTHS[0])
-    tokens = model.probe_tokens(len(PROBE_LENGTHS), length).cpu()
+def find_difference(
+    decoder: nn.Module,
+    tokens: Tensor,
+    own_forward: Callable[[Tensor], Tensor],
+    packed_forward: Callable[[PackedRows, Tensor], Tensor],
+) -> str | None:
+    """Return how the packed forward of a few rows differs from the module's, or None where rounding explains it.
+
+    tokens (3, T); own_forward(tokens) returns hidden states (3, T, D), packed_forward(rows, kept) those at `kept`.
+    """
+    tolerance, gradient_tolerance = TOLERANCES[next(decoder.parameters()).dtype]
+    tokens, length = tokens.cpu(), tokens.shape[1]
     lengths = torch.tensor(PROBE_LENGTHS).clamp_max(length)
     prompt = min(PROBE_PROMPT, length - 1)
     tokens[1, :prompt] = tokens[0, :prompt]
     rows = pack_rows(tokens, lengths, torch.full_like(lengths, prompt))
     row_index, columns = (torch.arange(length) < lengths[:, None]).nonzero(as_tuple=True)
     kept = rows.locate(row_index, columns)
-    weights = torch.randn(len(kept), model.head_weight.shape[1], generator=torch.Generator().manual_seed(0))
-    wanted = [p for p in model.decoder.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    wanted = [p for p in decoder.parameters() if p.requires_grad]
 
     def states_and_gradients(forward: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
             states = forward()
+            weights = torch.randn(states.shape, generator=generator.manual_seed(0))
             total = (states.float() * weights.to(states.device)).sum()
         if not (wanted and total.requires_grad):  # the reference of a model with adapters
             return states, []
@@ -292,8 +305,8 @@ def _compare(model: Any, tolerance: float, gradient_tolerance: float) -> str | N
         gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
         return states.detach(), list(gradients)
 
-    own, own_gradients = states_and_gradients(lambda: model.hidden(tokens)[row_index, columns])
-    packed, packed_gradients = states_and_gradients(lambda: model.run_packed(rows, kept, graphs=False))
+    own, own_gradients = states_and_gradients(lambda: own_forward(tokens)[row_index, columns])
+    packed, packed_gradients = states_and_gradients(lambda: packed_forward(rows, kept))
     if _difference(packed, own) > tolerance:
         return f"its hidden states differ from the module's by {_difference(packed, own):.1e} of their norm"
     # some gradients are only rounding: a bias of the keys shifts all scores of a token alike

@@ -46,6 +46,8 @@ class PackedRows(NamedTuple):
     """(B,) index of the first of them in `tokens`."""
     own_starts: Tensor
     """(B,) index of the row's other tokens in `tokens`."""
+    attends: Tensor | None = None
+    """(N,) 0 for tokens whose attention is 0, else 1: of padding that nothing visible precedes. None = all are 1."""
 
     def to(self, device: torch.device) -> PackedRows:
         """Return the rows with what a forward pass reads on `device`, by one transfer."""
@@ -64,8 +66,8 @@ class PackedRows(NamedTuple):
 
     @property
     def _read(self) -> tuple[str, ...]:
-        names = ("tokens", "positions", "offsets")
-        return names if self.parents is None else (*names, "parents")
+        optional = [name for name in ("parents", "attends") if getattr(self, name) is not None]
+        return ("tokens", "positions", "offsets", *optional)
 
     def locate(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return where in `tokens` the tokens at `columns` of `rows` are, all three (n,)."""
@@ -112,6 +114,34 @@ def pack_rows(tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = N
         shared_starts=offsets[shared.long()],
         own_starts=offsets[torch.tensor(own_sequence, dtype=torch.int64)],
     )
+
+
+def pack_sequences(
+    tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+) -> tuple[PackedRows, Tensor | None]:
+    """Pack the tokens (B, T) that `mask` (B, T) lets in, and return where in the flattened batch they are; None = all.
+
+    positions (B, T) or (1, T): None = columns. Without a mask a row is split where they do not rise by 1, as
+    transformers splits packed rows. Of padding before a row the last token is packed too, with an attention of 0, as
+    torch's scaled_dot_product_attention gives it: it predicts the row's first token.
+    """
+    B, T = tokens.shape
+    columns = torch.arange(T, device=tokens.device).expand(B, T)
+    positions = columns if positions is None else positions.expand(B, T)
+    begins, places, attends = columns == 0, None, None
+    if mask is None:
+        begins[:, 1:] |= positions.diff(dim=1) != 1
+    elif not mask.all():
+        visible = mask.bool()
+        first = visible & (visible.cumsum(1) == 1)
+        before = first.roll(-1, 1) & (columns < T - 1)
+        begins, packed = first | before, visible | before
+        places = packed.flatten().nonzero()[:, 0]
+        attends = visible.flatten()[places].long() if before.any() else None
+    flat = [x.reshape(-1) if places is None else x.reshape(-1)[places] for x in (tokens, positions, begins)]
+    offsets = torch.cat([flat[2].nonzero()[:, 0], torch.tensor([len(flat[0])], device=tokens.device)])
+    zeros = offsets.new_zeros(len(offsets) - 1)
+    return PackedRows(flat[0], flat[1], offsets, None, zeros, zeros, offsets[:-1], attends), places
 
 
 def pad(rows: PackedRows, num_tokens: int, num_sequences: int) -> PackedRows:

@@ -22,11 +22,19 @@ class LengthDependentRope(NamedTuple):
 def length_dependent_rope(model: Any) -> LengthDependentRope | None:
     """Return the length-dependent rotary embedding of a Model, or None. If kinds of layers have several, return the one
     with the fewest original positions."""
-    parameters = getattr(model.text_config, "rope_parameters", None) or {}
     found = []
-    for part in (parameters, *parameters.values()):
-        kind = part.get("rope_type") if isinstance(part, dict) else None
-        if kind in LENGTH_DEPENDENT:
-            limits = (part.get("original_max_position_embeddings"), model.max_positions)
-            found.append(LengthDependentRope(kind, min(limit for limit in limits if limit)))
+    for part in _length_dependent_parts(model.text_config):
+        limits = (part.get("original_max_position_embeddings"), model.max_positions)
+        found.append(LengthDependentRope(part["rope_type"], min(limit for limit in limits if limit)))
     return min(found, key=lambda rope: rope.original_positions, default=None)
+
+
+def is_length_dependent(config: Any) -> bool:
+    """Return whether a decoder with this config has a rotary embedding that depends on the length of the text."""
+    return bool(_length_dependent_parts(config))
+
+
+def _length_dependent_parts(config: Any) -> list[dict]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
+    return [part for part in parts if part.get("rope_type") in LENGTH_DEPENDENT]

@@ -1,0 +1,295 @@
+"""integrations.layers: our training layers in transformers' models give their losses and gradients, or step aside."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from architectures import GPT, SERVED, V, build
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.integrations import layers, lazy_head, status
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+FAMILIES = [
+    "llama", "llama, one head of keys", "llama, as many heads of keys", "llama, scaled rotation",
+    "mistral, sliding window", "qwen2", "qwen3", "smollm3", "gpt_neox",
+]  # fmt: skip
+MODELS = {name: SERVED[name] for name in FAMILIES} | {
+    "gpt2": build("GPT2", GPT, **NO_DROPOUT),
+    "gpt2, scaled by layer": build("GPT2", GPT, **NO_DROPOUT, scale_attn_by_inverse_layer_idx=True),
+}
+T = 13
+
+
+def batch(padding: str) -> dict:
+    """Return three rows, with labels on all tokens but padding: also on a row's first."""
+    ids = torch.randint(3, V, (3, T))
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    lengths, columns = torch.tensor([[T], [6], [1]]), torch.arange(T)
+    if padding in ("right", "left", "left, positions"):
+        mask = columns < lengths if padding == "right" else columns >= T - lengths
+        inputs["attention_mask"] = mask.long()
+        inputs["labels"] = ids.masked_fill(~mask, -100)
+    if padding == "left, positions":
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    if padding == "packed":
+        positions = torch.cat([torch.arange(4), torch.arange(1), torch.arange(T - 5)])
+        inputs |= {"position_ids": positions.expand(3, T), "use_cache": False}
+    return inputs
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_to_rounding(ours, theirs, tolerance=2e-5):
+    assert abs(ours[0] - theirs[0]) <= 1e-5 * abs(theirs[0])
+    assert ours[1].keys() == theirs[1].keys()
+    largest = max(grad.norm() for grad in theirs[1].values())
+    for name, grad in theirs[1].items():  # some are only rounding, as those of keys' biases
+        assert (ours[1][name] - grad).norm() <= tolerance * grad.norm() + 1e-7 * largest, name
+
+
+def compare(model, tolerance=2e-5, **inputs):
+    """Compare a pass with our layers to the model's own. Return the handle."""
+    theirs = loss_and_gradients(model, **inputs)
+    with layers.fused(model) as handle:
+        ours = loss_and_gradients(model, **inputs)
+    assert_equal_to_rounding(ours, theirs, tolerance)
+    return handle
+
+
+def assert_ours(handle, calls=1):
+    assert handle.calls == calls and not handle.own
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "left, positions", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.exhaustive(3, by=("padding",))
+def test_losses_and_gradients(name, padding):
+    assert_ours(compare(MODELS[name]().train(), **batch(padding)))
+
+
+def test_padding_is_read_as_zeros_but_for_the_token_before_a_row():
+    model, inputs = MODELS["llama"]().eval(), batch("left")
+    own = model.model(inputs["input_ids"], inputs["attention_mask"], use_cache=False).last_hidden_state
+    with layers.fused(model):
+        ours = model.model(inputs["input_ids"], inputs["attention_mask"], use_cache=False).last_hidden_state
+    visible = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[visible], own[visible])
+    torch.testing.assert_close(ours[1, T - 7], own[1, T - 7])
+    assert not ours[1, : T - 7].any() and own[1, : T - 7].any()
+
+
+@pytest.mark.parametrize("shape, visible", [((1, 1), 1), ((1, 2), 2), ((2, 5), 0)])
+def test_small_and_empty_batches(shape, visible):
+    model = MODELS["qwen3"]().train()
+    ids = torch.randint(3, V, shape)
+    mask = (torch.arange(shape[1]) < visible).long().expand(shape)
+    with layers.fused(model) as handle:
+        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden.sum().backward()
+    assert hidden.shape[:2] == shape and hidden.isfinite().all() and hidden.any() == bool(visible)
+    assert_ours(handle)
+
+
+def test_with_lazy_logits_one_op_answers():
+    model, inputs = MODELS["llama"]().train(), batch("right")
+    theirs = loss_and_gradients(model, **inputs)
+    with lazy_head(model), layers.fused(model) as handle:
+        assert_equal_to_rounding(loss_and_gradients(model, **inputs), theirs)
+    assert_ours(handle)
+    assert (status(model).answered, status(model).made) == (1, 0)
+
+
+def test_gradient_checkpointing_and_adapters():
+    model = MODELS["llama"]()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_ours(compare(model.train(), **batch("right"), use_cache=False))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    assert_ours(compare(peft.get_peft_model(MODELS["llama"](), config).train(), **batch("left")))
+
+
+def test_bfloat16():
+    """Both passes are as near a float32 copy."""
+    model, inputs = MODELS["llama"]().bfloat16().train(), batch("right")
+    exact = loss_and_gradients(copy.deepcopy(model).float(), **inputs)[1]
+    theirs = loss_and_gradients(model, **inputs)[1]
+    with layers.fused(model) as handle:
+        ours = loss_and_gradients(model, **inputs)[1]
+    assert_ours(handle)
+
+    def error(found):
+        return sum(((found[name].float() - grad).norm() / grad.norm()) ** 2 for name, grad in exact.items()) ** 0.5
+
+    assert error(ours) <= 1.5 * error(theirs)
+
+
+def test_the_comparison_runs_once_and_again_after_a_change(monkeypatch):
+    model, compared = MODELS["llama"]().train(), []
+    find = layers.packed_decoder.find_difference
+    monkeypatch.setattr(layers.packed_decoder, "find_difference", lambda *args: compared.append(1) or find(*args))
+    with layers.fused(model):
+        for _ in range(2):
+            model(**batch("right")).loss.backward()
+        assert len(compared) == 1
+        model.model.embed_tokens.weight.requires_grad_(False)
+        model.model.layers[0].requires_grad_(False)
+        model(**batch("right")).loss.backward()
+        assert len(compared) == 2
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_a_reward_model():
+    model = transformers.LlamaForSequenceClassification(MODELS["llama"]().config)
+    model.config.pad_token_id, model.config.num_labels = 0, 1
+    inputs = batch("right")
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 0)
+    own = model(inputs["input_ids"], inputs["attention_mask"]).logits
+    with layers.fused(model) as handle:
+        torch.testing.assert_close(model(inputs["input_ids"], inputs["attention_mask"]).logits, own)
+    assert_ours(handle)
+
+
+def test_trainer(tmp_path):
+    """Two accumulated batches a step, rows of different lengths, padded by transformers' own collator."""
+
+    def train(name, fuse):
+        torch.manual_seed(0)
+        model = build("Llama", initializer_range=0.1)()
+        rows = [{"input_ids": torch.randint(3, V, (n,)).tolist()} for n in (9, 4, 7, 12, 3, 8, 5, 6)]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4,
+            learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+
+        def collate(rows):
+            width = max(len(row["input_ids"]) for row in rows)
+            ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+            mask = torch.tensor([[i < len(row["input_ids"]) for i in range(width)] for row in rows])
+            return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+        if not fuse:
+            trainer.train()
+        else:
+            with layers.fused(model) as handle, lazy_head(model):
+                trainer.train()
+            assert_ours(handle, calls=8)
+            assert (status(model).answered, status(model).made) == (8, 0)
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row], model.state_dict()
+
+    theirs, weights = train("own", False)
+    ours, our_weights = train("fused", True)
+    assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-5)
+    assert all((our_weights[k] - x).norm() <= 1e-4 * x.norm() for k, x in weights.items())
+
+
+def test_generation_and_evaluation_are_the_models_own():
+    model = MODELS["llama"]().eval()
+    ids = torch.randint(3, V, (2, 5))
+    own, own_logits = model.generate(ids, max_new_tokens=6, do_sample=False), model(ids).logits
+    with layers.fused(model) as handle:
+        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), own)
+        with torch.no_grad():
+            assert handle.calls == 0 and set(handle.own) == {"it reads a cache"}
+            assert model(ids).past_key_values.get_seq_length() == 5
+            torch.testing.assert_close(model(ids, use_cache=False).logits, own_logits)
+    assert handle.calls == 1 and handle.own["it writes a cache"] == 1
+
+
+REASONS = {
+    "dropout": lambda m: (build("GPT2", GPT)().train(), {}, "it trains with dropout"),
+    "attention dropout": lambda m: (build("Llama", attention_dropout=0.1)().train(), {}, "it trains with dropout"),
+    "cache": lambda m: (m, {"use_cache": True}, "it writes a cache"),
+    "hidden states": lambda m: (m, {"output_hidden_states": True}, "it was given output_hidden_states"),
+    "embeddings": lambda m: (
+        m, {"inputs_embeds": torch.randn(3, T, 32), "input_ids": None}, "it was given inputs_embeds"
+    ),
+    "4-dimensional mask": lambda m: (
+        m, {"attention_mask": torch.ones(3, 1, T, T).tril()}, r"its attention mask is not \(B, T\)"
+    ),
+    "mask with holes": lambda m: (
+        m, {"attention_mask": torch.tensor([1, 0, 1, 1] + [0] * (T - 4)).expand(3, T)}, "its attention mask has holes"
+    ),
+    "packed rows with a cache": lambda m: (
+        m, {"position_ids": torch.tensor([0, 1, *range(T - 2)]).expand(3, T)}, "pass use_cache=False"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_other_passes_are_the_models_own_and_say_why(name, monkeypatch):
+    model, options, why = REASONS[name](MODELS["llama"]().train())
+    inputs = {**batch("none"), **options}
+
+    def run():
+        torch.manual_seed(1)
+        return loss_and_gradients(model, **inputs)
+
+    theirs = run()
+    with layers.fused(model) as handle:
+        ours = run()
+        assert torch.equal(ours[0], theirs[0]) and all(torch.equal(ours[1][k], g) for k, g in theirs[1].items())
+        assert handle.calls == 0 and sum(handle.own.values()) == 1
+        monkeypatch.setenv("RLHF_FAST_STRICT", "1")
+        with pytest.raises(RuntimeError, match=f"RLHF_FAST_STRICT=1 and the own layers of .* run: .*{why}"):
+            run()
+    assert torch.equal(run()[0], theirs[0])
+
+
+def test_hooks_autocast_eager_padding_and_tuples_are_the_models_own():
+    model, inputs = MODELS["llama"]().train(), batch("left")
+    with layers.fused(model) as handle:
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        model(**inputs)
+        hook.remove()
+        with torch.autocast("cpu"):
+            model(**inputs)
+        assert isinstance(model.model(inputs["input_ids"], return_dict=False), tuple)
+        model.set_attn_implementation("eager")
+        model(**inputs)
+        assert [why.split(",")[0] for why in handle.own] == [
+            "its modules have hooks", "autocast is on", "it was given return_dict", "a row begins with padding",
+        ]  # fmt: skip
+        model(**batch("right"))
+    assert handle.calls == 1
+
+
+def test_a_copy_has_layers_of_its_own():
+    model = MODELS["llama"]().train()
+    with layers.fused(model) as handle:
+        twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    twin(**batch("none")).loss.backward()
+    assert handle.calls == 0 and vars(twin.model)["forward"].__self__.calls == 1
+    assert twin.model.embed_tokens.weight.grad is not None and model.model.embed_tokens.weight.grad is None
+
+
+def test_a_model_that_is_refused_stays_as_it_was(monkeypatch):
+    def refused(model, why):
+        before, training = dict(vars(model.base_model)), model.training
+        with pytest.raises(UserError, match=why):
+            layers.fused(model)
+        assert vars(model.base_model) == before and model.training == training
+
+    refused(SERVED["gemma"](), "GemmaForCausalLM: our layers do not run here, there is no step for GemmaModel")
+    refused(MODELS["llama"]().double(), "weights of torch.float64 are not trained")
+    model = MODELS["llama"]().train()
+    with layers.fused(model):
+        refused(model, "LlamaForCausalLM: has our layers already; remove the first handle")
+    model.model.forward = model.model.forward
+    refused(model, "something else replaced its decoder's forward")
+    with pytest.raises(UserError, match="Linear: is no model of transformers"):
+        layers.fused(torch.nn.Linear(2, 2))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    refused(build("Llama", rope_parameters=rope)(), "its rotary embedding depends on the longest row")
+    monkeypatch.setattr(layers.packed_decoder, "_difference", lambda *_: 0.5)
+    refused(MODELS["llama"](), "its hidden states differ from the module's by 5.0e-01")
