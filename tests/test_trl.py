@@ -165,7 +165,8 @@ def test_twenty_steps_are_the_same(kind, stories, tmp_path):
     one, other = plain.record, ours.record
     assert len(one.metrics) == 20
     if sampled:  # their losses pass through 0
-        assert other.values("grad_norm") == pytest.approx(one.values("grad_norm"), rel=1e-5, abs=0)
+        near = 1e-5 if kind == "grpo" else 1e-4  # RLOO's ratio is of sums of 16 log-probabilities, each rounded
+        assert other.values("grad_norm") == pytest.approx(one.values("grad_norm"), rel=near, abs=0)
         assert other.values("loss") == pytest.approx(one.values("loss"), rel=1e-5, abs=1e-6)
     else:
         assert other.values("loss") == pytest.approx(one.values("loss"), rel=1e-5, abs=0)
@@ -175,15 +176,17 @@ def test_twenty_steps_are_the_same(kind, stories, tmp_path):
 
 
 @slow
-def test_sixteen_bits_are_near(stories, tmp_path):
-    """Under autocast to bfloat16, as TRL trains by default: its products are rounded, and the weight's gradient too."""
+def test_sixteen_bits_are_as_near_as_trls(stories, tmp_path):
+    """Under autocast to bfloat16, as TRL trains by default, neither is nearer to float32 than the other."""
     make, words = stories
-    plain = train("sft", make(), words, tmp_path, 20, bf16=True)
+    exact = train("sft", make(), words, tmp_path, 20).record
+    plain = train("sft", make(), words, tmp_path, 20, bf16=True).record
     ours = train("sft", make(), words, tmp_path, 20, fast_trl.fused, bf16=True)
-    one, other = plain.record, ours.record
-    assert other.values("loss") == pytest.approx(one.values("loss"), rel=2e-3)
-    assert worst_gradient(one, other) < 1e-2
     assert ours.status.answered == 20 and not ours.status.fallbacks
+    loss = exact.values("loss")
+    assert far(loss, plain.values("loss")) < 0.01 and far(loss, ours.record.values("loss")) < 0.01
+    assert far(plain.values("loss"), ours.record.values("loss")) < 2e-3
+    assert worst_gradient(exact, ours.record) < max(1.2 * worst_gradient(exact, plain), 0.02)
 
 
 def lora():
@@ -272,16 +275,17 @@ def test_each_output_is_trls(name):
     n, d, v = case.get("rows", 19), 24, 57
     inputs = [torch.randn(n, d, dtype=case.get("hidden_dtype", dtype)), torch.randn(v, d, dtype=dtype) / 3]
     inputs += [torch.randn(v, dtype=dtype) if case.get("bias") else None, torch.randint(v, (n,))]
+    inputs[3][::2] = (inputs[0].float() @ inputs[1].float().T)[::2].argmax(-1)  # some of the likeliest tokens
     plain, plain_grads = apply(utils._ChunkedLogProbFunction, inputs, case)
     with fast_trl.fused() as handle:
         ours, our_grads = apply(utils._ChunkedLogProbFunction, inputs, case)
     assert handle.status.answered == 1 and handle.status.rows == n and not handle.status.fallbacks
-    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-5}
+    near = 1e-2 if dtype == torch.bfloat16 else 2e-6
     for one, other in (*zip(plain, ours, strict=True), *zip(plain_grads, our_grads, strict=True)):
         assert (one is None) == (other is None)
         if one is not None:
             assert one.shape == other.shape and one.dtype == other.dtype
-            torch.testing.assert_close(other, one, **near)
+            assert other.isfinite().all() and far(one.float(), other.float()) < near
     assert name != "plain" or 0 < plain[4].sum() < n
 
 
@@ -365,7 +369,7 @@ class OtherSignature(torch.autograd.Function):
     ("found", "function", "sentence"),
     [
         (None, ..., r"trl is not installed: pip install trl=="),
-        ("1.14.2", ..., r"trl 1\.14\.2 has no .*install trl==1\.16\.0, or .* lazy_head"),
+        ("1.14.2", ..., r"trl 1\.14\.2 has no .*install trl==1\.16\.0, or .*lazy_head\(model\)"),
         ("0.29.1", ..., r"trl 0\.29\.1 has no"),
         ("2.0.0", OtherSignature, r"trl 2\.0\.0: .*takes \(ctx, hidden, weight, targets, temperature\), not \(ctx, .*1\.16"),
         ("1.15.0", None, r"trl 1\.15\.0: .*_ChunkedLogProbFunction is not there"),

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.integrations.head import LinearHead
 from rlhf_fast.integrations.hooks import Hook, library_version
 
 log = logging.getLogger(__name__)
@@ -115,24 +115,25 @@ class Fused:
         outputs: tuple[str, ...] = (*OUTPUTS, "log_sum_sq_probs"),
     ) -> tuple[Tensor | None, ...]:
         """Return log p, entropy, None, the mean logit and whether the target is the likeliest, of each row, as
-        TRL's function does. z = softcap(logit_scale x) / temperature, of raw logits x."""
-        if reason := _unsupported(weight, final_logit_softcapping, outputs):
+        TRL's function does: z = softcap(logit_scale x) / temperature, of raw logits x."""
+        head = LinearHead(weight, bias).scaled(logit_scale)
+        if final_logit_softcapping is not None:
+            head = head.soft_capped(final_logit_softcapping)
+        head = head.scaled(1 / temperature)
+        if reason := _unsupported(head, outputs):
             self._count_fallback(reason, hidden, weight)
             return self._original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
         self.status.answered += 1
         self.status.rows += len(hidden)
-        hidden, weight, bias = _multiplied_in(hidden, weight, bias)
-        # scale c' tanh(x / c') is c tanh(scale x / c) for c' = c / scale.
-        logprobs, entropy, _, top1 = ops.linear_logprobs(
-            hidden, weight, targets, bias, temperature / logit_scale, (final_logit_softcapping or 0.0) / logit_scale
-        )
+        hidden, head = _multiplied_in(hidden, head)
+        logprobs, entropy, _, top1 = head.logprobs(hidden, targets)
         return (
             logprobs,
             entropy if "entropy" in outputs else None,
             None,
-            _mean_logits(hidden, weight, bias, logit_scale / temperature) if "mean_logits" in outputs else None,
+            _mean_logits(hidden, head) if "mean_logits" in outputs else None,
             top1 if "is_top1" in outputs else None,
         )
 
@@ -181,28 +182,30 @@ def fused() -> Fused:
     return Fused(utils)
 
 
-def _unsupported(weight: Tensor, softcap: float | None, outputs: tuple[str, ...]) -> str:
+def _unsupported(head: LinearHead, outputs: tuple[str, ...]) -> str:
     """Return the reason why the op cannot answer, or ""."""
     if others := sorted(set(outputs) - OUTPUTS):
         return f"it is asked for {', '.join(others)}, which linear_logprobs does not return"
-    if "mean_logits" in outputs and softcap is not None:
+    if "mean_logits" in outputs and head.capped:
         return "the mean logit under a soft cap is no product with the mean of the weight"
-    if hasattr(weight, "ds_id"):
+    if not head.fits_ops:
+        return "the op takes a positive and finite temperature, soft cap and scale alone"
+    if hasattr(head.weight, "ds_id"):
         return "DeepSpeed ZeRO-3 gathers the weight anew for the backward pass"
     return ""
 
 
-def _multiplied_in(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _multiplied_in(hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
     """Return them in the dtype in which TRL multiplies them."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if dtype.itemsize > 2:  # the op itself multiplies a 16-bit weight in float32, without a copy of it
-        return hidden.to(dtype), weight, bias
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return hidden.to(dtype), head
+    return hidden.to(dtype), head.to(dtype)
 
 
 @torch.no_grad()
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Return the mean over the vocabulary of the logits without a soft cap: a product with the mean of the weight."""
-    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
-    return (mean if bias is None else mean + bias.mean(dtype=torch.float32)) * scale
+def _mean_logits(hidden: Tensor, head: LinearHead) -> Tensor:
+    """Return the mean over the vocabulary of logits without a soft cap: a product with the mean of the weight."""
+    mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+    return (mean if head.bias is None else mean + head.bias.mean(dtype=torch.float32)) * head.scale
