@@ -38,6 +38,18 @@ def test_a_reward_function_of_ones_own_is_learned(folder, one_thread):
     assert (folder / "runs" / "polite" / "model.safetensors").is_file()
 
 
+def test_trls_trainer_learns_with_the_fused_head(folder, one_thread, capsys):
+    pytest.importorskip("trl", minversion="1.15", reason="trl 1.15 or later is not installed")
+    import trl_dpo
+
+    response = trl_dpo.main()
+    assert response.startswith("dear udo , thank you for the ")
+    shown = capsys.readouterr().out
+    assert "before: " in shown and response in shown
+    assert "trl: linear_logprobs answered 80 calls" in shown and "TRL's own" not in shown
+    assert (folder / "runs" / "trl-dpo" / "model.safetensors").is_file()
+
+
 def test_a_quantised_model_becomes_an_ordinary_folder(tmp_path, monkeypatch):
     """The GGUF reader is transformers'; here it gives a tiny model that is marked as quantised."""
     import convert_smollm2

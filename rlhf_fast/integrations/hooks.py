@@ -29,6 +29,8 @@ class Hook:
     """Names of all its arguments in order; None: any."""
     contains: str = ""
     """Code that is in it, as `ast.unparse` writes it."""
+    optional: bool = False
+    """The integration does without it, in another version."""
 
 
 def library_version(library: str) -> str | None:
@@ -62,13 +64,15 @@ def moved(hook: Hook) -> str:
 
 
 def report(hooks: Sequence[Hook]) -> str:
-    """Return one line on a library: the installed version, the tested one, and whether all of its hooks stand."""
+    """Return one line on a library: the installed version, the tested one, and whether its hooks stand."""
     library, tested = hooks[0].library, hooks[0].tested
     found = library_version(library)
     if found is None:
         return "not installed"
-    faults = [fault for hook in hooks if (fault := moved(hook))]
-    return f"{found}, tested with {tested}: " + ("; ".join(faults) or f"its {len(hooks)} hooks stand")
+    needed = [hook for hook in hooks if not hook.optional]
+    faults = [fault for hook in needed if (fault := moved(hook))]
+    stands = f"{len(faults)} of {len(needed)} hooks are gone: {faults[0]}" if faults else "its hooks stand"
+    return f"{found}, tested with {tested}: {stands}"
 
 
 @functools.cache
@@ -85,7 +89,7 @@ def _find(tree: ast.AST, name: str) -> ast.AST | None:
     """Return the node that defines or imports the name, within `if` and `try` too."""
     first, _, rest = name.partition(".")
     for node in _outer_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == first:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == first:
             return _find(node, rest) if rest else node
         if isinstance(node, ast.ImportFrom) and first in [alias.asname or alias.name for alias in node.names]:
             return node
@@ -100,7 +104,7 @@ def _outer_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _arguments(node: ast.AST) -> tuple[str, ...]:
-    if not isinstance(node, ast.FunctionDef):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return ()
     given = node.args
     return tuple(argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs))

@@ -5,8 +5,8 @@
     with fast_trl.fused():
         trainer.train()
 
-All of them take log-probabilities, entropies and the top-1 metric from one autograd function of TRL's, which is replaced
-by `ops.linear_logprobs`. Losses, metrics, generation and the rest stay TRL's.
+All of them take log-probabilities, entropies and the top-1 metric from one autograd function of TRL's, which is
+replaced by `ops.linear_logprobs`. Losses, metrics, generation and the rest stay TRL's.
 """
 
 from __future__ import annotations
@@ -46,25 +46,36 @@ def _hook(file: str, name: str, **rest: Any) -> Hook:
 HOOKS = (
     _hook("kernels/chunked_logprob.py", "ChunkedLogProbFunction.forward", arguments=ARGUMENTS),
     _hook("trainer/utils.py", "_ChunkedLogProbFunction"),
-    _hook("trainer/utils.py", "_use_triton"),
+    _hook("trainer/utils.py", "_use_triton", optional=True),
     _hook(
         "trainer/utils.py",
         "add_fused_lm_head",
         arguments=("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
-        contains="_ChunkedLogProbFunction.apply(hidden_states[mask] if compact else",
+        contains="_ChunkedLogProbFunction.apply(",
     ),
     _hook("trainer/sft_trainer.py", "SFTTrainer.compute_loss", contains="model(**inputs, fused_lm_head=True)"),
     _hook("trainer/dpo_trainer.py", "DPOTrainer._compute_loss", contains="labels=labels, fused_lm_head=True)"),
     _hook("trainer/kto_trainer.py", "KTOTrainer._compute_loss", contains="fused_lm_head=True)"),
-    _hook("trainer/grpo_trainer.py", "GRPOTrainer", contains="labels=labels, fused_lm_head=True)"),
-    _hook("trainer/rloo_trainer.py", "RLOOTrainer", contains="labels=labels, fused_lm_head=True)"),
-    _hook("experimental/async_grpo/async_grpo_trainer.py", "AsyncGRPOTrainer", contains="fused_lm_head=True"),
+    _hook(
+        "trainer/grpo_trainer.py",
+        "GRPOTrainer._get_per_token_logps_and_entropies",
+        contains="labels=labels, fused_lm_head=True)",
+    ),
+    _hook(
+        "trainer/rloo_trainer.py",
+        "RLOOTrainer._get_per_token_logps_and_entropies",
+        contains="labels=labels, fused_lm_head=True)",
+    ),
+    _hook(
+        "experimental/async_grpo/async_grpo_trainer.py", "AsyncGRPOTrainer.compute_loss", contains="fused_lm_head=True"
+    ),
 )
 
 
 @dataclass
 class Status:
-    """Counts of the calls since `fused`: `answered` by the op, with `rows` rows, and by TRL's own function, by reason."""
+    """Count the calls since `fused`: `answered` by the op, of `rows` rows in all; `fallbacks` to TRL's own function, by
+    reason."""
 
     answered: int = 0
     rows: int = 0
@@ -138,12 +149,12 @@ class Fused:
         )
 
     def _count_fallback(self, reason: str, hidden: Tensor, weight: Tensor) -> None:
-        """Count a call that TRL's own function answers; the first for a reason is logged. UserError in training under
-        RLHF_FAST_STRICT=1."""
+        """Count a call that TRL's own function answers, and log the first for each reason. RuntimeError in training
+        under RLHF_FAST_STRICT=1."""
         text = f"TRL's own function scores the tokens: {reason}"
         in_training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         if in_training and os.environ.get("RLHF_FAST_STRICT") == "1":
-            raise UserError(f"RLHF_FAST_STRICT=1 and {text}")
+            raise RuntimeError(f"RLHF_FAST_STRICT=1 and {text}")
         if reason not in self.status.fallbacks:
             log.warning("%s", text)
         self.status.fallbacks[reason] += 1
@@ -176,8 +187,8 @@ def fused() -> Fused:
     if arguments != ARGUMENTS:
         has = f"takes ({', '.join(arguments)})" if arguments else "is not there"
         raise UserError(
-            f"trl {found}: trl.trainer.utils._ChunkedLogProbFunction {has}, not ({', '.join(ARGUMENTS)}) as in the tested"
-            f" versions: install trl=={TESTED}"
+            f"trl {found}: trl.trainer.utils._ChunkedLogProbFunction {has}, not ({', '.join(ARGUMENTS)}) as in the"
+            f" tested version: install trl=={TESTED}"
         )
     return Fused(utils)
 
