@@ -1,4 +1,4 @@
-"""A causal language model's linear head, with the scales and the soft cap that are applied to its logits, for the ops."""
+"""A language model's linear head for the ops, with the scales and the soft cap that its logits get."""
 
 from __future__ import annotations
 
@@ -79,6 +79,14 @@ class LinearHead:
         if self.capped:
             z = torch.tanh(z if self.inner == 1 else z * self.inner)
         return z if self.scale == 1 else z * self.scale
+
+    def chosen(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return the logits (N, K) of the tokens (N, K), of hidden (N, D): a row of the weight for each."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        z = (hidden[:, None].to(dtype) * F.embedding(tokens, self.weight).to(dtype)).sum(-1)
+        z = z if self.bias is None else z + self.bias.to(dtype)[tokens]
+        z = torch.tanh(z * self.inner) if self.capped else z
+        return z * self.scale
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return log p, entropy and log_z of each row, and whether its target's logit is the largest, by the op."""

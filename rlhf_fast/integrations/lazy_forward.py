@@ -1,0 +1,122 @@
+"""lazy_head: a causal language model whose logits are made only where somebody reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
+from rlhf_fast.integrations.head import DTYPES, LinearHead, is_dtensor, output_layer
+from rlhf_fast.integrations.lazy_logits import LazyLogits
+from rlhf_fast.integrations.lazy_rows import Rows
+from rlhf_fast.integrations.record import Record, Status
+
+HANDLERS = lazy_views, lazy_scales, lazy_reads
+"""The files that register what LazyLogits answer."""
+FEW_ROWS = 8
+RECORDS: WeakKeyDictionary[nn.Module, Record] = WeakKeyDictionary()
+
+
+class LazyForward:
+    """The output layer's forward: lazy logits, or the logits themselves where none are to be saved."""
+
+    def __init__(self, layer: nn.Linear, record: Record):
+        self.layer, self.record = layer, record
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer = self.layer
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return nn.Linear.forward(layer, input)
+        given = self._cast(input)
+        if given is None:
+            self.record.direct += 1
+            return nn.Linear.forward(layer, input)
+        hidden, head = given
+        if not torch.is_grad_enabled():
+            hidden, head = hidden.detach(), head.detach()
+        shape = (*hidden.shape[:-1], head.weight.shape[0])
+        return LazyLogits.of(Rows(hidden, head, self.record), shape, hidden.dtype)
+
+    def _cast(self, hidden: Tensor) -> tuple[Tensor, LinearHead] | None:
+        """Return hidden states and head in the dtype of the layer's product, autocast's within it; None if the logits
+        are to be made: for few rows without a gradient, as in decoding, and where the ops do not take the tensors."""
+        layer = self.layer
+        weight, bias = layer.weight, layer.bias
+        if type(hidden) is not Tensor or hidden.dim() < 2 or hasattr(weight, "ds_id"):
+            return None
+        rows = hidden.numel() // max(1, hidden.shape[-1])
+        if not torch.is_grad_enabled() and (hidden.shape[-2] == 1 or rows <= FEW_ROWS):
+            return None
+        if is_dtensor(weight):
+            weight = weight.full_tensor()
+            bias = bias.full_tensor() if bias is not None and is_dtensor(bias) else bias
+        head = LinearHead(weight, bias)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            hidden, head = hidden.to(dtype), head.to(dtype)
+        same = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.weight.shape[1]
+        return (hidden, head) if same and hidden.dtype in DTYPES and hidden.device == head.weight.device else None
+
+    def __deepcopy__(self, memo: dict) -> LazyForward:
+        """A copy of the model has a layer and a record of its own."""
+        layer = copy.deepcopy(self.layer, memo)
+        RECORDS[layer] = Record(self.record.model)
+        return LazyForward(layer, RECORDS[layer])
+
+    def __reduce__(self) -> tuple:
+        """A saved model is a plain one."""
+        return functools.partial, (nn.Linear.forward, self.layer)
+
+
+class LazyHead(contextlib.AbstractContextManager):
+    """The handle that `lazy_head` returns."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer = layer
+
+    def remove(self) -> None:
+        """Give the model its logits back. Lazy logits that it gave before stay good."""
+        if isinstance(vars(self.layer).get("forward"), LazyForward):
+            del self.layer.forward
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+
+def lazy_head(model: Any) -> LazyHead:
+    """Let a causal language model of transformers give logits that are made only where somebody reads them.
+
+        with lazy_head(model):
+            Trainer(model, ...).train()
+
+    Or `handle = lazy_head(model)`, and `handle.remove()`. The model may be wrapped before or after, by peft, DDP, FSDP2
+    or accelerate. Its output layer's `forward` is replaced on the instance; parameters, their names and their tying
+    stay. The losses and their gradients are the same; `status(model)` says which lines read logits.
+
+    Raises UserError if the output layer is not a plain linear one, or its forward was replaced before.
+    """
+    layer, name = output_layer(model), type(model).__name__
+    before = vars(layer).get("forward")
+    if isinstance(before, LazyForward):
+        raise UserError(f"{name}: has lazy logits already; remove the first handle, or leave its `with` block, before")
+    if before is not None:
+        raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
+    RECORDS[layer] = Record(name)
+    layer.forward = LazyForward(layer, RECORDS[layer])
+    return LazyHead(layer)
+
+
+def status(model: Any) -> Status:
+    """Return whether a model's output layer gives lazy logits now, and what they did since the last `lazy_head`."""
+    layer = output_layer(model)
+    record = RECORDS.get(layer, Record(type(model).__name__))
+    lazy = isinstance(vars(layer).get("forward"), LazyForward)
+    return Status(record.model, lazy, record.answered, record.made, record.direct, dict(record.made_by))

@@ -1,0 +1,333 @@
+"""Logits that are made only where somebody reads them.
+
+`LazyLogits` stands in for a model's logits (..., V), and has the hidden states (..., D) and the head behind them. What
+trainers do to logits before they take a log-probability is noted (lazy_views.py), and what they want of them is
+answered by the ops (lazy_reads.py). Anything else makes the logits, once, and goes on with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rlhf_fast.integrations.head import LinearHead
+from rlhf_fast.integrations.lazy_rows import Rows
+from rlhf_fast.integrations.record import Record, caller
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": lambda z: z,
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "softmax": lambda z: z.softmax(-1),
+    "softmax * logits": lambda z: z.softmax(-1) * z,
+    "softmax * log_softmax": lambda z: z.softmax(-1) * z.log_softmax(-1),
+    "transposed": lambda z: z.transpose(-1, -2),
+}
+"""What a LazyLogits may stand for, and how it is made of logits."""
+
+
+class Memory:
+    """Count the writes into what would be one memory: all views of the same logits see them."""
+
+    def __init__(self) -> None:
+        self.writes, self.where = 0, ""
+
+
+class LazyLogits(Tensor):
+    """Stand in for logits (..., V), or for what FORMS has of them, times `factor`."""
+
+    rows: Rows
+    form: str
+    factor: float
+    memory: Memory
+    seen: int
+    copied: bool
+    cache: Tensor | None
+    cache_version: int
+    own: Tensor | None
+    ties: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(
+        rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, form: str = "logits", factor: float = 1.0,
+        memory: Memory | None = None, copied: bool = False, ties: tuple[Tensor, ...] = (), attached: bool = True,
+    ) -> LazyLogits:  # fmt: skip
+        """Return lazy logits of a shape. memory: of those that these are a view of. copied: the memory would be a copy
+        of that of rows. attached: as a node of autograd, under no_grad without a gradient."""
+        if attached and not torch.is_grad_enabled():
+            rows = rows.detach()
+        device = rows.head.weight.device
+        x = Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        x.rows, x.form, x.factor, x.ties = rows, form, factor, ties
+        x.memory = memory or Memory()
+        x.seen, x.own, x.copied, x.cache, x.cache_version = x.memory.writes, None, copied, None, 0
+        if attached and rows.needs_grad():
+            return _Node.apply(rows.hidden, rows.head.weight, rows.head.bias, lambda: x)
+        return x
+
+    def like(self, **changes: Any) -> LazyLogits:
+        """Return lazy logits with some attributes changed."""
+        given = {"rows": self.rows, "shape": tuple(self.shape), "dtype": self.dtype, "form": self.form}
+        return LazyLogits.of(**{**given, "factor": self.factor, "copied": self.copied, "ties": self.ties, **changes})
+
+    def become(self, rows: Rows, factor: float) -> LazyLogits:
+        """Be other logits, after a write in place."""
+        self.rows, self.factor = rows, factor
+        self.note_write()
+        return self
+
+    def note_write(self) -> None:
+        """Note that this one was written in place. The other views of its memory are not good any more."""
+        self.memory.writes, self.memory.where = self.memory.writes + 1, f"at {caller()}"
+        self.seen = self.memory.writes
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The shape without the vocabulary."""
+        return tuple(self.shape[:-1])
+
+    def check(self) -> None:
+        """Raise where a write into other views of the same logits did not reach this one.
+
+        An autograd.Function may have noted what it does with lazy logits and given them back. Their gradient has to
+        pass it, so that they are made here."""
+        if self.seen != self.memory.writes:
+            raise RuntimeError(f"lazy_head: these logits were written in place through another view, {self.memory.where}"
+                               "; read that view, or write into logits.clone()")  # fmt: skip
+        written = self.cache is not None and self.cache._version != self.cache_version
+        if self.own is None and (written or self.rows.written_through_a_view()):
+            raise RuntimeError(
+                "lazy_head: these logits were written in place through a view of a part of the vocabulary; write by"
+                " logits[...] = value, or into logits.make().clone()"
+            )
+        if self.own is None and self.requires_grad and self.rows.is_detached() and torch.is_grad_enabled():
+            self.own = _Make.apply(self)
+
+    def make(self) -> Tensor:
+        """Return the tensor itself. Its memory stays for later readers."""
+        self.check()
+        return self.computed() if self.own is None else self.own
+
+    def computed(self) -> Tensor:
+        """Return the tensor as `rows` and `form` say."""
+        need = self.rows.needs_grad()
+        if self.cache is not None and (self.cache.requires_grad or not need):
+            return self.cache if need else self.cache.detach()
+        shape = tuple(self.shape)
+        if self.form == "transposed":
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        logits = self.rows.logits().view(shape)
+        made = FORMS[self.form](logits.to(self.dtype))
+        made = made if self.factor == 1 else made * self.factor
+        if made.data_ptr() == logits.data_ptr():
+            if not self.copied:
+                return made
+            made = made.clone()
+        self.cache, self.cache_version = made, made._version
+        return made
+
+    def answered(self, out: Tensor) -> Tensor:
+        """Return an op's answer, through whose backward pass the wrappers of these logits hear of it."""
+        ties = [x for x in self.ties if x.requires_grad]
+        return _Tie.apply(out, *ties) if ties and out.requires_grad else out
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LazyLogits({self.form}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in NATIVE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in REFUSED:
+            raise NotImplementedError(f"lazy_head: {REFUSED[func]} has no effect on logits that are not made; {REMEDY}")
+        if any(isinstance(x, LazyLogits) for x in tree_leaves(kwargs.get("out"))):
+            raise NotImplementedError(f"lazy_head: out= cannot be logits that are not made; {REMEDY}")
+        answer = _handled(func, args, kwargs)
+        return _on_made(func, args, kwargs) if answer is NotImplemented else answer
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Answer those who come past Python: torch's wrappers pass outputs through an autograd.Function as they are."""
+        if func in PASSED and isinstance(args[0], LazyLogits):
+            x = args[0]
+            if func is not torch.ops.aten.view.default or tuple(args[1]) == tuple(x.shape):
+                passed = x.like(memory=x.memory, attached=False)
+                passed.ties = (*x.ties, passed)
+                return passed
+        raise NotImplementedError(
+            f"lazy_head: {func} reads the memory of logits that are not made (it was called past torch's Python"
+            f" functions); {REMEDY}"
+        )
+
+
+REMEDY = "pass logits.make() instead"
+
+
+def handles(*functions: Any) -> Callable[[Callable], Callable]:
+    """Register a function that answers for torch's `functions`, of the lazy logits and the other arguments.
+    NotImplemented leaves them to `_on_made`."""
+
+    def register(handler: Callable) -> Callable:
+        for function in functions:
+            HANDLERS[function] = handler, inspect.signature(handler)
+        return handler
+
+    return register
+
+
+HANDLERS: dict[Any, tuple[Callable, inspect.Signature]] = {}
+COMMUTATIVE = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
+
+
+def _handled(func: Any, args: tuple, kwargs: dict) -> Any:
+    if func not in HANDLERS:
+        return NotImplemented
+    given = dict(kwargs)
+    if not args:
+        name = next((name for name in ("input", "self") if name in given), None)
+        if name is None:
+            return NotImplemented
+        args = (given.pop(name),)
+    if func in COMMUTATIVE and not isinstance(args[0], LazyLogits):
+        second = given.pop("other") if "other" in given else args[1] if len(args) == 2 else None
+        args = (second, args[0])
+    x = args[0]
+    if not isinstance(x, LazyLogits) or x.own is not None:
+        return NotImplemented
+    x.check()
+    handler, signature = HANDLERS[func]
+    try:
+        signature.bind(*args, **given)
+    except TypeError:
+        return NotImplemented
+    return handler(*args, **given)
+
+
+def _on_made(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Call a function with the logits themselves. What it writes into them belongs to the LazyLogits that it had."""
+    lazy = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)}
+    made = {key: x.make() for key, x in lazy.items()}
+    versions = {key: x._version for key, x in made.items()}
+    args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
+    with torch._C.DisableTorchFunctionSubclass():
+        out = func(*args, **kwargs)
+    written = [x for key, x in lazy.items() if made[key]._version != versions[key]]
+    for x in written[:1] if len({id(x.memory) for x in written}) < 2 else written:
+        if x.requires_grad and not torch.is_grad_enabled():
+            raise NotImplementedError(f"lazy_head: logits with a gradient were written under no_grad; {REMEDY}")
+        if x.own is None:
+            x.rows.forget_logits()
+        x.own = made[id(x)]
+        x.note_write()
+        out = x if out is x.own else out
+    return out
+
+
+class _Node(torch.autograd.Function):
+    """Give lazy logits their place in autograd's graph: wrappers walk it, and a gradient that comes to the logits
+    themselves, from an autograd.Function that read them, goes on to the head."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, build: Callable) -> Tensor:
+        ctx.set_materialize_grads(False)
+        x = build()
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.memory, ctx.seen = x.memory, x.seen
+        ctx.head, ctx.form, ctx.factor, ctx.size, ctx.kind = x.rows.head, x.form, x.factor, tuple(x.shape), x.dtype
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None:
+            return None, None, None, None
+        if ctx.memory.writes != ctx.seen:
+            raise NotImplementedError(
+                "lazy_head: logits that were written in place were read by an autograd.Function; write into a copy:"
+                " logits = logits / temperature"
+            )
+        hidden, weight, bias = ctx.saved_tensors
+        with torch.enable_grad():
+            hidden, weight, bias = (None if x is None else x.detach().requires_grad_() for x in (hidden, weight, bias))
+            head = LinearHead(weight, bias, ctx.head.scale, ctx.head.inner, ctx.head.capped)
+            rows = Rows(hidden, head, Record("", counts=False))
+            z = LazyLogits.of(rows, ctx.size, ctx.kind, ctx.form, ctx.factor, attached=False).make()
+        wanted = [x for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False) if need]
+        grads = iter(torch.autograd.grad(z, wanted, grad))
+        return *(next(grads) if need else None for need in ctx.needs_input_grad[:3]), None
+
+
+class _Make(torch.autograd.Function):
+    """Make lazy logits whose gradient goes to another autograd.Function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+        return x.computed().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Tie(torch.autograd.Function):
+    """Let the backward pass of an answer reach those who wrapped the logits (DDP's sink, FSDP's hooks). They get no
+    gradient from it: it went past the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *ties: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.count = len(ties)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        return grad, *[None] * ctx.count
+
+
+@functools.cache
+def _dtype_of(func: Any, dtype: torch.dtype, device: str, _autocast: Any, options: tuple) -> torch.dtype:
+    with torch.no_grad():
+        return func(torch.zeros(1, 2, dtype=dtype, device=device), *options).dtype
+
+
+def result_dtype(func: Any, x: Tensor, *options: Any) -> torch.dtype:
+    """Return the dtype that torch's function would give of such logits, as autocast has it now."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return _dtype_of(func, x.dtype, device, autocast, options)
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """Return the number of elements of a shape."""
+    return prod(shape)
+
+
+PASSED = {torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default}
+NATIVE = {
+    *(getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized",
+        "is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "requires_grad", "grad_fn", "is_leaf", "retains_grad",
+        "grad", "output_nr", "_version", "is_mkldnn", "is_sparse_csr", "is_vulkan",
+    )),
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.get_device,
+    Tensor.is_inference, Tensor.is_signed, Tensor.storage_offset, Tensor.__hash__, torch.is_floating_point,
+    torch.is_complex, torch.numel, torch.is_inference, torch.is_signed,
+}  # fmt: skip
+"""What is answered of shape, dtype and place alone."""
+REFUSED = {
+    Tensor.retain_grad: "retain_grad()",
+    Tensor.requires_grad.__set__: "setting requires_grad",
+    Tensor.requires_grad_: "requires_grad_()",
+    Tensor.grad.__set__: "setting grad",
+    Tensor.data.__set__: "setting data",
+    Tensor.set_: "set_()",
+}

@@ -1,0 +1,134 @@
+"""Hidden states and head behind lazy logits, and what is known of them: statistics, or the logits themselves."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.integrations.head import LinearHead
+from rlhf_fast.integrations.record import Record
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Rows:
+    """Hidden states under a head. Views of the same logits share one, and so its statistics and the logits, once made.
+
+    parent: the rows of which these are `part`, or the same ones with a gradient.
+    """
+
+    def __init__(
+        self, hidden: Tensor | None, head: LinearHead, record: Record, parent: Rows | None = None,
+        part: slice = slice(None), detached: bool = False,
+    ):  # fmt: skip
+        self._hidden, self.head, self.record = hidden, head, record
+        self.parent, self.part, self.detached = parent, part, detached
+        self.known: list[tuple[tuple | None, bool, Tensor | None, Statistics]] = []
+        self.made: Tensor | None = None
+        self.made_version = 0
+        self._twin: weakref.ref[Rows] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states (N, D)."""
+        if self._hidden is None:
+            assert self.parent is not None
+            hidden = self.parent.hidden[self.part]
+            self._hidden = hidden.detach() if self.detached else hidden
+        if self._hidden.dim() != 2:
+            self._hidden = self._hidden.reshape(-1, self._hidden.shape[-1])
+        return self._hidden
+
+    def shaped(self, lead: tuple[int, ...]) -> Tensor:
+        """Return the hidden states in the shape (*lead, D), as they came if that is theirs."""
+        if self._hidden is not None and self._hidden.shape[:-1] == lead:
+            return self._hidden
+        return self.hidden.reshape(*lead, self.hidden.shape[-1])
+
+    def with_head(self, head: LinearHead) -> Rows:
+        """Return the same hidden states under another head."""
+        return Rows(self.hidden, head, self.record)
+
+    def detach(self) -> Rows:
+        """Return these rows without a gradient."""
+        if self.is_detached():
+            return self
+        found = self._twin() if self._twin else None
+        if found is None:
+            found = Rows(None, self.head.detach(), self.record, self, detached=True)
+            self._twin = weakref.ref(found)  # a strong one would be a circle, and keep the memory until it is collected
+        return found
+
+    def is_detached(self) -> bool:
+        """Return whether nothing behind these logits has a gradient, whatever the mode."""
+        with torch.enable_grad():
+            return not self.needs_grad()
+
+    def needs_grad(self) -> bool:
+        """Return whether anything behind these logits needs a gradient now."""
+        if self.detached or not torch.is_grad_enabled():
+            return False
+        of = self.parent.needs_grad() if self._hidden is None and self.parent else self.hidden.requires_grad
+        head = self.head
+        return of or head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+
+    def has_statistics(self) -> bool:
+        """Return whether statistics are known that serve now."""
+        if self.parent is not None and self.parent.has_statistics():
+            return True
+        return any(with_grad or not self.needs_grad() for _, with_grad, _, _ in self.known)
+
+    def statistics(self, targets: Tensor | None = None) -> Statistics:
+        """Return log p, entropy, log_z and top1 of each row (N,), by one call of the op.
+
+        targets (N,); None: log p and top1 are not read, and statistics for any targets serve."""
+        if self.parent is not None and (targets is None or self.part == slice(None)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
+                found = self.parent.statistics(targets)
+            return tuple(x[self.part] for x in found)  # type: ignore[return-value]
+        need, wanted = self.needs_grad(), None if targets is None else _identity(targets)
+        for identity, with_grad, _, found in self.known:
+            if (wanted is None or identity == wanted) and (with_grad or not need):
+                return found if need else tuple(x.detach() for x in found)  # type: ignore[return-value]
+        chosen = targets
+        if chosen is None:
+            chosen = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)
+        found = self.head.logprobs(self.hidden, chosen)
+        self.record.answered += 1
+        # The targets are kept, so that no others can have their address.
+        self.known.append((wanted, need, targets, found))
+        return found
+
+    def logits(self) -> Tensor:
+        """Return the logits themselves (N, V), made once."""
+        if self.parent is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
+                return self.parent.logits()[self.part]
+        need = self.needs_grad()
+        if self.made is None or (need and not self.made.requires_grad):
+            self.record.note_made(need)
+            self.made = self.head.logits(self.hidden)
+            self.made_version = self.made._version
+        return self.made if need else self.made.detach()
+
+    def has_logits(self) -> bool:
+        """Return whether the logits were made."""
+        return self.made is not None or (self.parent is not None and self.parent.has_logits())
+
+    def written_through_a_view(self) -> bool:
+        """Return whether somebody wrote into the logits past their LazyLogits."""
+        if self.parent is not None:
+            return self.parent.written_through_a_view()
+        return self.made is not None and self.made._version != self.made_version
+
+    def forget_logits(self) -> None:
+        """Let the logits go to the one that wrote into them."""
+        if self.parent is not None:
+            self.parent.forget_logits()
+        self.made = None
+
+
+def _identity(targets: Tensor) -> tuple:
+    return targets.data_ptr(), targets.shape, targets.stride(), targets.dtype, targets._version

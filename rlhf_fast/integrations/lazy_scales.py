@@ -1,0 +1,108 @@
+"""Scales and the soft cap of lazy logits, which are noted and not computed, and products with their softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.integrations.lazy_logits import LazyLogits, handles
+from rlhf_fast.integrations.lazy_rows import Rows
+
+
+def _number(by: Any) -> float | None:
+    """Return a factor that is one number and has no gradient."""
+    if isinstance(by, (int, float)):
+        return float(by)
+    if not isinstance(by, Tensor) or isinstance(by, LazyLogits) or by.requires_grad or not by.numel():
+        return None
+    first = float(by.flatten()[0])
+    return first if by.numel() == 1 or bool((by == first).all()) else None
+
+
+def _scaled(x: LazyLogits, by: Any, inverse: bool) -> tuple[Rows, float, torch.dtype] | None:
+    """Return the rows and the factor of x times `by` (or over it), and its dtype."""
+    rowwise = isinstance(by, Tensor) and by.dim() > 0
+    if rowwise and (by.shape[-1] != 1 or by.dim() > x.dim()):
+        return None
+    if rowwise and torch.broadcast_shapes(by.shape[:-1], x.lead) != torch.Size(x.lead):
+        return None
+    if isinstance(by, Tensor) and (isinstance(by, LazyLogits) or by.is_complex() or by.device.type != x.device.type):
+        return None
+    if x.form == "transposed" or not isinstance(by, (int, float, Tensor)):
+        return None
+    of = torch.empty(1 if rowwise else (), dtype=by.dtype) if isinstance(by, Tensor) else by
+    dtype = torch.result_type(torch.empty(1, dtype=x.dtype), of)
+    number = _number(by) if not rowwise or by.shape.numel() == 1 or x.form == "logits" else None
+    if number is not None:
+        number = (1 / number if number else 0.0) if inverse else number
+        if not number or not math.isfinite(number):
+            return None
+        if x.form != "logits":
+            return x.rows, x.factor * number, dtype
+        return x.rows.with_head(x.rows.head.scaled(number)), 1.0, dtype
+    head = x.rows.head
+    if x.form != "logits" or head.capped or head.bias is not None:
+        return None
+    by = by if rowwise else by[None]
+    hidden = x.rows.shaped(x.lead).to(torch.promote_types(x.dtype, by.dtype))  # bfloat16 would round it once more
+    return Rows(hidden / by if inverse else hidden * by, head, x.rows.record), 1.0, dtype
+
+
+def _scale(x: LazyLogits, by: Any, inverse: bool) -> Any:
+    found = _scaled(x, by, inverse)
+    if found is None:
+        return NotImplemented
+    rows, factor, dtype = found
+    return x.like(rows=rows, factor=factor, dtype=dtype)
+
+
+def _scale_in_place(x: LazyLogits, by: Any, inverse: bool) -> Any:
+    known = x.rows.has_logits() or x.cache is not None or (x.requires_grad and not torch.is_grad_enabled())
+    found = None if known else _scaled(x, by, inverse)
+    return NotImplemented if found is None else x.become(*found[:2])
+
+
+@handles(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+def multiply(x: LazyLogits, other: Any) -> Any:
+    return product(x, other) if isinstance(other, LazyLogits) else _scale(x, other, inverse=False)
+
+
+def product(x: LazyLogits, other: LazyLogits) -> Any:
+    """Return softmax times logits or times log_softmax of the same logits, whose sum is made of their entropy."""
+    first, second = (x, other) if x.form == "softmax" else (other, x)
+    forms = {"logits": "softmax * logits", "log_softmax": "softmax * log_softmax"}
+    same = first.rows is second.rows and x.shape == other.shape
+    if first.form != "softmax" or second.form not in forms or not same or other.own is not None:
+        return NotImplemented
+    other.check()
+    dtype = torch.promote_types(x.dtype, other.dtype)
+    return x.like(form=forms[second.form], factor=x.factor * other.factor, dtype=dtype)
+
+
+@handles(torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__)
+def divide(x: LazyLogits, other: Any, *, rounding_mode: Any = None) -> Any:
+    return NotImplemented if rounding_mode is not None else _scale(x, other, inverse=True)
+
+
+@handles(Tensor.mul_, Tensor.multiply_, Tensor.__imul__)
+def multiply_(x: LazyLogits, other: Any) -> Any:
+    return _scale_in_place(x, other, inverse=False)
+
+
+@handles(Tensor.div_, Tensor.divide_, Tensor.true_divide_, Tensor.__itruediv__, Tensor.__idiv__)
+def divide_(x: LazyLogits, other: Any, *, rounding_mode: Any = None) -> Any:
+    return NotImplemented if rounding_mode is not None else _scale_in_place(x, other, inverse=True)
+
+
+@handles(torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__)
+def negative(x: LazyLogits) -> Any:
+    return NotImplemented if x.form in ("logits", "transposed") else x.like(factor=-x.factor)
+
+
+@handles(torch.tanh, Tensor.tanh)
+def tanh(x: LazyLogits) -> Any:
+    head = x.rows.head.tanh() if x.form == "logits" and x.factor == 1 else None
+    return NotImplemented if head is None else x.like(rows=x.rows.with_head(head))

@@ -1,0 +1,434 @@
+"""lazy_head under transformers' own losses and trainers: the same losses and gradients, one op call, no logits."""
+
+import copy
+import io
+import pickle
+import socket
+
+import pytest
+import torch
+from architectures import RECURRENT, REFUSED, SERVED, V, build
+from lazy_pair import assert_close, compare, grads_of
+from shrink import count_weights, shrunken
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.auto import modeling_auto
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.integrations import lazy_head, status
+from rlhf_fast.integrations.head import LinearHead
+from rlhf_fast.integrations.lazy_logits import LazyLogits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CAPPED = {
+    "gemma2, capped logits": build("Gemma2", head_dim=8, final_logit_softcapping=3.0),
+    "cohere, scaled logits": build("Cohere", logit_scale=0.25),
+    "granite, divided logits": build("Granite", logits_scaling=4.0),
+    "mixtral, router loss": build("Mixtral", output_router_logits=True),
+    "llama, tied": build("Llama", tie_word_embeddings=True),
+}
+MODELS = {**SERVED, **{name: make for name, (make, _) in REFUSED.items()}, **RECURRENT, **CAPPED}
+LM = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+NO_BACKWARD = {"rwkv"}
+"""Models of which transformers has no backward pass on a CPU: they write into what it needs."""
+
+
+def llama(**changes):
+    return build("Llama", initializer_range=0.1, **changes)()
+
+
+def batch(rows: int = 3, length: int = 17, ignored: float = 0.4):
+    ids = torch.randint(3, V, (rows, length))
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.rand(rows, length) < ignored, -100)}
+
+
+def loss_of(**inputs):
+    return lambda model: model(**inputs).loss
+
+
+def assert_one_answer(found):
+    assert (found.answered, found.made, found.direct) == (1, 0, 0), found
+
+
+@pytest.mark.parametrize("items", [None, 37, torch.tensor(37)], ids=["mean", "items", "items as a tensor"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_loss(name, items):
+    assert_one_answer(compare(MODELS[name]().eval(), loss_of(**batch(), num_items_in_batch=items)))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - NO_BACKWARD))
+def test_every_model_of_the_tests(name):
+    assert_one_answer(compare(MODELS[name]().eval(), loss_of(**batch(2, 9), num_items_in_batch=torch.tensor(7))))
+
+
+@pytest.mark.exhaustive(6, slow=40)
+@pytest.mark.parametrize("kind", LM, ids=lambda kind: kind.__name__)
+def test_every_architecture(kind):
+    """Of those with a plain linear head and transformers' loss; the others are refused, or answer as ever."""
+    architecture = LM[kind][0] if isinstance(LM[kind], tuple) else LM[kind]
+    try:
+        config = shrunken(kind)
+        config = config if architecture.config_class is kind else config.get_text_config()
+        if count_weights(architecture, config) > 20_000_000:
+            pytest.skip("cannot be made small")
+        model = architecture(config).eval()
+        inputs = batch(2, 9)
+        inputs["input_ids"] %= 60
+        inputs["labels"] = torch.where(inputs["labels"] < 0, -100, inputs["input_ids"])
+        model(**inputs).loss.backward()
+    except Exception as error:  # whatever transformers says of the shrunken config
+        pytest.skip(f"does not run: {type(error).__name__}: {error}")
+    try:
+        found = compare(model, loss_of(**inputs), grad_tolerance=5e-5)
+    except UserError as error:
+        assert "output" in str(error) and "\n" not in str(error)
+        return
+    assert found.answered + found.made >= 1
+
+
+# -- what a model may be wrapped in, before or after -------------------------------------------------------------------
+
+
+@pytest.fixture
+def gloo():
+    """A process group of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=address)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def logprobs_of(ids):
+    """A loss outside the model."""
+    return lambda model: model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("outside", [False, True], ids=["loss inside", "loss outside"])
+def test_ddp(gloo, options, outside):
+    inputs, model = batch(), llama()
+    plain = copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model, **options)
+    reader = logprobs_of(inputs["input_ids"]) if outside else loss_of(**inputs)
+    with lazy_head(wrapped):  # static_graph counts passes: no first one without lazy logits
+        for _ in range(3):
+            ours = reader(wrapped)
+            wrapped.zero_grad()
+            ours.sum().backward()
+    theirs = reader(plain)
+    theirs.sum().backward()
+    assert_close(ours, theirs, 1e-5)
+    for name, grad in grads_of(plain).items():
+        assert_close(grads_of(model)[name], grad, 2e-5, name)
+    assert (status(wrapped).answered, status(wrapped).made) == (3, 0)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["loss inside", "loss outside"])
+@pytest.mark.parametrize("reshard", [False, True])
+def test_fsdp2(gloo, outside, reshard):
+    from torch.distributed.fsdp import fully_shard
+
+    inputs, model = batch(), llama(tie_word_embeddings=False)
+    plain = copy.deepcopy(model)
+    for layer in model.model.layers:
+        fully_shard(layer, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+    reader = logprobs_of(inputs["input_ids"]) if outside else loss_of(**inputs)
+    with lazy_head(model):
+        for _ in range(2):
+            ours = reader(model)
+            model.zero_grad()
+            ours.sum().backward()
+    theirs = reader(plain)
+    theirs.sum().backward()
+    assert_close(ours, theirs, 1e-5)
+    for name, grad in grads_of(plain).items():
+        assert_close(grads_of(model)[name].full_tensor(), grad, 2e-5, name)
+    assert status(model).made == 0
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", **options})
+    wrapped = peft.get_peft_model(model, config)
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return wrapped
+
+
+@pytest.mark.parametrize("pass_wrapped", [False, True])
+def test_lora(pass_wrapped):
+    model = llama()
+    wrapped = lora(model)
+    assert_one_answer(compare(wrapped, loss_of(**batch()), wrapped if pass_wrapped else model))
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["loss inside", "loss outside"])
+def test_autocast(outside):
+    """Products are in bfloat16 though the loss is read after autocast has ended."""
+    model, inputs = llama(), batch()
+
+    def reader(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(**inputs)
+        logits = out.logits.float()[:, :-1]
+        return logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]) if outside else out.loss
+
+    found = compare(model, reader, out_tolerance=1e-2, grad_tolerance=3e-2)
+    assert (found.answered, found.made) == (1, 0)
+    with lazy_head(model), torch.autocast("cpu", torch.bfloat16):
+        logits = model(**inputs).logits
+        assert logits.dtype == torch.bfloat16 and logits.rows.head.weight.dtype == torch.bfloat16
+
+
+def test_a_bfloat16_model_and_accelerates_float32_outputs():
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = llama().bfloat16(), batch()
+    forward = accelerate.utils.convert_outputs_to_fp32(model.forward)
+    found = compare(model, lambda _: forward(**inputs).loss, out_tolerance=5e-3, grad_tolerance=3e-2)
+    assert_one_answer(found)
+    with lazy_head(model):
+        logits = forward(**inputs).logits
+    assert type(logits) is LazyLogits and logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model = llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_one_answer(compare(model, loss_of(**batch())))
+
+
+def test_float64():
+    found = compare(llama().double(), loss_of(**batch()), out_tolerance=1e-6, grad_tolerance=1e-6)
+    assert_one_answer(found)  # transformers casts logits to float32
+
+
+def test_packed_rows():
+    ids = torch.randint(3, V, (1, 20))
+    positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
+    labels = ids.clone()
+    labels[0, [0, 7]] = -100
+    assert_one_answer(compare(llama(), loss_of(input_ids=ids, position_ids=positions, labels=labels)))
+
+
+def test_logits_to_keep_and_tuples():
+    model, inputs = llama(), batch()
+    inputs.pop("labels")
+    reader = lambda model: model(**inputs, logits_to_keep=5, return_dict=False)[0][:, :-1].logsumexp(-1)  # noqa: E731
+    assert_one_answer(compare(model, reader))
+
+
+@pytest.mark.parametrize("items", [None, 5])
+def test_no_token_has_a_label(items):
+    model, inputs = llama(), batch(ignored=1.1)
+    theirs = model(**inputs, num_items_in_batch=items).loss
+    with lazy_head(model):
+        ours = model(**inputs, num_items_in_batch=items).loss
+        ours.backward()
+    assert ours.isnan() if items is None else ours == theirs == 0
+    assert theirs.isnan() == ours.isnan()
+    assert all((grad == 0).all() for grad in grads_of(model).values())
+
+
+def test_the_compiled_model():
+    """Traced, the layer gives the logits themselves: the graph has the same product as without lazy_head."""
+    model, inputs = llama(), batch()
+    compiled = torch.compile(model, backend="eager")
+    found = compare(compiled, loss_of(**inputs), patched=compiled)
+    assert found.made == 0
+
+
+def test_a_compiled_decoder():
+    model, inputs = llama(), batch()
+    model.model = torch.compile(model.model, backend="eager")
+    assert_one_answer(compare(model, loss_of(**inputs)))
+
+
+# -- without a gradient ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}, {"use_cache": False}], ids=str)
+def test_generate(options):
+    model, ids = llama(), torch.randint(3, V, (3, 5))
+    options = {"max_new_tokens": 9, "pad_token_id": 0, **options}
+    torch.manual_seed(1)
+    theirs = model.generate(ids, **options)
+    torch.manual_seed(1)
+    with lazy_head(model):
+        ours = model.generate(ids, **options)
+    assert torch.equal(ours, theirs)
+    assert status(model).made == 0
+
+
+def test_evaluation():
+    """The loss needs no logits; whoever asks for them gets them."""
+    model, inputs = llama(), batch()
+    theirs = model(**inputs)
+    with lazy_head(model), torch.no_grad():
+        ours = model(**inputs)
+        assert status(model).made == 0 and not ours.loss.requires_grad and not ours.logits.requires_grad
+    assert_close(ours.loss, theirs.loss, 1e-5)
+    assert torch.equal(ours.logits + 0, theirs.logits)
+    assert (ours.logits.numpy() == theirs.logits.detach().numpy()).all()
+    assert not (ours.logits + 0).requires_grad and status(model).made == 1
+
+
+# -- the handle, the status, and what is refused -----------------------------------------------------------------------
+
+
+def test_the_handle_and_the_status():
+    model, inputs = llama(), batch()
+    names = list(model.state_dict())
+    handle = lazy_head(model)
+    assert list(model.state_dict()) == names and status(model).lazy
+    model(**inputs).loss.backward()
+    model(**inputs).logits.max().backward()
+    found = status(model)
+    assert (found.answered, found.made, list(found.made_by.values())) == (2, 1, [1])
+    (line,) = found.made_by
+    assert line.startswith(__file__) and "1 times by" in str(found)
+    handle.remove()
+    handle.remove()
+    assert not status(model).lazy and status(model).made == 1
+    assert type(model(**inputs).logits) is torch.Tensor and "forward" not in vars(model.lm_head)
+    with lazy_head(model):
+        assert status(model).made == 0
+
+
+def test_an_error_inside_restores_the_model():
+    model = llama()
+    with pytest.raises(ZeroDivisionError), lazy_head(model):
+        1 / 0  # noqa: B018
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_strict(monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_STRICT", "1")
+    model, inputs = llama(), batch()
+    with lazy_head(model):
+        model(**inputs).loss.backward()
+        with pytest.raises(RuntimeError, match=r"test_lazy_head.py:\d+ reads logits of LlamaForCausalLM"):
+            model(**inputs).logits.max()
+        with torch.no_grad():
+            model(**inputs).logits.max()
+        model(**inputs).logits.detach().max()
+
+
+def test_copies_and_files():
+    """A copy has its own weights under its lazy logits. A saved model is a plain one."""
+    model, inputs = llama(), batch()
+    with lazy_head(model):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.lm_head.weight += 1.0
+        ours, theirs = other(**inputs).loss, model(**inputs).loss
+        saved = io.BytesIO()
+        torch.save(model, saved)
+        pickled = pickle.loads(pickle.dumps(model))
+        assert status(other).lazy and status(other).answered == 1
+    assert not torch.equal(ours, theirs)
+    weights, hidden = other.lm_head.weight, other.model(inputs["input_ids"]).last_hidden_state
+    labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    assert_close(ours, F.cross_entropy((hidden @ weights.T).transpose(1, 2), labels), 1e-5)
+    saved.seek(0)
+    for found in (torch.load(saved, weights_only=False), pickled):
+        assert type(found(**inputs).logits) is torch.Tensor and not status(found).lazy
+        assert_close(found(**inputs).loss, theirs, 1e-5)
+
+
+class Scaled(nn.Linear):
+    """A linear layer that is not plain."""
+
+
+def with_head(change):
+    model = llama()
+    change(model)
+    return model
+
+
+def quantized(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+BAD = {
+    "no model": (lambda: nn.Linear(2, 2), "has no get_output_embeddings"),
+    "no head": (lambda: llama().model, "has no output embedding"),
+    "another layer": (lambda: with_head(lambda m: setattr(m, "lm_head", Scaled(32, V))), "output layer is a Scaled"),
+    "an adapter": (lambda: lora(llama(), target_modules=["q_proj", "lm_head"]), "has an adapter on its output layer"),
+    "a trained copy": (
+        lambda: lora(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]), "has an adapter on its output"
+    ),
+    "no weights": (lambda: llama().to("meta"), "meta device"),
+    "quantized": (lambda: with_head(quantized), r"quantized \(float8_e4m3fn\)"),
+    "ZeRO-3": (lambda: with_head(lambda m: setattr(m.lm_head.weight, "ds_id", 3)), "ZeRO-3 has split"),
+    "replaced": (lambda: with_head(lambda m: setattr(m.lm_head, "forward", lambda x: x)), "something else replaced"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(case):
+    make, sentence = BAD[case]
+    model = make()
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(UserError, match=sentence) as error:
+        lazy_head(model)
+    assert "\n" not in str(error.value)
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_refused_twice():
+    model, inputs = llama(), batch()
+    with lazy_head(model):
+        with pytest.raises(UserError, match="has lazy logits already"):
+            lazy_head(model)
+        with pytest.raises(UserError, match="has lazy logits already"):
+            lazy_head(lora(model))
+        assert type(model(**inputs).logits) is LazyLogits
+
+
+def test_zero_3_after_the_patch_gives_logits():
+    """Split after it was patched, the weight is whole only within the layer's own hooks."""
+    model, inputs = llama(), batch()
+    with lazy_head(model):
+        model.lm_head.weight.ds_id = 3
+        assert type(model(**inputs).logits) is torch.Tensor and status(model).direct == 1
+
+
+def test_wrong_shapes_get_the_layers_error():
+    model = llama()
+    for hidden in (torch.randn(2, 3, 31), torch.randn(2, 3, 32, dtype=torch.float64)):
+        with pytest.raises(RuntimeError) as theirs:
+            model.lm_head(hidden)
+        with lazy_head(model), pytest.raises(RuntimeError) as ours:
+            model.lm_head(hidden)
+        assert str(ours.value) == str(theirs.value)
+
+
+# -- the head ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_is_the_ops_form():
+    """Any chain of scales around one tanh: the ops' softcap and temperature give the same logits."""
+    head = LinearHead(torch.randn(7, 4), torch.randn(7)).scaled(0.5).soft_capped(3.0).scaled(-2.0).scaled(-0.7)
+    hidden = torch.randn(5, 4)
+    raw = F.linear(hidden, head.weight, head.bias)
+    expected = 1.4 * 3 * torch.tanh(raw / 6)
+    torch.testing.assert_close(head.logits(hidden), expected)
+    torch.testing.assert_close(head.softcap * torch.tanh(raw / head.softcap) / head.temperature, expected)
+    torch.testing.assert_close(head.chosen(hidden, torch.tensor([[3, 1]] * 5)), expected[:, [3, 1]])
+    targets = torch.randint(7, (5,))
+    logprobs, entropy, log_z, top1 = head.logprobs(hidden, targets)
+    p = expected.log_softmax(-1)
+    torch.testing.assert_close(logprobs, p.gather(-1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropy, -(p.exp() * p).sum(-1))
+    torch.testing.assert_close(log_z, expected.logsumexp(-1))
+    assert torch.equal(top1, expected.argmax(-1) == targets)
+    torch.testing.assert_close(
+        head.cross_entropy(hidden, targets, 1.0), F.cross_entropy(expected, targets, reduction="sum")
+    )
+    assert head.tanh() is None and not head.scaled(-1.0).fits_ops and head.fits_ops
+    assert LinearHead.of(llama()).weight.shape == (V, 32)
