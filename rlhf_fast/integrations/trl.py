@@ -35,41 +35,24 @@ ARGUMENTS = (
     *("final_logit_softcapping", "logit_scale", "outputs"),
 )
 """Arguments of `forward` of the function that is replaced."""
+CALLED = {"contains": "fused_lm_head=True"}
 OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}
 """Outputs that the op answers; each but the first is made only if asked for."""
 
 
-def _hook(file: str, name: str, **rest: Any) -> Hook:
-    return Hook("trl", TESTED, f"trl/{file}", name, **rest)
-
-
-HOOKS = (
-    _hook("kernels/chunked_logprob.py", "ChunkedLogProbFunction.forward", arguments=ARGUMENTS),
-    _hook("trainer/utils.py", "_ChunkedLogProbFunction"),
-    _hook("trainer/utils.py", "_use_triton", optional=True),
-    _hook(
-        "trainer/utils.py",
-        "add_fused_lm_head",
-        arguments=("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
-        contains="_ChunkedLogProbFunction.apply(",
-    ),
-    _hook("trainer/sft_trainer.py", "SFTTrainer.compute_loss", contains="model(**inputs, fused_lm_head=True)"),
-    _hook("trainer/dpo_trainer.py", "DPOTrainer._compute_loss", contains="labels=labels, fused_lm_head=True)"),
-    _hook("trainer/kto_trainer.py", "KTOTrainer._compute_loss", contains="fused_lm_head=True)"),
-    _hook(
-        "trainer/grpo_trainer.py",
-        "GRPOTrainer._get_per_token_logps_and_entropies",
-        contains="labels=labels, fused_lm_head=True)",
-    ),
-    _hook(
-        "trainer/rloo_trainer.py",
-        "RLOOTrainer._get_per_token_logps_and_entropies",
-        contains="labels=labels, fused_lm_head=True)",
-    ),
-    _hook(
-        "experimental/async_grpo/async_grpo_trainer.py", "AsyncGRPOTrainer.compute_loss", contains="fused_lm_head=True"
-    ),
+PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("kernels/chunked_logprob.py", "ChunkedLogProbFunction.forward", {"arguments": ARGUMENTS}),
+    ("trainer/utils.py", "_ChunkedLogProbFunction", {}),
+    ("trainer/utils.py", "_use_triton", {"optional": True}),
+    ("trainer/utils.py", "add_fused_lm_head", {"contains": "_ChunkedLogProbFunction.apply("}),
+    ("trainer/sft_trainer.py", "SFTTrainer.compute_loss", CALLED),
+    ("trainer/dpo_trainer.py", "DPOTrainer._compute_loss", CALLED),
+    ("trainer/kto_trainer.py", "KTOTrainer._compute_loss", CALLED),
+    ("trainer/grpo_trainer.py", "GRPOTrainer._get_per_token_logps_and_entropies", CALLED),
+    ("trainer/rloo_trainer.py", "RLOOTrainer._get_per_token_logps_and_entropies", CALLED),
+    ("experimental/async_grpo/async_grpo_trainer.py", "AsyncGRPOTrainer.compute_loss", CALLED),
 )
+HOOKS = tuple(Hook("trl", TESTED, f"trl/{file}", name, **rest) for file, name, rest in PLACES)
 
 
 @dataclass
