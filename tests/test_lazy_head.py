@@ -126,7 +126,7 @@ def test_ddp(gloo, options, outside):
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["loss inside", "loss outside"])
-@pytest.mark.parametrize("reshard", [False, True])
+@pytest.mark.parametrize("reshard", [False, True], ids=["layers stay", "layers resharded"])
 def test_fsdp2(gloo, outside, reshard):
     from torch.distributed.fsdp import fully_shard
 
@@ -134,19 +134,30 @@ def test_fsdp2(gloo, outside, reshard):
     plain = copy.deepcopy(model)
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=reshard)
-    fully_shard(model, reshard_after_forward=reshard)
+    fully_shard(model)
     reader = logprobs_of(inputs["input_ids"]) if outside else loss_of(**inputs)
     with lazy_head(model):
         for _ in range(2):
-            ours = reader(model)
             model.zero_grad()
+            ours = reader(model)
             ours.sum().backward()
     theirs = reader(plain)
     theirs.sum().backward()
     assert_close(ours, theirs, 1e-5)
     for name, grad in grads_of(plain).items():
         assert_close(grads_of(model)[name].full_tensor(), grad, 2e-5, name)
-    assert status(model).made == 0
+    assert (status(model).answered, status(model).made) == (2, 0)
+
+
+def test_a_weight_that_fsdp2_has_freed(gloo):
+    from torch.distributed.fsdp import fully_shard
+
+    inputs, model = batch(), llama()
+    fully_shard(model, reshard_after_forward=True)
+    with lazy_head(model):
+        with pytest.raises(RuntimeError, match="weight was freed after the forward pass"):
+            logprobs_of(inputs["input_ids"])(model)
+        model(**inputs).loss.backward()
 
 
 def lora(model, **options):
@@ -170,10 +181,11 @@ def test_lora(pass_wrapped):
 def test_autocast(outside):
     """Products are in bfloat16 though the loss is read after autocast has ended."""
     model, inputs = llama(), batch()
+    labels = {"labels": inputs.pop("labels")}
 
     def reader(model):
         with torch.autocast("cpu", torch.bfloat16):
-            out = model(**inputs)
+            out = model(**inputs, **({} if outside else labels))
         logits = out.logits.float()[:, :-1]
         return logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]) if outside else out.loss
 
@@ -324,7 +336,7 @@ def test_copies_and_files():
     with lazy_head(model):
         other = copy.deepcopy(model)
         with torch.no_grad():
-            other.lm_head.weight += 1.0
+            other.lm_head.weight *= 2.0
         ours, theirs = other(**inputs).loss, model(**inputs).loss
         saved = io.BytesIO()
         torch.save(model, saved)

@@ -98,15 +98,20 @@ class LinearHead:
         return ops.linear_cross_entropy(hidden, self.weight, targets, *given)[0]
 
 
-def output_layer(model: Any) -> nn.Linear:
-    """Return the output layer of a model, which must be a plain linear one whose weight is there."""
+def find_output_layer(model: Any) -> Any:
+    """Return the output layer of a model, which peft, DDP, accelerate or torch.compile may have wrapped."""
     name = type(model).__name__
     while not hasattr(model, "get_output_embeddings"):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if inner is None:
             raise UserError(f"{name}: has no get_output_embeddings; pass a causal language model of transformers")
         model = inner
-    layer = model.get_output_embeddings()
+    return model.get_output_embeddings()
+
+
+def output_layer(model: Any) -> nn.Linear:
+    """Return the output layer of a model, which must be a plain linear one whose weight is there."""
+    name, layer = type(model).__name__, find_output_layer(model)
     if layer is None:
         raise UserError(f"{name}: has no output embedding; pass a model with a language model's head")
     if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):

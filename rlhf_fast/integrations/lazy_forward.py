@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
-from rlhf_fast.integrations.head import DTYPES, LinearHead, is_dtensor, output_layer
+from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, output_layer
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows
 from rlhf_fast.integrations.record import Record, Status
@@ -116,7 +116,7 @@ def lazy_head(model: Any) -> LazyHead:
 
 def status(model: Any) -> Status:
     """Return whether a model's output layer gives lazy logits now, and what they did since the last `lazy_head`."""
-    layer = output_layer(model)
-    record = RECORDS.get(layer, Record(type(model).__name__))
-    lazy = isinstance(vars(layer).get("forward"), LazyForward)
+    layer = find_output_layer(model)
+    record = RECORDS.get(layer) or Record(type(model).__name__)
+    lazy = isinstance(getattr(layer, "forward", None), LazyForward)
     return Status(record.model, lazy, record.answered, record.made, record.direct, dict(record.made_by))

@@ -52,6 +52,7 @@ class LazyLogits(Tensor):
     cache_version: int
     own: Tensor | None
     ties: tuple[Tensor, ...]
+    was_passed: bool
 
     @staticmethod
     def of(
@@ -64,7 +65,7 @@ class LazyLogits(Tensor):
             rows = rows.detach()
         device = rows.head.weight.device
         x = Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        x.rows, x.form, x.factor, x.ties = rows, form, factor, ties
+        x.rows, x.form, x.factor, x.ties, x.was_passed = rows, form, factor, ties, False
         x.memory = memory or Memory()
         x.seen, x.own, x.copied, x.cache, x.cache_version = x.memory.writes, None, copied, None, 0
         if attached and rows.needs_grad():
@@ -75,6 +76,13 @@ class LazyLogits(Tensor):
         """Return lazy logits with some attributes changed."""
         given = {"rows": self.rows, "shape": tuple(self.shape), "dtype": self.dtype, "form": self.form}
         return LazyLogits.of(**{**given, "factor": self.factor, "copied": self.copied, "ties": self.ties, **changes})
+
+    def passed(self, **changes: Any) -> LazyLogits:
+        """Return these logits as an autograd.Function does that returns its input, whose backward pass is to be heard.
+        torch makes it a node of autograd afterwards. Where it did not, it was only called under no_grad."""
+        found = self.like(**{"memory": self.memory, "attached": False, **changes})
+        found.ties, found.was_passed = (*self.ties, found), True
+        return found
 
     def become(self, rows: Rows, factor: float) -> LazyLogits:
         """Be other logits, after a write in place."""
@@ -106,6 +114,8 @@ class LazyLogits(Tensor):
                 "lazy_head: these logits were written in place through a view of a part of the vocabulary; write by"
                 " logits[...] = value, or into logits.make().clone()"
             )
+        if self.was_passed and not self.requires_grad:
+            self.rows = self.rows.detach()
         if self.own is None and self.requires_grad and self.rows.is_detached() and torch.is_grad_enabled():
             self.own = _Make.apply(self)
 
@@ -157,11 +167,8 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Answer those who come past Python: torch's wrappers pass outputs through an autograd.Function as they are."""
         if func in PASSED and isinstance(args[0], LazyLogits):
-            x = args[0]
-            if func is not torch.ops.aten.view.default or tuple(args[1]) == tuple(x.shape):
-                passed = x.like(memory=x.memory, attached=False)
-                passed.ties = (*x.ties, passed)
-                return passed
+            if func is not torch.ops.aten.view.default or tuple(args[1]) == tuple(args[0].shape):
+                return args[0].passed()
         raise NotImplementedError(
             f"lazy_head: {func} reads the memory of logits that are not made (it was called past torch's Python"
             f" functions); {REMEDY}"
@@ -200,9 +207,11 @@ def _handled(func: Any, args: tuple, kwargs: dict) -> Any:
         second = given.pop("other") if "other" in given else args[1] if len(args) == 2 else None
         args = (second, args[0])
     x = args[0]
-    if not isinstance(x, LazyLogits) or x.own is not None:
+    if not isinstance(x, LazyLogits):
         return NotImplemented
     x.check()
+    if x.own is not None:
+        return NotImplemented
     handler, signature = HANDLERS[func]
     try:
         signature.bind(*args, **given)
@@ -315,7 +324,7 @@ NATIVE = {
     *(getattr(Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized",
         "is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "requires_grad", "grad_fn", "is_leaf", "retains_grad",
-        "grad", "output_nr", "_version", "is_mkldnn", "is_sparse_csr", "is_vulkan",
+        "grad", "output_nr", "_version", "_base", "is_mkldnn", "is_sparse_csr", "is_vulkan",
     )),
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.get_device,

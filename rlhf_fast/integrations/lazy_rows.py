@@ -92,6 +92,7 @@ class Rows:
         for identity, with_grad, _, found in self.known:
             if (wanted is None or identity == wanted) and (with_grad or not need):
                 return found if need else tuple(x.detach() for x in found)  # type: ignore[return-value]
+        self.check_weight()
         chosen = targets
         if chosen is None:
             chosen = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)
@@ -108,10 +109,19 @@ class Rows:
                 return self.parent.logits()[self.part]
         need = self.needs_grad()
         if self.made is None or (need and not self.made.requires_grad):
+            self.check_weight()
             self.record.note_made(need)
             self.made = self.head.logits(self.hidden)
             self.made_version = self.made._version
         return self.made if need else self.made.detach()
+
+    def check_weight(self) -> None:
+        """Raise where the weight's memory was freed."""
+        if self.head.weight.untyped_storage().size() == 0:
+            raise RuntimeError(
+                "lazy_head: the head's weight was freed after the forward pass, before its logits were read; FSDP2 keeps"
+                " it with fully_shard(model, reshard_after_forward=None)"
+            )
 
     def has_logits(self) -> bool:
         """Return whether the logits were made."""

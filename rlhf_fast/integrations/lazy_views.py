@@ -187,6 +187,8 @@ def torch_reshape(x: LazyLogits, shape: Any) -> Any:
 
 @handles(Tensor.view_as, Tensor.reshape_as)
 def view_as(x: LazyLogits, other: Tensor) -> Any:
+    if other is x and not torch.is_grad_enabled():
+        return x.passed()  # an autograd.Function returns its input
     return _reshape(x, list(other.shape))
 
 
@@ -317,6 +319,8 @@ def contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> A
 
 @handles(Tensor.clone, torch.clone)
 def clone(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
+    if not torch.is_grad_enabled() and not x.rows.is_detached():
+        return x.passed(memory=None, copied=True)  # as DDP's sink copies its input
     return x.like(copied=True)
 
 
