@@ -1,6 +1,7 @@
 """The examples do what their first lines say."""
 
 import ast
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,6 +49,18 @@ def test_trls_trainer_learns_with_the_fused_head(folder, one_thread, capsys):
     assert "before: " in shown and response in shown
     assert "trl: linear_logprobs answered 80 calls" in shown and "TRL's own" not in shown
     assert (folder / "runs" / "trl-dpo" / "model.safetensors").is_file()
+
+
+def test_transformers_trainer_learns_with_lazy_logits(folder, one_thread, capsys):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    import hf_trainer
+
+    response = hf_trainer.main()
+    assert response.startswith("dear udo , thank you for the ")
+    shown = capsys.readouterr().out
+    assert "before: " in shown and response in shown
+    assert re.search(r"LlamaForCausalLM: lazy, answered by ops 40 times, .* made 0 times", shown), shown
+    assert (folder / "runs" / "hf-trainer" / "model.safetensors").is_file()
 
 
 def test_a_quantised_model_becomes_an_ordinary_folder(tmp_path, monkeypatch):
