@@ -18,14 +18,14 @@ LAYERS = [
     {"stages"},
     {"eval", "export"},
     {"run", "scoring"},
-    {"rollout", "training"},
+    {"rollout", "training", "integrations"},
     {"model"},
     {"data"},
     {"config", "graph_capture"},
     {"ops", "batches", "errors"},
     {"kernels"},
 ]
-MAX_ENTRIES = 16
+MAX_ENTRIES = 17
 
 
 def package_files() -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """lazy_head under transformers' own losses and trainers: the same losses and gradients, one op call, no logits."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -7,6 +8,7 @@ import socket
 
 import pytest
 import torch
+import transformers
 from architectures import RECURRENT, REFUSED, SERVED, V, build
 from lazy_pair import assert_close, compare, grads_of
 from shrink import count_weights, shrunken
@@ -64,7 +66,7 @@ def test_every_model_of_the_tests(name):
 @pytest.mark.exhaustive(6, slow=40)
 @pytest.mark.parametrize("kind", LM, ids=lambda kind: kind.__name__)
 def test_every_architecture(kind):
-    """Of those with a plain linear head and transformers' loss; the others are refused, or answer as ever."""
+    """A plain linear head under transformers' own loss is answered by the op; other models are refused or as they were."""
     architecture = LM[kind][0] if isinstance(LM[kind], tuple) else LM[kind]
     try:
         config = shrunken(kind)
@@ -258,6 +260,34 @@ def test_a_compiled_decoder():
     model, inputs = llama(), batch()
     model.model = torch.compile(model.model, backend="eager")
     assert_one_answer(compare(model, loss_of(**inputs)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_trainer(tmp_path, tied):
+    """Two accumulated batches a step, of different numbers of labels: the same losses, gradients' norms and weights."""
+    pytest.importorskip("accelerate")
+    rows = [{name: row[0] for name, row in batch(1, 12, ignored).items()} for ignored in torch.rand(24).tolist()]
+    runs = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        model = llama(tie_word_embeddings=tied)
+        options = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6,
+            learning_rate=1e-3, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, options, train_dataset=rows, eval_dataset=rows[:4])
+        with lazy_head(model) if lazy else contextlib.nullcontext():
+            trainer.train()
+            found = status(model)
+            evaluation = trainer.evaluate()["eval_loss"]
+        logged = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+        runs.append((logged, evaluation, model.state_dict()))
+    assert (found.answered, found.made, found.direct) == (12, 0, 0)
+    (logged, evaluation, weights), (their_logged, their_evaluation, their_weights) = runs[1], runs[0]
+    assert len(logged) == 6 and torch.allclose(torch.tensor(logged), torch.tensor(their_logged), rtol=1e-5)
+    assert evaluation == pytest.approx(their_evaluation, rel=1e-5)
+    for name, weight in weights.items():
+        assert (weight - their_weights[name]).abs().max() < 1e-4, name  # AdamW enlarges rounding
 
 
 # -- without a gradient ------------------------------------------------------------------------------------------------

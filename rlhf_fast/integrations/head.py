@@ -70,7 +70,7 @@ class LinearHead:
 
     @property
     def fits_ops(self) -> bool:
-        """Whether the ops take this head: their temperature is positive and finite."""
+        """Say whether the ops take this head: their temperature is positive and finite."""
         return 0 < self.temperature < math.inf and self.softcap < math.inf
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -78,7 +78,8 @@ class LinearHead:
         z = F.linear(hidden, self.weight, self.bias)
         if self.capped:
             z = torch.tanh(z if self.inner == 1 else z * self.inner)
-        return z if self.scale == 1 else z * self.scale
+        # tanh keeps its output for the gradient, which a write into that output would spoil.
+        return z if self.scale == 1 and not self.capped else z * self.scale
 
     def chosen(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits (N, K) of the tokens (N, K), of hidden (N, D): a row of the weight for each."""

@@ -49,14 +49,11 @@ class LazyForward:
         are to be made: for few rows without a gradient, as in decoding, and where the ops do not take the tensors."""
         layer = self.layer
         weight, bias = layer.weight, layer.bias
-        if type(hidden) is not Tensor or hidden.dim() < 2 or hasattr(weight, "ds_id"):
+        if type(hidden) is not Tensor or hidden.dim() < 2 or hasattr(weight, "ds_id") or is_dtensor(weight):
             return None
         rows = hidden.numel() // max(1, hidden.shape[-1])
         if not torch.is_grad_enabled() and (hidden.shape[-2] == 1 or rows <= FEW_ROWS):
             return None
-        if is_dtensor(weight):
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if bias is not None and is_dtensor(bias) else bias
         head = LinearHead(weight, bias)
         device = hidden.device.type
         if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:

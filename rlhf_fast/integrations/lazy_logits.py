@@ -29,7 +29,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax * log_softmax": lambda z: z.softmax(-1) * z.log_softmax(-1),
     "transposed": lambda z: z.transpose(-1, -2),
 }
-"""What a LazyLogits may stand for, and how it is made of logits."""
+"""Name the tensors that a LazyLogits may stand for; each function makes one of logits."""
 
 
 class Memory:
@@ -78,7 +78,7 @@ class LazyLogits(Tensor):
         return LazyLogits.of(**{**given, "factor": self.factor, "copied": self.copied, "ties": self.ties, **changes})
 
     def passed(self, **changes: Any) -> LazyLogits:
-        """Return these logits as an autograd.Function does that returns its input, whose backward pass is to be heard.
+        """Return these logits as an autograd.Function does that returns its input. Its backward pass is to be heard.
         torch makes it a node of autograd afterwards. Where it did not, it was only called under no_grad."""
         found = self.like(**{"memory": self.memory, "attached": False, **changes})
         found.ties, found.was_passed = (*self.ties, found), True
@@ -92,7 +92,7 @@ class LazyLogits(Tensor):
 
     def note_write(self) -> None:
         """Note that this one was written in place. The other views of its memory are not good any more."""
-        self.memory.writes, self.memory.where = self.memory.writes + 1, f"at {caller()}"
+        self.memory.writes, self.memory.where = self.memory.writes + 1, caller()
         self.seen = self.memory.writes
 
     @property
@@ -106,8 +106,10 @@ class LazyLogits(Tensor):
         An autograd.Function may have noted what it does with lazy logits and given them back. Their gradient has to
         pass it, so that they are made here."""
         if self.seen != self.memory.writes:
-            raise RuntimeError(f"lazy_head: these logits were written in place through another view, {self.memory.where}"
-                               "; read that view, or write into logits.clone()")  # fmt: skip
+            raise RuntimeError(
+                f"lazy_head: these logits were written in place through another view, at {self.memory.where}; read that"
+                " view, or write into logits.clone()"
+            )
         written = self.cache is not None and self.cache._version != self.cache_version
         if self.own is None and (written or self.rows.written_through_a_view()):
             raise RuntimeError(
@@ -166,9 +168,9 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Answer those who come past Python: torch's wrappers pass outputs through an autograd.Function as they are."""
-        if func in PASSED and isinstance(args[0], LazyLogits):
-            if func is not torch.ops.aten.view.default or tuple(args[1]) == tuple(args[0].shape):
-                return args[0].passed()
+        is_view = func is torch.ops.aten.view.default
+        if func in PASSED and (not is_view or tuple(args[1]) == tuple(args[0].shape)):
+            return args[0].passed()
         raise NotImplementedError(
             f"lazy_head: {func} reads the memory of logits that are not made (it was called past torch's Python"
             f" functions); {REMEDY}"
@@ -278,11 +280,11 @@ class _Make(torch.autograd.Function):
     """Make lazy logits whose gradient goes to another autograd.Function."""
 
     @staticmethod
-    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+    def forward(_ctx: Any, x: LazyLogits) -> Tensor:
         return x.computed().clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -331,7 +333,7 @@ NATIVE = {
     Tensor.is_inference, Tensor.is_signed, Tensor.storage_offset, Tensor.__hash__, torch.is_floating_point,
     torch.is_complex, torch.numel, torch.is_inference, torch.is_signed,
 }  # fmt: skip
-"""What is answered of shape, dtype and place alone."""
+"""Functions that shape, dtype and place alone answer."""
 REFUSED = {
     Tensor.retain_grad: "retain_grad()",
     Tensor.requires_grad.__set__: "setting requires_grad",

@@ -1,4 +1,4 @@
-"""What trainers want of logits, answered by the ops: cross-entropy, log-probabilities, logsumexp, entropy, argmax."""
+"""The ops answer for logits: cross-entropy, log-probabilities, logsumexp, entropy, argmax."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) ->
         return NotImplemented
     if index.dtype != torch.int64 or index.shape[:-1] != x.shape[:-1] or index.device != x.device:
         return NotImplemented
+    del sparse_grad  # the gradient of hidden states and weight is not sparse
     tokens = index.shape[-1] if index.dim() else 0
     rows, width = x.rows, x.rows.hidden.shape[-1]
     if not tokens or (tokens > 1 and tokens * width > x.shape[-1]):

@@ -119,8 +119,8 @@ class Rows:
         """Raise where the weight's memory was freed."""
         if self.head.weight.untyped_storage().size() == 0:
             raise RuntimeError(
-                "lazy_head: the head's weight was freed after the forward pass, before its logits were read; FSDP2 keeps"
-                " it with fully_shard(model, reshard_after_forward=None)"
+                "lazy_head: the head's weight was freed after the forward pass, before its logits were read; FSDP2"
+                " keeps it with fully_shard(model, reshard_after_forward=None)"
             )
 
     def has_logits(self) -> bool:

@@ -319,6 +319,7 @@ def contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> A
 
 @handles(Tensor.clone, torch.clone)
 def clone(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
+    del memory_format
     if not torch.is_grad_enabled() and not x.rows.is_detached():
         return x.passed(memory=None, copied=True)  # as DDP's sink copies its input
     return x.like(copied=True)

@@ -1,4 +1,4 @@
-"""What lazy logits did: how often an op answered, and how often and by which line they were made."""
+"""Count how often an op answered for lazy logits, and how often and by which line they were made."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def caller() -> str:
 class Record:
     """Count what the logits of one model did.
 
-    answered: calls of an op in place of logits. made: logits made for a reader that no op answers, by line in `made_by`.
-    direct: logits that the layer gave at once: decoding steps, torch.compile, and tensors that the ops do not take.
+    answered: calls of an op in place of logits. made: logits made for a reader that no op answers; `made_by` counts them
+    by its line. direct: logits that the layer gave at once: decoding steps, torch.compile, and tensors that the ops do not take.
     """
 
     model: str

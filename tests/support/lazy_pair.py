@@ -22,9 +22,9 @@ def read(model, reader, seed: int = 0):
     """Return a reader's output and the gradients of the sum of its elements, each times a random number."""
     model.zero_grad()
     out = reader(model)
-    slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    factors = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
     if out.requires_grad:
-        (out * slopes).sum().backward()
+        (out * factors).sum().backward()
     return out.detach(), grads_of(model)
 
 
