@@ -66,7 +66,7 @@ def test_every_model_of_the_tests(name):
 @pytest.mark.exhaustive(6, slow=40)
 @pytest.mark.parametrize("kind", LM, ids=lambda kind: kind.__name__)
 def test_every_architecture(kind):
-    """A plain linear head under transformers' own loss is answered by the op; other models are refused or as they were."""
+    """Under transformers' own loss the op answers for a plain linear head. Other models are refused, or as they were."""
     architecture = LM[kind][0] if isinstance(LM[kind], tuple) else LM[kind]
     try:
         config = shrunken(kind)

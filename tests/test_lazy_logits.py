@@ -347,6 +347,26 @@ def test_logits_made_without_a_gradient_do_not_serve_with_one():
     compare(made_by("plain"), reading(read), out_tolerance=2e-5, grad_tolerance=5e-5)
 
 
+def test_logits_after_the_optimizers_step():
+    """TRL's PPO reads an entropy after the step: statistics of the pass before it answer. What would have to be
+    computed with other weights is an error."""
+    model, ids = made_by("bias"), torch.randint(3, V, (3, 9))
+    theirs = verl_entropy_from_logits(model(input_ids=ids).logits[:, :-1] / 0.9)
+    with lazy_head(model):
+        whole = model(input_ids=ids).logits
+        logits = whole[:, :-1]
+        logits /= 0.9
+        trl_selective_log_softmax(logits, ids[:, 1:]).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        with torch.no_grad():
+            assert_close(verl_entropy_from_logits(logits), theirs.detach(), 1e-5)
+            for read in (lambda z: z.max(), lambda z: (z / 2).logsumexp(-1), lambda z: z[:1].logsumexp(-1), lambda z: z + 0,
+                         lambda z: z.argmax(-1), lambda z: z.mean(-1), lambda z: z.gather(-1, ids[:, 1:, None])):  # fmt: skip
+                with pytest.raises(RuntimeError, match=r"head's weight changed between .*test_lazy_logits.py:\d+"):
+                    read(logits)
+    assert (status(model).answered, status(model).made) == (1, 0)
+
+
 def test_statistics_with_a_gradient_serve_without():
     model, ids = made_by("plain"), torch.randint(3, V, (3, 9))
     with lazy_head(model):

@@ -15,7 +15,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
 from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, output_layer
 from rlhf_fast.integrations.lazy_logits import LazyLogits
-from rlhf_fast.integrations.lazy_rows import Rows
+from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import Record, Status
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
@@ -42,7 +42,7 @@ class LazyForward:
         if not torch.is_grad_enabled():
             hidden, head = hidden.detach(), head.detach()
         shape = (*hidden.shape[:-1], head.weight.shape[0])
-        return LazyLogits.of(Rows(hidden, head, self.record), shape, hidden.dtype)
+        return LazyLogits.of(Rows(hidden, head, Source(self.record, hidden, head)), shape, hidden.dtype)
 
     def _cast(self, hidden: Tensor) -> tuple[Tensor, LinearHead] | None:
         """Return hidden states and head in the dtype of the layer's product, autocast's within it; None if the logits

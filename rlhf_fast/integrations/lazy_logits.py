@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rlhf_fast.integrations.head import LinearHead
-from rlhf_fast.integrations.lazy_rows import Rows
+from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import Record, caller
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -269,7 +269,7 @@ class _Node(torch.autograd.Function):
         with torch.enable_grad():
             hidden, weight, bias = (None if x is None else x.detach().requires_grad_() for x in (hidden, weight, bias))
             head = LinearHead(weight, bias, ctx.head.scale, ctx.head.inner, ctx.head.capped)
-            rows = Rows(hidden, head, Record("", counts=False))
+            rows = Rows(hidden, head, Source(Record("", counts=False), hidden, head))
             z = LazyLogits.of(rows, ctx.size, ctx.kind, ctx.form, ctx.factor, attached=False).make()
         wanted = [x for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False) if need]
         grads = iter(torch.autograd.grad(z, wanted, grad))

@@ -68,7 +68,7 @@ def _loss(function: Any, x: LazyLogits, target: Any, ignore_index: int, reductio
     rows = target.reshape(-1)
     if reduction == "none":
         return x.answered(-x.rows.statistics(rows)[0].view(target.shape).to(dtype))
-    x.rows.record.answered += 1
+    x.rows.note_answer()
     loss = x.rows.head.cross_entropy(x.rows.hidden, rows, 1.0 if reduction == "sum" else None)
     if reduction == "mean":  # torch's mean of no tokens is nan, and its gradient 0
         loss = torch.where((rows != IGNORED).any(), loss, torch.nan)
@@ -140,6 +140,7 @@ def gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) ->
         logprobs, _, log_z, _ = rows.statistics(index[:, 0])
         out = logprobs + log_z
     else:
+        rows.source.check()
         out = rows.head.chosen(rows.hidden, index)
         out = out - rows.statistics()[2][:, None] if x.form == "log_softmax" else out
     out = out.reshape(*x.lead, tokens).to(x.dtype)
@@ -178,7 +179,7 @@ def mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     dim, head = axis if dim is None else dim, x.rows.head
     if x.form != "logits" or head.capped or not _is_last(x, dim) or x.rows.has_logits():
         return NotImplemented
-    x.rows.record.answered += 1
+    x.rows.note_answer()
     out = x.rows.hidden.float() @ head.weight.float().mean(0)
     out = (out if head.bias is None else out + head.bias.float().mean()) * head.scale
     return _rowwise(x, out, dtype or x.dtype, keepdim)
@@ -190,7 +191,7 @@ def argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if x.form not in ("logits", "log_softmax", "softmax") or not _is_last(x, dim) or x.rows.has_logits():
         return NotImplemented
     rows, found = x.rows, []
-    rows.record.answered += 1
+    rows.note_answer()
     with torch.no_grad():
         for hidden in rows.hidden.split(max(1, BLOCK // x.shape[-1])):
             made = FORMS[x.form](rows.head.logits(hidden).to(x.dtype)) * x.factor

@@ -8,9 +8,36 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.integrations.head import LinearHead
-from rlhf_fast.integrations.record import Record
+from rlhf_fast.integrations.record import Record, caller
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Source:
+    """Remember the tensors of one forward pass, and in which version they were: an optimizer's step writes into them."""
+
+    def __init__(self, record: Record, hidden: Tensor, head: LinearHead):
+        self.record = record
+        tensors = {"hidden states": hidden, "weight": head.weight, "bias": head.bias}
+        self.tensors = {name: (x, _version(x)) for name, x in tensors.items() if x is not None}
+
+    def check(self) -> None:
+        """Raise where the logits of that pass cannot be computed any more."""
+        for name, (x, version) in self.tensors.items():
+            if _version(x) != version:
+                raise RuntimeError(
+                    f"lazy_head: the head's {name} changed between the forward pass and {caller()}, which reads logits"
+                    " of that pass; read them before the optimizer's step, or keep logits.make()"
+                )
+            if x.numel() and x.untyped_storage().size() == 0:
+                raise RuntimeError(
+                    f"lazy_head: the head's {name} was freed between the forward pass and {caller()}, which reads its"
+                    " logits; FSDP2 keeps the weight with fully_shard(model, reshard_after_forward=None)"
+                )
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 class Rows:
@@ -20,10 +47,10 @@ class Rows:
     """
 
     def __init__(
-        self, hidden: Tensor | None, head: LinearHead, record: Record, parent: Rows | None = None,
+        self, hidden: Tensor | None, head: LinearHead, source: Source, parent: Rows | None = None,
         part: slice = slice(None), detached: bool = False,
     ):  # fmt: skip
-        self._hidden, self.head, self.record = hidden, head, record
+        self._hidden, self.head, self.source = hidden, head, source
         self.parent, self.part, self.detached = parent, part, detached
         self.known: list[tuple[tuple | None, bool, Tensor | None, Statistics]] = []
         self.made: Tensor | None = None
@@ -49,7 +76,7 @@ class Rows:
 
     def with_head(self, head: LinearHead) -> Rows:
         """Return the same hidden states under another head."""
-        return Rows(self.hidden, head, self.record)
+        return Rows(self.hidden, head, self.source)
 
     def detach(self) -> Rows:
         """Return these rows without a gradient."""
@@ -57,7 +84,7 @@ class Rows:
             return self
         found = self._twin() if self._twin else None
         if found is None:
-            found = Rows(None, self.head.detach(), self.record, self, detached=True)
+            found = Rows(None, self.head.detach(), self.source, self, detached=True)
             self._twin = weakref.ref(found)  # a strong one would be a circle, and keep the memory until it is collected
         return found
 
@@ -92,12 +119,11 @@ class Rows:
         for identity, with_grad, _, found in self.known:
             if (wanted is None or identity == wanted) and (with_grad or not need):
                 return found if need else tuple(x.detach() for x in found)  # type: ignore[return-value]
-        self.check_weight()
+        self.note_answer()
         chosen = targets
         if chosen is None:
             chosen = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)
         found = self.head.logprobs(self.hidden, chosen)
-        self.record.answered += 1
         # The targets are kept, so that no others can have their address.
         self.known.append((wanted, need, targets, found))
         return found
@@ -109,19 +135,16 @@ class Rows:
                 return self.parent.logits()[self.part]
         need = self.needs_grad()
         if self.made is None or (need and not self.made.requires_grad):
-            self.check_weight()
-            self.record.note_made(need)
+            self.source.check()
+            self.source.record.note_made(need)
             self.made = self.head.logits(self.hidden)
             self.made_version = self.made._version
         return self.made if need else self.made.detach()
 
-    def check_weight(self) -> None:
-        """Raise where the weight's memory was freed."""
-        if self.head.weight.untyped_storage().size() == 0:
-            raise RuntimeError(
-                "lazy_head: the head's weight was freed after the forward pass, before its logits were read; FSDP2"
-                " keeps it with fully_shard(model, reshard_after_forward=None)"
-            )
+    def note_answer(self) -> None:
+        """Check that an op can answer, and count it."""
+        self.source.check()
+        self.source.record.answered += 1
 
     def has_logits(self) -> bool:
         """Return whether the logits were made."""

@@ -48,7 +48,7 @@ def _scaled(x: LazyLogits, by: Any, inverse: bool) -> tuple[Rows, float, torch.d
         return None
     by = by if rowwise else by[None]
     hidden = x.rows.shaped(x.lead).to(torch.promote_types(x.dtype, by.dtype))  # bfloat16 would round it once more
-    return Rows(hidden / by if inverse else hidden * by, head, x.rows.record), 1.0, dtype
+    return Rows(hidden / by if inverse else hidden * by, head, x.rows.source), 1.0, dtype
 
 
 def _scale(x: LazyLogits, by: Any, inverse: bool) -> Any:
@@ -74,12 +74,15 @@ def product(x: LazyLogits, other: LazyLogits) -> Any:
     """Return softmax times logits or times log_softmax of the same logits, whose sum is made of their entropy."""
     first, second = (x, other) if x.form == "softmax" else (other, x)
     forms = {"logits": "softmax * logits", "log_softmax": "softmax * log_softmax"}
-    same = first.rows is second.rows and x.shape == other.shape
+    rows, others = first.rows, second.rows
+    if not torch.is_grad_enabled():
+        rows, others = rows.detach(), others.detach()
+    same = rows is others and x.shape == other.shape
     if first.form != "softmax" or second.form not in forms or not same or other.own is not None:
         return NotImplemented
     other.check()
     dtype = torch.promote_types(x.dtype, other.dtype)
-    return x.like(form=forms[second.form], factor=x.factor * other.factor, dtype=dtype)
+    return x.like(rows=rows, form=forms[second.form], factor=x.factor * other.factor, dtype=dtype)
 
 
 @handles(torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__)

@@ -24,7 +24,7 @@ def keeps_rows(x: LazyLogits, lead: tuple[int, ...], memory: bool = True) -> Any
 
 def other_rows(x: LazyLogits, hidden: Tensor, memory: bool) -> LazyLogits:
     """Return logits of some of the rows. memory: whether they are a view of x."""
-    rows = Rows(hidden, x.rows.head, x.rows.record)
+    rows = Rows(hidden, x.rows.head, x.rows.source)
     return x.like(rows=rows, shape=(*hidden.shape[:-1], x.shape[-1]), memory=x.memory if memory else None)
 
 
@@ -80,7 +80,7 @@ def _parts(x: LazyLogits, stops: list[int]) -> tuple[LazyLogits, ...]:
     each = count(x.lead[1:])
     head, begin, found = x.rows.head, 0, []
     for stop in stops:
-        rows = Rows(None, head, x.rows.record, x.rows, slice(begin * each, stop * each))
+        rows = Rows(None, head, x.rows.source, x.rows, slice(begin * each, stop * each))
         found.append(x.like(rows=rows, shape=(stop - begin, *x.shape[1:]), memory=x.memory))
         begin = stop
     return tuple(found)

@@ -28,8 +28,9 @@ def caller() -> str:
 class Record:
     """Count what the logits of one model did.
 
-    answered: calls of an op in place of logits. made: logits made for a reader that no op answers; `made_by` counts them
-    by its line. direct: logits that the layer gave at once: decoding steps, torch.compile, and tensors that the ops do not take.
+    answered: calls of an op in place of logits.
+    made: logits made for a reader that no op answers; `made_by` counts them by its line.
+    direct: logits that the layer gave at once: decoding steps, and tensors that the ops do not take.
     """
 
     model: str
