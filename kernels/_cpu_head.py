@@ -198,10 +198,11 @@ class CpuHead:
         return state
 
     def results(self, state: Tensor, with_reference: bool = False) -> Tensor:
-        """Return (4, n): log p, entropy, and of all tokens but the target the largest raw logit and the sum of
-        exp(z - its z). With a reference (9, n): also its log p, the KL, the same two of the reference, and the part of
-        the KL of all tokens but the target."""
-        out = empty_float32(state, 9 if with_reference else 4, len(state))
+        """Return (6, n): log p, entropy, of all tokens but the target the largest raw logit and the sum of
+        exp(z - its z), log_z, and 1 where the target has the largest logit, else 0. With a reference (11, n): also its
+        log p, the KL, the largest logit and the sum of the reference, and the part of the KL of all tokens but the
+        target."""
+        out = empty_float32(state, 11 if with_reference else 6, len(state))
         self.kernels.head_results(state.data_ptr(), out.data_ptr(), len(state), with_reference, *self.scalars)
         return out
 

@@ -116,6 +116,20 @@ def gather_targets(softmax: Softmax, targets: Tensor) -> Tensor:
     return softmax.logprob.squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
 
 
+def log_z(x: Tensor, softmax: Softmax, targets: Tensor, temperature: float, softcap: float) -> Tensor:
+    """Return logsumexp z of raw logits x in float64, 0 in ignored rows."""
+    is_alone = softmax.sums == 0
+    origin = torch.where(is_alone, x.gather(-1, softmax.column), softmax.largest).double()
+    log_z = scale_logits(origin, temperature, softcap) + torch.where(is_alone, softmax.logprob, softmax.log_total)
+    return log_z.squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0)
+
+
+def is_top1(x: Tensor, softmax: Softmax, targets: Tensor) -> Tensor:
+    """Return whether the target has the largest of raw logits x; False in ignored rows and in those with a NaN."""
+    largest = x.gather(-1, softmax.column) >= softmax.largest
+    return (largest & ~softmax.logprob.isnan()).squeeze(-1) & (targets != IGNORE_INDEX)
+
+
 def entropy(softmax: Softmax, targets: Tensor) -> Tensor:
     """Return -sum p log p in nats, 0 in ignored rows; a token of probability 0 adds 0."""
     moment = (softmax.exp * softmax.finite_distance()).sum(-1, keepdim=True).double()
@@ -172,9 +186,16 @@ class RowGrads(NamedTuple):
 
 
 def row_grads(
-    g: Tensor, h: Tensor, logprobs: Tensor, entropy: Tensor, sums: Tensor, kl: "KLRows | None" = None
+    g: Tensor,
+    h: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    sums: Tensor,
+    kl: "KLRows | None" = None,
+    log_z_grad: Tensor | None = None,
 ) -> RowGrads:
-    """Return the coefficients in float64, given the gradients g and h of log p and entropy of each row.
+    """Return the coefficients in float64, given the gradients g, h and log_z_grad of log p, entropy and log_z of each
+    row.
 
     sums: the second of `row_statistics`.
     """
@@ -183,13 +204,17 @@ def row_grads(
     scale = torch.where(sums == 0, rest, rest / sums)  # of no others 0, or NaN
     logp = zero_where_minus_inf(logprobs)
     target = g * rest - h * p * (entropy + logp)
+    a = -g - h * entropy
+    if log_z_grad is not None:
+        target = target + log_z_grad.double() * p
+        a = a + log_z_grad.double()
     if kl is None:
-        return RowGrads(scale, _log_scale(scale), -g - h * entropy, -h, target)
+        return RowGrads(scale, _log_scale(scale), a, -h, target)
     k, ref_logprobs, ref_sums, value, of_others = (x.double() for x in kl)
     ref_scale = torch.where(ref_sums > 0, -torch.expm1(ref_logprobs) / ref_sums, 0)
     difference = torch.where(p > 0, logp - ref_logprobs, 0)
     target = target + torch.where(k != 0, k * p * (rest * difference - of_others), 0)  # an unused KL may be infinite
-    a = -g - h * entropy - torch.where(k != 0, k * value, 0)
+    a = a - torch.where(k != 0, k * value, 0)
     return RowGrads(scale, _log_scale(scale), a, -h, target, -k, _log_scale(ref_scale))
 
 
@@ -215,10 +240,11 @@ def logits_grad(
     h: Tensor,
     k: Tensor | None = None,
     ref: Softmax | None = None,
+    log_z_grad: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient by z (..., V) of g log p(target) + h entropy + k KL; 0 in ignored rows.
+    """Return the gradient by z (..., V) of g log p(target) + h entropy + k KL + log_z_grad log_z; 0 in ignored rows.
 
-        g (1[target] - p) - h p (log p + entropy) + k p (log p - log p_ref - KL)
+        g (1[target] - p) - h p (log p + entropy) + k p (log p - log p_ref - KL) + log_z_grad p
 
     At the target, 1 - p is -expm1(log p), and log p - log p_ref - KL leaves its share of the KL out.
     """
@@ -227,6 +253,9 @@ def logits_grad(
     p, rest, row_entropy = softmax.logprob.exp(), -torch.expm1(softmax.logprob), entropy(softmax, targets)[..., None]
     of_target = g * rest - h * p * (zero_where_minus_inf(softmax.logprob) + row_entropy)
     inner = softmax.finite_distance() * (-h).to(dtype) + (h * (softmax.log_total - row_entropy) - g).to(dtype)
+    if log_z_grad is not None:
+        log_z_grad = log_z_grad.where(valid, 0).double()[..., None]
+        of_target, inner = of_target + log_z_grad * p, inner + log_z_grad.to(dtype)
     if k is not None and ref is not None:
         k = k.where(valid, 0).double()[..., None]
         kl = exact_kl(softmax, ref)

@@ -57,6 +57,17 @@ def as_flag(x: object) -> bool:
     return bool(x)
 
 
+def as_weights(weights: Tensor | float | None, shape: torch.Size, like: Tensor) -> Tensor | None:
+    """Return the weights of a loss without a gradient. Of a number or tensor () they are a view in `shape`, and float64
+    only if `like` is."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor):
+        weights = torch.full((), as_float(weights), dtype=upcast_dtype(like), device=like.device)
+    weights = weights.detach() if weights.requires_grad else weights
+    return weights if weights.dim() else weights.to(upcast_dtype(like)).expand(shape)
+
+
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return dense tensors, and None for None."""
     return [x if x is None else x.contiguous() for x in tensors]

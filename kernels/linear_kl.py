@@ -67,7 +67,7 @@ def _cpu_heads(kernels, hidden, weight, ref_hidden, ref_weight, targets, tempera
 @linear_kl.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
     policy, reference = _cpu_heads(kernels, *args)
-    logprobs, entropy, _, _, ref_logprobs, kl, *_ = policy.statistics(reference)
+    logprobs, entropy, _, _, _, _, ref_logprobs, kl, *_ = policy.statistics(reference)
     return tuple(map(policy.scatter_valid, (logprobs, ref_logprobs, entropy, kl)))
 
 
@@ -103,7 +103,7 @@ def linear_kl_with_statistics(hidden, weight, ref_hidden, ref_weight, targets, t
 def _(kernels, *args):
     policy, reference = _cpu_heads(kernels, *args)
     rows = map(policy.scatter_valid, policy.statistics(reference))
-    logprobs, entropy, largest, sums, ref_logprobs, kl, *others = rows
+    logprobs, entropy, largest, sums, _, _, ref_logprobs, kl, *others = rows
     return logprobs, ref_logprobs, entropy, kl, torch.stack([largest, sums, *others])
 
 

@@ -194,7 +194,7 @@ def _launch(kernels, *args):
     def coefficients_of(results, chunk):
         loss = loss_of(results, chunk)
         losses.append(loss)
-        logprobs, entropy, largest, sums = results
+        logprobs, entropy, largest, sums, *_ = results
         grads = head.row_grads(loss.logprob_grad, loss.entropy_grad, logprobs, entropy, sums)
         return pack_row_grads(largest, grads)
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_fast import ops
 from rlhf_fast.errors import UserError, shortened
-from rlhf_fast.kernels.linear_logprobs import linear_logprobs_with_statistics
 from rlhf_fast.model.model import Model
 from rlhf_fast.rollout.choose import choose_decoder, require_model
 from rlhf_fast.rollout.decoder import DecodePath, Decoder
@@ -222,12 +222,8 @@ class Scorer:
         targets = torch.tensor([token for span in spans for token in span.continuation], device=device)
         weight, bias = model.head_layer.weight, getattr(model.head_layer, "bias", None)
         x = hidden[torch.from_numpy(rows).to(device)].to(weight.dtype)
-        args = (x, weight, targets, bias, 1.0, model.softcap)
-        logprobs, _, (_, others) = linear_logprobs_with_statistics(*args)
-        logprobs, others = logprobs.double().cpu(), others.double().cpu()
-        # `others` is the sum of exp(z_i - z) over all tokens but the target, with z the largest logit among them. So
-        # that token has the probability (1 - p) / others, and the target's logit is the largest if its p is not less.
-        largest = logprobs.exp() * others >= -torch.expm1(logprobs)
+        logprobs, _, _, largest = ops.linear_logprobs(x, weight, targets, bias, 1.0, model.softcap)
+        logprobs, largest = logprobs.double().cpu(), largest.cpu()
         start = 0
         for span in spans:
             part = slice(start, start + len(span.continuation))

@@ -47,7 +47,7 @@ def central_difference(op, args, i, direction):
     """Return the outputs' derivatives, by differences in float64."""
     h = 1e-6
     up, down = (leaves(op.reference(*op.normalized(*replaced(args, i, args[i] + s * direction)))) for s in (h, -h))
-    return [(a - b) / (2 * h) for a, b in zip(up, down, strict=True)]
+    return [(a.double() - b.double()) / (2 * h) for a, b in zip(up, down, strict=True)]
 
 
 @pytest.mark.parametrize("op", PUBLIC, **by_name)

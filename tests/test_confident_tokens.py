@@ -71,7 +71,7 @@ def token_logprobs(run: Callable, logits: Logits) -> Result:
 
 def linear_logprobs(run: Callable, logits: Logits) -> Result:
     hidden, weight = head_of(logits.x)
-    logprobs, _ = run(hidden, weight, logits.targets, None, logits.temperature, logits.softcap)
+    logprobs, *_ = run(hidden, weight, logits.targets, None, logits.temperature, logits.softcap)
     return Result(logprobs, torch.autograd.grad(logprobs.sum(), weight)[0].T)
 
 

@@ -91,7 +91,7 @@ def test_bits_do_not_depend_on_the_vocabulary_block_or_the_op(backend, monkeypat
             hidden.detach(), weight.detach(), targets, old, advantages, weights
         )
         _, logprobs = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)
-        return [scored, trained, ppo, without_grad], logprobs
+        return [scored[:2], trained[:2], ppo, without_grad], logprobs
 
     results, logprobs = every_op()
     monkeypatch.setattr(cpu_head, "VOCAB_TILES", 2)
@@ -104,7 +104,7 @@ def test_bits_do_not_depend_on_the_vocabulary_block_or_the_op(backend, monkeypat
 @each_backend
 def test_the_first_ratio_is_one(backend):
     hidden, weight, targets = random_head(50, 24, 3001)
-    old, _ = ops.linear_logprobs.backend(backend)(hidden.detach(), weight.detach(), targets, temperature=0.7)
+    old, *_ = ops.linear_logprobs.backend(backend)(hidden.detach(), weight.detach(), targets, temperature=0.7)
     _, advantages, weights = random_ppo_rows(50)
     outputs = ops.linear_ppo_loss.backend(backend)(hidden, weight, targets, old, advantages, weights, temperature=0.7)
     stats = dict(zip(ops.linear_ppo_loss.stats, outputs[3].tolist(), strict=True))
@@ -230,10 +230,59 @@ def test_logits_with_a_large_common_part(backend, offset):
     hidden[:20] += 3 * weight[targets[:20]] * 65**0.5  # confident
     hidden[:, 0], weight[:, 0] = 10.0, offset / 10
     truth = (hidden.double() @ weight.double().T).log_softmax(-1)
-    logprobs, entropy = ops.linear_logprobs.backend(backend)(hidden, weight, targets)
+    logprobs, entropy, log_z, top1 = ops.linear_logprobs.backend(backend)(hidden, weight, targets)
     assert (logprobs <= 0).all()
     torch.testing.assert_close(logprobs.double(), truth.gather(1, targets[:, None])[:, 0], atol=1e-4, rtol=1e-6)
     torch.testing.assert_close(entropy.double(), -(truth.exp() * truth).sum(-1), atol=1e-3, rtol=1e-6)
+    logits = hidden.double() @ weight.double().T
+    torch.testing.assert_close(log_z.double(), logits.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    assert torch.equal(top1, logits.argmax(-1) == targets) and 20 <= top1.sum() < 40
+
+
+@each_backend
+@pytest.mark.parametrize("softcap", [0.0, 250.0])
+def test_log_z_of_targets_far_ahead_and_far_behind(backend, softcap):
+    """log p of the first target rounds to 0, and p of the second is 0; of the third row another token ties."""
+    x = torch.tensor([[200.0, -3.0, 1.0], [-1e30, 2.0, 1.0], [0.1, 0.2, 0.2]])
+    targets = torch.tensor([0, 0, 2])
+    run = ops.linear_logprobs.backend(backend)
+
+    def cap(x):
+        return softcap * (x / softcap).tanh() if softcap else x
+
+    weight = x.T.contiguous().requires_grad_()
+    logprobs, _, log_z, top1 = run(torch.eye(3), weight, targets, None, 0.5, softcap)
+    z = cap(weight.detach().T.double().requires_grad_()) / 0.5
+    torch.testing.assert_close(log_z.double(), z.logsumexp(-1), rtol=1e-7, atol=1e-7)
+    assert logprobs[0] > -1e-30 and logprobs[1] < -100 and top1.tolist() == [True, False, True]
+    exact = weight.detach().double().requires_grad_()
+    (cap(exact.T) / 0.5).logsumexp(-1).sum().backward()
+    torch.testing.assert_close(torch.autograd.grad(log_z.sum(), weight)[0].double(), exact.grad, rtol=1e-6, atol=1e-6)
+
+    bias = torch.tensor([-torch.inf, 2.0, 1.0])
+    _, _, log_z, top1 = run(torch.zeros(1, 4), torch.ones(3, 4), torch.tensor([1]), bias, 0.5, 0.0)
+    torch.testing.assert_close(log_z, (bias[None] / 0.5).logsumexp(-1))
+    _, _, log_z, top1 = run(torch.ones(2, 4), torch.ones(1, 4), torch.tensor([0, 0]), None, 0.5, softcap)
+    torch.testing.assert_close(log_z.double(), cap(torch.full((2,), 4.0).double()) / 0.5, rtol=1e-7, atol=0)
+    assert top1.all()
+
+
+@each_backend
+def test_one_weight_for_all_rows_and_a_temperature(backend):
+    hidden, weight, targets = random_head(23, 8, 131)
+    run = ops.linear_cross_entropy.backend(backend)
+    rows = torch.full((23,), 0.3)
+    expected = run(hidden, weight, targets, rows, temperature=0.7)
+    logprobs = ops.linear_logprobs.reference(*to_float64(hidden, weight), targets, None, 0.7, 0.0)[0]
+    torch.testing.assert_close(expected[0].double(), -0.3 * logprobs.sum(), rtol=1e-5, atol=1e-5)
+    truth = torch.autograd.grad(expected[0], (hidden, weight))
+    for number in (0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)):
+        found = run(hidden, weight, targets, number, temperature=0.7)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        grads = torch.autograd.grad(found[0], (hidden, weight))
+        assert all(torch.equal(a, b) for a, b in zip(grads, truth, strict=True))
+    with pytest.raises(ValueError, match="weights must have the shape of targets"):
+        run(hidden, weight, targets, rows[:1])
 
 
 @each_backend
@@ -316,10 +365,10 @@ def test_infinite_logits_give_nan_in_their_row(backend):
         bias = torch.tensor(row, requires_grad=True)
         targets = torch.arange(3)
         outputs = ops.linear_logprobs.backend(backend)(hidden, weight, targets, bias)
-        assert outputs[0].isnan().all() and outputs[1].isnan().all()
+        assert all(x.isnan().all() for x in outputs[:3]) and not outputs[3].any()
         loss, _ = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets, torch.ones(3), bias)
         kl = ops.linear_kl.backend(backend)(hidden, weight, hidden, weight, targets, bias=bias, ref_bias=bias)
-        for output in (*outputs, loss, kl[0], kl[2], kl[3]):
+        for output in (*outputs[:3], loss, kl[0], kl[2], kl[3]):
             assert output.isnan().all()
             assert torch.autograd.grad(output.sum(), bias, retain_graph=True)[0].isnan().all()
 
@@ -331,9 +380,9 @@ def test_gradcheck_in_float64(backend):
     old, advantages, weights = (x.double() for x in random_ppo_rows(4))
     ref = torch.randn(4, 5).double(), torch.randn(7, 5).double()
     checks = [
-        lambda x, w, b: ops.linear_logprobs.backend(backend)(x, w, targets, b, 0.7, 3.0),
+        lambda x, w, b: ops.linear_logprobs.backend(backend)(x, w, targets, b, 0.7, 3.0)[:3],
         lambda x, w, b: ops.linear_kl.backend(backend)(x, w, *ref, targets, 0.7, 3.0, b)[2:],
-        lambda x, w, b: ops.linear_cross_entropy.backend(backend)(x, w, targets, None, b, 3.0)[0],
+        lambda x, w, b: ops.linear_cross_entropy.backend(backend)(x, w, targets, None, b, 3.0, 0.7)[0],
         lambda x, w, b: ops.linear_ppo_loss.backend(backend)(
             x, w, targets, old, advantages, weights, old - 1, 0.9, 5.0, 0.0, 0.5, "k3", 0.3, 0.7, 3.0, b
         )[0],
@@ -347,8 +396,11 @@ def test_compiles_with_its_gradient():
     hidden, weight, targets = random_head(20, 12, 400)
 
     def loss(hidden, weight):
-        logprobs, entropy = ops.linear_logprobs(hidden, weight, targets)
-        return 3 * ops.linear_cross_entropy(hidden, weight, targets)[0] + logprobs.sum() + 0.5 * entropy.sum()
+        logprobs, entropy, log_z, top1 = ops.linear_logprobs(hidden, weight, targets)
+        weights = 0.1 + top1
+        loss = ops.linear_cross_entropy(hidden, weight, targets)[0]
+        loss = 3 * loss + ops.linear_cross_entropy(hidden, weight, targets, 0.3, temperature=0.7)[0]
+        return loss + (logprobs * weights).sum() + 0.5 * entropy.sum() + 0.1 * log_z.sum()
 
     torch._dynamo.reset()
     eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))

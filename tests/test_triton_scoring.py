@@ -51,7 +51,7 @@ def double(x):
 
 def float64_score(hidden, weight, targets, bias, temperature, softcap, convert=double):
     args = map(convert, (hidden, weight, targets, bias, temperature, softcap))
-    logprobs, entropy, statistics = linear_logprobs_with_statistics.reference(*args)
+    logprobs, entropy, _, _, statistics = linear_logprobs_with_statistics.reference(*args)
     return torch.stack([logprobs, entropy, *statistics])
 
 

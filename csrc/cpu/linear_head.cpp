@@ -150,9 +150,9 @@ double kl_of_others(const HeadState& state, const RowSoftmax& policy, const RowS
   return policy.scale * (moments + state.policy.sum * (policy.log_scale - reference.log_scale));
 }
 
-// Writes the results of whole rows: out (9, rows) = log p, entropy, and of all tokens but the target the largest logit
-// and s; of the reference, log p, KL, the same two, and the others' part of the KL. Without a reference, only the first
-// four.
+// Writes the results of whole rows: out (11, rows) = log p, entropy, of all tokens but the target the largest logit and
+// s, log_z, and 1 where the target has the largest logit, else 0; of the reference, log p, KL, its largest logit and s,
+// and the others' part of the KL. Without a reference, only the first six.
 void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool has_reference, double temperature, float softcap) {
   const Scaling scaling = make_scaling(temperature, softcap);
   for (int64_t row = 0; row < rows; ++row) {
@@ -163,15 +163,18 @@ void head_results(uintptr_t state, uintptr_t out, int64_t rows, bool has_referen
     column[rows] = (float)policy.entropy;
     column[2 * rows] = s.policy.max;
     column[3 * rows] = (float)s.policy.sum;
+    const bool is_nan = policy.logprob != policy.logprob;
+    column[4 * rows] = is_nan ? __builtin_nanf("") : (float)log_z(s.policy, policy, scaling);
+    column[5 * rows] = !is_nan && s.policy.target >= s.policy.max ? 1.f : 0.f;
     if (!has_reference) continue;
     const RowSoftmax reference = finish_row(s.reference, scaling);
     const double of_others = kl_of_others(s, policy, reference, scaling);
     const double of_target = policy.p > 0. ? policy.p * (policy.logprob - reference.logprob) : 0.;
-    column[4 * rows] = (float)reference.logprob;
-    column[5 * rows] = (float)(of_others + of_target);
-    column[6 * rows] = s.reference.max;
-    column[7 * rows] = (float)s.reference.sum;
-    column[8 * rows] = (float)of_others;
+    column[6 * rows] = (float)reference.logprob;
+    column[7 * rows] = (float)(of_others + of_target);
+    column[8 * rows] = s.reference.max;
+    column[9 * rows] = (float)s.reference.sum;
+    column[10 * rows] = (float)of_others;
   }
 }
 

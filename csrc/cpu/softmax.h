@@ -273,6 +273,11 @@ struct RowSoftmax {
   double scale, log_scale;
 };
 
+// logsumexp z of a row without a NaN.
+inline double log_z(const SoftmaxState& state, const RowSoftmax& row, const Scaling& scaling) {
+  return scaling.z(max(state.target, max(state.max, -FLT_MAX))) - max(row.logprob, row.log_scale);
+}
+
 inline RowSoftmax finish_row(const SoftmaxState& state, const Scaling& scaling) {
   const double infinity = __builtin_inf(), sum = state.sum, z = scaling.z(state.target);
   if (sum == 0) return {z - z, z - z, 1., z - z, z - z, -infinity};  // NaN if the target's logit is not finite either

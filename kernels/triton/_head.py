@@ -272,11 +272,13 @@ def is_scored(head: GpuHead, reference: GpuHead | None = None) -> bool:
     return sum(x.D for x in heads) <= MAX_SCORED_DEPTH
 
 
-def score(head: GpuHead, reference: GpuHead | None) -> Statistics:
+def score(head: GpuHead, reference: GpuHead | None, has_log_z: bool) -> Statistics:
     """Return the statistics of every row by _scoring.py's product."""
-    out = Statistics.empty(head.targets, reference is not None)
+    out = Statistics.empty(head.targets, reference is not None, has_log_z)
     largest, sums, *ref_sums = out.sums.flatten(1).unbind()
     outputs = scoring.Outputs(out.logprobs.view(-1), out.entropy.view(-1), largest, sums)
+    if has_log_z:
+        outputs = outputs._replace(log_z=out.log_z.view(-1), top1=out.top1.view(-1))
     targets = head.targets.view(-1)
     options = (head.temperature, head.softcap)
     if reference is None:
@@ -288,11 +290,11 @@ def score(head: GpuHead, reference: GpuHead | None) -> Statistics:
     return out
 
 
-def compute_head_statistics(head: GpuHead, reference: GpuHead | None = None) -> Statistics:
+def compute_head_statistics(head: GpuHead, reference: GpuHead | None = None, has_log_z: bool = False) -> Statistics:
     """Return the statistics of every row, without a gradient."""
     if is_scored(head, reference):
-        return score(head, reference)
-    out = Statistics.empty(head.targets, reference is not None)
+        return score(head, reference, has_log_z)
+    out = Statistics.empty(head.targets, reference is not None, has_log_z)
     chunks = head.chunks(False, 1 if reference is None else 2)
     buffer = head.empty_logits(chunks)
     ref_buffer = None if reference is None else reference.empty_logits(chunks)

@@ -64,22 +64,26 @@ class Statistics(NamedTuple):
     sums: Tensor | None  # (2, N) or (5, N)
     ref_logprobs: Tensor | None
     kl: Tensor | None
+    log_z: Tensor | None = None
+    top1: Tensor | None = None  # uint8: 1 where the target has the largest logit, else 0
 
     @staticmethod
-    def empty(targets: Tensor, has_ref: bool = False) -> "Statistics":
+    def empty(targets: Tensor, has_ref: bool = False, has_log_z: bool = False) -> "Statistics":
         def floats(*leading):
             return empty_float32(targets, *leading, *targets.shape)
 
         ref = (floats(), floats()) if has_ref else (None, None)
-        return Statistics(floats(), floats(), floats(5 if has_ref else 2), *ref)
+        log_z = (floats(), torch.empty_like(targets, dtype=torch.uint8)) if has_log_z else (None, None)
+        return Statistics(floats(), floats(), floats(5 if has_ref else 2), *ref, *log_z)
 
 
 class RowGrads(NamedTuple):
-    """Gradients of a loss with respect to rows' log p, entropy and KL, of N rows each."""
+    """Gradients of a loss with respect to rows' log p, entropy, KL and log_z, of N rows each."""
 
     logprobs: Tensor
     entropy: Tensor
     kl: Tensor | None = None
+    log_z: Tensor | None = None
 
 
 class CrossEntropy(NamedTuple):
@@ -192,6 +196,10 @@ def store_statistics(out, row, N, state, logit, ref_logit, valid, scaling, CAP: 
     if out.sums is not None:
         tl.store(out.sums + row, tl.where(valid, state.m, 0.0))
         tl.store(out.sums + N + row, tl.where(valid, state.s, 0.0))
+    if out.log_z is not None:
+        log_z, is_top1 = _target.log_z_and_top1(target, logit, state.m, scaling, CAP)
+        tl.store(out.log_z + row, tl.where(valid, log_z, 0.0))
+        tl.store(out.top1 + row, (valid & is_top1).to(tl.uint8))
     if REF:
         ref_lead, ref_error = _target.lead_over(ref_logit, state.m2, scaling, CAP)
         ref_target = _target.join(ref_lead, ref_error, state.s2, 0.0)
@@ -305,6 +313,10 @@ def gradient_kernel(
     has_grad = (logprob_grad != 0) | (entropy_grad != 0) | (entropy != entropy)
     result = _target.known_target(logp, entropy, tl.load(known.sums + N + index))
     coefficients = softmax.coefficients_of(result, gain * logprob_grad, gain * entropy_grad)
+    if grads.log_z is not None:
+        log_z_grad = tl.load(grads.log_z + index, mask=valid, other=0.0).to(tl.float32)
+        has_grad = has_grad | (log_z_grad != 0)
+        coefficients = softmax.add_log_z(coefficients, result, gain * log_z_grad)
     base = softmax.apply_softcap(tl.load(known.sums + index), scaling, CAP)
     base2 = 0.0
     if rows.ref is not None:

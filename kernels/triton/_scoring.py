@@ -74,7 +74,7 @@ class Splits(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Results (N,) float32; the last five are the reference's, and those of the KL, or None."""
+    """Results (N,) float32; the reference's and those of the KL, or None; and top1 (N,) uint8 and log_z, or None."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -85,6 +85,8 @@ class Outputs(NamedTuple):
     ref_largest: Tensor | None = None
     ref_sums: Tensor | None = None
     kl_of_others: Tensor | None = None
+    log_z: Tensor | None = None
+    top1: Tensor | None = None
 
 
 @triton.jit
@@ -314,6 +316,10 @@ def merge_splits_kernel(
     tl.store(out.entropy + row, tl.where(valid, target.entropy, 0.0), mask=exists)
     tl.store(out.largest + row, tl.where(valid, largest, 0.0), mask=exists)
     tl.store(out.sums + row, tl.where(valid, total, 0.0), mask=exists)
+    if out.log_z is not None:
+        log_z, is_top1 = _target.log_z_and_top1(target, logit, tl.maximum(largest, MIN_FLOAT), scaling, CAP)
+        tl.store(out.log_z + row, tl.where(valid, log_z, 0.0), mask=exists)
+        tl.store(out.top1 + row, (valid & is_top1).to(tl.uint8), mask=exists)
     if PAIR:
         split_ref_largest = tl.load(part + 3 * capacity, mask=inside, other=float("-inf"))
         split_ref_total = tl.load(part + 4 * capacity, mask=inside, other=0.0)

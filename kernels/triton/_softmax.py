@@ -295,6 +295,13 @@ def coefficients_of(target, logprob_grad, entropy_grad):
 
 
 @triton.jit
+def add_log_z(coefficients, target, log_z_grad):
+    """Return the `Coefficients` with the gradient with respect to the row's log_z."""
+    own = coefficients.target + log_z_grad * target.p
+    return Coefficients(own, coefficients.a + log_z_grad, coefficients.b, coefficients.c)
+
+
+@triton.jit
 def add_kl(coefficients, target, ref_logp, ref_log_factor, kl, kl_of_others, kl_grad):
     """Return the `Coefficients` with the gradient with respect to the row's KL.
 

@@ -144,6 +144,19 @@ def join(lead, error, s, a):
 
 
 @triton.jit
+def log_z_and_top1(target, x, largest, scaling, CAP: tl.constexpr):
+    """Return logsumexp z of a row, and True if no logit is larger than x, the target's. largest: of the others."""
+    z = tl.maximum(x, largest).to(tl.float64)
+    if CAP:
+        softcap = to_float64(scaling.softcap)
+        z = softcap * exact_tanh(z / softcap)
+    z = z * (to_float64(scaling.inverse_temperature) + to_float64(scaling.low_inverse_temperature))
+    is_number = target.logp == target.logp
+    log_z = (z - tl.maximum(target.logp, target.log_factor)).to(tl.float32)
+    return tl.where(is_number, log_z, float("nan")), is_number & (x >= largest)
+
+
+@triton.jit
 def known_target(logp, entropy, s):
     """Return the `Target` of a row with known results."""
     rest = one_minus_exp(logp)

@@ -43,8 +43,8 @@ def linear_cross_entropy_merge_kernel(parts, loss, programs, BLOCK: tl.constexpr
     tl.store(loss, tl.sum(x.to(tl.float64), axis=0).to(tl.float32))
 
 
-def linear_cross_entropy_with_gradients(hidden, weight, targets, weights, bias, softcap, *needs_grad):
-    policy = head.GpuHead("linear_cross_entropy", hidden, weight, targets, bias, 1.0, softcap)
+def linear_cross_entropy_with_gradients(hidden, weight, targets, weights, bias, softcap, temperature, *needs_grad):
+    policy = head.GpuHead("linear_cross_entropy", hidden, weight, targets, bias, temperature, softcap)
     weights = weights if weights is None else weights.contiguous()
     num_valid = (policy.targets != IGNORE_INDEX).sum() if weights is None else None
     statistics, grads = head.train(policy, Loss.cross_entropy(weights, num_valid), needs_grad)

@@ -22,7 +22,7 @@ def linear_kl(*args):
 
 
 def linear_kl_with_statistics(*args):
-    logprobs, entropy, sums, ref_logprobs, kl = head.compute_head_statistics(*policy_and_reference(*args))
+    logprobs, entropy, sums, ref_logprobs, kl, _, _ = head.compute_head_statistics(*policy_and_reference(*args))
     return logprobs, ref_logprobs, entropy, kl, sums
 
 

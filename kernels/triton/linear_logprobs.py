@@ -10,17 +10,17 @@ from rlhf_fast.kernels.triton._logits import RowGrads, Statistics
 
 
 def linear_logprobs(*args):
-    return linear_logprobs_with_statistics(*args)[:2]
+    return linear_logprobs_with_statistics(*args)[:4]
 
 
 def linear_logprobs_with_statistics(*args):
-    logprobs, entropy, sums, _, _ = head.compute_head_statistics(head.GpuHead("linear_logprobs", *args))
-    return logprobs, entropy, sums
+    out = head.compute_head_statistics(head.GpuHead("linear_logprobs", *args), has_log_z=True)
+    return out.logprobs, out.entropy, out.log_z, out.top1.bool(), out.sums
 
 
-def linear_logprobs_backward(grad_logprobs, grad_entropy, logprobs, entropy, statistics, *args):
+def linear_logprobs_backward(grad_logprobs, grad_entropy, grad_log_z, logprobs, entropy, statistics, *args):
     *args, needs_hidden, needs_weight, needs_bias = args
     known = Statistics(*contiguous(logprobs, entropy, statistics), None, None)
-    row_grads = RowGrads(grad_logprobs.contiguous(), grad_entropy.contiguous())
+    row_grads = RowGrads(grad_logprobs.contiguous(), grad_entropy.contiguous(), log_z=grad_log_z.contiguous())
     policy = head.GpuHead("linear_logprobs", *args)
     return head.compute_input_grads(policy, known, row_grads, (needs_hidden, needs_weight, needs_bias))

@@ -335,7 +335,7 @@ class Model:
         weight, bias = self.head_layer.weight, getattr(self.head_layer, "bias", None)
         if sampled_tokens_only:
             weight, bias = self.head_weight, self.head_bias
-        logprobs, entropy = ops.linear_logprobs(
+        logprobs, entropy, _, _ = ops.linear_logprobs(
             hidden, weight, targets, bias=bias, temperature=temperature, softcap=self.softcap
         )
         shape = response_mask(prompt_lengths, lengths).shape

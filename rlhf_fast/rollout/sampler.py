@@ -63,7 +63,7 @@ class Sampler:
         )
         if model.exact and cfg.temperature:  # the training step's own op, whose sums have another order
             targets = torch.where(token < 0, IGNORE_INDEX, token)
-            logprobs, entropy = ops.linear_logprobs(
+            logprobs, entropy, _, _ = ops.linear_logprobs(
                 hidden, model.head_weight, targets, model.head_bias, cfg.temperature, model.softcap
             )
             raw_logprobs = logprobs if cfg.temperature == 1 else raw_logprobs
