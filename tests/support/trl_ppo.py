@@ -1,8 +1,9 @@
-"""Train for three updates with the PPOTrainer of trl 1.12, its last version, and write metrics and weights.
+"""Train for three updates with the PPOTrainer of trl 1.12, its last version, and write metrics and weights to OUT.json.
 
-    trl_ppo.py MODEL OUT [lazy]
+    trl_ppo.py MODEL OUT.json
 
-lazy: under lazy_head of the policy and the reference. A process of its own, because another trl is installed.
+Twice: as it is, and under lazy_head of the policy and the reference. A process of its own, because another trl is
+installed beside it.
 """
 
 import contextlib
@@ -43,8 +44,8 @@ def flat(model) -> list[float]:
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 
 
-def main(folder: str, out: str, *mode: str) -> None:
-    torch.set_num_threads(1)
+def train(folder: str, out: str, lazy: bool) -> dict:
+    """Return what a run gave; counts: of each model the calls that an op answered and the logits that were made."""
     words = AutoTokenizer.from_pretrained(folder, padding_side="left")
     words.pad_token = words.unk_token
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
@@ -65,7 +66,7 @@ def main(folder: str, out: str, *mode: str) -> None:
     record, start = Record(), flat(policy)
     set_seed(0)
     with contextlib.ExitStack() as stack:
-        if mode:
+        if lazy:
             stack.enter_context(lazy_head(policy))
             stack.enter_context(lazy_head(reference))
         PPOTrainer(
@@ -78,10 +79,14 @@ def main(folder: str, out: str, *mode: str) -> None:
             train_dataset=Dataset.from_list(prompts),
             callbacks=[record],
         ).train()
-    counts = [[found.answered, found.made] for found in (status(policy), status(reference))] if mode else []
-    print(status(policy) if mode else "", file=sys.stderr)
-    result = {"version": trl.__version__, "metrics": record.metrics, "start": start, "weights": flat(policy)}
-    Path(out).write_text(json.dumps(result | {"counts": counts}))
+    counts = [[found.answered, found.made] for found in (status(policy), status(reference))] if lazy else []
+    weights = {"start": start, "weights": flat(policy)}
+    return {"version": trl.__version__, "metrics": record.metrics, "counts": counts, **weights}
+
+
+def main(folder: str, out: str) -> None:
+    torch.set_num_threads(1)
+    Path(out).write_text(json.dumps([train(folder, out, lazy) for lazy in (False, True)]))
 
 
 if __name__ == "__main__":
