@@ -66,7 +66,7 @@ def test_every_model_of_the_tests(name):
 @pytest.mark.exhaustive(6, slow=40)
 @pytest.mark.parametrize("kind", LM, ids=lambda kind: kind.__name__)
 def test_every_architecture(kind):
-    """Under transformers' own loss the op answers for a plain linear head. Other models are refused, or as they were."""
+    """Under transformers' own loss the op answers for a linear head. Other models are refused, or as they were."""
     architecture = LM[kind][0] if isinstance(LM[kind], tuple) else LM[kind]
     try:
         config = shrunken(kind)
@@ -157,7 +157,7 @@ def test_a_weight_that_fsdp2_has_freed(gloo):
     inputs, model = batch(), llama()
     fully_shard(model, reshard_after_forward=True)
     with lazy_head(model):
-        with pytest.raises(RuntimeError, match="weight was freed after the forward pass"):
+        with pytest.raises(RuntimeError, match="weight was freed between the forward pass"):
             logprobs_of(inputs["input_ids"])(model)
         model(**inputs).loss.backward()
 

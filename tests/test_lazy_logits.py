@@ -2,7 +2,9 @@
 logits are made, and where they are written."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rlhf_fast.integrations import lazy_head, status
+from rlhf_fast.integrations.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {**SMALL, "vocab_size": 97, "initializer_range": 0.15}
@@ -360,8 +363,15 @@ def test_logits_after_the_optimizers_step():
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         with torch.no_grad():
             assert_close(verl_entropy_from_logits(logits), theirs.detach(), 1e-5)
-            for read in (lambda z: z.max(), lambda z: (z / 2).logsumexp(-1), lambda z: z[:1].logsumexp(-1), lambda z: z + 0,
-                         lambda z: z.argmax(-1), lambda z: z.mean(-1), lambda z: z.gather(-1, ids[:, 1:, None])):  # fmt: skip
+            for read in (
+                lambda z: z.max(),
+                lambda z: (z / 2).logsumexp(-1),
+                lambda z: z[:1].logsumexp(-1),
+                lambda z: z + 0,
+                lambda z: z.argmax(-1),
+                lambda z: z.mean(-1),
+                lambda z: z.gather(-1, ids[:, 1:, None]),
+            ):
                 with pytest.raises(RuntimeError, match=r"head's weight changed between .*test_lazy_logits.py:\d+"):
                     read(logits)
     assert (status(model).answered, status(model).made) == (1, 0)
@@ -434,6 +444,73 @@ def test_a_second_backward_pass():
         return out
 
     compare(model, reading(read), out_tolerance=2e-5, grad_tolerance=5e-5)
+
+
+def test_a_second_derivative_is_an_error():
+    model, ids = made_by("plain"), torch.randint(3, V, (3, 9))
+    with lazy_head(model):
+        out = picked(model(input_ids=ids).logits[:, :-1], ids[:, 1:])
+        (grad,) = torch.autograd.grad(out.sum(), model.lm_head.weight, create_graph=True)
+        with pytest.raises(RuntimeError):
+            grad.square().sum().backward()
+
+
+def test_inference_mode():
+    model, ids = made_by("plain"), torch.randint(3, V, (3, 9))
+    with torch.inference_mode():
+        theirs = model(input_ids=ids).logits.clone()
+        with lazy_head(model):
+            ours = model(input_ids=ids).logits
+            assert type(ours) is LazyLogits
+            assert_close(picked(cut(ours), ids[:, 1:]), picked(cut(theirs), ids[:, 1:]), 1e-5)
+            assert torch.equal(ours + 0, theirs)
+            for z in (ours, theirs):
+                z[..., 4] = -50.0
+                z += 1
+            assert_close(ours.logsumexp(-1), theirs.logsumexp(-1), 1e-6)
+
+
+def test_row_temperatures_of_a_bfloat16_model():
+    """Hidden states are divided in float32; the weight's dtype is another then."""
+    scales = torch.tensor([0.5, 1.0, 2.0])[:, None, None]
+    for read in (lambda z, y: picked(cut(z).float() / scales, y), lambda z, y: (z / scales).square()):
+        compare(made_by("plain").bfloat16(), reading(read), out_tolerance=2e-2, grad_tolerance=4e-2)
+
+
+def test_nothing_keeps_their_memory():
+    """Without a garbage collection: hidden states and the graph behind them are large."""
+    model, ids = made_by("plain"), torch.randint(3, V, (3, 9))
+    gc.collect()
+    gc.disable()
+    try:
+        with lazy_head(model):
+            logits = model(input_ids=ids).logits
+            kept = [weakref.ref(logits), weakref.ref(logits.rows), weakref.ref(logits.rows.hidden)]
+            (passed,) = Same.apply(logits)
+            loss = (
+                trl_selective_log_softmax(passed[:, :-1] / 0.7, ids[:, 1:]).sum()
+                + passed.max()
+                + Squared.apply(logits).sum()
+            )
+            with torch.no_grad():
+                trl_entropy_from_logits(passed).sum()
+            loss.backward()
+            del logits, passed, loss
+        assert [ref() is None for ref in kept] == [True] * 3
+    finally:
+        gc.enable()
+
+
+class Same(torch.autograd.Function):
+    """Returns its inputs, as DDP's sink does."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return inputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
 
 
 # -- the object --------------------------------------------------------------------------------------------------------

@@ -267,6 +267,13 @@ def test_the_rollouts_run(page, workplace, capsys):
     assert len(found["responses"].lengths) == 8 and capsys.readouterr().out
 
 
+def test_a_trainer_without_logits(workplace, capsys):
+    toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
+    source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "lazy_head(" in block)
+    exec(source, {})
+    assert "answered by ops 3 times, given at once 0 times, made 0 times" in capsys.readouterr().out
+
+
 def test_the_stage_that_is_run_from_python(workplace, monkeypatch):
     """The page shows a short run, which runs here once it is shorter still."""
     toy.model(workplace / "runs" / "sft")

@@ -75,7 +75,9 @@ class LinearHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits themselves (..., V)."""
-        z = F.linear(hidden, self.weight, self.bias)
+        dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
+        head = self if dtype == self.weight.dtype else self.to(dtype)
+        z = F.linear(hidden.to(dtype), head.weight, head.bias)
         if self.capped:
             z = torch.tanh(z if self.inner == 1 else z * self.inner)
         # tanh keeps its output for the gradient, which a write into that output would spoil.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rlhf_fast.integrations.head import LinearHead
-from rlhf_fast.integrations.lazy_rows import Rows, Source
+from rlhf_fast.integrations.lazy_rows import Rows, Source, version_of
 from rlhf_fast.integrations.record import Record, caller
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,6 +52,7 @@ class LazyLogits(Tensor):
     cache_version: int
     own: Tensor | None
     ties: tuple[Tensor, ...]
+    heard: bool
     was_passed: bool
 
     @staticmethod
@@ -65,7 +66,7 @@ class LazyLogits(Tensor):
             rows = rows.detach()
         device = rows.head.weight.device
         x = Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        x.rows, x.form, x.factor, x.ties, x.was_passed = rows, form, factor, ties, False
+        x.rows, x.form, x.factor, x.ties, x.heard, x.was_passed = rows, form, factor, ties, False, False
         x.memory = memory or Memory()
         x.seen, x.own, x.copied, x.cache, x.cache_version = x.memory.writes, None, copied, None, 0
         if attached and rows.needs_grad():
@@ -75,14 +76,20 @@ class LazyLogits(Tensor):
     def like(self, **changes: Any) -> LazyLogits:
         """Return lazy logits with some attributes changed."""
         given = {"rows": self.rows, "shape": tuple(self.shape), "dtype": self.dtype, "form": self.form}
-        return LazyLogits.of(**{**given, "factor": self.factor, "copied": self.copied, "ties": self.ties, **changes})
+        return LazyLogits.of(
+            **{**given, "factor": self.factor, "copied": self.copied, "ties": self.all_ties(), **changes}
+        )
 
     def passed(self, **changes: Any) -> LazyLogits:
         """Return these logits as an autograd.Function does that returns its input. Its backward pass is to be heard.
         torch makes it a node of autograd afterwards. Where it did not, it was only called under no_grad."""
         found = self.like(**{"memory": self.memory, "attached": False, **changes})
-        found.ties, found.was_passed = (*self.ties, found), True
+        found.heard = found.was_passed = True
         return found
+
+    def all_ties(self) -> tuple[Tensor, ...]:
+        """Return the nodes of autograd whose backward pass wrappers wait for; `heard`: this is one of them."""
+        return (*self.ties, self) if self.heard else self.ties
 
     def become(self, rows: Rows, factor: float) -> LazyLogits:
         """Be other logits, after a write in place."""
@@ -110,7 +117,7 @@ class LazyLogits(Tensor):
                 f"lazy_head: these logits were written in place through another view, at {self.memory.where}; read that"
                 " view, or write into logits.clone()"
             )
-        written = self.cache is not None and self.cache._version != self.cache_version
+        written = self.cache is not None and version_of(self.cache) != self.cache_version
         if self.own is None and (written or self.rows.written_through_a_view()):
             raise RuntimeError(
                 "lazy_head: these logits were written in place through a view of a part of the vocabulary; write by"
@@ -141,12 +148,12 @@ class LazyLogits(Tensor):
             if not self.copied:
                 return made
             made = made.clone()
-        self.cache, self.cache_version = made, made._version
+        self.cache, self.cache_version = made, version_of(made)
         return made
 
     def answered(self, out: Tensor) -> Tensor:
         """Return an op's answer, through whose backward pass the wrappers of these logits hear of it."""
-        ties = [x for x in self.ties if x.requires_grad]
+        ties = [x for x in self.all_ties() if x.requires_grad]
         return _Tie.apply(out, *ties) if ties and out.requires_grad else out
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -226,11 +233,14 @@ def _on_made(func: Any, args: tuple, kwargs: dict) -> Any:
     """Call a function with the logits themselves. What it writes into them belongs to the LazyLogits that it had."""
     lazy = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)}
     made = {key: x.make() for key, x in lazy.items()}
-    versions = {key: x._version for key, x in made.items()}
+    versions = {key: version_of(x) for key, x in made.items()}
+    first = args[0] if args else None
     args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
     with torch._C.DisableTorchFunctionSubclass():
         out = func(*args, **kwargs)
-    written = [x for key, x in lazy.items() if made[key]._version != versions[key]]
+    written = [x for key, x in lazy.items() if version_of(made[key]) != versions[key]]
+    if isinstance(first, LazyLogits) and made[id(first)].is_inference() and _writes(func):
+        written = [first]
     for x in written[:1] if len({id(x.memory) for x in written}) < 2 else written:
         if x.requires_grad and not torch.is_grad_enabled():
             raise NotImplementedError(f"lazy_head: logits with a gradient were written under no_grad; {REMEDY}")
@@ -240,6 +250,15 @@ def _on_made(func: Any, args: tuple, kwargs: dict) -> Any:
         x.note_write()
         out = x if out is x.own else out
     return out
+
+
+def _writes(func: Any) -> bool:
+    """Say whether a function writes into its first argument. Tensors of inference mode count no versions."""
+    name = getattr(func, "__name__", "")
+    return name in WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
 
 
 class _Node(torch.autograd.Function):

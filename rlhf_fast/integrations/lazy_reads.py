@@ -134,10 +134,11 @@ def gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) ->
     if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < x.shape[-1]:
         return NotImplemented  # torch says that it is out of range
     index = index.reshape(-1, tokens)
-    if tokens == 1 and x.form == "log_softmax":
-        out = rows.statistics(index[:, 0])[0]
-    elif tokens == 1 and not rows.has_statistics():
-        logprobs, _, log_z, _ = rows.statistics(index[:, 0])
+    one = index[:, 0] if tokens == 1 else None
+    if one is not None and x.form == "log_softmax" and (rows.knows(one) or not rows.has_statistics()):
+        out = rows.statistics(one)[0]
+    elif one is not None and (rows.knows(one) or not rows.has_statistics()):
+        logprobs, _, log_z, _ = rows.statistics(one)
         out = logprobs + log_z
     else:
         rows.source.check()
@@ -180,8 +181,9 @@ def mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     if x.form != "logits" or head.capped or not _is_last(x, dim) or x.rows.has_logits():
         return NotImplemented
     x.rows.note_answer()
-    out = x.rows.hidden.float() @ head.weight.float().mean(0)
-    out = (out if head.bias is None else out + head.bias.float().mean()) * head.scale
+    precise = torch.promote_types(x.rows.hidden.dtype, torch.float32)
+    out = x.rows.hidden.to(precise) @ head.weight.to(precise).mean(0)
+    out = (out if head.bias is None else out + head.bias.to(precise).mean()) * head.scale
     return _rowwise(x, out, dtype or x.dtype, keepdim)
 
 

@@ -14,17 +14,17 @@ Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Source:
-    """Remember the tensors of one forward pass, and in which version they were: an optimizer's step writes into them."""
+    """Remember the tensors of one forward pass and their versions: an optimizer's step writes into them."""
 
     def __init__(self, record: Record, hidden: Tensor, head: LinearHead):
         self.record = record
         tensors = {"hidden states": hidden, "weight": head.weight, "bias": head.bias}
-        self.tensors = {name: (x, _version(x)) for name, x in tensors.items() if x is not None}
+        self.tensors = {name: (x, version_of(x)) for name, x in tensors.items() if x is not None}
 
     def check(self) -> None:
         """Raise where the logits of that pass cannot be computed any more."""
         for name, (x, version) in self.tensors.items():
-            if _version(x) != version:
+            if version_of(x) != version:
                 raise RuntimeError(
                     f"lazy_head: the head's {name} changed between the forward pass and {caller()}, which reads logits"
                     " of that pass; read them before the optimizer's step, or keep logits.make()"
@@ -36,7 +36,8 @@ class Source:
                 )
 
 
-def _version(x: Tensor) -> int:
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was written in place; 0 in inference mode, which does not count."""
     return 0 if x.is_inference() else x._version
 
 
@@ -107,6 +108,11 @@ class Rows:
             return True
         return any(with_grad or not self.needs_grad() for _, with_grad, _, _ in self.known)
 
+    def knows(self, targets: Tensor) -> bool:
+        """Return whether statistics of these targets are known that serve now."""
+        wanted, need = _identity(targets), self.needs_grad()
+        return any(identity == wanted and (with_grad or not need) for identity, with_grad, _, _ in self.known)
+
     def statistics(self, targets: Tensor | None = None) -> Statistics:
         """Return log p, entropy, log_z and top1 of each row (N,), by one call of the op.
 
@@ -138,7 +144,7 @@ class Rows:
             self.source.check()
             self.source.record.note_made(need)
             self.made = self.head.logits(self.hidden)
-            self.made_version = self.made._version
+            self.made_version = version_of(self.made)
         return self.made if need else self.made.detach()
 
     def note_answer(self) -> None:
@@ -154,7 +160,7 @@ class Rows:
         """Return whether somebody wrote into the logits past their LazyLogits."""
         if self.parent is not None:
             return self.parent.written_through_a_view()
-        return self.made is not None and self.made._version != self.made_version
+        return self.made is not None and version_of(self.made) != self.made_version
 
     def forget_logits(self) -> None:
         """Let the logits go to the one that wrote into them."""
@@ -164,4 +170,4 @@ class Rows:
 
 
 def _identity(targets: Tensor) -> tuple:
-    return targets.data_ptr(), targets.shape, targets.stride(), targets.dtype, targets._version
+    return targets.data_ptr(), targets.shape, targets.stride(), targets.dtype, version_of(targets)

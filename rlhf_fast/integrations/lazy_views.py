@@ -57,7 +57,7 @@ def index_rows(x: LazyLogits, index: Any) -> Any:
         return NotImplemented
     *first, last = items
     if isinstance(last, slice) and last.indices(x.shape[-1]) == (0, x.shape[-1], 1):
-        basic = not any(isinstance(i, Tensor) for i in first)
+        basic = not any(isinstance(i, Tensor) and i.dim() for i in first)
         return other_rows(x, x.rows.shaped(x.lead)[(*first, FULL)], basic)
     return _one_of_each_row(x, first, last)
 
@@ -335,7 +335,7 @@ def register_hook(x: LazyLogits, hook: Any) -> Any:
     """FSDP's hooks only hear of the backward pass. A user's would have the gradient, which is never made."""
     if not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch."):
         raise NotImplementedError("lazy_head: a hook on logits would have no gradient to see; put it on logits.make()")
-    x.ties = (*x.ties, x)
+    x.heard = True
     with torch._C.DisableTorchFunctionSubclass():
         return Tensor.register_hook(x, hook)
 
