@@ -381,6 +381,12 @@ def test_the_mean_logit_under_a_soft_cap_is_left_to_trl(utils):
     assert all(far(grad, grads[name]) < 1e-5 for name, grad in plain_grads.items())
 
 
+def test_the_module_is_found_by_its_package():
+    from rlhf_fast import integrations
+
+    assert integrations.trl is fast_trl and "trl" in integrations.__all__
+
+
 @slow
 def test_trl_is_put_back(utils):
     before = utils._ChunkedLogProbFunction, utils._use_triton
