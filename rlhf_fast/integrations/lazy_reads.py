@@ -67,7 +67,7 @@ def _loss(function: Any, x: LazyLogits, target: Any, ignore_index: int, reductio
     dtype = result_dtype(function, x)
     rows = target.reshape(-1)
     if reduction == "none":
-        return x.answered(-x.rows.statistics(rows)[0].view(target.shape).to(dtype))
+        return x.answered(-x.rows.statistics(rows, some_ignored=True)[0].view(target.shape).to(dtype))
     x.rows.note_answer()
     loss = x.rows.head.cross_entropy(x.rows.hidden, rows, 1.0 if reduction == "sum" else None)
     if reduction == "mean":  # torch's mean of no tokens is nan, and its gradient 0
@@ -181,10 +181,7 @@ def mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     if x.form != "logits" or head.capped or not _is_last(x, dim) or x.rows.has_logits():
         return NotImplemented
     x.rows.note_answer()
-    precise = torch.promote_types(x.rows.hidden.dtype, torch.float32)
-    out = x.rows.hidden.to(precise) @ head.weight.to(precise).mean(0)
-    out = (out if head.bias is None else out + head.bias.to(precise).mean()) * head.scale
-    return _rowwise(x, out, dtype or x.dtype, keepdim)
+    return _rowwise(x, head.mean_logit(x.rows.hidden), dtype or x.dtype, keepdim)
 
 
 @handles(Tensor.argmax, torch.argmax)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ class Source:
                 )
 
 
+class Known(NamedTuple):
+    """Statistics, with what they serve for: targets of this identity, any if every row has its own.
+
+    The targets are kept, so that no others can have their address."""
+
+    identity: tuple | None
+    with_grad: bool
+    every_row: bool
+    targets: Tensor | None
+    statistics: Statistics
+
+
 def version_of(x: Tensor) -> int:
     """Return how often a tensor was written in place; 0 in inference mode, which does not count."""
     return 0 if x.is_inference() else x._version
@@ -53,7 +66,7 @@ class Rows:
     ):  # fmt: skip
         self._hidden, self.head, self.source = hidden, head, source
         self.parent, self.part, self.detached = parent, part, detached
-        self.known: list[tuple[tuple | None, bool, Tensor | None, Statistics]] = []
+        self.known: list[Known] = []
         self.made: Tensor | None = None
         self.made_version = 0
         self._twin: weakref.ref[Rows] | None = None
@@ -106,32 +119,34 @@ class Rows:
         """Return whether statistics are known that serve now."""
         if self.parent is not None and self.parent.has_statistics():
             return True
-        return any(with_grad or not self.needs_grad() for _, with_grad, _, _ in self.known)
+        return any(known.every_row and (known.with_grad or not self.needs_grad()) for known in self.known)
 
     def knows(self, targets: Tensor) -> bool:
         """Return whether statistics of these targets are known that serve now."""
         wanted, need = _identity(targets), self.needs_grad()
-        return any(identity == wanted and (with_grad or not need) for identity, with_grad, _, _ in self.known)
+        return any(known.identity == wanted and (known.with_grad or not need) for known in self.known)
 
-    def statistics(self, targets: Tensor | None = None) -> Statistics:
+    def statistics(self, targets: Tensor | None = None, some_ignored: bool = False) -> Statistics:
         """Return log p, entropy, log_z and top1 of each row (N,), by one call of the op.
 
-        targets (N,); None: log p and top1 are not read, and statistics for any targets serve."""
+        targets (N,); None: log p and top1 are not read, and statistics for any targets serve. some_ignored: rows of
+        target -100 may be among them, of which all statistics are 0."""
         if self.parent is not None and (targets is None or self.part == slice(None)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
-                found = self.parent.statistics(targets)
+                found = self.parent.statistics(targets, some_ignored)
             return tuple(x[self.part] for x in found)  # type: ignore[return-value]
         need, wanted = self.needs_grad(), None if targets is None else _identity(targets)
-        for identity, with_grad, _, found in self.known:
-            if (wanted is None or identity == wanted) and (with_grad or not need):
+        for known in self.known:
+            serves = known.every_row if wanted is None else known.identity == wanted
+            if serves and (known.with_grad or not need):
+                found = known.statistics
                 return found if need else tuple(x.detach() for x in found)  # type: ignore[return-value]
         self.note_answer()
         chosen = targets
         if chosen is None:
             chosen = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)
         found = self.head.logprobs(self.hidden, chosen)
-        # The targets are kept, so that no others can have their address.
-        self.known.append((wanted, need, targets, found))
+        self.known.append(Known(wanted, need, not some_ignored, targets, found))
         return found
 
     def logits(self) -> Tensor:
