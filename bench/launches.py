@@ -108,7 +108,7 @@ class Arguments:
         known = dict(zip(op.names, self.raw, strict=True))
         if op.cost_function is None:
             with self.mode, torch.no_grad():
-                outputs = _tensors(op.torch_op(*self.args))
+                outputs = _tensors(op.dispatch(*self.args))
             gradients = [x for x in _tensors(self.raw) if x.requires_grad] if case.gradient else []
             written = [self.args[i] for i in op.mutates]
             return float(sum(x.nbytes for x in _tensors([*self.args, *written, *outputs, *gradients]))), 0.0

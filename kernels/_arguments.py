@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
+from types import GenericAlias
 from typing import get_args
 
 import torch
@@ -25,9 +26,9 @@ INTEGERS = frozenset(
 )
 
 MUST_BE_FLOATING = frozenset((
-    "advantages", "bias", "bootstrap", "cos", "gate", "hidden", "k", "k_cache", "logits", "logprobs", "noise",
-    "old_logprobs", "old_values", "q", "ref_bias", "ref_hidden", "ref_logprobs", "ref_weight", "residual", "returns",
-    "rewards", "sampler_logprobs", "scores", "sin", "up", "v", "v_cache", "values", "weight", "x",
+    "advantages", "bias", "bootstrap", "cos", "gamma", "gate", "hidden", "k", "k_cache", "lam", "logits", "logprobs",
+    "noise", "old_logprobs", "old_values", "q", "ref_bias", "ref_hidden", "ref_logprobs", "ref_weight", "residual",
+    "returns", "rewards", "sampler_logprobs", "scores", "sin", "up", "v", "v_cache", "values", "weight", "x",
 ))  # fmt: skip
 """The parameters, of any op, that take no tensor of integers. Weights of 0 and 1 may be integers."""
 
@@ -43,18 +44,66 @@ def may_be_number(annotation: object) -> bool:
     return Tensor in kinds and (float in kinds or int in kinds)
 
 
+def may_be_rows(annotation: object) -> bool:
+    """Return whether a number may also be a tensor of one number per row: `float | Tensor`. It stays a number where it
+    is one, so that no memory of a device is needed for it."""
+    return may_be_number(annotation) and type(None) not in get_args(annotation)
+
+
 def schema(body: Callable, mutates: tuple[str, ...]) -> str:
-    """Return the schema of an op, in which a parameter that also takes a number is a tensor or None."""
+    """Return the schema of an op. `float | Tensor | None` is a tensor or None in it. torch has no type for `float |
+    Tensor`: it is a number, and NAME_rows, a tensor or None, stands behind all other parameters."""
     signature = inspect.signature(body)
-    parameters = [
-        p.replace(annotation=Tensor | None) if may_be_number(p.annotation) else p for p in signature.parameters.values()
-    ]
+    parameters, rows = [], []
+    for p in signature.parameters.values():
+        if may_be_rows(p.annotation):
+            parameters.append(p.replace(annotation=float))
+            rows.append(p.replace(name=f"{p.name}_rows", annotation=Tensor | None, default=None))
+        else:
+            parameters.append(p.replace(annotation=Tensor | None) if may_be_number(p.annotation) else p)
+    parameters += rows
 
     def prototype() -> None:
         """Stand for the body."""
 
     vars(prototype)["__signature__"] = signature.replace(parameters=parameters)
     return torch.library.infer_schema(prototype, mutates_args=mutates)
+
+
+def variant_signature(
+    signature: inspect.Signature, outputs: int, tensors: Sequence[str], flags: Sequence[str]
+) -> inspect.Signature:
+    """Return the signature of `Op.variant`, of an op with this one."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=Tensor) for name in tensors]
+    parameters += [p.replace(default=p.empty) for p in signature.parameters.values()]
+    parameters += [inspect.Parameter(name, kind, annotation=bool) for name in flags]
+    result = Tensor if outputs == 1 else GenericAlias(tuple, (Tensor,) * outputs)
+    return inspect.Signature(parameters, return_annotation=result)
+
+
+def split_rows(args: tuple, may_be_rows: Sequence[int]) -> tuple:
+    """Return an op's arguments as its schema takes them: with those at `may_be_rows`, where they are tensors, behind
+    the others."""
+    if not any(isinstance(args[i], Tensor) for i in may_be_rows):
+        return args
+    numbers = [0.0 if i in may_be_rows and isinstance(x, Tensor) else x for i, x in enumerate(args)]
+    return *numbers, *(args[i] if isinstance(args[i], Tensor) else None for i in may_be_rows)
+
+
+def join_rows(args: tuple, may_be_rows: Sequence[int], count: int) -> tuple:
+    """Return the `count` arguments at most that an op has, of what `split_rows` returned."""
+    joined = list(args[:count])
+    for i, rows in zip(may_be_rows, args[count:], strict=False):
+        joined[i] = joined[i] if rows is None else rows
+    return tuple(joined)
+
+
+def is_tracing() -> bool:
+    """Return True under torch.compile, a dispatch or function mode (fake tensors), or a transform of torch.func."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    return is_transformed()
 
 
 def is_transformed() -> bool:
@@ -113,8 +162,8 @@ def check_tensors(op: str, signature: inspect.Signature, args: Sequence, error: 
     """Raise TypeError for the first argument that must be a tensor and is none, from the `error` that it has caused."""
     for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
         number_too = may_be_number(parameter.annotation)
-        may_be_none = number_too or parameter.annotation == (Tensor | None)
-        if not may_be_none and parameter.annotation is not Tensor:
+        may_be_none = type(None) in get_args(parameter.annotation)
+        if not number_too and parameter.annotation not in (Tensor, Tensor | None):
             continue
         if isinstance(x, Tensor) or (x is None and may_be_none):
             continue

@@ -41,7 +41,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import GenericAlias
 from typing import Any
 
 import torch
@@ -55,10 +54,15 @@ from rlhf_fast.kernels._arguments import (
     check_tensors,
     explain,
     has_tangents,
+    is_tracing,
     is_transformed,
+    join_rows,
+    may_be_rows,
     refused_dtypes,
     schema,
+    split_rows,
     unexpected_argument,
+    variant_signature,
 )
 from rlhf_fast.kernels._autograd import autograd_function, refuse_backward, refuse_gradient
 from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing, is_backward
@@ -71,13 +75,6 @@ TRANSFORMS = "forward-mode derivatives, and gradients in torch.func's transforms
 _library = torch.library.Library("rlhf_fast", "FRAGMENT")
 
 
-def is_tracing() -> bool:
-    """Return True under torch.compile, a dispatch or function mode (fake tensors), or a transform of torch.func."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return True
-    return is_transformed()
-
-
 class Op(Backends):
     """Call an op to run the best kernel for its tensors' device; `.reference` is its definition in plain torch."""
 
@@ -87,6 +84,7 @@ class Op(Backends):
     default_args: tuple  # one per parameter; None for a parameter without a default
     required_tensors: tuple[int, ...]  # indices of the arguments that may not be None
     refused_dtypes: tuple[frozenset[torch.dtype], ...]  # one set per parameter
+    may_be_rows: tuple[int, ...]  # indices of the arguments that are numbers, or tensors of one number per row
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
     normalizer: Callable | None  # registered by `normalize`
     cost_function: Callable | None  # registered by `cost`
@@ -107,6 +105,7 @@ class Op(Backends):
         self.default_args = tuple(self.defaults.get(name) for name in self.names)
         parameters = self.signature.parameters.values()
         self.required_tensors = tuple(i for i, p in enumerate(parameters) if p.annotation is Tensor)
+        self.may_be_rows = tuple(i for i, p in enumerate(parameters) if may_be_rows(p.annotation))
         self.refused_dtypes = tuple(refused_dtypes(name) for name in self.names)
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         super().__init__(body.__name__, body)
@@ -208,7 +207,7 @@ class Op(Backends):
         only for tracing, tensor subclasses, other devices, and tensors that are lazily negative or zero: it would
         double the time of a small call."""
         if is_tracing():
-            return self.torch_op(*args)
+            return self.dispatch(*args)
         device = None
         has_cpu = False
         try:
@@ -223,20 +222,25 @@ class Op(Backends):
                         raise self._mixed_devices_error(args)
                     if a.dtype in refused or a.is_neg() or (not a.data_ptr() and a.numel() and a.device != META):
                         check_readable(self.name, self.names, args)
-                        return self.torch_op(*args)
+                        return self.dispatch(*args)
                 elif isinstance(a, Tensor):
-                    return self.torch_op(*args)
+                    return self.dispatch(*args)
         except RuntimeError:  # of data_ptr(): the gradients of `is_grads_batched` have none
             check_readable(self.name, self.names, args)
-            return self.torch_op(*args)
+            return self.dispatch(*args)
         if device is None:
-            return self._run_kernel("cpu", *args) if has_cpu else self.torch_op(*args)
+            return self._run_kernel("cpu", *args) if has_cpu else self.dispatch(*args)
         if has_cpu:
             raise self._mixed_devices_error(args)
-        return self._run_kernel(device.type, *args) if device.type in DEVICES else self.torch_op(*args)
+        return self._run_kernel(device.type, *args) if device.type in DEVICES else self.dispatch(*args)
+
+    def dispatch(self, *args):
+        """Call torch_op, by its schema, on normalized arguments."""
+        return self.torch_op(*split_rows(args, self.may_be_rows))
 
     def _run_dispatched(self, device: str, *args):
         """Run the chosen kernel for torch's dispatcher, which looks at the device of only one tensor."""
+        args = join_rows(args, self.may_be_rows, len(self.names))
         if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
             raise self._mixed_devices_error(args)
         check_readable(self.name, self.names, args)
@@ -247,6 +251,7 @@ class Op(Backends):
 
         @functools.wraps(fake)
         def run(*args):
+            args = join_rows(args, self.may_be_rows, len(self.names))
             if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
                 raise self._mixed_devices_error(args)
             check_floating(self.name, self.names, args)
@@ -363,15 +368,9 @@ class Op(Backends):
 
         Its parameters are the Tensors `tensors`, then this op's parameters without their defaults, then the bools
         `flags`. It returns a tensor, or a tuple of `outputs` tensors. The decorated function has its name."""
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind, annotation=Tensor) for name in tensors]
-        parameters += [p.replace(default=p.empty) for p in self.signature.parameters.values()]
-        parameters += [inspect.Parameter(name, kind, annotation=bool) for name in flags]
-        result = Tensor if outputs == 1 else GenericAlias(tuple, (Tensor,) * outputs)
-        signature = inspect.Signature(parameters, return_annotation=result)
 
         def register(body: Callable) -> Op:
-            vars(body)["__signature__"] = signature
+            vars(body)["__signature__"] = variant_signature(self.signature, outputs, tensors, flags)
             return Op(body, fake)
 
         return register

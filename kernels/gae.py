@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import chunking, discounts, gae_reference
+from rlhf_fast.kernels._gae import chunking, discounts, gae_reference, made_discounts, row_discounts
 from rlhf_fast.kernels._launch import data_ptrs, ptrs_and_codes, refuse_float64, stream_or_threads
 from rlhf_fast.kernels._op import op
 from rlhf_fast.kernels._tensors import (
@@ -28,8 +28,8 @@ def gae(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns, each (B, T) float32.
@@ -41,15 +41,17 @@ def gae(
         rewards, values (B, T)
         mask (B, T), bool or integers (nonzero is inside): a token outside it is skipped, as in verl and NeMo-RL, and
             both of its outputs are 0
+        gamma, lam: numbers, or tensors (B,) with one for each row, each independently; a tensor () is a number. VAPO
+            (arXiv 2504.05118) has a lambda for each response's length: (1 - 1 / (0.05 * mask.sum(1))).clamp(0, 1)
         bootstrap (B,): V after the last token: the value of the state where a row was truncated, 0 where it ended
             by itself; None means 0 for all rows
 
     No gradient: advantages are targets.
 
-    Raises ValueError where shapes differ, mask is floating point, rewards, values or bootstrap are integers, or gamma
-    or lam is not within [0, 1].
+    Raises ValueError where shapes differ, mask is floating point, another tensor is of integers, or gamma or lam is not
+    within [0, 1] (of a tensor's numbers only on the CPU).
     """
-    return gae_reference(upcast(rewards), upcast(values), mask, gamma, lam, bootstrap)
+    return gae_reference("gae", upcast(rewards), upcast(values), mask, gamma, lam, bootstrap)
 
 
 @gae.normalize
@@ -59,8 +61,10 @@ def _(rewards, values, mask, gamma, lam, bootstrap):
         raise ValueError(f"gae: rewards, values and mask must have one shape (B, T), got {shapes}")
     if bootstrap is not None and bootstrap.shape != rewards.shape[:1]:
         raise ValueError(f"gae: bootstrap must have shape ({rewards.shape[0]},), got {list(bootstrap.shape)}")
-    rewards, values, bootstrap = promote_to_float64(*detached((rewards, values, bootstrap)))
-    return rewards, values, as_bool("gae", mask), *discounts("gae", gamma, lam), bootstrap
+    gamma, lam = discounts("gae", gamma, lam, rewards)
+    tensors = detached((rewards, values, bootstrap))
+    rewards, values, bootstrap, gamma, lam = promote_to_float64(*tensors, gamma, lam)
+    return rewards, values, as_bool("gae", mask), gamma, lam, bootstrap
 
 
 def _outputs(rewards):
@@ -70,8 +74,9 @@ def _outputs(rewards):
 @gae.compiled(devices=("cpu",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
     refuse_float64(rewards)
+    gamma, lam, *rows = row_discounts("gae", gamma, lam)
     rewards, values, bootstrap = contiguous_float32(rewards, values, bootstrap)
-    tensors = (rewards, values, mask.contiguous(), bootstrap, *_outputs(rewards))
+    tensors = (rewards, values, mask.contiguous(), bootstrap, *rows, *_outputs(rewards))
     kernels.gae(*data_ptrs(*tensors), *rewards.shape, gamma, lam, stream_or_threads(rewards))
     return tensors[-2:]
 
@@ -79,12 +84,13 @@ def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
 @gae.compiled(devices=("cuda",))
 def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
     refuse_float64(rewards)
+    gamma, lam, *rows = row_discounts("gae", gamma, lam)
     rewards, values, bootstrap = contiguous_floats(rewards, values, bootstrap)
     mask, outputs = mask.contiguous(), _outputs(rewards)
     B, T = rewards.shape
     chunk, chunk_maps = chunking(B, B * T, T, rewards)
     kernels.gae(
-        *ptrs_and_codes(kernels, rewards, values), mask.data_ptr(), *ptrs_and_codes(kernels, bootstrap),
+        *ptrs_and_codes(kernels, rewards, values), *data_ptrs(mask, *rows), *ptrs_and_codes(kernels, bootstrap),
         *data_ptrs(*outputs, chunk_maps), chunk, B, T, gamma, lam, stream_or_threads(rewards),
     )  # fmt: skip
     return outputs
@@ -98,6 +104,9 @@ def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
         {"B": 9, "T": 5, "gaps": False},
         {"B": 2, "T": 600},
         {"B": 2, "T": 300, "gaps": False},
+        {"B": 17, "T": 33, "per_row": "lam"},
+        {"B": 3, "T": 521, "per_row": "gamma", "bootstrap": True},
+        {"B": 2, "T": 600, "per_row": "gamma and lam"},
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],
@@ -109,8 +118,9 @@ def _(kernels, rewards, values, mask, gamma, lam, bootstrap):
         {"B": 4, "T": 16384},
     ],
 )
-def _(B, T, device, dtype, gaps=True, bootstrap=False):
+def _(B, T, device, dtype, gaps=True, bootstrap=False, per_row=""):
     rewards, values = torch.randn(2, B, T, device=device, dtype=dtype)
     lengths = torch.randint(0, T + 1, (B, 1), device=device)
     mask = torch.rand(B, T, device=device) > 0.2 if gaps else torch.arange(T, device=device) < lengths
-    return rewards, values, mask, 0.99, 0.95, torch.randn(B, device=device, dtype=dtype) if bootstrap else None
+    bootstrap_values = torch.randn(B, device=device, dtype=dtype) if bootstrap else None
+    return rewards, values, mask, *made_discounts(per_row, B, device, dtype), bootstrap_values

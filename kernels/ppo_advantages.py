@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._gae import chunking, discounts, gae_reference
+from rlhf_fast.kernels._gae import chunking, discounts, gae_reference, made_discounts, row_discounts
 from rlhf_fast.kernels._launch import (
     data_ptrs,
     ptrs_and_codes,
@@ -43,8 +43,8 @@ def ppo_advantages(
     mask: Tensor,
     kl_coef: float = 0.02,
     kl_estimator: str = "k1",
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     score_clip: float = 0.0,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,6 +62,7 @@ def ppo_advantages(
         scores (B,): rewards of whole responses; score_clip 0 does not clip them
         mask (B, T), bool or integers (nonzero is inside): a token outside it is skipped, whatever is stored there, and
             its outputs are 0; a row without a token inside counts for nothing, its score included
+        gamma, lam: numbers, or tensors (B,) with one for each row, each independently; a tensor () is a number
         bootstrap (B,): V after the last token; None means 0
         kl: sum of kl_t over each row, in nats per sequence, the unit of KL targets
 
@@ -77,7 +78,7 @@ def ppo_advantages(
     m2 = m2_a + m2_b + (mean_a - mean_b)^2 n_a n_b / (n_a + n_b).
 
     Raises ValueError where shapes differ, mask is floating point, another tensor is of integers, gamma or lam is not
-    within [0, 1], or kl_estimator is another word.
+    within [0, 1] (of a tensor's numbers only on the CPU), or kl_estimator is another word.
     """
     logprobs, ref_logprobs, values, scores = map(upcast, (logprobs, ref_logprobs, values, scores))
     kl = torch.where(mask, kl_estimate(logprobs - ref_logprobs, kl_estimator), 0)
@@ -85,7 +86,7 @@ def ppo_advantages(
     tokens_from_here = mask.flip(1).cumsum(1).flip(1)
     is_last = mask & (tokens_from_here == 1)
     rewards = torch.where(is_last, scores[:, None] - kl_coef * kl, -kl_coef * kl)
-    advantages, returns = gae_reference(rewards, values, mask, gamma, lam, bootstrap)
+    advantages, returns = gae_reference("ppo_advantages", rewards, values, mask, gamma, lam, bootstrap)
     count = mask.sum().to(rewards.dtype)
     stats = torch.stack([count, *_mean_and_m2(advantages, mask, count), *_mean_and_m2(returns, mask, count)])
     return advantages, returns, stats, kl.sum(1)
@@ -113,10 +114,11 @@ def _(logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma
         raise ValueError(
             f"ppo_advantages: kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}"
         )
+    gamma, lam = discounts("ppo_advantages", gamma, lam, logprobs)
     tensors = detached((logprobs, ref_logprobs, values, scores, bootstrap))
-    *tensors, bootstrap = promote_to_float64(*tensors)
-    scalars = as_float(kl_coef), kl_estimator, *discounts("ppo_advantages", gamma, lam), as_float(score_clip)
-    return *tensors, as_bool("ppo_advantages", mask), *scalars, bootstrap
+    *tensors, bootstrap, gamma, lam = promote_to_float64(*tensors, gamma, lam)
+    options = as_float(kl_coef), kl_estimator, gamma, lam, as_float(score_clip)
+    return *tensors, as_bool("ppo_advantages", mask), *options, bootstrap
 
 
 def _outputs(logprobs):
@@ -129,13 +131,14 @@ def _(
     kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
 ):  # fmt: skip
     refuse_float64(logprobs)
+    gamma, lam, *rows = row_discounts("ppo_advantages", gamma, lam)
     *inputs, bootstrap = contiguous_float32(logprobs, ref_logprobs, values, scores, bootstrap)
     mask = mask.contiguous()
     B, T = logprobs.shape
     outputs = _outputs(logprobs)
     row_moments = torch.empty(B, 6, dtype=torch.float64, device=logprobs.device)
     kernels.ppo_advantages(
-        *data_ptrs(*inputs, mask, bootstrap, *outputs, row_moments), B, T, kl_coef,
+        *data_ptrs(*inputs, mask, bootstrap, *rows, *outputs, row_moments), B, T, kl_coef,
         KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, stream_or_threads(logprobs),
     )  # fmt: skip
     return outputs
@@ -150,6 +153,7 @@ def _(
     kernels, logprobs, ref_logprobs, values, scores, mask, kl_coef, kl_estimator, gamma, lam, score_clip, bootstrap
 ):  # fmt: skip
     refuse_float64(logprobs)
+    gamma, lam, *rows = row_discounts("ppo_advantages", gamma, lam)
     *inputs, bootstrap = contiguous_floats(logprobs, ref_logprobs, values, scores, bootstrap)
     mask = mask.contiguous()
     B, T = logprobs.shape
@@ -158,9 +162,10 @@ def _(
     chunk, chunk_maps = chunking(B, B * T, T, logprobs)
     numbers, index = ticket(logprobs)
     kernels.ppo_advantages(
-        *ptrs_and_codes(kernels, *inputs), mask.data_ptr(), *ptrs_and_codes(kernels, bootstrap),
+        *ptrs_and_codes(kernels, *inputs), *data_ptrs(mask, *rows), *ptrs_and_codes(kernels, bootstrap),
         *data_ptrs(*outputs, block_moments), MAX_BLOCKS, ticket_ptr(numbers, index), *data_ptrs(chunk_maps), chunk,
-        B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip, stream_or_threads(logprobs),
+        B, T, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam, score_clip,
+        stream_or_threads(logprobs),
     )  # fmt: skip
     return outputs
 
@@ -173,6 +178,9 @@ def _(
         {"B": 9, "T": 5, "gaps": False, "estimator": "abs"},
         {"B": 2, "T": 600, "gaps": False},
         {"B": 3, "T": 521},
+        {"B": 17, "T": 33, "per_row": "lam"},
+        {"B": 2, "T": 600, "per_row": "gamma", "bootstrap": True, "estimator": "k3"},
+        {"B": 3, "T": 521, "per_row": "gamma and lam", "gaps": False},
         {"B": 0, "T": 4},
         {"B": 4, "T": 0},
     ],
@@ -184,7 +192,7 @@ def _(
         {"B": 4, "T": 16384},
     ],
 )
-def _(B, T, device, dtype, gaps=True, bootstrap=False, estimator="k1", clip=0.0):
+def _(B, T, device, dtype, gaps=True, bootstrap=False, estimator="k1", clip=0.0, per_row=""):
     values = torch.randn(B, T, device=device, dtype=dtype)
     logprobs = -torch.rand(B, T, device=device, dtype=dtype) * 3
     ref_logprobs = logprobs + 0.2 * torch.randn(B, T, device=device, dtype=dtype)
@@ -192,4 +200,5 @@ def _(B, T, device, dtype, gaps=True, bootstrap=False, estimator="k1", clip=0.0)
     lengths = torch.randint(0, T + 1, (B, 1), device=device)
     mask = torch.rand(B, T, device=device) > 0.2 if gaps else torch.arange(T, device=device) < lengths
     bootstrap_values = torch.randn(B, device=device, dtype=dtype) if bootstrap else None
-    return logprobs, ref_logprobs, values, scores, mask, 0.05, estimator, 0.99, 0.95, clip, bootstrap_values
+    gamma, lam = made_discounts(per_row, B, device, dtype)
+    return logprobs, ref_logprobs, values, scores, mask, 0.05, estimator, gamma, lam, clip, bootstrap_values

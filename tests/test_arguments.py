@@ -221,7 +221,9 @@ def test_a_refusal_can_be_read_under_torch_compile(fullgraph):
             lambda x: ops.gae(x[:, :3], x, mask)[0]
         ),
         "gae: mask must be bool or integers, got float32": lambda x: ops.gae(x, x, mask.float())[0],
-        "gae: gamma must be a number, got the text '.9'": lambda x: ops.gae(x, x, mask, gamma=".9")[0],
+        "gae: gamma must be a number or a torch.Tensor, got the text '.9'": (
+            lambda x: ops.gae(x, x, mask, gamma=".9")[0]
+        ),
         "gae: values must be floating point, got int64": lambda x: ops.gae(x, x.long(), mask)[0],
         "swiglu: gate and up must have one shape": lambda x: ops.swiglu(x, x[:, :2]),
         "token_logprobs has no argument 'temprature' (did you mean temperature?)": (

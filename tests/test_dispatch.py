@@ -193,10 +193,14 @@ def test_a_variant_has_the_ops_parameters_between_its_own(monkeypatch):
 
     assert str(gae_variant_of_this_test.torch_op._schema) == (
         "rlhf_fast::gae_variant_of_this_test(Tensor grad_advantages, Tensor rewards, Tensor values, Tensor mask,"
-        " float gamma, float lam, Tensor? bootstrap, bool needs_grad) -> (Tensor, Tensor)"
+        " float gamma, float lam, Tensor? bootstrap, bool needs_grad, Tensor? gamma_rows=None, Tensor? lam_rows=None)"
+        " -> (Tensor, Tensor)"
     )
     x = torch.ones(2, 3)
-    assert torch.equal(gae_variant_of_this_test(x, x, x, x.bool(), 1.0, 1.0, None, needs_grad=True)[0], x)
+    for gamma in (1.0, x[:, 0]):
+        args = x, x, x, x.bool(), gamma, 1.0, None, True
+        assert torch.equal(gae_variant_of_this_test(*args)[0], x)
+        assert torch.equal(gae_variant_of_this_test.dispatch(*args)[0], x)
     with pytest.raises(TypeError, match="gae_variant_of_this_test misses the argument 'gamma'"):
         gae_variant_of_this_test(x, x, x, x.bool())
 

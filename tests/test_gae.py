@@ -298,9 +298,9 @@ def test_offsets_beyond_2_to_the_31(backend):
     far_out = [out[i].data_ptr() - start * 4 for i in (0, 1)]
     kernel = COMPILED[backend].gae_packed
     if backend == "simt":  # float32 has number 0
-        inputs = (far[0], 0, far[1], 0, far[2], cu_seqlens.data_ptr(), False, 0, 0, *far_out, 0, 0)
+        inputs = (far[0], 0, far[1], 0, far[2], 0, 0, cu_seqlens.data_ptr(), False, 0, 0, *far_out, 0, 0)
     else:
-        inputs = (*far, cu_seqlens.data_ptr(), 0, *far_out)
+        inputs = (*far, cu_seqlens.data_ptr(), 0, 0, 0, *far_out)
     kernel(*inputs, 1, start + n, 1.0, 0.95, 1)
     near = ops.gae_packed.backend(backend)(rewards, values, mask, torch.tensor([0, n]))
     assert same_bits(tuple(out), near)

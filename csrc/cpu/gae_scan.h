@@ -62,6 +62,26 @@ INLINE Discount make_discount(float gamma, float lam) {
   return {gamma, gamma * lam, load(powers)};
 }
 
+// The discount of row `row`: of all rows one, or each its own.
+struct OneDiscount {
+  Discount discount;
+
+  INLINE const Discount& of(int64_t) const { return discount; }
+};
+struct RowDiscounts {
+  float gamma, lam;
+  const float *gammas, *lams;  // null, or one number for each row, in place of gamma or lam
+
+  INLINE Discount of(int64_t row) const { return make_discount(gammas ? gammas[row] : gamma, lams ? lams[row] : lam); }
+};
+
+// Calls `run` with one of them, so that a loop over rows with one discount has no branch or copy more.
+template <class Run>
+INLINE void with_discounts(float gamma, float lam, uintptr_t gammas, uintptr_t lams, const Run& run) {
+  if (gammas || lams) return run(RowDiscounts{gamma, lam, ptr<const float>(gammas), ptr<const float>(lams)});
+  run(OneDiscount{make_discount(gamma, lam)});
+}
+
 // Scans a row of n tokens; `next_value` is the value after the last. `rewards` computes the reward of W valid tokens,
 // vector(t), or of one, scalar(t), from right to left, and receives the advantages and returns in on_result.
 template <class Rewards>

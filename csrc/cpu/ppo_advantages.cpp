@@ -118,10 +118,10 @@ void run_row(const AdvantageArgs& args, int64_t row, const Discount& discount) {
   args.row_moments[row][1] = compute_moments(returns, mask, args.T, rewards.count, return_sum);
 }
 
-template <KlEstimator E>
-void run(const AdvantageArgs& args, const Discount& discount) {
+template <KlEstimator E, class Discounts>
+void run(const AdvantageArgs& args, const Discounts& discounts) {
 #pragma omp parallel for num_threads(args.threads) if (args.threads > 1 && args.B * args.T > MIN_TOKENS_TO_THREAD)
-  for (int64_t row = 0; row < args.B; ++row) run_row<E>(args, row, discount);
+  for (int64_t row = 0; row < args.B; ++row) run_row<E>(args, row, discounts.of(row));
   Moments advantages{0, 0, 0}, returns{0, 0, 0};
   for (int64_t row = 0; row < args.B; ++row) {
     merge(&advantages, args.row_moments[row][0]);
@@ -133,9 +133,9 @@ void run(const AdvantageArgs& args, const Discount& discount) {
 
 // row_moments: memory for 6 doubles a row. score_clip 0: off.
 void ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values, uintptr_t scores, uintptr_t mask,
-                    uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns, uintptr_t stats, uintptr_t kl,
-                    uintptr_t row_moments, int64_t B, int64_t T, float coef, int estimator, float gamma, float lam,
-                    float score_clip, int threads) {
+                    uintptr_t bootstrap, uintptr_t gammas, uintptr_t lams, uintptr_t advantages, uintptr_t returns,
+                    uintptr_t stats, uintptr_t kl, uintptr_t row_moments, int64_t B, int64_t T, float coef,
+                    int estimator, float gamma, float lam, float score_clip, int threads) {
   AdvantageArgs args;
   args.logprobs = ptr<const float>(logprobs);
   args.ref_logprobs = ptr<const float>(ref_logprobs);
@@ -153,17 +153,18 @@ void ppo_advantages(uintptr_t logprobs, uintptr_t ref_logprobs, uintptr_t values
   args.coef = coef;
   args.score_clip = score_clip;
   args.threads = threads;
-  const Discount discount = make_discount(gamma, lam);
-  switch (KlEstimator(estimator)) {
-    case KlEstimator::K1:
-      return run<KlEstimator::K1>(args, discount);
-    case KlEstimator::K2:
-      return run<KlEstimator::K2>(args, discount);
-    case KlEstimator::K3:
-      return run<KlEstimator::K3>(args, discount);
-    case KlEstimator::ABS:
-      return run<KlEstimator::ABS>(args, discount);
-  }
+  with_discounts(gamma, lam, gammas, lams, [&](const auto& discounts) {
+    switch (KlEstimator(estimator)) {
+      case KlEstimator::K1:
+        return run<KlEstimator::K1>(args, discounts);
+      case KlEstimator::K2:
+        return run<KlEstimator::K2>(args, discounts);
+      case KlEstimator::K3:
+        return run<KlEstimator::K3>(args, discounts);
+      case KlEstimator::ABS:
+        return run<KlEstimator::ABS>(args, discounts);
+    }
+  });
 }
 
 KERNEL(ppo_advantages)

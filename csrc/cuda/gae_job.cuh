@@ -38,17 +38,36 @@ struct Offsets {
   __host__ __device__ __forceinline__ explicit operator bool() const { return p; }
 };
 
+// gamma, and the numbers that a scan makes of it and of lam.
+struct Discount {
+  float gamma, decay, gamma_minus_decay;  // decay = gamma * lam
+};
+
 // B rows of T tokens; or, if `offsets` (B + 1,) is given, B segments in one array of T tokens.
 struct GaeJob {
   const uint8_t* mask;
   Offsets offsets;
   float *advantages, *returns;
   int64_t B, T;
-  float gamma, decay, gamma_minus_decay;  // decay = gamma * lam
-  int chunk_log2;                         // a chunk has 2^chunk_log2 tokens; 0: rows are not split
-  Affine* chunk_maps;                     // the map of each chunk
-  bool waits_for_masks;                   // before the first tokens are loaded
+  Discount discount;           // of all rows
+  float lam;                   // read, as gammas and lams are, by sources of which per_row is true
+  const float *gammas, *lams;  // null, or one number for each row, in place of gamma or lam
+  int chunk_log2;              // a chunk has 2^chunk_log2 tokens; 0: rows are not split
+  Affine* chunk_maps;          // the map of each chunk
+  bool waits_for_masks;        // before the first tokens are loaded
 };
+
+// Without fused products, as the host computes the discount of all rows: equal numbers give equal bits.
+template <bool per_row>
+__device__ __forceinline__ Discount row_discount(const GaeJob& job, int64_t row) {
+  if constexpr (per_row) {
+    const float gamma = job.gammas ? job.gammas[row] : job.discount.gamma, lam = job.lams ? job.lams[row] : job.lam;
+    const float decay = __fmul_rn(gamma, lam);
+    return {gamma, decay, __fadd_rn(gamma, -decay)};
+  } else {
+    return job.discount;
+  }
+}
 
 // The tokens that a team of warps scans: a row, or a chunk of it.
 struct Span {
@@ -142,7 +161,8 @@ inline int chunk_log2_of(int64_t chunk_length) {
 
 // `offsets` are null if all rows have T tokens; `chunk_length` is 0 if rows are not split.
 inline GaeJob make_job(uintptr_t mask, const Offsets& offsets, uintptr_t advantages, uintptr_t returns,
-                       uintptr_t chunk_maps, int64_t chunk_length, int64_t B, int64_t T, float gamma, float lam) {
+                       uintptr_t chunk_maps, int64_t chunk_length, int64_t B, int64_t T, float gamma, float lam,
+                       uintptr_t gammas, uintptr_t lams) {
   GaeJob job;
   job.mask = ptr<const uint8_t>(mask);
   job.offsets = offsets;
@@ -150,9 +170,12 @@ inline GaeJob make_job(uintptr_t mask, const Offsets& offsets, uintptr_t advanta
   job.returns = ptr<float>(returns);
   job.B = B;
   job.T = T;
-  job.gamma = gamma;
-  job.decay = gamma * lam;
-  job.gamma_minus_decay = gamma - job.decay;
+  job.discount.gamma = gamma;
+  job.discount.decay = gamma * lam;
+  job.discount.gamma_minus_decay = gamma - job.discount.decay;
+  job.lam = lam;
+  job.gammas = ptr<const float>(gammas);
+  job.lams = ptr<const float>(lams);
   job.chunk_log2 = chunk_log2_of(chunk_length);
   job.chunk_maps = ptr<Affine>(chunk_maps);
   job.waits_for_masks = B > full_gpu_blocks;

@@ -5,15 +5,16 @@
 namespace {
 
 // A source of gae_scan.cuh.
-template <int DTYPE>
+template <int DTYPE, bool PER_ROW = false>
 struct GivenRewards {
+  static constexpr bool per_row = PER_ROW;
   static constexpr int num_inputs = 2, blocks_per_sm = 4;  // 4 blocks of 8 warps leave 64 registers a thread
   struct Shared {};
   Input<DTYPE> input[num_inputs];  // values, rewards
   Input<ANY_DTYPE> bootstrap;
 
-  __device__ __forceinline__ float carry_into_row(int64_t row, const GaeJob& job) const {
-    return bootstrap.p ? job.gamma * bootstrap.load(row) : 0.f;
+  __device__ __forceinline__ float carry_into_row(int64_t row, const Discount& discount) const {
+    return bootstrap.p ? discount.gamma * bootstrap.load(row) : 0.f;
   }
   __device__ __forceinline__ float reward(const float (&x)[num_inputs], float&) const { return x[1]; }
   __device__ __forceinline__ void on_block_start(Shared&) const {}
@@ -34,6 +35,7 @@ inline const char* launch_given_rewards(const GaeJob& job, const Input<ANY_DTYPE
     source.bootstrap = bootstrap;
     return launch_rows(job, source, plan, stream);
   };
+  if (job.gammas || job.lams) return launch_with(GivenRewards<ANY_DTYPE, true>{});
   CommonDtype common;
   common.add(values.p, values.dtype);
   common.add(rewards.p, rewards.dtype);

@@ -174,7 +174,7 @@ struct LaneTokens {
 
 // Masked inputs, which may be NaN, become 0 first; the reward of zeros is 0.
 template <class Source>
-__device__ __forceinline__ LaneTokens make_tokens(const Source& source, const GaeJob& job,
+__device__ __forceinline__ LaneTokens make_tokens(const Source& source, const Discount& discount,
                                                   const LaneInputs<Source::num_inputs>& inputs, unsigned mask,
                                                   float& kl_sum) {
   LaneTokens tokens;
@@ -187,7 +187,7 @@ __device__ __forceinline__ LaneTokens make_tokens(const Source& source, const Ga
     const float reward = source.reward(x, kl_sum);
     tokens.value[i] = x[0];
     tokens.reward_minus_value[i] = reward - x[0];
-    tokens.b[i] = fmaf(job.decay, reward, job.gamma_minus_decay * x[0]);
+    tokens.b[i] = fmaf(discount.decay, reward, discount.gamma_minus_decay * x[0]);
   }
   return tokens;
 }
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(scan_threads(W), scan_blocks_per_sm(W, Source:
   __shared__ Affine warp_maps[2][W];  // two, so that a step may write while the one before is still read
   __shared__ typename Source::Shared shared;
   const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size, team_warp = warp % W;
-  const float decay_to_end = decay_to_tile_end(job.decay);
+  float decay_to_end = Source::per_row ? 0.f : decay_to_tile_end(job.discount.decay);
   source.on_block_start(shared);
   int parity = 0;
   for (int64_t index = int64_t(blockIdx.x) * num_teams + warp / W; index < num_spans;
@@ -256,7 +256,12 @@ __global__ void __launch_bounds__(scan_threads(W), scan_blocks_per_sm(W, Source:
     const Span span = find_span(job, index);
     if (span.row < 0) break;
     const SpanAccess<Source> access(source, job, span, reinterpret_cast<float*>(transpose_buffer[warp]));
-    float carry = source.carry_into_row(span.row, job), row_kl = 0.f;
+    const Discount discount = row_discount<Source::per_row>(job, span.row);
+    float carry = source.carry_into_row(span.row, discount), row_kl = 0.f;
+    if constexpr (Source::per_row) {
+      decay_to_end = decay_to_tile_end(discount.decay);
+      if (discount.decay != discount.decay) carry = discount.decay;  // NaN reaches the last token too
+    }
     if (job.chunk_log2) carry = carry_into(job, span, carry);
     int64_t start = (span.length - 1) / (W * tile) * (W * tile) + team_warp * tile;
     unsigned mask = access.load_mask(start), next_mask = access.load_mask(start - W * tile);
@@ -266,8 +271,8 @@ __global__ void __launch_bounds__(scan_threads(W), scan_blocks_per_sm(W, Source:
       const unsigned mask_after_next = access.load_mask(start - 2 * W * tile);
       LaneInputs<Source::num_inputs> inputs = access.unpack(bits);
       const unsigned lane_mask = access.transpose(mask, inputs);
-      const LaneTokens tokens = make_tokens(source, job, inputs, lane_mask, row_kl);
-      const Affine f = scan_tile(tokens, job.decay, decay_to_end);
+      const LaneTokens tokens = make_tokens(source, discount, inputs, lane_mask, row_kl);
+      const Affine f = scan_tile(tokens, discount.decay, decay_to_end);
       float tile_carry = carry;  // into this warp's tile
       if constexpr (W > 1) {
         if (lane == 0) warp_maps[parity][team_warp] = f;
@@ -288,7 +293,7 @@ __global__ void __launch_bounds__(scan_threads(W), scan_blocks_per_sm(W, Source:
         const bool valid = lane_mask >> i & 1;
         advantage[i] = valid ? tokens.reward_minus_value[i] + x : 0.f;
         ret[i] = valid ? advantage[i] + tokens.value[i] : 0.f;
-        x = apply(tokens.map(i, job.decay), x);
+        x = apply(tokens.map(i, discount.decay), x);
       }
       access.store(job.advantages, start, advantage);
       access.store(job.returns, start, ret);
@@ -311,7 +316,8 @@ __global__ void __launch_bounds__(max_warps* warp_size) chunk_map_kernel(const G
   const Span span = find_span(job, blockIdx.x);
   if (span.row < 0 || span.is_first) return;
   const SpanAccess<Source> access(source, job, span, reinterpret_cast<float*>(transpose_buffer[warp]));
-  const float decay_to_end = decay_to_tile_end(job.decay);
+  const Discount discount = row_discount<Source::per_row>(job, span.row);
+  const float decay_to_end = decay_to_tile_end(discount.decay);
   const int64_t warp_tokens = (int64_t(1) << job.chunk_log2) / max_warps;
   float unused_kl = 0.f;
   Affine warp_map{1.f, 0.f};
@@ -321,8 +327,8 @@ __global__ void __launch_bounds__(max_warps* warp_size) chunk_map_kernel(const G
     LaneInputs<Source::num_inputs> inputs = access.unpack(access.load(start, mask));
     const unsigned next_mask = start > warp * warp_tokens ? access.load_mask(start - tile) : 0;
     const unsigned lane_mask = access.transpose(mask, inputs);
-    const LaneTokens tokens = make_tokens(source, job, inputs, lane_mask, unused_kl);
-    warp_map = compose(scan_tile(tokens, job.decay, decay_to_end), warp_map);
+    const LaneTokens tokens = make_tokens(source, discount, inputs, lane_mask, unused_kl);
+    warp_map = compose(scan_tile(tokens, discount.decay, decay_to_end), warp_map);
     mask = next_mask;
   }
   if (threadIdx.x % warp_size == 0) warp_maps[warp] = warp_map;

@@ -75,8 +75,9 @@ __device__ __forceinline__ Moments load_moments(const double* partials, int64_t 
 
 // The source of ppo_advantages: the reward is -kl_coef times the KL estimate; the row's score comes in with the carry.
 // IS_K3: k3 takes an exponential, and so many registers that it has a kernel of its own.
-template <bool IS_K3, int DTYPE>
+template <bool IS_K3, int DTYPE, bool PER_ROW = false>
 struct KlRewards {
+  static constexpr bool per_row = PER_ROW;
   static constexpr int num_inputs = 3, blocks_per_sm = IS_K3 ? 3 : 4;
   struct Shared {
     Moments warp_moments[max_warps];  // not in registers: they would take too many
@@ -92,10 +93,10 @@ struct KlRewards {
   float kl_coef, score_clip;
   KlEstimator estimator;
 
-  __device__ __forceinline__ float carry_into_row(int64_t row, const GaeJob& job) const {
+  __device__ __forceinline__ float carry_into_row(int64_t row, const Discount& discount) const {
     float score = scores.load(row);
     if (score_clip > 0.f) score = clamp(score, -score_clip, score_clip);
-    return bootstrap.p ? fmaf(job.gamma, bootstrap.load(row), score) : score;
+    return bootstrap.p ? fmaf(discount.gamma, bootstrap.load(row), score) : score;
   }
   __device__ __forceinline__ float estimate(float log_ratio) const {
     if (IS_K3) return kl_estimate<KlEstimator::K3>(log_ratio);
@@ -199,11 +200,13 @@ struct KlRewards {
 // partials: memory for 6 numbers of each of `max_partials` blocks.
 const char* ppo_advantages(uintptr_t logprobs, int logprobs_code, uintptr_t ref_logprobs, int ref_logprobs_code,
                            uintptr_t values, int values_code, uintptr_t scores, int scores_code, uintptr_t mask,
-                           uintptr_t bootstrap, int bootstrap_code, uintptr_t advantages, uintptr_t returns,
-                           uintptr_t stats, uintptr_t kl, uintptr_t partials, int64_t max_partials, uintptr_t ticket,
-                           uintptr_t chunk_maps, int64_t chunk_length, int64_t B, int64_t T, float kl_coef,
-                           int estimator, float gamma, float lam, float score_clip, uintptr_t stream) {
-  GaeJob job = make_job(mask, Offsets{}, advantages, returns, chunk_maps, B ? chunk_length : 0, B, T, gamma, lam);
+                           uintptr_t gammas, uintptr_t lams, uintptr_t bootstrap, int bootstrap_code,
+                           uintptr_t advantages, uintptr_t returns, uintptr_t stats, uintptr_t kl, uintptr_t partials,
+                           int64_t max_partials, uintptr_t ticket, uintptr_t chunk_maps, int64_t chunk_length,
+                           int64_t B, int64_t T, float kl_coef, int estimator, float gamma, float lam, float score_clip,
+                           uintptr_t stream) {
+  GaeJob job =
+      make_job(mask, Offsets{}, advantages, returns, chunk_maps, B ? chunk_length : 0, B, T, gamma, lam, gammas, lams);
   if (job.chunk_log2 < 0) return invalid_chunk;
   LaunchPlan plan = plan_launch(job, T, max_partials);
   if (B == 0) plan.blocks = 1;  // it writes the statistics
@@ -226,6 +229,8 @@ const char* ppo_advantages(uintptr_t logprobs, int logprobs_code, uintptr_t ref_
     return launch_rows(job, source, plan, stream);
   };
   const bool is_k3 = KlEstimator(estimator) == KlEstimator::K3;
+  if (job.gammas || job.lams)
+    return is_k3 ? scan(KlRewards<true, ANY_DTYPE, true>{}) : scan(KlRewards<false, ANY_DTYPE, true>{});
   CommonDtype common;
   common.add(ptr<void>(values), values_code);
   common.add(ptr<void>(logprobs), logprobs_code);

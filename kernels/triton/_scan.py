@@ -26,16 +26,71 @@ Tiles start at multiples of their size from the row's start, and tokens behind t
 result therefore depends only on its own tokens, not on the batch or the padding.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_fast.kernels._gae import row_discounts
 from rlhf_fast.kernels.triton import launch
 
 TILE = 512  # tokens at most
 GROUP_SIZE = 4
 MAPS_AT_ONCE = tl.constexpr(16)  # maps of tiles that are loaded before the first of them is composed
 PROBES = 128  # offsets that one step of a search loads
+
+
+class Discount(NamedTuple):
+    """gamma and decay = gamma lambda of all rows; gammas and lams: None, or one number for each row, in place of gamma
+    or lam, which is None where it is not needed."""
+
+    gamma: float
+    decay: float
+    lam: float | None
+    gammas: Tensor | None
+    lams: Tensor | None
+
+
+def discount_of(op: str, gamma, lam) -> Discount:
+    """Return a launcher's gamma and lam as kernels take them."""
+    gamma, lam, gammas, lams = row_discounts(op, gamma, lam)
+    return Discount(gamma, gamma * lam, None if gammas is None or lams is not None else lam, gammas, lams)
+
+
+@triton.jit
+def load_row(x, row, exists):
+    """Return the numbers of rows in float32; `exists` is None where all of them exist."""
+    if exists is None:
+        value = tl.load(x + row)
+    else:
+        value = tl.load(x + row, mask=exists, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def row_discount(discount, row, exists):
+    """Return gamma and decay of the rows: scalars, or of the shape of `row`."""
+    gamma = discount.gamma
+    decay = discount.decay
+    if discount.gammas is not None:
+        gamma = load_row(discount.gammas, row, exists)
+        if discount.lams is None:
+            decay = gamma * discount.lam
+    if discount.lams is not None:
+        decay = gamma * load_row(discount.lams, row, exists)
+    return gamma, decay
+
+
+@triton.jit
+def reached_by_nan(carry, discount, decay):
+    """Return the first carry of rows. A row whose own decay is NaN starts with it: the last token does not read it
+    elsewhere."""
+    if discount.gammas is not None:
+        carry = tl.where(decay == decay, carry, decay)
+    if discount.lams is not None:
+        carry = tl.where(decay == decay, carry, decay)
+    return carry
 
 
 @triton.jit

@@ -45,9 +45,19 @@ def scan_and_store(advantages, returns, valid, reward, value, carry, start, leng
     return carry
 
 
+@triton.jit
+def first_carry(bootstrap, discount, row, exists, zero):
+    """Return the carry that a row's last token receives: gamma times the value after it."""
+    carry = zero
+    gamma, decay = scan.row_discount(discount, row, exists)
+    if bootstrap is not None:
+        carry = gamma * scan.load_row(bootstrap, row, exists)
+    return scan.reached_by_nan(carry, discount, decay)
+
+
 @triton.jit(do_not_specialize=["B", "T"])
 def gae_kernel(
-    tokens, bootstrap, advantages, returns, B, T, gamma, decay,
+    tokens, bootstrap, advantages, returns, B, T, discount,
     ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Walk ROWS rows from right to left. The next tile is loaded while one is scanned."""
@@ -56,9 +66,8 @@ def gae_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = row * T
     length = tl.where(row < B, T, 0)
-    carry = tl.zeros((ROWS,), tl.float32)
-    if bootstrap is not None:
-        carry = gamma * tl.load(bootstrap + row, mask=row < B, other=0.0).to(tl.float32)
+    carry = first_carry(bootstrap, discount, row, row < B, tl.zeros((ROWS,), tl.float32))
+    gamma, decay = scan.row_discount(discount, row[:, None], row[:, None] < B)
     last = tl.cdiv(T, 4 * GROUPS) - 1
     valid, reward, value = load_tile(tokens, start, length, last, GROUPS)
     if SINGLE_TILE:
@@ -76,16 +85,17 @@ def gae_kernel(
 
 @triton.jit(do_not_specialize=["size", "S", "T"])
 def gae_tile_map_kernel(
-    tokens, offsets, maps, size, S, T, gamma, decay,
+    tokens, offsets, maps, size, S, T, discount,
     ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    _row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * GROUPS, PROBES, STEPS)
+    row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * GROUPS, PROBES, STEPS)
     if (tile > 0) & (tile * (4 * GROUPS) < length):
         zero = tl.zeros((1,), tl.int64)
         valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, GROUPS)
+        gamma, decay = scan.row_discount(discount, row, None)
         factor, total = scan.tile_map(scan.unpack4(valid), scan.unpack4(reward), scan.unpack4(value), gamma, decay)
         index = maps + tl.program_id(0) + zero
         tl.store(index, factor)
@@ -94,7 +104,7 @@ def gae_tile_map_kernel(
 
 @triton.jit(do_not_specialize=["size", "S", "T"])
 def gae_apply_kernel(
-    tokens, offsets, maps, bootstrap, advantages, returns, size, S, T, gamma, decay,
+    tokens, offsets, maps, bootstrap, advantages, returns, size, S, T, discount,
     ALIGNED: tl.constexpr, PROBES: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the outputs of the program's tile, whose carry comes from the maps of the tiles right of it."""
@@ -103,9 +113,8 @@ def gae_apply_kernel(
     row, start, length, tile = scan.locate_tile(offsets, S, T, 4 * GROUPS, PROBES, STEPS)
     zero = tl.zeros((1,), tl.int64)
     valid, reward, value = load_tile(tokens, start + zero, length + zero, tile, GROUPS)
-    carry = tl.zeros((), tl.float32)
-    if bootstrap is not None:
-        carry = gamma * tl.load(bootstrap + row).to(tl.float32)
+    carry = first_carry(bootstrap, discount, row, None, tl.zeros((), tl.float32))
+    gamma, decay = scan.row_discount(discount, row, None)
     if maps is not None:
         tiles = tl.cdiv(length, 4 * GROUPS).to(tl.int32)
         first = tl.program_id(0).to(tl.int64) - tile
@@ -119,14 +128,13 @@ def empty_outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
     return empty_float32(rewards, *rewards.shape), empty_float32(rewards, *rewards.shape)
 
 
-def gae_by_tile(tokens: Tokens, offsets, S, T, gamma, lam, bootstrap, groups, num_programs, needs_maps):
+def gae_by_tile(tokens: Tokens, offsets, S, T, discount, bootstrap, groups, num_programs, needs_maps):
     """Return advantages and returns of rows (S, T), or of the segments between `offsets`, by one program per tile.
 
     num_programs: the largest possible number of tiles. needs_maps: whether a row may have more than one tile."""
     outputs = empty_outputs(tokens.rewards)
     maps = empty_float32(tokens.rewards, 2, num_programs) if needs_maps else None
     sizes = (num_programs, S, T)
-    factors = (gamma, gamma * lam)
     meta = {
         "ALIGNED": offsets is None and T % 4 == 0,
         "PROBES": scan.PROBES,
@@ -136,22 +144,22 @@ def gae_by_tile(tokens: Tokens, offsets, S, T, gamma, lam, bootstrap, groups, nu
     }
     grid = (num_programs,)
     if needs_maps:
-        launch.run(gae_tile_map_kernel, grid, tokens, offsets, maps, *sizes, *factors, **meta)
-    launch.run(gae_apply_kernel, grid, tokens, offsets, maps, bootstrap, *outputs, *sizes, *factors, **meta)
+        launch.run(gae_tile_map_kernel, grid, tokens, offsets, maps, *sizes, discount, **meta)
+    launch.run(gae_apply_kernel, grid, tokens, offsets, maps, bootstrap, *outputs, *sizes, discount, **meta)
     return outputs
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap):
     launch.require_dtypes(rewards, values, bootstrap)
     rewards, values, mask, bootstrap = contiguous(rewards, values, mask, bootstrap)
-    tokens = Tokens(rewards, values, mask)
+    tokens, discount = Tokens(rewards, values, mask), scan.discount_of("gae", gamma, lam)
     B, T = rewards.shape
     groups, rows, is_split = scan.tile_shape(rewards, B, T)
     tiles = triton.cdiv(T, scan.GROUP_SIZE * groups)
     if is_split:
-        return gae_by_tile(tokens, None, B, T, gamma, lam, bootstrap, groups, B * tiles, needs_maps=True)
+        return gae_by_tile(tokens, None, B, T, discount, bootstrap, groups, B * tiles, needs_maps=True)
     outputs = empty_outputs(rewards)
     meta = {"ALIGNED": T % 4 == 0, "SINGLE_TILE": tiles == 1, "ROWS": rows, "GROUPS": groups, "num_warps": 1}
     grid = (triton.cdiv(B, rows) if T else 0,)
-    launch.run(gae_kernel, grid, tokens, bootstrap, *outputs, B, T, gamma, gamma * lam, **meta)
+    launch.run(gae_kernel, grid, tokens, bootstrap, *outputs, B, T, discount, **meta)
     return outputs

@@ -23,6 +23,6 @@ def gae_packed(rewards, values, mask, cu_seqlens, gamma, lam, bootstrap):
     rewards, values, mask, offsets, bootstrap = contiguous(rewards, values, mask, cu_seqlens, bootstrap)
     tile = launch.block_size(N, scan.TILE)
     num_programs = N // tile + S if N else 0
-    tokens = Tokens(rewards, values, mask)
+    tokens, discount = Tokens(rewards, values, mask), scan.discount_of("gae_packed", gamma, lam)
     groups = tile // scan.GROUP_SIZE
-    return gae_by_tile(tokens, offsets, S, N, gamma, lam, bootstrap, groups, num_programs, needs_maps=tile < N)
+    return gae_by_tile(tokens, offsets, S, N, discount, bootstrap, groups, num_programs, needs_maps=tile < N)

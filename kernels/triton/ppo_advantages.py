@@ -37,14 +37,6 @@ class Tokens(NamedTuple):
     mask: Tensor
 
 
-class Factors(NamedTuple):
-    """Factors of a token's reward, of a value, and of an advantage."""
-
-    kl_coef: float
-    gamma: float
-    decay: float  # gamma lambda
-
-
 class Tile(NamedTuple):
     """The tokens of a tile, each (ROWS, GROUPS, 4)."""
 
@@ -87,13 +79,14 @@ def kl_and_reward(x, kl_coef, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def first_carry(scores, bootstrap, row, exists, gamma, score_clip):
+def first_carry(scores, bootstrap, row, exists, discount, score_clip):
     """Return the carry that a row's last token receives: its clipped score, and gamma times the value after it."""
-    carry = tl.load(scores + row, mask=exists, other=0.0).to(tl.float32)
+    carry = scan.load_row(scores, row, exists)
     carry = tl.where(score_clip > 0, launch.clamp(carry, -score_clip, score_clip), carry)
+    gamma, decay = scan.row_discount(discount, row, exists)
     if bootstrap is not None:
-        carry = gamma * tl.load(bootstrap + row, mask=exists, other=0.0).to(tl.float32) + carry
-    return carry
+        carry = gamma * scan.load_row(bootstrap, row, exists) + carry
+    return scan.reached_by_nan(carry, discount, decay)
 
 
 @triton.jit
@@ -156,11 +149,13 @@ def tile_moments(valid, advantage, token_return, kl):
 
 
 @triton.jit
-def scan_and_store(advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR: tl.constexpr):
+def scan_and_store(
+    advantages, returns, x, carry, start, length, tile, kl_coef, gamma, decay, ESTIMATOR: tl.constexpr
+):  # fmt: skip
     """Store a tile's outputs. Return the carry that leaves each group, the rows' sums of KL, and their `Moments`."""
     valid, value = scan.unpack4(x.valid), scan.unpack4(x.value)
-    kl, reward = kl_and_reward(x, factors.kl_coef, ESTIMATOR)
-    advantage, carry = scan.scan_tile(valid, reward, value, carry, factors.gamma, factors.decay)
+    kl, reward = kl_and_reward(x, kl_coef, ESTIMATOR)
+    advantage, carry = scan.scan_tile(valid, reward, value, carry, gamma, decay)
     token_returns = scan.store_outputs(advantages, returns, valid, advantage, value, start, length, tile)
     kl, moments = tile_moments(valid, advantage, token_returns, kl)
     return carry, kl, moments
@@ -177,7 +172,7 @@ def store_moments(parts, moments):
 
 @triton.jit(do_not_specialize=["B", "T"])
 def ppo_advantages_kernel(
-    tokens, scores, bootstrap, advantages, returns, kl, parts, B, T, factors, score_clip,
+    tokens, scores, bootstrap, advantages, returns, kl, parts, B, T, kl_coef, discount, score_clip,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, SINGLE_TILE: tl.constexpr, ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -187,11 +182,14 @@ def ppo_advantages_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = row * T
     length = tl.where(row < B, T, 0)
-    carry = first_carry(scores, bootstrap, row, row < B, factors.gamma, score_clip)
+    carry = first_carry(scores, bootstrap, row, row < B, discount, score_clip)
+    gamma, decay = scan.row_discount(discount, row[:, None], row[:, None] < B)
     last = tl.cdiv(T, 4 * GROUPS) - 1
     x = load_tile(tokens, start, length, last, GROUPS)
     if SINGLE_TILE:
-        _, row_kl, moments = scan_and_store(advantages, returns, x, carry, start, length, last, factors, ESTIMATOR)
+        _, row_kl, moments = scan_and_store(
+            advantages, returns, x, carry, start, length, last, kl_coef, gamma, decay, ESTIMATOR
+        )
     else:
         row_kl = tl.zeros((ROWS,), tl.float32)
         zero = tl.zeros((ROWS,), tl.float64)
@@ -201,7 +199,7 @@ def ppo_advantages_kernel(
             if ALIGNED:
                 next_x = load_tile(tokens, start, length, tile - 1, GROUPS)
             group_carry, tile_kl, tile_moments_ = scan_and_store(
-                advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR
+                advantages, returns, x, carry, start, length, tile, kl_coef, gamma, decay, ESTIMATOR
             )
             row_kl += tile_kl
             moments = Moments(*merge_moments(*moments, *tile_moments_))
@@ -215,19 +213,20 @@ def ppo_advantages_kernel(
 
 @triton.jit(do_not_specialize=["size", "T"])
 def ppo_advantages_tile_map_kernel(
-    tokens, maps, size, T, factors,
+    tokens, maps, size, T, kl_coef, discount,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the map of the program's tile, unless it is the first tile of its row."""
     if ALIGNED:
         T = T // 4 * 4
-    _row, start, length, tile = scan.locate_tile(None, 0, T, 4 * GROUPS, 1, 0)
+    row, start, length, tile = scan.locate_tile(None, 0, T, 4 * GROUPS, 1, 0)
     if tile > 0:
         zero = tl.zeros((1,), tl.int64)
         x = load_tile(tokens, start + zero, length + zero, tile, GROUPS)
-        _, reward = kl_and_reward(x, factors.kl_coef, ESTIMATOR)
+        gamma, decay = scan.row_discount(discount, row, None)
+        _, reward = kl_and_reward(x, kl_coef, ESTIMATOR)
         valid, value = scan.unpack4(x.valid), scan.unpack4(x.value)
-        factor, total = scan.tile_map(valid, reward, value, factors.gamma, factors.decay)
+        factor, total = scan.tile_map(valid, reward, value, gamma, decay)
         index = maps + tl.program_id(0) + zero
         tl.store(index, factor)
         tl.store(index + size, total)
@@ -235,7 +234,7 @@ def ppo_advantages_tile_map_kernel(
 
 @triton.jit(do_not_specialize=["size", "T"])
 def ppo_advantages_apply_kernel(
-    tokens, scores, maps, bootstrap, advantages, returns, kl_parts, parts, size, T, factors, score_clip,
+    tokens, scores, maps, bootstrap, advantages, returns, kl_parts, parts, size, T, kl_coef, discount, score_clip,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the outputs of the program's tile, whose carry comes from the maps of the tiles right of it."""
@@ -245,11 +244,14 @@ def ppo_advantages_apply_kernel(
     zero = tl.zeros((1,), tl.int64)
     start, length = start + zero, length + zero
     # The carry is computed before the tile is loaded: both at once need too many registers.
-    carry = first_carry(scores, bootstrap, row, row >= 0, factors.gamma, score_clip)
+    carry = first_carry(scores, bootstrap, row, row >= 0, discount, score_clip)
+    gamma, decay = scan.row_discount(discount, row, None)
     first = tl.program_id(0).to(tl.int64) - tile
     carry = scan.carry_into(maps, size, first, tile, tl.cdiv(T, 4 * GROUPS), carry) + tl.zeros((1,), tl.float32)
     x = load_tile(tokens, start, length, tile, GROUPS)
-    _, tile_kl, moments = scan_and_store(advantages, returns, x, carry, start, length, tile, factors, ESTIMATOR)
+    _, tile_kl, moments = scan_and_store(
+        advantages, returns, x, carry, start, length, tile, kl_coef, gamma, decay, ESTIMATOR
+    )
     tl.store(kl_parts + tl.program_id(0) + zero, tile_kl)
     store_moments(parts, moments)
 
@@ -296,18 +298,18 @@ def ppo_advantages(
     kl = empty_float32(logprobs, B)
     parts = torch.empty((len(STATS), size), dtype=torch.float64, device=logprobs.device)
     kl_parts = empty_float32(logprobs, size) if is_split else None
-    factors = Factors(kl_coef, gamma, gamma * lam)
+    factors = (kl_coef, scan.discount_of("ppo_advantages", gamma, lam))
     meta = {"ESTIMATOR": kl_estimator, "ALIGNED": T % 4 == 0, "GROUPS": groups, "num_warps": 1}
     if is_split:
         maps = empty_float32(logprobs, 2, size)
-        launch.run(ppo_advantages_tile_map_kernel, (size,), tokens, maps, size, T, factors, **meta)
+        launch.run(ppo_advantages_tile_map_kernel, (size,), tokens, maps, size, T, *factors, **meta)
         inputs = (tokens, scores, maps, bootstrap)
-        options = (size, T, factors, score_clip)
+        options = (size, T, *factors, score_clip)
         launch.run(ppo_advantages_apply_kernel, (size,), *inputs, *outputs, kl_parts, parts, *options, **meta)
     else:
         meta |= {"SINGLE_TILE": tiles == 1, "ROWS": rows}
         inputs = (tokens, scores, bootstrap)
-        options = (B, T, factors, score_clip)
+        options = (B, T, *factors, score_clip)
         launch.run(ppo_advantages_kernel, (size,), *inputs, *outputs, kl, parts, *options, **meta)
     block = launch.block_size(size, 1024)
     grid = (B if is_split else 1,)
