@@ -275,6 +275,7 @@ CASES = {
     "bias": {"bias": True, "temperature": 0.7},
     "scale": {"scale": 0.25, "temperature": 1.3, "bias": True},
     "softcap": {"softcap": 3.0, "scale": 2.0, "temperature": 0.8, "outputs": ("entropy", "is_top1")},
+    "softcap 0": {"softcap": 0.0, "outputs": ("entropy",)},
     "log p alone": {"outputs": ("log_probs",)},
     "no rows": {"rows": 0},
     "bfloat16": {"dtype": torch.bfloat16, "bias": True},

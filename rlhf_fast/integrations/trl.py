@@ -38,8 +38,6 @@ ARGUMENTS = (
 CALLED = {"contains": "fused_lm_head=True"}
 OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}
 """Outputs that the op answers; each but the first is made only if asked for."""
-
-
 PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("kernels/chunked_logprob.py", "ChunkedLogProbFunction.forward", {"arguments": ARGUMENTS}),
     ("trainer/utils.py", "_ChunkedLogProbFunction", {}),
@@ -110,10 +108,7 @@ class Fused:
     ) -> tuple[Tensor | None, ...]:
         """Return log p, entropy, None, the mean logit and whether the target is the likeliest, of each row, as
         TRL's function does: z = softcap(logit_scale x) / temperature, of raw logits x."""
-        head = LinearHead(weight, bias).scaled(logit_scale)
-        if final_logit_softcapping is not None:
-            head = head.soft_capped(final_logit_softcapping)
-        head = head.scaled(1 / temperature)
+        head = _head(weight, bias, logit_scale, final_logit_softcapping, temperature)
         if reason := _unsupported(head, outputs):
             self._count_fallback(reason, hidden, weight)
             return self._original.apply(
@@ -163,7 +158,7 @@ def fused() -> Fused:
         )
     from trl.trainer import utils
 
-    original = getattr(utils, "_ChunkedLogProbFunction", None)
+    original: Any = getattr(utils, "_ChunkedLogProbFunction", None)
     if isinstance(original, Fused):
         raise UserError("trl is fused already: end that `with` block, or call remove() of what fused() returned")
     arguments = tuple(inspect.signature(original.forward).parameters) if hasattr(original, "forward") else ()
@@ -174,6 +169,16 @@ def fused() -> Fused:
             f" tested version: install trl=={TESTED}"
         )
     return Fused(utils)
+
+
+def _head(weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> LinearHead:
+    """Return the head whose logits are softcap(scale x) / temperature."""
+    head = LinearHead(weight, bias).scaled(scale)
+    if softcap is not None:
+        capped = head.soft_capped(softcap or 1.0)  # TRL reads a soft cap of 0 as 1
+        assert capped is not None
+        head = capped
+    return head.scaled(1 / temperature)
 
 
 def _unsupported(head: LinearHead, outputs: tuple[str, ...]) -> str:
