@@ -206,5 +206,6 @@ def _multiplied_in(hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead
 @torch.no_grad()
 def _mean_logits(hidden: Tensor, head: LinearHead) -> Tensor:
     """Return the mean over the vocabulary of logits without a soft cap: a product with the mean of the weight."""
-    mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
     return (mean if head.bias is None else mean + head.bias.mean(dtype=torch.float32)) * head.scale
