@@ -1,6 +1,7 @@
 """The examples do what their first lines say."""
 
 import ast
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -36,6 +37,30 @@ def test_a_reward_function_of_ones_own_is_learned(folder, one_thread):
     scores = [row["objective/scores"] for row in toy.rows(folder / "runs" / "polite" / "metrics.jsonl")]
     assert len(scores) == 6 and scores[-1] > scores[0]
     assert (folder / "runs" / "polite" / "model.safetensors").is_file()
+
+
+def test_trls_trainer_learns_with_the_fused_head(folder, one_thread, capsys):
+    pytest.importorskip("trl", minversion="1.15", reason="trl 1.15 or later is not installed")
+    import trl_dpo
+
+    response = trl_dpo.main()
+    assert response.startswith("dear udo , thank you for the ")
+    shown = capsys.readouterr().out
+    assert "before: " in shown and response in shown
+    assert "trl: linear_logprobs answered 80 calls" in shown and "TRL's own" not in shown
+    assert (folder / "runs" / "trl-dpo" / "model.safetensors").is_file()
+
+
+def test_transformers_trainer_learns_with_lazy_logits(folder, one_thread, capsys):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    import hf_trainer
+
+    response = hf_trainer.main()
+    assert response.startswith("dear udo , thank you for the ")
+    shown = capsys.readouterr().out
+    assert "before: " in shown and response in shown
+    assert re.search(r"LlamaForCausalLM: lazy, answered by ops 40 times, .* made 0 times", shown), shown
+    assert (folder / "runs" / "hf-trainer" / "model.safetensors").is_file()
 
 
 def test_a_quantised_model_becomes_an_ordinary_folder(tmp_path, monkeypatch):

@@ -172,6 +172,17 @@ def test_the_scorer_prefers_the_true_answer(capsys, one_thread):
     assert false < true < 0
 
 
+@pytest.mark.slow
+def test_trls_trainer_is_fused(workplace, capsys, monkeypatch):
+    pytest.importorskip("trl", minversion="1.15", reason="trl 1.15 or later is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(workplace / "cache"))
+    toy.model(workplace / "MODEL", letters="abcdefghijklmnopqrstuvwxyz")
+    found = {}
+    exec(next(block for block in blocks("python") if "integrations.trl.fused()" in block), found)
+    assert found["handle"].status.answered == 20 and not found["handle"].status.fallbacks
+    assert "trl: linear_logprobs answered 20 calls" in capsys.readouterr().out
+
+
 def test_the_op_that_is_added_works(tmp_path):
     """In a process of its own, because an op is registered for good."""
     source = next(block for block in blocks("python") if "def twice(" in block)
@@ -285,6 +296,8 @@ def test_python_has_its_imports(source):
     known |= {argument.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for argument in node.args}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
+            if getattr(node, "module", None) == "trl":
+                pytest.importorskip("trl")
             exec(compile(ast.Module([node], []), "a page", "exec"), {})
             known |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -24,6 +24,7 @@ VARIABLES = (
 def report() -> Iterator[str]:
     """Yield the lines of the report, which is made to be pasted into a bug report."""
     yield from _packages()
+    yield from _integrations()
     yield from _machine()
     for name in VARIABLES:
         if name in os.environ:
@@ -40,6 +41,15 @@ def _packages() -> Iterator[str]:
     for name in PACKAGES:
         yield f"{name:<14} {package_version(name) or 'not installed'}"
     yield f"package `kernels` (Hugging Face's, not ours): {package_version('kernels') or 'not installed'}"
+
+
+def _integrations() -> Iterator[str]:
+    """Yield a line for each library whose trainers can call the ops by rlhf_fast.integrations."""
+    from rlhf_fast.integrations import trl
+    from rlhf_fast.integrations.hooks import report
+
+    for integration in (trl,):
+        yield f"{integration.HOOKS[0].library:<14} {report(integration.HOOKS)}"
 
 
 def _machine() -> Iterator[str]:

@@ -1,0 +1,205 @@
+"""TRL's trainers with rlhf-fast's head: SFT, DPO, KTO, GRPO, RLOO and async GRPO, of trl 1.15 and later.
+
+    from rlhf_fast.integrations import trl as fast_trl
+
+    with fast_trl.fused():
+        trainer.train()
+
+All of them take log-probabilities, entropies and the top-1 metric from one autograd function of TRL's, which is
+replaced by `ops.linear_logprobs`. Losses, metrics, generation and the rest stay TRL's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.integrations.head import LinearHead
+from rlhf_fast.integrations.hooks import Hook, library_version
+
+log = logging.getLogger(__name__)
+
+TESTED = "1.16.0"
+OLDEST = (1, 15)
+ARGUMENTS = (
+    *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
+"""Arguments of `forward` of the function that is replaced."""
+CALLED = {"contains": "fused_lm_head=True"}
+OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}
+"""Outputs that the op answers; each but the first is made only if asked for."""
+
+
+PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("kernels/chunked_logprob.py", "ChunkedLogProbFunction.forward", {"arguments": ARGUMENTS}),
+    ("trainer/utils.py", "_ChunkedLogProbFunction", {}),
+    ("trainer/utils.py", "_use_triton", {"optional": True}),
+    ("trainer/utils.py", "add_fused_lm_head", {"contains": "_ChunkedLogProbFunction.apply("}),
+    ("trainer/sft_trainer.py", "SFTTrainer.compute_loss", CALLED),
+    ("trainer/dpo_trainer.py", "DPOTrainer._compute_loss", CALLED),
+    ("trainer/kto_trainer.py", "KTOTrainer._compute_loss", CALLED),
+    ("trainer/grpo_trainer.py", "GRPOTrainer._get_per_token_logps_and_entropies", CALLED),
+    ("trainer/rloo_trainer.py", "RLOOTrainer._get_per_token_logps_and_entropies", CALLED),
+    ("experimental/async_grpo/async_grpo_trainer.py", "AsyncGRPOTrainer.compute_loss", CALLED),
+)
+HOOKS = tuple(Hook("trl", TESTED, f"trl/{file}", name, **rest) for file, name, rest in PLACES)
+
+
+@dataclass
+class Status:
+    """Count the calls since `fused`: `answered` by the op, of `rows` rows in all; `fallbacks` to TRL's own function, by
+    reason."""
+
+    answered: int = 0
+    rows: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        text = f"trl: linear_logprobs answered {self.answered} calls of {self.rows} rows"
+        for reason, count in self.fallbacks.items():
+            text += f"; TRL's own function answered {count}: {reason}"
+        return text
+
+
+class Fused:
+    """TRL's function, replaced until `remove()` or the end of the `with` block. `status` counts the calls."""
+
+    def __init__(self, utils: Any):
+        self.status = Status()
+        self._utils = utils
+        self._original = utils._ChunkedLogProbFunction
+        self._replaced = {name: getattr(utils, name) for name in ("_ChunkedLogProbFunction", "_use_triton")
+                          if hasattr(utils, name)}  # fmt: skip
+        utils._ChunkedLogProbFunction = self
+        if uses_triton := self._replaced.get("_use_triton"):  # from 1.16 on, which by itself scores all rows on a CPU
+            utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
+
+    def __enter__(self) -> Fused:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Put back what TRL had. A second call does nothing."""
+        for name, value in self._replaced.items():
+            setattr(self._utils, name, value)
+        self._replaced = {}
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = (*OUTPUTS, "log_sum_sq_probs"),
+    ) -> tuple[Tensor | None, ...]:
+        """Return log p, entropy, None, the mean logit and whether the target is the likeliest, of each row, as
+        TRL's function does: z = softcap(logit_scale x) / temperature, of raw logits x."""
+        head = LinearHead(weight, bias).scaled(logit_scale)
+        if final_logit_softcapping is not None:
+            head = head.soft_capped(final_logit_softcapping)
+        head = head.scaled(1 / temperature)
+        if reason := _unsupported(head, outputs):
+            self._count_fallback(reason, hidden, weight)
+            return self._original.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+            )
+        self.status.answered += 1
+        self.status.rows += len(hidden)
+        hidden, head = _multiplied_in(hidden, head)
+        logprobs, entropy, _, top1 = head.logprobs(hidden, targets)
+        return (
+            logprobs,
+            entropy if "entropy" in outputs else None,
+            None,
+            _mean_logits(hidden, head) if "mean_logits" in outputs else None,
+            top1 if "is_top1" in outputs else None,
+        )
+
+    def _count_fallback(self, reason: str, hidden: Tensor, weight: Tensor) -> None:
+        """Count a call that TRL's own function answers, and log the first for each reason. RuntimeError in training
+        under RLHF_FAST_STRICT=1."""
+        text = f"TRL's own function scores the tokens: {reason}"
+        in_training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        if in_training and os.environ.get("RLHF_FAST_STRICT") == "1":
+            raise RuntimeError(f"RLHF_FAST_STRICT=1 and {text}")
+        if reason not in self.status.fallbacks:
+            log.warning("%s", text)
+        self.status.fallbacks[reason] += 1
+
+
+def fused() -> Fused:
+    """Let TRL's trainers score tokens by `ops.linear_logprobs`, until `remove()` of what this returns or the end of its
+    `with` block; trainers that were made before do so too.
+
+    Only rows with a label reach the head, also on a CPU, where TRL scores prompts and padding as well. As in TRL the
+    products are in the dtype of autocast or of the hidden states. A tie for the largest logit counts as top-1 whichever
+    token comes first; TRL's own function counts the first alone. Two outputs are left to TRL's function, and counted:
+    log_sum_sq_probs (DPO with use_weighting) and the mean logit of a model with a soft cap.
+    UserError: trl is not installed, is older than 1.15, has another signature, or is replaced already.
+    """
+    found = library_version("trl")
+    if found is None:
+        raise UserError(f"trl is not installed: pip install trl=={TESTED}")
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
+        raise UserError(
+            f"trl {found} has no function that all its trainers share: install trl=={TESTED}, or let the model make"
+            " logits only where they are read, by rlhf_fast.integrations.lazy_head(model)"
+        )
+    from trl.trainer import utils
+
+    original = getattr(utils, "_ChunkedLogProbFunction", None)
+    if isinstance(original, Fused):
+        raise UserError("trl is fused already: end that `with` block, or call remove() of what fused() returned")
+    arguments = tuple(inspect.signature(original.forward).parameters) if hasattr(original, "forward") else ()
+    if arguments != ARGUMENTS:
+        has = f"takes ({', '.join(arguments)})" if arguments else "is not there"
+        raise UserError(
+            f"trl {found}: trl.trainer.utils._ChunkedLogProbFunction {has}, not ({', '.join(ARGUMENTS)}) as in the"
+            f" tested version: install trl=={TESTED}"
+        )
+    return Fused(utils)
+
+
+def _unsupported(head: LinearHead, outputs: tuple[str, ...]) -> str:
+    """Return the reason why the op cannot answer, or ""."""
+    if others := sorted(set(outputs) - OUTPUTS):
+        return f"it is asked for {', '.join(others)}, which linear_logprobs does not return"
+    if "mean_logits" in outputs and head.capped:
+        return "the mean logit under a soft cap is no product with the mean of the weight"
+    if not head.fits_ops:
+        return "the op takes a positive and finite temperature, soft cap and scale alone"
+    if hasattr(head.weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 gathers the weight anew for the backward pass"
+    return ""
+
+
+def _multiplied_in(hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
+    """Return them in the dtype in which TRL multiplies them."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if dtype.itemsize > 2:  # the op itself multiplies a 16-bit weight in float32, without a copy of it
+        return hidden.to(dtype), head
+    return hidden.to(dtype), head.to(dtype)
+
+
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, head: LinearHead) -> Tensor:
+    """Return the mean over the vocabulary of logits without a soft cap: a product with the mean of the weight."""
+    mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+    return (mean if head.bias is None else mean + head.bias.mean(dtype=torch.float32)) * head.scale
