@@ -113,7 +113,8 @@ def install() -> None:
     try:
         wanted = parts()
     except UserError as error:
-        return _failed("functions", error)
+        _failed("functions", error)
+        return
     actions: dict[str, Callable[[str, Any], None]] = {
         "head": _replace_head, "gae": _replace_gae, "policy_loss": _register, "value_loss": _replace_value_loss,
     }  # fmt: skip
@@ -122,7 +123,6 @@ def install() -> None:
         here = [name for name in wanted if module in modules.get(name, (CORE,))]
         if here:
             after_import(module, lambda found, here=here: _replace(found, {name: actions[name] for name in here}))
-    return None
 
 
 def _replace(module: Any, actions: dict[str, Callable[[str, Any], None]]) -> None:
@@ -149,7 +149,7 @@ def _replace_head(name: str, module: Any) -> None:
     if name == HEAD:
         module.FusedLinearForPPO = fused_head(module.FusedLinearForPPO, CALLS)
     else:
-        module.patch_forward_with_backends = refusing(module.patch_forward_with_backends, CALLS)
+        module.patch_forward_with_backends = refusing(module.patch_forward_with_backends)
 
 
 def _replace_gae(_name: str, module: Any) -> None:

@@ -42,7 +42,7 @@ def fused_head(theirs: Any, calls: Calls) -> type:
     return FusedLinearForPPO
 
 
-def refusing(theirs: Callable, calls: Calls) -> Callable:
+def refusing(theirs: Callable) -> Callable:
     """Return verl's patch_forward_with_backends, which refuses models whose head FusedLinearForPPO does not compute."""
 
     @functools.wraps(theirs)
