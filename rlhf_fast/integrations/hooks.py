@@ -65,17 +65,20 @@ def moved(hook: Hook) -> str:
     return ""
 
 
-def check(hooks: Sequence[Hook], series: str) -> None:
-    """Raise UserError unless the installed version begins with `series` and all that the hooks name is there."""
-    library, tested = hooks[0].library, hooks[0].tested
+def check_version(library: str, tested: str, series: str) -> None:
+    """Raise UserError unless a version that begins with `series` is installed."""
     found = library_version(library)
     if found is None:
         raise UserError(f"{library} is not installed: pip install {library}=={tested}")
     if not found.startswith(series):
         raise UserError(f"{library} {found} is not one that the integration knows: install {library}=={tested}")
+
+
+def check(hooks: Sequence[Hook]) -> None:
+    """Raise UserError unless all that the hooks name is there."""
     for hook in hooks:
         if not hook.optional and (fault := moved(hook)):
-            raise UserError(f"{fault}: install {library}=={tested}")
+            raise UserError(f"{fault}: install {hook.library}=={hook.tested}")
 
 
 def report(hooks: Sequence[Hook]) -> str:

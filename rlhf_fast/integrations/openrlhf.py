@@ -12,7 +12,6 @@ functions that read them there answer by `ops.linear_logprobs`, one call for bot
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
-from rlhf_fast.integrations.hooks import Hook, check
+from rlhf_fast.integrations.hooks import Hook, check, check_version
 from rlhf_fast.integrations.lazy_forward import LazyHead, lazy_head
 from rlhf_fast.integrations.lazy_forward import status as lazy_status
 from rlhf_fast.integrations.lazy_logits import LazyLogits
@@ -161,7 +160,8 @@ def fused(actor: Any = None, *, losses: bool = False) -> Fused:
     """
     if actor is None and not losses:
         raise UserError("openrlhf: nothing to replace; pass an Actor, or losses=True")
-    check((HEAD_HOOKS if actor is not None else ()) + (LOSS_HOOKS if losses else ()), SERIES)
+    check_version("openrlhf", TESTED, SERIES)
+    check((HEAD_HOOKS if actor is not None else ()) + (LOSS_HOOKS if losses else ()))
     if actor is not None and not isinstance(actor, import_module(ACTOR).Actor):
         raise UserError(f"openrlhf: pass an Actor of openrlhf.models, not a {type(actor).__name__}")
     return Fused(None if actor is None else actor.model, losses)
@@ -171,7 +171,6 @@ def log_probs_from_logits(original: Callable) -> Callable:
     """Return the function of openrlhf.models.actor for lazy logits too. flash_attn's kernel, which OpenRLHF's calls,
     reads memory that they do not have."""
 
-    @functools.wraps(original)
     def answer(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
         if not isinstance(logits, LazyLogits):
             return original(logits, labels, temperature)
@@ -185,7 +184,6 @@ def log_probs_from_logits(original: Callable) -> Callable:
 def compute_entropy(original: Callable) -> Callable:
     """Return the function of openrlhf.models.actor for lazy logits too, which torch.compile does not take."""
 
-    @functools.wraps(original)
     def answer(logits: Tensor) -> Tensor:
         if not isinstance(logits, LazyLogits):
             return original(logits)

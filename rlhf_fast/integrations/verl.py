@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_fast.errors import UserError, listed
 from rlhf_fast.integrations.calls import Calls, is_strict
-from rlhf_fast.integrations.hooks import Hook, check
+from rlhf_fast.integrations.hooks import Hook, check, check_version
 from rlhf_fast.integrations.import_hook import after_import
 from rlhf_fast.integrations.verl_head import fused_head, refusing
 from rlhf_fast.integrations.verl_losses import gae, policy_loss, value_loss
@@ -112,6 +112,7 @@ def install() -> None:
     """
     try:
         wanted = parts()
+        check_version("verl", TESTED, SERIES)
     except UserError as error:
         _failed("functions", error)
         return
@@ -130,7 +131,7 @@ def _replace(module: Any, actions: dict[str, Callable[[str, Any], None]]) -> Non
         if (part, module.__name__) in _installed:
             continue
         try:
-            check(PARTS[part], SERIES)
+            check(PARTS[part])
             action(module.__name__, module)
         except Exception as error:  # whatever it is, verl has to go on
             _failed(part, error)
