@@ -82,6 +82,9 @@ PARTS: dict[str, tuple[Hook, ...]] = {
 }  # fmt: skip
 HOOKS = tuple(dict.fromkeys(hook for hooks in PARTS.values() for hook in hooks))
 
+MODULES = {HEAD: ("head",), PATCH: ("head",), CORE: ("gae", "policy_loss", "value_loss")}
+"""The modules in which the parts are replaced."""
+
 CALLS = Calls("verl")
 _installed: set[tuple[str, str]] = set()
 
@@ -114,16 +117,19 @@ def install() -> None:
         wanted = parts()
         check_version("verl", TESTED, SERIES)
     except UserError as error:
-        _failed("functions", error)
+        fault = error
+        if not is_strict():
+            _failed("functions", fault)
+            return
+        for module in MODULES:  # verl hides an error of a plugin that it loads, but not one of its own modules
+            after_import(module, lambda _module: _failed("functions", fault))
         return
     actions: dict[str, Callable[[str, Any], None]] = {
         "head": _replace_head, "gae": _replace_gae, "policy_loss": _register, "value_loss": _replace_value_loss,
     }  # fmt: skip
-    modules = {"head": (HEAD, PATCH)}
-    for module in (HEAD, PATCH, CORE):
-        here = [name for name in wanted if module in modules.get(name, (CORE,))]
-        if here:
-            after_import(module, lambda found, here=here: _replace(found, {name: actions[name] for name in here}))
+    for module, parts_of_it in MODULES.items():
+        if here := [part for part in parts_of_it if part in wanted]:
+            after_import(module, lambda found, here=here: _replace(found, {part: actions[part] for part in here}))
 
 
 def _replace(module: Any, actions: dict[str, Callable[[str, Any], None]]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
-from rlhf_fast.integrations.head import is_dtensor
 
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Configuration values by which models scale their logits: Cohere, Falcon-H1, Granite and others."""
@@ -37,7 +36,7 @@ def fused_head(theirs: Any, calls: Calls) -> type:
             hidden, weight = _multiplied_in(hidden_states, vocab_weights)
             targets = input_ids.to(torch.int64)
             logprobs, entropy, _, _ = ops.linear_logprobs(hidden, weight, targets, temperature=float(temperature))
-            return logprobs, entropy.to(hidden.dtype)
+            return logprobs, entropy.to(hidden_states.dtype)
 
     return FusedLinearForPPO
 
@@ -82,6 +81,8 @@ def _liger_is_installed(theirs: Any) -> bool:
 
 def _unsupported(hidden: Tensor, weight: Tensor, temperature: Any) -> str:
     """Return the reason why the op cannot answer, or ""."""
+    from rlhf_fast.integrations.head import is_dtensor  # which loads the ops
+
     if is_dtensor(hidden) or is_dtensor(weight):
         return "the head's weight is split over ranks (DTensor)"
     if hidden.device.type not in ("cpu", "cuda"):

@@ -1,5 +1,13 @@
-"""What verl loads by the entry point `verl.plugins` when it is imported: it acts on import, as verl calls nothing."""
+"""Act on import: verl loads this module by the entry point `verl.plugins` when it is imported itself, and calls nothing.
 
-from rlhf_fast.integrations.verl import install
+verl hides an error of a plugin, so it is logged here.
+"""
 
-install()
+import logging
+
+try:
+    from rlhf_fast.integrations.verl import install
+
+    install()
+except Exception as error:
+    logging.getLogger("rlhf_fast").warning("rlhf_fast: verl keeps its own functions: %r", error)

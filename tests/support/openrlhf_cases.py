@@ -96,6 +96,7 @@ def make_actor(temperature=1.0, kind="llama"):
         torch.nn.init.normal_(model.lm_head.bias)
     else:
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.lm_head.weight.data.mul_(20)
     if kind == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     made = actor_module.Actor(model.eval(), temperature=temperature)

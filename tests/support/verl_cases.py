@@ -3,6 +3,9 @@
 `import verl` loads the plugin by its entry point. What it replaces keeps verl's function as `__wrapped__`.
 """
 
+import __future__
+
+import ast
 import sys
 
 import pytest
@@ -75,6 +78,7 @@ def llama():
     torch.manual_seed(0)
     forward = LlamaForCausalLM.forward
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.lm_head.weight.data.mul_(20)
     monkey_patch.patch_forward_with_backends(model, True, "torch")
     assert LlamaForCausalLM.forward is not forward
     yield model
@@ -118,7 +122,7 @@ def test_forward_is_the_models_own(llama, monkeypatch):
 def test_forward_under_autocast(llama, monkeypatch):
     expected = forward_and_backward(llama, THEIRS, monkeypatch, dtype=torch.bfloat16)
     found = forward_and_backward(llama, OURS, monkeypatch, dtype=torch.bfloat16)
-    assert found[1].dtype == expected[1].dtype == torch.bfloat16
+    assert found[1].dtype == expected[1].dtype
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=3e-2)  # verl rounds its logits
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=6e-2)
 
@@ -198,15 +202,22 @@ def test_gae(gamma, lam):
         assert x.dtype == y.dtype and not x.requires_grad
 
 
-def test_gae_by_the_trainer():
-    from verl import DataProto
-    from verl.trainer.ppo.ray_trainer import compute_advantage
+def trainers_compute_advantage():
+    """Return the function of the trainer's module, which imports what serves models."""
+    tree = hooks._find(hooks._tree("verl", "verl/trainer/ppo/ray_trainer.py"), "compute_advantage")
+    space = {"core_algos": core_algos, "AdvantageEstimator": core_algos.AdvantageEstimator}
+    flags = __future__.annotations.compiler_flag
+    exec(compile(ast.Module([tree], []), "verl/trainer/ppo/ray_trainer.py", "exec", flags), space)
+    return space["compute_advantage"]
 
+
+def test_gae_by_the_trainer():
     _, values, rewards, mask = tokens()
     expected = core_algos.compute_gae_advantage_return.__wrapped__(rewards, values, mask.long(), 0.99, 0.95)
     data = {"token_level_rewards": rewards, "values": values, "response_mask": mask.long()}
     before = fast.status().answered["compute_gae_advantage_return"]
-    out = compute_advantage(DataProto.from_dict(data), "gae", gamma=0.99, lam=0.95, config={}).batch
+    data = verl.DataProto.from_dict(data)
+    out = trainers_compute_advantage()(data, "gae", gamma=0.99, lam=0.95, config={}).batch
     assert fast.status().answered["compute_gae_advantage_return"] == before + 1
     for x, y in zip((out["advantages"], out["returns"]), expected, strict=True):
         torch.testing.assert_close(x[mask], y[mask], rtol=1e-4, atol=1e-5)
@@ -287,7 +298,7 @@ def test_verls_own_errors_of_aggregation_stay():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("totals", TOTALS)
-@pytest.mark.parametrize("clip", [0.2, 1.5, 0.0])
+@pytest.mark.parametrize("clip", [0.2, 0.6, 0.0])
 def test_value_loss(mode, totals, clip):
     def run(function):
         new, old, returns, mask = tokens()
@@ -306,7 +317,9 @@ def test_value_loss(mode, totals, clip):
 def test_no_tokens_have_no_metrics():
     made, x = config({}), torch.zeros(2, 3, requires_grad=True)
     for name in ("vanilla", "rlhf_fast"):
-        loss, metrics = core_algos.get_policy_loss_fn(name)(x, x, x.detach(), torch.zeros(2, 3).bool(), "token-sum", made)
+        loss, metrics = core_algos.get_policy_loss_fn(name)(
+            x, x, x.detach(), torch.zeros(2, 3).bool(), "token-sum", made
+        )
         assert loss == 0 and set(metrics.values()) == {0.0}
     assert core_algos.compute_value_loss(x, x, x, torch.zeros(2, 3).bool(), 0.2, "token-sum")[1] == 0
 
