@@ -117,7 +117,8 @@ def test_another_version_replaces_nothing(plugin, monkeypatch, caplog):
     verl.install()
     assert not plugin
     assert caplog.messages == [
-        "rlhf_fast: verl keeps its own functions: verl 0.10.0 is not one that the integration knows: install verl==0.9.1"
+        "rlhf_fast: verl keeps its own functions: verl 0.10.0 is not one that the integration knows: install"
+        " verl==0.9.1"
     ]
     monkeypatch.setenv("RLHF_FAST_STRICT", "1")
     verl.install()  # verl would hide an error now

@@ -29,7 +29,8 @@ log = logging.getLogger("rlhf_fast")
 TESTED, SERIES = "0.9.1", "0.9."
 LOSS_MODE = "rlhf_fast"
 CORE, HEAD = "verl.trainer.ppo.core_algos", "verl.utils.experimental.torch_functional"
-PATCH = "verl.models.transformers.monkey_patch"
+MODELS = "verl.models.transformers."
+PATCH = MODELS + "monkey_patch"
 VISION = ("qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v")
 
 
@@ -48,8 +49,8 @@ PARTS: dict[str, tuple[Hook, ...]] = {
         _hook(HEAD, "FusedLinearForPPO.forward", "self hidden_states vocab_weights input_ids temperature"),
         _hook(PATCH, "patch_forward_with_backends", _BACKENDS, "model.__class__.forward = forward_with_torch_backend"),
         _hook(PATCH, "apply_monkey_patch", contains="patch_forward_with_backends(model"),
-        _hook("verl.models.transformers.dense_common", "forward_with_torch_backend", contains=_AT_CALL),
-        *(_hook(f"verl.models.transformers.{name}", "forward_with_torch_backend", "", _AT_CALL, True) for name in VISION),
+        _hook(MODELS + "dense_common", "forward_with_torch_backend", contains=_AT_CALL),
+        *(_hook(MODELS + name, "forward_with_torch_backend", "", _AT_CALL, True) for name in VISION),
     ),
     "gae": (
         _hook(

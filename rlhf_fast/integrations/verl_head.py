@@ -50,8 +50,8 @@ def refusing(theirs: Callable) -> Callable:
     ) -> None:
         if use_fused_kernels and fused_kernels_backend in ("torch", "liger") and (fault := head_fault(model)):
             raise UserError(
-                f"{type(model).__name__}: its output layer has {fault}, which verl's use_fused_kernels leaves out of the"
-                " log-probabilities; set actor_rollout_ref.model.use_fused_kernels=False"
+                f"{type(model).__name__}: its output layer has {fault}, which verl's use_fused_kernels leaves out of"
+                " the log-probabilities; set actor_rollout_ref.model.use_fused_kernels=False"
             )
         theirs(model, use_fused_kernels, fused_kernels_backend)
 

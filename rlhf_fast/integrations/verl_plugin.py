@@ -1,4 +1,4 @@
-"""Act on import: verl loads this module by the entry point `verl.plugins` when it is imported itself, and calls nothing.
+"""Act on import: verl loads this module by the entry point `verl.plugins` when it is imported, and calls nothing.
 
 verl hides an error of a plugin, so it is logged here.
 """

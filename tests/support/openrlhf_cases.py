@@ -340,7 +340,7 @@ def test_another_signature_is_refused(name, before, after, monkeypatch):
 def test_no_actor_is_refused():
     with pytest.raises(UserError, match="nothing to replace"):
         openrlhf.fused()
-    with pytest.raises(UserError, match="pass an Actor of openrlhf.models, not a LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"pass an Actor of openrlhf\.models, not a LlamaForCausalLM"):
         openrlhf.fused(make_actor().model)
 
 
