@@ -127,6 +127,20 @@ def test_ddp(gloo, options, outside):
     assert (status(wrapped).answered, status(wrapped).made) == (3, 0)
 
 
+def test_collectives(gloo):
+    """As accelerate gathers an evaluation's logits."""
+    model, inputs = llama(), batch()
+    with lazy_head(model), torch.no_grad():
+        logits = model(**inputs).logits
+        found = torch.empty(logits.shape)
+        torch.distributed.all_gather_into_tensor(found, logits)
+        (listed,) = lists = [torch.empty(logits.shape)]
+        torch.distributed.all_gather(lists, logits)
+        with pytest.raises(NotImplementedError, match="writes into logits that are not made"):
+            torch.distributed.all_reduce(logits)
+    assert torch.equal(found, model(**inputs).logits) and torch.equal(listed, found)
+
+
 @pytest.mark.parametrize("outside", [False, True], ids=["loss inside", "loss outside"])
 @pytest.mark.parametrize("reshard", [False, True], ids=["layers stay", "layers resharded"])
 def test_fsdp2(gloo, outside, reshard):
@@ -254,6 +268,17 @@ def test_the_compiled_model():
     compiled = torch.compile(model, backend="eager")
     found = compare(compiled, loss_of(**inputs), patched=compiled)
     assert found.made == 0
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_reader(dynamic):
+    """OpenRLHF and verl compile their entropy: it is given lazy logits, and reads them as if it were not compiled."""
+
+    def entropy(z):
+        return torch.logsumexp(z, -1) - (F.softmax(z, -1) * z).sum(-1)
+
+    ids, read = batch()["input_ids"], torch.compile(entropy, backend="eager", dynamic=dynamic)
+    assert_one_answer(compare(llama(), lambda model: read(model(input_ids=ids).logits[:, :-1] / 0.8)))
 
 
 def test_a_compiled_decoder():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rlhf_fast.integrations import lazy_head, status
+from rlhf_fast.integrations.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {**SMALL, "vocab_size": 97, "initializer_range": 0.15}
@@ -627,9 +628,12 @@ def test_an_in_place_scale_after_the_logits_were_made(both):
     assert_close(ours.logsumexp(-1), (theirs * 2).logsumexp(-1), 1e-6)
 
 
-def past_python(z):
-    with torch._C.DisableTorchFunctionSubclass():
-        return torch.exp(z)
+def past_python(call):
+    def without_torch_function(z):
+        with torch._C.DisableTorchFunctionSubclass():
+            return call(z)
+
+    return without_torch_function
 
 
 REFUSED = {
@@ -642,10 +646,37 @@ REFUSED = {
     "data set": lambda z: setattr(z, "data", torch.ones(z.shape)),
     "set_": lambda z: z.set_(torch.ones(2)),
     "hook": lambda z: z.register_hook(lambda grad: grad * 2),
-    "C++": past_python,
+    "a write of C++": past_python(lambda z: z.zero_()),
+    "a view of C++": past_python(lambda z: z[..., :3]),
+    "an output of C++": past_python(lambda z: torch.exp(torch.ones(3, 9, V), out=z.detach())),
     "write under no_grad": lambda z: torch.no_grad()(lambda: z.zero_())(),
     "scale under no_grad": lambda z: torch.no_grad()(lambda: z.div_(2))(),
 }
+
+
+def test_operators_past_python(both):
+    """C++ gets the logits; their gradient goes to the head."""
+    ours, theirs, model = both
+    read = past_python(lambda z: torch.exp(z).sum(-1) + torch.logsumexp(2 * z, -1))
+    results = []
+    for z in (ours, theirs):
+        model.zero_grad()
+        out = read(z)
+        out.sum().backward()
+        results.append((out, grads_of(model)))
+    assert_close(results[0][0], results[1][0], 1e-5)
+    for name, grad in results[1][1].items():
+        assert_close(results[0][1][name], grad, 2e-5, name)
+    assert status(model).made == 1
+
+
+def test_reading_under_autocast(both):
+    """Logits of a float32 pass stay float32 where autocast began after it."""
+    ours, theirs, _ = both
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(ours.mean(-1), theirs.mean(-1), 1e-5, floor=1e-6)
+        assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+        assert_close(ours.max(-1).values, theirs.max(-1).values, 1e-6)
 
 
 @pytest.mark.parametrize("name", REFUSED)

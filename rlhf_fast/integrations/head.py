@@ -77,11 +77,19 @@ class LinearHead:
         """Return the logits themselves (..., V)."""
         dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
         head = self if dtype == self.weight.dtype else self.to(dtype)
-        z = F.linear(hidden.to(dtype), head.weight, head.bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            z = F.linear(hidden.to(dtype), head.weight, head.bias)
         if self.capped:
             z = torch.tanh(z if self.inner == 1 else z * self.inner)
         # tanh keeps its output for the gradient, which a write into that output would spoil.
         return z if self.scale == 1 and not self.capped else z * self.scale
+
+    def mean_logit(self, hidden: Tensor) -> Tensor:
+        """Return the mean of each row's logits (N,), of hidden (N, D), where no soft cap bends them."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            z = hidden.to(dtype) @ self.weight.mean(0, dtype=dtype)
+        return (z if self.bias is None else z + self.bias.mean(dtype=dtype)) * self.scale
 
     def chosen(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits (N, K) of the tokens (N, K), of hidden (N, D): a row of the weight for each."""

@@ -107,7 +107,7 @@ def lazy_head(model: Any) -> LazyHead:
     if before is not None:
         raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
     RECORDS[layer] = Record(name)
-    layer.forward = LazyForward(layer, RECORDS[layer])
+    layer.forward = LazyForward(layer, RECORDS[layer])  # type: ignore[method-assign]
     return LazyHead(layer)
 
 

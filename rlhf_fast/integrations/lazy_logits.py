@@ -141,9 +141,10 @@ class LazyLogits(Tensor):
         shape = tuple(self.shape)
         if self.form == "transposed":
             shape = (*shape[:-2], shape[-1], shape[-2])
-        logits = self.rows.logits().view(shape)
-        made = FORMS[self.form](logits.to(self.dtype))
-        made = made if self.factor == 1 else made * self.factor
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.rows.logits().view(shape)
+            made = FORMS[self.form](logits.to(self.dtype))
+            made = made if self.factor == 1 else made * self.factor
         if made.data_ptr() == logits.data_ptr():
             if not self.copied:
                 return made
@@ -156,10 +157,11 @@ class LazyLogits(Tensor):
         ties = [x for x in self.all_ties() if x.requires_grad]
         return _Tie.apply(out, *ties) if ties and out.requires_grad else out
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({self.form}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
+    @torch.compiler.disable  # a compiled function that is given lazy logits reads them as it would uncompiled
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in NATIVE:
@@ -173,17 +175,36 @@ class LazyLogits(Tensor):
         return _on_made(func, args, kwargs) if answer is NotImplemented else answer
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Answer those who come past Python: torch's wrappers pass outputs through an autograd.Function as they are."""
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Answer those who come past Python, such as collectives: by the logits, whose gradient _Node has. torch's
+        wrappers pass outputs through an autograd.Function as they are."""
         is_view = func is torch.ops.aten.view.default
         if func in PASSED and (not is_view or tuple(args[1]) == tuple(args[0].shape)):
             return args[0].passed()
-        raise NotImplementedError(
-            f"lazy_head: {func} reads the memory of logits that are not made (it was called past torch's Python"
-            f" functions); {REMEDY}"
-        )
+        schema, kwargs = func._schema, kwargs or {}
+        if any(x.alias_info is not None for x in schema.returns) or _written_lazy(schema, args, kwargs):
+            raise NotImplementedError(
+                f"lazy_head: {func} writes into logits that are not made, or shares their memory, and was called past"
+                f" torch's Python functions; {REMEDY}"
+            )
+        with torch.no_grad():
+            args, kwargs = tree_map(lambda x: x.make() if isinstance(x, LazyLogits) else x, (args, kwargs))
+        return func(*args, **kwargs)
 
 
+def _written_lazy(schema: Any, args: tuple, kwargs: dict) -> bool:
+    """Return whether an operator writes into lazy logits. Collectives do not say so: those of GATHERS read all but the
+    first argument."""
+    if schema.name.startswith("c10d::"):
+        return schema.name not in GATHERS or any(isinstance(x, LazyLogits) for x in tree_leaves(args[0]))
+    given = {argument.name: x for argument, x in zip(schema.arguments, args, strict=False)} | kwargs
+    written = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+    return any(isinstance(x, LazyLogits) for x in tree_leaves([given.get(name) for name in written]))
+
+
+GATHERS = {"c10d::allgather_", "c10d::_allgather_base_", "c10d::gather_"}
 REMEDY = "pass logits.make() instead"
 
 
@@ -235,6 +256,8 @@ def _on_made(func: Any, args: tuple, kwargs: dict) -> Any:
     made = {key: x.make() for key, x in lazy.items()}
     versions = {key: version_of(x) for key, x in made.items()}
     first = args[0] if args else None
+    if isinstance(first, LazyLogits) and str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        raise NotImplementedError(f"lazy_head: {func.__name__} writes into logits that are not made; {REMEDY}")
     args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
     with torch._C.DisableTorchFunctionSubclass():
         out = func(*args, **kwargs)
@@ -258,10 +281,7 @@ def _writes(func: Any) -> bool:
     return name in WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
-WRITES = {
-    f"__{name}__"
-    for name in ["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"]
-}
+WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
 
 
 class _Node(torch.autograd.Function):
@@ -287,13 +307,13 @@ class _Node(torch.autograd.Function):
                 "lazy_head: logits that were written in place were read by an autograd.Function; write into a copy:"
                 " logits = logits / temperature"
             )
-        hidden, weight, bias = ctx.saved_tensors
+        inputs: list[Any] = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        hidden, weight, bias = inputs
         with torch.enable_grad():
-            hidden, weight, bias = (None if x is None else x.detach().requires_grad_() for x in (hidden, weight, bias))
             head = LinearHead(weight, bias, ctx.head.scale, ctx.head.inner, ctx.head.capped)
             rows = Rows(hidden, head, Source(Record("", counts=False), hidden, head))
             z = LazyLogits.of(rows, ctx.size, ctx.kind, ctx.form, ctx.factor, attached=False).make()
-        wanted = [x for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False) if need]
+        wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         grads = iter(torch.autograd.grad(z, wanted, grad))
         return *(next(grads) if need else None for need in ctx.needs_input_grad[:3]), None
 
@@ -358,9 +378,9 @@ NATIVE = {
 """Functions that shape, dtype and place alone answer."""
 REFUSED = {
     Tensor.retain_grad: "retain_grad()",
-    Tensor.requires_grad.__set__: "setting requires_grad",
+    Tensor.requires_grad.__set__: "setting requires_grad",  # type: ignore[attr-defined]
     Tensor.requires_grad_: "requires_grad_()",
-    Tensor.grad.__set__: "setting grad",
-    Tensor.data.__set__: "setting data",
+    Tensor.grad.__set__: "setting grad",  # type: ignore[union-attr]
+    Tensor.data.__set__: "setting data",  # type: ignore[attr-defined]
     Tensor.set_: "set_()",
 }

@@ -181,10 +181,7 @@ def mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     if x.form != "logits" or head.capped or not _is_last(x, dim) or x.rows.has_logits():
         return NotImplemented
     x.rows.note_answer()
-    precise = torch.promote_types(x.rows.hidden.dtype, torch.float32)
-    out = x.rows.hidden.to(precise) @ head.weight.to(precise).mean(0)
-    out = (out if head.bias is None else out + head.bias.to(precise).mean()) * head.scale
-    return _rowwise(x, out, dtype or x.dtype, keepdim)
+    return _rowwise(x, head.mean_logit(x.rows.hidden), dtype or x.dtype, keepdim)
 
 
 @handles(Tensor.argmax, torch.argmax)

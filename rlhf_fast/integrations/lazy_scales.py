@@ -23,19 +23,11 @@ def _number(by: Any) -> float | None:
 
 
 def _scaled(x: LazyLogits, by: Any, inverse: bool) -> tuple[Rows, float, torch.dtype] | None:
-    """Return the rows and the factor of x times `by` (or over it), and its dtype."""
-    rowwise = isinstance(by, Tensor) and by.dim() > 0
-    if rowwise and (by.shape[-1] != 1 or by.dim() > x.dim()):
+    """Return the rows and the factor of x times `by` (or over it), and its dtype; None if it has no such form."""
+    if x.form == "transposed" or not isinstance(by, (int, float, Tensor)) or not _is_factor_of_rows(x, by):
         return None
-    if rowwise and torch.broadcast_shapes(by.shape[:-1], x.lead) != torch.Size(x.lead):
-        return None
-    if isinstance(by, Tensor) and (isinstance(by, LazyLogits) or by.is_complex() or by.device.type != x.device.type):
-        return None
-    if x.form == "transposed" or not isinstance(by, (int, float, Tensor)):
-        return None
-    of = torch.empty(1 if rowwise else (), dtype=by.dtype) if isinstance(by, Tensor) else by
-    dtype = torch.result_type(torch.empty(1, dtype=x.dtype), of)
-    number = _number(by) if not rowwise or by.shape.numel() == 1 or x.form == "logits" else None
+    dtype = torch.result_type(torch.empty(1, dtype=x.dtype), _stand_in(by))
+    number = _number(by)
     if number is not None:
         number = (1 / number if number else 0.0) if inverse else number
         if not number or not math.isfinite(number):
@@ -44,11 +36,27 @@ def _scaled(x: LazyLogits, by: Any, inverse: bool) -> tuple[Rows, float, torch.d
             return x.rows, x.factor * number, dtype
         return x.rows.with_head(x.rows.head.scaled(number)), 1.0, dtype
     head = x.rows.head
-    if x.form != "logits" or head.capped or head.bias is not None:
+    if x.form != "logits" or head.capped or head.bias is not None or not isinstance(by, Tensor):
         return None
-    by = by if rowwise else by[None]
     hidden = x.rows.shaped(x.lead).to(torch.promote_types(x.dtype, by.dtype))  # bfloat16 would round it once more
     return Rows(hidden / by if inverse else hidden * by, head, x.rows.source), 1.0, dtype
+
+
+def _is_factor_of_rows(x: LazyLogits, by: Any) -> bool:
+    """Return whether `by` is one number or one for each row, of x's device."""
+    if not isinstance(by, Tensor):
+        return True
+    if isinstance(by, LazyLogits) or by.is_complex() or (by.dim() and by.device != x.device) or by.dim() > x.dim():
+        return False
+    return not by.dim() or (by.shape[-1] == 1 and _expands_to(by.shape[:-1], x.lead))
+
+
+def _expands_to(shape: tuple[int, ...], lead: tuple[int, ...]) -> bool:
+    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(lead), strict=False))
+
+
+def _stand_in(by: Any) -> Any:
+    return torch.empty([1] * min(by.dim(), 1), dtype=by.dtype) if isinstance(by, Tensor) else by
 
 
 def _scale(x: LazyLogits, by: Any, inverse: bool) -> Any:

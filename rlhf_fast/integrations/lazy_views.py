@@ -251,7 +251,7 @@ def torch_permute(x: LazyLogits, dims: Any) -> Any:
     return permute(x, dims)
 
 
-@handles(Tensor.mT.__get__)
+@handles(Tensor.mT.__get__)  # type: ignore[attr-defined]
 def matrix_transpose(x: LazyLogits) -> Any:
     return transpose(x, -2, -1)
 
@@ -325,7 +325,7 @@ def clone(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
     return x.like(copied=True)
 
 
-@handles(Tensor.detach, torch.detach, Tensor.data.__get__)
+@handles(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def detach(x: LazyLogits) -> LazyLogits:
     return x.like(rows=x.rows.detach(), memory=x.memory, ties=())
 
