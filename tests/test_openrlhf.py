@@ -16,7 +16,7 @@ WHERE = os.environ.get("RLHF_FAST_OPENRLHF_PATH", "")
 @pytest.mark.skipif(not WHERE, reason="RLHF_FAST_OPENRLHF_PATH is not set; .ci/integrations.sh installs OpenRLHF")
 def test_openrlhf(tmp_path):
     assert (Path(WHERE) / "openrlhf").is_dir(), f"RLHF_FAST_OPENRLHF_PATH={WHERE} has no openrlhf"
-    run_cases("openrlhf_cases.py", tmp_path, path=[WHERE], at_least=100)
+    run_cases("openrlhf_cases.py", tmp_path, path=[WHERE], min_passed=100)
 
 
 @pytest.mark.skipif(hooks.library_version("openrlhf") is not None, reason="OpenRLHF is installed")

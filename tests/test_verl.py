@@ -37,7 +37,7 @@ def metadata(tmp_path):
 
 @pytest.mark.parametrize("case", [pytest.param("verl_cases.py", marks=needs_verl)])
 def test_verl(case, metadata):
-    run_cases(case, metadata, at_least=190, python=PYTHON, path=[metadata])
+    run_cases(case, metadata, min_passed=190, python=PYTHON, path=[metadata])
 
 
 @pytest.mark.parametrize("parts", [pytest.param("head,gae", marks=needs_verl)])

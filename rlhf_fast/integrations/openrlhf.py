@@ -105,7 +105,7 @@ class Fused(contextlib.AbstractContextManager):
 
     @property
     def status(self) -> Status:
-        """What the ops did so far."""
+        """The counts so far."""
         return Status(None if self._model is None else lazy_status(self._model), self.calls)
 
     def __exit__(self, *_error: object) -> None:

@@ -30,10 +30,10 @@ def policy_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> 
         global_batch_size: Any = None,
     ) -> tuple[Tensor | None, ...]:
         totals = dp_size, batch_num_tokens, global_batch_size
-        if reason := _no_policy_loss(self, action_mask):
+        reason = _no_policy_loss(self, action_mask, rollout_log_probs)
+        if reason or action_mask is None:
             calls.note_fallback("PolicyLoss", reason, (log_probs,))
             return theirs(self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, *totals)
-        assert action_mask is not None
         calls.answered["PolicyLoss"] += 1
         mask = action_mask.float()
         weights = _weights(aggregate, mask, self.token_level_loss, totals)
@@ -53,7 +53,7 @@ def policy_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> 
             found, total = dict(zip(ops.ppo_loss.stats, stats, strict=True)), mask.sum()
             clip_ratio = (found["clipped_low"] + found["clipped_high"]) / total
             kl = ((old_log_probs - log_probs.detach()) * mask).sum() / total
-            if not corrected:
+            if rollout_log_probs is None or not corrected:
                 return loss, clip_ratio, kl, None, None
             sampler_kl = ((rollout_log_probs - old_log_probs) * mask).sum() / total
             return loss, clip_ratio, kl, sampler_kl, found["importance_capped"] / total
@@ -61,7 +61,7 @@ def policy_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> 
     return forward
 
 
-def _no_policy_loss(loss: Any, mask: Tensor | None) -> str:
+def _no_policy_loss(loss: Any, mask: Tensor | None, rollout_log_probs: Tensor | None) -> str:
     """Return the reason why the op does not have these options, or ""."""
     if loss.policy_loss_type != "ppo":
         return f"policy_loss_type is {loss.policy_loss_type}"
@@ -71,6 +71,8 @@ def _no_policy_loss(loss: Any, mask: Tensor | None) -> str:
         return f"is_correction_gating is {loss.is_correction_gating}"
     if loss.is_correction_level != "off" and loss.is_correction_threshold[0] > 0:
         return "is_correction_threshold has a lower bound"
+    if loss.is_correction_level != "off" and rollout_log_probs is None:
+        return "there are no rollout_log_probs"
     return "there is no action_mask" if mask is None else ""
 
 

@@ -12,6 +12,7 @@ RLHF_FAST_VERL=0 turns the plugin off, and RLHF_FAST_VERL=head,gae all parts but
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def install() -> None:
     }  # fmt: skip
     for module, parts_of_it in MODULES.items():
         if here := [part for part in parts_of_it if part in wanted]:
-            after_import(module, lambda found, here=here: _replace(found, {part: actions[part] for part in here}))
+            after_import(module, functools.partial(_replace, actions={part: actions[part] for part in here}))
 
 
 def _replace(module: Any, actions: dict[str, Callable[[str, Any], None]]) -> None:

@@ -276,6 +276,18 @@ def test_policy_loss_that_stays_theirs(reason, caplog, monkeypatch):
     assert f"openrlhf's own function, 2 times, PolicyLoss: {reason}" in str(handle.status)
 
 
+def test_policy_loss_without_what_it_needs():
+    """OpenRLHF's own function answers, with its own error where it has one."""
+    new, old, advantages, mask, _ = tokens()
+    expected = loss_module.PolicyLoss()(new, old, advantages)
+    with openrlhf.fused(losses=True) as handle:
+        assert torch.equal(loss_module.PolicyLoss()(new, old, advantages)[0], expected[0])
+        with pytest.raises(TypeError):
+            loss_module.PolicyLoss(**TIS)(new, old, advantages, action_mask=mask)
+    reasons = "there is no action_mask", "there are no rollout_log_probs"
+    assert list(handle.status.losses.fallbacks) == [f"PolicyLoss: {reason}" for reason in reasons]
+
+
 @pytest.mark.parametrize("totals", TOTALS)
 @pytest.mark.parametrize("clip", [None, 0.0, 0.2])
 @pytest.mark.parametrize("token_level", [True, False])
@@ -352,7 +364,7 @@ def test_a_head_that_is_not_linear_is_refused():
 
 
 def test_lazy_head_alone_is_not_undone():
-    """What somebody else replaced is not this handle's to remove."""
+    """A handle does not remove another one's work."""
     actor = make_actor()
     with lazy_head(actor.model), pytest.raises(UserError, match="has lazy logits already"):
         openrlhf.fused(actor)

@@ -19,7 +19,7 @@ def environment(path=(), **variables: str) -> dict[str, str]:
     return known | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
 
 
-def run_cases(name: str, folder: Path, at_least: int, python: str = sys.executable, path=()) -> None:
+def run_cases(name: str, folder: Path, min_passed: int, python: str = sys.executable, path=()) -> None:
     """Run the tests of a file of support/; all must pass, and none is skipped."""
     options = ["-q", "-c", os.devnull, "--rootdir", str(SUPPORT), "--noconftest", "-p", "no:cacheprovider"]
     done = subprocess.run(
@@ -29,4 +29,4 @@ def run_cases(name: str, folder: Path, at_least: int, python: str = sys.executab
     assert done.returncode == 0, f"{done.stdout[-10000:]}\n{done.stderr[-2000:]}"
     summary = done.stdout.strip().splitlines()[-1]
     passed = re.match(r"(\d+) passed", summary)
-    assert passed and int(passed[1]) >= at_least and "skipped" not in summary, summary
+    assert passed and int(passed[1]) >= min_passed and "skipped" not in summary, summary
