@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import zipfile
 from importlib import import_module, invalidate_caches
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +175,18 @@ def test_a_module_is_changed_before_anybody_takes_a_name(package):
     assert sys.modules["someones.losses"].__spec__.origin.endswith("losses.py")
     import_hook.after_import("someones.losses", seen.append)  # imported: now
     assert len(seen) == 2
+
+
+def test_a_module_in_a_zip_file(tmp_path, monkeypatch, package):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        for name in ("__init__", "first", "second"):
+            file.writestr(f"someones/{name}.py", f"name = {name!r}")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "all.zip"), *sys.path])
+    seen = []
+    import_hook.after_import("someones.second", seen.append)
+    assert find_spec("someones.second") is not None and not seen
+    assert import_module("someones.first").name == "first" and not seen
+    assert import_module("someones.second").name == "second" and seen == [sys.modules["someones.second"]]
 
 
 def test_a_module_that_does_not_import_is_not_acted_on(package):

@@ -27,7 +27,8 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            if action := self.actions.pop(name, None):
+            # A loader of a zip file serves other modules too.
+            if module.__name__ == name and (action := self.actions.pop(name, None)):
                 action(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
