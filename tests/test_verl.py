@@ -122,6 +122,10 @@ def test_another_version_replaces_nothing(plugin, monkeypatch, caplog):
         "rlhf_fast: verl keeps its own functions: verl 0.10.0 is not one that the integration knows: install"
         " verl==0.9.1"
     ]
+    monkeypatch.setenv("RLHF_FAST_VERL", "0")
+    verl.install()
+    assert not plugin and len(caplog.messages) == 1
+    monkeypatch.delenv("RLHF_FAST_VERL")
     monkeypatch.setenv("RLHF_FAST_STRICT", "1")
     verl.install()  # verl would hide an error now
     with pytest.raises(RuntimeError, match=r"^RLHF_FAST_STRICT=1 and verl keeps its own functions: verl 0\.10\.0 is"):

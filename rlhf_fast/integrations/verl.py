@@ -117,7 +117,8 @@ def install() -> None:
     """
     try:
         wanted = parts()
-        check_version("verl", TESTED, SERIES)
+        if wanted:
+            check_version("verl", TESTED, SERIES)
     except UserError as error:
         fault = error
         if not is_strict():
