@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from rlhf_fast.cli.main import main
-from rlhf_fast.integrations import hooks, trl
+from rlhf_fast.integrations import hooks, openrlhf, trl, verl
 from rlhf_fast.integrations.hooks import Hook
 
 SOURCE = """
@@ -80,7 +80,7 @@ def test_a_library_that_is_not_installed():
 def test_env_says_which_libraries_were_tested(capsys):
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for integration in (trl,):
+    for integration in (trl, openrlhf, verl):
         library = integration.HOOKS[0].library
         (line,) = [line for line in lines if line.startswith(f"{library} ")]
         assert line == f"{library:<14} {hooks.report(integration.HOOKS)}"

@@ -13,6 +13,7 @@ VARIABLES = (
     "RLHF_FAST_BACKEND",
     "RLHF_FAST_ISA",
     "RLHF_FAST_STRICT",
+    "RLHF_FAST_VERL",
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
@@ -45,10 +46,10 @@ def _packages() -> Iterator[str]:
 
 def _integrations() -> Iterator[str]:
     """Yield a line for each library whose trainers can call the ops by rlhf_fast.integrations."""
-    from rlhf_fast.integrations import trl
+    from rlhf_fast.integrations import openrlhf, trl, verl
     from rlhf_fast.integrations.hooks import report
 
-    for integration in (trl,):
+    for integration in (trl, openrlhf, verl):
         yield f"{integration.HOOKS[0].library:<14} {report(integration.HOOKS)}"
 
 

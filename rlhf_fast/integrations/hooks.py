@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from rlhf_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -61,6 +63,22 @@ def moved(hook: Hook) -> str:
     if hook.contains not in ast.unparse(node):
         return f"{at}: {hook.name} has no `{hook.contains}`; {tested}"
     return ""
+
+
+def check_version(library: str, tested: str, series: str) -> None:
+    """Raise UserError unless a version that begins with `series` is installed."""
+    found = library_version(library)
+    if found is None:
+        raise UserError(f"{library} is not installed: pip install {library}=={tested}")
+    if not found.startswith(series):
+        raise UserError(f"{library} {found} is not one that the integration knows: install {library}=={tested}")
+
+
+def check(hooks: Sequence[Hook]) -> None:
+    """Raise UserError unless all that the hooks name is there."""
+    for hook in hooks:
+        if not hook.optional and (fault := moved(hook)):
+            raise UserError(f"{fault}: install {hook.library}=={hook.tested}")
 
 
 def report(hooks: Sequence[Hook]) -> str:
