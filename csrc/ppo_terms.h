@@ -57,7 +57,7 @@ INLINE F kl_estimate(F d) {
 }
 
 struct PpoClip {
-  float ratio_low, ratio_high;  // the clip of the ratio: 1 - clip_low and 1 + clip_high
+  float ratio_low, ratio_high;  // the clip of the ratio: 1 - clip_low, -infinity for CISPO, and 1 + clip_high
   float dual;                   // dual_clip, for DUAL
   float value;                  // value_clip, for CLIP
   float log_ratio;              // log_ratio_clamp; infinite if it is off
@@ -96,6 +96,19 @@ INLINE PolicyTerm<F> policy_term(F unclipped_log_ratio, F ratio, F advantage, co
     term.grad = select(term.is_dual, zero, term.grad);
     term.loss = select(term.is_dual, bound, term.loss);
   }
+  return term;
+}
+
+// The term of CISPO, -A min(ratio, ratio_high) log p, whose ratio has no gradient. A NaN in an argument is one in loss and
+// gradient.
+template <class F>
+INLINE PolicyTerm<F> cispo_term(F logprob, F ratio, F advantage, const PpoClip& clip) {
+  const F high = splat<F>(clip.ratio_high);
+  PolicyTerm<F> term;
+  term.is_clipped = ratio > high;
+  term.is_dual = Mask<F>{};
+  term.grad = -advantage * select(term.is_clipped, high, ratio);
+  term.loss = term.grad * logprob;
   return term;
 }
 

@@ -161,10 +161,10 @@ def check_readable(op: str, names: Sequence[str], args: Sequence) -> None:
 def check_tensors(op: str, signature: inspect.Signature, args: Sequence, error: Exception | None = None) -> None:
     """Raise TypeError for the first argument that must be a tensor and is none, from the `error` that it has caused."""
     for (name, parameter), x in zip(signature.parameters.items(), args, strict=False):
-        number_too = may_be_number(parameter.annotation)
-        may_be_none = type(None) in get_args(parameter.annotation)
-        if not number_too and parameter.annotation not in (Tensor, Tensor | None):
+        kinds = get_args(parameter.annotation) or (parameter.annotation,)
+        if Tensor not in kinds:
             continue
+        number_too, may_be_none = may_be_number(parameter.annotation), type(None) in kinds
         if isinstance(x, Tensor) or (x is None and may_be_none):
             continue
         is_number = isinstance(x, (int, float)) and not isinstance(x, bool)

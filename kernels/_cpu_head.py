@@ -224,18 +224,22 @@ class CpuHead:
         return out.finish()
 
     def results_and_grads(
-        self, coefficients_of: Callable[[Tensor, slice], Tensor], needs_grad: NeedsGrad
+        self,
+        coefficients_of: Callable[[Tensor, slice], Tensor],
+        needs_grad: NeedsGrad,
+        needs_all_rows: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return the `results` of every row and the gradients of a loss of them.
 
-        coefficients_of(results, rows) returns the coefficients of some rows, given their results.
+        coefficients_of(results, rows) returns the coefficients of some rows, given their results; of all rows at once
+        if `needs_all_rows`, which takes four products where their logits are too many to be kept.
         """
         if not any(needs_grad):
             return self.statistics(), self.no_grads()
         if self.use_bf16 and self.scalars[1] == 0 and 2 * self.N * self.V <= KEPT_BYTES:
             return self._kept_products(coefficients_of, needs_grad)
         max_rows = max(LOGITS_BYTES_3_GEMM // (4 * self.V), 1)
-        if self.N > max_rows and needs_grad[1] and not self.can_sum_weight_grad():
+        if self.N > max_rows and (needs_all_rows or (needs_grad[1] and not self.can_sum_weight_grad())):
             results = self.statistics()
             return results, self.grads(coefficients_of(results, slice(None)), needs_grad)
         return self._three_products(split_evenly(self.N, max_rows), coefficients_of, needs_grad)

@@ -10,15 +10,43 @@ from torch import Tensor
 
 from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 
+CLIP_MODES = ("ppo", "cispo")
+RATIO_LEVELS = ("token", "sequence")
+
 
 class Clip(NamedTuple):
-    """Bounds of PPO's losses; 0 turns `dual`, `value` and `log_ratio` off."""
+    """Bounds of PPO's losses; 0 turns `dual`, `value` and `log_ratio` off. Then one of CLIP_MODES and RATIO_LEVELS."""
 
     low: float  # the ratio is clipped from below at 1 - low
     high: float  # and from above at 1 + high
     dual: float  # the loss is at most -A * dual where A < 0
     value: float  # values are clipped to old_values +- value
     log_ratio: float  # log-ratios are clamped to +- log_ratio, without a gradient beyond
+    mode: str = "ppo"
+    level: str = "token"
+
+    @property
+    def is_cispo(self) -> bool:
+        return self.mode == "cispo"
+
+    @property
+    def is_by_row(self) -> bool:
+        return self.level == "sequence"
+
+    @property
+    def shares_grad(self) -> bool:
+        """True if a token's term has a gradient by the log-probabilities of its whole row."""
+        return self.is_by_row and not self.is_cispo
+
+    def check(self, op: str, shape: torch.Size) -> None:
+        """Raise ValueError for an unknown mode or level, and for a shape or a dual clip that they do not take."""
+        for name, value, known in (("clip_mode", self.mode, CLIP_MODES), ("ratio_level", self.level, RATIO_LEVELS)):
+            if value not in known:
+                raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+        if self.is_cispo and self.dual > 0:
+            raise ValueError(f"{op}: clip_mode='cispo' has no dual clip, got dual_clip={self.dual}")
+        if self.is_by_row and len(shape) != 2:
+            raise ValueError(f"{op}: ratio_level='sequence' needs a row for each sequence, (B, T), got {list(shape)}")
 
     @property
     def max_log_ratio(self) -> float:
@@ -160,12 +188,35 @@ class Surrogate(NamedTuple):
     clipped_dual: Tensor
 
 
-def surrogate(unclipped_log_ratio: Tensor, advantage: Tensor, clip: Clip) -> Surrogate:
-    """Return max(-A ratio, -A clamp(ratio, 1 - low, 1 + high)), bounded by -A dual where A < 0.
+def mean_over_rows(log_ratio: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean of log-ratios (B, T) over each row's valid tokens, (B, 1), 0 without one. The log-ratios of
+    tokens that are not valid are 0."""
+    return log_ratio.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+
+
+def share_over_rows(grad: Tensor, valid: Tensor) -> Tensor:
+    """Return the gradient by each token's log-ratio of a function of `mean_over_rows`. grad (B, T): of each token's
+    term by the mean."""
+    return torch.where(valid, mean_over_rows(grad, valid), 0)
+
+
+def cispo_surrogate(unclipped_log_ratio: Tensor, logprobs: Tensor, advantage: Tensor, clip: Clip) -> Surrogate:
+    """Return -A min(ratio, 1 + high) logprobs, in which the ratio has no gradient."""
+    log_ratio = clamp(unclipped_log_ratio.detach(), -clip.max_log_ratio, clip.max_log_ratio)
+    ratio = log_ratio.exp()
+    grad = -advantage * clamp(ratio, -torch.inf, 1 + clip.high)
+    never = torch.zeros_like(ratio, dtype=torch.bool)
+    return Surrogate(grad * logprobs, grad, log_ratio, ratio, never, ratio > 1 + clip.high, never)
+
+
+def surrogate(unclipped_log_ratio: Tensor, logprobs: Tensor, advantage: Tensor, clip: Clip) -> Surrogate:
+    """Return max(-A ratio, -A clamp(ratio, 1 - low, 1 + high)), bounded by -A dual where A < 0; or `cispo_surrogate`.
 
     The gradient is that of torch.clamp, torch.maximum and torch.minimum: at a clip bound it is kept; at a tie with the
     dual clip it is halved. Beyond clip.log_ratio it is 0.
     """
+    if clip.is_cispo:
+        return cispo_surrogate(unclipped_log_ratio, logprobs, advantage, clip)
     log_ratio = clamp(unclipped_log_ratio, -clip.max_log_ratio, clip.max_log_ratio)
     ratio = log_ratio.exp()
     unclipped = -advantage * ratio
@@ -202,10 +253,12 @@ def policy_loss(
     clip: Clip,
     kl: KL,
     entropy_coef: float,
+    row_tokens: Tensor | None = None,
 ) -> PolicyLoss:
     """Return sum weights * (surrogate + kl.coef * kl - entropy_coef * entropy) over the `valid` tokens, and its parts.
 
-    Tokens that are not valid are not evaluated: they may hold anything, even NaN.
+    Tokens that are not valid are not evaluated: they may hold anything, even NaN. With clip.level "sequence" the
+    log-ratio is the mean over those of `row_tokens` in each row, by default the valid ones.
     """
 
     dtype = logprobs.dtype
@@ -214,13 +267,18 @@ def policy_loss(
         return where_valid(valid, x).to(dtype)
 
     weights = at_valid(inputs.weights)
-    logprobs = at_valid(logprobs)
+    all_logprobs, logprobs = logprobs, at_valid(logprobs)
     entropy = at_valid(entropy)
     advantage = at_valid(whitening.apply(inputs.advantages))
-    terms = surrogate(logprobs - at_valid(inputs.old_logprobs), advantage, clip)
+    log_ratio = logprobs - at_valid(inputs.old_logprobs)
+    row_tokens = valid if row_tokens is None else row_tokens
+    if clip.is_by_row:
+        differences = where_valid(row_tokens, all_logprobs) - where_valid(row_tokens, inputs.old_logprobs)
+        log_ratio = torch.where(valid, mean_over_rows(differences.to(dtype), row_tokens), 0)
+    terms = surrogate(log_ratio, logprobs, advantage, clip)
     loss = (weights * terms.loss).sum()
     surrogate_loss = loss.detach()
-    grad = terms.grad
+    grad = torch.zeros_like(terms.grad) if clip.shares_grad else terms.grad
     ref_kl = torch.zeros_like(terms.ratio)
     if inputs.ref_logprobs is not None:
         difference = logprobs - at_valid(inputs.ref_logprobs)
@@ -251,7 +309,10 @@ def policy_loss(
             ratio_max=torch.where(is_nan, ratio_sum, ratio_max),
             ratio_min=torch.where(is_nan, ratio_sum, ratio_min),
         )
-        return PolicyLoss(loss, stats, (weights * grad).detach(), -entropy_coef * weights)
+        logprob_grad = weights * grad
+        if clip.shares_grad:
+            logprob_grad = logprob_grad + share_over_rows(weights * terms.grad, row_tokens)
+        return PolicyLoss(loss, stats, logprob_grad.detach(), -entropy_coef * weights)
 
 
 class ValueStats(NamedTuple):

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.kernels._ppo import KL, Clip, PolicyLoss, TokenInputs, Whitening, policy_loss, value_loss, where_valid
+from rlhf_fast.kernels._ppo import (
+    KL,
+    Clip,
+    PolicyLoss,
+    TokenInputs,
+    Whitening,
+    clamp,
+    mean_over_rows,
+    policy_loss,
+    share_over_rows,
+    value_loss,
+    where_valid,
+)
 from rlhf_fast.kernels._tensors import upcast, upcast_dtype
 
 IMPORTANCE_MODES = ("truncate", "mask")
@@ -59,6 +72,9 @@ class Inputs(NamedTuple):
     log_ratio_clamp: float
     importance_cap: float
     importance_mode: str
+    importance_floor: float
+    clip_mode: str
+    ratio_level: str
 
     @property
     def token_tensors(self) -> tuple[Tensor | None, ...]:
@@ -75,8 +91,17 @@ class Inputs(NamedTuple):
         return self[11:17]
 
     @property
+    def is_cispo(self) -> bool:
+        return self.clip_mode == "cispo"
+
+    @property
+    def is_by_row(self) -> bool:
+        return self.ratio_level == "sequence"
+
+    @property
     def clip(self) -> Clip:
-        return Clip(self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
+        bounds = (self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
+        return Clip(*bounds, self.clip_mode, self.ratio_level)
 
 
 class Losses(NamedTuple):
@@ -114,7 +139,7 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
 
     def loss_with(weights: Tensor) -> PolicyLoss:
         inputs = TokenInputs(x.old_logprobs, x.advantages, weights)
-        return policy_loss(logprobs, no_entropy, weights != 0, inputs, whitening, x.clip, KL(0.0, "k1"), 0.0)
+        return policy_loss(logprobs, no_entropy, weights != 0, inputs, whitening, x.clip, KL(0.0, "k1"), 0.0, valid)
 
     policy = loss_with(weights)
     stats = {name: total for name, total in policy.stats._asdict().items() if name in PPOStats._fields}
@@ -122,16 +147,43 @@ def _policy_loss(x) -> tuple[PolicyLoss, dict[str, Tensor]]:
     is_capped = torch.zeros_like(valid)
     if x.sampler_logprobs is not None:
         importance = (where_valid(valid, x.old_logprobs) - where_valid(valid, x.sampler_logprobs)).exp()
-        is_capped = importance > x.importance_cap
-        importance = torch.where(is_capped, 0.0 if x.importance_mode == "mask" else x.importance_cap, importance)
+        is_capped = (importance > x.importance_cap) | (importance < x.importance_floor)
+        if x.importance_mode == "mask":
+            importance = torch.where(is_capped, 0.0, importance)
+        else:
+            importance = clamp(importance, x.importance_floor, x.importance_cap)
         policy = loss_with(weights * importance)
     stats["importance"] = torch.where(valid, weights * importance, 0).sum()
     stats["importance_capped"] = torch.where(valid & is_capped, weights, 0).sum()
     return policy, stats
 
 
-def check(x: Inputs) -> None:
-    """Raise ValueError for arguments that do not fit together."""
+class RowRatios(NamedTuple):
+    """Kernels for GPUs take a token's log-ratio from here, if it is its row's."""
+
+    log_ratios: Tensor | None = None  # (B, 1) float32, the rows' means
+    length: int = 1  # tokens of a row
+
+
+def run_with_row_ratios(launch: Callable[..., tuple], x: Inputs, needs_grad: tuple[bool, bool], rounds: bool) -> list:
+    """Return what `launch(x, needs_grad, rounds, row_ratios)` returns, whose kernels have token-wise gradients: both
+    losses, stats, and the gradients of logprobs and of values, or None."""
+    if x.logprobs is None or x.old_logprobs is None or not x.is_by_row:
+        return list(launch(x, needs_grad, rounds, RowRatios()))
+    valid = x.weights != 0
+    means = mean_over_rows(where_valid(valid, x.logprobs) - where_valid(valid, x.old_logprobs), valid)
+    row_ratios = RowRatios(means, x.weights.shape[1])
+    if not x.clip.shares_grad:
+        return list(launch(x, needs_grad, rounds, row_ratios))
+    # The tokens' gradients by the mean are not rounded: their dtype is that of logprobs.
+    out = list(launch(x._replace(logprobs=x.logprobs.float()), needs_grad, rounds, row_ratios))
+    if out[3] is not None:
+        out[3] = share_over_rows(out[3], valid).to(x.logprobs.dtype if rounds else torch.float32)
+    return out
+
+
+def check_parts(x: Inputs) -> None:
+    """Raise ValueError where a part, of the policy or of the value, lacks some of its arguments."""
     num_missing = (x.logprobs is None) + (x.old_logprobs is None) + (x.advantages is None)
     if num_missing and (num_missing < 3 or x.sampler_logprobs is not None):
         raise ValueError("ppo_loss: the policy part needs logprobs, old_logprobs and advantages, or none of them")
@@ -142,11 +194,20 @@ def check(x: Inputs) -> None:
         raise ValueError("ppo_loss: the value part needs values and returns, or none of them")
     if x.values is not None and x.value_clip > 0 and x.old_values is None:
         raise ValueError(f"ppo_loss: value_clip={x.value_clip} needs old_values; value_clip=0 does without")
+
+
+def check(x: Inputs) -> None:
+    """Raise ValueError for arguments that do not fit together."""
     shape = x.weights.shape
     shapes = [t.shape for t in x.token_tensors if t is not None]
     if shapes != [shape] * len(shapes):
         got = list(map(list, shapes))
         raise ValueError(f"ppo_loss: all must have the shape of weights, {list(shape)}, got {got}")
+    if x.clip_mode != "ppo" or x.ratio_level != "token":
+        x.clip.check("ppo_loss", shape)
     if x.importance_mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
         raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance_mode!r}")
+    if x.importance_floor > 0 and x.importance_floor > x.importance_cap:
+        bounds = f"importance_floor={x.importance_floor} is above importance_cap={x.importance_cap}"
+        raise ValueError(f"ppo_loss: {bounds}; no importance weight would be left as it is")

@@ -59,14 +59,17 @@ def as_flag(x: object) -> bool:
     return bool(x)
 
 
-def as_weights(weights: Tensor | float | None, shape: torch.Size, like: Tensor) -> Tensor | None:
-    """Return the weights of a loss without a gradient. Of a number or tensor () they are a view in `shape`, and float64
-    only if `like` is."""
-    if weights is None:
-        return None
+def has_full_weights(weights: object) -> bool:
+    """Return whether `token_weights` would leave them as they are."""
+    return isinstance(weights, Tensor) and weights.dtype != torch.bool and weights.dim() > 0
+
+
+def token_weights(weights: Tensor | float, like: Tensor, shape: torch.Size) -> Tensor:
+    """Return weights of `shape`, which a number or a tensor () stands for, on the device of `like` and float64 only if
+    it is. Bools become 0 and 1."""
     if not isinstance(weights, Tensor):
         weights = torch.full((), as_float(weights), dtype=upcast_dtype(like), device=like.device)
-    weights = weights.detach() if weights.requires_grad else weights
+    weights = weights.float() if weights.dtype == torch.bool else weights
     return weights if weights.dim() else weights.to(upcast_dtype(like)).expand(shape)
 
 

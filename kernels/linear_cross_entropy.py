@@ -8,7 +8,7 @@ from rlhf_fast.kernels._cpu_head import KERNELS, CpuHead, pack_row_grads
 from rlhf_fast.kernels._head_checks import check_head, check_rows, check_targets
 from rlhf_fast.kernels._head_inputs import cost, random_head_inputs
 from rlhf_fast.kernels._op import op
-from rlhf_fast.kernels._tensors import as_weights, detached
+from rlhf_fast.kernels._tensors import detached, token_weights
 
 
 def _fake(hidden, _weight, targets, *_options):
@@ -44,14 +44,17 @@ def linear_cross_entropy(
     check_targets("linear_cross_entropy", targets, weight.shape[0])
     x = head.raw_logits(hidden, weight, bias, targets)
     logprobs = head.gather_targets(head.log_softmax(x, targets, temperature, softcap), targets).to(x.dtype)
-    weights = head.default_weights(as_weights(weights, targets.shape, hidden), targets)
+    if weights is not None:
+        weights = token_weights(weights, hidden, targets.shape)
+    weights = head.default_weights(weights, targets)
     return -torch.where(weights != 0, weights * logprobs, 0).sum(), logprobs.detach()
 
 
 @linear_cross_entropy.normalize
 def _(hidden, weight, targets, weights, bias, softcap, temperature):
     check_head("linear_cross_entropy", hidden, weight, targets, bias, temperature, softcap)
-    weights = as_weights(weights, targets.shape, hidden)
+    if weights is not None:
+        weights = token_weights(weights, hidden, targets.shape).detach()
     check_rows("linear_cross_entropy", targets, weights=weights)
     return hidden, weight, targets, weights, bias, float(softcap), float(temperature)
 

@@ -20,7 +20,7 @@ from rlhf_fast.kernels._ppo import (
     Whitening,
     policy_loss,
 )
-from rlhf_fast.kernels._tensors import as_float, detached
+from rlhf_fast.kernels._tensors import as_float, detached, token_weights
 
 
 def _fake(hidden, _weight, targets, *_options):
@@ -35,7 +35,7 @@ def linear_ppo_loss(
     targets: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    weights: Tensor,
+    weights: Tensor | float,
     ref_logprobs: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -49,6 +49,8 @@ def linear_ppo_loss(
     advantage_shift: float | Tensor | None = None,
     advantage_scale: float | Tensor | None = None,
     log_ratio_clamp: float = 20.0,
+    clip_mode: str = "ppo",
+    ratio_level: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss (), logprobs and entropy of each row (...), and stats (13,), all float32.
 
@@ -63,24 +65,30 @@ def linear_ppo_loss(
         predicts targets[t]: of a causal model's output pass hidden[:, :-1] with labels[:, 1:]. Rows of target -100 are
         ignored.
     old_logprobs, advantages, ref_logprobs (...): not read where the target is ignored or the weight 0.
-    weights (...): with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up.
+    weights (...): with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up. A number or a
+        tensor () is the weight of every row.
     dual_clip: c > 0 bounds the clipped term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729).
     kl_estimator: of KL(policy || reference), from d = logprobs - ref_logprobs: "k1" d, "k2" d^2 / 2, "k3"
         exp(-d) - 1 + d with d clamped like the log-ratio (Schulman 2020, joschu.net/blog/kl-approx.html). As a loss,
         k2 has the exact KL's gradient in expectation; k1 has none.
     advantage_shift, advantage_scale: numbers or tensors of one element, to whiten the advantages.
     log_ratio_clamp: 0 turns it off.
+    clip_mode, ratio_level: as in `ppo_loss`: "cispo" has the clipped term -A min(ratio, 1 + clip_high) logprobs;
+        "sequence", for (B, T), one ratio for each row, from its tokens with a target and a weight. kl and entropy stay
+        those of tokens. "sequence" needs all log-probabilities before the first gradient: a fourth matrix product
+        beside the three of "token", always on a GPU, on a CPU where the logits take more than 36 MB.
 
     Gradients: of the loss with respect to hidden, weight and bias, in their dtypes, summed in float32. A frozen tensor
     costs nothing. At a clip bound and at a tie with the dual clip the gradient is that of torch.clamp and
-    torch.maximum; beyond log_ratio_clamp it is 0. logprobs, entropy and stats have none: for a term of one's own in the
-    loss call `linear_logprobs`, whose outputs have gradients.
-    Raises ValueError where shapes do not fit, a target is out of range (on CPU only), kl_estimator is unknown, or
-    kl_coef is not 0 without ref_logprobs.
+    torch.maximum; beyond log_ratio_clamp it is 0, but not that of "cispo". logprobs, entropy and stats have none: for a
+    term of one's own in the loss call `linear_logprobs`, whose outputs have gradients.
+    Raises ValueError where shapes do not fit, a target is out of range (on CPU only), kl_estimator, clip_mode or
+    ratio_level is unknown, kl_coef is not 0 without ref_logprobs, "cispo" is given a dual_clip, or "sequence" a shape
+    that is not (B, T).
 
     stats, named in `linear_ppo_loss.stats`, are sums over rows of weight * x that add up over micro-batches, with x:
         weight: 1
-        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0
+        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0; of "cispo" as in `ppo_loss`
         kl_k1, kl_k3: -log ratio and ratio - 1 - log ratio, two estimates of KL(old || new)
         ratio, ratio_square: ratio and its square
         policy_loss: the clipped term
@@ -92,7 +100,7 @@ def linear_ppo_loss(
     x = Inputs.bundle(
         hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
         kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, advantage_shift, advantage_scale,
-        log_ratio_clamp,
+        log_ratio_clamp, clip_mode, ratio_level,
     )  # fmt: skip
     _, _, logprobs, entropy, loss = _reference(x)
     return loss.loss, logprobs.detach(), entropy.detach(), torch.stack(loss.stats)
@@ -120,9 +128,10 @@ class Inputs(NamedTuple):
     def bundle(
         cls, hidden, weight, targets, old_logprobs, advantages, weights, ref_logprobs, clip_low, clip_high, dual_clip,
         kl_coef, kl_estimator, entropy_coef, temperature, softcap, bias, shift, scale, log_ratio_clamp,
+        clip_mode, ratio_level,
     ) -> "Inputs":  # fmt: skip
         token_inputs = TokenInputs(old_logprobs, advantages, weights, ref_logprobs)
-        clip = Clip(clip_low, clip_high, dual_clip, 0.0, log_ratio_clamp)
+        clip = Clip(clip_low, clip_high, dual_clip, 0.0, log_ratio_clamp, clip_mode, ratio_level)
         whitening, kl = Whitening(shift, scale), KL(kl_coef, kl_estimator)
         return cls(hidden, weight, targets, bias, token_inputs, whitening, clip, kl, entropy_coef, temperature, softcap)
 
@@ -132,6 +141,7 @@ class Inputs(NamedTuple):
         return (
             self.hidden, self.weight, self.targets, *self.token_inputs, clip.low, clip.high, clip.dual, *self.kl,
             self.entropy_coef, self.temperature, self.softcap, self.bias, *self.whitening, clip.log_ratio,
+            clip.mode, clip.level,
         )  # fmt: skip
 
     def loss(self, logprobs: Tensor, entropy: Tensor, valid: Tensor) -> PolicyLoss:
@@ -144,19 +154,19 @@ class Inputs(NamedTuple):
 def _(*args):
     x = Inputs.bundle(*args)
     check_head("linear_ppo_loss", x.hidden, x.weight, x.targets, x.bias, x.temperature, x.softcap)
+    weights = token_weights(x.token_inputs.weights, x.hidden, x.targets.shape)
+    x = x._replace(token_inputs=x.token_inputs._replace(weights=weights))
     check_rows("linear_ppo_loss", x.targets, **x.token_inputs._asdict())
+    x.clip.check("linear_ppo_loss", x.targets.shape)
     if x.kl.estimator not in LOSS_ESTIMATORS:
         names = ", ".join(LOSS_ESTIMATORS)
         raise ValueError(f"linear_ppo_loss: kl_estimator must be one of {names}, got {x.kl.estimator!r}")
     if x.kl.coef and x.token_inputs.ref_logprobs is None:
         raise ValueError(f"linear_ppo_loss: kl_coef={x.kl.coef} needs ref_logprobs")
-    token_inputs = x.token_inputs.map(Tensor.detach)
-    if token_inputs.weights.dtype == torch.bool:
-        token_inputs = token_inputs._replace(weights=token_inputs.weights.float())
     return x._replace(
-        token_inputs=token_inputs,
+        token_inputs=x.token_inputs.map(Tensor.detach),
         whitening=Whitening.normalize("linear_ppo_loss", *x.whitening, x.hidden),
-        clip=Clip(*(as_float(bound) for bound in x.clip)),
+        clip=Clip(*(as_float(bound) for bound in x.clip[:-2]), *x.clip[-2:]),
         kl=KL(as_float(x.kl.coef), x.kl.estimator),
         entropy_coef=as_float(x.entropy_coef),
         temperature=float(x.temperature),
@@ -185,7 +195,16 @@ def _launch(kernels, *args):
     cpu_head = CpuHead(kernels, "linear_ppo_loss", x.hidden, x.weight, x.targets, x.bias, x.temperature, x.softcap)
     valid_inputs = x.token_inputs.map(lambda values: cpu_head.gather_valid(values.flatten()))
 
+    def loss_of_rows(results):
+        """Return the loss of sequences; all results are there."""
+        valid = (x.targets != head.IGNORE_INDEX) & (x.token_inputs.weights != 0)
+        loss = x.loss(*(cpu_head.scatter_valid(values) for values in results[:2]), valid)
+        grads = (cpu_head.gather_valid(grad.flatten()) for grad in (loss.logprob_grad, loss.entropy_grad))
+        return PolicyLoss(loss.loss, loss.stats, *grads)
+
     def loss_of(results, chunk):
+        if x.clip.is_by_row:
+            return loss_of_rows(results)
         chunk_inputs = valid_inputs.map(lambda values: values[chunk])
         return x._replace(token_inputs=chunk_inputs).loss(*results[:2], chunk_inputs.weights != 0)
 
@@ -198,7 +217,7 @@ def _launch(kernels, *args):
         grads = head.row_grads(loss.logprob_grad, loss.entropy_grad, logprobs, entropy, sums)
         return pack_row_grads(largest, grads)
 
-    results, grads = cpu_head.results_and_grads(coefficients_of, args[-3:])
+    results, grads = cpu_head.results_and_grads(coefficients_of, args[-3:], needs_all_rows=x.clip.is_by_row)
     loss = losses[0] if len(losses) == 1 else loss_of(results, slice(None))  # a single chunk has all rows
     logprobs, entropy = map(cpu_head.scatter_valid, results[:2])
     return loss.loss, logprobs, entropy, torch.stack(loss.stats), *grads
@@ -242,6 +261,7 @@ def _backward(ctx, grad_loss, *_):
 linear_ppo_loss.gradient(_backward, wrt=("hidden", "weight", "bias"), forward=_forward)
 linear_ppo_loss.cost(cost)
 
+SEQUENCE = {"ratio_level": "sequence"}
 ALL = {"bias": True, "reference": True, "kl_coef": 0.3, "entropy_coef": 0.1, "temperature": 0.8, "softcap": 6.0}
 SMALL = [
     {"N": 1, "D": 1, "V": 2, "clip_low": 0.9, "clip_high": 0.9},
@@ -250,16 +270,26 @@ SMALL = [
     {"N": 9, "D": 8, "V": 2050, "reference": True, "kl_coef": 0.3, "entropy_coef": 0.1, "clip_high": 0.28},
     {"N": 9, "D": 8, "V": 50, **ALL, "kl_estimator": "k3", "frozen_weight": True},
     {"N": 0, "D": 4, "V": 5},
+    {"N": 11, "D": 8, "V": 70, "reference": True, "kl_coef": 0.3, "weights": 0.125},
+    {"N": 19, "D": 8, "V": 65, "clip_mode": "cispo", "entropy_coef": 0.1, "clip_high": 0.1},
+    {"N": 24, "D": 12, "V": 519, "B": 4, **SEQUENCE, **ALL, "clip_low": 0.05, "clip_high": 0.03, "whiten": True},
+    {"N": 18, "D": 8, "V": 40, "B": 3, **SEQUENCE, "clip_mode": "cispo", "reference": True, "clip_high": 0.01},
+    {"N": 21, "D": 8, "V": 40, "B": 7, **SEQUENCE, "far": True, "dual_clip": 3.0, "entropy_coef": 0.1},
 ]
 LARGE = [{"N": 512, "D": 768, "V": 50257}, {"N": 2048, "D": 256, "V": 8192}]
 
 
+SCALARS = {"weights", *linear_ppo_loss.defaults} - {"bias"}
+
+
 @linear_ppo_loss.inputs(small_sizes=SMALL, large_sizes=LARGE)
-def _make_inputs(N, D, V, device, dtype, far=False, whiten=False, reference=False, **options):
-    """far: log-ratios beyond every bound. Rows are NaN where the target is ignored or the weight 0."""
-    scalars = {name: options.pop(name) for name in list(options) if name in linear_ppo_loss.defaults and name != "bias"}
+def _make_inputs(N, D, V, device, dtype, far=False, whiten=False, reference=False, B=None, **options):
+    """far: log-ratios beyond every bound. Rows are NaN where the target is ignored or the weight 0. B: the tokens are B
+    sequences."""
+    scalars = {name: options.pop(name) for name in list(options) if name in SCALARS}
     hidden, weight, targets, bias = random_head_inputs(N, D, V, device, dtype, **options)
     has_no_weight = (torch.rand(N, device=device) < 0.2) & (torch.arange(N, device=device) > 0)
+    has_no_weight &= "weights" not in scalars
     weights = (torch.rand(N, device=device) + 0.1).masked_fill(has_no_weight, 0) / max(N, 1)
     invalid = (targets == head.IGNORE_INDEX) | (weights == 0)
     with torch.no_grad():
@@ -284,10 +314,16 @@ def _make_inputs(N, D, V, device, dtype, far=False, whiten=False, reference=Fals
     if whiten:
         given["advantage_shift"] = torch.tensor(0.3, device=device)
         given["advantage_scale"] = torch.tensor(1.7, device=device)
+    for name in ("hidden", "targets", "old_logprobs", "advantages", "weights", "ref_logprobs") if B else ():
+        if isinstance(given.get(name), Tensor):
+            rows = given[name].detach().unflatten(0, (B, -1))
+            given[name] = rows.requires_grad_(given[name].requires_grad)
     return tuple(given.get(name, linear_ppo_loss.defaults.get(name)) for name in linear_ppo_loss.names)
 
 
-@linear_ppo_loss_with_gradients.inputs(small_sizes=SMALL[1:4], large_sizes=[{"N": 1024, "D": 256, "V": 8192}])
+@linear_ppo_loss_with_gradients.inputs(
+    small_sizes=SMALL[1:4] + SMALL[7:], large_sizes=[{"N": 1024, "D": 256, "V": 8192}]
+)
 def _(**size):
     args = detached(_make_inputs(**size))
     return *args, True, True, args[15] is not None

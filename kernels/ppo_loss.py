@@ -1,5 +1,7 @@
 """PPO's clipped losses of policy and value, their gradients and metrics, in one pass over memory."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -16,13 +18,23 @@ from rlhf_fast.kernels._launch import (
 )
 from rlhf_fast.kernels._op import is_tracing, op
 from rlhf_fast.kernels._ppo import Whitening
-from rlhf_fast.kernels._ppo_loss import IMPORTANCE_MODES, STATS, Inputs, check, losses
+from rlhf_fast.kernels._ppo_loss import (
+    IMPORTANCE_MODES,
+    STATS,
+    Inputs,
+    check,
+    check_parts,
+    losses,
+    run_with_row_ratios,
+)
 from rlhf_fast.kernels._tensors import (
     as_float,
     contiguous_float32,
     contiguous_floats,
     empty_float32,
+    has_full_weights,
     promote_to_float64,
+    token_weights,
     upcast_dtype,
 )
 
@@ -37,11 +49,11 @@ def ppo_loss(
     logprobs: Tensor | None,
     old_logprobs: Tensor | None,
     advantages: Tensor | None,
-    weights: Tensor,
+    weights: Tensor | float,
     values: Tensor | None = None,
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
-    value_weights: Tensor | None = None,
+    value_weights: Tensor | float | None = None,
     sampler_logprobs: Tensor | None = None,
     advantage_shift: float | Tensor | None = None,
     advantage_scale: float | Tensor | None = None,
@@ -52,6 +64,9 @@ def ppo_loss(
     log_ratio_clamp: float = 20.0,
     importance_cap: float = 2.0,
     importance_mode: str = "truncate",
+    importance_floor: float = 0.0,
+    clip_mode: str = "ppo",
+    ratio_level: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return policy_loss (), value_loss () and stats (17,), all float32, of tokens in one shape.
 
@@ -64,28 +79,41 @@ def ppo_loss(
     logprobs, old_logprobs, advantages: without these three only value_loss is computed; policy_loss is 0.
     values, returns: without these two only policy_loss is computed; value_loss is 0.
     weights: with 1 / (tokens of the whole optimizer batch) the losses of micro-batches add up. Tokens of weight 0 may
-        hold anything, even NaN.
-    value_weights: None stands for weights.
+        hold anything, even NaN. A number or a tensor () is the weight of every token.
+    value_weights: as weights, for value_loss. None stands for weights.
     sampler_logprobs: of the engine that sampled the tokens, if old_logprobs were computed again by the trainer. Each
         policy term is then multiplied by w = exp(old_logprobs - sampler_logprobs) (truncated importance sampling).
-    importance_mode: "truncate" limits w to importance_cap, "mask" drops tokens whose w is above it.
+    importance_mode: "truncate" limits w to importance_cap from above and to importance_floor from below, "mask" drops
+        tokens whose w is beyond one of them: their w is 0.
     advantage_shift, advantage_scale: numbers or tensors of one element, to whiten the advantages.
     dual_clip: c > 0 bounds the policy term by -A c where A < 0 (Ye et al. 2020, arXiv 1912.09729).
-    value_clip, log_ratio_clamp, dual_clip: 0 turns them off.
+    clip_mode: "ppo" as above. "cispo": the policy term is -A min(ratio, 1 + clip_high) logprobs, and the ratio has no
+        gradient, so that no token loses its own (MiniMax-M1, Chen et al. 2025, arXiv 2506.13585). clip_low is not used.
+        TRL's loss_type="cispo" is the same; its epsilon_high is 1 + clip_high.
+    ratio_level: "token" as above. "sequence", for tensors (B, T): the log-ratio of each token is the mean of its row's,
+        of the tokens whose weight is not 0, clamped as above (GSPO, Zheng et al. 2025, arXiv 2507.18071; TRL's
+        importance_sampling_level). The paper's loss has the weights 1 / (sequences * tokens of the row). Costs a second
+        and a third visit of a row, which a CPU's cache still has; on a GPU a few small launches of torch.
+    value_clip, log_ratio_clamp, dual_clip, importance_floor: 0 turns them off.
 
     Gradients: with respect to logprobs and values, computed by the forward pass. They equal autograd's: at a clip bound
     a ratio or a value counts as not clipped. The gradient is halved at a tie with the bound of dual_clip, and where a
-    value beyond its clip has equal clipped and unclipped errors. Beyond log_ratio_clamp it is 0.
+    value beyond its clip has equal clipped and unclipped errors. Beyond log_ratio_clamp it is 0. That of a row's ratio
+    is shared by the row's tokens: 1 / n of the sum of their terms' derivatives. "cispo" has for each token
+    -A min(ratio, 1 + clip_high), also beyond log_ratio_clamp.
 
-    Raises ValueError where shapes differ, a part is incomplete, value_clip has no old_values, or importance_mode is
-    unknown.
+    Raises ValueError where shapes differ, a part is incomplete, value_clip has no old_values, importance_mode,
+    clip_mode or ratio_level is unknown, importance_floor is above importance_cap, "cispo" is given a dual_clip, or
+    "sequence" a shape that is not (B, T).
 
     stats, named in `ppo_loss.stats`, are sums over tokens of weight * x that add up over micro-batches, with x:
         weight: 1
-        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0
+        clipped_low, clipped_high, clipped_dual: 1 where that clip is active, else 0; of "cispo" clipped_high is 1 where
+            ratio > 1 + clip_high, whatever the sign of A, and the other two are 0
         kl_k1, kl_k3: -log ratio and ratio - 1 - log ratio, two estimates of KL(old || new) in nats
         ratio, ratio_square: ratio and its square
-        importance, importance_capped: w after importance_mode, and 1 where it was above the cap, else 0
+        importance, importance_capped: w after importance_mode, and 1 where it was above the cap or below the floor,
+            else 0
     of value_weight * x, with x:
         value_weight: 1
         value_clipped: 1 where the value clip is active, else 0
@@ -96,7 +124,7 @@ def ppo_loss(
     x = Inputs._make((
         logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs,
         advantage_shift, advantage_scale, clip_low, clip_high, dual_clip, value_clip, log_ratio_clamp, importance_cap,
-        importance_mode,
+        importance_mode, importance_floor, clip_mode, ratio_level,
     ))  # fmt: skip
     out = losses(x)
     return out.policy, out.value, out.stats
@@ -108,15 +136,17 @@ ppo_loss.stats = STATS
 @ppo_loss.normalize
 def _(*args):
     x = Inputs(*args)
+    check_parts(x)
+    if not (has_full_weights(x.weights) and (x.value_weights is None or has_full_weights(x.value_weights))):
+        like = x.values if x.logprobs is None else x.logprobs
+        value_weights = None if x.value_weights is None else token_weights(x.value_weights, like, like.shape)
+        x = x._replace(weights=token_weights(x.weights, like, like.shape), value_weights=value_weights)
     check(x)
-    if x.weights.dtype == torch.bool:
-        x = x._replace(weights=x.weights.float())
-    if x.value_weights is not None and x.value_weights.dtype == torch.bool:
-        x = x._replace(value_weights=x.value_weights.float())
     tensors = promote_to_float64(*x.token_tensors)
     _, _, _, weights, *_ = tensors
     whitening = Whitening.normalize("ppo_loss", x.advantage_shift, x.advantage_scale, weights)
-    return *tensors, *whitening, *(as_float(scalar) for scalar in x.scalars), x.importance_mode
+    scalars = (as_float(scalar) for scalar in x.scalars)
+    return *tensors, *whitening, *scalars, x.importance_mode, as_float(x.importance_floor), x.clip_mode, x.ratio_level
 
 
 def _fake_with_gradients(*args):
@@ -166,8 +196,8 @@ def _launch_cpu(kernels, args, needs_grad, rounds):
     _, _, _, weights, *_ = tensors
     out = [*_empty_sums(weights), *empty_grads(x, needs_grad, False)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out), weights.numel(), *x.scalars, IMPORTANCE_MODES.index(x.importance_mode),
-        stream_or_threads(weights),
+        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if x.is_by_row else 0, *x.scalars,
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     if rounds:
         out[3:] = (g if g is None else g.to(t.dtype) for g, t in zip(out[3:], (x.logprobs, x.values), strict=True))
@@ -177,6 +207,10 @@ def _launch_cpu(kernels, args, needs_grad, rounds):
 def _launch_cuda(kernels, args, needs_grad, rounds):
     x = Inputs(*args)
     refuse_float64(x.weights)
+    return run_with_row_ratios(functools.partial(_run_cuda, kernels), x, needs_grad, rounds)
+
+
+def _run_cuda(kernels, x, needs_grad, rounds, row_ratios):
     tensors = contiguous_floats(*x.tensors)
     _, _, _, weights, *_ = tensors
     N = weights.numel()
@@ -187,9 +221,9 @@ def _launch_cuda(kernels, args, needs_grad, rounds):
     partial_sums = empty_float32(weights, kernels.ppo_loss_num_partials, blocks)
     numbers, index = ticket(weights)
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *sums, *grads, partial_sums), ticket_ptr(numbers, index),
-        sum(code << 2 * i for i, code in enumerate(codes)), blocks, N, *x.scalars,
-        IMPORTANCE_MODES.index(x.importance_mode), stream_or_threads(weights),
+        *data_ptrs(*tensors, *sums, *grads, partial_sums, row_ratios.log_ratios), ticket_ptr(numbers, index),
+        sum(code << 2 * i for i, code in enumerate(codes)), blocks, N, row_ratios.length, *x.scalars,
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     return *sums, *grads
 
@@ -270,8 +304,8 @@ ppo_loss.gradient(_backward, wrt=("logprobs", "values"), forward=_forward)
 def _make_inputs(
     shape, device, dtype, policy=True, value=True, far=False, whiten=False, sampler="", grad=True, **options
 ):
-    """far: log-ratios beyond every bound. Tokens of weight 0 are NaN."""
-    valid = torch.rand(shape, device=device) > 0.3
+    """far: log-ratios beyond every bound. Tokens of weight 0 are NaN; there are none where a number is the weight."""
+    valid = torch.rand(shape, device=device) > (-1 if "weights" in options else 0.3)
     valid.view(-1)[:1] = True
     weights = torch.rand(shape, device=device) * valid / max(valid.numel(), 1)
 
@@ -285,15 +319,17 @@ def _make_inputs(
         given |= {"logprobs": logprobs.requires_grad_(grad), "old_logprobs": old, "advantages": normal(1)}
         if sampler:
             given |= {"sampler_logprobs": old + normal(0.5), "importance_cap": 1.2, "importance_mode": sampler}
+            given |= options
         if whiten:
             given["advantage_shift"] = torch.tensor(0.3, device=device)
             given["advantage_scale"] = torch.tensor(1.7, device=device)
     if value:
         given |= {"values": normal(1).requires_grad_(grad), "old_values": normal(1), "returns": normal(1)}
-        given["value_weights"] = (weights * 2).to(dtype) if policy else None
+        given.setdefault("value_weights", (weights * 2).to(dtype) if policy else None)
     return tuple(given.get(name, ppo_loss.defaults.get(name)) for name in ppo_loss.names)
 
 
+CISPO, SEQUENCE = {"clip_mode": "cispo"}, {"ratio_level": "sequence"}
 SMALL = [
     {"shape": (1,), "value_clip": 0.0},
     {"shape": (3, 17), "whiten": True},
@@ -303,12 +339,22 @@ SMALL = [
     {"shape": (2, 3, 7), "policy": False},
     {"shape": (40,), "policy": False, "value_clip": 0.0},
     {"shape": (0, 5)},
+    {"shape": (5, 9), "value": False, "sampler": "truncate", "importance_floor": 0.8},
+    {"shape": (41,), "value": False, "sampler": "mask", "importance_floor": 0.9, "dual_clip": 3.0},
+    {"shape": (2, 19), "weights": 0.03, "value_weights": 0.07},
+    {"shape": (3, 21), **CISPO, "clip_high": 0.1, "whiten": True},
+    {"shape": (7, 5), **CISPO, "far": True, "value": False, "sampler": "mask", "importance_floor": 0.8},
+    {"shape": (4, 33), **SEQUENCE, "clip_low": 0.05, "clip_high": 0.02, "sampler": "truncate"},
+    {"shape": (3, 70), **SEQUENCE, "far": True, "dual_clip": 3.0, "log_ratio_clamp": 3.0, "whiten": True},
+    {"shape": (5, 17), **SEQUENCE, "value": False, "sampler": "mask", "importance_floor": 0.8},
+    {"shape": (2, 300), **SEQUENCE, **CISPO, "clip_high": 0.01, "sampler": "mask"},
+    {"shape": (2, 0), **SEQUENCE},
 ]
 LARGE = [{"shape": (64, 128)}, {"shape": (64, 1024)}, {"shape": (512, 1024)}]
 ppo_loss.inputs(small_sizes=SMALL, large_sizes=LARGE)(_make_inputs)
 
 
-@ppo_loss_with_gradients.inputs(small_sizes=SMALL[:1] + SMALL[2:6], large_sizes=[])
+@ppo_loss_with_gradients.inputs(small_sizes=SMALL[:1] + SMALL[2:6] + SMALL[11:], large_sizes=[])
 def _(logprobs_need_grad=True, values_need_grad=True, round_grads=True, **size):
     policy, value = size.get("policy", True), size.get("value", True)
     return *_make_inputs(grad=False, **size), logprobs_need_grad and policy, values_need_grad and value, round_grads

@@ -650,7 +650,15 @@ def past_python(call):
     return without_torch_function
 
 
+def write_after_a_part_was_taken(z):
+    z = z.detach()
+    part = z[:, :-1][..., 3]
+    z.div_(2)
+    return part
+
+
 REFUSED = {
+    "a part before a write": write_after_a_part_was_taken,
     "out": lambda z: torch.add(torch.ones(3, 9, V), 1, out=z),
     "out in a tuple": lambda z: torch.max(torch.ones(3, 9, V), 1, out=(z, z)),
     "retain_grad": lambda z: z.retain_grad(),

@@ -136,6 +136,22 @@ def test_losses_of_parts_add_up(backend):
     torch.testing.assert_close(weight.grad, truth[1], atol=1e-6, rtol=1e-4)
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_number_is_the_weight_of_every_row(backend, dtype):
+    """Also a tensor of no dimension. Rows without a target have none."""
+    hidden, weight, targets = random_head(30, 12, 65)
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    old, advantages, _ = random_ppo_rows(30)
+    found = []
+    for weights in (torch.full((30,), 0.25), 0.25, torch.tensor(0.25)):
+        loss, _, _, stats = ops.linear_ppo_loss.backend(backend)(hidden, weight, targets, old, advantages, weights)
+        found.append((loss.detach(), stats, *torch.autograd.grad(loss, (hidden, weight))))
+    assert found[0][1][0] == 0.25 * (targets != -100).sum() and (targets == -100).any()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
 LOSSES = ("cross_entropy", "ppo", "logprobs", "entropy", "kl")
 
 

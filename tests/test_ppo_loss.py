@@ -56,6 +56,8 @@ OPTIONS = [
     {"value": False, "sampler": "truncate"},
     {"value": False, "sampler": "mask"},
     {"policy": False},
+    {"ratio_level": "sequence", "clip_low": 0.05, "clip_high": 0.05, "sampler": "mask", "importance_floor": 0.8},
+    {"ratio_level": "sequence", "far": True, "log_ratio_clamp": 2.0, "dual_clip": 3.0, "whiten": True},
 ]
 
 
@@ -153,6 +155,40 @@ def test_importance_weights(ppo):
         assert loss.item() == pytest.approx(-2.5 - last, rel=1e-6)
         assert stats["importance"] == pytest.approx(2.5 + last) and stats["importance_capped"] == 1
         assert stats["weight"] == stats["ratio"] == 3
+
+
+def test_importance_weights_have_a_floor(ppo):
+    """Importance weights 1/2, 2, 8 and 1, with bounds of 1 and 4; the two at a bound are not beyond it."""
+    logprobs = torch.zeros(4, requires_grad=True)
+    sampler = [math.log(2), -math.log(2), -math.log(8), 0.0]
+    for mode, first, third in (("truncate", 1.0, 4.0), ("mask", 0.0, 0.0)):
+        options = {"sampler_logprobs": sampler, "importance_cap": 4.0, "importance_floor": 1.0}
+        loss, _, stats = ppo(logprobs, [0.0] * 4, [1.0] * 4, [3.0, 1.0, 1.0, 1.0], **options, importance_mode=mode)
+        grad = torch.autograd.grad(loss, logprobs)[0]
+        torch.testing.assert_close(grad, torch.tensor([-3 * first, -2.0, -third, -1.0]))
+        assert loss.item() == pytest.approx(-3 * first - 3 - third, rel=1e-6)
+        assert stats["importance"] == pytest.approx(3 * first + 3 + third) and stats["importance_capped"] == 4
+        assert stats["weight"] == stats["ratio"] == 6
+
+
+@pytest.mark.parametrize("number", [0.25, 3, True])
+def test_a_number_is_the_weight_of_every_token(ppo, number):
+    """Also a tensor of no dimension, for either loss."""
+    logprobs, old, advantages, _, values, old_values, returns = random_args((3, 17))
+    full = torch.full((3, 17), float(number))
+    for dtype in (torch.float32, torch.bfloat16):
+        policy_args = [logprobs.detach().to(dtype).requires_grad_(), old.to(dtype), advantages.to(dtype)]
+        value_args = [values.detach().to(dtype).requires_grad_(), old_values.to(dtype), returns.to(dtype)]
+        found = []
+        for weights in (full, number, torch.tensor(float(number)), torch.tensor(number)):
+            out = ppo(*policy_args, weights, *value_args, 2 * number if weights is number else 2 * full)
+            alone = ppo(None, None, None, weights, *value_args)
+            grads = torch.autograd.grad(out[0] + out[1] + alone[1], [policy_args[0], value_args[0]])
+            found.append((*out[:2], alone[1], *grads, out[2]))
+        assert found[0][0] != 0 and found[0][1].item() == pytest.approx(2 * found[0][2].item(), rel=1e-6)
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other[:5], found[0][:5], strict=True))
+            assert other[5] == found[0][5]
 
 
 @pytest.mark.parametrize("fill", [NAN, float("inf"), -float("inf"), 1e38])
@@ -409,6 +445,8 @@ def test_bad_arguments_name_the_rule():
         ((x, x, x, x, x), {}, "the value part needs values and returns, or none"),
         ((x, x, x, x, x, None, x), {}, "value_clip=0.2 needs old_values; value_clip=0 does without"),
         ((x, x, short, x), {}, r"all must have the shape of weights, \[2, 3\], got .*\[2, 2\]"),
+        ((x, x, x, x), {"importance_floor": 2.5}, "importance_floor=2.5 is above importance_cap=2.0; no importance"),
+        ((x, x, x, short), {}, r"all must have the shape of weights, \[2, 2\], got .*\[2, 3\]"),
         ((x, x, x, x), {"importance_mode": "drop"}, "importance_mode must be one of truncate, mask, got 'drop'"),
         ((x, x, x, x), {"advantage_shift": x}, r"advantage_shift must be a number or one element, got shape \[2, 3\]"),
     ):

@@ -5,6 +5,10 @@
 //     chunk    | block of 32 W | block | ...                          lane i sums the tokens i, i + W, ... of a block
 //     block    two passes for the policy: ratios, then the rest; one for the values
 //
+// Sequences with one ratio each are taken row by row, some rows a chunk. A row has three passes, while the caches have
+// it: the mean of its log-ratios, the tokens' terms, and their gradient by the mean, shared by all tokens (none for
+// CISPO).
+//
 // Floor: at most 32 bytes a token in (two log-probabilities, advantage, weight, two values, return, second weight) and
 // 8 out, against about 90 instructions for W tokens, a third of them sums for the statistics.
 //
@@ -24,8 +28,8 @@ struct PpoArgs {
   float *logprobs_grad, *values_grad;
   float shift, scale;  // A = (advantages - shift) * scale
   PpoClip clip;
-  float max_importance;  // of pi_old / pi_sampler
-  bool drop_capped;      // a larger one: weight 0, else max_importance
+  float max_importance, min_importance;  // of pi_old / pi_sampler
+  bool drop_capped;                      // one beyond them: weight 0, else the bound
 };
 
 struct ChunkSums {
@@ -36,6 +40,7 @@ struct ChunkSums {
 struct VectorSums {
   f32 sum[PpoSum::COUNT];
   f32 ratio_max, ratio_min;
+  f32 row_grad;  // of a row's terms by the mean of its log-ratios
 };
 
 // Access to W tokens, or to the n that are left at the end: the other lanes read 0, so their weight is 0.
@@ -68,7 +73,8 @@ INLINE void ratio_step(const PpoArgs& args, int64_t t, Vector vector, f32& uncli
   ratio = exp(clamped_log_ratio(unclipped_log_ratio, args.clip));
 }
 
-template <class Vector>
+// CISPO: of its terms, else of PPO's. IS_ROW: the gradient is by the row's log-ratio, and not stored.
+template <bool CISPO, bool IS_ROW, class Vector>
 INLINE void policy_step(const PpoArgs& args, int64_t t, Vector vector, f32 unclipped_log_ratio, f32 ratio,
                         VectorSums& s) {
   const f32 w = vector.read(args.weights + t);
@@ -78,19 +84,31 @@ INLINE void policy_step(const PpoArgs& args, int64_t t, Vector vector, f32 uncli
   }
   const i32 valid = w != splat(0.f);
   const f32 advantage = zero_unless(valid, (vector.read(args.advantages + t) - args.shift) * args.scale);
-  const auto term = args.clip.dual > 0.f ? policy_term<true>(unclipped_log_ratio, ratio, advantage, args.clip)
-                                         : policy_term<false>(unclipped_log_ratio, ratio, advantage, args.clip);
+  PolicyTerm<f32> term;
+  if constexpr (CISPO) {
+    term = cispo_term(zero_unless(valid, vector.read(args.logprobs + t)), ratio, advantage, args.clip);
+  } else {
+    term = args.clip.dual > 0.f ? policy_term<true>(unclipped_log_ratio, ratio, advantage, args.clip)
+                                : policy_term<false>(unclipped_log_ratio, ratio, advantage, args.clip);
+  }
   f32 coefficient = w, importance = splat(1.f);
   i32 is_capped = {};
   if (args.sampler_logprobs) {
     const f32 log_importance = vector.read(args.old_logprobs + t) - vector.read(args.sampler_logprobs + t);
     importance = exp(zero_unless(valid, log_importance));
-    is_capped = importance > splat(args.max_importance);
-    importance = select(is_capped, splat(args.drop_capped ? 0.f : args.max_importance), importance);
+    const i32 is_high = importance > splat(args.max_importance), is_low = importance < splat(args.min_importance);
+    is_capped = is_high | is_low;
+    importance = select(is_high, splat(args.drop_capped ? 0.f : args.max_importance), importance);
+    importance = select(is_low, splat(args.drop_capped ? 0.f : args.min_importance), importance);
     coefficient = w * importance;
   }
   const i32 counts = coefficient != splat(0.f);
-  if (args.logprobs_grad) vector.write(args.logprobs_grad + t, zero_unless(counts, coefficient * term.grad));
+  const f32 grad = zero_unless(counts, coefficient * term.grad);
+  if constexpr (IS_ROW && !CISPO) {
+    s.row_grad += grad;
+  } else {
+    if (args.logprobs_grad) vector.write(args.logprobs_grad + t, grad);
+  }
   const f32 log_ratio = clamped_log_ratio(unclipped_log_ratio, args.clip);
   s.sum[PpoSum::POLICY_LOSS] += zero_unless(counts, coefficient * term.loss);
   s.sum[PpoSum::WEIGHT] += w;
@@ -133,6 +151,7 @@ INLINE void value_step(const PpoArgs& args, int64_t t, Vector vector, VectorSums
   s.sum[PpoSum::RETURN] += w * target;
 }
 
+template <bool CISPO>
 INLINE void policy_block(const PpoArgs& args, int64_t begin, int64_t end, VectorSums& s) {
   f32 unclipped_log_ratio[BLOCK_VECTORS], ratio[BLOCK_VECTORS];
   const int64_t full_end = begin + (end - begin) / W * W;
@@ -143,8 +162,8 @@ INLINE void policy_block(const PpoArgs& args, int64_t begin, int64_t end, Vector
   if (rest.n) ratio_step(args, full_end, rest, unclipped_log_ratio[k], ratio[k]);
   k = 0;
   for (int64_t t = begin; t < full_end; t += W, ++k)
-    policy_step(args, t, FullVector{}, unclipped_log_ratio[k], ratio[k], s);
-  if (rest.n) policy_step(args, full_end, rest, unclipped_log_ratio[k], ratio[k], s);
+    policy_step<CISPO, false>(args, t, FullVector{}, unclipped_log_ratio[k], ratio[k], s);
+  if (rest.n) policy_step<CISPO, false>(args, full_end, rest, unclipped_log_ratio[k], ratio[k], s);
 }
 
 INLINE void value_block(const PpoArgs& args, int64_t begin, int64_t end, VectorSums& s) {
@@ -154,22 +173,14 @@ INLINE void value_block(const PpoArgs& args, int64_t begin, int64_t end, VectorS
   if (rest.n) value_step(args, full_end, rest, s);
 }
 
-ChunkSums run_chunk(const PpoArgs& call_args, int64_t begin, int64_t end) {
-  const PpoArgs args = call_args;  // a copy of its own: the compiler then knows that no store of a gradient changes it
-  VectorSums total = {};
-  total.ratio_max = splat(-__builtin_inff());
-  total.ratio_min = splat(__builtin_inff());
-  for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
-    const int64_t block_end = min(end, t + BLOCK_VECTORS * W);
-    VectorSums s = {};
-    s.ratio_max = total.ratio_max;
-    s.ratio_min = total.ratio_min;
-    if (args.logprobs) policy_block(args, t, block_end, s);
-    if (args.values) value_block(args, t, block_end, s);
-    for (int i = 0; i < PpoSum::COUNT; ++i) total.sum[i] += s.sum[i];
-    total.ratio_max = s.ratio_max;
-    total.ratio_min = s.ratio_min;
-  }
+INLINE VectorSums no_sums() {
+  VectorSums s = {};
+  s.ratio_max = splat(-__builtin_inff());
+  s.ratio_min = splat(__builtin_inff());
+  return s;
+}
+
+INLINE ChunkSums reduced(const VectorSums& total) {
   ChunkSums chunk;
   for (int i = 0; i < PpoSum::COUNT; ++i) chunk.sum[i] = reduce_sum(total.sum[i]);
   chunk.ratio_max = reduce_max(total.ratio_max);
@@ -177,14 +188,100 @@ ChunkSums run_chunk(const PpoArgs& call_args, int64_t begin, int64_t end) {
   return chunk;
 }
 
+template <bool CISPO>
+ChunkSums run_chunk(const PpoArgs& call_args, int64_t begin, int64_t end) {
+  const PpoArgs args = call_args;  // a copy of its own: the compiler then knows that no store of a gradient changes it
+  VectorSums total = no_sums();
+  for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
+    const int64_t block_end = min(end, t + BLOCK_VECTORS * W);
+    VectorSums s = {};
+    s.ratio_max = total.ratio_max;
+    s.ratio_min = total.ratio_min;
+    if (args.logprobs) policy_block<CISPO>(args, t, block_end, s);
+    if (args.values) value_block(args, t, block_end, s);
+    for (int i = 0; i < PpoSum::COUNT; ++i) total.sum[i] += s.sum[i];
+    total.ratio_max = s.ratio_max;
+    total.ratio_min = s.ratio_min;
+  }
+  return reduced(total);
+}
+
+// Calls step(t, vector) for the vectors of [begin, end).
+template <class Step>
+INLINE void for_vectors(int64_t begin, int64_t end, Step step) {
+  const int64_t full_end = begin + (end - begin) / W * W;
+  for (int64_t t = begin; t < full_end; t += W) step(t, FullVector{});
+  if (full_end < end) step(full_end, PartialVector{int(end - full_end)});
+}
+
+// Calls block(begin, end, s) for the blocks of [begin, end) and adds its sums to `total`.
+template <class Block>
+INLINE void for_blocks(int64_t begin, int64_t end, VectorSums& total, Block block) {
+  for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
+    VectorSums s = no_sums();
+    block(t, min(end, t + BLOCK_VECTORS * W), s);
+    for (int i = 0; i < PpoSum::COUNT; ++i) total.sum[i] += s.sum[i];
+    total.row_grad += s.row_grad;
+    total.ratio_max = max(s.ratio_max, total.ratio_max);
+    total.ratio_min = min(s.ratio_min, total.ratio_min);
+  }
+}
+
+// The policy's part of a row of tokens with one ratio.
+template <bool CISPO>
+INLINE void policy_row(const PpoArgs& args, int64_t begin, int64_t end, VectorSums& total) {
+  double log_ratios = 0, tokens = 0;
+  for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
+    f32 sum = {}, count = {};
+    for_vectors(t, min(end, t + BLOCK_VECTORS * W), [&](int64_t i, auto vector) __attribute__((always_inline)) {
+      const i32 valid = vector.read(args.weights + i) != splat(0.f);
+      sum += zero_unless(valid, vector.read(args.logprobs + i) - vector.read(args.old_logprobs + i));
+      count += zero_unless(valid, splat(1.f));
+    });
+    log_ratios += reduce_sum(sum);
+    tokens += reduce_sum(count);
+  }
+  const f32 mean = splat(tokens > 0 ? float(log_ratios / tokens) : 0.f);
+  const f32 ratio = exp(clamped_log_ratio(mean, args.clip));
+  total.row_grad = splat(0.f);
+  for_blocks(begin, end, total, [&](int64_t t, int64_t block_end, VectorSums& s) __attribute__((always_inline)) {
+    for_vectors(t, block_end, [&](int64_t i, auto vector) __attribute__((always_inline)) {
+      const i32 valid = vector.read(args.weights + i) != splat(0.f);
+      policy_step<CISPO, true>(args, i, vector, zero_unless(valid, mean), select(valid, ratio, splat(1.f)), s);
+    });
+  });
+  if (CISPO || !args.logprobs_grad) return;
+  const f32 grad = splat(tokens > 0 ? float(reduce_sum(total.row_grad) / tokens) : 0.f);
+  for_vectors(begin, end, [&](int64_t i, auto vector) __attribute__((always_inline)) {
+    vector.write(args.logprobs_grad + i, zero_unless(vector.read(args.weights + i) != splat(0.f), grad));
+  });
+}
+
+// The rows [begin, end), of row_length tokens each.
+template <bool CISPO>
+ChunkSums run_rows(const PpoArgs& call_args, int64_t begin, int64_t end, int64_t row_length) {
+  const PpoArgs args = call_args;
+  VectorSums total = no_sums();
+  for (int64_t row = begin; row < end; ++row) {
+    policy_row<CISPO>(args, row * row_length, (row + 1) * row_length, total);
+  }
+  if (args.values) {
+    for_blocks(begin * row_length, end * row_length, total,
+               [&](int64_t t, int64_t block_end, VectorSums& s) __attribute__((always_inline)) {
+                 value_block(args, t, block_end, s);
+               });
+  }
+  return reduced(total);
+}
+
 // logprobs or values may be null: without them, that loss is 0. stats: num_summed_stats sums, then the largest and the
-// smallest ratio.
+// smallest ratio. row_length: of the rows with one ratio each, or 0.
 void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, uintptr_t weights, uintptr_t values,
               uintptr_t old_values, uintptr_t returns, uintptr_t value_weights, uintptr_t sampler_logprobs,
               uintptr_t shift, uintptr_t scale, uintptr_t policy_loss, uintptr_t value_loss, uintptr_t stats,
-              uintptr_t logprobs_grad, uintptr_t values_grad, int64_t N, float clip_low, float clip_high,
-              float dual_clip, float value_clip, float log_ratio_clamp, float max_importance, int drop_capped,
-              int threads) {
+              uintptr_t logprobs_grad, uintptr_t values_grad, int64_t N, int64_t row_length, float clip_low,
+              float clip_high, float dual_clip, float value_clip, float log_ratio_clamp, float max_importance,
+              float min_importance, int drop_capped, int is_cispo, int threads) {
   PpoArgs args;
   args.logprobs = ptr<const float>(logprobs);
   args.old_logprobs = ptr<const float>(old_logprobs);
@@ -199,17 +296,31 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   args.values_grad = ptr<float>(values_grad);
   args.shift = shift ? *ptr<const float>(shift) : 0.f;
   args.scale = scale ? *ptr<const float>(scale) : 1.f;
-  args.clip = {1.f - clip_low, 1.f + clip_high, dual_clip, value_clip,
+  args.clip = {is_cispo ? -__builtin_inff() : 1.f - clip_low, 1.f + clip_high, dual_clip, value_clip,
                log_ratio_clamp > 0.f ? log_ratio_clamp : __builtin_inff()};
   args.max_importance = max_importance;
+  args.min_importance = min_importance;
   args.drop_capped = drop_capped;
 
+  const bool by_row = args.logprobs && row_length > 0;
   const int64_t even = (N + MAX_CHUNKS - 1) / MAX_CHUNKS;
-  const int64_t size = max(MIN_CHUNK, (even + W - 1) / W * W);
-  const int64_t num_chunks = (N + size - 1) / size;
+  int64_t size = max(MIN_CHUNK, (even + W - 1) / W * W), units = N;  // a chunk's units, tokens or rows, and all
+  if (by_row) {
+    units = N / row_length;
+    size = max((MIN_CHUNK + row_length - 1) / row_length, (units + MAX_CHUNKS - 1) / MAX_CHUNKS);
+  }
+  const int64_t num_chunks = (units + size - 1) / size;
   ChunkSums chunks[MAX_CHUNKS];
 #pragma omp parallel for num_threads(threads) if (threads > 1 && N > 32768)
-  for (int64_t c = 0; c < num_chunks; ++c) chunks[c] = run_chunk(args, c * size, min(N, (c + 1) * size));
+  for (int64_t c = 0; c < num_chunks; ++c) {
+    const int64_t begin = c * size, end = min(units, begin + size);
+    if (by_row) {
+      chunks[c] = is_cispo ? run_rows<true>(args, begin, end, row_length)
+                           : run_rows<false>(args, begin, end, row_length);
+    } else {
+      chunks[c] = is_cispo ? run_chunk<true>(args, begin, end) : run_chunk<false>(args, begin, end);
+    }
+  }
 
   double total[PpoSum::COUNT] = {};
   float ratio_max = -__builtin_inff(), ratio_min = __builtin_inff();

@@ -60,7 +60,7 @@ __device__ __forceinline__ void run_block(const Args& args, int64_t block, float
     load(args, {&weights}, t + stride, next_w_bits);
     const Quad w = unpack_quad(weights, w_bits[0]);
     Quad grads = {};
-    if (const unsigned mask = mask_of(w)) grads = sums.add_quad(args, bits, mask, w);
+    if (const unsigned mask = mask_of(w)) grads = sums.add_quad(args, bits, mask, w, t);
     store(args, Sums::grads(args), t, grads);
     t += stride;
     w_bits[0] = next_w_bits[0];
@@ -124,20 +124,28 @@ __device__ __forceinline__ void finish(const Args& args) {
   }
 }
 
-// Arrays of any dtypes take registers.
-template <bool HAS_SAMPLER, int DTYPE>
-__global__ void __launch_bounds__(block_threads, DTYPE == ANY_DTYPE ? 3 : 4)
-    ppo_loss_kernel(const PpoArgs<DTYPE> args) {
-  using Args = PpoArgs<DTYPE>;
+template <bool HAS_SAMPLER, bool ANY_RATIO, class Args>
+__device__ __forceinline__ void run_kernel(const Args& args) {
   __shared__ float shared[num_warps][num_partials];
   const bool both = args.logprobs.p && args.values.p;
   const int64_t block = both ? blockIdx.x / 2 : blockIdx.x;
   if (args.logprobs.p && !(both && blockIdx.x % 2)) {
-    run_block<PolicySums<HAS_SAMPLER, Args>>(args, block, shared);
+    run_block<PolicySums<HAS_SAMPLER, ANY_RATIO, Args>>(args, block, shared);
   } else {
     run_block<ValueSums<Args>>(args, block, shared);
   }
   if (is_last_block(args.ticket)) finish(args);
+}
+
+// Arrays of any dtypes take registers.
+template <bool HAS_SAMPLER, int DTYPE>
+__global__ void __launch_bounds__(block_threads, DTYPE == ANY_DTYPE ? 3 : 4)
+    ppo_loss_kernel(const PpoArgs<DTYPE> args) {
+  run_kernel<HAS_SAMPLER, false>(args);
+}
+template <bool HAS_SAMPLER>
+__global__ void __launch_bounds__(block_threads, 3) ppo_loss_any_ratio_kernel(const PpoArgs<ANY_DTYPE> args) {
+  run_kernel<HAS_SAMPLER, true>(args);
 }
 
 // The arrays of a call with their dtypes: 11 inputs, two outputs.
@@ -166,19 +174,24 @@ const char* launch_loss(PpoArgs<DTYPE>& args, const PpoArrays& arrays, bool clip
   args.aligned = (alignment | args.logprobs_grad.alignment(0) | args.values_grad.alignment(0)) % 16 == 0;
   const unsigned grid = blocks_for(args.num_blocks * (args.logprobs.p && args.values.p ? 2 : 1), 1);
   if (!grid) return "a grid has no such number of blocks";
-  const auto kernel = args.sampler_logprobs.p ? ppo_loss_kernel<true, DTYPE> : ppo_loss_kernel<false, DTYPE>;
+  auto kernel = args.sampler_logprobs.p ? ppo_loss_kernel<true, DTYPE> : ppo_loss_kernel<false, DTYPE>;
+  if constexpr (DTYPE == ANY_DTYPE) {
+    if (args.row_log_ratios || args.is_cispo)
+      kernel = args.sampler_logprobs.p ? ppo_loss_any_ratio_kernel<true> : ppo_loss_any_ratio_kernel<false>;
+  }
   return launch(kernel, grid, block_threads, 0, stream, args);
 }
 
 // logprobs or values may be null: without them, that loss is 0. partials: memory for 19 numbers of each of `num_blocks`
-// blocks. dtypes: the numbers of dtypes.h of the 11 inputs and 2 gradients, two bits each, the first one lowest.
+// blocks. row_log_ratios: of the rows of row_length tokens with one ratio each, or null. dtypes: the numbers of dtypes.h of the 11 inputs and 2 gradients, two bits each, the first one lowest.
 const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, uintptr_t weights,
                      uintptr_t values, uintptr_t old_values, uintptr_t returns, uintptr_t value_weights,
                      uintptr_t sampler_logprobs, uintptr_t shift, uintptr_t scale, uintptr_t policy_loss,
                      uintptr_t value_loss, uintptr_t stats, uintptr_t logprobs_grad, uintptr_t values_grad,
-                     uintptr_t partials, uintptr_t ticket, int64_t dtypes, int64_t num_blocks, int64_t N,
-                     float clip_low, float clip_high, float dual_clip, float value_clip, float log_ratio_clamp,
-                     float max_importance, int drop_capped, uintptr_t stream) {
+                     uintptr_t partials, uintptr_t row_log_ratios, uintptr_t ticket, int64_t dtypes,
+                     int64_t num_blocks, int64_t N, int64_t row_length, float clip_low, float clip_high,
+                     float dual_clip, float value_clip, float log_ratio_clamp, float max_importance,
+                     float min_importance, int drop_capped, int is_cispo, uintptr_t stream) {
   const uintptr_t inputs[] = {logprobs, old_logprobs,  advantages,       weights, values, old_values,
                               returns,  value_weights, sampler_logprobs, shift,   scale};
   PpoArrays arrays;
@@ -191,17 +204,22 @@ const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advan
     args.policy_loss = ptr<float>(policy_loss);
     args.value_loss = ptr<float>(value_loss);
     args.stats = ptr<float>(stats);
+    args.row_log_ratios = ptr<const float>(row_log_ratios);
+    args.row_length = row_length;
+    args.is_cispo = is_cispo;
     args.N = N;
     args.num_blocks = num_blocks;
-    args.clip.ratio_low = 1.f - clip_low;
+    args.clip.ratio_low = is_cispo ? -INFINITY : 1.f - clip_low;
     args.clip.ratio_high = 1.f + clip_high;
     args.clip.dual = dual_clip > 0.f ? dual_clip : INFINITY;
     args.clip.value = value_clip > 0.f ? value_clip : INFINITY;
     args.clip.log_ratio = log_ratio_clamp > 0.f ? log_ratio_clamp : INFINITY;
     args.max_importance = max_importance;
+    args.min_importance = min_importance;
     args.drop_capped = drop_capped;
     return launch_loss(args, arrays, value_clip > 0.f, stream);
   };
+  if (row_log_ratios || is_cispo) return launch_with(PpoArgs<ANY_DTYPE>{});
   CommonDtype common;
   for (int k = 0; k < 9; ++k) common.add(arrays.in[k].p, arrays.in[k].dtype);
   for (const auto& out : arrays.out) common.add(out.p, out.dtype);

@@ -19,14 +19,17 @@ struct PpoArgs {
   In logprobs, old_logprobs, advantages, weights, values, old_values, returns, value_weights, sampler_logprobs;
   Input<ANY_DTYPE> shift, scale;  // A = (advantages - shift) * scale
   Out logprobs_grad, values_grad;
+  const float* row_log_ratios;  // of the rows with one ratio each, or null
+  int64_t row_length;
+  bool is_cispo;
   float* partials;   // (num_partials, num_blocks)
   unsigned* ticket;  // of `is_last_block`
   float *policy_loss, *value_loss, *stats;
   int64_t N, num_blocks;
   PpoClip clip;
-  float max_importance;  // of pi_old / pi_sampler
-  bool drop_capped;      // a larger one: weight 0, else max_importance
-  bool aligned;          // four tokens of any array are one load
+  float max_importance, min_importance;  // of pi_old / pi_sampler
+  bool drop_capped;                      // one beyond them: weight 0, else the bound
+  bool aligned;                          // four tokens of any array are one load
 };
 
 struct Quad {
@@ -78,8 +81,9 @@ __device__ __forceinline__ void store(const Args& args, const typename Args::Out
   }
 }
 
-// A thread's sums of the policy's part. HAS_SAMPLER: sampler_logprobs are given.
-template <bool HAS_SAMPLER, class Args>
+// A thread's sums of the policy's part. HAS_SAMPLER: sampler_logprobs are given. ANY_RATIO: the ratio may be a row's, and
+// the clip CISPO's.
+template <bool HAS_SAMPLER, bool ANY_RATIO, class Args>
 struct PolicySums {
   using In = typename Args::In;
   static constexpr int num_inputs = HAS_SAMPLER ? 4 : 3;
@@ -97,20 +101,25 @@ struct PolicySums {
     }
   }
 
-  // Adds a token and returns the gradient by its log-probability. All numbers of a token of weight 0 are 0.
+  // Adds a token and returns the gradient by its log-ratio; CISPO's is by its log-probability. All numbers of a token of
+  // weight 0 are 0.
   __device__ __forceinline__ float add(const Args& args, bool valid, float w, float logprob, float old_logprob,
-                                       float advantage, float sampler_logprob) {
+                                       float advantage, float sampler_logprob, int64_t t) {
     const PpoClip& clip = args.clip;
-    const float unclipped_log_ratio = logprob - old_logprob;
+    float unclipped_log_ratio = logprob - old_logprob;
+    if (ANY_RATIO && args.row_log_ratios) unclipped_log_ratio = valid ? args.row_log_ratios[t / args.row_length] : 0.f;
     const float log_ratio = clamped_log_ratio(unclipped_log_ratio, clip), ratio = expf(log_ratio);
-    const PolicyTerm<float> term = policy_term<true>(unclipped_log_ratio, ratio, advantage, clip);
+    const PolicyTerm<float> term = ANY_RATIO && args.is_cispo
+                                       ? cispo_term(logprob, ratio, advantage, clip)
+                                       : policy_term<true>(unclipped_log_ratio, ratio, advantage, clip);
     float coefficient = w;
     bool is_capped = false;
     if (HAS_SAMPLER) {
       const float importance = expf(old_logprob - sampler_logprob);
-      is_capped = importance > args.max_importance;
-      const float capped_importance = args.drop_capped ? 0.f : args.max_importance;
-      coefficient = w * (is_capped ? capped_importance : importance);
+      const bool is_high = importance > args.max_importance, is_low = importance < args.min_importance;
+      is_capped = is_high || is_low;
+      const float bound = is_high ? args.max_importance : args.min_importance;
+      coefficient = w * (is_capped ? (args.drop_capped ? 0.f : bound) : importance);
     }
     const bool counts = coefficient != 0.f;
     sum[PpoSum::WEIGHT] += w;
@@ -131,7 +140,7 @@ struct PolicySums {
 
   // Adds four tokens and returns their gradients.
   __device__ __forceinline__ Quad add_quad(const Args& args, const uint4 (&bits)[num_inputs], unsigned mask,
-                                           const Quad& w) {
+                                           const Quad& w, int64_t t) {
     const Quad quads[] = {unpack_quad(args.logprobs, bits[0]), unpack_quad(args.old_logprobs, bits[1]),
                           unpack_quad(args.advantages, bits[2]),
                           HAS_SAMPLER ? unpack_quad(args.sampler_logprobs, bits[num_inputs - 1]) : Quad{}};
@@ -144,7 +153,7 @@ struct PolicySums {
       const float old_logprob = valid ? quads[1].x[i] : 0.f;
       const float advantage = valid ? (quads[2].x[i] - shift) * scale : 0.f;
       const float sampler_logprob = valid ? quads[3].x[i] : 0.f;
-      grads.x[i] = add(args, valid, w.x[i], logprob, old_logprob, advantage, sampler_logprob);
+      grads.x[i] = add(args, valid, w.x[i], logprob, old_logprob, advantage, sampler_logprob, t + i);
     }
     return grads;
   }
@@ -177,7 +186,7 @@ struct ValueSums {
   }
 
   __device__ __forceinline__ Quad add_quad(const Args& args, const uint4 (&bits)[num_inputs], unsigned mask,
-                                           const Quad& w) {
+                                           const Quad& w, int64_t) {
     const Quad quads[] = {unpack_quad(args.values, bits[0]), unpack_quad(args.old_values, bits[1]),
                           unpack_quad(args.returns, bits[2])};
     Quad grads;

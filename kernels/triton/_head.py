@@ -194,6 +194,11 @@ class GpuHead:
         is_split = self.dtype != torch.float32 and 0 < rest < self.V and self.N * self.V * self.D >= MIN_SPLIT_WORK
         return [(0, self.V - rest), (self.V - rest, rest)] if is_split else [(0, self.V)]
 
+    @property
+    def loss_gain(self) -> float:
+        """The factor that the gradients of the logits have where they are those of a loss."""
+        return FLOAT16_GAIN if self.grad_dtype == torch.float16 else 1.0
+
     @functools.cached_property
     def padded_bias(self) -> Tensor | None:
         """The bias in memory of whole groups, as the kernels read it."""
@@ -311,30 +316,35 @@ def train(head: GpuHead, loss: Loss, needs_grad: NeedsGrad) -> tuple[Statistics,
     out = Statistics.empty(head.targets)
     _, needs_weight, _ = needs_grad
     chunks = head.chunks(needs_weight)
-    gain = FLOAT16_GAIN if head.grad_dtype == torch.float16 else 1.0
     buffer = head.empty_logits(chunks)
-    grads = InputGrads(head, needs_grad, chunks, gain)
+    grads = InputGrads(head, needs_grad, chunks, head.loss_gain)
     for begin, end in chunks:
         logits = head.logits(begin, end, buffer)
         y = head.gradient_memory(logits)
-        compute_statistics(logits, out, loss, y, gain)
+        compute_statistics(logits, out, loss, y, head.loss_gain)
         grads.add_chunk(begin, end, y.narrow(1, 0, head.V))
     return out, grads.finish()
 
 
 def compute_input_grads(
-    head: GpuHead, known: Statistics, row_grads: RowGrads, needs_grad: NeedsGrad, reference: GpuHead | None = None
+    head: GpuHead,
+    known: Statistics,
+    row_grads: RowGrads,
+    needs_grad: NeedsGrad,
+    reference: GpuHead | None = None,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias from those of rows with known statistics."""
+    """Return the gradients of hidden, weight and bias from those of rows with known statistics. gain: the factor that
+    the gradients of the logits have until then."""
     _, needs_weight, _ = needs_grad
     chunks = head.chunks(needs_weight, 1 if reference is None else 2)
     buffer = head.empty_logits(chunks)
     ref_buffer = None if reference is None else reference.empty_logits(chunks)
-    grads = InputGrads(head, needs_grad, chunks)
+    grads = InputGrads(head, needs_grad, chunks, gain)
     for begin, end in chunks if any(needs_grad) else ():
         logits = head.logits(begin, end, buffer, reference, ref_buffer)
         y = head.gradient_memory(logits)
-        compute_gradient(logits, known, row_grads, y)
+        compute_gradient(logits, known, row_grads, y, gain)
         grads.add_chunk(begin, end, y.narrow(1, 0, head.V))
     return grads.finish()
 

@@ -108,6 +108,7 @@ class Loss(NamedTuple):
     kind: tl.constexpr = LOSS_NONE
     inputs: RowGrads | CrossEntropy | PolicyLoss | None = None
     is_dual: bool = False
+    is_cispo: bool = False
     estimator: str = "k1"
 
     @staticmethod
@@ -119,8 +120,10 @@ class Loss(NamedTuple):
         return Loss(LOSS_CROSS_ENTROPY, CrossEntropy(weights, num_valid))
 
     @staticmethod
-    def ppo(tokens: ppo.Tokens, clip: ppo.ClipBounds, kl_coef: float, kl_estimator: str, entropy_coef: float) -> "Loss":
-        return Loss(LOSS_PPO, PolicyLoss(tokens, clip, kl_coef, entropy_coef), clip.dual > 0, kl_estimator)
+    def ppo(
+        tokens: ppo.Tokens, clip: ppo.ClipBounds, kl_coef: float, kl_estimator: str, entropy_coef: float, is_cispo: bool
+    ) -> "Loss":  # fmt: skip
+        return Loss(LOSS_PPO, PolicyLoss(tokens, clip, kl_coef, entropy_coef), clip.dual > 0, is_cispo, kl_estimator)
 
 
 @triton.jit
@@ -214,7 +217,9 @@ def store_statistics(out, row, N, state, logit, ref_logit, valid, scaling, CAP: 
 
 
 @triton.jit
-def loss_grads(loss, row, logp, LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr):
+def loss_grads(
+    loss, row, logp, LOSS: tl.constexpr, DUAL: tl.constexpr, CISPO: tl.constexpr, ESTIMATOR: tl.constexpr
+):  # fmt: skip
     """Return the gradients of the loss with respect to a row's log p and entropy."""
     logprob_grad = 0.0
     entropy_grad = 0.0
@@ -223,7 +228,7 @@ def loss_grads(loss, row, logp, LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATO
         entropy_grad = tl.load(loss.entropy + row).to(tl.float32)
     elif LOSS == LOSS_PPO:
         logprob_grad, entropy_grad = ppo.row_grads(
-            row, logp, loss.tokens, loss.clip, loss.kl_coef, loss.entropy_coef, DUAL, ESTIMATOR
+            row, logp, loss.tokens, loss.clip, loss.kl_coef, loss.entropy_coef, DUAL, CISPO, ESTIMATOR
         )
     elif loss.weights is None:
         logprob_grad = -1.0 / tl.load(loss.num_valid).to(tl.float32)
@@ -235,7 +240,8 @@ def loss_grads(loss, row, logp, LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATO
 @triton.jit(do_not_specialize=["first_row", "num_rows", "N"])
 def row_kernel(
     rows, first_row, num_rows, N, parts, out, loss, grads, y, y_stride, scaling, gain,
-    LOSS: tl.constexpr, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, BARRIER: tl.constexpr, SEGMENT: tl.constexpr,
+    LOSS: tl.constexpr, DUAL: tl.constexpr, CISPO: tl.constexpr, ESTIMATOR: tl.constexpr,
+    BARRIER: tl.constexpr, SEGMENT: tl.constexpr,
     CAP: tl.constexpr, ALIGNED: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Store a row's statistics, made by a walk or merged from `parts`; with a loss also its gradients with respect to
@@ -268,7 +274,7 @@ def row_kernel(
         state = merge_segments(parts, local, num_rows, tl.cdiv(tiles, SEGMENT), scaling, CAP, REF)
     result = store_statistics(out, index, N, state, logit, ref_logit, valid, scaling, CAP, REF)
     if LOSS != LOSS_NONE:
-        logprob_grad, entropy_grad = loss_grads(loss, index, result.logp, LOSS, DUAL, ESTIMATOR)
+        logprob_grad, entropy_grad = loss_grads(loss, index, result.logp, LOSS, DUAL, CISPO, ESTIMATOR)
         if grads is not None:
             tl.store(grads + index, logprob_grad)
             tl.store(grads + N + index, entropy_grad)
@@ -419,6 +425,7 @@ def compute_statistics(logits: Logits, out: Statistics, loss: Loss | None = None
     meta = {
         "LOSS": loss.kind.value,
         "DUAL": loss.is_dual,
+        "CISPO": loss.is_cispo,
         "ESTIMATOR": loss.estimator,
         "BARRIER": row_y is not None and row_y.dtype != rows.x.dtype,
         "SEGMENT": softmax.SEGMENT,

@@ -84,9 +84,29 @@ def load_advantage(tokens, index, valid):
 
 
 @triton.jit
-def surrogate(logprob, old_logprob, advantage, clip, DUAL: tl.constexpr):
-    """Return the `Surrogate` of a token."""
-    unclipped_log_ratio = logprob - old_logprob
+def surrogate(unclipped_log_ratio, logprob, advantage, clip, DUAL: tl.constexpr, CISPO: tl.constexpr):
+    """Return the `Surrogate` of a token. Its gradient is by the log-ratio, CISPO's by the log-probability."""
+    if CISPO:
+        out = cispo_surrogate(unclipped_log_ratio, logprob, advantage, clip)
+    else:
+        out = ppo_surrogate(unclipped_log_ratio, advantage, clip, DUAL)
+    return out
+
+
+@triton.jit
+def cispo_surrogate(unclipped_log_ratio, logprob, advantage, clip):
+    """Return the `Surrogate` of CISPO, whose ratio has no gradient."""
+    log_ratio = launch.clamp(unclipped_log_ratio, -clip.log_ratio, clip.log_ratio)
+    ratio = tl.exp(log_ratio)
+    never = ratio < float("-inf")
+    is_clipped_high = ratio > clip.ratio_high
+    logprob_grad = -advantage * tl.where(is_clipped_high, clip.ratio_high, ratio)
+    return Surrogate(logprob_grad * logprob, logprob_grad, never, is_clipped_high, never, log_ratio, ratio)
+
+
+@triton.jit
+def ppo_surrogate(unclipped_log_ratio, advantage, clip, DUAL: tl.constexpr):
+    """Return the `Surrogate` of PPO."""
     log_ratio = launch.clamp(unclipped_log_ratio, -clip.log_ratio, clip.log_ratio)
     ratio = tl.exp(log_ratio)
     unclipped = -advantage * ratio
@@ -173,13 +193,15 @@ def ref_kl_grad(log_ratio, clip, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def row_grads(
-    row, logprob, tokens, clip, kl_coef, entropy_coef, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr
+    row, logprob, tokens, clip, kl_coef, entropy_coef,
+    DUAL: tl.constexpr, CISPO: tl.constexpr, ESTIMATOR: tl.constexpr,
 ):  # fmt: skip
     """Return the gradients of the loss with respect to log p and to the entropy of one row."""
     weight = tl.load(tokens.weights + row).to(tl.float32)
     valid = weight != 0
     advantage = load_advantage(tokens, row, valid)
-    grad = surrogate(logprob, load_valid(tokens.old_logprobs, row, valid), advantage, clip, DUAL).logprob_grad
+    log_ratio = logprob - load_valid(tokens.old_logprobs, row, valid)
+    grad = surrogate(log_ratio, logprob, advantage, clip, DUAL, CISPO).logprob_grad
     if tokens.ref_logprobs is not None:
         log_ratio = logprob - load_valid(tokens.ref_logprobs, row, valid)
         grad += kl_coef * ref_kl_grad(log_ratio, clip, ESTIMATOR)
@@ -189,7 +211,7 @@ def row_grads(
 @triton.jit
 def ppo_sums_kernel(
     targets, logprobs, entropy, tokens, clip, parts, N,
-    DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, TILE: tl.constexpr,
+    DUAL: tl.constexpr, CISPO: tl.constexpr, ESTIMATOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """parts (len(STATS), programs): the sums of ppo.SUMS, the largest and the smallest ratio, by program."""
     zero = tl.zeros((TILE,), tl.float32)
@@ -203,7 +225,8 @@ def ppo_sums_kernel(
         valid = w != 0
         logprob = load_valid(logprobs, index, valid)
         old_logprob = load_valid(tokens.old_logprobs, index, valid)
-        terms = surrogate(logprob, old_logprob, load_advantage(tokens, index, valid), clip, DUAL)
+        advantage = load_advantage(tokens, index, valid)
+        terms = surrogate(logprob - old_logprob, logprob, advantage, clip, DUAL, CISPO)
         kl = zero
         if tokens.ref_logprobs is not None:
             kl = ref_kl(logprob - load_valid(tokens.ref_logprobs, index, valid), clip, ESTIMATOR)
@@ -255,7 +278,7 @@ def ppo_merge_kernel(parts, loss, stats, programs, kl_coef, entropy_coef, BLOCK:
 
 def loss_and_stats(
     targets: Tensor, logprobs: Tensor, entropy: Tensor, tokens: Tokens, clip: ClipBounds,
-    kl_coef: float, kl_estimator: str, entropy_coef: float,
+    kl_coef: float, kl_estimator: str, entropy_coef: float, is_cispo: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the loss () and the statistics (len(STATS),), float32, of rows with known log-probability and entropy."""
     N = targets.numel()
@@ -263,7 +286,7 @@ def loss_and_stats(
     parts = empty_float32(targets, len(ppo.STATS), programs)
     loss = empty_float32(targets)
     stats = empty_float32(targets, len(ppo.STATS))
-    meta = {"DUAL": clip.dual > 0, "ESTIMATOR": kl_estimator, "TILE": TILE, "num_warps": 4}
+    meta = {"DUAL": clip.dual > 0, "CISPO": is_cispo, "ESTIMATOR": kl_estimator, "TILE": TILE, "num_warps": 4}
     launch.run(ppo_sums_kernel, (programs,), targets, logprobs, entropy, tokens, clip, parts, N, **meta)
     block = launch.block_size(programs)
     meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 8)}

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_fast.kernels._launch import Unsupported
-from rlhf_fast.kernels._ppo_loss import IMPORTANCE_MODES, STATS, Inputs
+from rlhf_fast.kernels._ppo_loss import IMPORTANCE_MODES, STATS, Inputs, RowRatios, run_with_row_ratios
 from rlhf_fast.kernels._tensors import contiguous, empty_float32
 from rlhf_fast.kernels.ppo_loss import empty_grads
 from rlhf_fast.kernels.triton import _ppo as ppo
@@ -65,17 +65,21 @@ def load_and_mask(x, index, loaded, valid):
 
 @triton.jit
 def policy_terms(
-    w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap,
-    DUAL: tl.constexpr, IMPORTANCE: tl.constexpr, MASK: tl.constexpr,
+    w, log_ratio, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, importance_floor,
+    DUAL: tl.constexpr, CISPO: tl.constexpr, IMPORTANCE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return the tokens' terms of the loss, their gradients, their 10 terms of the statistics, and the ratio."""
-    terms = ppo.surrogate(logprob, old_logprob, advantage, clip, DUAL)
+    """Return the tokens' terms of the loss, their gradients by the log-ratio (CISPO's by the log-probability), their 10
+    terms of the statistics, and the ratio."""
+    terms = ppo.surrogate(log_ratio, logprob, advantage, clip, DUAL, CISPO)
     coefficient = w
     is_capped = w < w
     if IMPORTANCE:
         importance = tl.exp(old_logprob - sampler_logprob)
-        is_capped = importance > importance_cap
-        coefficient = w * tl.where(is_capped, 0.0 if MASK else importance_cap, importance)
+        is_high = importance > importance_cap
+        is_low = importance < importance_floor
+        is_capped = is_high | is_low
+        importance = tl.where(is_high, 0.0 if MASK else importance_cap, importance)
+        coefficient = w * tl.where(is_low, 0.0 if MASK else importance_floor, importance)
     counts = coefficient != 0
     stats = ppo.policy_stats(w, terms) + (coefficient, tl.where(is_capped, w, 0.0))
     loss = tl.where(counts, coefficient * terms.loss, 0.0)
@@ -115,8 +119,9 @@ def add_terms(sums, terms, N: tl.constexpr):
 
 @triton.jit
 def ppo_loss_kernel(
-    tokens, logprob_grads, value_grads, parts, N, clip, value_clip, importance_cap,
-    DUAL: tl.constexpr, CLIP: tl.constexpr, MASK: tl.constexpr,
+    tokens, row_log_ratios, logprob_grads, value_grads, parts, N, row_length, clip, value_clip, importance_cap,
+    importance_floor,
+    DUAL: tl.constexpr, CISPO: tl.constexpr, CLIP: tl.constexpr, MASK: tl.constexpr,
     THREADS: tl.constexpr, TOKENS_PER_THREAD: tl.constexpr,
 ):  # fmt: skip
     """parts (NUM_PARTS, programs): the program's sums, losses, and largest and smallest ratio."""
@@ -159,9 +164,13 @@ def ppo_loss_kernel(
                 old_value = load_and_mask(tokens.old_values, index, value_loaded, value_valid)
         if tokens.logprobs is not None:
             advantage = tl.where(valid, (advantage - shift) * scale, 0.0)
+            log_ratio = logprob - old_logprob
+            if row_log_ratios is not None:
+                log_ratio = load_and_mask(row_log_ratios, index // row_length, loaded, valid)
             loss, grad, terms, ratio = policy_terms(
-                w, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, DUAL, IMPORTANCE, MASK
-            )
+                w, log_ratio, logprob, old_logprob, advantage, sampler_logprob, clip, importance_cap, importance_floor,
+                DUAL, CISPO, IMPORTANCE, MASK,
+            )  # fmt: skip
             policy_loss = add_terms(policy_loss, (loss,), 1)
             policy_stats = add_terms(policy_stats, terms, 10)
             ratio_max = tl.maximum(ratio_max, tl.max(tl.where(valid, ratio, float("-inf")), axis=1))
@@ -204,12 +213,9 @@ def ppo_loss_merge_kernel(parts, policy_loss, value_loss, stats, programs, BLOCK
         tl.store(value_loss, (0.5 * total).to(tl.float32), mask=i == NUM_SUMS + 1)
 
 
-def run_kernels(args: tuple, needs_grad: tuple[bool, bool], round_grads: bool):
-    """Return both losses, stats, and a list of the gradients of logprobs and values, None where not needed."""
-    x = Inputs(*args)
+def run_kernels(x: Inputs, needs_grad: tuple[bool, bool], round_grads: bool, row_ratios: RowRatios):
+    """Return both losses, stats, and the gradients of logprobs and values, None where not needed."""
     tokens = Tokens(*contiguous(*x.tensors))
-    if tokens.weights.dtype == torch.float64:
-        raise Unsupported("no Triton kernel for float64")
     if tokens.value is not None and tokens.value_weights is None:
         tokens = tokens._replace(value_weights=tokens.weights)
     clip = ppo.ClipBounds.of(x.clip_low, x.clip_high, x.dual_clip, x.log_ratio_clamp)
@@ -221,24 +227,34 @@ def run_kernels(args: tuple, needs_grad: tuple[bool, bool], round_grads: bool):
     outputs = (empty_float32(weights), empty_float32(weights), empty_float32(weights, len(STATS)))
     meta = {
         "DUAL": x.dual_clip > 0,
+        "CISPO": x.is_cispo,
         "CLIP": x.value_clip > 0,
         "MASK": x.importance_mode == IMPORTANCE_MODES[1],
         "THREADS": THREADS,
         "TOKENS_PER_THREAD": TOKENS_PER_THREAD,
         "num_warps": THREADS // 32,
     }
-    options = (clip, x.value_clip, x.importance_cap)
-    launch.run(ppo_loss_kernel, (programs,), tokens, *grads, parts, N, *options, **meta)
+    outputs_and_sizes = (*grads, parts, N, row_ratios.length)
+    options = (clip, x.value_clip, x.importance_cap, x.importance_floor)
+    launch.run(ppo_loss_kernel, (programs,), tokens, row_ratios.log_ratios, *outputs_and_sizes, *options, **meta)
     block = launch.block_size(programs)
     meta = {"BLOCK": block, "num_warps": launch.num_warps_for(block, 8)}
     launch.run(ppo_loss_merge_kernel, (NUM_PARTS,), parts, *outputs, programs, **meta)
-    return *outputs, grads
+    return *outputs, *grads
+
+
+def run(args: tuple, needs_grad: tuple[bool, bool], round_grads: bool) -> list:
+    """Return both losses, stats, and the gradients of logprobs and values, None where not needed."""
+    x = Inputs(*args)
+    if x.weights.dtype == torch.float64:
+        raise Unsupported("no Triton kernel for float64")
+    return run_with_row_ratios(run_kernels, x, needs_grad, round_grads)
 
 
 def ppo_loss(*args):
-    return run_kernels(args, (False, False), False)[:3]
+    return tuple(run(args, (False, False), False)[:3])
 
 
 def ppo_loss_with_gradients(*args):
-    *outputs, grads = run_kernels(args[:-3], args[-3:-1], args[-1])
-    return *outputs, *(outputs[2].new_empty(0) if grad is None else grad for grad in grads)
+    *outputs, logprob_grad, value_grad = run(args[:-3], args[-3:-1], args[-1])
+    return *outputs, *(outputs[2].new_empty(0) if grad is None else grad for grad in (logprob_grad, value_grad))

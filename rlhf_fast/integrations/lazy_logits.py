@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rlhf_fast.integrations.head import LinearHead
 from rlhf_fast.integrations.lazy_rows import Rows, Source, version_of
 from rlhf_fast.integrations.record import Record, caller
+from rlhf_fast.integrations.torch_functions import COMMUTATIVE, GATHERS, NATIVE, PASSED, REFUSED, WRITES
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda z: z,
@@ -33,10 +34,13 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Memory:
-    """Count the writes into what would be one memory: all views of the same logits see them."""
+    """Count the writes into what would be one memory: all views of the same logits see them.
+
+    shown: tensors of which a part was given away as a plain tensor, by their storage, and their versions then."""
 
     def __init__(self) -> None:
         self.writes, self.where = 0, ""
+        self.shown: dict[int, tuple[Tensor, int]] = {}
 
 
 class LazyLogits(Tensor):
@@ -118,6 +122,7 @@ class LazyLogits(Tensor):
                 " view, or write into logits.clone()"
             )
         written = self.cache is not None and version_of(self.cache) != self.cache_version
+        written |= any(version_of(shown) != version for shown, version in self.memory.shown.values())
         if self.own is None and (written or self.rows.written_through_a_view()):
             raise RuntimeError(
                 "lazy_head: these logits were written in place through a view of a part of the vocabulary; write by"
@@ -204,7 +209,6 @@ def _written_lazy(schema: Any, args: tuple, kwargs: dict) -> bool:
     return any(isinstance(x, LazyLogits) for x in tree_leaves([given.get(name) for name in written]))
 
 
-GATHERS = {"c10d::allgather_", "c10d::_allgather_base_", "c10d::gather_"}
 REMEDY = "pass logits.make() instead"
 
 
@@ -221,7 +225,6 @@ def handles(*functions: Any) -> Callable[[Callable], Callable]:
 
 
 HANDLERS: dict[Any, tuple[Callable, inspect.Signature]] = {}
-COMMUTATIVE = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 
 
 def _handled(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -261,27 +264,37 @@ def _on_made(func: Any, args: tuple, kwargs: dict) -> Any:
     args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
     with torch._C.DisableTorchFunctionSubclass():
         out = func(*args, **kwargs)
+    given = {_storage(x) for x in tree_leaves(out) if type(x) is Tensor and x.device.type != "meta"}
+    for key, x in lazy.items():
+        if _storage(made[key]) in given:
+            x.memory.shown[_storage(made[key])] = made[key].detach(), version_of(made[key])
     written = [x for key, x in lazy.items() if version_of(made[key]) != versions[key]]
     if isinstance(first, LazyLogits) and made[id(first)].is_inference() and _writes(func):
         written = [first]
     for x in written[:1] if len({id(x.memory) for x in written}) < 2 else written:
         if x.requires_grad and not torch.is_grad_enabled():
             raise NotImplementedError(f"lazy_head: logits with a gradient were written under no_grad; {REMEDY}")
+        if x.memory.shown.keys() - {_storage(made[id(x)])}:
+            raise NotImplementedError(
+                f"lazy_head: logits were written of which a part was taken before, by another view; {REMEDY}, once"
+            )
         if x.own is None:
             x.rows.forget_logits()
         x.own = made[id(x)]
+        x.memory.shown = {at: (shown, version_of(shown)) for at, (shown, _) in x.memory.shown.items()}
         x.note_write()
         out = x if out is x.own else out
     return out
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 def _writes(func: Any) -> bool:
     """Say whether a function writes into its first argument. Tensors of inference mode count no versions."""
     name = getattr(func, "__name__", "")
     return name in WRITES or (name.endswith("_") and not name.endswith("__"))
-
-
-WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
 
 
 class _Node(torch.autograd.Function):
@@ -361,26 +374,3 @@ def result_dtype(func: Any, x: Tensor, *options: Any) -> torch.dtype:
 def count(shape: tuple[int, ...]) -> int:
     """Return the number of elements of a shape."""
     return prod(shape)
-
-
-PASSED = {torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default}
-NATIVE = {
-    *(getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized",
-        "is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "requires_grad", "grad_fn", "is_leaf", "retains_grad",
-        "grad", "output_nr", "_version", "_base", "is_mkldnn", "is_sparse_csr", "is_vulkan",
-    )),
-    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.get_device,
-    Tensor.is_inference, Tensor.is_signed, Tensor.storage_offset, Tensor.__hash__, torch.is_floating_point,
-    torch.is_complex, torch.numel, torch.is_inference, torch.is_signed,
-}  # fmt: skip
-"""Functions that shape, dtype and place alone answer."""
-REFUSED = {
-    Tensor.retain_grad: "retain_grad()",
-    Tensor.requires_grad.__set__: "setting requires_grad",  # type: ignore[attr-defined]
-    Tensor.requires_grad_: "requires_grad_()",
-    Tensor.grad.__set__: "setting grad",  # type: ignore[union-attr]
-    Tensor.data.__set__: "setting data",  # type: ignore[attr-defined]
-    Tensor.set_: "set_()",
-}

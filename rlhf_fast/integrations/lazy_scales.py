@@ -68,7 +68,8 @@ def _scale(x: LazyLogits, by: Any, inverse: bool) -> Any:
 
 
 def _scale_in_place(x: LazyLogits, by: Any, inverse: bool) -> Any:
-    known = x.rows.has_logits() or x.cache is not None or (x.requires_grad and not torch.is_grad_enabled())
+    made = x.rows.has_logits() or x.cache is not None or x.memory.shown
+    known = made or (x.requires_grad and not torch.is_grad_enabled())
     found = None if known else _scaled(x, by, inverse)
     return NotImplemented if found is None else x.become(*found[:2])
 
