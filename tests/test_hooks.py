@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from rlhf_fast.cli.main import main
-from rlhf_fast.integrations import hooks, openrlhf, trl, verl
+from rlhf_fast.integrations import hooks, layers, openrlhf, trl, verl
 from rlhf_fast.integrations.hooks import Hook
 
 SOURCE = """
@@ -77,10 +77,15 @@ def test_a_library_that_is_not_installed():
     assert hooks.report([hook]) == "not installed"
 
 
+@pytest.mark.parametrize("hook", layers.HOOKS, ids=lambda hook: f"{hook.name} {hook.contains}")
+def test_what_lazy_logits_and_layers_stand_on_in_transformers(hook):
+    assert hooks.moved(hook) == ""
+
+
 def test_env_says_which_libraries_were_tested(capsys):
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for integration in (trl, openrlhf, verl):
+    for integration in (layers, trl, openrlhf, verl):
         library = integration.HOOKS[0].library
         (line,) = [line for line in lines if line.startswith(f"{library} ")]
         assert line == f"{library:<14} {hooks.report(integration.HOOKS)}"

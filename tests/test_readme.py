@@ -274,6 +274,13 @@ def test_a_trainer_without_logits(workplace, capsys):
     assert "answered by ops 3 times, given at once 0 times, made 0 times" in capsys.readouterr().out
 
 
+def test_a_model_with_our_layers(workplace, capsys):
+    toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
+    source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "layers.fused(" in block)
+    exec(source, {})
+    assert capsys.readouterr().out == "1 passes by our layers; none by the model's own\n"
+
+
 def test_the_stage_that_is_run_from_python(workplace, monkeypatch):
     """The page shows a short run, which runs here once it is shorter still."""
     toy.model(workplace / "runs" / "sft")

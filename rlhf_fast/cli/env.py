@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft", "matplotlib")
+PACKAGES = ("torch", "triton", "tokenizers", "safetensors", "numpy", "peft", "matplotlib")
 VARIABLES = (
     "RLHF_FAST_BACKEND",
     "RLHF_FAST_ISA",
@@ -46,10 +46,10 @@ def _packages() -> Iterator[str]:
 
 def _integrations() -> Iterator[str]:
     """Yield a line for each library whose trainers can call the ops by rlhf_fast.integrations."""
-    from rlhf_fast.integrations import openrlhf, trl, verl
+    from rlhf_fast.integrations import layers, openrlhf, trl, verl
     from rlhf_fast.integrations.hooks import report
 
-    for integration in (trl, openrlhf, verl):
+    for integration in (layers, trl, openrlhf, verl):
         yield f"{integration.HOOKS[0].library:<14} {report(integration.HOOKS)}"
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.integrations.hooks import Hook
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import read_decoder
@@ -30,6 +31,17 @@ from rlhf_fast.model.packing import PackedRows, pack_sequences
 from rlhf_fast.model.rope_scaling import is_length_dependent
 
 log = getLogger("rlhf_fast")
+TESTED = "5.23.0"
+PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.model("}),
+    ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.lm_head("}),
+    ("models/llama/modeling_llama.py", "LlamaModel.forward", {"contains": "create_causal_mask("}),
+    ("masking_utils.py", "_preprocess_mask_arguments", {"contains": "find_packed_sequence_indices("}),
+    ("loss/loss_utils.py", "fixed_cross_entropy", {"contains": "cross_entropy(source, target"}),
+    ("trainer.py", "Trainer.compute_loss", {"contains": "model(**inputs)"}),
+)
+HOOKS = tuple(Hook("transformers", TESTED, f"transformers/{file}", name, **rest) for file, name, rest in PLACES)
+"""Code of transformers that `lazy_head` and `fused` stand on."""
 READ = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 """The arguments of a decoder's forward that our layers know."""
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
