@@ -203,9 +203,12 @@ def row_of(run: Run, name: str, step: Step) -> dict:
         with step.inside() if side == OURS else nullcontext():
             return run.seconds(step.take)
 
+    answered = 0
     for side in (PLAIN, OURS):
-        with step.inside() if side == OURS else nullcontext():
+        with step.inside() if side == OURS else nullcontext() as handle:
             losses[side], norms[side] = float(step.take()), step.gradient_norm()
+            if handle is not None:
+                answered = getattr(handle, "status", integrations.status(step.model)).answered
             for call, into in ((step.take, peaks), (step.head_alone, heads)):
                 step.model.zero_grad(set_to_none=True)  # a gradient that is freed on the way would be subtracted
                 into[side] = run.clock.peak_bytes(call)
@@ -214,6 +217,7 @@ def row_of(run: Run, name: str, step: Step) -> dict:
     errors = {
         "loss": abs(losses[OURS] - losses[PLAIN]) / max(abs(losses[PLAIN]), 1e-3),
         "gradient norm": abs(norms[OURS] / norms[PLAIN] - 1),
+        "steps without our ops": 0.0 if answered else 1.0,
     }
     share = step.labelled / step.rows
     return {

@@ -99,8 +99,8 @@ INLINE PolicyTerm<F> policy_term(F unclipped_log_ratio, F ratio, F advantage, co
   return term;
 }
 
-// The term of CISPO, -A min(ratio, ratio_high) log p, whose ratio has no gradient. A NaN in an argument is one in loss and
-// gradient.
+// The term of CISPO, -A min(ratio, ratio_high) log p, whose ratio has no gradient. A NaN in an argument is one in loss
+// and gradient.
 template <class F>
 INLINE PolicyTerm<F> cispo_term(F logprob, F ratio, F advantage, const PpoClip& clip) {
   const F high = splat<F>(clip.ratio_high);

@@ -177,7 +177,8 @@ def kl_grad(difference: Tensor, estimator: str, bound: float) -> Tensor:
 
 
 class Surrogate(NamedTuple):
-    """PPO's clipped term of each token (N,), its derivative with respect to log p, and its parts for statistics."""
+    """PPO's clipped term of each token (...), its derivative with respect to the log-ratio (of CISPO to log p), and its
+    parts for statistics."""
 
     loss: Tensor
     grad: Tensor
@@ -240,8 +241,8 @@ def surrogate(unclipped_log_ratio: Tensor, logprobs: Tensor, advantage: Tensor, 
 class PolicyLoss(NamedTuple):
     loss: Tensor  # ()
     stats: PolicyStats  # each ()
-    logprob_grad: Tensor  # of the loss by each log-probability (N,)
-    entropy_grad: Tensor  # and by each entropy (N,)
+    logprob_grad: Tensor  # of the loss by each log-probability (...)
+    entropy_grad: Tensor  # and by each entropy (...)
 
 
 def policy_loss(

@@ -91,14 +91,6 @@ class Inputs(NamedTuple):
         return self[11:17]
 
     @property
-    def is_cispo(self) -> bool:
-        return self.clip_mode == "cispo"
-
-    @property
-    def is_by_row(self) -> bool:
-        return self.ratio_level == "sequence"
-
-    @property
     def clip(self) -> Clip:
         bounds = (self.clip_low, self.clip_high, self.dual_clip, self.value_clip, self.log_ratio_clamp)
         return Clip(*bounds, self.clip_mode, self.ratio_level)
@@ -168,17 +160,17 @@ class RowRatios(NamedTuple):
 def run_with_row_ratios(launch: Callable[..., tuple], x: Inputs, needs_grad: tuple[bool, bool], rounds: bool) -> list:
     """Return what `launch(x, needs_grad, rounds, row_ratios)` returns, whose kernels have token-wise gradients: both
     losses, stats, and the gradients of logprobs and of values, or None."""
-    if x.logprobs is None or x.old_logprobs is None or not x.is_by_row:
+    if x.logprobs is None or x.old_logprobs is None or not x.clip.is_by_row:
         return list(launch(x, needs_grad, rounds, RowRatios()))
     valid = x.weights != 0
     means = mean_over_rows(where_valid(valid, x.logprobs) - where_valid(valid, x.old_logprobs), valid)
+    means = means.contiguous()
     row_ratios = RowRatios(means, x.weights.shape[1])
-    if not x.clip.shares_grad:
+    if not (x.clip.shares_grad and needs_grad[0]):
         return list(launch(x, needs_grad, rounds, row_ratios))
     # The tokens' gradients by the mean are not rounded: their dtype is that of logprobs.
     out = list(launch(x._replace(logprobs=x.logprobs.float()), needs_grad, rounds, row_ratios))
-    if out[3] is not None:
-        out[3] = share_over_rows(out[3], valid).to(x.logprobs.dtype if rounds else torch.float32)
+    out[3] = share_over_rows(out[3], valid).to(x.logprobs.dtype if rounds else torch.float32).contiguous()
     return out
 
 
@@ -208,6 +200,8 @@ def check(x: Inputs) -> None:
     if x.importance_mode not in IMPORTANCE_MODES:
         modes = ", ".join(IMPORTANCE_MODES)
         raise ValueError(f"ppo_loss: importance_mode must be one of {modes}, got {x.importance_mode!r}")
+    if not x.importance_floor >= 0:
+        raise ValueError(f"ppo_loss: importance_floor must be positive, or 0 for none, got {x.importance_floor}")
     if x.importance_floor > 0 and x.importance_floor > x.importance_cap:
         bounds = f"importance_floor={x.importance_floor} is above importance_cap={x.importance_cap}"
         raise ValueError(f"ppo_loss: {bounds}; no importance weight would be left as it is")

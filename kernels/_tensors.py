@@ -65,10 +65,10 @@ def has_full_weights(weights: object) -> bool:
 
 
 def token_weights(weights: Tensor | float, like: Tensor, shape: torch.Size) -> Tensor:
-    """Return weights of `shape`, which a number or a tensor () stands for, on the device of `like` and float64 only if
-    it is. Bools become 0 and 1."""
+    """Return weights of `shape`, which a number or a tensor () stands for, float64 only if `like` is. Bools become 0
+    and 1. A number's are on the device of `like`."""
     if not isinstance(weights, Tensor):
-        weights = torch.full((), as_float(weights), dtype=upcast_dtype(like), device=like.device)
+        return torch.full(shape, as_float(weights), dtype=upcast_dtype(like), device=like.device)
     weights = weights.float() if weights.dtype == torch.bool else weights
     return weights if weights.dim() else weights.to(upcast_dtype(like)).expand(shape)
 

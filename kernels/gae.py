@@ -42,7 +42,8 @@ def gae(
         mask (B, T), bool or integers (nonzero is inside): a token outside it is skipped, as in verl and NeMo-RL, and
             both of its outputs are 0
         gamma, lam: numbers, or tensors (B,) with one for each row, each independently; a tensor () is a number. VAPO
-            (arXiv 2504.05118) has a lambda for each response's length: (1 - 1 / (0.05 * mask.sum(1))).clamp(0, 1)
+            (arXiv 2504.05118) has a lambda for each response's length, for its advantages:
+            (1 - 1 / (0.05 * mask.sum(1))).clamp(0, 1). A float64 tensor makes all float64, in plain torch
         bootstrap (B,): V after the last token: the value of the state where a row was truncated, 0 where it ended
             by itself; None means 0 for all rows
 

@@ -1,4 +1,4 @@
-"""Log-probability, entropy and log_z of every token under a linear head, without keeping the logits."""
+"""Log-probability, entropy, log_z and top1 of every token under a linear head, without keeping the logits."""
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def linear_logprobs(
         z = softcap(hidden . weight' + bias) / temperature, softcap(x) = c tanh(x / c), c = 0 for none
         log_z = logsumexp z        log p = z - log_z        entropy = -sum p log p
 
-    top1 is True where no logit is larger than the target's.
+    top1 is True where no raw logit, hidden . weight' + bias, is larger than the target's: also in a tie.
 
     log p and its gradient keep their relative precision where log p is near 0, as in `token_logprobs`.
 
@@ -42,8 +42,8 @@ def linear_logprobs(
         of logits exists at a time. Dtypes may differ, as of a bfloat16 hidden and a float32 weight: the products are
         then in float32, and nothing is rounded. torch.autocast does not change them; a hidden that it has made bfloat16
         is such a case. For products in bfloat16 pass weight.bfloat16().
-    targets (...): int64 or int32. Rows of target -100 are ignored: their outputs are 0 and False, their gradients 0, their hidden is
-        not read. On a CPU they take no products. On a GPU the library multiplies them too, unless 16-bit rows of at
+    targets (...): int64 or int32. Rows of target -100 are ignored: their outputs are 0 and False, their gradients 0,
+        their hidden is not read. On a CPU they take no products. On a GPU the library multiplies them too, unless 16-bit rows of at
         most 2048 numbers are scored without a gradient: where many are ignored, index them away first.
 
     Gradients: of log p, entropy and log_z with respect to hidden, weight and bias, in their dtypes, summed in float32.
@@ -61,13 +61,10 @@ def _(hidden, weight, targets, bias, temperature, softcap):
 
 @linear_logprobs.compiled(required_symbols=KERNELS)
 def _(kernels, *args):
-    return _launch(kernels, *args)[:4]
-
-
-def _launch(kernels, *args):
     cpu_head = CpuHead(kernels, "linear_logprobs", *args)
-    logprobs, entropy, largest, sums, log_z, top1 = map(cpu_head.scatter_valid, cpu_head.statistics())
-    return logprobs, entropy, log_z, top1.bool(), torch.stack([largest, sums])
+    logprobs, entropy, _, _, log_z, top1 = cpu_head.statistics()
+    logprobs, entropy, log_z, top1 = map(cpu_head.scatter_valid, (logprobs, entropy, log_z, top1))
+    return logprobs, entropy, log_z, top1.bool()
 
 
 def _fake_with_statistics(hidden, weight, targets, *_options):
@@ -91,7 +88,11 @@ def linear_logprobs_with_statistics(hidden, weight, targets, bias, temperature, 
     return *(row.to(x.dtype) for row in rows), head.is_top1(x, softmax, targets), statistics
 
 
-linear_logprobs_with_statistics.compiled(_launch, required_symbols=KERNELS)
+@linear_logprobs_with_statistics.compiled(required_symbols=KERNELS)
+def _(kernels, *args):
+    cpu_head = CpuHead(kernels, "linear_logprobs", *args)
+    logprobs, entropy, largest, sums, log_z, top1 = map(cpu_head.scatter_valid, cpu_head.statistics())
+    return logprobs, entropy, log_z, top1.bool(), torch.stack([largest, sums])
 
 
 def _fake_backward(*args):
@@ -122,8 +123,8 @@ def linear_logprobs_backward(
 def _(kernels, grad_logprobs, grad_entropy, grad_log_z, logprobs, entropy, statistics, *args):
     cpu_head = CpuHead(kernels, "linear_logprobs", *args[:-3])
     rows = (grad_logprobs, grad_entropy, grad_log_z, logprobs, entropy, *statistics)
-    g, h, u, logprobs, entropy, largest, sums = (cpu_head.gather_valid(x.flatten()) for x in rows)
-    grads = head.row_grads(g, h, logprobs, entropy, sums, log_z_grad=u)
+    g, h, log_z_grad, logprobs, entropy, largest, sums = (cpu_head.gather_valid(x.flatten()) for x in rows)
+    grads = head.row_grads(g, h, logprobs, entropy, sums, log_z_grad=log_z_grad)
     return cpu_head.grads(pack_row_grads(largest, grads), args[-3:])
 
 
@@ -132,10 +133,14 @@ def _forward(ctx, *args):
     ctx.save_for_backward(logprobs, entropy, statistics, *args[:4])
     ctx.scalars = args[4:]
     ctx.mark_non_differentiable(top1)
+    ctx.set_materialize_grads(False)
     return logprobs, entropy, log_z, top1
 
 
-def _backward(ctx, grad_logprobs, grad_entropy, grad_log_z, _grad_top1):
+def _backward(ctx, *grads):
+    logprobs = ctx.saved_tensors[0]
+    zeros = None if all(grad is not None for grad in grads[:3]) else torch.zeros_like(logprobs)
+    grad_logprobs, grad_entropy, grad_log_z = (zeros if grad is None else grad for grad in grads[:3])
     needs_grad = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = linear_logprobs_backward.torch_op(
         grad_logprobs, grad_entropy, grad_log_z, *ctx.saved_tensors, *ctx.scalars, *needs_grad

@@ -76,7 +76,8 @@ def linear_ppo_loss(
     clip_mode, ratio_level: as in `ppo_loss`: "cispo" has the clipped term -A min(ratio, 1 + clip_high) logprobs;
         "sequence", for (B, T), one ratio for each row, from its tokens with a target and a weight. kl and entropy stay
         those of tokens. "sequence" needs all log-probabilities before the first gradient: a fourth matrix product
-        beside the three of "token" where the logits take more than a chunk: on a CPU 36 MB, on a GPU 2 GB or more.
+        beside the three of "token" where the logits take more than a chunk: on a CPU 36 MiB of float32 (128
+        MiB of bfloat16 where products are so and there is no softcap), on a GPU 2 GiB or more.
 
     Gradients: of the loss with respect to hidden, weight and bias, in their dtypes, summed in float32. A frozen tensor
     costs nothing. At a clip bound and at a tie with the dual clip the gradient is that of torch.clamp and

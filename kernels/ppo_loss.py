@@ -93,7 +93,8 @@ def ppo_loss(
     ratio_level: "token" as above. "sequence", for tensors (B, T): the log-ratio of each token is the mean of its row's,
         of the tokens whose weight is not 0, clamped as above (GSPO, Zheng et al. 2025, arXiv 2507.18071; TRL's
         importance_sampling_level). The paper's loss has the weights 1 / (sequences * tokens of the row). Costs a second
-        and a third visit of a row, which a CPU's cache still has; on a GPU a few small launches of torch.
+        and a third visit of a row, which a CPU's cache still has; on a GPU torch visits all tokens about
+        ten times.
     value_clip, log_ratio_clamp, dual_clip, importance_floor: 0 turns them off.
 
     Gradients: with respect to logprobs and values, computed by the forward pass. They equal autograd's: at a clip bound
@@ -196,8 +197,8 @@ def _launch_cpu(kernels, args, needs_grad, rounds):
     _, _, _, weights, *_ = tensors
     out = [*_empty_sums(weights), *empty_grads(x, needs_grad, False)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if x.is_by_row else 0, *x.scalars,
-        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.is_cispo, stream_or_threads(weights),
+        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if x.clip.is_by_row else 0, *x.scalars,
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.clip.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     if rounds:
         out[3:] = (g if g is None else g.to(t.dtype) for g, t in zip(out[3:], (x.logprobs, x.values), strict=True))
@@ -223,7 +224,7 @@ def _run_cuda(kernels, x, needs_grad, rounds, row_ratios):
     kernels.ppo_loss(
         *data_ptrs(*tensors, *sums, *grads, partial_sums, row_ratios.log_ratios), ticket_ptr(numbers, index),
         sum(code << 2 * i for i, code in enumerate(codes)), blocks, N, row_ratios.length, *x.scalars,
-        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.is_cispo, stream_or_threads(weights),
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.clip.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     return *sums, *grads
 

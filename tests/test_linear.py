@@ -91,11 +91,12 @@ def test_bits_do_not_depend_on_the_vocabulary_block_or_the_op(backend, monkeypat
             hidden.detach(), weight.detach(), targets, old, advantages, weights
         )
         _, logprobs = ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)
-        return [scored[:2], trained[:2], ppo, without_grad], logprobs
+        return [scored[:2], trained[:2], ppo, without_grad], logprobs, (*scored[2:], *trained[2:])
 
-    results, logprobs = every_op()
+    results, logprobs, rest = every_op()
     monkeypatch.setattr(cpu_head, "VOCAB_TILES", 2)
-    others, again = every_op()
+    others, again, rest_again = every_op()
+    assert all(torch.equal(x, rest[i % 2]) for i, x in enumerate((*rest, *rest_again)))  # log_z and top1
     for logp, entropy in results + others:
         assert torch.equal(logp, logprobs) and torch.equal(logp, again)
         assert torch.equal(entropy, results[0][1])

@@ -445,6 +445,8 @@ def test_bad_arguments_name_the_rule():
         ((x, x, x, x, x), {}, "the value part needs values and returns, or none"),
         ((x, x, x, x, x, None, x), {}, "value_clip=0.2 needs old_values; value_clip=0 does without"),
         ((x, x, short, x), {}, r"all must have the shape of weights, \[2, 3\], got .*\[2, 2\]"),
+        ((x, x, x, x), {"importance_floor": -1.0}, "importance_floor must be positive, or 0 for none, got -1.0"),
+        ((x, x, x, x), {"importance_floor": float("nan")}, "importance_floor must be positive, or 0 for none, got nan"),
         ((x, x, x, x), {"importance_floor": 2.5}, "importance_floor=2.5 is above importance_cap=2.0; no importance"),
         ((x, x, x, short), {}, r"all must have the shape of weights, \[2, 2\], got .*\[2, 3\]"),
         ((x, x, x, x), {"importance_mode": "drop"}, "importance_mode must be one of truncate, mask, got 'drop'"),

@@ -267,9 +267,8 @@ ChunkSums run_rows(const PpoArgs& call_args, int64_t begin, int64_t end, int64_t
   }
   if (args.values) {
     for_blocks(begin * row_length, end * row_length, total,
-               [&](int64_t t, int64_t block_end, VectorSums& s) __attribute__((always_inline)) {
-                 value_block(args, t, block_end, s);
-               });
+               [&](int64_t t, int64_t block_end, VectorSums& s)
+                   __attribute__((always_inline)) { value_block(args, t, block_end, s); });
   }
   return reduced(total);
 }
@@ -315,8 +314,8 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   for (int64_t c = 0; c < num_chunks; ++c) {
     const int64_t begin = c * size, end = min(units, begin + size);
     if (by_row) {
-      chunks[c] = is_cispo ? run_rows<true>(args, begin, end, row_length)
-                           : run_rows<false>(args, begin, end, row_length);
+      chunks[c] =
+          is_cispo ? run_rows<true>(args, begin, end, row_length) : run_rows<false>(args, begin, end, row_length);
     } else {
       chunks[c] = is_cispo ? run_chunk<true>(args, begin, end) : run_chunk<false>(args, begin, end);
     }

@@ -183,15 +183,16 @@ const char* launch_loss(PpoArgs<DTYPE>& args, const PpoArrays& arrays, bool clip
 }
 
 // logprobs or values may be null: without them, that loss is 0. partials: memory for 19 numbers of each of `num_blocks`
-// blocks. row_log_ratios: of the rows of row_length tokens with one ratio each, or null. dtypes: the numbers of dtypes.h of the 11 inputs and 2 gradients, two bits each, the first one lowest.
+// blocks. row_log_ratios: of the rows of row_length tokens with one ratio each, or null. dtypes: the numbers of
+// dtypes.h of the 11 inputs and 2 gradients, two bits each, the first one lowest.
 const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, uintptr_t weights,
                      uintptr_t values, uintptr_t old_values, uintptr_t returns, uintptr_t value_weights,
                      uintptr_t sampler_logprobs, uintptr_t shift, uintptr_t scale, uintptr_t policy_loss,
                      uintptr_t value_loss, uintptr_t stats, uintptr_t logprobs_grad, uintptr_t values_grad,
-                     uintptr_t partials, uintptr_t row_log_ratios, uintptr_t ticket, int64_t dtypes,
-                     int64_t num_blocks, int64_t N, int64_t row_length, float clip_low, float clip_high,
-                     float dual_clip, float value_clip, float log_ratio_clamp, float max_importance,
-                     float min_importance, int drop_capped, int is_cispo, uintptr_t stream) {
+                     uintptr_t partials, uintptr_t row_log_ratios, uintptr_t ticket, int64_t dtypes, int64_t num_blocks,
+                     int64_t N, int64_t row_length, float clip_low, float clip_high, float dual_clip, float value_clip,
+                     float log_ratio_clamp, float max_importance, float min_importance, int drop_capped, int is_cispo,
+                     uintptr_t stream) {
   const uintptr_t inputs[] = {logprobs, old_logprobs,  advantages,       weights, values, old_values,
                               returns,  value_weights, sampler_logprobs, shift,   scale};
   PpoArrays arrays;

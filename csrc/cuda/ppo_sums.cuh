@@ -81,8 +81,8 @@ __device__ __forceinline__ void store(const Args& args, const typename Args::Out
   }
 }
 
-// A thread's sums of the policy's part. HAS_SAMPLER: sampler_logprobs are given. ANY_RATIO: the ratio may be a row's, and
-// the clip CISPO's.
+// A thread's sums of the policy's part. HAS_SAMPLER: sampler_logprobs are given. ANY_RATIO: the ratio may be a row's,
+// and the clip CISPO's.
 template <bool HAS_SAMPLER, bool ANY_RATIO, class Args>
 struct PolicySums {
   using In = typename Args::In;
@@ -101,8 +101,8 @@ struct PolicySums {
     }
   }
 
-  // Adds a token and returns the gradient by its log-ratio; CISPO's is by its log-probability. All numbers of a token of
-  // weight 0 are 0.
+  // Adds a token and returns the gradient by its log-ratio; CISPO's is by its log-probability. All numbers of a token
+  // of weight 0 are 0.
   __device__ __forceinline__ float add(const Args& args, bool valid, float w, float logprob, float old_logprob,
                                        float advantage, float sampler_logprob, int64_t t) {
     const PpoClip& clip = args.clip;

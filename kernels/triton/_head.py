@@ -296,9 +296,11 @@ def score(head: GpuHead, reference: GpuHead | None, has_log_z: bool) -> Statisti
     return out
 
 
-def compute_head_statistics(head: GpuHead, reference: GpuHead | None = None, has_log_z: bool = False) -> Statistics:
-    """Return the statistics of every row, without a gradient."""
-    if is_scored(head, reference):
+def compute_head_statistics(
+    head: GpuHead, reference: GpuHead | None = None, has_log_z: bool = False, may_score: bool = True
+) -> Statistics:
+    """Return the statistics of every row, without a gradient. may_score: by _scoring.py's product where `is_scored`."""
+    if may_score and is_scored(head, reference):
         return score(head, reference, has_log_z)
     out = Statistics.empty(head.targets, reference is not None, has_log_z)
     chunks = head.chunks(False, 1 if reference is None else 2)
@@ -336,7 +338,8 @@ def train_at_once(
     _, needs_weight, _ = needs_grad
     chunks = head.chunks(needs_weight)
     if len(chunks) != 1 or not any(needs_grad):
-        out = compute_head_statistics(head)
+        # By the products of the gradient's pass: a row's bits must not depend on the number of chunks.
+        out = compute_head_statistics(head, may_score=not any(needs_grad))
         return out, compute_input_grads(head, out, row_grads_of(out), needs_grad, gain=head.loss_gain)
     out = Statistics.empty(head.targets)
     logits = head.logits(0, head.N, head.empty_logits(chunks))

@@ -4,6 +4,8 @@ and the picture.
 Floor: forward one product, and 4 + 4 bytes per logit. Backward computes the logits again, then dX and dW.
 """
 
+import torch
+
 from rlhf_fast.kernels._tensors import contiguous
 from rlhf_fast.kernels.triton import _head as head
 from rlhf_fast.kernels.triton._logits import RowGrads, Statistics
@@ -15,7 +17,7 @@ def linear_logprobs(*args):
 
 def linear_logprobs_with_statistics(*args):
     out = head.compute_head_statistics(head.GpuHead("linear_logprobs", *args), has_log_z=True)
-    return out.logprobs, out.entropy, out.log_z, out.top1.bool(), out.sums
+    return out.logprobs, out.entropy, out.log_z, out.top1.view(torch.bool), out.sums
 
 
 def linear_logprobs_backward(grad_logprobs, grad_entropy, grad_log_z, logprobs, entropy, statistics, *args):

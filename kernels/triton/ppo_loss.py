@@ -227,7 +227,7 @@ def run_kernels(x: Inputs, needs_grad: tuple[bool, bool], round_grads: bool, row
     outputs = (empty_float32(weights), empty_float32(weights), empty_float32(weights, len(STATS)))
     meta = {
         "DUAL": x.dual_clip > 0,
-        "CISPO": x.is_cispo,
+        "CISPO": x.clip.is_cispo,
         "CLIP": x.value_clip > 0,
         "MASK": x.importance_mode == IMPORTANCE_MODES[1],
         "THREADS": THREADS,
