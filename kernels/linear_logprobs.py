@@ -43,8 +43,9 @@ def linear_logprobs(
         then in float32, and nothing is rounded. torch.autocast does not change them; a hidden that it has made bfloat16
         is such a case. For products in bfloat16 pass weight.bfloat16().
     targets (...): int64 or int32. Rows of target -100 are ignored: their outputs are 0 and False, their gradients 0,
-        their hidden is not read. On a CPU they take no products. On a GPU the library multiplies them too, unless 16-bit rows of at
-        most 2048 numbers are scored without a gradient: where many are ignored, index them away first.
+        their hidden is not read. On a CPU they take no products. On a GPU the library multiplies them too, unless
+        16-bit rows of at most 2048 numbers are scored without a gradient: where many are ignored, index them away
+        first.
 
     Gradients: of log p, entropy and log_z with respect to hidden, weight and bias, in their dtypes, summed in float32.
     A frozen tensor costs nothing.

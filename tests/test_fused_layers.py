@@ -1,12 +1,15 @@
 """integrations.layers: our training layers in transformers' models give their losses and gradients, or step aside."""
 
 import copy
+import pickle
 
+import accelerate
 import peft
 import pytest
 import torch
 import transformers
 from architectures import GPT, SERVED, V, build
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import layers, lazy_head, status
@@ -152,7 +155,7 @@ def test_a_reward_model():
     inputs = batch("right")
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 0)
     own = model(inputs["input_ids"], inputs["attention_mask"]).logits
-    with layers.fused(model) as handle:
+    with layers.fused(model.model) as handle:  # the bare decoder
         torch.testing.assert_close(model(inputs["input_ids"], inputs["attention_mask"]).logits, own)
     assert_ours(handle)
 
@@ -262,15 +265,94 @@ def test_hooks_autocast_eager_padding_and_tuples_are_the_models_own():
     assert handle.calls == 1
 
 
-def test_a_copy_has_layers_of_its_own():
+def test_a_copy_has_layers_of_its_own_until_the_handle_is_removed():
     model = MODELS["llama"]().train()
     with layers.fused(model) as handle:
         twin = copy.deepcopy(model)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.zero_()
-    twin(**batch("none")).loss.backward()
-    assert handle.calls == 0 and vars(twin.model)["forward"].__self__.calls == 1
-    assert twin.model.embed_tokens.weight.grad is not None and model.model.embed_tokens.weight.grad is None
+        with torch.no_grad():
+            model.model.embed_tokens.weight.zero_()
+        twin(**batch("none")).loss.backward()
+        assert handle.calls == 0 and vars(twin.model)["forward"].calls == 1
+        assert twin.model.embed_tokens.weight.grad is not None and model.model.embed_tokens.weight.grad is None
+    twin(**batch("none"))
+    assert vars(twin.model)["forward"].calls == 1
+    with layers.fused(twin) as second:
+        twin(**batch("none"))
+    assert second.calls == 1
+
+
+def test_a_pickle_is_a_plain_model():
+    model, inputs = MODELS["llama"]().eval(), batch("none")
+    with layers.fused(model) as handle:
+        twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(**inputs).logits, type(model).forward(twin, **inputs).logits)
+        assert handle.calls == 0 and not isinstance(vars(twin.model)["forward"], layers.FusedLayers)
+    assert "forward" not in vars(model.model)
+
+
+def test_removed_below_another_wrapper():
+    """accelerate's hooks keep the forward that they found."""
+    model = MODELS["llama"]().train()
+    handle = layers.fused(model)
+    accelerate.hooks.add_hook_to_module(model.model, accelerate.hooks.ModelHook())
+    model(**batch("none"))
+    assert handle.calls == 1
+    handle.remove()
+    model(**batch("none"))
+    assert handle.calls == 1
+
+
+def test_another_attention_or_a_patched_class_is_the_models_own(monkeypatch):
+    def half(*args, **kwargs):
+        out, weights = sdpa_attention_forward(*args, **kwargs)
+        return out * 0.5, weights
+
+    transformers.AttentionInterface.register("half", half)
+    model, inputs = MODELS["llama"]().train(), batch("none")
+    with layers.fused(model) as handle:
+        model(**inputs)
+        model.set_attn_implementation("half")
+        patched = model(**inputs).loss
+        model.set_attn_implementation("sdpa")
+        model.config.is_causal = False
+        model(**inputs)
+        model.config.is_causal = True
+        assert handle.calls == 1
+        assert dict(handle.own) == {"its attention is not transformers' causal sdpa or eager one": 2}
+        monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+        model(**inputs)
+        assert (
+            handle.calls == 1 and handle.own["the forward of LlamaMLP is not that of transformers, torch or peft"] == 1
+        )
+    model.set_attn_implementation("half")
+    with pytest.raises(UserError, match="its attention is not transformers' causal sdpa or eager one"):
+        layers.fused(model)
+    assert patched.isfinite()
+
+
+def test_labels_on_padding_have_another_loss():
+    """The page says so: padding has no hidden states."""
+    model, inputs = MODELS["llama"]().train(), batch("right")
+    inputs["labels"] = inputs["input_ids"]
+    own = model(**inputs).loss
+    with layers.fused(model):
+        assert abs(model(**inputs).loss - own) > 1e-3
+
+
+def test_an_adapter_that_is_attached_later_is_compared_with_weights(monkeypatch):
+    model, found = MODELS["llama"]().train(), []
+    find = layers.packed_decoder.find_difference
+
+    def spy(decoder, *args):
+        found.append([bool(p.any()) for name, p in decoder.named_parameters() if "lora_B" in name])
+        return find(decoder, *args)
+
+    monkeypatch.setattr(layers.packed_decoder, "find_difference", spy)
+    with layers.fused(model) as handle:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        wrapped(**batch("right")).loss.backward()
+        assert handle.calls == 1 and found[1:] == [[True, True]]
+        assert not any(p.any() for name, p in wrapped.named_parameters() if "lora_B" in name)
 
 
 def test_a_model_that_is_refused_stays_as_it_was(monkeypatch):
@@ -281,13 +363,19 @@ def test_a_model_that_is_refused_stays_as_it_was(monkeypatch):
         assert vars(model.base_model) == before and model.training == training
 
     refused(SERVED["gemma"](), "GemmaForCausalLM: our layers do not run here, there is no step for GemmaModel")
-    refused(MODELS["llama"]().double(), "weights of torch.float64 are not trained")
+    refused(MODELS["llama"]().double(), "its weights are float64; load it in float32 or bfloat16")
+    refused(MODELS["llama"]().to("meta"), "its weights are not on the CPU, whole")
+    hooked = MODELS["llama"]()
+    seen = []
+    hooked.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    refused(hooked, "its modules have hooks")
+    assert not seen
     model = MODELS["llama"]().train()
     with layers.fused(model):
         refused(model, "LlamaForCausalLM: has our layers already; remove the first handle")
     model.model.forward = model.model.forward
     refused(model, "something else replaced its decoder's forward")
-    with pytest.raises(UserError, match="Linear: is no model of transformers"):
+    with pytest.raises(UserError, match="Linear: has no get_output_embeddings; pass a model of transformers"):
         layers.fused(torch.nn.Linear(2, 2))
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     refused(build("Llama", rope_parameters=rope)(), "its rotary embedding depends on the longest row")

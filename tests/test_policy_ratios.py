@@ -204,14 +204,15 @@ def trl_loss(logps, old, advantages, mask, level, low, high, loss_type):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gspo_and_cispo_are_trls(backend):
-    mask = (torch.arange(29) < torch.tensor([[29], [3], [11], [1], [20]])).double()
-    old = -2 * torch.rand(5, 29).double()
-    logprobs = (old + 0.4 * torch.randn(5, 29).double()).requires_grad_()
-    advantages = torch.randn(5).double()
+    mask = (torch.arange(29) < torch.tensor([[29], [3], [11], [1], [20]] * 6)).double()
+    old = -2 * torch.rand(30, 29).double()
+    logprobs = (old + 0.4 * torch.randn(30, 29).double()).requires_grad_()
+    advantages = torch.randn(30).double()
     for level, high, kind in (("sequence", 0.04, "grpo"), ("token", 1.2, "cispo"), ("sequence", 1.03, "cispo")):
         theirs = trl_loss(logprobs, old, advantages, mask, level, 0.03, high, kind)
         (grad,) = torch.autograd.grad(theirs, logprobs)
-        tokens = [logprobs.float(), old.float(), advantages[:, None].expand(5, 29).float(), (mask / mask.sum()).float()]
+        rows = advantages[:, None].expand(30, 29)
+        tokens = [x.float() for x in (logprobs, old, rows, mask / mask.sum())]
         mode, clip_high = ("cispo", high - 1) if kind == "cispo" else ("ppo", high)
         loss, found, stats = run(backend, [*tokens, old.float()], mode, level, 0.0, None, 0.03, clip_high)
         assert loss.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)

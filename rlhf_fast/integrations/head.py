@@ -109,15 +109,23 @@ class LinearHead:
         return ops.linear_cross_entropy(hidden, self.weight, targets, *given)[0]
 
 
-def find_output_layer(model: Any) -> Any:
-    """Return the output layer of a model, which peft, DDP, accelerate or torch.compile may have wrapped."""
+def find_model(model: Any) -> Any:
+    """Return the model of transformers, or of peft around it, within DDP, accelerate or torch.compile."""
     name = type(model).__name__
     while not hasattr(model, "get_output_embeddings"):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if inner is None:
-            raise UserError(f"{name}: has no get_output_embeddings; pass a causal language model of transformers")
+            raise UserError(
+                f"{name}: has no get_output_embeddings; pass a model of transformers (of TRL's with a value head, its"
+                " pretrained_model)"
+            )
         model = inner
-    return model.get_output_embeddings()
+    return model
+
+
+def find_output_layer(model: Any) -> Any:
+    """Return the output layer of a model, which may be wrapped as in `find_model`."""
+    return find_model(model).get_output_embeddings()
 
 
 def output_layer(model: Any) -> nn.Linear:

@@ -10,8 +10,9 @@ The decoder's `forward` is replaced on the instance. A pass that our layers can 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
-import os
 from collections import Counter
 from logging import getLogger
 from typing import Any
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
+from rlhf_fast.integrations.calls import is_strict
+from rlhf_fast.integrations.head import find_model
 from rlhf_fast.integrations.hooks import Hook
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
-from rlhf_fast.model.architectures import read_decoder
+from rlhf_fast.model.architectures import FAMILIES, read_decoder
 from rlhf_fast.model.dropout import has_dropout
 from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packing import PackedRows, pack_sequences
@@ -36,16 +39,32 @@ PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.model("}),
     ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.lm_head("}),
     ("models/llama/modeling_llama.py", "LlamaModel.forward", {"contains": "create_causal_mask("}),
-    ("masking_utils.py", "_preprocess_mask_arguments", {"contains": "find_packed_sequence_indices("}),
+    (
+        "masking_utils.py",
+        "_preprocess_mask_arguments",
+        {"contains": "if position_ids is not None and attention_mask is None and (past_key_values is None):"},
+    ),
     ("loss/loss_utils.py", "fixed_cross_entropy", {"contains": "cross_entropy(source, target"}),
     ("trainer.py", "Trainer.compute_loss", {"contains": "model(**inputs)"}),
 )
 HOOKS = tuple(Hook("transformers", TESTED, f"transformers/{file}", name, **rest) for file, name, rest in PLACES)
-"""Code of transformers that `lazy_head` and `fused` stand on."""
+"""Code of transformers that `lazy_head` and `fused` rely on."""
 READ = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 """The arguments of a decoder's forward that our layers know."""
+ATTENTION = ("sdpa", "eager")
+"""Implementations of transformers that ours equals."""
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Boundaries of packed rows, which position_ids have too."""
+
+
+class Switch:
+    """Say whether a handle is open; copies of the model share it."""
+
+    def __init__(self):
+        self.on = True
+
+    def __deepcopy__(self, memo: dict) -> Switch:
+        return self
 
 
 class FusedLayers(contextlib.AbstractContextManager):
@@ -57,29 +76,45 @@ class FusedLayers(contextlib.AbstractContextManager):
 
     def __init__(self, model: Any):
         self.name = type(model).__name__
-        self.module = _unwrap(model)
-        base = lora.unwrap(self.module)
-        self.decoder: Any = base.model if base.base_model is base else base.base_model
+        base: Any = lora.unwrap(find_model(model))
+        self.decoder: Any = base.base_model
+        if base.base_model is base:  # Llama4ForCausalLM has no base_model, and a decoder is its own
+            self.decoder = getattr(base, "model", base)
         self.calls = 0
         self.own: Counter[str] = Counter()
+        self._switch = Switch()
         self._output: type | None = None
         self._refusals: dict[Any, str | None] = {}
 
     def remove(self) -> None:
-        """Give the model its own layers back."""
-        if getattr(vars(self.decoder).get("forward"), "__self__", None) is self:
+        """Give the model, and copies of it, its own layers back."""
+        self._switch.on = False
+        if vars(self.decoder).get("forward") is self:
             del self.decoder.forward
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __reduce__(self) -> tuple:
+        """A saved model is a plain one."""
+        return functools.partial, (type(self.decoder).forward, self.decoder)
+
+    def __deepcopy__(self, memo: dict) -> FusedLayers:
+        twin = object.__new__(FusedLayers)
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder: by our layers, where they can."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._switch.on:
+            return self._own_forward(*args, **kwargs)
         given = self._given(args, kwargs)
-        found = packed_decoder.inspect(self.decoder)
-        why = self._why_not_given(given) or self._why_not_now(found)
-        if why is not None:
-            self._note_own(why)
+        why = self._why_not_given(given)
+        found = packed_decoder.inspect(self.decoder) if why is None else None
+        why = self._why_not_now(found) if found is not None else why
+        if why is not None or found is None:
+            self._note_own(str(why))
             return self._own_forward(*args, **kwargs)
         self.calls += 1
         tokens = given["input_ids"]
@@ -94,25 +129,28 @@ class FusedLayers(contextlib.AbstractContextManager):
     def install(self) -> None:
         """Replace the decoder's forward. UserError if our layers do not run here; the model is then as it was."""
         before = vars(self.decoder).get("forward")
-        if isinstance(getattr(before, "__self__", None), FusedLayers):
+        if isinstance(before, FusedLayers) and before._switch.on:
             raise UserError(
                 f"{self.name}: has our layers already; remove the first handle, or leave its `with` block, before"
             )
-        if before is not None:
+        if before is not None and not isinstance(before, FusedLayers):
             raise UserError(
-                f"{self.name}: something else replaced its decoder's forward (offloading, for one); undo that first"
+                f"{self.name}: something else replaced its decoder's forward, as offloading by accelerate does; load"
+                " the model onto one device"
             )
-        if why := self._find_refusal():
+        found = packed_decoder.inspect(self.decoder)
+        why = "its modules have hooks, which ours would not call" if found.hooks else self._find_refusal(found)
+        if why:
             raise UserError(f"{self.name}: our layers do not run here, {why}")
-        self.decoder.forward = self.forward
-        self._refusals[_key(packed_decoder.inspect(self.decoder))] = None
+        self.decoder.forward = self
+        self._refusals[_key(packed_decoder.inspect(self.decoder), self.decoder)] = None
 
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.decoder).forward(self.decoder, *args, **kwargs)
 
     def _note_own(self, why: str) -> None:
         if torch.is_grad_enabled():
-            if os.environ.get("RLHF_FAST_STRICT") == "1":
+            if is_strict():
                 raise RuntimeError(f"RLHF_FAST_STRICT=1 and the own layers of {self.name} run: {why}")
             if why not in self.own:
                 log.warning("layers.fused: the own layers of %s run: %s", self.name, why)
@@ -168,25 +206,30 @@ class FusedLayers(contextlib.AbstractContextManager):
 
     def _why_not_now(self, found: packed_decoder.Inspection) -> str | None:
         """Return why our layers do not run in the decoder as it is now, or None."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return "it is compiled"
         if found.hooks:
             return "its modules have hooks, which ours would not call"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         if has_dropout(self.decoder):
             return "it trains with dropout"
-        key = _key(found)
+        key = _key(found, self.decoder)
         if key not in self._refusals:
-            self._refusals[key] = self._find_refusal()
+            self._refusals[key] = self._find_refusal(found)
         return self._refusals[key]
 
-    def _find_refusal(self) -> str | None:
+    def _find_refusal(self, found: packed_decoder.Inspection) -> str | None:
         """Return why our layers cannot stand for the decoder's own, or None: on a few rows hidden states and gradients
         are compared."""
         decoder = self.decoder
-        if (dtype := next(decoder.parameters()).dtype) not in packed_decoder.TOLERANCES:
-            return f"weights of {dtype} are not trained"
+        parameter = found.parameters[0] if found.parameters else None
+        if parameter is None or not parameter.is_cpu or hasattr(parameter, "full_tensor"):
+            return "its weights are not on the CPU, whole"
+        if parameter.dtype not in packed_decoder.TOLERANCES:
+            return f"its weights are {str(parameter.dtype).removeprefix('torch.')}; load it in float32 or bfloat16"
+        if decoder.config._attn_implementation not in ATTENTION or not getattr(decoder.config, "is_causal", True):
+            return "its attention is not transformers' causal sdpa or eager one"
+        if others := [kind.__name__ for kind, forward, _ in found.kinds if _is_other(kind, forward)]:
+            return f"the forward of {others[0]} is not that of transformers, torch or peft"
         if is_length_dependent(decoder.config):
             return "its rotary embedding depends on the longest row of a call"
         if ops.varlen_attention.chosen("cpu") == "reference":
@@ -204,10 +247,12 @@ class FusedLayers(contextlib.AbstractContextManager):
         try:
             read_decoder(decoder)
             set_training_modes([(module, False) for module, _ in modes])
-            with torch.inference_mode(False), torch.autocast("cpu", enabled=False), lora.nonzero_adapters(self.module):
+            with torch.inference_mode(False), torch.autocast("cpu", enabled=False), lora.nonzero_adapters(decoder):
                 return packed_decoder.find_difference(decoder, _probe_tokens(decoder), own, packed)
         except Unsupported as reason:
-            return str(reason)
+            return f"{reason}; the families are {', '.join(sorted(FAMILIES))}"
+        except Exception as error:  # the code of a model may fail in any way
+            return f"a comparison with its own fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             set_training_modes(modes)
 
@@ -231,21 +276,17 @@ def fused(model: Any) -> FusedLayers:
     return handle
 
 
-def _key(found: packed_decoder.Inspection) -> tuple[Any, ...]:
+def _key(found: packed_decoder.Inspection, decoder: Any) -> tuple[Any, ...]:
     """Return what a comparison of our layers with the own ones depends on."""
     trained = tuple(p.requires_grad for p in found.parameters)
-    return found.kinds, found.adapters, found.parameters[0].dtype, trained
+    config = decoder.config._attn_implementation, getattr(decoder.config, "is_causal", True)
+    return found.kinds, found.adapters, config, found.parameters[0].dtype if found.parameters else None, trained
 
 
-def _unwrap(model: Any) -> Any:
-    """Return the model within DDP, torch.compile or accelerate. One of peft stays."""
-    name = type(model).__name__
-    while not hasattr(model, "get_output_embeddings"):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if inner is None:
-            raise UserError(f"{name}: is no model of transformers")
-        model = inner
-    return model
+def _is_other(kind: type, forward: Any) -> bool:
+    """Return whether a module's class or forward is of another program, as a wrapper or a patch of the class is."""
+    places = kind.__module__, inspect.unwrap(forward).__module__
+    return not all(place.startswith(("transformers.", "torch.nn.modules.", "peft.")) for place in places)
 
 
 def _probe_tokens(decoder: Any) -> Tensor:

@@ -30,8 +30,10 @@ def disable_dropout(module: nn.Module) -> None:
 
 def has_dropout(module: nn.Module) -> bool:
     """Return whether a forward pass drops something now, outside of adapters."""
-    for name, part in module.named_modules():
-        if part.training and "lora_dropout" not in name:
+    parts = all_modules(module)
+    of_adapters = {id(p) for part in parts if hasattr(part, "lora_dropout") for p in all_modules(part.lora_dropout)}
+    for part in parts:
+        if part.training and id(part) not in of_adapters:
             for key, value in vars(part).items():
                 is_dropout = isinstance(part, nn.modules.dropout._DropoutNd) or "drop" in key
                 if is_dropout and isinstance(value, float) and value:

@@ -96,7 +96,8 @@ def nonzero_adapters(module: nn.Module) -> Iterator[None]:
     """Give each trainable weight of a peft model that is 0 everywhere small random values within the block. New
     adapters change nothing, so that a comparison which must see them would pass without them. Random states are kept.
     """
-    zero = [p for p in module.parameters() if p.requires_grad and not p.any()] if unwrap(module) is not module else []
+    has_adapters = any(map(state_of, module.modules()))
+    zero = [p for p in module.parameters() if p.requires_grad and not p.any()] if has_adapters else []
     kept = [p.data for p in zero]
     generator = torch.Generator().manual_seed(0)
     for p in zero:

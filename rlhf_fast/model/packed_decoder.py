@@ -179,6 +179,9 @@ def _drop(call: _Call, x: Tensor) -> Tensor:
     return F.dropout(x, call.dropout) if call.dropout else x
 
 
+OF_TRANSFORMERS = ("make_inputs_require_grads", "output_capturing_hook")
+"""Hooks of transformers that change nothing here: on the embedding's output, which is called, and on layers whose
+outputs were once asked for, idle in a pass that does not ask."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """torch's names of a module's hooks."""
 
@@ -186,8 +189,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class Inspection(NamedTuple):
     """A decoder's modules and tensors, as far as our layers depend on them."""
 
-    kinds: tuple[tuple[type, bool], ...]
-    """The class of each module, and whether its forward was replaced."""
+    kinds: tuple[tuple[type, Any, bool], ...]
+    """The class of each module, its forward, and whether the instance has another."""
     adapters: tuple[str, ...]
     """Adapters that each layer applies, and their factors, as text to compare."""
     hooks: list[Any]
@@ -207,7 +210,7 @@ def inspect(decoder: nn.Module) -> Inspection:
     checkpoints = False
     for module in all_modules(decoder):
         attributes = vars(module)
-        kinds.append((type(module), "forward" in attributes))
+        kinds.append((type(module), type(module).forward, "forward" in attributes))
         if state := lora.state_of(module):
             adapters.append(state)
         for name in HOOKS:
@@ -221,8 +224,7 @@ def inspect(decoder: nn.Module) -> Inspection:
         if isinstance(module, nn.Dropout) and module.p:
             dropouts.append(module.training)
         checkpoints |= module.training and bool(attributes.get("gradient_checkpointing"))
-    # transformers' hook on the embedding's output
-    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
+    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") not in OF_TRANSFORMERS]
     found = [*parameters.values()], buffers
     return Inspection(tuple(kinds), tuple(adapters), hooks, *found, tuple(dropouts), checkpoints)
 
