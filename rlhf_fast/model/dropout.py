@@ -31,7 +31,8 @@ def disable_dropout(module: nn.Module) -> None:
 def has_dropout(module: nn.Module) -> bool:
     """Return whether a forward pass drops something now, outside of adapters."""
     parts = all_modules(module)
-    of_adapters = {id(p) for part in parts if hasattr(part, "lora_dropout") for p in all_modules(part.lora_dropout)}
+    adapters = [part._modules["lora_dropout"] for part in parts if "lora_dropout" in part._modules]
+    of_adapters = {id(p) for dropout in adapters if dropout is not None for p in all_modules(dropout)}
     for part in parts:
         if part.training and id(part) not in of_adapters:
             for key, value in vars(part).items():
