@@ -112,6 +112,24 @@ def test_a_head_alone(options, dtype, small, poisoned):
     assert torch.equal(ours, score(*args))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
+def test_log_z_and_top1(options, small):
+    """Also of rows whose target is the largest, in one of several splits of the vocabulary."""
+    options = dict(options)
+    scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)
+    hidden, weight, targets, bias = one_head(dtype=torch.float32, **options)
+    x = hidden.nan_to_num() @ weight.T + (0 if bias is None else bias)
+    is_valid = targets != -100
+    targets[::2] = torch.where(is_valid, x.argmax(-1).to(targets.dtype), targets)[::2]
+    out = torch.full((5, len(targets)), torch.nan)
+    top1 = torch.full((len(targets),), 7, dtype=torch.uint8)
+    scoring.score(hidden, weight, targets, bias, *scalars, scoring.Outputs(*out[:4], log_z=out[4], top1=top1))
+    args = map(double, (hidden, weight, targets, bias, *scalars))
+    _, _, log_z, is_top1, _ = linear_logprobs_with_statistics.reference(*args)
+    torch.testing.assert_close(out[4].double(), log_z, rtol=2e-6, atol=5e-6)
+    assert torch.equal(top1.bool(), is_top1)
+
+
 @DTYPES
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
 def test_a_policy_and_its_reference(options, dtype, small, poisoned):
