@@ -1,12 +1,13 @@
 """Time a step of other trainers with our ops and without: transformers' Trainer, and TRL's SFT, DPO and GRPO.
 
-    python -m rlhf_fast.bench.trainer_step [--only trainer,sft,dpo,grpo] [--save PATH.json] [--rounds N] [--tiny]
+    python -m rlhf_fast.bench.trainer_step [--only trainer,layers,sft,dpo,grpo] [--save PATH.json] [--rounds N] [--tiny]
 
 A step is the loss of one batch of 4 rows of 128 tokens and its gradients, by the trainer's own `compute_loss`, without
-the optimizer: DPO's 4 rows are 4 pairs. The model is a random Llama of 10 million parameters with a vocabulary of
-50,257. `lazy_head` is under transformers' Trainer, `integrations.trl.fused()` under TRL's. Both sides take turns in one
-process, on 2 threads unless OMP_NUM_THREADS says otherwise. `head_bytes` is the peak of the head alone, from hidden
-states to their gradient and the weight's, which is in it.
+the optimizer. DPO's 4 rows are 4 pairs, and the padded rows have 1/4, 2/4, 3/4 and all of the length. The model is a
+random Llama of 10 million parameters with a vocabulary of 50,257. `lazy_head` is under transformers' Trainer, with
+padded rows `layers.fused` too, and `integrations.trl.fused()` under TRL's. Both sides take turns in one process, on 2
+threads unless OMP_NUM_THREADS says otherwise. `head_bytes` is the peak of the head alone, from hidden states to their
+gradient and the weight's, which is in it.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -82,13 +83,17 @@ def settings(kind: type, folder: str, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def trainer_step(tiny: bool, folder: str) -> Step:
-    """Return the step of transformers' Trainer: a prompt of an eighth of the row has no label."""
+def trainer_step(tiny: bool, folder: str, padded: bool = False) -> Step:
+    """Return the step of transformers' Trainer: a prompt of an eighth of the row has no label. padded: rows of several
+    lengths, and our layers too."""
     model = random_llama(tiny)
-    ids = torch.randint(model.config.vocab_size, (ROWS, LENGTH))
-    labels = ids.masked_fill(torch.arange(LENGTH) < LENGTH // 8, IGNORED)
+    ids = torch.randint(2, model.config.vocab_size, (ROWS, LENGTH))
+    lengths = LENGTH * torch.arange(1, ROWS + 1) // ROWS if padded else torch.tensor([LENGTH] * ROWS)
+    columns = torch.arange(LENGTH)
+    mask = columns < lengths[:, None]
+    labels = ids.masked_fill((columns < LENGTH // 8) | ~mask, IGNORED)
     trainer = Trainer(model, settings(TrainingArguments, folder))
-    batch = {"input_ids": ids, "labels": labels}
+    batch = {"input_ids": ids, "labels": labels} | ({"attention_mask": mask.long()} if padded else {})
     count = (labels[:, 1:] != IGNORED).sum()
 
     def head(hidden: Tensor, layer: nn.Linear) -> Tensor:
@@ -99,11 +104,17 @@ def trainer_step(tiny: bool, folder: str) -> Step:
     return Step(
         model,
         lambda: trainer.compute_loss(model, dict(batch), num_items_in_batch=count),
-        lambda: integrations.lazy_head(model),
+        lambda: both(model) if padded else integrations.lazy_head(model),
         head,
         int(count),
         ROWS * LENGTH,
     )
+
+
+@contextmanager
+def both(model: nn.Module) -> Iterator[None]:
+    with integrations.lazy_head(model), integrations.layers.fused(model):
+        yield
 
 
 def trl_step(name: str, tiny: bool, folder: str) -> Step:
@@ -185,10 +196,12 @@ def trl_head(labelled: int, rows: int) -> Callable[[Tensor, nn.Linear], Tensor]:
 
 STEPS: dict[str, Callable[[bool, str], Step]] = {
     "trainer": trainer_step,
+    "layers": lambda tiny, folder: trainer_step(tiny, folder, padded=True),
     **{name: lambda tiny, folder, name=name: trl_step(name, tiny, folder) for name in ("sft", "dpo", "grpo")},
 }
 TITLES = {
     "trainer": "transformers Trainer",
+    "layers": "transformers Trainer of padded rows",
     "sft": "TRL SFTTrainer",
     "dpo": "TRL DPOTrainer",
     "grpo": "TRL GRPOTrainer",
@@ -207,7 +220,7 @@ def row_of(run: Run, name: str, step: Step) -> dict:
     for side in (PLAIN, OURS):
         with step.inside() if side == OURS else nullcontext() as handle:
             losses[side], norms[side] = float(step.take()), step.gradient_norm()
-            if handle is not None:
+            if side == OURS:
                 answered = getattr(handle, "status", integrations.status(step.model)).answered
             for call, into in ((step.take, peaks), (step.head_alone, heads)):
                 step.model.zero_grad(set_to_none=True)  # a gradient that is freed on the way would be subtracted
