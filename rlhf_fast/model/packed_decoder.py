@@ -268,8 +268,8 @@ def find_refusal(model: Any) -> str | None:
             for module in _linears(layer):
                 base_linear(module)
         length = min(model.max_positions or PROBE_LENGTHS[0], PROBE_LENGTHS[0])
-        tokens = model.probe_tokens(len(PROBE_LENGTHS), length)
         with torch.inference_mode(False), model.eval_mode(), lora.nonzero_adapters(model.module):
+            tokens = model.probe_tokens(len(PROBE_LENGTHS), length)
             return find_difference(model.decoder, tokens, model.hidden, partial(model.run_packed, graphs=False))
     except Unsupported as reason:
         return str(reason)
