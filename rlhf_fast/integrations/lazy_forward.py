@@ -46,10 +46,13 @@ class LazyForward:
 
     def _cast(self, hidden: Tensor) -> tuple[Tensor, LinearHead] | None:
         """Return hidden states and head in the dtype of the layer's product, autocast's within it; None if the logits
-        are to be made: for few rows without a gradient, as in decoding, and where the ops do not take the tensors."""
+        are to be made: for few rows without a gradient, as in decoding, and where the ops do not take the tensors.
+        Tensors of inference mode do not count their writes, so that lazy logits would not notice one."""
         layer = self.layer
         weight, bias = layer.weight, layer.bias
         if type(hidden) is not Tensor or hidden.dim() < 2 or hasattr(weight, "ds_id") or is_dtensor(weight):
+            return None
+        if torch.is_inference_mode_enabled() or hidden.is_inference() or weight.is_inference():
             return None
         rows = hidden.numel() // max(1, hidden.shape[-1])
         if not torch.is_grad_enabled() and (hidden.shape[-2] == 1 or rows <= FEW_ROWS):
