@@ -26,6 +26,16 @@ def caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+class Switch:
+    """Say whether a layer gives lazy logits. Copies of the layer have the same switch: one handle turns all off."""
+
+    def __init__(self, on: bool = True):
+        self.on = on
+
+    def __deepcopy__(self, memo: dict) -> Switch:
+        return self
+
+
 @dataclass
 class Record:
     """Count what the logits of one model did.
@@ -41,6 +51,7 @@ class Record:
     direct: int = 0
     made_by: Counter[str] = field(default_factory=Counter)
     counts: bool = True
+    switch: Switch = field(default_factory=Switch)
 
     def note_made(self, with_grad: bool) -> None:
         """Note that logits are made now. RuntimeError under RLHF_FAST_STRICT=1 if they are to have a gradient."""
