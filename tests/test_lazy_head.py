@@ -519,6 +519,16 @@ def test_zero_3_after_the_patch_gives_logits():
         assert type(model(**inputs).logits) is torch.Tensor and status(model).direct == 1
 
 
+def test_data_parallel():
+    """Its copies share the first one's layer, to which hidden states come from another device."""
+    model = llama()
+    with lazy_head(model):
+        copied = model.lm_head._replicate_for_data_parallel()
+        with pytest.raises(UserError, match=r"states on meta came to an output layer on cpu; nn.DataParallel") as error:
+            copied(torch.empty(3, 17, 32, device="meta"))
+    assert "\n" not in str(error.value)
+
+
 def test_wrong_shapes_get_the_layers_error():
     model = llama()
     for hidden in (torch.randn(2, 3, 31), torch.randn(2, 3, 32, dtype=torch.float64)):

@@ -519,6 +519,20 @@ def test_row_temperatures_of_a_bfloat16_model():
         compare(made_by("plain").bfloat16(), reading(read), out_tolerance=2e-2, grad_tolerance=4e-2)
 
 
+@pytest.mark.parametrize("cast", ["no cast", "double"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_row_temperatures_in_float64(dtype, cast):
+    """The ops take them with a float64 model; others make logits."""
+    scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64 if cast == "no cast" else torch.float32)[:, None, None]
+
+    def read(z, y):
+        return picked((cut(z) if cast == "no cast" else cut(z).double()) / scales, y)
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float64: 1e-6}[dtype]
+    found = compare(made_by("plain").to(dtype), reading(read), out_tolerance=tolerance, grad_tolerance=tolerance)
+    assert found.made == (dtype != torch.float64)
+
+
 def test_nothing_keeps_their_memory():
     """Without a garbage collection: hidden states and the graph behind them are large."""
     model, ids = made_by("plain"), torch.randint(3, V, (3, 9))

@@ -53,6 +53,11 @@ class LazyForward:
         weight, bias = layer.weight, layer.bias
         if type(hidden) is not Tensor or hidden.dim() < 2 or hasattr(weight, "ds_id") or is_dtensor(weight):
             return None
+        if hidden.device != weight.device:
+            raise UserError(
+                f"lazy_head: hidden states on {hidden.device} came to an output layer on {weight.device};"
+                " nn.DataParallel copies a model to several GPUs: start with torchrun (DDP), or show one GPU by CUDA_VISIBLE_DEVICES"
+            )
         if torch.is_inference_mode_enabled() or hidden.is_inference() or weight.is_inference():
             return None
         rows = hidden.numel() // max(1, hidden.shape[-1])
@@ -64,7 +69,7 @@ class LazyForward:
             dtype = torch.get_autocast_dtype(device)
             hidden, head = hidden.to(dtype), head.to(dtype)
         same = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.weight.shape[1]
-        return (hidden, head) if same and hidden.dtype in DTYPES and hidden.device == head.weight.device else None
+        return (hidden, head) if same and hidden.dtype in DTYPES else None
 
     def __deepcopy__(self, memo: dict) -> LazyForward:
         """A copy of the model has a layer and a record of its own, and the switch in common."""
