@@ -56,7 +56,8 @@ class LazyForward:
         if hidden.device != weight.device:
             raise UserError(
                 f"lazy_head: hidden states on {hidden.device} came to an output layer on {weight.device};"
-                " nn.DataParallel copies a model to several GPUs: start with torchrun (DDP), or show one GPU by CUDA_VISIBLE_DEVICES"
+                " nn.DataParallel copies a model to several GPUs: start with torchrun (DDP), or show one GPU by"
+                " CUDA_VISIBLE_DEVICES"
             )
         if torch.is_inference_mode_enabled() or hidden.is_inference() or weight.is_inference():
             return None
