@@ -9,6 +9,7 @@ import socket
 import pytest
 import torch
 import transformers
+from accelerate import hooks
 from architectures import RECURRENT, REFUSED, SERVED, V, build
 from lazy_pair import assert_close, compare, grads_of
 from shrink import count_weights, shrunken
@@ -366,6 +367,59 @@ def test_the_handle_and_the_status():
         assert status(model).made == 0
 
 
+def test_a_handle_that_was_removed_leaves_the_next_one():
+    model = llama()
+    first = lazy_head(model)
+    first.remove()
+    second = lazy_head(model)
+    first.remove()
+    assert status(model).lazy and type(model(**batch()).logits) is LazyLogits
+    second.remove()
+    assert not status(model).lazy
+
+
+def test_a_forward_that_was_wrapped_afterwards():
+    """By accelerate's hooks, as offloading sets them. They stay, and call the layer's own forward."""
+    model, inputs = llama(), batch()
+    handle = lazy_head(model)
+    hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+    assert status(model).lazy and type(model(**inputs).logits) is LazyLogits
+    with pytest.raises(UserError, match="has lazy logits already"):
+        lazy_head(model)
+    handle.remove()
+    assert not status(model).lazy and type(model(**inputs).logits) is torch.Tensor
+    hooks.remove_hook_from_module(model.lm_head)
+    assert type(model(**inputs).logits) is torch.Tensor
+    with lazy_head(model):
+        assert status(model).lazy and type(model(**inputs).logits) is LazyLogits
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_copy_that_outlives_the_block():
+    """A reference model, for one: it is plain then, and may have lazy logits of its own."""
+    model, inputs = llama(), batch()
+    with lazy_head(model):
+        other = copy.deepcopy(model)
+        saved = pickle.loads(pickle.dumps(model))
+    assert not status(other).lazy and type(other(**inputs).logits) is torch.Tensor
+    for found in (other, saved):
+        with lazy_head(found):
+            assert type(found(**inputs).logits) is LazyLogits and not status(model).lazy
+        assert "forward" not in vars(found.lm_head)
+
+
+def test_another_output_layer_inside(caplog):
+    model = llama()
+    with lazy_head(model):
+        model.resize_token_embeddings(V + 8)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_fast"]
+    assert "LlamaForCausalLM has another output layer now, as after resize_token_embeddings" in message
+    caplog.clear()
+    with lazy_head(model):
+        lora(model, target_modules=["q_proj", "lm_head"])
+    assert not [record for record in caplog.records if record.name == "rlhf_fast"]
+
+
 def test_an_error_inside_restores_the_model():
     model = llama()
     with pytest.raises(ZeroDivisionError), lazy_head(model):
@@ -463,6 +517,16 @@ def test_zero_3_after_the_patch_gives_logits():
     with lazy_head(model):
         model.lm_head.weight.ds_id = 3
         assert type(model(**inputs).logits) is torch.Tensor and status(model).direct == 1
+
+
+def test_data_parallel():
+    """Its copies share the first one's layer, to which hidden states come from another device."""
+    model = llama()
+    with lazy_head(model):
+        copied = model.lm_head._replicate_for_data_parallel()
+        with pytest.raises(UserError, match=r"states on meta came to an output layer on cpu; nn.DataParallel") as error:
+            copied(torch.empty(3, 17, 32, device="meta"))
+    assert "\n" not in str(error.value)
 
 
 def test_wrong_shapes_get_the_layers_error():

@@ -469,19 +469,47 @@ def test_a_second_derivative_is_an_error():
             grad.square().sum().backward()
 
 
-def test_inference_mode():
+WRITES_OF_INFERENCE_MODE = {
+    "through a view": lambda z: (z[:, :, 3].fill_(-1e9), z)[1],
+    "by a function": lambda z: (F.relu(z, inplace=True), z)[1],
+    "into all": lambda z: z.__setitem__((..., 4), -50.0) or z.add_(1),
+    "none": lambda z: z,
+}
+
+
+@pytest.mark.parametrize("write", WRITES_OF_INFERENCE_MODE)
+def test_inference_mode(write):
+    """It counts no writes, so that the layer gives its own logits."""
+    model, ids = made_by("plain"), torch.randint(4, V, (3, 9))
+    with torch.inference_mode():
+        theirs = WRITES_OF_INFERENCE_MODE[write](model(input_ids=ids).logits)
+        with lazy_head(model):
+            ours = WRITES_OF_INFERENCE_MODE[write](model(input_ids=ids).logits)
+            assert type(ours) is torch.Tensor and status(model).direct == 1
+        assert torch.equal(F.cross_entropy(cut(ours).transpose(1, 2), ids[:, 1:]),
+                           F.cross_entropy(cut(theirs).transpose(1, 2), ids[:, 1:]))  # fmt: skip
+
+
+def test_hidden_states_of_inference_mode():
+    model = made_by("plain")
+    with torch.inference_mode():
+        hidden = torch.randn(3, 9, model.lm_head.in_features)
+    with lazy_head(model), torch.no_grad():
+        assert type(model.lm_head(hidden)) is torch.Tensor
+        assert type(model.lm_head(hidden.clone())) is LazyLogits
+
+
+def test_targets_that_were_written_in_inference_mode():
+    """A reused buffer: the second log-probabilities are of the second targets."""
     model, ids = made_by("plain"), torch.randint(3, V, (3, 9))
     with torch.inference_mode():
-        theirs = model(input_ids=ids).logits.clone()
-        with lazy_head(model):
-            ours = model(input_ids=ids).logits
-            assert type(ours) is LazyLogits
-            assert_close(picked(cut(ours), ids[:, 1:]), picked(cut(theirs), ids[:, 1:]), 1e-5)
-            assert torch.equal(ours + 0, theirs)
-            for z in (ours, theirs):
-                z[..., 4] = -50.0
-                z += 1
-            assert_close(ours.logsumexp(-1), theirs.logsumexp(-1), 1e-6)
+        targets = ids.clone()
+    with lazy_head(model), torch.no_grad():
+        logits = model(input_ids=ids).logits
+        picked(logits, targets)
+        with torch.inference_mode():
+            targets.copy_(ids.flip(1))
+        assert_close(picked(logits, targets), picked(logits.make(), ids.flip(1)), 1e-5)
 
 
 def test_row_temperatures_of_a_bfloat16_model():
@@ -489,6 +517,20 @@ def test_row_temperatures_of_a_bfloat16_model():
     scales = torch.tensor([0.5, 1.0, 2.0])[:, None, None]
     for read in (lambda z, y: picked(cut(z).float() / scales, y), lambda z, y: (z / scales).square()):
         compare(made_by("plain").bfloat16(), reading(read), out_tolerance=2e-2, grad_tolerance=4e-2)
+
+
+@pytest.mark.parametrize("cast", ["no cast", "double"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_row_temperatures_in_float64(dtype, cast):
+    """The ops take them with a float64 model; others make logits."""
+    scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64 if cast == "no cast" else torch.float32)[:, None, None]
+
+    def read(z, y):
+        return picked((cut(z) if cast == "no cast" else cut(z).double()) / scales, y)
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float64: 1e-6}[dtype]
+    found = compare(made_by("plain").to(dtype), reading(read), out_tolerance=tolerance, grad_tolerance=tolerance)
+    assert found.made == (dtype != torch.float64)
 
 
 def test_nothing_keeps_their_memory():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
 from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, output_layer
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
-from rlhf_fast.integrations.record import Record, Status
+from rlhf_fast.integrations.record import Record, Status, log
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
 """The files that register what LazyLogits answer."""
@@ -32,7 +33,7 @@ class LazyForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.layer
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self.record.switch.on:
             return nn.Linear.forward(layer, input)
         given = self._cast(input)
         if given is None:
@@ -46,10 +47,19 @@ class LazyForward:
 
     def _cast(self, hidden: Tensor) -> tuple[Tensor, LinearHead] | None:
         """Return hidden states and head in the dtype of the layer's product, autocast's within it; None if the logits
-        are to be made: for few rows without a gradient, as in decoding, and where the ops do not take the tensors."""
+        are to be made: for few rows without a gradient, as in decoding, and where the ops do not take the tensors.
+        Tensors of inference mode do not count their writes, so that lazy logits would not notice one."""
         layer = self.layer
         weight, bias = layer.weight, layer.bias
         if type(hidden) is not Tensor or hidden.dim() < 2 or hasattr(weight, "ds_id") or is_dtensor(weight):
+            return None
+        if hidden.device != weight.device:
+            raise UserError(
+                f"lazy_head: hidden states on {hidden.device} came to an output layer on {weight.device};"
+                " nn.DataParallel copies a model to several GPUs: start with torchrun (DDP), or show one GPU by"
+                " CUDA_VISIBLE_DEVICES"
+            )
+        if torch.is_inference_mode_enabled() or hidden.is_inference() or weight.is_inference():
             return None
         rows = hidden.numel() // max(1, hidden.shape[-1])
         if not torch.is_grad_enabled() and (hidden.shape[-2] == 1 or rows <= FEW_ROWS):
@@ -60,12 +70,12 @@ class LazyForward:
             dtype = torch.get_autocast_dtype(device)
             hidden, head = hidden.to(dtype), head.to(dtype)
         same = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.weight.shape[1]
-        return (hidden, head) if same and hidden.dtype in DTYPES and hidden.device == head.weight.device else None
+        return (hidden, head) if same and hidden.dtype in DTYPES else None
 
     def __deepcopy__(self, memo: dict) -> LazyForward:
-        """A copy of the model has a layer and a record of its own."""
+        """A copy of the model has a layer and a record of its own, and the switch in common."""
         layer = copy.deepcopy(self.layer, memo)
-        RECORDS[layer] = Record(self.record.model)
+        RECORDS[layer] = Record(self.record.model, switch=self.record.switch)
         return LazyForward(layer, RECORDS[layer])
 
     def __reduce__(self) -> tuple:
@@ -76,12 +86,24 @@ class LazyForward:
 class LazyHead(contextlib.AbstractContextManager):
     """The handle that `lazy_head` returns."""
 
-    def __init__(self, layer: nn.Linear):
-        self.layer = layer
+    def __init__(self, model: Any, forward: LazyForward):
+        self.model, self.layer, self.forward = weakref.ref(model), forward.layer, forward
 
     def remove(self) -> None:
-        """Give the model its logits back. Lazy logits that it gave before stay good."""
-        if isinstance(vars(self.layer).get("forward"), LazyForward):
+        """Give the model its logits back, and copies of it. Lazy logits that it gave before stay good.
+
+        What wrapped the layer's forward since then stays there."""
+        switch, model = self.forward.record.switch, self.model()
+        if switch.on and model is not None:
+            now = find_output_layer(model)
+            if now is None or all(module is not self.layer for module in now.modules()):
+                log.warning(
+                    "lazy_head: %s has another output layer now, as after resize_token_embeddings, and the new one gave"
+                    " real logits; call lazy_head after such a change",
+                    self.forward.record.model,
+                )
+        switch.on = False
+        if vars(self.layer).get("forward") is self.forward:
             del self.layer.forward
 
     def __exit__(self, *error: Any) -> None:
@@ -102,18 +124,28 @@ def lazy_head(model: Any) -> LazyHead:
     """
     layer, name = output_layer(model), type(model).__name__
     before = vars(layer).get("forward")
-    if isinstance(before, LazyForward):
+    if is_lazy(layer):
         raise UserError(f"{name}: has lazy logits already; remove the first handle, or leave its `with` block, before")
-    if before is not None:
+    if before is not None and not _is_own(layer, before):
         raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
     RECORDS[layer] = Record(name)
-    layer.forward = LazyForward(layer, RECORDS[layer])  # type: ignore[method-assign]
-    return LazyHead(layer)
+    layer.forward = forward = LazyForward(layer, RECORDS[layer])  # type: ignore[method-assign]
+    return LazyHead(model, forward)
+
+
+def is_lazy(layer: Any) -> bool:
+    """Return whether a layer gives lazy logits, though something wrapped its forward afterwards."""
+    return layer in RECORDS and RECORDS[layer].switch.on and "forward" in vars(layer)
+
+
+def _is_own(layer: nn.Linear, forward: Any) -> bool:
+    """Return whether a forward on the instance is one that is off, or that of a saved model: both are the layer's."""
+    saved = isinstance(forward, functools.partial) and forward.func is nn.Linear.forward and forward.args == (layer,)
+    return saved or isinstance(forward, LazyForward)
 
 
 def status(model: Any) -> Status:
     """Return whether a model's output layer gives lazy logits now, and what they did since the last `lazy_head`."""
     layer = find_output_layer(model)
     record = RECORDS.get(layer) or Record(type(model).__name__)
-    lazy = isinstance(getattr(layer, "forward", None), LazyForward)
-    return Status(record.model, lazy, record.answered, record.made, record.direct, dict(record.made_by))
+    return Status(record.model, is_lazy(layer), record.answered, record.made, record.direct, dict(record.made_by))

@@ -38,7 +38,10 @@ def _scaled(x: LazyLogits, by: Any, inverse: bool) -> tuple[Rows, float, torch.d
     head = x.rows.head
     if x.form != "logits" or head.capped or head.bias is not None or not isinstance(by, Tensor):
         return None
-    hidden = x.rows.shaped(x.lead).to(torch.promote_types(x.dtype, by.dtype))  # bfloat16 would round it once more
+    common = torch.promote_types(x.dtype, by.dtype)  # bfloat16 would round it once more
+    if common == torch.float64 != head.weight.dtype:
+        return None  # the ops take no float64 beside another dtype
+    hidden = x.rows.shaped(x.lead).to(common)
     return Rows(hidden / by if inverse else hidden * by, head, x.rows.source), 1.0, dtype
 
 

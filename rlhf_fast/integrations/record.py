@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from rlhf_fast.integrations.calls import is_strict
+
 log = getLogger("rlhf_fast")
 PASSED_OVER = tuple(f"{Path(path).parent}{os.sep}" for path in (torch.__file__, __file__))
 """Folders whose lines do not say who reads logits."""
@@ -24,13 +26,23 @@ def caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+class Switch:
+    """Say whether a layer gives lazy logits. Copies of the layer have the same switch: one handle turns all off."""
+
+    def __init__(self, on: bool = True):
+        self.on = on
+
+    def __deepcopy__(self, memo: dict) -> Switch:
+        return self
+
+
 @dataclass
 class Record:
     """Count what the logits of one model did.
 
     answered: calls of an op in place of logits.
     made: logits made for a reader that no op answers; `made_by` counts them by its line.
-    direct: logits that the layer gave at once: decoding steps, and tensors that the ops do not take.
+    direct: logits that the layer gave at once: decoding steps, inference mode, and tensors that the ops do not take.
     """
 
     model: str
@@ -39,13 +51,14 @@ class Record:
     direct: int = 0
     made_by: Counter[str] = field(default_factory=Counter)
     counts: bool = True
+    switch: Switch = field(default_factory=Switch)
 
     def note_made(self, with_grad: bool) -> None:
         """Note that logits are made now. RuntimeError under RLHF_FAST_STRICT=1 if they are to have a gradient."""
         if not self.counts:
             return
         line = caller()
-        if with_grad and os.environ.get("RLHF_FAST_STRICT") == "1":
+        if with_grad and is_strict():
             raise RuntimeError(f"RLHF_FAST_STRICT=1 and {line} reads logits of {self.model} that no op answers")
         if with_grad and line not in self.made_by:
             log.warning("lazy_head: %s reads logits of %s that no op answers; they were made", line, self.model)
