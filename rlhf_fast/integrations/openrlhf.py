@@ -176,9 +176,9 @@ def fused(actor: Any = None, *, losses: bool = False) -> Fused:
 
     actor: an `openrlhf.models.Actor`, before or after `strategy.prepare`; None in a process without one (critic).
         Policy and reference have a handle each.
-    losses: replace PolicyLoss and ValueLoss too, and the GAE of RemoteExperienceMaker, also where its module is imported
-        later. Option sets that `ops.ppo_loss` does not have stay OpenRLHF's: gspo, corrections by sequence, with a lower
-        bound, or by binary_kl and tv. Of several handles in a process the newest counts the calls.
+    losses: replace PolicyLoss and ValueLoss too, and the GAE of RemoteExperienceMaker, also where its module is
+        imported later. Option sets that `ops.ppo_loss` does not have stay OpenRLHF's: gspo, corrections by sequence,
+        with a lower bound, or by binary_kl and tv. Of several handles in a process the newest counts the calls.
 
     Packing, ring attention and everything else stay OpenRLHF's.
     UserError: OpenRLHF is not installed, is not of 0.11, or has another function where one is replaced; the actor's
