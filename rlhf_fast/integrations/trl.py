@@ -44,7 +44,7 @@ SHARED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("trainer/utils.py", "_use_triton", {"optional": True}),
     ("trainer/utils.py", "add_fused_lm_head", {"contains": "_ChunkedLogProbFunction.apply("}),
 )
-"""Where the function is that is replaced, and what calls it for all trainers."""
+"""The function that is replaced, its names, and what calls it for all trainers."""
 TRAINERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("trainer/sft_trainer.py", "SFTTrainer.compute_loss", CALLED),
     ("trainer/dpo_trainer.py", "DPOTrainer._compute_loss", CALLED),
