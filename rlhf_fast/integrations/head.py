@@ -109,6 +109,15 @@ class LinearHead:
         return ops.linear_cross_entropy(hidden, self.weight, targets, *given)[0]
 
 
+def multiplied_in(hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
+    """Return both in autocast's dtype, if it is on, as a linear layer multiplies them; float64 stays."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, head
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), head.to(dtype)
+
+
 def find_model(model: Any) -> Any:
     """Return the model of transformers, or of peft around it, within DDP, accelerate or torch.compile."""
     name = type(model).__name__

@@ -12,7 +12,6 @@ functions that read them there answer by `ops.linear_logprobs`, one call for bot
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,6 +23,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.hooks import Hook, check, check_version
+from rlhf_fast.integrations.import_hook import after_import
 from rlhf_fast.integrations.lazy_forward import LazyHead, lazy_head
 from rlhf_fast.integrations.lazy_forward import status as lazy_status
 from rlhf_fast.integrations.lazy_logits import LazyLogits
@@ -90,18 +90,23 @@ class Fused(contextlib.AbstractContextManager):
     def __init__(self, model: Any, losses: bool):
         self.calls = Calls("openrlhf")
         self._model = model
-        self._head: LazyHead | None = None if model is None else lazy_head(model)
+        self._head: LazyHead | None = None
         self._names: list[tuple[Any, str]] = []
-        if model is not None:
-            actor = import_module(ACTOR)
-            self._put(actor, "log_probs_from_logits", log_probs_from_logits)
-            self._put(actor, "compute_entropy", compute_entropy)
-        if losses:
-            loss = import_module(LOSS)
-            self._put(loss.PolicyLoss, "forward", policy_loss_forward, loss.aggregate_loss, self.calls)
-            self._put(loss.ValueLoss, "forward", value_loss_forward, loss.aggregate_loss, self.calls)
-            if (made := sys.modules.get(EXPERIENCE)) is not None:  # it imports ray and vllm
-                self._put(made.RemoteExperienceMaker, "get_advantages_and_returns", gae_forward, self.calls)
+        actor = None if model is None else import_module(ACTOR)
+        loss = import_module(LOSS) if losses else None
+        try:
+            if actor is not None:
+                self._head = lazy_head(model)
+                self._put(actor, "log_probs_from_logits", log_probs_from_logits)
+                self._put(actor, "compute_entropy", compute_entropy)
+            if loss is not None:
+                _WITH_LOSSES.append(self)
+                self._put(loss.PolicyLoss, "forward", policy_loss_forward, loss.aggregate_loss, _current_calls)
+                self._put(loss.ValueLoss, "forward", value_loss_forward, loss.aggregate_loss, _current_calls)
+                after_import(EXPERIENCE, _replace_gae)  # it imports ray and vllm
+        except BaseException:
+            self.remove()
+            raise
 
     @property
     def status(self) -> Status:
@@ -116,32 +121,53 @@ class Fused(contextlib.AbstractContextManager):
         if self._head is not None:
             self._head.remove()
             self._head = None
+        if self in _WITH_LOSSES:
+            _WITH_LOSSES.remove(self)
         while self._names:
             owner, name = self._names.pop()
             replaced = _REPLACED[owner, name]
             replaced.handles -= 1
             if not replaced.handles:
-                setattr(owner, name, _REPLACED.pop((owner, name)).original)
+                del _REPLACED[owner, name]
+                if vars(owner)[name] is replaced.ours:  # else somebody has replaced it since
+                    setattr(owner, name, replaced.original)
 
     def _put(self, owner: Any, name: str, make: Callable, *given: Any) -> None:
         """Put `make(original, *given)` in the place of a name, unless another handle has done so."""
+        if (owner, name) in self._names:
+            return
         if (owner, name) not in _REPLACED:
             original = vars(owner)[name]
-            _REPLACED[owner, name] = _Replaced(original)
-            setattr(owner, name, make(original, *given))
+            ours = make(original, *given)
+            setattr(owner, name, ours)
+            _REPLACED[owner, name] = _Replaced(original, ours)
         _REPLACED[owner, name].handles += 1
         self._names.append((owner, name))
 
 
 @dataclass
 class _Replaced:
-    """Remember a function of OpenRLHF's, and how many handles need it replaced."""
+    """Remember a function of OpenRLHF's, what stands in its place, and how many handles need that."""
 
     original: Any
+    ours: Any
     handles: int = 0
 
 
 _REPLACED: dict[tuple[Any, str], _Replaced] = {}
+_WITH_LOSSES: list[Fused] = []
+"""The handles that replace losses now, the newest last."""
+
+
+def _current_calls() -> Calls:
+    """Return the counts of the newest handle that replaces losses."""
+    return _WITH_LOSSES[-1].calls if _WITH_LOSSES else Calls("openrlhf")
+
+
+def _replace_gae(module: Any) -> None:
+    """Replace the GAE for each handle that replaces losses and has not done so."""
+    for handle in _WITH_LOSSES:
+        handle._put(module.RemoteExperienceMaker, "get_advantages_and_returns", gae_forward, _current_calls)
 
 
 def fused(actor: Any = None, *, losses: bool = False) -> Fused:
@@ -150,9 +176,9 @@ def fused(actor: Any = None, *, losses: bool = False) -> Fused:
 
     actor: an `openrlhf.models.Actor`, before or after `strategy.prepare`; None in a process without one (critic).
         Policy and reference have a handle each.
-    losses: replace PolicyLoss and ValueLoss too, and the GAE of RemoteExperienceMaker if its module is imported in this
-        process. Option sets that `ops.ppo_loss` does not have stay OpenRLHF's: gspo, corrections by sequence, with a
-        lower bound, or by binary_kl and tv.
+    losses: replace PolicyLoss and ValueLoss too, and the GAE of RemoteExperienceMaker, also where its module is
+        imported later. Option sets that `ops.ppo_loss` does not have stay OpenRLHF's: gspo, corrections by sequence,
+        with a lower bound, or by binary_kl and tv. Of several handles in a process the newest counts the calls.
 
     Packing, ring attention and everything else stay OpenRLHF's.
     UserError: OpenRLHF is not installed, is not of 0.11, or has another function where one is replaced; the actor's

@@ -14,7 +14,7 @@ from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.token_weights import token_weights
 
 
-def policy_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> Callable:
+def policy_loss_forward(theirs: Callable, aggregate: Callable, current_calls: Callable[[], Calls]) -> Callable:
     """Return PolicyLoss.forward, by `ops.ppo_loss` for the option sets that it has."""
 
     @functools.wraps(theirs)
@@ -29,7 +29,7 @@ def policy_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> 
         batch_num_tokens: Any = None,
         global_batch_size: Any = None,
     ) -> tuple[Tensor | None, ...]:
-        totals = dp_size, batch_num_tokens, global_batch_size
+        calls, totals = current_calls(), (dp_size, batch_num_tokens, global_batch_size)
         reason = _no_policy_loss(self, action_mask, rollout_log_probs)
         if reason or action_mask is None:
             calls.note_fallback("PolicyLoss", reason, (log_probs,))
@@ -76,7 +76,7 @@ def _no_policy_loss(loss: Any, mask: Tensor | None, rollout_log_probs: Tensor | 
     return "there is no action_mask" if mask is None else ""
 
 
-def value_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> Callable:
+def value_loss_forward(theirs: Callable, aggregate: Callable, current_calls: Callable[[], Calls]) -> Callable:
     """Return ValueLoss.forward."""
 
     @functools.wraps(theirs)
@@ -90,7 +90,7 @@ def value_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> C
         batch_num_tokens: Any = None,
         global_batch_size: Any = None,
     ) -> Tensor:
-        totals = dp_size, batch_num_tokens, global_batch_size
+        calls, totals = current_calls(), (dp_size, batch_num_tokens, global_batch_size)
         no_clip = self.clip_eps is not None and not self.clip_eps > 0  # the op's 0 stands for no clip
         if action_mask is None or no_clip:
             reason = f"clip_eps is {self.clip_eps}" if no_clip else "there is no action_mask"
@@ -104,7 +104,7 @@ def value_loss_forward(theirs: Callable, aggregate: Callable, calls: Calls) -> C
     return forward
 
 
-def gae_forward(theirs: Callable, calls: Calls) -> Callable:
+def gae_forward(theirs: Callable, current_calls: Callable[[], Calls]) -> Callable:
     """Return RemoteExperienceMaker.get_advantages_and_returns. A token outside the mask is not skipped there: it is a
     step of reward 0 and value 0."""
 
@@ -112,6 +112,7 @@ def gae_forward(theirs: Callable, calls: Calls) -> Callable:
     def get_advantages_and_returns(
         self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor | None, gamma: float, lambd: float
     ) -> tuple[Tensor, Tensor]:
+        calls = current_calls()
         if not (0 <= gamma <= 1 and 0 <= lambd <= 1):
             calls.note_fallback("get_advantages_and_returns", "gamma or lambd is not within [0, 1]")
             return theirs(self, values, rewards, action_mask, gamma, lambd)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.head import LinearHead
-from rlhf_fast.integrations.hooks import Hook, library_version
+from rlhf_fast.integrations.calls import is_strict
+from rlhf_fast.integrations.head import LinearHead, multiplied_in
+from rlhf_fast.integrations.hooks import Hook, check, library_version
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,14 @@ ARGUMENTS = (
 CALLED = {"contains": "fused_lm_head=True"}
 OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}
 """Outputs that the op answers; each but the first is made only if asked for."""
-PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+SHARED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("kernels/chunked_logprob.py", "ChunkedLogProbFunction.forward", {"arguments": ARGUMENTS}),
     ("trainer/utils.py", "_ChunkedLogProbFunction", {}),
     ("trainer/utils.py", "_use_triton", {"optional": True}),
     ("trainer/utils.py", "add_fused_lm_head", {"contains": "_ChunkedLogProbFunction.apply("}),
+)
+"""The function that is replaced, its names, and what calls it for all trainers."""
+TRAINERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("trainer/sft_trainer.py", "SFTTrainer.compute_loss", CALLED),
     ("trainer/dpo_trainer.py", "DPOTrainer._compute_loss", CALLED),
     ("trainer/kto_trainer.py", "KTOTrainer._compute_loss", CALLED),
@@ -50,7 +53,8 @@ PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("trainer/rloo_trainer.py", "RLOOTrainer._get_per_token_logps_and_entropies", CALLED),
     ("experimental/async_grpo/async_grpo_trainer.py", "AsyncGRPOTrainer.compute_loss", CALLED),
 )
-HOOKS = tuple(Hook("trl", TESTED, f"trl/{file}", name, **rest) for file, name, rest in PLACES)
+HOOKS = tuple(Hook("trl", TESTED, f"trl/{file}", name, **rest) for file, name, rest in SHARED + TRAINERS)
+SHARED_HOOKS = HOOKS[: len(SHARED)]
 
 
 @dataclass
@@ -76,11 +80,14 @@ class Fused:
         self.status = Status()
         self._utils = utils
         self._original = utils._ChunkedLogProbFunction
-        self._replaced = {name: getattr(utils, name) for name in ("_ChunkedLogProbFunction", "_use_triton")
-                          if hasattr(utils, name)}  # fmt: skip
-        utils._ChunkedLogProbFunction = self
-        if uses_triton := self._replaced.get("_use_triton"):  # from 1.16 on, which by itself scores all rows on a CPU
-            utils._use_triton = lambda device: device.type == "cpu" or uses_triton(device)
+        self._replaced: dict[str, tuple[Any, Any]] = {}
+        self._put("_ChunkedLogProbFunction", self)
+        if uses_triton := getattr(utils, "_use_triton", None):  # from 1.16 on, which alone scores all rows on a CPU
+            self._put("_use_triton", lambda device: device.type == "cpu" or uses_triton(device))
+
+    def _put(self, name: str, ours: Any) -> None:
+        self._replaced[name] = getattr(self._utils, name), ours
+        setattr(self._utils, name, ours)
 
     def __enter__(self) -> Fused:
         return self
@@ -89,9 +96,17 @@ class Fused:
         self.remove()
 
     def remove(self) -> None:
-        """Put back what TRL had. A second call does nothing."""
-        for name, value in self._replaced.items():
-            setattr(self._utils, name, value)
+        """Put back what TRL had, but for names that somebody else has replaced since; warn if no call came. A second
+        call does nothing."""
+        if self._replaced and not self.status.answered and not self.status.fallbacks:
+            log.warning(
+                "no trainer of TRL's scored tokens while trl was fused: of trl %s only trainers that call"
+                " add_fused_lm_head do",
+                library_version("trl"),
+            )
+        for name, (original, ours) in self._replaced.items():
+            if getattr(self._utils, name, None) is ours:
+                setattr(self._utils, name, original)
         self._replaced = {}
 
     def apply(
@@ -122,7 +137,7 @@ class Fused:
             logprobs,
             entropy if "entropy" in outputs else None,
             None,
-            _mean_logits(hidden, head) if "mean_logits" in outputs else None,
+            head.detach().mean_logit(hidden.detach()) if "mean_logits" in outputs else None,
             top1 if "is_top1" in outputs else None,
         )
 
@@ -131,7 +146,7 @@ class Fused:
         under RLHF_FAST_STRICT=1."""
         text = f"TRL's own function scores the tokens: {reason}"
         in_training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        if in_training and os.environ.get("RLHF_FAST_STRICT") == "1":
+        if in_training and is_strict():
             raise RuntimeError(f"RLHF_FAST_STRICT=1 and {text}")
         if reason not in self.status.fallbacks:
             log.warning("%s", text)
@@ -156,6 +171,7 @@ def fused() -> Fused:
             f"trl {found} has no function that all its trainers share: install trl=={TESTED}, or let the model make"
             " logits only where they are read, by rlhf_fast.integrations.lazy_head(model)"
         )
+    check(SHARED_HOOKS)
     from trl.trainer import utils
 
     original: Any = getattr(utils, "_ChunkedLogProbFunction", None)
@@ -195,17 +211,7 @@ def _unsupported(head: LinearHead, outputs: tuple[str, ...]) -> str:
 
 
 def _multiplied_in(hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
-    """Return them in the dtype in which TRL multiplies them."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if dtype.itemsize > 2:  # the op itself multiplies a 16-bit weight in float32, without a copy of it
-        return hidden.to(dtype), head
-    return hidden.to(dtype), head.to(dtype)
-
-
-@torch.no_grad()
-def _mean_logits(hidden: Tensor, head: LinearHead) -> Tensor:
-    """Return the mean over the vocabulary of logits without a soft cap: a product with the mean of the weight."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
-    return (mean if head.bias is None else mean + head.bias.mean(dtype=torch.float32)) * head.scale
+    """Return them in the dtype in which TRL multiplies them: that of the hidden states without autocast."""
+    hidden, head = multiplied_in(hidden, head)
+    # A 16-bit weight for wider hidden states the op itself multiplies in float32, without a copy of it.
+    return hidden, head if hidden.dtype.itemsize > 2 else head.to(hidden.dtype)

@@ -31,11 +31,12 @@ def fused_head(theirs: Any, calls: Calls) -> type:
                 calls.note_fallback("FusedLinearForPPO", reason, (hidden_states, vocab_weights))
                 return super().forward(hidden_states, vocab_weights, input_ids, temperature)
             from rlhf_fast import ops
+            from rlhf_fast.integrations.head import LinearHead, multiplied_in
 
             calls.answered["FusedLinearForPPO"] += 1
-            hidden, weight = _multiplied_in(hidden_states, vocab_weights)
+            hidden, head = multiplied_in(hidden_states, LinearHead(vocab_weights))
             targets = input_ids.to(torch.int64)
-            logprobs, entropy, _, _ = ops.linear_logprobs(hidden, weight, targets, temperature=float(temperature))
+            logprobs, entropy, _, _ = ops.linear_logprobs(hidden, head.weight, targets, temperature=float(temperature))
             return logprobs, entropy.to(hidden_states.dtype)
 
     return FusedLinearForPPO
@@ -90,12 +91,3 @@ def _unsupported(hidden: Tensor, weight: Tensor, temperature: Any) -> str:
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         return "the op takes one temperature for all tokens"
     return ""
-
-
-def _multiplied_in(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in the dtype in which verl multiplies them, autocast's within it."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)

@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import peft
@@ -65,6 +66,7 @@ def load_experience_maker():
 
 
 actor_module, loss_module = load()
+ROOT = Path(actor_module.__file__).parents[2]
 experience = load_experience_maker()
 NAMES = (
     (actor_module, "log_probs_from_logits"),
@@ -192,6 +194,42 @@ def test_an_error_inside_puts_all_back():
     assert not status(actor.model).lazy
 
 
+@pytest.mark.parametrize("name", ["gone", "ValueLoss"])
+def test_a_failed_start_puts_all_back(name, monkeypatch):
+    """Neither an import that fails nor a function that cannot be replaced leaves a changed actor."""
+    actor = make_actor()
+    if name == "gone":
+        monkeypatch.setattr(openrlhf, "LOSS", "openrlhf.models.gone")
+    else:
+        monkeypatch.delattr(loss_module, name)
+    with pytest.raises((ImportError, AttributeError), match=name):
+        openrlhf.fused(actor, losses=True)
+    assert not status(actor.model).lazy
+    assert [vars(owner)[name] for owner, name in NAMES] == THEIRS
+    monkeypatch.undo()
+    with openrlhf.fused(actor, losses=True) as handle:
+        run_policy_loss({}, {}, 0.4)
+    assert handle.status.losses.answered == {"PolicyLoss": 1}
+
+
+def test_what_somebody_else_replaced_stays(monkeypatch):
+    def other(logits):
+        return logits
+
+    with openrlhf.fused(make_actor()), monkeypatch.context() as patch:
+        patch.setattr(actor_module, "compute_entropy", other)
+        handle = openrlhf.fused(make_actor(), losses=True)
+        handle.remove()
+        assert actor_module.compute_entropy is other
+    with monkeypatch.context() as patch:
+        handle = openrlhf.fused(make_actor())
+        patch.setattr(actor_module, "compute_entropy", other)
+        handle.remove()
+        assert actor_module.compute_entropy is other
+        assert vars(actor_module)["log_probs_from_logits"] is THEIRS[0]
+    actor_module.compute_entropy = THEIRS[1]  # the context put our own back
+
+
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +343,44 @@ def test_value_loss(clip, token_level, totals):
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-7)
     assert found[1].any()
     assert bool(handle.status.losses.fallbacks) == (clip == 0)
+
+
+def test_the_newest_handle_counts():
+    first, second = openrlhf.fused(losses=True), openrlhf.fused(losses=True)
+    run_policy_loss({}, {}, 0.4)
+    counts = [handle.status.losses.answered["PolicyLoss"] for handle in (first, second)]
+    first.remove()
+    run_policy_loss({}, {}, 0.4)
+    counts += [handle.status.losses.answered["PolicyLoss"] for handle in (first, second)]
+    third = openrlhf.fused(losses=True)
+    third.remove()
+    run_policy_loss({}, {}, 0.4)
+    counts += [handle.status.losses.answered["PolicyLoss"] for handle in (first, second, third)]
+    second.remove()
+    assert counts == [0, 1, 0, 2, 0, 3, 0]
+
+
+def test_gae_of_a_module_that_is_imported_later(tmp_path, monkeypatch):
+    whole = ast.parse((ROOT / EXPERIENCE_FILE).read_text())
+    (found,) = [node for node in whole.body if getattr(node, "name", "") == "RemoteExperienceMaker"]
+    found.body = [node for node in found.body if getattr(node, "name", "") == "get_advantages_and_returns"]
+    found.bases, found.decorator_list = [], []
+    source = "import torch\nfrom typing import Tuple\n" + ast.unparse(found)
+    (tmp_path / "later_experience.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(openrlhf, "EXPERIENCE", "later_experience")
+    _, values, rewards, mask, _ = tokens()
+    with openrlhf.fused(losses=True) as first, openrlhf.fused(losses=True) as second:
+        import later_experience
+
+        maker = later_experience.RemoteExperienceMaker()
+        given = values, rewards, mask, 0.97, 0.9
+        maker.get_advantages_and_returns(*given)
+    assert not first.status.losses.answered
+    assert second.status.losses.answered == {"get_advantages_and_returns": 1}
+    maker.get_advantages_and_returns(*given)
+    assert second.status.losses.answered == {"get_advantages_and_returns": 1}  # OpenRLHF's own is back
+    del sys.modules["later_experience"]
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.97, 0.9), (0.9, 0.0)])
