@@ -176,7 +176,7 @@ const char* launch_loss(PpoArgs<DTYPE>& args, const PpoArrays& arrays, bool clip
   if (!grid) return "a grid has no such number of blocks";
   auto kernel = args.sampler_logprobs.p ? ppo_loss_kernel<true, DTYPE> : ppo_loss_kernel<false, DTYPE>;
   if constexpr (DTYPE == ANY_DTYPE) {
-    if (args.row_log_ratios || args.is_cispo)
+    if (args.row_log_ratios || args.is_cispo || args.min_importance > 0.f)
       kernel = args.sampler_logprobs.p ? ppo_loss_any_ratio_kernel<true> : ppo_loss_any_ratio_kernel<false>;
   }
   return launch(kernel, grid, block_threads, 0, stream, args);
@@ -220,7 +220,7 @@ const char* ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advan
     args.drop_capped = drop_capped;
     return launch_loss(args, arrays, value_clip > 0.f, stream);
   };
-  if (row_log_ratios || is_cispo) return launch_with(PpoArgs<ANY_DTYPE>{});
+  if (row_log_ratios || is_cispo || min_importance > 0.f) return launch_with(PpoArgs<ANY_DTYPE>{});
   CommonDtype common;
   for (int k = 0; k < 9; ++k) common.add(arrays.in[k].p, arrays.in[k].dtype);
   for (const auto& out : arrays.out) common.add(out.p, out.dtype);

@@ -82,7 +82,7 @@ __device__ __forceinline__ void store(const Args& args, const typename Args::Out
 }
 
 // A thread's sums of the policy's part. HAS_SAMPLER: sampler_logprobs are given. ANY_RATIO: the ratio may be a row's,
-// and the clip CISPO's.
+// the clip CISPO's, and there may be a min_importance.
 template <bool HAS_SAMPLER, bool ANY_RATIO, class Args>
 struct PolicySums {
   using In = typename Args::In;
@@ -116,9 +116,10 @@ struct PolicySums {
     bool is_capped = false;
     if (HAS_SAMPLER) {
       const float importance = expf(old_logprob - sampler_logprob);
-      const bool is_high = importance > args.max_importance, is_low = importance < args.min_importance;
+      const bool is_high = importance > args.max_importance;
+      const bool is_low = ANY_RATIO && importance < args.min_importance;  // two registers too many elsewhere
       is_capped = is_high || is_low;
-      const float bound = is_high ? args.max_importance : args.min_importance;
+      const float bound = is_low ? args.min_importance : args.max_importance;
       coefficient = w * (is_capped ? (args.drop_capped ? 0.f : bound) : importance);
     }
     const bool counts = coefficient != 0.f;
