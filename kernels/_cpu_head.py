@@ -40,7 +40,8 @@ KERNELS = (
     "bf16_product",
     "advise_huge_pages",
 )
-LOGITS_BYTES_3_GEMM = 36 << 20  # measured: with fewer than 128 rows a chunk, the products are 20 % slower
+LOGITS_BYTES_3_GEMM = 36 << 20
+FULL_CHUNK = 128  # rows of a chunk: the depth of dW's product, which f32_gemm.h sums in chains of 128
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
 KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
 VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so the bits do not depend on it
@@ -51,6 +52,18 @@ def split_evenly(total: int, max_size: int) -> list[tuple[int, int]]:
     """Split [0, total) into the fewest parts of at most max_size, of nearly one size."""
     parts = -(-total // max(max_size, 1))
     return [(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
+
+
+def row_stride(columns: int) -> int:
+    """Return the distance of rows in a block of logits: lines of a column would compete for a few places of the cache
+    if it were a power of two."""
+    return -(-columns // 16) * 16 + 16
+
+
+def rows_in(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """Return (rows, columns) of a flat buffer, `row_stride` apart."""
+    stride = row_stride(columns)
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
 def empty_in_huge_pages(kernels: ModuleType, like: Tensor, *shape: int) -> Tensor:
@@ -151,7 +164,7 @@ class CpuHead:
     def logit_blocks(self, reference: CpuHead | None = None) -> Iterator[LogitBlock]:
         """Yield all raw logits in the order of four products, beside those of a reference's head."""
         chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(self.vocab_block, self.V)))
-        size = max((end - begin for begin, end in chunks), default=0) * min(self.vocab_block, self.V)
+        size = max((end - begin for begin, end in chunks), default=0) * row_stride(min(self.vocab_block, self.V))
         buffer = empty_float32(self.hidden, size)
         ref_buffer = empty_float32(self.hidden, size) if reference else buffer
         for first, stop in self.vocab_blocks():
@@ -159,11 +172,10 @@ class CpuHead:
             ref_weight = reference.weight_block(first, stop) if reference else None
             for begin, end in chunks:
                 shape = (end - begin, stop - first)
-                count = shape[0] * shape[1]
-                logits = self.multiply(begin, end, weight, buffer[:count].view(shape))
+                logits = self.multiply(begin, end, weight, rows_in(buffer, *shape))
                 ref_logits = None
                 if reference is not None and ref_weight is not None:
-                    ref_logits = reference.multiply(begin, end, ref_weight, ref_buffer[:count].view(shape))
+                    ref_logits = reference.multiply(begin, end, ref_weight, rows_in(ref_buffer, *shape))
                 yield LogitBlock(begin, end, first, logits, weight, ref_logits)
 
     def run_kernel(
@@ -239,22 +251,26 @@ class CpuHead:
         if self.use_bf16 and self.scalars[1] == 0 and 2 * self.N * self.V <= KEPT_BYTES:
             return self._kept_products(coefficients_of, needs_grad)
         max_rows = max(LOGITS_BYTES_3_GEMM // (4 * self.V), 1)
+        max_rows -= max_rows % FULL_CHUNK if max_rows > FULL_CHUNK else 0
         if self.N > max_rows and (needs_all_rows or (needs_grad[1] and not self.can_sum_weight_grad())):
             results = self.statistics()
             return results, self.grads(coefficients_of(results, slice(None)), needs_grad)
         return self._three_products(split_evenly(self.N, max_rows), coefficients_of, needs_grad)
 
     def _three_products(self, chunks, coefficients_of, needs_grad):
-        buffer = empty_float32(self.hidden, max((end - begin for begin, end in chunks), default=0) * self.V)
+        rows = max((end - begin for begin, end in chunks), default=0)
+        strides = [row_stride(stop - first) for first, stop in self.vocab_blocks()]
         state = self.new_state()
+        buffer = empty_in_huge_pages(self.kernels, state, rows * sum(strides))
         coefficients = self.hidden.new_empty(self.N, 9, dtype=torch.float64)
         results = []
         out = GradAccumulator(self, needs_grad, whole_weight=True)
         for begin, end in chunks:
-            blocks = []
+            blocks, rest = [], buffer
             for first, stop in self.vocab_blocks():
                 weight = self.weight_block(first, stop)
-                logits = buffer[(end - begin) * first : (end - begin) * stop].view(end - begin, -1)
+                logits = rows_in(rest, end - begin, stop - first)
+                rest = rest[(end - begin) * row_stride(stop - first) :]
                 blocks.append(LogitBlock(begin, end, first, self.multiply(begin, end, weight, logits), None))
                 self.run_kernel("head_statistics", blocks[-1], state, None, (0, 0, 0, 0))
             results.append(self.results(state[begin:end]))

@@ -18,22 +18,34 @@ namespace {
 constexpr int64_t MIN_CHUNK_ROWS = 48, CHUNK_BYTES = 384 << 10;  // of the rows of A that stay in the second-level cache
 constexpr int64_t DECODE_COLUMNS = 64;
 
-// Divides rows into the fewest chunks of at most `limit`, of nearly one size, which tiles divide.
-int64_t even_chunk(int64_t rows, int64_t limit) {
-  const int64_t chunks = max<int64_t>(1, (rows + limit - 1) / limit);
+// Rows of a chunk, where rows are divided into chunks of nearly one size, which tiles divide.
+int64_t even_chunk(int64_t rows, int64_t chunks) {
   return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
 }
 
 // Rows of A that a thread takes at a time: few enough to stay in the cache and to be shared out evenly, but not fewer
 // than MIN_CHUNK_ROWS, as a panel is made anew for each chunk.
 int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int threads) {
-  const int64_t cached = max<int64_t>(96, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
+  const int64_t cached = max<int64_t>(128, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
   const int64_t shared = max(MIN_CHUNK_ROWS, (rows * parts + 4 * threads - 1) / (4 * threads));
-  return even_chunk(rows, min(cached, shared));
+  const int64_t limit = min(cached, shared), chunks = max<int64_t>(1, (rows + limit - 1) / limit);
+  const int64_t even = chunks / threads * threads;  // as many for each thread
+  return even_chunk(rows, even && rows <= even * cached ? even : chunks);
 }
 
 // Few products are done before other threads are awake.
 int useful_threads(int64_t products, int threads) { return products > 1 << 19 ? threads : 1; }
+
+// Calls body(chunk, panel) once for each, on the threads that are free. Threads that write neighbouring lines at one
+// time take them from each other's caches: they have different chunks, or panels far apart.
+template <class Body>
+void parallel_blocks(int threads, int64_t chunks, int64_t panels, Body body) {
+  const int64_t parts = chunks == 1 ? threads : 1, size = (panels + parts - 1) / parts;
+  parallel_items(threads, chunks * parts * size, [&](int64_t item, int thread) {
+    const int64_t step = item / chunks, panel = step % parts * size + step / parts;
+    if (panel < panels) body(item % chunks, panel, thread);
+  });
+}
 
 // out (rows, columns) = A B + bias, or with `adds` out += A B + bias. Element (i, k) of A is at i a_stride + k a_k,
 // element (k, c) of B at c b_stride + k b_k, of which one is 1; bias (columns,) or null.
@@ -41,12 +53,13 @@ void f32_product(uintptr_t a, int64_t a_stride, int64_t a_k, uintptr_t b, int64_
                  uintptr_t out, int64_t out_stride, int64_t rows, int64_t columns, int64_t K, bool adds, int threads) {
   const int64_t panels = (columns + GEMM_COLUMNS - 1) / GEMM_COLUMNS;
   const int64_t chunk = chunk_rows(rows, K, panels, threads), chunks = (rows + chunk - 1) / chunk;
-  parallel_items(useful_threads(rows * columns * K, threads), chunks * panels, [&](int64_t task, int) {
-    const int64_t row = task / panels * chunk, column = task % panels * GEMM_COLUMNS;
+  parallel_blocks(useful_threads(rows * columns * K, threads), chunks, panels, [&](int64_t c, int64_t panel, int) {
+    const int64_t row = c * chunk, column = panel * GEMM_COLUMNS;
     const int64_t n = min(chunk, rows - row), count = min<int64_t>(GEMM_COLUMNS, columns - column);
     float* const to = ptr<float>(out) + row * out_stride + column;
     gemm_columns({ptr<const float>(a) + row * a_stride, a_stride, a_k}, n,
-                 {ptr<const float>(b) + column * b_stride, b_stride, b_k}, count, K, adds, to, out_stride);
+                 {ptr<const float>(b) + column * b_stride, b_stride, b_k}, count, columns - column - count, K, adds, to,
+                 out_stride);
     if (!bias) return;
     const float* const shift = ptr<const float>(bias) + column;
     for (int64_t r = 0; r < n; ++r)
@@ -91,8 +104,8 @@ void decode_product(uintptr_t x, uintptr_t x_bf16, bool in_bf16, uintptr_t weigh
       const int64_t begin = c * chunk * K, end = min(rows, (c + 1) * chunk) * K;
       round_row(ptr<const float>(x) + begin, end - begin, ptr<uint16_t>(x_bf16) + begin);
     });
-  parallel_items(team, chunks * parts, [&](int64_t task, int thread) {
-    const int64_t row = task / parts * chunk, begin = task % parts * DECODE_COLUMNS;
+  parallel_blocks(team, chunks, parts, [&](int64_t c, int64_t part, int thread) {
+    const int64_t row = c * chunk, begin = part * DECODE_COLUMNS;
     const int64_t n = min(chunk, rows - row), end = min(columns, begin + DECODE_COLUMNS);
     const Activations input = {ptr<const float>(x) + row * K, in_bf16 ? ptr<const uint16_t>(x_bf16) + row * K : nullptr,
                                K, n};
@@ -118,10 +131,11 @@ void multiply_pairs(const PairRows& a, const uint16_t* b, int64_t b_stride, bool
   const int team = useful_threads(rows * columns * K, threads);
   const int64_t cached = CHUNK_BYTES / (4 * PANEL_PAIRS);  // rows of A, of a panel's elements
   const int64_t shared = max<int64_t>(2 * MIN_CHUNK_ROWS, (rows * parts + 2 * team - 1) / (2 * team));
-  const int64_t chunk = even_chunk(rows, team > 1 ? min(cached, shared) : cached);
+  const int64_t limit = team > 1 ? min(cached, shared) : cached;
+  const int64_t chunk = even_chunk(rows, max<int64_t>(1, (rows + limit - 1) / limit));
   const int64_t chunks = (rows + chunk - 1) / chunk;
-  parallel_items(team, chunks * parts, [&](int64_t task, int) {
-    const int64_t row = task / parts * chunk, column = task % parts * PANEL_COLUMNS;
+  parallel_blocks(team, chunks, parts, [&](int64_t c, int64_t part, int) {
+    const int64_t row = c * chunk, column = part * PANEL_COLUMNS;
     const int64_t n = min(chunk, rows - row), count = min<int64_t>(PANEL_COLUMNS, columns - column);
     float* const to = out + row * columns + column;
     bf16_gemm_columns<Dot>(a.from(row, 0), n, b + column * (by_rows ? b_stride : 1), b_stride, by_rows, count, K, to,

@@ -77,4 +77,9 @@ INLINE void by_tiles(int64_t rows, int64_t lines, Prefetch prefetch, F f) {
   }
 }
 
+template <int MAX, class F>
+INLINE void by_tiles(int64_t rows, F f) {
+  by_tiles<MAX>(rows, 0, [](int64_t) {}, f);
+}
+
 }  // namespace
