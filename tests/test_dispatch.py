@@ -205,6 +205,33 @@ def test_a_variant_has_the_ops_parameters_between_its_own(monkeypatch):
         gae_variant_of_this_test(x, x, x, x.bool())
 
 
+def test_an_op_declares_which_numbers_may_be_a_tensor_of_rows(monkeypatch):
+    """Without `rows`, `float | Tensor` is a tensor in the schema; the order of the two says nothing."""
+    monkeypatch.setattr(_op, "OPS", dict(_op.OPS))
+
+    @_op.op(rows=("scale",))
+    def op_with_rows_of_this_test(
+        x: torch.Tensor, scale: torch.Tensor | float, weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        return x * torch.as_tensor(scale).unsqueeze(-1) * weight
+
+    assert str(op_with_rows_of_this_test.torch_op._schema) == (
+        "rlhf_fast::op_with_rows_of_this_test(Tensor x, float scale, Tensor? weight, Tensor? scale_rows=None) -> Tensor"
+    )
+    x, weight = torch.ones(2, 3), torch.tensor(2.0)
+    for scale, expected in ((3.0, [6.0, 6.0]), (torch.tensor([3.0, 5.0]), [6.0, 10.0])):
+        for call in (op_with_rows_of_this_test, op_with_rows_of_this_test.dispatch):
+            assert call(x, scale, weight)[:, 0].tolist() == expected
+    for name in ("scales", "x", "count"):
+        with pytest.raises(
+            ValueError, match=f"refused: rows names '{name}', which is no parameter of `float | Tensor`"
+        ):
+
+            @_op.op(rows=(name,))
+            def refused(x: torch.Tensor, scale: torch.Tensor | float, count: float | None) -> torch.Tensor:
+                return x
+
+
 def test_a_signature_says_where_a_number_may_stand_for_a_tensor():
     """The schema has a tensor there: the normalizer makes one."""
     for op in (ops.sample_tokens, ops.linear_sample_tokens):
