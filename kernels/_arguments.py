@@ -38,6 +38,16 @@ def refused_dtypes(name: str) -> frozenset[torch.dtype]:
     return REFUSED_DTYPES | INTEGERS if name in MUST_BE_FLOATING else REFUSED_DTYPES
 
 
+def tensor_parameters(signature: inspect.Signature) -> tuple[tuple[int, frozenset[torch.dtype]], ...]:
+    """Return the index of each parameter that takes a tensor, alone or beside something else, and its refused
+    dtypes."""
+    return tuple(
+        (i, refused_dtypes(p.name))
+        for i, p in enumerate(signature.parameters.values())
+        if p.annotation is Tensor or Tensor in get_args(p.annotation)
+    )
+
+
 def may_be_number(annotation: object) -> bool:
     """Return whether a parameter takes a number in a tensor's place. The op's normalizer makes a tensor of it."""
     kinds = get_args(annotation)

@@ -57,10 +57,10 @@ from rlhf_fast.kernels._arguments import (
     is_tracing,
     is_transformed,
     join_rows,
-    refused_dtypes,
     row_indices,
     schema,
     split_rows,
+    tensor_parameters,
     unexpected_argument,
     variant_signature,
 )
@@ -83,8 +83,9 @@ class Op(Backends):
     names: tuple[str, ...]  # of the parameters
     defaults: dict[str, Any]
     default_args: tuple  # one per parameter; None for a parameter without a default
+    num_required: int  # parameters without a default, which stand before the others
     required_tensors: tuple[int, ...]  # indices of the arguments that may not be None
-    refused_dtypes: tuple[frozenset[torch.dtype], ...]  # one set per parameter
+    tensors: tuple[tuple[int, frozenset[torch.dtype]], ...]  # indices of those that may be one, with refused dtypes
     rows: tuple[int, ...]  # indices of the arguments that are numbers, or tensors of one number per row
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
     normalizer: Callable | None  # registered by `normalize`
@@ -101,13 +102,14 @@ class Op(Backends):
     def __init__(self, body: Callable, fake: Callable | None = None, mutates: Names = (), rows: Names = ()):
         functools.update_wrapper(self, body)
         self.signature = inspect.signature(body)
-        self.names = tuple(self.signature.parameters)
-        self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
+        parameters = self.signature.parameters
+        self.names = tuple(parameters)
+        self.defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         self.default_args = tuple(self.defaults.get(name) for name in self.names)
-        parameters = self.signature.parameters.values()
-        self.required_tensors = tuple(i for i, p in enumerate(parameters) if p.annotation is Tensor)
+        self.num_required = len(self.names) - len(self.defaults)
+        self.tensors = tensor_parameters(self.signature)
+        self.required_tensors = tuple(i for i, p in enumerate(parameters.values()) if p.annotation is Tensor)
         self.rows = row_indices(body.__name__, self.signature, rows)
-        self.refused_dtypes = tuple(refused_dtypes(name) for name in self.names)
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         super().__init__(body.__name__, body)
         self.normalizer = None
@@ -157,6 +159,8 @@ class Op(Backends):
 
     def bind(self, *args, **kwargs) -> tuple:
         """Return one argument per parameter, in order, with the defaults filled in."""
+        if not kwargs and self.num_required <= len(args) <= len(self.names):
+            return args + self.default_args[len(args) :]
         if len(args) > len(self.names):
             raise TypeError(f"{self.name} takes {len(self.names)} arguments, got {len(args)}")
         bound = list(args)
@@ -212,7 +216,8 @@ class Op(Backends):
         device = None
         has_cpu = False
         try:
-            for a, refused in zip(args, self.refused_dtypes):  # noqa: B905  (`strict` takes time)
+            for i, refused in self.tensors:
+                a = args[i]
                 kind = type(a)
                 if kind is Tensor or kind is Parameter:
                     if a.is_cpu:
@@ -224,7 +229,7 @@ class Op(Backends):
                     if a.dtype in refused or a.is_neg() or (not a.data_ptr() and a.numel() and a.device != META):
                         check_readable(self.name, self.names, args)
                         return self.dispatch(*args)
-                elif isinstance(a, Tensor):
+                elif a is not None and isinstance(a, Tensor):
                     return self.dispatch(*args)
         except RuntimeError:  # of data_ptr(): the gradients of `is_grads_batched` have none
             check_readable(self.name, self.names, args)
@@ -390,7 +395,6 @@ class Op(Backends):
 
 
 def op(body: Callable | None = None, *, fake: Callable | None = None, mutates: Names = (), rows: Names = ()):
-    """Make an op of a plain-torch function with a typed signature. `fake` returns empty outputs, for a body that is too
-    slow to trace. `mutates` names the arguments that the body writes in place, `rows` those that are a number or a
-    tensor of one number per row."""
+    """Make an op of a plain-torch function with a typed signature. `fake` returns empty outputs, for a body that is slow
+    to trace. `mutates` names arguments that are written in place, `rows` numbers that may be a tensor of one per row."""
     return Op(body, fake, mutates, rows) if body else functools.partial(Op, fake=fake, mutates=mutates, rows=rows)
