@@ -395,6 +395,6 @@ class Op(Backends):
 
 
 def op(body: Callable | None = None, *, fake: Callable | None = None, mutates: Names = (), rows: Names = ()):
-    """Make an op of a plain-torch function with a typed signature. `fake` returns empty outputs, for a body that is slow
-    to trace. `mutates` names arguments that are written in place, `rows` numbers that may be a tensor of one per row."""
+    """Make an op of a plain-torch function with a typed signature. `fake` returns empty outputs, for a body slow to
+    trace. `mutates` names arguments that are written in place, `rows` numbers that may be a tensor, one per row."""
     return Op(body, fake, mutates, rows) if body else functools.partial(Op, fake=fake, mutates=mutates, rows=rows)

@@ -221,7 +221,7 @@ ChunkSums run_chunk(const PpoArgs& call_args, int64_t begin, int64_t end) {
   return reduced(total);
 }
 
-// Of a row of tokens with one ratio, or of a part of it. grad: of the terms by the mean of the log-ratios.
+// The sums of a row of tokens with one ratio, or of a part of it. grad: of the terms by the mean of the log-ratios.
 struct RowSums {
   double log_ratios, tokens, grad;
 };
