@@ -38,31 +38,44 @@ def refused_dtypes(name: str) -> frozenset[torch.dtype]:
     return REFUSED_DTYPES | INTEGERS if name in MUST_BE_FLOATING else REFUSED_DTYPES
 
 
+def tensor_parameters(signature: inspect.Signature) -> tuple[tuple[int, frozenset[torch.dtype]], ...]:
+    """Return the index of each parameter that takes a tensor, alone or beside something else, and its refused
+    dtypes."""
+    return tuple(
+        (i, refused_dtypes(p.name))
+        for i, p in enumerate(signature.parameters.values())
+        if p.annotation is Tensor or Tensor in get_args(p.annotation)
+    )
+
+
 def may_be_number(annotation: object) -> bool:
     """Return whether a parameter takes a number in a tensor's place. The op's normalizer makes a tensor of it."""
     kinds = get_args(annotation)
     return Tensor in kinds and (float in kinds or int in kinds)
 
 
-def may_be_rows(annotation: object) -> bool:
-    """Return whether a number may also be a tensor of one number per row: `float | Tensor`, in this order. It stays a
-    number where it is one, so that no memory of a device is needed for it."""
-    kinds = get_args(annotation)
-    return may_be_number(annotation) and type(None) not in kinds and kinds[0] is not Tensor
+def row_indices(op: str, signature: inspect.Signature, rows: Sequence[str]) -> tuple[int, ...]:
+    """Return the indices of the parameters `rows`, of which a number may also be a tensor of one number per row. Raise
+    ValueError where one is no `float | Tensor`."""
+    parameters = signature.parameters
+    for name in rows:
+        if name not in parameters or set(get_args(parameters[name].annotation)) != {float, Tensor}:
+            raise ValueError(f"{op}: rows names {name!r}, which is no parameter of `float | Tensor`")
+    return tuple(i for i, name in enumerate(parameters) if name in rows)
 
 
-def schema(body: Callable, mutates: tuple[str, ...]) -> str:
-    """Return the schema of an op. `Tensor | float` and `float | Tensor | None` are a tensor or None in it. torch has no
-    type for `float | Tensor`: it is a number, and NAME_rows, a tensor or None, stands behind all other parameters."""
+def schema(body: Callable, mutates: tuple[str, ...], rows: tuple[str, ...]) -> str:
+    """Return the schema of an op. A parameter that takes a number or a tensor is a tensor or None in it. torch has no
+    type for one of `rows`: it is a number, and NAME_rows, a tensor or None, stands behind all other parameters."""
     signature = inspect.signature(body)
-    parameters, rows = [], []
+    parameters, tensors = [], []
     for p in signature.parameters.values():
-        if may_be_rows(p.annotation):
+        if p.name in rows:
             parameters.append(p.replace(annotation=float))
-            rows.append(p.replace(name=f"{p.name}_rows", annotation=Tensor | None, default=None))
+            tensors.append(p.replace(name=f"{p.name}_rows", annotation=Tensor | None, default=None))
         else:
             parameters.append(p.replace(annotation=Tensor | None) if may_be_number(p.annotation) else p)
-    parameters += rows
+    parameters += tensors
 
     def prototype() -> None:
         """Stand for the body."""
@@ -83,19 +96,19 @@ def variant_signature(
     return inspect.Signature(parameters, return_annotation=result)
 
 
-def split_rows(args: tuple, may_be_rows: Sequence[int]) -> tuple:
-    """Return an op's arguments as its schema takes them: with those at `may_be_rows`, where they are tensors, behind
-    the others."""
-    if not any(isinstance(args[i], Tensor) for i in may_be_rows):
+def split_rows(args: tuple, indices: Sequence[int]) -> tuple:
+    """Return an op's arguments as its schema takes them: with those at `indices`, where they are tensors, behind the
+    others."""
+    if not any(isinstance(args[i], Tensor) for i in indices):
         return args
-    numbers = [0.0 if i in may_be_rows and isinstance(x, Tensor) else x for i, x in enumerate(args)]
-    return *numbers, *(args[i] if isinstance(args[i], Tensor) else None for i in may_be_rows)
+    numbers = [0.0 if i in indices and isinstance(x, Tensor) else x for i, x in enumerate(args)]
+    return *numbers, *(args[i] if isinstance(args[i], Tensor) else None for i in indices)
 
 
-def join_rows(args: tuple, may_be_rows: Sequence[int], count: int) -> tuple:
+def join_rows(args: tuple, indices: Sequence[int], count: int) -> tuple:
     """Return the `count` arguments at most that an op has, of what `split_rows` returned."""
     joined = list(args[:count])
-    for i, rows in zip(may_be_rows, args[count:], strict=False):
+    for i, rows in zip(indices, args[count:], strict=False):
         joined[i] = joined[i] if rows is None else rows
     return tuple(joined)
 

@@ -57,10 +57,10 @@ from rlhf_fast.kernels._arguments import (
     is_tracing,
     is_transformed,
     join_rows,
-    may_be_rows,
-    refused_dtypes,
+    row_indices,
     schema,
     split_rows,
+    tensor_parameters,
     unexpected_argument,
     variant_signature,
 )
@@ -69,6 +69,7 @@ from rlhf_fast.kernels._backends import DEVICES, forced_backend, forcing, is_bac
 from rlhf_fast.kernels._launch import NOT_COMPILED_FOR_GPU, Unsupported
 from rlhf_fast.kernels._op_backends import Backends
 
+Names = tuple[str, ...]
 OPS: dict[str, Op] = {}
 META = torch.device("meta")
 TRANSFORMS = "forward-mode derivatives, and gradients in torch.func's transforms, are plain torch's"
@@ -82,9 +83,10 @@ class Op(Backends):
     names: tuple[str, ...]  # of the parameters
     defaults: dict[str, Any]
     default_args: tuple  # one per parameter; None for a parameter without a default
+    num_required: int  # parameters without a default, which stand before the others
     required_tensors: tuple[int, ...]  # indices of the arguments that may not be None
-    refused_dtypes: tuple[frozenset[torch.dtype], ...]  # one set per parameter
-    may_be_rows: tuple[int, ...]  # indices of the arguments that are numbers, or tensors of one number per row
+    tensors: tuple[tuple[int, frozenset[torch.dtype]], ...]  # indices of those that may be one, with refused dtypes
+    rows: tuple[int, ...]  # indices of the arguments that are numbers, or tensors of one number per row
     mutates: tuple[int, ...]  # indices of the arguments that the op writes in place
     normalizer: Callable | None  # registered by `normalize`
     cost_function: Callable | None  # registered by `cost`
@@ -97,22 +99,23 @@ class Op(Backends):
     autograd: type[torch.autograd.Function]  # torch_op with the gradient that `gradient` registered
     differentiable: Callable  # its apply, or torch_op without a gradient
 
-    def __init__(self, body: Callable, fake: Callable | None = None, mutates: tuple[str, ...] = ()):
+    def __init__(self, body: Callable, fake: Callable | None = None, mutates: Names = (), rows: Names = ()):
         functools.update_wrapper(self, body)
         self.signature = inspect.signature(body)
-        self.names = tuple(self.signature.parameters)
-        self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
+        parameters = self.signature.parameters
+        self.names = tuple(parameters)
+        self.defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         self.default_args = tuple(self.defaults.get(name) for name in self.names)
-        parameters = self.signature.parameters.values()
-        self.required_tensors = tuple(i for i, p in enumerate(parameters) if p.annotation is Tensor)
-        self.may_be_rows = tuple(i for i, p in enumerate(parameters) if may_be_rows(p.annotation))
-        self.refused_dtypes = tuple(refused_dtypes(name) for name in self.names)
+        self.num_required = len(self.names) - len(self.defaults)
+        self.tensors = tensor_parameters(self.signature)
+        self.required_tensors = tuple(i for i, p in enumerate(parameters.values()) if p.annotation is Tensor)
+        self.rows = row_indices(body.__name__, self.signature, rows)
         self.mutates = tuple(i for i, name in enumerate(self.names) if name in mutates)
         super().__init__(body.__name__, body)
         self.normalizer = None
         self.cost_function = None
         self.stats = self.gradient_inputs = ()
-        _library.define(self.name + schema(body, mutates))
+        _library.define(self.name + schema(body, mutates, rows))
         for device in DEVICES:
             _library.impl(self.name, functools.partial(self._run_dispatched, device), device.upper())
         torch.library.register_fake(f"rlhf_fast::{self.name}", self._on_one_device(fake or body), lib=_library)
@@ -156,6 +159,8 @@ class Op(Backends):
 
     def bind(self, *args, **kwargs) -> tuple:
         """Return one argument per parameter, in order, with the defaults filled in."""
+        if not kwargs and self.num_required <= len(args) <= len(self.names):
+            return args + self.default_args[len(args) :]
         if len(args) > len(self.names):
             raise TypeError(f"{self.name} takes {len(self.names)} arguments, got {len(args)}")
         bound = list(args)
@@ -211,7 +216,8 @@ class Op(Backends):
         device = None
         has_cpu = False
         try:
-            for a, refused in zip(args, self.refused_dtypes):  # noqa: B905  (`strict` takes time)
+            for i, refused in self.tensors:
+                a = args[i]
                 kind = type(a)
                 if kind is Tensor or kind is Parameter:
                     if a.is_cpu:
@@ -223,7 +229,7 @@ class Op(Backends):
                     if a.dtype in refused or a.is_neg() or (not a.data_ptr() and a.numel() and a.device != META):
                         check_readable(self.name, self.names, args)
                         return self.dispatch(*args)
-                elif isinstance(a, Tensor):
+                elif a is not None and isinstance(a, Tensor):
                     return self.dispatch(*args)
         except RuntimeError:  # of data_ptr(): the gradients of `is_grads_batched` have none
             check_readable(self.name, self.names, args)
@@ -236,11 +242,11 @@ class Op(Backends):
 
     def dispatch(self, *args):
         """Call torch_op, by its schema, on normalized arguments."""
-        return self.torch_op(*split_rows(args, self.may_be_rows))
+        return self.torch_op(*split_rows(args, self.rows))
 
     def _run_dispatched(self, device: str, *args):
         """Run the chosen kernel for torch's dispatcher, which looks at the device of only one tensor."""
-        args = join_rows(args, self.may_be_rows, len(self.names))
+        args = join_rows(args, self.rows, len(self.names))
         if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
             raise self._mixed_devices_error(args)
         check_readable(self.name, self.names, args)
@@ -251,7 +257,7 @@ class Op(Backends):
 
         @functools.wraps(fake)
         def run(*args):
-            args = join_rows(args, self.may_be_rows, len(self.names))
+            args = join_rows(args, self.rows, len(self.names))
             if len({a.device for a in args if isinstance(a, Tensor)}) > 1:
                 raise self._mixed_devices_error(args)
             check_floating(self.name, self.names, args)
@@ -357,12 +363,7 @@ class Op(Backends):
         return self.has_gradient and not any(size.get(self.names[i]) for i in self.mutates)
 
     def variant(
-        self,
-        *,
-        outputs: int,
-        tensors: tuple[str, ...] = (),
-        flags: tuple[str, ...] = (),
-        fake: Callable | None = None,
+        self, *, outputs: int, tensors: Names = (), flags: Names = (), fake: Callable | None = None
     ) -> Callable[[Callable], Op]:
         """Return a decorator that makes another op, which this op's forward or backward pass runs.
 
@@ -371,7 +372,7 @@ class Op(Backends):
 
         def register(body: Callable) -> Op:
             vars(body)["__signature__"] = variant_signature(self.signature, outputs, tensors, flags)
-            return Op(body, fake)
+            return Op(body, fake, rows=tuple(self.names[i] for i in self.rows))
 
         return register
 
@@ -393,7 +394,7 @@ class Op(Backends):
         return register
 
 
-def op(body: Callable | None = None, *, fake: Callable | None = None, mutates: tuple[str, ...] = ()):
-    """Make an op of a plain-torch function with a typed signature. `fake` returns empty outputs, for a body that is too
-    slow to trace. `mutates` names the arguments that the body writes in place."""
-    return Op(body, fake, mutates) if body else functools.partial(Op, fake=fake, mutates=mutates)
+def op(body: Callable | None = None, *, fake: Callable | None = None, mutates: Names = (), rows: Names = ()):
+    """Make an op of a plain-torch function with a typed signature. `fake` returns empty outputs, for a body slow to
+    trace. `mutates` names arguments that are written in place, `rows` numbers that may be a tensor, one per row."""
+    return Op(body, fake, mutates, rows) if body else functools.partial(Op, fake=fake, mutates=mutates, rows=rows)

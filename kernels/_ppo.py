@@ -189,16 +189,15 @@ class Surrogate(NamedTuple):
     clipped_dual: Tensor
 
 
-def mean_over_rows(log_ratio: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of log-ratios (B, T) over each row's valid tokens, (B, 1), 0 without one. The log-ratios of
-    tokens that are not valid are 0."""
-    return log_ratio.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+def count_over_rows(valid: Tensor) -> Tensor:
+    """Return the number of each row's valid tokens, (B, 1), 1 where there is none."""
+    return valid.sum(-1, keepdim=True).clamp(min=1)
 
 
-def share_over_rows(grad: Tensor, valid: Tensor) -> Tensor:
-    """Return the gradient by each token's log-ratio of a function of `mean_over_rows`. grad (B, T): of each token's
-    term by the mean."""
-    return torch.where(valid, mean_over_rows(grad, valid), 0)
+def mean_over_rows(x: Tensor, count: Tensor) -> Tensor:
+    """Return the mean of x (B, T) over each row's valid tokens, (B, 1), 0 without one. x is 0 at the other tokens;
+    count is `count_over_rows`."""
+    return x.sum(-1, keepdim=True) / count
 
 
 def cispo_surrogate(unclipped_log_ratio: Tensor, logprobs: Tensor, advantage: Tensor, clip: Clip) -> Surrogate:
@@ -275,7 +274,8 @@ def policy_loss(
     row_tokens = valid if row_tokens is None else row_tokens
     if clip.is_by_row:
         differences = where_valid(row_tokens, all_logprobs) - where_valid(row_tokens, inputs.old_logprobs)
-        log_ratio = torch.where(valid, mean_over_rows(differences.to(dtype), row_tokens), 0)
+        row_count = count_over_rows(row_tokens)
+        log_ratio = torch.where(valid, mean_over_rows(differences.to(dtype), row_count), 0)
     terms = surrogate(log_ratio, logprobs, advantage, clip)
     loss = (weights * terms.loss).sum()
     surrogate_loss = loss.detach()
@@ -312,7 +312,8 @@ def policy_loss(
         )
         logprob_grad = weights * grad
         if clip.shares_grad:
-            logprob_grad = logprob_grad + share_over_rows(weights * terms.grad, row_tokens)
+            row_grad = mean_over_rows(weights * terms.grad, row_count)
+            logprob_grad = logprob_grad + torch.where(row_tokens, row_grad, 0)
         return PolicyLoss(loss, stats, logprob_grad.detach(), -entropy_coef * weights)
 
 

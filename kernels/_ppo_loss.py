@@ -15,9 +15,9 @@ from rlhf_fast.kernels._ppo import (
     TokenInputs,
     Whitening,
     clamp,
+    count_over_rows,
     mean_over_rows,
     policy_loss,
-    share_over_rows,
     value_loss,
     where_valid,
 )
@@ -163,14 +163,15 @@ def run_with_row_ratios(launch: Callable[..., tuple], x: Inputs, needs_grad: tup
     if x.logprobs is None or x.old_logprobs is None or not x.clip.is_by_row:
         return list(launch(x, needs_grad, rounds, RowRatios()))
     valid = x.weights != 0
-    means = mean_over_rows(where_valid(valid, x.logprobs) - where_valid(valid, x.old_logprobs), valid)
-    means = means.contiguous()
-    row_ratios = RowRatios(means, x.weights.shape[1])
+    count = count_over_rows(valid)
+    means = mean_over_rows(where_valid(valid, x.logprobs) - where_valid(valid, x.old_logprobs), count)
+    row_ratios = RowRatios(means.contiguous(), x.weights.shape[1])
     if not (x.clip.shares_grad and needs_grad[0]):
         return list(launch(x, needs_grad, rounds, row_ratios))
     # The tokens' gradients by the mean are not rounded: their dtype is that of logprobs.
     out = list(launch(x._replace(logprobs=x.logprobs.float()), needs_grad, rounds, row_ratios))
-    out[3] = share_over_rows(out[3], valid).to(x.logprobs.dtype if rounds else torch.float32).contiguous()
+    row_grads = torch.where(valid, mean_over_rows(out[3], count), 0)
+    out[3] = row_grads.to(x.logprobs.dtype if rounds else torch.float32).contiguous()
     return out
 
 

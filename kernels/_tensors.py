@@ -47,6 +47,8 @@ def as_bool(op: str, mask: Tensor) -> Tensor:
 
 def as_float(x: object) -> float:
     """Return x as a float. TypeError for text, which float() would read; `Op` makes a sentence of it."""
+    if type(x) is float:
+        return x
     if isinstance(x, (str, bytes)):
         raise TypeError(x)
     return float(x)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def _fake(rewards, *rest):
     return out, torch.empty_like(out)
 
 
-@op(fake=_fake)
+@op(fake=_fake, rows=("gamma", "lam"))
 def gae_packed(
     rewards: Tensor,
     values: Tensor,

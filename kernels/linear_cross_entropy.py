@@ -44,9 +44,7 @@ def linear_cross_entropy(
     check_targets("linear_cross_entropy", targets, weight.shape[0])
     x = head.raw_logits(hidden, weight, bias, targets)
     logprobs = head.gather_targets(head.log_softmax(x, targets, temperature, softcap), targets).to(x.dtype)
-    if weights is not None:
-        weights = token_weights(weights, hidden, targets.shape)
-    weights = head.default_weights(weights, targets)
+    weights = head.default_weights(weights, targets)  # type: ignore[arg-type]  # no number: `normalize` made a tensor
     return -torch.where(weights != 0, weights * logprobs, 0).sum(), logprobs.detach()
 
 

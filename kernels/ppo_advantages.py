@@ -34,7 +34,7 @@ def _fake(logprobs, *rest):
     return out, torch.empty_like(out), out.new_empty(len(STATS)), out.new_empty(out.shape[0])
 
 
-@op(fake=_fake)
+@op(fake=_fake, rows=("gamma", "lam"))
 def ppo_advantages(
     logprobs: Tensor,
     ref_logprobs: Tensor,

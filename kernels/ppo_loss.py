@@ -195,10 +195,11 @@ def _launch_cpu(kernels, args, needs_grad, rounds):
     refuse_float64(x.weights)
     tensors = contiguous_float32(*x.tensors)
     _, _, _, weights, *_ = tensors
+    clip = x.clip
     out = [*_empty_sums(weights), *empty_grads(x, needs_grad, False)]
     kernels.ppo_loss(
-        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if x.clip.is_by_row else 0, *x.scalars,
-        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), x.clip.is_cispo, stream_or_threads(weights),
+        *data_ptrs(*tensors, *out), weights.numel(), weights.shape[1] if clip.is_by_row else 0, *x.scalars,
+        x.importance_floor, IMPORTANCE_MODES.index(x.importance_mode), clip.is_cispo, stream_or_threads(weights),
     )  # fmt: skip
     if rounds:
         out[3:] = (g if g is None else g.to(t.dtype) for g, t in zip(out[3:], (x.logprobs, x.values), strict=True))

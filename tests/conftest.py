@@ -7,6 +7,7 @@ RLHF_FAST_TEST_SEED draws them if it is set (CI sets it from the commit, so that
 """
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -79,6 +80,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
         for item in order[keep + slow :]:
             item.add_marker("full")
+
+
+def pytest_collection_finish():
+    """Leave the million objects of the imports and of the tests out of garbage collections: recipes ask for one at each
+    run of a stage, which then took half a second or more, longer than most of those runs."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -23,11 +23,10 @@ torch.cuda.is_available = lambda: True
 from rlhf_fast.cli import env
 from rlhf_fast import ops
 from rlhf_fast.kernels import _op
-from rlhf_fast.kernels import _op
 print(*(op.name for op in _op.OPS.values() if op.chosen("cuda") not in ("cuda", "triton")), "end")
 print(*(op.name for op in _op.OPS.values() if op.preference["cuda"][-1] != "reference"), "end")
 torch.cuda.device_count = lambda: 0
-print(*env.report(), sep="\\n")
+print(*env.of_ops(), sep="\\n")
 """
 
 
@@ -64,7 +63,7 @@ def test_without_a_gpu_the_reason_for_no_triton_is_given():
 
 
 def test_env_reports_ops_without_the_forced_backend():
-    report = "from rlhf_fast.cli import env; print(*env.report(), sep='\\n')"
+    report = "from rlhf_fast.cli import env; print(*env.of_ops(), sep='\\n')"  # the rest imports other trainers
     output = run(report, RLHF_FAST_BACKEND="cuda", CUDA_VISIBLE_DEVICES="")
     assert "cuda is forced for every op; without it, and an error: decode_attention, gae, " in output
     assert "reference is forced for every op\n" in run(report, RLHF_FAST_BACKEND="reference")
@@ -203,6 +202,33 @@ def test_a_variant_has_the_ops_parameters_between_its_own(monkeypatch):
         assert torch.equal(gae_variant_of_this_test.dispatch(*args)[0], x)
     with pytest.raises(TypeError, match="gae_variant_of_this_test misses the argument 'gamma'"):
         gae_variant_of_this_test(x, x, x, x.bool())
+
+
+def test_an_op_declares_which_numbers_may_be_a_tensor_of_rows(monkeypatch):
+    """Without `rows`, `float | Tensor` is a tensor in the schema; the order of the two says nothing."""
+    monkeypatch.setattr(_op, "OPS", dict(_op.OPS))
+
+    @_op.op(rows=("scale",))
+    def op_with_rows_of_this_test(
+        x: torch.Tensor, scale: torch.Tensor | float, weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        return x * torch.as_tensor(scale).unsqueeze(-1) * weight
+
+    assert str(op_with_rows_of_this_test.torch_op._schema) == (
+        "rlhf_fast::op_with_rows_of_this_test(Tensor x, float scale, Tensor? weight, Tensor? scale_rows=None) -> Tensor"
+    )
+    x, weight = torch.ones(2, 3), torch.tensor(2.0)
+    for scale, expected in ((3.0, [6.0, 6.0]), (torch.tensor([3.0, 5.0]), [6.0, 10.0])):
+        for call in (op_with_rows_of_this_test, op_with_rows_of_this_test.dispatch):
+            assert call(x, scale, weight)[:, 0].tolist() == expected
+    for name in ("scales", "x", "count"):
+        with pytest.raises(
+            ValueError, match=f"refused: rows names '{name}', which is no parameter of `float | Tensor`"
+        ):
+
+            @_op.op(rows=(name,))
+            def refused(x: torch.Tensor, scale: torch.Tensor | float, count: float | None) -> torch.Tensor:
+                return x
 
 
 def test_a_signature_says_where_a_number_may_stand_for_a_tensor():

@@ -249,7 +249,7 @@ def test_numbers_stay_numbers():
     for given in ((0.99, 0.95), (torch.tensor(0.5), 1)):
         normalized = ops.gae.normalized(*args[:3], *given, None)
         assert [type(x) for x in normalized[3:5]] == [float, float]
-        assert split_rows(normalized, ops.gae.may_be_rows) is normalized
+        assert split_rows(normalized, ops.gae.rows) is normalized
     assert _gae.row_discounts("gae", 0.99, 0.95) == (0.99, 0.95, None, None)
     on_meta = ops.gae.normalized(*(x.to("meta") for x in args[:3]), torch.tensor(0.5), 0.95, None)
     assert on_meta[3] == 0.5
@@ -293,7 +293,7 @@ def test_the_op_of_torch_keeps_its_contract(name):
     sizes = [size for size in op.small_sizes if "per_row" in size]
     assert {size["per_row"] for size in sizes} == set(PER_ROW)
     args = op.normalized(*op.make_inputs(device="cpu", dtype=torch.float32, **sizes[0]))
-    torch.library.opcheck(op.torch_op, split_rows(args, op.may_be_rows))
+    torch.library.opcheck(op.torch_op, split_rows(args, op.rows))
 
 
 def test_lambda_of_a_responses_length():

@@ -234,7 +234,7 @@ def test_accuracy_is_no_matter_of_one_draw_and_a_less_accurate_kernel_is_found()
 @OF_EACH_KERNEL
 def test_contract(op, size, device, dtype, backend):
     args = op.normalized(*detached(op.make_inputs(device=device, dtype=dtype, **size)))
-    torch.library.opcheck(op.torch_op, split_rows(args, op.may_be_rows))
+    torch.library.opcheck(op.torch_op, split_rows(args, op.rows))
 
 
 @pytest.mark.parametrize("op, size, device, dtype, backend", list(cases(dtypes=[torch.float32], every_backend=False)))

@@ -243,10 +243,12 @@ def test_a_nan_stays_in_its_row(backend, mode, level):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])
 @pytest.mark.parametrize("mode", ["ppo", "cispo"])
 def test_threads_change_no_bit_of_rows(backend, mode):
-    """Rows in many chunks: longer and shorter than a chunk, and more than there are chunks."""
+    """Rows in many chunks: longer and shorter than a chunk, more than there are chunks, and few whose tokens the
+    threads share, the last part of which has no weight."""
     before = torch.get_num_threads()
-    for shape in ((11, 9000), (300, 1031), (40000, 3)):
+    for shape in ((11, 9000), (300, 1031), (40000, 3), (17, 9000), (3, 70001), (1, 131069)):
         tokens, found = random_tokens(shape), []
+        tokens[3][-1, -9000:] = 0
         truth = truth_of(tokens, mode, "sequence", 0.0, None)
         try:
             for threads in (1, 2, 3):
@@ -257,6 +259,19 @@ def test_threads_change_no_bit_of_rows(backend, mode):
         assert all(torch.equal(x[1], found[0][1]) and x[0] == found[0][0] and x[2] == found[0][2] for x in found)
         assert found[0][0].item() == pytest.approx(truth[0].item(), rel=1e-4, abs=1e-5 * truth[2]["weight"])
         torch.testing.assert_close(found[0][1].double(), truth[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_shorter_than_what_a_thread_reads(backend):
+    """Several sequences are in one load of a GPU's thread, and the last one ends within it."""
+    for shape in ((7, 1), (5, 2), (3, 3), (3, 5), (2, 4)):
+        tokens = random_tokens(shape)
+        for mode in ("ppo", "cispo"):
+            loss, grad, stats = truth_of(tokens, mode, "sequence", 0.0, None)
+            found, found_grad, found_stats = run(backend, tokens, mode, "sequence", 0.0, None)
+            assert found.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5)
+            torch.testing.assert_close(found_grad.double(), grad, rtol=2e-5, atol=1e-5)
+            assert found_stats["ratio"] == pytest.approx(stats["ratio"], rel=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,19 +7,19 @@
 //
 // Sequences with one ratio each are taken row by row, some rows a chunk. A row has three passes, while the caches have
 // it: the mean of its log-ratios, the tokens' terms, and their gradient by the mean, shared by all tokens (none for
-// CISPO).
+// CISPO). Up to 16 long rows, too few for the threads, are several chunks each; all have a pass before the next one.
 //
 // Floor: at most 32 bytes a token in (two log-probabilities, advantage, weight, two values, return, second weight) and
 // 8 out, against about 90 instructions for W tokens, a third of them sums for the statistics.
 //
-// Tokens of weight 0 are read as zeros. Chunks depend on N alone and are joined in double: the bits do not depend on
-// the number of threads.
+// Tokens of weight 0 are read as zeros. Chunks depend on the shape alone and are joined in double: the bits do not
+// depend on the number of threads.
 #include "kernel.h"
 #include "ppo_terms.h"
 
 namespace {
 
-constexpr int64_t MAX_CHUNKS = 256, MIN_CHUNK = 4096;
+constexpr int64_t MAX_CHUNKS = 256, MIN_CHUNK = 4096, MAX_SHARED_ROWS = 16;
 constexpr int BLOCK_VECTORS = 32;  // a lane that summed a thousand terms would lose three bits to rounding
 
 struct PpoArgs {
@@ -151,26 +151,47 @@ INLINE void value_step(const PpoArgs& args, int64_t t, Vector vector, VectorSums
   s.sum[PpoSum::RETURN] += w * target;
 }
 
+// Calls step(t, vector) for the vectors of [begin, end).
+template <class Step>
+INLINE void for_vectors(int64_t begin, int64_t end, Step step) {
+  const int64_t full_end = begin + (end - begin) / W * W;
+  for (int64_t t = begin; t < full_end; t += W) step(t, FullVector{});
+  if (full_end < end) step(full_end, PartialVector{int(end - full_end)});
+}
+
+// Calls block(begin, end, s) for the blocks of [begin, end) and adds its sums to `total`.
+template <class Block>
+INLINE void for_blocks(int64_t begin, int64_t end, VectorSums& total, Block block) {
+  for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
+    VectorSums s = {};
+    s.ratio_max = total.ratio_max;
+    s.ratio_min = total.ratio_min;
+    block(t, min(end, t + BLOCK_VECTORS * W), s);
+    for (int i = 0; i < PpoSum::COUNT; ++i) total.sum[i] += s.sum[i];
+    total.row_grad += s.row_grad;
+    total.ratio_max = s.ratio_max;
+    total.ratio_min = s.ratio_min;
+  }
+}
+
 template <bool CISPO>
 INLINE void policy_block(const PpoArgs& args, int64_t begin, int64_t end, VectorSums& s) {
   f32 unclipped_log_ratio[BLOCK_VECTORS], ratio[BLOCK_VECTORS];
-  const int64_t full_end = begin + (end - begin) / W * W;
-  const PartialVector rest{int(end - full_end)};
   int k = 0;
-  for (int64_t t = begin; t < full_end; t += W, ++k)
-    ratio_step(args, t, FullVector{}, unclipped_log_ratio[k], ratio[k]);
-  if (rest.n) ratio_step(args, full_end, rest, unclipped_log_ratio[k], ratio[k]);
+  for_vectors(begin, end, [&](int64_t t, auto vector) __attribute__((always_inline)) {
+    ratio_step(args, t, vector, unclipped_log_ratio[k], ratio[k]);
+    ++k;
+  });
   k = 0;
-  for (int64_t t = begin; t < full_end; t += W, ++k)
-    policy_step<CISPO, false>(args, t, FullVector{}, unclipped_log_ratio[k], ratio[k], s);
-  if (rest.n) policy_step<CISPO, false>(args, full_end, rest, unclipped_log_ratio[k], ratio[k], s);
+  for_vectors(begin, end, [&](int64_t t, auto vector) __attribute__((always_inline)) {
+    policy_step<CISPO, false>(args, t, vector, unclipped_log_ratio[k], ratio[k], s);
+    ++k;
+  });
 }
 
 INLINE void value_block(const PpoArgs& args, int64_t begin, int64_t end, VectorSums& s) {
-  const int64_t full_end = begin + (end - begin) / W * W;
-  const PartialVector rest{int(end - full_end)};
-  for (int64_t t = begin; t < full_end; t += W) value_step(args, t, FullVector{}, s);
-  if (rest.n) value_step(args, full_end, rest, s);
+  for_vectors(begin, end,
+              [&](int64_t t, auto vector) __attribute__((always_inline)) { value_step(args, t, vector, s); });
 }
 
 INLINE VectorSums no_sums() {
@@ -188,49 +209,27 @@ INLINE ChunkSums reduced(const VectorSums& total) {
   return chunk;
 }
 
+// The tokens [begin, end), each with its own ratio.
 template <bool CISPO>
 ChunkSums run_chunk(const PpoArgs& call_args, int64_t begin, int64_t end) {
   const PpoArgs args = call_args;  // a copy of its own: the compiler then knows that no store of a gradient changes it
   VectorSums total = no_sums();
-  for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
-    const int64_t block_end = min(end, t + BLOCK_VECTORS * W);
-    VectorSums s = {};
-    s.ratio_max = total.ratio_max;
-    s.ratio_min = total.ratio_min;
+  for_blocks(begin, end, total, [&](int64_t t, int64_t block_end, VectorSums& s) __attribute__((always_inline)) {
     if (args.logprobs) policy_block<CISPO>(args, t, block_end, s);
     if (args.values) value_block(args, t, block_end, s);
-    for (int i = 0; i < PpoSum::COUNT; ++i) total.sum[i] += s.sum[i];
-    total.ratio_max = s.ratio_max;
-    total.ratio_min = s.ratio_min;
-  }
+  });
   return reduced(total);
 }
 
-// Calls step(t, vector) for the vectors of [begin, end).
-template <class Step>
-INLINE void for_vectors(int64_t begin, int64_t end, Step step) {
-  const int64_t full_end = begin + (end - begin) / W * W;
-  for (int64_t t = begin; t < full_end; t += W) step(t, FullVector{});
-  if (full_end < end) step(full_end, PartialVector{int(end - full_end)});
-}
+// The sums of a row of tokens with one ratio, or of a part of it. grad: of the terms by the mean of the log-ratios.
+struct RowSums {
+  double log_ratios, tokens, grad;
+};
 
-// Calls block(begin, end, s) for the blocks of [begin, end) and adds its sums to `total`.
-template <class Block>
-INLINE void for_blocks(int64_t begin, int64_t end, VectorSums& total, Block block) {
-  for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
-    VectorSums s = no_sums();
-    block(t, min(end, t + BLOCK_VECTORS * W), s);
-    for (int i = 0; i < PpoSum::COUNT; ++i) total.sum[i] += s.sum[i];
-    total.row_grad += s.row_grad;
-    total.ratio_max = max(s.ratio_max, total.ratio_max);
-    total.ratio_min = min(s.ratio_min, total.ratio_min);
-  }
-}
+INLINE f32 mean_of(double sum, double tokens) { return splat(tokens > 0 ? float(sum / tokens) : 0.f); }
 
-// The policy's part of a row of tokens with one ratio.
-template <bool CISPO>
-INLINE void policy_row(const PpoArgs& args, int64_t begin, int64_t end, VectorSums& total) {
-  double log_ratios = 0, tokens = 0;
+INLINE RowSums row_sums(const PpoArgs& args, int64_t begin, int64_t end) {
+  RowSums row = {};
   for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
     f32 sum = {}, count = {};
     for_vectors(t, min(end, t + BLOCK_VECTORS * W), [&](int64_t i, auto vector) __attribute__((always_inline)) {
@@ -238,10 +237,15 @@ INLINE void policy_row(const PpoArgs& args, int64_t begin, int64_t end, VectorSu
       sum += zero_unless(valid, vector.read(args.logprobs + i) - vector.read(args.old_logprobs + i));
       count += zero_unless(valid, splat(1.f));
     });
-    log_ratios += reduce_sum(sum);
-    tokens += reduce_sum(count);
+    row.log_ratios += reduce_sum(sum);
+    row.tokens += reduce_sum(count);
   }
-  const f32 mean = splat(tokens > 0 ? float(log_ratios / tokens) : 0.f);
+  return row;
+}
+
+// Adds the terms of a row's tokens, whose log-ratios are `mean`, and returns the gradient by it.
+template <bool CISPO>
+INLINE double row_terms(const PpoArgs& args, int64_t begin, int64_t end, f32 mean, VectorSums& total) {
   const f32 ratio = exp(clamped_log_ratio(mean, args.clip));
   total.row_grad = splat(0.f);
   for_blocks(begin, end, total, [&](int64_t t, int64_t block_end, VectorSums& s) __attribute__((always_inline)) {
@@ -250,8 +254,17 @@ INLINE void policy_row(const PpoArgs& args, int64_t begin, int64_t end, VectorSu
       policy_step<CISPO, true>(args, i, vector, zero_unless(valid, mean), select(valid, ratio, splat(1.f)), s);
     });
   });
-  if (CISPO || !args.logprobs_grad) return;
-  const f32 grad = splat(tokens > 0 ? float(reduce_sum(total.row_grad) / tokens) : 0.f);
+  return reduce_sum(total.row_grad);
+}
+
+INLINE void value_terms(const PpoArgs& args, int64_t begin, int64_t end, VectorSums& total) {
+  if (!args.values) return;
+  for_blocks(begin, end, total, [&](int64_t t, int64_t block_end, VectorSums& s) __attribute__((always_inline)) {
+    value_block(args, t, block_end, s);
+  });
+}
+
+INLINE void share_grad(const PpoArgs& args, int64_t begin, int64_t end, f32 grad) {
   for_vectors(begin, end, [&](int64_t i, auto vector) __attribute__((always_inline)) {
     vector.write(args.logprobs_grad + i, zero_unless(vector.read(args.weights + i) != splat(0.f), grad));
   });
@@ -262,15 +275,51 @@ template <bool CISPO>
 ChunkSums run_rows(const PpoArgs& call_args, int64_t begin, int64_t end, int64_t row_length) {
   const PpoArgs args = call_args;
   VectorSums total = no_sums();
-  for (int64_t row = begin; row < end; ++row) {
-    policy_row<CISPO>(args, row * row_length, (row + 1) * row_length, total);
+  for (int64_t t = begin * row_length; t < end * row_length; t += row_length) {
+    RowSums row = row_sums(args, t, t + row_length);
+    row.grad = row_terms<CISPO>(args, t, t + row_length, mean_of(row.log_ratios, row.tokens), total);
+    if (!CISPO && args.logprobs_grad) share_grad(args, t, t + row_length, mean_of(row.grad, row.tokens));
   }
-  if (args.values) {
-    for_blocks(begin * row_length, end * row_length, total,
-               [&](int64_t t, int64_t block_end, VectorSums& s)
-                   __attribute__((always_inline)) { value_block(args, t, block_end, s); });
-  }
+  value_terms(args, begin * row_length, end * row_length, total);
   return reduced(total);
+}
+
+// All of a few long rows, each in `num_parts` parts for as many threads. Returns the number of chunks.
+template <bool CISPO>
+int64_t run_shared_rows(const PpoArgs& call_args, int64_t num_rows, int64_t row_length, int64_t num_parts, int threads,
+                        ChunkSums* chunks) {
+  RowSums parts[MAX_CHUNKS];
+  const int64_t size = (row_length + num_parts * W - 1) / (num_parts * W) * W, num_chunks = num_rows * num_parts;
+  const auto for_parts = [&](auto body) {  // body(args, chunk, first chunk of its row, begin, end)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && num_rows * row_length > 32768)
+    for (int64_t c = 0; c < num_chunks; ++c) {
+      const int64_t row = c / num_parts, begin = row * row_length, part = c - row * num_parts;
+      const PpoArgs args = call_args;
+      body(args, c, row * num_parts, begin + min(row_length, part * size), begin + min(row_length, (part + 1) * size));
+    }
+  };
+  const auto mean_of_row = [&](int64_t first, double RowSums::* field) {
+    double sum = 0, tokens = 0;
+    for (int64_t c = first; c < first + num_parts; ++c) {
+      sum += parts[c].*field;
+      tokens += parts[c].tokens;
+    }
+    return mean_of(sum, tokens);
+  };
+  for_parts([&](const PpoArgs& args, int64_t c, int64_t, int64_t begin, int64_t end) {
+    parts[c] = row_sums(args, begin, end);
+  });
+  for_parts([&](const PpoArgs& args, int64_t c, int64_t first, int64_t begin, int64_t end) {
+    VectorSums total = no_sums();
+    parts[c].grad = row_terms<CISPO>(args, begin, end, mean_of_row(first, &RowSums::log_ratios), total);
+    value_terms(args, begin, end, total);
+    chunks[c] = reduced(total);
+  });
+  if (CISPO || !call_args.logprobs_grad) return num_chunks;
+  for_parts([&](const PpoArgs& args, int64_t, int64_t first, int64_t begin, int64_t end) {
+    share_grad(args, begin, end, mean_of_row(first, &RowSums::grad));
+  });
+  return num_chunks;
 }
 
 // logprobs or values may be null: without them, that loss is 0. stats: num_summed_stats sums, then the largest and the
@@ -301,23 +350,30 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   args.min_importance = min_importance;
   args.drop_capped = drop_capped;
 
-  const bool by_row = args.logprobs && row_length > 0;
-  const int64_t even = (N + MAX_CHUNKS - 1) / MAX_CHUNKS;
-  int64_t size = max(MIN_CHUNK, (even + W - 1) / W * W), units = N;  // a chunk's units, tokens or rows, and all
-  if (by_row) {
-    units = N / row_length;
-    size = max((MIN_CHUNK + row_length - 1) / row_length, (units + MAX_CHUNKS - 1) / MAX_CHUNKS);
-  }
-  const int64_t num_chunks = (units + size - 1) / size;
   ChunkSums chunks[MAX_CHUNKS];
+  int64_t num_chunks;
+  const int64_t num_rows = args.logprobs && row_length > 0 ? N / row_length : 0;
+  if (num_rows && num_rows <= MAX_SHARED_ROWS && row_length >= 2 * MIN_CHUNK) {
+    const int64_t num_parts = min(MAX_CHUNKS / num_rows, row_length / MIN_CHUNK);
+    num_chunks = (is_cispo ? run_shared_rows<true> : run_shared_rows<false>)(args, num_rows, row_length, num_parts,
+                                                                             threads, chunks);
+  } else {
+    const int64_t even = (N + MAX_CHUNKS - 1) / MAX_CHUNKS;
+    int64_t size = max(MIN_CHUNK, (even + W - 1) / W * W), units = N;  // a chunk's units, tokens or rows, and all
+    if (num_rows) {
+      units = num_rows;
+      size = max((MIN_CHUNK + row_length - 1) / row_length, (units + MAX_CHUNKS - 1) / MAX_CHUNKS);
+    }
+    num_chunks = (units + size - 1) / size;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && N > 32768)
-  for (int64_t c = 0; c < num_chunks; ++c) {
-    const int64_t begin = c * size, end = min(units, begin + size);
-    if (by_row) {
-      chunks[c] =
-          is_cispo ? run_rows<true>(args, begin, end, row_length) : run_rows<false>(args, begin, end, row_length);
-    } else {
-      chunks[c] = is_cispo ? run_chunk<true>(args, begin, end) : run_chunk<false>(args, begin, end);
+    for (int64_t c = 0; c < num_chunks; ++c) {
+      const int64_t begin = c * size, end = min(units, begin + size);
+      if (num_rows) {
+        chunks[c] =
+            is_cispo ? run_rows<true>(args, begin, end, row_length) : run_rows<false>(args, begin, end, row_length);
+      } else {
+        chunks[c] = is_cispo ? run_chunk<true>(args, begin, end) : run_chunk<false>(args, begin, end);
+      }
     }
   }
 

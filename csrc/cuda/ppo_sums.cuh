@@ -81,6 +81,24 @@ __device__ __forceinline__ void store(const Args& args, const typename Args::Out
   }
 }
 
+// The log-ratio of a token's row; after each call of `next`, that of the next token's.
+struct RowLogRatio {
+  const float* p;
+  int64_t row_length, left;  // `left`: tokens of the row from this one on
+
+  __device__ __forceinline__ void next() {
+    if (--left) return;
+    ++p;
+    left = row_length;
+  }
+};
+// One division for four tokens: of 32 bits where it can be, as one of 64 takes several times as long.
+__device__ __forceinline__ RowLogRatio row_log_ratio(const float* row_log_ratios, int64_t t, int64_t row_length) {
+  const bool is_small = (t | row_length) >> 32 == 0;
+  const int64_t row = is_small ? int64_t(unsigned(t) / unsigned(row_length)) : t / row_length;
+  return {row_log_ratios + row, row_length, (row + 1) * row_length - t};
+}
+
 // A thread's sums of the policy's part. HAS_SAMPLER: sampler_logprobs are given. ANY_RATIO: the ratio may be a row's,
 // the clip CISPO's, and there may be a min_importance.
 template <bool HAS_SAMPLER, bool ANY_RATIO, class Args>
@@ -103,11 +121,9 @@ struct PolicySums {
 
   // Adds a token and returns the gradient by its log-ratio; CISPO's is by its log-probability. All numbers of a token
   // of weight 0 are 0.
-  __device__ __forceinline__ float add(const Args& args, bool valid, float w, float logprob, float old_logprob,
-                                       float advantage, float sampler_logprob, int64_t t) {
+  __device__ __forceinline__ float add(const Args& args, bool valid, float w, float logprob, float unclipped_log_ratio,
+                                       float advantage, float log_importance) {
     const PpoClip& clip = args.clip;
-    float unclipped_log_ratio = logprob - old_logprob;
-    if (ANY_RATIO && args.row_log_ratios) unclipped_log_ratio = valid ? args.row_log_ratios[t / args.row_length] : 0.f;
     const float log_ratio = clamped_log_ratio(unclipped_log_ratio, clip), ratio = expf(log_ratio);
     const PolicyTerm<float> term = ANY_RATIO && args.is_cispo
                                        ? cispo_term(logprob, ratio, advantage, clip)
@@ -115,7 +131,7 @@ struct PolicySums {
     float coefficient = w;
     bool is_capped = false;
     if (HAS_SAMPLER) {
-      const float importance = expf(old_logprob - sampler_logprob);
+      const float importance = expf(log_importance);
       const bool is_high = importance > args.max_importance;
       const bool is_low = ANY_RATIO && importance < args.min_importance;  // two registers too many elsewhere
       is_capped = is_high || is_low;
@@ -146,6 +162,8 @@ struct PolicySums {
                           unpack_quad(args.advantages, bits[2]),
                           HAS_SAMPLER ? unpack_quad(args.sampler_logprobs, bits[num_inputs - 1]) : Quad{}};
     const float shift = args.shift.p ? args.shift.load(0) : 0.f, scale = args.scale.p ? args.scale.load(0) : 1.f;
+    const bool by_row = ANY_RATIO && args.row_log_ratios;
+    RowLogRatio row = by_row ? row_log_ratio(args.row_log_ratios, t, args.row_length) : RowLogRatio{};
     Quad grads;
 #pragma unroll
     for (int i = 0; i < tokens_per_thread; ++i) {
@@ -153,8 +171,13 @@ struct PolicySums {
       const float logprob = valid ? quads[0].x[i] : 0.f;
       const float old_logprob = valid ? quads[1].x[i] : 0.f;
       const float advantage = valid ? (quads[2].x[i] - shift) * scale : 0.f;
-      const float sampler_logprob = valid ? quads[3].x[i] : 0.f;
-      grads.x[i] = add(args, valid, w.x[i], logprob, old_logprob, advantage, sampler_logprob, t + i);
+      const float log_importance = old_logprob - (valid ? quads[3].x[i] : 0.f);
+      float log_ratio = logprob - old_logprob;
+      if (by_row) {
+        log_ratio = valid ? *row.p : 0.f;
+        row.next();
+      }
+      grads.x[i] = add(args, valid, w.x[i], logprob, log_ratio, advantage, log_importance);
     }
     return grads;
   }
