@@ -4,7 +4,7 @@
         Trainer(model, ...).train()
 
 The decoder's `forward` is replaced on the instance. A pass that our layers can compute runs on them
-(model/packed_decoder.py). Any other runs the module's own forward, and `handle.own` says how often and why. On the CPU.
+(model/packed_decoder.py). Any other runs the module's own forward, and `handle.status` says how often and why. On the CPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections import Counter
-from logging import getLogger
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.calls import is_strict
+from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.head import find_model
 from rlhf_fast.integrations.hooks import Hook
 from rlhf_fast.kernels._launch import Unsupported
@@ -33,7 +31,6 @@ from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packing import PackedRows, pack_sequences
 from rlhf_fast.model.rope_scaling import is_length_dependent
 
-log = getLogger("rlhf_fast")
 TESTED = "5.23.0"
 PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.model("}),
@@ -68,11 +65,8 @@ class Switch:
 
 
 class FusedLayers(contextlib.AbstractContextManager):
-    """The handle that `fused` returns.
-
-    calls: passes that our layers computed.
-    own: passes of the module's own forward, counted by their reason.
-    """
+    """The handle that `fused` returns. `status` counts the passes that our layers computed, and those of the module's
+    own forward by their reason."""
 
     def __init__(self, model: Any):
         self.name = type(model).__name__
@@ -80,8 +74,8 @@ class FusedLayers(contextlib.AbstractContextManager):
         self.decoder: Any = base.base_model
         if base.base_model is base:  # Llama4ForCausalLM has no base_model, and a decoder is its own
             self.decoder = getattr(base, "model", base)
-        self.calls = 0
-        self.own: Counter[str] = Counter()
+        self.status = Calls(self.name)
+        self._forward_name = f"{type(self.decoder).__name__}.forward"
         self._switch = Switch()
         self._output: type | None = None
         self._refusals: dict[Any, str | None] = {}
@@ -114,9 +108,11 @@ class FusedLayers(contextlib.AbstractContextManager):
         found = packed_decoder.inspect(self.decoder) if why is None else None
         why = self._why_not_now(found) if found is not None else why
         if why is not None or found is None:
-            self._note_own(str(why))
+            # Without a gradient a cache is usual: it is counted, and not warned of.
+            with_grad = torch.is_grad_enabled()
+            self.status.note_fallback(self._forward_name, str(why), with_grad, warns=with_grad)
             return self._own_forward(*args, **kwargs)
-        self.calls += 1
+        self.status.answered[self._forward_name] += 1
         tokens = given["input_ids"]
         packed, places = pack_sequences(tokens, given["attention_mask"], given["position_ids"])
         states = packed_decoder.packed_hidden(read_decoder(self.decoder), packed, None, 0.0, found.checkpoints)
@@ -147,14 +143,6 @@ class FusedLayers(contextlib.AbstractContextManager):
 
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.decoder).forward(self.decoder, *args, **kwargs)
-
-    def _note_own(self, why: str) -> None:
-        if torch.is_grad_enabled():
-            if is_strict():
-                raise RuntimeError(f"RLHF_FAST_STRICT=1 and the own layers of {self.name} run: {why}")
-            if why not in self.own:
-                log.warning("layers.fused: the own layers of %s run: %s", self.name, why)
-        self.own[why] += 1
 
     def _given(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Return the arguments of a pass by name, without those that change nothing."""

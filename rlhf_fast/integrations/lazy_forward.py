@@ -14,21 +14,22 @@ from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
+from rlhf_fast.integrations.calls import log
 from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, output_layer
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
-from rlhf_fast.integrations.record import Record, Status, log
+from rlhf_fast.integrations.record import LogitsCalls
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
 """The files that register what LazyLogits answer."""
 FEW_ROWS = 8
-RECORDS: WeakKeyDictionary[nn.Module, Record] = WeakKeyDictionary()
+RECORDS: WeakKeyDictionary[nn.Module, LogitsCalls] = WeakKeyDictionary()
 
 
 class LazyForward:
     """The output layer's forward: lazy logits, or the logits themselves where none are to be saved."""
 
-    def __init__(self, layer: nn.Linear, record: Record):
+    def __init__(self, layer: nn.Linear, record: LogitsCalls):
         self.layer, self.record = layer, record
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class LazyForward:
     def __deepcopy__(self, memo: dict) -> LazyForward:
         """A copy of the model has a layer and a record of its own, and the switch in common."""
         layer = copy.deepcopy(self.layer, memo)
-        RECORDS[layer] = Record(self.record.model, switch=self.record.switch)
+        RECORDS[layer] = LogitsCalls(self.record.owner, switch=self.record.switch)
         return LazyForward(layer, RECORDS[layer])
 
     def __reduce__(self) -> tuple:
@@ -89,6 +90,12 @@ class LazyHead(contextlib.AbstractContextManager):
     def __init__(self, model: Any, forward: LazyForward):
         self.model, self.layer, self.forward = weakref.ref(model), forward.layer, forward
 
+    @property
+    def status(self) -> LogitsCalls:
+        """What the logits did so far."""
+        record = self.forward.record
+        return record.snapshot(record.switch.on)
+
     def remove(self) -> None:
         """Give the model its logits back, and copies of it. Lazy logits that it gave before stay good.
 
@@ -100,7 +107,7 @@ class LazyHead(contextlib.AbstractContextManager):
                 log.warning(
                     "lazy_head: %s has another output layer now, as after resize_token_embeddings, and the new one gave"
                     " real logits; call lazy_head after such a change",
-                    self.forward.record.model,
+                    self.forward.record.owner,
                 )
         switch.on = False
         if vars(self.layer).get("forward") is self.forward:
@@ -128,7 +135,7 @@ def lazy_head(model: Any) -> LazyHead:
         raise UserError(f"{name}: has lazy logits already; remove the first handle, or leave its `with` block, before")
     if before is not None and not _is_own(layer, before):
         raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
-    RECORDS[layer] = Record(name)
+    RECORDS[layer] = LogitsCalls(name)
     layer.forward = forward = LazyForward(layer, RECORDS[layer])  # type: ignore[method-assign]
     return LazyHead(model, forward)
 
@@ -144,8 +151,8 @@ def _is_own(layer: nn.Linear, forward: Any) -> bool:
     return saved or isinstance(forward, LazyForward)
 
 
-def status(model: Any) -> Status:
+def status(model: Any) -> LogitsCalls:
     """Return whether a model's output layer gives lazy logits now, and what they did since the last `lazy_head`."""
     layer = find_output_layer(model)
-    record = RECORDS.get(layer) or Record(type(model).__name__)
-    return Status(record.model, is_lazy(layer), record.answered, record.made, record.direct, dict(record.made_by))
+    record = RECORDS.get(layer) or LogitsCalls(type(model).__name__)
+    return record.snapshot(is_lazy(layer))

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rlhf_fast.integrations.head import LinearHead
 from rlhf_fast.integrations.lazy_rows import Rows, Source, version_of
-from rlhf_fast.integrations.record import Record, caller
+from rlhf_fast.integrations.record import caller
 from rlhf_fast.integrations.torch_functions import COMMUTATIVE, GATHERS, NATIVE, PASSED, REFUSED, WRITES
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -324,7 +324,7 @@ class _Node(torch.autograd.Function):
         hidden, weight, bias = inputs
         with torch.enable_grad():
             head = LinearHead(weight, bias, ctx.head.scale, ctx.head.inner, ctx.head.capped)
-            rows = Rows(hidden, head, Source(Record("", counts=False), hidden, head))
+            rows = Rows(hidden, head, Source(None, hidden, head))
             z = LazyLogits.of(rows, ctx.size, ctx.kind, ctx.form, ctx.factor, attached=False).make()
         wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         grads = iter(torch.autograd.grad(z, wanted, grad))

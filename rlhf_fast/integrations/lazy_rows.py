@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.integrations.head import LinearHead
-from rlhf_fast.integrations.record import Record, caller
+from rlhf_fast.integrations.record import LogitsCalls, caller
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Source:
-    """Remember the tensors of one forward pass and their versions: an optimizer's step writes into them."""
+    """Remember the tensors of one forward pass and their versions: an optimizer's step writes into them. record: of
+    what is done with their logits, if it counts."""
 
-    def __init__(self, record: Record, hidden: Tensor, head: LinearHead):
+    def __init__(self, record: LogitsCalls | None, hidden: Tensor, head: LinearHead):
         self.record = record
         tensors = {"hidden states": hidden, "weight": head.weight, "bias": head.bias}
         self.tensors = {name: (x, version_of(x)) for name, x in tensors.items() if x is not None}
@@ -141,7 +142,7 @@ class Rows:
             if serves and (known.with_grad or not need):
                 found = known.statistics
                 return found if need else tuple(x.detach() for x in found)  # type: ignore[return-value]
-        self.note_answer()
+        self.note_answer("linear_logprobs")
         chosen = targets
         if chosen is None:
             chosen = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)
@@ -157,15 +158,17 @@ class Rows:
         need = self.needs_grad()
         if self.made is None or (need and not self.made.requires_grad):
             self.source.check()
-            self.source.record.note_made(need)
+            if self.source.record is not None:
+                self.source.record.note_made(need)
             self.made = self.head.logits(self.hidden)
             self.made_version = version_of(self.made)
         return self.made if need else self.made.detach()
 
-    def note_answer(self) -> None:
-        """Check that an op can answer, and count it."""
+    def note_answer(self, name: str) -> None:
+        """Check that the op `name` can answer, and count it."""
         self.source.check()
-        self.source.record.answered += 1
+        if self.source.record is not None:
+            self.source.record.answered[name] += 1
 
     def has_logits(self) -> bool:
         """Return whether the logits were made."""
