@@ -24,7 +24,7 @@ def test_the_first_of_training_is_warned_of_though_others_came_before(caplog):
 def test_strict_makes_a_fallback_of_training_an_error(monkeypatch):
     calls = Calls("someones")
     monkeypatch.setenv("RLHF_FAST_STRICT", "1")
-    with pytest.raises(RuntimeError, match="^RLHF_FAST_STRICT=1 and someones calls its own loss: too small$"):
+    with pytest.raises(RuntimeError, match=r"^RLHF_FAST_STRICT=1 and someones calls its own loss: too small$"):
         calls.note_fallback("loss", "too small", with_grad=True)
     assert not calls.fallbacks
     calls.note_fallback("loss", "too small")

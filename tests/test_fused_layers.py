@@ -329,10 +329,8 @@ def test_another_attention_or_a_patched_class_is_the_models_own(monkeypatch):
         assert dict(reasons_of(handle)) == {"its attention is not transformers' causal sdpa or eager one": 2}
         monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: self.down_proj(self.up_proj(x)))
         model(**inputs)
-        assert (
-            calls_of(handle) == 1
-            and reasons_of(handle)["the forward of LlamaMLP is not that of transformers, torch or peft"] == 1
-        )
+        why = "the forward of LlamaMLP is not that of transformers, torch or peft"
+        assert calls_of(handle) == 1 and reasons_of(handle)[why] == 1
     model.set_attn_implementation("half")
     with pytest.raises(UserError, match="its attention is not transformers' causal sdpa or eager one"):
         layers.fused(model)

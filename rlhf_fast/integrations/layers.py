@@ -4,7 +4,7 @@
         Trainer(model, ...).train()
 
 The decoder's `forward` is replaced on the instance. A pass that our layers can compute runs on them
-(model/packed_decoder.py). Any other runs the module's own forward, and `handle.status` says how often and why. On the CPU.
+(model/packed_decoder.py). Any other runs the module's own forward: `handle.status` says how often and why. On the CPU.
 """
 
 from __future__ import annotations

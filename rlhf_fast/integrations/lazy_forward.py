@@ -92,7 +92,7 @@ class LazyHead(contextlib.AbstractContextManager):
 
     @property
     def status(self) -> LogitsCalls:
-        """What the logits did so far."""
+        """The counts so far."""
         record = self.forward.record
         return record.snapshot(record.switch.on)
 
