@@ -23,6 +23,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.head import find_model
 from rlhf_fast.integrations.hooks import Hook
+from rlhf_fast.integrations.switch import Switch
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import FAMILIES, read_decoder
@@ -52,16 +53,6 @@ ATTENTION = ("sdpa", "eager")
 """Implementations of transformers that ours equals."""
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Boundaries of packed rows, which position_ids have too."""
-
-
-class Switch:
-    """Say whether a handle is open; copies of the model share it."""
-
-    def __init__(self):
-        self.on = True
-
-    def __deepcopy__(self, memo: dict) -> Switch:
-        return self
 
 
 class FusedLayers(contextlib.AbstractContextManager):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rlhf_fast.integrations.calls import Calls
+from rlhf_fast.integrations.switch import Switch
 
 PASSED_OVER = tuple(f"{Path(path).parent}{os.sep}" for path in (torch.__file__, __file__))
 """Folders whose lines do not say who reads logits."""
@@ -22,16 +23,6 @@ def caller() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-class Switch:
-    """Say whether a layer gives lazy logits. Copies of the layer have the same switch: one handle turns all off."""
-
-    def __init__(self, on: bool = True):
-        self.on = on
-
-    def __deepcopy__(self, memo: dict) -> Switch:
-        return self
 
 
 @dataclass
