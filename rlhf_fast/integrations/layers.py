@@ -31,6 +31,7 @@ from rlhf_fast.model.dropout import has_dropout
 from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packing import PackedRows, pack_sequences
 from rlhf_fast.model.rope_scaling import is_length_dependent
+from rlhf_fast.model.vocabulary import probe_tokens
 
 TESTED = "5.23.0"
 PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -222,12 +223,14 @@ class FusedLayers(contextlib.AbstractContextManager):
         def packed(rows: PackedRows, kept: Tensor) -> Tensor:
             return packed_decoder.packed_hidden(read_decoder(decoder), rows, kept)
 
-        modes = training_modes(decoder)
+        modes, lengths = training_modes(decoder), packed_decoder.PROBE_LENGTHS
         try:
-            read_decoder(decoder)
+            embedding = read_decoder(decoder).embedding
+            shape = len(lengths), min(lengths[0], decoder.config.max_position_embeddings)
+            tokens = probe_tokens(embedding.num_embeddings, [embedding.padding_idx], *shape)
             set_training_modes([(module, False) for module, _ in modes])
             with torch.inference_mode(False), torch.autocast("cpu", enabled=False), lora.nonzero_adapters(decoder):
-                return packed_decoder.find_difference(decoder, _probe_tokens(decoder), own, packed)
+                return packed_decoder.find_difference(decoder, tokens, own, packed)
         except Unsupported as reason:
             return f"{reason}; the families are {', '.join(sorted(FAMILIES))}"
         except Exception as error:  # the code of a model may fail in any way
@@ -266,12 +269,3 @@ def _is_other(kind: type, forward: Any) -> bool:
     """Return whether a module's class or forward is of another program, as a wrapper or a patch of the class is."""
     places = kind.__module__, inspect.unwrap(forward).__module__
     return not all(place.startswith(("transformers.", "torch.nn.modules.", "peft.")) for place in places)
-
-
-def _probe_tokens(decoder: Any) -> Tensor:
-    """Return fixed tokens (3, T), none of them padding, to compare two forward passes."""
-    embedding, lengths = decoder.get_input_embeddings(), packed_decoder.PROBE_LENGTHS
-    ids = torch.arange(embedding.weight.shape[0])
-    ids = ids[ids != (-1 if embedding.padding_idx is None else embedding.padding_idx)]
-    shape = len(lengths), min(lengths[0], decoder.config.max_position_embeddings)
-    return ids[(torch.arange(shape[0] * shape[1]).view(shape) * 7919 + 3) % len(ids)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
 from rlhf_fast.integrations.calls import log
-from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, output_layer
+from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, multiplied_in, output_layer
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import LogitsCalls
@@ -65,11 +65,7 @@ class LazyForward:
         rows = hidden.numel() // max(1, hidden.shape[-1])
         if not torch.is_grad_enabled() and (hidden.shape[-2] == 1 or rows <= FEW_ROWS):
             return None
-        head = LinearHead(weight, bias)
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            hidden, head = hidden.to(dtype), head.to(dtype)
+        hidden, head = multiplied_in(hidden, LinearHead(weight, bias))
         same = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.weight.shape[1]
         return (hidden, head) if same and hidden.dtype in DTYPES else None
 
