@@ -157,6 +157,60 @@ def test_the_comparison_runs_once_and_again_after_a_change(monkeypatch):
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
+def new_weight(module):
+    module.weight = torch.nn.Parameter(torch.randn_like(module.weight))
+
+
+CHANGES = {
+    "weight of a linear layer": lambda m: new_weight(m.layers[0].mlp.up_proj),
+    "weight of a norm": lambda m: new_weight(m.layers[1].input_layernorm),
+    "weight of the last norm": lambda m: new_weight(m.norm),
+    "weight of the embedding": lambda m: new_weight(m.embed_tokens),
+    "linear layer": lambda m: setattr(m.layers[0].self_attn, "q_proj", torch.nn.Linear(32, 32)),
+    "block": lambda m: setattr(m.layers[0], "mlp", m.layers[1].mlp),
+    "embedding": lambda m: setattr(m, "embed_tokens", torch.nn.Embedding(V, 32)),
+    "order of layers": lambda m: setattr(m, "layers", torch.nn.ModuleList(reversed(m.layers))),
+    "values of a weight": lambda m: m.norm.weight.data.mul_(3.0),
+    "epsilon": lambda m: setattr(m.norm, "variance_epsilon", 0.5),
+    "scale of attention": lambda m: setattr(m.layers[1].self_attn, "scaling", 0.9),
+    "window": lambda m: setattr(m.config, "sliding_window", 2),
+    "training": lambda m: m.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_between_two_passes_is_noticed(name):
+    model, inputs = MODELS["mistral, sliding window"]().train(), batch("right") | {"use_cache": False}
+    before = loss_and_gradients(model, **inputs)
+    with layers.fused(model) as handle:
+        loss_and_gradients(model, **inputs)
+        CHANGES[name](model.model)
+        ours = loss_and_gradients(model, **inputs)
+        assert_ours(handle, calls=2)
+    assert_equal_to_rounding(ours, loss_and_gradients(model, **inputs), 5e-5)
+    assert name == "training" or abs(ours[0] - before[0]) > 1e-4 * before[0]
+
+
+def test_dropout_that_is_set_between_two_passes_is_noticed():
+    model, inputs = MODELS["llama"]().train(), batch("right")
+    dropped = {"it trains with dropout": 1}
+    with layers.fused(model) as handle:
+        model(**inputs)
+        model.model.layers[1].self_attn.attention_dropout = 0.1
+        model(**inputs)
+        assert calls_of(handle) == 1 and reasons_of(handle) == dropped
+        model.eval()
+        model(**inputs)
+        assert calls_of(handle) == 2 and reasons_of(handle) == dropped
+        model.train()
+        model.model.layers[1].self_attn.attention_dropout = 0.0
+        model(**inputs)
+        assert calls_of(handle) == 3 and reasons_of(handle) == dropped
+        model.model.layers[0].mlp.act_fn = torch.nn.Sequential(model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.1))
+        model(**inputs)
+        assert calls_of(handle) == 3
+
+
 def test_a_reward_model():
     model = transformers.LlamaForSequenceClassification(MODELS["llama"]().config)
     model.config.pad_token_id, model.config.num_labels = 0, 1

@@ -23,11 +23,11 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.head import find_model
 from rlhf_fast.integrations.hooks import Hook
+from rlhf_fast.integrations.known_decoder import KnownDecoder
 from rlhf_fast.integrations.switch import Switch
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import FAMILIES, read_decoder
-from rlhf_fast.model.dropout import has_dropout
 from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packing import PackedRows, pack_sequences
 from rlhf_fast.model.rope_scaling import is_length_dependent
@@ -71,10 +71,11 @@ class FusedLayers(contextlib.AbstractContextManager):
         self._switch = Switch()
         self._output: type | None = None
         self._refusals: dict[Any, str | None] = {}
+        self._known: KnownDecoder | None = None
 
     def remove(self) -> None:
         """Give the model, and copies of it, its own layers back."""
-        self._switch.on = False
+        self._switch.on, self._known = False, None
         if vars(self.decoder).get("forward") is self:
             del self.decoder.forward
 
@@ -88,7 +89,7 @@ class FusedLayers(contextlib.AbstractContextManager):
     def __deepcopy__(self, memo: dict) -> FusedLayers:
         twin = object.__new__(FusedLayers)
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
+        vars(twin).update(copy.deepcopy(vars(self) | {"_known": None}, memo))
         return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +100,7 @@ class FusedLayers(contextlib.AbstractContextManager):
         why = self._why_not_given(given)
         found = packed_decoder.inspect(self.decoder) if why is None else None
         why = self._why_not_now(found) if found is not None else why
-        if why is not None or found is None:
+        if why is not None or found is None or self._known is None:
             # Without a gradient a cache is usual: it is counted, and not warned of.
             with_grad = torch.is_grad_enabled()
             self.status.note_fallback(self._forward_name, str(why), with_grad, warns=with_grad)
@@ -107,7 +108,7 @@ class FusedLayers(contextlib.AbstractContextManager):
         self.status.answered[self._forward_name] += 1
         tokens = given["input_ids"]
         packed, places = pack_sequences(tokens, given["attention_mask"], given["position_ids"])
-        states = packed_decoder.packed_hidden(read_decoder(self.decoder), packed, None, 0.0, found.checkpoints)
+        states = packed_decoder.packed_hidden(self._known.parts, packed, None, 0.0, found.checkpoints)
         if places is not None:
             zeros = states.new_zeros(tokens.numel(), states.shape[1])
             states = zeros.index_copy(0, places, states)
@@ -138,7 +139,7 @@ class FusedLayers(contextlib.AbstractContextManager):
 
     def _given(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Return the arguments of a pass by name, without those that change nothing."""
-        signature = inspect.signature(type(self.decoder).forward)
+        signature = _signature(type(self.decoder).forward)
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
         bound = signature.bind(self.decoder, *args, **kwargs).arguments
         given = {**bound, **bound.get(rest, {})}
@@ -190,12 +191,14 @@ class FusedLayers(contextlib.AbstractContextManager):
             return "its modules have hooks, which ours would not call"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        if has_dropout(self.decoder):
-            return "it trains with dropout"
         key = _key(found, self.decoder)
         if key not in self._refusals:
             self._refusals[key] = self._find_refusal(found)
-        return self._refusals[key]
+        if why := self._refusals[key]:
+            return why
+        if self._known is None or not self._known.still_holds(self.decoder, found):
+            self._known = KnownDecoder(self.decoder, found)
+        return "it trains with dropout" if self._known.drops(self.decoder) else None
 
     def _find_refusal(self, found: packed_decoder.Inspection) -> str | None:
         """Return why our layers cannot stand for the decoder's own, or None: on a few rows hidden states and gradients
@@ -256,6 +259,11 @@ def fused(model: Any) -> FusedLayers:
     handle = FusedLayers(model)
     handle.install()
     return handle
+
+
+@functools.lru_cache(maxsize=16)  # inspect.signature takes as long as a small op
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _key(found: packed_decoder.Inspection, decoder: Any) -> tuple[Any, ...]:
