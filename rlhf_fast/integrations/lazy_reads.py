@@ -135,9 +135,9 @@ def gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) ->
         return NotImplemented  # torch says that it is out of range
     index = index.reshape(-1, tokens)
     one = index[:, 0] if tokens == 1 else None
-    if one is not None and x.form == "log_softmax" and (rows.knows(one) or not rows.has_statistics()):
+    if one is not None and x.form == "log_softmax" and (rows.has_statistics_of(one) or not rows.has_statistics()):
         out = rows.statistics(one)[0]
-    elif one is not None and (rows.knows(one) or not rows.has_statistics()):
+    elif one is not None and (rows.has_statistics_of(one) or not rows.has_statistics()):
         logprobs, _, log_z, _ = rows.statistics(one)
         out = logprobs + log_z
     else:

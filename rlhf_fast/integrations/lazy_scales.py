@@ -71,10 +71,10 @@ def _scale(x: LazyLogits, by: Any, inverse: bool) -> Any:
 
 
 def _scale_in_place(x: LazyLogits, by: Any, inverse: bool) -> Any:
-    made = x.rows.has_logits() or x.cache is not None or x.memory.shown
-    known = made or (x.requires_grad and not torch.is_grad_enabled())
-    found = None if known else _scaled(x, by, inverse)
-    return NotImplemented if found is None else x.become(*found[:2])
+    made = x.rows.has_logits() or x.cache is not None or x.shared_storage.exposed
+    to_tensor = made or (x.requires_grad and not torch.is_grad_enabled())
+    found = None if to_tensor else _scaled(x, by, inverse)
+    return NotImplemented if found is None else x.replace_in_place(*found[:2])
 
 
 @handles(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)

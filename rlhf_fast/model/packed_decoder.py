@@ -182,7 +182,7 @@ def _drop(call: _Call, x: Tensor) -> Tensor:
 OF_TRANSFORMERS = ("make_inputs_require_grads", "output_capturing_hook")
 """Hooks of transformers that change nothing here: on the embedding's output, which is called, and on layers whose
 outputs were once asked for, idle in a pass that does not ask."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOK_DICTIONARIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """torch's names of a module's hooks."""
 
 
@@ -216,7 +216,7 @@ def inspect(decoder: nn.Module) -> Inspection:
         kinds.append((type(module), type(module).forward, "forward" in attributes))
         if state := lora.state_of(module):
             adapters.append(state)
-        for name in HOOKS:
+        for name in HOOK_DICTIONARIES:
             if attributes[name]:
                 hooks += attributes[name].values()
         for p in attributes["_parameters"].values():
