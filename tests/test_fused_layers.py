@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from architectures import GPT, SERVED, V, build
+from lazy_pair import is_freed_with_its_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_fast.errors import UserError
@@ -341,6 +342,24 @@ def test_a_copy_has_layers_of_its_own_until_the_handle_is_removed():
     with layers.fused(twin) as second:
         twin(**batch("none"))
     assert calls_of(second) == 1
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_weights_are_freed_with_the_model(remove):
+    """Without a garbage collection; also while somebody holds the removed handle."""
+    inputs = batch("right")
+    assert is_freed_with_its_model(MODELS["llama"], layers.fused, lambda model: model(**inputs).loss.backward(), remove)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_its_own_layers():
+    model, inputs = MODELS["llama"]().train(), batch("right")
+    own = loss_and_gradients(model, **inputs)
+    with layers.fused(model) as handle:
+        compiled = torch.compile(model, backend="eager")
+        loss = compiled(**inputs).loss
+        assert not handle.status.answered and not handle.status.fallbacks
+    torch.testing.assert_close(loss.detach(), own[0])
 
 
 def test_a_pickle_is_a_plain_model():

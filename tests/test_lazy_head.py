@@ -11,7 +11,7 @@ import torch
 import transformers
 from accelerate import hooks
 from architectures import RECURRENT, REFUSED, SERVED, V, build
-from lazy_pair import assert_close, compare, grads_of
+from lazy_pair import assert_close, compare, grads_of, is_freed_with_its_model
 from shrink import count_weights, shrunken
 from torch import nn
 from torch.nn import functional as F
@@ -370,6 +370,21 @@ def test_the_handle_and_the_status():
     assert type(model(**inputs).logits) is torch.Tensor and "forward" not in vars(model.lm_head)
     with lazy_head(model):
         assert status(model).fallbacks.total() == 0
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_weights_are_freed_with_the_model(remove):
+    """Without a garbage collection; also while somebody holds the removed handle."""
+    inputs = batch()
+    assert is_freed_with_its_model(llama, lazy_head, lambda model: model(**inputs).loss.backward(), remove)
+
+
+def test_a_forward_that_outlives_its_layer():
+    handle = lazy_head(llama())
+    with pytest.raises(RuntimeError, match="the output layer of this forward was freed; call the model"):
+        handle.forward(torch.randn(2, 3, 32))
+    assert not handle.status.answered
+    handle.remove()
 
 
 def test_a_handle_that_was_removed_leaves_the_next_one():

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.head import find_model
 from rlhf_fast.integrations.hooks import Hook
 from rlhf_fast.integrations.known_decoder import KnownDecoder
-from rlhf_fast.integrations.switch import Switch
+from rlhf_fast.integrations.switch import Switch, alive
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import FAMILIES, read_decoder
@@ -63,21 +64,27 @@ class FusedLayers(contextlib.AbstractContextManager):
     def __init__(self, model: Any):
         self.name = type(model).__name__
         base: Any = lora.unwrap(find_model(model))
-        self.decoder: Any = base.base_model
-        if base.base_model is base:  # Llama4ForCausalLM has no base_model, and a decoder is its own
-            self.decoder = getattr(base, "model", base)
+        # Llama4ForCausalLM has no base_model, and a decoder is its own.
+        decoder: Any = getattr(base, "model", base) if base.base_model is base else base.base_model
+        self._reference = weakref.ref(decoder)  # the decoder holds this: a circle would keep its weights
         self.status = Calls(self.name)
-        self._forward_name = f"{type(self.decoder).__name__}.forward"
+        self._forward_name = f"{type(decoder).__name__}.forward"
         self._switch = Switch()
         self._output: type | None = None
         self._refusals: dict[Any, str | None] = {}
         self._known: KnownDecoder | None = None
 
+    @property
+    def decoder(self) -> Any:
+        """The module whose forward this is. RuntimeError if it is gone."""
+        return alive(self._reference, "the decoder")
+
     def remove(self) -> None:
         """Give the model, and copies of it, its own layers back."""
         self._switch.on, self._known = False, None
-        if vars(self.decoder).get("forward") is self:
-            del self.decoder.forward
+        decoder = self._reference()
+        if decoder is not None and vars(decoder).get("forward") is self:
+            del decoder.forward
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
@@ -89,7 +96,9 @@ class FusedLayers(contextlib.AbstractContextManager):
     def __deepcopy__(self, memo: dict) -> FusedLayers:
         twin = object.__new__(FusedLayers)
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self) | {"_known": None}, memo))
+        kept = {name: x for name, x in vars(self).items() if name not in ("_known", "_reference")}
+        vars(twin).update(copy.deepcopy(kept, memo), _known=None)
+        twin._reference = weakref.ref(copy.deepcopy(self.decoder, memo))
         return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, i
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import LogitsCalls
+from rlhf_fast.integrations.switch import alive
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
 """The files that register what LazyLogits answer."""
@@ -27,10 +28,16 @@ RECORDS: WeakKeyDictionary[nn.Module, LogitsCalls] = WeakKeyDictionary()
 
 
 class LazyForward:
-    """The output layer's forward: lazy logits, or the logits themselves where none are to be saved."""
+    """The output layer's forward: lazy logits, or the logits themselves where none are to be saved. It has a weak
+    reference to the layer, which holds it: a circle would keep the weight until the garbage collector runs."""
 
     def __init__(self, layer: nn.Linear, record: LogitsCalls):
-        self.layer, self.record = layer, record
+        self.reference, self.record = weakref.ref(layer), record
+
+    @property
+    def layer(self) -> nn.Linear:
+        """The output layer. RuntimeError if it is gone."""
+        return alive(self.reference, "the output layer")
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.layer
@@ -84,7 +91,7 @@ class LazyHead(contextlib.AbstractContextManager):
     """The handle that `lazy_head` returns."""
 
     def __init__(self, model: Any, forward: LazyForward):
-        self.model, self.layer, self.forward = weakref.ref(model), forward.layer, forward
+        self.model, self.forward = weakref.ref(model), forward
 
     @property
     def status(self) -> LogitsCalls:
@@ -96,18 +103,18 @@ class LazyHead(contextlib.AbstractContextManager):
         """Give the model its logits back, and copies of it. Lazy logits that it gave before stay good.
 
         What wrapped the layer's forward since then stays there."""
-        switch, model = self.forward.record.switch, self.model()
+        switch, model, layer = self.forward.record.switch, self.model(), self.forward.reference()
         if switch.on and model is not None:
             now = find_output_layer(model)
-            if now is None or all(module is not self.layer for module in now.modules()):
+            if now is None or all(module is not layer for module in now.modules()):
                 log.warning(
                     "lazy_head: %s has another output layer now, as after resize_token_embeddings, and the new one gave"
                     " real logits; call lazy_head after such a change",
                     self.forward.record.owner,
                 )
         switch.on = False
-        if vars(self.layer).get("forward") is self.forward:
-            del self.layer.forward
+        if layer is not None and vars(layer).get("forward") is self.forward:
+            del layer.forward
 
     def __exit__(self, *error: Any) -> None:
         self.remove()

@@ -66,8 +66,8 @@ class LazyLogits(Tensor):
         shared_storage: SharedStorage | None = None, copied: bool = False, hooked_inputs: tuple[Tensor, ...] = (),
         attached: bool = True,
     ) -> LazyLogits:  # fmt: skip
-        """Return lazy logits of a shape. shared_storage: of those that these are a view of. copied: the storage would be
-        a copy of that of rows. hooked_inputs: see `hooked_tensors`. attached: as a node of autograd, under no_grad
+        """Return lazy logits of a shape. shared_storage: of those that these are a view of. copied: the storage would
+        be a copy of that of rows. hooked_inputs: see `hooked_tensors`. attached: as a node of autograd, under no_grad
         without a gradient."""
         if attached and not torch.is_grad_enabled():
             rows = rows.detach()
@@ -95,8 +95,8 @@ class LazyLogits(Tensor):
         return found
 
     def hooked_tensors(self) -> tuple[Tensor, ...]:
-        """Return the nodes of autograd whose backward pass wrappers such as DDP wait for. has_backward_hook: this is one
-        of them."""
+        """Return the nodes of autograd whose backward pass wrappers such as DDP wait for. has_backward_hook: this is
+        one of them."""
         return (*self.hooked_inputs, self) if self.has_backward_hook else self.hooked_inputs
 
     def replace_in_place(self, rows: Rows, factor: float) -> LazyLogits:

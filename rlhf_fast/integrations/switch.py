@@ -1,6 +1,9 @@
-"""The switch of a handle, which copies of a model share."""
+"""The switch of a handle, which copies of a model share, and its references to modules that hold it."""
 
 from __future__ import annotations
+
+import weakref
+from typing import Any
 
 
 class Switch:
@@ -11,3 +14,11 @@ class Switch:
 
     def __deepcopy__(self, memo: dict) -> Switch:
         return self
+
+
+def alive(reference: weakref.ref, name: str) -> Any:
+    """Return what a weak reference is to. RuntimeError if it is gone."""
+    found = reference()
+    if found is None:
+        raise RuntimeError(f"{name} of this forward was freed; call the model, not a forward that was taken from it")
+    return found
