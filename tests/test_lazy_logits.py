@@ -13,7 +13,7 @@ from lazy_pair import assert_close, compare, grads_of
 from torch import nn
 from torch.nn import functional as F
 
-from rlhf_fast.integrations import lazy_head, status
+from rlhf_fast.integrations import lazy_head, lazy_scales, status
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -509,6 +509,18 @@ def test_targets_that_were_written_in_inference_mode():
         with torch.inference_mode():
             targets.copy_(ids.flip(1))
         assert_close(picked(logits, targets), picked(logits.make(), ids.flip(1)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("factor", "number"),
+    [
+        (2, 2.0), (0.7, 0.7), (T(0.5), 0.5), (T([[3]]), 3.0), (torch.full((3, 1), 0.7).double(), 0.7),
+        (torch.ones(2, 1, dtype=torch.bool), 1.0), (torch.full((3, 1, 1), 4), 4.0), (T([[0.5], [0.25]]), None),
+        (torch.full((2, 1), torch.nan), None), (torch.empty(0, 1), None), (T(0.5, requires_grad=True), None),
+    ],
+)  # fmt: skip
+def test_a_factor_is_one_number(factor, number):
+    assert lazy_scales._number(factor) == number
 
 
 def test_row_temperatures_of_a_bfloat16_model():

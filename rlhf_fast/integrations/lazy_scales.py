@@ -13,13 +13,19 @@ from rlhf_fast.integrations.lazy_rows import Rows
 
 
 def _number(by: Any) -> float | None:
-    """Return a factor that is one number and has no gradient."""
+    """Return a factor that is one number and has no gradient.
+
+    The value of a tensor decides which head the ops get, and their scales are numbers. A tensor on a GPU is therefore
+    waited for: once for each scaling by a tensor, which is mostly once a pass. A number is not waited for."""
     if isinstance(by, (int, float)):
         return float(by)
     if not isinstance(by, Tensor) or isinstance(by, LazyLogits) or by.requires_grad or not by.numel():
         return None
-    first = float(by.flatten()[0])
-    return first if by.numel() == 1 or bool((by == first).all()) else None
+    by = by.detach().flatten()
+    if by.numel() == 1:
+        return float(by)
+    first, are_equal = torch.stack([by[0], (by == by[0]).all().to(by.dtype)]).tolist()  # both by one copy
+    return float(first) if are_equal else None
 
 
 def _scaled(x: LazyLogits, by: Any, inverse: bool) -> tuple[Rows, float, torch.dtype] | None:
