@@ -120,17 +120,60 @@ def test_with_lazy_logits_one_op_answers():
     assert (status(model).answered.total(), status(model).fallbacks.total()) == (1, 0)
 
 
-def test_gradient_checkpointing_and_adapters():
-    model = MODELS["llama"]()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_ours(compare(model.train(), **batch("right"), use_cache=False))
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_gradient_checkpointing(name, reentrant, monkeypatch):
+    """Each layer is computed again in the backward pass, whichever way torch would do it."""
+    model, computed = MODELS[name]().train(), []
+    layer = layers.packed_decoder._layer
+    monkeypatch.setattr(layers.packed_decoder, "_layer", lambda *args: computed.append(1) or layer(*args))
+    inputs = batch("right") | {"use_cache": False}
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    theirs = loss_and_gradients(model, **inputs)
+    with layers.fused(model) as handle:
+        computed.clear()
+        assert_equal_to_rounding(loss_and_gradients(model, **inputs), theirs)
+        assert len(computed) == 2 * model.config.num_hidden_layers
+        model.gradient_checkpointing_disable()
+        computed.clear()
+        assert_equal_to_rounding(loss_and_gradients(model, **inputs), theirs)
+        assert len(computed) == model.config.num_hidden_layers
+    assert_ours(handle, calls=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ddp(gloo, name, options):
+    """Its hooks are called for each weight: gradients are those of a model without DDP."""
+    model, inputs = MODELS[name]().train(), batch("right")
+    plain, seen = copy.deepcopy(model), []
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, **options)
+    wrapped.register_comm_hook(seen, count_gradients)
+    with layers.fused(wrapped) as handle:
+        for _ in range(3):
+            ours = loss_and_gradients(wrapped, **inputs)
+    assert_ours(handle, calls=3)
+    theirs = loss_and_gradients(plain, **inputs)
+    assert_equal_to_rounding(ours, (theirs[0], {f"module.{name}": grad for name, grad in theirs[1].items()}))
+    assert sum(seen) == 3 * sum(p.numel() for p in model.parameters())
+
+
+def count_gradients(seen, bucket):
+    seen.append(bucket.buffer().numel())
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def test_adapters():
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     assert_ours(compare(peft.get_peft_model(MODELS["llama"](), config).train(), **batch("left")))
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16(name):
     """Both passes are as near a float32 copy."""
-    model, inputs = MODELS["llama"]().bfloat16().train(), batch("right")
+    model, inputs = MODELS[name]().bfloat16().train(), batch("right")
     exact = loss_and_gradients(copy.deepcopy(model).float(), **inputs)[1]
     theirs = loss_and_gradients(model, **inputs)[1]
     with layers.fused(model) as handle:

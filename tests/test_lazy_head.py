@@ -4,7 +4,7 @@ import contextlib
 import copy
 import io
 import pickle
-import socket
+import re
 
 import pytest
 import torch
@@ -64,6 +64,31 @@ def test_every_model_of_the_tests(name):
     assert_one_answer(compare(MODELS[name]().eval(), loss_of(**batch(2, 9), num_items_in_batch=torch.tensor(7))))
 
 
+CANNOT_RUN = {
+    "can only be called on Attention layers": (
+        "BailingHybrid Bamba GraniteMoeHybrid Jamba KimiLinear Lfm3 Qwen3_5 Qwen3_5Moe Qwen3_5MoeText Qwen3_5Text"
+        " Qwen3Next Qwen4Exp Qwen4ExpText RecurrentGemma"
+    ),
+    "list index out of range": "Bart BigBirdPegasus Blenderbot BlenderbotSmall MBart Marian Mvp PLBart Pegasus",
+    "Class validation error": "GPTNeo Gemma4Assistant Mamba2 Zamba Zamba2 Zaya",
+    "The set of layer types producing a cache": "Gemma3nText Gemma4UnifiedAssistant",
+    "Multiple valid text configs": "Musicgen MusicgenMelody",
+    "requires the timm library|weights, which is too large": "Gemma3n",
+    "weights, which is too large": "Blt Fuyu Gemma3 Gemma4Unified GotOcr2 MossTranscribeDiarize",
+    "'full_attention'": "CohereCompassText",
+    "has no attribute 'rope_theta'": "Dbrx",
+    "keys must be integer layer indices": "Dots3Note",
+    "to match target batch_size": "Git",
+    "'NoneType' object is not subscriptable": "Lfm2Moe",
+    "Validation error for field 'audio_vocab_size'": "Moshi",
+    "make sure that `is_decoder=True`": "Reformer",
+    "modified by an inplace operation": "Rwkv",
+    "Input language unknown": "Xmod",
+    "The expanded size of the tensor": "xLSTM",
+}
+"""What transformers says of models that the shrunken config does not fit, or that have no backward pass."""
+
+
 @pytest.mark.exhaustive(6, slow=40)
 @pytest.mark.parametrize("kind", LM, ids=lambda kind: kind.__name__)
 def test_every_architecture(kind):
@@ -72,14 +97,18 @@ def test_every_architecture(kind):
     try:
         config = shrunken(kind)
         config = config if architecture.config_class is kind else config.get_text_config()
-        if count_weights(architecture, config) > 20_000_000:
-            pytest.skip("cannot be made small")
+        if (weights := count_weights(architecture, config)) > 20_000_000:
+            raise ValueError(f"{weights} weights, which is too large")
         model = architecture(config).eval()
         inputs = batch(2, 9)
         inputs["input_ids"] %= 60
         inputs["labels"] = torch.where(inputs["labels"] < 0, -100, inputs["input_ids"])
         model(**inputs).loss.backward()
     except Exception as error:  # whatever transformers says of the shrunken config
+        name = kind.__name__.removesuffix("Config")
+        said = [text for text, names in CANNOT_RUN.items() if name in names.split()]
+        if not any(re.search(text, str(error)) for text in said):
+            raise
         pytest.skip(f"does not run: {type(error).__name__}: {error}")
     try:
         found = compare(model, loss_of(**inputs), grad_tolerance=5e-5)
@@ -90,17 +119,6 @@ def test_every_architecture(kind):
 
 
 # -- what a model may be wrapped in, before or after -------------------------------------------------------------------
-
-
-@pytest.fixture
-def gloo():
-    """A process group of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=address)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def logprobs_of(ids):

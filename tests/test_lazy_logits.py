@@ -514,7 +514,7 @@ def test_targets_that_were_written_in_inference_mode():
 @pytest.mark.parametrize(
     ("factor", "number"),
     [
-        (2, 2.0), (0.7, 0.7), (T(0.5), 0.5), (T([[3]]), 3.0), (torch.full((3, 1), 0.7).double(), 0.7),
+        (2, 2.0), (0.7, 0.7), (T(0.5), 0.5), (T([[3]]), 3.0), (torch.full((3, 1), 0.7, dtype=torch.float64), 0.7),
         (torch.ones(2, 1, dtype=torch.bool), 1.0), (torch.full((3, 1, 1), 4), 4.0), (T([[0.5], [0.25]]), None),
         (torch.full((2, 1), torch.nan), None), (torch.empty(0, 1), None), (T(0.5, requires_grad=True), None),
     ],
