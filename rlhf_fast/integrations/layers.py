@@ -23,7 +23,6 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.hooks import Hook
 from rlhf_fast.integrations.known_decoder import KnownDecoder
 from rlhf_fast.integrations.switch import Switch, alive
 from rlhf_fast.kernels._launch import Unsupported
@@ -34,21 +33,6 @@ from rlhf_fast.model.packing import PackedRows, pack_sequences
 from rlhf_fast.model.rope_scaling import is_length_dependent
 from rlhf_fast.model.vocabulary import probe_tokens
 
-TESTED = "5.23.0"
-PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.model("}),
-    ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.lm_head("}),
-    ("models/llama/modeling_llama.py", "LlamaModel.forward", {"contains": "create_causal_mask("}),
-    (
-        "masking_utils.py",
-        "_preprocess_mask_arguments",
-        {"contains": "if position_ids is not None and attention_mask is None and (past_key_values is None):"},
-    ),
-    ("loss/loss_utils.py", "fixed_cross_entropy", {"contains": "cross_entropy(source, target"}),
-    ("trainer.py", "Trainer.compute_loss", {"contains": "model(**inputs)"}),
-)
-HOOKS = tuple(Hook("transformers", TESTED, f"transformers/{file}", name, **rest) for file, name, rest in PLACES)
-"""Code of transformers that `lazy_head` and `fused` rely on."""
 READ = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 """The arguments of a decoder's forward that our layers know."""
 ATTENTION = ("sdpa", "eager")
