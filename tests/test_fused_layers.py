@@ -201,6 +201,14 @@ def test_the_comparison_runs_once_and_again_after_a_change(monkeypatch):
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
+def test_the_comparison_runs_in_inference_mode():
+    model = MODELS["llama"]().eval()
+    with layers.fused(model) as handle, torch.inference_mode():
+        model.model.layers[0].requires_grad_(False)
+        model(**batch("right"), use_cache=False)
+    assert_ours(handle)
+
+
 def new_weight(module):
     module.weight = torch.nn.Parameter(torch.randn_like(module.weight))
 

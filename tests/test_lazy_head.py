@@ -86,7 +86,7 @@ CANNOT_RUN = {
     "Input language unknown": "Xmod",
     "The expanded size of the tensor": "xLSTM",
 }
-"""What transformers says of models that the shrunken config does not fit, or that have no backward pass."""
+"""Models that the shrunken config does not fit, or that have no backward pass, by what transformers says of them."""
 
 
 @pytest.mark.exhaustive(6, slow=40)

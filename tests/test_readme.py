@@ -271,14 +271,17 @@ def test_a_trainer_without_logits(workplace, capsys):
     toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
     source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "lazy_head(" in block)
     exec(source, {})
-    assert "answered by ops 3 times, given at once 0 times, made 0 times" in capsys.readouterr().out
+    assert (
+        capsys.readouterr().out
+        == "LlamaForCausalLM: answered by rlhf_fast: linear_cross_entropy 3; not lazy now, logits given at once 0 times\n"
+    )
 
 
 def test_a_model_with_our_layers(workplace, capsys):
     toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
     source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "layers.fused(" in block)
     exec(source, {})
-    assert capsys.readouterr().out == "1 passes by our layers; none by the model's own\n"
+    assert capsys.readouterr().out == "LlamaForCausalLM: answered by rlhf_fast: LlamaModel.forward 1\n"
 
 
 def test_the_stage_that_is_run_from_python(workplace, monkeypatch):

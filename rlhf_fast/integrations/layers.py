@@ -223,9 +223,9 @@ class FusedLayers(contextlib.AbstractContextManager):
         try:
             embedding = read_decoder(decoder).embedding
             shape = len(lengths), min(lengths[0], decoder.config.max_position_embeddings)
-            tokens = probe_tokens(embedding.num_embeddings, [embedding.padding_idx], *shape)
             set_training_modes([(module, False) for module, _ in modes])
             with torch.inference_mode(False), torch.autocast("cpu", enabled=False), lora.nonzero_adapters(decoder):
+                tokens = probe_tokens(embedding.num_embeddings, [embedding.padding_idx], *shape)
                 return packed_decoder.find_difference(decoder, tokens, own, packed)
         except Unsupported as reason:
             return f"{reason}; the families are {', '.join(sorted(FAMILIES))}"

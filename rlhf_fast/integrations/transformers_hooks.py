@@ -76,7 +76,7 @@ HEAD_HOOKS = (
     _hook("loss/loss_utils.py", "fixed_cross_entropy", "cross_entropy(source, target"),
     _hook("trainer.py", "Trainer.compute_loss", "model(**inputs)"),
 )
-"""Of `lazy_head`: the head is a module that is called, and the loss is a cross-entropy."""
+"""`lazy_head` relies on them: the head is a module that is called, and the loss is a cross-entropy."""
 LAYER_HOOKS = (
     *(_hook(_file(family), f"{name}.forward", call) for family, (name, call) in HEADS.items()),
     *(
@@ -87,6 +87,6 @@ LAYER_HOOKS = (
     ),
     _hook("masking_utils.py", "_preprocess_mask_arguments", _PACKED),
 )
-"""Of `layers.fused`: the decoder is a module that is called, its layers compute what ours do, and positions that begin
-again mark packed rows. A comparison of hidden states and gradients is made for each model, whatever stands here."""
+"""`layers.fused` relies on them: the decoder is a module that is called, its layers compute what ours do, and positions
+that begin again mark packed rows. Each model is compared with our layers besides, before they run."""
 HOOKS = HEAD_HOOKS + LAYER_HOOKS
