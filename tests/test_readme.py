@@ -179,7 +179,7 @@ def test_trls_trainer_is_fused(workplace, capsys, monkeypatch):
     toy.model(workplace / "MODEL", letters="abcdefghijklmnopqrstuvwxyz")
     found = {}
     exec(next(block for block in blocks("python") if "integrations.trl.fused()" in block), found)
-    assert found["handle"].status.answered == 20 and not found["handle"].status.fallbacks
+    assert found["handle"].status.answered.total() == 20 and not found["handle"].status.fallbacks
     assert "trl: linear_logprobs answered 20 calls" in capsys.readouterr().out
 
 
