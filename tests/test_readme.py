@@ -180,7 +180,7 @@ def test_trls_trainer_is_fused(workplace, capsys, monkeypatch):
     found = {}
     exec(next(block for block in blocks("python") if "integrations.trl.fused()" in block), found)
     assert found["handle"].status.answered.total() == 20 and not found["handle"].status.fallbacks
-    assert "trl: linear_logprobs answered 20 calls" in capsys.readouterr().out
+    assert "trl: answered by rlhf_fast: ChunkedLogProbFunction 20" in capsys.readouterr().out
 
 
 def test_the_op_that_is_added_works(tmp_path):
