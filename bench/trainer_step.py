@@ -112,9 +112,9 @@ def trainer_step(tiny: bool, folder: str, padded: bool = False) -> Step:
 
 
 @contextmanager
-def both(model: nn.Module) -> Iterator[None]:
-    with integrations.lazy_head(model), integrations.layers.fused(model):
-        yield
+def both(model: nn.Module) -> Iterator[tuple]:
+    with integrations.lazy_head(model) as head, integrations.layers.fused(model) as layers:
+        yield head, layers
 
 
 def trl_step(name: str, tiny: bool, folder: str) -> Step:
@@ -216,12 +216,13 @@ def row_of(run: Run, name: str, step: Step) -> dict:
         with step.inside() if side == OURS else nullcontext():
             return run.seconds(step.take)
 
-    answered = 0
+    answered = False
     for side in (PLAIN, OURS):
         with step.inside() if side == OURS else nullcontext() as handle:
             losses[side], norms[side] = float(step.take()), step.gradient_norm()
             if side == OURS:
-                answered = getattr(handle, "status", integrations.status(step.model)).answered
+                handles = handle if isinstance(handle, tuple) else (handle,)
+                answered = all(each.status.answered for each in handles)
             for call, into in ((step.take, peaks), (step.head_alone, heads)):
                 step.model.zero_grad(set_to_none=True)  # a gradient that is freed on the way would be subtracted
                 into[side] = run.clock.peak_bytes(call)

@@ -11,6 +11,7 @@ import gc
 import os
 import random
 import signal
+import socket
 import sys
 import warnings
 from importlib.util import find_spec
@@ -117,6 +118,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gloo():
+    """Make a process group of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=address)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

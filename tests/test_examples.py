@@ -47,7 +47,7 @@ def test_trls_trainer_learns_with_the_fused_head(folder, one_thread, capsys):
     assert response.startswith("dear udo , thank you for the ")
     shown = capsys.readouterr().out
     assert "before: " in shown and response in shown
-    assert "trl: linear_logprobs answered 80 calls" in shown and "TRL's own" not in shown
+    assert "trl: answered by rlhf_fast: ChunkedLogProbFunction 80" in shown and "its own" not in shown
     assert (folder / "runs" / "trl-dpo" / "model.safetensors").is_file()
 
 
@@ -59,7 +59,7 @@ def test_transformers_trainer_learns_with_lazy_logits(folder, one_thread, capsys
     assert response.startswith("dear udo , thank you for the ")
     shown = capsys.readouterr().out
     assert "before: " in shown and response in shown
-    assert re.search(r"LlamaForCausalLM: lazy, answered by ops 40 times, .* made 0 times", shown), shown
+    assert re.search(r"LlamaForCausalLM: answered by rlhf_fast: linear_cross_entropy 40; lazy now", shown), shown
     assert (folder / "runs" / "hf-trainer" / "model.safetensors").is_file()
 
 

@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from rlhf_fast.cli.main import main
-from rlhf_fast.integrations import hooks, layers, openrlhf, trl, verl
+from rlhf_fast.integrations import hooks, openrlhf, transformers_hooks, trl, verl
 from rlhf_fast.integrations.hooks import Hook
+from rlhf_fast.model.architectures import FAMILIES
 
 SOURCE = """
 raise RuntimeError("imported")
@@ -77,15 +78,26 @@ def test_a_library_that_is_not_installed():
     assert hooks.report([hook]) == "not installed"
 
 
-@pytest.mark.parametrize("hook", layers.HOOKS, ids=lambda hook: f"{hook.name} {hook.contains}")
+@pytest.mark.parametrize("hook", transformers_hooks.HOOKS, ids=lambda hook: f"{hook.name} {hook.contains}")
 def test_what_lazy_logits_and_layers_stand_on_in_transformers(hook):
     assert hooks.moved(hook) == ""
+
+
+def test_each_family_of_our_layers_has_its_hooks():
+    """A family that is added to model/architectures.py is looked up too: its decoder, its layers and its head."""
+    decoders = {name.removesuffix("Model") for name in FAMILIES}
+    assert {prefix for prefix, _ in transformers_hooks.LAYERS.values()} == decoders
+    assert transformers_hooks.HEADS.keys() == transformers_hooks.LAYERS.keys()
+    for prefix in decoders:
+        names = [hook.name for hook in transformers_hooks.LAYER_HOOKS]
+        for method in ("Model", "Attention", "MLP"):
+            assert f"{prefix}{method}.forward" in names
 
 
 def test_env_says_which_libraries_were_tested(capsys):
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for integration in (layers, trl, openrlhf, verl):
+    for integration in (transformers_hooks, trl, openrlhf, verl):
         library = integration.HOOKS[0].library
         (line,) = [line for line in lines if line.startswith(f"{library} ")]
         assert line == f"{library:<14} {hooks.report(integration.HOOKS)}"

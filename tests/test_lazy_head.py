@@ -4,14 +4,14 @@ import contextlib
 import copy
 import io
 import pickle
-import socket
+import re
 
 import pytest
 import torch
 import transformers
 from accelerate import hooks
 from architectures import RECURRENT, REFUSED, SERVED, V, build
-from lazy_pair import assert_close, compare, grads_of
+from lazy_pair import assert_close, compare, grads_of, is_freed_with_its_model
 from shrink import count_weights, shrunken
 from torch import nn
 from torch.nn import functional as F
@@ -50,7 +50,7 @@ def loss_of(**inputs):
 
 
 def assert_one_answer(found):
-    assert (found.answered, found.made, found.direct) == (1, 0, 0), found
+    assert (found.answered.total(), found.fallbacks.total(), found.direct) == (1, 0, 0), found
 
 
 @pytest.mark.parametrize("items", [None, 37, torch.tensor(37)], ids=["mean", "items", "items as a tensor"])
@@ -64,6 +64,31 @@ def test_every_model_of_the_tests(name):
     assert_one_answer(compare(MODELS[name]().eval(), loss_of(**batch(2, 9), num_items_in_batch=torch.tensor(7))))
 
 
+CANNOT_RUN = {
+    "can only be called on Attention layers": (
+        "BailingHybrid Bamba GraniteMoeHybrid Jamba KimiLinear Lfm3 Qwen3_5 Qwen3_5Moe Qwen3_5MoeText Qwen3_5Text"
+        " Qwen3Next Qwen4Exp Qwen4ExpText RecurrentGemma"
+    ),
+    "list index out of range": "Bart BigBirdPegasus Blenderbot BlenderbotSmall MBart Marian Mvp PLBart Pegasus",
+    "Class validation error": "GPTNeo Gemma4Assistant Mamba2 Zamba Zamba2 Zaya",
+    "The set of layer types producing a cache": "Gemma3nText Gemma4UnifiedAssistant",
+    "Multiple valid text configs": "Musicgen MusicgenMelody",
+    "requires the timm library|weights, which is too large": "Gemma3n",
+    "weights, which is too large": "Blt Fuyu Gemma3 Gemma4Unified GotOcr2 MossTranscribeDiarize",
+    "'full_attention'": "CohereCompassText",
+    "has no attribute 'rope_theta'": "Dbrx",
+    "keys must be integer layer indices": "Dots3Note",
+    "to match target batch_size": "Git",
+    "'NoneType' object is not subscriptable": "Lfm2Moe",
+    "Validation error for field 'audio_vocab_size'": "Moshi",
+    "make sure that `is_decoder=True`": "Reformer",
+    "modified by an inplace operation": "Rwkv",
+    "Input language unknown": "Xmod",
+    "The expanded size of the tensor": "xLSTM",
+}
+"""Models that the shrunken config does not fit, or that have no backward pass, by what transformers says of them."""
+
+
 @pytest.mark.exhaustive(6, slow=40)
 @pytest.mark.parametrize("kind", LM, ids=lambda kind: kind.__name__)
 def test_every_architecture(kind):
@@ -72,35 +97,28 @@ def test_every_architecture(kind):
     try:
         config = shrunken(kind)
         config = config if architecture.config_class is kind else config.get_text_config()
-        if count_weights(architecture, config) > 20_000_000:
-            pytest.skip("cannot be made small")
+        if (weights := count_weights(architecture, config)) > 20_000_000:
+            raise ValueError(f"{weights} weights, which is too large")
         model = architecture(config).eval()
         inputs = batch(2, 9)
         inputs["input_ids"] %= 60
         inputs["labels"] = torch.where(inputs["labels"] < 0, -100, inputs["input_ids"])
         model(**inputs).loss.backward()
     except Exception as error:  # whatever transformers says of the shrunken config
+        name = kind.__name__.removesuffix("Config")
+        said = [text for text, names in CANNOT_RUN.items() if name in names.split()]
+        if not any(re.search(text, str(error)) for text in said):
+            raise
         pytest.skip(f"does not run: {type(error).__name__}: {error}")
     try:
         found = compare(model, loss_of(**inputs), grad_tolerance=5e-5)
     except UserError as error:
         assert "output" in str(error) and "\n" not in str(error)
         return
-    assert found.answered + found.made >= 1
+    assert found.answered.total() + found.fallbacks.total() >= 1
 
 
 # -- what a model may be wrapped in, before or after -------------------------------------------------------------------
-
-
-@pytest.fixture
-def gloo():
-    """A process group of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=address)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def logprobs_of(ids):
@@ -125,7 +143,7 @@ def test_ddp(gloo, options, outside):
     assert_close(ours, theirs, 1e-5)
     for name, grad in grads_of(plain).items():
         assert_close(grads_of(model)[name], grad, 2e-5, name)
-    assert (status(wrapped).answered, status(wrapped).made) == (3, 0)
+    assert (status(wrapped).answered.total(), status(wrapped).fallbacks.total()) == (3, 0)
 
 
 def test_collectives(gloo):
@@ -163,7 +181,7 @@ def test_fsdp2(gloo, outside, reshard):
     assert_close(ours, theirs, 1e-5)
     for name, grad in grads_of(plain).items():
         assert_close(grads_of(model)[name].full_tensor(), grad, 2e-5, name)
-    assert (status(model).answered, status(model).made) == (2, 0)
+    assert (status(model).answered.total(), status(model).fallbacks.total()) == (2, 0)
 
 
 def test_a_weight_that_fsdp2_has_freed(gloo):
@@ -207,7 +225,7 @@ def test_autocast(outside):
         return logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]) if outside else out.loss
 
     found = compare(model, reader, out_tolerance=1e-2, grad_tolerance=3e-2)
-    assert (found.answered, found.made) == (1, 0)
+    assert (found.answered.total(), found.fallbacks.total()) == (1, 0)
     with lazy_head(model), torch.autocast("cpu", torch.bfloat16):
         logits = model(**inputs).logits
         assert logits.dtype == torch.bfloat16 and logits.rows.head.weight.dtype == torch.bfloat16
@@ -268,7 +286,7 @@ def test_the_compiled_model():
     model, inputs = llama(), batch()
     compiled = torch.compile(model, backend="eager")
     found = compare(compiled, loss_of(**inputs), patched=compiled)
-    assert found.made == 0
+    assert found.fallbacks.total() == 0
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -308,7 +326,7 @@ def test_transformers_trainer(tmp_path, tied):
             evaluation = trainer.evaluate()["eval_loss"]
         logged = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
         runs.append((logged, evaluation, model.state_dict()))
-    assert (found.answered, found.made, found.direct) == (12, 0, 0)
+    assert (found.answered.total(), found.fallbacks.total(), found.direct) == (12, 0, 0)
     (logged, evaluation, weights), (their_logged, their_evaluation, their_weights) = runs[1], runs[0]
     assert len(logged) == 6 and torch.allclose(torch.tensor(logged), torch.tensor(their_logged), rtol=1e-5)
     assert evaluation == pytest.approx(their_evaluation, rel=1e-5)
@@ -329,7 +347,7 @@ def test_generate(options):
     with lazy_head(model):
         ours = model.generate(ids, **options)
     assert torch.equal(ours, theirs)
-    assert status(model).made == 0
+    assert status(model).fallbacks.total() == 0
 
 
 def test_evaluation():
@@ -338,11 +356,11 @@ def test_evaluation():
     theirs = model(**inputs)
     with lazy_head(model), torch.no_grad():
         ours = model(**inputs)
-        assert status(model).made == 0 and not ours.loss.requires_grad and not ours.logits.requires_grad
+        assert status(model).fallbacks.total() == 0 and not ours.loss.requires_grad and not ours.logits.requires_grad
     assert_close(ours.loss, theirs.loss, 1e-5)
     assert torch.equal(ours.logits + 0, theirs.logits)
     assert (ours.logits.numpy() == theirs.logits.detach().numpy()).all()
-    assert not (ours.logits + 0).requires_grad and status(model).made == 1
+    assert not (ours.logits + 0).requires_grad and status(model).fallbacks.total() == 1
 
 
 # -- the handle, the status, and what is refused -----------------------------------------------------------------------
@@ -356,15 +374,35 @@ def test_the_handle_and_the_status():
     model(**inputs).loss.backward()
     model(**inputs).logits.max().backward()
     found = status(model)
-    assert (found.answered, found.made, list(found.made_by.values())) == (2, 1, [1])
-    (line,) = found.made_by
-    assert line.startswith(__file__) and "1 times by" in str(found)
+    assert (found.answered.total(), found.fallbacks.total(), list(found.fallbacks.values())) == (2, 1, [1])
+    (line,) = found.fallbacks
+    assert line.startswith(f"output layer: {__file__}:") and line.endswith(" reads its logits, which no op answers")
+    assert str(found).splitlines() == [
+        "LlamaForCausalLM: answered by rlhf_fast: linear_cross_entropy 2; lazy now, logits given at once 0 times",
+        f"  1 times its own {line}",
+    ]
+    assert handle.status == found
     handle.remove()
     handle.remove()
-    assert not status(model).lazy and status(model).made == 1
+    assert not status(model).lazy and status(model).fallbacks.total() == 1
     assert type(model(**inputs).logits) is torch.Tensor and "forward" not in vars(model.lm_head)
     with lazy_head(model):
-        assert status(model).made == 0
+        assert status(model).fallbacks.total() == 0
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_weights_are_freed_with_the_model(remove):
+    """Without a garbage collection; also while somebody holds the removed handle."""
+    inputs = batch()
+    assert is_freed_with_its_model(llama, lazy_head, lambda model: model(**inputs).loss.backward(), remove)
+
+
+def test_a_forward_that_outlives_its_layer():
+    handle = lazy_head(llama())
+    with pytest.raises(RuntimeError, match="the output layer of this forward was freed; call the model"):
+        handle.forward(torch.randn(2, 3, 32))
+    assert not handle.status.answered
+    handle.remove()
 
 
 def test_a_handle_that_was_removed_leaves_the_next_one():
@@ -432,7 +470,7 @@ def test_strict(monkeypatch):
     model, inputs = llama(), batch()
     with lazy_head(model):
         model(**inputs).loss.backward()
-        with pytest.raises(RuntimeError, match=r"test_lazy_head.py:\d+ reads logits of LlamaForCausalLM"):
+        with pytest.raises(RuntimeError, match=r"1 and LlamaForCausalLM calls its own output layer: .*_head.py:\d+"):
             model(**inputs).logits.max()
         with torch.no_grad():
             model(**inputs).logits.max()
@@ -450,7 +488,7 @@ def test_copies_and_files():
         saved = io.BytesIO()
         torch.save(model, saved)
         pickled = pickle.loads(pickle.dumps(model))
-        assert status(other).lazy and status(other).answered == 1
+        assert status(other).lazy and status(other).answered.total() == 1
     assert not torch.equal(ours, theirs)
     weights, hidden = other.lm_head.weight, other.model(inputs["input_ids"]).last_hidden_state
     labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]

@@ -179,8 +179,8 @@ def test_trls_trainer_is_fused(workplace, capsys, monkeypatch):
     toy.model(workplace / "MODEL", letters="abcdefghijklmnopqrstuvwxyz")
     found = {}
     exec(next(block for block in blocks("python") if "integrations.trl.fused()" in block), found)
-    assert found["handle"].status.answered == 20 and not found["handle"].status.fallbacks
-    assert "trl: linear_logprobs answered 20 calls" in capsys.readouterr().out
+    assert found["handle"].status.answered.total() == 20 and not found["handle"].status.fallbacks
+    assert "trl: answered by rlhf_fast: ChunkedLogProbFunction 20" in capsys.readouterr().out
 
 
 def test_the_op_that_is_added_works(tmp_path):
@@ -271,14 +271,15 @@ def test_a_trainer_without_logits(workplace, capsys):
     toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
     source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "lazy_head(" in block)
     exec(source, {})
-    assert "answered by ops 3 times, given at once 0 times, made 0 times" in capsys.readouterr().out
+    answered = "LlamaForCausalLM: answered by rlhf_fast: linear_cross_entropy 3"
+    assert capsys.readouterr().out == f"{answered}; not lazy now, logits given at once 0 times\n"
 
 
 def test_a_model_with_our_layers(workplace, capsys):
     toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
     source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "layers.fused(" in block)
     exec(source, {})
-    assert capsys.readouterr().out == "1 passes by our layers; none by the model's own\n"
+    assert capsys.readouterr().out == "LlamaForCausalLM: answered by rlhf_fast: LlamaModel.forward 1\n"
 
 
 def test_the_stage_that_is_run_from_python(workplace, monkeypatch):

@@ -260,14 +260,14 @@ def test_head_that_stays_theirs(caplog, monkeypatch):
         assert head()(hidden, weight, ids, each) == "theirs"
     assert head()(hidden.to("meta"), weight, ids) == "theirs"
     assert calls.answered == {"FusedLinearForPPO": 1} and list(calls.fallbacks.values()) == [2, 1]
-    reason = "verl's own function is called, FusedLinearForPPO: the op takes one temperature for all tokens"
+    reason = "verl calls its own FusedLinearForPPO: the op takes one temperature for all tokens"
     assert caplog.messages[0] == reason and len(caplog.messages) == 2
     monkeypatch.setenv("RLHF_FAST_STRICT", "1")
-    with pytest.raises(RuntimeError, match="RLHF_FAST_STRICT=1 and verl's own function is called, FusedLinearForPPO"):
+    with pytest.raises(RuntimeError, match="RLHF_FAST_STRICT=1 and verl calls its own FusedLinearForPPO"):
         head()(hidden, weight, ids, each)
     with torch.no_grad():
         assert head()(hidden, weight, ids, each) == "theirs"
-    assert str(calls).splitlines()[0] == "verl: calls that an op answered: FusedLinearForPPO 1"
+    assert str(calls).splitlines()[0] == "verl: answered by rlhf_fast: FusedLinearForPPO 1"
 
 
 def test_an_installed_liger_kernel_answers_where_it_is_asked_for(monkeypatch):

@@ -46,10 +46,10 @@ def _packages() -> Iterator[str]:
 
 def _integrations() -> Iterator[str]:
     """Yield a line for each library whose trainers can call the ops by rlhf_fast.integrations."""
-    from rlhf_fast.integrations import layers, openrlhf, trl, verl
+    from rlhf_fast.integrations import openrlhf, transformers_hooks, trl, verl
     from rlhf_fast.integrations.hooks import report
 
-    for integration in (layers, trl, openrlhf, verl):
+    for integration in (transformers_hooks, trl, openrlhf, verl):
         yield f"{integration.HOOKS[0].library:<14} {report(integration.HOOKS)}"
 
 

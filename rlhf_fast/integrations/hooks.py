@@ -1,6 +1,6 @@
 """The functions of other libraries that an integration stands on, looked up in the installed sources without an import.
 
-Each integration lists its own in HOOKS.
+Each integration lists its own in HOOKS, lazy_head and layers in transformers_hooks.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
         Trainer(model, ...).train()
 
 The decoder's `forward` is replaced on the instance. A pass that our layers can compute runs on them
-(model/packed_decoder.py). Any other runs the module's own forward, and `handle.own` says how often and why. On the CPU.
+(model/packed_decoder.py). Any other runs the module's own forward: `handle.status` says how often and why. On the CPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections import Counter
-from logging import getLogger
+import weakref
 from typing import Any
 
 import torch
@@ -22,33 +21,18 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.calls import is_strict
+from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.hooks import Hook
+from rlhf_fast.integrations.known_decoder import KnownDecoder
+from rlhf_fast.integrations.switch import Switch, alive
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import FAMILIES, read_decoder
-from rlhf_fast.model.dropout import has_dropout
 from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packing import PackedRows, pack_sequences
 from rlhf_fast.model.rope_scaling import is_length_dependent
+from rlhf_fast.model.vocabulary import probe_tokens
 
-log = getLogger("rlhf_fast")
-TESTED = "5.23.0"
-PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.model("}),
-    ("models/llama/modeling_llama.py", "LlamaForCausalLM.forward", {"contains": "self.lm_head("}),
-    ("models/llama/modeling_llama.py", "LlamaModel.forward", {"contains": "create_causal_mask("}),
-    (
-        "masking_utils.py",
-        "_preprocess_mask_arguments",
-        {"contains": "if position_ids is not None and attention_mask is None and (past_key_values is None):"},
-    ),
-    ("loss/loss_utils.py", "fixed_cross_entropy", {"contains": "cross_entropy(source, target"}),
-    ("trainer.py", "Trainer.compute_loss", {"contains": "model(**inputs)"}),
-)
-HOOKS = tuple(Hook("transformers", TESTED, f"transformers/{file}", name, **rest) for file, name, rest in PLACES)
-"""Code of transformers that `lazy_head` and `fused` rely on."""
 READ = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
 """The arguments of a decoder's forward that our layers know."""
 ATTENTION = ("sdpa", "eager")
@@ -57,40 +41,34 @@ OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_
 """Boundaries of packed rows, which position_ids have too."""
 
 
-class Switch:
-    """Say whether a handle is open; copies of the model share it."""
-
-    def __init__(self):
-        self.on = True
-
-    def __deepcopy__(self, memo: dict) -> Switch:
-        return self
-
-
 class FusedLayers(contextlib.AbstractContextManager):
-    """The handle that `fused` returns.
-
-    calls: passes that our layers computed.
-    own: passes of the module's own forward, counted by their reason.
-    """
+    """The handle that `fused` returns. `status` counts the passes that our layers computed, and those of the module's
+    own forward by their reason."""
 
     def __init__(self, model: Any):
         self.name = type(model).__name__
         base: Any = lora.unwrap(find_model(model))
-        self.decoder: Any = base.base_model
-        if base.base_model is base:  # Llama4ForCausalLM has no base_model, and a decoder is its own
-            self.decoder = getattr(base, "model", base)
-        self.calls = 0
-        self.own: Counter[str] = Counter()
+        # Llama4ForCausalLM has no base_model, and a decoder is its own.
+        decoder: Any = getattr(base, "model", base) if base.base_model is base else base.base_model
+        self._reference = weakref.ref(decoder)  # the decoder holds this: a circle would keep its weights
+        self.status = Calls(self.name)
+        self._forward_name = f"{type(decoder).__name__}.forward"
         self._switch = Switch()
         self._output: type | None = None
         self._refusals: dict[Any, str | None] = {}
+        self._known: KnownDecoder | None = None
+
+    @property
+    def decoder(self) -> Any:
+        """The module whose forward this is. RuntimeError if it is gone."""
+        return alive(self._reference, "the decoder")
 
     def remove(self) -> None:
         """Give the model, and copies of it, its own layers back."""
-        self._switch.on = False
-        if vars(self.decoder).get("forward") is self:
-            del self.decoder.forward
+        self._switch.on, self._known = False, None
+        decoder = self._reference()
+        if decoder is not None and vars(decoder).get("forward") is self:
+            del decoder.forward
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
@@ -102,7 +80,9 @@ class FusedLayers(contextlib.AbstractContextManager):
     def __deepcopy__(self, memo: dict) -> FusedLayers:
         twin = object.__new__(FusedLayers)
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
+        kept = {name: x for name, x in vars(self).items() if name not in ("_known", "_reference")}
+        vars(twin).update(copy.deepcopy(kept, memo), _known=None)
+        twin._reference = weakref.ref(copy.deepcopy(self.decoder, memo))
         return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,13 +93,15 @@ class FusedLayers(contextlib.AbstractContextManager):
         why = self._why_not_given(given)
         found = packed_decoder.inspect(self.decoder) if why is None else None
         why = self._why_not_now(found) if found is not None else why
-        if why is not None or found is None:
-            self._note_own(str(why))
+        if why is not None or found is None or self._known is None:
+            # Without a gradient a cache is usual: it is counted, and not warned of.
+            with_grad = torch.is_grad_enabled()
+            self.status.note_fallback(self._forward_name, str(why), with_grad, warns=with_grad)
             return self._own_forward(*args, **kwargs)
-        self.calls += 1
+        self.status.answered[self._forward_name] += 1
         tokens = given["input_ids"]
         packed, places = pack_sequences(tokens, given["attention_mask"], given["position_ids"])
-        states = packed_decoder.packed_hidden(read_decoder(self.decoder), packed, None, 0.0, found.checkpoints)
+        states = packed_decoder.packed_hidden(self._known.parts, packed, None, 0.0, found.checkpoints)
         if places is not None:
             zeros = states.new_zeros(tokens.numel(), states.shape[1])
             states = zeros.index_copy(0, places, states)
@@ -148,17 +130,9 @@ class FusedLayers(contextlib.AbstractContextManager):
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.decoder).forward(self.decoder, *args, **kwargs)
 
-    def _note_own(self, why: str) -> None:
-        if torch.is_grad_enabled():
-            if is_strict():
-                raise RuntimeError(f"RLHF_FAST_STRICT=1 and the own layers of {self.name} run: {why}")
-            if why not in self.own:
-                log.warning("layers.fused: the own layers of %s run: %s", self.name, why)
-        self.own[why] += 1
-
     def _given(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Return the arguments of a pass by name, without those that change nothing."""
-        signature = inspect.signature(type(self.decoder).forward)
+        signature = _signature(type(self.decoder).forward)
         rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
         bound = signature.bind(self.decoder, *args, **kwargs).arguments
         given = {**bound, **bound.get(rest, {})}
@@ -210,12 +184,14 @@ class FusedLayers(contextlib.AbstractContextManager):
             return "its modules have hooks, which ours would not call"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        if has_dropout(self.decoder):
-            return "it trains with dropout"
         key = _key(found, self.decoder)
         if key not in self._refusals:
             self._refusals[key] = self._find_refusal(found)
-        return self._refusals[key]
+        if why := self._refusals[key]:
+            return why
+        if self._known is None or not self._known.still_holds(self.decoder, found):
+            self._known = KnownDecoder(self.decoder, found)
+        return "it trains with dropout" if self._known.drops(self.decoder) else None
 
     def _find_refusal(self, found: packed_decoder.Inspection) -> str | None:
         """Return why our layers cannot stand for the decoder's own, or None: on a few rows hidden states and gradients
@@ -243,12 +219,14 @@ class FusedLayers(contextlib.AbstractContextManager):
         def packed(rows: PackedRows, kept: Tensor) -> Tensor:
             return packed_decoder.packed_hidden(read_decoder(decoder), rows, kept)
 
-        modes = training_modes(decoder)
+        modes, lengths = training_modes(decoder), packed_decoder.PROBE_LENGTHS
         try:
-            read_decoder(decoder)
+            embedding = read_decoder(decoder).embedding
+            shape = len(lengths), min(lengths[0], decoder.config.max_position_embeddings)
             set_training_modes([(module, False) for module, _ in modes])
             with torch.inference_mode(False), torch.autocast("cpu", enabled=False), lora.nonzero_adapters(decoder):
-                return packed_decoder.find_difference(decoder, _probe_tokens(decoder), own, packed)
+                tokens = probe_tokens(embedding.num_embeddings, [embedding.padding_idx], *shape)
+                return packed_decoder.find_difference(decoder, tokens, own, packed)
         except Unsupported as reason:
             return f"{reason}; the families are {', '.join(sorted(FAMILIES))}"
         except Exception as error:  # the code of a model may fail in any way
@@ -276,6 +254,11 @@ def fused(model: Any) -> FusedLayers:
     return handle
 
 
+@functools.lru_cache(maxsize=16)  # inspect.signature takes as long as a small op
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
 def _key(found: packed_decoder.Inspection, decoder: Any) -> tuple[Any, ...]:
     """Return what a comparison of our layers with the own ones depends on."""
     trained = tuple(p.requires_grad for p in found.parameters)
@@ -287,12 +270,3 @@ def _is_other(kind: type, forward: Any) -> bool:
     """Return whether a module's class or forward is of another program, as a wrapper or a patch of the class is."""
     places = kind.__module__, inspect.unwrap(forward).__module__
     return not all(place.startswith(("transformers.", "torch.nn.modules.", "peft.")) for place in places)
-
-
-def _probe_tokens(decoder: Any) -> Tensor:
-    """Return fixed tokens (3, T), none of them padding, to compare two forward passes."""
-    embedding, lengths = decoder.get_input_embeddings(), packed_decoder.PROBE_LENGTHS
-    ids = torch.arange(embedding.weight.shape[0])
-    ids = ids[ids != (-1 if embedding.padding_idx is None else embedding.padding_idx)]
-    shape = len(lengths), min(lengths[0], decoder.config.max_position_embeddings)
-    return ids[(torch.arange(shape[0] * shape[1]).view(shape) * 7919 + 3) % len(ids)]

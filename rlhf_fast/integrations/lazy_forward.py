@@ -14,22 +14,30 @@ from torch import Tensor, nn
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
-from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, output_layer
+from rlhf_fast.integrations.calls import log
+from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, multiplied_in, output_layer
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
-from rlhf_fast.integrations.record import Record, Status, log
+from rlhf_fast.integrations.record import LogitsCalls
+from rlhf_fast.integrations.switch import alive
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
 """The files that register what LazyLogits answer."""
 FEW_ROWS = 8
-RECORDS: WeakKeyDictionary[nn.Module, Record] = WeakKeyDictionary()
+RECORDS: WeakKeyDictionary[nn.Module, LogitsCalls] = WeakKeyDictionary()
 
 
 class LazyForward:
-    """The output layer's forward: lazy logits, or the logits themselves where none are to be saved."""
+    """The output layer's forward: lazy logits, or the logits themselves where none are to be saved. It has a weak
+    reference to the layer, which holds it: a circle would keep the weight until the garbage collector runs."""
 
-    def __init__(self, layer: nn.Linear, record: Record):
-        self.layer, self.record = layer, record
+    def __init__(self, layer: nn.Linear, record: LogitsCalls):
+        self.reference, self.record = weakref.ref(layer), record
+
+    @property
+    def layer(self) -> nn.Linear:
+        """The output layer. RuntimeError if it is gone."""
+        return alive(self.reference, "the output layer")
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.layer
@@ -64,18 +72,14 @@ class LazyForward:
         rows = hidden.numel() // max(1, hidden.shape[-1])
         if not torch.is_grad_enabled() and (hidden.shape[-2] == 1 or rows <= FEW_ROWS):
             return None
-        head = LinearHead(weight, bias)
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            hidden, head = hidden.to(dtype), head.to(dtype)
+        hidden, head = multiplied_in(hidden, LinearHead(weight, bias))
         same = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.weight.shape[1]
         return (hidden, head) if same and hidden.dtype in DTYPES else None
 
     def __deepcopy__(self, memo: dict) -> LazyForward:
         """A copy of the model has a layer and a record of its own, and the switch in common."""
         layer = copy.deepcopy(self.layer, memo)
-        RECORDS[layer] = Record(self.record.model, switch=self.record.switch)
+        RECORDS[layer] = LogitsCalls(self.record.owner, switch=self.record.switch)
         return LazyForward(layer, RECORDS[layer])
 
     def __reduce__(self) -> tuple:
@@ -87,24 +91,30 @@ class LazyHead(contextlib.AbstractContextManager):
     """The handle that `lazy_head` returns."""
 
     def __init__(self, model: Any, forward: LazyForward):
-        self.model, self.layer, self.forward = weakref.ref(model), forward.layer, forward
+        self.model, self.forward = weakref.ref(model), forward
+
+    @property
+    def status(self) -> LogitsCalls:
+        """The counts so far."""
+        record = self.forward.record
+        return record.snapshot(record.switch.on)
 
     def remove(self) -> None:
         """Give the model its logits back, and copies of it. Lazy logits that it gave before stay good.
 
         What wrapped the layer's forward since then stays there."""
-        switch, model = self.forward.record.switch, self.model()
+        switch, model, layer = self.forward.record.switch, self.model(), self.forward.reference()
         if switch.on and model is not None:
             now = find_output_layer(model)
-            if now is None or all(module is not self.layer for module in now.modules()):
+            if now is None or all(module is not layer for module in now.modules()):
                 log.warning(
                     "lazy_head: %s has another output layer now, as after resize_token_embeddings, and the new one gave"
                     " real logits; call lazy_head after such a change",
-                    self.forward.record.model,
+                    self.forward.record.owner,
                 )
         switch.on = False
-        if vars(self.layer).get("forward") is self.forward:
-            del self.layer.forward
+        if layer is not None and vars(layer).get("forward") is self.forward:
+            del layer.forward
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
@@ -128,7 +138,7 @@ def lazy_head(model: Any) -> LazyHead:
         raise UserError(f"{name}: has lazy logits already; remove the first handle, or leave its `with` block, before")
     if before is not None and not _is_own(layer, before):
         raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
-    RECORDS[layer] = Record(name)
+    RECORDS[layer] = LogitsCalls(name)
     layer.forward = forward = LazyForward(layer, RECORDS[layer])  # type: ignore[method-assign]
     return LazyHead(model, forward)
 
@@ -144,8 +154,8 @@ def _is_own(layer: nn.Linear, forward: Any) -> bool:
     return saved or isinstance(forward, LazyForward)
 
 
-def status(model: Any) -> Status:
+def status(model: Any) -> LogitsCalls:
     """Return whether a model's output layer gives lazy logits now, and what they did since the last `lazy_head`."""
     layer = find_output_layer(model)
-    record = RECORDS.get(layer) or Record(type(model).__name__)
-    return Status(record.model, is_lazy(layer), record.answered, record.made, record.direct, dict(record.made_by))
+    record = RECORDS.get(layer) or LogitsCalls(type(model).__name__)
+    return record.snapshot(is_lazy(layer))

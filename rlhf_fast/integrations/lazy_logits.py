@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rlhf_fast.integrations.head import LinearHead
 from rlhf_fast.integrations.lazy_rows import Rows, Source, version_of
-from rlhf_fast.integrations.record import Record, caller
-from rlhf_fast.integrations.torch_functions import COMMUTATIVE, GATHERS, NATIVE, PASSED, REFUSED, WRITES
+from rlhf_fast.integrations.record import caller
+from rlhf_fast.integrations.torch_functions import COMMUTATIVE, GATHERS, IDENTITIES, NATIVE, REFUSED, WRITES
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda z: z,
@@ -33,14 +33,15 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 """Name the tensors that a LazyLogits may stand for; each function makes one of logits."""
 
 
-class Memory:
-    """Count the writes into what would be one memory: all views of the same logits see them.
+class SharedStorage:
+    """Count the writes into the storage that views of the same logits would share.
 
-    shown: tensors of which a part was given away as a plain tensor, by their storage, and their versions then."""
+    written_at: the line of the last write.
+    exposed: tensors of which a part was given away as a plain tensor, by their storage, and their versions then."""
 
     def __init__(self) -> None:
-        self.writes, self.where = 0, ""
-        self.shown: dict[int, tuple[Tensor, int]] = {}
+        self.writes, self.written_at = 0, ""
+        self.exposed: dict[int, tuple[Tensor, int]] = {}
 
 
 class LazyLogits(Tensor):
@@ -49,62 +50,65 @@ class LazyLogits(Tensor):
     rows: Rows
     form: str
     factor: float
-    memory: Memory
-    seen: int
+    shared_storage: SharedStorage
+    seen_writes: int
     copied: bool
     cache: Tensor | None
     cache_version: int
     own: Tensor | None
-    ties: tuple[Tensor, ...]
-    heard: bool
-    was_passed: bool
+    hooked_inputs: tuple[Tensor, ...]
+    has_backward_hook: bool
+    is_function_output: bool
 
     @staticmethod
     def of(
         rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, form: str = "logits", factor: float = 1.0,
-        memory: Memory | None = None, copied: bool = False, ties: tuple[Tensor, ...] = (), attached: bool = True,
+        shared_storage: SharedStorage | None = None, copied: bool = False, hooked_inputs: tuple[Tensor, ...] = (),
+        attached: bool = True,
     ) -> LazyLogits:  # fmt: skip
-        """Return lazy logits of a shape. memory: of those that these are a view of. copied: the memory would be a copy
-        of that of rows. attached: as a node of autograd, under no_grad without a gradient."""
+        """Return lazy logits of a shape. shared_storage: of those that these are a view of. copied: the storage would
+        be a copy of that of rows. hooked_inputs: see `hooked_tensors`. attached: as a node of autograd, under no_grad
+        without a gradient."""
         if attached and not torch.is_grad_enabled():
             rows = rows.detach()
         device = rows.head.weight.device
         x = Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        x.rows, x.form, x.factor, x.ties, x.heard, x.was_passed = rows, form, factor, ties, False, False
-        x.memory = memory or Memory()
-        x.seen, x.own, x.copied, x.cache, x.cache_version = x.memory.writes, None, copied, None, 0
+        x.rows, x.form, x.factor = rows, form, factor
+        x.hooked_inputs, x.has_backward_hook, x.is_function_output = hooked_inputs, False, False
+        x.shared_storage = shared_storage or SharedStorage()
+        x.seen_writes, x.own, x.copied, x.cache, x.cache_version = x.shared_storage.writes, None, copied, None, 0
         if attached and rows.needs_grad():
             return _Node.apply(rows.hidden, rows.head.weight, rows.head.bias, lambda: x)
         return x
 
     def like(self, **changes: Any) -> LazyLogits:
         """Return lazy logits with some attributes changed."""
-        given = {"rows": self.rows, "shape": tuple(self.shape), "dtype": self.dtype, "form": self.form}
-        return LazyLogits.of(
-            **{**given, "factor": self.factor, "copied": self.copied, "ties": self.all_ties(), **changes}
-        )
+        given: dict[str, Any] = {"rows": self.rows, "shape": tuple(self.shape), "dtype": self.dtype, "form": self.form}
+        given |= {"factor": self.factor, "copied": self.copied, "hooked_inputs": self.hooked_tensors()}
+        return LazyLogits.of(**{**given, **changes})
 
-    def passed(self, **changes: Any) -> LazyLogits:
-        """Return these logits as an autograd.Function does that returns its input. Its backward pass is to be heard.
+    def as_function_output(self, **changes: Any) -> LazyLogits:
+        """Return these logits as an autograd.Function does that returns its input, whose backward pass is to be called.
         torch makes it a node of autograd afterwards. Where it did not, it was only called under no_grad."""
-        found = self.like(**{"memory": self.memory, "attached": False, **changes})
-        found.heard = found.was_passed = True
+        found = self.like(**{"shared_storage": self.shared_storage, "attached": False, **changes})
+        found.has_backward_hook = found.is_function_output = True
         return found
 
-    def all_ties(self) -> tuple[Tensor, ...]:
-        """Return the nodes of autograd whose backward pass wrappers wait for; `heard`: this is one of them."""
-        return (*self.ties, self) if self.heard else self.ties
+    def hooked_tensors(self) -> tuple[Tensor, ...]:
+        """Return the nodes of autograd whose backward pass wrappers such as DDP wait for. has_backward_hook: this is
+        one of them."""
+        return (*self.hooked_inputs, self) if self.has_backward_hook else self.hooked_inputs
 
-    def become(self, rows: Rows, factor: float) -> LazyLogits:
+    def replace_in_place(self, rows: Rows, factor: float) -> LazyLogits:
         """Be other logits, after a write in place."""
         self.rows, self.factor = rows, factor
         self.note_write()
         return self
 
     def note_write(self) -> None:
-        """Note that this one was written in place. The other views of its memory are not good any more."""
-        self.memory.writes, self.memory.where = self.memory.writes + 1, caller()
-        self.seen = self.memory.writes
+        """Note that this one was written in place. The other views of its storage are not good any more."""
+        self.shared_storage.writes, self.shared_storage.written_at = self.shared_storage.writes + 1, caller()
+        self.seen_writes = self.shared_storage.writes
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -116,25 +120,25 @@ class LazyLogits(Tensor):
 
         An autograd.Function may have noted what it does with lazy logits and given them back. Their gradient has to
         pass it, so that they are made here."""
-        if self.seen != self.memory.writes:
+        if self.seen_writes != self.shared_storage.writes:
             raise RuntimeError(
-                f"lazy_head: these logits were written in place through another view, at {self.memory.where}; read that"
-                " view, or write into logits.clone()"
+                "lazy_head: these logits were written in place through another view, at"
+                f" {self.shared_storage.written_at}; read that view, or write into logits.clone()"
             )
         written = self.cache is not None and version_of(self.cache) != self.cache_version
-        written |= any(version_of(shown) != version for shown, version in self.memory.shown.values())
+        written |= any(version_of(whole) != version for whole, version in self.shared_storage.exposed.values())
         if self.own is None and (written or self.rows.written_through_a_view()):
             raise RuntimeError(
                 "lazy_head: these logits were written in place through a view of a part of the vocabulary; write by"
                 " logits[...] = value, or into logits.make().clone()"
             )
-        if self.was_passed and not self.requires_grad:
+        if self.is_function_output and not self.requires_grad:
             self.rows = self.rows.detach()
         if self.own is None and self.requires_grad and self.rows.is_detached() and torch.is_grad_enabled():
             self.own = _Make.apply(self)
 
     def make(self) -> Tensor:
-        """Return the tensor itself. Its memory stays for later readers."""
+        """Return the tensor itself. Its storage stays for later readers."""
         self.check()
         return self.computed() if self.own is None else self.own
 
@@ -159,8 +163,8 @@ class LazyLogits(Tensor):
 
     def answered(self, out: Tensor) -> Tensor:
         """Return an op's answer, through whose backward pass the wrappers of these logits hear of it."""
-        ties = [x for x in self.all_ties() if x.requires_grad]
-        return _Tie.apply(out, *ties) if ties and out.requires_grad else out
+        hooked = [x for x in self.hooked_tensors() if x.requires_grad]
+        return _CallBackwardHooks.apply(out, *hooked) if hooked and out.requires_grad else out
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LazyLogits({self.form}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -186,8 +190,8 @@ class LazyLogits(Tensor):
         """Answer those who come past Python, such as collectives: by the logits, whose gradient _Node has. torch's
         wrappers pass outputs through an autograd.Function as they are."""
         is_view = func is torch.ops.aten.view.default
-        if func in PASSED and (not is_view or tuple(args[1]) == tuple(args[0].shape)):
-            return args[0].passed()
+        if func in IDENTITIES and (not is_view or tuple(args[1]) == tuple(args[0].shape)):
+            return args[0].as_function_output()
         schema, kwargs = func._schema, kwargs or {}
         if any(x.alias_info is not None for x in schema.returns) or _written_lazy(schema, args, kwargs):
             raise NotImplementedError(
@@ -267,21 +271,22 @@ def _on_made(func: Any, args: tuple, kwargs: dict) -> Any:
     given = {_storage(x) for x in tree_leaves(out) if type(x) is Tensor and x.device.type != "meta"}
     for key, x in lazy.items():
         if _storage(made[key]) in given:
-            x.memory.shown[_storage(made[key])] = made[key].detach(), version_of(made[key])
+            x.shared_storage.exposed[_storage(made[key])] = made[key].detach(), version_of(made[key])
     written = [x for key, x in lazy.items() if version_of(made[key]) != versions[key]]
     if isinstance(first, LazyLogits) and made[id(first)].is_inference() and _writes(func):
         written = [first]
-    for x in written[:1] if len({id(x.memory) for x in written}) < 2 else written:
+    for x in written[:1] if len({id(x.shared_storage) for x in written}) < 2 else written:
         if x.requires_grad and not torch.is_grad_enabled():
             raise NotImplementedError(f"lazy_head: logits with a gradient were written under no_grad; {REMEDY}")
-        if x.memory.shown.keys() - {_storage(made[id(x)])}:
+        if x.shared_storage.exposed.keys() - {_storage(made[id(x)])}:
             raise NotImplementedError(
                 f"lazy_head: logits were written of which a part was taken before, by another view; {REMEDY}, once"
             )
         if x.own is None:
             x.rows.forget_logits()
         x.own = made[id(x)]
-        x.memory.shown = {at: (shown, version_of(shown)) for at, (shown, _) in x.memory.shown.items()}
+        exposed = x.shared_storage.exposed
+        exposed.update({at: (whole, version_of(whole)) for at, (whole, _) in exposed.items()})
         x.note_write()
         out = x if out is x.own else out
     return out
@@ -306,7 +311,7 @@ class _Node(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x = build()
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.memory, ctx.seen = x.memory, x.seen
+        ctx.shared_storage, ctx.seen_writes = x.shared_storage, x.seen_writes
         ctx.head, ctx.form, ctx.factor, ctx.size, ctx.kind = x.rows.head, x.form, x.factor, tuple(x.shape), x.dtype
         return x
 
@@ -315,7 +320,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
         if grad is None:
             return None, None, None, None
-        if ctx.memory.writes != ctx.seen:
+        if ctx.shared_storage.writes != ctx.seen_writes:
             raise NotImplementedError(
                 "lazy_head: logits that were written in place were read by an autograd.Function; write into a copy:"
                 " logits = logits / temperature"
@@ -324,7 +329,7 @@ class _Node(torch.autograd.Function):
         hidden, weight, bias = inputs
         with torch.enable_grad():
             head = LinearHead(weight, bias, ctx.head.scale, ctx.head.inner, ctx.head.capped)
-            rows = Rows(hidden, head, Source(Record("", counts=False), hidden, head))
+            rows = Rows(hidden, head, Source(None, hidden, head))
             z = LazyLogits.of(rows, ctx.size, ctx.kind, ctx.form, ctx.factor, attached=False).make()
         wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         grads = iter(torch.autograd.grad(z, wanted, grad))
@@ -343,14 +348,14 @@ class _Make(torch.autograd.Function):
         return grad
 
 
-class _Tie(torch.autograd.Function):
+class _CallBackwardHooks(torch.autograd.Function):
     """Let the backward pass of an answer reach those who wrapped the logits (DDP's sink, FSDP's hooks). They get no
     gradient from it: it went past the logits."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, *ties: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, *hooked: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.count = len(ties)
+        ctx.count = len(hooked)
         return out.view_as(out)
 
     @staticmethod

@@ -68,7 +68,7 @@ def _loss(function: Any, x: LazyLogits, target: Any, ignore_index: int, reductio
     rows = target.reshape(-1)
     if reduction == "none":
         return x.answered(-x.rows.statistics(rows, some_ignored=True)[0].view(target.shape).to(dtype))
-    x.rows.note_answer()
+    x.rows.note_answer("linear_cross_entropy")
     loss = x.rows.head.cross_entropy(x.rows.hidden, rows, 1.0 if reduction == "sum" else None)
     if reduction == "mean":  # torch's mean of no tokens is nan, and its gradient 0
         loss = torch.where((rows != IGNORED).any(), loss, torch.nan)
@@ -135,9 +135,9 @@ def gather(x: LazyLogits, dim: Any, index: Any, *, sparse_grad: bool = False) ->
         return NotImplemented  # torch says that it is out of range
     index = index.reshape(-1, tokens)
     one = index[:, 0] if tokens == 1 else None
-    if one is not None and x.form == "log_softmax" and (rows.knows(one) or not rows.has_statistics()):
+    if one is not None and x.form == "log_softmax" and (rows.has_statistics_of(one) or not rows.has_statistics()):
         out = rows.statistics(one)[0]
-    elif one is not None and (rows.knows(one) or not rows.has_statistics()):
+    elif one is not None and (rows.has_statistics_of(one) or not rows.has_statistics()):
         logprobs, _, log_z, _ = rows.statistics(one)
         out = logprobs + log_z
     else:
@@ -180,7 +180,7 @@ def mean(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     dim, head = axis if dim is None else dim, x.rows.head
     if x.form != "logits" or head.capped or not _is_last(x, dim) or x.rows.has_logits():
         return NotImplemented
-    x.rows.note_answer()
+    x.rows.note_answer("mean")
     return _rowwise(x, head.mean_logit(x.rows.hidden), dtype or x.dtype, keepdim)
 
 
@@ -190,7 +190,7 @@ def argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if x.form not in ("logits", "log_softmax", "softmax") or not _is_last(x, dim) or x.rows.has_logits():
         return NotImplemented
     rows, found = x.rows, []
-    rows.note_answer()
+    rows.note_answer("argmax")
     with torch.no_grad():
         for hidden in rows.hidden.split(max(1, BLOCK // x.shape[-1])):
             made = FORMS[x.form](rows.head.logits(hidden).to(x.dtype)) * x.factor

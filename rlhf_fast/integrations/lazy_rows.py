@@ -1,4 +1,4 @@
-"""Hidden states and head behind lazy logits, and what is known of them: statistics, or the logits themselves."""
+"""Hidden states and head behind lazy logits, and what was computed of them: statistics, or the logits themselves."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.integrations.head import LinearHead
-from rlhf_fast.integrations.record import Record, caller
+from rlhf_fast.integrations.record import LogitsCalls, caller
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Source:
-    """Remember the tensors of one forward pass and their versions: an optimizer's step writes into them."""
+    """Remember the tensors of one forward pass and their versions: an optimizer's step writes into them. record: of
+    what is done with their logits, if it counts."""
 
-    def __init__(self, record: Record, hidden: Tensor, head: LinearHead):
+    def __init__(self, record: LogitsCalls | None, hidden: Tensor, head: LinearHead):
         self.record = record
         tensors = {"hidden states": hidden, "weight": head.weight, "bias": head.bias}
         self.tensors = {name: (x, version_of(x)) for name, x in tensors.items() if x is not None}
@@ -37,7 +38,7 @@ class Source:
                 )
 
 
-class Known(NamedTuple):
+class CachedStatistics(NamedTuple):
     """Statistics, with what they serve for: targets of this identity, any if every row has its own.
 
     The targets are kept, so that no others can have their address."""
@@ -66,7 +67,7 @@ class Rows:
     ):  # fmt: skip
         self._hidden, self.head, self.source = hidden, head, source
         self.parent, self.part, self.detached = parent, part, detached
-        self.known: list[Known] = []
+        self.cached: list[CachedStatistics] = []
         self.made: Tensor | None = None
         self.made_version = 0
         self._twin: weakref.ref[Rows] | None = None
@@ -116,15 +117,15 @@ class Rows:
         return of or head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
 
     def has_statistics(self) -> bool:
-        """Return whether statistics are known that serve now."""
+        """Return whether there are statistics that serve now."""
         if self.parent is not None and self.parent.has_statistics():
             return True
-        return any(known.every_row and (known.with_grad or not self.needs_grad()) for known in self.known)
+        return any(cached.every_row and (cached.with_grad or not self.needs_grad()) for cached in self.cached)
 
-    def knows(self, targets: Tensor) -> bool:
-        """Return whether statistics of these targets are known that serve now."""
+    def has_statistics_of(self, targets: Tensor) -> bool:
+        """Return whether there are statistics of these targets that serve now."""
         wanted, need = _identity(targets), self.needs_grad()
-        return any(known.identity == wanted and (known.with_grad or not need) for known in self.known)
+        return any(cached.identity == wanted and (cached.with_grad or not need) for cached in self.cached)
 
     def statistics(self, targets: Tensor | None = None, some_ignored: bool = False) -> Statistics:
         """Return log p, entropy, log_z and top1 of each row (N,), by one call of the op.
@@ -136,17 +137,17 @@ class Rows:
                 found = self.parent.statistics(targets, some_ignored)
             return tuple(x[self.part] for x in found)  # type: ignore[return-value]
         need, wanted = self.needs_grad(), None if targets is None else _identity(targets)
-        for known in self.known:
-            serves = known.every_row if wanted is None else known.identity == wanted
-            if serves and (known.with_grad or not need):
-                found = known.statistics
+        for cached in self.cached:
+            serves = cached.every_row if wanted is None else cached.identity == wanted
+            if serves and (cached.with_grad or not need):
+                found = cached.statistics
                 return found if need else tuple(x.detach() for x in found)  # type: ignore[return-value]
-        self.note_answer()
+        self.note_answer("linear_logprobs")
         chosen = targets
         if chosen is None:
             chosen = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)
         found = self.head.logprobs(self.hidden, chosen)
-        self.known.append(Known(wanted, need, not some_ignored, targets, found))
+        self.cached.append(CachedStatistics(wanted, need, not some_ignored, targets, found))
         return found
 
     def logits(self) -> Tensor:
@@ -157,15 +158,17 @@ class Rows:
         need = self.needs_grad()
         if self.made is None or (need and not self.made.requires_grad):
             self.source.check()
-            self.source.record.note_made(need)
+            if self.source.record is not None:
+                self.source.record.note_made(need)
             self.made = self.head.logits(self.hidden)
             self.made_version = version_of(self.made)
         return self.made if need else self.made.detach()
 
-    def note_answer(self) -> None:
-        """Check that an op can answer, and count it."""
+    def note_answer(self, name: str) -> None:
+        """Check that the op `name` can answer, and count it."""
         self.source.check()
-        self.source.record.answered += 1
+        if self.source.record is not None:
+            self.source.record.answered[name] += 1
 
     def has_logits(self) -> bool:
         """Return whether the logits were made."""

@@ -13,13 +13,19 @@ from rlhf_fast.integrations.lazy_rows import Rows
 
 
 def _number(by: Any) -> float | None:
-    """Return a factor that is one number and has no gradient."""
+    """Return a factor that is one number and has no gradient.
+
+    The value of a tensor decides which head the ops get, and their scales are numbers. A tensor on a GPU is therefore
+    waited for: once for each scaling by a tensor, which is mostly once a pass. A number is not waited for."""
     if isinstance(by, (int, float)):
         return float(by)
     if not isinstance(by, Tensor) or isinstance(by, LazyLogits) or by.requires_grad or not by.numel():
         return None
-    first = float(by.flatten()[0])
-    return first if by.numel() == 1 or bool((by == first).all()) else None
+    by = by.detach().flatten()
+    if by.numel() == 1:
+        return float(by)
+    first, are_equal = torch.stack([by[0], (by == by[0]).all().to(by.dtype)]).tolist()  # both by one copy
+    return float(first) if are_equal else None
 
 
 def _scaled(x: LazyLogits, by: Any, inverse: bool) -> tuple[Rows, float, torch.dtype] | None:
@@ -71,10 +77,10 @@ def _scale(x: LazyLogits, by: Any, inverse: bool) -> Any:
 
 
 def _scale_in_place(x: LazyLogits, by: Any, inverse: bool) -> Any:
-    made = x.rows.has_logits() or x.cache is not None or x.memory.shown
-    known = made or (x.requires_grad and not torch.is_grad_enabled())
-    found = None if known else _scaled(x, by, inverse)
-    return NotImplemented if found is None else x.become(*found[:2])
+    made = x.rows.has_logits() or x.cache is not None or x.shared_storage.exposed
+    to_tensor = made or (x.requires_grad and not torch.is_grad_enabled())
+    found = None if to_tensor else _scaled(x, by, inverse)
+    return NotImplemented if found is None else x.replace_in_place(*found[:2])
 
 
 @handles(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)

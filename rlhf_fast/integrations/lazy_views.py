@@ -15,17 +15,18 @@ from rlhf_fast.integrations.lazy_rows import Rows
 FULL = slice(None)
 
 
-def keeps_rows(x: LazyLogits, lead: tuple[int, ...], memory: bool = True) -> Any:
+def keeps_rows(x: LazyLogits, lead: tuple[int, ...]) -> Any:
     """Return the same rows in another shape (*lead, V)."""
     if x.form == "transposed":
         return NotImplemented
-    return x.like(shape=(*lead, x.shape[-1]), memory=x.memory if memory else None)
+    return x.like(shape=(*lead, x.shape[-1]), shared_storage=x.shared_storage)
 
 
-def other_rows(x: LazyLogits, hidden: Tensor, memory: bool) -> LazyLogits:
-    """Return logits of some of the rows. memory: whether they are a view of x."""
+def other_rows(x: LazyLogits, hidden: Tensor, is_view: bool) -> LazyLogits:
+    """Return logits of some of the rows. is_view: whether they are a view of x."""
     rows = Rows(hidden, x.rows.head, x.rows.source)
-    return x.like(rows=rows, shape=(*hidden.shape[:-1], x.shape[-1]), memory=x.memory if memory else None)
+    shared_storage = x.shared_storage if is_view else None
+    return x.like(rows=rows, shape=(*hidden.shape[:-1], x.shape[-1]), shared_storage=shared_storage)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def _parts(x: LazyLogits, stops: list[int]) -> tuple[LazyLogits, ...]:
     head, begin, found = x.rows.head, 0, []
     for stop in stops:
         rows = Rows(None, head, x.rows.source, x.rows, slice(begin * each, stop * each))
-        found.append(x.like(rows=rows, shape=(stop - begin, *x.shape[1:]), memory=x.memory))
+        found.append(x.like(rows=rows, shape=(stop - begin, *x.shape[1:]), shared_storage=x.shared_storage))
         begin = stop
     return tuple(found)
 
@@ -96,7 +97,7 @@ def iterate(x: LazyLogits, dim: int = 0) -> Any:
     if x.dim() < 2 or _dim(x, dim) or x.form == "transposed":
         return NotImplemented
     parts = _parts(x, list(range(1, x.shape[0] + 1)))
-    return iter([part.like(shape=tuple(x.shape[1:]), memory=x.memory) for part in parts])
+    return iter([part.like(shape=tuple(x.shape[1:]), shared_storage=x.shared_storage) for part in parts])
 
 
 @handles(Tensor.unbind, torch.unbind)
@@ -188,7 +189,7 @@ def torch_reshape(x: LazyLogits, shape: Any) -> Any:
 @handles(Tensor.view_as, Tensor.reshape_as)
 def view_as(x: LazyLogits, other: Tensor) -> Any:
     if other is x and not torch.is_grad_enabled():
-        return x.passed()  # an autograd.Function returns its input
+        return x.as_function_output()  # an autograd.Function returns its input
     return _reshape(x, list(other.shape))
 
 
@@ -232,7 +233,7 @@ def transpose(x: LazyLogits, dim0: int, dim1: int) -> Any:
         return other_rows(x, x.rows.shaped(x.lead).transpose(a, b), True)
     if a != last - 1 or x.form != "logits" or x.factor != 1:
         return NotImplemented
-    return x.like(shape=(*x.shape[:-2], x.shape[-1], x.shape[-2]), form="transposed", memory=x.memory)
+    return x.like(shape=(*x.shape[:-2], x.shape[-1], x.shape[-2]), form="transposed", shared_storage=x.shared_storage)
 
 
 @handles(Tensor.permute)
@@ -321,13 +322,13 @@ def contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> A
 def clone(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
     del memory_format
     if not torch.is_grad_enabled() and not x.rows.is_detached():
-        return x.passed(memory=None, copied=True)  # as DDP's sink copies its input
+        return x.as_function_output(shared_storage=None, copied=True)  # as DDP's sink copies its input
     return x.like(copied=True)
 
 
 @handles(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def detach(x: LazyLogits) -> LazyLogits:
-    return x.like(rows=x.rows.detach(), memory=x.memory, ties=())
+    return x.like(rows=x.rows.detach(), shared_storage=x.shared_storage, hooked_inputs=())
 
 
 @handles(Tensor.register_hook)
@@ -335,7 +336,7 @@ def register_hook(x: LazyLogits, hook: Any) -> Any:
     """FSDP's hooks only hear of the backward pass. A user's would have the gradient, which is never made."""
     if not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch."):
         raise NotImplementedError("lazy_head: a hook on logits would have no gradient to see; put it on logits.make()")
-    x.heard = True
+    x.has_backward_hook = True
     with torch._C.DisableTorchFunctionSubclass():
         return Tensor.register_hook(x, hook)
 

@@ -12,6 +12,7 @@ functions that read them there answer by `ops.linear_logprobs`, one call for bot
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,10 +26,8 @@ from rlhf_fast.integrations.calls import Calls
 from rlhf_fast.integrations.hooks import Hook, check, check_version
 from rlhf_fast.integrations.import_hook import after_import
 from rlhf_fast.integrations.lazy_forward import LazyHead, lazy_head
-from rlhf_fast.integrations.lazy_forward import status as lazy_status
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.openrlhf_losses import gae_forward, policy_loss_forward, value_loss_forward
-from rlhf_fast.integrations.record import Status as LazyStatus
 
 TESTED, SERIES = "0.11.2", "0.11."
 ACTOR, LOSS = "openrlhf.models.actor", "openrlhf.models.loss"
@@ -73,23 +72,11 @@ LOSS_HOOKS = (
 HOOKS = HEAD_HOOKS + LOSS_HOOKS
 
 
-@dataclass
-class Status:
-    """Hold what lazy logits did in the actor's model (None without an actor), and the counts of the losses and GAE."""
-
-    head: LazyStatus | None
-    losses: Calls
-
-    def __str__(self) -> str:
-        return "\n".join(str(part) for part in (self.head, self.losses) if part is not None)
-
-
 class Fused(contextlib.AbstractContextManager):
     """Replace OpenRLHF's functions until `remove()` or the end of the `with` block. `status` says what they did."""
 
     def __init__(self, model: Any, losses: bool):
-        self.calls = Calls("openrlhf")
-        self._model = model
+        self._calls = Calls("openrlhf")
         self._head: LazyHead | None = None
         self._names: list[tuple[Any, str]] = []
         actor = None if model is None else import_module(ACTOR)
@@ -109,9 +96,11 @@ class Fused(contextlib.AbstractContextManager):
             raise
 
     @property
-    def status(self) -> Status:
-        """The counts so far."""
-        return Status(None if self._model is None else lazy_status(self._model), self.calls)
+    def status(self) -> Calls:
+        """The counts so far: of the ops that lazy logits of the actor's model called, the losses and GAE."""
+        parts = [self._calls] if self._head is None else [self._head.status, self._calls]
+        answered = sum((part.answered for part in parts), Counter())
+        return Calls("openrlhf", answered, sum((part.fallbacks for part in parts), Counter()))
 
     def __exit__(self, *_error: object) -> None:
         self.remove()
@@ -120,7 +109,6 @@ class Fused(contextlib.AbstractContextManager):
         """Put back what OpenRLHF had, if no other handle needs it. A second call does nothing."""
         if self._head is not None:
             self._head.remove()
-            self._head = None
         if self in _WITH_LOSSES:
             _WITH_LOSSES.remove(self)
         while self._names:
@@ -161,7 +149,7 @@ _WITH_LOSSES: list[Fused] = []
 
 def _current_calls() -> Calls:
     """Return the counts of the newest handle that replaces losses."""
-    return _WITH_LOSSES[-1].calls if _WITH_LOSSES else Calls("openrlhf")
+    return _WITH_LOSSES[-1]._calls if _WITH_LOSSES else Calls("openrlhf")
 
 
 def _replace_gae(module: Any) -> None:

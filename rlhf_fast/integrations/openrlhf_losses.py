@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops
-from rlhf_fast.integrations.calls import Calls
+from rlhf_fast.integrations.calls import Calls, need_grad
 from rlhf_fast.integrations.token_weights import token_weights
 
 
@@ -32,7 +32,7 @@ def policy_loss_forward(theirs: Callable, aggregate: Callable, current_calls: Ca
         calls, totals = current_calls(), (dp_size, batch_num_tokens, global_batch_size)
         reason = _no_policy_loss(self, action_mask, rollout_log_probs)
         if reason or action_mask is None:
-            calls.note_fallback("PolicyLoss", reason, (log_probs,))
+            calls.note_fallback("PolicyLoss", reason, need_grad(log_probs))
             return theirs(self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, *totals)
         calls.answered["PolicyLoss"] += 1
         mask = action_mask.float()
@@ -94,7 +94,7 @@ def value_loss_forward(theirs: Callable, aggregate: Callable, current_calls: Cal
         no_clip = self.clip_eps is not None and not self.clip_eps > 0  # the op's 0 stands for no clip
         if action_mask is None or no_clip:
             reason = f"clip_eps is {self.clip_eps}" if no_clip else "there is no action_mask"
-            calls.note_fallback("ValueLoss", reason, (values,))
+            calls.note_fallback("ValueLoss", reason, need_grad(values))
             return theirs(self, values, old_values, returns, action_mask, *totals)
         calls.answered["ValueLoss"] += 1
         weights = _weights(aggregate, action_mask.float(), self.token_level_loss, totals)

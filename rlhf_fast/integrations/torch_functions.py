@@ -9,7 +9,8 @@ GATHERS = {"c10d::allgather_", "c10d::_allgather_base_", "c10d::gather_"}
 """Collectives that write into their first argument alone."""
 WRITES = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}
 """Methods that write into their object, beside those whose name ends with an underscore."""
-PASSED = {torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default}
+IDENTITIES = {torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default}
+"""Operators that torch calls on the output of an autograd.Function which returns its input."""
 NATIVE = {
     *(getattr(Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized",

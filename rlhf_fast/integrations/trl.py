@@ -14,15 +14,12 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.calls import is_strict
+from rlhf_fast.integrations.calls import Calls, need_grad
 from rlhf_fast.integrations.head import LinearHead, multiplied_in
 from rlhf_fast.integrations.hooks import Hook, check, library_version
 
@@ -30,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TESTED = "1.16.0"
 OLDEST = (1, 15)
+REPLACED = "ChunkedLogProbFunction"
 ARGUMENTS = (
     *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
     *("final_logit_softcapping", "logit_scale", "outputs"),
@@ -57,27 +55,11 @@ HOOKS = tuple(Hook("trl", TESTED, f"trl/{file}", name, **rest) for file, name, r
 SHARED_HOOKS = HOOKS[: len(SHARED)]
 
 
-@dataclass
-class Status:
-    """Count the calls since `fused`: `answered` by the op, of `rows` rows in all; `fallbacks` to TRL's own function, by
-    reason."""
-
-    answered: int = 0
-    rows: int = 0
-    fallbacks: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        text = f"trl: linear_logprobs answered {self.answered} calls of {self.rows} rows"
-        for reason, count in self.fallbacks.items():
-            text += f"; TRL's own function answered {count}: {reason}"
-        return text
-
-
 class Fused:
     """TRL's function, replaced until `remove()` or the end of the `with` block. `status` counts the calls."""
 
     def __init__(self, utils: Any):
-        self.status = Status()
+        self.status = Calls("trl")
         self._utils = utils
         self._original = utils._ChunkedLogProbFunction
         self._replaced: dict[str, tuple[Any, Any]] = {}
@@ -125,12 +107,11 @@ class Fused:
         TRL's function does: z = softcap(logit_scale x) / temperature, of raw logits x."""
         head = _head(weight, bias, logit_scale, final_logit_softcapping, temperature)
         if reason := _unsupported(head, outputs):
-            self._count_fallback(reason, hidden, weight)
+            self.status.note_fallback(REPLACED, reason, need_grad(hidden, weight))
             return self._original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
-        self.status.answered += 1
-        self.status.rows += len(hidden)
+        self.status.answered[REPLACED] += 1
         hidden, head = _multiplied_in(hidden, head)
         logprobs, entropy, _, top1 = head.logprobs(hidden, targets)
         return (
@@ -140,17 +121,6 @@ class Fused:
             head.detach().mean_logit(hidden.detach()) if "mean_logits" in outputs else None,
             top1 if "is_top1" in outputs else None,
         )
-
-    def _count_fallback(self, reason: str, hidden: Tensor, weight: Tensor) -> None:
-        """Count a call that TRL's own function answers, and log the first for each reason. RuntimeError in training
-        under RLHF_FAST_STRICT=1."""
-        text = f"TRL's own function scores the tokens: {reason}"
-        in_training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        if in_training and is_strict():
-            raise RuntimeError(f"RLHF_FAST_STRICT=1 and {text}")
-        if reason not in self.status.fallbacks:
-            log.warning("%s", text)
-        self.status.fallbacks[reason] += 1
 
 
 def fused() -> Fused:

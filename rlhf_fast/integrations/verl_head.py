@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.calls import Calls
+from rlhf_fast.integrations.calls import Calls, need_grad
 
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Configuration values by which models scale their logits: Cohere, Falcon-H1, Granite and others."""
@@ -28,7 +28,7 @@ def fused_head(theirs: Any, calls: Calls) -> type:
             if self.impl_backend == "liger" and _liger_is_installed(theirs):
                 return super().forward(hidden_states, vocab_weights, input_ids, temperature)
             if reason := _unsupported(hidden_states, vocab_weights, temperature):
-                calls.note_fallback("FusedLinearForPPO", reason, (hidden_states, vocab_weights))
+                calls.note_fallback("FusedLinearForPPO", reason, need_grad(hidden_states, vocab_weights))
                 return super().forward(hidden_states, vocab_weights, input_ids, temperature)
             from rlhf_fast import ops
             from rlhf_fast.integrations.head import LinearHead, multiplied_in

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.integrations.calls import Calls
+from rlhf_fast.integrations.calls import Calls, need_grad
 from rlhf_fast.integrations.token_weights import token_weights
 
 UNIFORM = ("token-mean", "token-sum")
@@ -109,7 +109,7 @@ def value_loss(core: Any, calls: Calls) -> Callable:
             "loss_scale_factor": loss_scale_factor,
         }
         if not cliprange_value > 0:  # the op's 0 stands for no clip
-            calls.note_fallback("compute_value_loss", f"cliprange_value is {cliprange_value}", (vpreds,))
+            calls.note_fallback("compute_value_loss", f"cliprange_value is {cliprange_value}", need_grad(vpreds))
             return theirs(vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, **info)
         from rlhf_fast import ops
 

@@ -28,18 +28,17 @@ def disable_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Return whether a forward pass drops something now, outside of adapters."""
-    parts = all_modules(module)
+def modules_that_drop(root: nn.Module) -> list[nn.Module]:
+    """Return the modules that drop something in training mode, outside of adapters."""
+    parts = all_modules(root)
     adapters = [part._modules["lora_dropout"] for part in parts if "lora_dropout" in part._modules]
     of_adapters = {id(p) for dropout in adapters if dropout is not None for p in all_modules(dropout)}
-    for part in parts:
-        if part.training and id(part) not in of_adapters:
-            for key, value in vars(part).items():
-                is_dropout = isinstance(part, nn.modules.dropout._DropoutNd) or "drop" in key
-                if is_dropout and isinstance(value, float) and value:
-                    return True
-    return False
+    return [part for part in parts if id(part) not in of_adapters and _drops(part)]
+
+
+def _drops(part: nn.Module) -> bool:
+    of_torch = isinstance(part, nn.modules.dropout._DropoutNd)
+    return any(value for key, value in vars(part).items() if isinstance(value, float) and (of_torch or "drop" in key))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from rlhf_fast.model.end_tokens import in_generation_config
 from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packed_graphs import PackedGraphs
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
-from rlhf_fast.model.vocabulary import Vocabulary
+from rlhf_fast.model.vocabulary import Vocabulary, probe_tokens
 
 Head = Literal["lm", "scalar"]
 # names of the logits' soft cap in a config: Gemma; RecurrentGemma; xLSTM
@@ -386,11 +386,8 @@ class Model:
     def probe_tokens(self, rows: int, length: int) -> Tensor:
         """Return fixed tokens (rows, length), none of them padding, to compare two forward passes. They do not change
         torch's random state."""
-        pad = self.text_config.pad_token_id
-        missing = torch.tensor([-1 if pad is None else pad, *self.vocabulary.unused], device=self.device)
-        ids = torch.arange(self.num_tokens, device=self.device)
-        ids = ids[torch.isin(ids, missing, invert=True)]
-        return ids[(torch.arange(rows * length, device=self.device).view(rows, length) * 7919 + 3) % len(ids)]
+        left_out = self.text_config.pad_token_id, *self.vocabulary.unused
+        return probe_tokens(self.num_tokens, left_out, rows, length).to(self.device)
 
     def _adapter_context(self):
         return nullcontext() if self.adapter_enabled else lora.adapter_disabled(self.module)

@@ -182,13 +182,15 @@ def _drop(call: _Call, x: Tensor) -> Tensor:
 OF_TRANSFORMERS = ("make_inputs_require_grads", "output_capturing_hook")
 """Hooks of transformers that change nothing here: on the embedding's output, which is called, and on layers whose
 outputs were once asked for, idle in a pass that does not ask."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOK_DICTIONARIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """torch's names of a module's hooks."""
 
 
 class Inspection(NamedTuple):
     """A decoder's modules and tensors, as far as our layers depend on them."""
 
+    modules: list[nn.Module]
+    """The decoder first."""
     kinds: tuple[tuple[type, Any, bool], ...]
     """The class of each module, its forward, and whether the instance has another."""
     adapters: tuple[str, ...]
@@ -205,15 +207,16 @@ class Inspection(NamedTuple):
 
 def inspect(decoder: nn.Module) -> Inspection:
     """Look at the modules of `decoder`, before each pass."""
+    modules = all_modules(decoder)
     kinds, adapters, hooks, buffers, dropouts = [], [], [], [], []
     parameters: dict[int, Tensor] = {}  # one may belong to several modules
     checkpoints = False
-    for module in all_modules(decoder):
+    for module in modules:
         attributes = vars(module)
         kinds.append((type(module), type(module).forward, "forward" in attributes))
         if state := lora.state_of(module):
             adapters.append(state)
-        for name in HOOKS:
+        for name in HOOK_DICTIONARIES:
             if attributes[name]:
                 hooks += attributes[name].values()
         for p in attributes["_parameters"].values():
@@ -226,7 +229,7 @@ def inspect(decoder: nn.Module) -> Inspection:
         checkpoints |= module.training and bool(attributes.get("gradient_checkpointing"))
     hooks = [hook for hook in hooks if getattr(hook, "__name__", "") not in OF_TRANSFORMERS]
     found = [*parameters.values()], buffers
-    return Inspection(tuple(kinds), tuple(adapters), hooks, *found, tuple(dropouts), checkpoints)
+    return Inspection(modules, tuple(kinds), tuple(adapters), hooks, *found, tuple(dropouts), checkpoints)
 
 
 def find_obstacle(model: Any, found: Inspection, own_hooks: object, capture_failed: bool) -> str | None:

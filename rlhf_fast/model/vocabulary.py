@@ -8,6 +8,7 @@ probability either.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,6 +73,14 @@ def tokens_of_rows(tokenizer: Any, num_rows: int) -> dict[str, int]:
         return id >= num_rows and id not in own and id in added and added[id].special and token not in template
 
     return {token: id for token, id in tokenizer.get_vocab().items() if not is_unused(token, id)}
+
+
+def probe_tokens(num_tokens: int, left_out: Iterable[int | None], rows: int, length: int) -> Tensor:
+    """Return fixed tokens (rows, length) below `num_tokens`, none of them `left_out`, to compare two forward passes.
+    torch's random state stays as it was."""
+    ids = torch.arange(num_tokens)
+    ids = ids[torch.isin(ids, torch.tensor([-1 if id is None else id for id in left_out]), invert=True)]
+    return ids[(torch.arange(rows * length).view(rows, length) * 7919 + 3) % len(ids)]
 
 
 def _names(tokenizer: Any, ids: list[int]) -> list[str | None]:

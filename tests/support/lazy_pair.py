@@ -1,6 +1,8 @@
 """A model's loss or logits read twice: as they are, and under lazy_head."""
 
 import contextlib
+import gc
+import weakref
 
 import torch
 
@@ -16,6 +18,26 @@ def assert_close(ours, theirs, tolerance: float, name: str = "", floor: float = 
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (name, ours.dtype, theirs.dtype)
     ours, theirs = ours.double(), theirs.double()
     assert (ours - theirs).norm() <= tolerance * theirs.norm() + floor, (name, ours, theirs)
+
+
+def is_freed_with_its_model(make, open_handle, use, remove: bool) -> bool:
+    """Return whether `del model` frees all weights without the garbage collector, after `use(model)` under a handle
+    that is removed, or that is still open."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = make()
+        weights = [weakref.ref(p) for p in model.parameters()]
+        handle = open_handle(model)
+        use(model)
+        if remove:
+            handle.remove()
+        else:
+            del handle
+        del model
+        return all(weight() is None for weight in weights)
+    finally:
+        gc.enable()
 
 
 def read(model, reader, seed: int = 0):

@@ -79,7 +79,11 @@ def train(folder: str, out: str, lazy: bool) -> dict:
             train_dataset=Dataset.from_list(prompts),
             callbacks=[record],
         ).train()
-    counts = [[found.answered, found.made] for found in (status(policy), status(reference))] if lazy else []
+    counts = (
+        [[found.answered.total(), found.fallbacks.total()] for found in (status(policy), status(reference))]
+        if lazy
+        else []
+    )
     weights = {"start": start, "weights": flat(policy)}
     return {"version": trl.__version__, "metrics": record.metrics, "counts": counts, **weights}
 

@@ -1,0 +1,53 @@
+"""The parts of a decoder, read once for many passes."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+from torch import nn
+
+from rlhf_fast.model.architectures import read_decoder
+from rlhf_fast.model.dropout import modules_that_drop
+from rlhf_fast.model.packed_decoder import Inspection
+
+NUMBERS = (bool, int, float, str, type(None))
+
+
+class KnownDecoder:
+    """Hold a decoder's `parts`, and its modules that drop something, as long as `still_holds`.
+
+    It has no reference to the decoder itself, whose forward holds it: weights are freed with the model."""
+
+    def __init__(self, decoder: Any, found: Inspection):
+        """Raise Unsupported if the architecture is not known."""
+        self.parts = read_decoder(decoder)
+        self._modules, self._parameters = found.modules[1:], found.parameters
+        self._numbers = [(vars(m), name, value) for m in self._modules for name, value in _numbers(m).items()]
+        self._of_decoder, self._config = _numbers(decoder), dict(vars(decoder.config))
+        dropping = modules_that_drop(decoder)
+        self._drops_itself = decoder in dropping
+        self._dropping = [m for m in dropping if m is not decoder]
+
+    def still_holds(self, decoder: Any, found: Inspection) -> bool:
+        """Return whether modules and weights are the same objects, and the numbers that modules and the config have,
+        such as a norm's epsilon or a probability of dropout, the same."""
+        return (
+            _are_same(self._modules, found.modules[1:])
+            and _are_same(self._parameters, found.parameters)
+            and all(attributes.get(name, self) is value for attributes, name, value in self._numbers)
+            and self._of_decoder == _numbers(decoder)
+            and self._config == vars(decoder.config)
+        )
+
+    def drops(self, decoder: Any) -> bool:
+        """Return whether a pass drops something now, outside of adapters."""
+        return (self._drops_itself and decoder.training) or any(m.training for m in self._dropping)
+
+
+def _are_same(first: list, second: list) -> bool:
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    return {name: x for name, x in vars(module).items() if isinstance(x, NUMBERS) and name != "training"}
