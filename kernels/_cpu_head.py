@@ -27,7 +27,7 @@ from rlhf_fast.kernels import _product
 from rlhf_fast.kernels._head import IGNORE_INDEX, NeedsGrad, RowGrads
 from rlhf_fast.kernels._head_checks import check_targets
 from rlhf_fast.kernels._launch import data_ptrs, require_dtypes, stream_or_threads
-from rlhf_fast.kernels._product import f32_product
+from rlhf_fast.kernels._product import f32_product, row_stride, rows_in
 from rlhf_fast.kernels._tensors import empty_float32
 
 KERNELS = (
@@ -52,18 +52,6 @@ def split_evenly(total: int, max_size: int) -> list[tuple[int, int]]:
     """Split [0, total) into the fewest parts of at most max_size, of nearly one size."""
     parts = -(-total // max(max_size, 1))
     return [(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
-
-
-def row_stride(columns: int) -> int:
-    """Return the distance of rows in a block of logits: lines of a column would compete for a few places of the cache
-    if it were a power of two."""
-    return -(-columns // 16) * 16 + 16
-
-
-def rows_in(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    """Return (rows, columns) of a flat buffer, `row_stride` apart."""
-    stride = row_stride(columns)
-    return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
 def empty_in_huge_pages(kernels: ModuleType, like: Tensor, *shape: int) -> Tensor:

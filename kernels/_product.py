@@ -16,6 +16,18 @@ BF16_DOT = 1
 0 in float32."""
 
 
+def row_stride(columns: int) -> int:
+    """Return the distance of rows in a block of logits: lines of a column would compete for a few places of the cache
+    if it were a power of two."""
+    return -(-columns // 16) * 16 + 16
+
+
+def rows_in(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """Return (rows, columns) of a flat buffer, `row_stride` apart."""
+    stride = row_stride(columns)
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]
+
+
 def uses_bf16_product(kernels: ModuleType) -> bool:
     """Return whether bfloat16 is multiplied as it is, not in float32."""
     return BF16_DOT == 2 or (BF16_DOT == 1 and has_bf16_product(kernels))
