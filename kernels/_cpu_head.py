@@ -41,7 +41,7 @@ KERNELS = (
     "advise_huge_pages",
 )
 LOGITS_BYTES_3_GEMM = 36 << 20
-FULL_CHUNK = 128  # rows of a chunk: the depth of dW's product, which f32_gemm.h sums in chains of 128
+FULL_CHUNK = 128  # rows of one chunk of several: the depth of dW's product, which f32_gemm.h sums in chains of 128
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
 KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
 VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so the bits do not depend on it
@@ -239,11 +239,11 @@ class CpuHead:
         if self.use_bf16 and self.scalars[1] == 0 and 2 * self.N * self.V <= KEPT_BYTES:
             return self._kept_products(coefficients_of, needs_grad)
         max_rows = max(LOGITS_BYTES_3_GEMM // (4 * self.V), 1)
-        max_rows -= max_rows % FULL_CHUNK if max_rows > FULL_CHUNK else 0
         if self.N > max_rows and (needs_all_rows or (needs_grad[1] and not self.can_sum_weight_grad())):
             results = self.statistics()
             return results, self.grads(coefficients_of(results, slice(None)), needs_grad)
-        return self._three_products(split_evenly(self.N, max_rows), coefficients_of, needs_grad)
+        chunk = max_rows if self.N <= max_rows else max_rows // FULL_CHUNK * FULL_CHUNK or max_rows
+        return self._three_products(split_evenly(self.N, chunk), coefficients_of, needs_grad)
 
     def _three_products(self, chunks, coefficients_of, needs_grad):
         rows = max((end - begin for begin, end in chunks), default=0)

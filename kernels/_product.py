@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_fast.kernels._backends import COMPILED
 from rlhf_fast.kernels._launch import data_ptrs, stream_or_threads
 
-MIN_LANES = 8  # of the vectors with which our float32 products are as fast as torch's
+MIN_LANES = 8  # of the vectors with which our float32 products are about as fast as torch's
 MIN_ROWS = 32  # for which a copy of the weight pays
 BF16_DOT = 1
 """Products of bfloat16 on the CPU: 1 by the processor's instruction where it has one, 2 by emulating it (for tests),
@@ -44,7 +44,8 @@ def has_bf16_product(kernels: ModuleType) -> bool:
 
 
 def is_fast(kernels: ModuleType) -> bool:
-    """Return whether our float32 product is as fast as torch's or faster, for many rows."""
+    """Return whether our float32 product, whose bits depend on the row alone, is about as fast as torch's for many
+    rows: on a Zen 5 it is faster, on an Intel Xeon it reaches 0.8 to 0.95 of MKL's rate."""
     return kernels.vector_lanes >= MIN_LANES
 
 

@@ -26,7 +26,7 @@ from rlhf_fast.kernels import _op
 print(*(op.name for op in _op.OPS.values() if op.chosen("cuda") not in ("cuda", "triton")), "end")
 print(*(op.name for op in _op.OPS.values() if op.preference["cuda"][-1] != "reference"), "end")
 torch.cuda.device_count = lambda: 0
-print(*env.of_ops(), sep="\\n")
+print(*env.ops_report(), sep="\\n")
 """
 
 
@@ -63,7 +63,7 @@ def test_without_a_gpu_the_reason_for_no_triton_is_given():
 
 
 def test_env_reports_ops_without_the_forced_backend():
-    report = "from rlhf_fast.cli import env; print(*env.of_ops(), sep='\\n')"  # the rest imports other trainers
+    report = "from rlhf_fast.cli import env; print(*env.ops_report(), sep='\\n')"  # the rest imports other trainers
     output = run(report, RLHF_FAST_BACKEND="cuda", CUDA_VISIBLE_DEVICES="")
     assert "cuda is forced for every op; without it, and an error: decode_attention, gae, " in output
     assert "reference is forced for every op\n" in run(report, RLHF_FAST_BACKEND="reference")

@@ -75,7 +75,7 @@ INLINE void gemm_tile(const GemmMatrix& a, const float* panel, int64_t K, bool i
       for (int64_t n = k; n < k + GEMM_STEP; ++n) __builtin_prefetch(out + n / C * out_stride + n % C * W, 1, 3);
     if (a.k_stride != 1) {
       for (int64_t n = 0; n < GEMM_STEP; ++n) __builtin_prefetch(x + n * a.k_stride + LINE, 0, 3);
-    } else if (k % LINE < GEMM_ROWS / 2 * GEMM_STEP) {
+    } else if (k % LINE < GEMM_ROWS / 2 * GEMM_STEP) {  // a line of each row, two rows a step
       const float* const row = x + (GEMM_ROWS + k % LINE / GEMM_STEP * 2) * a.stride;
       __builtin_prefetch(row, 0, 3);
       __builtin_prefetch(row + a.stride, 0, 3);

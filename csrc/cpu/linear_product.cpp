@@ -18,6 +18,9 @@ namespace {
 constexpr int64_t MIN_CHUNK_ROWS = 48, CHUNK_BYTES = 384 << 10;  // of the rows of A that stay in the second-level cache
 constexpr int64_t DECODE_COLUMNS = 64;
 
+// The fewest chunks of at most `limit` rows.
+int64_t fewest_chunks(int64_t rows, int64_t limit) { return max<int64_t>(1, (rows + limit - 1) / limit); }
+
 // Rows of a chunk, where rows are divided into chunks of nearly one size, which tiles divide.
 int64_t even_chunk(int64_t rows, int64_t chunks) {
   return max<int64_t>(GEMM_ROWS, (rows + chunks * GEMM_ROWS - 1) / (chunks * GEMM_ROWS) * GEMM_ROWS);
@@ -28,7 +31,7 @@ int64_t even_chunk(int64_t rows, int64_t chunks) {
 int64_t chunk_rows(int64_t rows, int64_t K, int64_t parts, int threads) {
   const int64_t cached = max<int64_t>(128, CHUNK_BYTES / 4 / max<int64_t>(K, 1));
   const int64_t shared = max(MIN_CHUNK_ROWS, (rows * parts + 4 * threads - 1) / (4 * threads));
-  const int64_t limit = min(cached, shared), chunks = max<int64_t>(1, (rows + limit - 1) / limit);
+  const int64_t chunks = fewest_chunks(rows, min(cached, shared));
   const int64_t even = chunks / threads * threads;  // as many for each thread
   return even_chunk(rows, even && rows <= even * cached ? even : chunks);
 }
@@ -131,8 +134,7 @@ void multiply_pairs(const PairRows& a, const uint16_t* b, int64_t b_stride, bool
   const int team = useful_threads(rows * columns * K, threads);
   const int64_t cached = CHUNK_BYTES / (4 * PANEL_PAIRS);  // rows of A, of a panel's elements
   const int64_t shared = max<int64_t>(2 * MIN_CHUNK_ROWS, (rows * parts + 2 * team - 1) / (2 * team));
-  const int64_t limit = team > 1 ? min(cached, shared) : cached;
-  const int64_t chunk = even_chunk(rows, max<int64_t>(1, (rows + limit - 1) / limit));
+  const int64_t chunk = even_chunk(rows, fewest_chunks(rows, team > 1 ? min(cached, shared) : cached));
   const int64_t chunks = (rows + chunk - 1) / chunk;
   parallel_blocks(team, chunks, parts, [&](int64_t c, int64_t part, int) {
     const int64_t row = c * chunk, column = part * PANEL_COLUMNS;

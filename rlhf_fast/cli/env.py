@@ -30,7 +30,7 @@ def report() -> Iterator[str]:
     for name in VARIABLES:
         if name in os.environ:
             yield f"{name}={os.environ[name]}"
-    yield from of_ops()
+    yield from ops_report()
 
 
 def _packages() -> Iterator[str]:
@@ -67,7 +67,7 @@ def _machine() -> Iterator[str]:
     yield f"gpu            {', '.join(_gpus()) or 'none that torch sees'}; nvcc {shutil.which('nvcc') or 'not found'}"
 
 
-def of_ops() -> Iterator[str]:
+def ops_report() -> Iterator[str]:
     """Yield who answers on each device, for each op."""
     from rlhf_fast import ops
     from rlhf_fast.kernels._backends import forced_backend

@@ -22,8 +22,8 @@ from torch import Tensor
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
+from rlhf_fast.integrations.decoder_cache import DecoderCache
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.known_decoder import KnownDecoder
 from rlhf_fast.integrations.switch import Switch, alive
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
@@ -56,7 +56,7 @@ class FusedLayers(contextlib.AbstractContextManager):
         self._switch = Switch()
         self._output: type | None = None
         self._refusals: dict[Any, str | None] = {}
-        self._known: KnownDecoder | None = None
+        self._cache: DecoderCache | None = None
 
     @property
     def decoder(self) -> Any:
@@ -65,7 +65,7 @@ class FusedLayers(contextlib.AbstractContextManager):
 
     def remove(self) -> None:
         """Give the model, and copies of it, its own layers back."""
-        self._switch.on, self._known = False, None
+        self._switch.on, self._cache = False, None
         decoder = self._reference()
         if decoder is not None and vars(decoder).get("forward") is self:
             del decoder.forward
@@ -80,8 +80,8 @@ class FusedLayers(contextlib.AbstractContextManager):
     def __deepcopy__(self, memo: dict) -> FusedLayers:
         twin = object.__new__(FusedLayers)
         memo[id(self)] = twin
-        kept = {name: x for name, x in vars(self).items() if name not in ("_known", "_reference")}
-        vars(twin).update(copy.deepcopy(kept, memo), _known=None)
+        kept = {name: x for name, x in vars(self).items() if name not in ("_cache", "_reference")}
+        vars(twin).update(copy.deepcopy(kept, memo), _cache=None)
         twin._reference = weakref.ref(copy.deepcopy(self.decoder, memo))
         return twin
 
@@ -93,7 +93,7 @@ class FusedLayers(contextlib.AbstractContextManager):
         why = self._why_not_given(given)
         found = packed_decoder.inspect(self.decoder) if why is None else None
         why = self._why_not_now(found) if found is not None else why
-        if why is not None or found is None or self._known is None:
+        if why is not None or found is None or self._cache is None:
             # Without a gradient a cache is usual: it is counted, and not warned of.
             with_grad = torch.is_grad_enabled()
             self.status.note_fallback(self._forward_name, str(why), with_grad, warns=with_grad)
@@ -101,7 +101,7 @@ class FusedLayers(contextlib.AbstractContextManager):
         self.status.answered[self._forward_name] += 1
         tokens = given["input_ids"]
         packed, places = pack_sequences(tokens, given["attention_mask"], given["position_ids"])
-        states = packed_decoder.packed_hidden(self._known.parts, packed, None, 0.0, found.checkpoints)
+        states = packed_decoder.packed_hidden(self._cache.parts, packed, None, 0.0, found.checkpoints)
         if places is not None:
             zeros = states.new_zeros(tokens.numel(), states.shape[1])
             states = zeros.index_copy(0, places, states)
@@ -189,9 +189,9 @@ class FusedLayers(contextlib.AbstractContextManager):
             self._refusals[key] = self._find_refusal(found)
         if why := self._refusals[key]:
             return why
-        if self._known is None or not self._known.still_holds(self.decoder, found):
-            self._known = KnownDecoder(self.decoder, found)
-        return "it trains with dropout" if self._known.drops(self.decoder) else None
+        if self._cache is None or not self._cache.is_valid(self.decoder, found):
+            self._cache = DecoderCache(self.decoder, found)
+        return "it trains with dropout" if self._cache.drops(self.decoder) else None
 
     def _find_refusal(self, found: packed_decoder.Inspection) -> str | None:
         """Return why our layers cannot stand for the decoder's own, or None: on a few rows hidden states and gradients

@@ -14,8 +14,8 @@ from rlhf_fast.model.packed_decoder import Inspection
 NUMBERS = (bool, int, float, str, type(None))
 
 
-class KnownDecoder:
-    """Hold a decoder's `parts`, and its modules that drop something, as long as `still_holds`.
+class DecoderCache:
+    """Hold a decoder's `parts`, and its modules that drop something, as long as `is_valid`.
 
     It has no reference to the decoder itself, whose forward holds it: weights are freed with the model."""
 
@@ -29,7 +29,7 @@ class KnownDecoder:
         self._drops_itself = decoder in dropping
         self._dropping = [m for m in dropping if m is not decoder]
 
-    def still_holds(self, decoder: Any, found: Inspection) -> bool:
+    def is_valid(self, decoder: Any, found: Inspection) -> bool:
         """Return whether modules and weights are the same objects, and the numbers that modules and the config have,
         such as a norm's epsilon or a probability of dropout, the same."""
         return (
