@@ -71,7 +71,7 @@ def run(model, ids, plan, known=None):
         try:
             with torch.set_grad_enabled(not no_grad):
                 found = call(z)
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:  # TypeError: no iteration over a 0-d tensor
             if known is not None and not (what == "read" and "written in place" in str(error)):
                 if "written in place" in str(error) or "were written" in str(error):
                     return [], None, possible  # torch's earlier readings are views, which the write changes
