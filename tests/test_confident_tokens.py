@@ -17,9 +17,12 @@ from torch import Tensor
 from rlhf_fast import ops
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-ULPS = 4
-SOFTCAP_ULPS = {"cuda": 5, "simt": 5, "triton": 16}  # CUDA: the target's gradient has one product more; Triton: its
-# distances are of tanh, whose error all logits share that tie
+GPU = ("triton", "simt", "cuda")
+# A third above the largest error of 10,000 rows. A GPU's 2^x is off by 2 units of its last place.
+ULPS, GPU_ULPS = 4, 7
+# The target's gradient has one product more. Triton: its distances are of tanh, whose error all logits share that tie.
+SOFTCAP_ULPS = {"triton": 16, "simt": 8, "cuda": 8}
+CPU_SOFTCAP_ULPS = 6
 EQUAL_ULPS = 10  # of the GPU kernels where many equal logits 8 to 11 nats below the largest have much of the sum: their
 # exponential is off by the same half a unit of an argument between 8 and 16, and by 2 units of the instruction. Another
 # digit would cost 3 operations a logit, of 10.
@@ -204,8 +207,10 @@ def without_infinities(name: str, logits: Logits) -> Logits:
 def check(name: str, backend: str, others: str, logits: Logits) -> None:
     logits = without_infinities(name, logits)
     result = CALLS[name](op_of(name).backend(backend), logits)
-    on_gpu = backend in SOFTCAP_ULPS
-    limit = SOFTCAP_ULPS[backend] if on_gpu and logits.softcap else ULPS
+    on_gpu = backend in GPU
+    limit = GPU_ULPS if on_gpu else ULPS
+    if logits.softcap:
+        limit = SOFTCAP_ULPS.get(backend, CPU_SOFTCAP_ULPS)
     if on_gpu and others == "one near":
         limit = max(limit, EQUAL_ULPS)
     truth = logits.logprobs(logits.targets)
@@ -299,18 +304,19 @@ def sample(name: str, backend: str, logits: Logits, **filters) -> tuple[Tensor, 
 @pytest.mark.exhaustive(1, by=("name", "backend"))
 def test_a_sampled_token_has_an_exact_log_probability(name, backend, device, others, V, temperature):
     logits = without_infinities(name, rows_of(others, V, device, temperature=temperature))
+    limit = GPU_ULPS if backend in GPU else ULPS
     for filters in ({}, *FILTERS):
         tokens, logprobs, raw_logprobs, kept, log_kept_mass, entropy = sample(name, backend, logits, **filters)
         assert (tokens[4:-1] == logits.targets[4:-1]).sum() >= 4, "a test of no confident token"
         z, x = logits.z(), logits.x.double()
-        assert ulps(logprobs, logits.logprobs(tokens), z_rounding(z, tokens)) <= ULPS
-        assert ulps(raw_logprobs, logits.logprobs(tokens, x), z_rounding(x, tokens)) <= ULPS
+        assert ulps(logprobs, logits.logprobs(tokens), z_rounding(z, tokens)) <= limit
+        assert ulps(raw_logprobs, logits.logprobs(tokens, x), z_rounding(x, tokens)) <= limit
         assert (logprobs <= 0).all() and (kept <= 0).all() and (kept >= logprobs).all() and (log_kept_mass <= 0).all()
         if not filters:
             assert torch.equal(kept, logprobs) and (log_kept_mass == 0).all()
         z, is_clear = kept_z(logits, **filters)
         rounding = z_rounding(z, tokens)[is_clear]
-        assert ulps(kept[is_clear], logits.logprobs(tokens, z)[is_clear], rounding) <= ULPS, filters
+        assert ulps(kept[is_clear], logits.logprobs(tokens, z)[is_clear], rounding) <= limit, filters
         truth = logits.z().log_softmax(1)
         exact = -(truth.exp() * truth.masked_fill(truth == -torch.inf, 0)).sum(1)
         assert ((entropy.double() - exact).abs() <= 1e-5 * exact + 1e-12).all()
@@ -330,10 +336,10 @@ def test_a_lead_beyond_float32_has_no_entropy(name, backend, device, others, tem
     for filters in ({}, *FILTERS):
         tokens, logprobs, raw_logprobs, *outputs = sample(name, backend, logits, **filters)
         assert torch.equal(tokens, logits.targets) and all((x == 0).all() for x in (logprobs, *outputs)), filters
-        assert ulps(raw_logprobs, logits.logprobs(tokens, x.double())) <= ULPS
+        assert ulps(raw_logprobs, logits.logprobs(tokens, x.double())) <= (GPU_ULPS if backend in GPU else ULPS)
 
 
-ON_GPU = [x for x in runs(["token_logprobs"]) if x.values[1] in ("triton", "simt", "cuda")]
+ON_GPU = [x for x in runs(["token_logprobs"]) if x.values[1] in GPU]
 
 
 @pytest.mark.parametrize("name, backend, device", ON_GPU)
