@@ -44,7 +44,8 @@ LOGITS_BYTES_3_GEMM = 36 << 20
 FULL_CHUNK = 128  # rows of one chunk of several: the depth of dW's product, which f32_gemm.h sums in chains of 128
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
 KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
-VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so the bits do not depend on it
+VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so logprobs do not depend on it
+WIDE_TILES = 16  # where all logits of a chunk are kept, and the weight needs no copy: threads wait for one another less
 MIN_BF16_WEIGHT = 1 << 15  # elements; below, bfloat16 inputs are multiplied in float32, whatever their number
 
 
@@ -127,12 +128,17 @@ class CpuHead:
             return x.reshape(self.shape).clone()
         return x.new_zeros(self.shape.numel()).index_copy_(0, self.valid_rows, x).view(self.shape)
 
-    def vocab_blocks(self) -> Iterator[tuple[int, int]]:
-        return ((first, min(first + self.vocab_block, self.V)) for first in range(0, self.V, self.vocab_block))
+    def vocab_blocks(self, width: int = 0) -> Iterator[tuple[int, int]]:
+        width = width or self.vocab_block
+        return ((first, min(first + width, self.V)) for first in range(0, self.V, width))
+
+    def needs_weight_copy(self) -> bool:
+        """Return whether the products take the weight in another dtype or layout."""
+        return not (self.use_bf16 or (self.weight.dtype == torch.float32 and self.weight.stride(1) == 1))
 
     def weight_block(self, first: int, stop: int) -> Tensor:
         """Return rows of the weight, dense and in the dtype of the products. The next call may overwrite them."""
-        if self.use_bf16 or (self.weight.dtype == torch.float32 and self.weight.stride(1) == 1):
+        if not self.needs_weight_copy():
             return self.weight[first:stop]
         if self.weight_buffer is None:
             self.weight_buffer = empty_float32(self.weight, min(self.vocab_block, self.V) * self.D)
@@ -247,7 +253,9 @@ class CpuHead:
 
     def _three_products(self, chunks, coefficients_of, needs_grad):
         rows = max((end - begin for begin, end in chunks), default=0)
-        strides = [row_stride(stop - first) for first, stop in self.vocab_blocks()]
+        width = self.vocab_block if self.use_bf16 or self.needs_weight_copy() else WIDE_TILES * self.kernels.head_tile
+        columns = list(self.vocab_blocks(width))
+        strides = [row_stride(stop - first) for first, stop in columns]
         state = self.new_state()
         buffer = empty_in_huge_pages(self.kernels, state, rows * sum(strides))
         coefficients = self.hidden.new_empty(self.N, 9, dtype=torch.float64)
@@ -255,7 +263,7 @@ class CpuHead:
         out = GradAccumulator(self, needs_grad, whole_weight=True)
         for begin, end in chunks:
             blocks, rest = [], buffer
-            for first, stop in self.vocab_blocks():
+            for first, stop in columns:
                 weight = self.weight_block(first, stop)
                 logits = rows_in(rest, end - begin, stop - first)
                 rest = rest[(end - begin) * row_stride(stop - first) :]

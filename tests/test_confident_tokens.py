@@ -18,7 +18,7 @@ from rlhf_fast import ops
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 GPU = ("triton", "simt", "cuda")
-# A third above the largest error of 10,000 rows. A GPU's 2^x is off by 2 units of its last place.
+# A third above the largest errors that random rows show. A GPU's 2^x is off by 2 units of its last place.
 ULPS, GPU_ULPS = 4, 7
 # The target's gradient has one product more. Triton: its distances are of tanh, whose error all logits share that tie.
 SOFTCAP_ULPS = {"triton": 16, "simt": 8, "cuda": 8}

@@ -20,6 +20,7 @@ from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import LogitsCalls
 from rlhf_fast.integrations.switch import alive
+from rlhf_fast.integrations.tied_embedding import TiedForward, tie
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
 """The files that register what LazyLogits answer."""
@@ -31,8 +32,8 @@ class LazyForward:
     """The output layer's forward: lazy logits, or the logits themselves where none are to be saved. It has a weak
     reference to the layer, which holds it: a circle would keep the weight until the garbage collector runs."""
 
-    def __init__(self, layer: nn.Linear, record: LogitsCalls):
-        self.reference, self.record = weakref.ref(layer), record
+    def __init__(self, layer: nn.Linear, record: LogitsCalls, tied: TiedForward | None = None):
+        self.reference, self.record, self.tied = weakref.ref(layer), record, tied
 
     @property
     def layer(self) -> nn.Linear:
@@ -72,6 +73,7 @@ class LazyForward:
         rows = hidden.numel() // max(1, hidden.shape[-1])
         if not torch.is_grad_enabled() and (hidden.shape[-2] == 1 or rows <= FEW_ROWS):
             return None
+        weight = weight if self.tied is None else self.tied.layer_weight(weight)
         hidden, head = multiplied_in(hidden, LinearHead(weight, bias))
         same = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.weight.shape[1]
         return (hidden, head) if same and hidden.dtype in DTYPES else None
@@ -115,6 +117,8 @@ class LazyHead(contextlib.AbstractContextManager):
         switch.on = False
         if layer is not None and vars(layer).get("forward") is self.forward:
             del layer.forward
+        if self.forward.tied is not None:
+            self.forward.tied.remove()
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
@@ -128,7 +132,8 @@ def lazy_head(model: Any) -> LazyHead:
 
     Or `handle = lazy_head(model)`, and `handle.remove()`. The model may be wrapped before or after, by peft, DDP, FSDP2
     or accelerate. Its output layer's `forward` is replaced on the instance; parameters, their names and their tying
-    stay. The losses and their gradients are the same; `status(model)` says which lines read logits.
+    stay. The losses and their gradients are the same; `status(model)` says which lines read logits. On a CPU, an input
+    embedding of the same weight adds its gradient to the layer's, a row for each token.
 
     Raises UserError if the output layer is not a plain linear one, or its forward was replaced before.
     """
@@ -138,8 +143,8 @@ def lazy_head(model: Any) -> LazyHead:
         raise UserError(f"{name}: has lazy logits already; remove the first handle, or leave its `with` block, before")
     if before is not None and not _is_own(layer, before):
         raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
-    RECORDS[layer] = LogitsCalls(name)
-    layer.forward = forward = LazyForward(layer, RECORDS[layer])  # type: ignore[method-assign]
+    RECORDS[layer] = record = LogitsCalls(name)
+    layer.forward = forward = LazyForward(layer, record, tie(model, layer, record.switch))  # type: ignore[method-assign]
     return LazyHead(model, forward)
 
 
