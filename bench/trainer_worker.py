@@ -2,8 +2,8 @@
 
     python -m rlhf_fast.bench.trainer_worker SIDE --folder FOLDER --threads N [--tiny]
 
-The first line it writes is JSON on its first step. Then it answers each line that it reads with one of JSON: `step` with
-the seconds of a step, `peak` with the most bytes that a step holds. It ends with its input.
+The first line it writes is JSON on its first step. Then it answers each line that it reads with one of JSON: `step`
+with the seconds of a step, `peak` with the most bytes that a step holds. It ends with its input.
 """
 
 import argparse
@@ -17,9 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf_fast.bench.unsloth_step import SIDES
-from rlhf_fast.integrations.hooks import library_version
-
+SIDES = ("ours", "unsloth", "plain")
 LIBRARIES = ("unsloth", "unsloth_zoo", "trl", "transformers", "torch")
 
 
@@ -44,12 +42,13 @@ def loaded_by(unsloth: Any, folder: Path) -> Callable:
 
 def answers(options: argparse.Namespace, questions: TextIO) -> Iterator[dict]:
     """Yield what a first step gave, then the answer to each question."""
-    # Before TRL is imported: `import unsloth` replaces its trainer.
+    # Before what it replaces is imported: transformers, TRL, and what imports them here.
     unsloth = importlib.import_module("unsloth") if options.side == "unsloth" else None
     import torch
 
     from rlhf_fast.bench import trainer_step
     from rlhf_fast.bench.timing import Cpu
+    from rlhf_fast.integrations.hooks import library_version
 
     torch.set_num_threads(options.threads)
     make = loaded_by(unsloth, options.folder / "model") if unsloth else trainer_step.random_llama

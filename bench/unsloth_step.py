@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from rlhf_fast.errors import UserError
 
 TITLE = "Unsloth, TRL SFTTrainer"
 UNSLOTH = "Unsloth"
-SIDES = ("ours", "unsloth", "plain")
 BOUND = TOLERANCE[torch.float32] / 10
 PAUSE = 0.02  # seconds before a turn: OpenMP's threads of the other process spin for some milliseconds after a step
 SETTINGS = {
@@ -93,10 +92,8 @@ class Worker:
 
     def ask(self, question: str) -> dict:
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has ended; `answer` says by what
             print(question, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has ended; `answer` says by what
         return self.answer()
 
     def seconds(self) -> float:
@@ -171,7 +168,9 @@ def measure(run: Run, commands: Callable[[str, Path], list[str]]) -> None:
     ours, theirs = (row["first"][name] for name in (OURS, UNSLOTH))
     versions = ", ".join(f"{name} {found}" for name, found in theirs["versions"].items())
     chunked = "in use" if theirs["chunked_loss"] else "not in use"
-    print(f"  {versions}; Unsloth's chunked cross-entropy is {chunked}")
+    peaks = [side["peak_bytes"] / 2**20 for side in (row, row["others"][UNSLOTH])]
+    print(f"  peak: {peaks[0]:.0f} MiB, {peaks[1]:.0f} MiB with Unsloth; its chunked cross-entropy is {chunked}")
+    print(f"  {versions}")
     for what, key in (("loss", "loss"), ("gradient norm", "gradient_norm")):
         if row["errors"][what] > BOUND:
             run.notes.append(
