@@ -1,13 +1,14 @@
 """Time a step of other trainers with our ops and without: transformers' Trainer, and TRL's SFT, DPO and GRPO.
 
     python -m rlhf_fast.bench.trainer_step [--only trainer,layers,sft,dpo,grpo] [--save PATH.json] [--rounds N] [--tiny]
+        [--unsloth PYTHON]
 
 A step is the loss of one batch of 4 rows of 128 tokens and its gradients, by the trainer's own `compute_loss`, without
 the optimizer. DPO's 4 rows are 4 pairs, and the padded rows have 1/4, 2/4, 3/4 and all of the length. The model is a
 random Llama of 10 million parameters with a vocabulary of 50,257. `lazy_head` is under transformers' Trainer, with
 padded rows `layers.fused` too, and `integrations.trl.fused()` under TRL's. Both sides take turns in one process, on 2
 threads unless OMP_NUM_THREADS says otherwise. `head_bytes` is the peak of the head alone, from hidden states to their
-gradient and the weight's, which is in it.
+gradient and the weight's, which is in it. --unsloth adds a row of Unsloth's SFT trainer (unsloth_step).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +27,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from rlhf_fast import integrations
+from rlhf_fast.bench import unsloth_step
 from rlhf_fast.bench.ppo_phases import TOLERANCE, checked
 from rlhf_fast.bench.timing import interleaved, median_ratios
 from rlhf_fast.bench.whole import Run, parser_of
 from rlhf_fast.demo.run import BASE_MODELS
 from rlhf_fast.demo.world import FOODS, PEOPLE, PLACES
+from rlhf_fast.errors import UserError
 
 OURS, PLAIN = "ours", "as it is"
 ROWS, LENGTH = 4, 128
@@ -83,6 +87,14 @@ def settings(kind: type, folder: str, **more: Any) -> Any:
     )  # fmt: skip
 
 
+def trl_settings(kind: Any, folder: str, **more: Any) -> Any:
+    """Return settings that keep all activations. TRL before 1.16 has transformers' name of the option."""
+    name = "activation_checkpointing"
+    if name not in kind.__dataclass_fields__:
+        name = "gradient_checkpointing"
+    return settings(kind, folder, **{name: False}, **more)
+
+
 def trainer_step(tiny: bool, folder: str, padded: bool = False) -> Step:
     """Return the step of transformers' Trainer: a prompt of an eighth of the row has no label. padded: rows of several
     lengths, and our layers too."""
@@ -117,17 +129,20 @@ def both(model: nn.Module) -> Iterator[tuple]:
         yield head, layers
 
 
-def trl_step(name: str, tiny: bool, folder: str) -> Step:
-    """Return the step of one of TRL's trainers on a batch of its own data loader; of GRPO, on random responses."""
+def trl_step(name: str, tiny: bool, folder: str, make: Callable[[bool], Any] = random_llama) -> Step:
+    """Return the step of one of TRL's trainers on a batch of its own data loader; of GRPO, on random responses.
+
+    make(tiny): the model.
+    """
     import trl
     from datasets import Dataset
 
-    model, rng = random_llama(tiny), random.Random(0)
+    model, rng = make(tiny), random.Random(0)
     words = AutoTokenizer.from_pretrained(BASE_MODELS / "small")
     made: dict[str, Any] = {"processing_class": words}
     if name == "sft":
         data = [{"prompt": sentence(rng, LENGTH // 8), "completion": f" {sentence(rng, LENGTH)}"} for _ in range(ROWS)]
-        args = settings(trl.SFTConfig, folder, max_length=LENGTH, activation_checkpointing=False)
+        args = trl_settings(trl.SFTConfig, folder, max_length=LENGTH)
         trainer = trl.SFTTrainer(model, args, train_dataset=Dataset.from_list(data), **made)
     elif name == "dpo":
         pair = ("chosen", "rejected")
@@ -135,12 +150,12 @@ def trl_step(name: str, tiny: bool, folder: str) -> Step:
             {"prompt": sentence(rng, LENGTH // 2)} | {kind: f" {sentence(rng, LENGTH // 2 - 1)}" for kind in pair}
             for _ in range(ROWS)
         ]
-        args = settings(trl.DPOConfig, folder, max_length=LENGTH, activation_checkpointing=False)
-        made |= {"ref_model": random_llama(tiny)}
+        args = trl_settings(trl.DPOConfig, folder, max_length=LENGTH)
+        made |= {"ref_model": make(tiny)}
         trainer = trl.DPOTrainer(model, args=args, train_dataset=Dataset.from_list(data), **made)
     else:
         data = [{"prompt": sentence(rng, 8)} for _ in range(ROWS)]
-        args = settings(trl.GRPOConfig, folder, num_generations=ROWS, beta=0.0, activation_checkpointing=False)
+        args = trl_settings(trl.GRPOConfig, folder, num_generations=ROWS, beta=0.0)
         made |= {"reward_funcs": lambda completions, **_: [0.0] * len(completions)}
         trainer = trl.GRPOTrainer(model, args=args, train_dataset=Dataset.from_list(data), **made)
     if name == "grpo":
@@ -251,15 +266,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser: argparse.ArgumentParser = parser_of(__doc__.partition("\n")[0])
     parser.add_argument("--only", default=",".join(STEPS), help=f"which of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="of both sides by turns (default: 9)")
+    parser.add_argument(
+        "--unsloth", metavar="PYTHON", help="the python of an environment with Unsloth: adds its row, `unsloth`"
+    )
     options = parser.parse_args(arguments)
     if options.device != "cpu":
         parser.error("--device: the steps are measured on a CPU alone")
     names = options.only.split(",")
-    if unknown := [name for name in names if name not in STEPS]:
+    if options.unsloth and "unsloth" not in names:
+        names.append("unsloth")
+    if unknown := [name for name in names if name not in (*STEPS, "unsloth")]:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are: {', '.join(STEPS)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(2)
+    if "unsloth" in names:
+        if not options.unsloth:
+            parser.error("--only unsloth: add --unsloth PYTHON, the python of an environment that has Unsloth")
+        try:
+            unsloth_step.check_python(options.unsloth)
+        except UserError as error:
+            parser.error(f"--unsloth: {error}")
     run = Run("trainer_step", options)
 
     def measured(name: str) -> None:
@@ -269,8 +296,14 @@ def main(arguments: list[str] | None = None) -> int:
         other = row["others"][PLAIN]
         print(f"  head alone: {row['head_bytes'] / 2**20:.0f} MiB, {other['head_bytes'] / 2**20:.0f} MiB as it is")
 
+    def unsloth_command(side: str, folder: Path) -> list[str]:
+        return unsloth_step.command_of(options.unsloth, side, folder, options.tiny)
+
     for name in names:
-        run.measure(TITLES[name], measured, name)
+        if name == "unsloth":
+            run.measure(unsloth_step.TITLE, unsloth_step.measure, run, unsloth_command)
+        else:
+            run.measure(TITLES[name], measured, name)
     run.failed |= any("DIFFER" in row["checked"] for row in run.rows)
     return run.finish()
 
