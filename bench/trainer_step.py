@@ -265,13 +265,15 @@ def row_of(run: Run, name: str, step: Step) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser: argparse.ArgumentParser = parser_of(__doc__.partition("\n")[0])
     parser.add_argument("--only", default=",".join(STEPS), help=f"which of {', '.join(STEPS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=9, help="of both sides by turns (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="of both sides by turns (default: 9; with --tiny 1)")
     parser.add_argument(
         "--unsloth", metavar="PYTHON", help="the python of an environment with Unsloth: adds its row, `unsloth`"
     )
     options = parser.parse_args(arguments)
     if options.device != "cpu":
         parser.error("--device: the steps are measured on a CPU alone")
+    if options.rounds < 1:
+        parser.error(f"--rounds: {options.rounds} is not at least 1")
     names = options.only.split(",")
     if options.unsloth and "unsloth" not in names:
         names.append("unsloth")

@@ -8,6 +8,8 @@ prints a response before and after, and how often the op answered.
     python examples/hf_trainer.py
 """
 
+import argparse
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -72,4 +74,5 @@ def main(folder: str = str(BASE_MODELS / "small"), out: str = "runs/hf-trainer",
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     main()

@@ -7,6 +7,8 @@ script prints a response before and after, and how often the op answered in plac
     python examples/trl_dpo.py
 """
 
+import argparse
+
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,4 +77,5 @@ def main(model: str = str(BASE_MODELS / "small"), out: str = "runs/trl-dpo", ste
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     main()

@@ -45,7 +45,7 @@ FULL_CHUNK = 128  # rows of one chunk of several: the depth of dW's product, whi
 LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
 KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
 VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so logprobs do not depend on it
-WIDE_TILES = 16  # where all logits of a chunk are kept, and the weight needs no copy: threads wait for one another less
+KEPT_TILES = 16  # where all logits of a chunk are kept, and the weight needs no copy: threads wait for one another less
 MIN_BF16_WEIGHT = 1 << 15  # elements; below, bfloat16 inputs are multiplied in float32, whatever their number
 
 
@@ -253,7 +253,7 @@ class CpuHead:
 
     def _three_products(self, chunks, coefficients_of, needs_grad):
         rows = max((end - begin for begin, end in chunks), default=0)
-        width = self.vocab_block if self.use_bf16 or self.needs_weight_copy() else WIDE_TILES * self.kernels.head_tile
+        width = self.vocab_block if self.use_bf16 or self.needs_weight_copy() else KEPT_TILES * self.kernels.head_tile
         columns = list(self.vocab_blocks(width))
         strides = [row_stride(stop - first) for first, stop in columns]
         state = self.new_state()

@@ -458,6 +458,24 @@ def test_another_output_layer_inside(caplog):
     assert not [record for record in caplog.records if record.name == "rlhf_fast"]
 
 
+def test_an_adapter_inside_that_copies_the_output_layer(caplog):
+    model = llama()
+    with lazy_head(model):
+        lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_fast"]
+    assert "has another output layer now" in message and "modules_to_save" in message
+
+
+def test_a_removed_handle_is_refused():
+    model = llama()
+    with lazy_head(model) as handle:
+        pass
+    with pytest.raises(UserError, match="this handle of lazy_head was removed"), handle:
+        pass
+    with pytest.raises(UserError, match="LlamaForCausalLM is a class: pass a loaded model"):
+        lazy_head(transformers.LlamaForCausalLM)
+
+
 def test_an_error_inside_restores_the_model():
     model = llama()
     with pytest.raises(ZeroDivisionError), lazy_head(model):
@@ -516,7 +534,7 @@ def quantized(model):
 BAD = {
     "no model": (lambda: nn.Linear(2, 2), "has no get_output_embeddings"),
     "no head": (lambda: llama().model, "has no output embedding"),
-    "another layer": (lambda: with_head(lambda m: setattr(m, "lm_head", Scaled(32, V))), "output layer is a Scaled"),
+    "another layer": (lambda: with_head(lambda m: setattr(m, "lm_head", Scaled(32, V))), r"output layer is a \w+\.Scaled; the ops take a plain torch.nn.Linear"),
     "an adapter": (lambda: lora(llama(), target_modules=["q_proj", "lm_head"]), "has an adapter on its output layer"),
     "a trained copy": (
         lambda: lora(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]), "has an adapter on its output"

@@ -94,7 +94,7 @@ def test_bits_do_not_depend_on_the_vocabulary_block_or_the_op(backend, monkeypat
         return [scored[:2], trained[:2], ppo, without_grad], logprobs, (*scored[2:], *trained[2:])
 
     results, logprobs, rest = every_op()
-    for width, tiles in {"VOCAB_TILES": 2, "WIDE_TILES": 3}.items():
+    for width, tiles in {"VOCAB_TILES": 2, "KEPT_TILES": 3}.items():
         monkeypatch.setattr(cpu_head, width, tiles)
     others, again, rest_again = every_op()
     assert all(torch.equal(x, rest[i % 2]) for i, x in enumerate((*rest, *rest_again)))  # log_z and top1

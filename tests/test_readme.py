@@ -268,7 +268,7 @@ def test_the_rollouts_run(page, workplace, capsys):
 
 
 def test_a_trainer_without_logits(workplace, capsys):
-    toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
+    toy.model(workplace / "runs" / "demo" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
     source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "lazy_head(" in block)
     exec(source, {})
     answered = "LlamaForCausalLM: answered by rlhf_fast: linear_cross_entropy 3"
@@ -276,7 +276,7 @@ def test_a_trainer_without_logits(workplace, capsys):
 
 
 def test_a_model_with_our_layers(workplace, capsys):
-    toy.model(workplace / "runs" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
+    toy.model(workplace / "runs" / "demo" / "sft", letters="abcdefghijklmnopqrstuvwxyz")
     source = next(block for block in blocks("python", ROOT / "docs" / "integrations.md") if "layers.fused(" in block)
     exec(source, {})
     assert capsys.readouterr().out == "LlamaForCausalLM: answered by rlhf_fast: LlamaModel.forward 1\n"

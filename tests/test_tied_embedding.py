@@ -141,7 +141,7 @@ def test_copies_are_plain(how):
 
 
 def test_an_embedding_that_stays():
-    """Of another weight, of bfloat16, frozen, or with a forward of somebody else."""
+    """An embedding of another weight, of bfloat16, frozen, or with a forward of somebody else."""
     for model in (build("Llama")().eval(), tied().bfloat16(), tied()):
         if model.dtype == torch.float32 and model.config.tie_word_embeddings:
             embedding = model.get_input_embeddings()

@@ -121,12 +121,16 @@ def multiplied_in(hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]
 def find_model(model: Any) -> Any:
     """Return the model of transformers, or of peft around it, within DDP, accelerate or torch.compile."""
     name = type(model).__name__
+    if isinstance(model, type):
+        raise UserError(
+            f"{model.__name__} is a class: pass a loaded model, as {model.__name__}.from_pretrained gives it"
+        )
     while not hasattr(model, "get_output_embeddings"):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if inner is None:
             raise UserError(
-                f"{name}: has no get_output_embeddings; pass a model of transformers (of TRL's with a value head, its"
-                " pretrained_model)"
+                f"{name}: has no get_output_embeddings; pass a loaded model of transformers (of a trainer, trainer.model;"
+                " of TRL's with a value head, its pretrained_model)"
             )
         model = inner
     return model
@@ -148,7 +152,8 @@ def output_layer(model: Any) -> nn.Linear:
             " adapter's target_modules and modules_to_save"
         )
     if type(layer) is not nn.Linear:
-        raise UserError(f"{name}: its output layer is a {type(layer).__name__}; the ops take a plain nn.Linear")
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        raise UserError(f"{name}: its output layer is a {kind}; the ops take a plain torch.nn.Linear")
     weight = layer.weight
     if hasattr(weight, "ds_id"):
         raise UserError(f"{name}: ZeRO-3 has split its output layer's weight, which the ops read whole; use stage 2")

@@ -108,10 +108,10 @@ class LazyHead(contextlib.AbstractContextManager):
         switch, model, layer = self.forward.record.switch, self.model(), self.forward.reference()
         if switch.on and model is not None:
             now = find_output_layer(model)
-            if now is None or all(module is not layer for module in now.modules()):
+            if now is None or hasattr(now, "modules_to_save") or all(module is not layer for module in now.modules()):
                 log.warning(
-                    "lazy_head: %s has another output layer now, as after resize_token_embeddings, and the new one gave"
-                    " real logits; call lazy_head after such a change",
+                    "lazy_head: %s has another output layer now, as after resize_token_embeddings or peft's"
+                    " modules_to_save, and it gave real logits; call lazy_head after such a change",
                     self.forward.record.owner,
                 )
         switch.on = False
@@ -119,6 +119,11 @@ class LazyHead(contextlib.AbstractContextManager):
             del layer.forward
         if self.forward.tied is not None:
             self.forward.tied.remove()
+
+    def __enter__(self) -> LazyHead:
+        if not self.forward.record.switch.on:
+            raise UserError("this handle of lazy_head was removed; call lazy_head(model) again")
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
@@ -140,7 +145,9 @@ def lazy_head(model: Any) -> LazyHead:
     layer, name = output_layer(model), type(model).__name__
     before = vars(layer).get("forward")
     if is_lazy(layer):
-        raise UserError(f"{name}: has lazy logits already; remove the first handle, or leave its `with` block, before")
+        raise UserError(
+            f"{name}: has lazy logits already; call remove() of the first handle, or leave its `with` block, first"
+        )
     if before is not None and not _is_own(layer, before):
         raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
     RECORDS[layer] = record = LogitsCalls(name)
