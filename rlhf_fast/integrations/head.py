@@ -122,9 +122,7 @@ def find_model(model: Any) -> Any:
     """Return the model of transformers, or of peft around it, within DDP, accelerate or torch.compile."""
     name = type(model).__name__
     if isinstance(model, type):
-        raise UserError(
-            f"{model.__name__} is a class: pass a loaded model, as {model.__name__}.from_pretrained gives it"
-        )
+        raise UserError(f"{model.__name__} is a class: pass a model, as its from_pretrained gives it")
     while not hasattr(model, "get_output_embeddings"):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if inner is None:
