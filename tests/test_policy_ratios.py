@@ -265,7 +265,7 @@ def test_threads_change_no_bit_of_rows(backend, mode):
 @pytest.mark.parametrize("mode, level", MODES)
 def test_the_number_of_rows_changes_no_bit_of_a_row(backend, mode, level):
     """Up to 16 rows of 8,192 tokens are shared by the threads, 17 are not. Prime lengths end within a vector, and a
-    row's last piece may be short or have no weight."""
+    row's last segment may be short or have no weight."""
     for length in (8192, 4099, 8191, 8209, 12289, 70001):
         tokens = [x * 0.03 if i == 2 else x for i, x in enumerate(random_tokens((17, length)))]
         tokens[3][2, -4100:] = 0
