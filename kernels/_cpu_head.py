@@ -40,9 +40,9 @@ KERNELS = (
     "bf16_product",
     "advise_huge_pages",
 )
-LOGITS_BYTES_3_GEMM = 36 << 20
+LOGITS_BYTES_3_GEMM = 36 << 20  # 128 rows of up to 73,000 columns; with fewer, torch's products were 20 % slower
 FULL_CHUNK = 128  # rows of one chunk of several: the depth of dW's product, which f32_gemm.h sums in chains of 128
-LOGITS_BYTES_4_GEMM = 8 << 20  # small enough to stay in the last-level cache
+LOGITS_BYTES_4_GEMM = (8 << 20) + (1 << 17)  # 2,048 padded rows of 1,024; small enough for the last-level cache
 KEPT_BYTES = 128 << 20  # of all exponentials in bfloat16; beyond, the logits are made twice
 VOCAB_TILES = 4  # of a block of the vocabulary; csrc/cpu/softmax.h reduces by tiles, so logprobs do not depend on it
 KEPT_TILES = 16  # where all logits of a chunk are kept, and the weight needs no copy: threads wait for one another less
@@ -111,7 +111,7 @@ class CpuHead:
             and _product.uses_bf16_product(kernels)
         )
         if self.use_bf16:  # all rows at once where a tile of them fits: a block of dW needs no sums then
-            tiles = LOGITS_BYTES_4_GEMM // (4 * self.N * kernels.head_tile)
+            tiles = (LOGITS_BYTES_4_GEMM // (4 * self.N) - row_stride(0)) // kernels.head_tile
             self.vocab_block = max(1, min(VOCAB_TILES, tiles)) * kernels.head_tile
         rows = self.gather_valid(hidden.detach().reshape(-1, hidden.shape[-1])).contiguous()
         self.hidden = rows if self.use_bf16 else rows.float()
@@ -157,7 +157,7 @@ class CpuHead:
 
     def logit_blocks(self, reference: CpuHead | None = None) -> Iterator[LogitBlock]:
         """Yield all raw logits in the order of four products, beside those of a reference's head."""
-        chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * min(self.vocab_block, self.V)))
+        chunks = split_evenly(self.N, LOGITS_BYTES_4_GEMM // (4 * row_stride(min(self.vocab_block, self.V))))
         size = max((end - begin for begin, end in chunks), default=0) * row_stride(min(self.vocab_block, self.V))
         buffer = empty_float32(self.hidden, size)
         ref_buffer = empty_float32(self.hidden, size) if reference else buffer
@@ -244,7 +244,7 @@ class CpuHead:
             return self.statistics(), self.no_grads()
         if self.use_bf16 and self.scalars[1] == 0 and 2 * self.N * self.V <= KEPT_BYTES:
             return self._kept_products(coefficients_of, needs_grad)
-        max_rows = max(LOGITS_BYTES_3_GEMM // (4 * self.V), 1)
+        max_rows = max(LOGITS_BYTES_3_GEMM // (4 * sum(row_stride(j - i) for i, j in self.vocab_blocks())), 1)
         if self.N > max_rows and (needs_all_rows or (needs_grad[1] and not self.can_sum_weight_grad())):
             results = self.statistics()
             return results, self.grads(coefficients_of(results, slice(None)), needs_grad)

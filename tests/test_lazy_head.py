@@ -534,7 +534,7 @@ def quantized(model):
 BAD = {
     "no model": (lambda: nn.Linear(2, 2), "has no get_output_embeddings"),
     "no head": (lambda: llama().model, "has no output embedding"),
-    "another layer": (lambda: with_head(lambda m: setattr(m, "lm_head", Scaled(32, V))), r"layer is a \w+\.Scaled; the"),
+    "another layer": (lambda: with_head(lambda m: setattr(m, "lm_head", Scaled(32, V))), r"is a \w+\.Scaled; the ops"),
     "an adapter": (lambda: lora(llama(), target_modules=["q_proj", "lm_head"]), "has an adapter on its output layer"),
     "a trained copy": (
         lambda: lora(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"]), "has an adapter on its output"

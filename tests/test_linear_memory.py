@@ -6,6 +6,7 @@ from peak import gradient_peak
 
 from rlhf_fast import ops
 from rlhf_fast.kernels import _cpu_head as cpu_head
+from rlhf_fast.kernels._product import rows_in
 
 COMPILED = ops.linear_logprobs.backends[1:][-1:]
 
@@ -39,3 +40,28 @@ def test_memory(backend, dtype, monkeypatch):
         for run in (cross_entropy, logprobs):
             assert gradient_peak(run, hidden, weight) < budget + weight.nbytes, (run.__name__, N)
             assert gradient_peak(run, hidden, weight.detach()) < budget, (run.__name__, N)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("V", [2, 17, 1031, 4100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padding_counts_as_logits(backend, V, dtype, monkeypatch):
+    """A row's logits are followed by 16 to 31 floats that nobody reads: with two columns, most of the buffer."""
+    limit, sizes = 1 << 18, []
+
+    def measured(buffer, rows, columns):
+        sizes.append(buffer.nbytes)
+        return rows_in(buffer, rows, columns)
+
+    monkeypatch.setattr(cpu_head, "rows_in", measured)
+    for name in ("LOGITS_BYTES_3_GEMM", "LOGITS_BYTES_4_GEMM"):
+        monkeypatch.setattr(cpu_head, name, limit)
+    monkeypatch.setattr(cpu_head, "KEPT_BYTES", 0)
+    hidden = torch.randn(5000, 40).to(dtype).requires_grad_()
+    weight = torch.randn(V, 40).to(dtype).requires_grad_()
+    targets = torch.randint(V, (5000,))
+    ops.linear_cross_entropy.backend(backend)(hidden, weight, targets)[0].backward()
+    three, sizes[:] = max(sizes), []
+    ops.linear_logprobs.backend(backend)(hidden.detach(), weight.detach(), targets)
+    for found in (three, max(sizes)):
+        assert limit / 2 < found <= limit

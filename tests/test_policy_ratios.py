@@ -262,6 +262,21 @@ def test_threads_change_no_bit_of_rows(backend, mode):
         torch.testing.assert_close(found[0][1].double(), truth[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])
+@pytest.mark.parametrize("mode, level", MODES)
+def test_the_number_of_rows_changes_no_bit_of_a_row(backend, mode, level):
+    """Up to 16 rows of 8,192 tokens are shared by the threads, 17 are not. Prime lengths end within a vector, and a
+    row's last segment may be short or have no weight."""
+    for length in (8192, 4099, 8191, 8209, 12289, 70001):
+        tokens = [x * 0.03 if i == 2 else x for i, x in enumerate(random_tokens((17, length)))]
+        tokens[3][2, -4100:] = 0
+        expected = run(backend, tokens, mode, level, 0.0, "truncate")[1]
+        assert expected[tokens[3] != 0].ne(0).float().mean() > 0.5
+        for rows in (16, 3, 1):
+            found = run(backend, [x[:rows] for x in tokens], mode, level, 0.0, "truncate")[1]
+            assert torch.equal(found, expected[:rows]), (length, rows, (found != expected[:rows]).any(1).sum())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_shorter_than_what_a_thread_reads(backend):
     """Several sequences are in one load of a GPU's thread, and the last one ends within it."""

@@ -5,7 +5,8 @@
 //
 // So much with AVX-512; half the columns without. Either matrix may be the transpose of what is in memory. A panel
 // stays in the first-level cache while the rows of A come from the second. A tile prefetches what it will write, the
-// next tile's rows and a part of the next panel, a few lines at a time: a core waits for no more.
+// next tile's rows and a part of the next panel. These prefetches are spread over the products, a few lines at a time,
+// as a core has few places for lines on their way.
 // The sums of a panel are one chain of fused multiply-adds over its k in their order, and are then added to `out`: the
 // same in any tile, and the error grows with 128 + K / 128, where one chain's would grow with K.
 //
@@ -25,7 +26,7 @@ struct GemmMatrix {
 };
 
 constexpr int64_t LINE = 16;      // floats of a cache line
-constexpr int64_t GEMM_STEP = 4;  // of k; instructions that are no products take turns with them
+constexpr int64_t GEMM_STEP = 4;  // of k; some prefetches precede the products of each step
 
 // The cache lines of the next panel's part of B, prefetched one after the other.
 struct NextPanel {

@@ -8,6 +8,7 @@
 // Sequences with one ratio each are taken row by row, some rows a chunk. A row has three passes, while the caches have
 // it: the mean of its log-ratios, the tokens' terms, and their gradient by the mean, shared by all tokens (none for
 // CISPO). Up to 16 long rows, too few for the threads, are several chunks each; all have a pass before the next one.
+// Both ways sum a row over segments that depend on its length alone: its bits do not depend on the number of rows.
 //
 // Floor: at most 32 bytes a token in (two log-probabilities, advantage, weight, two values, return, second weight) and
 // 8 out, against about 90 instructions for W tokens, a third of them sums for the statistics.
@@ -228,6 +229,20 @@ struct RowSums {
 
 INLINE f32 mean_of(double sum, double tokens) { return splat(tokens > 0 ? float(sum / tokens) : 0.f); }
 
+// The segments of a row, each summed on its own, then added in their order. They end where a block ends.
+struct Segments {
+  int64_t row_length, size, count;
+
+  explicit Segments(int64_t length) : row_length(length) {
+    constexpr int64_t BLOCK = BLOCK_VECTORS * W;
+    size = (max(MIN_CHUNK, (length + MAX_CHUNKS - 1) / MAX_CHUNKS) + BLOCK - 1) / BLOCK * BLOCK;
+    count = (length + size - 1) / size;
+  }
+  INLINE int64_t begin(int64_t row, int64_t segment) const {
+    return row * row_length + min(row_length, segment * size);
+  }
+};
+
 INLINE RowSums row_sums(const PpoArgs& args, int64_t begin, int64_t end) {
   RowSums row = {};
   for (int64_t t = begin; t < end; t += BLOCK_VECTORS * W) {
@@ -270,54 +285,70 @@ INLINE void share_grad(const PpoArgs& args, int64_t begin, int64_t end, f32 grad
   });
 }
 
-// The rows [begin, end), of row_length tokens each.
+// The rows [begin, end).
 template <bool CISPO>
-ChunkSums run_rows(const PpoArgs& call_args, int64_t begin, int64_t end, int64_t row_length) {
+ChunkSums run_rows(const PpoArgs& call_args, int64_t begin, int64_t end, const Segments& segments) {
   const PpoArgs args = call_args;
   VectorSums total = no_sums();
-  for (int64_t t = begin * row_length; t < end * row_length; t += row_length) {
-    RowSums row = row_sums(args, t, t + row_length);
-    row.grad = row_terms<CISPO>(args, t, t + row_length, mean_of(row.log_ratios, row.tokens), total);
-    if (!CISPO && args.logprobs_grad) share_grad(args, t, t + row_length, mean_of(row.grad, row.tokens));
+  for (int64_t row = begin; row < end; ++row) {
+    RowSums sums = {};
+    for (int64_t p = 0; p < segments.count; ++p) {
+      const RowSums segment = row_sums(args, segments.begin(row, p), segments.begin(row, p + 1));
+      sums.log_ratios += segment.log_ratios;
+      sums.tokens += segment.tokens;
+    }
+    const f32 mean = mean_of(sums.log_ratios, sums.tokens);
+    for (int64_t p = 0; p < segments.count; ++p) {
+      sums.grad += row_terms<CISPO>(args, segments.begin(row, p), segments.begin(row, p + 1), mean, total);
+    }
+    if (!CISPO && args.logprobs_grad) {
+      share_grad(args, segments.begin(row, 0), segments.begin(row + 1, 0), mean_of(sums.grad, sums.tokens));
+    }
   }
-  value_terms(args, begin * row_length, end * row_length, total);
+  value_terms(args, segments.begin(begin, 0), segments.begin(end, 0), total);
   return reduced(total);
 }
 
-// All of a few long rows, each in `num_parts` parts for as many threads. Returns the number of chunks.
+// All of a few long rows, each in `num_parts` parts of some segments for as many threads. Returns the number of chunks.
 template <bool CISPO>
-int64_t run_shared_rows(const PpoArgs& call_args, int64_t num_rows, int64_t row_length, int64_t num_parts, int threads,
+int64_t run_shared_rows(const PpoArgs& call_args, int64_t num_rows, const Segments& segments, int threads,
                         ChunkSums* chunks) {
-  RowSums parts[MAX_CHUNKS];
-  const int64_t size = (row_length + num_parts * W - 1) / (num_parts * W) * W, num_chunks = num_rows * num_parts;
-  const auto for_parts = [&](auto body) {  // body(args, chunk, first chunk of its row, begin, end)
-#pragma omp parallel for num_threads(threads) if (threads > 1 && num_rows * row_length > 32768)
+  RowSums sums[MAX_SHARED_ROWS * MAX_CHUNKS];  // of the rows' segments
+  const int64_t num_parts = min(MAX_CHUNKS / num_rows, segments.count), num_chunks = num_rows * num_parts;
+  const auto for_parts = [&](auto body) {  // body(args, chunk, row, first segment, end of the segments)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && num_rows * segments.row_length > 32768)
     for (int64_t c = 0; c < num_chunks; ++c) {
-      const int64_t row = c / num_parts, begin = row * row_length, part = c - row * num_parts;
+      const int64_t row = c / num_parts, part = c - row * num_parts;
       const PpoArgs args = call_args;
-      body(args, c, row * num_parts, begin + min(row_length, part * size), begin + min(row_length, (part + 1) * size));
+      body(args, c, row, part * segments.count / num_parts, (part + 1) * segments.count / num_parts);
     }
   };
-  const auto mean_of_row = [&](int64_t first, double RowSums::* field) {
+  const auto mean_of_row = [&](int64_t row, double RowSums::* field) {
     double sum = 0, tokens = 0;
-    for (int64_t c = first; c < first + num_parts; ++c) {
-      sum += parts[c].*field;
-      tokens += parts[c].tokens;
+    for (int64_t p = row * segments.count; p < (row + 1) * segments.count; ++p) {
+      sum += sums[p].*field;
+      tokens += sums[p].tokens;
     }
     return mean_of(sum, tokens);
   };
-  for_parts([&](const PpoArgs& args, int64_t c, int64_t, int64_t begin, int64_t end) {
-    parts[c] = row_sums(args, begin, end);
+  for_parts([&](const PpoArgs& args, int64_t, int64_t row, int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      sums[row * segments.count + p] = row_sums(args, segments.begin(row, p), segments.begin(row, p + 1));
+    }
   });
-  for_parts([&](const PpoArgs& args, int64_t c, int64_t first, int64_t begin, int64_t end) {
+  for_parts([&](const PpoArgs& args, int64_t c, int64_t row, int64_t first, int64_t last) {
+    const f32 mean = mean_of_row(row, &RowSums::log_ratios);
     VectorSums total = no_sums();
-    parts[c].grad = row_terms<CISPO>(args, begin, end, mean_of_row(first, &RowSums::log_ratios), total);
-    value_terms(args, begin, end, total);
+    for (int64_t p = first; p < last; ++p) {
+      sums[row * segments.count + p].grad =
+          row_terms<CISPO>(args, segments.begin(row, p), segments.begin(row, p + 1), mean, total);
+    }
+    value_terms(args, segments.begin(row, first), segments.begin(row, last), total);
     chunks[c] = reduced(total);
   });
   if (CISPO || !call_args.logprobs_grad) return num_chunks;
-  for_parts([&](const PpoArgs& args, int64_t, int64_t first, int64_t begin, int64_t end) {
-    share_grad(args, begin, end, mean_of_row(first, &RowSums::grad));
+  for_parts([&](const PpoArgs& args, int64_t, int64_t row, int64_t first, int64_t last) {
+    share_grad(args, segments.begin(row, first), segments.begin(row, last), mean_of_row(row, &RowSums::grad));
   });
   return num_chunks;
 }
@@ -353,10 +384,9 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
   ChunkSums chunks[MAX_CHUNKS];
   int64_t num_chunks;
   const int64_t num_rows = args.logprobs && row_length > 0 ? N / row_length : 0;
+  const Segments segments(row_length);
   if (num_rows && num_rows <= MAX_SHARED_ROWS && row_length >= 2 * MIN_CHUNK) {
-    const int64_t num_parts = min(MAX_CHUNKS / num_rows, row_length / MIN_CHUNK);
-    num_chunks = (is_cispo ? run_shared_rows<true> : run_shared_rows<false>)(args, num_rows, row_length, num_parts,
-                                                                             threads, chunks);
+    num_chunks = (is_cispo ? run_shared_rows<true> : run_shared_rows<false>)(args, num_rows, segments, threads, chunks);
   } else {
     const int64_t even = (N + MAX_CHUNKS - 1) / MAX_CHUNKS;
     int64_t size = max(MIN_CHUNK, (even + W - 1) / W * W), units = N;  // a chunk's units, tokens or rows, and all
@@ -369,8 +399,7 @@ void ppo_loss(uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t advantages, 
     for (int64_t c = 0; c < num_chunks; ++c) {
       const int64_t begin = c * size, end = min(units, begin + size);
       if (num_rows) {
-        chunks[c] =
-            is_cispo ? run_rows<true>(args, begin, end, row_length) : run_rows<false>(args, begin, end, row_length);
+        chunks[c] = is_cispo ? run_rows<true>(args, begin, end, segments) : run_rows<false>(args, begin, end, segments);
       } else {
         chunks[c] = is_cispo ? run_chunk<true>(args, begin, end) : run_chunk<false>(args, begin, end);
       }

@@ -127,8 +127,8 @@ def find_model(model: Any) -> Any:
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if inner is None:
             raise UserError(
-                f"{name}: has no get_output_embeddings; pass a loaded model of transformers (of a trainer, trainer.model;"
-                " of TRL's with a value head, its pretrained_model)"
+                f"{name}: has no get_output_embeddings; pass a model of transformers (of a trainer, trainer.model; of"
+                " TRL's with a value head, its pretrained_model)"
             )
         model = inner
     return model

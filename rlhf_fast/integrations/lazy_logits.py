@@ -187,8 +187,8 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Answer those who come past Python, such as collectives: by the logits, whose gradient _Node has. torch's
-        wrappers pass outputs through an autograd.Function as they are."""
+        """Answer calls that do not reach __torch_function__, such as collectives: by the logits, whose gradient _Node
+        has. torch's wrappers pass outputs through an autograd.Function as they are."""
         is_view = func is torch.ops.aten.view.default
         if func in IDENTITIES and (not is_view or tuple(args[1]) == tuple(args[0].shape)):
             return args[0].as_function_output()

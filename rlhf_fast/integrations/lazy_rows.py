@@ -181,7 +181,7 @@ class Rows:
         return self.made is not None and version_of(self.made) != self.made_version
 
     def forget_logits(self) -> None:
-        """Let the logits go to the one that wrote into them."""
+        """Drop the logits: they were written into, and the LazyLogits that was written holds them from now on."""
         if self.parent is not None:
             self.parent.forget_logits()
         self.made = None
