@@ -395,11 +395,13 @@ def test_a_copy_has_layers_of_its_own_until_the_handle_is_removed():
     assert calls_of(second) == 1
 
 
-@pytest.mark.parametrize("remove", [True, False])
-def test_weights_are_freed_with_the_model(remove):
-    """Without a garbage collection; also while somebody holds the removed handle."""
+@pytest.mark.parametrize("handle_is", ["removed", "forgotten", "held"])
+def test_weights_are_freed_with_the_model(handle_is):
+    """Without a garbage collection; also while somebody holds the handle."""
     inputs = batch("right")
-    assert is_freed_with_its_model(MODELS["llama"], layers.fused, lambda model: model(**inputs).loss.backward(), remove)
+    assert is_freed_with_its_model(
+        MODELS["llama"], layers.fused, lambda model: model(**inputs).loss.backward(), handle_is
+    )
 
 
 @pytest.mark.slow
