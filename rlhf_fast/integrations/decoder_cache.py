@@ -16,7 +16,9 @@ from rlhf_fast.model.packed_decoder import Inspection
 
 NUMBERS = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 """What modules compute with besides weights: numbers, and functions as an activation's."""
-SWITCHES = ("training", "gradient_checkpointing", "_active_adapter", "_disable_adapters")
+SWITCHES = (
+    "training", "gradient_checkpointing", "_gradient_checkpointing_func", "_active_adapter", "_disable_adapters",
+)  # fmt: skip
 """Attributes that are looked at in every pass, in other ways, or change no result."""
 
 
