@@ -15,7 +15,7 @@ from rlhf_fast.model.dropout import modules_that_drop
 from rlhf_fast.model.packed_decoder import Inspection
 
 NUMBERS = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
-"""What modules compute with besides weights: numbers, and functions as an activation's."""
+"""Types that modules compute with besides weights: numbers, and functions as an activation's."""
 SWITCHES = (
     "training", "gradient_checkpointing", "_gradient_checkpointing_func", "_active_adapter", "_disable_adapters",
 )  # fmt: skip
