@@ -271,7 +271,7 @@ COMPARED = {
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_change_of_a_number_is_compared_again(name):
-    """Whose value is False compute by the own forward, True by ours. None: the own forward fails, and so do we."""
+    """Our layers compute it where the value is True, else the own forward. None: that one fails, and so do we."""
     family, change, is_ours = COMPARED[name]
     model, inputs = MODELS[family]().train(), batch("none") | {"use_cache": False}
     with layers.fused(model) as handle:
