@@ -10,6 +10,7 @@ import torch
 import transformers
 from architectures import GPT, SERVED, V, build
 from lazy_pair import is_freed_with_its_model
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_fast.errors import UserError
@@ -243,6 +244,68 @@ def test_a_change_between_two_passes_is_noticed(name):
     assert name == "training" or abs(ours[0] - before[0]) > 1e-4 * before[0]
 
 
+def set_in_layers(module, part, name, value):
+    for layer in module.layers:
+        setattr(getattr(layer, part), name, value)
+
+
+COMPARED = {
+    "is_causal of modules": ("llama", lambda m: set_in_layers(m, "self_attn", "is_causal", False), False),
+    "fewer layers": ("llama", lambda m: setattr(m.config, "num_hidden_layers", 1), True),
+    "parallel residual of the config": (
+        "gpt_neox", lambda m: setattr(m.config, "use_parallel_residual", not m.config.use_parallel_residual), True
+    ),
+    "parallel residual of a layer": (
+        "gpt_neox",
+        lambda m: setattr(m.layers[0], "use_parallel_residual", not m.layers[0].use_parallel_residual),
+        False,
+    ),
+    "activation of the config": ("llama", lambda m: setattr(m.config, "hidden_act", "gelu"), True),
+    "activation of modules": ("llama", lambda m: set_in_layers(m, "mlp", "act_fn", ACT2FN["gelu"]), True),
+    "function of an activation": (
+        "gpt_neox", lambda m: [setattr(layer.mlp.act, "act", torch.relu) for layer in m.layers], False
+    ),
+    "list of the config": ("qwen2", lambda m: m.config.layer_types.__setitem__(0, "another"), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_change_of_a_number_is_compared_again(name):
+    """Our layers compute it where the value is True, else the own forward. None: that one fails, and so do we."""
+    family, change, is_ours = COMPARED[name]
+    model, inputs = MODELS[family]().train(), batch("none") | {"use_cache": False}
+    with layers.fused(model) as handle:
+        loss_and_gradients(model, **inputs)
+        change(model.base_model)
+        if is_ours is None:
+            with pytest.raises(KeyError, match="another"):
+                model(**inputs)
+            return
+        ours = loss_and_gradients(model, **inputs)
+        assert calls_of(handle) == 1 + is_ours and bool(handle.status.fallbacks) != is_ours
+    assert_equal_to_rounding(ours, loss_and_gradients(model, **inputs), 5e-5)
+
+
+def test_toggling_a_number_back_is_not_compared_again(monkeypatch):
+    model, compared = peft.get_peft_model(MODELS["llama"](), peft.LoraConfig(target_modules=["q_proj"])).train(), []
+    find = layers.packed_decoder.find_difference
+    monkeypatch.setattr(layers.packed_decoder, "find_difference", lambda *args: compared.append(1) or find(*args))
+    inputs = batch("right") | {"use_cache": False}
+    with layers.fused(model) as handle:
+        for epsilon in (1e-6, 0.5, 1e-6, 0.5):
+            model.get_base_model().model.norm.variance_epsilon = epsilon
+            model(**inputs)
+            with model.disable_adapter(), torch.no_grad():
+                model(**inputs)
+            model.gradient_checkpointing_enable()
+            model(**inputs)
+            model.gradient_checkpointing_disable()
+            model.eval()(**inputs)
+            model.train()
+        assert len(compared) <= 1 + 2 * 2
+    assert_ours(handle, calls=16)
+
+
 def test_dropout_that_is_set_between_two_passes_is_noticed():
     model, inputs = MODELS["llama"]().train(), batch("right")
     dropped = {"it trains with dropout": 1}
@@ -258,6 +321,10 @@ def test_dropout_that_is_set_between_two_passes_is_noticed():
         model.model.layers[1].self_attn.attention_dropout = 0.0
         model(**inputs)
         assert calls_of(handle) == 3 and reasons_of(handle) == dropped
+        model.model.layers[1].self_attn.attention_dropout = 1  # an int
+        model(**inputs)
+        assert calls_of(handle) == 3 and reasons_of(handle) == {"it trains with dropout": 2}
+        model.model.layers[1].self_attn.attention_dropout = 0
         model.model.layers[0].mlp.act_fn = torch.nn.Sequential(model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.1))
         model(**inputs)
         assert calls_of(handle) == 3
@@ -361,6 +428,39 @@ def test_other_passes_are_the_models_own_and_say_why(name, monkeypatch):
     assert torch.equal(run()[0], theirs[0])
 
 
+def test_a_pass_without_a_gradient_is_no_error_under_strict(monkeypatch):
+    """Also outside of no_grad: what is frozen has none, but inputs or a trained prefix may."""
+    monkeypatch.setenv("RLHF_FAST_STRICT", "1")
+    model, inputs = MODELS["llama"]().train().requires_grad_(False), batch("none")
+    embeddings = torch.randn(3, T, 32)
+    with layers.fused(model) as handle:
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(inputs_embeds=embeddings)
+        assert sum(reasons_of(handle).values()) == 2
+        with pytest.raises(RuntimeError, match="it was given inputs_embeds"):
+            model(inputs_embeds=embeddings.requires_grad_())
+        cache.layers[0].keys.requires_grad_()
+        with pytest.raises(RuntimeError, match="it reads a cache"):
+            model(inputs["input_ids"], past_key_values=cache)
+
+
+def test_global_hooks_are_called():
+    model, inputs, seen = MODELS["llama"]().train(), batch("right"), []
+    with layers.fused(model) as handle:
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        try:
+            model(**inputs)
+            with pytest.raises(UserError, match="its modules have hooks"):
+                layers.fused(MODELS["llama"]())
+        finally:
+            hook.remove()
+        assert model.model.layers[0].mlp in seen and reasons_of(handle) == {
+            "its modules have hooks, which ours would not call": 1
+        }
+        model(**inputs)
+    assert calls_of(handle) == 1
+
+
 def test_hooks_autocast_eager_padding_and_tuples_are_the_models_own():
     model, inputs = MODELS["llama"]().train(), batch("left")
     with layers.fused(model) as handle:
@@ -395,11 +495,13 @@ def test_a_copy_has_layers_of_its_own_until_the_handle_is_removed():
     assert calls_of(second) == 1
 
 
-@pytest.mark.parametrize("remove", [True, False])
-def test_weights_are_freed_with_the_model(remove):
-    """Without a garbage collection; also while somebody holds the removed handle."""
+@pytest.mark.parametrize("handle_is", ["removed", "forgotten", "held"])
+def test_weights_are_freed_with_the_model(handle_is):
+    """Without a garbage collection; also while somebody holds the handle."""
     inputs = batch("right")
-    assert is_freed_with_its_model(MODELS["llama"], layers.fused, lambda model: model(**inputs).loss.backward(), remove)
+    assert is_freed_with_its_model(
+        MODELS["llama"], layers.fused, lambda model: model(**inputs).loss.backward(), handle_is
+    )
 
 
 @pytest.mark.slow
@@ -418,8 +520,31 @@ def test_a_pickle_is_a_plain_model():
     with layers.fused(model) as handle:
         twin = pickle.loads(pickle.dumps(model))
         assert torch.equal(twin(**inputs).logits, type(model).forward(twin, **inputs).logits)
-        assert calls_of(handle) == 0 and not isinstance(vars(twin.model)["forward"], layers.FusedLayers)
+        assert calls_of(handle) == 0 and not isinstance(vars(twin.model)["forward"], layers.FusedForward)
     assert "forward" not in vars(model.model)
+
+
+def test_an_unpickled_model_is_fused_again_and_freed():
+    """Also one that was copied or pickled again before."""
+    model, inputs = MODELS["llama"]().train(), batch("none")
+    with layers.fused(model), lazy_head(model):
+        twin = pickle.loads(pickle.dumps(model))
+    for copied in (twin, copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+        with torch.no_grad():
+            copied.model.norm.weight.mul_(1.5)
+        theirs = loss_and_gradients(copied, **inputs)
+        with layers.fused(copied) as handle, lazy_head(copied):
+            assert_equal_to_rounding(loss_and_gradients(copied, **inputs), theirs)
+        assert_ours(handle)
+        assert "forward" not in vars(copied.model) and "forward" not in vars(copied.lm_head)
+
+    def unpickled():
+        model = MODELS["llama"]()
+        with layers.fused(model), lazy_head(model):
+            return pickle.loads(pickle.dumps(model))
+
+    assert "forward" in vars(unpickled().model) and "forward" in vars(unpickled().lm_head)
+    assert is_freed_with_its_model(unpickled, lambda model: None, lambda model: model(**inputs), "held")
 
 
 def test_removed_below_another_wrapper():

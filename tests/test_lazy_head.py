@@ -390,11 +390,11 @@ def test_the_handle_and_the_status():
         assert status(model).fallbacks.total() == 0
 
 
-@pytest.mark.parametrize("remove", [True, False])
-def test_weights_are_freed_with_the_model(remove):
-    """Without a garbage collection; also while somebody holds the removed handle."""
+@pytest.mark.parametrize("handle_is", ["removed", "forgotten", "held"])
+def test_weights_are_freed_with_the_model(handle_is):
+    """Without a garbage collection; also while somebody holds the handle."""
     inputs = batch()
-    assert is_freed_with_its_model(llama, lazy_head, lambda model: model(**inputs).loss.backward(), remove)
+    assert is_freed_with_its_model(llama, lazy_head, lambda model: model(**inputs).loss.backward(), handle_is)
 
 
 def test_a_forward_that_outlives_its_layer():

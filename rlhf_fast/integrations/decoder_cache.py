@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Hashable
 from operator import is_
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch import nn
 
-from rlhf_fast.model.architectures import read_decoder
+from rlhf_fast.model.architectures import Decoder, read_decoder
 from rlhf_fast.model.dropout import modules_that_drop
 from rlhf_fast.model.packed_decoder import Inspection
 
-NUMBERS = (bool, int, float, str, type(None))
+NUMBERS = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+"""Types that modules compute with besides weights: numbers, and functions as an activation's."""
+SWITCHES = (
+    "training", "gradient_checkpointing", "_gradient_checkpointing_func", "_active_adapter", "_disable_adapters",
+)  # fmt: skip
+"""Attributes that are looked at in every pass, in other ways, or change no result."""
 
 
 class DecoderCache:
@@ -20,14 +28,25 @@ class DecoderCache:
     It has no reference to the decoder itself, whose forward holds it: weights are freed with the model."""
 
     def __init__(self, decoder: Any, found: Inspection):
-        """Raise Unsupported if the architecture is not known."""
-        self.parts = read_decoder(decoder)
+        self._parts: Decoder | None = None
         self._modules, self._parameters = found.modules[1:], found.parameters
         self._numbers = [(vars(m), name, value) for m in self._modules for name, value in _numbers(m).items()]
-        self._of_decoder, self._config = _numbers(decoder), dict(vars(decoder.config))
+        self._of_decoder, config = _numbers(decoder), vars(decoder.config)
+        # Lists and dictionaries can be changed in place.
+        self._config = {k: copy.deepcopy(x) if isinstance(x, (list, dict)) else x for k, x in config.items()}
+        of_modules = tuple((i, *item) for i, m in enumerate(self._modules) for item in _numbers(m).items())
+        of_config = tuple((k, x if isinstance(x, NUMBERS) else repr(x)) for k, x in config.items())
+        self.key: Hashable = of_modules, tuple(self._of_decoder.items()), of_config
+        """The numbers of modules and config, on which a comparison with the decoder's own forward depends."""
         dropping = modules_that_drop(decoder)
         self._drops_itself = decoder in dropping
         self._dropping = [m for m in dropping if m is not decoder]
+
+    def parts(self, decoder: Any) -> Decoder:
+        """Return the decoder's parts. Unsupported if the architecture is not known."""
+        if self._parts is None:
+            self._parts = read_decoder(decoder)
+        return self._parts
 
     def is_valid(self, decoder: Any, found: Inspection) -> bool:
         """Return whether modules and weights are the same objects, and the numbers that modules and the config have,
@@ -50,4 +69,4 @@ def _are_same(first: list, second: list) -> bool:
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
-    return {name: x for name, x in vars(module).items() if isinstance(x, NUMBERS) and name != "training"}
+    return {name: x for name, x in vars(module).items() if isinstance(x, NUMBERS) and name not in SWITCHES}

@@ -14,6 +14,7 @@ import copy
 import functools
 import inspect
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.calls import Calls
+from rlhf_fast.integrations.calls import Calls, need_grad
 from rlhf_fast.integrations.decoder_cache import DecoderCache
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.switch import Switch, alive
+from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import FAMILIES, read_decoder
@@ -37,25 +38,22 @@ READ = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_c
 """The arguments of a decoder's forward that our layers know."""
 ATTENTION = ("sdpa", "eager")
 """Implementations of transformers that ours equals."""
+KEPT_NUMBERS = 16
+"""Sets of the numbers of modules and config whose comparisons are kept."""
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Boundaries of packed rows, which position_ids have too."""
 
 
-class FusedLayers(contextlib.AbstractContextManager):
-    """The handle that `fused` returns. `status` counts the passes that our layers computed, and those of the module's
-    own forward by their reason."""
+class FusedForward:
+    """The decoder's forward: by our layers, where they can. It has a weak reference to the decoder, which holds it: a
+    circle would keep the weights until the garbage collector runs."""
 
-    def __init__(self, model: Any):
-        self.name = type(model).__name__
-        base: Any = lora.unwrap(find_model(model))
-        # Llama4ForCausalLM has no base_model, and a decoder is its own.
-        decoder: Any = getattr(base, "model", base) if base.base_model is base else base.base_model
-        self._reference = weakref.ref(decoder)  # the decoder holds this: a circle would keep its weights
-        self.status = Calls(self.name)
-        self._forward_name = f"{type(decoder).__name__}.forward"
-        self._switch = Switch()
+    def __init__(self, decoder: Any, status: Calls, switch: Switch):
+        self._reference = weakref.ref(decoder)
+        self.status, self.switch = status, switch
+        self._name = f"{type(decoder).__name__}.forward"
         self._output: type | None = None
-        self._refusals: dict[Any, str | None] = {}
+        self._refusals: dict[Hashable, dict[Any, str | None]] = {}
         self._cache: DecoderCache | None = None
 
     @property
@@ -64,21 +62,19 @@ class FusedLayers(contextlib.AbstractContextManager):
         return alive(self._reference, "the decoder")
 
     def remove(self) -> None:
-        """Give the model, and copies of it, its own layers back."""
-        self._switch.on, self._cache = False, None
+        """Give the decoder its own forward back. What wrapped this one since then stays there, and calls it."""
+        self._cache = None
         decoder = self._reference()
         if decoder is not None and vars(decoder).get("forward") is self:
             del decoder.forward
 
-    def __exit__(self, *error: Any) -> None:
-        self.remove()
-
     def __reduce__(self) -> tuple:
         """A saved model is a plain one."""
-        return functools.partial, (type(self.decoder).forward, self.decoder)
+        return OwnForward, (self.decoder,)
 
-    def __deepcopy__(self, memo: dict) -> FusedLayers:
-        twin = object.__new__(FusedLayers)
+    def __deepcopy__(self, memo: dict) -> FusedForward:
+        """A copy of the model has counts of its own, and the switch in common."""
+        twin = object.__new__(FusedForward)
         memo[id(self)] = twin
         kept = {name: x for name, x in vars(self).items() if name not in ("_cache", "_reference")}
         vars(twin).update(copy.deepcopy(kept, memo), _cache=None)
@@ -87,7 +83,7 @@ class FusedLayers(contextlib.AbstractContextManager):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder: by our layers, where they can."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._switch.on:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self.switch.on:
             return self._own_forward(*args, **kwargs)
         given = self._given(args, kwargs)
         why = self._why_not_given(given)
@@ -95,40 +91,48 @@ class FusedLayers(contextlib.AbstractContextManager):
         why = self._why_not_now(found) if found is not None else why
         if why is not None or found is None or self._cache is None:
             # Without a gradient a cache is usual: it is counted, and not warned of.
-            with_grad = torch.is_grad_enabled()
-            self.status.note_fallback(self._forward_name, str(why), with_grad, warns=with_grad)
+            with_grad = self._has_gradient(given)
+            self.status.note_fallback(self._name, str(why), with_grad, warns=with_grad)
             return self._own_forward(*args, **kwargs)
-        self.status.answered[self._forward_name] += 1
+        self.status.answered[self._name] += 1
         tokens = given["input_ids"]
         packed, places = pack_sequences(tokens, given["attention_mask"], given["position_ids"])
-        states = packed_decoder.packed_hidden(self._cache.parts, packed, None, 0.0, found.checkpoints)
+        states = packed_decoder.packed_hidden(self._cache.parts(self.decoder), packed, None, 0.0, found.checkpoints)
         if places is not None:
             zeros = states.new_zeros(tokens.numel(), states.shape[1])
             states = zeros.index_copy(0, places, states)
         assert self._output is not None
         return self._output(last_hidden_state=states.view(*tokens.shape, -1))
 
-    def install(self) -> None:
-        """Replace the decoder's forward. UserError if our layers do not run here; the model is then as it was."""
-        before = vars(self.decoder).get("forward")
-        if isinstance(before, FusedLayers) and before._switch.on:
-            raise UserError(
-                f"{self.name}: has our layers already; remove the first handle, or leave its `with` block, before"
-            )
-        if before is not None and not isinstance(before, FusedLayers):
-            raise UserError(
-                f"{self.name}: something else replaced its decoder's forward, as offloading by accelerate does; load"
-                " the model onto one device"
-            )
-        found = packed_decoder.inspect(self.decoder)
-        why = "its modules have hooks, which ours would not call" if found.hooks else self._find_refusal(found)
-        if why:
-            raise UserError(f"{self.name}: our layers do not run here, {why}")
-        self.decoder.forward = self
-        self._refusals[_key(packed_decoder.inspect(self.decoder), self.decoder)] = None
+    def install(self) -> str | None:
+        """Replace the decoder's forward, or return why our layers do not run here: the decoder is then as it was."""
+        decoder = self.decoder
+        found = packed_decoder.inspect(decoder)
+        if why := _why_hooked(found) or self._find_refusal(found):
+            return why
+        decoder.forward = self
+        found = packed_decoder.inspect(decoder)
+        self._known_refusals(found)[_key(found)] = None
+        return None
+
+    def _known_refusals(self, found: packed_decoder.Inspection) -> dict[Any, str | None]:
+        """Return what comparisons found with the numbers that modules and config have now, after reading the parts
+        again if they changed."""
+        if self._cache is None or not self._cache.is_valid(self.decoder, found):
+            self._cache = DecoderCache(self.decoder, found)
+            if len(self._refusals) >= KEPT_NUMBERS:
+                self._refusals.clear()
+        return self._refusals.setdefault(self._cache.key, {})
 
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.decoder).forward(self.decoder, *args, **kwargs)
+
+    def _has_gradient(self, given: dict[str, Any]) -> bool:
+        """Return whether a pass with these arguments has a gradient, of weights or of what it was given."""
+        cache = getattr(given["past_key_values"], "layers", ())  # a trained prefix comes as a cache
+        keys = [getattr(layer, "keys", None) for layer in cache]
+        tensors = [x for x in (*given.values(), *keys) if isinstance(x, Tensor)]
+        return need_grad(*tensors, *self.decoder.parameters())
 
     def _given(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Return the arguments of a pass by name, without those that change nothing."""
@@ -180,17 +184,16 @@ class FusedLayers(contextlib.AbstractContextManager):
 
     def _why_not_now(self, found: packed_decoder.Inspection) -> str | None:
         """Return why our layers do not run in the decoder as it is now, or None."""
-        if found.hooks:
-            return "its modules have hooks, which ours would not call"
+        if why := _why_hooked(found):
+            return why
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        key = _key(found, self.decoder)
-        if key not in self._refusals:
-            self._refusals[key] = self._find_refusal(found)
-        if why := self._refusals[key]:
+        known, key = self._known_refusals(found), _key(found)
+        if key not in known:
+            known[key] = self._find_refusal(found)
+        if why := known[key]:
             return why
-        if self._cache is None or not self._cache.is_valid(self.decoder, found):
-            self._cache = DecoderCache(self.decoder, found)
+        assert self._cache is not None
         return "it trains with dropout" if self._cache.drops(self.decoder) else None
 
     def _find_refusal(self, found: packed_decoder.Inspection) -> str | None:
@@ -235,6 +238,24 @@ class FusedLayers(contextlib.AbstractContextManager):
             set_training_modes(modes)
 
 
+class FusedLayers(contextlib.AbstractContextManager):
+    """The handle that `fused` returns. `status` counts the passes that our layers computed, and those of the module's
+    own forward by their reason. Who holds it does not hold the weights, which the decoder's forward has."""
+
+    def __init__(self, forward: FusedForward):
+        self.status, self._switch = forward.status, forward.switch
+        self._forward = weakref.ref(forward)
+
+    def remove(self) -> None:
+        """Give the model, and copies of it, its own layers back."""
+        self._switch.on = False
+        if forward := self._forward():
+            forward.remove()
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+
 def fused(model: Any) -> FusedLayers:
     """Let a language model of transformers compute its passes by our layers, where they can.
 
@@ -249,9 +270,22 @@ def fused(model: Any) -> FusedLayers:
 
     Raises UserError if the family is not known, the forward was replaced before, or the comparison fails.
     """
-    handle = FusedLayers(model)
-    handle.install()
-    return handle
+    name = type(model).__name__
+    base: Any = lora.unwrap(find_model(model))
+    # Llama4ForCausalLM has no base_model, and a decoder is its own.
+    decoder: Any = getattr(base, "model", base) if base.base_model is base else base.base_model
+    before = vars(decoder).get("forward")
+    if isinstance(before, FusedForward) and before.switch.on:
+        raise UserError(f"{name}: has our layers already; remove the first handle, or leave its `with` block, before")
+    if before is not None and not is_own(decoder, before):
+        raise UserError(
+            f"{name}: something else replaced its decoder's forward, as offloading by accelerate does; load the model"
+            " onto one device"
+        )
+    forward = FusedForward(decoder, Calls(name), Switch())
+    if why := forward.install():
+        raise UserError(f"{name}: our layers do not run here, {why}")
+    return FusedLayers(forward)
 
 
 @functools.lru_cache(maxsize=16)  # inspect.signature takes as long as a small op
@@ -259,11 +293,16 @@ def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _key(found: packed_decoder.Inspection, decoder: Any) -> tuple[Any, ...]:
-    """Return what a comparison of our layers with the own ones depends on."""
+def _key(found: packed_decoder.Inspection) -> tuple[Any, ...]:
+    """Return what a comparison of our layers with the own ones depends on, beside DecoderCache.key."""
     trained = tuple(p.requires_grad for p in found.parameters)
-    config = decoder.config._attn_implementation, getattr(decoder.config, "is_causal", True)
-    return found.kinds, found.adapters, config, found.parameters[0].dtype if found.parameters else None, trained
+    return found.kinds, found.adapters, found.parameters[0].dtype if found.parameters else None, trained
+
+
+def _why_hooked(found: packed_decoder.Inspection) -> str | None:
+    """Return the refusal of modules with hooks of their own, or of all modules of the process."""
+    hooked = found.hooks or torch.nn.modules.module._has_any_global_hook()
+    return "its modules have hooks, which ours would not call" if hooked else None
 
 
 def _is_other(kind: type, forward: Any) -> bool:

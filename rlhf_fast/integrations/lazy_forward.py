@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,7 @@ from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, i
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import LogitsCalls
-from rlhf_fast.integrations.switch import alive
+from rlhf_fast.integrations.switch import OwnForward, alive, is_own
 from rlhf_fast.integrations.tied_embedding import TiedForward, tie
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
@@ -86,7 +85,7 @@ class LazyForward:
 
     def __reduce__(self) -> tuple:
         """A saved model is a plain one."""
-        return functools.partial, (nn.Linear.forward, self.layer)
+        return OwnForward, (self.layer,)
 
 
 class LazyHead(contextlib.AbstractContextManager):
@@ -162,8 +161,7 @@ def is_lazy(layer: Any) -> bool:
 
 def _is_own(layer: nn.Linear, forward: Any) -> bool:
     """Return whether a forward on the instance is one that is off, or that of a saved model: both are the layer's."""
-    saved = isinstance(forward, functools.partial) and forward.func is nn.Linear.forward and forward.args == (layer,)
-    return saved or isinstance(forward, LazyForward)
+    return isinstance(forward, LazyForward) or is_own(layer, forward)
 
 
 def status(model: Any) -> LogitsCalls:

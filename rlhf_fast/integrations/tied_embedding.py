@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.switch import Switch, alive
+from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own
 
 current_pass = torch._C._current_graph_task_id  # -1 outside of a backward pass
 
@@ -111,14 +110,13 @@ class TiedForward:
         if embedding is not None and vars(embedding).get("forward") is self:
             del embedding.forward
 
-    def __deepcopy__(self, memo: dict) -> Any:
+    def __deepcopy__(self, memo: dict) -> OwnForward:
         """A copy of the model has a plain embedding."""
-        embedding = copy.deepcopy(alive(self.reference, "the input embedding"), memo)
-        return functools.partial(nn.Embedding.forward, embedding)
+        return OwnForward(copy.deepcopy(alive(self.reference, "the input embedding"), memo))
 
     def __reduce__(self) -> tuple:
         """A saved model has a plain embedding."""
-        return functools.partial, (nn.Embedding.forward, alive(self.reference, "the input embedding"))
+        return OwnForward, (alive(self.reference, "the input embedding"),)
 
 
 def tie(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:
@@ -131,14 +129,8 @@ def tie(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:
         return None
     is_plain = not (embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None)
     before = vars(embedding).get("forward")
-    is_replaced = before is not None and not _is_own(embedding, before)
+    is_replaced = before is not None and not is_own(embedding, before)
     if is_replaced or not (is_plain and layer.weight.requires_grad and layer.weight.is_leaf):
         return None
     embedding.forward = forward = TiedForward(embedding, switch)
     return forward
-
-
-def _is_own(embedding: nn.Embedding, forward: Any) -> bool:
-    """Return whether a forward on the instance is the embedding's own, as one that is off and that of a copy is."""
-    saved = isinstance(forward, functools.partial) and forward.args == (embedding,)
-    return saved or (isinstance(forward, TiedForward) and not forward.switch.on)

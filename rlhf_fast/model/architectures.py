@@ -11,19 +11,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.kernels._launch import Unsupported
 
 ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
+    type(ACT2FN[theirs]): ours
+    for theirs, ours in {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+    }.items()
 }
-"""transformers' name of an activation -> our name of it."""
+"""Class of transformers' activation -> our name of it."""
 
 
 class Norm(NamedTuple):
@@ -117,18 +121,27 @@ def _norm(layer: Any) -> Norm:
     return Norm(layer.weight, None, layer.variance_epsilon, centered=False)
 
 
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise Unsupported(f"its activation is {name}")
-    return ACTIVATIONS[name]
+def _activation(modules: list[nn.Module]) -> str:
+    """Return our name of the layers' activation, which their modules say: a config may be changed afterwards."""
+    for module in modules:
+        if type(module) not in ACTIVATIONS:
+            raise Unsupported(f"its activation is {type(module).__name__.removesuffix('Activation').lower()}")
+    return _common([ACTIVATIONS[type(module)] for module in modules], "activation")
+
+
+def _common(values: list[Any], name: str) -> Any:
+    """Return the value that all layers have."""
+    if len(set(values)) != 1:
+        raise Unsupported(f"its layers differ in their {name}")
+    return values[0]
 
 
 def _llama(decoder: Any) -> Decoder:
     """Read Llama, Mistral, Qwen2, Qwen3 or SmolLM3."""
     config = decoder.config
     model_window = config.sliding_window if type(decoder).__name__ == "MistralModel" else None
-    layers = []
-    for layer in decoder.layers:
+    own_layers, layers = decoder.layers[: config.num_hidden_layers], []
+    for layer in own_layers:
         attention, mlp = layer.self_attn, layer.mlp
         parts = Layer(
             attention_norm=_norm(layer.input_layernorm),
@@ -153,8 +166,8 @@ def _llama(decoder: Any) -> Decoder:
         rotary=decoder.rotary_emb,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=decoder.layers[0].self_attn.head_dim,
-        activation=_activation(config.hidden_act),
+        head_dim=own_layers[0].self_attn.head_dim,
+        activation=_activation([layer.mlp.act_fn for layer in own_layers]),
     )
 
 
@@ -185,7 +198,7 @@ def _gpt2(decoder: Any) -> Decoder:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
-        activation=_activation(config.activation_function),
+        activation=_activation([layer.mlp.act for layer in decoder.h]),
     )
 
 
@@ -213,9 +226,9 @@ def _gpt_neox(decoder: Any) -> Decoder:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
-        activation=_activation(config.hidden_act),
+        activation=_activation([layer.mlp.act for layer in decoder.layers]),
         interleaved_qkv=True,
-        parallel_residual=config.use_parallel_residual,
+        parallel_residual=_common([layer.use_parallel_residual for layer in decoder.layers], "use_parallel_residual"),
     )
 
 

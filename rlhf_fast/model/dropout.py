@@ -24,7 +24,7 @@ def disable_dropout(module: nn.Module) -> None:
     """Set every dropout probability to 0: in Dropout layers, and in attributes that attention functions read."""
     for part in module.modules():
         for name, value in vars(part).items():
-            if isinstance(value, float) and (isinstance(part, nn.modules.dropout._DropoutNd) or "drop" in name):
+            if _is_number(value) and (isinstance(part, nn.modules.dropout._DropoutNd) or "drop" in name):
                 setattr(part, name, 0.0)
 
 
@@ -38,7 +38,12 @@ def modules_that_drop(root: nn.Module) -> list[nn.Module]:
 
 def _drops(part: nn.Module) -> bool:
     of_torch = isinstance(part, nn.modules.dropout._DropoutNd)
-    return any(value for key, value in vars(part).items() if isinstance(value, float) and (of_torch or "drop" in key))
+    return any(value for key, value in vars(part).items() if _is_number(value) and (of_torch or "drop" in key))
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value can be a probability: 1 and 0 may be written as int."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager
@@ -54,7 +59,7 @@ def config_without_dropout(module: nn.Module) -> Iterator[None]:
         (config, name, value)
         for config in configs.values()
         for name, value in vars(config).items()
-        if "drop" in name and isinstance(value, float) and value
+        if "drop" in name and _is_number(value) and value
     ]
     for config, name, _ in changed:
         vars(config)[name] = 0.0

@@ -20,9 +20,9 @@ def assert_close(ours, theirs, tolerance: float, name: str = "", floor: float = 
     assert (ours - theirs).norm() <= tolerance * theirs.norm() + floor, (name, ours, theirs)
 
 
-def is_freed_with_its_model(make, open_handle, use, remove: bool) -> bool:
+def is_freed_with_its_model(make, open_handle, use, handle_is: str) -> bool:
     """Return whether `del model` frees all weights without the garbage collector, after `use(model)` under a handle
-    that is removed, or that is still open."""
+    that is removed, or open and forgotten, or open and held."""
     gc.collect()
     gc.disable()
     try:
@@ -30,9 +30,9 @@ def is_freed_with_its_model(make, open_handle, use, remove: bool) -> bool:
         weights = [weakref.ref(p) for p in model.parameters()]
         handle = open_handle(model)
         use(model)
-        if remove:
+        if handle_is == "removed":
             handle.remove()
-        else:
+        elif handle_is == "forgotten":
             del handle
         del model
         return all(weight() is None for weight in weights)
