@@ -547,6 +547,14 @@ def test_an_unpickled_model_is_fused_again_and_freed():
     assert is_freed_with_its_model(unpickled, lambda model: None, lambda model: model(**inputs), "held")
 
 
+def test_a_removed_handle_is_refused():
+    model = MODELS["llama"]()
+    with layers.fused(model) as handle:
+        pass
+    with pytest.raises(UserError, match=r"this handle of layers\.fused was removed"), handle:
+        pass
+
+
 def test_removed_below_another_wrapper():
     """accelerate's hooks keep the forward that they found."""
     model = MODELS["llama"]().train()
@@ -628,7 +636,7 @@ def test_a_model_that_is_refused_stays_as_it_was(monkeypatch):
     assert not seen
     model = MODELS["llama"]().train()
     with layers.fused(model):
-        refused(model, "LlamaForCausalLM: has our layers already; remove the first handle")
+        refused(model, "LlamaForCausalLM: has our layers already; call remove() of the first")
     model.model.forward = model.model.forward
     refused(model, "something else replaced its decoder's forward")
     with pytest.raises(UserError, match="Linear: has no get_output_embeddings; pass a model of transformers"):

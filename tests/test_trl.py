@@ -408,6 +408,8 @@ def test_trl_is_put_back(utils):
     assert utils._ChunkedLogProbFunction is handle
     handle.remove()
     handle.remove()
+    with pytest.raises(UserError, match=r"this handle of trl\.fused was removed"), handle:
+        pass
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
     with pytest.raises(KeyError), fast_trl.fused():
         assert utils._use_triton(torch.device("cpu"))

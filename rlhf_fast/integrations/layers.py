@@ -252,6 +252,11 @@ class FusedLayers(contextlib.AbstractContextManager):
         if forward := self._forward():
             forward.remove()
 
+    def __enter__(self) -> FusedLayers:
+        if not self._switch.on:
+            raise UserError("this handle of layers.fused was removed; call layers.fused(model) again")
+        return self
+
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
@@ -276,7 +281,7 @@ def fused(model: Any) -> FusedLayers:
     decoder: Any = getattr(base, "model", base) if base.base_model is base else base.base_model
     before = vars(decoder).get("forward")
     if isinstance(before, FusedForward) and before.switch.on:
-        raise UserError(f"{name}: has our layers already; remove the first handle, or leave its `with` block, before")
+        raise UserError(f"{name}: has our layers already; call remove() of the first handle, or leave its block, first")
     if before is not None and not is_own(decoder, before):
         raise UserError(
             f"{name}: something else replaced its decoder's forward, as offloading by accelerate does; load the model"

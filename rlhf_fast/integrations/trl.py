@@ -72,6 +72,8 @@ class Fused:
         setattr(self._utils, name, ours)
 
     def __enter__(self) -> Fused:
+        if not self._replaced:
+            raise UserError("this handle of trl.fused was removed; call trl.fused() again")
         return self
 
     def __exit__(self, *_error: object) -> None:
