@@ -636,7 +636,7 @@ def test_a_model_that_is_refused_stays_as_it_was(monkeypatch):
     assert not seen
     model = MODELS["llama"]().train()
     with layers.fused(model):
-        refused(model, "LlamaForCausalLM: has our layers already; call remove() of the first")
+        refused(model, "LlamaForCausalLM: has our layers already; call remove")
     model.model.forward = model.model.forward
     refused(model, "something else replaced its decoder's forward")
     with pytest.raises(UserError, match="Linear: has no get_output_embeddings; pass a model of transformers"):
