@@ -117,6 +117,35 @@ def test_second_derivatives():
     assert_close(*found, 2e-5)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_that_masks_rows(before):
+    """It sees the whole gradient, as where only new tokens are trained."""
+    inputs, ours = batch(), tied(initializer_range=0.1)
+    plain, mask = copy.deepcopy(ours), torch.rand(V, 1).round()
+    plain.lm_head.weight.register_hook(lambda grad: grad * mask)
+    if before:
+        ours.lm_head.weight.register_hook(lambda grad: grad * mask)
+    loss(plain, inputs).backward()
+    for round in range(2):
+        ours.zero_grad()
+        with lazy_head(ours):
+            if not before and round == 0:
+                ours.lm_head.weight.register_hook(lambda grad: grad * mask)
+            loss(ours, inputs).backward()
+        assert_close(ours.lm_head.weight.grad, plain.lm_head.weight.grad, 2e-5)
+
+
+def test_a_second_handle():
+    """The first one's hook is still there, as no backward pass came."""
+    inputs, model = batch(), tied()
+    with lazy_head(model):
+        loss(model, inputs)
+    with lazy_head(model), DenseGradients() as made:
+        for _ in range(2):
+            loss(model, inputs).backward()
+    assert made.count == 0 and len(model.lm_head.weight._backward_hooks) == 1
+
+
 def test_a_backward_pass_after_the_block():
     inputs, ours = batch(), tied(initializer_range=0.1)
     plain = copy.deepcopy(ours)

@@ -88,11 +88,20 @@ class TiedForward:
             and torch.is_grad_enabled()
             and weight is self.weight()
             and weight.requires_grad
-            and self.hook.id in (weight._backward_hooks or ())
+            and self._is_first_hook(weight)
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.float64)
             and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         )
+
+    def _is_first_hook(self, weight: Tensor) -> bool:
+        """Return whether hooks of others, as one that masks rows, see the whole gradient: they come after this one."""
+        for hook_id, hook in (weight._backward_hooks or {}).items():
+            if hook_id == self.hook.id:
+                return True
+            if not isinstance(getattr(hook, "__self__", None), TiedForward):
+                return False
+        return False
 
     def _add_waiting(self, grad: Tensor) -> Tensor:
         """Return the weight's gradient with what waited for it. The hook is there until a backward pass after `remove`,
@@ -130,7 +139,8 @@ def tie(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:
     is_plain = not (embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None)
     before = vars(embedding).get("forward")
     is_replaced = before is not None and not is_own(embedding, before)
-    if is_replaced or not (is_plain and layer.weight.requires_grad and layer.weight.is_leaf):
+    is_leaf = type(layer.weight) is nn.Parameter and layer.weight.requires_grad
+    if is_replaced or not (is_plain and is_leaf):
         return None
     embedding.forward = forward = TiedForward(embedding, switch)
     return forward
