@@ -128,9 +128,11 @@ class CpuHead:
             return x.reshape(self.shape).clone()
         return x.new_zeros(self.shape.numel()).index_copy_(0, self.valid_rows, x).view(self.shape)
 
-    def vocab_blocks(self, width: int = 0) -> Iterator[tuple[int, int]]:
-        width = width or self.vocab_block
-        return ((first, min(first + width, self.V)) for first in range(0, self.V, width))
+    def vocab_blocks(self, kept: bool = False) -> Iterator[tuple[int, int]]:
+        """Yield the columns of each block; `kept`: of all rows' logits, in larger blocks unless a weight is copied."""
+        larger = kept and not (self.use_bf16 or self.needs_weight_copy())
+        size = KEPT_TILES * self.kernels.head_tile if larger else self.vocab_block
+        return ((first, min(first + size, self.V)) for first in range(0, self.V, size))
 
     def needs_weight_copy(self) -> bool:
         """Return whether the products take the weight in another dtype or layout."""
@@ -244,7 +246,7 @@ class CpuHead:
             return self.statistics(), self.no_grads()
         if self.use_bf16 and self.scalars[1] == 0 and 2 * self.N * self.V <= KEPT_BYTES:
             return self._kept_products(coefficients_of, needs_grad)
-        max_rows = max(LOGITS_BYTES_3_GEMM // (4 * sum(row_stride(j - i) for i, j in self.vocab_blocks())), 1)
+        max_rows = max(LOGITS_BYTES_3_GEMM // (4 * sum(row_stride(j - i) for i, j in self.vocab_blocks(kept=True))), 1)
         if self.N > max_rows and (needs_all_rows or (needs_grad[1] and not self.can_sum_weight_grad())):
             results = self.statistics()
             return results, self.grads(coefficients_of(results, slice(None)), needs_grad)
@@ -253,8 +255,7 @@ class CpuHead:
 
     def _three_products(self, chunks, coefficients_of, needs_grad):
         rows = max((end - begin for begin, end in chunks), default=0)
-        width = self.vocab_block if self.use_bf16 or self.needs_weight_copy() else KEPT_TILES * self.kernels.head_tile
-        columns = list(self.vocab_blocks(width))
+        columns = list(self.vocab_blocks(kept=True))
         strides = [row_stride(stop - first) for first, stop in columns]
         state = self.new_state()
         buffer = empty_in_huge_pages(self.kernels, state, rows * sum(strides))

@@ -583,13 +583,14 @@ def test_another_attention_or_a_patched_class_is_the_models_own(monkeypatch):
         model(**inputs)
         model.config.is_causal = True
         assert calls_of(handle) == 1
-        assert dict(reasons_of(handle)) == {"its attention is not transformers' causal sdpa or eager one": 2}
+        of_half = "its attention is half; load it with attn_implementation='sdpa'"
+        assert dict(reasons_of(handle)) == {of_half: 1, "its attention is not causal": 1}
         monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: self.down_proj(self.up_proj(x)))
         model(**inputs)
         why = "the forward of LlamaMLP is not that of transformers, torch or peft"
         assert calls_of(handle) == 1 and reasons_of(handle)[why] == 1
     model.set_attn_implementation("half")
-    with pytest.raises(UserError, match="its attention is not transformers' causal sdpa or eager one"):
+    with pytest.raises(UserError, match="its attention is half; load it with attn_implementation='sdpa'"):
         layers.fused(model)
     assert patched.isfinite()
 

@@ -152,6 +152,9 @@ def test_other_architectures_and_hooks_run_the_module():
     handle = model.decoder.h[0].register_full_backward_pre_hook(lambda *_: None)
     assert "hooks" in model.packed_refusal
     handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert "hooks" in model.packed_refusal
+    handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in model.packed_refusal
     assert model.packs_rows

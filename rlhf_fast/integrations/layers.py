@@ -9,7 +9,6 @@ The decoder's `forward` is replaced on the instance. A pass that our layers can 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -24,6 +23,7 @@ from rlhf_fast import ops
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls, need_grad
 from rlhf_fast.integrations.decoder_cache import DecoderCache
+from rlhf_fast.integrations.handle import Handle
 from rlhf_fast.integrations.head import find_model
 from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own
 from rlhf_fast.kernels._launch import Unsupported
@@ -202,11 +202,14 @@ class FusedForward:
         decoder = self.decoder
         parameter = found.parameters[0] if found.parameters else None
         if parameter is None or not parameter.is_cpu or hasattr(parameter, "full_tensor"):
-            return "its weights are not on the CPU, whole"
+            return "its weights are not on the CPU, whole; load it there, without device_map and sharding"
         if parameter.dtype not in packed_decoder.TOLERANCES:
             return f"its weights are {str(parameter.dtype).removeprefix('torch.')}; load it in float32 or bfloat16"
-        if decoder.config._attn_implementation not in ATTENTION or not getattr(decoder.config, "is_causal", True):
-            return "its attention is not transformers' causal sdpa or eager one"
+        attention = decoder.config._attn_implementation
+        if attention not in ATTENTION:
+            return f"its attention is {attention}; load it with attn_implementation='sdpa'"
+        if not getattr(decoder.config, "is_causal", True):
+            return "its attention is not causal"
         if others := [kind.__name__ for kind, forward, _ in found.kinds if _is_other(kind, forward)]:
             return f"the forward of {others[0]} is not that of transformers, torch or peft"
         if is_length_dependent(decoder.config):
@@ -238,27 +241,25 @@ class FusedForward:
             set_training_modes(modes)
 
 
-class FusedLayers(contextlib.AbstractContextManager):
+class FusedLayers(Handle):
     """The handle that `fused` returns. `status` counts the passes that our layers computed, and those of the module's
     own forward by their reason. Who holds it does not hold the weights, which the decoder's forward has."""
+
+    call = "layers.fused(model)"
 
     def __init__(self, forward: FusedForward):
         self.status, self._switch = forward.status, forward.switch
         self._forward = weakref.ref(forward)
+
+    @property
+    def is_open(self) -> bool:
+        return self._switch.on
 
     def remove(self) -> None:
         """Give the model, and copies of it, its own layers back."""
         self._switch.on = False
         if forward := self._forward():
             forward.remove()
-
-    def __enter__(self) -> FusedLayers:
-        if not self._switch.on:
-            raise UserError("this handle of layers.fused was removed; call layers.fused(model) again")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.remove()
 
 
 def fused(model: Any) -> FusedLayers:
@@ -305,9 +306,8 @@ def _key(found: packed_decoder.Inspection) -> tuple[Any, ...]:
 
 
 def _why_hooked(found: packed_decoder.Inspection) -> str | None:
-    """Return the refusal of modules with hooks of their own, or of all modules of the process."""
-    hooked = found.hooks or torch.nn.modules.module._has_any_global_hook()
-    return "its modules have hooks, which ours would not call" if hooked else None
+    """Return the refusal of modules with hooks, or None."""
+    return "its modules have hooks, which ours would not call" if found.hooks else None
 
 
 def _is_other(kind: type, forward: Any) -> bool:

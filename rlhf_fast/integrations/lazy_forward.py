@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import weakref
 from typing import Any
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations import lazy_reads, lazy_scales, lazy_views
 from rlhf_fast.integrations.calls import log
+from rlhf_fast.integrations.handle import Handle
 from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, is_dtensor, multiplied_in, output_layer
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import LogitsCalls
 from rlhf_fast.integrations.switch import OwnForward, alive, is_own
-from rlhf_fast.integrations.tied_embedding import TiedForward, tie
+from rlhf_fast.integrations.tied_embedding import TiedForward, replace_embedding_forward
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
 """The files that register what LazyLogits answer."""
@@ -88,17 +88,22 @@ class LazyForward:
         return OwnForward, (self.layer,)
 
 
-class LazyHead(contextlib.AbstractContextManager):
+class LazyHead(Handle):
     """The handle that `lazy_head` returns."""
+
+    call = "lazy_head(model)"
 
     def __init__(self, model: Any, forward: LazyForward):
         self.model, self.forward = weakref.ref(model), forward
 
     @property
+    def is_open(self) -> bool:
+        return self.forward.record.switch.on
+
+    @property
     def status(self) -> LogitsCalls:
         """The counts so far."""
-        record = self.forward.record
-        return record.snapshot(record.switch.on)
+        return self.forward.record.snapshot(self.is_open)
 
     def remove(self) -> None:
         """Give the model its logits back, and copies of it. Lazy logits that it gave before stay good.
@@ -118,14 +123,6 @@ class LazyHead(contextlib.AbstractContextManager):
             del layer.forward
         if self.forward.tied is not None:
             self.forward.tied.remove()
-
-    def __enter__(self) -> LazyHead:
-        if not self.forward.record.switch.on:
-            raise UserError("this handle of lazy_head was removed; call lazy_head(model) again")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.remove()
 
 
 def lazy_head(model: Any) -> LazyHead:
@@ -147,21 +144,17 @@ def lazy_head(model: Any) -> LazyHead:
         raise UserError(
             f"{name}: has lazy logits already; call remove() of the first handle, or leave its `with` block, first"
         )
-    if before is not None and not _is_own(layer, before):
+    if before is not None and not (isinstance(before, LazyForward) or is_own(layer, before)):  # one that is off
         raise UserError(f"{name}: something else replaced its output layer's forward (offloading, for one); undo that")
     RECORDS[layer] = record = LogitsCalls(name)
-    layer.forward = forward = LazyForward(layer, record, tie(model, layer, record.switch))  # type: ignore[method-assign]
+    tied = replace_embedding_forward(model, layer, record.switch)
+    layer.forward = forward = LazyForward(layer, record, tied)  # type: ignore[method-assign]
     return LazyHead(model, forward)
 
 
 def is_lazy(layer: Any) -> bool:
     """Return whether a layer gives lazy logits, though something wrapped its forward afterwards."""
     return layer in RECORDS and RECORDS[layer].switch.on and "forward" in vars(layer)
-
-
-def _is_own(layer: nn.Linear, forward: Any) -> bool:
-    """Return whether a forward on the instance is one that is off, or that of a saved model: both are the layer's."""
-    return isinstance(forward, LazyForward) or is_own(layer, forward)
 
 
 def status(model: Any) -> LogitsCalls:

@@ -11,7 +11,6 @@ functions that read them there answer by `ops.linear_logprobs`, one call for bot
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls
+from rlhf_fast.integrations.handle import Handle
 from rlhf_fast.integrations.hooks import Hook, check, check_version
 from rlhf_fast.integrations.import_hook import after_import
 from rlhf_fast.integrations.lazy_forward import LazyHead, lazy_head
@@ -72,8 +72,10 @@ LOSS_HOOKS = (
 HOOKS = HEAD_HOOKS + LOSS_HOOKS
 
 
-class Fused(contextlib.AbstractContextManager):
+class Fused(Handle):
     """Replace OpenRLHF's functions until `remove()` or the end of the `with` block. `status` says what they did."""
+
+    call = "openrlhf.fused(actor)"
 
     def __init__(self, model: Any, losses: bool):
         self._calls = Calls("openrlhf")
@@ -102,8 +104,9 @@ class Fused(contextlib.AbstractContextManager):
         answered = sum((part.answered for part in parts), Counter())
         return Calls("openrlhf", answered, sum((part.fallbacks for part in parts), Counter()))
 
-    def __exit__(self, *_error: object) -> None:
-        self.remove()
+    @property
+    def is_open(self) -> bool:
+        return bool(self._names)
 
     def remove(self) -> None:
         """Put back what OpenRLHF had, if no other handle needs it. A second call does nothing."""

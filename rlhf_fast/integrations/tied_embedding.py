@@ -128,8 +128,8 @@ class TiedForward:
         return OwnForward, (alive(self.reference, "the input embedding"),)
 
 
-def tie(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:
-    """Return the forward that a model's input embedding has from now on; None if it stays as it is."""
+def replace_embedding_forward(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:
+    """Give a model's input embedding a TiedForward, and return it; None if the embedding stays as it is."""
     try:
         embedding = find_model(model).get_input_embeddings()
     except NotImplementedError:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls, need_grad
+from rlhf_fast.integrations.handle import Handle
 from rlhf_fast.integrations.head import LinearHead, multiplied_in
 from rlhf_fast.integrations.hooks import Hook, check, library_version
 
@@ -55,8 +56,10 @@ HOOKS = tuple(Hook("trl", TESTED, f"trl/{file}", name, **rest) for file, name, r
 SHARED_HOOKS = HOOKS[: len(SHARED)]
 
 
-class Fused:
+class Fused(Handle):
     """TRL's function, replaced until `remove()` or the end of the `with` block. `status` counts the calls."""
+
+    call = "trl.fused()"
 
     def __init__(self, utils: Any):
         self.status = Calls("trl")
@@ -71,13 +74,9 @@ class Fused:
         self._replaced[name] = getattr(self._utils, name), ours
         setattr(self._utils, name, ours)
 
-    def __enter__(self) -> Fused:
-        if not self._replaced:
-            raise UserError("this handle of trl.fused was removed; call trl.fused() again")
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.remove()
+    @property
+    def is_open(self) -> bool:
+        return bool(self._replaced)
 
     def remove(self) -> None:
         """Put back what TRL had, but for names that somebody else has replaced since; warn if no call came. A second

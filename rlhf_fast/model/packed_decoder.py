@@ -196,7 +196,8 @@ class Inspection(NamedTuple):
     adapters: tuple[str, ...]
     """Adapters that each layer applies, and their factors, as text to compare."""
     hooks: list[Any]
-    """Hooks see other tensors here than in the module's own forward, or none."""
+    """Hooks of the modules, and of all modules of the process. They see other tensors here than in the module's own
+    forward, or none."""
     parameters: list[Tensor]
     buffers: list[Tensor]
     dropouts: tuple[bool, ...]
@@ -228,6 +229,8 @@ def inspect(decoder: nn.Module) -> Inspection:
             dropouts.append(module.training)
         checkpoints |= module.training and bool(attributes.get("gradient_checkpointing"))
     hooks = [hook for hook in hooks if getattr(hook, "__name__", "") not in OF_TRANSFORMERS]
+    if torch.nn.modules.module._has_any_global_hook():
+        hooks.append("of all modules of the process")
     found = [*parameters.values()], buffers
     return Inspection(modules, tuple(kinds), tuple(adapters), hooks, *found, tuple(dropouts), checkpoints)
 

@@ -180,6 +180,8 @@ def test_two_actors_at_a_time():
     assert_same(forward_and_backward(policy), expected[0])
     first.remove()
     first.remove()
+    with pytest.raises(UserError, match=r"this handle of openrlhf\.fused was removed"), first:
+        pass
     assert actor_module.compute_entropy is not THEIRS[1]  # the second needs it
     assert_same(forward_and_backward(reference), expected[1])
     assert second.status.answered == {"linear_logprobs": 1}
