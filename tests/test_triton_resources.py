@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for NVIDIA GPUs without one, and takes no more of them than there is."""
 
+import ast
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from rlhf_fast.kernels._op import OPS
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,17 +38,31 @@ def kernel_names():
     return names
 
 
-@pytest.mark.exhaustive(0, slow=1)
-@pytest.mark.skipif(not (ROOT / "kernels" / "triton").is_dir(), reason="not a source checkout")
+@pytest.mark.exhaustive(0, slow=2)
 @pytest.mark.parametrize("arch", [80, 90])
-def test_no_kernel_spills_and_products_use_tensor_cores(arch, tmp_path):
-    result = run_tool("--arch", arch, "--save", tmp_path / "table.md")
+@pytest.mark.parametrize("part", range(3))
+def test_no_kernel_spills_and_products_use_tensor_cores(part, arch, tmp_path):
+    result = run_tool(*sorted(OPS)[part::3], "--arch", arch, "--save", tmp_path / "table.md")
     assert result.returncode == 0, result.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:]]
-    compiled = {(row[0], row[3]) for row in rows}
-    missing = {(name, f"sm_{arch}") for name in kernel_names()} - compiled
-    assert not missing, f"launched by no op's large inputs: {sorted(missing)}"
+    assert len(rows) > 10 and {row[3] for row in rows} == {f"sm_{arch}"}
     assert (tmp_path / "table.md").read_text().count("\n| ") == len(rows) + 1
+
+
+LAUNCHED = """
+import rlhf_fast.bench.checks.triton_resources as tool
+
+print(*{(found.name, arch) for found, arch in tool.collect([], tool.SHARED_MEMORY)}, sep="\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "kernels" / "triton").is_dir(), reason="not a source checkout")
+def test_every_kernel_is_launched_by_an_ops_large_inputs(tmp_path):
+    result = run_code(LAUNCHED, tmp_path / "launched.py")
+    launched = {ast.literal_eval(line) for line in result.stdout.splitlines()}
+    missing = {(name, arch) for name in kernel_names() for arch in (80, 90)} - launched
+    assert not missing, f"{sorted(missing)}{result.stderr}"
 
 
 SPILLS = """
