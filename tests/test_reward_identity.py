@@ -3,7 +3,6 @@
 import functools
 import importlib
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import toy
 
+from rlhf_fast.cli.main import main
 from rlhf_fast.config.fields import LogConfig
 from rlhf_fast.config.rewards import short_names, spec_name
 from rlhf_fast.errors import UserError
@@ -269,48 +269,52 @@ def score(texts):
 """
 
 
-def command(folder, *more):
+def command(capsys, *more):
+    """Run the command in this process, which imports the function anew as a new process would."""
     args = ["--policy.path", "model", "--data.path", "prompts.jsonl", "--reward", "faulty:score", "--out", "run"]
     args += ["--episodes", "24", "--batch", "8", "--minibatch", "8", "--sampling.max-new-tokens", "4"]
     args += ["--log.checkpoint-every", "1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "rlhf_fast", "ppo", *args, *more]
-    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True)
-    return done.returncode, " ".join(done.stderr.split())
+    sys.modules.pop("faulty", None)
+    importlib.invalidate_caches()
+    capsys.readouterr()
+    status = main(["ppo", *args, *more])
+    return status, " ".join(capsys.readouterr().err.split())
 
 
-def test_a_function_that_raises_is_mended_and_the_run_goes_on(folder):
+def test_a_function_that_raises_is_mended_and_the_run_goes_on(folder, capsys, monkeypatch, one_thread):
     """The error said "mend the function", and the mended function was refused."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one second and size have the same
     toy.ppo(folder)  # its model and prompts
     flag = "--resume-with-changed-reward"
     file = folder / "faulty.py"
     file.write_text(FAULTY.replace("FAILS_AT", "1"))
-    status, said = command(folder)
+    status, said = command(capsys)
     assert (
         status == 2
         and "raised ValueError: no" in said
         and said.endswith("with the function mended, the same command starts again")
     )
     file.write_text(FAULTY.replace("FAILS_AT", "3"))  # no step was taken: a changed function is no question
-    status, said = command(folder)
+    status, said = command(capsys)
     recipe_flag = "--ppo.resume-with-changed-reward"
     assert status == 2
     assert said.endswith(f"the same command and {flag} (in a recipe {recipe_flag}) goes on from step 2")
     first = json.loads((folder / "run/run.json").read_text())
     assert "earlier_functions" not in first
     file.write_text(FAULTY.replace("FAILS_AT", "9"))
-    status, said = command(folder)
+    status, said = command(capsys)
     assert status == 2 and "faulty:score: has changed since run was started with it; to go on from step 2" in said
     assert flag in said
-    status, said = command(folder, flag)
+    status, said = command(capsys, flag)
     assert status == 0, said
     assert "from step 2 on this is no longer a run of a single reward" in said and "goes on after step 2 of 3" in said
     saved = json.loads((folder / "run/run.json").read_text())
     assert saved["earlier_functions"] == [{"until_step": 2, "functions": first["functions"]}]
     assert saved["functions"] != first["functions"] and "finished" in saved
-    assert command(folder)[0] == 0  # finished already
+    assert command(capsys)[0] == 0  # finished already
     file.write_text(FAULTY.replace("FAILS_AT", "8"))
-    status, said = command(folder, flag)
+    status, said = command(capsys, flag)
     assert status == 2 and "has changed since run was finished with it; choose another `out`" in said
 
 
