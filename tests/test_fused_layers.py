@@ -107,7 +107,7 @@ def test_small_and_empty_batches(shape, visible):
     mask = (torch.arange(shape[1]) < visible).long().expand(shape)
     with layers.fused(model) as handle:
         hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        hidden.sum().backward()
+        hidden[mask.bool()].sum().backward()
     assert hidden.shape[:2] == shape and hidden.isfinite().all() and hidden.any() == bool(visible)
     assert_ours(handle)
 
@@ -595,13 +595,49 @@ def test_another_attention_or_a_patched_class_is_the_models_own(monkeypatch):
     assert patched.isfinite()
 
 
-def test_labels_on_padding_have_another_loss():
-    """The page says so: padding has no hidden states."""
-    model, inputs = MODELS["llama"]().train(), batch("right")
-    inputs["labels"] = inputs["input_ids"]
-    own = model(**inputs).loss
-    with layers.fused(model):
-        assert abs(model(**inputs).loss - own) > 1e-3
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_labels_on_padding_are_noticed_and_later_passes_are_the_models_own(padding, caplog, monkeypatch):
+    model, inputs = MODELS["llama"]().train(), batch(padding)
+    on_padding = inputs | {"labels": inputs["input_ids"]}
+    own = model(**on_padding).loss
+    with layers.fused(model) as handle, lazy_head(model):
+        model(**inputs).loss.backward()
+        loss = model(**on_padding).loss
+        assert not reasons_of(handle) and abs(loss - own) > 1e-3
+        loss.backward()
+        (why,) = reasons_of(handle)
+        assert why.startswith("a loss read padding") and "-100" in why
+        assert why in caplog.text
+        torch.testing.assert_close(model(**on_padding).loss, own, rtol=1e-5, atol=0)
+        assert reasons_of(handle) == {why: 1, "an earlier loss read padding": 1}
+        model(**batch("packed"))
+        assert calls_of(handle) == 3
+    monkeypatch.setenv("RLHF_FAST_STRICT", "1")
+    with layers.fused(model), pytest.raises(RuntimeError, match="a loss read padding"):
+        model(**on_padding).loss.backward()
+
+
+def test_a_handle_that_no_pass_reaches_warns(caplog):
+    model = MODELS["llama"]()
+    with layers.fused(model), lazy_head(model):
+        pass
+    lazy, ours = (record.getMessage() for record in caplog.records if record.name == "rlhf_fast")
+    assert lazy.startswith("lazy_head: no pass of LlamaForCausalLM came") and "integrations.trl.fused()" in lazy
+    assert ours.startswith("layers.fused: no pass of LlamaForCausalLM came")
+    caplog.clear()
+    with layers.fused(model), lazy_head(model):
+        model(**batch("none"))
+    assert "no pass" not in caplog.text
+
+
+def test_packed_rows_of_trl_have_a_seq_idx():
+    """TRL's collator gives it with packed rows and padding_free; position_ids say the same."""
+    model, inputs = MODELS["llama"]().train(), batch("packed")
+    expected = loss_and_gradients(model, **inputs)
+    inputs["seq_idx"] = (inputs["position_ids"] == 0).cumsum(1, dtype=torch.int32) - 1
+    with layers.fused(model) as handle:
+        assert_equal_to_rounding(loss_and_gradients(model, **inputs), expected)
+        assert calls_of(handle) == 1 and not reasons_of(handle)
 
 
 def test_an_adapter_that_is_attached_later_is_compared_with_weights(monkeypatch):

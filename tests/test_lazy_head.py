@@ -455,7 +455,7 @@ def test_another_output_layer_inside(caplog):
     caplog.clear()
     with lazy_head(model):
         lora(model, target_modules=["q_proj", "lm_head"])
-    assert not [record for record in caplog.records if record.name == "rlhf_fast"]
+    assert "has another output layer" not in caplog.text
 
 
 def test_an_adapter_inside_that_copies_the_output_layer(caplog):

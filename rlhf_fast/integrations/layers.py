@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf_fast import ops
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.calls import Calls, need_grad
+from rlhf_fast.integrations.calls import Calls, log, need_grad
 from rlhf_fast.integrations.decoder_cache import DecoderCache
 from rlhf_fast.integrations.handle import Handle
 from rlhf_fast.integrations.head import find_model
@@ -40,7 +40,7 @@ ATTENTION = ("sdpa", "eager")
 """Implementations of transformers that ours equals."""
 KEPT_NUMBERS = 16
 """Sets of the numbers of modules and config whose comparisons are kept."""
-OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Boundaries of packed rows, which position_ids have too."""
 
 
@@ -53,6 +53,7 @@ class FusedForward:
         self.status, self.switch = status, switch
         self._name = f"{type(decoder).__name__}.forward"
         self._output: type | None = None
+        self._padding_is_read = False
         self._refusals: dict[Hashable, dict[Any, str | None]] = {}
         self._cache: DecoderCache | None = None
 
@@ -101,8 +102,19 @@ class FusedForward:
         if places is not None:
             zeros = states.new_zeros(tokens.numel(), states.shape[1])
             states = zeros.index_copy(0, places, states)
+            if states.requires_grad:
+                states.register_hook(functools.partial(self._look_at_padding, places))
         assert self._output is not None
         return self._output(last_hidden_state=states.view(*tokens.shape, -1))
+
+    def _look_at_padding(self, places: Tensor, grad: Tensor) -> None:
+        """Note a loss that reads hidden states of padding, which are 0: what it computed is not the model's own."""
+        is_padding = torch.ones(len(grad), dtype=torch.bool).index_fill_(0, places, False)
+        if self._padding_is_read or not grad[is_padding].any():
+            return
+        self._padding_is_read = True
+        why = "a loss read padding, which has no hidden states in our layers; give it the label -100"
+        self.status.note_fallback(self._name, why, with_grad=True)
 
     def install(self) -> str | None:
         """Replace the decoder's forward, or return why our layers do not run here: the decoder is then as it was."""
@@ -178,6 +190,8 @@ class FusedForward:
         begins, is_first = mask.bool().int().diff(dim=1) == 1, mask[:, 0].bool()
         if (begins.sum(1) + is_first > 1).any():
             return "its attention mask has holes"
+        if self._padding_is_read and not mask.all():
+            return "an earlier loss read padding"
         if not is_first.all() and self.decoder.config._attn_implementation != "sdpa":
             return "a row begins with padding, to which only sdpa gives an attention of 0"
         return None
@@ -257,6 +271,12 @@ class FusedLayers(Handle):
 
     def remove(self) -> None:
         """Give the model, and copies of it, its own layers back."""
+        if self._switch.on and self.status.is_unused:
+            log.warning(
+                "layers.fused: no pass of %s came to this handle. torch.compile of the whole model, and a trainer that"
+                " makes the model itself (model_init), pass it by",
+                self.status.owner,
+            )
         self._switch.on = False
         if forward := self._forward():
             forward.remove()

@@ -109,20 +109,33 @@ class LazyHead(Handle):
         """Give the model its logits back, and copies of it. Lazy logits that it gave before stay good.
 
         What wrapped the layer's forward since then stays there."""
-        switch, model, layer = self.forward.record.switch, self.model(), self.forward.reference()
-        if switch.on and model is not None:
-            now = find_output_layer(model)
-            if now is None or hasattr(now, "modules_to_save") or all(module is not layer for module in now.modules()):
-                log.warning(
-                    "lazy_head: %s has another output layer now, as after resize_token_embeddings or peft's"
-                    " modules_to_save, and it gave real logits; call lazy_head after such a change",
-                    self.forward.record.owner,
-                )
-        switch.on = False
+        record, layer = self.forward.record, self.forward.reference()
+        if record.switch.on and self._layer_was_exchanged():
+            log.warning(
+                "lazy_head: %s has another output layer now, as after resize_token_embeddings or peft's"
+                " modules_to_save, and it gave real logits; call lazy_head after such a change",
+                record.owner,
+            )
+        elif record.switch.on and record.is_unused:
+            log.warning(
+                "lazy_head: no pass of %s came to this handle. torch.compile of the whole model, a trainer that makes"
+                " the model itself (model_init), and one that calls the head itself, as TRL's of 1.15 and later do"
+                " (integrations.trl.fused() is for them), pass it by",
+                record.owner,
+            )
+        record.switch.on = False
         if layer is not None and vars(layer).get("forward") is self.forward:
             del layer.forward
         if self.forward.tied is not None:
             self.forward.tied.remove()
+
+    def _layer_was_exchanged(self) -> bool:
+        """Return whether the model's output layer is another object than the one with lazy logits."""
+        model, layer = self.model(), self.forward.reference()
+        if model is None:
+            return False
+        now = find_output_layer(model)
+        return now is None or hasattr(now, "modules_to_save") or all(module is not layer for module in now.modules())
 
 
 def lazy_head(model: Any) -> LazyHead:
