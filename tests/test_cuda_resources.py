@@ -1,4 +1,4 @@
-"""No compiled CUDA kernel spills registers, the check finds a spill, and nvcc prints no warning."""
+"""No compiled CUDA kernel spills registers, and the check finds a spill. nvcc's warnings are errors in CI's build."""
 
 import re
 import shutil
@@ -74,17 +74,6 @@ def test_a_spill_is_found_and_a_kernel_without_one_is_not_reported(tmp_path):
     assert measure("--file", binary, "planted").stdout == completed.stdout
     completed = measure("--file", binary, "gae")
     assert completed.returncode == 2 and "planted.fatbin has no kernel of gae; it has: planted" in completed.stderr
-
-
-@pytest.mark.exhaustive(0, slow=5)
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
-def test_nvcc_prints_no_warning(source, tmp_path):
-    """Run the front end alone, which takes seconds. It suppresses the same diagnostic as setup.py."""
-    flags = ["-std=c++17", "-arch=sm_80", "-cuda", "-diag-suppress", "177", "-Werror", "all-warnings"]
-    command = ["nvcc", *flags, f"-I{ROOT / 'csrc'}", '-DKERNEL_GROUP="cuda"', str(source), "-o", str(tmp_path / "out")]
-    completed = subprocess.run(command, capture_output=True, text=True)
-    assert completed.returncode == 0 and not completed.stderr, completed.stderr
 
 
 @pytest.mark.slow

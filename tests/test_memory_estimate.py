@@ -61,7 +61,7 @@ def measured(stage: str, case: str, folder: str) -> None:
     (path / "measured").write_text(f"{found[0]} {peak_memory()}")
 
 
-@pytest.mark.exhaustive(0, slow=5)
+@pytest.mark.exhaustive(0, slow=3)
 @pytest.mark.parametrize(
     ("stage", "case"),
     [

@@ -143,7 +143,7 @@ def test_a_command_of_ours_that_is_shown_exists(command, capsys):
     assert flags <= {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", capsys.readouterr().out)}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive(0, slow=3)
 @pytest.mark.parametrize("command", [command for command in shown_commands() if not is_ours(command)])
 def test_another_command_that_is_shown_runs(command):
     """As far as is quick: pytest collects, a program prints its help, a report of no file is empty."""

@@ -120,7 +120,7 @@ def run(backend, tokens, mode, level, dual, importance, low=0.2, high=0.2, clamp
     return loss.detach().cpu(), grad.cpu(), dict(zip(ops.ppo_loss.stats, stats.tolist(), strict=True))
 
 
-@pytest.mark.exhaustive(5, by=("backend",), slow=20)
+@pytest.mark.exhaustive(4, by=("backend",), slow=8)
 @pytest.mark.parametrize("mode, level, dual, importance", VARIANTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ppo_loss_is_the_formula(backend, mode, level, dual, importance):
@@ -360,7 +360,7 @@ def linear_truth(rows, mode, level, dual, low, high, clamp, kl_coef, entropy_coe
     return loss.detach(), torch.autograd.grad(loss, (hidden, weight)), stats
 
 
-@pytest.mark.exhaustive(4, by=("backend",), slow=20)
+@pytest.mark.exhaustive(3, by=("backend",), slow=6)
 @pytest.mark.parametrize("mode, level, dual", [v[:3] for v in VARIANTS if v[3] is None])
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_linear_ppo_loss_is_the_formula(backend, mode, level, dual):

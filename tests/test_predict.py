@@ -158,7 +158,7 @@ def run_tool(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.exhaustive(0, slow=2)
+@pytest.mark.exhaustive(0, slow=1)
 @pytest.mark.skipif(runtime_stub.nvcc() is None or sass.cuobjdump() is None, reason="no nvcc")
 @pytest.mark.parametrize("op", sorted({target.op for target in TARGETS}))
 def test_the_tool_predicts_the_targets_of_an_op(op, tmp_path):
