@@ -36,6 +36,7 @@ def nan_cache(decoder: AttentionDecoder, num_slots: int, length: int) -> PagedKV
 
 @pytest.mark.parametrize("make", SERVED.values(), ids=SERVED)
 @torch.no_grad()
+@pytest.mark.exhaustive(12)
 def test_equals_transformers(make, monkeypatch):
     """Greedy tokens of prompts of different lengths in one batch, on pages of 4. Small random models often repeat one
     token, so the hidden states of prefilled and decoded rows are compared too."""

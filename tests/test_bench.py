@@ -80,6 +80,7 @@ def test_a_run_writes_a_table_for_people_and_one_for_programs(tmp_path):
 
 
 @SOURCE
+@pytest.mark.slow
 def test_a_side_by_side_bench_prints_and_writes_its_table(tmp_path):
     done = bench("--save-table", str(tmp_path / "table.md"), select="swiglu", only="test_bench_decode.py")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -86,6 +86,7 @@ def judges(folder, monkeypatch):
     return "eval_judges"
 
 
+@pytest.mark.slow
 def test_all_tasks_of_two_models(judges, monkeypatch, capsys):
     """The results, a run that is killed and started again, one with nothing to do, and another judge."""
     cfg = config(judge=JudgeConfig(preference=f"{judges}:shorter"))

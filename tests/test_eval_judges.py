@@ -216,6 +216,7 @@ def test_letters_of_full_width_are_letters():
 
 @needs_data
 @pytest.mark.parametrize("role", ROLES)
+@pytest.mark.exhaustive(2)
 def test_english_texts_are_judged(role):
     labelled = read_labelled(role, DATA)
     reasons = [v.unjudged for v in load_answer_judge("", role)(labelled.prompts, labelled.answers, labelled.rows)]

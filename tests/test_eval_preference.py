@@ -106,6 +106,7 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.exhaustive(2)
 def test_judges_of_length_alone_are_brought_to_a_half(name):
     """A half for one that sees the sign, and within 0.015 for one that sees the size too."""
     random = np.random.default_rng(0)

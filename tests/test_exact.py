@@ -64,6 +64,7 @@ SEVERAL_CHAINS = {"gpt2 of width 160": build("GPT2", GPT, n_embd=160, initialize
 
 @pytest.mark.parametrize("name", [*MODELS, *SEVERAL_CHAINS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.exhaustive(18)
 def test_logprobs_are_the_rollouts(name, dtype):
     model = exact_model((MODELS | SEVERAL_CHAINS)[name], dtype)
     responses = sampled(model)

@@ -68,6 +68,7 @@ def test_counts_are_those_of_the_run(folder, stage, plans, capsys):
     assert re.search(rf"^{stage}: memory about [\d.]+ of [\d.]+ GiB; disk (under )?[\d.]+ GiB, later", text, re.M)
 
 
+@pytest.mark.exhaustive(1)
 def test_a_resumed_run_says_what_is_left(folder, stage, plans, monkeypatch, capsys):
     cfg = MAKE[stage](folder, "out", log=LogConfig(checkpoint_every=2, live=False))
     count, step = [0], Learner.step
@@ -149,6 +150,7 @@ def recipe_with(folder, **sections):
 
 
 @pytest.mark.parametrize("stage", ["reward", "ppo"])
+@pytest.mark.exhaustive(1)
 def test_a_recipe_refuses_a_later_stage_before_the_first_one_trains(folder, stage, monkeypatch, capsys):
     """Only that stage does not fit. With log.check_fit false, or where all fit, the first stage runs."""
     usable, run_of = 2**40, STAGES[stage].run
@@ -226,6 +228,7 @@ def test_a_run_that_never_fits_may_go_on_all_the_same(folder, monkeypatch, capsy
     assert (folder / "out/model.safetensors").exists()
 
 
+@pytest.mark.exhaustive(1)
 def test_a_small_disk_is_refused_with_a_setting_that_fits(folder, stage, plans, monkeypatch):
     cfg = MAKE[stage](folder, "out", log=LogConfig(checkpoint_every=1, keep=5, live=False))
     STAGES[stage].run(cfg, dry_run=True)
@@ -265,6 +268,7 @@ def test_a_checkpoint_has_the_bytes_of_the_estimate(folder, stage, plans):
 # Time
 
 
+@pytest.mark.exhaustive(1)
 def test_a_run_that_was_timed_has_the_same_weights(folder, stage, monkeypatch):
     """Dropout, adapters' dropout, sampling and shuffles draw what they draw without the timing."""
     timed = []

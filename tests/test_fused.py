@@ -96,6 +96,7 @@ def random_rows(*lengths: int) -> list[list[int]]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.exhaustive(14)
 def test_hidden_states_are_as_accurate_as_the_modules(make, dtype):
     """Errors are against the module in float64, with the same weights.
 
@@ -153,6 +154,7 @@ def test_all_instruction_sets_agree(name, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.exhaustive(14)
 def test_the_op_step_is_the_compiled_step(make, dtype):
     """The op step runs on devices without a compiled one; here each op runs its reference."""
     model, rows = Model(make().to(dtype)), random_rows(1, 40, 17)

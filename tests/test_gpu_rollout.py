@@ -70,6 +70,7 @@ def scorer_on(device: str) -> Model:
 @on_each_device
 @for_each_model
 @pytest.mark.parametrize("decode_path", ["fused", "attention"])
+@pytest.mark.exhaustive(12)
 def test_greedy_is_transformers_generate(device, name, decode_path):
     """Prompts of different lengths in one batch, each against generate() alone."""
     model = model_on(device, name)
@@ -84,6 +85,7 @@ def test_greedy_is_transformers_generate(device, name, decode_path):
 @for_each_dtype
 @pytest.mark.parametrize("decode_path", ["fused", "attention", "transformers"])
 @torch.no_grad()
+@pytest.mark.exhaustive(30)
 def test_logprobs_are_those_of_one_forward_pass(device, name, dtype, decode_path):
     """The ratio of the first PPO step is 1. In bfloat16 the layers round, by a few 1e-2 nats."""
     model = model_on(device, name, dtype)

@@ -325,6 +325,7 @@ def test_exact_kl(backend):
 @each_backend
 @pytest.mark.parametrize("distance", [60.0, 95.0, 180.0, 700.0])
 @pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.5, 0.0), (0.1, 90.0)])
+@pytest.mark.exhaustive(30)
 def test_the_gradient_of_a_kl_to_a_far_reference(backend, distance, temperature, softcap):
     """The reference's log-probabilities are below -87, where exp underflows, and count in full.
 
@@ -356,6 +357,7 @@ def test_the_gradient_of_a_kl_to_a_far_reference(backend, distance, temperature,
 @each_backend
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("banned", [[5], [0, 32], list(range(1, 33))], ids=["one", "two", "all but one"])
+@pytest.mark.exhaustive(15)
 def test_an_unused_infinite_kl_leaves_the_other_gradients_alone(backend, softcap, banned):
     """The reference gives some tokens probability 0: one, two, or all but token 0."""
     hidden, weight, _ = random_head(6, 8, 33, ignored=0)

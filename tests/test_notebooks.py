@@ -21,7 +21,6 @@ from rlhf_fast.run.plot import load_pyplot
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "support" / "run_notebook.py"
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-SLOW = {"train_in_python"}  # the others take seconds
 COMPILED = {"microbenchmarks"}  # it measures the compiled kernels
 MAX_BYTES = 200_000
 # As a user has it: these tests themselves run under Triton's interpreter and with the simulator of the CUDA kernels.
@@ -50,12 +49,10 @@ def notebook(*cells: str) -> str:
 
 def test_there_is_one_for_each_use():
     assert [path.stem for path in NOTEBOOKS] == ["call_ops", "microbenchmarks", "train_in_python"]
-    assert {path.stem for path in NOTEBOOKS} > SLOW
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in NOTEBOOKS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_any_folder(path, tmp_path):
     """Its cells assert what its text says."""
     if path.stem in COMPILED and ops.gae.chosen("cpu") == "reference":

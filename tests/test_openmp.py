@@ -42,6 +42,7 @@ print(*sorted(name for name in names if os.path.basename(name).startswith(("libg
 
 
 @pytest.mark.parametrize("start", ["", HIDES_OPENMP], ids=["torch shows it", "torch hides it"])
+@pytest.mark.exhaustive(1)
 def test_one_openmp_runtime_in_the_process(start):
     done = subprocess.run([sys.executable, "-c", start + USE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

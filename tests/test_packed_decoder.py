@@ -50,6 +50,7 @@ def distance(actual, expected) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.exhaustive(14)
 def test_states_and_all_gradients_are_those_of_the_module(name, dtype):
     """About as far from a float64 copy as the module's own forward is."""
     model = Model(halved(MODELS[name]()).to(dtype))

@@ -106,12 +106,12 @@ def workplace(folder, one_thread):
     return folder
 
 
+SLOW = ("adding-an-op.md", "running.md", "integrations.md")
+
+
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(p, marks=[pytest.mark.slow] * (p.name in ("adding-an-op.md", "running.md")), id=p.name)
-        for p in PAGES
-    ],
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW), id=p.name) for p in PAGES],
 )
 def test_the_commands_run(page, workplace, capsys, monkeypatch):
     """`rlhf-fast` commands run in the page's order, with small sizes; the others are tried as far as is quick."""

@@ -157,6 +157,7 @@ def stopped_after(monkeypatch, stage: str, folder: Path, out: str, steps: int) -
     assert stop.value.code == 143
 
 
+@pytest.mark.exhaustive(1)
 def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "stopped", 4)
@@ -168,6 +169,7 @@ def test_sigterm_saves_and_exits_with_143(uninterrupted, monkeypatch):
     assert_same_run(folder, "stopped")
 
 
+@pytest.mark.exhaustive(1)
 def test_a_torn_newest_checkpoint_is_skipped(uninterrupted, monkeypatch):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "half", 7)
@@ -179,6 +181,7 @@ def test_a_torn_newest_checkpoint_is_skipped(uninterrupted, monkeypatch):
     assert_same_run(folder, "half")
 
 
+@pytest.mark.exhaustive(1)
 def test_without_any_checkpoint_it_starts_over(uninterrupted, monkeypatch):
     stage, folder, *_ = uninterrupted
     stopped_after(monkeypatch, stage, folder, "over", 4)
@@ -197,6 +200,7 @@ def test_checkpoints_do_not_change_the_result(uninterrupted, monkeypatch):
     assert weights(folder / "seldom") == weights(folder / "whole")
 
 
+@pytest.mark.exhaustive(1)
 def test_checkpoints_by_time(uninterrupted, monkeypatch):
     """One is written by the first step that ends checkpoint_minutes after the last one, whatever wrote that."""
     stage, folder, *_ = uninterrupted
@@ -250,6 +254,7 @@ def test_killed_between_checkpoints_by_time(uninterrupted, processes):
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.exhaustive(1)
 def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch):
     """The float32 master weights and the adapters, which alone are trained, are restored."""
     pytest.importorskip("peft")
@@ -264,6 +269,7 @@ def test_bfloat16_with_lora_resumes_too(tmp_path, stage, monkeypatch):
     assert_same_run(tmp_path, "stopped")
 
 
+@pytest.mark.exhaustive(1)
 def test_a_full_disk_while_saving_loses_nothing(uninterrupted, monkeypatch):
     """The second checkpoint cannot be written: one sentence, and the run resumes from the first once there is room."""
     from rlhf_fast.errors import UserError

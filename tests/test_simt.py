@@ -50,13 +50,14 @@ __global__ void kernel(float* out) {
 """
 
 
-@pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
+@pytest.mark.parametrize("sanitize", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "sanitized"])
 def test_threads_share_memory_over_a_barrier(tmp_path, sanitize):
     for seed in range(1, 4):
         status, output = run(tmp_path, REVERSED % "__syncthreads();", shared="256", sanitize=sanitize, seed=seed)
         assert (status, output.split()) == (0, [str(63 - i) for i in range(64)])
 
 
+@pytest.mark.slow
 def test_a_missing_barrier_shows(tmp_path):
     """Threads run until they wait, so half of them read shared memory before it is written; it starts as NaN."""
     for seed in range(1, 6):
@@ -64,6 +65,7 @@ def test_a_missing_barrier_shows(tmp_path):
         assert status == 0 and output.count("nan") == 32
 
 
+@pytest.mark.slow
 def test_static_shared_memory_starts_as_nan(tmp_path):
     kernel = """
     template <int n> __global__ void kernel_of(float* out) {
@@ -96,6 +98,7 @@ def test_a_divergent_barrier_is_an_error_that_names_both_places(tmp_path):
     assert "__syncthreads in thread (" in output and "for the same barrier" in output
 
 
+@pytest.mark.slow
 def test_a_barrier_that_some_never_reach_is_an_error(tmp_path):
     """Half of a warp's lanes wait for the warp while the others wait for the block."""
     kernel = """
@@ -107,12 +110,14 @@ def test_a_barrier_that_some_never_reach_is_an_error(tmp_path):
     assert status == 3 and "the others never reach it" in output, output
 
 
+@pytest.mark.slow
 def test_threads_that_have_ended_count_as_arrived(tmp_path):
     for seed in range(1, 5):
         status, output = run(tmp_path, DIVERGENT % "return;", seed=seed)
         assert (status, output.split()) == (0, ["1"] * 40 + ["-1"] * 24)
 
 
+@pytest.mark.slow
 def test_a_lane_missing_from_its_mask_and_a_mask_of_ended_lanes_are_errors(tmp_path):
     shuffle = "out[threadIdx.x] = __shfl_down_sync(%s, float(threadIdx.x), 1);"
     status, output = run(tmp_path, "__global__ void kernel(float* out) { %s }" % (shuffle % "0xffffu"))
@@ -142,6 +147,7 @@ def test_shuffles_and_votes(tmp_path):
         assert (status, list(map(float, output.split()))) == (0, expected)
 
 
+@pytest.mark.slow
 def test_loads_and_stores_past_caches(tmp_path):
     kernel = """
     __global__ void kernel(float* out) {
@@ -155,6 +161,7 @@ def test_loads_and_stores_past_caches(tmp_path):
     assert (status, list(map(float, output.split()))) == (0, [x for t in range(16) for x in (t, -1, -2, -1)])
 
 
+@pytest.mark.slow
 def test_pairs_of_16_bit_floats_and_funnel_shifts(tmp_path):
     """The first number of a pair is the low half; both are rounded to nearest, ties to even."""
     kernel = """

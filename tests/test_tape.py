@@ -73,6 +73,7 @@ def test_frozen_parameters_change_no_gradient_of_the_others(name, frozen, monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.exhaustive(14)
 def test_gradients_are_those_of_autograd(name, dtype, monkeypatch):
     """Each family with one node a layer, products that read the same input merged, beside the same ops by autograd."""
     model, batch, weights = prepared(name, dtype)

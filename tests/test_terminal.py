@@ -71,6 +71,7 @@ def test_parts_of_the_live_line_are_whole(tmp_path, columns):
 
 
 @pytest.mark.parametrize("columns", (60, 160))
+@pytest.mark.exhaustive(1)
 def test_a_run_in_a_terminal_shows_samples_above_its_line(tmp_path, columns):
     cfg = toy.ppo(tmp_path)
     script = (
@@ -94,6 +95,7 @@ def test_a_run_in_a_terminal_shows_samples_above_its_line(tmp_path, columns):
     assert sum("ETA" in line for line in seen.end) == 1
 
 
+@pytest.mark.slow
 def test_generate_in_a_terminal_and_in_a_dumb_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompts, model = toy.prompt_file(tmp_path / "p.jsonl"), toy.model(tmp_path / "model")

@@ -69,7 +69,7 @@ class Watch:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
-@pytest.mark.exhaustive(1, by=("op",))
+@pytest.mark.exhaustive(16)
 def test_nothing_outside_the_tensors_is_touched(op, dtype, monkeypatch):
     watch = Watch(monkeypatch, SECTOR if op.name in READS_WHOLE_SECTORS else 1)
     for size in op.small_sizes[:3]:

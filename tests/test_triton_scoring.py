@@ -103,6 +103,7 @@ OPTIONS = [
 
 @DTYPES
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
+@pytest.mark.exhaustive(10)
 def test_a_head_alone(options, dtype, small, poisoned):
     options = dict(options)
     scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)
@@ -132,6 +133,7 @@ def test_log_z_and_top1(options, small):
 
 @DTYPES
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
+@pytest.mark.exhaustive(10)
 def test_a_policy_and_its_reference(options, dtype, small, poisoned):
     options = dict(options)
     scalars = options.pop("temperature", 1.0), options.pop("softcap", 0.0)

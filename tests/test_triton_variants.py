@@ -118,6 +118,7 @@ def test_triton_takes_the_arguments_of_every_kernel(tmp_path):
     assert len(run_without_interpreter(EVERY_OP, tmp_path / "every_op.py")) > 20
 
 
+@pytest.mark.slow
 def test_one_variant_serves_any_number_of_rows(tmp_path):
     """Except where a tile follows from their number, the mask of 16-byte loads ends at it, or a pointer's alignment
     follows from it."""
