@@ -317,6 +317,7 @@ def test_the_decode_step_runs_dry(decode_step_run):
 
 
 @pytest.mark.skipif(ops.linear_ppo_loss.chosen("cpu") == "reference", reason="no compiled kernels")
+@pytest.mark.slow
 def test_the_ppo_step_runs_dry_and_both_sides_agree(tmp_path, decode_step_run, capsys, monkeypatch):
     path = tmp_path / "ppo_step.json"
     assert ppo_step.main(["--device", "cpu", "--tiny", "--save", str(path), "--dtype", "float32"]) == 0

@@ -65,6 +65,7 @@ def test_version_and_unknown_command(capsys):
     assert error_of(capsys, "xyz") == 'no command "xyz"; `rlhf-fast --help` lists them'
 
 
+@pytest.mark.slow
 def test_a_real_process_prints_one_line_and_exits_with_2(tmp_path):
     code = "import sys; from rlhf_fast.cli.main import main; sys.exit(main())"
     run = subprocess.run(

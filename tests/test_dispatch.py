@@ -50,6 +50,7 @@ def test_every_op_has_a_kernel_on_a_gpu():
     assert any("Triton; no compiled kernel: " in line for line in listed)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_reason_for_no_triton_is_given():
     code = "from rlhf_fast.kernels import _backends; print(_backends.WHY_MISSING['triton'])"
     output = run(code, CUDA_VISIBLE_DEVICES="")
@@ -62,6 +63,7 @@ def test_without_a_gpu_the_reason_for_no_triton_is_given():
     assert output.startswith(NOT_INSTALLED)
 
 
+@pytest.mark.slow
 def test_env_reports_ops_without_the_forced_backend():
     report = "from rlhf_fast.cli import env; print(*env.ops_report(), sep='\\n')"  # the rest imports other trainers
     output = run(report, RLHF_FAST_BACKEND="cuda", CUDA_VISIBLE_DEVICES="")

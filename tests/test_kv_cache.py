@@ -269,6 +269,7 @@ def test_memory_is_freed_after_a_call_unless_the_cache_is_kept(decode_path):
 @nan_pages
 @pytest.mark.parametrize("samples", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 6, 8])
+@pytest.mark.exhaustive(12)
 def test_the_pages_of_one_row_suffice(length, samples, decode_path, monkeypatch):
     """The fewest pages that `create_cache` accepts, whether or not the prompt fills its last page."""
     model, batch = llama(eos_token_id=None), prompts(3, length, 2)

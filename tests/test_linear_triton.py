@@ -88,7 +88,7 @@ def calls(targets, ref):
     ],
     ids=["split-float32", "split-bfloat16", "whole and split-bfloat16", "one-split-float16", "one-whole-float32"],
 )
-@pytest.mark.exhaustive(1)
+@pytest.mark.exhaustive(0, slow=1)
 def test_chunks(chunks, poisoned, dtype, rows, programs):
     """Outputs and gradients are exact up to rounding, for any chunks and for rows read whole or in segments.
 

@@ -151,6 +151,7 @@ def rarest():
     return V, seed, words, torch.tensor(row_ids), torch.tensor(steps), torch.tensor(tokens)
 
 
+@pytest.mark.exhaustive(3)
 def test_the_rarest_noise(backend, rarest, monkeypatch):
     """The largest noise values decide as they should. Random samples would almost never contain them."""
     if backend == "triton":
@@ -234,6 +235,7 @@ def test_a_nan_beside_masked_tokens_is_marked(backend, top_p):
             assert all(x[0].isnan() and x[1].isfinite() for x in out[1:]), row[:4]
 
 
+@pytest.mark.exhaustive(3)
 def test_masked_tokens_are_never_sampled(backend):
     V = choose(backend, 130, 20)
     logits = torch.full((V, V), -INFINITY)
@@ -353,6 +355,7 @@ def test_many_equal_small_terms_are_all_counted(backend):
     torch.testing.assert_close(entropy, torch.full((3,), exact_entropy), atol=3e-6, rtol=0)
 
 
+@pytest.mark.exhaustive(3)
 def test_a_row_depends_only_on_itself(backend):
     """Bits are the same for any batch, order, other rows and number of threads."""
     B = choose(backend, 33, 11)
@@ -375,6 +378,7 @@ def test_a_row_depends_only_on_itself(backend):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.exhaustive(3)
 def test_samples_of_one_prompt_differ(backend):
     """With equal logits, other row ids, steps or seeds give other tokens. Seeds and ids use all of their 64 bits."""
     B = choose(backend, 64, 16)

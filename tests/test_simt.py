@@ -205,6 +205,7 @@ def test_launches_that_a_gpu_refuses_are_errors(tmp_path):
         assert status == 3 and output.startswith("simt: "), output
 
 
+@pytest.mark.slow
 def test_the_first_pytest_says_that_it_compiles(tmp_path):
     """In a checkout with one kernel, as a person sees it: without -s."""
     root = build.CSRC.parent

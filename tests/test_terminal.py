@@ -71,7 +71,7 @@ def test_parts_of_the_live_line_are_whole(tmp_path, columns):
 
 
 @pytest.mark.parametrize("columns", (60, 160))
-@pytest.mark.exhaustive(1)
+@pytest.mark.exhaustive(0, slow=1)
 def test_a_run_in_a_terminal_shows_samples_above_its_line(tmp_path, columns):
     cfg = toy.ppo(tmp_path)
     script = (

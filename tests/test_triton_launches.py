@@ -25,6 +25,7 @@ def run_tool(*arguments):
     return run_without_interpreter("-m", "rlhf_fast.bench.checks.triton_launches", *arguments)
 
 
+@pytest.mark.slow
 def test_some_kernels_are_launched():
     """A norm, a scan, a head and a sampler: arguments in tuples, absent ones, and functions that return tuples."""
     names = ("rms_norm", "gae", "linear_logprobs", "sample_tokens")

@@ -113,6 +113,7 @@ def run_without_interpreter(code, file):
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_triton_takes_the_arguments_of_every_kernel(tmp_path):
     """The interpreter and the compiler do not see what a launch does first: no parameter may be called `options`."""
     assert len(run_without_interpreter(EVERY_OP, tmp_path / "every_op.py")) > 20
