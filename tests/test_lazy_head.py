@@ -455,6 +455,8 @@ def test_another_output_layer_inside(caplog):
     caplog.clear()
     with lazy_head(model):
         lora(model, target_modules=["q_proj", "lm_head"])
+        model(**batch()).loss.backward()
+        assert status(model).lazy and status(model).fallbacks.total() == 1
     assert "has another output layer" not in caplog.text
 
 

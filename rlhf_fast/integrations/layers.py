@@ -109,8 +109,10 @@ class FusedForward:
 
     def _look_at_padding(self, places: Tensor, grad: Tensor) -> None:
         """Note a loss that reads hidden states of padding, which are 0: what it computed is not the model's own."""
+        if self._padding_is_read:
+            return
         is_padding = torch.ones(len(grad), dtype=torch.bool).index_fill_(0, places, False)
-        if self._padding_is_read or not grad[is_padding].any():
+        if not grad[is_padding].any():
             return
         self._padding_is_read = True
         why = "a loss read padding, which has no hidden states in our layers; give it the label -100"

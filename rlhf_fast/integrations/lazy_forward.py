@@ -173,5 +173,6 @@ def is_lazy(layer: Any) -> bool:
 def status(model: Any) -> LogitsCalls:
     """Return whether a model's output layer gives lazy logits now, and what they did since the last `lazy_head`."""
     layer = find_output_layer(model)
+    layer = getattr(layer, "base_layer", layer)  # of an adapter that came after lazy_head
     record = RECORDS.get(layer) or LogitsCalls(type(model).__name__)
     return record.snapshot(is_lazy(layer))
