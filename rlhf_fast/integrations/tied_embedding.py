@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -22,23 +21,22 @@ class SharedWeight(torch.autograd.Function):
     """Return the weight from which the embedding and the output layer read. Its gradient is the layer's, to which
     those of the tokens are added in place.
 
-    Autograd calls this node after both of them. Nothing is left for a hook of the weight, and nothing to undo at the
-    end of a handle, which graphs may outlive."""
+    Autograd calls this node after both of them. It needs no hook of the weight, and graphs may outlive the handle."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, waiting: dict[int, list[tuple[Tensor, Tensor]]]) -> Tensor:
+    def forward(ctx, weight: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.size, ctx.waiting = weight.shape, waiting
+        ctx.size, ctx.waiting = weight.shape, defaultdict(list)
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx, grad: Tensor | None) -> Tensor | None:
         for tokens, rows in ctx.waiting.pop(current_pass(), ()):
             if grad is None:  # the output layer had no part in this pass
                 grad = rows.new_zeros(ctx.size)
             grad = grad.contiguous()  # the mean of a weight has an expanded one
             grad.scatter_add_(0, tokens[:, None].expand_as(rows), rows)
-        return grad, None
+        return grad
 
 
 class Embed(torch.autograd.Function):
@@ -46,31 +44,33 @@ class Embed(torch.autograd.Function):
     recorded, as for a second derivative, has a dense gradient."""
 
     @staticmethod
-    def forward(ctx, shared: Tensor, tokens: Tensor, padding: int, waiting: dict) -> Tensor:
+    def forward(ctx, shared: Tensor, tokens: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.shared, ctx.padding, ctx.waiting = shared, padding, waiting  # shared lives as long as this graph
+        ctx.shared, ctx.padding = shared, padding  # the shared weight lives as long as this graph
+        ctx.waiting = shared.grad_fn.waiting  # type: ignore[union-attr]
         return nn.functional.embedding(tokens, shared)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (tokens,) = ctx.saved_tensors
         if torch.is_grad_enabled() or traces_or_transforms():
             dense = torch.ops.aten.embedding_dense_backward(grad, tokens, len(ctx.shared), ctx.padding, False)
-            return dense, None, None, None
+            return dense, None, None
         tokens, grad = tokens.flatten().long(), grad.reshape(-1, grad.shape[-1])
         if ctx.padding >= 0:
             kept = tokens != ctx.padding
             tokens, grad = tokens[kept], grad[kept]
         ctx.waiting[current_pass()].append((tokens, grad))
-        return None, None, None, None
+        return None, None, None
 
 
 class TiedForward:
-    """The embedding's forward, without a gradient of the weight's size. In each thread, forward passes whose graphs
-    are there at the same time have one SharedWeight."""
+    """The embedding's forward, without a gradient of the weight's size. Forward passes whose graphs are there at the
+    same time have one SharedWeight."""
 
     def __init__(self, embedding: nn.Embedding, switch: Switch):
-        self.reference, self.switch, self.latest = weakref.ref(embedding), switch, threading.local()
+        self.reference, self.switch = weakref.ref(embedding), switch
+        self.latest: tuple[weakref.ref[Tensor], int] | None = None
 
     def __call__(self, input: Tensor) -> Tensor:
         embedding = alive(self.reference, "the input embedding")
@@ -79,11 +79,10 @@ class TiedForward:
         weight = embedding.weight
         shared = self._shared(weight)
         if shared is None:
-            waiting: dict[int, list] = defaultdict(list)
-            shared = SharedWeight.apply(weight, waiting)
-            self.latest.made = weakref.ref(shared), weight._version, waiting
+            shared = SharedWeight.apply(weight)
+            self.latest = weakref.ref(shared), weight._version
         padding = -1 if embedding.padding_idx is None else embedding.padding_idx % len(weight)
-        return Embed.apply(shared, input, padding, self.latest.made[-1])
+        return Embed.apply(shared, input, padding)
 
     def layer_weight(self, weight: Tensor) -> Tensor:
         """Return the weight for the output layer's product."""
@@ -91,13 +90,12 @@ class TiedForward:
         return weight if shared is None else shared
 
     def _shared(self, weight: Tensor) -> Tensor | None:
-        """Return this thread's shared weight if its graph is there still, and if it is this weight as it is now. An
+        """Return the latest shared weight if its graph is there still, and if it is this weight as it is now: an
         optimizer's step writes into it, `weight.data = ...` gives it other memory."""
-        reference, version, _ = getattr(self.latest, "made", (lambda: None, 0, None))
-        shared = reference()
-        if shared is None or shared._base is not weight or not weight.requires_grad:
+        shared = self.latest and self.latest[0]()
+        if not self.latest or shared is None or shared._base is not weight or not weight.requires_grad:
             return None
-        return shared if weight._version == version and shared.is_set_to(weight) else None
+        return shared if weight._version == self.latest[1] and shared.is_set_to(weight) else None
 
     def _applies_to(self, embedding: nn.Embedding) -> bool:
         """Return whether the tokens' gradients are to be added by rows: in 16 bits the sum would be rounded for each
