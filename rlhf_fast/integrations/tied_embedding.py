@@ -31,6 +31,8 @@ class SharedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None) -> Tensor | None:
+        if traces_or_transforms():  # none wait: see Embed
+            return grad
         for tokens, rows in ctx.waiting.pop(current_pass(), ()):
             if grad is None:  # the output layer had no part in this pass
                 grad = rows.new_zeros(ctx.size)
@@ -40,13 +42,14 @@ class SharedWeight(torch.autograd.Function):
 
 
 class Embed(torch.autograd.Function):
-    """Return the tokens' rows of a shared weight, where their gradients wait for the layer's. A backward pass that is
-    recorded, as for a second derivative, has a dense gradient."""
+    """Return the tokens' rows of a shared weight, where their gradients wait for the layer's. They are dense in a
+    backward pass that is recorded, as for a second derivative, compiled or run by a transform of torch.func."""
 
     @staticmethod
     def forward(ctx, shared: Tensor, tokens: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.shared, ctx.padding = shared, padding  # the shared weight lives as long as this graph
+        ctx.rows, ctx.padding = len(shared), padding
+        ctx.shared = shared  # which is to live as long as this graph
         ctx.waiting = shared.grad_fn.waiting  # type: ignore[union-attr]
         return nn.functional.embedding(tokens, shared)
 
@@ -54,7 +57,7 @@ class Embed(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (tokens,) = ctx.saved_tensors
         if torch.is_grad_enabled() or traces_or_transforms():
-            dense = torch.ops.aten.embedding_dense_backward(grad, tokens, len(ctx.shared), ctx.padding, False)
+            dense = torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, ctx.padding, False)
             return dense, None, None
         tokens, grad = tokens.flatten().long(), grad.reshape(-1, grad.shape[-1])
         if ctx.padding >= 0:

@@ -1,4 +1,4 @@
-"""Names of the config values by which models bend or scale their logits; verl's plugin, which reads them, starts fast."""
+"""Names of the config values by which models bend or scale their logits."""
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Soft caps: Gemma; RecurrentGemma; xLSTM."""
