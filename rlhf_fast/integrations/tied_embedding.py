@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -31,8 +32,6 @@ class SharedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None) -> Tensor | None:
-        if traces_or_transforms():  # none wait: see Embed
-            return grad
         for tokens, rows in ctx.waiting.pop(current_pass(), ()):
             if grad is None:  # the output layer had no part in this pass
                 grad = rows.new_zeros(ctx.size)
@@ -43,7 +42,7 @@ class SharedWeight(torch.autograd.Function):
 
 class Embed(torch.autograd.Function):
     """Return the tokens' rows of a shared weight, where their gradients wait for the layer's. They are dense in a
-    backward pass that is recorded, as for a second derivative, compiled or run by a transform of torch.func."""
+    backward pass that is recorded, as for a second derivative, or that torch.func.vmap runs."""
 
     @staticmethod
     def forward(ctx, shared: Tensor, tokens: Tensor, padding: int) -> Tensor:
@@ -106,6 +105,7 @@ class TiedForward:
         weight = embedding.weight
         return (
             not traces_or_transforms()
+            and not _compiles_backward()
             and self.switch.on
             and torch.is_grad_enabled()
             and not (embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None)
@@ -128,6 +128,12 @@ class TiedForward:
     def __reduce__(self) -> tuple:
         """A saved model has a plain embedding."""
         return OwnForward, (alive(self.reference, "the input embedding"),)
+
+
+def _compiles_backward() -> bool:
+    """Return whether torch is to compile backward passes, in which no node may run twice."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return dynamo is not None and dynamo.config.compiled_autograd
 
 
 def replace_embedding_forward(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:
