@@ -94,7 +94,6 @@ def interleaved(model, inputs):
 
 
 def mean_logit(model, inputs):
-    """The gradient of the weight is that of its mean, which is expanded."""
     return model(inputs["input_ids"]).logits.mean(-1).square().sum()
 
 
@@ -181,6 +180,28 @@ def test_second_derivatives(part):
             found += [grad, *torch.autograd.grad(grad.square().sum(), weight)]
     assert_close(found[0], found[2], 1e-12)
     assert_close(found[1], found[3], 1e-12)
+
+
+def test_a_recorded_pass_writes_into_no_gradient():
+    """The one that came to the weight may be needed for the second derivative."""
+    weight, tokens = torch.randn(7, 3, dtype=torch.float64).requires_grad_(), torch.tensor([2, 5, 2])
+    given = [torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (7, 3)]
+    shared = tied_embedding.SharedWeight.apply(weight)
+    rows = tied_embedding.Embed.apply(shared, tokens, 5)
+    (found,) = torch.autograd.grad([shared, rows], weight, given, create_graph=True)
+    (truth,) = torch.autograd.grad(
+        [weight, nn.functional.embedding(tokens, weight, 5)], weight, given, create_graph=True
+    )
+    assert_close(found, truth, 1e-15)
+    for ours, theirs in zip(*(torch.autograd.grad(x.square().sum(), given) for x in (found, truth)), strict=True):
+        assert_close(ours, theirs, 1e-15)
+
+
+def test_an_expanded_gradient_of_the_layer():
+    weight, tokens = torch.randn(7, 3, requires_grad=True), torch.tensor([2, 5, 2])
+    shared = tied_embedding.SharedWeight.apply(weight)
+    (shared.sum() + tied_embedding.Embed.apply(shared, tokens, -1).sum()).backward()
+    assert torch.equal(weight.grad, torch.tensor([1.0, 1, 3, 1, 1, 2, 1])[:, None].expand(7, 3))
 
 
 def test_a_second_derivative_of_lazy_logits_names_make():

@@ -35,34 +35,31 @@ class SharedWeight(torch.autograd.Function):
         for tokens, rows in ctx.waiting.pop(current_pass(), ()):
             if grad is None:  # the output layer had no part in this pass
                 grad = rows.new_zeros(ctx.size)
-            grad = grad.contiguous()  # the mean of a weight has an expanded one
-            grad.scatter_add_(0, tokens[:, None].expand_as(rows), rows)
+            index = tokens[:, None].expand_as(rows)
+            if torch.is_grad_enabled() or traces_or_transforms():  # a second derivative, or vmap, may need it as it is
+                grad = grad.scatter_add(0, index, rows)
+            else:
+                grad = grad.contiguous().scatter_add_(0, index, rows)  # a sum's is expanded
         return grad
 
 
 class Embed(torch.autograd.Function):
-    """Return the tokens' rows of a shared weight, where their gradients wait for the layer's. They are dense in a
-    backward pass that is recorded, as for a second derivative, or that torch.func.vmap runs."""
+    """Return the tokens' rows of a shared weight, at whose node their gradients wait for the layer's."""
 
     @staticmethod
     def forward(ctx, shared: Tensor, tokens: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.rows, ctx.padding = len(shared), padding
+        ctx.padding, ctx.waiting = padding, shared.grad_fn.waiting  # type: ignore[union-attr]
         ctx.shared = shared  # which is to live as long as this graph
-        ctx.waiting = shared.grad_fn.waiting  # type: ignore[union-attr]
         return nn.functional.embedding(tokens, shared)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (tokens,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or traces_or_transforms():
-            dense = torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, ctx.padding, False)
-            return dense, None, None
-        tokens, grad = tokens.flatten().long(), grad.reshape(-1, grad.shape[-1])
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        tokens, rows = ctx.saved_tensors[0].flatten().long(), grad.reshape(-1, grad.shape[-1])
         if ctx.padding >= 0:
             kept = tokens != ctx.padding
-            tokens, grad = tokens[kept], grad[kept]
-        ctx.waiting[current_pass()].append((tokens, grad))
+            tokens, rows = tokens[kept], rows[kept]
+        ctx.waiting[current_pass()].append((tokens, rows))
         return None, None, None
 
 
