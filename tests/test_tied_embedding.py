@@ -164,7 +164,7 @@ def test_gradients_that_are_asked_for(read):
 
 @pytest.mark.parametrize("part", ["the embedding", "both layers", "the logits"])
 def test_second_derivatives(part):
-    """Of the embedding alone, through the output layer, and through the whole model."""
+    """The embedding alone has one, and so have both layers, and logits that were made."""
     inputs, model, found = batch()["input_ids"], seconded(pad_token_id=5), []
     inputs[0, :4] = 5
     weight, embed = model.lm_head.weight, model.get_input_embeddings()
@@ -202,6 +202,7 @@ def test_an_expanded_gradient_of_the_layer():
     shared = tied_embedding.SharedWeight.apply(weight)
     (shared.sum() + tied_embedding.Embed.apply(shared, tokens, -1).sum()).backward()
     assert torch.equal(weight.grad, torch.tensor([1.0, 1, 3, 1, 1, 2, 1])[:, None].expand(7, 3))
+    assert not shared.grad_fn.waiting
 
 
 def test_a_second_derivative_of_lazy_logits_names_make():

@@ -36,7 +36,7 @@ class SharedWeight(torch.autograd.Function):
             if grad is None:  # the output layer had no part in this pass
                 grad = rows.new_zeros(ctx.size)
             index = tokens[:, None].expand_as(rows)
-            if torch.is_grad_enabled() or traces_or_transforms():  # a second derivative, or vmap, may need it as it is
+            if torch.is_grad_enabled():  # a second derivative may need it as it is
                 grad = grad.scatter_add(0, index, rows)
             else:
                 grad = grad.contiguous().scatter_add_(0, index, rows)  # a sum's is expanded
