@@ -340,7 +340,8 @@ CHANGES = {
     "an optimizer's step": lambda model: torch.optim.SGD([model.lm_head.weight], 0.1).step(),
     "other data": lambda model: setattr(model.lm_head.weight, "data", model.lm_head.weight.data * 1.5),
     "another dtype": lambda model: model.double(),
-    "another parameter": lambda model: retied(model),
+    "another parameter": lambda model: with_weight(model, nn.Parameter(model.lm_head.weight.data * 1.5)),
+    "another parameter of its memory": lambda model: with_weight(model, nn.Parameter(model.lm_head.weight.data)),
     "an untied layer": lambda model: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight.data * 1.5)),
     "a frozen weight": lambda model: model.lm_head.weight.requires_grad_(False),
     "another size": lambda model: model.resize_token_embeddings(V + 3, mean_resizing=False),
@@ -348,8 +349,8 @@ CHANGES = {
 }
 
 
-def retied(model):
-    model.lm_head.weight = model.get_input_embeddings().weight = nn.Parameter(model.lm_head.weight.data * 1.5)
+def with_weight(model, weight):
+    model.lm_head.weight = model.get_input_embeddings().weight = weight
 
 
 def swapped(model):
@@ -403,12 +404,16 @@ def name_of_node(model, inputs):
     return type(model.get_input_embeddings()(inputs["input_ids"]).grad_fn).__name__
 
 
+def test_a_model_that_is_frozen_inside_the_block():
+    inputs, model = batch(), tied()
+    with lazy_head(model):
+        first = loss(model, inputs)
+        model.requires_grad_(False)
+        assert first.requires_grad and not loss(model, inputs).requires_grad
+
+
 class Mine(nn.Parameter):
     """A parameter that does something of its own."""
-
-
-def with_weight(model, weight):
-    model.lm_head.weight = model.get_input_embeddings().weight = weight
 
 
 def with_own_forward(model):
@@ -501,6 +506,7 @@ def traced(model, inputs):
     return model(inputs_embeds=trace(inputs["input_ids"]), labels=inputs["labels"]).loss
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("read", [compiled, traced])
 def test_an_embedding_that_torch_traces(read):
     inputs, ours = batch(), tied(initializer_range=0.1)
