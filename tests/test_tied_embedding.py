@@ -341,12 +341,21 @@ CHANGES = {
     "other data": lambda model: setattr(model.lm_head.weight, "data", model.lm_head.weight.data * 1.5),
     "another dtype": lambda model: model.double(),
     "another parameter": lambda model: with_weight(model, nn.Parameter(model.lm_head.weight.data * 1.5)),
-    "another parameter of its memory": lambda model: with_weight(model, nn.Parameter(model.lm_head.weight.data)),
+    "another parameter of its memory": lambda model: with_weight(model, twin(model.lm_head.weight)),
     "an untied layer": lambda model: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight.data * 1.5)),
     "a frozen weight": lambda model: model.lm_head.weight.requires_grad_(False),
     "another size": lambda model: model.resize_token_embeddings(V + 3, mean_resizing=False),
     "swapped tensors": lambda model: swapped(model),
 }
+
+
+@torch.no_grad()
+def twin(weight):
+    """Return a parameter of the same memory, which was written as often."""
+    found = nn.Parameter(weight.data)
+    while found._version < weight._version:
+        found.mul_(1)
+    return found
 
 
 def with_weight(model, weight):
