@@ -11,6 +11,8 @@ from torch.nn import Parameter
 
 from rlhf_fast.kernels._backends import forced_backend, forcing
 
+READ_LAZILY = "linear_cross_entropy", "linear_logprobs"
+"""Ops that rlhf_fast.integrations.lazy_head calls for users who know of logits, and of no op."""
 SMALL = 1 << 22
 """Elements of an input that is kept until the backward pass only for the graph that led to it."""
 
@@ -131,6 +133,8 @@ class _NotDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        made = " (of lazy_head's logits, logits.make())" if ctx.name in READ_LAZILY else ""
         raise RuntimeError(
-            f"{ctx.name}: the gradient cannot be differentiated again; {ctx.name}.reference, which is plain torch, can"
+            f"{ctx.name}: the gradient cannot be differentiated again; {ctx.name}.reference, which is plain torch,"
+            f" can{made}"
         )

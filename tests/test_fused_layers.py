@@ -375,6 +375,26 @@ def test_trainer(tmp_path):
     assert all((our_weights[k] - x).norm() <= 1e-4 * x.norm() for k, x in weights.items())
 
 
+def test_a_transform_of_torch_func_has_the_models_own_forward():
+    model = MODELS["llama"]()
+    model.set_attn_implementation("eager")
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    ids = torch.randint(3, V, (2, 7))
+
+    def grads():
+        def loss(weights):
+            return torch.func.functional_call(model, weights, args=(), kwargs={"input_ids": ids, "labels": ids}).loss
+
+        return torch.func.grad(loss)(weights)
+
+    theirs = grads()
+    with layers.fused(model) as handle:
+        loss_and_gradients(model, input_ids=ids, labels=ids)
+        ours = grads()
+    assert_ours(handle)
+    assert all(torch.equal(ours[name], grad) for name, grad in theirs.items())
+
+
 def test_generation_and_evaluation_are_the_models_own():
     model = MODELS["llama"]().eval()
     ids = torch.randint(3, V, (2, 5))

@@ -334,6 +334,50 @@ def test_transformers_trainer(tmp_path, tied):
         assert (weight - their_weights[name]).abs().max() < 1e-4, name  # AdamW enlarges rounding
 
 
+# -- transforms of torch.func ------------------------------------------------------------------------------------------
+
+
+def grad_of_parameters(model, inputs):
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, args=(), kwargs=inputs).loss)(weights)
+    return torch.cat([grads[name].flatten() for name in sorted(grads)])
+
+
+def functional_call(model, inputs):
+    """Without a transform the logits are lazy."""
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    found = torch.func.functional_call(model, weights, args=(), kwargs=inputs).loss
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(found, list(weights.values()))])
+
+
+def vmap_of_the_head(model, inputs):
+    hidden = torch.randn(3, 17, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.func.vmap(lambda x: model.lm_head(x).logsumexp(-1))(hidden)
+
+
+def vmap_of_the_embedding(model, inputs):
+    return torch.func.vmap(lambda ids: model.get_input_embeddings()(ids).sum(-1))(inputs["input_ids"])
+
+
+def jvp(model, inputs):
+    rows = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    return torch.func.jvp(lambda x: model(inputs_embeds=x).logits.logsumexp(-1), (rows,), (torch.ones_like(rows),))[1]
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(
+    "transform", [grad_of_parameters, functional_call, vmap_of_the_head, vmap_of_the_embedding, jvp]
+)
+def test_transforms_of_torch_func(transform, is_tied):
+    model, inputs = llama(tie_word_embeddings=is_tied).double(), batch()
+    model.set_attn_implementation("eager")  # which has a forward derivative
+    theirs = transform(model, inputs).detach()
+    with lazy_head(model):
+        ours = transform(model, inputs).detach()
+    assert_close(ours, theirs, 1e-6 if transform is functional_call else 1e-14)
+    assert status(model).answered.total() == (transform is functional_call)
+
+
 # -- without a gradient ------------------------------------------------------------------------------------------------
 
 

@@ -217,6 +217,11 @@ def gemma2(**options):
     return hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, **options))
 
 
+def recurrent_gemma(softcap):
+    config = hf.RecurrentGemmaConfig(**SIZES, lru_width=16, logits_soft_cap=softcap)
+    return hf.RecurrentGemmaForCausalLM(config)
+
+
 def adapted():
     config = peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
     return peft.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)), config).base_model.model
@@ -229,6 +234,12 @@ def adapted():
         (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)), ""),
         (lambda: gemma2(final_logit_softcapping=None), ""),
         (lambda: gemma2(final_logit_softcapping=30.0), "a soft cap (final_logit_softcapping=30.0)"),
+        (lambda: recurrent_gemma(0.0), ""),
+        (lambda: recurrent_gemma(3.0), "a soft cap (logits_soft_cap=3.0)"),
+        (
+            lambda: SimpleNamespace(config=hf.xLSTMConfig(output_logit_soft_cap=2.0)),
+            "a soft cap (output_logit_soft_cap=2.0)",
+        ),
         (lambda: hf.PhiForCausalLM(hf.PhiConfig(**SIZES)), "a bias"),
         (lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES)), "a scale (logit_scale=0.0625)"),
         (lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES)), ""),

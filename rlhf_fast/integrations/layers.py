@@ -25,7 +25,7 @@ from rlhf_fast.integrations.calls import Calls, log, need_grad
 from rlhf_fast.integrations.decoder_cache import DecoderCache
 from rlhf_fast.integrations.handle import Handle
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own
+from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own, traces_or_transforms
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import FAMILIES, read_decoder
@@ -84,7 +84,7 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder: by our layers, where they can."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self.switch.on:
+        if traces_or_transforms() or not self.switch.on:
             return self._own_forward(*args, **kwargs)
         given = self._given(args, kwargs)
         why = self._why_not_given(given)

@@ -18,7 +18,7 @@ from rlhf_fast.integrations.head import DTYPES, LinearHead, find_output_layer, i
 from rlhf_fast.integrations.lazy_logits import LazyLogits
 from rlhf_fast.integrations.lazy_rows import Rows, Source
 from rlhf_fast.integrations.record import LogitsCalls
-from rlhf_fast.integrations.switch import OwnForward, alive, is_own
+from rlhf_fast.integrations.switch import OwnForward, alive, is_own, traces_or_transforms
 from rlhf_fast.integrations.tied_embedding import TiedForward, replace_embedding_forward
 
 HANDLERS = lazy_views, lazy_scales, lazy_reads
@@ -41,7 +41,7 @@ class LazyForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.layer
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self.record.switch.on:
+        if traces_or_transforms() or not self.record.switch.on:
             return nn.Linear.forward(layer, input)
         given = self._cast(input)
         if given is None:

@@ -6,6 +6,7 @@ import copy
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -17,6 +18,12 @@ class Switch:
 
     def __deepcopy__(self, memo: dict) -> Switch:
         return self
+
+
+def traces_or_transforms() -> bool:
+    """Return whether torch traces or compiles this call, or a transform of torch.func runs it: each wants a module's
+    own operators."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def alive(reference: weakref.ref, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -11,107 +12,105 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own
+from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own, traces_or_transforms
 
-current_pass = torch._C._current_graph_task_id  # -1 outside of a backward pass
+current_pass = torch._C._current_graph_task_id
+"""Return the number of the backward pass, one for each in the process."""
 
 
-class LayerWeight(torch.autograd.Function):
-    """Return the output layer's weight, and note in which backward pass it got a gradient."""
+class SharedWeight(torch.autograd.Function):
+    """Return the weight from which the embedding and the output layer read. Its gradient is the layer's, to which
+    those of the tokens are added in place.
+
+    Autograd calls this node after both of them. It needs no hook of the weight, and graphs may outlive the handle."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, tied: TiedForward) -> Tensor:
-        ctx.tied = tied
+    def forward(ctx, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.size, ctx.waiting = weight.shape, defaultdict(list)
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.tied.last_pass = current_pass()
-        return grad, None
+    def backward(ctx, grad: Tensor | None) -> Tensor | None:
+        for tokens, rows in ctx.waiting.pop(current_pass(), ()):
+            if grad is None:  # the output layer had no part in this pass
+                grad = rows.new_zeros(ctx.size)
+            index = tokens[:, None].expand_as(rows)
+            if torch.is_grad_enabled():  # a second derivative may need it as it is
+                grad = grad.scatter_add(0, index, rows)
+            else:
+                grad = grad.contiguous().scatter_add_(0, index, rows)  # a sum's is expanded
+        return grad
 
 
 class Embed(torch.autograd.Function):
-    """Return the tokens' rows of a weight. Where the layer gave it a gradient in the same backward pass, theirs waits
-    for the sum; else it is a dense one."""
+    """Return the tokens' rows of a shared weight, at whose node their gradients wait for the layer's."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, tokens: Tensor, padding: int, tied: TiedForward) -> Tensor:
+    def forward(ctx, shared: Tensor, tokens: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.rows, ctx.padding, ctx.tied = len(weight), padding, tied
-        return nn.functional.embedding(tokens, weight)
+        ctx.padding, ctx.waiting = padding, shared.grad_fn.waiting  # type: ignore[union-attr]
+        ctx.shared = shared  # which is to live as long as this graph
+        return nn.functional.embedding(tokens, shared)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (tokens,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or ctx.tied.last_pass != current_pass():
-            dense = torch.ops.aten.embedding_dense_backward(grad, tokens, ctx.rows, ctx.padding, False)
-            return dense, None, None, None
-        tokens, grad = tokens.flatten(), grad.reshape(-1, grad.shape[-1])
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        tokens, rows = ctx.saved_tensors[0].flatten().long(), grad.reshape(-1, grad.shape[-1])
         if ctx.padding >= 0:
             kept = tokens != ctx.padding
-            tokens, grad = tokens[kept], grad[kept]
-        ctx.tied.waiting[current_pass()].append((tokens, grad))
-        return None, None, None, None
+            tokens, rows = tokens[kept], rows[kept]
+        ctx.waiting[current_pass()].append((tokens, rows))
+        return None, None, None
 
 
 class TiedForward:
-    """The embedding's forward, without a gradient of the weight's size.
-
-    A hook of the weight adds the tokens' gradients in place to the sum of all others, which the output layer has made
-    dense. Where that layer had no part in the backward pass, the embedding's gradient is dense, as it was.
-    """
+    """The embedding's forward, without a gradient of the weight's size. Forward passes whose graphs are there at the
+    same time have one SharedWeight."""
 
     def __init__(self, embedding: nn.Embedding, switch: Switch):
-        self.reference, self.weight, self.switch = weakref.ref(embedding), weakref.ref(embedding.weight), switch
-        self.last_pass = -1
-        self.waiting: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self.hook = embedding.weight.register_hook(self._add_waiting)
+        self.reference, self.switch = weakref.ref(embedding), switch
+        self.latest: tuple[weakref.ref[Tensor], int] | None = None
 
     def __call__(self, input: Tensor) -> Tensor:
         embedding = alive(self.reference, "the input embedding")
-        if not self._applies_to(embedding.weight):
+        if not self._applies_to(embedding):
             return nn.Embedding.forward(embedding, input)
-        if current_pass() == -1:
-            self.waiting.clear()  # of a pass that an error ended
-        padding = -1 if embedding.padding_idx is None else embedding.padding_idx
-        return Embed.apply(embedding.weight, input, padding, self)
+        weight = embedding.weight
+        shared = self._shared(weight)
+        if shared is None:
+            shared = SharedWeight.apply(weight)
+            self.latest = weakref.ref(shared), weight._version
+        padding = -1 if embedding.padding_idx is None else embedding.padding_idx % len(weight)
+        return Embed.apply(shared, input, padding)
 
     def layer_weight(self, weight: Tensor) -> Tensor:
         """Return the weight for the output layer's product."""
-        return LayerWeight.apply(weight, self) if self._applies_to(weight) else weight
+        shared = self._shared(weight)
+        return weight if shared is None else shared
 
-    def _applies_to(self, weight: Tensor) -> bool:
+    def _shared(self, weight: Tensor) -> Tensor | None:
+        """Return the latest shared weight if its graph is there still, and if it is this weight as it is now: an
+        optimizer's step writes into it, `weight.data = ...` gives it other memory."""
+        shared = self.latest and self.latest[0]()
+        if not self.latest or shared is None or shared._base is not weight or not weight.requires_grad:
+            return None
+        return shared if weight._version == self.latest[1] and shared.is_set_to(weight) else None
+
+    def _applies_to(self, embedding: nn.Embedding) -> bool:
         """Return whether the tokens' gradients are to be added by rows: in 16 bits the sum would be rounded for each
         row of a token, and on a GPU a dense gradient costs little."""
+        weight = embedding.weight
         return (
-            self.switch.on
+            not traces_or_transforms()
+            and not _compiles_backward()
+            and self.switch.on
             and torch.is_grad_enabled()
-            and weight is self.weight()
+            and not (embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None)
+            and type(weight) is nn.Parameter
             and weight.requires_grad
-            and self._is_first_hook(weight)
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.float64)
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         )
-
-    def _is_first_hook(self, weight: Tensor) -> bool:
-        """Return whether hooks of others, as one that masks rows, see the whole gradient: they come after this one."""
-        for hook_id, hook in (weight._backward_hooks or {}).items():
-            if hook_id == self.hook.id:
-                return True
-            if not isinstance(getattr(hook, "__self__", None), TiedForward):
-                return False
-        return False
-
-    def _add_waiting(self, grad: Tensor) -> Tensor:
-        """Return the weight's gradient with what waited for it. The hook is there until a backward pass after `remove`,
-        which may be that of a graph made before."""
-        if not self.switch.on:
-            self.hook.remove()
-        for tokens, rows in self.waiting.pop(current_pass(), ()):
-            grad = grad if grad.is_contiguous() else grad.contiguous()  # the mean of a weight gives an expanded one
-            grad.scatter_add_(0, tokens[:, None].expand_as(rows), rows)
-        return grad
 
     def remove(self) -> None:
         """Give the embedding its own forward back; what wrapped it since then stays there."""
@@ -128,6 +127,12 @@ class TiedForward:
         return OwnForward, (alive(self.reference, "the input embedding"),)
 
 
+def _compiles_backward() -> bool:
+    """Return whether torch is to compile backward passes, in which no node may run twice."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return dynamo is not None and dynamo.config.compiled_autograd
+
+
 def replace_embedding_forward(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:
     """Give a model's input embedding a TiedForward, and return it; None if the embedding stays as it is."""
     try:
@@ -136,11 +141,8 @@ def replace_embedding_forward(model: Any, layer: nn.Linear, switch: Switch) -> T
         return None
     if getattr(embedding, "weight", None) is not layer.weight or type(embedding).forward is not nn.Embedding.forward:
         return None
-    is_plain = not (embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None)
     before = vars(embedding).get("forward")
-    is_replaced = before is not None and not is_own(embedding, before)
-    is_leaf = type(layer.weight) is nn.Parameter and layer.weight.requires_grad
-    if is_replaced or not (is_plain and is_leaf):
+    if before is not None and not is_own(embedding, before):
         return None
     embedding.forward = forward = TiedForward(embedding, switch)
     return forward

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.calls import Calls, need_grad
-
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-"""Configuration values by which models scale their logits: Cohere, Falcon-H1, Granite and others."""
+from rlhf_fast.model.logit_scales import SCALES, SOFTCAPS
 
 
 def fused_head(theirs: Any, calls: Calls) -> type:
@@ -62,8 +60,9 @@ def refusing(theirs: Callable) -> Callable:
 def head_fault(model: Any) -> str:
     """Return "" if the logits of a model are a product with `lm_head.weight` alone, else what they have besides."""
     config = model.config.get_text_config()
-    if softcap := getattr(config, "final_logit_softcapping", None):
-        return f"a soft cap (final_logit_softcapping={softcap})"
+    for name in SOFTCAPS:
+        if softcap := getattr(config, name, None):
+            return f"a soft cap ({name}={softcap})"
     for name in SCALES:
         if getattr(config, name, None) not in (None, 1):
             return f"a scale ({name}={getattr(config, name)})"

@@ -30,14 +30,13 @@ from rlhf_fast.model.adjacent_weights import make_adjacent
 from rlhf_fast.model.architectures import read_decoder
 from rlhf_fast.model.dropout import ResidualDropout, config_without_dropout, disable_dropout
 from rlhf_fast.model.end_tokens import in_generation_config
+from rlhf_fast.model.logit_scales import SOFTCAPS
 from rlhf_fast.model.modules import set_training_modes, training_modes
 from rlhf_fast.model.packed_graphs import PackedGraphs
 from rlhf_fast.model.pad_token import give_pad_token, pad_ends_rows
 from rlhf_fast.model.vocabulary import Vocabulary, probe_tokens
 
 Head = Literal["lm", "scalar"]
-# names of the logits' soft cap in a config: Gemma; RecurrentGemma; xLSTM
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class Model:

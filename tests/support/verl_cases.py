@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from rlhf_fast.errors import UserError
@@ -140,8 +142,10 @@ def test_a_packed_row(llama):
 def models():
     torch.manual_seed(0)
     gemma = Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=4, final_logit_softcapping=2.0)
+    recurrent = RecurrentGemmaConfig(**SIZES, lru_width=32, logits_soft_cap=3.0)
     return {
         r"a soft cap \(final_logit_softcapping=2\.0\)": Gemma2ForCausalLM(gemma),
+        r"a soft cap \(logits_soft_cap=3\.0\)": RecurrentGemmaForCausalLM(recurrent),
         "a bias": PhiForCausalLM(PhiConfig(**SIZES)),
         r"a scale \(logit_scale=0\.0625\)": CohereForCausalLM(CohereConfig(**SIZES)),
         r"a scale \(logits_scaling=4\.0\)": GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
