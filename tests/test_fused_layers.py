@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import statistics
 
 import accelerate
 import peft
@@ -173,18 +174,21 @@ def test_adapters():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16(name):
-    """Both passes are as near a float32 copy."""
-    model, inputs = MODELS[name]().bfloat16().train(), batch("right")
-    exact = loss_and_gradients(copy.deepcopy(model).float(), **inputs)[1]
-    theirs = loss_and_gradients(model, **inputs)[1]
-    with layers.fused(model) as handle:
-        ours = loss_and_gradients(model, **inputs)[1]
-    assert_ours(handle)
-
-    def error(found):
-        return sum(((found[name].float() - grad).norm() / grad.norm()) ** 2 for name, grad in exact.items()) ** 0.5
-
-    assert error(ours) <= 1.5 * error(theirs)
+    """Both passes are as near a float32 copy, in the median of nine draws: of a gradient near 0 one may be far."""
+    ratios = []
+    for _ in range(9):
+        model, inputs = MODELS[name]().bfloat16().train(), batch("right")
+        exact = loss_and_gradients(copy.deepcopy(model).float(), **inputs)[1]
+        theirs = loss_and_gradients(model, **inputs)[1]
+        with layers.fused(model) as handle:
+            ours = loss_and_gradients(model, **inputs)[1]
+        assert_ours(handle)
+        errors = [
+            sum(((found[name].float() - grad).norm() / grad.norm()) ** 2 for name, grad in exact.items()) ** 0.5
+            for found in (ours, theirs)
+        ]
+        ratios.append(float(errors[0] / errors[1]))
+    assert statistics.median(ratios) <= 1.3, ratios
 
 
 def test_the_comparison_runs_once_and_again_after_a_change(monkeypatch):
