@@ -1,5 +1,6 @@
 """integrations.layers: our training layers in transformers' models give their losses and gradients, or step aside."""
 
+import contextlib
 import copy
 import pickle
 import statistics
@@ -641,6 +642,25 @@ def test_labels_on_padding_are_noticed_and_later_passes_are_the_models_own(paddi
         model(**on_padding).loss.backward()
 
 
+def test_a_loss_that_multiplies_padding_by_0_does_not_read_it():
+    model, inputs = MODELS["llama"]().train(), batch("right")
+    with layers.fused(model) as handle:
+        states = model.model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+        (states.square().sum(-1).sqrt() * inputs["attention_mask"]).sum().backward()  # NaN times 0 on padding
+    assert_ours(handle)
+
+
+def test_a_batch_of_gradients():
+    model, inputs = MODELS["llama"]().train(), batch("right")
+    weight, found = model.model.norm.weight, []
+    for context in (contextlib.nullcontext(), layers.fused(model)):
+        with context:
+            states = model.model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+            out = states[inputs["attention_mask"].bool()].mean(0)[:3]
+            found += torch.autograd.grad(out, weight, torch.eye(3), is_grads_batched=True)
+    torch.testing.assert_close(*found)
+
+
 def test_a_handle_that_no_pass_reaches_warns(caplog):
     model = MODELS["llama"]()
     with layers.fused(model), lazy_head(model):
@@ -650,7 +670,11 @@ def test_a_handle_that_no_pass_reaches_warns(caplog):
     assert ours.startswith("layers.fused: no pass of LlamaForCausalLM came")
     caplog.clear()
     with layers.fused(model), lazy_head(model):
-        model(**batch("none"))
+        copy.deepcopy(model)(**batch("none"))
+    with layers.fused(model), lazy_head(model):
+        model(batch("none")["input_ids"])
+    with pytest.raises(ZeroDivisionError), layers.fused(model), lazy_head(model):
+        raise ZeroDivisionError
     assert "no pass" not in caplog.text
 
 

@@ -182,7 +182,21 @@ def test_second_derivatives(part):
     assert_close(found[1], found[3], 1e-12)
 
 
-def test_a_recorded_pass_writes_into_no_gradient():
+@pytest.mark.parametrize("ties", [True, False])
+def test_logits_are_read_after_a_step(ties):
+    """They keep what was computed before it; shapes and parts need no numbers."""
+    inputs, model = batch(), build("Llama", tie_word_embeddings=ties, initializer_range=0.1)().eval()
+    plain = copy.deepcopy(model)(inputs["input_ids"]).logits
+    with lazy_head(model):
+        logits = model(inputs["input_ids"]).logits
+        logits.log_softmax(-1).gather(-1, inputs["input_ids"][..., None]).mean().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+        assert logits[:, :-1].shape == plain[:, :-1].shape
+    assert_close(entropy, torch.distributions.Categorical(logits=plain).entropy(), 2e-5)
+
+
+def test_a_pass_with_create_graph_writes_into_no_gradient():
     """The one that came to the weight may be needed for the second derivative."""
     weight, tokens = torch.randn(7, 3, dtype=torch.float64).requires_grad_(), torch.tensor([2, 5, 2])
     given = [torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (7, 3)]

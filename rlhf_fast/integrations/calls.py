@@ -33,11 +33,6 @@ class Calls:
     fallbacks: Counter[str] = field(default_factory=Counter)
     _warned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
-    @property
-    def is_unused(self) -> bool:
-        """True if no call came."""
-        return not (self.answered or self.fallbacks)
-
     def note_fallback(self, name: str, reason: str, with_grad: bool = False, warns: bool = True) -> None:
         """Count a call that the owner's function `name` answers.
 

@@ -14,6 +14,8 @@ class Handle(contextlib.AbstractContextManager):
 
     call: ClassVar[str]
     """The call that returns such a handle."""
+    failed = False
+    """True where an error ended the block: that no call came says nothing then."""
 
     @property
     @abstractmethod
@@ -29,5 +31,6 @@ class Handle(contextlib.AbstractContextManager):
             raise UserError(f"this handle of {self.call.partition('(')[0]} was removed; call {self.call} again")
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        self.failed = kind is not None
         self.remove()

@@ -25,7 +25,7 @@ from rlhf_fast.integrations.calls import Calls, log, need_grad
 from rlhf_fast.integrations.decoder_cache import DecoderCache
 from rlhf_fast.integrations.handle import Handle
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own, traces_or_transforms
+from rlhf_fast.integrations.switch import OwnForward, Switch, alive, compiles_backward, is_own, traces_or_transforms
 from rlhf_fast.kernels._launch import Unsupported
 from rlhf_fast.model import lora, packed_decoder
 from rlhf_fast.model.architectures import FAMILIES, read_decoder
@@ -86,6 +86,7 @@ class FusedForward:
         """Run the decoder: by our layers, where they can."""
         if traces_or_transforms() or not self.switch.on:
             return self._own_forward(*args, **kwargs)
+        self.switch.reached = True
         given = self._given(args, kwargs)
         why = self._why_not_given(given)
         found = packed_decoder.inspect(self.decoder) if why is None else None
@@ -102,17 +103,17 @@ class FusedForward:
         if places is not None:
             zeros = states.new_zeros(tokens.numel(), states.shape[1])
             states = zeros.index_copy(0, places, states)
-            if states.requires_grad:
+            if states.requires_grad and not compiles_backward():
                 states.register_hook(functools.partial(self._look_at_padding, places))
         assert self._output is not None
         return self._output(last_hidden_state=states.view(*tokens.shape, -1))
 
     def _look_at_padding(self, places: Tensor, grad: Tensor) -> None:
         """Note a loss that reads hidden states of padding, which are 0: what it computed is not the model's own."""
-        if self._padding_is_read:
+        if self._padding_is_read or traces_or_transforms() or torch._C._functorch.is_legacy_batchedtensor(grad):
             return
         is_padding = torch.ones(len(grad), dtype=torch.bool).index_fill_(0, places, False)
-        if not grad[is_padding].any():
+        if not grad[is_padding].nan_to_num(0).any():  # a loss that multiplies padding by 0 may have a NaN there
             return
         self._padding_is_read = True
         why = "a loss read padding, which has no hidden states in our layers; give it the label -100"
@@ -273,10 +274,10 @@ class FusedLayers(Handle):
 
     def remove(self) -> None:
         """Give the model, and copies of it, its own layers back."""
-        if self._switch.on and self.status.is_unused:
+        if self._switch.on and not (self._switch.reached or self.failed):
             log.warning(
-                "layers.fused: no pass of %s came to this handle. torch.compile of the whole model, and a trainer that"
-                " makes the model itself (model_init), pass it by",
+                "layers.fused: no pass of %s came to this handle. torch.compile of the whole model, torch.func, and a"
+                " trainer that makes the model itself (model_init), pass it by",
                 self.status.owner,
             )
         self._switch.on = False

@@ -43,6 +43,7 @@ class LazyForward:
         layer = self.layer
         if traces_or_transforms() or not self.record.switch.on:
             return nn.Linear.forward(layer, input)
+        self.record.switch.reached = True
         given = self._cast(input)
         if given is None:
             self.record.direct += 1
@@ -116,11 +117,11 @@ class LazyHead(Handle):
                 " modules_to_save, and it gave real logits; call lazy_head after such a change",
                 record.owner,
             )
-        elif record.switch.on and record.is_unused:
+        elif record.switch.on and not (record.switch.reached or self.failed):
             log.warning(
-                "lazy_head: no pass of %s came to this handle. torch.compile of the whole model, a trainer that makes"
-                " the model itself (model_init), and one that calls the head itself, as TRL's of 1.15 and later do"
-                " (integrations.trl.fused() is for them), pass it by",
+                "lazy_head: no pass of %s came to this handle. torch.compile of the whole model, torch.func, a trainer"
+                " that makes the model itself (model_init), and one that calls the head itself, as TRL's of 1.15 and"
+                " later do (integrations.trl.fused() is for them), pass it by",
                 record.owner,
             )
         record.switch.on = False

@@ -37,11 +37,6 @@ class LogitsCalls(Calls):
     lazy: bool = False
     switch: Switch = field(default_factory=Switch, repr=False, compare=False)
 
-    @property
-    def is_unused(self) -> bool:
-        """True if no call came, of training or decoding."""
-        return super().is_unused and not self.direct
-
     def note_made(self, with_grad: bool) -> None:
         """Note that logits are made now. RuntimeError under RLHF_FAST_STRICT=1 if they are to have a gradient."""
         reason = f"{caller()} reads its logits, which no op answers"

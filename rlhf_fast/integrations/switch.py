@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import nn
 
 
 class Switch:
-    """Say whether a handle is open. Copies of a model have the same switch: `remove()` turns all of them off."""
+    """Say whether a handle is open, and whether a pass has reached it. Copies of a model have the same switch:
+    `remove()` turns all of them off."""
 
     def __init__(self) -> None:
-        self.on = True
+        self.on, self.reached = True, False
 
     def __deepcopy__(self, memo: dict) -> Switch:
         return self
@@ -24,6 +26,12 @@ def traces_or_transforms() -> bool:
     """Return whether torch traces or compiles this call, or a transform of torch.func runs it: each wants a module's
     own operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def compiles_backward() -> bool:
+    """Return whether torch is to compile backward passes, in which no node may run twice."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return dynamo is not None and dynamo.config.compiled_autograd
 
 
 def alive(reference: weakref.ref, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -12,23 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.integrations.head import find_model
-from rlhf_fast.integrations.switch import OwnForward, Switch, alive, is_own, traces_or_transforms
+from rlhf_fast.integrations.switch import (
+    OwnForward,
+    Switch,
+    alive,
+    compiles_backward,
+    is_own,
+    traces_or_transforms,
+)
 
-current_pass = torch._C._current_graph_task_id
-"""Return the number of the backward pass, one for each in the process."""
+current_pass = torch._C._current_graph_task_id  # the number of the backward pass, one for each in the process
 
 
 class SharedWeight(torch.autograd.Function):
     """Return the weight from which the embedding and the output layer read. Its gradient is the layer's, to which
     those of the tokens are added in place.
 
-    Autograd calls this node after both of them. It needs no hook of the weight, and graphs may outlive the handle."""
+    Autograd calls this node after both of them. It needs no hook of the weight, and graphs may outlive the handle.
+    Rows that wait in a pass that an error ends stay until the graph is freed."""
 
     @staticmethod
     def forward(ctx, weight: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.size, ctx.waiting = weight.shape, defaultdict(list)
-        return weight.view_as(weight)
+        return weight.detach()  # a view could not be read after an optimizer's step
 
     @staticmethod
     def backward(ctx, grad: Tensor | None) -> Tensor | None:
@@ -50,11 +56,12 @@ class Embed(torch.autograd.Function):
     def forward(ctx, shared: Tensor, tokens: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.padding, ctx.waiting = padding, shared.grad_fn.waiting  # type: ignore[union-attr]
-        ctx.shared = shared  # which is to live as long as this graph
+        ctx.shared = shared  # which later forward passes are to find until the backward pass
         return nn.functional.embedding(tokens, shared)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        ctx.shared = None
         tokens, rows = ctx.saved_tensors[0].flatten().long(), grad.reshape(-1, grad.shape[-1])
         if ctx.padding >= 0:
             kept = tokens != ctx.padding
@@ -92,7 +99,9 @@ class TiedForward:
         """Return the latest shared weight if its graph is there still, and if it is this weight as it is now: an
         optimizer's step writes into it, `weight.data = ...` gives it other memory."""
         shared = self.latest and self.latest[0]()
-        if not self.latest or shared is None or shared._base is not weight or not weight.requires_grad:
+        if not self.latest or shared is None or not weight.requires_grad:
+            return None
+        if shared.grad_fn.next_functions[0][0].variable is not weight:  # type: ignore[union-attr]
             return None
         return shared if weight._version == self.latest[1] and shared.is_set_to(weight) else None
 
@@ -102,7 +111,7 @@ class TiedForward:
         weight = embedding.weight
         return (
             not traces_or_transforms()
-            and not _compiles_backward()
+            and not compiles_backward()
             and self.switch.on
             and torch.is_grad_enabled()
             and not (embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None)
@@ -125,12 +134,6 @@ class TiedForward:
     def __reduce__(self) -> tuple:
         """A saved model has a plain embedding."""
         return OwnForward, (alive(self.reference, "the input embedding"),)
-
-
-def _compiles_backward() -> bool:
-    """Return whether torch is to compile backward passes, in which no node may run twice."""
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    return dynamo is not None and dynamo.config.compiled_autograd
 
 
 def replace_embedding_forward(model: Any, layer: nn.Linear, switch: Switch) -> TiedForward | None:

@@ -81,7 +81,7 @@ class Fused(Handle):
     def remove(self) -> None:
         """Put back what TRL had, but for names that somebody else has replaced since; warn if no call came. A second
         call does nothing."""
-        if self._replaced and not self.status.answered and not self.status.fallbacks:
+        if self._replaced and not (self.status.answered or self.status.fallbacks or self.failed):
             log.warning(
                 "no trainer of TRL's scored tokens while trl was fused: of trl %s only trainers that call"
                 " add_fused_lm_head do",

@@ -4,9 +4,9 @@ For every call of a device function the interpreter searches all of triton.langu
 After the first call from a module there is nothing left to replace, so only that call's search is kept. The interpreter
 also scans one element after the other, with a call for each; here a scan doubles its distance, as on a GPU.
 
-Most of its time goes into types: the shape of each result becomes a list of constants anew, and each conversion makes a
-table of all dtypes. Both are kept here. Sums of integers are not repeated in 64 bits to find an overflow: tests are too
-small for one, and a GPU does not look.
+Most of its time goes into types: the shape of each result becomes a list of constants anew, and a conversion makes a
+table of all dtypes. Both are kept here. Sums of integers are not repeated in 64 bits: what that finds of an overflow
+the interpreter does not tell, nor does a GPU.
 
 Its product is numpy's, whose library on some processors adds up the last rows of a matrix in another order than the
 others. Here all elements of a product are summed in one order, as on a GPU.
